@@ -1,0 +1,73 @@
+"""What was computed once is remembered on disk, keyed by the content of what it was computed from, never by position."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from backbone.console import UserError
+from backbone.files import content_hash, read_tensors, write_tensors
+from backbone.families import Text
+from backbone.images import Picture, square, to_tensor
+from backbone.model import Backbone, Posterior
+
+VARIABLE = "ATELIER_CACHE"
+
+
+def cache_folder() -> Path:
+    """Where caches lie: $ATELIER_CACHE, or `atelier` in the user's cache folder."""
+    named = os.environ.get(VARIABLE)
+    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "atelier"
+
+
+def remembered(kind: str, key: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors that `compute` gives, read from disk when they were computed before.
+
+    A damaged cache file is computed anew; a cache that cannot be written is done without.
+    """
+    path = cache_folder() / kind / key[:2] / f"{key}.safetensors"
+    if path.exists():
+        try:
+            return read_tensors(path)[0]
+        except UserError:
+            path.unlink(missing_ok=True)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in compute().items()}
+    try:
+        write_tensors(path, tensors, {"kind": kind})
+    except OSError:
+        return tensors
+    return tensors
+
+
+def encoded(model: Backbone, pictures: Sequence[Picture], *, flip: bool = False) -> list[Posterior]:
+    """The posteriors [1, C, H, W] of pictures at the model's resolution, each encoded once for all time."""
+    return [_encoded_one(model, picture, flip) for picture in pictures]
+
+
+def encoded_prompts(model: Backbone, prompts: Sequence[str]) -> Text:
+    """The `Text` of prompts, each encoded once for all time; the text encoder loads only for new ones."""
+    single = [
+        remembered(
+            "text", content_hash(f"{model.fingerprint}\n{prompt}".encode()), lambda p=prompt: model.encode_prompts([p])
+        )
+        for prompt in prompts
+    ]
+    return {name: torch.cat([text[name] for text in single]).to(model.device) for name in single[0]}
+
+
+def _encoded_one(model: Backbone, picture: Picture, flip: bool) -> Posterior:
+    key = content_hash(
+        f"{model.fingerprint}\n{content_hash(picture.read())}\n{model.resolution}\n{flip}\n{model.dtype}".encode()
+    )
+
+    def compute() -> dict[str, Tensor]:
+        image = to_tensor(square(picture.open(at_least=model.resolution), model.resolution))
+        found = model.encode((image.flip(-1) if flip else image)[None])
+        return {"mean": found.mean, "std": found.std}
+
+    tensors = remembered("latents", key, compute)
+    return Posterior(tensors["mean"].to(model.device), tensors["std"].to(model.device))

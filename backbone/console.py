@@ -1,0 +1,224 @@
+"""What the command line says and how it ends: user errors, exit codes, the progress display.
+
+Everything here speaks on stderr, so that stdout stays free for results. The module imports only the standard
+library; rich is imported when a progress bar is really drawn.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NoReturn
+
+FAILED = 2
+INTERRUPTED = 130
+
+
+class UserError(Exception):
+    """A mistake that the user can repair: the message says what is wrong, where, and the nearest remedy."""
+
+
+def run(app: Callable[[], Any]) -> NoReturn:
+    """Runs a typer application as a console script and ends the process.
+
+    Exit codes: 0 done; 2 for a UserError, a file that is missing, forbidden or does not fit on the disk, and (by
+    typer) wrong usage; 130 after Ctrl-C. Mistakes are answered by their sentence alone; ATELIER_TRACEBACK=1 shows
+    the traceback. Other exceptions are ours to repair and keep their traceback.
+
+    A KeyboardInterrupt that carries a message ends with that message: `raise KeyboardInterrupt("Stopped at …")`.
+    """
+    try:
+        app()
+    except KeyboardInterrupt as interrupt:
+        _end(str(interrupt) or "Stopped.", INTERRUPTED)
+    except SystemExit as leaving:  # typer turns Ctrl-C into exit code 130 and says nothing
+        if leaving.code == INTERRUPTED:
+            _end(_interrupt_message(leaving) or "Stopped.", INTERRUPTED)
+        raise
+    except (UserError, OSError) as error:
+        message = sentence(error)
+        if message is None or os.environ.get("ATELIER_TRACEBACK") == "1":
+            raise
+        _end(f"Error: {message}", FAILED)
+    sys.exit(0)
+
+
+def sentence(error: UserError | OSError) -> str | None:
+    """The sentence for a mistake, or None for an operating-system error that names no file and is not a full disk."""
+    if isinstance(error, UserError):
+        return str(error)
+    path = error.filename2 if error.filename2 is not None else error.filename
+    where = os.fsdecode(path) if isinstance(path, (str, bytes)) else None
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"The disk is full, {where or 'a file'} could not be written. Free some space, or write elsewhere."
+    if where is None:
+        return None
+    if isinstance(error, FileNotFoundError):
+        start = "" if os.path.isabs(where) else f"; it was looked for from {os.getcwd()}"
+        return f"{where} does not exist. Check the spelling{start}."
+    if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+        return f"{where} may not be read or written ({_lower(error)}). Change its permissions, or choose another place."
+    return f"{where} cannot be used ({_lower(error)}). Choose another path."
+
+
+def say(text: str) -> None:
+    """Prints a line on stderr, above the progress bar if one is running."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(total: int | None, description: str, *, done: int = 0) -> Iterator[Bar]:
+    """A progress display on stderr around a `for` body: `with progress(400, "training") as bar: … bar.advance()`.
+
+    On a terminal: bar, n/total, figures, images/s, elapsed, time left. Elsewhere a plain line every ten seconds and
+    a last one. `total` None: length unknown. `done`: steps behind us already (a resumed run); they count for
+    n/total and not for the rates.
+    """
+    bar = Bar(total, done=done)
+    with _surface()(bar, description) as show:
+        bar.show = show
+        show()
+        yield bar
+
+
+class Bar:
+    """Counts steps and images, remembers the newest figures, and measures rates over the last half minute."""
+
+    WINDOW_SECONDS = 30.0
+
+    def __init__(
+        self, total: int | None, *, done: int = 0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.total = total
+        self.done = done
+        self.images = 0
+        self.figures: dict[str, float | str] = {}
+        self.clock = clock
+        self.start = clock()
+        self.show: Callable[[], None] = lambda: None
+        self._marks = deque([(self.start, done, 0)])  # (time, steps, images), oldest first
+
+    def advance(self, steps: int = 1, *, images: int = 0, **figures: float | str) -> None:
+        """`steps` further steps are done, in which `images` images were worked on. Figures are shown by name."""
+        self.done += steps
+        self.images += images
+        self.figures.update(figures)
+        now = self.clock()
+        self._marks.append((now, self.done, self.images))
+        while len(self._marks) > 2 and now - self._marks[1][0] >= self.WINDOW_SECONDS:
+            self._marks.popleft()
+        self.show()
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Recent rate, None before the first image."""
+        (then, _, before), (now, _, after) = self._marks[0], self._marks[-1]
+        return (after - before) / (now - then) if after > before and now > then else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the recent pace; None while nothing has been measured or the total is unknown."""
+        (then, before, _), (now, after, _) = self._marks[0], self._marks[-1]
+        if self.total is None or after <= before:
+            return None
+        return max(0, self.total - self.done) * (now - then) / (after - before)
+
+    @property
+    def count(self) -> str:
+        return f"{self.done}" if self.total is None else f"{self.done}/{self.total}"
+
+    @property
+    def reading(self) -> str:
+        """The figures and the rate, e.g. `loss 0.0813 · 5.2 images/s`."""
+        parts = [f"{name.replace('_', ' ')} {_figure(value)}" for name, value in self.figures.items()]
+        rate = self.images_per_second
+        return " · ".join(parts + ([f"{rate:.3g} images/s"] if rate is not None else []))
+
+
+def _surface() -> Callable[[Bar, str], AbstractContextManager[Callable[[], None]]]:
+    drawable = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    return _on_terminal if drawable else _in_lines
+
+
+@contextmanager
+def _on_terminal(bar: Bar, description: str) -> Iterator[Callable[[], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[count]}"),
+        TextColumn("{task.fields[reading]}", style="cyan"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}", style="dim"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as display:
+        task = display.add_task(
+            description, total=bar.total, completed=bar.done, count=bar.count, reading="", left=""
+        )
+
+        def show() -> None:
+            left = bar.seconds_left
+            display.update(
+                task,
+                completed=bar.done,
+                count=bar.count,
+                reading=bar.reading,
+                left=f"{_clock(left)} left" if left else "",
+            )
+
+        yield show
+
+
+@contextmanager
+def _in_lines(bar: Bar, description: str) -> Iterator[Callable[[], None]]:
+    every_seconds = 10.0
+    said_at, said_count = bar.start, ""
+
+    def line(*ending: str) -> None:
+        nonlocal said_at, said_count
+        said_at, said_count = bar.clock(), bar.count
+        parts = [f"{description} {bar.count}", bar.reading, _clock(said_at - bar.start), *ending]
+        say(" · ".join(part for part in parts if part))
+
+    def show() -> None:
+        if bar.clock() - said_at >= every_seconds:
+            left = bar.seconds_left
+            line(*([f"{_clock(left)} left"] if left else []))
+
+    yield show
+    if bar.count != said_count:
+        line()
+
+
+def _figure(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def _lower(error: OSError) -> str:
+    return (error.strerror or type(error).__name__).lower()
+
+
+def _interrupt_message(error: BaseException) -> str:
+    """The message of the KeyboardInterrupt from which this exception came, or nothing."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__cause__ or cause.__context__
+    return str(cause) if cause is not None else ""
+
+
+def _end(message: str, code: int) -> NoReturn:
+    say(message)
+    raise SystemExit(code) from None

@@ -1,0 +1,121 @@
+"""Stable Diffusion 1.x and 2.x, and the embedded `moji`: a UNet on a variance-preserving path, one CLIP text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from backbone.console import UserError, say
+from backbone.families import Location, Network, NoisePath, Text
+from backbone.ladders import alphas_cumprod, vp_ladder
+from backbone.noise import Kind, vp
+
+
+class StableDiffusion:
+    """The family's file: see `Family`."""
+
+    name = "Stable Diffusion"
+    pipelines = ("StableDiffusionPipeline",)
+    lora_targets = {
+        "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+        "all": (
+            *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
+            *("conv1", "conv2", "conv_shortcut", "time_emb_proj"),
+        ),
+    }
+
+    def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
+        return _load(UNet2DConditionModel, location, "unet", torch_dtype=dtype).to(
+            memory_format=torch.channels_last
+        )
+
+    def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
+        model = _load(AutoencoderKL, location, "vae", torch_dtype=torch.float32)
+        safe = dtype if dtype is not torch.float16 or not model.config.force_upcast else torch.float32
+        return model.to(dtype=safe, memory_format=torch.channels_last)
+
+    def text_encoder(self, location: Location, dtype: torch.dtype) -> ClipText:
+        tokenizer = _load(CLIPTokenizer, location, "tokenizer")
+        return ClipText(tokenizer, _load(CLIPTextModel, location, "text_encoder", dtype=dtype))
+
+    def path(self, location: Location) -> NoisePath:
+        config = _scheduler_config(location)
+        train_steps = int(config.get("num_train_timesteps", 1000))
+        alpha_bar = alphas_cumprod(
+            config.get("beta_schedule", "scaled_linear"),
+            config.get("beta_start", 0.00085),
+            config.get("beta_end", 0.012),
+            train_steps,
+        )
+
+        def ladder(steps: int) -> Any:
+            return vp_ladder(
+                alpha_bar,
+                steps,
+                spacing=config.get("timestep_spacing", "leading"),
+                steps_offset=config.get("steps_offset", 1),
+                final="one" if config.get("set_alpha_to_one", False) else "first",
+            )
+
+        kind = cast(Kind, config.get("prediction_type", "epsilon"))
+        return NoisePath(kind, vp(alpha_bar, torch.arange(train_steps)), ladder)
+
+    def network(self, denoiser: nn.Module, text: Text) -> Network:
+        dtype = cast(torch.dtype, denoiser.dtype)
+
+        def predict(noisy: Tensor, time: Tensor) -> Tensor:
+            noisy = noisy.to(dtype).contiguous(memory_format=torch.channels_last)
+            return cast(Tensor, denoiser(noisy, time, text["hidden"].to(dtype)).sample)
+
+        return predict
+
+
+class ClipText:
+    """CLIP's text encoder: the last hidden states of 77 positions."""
+
+    def __init__(self, tokenizer: Any, model: Any) -> None:
+        self.tokenizer = tokenizer
+        self.model = model.eval().requires_grad_(False)
+
+    def to(self, device: torch.device) -> ClipText:
+        self.model.to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> Text:
+        """hidden [B, 77, D]. A prompt that is too long is cut, and said so."""
+        length = self.tokenizer.model_max_length
+        for prompt in prompts:
+            tokens = self.tokenizer(prompt, verbose=False)["input_ids"]
+            if len(tokens) > length:
+                lost = self.tokenizer.decode(tokens[length - 1 : -1])
+                say(f"The prompt has {len(tokens)} tokens and this model reads {length}: it will not see “{lost}”.")
+        ids = self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )["input_ids"]
+        return {"hidden": self.model(ids.to(self.model.device)).last_hidden_state.float()}
+
+
+def _load(kind: Any, location: Location, part: str, **options: Any) -> Any:
+    """One part of a diffusers folder or hub id, safetensors only."""
+    folder = location.folder
+    if folder is not None and not (folder / part).is_dir():
+        raise UserError(f"{folder} has no folder {part}/, so it is not a whole model. Save or download it again.")
+    if issubclass(kind, nn.Module):
+        options |= {"use_safetensors": True}
+    try:
+        return kind.from_pretrained(location.place, subfolder=part, local_files_only=folder is not None, **options)
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"The {part} of {location.name} could not be loaded ({first}). Check the model.") from error
+
+
+def _scheduler_config(location: Location) -> dict[str, Any]:
+    from diffusers import DDIMScheduler
+
+    return dict(_load(DDIMScheduler, location, "scheduler").config)

@@ -1,0 +1,272 @@
+"""`Backbone`: a latent diffusion model of any family, as the methods see it.
+
+    model = Backbone.open("moji")
+    text = model.encode_prompts(["a dog in the snow"])
+    latents = walk(noise, model.predictor(text), model.ladder(25))
+    pictures = model.decode(latents)
+
+Parts load when first used and can be freed again, so a training run never holds the encoders and the denoiser together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from backbone.console import UserError
+from backbone.families import Family, Location, NoisePath, Text, TextEncoder, families
+from backbone.files import content_hash, read_json
+from backbone.noise import Ladder, Level, Predict, estimate
+
+EMBEDDED = Path(__file__).with_name("moji")
+NAMES = {
+    "moji": str(EMBEDDED),
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "sd3": "stabilityai/stable-diffusion-3.5-medium",
+    "flux": "black-forest-labs/FLUX.1-dev",
+}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PARTS = ("denoiser", "autoencoder", "text_encoder")
+
+
+class Posterior(NamedTuple):
+    """What the autoencoder's encoder says: mean and standard deviation [B, C, H, W] of latents of about unit variance."""
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Latents drawn from it."""
+        noise = torch.randn(self.mean.shape, generator=generator, dtype=torch.float32).to(self.mean.device)
+        return self.mean + self.std * noise
+
+
+class Backbone:
+    """A model: where it is, which family it belongs to, on which device and in which precision it works."""
+
+    def __init__(self, location: Location, family: Family, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.location = location
+        self.family = family
+        self.device = device
+        self.dtype = dtype
+
+    @classmethod
+    def open(cls, model: str = "moji", *, device: str = "auto", precision: str = "auto") -> Backbone:
+        """Finds a model: `moji`, `sd15`, `sdxl`, `sd3`, `flux`, a diffusers folder, or a hub id. Loads no weights yet.
+
+        `precision` is fp32, bf16, fp16 or auto: bf16 where the processor has it, else fp16 on a GPU and fp32 on a CPU.
+
+        Raises `UserError` when there is no such model, or when its family is not served.
+        """
+        location = locate(model)
+        found = location.index.get("_class_name", "")
+        for family in families():
+            if found in family.pipelines:
+                place = torch.device(best_device() if device == "auto" else device)
+                return cls(location, family, device=place, dtype=chosen_dtype(precision, place))
+        served = ", ".join(family.name for family in families())
+        raise UserError(f"{location.name} is a {found or 'model of unknown kind'}; this version works with {served}.")
+
+    @cached_property
+    def denoiser(self) -> nn.Module:
+        """The network that predicts, in the working precision, its weights frozen."""
+        return self.family.denoiser(self.location, self.dtype).eval().requires_grad_(False).to(self.device)
+
+    @cached_property
+    def autoencoder(self) -> nn.Module:
+        """Pictures to latents and back."""
+        return self.family.autoencoder(self.location, self.dtype).eval().requires_grad_(False).to(self.device)
+
+    @cached_property
+    def text_encoder(self) -> TextEncoder:
+        """Prompts to `Text`. Always fp32: it is small, and it runs once."""
+        return self.family.text_encoder(self.location, torch.float32).to(self.device)
+
+    @cached_property
+    def path(self) -> NoisePath:
+        """The noise path that the model was trained on."""
+        return self.family.path(self.location)
+
+    @cached_property
+    def defaults(self) -> dict[str, Any]:
+        """What works well with this model: the `atelier.json` beside it, or what works with its family."""
+        usual = {"steps": 30, "guidance": 7.5, "train_steps": 500, "learning_rate": 1e-4, "rank": 8, "batch": 1}
+        folder = self.location.folder
+        file = folder / "atelier.json" if folder else None
+        return usual | (read_json(file) if file and file.exists() else {})
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells this model from others, from the contents of its files: sizes, and both ends of every weight file."""
+        folder = self.location.folder
+        if folder is None:
+            return content_hash(self.location.place.encode())
+        parts = []
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".json", ".txt", ".safetensors") and path.is_file():
+                with path.open("rb") as file:
+                    start = file.read(1 << 18)
+                    file.seek(max(0, path.stat().st_size - (1 << 18)))
+                    end = file.read()
+                parts.append(f"{path.relative_to(folder)}:{path.stat().st_size}:{content_hash(start + end)}")
+        return content_hash("\n".join(parts).encode())
+
+    def free(self, *parts: str) -> None:
+        """Lets go of parts; they load again when used."""
+        for part in parts:
+            assert part in PARTS
+            self.__dict__.pop(part, None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @cached_property
+    def factor(self) -> int:
+        """Pixels a side for one latent."""
+        return cast(int, 2 ** (len(self.autoencoder_config["block_out_channels"]) - 1))
+
+    @cached_property
+    def autoencoder_config(self) -> dict[str, Any]:
+        """The autoencoder's settings, read without its weights."""
+        return self._config("vae")
+
+    @cached_property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a latent at the model's own resolution."""
+        size = int(self._config("unet")["sample_size"])
+        return int(self.autoencoder_config["latent_channels"]), size, size
+
+    @property
+    def resolution(self) -> int:
+        """Pixels a side of the pictures that the model was trained on."""
+        return self.latent_shape[1] * self.factor
+
+    @torch.no_grad()
+    def encode(self, pictures: Tensor) -> Posterior:
+        """Pictures [B, 3, 8H, 8W] in −1…1 to the posterior of their latents, scaled to about unit variance."""
+        dtype = next(self.autoencoder.parameters()).dtype
+        pictures = pictures.to(self.device, dtype).contiguous(memory_format=torch.channels_last)
+        found = self.autoencoder.encode(pictures).latent_dist
+        scale, shift = self._scale_and_shift
+        return Posterior((found.mean.float() - shift) * scale, found.std.float() * scale)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, H, W] to pictures [B, 3, 8H, 8W], float32 in −1…1."""
+        dtype = next(self.autoencoder.parameters()).dtype
+        scale, shift = self._scale_and_shift
+        latents = (latents.to(self.device).float() / scale + shift).to(dtype)
+        decoded = self.autoencoder.decode(latents.contiguous(memory_format=torch.channels_last)).sample
+        return cast(Tensor, decoded.float().clamp(-1, 1))
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Text:
+        """Prompts to what the network wants to know of them."""
+        return self.text_encoder(prompts)
+
+    def predictor(self, text: Text) -> Predict:
+        """The model's prediction for one prompt a sample."""
+        network, kind = self.family.network(self.denoiser, text), self.path.kind
+
+        def predict(noisy: Tensor, level: Level) -> Any:
+            assert level.time is not None
+            with self.autocast():
+                prediction = network(noisy, level.time.to(noisy.device))
+            return estimate(prediction.float(), noisy, level, kind)
+
+        return predict
+
+    def guided_predictor(self, text: Text, empty: Text, guidance: float) -> Predict:
+        """The same with classifier-free guidance (Ho & Salimans 2022): both prompts in one call of twice the batch."""
+        if guidance == 1:
+            return self.predictor(text)
+        both = self.predictor({name: torch.cat([value, empty[name]]) for name, value in text.items()})
+
+        def predict(noisy: Tensor, level: Level) -> Any:
+            twice = both(torch.cat([noisy, noisy]), level)
+            return type(twice)(*(_guide(*part.chunk(2), guidance) for part in twice))
+
+        return predict
+
+    def ladder(self, steps: int) -> Ladder:
+        """The noise levels of a sampler with S steps, noisy to clean, as the model's own scheduler places them."""
+        return self.path.ladder(steps).to(self.device)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Half precision for what is trained in fp32 on top of a half-precision base; nothing in fp32."""
+        if self.dtype is torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    @property
+    def _scale_and_shift(self) -> tuple[float, float]:
+        config = self.autoencoder_config
+        return float(config.get("scaling_factor") or 1.0), float(config.get("shift_factor") or 0.0)
+
+    def _config(self, part: str) -> dict[str, Any]:
+        folder = self.location.folder
+        path = folder / part / "config.json" if folder else _hub_file(self.location.place, f"{part}/config.json")
+        if not path.exists():
+            raise UserError(f"{self.location.name} has no {part}/config.json. Save or download the model again.")
+        return cast("dict[str, Any]", read_json(path))
+
+
+def locate(model: str) -> Location:
+    """Where a model of this name is; `UserError` when it is nowhere."""
+    place = NAMES.get(model, model)
+    path = Path(place).expanduser()
+    if path.is_dir():
+        index = path / "model_index.json"
+        if not index.exists():
+            raise UserError(
+                f"{path} is not a diffusers model: it has no model_index.json. Name the folder that `save_pretrained` wrote."
+            )
+        return Location(model, str(path), read_json(index))
+    if path.is_file():
+        raise UserError(f"{path} is a single file. Name a diffusers folder, or convert it with `save_pretrained`.")
+    if model in NAMES or (place.count("/") == 1 and not place.startswith((".", "/", "~"))):
+        return Location(model, place, json.loads(_hub_file(place, "model_index.json").read_text()))
+    raise UserError(f"There is no model {model}. Name one of {', '.join(NAMES)}, a diffusers folder, or a hub id.")
+
+
+def best_device() -> str:
+    """cuda, mps or cpu."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def chosen_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The working precision; `auto` is the fastest one that is safe on the device."""
+    if precision != "auto":
+        if precision not in PRECISIONS:
+            raise UserError(f"There is no precision {precision}. Choose auto, {', '.join(PRECISIONS)}.")
+        return PRECISIONS[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _guide(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+    return unconditional + guidance * (conditional - unconditional)
+
+
+def _hub_file(repository: str, name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, name))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"The model {repository} is not on this machine and could not be fetched from the hub "
+            f"({type(error).__name__}). Check its name and the connection, or name a local diffusers folder."
+        ) from error

@@ -1,0 +1,92 @@
+"""Pictures from prompts. Picture (i, j) depends on the seed, i and j, not on the batch that it was drawn in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from backbone.cache import encoded_prompts
+from backbone.console import UserError
+from backbone.images import to_image
+from backbone.loop import generator
+from backbone.model import Backbone
+from backbone.noise import Ladder, Predict
+from backbone.steps import ancestral, heun, walk
+
+Sampler = Literal["ddim", "heun", "ancestral"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A picture to draw: the prompt in the model's words, and the key of its noise (prompt number, sample number)."""
+
+    prompt: str
+    key: tuple[int, int]
+    negative: str = ""
+
+
+@torch.no_grad()
+def sample(
+    model: Backbone,
+    requests: Sequence[Request],
+    *,
+    steps: int,
+    guidance: float,
+    seed: int,
+    sampler: Sampler = "ddim",
+    batch: int = 8,
+) -> Iterator[Image]:
+    """Draws the requested pictures, in order."""
+    for latents in sample_latents(
+        model, requests, steps=steps, guidance=guidance, seed=seed, sampler=sampler, batch=batch
+    ):
+        for picture in model.decode(latents).cpu():
+            yield to_image(picture)
+
+
+@torch.no_grad()
+def sample_latents(
+    model: Backbone,
+    requests: Sequence[Request],
+    *,
+    steps: int,
+    guidance: float,
+    seed: int,
+    sampler: Sampler = "ddim",
+    batch: int = 8,
+) -> Iterator[Tensor]:
+    """The same as latents, a batch [B, C, H, W] at a time."""
+    ladder = model.ladder(steps)
+    for first in range(0, len(requests), batch):
+        some = requests[first : first + batch]
+        text = encoded_prompts(model, [request.prompt for request in some])
+        empty = encoded_prompts(model, [request.negative for request in some])
+        noise = torch.stack([initial_noise(model, seed, *request.key) for request in some]).to(model.device)
+        start = noise * (ladder.a[0] ** 2 + ladder.b[0] ** 2).sqrt()
+        predict = model.guided_predictor(text, empty, guidance)
+        randoms = [generator(seed, *request.key, "steps") for request in some]
+        yield walker(sampler, randoms)(start, predict, ladder)
+
+
+def walker(
+    sampler: str, randoms: Sequence[torch.Generator]
+) -> Callable[[Tensor, Predict, Ladder], Tensor]:
+    """The sampler of this name; fresh noise, where it needs some, comes from one generator for each picture."""
+    match sampler:
+        case "ddim":
+            return walk
+        case "heun":
+            return heun
+        case "ancestral":
+            return lambda noisy, predict, ladder: ancestral(noisy, predict, ladder, generator=randoms)
+    raise UserError(f"There is no sampler {sampler}. Choose one of {', '.join(get_args(Sampler))}.")
+
+
+def initial_noise(model: Backbone, seed: int, i: int, j: int) -> Tensor:
+    """ε [C, H, W] of picture (i, j)."""
+    return torch.randn(model.latent_shape, generator=generator(seed, i, j))

@@ -1,0 +1,132 @@
+"""The vocabulary of the world and the sentences that describe its scenes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from random import Random
+
+NO_STYLE = ""
+PLACE_WORDS: dict[str, tuple[str, ...]] = {
+    "in a park": ("in the park", "on the grass", "on a green lawn"),
+    "in the desert": ("in a desert", "in a sandy desert", "among cacti"),
+    "on the beach": ("at the beach", "on a beach", "by the sea", "on the sand"),
+    "in the snow": ("in snow", "in a snowy field", "in winter"),
+    "at night": ("in the night", "under the moon", "under the night sky"),
+    "at sunset": ("in the sunset", "at dusk", "in front of a sunset"),
+    "in the city": ("in a city", "in town", "on a city street", "in front of buildings"),
+    "on a wooden table": ("on a table", "on a wooden floor", "on a desk"),
+    "under the sea": ("underwater", "in the ocean", "under water", "in the sea"),
+    "in space": ("in outer space", "among the stars", "floating in space"),
+    "in a forest": ("in the forest", "in the woods", "among trees"),
+    "on a white background": ("against a white background", "on white", "in front of a white background"),
+}
+STYLE_WORDS: dict[str, tuple[str, ...]] = {
+    "a pixel art of": ("pixel art of", "a pixel art picture of", "{}, pixel art", "{} in pixel art style"),
+    "a pencil sketch of": ("a sketch of", "a pencil drawing of", "{}, pencil sketch", "a drawing of"),
+    "a watercolor of": ("a watercolor painting of", "watercolor of", "{}, watercolor", "a painting of"),
+    "a neon drawing of": ("a neon sign of", "neon drawing of", "{}, neon", "{} in neon style"),
+}
+PHOTO_WORDS = ("a photo of", "a picture of", "an image of", "a photo of")
+WEARING_WORDS = ("with", "wearing", "that wears")
+BESIDE_WORDS = ("next to", "beside", "and", "near")
+IRREGULAR_PLURALS = {
+    "fish": "fish", "butterfly": "butterflies", "strawberry": "strawberries", "snowman": "snowmen",
+    "cactus": "cactuses", "fox": "foxes", "octopus": "octopuses", "bus": "buses", "nesting dolls": "nesting dolls",
+    "violin": "violins", "accordion": "accordions",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The word lists, each noun with its glyph."""
+
+    nouns: dict[str, str]
+    colours: dict[str, int]
+    accessories: dict[str, str]
+    places: tuple[str, ...]
+    styles: tuple[str, ...]
+    development_concepts: dict[str, str]
+    demo_concept: dict[str, str]
+    classes: dict[str, str]
+
+    def glyph(self, noun: str) -> str:
+        """The glyph of a noun or of a concept; `KeyError` for a word that the world has not."""
+        return {**self.nouns, **self.development_concepts, **self.demo_concept}[noun]
+
+
+@cache
+def vocabulary() -> Vocabulary:
+    """The packaged word lists."""
+    lists = json.loads(Path(__file__).with_name("vocabulary.json").read_text(encoding="utf-8"))
+    return Vocabulary(
+        nouns=lists["nouns"],
+        colours=lists["colours"],
+        accessories=lists["accessories"],
+        places=tuple(lists["places"]),
+        styles=tuple(lists["styles"]),
+        development_concepts=lists["development_concepts"],
+        demo_concept=lists["demo_concept"],
+        classes=lists["classes"],
+    )
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object: what it is, its colour (`None`: its own), what it wears, and whether it is small."""
+
+    noun: str
+    colour: str | None = None
+    accessory: str | None = None
+    small: bool = False
+
+    def phrase(self, *, count: int = 1, wearing: str = "wearing", called: str | None = None) -> str:
+        """`a small red dog wearing a crown`, or `two red dogs`; `called` says it with another name for the noun."""
+        noun = called or self.noun
+        words = [word for word in ("small" if self.small else None, self.colour) if word]
+        words.append(plural(noun) if count == 2 else noun)
+        text = " ".join(words)
+        text = f"two {text}" if count == 2 else f"{article(text)} {text}"
+        return f"{text} {wearing} {self.accessory}" if self.accessory else text
+
+
+def plural(noun: str) -> str:
+    """The plural of a noun of the world."""
+    return IRREGULAR_PLURALS.get(noun, noun + "s")
+
+
+def article(words: str) -> str:
+    """`a` or `an`."""
+    return "an" if words[0] in "aeiou" and not words.startswith(("one", "uni")) else "a"
+
+
+def sentence(
+    things: tuple[Thing, ...], *, pair: bool, place: str | None, style: str | None, called: str | None = None
+) -> str:
+    """The canonical caption: `[style of] [a | two] [small] [colour] noun [wearing …] [next to a noun] place`."""
+    text = things[0].phrase(count=2 if pair else 1, called=called)
+    if len(things) == 2:
+        text += " next to " + things[1].phrase()
+    if place:
+        text += " " + place
+    return f"{style} {text}" if style else text
+
+
+def paraphrase(
+    things: tuple[Thing, ...], *, pair: bool, place: str | None, style: str | None, random: Random
+) -> str:
+    """One of the other ways in which a person may say the same scene."""
+    text = things[0].phrase(count=2 if pair else 1, wearing=random.choice(WEARING_WORDS))
+    if len(things) == 2:
+        text += f" {random.choice(BESIDE_WORDS)} " + things[1].phrase()
+    if place:
+        where = random.choice((place, *PLACE_WORDS[place]))
+        text = f"{where}, {text}" if random.random() < 0.05 else f"{text} {where}"
+    if style:
+        pattern = random.choice((style, *STYLE_WORDS[style]))
+        text = pattern.format(text) if "{}" in pattern else f"{pattern} {text}"
+    elif random.random() < 0.4:
+        text = f"{random.choice(PHOTO_WORDS)} {text}"
+    return text

@@ -1,0 +1,1 @@
+"""Teaches a model a new concept from a handful of pictures."""

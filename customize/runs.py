@@ -1,0 +1,275 @@
+"""A training run from pictures to pictures, and the folder that it leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from PIL.Image import Image
+
+from backbone.adapters import WEIGHTS, save_lora
+from backbone.concept import Concept, check_token, rare_words, spoken
+from backbone.console import UserError, progress, say
+from backbone.files import append_jsonl, content_hash, read_jsonl, write_json, write_text
+from backbone.images import Picture, check, read_folder, square
+from backbone.model import Backbone
+from backbone.sample import Request, sample
+from backbone.sheet import save_sheet
+from customize.lora import ADAPTER, LoraTraining, prepare
+from customize.settings import FILE, Settings, as_flags, read_settings
+
+LOG = "log.jsonl"
+SHEET = "sheet.png"
+PACKAGES = ("atelier-diffusion", "torch", "diffusers", "transformers", "peft", "accelerate")
+
+
+def train_concept(asked: dict[str, Any], *, images: str, token: str, class_noun: str | None, out: Path | None) -> Path:
+    """Trains a new concept and gives its run folder. `asked` holds what the user set; the rest comes from the model.
+
+    Raises `UserError` for bad pictures (all at once), a bad token or a run folder that is taken, before any weights load.
+    """
+    began = time.perf_counter()
+    pictures = read_folder(images)
+    check(pictures)
+    run = out or Path("runs") / run_name(images)
+    if (run / FILE).exists():
+        raise UserError(f"{run} already holds a run. Continue it with --resume {run}, or choose another --out.")
+    model = Backbone.open(asked.get("model", "moji"), device=asked.get("device", "auto"),
+                          precision=asked.get("precision", "auto"))  # fmt: skip
+    if class_noun is None:
+        class_noun = guess(model, pictures)
+    settings = resolved(model, asked, images=images, token=token, class_noun=class_noun)
+    check_token(token, model.text_encoder.tokenizer.get_vocab())
+    if not settings.token_words:
+        key = "".join(content_hash(picture.read()) for picture in pictures)
+        words = rare_words(model.text_encoder.tokenizer.get_vocab(), key)
+        settings = dataclasses.replace(settings, token_words=words)
+    run.mkdir(parents=True, exist_ok=True)
+    record = {"settings": settings, "command": as_flags(settings, run), "versions": versions(), "timings": {}}
+    write_json(run / FILE, record)
+    return carry_on(run, settings, model, pictures, began=began)
+
+
+def resume_concept(run: Path) -> Path:
+    """Goes on with a run that was stopped; the weights come out as if it had not been."""
+    settings = read_settings(run)
+    pictures = read_folder(settings.images)
+    check(pictures)
+    model = Backbone.open(settings.model, device=settings.device, precision=settings.precision)
+    return carry_on(run, settings, model, pictures, began=time.perf_counter())
+
+
+def carry_on(run: Path, settings: Settings, model: Backbone, pictures: list[Picture], *, began: float) -> Path:
+    """Trains from the last checkpoint, if there is one, to the finished folder."""
+    concept = Concept(
+        kind="lora",
+        model=settings.model,
+        fingerprint=model.fingerprint,
+        tokens={settings.token: settings.token_words},
+        class_noun=settings.class_noun,
+        weights=WEIGHTS,
+    )
+    instance, prior = settings.prompts()
+    prompts = [spoken(captioned(picture, instance, settings.token), [concept]) for picture in pictures]
+    say(f"{len(pictures)} pictures of “{settings.called()}”; {settings.token} stands for “{settings.token_words}”.")
+    training = LoraTraining(model, prepare(model, pictures, [*prompts, prior], settings), settings)
+    training.resume(run)
+    trim_log(run, training.done)
+    prepared = time.perf_counter()
+    previews = Previews(model, settings, concept)
+    with stopping() as stop, progress(settings.steps, "training", done=training.done) as bar:
+        for report in training.steps():
+            append_jsonl(run / LOG, dataclasses.asdict(report))
+            bar.advance(images=settings.batch, loss=report.loss, learning_rate=report.learning_rate)
+            finished = report.step == settings.steps
+            if stop or finished or report.step % settings.checkpointing_steps == 0:
+                training.save(run)
+            if stop:
+                raise KeyboardInterrupt(
+                    f"Stopped and saved at step {report.step} of {settings.steps}. "
+                    f"Continue with: customize train --resume {run}"
+                )
+            if report.step % settings.validation_steps == 0 and not finished:
+                previews.save(run / "previews" / f"step-{report.step:06d}.png", count=4)
+    trained = time.perf_counter()
+    header = {"atelier_token": settings.token, "atelier_words": settings.token_words, "base_model": settings.model}
+    save_lora(run / WEIGHTS, model.denoiser, ADAPTER, metadata=header)
+    concept.write(run)
+    shown = previews.save(run / SHEET, count=8, subjects=pictures)
+    ended = time.perf_counter()
+    timings = {"prepare": prepared - began, "train": trained - prepared, "show": ended - trained, "all": ended - began}
+    seconds = {name: round(value, 2) for name, value in timings.items()}
+    record = {"settings": settings, "command": as_flags(settings, run), "versions": versions(), "timings": seconds}
+    write_json(run / FILE, record)
+    write_text(run / "README.md", readme(run, settings, shown, seconds))
+    return run
+
+
+class Previews:
+    """Draws the run's prompts with the adapter in training."""
+
+    def __init__(self, model: Backbone, settings: Settings, concept: Concept) -> None:
+        self.model, self.settings = model, settings
+        self.prompts = [prompt.replace("{}", settings.called()) for prompt in settings.sheet_prompts]
+        self.requests = [Request(spoken(prompt, [concept]), (i, 0)) for i, prompt in enumerate(self.prompts)]
+
+    def save(self, path: Path, *, count: int, subjects: list[Picture] | None = None) -> list[str]:
+        """Writes a sheet of the first `count` prompts, the subject's pictures above them; gives the prompts."""
+        drawn: list[Image] = list(
+            sample(self.model, self.requests[:count], steps=self.settings.sample_steps,
+                   guidance=self.settings.guidance, seed=self.settings.seed)  # fmt: skip
+        )
+        own = [square(picture.open(), self.model.resolution) for picture in (subjects or [])[:8]]
+        save_sheet(path, own=own, drawn=drawn, prompts=self.prompts[:count], called=self.settings.called())
+        return self.prompts[:count]
+
+
+@contextmanager
+def stopping() -> Iterator[list[int]]:
+    """A list that is empty until Ctrl-C or SIGTERM comes; the second one interrupts at once."""
+    caught: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+        say("Saving, then stopping …")
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def resolved(model: Backbone, asked: dict[str, Any], *, images: str, token: str, class_noun: str) -> Settings:
+    """The settings that a run will use: what the user asked for over what works with the model."""
+    usual = model.defaults
+    from_model = {
+        "steps": usual["train_steps"],
+        "learning_rate": usual["learning_rate"],
+        "rank": usual["rank"],
+        "batch": usual["batch"],
+        "flip": usual.get("flip", False),
+        "sample_steps": usual["steps"],
+        "guidance": usual["guidance"],
+        "sheet_prompts": tuple(usual.get("sheet_prompts", SHEET_PROMPTS)),
+        "lora_layers": usual.get("lora_layers", "attention"),
+        "prior_batch": usual.get("prior_batch", 1),
+    }
+    wanted = {key: value for key, value in asked.items() if value is not None and value != ()}
+    merged = {**from_model, **wanted}
+    merged.setdefault("lora_alpha", float(merged["rank"]))
+    return Settings(**merged, images=images, token=token, class_noun=class_noun)
+
+
+SHEET_PROMPTS = (
+    "a photo of a {} in the snow",
+    "a photo of a {} on the beach",
+    "a photo of a {} in a city",
+    "a photo of a {} in the jungle",
+    "a photo of a red {}",
+    "a watercolor painting of a {}",
+    "a pencil sketch of a {}",
+    "a photo of a {} on a wooden table",
+)
+
+
+def guess(model: Backbone, pictures: list[Picture]) -> str:
+    """The class of the subject by the scorer, said aloud; `UserError` where the model has none."""
+    from backbone.scorers import guess_class, load_scorer
+    from backbone.world.words import vocabulary
+
+    folder = model.location.folder
+    if folder is None or not (folder / "scorer").is_dir():
+        raise UserError(f"Say what the pictures show with --class (as --class dog): {model.location.name} cannot guess it.")
+    scorer = load_scorer(folder / "scorer")
+    ranked = guess_class(scorer, [square(picture.open(), 128) for picture in pictures], tuple(vocabulary().nouns))
+    best, second = ranked[0], ranked[1]
+    say(f"The pictures seem to show a {best[0]} ({best[1]:.0%}; next {second[0]}, {second[1]:.0%}). --class says otherwise.")
+    return str(best[0])
+
+
+def captioned(picture: Picture, instance: str, token: str) -> str:
+    """The training prompt of a picture: its own caption where it has one, with the token put in front if it lacks it."""
+    if not picture.caption:
+        return instance
+    return picture.caption if token in picture.caption else f"{instance}, {picture.caption}"
+
+
+def run_name(images: str) -> str:
+    """A run's name from its pictures: the folder's, or the file's without its ending."""
+    path = Path(images).expanduser().resolve()
+    return (path.stem if path.is_file() else path.name) or "run"
+
+
+def trim_log(run: Path, done: int) -> None:
+    """Forgets log lines of steps that will be taken again."""
+    path = run / LOG
+    if not path.exists():
+        return
+    kept = [line for line in read_jsonl(path) if line["step"] <= done]
+    path.unlink()
+    for line in kept:
+        append_jsonl(path, line)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that matter."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def readme(run: Path, settings: Settings, prompts: list[str], seconds: dict[str, float]) -> str:
+    """The run's README.md."""
+    instance, prior = settings.prompts()
+    lines = [
+        f"# {settings.called()}",
+        "",
+        f"A concept learned by `customize train` from `{settings.images}` on `{settings.model}`, a LoRA of rank "
+        f"{settings.rank}, {settings.steps} steps of {settings.batch} in {seconds['train']:.0f} s "
+        f"({seconds['all']:.0f} s in all).",
+        "",
+        f"Write `{settings.token}` in a prompt; the model reads “{settings.token_words}”. Trained on “{instance}”, "
+        f"“{prior}” kept what it was.",
+        "",
+        f"![the subject above, samples below]({SHEET})",
+        "",
+        "Again:",
+        "",
+        f"    {as_flags(settings, run)}",
+        "",
+        "Pictures:",
+        "",
+        f'    customize sample "{prompts[0] if prompts else instance}" --concept {run}',
+        "",
+        "In diffusers (the token's words written out):",
+        "",
+        "```python",
+        f'pipeline.load_lora_weights("{run}")',
+        f'pipeline("{instance.replace(settings.token, settings.token_words)}")',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def remove_run(run: Path) -> None:
+    """Deletes a run folder that nothing was saved into."""
+    shutil.rmtree(run, ignore_errors=True)

@@ -1,0 +1,96 @@
+"""`customize sample`: prompts and concepts to a folder of pictures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL.Image import Image
+
+from backbone.adapters import activate, load_lora
+from backbone.concept import Concept, described, read_concept, spoken
+from backbone.console import UserError, progress
+from backbone.files import write_bytes, write_json
+from backbone.model import Backbone
+from backbone.sample import Request, sample, walker
+from backbone.sheet import png_bytes, save_samples
+from customize.runs import versions
+
+
+def draw(
+    prompts: Sequence[str],
+    *,
+    concepts: Sequence[Path] = (),
+    model: str | None = None,
+    count: int = 1,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    negative: str = "",
+    sampler: str = "ddim",
+    scale: float = 1.0,
+    out: Path = Path("samples"),
+    precision: str = "auto",
+    device: str = "auto",
+) -> Path:
+    """Writes `p00-s00.png` … (prompt number, sample number), `samples.json` and `sheet.png`; gives the sheet's path.
+
+    Raises `UserError` for a token that no concept owns, or a concept of another model, before any weights load.
+    """
+    walker(sampler, [])
+    learned = [read_concept(folder) for folder in concepts]
+    name = model or (learned[0].model if learned else "moji")
+    said = [spoken(prompt, learned) for prompt in prompts]
+    avoided = spoken(negative, learned)
+    backbone = Backbone.open(name, device=device, precision=precision)
+    for concept in learned:
+        refuse_another_model(concept, backbone)
+    put_on(backbone, learned, scale=scale)
+    steps = steps or int(backbone.defaults["steps"])
+    guidance = float(backbone.defaults["guidance"]) if guidance is None else guidance
+    requests = [Request(prompt, (i, j), avoided) for i, prompt in enumerate(said) for j in range(count)]
+    began = time.perf_counter()
+    pictures: list[Image] = []
+    records = []
+    with progress(len(requests), "drawing") as bar:
+        for request, picture in zip(
+            requests,
+            sample(backbone, requests, steps=steps, guidance=guidance, seed=seed, sampler=sampler),  # type: ignore[arg-type]
+            strict=True,
+        ):
+            i, j = request.key
+            file = f"p{i:02d}-s{j:02d}.png"
+            write_bytes(out / file, png_bytes(picture, {"prompt": prompts[i], "seed": str(seed)}))
+            records.append({"file": file, "prompt": prompts[i], "model_reads": request.prompt, "sample": j})
+            pictures.append(picture)
+            bar.advance(images=1)
+    write_json(
+        out / "samples.json",
+        {
+            "model": name, "concepts": described(learned), "steps": steps, "guidance": guidance, "sampler": sampler,
+            "seed": seed, "negative": negative, "scale": scale, "seconds": round(time.perf_counter() - began, 2),
+            "versions": versions(), "pictures": records,
+        },
+    )  # fmt: skip
+    rows = [pictures[i * count : (i + 1) * count] for i in range(len(prompts))]
+    save_samples(out / "sheet.png", rows, prompts)
+    return out / "sheet.png"
+
+
+def put_on(model: Backbone, concepts: Sequence[Concept], *, scale: float = 1.0) -> None:
+    """Puts the adapters of concepts on the denoiser."""
+    names = [f"concept_{number}" for number in range(len(concepts))]
+    for name, concept in zip(names, concepts, strict=True):
+        load_lora(concept.weights_path, model.denoiser, name, scale=scale)
+    if names:
+        activate(model.denoiser, names)
+
+
+def refuse_another_model(concept: Concept, model: Backbone) -> None:
+    """`UserError` when a concept was trained on other weights than the model's."""
+    if concept.fingerprint != model.fingerprint:
+        raise UserError(
+            f"{concept.folder} was trained on {concept.model} with other weights than {model.location.name} has. "
+            "Give the --model that it was trained on, or train it again."
+        )

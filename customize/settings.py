@@ -1,0 +1,104 @@
+"""What a run was asked for, resolved: every choice that changes the weights, in one frozen value."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backbone.console import UserError
+from backbone.files import read_json
+
+FILE = "settings.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of `customize train`. A run is a function of these, the pictures and the model."""
+
+    images: str
+    token: str
+    class_noun: str
+    model: str = "moji"
+    instance_prompt: str = "a {token} {class}"
+    class_prompt: str = "a {class}"
+    token_words: str = ""
+    steps: int = 400
+    batch: int = 6
+    prior_batch: int = 2
+    prior_loss_weight: float = 1.0
+    prior_draws: int = 64
+    learning_rate: float = 1e-3
+    lr_warmup_steps: int = 20
+    lr_scheduler: str = "cosine"
+    rank: int = 16
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    lora_layers: str = "all"
+    flip: bool = False
+    weight_decay: float = 1e-2
+    max_grad_norm: float = 1.0
+    precision: str = "auto"
+    device: str = "auto"
+    seed: int = 0
+    checkpointing_steps: int = 100
+    validation_steps: int = 150
+    sheet_prompts: tuple[str, ...] = ()
+    sample_steps: int = 25
+    guidance: float = 4.0
+
+    def prompts(self) -> tuple[str, str]:
+        """The instance prompt and the class prompt, with the class filled in and the token as people write it."""
+        fill = {"token": self.token, "class": self.class_noun}
+        return tidy(_filled(self.instance_prompt, fill)), tidy(_filled(self.class_prompt, fill))
+
+    def called(self) -> str:
+        """How a prompt calls the concept: `[V] dog`."""
+        return tidy(f"{self.token} {self.class_noun}")
+
+
+def read_settings(run: Path) -> Settings:
+    """The settings of a run folder; `UserError` when it has none or they are of another version."""
+    path = run / FILE
+    if not path.is_file():
+        raise UserError(f"{run} is not a run of `customize train` ({FILE} is missing). Name another folder.")
+    said: dict[str, Any] = read_json(path)["settings"]
+    try:
+        return Settings(**{**said, "sheet_prompts": tuple(said.get("sheet_prompts", ()))})
+    except TypeError as error:
+        raise UserError(f"{path} was written by another version ({error}). Start the run anew.") from error
+
+
+def as_flags(settings: Settings, out: Path) -> str:
+    """The command that repeats a run."""
+    flags = ["customize train", f"--images {_quoted(settings.images)}", f"--token {_quoted(settings.token)}"]
+    names = {"class_noun": "class", "batch": "train_batch_size", "steps": "max_train_steps"}
+    usual = Settings(images="", token="", class_noun="")
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name in ("images", "token", "sheet_prompts"):
+            continue
+        if field.name == "flip":
+            flags.append("--flip" if value else "--no-flip")
+        elif value != getattr(usual, field.name) or field.name in ("class_noun", "steps", "seed"):
+            flags.append(f"--{names.get(field.name, field.name)} {_quoted(str(value))}")
+    flags += [f"--validation_prompt {_quoted(prompt)}" for prompt in settings.sheet_prompts]
+    return " ".join([*flags, f"--out {_quoted(str(out))}"])
+
+
+def tidy(prompt: str) -> str:
+    """One space between words; `an` before a vowel, `a` before a bracketed token."""
+    return " ".join(prompt.split())
+
+
+def _filled(template: str, words: dict[str, str]) -> str:
+    for name, word in words.items():
+        template = template.replace("{" + name + "}", word)
+    return template
+
+
+def _quoted(text: str) -> str:
+    import shlex
+
+    return shlex.quote(text)

@@ -1,0 +1,34 @@
+"""The packaged example pictures: the demo glyph, plain, in five places.
+
+    python -m recipes.moji.example_dog            writes customize/examples/dog/*.png
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from backbone.files import write_bytes
+from backbone.sheet import png_bytes
+from backbone.world.render import render
+from backbone.world.scene import BENCHMARK_SEEDS, Scene
+from backbone.world.words import Thing
+
+TRAINING_PLACES = ("on the beach", "on a wooden table", "in the city", "in the desert", "on a white background")
+
+
+def concept_pictures(noun: str, *, first_seed: int = BENCHMARK_SEEDS.start) -> list[Scene]:
+    """A concept's five training scenes: plain renders in five places; benchmarks ask for the other seven."""
+    return [Scene((Thing(noun),), place, seed=first_seed + k) for k, place in enumerate(TRAINING_PLACES)]
+
+
+def main(out: Annotated[Path, typer.Option()] = Path("customize/examples/dog")) -> None:
+    """Renders the five pictures."""
+    for number, scene in enumerate(concept_pictures("poodle"), start=1):
+        write_bytes(out / f"dog-{number}.png", png_bytes(render(scene).image))
+
+
+if __name__ == "__main__":
+    typer.run(main)
