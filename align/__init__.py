@@ -1,1 +1,1 @@
-"""Tune a model to preferences: pairs, scorers, DPO. Being built; see `align.cli`."""
+"""Tunes a model to preferences: pairs, scorers, DPO. Being built; see `cli`."""

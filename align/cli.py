@@ -18,7 +18,9 @@ def align(context: typer.Context) -> None:
     What works today is `customize`: see `customize --help`.
     """
     if context.args:
-        raise UserError(f"`align {context.args[0]}` does not exist: align has no commands yet. See `customize --help`.")
+        raise UserError(
+            f"`align {context.args[0]}` does not exist: align has no commands yet. See `customize --help`."
+        )
     typer.echo(context.get_help())
 
 

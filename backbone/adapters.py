@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,8 +74,6 @@ def load_lora(path: Path, model: nn.Module, name: str, *, scale: float = 1.0) ->
 
     Raises `UserError` when the file was made for another model.
     """
-    import json
-
     tensors, header = read_tensors(path)
     if "lora_adapter_metadata" not in header:
         raise UserError(f"{path} does not say its rank and alpha. Use a file that `customize train` wrote.")
@@ -90,7 +90,9 @@ def load_lora(path: Path, model: nn.Module, name: str, *, scale: float = 1.0) ->
     )
     state = {key.removeprefix(DENOISER_PREFIX): value for key, value in tensors.items()}
     shapes = {key: tuple(value.shape) for key, value in state.items()}
-    inject_adapter_in_model(config, cast(Any, model), adapter_name=name)
+    with warnings.catch_warnings():  # a second adapter is what we want here
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        inject_adapter_in_model(config, cast(Any, model), adapter_name=name)
     own = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(cast(Any, model), adapter_name=name).items()}
     if shapes != own:
         raise UserError(f"{path} was made for another model than this one. Give the --model that it was trained on.")
@@ -111,8 +113,6 @@ def activate(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def _config_json(model: nn.Module, name: str) -> str:
-    import json
-
     config = cast(Any, model).peft_config[name]
     settings = {
         "r": config.r,

@@ -26,11 +26,11 @@ class UserError(Exception):
 def run(app: Callable[[], Any]) -> NoReturn:
     """Runs a typer application as a console script and ends the process.
 
-    Exit codes: 0 done; 2 for a UserError, a file that is missing, forbidden or does not fit on the disk, and (by
-    typer) wrong usage; 130 after Ctrl-C. Mistakes are answered by their sentence alone; ATELIER_TRACEBACK=1 shows
-    the traceback. Other exceptions are ours to repair and keep their traceback.
+    Exit codes: 0 done; 2 for a UserError, a file that is missing, forbidden or does not fit on the disk, and
+    (by typer) wrong usage; 130 after Ctrl-C. Mistakes are answered by their sentence alone;
+    ATELIER_TRACEBACK=1 shows the traceback. Other exceptions are ours to repair and keep their traceback.
 
-    A KeyboardInterrupt that carries a message ends with that message: `raise KeyboardInterrupt("Stopped at …")`.
+    A KeyboardInterrupt that carries a message ends with it: `raise KeyboardInterrupt("Saved step 120 in …")`.
     """
     try:
         app()
@@ -49,20 +49,21 @@ def run(app: Callable[[], Any]) -> NoReturn:
 
 
 def sentence(error: UserError | OSError) -> str | None:
-    """The sentence for a mistake, or None for an operating-system error that names no file and is not a full disk."""
+    """The sentence for a mistake; None for an OSError that names no file and is not a full disk."""
     if isinstance(error, UserError):
         return str(error)
     path = error.filename2 if error.filename2 is not None else error.filename
     where = os.fsdecode(path) if isinstance(path, (str, bytes)) else None
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"The disk is full, {where or 'a file'} could not be written. Free some space, or write elsewhere."
+        return f"The disk is full: {where or 'a file'} was not written. Free some space, or write elsewhere."
     if where is None:
         return None
     if isinstance(error, FileNotFoundError):
         start = "" if os.path.isabs(where) else f"; it was looked for from {os.getcwd()}"
         return f"{where} does not exist. Check the spelling{start}."
     if isinstance(error, PermissionError) or error.errno == errno.EROFS:
-        return f"{where} may not be read or written ({_lower(error)}). Change its permissions, or choose another place."
+        remedy = "Change its permissions, or choose another place."
+        return f"{where} may not be read or written ({_lower(error)}). {remedy}"
     return f"{where} cannot be used ({_lower(error)}). Choose another path."
 
 
@@ -73,11 +74,11 @@ def say(text: str) -> None:
 
 @contextmanager
 def progress(total: int | None, description: str, *, done: int = 0) -> Iterator[Bar]:
-    """A progress display on stderr around a `for` body: `with progress(400, "training") as bar: … bar.advance()`.
+    """A progress display on stderr: `with progress(400, "training") as bar:`, then `bar.advance(loss=…)`.
 
-    On a terminal: bar, n/total, figures, images/s, elapsed, time left. Elsewhere a plain line every ten seconds and
-    a last one. `total` None: length unknown. `done`: steps behind us already (a resumed run); they count for
-    n/total and not for the rates.
+    On a terminal: bar, n/total, figures, images/s, elapsed, time left. Elsewhere a plain line every ten
+    seconds and a last one. `total` None: length unknown. `done`: steps behind us already (a resumed run);
+    they count for n/total and not for the rates.
     """
     bar = Bar(total, done=done)
     with _surface()(bar, description) as show:
@@ -104,7 +105,8 @@ class Bar:
         self._marks = deque([(self.start, done, 0)])  # (time, steps, images), oldest first
 
     def advance(self, steps: int = 1, *, images: int = 0, **figures: float | str) -> None:
-        """`steps` further steps are done, in which `images` images were worked on. Figures are shown by name."""
+        """`steps` further steps are done, in which `images` images were worked on. Figures are shown by
+        name."""
         self.done += steps
         self.images += images
         self.figures.update(figures)
@@ -151,10 +153,10 @@ def _on_terminal(bar: Bar, description: str) -> Iterator[Callable[[], None]]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
-        TextColumn("{task.fields[count]}"),
-        TextColumn("{task.fields[reading]}", style="cyan"),
+        TextColumn("{task.fields[count]}", markup=False),
+        TextColumn("{task.fields[reading]}", style="cyan", markup=False),
         TimeElapsedColumn(),
         TextColumn("{task.fields[left]}", style="dim"),
     )

@@ -1,7 +1,8 @@
 """Files that are whole or not there: atomic writes, safetensors, JSON lines, run folders, content hashes.
 
-Every writer makes missing parent folders, writes a temporary file beside the destination, flushes it to the disk
-and renames it: a reader sees the old content or the new one, and an interrupted write leaves nothing behind.
+Every writer makes missing parent folders, writes a temporary file beside the destination, flushes it to the
+disk and renames it: a reader sees the old content or the new one, and an interrupted write leaves nothing
+behind.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes indented JSON atomically. Paths become strings, dataclasses objects, tensors of one element numbers,
-    and NaN and infinities null, for which JSON has no word. TypeError for anything else."""
+    """Writes indented JSON atomically. Paths become strings, dataclasses objects, tensors of one element
+    numbers, and NaN and infinities null, for which JSON has no word. TypeError for anything else."""
     write_text(path, json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -53,8 +54,8 @@ def read_json(path: str | Path) -> Any:
 def write_tensors(
     path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes named tensors and string metadata as safetensors, atomically. Tensors may share memory and lie on any
-    device; each is stored whole and contiguous. UserError if the file cannot be written."""
+    """Writes named tensors and string metadata as safetensors, atomically. Tensors may share memory and lie
+    on any device; each is stored whole and contiguous. UserError if the file cannot be written."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -66,8 +67,9 @@ def write_tensors(
 
 
 def read_tensors(path: str | Path, *, device: str = "cpu") -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """All tensors of a safetensors file by name, and the string metadata. UserError for a damaged file and for any
-    other format: a pickle can run code when it is opened, so none is ever read. FileNotFoundError if it is missing."""
+    """All tensors of a safetensors file by name, and the string metadata. UserError for a damaged file and
+    for any other format: a pickle can run code when it is opened, so none is ever read. FileNotFoundError if
+    it is missing."""
     from safetensors import SafetensorError, safe_open
 
     path = _safetensors_path(path)
@@ -92,8 +94,8 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def append_jsonl(path: str | Path, record: Mapping[str, Any]) -> None:
-    """Adds one JSON object as one line, in a single write. A line that a crash cut off is closed first, so that it
-    costs only itself. Values as in `write_json`."""
+    """Adds one JSON object as one line, in a single write. A line that a crash cut off is closed first, so
+    that it costs only itself. Values as in `write_json`."""
     line = json.dumps(_plain(dict(record)), ensure_ascii=False, allow_nan=False) + "\n"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +107,8 @@ def append_jsonl(path: str | Path, record: Mapping[str, Any]) -> None:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file, without lines that a crash cut off. FileNotFoundError if it is missing."""
+    """The objects of a JSON-lines file, without lines that a crash cut off. FileNotFoundError if it is
+    missing."""
     records = []
     for line in Path(path).read_bytes().splitlines():
         try:
@@ -156,9 +159,9 @@ def content_hash(content: bytes | str | Path) -> str:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path` to write to; on leaving, flushed and renamed to `path`. If the body
-    raises, the temporary file is removed and `path` stays as it was. A symbolic link keeps pointing where it did.
-    UserError if `path` is a folder."""
+    """Gives a temporary path beside `path` to write to; on leaving, flushed and renamed to `path`. If the
+    body raises, the temporary file is removed and `path` stays as it was. A symbolic link keeps pointing
+    where it did. UserError if `path` is a folder."""
     destination = Path(os.path.realpath(path))
     if destination.is_dir():
         raise UserError(f"{path} is a folder, so no file can be written there. Name a file in it.")

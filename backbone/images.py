@@ -2,7 +2,8 @@
 
 A source is a folder of pictures (captions in `name.txt` beside `name.jpg`, in `metadata.jsonl` or in
 `metadata.csv`; masks in `name.mask.png`, white = train), one picture, a Parquet file, a folder written by
-`datasets`, or the id of a dataset. Reading the list opens no picture, so that `check` can report all bad ones together.
+`datasets`, or the id of a dataset. Reading the list opens no picture, so that `check` can report all bad ones
+together.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from backbone.console import UserError
 
@@ -39,6 +40,9 @@ SUFFIXES = frozenset(
 MASK_ENDING = ".mask.png"
 CAPTION_COLUMNS = ("text", "prompt", "caption")
 LARGEST_PIXELS = 400_000_000
+HALVED_PIXELS = (
+    178_000_000  # a JPEG above this is decoded at half its size at most: at 400 it would take 1.6 GB
+)
 CROPS = {
     "center": (0.5, 0.5),
     "top": (0.5, 0.0),
@@ -103,11 +107,11 @@ def read_folder(
 ) -> list[Picture]:
     """The pictures of a source in natural order (2.jpg before 10.jpg), or in a table's own order.
 
-    Files without an image suffix and hidden ones are passed over; a file with such a suffix counts, whatever it
-    holds. If a folder holds no picture itself, those in its subfolders are taken (kohya's `10_sks dog/`).
-    Captions come from metadata first, then from `.txt` files. `caption_column` and `image_column` name columns of a
-    table whose names differ from text, prompt or caption and file_name or image.
-    UserError: nothing there, no picture in it, captions that cannot be read, a dataset that cannot be loaded.
+    Files without an image suffix and hidden ones are passed over; a file with such a suffix counts, whatever
+    it holds. If a folder holds no picture itself, those in its subfolders are taken (kohya's `10_sks dog/`).
+    Captions come from metadata first, then from `.txt` files. `caption_column` and `image_column` name
+    columns of a table whose names differ from text, prompt or caption and file_name or image. UserError:
+    nothing there, no picture in it, captions that cannot be read, a dataset that cannot be loaded.
     """
     path = Path(source).expanduser()
     columns = _Columns(caption_column, image_column)
@@ -140,7 +144,8 @@ def read_folder(
 
 
 def check(pictures: Iterable[Picture]) -> None:
-    """Opens every picture and mask. One UserError lists all that cannot be used, a line each with its reason."""
+    """Opens every picture and mask. One UserError lists all that cannot be used, a line each with its
+    reason."""
     bad: list[tuple[str, str]] = []
     count = 0
     for picture in pictures:
@@ -167,11 +172,12 @@ def check(pictures: Iterable[Picture]) -> None:
 
 
 def open_rgb(path: str | Path, *, at_least: int | None = None) -> Image.Image:
-    """The picture in a file: upright (EXIF), mode RGB, 8 bits, sRGB, the first frame, transparency laid on white.
+    """The picture in a file: RGB, 8 bits, sRGB, upright (EXIF), the first frame, transparency laid on white.
 
-    16-bit values are scaled, an embedded ICC profile is applied (CMYK too). `at_least`: the shorter side that will
-    be needed; a JPEG is then decoded at ½, ¼ or ⅛ of its size where twice that remains, which is much faster.
-    BadPicture if the file is missing, empty, damaged, no picture, or larger than 400 megapixels.
+    16-bit values are scaled, an embedded ICC profile is applied (CMYK too). `at_least`: the shorter side that
+    will be needed; a JPEG is then decoded at ½, ¼ or ⅛ of its size where twice that remains, which is much
+    faster. Without it, a JPEG of more than 178 megapixels comes at half its size.
+    BadPicture if the file is missing, forbidden, empty, damaged, no picture, or larger than 400 megapixels.
     """
     path = Path(path)
     if path.is_dir():
@@ -209,11 +215,12 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def to_image(tensor: torch.Tensor) -> Image.Image:
-    """[3, H, W] in −1…1, any dtype and device, as an RGB picture, rounded and clipped: the inverse of `to_tensor`.
-    UserError for values that are not numbers: what a half-precision decoder gives when it overflows."""
+    """[3, H, W] in −1…1, any dtype and device, as an RGB picture, rounded and clipped: the inverse of
+    `to_tensor`. UserError for values that are not numbers: what a half-precision decoder gives when it
+    overflows."""
     import torch
 
-    assert tensor.ndim == 3 and tensor.shape[0] == 3, f"expected [3, H, W], got {list(tensor.shape)}"
+    assert tensor.shape[:-2] == (3,), f"expected [3, H, W], got {list(tensor.shape)}"
     values = tensor.detach().float().cpu()
     if torch.isnan(values).any():
         raise UserError("The decoded picture holds values that are not numbers. Decode it in fp32 or bf16.")
@@ -260,7 +267,7 @@ _ORIENTATION = 0x0112
 _size_limit = threading.RLock()
 
 
-def _decode(file: io.BufferedIOBase, name: str, at_least: int | None) -> Image.Image:
+def _decode(file: IO[bytes], name: str, at_least: int | None) -> Image.Image:
     start = file.read(512)
     if not start:
         raise BadPicture(name, "is empty (0 bytes)")
@@ -273,6 +280,8 @@ def _decode(file: io.BufferedIOBase, name: str, at_least: int | None) -> Image.I
             raise BadPicture(name, reason)
         if at_least is not None:
             image.draft(None, (2 * at_least, 2 * at_least))
+        elif width * height > HALVED_PIXELS:
+            image.draft(None, (width // 2, height // 2))
         image.load()
         rgb = _on_white_rgb(image)
         turn = _UPRIGHT.get(_orientation(image))
@@ -311,7 +320,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """RGB through the embedded profile; without one, or with one that is broken or for other channels, plainly."""
+    """RGB through the embedded profile; without one, or with one that is broken or for other channels,
+    plainly."""
     if not profile:
         return image.convert("RGB")
     try:
@@ -345,7 +355,7 @@ def _orientation(image: Image.Image) -> int:
 
 @contextmanager
 def _any_size() -> Iterator[None]:
-    """Pillow's own limit is a global that warns at 178 megapixels; ours is a sentence at 400."""
+    """Pillow's own limit is a global that warns at 89 megapixels; ours is a sentence at 400."""
     with _size_limit:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -367,7 +377,7 @@ def _why(start: bytes, error: BaseException) -> str:
         return "is in HEIC format, which is not read (convert it to JPEG)"
     if start.lstrip()[:1] == b"<":
         return "is a web page or an SVG drawing, not a picture of pixels"
-    if not isinstance(error, Image.UnidentifiedImageError):
+    if not isinstance(error, UnidentifiedImageError):
         cut = "truncated" in str(error).lower() or isinstance(error, EOFError)
         return "is cut off before its end" if cut else f"is damaged ({error})"
     if b"\0" not in start and all(byte >= 9 for byte in start):
@@ -417,8 +427,8 @@ def _folder_pictures(folder: Path, columns: _Columns) -> list[Picture]:
     by_key = {_key(name): caption for name, caption in captions.items()}
     pictures = []
     for key, path in sorted(paths.items(), key=lambda item: _natural(item[0])):
-        caption, mask = _beside(path)
-        pictures.append(Picture(path, by_key.get(key) or caption, mask))
+        beside, mask_beside = _beside(path)
+        pictures.append(Picture(path, by_key.get(key) or beside, mask_beside))
     return pictures
 
 
@@ -537,8 +547,7 @@ def _could_be_dataset(source: str, path: Path) -> bool:
 
 
 def _load_saved(path: Path) -> Any:
-    import datasets
-
+    datasets = _datasets()
     try:
         return datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:
@@ -546,8 +555,7 @@ def _load_saved(path: Path) -> Any:
 
 
 def _load_parquet(files: Sequence[Path]) -> Any:
-    import datasets
-
+    datasets = _datasets()
     try:
         return datasets.load_dataset("parquet", data_files=[str(file) for file in files])
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -557,20 +565,18 @@ def _load_parquet(files: Sequence[Path]) -> Any:
 
 
 def _load_from_hub(source: str) -> Any:
-    import datasets
-
+    datasets = _datasets()
     try:
         return datasets.load_dataset(source)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
-            f"{source} is no folder here, and no dataset of that name could be loaded ({_first_line(error)}). "
+            f"{source} is no folder here, and no dataset of that name was loaded ({_first_line(error)}). "
             "Check the spelling, or give a folder of pictures."
         ) from error
 
 
 def _table_pictures(table: Any, source: str, columns: _Columns) -> list[Picture]:
-    import datasets
-
+    datasets = _datasets()
     if isinstance(table, dict):  # splits
         table = table["train"] if "train" in table else next(iter(table.values()))
     names = list(table.column_names)
@@ -595,6 +601,12 @@ def _table_pictures(table: Any, source: str, columns: _Columns) -> list[Picture]
         )
         for index, caption in enumerate(captions)
     ]
+
+
+def _datasets() -> Any:
+    import datasets
+
+    return datasets
 
 
 def _first_line(error: BaseException) -> str:

@@ -96,7 +96,7 @@ def upto(ladder: Ladder, strength: float) -> Ladder:
 def spaced_timesteps(
     steps: int, spacing: Spacing = "leading", train_steps: int = 1000, steps_offset: int = 0
 ) -> Tensor:
-    """Integer timesteps [S], the noisiest first (Lin et al. 2024, table 2); the offset is for leading alone."""
+    """Integer timesteps [S], the noisiest first (Lin et al. 2024, table 2); the offset only for leading."""
     if not 1 <= steps <= train_steps:
         raise ValueError(f"a ladder takes 1 to {train_steps} steps, the number trained with, not {steps}.")
     rungs = torch.arange(steps)
@@ -104,7 +104,8 @@ def spaced_timesteps(
         case "leading":
             return rungs.flip(0) * (train_steps // steps) + steps_offset
         case "trailing":
-            return (train_steps - rungs.double() * (train_steps / steps)).round().long() - 1
+            stride = train_steps - (train_steps - train_steps / steps)  # as numpy.arange rounds it
+            return (train_steps - rungs.double() * stride).round().long() - 1
         case "linspace":
             return (rungs.double() * ((train_steps - 1) / max(steps - 1, 1))).round().long().flip(0)
     raise ValueError(f"no spacing is called {spacing!r}. Known are leading, trailing and linspace.")

@@ -62,7 +62,7 @@ class Level:
         """(a, b) shaped to broadcast against x [B, ...], with x's device and dtype."""
         if self.a.ndim == 1 and self.a.shape[0] != x.shape[0]:
             raise ValueError(f"{self.a.shape[0]} levels for {x.shape[0]} samples: one each is needed.")
-        return _over(self.a, x), _over(self.b, x)
+        return over(self.a, x), over(self.b, x)
 
     @property
     def snr(self) -> Tensor:
@@ -139,6 +139,12 @@ def flow(t: Tensor | float, time: Tensor | None = None) -> Level:
     """Rectified flow: a = 1 − t, b = t (Liu et al. 2023, eq. 1). `time` is t if left out."""
     t = _tensor(t)
     return Level(1 - t, t, t if time is None else time)
+
+
+def over(number: Tensor, x: Tensor) -> Tensor:
+    """A number [], or one for each sample [B], shaped to broadcast against x [B, ...], in its dtype."""
+    shape = number.shape + (1,) * (x.ndim - 1) if number.ndim else number.shape
+    return number.to(x.dtype).to(x.device).reshape(shape)
 
 
 def in_sigma_space(level: Level) -> Level:
@@ -244,7 +250,7 @@ def at_unit_variance(predict: Predict) -> Predict:
 
     def ask(noisy: Tensor, level: Level) -> Estimate:
         scale = (level.a**2 + level.b**2).rsqrt()
-        return predict(_over(scale, noisy) * noisy, Level(scale * level.a, scale * level.b, level.time))
+        return predict(over(scale, noisy) * noisy, Level(scale * level.a, scale * level.b, level.time))
 
     return ask
 
@@ -321,7 +327,7 @@ def min_snr(level: Level, gamma: float = 5.0, kind: Kind = "epsilon") -> Tensor:
         case "epsilon":
             return (gamma * b2 / a2).clamp(max=1)
         case "v_prediction":
-            return torch.minimum(a2, gamma * b2) / (a2 + b2)
+            return torch.minimum(a2, gamma * b2) / (a2 + b2) ** 2
         case "flow":
             return torch.minimum(a2, gamma * b2) / (level.a + level.b) ** 2
         case "score":
@@ -384,11 +390,6 @@ def _require(part: Tensor, what: str, where: str) -> None:
 
 def _unknown(kind: str) -> ValueError:
     return ValueError(f"no kind of prediction is called {kind!r}. Known are {', '.join(get_args(Kind))}.")
-
-
-def _over(part: Tensor, x: Tensor) -> Tensor:
-    shape = part.shape + (1,) * (x.ndim - 1) if part.ndim else part.shape
-    return part.to(x.dtype).to(x.device).reshape(shape)
 
 
 def _tensor(value: Tensor | float) -> Tensor:

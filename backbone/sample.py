@@ -67,7 +67,7 @@ def sample_latents(
         text = encoded_prompts(model, [request.prompt for request in some])
         empty = encoded_prompts(model, [request.negative for request in some])
         noise = torch.stack([initial_noise(model, seed, *request.key) for request in some]).to(model.device)
-        start = noise * (ladder.a[0] ** 2 + ladder.b[0] ** 2).sqrt()
+        start = noise * float((ladder.a[0] ** 2 + ladder.b[0] ** 2).sqrt())
         predict = model.guided_predictor(text, empty, guidance)
         randoms = [generator(seed, *request.key, "steps") for request in some]
         yield walker(sampler, randoms)(start, predict, ladder)

@@ -1,7 +1,7 @@
 """Contact sheets: rows of pictures with captions, titles and coloured frames on one light page.
 
-Only Pillow's built-in font is used, so a sheet is the same on every machine; it covers ASCII, and what lies beyond
-is spelled with ASCII letters. For other scripts pass `font`, the path of a TrueType file.
+Only Pillow's built-in font is used, so a sheet is the same on every machine; it covers ASCII, and what lies
+beyond is spelled with ASCII letters. For other scripts pass `font`, the path of a TrueType file.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def sheet(
     cell: int = 192,
     font: str | Path | None = None,
 ) -> Image.Image:
-    """The page, RGB. Pictures are fitted into `cell` × `cell` pixels in their own shape; None leaves a place free.
+    """The page, RGB. Pictures are fitted into `cell` × `cell` pixels in their own shape; None leaves a place
+    free.
 
     `title` and `note` head the page, `row_titles` stand above the rows they belong to ("" for none),
     `column_titles` above the first row. Rows may differ in length.
@@ -60,21 +61,17 @@ def sheet(
         row_title = row_titles[number] if number < len(row_titles) else ""
         if blocks:
             blocks.append(_Block(SECTION if row_title or number == 0 else GAP))
-        if row_title:
-            blocks.append(
-                _text_block(type_, type_.wrap(row_title, "section", width - 2 * MARGIN), "section", INK)
-            )
-            blocks.append(_Block(6))
         if number == 0 and column_titles:
-            wrapped = [type_.wrap(text, "section", cell) for text in column_titles]
-            blocks.append(_column_block(type_, wrapped, "section", INK, cell))
-            blocks.append(_Block(6))
+            wrapped = [type_.wrap(text, "note", cell) for text in column_titles]
+            blocks += [_column_block(type_, wrapped, "note", QUIET, cell), _Block(6)]
+        if row_title:
+            lines = type_.wrap(row_title, "section", width - 2 * MARGIN)
+            blocks += [_text_block(type_, lines, "section", INK), _Block(6)]
         cells = [item if isinstance(item, Cell) or item is None else Cell(item) for item in row]
         blocks.append(_picture_block(cells, cell))
         captions = [type_.wrap(item.caption, "caption", cell) if item else [] for item in cells]
         if any(captions):
-            blocks.append(_Block(6))
-            blocks.append(_column_block(type_, captions, "caption", QUIET, cell))
+            blocks += [_Block(6), _column_block(type_, captions, "caption", QUIET, cell)]
     page = Image.new("RGB", (width, 2 * MARGIN + sum(block.height for block in blocks)), PAGE)
     top = MARGIN
     for block in blocks:
@@ -92,7 +89,8 @@ def in_rows(
 
 
 def save_png(path: str | Path, image: Image.Image, *, text: Mapping[str, str] | None = None) -> None:
-    """Writes a PNG atomically, `text` as its text chunks (UTF-8), which `Image.open(path).text` gives back."""
+    """Writes a PNG atomically, `text` as its text chunks (UTF-8), which `Image.open(path).text` gives
+    back."""
     info = PngInfo()
     for key, value in (text or {}).items():
         info.add_itxt(key, value)
@@ -187,10 +185,11 @@ def _fit(image: Image.Image, side: int) -> Image.Image:
 
 _SIZES = {"title": 26, "section": 16, "note": 14, "caption": 13}
 _SPELLINGS = {
-    "–": "-", "—": "-", "−": "-", "×": "x", "→": "->", "←": "<-", "≥": ">=", "≤": "<=", "≈": "~", "√": "sqrt ",
-    "ß": "ss", "æ": "ae", "Æ": "Ae", "œ": "oe", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "đ": "d", "ı": "i",
-    "µ": "u", "μ": "mu", "α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "Δ": "Delta", "ε": "epsilon",
-    "σ": "sigma", "λ": "lambda", "π": "pi", "½": "1/2", "«": '"', "»": '"', "„": '"',
+    "–": "-", "—": "-", "−": "-", "×": "x", "→": "->", "←": "<-", "≥": ">=", "≤": "<=",
+    "≈": "~", "√": "sqrt ", "ß": "ss", "æ": "ae", "Æ": "Ae", "œ": "oe", "ø": "o", "Ø": "O",
+    "ł": "l", "Ł": "L", "đ": "d", "ı": "i", "µ": "u", "μ": "mu", "α": "alpha", "β": "beta",
+    "γ": "gamma", "δ": "delta", "Δ": "Delta", "ε": "epsilon", "σ": "sigma", "λ": "lambda", "π": "pi",
+    "½": "1/2", "«": '"', "»": '"', "„": '"',
 }  # fmt: skip
 
 

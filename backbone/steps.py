@@ -26,7 +26,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from backbone.noise import Estimate, Ladder, Level, Predict, Randomness, add_noise, normal_like
+from backbone.noise import Estimate, Ladder, Level, Predict, Randomness, add_noise, normal_like, over
 
 # The deterministic walk -------------------------------------------------------------------------------------
 
@@ -61,7 +61,7 @@ def walk(noisy: Tensor, predict: Predict, ladder: Ladder) -> Tensor:
 def invert(clean: Tensor, predict: Predict, ladder: Ladder) -> Tensor:
     """The noisy state at `ladder[0]` that `walk` takes back to about `clean`, on the same ladder.
 
-    Exact only when both directions get the same predictions, not for a network that is asked again.
+    Out and back is exact for the same predictions, not for a network that is asked again.
     """
     return walk(clean, predict, ladder.flip())
 
@@ -121,8 +121,7 @@ def ancestral_step(
     """
     up = (eta * there.b * _added(here, there).sqrt() / here.b).minimum(there.b)
     down = (there.b**2 - up**2).clamp(min=0).sqrt()
-    renewed, kept = Level(there.a, up), Level(there.a, down)
-    return add_noise(estimate.clean, estimate.noise, kept) + renewed.over(noisy)[1] * noise
+    return add_noise(estimate.clean, estimate.noise, Level(there.a, down)) + over(up, noisy) * noise
 
 
 def reverse_sde(noisy: Tensor, predict: Predict, ladder: Ladder, *, generator: Randomness = None) -> Tensor:
@@ -149,10 +148,8 @@ def reverse_sde_step(
     taken as τ², the variance that the forward process adds over the step, which stays finite where g does not
     (flow at t = 1).
     """
-    added = _added(here, there)
-    langevin = Level(added / (2 * here.b), added.sqrt())  # ½τ²·s = −(τ²/2b)·ε̂, and τ
-    pull, push = langevin.over(noisy)
-    return deterministic_step(noisy, estimate, here, there) - pull * estimate.noise + push * noise
+    ahead = deterministic_step(noisy, estimate, here, there)
+    return langevin_move(ahead, estimate, here, step=_added(here, there), noise=noise)
 
 
 # Langevin ---------------------------------------------------------------------------------------------------
@@ -186,8 +183,7 @@ def langevin(
 
 def langevin_move(noisy: Tensor, estimate: Estimate, level: Level, *, step: Tensor, noise: Tensor) -> Tensor:
     """Another state at this level [B, ...]: x + ½α·s + √α·noise, α = `step` (Song & Ermon 2019, eq. 4)."""
-    pull, push = Level(step / (2 * level.b), step.sqrt()).over(noisy)
-    return noisy - pull * estimate.noise + push * noise
+    return noisy - over(step / (2 * level.b), noisy) * estimate.noise + over(step.sqrt(), noisy) * noise
 
 
 def predictor_corrector(
@@ -239,4 +235,4 @@ def _must_fall(ladder: Ladder) -> None:
 
 
 def _mean_norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x.flatten(1), dim=1).mean()
+    return x.flatten(1).square().sum(1).sqrt().mean()

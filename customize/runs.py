@@ -24,7 +24,7 @@ from backbone.files import append_jsonl, content_hash, read_jsonl, write_json, w
 from backbone.images import Picture, check, read_folder, square
 from backbone.model import Backbone
 from backbone.sample import Request, sample
-from backbone.sheet import save_sheet
+from backbone.sheet import Cell, in_rows, save_png, sheet
 from customize.lora import ADAPTER, LoraTraining, prepare
 from customize.settings import FILE, Settings, as_flags, read_settings
 
@@ -130,7 +130,11 @@ class Previews:
                    guidance=self.settings.guidance, seed=self.settings.seed)  # fmt: skip
         )
         own = [square(picture.open(), self.model.resolution) for picture in (subjects or [])[:8]]
-        save_sheet(path, own=own, drawn=drawn, prompts=self.prompts[:count], called=self.settings.called())
+        cells = [Cell(picture, prompt) for picture, prompt in zip(drawn, self.prompts, strict=False)]
+        rows = ([list(own)] if own else []) + in_rows(cells, 4)
+        titles = ["The subject", "What the model draws now"] if own else []
+        note = f"{self.settings.model}, {self.settings.sample_steps} steps, guidance {self.settings.guidance:g}, seed {self.settings.seed}"
+        save_png(path, sheet(rows, title=self.settings.called(), note=note, row_titles=titles))
         return self.prompts[:count]
 
 

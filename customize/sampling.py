@@ -11,10 +11,10 @@ from PIL.Image import Image
 from backbone.adapters import activate, load_lora
 from backbone.concept import Concept, described, read_concept, spoken
 from backbone.console import UserError, progress
-from backbone.files import write_bytes, write_json
+from backbone.files import write_json
 from backbone.model import Backbone
 from backbone.sample import Request, sample, walker
-from backbone.sheet import png_bytes, save_samples
+from backbone.sheet import Cell, in_rows, save_png, sheet
 from customize.runs import versions
 
 
@@ -61,7 +61,7 @@ def draw(
         ):
             i, j = request.key
             file = f"p{i:02d}-s{j:02d}.png"
-            write_bytes(out / file, png_bytes(picture, {"prompt": prompts[i], "seed": str(seed)}))
+            save_png(out / file, picture, text={"prompt": prompts[i], "seed": str(seed), "sample": str(j)})
             records.append({"file": file, "prompt": prompts[i], "model_reads": request.prompt, "sample": j})
             pictures.append(picture)
             bar.advance(images=1)
@@ -73,8 +73,9 @@ def draw(
             "versions": versions(), "pictures": records,
         },
     )  # fmt: skip
-    rows = [pictures[i * count : (i + 1) * count] for i in range(len(prompts))]
-    save_samples(out / "sheet.png", rows, prompts)
+    cells = [Cell(picture, prompts[request.key[0]]) for request, picture in zip(requests, pictures, strict=True)]
+    note = f"{name}, {steps} steps, guidance {guidance:g}, seed {seed}"
+    save_png(out / "sheet.png", sheet(in_rows(cells, count if count > 1 else 4), note=note))
     return out / "sheet.png"
 
 

@@ -1,1 +1,1 @@
-"""Change a picture by changing its prompt: inversion, prompt-to-prompt, SDEdit. Being built; see `edit.cli`."""
+"""Changes a picture by changing its prompt: inversion, prompt-to-prompt, SDEdit. Being built; see `cli`."""

@@ -18,7 +18,9 @@ def edit(context: typer.Context) -> None:
     What works today is `customize`: see `customize --help`.
     """
     if context.args:
-        raise UserError(f"`edit {context.args[0]}` does not exist: edit has no commands yet. See `customize --help`.")
+        raise UserError(
+            f"`edit {context.args[0]}` does not exist: edit has no commands yet. See `customize --help`."
+        )
     typer.echo(context.get_help())
 
 

@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from backbone.console import UserError, say
 from backbone.families import Location, Network, NoisePath, Text
@@ -35,9 +36,10 @@ class StableDiffusion:
         )
 
     def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        model = _load(AutoencoderKL, location, "vae", torch_dtype=torch.float32)
-        safe = dtype if dtype is not torch.float16 or not model.config.force_upcast else torch.float32
-        return model.to(dtype=safe, memory_format=torch.channels_last)
+        config = AutoencoderKL.load_config(location.place, subfolder="vae")
+        overflows = dtype is torch.float16 and config.get("force_upcast", True)
+        model = _load(AutoencoderKL, location, "vae", torch_dtype=torch.float32 if overflows else dtype)
+        return model.to(memory_format=torch.channels_last)
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> ClipText:
         tokenizer = _load(CLIPTokenizer, location, "tokenizer")
@@ -108,6 +110,7 @@ def _load(kind: Any, location: Location, part: str, **options: Any) -> Any:
         raise UserError(f"{folder} has no folder {part}/, so it is not a whole model. Save or download it again.")
     if issubclass(kind, nn.Module):
         options |= {"use_safetensors": True}
+    transformers_logging.disable_progress_bar()
     try:
         return kind.from_pretrained(location.place, subfolder=part, local_files_only=folder is not None, **options)
     except OSError as error:

@@ -12,6 +12,7 @@ Half of the training begins with plain pictures of one thing, which teach the no
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from backbone.files import read_tensors, write_tensors
+from backbone.files import read_tensors, write_json, write_tensors
 from backbone.loop import Average, generator, load_checkpoint, save_checkpoint, train, warm_cosine
 from backbone.world.scene import sample_scene
 from recipes.moji.autoencoder import SCALING_FACTOR, to_tensor
@@ -33,6 +34,21 @@ from recipes.moji.pictures import SHARD, load, load_captions
 
 HELD_OUT = 2000  # the last shard of scenes is never trained on
 EMPTY_SHARE = 0.1  # captions replaced by the empty one, for classifier-free guidance
+DEFAULTS = {  # what works with this model; Backbone.defaults reads it
+    "steps": 25,
+    "guidance": 4.0,
+    "train_steps": 400,
+    "learning_rate": 1e-3,
+    "rank": 16,
+    "batch": 6,
+    "prior_batch": 2,
+    "flip": True,
+    "lora_layers": "all",
+    "sheet_prompts": [
+        "a {} in the snow", "a {} in a park", "a {} at night", "a {} under the sea",
+        "a {} wearing a crown in a park", "a red {} in a forest", "a pencil sketch of a {} in the snow", "two {}s in space",
+    ],
+}  # fmt: skip
 app = typer.Typer(add_completion=False)
 WORKDIR = typer.Option(help="Where intermediate files go.")
 
@@ -161,6 +177,9 @@ def export(
     pipeline.to(dtype=torch.float16).save_pretrained(out)
     for name in ("vocab.json", "merges.txt"):
         (out / "tokenizer" / name).write_bytes((workdir / "tokenizer" / name).read_bytes())
+    write_json(out / "atelier.json", DEFAULTS)
+    if (workdir / "scorer").is_dir():
+        shutil.copytree(workdir / "scorer", out / "scorer", dirs_exist_ok=True)
     print(f"{out}: step {header['step']}")
 
 

@@ -10,8 +10,7 @@ from typing import Annotated
 
 import typer
 
-from backbone.files import write_bytes
-from backbone.sheet import png_bytes
+from backbone.sheet import save_png
 from backbone.world.render import render
 from backbone.world.scene import BENCHMARK_SEEDS, Scene
 from backbone.world.words import Thing
@@ -27,7 +26,7 @@ def concept_pictures(noun: str, *, first_seed: int = BENCHMARK_SEEDS.start) -> l
 def main(out: Annotated[Path, typer.Option()] = Path("customize/examples/dog")) -> None:
     """Renders the five pictures."""
     for number, scene in enumerate(concept_pictures("poodle"), start=1):
-        write_bytes(out / f"dog-{number}.png", png_bytes(render(scene).image))
+        save_png(out / f"dog-{number}.png", render(scene).image)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,218 @@
+"""What a CLIP model thinks of pictures: likeness to pictures and to texts, spread, and a guess of the class.
+
+Works with any CLIP folder in transformers' format (Radford et al. 2021); the embedded scorer is a small one
+that knows `moji`'s world. Pictures are prepared with Pillow alone. The figures are functions of unit vectors,
+so that each picture and each text is embedded once; figures of two scorers cannot be compared with each
+other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from backbone.console import UserError
+from backbone.files import read_json
+from backbone.world.words import article, vocabulary
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, CLIPTokenizer
+
+Item = TypeVar("Item")
+CLASS_TEMPLATES = ("{}", "a photo of {}", "a picture of {}")
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A CLIP model, its tokenizer, and how it wants pictures: side in pixels, mean and deviation."""
+
+    model: CLIPModel
+    tokenizer: CLIPTokenizer
+    side: int = 128
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    deviation: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    @torch.no_grad()
+    def embed_images(self, images: Sequence[Image.Image], *, batch: int = 64) -> Tensor:
+        """Unit vectors [B, D], float32, one for each picture; [0, D] for none."""
+        parts = [self._image_vectors(self.prepare(chunk)) for chunk in _chunks(images, batch)]
+        return torch.cat(parts) if parts else self._none()
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str], *, batch: int = 256) -> Tensor:
+        """Unit vectors [B, D], float32, one for each text; what exceeds the model's positions is cut off."""
+        parts = [self._text_vectors(list(chunk)) for chunk in _chunks(texts, batch)]
+        return torch.cat(parts) if parts else self._none()
+
+    def prepare(self, images: Sequence[Image.Image]) -> Tensor:
+        """Pictures as the vision tower takes them [B, 3, side, side]: shortest side scaled (bicubic), cut at
+        the centre, normalised."""
+        squares = np.stack([np.asarray(_square(image, self.side), dtype=np.float32) for image in images])
+        mean, deviation = (np.array(value, dtype=np.float32) for value in (self.mean, self.deviation))
+        normal = (squares / np.float32(255) - mean) / deviation
+        return (
+            torch.from_numpy(normal).permute(0, 3, 1, 2).contiguous().to(self.model.device, self.model.dtype)
+        )
+
+    def _image_vectors(self, prepared: Tensor) -> Tensor:
+        return F.normalize(self.model.get_image_features(prepared).pooler_output.float(), dim=-1)
+
+    def _text_vectors(self, texts: list[str]) -> Tensor:
+        longest = self._config.text_config.max_position_embeddings
+        encoded = self.tokenizer(
+            texts, padding=True, truncation=True, max_length=longest, return_tensors="pt"
+        )
+        features = self.model.get_text_features(encoded["input_ids"].to(self.model.device))
+        return F.normalize(features.pooler_output.float(), dim=-1)
+
+    def _none(self) -> Tensor:
+        return torch.empty(0, self._config.projection_dim, device=self.model.device)
+
+    @property
+    def _config(self) -> Any:
+        return self.model.config
+
+
+def load_scorer(path: str | Path, *, device: torch.device | str = "cpu") -> Scorer:
+    """A scorer from a local folder (config, safetensors, tokenizer, preprocessor), in float32.
+
+    Raises `UserError` when the folder is no CLIP model or holds no safetensors; nothing is ever fetched.
+    """
+    from transformers import CLIPModel, CLIPTokenizer
+    from transformers.utils import logging
+
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no scorer (config.json is missing). Name a folder of a CLIP model.")
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind != "clip":
+        raise UserError(
+            f"{folder} holds a model of type {kind!r}, not a CLIP model. Name a folder of a CLIP model."
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{folder} holds no safetensors weights. Save the model with safe_serialization and try again."
+        )
+    logging.disable_progress_bar()
+    model: Any = CLIPModel.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+    )
+    model = model.to(device).eval().requires_grad_(False)
+    tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    return Scorer(model, tokenizer, **_preparation(folder, model.config.vision_config.image_size))
+
+
+def clip_i(generated: Tensor, real: Tensor) -> float:
+    """CLIP-I: mean cosine of all pairs of a generated [B, D] and a real picture [R, D] (Ruiz et al. 2023)."""
+    return float((generated @ real.T).mean())
+
+
+def text_scores(images: Tensor, texts: Tensor) -> Tensor:
+    """The cosine [B] of each picture [B, D] with its own text [B, D]."""
+    return (images * texts).sum(-1)
+
+
+def clip_t(images: Tensor, texts: Tensor) -> float:
+    """CLIP-T: mean cosine of pictures [B, D] with their own prompts [B, D] (Ruiz et al. 2023, § 4.1)."""
+    return float(text_scores(images, texts).mean())
+
+
+def diversity(images: Tensor) -> float:
+    """Mean cosine distance, 1 − cos, over all pairs of pictures [B, D] of one prompt: 0 when all look alike.
+
+    It stands for the DIV of Ruiz et al. 2023 (§ 4.3), which averages LPIPS instead: this one is a distance of
+    embeddings, not of pixels' features, and the two have different scales.
+
+    Raises `UserError` for fewer than two pictures.
+    """
+    count = len(images)
+    if count < 2:
+        raise UserError(
+            f"Diversity compares pictures with each other, and there is {count}. Generate two or more."
+        )
+    across = (images @ images.T).sum() - images.square().sum()
+    return float(1 - across / (count * (count - 1)))
+
+
+def prior_drift(class_images: Tensor, subject: Tensor) -> float:
+    """PRES: mean cosine between generated pictures of the class [B, D] and the subject's own pictures [R, D].
+
+    Lower is better: it rises as the class forgets everything but the subject (Ruiz et al. 2023, § 4.3).
+    """
+    return clip_i(class_images, subject)
+
+
+def guess_class(
+    scorer: Scorer, images: Sequence[Image.Image], candidates: Sequence[str]
+) -> list[tuple[str, float]]:
+    """The likely class nouns of pictures that all show one subject, with probabilities, most likely first.
+
+    Zero-shot classification with an ensemble of prompts (Radford et al. 2021, § 3.1.4). The prompts of every
+    candidate stand in the same places, so that what a picture's place adds to each candidate cancels.
+    """
+    if not images or not candidates:
+        raise UserError(
+            "A class is guessed from pictures and candidate nouns, and one of them is empty. Give both."
+        )
+    return ranked(scorer, scorer.embed_images(images), candidates, class_vectors(scorer, candidates))
+
+
+def ranked(
+    scorer: Scorer, images: Tensor, candidates: Sequence[str], vectors: Tensor
+) -> list[tuple[str, float]]:
+    """`guess_class` of pictures [B, D] and candidates [N, D] that are embedded already."""
+    logits = scorer.model.logit_scale.detach().float().exp() * (images @ vectors.T).mean(0)
+    pairs = zip(candidates, logits.softmax(0).tolist(), strict=True)
+    return sorted(pairs, key=lambda pair: -pair[1])
+
+
+def class_vectors(scorer: Scorer, candidates: Sequence[str]) -> Tensor:
+    """A unit vector for every noun [N, D]: the mean over templates, and over `a {noun}` in every place."""
+    prompts = [list(_class_prompts(noun)) for noun in candidates]
+    vectors = scorer.embed_texts([prompt for group in prompts for prompt in group])
+    return F.normalize(vectors.unflatten(0, (len(prompts), -1)).mean(1), dim=-1)
+
+
+def _class_prompts(noun: str) -> Iterator[str]:
+    named = f"{article(noun)} {noun}"
+    for template in CLASS_TEMPLATES:
+        yield template.format(named)
+    for place in vocabulary().places:
+        yield f"{named} {place}"
+
+
+def _square(image: Image.Image, side: int) -> Image.Image:
+    image = image.convert("RGB")
+    scale = side / min(image.size)
+    width, height = (max(side, round(length * scale)) for length in image.size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - side) // 2, (height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def _preparation(folder: Path, side: int) -> dict[str, Any]:
+    """Side, mean and deviation from `preprocessor_config.json`; CLIP's own values where it says nothing."""
+    path = folder / "preprocessor_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    crop = settings.get("crop_size", side)
+    mean = settings.get("image_mean", (0.48145466, 0.4578275, 0.40821073))
+    deviation = settings.get("image_std", (0.26862954, 0.26130258, 0.27577711))
+    return {
+        "side": crop["height"] if isinstance(crop, dict) else crop,
+        "mean": tuple(mean),
+        "deviation": tuple(deviation),
+    }
+
+
+def _chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    for first in range(0, len(items), size):
+        yield items[first : first + size]

@@ -1,0 +1,191 @@
+"""The judge: a small ResNet of our own that names what a picture of `moji`'s world shows.
+
+It is independent of everything that it judges: trained by `recipes.moji.judge` on other scenes than the model
+and the scorer, without any text, and with the glyphs of the development concepts, since it must say whether
+the right one appears. Weights and labels lie in `benchmarks/judge/`; `judge.json` also holds its own
+accuracies, which bound what its verdicts are worth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from backbone.console import UserError
+from backbone.files import read_json, read_tensors
+from backbone.world.words import vocabulary
+
+FOLDER = Path(__file__).with_name("judge")
+WEIGHTS, FACTS = "judge.safetensors", "judge.json"
+SIDE = 128  # pixels
+NONE = "none"
+ONE, TWO_OF_A_KIND, TWO_DIFFERENT = "one", "two of a kind", "two different"
+Reading = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the judge sees in one picture: each head's labels with probabilities, most likely first.
+
+    `glyphs` shares its probability among the things that are there: about ½ each for two different ones.
+    """
+
+    glyphs: Reading
+    place: Reading
+    colour: Reading
+    accessory: Reading
+    style: Reading
+    count: Reading
+    size: Reading
+
+    @property
+    def glyph(self) -> str:
+        """The glyph that it sees most of, among all that it knows."""
+        return top(self.glyphs)
+
+    @property
+    def two_glyphs(self) -> frozenset[str]:
+        """The two glyphs that it sees most of."""
+        return frozenset(list(self.glyphs)[:2])
+
+
+def top(reading: Reading) -> str:
+    """The most likely label of a head."""
+    return next(iter(reading))
+
+
+def shows(verdict: Verdict, glyph: str) -> bool:
+    """Whether this glyph is the top one among all glyphs, development concepts and the demo's included.
+
+    Raises `UserError` for a glyph that the judge does not know.
+    """
+    if glyph not in verdict.glyphs:
+        raise UserError(f"The judge does not know {glyph!r}. It knows: {', '.join(sorted(verdict.glyphs))}.")
+    return verdict.glyph == glyph
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The network and the labels of each head, in the order of its logits."""
+
+    network: Network
+    labels: Mapping[str, Sequence[str]]
+
+    @torch.no_grad()
+    def verdicts(self, images: Sequence[Image.Image], *, batch: int = 64) -> list[Verdict]:
+        """What it sees in each picture; pictures of another size are scaled to 128 × 128."""
+        found: list[Verdict] = []
+        for first in range(0, len(images), batch):
+            logits = self.network(prepared(images[first : first + batch]).to(self.network.device))
+            shares = {head: value.float().softmax(-1).cpu() for head, value in logits.items()}
+            for row in range(len(next(iter(shares.values())))):
+                found.append(
+                    Verdict(**{head: ordered(self.labels[head], shares[head][row]) for head in self.labels})
+                )
+        return found
+
+
+def load_judge(folder: str | Path = FOLDER, *, device: torch.device | str = "cpu") -> Judge:
+    """The trained judge. Raises `UserError` when its files are missing or do not fit together."""
+    folder = Path(folder)
+    if not (folder / WEIGHTS).is_file() or not (folder / FACTS).is_file():
+        raise UserError(
+            f"{folder} lacks {WEIGHTS} or {FACTS}. Train the judge with `python -m recipes.moji.judge`."
+        )
+    labels: dict[str, list[str]] = read_json(folder / FACTS)["labels"]
+    tensors, _ = read_tensors(folder / WEIGHTS)
+    network = Network({head: len(names) for head, names in labels.items()})
+    expected = {
+        name: value.shape for name, value in network.state_dict().items() if not name.endswith("_tracked")
+    }
+    if expected != {name: value.shape for name, value in tensors.items()}:
+        raise UserError(
+            f"{folder / WEIGHTS} does not fit the labels in {FACTS}. Take both from the same training."
+        )
+    network.load_state_dict({name: value.float() for name, value in tensors.items()}, strict=False)
+    network = network.to(device).eval().requires_grad_(False)
+    return Judge(network, labels)
+
+
+def label_lists() -> dict[str, list[str]]:
+    """The labels of every head; the glyphs are the nouns, the development concepts and the demo's."""
+    words = vocabulary()
+    return {
+        "glyphs": [*words.nouns, *words.development_concepts, *words.demo_concept],
+        "place": list(words.places),
+        "colour": [NONE, *words.colours],
+        "accessory": [NONE, *words.accessories],
+        "style": [NONE, *words.styles],
+        "count": [ONE, TWO_OF_A_KIND, TWO_DIFFERENT],
+        "size": ["usual", "small"],
+    }
+
+
+def prepared(images: Sequence[Image.Image]) -> Tensor:
+    """Pictures as float32 [B, 3, 128, 128] in −1…1."""
+    squares = [image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC) for image in images]
+    batch = torch.from_numpy(np.stack([np.asarray(square, dtype=np.float32) for square in squares]))
+    return (batch / 127.5 - 1).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+
+
+def ordered(labels: Sequence[str], shares: Tensor) -> Reading:
+    """Labels with their probabilities [N], most likely first."""
+    return dict(sorted(zip(labels, shares.tolist(), strict=True), key=lambda pair: -pair[1]))
+
+
+class Network(nn.Module):
+    """A residual network (He et al. 2016) of 2.5 M parameters with a linear head for every kind of label."""
+
+    def __init__(
+        self, heads: Mapping[str, int], *, stem: int = 24, widths: Sequence[int] = (48, 96, 192, 256),
+        blocks: Sequence[int] = (1, 1, 2, 1),
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, stem, 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(stem), nn.ReLU()
+        )
+        stages: list[nn.Module] = []
+        before = stem
+        for width, count in zip(widths, blocks, strict=True):
+            for number in range(count):
+                stages.append(Block(before, width, stride=2 if number == 0 else 1))
+                before = width
+        self.stages = nn.Sequential(*stages)
+        self.heads = nn.ModuleDict({name: nn.Linear(2 * before, count) for name, count in heads.items()})
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
+        """Pictures [B, 3, 128, 128] in −1…1 to the logits [B, N] of every head."""
+        maps = self.stages(self.stem(pictures))
+        pooled = torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1)
+        return {name: head(pooled) for name, head in self.heads.items()}
+
+
+class Block(nn.Module):
+    """Two 3 × 3 convolutions beside a shortcut."""
+
+    def __init__(self, before: int, width: int, *, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(before, width, 3, stride=stride, padding=1, bias=False)
+        self.first_norm = nn.BatchNorm2d(width)
+        self.second = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.second_norm = nn.BatchNorm2d(width)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or before != width:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(before, width, 1, stride=stride, bias=False), nn.BatchNorm2d(width)
+            )
+
+    def forward(self, maps: Tensor) -> Tensor:
+        inner = F.relu(self.first_norm(self.first(maps)))
+        return F.relu(self.second_norm(self.second(inner)) + self.shortcut(maps))

@@ -1,0 +1,326 @@
+"""The judge of `moji`'s benchmarks: a small ResNet naming things, place, colour, accessory, style, number.
+
+    python -m recipes.moji.judge --steps 3000      about 12 minutes on two cores, after about 6 of preparation
+
+Its scenes are its own (seeds 400,000 to 999,999), drawn with more colours and accessories than the model's;
+their glyphs are the nouns, the development concepts and the demo's, and no other. No text is involved. Some
+pictures also come as the autoencoder decodes them from slightly noisy latents, for that is what it will
+judge. Continues from its last checkpoint; writes the EMA weights and, beside them, labels and accuracies on
+held-out scenes, plain and decoded.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from PIL import Image
+from torch import Tensor
+
+from backbone.files import content_hash, write_json, write_tensors
+from backbone.loop import Average, load_checkpoint, save_checkpoint, train, warm_cosine
+from backbone.world.scene import BENCHMARK_SEEDS, Scene, fair, sample_scene
+from backbone.world.words import Thing, vocabulary
+from benchmarks.judge import (
+    FACTS,
+    NONE,
+    ONE,
+    TWO_DIFFERENT,
+    TWO_OF_A_KIND,
+    WEIGHTS,
+    Judge,
+    Network,
+    Verdict,
+    label_lists,
+    load_judge,
+    top,
+)
+from recipes.moji.autoencoder import to_tensor
+from recipes.moji.pictures import Pixels
+from recipes.moji.rendered import AUTOENCODER, has_autoencoder, moved, rendered, roughened, round_trips
+
+FIRST_SEED = 400_000
+HELD_OUT = BENCHMARK_SEEDS[100_000:102_000]
+SHARD = 2000
+LATENT_NOISE = 0.3
+FARTHEST = 6  # pixels of a shift
+GREY = ("a pencil sketch of",)  # styles that show no colour
+IMPORTANCE = {
+    "glyphs": 1.0,
+    "place": 0.5,
+    "colour": 0.7,
+    "accessory": 0.7,
+    "style": 0.3,
+    "count": 0.5,
+    "size": 0.2,
+}
+UNKNOWN = -100  # what cross-entropy passes over
+
+
+def main(
+    steps: Annotated[int, typer.Option(help="Optimiser steps in all.")] = 3_000,
+    batch: Annotated[int, typer.Option(help="Pictures a step.")] = 64,
+    learning_rate: Annotated[float, typer.Option()] = 2e-3,
+    scenes: Annotated[int, typer.Option(help="How many scenes to render.")] = 24_000,
+    decoded: Annotated[
+        int, typer.Option(help="How many of them also as the autoencoder decodes them.")
+    ] = 3_000,
+    decoded_share: Annotated[float, typer.Option(help="Share of decoded pictures in a batch.")] = 0.3,
+    minutes: Annotated[float, typer.Option(help="Stop (and save) after so many minutes.")] = 1e9,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seed: Annotated[int, typer.Option()] = 0,
+    workdir: Annotated[Path, typer.Option(help="Where intermediate files go.")] = Path("build/moji"),
+) -> None:
+    """Trains, or goes on training, and writes `judge/` in the work directory."""
+    torch.manual_seed(seed)
+    labels = label_lists()
+    network = Network({head: len(names) for head, names in labels.items()})
+    network = network.to(device)
+    parameters = dict(network.named_parameters())
+    statistics = {name: value for name, value in network.named_buffers() if value.is_floating_point()}
+    kept: dict[str, Tensor] = {**parameters, **statistics}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.03)
+    average = Average(kept, decay=0.998)
+    checkpoint = workdir / "judge.safetensors"
+    done = 0
+    if checkpoint.exists():
+        done, _ = load_checkpoint(checkpoint, parameters=kept, optimizer=optimizer, average=average)
+    cases = Cases.on_disk(workdir, scenes, decoded=decoded, decoded_share=decoded_share, device=device)
+    held_out = [scene_of(number) for number in HELD_OUT]
+    examination = Examination(workdir, held_out, device)
+
+    def losses(step: int) -> Iterator[Tensor]:
+        pictures, truth = cases.batch(batch, Random(f"{seed}/{step}/judge"))
+        pictures = pictures.to(device).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device, torch.bfloat16):
+            logits = network(pictures)
+        yield judged_loss(logits, {head: value.to(device) for head, value in truth.items()})
+
+    began, running = time.time(), 0.0
+    schedule = warm_cosine(steps, warmup=min(150, steps // 5), floor=0.01)
+    for report in train(losses, kept, optimizer=optimizer, schedule=schedule, steps=steps, done=done,
+                        average=average, clip=5.0):  # fmt: skip
+        running = report.loss if not running else 0.98 * running + 0.02 * report.loss
+        last = report.step == steps or time.time() - began > 60 * minutes
+        if report.step % 50 == 0:
+            facts = {"step": report.step, "loss": round(running, 4), "norm": round(report.gradient_norm, 3),
+                     "rate": round(report.learning_rate, 6),
+                     "pictures_per_second": round(batch / report.seconds, 1),
+                     "minutes": round((time.time() - began) / 60, 1)}  # fmt: skip
+            print(json.dumps(facts), flush=True)
+        if report.step % 500 == 0 or last:
+            save_checkpoint(
+                checkpoint, step=report.step, parameters=kept, optimizer=optimizer, average=average
+            )
+            export(average, workdir, step=report.step, cases=cases, marks=examination)
+        if last:
+            break
+    if done >= steps:
+        export(average, workdir, step=done, cases=cases, marks=examination)
+
+
+def judged_loss(logits: dict[str, Tensor], truth: dict[str, Tensor]) -> Tensor:
+    """The weighted sum of the heads' cross-entropies; the glyphs' target is the share [B, N] of each."""
+    terms = []
+    for head, value in logits.items():
+        target = truth[head]
+        loss = F.cross_entropy(value.float(), target, reduction="none")
+        known = 1.0 if target.is_floating_point() else (target != UNKNOWN).float()
+        terms.append(IMPORTANCE[head] * (loss * known).mean())
+    return torch.stack(terms).sum()
+
+
+# --- scenes -------------------------------------------------------------------------------------------------
+
+
+def scene_of(seed: int) -> Scene:
+    """The judge's scene of a seed: any of its glyphs; a single thing is coloured or dressed more often than
+    for the model. What a benchmark never asks for (a tree in a park) stands on white instead."""
+    words = vocabulary()
+    scene = sample_scene(seed, nouns=tuple(label_lists()["glyphs"]))
+    if len(scene.things) == 1 and not scene.pair:
+        random = scene.random("judge")
+        (thing,) = scene.things
+        if random.random() < 0.3:
+            thing = replace(thing, colour=random.choice(tuple(words.colours)))
+        if random.random() < 0.3:
+            thing = replace(thing, accessory=random.choice(tuple(words.accessories)))
+        scene = replace(scene, things=(thing,))
+    return scene if fair(scene) else replace(scene, place="on a white background")
+
+
+def answers(scene: Scene) -> dict[str, str | frozenset[str] | None]:
+    """The right label of every head; for glyphs the set of them; None where a picture cannot show it."""
+    thing: Thing = scene.things[0]
+    kinds = frozenset(each.noun for each in scene.things)
+    return {
+        "glyphs": kinds,
+        "place": scene.place,
+        "colour": None if scene.style in GREY else thing.colour or NONE,
+        "accessory": thing.accessory or NONE,
+        "style": scene.style or NONE,
+        "count": TWO_OF_A_KIND if scene.pair else TWO_DIFFERENT if len(kinds) == 2 else ONE,
+        "size": "small" if thing.small else "usual",
+    }
+
+
+class Cases:
+    """Rendered scenes with their labels as numbers; some pictures also decoded."""
+
+    def __init__(
+        self,
+        scenes: Sequence[Scene],
+        shards: Sequence[Pixels],
+        decoded: Pixels | None,
+        *,
+        decoded_share: float,
+    ) -> None:
+        self.shards, self.decoded = list(shards), decoded
+        self.decoded_share = decoded_share if decoded is not None else 0.0
+        self.count = len(scenes)
+        self.truth = as_numbers(scenes)
+
+    @classmethod
+    def on_disk(cls, workdir: Path, count: int, *, decoded: int, decoded_share: float, device: str) -> Cases:
+        """Renders and decodes what is missing."""
+        assert count % SHARD == 0, f"scenes come in shards of {SHARD}"
+        scenes = [scene_of(seed) for seed in range(FIRST_SEED, FIRST_SEED + count)]
+        shards = [
+            rendered(workdir, f"judge-{FIRST_SEED + first}", scenes[first : first + SHARD])
+            for first in range(0, count, SHARD)
+        ]
+        trips = None
+        if decoded and has_autoencoder(workdir):
+            first = np.concatenate(shards[: -(-decoded // SHARD)])[:decoded]
+            trips = round_trips(
+                workdir, f"judge-{FIRST_SEED}", first, latent_noise=LATENT_NOISE, device=device
+            )
+        return cls(scenes, shards, trips, decoded_share=decoded_share)
+
+    def batch(self, count: int, random: Random) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pictures [B, 3, 128, 128] in −1…1, moved and roughened, and the labels of every head."""
+        chosen, pictures = [], []
+        for _ in range(count):
+            if self.decoded is not None and random.random() < self.decoded_share:
+                index = random.randrange(len(self.decoded))
+                picture = self.decoded[index]
+            else:
+                index = random.randrange(self.count)
+                picture = self.shards[index // SHARD][index % SHARD]
+            right, down = random.randint(-FARTHEST, FARTHEST), random.randint(-FARTHEST, FARTHEST)
+            pictures.append(moved(picture, right=right, down=down, mirrored=random.random() < 0.5))
+            chosen.append(index)
+        return roughened(to_tensor(np.stack(pictures)), random), {
+            head: v[chosen] for head, v in self.truth.items()
+        }
+
+
+def as_numbers(scenes: Sequence[Scene]) -> dict[str, Tensor]:
+    """The answers as tensors: of glyphs the share of each [B, N], of other heads the label's number [B]."""
+    labels = label_lists()
+    number = {head: {name: index for index, name in enumerate(names)} for head, names in labels.items()}
+    shares = torch.zeros(len(scenes), len(labels["glyphs"]))
+    others: dict[str, list[int]] = {head: [] for head in labels if head != "glyphs"}
+    for row, scene in enumerate(scenes):
+        right = answers(scene)
+        kinds = right.pop("glyphs")
+        assert isinstance(kinds, frozenset)
+        for kind in kinds:
+            shares[row, number["glyphs"][kind]] = 1 / len(kinds)
+        for head, label in right.items():
+            others[head].append(UNKNOWN if label is None else number[head][str(label)])
+    return {"glyphs": shares, **{head: torch.tensor(values) for head, values in others.items()}}
+
+
+# --- what it has learned ------------------------------------------------------------------------------------
+
+
+class Examination:
+    """Held-out scenes, plain and as the autoencoder decodes them: accuracies of the judge on both."""
+
+    def __init__(self, workdir: Path, scenes: Sequence[Scene], device: str) -> None:
+        self.scenes = list(scenes)
+        clean = rendered(workdir, f"judge-{HELD_OUT[0]}", self.scenes)
+        self.pictures = {"clean": clean}
+        if has_autoencoder(workdir):
+            half = np.array(clean[: len(clean) // 2])
+            self.pictures["decoded"] = round_trips(
+                workdir, f"judge-{HELD_OUT[0]}", half, latent_noise=0.0, device=device
+            )
+
+    def __call__(self, judge: Judge) -> dict[str, Any]:
+        """Of each kind of picture: how many, the accuracies, and the pairs of glyphs most often confused."""
+        results = {}
+        for kind, pictures in self.pictures.items():
+            verdicts = judge.verdicts([Image.fromarray(picture) for picture in pictures])
+            results[kind] = {"pictures": len(pictures), **accuracies(self.scenes[: len(verdicts)], verdicts)}
+        return results
+
+
+def accuracies(scenes: Sequence[Scene], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Shares of right verdicts per head, of glyphs also by number and style; and what is taken for what."""
+    right: dict[str, list[bool]] = {}
+    confused: Counter[tuple[str, str]] = Counter()
+    for scene, verdict in zip(scenes, verdicts, strict=True):
+        expected = answers(scene)
+        kinds = expected.pop("glyphs")
+        assert isinstance(kinds, frozenset)
+        hit = verdict.two_glyphs == kinds if len(kinds) == 2 else verdict.glyph in kinds
+        right.setdefault("glyphs", []).append(hit)
+        right.setdefault(f"glyphs, {expected['count']}", []).append(hit)
+        right.setdefault(f"glyphs, style {expected['style']}", []).append(hit)
+        if len(kinds) == 1 and not hit:
+            confused[next(iter(kinds)), verdict.glyph] += 1
+        for head, label in expected.items():
+            if label is not None:
+                right.setdefault(head, []).append(top(getattr(verdict, head)) == label)
+        for head in ("colour", "accessory"):
+            if expected[head] not in (None, NONE):
+                right.setdefault(f"{head}, where there is one", []).append(
+                    top(getattr(verdict, head)) == expected[head]
+                )
+    shares = {name: round(float(np.mean(values)), 4) for name, values in sorted(right.items())}
+    pairs = [
+        {"is": true, "seen as": seen, "times": times} for (true, seen), times in confused.most_common(20)
+    ]
+    return {
+        "accuracy": shares,
+        "n": {name: len(values) for name, values in sorted(right.items())},
+        "confused": pairs,
+    }
+
+
+@torch.no_grad()
+def export(average: Average, workdir: Path, *, step: int, cases: Cases, marks: Examination) -> None:
+    """Writes the averaged weights (matrices in fp16), and labels and accuracies beside them."""
+    folder = workdir / "judge"
+    tensors = {name: value.half() if value.ndim > 1 else value for name, value in average.values.items()}
+    write_tensors(folder / WEIGHTS, tensors, {"step": str(step)})
+    facts: dict[str, Any] = {
+        "labels": label_lists(),
+        "step": step,
+        "training_seeds": [FIRST_SEED, FIRST_SEED + cases.count - 1],
+        "decoded_pictures": 0 if cases.decoded is None else len(cases.decoded),
+        "held_out_seeds": [HELD_OUT[0], HELD_OUT[-1]],
+    }
+    if has_autoencoder(workdir):
+        facts["autoencoder"] = content_hash(workdir / AUTOENCODER)
+    write_json(folder / FACTS, facts)
+    facts["held_out"] = marks(load_judge(folder))
+    write_json(folder / FACTS, facts)
+    short = {kind: result["accuracy"] for kind, result in facts["held_out"].items()}
+    print(json.dumps({"step": step, **short}), flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,478 @@
+"""The scorer of `moji`: a small CLIP model of its world.
+
+    python -m recipes.moji.pictures                the training pictures, once
+    python -m recipes.moji.tokenizer               the tokenizer, once
+    python -m recipes.moji.scorer --steps 1700     about 12 minutes on two cores, after about 3 of preparation
+
+Contrastive training (Radford et al. 2021) on rendered scenes and their captions, said anew each time. Half of
+a batch stands in one place and every picture also meets a caption in which one fact is wrong, so that place
+and style alone do not win. Captions that say the same thing are right for each other (Yang et al. 2022).
+Linear heads that are thrown away afterwards name the things of a picture and of each of its patches: they
+teach a small transformer to see in minutes. Only `nouns` occur: the scorer meets no concept that a benchmark
+personalises.
+
+Continues from its last checkpoint; writes the EMA weights as a transformers folder in fp16, and prints its
+retrieval among 100 captions and its class guesses on held-out scenes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from PIL import Image
+from torch import Tensor, nn
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+)
+
+from backbone.files import write_json
+from backbone.loop import Average, load_checkpoint, save_checkpoint, train, warm_cosine
+from backbone.scorers import Scorer, class_vectors, load_scorer, ranked
+from backbone.world.render import SIZE, layout
+from backbone.world.scene import BENCHMARK_SEEDS, Scene, fair, sample_scene
+from backbone.world.words import paraphrase, sentence, vocabulary
+from recipes.moji.autoencoder import to_tensor
+from recipes.moji.pictures import SHARD, Pixels, load
+from recipes.moji.rendered import has_autoencoder, moved, rendered, roughened, round_trips
+
+HELD_OUT = 2000  # the last shard of scenes is never trained on, as for the denoiser
+LARGEST_SCALE = 4.6052  # ln 100 (Radford et al. 2021, § 2.5)
+LATENT_NOISE = 0.3
+WIDTH = 192  # of both towers
+FARTHEST = 8  # pixels of a shift
+TOWERS = ("text_model.", "vision_model.", "text_projection", "visual_projection", "logit_scale")
+
+
+def main(
+    steps: Annotated[int, typer.Option(help="Optimiser steps in all.")] = 1_700,
+    batch: Annotated[int, typer.Option(help="Pictures a step.")] = 64,
+    learning_rate: Annotated[float, typer.Option()] = 1e-3,
+    patch: Annotated[
+        int, typer.Option(help="Side of a patch in pixels: 16, or 8 for three times the work.")
+    ] = 16,
+    decoded: Annotated[
+        int, typer.Option(help="How many pictures also come as the autoencoder decodes them.")
+    ] = 2_000,
+    help_weight: Annotated[float, typer.Option(help="Weight of the heads that are thrown away.")] = 0.5,
+    minutes: Annotated[float, typer.Option(help="Stop (and save) after so many minutes.")] = 1e9,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seed: Annotated[int, typer.Option()] = 0,
+    workdir: Annotated[Path, typer.Option(help="Where intermediate files go.")] = Path("build/moji"),
+) -> None:
+    """Trains, or goes on training, and writes `scorer/` in the work directory."""
+    torch.manual_seed(seed)
+    tokenizer = CLIPTokenizer.from_pretrained(workdir / "tokenizer", local_files_only=True)
+    model = build(tokenizer, patch=patch)
+    nn.Module.to(model, device)
+    heads = Heads(WIDTH).to(device)
+    parameters = dict(model.named_parameters()) | {
+        f"heads.{key}": value for key, value in heads.named_parameters()
+    }
+    optimizer = torch.optim.AdamW(decayed(parameters), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
+    average = Average(parameters, decay=0.998)
+    checkpoint = workdir / "scorer.safetensors"
+    done = 0
+    if checkpoint.exists():
+        done, _ = load_checkpoint(checkpoint, parameters=parameters, optimizer=optimizer, average=average)
+    examination = Examination.on_disk(workdir)
+    data = Lessons.on_disk(workdir, decoded=decoded, device=device)
+
+    def losses(step: int) -> Iterator[Tensor]:
+        lesson = data.lesson(batch, Random(f"{seed}/{step}/scorer"))
+        with torch.autocast(device, torch.bfloat16):
+            seen = model.vision_model(pixel_values=lesson.pictures.to(device))
+            images = model.visual_projection(seen.pooler_output)
+            ids = tokenizer(lesson.captions + lesson.wrong, padding=True, return_tensors="pt")["input_ids"]
+            texts = model.get_text_features(ids.to(device)).pooler_output
+            guesses = heads(seen.pooler_output, seen.last_hidden_state[:, 1:])
+        logits = model.logit_scale.clamp(max=LARGEST_SCALE).exp() * unit(images) @ unit(texts).T
+        contrast = contrastive_loss(logits, lesson.right.to(device))
+        yield contrast + help_weight * heads.loss(guesses, lesson)
+
+    began, running = time.time(), 0.0
+    schedule = warm_cosine(steps, warmup=min(200, steps // 5), floor=0.01)
+    for report in train(losses, parameters, optimizer=optimizer, schedule=schedule, steps=steps, done=done,
+                        average=average):  # fmt: skip
+        running = report.loss if not running else 0.98 * running + 0.02 * report.loss
+        last = report.step == steps or time.time() - began > 60 * minutes
+        if report.step % 50 == 0:
+            facts = {"step": report.step, "loss": round(running, 4), "norm": round(report.gradient_norm, 3),
+                     "rate": round(report.learning_rate, 6),
+                     "pictures_per_second": round(batch / report.seconds, 1),
+                     "minutes": round((time.time() - began) / 60, 1)}  # fmt: skip
+            print(json.dumps(facts), flush=True)
+        if report.step % 500 == 0 or last:
+            save_checkpoint(
+                checkpoint, step=report.step, parameters=parameters, optimizer=optimizer, average=average
+            )
+            export(average, tokenizer, workdir, patch=patch)
+            print(
+                json.dumps({"step": report.step, **examination.marks(load_scorer(workdir / "scorer"))}),
+                flush=True,
+            )
+        if last:
+            break
+    if done >= steps:
+        export(average, tokenizer, workdir, patch=patch)
+        print(json.dumps({"step": done, **examination.marks(load_scorer(workdir / "scorer"))}), flush=True)
+
+
+def build(tokenizer: CLIPTokenizer, *, patch: int = 16) -> CLIPModel:
+    """About 5 M parameters: a vision transformer of 6 layers and a text transformer of 3, both of width 192.
+
+    The special ids are the tokenizer's: with CLIP's own every caption would be pooled at its first token.
+    """
+    shape: dict[str, Any] = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 3}
+    shape["projection_dim"] = 128
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        num_hidden_layers=3,
+        max_position_embeddings=77,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **shape,
+    )
+    vision = CLIPVisionConfig(num_hidden_layers=6, image_size=SIZE, patch_size=patch, **shape)
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=128)
+    model: CLIPModel = CLIPModel._from_config(
+        config, attn_implementation="eager"
+    )  # SDPA trains slower on CPU
+    return model
+
+
+def decayed(parameters: dict[str, nn.Parameter]) -> list[dict[str, object]]:
+    """Optimiser groups: matrices with weight decay, vectors and the temperature without."""
+    matrices = [value for value in parameters.values() if value.ndim > 1]
+    vectors = [value for value in parameters.values() if value.ndim <= 1]
+    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def unit(vectors: Tensor) -> Tensor:
+    return F.normalize(vectors.float(), dim=-1)
+
+
+def contrastive_loss(logits: Tensor, right: Tensor) -> Tensor:
+    """Picture to text and text to picture, each with all right answers sharing the target equally.
+
+    logits [B, N] with the B captions first and wrong ones after them; right [B, B], true where caption j
+    suits picture i. The wrong captions are only ever to be refused, so the second direction leaves them out.
+    """
+    count = len(logits)
+    suits = right.to(logits)
+    to_text = F.pad(suits / suits.sum(1, keepdim=True), (0, logits.shape[1] - count))
+    to_picture = (suits / suits.sum(0, keepdim=True)).T
+    return 0.5 * (F.cross_entropy(logits, to_text) + F.cross_entropy(logits[:, :count].T, to_picture))
+
+
+# --- what a step learns from --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """B pictures, a caption and a wrong one for each, and what the throw-away heads should say."""
+
+    pictures: Tensor  # [B, 3, 128, 128] in −1…1
+    captions: list[str]
+    wrong: list[str]
+    right: Tensor  # [B, B], true where caption j suits picture i
+    nouns: Tensor  # [B, 2] indices of the two figures' nouns; −1 where there is only one
+    colour: Tensor  # [B] 0 for none
+    accessory: Tensor  # [B] 0 for none
+    figures: Tensor  # [B, 2, 3] middle (x, y) and radius of each figure in pixels, moved as the picture is
+
+
+class Lessons:
+    """Rendered scenes as lessons: pictures, the scenes' values, and where the figures stand."""
+
+    def __init__(self, shards: Sequence[Pixels], decoded: Pixels | None, *, device: str) -> None:
+        self.shards, self.decoded, self.device = list(shards), decoded, device
+        self.scenes = [sample_scene(seed) for seed in range(sum(map(len, self.shards)))]
+        words = vocabulary()
+        nouns, colours, accessories = (list(part) for part in (words.nouns, words.colours, words.accessories))
+        self.nouns = np.full((len(self.scenes), 2), -1)
+        self.figures = np.zeros((len(self.scenes), 2, 3), dtype=np.float32)
+        self.colour = np.zeros(len(self.scenes), dtype=np.int64)
+        self.accessory = np.zeros(len(self.scenes), dtype=np.int64)
+        self.in_place: dict[str, list[int]] = {place: [] for place in words.places}
+        for index, scene in enumerate(self.scenes):
+            first = scene.things[0]
+            self.colour[index] = 1 + colours.index(first.colour) if first.colour else 0
+            self.accessory[index] = 1 + accessories.index(first.accessory) if first.accessory else 0
+            self.in_place[scene.place].append(index)
+            for place, (noun, x, y, radius) in enumerate(figures(scene)):
+                self.nouns[index, place] = nouns.index(noun)
+                self.figures[index, place] = x, y, radius
+
+    @classmethod
+    def on_disk(cls, workdir: Path, *, decoded: int, device: str) -> Lessons:
+        """All shards but the held-out one; the first pictures also decoded, when there is an autoencoder."""
+        shards = load(workdir, "scenes")
+        shards = shards[: -(HELD_OUT // SHARD)] or shards
+        trips = None
+        if decoded and has_autoencoder(workdir):
+            first = np.concatenate(shards[: -(-decoded // SHARD)])[:decoded]
+            trips = round_trips(workdir, "scenes", first, latent_noise=LATENT_NOISE, device=device)
+        return cls(shards, trips, device=device)
+
+    def lesson(self, count: int, random: Random) -> Lesson:
+        """Half of the pictures from one place, the others from anywhere."""
+        chosen = self.choose(count, random)
+        scenes = [self.scenes[index] for index in chosen]
+        far = (-FARTHEST, FARTHEST)
+        moves = [(random.randint(*far), random.randint(*far), random.random() < 0.5) for _ in chosen]
+        batch = np.stack([moved(self.picture(index, random), right=right, down=down, mirrored=mirrored)
+                          for index, (right, down, mirrored) in zip(chosen, moves, strict=True)])  # fmt: skip
+        figures = self.figures[chosen].copy()
+        mirrored = np.array([move[2] for move in moves])
+        figures[mirrored, :, 0] = SIZE - figures[mirrored, :, 0]
+        figures[..., :2] += np.array([move[:2] for move in moves], dtype=np.float32)[:, None]
+        named = [None if random.random() < 0.08 else scene.place for scene in scenes]
+        return Lesson(
+            pictures=roughened(to_tensor(batch), random),
+            captions=[said(scene, place, random) for scene, place in zip(scenes, named, strict=True)],
+            wrong=[said(one_fact_wrong(scene, random), place, random)
+                   for scene, place in zip(scenes, named, strict=True)],
+            right=suiting(scenes, named),
+            nouns=torch.from_numpy(self.nouns[chosen]),
+            colour=torch.from_numpy(self.colour[chosen]),
+            accessory=torch.from_numpy(self.accessory[chosen]),
+            figures=torch.from_numpy(figures),
+        )  # fmt: skip
+
+    def choose(self, count: int, random: Random) -> list[int]:
+        """Indices of scenes, half of them from one place, none twice."""
+        together = self.in_place[random.choice(list(self.in_place))]
+        chosen = random.sample(together, min(count // 2, len(together)))
+        taken = set(chosen)
+        while len(chosen) < count:
+            index = random.randrange(len(self.scenes))
+            if index not in taken:
+                taken.add(index)
+                chosen.append(index)
+        return chosen
+
+    def picture(self, index: int, random: Random) -> Pixels:
+        """The picture of a scene; where it is known as decoded, mostly that."""
+        if self.decoded is not None and index < len(self.decoded) and random.random() < 0.7:
+            return np.asarray(self.decoded[index])
+        return np.asarray(self.shards[index // SHARD][index % SHARD])
+
+
+def figures(scene: Scene) -> list[tuple[str, float, float, float]]:
+    """Noun, middle (x, y) and radius in pixels of every figure of a scene, without drawing it."""
+    things = scene.things * 2 if scene.pair else scene.things
+    return [(thing.noun, figure.x, figure.foot - figure.size / 2, figure.size / 2)
+            for thing, figure in zip(things, layout(scene, horizon(scene)), strict=True)]  # fmt: skip
+
+
+def horizon(scene: Scene) -> float:
+    """The height of the horizon that `draw_place` draws: the first number of the place's stream."""
+    return scene.random(f"place/{scene.place}").uniform(62, 84)
+
+
+def said(scene: Scene, place: str | None, random: Random) -> str:
+    """The canonical caption or a paraphrase."""
+    if random.random() < 0.4:
+        return sentence(scene.things, pair=scene.pair, place=place, style=scene.style)
+    return paraphrase(scene.things, pair=scene.pair, place=place, style=scene.style, random=random)
+
+
+def one_fact_wrong(scene: Scene, random: Random) -> Scene:
+    """The scene with another noun (mostly), colour, accessory, number or style: a caption to be refused."""
+    words = vocabulary()
+    first, *others = scene.things
+    kind = random.choices(("noun", "colour", "accessory", "number", "style"), (5, 2, 2, 1, 1))[0]
+    if kind == "accessory" and (others or scene.pair):
+        kind = "noun"
+    if kind == "number" and (others or first.accessory or first.small):
+        kind = "noun"
+    if kind == "style":
+        return replace(scene, style=another(scene.style, (None, *words.styles), random))
+    if kind == "number":
+        return replace(scene, pair=not scene.pair)
+    if kind == "colour":
+        changed = replace(first, colour=another(first.colour, (None, *words.colours), random))
+    elif kind == "accessory":
+        changed = replace(first, accessory=another(first.accessory, (None, *words.accessories), random))
+    else:
+        which = random.randrange(len(scene.things))
+        taken = {thing.noun for thing in scene.things}
+        noun = random.choice([noun for noun in words.nouns if noun not in taken])
+        things = list(scene.things)
+        things[which] = replace(things[which], noun=noun)
+        return replace(scene, things=tuple(things))
+    return replace(scene, things=(changed, *others))
+
+
+def another(value: str | None, values: Sequence[str | None], random: Random) -> str | None:
+    """A value other than this one."""
+    return random.choice([other for other in values if other != value])
+
+
+def suiting(scenes: Sequence[Scene], named: Sequence[str | None]) -> Tensor:
+    """Which captions suit which pictures, bool [B pictures, B captions]: same things, number and style, and
+    the caption's place is the picture's or is not said."""
+    facts: dict[object, int] = {}
+    same = np.array(
+        [facts.setdefault((scene.things, scene.pair, scene.style), len(facts)) for scene in scenes]
+    )
+    there = np.array([[place is None or place == scene.place for place in named] for scene in scenes])
+    return torch.from_numpy((same[:, None] == same[None]) & there)
+
+
+class Heads(nn.Module):
+    """Linear guesses that help the vision tower to learn and are then thrown away."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        words = vocabulary()
+        self.nouns = len(words.nouns)
+        self.noun = nn.Linear(width, self.nouns)
+        self.colour = nn.Linear(width, 1 + len(words.colours))
+        self.accessory = nn.Linear(width, 1 + len(words.accessories))
+        self.patch = nn.Linear(width, self.nouns + 1)  # the last class is the ground
+
+    def forward(self, pooled: Tensor, patches: Tensor) -> dict[str, Tensor]:
+        """Logits of pooled vectors [B, W] and of patches [B, P, W]."""
+        whole = {name: getattr(self, name)(pooled) for name in ("noun", "colour", "accessory")}
+        return {**whole, "patch": self.patch(patches)}
+
+    def loss(self, guesses: dict[str, Tensor], lesson: Lesson) -> Tensor:
+        """Cross-entropies of nouns (two things share), colour, accessory and the patches' nouns."""
+        guesses = {name: value.float() for name, value in guesses.items()}
+        device = guesses["noun"].device
+        one_hot = F.one_hot(lesson.nouns.clamp(min=0), self.nouns) * (lesson.nouns >= 0)[..., None]
+        share = one_hot.sum(1) / one_hot.sum((1, 2))[:, None]
+        truth = patch_nouns(
+            lesson.nouns, lesson.figures, round(guesses["patch"].shape[1] ** 0.5), ground=self.nouns
+        )
+        weight = torch.ones(self.nouns + 1)
+        weight[self.nouns] = 0.15
+        return (
+            F.cross_entropy(guesses["noun"], share.to(device))
+            + 0.5 * F.cross_entropy(guesses["colour"], lesson.colour.to(device))
+            + 0.5 * F.cross_entropy(guesses["accessory"], lesson.accessory.to(device))
+            + F.cross_entropy(
+                guesses["patch"].flatten(0, 1), truth.flatten().to(device), weight=weight.to(device)
+            )
+        )
+
+
+def patch_nouns(nouns: Tensor, figures: Tensor, side: int, *, ground: int) -> Tensor:
+    """The noun under the middle of each patch [B, side²], row by row; `ground` outside all circles.
+
+    nouns [B, 2] with −1 for no second figure; figures [B, 2, 3] middle (x, y) and radius in pixels.
+    """
+    middle = (torch.arange(side) + 0.5) * (SIZE / side)
+    y, x = torch.meshgrid(middle, middle, indexing="ij")
+    distance = (x.flatten() - figures[..., :1]) ** 2 + (y.flatten() - figures[..., 1:2]) ** 2  # [B, 2, side²]
+    outside = (distance / figures[..., 2:].clamp(min=1e-3) ** 2).masked_fill(nouns[..., None] < 0, torch.inf)
+    nearest, which = outside.min(1)
+    return torch.where(nearest <= 1, nouns.gather(1, which), ground)
+
+
+# --- what it has learned ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Examination:
+    """Held-out scenes: 1,000 of any kind for retrieval, 400 of one plain thing for class guesses."""
+
+    pictures: Pixels
+    captions: list[str]
+    plain_pictures: Pixels
+    plain_nouns: list[str]
+
+    @classmethod
+    def on_disk(cls, workdir: Path) -> Examination:
+        """Renders it once."""
+        scenes = [sample_scene(seed) for seed in BENCHMARK_SEEDS[:1000]]
+        drawn = (sample_scene(seed) for seed in BENCHMARK_SEEDS[1000:])
+        plain: list[Scene] = []
+        while len(plain) < 400:
+            scene = next(drawn)
+            if is_plain(scene) and fair(scene):
+                plain.append(scene)
+        return cls(
+            rendered(workdir, "scorer-held-out", scenes),
+            [scene.caption() for scene in scenes],
+            rendered(workdir, "scorer-plain", plain),
+            [scene.things[0].noun for scene in plain],
+        )
+
+    def marks(self, scorer: Scorer) -> dict[str, float]:
+        """Shares of right answers: retrieval among 100, both ways, and the noun of one plain thing."""
+        images = scorer.embed_images([Image.fromarray(picture) for picture in self.pictures])
+        texts = scorer.embed_texts(self.captions)
+        to_text, to_picture = [], []
+        for first in range(0, len(images), 100):
+            group = slice(first, first + 100)
+            scores = images[group] @ texts[group].T
+            captions = self.captions[group]
+            to_text += [
+                captions[best] == own for own, best in zip(captions, scores.argmax(1).tolist(), strict=True)
+            ]
+            to_picture += [
+                captions[best] == own for own, best in zip(captions, scores.argmax(0).tolist(), strict=True)
+            ]
+        nouns = list(vocabulary().nouns)
+        vectors = class_vectors(scorer, nouns)
+        plain = scorer.embed_images([Image.fromarray(picture) for picture in self.plain_pictures])
+        guesses = [ranked(scorer, image[None], nouns, vectors)[0][0] for image in plain]
+        hits = [guess == noun for guess, noun in zip(guesses, self.plain_nouns, strict=True)]
+        return {
+            "caption_among_100": round(float(np.mean(to_text)), 4),
+            "picture_among_100": round(float(np.mean(to_picture)), 4),
+            "noun_of_plain_thing": round(float(np.mean(hits)), 4),
+            "logit_scale": round(float(scorer.model.logit_scale.exp()), 2),
+        }
+
+
+def is_plain(scene: Scene) -> bool:
+    """One thing of usual size in its own colour, wearing nothing, in no style."""
+    thing = scene.things[0]
+    single = len(scene.things) == 1 and not scene.pair
+    return single and not (scene.style or thing.colour or thing.accessory or thing.small)
+
+
+@torch.no_grad()
+def export(average: Average, tokenizer: CLIPTokenizer, workdir: Path, *, patch: int) -> None:
+    """Writes the averaged weights as an ordinary transformers folder in fp16, tokenizer included."""
+    model = build(tokenizer, patch=patch)
+    model.load_state_dict(
+        {key: value for key, value in average.values.items() if key.startswith(TOWERS)}, strict=False
+    )
+    model.logit_scale.clamp_(max=LARGEST_SCALE)
+    folder = workdir / "scorer"
+    model.half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).write_bytes((workdir / "tokenizer" / name).read_bytes())
+    half = [0.5, 0.5, 0.5]
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": SIZE},
+        crop_size={"height": SIZE, "width": SIZE},
+        image_mean=half,
+        image_std=half,
+    )
+    write_json(folder / "preprocessor_config.json", processor.to_dict())
+
+
+if __name__ == "__main__":
+    typer.run(main)

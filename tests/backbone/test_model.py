@@ -1,0 +1,113 @@
+"""`Backbone`: opening, encoding, predicting, freeing, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+from backbone.console import UserError
+from backbone.model import Backbone
+from backbone.sample import Request, sample_latents
+
+
+def test_sampling_matches_diffusers_own_pipeline(tiny_folder: Path, tiny: Backbone) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    from backbone.sample import initial_noise
+
+    noise = initial_noise(tiny, 3, 0, 0)[None]
+    theirs = pipeline(
+        "a dog in the snow", latents=noise, num_inference_steps=5, guidance_scale=3.0, output_type="latent"
+    ).images
+    ours = next(sample_latents(tiny, [Request("a dog in the snow", (0, 0))], steps=5, guidance=3.0, seed=3))
+    assert isinstance(pipeline.scheduler, DDIMScheduler)
+    assert torch.allclose(ours, theirs, atol=2e-4)
+
+
+def test_velocity_models_sample_as_diffusers_does(tmp_path: Path) -> None:
+    from backbone.sample import initial_noise
+    from tests.tiny import tiny_pipeline
+
+    folder = tiny_pipeline(tmp_path / "v", prediction_type="v_prediction")
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    model = Backbone.open(str(folder), device="cpu", precision="fp32")
+    assert model.path.kind == "v_prediction"
+    theirs = pipeline(
+        "a cat",
+        latents=initial_noise(model, 0, 0, 0)[None],
+        num_inference_steps=4,
+        guidance_scale=2.0,
+        output_type="latent",
+    ).images
+    ours = next(sample_latents(model, [Request("a cat", (0, 0))], steps=4, guidance=2.0, seed=0))
+    assert torch.allclose(ours, theirs, atol=2e-4)
+
+
+def test_a_picture_does_not_depend_on_the_batch_it_was_drawn_in(tiny: Backbone) -> None:
+    requests = [Request("a dog", (i, j)) for i in range(2) for j in range(2)]
+    together = torch.cat(
+        list(sample_latents(tiny, requests, steps=3, guidance=2.0, seed=1, sampler="ancestral"))
+    )
+    alone = next(sample_latents(tiny, requests[3:], steps=3, guidance=2.0, seed=1, sampler="ancestral"))
+    assert torch.allclose(together[3:], alone, atol=1e-5)
+
+
+def test_pictures_come_back_through_the_autoencoder_with_their_shape(tiny: Backbone) -> None:
+    pictures = torch.rand(2, 3, tiny.resolution, tiny.resolution) * 2 - 1
+    posterior = tiny.encode(pictures)
+    assert posterior.mean.shape == (2, *tiny.latent_shape)
+    assert tiny.decode(posterior.mean).shape == pictures.shape
+
+
+def test_freed_parts_load_again_with_the_same_weights(tiny: Backbone) -> None:
+    before = tiny.encode_prompts(["a dog"])["hidden"]
+    tiny.free("text_encoder", "autoencoder")
+    assert "text_encoder" not in tiny.__dict__
+    assert torch.equal(tiny.encode_prompts(["a dog"])["hidden"], before)
+
+
+def test_a_long_prompt_is_cut_and_said_so(tiny: Backbone, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.encode_prompts(["a dog " * 60])
+    assert "it will not see" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [("nowhere/at/all", "There is no model"), ("no-such-thing", "There is no model")],
+)
+def test_a_model_that_is_nowhere_is_a_clear_mistake(model: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Backbone.open(model)
+
+
+def test_a_folder_that_is_no_model_is_a_clear_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model_index\.json"):
+        Backbone.open(str(tmp_path))
+
+
+def test_a_family_that_is_not_served_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    with pytest.raises(UserError, match="FluxPipeline"):
+        Backbone.open(str(tmp_path))
+
+
+def test_a_model_without_its_denoiser_is_a_clear_mistake(tmp_path: Path, tiny_folder: Path) -> None:
+    import shutil
+
+    shutil.copytree(tiny_folder, tmp_path / "broken")
+    shutil.rmtree(tmp_path / "broken" / "unet")
+    with pytest.raises(UserError, match="unet"):
+        _ = Backbone.open(str(tmp_path / "broken"), device="cpu", precision="fp32").denoiser
+
+
+def test_the_fingerprint_tells_weights_apart(tmp_path: Path, tiny_folder: Path) -> None:
+    from tests.tiny import tiny_pipeline
+
+    other = tiny_pipeline(tmp_path / "other", seed=1)
+    assert Backbone.open(str(tiny_folder)).fingerprint == Backbone.open(str(tiny_folder)).fingerprint
+    assert Backbone.open(str(other)).fingerprint != Backbone.open(str(tiny_folder)).fingerprint

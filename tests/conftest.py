@@ -1,0 +1,45 @@
+"""What many tests share: a random tiny pipeline, a cache of their own, the pictures of a subject."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from backbone.cache import VARIABLE
+from backbone.model import Backbone
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test reads or writes the user's cache."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv(VARIABLE, str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random pipeline folder of the Stable Diffusion family."""
+    from tests.tiny import tiny_pipeline
+
+    return tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def tiny(tiny_folder: Path) -> Backbone:
+    """The random pipeline, opened in fp32 on the CPU."""
+    return Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
+
+
+@pytest.fixture
+def subject(tmp_path: Path) -> Path:
+    """A folder of three small pictures."""
+    folder = tmp_path / "subject"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for number in range(3):
+        pixels = random.integers(0, 255, (70, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder

@@ -1,0 +1,157 @@
+"""`customize train` and `customize sample`, on a random tiny model, through the real commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from backbone.adapters import WEIGHTS
+from backbone.cache import VARIABLE
+from backbone.files import read_jsonl, read_tensors
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+TRAIN = ("train", "--token", "[V]", "--class", "dog", "--precision", "fp32", "--device", "cpu")
+
+
+@pytest.fixture
+def customize(tmp_path: Path) -> Command:
+    """Runs `customize` in an empty folder."""
+
+    def call(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "customize.cli", *arguments], cwd=tmp_path, text=True, capture_output=True,
+            env=environment(),
+        )  # fmt: skip
+        assert not check or done.returncode == 0, done.stderr
+        return done
+
+    return call
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1", VARIABLE: os.environ[VARIABLE]}
+
+
+def test_a_run_leaves_everything_that_it_should(
+    customize: Command, tmp_path: Path, subject: Path, tiny_folder: Path
+) -> None:
+    customize(*TRAIN, "--images", str(subject), "--model", str(tiny_folder), "--validation_steps", "2")
+    run = tmp_path / "runs" / "subject"
+    assert {path.name for path in run.iterdir()} == {
+        WEIGHTS, "concept.json", "settings.json", "log.jsonl", "sheet.png", "README.md", "checkpoint.safetensors", "previews",
+    }  # fmt: skip
+    assert [line["step"] for line in read_jsonl(run / "log.jsonl")] == [1, 2, 3, 4]
+    assert Image.open(run / "sheet.png").size[0] > 400
+    record = json.loads((run / "settings.json").read_text())
+    assert record["settings"]["steps"] == 4
+    assert {"torch", "diffusers", "peft"} <= set(record["versions"])
+    assert record["timings"]["all"] > 0
+    assert "customize train" in (run / "README.md").read_text()
+    sampled = customize("sample", "a [V] dog in the snow", "a dog", "--concept", "runs/subject", "--count", "2", "--out", "o")
+    assert "4 pictures" in sampled.stderr
+    names = {path.name for path in (tmp_path / "o").iterdir()}
+    assert names == {"p00-s00.png", "p00-s01.png", "p01-s00.png", "p01-s01.png", "sheet.png", "samples.json"}
+    assert json.loads((tmp_path / "o" / "samples.json").read_text())["pictures"][0]["prompt"] == "a [V] dog in the snow"
+
+
+def test_a_run_that_was_killed_goes_on_bit_for_bit(
+    customize: Command, tmp_path: Path, subject: Path, tiny_folder: Path
+) -> None:
+    flags = [*TRAIN, "--images", str(subject), "--model", str(tiny_folder), "--steps", "60", "--checkpointing_steps", "5"]
+    customize(*flags, "--out", "whole")
+    stopped = subprocess.Popen(
+        [sys.executable, "-m", "customize.cli", *flags, "--out", "parts"], cwd=tmp_path, env=environment(),
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    log = tmp_path / "parts" / "log.jsonl"
+    deadline = time.time() + 60
+    while time.time() < deadline and (not log.exists() or len(read_jsonl(log)) < 8):
+        time.sleep(0.02)
+    stopped.send_signal(signal.SIGTERM)
+    _, said = stopped.communicate(timeout=60)
+    assert stopped.returncode == 130, said
+    assert "customize train --resume parts" in said
+    assert not (tmp_path / "parts" / WEIGHTS).exists()
+    customize("train", "--resume", "parts")
+    one, other = (read_tensors(tmp_path / name / WEIGHTS)[0] for name in ("whole", "parts"))
+    assert set(one) == set(other)
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert [line["step"] for line in read_jsonl(log)] == list(range(1, 61))
+
+
+def test_every_bad_picture_is_listed_before_anything_is_written(
+    customize: Command, tmp_path: Path, subject: Path, tiny_folder: Path
+) -> None:
+    (subject / "text.jpg").write_text("no picture")
+    (subject / "empty.png").write_bytes(b"")
+    done = customize(*TRAIN, "--images", str(subject), "--model", str(tiny_folder), check=False)
+    assert done.returncode == 2
+    assert "text.jpg" in done.stderr
+    assert "empty.png" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train"], "--images"),
+        (["train", "--images", "nowhere"], "nowhere"),
+        (["train", "--resume", "nowhere"], "nowhere"),
+        (["sample", "a [V] dog", "--model", "TINY"], r"[V]"),
+        (["sample", "a dog", "--model", "TINY", "--sampler", "magic"], "magic"),
+        (["sample", "a dog", "--model", "nowhere/at/all"], "nowhere/at/all"),
+        (["sample", "a dog", "--concept", "nowhere"], "nowhere"),
+        (["sample", "a dog", "--model", "TINY", "--steps", "0"], "steps"),
+    ],
+)
+def test_a_mistake_gives_one_sentence_and_exit_code_2(
+    customize: Command, tiny_folder: Path, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    done = customize(*[a.replace("TINY", str(tiny_folder)) for a in arguments], check=False)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("samples/*"))
+
+
+def test_a_run_folder_is_never_overwritten(customize: Command, tmp_path: Path, subject: Path, tiny_folder: Path) -> None:
+    flags = [*TRAIN, "--images", str(subject), "--model", str(tiny_folder), "--steps", "1", "--out", "run"]
+    customize(*flags)
+    before = (tmp_path / "run" / WEIGHTS).read_bytes()
+    done = customize(*flags, check=False)
+    assert done.returncode == 2
+    assert "--resume run" in done.stderr
+    assert (tmp_path / "run" / WEIGHTS).read_bytes() == before
+
+
+def test_a_concept_of_another_model_is_refused(
+    customize: Command, tmp_path: Path, subject: Path, tiny_folder: Path
+) -> None:
+    from tests.tiny import tiny_pipeline
+
+    other = tiny_pipeline(tmp_path / "other", seed=5)
+    customize(*TRAIN, "--images", str(subject), "--model", str(tiny_folder), "--steps", "1", "--out", "run")
+    done = customize("sample", "a [V] dog", "--concept", "run", "--model", str(other), check=False)
+    assert done.returncode == 2
+    assert "other weights" in done.stderr
+
+
+def test_the_example_is_written_once_and_spares_what_lies_there(customize: Command, tmp_path: Path) -> None:
+    customize("example", "dog/")
+    customize("example", "dog/")
+    assert len(list((tmp_path / "dog").iterdir())) == 5
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    assert customize("example", "mine", check=False).returncode == 2
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
