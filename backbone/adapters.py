@@ -22,7 +22,14 @@ DENOISER_PREFIX = "unet."
 
 
 def add_lora(
-    model: nn.Module, name: str, *, rank: int, alpha: float, targets: Sequence[str], dropout: float = 0.0, seed: int = 0
+    model: nn.Module,
+    name: str,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    dropout: float = 0.0,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
     """Puts a LoRA (Hu et al. 2022) on the target layers and gives its trainable tensors by name, all fp32.
 
@@ -66,7 +73,11 @@ def save_lora(path: Path, model: nn.Module, name: str, *, metadata: dict[str, st
     """Writes an adapter as diffusers' `load_lora_weights` reads it, rank and alpha in the file's header."""
     state = get_peft_model_state_dict(cast(Any, model), adapter_name=name)
     tensors = {DENOISER_PREFIX + key: value for key, value in state.items()}
-    write_tensors(path, tensors, {"format": "pt", "lora_adapter_metadata": _config_json(model, name), **(metadata or {})})
+    write_tensors(
+        path,
+        tensors,
+        {"format": "pt", "lora_adapter_metadata": _config_json(model, name), **(metadata or {})},
+    )
 
 
 def load_lora(path: Path, model: nn.Module, name: str, *, scale: float = 1.0) -> None:
@@ -93,9 +104,14 @@ def load_lora(path: Path, model: nn.Module, name: str, *, scale: float = 1.0) ->
     with warnings.catch_warnings():  # a second adapter is what we want here
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         inject_adapter_in_model(config, cast(Any, model), adapter_name=name)
-    own = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(cast(Any, model), adapter_name=name).items()}
+    own = {
+        key: tuple(value.shape)
+        for key, value in get_peft_model_state_dict(cast(Any, model), adapter_name=name).items()
+    }
     if shapes != own:
-        raise UserError(f"{path} was made for another model than this one. Give the --model that it was trained on.")
+        raise UserError(
+            f"{path} was made for another model than this one. Give the --model that it was trained on."
+        )
     set_peft_model_state_dict(cast(Any, model), state, adapter_name=name)
     for parameter in lora_parameters(model, name).values():
         parameter.data = parameter.data.float()

@@ -1,7 +1,7 @@
 """A bank of base predictions: what the untouched model says at fixed draws, computed once and read afterwards.
 
-A draw k fixes the picture, the timestep and the noise by a counter-based seed, and the timesteps are stratified over the
-draws. Prior preservation compares the adapted model with it; so does preference optimisation's reference.
+A draw k fixes the picture, the timestep and the noise by a counter-based seed, and the timesteps are stratified over
+the draws. Prior preservation compares the adapted model with it; so does preference optimisation's reference.
 """
 
 from __future__ import annotations
@@ -40,7 +40,14 @@ def bank_of(
     Call it while no adapter is active.
     """
     means = torch.cat([posterior.mean for posterior in posteriors])
-    facts = (model.fingerprint, model.dtype, draws, seed, _hash(means), *(_hash(value) for value in text.values()))
+    facts = (
+        model.fingerprint,
+        model.dtype,
+        draws,
+        seed,
+        _hash(means),
+        *(_hash(value) for value in text.values()),
+    )
     key = content_hash("\n".join(map(str, facts)).encode())
     return Bank(**remembered("bank", key, lambda: _ask(model, posteriors, text, draws, seed, batch)))
 
@@ -61,7 +68,9 @@ def _ask(
     for first in range(0, draws, batch):
         numbers = range(first, min(first + batch, draws))
         random = [generator(seed, "bank", k) for k in numbers]
-        clean = torch.cat([posteriors[k % len(posteriors)].sample(r) for k, r in zip(numbers, random, strict=True)])
+        clean = torch.cat(
+            [posteriors[k % len(posteriors)].sample(r) for k, r in zip(numbers, random, strict=True)]
+        )
         noise = torch.stack([torch.randn(clean.shape[1:], generator=r) for r in random]).to(clean.device)
         index = chosen[first : first + batch]
         level = levels[index]

@@ -1,4 +1,4 @@
-"""What was computed once is remembered on disk, keyed by the content of what it was computed from, never by position."""
+"""What was computed once is remembered on disk, keyed by the content that it came from, never by position."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from backbone.console import UserError
-from backbone.files import content_hash, read_tensors, write_tensors
 from backbone.families import Text
+from backbone.files import content_hash, read_tensors, write_tensors
 from backbone.images import Picture, square, to_tensor
 from backbone.model import Backbone, Posterior
 
@@ -21,7 +21,9 @@ VARIABLE = "ATELIER_CACHE"
 def cache_folder() -> Path:
     """Where caches lie: $ATELIER_CACHE, or `atelier` in the user's cache folder."""
     named = os.environ.get(VARIABLE)
-    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "atelier"
+    return (
+        Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "atelier"
+    )
 
 
 def remembered(kind: str, key: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -52,7 +54,9 @@ def encoded_prompts(model: Backbone, prompts: Sequence[str]) -> Text:
     """The `Text` of prompts, each encoded once for all time; the text encoder loads only for new ones."""
     single = [
         remembered(
-            "text", content_hash(f"{model.fingerprint}\n{prompt}".encode()), lambda p=prompt: model.encode_prompts([p])
+            "text",
+            content_hash(f"{model.fingerprint}\n{prompt}".encode()),
+            lambda p=prompt: model.encode_prompts([p]),
         )
         for prompt in prompts
     ]

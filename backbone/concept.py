@@ -50,10 +50,14 @@ def read_concept(folder: str | Path) -> Concept:
     folder = Path(folder)
     path = folder / FILE if folder.is_dir() else folder
     if not path.is_file() or path.name != FILE:
-        raise UserError(f"{folder} holds no concept ({FILE} is missing). Name a run folder of `customize train`.")
+        raise UserError(
+            f"{folder} holds no concept ({FILE} is missing). Name a run folder of `customize train`."
+        )
     said = read_json(path)
     if not isinstance(said, dict) or said.get("format") != FORMAT:
-        raise UserError(f"{path} is not a concept that this version reads. Train it again, or update Atelier.")
+        raise UserError(
+            f"{path} is not a concept that this version reads. Train it again, or update Atelier."
+        )
     try:
         return Concept(**{key: value for key, value in said.items() if key != "format"}, folder=path.parent)
     except TypeError as error:
@@ -106,7 +110,11 @@ def check_token(token: str, vocabulary: Mapping[str, int]) -> None:
     """Refuses a token that cannot be told from ordinary words of a prompt."""
     if not token.strip() or " " in token.strip():
         raise UserError(f"The token “{token}” must be one word, like [V] or <dog>.")
-    if token.isalpha() and f"{token.lower()}</w>" in vocabulary and not RARE.fullmatch(f"{token.lower()}</w>"):
+    if (
+        token.isalpha()
+        and f"{token.lower()}</w>" in vocabulary
+        and not RARE.fullmatch(f"{token.lower()}</w>")
+    ):
         raise UserError(f"The token “{token}” is an ordinary word for this model. Choose one like [{token}].")
 
 
@@ -116,4 +124,7 @@ def _says(prompt: str, token: str) -> bool:
 
 def described(concepts: Sequence[Concept]) -> list[dict[str, Any]]:
     """What a record of a run says about its concepts."""
-    return [{"folder": str(concept.folder), "tokens": concept.tokens, "class": concept.class_noun} for concept in concepts]
+    return [
+        {"folder": str(concept.folder), "tokens": concept.tokens, "class": concept.class_noun}
+        for concept in concepts
+    ]

@@ -142,7 +142,11 @@ def save_checkpoint(
     if average is not None:
         tensors.update({f"average/{name}": value for name, value in average.values.items()})
     numbers = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    header = {"step": str(step), "groups": json.dumps(numbers, default=str), "facts": json.dumps(dict(facts or {}))}
+    header = {
+        "step": str(step),
+        "groups": json.dumps(numbers, default=str),
+        "facts": json.dumps(dict(facts or {})),
+    }
     write_tensors(path, {name: value.contiguous() for name, value in tensors.items()}, header)
 
 
@@ -162,7 +166,9 @@ def load_checkpoint(
     saved = {name.removeprefix("parameter/") for name in tensors if name.startswith("parameter/")}
     if saved != set(parameters):
         odd = sorted(saved ^ set(parameters))[0]
-        raise UserError(f"{path} was saved by another kind of run ({odd} differs). Start anew or resume that one.")
+        raise UserError(
+            f"{path} was saved by another kind of run ({odd} differs). Start anew or resume that one."
+        )
     for name, value in parameters.items():
         value.copy_(tensors[f"parameter/{name}"])
         state = {}

@@ -38,7 +38,7 @@ PARTS = ("denoiser", "autoencoder", "text_encoder")
 
 
 class Posterior(NamedTuple):
-    """What the autoencoder's encoder says: mean and standard deviation [B, C, H, W] of latents of about unit variance."""
+    """What the encoder says: mean and standard deviation [B, C, H, W] of latents of about unit variance."""
 
     mean: Tensor
     std: Tensor
@@ -52,7 +52,9 @@ class Posterior(NamedTuple):
 class Backbone:
     """A model: where it is, which family it belongs to, on which device and in which precision it works."""
 
-    def __init__(self, location: Location, family: Family, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, location: Location, family: Family, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.location = location
         self.family = family
         self.device = device
@@ -73,7 +75,9 @@ class Backbone:
                 place = torch.device(best_device() if device == "auto" else device)
                 return cls(location, family, device=place, dtype=chosen_dtype(precision, place))
         served = ", ".join(family.name for family in families())
-        raise UserError(f"{location.name} is a {found or 'model of unknown kind'}; this version works with {served}.")
+        raise UserError(
+            f"{location.name} is a {found or 'model of unknown kind'}; this version works with {served}."
+        )
 
     @cached_property
     def denoiser(self) -> nn.Module:
@@ -98,7 +102,14 @@ class Backbone:
     @cached_property
     def defaults(self) -> dict[str, Any]:
         """What works well with this model: the `atelier.json` beside it, or what works with its family."""
-        usual = {"steps": 30, "guidance": 7.5, "train_steps": 500, "learning_rate": 1e-4, "rank": 8, "batch": 1}
+        usual = {
+            "steps": 30,
+            "guidance": 7.5,
+            "train_steps": 500,
+            "learning_rate": 1e-4,
+            "rank": 8,
+            "batch": 1,
+        }
         folder = self.location.folder
         file = folder / "atelier.json" if folder else None
         return usual | (read_json(file) if file and file.exists() else {})
@@ -211,9 +222,13 @@ class Backbone:
 
     def _config(self, part: str) -> dict[str, Any]:
         folder = self.location.folder
-        path = folder / part / "config.json" if folder else _hub_file(self.location.place, f"{part}/config.json")
+        path = (
+            folder / part / "config.json" if folder else _hub_file(self.location.place, f"{part}/config.json")
+        )
         if not path.exists():
-            raise UserError(f"{self.location.name} has no {part}/config.json. Save or download the model again.")
+            raise UserError(
+                f"{self.location.name} has no {part}/config.json. Save or download the model again."
+            )
         return cast("dict[str, Any]", read_json(path))
 
 
@@ -225,14 +240,19 @@ def locate(model: str) -> Location:
         index = path / "model_index.json"
         if not index.exists():
             raise UserError(
-                f"{path} is not a diffusers model: it has no model_index.json. Name the folder that `save_pretrained` wrote."
+                f"{path} is not a diffusers model: it has no model_index.json. "
+                "Name the folder that `save_pretrained` wrote."
             )
         return Location(model, str(path), read_json(index))
     if path.is_file():
-        raise UserError(f"{path} is a single file. Name a diffusers folder, or convert it with `save_pretrained`.")
+        raise UserError(
+            f"{path} is a single file. Name a diffusers folder, or convert it with `save_pretrained`."
+        )
     if model in NAMES or (place.count("/") == 1 and not place.startswith((".", "/", "~"))):
         return Location(model, place, json.loads(_hub_file(place, "model_index.json").read_text()))
-    raise UserError(f"There is no model {model}. Name one of {', '.join(NAMES)}, a diffusers folder, or a hub id.")
+    raise UserError(
+        f"There is no model {model}. Name one of {', '.join(NAMES)}, a diffusers folder, or a hub id."
+    )
 
 
 def best_device() -> str:
@@ -250,7 +270,11 @@ def chosen_dtype(precision: str, device: torch.device) -> torch.dtype:
         return PRECISIONS[precision]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if (
+        device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ):
         return torch.bfloat16
     return torch.float32
 

@@ -71,25 +71,60 @@ def main(
         trained = out / "runs" / f"{pictures.name}-{seed}"
         noun = words.classes[concept]
         began = time.perf_counter()
-        customize("train", "--images", str(pictures), "--token", TOKEN, "--class", noun, "--model", model, "--seed",
-                  str(seed), "--out", str(trained), *flags.split())  # fmt: skip
+        customize(
+            "train",
+            "--images",
+            str(pictures),
+            "--token",
+            TOKEN,
+            "--class",
+            noun,
+            "--model",
+            model,
+            "--seed",
+            str(seed),
+            "--out",
+            str(trained),
+            *flags.split(),
+        )
         seconds = time.perf_counter() - began
         places = [place for place in words.places if place not in TRAINING_PLACES]
         told = read_concept(trained).tokens[TOKEN]
-        after = drawn([f"a {TOKEN} {noun} {place}" for place in places], out / "after" / trained.name,
-                      ["--concept", str(trained)], model, count, seed)  # fmt: skip
-        before = drawn([f"a {told} {noun} {place}" for place in places], out / "before" / trained.name, [], model, count, seed)
+        after = drawn(
+            [f"a {TOKEN} {noun} {place}" for place in places],
+            out / "after" / trained.name,
+            ["--concept", str(trained)],
+            model,
+            count,
+            seed,
+        )
+        before = drawn(
+            [f"a {told} {noun} {place}" for place in places],
+            out / "before" / trained.name,
+            [],
+            model,
+            count,
+            seed,
+        )
         asked = [place for place in places for _ in range(count)]
         seen, seen_before = judge.verdicts(after), judge.verdicts(before)
         results.append(
             Result(
-                concept, len(after), glyphs(seen, concept), places_right(seen, asked), glyphs(seen_before, concept),
-                places_right(seen_before, asked), round(seconds, 1),
-            )  # fmt: skip
+                concept,
+                len(after),
+                glyphs(seen, concept),
+                places_right(seen, asked),
+                glyphs(seen_before, concept),
+                places_right(seen_before, asked),
+                round(seconds, 1),
+            )
         )
         show(out / "sheets" / f"{trained.name}.png", concept, after, asked, seen, count)
         say(json.dumps(asdict(results[-1])))
-        write_json(out / "table.json", {"seed": seed, "flags": flags, "results": [asdict(result) for result in results]})
+        write_json(
+            out / "table.json",
+            {"seed": seed, "flags": flags, "results": [asdict(result) for result in results]},
+        )
         write_text(out / "table.md", table(results))
     print(table(results))
 
@@ -99,9 +134,23 @@ def customize(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "customize.cli", *arguments], check=True)
 
 
-def drawn(prompts: list[str], folder: Path, more: list[str], model: str, count: int, seed: int) -> list[Image.Image]:
+def drawn(
+    prompts: list[str], folder: Path, more: list[str], model: str, count: int, seed: int
+) -> list[Image.Image]:
     """The pictures that `customize sample` draws, in order."""
-    customize("sample", *prompts, "--out", str(folder), "--count", str(count), "--seed", str(seed), "--model", model, *more)
+    customize(
+        "sample",
+        *prompts,
+        "--out",
+        str(folder),
+        "--count",
+        str(count),
+        "--seed",
+        str(seed),
+        "--model",
+        model,
+        *more,
+    )
     return [Image.open(path).convert("RGB") for path in sorted(folder.glob("p??-s??.png"))]
 
 
@@ -115,19 +164,26 @@ def places_right(seen: Sequence[Verdict], asked: Sequence[str]) -> int:
     return sum(top(verdict.place) == place for verdict, place in zip(seen, asked, strict=True))
 
 
-def show(path: Path, concept: str, pictures: list[Image.Image], asked: list[str], seen: list[Verdict], count: int) -> None:
+def show(
+    path: Path, concept: str, pictures: list[Image.Image], asked: list[str], seen: list[Verdict], count: int
+) -> None:
     """A sheet of all pictures, framed by what the judge said."""
     cells = [
         Cell(picture, f"{place}: {verdict.glyph}", GREEN if shows(verdict, concept) else RED)
         for picture, place, verdict in zip(pictures, asked, seen, strict=True)
     ]
     rows = [[cells[place * count + k] for place in range(len(cells) // count)] for k in range(count)]
-    save_png(path, sheet(rows, title=concept, note="Green: the judge names the concept's glyph first.", cell=128))
+    save_png(
+        path, sheet(rows, title=concept, note="Green: the judge names the concept's glyph first.", cell=128)
+    )
 
 
 def table(results: Sequence[Result]) -> str:
     """Markdown: a row for every concept, then all of them with intervals."""
-    lines = ["| concept | glyph | place | glyph, base | place, base | training |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| concept | glyph | place | glyph, base | place, base | training |",
+        "|---|---|---|---|---|---|",
+    ]
     for result in results:
         n = result.pictures
         shares = (result.glyph / n, result.place / n, result.glyph_before / n, result.place_before / n)
@@ -139,7 +195,8 @@ def table(results: Sequence[Result]) -> str:
         low, high = wilson(right, total)
         lowest, highest = over_concepts([getattr(result, name) / result.pictures for result in results])
         cells.append(
-            f"{per_cent(right / total)} ({per_cent(low)}–{per_cent(high)}; over concepts {per_cent(lowest)}–{per_cent(highest)})"
+            f"{per_cent(right / total)} ({per_cent(low)}–{per_cent(high)}; "
+            f"over concepts {per_cent(lowest)}–{per_cent(highest)})"
         )
     longest = max(result.seconds for result in results)
     return "\n".join([*lines, f"| all, n = {total} | {' | '.join(cells)} | at most {longest:.0f} s |", ""])

@@ -1,7 +1,7 @@
 """DreamBooth with LoRA: a few pictures of a subject, a rare word that comes to mean it, a class that keeps its meaning.
 
-Ruiz et al. 2023 (DreamBooth) bind a rare token to the subject by training on “a [V] dog” and keep “a dog” what it was by
-a second, prior-preservation term (eq. 2). Hu et al. 2022 (LoRA) make the weights' change low-rank, W + (α/r)·B·A. Here
+Ruiz et al. 2023 (DreamBooth) bind a rare token to the subject by training on “a [V] dog” and keep “a dog” what it was
+by a second, prior-preservation term (eq. 2). Hu et al. 2022 (LoRA) make the weights' change low-rank, W + (α/r)·B·A. Here
 the prior term needs no class pictures: at noised pictures of the subject, under the class prompt, the adapted network
 must say what the untouched one said, from a bank of answers computed once.
 
@@ -24,7 +24,16 @@ from backbone.cache import encoded, encoded_prompts
 from backbone.console import UserError
 from backbone.families import Text
 from backbone.images import Picture
-from backbone.loop import Report, Schedule, generator, load_checkpoint, save_checkpoint, train, warm_constant, warm_cosine
+from backbone.loop import (
+    Report,
+    Schedule,
+    generator,
+    load_checkpoint,
+    save_checkpoint,
+    train,
+    warm_constant,
+    warm_cosine,
+)
 from backbone.model import Backbone, Posterior
 from backbone.noise import add_noise, target
 from customize.settings import Settings
@@ -43,7 +52,9 @@ class Material:
     prior_text: Text | None
 
 
-def prepare(model: Backbone, pictures: Sequence[Picture], prompts: Sequence[str], settings: Settings) -> Material:
+def prepare(
+    model: Backbone, pictures: Sequence[Picture], prompts: Sequence[str], settings: Settings
+) -> Material:
     """Encodes pictures (each [1, C, H, W], mirrored ones behind) and their prompts, then banks the base's answers.
 
     `prompts` are in the model's words: one for each picture, then the class prompt.
@@ -75,7 +86,9 @@ class LoraTraining:
         layers = self.model.family.lora_targets.get(self.settings.lora_layers)
         if layers is None:
             known = ", ".join(self.model.family.lora_targets)
-            raise UserError(f"There is no set of layers called {self.settings.lora_layers}. Choose one of {known}.")
+            raise UserError(
+                f"There is no set of layers called {self.settings.lora_layers}. Choose one of {known}."
+            )
         self.parameters = add_lora(
             self.model.denoiser,
             ADAPTER,
@@ -126,7 +139,9 @@ class LoraTraining:
             draw = torch.randint(len(material.prior), (settings.prior_batch,), generator=random)
             noisy = torch.cat([noisy, material.prior.noisy[draw].to(noisy)])
             index = torch.cat([index, material.prior.level[draw]])
-            rows = {name: value.expand(len(draw), *value.shape[1:]) for name, value in material.prior_text.items()}
+            rows = {
+                name: value.expand(len(draw), *value.shape[1:]) for name, value in material.prior_text.items()
+            }
             text = {name: torch.cat([value, rows[name]]) for name, value in text.items()}
             wanted = torch.cat([wanted, material.prior.prediction[draw].to(wanted)])
             share = settings.prior_loss_weight * settings.batch / settings.prior_batch
@@ -136,18 +151,24 @@ class LoraTraining:
         with self.model.autocast(), torch.random.fork_rng(devices=[], enabled=settings.lora_dropout > 0):
             if settings.lora_dropout:
                 torch.manual_seed(generator(settings.seed, step, "dropout").initial_seed())
-            prediction = self.model.family.network(self.model.denoiser, text)(noisy, time[index].to(noisy.device))
+            prediction = self.model.family.network(self.model.denoiser, text)(
+                noisy, time[index].to(noisy.device)
+            )
         error = (prediction.float() - wanted).square().flatten(1).mean(1)
         yield (weights.to(error) * error).sum() / settings.batch
 
     def save(self, run: Path) -> None:
         """Writes the checkpoint from which `resume` goes on bit for bit."""
-        save_checkpoint(run / CHECKPOINT, step=self.done, parameters=self.parameters, optimizer=self.optimizer)
+        save_checkpoint(
+            run / CHECKPOINT, step=self.done, parameters=self.parameters, optimizer=self.optimizer
+        )
 
     def resume(self, run: Path) -> None:
         """Goes on where `save` was called last; from the start when it never was."""
         if (run / CHECKPOINT).exists():
-            self.done, _ = load_checkpoint(run / CHECKPOINT, parameters=self.parameters, optimizer=self.optimizer)
+            self.done, _ = load_checkpoint(
+                run / CHECKPOINT, parameters=self.parameters, optimizer=self.optimizer
+            )
 
     @property
     def denoiser(self) -> nn.Module:

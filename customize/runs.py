@@ -14,7 +14,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from PIL.Image import Image
 
 from backbone.adapters import WEIGHTS, save_lora
@@ -33,19 +32,26 @@ SHEET = "sheet.png"
 PACKAGES = ("atelier-diffusion", "torch", "diffusers", "transformers", "peft", "accelerate")
 
 
-def train_concept(asked: dict[str, Any], *, images: str, token: str, class_noun: str | None, out: Path | None) -> Path:
+def train_concept(
+    asked: dict[str, Any], *, images: str, token: str, class_noun: str | None, out: Path | None
+) -> Path:
     """Trains a new concept and gives its run folder. `asked` holds what the user set; the rest comes from the model.
 
-    Raises `UserError` for bad pictures (all at once), a bad token or a run folder that is taken, before any weights load.
+    Raises `UserError` for bad pictures (all at once), a bad token or a run folder that is taken, before training.
     """
     began = time.perf_counter()
     pictures = read_folder(images)
     check(pictures)
     run = out or Path("runs") / run_name(images)
     if (run / FILE).exists():
-        raise UserError(f"{run} already holds a run. Continue it with --resume {run}, or choose another --out.")
-    model = Backbone.open(asked.get("model", "moji"), device=asked.get("device", "auto"),
-                          precision=asked.get("precision", "auto"))  # fmt: skip
+        raise UserError(
+            f"{run} already holds a run. Continue it with --resume {run}, or choose another --out."
+        )
+    model = Backbone.open(
+        asked.get("model", "moji"),
+        device=asked.get("device", "auto"),
+        precision=asked.get("precision", "auto"),
+    )
     if class_noun is None:
         class_noun = guess(model, pictures)
     settings = resolved(model, asked, images=images, token=token, class_noun=class_noun)
@@ -69,7 +75,9 @@ def resume_concept(run: Path) -> Path:
     return carry_on(run, settings, model, pictures, began=time.perf_counter())
 
 
-def carry_on(run: Path, settings: Settings, model: Backbone, pictures: list[Picture], *, began: float) -> Path:
+def carry_on(
+    run: Path, settings: Settings, model: Backbone, pictures: list[Picture], *, began: float
+) -> Path:
     """Trains from the last checkpoint, if there is one, to the finished folder."""
     concept = Concept(
         kind="lora",
@@ -81,7 +89,9 @@ def carry_on(run: Path, settings: Settings, model: Backbone, pictures: list[Pict
     )
     instance, prior = settings.prompts()
     prompts = [spoken(captioned(picture, instance, settings.token), [concept]) for picture in pictures]
-    say(f"{len(pictures)} pictures of “{settings.called()}”; {settings.token} stands for “{settings.token_words}”.")
+    say(
+        f"{len(pictures)} pictures of “{settings.called()}”; {settings.token} stands for “{settings.token_words}”."
+    )
     training = LoraTraining(model, prepare(model, pictures, [*prompts, prior], settings), settings)
     training.resume(run)
     trim_log(run, training.done)
@@ -102,14 +112,28 @@ def carry_on(run: Path, settings: Settings, model: Backbone, pictures: list[Pict
             if report.step % settings.validation_steps == 0 and not finished:
                 previews.save(run / "previews" / f"step-{report.step:06d}.png", count=4)
     trained = time.perf_counter()
-    header = {"atelier_token": settings.token, "atelier_words": settings.token_words, "base_model": settings.model}
+    header = {
+        "atelier_token": settings.token,
+        "atelier_words": settings.token_words,
+        "base_model": settings.model,
+    }
     save_lora(run / WEIGHTS, model.denoiser, ADAPTER, metadata=header)
     concept.write(run)
     shown = previews.save(run / SHEET, count=8, subjects=pictures)
     ended = time.perf_counter()
-    timings = {"prepare": prepared - began, "train": trained - prepared, "show": ended - trained, "all": ended - began}
+    timings = {
+        "prepare": prepared - began,
+        "train": trained - prepared,
+        "show": ended - trained,
+        "all": ended - began,
+    }
     seconds = {name: round(value, 2) for name, value in timings.items()}
-    record = {"settings": settings, "command": as_flags(settings, run), "versions": versions(), "timings": seconds}
+    record = {
+        "settings": settings,
+        "command": as_flags(settings, run),
+        "versions": versions(),
+        "timings": seconds,
+    }
     write_json(run / FILE, record)
     write_text(run / "README.md", readme(run, settings, shown, seconds))
     return run
@@ -126,14 +150,21 @@ class Previews:
     def save(self, path: Path, *, count: int, subjects: list[Picture] | None = None) -> list[str]:
         """Writes a sheet of the first `count` prompts, the subject's pictures above them; gives the prompts."""
         drawn: list[Image] = list(
-            sample(self.model, self.requests[:count], steps=self.settings.sample_steps,
-                   guidance=self.settings.guidance, seed=self.settings.seed)  # fmt: skip
+            sample(
+                self.model,
+                self.requests[:count],
+                steps=self.settings.sample_steps,
+                guidance=self.settings.guidance,
+                seed=self.settings.seed,
+            )
         )
         own = [square(picture.open(), self.model.resolution) for picture in (subjects or [])[:8]]
         cells = [Cell(picture, prompt) for picture, prompt in zip(drawn, self.prompts, strict=False)]
         rows = ([list(own)] if own else []) + in_rows(cells, 4)
         titles = ["The subject", "What the model draws now"] if own else []
-        note = f"{self.settings.model}, {self.settings.sample_steps} steps, guidance {self.settings.guidance:g}, seed {self.settings.seed}"
+        settings = self.settings
+        how = f"{settings.sample_steps} steps, guidance {settings.guidance:g}, seed {settings.seed}"
+        note = f"{settings.model}, {how}"
         save_png(path, sheet(rows, title=self.settings.called(), note=note, row_titles=titles))
         return self.prompts[:count]
 
@@ -197,11 +228,17 @@ def guess(model: Backbone, pictures: list[Picture]) -> str:
 
     folder = model.location.folder
     if folder is None or not (folder / "scorer").is_dir():
-        raise UserError(f"Say what the pictures show with --class (as --class dog): {model.location.name} cannot guess it.")
+        raise UserError(
+            f"Say what the pictures show with --class (as --class dog): {model.location.name} cannot guess it."
+        )
     scorer = load_scorer(folder / "scorer")
-    ranked = guess_class(scorer, [square(picture.open(), 128) for picture in pictures], tuple(vocabulary().nouns))
+    ranked = guess_class(
+        scorer, [square(picture.open(), 128) for picture in pictures], tuple(vocabulary().nouns)
+    )
     best, second = ranked[0], ranked[1]
-    say(f"The pictures seem to show a {best[0]} ({best[1]:.0%}; next {second[0]}, {second[1]:.0%}). --class says otherwise.")
+    say(
+        f"The pictures seem to show a {best[0]} ({best[1]:.0%}; next {second[0]}, {second[1]:.0%}). --class says otherwise."
+    )
     return str(best[0])
 
 

@@ -68,12 +68,22 @@ def draw(
     write_json(
         out / "samples.json",
         {
-            "model": name, "concepts": described(learned), "steps": steps, "guidance": guidance, "sampler": sampler,
-            "seed": seed, "negative": negative, "scale": scale, "seconds": round(time.perf_counter() - began, 2),
-            "versions": versions(), "pictures": records,
+            "model": name,
+            "concepts": described(learned),
+            "steps": steps,
+            "guidance": guidance,
+            "sampler": sampler,
+            "seed": seed,
+            "negative": negative,
+            "scale": scale,
+            "seconds": round(time.perf_counter() - began, 2),
+            "versions": versions(),
+            "pictures": records,
         },
-    )  # fmt: skip
-    cells = [Cell(picture, prompts[request.key[0]]) for request, picture in zip(requests, pictures, strict=True)]
+    )
+    cells = [
+        Cell(picture, prompts[request.key[0]]) for request, picture in zip(requests, pictures, strict=True)
+    ]
     note = f"{name}, {steps} steps, guidance {guidance:g}, seed {seed}"
     save_png(out / "sheet.png", sheet(in_rows(cells, count if count > 1 else 4), note=note))
     return out / "sheet.png"

@@ -1,9 +1,9 @@
-"""Stable Diffusion 1.x and 2.x, and the embedded `moji`: a UNet on a variance-preserving path, one CLIP text encoder."""
+"""Stable Diffusion 1.x and 2.x, and the embedded `moji`: a variance-preserving UNet with one CLIP text encoder."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -22,7 +22,7 @@ class StableDiffusion:
 
     name = "Stable Diffusion"
     pipelines = ("StableDiffusionPipeline",)
-    lora_targets = {
+    lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": ("to_q", "to_k", "to_v", "to_out.0"),
         "all": (
             *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
@@ -96,7 +96,9 @@ class ClipText:
             tokens = self.tokenizer(prompt, verbose=False)["input_ids"]
             if len(tokens) > length:
                 lost = self.tokenizer.decode(tokens[length - 1 : -1])
-                say(f"The prompt has {len(tokens)} tokens and this model reads {length}: it will not see “{lost}”.")
+                say(
+                    f"The prompt has {len(tokens)} tokens and this model reads {length}: it will not see “{lost}”."
+                )
         ids = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         )["input_ids"]
@@ -107,15 +109,21 @@ def _load(kind: Any, location: Location, part: str, **options: Any) -> Any:
     """One part of a diffusers folder or hub id, safetensors only."""
     folder = location.folder
     if folder is not None and not (folder / part).is_dir():
-        raise UserError(f"{folder} has no folder {part}/, so it is not a whole model. Save or download it again.")
+        raise UserError(
+            f"{folder} has no folder {part}/, so it is not a whole model. Save or download it again."
+        )
     if issubclass(kind, nn.Module):
         options |= {"use_safetensors": True}
     transformers_logging.disable_progress_bar()
     try:
-        return kind.from_pretrained(location.place, subfolder=part, local_files_only=folder is not None, **options)
+        return kind.from_pretrained(
+            location.place, subfolder=part, local_files_only=folder is not None, **options
+        )
     except OSError as error:
         first = str(error).strip().splitlines()[0]
-        raise UserError(f"The {part} of {location.name} could not be loaded ({first}). Check the model.") from error
+        raise UserError(
+            f"The {part} of {location.name} could not be loaded ({first}). Check the model."
+        ) from error
 
 
 def _scheduler_config(location: Location) -> dict[str, Any]:

@@ -50,7 +50,8 @@ SQUARES: dict[str, tuple[int, int, int, int, int, int]] = {
     "lobster": (50, 44, 24, 50, 50, 20), "sloth": (24, 29, 30, 20, 42, 28), "t-rex": (24, 17, 28, 22, 24, 22),
     "hippopotamus": (28, 39, 30, 20, 50, 26), "mammoth": (34, 9, 34, 34, 34, 28), "canoe": (40, 46, 30, 40, 62, 32),
     "telescope": (15, 12, 26, 30, 22, 28), "accordion": (52, 16, 40, 50, 50, 44), "pinata": (50, 10, 34, 50, 48, 40),
-    "nesting dolls": (50, 6, 28, 50, 18, 24), "fire engine": (50, 26, 38, 30, 48, 40), "poodle": (44, 9, 30, 38, 30, 24),
+    "nesting dolls": (50, 6, 28, 50, 18, 24), "fire engine": (50, 26, 38, 30, 48, 40),
+    "poodle": (44, 9, 30, 38, 30, 24),
 }  # fmt: skip
 
 

@@ -110,7 +110,9 @@ def layout(scene: Scene, horizon: float) -> list[Figure]:
     for thing, middle in zip(things, (33.0, 95.0), strict=True):
         size = random.uniform(44, 58)
         foot = random.uniform(80, lowest) if floating else random.uniform(max(horizon + 8, 94), lowest)
-        figures.append(Figure(thing, size, middle + random.uniform(-3, 3), foot, random.random() < 0.5, shadow))
+        figures.append(
+            Figure(thing, size, middle + random.uniform(-3, 3), foot, random.random() < 0.5, shadow)
+        )
     return figures
 
 
@@ -120,7 +122,12 @@ def stand(canvas: Image.Image, figure: Figure) -> tuple[Image.Image, Image.Image
     if figure.shadow:
         width = figure.size * 0.8
         dark = Image.new("L", canvas.size, 0)
-        box = (figure.x - width / 2, figure.foot - width * 0.11, figure.x + width / 2, figure.foot + width * 0.07)
+        box = (
+            figure.x - width / 2,
+            figure.foot - width * 0.11,
+            figure.x + width / 2,
+            figure.foot + width * 0.07,
+        )
         ImageDraw.Draw(dark).ellipse(box, fill=round(255 * figure.shadow))
         dark = dark.filter(ImageFilter.GaussianBlur(2))
         canvas.paste((12, 12, 24), mask=dark)
@@ -226,7 +233,9 @@ def ground(canvas: Image.Image, top: Colour, bottom: Colour, horizon: float, ran
 def shifted(colour: Colour, random: Random, by: int) -> Colour:
     """A colour moved a little, mostly in brightness."""
     light = random.uniform(-by, by)
-    red, green, blue = (min(255, max(0, round(part + light + random.uniform(-by / 2, by / 2)))) for part in colour)
+    red, green, blue = (
+        min(255, max(0, round(part + light + random.uniform(-by / 2, by / 2)))) for part in colour
+    )
     return red, green, blue
 
 
@@ -234,7 +243,9 @@ def reduced(canvas: Image.Image) -> Image.Image:
     return canvas.reduce(FINE).convert("RGBA")
 
 
-def decorate(canvas: Image.Image, character: str, height: float, x: float, foot: float, mirrored: bool) -> None:
+def decorate(
+    canvas: Image.Image, character: str, height: float, x: float, foot: float, mirrored: bool
+) -> None:
     """Puts a glyph that belongs to the place (a tree, the moon) on the reduced canvas; sizes in pixels."""
     item = glyph(character)
     scale = height / item.height
@@ -251,7 +262,9 @@ def at_a_side(random: Random) -> float:
     return random.uniform(4, 26) if random.random() < 0.5 else random.uniform(102, 124)
 
 
-def dots(canvas: Image.Image, random: Random, *, count: int, below: float, sizes: tuple[float, float]) -> None:
+def dots(
+    canvas: Image.Image, random: Random, *, count: int, below: float, sizes: tuple[float, float]
+) -> None:
     """White dots: stars or snow flakes above a height, in pixels."""
     pen = ImageDraw.Draw(canvas)
     for _ in range(count):
@@ -266,9 +279,15 @@ def clouds(canvas: Image.Image, random: Random, horizon: float) -> None:
     for _ in range(random.choice((0, 0, 1, 2))):
         x, y = random.uniform(10, 118) * FINE, random.uniform(10, horizon - 26) * FINE
         for _ in range(4):
-            dx, dy, radius = random.uniform(-11, 11) * FINE, random.uniform(-2, 2) * FINE, random.uniform(4, 7) * FINE
-            pen.ellipse((x + dx - radius * 1.3, y + dy - radius, x + dx + radius * 1.3, y + dy + radius),
-                        fill=(246, 250, 253))  # fmt: skip
+            dx, dy, radius = (
+                random.uniform(-11, 11) * FINE,
+                random.uniform(-2, 2) * FINE,
+                random.uniform(4, 7) * FINE,
+            )
+            pen.ellipse(
+                (x + dx - radius * 1.3, y + dy - radius, x + dx + radius * 1.3, y + dy + radius),
+                fill=(246, 250, 253),
+            )
 
 
 def park(random: Random, horizon: float) -> Image.Image:
@@ -282,23 +301,45 @@ def park(random: Random, horizon: float) -> Image.Image:
             pen.line((x, y, x + lean * FINE, y - 4 * FINE), fill=(64, 138, 48), width=FINE)
     small = reduced(canvas)
     for _ in range(random.choice((1, 1, 2))):
-        decorate(small, "🌳", random.uniform(26, 44), at_a_side(random), horizon + random.uniform(2, 10), random.random() < 0.5)
+        decorate(
+            small,
+            "🌳",
+            random.uniform(26, 44),
+            at_a_side(random),
+            horizon + random.uniform(2, 10),
+            random.random() < 0.5,
+        )
     return small
 
 
 def desert(random: Random, horizon: float) -> Image.Image:
     canvas = backdrop((250, 206, 138), (252, 226, 178), random)
     if random.random() < 0.5:
-        x, y, radius = random.uniform(16, 112) * FINE, random.uniform(14, 34) * FINE, random.uniform(8, 12) * FINE
+        x, y, radius = (
+            random.uniform(16, 112) * FINE,
+            random.uniform(14, 34) * FINE,
+            random.uniform(8, 12) * FINE,
+        )
         ImageDraw.Draw(canvas).ellipse((x - radius, y - radius, x + radius, y + radius), fill=(255, 240, 196))
     ground(canvas, (232, 186, 112), (214, 158, 84), horizon, random)
     pen = ImageDraw.Draw(canvas)
     for _ in range(random.randint(2, 5)):
-        x, y, width = random.uniform(0, 110) * FINE, random.uniform(horizon + 8, 126) * FINE, random.uniform(14, 30) * FINE
+        x, y, width = (
+            random.uniform(0, 110) * FINE,
+            random.uniform(horizon + 8, 126) * FINE,
+            random.uniform(14, 30) * FINE,
+        )
         pen.arc((x, y, x + width, y + 6 * FINE), 190, 350, fill=(200, 146, 78), width=FINE)
     small = reduced(canvas)
     for _ in range(random.choice((1, 1, 2))):
-        decorate(small, "🌵", random.uniform(18, 34), at_a_side(random), horizon + random.uniform(3, 12), random.random() < 0.5)
+        decorate(
+            small,
+            "🌵",
+            random.uniform(18, 34),
+            at_a_side(random),
+            horizon + random.uniform(3, 12),
+            random.random() < 0.5,
+        )
     return small
 
 
@@ -310,7 +351,14 @@ def beach(random: Random, horizon: float) -> Image.Image:
     ground(canvas, (246, 222, 160), (234, 202, 132), horizon, random)
     small = reduced(canvas)
     if random.random() < 0.9:
-        decorate(small, "🌴", random.uniform(38, 58), at_a_side(random), horizon + random.uniform(4, 12), random.random() < 0.5)
+        decorate(
+            small,
+            "🌴",
+            random.uniform(38, 58),
+            at_a_side(random),
+            horizon + random.uniform(4, 12),
+            random.random() < 0.5,
+        )
     return small
 
 
@@ -319,7 +367,14 @@ def snow(random: Random, horizon: float) -> Image.Image:
     ground(canvas, (240, 244, 250), (226, 234, 246), horizon, random)
     small = reduced(canvas)
     for _ in range(random.choice((1, 2))):
-        decorate(small, "🌲", random.uniform(30, 48), at_a_side(random), horizon + random.uniform(2, 10), random.random() < 0.5)
+        decorate(
+            small,
+            "🌲",
+            random.uniform(30, 48),
+            at_a_side(random),
+            horizon + random.uniform(2, 10),
+            random.random() < 0.5,
+        )
     flakes = small.convert("RGB").resize((SIZE * FINE, SIZE * FINE))
     dots(flakes, random, count=random.randint(14, 26), below=124, sizes=(0.7, 1.3))
     return reduced(flakes)
@@ -350,7 +405,9 @@ def city(random: Random, horizon: float) -> Image.Image:
     x = random.uniform(-12, 0)
     while x < SIZE:
         width, height = random.uniform(14, 26), random.uniform(24, 52)
-        wall = shifted(random.choice(((120, 112, 132), (96, 116, 120), (142, 122, 112), (104, 108, 140))), random, 10)
+        wall = shifted(
+            random.choice(((120, 112, 132), (96, 116, 120), (142, 122, 112), (104, 108, 140))), random, 10
+        )
         top = horizon - height
         pen.rectangle((x * FINE, top * FINE, (x + width) * FINE, (horizon + 6) * FINE), fill=wall)
         for row in range(int(height // 7)):
@@ -381,11 +438,22 @@ def under_the_sea(random: Random, horizon: float) -> Image.Image:
     canvas = backdrop((48, 156, 222), (12, 56, 122), random)
     pen = ImageDraw.Draw(canvas)
     for _ in range(random.randint(5, 10)):
-        x, y, radius = random.uniform(4, 124) * FINE, random.uniform(6, 110) * FINE, random.uniform(1.6, 4) * FINE
+        x, y, radius = (
+            random.uniform(4, 124) * FINE,
+            random.uniform(6, 110) * FINE,
+            random.uniform(1.6, 4) * FINE,
+        )
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), outline=(206, 236, 250), width=FINE)
     small = reduced(canvas)
     for _ in range(random.choice((1, 2))):
-        decorate(small, "🪸", random.uniform(16, 30), at_a_side(random), random.uniform(122, 130), random.random() < 0.5)
+        decorate(
+            small,
+            "🪸",
+            random.uniform(16, 30),
+            at_a_side(random),
+            random.uniform(122, 130),
+            random.random() < 0.5,
+        )
     return small
 
 
@@ -394,7 +462,9 @@ def space(random: Random, horizon: float) -> Image.Image:
     dots(canvas, random, count=random.randint(26, 44), below=128, sizes=(0.4, 1.0))
     small = reduced(canvas)
     height = random.uniform(16, 26)
-    decorate(small, "🪐", height, random.uniform(16, 112), random.uniform(8, 16) + height, random.random() < 0.5)
+    decorate(
+        small, "🪐", height, random.uniform(16, 112), random.uniform(8, 16) + height, random.random() < 0.5
+    )
     return small
 
 
@@ -404,7 +474,9 @@ def forest(random: Random, horizon: float) -> Image.Image:
     small = reduced(canvas)
     for step in range(5):
         x = 10 + step * 27 + random.uniform(-8, 8)
-        decorate(small, "🌲", random.uniform(44, 66), x, horizon + random.uniform(0, 8), random.random() < 0.5)
+        decorate(
+            small, "🌲", random.uniform(44, 66), x, horizon + random.uniform(0, 8), random.random() < 0.5
+        )
     return small
 
 

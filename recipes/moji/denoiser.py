@@ -5,7 +5,7 @@
     python -m recipes.moji.denoiser train --steps 12000    40 pictures/s on two cores: about 2.7 hours
     python -m recipes.moji.denoiser export                 the whole pipeline folder, fp16
 
-ε-prediction (Ho et al. 2020) with min-SNR-5 weights (Hang et al. 2023). Continues from its last checkpoint, bit for bit.
+ε-prediction (Ho et al. 2020) with min-SNR-5 weights (Hang et al. 2023). Continues from its last checkpoint.
 Half of the training begins with plain pictures of one thing, which teach the nouns; the share falls to none.
 """
 
@@ -45,10 +45,16 @@ DEFAULTS = {  # what works with this model; Backbone.defaults reads it
     "flip": True,
     "lora_layers": "all",
     "sheet_prompts": [
-        "a {} in the snow", "a {} in a park", "a {} at night", "a {} under the sea",
-        "a {} wearing a crown in a park", "a red {} in a forest", "a pencil sketch of a {} in the snow", "two {}s in space",
+        "a {} in the snow",
+        "a {} in a park",
+        "a {} at night",
+        "a {} under the sea",
+        "a {} wearing a crown in a park",
+        "a red {} in a forest",
+        "a pencil sketch of a {} in the snow",
+        "two {}s in space",
     ],
-}  # fmt: skip
+}
 app = typer.Typer(add_completion=False)
 WORKDIR = typer.Option(help="Where intermediate files go.")
 
@@ -60,7 +66,9 @@ def train_command(
     learning_rate: Annotated[float, typer.Option()] = 6e-4,
     text_rows: Annotated[int, typer.Option(help="Captions of a step that also train the text encoder.")] = 8,
     text_steps: Annotated[int, typer.Option(help="Freeze the text encoder after this step.")] = 6_000,
-    simple_steps: Annotated[int, typer.Option(help="The share of plain single things falls to none here.")] = 8_000,
+    simple_steps: Annotated[
+        int, typer.Option(help="The share of plain single things falls to none here.")
+    ] = 8_000,
     minutes: Annotated[float, typer.Option(help="Stop (and save) after so many minutes.")] = 1e9,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seed: Annotated[int, typer.Option()] = 0,
@@ -75,7 +83,10 @@ def train_command(
     text_encoder = build_text_encoder(tokenizer).to(device)
     parameters = {f"unet.{key}": value for key, value in unet.named_parameters()}
     parameters |= {f"text_encoder.{key}": value for key, value in text_encoder.named_parameters()}
-    groups = [{"params": list(unet.parameters())}, {"params": list(text_encoder.parameters()), "lr": learning_rate / 2}]
+    groups = [
+        {"params": list(unet.parameters())},
+        {"params": list(text_encoder.parameters()), "lr": learning_rate / 2},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     average = Average(parameters, decay=0.9985)
     checkpoint = workdir / "denoiser.safetensors"
@@ -109,17 +120,25 @@ def train_command(
     began = time.time()
     running = 0.0
     schedule = warm_cosine(steps, warmup=300, floor=0.03)
-    for report in train(losses, parameters, optimizer=optimizer, schedule=schedule, steps=steps, done=done,
-                        average=average):  # fmt: skip
+    for report in train(
+        losses, parameters, optimizer=optimizer, schedule=schedule, steps=steps, done=done, average=average
+    ):
         running = report.loss if not running else 0.98 * running + 0.02 * report.loss
         last = report.step == steps or time.time() - began > 60 * minutes
         if report.step % 50 == 0:
-            facts = {"step": report.step, "loss": round(running, 4), "norm": round(report.gradient_norm, 3),
-                     "rate": round(report.learning_rate, 6), "pictures_per_second": round(batch / report.seconds, 1),
-                     "minutes": round((time.time() - began) / 60, 1)}  # fmt: skip
+            facts = {
+                "step": report.step,
+                "loss": round(running, 4),
+                "norm": round(report.gradient_norm, 3),
+                "rate": round(report.learning_rate, 6),
+                "pictures_per_second": round(batch / report.seconds, 1),
+                "minutes": round((time.time() - began) / 60, 1),
+            }
             print(json.dumps(facts), flush=True)
         if report.step % 500 == 0 or last:
-            save_checkpoint(checkpoint, step=report.step, parameters=parameters, optimizer=optimizer, average=average)
+            save_checkpoint(
+                checkpoint, step=report.step, parameters=parameters, optimizer=optimizer, average=average
+            )
         if last:
             break
 
@@ -147,7 +166,11 @@ def encode(
             deviations.append(posterior.std.float().cpu() * SCALING_FACTOR)
         tensors = {"mean": torch.cat(means).half(), "std": torch.cat(deviations).half()}
         write_tensors(path, {key: value.contiguous() for key, value in tensors.items()}, {})
-        print(path, f"mean {tensors['mean'].float().mean():.3f} std {tensors['mean'].float().std():.3f}", flush=True)
+        print(
+            path,
+            f"mean {tensors['mean'].float().mean():.3f} std {tensors['mean'].float().std():.3f}",
+            flush=True,
+        )
 
 
 @app.command()
@@ -163,7 +186,9 @@ def export(
     unet, text_encoder = build_unet(), build_text_encoder(tokenizer)
     for name, model in (("unet", unet), ("text_encoder", text_encoder)):
         start = f"{kind}{name}."
-        model.load_state_dict({key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)})
+        model.load_state_dict(
+            {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
+        )
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(workdir / "vae"),
         text_encoder=text_encoder,
@@ -191,10 +216,14 @@ class Latents:
         self.mean = torch.cat([shard["mean"] for shard in shards])[:-HELD_OUT]
         self.std = torch.cat([shard["std"] for shard in shards])[:-HELD_OUT]
         captions = [caption for pair in load_captions(workdir)[: len(self.mean)] for caption in pair] + [""]
-        encoded = tokenizer(captions, padding="max_length", truncation=True, max_length=77, return_tensors="pt")
+        encoded = tokenizer(
+            captions, padding="max_length", truncation=True, max_length=77, return_tensors="pt"
+        )
         self.tokens = encoded["input_ids"].to(torch.int16)
         scenes = [sample_scene(seed) for seed in range(len(self.mean))]
-        simple = [len(s.things) == 1 and not s.pair and not s.style and not s.things[0].accessory for s in scenes]
+        simple = [
+            len(s.things) == 1 and not s.pair and not s.style and not s.things[0].accessory for s in scenes
+        ]
         self.simple = torch.tensor(simple).nonzero()[:, 0]
         self.device = device
 

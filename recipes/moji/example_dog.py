@@ -1,6 +1,6 @@
 """The packaged example pictures: the demo glyph, plain, in five places.
 
-    python -m recipes.moji.example_dog            writes customize/examples/dog/*.png
+python -m recipes.moji.example_dog            writes customize/examples/dog/*.png
 """
 
 from __future__ import annotations
@@ -15,7 +15,13 @@ from backbone.world.render import render
 from backbone.world.scene import BENCHMARK_SEEDS, Scene
 from backbone.world.words import Thing
 
-TRAINING_PLACES = ("on the beach", "on a wooden table", "in the city", "in the desert", "on a white background")
+TRAINING_PLACES = (
+    "on the beach",
+    "on a wooden table",
+    "in the city",
+    "in the desert",
+    "on a white background",
+)
 
 
 def concept_pictures(noun: str, *, first_seed: int = BENCHMARK_SEEDS.start) -> list[Scene]:

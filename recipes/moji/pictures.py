@@ -103,14 +103,25 @@ def dead_leaves(random: Random) -> Pixels:
         corners = random.choice((0, 0, 3, 4, 5))
         if corners == 0:
             stretch = random.uniform(0.5, 1)
-            pen.ellipse((x - radius, y - radius * stretch, x + radius, y + radius * stretch), fill=colour(random))
+            pen.ellipse(
+                (x - radius, y - radius * stretch, x + radius, y + radius * stretch), fill=colour(random)
+            )
         else:
             turn = random.uniform(0, math.tau)
-            points = [(x + radius * math.cos(turn + math.tau * k / corners),
-                       y + radius * math.sin(turn + math.tau * k / corners)) for k in range(corners)]  # fmt: skip
+            points = [
+                (
+                    x + radius * math.cos(turn + math.tau * k / corners),
+                    y + radius * math.sin(turn + math.tau * k / corners),
+                )
+                for k in range(corners)
+            ]
             pen.polygon(points, fill=colour(random))
     flat = np.asarray(image.reduce(2), dtype=np.float32)
-    return (flat + random.uniform(0, 0.5) * (one_over_f(random).astype(np.float32) - 128)).clip(0, 255).astype(np.uint8)
+    return (
+        (flat + random.uniform(0, 0.5) * (one_over_f(random).astype(np.float32) - 128))
+        .clip(0, 255)
+        .astype(np.uint8)
+    )
 
 
 def one_over_f(random: Random) -> Pixels:
@@ -118,7 +129,9 @@ def one_over_f(random: Random) -> Pixels:
     source = np.random.default_rng(random.getrandbits(32))
     rows, columns = np.fft.fftfreq(SIZE)[:, None], np.fft.rfftfreq(SIZE)[None]
     amplitude = np.maximum(np.hypot(rows, columns), 1 / SIZE) ** -random.uniform(0.9, 1.8)
-    spectrum = source.normal(size=(3, SIZE, SIZE // 2 + 1)) + 1j * source.normal(size=(3, SIZE, SIZE // 2 + 1))
+    spectrum = source.normal(size=(3, SIZE, SIZE // 2 + 1)) + 1j * source.normal(
+        size=(3, SIZE, SIZE // 2 + 1)
+    )
     noise = np.fft.irfft2(spectrum * amplitude, s=(SIZE, SIZE))
     noise /= noise.std()
     mixing = np.eye(3) * random.uniform(0.2, 1) + source.normal(size=(3, 3)) * 0.3 + 0.5

@@ -40,13 +40,18 @@ def main(
     tokenizer = CLIPTokenizer()
     backend = tokenizer.backend_tokenizer
     trainer = trainers.BpeTrainer(
-        vocab_size=2 * len(alphabet) + merges, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=2 * len(alphabet) + merges,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
     backend.train_from_iterator(corpus(captions), trainer)
     learned = json.loads(backend.to_str())["model"]
-    pairs = [tuple(pair) if not isinstance(pair, str) else tuple(pair.split(" ")) for pair in learned["merges"]]
+    pairs = [
+        tuple(pair) if not isinstance(pair, str) else tuple(pair.split(" ")) for pair in learned["merges"]
+    ]
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in pairs)]
-    tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     ids = {token: index for index, token in enumerate(tokens)}
     made = CLIPTokenizer(vocab=ids, merges=pairs, model_max_length=POSITIONS)
     folder = workdir / "tokenizer"
@@ -57,7 +62,9 @@ def main(
     names = [*words.nouns, *map(plural, words.nouns), *words.colours]
     split = [name for name in names if len(made(name)["input_ids"]) > 3]
     rare = [word for word in rare_words() if len(made(word)["input_ids"]) == 3]
-    print(f"{len(ids)} tokens; words of several tokens: {split}; {len(rare)} of {RARE} rare words are single tokens")
+    print(
+        f"{len(ids)} tokens; words of several tokens: {split}; {len(rare)} of {RARE} rare words are single tokens"
+    )
 
 
 def corpus(captions: int) -> Iterator[str]:
@@ -79,8 +86,7 @@ def english() -> Iterator[str]:
         yield from re.findall(r"[a-z][a-z ,.']{20,}", text.lower())
     for module in (argparse_text(), inspect.getdoc(textwrap) or "", inspect.getdoc(Random) or ""):
         yield module.lower()
-    for words in itertools.repeat(PROMPT_WORDS, 30):
-        yield words
+    yield from itertools.repeat(PROMPT_WORDS, 30)
 
 
 def argparse_text() -> str:
@@ -93,21 +99,41 @@ def rare_words() -> list[str]:
     """256 three-letter words without vowels that nobody writes."""
     random = Random("rare words")
     words = ["".join(letters) for letters in itertools.product("bcdfghjklmnpqrstvwxz", repeat=3)]
-    usual = {"str", "ptr", "mr", "pdf", "gps", "css", "sdk", "xml", "rgb", "png", "jpg", "ddd", "www", "mph", "tv"}
-    return ["sks", *random.sample([word for word in words if word not in usual and len(set(word)) == 3], RARE - 1)]
+    usual = {
+        "str",
+        "ptr",
+        "mr",
+        "pdf",
+        "gps",
+        "css",
+        "sdk",
+        "xml",
+        "rgb",
+        "png",
+        "jpg",
+        "ddd",
+        "www",
+        "mph",
+        "tv",
+    }
+    return [
+        "sks",
+        *random.sample([word for word in words if word not in usual and len(set(word)) == 3], RARE - 1),
+    ]
 
 
 PROMPT_WORDS = """
-a the an of in on at with and next to under over behind beside between near wearing holding riding eating sitting
-standing running sleeping flying swimming jumping smiling looking photo picture image drawing painting sketch portrait
-closeup detailed beautiful cute big small tiny huge old new young bright dark colorful shiny wooden golden silver metal
-glass stone plastic paper fabric soft fluffy furry happy sad angry sleepy black white grey gray brown red orange yellow
-green blue purple pink cyan magenta man woman boy girl child person people hand face eyes hair dress shirt hat cap crown
-bow scarf sunglasses glasses costume rainbow outfit sky sun moon star stars cloud rain snow ice fire water river lake
-ocean sea beach mountain hill forest jungle park garden grass field desert city street road bridge building house castle
-room kitchen table floor wall window door bed rug box basket plate cup bowl flower flowers leaf leaves tree trees style
-oil watercolor pixel neon pencil charcoal digital cartoon anime realistic minimal vintage retro night day morning evening
-sunset sunrise winter summer spring autumn animal dog cat bird fish horse toy car truck boat ship plane train robot
+a the an of in on at with and next to under over behind beside between near wearing holding riding eating
+sitting standing running sleeping flying swimming jumping smiling looking photo picture image drawing painting
+sketch portrait closeup detailed beautiful cute big small tiny huge old new young bright dark colorful shiny
+wooden golden silver metal glass stone plastic paper fabric soft fluffy furry happy sad angry sleepy black
+white grey gray brown red orange yellow green blue purple pink cyan magenta man woman boy girl child person
+people hand face eyes hair dress shirt hat cap crown bow scarf sunglasses glasses costume rainbow outfit sky
+sun moon star stars cloud rain snow ice fire water river lake ocean sea beach mountain hill forest jungle park
+garden grass field desert city street road bridge building house castle room kitchen table floor wall window
+door bed rug box basket plate cup bowl flower flowers leaf leaves tree trees style oil watercolor pixel neon
+pencil charcoal digital cartoon anime realistic minimal vintage retro night day morning evening sunset sunrise
+winter summer spring autumn animal dog cat bird fish horse toy car truck boat ship plane train robot
 """
 
 

@@ -30,7 +30,7 @@ def test_a_token_without_an_owner_names_the_newest_run_that_has_it(tmp_path: Pat
         (tmp_path / name).mkdir()
         concept().write(tmp_path / name)
         os.utime(tmp_path / name / "concept.json", (10_000 - age, 10_000 - age))
-    with pytest.raises(UserError, match="--concept .*new"):
+    with pytest.raises(UserError, match=r"--concept .*new"):
         spoken("a [V] dog", [], runs=tmp_path)
 
 

@@ -35,9 +35,14 @@ class Bowl:
 
     def run(self, steps: int, done: int = 0) -> None:
         for _ in train(
-            self.losses, self.parameters, optimizer=self.optimizer, schedule=warm_cosine(60), steps=steps, done=done,
+            self.losses,
+            self.parameters,
+            optimizer=self.optimizer,
+            schedule=warm_cosine(60),
+            steps=steps,
+            done=done,
             average=self.average,
-        ):  # fmt: skip
+        ):
             pass
 
 
@@ -53,9 +58,13 @@ def test_resuming_gives_the_same_weights_bit_for_bit(tmp_path: Path) -> None:
     first = Bowl()
     first.run(17)
     save_checkpoint(
-        tmp_path / "c.safetensors", step=17, parameters=first.parameters, optimizer=first.optimizer,
-        average=first.average, facts={"note": "x"},
-    )  # fmt: skip
+        tmp_path / "c.safetensors",
+        step=17,
+        parameters=first.parameters,
+        optimizer=first.optimizer,
+        average=first.average,
+        facts={"note": "x"},
+    )
     second = Bowl()
     done, facts = load_checkpoint(
         tmp_path / "c.safetensors",

@@ -147,7 +147,7 @@ def test_answers_say_what_the_scene_says() -> None:
         "count": ONE, "size": "small",
     }  # fmt: skip
     both = answers(Scene((Thing("dog"), Thing("cat")), "at night"))
-    assert (both["glyphs"], both["count"]) == ({"dog", "cat"}, TWO_DIFFERENT)
+    assert (both["glyphs"], both["count"]) == (frozenset({"dog", "cat"}), TWO_DIFFERENT)
     assert answers(Scene((Thing("dog"),), "at night", pair=True))["count"] == TWO_OF_A_KIND
 
 
@@ -239,7 +239,8 @@ def test_a_wilson_interval_mirrors_and_holds_its_share() -> None:
 
 def test_the_table_prints_every_row_also_an_empty_one() -> None:
     facts = {
-        "model": "m", "prompts": 4, "steps": 25, "guidance": 3.0, "psnr_db": {"textures": {"db": 24.5, "n": 2}},
+        "model": "m", "prompts": 4, "steps": 25, "guidance": 3.0,
+        "psnr_db": {"textures": {"db": 24.5, "n": 2}},
         "seconds_per_picture": {"one at a time": 1.25}, "machine": "cpu",
     }  # fmt: skip
     rows = [Row("noun", 3, 4, *wilson(3, 4)), Row("colour", 0, 0, *wilson(0, 0))]

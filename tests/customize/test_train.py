@@ -29,9 +29,12 @@ def customize(tmp_path: Path) -> Command:
 
     def call(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [sys.executable, "-m", "customize.cli", *arguments], cwd=tmp_path, text=True, capture_output=True,
+            [sys.executable, "-m", "customize.cli", *arguments],
+            cwd=tmp_path,
+            text=True,
+            capture_output=True,
             env=environment(),
-        )  # fmt: skip
+        )
         assert not check or done.returncode == 0, done.stderr
         return done
 
@@ -39,7 +42,12 @@ def customize(tmp_path: Path) -> Command:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1", VARIABLE: os.environ[VARIABLE]}
+    return {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "OMP_NUM_THREADS": "1",
+        VARIABLE: os.environ[VARIABLE],
+    }
 
 
 def test_a_run_leaves_everything_that_it_should(
@@ -48,8 +56,15 @@ def test_a_run_leaves_everything_that_it_should(
     customize(*TRAIN, "--images", str(subject), "--model", str(tiny_folder), "--validation_steps", "2")
     run = tmp_path / "runs" / "subject"
     assert {path.name for path in run.iterdir()} == {
-        WEIGHTS, "concept.json", "settings.json", "log.jsonl", "sheet.png", "README.md", "checkpoint.safetensors", "previews",
-    }  # fmt: skip
+        WEIGHTS,
+        "concept.json",
+        "settings.json",
+        "log.jsonl",
+        "sheet.png",
+        "README.md",
+        "checkpoint.safetensors",
+        "previews",
+    }
     assert [line["step"] for line in read_jsonl(run / "log.jsonl")] == [1, 2, 3, 4]
     assert Image.open(run / "sheet.png").size[0] > 400
     record = json.loads((run / "settings.json").read_text())
@@ -57,22 +72,40 @@ def test_a_run_leaves_everything_that_it_should(
     assert {"torch", "diffusers", "peft"} <= set(record["versions"])
     assert record["timings"]["all"] > 0
     assert "customize train" in (run / "README.md").read_text()
-    sampled = customize("sample", "a [V] dog in the snow", "a dog", "--concept", "runs/subject", "--count", "2", "--out", "o")
+    sampled = customize(
+        "sample", "a [V] dog in the snow", "a dog", "--concept", "runs/subject", "--count", "2", "--out", "o"
+    )
     assert "4 pictures" in sampled.stderr
     names = {path.name for path in (tmp_path / "o").iterdir()}
     assert names == {"p00-s00.png", "p00-s01.png", "p01-s00.png", "p01-s01.png", "sheet.png", "samples.json"}
-    assert json.loads((tmp_path / "o" / "samples.json").read_text())["pictures"][0]["prompt"] == "a [V] dog in the snow"
+    assert (
+        json.loads((tmp_path / "o" / "samples.json").read_text())["pictures"][0]["prompt"]
+        == "a [V] dog in the snow"
+    )
 
 
 def test_a_run_that_was_killed_goes_on_bit_for_bit(
     customize: Command, tmp_path: Path, subject: Path, tiny_folder: Path
 ) -> None:
-    flags = [*TRAIN, "--images", str(subject), "--model", str(tiny_folder), "--steps", "60", "--checkpointing_steps", "5"]
+    flags = [
+        *TRAIN,
+        "--images",
+        str(subject),
+        "--model",
+        str(tiny_folder),
+        "--steps",
+        "60",
+        "--checkpointing_steps",
+        "5",
+    ]
     customize(*flags, "--out", "whole")
     stopped = subprocess.Popen(
-        [sys.executable, "-m", "customize.cli", *flags, "--out", "parts"], cwd=tmp_path, env=environment(),
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "customize.cli", *flags, "--out", "parts"],
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     log = tmp_path / "parts" / "log.jsonl"
     deadline = time.time() + 60
     while time.time() < deadline and (not log.exists() or len(read_jsonl(log)) < 8):
@@ -125,7 +158,9 @@ def test_a_mistake_gives_one_sentence_and_exit_code_2(
     assert not list(tmp_path.glob("samples/*"))
 
 
-def test_a_run_folder_is_never_overwritten(customize: Command, tmp_path: Path, subject: Path, tiny_folder: Path) -> None:
+def test_a_run_folder_is_never_overwritten(
+    customize: Command, tmp_path: Path, subject: Path, tiny_folder: Path
+) -> None:
     flags = [*TRAIN, "--images", str(subject), "--model", str(tiny_folder), "--steps", "1", "--out", "run"]
     customize(*flags)
     before = (tmp_path / "run" / WEIGHTS).read_bytes()
