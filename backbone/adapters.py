@@ -35,7 +35,9 @@ def add_lora(
 
     The new adapter changes nothing until it is trained: its second factor is zero. Equal seeds give equal tensors.
     """
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=dropout)
+    config = LoraConfig(
+        r=rank, lora_alpha=cast(int, alpha), target_modules=list(targets), lora_dropout=dropout
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, cast(Any, model), adapter_name=name)

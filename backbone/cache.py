@@ -52,15 +52,13 @@ def encoded(model: Backbone, pictures: Sequence[Picture], *, flip: bool = False)
 
 def encoded_prompts(model: Backbone, prompts: Sequence[str]) -> Text:
     """The `Text` of prompts, each encoded once for all time; the text encoder loads only for new ones."""
-    single = [
-        remembered(
-            "text",
-            content_hash(f"{model.fingerprint}\n{prompt}".encode()),
-            lambda p=prompt: model.encode_prompts([p]),
-        )
-        for prompt in prompts
-    ]
+    single = [_encoded_prompt(model, prompt) for prompt in prompts]
     return {name: torch.cat([text[name] for text in single]).to(model.device) for name in single[0]}
+
+
+def _encoded_prompt(model: Backbone, prompt: str) -> Text:
+    key = content_hash(f"{model.fingerprint}\n{prompt}".encode())
+    return remembered("text", key, lambda: model.encode_prompts([prompt]))
 
 
 def _encoded_one(model: Backbone, picture: Picture, flip: bool) -> Posterior:

@@ -67,7 +67,9 @@ def train(
             total, count = total + float(loss.detach()), count + 1
         trained = [parameter for parameter in parameters.values() if parameter.grad is not None]
         if count > 1:
-            torch._foreach_div_([parameter.grad for parameter in trained], count)
+            torch._foreach_div_(
+                [grad for parameter in trained if (grad := parameter.grad) is not None], count
+            )
         norm = float(torch.nn.utils.clip_grad_norm_(trained, clip))
         if not math.isfinite(total) or not math.isfinite(norm):
             raise UserError(

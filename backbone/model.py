@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from backbone.console import UserError
 from backbone.families import Family, Location, NoisePath, Text, TextEncoder, families
 from backbone.files import content_hash, read_json
-from backbone.noise import Ladder, Level, Predict, estimate
+from backbone.noise import Estimate, Ladder, Level, Predict, estimate
 
 EMBEDDED = Path(__file__).with_name("moji")
 NAMES = {
@@ -164,7 +164,7 @@ class Backbone:
         """Pictures [B, 3, 8H, 8W] in −1…1 to the posterior of their latents, scaled to about unit variance."""
         dtype = next(self.autoencoder.parameters()).dtype
         pictures = pictures.to(self.device, dtype).contiguous(memory_format=torch.channels_last)
-        found = self.autoencoder.encode(pictures).latent_dist
+        found = cast(Any, self.autoencoder).encode(pictures).latent_dist
         scale, shift = self._scale_and_shift
         return Posterior((found.mean.float() - shift) * scale, found.std.float() * scale)
 
@@ -174,7 +174,9 @@ class Backbone:
         dtype = next(self.autoencoder.parameters()).dtype
         scale, shift = self._scale_and_shift
         latents = (latents.to(self.device).float() / scale + shift).to(dtype)
-        decoded = self.autoencoder.decode(latents.contiguous(memory_format=torch.channels_last)).sample
+        decoded = (
+            cast(Any, self.autoencoder).decode(latents.contiguous(memory_format=torch.channels_last)).sample
+        )
         return cast(Tensor, decoded.float().clamp(-1, 1))
 
     def encode_prompts(self, prompts: Sequence[str]) -> Text:
@@ -185,7 +187,7 @@ class Backbone:
         """The model's prediction for one prompt a sample."""
         network, kind = self.family.network(self.denoiser, text), self.path.kind
 
-        def predict(noisy: Tensor, level: Level) -> Any:
+        def predict(noisy: Tensor, level: Level) -> Estimate:
             assert level.time is not None
             with self.autocast():
                 prediction = network(noisy, level.time.to(noisy.device))
@@ -199,9 +201,12 @@ class Backbone:
             return self.predictor(text)
         both = self.predictor({name: torch.cat([value, empty[name]]) for name, value in text.items()})
 
-        def predict(noisy: Tensor, level: Level) -> Any:
+        def predict(noisy: Tensor, level: Level) -> Estimate:
             twice = both(torch.cat([noisy, noisy]), level)
-            return type(twice)(*(_guide(*part.chunk(2), guidance) for part in twice))
+            (clean, clean_empty), (noise, noise_empty) = (part.chunk(2) for part in twice)
+            return Estimate(
+                clean_empty + guidance * (clean - clean_empty), noise_empty + guidance * (noise - noise_empty)
+            )
 
         return predict
 
@@ -277,10 +282,6 @@ def chosen_dtype(precision: str, device: torch.device) -> torch.dtype:
     ):
         return torch.bfloat16
     return torch.float32
-
-
-def _guide(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
-    return unconditional + guidance * (conditional - unconditional)
 
 
 def _hub_file(repository: str, name: str) -> Path:

@@ -73,7 +73,9 @@ def sample_latents(
         yield walker(sampler, randoms)(start, predict, ladder)
 
 
-def walker(sampler: str, randoms: Sequence[torch.Generator]) -> Callable[[Tensor, Predict, Ladder], Tensor]:
+def walker(
+    sampler: Sampler, randoms: Sequence[torch.Generator]
+) -> Callable[[Tensor, Predict, Ladder], Tensor]:
     """The sampler of this name; fresh noise, where it needs some, comes from one generator for each picture."""
     match sampler:
         case "ddim":

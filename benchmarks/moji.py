@@ -113,7 +113,7 @@ def open_model(folder: Path, device: str) -> Any:
             f"{folder} is no diffusers folder (model_index.json is missing). Name one with --model."
         )
     pipeline = StableDiffusionPipeline.from_pretrained(
-        folder, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True, safety_checker=None
+        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, safety_checker=None
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)

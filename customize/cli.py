@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -17,6 +17,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
+Sampler = Literal["ddim", "heun", "ancestral"]
 MODEL_HELP = "moji, sd15, sdxl, sd3, flux, a diffusers folder, or a hub id."
 Model = Annotated[str | None, typer.Option("--model", "--pretrained_model_name_or_path", help=MODEL_HELP)]
 Precision = Annotated[
@@ -153,9 +154,15 @@ def train(
     device: Device = None,
 ) -> None:
     """Teach the model a subject from a few pictures (DreamBooth with LoRA)."""
-    from customize.runs import resume_concept, train_concept
+    from backbone.images import check as check_pictures
+    from backbone.images import read_folder
 
     if resume is not None:
+        from customize.settings import read_settings
+
+        read_settings(resume)  # mistakes are answered before torch is imported
+        from customize.runs import resume_concept
+
         finished = resume_concept(resume)
     elif images is None:
         raise UserError(
@@ -187,7 +194,11 @@ def train(
             "device": device,
         }
         asked = {name: value for name, value in asked.items() if value is not None}
-        finished = train_concept(asked, images=images, token=token, class_noun=class_noun, out=out)
+        pictures = read_folder(images)
+        check_pictures(pictures)
+        from customize.runs import train_concept
+
+        finished = train_concept(asked, pictures, images=images, token=token, class_noun=class_noun, out=out)
     say(
         f'{finished}/sheet.png shows it. Next: customize sample "a {token} … in the snow" --concept {finished}'
     )
@@ -215,18 +226,23 @@ def sample(
     negative: Annotated[
         str, typer.Option("--negative", "--negative_prompt", help="What to stay away from.")
     ] = "",
-    sampler: Annotated[str, typer.Option(help="ddim, heun or ancestral.")] = "ddim",
+    sampler: Annotated[Sampler, typer.Option(help="How noise is walked down.")] = "ddim",
     scale: Annotated[float, typer.Option("--scale", help="How strongly the concepts work.")] = 1.0,
     out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("samples"),
     precision: Precision = None,
     device: Device = None,
 ) -> None:
     """Draw pictures from prompts, with concepts or without."""
+    from backbone.concept import read_concept, spoken
+
+    learned = [read_concept(folder) for folder in concept or []]
+    for prompt in [*prompts, negative]:
+        spoken(prompt, learned)  # mistakes are answered before torch is imported
     from customize.sampling import draw
 
     sheet = draw(
         prompts,
-        concepts=concept or [],
+        concepts=learned,
         model=model,
         count=count,
         steps=steps,

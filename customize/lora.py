@@ -1,9 +1,9 @@
 """DreamBooth with LoRA: a few pictures of a subject, a rare word that comes to mean it, a class that keeps its meaning.
 
-Ruiz et al. 2023 (DreamBooth) bind a rare token to the subject by training on “a [V] dog” and keep “a dog” what it was
-by a second, prior-preservation term (eq. 2). Hu et al. 2022 (LoRA) make the weights' change low-rank, W + (α/r)·B·A. Here
-the prior term needs no class pictures: at noised pictures of the subject, under the class prompt, the adapted network
-must say what the untouched one said, from a bank of answers computed once.
+Ruiz et al. 2023 (DreamBooth) bind a rare token to the subject by training on “a [V] dog”, and keep “a dog” what it
+was by a second, prior-preservation term (eq. 2). Hu et al. 2022 (LoRA) make the weights' change low-rank,
+W + (α/r)·B·A. Here the prior term needs no class pictures: at noised pictures of the subject, under the class
+prompt, the adapted network must say what the untouched one said, from a bank of answers computed once.
 
 The phases follow each other so that the encoders and the denoiser are never in memory together:
 check the pictures, encode pictures and prompts (remembered on disk), free the encoders, bank the base, train, show.

@@ -33,15 +33,19 @@ PACKAGES = ("atelier-diffusion", "torch", "diffusers", "transformers", "peft", "
 
 
 def train_concept(
-    asked: dict[str, Any], *, images: str, token: str, class_noun: str | None, out: Path | None
+    asked: dict[str, Any],
+    pictures: list[Picture],
+    *,
+    images: str,
+    token: str,
+    class_noun: str | None,
+    out: Path | None,
 ) -> Path:
     """Trains a new concept and gives its run folder. `asked` holds what the user set; the rest comes from the model.
 
-    Raises `UserError` for bad pictures (all at once), a bad token or a run folder that is taken, before training.
+    `pictures` are those of `images`, checked. Raises `UserError` for a bad token or a run folder that is taken.
     """
     began = time.perf_counter()
-    pictures = read_folder(images)
-    check(pictures)
     run = out or Path("runs") / run_name(images)
     if (run / FILE).exists():
         raise UserError(
@@ -236,14 +240,13 @@ def guess(model: Backbone, pictures: list[Picture]) -> str:
         scorer, [square(picture.open(), 128) for picture in pictures], tuple(vocabulary().nouns)
     )
     best, second = ranked[0], ranked[1]
-    say(
-        f"The pictures seem to show a {best[0]} ({best[1]:.0%}; next {second[0]}, {second[1]:.0%}). --class says otherwise."
-    )
+    seems = f"{best[0]} ({best[1]:.0%}; next {second[0]}, {second[1]:.0%})"
+    say(f"The pictures seem to show a {seems}. --class says otherwise.")
     return str(best[0])
 
 
 def captioned(picture: Picture, instance: str, token: str) -> str:
-    """The training prompt of a picture: its own caption where it has one, with the token put in front if it lacks it."""
+    """The training prompt of a picture: its own caption where it has one, the token put in front if it lacks it."""
     if not picture.caption:
         return instance
     return picture.caption if token in picture.caption else f"{instance}, {picture.caption}"

@@ -9,11 +9,11 @@ from pathlib import Path
 from PIL.Image import Image
 
 from backbone.adapters import activate, load_lora
-from backbone.concept import Concept, described, read_concept, spoken
+from backbone.concept import Concept, described, spoken
 from backbone.console import UserError, progress
 from backbone.files import write_json
 from backbone.model import Backbone
-from backbone.sample import Request, sample, walker
+from backbone.sample import Request, Sampler, sample
 from backbone.sheet import Cell, in_rows, save_png, sheet
 from customize.runs import versions
 
@@ -21,14 +21,14 @@ from customize.runs import versions
 def draw(
     prompts: Sequence[str],
     *,
-    concepts: Sequence[Path] = (),
+    concepts: Sequence[Concept] = (),
     model: str | None = None,
     count: int = 1,
     steps: int | None = None,
     guidance: float | None = None,
     seed: int = 0,
     negative: str = "",
-    sampler: str = "ddim",
+    sampler: Sampler = "ddim",
     scale: float = 1.0,
     out: Path = Path("samples"),
     precision: str = "auto",
@@ -38,15 +38,13 @@ def draw(
 
     Raises `UserError` for a token that no concept owns, or a concept of another model, before any weights load.
     """
-    walker(sampler, [])
-    learned = [read_concept(folder) for folder in concepts]
-    name = model or (learned[0].model if learned else "moji")
-    said = [spoken(prompt, learned) for prompt in prompts]
-    avoided = spoken(negative, learned)
+    name = model or (concepts[0].model if concepts else "moji")
+    said = [spoken(prompt, concepts) for prompt in prompts]
+    avoided = spoken(negative, concepts)
     backbone = Backbone.open(name, device=device, precision=precision)
-    for concept in learned:
+    for concept in concepts:
         refuse_another_model(concept, backbone)
-    put_on(backbone, learned, scale=scale)
+    put_on(backbone, concepts, scale=scale)
     steps = steps or int(backbone.defaults["steps"])
     guidance = float(backbone.defaults["guidance"]) if guidance is None else guidance
     requests = [Request(prompt, (i, j), avoided) for i, prompt in enumerate(said) for j in range(count)]
@@ -56,7 +54,7 @@ def draw(
     with progress(len(requests), "drawing") as bar:
         for request, picture in zip(
             requests,
-            sample(backbone, requests, steps=steps, guidance=guidance, seed=seed, sampler=sampler),  # type: ignore[arg-type]
+            sample(backbone, requests, steps=steps, guidance=guidance, seed=seed, sampler=sampler),
             strict=True,
         ):
             i, j = request.key
@@ -69,7 +67,7 @@ def draw(
         out / "samples.json",
         {
             "model": name,
-            "concepts": described(learned),
+            "concepts": described(concepts),
             "steps": steps,
             "guidance": guidance,
             "sampler": sampler,

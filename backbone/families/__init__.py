@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -54,9 +54,9 @@ class TextEncoder(Protocol):
 class Family(Protocol):
     """One family of models, as the rest of the project sees it."""
 
-    name: str
-    pipelines: tuple[str, ...]  # diffusers' pipeline classes that this file serves
-    lora_targets: dict[str, tuple[str, ...]]  # named sets of layers, as peft's `target_modules`
+    name: ClassVar[str]
+    pipelines: ClassVar[tuple[str, ...]]  # diffusers' pipeline classes that this file serves
+    lora_targets: ClassVar[dict[str, tuple[str, ...]]]  # named sets of layers, as peft's `target_modules`
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
         """The network that predicts."""

@@ -20,8 +20,8 @@ from backbone.noise import Kind, vp
 class StableDiffusion:
     """The family's file: see `Family`."""
 
-    name = "Stable Diffusion"
-    pipelines = ("StableDiffusionPipeline",)
+    name: ClassVar[str] = "Stable Diffusion"
+    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": ("to_q", "to_k", "to_v", "to_out.0"),
         "all": (
@@ -31,15 +31,13 @@ class StableDiffusion:
     }
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        return _load(UNet2DConditionModel, location, "unet", torch_dtype=dtype).to(
-            memory_format=torch.channels_last
-        )
+        return _channels_last(_load(UNet2DConditionModel, location, "unet", torch_dtype=dtype))
 
     def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
         config = AutoencoderKL.load_config(location.place, subfolder="vae")
         overflows = dtype is torch.float16 and config.get("force_upcast", True)
-        model = _load(AutoencoderKL, location, "vae", torch_dtype=torch.float32 if overflows else dtype)
-        return model.to(memory_format=torch.channels_last)
+        safe = torch.float32 if overflows else dtype
+        return _channels_last(_load(AutoencoderKL, location, "vae", torch_dtype=safe))
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> ClipText:
         tokenizer = _load(CLIPTokenizer, location, "tokenizer")
@@ -124,6 +122,10 @@ def _load(kind: Any, location: Location, part: str, **options: Any) -> Any:
         raise UserError(
             f"The {part} of {location.name} could not be loaded ({first}). Check the model."
         ) from error
+
+
+def _channels_last(model: Any) -> nn.Module:
+    return cast(nn.Module, model.to(memory_format=torch.channels_last))
 
 
 def _scheduler_config(location: Location) -> dict[str, Any]:

@@ -225,7 +225,7 @@ def ground(canvas: Image.Image, top: Colour, bottom: Colour, horizon: float, ran
     line = horizon * FINE
     ImageDraw.Draw(mask).polygon([(0, line - slope), (side, line + slope), (side, side), (0, side)], fill=255)
     squeezed = earth.resize((side, max(1, side - round(line) + 8)))
-    filled = Image.new("RGB", (side, side), earth.getpixel((0, 0)))  # type: ignore[arg-type]
+    filled = Image.new("RGB", (side, side), earth.getpixel((0, 0)))
     filled.paste(squeezed, (0, round(line) - 8))
     canvas.paste(filled, mask=mask)
 

@@ -16,14 +16,14 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from backbone.files import read_tensors, write_json, write_tensors
@@ -80,10 +80,11 @@ def train_command(
     unet = build_unet().to(device, memory_format=torch.channels_last)
     if device == "cpu":
         unet.set_attn_processor(AttnProcessor())  # flash attention's backward is slow on CPU
-    text_encoder = build_text_encoder(tokenizer).to(device)
+    text_encoder = build_text_encoder(tokenizer)
+    nn.Module.to(text_encoder, device)
     parameters = {f"unet.{key}": value for key, value in unet.named_parameters()}
     parameters |= {f"text_encoder.{key}": value for key, value in text_encoder.named_parameters()}
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": list(unet.parameters())},
         {"params": list(text_encoder.parameters()), "lr": learning_rate / 2},
     ]

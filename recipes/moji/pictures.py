@@ -137,7 +137,8 @@ def one_over_f(random: Random) -> Pixels:
     mixing = np.eye(3) * random.uniform(0.2, 1) + source.normal(size=(3, 3)) * 0.3 + 0.5
     mixed = np.einsum("ij,jhw->hwi", mixing, noise)
     spread = random.uniform(16, 60)
-    return (np.array(colour(random)) + spread * mixed / mixed.std()).clip(0, 255).astype(np.uint8)
+    noisy: Pixels = (np.array(colour(random)) + spread * mixed / mixed.std()).clip(0, 255).astype(np.uint8)
+    return noisy
 
 
 def colour(random: Random) -> tuple[int, int, int]:

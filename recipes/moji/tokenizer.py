@@ -17,7 +17,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 from tokenizers import pre_tokenizers, trainers
@@ -53,7 +53,7 @@ def main(
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in pairs)]
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     ids = {token: index for index, token in enumerate(tokens)}
-    made = CLIPTokenizer(vocab=ids, merges=pairs, model_max_length=POSITIONS)
+    made = CLIPTokenizer(vocab=ids, merges=cast(Any, pairs), model_max_length=POSITIONS)
     folder = workdir / "tokenizer"
     made.save_pretrained(folder)
     (folder / "vocab.json").write_text(json.dumps(ids, ensure_ascii=False))

@@ -277,7 +277,7 @@ def test_the_loss_by_hand() -> None:
     )
     torch.testing.assert_close(weighted, torch.tensor([1.0, 0.0]))
     v = denoising_score_matching(torch.zeros(2, 1, 2), clean, noise=noise, level=level, kind="v_prediction")
-    # v of sample 0 is 0.6·(½, ½) − 0.8·(1, 2) = (−0.5, −1.3), of sample 1 0.8·(1, 1) − 0.6·(0, −1) = (0.8, 1.4)
+    # v is 0.6·(½, ½) − 0.8·(1, 2) = (−0.5, −1.3), and 0.8·(1, 1) − 0.6·(0, −1) = (0.8, 1.4)
     torch.testing.assert_close(v, torch.tensor([0.97, 1.3]))
 
 

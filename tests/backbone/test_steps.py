@@ -108,9 +108,9 @@ def test_a_sampler_reproduces_the_moments_and_the_mode_weights(
 
 
 def test_annealed_langevin_reproduces_the_moments_and_the_mode_weights() -> None:
-    rungs = ve(torch.logspace(1, -1.3, 14, dtype=torch.float64))
+    rungs = ve(torch.logspace(0.5, -1, 16, dtype=torch.float64))
     noise = torch.randn(4000, 2, generator=generator(), dtype=torch.float64)
-    found = langevin(10 * noise, THREE_MODES.predict, rungs, generator=generator(1), moves=30)
+    found = langevin(3 * noise, THREE_MODES.predict, rungs, generator=generator(1), moves=60)
     assert_like(THREE_MODES, found)
 
 
@@ -138,7 +138,7 @@ def test_langevin_s_stationary_variance_is_the_one_that_its_step_size_implies(st
 
 
 def assert_like(mixture: Mixture, found: Tensor) -> None:
-    """Within about four standard errors of 4,000 samples, and the little that the steps leave."""
+    """Within more than three standard errors of 4,000 samples, and the little that the steps leave."""
     torch.testing.assert_close(found.mean(0), mixture.mean(), rtol=0, atol=0.06)
     torch.testing.assert_close(found.T.cov(), mixture.covariance(), rtol=0, atol=0.1)
     torch.testing.assert_close(mixture.shares(found).double(), mixture.weights, rtol=0, atol=0.025)

@@ -107,7 +107,9 @@ def test_another_place_keeps_the_thing_where_it_stands() -> None:
 
     here, there = render(PLAIN), render(replace(PLAIN, place="on a white background"))
     assert here.image.tobytes() != there.image.tobytes()
-    assert abs(here.masks[0].getbbox()[0] - there.masks[0].getbbox()[0]) <= 1
+    edges = [mask.getbbox() for mask in (here.masks[0], there.masks[0])]
+    assert edges[0] is not None and edges[1] is not None
+    assert abs(edges[0][0] - edges[1][0]) <= 1
 
 
 @pytest.mark.font
