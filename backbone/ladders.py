@@ -8,6 +8,7 @@ read off its `scheduler_config.json`.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -131,7 +132,7 @@ def alphas_cumprod(
             cosine = [
                 math.cos((i / train_steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(train_steps + 1)
             ]
-            ratios = [later / earlier for earlier, later in zip(cosine, cosine[1:], strict=False)]
+            ratios = [later / earlier for earlier, later in pairwise(cosine)]
             betas = torch.tensor([min(1 - ratio, 0.999) for ratio in ratios], dtype=torch.float32)
         case _:
             raise ValueError(

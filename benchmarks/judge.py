@@ -25,6 +25,7 @@ from backbone.world.words import vocabulary
 FOLDER = Path(__file__).with_name("judge")
 WEIGHTS, FACTS = "judge.safetensors", "judge.json"
 SIDE = 128  # pixels
+GREY_STYLES = ("a pencil sketch of",)  # in which no colour can be seen
 NONE = "none"
 ONE, TWO_OF_A_KIND, TWO_DIFFERENT = "one", "two of a kind", "two different"
 Reading = Mapping[str, float]

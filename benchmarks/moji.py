@@ -1,6 +1,6 @@
 """How well a model draws the world of `moji`: 300 held-out prompts, read by the judge.
 
-    python -m benchmarks.moji --model build/moji/pipeline      3 to 10 minutes on two cores
+    python -m benchmarks.moji                                 some minutes on two cores
 
 Prompts are the canonical captions of scenes that no part was trained on (seeds from 1,000,000). Every share
 has its Wilson 95 % interval. The column of true pictures is the same judge on the same scenes as rendered:
@@ -28,12 +28,15 @@ from torch import Tensor
 from backbone.console import UserError, progress, run, say
 from backbone.files import append_jsonl, read_json, write_json, write_text
 from backbone.images import read_folder, square
+from backbone.model import Backbone
+from backbone.sample import Request, sample
 from backbone.sheet import GREEN, RED, Cell, in_rows, save_png, sheet
 from backbone.world.render import font_path, render
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, fair, sample_scene
 from benchmarks.judge import (
     FACTS,
     FOLDER,
+    GREY_STYLES,
     TWO_DIFFERENT,
     TWO_OF_A_KIND,
     Verdict,
@@ -45,13 +48,12 @@ from benchmarks.judge import (
 from recipes.moji.autoencoder import psnr
 from recipes.moji.pictures import texture
 
-GREY = ("a pencil sketch of",)  # styles in which no colour can be seen
 TEXTURES = 200
 SHEET = 64
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="A diffusers folder.")] = Path("backbone/moji"),
+    model: Annotated[str, typer.Option(help="moji, or a diffusers folder.")] = "moji",
     prompts: Annotated[int, typer.Option(help="How many held-out prompts.")] = 300,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 25,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is without.")] = 3.0,
@@ -63,33 +65,31 @@ def main(
 ) -> None:
     """Draws, judges, and writes the tables and the sheet."""
     judges = load_judge(judge)
-    pipeline = open_model(model, device)
+    backbone = Backbone.open(model, device=device)
     scenes = benchmark_scenes(prompts)
-    captions = [scene.caption() for scene in scenes]
     began = time.perf_counter()
     pictures = []
     with progress(len(scenes), "drawing") as bar:
         for first in range(0, len(scenes), batch):
-            some = slice(first, first + batch)
-            seeds = [scene.seed for scene in scenes[some]]
-            pictures += pictures_of(pipeline, captions[some], seeds, steps=steps, guidance=guidance)
-            bar.advance(len(seeds), images=len(seeds))
+            some = scenes[first : first + batch]
+            pictures += pictures_of(backbone, some, steps=steps, guidance=guidance)
+            bar.advance(len(some), images=len(some))
     together = (time.perf_counter() - began) / len(scenes)
     verdicts = judges.verdicts(pictures)
     truth = true_pictures(scenes)
     reference = judged(scenes, judges.verdicts(truth)) if truth else None
     results = judged(scenes, verdicts)
     facts: dict[str, Any] = {
-        "model": str(model), "prompts": len(scenes), "first_seed": BENCHMARK_SEEDS[0], "steps": steps,
+        "model": model, "prompts": len(scenes), "first_seed": BENCHMARK_SEEDS[0], "steps": steps,
         "guidance": guidance, "rows": [asdict(row) for row in results],
         "true_pictures": [asdict(row) for row in reference or []],
-        "psnr_db": autoencoder_figures(pipeline.vae, scenes, truth, photographs),
+        "psnr_db": autoencoder_figures(Backbone.open(model, device=device, precision="fp32"), scenes, truth, photographs),
         "seconds_per_picture": {
             f"in batches of {batch}": round(together, 3),
-            "one at a time": round(alone(pipeline, captions[:4], steps, guidance), 3),
+            "one at a time": round(alone(backbone, scenes[:4], steps, guidance), 3),
         },
         "judge": read_json(judge / FACTS).get("held_out"),
-        "machine": f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "machine": f"{device}, {backbone.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }  # fmt: skip
     write_json(out / "table.json", facts)
     table = markdown(facts, results, reference)
@@ -104,29 +104,12 @@ def main(
     print(table)
 
 
-def open_model(folder: Path, device: str) -> Any:
-    """A pipeline from a local diffusers folder, in float32."""
-    from diffusers import StableDiffusionPipeline
-
-    if not (folder / "model_index.json").is_file():
-        raise UserError(
-            f"{folder} is no diffusers folder (model_index.json is missing). Name one with --model."
-        )
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, safety_checker=None
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
-
-
 def pictures_of(
-    model: Any, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance: float
+    model: Backbone, scenes: Sequence[Scene], *, steps: int, guidance: float
 ) -> list[Image.Image]:
-    """One picture for each prompt, from its own seed, whatever stands in the batch beside it."""
-    randoms = [torch.Generator().manual_seed(seed) for seed in seeds]
-    drawn = model(list(prompts), num_inference_steps=steps, guidance_scale=guidance, generator=randoms)
-    images: list[Image.Image] = drawn.images
-    return images
+    """One picture of each scene's caption, from noise of the scene's seed, whatever stands in the batch beside it."""
+    requests = [Request(scene.caption(), (scene.seed, 0)) for scene in scenes]
+    return list(sample(model, requests, steps=steps, guidance=guidance, seed=0, batch=len(requests)))
 
 
 def benchmark_scenes(count: int) -> list[Scene]:
@@ -182,7 +165,7 @@ QUESTIONS = (
     ),
     Question(
         "colour",
-        lambda scene: scene.things[0].colour is not None and scene.style not in GREY,
+        lambda scene: scene.things[0].colour is not None and scene.style not in GREY_STYLES,
         lambda scene, seen: top(seen.colour) == scene.things[0].colour,
     ),
     Question(
@@ -246,7 +229,7 @@ def true_pictures(scenes: Sequence[Scene]) -> list[Image.Image]:
 
 @torch.no_grad()
 def autoencoder_figures(
-    vae: Any, scenes: Sequence[Scene], truth: Sequence[Image.Image], photographs: Path | None
+    model: Backbone, scenes: Sequence[Scene], truth: Sequence[Image.Image], photographs: Path | None
 ) -> dict[str, dict[str, float]]:
     """Mean PSNR in dB with the number of pictures: of scenes, by style, of textures, of photographs."""
     figures: dict[str, dict[str, float]] = {}
@@ -255,34 +238,35 @@ def autoencoder_figures(
         figures[name] = {"db": round(float(values.mean()), 2), "n": len(values)}
 
     if truth:
-        each = decibels(vae, truth)
+        each = decibels(model, truth)
         note("scenes", each)
         for style in sorted({scene.style or "" for scene in scenes}):
             chosen = torch.tensor([(scene.style or "") == style for scene in scenes])
             note(f"scenes, {style.removesuffix(' of') or 'plain'}", each[chosen])
     seeds = range(BENCHMARK_SEEDS[0], BENCHMARK_SEEDS[0] + TEXTURES)
-    note("textures", decibels(vae, [Image.fromarray(texture(seed)) for seed in seeds]))
+    note("textures", decibels(model, [Image.fromarray(texture(seed)) for seed in seeds]))
     if photographs is not None:
-        note("photographs", decibels(vae, [square(photo.open(), 128) for photo in read_folder(photographs)]))
+        note(
+            "photographs", decibels(model, [square(photo.open(), 128) for photo in read_folder(photographs)])
+        )
     return figures
 
 
-def decibels(vae: Any, images: Sequence[Image.Image], *, batch: int = 20) -> Tensor:
+def decibels(model: Backbone, images: Sequence[Image.Image], *, batch: int = 20) -> Tensor:
     """PSNR [B] of each picture against its own round trip through the latents' means."""
     parts = []
     for first in range(0, len(images), batch):
-        clean = prepared(images[first : first + batch]).to(vae.device)
-        decoded = vae.decode(vae.encode(clean).latent_dist.mean).sample
-        parts.append(psnr(decoded.float(), clean).cpu())
+        clean = prepared(images[first : first + batch])
+        parts.append(psnr(model.decode(model.encode(clean).mean).cpu(), clean))
     return torch.cat(parts)
 
 
-def alone(model: Any, prompts: Sequence[str], steps: int, guidance: float) -> float:
+def alone(model: Backbone, scenes: Sequence[Scene], steps: int, guidance: float) -> float:
     """Median seconds for one picture at a time; the first one warms up."""
     seconds = []
-    for number, prompt in enumerate(prompts):
+    for scene in scenes:
         began = time.perf_counter()
-        pictures_of(model, [prompt], [number], steps=steps, guidance=guidance)
+        pictures_of(model, [scene], steps=steps, guidance=guidance)
         seconds.append(time.perf_counter() - began)
     return float(np.median(seconds[1:] or seconds))
 

@@ -1,6 +1,6 @@
 """The judge of `moji`'s benchmarks: a small ResNet naming things, place, colour, accessory, style, number.
 
-    python -m recipes.moji.judge --steps 3000      about 12 minutes on two cores, after about 6 of preparation
+    python -m recipes.moji.judge --steps 3000      about 12 minutes on two cores, after about 4 of preparation
 
 Its scenes are its own (seeds 400,000 to 999,999), drawn with more colours and accessories than the model's;
 their glyphs are the nouns, the development concepts and the demo's, and no other. No text is involved. Some
@@ -33,6 +33,7 @@ from backbone.world.scene import BENCHMARK_SEEDS, Scene, fair, sample_scene
 from backbone.world.words import Thing, vocabulary
 from benchmarks.judge import (
     FACTS,
+    GREY_STYLES,
     NONE,
     ONE,
     TWO_DIFFERENT,
@@ -54,7 +55,6 @@ HELD_OUT = BENCHMARK_SEEDS[100_000:102_000]
 SHARD = 2000
 LATENT_NOISE = 0.3
 FARTHEST = 6  # pixels of a shift
-GREY = ("a pencil sketch of",)  # styles that show no colour
 IMPORTANCE = {
     "glyphs": 1.0,
     "place": 0.5,
@@ -74,7 +74,7 @@ def main(
     scenes: Annotated[int, typer.Option(help="How many scenes to render.")] = 24_000,
     decoded: Annotated[
         int, typer.Option(help="How many of them also as the autoencoder decodes them.")
-    ] = 3_000,
+    ] = 6_000,
     decoded_share: Annotated[float, typer.Option(help="Share of decoded pictures in a batch.")] = 0.3,
     minutes: Annotated[float, typer.Option(help="Stop (and save) after so many minutes.")] = 1e9,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -166,7 +166,7 @@ def answers(scene: Scene) -> dict[str, str | frozenset[str] | None]:
     return {
         "glyphs": kinds,
         "place": scene.place,
-        "colour": None if scene.style in GREY else thing.colour or NONE,
+        "colour": None if scene.style in GREY_STYLES else thing.colour or NONE,
         "accessory": thing.accessory or NONE,
         "style": scene.style or NONE,
         "count": TWO_OF_A_KIND if scene.pair else TWO_DIFFERENT if len(kinds) == 2 else ONE,

@@ -2,7 +2,7 @@
 
     python -m recipes.moji.pictures                the training pictures, once
     python -m recipes.moji.tokenizer               the tokenizer, once
-    python -m recipes.moji.scorer --steps 1700     about 12 minutes on two cores, after about 3 of preparation
+    python -m recipes.moji.scorer --steps 1700     about 12 minutes on two cores, after about 2 of preparation
 
 Contrastive training (Radford et al. 2021) on rendered scenes and their captions, said anew each time. Half of
 a batch stands in one place and every picture also meets a caption in which one fact is wrong, so that place
@@ -39,6 +39,7 @@ from transformers import (
     CLIPTokenizer,
     CLIPVisionConfig,
 )
+from transformers.utils import logging
 
 from backbone.files import write_json
 from backbone.loop import Average, load_checkpoint, save_checkpoint, train, warm_cosine
@@ -67,7 +68,7 @@ def main(
     ] = 16,
     decoded: Annotated[
         int, typer.Option(help="How many pictures also come as the autoencoder decodes them.")
-    ] = 2_000,
+    ] = 4_000,
     help_weight: Annotated[float, typer.Option(help="Weight of the heads that are thrown away.")] = 0.5,
     minutes: Annotated[float, typer.Option(help="Stop (and save) after so many minutes.")] = 1e9,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -75,6 +76,7 @@ def main(
     workdir: Annotated[Path, typer.Option(help="Where intermediate files go.")] = Path("build/moji"),
 ) -> None:
     """Trains, or goes on training, and writes `scorer/` in the work directory."""
+    logging.disable_progress_bar()
     torch.manual_seed(seed)
     tokenizer = CLIPTokenizer.from_pretrained(workdir / "tokenizer", local_files_only=True)
     model = build(tokenizer, patch=patch)

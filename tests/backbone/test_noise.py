@@ -178,7 +178,7 @@ def test_the_halves_that_are_defined_at_the_ends_convert() -> None:
 
 def test_an_unknown_kind_is_named() -> None:
     prediction, noisy = tensors(2)
-    with pytest.raises(ValueError, match="'eps'. Known are epsilon, sample"):
+    with pytest.raises(ValueError, match=r"'eps'\. Known are epsilon, sample"):
         estimate(prediction, noisy, vp(0.5), "eps")  # type: ignore[arg-type]
 
 

@@ -1,0 +1,131 @@
+"""The embedded model: an ordinary diffusers folder that diffusers' own pipeline loads, and that knows its world."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from backbone.concept import rare_words
+from backbone.images import to_tensor
+from backbone.model import EMBEDDED, Backbone
+from backbone.noise import add_noise
+from backbone.sample import Request, initial_noise, sample, sample_latents
+from backbone.world.words import plural, vocabulary
+
+FIXTURES = sorted((Path(__file__).parent / "fixtures" / "scenes").glob("*.png"))
+
+
+@pytest.fixture(scope="module")
+def moji() -> Backbone:
+    return Backbone.open("moji", device="cpu", precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def scenes() -> torch.Tensor:
+    """Rendered scenes of seeds that nothing was trained on [16, 3, 128, 128]."""
+    assert len(FIXTURES) == 16
+    return torch.stack([to_tensor(Image.open(path)) for path in FIXTURES])
+
+
+def test_diffusers_own_pipeline_loads_it_and_draws_the_same_picture(moji: Backbone) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(EMBEDDED, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        "a dog in the snow",
+        latents=initial_noise(moji, 0, 0, 0)[None],
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        output_type="latent",
+    ).images
+    ours = next(sample_latents(moji, [Request("a dog in the snow", (0, 0))], steps=4, guidance=3.0, seed=0))
+    assert torch.allclose(ours, theirs, atol=2e-3)
+
+
+def test_latents_have_unit_variance_in_every_channel(moji: Backbone, scenes: torch.Tensor) -> None:
+    means = moji.encode(scenes).mean
+    assert float(means.std()) == pytest.approx(1, abs=0.1)
+    assert moji.autoencoder_config["scaling_factor"] == 0.18215
+    assert float(means.std((0, 2, 3)).min()) > 0.6
+
+
+def test_pictures_survive_the_autoencoder(moji: Backbone, scenes: torch.Tensor) -> None:
+    decoded = moji.decode(moji.encode(scenes).mean)
+    decibels = 10 * torch.log10(4 / (decoded - scenes).square().mean((1, 2, 3)))
+    assert float(decibels.mean()) > 23.5
+
+
+def test_the_network_predicts_noise_far_better_than_nothing(moji: Backbone, scenes: torch.Tensor) -> None:
+    captions = [Image.open(path).text["caption"] for path in FIXTURES]
+    clean = moji.encode(scenes).mean
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    level = moji.path.levels[torch.full((len(clean),), 400)]
+    with torch.no_grad():
+        said = moji.predictor(moji.encode_prompts(captions))(add_noise(clean, noise, level), level)
+    assert float((said.noise - noise).square().mean()) < 0.35 * float(noise.square().mean())
+
+
+def test_every_word_of_the_world_is_one_token(moji: Backbone) -> None:
+    words = vocabulary()
+    for word in (*words.nouns, *map(plural, words.nouns), *words.colours):
+        assert len(moji.text_encoder.tokenizer(word)["input_ids"]) == 3, word
+
+
+def test_any_prompt_tokenises_without_unknown_tokens(moji: Backbone) -> None:
+    tokenizer = moji.text_encoder.tokenizer
+    text = "Ein schöner Hund — 犬 🐕 with 3 hats & \t weird\nspacing!"
+    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True).replace(
+        " ", ""
+    ) == "".join(text.lower().split())
+
+
+def test_pooled_outputs_of_two_captions_differ(moji: Backbone) -> None:
+    encoder = moji.text_encoder
+    ids = encoder.tokenizer(["a dog", "a cat"], padding="max_length", return_tensors="pt")["input_ids"]
+    pooled = encoder.model(ids).pooler_output  # type: ignore[attr-defined]
+    assert float((pooled[0] - pooled[1]).abs().max()) > 1e-3
+
+
+def test_rare_words_are_single_tokens_that_no_caption_uses(moji: Backbone) -> None:
+    tokenizer = moji.text_encoder.tokenizer
+    for key in range(20):
+        word = rare_words(tokenizer.get_vocab(), str(key))
+        assert len(tokenizer(word)["input_ids"]) == 3
+        assert word not in {*vocabulary().nouns, *vocabulary().colours}
+
+
+def test_its_files_are_small_and_safe() -> None:
+    files = [path for path in EMBEDDED.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 80e6
+    assert max(path.stat().st_size for path in files) < 60e6
+    assert {path.suffix for path in files} <= {".json", ".txt", ".safetensors", ".md"}
+
+
+def test_the_scheduler_writes_out_what_matters() -> None:
+    settings = json.loads((EMBEDDED / "scheduler" / "scheduler_config.json").read_text())
+    expected = {
+        "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000,
+        "timestep_spacing": "leading", "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False,
+        "prediction_type": "epsilon",
+    }  # fmt: skip
+    assert {key: settings[key] for key in expected} == expected
+
+
+def test_the_first_picture_is_a_picture(moji: Backbone) -> None:
+    picture = next(sample(moji, [Request("a dog in the snow", (0, 0))], steps=8, guidance=3.0, seed=0))
+    assert picture.size == (128, 128)
+    assert np.asarray(picture).std() > 15
+
+
+def test_the_scorer_guesses_the_class_of_the_example_dog() -> None:
+    from backbone.scorers import guess_class, load_scorer
+    from customize.example import PICTURES
+
+    pictures = [Image.open(path) for path in sorted(PICTURES.glob("*.png"))]
+    ranked = guess_class(load_scorer(EMBEDDED / "scorer"), pictures, tuple(vocabulary().nouns))
+    assert "dog" in [noun for noun, _ in ranked[:3]]
