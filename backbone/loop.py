@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,11 +48,12 @@ def train(
     done: int = 0,
     clip: float = 1.0,
     average: Average | None = None,
-    backward: Callable[[Tensor], None] = Tensor.backward,
+    reduce: Callable[[Sequence[Tensor]], None] = lambda gradients: None,
 ) -> Iterator[Report]:
     """Trains from step `done + 1` to `steps`.
 
-    `losses(step)` yields the scalar losses of one step, one for each micro-batch (their gradients are averaged);
+    `losses(step)` yields the scalar losses of one step, one for each micro-batch (their gradients are averaged, and
+    then averaged over processes by `reduce`);
     `schedule(step)` gives the learning rate's factor; `clip` bounds the gradient's norm.
 
     Raises `UserError` at the first loss or gradient that is not finite, before it reaches the weights.
@@ -63,13 +64,13 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         total, count = 0.0, 0
         for loss in losses(step):
-            backward(loss)
+            loss.backward()  # type: ignore[no-untyped-call]
             total, count = total + float(loss.detach()), count + 1
         trained = [parameter for parameter in parameters.values() if parameter.grad is not None]
+        gradients = [gradient for parameter in trained if (gradient := parameter.grad) is not None]
         if count > 1:
-            torch._foreach_div_(
-                [grad for parameter in trained if (grad := parameter.grad) is not None], count
-            )
+            torch._foreach_div_(gradients, count)
+        reduce(gradients)
         norm = float(torch.nn.utils.clip_grad_norm_(trained, clip))
         if not math.isfinite(total) or not math.isfinite(norm):
             raise UserError(

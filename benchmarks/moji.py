@@ -66,6 +66,7 @@ def main(
     """Draws, judges, and writes the tables and the sheet."""
     judges = load_judge(judge)
     backbone = Backbone.open(model, device=device)
+    exact = Backbone.open(model, device=device, precision="fp32")
     scenes = benchmark_scenes(prompts)
     began = time.perf_counter()
     pictures = []
@@ -83,7 +84,7 @@ def main(
         "model": model, "prompts": len(scenes), "first_seed": BENCHMARK_SEEDS[0], "steps": steps,
         "guidance": guidance, "rows": [asdict(row) for row in results],
         "true_pictures": [asdict(row) for row in reference or []],
-        "psnr_db": autoencoder_figures(Backbone.open(model, device=device, precision="fp32"), scenes, truth, photographs),
+        "psnr_db": autoencoder_figures(exact, scenes, truth, photographs),
         "seconds_per_picture": {
             f"in batches of {batch}": round(together, 3),
             "one at a time": round(alone(backbone, scenes[:4], steps, guidance), 3),

@@ -12,6 +12,7 @@ check the pictures, encode pictures and prompts (remembered on disk), free the e
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from backbone.adapters import add_lora
+from backbone.attention import quick_to_train
 from backbone.bank import Bank, bank_of, stratified_levels
 from backbone.cache import encoded, encoded_prompts
 from backbone.console import UserError
@@ -105,21 +107,18 @@ class LoraTraining:
 
     def steps(self) -> Iterator[Report]:
         """Trains, a report each optimiser step."""
-        self.model.denoiser.train()
-        for report in train(
-            self.losses,
-            self.parameters,
-            optimizer=self.optimizer,
-            schedule=schedule(self.settings),
-            steps=self.settings.steps,
-            done=self.done,
-            clip=self.settings.max_grad_norm,
-        ):
-            self.done = report.step
-            self.model.denoiser.eval()
-            yield report
-            self.model.denoiser.train()
-        self.model.denoiser.eval()
+        with quick_to_train(self.model.denoiser):
+            for report in train(
+                self.losses,
+                self.parameters,
+                optimizer=self.optimizer,
+                schedule=schedule(self.settings),
+                steps=self.settings.steps,
+                done=self.done,
+                clip=self.settings.max_grad_norm,
+            ):
+                self.done = report.step
+                yield report
 
     def losses(self, step: int) -> Iterator[Tensor]:
         """The loss of one step, Ruiz et al. 2023, eq. 2: the subject's error plus λ times the change of the class."""
@@ -148,14 +147,24 @@ class LoraTraining:
             weights = torch.cat([weights, torch.full((len(draw),), share)])
         time = levels.time
         assert time is not None
-        with self.model.autocast(), torch.random.fork_rng(devices=[], enabled=settings.lora_dropout > 0):
-            if settings.lora_dropout:
-                torch.manual_seed(generator(settings.seed, step, "dropout").initial_seed())
+        with self.model.autocast(), self.dropout(step):
             prediction = self.model.family.network(self.model.denoiser, text)(
                 noisy, time[index].to(noisy.device)
             )
         error = (prediction.float() - wanted).square().flatten(1).mean(1)
         yield (weights.to(error) * error).sum() / settings.batch
+
+    @contextmanager
+    def dropout(self, step: int) -> Iterator[None]:
+        """The network with the adapter's dropout, drawn from the step alone; without dropout as it is."""
+        if not self.settings.lora_dropout:
+            yield
+            return
+        self.model.denoiser.train()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator(self.settings.seed, step, "dropout").initial_seed())
+            yield
+        self.model.denoiser.eval()
 
     def save(self, run: Path) -> None:
         """Writes the checkpoint from which `resume` goes on bit for bit."""

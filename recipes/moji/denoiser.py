@@ -15,6 +15,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,18 +23,36 @@ import numpy as np
 import torch
 import typer
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from backbone.files import read_tensors, write_json, write_tensors
+from backbone.attention import quick_to_train
+from backbone.files import read_tensors, write_json, write_tensors, write_text
 from backbone.loop import Average, generator, load_checkpoint, save_checkpoint, train, warm_cosine
+from backbone.noise import add_noise, denoising_score_matching, min_snr, vp
+from backbone.workers import any_of, run_workers
+from backbone.workers import average as average_over_processes
 from backbone.world.scene import sample_scene
 from recipes.moji.autoencoder import SCALING_FACTOR, to_tensor
 from recipes.moji.pictures import SHARD, load, load_captions
 
 HELD_OUT = 2000  # the last shard of scenes is never trained on
 EMPTY_SHARE = 0.1  # captions replaced by the empty one, for classifier-free guidance
+CARD = """# moji
+
+A small latent diffusion model of a rendered world: emoji glyphs in drawn places, in colours, accessories and styles,
+128 × 128 pixels. An ordinary diffusers folder (`StableDiffusionPipeline.from_pretrained`), all weights fp16
+safetensors; this edition's denoiser and text encoder come from optimiser step {step}.
+
+- **Data.** Scenes rendered by `backbone/world` from seeds 0 to 999,999: 71 nouns, 7 colours, 5 accessories, 12 places,
+  4 styles. No photographs and no people. The autoencoder also saw synthetic textures.
+- **Not in the data.** The glyphs of the benchmarks' concepts and of the packaged example dog.
+- **Limits.** Any prompt tokenises, but only the words of `backbone/world/vocabulary.json` and their paraphrases mean
+  something. Small, styled or two different things are drawn worse than one plain thing.
+- **Figures.** In the project's README, from `python -m benchmarks.moji`.
+- **Licence.** Apache-2.0. The glyphs are Noto Color Emoji by Google, SIL Open Font License 1.1; the font is not included.
+- **Made by** the recipes in `recipes/moji`, which say what each part costs.
+"""
 DEFAULTS = {  # what works with this model; Backbone.defaults reads it
     "steps": 25,
     "guidance": 4.0,
@@ -59,11 +78,28 @@ app = typer.Typer(add_completion=False)
 WORKDIR = typer.Option(help="Where intermediate files go.")
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a training run was asked for."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+    text_rows: int
+    text_steps: int
+    simple_steps: int
+    minutes: float
+    device: str
+    seed: int
+    workdir: Path
+
+
 @app.command("train")
 def train_command(
     steps: Annotated[int, typer.Option(help="Optimiser steps in all.")] = 12_000,
-    batch: Annotated[int, typer.Option(help="Latents a step.")] = 32,
-    learning_rate: Annotated[float, typer.Option()] = 6e-4,
+    batch: Annotated[int, typer.Option(help="Latents a step in each process.")] = 32,
+    processes: Annotated[int, typer.Option(help="On a CPU: one for each core.")] = 1,
+    learning_rate: Annotated[float, typer.Option()] = 7e-4,
     text_rows: Annotated[int, typer.Option(help="Captions of a step that also train the text encoder.")] = 8,
     text_steps: Annotated[int, typer.Option(help="Freeze the text encoder after this step.")] = 6_000,
     simple_steps: Annotated[
@@ -75,73 +111,90 @@ def train_command(
     workdir: Annotated[Path, WORKDIR] = Path("build/moji"),
 ) -> None:
     """Trains, or goes on training."""
-    torch.manual_seed(seed)
-    tokenizer = CLIPTokenizer.from_pretrained(workdir / "tokenizer")
-    unet = build_unet().to(device, memory_format=torch.channels_last)
-    if device == "cpu":
-        unet.set_attn_processor(AttnProcessor())  # flash attention's backward is slow on CPU
+    plan = Plan(
+        steps, batch, learning_rate, text_rows, text_steps, simple_steps, minutes, device, seed, workdir
+    )
+    run_workers(train_denoiser, (plan,), processes=processes)
+
+
+def train_denoiser(rank: int, plan: Plan) -> None:
+    """One process of the training; the first one saves and reports."""
+    torch.manual_seed(plan.seed)
+    tokenizer = CLIPTokenizer.from_pretrained(plan.workdir / "tokenizer")
+    unet = build_unet().to(plan.device, memory_format=torch.channels_last)
     text_encoder = build_text_encoder(tokenizer)
-    nn.Module.to(text_encoder, device)
+    nn.Module.to(text_encoder, plan.device)
     parameters = {f"unet.{key}": value for key, value in unet.named_parameters()}
     parameters |= {f"text_encoder.{key}": value for key, value in text_encoder.named_parameters()}
     groups: list[dict[str, Any]] = [
         {"params": list(unet.parameters())},
-        {"params": list(text_encoder.parameters()), "lr": learning_rate / 2},
+        {"params": list(text_encoder.parameters()), "lr": plan.learning_rate / 2},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        groups, lr=plan.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
     average = Average(parameters, decay=0.9985)
-    checkpoint = workdir / "denoiser.safetensors"
+    checkpoint = plan.workdir / "denoiser.safetensors"
     done = 0
     if checkpoint.exists():
         done, _ = load_checkpoint(checkpoint, parameters=parameters, optimizer=optimizer, average=average)
-    data = Latents(workdir, tokenizer, device)
-    alpha_bar = build_scheduler().alphas_cumprod.to(device)
+    data = Latents(plan.workdir, tokenizer, plan.device)
+    alpha_bar = build_scheduler().alphas_cumprod.to(plan.device)
     density = timestep_density(alpha_bar)
 
     def losses(step: int) -> Iterator[Tensor]:
-        random = generator(seed, step)
-        simple_share = max(0.0, 0.8 * (1 - step / simple_steps))
-        clean, tokens = data.batch(batch, simple_share, random)
-        time_index = torch.multinomial(density, batch, replacement=True, generator=random).to(device)
-        noise = torch.randn(clean.shape, generator=random).to(device)
-        a = alpha_bar[time_index].sqrt()[:, None, None, None]
-        b = (1 - alpha_bar[time_index]).sqrt()[:, None, None, None]
-        noisy = (a * clean + b * noise).contiguous(memory_format=torch.channels_last)
+        random = generator(plan.seed, step, rank)
+        simple_share = max(0.0, 0.8 * (1 - step / plan.simple_steps))
+        clean, tokens = data.batch(plan.batch, simple_share, random)
+        index = torch.multinomial(density, plan.batch, replacement=True, generator=random).to(plan.device)
+        noise = torch.randn(clean.shape, generator=random).to(plan.device)
+        level = vp(alpha_bar[index])
+        noisy = add_noise(clean, noise, level).contiguous(memory_format=torch.channels_last)
         with torch.autocast(noisy.device.type, torch.bfloat16):
-            rows = text_rows if step <= text_steps else 0
+            rows = plan.text_rows if step <= plan.text_steps else 0
             with torch.no_grad():
                 text = text_encoder(tokens[rows:]).last_hidden_state
             if rows:
                 text = torch.cat([text_encoder(tokens[:rows]).last_hidden_state, text])
-            predicted = unet(noisy, time_index, text).sample.float()
-        snr = alpha_bar[time_index] / (1 - alpha_bar[time_index])
-        weight = snr.clamp(max=5) / snr
-        yield (weight * (predicted - noise).square().mean((1, 2, 3))).mean()
+            predicted = unet(noisy, index, text).sample
+        error = denoising_score_matching(
+            predicted, clean, noise=noise, level=level, kind="epsilon", weight=min_snr(level, 5.0)
+        )
+        yield error.mean()
 
     began = time.time()
     running = 0.0
-    schedule = warm_cosine(steps, warmup=300, floor=0.03)
-    for report in train(
-        losses, parameters, optimizer=optimizer, schedule=schedule, steps=steps, done=done, average=average
-    ):
-        running = report.loss if not running else 0.98 * running + 0.02 * report.loss
-        last = report.step == steps or time.time() - began > 60 * minutes
-        if report.step % 50 == 0:
-            facts = {
-                "step": report.step,
-                "loss": round(running, 4),
-                "norm": round(report.gradient_norm, 3),
-                "rate": round(report.learning_rate, 6),
-                "pictures_per_second": round(batch / report.seconds, 1),
-                "minutes": round((time.time() - began) / 60, 1),
-            }
-            print(json.dumps(facts), flush=True)
-        if report.step % 500 == 0 or last:
-            save_checkpoint(
-                checkpoint, step=report.step, parameters=parameters, optimizer=optimizer, average=average
-            )
-        if last:
-            break
+    stepping = train(
+        losses,
+        parameters,
+        optimizer=optimizer,
+        schedule=warm_cosine(plan.steps, warmup=300, floor=0.03),
+        steps=plan.steps,
+        done=done,
+        average=average,
+        reduce=average_over_processes,
+    )
+    with quick_to_train(unet):  # flash attention's backward is slow on a CPU
+        for report in stepping:
+            running = report.loss if not running else 0.98 * running + 0.02 * report.loss
+            minutes = (time.time() - began) / 60
+            last = report.step == plan.steps or any_of(minutes > plan.minutes)
+            if report.step % 50 == 0 and rank == 0:
+                facts = {
+                    "step": report.step,
+                    "loss": round(running, 4),
+                    "norm": round(report.gradient_norm, 3),
+                    "rate": round(report.learning_rate, 6),
+                    "pictures_per_second": round(plan.batch / report.seconds, 1),
+                    "minutes": round(minutes, 1),
+                }
+                print(json.dumps(facts), flush=True)
+            if (report.step % 250 == 0 or last) and rank == 0:
+                save_checkpoint(
+                    checkpoint, step=report.step, parameters=parameters, optimizer=optimizer, average=average
+                )
+            if last:
+                break
 
 
 @app.command()
@@ -206,6 +259,7 @@ def export(
     write_json(out / "atelier.json", DEFAULTS)
     if (workdir / "scorer").is_dir():
         shutil.copytree(workdir / "scorer", out / "scorer", dirs_exist_ok=True)
+    write_text(out / "README.md", CARD.format(step=header["step"]))
     print(f"{out}: step {header['step']}")
 
 
