@@ -249,6 +249,10 @@ def locate(model: str) -> Location:
                 "Name the folder that `save_pretrained` wrote."
             )
         return Location(model, str(path), read_json(index))
+    if model == "moji":
+        raise UserError(
+            f"The embedded model is missing from {path}, so this is not a whole installation. Install again."
+        )
     if path.is_file():
         raise UserError(
             f"{path} is a single file. Name a diffusers folder, or convert it with `save_pretrained`."

@@ -50,7 +50,8 @@ safetensors; this edition's denoiser and text encoder come from optimiser step {
 - **Limits.** Any prompt tokenises, but only the words of `backbone/world/vocabulary.json` and their paraphrases mean
   something. Small, styled or two different things are drawn worse than one plain thing.
 - **Figures.** In the project's README, from `python -m benchmarks.moji`.
-- **Licence.** Apache-2.0. The glyphs are Noto Color Emoji by Google, SIL Open Font License 1.1; the font is not included.
+- **Licence.** Apache-2.0. The glyphs are Noto Color Emoji by Google, SIL Open Font License 1.1; the font is not
+  included.
 - **Made by** the recipes in `recipes/moji`, which say what each part costs.
 """
 DEFAULTS = {  # what works with this model; Backbone.defaults reads it
