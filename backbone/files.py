@@ -16,7 +16,7 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from backbone.console import UserError
 
@@ -66,16 +66,18 @@ def write_tensors(
             raise UserError(f"{path} could not be written ({error}). Is the disk full?") from error
 
 
-def read_tensors(path: str | Path, *, device: str = "cpu") -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """All tensors of a safetensors file by name, and the string metadata. UserError for a damaged file and
-    for any other format: a pickle can run code when it is opened, so none is ever read. FileNotFoundError if
-    it is missing."""
+def read_tensors(
+    path: str | Path, *, device: str = "cpu", prefix: str = ""
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a safetensors file by name, all or those whose names begin with `prefix`, and the string
+    metadata. UserError for a damaged file and for any other format: a pickle can run code when it is opened,
+    so none is ever read. FileNotFoundError if it is missing."""
     from safetensors import SafetensorError, safe_open
 
     path = _safetensors_path(path)
     try:
         with safe_open(path, framework="pt", device=device) as file:
-            names = file.keys()
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (no mapping)
             return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except SafetensorError as error:
         _refuse(path, error)
@@ -83,12 +85,27 @@ def read_tensors(path: str | Path, *, device: str = "cpu") -> tuple[dict[str, to
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The string metadata alone, from a safetensors file's header; raises like `read_tensors`."""
+    return read_header(path).metadata
+
+
+class Header(NamedTuple):
+    """What a safetensors file says of itself before its first tensor."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    metadata: dict[str, str]
+
+
+def read_header(path: str | Path) -> Header:
+    """Names and shapes of the tensors, none of which is read, and the metadata; raises like `read_tensors`."""
     from safetensors import SafetensorError, safe_open
 
     path = _safetensors_path(path)
     try:
         with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
+            names = file.keys()
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            return Header(path, shapes, dict(file.metadata() or {}))
     except SafetensorError as error:
         _refuse(path, error)
 
@@ -253,6 +270,11 @@ def _refuse(path: Path, error: Exception) -> NoReturn:
         raise UserError(
             f"{path} holds a pickle, not safetensors, so it is not read. "
             "Convert it to safetensors where you trust it, or take the model's safetensors version."
+        ) from error
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b'{"')):
+        raise UserError(
+            f"{path} is a web page or a site's error message, not weights. "
+            "Log in where it came from, and download it again."
         ) from error
     raise UserError(
         f"{path} is not a whole safetensors file ({error}). Download or write it again."

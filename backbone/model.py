@@ -10,7 +10,6 @@ Parts load when first used and can be freed again, so a training run never holds
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
@@ -21,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from backbone.console import UserError
-from backbone.families import Family, Location, NoisePath, Text, TextEncoder, families
-from backbone.files import content_hash, read_json
+from backbone.families import Family, Location, NoisePath, Text, TextEncoder, families, hub_file, single_file
+from backbone.files import content_hash, read_header, read_json
 from backbone.noise import Estimate, Ladder, Level, Predict, estimate
 
 EMBEDDED = Path(__file__).with_name("moji")
@@ -62,7 +61,9 @@ class Backbone:
 
     @classmethod
     def open(cls, model: str = "moji", *, device: str = "auto", precision: str = "auto") -> Backbone:
-        """Finds a model: `moji`, `sd15`, `sdxl`, `sd3`, `flux`, a diffusers folder, or a hub id. Loads no weights yet.
+        """Finds a model: `moji`, `sd15`, `sdxl`, `sd3`, `flux`, a diffusers folder, a checkpoint file, or a hub id.
+
+        Loads no weights yet.
 
         `precision` is fp32, bf16, fp16 or auto: bf16 where the processor has it, else fp16 on a GPU and fp32 on a CPU.
 
@@ -110,13 +111,14 @@ class Backbone:
             "rank": 8,
             "batch": 1,
         }
-        folder = self.location.folder
-        file = folder / "atelier.json" if folder else None
-        return usual | (read_json(file) if file and file.exists() else {})
+        file = self.location.local("atelier.json")
+        return usual | (read_json(file) if file else {})
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells this model from others, from the contents of its files: sizes, and both ends of every weight file."""
+        """Tells this model from others, from the contents of its files: sizes, and samples of every weight file."""
+        if self.location.file is not None:
+            return single_file.fingerprint(self.location)
         folder = self.location.folder
         if folder is None:
             return content_hash(self.location.place.encode())
@@ -146,12 +148,12 @@ class Backbone:
     @cached_property
     def autoencoder_config(self) -> dict[str, Any]:
         """The autoencoder's settings, read without its weights."""
-        return self._config("vae")
+        return self.location.config("vae")
 
     @cached_property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of a latent at the model's own resolution."""
-        size = int(self._config("unet")["sample_size"])
+        size = int(self.location.config("unet")["sample_size"])
         return int(self.autoencoder_config["latent_channels"]), size, size
 
     @property
@@ -222,19 +224,10 @@ class Backbone:
 
     @property
     def _scale_and_shift(self) -> tuple[float, float]:
-        config = self.autoencoder_config
+        config = cast(
+            Any, self.autoencoder
+        ).config  # of the loaded one: old files leave out what has a default
         return float(config.get("scaling_factor") or 1.0), float(config.get("shift_factor") or 0.0)
-
-    def _config(self, part: str) -> dict[str, Any]:
-        folder = self.location.folder
-        path = (
-            folder / part / "config.json" if folder else _hub_file(self.location.place, f"{part}/config.json")
-        )
-        if not path.exists():
-            raise UserError(
-                f"{self.location.name} has no {part}/config.json. Save or download the model again."
-            )
-        return cast("dict[str, Any]", read_json(path))
 
 
 def locate(model: str) -> Location:
@@ -254,14 +247,25 @@ def locate(model: str) -> Location:
             f"The embedded model is missing from {path}, so this is not a whole installation. Install again."
         )
     if path.is_file():
-        raise UserError(
-            f"{path} is a single file. Name a diffusers folder, or convert it with `save_pretrained`."
-        )
+        return _single_file(model, path)
+    if path.suffix.lower() in (".safetensors", ".ckpt"):
+        raise UserError(f"There is no file {path}. Check the spelling, and the folder that it is named from.")
     if model in NAMES or (place.count("/") == 1 and not place.startswith((".", "/", "~"))):
-        return Location(model, place, json.loads(_hub_file(place, "model_index.json").read_text()))
+        return Location(model, place, read_json(hub_file(place, "model_index.json")))
     raise UserError(
-        f"There is no model {model}. Name one of {', '.join(NAMES)}, a diffusers folder, or a hub id."
+        f"There is no model {model}. Name one of {', '.join(NAMES)}, a diffusers folder, "
+        "a checkpoint file, or a hub id."
     )
+
+
+def _single_file(name: str, path: Path) -> Location:
+    header = read_header(path)
+    for family in families():
+        settings = family.single_file(header)
+        if settings is not None:
+            return Location(name, str(path), {"_class_name": family.pipelines[0]}, settings)
+    served = ", ".join(family.name for family in families())
+    raise UserError(f"{single_file.stranger(header)} This version works with {served}.")
 
 
 def best_device() -> str:
@@ -286,16 +290,3 @@ def chosen_dtype(precision: str, device: torch.device) -> torch.dtype:
     ):
         return torch.bfloat16
     return torch.float32
-
-
-def _hub_file(repository: str, name: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(repository, name))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"The model {repository} is not on this machine and could not be fetched from the hub "
-            f"({type(error).__name__}). Check its name and the connection, or name a local diffusers folder."
-        ) from error

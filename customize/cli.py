@@ -18,7 +18,7 @@ app = typer.Typer(
 )
 
 Sampler = Literal["ddim", "heun", "ancestral"]
-MODEL_HELP = "moji, sd15, sdxl, sd3, flux, a diffusers folder, or a hub id."
+MODEL_HELP = "moji, sd15, sdxl, sd3, flux, a diffusers folder, a checkpoint file (.safetensors), or a hub id."
 Model = Annotated[str | None, typer.Option("--model", "--pretrained_model_name_or_path", help=MODEL_HELP)]
 Precision = Annotated[
     str | None,

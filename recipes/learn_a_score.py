@@ -1,7 +1,7 @@
 """Learn the score of a distribution in the plane from its samples alone, and draw new points with it in three ways.
 
     python -m recipes.learn_a_score                         about a minute on one core; two at most
-    python -m recipes.learn_a_score --steps 500             a glimpse of it: a spiral, but blurred
+    python -m recipes.learn_a_score --steps 500             a quarter of that: a ring and a blob, no spiral yet
 
 A small network learns s(x, σ) = ∇log p_σ(x) by denoising score matching (Vincent 2011; Song & Ermon 2019): it sees a
 point with noise and says where the noise came from. Annealed Langevin dynamics, the reverse SDE and the
@@ -10,8 +10,8 @@ probability-flow ODE then turn noise into points of a spiral and a blob beside i
 It writes OUT/score.png (the data, the learned field at three noise levels, the points of the three samplers, some
 paths of the ODE) and OUT/distances.json, and prints a table with the energy distance of each sampler's points from
 fresh data. It should show the spiral and the blob three times with few strays between them, distances that one
-cannot tell from data against data (intervals around 0, some 0.004 wide) where a Gaussian with the data's moments has
-0.04, and about 20 % of the points in the blob.
+cannot tell from data against data (intervals around 0, a few thousandths wide) where a Gaussian of the same moments
+has 0.04, and 18 to 21 % of the points in the blob.
 """
 
 from __future__ import annotations

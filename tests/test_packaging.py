@@ -116,6 +116,7 @@ def test_the_wheel_holds_the_four_packages_and_nothing_else(names: set[str]) -> 
         *((package, "*.py") for package in PACKAGES),
         ("backbone/moji", "*.safetensors"),
         ("backbone/moji", "*.json"),
+        ("backbone/families/configs", "*.json"),
         ("backbone/world", "vocabulary.json"),
         ("customize/examples", "*.png"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -12,7 +13,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from backbone.console import UserError, say
-from backbone.families import Location, Network, NoisePath, Text
+from backbone.families import Location, Network, NoisePath, Text, single_file, stable_diffusion_file
+from backbone.files import Header
 from backbone.ladders import alphas_cumprod, vp_ladder
 from backbone.noise import Kind, vp
 
@@ -30,16 +32,19 @@ class StableDiffusion:
         ),
     }
 
+    def single_file(self, header: Header) -> tuple[Path, ...] | None:
+        return stable_diffusion_file.settings_of(header)
+
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        return _channels_last(_load(UNet2DConditionModel, location, "unet", torch_dtype=dtype))
+        return _network(UNet2DConditionModel, location, "unet", dtype)
 
     def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        config = AutoencoderKL.load_config(location.place, subfolder="vae")
-        overflows = dtype is torch.float16 and config.get("force_upcast", True)
-        safe = torch.float32 if overflows else dtype
-        return _channels_last(_load(AutoencoderKL, location, "vae", torch_dtype=safe))
+        overflows = dtype is torch.float16 and location.config("vae").get("force_upcast", True)
+        return _network(AutoencoderKL, location, "vae", torch.float32 if overflows else dtype)
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> ClipText:
+        if location.file is not None:
+            return ClipText(*stable_diffusion_file.text_side(location, dtype))
         tokenizer = _load(CLIPTokenizer, location, "tokenizer")
         return ClipText(tokenizer, _load(CLIPTextModel, location, "text_encoder", dtype=dtype))
 
@@ -103,6 +108,16 @@ class ClipText:
         return {"hidden": self.model(ids.to(self.model.device)).last_hidden_state.float()}
 
 
+def _network(kind: Any, location: Location, part: str, dtype: torch.dtype) -> nn.Module:
+    """The denoiser or the autoencoder, from wherever the model is."""
+    if location.file is not None:
+        prefix = stable_diffusion_file.PREFIXES[part]
+        model = single_file.load_part(kind, location, part, prefix=prefix, dtype=dtype)
+    else:
+        model = _load(kind, location, part, torch_dtype=dtype)
+    return cast(nn.Module, model.to(memory_format=torch.channels_last))
+
+
 def _load(kind: Any, location: Location, part: str, **options: Any) -> Any:
     """One part of a diffusers folder or hub id, safetensors only."""
     folder = location.folder
@@ -124,11 +139,7 @@ def _load(kind: Any, location: Location, part: str, **options: Any) -> Any:
         ) from error
 
 
-def _channels_last(model: Any) -> nn.Module:
-    return cast(nn.Module, model.to(memory_format=torch.channels_last))
-
-
 def _scheduler_config(location: Location) -> dict[str, Any]:
     from diffusers import DDIMScheduler
 
-    return dict(_load(DDIMScheduler, location, "scheduler").config)
+    return dict(DDIMScheduler.from_config(location.config("scheduler")).config)

@@ -124,6 +124,9 @@ def train_denoiser(rank: int, plan: Plan) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(plan.workdir / "tokenizer")
     unet = build_unet().to(plan.device, memory_format=torch.channels_last)
     text_encoder = build_text_encoder(tokenizer)
+    if (plan.workdir / "text_encoder").is_dir():  # its first lesson: recipes.moji.text_encoder
+        taught = CLIPTextModel.from_pretrained(plan.workdir / "text_encoder", local_files_only=True)
+        text_encoder.load_state_dict(taught.state_dict())
     nn.Module.to(text_encoder, plan.device)
     parameters = {f"unet.{key}": value for key, value in unet.named_parameters()}
     parameters |= {f"text_encoder.{key}": value for key, value in text_encoder.named_parameters()}
@@ -260,6 +263,8 @@ def export(
     write_json(out / "atelier.json", DEFAULTS)
     if (workdir / "scorer").is_dir():
         shutil.copytree(workdir / "scorer", out / "scorer", dirs_exist_ok=True)
+    for path in out.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors are written for their owner alone
     write_text(out / "README.md", CARD.format(step=header["step"]))
     print(f"{out}: step {header['step']}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -152,8 +152,7 @@ def assert_like(mixture: Mixture, found: Tensor) -> None:
 def test_the_order_of_a_deterministic_sampler(
     sampler: Callable[[Tensor, Predict, Ladder], Tensor], order: int, ladder: Callable[[int], Ladder]
 ) -> None:
-    x = states_at(ladder(1)[0])
-    exact = heun(x, THREE_MODES.predict, ladder(1024))
+    x, exact = walked_finely(ladder)
     errors = [
         float((sampler(x, THREE_MODES.predict, ladder(steps)) - exact).norm(dim=1).mean())
         for steps in (32, 64, 128)
@@ -223,6 +222,13 @@ def states_at(level: Level) -> Tensor:
     return add_noise(clean, normal_like(clean, generator(1)), level)
 
 
+@cache
+def walked_finely(ladder: Callable[[int], Ladder]) -> tuple[Tensor, Tensor]:
+    """States at the noisy end of the ladder, and where the ODE takes them [100, 2]."""
+    x = states_at(ladder(1)[0])
+    return x, heun(x, THREE_MODES.predict, ladder(1024))
+
+
 def measured_order(errors: list[float]) -> float:
     """The slope of log error against log steps, for steps that double each time."""
     return math.log2(errors[0] / errors[-1]) / (len(errors) - 1)
@@ -286,6 +292,36 @@ def test_an_ancestral_step_draws_from_ddpm_s_posterior() -> None:
     mean = (alphas[499].sqrt() * (1 - alpha) * x0 + alpha.sqrt() * (1 - alphas[499]) * x) / (1 - alphas[500])
     variance = (1 - alphas[499]) / (1 - alphas[500]) * (1 - alpha)
     torch.testing.assert_close(found, mean + variance.sqrt() * fresh, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("beta", [0.5, 3.0])
+def test_a_small_reverse_sde_step_has_the_drift_and_the_diffusion_of_the_vp_sde(beta: float) -> None:
+    """Song et al. 2021, eqs. 6 and 11: dx = −½βx dt + √β dw, so backwards x' = x + (½βx + βs)h + √(βh)·z."""
+    h, time = 1e-6, torch.tensor(0.4, dtype=torch.float64)
+    here, there = vp((-beta * time).exp()), vp((-beta * (time - h)).exp())
+    x, said, fresh = (torch.randn(3, 2, generator=generator(i), dtype=torch.float64) for i in range(3))
+    predicted = estimate(said, x, here, "score")
+    drift = reverse_sde_step(x, predicted, here, there, noise=torch.zeros_like(x)) - x
+    torch.testing.assert_close(drift / h, beta * x / 2 + beta * said, rtol=1e-4, atol=1e-4)
+    pushed = reverse_sde_step(x, predicted, here, there, noise=fresh) - x - drift
+    torch.testing.assert_close(pushed / h**0.5, beta**0.5 * fresh, rtol=1e-4, atol=1e-4)
+
+
+def test_the_corrector_s_step_follows_from_the_signal_to_noise_ratio() -> None:
+    """Song et al. 2021, algorithm 4: x ← x + ε·s + √(2ε)·z with ε = 2·(r‖z‖/‖s‖)²."""
+    x = torch.randn(1, 16, generator=generator(), dtype=torch.float64)
+    ladder = ve(torch.tensor([2.0, 1.5], dtype=torch.float64))
+
+    def predict(noisy: Tensor, level: Level) -> Estimate:
+        return estimate(-torch.tanh(noisy), noisy, level, "score")
+
+    same = generator(1)
+    fresh, again = normal_like(x, same), normal_like(x, same)
+    there = ancestral_step(x, predict(x, ladder[0]), ladder[0], ladder[1], noise=fresh)
+    s = -torch.tanh(there)
+    step = 2 * (0.3 * again.norm() / s.norm()) ** 2
+    found = predictor_corrector(x, predict, ladder, generator=generator(1), signal_to_noise=0.3)
+    torch.testing.assert_close(found, there + step * s + (2 * step).sqrt() * again)
 
 
 def test_a_sample_with_its_own_generator_does_not_depend_on_its_neighbours() -> None:
