@@ -64,7 +64,7 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         total, count = 0.0, 0
         for loss in losses(step):
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total, count = total + float(loss.detach()), count + 1
         trained = [parameter for parameter in parameters.values() if parameter.grad is not None]
         gradients = [gradient for parameter in trained if (gradient := parameter.grad) is not None]

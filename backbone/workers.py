@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 Reduce = Callable[[Sequence[Tensor]], None]
 
@@ -28,7 +29,7 @@ def run_workers(function: Callable[..., None], arguments: tuple[Any, ...], *, pr
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_worker, (function, arguments, processes, port), nprocs=processes)
+    spawn(_worker, (function, arguments, processes, port), nprocs=processes)
 
 
 def average(tensors: Sequence[Tensor]) -> None:

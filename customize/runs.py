@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-import shutil
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -57,7 +57,7 @@ def train_concept(
         precision=asked.get("precision", "auto"),
     )
     if class_noun is None:
-        class_noun = guess(model, pictures)
+        class_noun = guess(model, pictures, images)
     settings = resolved(model, asked, images=images, token=token, class_noun=class_noun)
     check_token(token, model.text_encoder.tokenizer.get_vocab())
     if not settings.token_words:
@@ -225,20 +225,26 @@ SHEET_PROMPTS = (
 )
 
 
-def guess(model: Backbone, pictures: list[Picture]) -> str:
-    """The class of the subject by the scorer, said aloud; `UserError` where the model has none."""
+def guess(model: Backbone, pictures: list[Picture], images: str) -> str:
+    """The class of the subject, said aloud: from the name of its folder if that is a noun, else by the scorer.
+
+    Raises `UserError` where the name says nothing and the model has no scorer.
+    """
     from backbone.scorers import guess_class, load_scorer
     from backbone.world.words import vocabulary
 
-    folder = model.location.folder
-    if folder is None or not (folder / "scorer").is_dir():
+    nouns = tuple(vocabulary().nouns)
+    for word in re.split(r"[^a-z]+", run_name(images).lower()):
+        if word in nouns:
+            say(f"The name of {images} says that it shows a {word}. --class says otherwise.")
+            return word
+    folder = model.location.local("scorer")
+    if folder is None:
         raise UserError(
             f"Say what the pictures show with --class (as --class dog): {model.location.name} cannot guess it."
         )
-    scorer = load_scorer(folder / "scorer")
-    ranked = guess_class(
-        scorer, [square(picture.open(), 128) for picture in pictures], tuple(vocabulary().nouns)
-    )
+    scorer = load_scorer(folder)
+    ranked = guess_class(scorer, [square(picture.open(), 128) for picture in pictures], nouns)
     best, second = ranked[0], ranked[1]
     seems = f"{best[0]} ({best[1]:.0%}; next {second[0]}, {second[1]:.0%})"
     say(f"The pictures seem to show a {seems}. --class says otherwise.")
@@ -312,8 +318,3 @@ def readme(run: Path, settings: Settings, prompts: list[str], seconds: dict[str,
         "",
     ]
     return "\n".join(lines)
-
-
-def remove_run(run: Path) -> None:
-    """Deletes a run folder that nothing was saved into."""
-    shutil.rmtree(run, ignore_errors=True)

@@ -61,7 +61,7 @@ def test_pictures_survive_the_autoencoder(moji: Backbone, scenes: torch.Tensor) 
 
 
 def test_the_network_predicts_noise_far_better_than_nothing(moji: Backbone, scenes: torch.Tensor) -> None:
-    captions = [Image.open(path).text["caption"] for path in FIXTURES]
+    captions = [Image.open(path).info["caption"] for path in FIXTURES]
     clean = moji.encode(scenes).mean
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     level = moji.path.levels[torch.full((len(clean),), 400)]

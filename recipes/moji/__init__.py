@@ -1,12 +1,12 @@
-"""Making the embedded model, part by part. Every recipe continues where it was stopped; `--device cuda` runs it on a GPU.
+"""Making the embedded model, part by part. Every recipe goes on where it was stopped; `--device cuda` uses a GPU.
 
-    python -m recipes.moji.pictures --scenes 40000     rendered scenes and textures      (needs the emoji font)
-    python -m recipes.moji.tokenizer
-    python -m recipes.moji.text_encoder                a first lesson, before the denoiser trains it
-    python -m recipes.moji.autoencoder                 then, any time: --decoder-only
-    python -m recipes.moji.denoiser encode             the scenes' latents
-    python -m recipes.moji.denoiser train --processes 2
-    python -m recipes.moji.scorer
-    python -m recipes.moji.judge                       for the benchmarks only
-    python -m recipes.moji.denoiser export --out backbone/moji
+python -m recipes.moji.pictures --scenes 40000     rendered scenes and textures      (needs the emoji font)
+python -m recipes.moji.tokenizer
+python -m recipes.moji.text_encoder                a first lesson, before the denoiser trains it
+python -m recipes.moji.autoencoder                 then, any time: --decoder-only
+python -m recipes.moji.denoiser encode             the scenes' latents
+python -m recipes.moji.denoiser train --processes 2
+python -m recipes.moji.scorer
+python -m recipes.moji.judge                       for the benchmarks only
+python -m recipes.moji.denoiser export --out backbone/moji
 """
