@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from backbone.attention import quick_to_train
-from backbone.files import read_tensors, write_json, write_tensors, write_text
+from backbone.files import read_json, read_tensors, write_json, write_tensors, write_text
 from backbone.loop import Average, generator, load_checkpoint, save_checkpoint, train, warm_cosine
 from backbone.noise import add_noise, denoising_score_matching, min_snr, vp
 from backbone.workers import any_of, run_workers
@@ -261,6 +261,9 @@ def export(
         requires_safety_checker=False,
     )
     pipeline.to(dtype=torch.float16).save_pretrained(out)
+    # transformers loads in the precision that config.json names, diffusers in float32: both shall be float32
+    settings = read_json(out / "text_encoder" / "config.json")
+    write_json(out / "text_encoder" / "config.json", {**settings, "dtype": "float32"})
     for name in ("vocab.json", "merges.txt"):
         (out / "tokenizer" / name).write_bytes((workdir / "tokenizer" / name).read_bytes())
     write_json(out / "atelier.json", DEFAULTS)
