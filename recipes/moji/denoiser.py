@@ -261,6 +261,8 @@ def export(
         requires_safety_checker=False,
     )
     pipeline.to(dtype=torch.float16).save_pretrained(out)
+    for path in out.glob("*/config.json"):  # where a part was loaded from is nobody's business
+        write_json(path, {key: value for key, value in read_json(path).items() if key != "_name_or_path"})
     # transformers loads in the precision that config.json names, diffusers in float32: both shall be float32
     settings = read_json(out / "text_encoder" / "config.json")
     write_json(out / "text_encoder" / "config.json", {**settings, "dtype": "float32"})
