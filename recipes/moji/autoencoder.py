@@ -12,7 +12,6 @@ has mean 0 and standard deviation 1 at `scaling_factor` 0.18215.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +24,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from backbone.loop import Average, generator, load_checkpoint, save_checkpoint, train, warm_cosine
+from recipes.moji.logbook import Logbook
 from recipes.moji.pictures import Pixels, load
 
 SCALING_FACTOR = 0.18215
@@ -79,20 +79,13 @@ def main(
 
     if done >= steps:
         export(model, average, workdir, held_out, rescale=not decoder_only)
-    began = time.time()
+    logbook = Logbook(batch=batch)
     schedule = warm_cosine(steps, warmup=min(200, steps // 10), floor=0.02)
     for report in train(
         losses, parameters, optimizer=optimizer, schedule=schedule, steps=steps, done=done, average=average
     ):
-        last = report.step == steps or time.time() - began > 60 * minutes
-        if report.step % 50 == 0:
-            facts = {
-                "step": report.step,
-                "loss": round(report.loss, 4),
-                "norm": round(report.gradient_norm, 3),
-                "pictures_per_second": round(batch / report.seconds, 1),
-            }
-            print(json.dumps(facts), flush=True)
+        logbook.note(report)
+        last = report.step == steps or logbook.minutes > minutes
         if report.step % 500 == 0 or last:
             save_checkpoint(
                 checkpoint, step=report.step, parameters=parameters, optimizer=optimizer, average=average

@@ -13,9 +13,7 @@ Half of the training begins with plain pictures of one thing, which teach the no
 
 from __future__ import annotations
 
-import json
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +34,7 @@ from backbone.workers import any_of, run_workers
 from backbone.workers import average as average_over_processes
 from backbone.world.scene import sample_scene
 from recipes.moji.autoencoder import SCALING_FACTOR, to_tensor
+from recipes.moji.logbook import Logbook
 from recipes.moji.pictures import SHARD, load, load_captions
 
 HELD_OUT = 2000  # the last shard of scenes is never trained on
@@ -157,11 +156,12 @@ def train_denoiser(rank: int, plan: Plan) -> None:
         level = vp(alpha_bar[index])
         noisy = add_noise(clean, noise, level).contiguous(memory_format=torch.channels_last)
         with torch.autocast(noisy.device.type, torch.bfloat16):
-            rows = plan.text_rows if step <= plan.text_steps else 0
+            rows = min(plan.text_rows, plan.batch) if step <= plan.text_steps else 0
             with torch.no_grad():
-                text = text_encoder(tokens[rows:]).last_hidden_state
+                states = [text_encoder(tokens[rows:]).last_hidden_state] if rows < plan.batch else []
             if rows:
-                text = torch.cat([text_encoder(tokens[:rows]).last_hidden_state, text])
+                states.insert(0, text_encoder(tokens[:rows]).last_hidden_state)
+            text = torch.cat(states)
             predicted = unet(noisy, index, text).sample
         weight = min_snr(level, 5.0) / level.a.clamp(min=0.08)
         error = denoising_score_matching(
@@ -169,8 +169,7 @@ def train_denoiser(rank: int, plan: Plan) -> None:
         )
         yield error.mean()
 
-    began = time.time()
-    running = 0.0
+    logbook = Logbook(batch=plan.batch)
     stepping = train(
         losses,
         parameters,
@@ -183,19 +182,8 @@ def train_denoiser(rank: int, plan: Plan) -> None:
     )
     with quick_to_train(unet):  # flash attention's backward is slow on a CPU
         for report in stepping:
-            running = report.loss if not running else 0.98 * running + 0.02 * report.loss
-            minutes = (time.time() - began) / 60
-            last = report.step == plan.steps or any_of(minutes > plan.minutes)
-            if report.step % 50 == 0 and rank == 0:
-                facts = {
-                    "step": report.step,
-                    "loss": round(running, 4),
-                    "norm": round(report.gradient_norm, 3),
-                    "rate": round(report.learning_rate, 6),
-                    "pictures_per_second": round(plan.batch / report.seconds, 1),
-                    "minutes": round(minutes, 1),
-                }
-                print(json.dumps(facts), flush=True)
+            logbook.note(report, aloud=rank == 0)
+            last = report.step == plan.steps or any_of(logbook.minutes > plan.minutes)
             if (report.step % 250 == 0 or last) and rank == 0:
                 save_checkpoint(
                     checkpoint, step=report.step, parameters=parameters, optimizer=optimizer, average=average

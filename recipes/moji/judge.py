@@ -12,7 +12,6 @@ held-out scenes, plain and decoded.
 from __future__ import annotations
 
 import json
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -47,6 +46,7 @@ from benchmarks.judge import (
     top,
 )
 from recipes.moji.autoencoder import to_tensor
+from recipes.moji.logbook import Logbook
 from recipes.moji.pictures import Pixels
 from recipes.moji.rendered import AUTOENCODER, has_autoencoder, moved, rendered, roughened, round_trips
 
@@ -106,18 +106,12 @@ def main(
             logits = network(pictures)
         yield judged_loss(logits, {head: value.to(device) for head, value in truth.items()})
 
-    began, running = time.time(), 0.0
+    logbook = Logbook(batch=batch)
     schedule = warm_cosine(steps, warmup=min(150, steps // 5), floor=0.01)
     for report in train(losses, kept, optimizer=optimizer, schedule=schedule, steps=steps, done=done,
                         average=average, clip=5.0):  # fmt: skip
-        running = report.loss if not running else 0.98 * running + 0.02 * report.loss
-        last = report.step == steps or time.time() - began > 60 * minutes
-        if report.step % 50 == 0:
-            facts = {"step": report.step, "loss": round(running, 4), "norm": round(report.gradient_norm, 3),
-                     "rate": round(report.learning_rate, 6),
-                     "pictures_per_second": round(batch / report.seconds, 1),
-                     "minutes": round((time.time() - began) / 60, 1)}  # fmt: skip
-            print(json.dumps(facts), flush=True)
+        logbook.note(report)
+        last = report.step == steps or logbook.minutes > minutes
         if report.step % 500 == 0 or last:
             save_checkpoint(
                 checkpoint, step=report.step, parameters=kept, optimizer=optimizer, average=average

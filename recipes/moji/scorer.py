@@ -18,7 +18,6 @@ retrieval among 100 captions and its class guesses on held-out scenes.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,6 +47,7 @@ from backbone.world.render import SIZE, layout
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, fair, sample_scene
 from backbone.world.words import paraphrase, sentence, vocabulary
 from recipes.moji.autoencoder import to_tensor
+from recipes.moji.logbook import Logbook
 from recipes.moji.pictures import SHARD, Pixels, load
 from recipes.moji.rendered import has_autoencoder, moved, rendered, roughened, round_trips
 
@@ -106,18 +106,12 @@ def main(
         contrast = contrastive_loss(logits, lesson.right.to(device))
         yield contrast + help_weight * heads.loss(guesses, lesson)
 
-    began, running = time.time(), 0.0
+    logbook = Logbook(batch=batch)
     schedule = warm_cosine(steps, warmup=min(200, steps // 5), floor=0.01)
     for report in train(losses, parameters, optimizer=optimizer, schedule=schedule, steps=steps, done=done,
                         average=average):  # fmt: skip
-        running = report.loss if not running else 0.98 * running + 0.02 * report.loss
-        last = report.step == steps or time.time() - began > 60 * minutes
-        if report.step % 50 == 0:
-            facts = {"step": report.step, "loss": round(running, 4), "norm": round(report.gradient_norm, 3),
-                     "rate": round(report.learning_rate, 6),
-                     "pictures_per_second": round(batch / report.seconds, 1),
-                     "minutes": round((time.time() - began) / 60, 1)}  # fmt: skip
-            print(json.dumps(facts), flush=True)
+        logbook.note(report)
+        last = report.step == steps or logbook.minutes > minutes
         if report.step % 500 == 0 or last:
             save_checkpoint(
                 checkpoint, step=report.step, parameters=parameters, optimizer=optimizer, average=average
