@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from backbone.console import UserError
 from backbone.families import Family, Location, NoisePath, Text, TextEncoder, families, hub_file, single_file
 from backbone.files import content_hash, read_header, read_json
-from backbone.noise import Estimate, Ladder, Level, Predict, estimate
+from backbone.noise import Estimate, Ladder, Level, Predict, estimate, guide
 
 EMBEDDED = Path(__file__).with_name("moji")
 NAMES = {
@@ -206,9 +206,7 @@ class Backbone:
         def predict(noisy: Tensor, level: Level) -> Estimate:
             twice = both(torch.cat([noisy, noisy]), level)
             (clean, clean_empty), (noise, noise_empty) = (part.chunk(2) for part in twice)
-            return Estimate(
-                clean_empty + guidance * (clean - clean_empty), noise_empty + guidance * (noise - noise_empty)
-            )
+            return guide(Estimate(clean, noise), Estimate(clean_empty, noise_empty), guidance)
 
         return predict
 

@@ -266,11 +266,14 @@ def guided(predict_conditional: Predict, predict_unconditional: Predict, scale: 
         return predict_conditional
 
     def predict(noisy: Tensor, level: Level) -> Estimate:
-        conditional = predict_conditional(noisy, level)
-        unconditional = predict_unconditional(noisy, level)
-        return Estimate(*(u + scale * (c - u) for c, u in zip(conditional, unconditional, strict=True)))
+        return guide(predict_conditional(noisy, level), predict_unconditional(noisy, level), scale)
 
     return predict
+
+
+def guide(conditional: Estimate, unconditional: Estimate, scale: float) -> Estimate:
+    """unconditional + scale·(conditional − unconditional), of both halves: what `guided` does with two answers."""
+    return Estimate(*(u + scale * (c - u) for c, u in zip(conditional, unconditional, strict=True)))
 
 
 def normal_like(x: Tensor, generator: Randomness = None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
 import re
 import signal
@@ -65,8 +66,7 @@ def train_concept(
         words = rare_words(model.text_encoder.tokenizer.get_vocab(), key)
         settings = dataclasses.replace(settings, token_words=words)
     run.mkdir(parents=True, exist_ok=True)
-    record = {"settings": settings, "command": as_flags(settings, run), "versions": versions(), "timings": {}}
-    write_json(run / FILE, record)
+    write_record(run, settings, timings={})
     return carry_on(run, settings, model, pictures, began=began)
 
 
@@ -132,13 +132,7 @@ def carry_on(
         "all": ended - began,
     }
     seconds = {name: round(value, 2) for name, value in timings.items()}
-    record = {
-        "settings": settings,
-        "command": as_flags(settings, run),
-        "versions": versions(),
-        "timings": seconds,
-    }
-    write_json(run / FILE, record)
+    write_record(run, settings, timings=seconds)
     write_text(run / "README.md", readme(run, settings, shown, seconds))
     return run
 
@@ -269,10 +263,16 @@ def trim_log(run: Path, done: int) -> None:
     path = run / LOG
     if not path.exists():
         return
-    kept = [line for line in read_jsonl(path) if line["step"] <= done]
-    path.unlink()
-    for line in kept:
-        append_jsonl(path, line)
+    kept = [json.dumps(line) + "\n" for line in read_jsonl(path) if line["step"] <= done]
+    write_text(path, "".join(kept))  # at once, so that a kill leaves the old log or the new one
+
+
+def write_record(run: Path, settings: Settings, *, timings: dict[str, float]) -> None:
+    """Writes the run's `settings.json`: what was resolved, how to repeat it, and with which versions."""
+    command = as_flags(settings, run)
+    write_json(
+        run / FILE, {"settings": settings, "command": command, "versions": versions(), "timings": timings}
+    )
 
 
 def versions() -> dict[str, str]:

@@ -28,7 +28,6 @@ from recipes.moji.logbook import Logbook
 from recipes.moji.pictures import Pixels, load
 
 SCALING_FACTOR = 0.18215
-HELD_OUT = 2000  # the last shard of scenes is never trained on
 
 
 def main(
@@ -154,8 +153,8 @@ def export(model: AutoencoderKL, average: Average, workdir: Path, held_out: Tens
     averaged.load_state_dict({**model.state_dict(), **average.values})
     averaged.eval().to(memory_format=torch.channels_last)
     with torch.autocast(held_out.device.type, torch.bfloat16):
-        mean = averaged.encode(held_out).latent_dist.mean.float()
-        posterior_std = averaged.encode(held_out).latent_dist.std.float()
+        posterior = averaged.encode(held_out).latent_dist
+        mean, posterior_std = posterior.mean.float(), posterior.std.float()
         decoded = averaged.decode(mean).sample.float()
     deviations = mean.std((0, 2, 3)).tolist()
     if rescale:
