@@ -57,6 +57,8 @@ def encoded_prompts(model: Backbone, prompts: Sequence[str]) -> Text:
 
 
 def _encoded_prompt(model: Backbone, prompt: str) -> Text:
+    if model.text_learned:
+        return model.encode_prompts([prompt])
     key = content_hash(f"{model.fingerprint}\n{prompt}".encode())
     return remembered("text", key, lambda: model.encode_prompts([prompt]))
 

@@ -24,19 +24,25 @@ POOL = 256  # a concept's words are drawn from this many of the tokenizer's rare
 
 @dataclass(frozen=True)
 class Concept:
-    """What `concept.json` says. `tokens` maps what people write to what the model reads."""
+    """What `concept.json` says. `tokens` maps what people write to what the model reads.
+
+    Its files, each empty where the method has none: `weights`, an adapter; `words`, rows of a token's own; `changed`,
+    weights of the denoiser that replace the base's.
+    """
 
     kind: str
     model: str
     fingerprint: str
     tokens: dict[str, str]
     class_noun: str
-    weights: str
+    weights: str = ""
+    words: str = ""
+    changed: str = ""
     folder: Path = Path()
 
     @property
     def weights_path(self) -> Path:
-        """The weights file."""
+        """The adapter's file."""
         return self.folder / self.weights
 
     def write(self, folder: Path) -> None:
@@ -72,8 +78,12 @@ def spoken(prompt: str, concepts: Sequence[Concept], *, runs: Path = Path("runs"
     owned = {token: words for concept in concepts for token, words in concept.tokens.items()}
     for token, words in sorted(owned.items(), key=lambda pair: -len(pair[0])):
         prompt = prompt.replace(token, words)
+    own = {
+        word for words in owned.values() for word in words.split()
+    }  # a learned word is called like its token
     known = {token: run for run, concept in runs_by_age(runs) for token in concept.tokens}
-    for token in [*PLACEHOLDER.findall(prompt), *(token for token in known if _says(prompt, token))]:
+    strangers = [*PLACEHOLDER.findall(prompt), *(token for token in known if _says(prompt, token))]
+    for token in [token for token in strangers if token not in own]:
         remedy = f"Add --concept {known[token]}." if token in known else "Train it first, or leave it out."
         raise UserError(f"No given concept owns the token {token} in the prompt “{prompt}”. {remedy}")
     return prompt

@@ -13,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,18 @@ def warm_cosine(steps: int, *, warmup: int = 0, floor: float = 0.0) -> Schedule:
     return factor
 
 
+def warm_stable_decay(steps: int, *, warmup: int = 0, decay: int = 0) -> Schedule:
+    """Linear warm-up, constant, and linearly down to zero over the last `decay` steps (Hu et al. 2024, "MiniCPM", §4).
+
+    The weights before the decay are as good a start as any for going on, so a run need not know its end in advance.
+    """
+
+    def factor(step: int) -> float:
+        return min(1.0, step / max(warmup, 1), (steps + 1 - step) / (decay + 1))
+
+    return factor
+
+
 def warm_constant(*, warmup: int = 0) -> Schedule:
     """Linear warm-up, then constant."""
     return lambda step: min(1.0, step / max(warmup, 1))
@@ -124,6 +137,21 @@ class Average:
         """Moves the average towards the parameters after optimiser step `step`."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.values.values()), list(self.parameters.values()), weight)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The averages in the parameters' place inside the `with`."""
+        own = {name: value.detach().clone() for name, value in self.parameters.items()}
+        self._put(self.values)
+        try:
+            yield
+        finally:
+            self._put(own)
+
+    @torch.no_grad()
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])
 
 
 @torch.no_grad()

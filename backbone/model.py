@@ -58,6 +58,7 @@ class Backbone:
         self.family = family
         self.device = device
         self.dtype = dtype
+        self.text_learned = False  # new words or adapters: what is remembered of prompts no longer holds
 
     @classmethod
     def open(cls, model: str = "moji", *, device: str = "auto", precision: str = "auto") -> Backbone:
@@ -133,10 +134,11 @@ class Backbone:
         return content_hash("\n".join(parts).encode())
 
     def free(self, *parts: str) -> None:
-        """Lets go of parts; they load again when used."""
+        """Lets go of parts; they load again when used. Text encoders that have learned something stay."""
         for part in parts:
             assert part in PARTS
-            self.__dict__.pop(part, None)
+            if part != "text_encoder" or not self.text_learned:
+                self.__dict__.pop(part, None)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -181,6 +183,7 @@ class Backbone:
         )
         return cast(Tensor, decoded.float().clamp(-1, 1))
 
+    @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Text:
         """Prompts to what the network wants to know of them."""
         return self.text_encoder(prompts)

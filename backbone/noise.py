@@ -338,6 +338,28 @@ def min_snr(level: Level, gamma: float = 5.0, kind: Kind = "epsilon") -> Tensor:
     raise _unknown(kind)
 
 
+def debiased(level: Level, kind: Kind = "epsilon", *, most: float = 10.0) -> Tensor:
+    """The weight 1/√SNR of the error in ε, at most `most`, expressed for a loss of this kind.
+
+    Yu et al. 2023 (debiased estimation loss): noisy levels, where a small error in ε is a large one in the picture,
+    count more.
+    """
+    a, b = level.a, level.b
+    weight = (b / a).clamp(max=most)
+    match kind:
+        case "epsilon":
+            return weight
+        case "sample":
+            return weight * (a / b) ** 2
+        case "v_prediction":
+            return weight * (a / (a**2 + b**2)) ** 2
+        case "flow":
+            return weight * (a / (a + b)) ** 2
+        case "score":
+            return weight * b**2
+    raise _unknown(kind)
+
+
 # Helpers ----------------------------------------------------------------------------------------------------
 
 

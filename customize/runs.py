@@ -17,15 +17,17 @@ from typing import Any
 
 from PIL.Image import Image
 
-from backbone.adapters import WEIGHTS, save_lora
 from backbone.concept import Concept, check_token, rare_words, spoken
 from backbone.console import UserError, progress, say
 from backbone.files import append_jsonl, content_hash, read_jsonl, write_json, write_text
 from backbone.images import Picture, check, read_folder, square
 from backbone.model import Backbone
+from backbone.new_words import FILE as WORDS
+from backbone.new_words import words_of
 from backbone.sample import Request, sample
 from backbone.sheet import Cell, in_rows, save_png, sheet
-from customize.lora import ADAPTER, LoraTraining, prepare
+from customize.dreambooth import Training, prepare, preserves
+from customize.learn import METHODS, OWN_WORDS
 from customize.settings import FILE, Settings, as_flags, read_settings
 
 LOG = "log.jsonl"
@@ -61,7 +63,13 @@ def train_concept(
         class_noun = guess(model, pictures, images)
     settings = resolved(model, asked, images=images, token=token, class_noun=class_noun)
     check_token(token, model.text_encoder.tokenizer.get_vocab())
-    if not settings.token_words:
+    if settings.method not in METHODS:
+        raise UserError(f"There is no method {settings.method}. Choose one of {', '.join(METHODS)}.")
+    if settings.method in OWN_WORDS:
+        settings = dataclasses.replace(
+            settings, token_words=" ".join(words_of(settings.token, settings.num_vectors))
+        )
+    elif not settings.token_words:
         key = "".join(content_hash(picture.read()) for picture in pictures)
         words = rare_words(model.text_encoder.tokenizer.get_vocab(), key)
         settings = dataclasses.replace(settings, token_words=words)
@@ -84,19 +92,21 @@ def carry_on(
 ) -> Path:
     """Trains from the last checkpoint, if there is one, to the finished folder."""
     concept = Concept(
-        kind="lora",
+        kind=settings.method,
         model=settings.model,
         fingerprint=model.fingerprint,
         tokens={settings.token: settings.token_words},
         class_noun=settings.class_noun,
-        weights=WEIGHTS,
     )
     instance, prior = settings.prompts()
     prompts = [spoken(captioned(picture, instance, settings.token), [concept]) for picture in pictures]
-    say(
-        f"{len(pictures)} pictures of “{settings.called()}”; {settings.token} stands for “{settings.token_words}”."
+    what = (
+        f"gets {settings.num_vectors} new words of its own"
+        if settings.method in OWN_WORDS
+        else f"stands for “{settings.token_words}”"
     )
-    training = LoraTraining(model, prepare(model, pictures, [*prompts, prior], settings), settings)
+    say(f"{len(pictures)} pictures of “{settings.called()}”; {settings.token} {what}.")
+    training = Training(model, prepare(model, pictures, [*prompts, prior], settings), settings)
     training.resume(run)
     trim_log(run, training.done)
     prepared = time.perf_counter()
@@ -114,16 +124,17 @@ def carry_on(
                     f"Continue with: customize train --resume {run}"
                 )
             if report.step % settings.validation_steps == 0 and not finished:
-                previews.save(run / "previews" / f"step-{report.step:06d}.png", count=4)
+                with training.averaged():
+                    previews.save(run / "previews" / f"step-{report.step:06d}.png", count=4)
     trained = time.perf_counter()
     header = {
         "atelier_token": settings.token,
         "atelier_words": settings.token_words,
         "base_model": settings.model,
     }
-    save_lora(run / WEIGHTS, model.denoiser, ADAPTER, metadata=header)
-    concept.write(run)
-    shown = previews.save(run / SHEET, count=8, subjects=pictures)
+    dataclasses.replace(concept, **training.write(run, header)).write(run)
+    with training.averaged():
+        shown = previews.save(run / SHEET, count=8, subjects=pictures)
     ended = time.perf_counter()
     timings = {
         "prepare": prepared - began,
@@ -189,9 +200,10 @@ def stopping() -> Iterator[list[int]]:
 def resolved(model: Backbone, asked: dict[str, Any], *, images: str, token: str, class_noun: str) -> Settings:
     """The settings that a run will use: what the user asked for over what works with the model."""
     usual = model.defaults
+    rates = METHOD_RATES | {"lora": usual["learning_rate"]} | usual.get("learning_rates", {})
     from_model = {
         "steps": usual["train_steps"],
-        "learning_rate": usual["learning_rate"],
+        "learning_rate": rates.get(asked.get("method") or "lora", usual["learning_rate"]),
         "rank": usual["rank"],
         "batch": usual["batch"],
         "flip": usual.get("flip", False),
@@ -207,6 +219,7 @@ def resolved(model: Backbone, asked: dict[str, Any], *, images: str, token: str,
     return Settings(**merged, images=images, token=token, class_noun=class_noun)
 
 
+METHOD_RATES = {"full": 5e-6, "custom-diffusion": 1e-5}  # where the weights themselves move: as published
 SHEET_PROMPTS = (
     "a photo of a {} in the snow",
     "a photo of a {} on the beach",
@@ -289,15 +302,16 @@ def versions() -> dict[str, str]:
 def readme(run: Path, settings: Settings, prompts: list[str], seconds: dict[str, float]) -> str:
     """The run's README.md."""
     instance, prior = settings.prompts()
+    preserved = f" “{prior}” kept what it was." if preserves(settings) else ""
     lines = [
         f"# {settings.called()}",
         "",
-        f"A concept learned by `customize train` from `{settings.images}` on `{settings.model}`, a LoRA of rank "
-        f"{settings.rank}, {settings.steps} steps of {settings.batch} in {seconds['train']:.0f} s "
+        f"A concept learned by `customize train` from `{settings.images}` on `{settings.model}`: "
+        f"{described(settings)}, {settings.steps} steps of {settings.batch} in {seconds['train']:.0f} s "
         f"({seconds['all']:.0f} s in all).",
         "",
-        f"Write `{settings.token}` in a prompt; the model reads “{settings.token_words}”. Trained on “{instance}”, "
-        f"“{prior}” kept what it was.",
+        f"Write `{settings.token}` in a prompt; the model reads “{settings.token_words}”. Trained on “{instance}”."
+        + preserved,
         "",
         f"![the subject above, samples below]({SHEET})",
         "",
@@ -309,12 +323,30 @@ def readme(run: Path, settings: Settings, prompts: list[str], seconds: dict[str,
         "",
         f'    customize sample "{prompts[0] if prompts else instance}" --concept {run}',
         "",
-        "In diffusers (the token's words written out):",
-        "",
-        "```python",
-        f'pipeline.load_lora_weights("{run}")',
-        f'pipeline("{instance.replace(settings.token, settings.token_words)}")',
-        "```",
+        *in_diffusers(run, settings, instance),
         "",
     ]
     return "\n".join(lines)
+
+
+def described(settings: Settings) -> str:
+    """What was trained, in a phrase."""
+    if settings.method in ("lora", "pivotal"):
+        what = f"{settings.adapter} of rank {settings.rank}"
+        return what if settings.method == "lora" else f"{settings.num_vectors} new words, then {what}"
+    return METHODS[settings.method]
+
+
+def in_diffusers(run: Path, settings: Settings, instance: str) -> list[str]:
+    """How the concept is used in diffusers, as far as it reads these files."""
+    lines = []
+    if settings.method in OWN_WORDS:
+        lines.append(f'pipeline.load_textual_inversion("{run / WORDS}")')
+    if settings.method in ("lora", "pivotal") and settings.adapter in ("lora", "dora"):
+        lines.append(f'pipeline.load_lora_weights("{run}")')
+    elif settings.method != "textual-inversion":
+        return ["For other programs, bake it into a pipeline: `customize merge --help`."]
+    # diffusers itself writes out a word of several vectors, but only one in small letters
+    itself = settings.method in OWN_WORDS and settings.token == settings.token.lower()
+    prompt = instance if itself else instance.replace(settings.token, settings.token_words)
+    return ["In diffusers:", "", "```python", *lines, f'pipeline("{prompt}")', "```"]

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from backbone.adapters import activate, load_lora
 from backbone.concept import Concept, described, spoken
-from backbone.console import UserError, progress
+from backbone.console import progress
 from backbone.files import write_json
+from backbone.learned import put_on
 from backbone.model import Backbone
 from backbone.sample import Request, Sampler, sample
 from backbone.sheet import Cell, in_rows, save_png, sheet
@@ -42,8 +42,6 @@ def draw(
     said = [spoken(prompt, concepts) for prompt in prompts]
     avoided = spoken(negative, concepts)
     backbone = Backbone.open(name, device=device, precision=precision)
-    for concept in concepts:
-        refuse_another_model(concept, backbone)
     put_on(backbone, concepts, scale=scale)
     steps = steps or int(backbone.defaults["steps"])
     guidance = float(backbone.defaults["guidance"]) if guidance is None else guidance
@@ -85,21 +83,3 @@ def draw(
     note = f"{name}, {steps} steps, guidance {guidance:g}, seed {seed}"
     save_png(out / "sheet.png", sheet(in_rows(cells, count if count > 1 else 4), note=note))
     return out / "sheet.png"
-
-
-def put_on(model: Backbone, concepts: Sequence[Concept], *, scale: float = 1.0) -> None:
-    """Puts the adapters of concepts on the denoiser."""
-    names = [f"concept_{number}" for number in range(len(concepts))]
-    for name, concept in zip(names, concepts, strict=True):
-        load_lora(concept.weights_path, model.denoiser, name, scale=scale)
-    if names:
-        activate(model.denoiser, names)
-
-
-def refuse_another_model(concept: Concept, model: Backbone) -> None:
-    """`UserError` when a concept was trained on other weights than the model's."""
-    if concept.fingerprint != model.fingerprint:
-        raise UserError(
-            f"{concept.folder} was trained on {concept.model} with other weights than {model.location.name} has. "
-            "Give the --model that it was trained on, or train it again."
-        )

@@ -11,6 +11,7 @@ from backbone.console import UserError
 from backbone.files import read_json
 
 FILE = "settings.json"
+LISTS = ("sheet_prompts", "rank_pattern")
 
 
 @dataclass(frozen=True)
@@ -24,18 +25,36 @@ class Settings:
     instance_prompt: str = "a {token} {class}"
     class_prompt: str = "a {class}"
     token_words: str = ""
+    method: str = "lora"
     steps: int = 400
     batch: int = 6
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    prior: str = "base"
     prior_batch: int = 2
     prior_loss_weight: float = 1.0
     prior_draws: int = 64
+    num_class_images: int = 48
     learning_rate: float = 1e-3
     lr_warmup_steps: int = 20
     lr_scheduler: str = "cosine"
+    optimizer: str = "adamw"
+    ema_decay: float = 0.0
+    adapter: str = "lora"
     rank: int = 16
     lora_alpha: float = 16.0
     lora_dropout: float = 0.0
     lora_layers: str = "all"
+    rank_pattern: tuple[str, ...] = ()
+    train_text_encoder: bool = False
+    text_encoder_lr: float = 1e-4
+    num_vectors: int = 1
+    initializer_token: str = ""
+    words_learning_rate: float = 5e-3
+    words_share: float = 0.4
+    loss_weighting: str = "none"
+    snr_gamma: float = 5.0
+    noise_offset: float = 0.0
     flip: bool = False
     weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
@@ -53,6 +72,16 @@ class Settings:
         fill = {"token": self.token, "class": self.class_noun}
         return tidy(_filled(self.instance_prompt, fill)), tidy(_filled(self.class_prompt, fill))
 
+    def ranks(self) -> dict[str, int]:
+        """The layers with a rank of their own, from `PATTERN=RANK`; `UserError` for anything else."""
+        found = {}
+        for entry in self.rank_pattern:
+            pattern, _, rank = entry.rpartition("=")
+            if not pattern or not rank.isdigit() or int(rank) < 1:
+                raise UserError(f"--rank_pattern {entry} is not PATTERN=RANK, like attn2=8. Write it so.")
+            found[pattern] = int(rank)
+        return found
+
     def called(self) -> str:
         """How a prompt calls the concept: `[V] dog`."""
         return tidy(f"{self.token} {self.class_noun}")
@@ -65,7 +94,8 @@ def read_settings(run: Path) -> Settings:
         raise UserError(f"{run} is not a run of `customize train` ({FILE} is missing). Name another folder.")
     said: dict[str, Any] = read_json(path)["settings"]
     try:
-        return Settings(**{**said, "sheet_prompts": tuple(said.get("sheet_prompts", ()))})
+        lists = {name: tuple(said.get(name, ())) for name in LISTS}
+        return Settings(**{**said, **lists})
     except TypeError as error:
         raise UserError(f"{path} was written by another version ({error}). Start the run anew.") from error
 
@@ -77,12 +107,15 @@ def as_flags(settings: Settings, out: Path) -> str:
     usual = Settings(images="", token="", class_noun="")
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if field.name in ("images", "token", "sheet_prompts"):
+        if field.name in ("images", "token", *LISTS):
             continue
         if field.name == "flip":
             flags.append("--flip" if value else "--no-flip")
+        elif isinstance(value, bool):
+            flags += [f"--{field.name}"] if value else []
         elif value != getattr(usual, field.name) or field.name in ("class_noun", "steps", "seed"):
             flags.append(f"--{names.get(field.name, field.name)} {_quoted(str(value))}")
+    flags += [f"--rank_pattern {_quoted(pattern)}" for pattern in settings.rank_pattern]
     flags += [f"--validation_prompt {_quoted(prompt)}" for prompt in settings.sheet_prompts]
     return " ".join([*flags, f"--out {_quoted(str(out))}"])
 

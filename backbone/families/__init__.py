@@ -76,13 +76,27 @@ def hub_file(repository: str, name: str) -> Path:
         ) from error
 
 
+@dataclass(frozen=True)
+class Side:
+    """One text encoder of a family: its name in the diffusers layout, its tokenizer and its transformer."""
+
+    name: str
+    tokenizer: Any
+    model: Any
+
+
 class TextEncoder(Protocol):
-    """The text side of a family, loaded."""
+    """The text side of a family, loaded. `tokenizer` is the first side's."""
 
     tokenizer: Any
 
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """Every encoder that can learn words or carry an adapter."""
+        ...
+
     def __call__(self, prompts: Sequence[str]) -> Text:
-        """Encodes prompts."""
+        """Encodes prompts; differentiable in what is trained."""
         ...
 
     def to(self, device: torch.device) -> TextEncoder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -13,7 +14,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from backbone.console import UserError, say
-from backbone.families import Location, Network, NoisePath, Text, single_file, stable_diffusion_file
+from backbone.families import Location, Network, NoisePath, Side, Text, single_file, stable_diffusion_file
 from backbone.files import Header
 from backbone.ladders import alphas_cumprod, vp_ladder
 from backbone.noise import Kind, vp
@@ -87,11 +88,14 @@ class ClipText:
         self.tokenizer = tokenizer
         self.model = model.eval().requires_grad_(False)
 
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        return (Side("text_encoder", self.tokenizer, self.model),)
+
     def to(self, device: torch.device) -> ClipText:
         self.model.to(device)
         return self
 
-    @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Text:
         """hidden [B, 77, D]. A prompt that is too long is cut, and said so."""
         length = self.tokenizer.model_max_length
@@ -99,13 +103,18 @@ class ClipText:
             tokens = self.tokenizer(prompt, verbose=False)["input_ids"]
             if len(tokens) > length:
                 lost = self.tokenizer.decode(tokens[length - 1 : -1])
-                say(
+                _say_once(
                     f"The prompt has {len(tokens)} tokens and this model reads {length}: it will not see “{lost}”."
                 )
         ids = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         )["input_ids"]
         return {"hidden": self.model(ids.to(self.model.device)).last_hidden_state.float()}
+
+
+@cache
+def _say_once(text: str) -> None:
+    say(text)
 
 
 def _network(kind: Any, location: Location, part: str, dtype: torch.dtype) -> nn.Module:

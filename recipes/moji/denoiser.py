@@ -2,13 +2,15 @@
 
     python -m recipes.moji.pictures --scenes 48000
     python -m recipes.moji.denoiser encode                 latents of all scenes, once: 5 minutes on two cores
-    python -m recipes.moji.denoiser train --steps 12000    40 pictures/s on two cores: about 2.7 hours
+    OMP_NUM_THREADS=1 python -m recipes.moji.denoiser train --processes 2      28 pictures/s on two cores
     python -m recipes.moji.denoiser export                 the whole pipeline folder, fp16
 
 ε-prediction (Ho et al. 2020) with min-SNR-5 weights (Hang et al. 2023) over a: half way to the weight of the velocity's
 error, since with ε's alone the noisiest levels, where places and things are decided, learn nearly nothing in so short a
-training. Continues from its last checkpoint.
-Half of the training begins with plain pictures of one thing, which teach the nouns; the share falls to none.
+training. Inner weights step by Muon (`recipes.moji.muon`): from the same checkpoint, 250 steps of it took the error on
+held-out scenes down 1.7 times as far as AdamW's, at 1.3 times the time. Half of the training begins with plain pictures
+of one thing, which teach the nouns; the share falls to none. Continues from its last checkpoint, or, for a longer run,
+from the last one before the learning rate fell (`denoiser-stable.safetensors`).
 """
 
 from __future__ import annotations
@@ -27,14 +29,15 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from backbone.attention import quick_to_train
-from backbone.files import read_json, read_tensors, write_json, write_tensors, write_text
-from backbone.loop import Average, generator, load_checkpoint, save_checkpoint, train, warm_cosine
+from backbone.files import read_json, read_tensors, write_bytes, write_json, write_tensors, write_text
+from backbone.loop import Average, generator, load_checkpoint, save_checkpoint, train, warm_stable_decay
 from backbone.noise import add_noise, denoising_score_matching, min_snr, vp
 from backbone.workers import any_of, run_workers
 from backbone.workers import average as average_over_processes
 from backbone.world.scene import sample_scene
 from recipes.moji.autoencoder import SCALING_FACTOR, to_tensor
 from recipes.moji.logbook import Logbook
+from recipes.moji.muon import Muon
 from recipes.moji.pictures import SHARD, load, load_captions
 
 HELD_OUT = 2000  # the last shard of scenes is never trained on
@@ -87,9 +90,12 @@ class Plan:
     steps: int
     batch: int
     learning_rate: float
+    optimizer: str
+    matrix_rate: float
     text_rows: int
     text_steps: int
     simple_steps: int
+    decay: int
     minutes: float
     device: str
     seed: int
@@ -102,11 +108,16 @@ def train_command(
     batch: Annotated[int, typer.Option(help="Latents a step in each process.")] = 32,
     processes: Annotated[int, typer.Option(help="On a CPU: one for each core.")] = 1,
     learning_rate: Annotated[float, typer.Option()] = 7e-4,
+    optimizer: Annotated[str, typer.Option(help="muon or adamw.")] = "muon",
+    matrix_rate: Annotated[float, typer.Option(help="The learning rate of muon's matrices.")] = 2e-3,
     text_rows: Annotated[int, typer.Option(help="Captions of a step that also train the text encoder.")] = 8,
     text_steps: Annotated[int, typer.Option(help="Freeze the text encoder after this step.")] = 6_000,
     simple_steps: Annotated[
         int, typer.Option(help="The share of plain single things falls to none here.")
     ] = 8_000,
+    decay: Annotated[
+        int, typer.Option(help="Over so many last steps the learning rate falls to zero.")
+    ] = 600,
     minutes: Annotated[float, typer.Option(help="Stop (and save) after so many minutes.")] = 1e9,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seed: Annotated[int, typer.Option()] = 0,
@@ -114,8 +125,10 @@ def train_command(
 ) -> None:
     """Trains, or goes on training."""
     plan = Plan(
-        steps, batch, learning_rate, text_rows, text_steps, simple_steps, minutes, device, seed, workdir
-    )
+        steps=steps, batch=batch, learning_rate=learning_rate, optimizer=optimizer, matrix_rate=matrix_rate,
+        text_rows=text_rows, text_steps=text_steps, simple_steps=simple_steps, decay=decay, minutes=minutes,
+        device=device, seed=seed, workdir=workdir,
+    )  # fmt: skip
     run_workers(train_denoiser, (plan,), processes=processes)
 
 
@@ -131,13 +144,20 @@ def train_denoiser(rank: int, plan: Plan) -> None:
     nn.Module.to(text_encoder, plan.device)
     parameters = {f"unet.{key}": value for key, value in unet.named_parameters()}
     parameters |= {f"text_encoder.{key}": value for key, value in text_encoder.named_parameters()}
+    matrices = {id(value) for value in inner_weights(unet)} if plan.optimizer == "muon" else set()
     groups: list[dict[str, Any]] = [
-        {"params": list(unet.parameters())},
+        {"params": [value for value in unet.parameters() if id(value) not in matrices]},
         {"params": list(text_encoder.parameters()), "lr": plan.learning_rate / 2},
     ]
-    optimizer = torch.optim.AdamW(
-        groups, lr=plan.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-    )
+    if matrices:
+        groups.append(
+            {
+                "params": [value for value in unet.parameters() if id(value) in matrices],
+                "momentum": 0.95,
+                "lr": plan.matrix_rate,
+            }
+        )
+    optimizer = Muon(groups, lr=plan.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     average = Average(parameters, decay=0.9985)
     checkpoint = plan.workdir / "denoiser.safetensors"
     done = 0
@@ -174,7 +194,7 @@ def train_denoiser(rank: int, plan: Plan) -> None:
         losses,
         parameters,
         optimizer=optimizer,
-        schedule=warm_cosine(plan.steps, warmup=300, floor=0.03),
+        schedule=warm_stable_decay(plan.steps, warmup=300, decay=plan.decay),
         steps=plan.steps,
         done=done,
         average=average,
@@ -188,6 +208,8 @@ def train_denoiser(rank: int, plan: Plan) -> None:
                 save_checkpoint(
                     checkpoint, step=report.step, parameters=parameters, optimizer=optimizer, average=average
                 )
+                if report.step <= plan.steps - plan.decay:  # where a longer run goes on
+                    write_bytes(plan.workdir / "denoiser-stable.safetensors", checkpoint.read_bytes())
             if last:
                 break
 
@@ -317,6 +339,12 @@ def build_unet() -> UNet2DConditionModel:
         cross_attention_dim=256,
         attention_head_dim=(1, 2, 4),  # the number of heads, in this class's historical naming
     )
+
+
+def inner_weights(unet: UNet2DConditionModel) -> list[Tensor]:
+    """Every matrix and convolution but the first, the last and the time's."""
+    outer = ("conv_in.", "conv_out.", "time_embedding.")
+    return [v for k, v in unet.named_parameters() if v.ndim >= 2 and not k.startswith(outer)]
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:

@@ -1,4 +1,4 @@
-"""DreamBooth with LoRA: what its loss says, and that the class stays what it was."""
+"""DreamBooth: what its loss says, and that the class stays what it was."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from backbone.console import UserError
 from backbone.images import read_folder
 from backbone.loop import generator
 from backbone.model import Backbone
-from customize.lora import LoraTraining, Material, prepare
+from customize.dreambooth import Material, Training, prepare
 from customize.settings import Settings, as_flags
 
 PROMPTS = ("a bcd dog", "a bcd dog", "a bcd dog", "a dog")
@@ -44,27 +44,23 @@ def material(model: Backbone, subject: Path, asked: Settings) -> Material:
 def test_the_prior_term_is_zero_for_an_untouched_adapter(tiny: Backbone, subject: Path) -> None:
     with_prior = settings(subject)
     ready = material(tiny, subject, with_prior)
-    training = LoraTraining(tiny, ready, with_prior)
-    alone = LoraTraining.__new__(LoraTraining)
-    alone.model, alone.material, alone.settings = (
-        tiny,
-        replace(ready, prior=None, prior_text=None),
-        with_prior,
-    )
+    training = Training(tiny, ready, with_prior)
     with torch.no_grad():
-        both, subject_only = float(next(training.losses(1))), float(next(alone.losses(1)))
+        both = float(next(training.losses(1)))
+        training.material = replace(ready, bank=None)
+        subject_only = float(next(training.losses(1)))
     assert both == pytest.approx(subject_only, rel=1e-5)
 
 
 def test_the_prior_term_grows_once_the_class_changes(tiny: Backbone, subject: Path) -> None:
     asked = settings(subject)
     ready = material(tiny, subject, asked)
-    training = LoraTraining(tiny, ready, asked)
+    training = Training(tiny, ready, asked)
     for parameter in training.parameters.values():
         parameter.data += 0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         with_prior = float(next(training.losses(1)))
-        training.material = replace(ready, prior=None, prior_text=None)
+        training.material = replace(ready, bank=None)
         alone = float(next(training.losses(1)))
     assert with_prior > alone * 1.01
 
@@ -75,7 +71,7 @@ def test_preservation_keeps_the_class_nearer_to_what_it_was(tiny_folder: Path, s
         asked = settings(subject, prior_loss_weight=weight)
         ready = material(model, subject, asked)
         fresh = bank_of(model, ready.posteriors, encoded_prompts(model, ["a dog"]), draws=16, seed=99)
-        for _ in (training := LoraTraining(model, ready, asked)).steps():
+        for _ in Training(model, ready, asked).steps():
             pass
         text = {
             name: value.expand(16, *value.shape[1:])
@@ -84,7 +80,7 @@ def test_preservation_keeps_the_class_nearer_to_what_it_was(tiny_folder: Path, s
         time = model.path.levels.time
         assert time is not None
         with torch.no_grad():
-            said = model.family.network(training.denoiser, text)(fresh.noisy, time[fresh.level])
+            said = model.family.network(model.denoiser, text)(fresh.noisy, time[fresh.level])
         return float((said - fresh.prediction).square().mean())
 
     assert change(1.0) < 0.7 * change(0.0)
@@ -92,7 +88,7 @@ def test_preservation_keeps_the_class_nearer_to_what_it_was(tiny_folder: Path, s
 
 def test_training_lowers_the_error_on_the_subject(tiny: Backbone, subject: Path) -> None:
     asked = settings(subject, prior_loss_weight=0.0, steps=120)
-    training = LoraTraining(tiny, material(tiny, subject, asked), asked)
+    training = Training(tiny, material(tiny, subject, asked), asked)
     with torch.no_grad():
         before = sum(float(next(training.losses(10_000 + k))) for k in range(8))
     for _ in training.steps():
@@ -104,7 +100,7 @@ def test_training_lowers_the_error_on_the_subject(tiny: Backbone, subject: Path)
 
 def test_only_the_adapter_changes(tiny: Backbone, subject: Path) -> None:
     asked = settings(subject, steps=3)
-    training = LoraTraining(tiny, material(tiny, subject, asked), asked)
+    training = Training(tiny, material(tiny, subject, asked), asked)
     before = {name: value.detach().clone() for name, value in tiny.denoiser.named_parameters()}
     for _ in training.steps():
         pass
@@ -144,7 +140,7 @@ def test_one_level_falls_in_every_stratum() -> None:
 def test_unknown_layers_are_a_clear_mistake(tiny: Backbone, subject: Path) -> None:
     asked = settings(subject, lora_layers="everything")
     with pytest.raises(UserError, match="attention, all"):
-        LoraTraining(tiny, material(tiny, subject, asked), asked)
+        Training(tiny, material(tiny, subject, asked), asked)
 
 
 def test_the_repeating_command_names_what_was_chosen(subject: Path) -> None:

@@ -1,0 +1,385 @@
+"""DreamBooth: a few pictures of a subject, a word that comes to mean it, a class that keeps its meaning.
+
+Ruiz et al. 2023 bind a rare token to the subject by training on “a [V] dog”, and keep “a dog” what it was by a second,
+prior-preservation term (eq. 2). What is trained is a question of its own (`customize.learn`): a low-rank adapter, the
+token's embedding, some or all of the weights. The prior term needs no class pictures by default: at noised pictures of
+the subject, under the class prompt, the network must say what the untouched one said, from a bank of answers computed
+once. With `--prior class-images` it learns from pictures of the class that the base draws, as in the paper.
+
+The phases follow each other so that the encoders and the denoiser are never in memory together:
+check the pictures, encode pictures and prompts (remembered on disk), free the encoders, bank the base, train, show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import Optimizer
+
+from backbone.attention import quick_to_train
+from backbone.bank import Bank, bank_of, stratified_levels
+from backbone.cache import encoded, encoded_prompts, remembered
+from backbone.console import UserError
+from backbone.families import Text
+from backbone.files import content_hash
+from backbone.images import Picture, mask_to_tensor, square
+from backbone.loop import (
+    Average,
+    Report,
+    Schedule,
+    generator,
+    load_checkpoint,
+    save_checkpoint,
+    train,
+    warm_constant,
+    warm_cosine,
+)
+from backbone.model import Backbone, Posterior
+from backbone.noise import Kind, Level, add_noise, debiased, min_snr, target
+from backbone.sample import Request, sample_latents
+from customize.learn import OWN_WORDS, changes_denoiser, pieces
+from customize.settings import Settings
+
+CHECKPOINT = "checkpoint.safetensors"
+CLASS_STEPS = 20  # of the sampler that draws the class
+
+
+@dataclass(frozen=True)
+class Material:
+    """What training reads.
+
+    posteriors  one for each picture, mirrored ones behind [1, C, H, W]
+    prompts     one for each posterior, in the model's words
+    text        the same encoded, or None while the text side itself is trained
+    masks       where each picture counts [N, 1, H, W] in 0…1, or None
+    bank        the untouched model's answers to the class prompt, or None
+    drawn       latents of the class as the base draws it [K, C, H, W], or None
+    prior_text  the class prompt encoded, or None while the text side itself is trained
+    """
+
+    posteriors: list[Posterior]
+    prompts: list[str]
+    text: Text | None
+    masks: Tensor | None
+    bank: Bank | None
+    drawn: Tensor | None
+    class_prompt: str
+    prior_text: Text | None
+
+
+def prepare(
+    model: Backbone, pictures: Sequence[Picture], prompts: Sequence[str], settings: Settings
+) -> Material:
+    """Encodes pictures and prompts, then asks the base about the class, and frees the encoders.
+
+    `prompts` are in the model's words: one for each picture, then the class prompt.
+    """
+    posteriors = encoded(model, pictures)
+    height, width = posteriors[0].mean.shape[-2:]
+    masks = masks_of(pictures, (height, width))
+    rows = list(range(len(pictures)))
+    if settings.flip:
+        posteriors += encoded(model, pictures, flip=True)
+        masks = None if masks is None else torch.cat([masks, masks.flip(-1)])
+        rows += rows
+    said, class_prompt = [prompts[row] for row in rows], prompts[-1]
+    class_text = encoded_prompts(model, [class_prompt])
+    text = None
+    if not trains_text(settings):
+        text = {name: value[rows] for name, value in encoded_prompts(model, prompts[:-1]).items()}
+    bank, drawn = None, None
+    if preserves(settings) and settings.prior == "class-images":
+        drawn = class_latents(model, class_prompt, settings)
+    model.free("autoencoder", "text_encoder")
+    if preserves(settings) and settings.prior == "base":
+        bank = bank_of(model, posteriors, class_text, draws=settings.prior_draws, seed=settings.seed)
+    prior_text = None if trains_text(settings) else class_text
+    return Material(posteriors, said, text, masks, bank, drawn, class_prompt, prior_text)
+
+
+class Batch(NamedTuple):
+    """Noisy latents [B, C, H, W], indices of their levels [B], targets [B, C, H, W], weights [B, 1, H, W]."""
+
+    noisy: Tensor
+    levels: Tensor
+    wanted: Tensor
+    weight: Tensor
+
+
+class Training:
+    """A concept in training: `steps` yields the reports, `save` and `resume` keep it exactly."""
+
+    def __init__(self, model: Backbone, material: Material, settings: Settings) -> None:
+        self.model, self.material, self.settings = model, material, settings
+        self.pieces = pieces(model, settings)
+        self.parameters = {name: value for piece in self.pieces for name, value in piece.parameters.items()}
+        self.optimizer = optimizer(self.pieces, settings)
+        self.average = Average(self.parameters, decay=settings.ema_decay) if settings.ema_decay else None
+        self.done = 0
+
+    def steps(self) -> Iterator[Report]:
+        """Trains, a report each optimiser step."""
+        if self.settings.gradient_checkpointing:
+            cast(Any, self.model.denoiser).enable_gradient_checkpointing()
+        with quick_to_train(self.model.denoiser):
+            for report in train(
+                self.losses,
+                self.parameters,
+                optimizer=self.optimizer,
+                schedule=schedule(self.settings),
+                steps=self.settings.steps,
+                done=self.done,
+                clip=self.settings.max_grad_norm,
+                average=self.average,
+            ):
+                self.done = report.step
+                yield report
+
+    def losses(self, step: int) -> Iterator[Tensor]:
+        """The losses of one step's micro-batches."""
+        share = (step - 1) / self.settings.steps
+        for piece in self.pieces:
+            for value in piece.parameters.values():
+                value.requires_grad_(piece.begins <= share < piece.ends)
+        for micro in range(self.settings.gradient_accumulation_steps):
+            key = (self.settings.seed, step) if micro == 0 else (self.settings.seed, step, micro)
+            yield self.loss(generator(*key), step)
+
+    def loss(self, random: torch.Generator, step: int) -> Tensor:
+        """Ruiz et al. 2023, eq. 2: the subject's error plus λ times the change of the class."""
+        settings, material = self.settings, self.material
+        subject, chosen = self.subject_batch(random)
+        parts = [subject]
+        if material.bank is not None:
+            parts.append(self.bank_batch(material.bank, random))
+        elif material.drawn is not None:
+            parts.append(self.drawn_batch(material.drawn, random))
+        noisy, index, wanted, weight = (torch.cat(column) for column in zip(*parts, strict=True))
+        with self.model.autocast():
+            text = self.text(chosen, len(noisy) - settings.batch)
+        time = self.model.path.levels.time
+        assert time is not None
+        with self.model.autocast(), self.dropout(step):
+            prediction = self.model.family.network(self.model.denoiser, text)(
+                noisy, time[index].to(noisy.device)
+            )
+        error = (prediction.float() - wanted).square() * weight.to(wanted)
+        return error.flatten(1).mean(1).sum() / settings.batch
+
+    def subject_batch(self, random: torch.Generator) -> tuple[Batch, Tensor]:
+        """Noised pictures of the subject, and which of them they are [B]."""
+        settings, material, levels = self.settings, self.material, self.model.path.levels
+        chosen = torch.randint(len(material.posteriors), (settings.batch,), generator=random)
+        clean = torch.cat([material.posteriors[int(i)].sample(random) for i in chosen])
+        noise = torch.randn(clean.shape, generator=random).to(clean.device)
+        if settings.noise_offset:
+            shift = torch.randn(clean.shape[:2], generator=random)[..., None, None].to(clean.device)
+            noise = noise + settings.noise_offset * shift
+        index = stratified_levels(settings.batch, len(levels), random)
+        level, kind = levels[index], self.model.path.kind
+        weight = weighting(level, kind, settings)[:, None, None, None].expand(-1, 1, *clean.shape[-2:])
+        if material.masks is not None:
+            weight = weight * material.masks[chosen]
+        wanted = target(clean, noise, level, kind)
+        return Batch(add_noise(clean, noise, level), index, wanted, weight), chosen
+
+    def bank_batch(self, bank: Bank, random: torch.Generator) -> Batch:
+        """Draws from the bank, with the base's predictions as targets."""
+        draw = torch.randint(len(bank), (self.settings.prior_batch,), generator=random)
+        noisy = bank.noisy[draw].to(self.model.device)
+        wanted = bank.prediction[draw].to(noisy)
+        return Batch(noisy, bank.level[draw], wanted, self.prior_weight(noisy))
+
+    def drawn_batch(self, drawn: Tensor, random: torch.Generator) -> Batch:
+        """Noised pictures of the class as the base drew it."""
+        levels = self.model.path.levels
+        draw = torch.randint(len(drawn), (self.settings.prior_batch,), generator=random)
+        clean = drawn[draw].to(self.model.device)
+        noise = torch.randn(clean.shape, generator=random).to(clean)
+        index = stratified_levels(len(draw), len(levels), random)
+        level = levels[index]
+        wanted = target(clean, noise, level, self.model.path.kind)
+        return Batch(add_noise(clean, noise, level), index, wanted, self.prior_weight(clean))
+
+    def prior_weight(self, latents: Tensor) -> Tensor:
+        """λ, spread over fewer pictures than the subject's batch has [B, 1, H, W]."""
+        share = self.settings.prior_loss_weight * self.settings.batch / self.settings.prior_batch
+        return torch.full((len(latents), 1, *latents.shape[-2:]), share)
+
+    def text(self, chosen: Tensor, prior: int) -> Text:
+        """The prompts of the chosen pictures, and `prior` times the class prompt behind them."""
+        material = self.material
+        if material.text is None or material.prior_text is None:
+            said = [material.prompts[int(i)] for i in chosen] + [material.class_prompt] * prior
+            different = list(dict.fromkeys(said))
+            encoded_once = self.model.text_encoder(different)
+            rows = torch.tensor([different.index(prompt) for prompt in said])
+            return {name: value[rows.to(value.device)] for name, value in encoded_once.items()}
+        text = {name: value[chosen.to(value.device)] for name, value in material.text.items()}
+        if not prior:
+            return text
+        again = {name: v.expand(prior, *v.shape[1:]) for name, v in material.prior_text.items()}
+        return {name: torch.cat([value, again[name]]) for name, value in text.items()}
+
+    @contextmanager
+    def dropout(self, step: int) -> Iterator[None]:
+        """The network with the adapter's dropout, drawn from the step alone; without dropout as it is."""
+        if not self.settings.lora_dropout:
+            yield
+            return
+        self.model.denoiser.train()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator(self.settings.seed, step, "dropout").initial_seed())
+            yield
+        self.model.denoiser.eval()
+
+    def save(self, run: Path) -> None:
+        """Writes the checkpoint from which `resume` goes on bit for bit."""
+        save_checkpoint(
+            run / CHECKPOINT,
+            step=self.done,
+            parameters=self.parameters,
+            optimizer=self.optimizer,
+            average=self.average,
+        )
+
+    def resume(self, run: Path) -> None:
+        """Goes on where `save` was called last; from the start when it never was."""
+        if (run / CHECKPOINT).exists():
+            self.done, _ = load_checkpoint(
+                run / CHECKPOINT,
+                parameters=self.parameters,
+                optimizer=self.optimizer,
+                average=self.average,
+            )
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights inside the `with`, where an average is kept."""
+        if self.average is None:
+            yield
+            return
+        with self.average.applied():
+            yield
+
+    def write(self, run: Path, header: dict[str, str]) -> dict[str, Any]:
+        """Writes what was learned; gives the fields of `Concept` that name the files."""
+        files: dict[str, Any] = {}
+        with self.averaged():
+            for piece in self.pieces:
+                files |= piece.save(run, header)
+        return files
+
+
+# What the settings stand for ---------------------------------------------------------------------------------
+
+
+def trains_text(settings: Settings) -> bool:
+    """Whether prompts must be encoded anew in every step."""
+    return settings.train_text_encoder or settings.method in OWN_WORDS
+
+
+def preserves(settings: Settings) -> bool:
+    """Whether there is a prior-preservation term."""
+    asked = settings.prior != "off" and settings.prior_batch > 0 and settings.prior_loss_weight > 0
+    return asked and changes_denoiser(settings)
+
+
+def weighting(level: Level, kind: Kind, settings: Settings) -> Tensor:
+    """The weight of each sample's error [B], by its noise level."""
+    match settings.loss_weighting:
+        case "none":
+            return torch.ones(len(level))
+        case "min-snr":  # Hang et al. 2023
+            return min_snr(level, settings.snr_gamma, kind)
+        case "debiased":  # Yu et al. 2023
+            return debiased(level, kind)
+    raise UserError(
+        f"There is no weighting {settings.loss_weighting}. Choose one of none, min-snr, debiased."
+    )
+
+
+def schedule(settings: Settings) -> Schedule:
+    """The learning rate's course by its name."""
+    match settings.lr_scheduler:
+        case "cosine":
+            return warm_cosine(settings.steps, warmup=settings.lr_warmup_steps, floor=0.05)
+        case "constant":
+            return warm_constant(warmup=settings.lr_warmup_steps)
+    raise UserError(f"There is no schedule {settings.lr_scheduler}. Choose cosine or constant.")
+
+
+def optimizer(every: Sequence[Any], settings: Settings) -> Optimizer:
+    """The optimiser by its name, a group of parameters for every piece."""
+    groups = [
+        {"params": list(piece.parameters.values()), "lr": piece.learning_rate}
+        for piece in every
+        if piece.parameters
+    ]
+    match settings.optimizer:
+        case "adamw":
+            return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+        case "adamw8bit":
+            try:
+                from bitsandbytes.optim import AdamW8bit
+            except ImportError as error:
+                raise UserError("adamw8bit needs bitsandbytes. Run: pip install bitsandbytes") from error
+            return cast(Optimizer, AdamW8bit(groups, weight_decay=settings.weight_decay))
+        case "prodigy":  # Mishchenko & Defazio 2024: finds the step size; rates are factors of it
+            try:
+                from prodigyopt import Prodigy
+            except ImportError as error:
+                raise UserError("prodigy needs prodigyopt. Run: pip install prodigyopt") from error
+            ones = [{**group, "lr": 1.0} for group in groups]
+            prodigy = Prodigy(
+                ones,
+                weight_decay=settings.weight_decay,
+                use_bias_correction=True,
+                safeguard_warmup=True,
+                decouple=True,
+            )
+            return cast(Optimizer, prodigy)
+    raise UserError(f"There is no optimiser {settings.optimizer}. Choose one of adamw, adamw8bit, prodigy.")
+
+
+def masks_of(pictures: Sequence[Picture], size: tuple[int, int]) -> Tensor | None:
+    """The pictures' masks at the latents' size [N, 1, H, W], each of mean 1 so that all weigh the same; None if none.
+
+    A picture without a mask counts everywhere. Raises `UserError` for a mask that is black all over.
+    """
+    if all(picture.mask is None for picture in pictures):
+        return None
+    found = []
+    for picture in pictures:
+        mask = picture.open_mask()
+        if mask is None:
+            found.append(torch.ones(1, *size))
+            continue
+        small = F.adaptive_avg_pool2d(mask_to_tensor(square(mask, 512)), size)
+        if float(small.mean()) < 1e-3:
+            raise UserError(
+                f"The mask {picture.mask} is black all over, so nothing of {picture.path} would be learned."
+            )
+        found.append(small / small.mean())
+    return torch.stack(found)
+
+
+def class_latents(model: Backbone, class_prompt: str, settings: Settings) -> Tensor:
+    """Latents of the class as the base draws it [K, C, H, W], drawn once and remembered; never decoded."""
+    count, guidance = settings.num_class_images, settings.guidance
+    facts = (model.fingerprint, class_prompt, count, CLASS_STEPS, guidance, settings.seed, model.dtype)
+
+    def draw() -> dict[str, Tensor]:
+        requests = [Request(class_prompt, (k, 0)) for k in range(count)]
+        parts = sample_latents(model, requests, steps=CLASS_STEPS, guidance=guidance, seed=settings.seed)
+        return {"latents": torch.cat([part.float().cpu() for part in parts])}
+
+    key = content_hash("\n".join(map(str, facts)).encode())
+    return remembered("class", key, draw)["latents"]

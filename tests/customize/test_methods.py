@@ -1,0 +1,269 @@
+"""Every method: what it trains, that nothing else moves, and that its concept draws the same from its files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from backbone.concept import Concept, spoken
+from backbone.console import UserError
+from backbone.files import read_tensors
+from backbone.images import read_folder
+from backbone.learned import put_on
+from backbone.loop import generator
+from backbone.model import Backbone
+from backbone.new_words import FILE as WORDS
+from backbone.new_words import new_words, rows_of, words_of
+from backbone.noise import debiased, vp
+from customize.dreambooth import Training, prepare
+from customize.learn import METHODS, OWN_WORDS
+from customize.settings import Settings
+
+ALL = [
+    ("lora", "lora"),
+    ("lora", "dora"),
+    ("lora", "loha"),
+    ("lora", "lokr"),
+    ("full", "lora"),
+    ("textual-inversion", "lora"),
+    ("pivotal", "lora"),
+    ("custom-diffusion", "lora"),
+]
+
+
+def settings(subject: Path, **changes: object) -> Settings:
+    base = Settings(
+        images=str(subject),
+        token="[V]",
+        class_noun="dog",
+        token_words="bcd",
+        steps=4,
+        batch=2,
+        rank=2,
+        learning_rate=1e-2,
+        lora_layers="attention",
+        precision="fp32",
+        device="cpu",
+        prior_draws=4,
+        lr_warmup_steps=0,
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def begun(model: Backbone, subject: Path, asked: Settings) -> tuple[Training, Concept]:
+    """A training that has not taken a step yet, and the concept that it will become."""
+    own = asked.method in OWN_WORDS
+    words = " ".join(words_of("[V]", asked.num_vectors)) if own else asked.token_words
+    concept = Concept(asked.method, "tiny", model.fingerprint, {"[V]": words}, "dog")
+    pictures = read_folder(subject)
+    prompts = [spoken("a [V] dog", [concept]) for _ in pictures]
+    return Training(model, prepare(model, pictures, [*prompts, "a dog"], asked), asked), concept
+
+
+def fresh(folder: Path) -> Backbone:
+    return Backbone.open(str(folder), device="cpu", precision="fp32")
+
+
+def said(model: Backbone, prompt: str) -> torch.Tensor:
+    """What the model predicts at one fixed place for a prompt."""
+    noisy = torch.randn((1, *model.latent_shape), generator=generator("place"))
+    text = model.encode_prompts([prompt])
+    with torch.no_grad():
+        return model.family.network(model.denoiser, text)(noisy, torch.tensor([500]))
+
+
+@pytest.mark.parametrize(("method", "adapter"), ALL)
+def test_a_concept_says_from_its_files_what_its_training_said(
+    tiny_folder: Path, subject: Path, tmp_path: Path, method: str, adapter: str
+) -> None:
+    model = fresh(tiny_folder)
+    training, concept = begun(model, subject, settings(subject, method=method, adapter=adapter))
+    before = said(model, spoken("a [V] dog in the snow", [concept]))
+    reports = list(training.steps())
+    assert [report.step for report in reports] == [1, 2, 3, 4]
+    prompt = spoken("a [V] dog in the snow", [concept])
+    trained = said(model, prompt)
+    assert not torch.allclose(before, trained, atol=1e-6)
+    learned = replace(concept, **training.write(tmp_path, {}), folder=tmp_path)
+    other = fresh(tiny_folder)
+    put_on(other, [learned])
+    torch.testing.assert_close(said(other, prompt), trained, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("method", "adapter"), ALL)
+def test_only_what_the_method_names_moves(
+    tiny_folder: Path, subject: Path, method: str, adapter: str
+) -> None:
+    model = fresh(tiny_folder)
+    training, _ = begun(model, subject, settings(subject, method=method, adapter=adapter))
+    mine = {id(value) for value in training.parameters.values()}
+    everything = [*model.denoiser.named_parameters(), *model.text_encoder.sides[0].model.named_parameters()]
+    before = {name: value.detach().clone() for name, value in everything}
+    for _ in training.steps():
+        pass
+    for name, value in everything:
+        if id(value) not in mine:
+            assert torch.equal(value, before[name]), name
+    assert any(not torch.equal(value, before[name]) for name, value in everything if id(value) in mine)
+
+
+def test_a_new_word_begins_as_the_class_and_old_words_stay_bit_for_bit(tiny: Backbone) -> None:
+    old = tiny.encode_prompts(["a dog in the snow"])["hidden"]
+    rows = rows_of(tiny.text_encoder, "dog", count=2)
+    new_words(tiny.text_encoder, rows, words=words_of("[V]", 2))
+    assert torch.equal(tiny.encode_prompts(["a dog in the snow"])["hidden"], old)
+    assert torch.equal(tiny.encode_prompts(["a [V] in the snow"])["hidden"], old)
+    assert not torch.equal(tiny.encode_prompts(["a [V] [V]_1 in the snow"])["hidden"], old)
+
+
+def test_a_word_that_the_model_has_is_refused(tiny: Backbone) -> None:
+    rows = rows_of(tiny.text_encoder, "dog", count=1)
+    new_words(tiny.text_encoder, rows, words=["[V]"])
+    with pytest.raises(UserError, match="already"):
+        new_words(tiny.text_encoder, rows, words=["[V]"])
+
+
+def test_learned_words_are_read_by_diffusers(tiny_folder: Path, subject: Path, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    model = fresh(tiny_folder)
+    asked = settings(subject, method="textual-inversion", num_vectors=2, words_learning_rate=0.1)
+    training, concept = begun(model, subject, asked)
+    for _ in training.steps():
+        pass
+    training.write(tmp_path, {})
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, local_files_only=True)
+    pipeline.load_textual_inversion(str(tmp_path / WORDS))
+    prompt = "a [V] dog in the snow"
+    written_out = spoken(prompt, [concept])
+    theirs, _ = pipeline.encode_prompt(written_out, "cpu", 1, False)
+    ours = model.encode_prompts([written_out])["hidden"]
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_pivotal_tuning_learns_the_word_first_and_then_the_network(tiny: Backbone, subject: Path) -> None:
+    training, _ = begun(tiny, subject, settings(subject, method="pivotal", words_share=0.5, weight_decay=0.0))
+    word = training.parameters["words.text_encoder"]
+    factor = next(value for name, value in training.parameters.items() if "lora_B" in name)
+    words, factors = [], []
+    for _ in training.steps():
+        words.append(word.detach().clone())
+        factors.append(float(factor.detach().abs().sum()))
+    assert factors[0] == factors[1] == 0 < factors[2] < factors[3]
+    assert not torch.equal(words[0], words[1])
+    assert torch.equal(words[1], words[3])
+
+
+@pytest.mark.parametrize("method", [*METHODS])
+def test_every_method_goes_on_bit_for_bit(
+    tiny_folder: Path, subject: Path, tmp_path: Path, method: str
+) -> None:
+    asked = settings(subject, method=method, ema_decay=0.5, train_text_encoder=method == "lora")
+    whole, _ = begun(fresh(tiny_folder), subject, asked)
+    for _ in whole.steps():
+        pass
+    first, _ = begun(fresh(tiny_folder), subject, asked)
+    for report in first.steps():
+        if report.step == 2:
+            first.save(tmp_path)
+            break
+    second, _ = begun(fresh(tiny_folder), subject, asked)
+    second.resume(tmp_path)
+    assert [report.step for report in second.steps()] == [3, 4]
+    for name, value in whole.parameters.items():
+        assert torch.equal(value, second.parameters[name]), name
+
+
+def test_class_pictures_are_drawn_once_and_their_latents_kept(
+    tiny: Backbone, subject: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = settings(subject, prior="class-images", num_class_images=3)
+    first, _ = begun(tiny, subject, asked)
+    assert first.material.drawn is not None
+    assert first.material.drawn.shape == (3, *tiny.latent_shape)
+    monkeypatch.setattr("customize.dreambooth.sample_latents", None)  # a second drawing would fail
+    again = prepare(tiny, read_folder(subject), [*["a bcd dog"] * 3, "a dog"], asked)
+    assert again.drawn is not None
+    assert torch.equal(again.drawn, first.material.drawn)
+    assert torch.isfinite(next(first.losses(1)))
+
+
+def test_without_a_prior_the_loss_is_the_subjects_alone(tiny: Backbone, subject: Path) -> None:
+    off, _ = begun(tiny, subject, settings(subject, prior="off"))
+    assert off.material.bank is None
+    assert off.material.drawn is None
+
+
+def test_what_a_mask_hides_is_not_learned(tiny: Backbone, subject: Path) -> None:
+    half = Image.new("L", (64, 64), 0)
+    half.paste(255, (0, 0, 32, 64))
+    for path in sorted(subject.glob("*.png")):
+        half.save(path.with_name(f"{path.stem}.mask.png"))
+    pictures = read_folder(subject)
+    assert all(picture.mask is not None for picture in pictures)
+    asked = settings(subject, prior="off")
+    material = prepare(tiny, pictures, [*["a bcd dog"] * len(pictures), "a dog"], asked)
+    assert material.masks is not None
+    training = Training(tiny, material, asked)
+    weight = training.subject_batch(generator(1))[0].weight
+    assert float(weight[..., 5:].abs().max()) == 0
+    assert float(weight[..., :3].min()) > 1.5
+    assert float(weight.mean()) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_gradient_accumulation_is_the_mean_over_micro_batches(tiny: Backbone, subject: Path) -> None:
+    asked = settings(subject, prior="off", gradient_accumulation_steps=3)
+    training, _ = begun(tiny, subject, asked)
+    losses = [float(loss.detach()) for loss in training.losses(1)]
+    assert len(losses) == 3
+    assert len(set(losses)) == 3
+    report = next(iter(training.steps()))
+    assert report.loss == pytest.approx(sum(losses) / 3, rel=1e-4)
+
+
+def test_the_debiased_weight_is_one_over_the_root_of_snr() -> None:
+    level = vp(torch.tensor([0.5, 0.9]))
+    assert torch.allclose(debiased(level), torch.tensor([1.0, (0.1 / 0.9) ** 0.5]))
+    v = debiased(level, "v_prediction")  # an error of v is a times one of ε
+    assert torch.allclose(v, debiased(level) * level.a**2)
+
+
+def test_a_layer_pattern_gets_its_own_rank(tiny: Backbone, subject: Path) -> None:
+    training, _ = begun(tiny, subject, settings(subject, rank_pattern=("attn2.to_k=3",)))
+    ranks = {
+        "attn2.to_k" in name: value.shape[0]
+        for name, value in training.parameters.items()
+        if "lora_A" in name
+    }
+    assert ranks == {True: 3, False: 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"method": "magic"}, "textual-inversion"),
+        ({"loss_weighting": "magic"}, "min-snr"),
+        ({"optimizer": "magic"}, "prodigy"),
+        ({"rank_pattern": ("attn2",)}, "PATTERN=RANK"),
+        ({"adapter": "magic"}, "lokr"),
+    ],
+)
+def test_an_unknown_choice_names_those_there_are(
+    tiny: Backbone, subject: Path, changes: dict[str, object], named: str
+) -> None:
+    with pytest.raises(UserError, match=named):
+        next(begun(tiny, subject, settings(subject, **changes))[0].losses(1))
+
+
+def test_custom_diffusion_keeps_keys_and_values_alone(tiny: Backbone, subject: Path, tmp_path: Path) -> None:
+    training, _ = begun(tiny, subject, settings(subject, method="custom-diffusion"))
+    for _ in training.steps():
+        pass
+    files = training.write(tmp_path, {})
+    names = set(read_tensors(tmp_path / files["changed"])[0])
+    assert names
+    assert all("attn2.to_k" in name or "attn2.to_v" in name for name in names)
