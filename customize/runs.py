@@ -29,6 +29,7 @@ from backbone.sheet import Cell, in_rows, save_png, sheet
 from customize.dreambooth import Training, prepare, preserves
 from customize.learn import METHODS, OWN_WORDS
 from customize.settings import FILE, Settings, as_flags, read_settings
+from customize.watch import Watch
 
 LOG = "log.jsonl"
 SHEET = "sheet.png"
@@ -111,7 +112,9 @@ def carry_on(
     trim_log(run, training.done)
     prepared = time.perf_counter()
     previews = Previews(model, settings, concept)
+    watch = Watch(run, training, concept, pictures)
     with stopping() as stop, progress(settings.steps, "training", done=training.done) as bar:
+        watch.look()
         for report in training.steps():
             append_jsonl(run / LOG, dataclasses.asdict(report))
             bar.advance(images=settings.batch, loss=report.loss, learning_rate=report.learning_rate)
@@ -126,6 +129,9 @@ def carry_on(
             if report.step % settings.validation_steps == 0 and not finished:
                 with training.averaged():
                     previews.save(run / "previews" / f"step-{report.step:06d}.png", count=4)
+            if watch.due(report.step) and watch.look() and not finished:
+                training.save(run)
+                break
     trained = time.perf_counter()
     header = {
         "atelier_token": settings.token,
@@ -133,6 +139,7 @@ def carry_on(
         "base_model": settings.model,
     }
     dataclasses.replace(concept, **training.write(run, header)).write(run)
+    watch.report(settings)
     with training.averaged():
         shown = previews.save(run / SHEET, count=8, subjects=pictures)
     ended = time.perf_counter()
@@ -202,7 +209,7 @@ def resolved(model: Backbone, asked: dict[str, Any], *, images: str, token: str,
     usual = model.defaults
     rates = METHOD_RATES | {"lora": usual["learning_rate"]} | usual.get("learning_rates", {})
     from_model = {
-        "steps": usual["train_steps"],
+        "steps": usual["train_steps"] * (2 if asked.get("patience") else 1),  # room to stop in
         "learning_rate": rates.get(asked.get("method") or "lora", usual["learning_rate"]),
         "rank": usual["rank"],
         "batch": usual["batch"],

@@ -63,6 +63,9 @@ class Settings:
     seed: int = 0
     checkpointing_steps: int = 100
     validation_steps: int = 150
+    evaluation_steps: int = 50
+    patience: int = 0
+    scorer: str = ""
     sheet_prompts: tuple[str, ...] = ()
     sample_steps: int = 25
     guidance: float = 4.0

@@ -1,0 +1,211 @@
+"""How well a concept was learned: likeness to the subject, obedience to prompts, what became of the class, variety.
+
+The four figures of Ruiz et al. 2023 (§ 4) by a CLIP scorer: CLIP-I with the subject's pictures, CLIP-T with the
+prompts, PRES (likeness of the class's pictures to the subject; lower is better) and DIV (variety among pictures of one prompt).
+While a concept trains they are taken from fixed noise and fixed prompts, together with the denoising loss at fixed
+noise and levels, and the checkpoint with the best `rating` is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from backbone.concept import Concept, spoken
+from backbone.images import Picture, square
+from backbone.loop import generator
+from backbone.model import Backbone
+from backbone.noise import add_noise, target
+from backbone.sample import Request, sample
+from backbone.scorers import Scorer, clip_i, diversity, prior_drift, text_scores
+from customize.dreambooth import Training, weighting
+from customize.settings import Settings
+
+PROMPTS = (
+    "a {} in the snow",
+    "a {} at night",
+    "a {} on the beach",
+    "a {} in the city",
+)
+STEPS = 12  # of the sampler: what the figures say is settled by then
+LOSS_DRAWS = 24
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One evaluation. The likenesses are cosines of the scorer; the loss is a mean over fixed draws."""
+
+    step: int
+    subject: float  # CLIP-I with the subject's pictures
+    prompt: float  # CLIP-T with the prompts, the token read as the class
+    preservation: float  # PRES: the class's pictures and the subject's, lower is better
+    diversity: float  # DIV among the class's pictures
+    loss: float
+    rating: float
+
+
+class Evaluator:
+    """Measures a model in training, always on the same noise, prompts and draws."""
+
+    def __init__(
+        self,
+        model: Backbone,
+        scorer: Scorer,
+        concept: Concept,
+        settings: Settings,
+        pictures: Sequence[Picture],
+    ) -> None:
+        self.model, self.scorer, self.settings = model, scorer, settings
+        noun = settings.class_noun
+        self.asked = [
+            Request(spoken(p.format(settings.called()), [concept]), (i, 0)) for i, p in enumerate(PROMPTS)
+        ]
+        self.plain = [Request(settings.prompts()[1], (len(PROMPTS), j)) for j in range(len(PROMPTS))]
+        side = model.resolution
+        self.subject = scorer.embed_images([square(picture.open(), side) for picture in pictures])
+        self.texts = scorer.embed_texts([prompt.format(noun) for prompt in PROMPTS])
+        self.start: Figures | None = None
+
+    def measure(self, step: int, loss: float) -> tuple[Figures, list[Image]]:
+        """The figures now, and the pictures that they come from: one for each prompt, then the class.
+
+        The first call measures where the model starts from, which `rating` is relative to.
+        """
+        drawn = list(
+            sample(
+                self.model,
+                [*self.asked, *self.plain],
+                steps=STEPS,
+                guidance=self.settings.guidance,
+                seed=self.settings.seed,
+            )
+        )
+        vectors = self.scorer.embed_images(drawn)
+        asked, plain = vectors[: len(self.asked)], vectors[len(self.asked) :]
+        found = Figures(
+            step=step,
+            subject=clip_i(asked, self.subject),
+            prompt=float(text_scores(asked, self.texts).mean()),
+            preservation=prior_drift(plain, self.subject),
+            diversity=diversity(plain),
+            loss=loss,
+            rating=0.0,
+        )
+        self.start = self.start or found
+        return self.rated(found), drawn
+
+    def rated(self, figures: Figures) -> Figures:
+        """The same with its rating: see `rating`."""
+        assert self.start is not None
+        most = mean_likeness(self.subject)
+        value = rating(figures, start=self.start, most=most)
+        return Figures(**{**figures.__dict__, "rating": value})
+
+
+def rating(figures: Figures, *, start: Figures, most: float) -> float:
+    """The one number that chooses the best checkpoint, the harmonic mean of two shares:
+
+    how far the likeness has come from where it started to that of the subject's pictures among themselves, and how much
+    of the obedience to prompts is left. 0 before training; 1 for a subject that is met and prompts followed as before.
+    """
+    gain = (figures.subject - start.subject) / max(most - start.subject, 1e-3)
+    kept = figures.prompt / max(start.prompt, 1e-3)
+    gain, kept = min(max(gain, 0.0), 1.0), min(max(kept, 0.0), 1.0)
+    return 0.0 if gain + kept == 0 else 2 * gain * kept / (gain + kept)
+
+
+def mean_likeness(vectors: Tensor) -> float:
+    """The mean cosine among different pictures [R, D]; 1 for one picture."""
+    count = len(vectors)
+    if count < 2:
+        return 1.0
+    return float(((vectors @ vectors.T).sum() - count) / (count * (count - 1)))
+
+
+@torch.no_grad()
+def fixed_loss(training: Training) -> float:
+    """The subject's denoising loss over the same pictures, noise and levels each time, spread over all levels."""
+    model, material, settings = training.model, training.material, training.settings
+    levels, total = model.path.levels, 0.0
+    time = levels.time
+    assert time is not None
+    for k in range(LOSS_DRAWS):
+        random = generator(settings.seed, "fixed loss", k)
+        number = k % len(material.posteriors)
+        clean = material.posteriors[number].mean
+        noise = torch.randn(clean.shape, generator=random).to(clean.device)
+        index = torch.tensor([int((k + 0.5) / LOSS_DRAWS * len(levels))])
+        level = levels[index]
+        with model.autocast():
+            text = training.text(torch.tensor([number]), 0)
+            prediction = model.family.network(model.denoiser, text)(
+                add_noise(clean, noise, level), time[index].to(clean.device)
+            )
+        wanted = target(clean, noise, level, model.path.kind)
+        weight = weighting(level, model.path.kind, settings)
+        total += float((prediction.float() - wanted).square().mean() * weight)
+    return total / LOSS_DRAWS
+
+
+class Patience:
+    """Says when to stop: after so many evaluations without a better rating."""
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+        self.history: list[Figures] = []
+
+    @property
+    def best(self) -> Figures:
+        """The evaluation with the highest rating, the earlier one of equals; the start only while it is alone."""
+        trained = [figures for figures in self.history if figures.step] or self.history
+        return max(trained, key=lambda figures: (figures.rating, -figures.step))
+
+    def note(self, figures: Figures) -> bool:
+        """Takes an evaluation; whether it is the best so far."""
+        self.history.append(figures)
+        return self.best is figures
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether it no longer improves."""
+        return len(self.history) - 1 - self.history.index(self.best) >= self.patience
+
+
+def interval(values: Sequence[float], *, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """A mean with its 95 % bootstrap interval (percentile)."""
+    numbers = np.asarray(values, dtype=float)
+    if len(numbers) == 0:
+        return math.nan, math.nan, math.nan
+    random = np.random.default_rng(seed)
+    means = random.choice(numbers, size=(draws, len(numbers))).mean(1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(numbers.mean()), float(low), float(high)
+
+
+Draw = Callable[[Sequence[Request]], list[Image]]
+
+
+def protocol(
+    scorer: Scorer, subject: Tensor, pictures: Sequence[Image], texts: Sequence[str], *, per_prompt: int
+) -> dict[str, Any]:
+    """The figures of the DreamBench protocol: pictures in the order of prompts, `per_prompt` of each.
+
+    `subject` holds the scorer's vectors of the real pictures [R, D]; `texts` are the prompts with the class alone.
+    Intervals are over prompts, whose pictures belong together.
+    """
+    vectors = scorer.embed_images(list(pictures))
+    wanted = scorer.embed_texts(list(texts))
+    groups = vectors.unflatten(0, (len(texts), per_prompt))
+    likeness = [clip_i(group, subject) for group in groups]
+    obedience = [float((group @ text).mean()) for group, text in zip(groups, wanted, strict=True)]
+    found: dict[str, Any] = {"CLIP-I": interval(likeness), "CLIP-T": interval(obedience)}
+    if per_prompt > 1:
+        found["DIV"] = interval([diversity(group) for group in groups])
+    return found

@@ -1,0 +1,139 @@
+"""Watching a training: figures every so often, the best checkpoint kept, a word on when to stop, and the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from PIL.Image import Image
+
+from backbone.concept import Concept
+from backbone.console import say
+from backbone.files import append_jsonl, read_jsonl, write_text
+from backbone.images import Picture
+from backbone.report import command, curve, curves, heading, paragraph, picture, table, write_report
+from backbone.scorers import load_scorer
+from backbone.sheet import Cell, save_png, sheet
+from customize.dreambooth import Training
+from customize.evaluate import PROMPTS, Evaluator, Figures, Patience, fixed_loss
+from customize.settings import Settings, as_flags
+
+EVALUATIONS = "evaluations.jsonl"
+BEST = "best"
+REPORT = "report.html"
+STRIPS = "evaluations"
+RULE = (
+    "The best checkpoint has the highest rating: the harmonic mean of how far the likeness has come, from where it "
+    "started to that of the subject's pictures among themselves, and of how much obedience to prompts is left."
+)
+
+
+class Watch:
+    """Evaluates a run as it trains. Without a scorer, or when asked not to, it does nothing."""
+
+    def __init__(self, run: Path, training: Training, concept: Concept, pictures: Sequence[Picture]) -> None:
+        self.run, self.training, self.concept = run, training, concept
+        settings, model = training.settings, training.model
+        folder = Path(settings.scorer) if settings.scorer else model.location.local("scorer")
+        self.evaluator = None
+        self.patience = Patience(settings.patience or settings.steps)
+        if settings.evaluation_steps and folder is not None:
+            self.evaluator = Evaluator(model, load_scorer(folder), concept, settings, pictures)
+            self._remember()
+
+    def due(self, step: int) -> bool:
+        """Whether it is time to look."""
+        settings = self.training.settings
+        if self.evaluator is None:
+            return False
+        return step % settings.evaluation_steps == 0 or step == settings.steps
+
+    def look(self) -> bool:
+        """Measures the run as it is now, keeps it if it is the best so far; whether it is time to stop.
+
+        What was measured before a run was stopped is not measured again.
+        """
+        step = self.training.done
+        if self.evaluator is None or any(figures.step == step for figures in self.patience.history):
+            return False
+        with self.training.averaged():
+            figures, drawn = self.evaluator.measure(step, fixed_loss(self.training))
+        append_jsonl(self.run / EVALUATIONS, asdict(figures))
+        self._strip(figures, drawn)
+        if self.patience.note(figures) and step:
+            folder = self.run / BEST
+            folder.mkdir(exist_ok=True)
+            files = self.training.write(folder, {"atelier_step": str(step)})
+            replace(self.concept, **files).write(folder)
+        return bool(self.training.settings.patience) and self.patience.exhausted
+
+    def report(self, settings: Settings) -> None:
+        """Writes `report.html`, and says which step was best."""
+        history = self.patience.history
+        if self.evaluator is None or not history:
+            return
+        best, last = self.patience.best, history[-1]
+        stopped = last.step < settings.steps
+        why = (
+            f"Stopped at step {last.step}: {settings.patience} evaluations without a better rating "
+            f"than step {best.step}."
+            if stopped
+            else f"All {settings.steps} steps were taken."
+        )
+        say(f"The best of {len(history)} evaluations is step {best.step}, in {self.run / BEST}. {why}")
+        names = ("subject", "prompt", "preservation", "diversity", "loss", "rating")
+        titles = ("CLIP-I with the subject", "CLIP-T", "PRES (lower is better)", "DIV", "loss", "rating")
+        drawn = [
+            curve(title, {title: [(f.step, getattr(f, name)) for f in history]}, marked=best.step)
+            for name, title in zip(names, titles, strict=True)
+        ]
+        log = read_jsonl(self.run / "log.jsonl")
+        drawn.append(
+            curve("training loss (mean of 20)", {"": smoothed([(x["step"], x["loss"]) for x in log])})
+        )
+        rows = [(f.step, *(float(getattr(f, name)) for name in names)) for f in history]
+        strips = [
+            picture(self.run / STRIPS / f"step-{f.step:06d}.png", f"step {f.step}, rating {f.rating:.2f}")
+            for f in history
+        ]
+        write_report(
+            self.run / REPORT,
+            settings.called(),
+            [
+                paragraph(f"{why} {RULE}"),
+                curves(drawn),
+                heading("Evaluations"),
+                table(("step", *titles), rows),
+                heading("The same noise along training"),
+                paragraph(
+                    "First "
+                    + ", ".join(p.format(settings.called()) for p in PROMPTS)
+                    + "; then the class alone."
+                ),
+                *strips,
+                heading("Again"),
+                command(as_flags(settings, self.run)),
+            ],
+        )
+
+    def _remember(self) -> None:
+        """Takes up what an interrupted run has measured, and forgets what lies behind its checkpoint."""
+        path = self.run / EVALUATIONS
+        if not path.exists() or self.evaluator is None:
+            return
+        kept = [line for line in read_jsonl(path) if line["step"] <= self.training.done]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.patience.history = [Figures(**line) for line in kept]
+        self.evaluator.start = self.patience.history[0] if kept else None
+
+    def _strip(self, figures: Figures, drawn: Sequence[Image]) -> None:
+        path = self.run / STRIPS / f"step-{figures.step:06d}.png"
+        save_png(path, sheet([[Cell(image) for image in drawn]], cell=112))
+
+
+def smoothed(points: Sequence[tuple[float, float]], *, window: int = 20) -> list[tuple[float, float]]:
+    """The mean of each `window` points, at their last x."""
+    groups = [points[first : first + window] for first in range(0, len(points), window)]
+    return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups if group]
