@@ -204,8 +204,8 @@ def _load_one(
         dropout=settings.get("lora_dropout", 0.0),
         ranks=settings.get("rank_pattern") or {},
     )
-    for layer, alpha in (settings.get("alpha_pattern") or {}).items():  # files of other tools differ in both
-        config.alpha_pattern[layer] = alpha * scale
+    if "alpha_pattern" in settings:  # other tools let rank and alpha differ on their own
+        config.alpha_pattern = {layer: alpha * scale for layer, alpha in settings["alpha_pattern"].items()}
     state = {_level(model, key): value for key, value in state.items()}
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     with warnings.catch_warnings():  # a second adapter is what we want here

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -98,26 +98,34 @@ def words_of(token: str, count: int) -> list[str]:
     return [token, *(f"{token}_{k}" for k in range(1, count))]
 
 
-def save_words(path: Path, token: str, rows: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:
-    """Writes learned words as diffusers' `load_textual_inversion` reads them; with several sides under their names."""
-    tensors = {token: next(iter(rows.values()))} if len(rows) == 1 else dict(rows)
-    write_tensors(path, {name: value.detach() for name, value in tensors.items()}, dict(metadata))
+def save_words(path: Path, rows: Mapping[str, Mapping[str, Tensor]], *, metadata: Mapping[str, str]) -> None:
+    """Writes learned words, the rows of each token by side.
+
+    With one text encoder it is a file that diffusers' `load_textual_inversion` reads; with several, a token's rows of
+    each are called `token/side`.
+    """
+    tensors = {
+        token if len(sides) == 1 else f"{token}/{side}": value.detach()
+        for token, sides in rows.items()
+        for side, value in sides.items()
+    }
+    write_tensors(path, tensors, dict(metadata))
 
 
 def load_words(path: Path, encoder: TextEncoder, token: str) -> dict[str, Tensor]:
-    """Teaches an encoder the words of a file; gives their rows by side.
+    """Teaches an encoder the words of a file for one token; gives their rows by side.
 
     Raises `UserError` when the file holds none for this token.
     """
     tensors, _ = read_tensors(path)
     names = [side.name for side in encoder.sides]
-    rows: dict[str, Any] = {name: tensors.get(name) for name in names}
-    if len(names) == 1 and token in tensors:
-        rows = {names[0]: tensors[token]}
-    if any(value is None for value in rows.values()):
+    keys = [token] if len(names) == 1 else [f"{token}/{name}" for name in names]
+    if any(key not in tensors for key in keys):
         raise UserError(
             f"{path} holds no words for {token} and this model. Give the --model it was learned on."
         )
-    rows = {name: value.reshape(-1, value.shape[-1]) for name, value in rows.items()}
+    rows = {
+        name: tensors[key].reshape(-1, tensors[key].shape[-1]) for name, key in zip(names, keys, strict=True)
+    }
     count = len(next(iter(rows.values())))
     return new_words(encoder, rows, words=words_of(token, count))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -87,15 +88,23 @@ def curve(
     series: Mapping[str, Sequence[tuple[float, float]]],
     *,
     marked: float | None = None,
+    level: float | None = None,
     size: tuple[int, int] = (440, 240),
 ) -> str:
-    """Lines through (x, y) points as an SVG, one for each name; `marked` is an x that gets a dashed line."""
+    """Lines through (x, y) points as an SVG, one for each name; points that are not finite are left out.
+
+    `marked` is an x and `level` a y that get a dashed line.
+    """
+    series = {
+        name: [point for point in line if all(map(math.isfinite, point))] for name, line in series.items()
+    }
     points = [point for line in series.values() for point in line]
     if not points:
         return ""
     width, height = size
     left, right, top, bottom = 52, 12, 28, 30
-    (x0, x1), (y0, y1) = _range([x for x, _ in points]), _range([y for _, y in points])
+    heights = [y for _, y in points] + ([] if level is None else [level])
+    (x0, x1), (y0, y1) = _range([x for x, _ in points]), _range(heights)
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = left + (x - x0) / (x1 - x0) * (width - left - right)
@@ -114,6 +123,10 @@ def curve(
     if marked is not None:
         at = place(marked, y0)[0]
         line = f'x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{height - bottom}"'
+        drawn.append(f'<line {line} stroke="currentColor" stroke-dasharray="4 4"/>')
+    if level is not None:
+        at = place(x0, level)[1]
+        line = f'x1="{left}" x2="{width - right}" y1="{at:.1f}" y2="{at:.1f}"'
         drawn.append(f'<line {line} stroke="currentColor" stroke-dasharray="4 4"/>')
     for number, (name, line_points) in enumerate(series.items()):
         colour = COLOURS[number % len(COLOURS)]

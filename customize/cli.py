@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from backbone.console import UserError, run, say
+from customize import files_cli
 
 app = typer.Typer(
     help="Teach a diffusion model a new concept from a handful of pictures.",
@@ -18,6 +19,11 @@ app = typer.Typer(
 )
 
 Sampler = Literal["ddim", "heun", "ancestral"]
+Method = Literal["lora", "full", "textual-inversion", "pivotal", "custom-diffusion"]
+Adapter = Literal["lora", "dora", "loha", "lokr"]
+Prior = Literal["base", "class-images", "off"]
+Optimizer = Literal["adamw", "adamw8bit", "prodigy"]
+Weighting = Literal["none", "min-snr", "debiased"]
 MODEL_HELP = "moji, sd15, sdxl, sd3, flux, a diffusers folder, a checkpoint file (.safetensors), or a hub id."
 Model = Annotated[str | None, typer.Option("--model", "--pretrained_model_name_or_path", help=MODEL_HELP)]
 Precision = Annotated[
@@ -48,15 +54,28 @@ def check(
     images: Annotated[
         str, typer.Option("--images", "--instance_data_dir", help="A folder of pictures, or a dataset.")
     ],
+    model: Model = None,
+    precision: Precision = None,
+    device: Device = None,
 ) -> None:
-    """Open every picture and list all bad ones."""
+    """Open every picture, list all bad ones, and say what may go wrong and what the run will need."""
     from backbone.images import check as check_pictures
     from backbone.images import read_folder
 
     pictures = read_folder(images)
     check_pictures(pictures)
     captions = sum(picture.caption is not None for picture in pictures)
-    say(f"{len(pictures)} pictures in {images} are fine ({captions} with captions).")
+    say(f"{len(pictures)} pictures in {images} can be read ({captions} with captions).")
+    from backbone.model import Backbone
+    from customize.preflight import estimate, warnings_about
+    from customize.runs import resolved
+
+    opened = Backbone.open(model or "moji", device=device or "auto", precision=precision or "auto")
+    for warning in warnings_about(pictures, resolution=opened.resolution):
+        say(f"Warning: {warning}")
+    settings = resolved(opened, {}, images=images, token="[V]", class_noun="")
+    for sentence in estimate(opened, settings, len(pictures)).sentences():
+        say(sentence)
 
 
 @app.command()
@@ -64,7 +83,9 @@ def train(
     images: Annotated[
         str | None,
         typer.Option(
-            "--images", "--instance_data_dir", help="The subject: a folder of pictures, or a dataset's id."
+            "--images",
+            "--instance_data_dir",
+            help="A folder of pictures, a dataset's id, or folders as kohya's.",
         ),
     ] = None,
     token: Annotated[
@@ -76,6 +97,14 @@ def train(
             "--class", help="What the subject is, in a word (dog).", show_default="guessed from the pictures"
         ),
     ] = None,
+    concept: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--concept",
+            help="One more subject, as FOLDER:TOKEN:CLASS; repeatable.",
+            show_default="none",
+        ),
+    ] = None,
     model: Model = None,
     out: Annotated[
         Path | None, typer.Option(help="The run folder.", show_default="runs/NAME-OF-PICTURES")
@@ -83,9 +112,22 @@ def train(
     resume: Annotated[
         Path | None, typer.Option("--resume", "--resume_from_checkpoint", help="Go on with this run folder.")
     ] = None,
+    method: Annotated[
+        Method | None,
+        typer.Option(
+            "--method",
+            help="What is trained; pivotal: a word, then an adapter; custom-diffusion: cross-attention and a word.",
+            show_default="lora",
+        ),
+    ] = None,
     steps: Annotated[
-        int | None,
-        typer.Option("--steps", "--max_train_steps", min=1, show_default="by model", help="Optimiser steps."),
+        str | None,
+        typer.Option(
+            "--steps",
+            "--max_train_steps",
+            show_default="by model",
+            help="Optimiser steps; auto: until nothing improves.",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
     learning_rate: Annotated[
@@ -114,6 +156,33 @@ def train(
     lora_layers: Annotated[
         str | None, typer.Option("--lora_layers", help="attention or all.", show_default="by model")
     ] = None,
+    adapter: Annotated[
+        Adapter | None, typer.Option("--adapter", help="The adapter's kind.", show_default="lora")
+    ] = None,
+    use_dora: Annotated[bool, typer.Option("--use_dora", help="The same as --adapter dora.")] = False,
+    rank_pattern: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--rank_pattern", help="Layers of another rank, as attn2=8; repeatable.", show_default="none"
+        ),
+    ] = None,
+    train_text_encoder: Annotated[
+        bool, typer.Option("--train_text_encoder", help="The adapter on the text encoders too.")
+    ] = False,
+    text_encoder_lr: Annotated[
+        float | None, typer.Option("--text_encoder_lr", min=0, show_default="1e-4")
+    ] = None,
+    num_vectors: Annotated[
+        int | None,
+        typer.Option("--num_vectors", min=1, max=32, help="Rows of the token's own word.", show_default="1"),
+    ] = None,
+    initializer_token: Annotated[
+        str | None,
+        typer.Option("--initializer_token", help="Where a word begins.", show_default="the class"),
+    ] = None,
+    words_learning_rate: Annotated[
+        float | None, typer.Option("--words_learning_rate", min=0, show_default="5e-3")
+    ] = None,
     instance_prompt: Annotated[
         str | None,
         typer.Option(
@@ -126,6 +195,21 @@ def train(
     token_words: Annotated[
         str | None,
         typer.Option("--token_words", help="The rare words behind the token.", show_default="found"),
+    ] = None,
+    prior: Annotated[
+        Prior | None,
+        typer.Option(
+            "--prior",
+            help="How the class is preserved: the base's answers, pictures that the base draws, or not at all.",
+            show_default="base",
+        ),
+    ] = None,
+    with_prior_preservation: Annotated[
+        bool, typer.Option("--with_prior_preservation", help="The same as --prior class-images.")
+    ] = False,
+    num_class_images: Annotated[
+        int | None,
+        typer.Option("--num_class_images", min=1, help="With --prior class-images.", show_default="48"),
     ] = None,
     prior_loss_weight: Annotated[
         float | None,
@@ -141,6 +225,20 @@ def train(
         int | None,
         typer.Option("--validation_steps", min=1, help="A preview sheet every so often.", show_default="150"),
     ] = None,
+    evaluation_steps: Annotated[
+        int | None,
+        typer.Option("--evaluate-every", "--evaluation_steps", min=0, help="0: never.", show_default="50"),
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            "--patience", min=0, help="Stop after so many evaluations without a better one.", show_default="0"
+        ),
+    ] = None,
+    scorer: Annotated[
+        str | None,
+        typer.Option("--scorer", help="A CLIP folder that measures.", show_default="the model's own"),
+    ] = None,
     validation_prompt: Annotated[
         list[str] | None,
         typer.Option(
@@ -149,6 +247,29 @@ def train(
             show_default="eight",
         ),
     ] = None,
+    gradient_accumulation_steps: Annotated[
+        int | None, typer.Option("--gradient_accumulation_steps", min=1, show_default="1")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient_checkpointing", help="Less memory, a third more time.")
+    ] = False,
+    optimizer: Annotated[Optimizer | None, typer.Option("--optimizer", show_default="adamw")] = None,
+    use_8bit_adam: Annotated[
+        bool, typer.Option("--use_8bit_adam", help="The same as --optimizer adamw8bit.")
+    ] = False,
+    ema_decay: Annotated[
+        float | None,
+        typer.Option("--ema_decay", min=0, max=0.99999, help="Keep an average.", show_default="0, none"),
+    ] = None,
+    loss_weighting: Annotated[
+        Weighting | None,
+        typer.Option("--loss_weighting", help="The weight of noise levels.", show_default="none"),
+    ] = None,
+    snr_gamma: Annotated[
+        float | None,
+        typer.Option("--snr_gamma", min=0, help="Min-SNR weighting with this γ.", show_default="off"),
+    ] = None,
+    noise_offset: Annotated[float | None, typer.Option("--noise_offset", min=0, show_default="0")] = None,
     max_grad_norm: Annotated[float | None, typer.Option("--max_grad_norm", min=0, show_default="1")] = None,
     precision: Precision = None,
     device: Device = None,
@@ -164,15 +285,45 @@ def train(
         from customize.runs import resume_concept
 
         finished = resume_concept(resume)
-    elif images is None:
+    elif images is None and not concept:
         raise UserError(
             "Say where the pictures are: --images FOLDER (customize example dog/ writes some to try)."
         )
     else:
+        from customize.folders import is_concepts, read_subjects
+        from customize.settings import Subject, read_subject
+
+        subjects: list[Subject] = []
+        prompts: dict[str, str] = {}
+        if images is not None and is_concepts(images):
+            subjects, prompts = read_subjects(images)
+            for subject in subjects:
+                say(f"{subject.images}: {subject.token} {subject.class_noun}, all subjects equally often.")
+        elif images is not None:
+            subjects = [Subject(images, token, class_noun or "", token_words or "")]
+        subjects += [read_subject(flag) for flag in concept or []]
         asked: dict[str, Any] = {
+            **prompts,
             "model": model,
-            "steps": steps,
+            **step_count(steps),
             "seed": seed,
+            "method": method,
+            "adapter": "dora" if use_dora else adapter,
+            "rank_pattern": tuple(rank_pattern or ()),
+            "train_text_encoder": train_text_encoder or None,
+            "text_encoder_lr": text_encoder_lr,
+            "num_vectors": num_vectors,
+            "initializer_token": initializer_token,
+            "words_learning_rate": words_learning_rate,
+            "prior": "class-images" if with_prior_preservation else prior,
+            "num_class_images": num_class_images,
+            "gradient_accumulation_steps": gradient_accumulation_steps,
+            "gradient_checkpointing": gradient_checkpointing or None,
+            "optimizer": "adamw8bit" if use_8bit_adam else optimizer,
+            "ema_decay": ema_decay,
+            "loss_weighting": "min-snr" if snr_gamma else loss_weighting,
+            "snr_gamma": snr_gamma or None,
+            "noise_offset": noise_offset,
             "learning_rate": learning_rate,
             "lr_scheduler": lr_scheduler,
             "lr_warmup_steps": lr_warmup_steps,
@@ -181,27 +332,41 @@ def train(
             "lora_alpha": lora_alpha,
             "lora_dropout": lora_dropout,
             "lora_layers": lora_layers,
-            "instance_prompt": instance_prompt,
+            **({} if instance_prompt is None else {"instance_prompt": instance_prompt}),
             "class_prompt": class_prompt,
-            "token_words": token_words,
             "prior_loss_weight": prior_loss_weight,
             "flip": flip,
             "checkpointing_steps": checkpointing_steps,
             "validation_steps": validation_steps,
+            "evaluation_steps": evaluation_steps,
+            **({} if patience is None else {"patience": patience}),
+            "scorer": scorer,
             "sheet_prompts": tuple(validation_prompt or ()),
             "max_grad_norm": max_grad_norm,
             "precision": precision,
             "device": device,
         }
         asked = {name: value for name, value in asked.items() if value is not None}
-        pictures = read_folder(images)
-        check_pictures(pictures)
+        for subject in subjects:
+            check_pictures(read_folder(subject.images))  # mistakes are answered before torch is imported
         from customize.runs import train_concept
 
-        finished = train_concept(asked, pictures, images=images, token=token, class_noun=class_noun, out=out)
+        finished = train_concept(asked, subjects, out=out)
+        token = subjects[0].token
     say(
         f'{finished}/sheet.png shows it. Next: customize sample "a {token} … in the snow" --concept {finished}'
     )
+
+
+def step_count(asked: str | None) -> dict[str, int]:
+    """What `--steps` asks for: a number, or `auto`; `UserError` for anything else."""
+    if asked is None:
+        return {}
+    if asked == "auto":
+        return {"patience": 3}
+    if not asked.isdigit() or int(asked) < 1:
+        raise UserError(f"--steps {asked} is neither a number of steps nor auto. Give one of them.")
+    return {"steps": int(asked)}
 
 
 @app.command()
@@ -256,6 +421,56 @@ def sample(
         device=device or "auto",
     )
     say(f"{len(prompts) * count} pictures in {out}; {sheet} shows them all.")
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run folder of customize train.")],
+    pictures: Annotated[
+        Path | None,
+        typer.Option("--pictures", help="Compare these pNN-sNN.png instead of drawing.", show_default="none"),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts", help="A prompts_and_classes.txt of google/dreambooth.", show_default="moji's world"
+        ),
+    ] = None,
+    living: Annotated[
+        bool, typer.Option("--living/--thing", help="Which of that file's two lists of prompts.")
+    ] = False,
+    per_prompt: Annotated[int, typer.Option("--per-prompt", min=1, help="Pictures of each prompt.")] = 4,
+    scorer: Annotated[
+        Path | None, typer.Option("--scorer", help="A CLIP folder.", show_default="the model's own")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the pictures.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the table goes.", show_default="RUN/dreambench")
+    ] = None,
+) -> None:
+    """Measure a run by the DreamBench protocol: likeness, obedience, class, variety."""
+    from customize.settings import read_settings
+
+    read_settings(run)  # mistakes are answered before torch is imported
+    from customize.dreambench import evaluate_pictures, evaluate_run, own_prompts, read_prompts
+
+    if prompts is None:
+        asked = own_prompts()
+    else:
+        lists = read_prompts(prompts)
+        asked = lists.living if living else lists.things
+    folder = out or run / "dreambench"
+    if pictures is None:
+        found = evaluate_run(run, prompts=asked, per_prompt=per_prompt, scorer=scorer, seed=seed, out=folder)
+    else:
+        found = evaluate_pictures(
+            pictures, run, prompts=asked, per_prompt=per_prompt, scorer=scorer, out=folder
+        )
+    typer.echo(found["text"])
+    say(f"{folder}/sheet.png shows the pictures.")
+
+
+files_cli.register(app)  # export, import, info, merge, extract, resize
 
 
 if __name__ == "__main__":

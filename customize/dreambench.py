@@ -79,7 +79,8 @@ def evaluate_run(
         for i, prompt in enumerate(prompts)
         for j in range(per_prompt)
     ]
-    plain = [Request(settings.prompts()[1], (len(prompts), j)) for j in range(4 * per_prompt)]
+    class_prompt = settings.subjects()[0].filled(settings.class_prompt)
+    plain = [Request(class_prompt, (len(prompts), j)) for j in range(4 * per_prompt)]
     base = drawn(model, plain, settings, seed, "drawing the base's class")
     put_on(model, [concept])
     pictures = drawn(model, requests, settings, seed, "drawing the subject")

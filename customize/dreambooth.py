@@ -52,56 +52,77 @@ CLASS_STEPS = 20  # of the sampler that draws the class
 
 
 @dataclass(frozen=True)
-class Material:
-    """What training reads.
+class Group:
+    """The pictures of one subject with their prompts and its class prompt, all in the model's words."""
 
-    posteriors  one for each picture, mirrored ones behind [1, C, H, W]
-    prompts     one for each posterior, in the model's words
-    text        the same encoded, or None while the text side itself is trained
-    masks       where each picture counts [N, 1, H, W] in 0…1, or None
-    bank        the untouched model's answers to the class prompt, or None
-    drawn       latents of the class as the base draws it [K, C, H, W], or None
-    prior_text  the class prompt encoded, or None while the text side itself is trained
+    pictures: Sequence[Picture]
+    prompts: Sequence[str]
+    class_prompt: str
+
+
+@dataclass(frozen=True)
+class Material:
+    """What training reads, of all subjects one behind the other.
+
+    posteriors     one for each picture, mirrored ones behind [1, C, H, W]
+    prompts        one for each posterior
+    share          how often each is drawn [N]: the same for every subject
+    masks          where each picture counts [N, 1, H, W] in 0…1, or None
+    class_prompts  one for each subject
+    bank           the untouched model's answers to them, K draws each, or None
+    drawn          latents of the classes as the base draws them [G × K, C, H, W], or None
+    text           `prompts` and then `class_prompts` encoded, or None while the text side itself is trained
     """
 
     posteriors: list[Posterior]
     prompts: list[str]
-    text: Text | None
+    share: Tensor
     masks: Tensor | None
+    class_prompts: list[str]
     bank: Bank | None
     drawn: Tensor | None
-    class_prompt: str
-    prior_text: Text | None
+    text: Text | None
 
 
-def prepare(
-    model: Backbone, pictures: Sequence[Picture], prompts: Sequence[str], settings: Settings
-) -> Material:
-    """Encodes pictures and prompts, then asks the base about the class, and frees the encoders.
-
-    `prompts` are in the model's words: one for each picture, then the class prompt.
-    """
-    posteriors = encoded(model, pictures)
-    height, width = posteriors[0].mean.shape[-2:]
-    masks = masks_of(pictures, (height, width))
-    rows = list(range(len(pictures)))
-    if settings.flip:
-        posteriors += encoded(model, pictures, flip=True)
-        masks = None if masks is None else torch.cat([masks, masks.flip(-1)])
-        rows += rows
-    said, class_prompt = [prompts[row] for row in rows], prompts[-1]
-    class_text = encoded_prompts(model, [class_prompt])
-    text = None
-    if not trains_text(settings):
-        text = {name: value[rows] for name, value in encoded_prompts(model, prompts[:-1]).items()}
-    bank, drawn = None, None
+def prepare(model: Backbone, groups: Sequence[Group], settings: Settings) -> Material:
+    """Encodes pictures and prompts, then asks the base about the classes, and frees the encoders."""
+    posteriors: list[Posterior] = []
+    prompts: list[str] = []
+    masks: list[Tensor | None] = []
+    counts = []
+    for group in groups:
+        found, mask, said = encoded(model, group.pictures), masks_of(group.pictures), list(group.prompts)
+        if settings.flip:
+            found += encoded(model, group.pictures, flip=True)
+            mask, said = mask + [None if m is None else m.flip(-1) for m in mask], said * 2
+        posteriors, prompts, masks = posteriors + found, prompts + said, masks + mask
+        counts.append(len(found))
+    classes = [group.class_prompt for group in groups]
+    class_text = encoded_prompts(model, classes)
+    text = None if trains_text(settings) else encoded_prompts(model, [*prompts, *classes])
+    drawn, bank = None, None
     if preserves(settings) and settings.prior == "class-images":
-        drawn = class_latents(model, class_prompt, settings)
+        drawn = torch.cat([class_latents(model, prompt, settings) for prompt in classes])
     model.free("autoencoder", "text_encoder")
     if preserves(settings) and settings.prior == "base":
-        bank = bank_of(model, posteriors, class_text, draws=settings.prior_draws, seed=settings.seed)
-    prior_text = None if trains_text(settings) else class_text
-    return Material(posteriors, said, text, masks, bank, drawn, class_prompt, prior_text)
+        bank = banks_of(model, posteriors, class_text, counts, settings)
+    share = torch.cat([torch.full((count,), 1 / count) for count in counts])
+    at_latents = sized(masks, posteriors[0].mean.shape[-2:])
+    return Material(posteriors, prompts, share, at_latents, classes, bank, drawn, text)
+
+
+def banks_of(
+    model: Backbone, posteriors: list[Posterior], text: Text, counts: Sequence[int], settings: Settings
+) -> Bank:
+    """The base's answers to every subject's class prompt at its own noised pictures, one behind the other."""
+    banks, first = [], 0
+    for number, count in enumerate(counts):
+        own = {name: value[number : number + 1] for name, value in text.items()}
+        some = posteriors[first : first + count]
+        banks.append(bank_of(model, some, own, draws=settings.prior_draws, seed=settings.seed))
+        first += count
+    columns = ([getattr(bank, name) for bank in banks] for name in ("noisy", "level", "prediction"))
+    return Bank(*(torch.cat(column) for column in columns))
 
 
 class Batch(NamedTuple):
@@ -155,15 +176,15 @@ class Training:
     def loss(self, random: torch.Generator, step: int) -> Tensor:
         """Ruiz et al. 2023, eq. 2: the subject's error plus λ times the change of the class."""
         settings, material = self.settings, self.material
-        subject, chosen = self.subject_batch(random)
+        subject, rows = self.subject_batch(random)
         parts = [subject]
-        if material.bank is not None:
-            parts.append(self.bank_batch(material.bank, random))
-        elif material.drawn is not None:
-            parts.append(self.drawn_batch(material.drawn, random))
+        if material.bank is not None or material.drawn is not None:
+            prior, prior_rows = self.prior_batch(random)
+            parts.append(prior)
+            rows = torch.cat([rows, prior_rows])
         noisy, index, wanted, weight = (torch.cat(column) for column in zip(*parts, strict=True))
         with self.model.autocast():
-            text = self.text(chosen, len(noisy) - settings.batch)
+            text = self.text(rows)
         time = self.model.path.levels.time
         assert time is not None
         with self.model.autocast(), self.dropout(step):
@@ -174,9 +195,9 @@ class Training:
         return error.flatten(1).mean(1).sum() / settings.batch
 
     def subject_batch(self, random: torch.Generator) -> tuple[Batch, Tensor]:
-        """Noised pictures of the subject, and which of them they are [B]."""
+        """Noised pictures of the subjects, and which of them they are [B]."""
         settings, material, levels = self.settings, self.material, self.model.path.levels
-        chosen = torch.randint(len(material.posteriors), (settings.batch,), generator=random)
+        chosen = torch.multinomial(material.share, settings.batch, replacement=True, generator=random)
         clean = torch.cat([material.posteriors[int(i)].sample(random) for i in chosen])
         noise = torch.randn(clean.shape, generator=random).to(clean.device)
         if settings.noise_offset:
@@ -190,43 +211,42 @@ class Training:
         wanted = target(clean, noise, level, kind)
         return Batch(add_noise(clean, noise, level), index, wanted, weight), chosen
 
-    def bank_batch(self, bank: Bank, random: torch.Generator) -> Batch:
-        """Draws from the bank, with the base's predictions as targets."""
-        draw = torch.randint(len(bank), (self.settings.prior_batch,), generator=random)
-        noisy = bank.noisy[draw].to(self.model.device)
-        wanted = bank.prediction[draw].to(noisy)
-        return Batch(noisy, bank.level[draw], wanted, self.prior_weight(noisy))
+    def prior_batch(self, random: torch.Generator) -> tuple[Batch, Tensor]:
+        """Noised pictures for the class prompts, and which rows of the prompts those are [P].
 
-    def drawn_batch(self, drawn: Tensor, random: torch.Generator) -> Batch:
-        """Noised pictures of the class as the base drew it."""
-        levels = self.model.path.levels
-        draw = torch.randint(len(drawn), (self.settings.prior_batch,), generator=random)
-        clean = drawn[draw].to(self.model.device)
-        noise = torch.randn(clean.shape, generator=random).to(clean)
-        index = stratified_levels(len(draw), len(levels), random)
-        level = levels[index]
-        wanted = target(clean, noise, level, self.model.path.kind)
-        return Batch(add_noise(clean, noise, level), index, wanted, self.prior_weight(clean))
+        Targets are the base's own predictions, or the noise on pictures of the class that it drew.
+        """
+        material, count = self.material, self.settings.prior_batch
+        if material.bank is not None:
+            draw = torch.randint(len(material.bank), (count,), generator=random)
+            noisy = material.bank.noisy[draw].to(self.model.device)
+            index, wanted = material.bank.level[draw], material.bank.prediction[draw].to(noisy)
+            each = self.settings.prior_draws
+        else:
+            assert material.drawn is not None
+            draw = torch.randint(len(material.drawn), (count,), generator=random)
+            clean = material.drawn[draw].to(self.model.device)
+            noise = torch.randn(clean.shape, generator=random).to(clean)
+            index = stratified_levels(count, len(self.model.path.levels), random)
+            level = self.model.path.levels[index]
+            noisy = add_noise(clean, noise, level)
+            wanted = target(clean, noise, level, self.model.path.kind)
+            each = self.settings.num_class_images
+        share = self.settings.prior_loss_weight * self.settings.batch / count  # λ, over fewer pictures
+        weight = torch.full((count, 1, *noisy.shape[-2:]), share)
+        return Batch(noisy, index, wanted, weight), len(material.prompts) + draw // each
 
-    def prior_weight(self, latents: Tensor) -> Tensor:
-        """λ, spread over fewer pictures than the subject's batch has [B, 1, H, W]."""
-        share = self.settings.prior_loss_weight * self.settings.batch / self.settings.prior_batch
-        return torch.full((len(latents), 1, *latents.shape[-2:]), share)
-
-    def text(self, chosen: Tensor, prior: int) -> Text:
-        """The prompts of the chosen pictures, and `prior` times the class prompt behind them."""
+    def text(self, rows: Tensor) -> Text:
+        """The prompts of these rows [B], counted through the pictures' and then the classes'."""
         material = self.material
-        if material.text is None or material.prior_text is None:
-            said = [material.prompts[int(i)] for i in chosen] + [material.class_prompt] * prior
-            different = list(dict.fromkeys(said))
-            encoded_once = self.model.text_encoder(different)
-            rows = torch.tensor([different.index(prompt) for prompt in said])
-            return {name: value[rows.to(value.device)] for name, value in encoded_once.items()}
-        text = {name: value[chosen.to(value.device)] for name, value in material.text.items()}
-        if not prior:
-            return text
-        again = {name: v.expand(prior, *v.shape[1:]) for name, v in material.prior_text.items()}
-        return {name: torch.cat([value, again[name]]) for name, value in text.items()}
+        if material.text is not None:
+            return {name: value[rows.to(value.device)] for name, value in material.text.items()}
+        every = [*material.prompts, *material.class_prompts]
+        said = [every[int(row)] for row in rows]
+        different = list(dict.fromkeys(said))
+        found = self.model.text_encoder(different)
+        places = torch.tensor([different.index(prompt) for prompt in said])
+        return {name: value[places.to(value.device)] for name, value in found.items()}
 
     @contextmanager
     def dropout(self, step: int) -> Iterator[None]:
@@ -349,26 +369,35 @@ def optimizer(every: Sequence[Any], settings: Settings) -> Optimizer:
     raise UserError(f"There is no optimiser {settings.optimizer}. Choose one of adamw, adamw8bit, prodigy.")
 
 
-def masks_of(pictures: Sequence[Picture], size: tuple[int, int]) -> Tensor | None:
-    """The pictures' masks at the latents' size [N, 1, H, W], each of mean 1 so that all weigh the same; None if none.
+def masks_of(pictures: Sequence[Picture]) -> list[Tensor | None]:
+    """The pictures' masks [1, 512, 512] in 0…1; None for a picture that has none.
 
-    A picture without a mask counts everywhere. Raises `UserError` for a mask that is black all over.
+    Raises `UserError` for a mask that is black all over.
     """
-    if all(picture.mask is None for picture in pictures):
-        return None
-    found = []
+    found: list[Tensor | None] = []
     for picture in pictures:
         mask = picture.open_mask()
         if mask is None:
-            found.append(torch.ones(1, *size))
+            found.append(None)
             continue
-        small = F.adaptive_avg_pool2d(mask_to_tensor(square(mask, 512)), size)
-        if float(small.mean()) < 1e-3:
+        tensor = mask_to_tensor(square(mask, 512))
+        if float(tensor.mean()) < 1e-3:
             raise UserError(
-                f"The mask {picture.mask} is black all over, so nothing of {picture.path} would be learned."
+                f"The mask {picture.mask} is black all over, so nothing of {picture.path} would be learned. "
+                "Paint white what is to be learned."
             )
-        found.append(small / small.mean())
-    return torch.stack(found)
+        found.append(tensor)
+    return found
+
+
+def sized(masks: Sequence[Tensor | None], size: Sequence[int]) -> Tensor | None:
+    """Masks at the latents' size [N, 1, H, W], each of mean 1 so that all pictures weigh the same; None if none."""
+    if all(mask is None for mask in masks):
+        return None
+    height, width = size
+    whole = torch.ones(1, 512, 512)
+    small = [F.adaptive_avg_pool2d(whole if mask is None else mask, (height, width)) for mask in masks]
+    return torch.stack([mask / mask.mean() for mask in small])
 
 
 def class_latents(model: Backbone, class_prompt: str, settings: Settings) -> Tensor:

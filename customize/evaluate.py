@@ -1,9 +1,9 @@
 """How well a concept was learned: likeness to the subject, obedience to prompts, what became of the class, variety.
 
 The four figures of Ruiz et al. 2023 (§ 4) by a CLIP scorer: CLIP-I with the subject's pictures, CLIP-T with the
-prompts, PRES (likeness of the class's pictures to the subject; lower is better) and DIV (variety among pictures of one prompt).
-While a concept trains they are taken from fixed noise and fixed prompts, together with the denoising loss at fixed
-noise and levels, and the checkpoint with the best `rating` is kept.
+prompts, PRES (likeness of the class's pictures to the subject; lower is better) and DIV (variety among pictures of one
+prompt). While a concept trains they are taken from fixed noise and fixed prompts, together with the denoising loss at
+fixed noise and levels, and the checkpoint with the best `rating` is kept.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class Evaluator:
         self.asked = [
             Request(spoken(p.format(settings.called()), [concept]), (i, 0)) for i, p in enumerate(PROMPTS)
         ]
-        self.plain = [Request(settings.prompts()[1], (len(PROMPTS), j)) for j in range(len(PROMPTS))]
+        plain = settings.subjects()[0].filled(settings.class_prompt)
+        self.plain = [Request(plain, (len(PROMPTS), j)) for j in range(len(PROMPTS))]
         side = model.resolution
         self.subject = scorer.embed_images([square(picture.open(), side) for picture in pictures])
         self.texts = scorer.embed_texts([prompt.format(noun) for prompt in PROMPTS])
@@ -144,7 +145,7 @@ def fixed_loss(training: Training) -> float:
         index = torch.tensor([int((k + 0.5) / LOSS_DRAWS * len(levels))])
         level = levels[index]
         with model.autocast():
-            text = training.text(torch.tensor([number]), 0)
+            text = training.text(torch.tensor([number]))
             prediction = model.family.network(model.denoiser, text)(
                 add_noise(clean, noise, level), time[index].to(clean.device)
             )

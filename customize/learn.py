@@ -127,15 +127,19 @@ class Words:
     begins: float = 0.0
     ends: float = 1.0
     parameters: dict[str, Tensor] = field(init=False)
+    rows: dict[str, dict[str, Tensor]] = field(init=False)
 
     def __post_init__(self) -> None:
         settings, encoder = self.settings, self.model.text_encoder
-        start = rows_of(
-            encoder, settings.initializer_token or settings.class_noun, count=settings.num_vectors
-        )
-        words = words_of(settings.token, settings.num_vectors)
-        self.rows = new_words(encoder, start, words=words)
-        self.parameters = {f"words.{side}": value.requires_grad_(True) for side, value in self.rows.items()}
+        self.rows, self.parameters = {}, {}
+        for subject in settings.subjects():
+            first = settings.initializer_token or subject.class_noun
+            start = rows_of(encoder, first, count=settings.num_vectors)
+            rows = new_words(encoder, start, words=words_of(subject.token, settings.num_vectors))
+            self.rows[subject.token] = rows
+            self.parameters |= {
+                f"words.{subject.token}.{side}": value.requires_grad_(True) for side, value in rows.items()
+            }
         self.model.text_learned = True
 
     @property
@@ -143,7 +147,7 @@ class Words:
         return self.settings.words_learning_rate
 
     def save(self, run: Path, header: Mapping[str, str]) -> dict[str, str]:
-        save_words(run / WORDS, self.settings.token, self.rows, metadata=header)
+        save_words(run / WORDS, self.rows, metadata=header)
         return {"words": WORDS}
 
 

@@ -3,54 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import platform
 import re
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from PIL.Image import Image
 
 from backbone.concept import Concept, check_token, rare_words, spoken
 from backbone.console import UserError, progress, say
-from backbone.files import append_jsonl, content_hash, read_jsonl, write_json, write_text
+from backbone.files import append_jsonl, content_hash, write_json, write_text
 from backbone.images import Picture, check, read_folder, square
 from backbone.model import Backbone
 from backbone.new_words import FILE as WORDS
 from backbone.new_words import words_of
+from backbone.runs import stopping, trim_log, versions
 from backbone.sample import Request, sample
 from backbone.sheet import Cell, in_rows, save_png, sheet
-from customize.dreambooth import Training, prepare, preserves
+from customize.dreambooth import Group, Training, prepare, preserves
 from customize.learn import METHODS, OWN_WORDS
-from customize.settings import FILE, Settings, as_flags, read_settings
+from customize.settings import FILE, Settings, Subject, as_flags, read_settings
 from customize.watch import Watch
 
 LOG = "log.jsonl"
 SHEET = "sheet.png"
-PACKAGES = ("atelier-diffusion", "torch", "diffusers", "transformers", "peft", "accelerate")
 
 
-def train_concept(
-    asked: dict[str, Any],
-    pictures: list[Picture],
-    *,
-    images: str,
-    token: str,
-    class_noun: str | None,
-    out: Path | None,
-) -> Path:
+def train_concept(asked: dict[str, Any], subjects: Sequence[Subject], *, out: Path | None) -> Path:
     """Trains a new concept and gives its run folder. `asked` holds what the user set; the rest comes from the model.
 
-    `pictures` are those of `images`, checked. Raises `UserError` for a bad token or a run folder that is taken.
+    A class that is empty is guessed, words that are empty are found. Raises `UserError` for bad pictures, all
+    of them listed, a bad token, or a run folder that is taken.
     """
     began = time.perf_counter()
-    run = out or Path("runs") / run_name(images)
+    pictures = [read_folder(subject.images) for subject in subjects]
+    check([picture for folder in pictures for picture in folder])
+    run = out or Path("runs") / run_name(subjects[0].images)
     if (run / FILE).exists():
         raise UserError(
             f"{run} already holds a run. Continue it with --resume {run}, or choose another --out."
@@ -60,20 +49,30 @@ def train_concept(
         device=asked.get("device", "auto"),
         precision=asked.get("precision", "auto"),
     )
-    if class_noun is None:
-        class_noun = guess(model, pictures, images)
-    settings = resolved(model, asked, images=images, token=token, class_noun=class_noun)
-    check_token(token, model.text_encoder.tokenizer.get_vocab())
+    nouns = [
+        subject.class_noun or guess(model, folder, subject.images)
+        for subject, folder in zip(subjects, pictures, strict=True)
+    ]
+    first = subjects[0]
+    settings = resolved(model, asked, images=first.images, token=first.token, class_noun=nouns[0])
     if settings.method not in METHODS:
         raise UserError(f"There is no method {settings.method}. Choose one of {', '.join(METHODS)}.")
-    if settings.method in OWN_WORDS:
-        settings = dataclasses.replace(
-            settings, token_words=" ".join(words_of(settings.token, settings.num_vectors))
-        )
-    elif not settings.token_words:
-        key = "".join(content_hash(picture.read()) for picture in pictures)
-        words = rare_words(model.text_encoder.tokenizer.get_vocab(), key)
-        settings = dataclasses.replace(settings, token_words=words)
+    vocabulary = model.text_encoder.tokenizer.get_vocab()
+    found: list[Subject] = []
+    for subject, noun, folder in zip(subjects, nouns, pictures, strict=True):
+        check_token(subject.token, vocabulary)
+        if any(subject.token == other.token for other in found):
+            raise UserError(f"Two subjects have the token {subject.token}. Give each its own.")
+        words = subject.token_words
+        if settings.method in OWN_WORDS:
+            words = " ".join(words_of(subject.token, settings.num_vectors))
+        elif not words:
+            key = "".join(content_hash(picture.read()) for picture in folder)
+            words = rare_words(vocabulary, key, taken=[other.token_words for other in found])
+        found.append(dataclasses.replace(subject, class_noun=noun, token_words=words))
+    settings = dataclasses.replace(
+        settings, token_words=found[0].token_words, concept=tuple(subject.flag() for subject in found[1:])
+    )
     run.mkdir(parents=True, exist_ok=True)
     write_record(run, settings, timings={})
     return carry_on(run, settings, model, pictures, began=began)
@@ -82,37 +81,41 @@ def train_concept(
 def resume_concept(run: Path) -> Path:
     """Goes on with a run that was stopped; the weights come out as if it had not been."""
     settings = read_settings(run)
-    pictures = read_folder(settings.images)
-    check(pictures)
+    pictures = [read_folder(subject.images) for subject in settings.subjects()]
+    check([picture for folder in pictures for picture in folder])
     model = Backbone.open(settings.model, device=settings.device, precision=settings.precision)
     return carry_on(run, settings, model, pictures, began=time.perf_counter())
 
 
 def carry_on(
-    run: Path, settings: Settings, model: Backbone, pictures: list[Picture], *, began: float
+    run: Path, settings: Settings, model: Backbone, pictures: Sequence[list[Picture]], *, began: float
 ) -> Path:
     """Trains from the last checkpoint, if there is one, to the finished folder."""
+    subjects = settings.subjects()
     concept = Concept(
         kind=settings.method,
         model=settings.model,
         fingerprint=model.fingerprint,
-        tokens={settings.token: settings.token_words},
+        tokens={subject.token: subject.token_words for subject in subjects},
         class_noun=settings.class_noun,
     )
-    instance, prior = settings.prompts()
-    prompts = [spoken(captioned(picture, instance, settings.token), [concept]) for picture in pictures]
-    what = (
-        f"gets {settings.num_vectors} new words of its own"
-        if settings.method in OWN_WORDS
-        else f"stands for “{settings.token_words}”"
-    )
-    say(f"{len(pictures)} pictures of “{settings.called()}”; {settings.token} {what}.")
-    training = Training(model, prepare(model, pictures, [*prompts, prior], settings), settings)
+    groups = []
+    for subject, folder in zip(subjects, pictures, strict=True):
+        instance = subject.filled(settings.instance_prompt)
+        prompts = [spoken(captioned(picture, instance, subject.token), [concept]) for picture in folder]
+        groups.append(Group(folder, prompts, subject.filled(settings.class_prompt)))
+        what = (
+            f"gets {settings.num_vectors} new words of its own"
+            if settings.method in OWN_WORDS
+            else f"stands for “{subject.token_words}”"
+        )
+        say(f"{len(folder)} pictures of “{subject.called()}”; {subject.token} {what}.")
+    training = Training(model, prepare(model, groups, settings), settings)
     training.resume(run)
-    trim_log(run, training.done)
+    trim_log(run / LOG, training.done)
     prepared = time.perf_counter()
     previews = Previews(model, settings, concept)
-    watch = Watch(run, training, concept, pictures)
+    watch = Watch(run, training, concept, pictures[0])
     with stopping() as stop, progress(settings.steps, "training", done=training.done) as bar:
         watch.look()
         for report in training.steps():
@@ -134,14 +137,16 @@ def carry_on(
                 break
     trained = time.perf_counter()
     header = {
-        "atelier_token": settings.token,
-        "atelier_words": settings.token_words,
+        "atelier_token": " ".join(subject.token for subject in subjects),
+        "atelier_words": " ".join(subject.token_words for subject in subjects),
         "base_model": settings.model,
     }
     dataclasses.replace(concept, **training.write(run, header)).write(run)
     watch.report(settings)
     with training.averaged():
-        shown = previews.save(run / SHEET, count=8, subjects=pictures)
+        shown = previews.save(
+            run / SHEET, count=8, pictures=[picture for folder in pictures for picture in folder]
+        )
     ended = time.perf_counter()
     timings = {
         "prepare": prepared - began,
@@ -160,10 +165,14 @@ class Previews:
 
     def __init__(self, model: Backbone, settings: Settings, concept: Concept) -> None:
         self.model, self.settings = model, settings
-        self.prompts = [prompt.replace("{}", settings.called()) for prompt in settings.sheet_prompts]
+        names = [subject.called() for subject in settings.subjects()]
+        self.prompts = [
+            prompt.replace("{}", names[number % len(names)])
+            for number, prompt in enumerate(settings.sheet_prompts)
+        ]
         self.requests = [Request(spoken(prompt, [concept]), (i, 0)) for i, prompt in enumerate(self.prompts)]
 
-    def save(self, path: Path, *, count: int, subjects: list[Picture] | None = None) -> list[str]:
+    def save(self, path: Path, *, count: int, pictures: list[Picture] | None = None) -> list[str]:
         """Writes a sheet of the first `count` prompts, the subject's pictures above them; gives the prompts."""
         drawn: list[Image] = list(
             sample(
@@ -174,7 +183,7 @@ class Previews:
                 seed=self.settings.seed,
             )
         )
-        own = [square(picture.open(), self.model.resolution) for picture in (subjects or [])[:8]]
+        own = [square(picture.open(), self.model.resolution) for picture in (pictures or [])[:8]]
         cells = [Cell(picture, prompt) for picture, prompt in zip(drawn, self.prompts, strict=False)]
         rows = ([list(own)] if own else []) + in_rows(cells, 4)
         titles = ["The subject", "What the model draws now"] if own else []
@@ -183,25 +192,6 @@ class Previews:
         note = f"{settings.model}, {how}"
         save_png(path, sheet(rows, title=self.settings.called(), note=note, row_titles=titles))
         return self.prompts[:count]
-
-
-@contextmanager
-def stopping() -> Iterator[list[int]]:
-    """A list that is empty until Ctrl-C or SIGTERM comes; the second one interrupts at once."""
-    caught: list[int] = []
-
-    def remember(number: int, frame: FrameType | None) -> None:
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-        say("Saving, then stopping …")
-
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def resolved(model: Backbone, asked: dict[str, Any], *, images: str, token: str, class_noun: str) -> Settings:
@@ -278,15 +268,6 @@ def run_name(images: str) -> str:
     return (path.stem if path.is_file() else path.name) or "run"
 
 
-def trim_log(run: Path, done: int) -> None:
-    """Forgets log lines of steps that will be taken again."""
-    path = run / LOG
-    if not path.exists():
-        return
-    kept = [json.dumps(line) + "\n" for line in read_jsonl(path) if line["step"] <= done]
-    write_text(path, "".join(kept))  # at once, so that a kill leaves the old log or the new one
-
-
 def write_record(run: Path, settings: Settings, *, timings: dict[str, float]) -> None:
     """Writes the run's `settings.json`: what was resolved, how to repeat it, and with which versions."""
     command = as_flags(settings, run)
@@ -295,20 +276,10 @@ def write_record(run: Path, settings: Settings, *, timings: dict[str, float]) ->
     )
 
 
-def versions() -> dict[str, str]:
-    """Of Python and the packages that matter."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def readme(run: Path, settings: Settings, prompts: list[str], seconds: dict[str, float]) -> str:
     """The run's README.md."""
-    instance, prior = settings.prompts()
+    first = settings.subjects()[0]
+    instance, prior = first.filled(settings.instance_prompt), first.filled(settings.class_prompt)
     preserved = f" “{prior}” kept what it was." if preserves(settings) else ""
     lines = [
         f"# {settings.called()}",
@@ -319,6 +290,10 @@ def readme(run: Path, settings: Settings, prompts: list[str], seconds: dict[str,
         "",
         f"Write `{settings.token}` in a prompt; the model reads “{settings.token_words}”. Trained on “{instance}”."
         + preserved,
+        *(
+            f"Also `{other.token}`, a {other.class_noun}, from `{other.images}`."
+            for other in settings.subjects()[1:]
+        ),
         "",
         f"![the subject above, samples below]({SHEET})",
         "",

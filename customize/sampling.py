@@ -13,9 +13,9 @@ from backbone.console import progress
 from backbone.files import write_json
 from backbone.learned import put_on
 from backbone.model import Backbone
+from backbone.runs import versions
 from backbone.sample import Request, Sampler, sample
 from backbone.sheet import Cell, in_rows, save_png, sheet
-from customize.runs import versions
 
 
 def draw(

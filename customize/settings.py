@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,39 @@ from backbone.console import UserError
 from backbone.files import read_json
 
 FILE = "settings.json"
-LISTS = ("sheet_prompts", "rank_pattern")
+INSTANCE_PROMPT = "a {token} {class}"
+LISTS = ("sheet_prompts", "rank_pattern", "concept")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One thing to learn: its pictures, its token with the words behind it, and what it is."""
+
+    images: str
+    token: str
+    class_noun: str
+    token_words: str = ""
+
+    def called(self) -> str:
+        """How a prompt calls it: `[V] dog`."""
+        return tidy(f"{self.token} {self.class_noun}")
+
+    def filled(self, template: str) -> str:
+        """A prompt with the token and the class filled in."""
+        return tidy(template.replace("{token}", self.token).replace("{class}", self.class_noun))
+
+    def flag(self) -> str:
+        """As `--concept` takes it."""
+        return ":".join(part for part in (self.images, self.token, self.class_noun, self.token_words) if part)
+
+
+def read_subject(flag: str) -> Subject:
+    """A subject from FOLDER:TOKEN:CLASS, with :WORDS behind it or not; `UserError` for anything else."""
+    drive = flag[:2] if re.match(r"[A-Za-z]:[\\/]", flag) else ""  # of a path on Windows
+    parts = flag.removeprefix(drive).split(":")
+    if len(parts) not in (3, 4) or not all(part.strip() for part in parts):
+        raise UserError(f"--concept {flag} is not FOLDER:TOKEN:CLASS, like cat/:[W]:cat. Write it so.")
+    return Subject(drive + parts[0], *parts[1:])
 
 
 @dataclass(frozen=True)
@@ -22,9 +55,10 @@ class Settings:
     token: str
     class_noun: str
     model: str = "moji"
-    instance_prompt: str = "a {token} {class}"
+    instance_prompt: str = INSTANCE_PROMPT
     class_prompt: str = "a {class}"
     token_words: str = ""
+    concept: tuple[str, ...] = ()  # further subjects, as `Subject.flag` writes them
     method: str = "lora"
     steps: int = 400
     batch: int = 6
@@ -70,10 +104,10 @@ class Settings:
     sample_steps: int = 25
     guidance: float = 4.0
 
-    def prompts(self) -> tuple[str, str]:
-        """The instance prompt and the class prompt, with the class filled in and the token as people write it."""
-        fill = {"token": self.token, "class": self.class_noun}
-        return tidy(_filled(self.instance_prompt, fill)), tidy(_filled(self.class_prompt, fill))
+    def subjects(self) -> list[Subject]:
+        """Everything that is learned, the first one in front."""
+        first = Subject(self.images, self.token, self.class_noun, self.token_words)
+        return [first, *(read_subject(flag) for flag in self.concept)]
 
     def ranks(self) -> dict[str, int]:
         """The layers with a rank of their own, from `PATTERN=RANK`; `UserError` for anything else."""
@@ -86,8 +120,8 @@ class Settings:
         return found
 
     def called(self) -> str:
-        """How a prompt calls the concept: `[V] dog`."""
-        return tidy(f"{self.token} {self.class_noun}")
+        """How a prompt calls the first subject: `[V] dog`."""
+        return self.subjects()[0].called()
 
 
 def read_settings(run: Path) -> Settings:
@@ -118,6 +152,7 @@ def as_flags(settings: Settings, out: Path) -> str:
             flags += [f"--{field.name}"] if value else []
         elif value != getattr(usual, field.name) or field.name in ("class_noun", "steps", "seed"):
             flags.append(f"--{names.get(field.name, field.name)} {_quoted(str(value))}")
+    flags += [f"--concept {_quoted(flag)}" for flag in settings.concept]
     flags += [f"--rank_pattern {_quoted(pattern)}" for pattern in settings.rank_pattern]
     flags += [f"--validation_prompt {_quoted(prompt)}" for prompt in settings.sheet_prompts]
     return " ".join([*flags, f"--out {_quoted(str(out))}"])
@@ -126,12 +161,6 @@ def as_flags(settings: Settings, out: Path) -> str:
 def tidy(prompt: str) -> str:
     """One space between words; `an` before a vowel, `a` before a bracketed token."""
     return " ".join(prompt.split())
-
-
-def _filled(template: str, words: dict[str, str]) -> str:
-    for name, word in words.items():
-        template = template.replace("{" + name + "}", word)
-    return template
 
 
 def _quoted(text: str) -> str:

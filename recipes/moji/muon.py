@@ -82,7 +82,9 @@ def orthogonal(matrix: Tensor) -> Tensor:
         product = factor @ product if last else factor
         if last < ITERATIONS - 1:
             gram = factor @ gram @ factor
-    near: Tensor = product.bfloat16() @ wide.bfloat16()  # half the time, and its rounding is far below 0.7…1.2
+    near: Tensor = (
+        product.bfloat16() @ wide.bfloat16()
+    )  # half the time, and its rounding is far below 0.7…1.2
     return near if matrix.shape[0] <= matrix.shape[1] else near.T
 
 

@@ -14,10 +14,8 @@ from backbone.console import UserError
 from backbone.images import read_folder
 from backbone.loop import generator
 from backbone.model import Backbone
-from customize.dreambooth import Material, Training, prepare
+from customize.dreambooth import Group, Material, Training, prepare
 from customize.settings import Settings, as_flags
-
-PROMPTS = ("a bcd dog", "a bcd dog", "a bcd dog", "a dog")
 
 
 def settings(subject: Path, **changes: object) -> Settings:
@@ -38,7 +36,8 @@ def settings(subject: Path, **changes: object) -> Settings:
 
 
 def material(model: Backbone, subject: Path, asked: Settings) -> Material:
-    return prepare(model, read_folder(subject), PROMPTS, asked)
+    pictures = read_folder(subject)
+    return prepare(model, [Group(pictures, ["a bcd dog"] * len(pictures), "a dog")], asked)
 
 
 def test_the_prior_term_is_zero_for_an_untouched_adapter(tiny: Backbone, subject: Path) -> None:

@@ -19,7 +19,7 @@ from backbone.model import Backbone
 from backbone.new_words import FILE as WORDS
 from backbone.new_words import new_words, rows_of, words_of
 from backbone.noise import debiased, vp
-from customize.dreambooth import Training, prepare
+from customize.dreambooth import Group, Training, prepare
 from customize.learn import METHODS, OWN_WORDS
 from customize.settings import Settings
 
@@ -61,7 +61,7 @@ def begun(model: Backbone, subject: Path, asked: Settings) -> tuple[Training, Co
     concept = Concept(asked.method, "tiny", model.fingerprint, {"[V]": words}, "dog")
     pictures = read_folder(subject)
     prompts = [spoken("a [V] dog", [concept]) for _ in pictures]
-    return Training(model, prepare(model, pictures, [*prompts, "a dog"], asked), asked), concept
+    return Training(model, prepare(model, [Group(pictures, prompts, "a dog")], asked), asked), concept
 
 
 def fresh(folder: Path) -> Backbone:
@@ -147,7 +147,7 @@ def test_learned_words_are_read_by_diffusers(tiny_folder: Path, subject: Path, t
 
 def test_pivotal_tuning_learns_the_word_first_and_then_the_network(tiny: Backbone, subject: Path) -> None:
     training, _ = begun(tiny, subject, settings(subject, method="pivotal", words_share=0.5, weight_decay=0.0))
-    word = training.parameters["words.text_encoder"]
+    word = training.parameters["words.[V].text_encoder"]
     factor = next(value for name, value in training.parameters.items() if "lora_B" in name)
     words, factors = [], []
     for _ in training.steps():
@@ -186,7 +186,7 @@ def test_class_pictures_are_drawn_once_and_their_latents_kept(
     assert first.material.drawn is not None
     assert first.material.drawn.shape == (3, *tiny.latent_shape)
     monkeypatch.setattr("customize.dreambooth.sample_latents", None)  # a second drawing would fail
-    again = prepare(tiny, read_folder(subject), [*["a bcd dog"] * 3, "a dog"], asked)
+    again = prepare(tiny, [Group(read_folder(subject), ["a bcd dog"] * 3, "a dog")], asked)
     assert again.drawn is not None
     assert torch.equal(again.drawn, first.material.drawn)
     assert torch.isfinite(next(first.losses(1)))
@@ -206,7 +206,7 @@ def test_what_a_mask_hides_is_not_learned(tiny: Backbone, subject: Path) -> None
     pictures = read_folder(subject)
     assert all(picture.mask is not None for picture in pictures)
     asked = settings(subject, prior="off")
-    material = prepare(tiny, pictures, [*["a bcd dog"] * len(pictures), "a dog"], asked)
+    material = prepare(tiny, [Group(pictures, ["a bcd dog"] * len(pictures), "a dog")], asked)
     assert material.masks is not None
     training = Training(tiny, material, asked)
     weight = training.subject_batch(generator(1))[0].weight
@@ -230,6 +230,25 @@ def test_the_debiased_weight_is_one_over_the_root_of_snr() -> None:
     assert torch.allclose(debiased(level), torch.tensor([1.0, (0.1 / 0.9) ** 0.5]))
     v = debiased(level, "v_prediction")  # an error of v is a times one of ε
     assert torch.allclose(v, debiased(level) * level.a**2)
+
+
+def test_every_subject_is_drawn_as_often_with_its_own_prompts(tiny: Backbone, subject: Path) -> None:
+    pictures = read_folder(subject)
+    asked = settings(subject, batch=64, prior_batch=32)
+    groups = [
+        Group(pictures, ["a bcd dog"] * len(pictures), "a dog"),
+        Group(pictures[:1], ["a fgh cat"], "a cat"),
+    ]
+    training = Training(tiny, prepare(tiny, groups, asked), asked)
+    _, rows = training.subject_batch(generator(0))
+    assert 20 <= int((rows == len(pictures)).sum()) <= 44
+    _, prior = training.prior_batch(generator(0))
+    assert set(prior.tolist()) == {len(pictures) + 1, len(pictures) + 2}
+    text = training.text(torch.tensor([len(pictures), len(pictures) + 2]))["hidden"]
+    torch.testing.assert_close(text, tiny.encode_prompts(["a fgh cat", "a cat"])["hidden"])
+    answers = training.material.bank
+    assert answers is not None
+    assert len(answers) == 2 * asked.prior_draws
 
 
 def test_a_layer_pattern_gets_its_own_rank(tiny: Backbone, subject: Path) -> None:

@@ -122,6 +122,24 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
     assert [line["step"] for line in read_jsonl(log)] == list(range(1, 61))
 
 
+def test_two_subjects_are_learned_at_once_and_resumed(
+    customize: Command, tmp_path: Path, subject: Path, tiny_folder: Path
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    Image.new("RGB", (70, 64), "green").save(other / "a.png")
+    flags = ["--images", str(subject), "--concept", "other:[W]:cat", "--model", str(tiny_folder)]
+    customize(*TRAIN, *flags, "--steps", "2", "--out", "two")
+    concept = json.loads((tmp_path / "two" / "concept.json").read_text())
+    assert list(concept["tokens"]) == ["[V]", "[W]"]
+    assert len(set(concept["tokens"].values())) == 2
+    customize("sample", "a [V] dog", "a [W] cat", "--concept", "two", "--steps", "2")
+    customize("train", "--resume", "two")
+    done = customize(*TRAIN, "--images", str(subject), "--concept", "other:[V]:cat", check=False)
+    assert done.returncode == 2
+    assert "its own" in done.stderr
+
+
 def test_every_bad_picture_is_listed_before_anything_is_written(
     customize: Command, tmp_path: Path, subject: Path, tiny_folder: Path
 ) -> None:

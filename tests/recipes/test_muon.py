@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -28,7 +30,7 @@ def test_a_step_goes_down_and_leaves_other_groups_to_adamw() -> None:
     weight, bias = torch.zeros(8, 4, 3, 3, requires_grad=True), torch.zeros(8, requires_grad=True)
     wanted = torch.nn.Conv2d(4, 8, 3)
     pictures = torch.randn(16, 4, 8, 8)
-    groups = [{"params": [bias]}, {"params": [weight], "momentum": 0.9, "lr": 0.02}]
+    groups: list[dict[str, Any]] = [{"params": [bias]}, {"params": [weight], "momentum": 0.9, "lr": 0.02}]
     optimizer = Muon(groups, lr=0.01, weight_decay=0.0)
     losses = []
     for _ in range(80):

@@ -1,0 +1,55 @@
+"""What every kind of run folder needs: a polite end, a log without lost steps, the versions it was made with."""
+
+from __future__ import annotations
+
+import json
+import platform
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+
+from backbone.console import say
+from backbone.files import read_jsonl, write_text
+
+PACKAGES = ("atelier-diffusion", "torch", "diffusers", "transformers", "peft", "accelerate")
+
+
+@contextmanager
+def stopping() -> Iterator[list[int]]:
+    """A list that is empty until Ctrl-C or SIGTERM comes; the second one interrupts at once."""
+    caught: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+        say("Saving, then stopping …")
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def trim_log(path: Path, done: int) -> None:
+    """Forgets log lines of steps that will be taken again."""
+    if not path.exists():
+        return
+    kept = [json.dumps(line) + "\n" for line in read_jsonl(path) if line["step"] <= done]
+    write_text(path, "".join(kept))  # at once, so that a kill leaves the old log or the new one
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that matter."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,120 @@
+"""What other tools call a layer: kohya's underscores, the block numbers of the original Stable Diffusion code.
+
+Here a layer is called as diffusers calls its module, with its component in front and CLIP's level `text_model` left
+out: `unet.down_blocks.0.attentions.0.proj_in`, `text_encoder.encoder.layers.3.mlp.fc1`.
+"""
+
+from __future__ import annotations
+
+import re
+
+COMPONENTS = ("unet", "text_encoder_2", "text_encoder", "transformer")
+TEXT_LEVEL = "text_model."
+LAYERS_PER_BLOCK = 2  # of every published Stable Diffusion
+
+# Module names that hold an underscore themselves; every other underscore of a flat name was a dot.
+_COMPOUNDS = (
+    *("down_blocks", "up_blocks", "mid_block", "transformer_blocks", "single_transformer_blocks"),
+    *("time_embedding", "add_embedding", "class_embedding", "time_emb_proj", "linear_1", "linear_2"),
+    *("conv_in", "conv_out", "conv_shortcut", "proj_in", "proj_out", "proj_mlp", "encoder_hid_proj"),
+    *("to_q", "to_k", "to_v", "to_out", "to_add_out", "add_q_proj", "add_k_proj", "add_v_proj", "ff_context"),
+    *("input_blocks", "middle_block", "output_blocks", "in_layers", "out_layers", "emb_layers"),
+    *("skip_connection", "time_embed", "label_emb"),
+    *("text_model", "text_projection", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj"),
+    *("token_embedding", "position_embedding", "final_layer_norm"),
+)
+_PIECES = re.compile(
+    "|".join(f"{name}(?=_|$)" for name in sorted(_COMPOUNDS, key=len, reverse=True)) + "|[^_]+"
+)
+_RESNET = {
+    "in_layers.2": "conv1",
+    "out_layers.3": "conv2",
+    "emb_layers.1": "time_emb_proj",
+    "skip_connection": "conv_shortcut",
+}
+_OUTSIDE = {
+    "input_blocks.0.0": "conv_in",
+    "out.2": "conv_out",
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
+}
+_ORIGINAL = re.compile(r"(input_blocks|output_blocks|middle_block)\.(\d+)\.(?:(\d+)\.)?(.+)")
+_DIFFUSERS = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
+_MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
+
+
+def split(layer: str) -> tuple[str, str]:
+    """A layer's component and the name of its module there."""
+    component, _, module = layer.partition(".")
+    assert component in COMPONENTS, layer
+    return component, module
+
+
+def is_text(component: str) -> bool:
+    """Whether a component is a CLIP text encoder."""
+    return component.startswith("text_encoder")
+
+
+def with_text_level(component: str, module: str) -> str:
+    """The module's name where CLIP still has its level `text_model`, as older transformers and other tools have."""
+    return TEXT_LEVEL + module if is_text(component) and module != "text_projection" else module
+
+
+def flat(module: str) -> str:
+    """`down_blocks.0.proj_in` → `down_blocks_0_proj_in`."""
+    return module.replace(".", "_")
+
+
+def dotted(name: str) -> str:
+    """The inverse of `flat` for the modules of UNets, CLIP and diffusers' transformers."""
+    return ".".join(_PIECES.findall(name))
+
+
+def from_original(module: str) -> str:
+    """A UNet module by diffusers' name, from the original code's; names of diffusers come back as they are.
+
+    For Stable Diffusion's UNets, which have two layers a block.
+    """
+    if module in _OUTSIDE:
+        return _OUTSIDE[module]
+    found = _ORIGINAL.fullmatch(module)
+    if found is None:
+        return module
+    side, number, place, rest = found[1], int(found[2]), found[3], found[4]
+    if side == "middle_block":
+        kind, index = ("attentions", 0) if number == 1 else ("resnets", number // 2)
+        inner = rest if place is None else f"{place}.{rest}"
+        return f"mid_block.{kind}.{index}.{_RESNET.get(inner, inner)}"
+    each = LAYERS_PER_BLOCK + 1
+    block, layer = divmod(number - 1, each) if side == "input_blocks" else divmod(number, each)
+    way = "down" if side == "input_blocks" else "up"
+    if rest in ("op", "conv"):
+        return f"{way}_blocks.{block}.{way}samplers.0.conv"
+    kind = "resnets" if place == "0" else "attentions"
+    return f"{way}_blocks.{block}.{kind}.{layer}.{_RESNET.get(rest, rest)}"
+
+
+def to_original(module: str) -> str:
+    """The inverse of `from_original` for Stable Diffusion XL, whose upsamplers follow a transformer."""
+    outside = {ours: theirs for theirs, ours in _OUTSIDE.items()}
+    if module in outside:
+        return outside[module]
+    resnet = {ours: theirs for theirs, ours in _RESNET.items()}
+    if found := _MIDDLE.fullmatch(module):
+        number = 1 if found[1] == "attentions" else 2 * int(found[2])
+        return f"middle_block.{number}.{resnet.get(found[3], found[3])}"
+    found = _DIFFUSERS.fullmatch(module)
+    if found is None:
+        return module
+    way, block, kind, layer, rest = found[1], int(found[2]), found[3], int(found[4]), found[5]
+    each = LAYERS_PER_BLOCK + 1
+    first = 1 + block * each if way == "down" else block * each
+    if kind == "downsamplers":
+        return f"input_blocks.{first + LAYERS_PER_BLOCK}.0.op"
+    if kind == "upsamplers":
+        return f"output_blocks.{first + LAYERS_PER_BLOCK}.2.conv"
+    side = "input_blocks" if way == "down" else "output_blocks"
+    place = 0 if kind == "resnets" else 1
+    return f"{side}.{first + layer}.{place}.{resnet.get(rest, rest)}"
