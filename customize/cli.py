@@ -23,6 +23,7 @@ Method = Literal["lora", "full", "textual-inversion", "pivotal", "custom-diffusi
 Adapter = Literal["lora", "dora", "loha", "lokr"]
 Prior = Literal["base", "class-images", "off"]
 Optimizer = Literal["adamw", "adamw8bit", "prodigy"]
+Reports = Literal["jsonl", "tensorboard"]
 Weighting = Literal["none", "min-snr", "debiased"]
 MODEL_HELP = "moji, sd15, sdxl, sd3, flux, a diffusers folder, a checkpoint file (.safetensors), or a hub id."
 Model = Annotated[str | None, typer.Option("--model", "--pretrained_model_name_or_path", help=MODEL_HELP)]
@@ -271,6 +272,16 @@ def train(
     ] = None,
     noise_offset: Annotated[float | None, typer.Option("--noise_offset", min=0, show_default="0")] = None,
     max_grad_norm: Annotated[float | None, typer.Option("--max_grad_norm", min=0, show_default="1")] = None,
+    report_to: Annotated[
+        Reports | None,
+        typer.Option("--report_to", help="Curves for TensorBoard beside the log.", show_default="jsonl"),
+    ] = None,
+    push_to_hub: Annotated[
+        bool, typer.Option("--push_to_hub", "--push-to-hub", help="Upload the finished run to the hub.")
+    ] = False,
+    hub_model_id: Annotated[
+        str | None, typer.Option("--hub_model_id", help="Where to.", show_default="the run's name")
+    ] = None,
     precision: Precision = None,
     device: Device = None,
 ) -> None:
@@ -341,6 +352,9 @@ def train(
             "evaluation_steps": evaluation_steps,
             **({} if patience is None else {"patience": patience}),
             "scorer": scorer,
+            "report_to": report_to,
+            "push_to_hub": push_to_hub or None,
+            "hub_model_id": hub_model_id,
             "sheet_prompts": tuple(validation_prompt or ()),
             "max_grad_norm": max_grad_norm,
             "precision": precision,

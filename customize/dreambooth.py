@@ -72,6 +72,7 @@ class Material:
     bank           the untouched model's answers to them, K draws each, or None
     drawn          latents of the classes as the base draws them [G × K, C, H, W], or None
     text           `prompts` and then `class_prompts` encoded, or None while the text side itself is trained
+    names          what each posterior is a picture of, for messages
     """
 
     posteriors: list[Posterior]
@@ -82,16 +83,19 @@ class Material:
     bank: Bank | None
     drawn: Tensor | None
     text: Text | None
+    names: list[str]
 
 
 def prepare(model: Backbone, groups: Sequence[Group], settings: Settings) -> Material:
     """Encodes pictures and prompts, then asks the base about the classes, and frees the encoders."""
     posteriors: list[Posterior] = []
     prompts: list[str] = []
+    names: list[str] = []
     masks: list[Tensor | None] = []
     counts = []
     for group in groups:
         found, mask, said = encoded(model, group.pictures), masks_of(group.pictures), list(group.prompts)
+        names += [str(picture.path) for picture in group.pictures] * (2 if settings.flip else 1)
         if settings.flip:
             found += encoded(model, group.pictures, flip=True)
             mask, said = mask + [None if m is None else m.flip(-1) for m in mask], said * 2
@@ -108,7 +112,7 @@ def prepare(model: Backbone, groups: Sequence[Group], settings: Settings) -> Mat
         bank = banks_of(model, posteriors, class_text, counts, settings)
     share = torch.cat([torch.full((count,), 1 / count) for count in counts])
     at_latents = sized(masks, posteriors[0].mean.shape[-2:])
-    return Material(posteriors, prompts, share, at_latents, classes, bank, drawn, text)
+    return Material(posteriors, prompts, share, at_latents, classes, bank, drawn, text, names)
 
 
 def banks_of(
@@ -192,7 +196,21 @@ class Training:
                 noisy, time[index].to(noisy.device)
             )
         error = (prediction.float() - wanted).square() * weight.to(wanted)
-        return error.flatten(1).mean(1).sum() / settings.batch
+        each = error.flatten(1).mean(1)
+        self.refuse_infinite(each.detach(), rows, step)
+        return each.sum() / settings.batch
+
+    def refuse_infinite(self, errors: Tensor, rows: Tensor, step: int) -> None:
+        """`UserError` naming the pictures whose error is not finite."""
+        bad = [int(row) for row, fine in zip(rows, errors.isfinite().tolist(), strict=True) if not fine]
+        if not bad:
+            return
+        names, prompts = self.material.names, self.material.class_prompts
+        culprits = [names[row] if row < len(names) else f"“{prompts[row - len(names)]}”" for row in bad]
+        raise UserError(
+            f"Training stopped at step {step}: the loss is not finite at {', '.join(dict.fromkeys(culprits))}. "
+            "Lower --learning_rate or choose --precision fp32; the last checkpoint holds finite weights."
+        )
 
     def subject_batch(self, random: torch.Generator) -> tuple[Batch, Tensor]:
         """Noised pictures of the subjects, and which of them they are [B]."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from backbone.concept import Concept, check_token, rare_words, spoken
 from backbone.console import UserError, progress, say
 from backbone.files import append_jsonl, content_hash, write_json, write_text
 from backbone.images import Picture, check, read_folder, square
+from backbone.loop import Report
 from backbone.model import Backbone
 from backbone.new_words import FILE as WORDS
 from backbone.new_words import words_of
@@ -22,6 +24,7 @@ from backbone.runs import stopping, trim_log, versions
 from backbone.sample import Request, sample
 from backbone.sheet import Cell, in_rows, save_png, sheet
 from customize.dreambooth import Group, Training, prepare, preserves
+from customize.hub import card, push
 from customize.learn import METHODS, OWN_WORDS
 from customize.settings import FILE, Settings, Subject, as_flags, read_settings
 from customize.watch import Watch
@@ -116,10 +119,15 @@ def carry_on(
     prepared = time.perf_counter()
     previews = Previews(model, settings, concept)
     watch = Watch(run, training, concept, pictures[0])
-    with stopping() as stop, progress(settings.steps, "training", done=training.done) as bar:
+    with (
+        stopping() as stop,
+        notebook(run, settings, done=training.done) as note,
+        progress(settings.steps, "training", done=training.done) as bar,
+    ):
         watch.look()
         for report in training.steps():
             append_jsonl(run / LOG, dataclasses.asdict(report))
+            note(report)
             bar.advance(images=settings.batch, loss=report.loss, learning_rate=report.learning_rate)
             finished = report.step == settings.steps
             if stop or finished or report.step % settings.checkpointing_steps == 0:
@@ -156,8 +164,32 @@ def carry_on(
     }
     seconds = {name: round(value, 2) for name, value in timings.items()}
     write_record(run, settings, timings=seconds)
-    write_text(run / "README.md", readme(run, settings, shown, seconds))
+    write_text(run / "README.md", card(settings, model) + readme(run, settings, shown, seconds))
+    if settings.push_to_hub:
+        say(f"Uploaded to {push(run, settings.hub_model_id or run.name)}.")
     return run
+
+
+@contextmanager
+def notebook(run: Path, settings: Settings, *, done: int) -> Iterator[Callable[[Report], None]]:
+    """Where reports go beside `log.jsonl`: TensorBoard's files under `tensorboard/`, or nowhere.
+
+    What TensorBoard has of steps after `done`, from before the run was stopped, is struck out.
+    """
+    if settings.report_to == "jsonl":
+        yield lambda report: None
+        return
+    try:
+        from torch.utils.tensorboard.writer import SummaryWriter
+    except ImportError as error:
+        raise UserError("--report_to tensorboard needs its package. Run: pip install tensorboard") from error
+    with SummaryWriter(str(run / "tensorboard"), purge_step=done + 1, flush_secs=10) as writer:
+
+        def note(report: Report) -> None:
+            for name in ("loss", "gradient_norm", "learning_rate"):
+                writer.add_scalar(name, getattr(report, name), report.step)
+
+        yield note
 
 
 class Previews:

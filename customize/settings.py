@@ -100,6 +100,9 @@ class Settings:
     evaluation_steps: int = 50
     patience: int = 0
     scorer: str = ""
+    report_to: str = "jsonl"
+    push_to_hub: bool = False
+    hub_model_id: str = ""
     sheet_prompts: tuple[str, ...] = ()
     sample_steps: int = 25
     guidance: float = 4.0

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
+from PIL import Image
 
 from backbone.bank import bank_of, stratified_levels
 from backbone.cache import cache_folder, encoded, encoded_prompts
 from backbone.console import UserError
-from backbone.images import read_folder
+from backbone.images import read_folder, square, to_tensor
 from backbone.loop import generator
-from backbone.model import Backbone
+from backbone.model import Backbone, Posterior
 from customize.dreambooth import Group, Material, Training, prepare
 from customize.settings import Settings, as_flags
 
@@ -107,6 +110,19 @@ def test_only_the_adapter_changes(tiny: Backbone, subject: Path) -> None:
         assert torch.equal(value, before[name]) == (name not in training.parameters)
 
 
+def test_a_loss_that_is_not_finite_names_its_picture_and_step(tiny: Backbone, subject: Path) -> None:
+    asked = settings(subject)
+    ready = material(tiny, subject, asked)
+    broken = ready.posteriors[1]
+    posteriors = [*ready.posteriors]
+    posteriors[1] = Posterior(broken.mean * float("nan"), broken.std)
+    training = Training(tiny, replace(ready, posteriors=posteriors), asked)
+    with pytest.raises(UserError, match=re.escape(f"not finite at {read_folder(subject)[1].path}.")) as said:
+        for _ in training.steps():
+            pass
+    assert f"at step {training.done + 1}:" in str(said.value)
+
+
 def test_the_encoders_are_freed_before_training(tiny: Backbone, subject: Path) -> None:
     material(tiny, subject, settings(subject))
     assert "autoencoder" not in tiny.__dict__
@@ -121,6 +137,48 @@ def test_latents_are_remembered_by_content_not_by_name(tiny: Backbone, subject: 
     assert set((cache_folder() / "latents").rglob("*.safetensors")) == files
     assert torch.equal(again[2].mean, first[0].mean)
     assert torch.equal(again[0].mean, first[1].mean)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_shuffling_of_a_folder_ever_pairs_a_wrong_caption_or_picture(
+    tiny: Backbone, tmp_path: Path, seed: int
+) -> None:
+    """Pictures change, come, go and swap names at random; each must keep its own caption and its own latents."""
+    random = Random(seed)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+
+    def paint(name: str) -> None:
+        shade = tuple(random.randrange(256) for _ in range(3))
+        Image.new("RGB", (64, 64), shade).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"a bcd dog in {shade}")
+
+    for name in "abc":
+        paint(name)
+    for _ in range(6):
+        names = sorted(path.stem for path in folder.glob("*.png"))
+        match random.choice(["change", "add", "swap", "remove"]):
+            case "change":
+                paint(random.choice(names))
+            case "add":
+                paint(f"n{random.randrange(1000)}")
+            case "swap":
+                one, other = random.sample(names, 2)
+                for ending in ("png", "txt"):
+                    (folder / f"{one}.{ending}").rename(folder / f"kept.{ending}")
+                    (folder / f"{other}.{ending}").rename(folder / f"{one}.{ending}")
+                    (folder / f"kept.{ending}").rename(folder / f"{other}.{ending}")
+            case "remove" if len(names) > 2:
+                gone = random.choice(names)
+                (folder / f"{gone}.png").unlink()
+                (folder / f"{gone}.txt").unlink()
+        found = read_folder(folder)
+        for picture, posterior in zip(found, encoded(tiny, found), strict=True):
+            shade = picture.open().getpixel((0, 0))
+            assert picture.caption == f"a bcd dog in {shade}"
+            with torch.no_grad():
+                fresh = tiny.encode(to_tensor(square(picture.open(), tiny.resolution))[None])
+            assert torch.allclose(posterior.mean, fresh.mean, atol=1e-5)
 
 
 def test_a_damaged_cache_is_computed_anew(tiny: Backbone, subject: Path) -> None:

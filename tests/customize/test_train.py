@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -18,6 +19,9 @@ from PIL import Image
 from backbone.adapters import WEIGHTS
 from backbone.cache import VARIABLE
 from backbone.files import read_jsonl, read_tensors
+from backbone.loop import Report
+from customize.runs import notebook
+from customize.settings import Settings
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 TRAIN = ("train", "--token", "[V]", "--class", "dog", "--precision", "fp32", "--device", "cpu")
@@ -122,6 +126,38 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
     assert [line["step"] for line in read_jsonl(log)] == list(range(1, 61))
 
 
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_killed_again_and_again_ends_bit_for_bit_like_one_that_was_not(
+    customize: Command, tmp_path: Path, subject: Path, tiny_folder: Path, kills: int
+) -> None:
+    asked = [*TRAIN, "--images", str(subject), "--model", str(tiny_folder), "--optimizer", "adamw"]
+    asked += ["--checkpointing_steps", "3", "--steps", str(20 * kills), "--ema_decay", "0.9"]
+    customize(*asked, "--out", "whole")
+    random = Random(0)
+    log = tmp_path / "parts" / "log.jsonl"
+    arguments = [*asked, "--out", "parts"]
+    for number in range(kills):
+        wanted = 20 * number + random.randint(4, 19)  # a step that the run has not taken yet
+        process = subprocess.Popen(
+            [sys.executable, "-m", "customize.cli", *arguments],
+            cwd=tmp_path,
+            env=environment(),
+            stderr=subprocess.PIPE,
+        )
+        while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < wanted):
+            time.sleep(0.005)
+        time.sleep(random.uniform(0, 0.1))  # also in the middle of a step, a line, a checkpoint
+        process.kill()
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL, said.decode()
+        arguments = ["train", "--resume", "parts"]
+    customize("train", "--resume", "parts")
+    one, other = (read_tensors(tmp_path / name / WEIGHTS)[0] for name in ("whole", "parts"))
+    assert set(one) == set(other)
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert [line["step"] for line in read_jsonl(log)] == list(range(1, 20 * kills + 1))
+
+
 def test_two_subjects_are_learned_at_once_and_resumed(
     customize: Command, tmp_path: Path, subject: Path, tiny_folder: Path
 ) -> None:
@@ -138,6 +174,19 @@ def test_two_subjects_are_learned_at_once_and_resumed(
     done = customize(*TRAIN, "--images", str(subject), "--concept", "other:[V]:cat", check=False)
     assert done.returncode == 2
     assert "its own" in done.stderr
+
+
+def test_curves_for_tensorboard_lie_beside_the_log(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    asked = Settings(images="x", token="[V]", class_noun="dog", report_to="tensorboard")
+    for done, steps in ((0, (1, 2, 3, 4)), (2, (3,))):  # stopped, and gone on with from step 2
+        with notebook(tmp_path, asked, done=done) as note:
+            for step in steps:
+                note(Report(step=step, loss=1 / step, gradient_norm=0.5, learning_rate=1e-3, seconds=0.1))
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in found.Scalars("loss")] == [1, 2, 3]
+    assert found.Scalars("loss")[1].value == 0.5
 
 
 def test_every_bad_picture_is_listed_before_anything_is_written(
