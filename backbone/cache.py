@@ -12,7 +12,7 @@ from torch import Tensor
 from backbone.console import UserError
 from backbone.families import Text
 from backbone.files import content_hash, read_tensors, write_tensors
-from backbone.images import Picture, square, to_tensor
+from backbone.images import Picture, fitted, to_tensor
 from backbone.model import Backbone, Posterior
 
 VARIABLE = "ATELIER_CACHE"
@@ -45,9 +45,20 @@ def remembered(kind: str, key: str, compute: Callable[[], Mapping[str, Tensor]])
     return tensors
 
 
-def encoded(model: Backbone, pictures: Sequence[Picture], *, flip: bool = False) -> list[Posterior]:
-    """The posteriors [1, C, H, W] of pictures at the model's resolution, each encoded once for all time."""
-    return [_encoded_one(model, picture, flip) for picture in pictures]
+def encoded(
+    model: Backbone,
+    pictures: Sequence[Picture],
+    *,
+    flip: bool = False,
+    sizes: Sequence[tuple[int, int]] | None = None,
+) -> list[Posterior]:
+    """The posteriors [1, C, H, W] of pictures, each encoded once for all time.
+
+    Pictures are cropped to squares of the model's resolution, or to `sizes` (W, H), one for each.
+    """
+    side = model.resolution
+    each = sizes or [(side, side)] * len(pictures)
+    return [_encoded_one(model, picture, flip, size) for picture, size in zip(pictures, each, strict=True)]
 
 
 def encoded_prompts(model: Backbone, prompts: Sequence[str]) -> Text:
@@ -59,17 +70,16 @@ def encoded_prompts(model: Backbone, prompts: Sequence[str]) -> Text:
 def _encoded_prompt(model: Backbone, prompt: str) -> Text:
     if model.text_learned:
         return model.encode_prompts([prompt])
-    key = content_hash(f"{model.fingerprint}\n{prompt}".encode())
+    key = content_hash(f"{model.fingerprint}\n{prompt}\n{model.dtype}".encode())
     return remembered("text", key, lambda: model.encode_prompts([prompt]))
 
 
-def _encoded_one(model: Backbone, picture: Picture, flip: bool) -> Posterior:
-    key = content_hash(
-        f"{model.fingerprint}\n{content_hash(picture.read())}\n{model.resolution}\n{flip}\n{model.dtype}".encode()
-    )
+def _encoded_one(model: Backbone, picture: Picture, flip: bool, size: tuple[int, int]) -> Posterior:
+    facts = (model.fingerprint, content_hash(picture.read()), size, flip, model.dtype)
+    key = content_hash("\n".join(map(str, facts)).encode())
 
     def compute() -> dict[str, Tensor]:
-        image = to_tensor(square(picture.open(at_least=model.resolution), model.resolution))
+        image = to_tensor(fitted(picture.open(at_least=max(size)), size))
         found = model.encode((image.flip(-1) if flip else image)[None])
         return {"mean": found.mean, "std": found.std}
 

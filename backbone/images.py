@@ -12,6 +12,7 @@ import csv
 import difflib
 import io
 import json
+import math
 import os
 import re
 import struct
@@ -196,13 +197,37 @@ def open_rgb(path: str | Path, *, at_least: int | None = None) -> Image.Image:
 
 def square(image: Image.Image, size: int, *, crop: str = "center") -> Image.Image:
     """The largest square at `crop` (a key of CROPS), resized to size × size with Lanczos in one pass."""
+    return fitted(image, (size, size), crop=crop)
+
+
+def fitted(image: Image.Image, size: tuple[int, int], *, crop: str = "center") -> Image.Image:
+    """The largest part of this shape (W, H) at `crop` (a key of CROPS), resized to it with Lanczos in one pass."""
     if crop not in CROPS:
         raise UserError(f"There is no crop named {crop!r}. Use one of {', '.join(CROPS)}.")
-    width, height = image.size
-    side = min(width, height)
-    left, top = ((length - side) * part for length, part in zip((width, height), CROPS[crop], strict=True))
-    box = (left, top, left + side, top + side)
-    return image.resize((size, size), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+    scale = min(own / wanted for own, wanted in zip(image.size, size, strict=True))
+    sides = (size[0] * scale, size[1] * scale)
+    left, top = ((own - side) * part for own, side, part in zip(image.size, sides, CROPS[crop], strict=True))
+    box = (left, top, min(left + sides[0], image.width), min(top + sides[1], image.height))
+    return image.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+
+
+def bucket_sizes(resolution: int) -> list[tuple[int, int]]:
+    """Sizes (W, H) for pictures that are not cropped square: of the resolution's area or less, sides at most 1 : 2.
+
+    Sides are multiples of 64 (for small models, of a quarter of the resolution), as in NovelAI's aspect buckets.
+    """
+    step = min(64, resolution // 4)
+    sizes = {(resolution, resolution)}
+    for short in range(resolution // 2 + step, resolution, step):
+        long = min(resolution * resolution // short // step * step, 2 * short)
+        sizes |= {(short, long), (long, short)}
+    return sorted(sizes)
+
+
+def nearest_size(size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Which of the sizes (W, H) has the shape nearest to this one's; of two alike the larger."""
+    shape = math.log(size[0] / size[1])
+    return min(sizes, key=lambda one: (round(abs(math.log(one[0] / one[1]) - shape), 9), -one[0] * one[1]))
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:

@@ -219,6 +219,12 @@ def train(
     flip: Annotated[
         bool | None, typer.Option("--flip/--no-flip", help="Mirrored pictures too.", show_default="by model")
     ] = None,
+    aspect_buckets: Annotated[
+        bool,
+        typer.Option(
+            "--aspect_buckets", "--enable_bucket", help="Pictures keep their shape (1:2 to 2:1), uncropped."
+        ),
+    ] = False,
     checkpointing_steps: Annotated[
         int | None, typer.Option("--checkpointing_steps", min=1, show_default="100")
     ] = None,
@@ -347,6 +353,7 @@ def train(
             "class_prompt": class_prompt,
             "prior_loss_weight": prior_loss_weight,
             "flip": flip,
+            "aspect_buckets": aspect_buckets or None,
             "checkpointing_steps": checkpointing_steps,
             "validation_steps": validation_steps,
             "evaluation_steps": evaluation_steps,

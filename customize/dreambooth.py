@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -29,7 +29,7 @@ from backbone.cache import encoded, encoded_prompts, remembered
 from backbone.console import UserError
 from backbone.families import Text
 from backbone.files import content_hash
-from backbone.images import Picture, mask_to_tensor, square
+from backbone.images import Picture, bucket_sizes, fitted, mask_to_tensor, nearest_size
 from backbone.loop import (
     Average,
     Report,
@@ -64,26 +64,45 @@ class Group:
 class Material:
     """What training reads, of all subjects one behind the other.
 
-    posteriors     one for each picture, mirrored ones behind [1, C, H, W]
+    posteriors     one for each picture, mirrored ones behind a subject's [1, C, H, W]
     prompts        one for each posterior
+    names          what each posterior is a picture of, for messages
     share          how often each is drawn [N]: the same for every subject
-    masks          where each picture counts [N, 1, H, W] in 0…1, or None
+    masks          where each picture counts [1, H, W] in 0…1, or None
+    buckets        the posteriors of one size, which can share a batch
     class_prompts  one for each subject
-    bank           the untouched model's answers to them, K draws each, or None
     drawn          latents of the classes as the base draws them [G × K, C, H, W], or None
     text           `prompts` and then `class_prompts` encoded, or None while the text side itself is trained
-    names          what each posterior is a picture of, for messages
     """
 
     posteriors: list[Posterior]
     prompts: list[str]
+    names: list[str]
     share: Tensor
-    masks: Tensor | None
+    masks: list[Tensor] | None
+    buckets: list[Bucket]
     class_prompts: list[str]
-    bank: Bank | None
     drawn: Tensor | None
     text: Text | None
-    names: list[str]
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether there is anything to preserve the classes by."""
+        return self.drawn is not None or any(bucket.bank is not None for bucket in self.buckets)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Pictures of one size.
+
+    rows     which of the posteriors they are [N]
+    bank     the untouched model's answers to class prompts at these pictures, K draws, or None
+    classes  which class prompt each draw is about [K]
+    """
+
+    rows: Tensor
+    bank: Bank | None = None
+    classes: Tensor | None = None
 
 
 def prepare(model: Backbone, groups: Sequence[Group], settings: Settings) -> Material:
@@ -92,41 +111,66 @@ def prepare(model: Backbone, groups: Sequence[Group], settings: Settings) -> Mat
     prompts: list[str] = []
     names: list[str] = []
     masks: list[Tensor | None] = []
-    counts = []
-    for group in groups:
-        found, mask, said = encoded(model, group.pictures), masks_of(group.pictures), list(group.prompts)
-        names += [str(picture.path) for picture in group.pictures] * (2 if settings.flip else 1)
-        if settings.flip:
-            found += encoded(model, group.pictures, flip=True)
-            mask, said = mask + [None if m is None else m.flip(-1) for m in mask], said * 2
-        posteriors, prompts, masks = posteriors + found, prompts + said, masks + mask
-        counts.append(len(found))
+    owners: list[int] = []
+    for number, group in enumerate(groups):
+        sizes = sizes_of(group.pictures, model.resolution) if settings.aspect_buckets else None
+        for flip in (False, True) if settings.flip else (False,):
+            posteriors += encoded(model, group.pictures, flip=flip, sizes=sizes)
+            masks += masks_of(group.pictures, sizes, flip=flip)
+            prompts += group.prompts
+            names += [str(picture.path) for picture in group.pictures]
+            owners += [number] * len(group.pictures)
     classes = [group.class_prompt for group in groups]
     class_text = encoded_prompts(model, classes)
     text = None if trains_text(settings) else encoded_prompts(model, [*prompts, *classes])
-    drawn, bank = None, None
+    buckets = buckets_of(posteriors)
+    drawn = None
     if preserves(settings) and settings.prior == "class-images":
+        if len({posterior.mean.shape for posterior in posteriors}) > 1:
+            raise UserError(
+                "Class pictures are square, and with --aspect_buckets the subject's are not. Use --prior base."
+            )
         drawn = torch.cat([class_latents(model, prompt, settings) for prompt in classes])
     model.free("autoencoder", "text_encoder")
     if preserves(settings) and settings.prior == "base":
-        bank = banks_of(model, posteriors, class_text, counts, settings)
-    share = torch.cat([torch.full((count,), 1 / count) for count in counts])
-    at_latents = sized(masks, posteriors[0].mean.shape[-2:])
-    return Material(posteriors, prompts, share, at_latents, classes, bank, drawn, text, names)
+        buckets = [banked(model, bucket, posteriors, class_text, owners, settings) for bucket in buckets]
+    share = torch.tensor([1 / owners.count(owner) for owner in owners])
+    at_latents = sized(masks, [posterior.mean.shape[-2:] for posterior in posteriors])
+    return Material(posteriors, prompts, names, share, at_latents, buckets, classes, drawn, text)
 
 
-def banks_of(
-    model: Backbone, posteriors: list[Posterior], text: Text, counts: Sequence[int], settings: Settings
-) -> Bank:
-    """The base's answers to every subject's class prompt at its own noised pictures, one behind the other."""
-    banks, first = [], 0
-    for number, count in enumerate(counts):
+def sizes_of(pictures: Sequence[Picture], resolution: int) -> list[tuple[int, int]]:
+    """The size (W, H) at which each picture is trained on: of its own shape, roughly."""
+    sizes = bucket_sizes(resolution)
+    return [nearest_size(picture.open().size, sizes) for picture in pictures]
+
+
+def buckets_of(posteriors: Sequence[Posterior]) -> list[Bucket]:
+    """The posteriors by their sizes."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for row, posterior in enumerate(posteriors):
+        found.setdefault(tuple(posterior.mean.shape), []).append(row)
+    return [Bucket(torch.tensor(rows)) for rows in found.values()]
+
+
+def banked(
+    model: Backbone,
+    bucket: Bucket,
+    posteriors: list[Posterior],
+    text: Text,
+    owners: Sequence[int],
+    settings: Settings,
+) -> Bucket:
+    """The bucket with the base's answers to every subject's class prompt at its own noised pictures."""
+    banks, classes = [], []
+    rows = bucket.rows.tolist()
+    for number in sorted({owners[row] for row in rows}):
         own = {name: value[number : number + 1] for name, value in text.items()}
-        some = posteriors[first : first + count]
+        some = [posteriors[row] for row in rows if owners[row] == number]
         banks.append(bank_of(model, some, own, draws=settings.prior_draws, seed=settings.seed))
-        first += count
+        classes.append(torch.full((settings.prior_draws,), number))
     columns = ([getattr(bank, name) for bank in banks] for name in ("noisy", "level", "prediction"))
-    return Bank(*(torch.cat(column) for column in columns))
+    return replace(bucket, bank=Bank(*(torch.cat(column) for column in columns)), classes=torch.cat(classes))
 
 
 class Batch(NamedTuple):
@@ -180,10 +224,11 @@ class Training:
     def loss(self, random: torch.Generator, step: int) -> Tensor:
         """Ruiz et al. 2023, eq. 2: the subject's error plus λ times the change of the class."""
         settings, material = self.settings, self.material
-        subject, rows = self.subject_batch(random)
+        bucket = self.bucket(random)
+        subject, rows = self.subject_batch(bucket, random)
         parts = [subject]
-        if material.bank is not None or material.drawn is not None:
-            prior, prior_rows = self.prior_batch(random)
+        if material.has_prior:
+            prior, prior_rows = self.prior_batch(bucket, random)
             parts.append(prior)
             rows = torch.cat([rows, prior_rows])
         noisy, index, wanted, weight = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -212,10 +257,19 @@ class Training:
             "Lower --learning_rate or choose --precision fp32; the last checkpoint holds finite weights."
         )
 
-    def subject_batch(self, random: torch.Generator) -> tuple[Batch, Tensor]:
+    def bucket(self, random: torch.Generator) -> Bucket:
+        """The pictures that a batch is drawn from, as often as all of them together are."""
+        buckets = self.material.buckets
+        if len(buckets) == 1:
+            return buckets[0]
+        share = torch.stack([self.material.share[bucket.rows].sum() for bucket in buckets])
+        return buckets[int(torch.multinomial(share, 1, generator=random))]
+
+    def subject_batch(self, bucket: Bucket, random: torch.Generator) -> tuple[Batch, Tensor]:
         """Noised pictures of the subjects, and which of them they are [B]."""
         settings, material, levels = self.settings, self.material, self.model.path.levels
-        chosen = torch.multinomial(material.share, settings.batch, replacement=True, generator=random)
+        share = material.share[bucket.rows]
+        chosen = bucket.rows[torch.multinomial(share, settings.batch, replacement=True, generator=random)]
         clean = torch.cat([material.posteriors[int(i)].sample(random) for i in chosen])
         noise = torch.randn(clean.shape, generator=random).to(clean.device)
         if settings.noise_offset:
@@ -225,21 +279,21 @@ class Training:
         level, kind = levels[index], self.model.path.kind
         weight = weighting(level, kind, settings)[:, None, None, None].expand(-1, 1, *clean.shape[-2:])
         if material.masks is not None:
-            weight = weight * material.masks[chosen]
+            weight = weight * torch.stack([material.masks[int(row)] for row in chosen])
         wanted = target(clean, noise, level, kind)
         return Batch(add_noise(clean, noise, level), index, wanted, weight), chosen
 
-    def prior_batch(self, random: torch.Generator) -> tuple[Batch, Tensor]:
+    def prior_batch(self, bucket: Bucket, random: torch.Generator) -> tuple[Batch, Tensor]:
         """Noised pictures for the class prompts, and which rows of the prompts those are [P].
 
         Targets are the base's own predictions, or the noise on pictures of the class that it drew.
         """
         material, count = self.material, self.settings.prior_batch
-        if material.bank is not None:
-            draw = torch.randint(len(material.bank), (count,), generator=random)
-            noisy = material.bank.noisy[draw].to(self.model.device)
-            index, wanted = material.bank.level[draw], material.bank.prediction[draw].to(noisy)
-            each = self.settings.prior_draws
+        if bucket.bank is not None and bucket.classes is not None:
+            draw = torch.randint(len(bucket.bank), (count,), generator=random)
+            noisy = bucket.bank.noisy[draw].to(self.model.device)
+            index, wanted = bucket.bank.level[draw], bucket.bank.prediction[draw].to(noisy)
+            about = bucket.classes[draw]
         else:
             assert material.drawn is not None
             draw = torch.randint(len(material.drawn), (count,), generator=random)
@@ -249,10 +303,10 @@ class Training:
             level = self.model.path.levels[index]
             noisy = add_noise(clean, noise, level)
             wanted = target(clean, noise, level, self.model.path.kind)
-            each = self.settings.num_class_images
+            about = draw // self.settings.num_class_images
         share = self.settings.prior_loss_weight * self.settings.batch / count  # λ, over fewer pictures
         weight = torch.full((count, 1, *noisy.shape[-2:]), share)
-        return Batch(noisy, index, wanted, weight), len(material.prompts) + draw // each
+        return Batch(noisy, index, wanted, weight), len(material.prompts) + about
 
     def text(self, rows: Tensor) -> Text:
         """The prompts of these rows [B], counted through the pictures' and then the classes'."""
@@ -387,35 +441,38 @@ def optimizer(every: Sequence[Any], settings: Settings) -> Optimizer:
     raise UserError(f"There is no optimiser {settings.optimizer}. Choose one of adamw, adamw8bit, prodigy.")
 
 
-def masks_of(pictures: Sequence[Picture]) -> list[Tensor | None]:
-    """The pictures' masks [1, 512, 512] in 0…1; None for a picture that has none.
+def masks_of(
+    pictures: Sequence[Picture], sizes: Sequence[tuple[int, int]] | None, *, flip: bool
+) -> list[Tensor | None]:
+    """The pictures' masks [1, H, W] in 0…1, cropped as the pictures are; None for a picture that has none.
 
     Raises `UserError` for a mask that is black all over.
     """
     found: list[Tensor | None] = []
-    for picture in pictures:
+    for picture, size in zip(pictures, sizes or [(512, 512)] * len(pictures), strict=True):
         mask = picture.open_mask()
         if mask is None:
             found.append(None)
             continue
-        tensor = mask_to_tensor(square(mask, 512))
+        tensor = mask_to_tensor(fitted(mask, size))
         if float(tensor.mean()) < 1e-3:
             raise UserError(
                 f"The mask {picture.mask} is black all over, so nothing of {picture.path} would be learned. "
                 "Paint white what is to be learned."
             )
-        found.append(tensor)
+        found.append(tensor.flip(-1) if flip else tensor)
     return found
 
 
-def sized(masks: Sequence[Tensor | None], size: Sequence[int]) -> Tensor | None:
-    """Masks at the latents' size [N, 1, H, W], each of mean 1 so that all pictures weigh the same; None if none."""
+def sized(masks: Sequence[Tensor | None], sizes: Sequence[Sequence[int]]) -> list[Tensor] | None:
+    """Masks at the latents' sizes (H, W), each of mean 1 so that all pictures weigh the same; None if none."""
     if all(mask is None for mask in masks):
         return None
-    height, width = size
-    whole = torch.ones(1, 512, 512)
-    small = [F.adaptive_avg_pool2d(whole if mask is None else mask, (height, width)) for mask in masks]
-    return torch.stack([mask / mask.mean() for mask in small])
+    found = []
+    for mask, (height, width) in zip(masks, sizes, strict=True):
+        small = F.adaptive_avg_pool2d(torch.ones(1, height, width) if mask is None else mask, (height, width))
+        found.append(small / small.mean())
+    return found
 
 
 def class_latents(model: Backbone, class_prompt: str, settings: Settings) -> Tensor:

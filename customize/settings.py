@@ -90,6 +90,7 @@ class Settings:
     snr_gamma: float = 5.0
     noise_offset: float = 0.0
     flip: bool = False
+    aspect_buckets: bool = False
     weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
     precision: str = "auto"

@@ -19,8 +19,11 @@ from backbone.console import UserError
 from backbone.images import (
     BadPicture,
     Picture,
+    bucket_sizes,
     check,
+    fitted,
     mask_to_tensor,
+    nearest_size,
     open_rgb,
     read_folder,
     square,
@@ -614,3 +617,27 @@ def profile_with_green_magenta() -> bytes:
     header += struct.pack(">6H4s", 2025, 1, 1, 0, 0, 0, b"acsp") + bytes(24) + bytes(4)
     header += struct.pack(">3i", 63190, 65536, 54061)
     return header.ljust(128, b"\0") + index + body
+
+
+def test_buckets_have_the_resolutions_area_at_most_and_sides_of_one_to_two() -> None:
+    sizes = bucket_sizes(512)
+    assert {(512, 512), (320, 640), (640, 320), (384, 640), (448, 576)} <= set(sizes)
+    assert all(width % 64 == height % 64 == 0 and width * height <= 512 * 512 for width, height in sizes)
+    assert all(max(size) <= 2 * min(size) for size in sizes)
+    assert set(sizes) == {(height, width) for width, height in sizes}
+
+
+@pytest.mark.parametrize(
+    ("size", "nearest"),
+    [((1000, 1000), (512, 512)), ((4000, 3000), (576, 448)), ((300, 600), (320, 640)), ((9, 90), (320, 640))],
+)
+def test_a_picture_goes_to_the_bucket_of_its_shape(size: tuple[int, int], nearest: tuple[int, int]) -> None:
+    assert nearest_size(size, bucket_sizes(512)) == nearest
+
+
+def test_fitting_crops_what_is_too_much_and_nothing_else() -> None:
+    picture = Image.new("RGB", (300, 100), "red")
+    picture.paste("blue", (100, 0, 200, 100))
+    middle = fitted(picture, (50, 50))
+    assert middle.getpixel((9, 25)) == middle.getpixel((40, 25)) == (0, 0, 255)  # edges blend a little
+    assert fitted(picture, (60, 20)).getpixel((5, 5)) == (255, 0, 0)

@@ -17,7 +17,7 @@ from backbone.console import UserError
 from backbone.images import read_folder, square, to_tensor
 from backbone.loop import generator
 from backbone.model import Backbone, Posterior
-from customize.dreambooth import Group, Material, Training, prepare
+from customize.dreambooth import Bucket, Group, Material, Training, prepare
 from customize.settings import Settings, as_flags
 
 
@@ -49,7 +49,7 @@ def test_the_prior_term_is_zero_for_an_untouched_adapter(tiny: Backbone, subject
     training = Training(tiny, ready, with_prior)
     with torch.no_grad():
         both = float(next(training.losses(1)))
-        training.material = replace(ready, bank=None)
+        training.material = replace(ready, buckets=[Bucket(ready.buckets[0].rows)])
         subject_only = float(next(training.losses(1)))
     assert both == pytest.approx(subject_only, rel=1e-5)
 
@@ -62,7 +62,7 @@ def test_the_prior_term_grows_once_the_class_changes(tiny: Backbone, subject: Pa
         parameter.data += 0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         with_prior = float(next(training.losses(1)))
-        training.material = replace(ready, bank=None)
+        training.material = replace(ready, buckets=[Bucket(ready.buckets[0].rows)])
         alone = float(next(training.losses(1)))
     assert with_prior > alone * 1.01
 

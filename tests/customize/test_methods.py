@@ -194,8 +194,7 @@ def test_class_pictures_are_drawn_once_and_their_latents_kept(
 
 def test_without_a_prior_the_loss_is_the_subjects_alone(tiny: Backbone, subject: Path) -> None:
     off, _ = begun(tiny, subject, settings(subject, prior="off"))
-    assert off.material.bank is None
-    assert off.material.drawn is None
+    assert not off.material.has_prior
 
 
 def test_what_a_mask_hides_is_not_learned(tiny: Backbone, subject: Path) -> None:
@@ -209,7 +208,7 @@ def test_what_a_mask_hides_is_not_learned(tiny: Backbone, subject: Path) -> None
     material = prepare(tiny, [Group(pictures, ["a bcd dog"] * len(pictures), "a dog")], asked)
     assert material.masks is not None
     training = Training(tiny, material, asked)
-    weight = training.subject_batch(generator(1))[0].weight
+    weight = training.subject_batch(material.buckets[0], generator(1))[0].weight
     assert float(weight[..., 5:].abs().max()) == 0
     assert float(weight[..., :3].min()) > 1.5
     assert float(weight.mean()) == pytest.approx(1.0, abs=1e-5)
@@ -240,15 +239,55 @@ def test_every_subject_is_drawn_as_often_with_its_own_prompts(tiny: Backbone, su
         Group(pictures[:1], ["a fgh cat"], "a cat"),
     ]
     training = Training(tiny, prepare(tiny, groups, asked), asked)
-    _, rows = training.subject_batch(generator(0))
+    _, rows = training.subject_batch(training.material.buckets[0], generator(0))
     assert 20 <= int((rows == len(pictures)).sum()) <= 44
-    _, prior = training.prior_batch(generator(0))
+    _, prior = training.prior_batch(training.material.buckets[0], generator(0))
     assert set(prior.tolist()) == {len(pictures) + 1, len(pictures) + 2}
     text = training.text(torch.tensor([len(pictures), len(pictures) + 2]))["hidden"]
     torch.testing.assert_close(text, tiny.encode_prompts(["a fgh cat", "a cat"])["hidden"])
-    answers = training.material.bank
+    answers = training.material.buckets[0].bank
     assert answers is not None
     assert len(answers) == 2 * asked.prior_draws
+
+
+def test_pictures_keep_their_shapes_in_buckets(tiny: Backbone, subject: Path) -> None:
+    for path in subject.glob("*.png"):
+        path.unlink()
+    for name, size in {"wide": (200, 100), "tall": (100, 190), "square": (90, 90), "other": (50, 50)}.items():
+        picture = Image.new("RGB", size, "red")
+        picture.paste("blue", (0, 0, size[0] // 2, size[1]))
+        picture.save(subject / f"{name}.png")
+    Image.new("L", (200, 100), 255).save(subject / "wide.mask.png")
+    pictures = read_folder(subject)
+    asked = settings(subject, aspect_buckets=True, batch=3, steps=12)
+    prompts = [f"a bcd dog {picture.path.stem}" for picture in pictures]
+    training = Training(tiny, prepare(tiny, [Group(pictures, prompts, "a dog")], asked), asked)
+    material = training.material
+    shapes = {
+        Path(name).stem: posterior.mean.shape[-2:]
+        for name, posterior in zip(material.names, material.posteriors, strict=True)
+    }
+    assert shapes["square"] == shapes["other"]
+    assert shapes["wide"][1] > shapes["wide"][0] == min(shapes["wide"])
+    assert shapes["tall"][0] > shapes["tall"][1]
+    assert len(training.material.buckets) == 3
+    for bucket in training.material.buckets:
+        batch, rows = training.subject_batch(bucket, generator(0))
+        assert {batch.noisy.shape[-2:]} == {
+            training.material.posteriors[int(row)].mean.shape[-2:] for row in rows
+        }
+        prior, _ = training.prior_batch(bucket, generator(0))
+        assert prior.noisy.shape[-2:] == batch.noisy.shape[-2:]
+    squares = [len(training.bucket(generator(k)).rows) == 2 for k in range(200)]
+    assert 80 <= sum(squares) <= 120  # two pictures of four
+    assert all(torch.isfinite(torch.tensor(report.loss)) for report in training.steps())
+
+
+def test_class_pictures_are_square_and_say_so(tiny: Backbone, subject: Path) -> None:
+    Image.new("RGB", (200, 100)).save(subject / "wide.png")
+    asked = settings(subject, aspect_buckets=True, prior="class-images")
+    with pytest.raises(UserError, match="Class pictures are square"):
+        begun(tiny, subject, asked)
 
 
 def test_a_layer_pattern_gets_its_own_rank(tiny: Backbone, subject: Path) -> None:
