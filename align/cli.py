@@ -1,33 +1,299 @@
-"""The console script `align`. It has no commands yet and says so."""
+"""The command `align`: draw pictures, choose between them, train on the choices, compare."""
 
 from __future__ import annotations
 
-from typing import NoReturn
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 
-from backbone.console import UserError, run
+from align import train_cli
+from backbone.console import UserError, run, say
 
-app = typer.Typer(rich_markup_mode=None, add_completion=False)
+app = typer.Typer(
+    help="Tune a diffusion model to preferences: yours, or a scorer's.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"token_normalize_func": train_cli.hyphens},
+)
+
+Rule = Literal["best-worst", "all"]
+Sampler = Literal["ddim", "heun", "ancestral"]
+Folder = Annotated[Path, typer.Argument(help="A folder of align sample.")]
+Source = Annotated[str, typer.Argument(help=train_cli.SOURCE_HELP)]
+Scorers = Annotated[
+    list[str],
+    typer.Option("--scorer", help="moji, a CLIP folder, like:PICTURES, or a file.py; repeatable."),
+]
+Steps = Annotated[
+    int | None, typer.Option("--steps", "--num-inference-steps", min=1, show_default="by model")
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option("--guidance", "--guidance-scale", min=0, help="1: none.", show_default="by model"),
+]
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def align(context: typer.Context) -> None:
-    """Tuning a model to preferences is being built here: there are no `align` commands yet.
-
-    What works today is `customize`: see `customize --help`.
-    """
-    if context.args:
-        raise UserError(
-            f"`align {context.args[0]}` does not exist: align has no commands yet. See `customize --help`."
-        )
-    typer.echo(context.get_help())
-
-
-def main() -> NoReturn:
-    """Runs the console script and ends the process."""
+def main() -> None:
+    """The console script."""
     run(app)
 
+
+@app.command()
+def sample(
+    prompts: Annotated[
+        Path, typer.Option("--prompts", help="A prompt on each line, or JSON lines with prompt and category.")
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write, or to go on with.")],
+    per_prompt: Annotated[int, typer.Option("--per-prompt", min=1, help="Pictures of each prompt.")] = 4,
+    model: train_cli.Model = None,
+    concept: train_cli.Concepts = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Annotated[int, typer.Option(help="Picture (i, j) depends on the seed, i and j only.")] = 0,
+    negative: Annotated[
+        str, typer.Option("--negative", "--negative-prompt", help="What to stay away from.")
+    ] = "",
+    sampler: Annotated[Sampler, typer.Option(help="How noise is walked down.")] = "ddim",
+    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn together.")] = 8,
+    precision: train_cli.Precision = None,
+    device: train_cli.Device = None,
+) -> None:
+    """Draw several pictures of each prompt, to choose between."""
+    from align.prompts import read_prompts
+    from backbone.concept import read_concept
+
+    asked = read_prompts(prompts)
+    for folder in concept or []:
+        read_concept(folder)  # mistakes are answered before torch is imported
+    from align.sampling import Drawing, sample_pairs
+
+    drawn = sample_pairs(
+        asked,
+        out,
+        model=model,
+        concepts=concept or [],
+        per_prompt=per_prompt,
+        drawing=Drawing(steps, guidance, seed, sampler, negative, batch),
+        device=device or "auto",
+        precision=precision or "auto",
+    )
+    whole = len(asked) * per_prompt
+    say(f"{whole} pictures of {len(asked)} prompts in {out} ({drawn} new). Next: align label {out}")
+
+
+@app.command()
+def label(
+    folder: Folder,
+    user: Annotated[
+        str, typer.Option(help="Who chooses; align train --user then trains on one person.")
+    ] = "",
+    seed: Annotated[int, typer.Option(help="Of the order and the sides.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 0,
+) -> None:
+    """Choose between pictures on a page in your browser: blind, with the arrow keys."""
+    from align.label.session import Session, alone, pairs_to_label
+    from align.samples import read_samples
+
+    prompts, pictures = read_samples(folder)
+    with alone(folder):
+        session = Session(
+            folder,
+            pairs_to_label([prompt.text for prompt in prompts], pictures, seed=seed),
+            seed=seed,
+            user=user,
+        )
+        _server()(session, port=port)
+        agreement, repeats = session.agreement
+        said = f" You agreed with yourself on {agreement} of {repeats} repeats." if repeats else ""
+        say(
+            f"{session.answered} of {len(session.pairs)} pairs have an answer.{said} Next: align train {folder}"
+        )
+
+
+@app.command()
+def rank(
+    folder: Folder,
+    scorer: Scorers = ["moji"],  # noqa: B006 (typer copies it)
+    weight: Annotated[
+        list[float] | None,
+        typer.Option("--weight", help="One for each scorer, in their order.", show_default="1 each"),
+    ] = None,
+    pareto: Annotated[
+        bool, typer.Option("--pareto", help="Keep only pairs on whose order all scorers agree.")
+    ] = False,
+    rule: Annotated[
+        Rule, typer.Option("--pairs", help="Of each prompt the best and the worst picture, or all pairs.")
+    ] = "best-worst",
+    margin: Annotated[
+        float,
+        typer.Option(
+            "--margin", min=0, help="The least difference; of several scorers, in their standard deviations."
+        ),
+    ] = 0.0,
+) -> None:
+    """Let scorers choose: pairs of each prompt's pictures, the better-scored one preferred."""
+    from align.samples import read_samples
+
+    prompts, _ = read_samples(folder)  # mistakes are answered before torch is imported
+    from align.rank import rank as rank_folder
+
+    count = rank_folder(folder, scorer, weights=weight or (), rule=rule, margin=margin, agree=pareto)
+    say(f"{count} pairs of {len(prompts)} prompts by {', '.join(scorer)}. Next: align train {folder}")
+
+
+@app.command()
+def check(
+    source: Source,
+    user: train_cli.User = None,
+    limit: train_cli.Limit = None,
+    split: train_cli.Split = "train",
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Also whether this model drew them.", show_default="not asked"),
+    ] = None,
+) -> None:
+    """Open every picture of a source of pairs and list all that is wrong, a line each."""
+    from align.pairs import check as check_pairs
+    from align.pairs import counted, held_out, read, refuse_another_model
+
+    found = check_pairs(read(source, user=user, limit=limit, split=split))
+    if model is not None:
+        from backbone.model import Backbone
+
+        refuse_another_model(found, model, Backbone.open(model).fingerprint)
+    learn, out = held_out(found.records, share=0.1, seed=0)
+    say(f"{found.source} holds {counted(found.records)}; {found.passed_over} more have no label.")
+    say(f"With --held-out 0.1 it would train on {counted(learn)} and hold out {counted(out)}.")
+
+
+@app.command()
+def export(
+    source: Source,
+    out: Annotated[
+        Path, typer.Argument(help="FILE.parquet (Pick-a-Pic's columns) or FILE.jsonl (pictures beside it).")
+    ],
+    user: train_cli.User = None,
+    limit: train_cli.Limit = None,
+    split: train_cli.Split = "train",
+    skip_bad: train_cli.SkipBad = False,
+) -> None:
+    """Write pairs from any source for other tools; a source is never changed."""
+    from align.export import write_lines, write_parquet
+    from align.pairs import check as check_pairs
+    from align.pairs import counted, read
+
+    write = {".parquet": write_parquet, ".jsonl": write_lines}.get(out.suffix.lower())
+    if write is None:
+        raise UserError(
+            f"{out} would be a {out.suffix or 'file without an ending'}. Name a .parquet or a .jsonl file."
+        )
+    if out.exists() and out.resolve() == Path(source).expanduser().resolve():
+        raise UserError(f"{out} is the source itself. Choose another name.")
+    found = check_pairs(read(source, user=user, limit=limit, split=split), skip_bad=skip_bad)
+    write(found, out)
+    say(f"{counted(found.records)} in {out}.")
+
+
+@app.command()
+def evaluate(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder of align train.")],
+    source: Annotated[
+        str | None, typer.Argument(help=train_cli.SOURCE_HELP, show_default="the run's own held-out pairs")
+    ] = None,
+    draws: Annotated[int, typer.Option(min=1, help="Noise draws of each pair.")] = 8,
+    skip_bad: train_cli.SkipBad = False,
+) -> None:
+    """Measure how often a run tells preferred pictures apart, at fixed draws, with a bootstrap interval."""
+    from align.settings import read_settings
+
+    settings = read_settings(run_folder)  # mistakes are answered before torch is imported
+    from align.runs import evaluate_taste
+
+    typer.echo(evaluate_taste(run_folder, settings, source=source, draws=draws, skip_bad=skip_bad))
+
+
+@app.command()
+def compare(
+    base: Annotated[str, typer.Argument(help="moji, another model, or a run folder.")],
+    tuned: Annotated[str, typer.Argument(help="A run folder of align train, or another model.")],
+    prompts: Annotated[
+        Path, typer.Option("--prompts", help="A prompt on each line, or JSON lines with prompt and category.")
+    ],
+    per_prompt: Annotated[int, typer.Option("--per-prompt", min=1, help="Pictures of each prompt.")] = 2,
+    scorer: Scorers = ["moji"],  # noqa: B006 (typer copies it)
+    scale: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--scale", help="Also the tuned side at this strength; repeatable.", show_default="none"
+        ),
+    ] = None,
+    tie: Annotated[
+        float, typer.Option("--tie", min=0, help="Scores that differ by no more than this are even.")
+    ] = 0.0,
+    blind: Annotated[
+        bool, typer.Option("--blind", help="Then choose yourself, on the page of align label.")
+    ] = False,
+    user: Annotated[str, typer.Option(help="Who chooses, with --blind.")] = "",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one, with --blind.")] = 0,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Annotated[int, typer.Option(help="Both sides begin with the same noise.")] = 0,
+    negative: Annotated[
+        str, typer.Option("--negative", "--negative-prompt", help="What to stay away from.")
+    ] = "",
+    sampler: Annotated[Sampler, typer.Option(help="How noise is walked down.")] = "ddim",
+    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn together.")] = 8,
+    out: Annotated[Path, typer.Option(help="The folder to write, or to go on with.")] = Path("compare"),
+    precision: train_cli.Precision = None,
+    device: train_cli.Device = None,
+) -> None:
+    """Draw the same prompts from the same noise with two models, and count wins, with intervals."""
+    from align.prompts import read_prompts
+
+    asked = read_prompts(prompts)  # mistakes are answered before torch is imported
+    from align.compare import Side, compare_models, summary
+    from align.sampling import Drawing
+
+    result = compare_models(
+        Side.of(base),
+        Side.of(tuned),
+        asked,
+        out,
+        per_prompt=per_prompt,
+        drawing=Drawing(steps, guidance, seed, sampler, negative, batch),
+        scorers=scorer,
+        scales=scale or (),
+        tie=tie,
+        device=device or "auto",
+        precision=precision or "auto",
+    )
+    typer.echo(summary(result))
+    say(f"{out}/report.html shows pictures side by side.")
+    if blind:
+        from align.compare import blind_pairs, blind_summary, save_blind
+        from align.label.session import Asked, Session, alone
+
+        with alone(out):
+            pairs = [Asked(*names) for names in blind_pairs(asked, per_prompt)]
+            _server()(Session(out, pairs, seed=seed, user=user), port=port)
+        typer.echo(blind_summary(save_blind(out)))
+
+
+def _server() -> Any:
+    """The page's server, which needs two packages that only it needs."""
+    try:
+        from align.label.server import serve
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"The page needs {error.name}. Install it with `pip install 'atelier-diffusion[ui]'`."
+        ) from error
+    return serve
+
+
+app.command(name="train")(train_cli.train)
 
 if __name__ == "__main__":
     main()

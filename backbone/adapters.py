@@ -33,7 +33,7 @@ Kind = Literal["lora", "dora", "loha", "lokr"]
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 OTHER_WEIGHTS = "adapter_weights.safetensors"  # LoHa and LoKr, which diffusers' loader refuses
-DENOISER_PREFIX = "unet."
+DENOISERS = ("unet.", "transformer.")  # a file's names of the denoiser's layers begin so
 MARKS = ("lora_", "hada_", "lokr_")
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -131,7 +131,7 @@ def save_lora(
     """
     tensors: dict[str, Tensor] = {}
     settings: dict[str, Any] = {}
-    for prefix, module in {DENOISER_PREFIX: model, **_prefixed(text)}.items():
+    for prefix, module in {denoiser_prefix(model): model, **_prefixed(text)}.items():
         if name not in getattr(module, "peft_config", {}):
             continue
         state = get_peft_model_state_dict(cast(Any, module), adapter_name=name)
@@ -157,7 +157,7 @@ def load_lora(
     if "lora_adapter_metadata" not in header:
         raise UserError(f"{path} does not say its rank and alpha. Use a file that `customize train` wrote.")
     said = json.loads(header["lora_adapter_metadata"])
-    parts = {DENOISER_PREFIX: model, **_prefixed(text)}
+    parts = {denoiser_prefix(model): model, **_prefixed(text)}
     if any(not key.startswith(tuple(parts)) for key in tensors):
         raise UserError(
             f"{path} was made for another model than this one. Give the --model that it was trained on."
@@ -179,9 +179,14 @@ def activate(model: nn.Module, names: Sequence[str]) -> None:
             parameter.requires_grad_(False)
 
 
+def denoiser_prefix(model: nn.Module) -> str:
+    """How diffusers calls a denoiser of this build: a UNet, or else a transformer."""
+    return DENOISERS[0] if hasattr(model, "down_blocks") else DENOISERS[1]
+
+
 def carries_text(path: Path) -> bool:
     """Whether an adapter file also changes text encoders."""
-    return any(not key.startswith(DENOISER_PREFIX) for key in read_tensors(path)[0])
+    return any(not key.startswith(DENOISERS) for key in read_tensors(path)[0])
 
 
 def _has(layer: Any, name: str) -> bool:

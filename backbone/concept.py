@@ -18,7 +18,8 @@ from backbone.files import content_hash, read_json, write_json
 FILE = "concept.json"
 FORMAT = 1
 PLACEHOLDER = re.compile(r"\[[^\[\]\s]+\]|<[^<>\s]+>")
-RARE = re.compile(r"[bcdfghjklmnpqrstvwxz]{3,4}</w>")
+CONSONANTS = "[bcdfghjklmnpqrstvwxz]{3,4}"
+RARE = re.compile(rf"({CONSONANTS})</w>|▁({CONSONANTS})")  # as CLIP's and T5's tokenizers mark a whole word
 POOL = 256  # a concept's words are drawn from this many of the tokenizer's rarest
 
 
@@ -108,7 +109,7 @@ def rare_words(vocabulary: Mapping[str, int], key: str, *, count: int = 1, taken
     """
     candidates = [token for token in vocabulary if RARE.fullmatch(token)]
     candidates.sort(key=lambda token: -vocabulary[token])
-    words = [token.removesuffix("</w>") for token in candidates[:POOL]]
+    words = [token.removesuffix("</w>").removeprefix("▁") for token in candidates[:POOL]]
     words = [word for word in words if word not in set(taken)]
     if len(words) < count:
         raise UserError("This model's tokenizer has no rare words of its own. Give some with --token_words.")
@@ -120,11 +121,8 @@ def check_token(token: str, vocabulary: Mapping[str, int]) -> None:
     """Refuses a token that cannot be told from ordinary words of a prompt."""
     if not token.strip() or " " in token.strip():
         raise UserError(f"The token “{token}” must be one word, like [V] or <dog>.")
-    if (
-        token.isalpha()
-        and f"{token.lower()}</w>" in vocabulary
-        and not RARE.fullmatch(f"{token.lower()}</w>")
-    ):
+    whole = (f"{token.lower()}</w>", f"▁{token.lower()}")
+    if token.isalpha() and any(word in vocabulary for word in whole) and not RARE.fullmatch(whole[0]):
         raise UserError(f"The token “{token}” is an ordinary word for this model. Choose one like [{token}].")
 
 

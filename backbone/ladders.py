@@ -1,4 +1,4 @@
-"""Ladders: which noise levels a sampler visits, from the noisiest rung down to the clean one.
+"""Ladders: which noise levels a sampler visits, from the noisiest rung down to the clean one, and a flow is trained at.
 
 A ladder of S steps is a `Level` with tensors [S + 1], in float64 on the CPU; `level.over(x)` casts each rung
 to its state. Timesteps, betas and shifts are diffusers', number for number, so a scheduler's settings can be
@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from backbone.noise import Ladder, flow, ve, vp
+from backbone.noise import Ladder, Level, flow, ve, vp
 
 Spacing = Literal["leading", "trailing", "linspace"]
 Schedule = Literal["scaled_linear", "linear", "squaredcos_cap_v2"]
@@ -68,6 +68,25 @@ def flow_ladder(
         smallest = shift / (train_steps + shift - 1)
     t = torch.linspace(1, smallest if lowest is None else lowest, steps, dtype=torch.float64)
     t = torch.cat([shift * t / (1 + (shift - 1) * t), t.new_zeros(1)])
+    return flow(t, time=(train_steps * t).float())
+
+
+def flow_levels(
+    count: int = 1000,
+    shift: float = 1.0,
+    *,
+    mean: float = 0.0,
+    deviation: float = 1.0,
+    train_steps: int = 1000,
+) -> Level:
+    """Quantiles of the density that a rectified flow is trained with [count], clean to noisy.
+
+    t is logit-normal (Esser et al. 2024, eq. 19) and shifted (eq. 23), so that a uniform choice among these levels
+    draws from that density. The network is told train_steps·t; t = 1 itself, where sampling begins, is beyond them.
+    """
+    share = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    t = torch.sigmoid(mean + deviation * torch.special.ndtri(share))
+    t = shift * t / (1 + (shift - 1) * t)
     return flow(t, time=(train_steps * t).float())
 
 

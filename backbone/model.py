@@ -25,13 +25,6 @@ from backbone.files import content_hash, read_header, read_json
 from backbone.noise import Estimate, Ladder, Level, Predict, estimate, guide
 
 EMBEDDED = Path(__file__).with_name("moji")
-NAMES = {
-    "moji": str(EMBEDDED),
-    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-    "sd3": "stabilityai/stable-diffusion-3.5-medium",
-    "flux": "black-forest-labs/FLUX.1-dev",
-}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARTS = ("denoiser", "autoencoder", "text_encoder")
 
@@ -62,7 +55,7 @@ class Backbone:
 
     @classmethod
     def open(cls, model: str = "moji", *, device: str = "auto", precision: str = "auto") -> Backbone:
-        """Finds a model: `moji`, `sd15`, `sdxl`, `sd3`, `flux`, a diffusers folder, a checkpoint file, or a hub id.
+        """Finds a model: a name (`moji`, `sd15` …), a diffusers folder, a checkpoint file, or a hub id.
 
         Loads no weights yet.
 
@@ -93,8 +86,8 @@ class Backbone:
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
-        """Prompts to `Text`. Always fp32: it is small, and it runs once."""
-        return self.family.text_encoder(self.location, torch.float32).to(self.device)
+        """Prompts to `Text`. Small encoders are in fp32 whatever the precision: they run once."""
+        return self.family.text_encoder(self.location, self.dtype).to(self.device)
 
     @cached_property
     def path(self) -> NoisePath:
@@ -113,7 +106,7 @@ class Backbone:
             "batch": 1,
         }
         file = self.location.local("atelier.json")
-        return usual | (read_json(file) if file else {})
+        return usual | self.family.defaults(self.location) | (read_json(file) if file else {})
 
     @cached_property
     def fingerprint(self) -> str:
@@ -155,8 +148,7 @@ class Backbone:
     @cached_property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of a latent at the model's own resolution."""
-        size = int(self.location.config("unet")["sample_size"])
-        return int(self.autoencoder_config["latent_channels"]), size, size
+        return self.family.latent_shape(self.location)
 
     @property
     def resolution(self) -> int:
@@ -175,6 +167,10 @@ class Backbone:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, H, W] to pictures [B, 3, 8H, 8W], float32 in −1…1."""
+        return self.decode_with_gradients(latents)
+
+    def decode_with_gradients(self, latents: Tensor) -> Tensor:
+        """The same, for who wants to know how the pictures depend on the latents."""
         dtype = next(self.autoencoder.parameters()).dtype
         scale, shift = self._scale_and_shift
         latents = (latents.to(self.device).float() / scale + shift).to(dtype)
@@ -201,9 +197,14 @@ class Backbone:
         return predict
 
     def guided_predictor(self, text: Text, empty: Text, guidance: float) -> Predict:
-        """The same with classifier-free guidance (Ho & Salimans 2022): both prompts in one call of twice the batch."""
-        if guidance == 1:
-            return self.predictor(text)
+        """The same with guidance.
+
+        Both prompts in one call of twice the batch (Ho & Salimans 2022); a network that was distilled to follow the
+        guidance is told it and asked once, whatever `empty` says.
+        """
+        told = self.family.distilled(self.denoiser, text, guidance)
+        if told is not None or guidance == 1:
+            return self.predictor(text if told is None else told)
         both = self.predictor({name: torch.cat([value, empty[name]]) for name, value in text.items()})
 
         def predict(noisy: Tensor, level: Level) -> Estimate:
@@ -213,9 +214,14 @@ class Backbone:
 
         return predict
 
-    def ladder(self, steps: int) -> Ladder:
-        """The noise levels of a sampler with S steps, noisy to clean, as the model's own scheduler places them."""
-        return self.path.ladder(steps).to(self.device)
+    def ladder(self, steps: int, *, size: tuple[int, int] | None = None) -> Ladder:
+        """The noise levels of a sampler with S steps, noisy to clean, as the model's own scheduler places them.
+
+        Some schedulers place them by the latents' size (H, W), which is the model's own if left out.
+        """
+        _, *own = self.latent_shape
+        height, width = size or own
+        return self.path.ladder(steps, (height, width)).to(self.device)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Half precision for what is trained in fp32 on top of a half-precision base; nothing in fp32."""
@@ -233,7 +239,8 @@ class Backbone:
 
 def locate(model: str) -> Location:
     """Where a model of this name is; `UserError` when it is nowhere."""
-    place = NAMES.get(model, model)
+    names = known_names()
+    place = names.get(model, model)
     path = Path(place).expanduser()
     if path.is_dir():
         index = path / "model_index.json"
@@ -251,12 +258,18 @@ def locate(model: str) -> Location:
         return _single_file(model, path)
     if path.suffix.lower() in (".safetensors", ".ckpt"):
         raise UserError(f"There is no file {path}. Check the spelling, and the folder that it is named from.")
-    if model in NAMES or (place.count("/") == 1 and not place.startswith((".", "/", "~"))):
+    if model in names or (place.count("/") == 1 and not place.startswith((".", "/", "~"))):
         return Location(model, place, read_json(hub_file(place, "model_index.json")))
     raise UserError(
-        f"There is no model {model}. Name one of {', '.join(NAMES)}, a diffusers folder, "
+        f"There is no model {model}. Name one of {', '.join(names)}, a diffusers folder, "
         "a checkpoint file, or a hub id."
     )
+
+
+def known_names() -> dict[str, str]:
+    """Short names, and the folders or hub ids that they stand for."""
+    published = {name: place for family in families() for name, place in family.names.items()}
+    return {"moji": str(EMBEDDED), **published}
 
 
 def _single_file(name: str, path: Path) -> Location:

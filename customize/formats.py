@@ -10,7 +10,8 @@
 | kohya | `lora_unet_….lora_down.weight` | `.alpha` | `dora_scale` [out, 1] | LyCORIS' names |
 | comfyui | the same | `.alpha` | `dora_scale`, rescaled | LyCORIS' names |
 
-kohya names SDXL's blocks by the numbers of the original code, ComfyUI's form always by diffusers' names.
+kohya names SDXL's blocks by the numbers of the original code, and joins queries, keys and values of SD3 and FLUX as
+that code does; ComfyUI's form always has diffusers' names, `transformer.…` with its dots.
 ComfyUI divides a row that DoRA rescales by ‖W‖ where Liu et al. 2024 divide by ‖W + ΔW‖, so its file needs the base.
 Every file is read back before it gets its name, and each layer's ΔW compared.
 """
@@ -39,17 +40,19 @@ from customize.factors import Kind, Layer, row_norms
 from customize.layer_names import (
     COMPONENTS,
     TEXT_LEVEL,
+    apart,
     dotted,
     flat,
     from_original,
     is_text,
+    joined,
     split,
     to_original,
     with_text_level,
 )
 
 Form = Literal["diffusers", "own", "kohya", "comfyui"]
-Base = Literal["sd1", "sd2", "sdxl", "sd3", "flux", "other"]
+Base = Literal["sd1", "sd2", "sdxl", "sd3", "flux", "pixart", "other"]
 HEADER = "lora_adapter_metadata"
 BASES: dict[Base, str] = {
     "sd1": "Stable Diffusion 1.x",
@@ -57,6 +60,7 @@ BASES: dict[Base, str] = {
     "sdxl": "Stable Diffusion XL",
     "sd3": "Stable Diffusion 3",
     "flux": "FLUX",
+    "pixart": "PixArt",
     "other": "a model of another build",
 }
 SAME = 1e-5  # relative difference of ΔW that rounding in float32 may leave
@@ -98,6 +102,7 @@ _NEEDED: dict[Kind, tuple[tuple[str, ...], ...]] = {
 }
 _KOHYA = (
     ("lora_unet_", "unet"),
+    ("lora_transformer_", "transformer"),
     ("lycoris_", "unet"),
     ("lora_te1_", "text_encoder"),
     ("lora_te2_", "text_encoder_2"),
@@ -147,7 +152,9 @@ def read_adapter(path: str | Path) -> Adapter:
             "Export it again as LoRA, LoHa or LoKr alone."
         )
     said = _Said(header, path)
-    layers = {name: _layer(name, group, said, path) for name, group in parts.items()}
+    layers: dict[str, Layer] = {}
+    for name, group in parts.items():
+        layers |= _taken_apart(name, _layer(name, group, said, path), path)
     return Adapter(layers, header, _form(tensors))
 
 
@@ -325,8 +332,11 @@ def _kohya_state(
     adapter: Adapter, form: Form, base: Base, weights: Mapping[str, Tensor] | None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors: dict[str, Tensor] = {}
-    for name, layer in adapter.layers.items():
-        stem = kohya_name(name, original=form == "kohya" and base == "sdxl", two_encoders=base == "sdxl")
+    original, several = form == "kohya" and base == "sdxl", base in ("sdxl", "sd3", "flux")
+    layers = adapter.layers if form == "comfyui" else _put_together(adapter.layers, base)
+    for name, layer in layers.items():
+        dots = form == "comfyui" and name.startswith("transformer.")
+        stem = name if dots else kohya_name(name, original=original, two_encoders=several)
         if layer.kind == "lokr" and "lokr_w1" in layer.factors and "lokr_w2" in layer.factors:
             layer = replace(layer.with_alpha(float(layer.rank)), rank=1, alpha=1.0)  # LyCORIS ignores α there
         for factor, value in layer.factors.items():
@@ -352,13 +362,63 @@ def _kohya_state(
     return tensors, {}
 
 
+def _put_together(layers: Mapping[str, Layer], base: Base) -> dict[str, Layer]:
+    """The layers as the original code of SD3 and FLUX joins them: factors side by side, the rank their sum."""
+    found: dict[str, Layer] = {}
+    groups: dict[str, dict[int, Layer]] = {}
+    for name, layer in layers.items():
+        component, module = split(name)
+        if component != "transformer":
+            found[name] = layer
+            continue
+        place = joined(module, base)
+        if place is None:
+            raise UserError(
+                f"kohya's form has no name for {name} of {BASES[base]}. Export --to diffusers or comfyui."
+            )
+        groups.setdefault(place[0], {})[place[1]] = layer
+    for original, group in groups.items():
+        of = len(apart(original))
+        found[f"transformer.{original}"] = group[0] if of == 1 else _side_by_side(original, group, of)
+    return found
+
+
+def _side_by_side(name: str, group: Mapping[int, Layer], of: int) -> Layer:
+    """One LoRA over the outputs of `of` layers, of which those in `group` change: block by block."""
+    some = next(iter(group.values()))
+    whole = len(group) == of
+    if any(layer.kind != "lora" or (layer.magnitude is not None and not whole) for layer in group.values()):
+        raise UserError(
+            f"kohya's form joins layers into {name}, and of the kinds only a LoRA, or a DoRA of all of them, can be "
+            "joined. Export --to diffusers or comfyui."
+        )
+    width = some.shape[1]
+    rows = [group[place].shape[0] if place in group else width for place in range(of)]
+    if of == 4 and 3 not in group:  # FLUX's feed-forward layer, four times as wide
+        rows[3] = 4 * width
+    rank = sum(layer.rank for layer in group.values())
+    up = some.factors["up"].new_zeros(sum(rows), rank)
+    first = 0
+    for place in sorted(group):
+        layer = group[place]
+        above = sum(rows[:place])
+        block = layer.factors["up"] * (layer.scale / some.scale)
+        up[above : above + rows[place], first : first + layer.rank] = block
+        first += layer.rank
+    down = torch.cat([group[place].factors["down"] for place in sorted(group)])
+    magnitudes = [group[place].magnitude for place in sorted(group)]
+    own = [value for value in magnitudes if value is not None]
+    if own and len(own) < of:
+        raise UserError(f"Some of the layers that {name} joins are DoRA and some not. Export --to diffusers.")
+    magnitude = torch.cat([value.flatten() for value in own]) if own else None
+    return Layer("lora", {"down": down, "up": up}, rank, some.scale * rank, magnitude)
+
+
 def kohya_name(layer: str, *, original: bool, two_encoders: bool) -> str:
     """`lora_unet_…`, `lora_te_…`, or `lora_te1_…` and `lora_te2_…` where a model has two text encoders."""
     component, module = split(layer)
     if component == "transformer":
-        raise UserError(
-            "kohya's form of a LoRA for SD3 or FLUX joins layers and is not written here. Export --to diffusers."
-        )
+        return "lora_unet_" + flat(module)
     if component == "unet":
         return "lora_unet_" + flat(to_original(module) if original else module)
     number = "2" if component == "text_encoder_2" else "1" if two_encoders else ""
@@ -396,7 +456,44 @@ def _layer_name(stem: str) -> str | None:
     return _named("unet", stem) if stem.startswith(_UNET_TOPS) else None
 
 
+def _taken_apart(name: str, layer: Layer, path: Path) -> dict[str, Layer]:
+    """A layer under the name here; one that the original code joins, as the layers that it is of.
+
+    What changes nothing is left out, and of each part the columns that do.
+    """
+    component, module = split(name)
+    ours = apart(module)
+    if component != "transformer" or not ours:
+        return {name: layer}
+    if len(ours) == 1:
+        return {f"transformer.{ours[0]}": layer}
+    if layer.kind != "lora":
+        raise UserError(
+            f"{path} joins layers into {name} as a {layer.kind}, which cannot be taken apart. Use a LoRA."
+        )
+    rows, width = layer.shape
+    heights = [width] * 3 + [rows - 3 * width] * (len(ours) - 3)
+    if sum(heights) != rows or min(heights) <= 0:
+        raise UserError(
+            f"{name} in {path} is {rows} × {width}, which no published model has. Check the file."
+        )
+    found: dict[str, Layer] = {}
+    bounds = torch.tensor([0, *heights]).cumsum(0).tolist()
+    for part, start, end in zip(ours, bounds, bounds[1:], strict=False):
+        up = layer.factors["up"][start:end]
+        used = (up != 0).any(dim=0)
+        if not bool(used.any()):
+            continue
+        factors = {"down": layer.factors["down"][used], "up": up[:, used]}
+        rank = int(used.sum())
+        magnitude = None if layer.magnitude is None else layer.magnitude.flatten()[start:end]
+        found[f"transformer.{part}"] = Layer("lora", factors, rank, layer.scale * rank, magnitude)
+    return found
+
+
 def _named(component: str, module: str) -> str:
+    if component == "unet" and apart(module):
+        return f"transformer.{module}"
     if component == "unet":
         module = from_original(module)
     if is_text(component):  # what diffusers once wrote: self_attn.to_q_lora.down.weight
@@ -497,6 +594,8 @@ def _form(tensors: Mapping[str, Tensor]) -> str:
         return f"{'LyCORIS' if lycoris else 'kohya'} ({blocks} block names)"
     if any("lora_A" in name for name in names):
         return "diffusers (peft)"
+    if any(name.startswith("transformer.") and ".lora_down." in name for name in names):
+        return "ComfyUI (diffusers' names)"
     return "peft" if lycoris else "diffusers (before peft)"
 
 
@@ -506,6 +605,8 @@ def _base_by_shape(layers: Mapping[str, Layer]) -> Base | None:
         return "sdxl"
     if any(name.startswith("transformer.single_transformer_blocks.") for name in names):
         return "flux"
+    if any(name.startswith("transformer.") and ".attn1." in name for name in names):
+        return "pixart"
     if any(name.startswith("transformer.") for name in names):
         return "sd3"
     for name, layer in layers.items():

@@ -1,4 +1,4 @@
-"""What other tools call a layer: kohya's underscores, the block numbers of the original Stable Diffusion code.
+"""What other tools call a layer: kohya's underscores, the original code's block numbers and joined layers.
 
 Here a layer is called as diffusers calls its module, with its component in front and CLIP's level `text_model` left
 out: `unet.down_blocks.0.attentions.0.proj_in`, `text_encoder.encoder.layers.3.mlp.fc1`.
@@ -14,6 +14,8 @@ LAYERS_PER_BLOCK = 2  # of every published Stable Diffusion
 
 # Module names that hold an underscore themselves; every other underscore of a flat name was a dot.
 _COMPOUNDS = (
+    *("double_blocks", "single_blocks", "joint_blocks", "x_block", "context_block", "img_attn", "txt_attn"),
+    *("img_mlp", "txt_mlp", "img_mod", "txt_mod", "norm1_context"),
     *("down_blocks", "up_blocks", "mid_block", "transformer_blocks", "single_transformer_blocks"),
     *("time_embedding", "add_embedding", "class_embedding", "time_emb_proj", "linear_1", "linear_2"),
     *("conv_in", "conv_out", "conv_shortcut", "proj_in", "proj_out", "proj_mlp", "encoder_hid_proj"),
@@ -40,6 +42,46 @@ _OUTSIDE = {
     "label_emb.0.0": "add_embedding.linear_1",
     "label_emb.0.2": "add_embedding.linear_2",
 }
+_QKV, _ADDED = (
+    ("attn.to_q", "attn.to_k", "attn.to_v"),
+    ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+)
+# What the original code of a transformer joins into one layer: block → its layer → diffusers' layers, in order.
+_JOINED: dict[str, dict[str, tuple[str, ...]]] = {
+    "double_blocks": {
+        "img_attn.qkv": _QKV,
+        "txt_attn.qkv": _ADDED,
+        "img_attn.proj": ("attn.to_out.0",),
+        "txt_attn.proj": ("attn.to_add_out",),
+        "img_mlp.0": ("ff.net.0.proj",),
+        "img_mlp.2": ("ff.net.2",),
+        "txt_mlp.0": ("ff_context.net.0.proj",),
+        "txt_mlp.2": ("ff_context.net.2",),
+        "img_mod.lin": ("norm1.linear",),
+        "txt_mod.lin": ("norm1_context.linear",),
+    },
+    "single_blocks": {
+        "linear1": (*_QKV, "proj_mlp"),
+        "linear2": ("proj_out",),
+        "modulation.lin": ("norm.linear",),
+    },
+    "joint_blocks": {
+        "x_block.attn.qkv": _QKV,
+        "x_block.attn2.qkv": tuple(name.replace("attn.", "attn2.") for name in _QKV),
+        "context_block.attn.qkv": _ADDED,
+        "x_block.attn.proj": ("attn.to_out.0",),
+        "x_block.attn2.proj": ("attn2.to_out.0",),
+        "context_block.attn.proj": ("attn.to_add_out",),
+        "x_block.mlp.fc1": ("ff.net.0.proj",),
+        "x_block.mlp.fc2": ("ff.net.2",),
+        "context_block.mlp.fc1": ("ff_context.net.0.proj",),
+        "context_block.mlp.fc2": ("ff_context.net.2",),
+    },
+}
+_BLOCKS = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"} | {
+    "joint_blocks": "transformer_blocks"
+}
+_ORIGINAL_BLOCKS = {"flux": ("double_blocks", "single_blocks"), "sd3": ("joint_blocks",)}
 _ORIGINAL = re.compile(r"(input_blocks|output_blocks|middle_block)\.(\d+)\.(?:(\d+)\.)?(.+)")
 _DIFFUSERS = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 _MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
@@ -118,3 +160,27 @@ def to_original(module: str) -> str:
     side = "input_blocks" if way == "down" else "output_blocks"
     place = 0 if kind == "resnets" else 1
     return f"{side}.{first + layer}.{place}.{resnet.get(rest, rest)}"
+
+
+def joined(module: str, base: str) -> tuple[str, int] | None:
+    """A transformer's module → the original code's layer that holds it, and its place there; None if none does.
+
+    `base` is "flux" or "sd3": `transformer_blocks.3.attn.to_k` → (`double_blocks.3.img_attn.qkv`, 1).
+    """
+    for original in _ORIGINAL_BLOCKS.get(base, ()):
+        found = re.fullmatch(rf"{_BLOCKS[original]}\.(\d+)\.(.+)", module)
+        if found is None:
+            continue
+        for theirs, ours in _JOINED[original].items():
+            if found[2] in ours:
+                return f"{original}.{found[1]}.{theirs}", ours.index(found[2])
+    return None
+
+
+def apart(module: str) -> tuple[str, ...]:
+    """The inverse: all modules that a layer of the original code joins, in order; () for any other name."""
+    found = re.fullmatch(r"(double_blocks|single_blocks|joint_blocks)\.(\d+)\.(.+)", module)
+    if found is None:
+        return ()
+    ours = _JOINED[found[1]].get(found[3], ())
+    return tuple(f"{_BLOCKS[found[1]]}.{found[2]}.{name}" for name in ours)

@@ -1,1 +1,44 @@
-"""Changes a picture by changing its prompt: inversion, prompt-to-prompt, SDEdit. Being built; see `cli`."""
+"""Changes what the words say of a picture and nothing else: inversion, prompt-to-prompt, SDEdit.
+
+    import edit
+    from backbone.model import Backbone
+
+    inversion = edit.invert(Backbone.open("moji"), "cat.png", "a cat in a park")
+    edited = edit.replace(inversion, "a dog in a park")
+    edited.pictures[0].save("dog.png")
+
+The names load what they need when they are first used, so that `edit --help` imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "Inversion": "edit.inversion",
+    "invert": "edit.inversion",
+    "read_inversion": "edit.inversion",
+    "replayed": "edit.inversion",
+    "Drawn": "edit.noised",
+    "Edited": "edit.prompt",
+    "PRESETS": "edit.prompt",
+    "Settings": "edit.prompt",
+    "replace": "edit.prompt",
+    "sdedit": "edit.noised",
+    "flow_edit": "edit.directly",
+    "remove": "edit.removal",
+    "lead": "edit.guided",
+    "between": "edit.between",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

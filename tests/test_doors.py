@@ -54,12 +54,3 @@ def test_help_imports_none_of_the_heavy_libraries(script: str) -> None:
     imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
     assert "typer" in imported
     assert imported.isdisjoint(HEAVY)
-
-
-@pytest.mark.parametrize("script", ["edit", "align"])
-def test_a_command_that_is_not_built_yet_is_refused_in_one_sentence(script: str) -> None:
-    done = run(path_of(script), "whatever", "--strength", "2")
-    assert done.returncode == 2
-    assert done.stderr.splitlines() == [
-        f"Error: `{script} whatever` does not exist: {script} has no commands yet. See `customize --help`."
-    ]

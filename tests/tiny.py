@@ -1,4 +1,4 @@
-"""A random pipeline folder of the Stable Diffusion family, small enough to build in every test run."""
+"""Random pipeline folders, one for each family of models, small enough to build in every test run."""
 
 from __future__ import annotations
 
@@ -7,8 +7,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 WORDS = ("a", "dog", "cat", "in", "the", "snow", "red")
 RARE = ("bcd", "fgh", "jkl", "mnp", "qrs")
@@ -30,28 +52,7 @@ def tiny_pipeline(folder: Path, *, seed: int = 0, prediction_type: str = "epsilo
         attention_head_dim=2,
         norm_num_groups=8,
     )
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=64,
-    )
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=77,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    vae, text = tiny_autoencoder(), CLIPTextModel(clip_settings(tokenizer))
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -72,12 +73,203 @@ def tiny_pipeline(folder: Path, *, seed: int = 0, prediction_type: str = "epsilo
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)
+    return with_defaults(folder)
+
+
+def tiny_stable_diffusion_xl(folder: Path) -> Path:
+    """The same of Stable Diffusion XL: two text encoders of unlike widths, the published scheduler's settings."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=2,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        cross_attention_dim=16 + 24,
+        attention_head_dim=(2, 4),
+        norm_num_groups=8,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 12,
+    )
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        timestep_spacing="leading",
+        steps_offset=1,
+    )
+    StableDiffusionXLPipeline(
+        vae=tiny_autoencoder(),
+        text_encoder=CLIPTextModel(clip_settings(tokenizer)),
+        text_encoder_2=CLIPTextModelWithProjection(clip_settings(tokenizer, width=24)),
+        tokenizer=tokenizer,
+        tokenizer_2=tiny_tokenizer(pad_token="!"),
+        unet=unet,
+        scheduler=scheduler,
+        add_watermarker=False,
+    ).save_pretrained(folder)
+    return with_defaults(folder)
+
+
+def tiny_stable_diffusion_3(folder: Path, *, t5: bool = True, **scheduler: Any) -> Path:
+    """The same of Stable Diffusion 3.5: two CLIPs and, if wanted, T5; one layer with dual attention."""
+    torch.manual_seed(0)
+    first, second = tiny_tokenizer(), tiny_tokenizer(pad_token="!")
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        caption_projection_dim=16,
+        pooled_projection_dim=12 + 12,
+        pos_embed_max_size=16,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    StableDiffusion3Pipeline(
+        vae=tiny_autoencoder(
+            shift_factor=0.0609, scaling_factor=1.5305, use_quant_conv=False, use_post_quant_conv=False
+        ),
+        text_encoder=CLIPTextModelWithProjection(clip_settings(first, end=2)),
+        text_encoder_2=CLIPTextModelWithProjection(clip_settings(second, width=24)),
+        text_encoder_3=tiny_t5(48) if t5 else None,
+        tokenizer=first,
+        tokenizer_2=second,
+        tokenizer_3=tiny_t5_tokenizer() if t5 else None,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(**({"shift": 3.0} | scheduler)),
+    ).save_pretrained(folder)
+    return with_defaults(folder)
+
+
+def tiny_flux(folder: Path, *, guidance: bool = True) -> Path:
+    """The same of FLUX.1: `dev`, which is told a guidance and shifts by the picture's size, or else `schnell`."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        guidance_embeds=guidance,
+        axes_dims_rope=(4, 4, 8),
+    )
+    shifts = {"shift": 3.0, "use_dynamic_shifting": True} if guidance else {"shift": 1.0}
+    FluxPipeline(
+        vae=tiny_autoencoder(
+            shift_factor=0.1159, scaling_factor=0.3611, use_quant_conv=False, use_post_quant_conv=False
+        ),
+        text_encoder=CLIPTextModel(clip_settings(tokenizer, end=2)),
+        text_encoder_2=tiny_t5(32),
+        tokenizer=tokenizer,
+        tokenizer_2=tiny_t5_tokenizer(),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(**shifts),
+    ).save_pretrained(folder)
+    return with_defaults(folder)
+
+
+def tiny_pixart(folder: Path) -> Path:
+    """The same of PixArt-Σ, with a scheduler whose steps are DDIM's."""
+    torch.manual_seed(0)
+    transformer = PixArtTransformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        cross_attention_dim=16,
+        caption_channels=32,
+        use_additional_conditions=False,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.0001, beta_end=0.01, beta_schedule="linear", clip_sample=False, set_alpha_to_one=True
+    )
+    PixArtSigmaPipeline(
+        vae=tiny_autoencoder(scaling_factor=0.13025),
+        text_encoder=tiny_t5(32),
+        tokenizer=tiny_t5_tokenizer(),
+        transformer=transformer,
+        scheduler=scheduler,
+    ).save_pretrained(folder)
+    return with_defaults(folder)
+
+
+# What they are made of --------------------------------------------------------------------------------------
+
+
+def with_defaults(folder: Path) -> Path:
+    """Few steps, for whoever trains or samples without saying how many."""
     defaults = {"steps": 3, "guidance": 2.0, "train_steps": 4, "learning_rate": 1e-3, "rank": 2, "batch": 2}
     (folder / "atelier.json").write_text(json.dumps(defaults))
     return folder
 
 
-def tiny_tokenizer() -> CLIPTokenizer:
+def tiny_autoencoder(**settings: Any) -> Any:
+    """64 × 64 pictures to 8 × 8 latents of 4 channels."""
+    usual: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (8, 8, 8, 8),
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+        "sample_size": 64,
+    }
+    return AutoencoderKL(**usual | settings)
+
+
+def clip_settings(tokenizer: CLIPTokenizer, *, width: int = 16, end: int | None = None) -> CLIPTextConfig:
+    """Of a CLIP text encoder of two layers, whose pooled output is projected to 12 numbers.
+
+    `end` is what the settings say of the end's token, where it is not what the tokenizer says: 2 in published ones.
+    """
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=32,
+        projection_dim=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id if end is None else end,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def tiny_t5(width: int) -> T5EncoderModel:
+    """A T5 text encoder of one layer."""
+    settings = T5Config(
+        vocab_size=len(tiny_t5_tokenizer()), d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2
+    )
+    return T5EncoderModel(settings)
+
+
+def tiny_t5_tokenizer() -> T5Tokenizer:
+    """Letters, a few words and a few rare ones."""
+    letters = [(chr(code), -9.0) for code in range(33, 127)]
+    words = [(f"▁{word}", -1.0) for word in (*WORDS, *RARE)]
+    scores = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *words, *letters]
+    return T5Tokenizer(vocab=scores, extra_ids=0, model_max_length=512)
+
+
+def tiny_tokenizer(**settings: Any) -> CLIPTokenizer:
     """Letters, a few words and a few rare ones."""
     alphabet = [chr(code) for code in range(33, 127)] + ["Ġ"]
     merges: list[Any] = []
@@ -92,4 +284,4 @@ def tiny_tokenizer() -> CLIPTokenizer:
             left += right
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     ids = {token: index for index, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=ids, merges=list(dict.fromkeys(merges)), model_max_length=77)
+    return CLIPTokenizer(vocab=ids, merges=list(dict.fromkeys(merges)), model_max_length=77, **settings)

@@ -108,6 +108,7 @@ class Family(Protocol):
     """One family of models, as the rest of the project sees it."""
 
     name: ClassVar[str]
+    names: ClassVar[dict[str, str]]  # short names of published models, and the hub ids that they stand for
     pipelines: ClassVar[tuple[str, ...]]  # diffusers' pipeline classes that this file serves
     lora_targets: ClassVar[dict[str, tuple[str, ...]]]  # named sets of layers, as peft's `target_modules`
 
@@ -124,7 +125,15 @@ class Family(Protocol):
         ...
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> TextEncoder:
-        """The text side."""
+        """The text side. The working precision is for encoders of billions of parameters; smaller ones are in fp32."""
+        ...
+
+    def latent_shape(self, location: Location) -> tuple[int, int, int]:
+        """(C, H, W) of a latent at the model's own resolution."""
+        ...
+
+    def defaults(self, location: Location) -> dict[str, Any]:
+        """What works well with the family's models, where it is not what works with most: `steps`, `guidance` …"""
         ...
 
     def path(self, location: Location) -> NoisePath:
@@ -132,21 +141,46 @@ class Family(Protocol):
         ...
 
     def network(self, denoiser: nn.Module, text: Text) -> Network:
-        """The denoiser with its prompts filled in."""
+        """The denoiser with its prompts filled in.
+
+        What else it is told (the size of the picture, say) follows from the noisy latents.
+        """
+        ...
+
+    def distilled(self, denoiser: nn.Module, text: Text, guidance: float) -> Text | None:
+        """The prompts with the guidance, for a network that learned to answer as if guided by one call.
+
+        None where guidance takes a second call without the prompt (Ho & Salimans 2022).
+        """
         ...
 
 
 @dataclass(frozen=True)
 class NoisePath:
-    """A noise path: every level that the model was trained at, and the ladder of a sampler with S steps."""
+    """A noise path: the levels that the model was trained at, and the ladder of a sampler.
+
+    kind    what the network predicts
+    levels  [T], clean to noisy: a uniform choice among them is what training drew from
+    ladder  (steps S, size (H, W) of the latents) → the rungs [S + 1], noisy to clean
+    """
 
     kind: Kind
-    levels: Level  # all training levels [T], clean to noisy
-    ladder: Callable[[int], Ladder]
+    levels: Level
+    ladder: Callable[[int, tuple[int, int]], Ladder]
 
 
 def families() -> list[Family]:
-    """Every family of this version."""
+    """Every family of this version: a new one is a file of its own and a line here."""
+    from backbone.families.flux import Flux
+    from backbone.families.pixart import PixArt
     from backbone.families.stable_diffusion import StableDiffusion
+    from backbone.families.stable_diffusion_3 import StableDiffusion3
+    from backbone.families.stable_diffusion_xl import StableDiffusionXL
 
-    return [StableDiffusion()]
+    return [
+        StableDiffusion(),
+        StableDiffusionXL(),
+        StableDiffusion3(),
+        Flux(),
+        PixArt(),
+    ]

@@ -30,6 +30,7 @@ UNET, AUTOENCODER = "model.diffusion_model.", "first_stage_model."
 WINDOWS, WINDOW_BYTES = 64, 1 << 14
 RIDERS = r"^\w+\.(loss|model_ema)\."  # what training left beside an autoencoder
 WHOLE = "Take the model's full version: one file with UNet, text encoder and autoencoder (VAE)."
+FOLDER = "It is not read from a single file: name the model's diffusers folder or hub id."
 STRANGERS = (
     (
         r"(\.|_)(lora_(up|down|A|B)|lora\.(up|down)|hada_w[12]|lokr_w[12])",
@@ -39,9 +40,9 @@ STRANGERS = (
     (r"^control(_model|net_cond_embedding)\.", "a ControlNet", "Name the model that it was made for."),
     (r"^(emb_params|string_to_param|clip_[lg])$", "an embedding", "Name the model that it was made for."),
     (r"motion_modules\.", "an AnimateDiff motion module", "Name the model that it was made for."),
-    (r"^conditioner\.embedders\.", "a Stable Diffusion XL checkpoint", "Name another model."),
-    (r"joint_blocks\.", "a Stable Diffusion 3 checkpoint", "Name another model."),
-    (r"double_blocks\.", "a FLUX checkpoint", "Name another model."),
+    (r"^conditioner\.embedders\.", "a Stable Diffusion XL checkpoint", FOLDER),
+    (r"joint_blocks\.", "a Stable Diffusion 3 checkpoint", FOLDER),
+    (r"double_blocks\.", "a FLUX checkpoint", FOLDER),
     (
         r"^(down_blocks|up_blocks|transformer_blocks|(en|de)coder\.(down|up)_blocks|(text_model\.)?encoder\.layers)\.",
         "one part of a diffusers model",

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
+from transformers import CLIPTextModel
 
-from backbone.console import UserError, say
-from backbone.families import Location, Network, NoisePath, Side, Text, single_file, stable_diffusion_file
+from backbone.families import (
+    Location,
+    Network,
+    NoisePath,
+    Side,
+    Text,
+    parts,
+    single_file,
+    stable_diffusion_file,
+)
 from backbone.files import Header
-from backbone.ladders import alphas_cumprod, vp_ladder
-from backbone.noise import Kind, vp
 
 
 class StableDiffusion:
     """The family's file: see `Family`."""
 
     name: ClassVar[str] = "Stable Diffusion"
+    names: ClassVar[dict[str, str]] = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": ("to_q", "to_k", "to_v", "to_out.0"),
@@ -45,31 +50,19 @@ class StableDiffusion:
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> ClipText:
         if location.file is not None:
-            return ClipText(*stable_diffusion_file.text_side(location, dtype))
-        tokenizer = _load(CLIPTokenizer, location, "tokenizer")
-        return ClipText(tokenizer, _load(CLIPTextModel, location, "text_encoder", dtype=dtype))
+            return ClipText(*stable_diffusion_file.text_side(location, torch.float32))
+        side = parts.load_clip(CLIPTextModel, location)
+        return ClipText(side.tokenizer, side.model)
+
+    def latent_shape(self, location: Location) -> tuple[int, int, int]:
+        side = int(location.config("unet")["sample_size"])
+        return int(location.config("vae")["latent_channels"]), side, side
+
+    def defaults(self, location: Location) -> dict[str, Any]:
+        return {}
 
     def path(self, location: Location) -> NoisePath:
-        config = _scheduler_config(location)
-        train_steps = int(config.get("num_train_timesteps", 1000))
-        alpha_bar = alphas_cumprod(
-            config.get("beta_schedule", "scaled_linear"),
-            config.get("beta_start", 0.00085),
-            config.get("beta_end", 0.012),
-            train_steps,
-        )
-
-        def ladder(steps: int) -> Any:
-            return vp_ladder(
-                alpha_bar,
-                steps,
-                spacing=config.get("timestep_spacing", "leading"),
-                steps_offset=config.get("steps_offset", 1),
-                final="one" if config.get("set_alpha_to_one", False) else "first",
-            )
-
-        kind = cast(Kind, config.get("prediction_type", "epsilon"))
-        return NoisePath(kind, vp(alpha_bar, torch.arange(train_steps)), ladder)
+        return parts.vp_path(location)
 
     def network(self, denoiser: nn.Module, text: Text) -> Network:
         dtype = cast(torch.dtype, denoiser.dtype)
@@ -79,6 +72,9 @@ class StableDiffusion:
             return cast(Tensor, denoiser(noisy, time, text["hidden"].to(dtype)).sample)
 
         return predict
+
+    def distilled(self, denoiser: nn.Module, text: Text, guidance: float) -> None:
+        return None
 
 
 class ClipText:
@@ -98,23 +94,10 @@ class ClipText:
 
     def __call__(self, prompts: Sequence[str]) -> Text:
         """hidden [B, 77, D]. A prompt that is too long is cut, and said so."""
-        length = self.tokenizer.model_max_length
-        for prompt in prompts:
-            tokens = self.tokenizer(prompt, verbose=False)["input_ids"]
-            if len(tokens) > length:
-                lost = self.tokenizer.decode(tokens[length - 1 : -1])
-                _say_once(
-                    f"The prompt has {len(tokens)} tokens and this model reads {length}: it will not see “{lost}”."
-                )
-        ids = self.tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        )["input_ids"]
-        return {"hidden": self.model(ids.to(self.model.device)).last_hidden_state.float()}
-
-
-@cache
-def _say_once(text: str) -> None:
-    say(text)
+        (side,) = self.sides
+        parts.say_what_is_cut(side, prompts)
+        ids = parts.token_ids(side, prompts)["input_ids"]
+        return {"hidden": self.model(ids).last_hidden_state.float()}
 
 
 def _network(kind: Any, location: Location, part: str, dtype: torch.dtype) -> nn.Module:
@@ -123,32 +106,5 @@ def _network(kind: Any, location: Location, part: str, dtype: torch.dtype) -> nn
         prefix = stable_diffusion_file.PREFIXES[part]
         model = single_file.load_part(kind, location, part, prefix=prefix, dtype=dtype)
     else:
-        model = _load(kind, location, part, torch_dtype=dtype)
+        model = parts.load_network(kind, location, part, dtype)
     return cast(nn.Module, model.to(memory_format=torch.channels_last))
-
-
-def _load(kind: Any, location: Location, part: str, **options: Any) -> Any:
-    """One part of a diffusers folder or hub id, safetensors only."""
-    folder = location.folder
-    if folder is not None and not (folder / part).is_dir():
-        raise UserError(
-            f"{folder} has no folder {part}/, so it is not a whole model. Save or download it again."
-        )
-    if issubclass(kind, nn.Module):
-        options |= {"use_safetensors": True}
-    transformers_logging.disable_progress_bar()
-    try:
-        return kind.from_pretrained(
-            location.place, subfolder=part, local_files_only=folder is not None, **options
-        )
-    except OSError as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"The {part} of {location.name} could not be loaded ({first}). Check the model."
-        ) from error
-
-
-def _scheduler_config(location: Location) -> dict[str, Any]:
-    from diffusers import DDIMScheduler
-
-    return dict(DDIMScheduler.from_config(location.config("scheduler")).config)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from backbone.loop import Average, generator, load_checkpoint, save_checkpoint, train, warm_cosine
 from recipes.moji.logbook import Logbook
+from recipes.moji.muon import Muon
 from recipes.moji.pictures import Pixels, load
 
 SCALING_FACTOR = 0.18215
@@ -35,6 +36,7 @@ def main(
     batch: Annotated[int, typer.Option(help="Crops a step.")] = 16,
     crop: Annotated[int, typer.Option(help="Side of a crop in pixels; 128 trains on whole pictures.")] = 64,
     learning_rate: Annotated[float, typer.Option()] = 8e-4,
+    matrix_rate: Annotated[float, typer.Option(help="Muon's, for inner weights.")] = 2e-3,
     kl_weight: Annotated[float, typer.Option(help="Weight of the KL term per latent number.")] = 2e-4,
     texture_share: Annotated[float, typer.Option(help="Share of textures among the pictures.")] = 0.4,
     decoder_only: Annotated[
@@ -54,7 +56,12 @@ def main(
         model.encoder.requires_grad_(False)
         model.quant_conv.requires_grad_(False)
     parameters = {key: value for key, value in model.named_parameters() if value.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    inner = [key for key, value in parameters.items() if value.ndim >= 2 and not is_outer(key)]
+    groups: list[dict[str, Any]] = [
+        {"params": [value for key, value in parameters.items() if key not in inner]},
+        {"params": [parameters[key] for key in inner], "momentum": 0.95, "lr": matrix_rate},
+    ]
+    optimizer = Muon(groups, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
     average = Average(parameters, decay=0.998)
     checkpoint = workdir / f"{name}.safetensors"
     done = 0
@@ -106,6 +113,11 @@ def build() -> AutoencoderKL:
         sample_size=128,
         scaling_factor=SCALING_FACTOR,
     )
+
+
+def is_outer(name: str) -> bool:
+    """Whether a weight meets pictures or latents, and so is stepped by AdamW."""
+    return name.endswith(("quant_conv.weight", "coder.conv_in.weight", "coder.conv_out.weight"))
 
 
 def reconstruction_loss(decoded: Tensor, clean: Tensor) -> Tensor:

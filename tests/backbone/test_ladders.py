@@ -14,6 +14,7 @@ from backbone.ladders import (
     Spacing,
     alphas_cumprod,
     flow_ladder,
+    flow_levels,
     karras_ladder,
     spaced_timesteps,
     upto,
@@ -77,6 +78,17 @@ def test_a_dynamically_shifted_flow_ladder_is_diffusers(mu: float) -> None:
     torch.testing.assert_close(flow_ladder(7, mu=mu).b.float(), scheduler.sigmas)
     scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / 7, 7).tolist(), mu=mu)  # as FLUX's pipeline calls it
     torch.testing.assert_close(flow_ladder(7, mu=mu, lowest=1 / 7).b.float(), scheduler.sigmas)
+
+
+def test_flow_levels_are_quantiles_of_a_shifted_logit_normal() -> None:
+    levels = flow_levels(1001)
+    assert float(levels.b[500]) == pytest.approx(0.5)
+    assert float((levels.b < torch.tensor(1.0).sigmoid()).double().mean()) == pytest.approx(0.8413, abs=1e-3)
+    torch.testing.assert_close(levels.a + levels.b, torch.ones(1001).double())
+    shifted = flow_levels(1001, 3.0)
+    assert float(shifted.b[500]) == pytest.approx(0.75)  # 3·½ / (1 + 2·½)
+    assert bool((shifted.b.diff() > 0).all()) and 0 < float(shifted.b[0]) and float(shifted.b[-1]) < 1
+    assert shifted.time is not None and float(shifted.time[500]) == pytest.approx(750)
 
 
 def test_a_karras_ladder_is_diffusers() -> None:

@@ -91,8 +91,8 @@ def test_a_folder_that_is_no_model_is_a_clear_mistake(tmp_path: Path) -> None:
 
 
 def test_a_family_that_is_not_served_is_named(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(UserError, match="FluxPipeline"):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
+    with pytest.raises(UserError, match="KandinskyPipeline"):
         Backbone.open(str(tmp_path))
 
 

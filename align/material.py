@@ -1,0 +1,239 @@
+"""What training reads: latents and texts encoded once, records as rows of them, and draws that can be made again.
+
+A draw (record, k), k < K, fixes the noise, its level, whether the prompt is dropped and whether the pictures are
+mirrored, the same for every picture of the record: it follows from the seed, the record's contents and k alone. The
+levels of a record's K draws are stratified: one in each K-th of the noise path, in random order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from align.pairs import Pair, Record, Single, normal
+from align.settings import Settings
+from backbone.bank import stratified_levels
+from backbone.cache import encoded, encoded_prompts
+from backbone.concept import Concept, spoken
+from backbone.console import progress
+from backbone.families import Text
+from backbone.files import content_hash
+from backbone.images import Picture
+from backbone.loop import generator
+from backbone.model import Backbone
+from backbone.noise import Level, add_noise, target
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A record as rows of `Material`: its pictures (the better one first), its prompt, and what was said of it.
+
+    `preference` of a pair is the probability that its first picture is better, 1 or ½; of a single picture 1 for good
+    and 0 for bad. `key` is its contents.
+    """
+
+    pictures: tuple[int, ...]
+    prompt: int
+    preference: float
+    key: str
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """Latents [P, C, H, W] and their mirror images, text rows (row 0 is the empty prompt), the records of each side."""
+
+    latents: Tensor
+    mirrored: Tensor | None
+    text: Text
+    train: list[Item]
+    held_out: list[Item]
+
+    def to(self, device: torch.device) -> Material:
+        """The same on another device."""
+        return replace(
+            self,
+            latents=self.latents.to(device),
+            mirrored=None if self.mirrored is None else self.mirrored.to(device),
+            text={name: value.to(device) for name, value in self.text.items()},
+        )
+
+
+def prepare(
+    model: Backbone,
+    train: Sequence[Record],
+    held_out: Sequence[Record],
+    settings: Settings,
+    concepts: Sequence[Concept] = (),
+) -> Material:
+    """Encodes every picture and prompt, remembered on disk, and frees the encoders.
+
+    Posterior means serve as latents: with the same noise in both pictures of a pair, sampling would only add noise
+    to their difference.
+    """
+    records = [*train, *held_out]
+    pictures = {_where(picture): picture for record in records for picture in record.pictures}
+    rows = {where: number for number, where in enumerate(pictures)}
+    hashes = {where: content_hash(picture.read()) for where, picture in pictures.items()}
+    prompts = {"": 0}
+    for record in records:
+        prompts.setdefault(_said(record.prompt, concepts), len(prompts))
+    latents = _means(model, list(pictures.values()), flip=False)
+    mirrored = _means(model, list(pictures.values()), flip=True) if settings.flip else None
+    text = encoded_prompts(model, list(prompts))
+    model.free("autoencoder", "text_encoder")
+
+    def item(record: Record) -> Item:
+        record = record.ordered if isinstance(record, Pair) else record
+        own = [_where(picture) for picture in record.pictures]
+        key = content_hash("\n".join([normal(record.prompt), *(hashes[where] for where in own)]).encode())
+        preference = float(record.good) if isinstance(record, Single) else record.label
+        return Item(
+            tuple(rows[where] for where in own), prompts[_said(record.prompt, concepts)], preference, key
+        )
+
+    return Material(
+        latents, mirrored, text, [item(record) for record in train], [item(record) for record in held_out]
+    ).to(model.device)
+
+
+def _where(picture: Picture) -> str:
+    """A picture's name: its file's, or its table's, row and column."""
+    return str(picture.path)
+
+
+def _said(prompt: str, concepts: Sequence[Concept]) -> str:
+    """The prompt in the model's words; brackets that are no concept's stay as they are."""
+    return spoken(prompt, concepts) if concepts else prompt
+
+
+def _means(model: Backbone, pictures: Sequence[Picture], *, flip: bool) -> Tensor:
+    means = []
+    with progress(len(pictures), "encoding" + (" mirrored" if flip else "")) as bar:
+        for picture in pictures:
+            means.append(encoded(model, [picture], flip=flip)[0].mean.float())
+            bar.advance(images=1)
+    return torch.cat(means)
+
+
+# Draws ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Draws:
+    """K draws of each record. `name` keeps two sets of draws apart: training's, those that only judge."""
+
+    name: str
+    seed: int
+    count: int
+    levels: int  # of the noise path
+    prompt_dropout: float = 0.0
+    flip: bool = False
+
+    def level(self, item: Item, k: int) -> int:
+        """The index of draw k's noise level: one in each stratum over the K draws."""
+        return _levels(self, item.key)[k]
+
+    def noise(self, item: Item, k: int, shape: Sequence[int]) -> Tensor:
+        """ε [C, H, W] of draw k."""
+        return torch.randn(tuple(shape), generator=generator(self.seed, self.name, item.key, k, "noise"))
+
+    def drops_prompt(self, item: Item, k: int) -> bool:
+        """Whether draw k is without a prompt, for every picture of the record."""
+        return self._chance(item, k, "prompt") < self.prompt_dropout
+
+    def mirrors(self, item: Item, k: int) -> bool:
+        """Whether draw k mirrors every picture of the record."""
+        return self.flip and self._chance(item, k, "flip") < 0.5
+
+    def _chance(self, item: Item, k: int, what: str) -> float:
+        return float(torch.rand((), generator=generator(self.seed, self.name, item.key, k, what)))
+
+
+@lru_cache(maxsize=65536)
+def _levels(draws: Draws, key: str) -> list[int]:
+    random = generator(draws.seed, draws.name, key, "levels")
+    return [int(level) for level in stratified_levels(draws.count, draws.levels, random)]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """B records at one draw each, G pictures a record: rows b, B + b … are record b's first, second … picture.
+
+    noisy, target [G·B, C, H, W]   index [G·B] of the noise level   text [G·B, …]   preference [B]
+    """
+
+    noisy: Tensor
+    target: Tensor
+    index: Tensor
+    text: Text
+    preference: Tensor
+    group: int
+
+    def __len__(self) -> int:
+        return len(self.preference)
+
+    def part(self, rows: Sequence[int]) -> Batch:
+        """Only these records."""
+        chosen = torch.tensor([g * len(self) + b for g in range(self.group) for b in rows])
+        where = chosen.to(self.noisy.device)
+        return Batch(
+            self.noisy[where],
+            self.target[where],
+            self.index[chosen],
+            {name: value[where] for name, value in self.text.items()},
+            self.preference[torch.tensor(list(rows))],
+            self.group,
+        )
+
+
+def batch_of(
+    model: Backbone, material: Material, draws: Draws, items: Sequence[Item], ks: Sequence[int]
+) -> Batch:
+    """The records at their draws, noised: t and ε, the dropped prompt and the mirroring are shared in a record."""
+    shape = material.latents.shape[1:]
+    group = len(items[0].pictures)
+    clean_rows, text_rows = [], []
+    for g in range(group):
+        for item, k in zip(items, ks, strict=True):
+            source = material.mirrored if draws.mirrors(item, k) else material.latents
+            assert source is not None
+            clean_rows.append(source[item.pictures[g]])
+            text_rows.append(0 if draws.drops_prompt(item, k) else item.prompt)
+    clean = torch.stack(clean_rows)
+    noise = torch.stack([draws.noise(item, k, shape) for item, k in zip(items, ks, strict=True)])
+    noise = noise.repeat(group, 1, 1, 1).to(clean)
+    index = torch.tensor([draws.level(item, k) for item, k in zip(items, ks, strict=True)]).repeat(group)
+    level: Level = model.path.levels[index]
+    rows = torch.tensor(text_rows)
+    return Batch(
+        noisy=add_noise(clean, noise, level),
+        target=target(clean, noise, level, model.path.kind),
+        index=index,
+        text={name: value[rows.to(value.device)] for name, value in material.text.items()},
+        preference=torch.tensor([item.preference for item in items]),
+        group=group,
+    )
+
+
+def residuals(model: Backbone, network: torch.nn.Module, batch: Batch) -> Tensor:
+    """prediction − target [G, B, C, H, W] in float32, of the model's own parameterisation, whatever it predicts."""
+    time = model.path.levels.time
+    assert time is not None
+    with model.autocast():
+        said = model.family.network(network, batch.text)(
+            batch.noisy, time[batch.index].to(batch.noisy.device)
+        )
+    residual: Tensor = (said.float() - batch.target).unflatten(0, (batch.group, len(batch)))
+    return residual
+
+
+def mean_squares(residual: Tensor) -> Tensor:
+    """Errors [G, B]: the mean over C, H, W of residuals' squares."""
+    return residual.square().flatten(2).mean(2)

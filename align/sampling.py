@@ -1,0 +1,154 @@
+"""Pictures to choose between: several of each prompt, in a folder that can be finished later and labelled or ranked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from align.pairs import SAMPLES
+from align.prompts import Prompt
+from align.samples import FORMAT, picture_name
+from backbone.concept import Concept, described, read_concept, spoken
+from backbone.console import UserError, progress
+from backbone.files import content_hash, read_json, write_json
+from backbone.learned import put_on
+from backbone.model import Backbone
+from backbone.runs import versions
+from backbone.sample import Request, Sampler, sample
+from backbone.sheet import save_png
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How pictures are drawn; None where the model's own default serves."""
+
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int = 0
+    sampler: Sampler = "ddim"
+    negative: str = ""
+    batch: int = 8
+
+    def settled(self, model: Backbone) -> Drawing:
+        """With the model's defaults filled in."""
+        usual = model.defaults
+        steps = int(usual["steps"]) if self.steps is None else self.steps
+        guidance = float(usual["guidance"]) if self.guidance is None else self.guidance
+        return Drawing(steps, guidance, self.seed, self.sampler, self.negative, self.batch)
+
+
+USUAL = Drawing()
+
+
+def sample_pairs(
+    prompts: Sequence[Prompt],
+    out: Path,
+    *,
+    model: str | None,
+    concepts: Sequence[Path] = (),
+    per_prompt: int = 4,
+    drawing: Drawing = USUAL,
+    device: str = "auto",
+    precision: str = "auto",
+) -> int:
+    """Draws the pictures that `out` still lacks and gives their number; picture (i, j) depends on seed, i and j only.
+
+    Raises `UserError` when the folder was begun with other settings: its pictures could not be told from these.
+    """
+    began = time.perf_counter()
+    learned = [read_concept(folder) for folder in concepts]
+    for prompt in [*(prompt.text for prompt in prompts), drawing.negative]:
+        if learned:
+            spoken(prompt, learned)
+    backbone = Backbone.open(
+        model or (learned[0].model if learned else "moji"), device=device, precision=precision
+    )
+    drawing = drawing.settled(backbone)
+    facts = _facts(backbone, learned, prompts, per_prompt, drawing)
+    _claim(out, facts)
+    missing = [
+        (i, j)
+        for i in range(len(prompts))
+        for j in range(per_prompt)
+        if not (out / picture_name(i, j)).exists()
+    ]
+    if missing:
+        put_on(backbone, learned)
+        with progress(len(missing), "drawing") as bar:
+            drawn = draw(backbone, prompts, missing, drawing, learned)
+            for (i, j), picture in zip(missing, drawn, strict=True):
+                text = {"prompt": prompts[i].text, "seed": str(drawing.seed), "sample": str(j)}
+                save_png(out / picture_name(i, j), picture, text=text)
+                bar.advance(images=1)
+    before = read_json(out / SAMPLES).get("seconds", 0.0)
+    write_json(
+        out / SAMPLES,
+        {**facts, "seconds": round(before + time.perf_counter() - began, 2), "versions": versions()},
+    )
+    return len(missing)
+
+
+def draw(
+    model: Backbone,
+    prompts: Sequence[Prompt],
+    keys: Sequence[tuple[int, int]],
+    drawing: Drawing,
+    concepts: Sequence[Concept] = (),
+) -> Iterator[Image.Image]:
+    """The pictures (prompt number, sample number), in order."""
+    negative = _said(drawing.negative, concepts)
+    requests = [Request(_said(prompts[i].text, concepts), (i, j), negative) for i, j in keys]
+    assert drawing.steps is not None and drawing.guidance is not None
+    return sample(
+        model,
+        requests,
+        steps=drawing.steps,
+        guidance=drawing.guidance,
+        seed=drawing.seed,
+        sampler=drawing.sampler,
+        batch=drawing.batch,
+    )
+
+
+def _facts(
+    model: Backbone, concepts: Sequence[Concept], prompts: Sequence[Prompt], per_prompt: int, drawing: Drawing
+) -> dict[str, Any]:
+    """What a folder's pictures depend on."""
+    return {
+        "format": FORMAT,
+        "model": model.location.name,
+        "fingerprint": model.fingerprint,
+        "concepts": [
+            said | {"weights": content_hash(concept.weights_path) if concept.weights else ""}
+            for concept, said in zip(concepts, described(concepts), strict=True)
+        ],
+        "drawing": {name: value for name, value in asdict(drawing).items() if name != "batch"},
+        "per_prompt": per_prompt,
+        "prompts": [{"prompt": prompt.text, "category": prompt.category} for prompt in prompts],
+    }
+
+
+def _claim(out: Path, facts: dict[str, Any]) -> None:
+    """Begins a folder, or makes sure that it was begun with the same facts."""
+    path = out / SAMPLES
+    if not path.exists():
+        if out.exists() and any(out.iterdir()):
+            raise UserError(f"{out} is not empty and not a folder of `align sample`. Choose another --out.")
+        write_json(path, facts)
+        return
+    said = read_json(path)
+    for name, value in facts.items():
+        if not isinstance(said, dict) or said.get(name) != value:
+            raise UserError(
+                f"{out} was begun with another {name.replace('_', ' ')}. Choose another --out, or repeat what "
+                f"{path} says."
+            )
+
+
+def _said(prompt: str, concepts: Sequence[Concept]) -> str:
+    return spoken(prompt, concepts) if concepts else prompt

@@ -1,0 +1,50 @@
+"""Intervals for shares and means: Wilson's, and the bootstrap over clusters. Plain numbers in, plain numbers out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
+
+
+class Interval(NamedTuple):
+    """A figure with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.1%} ({self.low:.1%} to {self.high:.1%})"
+
+
+def wilson(successes: float, trials: int) -> Interval:
+    """A share with Wilson's score interval (Wilson 1927); half successes count. Without trials ½, from 0 to 1."""
+    if trials == 0:
+        return Interval(0.5, 0.0, 1.0)
+    share, z2 = successes / trials, Z95 * Z95
+    middle = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = Z95 / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
+    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
+
+
+def bootstrap(clusters: Sequence[Sequence[float]], *, seed: int = 0, rounds: int = 2000) -> Interval:
+    """The mean over all values with a percentile interval; whole clusters are drawn (Efron & Tibshirani 1993, ch. 13).
+
+    Values of one cluster (draws of one pair, samples of one prompt) belong together, so that more of them alone do
+    not narrow the interval. NaN without values.
+    """
+    import numpy as np
+
+    filled = [cluster for cluster in clusters if len(cluster)]
+    if not filled:
+        return Interval(math.nan, math.nan, math.nan)
+    sums = np.array([float(np.sum(cluster)) for cluster in filled])
+    counts = np.array([len(cluster) for cluster in filled])
+    random = np.random.default_rng(seed)
+    chosen = random.integers(0, len(filled), (rounds, len(filled)))
+    means = sums[chosen].sum(1) / counts[chosen].sum(1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return Interval(float(sums.sum() / counts.sum()), float(low), float(high))

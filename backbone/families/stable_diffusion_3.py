@@ -1,0 +1,104 @@
+"""Stable Diffusion 3 and 3.5: a transformer over text and picture jointly, three text encoders, a rectified flow.
+
+Esser et al. 2024: section 4 the network, eq. 19 and 23 the levels that it was trained at. T5, the largest of the text
+encoders, may be missing: its tokens are zeros then, as in training with that encoder left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection
+
+from backbone.families import Location, Network, NoisePath, Side, Text, parts
+from backbone.files import Header
+
+T5_TOKENS = 256
+JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+
+class StableDiffusion3:
+    """The family's file: see `Family`."""
+
+    name: ClassVar[str] = "Stable Diffusion 3"
+    names: ClassVar[dict[str, str]] = {"sd3": "stabilityai/stable-diffusion-3.5-medium"}
+    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline",)
+    lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
+        "attention": JOINT,
+        "all": (*JOINT, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    }
+
+    def single_file(self, header: Header) -> tuple[Path, ...] | None:
+        return None
+
+    def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
+        return parts.load_network(SD3Transformer2DModel, location, "transformer", dtype)
+
+    def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
+        return parts.load_autoencoder(AutoencoderKL, location, dtype)
+
+    def text_encoder(self, location: Location, dtype: torch.dtype) -> ThreeEncoders:
+        clips = [parts.load_clip(CLIPTextModelWithProjection, location, number) for number in ("", "_2")]
+        t5 = parts.load_t5(location, "_3", dtype) if parts.has(location, "text_encoder_3") else None
+        return ThreeEncoders(clips, t5, width=int(location.config("transformer")["joint_attention_dim"]))
+
+    def latent_shape(self, location: Location) -> tuple[int, int, int]:
+        side = int(location.config("transformer")["sample_size"])
+        return int(location.config("vae")["latent_channels"]), side, side
+
+    def defaults(self, location: Location) -> dict[str, Any]:
+        return {"steps": 28, "guidance": 4.5}
+
+    def path(self, location: Location) -> NoisePath:
+        _, *size = self.latent_shape(location)
+        patch = int(location.config("transformer")["patch_size"])
+        return parts.flow_path(location, size=(size[0], size[1]), patch=patch)
+
+    def network(self, denoiser: nn.Module, text: Text) -> Network:
+        dtype = cast(torch.dtype, denoiser.dtype)
+
+        def predict(noisy: Tensor, time: Tensor) -> Tensor:
+            said = denoiser(
+                hidden_states=noisy.to(dtype),
+                timestep=time.expand(len(noisy)),
+                encoder_hidden_states=text["hidden"].to(dtype),
+                pooled_projections=text["pooled"].to(dtype),
+            )
+            return cast(Tensor, said.sample)
+
+        return predict
+
+    def distilled(self, denoiser: nn.Module, text: Text, guidance: float) -> None:
+        return None
+
+
+class ThreeEncoders(parts.Encoders):
+    """The tokens of both CLIPs side by side, filled up to T5's width with zeros, and T5's behind them."""
+
+    def __init__(self, clips: Sequence[Side], t5: Side | None, *, width: int) -> None:
+        super().__init__(clips, [t5] if t5 else [])
+        self.t5, self.width = t5, width
+
+    def __call__(self, prompts: Sequence[str]) -> Text:
+        """hidden [B, 77 + 256, D], pooled [B, P₁ + P₂]. What no encoder reads of a prompt is said."""
+        said = [
+            side.model(parts.token_ids(side, prompts)["input_ids"], output_hidden_states=True)
+            for side in self.sides
+        ]
+        words = torch.cat([one.hidden_states[-2] for one in said], dim=-1).float()
+        words = F.pad(words, (0, self.width - words.shape[-1]))
+        pooled = torch.cat([one.text_embeds for one in said], dim=-1).float()
+        if self.t5 is None:
+            parts.say_what_is_cut(self.sides[0], prompts)
+            more = words.new_zeros(len(prompts), T5_TOKENS, self.width)
+        else:
+            parts.say_what_is_cut(self.t5, prompts, T5_TOKENS)
+            ids = parts.token_ids(self.t5, prompts, T5_TOKENS)["input_ids"]
+            more = self.t5.model(ids).last_hidden_state.float()
+        return {"hidden": torch.cat([words, more], dim=1), "pooled": pooled}

@@ -1,0 +1,591 @@
+"""What a step of preference training costs here and in diffusers' script, both sides in one run.
+
+    python -m benchmarks.align steps                    SD 1.5's shape, 512², bf16, two cores: about half an hour
+    python -m benchmarks.align steps --shape moji       the embedded model's: a minute
+    python -m benchmarks.align steps --shape sdxl --device cuda        for a GPU
+    python -m benchmarks.align whole PAIRS              whole runs of `moji` on these pairs, both ways
+
+The other side is a plain re-statement of what diffusers' `train_diffusion_dpo.py` does in a step: decode and encode
+both pictures, encode the prompt, ask the model, ask it again with the adapter off, go back. Its β is half of ours for
+the same loss (`align.losses`). Parity comes first: on the same latents, noise and levels both sides have one loss and
+one gradient. Then steps of every kind are timed in turn, and totals are composed from them: for P pairs at K draws,
+each visited V times,
+
+    script    P·K·V · script
+    cached    P · encode + P·K·V · cached                       latents and text encoded once
+    bank      P · encode + P·K · cached + P·K·(V − 1) · bank    the base's errors kept, too
+
+Encoding is a step's own work at the script and is done once here. On a CPU our steps also compute attention in the way
+whose backward pass is faster (`backbone.attention`), for latents of up to 32 × 32; on SD 1.5's shape both sides attend
+alike. A single pass over a huge set (V = 1) gains the latent cache alone. Weights are random where the shape is not
+`moji`'s: they cost the same time. Peak memory is of a process of its own for each side.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from PIL import Image
+from torch import Tensor, nn
+
+from align.material import Batch, Item, Material, batch_of, prepare
+from align.pairs import Pair, check, read
+from align.reference import Bank
+from align.settings import Settings
+from align.train import PreferenceTraining
+from backbone.adapters import adapters_off
+from backbone.console import UserError, run, say
+from backbone.families import Text, single_file
+from backbone.files import read_json, write_json, write_text
+from backbone.images import square, to_tensor
+from backbone.loop import generator
+from backbone.model import Backbone
+
+PAIRS, DRAWS, VISITS = 200, 8, (1, 2, 5, 10)
+CONFIGS = Path(single_file.__file__).with_name("configs") / "stable-diffusion-1"
+KINDS = ("script", "script, checkpointing", "cached", "cached, checkpointing", "bank", "bank, checkpointing")
+Encode = Callable[[Sequence[str]], Text]
+
+app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A model with all that the script needs besides: its autoencoder, and prompts → `Text`."""
+
+    model: Backbone
+    autoencoder: nn.Module
+    encode: Encode
+
+
+@app.command()
+def steps(
+    shape: Annotated[str, typer.Option(help="sd15, sdxl or moji.")] = "sd15",
+    batch: Annotated[int, typer.Option(min=1, help="Pairs a step.")] = 1,
+    warm: Annotated[int, typer.Option(min=1, help="Timed steps of each kind, after one that is not.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    precision: Annotated[str, typer.Option()] = "bf16",
+    memory: Annotated[
+        bool, typer.Option("--memory/--no-memory", help="Also peak memory, by processes.")
+    ] = True,
+    out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/align"),
+) -> None:
+    """Parity, then steps of every kind in turn, then the totals."""
+    parts = opened(shape, device, precision)
+    pictures = random_pictures(parts.model.resolution, 2 * batch)
+    training = ours(parts, batch)
+    script = Script(parts, training, pictures)
+    difference = parity(training)
+    say(
+        f"parity: loss differs by {difference[0]:.1e}, gradients by {difference[1]:.1e} of their largest entry"
+    )
+    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    encoding = []
+    for number in range(warm + 1):
+        for kind in KINDS:
+            elapsed = timed(partial(one_step, kind, training, script), device)
+            say(f"{number}/{warm} {kind}: {elapsed:.2f} s")
+            if number:
+                seconds[kind].append(elapsed)
+        elapsed = timed(script.encode_once, device)
+        if number:
+            encoding.append(elapsed)
+    median = {kind: statistics.median(values) / batch for kind, values in seconds.items()}
+    facts: dict[str, Any] = {
+        "shape": shape, "batch": batch, "warm_steps": warm, "precision": precision,
+        "parity": difference._asdict(),
+        "seconds_per_pair": median, "all_seconds": seconds,
+        "encode_seconds_per_pair": statistics.median(encoding) / batch,
+        "machine": f"{device}, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}",
+    }  # fmt: skip
+    if memory:
+        facts["peak_gib"] = {
+            kind: peak_of(kind, shape, batch, device, precision)
+            for kind in ("script", "script, checkpointing", "bank", "bank, checkpointing")
+        }
+    facts["totals"] = totals(median, facts["encode_seconds_per_pair"])
+    table = markdown(facts)
+    write_json(out / f"steps-{shape}-{device}.json", facts)
+    write_text(out / f"steps-{shape}-{device}.md", table)
+    print(table)
+
+
+@app.command()
+def peak(
+    kind: str, shape: str = "sd15", batch: int = 1, device: str = "cpu", precision: str = "bf16"
+) -> None:
+    """Two steps of one kind; prints the peak memory in GiB: resident, or the GPU's."""
+    if kind not in KINDS:
+        raise UserError(f"There is no kind {kind}. Choose one of {'; '.join(KINDS)}.")
+    side = (
+        Backbone.open("moji").resolution
+        if shape == "moji"
+        else int(shape_called(shape).unet["sample_size"]) * 8
+    )
+    pictures = random_pictures(side, 2 * batch)
+    if kind.startswith("script"):
+        parts = opened(shape, device, precision)
+    else:  # as a run does it: encode, let go of the encoders, load the denoiser
+        encoders = opened(shape, device, precision, denoiser=False)
+        encode_pictures(encoders, pictures, torch.Generator().manual_seed(0))
+        encoders.encode(["a dog"])
+        encoders.model.free("autoencoder", "text_encoder")
+        del encoders
+        gc.collect()
+        parts = opened(shape, device, precision, encoders=False)
+    training = ours(parts, batch)
+    script = Script(parts, training, pictures)
+    for _ in range(2):
+        one_step(kind, training, script)
+    if device == "cuda":
+        print(json.dumps(torch.cuda.max_memory_allocated() / 2**30))
+        return
+    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20))
+
+
+@app.command()
+def whole(
+    pairs: Annotated[str, typer.Argument(help="Any source of pairs that `moji` may learn from.")],
+    steps: Annotated[int, typer.Option(min=1)] = 200,
+    batch: Annotated[int, typer.Option(min=1, help="Pairs a step.")] = 4,
+    draws: Annotated[int, typer.Option(min=1, help="Of each pair, here.")] = DRAWS,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    precision: Annotated[str, typer.Option()] = "bf16",
+    out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/align"),
+) -> None:
+    """Whole runs of `moji`, caches empty: the script's steps, then ours with the bank, encoding counted."""
+    found = check(read(pairs))
+    chosen = [pair.ordered for pair in found.pairs if not pair.is_tie]
+    settings = settings_for(batch, draws=draws, steps=steps, precision=precision, device=device)
+    script_seconds = whole_script(chosen, settings)
+    with tempfile.TemporaryDirectory() as folder:
+        before = os.environ.get("ATELIER_CACHE")
+        os.environ["ATELIER_CACHE"] = folder  # nothing is remembered from before
+        began = time.perf_counter()
+        model = Backbone.open("moji", device=device, precision=precision)
+        training = PreferenceTraining(model, empty(model), settings)
+        training.take(replace(prepare(model, chosen, [], settings), held_out=[]))
+        for _ in training.steps():
+            pass
+        our_seconds = time.perf_counter() - began
+        if before is None:
+            del os.environ["ATELIER_CACHE"]
+        else:
+            os.environ["ATELIER_CACHE"] = before
+    facts = {
+        "pairs": len(chosen), "steps": steps, "batch": batch, "draws": draws,
+        "visits_a_draw": steps * batch / (len(chosen) * draws),
+        "seconds": {"script": script_seconds, "here": our_seconds}, "times_faster": script_seconds / our_seconds,
+    }  # fmt: skip
+    write_json(out / "whole-moji.json", facts)
+    print(
+        f"{len(chosen)} pairs, {steps} steps of {batch}: script {script_seconds:.1f} s, here {our_seconds:.1f} s, "
+        f"{script_seconds / our_seconds:.2f}×"
+    )
+
+
+# The script's side ------------------------------------------------------------------------------------------
+
+
+class Script:
+    """diffusers' step, stated plainly, on the same model and adapter. `pictures` are encoded files, winners first."""
+
+    def __init__(self, parts: Parts, training: PreferenceTraining, pictures: Sequence[bytes]) -> None:
+        self.parts, self.training, self.pictures = parts, training, pictures
+        self.random = torch.Generator().manual_seed(0)
+        self.prompts = ["a dog in the snow"] * (len(pictures) // 2)
+        self.beta = training.settings.beta / 2  # theirs has no ½
+
+    def step(self) -> float:
+        """One optimiser step; gives the loss, as the script logs it at every step."""
+        model, training = self.parts.model, self.training
+        latents, text = self.latents(), self.parts.encode(self.prompts)
+        half = len(latents) // 2
+        noise = torch.randn((half, *latents.shape[1:]), generator=self.random).to(latents).repeat(2, 1, 1, 1)
+        index = torch.randint(0, len(model.path.levels), (half,), generator=self.random).repeat(2)
+        level = model.path.levels[index]
+        a, b = level.over(latents)
+        batch = Batch(
+            a * latents + b * noise,
+            noise if model.path.kind == "epsilon" else a * noise - b * latents,
+            index,
+            {name: torch.cat([value, value]).to(latents.device) for name, value in text.items()},
+            torch.ones(half),
+            2,
+        )
+        loss = self.loss(batch)
+        loss.backward()
+        parameters = list(training.parameters.values())
+        torch.nn.utils.clip_grad_norm_(parameters, training.settings.max_grad_norm)
+        training.optimizer.step()
+        training.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    def loss(self, batch: Batch) -> Tensor:
+        """−log σ(β·[(r_w − r_l) − (m_w − m_l)]), mean over pairs."""
+        said = self.ask(batch)
+        errors = (said - batch.target).square().mean((1, 2, 3))
+        winner, loser = errors.chunk(2)
+        with torch.no_grad(), adapters_off(self.parts.model.denoiser):
+            reference = (self.ask(batch) - batch.target).square().mean((1, 2, 3))
+        reference_winner, reference_loser = reference.chunk(2)
+        logits = (reference_winner - reference_loser) - (winner - loser)
+        return -F.logsigmoid(self.beta * logits).mean()
+
+    def ask(self, batch: Batch) -> Tensor:
+        """The network's prediction, float32."""
+        model = self.parts.model
+        time_ = model.path.levels.time
+        assert time_ is not None
+        with model.autocast():
+            network = model.family.network(model.denoiser, batch.text)
+            said = network(batch.noisy, time_[batch.index].to(batch.noisy.device))
+        return said.float()
+
+    def latents(self) -> Tensor:
+        """Both pictures of each pair decoded from their files and encoded."""
+        return encode_pictures(self.parts, self.pictures, self.random)
+
+    def encode_once(self) -> None:
+        """What filling the caches costs for these pairs."""
+        self.latents()
+        self.parts.encode(self.prompts)
+
+
+@torch.no_grad()
+def encode_pictures(parts: Parts, pictures: Sequence[bytes], random: torch.Generator) -> Tensor:
+    """Latents [B, C, H, W] of encoded files, drawn from their posteriors."""
+    side, vae = parts.model.resolution, cast(Any, parts.autoencoder)
+    own = next(vae.parameters())
+    opened = [Image.open(io.BytesIO(content)).convert("RGB") for content in pictures]
+    found = vae.encode(torch.stack([to_tensor(square(image, side)) for image in opened]).to(own)).latent_dist
+    noise = torch.randn(found.mean.shape, generator=random).to(found.mean)
+    drawn: Tensor = (found.mean + found.std * noise) * vae.config.scaling_factor
+    return drawn.float()
+
+
+def whole_script(chosen: Sequence[Pair], settings: Settings) -> float:
+    """Seconds of a whole run as the script does it."""
+    began = time.perf_counter()
+    model = Backbone.open("moji", device=settings.device, precision=settings.precision)
+    parts = moji_parts(model)
+    training = PreferenceTraining(model, empty(model), settings)
+    script = Script(parts, training, [])
+    for step in range(settings.steps):
+        places = [n % len(chosen) for n in range(step * settings.batch, (step + 1) * settings.batch)]
+        script.pictures = [chosen[n].first.read() for n in places] + [chosen[n].second.read() for n in places]
+        script.prompts = [chosen[n].prompt for n in places]
+        script.step()
+    return time.perf_counter() - began
+
+
+# Our side ---------------------------------------------------------------------------------------------------
+
+
+def ours(parts: Parts, batch: int) -> PreferenceTraining:
+    """Our training with random latents and texts in its caches and a bank that knows every draw."""
+    model = parts.model
+    training = PreferenceTraining(model, empty(model), settings_for(batch))
+    random = generator(0, "material")
+    config = cast(Any, model.denoiser).config
+    latents = torch.randn(2 * batch, *model.latent_shape, generator=random)
+    text = {"hidden": torch.randn(2, 77, config.cross_attention_dim, generator=random)}
+    if config.addition_embed_type == "text_time":
+        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        text["pooled"] = torch.randn(2, width, generator=random)
+    items = [Item((2 * n, 2 * n + 1), 1, 1.0, f"pair {n}") for n in range(batch)]
+    training.material = Material(latents, None, text, items, []).to(model.device)
+    return training
+
+
+def one_step(kind: str, training: PreferenceTraining, script: Script) -> None:
+    """An optimiser step of this kind."""
+    denoiser = cast(Any, training.model.denoiser)
+    saving = "checkpointing" in kind
+    (denoiser.enable_gradient_checkpointing if saving else denoiser.disable_gradient_checkpointing)()
+    denoiser.train(saving)
+    training.reference = known_bank(training) if kind.startswith("bank") else training.live
+    if kind.startswith("script"):
+        script.step()
+        return
+    training.settings = replace(training.settings, gradient_checkpointing=saving)
+    for _ in training.steps(until=training.done + 1):
+        pass
+
+
+def known_bank(training: PreferenceTraining) -> Bank:
+    """A bank that was filled before; what it holds costs no other time."""
+    shape = (len(training.material.train), training.settings.draws, 2)
+    return Bank(training.live, "", torch.ones(shape))
+
+
+class Parity(NamedTuple):
+    """The loss here, and how far the script's loss and gradient are from ours, that as a share of its largest entry."""
+
+    here: float
+    loss: float
+    gradient: float
+
+
+def parity(training: PreferenceTraining, *, size: float = 1e-3) -> Parity:
+    """Both sides on the same latents, noise and levels, the adapter moved off zero by noise of this size."""
+    script = Script(Parts(training.model, nn.Identity(), no_text), training, [])
+    before = {name: value.detach().clone() for name, value in training.parameters.items()}
+    with torch.no_grad():
+        for number, value in enumerate(training.parameters.values()):
+            value.add_(size * torch.randn(value.shape, generator=generator(0, "parity", number)).to(value))
+    cells = training.visits(1)
+    items = [training.material.train[row] for row, _ in cells]
+    batch = batch_of(training.model, training.material, training.draws, items, [k for _, k in cells])
+    training.reference = training.live
+    found = []
+    for loss in (training.loss(cells)[0].mean(), script.loss(batch)):
+        gradients = torch.autograd.grad(loss, list(training.parameters.values()), allow_unused=True)
+        found.append((float(loss.detach()), [g for g in gradients if g is not None]))
+    with torch.no_grad():
+        for name, value in training.parameters.items():
+            value.copy_(before[name])
+    largest = max(float(g.abs().max()) for g in found[0][1])
+    apart = max(float((a - b).abs().max()) for a, b in zip(found[0][1], found[1][1], strict=True))
+    return Parity(found[0][0], abs(found[0][0] - found[1][0]), apart / largest)
+
+
+def settings_for(
+    batch: int, *, draws: int = DRAWS, steps: int = 10**6, precision: str = "bf16", device: str = "cpu"
+) -> Settings:
+    """Diffusers' own choices, where it has some: LoRA of rank 8 on attention, AdamW, β 2500 there and 5000 here."""
+    return Settings(
+        pairs="", batch=batch, steps=steps, draws=draws, rank=8, lora_alpha=8.0, beta=5000.0, prompt_dropout=0.0,
+        learning_rate=1e-5, lr_warmup_steps=0, precision=precision, device=device, held_out=0.0, evaluation_draws=1,
+    )  # fmt: skip
+
+
+def empty(model: Backbone) -> Material:
+    """No records yet."""
+    return Material(torch.empty(0, *model.latent_shape), None, {}, [], [])
+
+
+# Models -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's configurations: of its pipeline, its networks and its text encoders."""
+
+    pipeline: str
+    unet: dict[str, Any]
+    autoencoder: dict[str, Any]
+    text: tuple[dict[str, Any], ...]
+
+
+def shape_called(name: str) -> Shape:
+    """SD 1.5's shape, or SDXL's; `UserError` for another name."""
+    unet, vae, text = (read_json(CONFIGS / part / "config.json") for part in ("unet", "vae", "text_encoder"))
+    if name == "sd15":
+        return Shape("StableDiffusionPipeline", unet, vae, (text,))
+    if name != "sdxl":
+        raise UserError(f"There is no shape {name}. Choose sd15, sdxl or moji.")
+    crossed = {"down": "CrossAttnDownBlock2D", "up": "CrossAttnUpBlock2D"}
+    larger = {
+        "sample_size": 128, "down_block_types": ["DownBlock2D", crossed["down"], crossed["down"]],
+        "up_block_types": [crossed["up"], crossed["up"], "UpBlock2D"], "block_out_channels": [320, 640, 1280],
+        "transformer_layers_per_block": [1, 2, 10], "attention_head_dim": [5, 10, 20], "cross_attention_dim": 2048,
+        "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    }  # fmt: skip
+    second = {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+    }
+    return Shape(
+        "StableDiffusionXLPipeline",
+        {**unet, **larger},
+        {**vae, "sample_size": 1024, "scaling_factor": 0.13025},
+        (text, {**text, **second, "projection_dim": 1280}),
+    )
+
+
+def opened(shape: str, device: str, precision: str, *, encoders: bool = True, denoiser: bool = True) -> Parts:
+    """The parts that are wanted of a shape: `moji` itself, or another with random weights."""
+    if shape == "moji":
+        model = Backbone.open("moji", device=device, precision=precision)
+        return moji_parts(model) if encoders else Parts(model, nn.Identity(), no_text)
+    configs = shape_called(shape)
+    folder = Path(tempfile.mkdtemp(prefix="atelier-shape-"))
+    write_json(folder / "model_index.json", {"_class_name": configs.pipeline})
+    write_json(folder / "unet" / "config.json", configs.unet)
+    write_json(folder / "vae" / "config.json", configs.autoencoder)
+    write_json(
+        folder / "scheduler" / "scheduler_config.json",
+        read_json(CONFIGS / "scheduler" / "scheduler_config.json"),
+    )
+    model = Backbone.open(str(folder), device=device, precision=precision)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(model.dtype)  # never in float32, not even while they are made
+    try:
+        return random_parts(model, configs, encoders=encoders, denoiser=denoiser)
+    finally:
+        torch.set_default_dtype(usual)
+
+
+def random_parts(model: Backbone, configs: Shape, *, encoders: bool, denoiser: bool) -> Parts:
+    """A shape's networks with random weights."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    def ready(network: Any) -> Any:
+        network = network.eval().requires_grad_(False)
+        return network.to(model.device, model.dtype, memory_format=torch.channels_last)
+
+    if denoiser:
+        model.__dict__["denoiser"] = ready(UNet2DConditionModel.from_config(configs.unet))
+    if not encoders:
+        return Parts(model, nn.Identity(), no_text)
+    autoencoder = ready(AutoencoderKL.from_config(configs.autoencoder))
+    readers: list[Any] = [CLIPTextModel(CLIPTextConfig(**config)).eval() for config in configs.text]
+    readers = [reader.requires_grad_(False).to(model.device, model.dtype) for reader in readers]
+
+    @torch.no_grad()
+    def encode(prompts: Sequence[str]) -> Text:
+        ids = torch.randint(1, 1000, (len(prompts), 77), generator=generator(0, "ids")).to(model.device)
+        said = [reader(ids) for reader in readers]
+        text = {"hidden": torch.cat([one.last_hidden_state.float() for one in said], -1)}
+        return text if len(said) == 1 else {**text, "pooled": said[-1].pooler_output.float()}
+
+    return Parts(model, autoencoder, encode)
+
+
+def no_text(prompts: Sequence[str]) -> Text:
+    """In the place of a text encoder that is not loaded."""
+    return {}
+
+
+def moji_parts(model: Backbone) -> Parts:
+    """The embedded model's own parts."""
+    return Parts(model, model.autoencoder, model.encode_prompts)
+
+
+def random_pictures(side: int, count: int) -> list[bytes]:
+    """JPEG files of smooth noise."""
+    random = np.random.default_rng(0)
+    files = []
+    for _ in range(count):
+        small = Image.fromarray(random.integers(0, 255, (16, 16, 3), dtype=np.uint8))
+        buffer = io.BytesIO()
+        small.resize((side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=92)
+        files.append(buffer.getvalue())
+    return files
+
+
+# Figures ----------------------------------------------------------------------------------------------------
+
+
+def timed(act: Callable[[], object], device: str) -> float:
+    """Seconds of a call."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    act()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def peak_of(kind: str, shape: str, batch: int, device: str, precision: str) -> float:
+    """Peak memory in GiB of a process that does two steps of one kind."""
+    flags = ["--shape", shape, "--batch", str(batch), "--device", device, "--precision", precision]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.align", "peak", kind, *flags],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def totals(seconds: dict[str, float], encode: float) -> list[dict[str, float]]:
+    """Seconds of 200 pairs at 8 draws, each visited V times, and how many times faster than the script."""
+    rows = []
+    for visits in VISITS:
+        asked = PAIRS * DRAWS
+        row: dict[str, float] = {"visits": visits}
+        for suffix in ("", ", checkpointing"):
+            script = asked * visits * seconds[f"script{suffix}"]
+            cached = PAIRS * encode + asked * visits * seconds[f"cached{suffix}"]
+            bank = (
+                PAIRS * encode
+                + asked * seconds[f"cached{suffix}"]
+                + asked * (visits - 1) * seconds[f"bank{suffix}"]
+            )
+            row |= {
+                f"script{suffix}": script,
+                f"cached{suffix}": cached,
+                f"bank{suffix}": bank,
+                f"cached, times faster{suffix}": script / cached,
+                f"bank, times faster{suffix}": script / bank,
+            }
+        free = PAIRS * encode + asked * seconds["cached"] + asked * (visits - 1) * seconds["bank"]
+        row["bank without checkpointing against the script with it"] = row["script, checkpointing"] / free
+        rows.append(row)
+    return rows
+
+
+def markdown(facts: dict[str, Any]) -> str:
+    """The tables as Markdown."""
+    lines = [
+        f"`{facts['shape']}`, {facts['precision']}, {facts['batch']} pairs a step, {facts['warm_steps']} warm steps of "
+        f"each kind in turn ({facts['machine']}). Parity: loss to {facts['parity']['loss']:.1e}, gradient to "
+        f"{facts['parity']['gradient']:.1e}.",
+        "",
+        "| a step | seconds a pair | times faster |",
+        "|---|---|---|",
+    ]
+    for kind, seconds in facts["seconds_per_pair"].items():
+        base = facts["seconds_per_pair"]["script, checkpointing" if "checkpointing" in kind else "script"]
+        lines.append(f"| {kind} | {seconds:.3f} | {base / seconds:.2f}× |")
+    lines.append(f"| encoding a pair once | {facts['encode_seconds_per_pair']:.3f} | |")
+    names = ("cached", "bank")
+    lines += [
+        "",
+        f"Composed for {PAIRS} pairs at {DRAWS} draws, filling the caches counted:",
+        "",
+        "| visits a draw | script | latents cached | bank | both with checkpointing: cached | bank | bank without it |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in facts["totals"]:
+        plain = [f"{row[f'{name}, times faster']:.2f}×" for name in names]
+        saving = [f"{row[f'{name}, times faster, checkpointing']:.2f}×" for name in names]
+        last = row["bank without checkpointing against the script with it"]
+        cells = [f"{row['visits']:.0f}", f"{row['script']:.0f} s", *plain, *saving, f"{last:.2f}×"]
+        lines.append("| " + " | ".join(cells) + " |")
+    if "peak_gib" in facts:
+        lines += ["", "| peak memory | GiB |", "|---|---|"]
+        lines += [f"| {kind} | {size:.2f} |" for kind, size in facts["peak_gib"].items()]
+    lines += ["", "A single pass over a huge set (V = 1) gains the latent cache alone.", ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run(app)

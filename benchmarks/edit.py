@@ -1,0 +1,575 @@
+"""MojiEdit: how well `edit` changes what the words say and nothing else, on scenes whose true edit is known.
+
+    python -m benchmarks.edit                          all methods, 200 scenes: hours on two cores
+    python -m benchmarks.edit --count 40 --methods "direct + P2P" --methods "DDIM + P2P"
+
+Modelled on PIE-Bench (Ju et al. 2024), with what it lacks: every scene is rendered before and after its edit, from
+seeds that nothing was trained on, so the true answer and the true mask are known. Kinds of edits: noun, colour,
+accessory added, accessory removed, place, style, one noun of two, reweight. Success is the judge's verdict, with Wilson
+95 % intervals; the control `resample` draws the target prompt freely and says what the base model can draw at all,
+`no edit` hands the source back. The background is what the true edit leaves as it was; of place edits it is the thing,
+style edits are measured by structure alone, and a reweight succeeds when the judge's probability of the colour rises
+over the weights ¼, 1 and 3. Background figures come over the background's own pixels and as PIE-Bench's code takes them
+(`edit.measure`). Needs the emoji font and the judge. Writes `table.md`, `table.json`, `rows.jsonl` and `sheet.png`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+from typing import Annotated, Any, cast
+
+import numpy as np
+import torch
+import typer
+from PIL import Image, ImageChops, ImageFilter
+
+from backbone.console import UserError, progress, run, say
+from backbone.files import append_jsonl, write_json, write_text
+from backbone.images import mask_to_tensor, to_image, to_tensor
+from backbone.model import Backbone
+from backbone.sample import Request, sample
+from backbone.scorers import Scorer
+from backbone.sheet import GREEN, RED, Cell, save_png, sheet
+from backbone.world.render import font_path, render
+from backbone.world.scene import BENCHMARK_SEEDS, Scene, fair, sample_scene
+from backbone.world.words import Thing, vocabulary
+from benchmarks.judge import FOLDER, GREY_STYLES, NONE, TWO_DIFFERENT, Judge, Verdict, load_judge, shows, top
+from benchmarks.moji import per_cent, wilson
+from edit import measure
+from edit.directly import flow_edit
+from edit.inversion import Method, invert
+from edit.noised import sdedit
+from edit.prompt import PRESETS
+from edit.prompt import replace as prompt_to_prompt
+from edit.runs import scorer_of
+
+KINDS = (
+    *("noun", "colour", "accessory added", "accessory removed"),
+    *("place", "style", "one of two", "reweight"),
+)
+WEIGHTS = (0.25, 1.0, 3.0)
+STRENGTHS = (0.3, 0.45, 0.6, 0.75, 0.9)
+DEFAULT, RIVALS = "direct + P2P", ("DDIM + P2P", "null-text + P2P")
+CONTROLS = ("no edit", "resample")
+PRESERVED = ("noun", "colour", "accessory added", "accessory removed", "one of two")
+FIRST_SEED = BENCHMARK_SEEDS[0] + 300_000
+SHEET = 24
+
+
+def main(
+    count: Annotated[int, typer.Option(min=8, help="Scenes, evenly over the eight kinds.")] = 200,
+    methods: Annotated[list[str] | None, typer.Option(help="Which ones; all when left out.")] = None,
+    model: Annotated[str, typer.Option(help="moji, or a diffusers folder of its world.")] = "moji",
+    steps: Annotated[int, typer.Option(help="Of every walk.")] = 50,
+    guidance: Annotated[float | None, typer.Option(help="Of the targets.", show_default="by model")] = None,
+    identity: Annotated[int, typer.Option(help="Scenes of the identity edit; 0: none.")] = 20,
+    judge: Annotated[Path, typer.Option(help="The judge's folder.")] = FOLDER,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/edit"),
+) -> None:
+    """Edits, judges, and writes the tables and the sheet."""
+    font_path()
+    judges = load_judge(judge, device=device)
+    known = attempts()
+    chosen = methods or list(known)
+    for name in chosen:
+        if name not in known:
+            raise UserError(f"There is no method {name}. Choose among {', '.join(known)}.")
+    backbone = Backbone.open(model, device=device, precision=precision)
+    scorer = scorer_of(backbone)
+    cases = list(make_cases(count))
+    (out / "rows.jsonl").unlink(missing_ok=True)
+    rows: list[dict[str, Any]] = []
+    drawn: dict[tuple[str, int], Image.Image] = {}
+    with progress(len(cases) * len(chosen), "editing") as bar:
+        for number, case in enumerate(cases):
+            source, truth, changed = case.rendered()
+            bound = bound_of(backbone, source, changed)
+            for name in chosen:
+                tried = known[name](backbone, case, source, Asked(steps, guidance))
+                if tried is not None:
+                    row = row_of(name, number, case, tried, judges, scorer, source, truth, changed)
+                    rows.append({**row, "autoencoder_background_psnr_db": bound})
+                    append_jsonl(out / "rows.jsonl", rows[-1])
+                    drawn[name, number] = tried.pictures[-1]
+                bar.advance(images=1)
+    same = identity_edits(backbone, cases[:identity], Asked(steps, guidance))
+    summary = summarised(rows, chosen)
+    compared = [c for rival in RIVALS if (c := paired(rows, DEFAULT, rival)) is not None]
+    facts = {
+        "model": model, "scenes": len(cases), "first_seed": FIRST_SEED, "steps": steps,
+        "guidance": backbone.defaults["guidance"] if guidance is None else guidance, "identity_edit": same,
+        "machine": f"{device}, {backbone.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+    }  # fmt: skip
+    write_json(out / "table.json", {**facts, "summary": summary, "paired": compared})
+    text = markdown(facts, summary, compared)
+    write_text(out / "table.md", text)
+    save_sheet(out / "sheet.png", cases, rows, drawn, chosen)
+    print(text)
+
+
+# --- cases ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """An edit: the scene before and after, and which of its things changes (None: none of them alone)."""
+
+    kind: str
+    before: Scene
+    after: Scene
+    thing: int | None = 0
+
+    @property
+    def source(self) -> str:
+        """The caption before."""
+        return self.before.caption()
+
+    @property
+    def target(self) -> str:
+        """The caption after."""
+        return self.after.caption()
+
+    def rendered(self) -> tuple[Image.Image, Image.Image, Image.Image | None]:
+        """The picture before, the true picture after, and a mask: white where the edit may change something.
+
+        White is what differs between the two renderings, and the changing thing with a margin for its shadow. A place
+        edit must keep the thing, so there all else is white; a style changes everything (None).
+        """
+        before, after = render(self.before), render(self.after)
+        if self.kind == "style":
+            return before.image, after.image, None
+        if self.kind == "place":
+            things = before.masks[0]
+            for mask in before.masks[1:]:
+                things = ImageChops.lighter(things, mask)
+            inner = things.point(_half).filter(ImageFilter.MinFilter(3))
+            return before.image, after.image, ImageChops.invert(inner)
+        assert self.thing is not None
+        mask = ImageChops.lighter(before.masks[self.thing], after.masks[self.thing])
+        mask = mask.point(_visible).filter(ImageFilter.MaxFilter(9))
+        differs = ImageChops.difference(before.image, after.image).convert("L").point(_visible)
+        return before.image, after.image, ImageChops.lighter(mask, differs)
+
+
+def make_cases(count: int) -> Iterator[Case]:
+    """`count` cases, the kinds in turn, each from the next seed of its own that makes one."""
+    seeds = {
+        kind: iter(range(FIRST_SEED + 20_000 * k, FIRST_SEED + 20_000 * (k + 1)))
+        for k, kind in enumerate(KINDS)
+    }
+    for number in range(count):
+        kind = KINDS[number % len(KINDS)]
+        yield next(case for seed in seeds[kind] if (case := make_case(kind, seed)) is not None)
+
+
+def make_case(kind: str, seed: int) -> Case | None:
+    """The edit of this kind that a seed makes; None where its scene does not suit."""
+    words, random = vocabulary(), Random(f"{seed}/edit")
+    scene = sample_scene(seed)
+    if kind == "one of two":
+        if len(scene.things) != 2:
+            return None
+        which = random.randrange(2)
+        new = replace(scene.things[which], noun=_other(random, words.nouns, [t.noun for t in scene.things]))
+        things = (new, scene.things[1]) if which == 0 else (scene.things[0], new)
+        return _fair(Case(kind, scene, replace(scene, things=things), which))
+    if len(scene.things) != 1 or scene.pair:
+        return None
+    thing = scene.things[0]
+    match kind:
+        case "noun":
+            before = replace(thing, accessory=None)
+            after = replace(before, noun=_other(random, words.nouns, [thing.noun]))
+        case "colour":
+            if scene.style in GREY_STYLES:
+                return None
+            before, after = thing, replace(thing, colour=_other(random, words.colours, [thing.colour]))
+        case "accessory added":
+            before = replace(thing, accessory=None, small=False)
+            after = replace(before, accessory=_other(random, words.accessories, []))
+        case "accessory removed":
+            before = replace(thing, accessory=_other(random, words.accessories, []), small=False)
+            after = replace(before, accessory=None)
+        case "place":
+            return _fair(
+                Case(kind, scene, replace(scene, place=_other(random, words.places, [scene.place])), None)
+            )
+        case "style":
+            plain = scene.plain()
+            return _fair(Case(kind, plain, replace(plain, style=_other(random, words.styles, [])), None))
+        case "reweight":
+            if scene.style in GREY_STYLES:
+                return None
+            before = after = replace(thing, colour=thing.colour or _other(random, words.colours, []))
+        case _:
+            raise AssertionError(kind)
+    return _fair(Case(kind, replace(scene, things=(before,)), replace(scene, things=(after,))))
+
+
+def _other(random: Random, among: Sequence[str] | Mapping[str, Any], than: Sequence[str | None]) -> str:
+    return random.choice([word for word in among if word not in than])
+
+
+def _fair(case: Case) -> Case | None:
+    return case if fair(case.before) and fair(case.after) else None
+
+
+def _half(value: int) -> int:
+    return 255 if value >= 128 else 0
+
+
+def _visible(value: int) -> int:
+    return 255 if value >= 8 else 0
+
+
+# --- methods --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What all methods share."""
+
+    steps: int
+    guidance: float | None
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The edited pictures (three of a reweight, else one), and what each took on average."""
+
+    pictures: Sequence[Image.Image]
+    seconds: float
+    evaluations: float
+
+
+Try = Callable[[Backbone, Case, Image.Image, Asked], Attempt | None]
+
+
+def attempts() -> dict[str, Try]:
+    """Every method by name; one that cannot reweight gives None there."""
+    found: dict[str, Try] = {
+        DEFAULT: with_words("direct"),
+        "DDIM + P2P": with_words("ddim"),
+        "null-text + P2P": with_words("null-text"),
+        "negative-prompt + P2P": with_words("negative-prompt"),
+        "edit-friendly + P2P": with_words("edit-friendly"),
+        "renoise + P2P": with_words("renoise"),
+        "reversible + P2P": with_words("reversible"),
+        "masactrl": with_words("direct", **PRESETS["masactrl"]),
+        "plug-and-play": with_words("direct", **PRESETS["plug-and-play"]),
+        "flow-edit": flowing,
+    }
+    found |= {f"SDEdit {strength:g}": noised(strength) for strength in STRENGTHS}
+    return {**found, "no edit": untouched, "resample": resampled}
+
+
+def with_words(method: Method, **wishes: Any) -> Try:
+    """Inversion by a method, then `edit.replace`."""
+
+    def attempt(model: Backbone, case: Case, source: Image.Image, asked: Asked) -> Attempt | None:
+        if case.kind == "reweight" and "attention" in wishes:
+            return None
+        settings = {"guidance": asked.guidance, **wishes}
+        began = time.perf_counter()
+        inversion = invert(
+            model, source, case.source, method=method, steps=asked.steps, guidance=asked.guidance
+        )
+        pictures, evaluations = [], inversion.evaluations
+        for more in weighted(case):
+            edited = prompt_to_prompt(inversion, case.target, **{**settings, **more})
+            pictures += edited.pictures
+            evaluations += edited.evaluations
+        return Attempt(pictures, (time.perf_counter() - began) / len(pictures), evaluations / len(pictures))
+
+    return attempt
+
+
+def weighted(case: Case) -> list[dict[str, Any]]:
+    """The settings of each picture that a case asks for."""
+    if case.kind != "reweight":
+        return [{}]
+    colour = case.after.things[0].colour
+    assert colour is not None
+    return [{"weights": {colour: weight}, "cross": 1.0} for weight in WEIGHTS]
+
+
+def noised(strength: float) -> Try:
+    """SDEdit at a strength."""
+
+    def attempt(model: Backbone, case: Case, source: Image.Image, asked: Asked) -> Attempt | None:
+        if case.kind == "reweight":
+            return None
+        began = time.perf_counter()
+        drawn = sdedit(
+            model,
+            source,
+            case.target,
+            strength=strength,
+            steps=asked.steps,
+            guidance=asked.guidance,
+            seed=case.before.seed,
+        )
+        return Attempt(drawn.pictures, time.perf_counter() - began, drawn.evaluations)
+
+    return attempt
+
+
+def flowing(model: Backbone, case: Case, source: Image.Image, asked: Asked) -> Attempt | None:
+    """FlowEdit."""
+    if case.kind == "reweight":
+        return None
+    began = time.perf_counter()
+    drawn = flow_edit(
+        model,
+        source,
+        case.source,
+        [case.target],
+        steps=asked.steps,
+        guidance=asked.guidance,
+        seed=case.before.seed,
+    )
+    return Attempt(drawn.pictures, time.perf_counter() - began, drawn.evaluations)
+
+
+def untouched(model: Backbone, case: Case, source: Image.Image, asked: Asked) -> Attempt | None:
+    """The source itself."""
+    return None if case.kind == "reweight" else Attempt([source], 0.0, 0.0)
+
+
+def resampled(model: Backbone, case: Case, source: Image.Image, asked: Asked) -> Attempt | None:
+    """The target prompt drawn freely: what the base model can draw at all."""
+    if case.kind == "reweight":
+        return None
+    guidance = float(model.defaults["guidance"]) if asked.guidance is None else asked.guidance
+    began = time.perf_counter()
+    request = Request(case.target, (case.before.seed, 0))
+    pictures = list(sample(model, [request], steps=asked.steps, guidance=guidance, seed=0))
+    return Attempt(pictures, time.perf_counter() - began, asked.steps * (1 if guidance == 1 else 2))
+
+
+# --- measuring ------------------------------------------------------------------------------------------------
+
+
+def row_of(
+    name: str,
+    number: int,
+    case: Case,
+    tried: Attempt,
+    judge: Judge,
+    scorer: Scorer | None,
+    source: Image.Image,
+    truth: Image.Image,
+    changed: Image.Image | None,
+) -> dict[str, Any]:
+    """Everything that is recorded of one attempt."""
+    before, after = to_tensor(source), to_tensor(sized(tried.pictures[-1], source))
+    mask = None if changed is None else mask_to_tensor(changed)[0]
+    figures = measure.figures(before, after, changed=mask, scorer=scorer, target=case.target)
+    return {
+        "method": name,
+        "number": number,
+        "kind": case.kind,
+        "seed": case.before.seed,
+        "source": case.source,
+        "target": case.target,
+        "success": succeeded(case, judge.verdicts(tried.pictures)),
+        "psnr_to_the_true_edit_db": None
+        if case.kind == "reweight"
+        else measure.psnr(to_tensor(truth), after),
+        "seconds": tried.seconds,
+        "evaluations": tried.evaluations,
+        **figures,
+    }
+
+
+def sized(picture: Image.Image, source: Image.Image) -> Image.Image:
+    """A picture in the source's size: a model of another resolution gives it in its own."""
+    if picture.size == source.size:
+        return picture
+    return picture.resize(source.size, Image.Resampling.BICUBIC)
+
+
+def succeeded(case: Case, seen: Sequence[Verdict]) -> bool:
+    """Whether the judge sees in the picture what the target says; of a reweight, whether the colour grows."""
+    thing, verdict = case.after.things[case.thing or 0], seen[-1]
+    if case.kind == "reweight":
+        shares = [one.colour[cast(str, thing.colour)] for one in seen]
+        return all(later > earlier for earlier, later in pairwise(shares))
+    right = has_things(case.after.things, verdict)
+    match case.kind:
+        case "colour":
+            return right and top(verdict.colour) == thing.colour
+        case "accessory added" | "accessory removed":
+            return right and top(verdict.accessory) == (thing.accessory or NONE)
+        case "place":
+            return right and top(verdict.place) == case.after.place
+        case "style":
+            return right and top(verdict.style) == case.after.style
+        case _:
+            return right
+
+
+def has_things(things: Sequence[Thing], verdict: Verdict) -> bool:
+    """Whether the judge sees these things: the one on top, or both."""
+    if len(things) == 1:
+        return shows(verdict, things[0].noun)
+    return top(verdict.count) == TWO_DIFFERENT and verdict.two_glyphs == {thing.noun for thing in things}
+
+
+@torch.no_grad()
+def bound_of(model: Backbone, source: Image.Image, changed: Image.Image | None) -> float | None:
+    """The background's decibels that the autoencoder alone leaves."""
+    picture = to_tensor(source)
+    mask = None if changed is None else mask_to_tensor(changed)[0]
+    around = model.decode(model.encode(picture[None]).mean)[0].cpu()
+    return measure.background(picture, around, mask)["background_psnr_db"]
+
+
+def identity_edits(model: Backbone, cases: Sequence[Case], asked: Asked) -> dict[str, float | None]:
+    """Mean decibels of a target that says what the source says, at guidance 7.5, beside plain DDIM's and the bound.
+
+    Nothing is overwritten in a target's row and nothing blended, so this can fail where the source's row cannot.
+    """
+    both: tuple[Method, Method] = ("direct", "ddim")
+    found: dict[str, list[float | None]] = {"direct": [], "ddim": [], "autoencoder": []}
+    for case in cases:
+        source, _, _ = case.rendered()
+        picture = to_tensor(source)
+        for method in both:
+            inversion = invert(model, source, case.source, method=method, steps=asked.steps)
+            edited = prompt_to_prompt(inversion, case.source, guidance=7.5, blend=())
+            found[method].append(measure.psnr(picture, to_tensor(sized(edited.pictures[0], source))))
+        around = to_image(model.decode(model.encode(picture[None]).mean)[0])
+        found["autoencoder"].append(measure.psnr(picture, to_tensor(around)))
+    return {name: measure.mean(values) for name, values in found.items()}
+
+
+def summarised(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[dict[str, Any]]:
+    """A line for every method and kind, and for each method over all kinds."""
+    found = []
+    names = (
+        *(
+            "background_psnr_db",
+            "background_pie_psnr_db",
+            "background_ssim",
+            "background_pie_ssim",
+            "background_mse",
+        ),
+        *("structure_distance", "psnr_to_the_true_edit_db", "seconds", "evaluations"),
+        *("autoencoder_background_psnr_db", "scorer_whole", "scorer_edited_region"),
+    )
+    for method in methods:
+        for kind in (*KINDS, "all"):
+            some = [row for row in rows if row["method"] == method and kind in (row["kind"], "all")]
+            if not some:
+                continue
+            right = sum(row["success"] for row in some)
+            line = {"method": method, "kind": kind, "n": len(some), "success": right / len(some)}
+            line["low"], line["high"] = wilson(right, len(some))
+            found.append({**line, **{name: measure.mean([row.get(name) for row in some]) for name in names}})
+    return found
+
+
+def paired(rows: Sequence[Mapping[str, Any]], ours: str, theirs: str) -> dict[str, Any] | None:
+    """Ours minus theirs on the same scenes, success and background dB, with 95 % bootstrap intervals over scenes."""
+    sides = [{row["number"]: row for row in rows if row["method"] == name} for name in (ours, theirs)]
+    both = sorted(set(sides[0]) & set(sides[1]))
+    if not both:
+        return None
+    found: dict[str, Any] = {"ours": ours, "theirs": theirs, "n": len(both)}
+    success = [float(sides[0][k]["success"]) - float(sides[1][k]["success"]) for k in both]
+    found["success"] = interval(success)
+    decibels = [
+        sides[0][k]["background_psnr_db"] - sides[1][k]["background_psnr_db"]
+        for k in both
+        if sides[0][k]["kind"] in PRESERVED and sides[0][k]["background_psnr_db"] is not None
+    ]
+    found["background_psnr_db"] = interval(decibels) if decibels else None
+    return found
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean and its percentile bootstrap interval."""
+    numbers = np.asarray(values, dtype=float)
+    means = np.random.default_rng(0).choice(numbers, size=(4000, len(numbers))).mean(1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(numbers.mean()), float(low), float(high)
+
+
+# --- what is written ------------------------------------------------------------------------------------------
+
+
+def markdown(
+    facts: Mapping[str, Any], summary: Sequence[Mapping[str, Any]], compared: Sequence[Mapping[str, Any]]
+) -> str:
+    """The tables as Markdown."""
+    lines = [
+        f"`{facts['model']}`: {facts['scenes']} scenes from seed {facts['first_seed']}, {facts['steps']} steps, "
+        f"guidance {facts['guidance']:g} ({facts['machine']})",
+        "",
+        "| method | kind | n | success | 95 % | background dB | bound dB | PIE dB | SSIM | structure ×10³ | "
+        "to the true edit dB | s | evaluations |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for line in summary:
+        cells = [
+            number(line["background_psnr_db"]), number(line["autoencoder_background_psnr_db"]),
+            number(line["background_pie_psnr_db"]), number(line["background_ssim"], 3),
+            number(line["structure_distance"], 2, times=1000), number(line["psnr_to_the_true_edit_db"]),
+            number(line["seconds"], 2), number(line["evaluations"], 0),
+        ]  # fmt: skip
+        share = f"{per_cent(line['success'])} | {per_cent(line['low'])}–{per_cent(line['high'])}"
+        lines.append(f"| {line['method']} | {line['kind']} | {line['n']} | {share} | {' | '.join(cells)} |")
+    for one in compared:
+        mean, low, high = one["success"]
+        text = f"{one['ours']} minus {one['theirs']} (n = {one['n']}): success {mean:+.3f} ({low:+.3f} to {high:+.3f})"
+        if one["background_psnr_db"] is not None:
+            mean, low, high = one["background_psnr_db"]
+            text += f", background {mean:+.2f} dB ({low:+.2f} to {high:+.2f})"
+        lines += ["", text + "."]
+    same = facts["identity_edit"]
+    if any(value is not None for value in same.values()):
+        said = ", ".join(f"{name} {number(value)} dB" for name, value in same.items())
+        lines += ["", f"Identity edit at guidance 7.5, the target's row: {said}."]
+    return "\n".join([*lines, ""])
+
+
+def number(value: float | None, digits: int = 1, *, times: float = 1.0) -> str:
+    return "–" if value is None else f"{times * value:.{digits}f}"
+
+
+def save_sheet(
+    path: Path,
+    cases: Sequence[Case],
+    rows: Sequence[Mapping[str, Any]],
+    drawn: Mapping[tuple[str, int], Image.Image],
+    methods: Sequence[str],
+) -> None:
+    """The first scenes, none chosen: source, true edit, every method, framed by what the judge said."""
+    verdicts = {(row["method"], row["number"]): row["success"] for row in rows}
+    lines: list[list[Cell | Image.Image | None]] = []
+    for k, case in enumerate(cases[:SHEET]):
+        source, truth, _ = case.rendered()
+        line: list[Cell | Image.Image | None] = [
+            Cell(source, case.source),
+            Cell(truth, f"true: {case.target}"),
+        ]
+        for name in methods:
+            edited = drawn.get((name, k))
+            frame = GREEN if verdicts.get((name, k)) else RED
+            line.append(None if edited is None else Cell(edited, name, frame))
+        lines.append(line)
+    note = "Every scene in order, none chosen. Green: the judge sees what the target says."
+    save_png(path, sheet(lines, title="MojiEdit", note=note, cell=128))
+
+
+if __name__ == "__main__":
+    say("MojiEdit")
+    run(lambda: typer.run(main))

@@ -1,0 +1,498 @@
+"""How fast an edit is beside the references' own schedules of evaluations, both sides in one run.
+
+    python -m benchmarks.edit_speed                            whole edits on moji, some minutes on two cores
+    python -m benchmarks.edit_speed --shape sd15 --device cuda an SD 1.5-shaped UNet: steps timed, totals composed
+
+The references are restated here from their papers and the order of their evaluations, not taken from their code:
+Direct Inversion with prompt-to-prompt (Ju et al. 2024: DDIM inversion, a pass for the offsets, a reconstruction that
+stores the attention, the edit; 13 rows a step, with whole attention matrices in the last two passes), and null-text
+inversion with prompt-to-prompt (Mokady et al. 2023: ten inner iterations a step without an early stop; with gradients
+of all weights, as the published code takes them, and with the weights frozen). The first one gives the same picture as
+ours, which a test holds. Where it is unsure what a reference does, the faster way is timed. Sides are interleaved,
+medians are shown. Whole edits include encoding and decoding; composed totals leave them out on both sides and say so.
+Peak memory is that of a process of its own for each side. Writes `speed-SHAPE.md` and `speed-SHAPE.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import torch
+import typer
+from PIL import Image
+from torch import Tensor, nn
+
+from backbone.attention import quick_to_train
+from backbone.cache import encoded_prompts
+from backbone.console import UserError, run
+from backbone.families import Text
+from backbone.files import write_json, write_text
+from backbone.images import to_image, to_tensor
+from backbone.model import PRECISIONS, Backbone
+from backbone.noise import Estimate, guide
+from backbone.steps import deterministic_step
+from edit.attention import Control, controlled, cross
+from edit.inversion import invert
+from edit.pictures import prepared
+from edit.prompt import replace
+from edit.travel import inverted
+from edit.words import align, inside, read_prompt
+
+SOURCE, TARGETS = (
+    "a cat in a park",
+    ("a dog in a park", "a fox in a park", "a red cat in a park", "a cat in the snow"),
+)
+CROSS, SELF = 0.8, 0.4
+INNER = 10
+MOST_TOKENS = 32 * 32  # of the maps that the reference stores and whose self-attention it replaces
+SIDES = ("ours", "Direct + P2P", "null-text + P2P", "null-text + P2P, frozen", "ours, four targets")
+
+
+def main(
+    shape: Annotated[Literal["moji", "sd15"], typer.Option(help="Whole edits, or composed steps.")] = "moji",
+    model: Annotated[str, typer.Option(help="With --shape moji: the model.")] = "moji",
+    steps: Annotated[int, typer.Option(min=2, help="Of an edit.")] = 50,
+    repeats: Annotated[int, typer.Option(min=1, help="Edits, or timed steps, of each side.")] = 5,
+    null_text: Annotated[bool, typer.Option("--null-text/--no-null-text", help="It takes longest.")] = True,
+    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Also each side's peak.")] = True,
+    side: Annotated[
+        str | None, typer.Option(help="One side, once, for its peak memory.", hidden=True)
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/edit"),
+) -> None:
+    """Times both sides and writes the table."""
+    if shape == "sd15":
+        found = composed(steps=steps, repeats=repeats, device=device, precision=precision)
+    else:
+        backbone = Backbone.open(model, device=device, precision=precision)
+        sides = whole_edits(backbone, steps)
+        if side is not None:
+            sides[side]()
+            print(json.dumps({"peak_memory_mb": peak(device)}))
+            return
+        chosen = [name for name in SIDES if null_text or not name.startswith("null-text")]
+        found = {
+            "seconds": timed({name: sides[name] for name in chosen}, repeats),
+            "rows": rows_of_sides(steps),
+        }
+        if memory:
+            found["peak_memory_mb"] = {
+                name: peak_of(name, model, steps, device, precision) for name in chosen
+            }
+    facts = {
+        "shape": shape, "steps": steps, "repeats": repeats,
+        "machine": f"{device}, {precision}, {torch.get_num_threads()} threads, torch {torch.__version__}", **found,
+    }  # fmt: skip
+    write_json(out / f"speed-{shape}.json", facts)
+    text = markdown(facts)
+    write_text(out / f"speed-{shape}.md", text)
+    print(text)
+
+
+# --- whole edits ----------------------------------------------------------------------------------------------
+
+
+def whole_edits(model: Backbone, steps: int) -> dict[str, Callable[[], Any]]:
+    """Every side as a call from a picture to an edited picture (four of them in the last)."""
+    image, guidance = picture_of(model), float(model.defaults["guidance"])
+
+    def ours(count: int) -> list[Image.Image]:
+        inversion = invert(model, image, SOURCE, steps=steps)
+        return replace(
+            inversion, TARGETS[:count], cross=CROSS, self_attention=SELF, guidance=guidance
+        ).pictures
+
+    return {
+        "ours": lambda: ours(1),
+        "ours, four targets": lambda: ours(4),
+        "Direct + P2P": lambda: shown(
+            model, direct_reference(model, image, TARGETS[0], steps=steps, guidance=guidance)
+        ),
+        "null-text + P2P": lambda: shown(
+            model,
+            null_text_reference(model, image, TARGETS[0], steps=steps, guidance=guidance, weights="trained"),
+        ),
+        "null-text + P2P, frozen": lambda: shown(
+            model,
+            null_text_reference(model, image, TARGETS[0], steps=steps, guidance=guidance, weights="frozen"),
+        ),
+    }
+
+
+def picture_of(model: Backbone) -> Image.Image:
+    """A smooth picture: what it shows has no say in the time."""
+    small = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    side = model.resolution
+    return to_image(torch.nn.functional.interpolate(small[None], (side, side), mode="bicubic")[0])
+
+
+def shown(model: Backbone, latents: Tensor) -> list[Image.Image]:
+    return [to_image(picture) for picture in model.decode(latents)]
+
+
+@torch.no_grad()
+def direct_reference(
+    model: Backbone, image: Image.Image, target: str, *, steps: int, guidance: float
+) -> Tensor:
+    """The source's and the target's latents [2, C, H, W] by the reference's four passes."""
+    shown_, _ = prepared(model, image)
+    ladder = model.ladder(steps)
+    clean = model.encode(to_tensor(shown_)[None]).mean
+    states = inverted(clean, model.predictor(encoded_prompts(model, [SOURCE])), ladder)
+    text = four_rows(model, target)
+    predict = model.predictor(text)
+    offsets = []
+    for number, (here, there) in enumerate(pairwise(ladder)):  # what guidance misses of the trajectory
+        both = states[number].expand(2, *clean.shape[1:])
+        stepped = deterministic_step(
+            both, guided(predict(torch.cat([both, both]), here), guidance), here, there
+        )
+        offsets.append(states[number + 1] - stepped[:1])
+    edit = Edit.of(model, target, steps)
+    for editing in (False, True):  # the reconstruction only stores the maps
+        now = states[0].repeat(2, 1, 1, 1)
+        with materialised(model.denoiser, edit):
+            for number, (here, there) in enumerate(pairwise(ladder)):
+                edit.begin(number, editing=editing)
+                now = deterministic_step(
+                    now, guided(predict(torch.cat([now, now]), here), guidance), here, there
+                )
+                now = torch.cat([now[:1] + offsets[number], now[1:]])
+    return now
+
+
+def null_text_reference(
+    model: Backbone,
+    image: Image.Image,
+    target: str,
+    *,
+    steps: int,
+    guidance: float,
+    weights: Literal["trained", "frozen"],
+) -> Tensor:
+    """The latents [2, C, H, W] by null-text inversion, ten inner iterations a step, then the edit."""
+    with torch.no_grad():
+        shown_, _ = prepared(model, image)
+        ladder = model.ladder(steps)
+        clean = model.encode(to_tensor(shown_)[None]).mean
+        said, empty = (encoded_prompts(model, [prompt]) for prompt in (SOURCE, ""))
+        conditional = model.predictor(said)
+        states = inverted(clean, conditional, ladder)
+    now, embedding, found = states[0], empty["hidden"], []
+    with weight_gradients(model.denoiser) if weights == "trained" else nullcontext():
+        for number, (here, there) in enumerate(pairwise(ladder)):
+            with torch.no_grad():
+                answer = conditional(now, here)
+            moving = embedding.detach().clone().requires_grad_(True)
+            optimizer = torch.optim.Adam([moving], lr=1e-2 * (1 - number / (2 * steps)))
+            with quick_to_train(model.denoiser):
+                for _ in range(INNER):
+                    unsaid = model.predictor({**empty, "hidden": moving})(now, here)
+                    reached = deterministic_step(now, guide(answer, unsaid, guidance), here, there)
+                    loss = (reached - states[number + 1]).square().mean()
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    loss.item()
+            embedding = moving.detach()
+            found.append(embedding)
+            with torch.no_grad():
+                both = model.predictor({**said, "hidden": torch.cat([embedding, said["hidden"]])})
+                now = deterministic_step(
+                    now, guided(both(torch.cat([now, now]), here), guidance), here, there
+                )
+    model.denoiser.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        now = states[0].repeat(2, 1, 1, 1)
+        text, edit = four_rows(model, target), Edit.of(model, target, steps)
+        with materialised(model.denoiser, edit):
+            for number, (here, there) in enumerate(pairwise(ladder)):
+                edit.begin(number, editing=True)
+                hidden = torch.cat([found[number].expand(2, -1, -1), text["hidden"][2:]])
+                predict = model.predictor({**text, "hidden": hidden})
+                now = deterministic_step(
+                    now, guided(predict(torch.cat([now, now]), here), guidance), here, there
+                )
+    return now
+
+
+def four_rows(model: Backbone, target: str) -> Text:
+    """Without a prompt twice, then the source and the target."""
+    return encoded_prompts(model, ["", "", SOURCE, target])
+
+
+def guided(estimate: Estimate, guidance: float) -> Estimate:
+    """The second half of the rows guided by the first, which has no prompt."""
+    (clean, clean_said), (noise, noise_said) = (half.chunk(2) for half in estimate)
+    return guide(Estimate(clean_said, noise_said), Estimate(clean, noise), guidance)
+
+
+# --- attention with whole matrices ----------------------------------------------------------------------------
+
+
+@dataclass
+class Edit:
+    """What the reference's controller knows, and the maps that it stores."""
+
+    mapping: Tensor
+    taken: Tensor
+    cross: Tensor  # [S], 1 inside the window
+    self_attention: Tensor
+    step: int = 0
+    editing: bool = True
+    stored: list[Tensor] = field(default_factory=list)
+    summed: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: Backbone, target: str, steps: int) -> Edit:
+        """The edit of SOURCE into a target."""
+        tokenizer = model.text_encoder.tokenizer
+        alignment = align(read_prompt(tokenizer, SOURCE), read_prompt(tokenizer, target))
+        mapping, taken = alignment.mapping.to(model.device), alignment.taken.to(model.device)
+        return cls(mapping, taken, inside(steps, (0.0, CROSS)), inside(steps, (0.0, SELF)))
+
+    def begin(self, step: int, *, editing: bool) -> None:
+        """A step begins: what the last one stored is added up."""
+        if step == 0:
+            self.summed = []
+        if self.stored:
+            self.summed = (
+                [a + b for a, b in zip(self.summed, self.stored, strict=True)] if self.summed else self.stored
+            )
+        self.stored, self.step, self.editing = [], step, editing
+
+    def edit(self, maps: Tensor, *, across: bool) -> Tensor:
+        """Maps [4, heads, Q, K]: the last row's from the one before, where a window is open; small ones are kept."""
+        if self.editing:
+            source, target = maps[2], maps[3]
+            if across:
+                window = float(self.cross[self.step])
+                taken = self.taken.to(maps.dtype)
+                new = (source @ self.mapping.to(maps.dtype)) * taken + target * (1 - taken)
+                maps = torch.cat([maps[:3], (new * window + target * (1 - window))[None]])
+            elif maps.shape[-2] <= MOST_TOKENS and self.self_attention[self.step]:
+                maps = torch.cat([maps[:3], source[None]])
+        if maps.shape[-2] <= MOST_TOKENS:
+            self.stored.append(maps[2:])
+        return maps
+
+
+class Materialising:
+    """A diffusers attention processor that makes the whole matrix and hands it to an `Edit`."""
+
+    def __init__(self, edit: Edit) -> None:
+        self.edit = edit
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = (
+            layer(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for layer, x in ((attn.to_q, hidden_states), (attn.to_k, text), (attn.to_v, text))
+        )
+        maps = (query @ key.transpose(-1, -2) * attn.scale).softmax(-1)
+        maps = self.edit.edit(maps, across=encoder_hidden_states is not None)
+        return cast(Tensor, attn.to_out[1](attn.to_out[0]((maps @ value).transpose(1, 2).flatten(2))))
+
+
+@contextmanager
+def materialised(denoiser: nn.Module, edit: Edit) -> Iterator[None]:
+    """Inside the `with`, all attention is made of whole matrices."""
+    network = cast(Any, denoiser)
+    before = dict(network.attn_processors)
+    try:
+        network.set_attn_processor({name: Materialising(edit) for name in before})
+        yield
+    finally:
+        network.set_attn_processor(before)
+
+
+@contextmanager
+def weight_gradients(denoiser: nn.Module) -> Iterator[None]:
+    """Inside the `with`, every weight takes a gradient, as in a pipeline that was never frozen."""
+    before = {name: value.requires_grad for name, value in denoiser.named_parameters()}
+    try:
+        denoiser.requires_grad_(True)
+        yield
+    finally:
+        for name, value in denoiser.named_parameters():
+            value.requires_grad_(before[name])
+
+
+# --- steps of a large network, composed -----------------------------------------------------------------------
+
+
+def composed(*, steps: int, repeats: int, device: str, precision: str) -> dict[str, Any]:
+    """Totals of an SD 1.5-shaped UNet with random weights at 64 × 64 latents from the medians of warm steps."""
+    from diffusers import UNet2DConditionModel
+
+    dtype = PRECISIONS.get(precision, torch.bfloat16)
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=64, cross_attention_dim=768, attention_head_dim=8, layers_per_block=2,
+        block_out_channels=(320, 640, 1280, 1280),
+    ).to(device, dtype).eval().requires_grad_(False)  # fmt: skip
+    random = torch.Generator().manual_seed(0)
+    time_ = torch.tensor(500, device=device)
+
+    def call(rows: int, **how: Any) -> Tensor:
+        x = torch.randn(rows, 4, 64, 64, generator=random).to(device, dtype)
+        text = torch.randn(rows, 77, 768, generator=random).to(device, dtype)
+        return cast(Tensor, unet(x, time_, how.get("text", text)).sample)
+
+    def edited(targets: int) -> Callable[[], None]:
+        ones = torch.ones(targets, 77, device=device)
+        control = Control(
+            targets, cross=cross(torch.eye(77, device=device).expand(targets, 77, 77), ones, ones, ones)
+        )
+        control.self_attention = "layout"
+
+        def step() -> None:
+            with torch.no_grad(), controlled(unet, control):
+                call(1 + 2 * targets)
+
+        return step
+
+    def plain(rows: int) -> Callable[[], None]:
+        def step() -> None:
+            with torch.no_grad():
+                call(rows)
+
+        return step
+
+    def with_maps() -> None:
+        edit = Edit(torch.eye(77, device=device), torch.ones(77, device=device), torch.ones(1), torch.ones(1))
+        with torch.no_grad(), materialised(unet, edit):
+            edit.begin(0, editing=True)
+            call(4)
+
+    def inner(weights: Literal["trained", "frozen"]) -> Callable[[], None]:
+        def step() -> None:
+            text = torch.randn(1, 77, 768, generator=random).to(device, dtype).requires_grad_(True)
+            with weight_gradients(unet) if weights == "trained" else nullcontext(), quick_to_train(unet):
+                call(1, text=text).float().square().mean().backward()
+            unet.zero_grad(set_to_none=True)
+
+        return step
+
+    kinds: dict[str, Callable[[], Any]] = {
+        "1 row": plain(1), "2 rows": plain(2), "4 rows": plain(4), "8 rows": plain(8),
+        "3 rows, edited": edited(1), "9 rows, edited": edited(4), "4 rows, whole matrices": with_maps,
+        "inner iteration": inner("trained"), "inner iteration, frozen": inner("frozen"),
+    }  # fmt: skip
+    t = timed(kinds, repeats)
+    open_ = opened(steps)
+    shut = steps - open_
+    walk = steps * (2 * t["1 row"] + t["2 rows"] + t["4 rows, whole matrices"])
+    totals = {
+        "ours": steps * t["1 row"] + open_ * t["3 rows, edited"] + shut * t["2 rows"],
+        "Direct + P2P": steps * (t["1 row"] + t["4 rows"] + 2 * t["4 rows, whole matrices"]),
+        "null-text + P2P": walk + steps * INNER * t["inner iteration"],
+        "null-text + P2P, frozen": walk + steps * INNER * t["inner iteration, frozen"],
+        "ours, four targets": steps * t["1 row"] + open_ * t["9 rows, edited"] + shut * t["8 rows"],
+    }
+    return {"steps_seconds": t, "seconds": totals, "composed": True, "rows": rows_of_sides(steps)}
+
+
+# --- timing ---------------------------------------------------------------------------------------------------
+
+
+def timed(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each call: one warm-up of each, then all of them in turn, `repeats` times."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats + 1):
+        for name, call in calls.items():
+            _wait()
+            began = time.perf_counter()
+            call()
+            _wait()
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def rows_of_sides(steps: int) -> dict[str, int]:
+    """Samples that the denoiser is asked about by one edit (forward; a null-text iteration also goes backward)."""
+    open_ = opened(steps)
+
+    def ours(targets: int) -> int:
+        return steps + open_ * (1 + 2 * targets) + (steps - open_) * 2 * targets
+
+    null_text = steps * (1 + 1 + INNER + 2 + 4)
+    return {
+        "ours": ours(1), "Direct + P2P": 13 * steps, "null-text + P2P": null_text,
+        "null-text + P2P, frozen": null_text, "ours, four targets": ours(4),
+    }  # fmt: skip
+
+
+def opened(steps: int) -> int:
+    """In how many steps a window of cross-attention is open."""
+    return int(inside(steps, (0.0, CROSS)).sum())
+
+
+def peak(device: str) -> float:
+    """The most memory that this process has had, in MB."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 1e6
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def peak_of(side: str, model: str, steps: int, device: str, precision: str) -> float:
+    """A side's peak in a process of its own; two steps show it as well as fifty."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.edit_speed", "--side", side, "--model", model, "--steps", "2",
+         "--device", device, "--precision", precision],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode != 0:
+        raise UserError(f"The side {side} could not be run alone ({done.stderr.strip().splitlines()[-1]}).")
+    return float(json.loads(done.stdout.splitlines()[-1])["peak_memory_mb"])
+
+
+def markdown(facts: dict[str, Any]) -> str:
+    """The table: seconds, how many times ours, rows, memory."""
+    seconds, ours = facts["seconds"], facts["seconds"]["ours"]
+    how = (
+        "composed from medians of warm steps, autoencoder left out"
+        if facts.get("composed")
+        else "whole edits"
+    )
+    lines = [
+        f"{facts['shape']}, {facts['steps']} steps, {how}, medians of {facts['repeats']} ({facts['machine']})",
+        "",
+        "| side | seconds | × ours | rows | peak MB |",
+        "|---|---|---|---|---|",
+    ]
+    for name, value in seconds.items():
+        times = f"{value / ours:.2f}"
+        if name == "ours, four targets":
+            rival = 4 * seconds["Direct + P2P"]
+            times = f"four edits of Direct + P2P take {rival / value:.2f} × as long"
+        memory = facts.get("peak_memory_mb", {}).get(name)
+        shown_ = "–" if memory is None else f"{memory:.0f}"
+        lines.append(f"| {name} | {value:.2f} | {times} | {facts['rows'][name]} | {shown_} |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    run(lambda: typer.run(main))

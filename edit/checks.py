@@ -1,0 +1,70 @@
+"""What can be said of a request before a model is loaded. No heavy imports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from backbone.console import UserError
+
+
+def share(name: str, value: float) -> float:
+    """The value, if it is a share of the whole."""
+    if not 0 <= value <= 1:
+        raise UserError(f"{name} is {value:g} and must lie between 0 and 1, a share of the whole.")
+    return value
+
+
+def not_negative(name: str, value: float) -> float:
+    """The value, if it is not negative."""
+    if not value >= 0:
+        raise UserError(f"{name} is {value:g} and must not be negative. 1 is none.")
+    return value
+
+
+def prompt(text: str, what: str) -> str:
+    """The prompt, if it says something; `what` names it in the complaint."""
+    if not text.strip():
+        raise UserError(f"The {what} is empty. Say in words what the picture shows and what it should show.")
+    return text
+
+
+def prompts(texts: Sequence[str], what: str) -> tuple[str, ...]:
+    """The prompts, if there are any and each says something."""
+    if not texts:
+        raise UserError(f"There is no {what}. Say what the picture should show.")
+    return tuple(prompt(text, what) for text in texts)
+
+
+def valued(asked: str, option: str) -> tuple[str, float]:
+    """`word=2` as a word and a number."""
+    word, separator, number = asked.rpartition("=")
+    try:
+        if separator and word.strip():
+            return word.strip(), float(number)
+    except ValueError:
+        pass
+    raise UserError(f"{option} {asked} is not a word and a number. Write {option} word=2.")
+
+
+def window(asked: str, option: str) -> tuple[str, tuple[float, float]]:
+    """`word=0.2:0.8` (or `word=0.8`, from the start) as a word and its window."""
+    word, separator, numbers = asked.rpartition("=")
+    start, colon, end = numbers.rpartition(":")
+    try:
+        if separator and word.strip():
+            between = (float(start) if colon else 0.0, float(end))
+            return word.strip(), (
+                share(f"{option} {word}", between[0]),
+                share(f"{option} {word}", between[1]),
+            )
+    except ValueError:
+        pass
+    raise UserError(f"{option} {asked} is not a word and its window. Write {option} word=0.2:0.8.")
+
+
+def swap(asked: str) -> tuple[str, str]:
+    """`cat=tiger` as a pair of phrases."""
+    old, separator, new = asked.partition("=")
+    if not separator or not old.strip() or not new.strip():
+        raise UserError(f"--swap {asked} is not a pair of words. Write --swap cat=tiger.")
+    return old.strip(), new.strip()

@@ -1,0 +1,483 @@
+"""Prompt-to-prompt over an inversion: several target prompts at once, in one batch with the source.
+
+    edited = replace(inversion, ["a dog in a park", "a red cat in a park"], blend=["cat"])
+
+A step asks the denoiser about the source with its prompt (one row) and about every target with and without its
+(two rows each); the targets' attention is made from the source's while their windows last (Hertz et al. 2022,
+algorithm 1). The source's row is then overwritten by the stored trajectory (`edit.inversion`), so its unconditional
+prediction is never asked for, and once no window is open the row itself is left out: S steps with N targets cost at
+most S·(1 + 2·N).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from backbone.cache import encoded_prompts
+from backbone.console import UserError
+from backbone.images import to_image
+from backbone.noise import Estimate, guide
+from edit.attention import Control, Cross, Maps, Reach, SelfAttention, controlled, cross
+from edit.checks import not_negative, share
+from edit.inversion import Counted, Inversion
+from edit.noised import spaced
+from edit.pictures import latent_mask, mask_of
+from edit.words import (
+    Alignment,
+    Prompt,
+    Run,
+    Window,
+    Word,
+    align,
+    columns,
+    inside,
+    read_prompt,
+    require,
+    weights,
+    window,
+)
+
+AUTO = "auto"  # as a word to blend: whatever differs between the prompts
+SMALL_WORDS = frozenset([
+    "a", "an", "the", "of", "in", "on", "at", "by", "to", "and", "or", "with", "from", "its", "his", "her", "wearing",
+    "wears", "next", "near", "beside", "that", "is",
+])  # fmt: skip
+EVERYWHERE = frozenset([  # words that say how a picture is made, and so have no place in it
+    "style", "art", "painting", "drawing", "sketch", "sketched", "watercolor", "watercolour", "photo", "photograph",
+    "picture", "image", "render", "rendering", "illustration", "cartoon", "anime", "comic", "poster", "neon", "pixel",
+    "oil", "pencil", "charcoal", "ink", "pastel", "mosaic", "sculpture",
+])  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an edit is asked for; shares are of the steps, from the noisy end.
+
+    cross, self_attention   until when the targets take the source's cross- and self-attention
+    attention               what of the source's self-attention: its `layout`, or its `contents` (from then on)
+    layers, reach           in which layers of the denoiser, and for which rows (`edit.attention.Control`)
+    features                until when the targets take the source's residual features
+    windows                 (from, until) of single words, instead of (0, cross)
+    weights                 how strongly words of the target count, 1 usually
+    swaps                   words that take each other's place, whatever stands around them
+    blend                   words outside whose place the source stays; `auto`: those that differ or are weighted, and
+                            nowhere if they say how the picture is made (“a watercolor of”); empty: nowhere
+    keep                    words in whose place the source stays
+    mask                    where the picture may change (white); of the picture's size, or as it was cropped
+    threshold, blend_from   how much of its greatest attention makes a place a word's; from which share of the steps
+    guidance, negative      of the targets; the model's usual guidance if None
+    strength                how much of the way down is walked: below 1 the edit begins at a less noisy state
+    heatmaps                words whose attention is read
+    frames                  how many of the targets' estimates to keep along the way
+    """
+
+    cross: float = 0.8
+    self_attention: float = 0.4
+    attention: SelfAttention = "layout"
+    layers: str = ""
+    reach: Reach = "prompted"
+    features: float = 0.0
+    windows: Mapping[str, Window] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    swaps: Sequence[tuple[str, str]] = ()
+    blend: Sequence[str] = (AUTO,)
+    keep: Sequence[str] = ()
+    mask: Image.Image | str | Path | None = None
+    threshold: float = 0.3
+    blend_from: float = 0.2
+    guidance: float | None = None
+    negative: str = ""
+    strength: float = 1.0
+    heatmaps: Sequence[str] = ()
+    frames: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("cross", "self_attention", "features", "threshold", "blend_from", "strength"):
+            share(name, getattr(self, name))
+        for word, (start, end) in self.windows.items():
+            share(f"the window of “{word}”", start)
+            share(f"the window of “{word}”", end)
+        if self.guidance is not None:
+            not_negative("guidance", self.guidance)
+
+    @property
+    def carries_words(self) -> bool:
+        """Whether the edit needs to know which word became which."""
+        return bool(self.cross or self.windows or self.weights or self.swaps or self.blend)
+
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "prompt-to-prompt": {},
+    "masactrl": {
+        "attention": "contents", "self_attention": 0.08, "layers": "up_blocks", "reach": "all", "cross": 0.0,
+        "blend": (),
+    },
+    "plug-and-play": {
+        "attention": "layout", "self_attention": 0.5, "features": 0.8, "layers": "up_blocks", "reach": "all",
+        "cross": 0.0, "blend": (),
+    },
+}  # fmt: skip
+"""`Settings` of other methods that are the same walk: mutual self-attention in the decoder from the fifth of fifty
+steps on (Cao et al. 2023, section 4), for what moves or bends; and features and self-attention of the source (Tumanyan
+et al. 2023, section 4), for what looks otherwise all over."""
+
+
+@dataclass(frozen=True, eq=False)
+class Edited:
+    """What `replace` gives back, N targets of one inversion.
+
+    path         [S' + 1, 1 + N, C, H, W], the source's and the targets' states from where the edit began
+    masks        [N, H, W], 1 where the targets were let differ from the source in the end; None if everywhere
+    heatmaps     word → [1 + N, h, w], the share of each place's attention that it had in the source and the targets
+    estimates    [F, N, C, H, W], what the targets were thought to become, along the way
+    evaluations  samples that the denoiser was asked about, the inversion not counted
+    guidance     that the targets had
+    """
+
+    inversion: Inversion
+    targets: tuple[str, ...]
+    alignments: tuple[Alignment, ...]
+    settings: Settings
+    path: Tensor
+    masks: Tensor | None
+    heatmaps: Mapping[str, Tensor]
+    estimates: Tensor
+    evaluations: int
+    guidance: float
+
+    @property
+    def latents(self) -> Tensor:
+        """The targets' latents [N, C, H, W]."""
+        return self.path[-1, 1:].float()
+
+    @property
+    def source(self) -> Tensor:
+        """Where the source's row arrived [C, H, W]."""
+        return self.path[-1, 0].float()
+
+    @cached_property
+    def pictures(self) -> list[Image.Image]:
+        """The edits, in the order of the targets."""
+        return [to_image(picture) for picture in self.inversion.model.decode(self.latents)]
+
+    @cached_property
+    def reconstruction(self) -> Image.Image:
+        """The source's row, decoded."""
+        return to_image(self.inversion.model.decode(self.source[None])[0])
+
+
+def replace(
+    inversion: Inversion,
+    target: str | Sequence[str],
+    *,
+    progress: Callable[[], Any] = lambda: None,
+    **wishes: Any,
+) -> Edited:
+    """Edits the picture of an inversion towards one target prompt, or several at once, in the model's words.
+
+    `wishes` are the fields of `Settings`; `progress` is called after every step.
+
+    Raises `UserError` for prompts that share no words with the source's, words that no prompt has, and a mask of
+    another size.
+    """
+    targets = (target,) if isinstance(target, str) else tuple(target)
+    settings = Settings(**wishes)
+    return _Edit(inversion, targets, settings, aligned(inversion, targets, settings)).run(progress)
+
+
+def aligned(inversion: Inversion, targets: Sequence[str], settings: Settings) -> tuple[Alignment, ...]:
+    """The alignment of the source's prompt with each target; `UserError` for words that no prompt has."""
+    return align_all(inversion.model.text_encoder.tokenizer, inversion.prompt, targets, settings)
+
+
+def align_all(
+    tokenizer: Any, source: str, targets: Sequence[str], settings: Settings
+) -> tuple[Alignment, ...]:
+    """The same from the prompts alone."""
+    if not targets:
+        raise UserError("There is no target prompt. Say what the picture should show.")
+    first, others = read_prompt(tokenizer, source), [read_prompt(tokenizer, target) for target in targets]
+    for word in [*settings.weights, *settings.windows]:
+        require(others, word)
+    for word in [*(word for word in settings.blend if word != AUTO), *settings.keep, *settings.heatmaps]:
+        require([first, *others], word)
+    for old, new in settings.swaps:
+        require([first], old)
+        require(others, new)
+    found = []
+    for other in others:
+        if settings.carries_words:
+            swaps = [swap for swap in settings.swaps if other.find(swap[1])]
+            found.append(align(first, other, swaps=swaps))
+        else:
+            found.append(Alignment(first, other, (Run("replaced", first.words, other.words),)))
+    return tuple(found)
+
+
+class _Edit:
+    """One call of `replace`: what is fixed before the walk, and the walk."""
+
+    def __init__(
+        self,
+        inversion: Inversion,
+        targets: tuple[str, ...],
+        settings: Settings,
+        alignments: tuple[Alignment, ...],
+    ) -> None:
+        self.inversion, self.targets, self.settings, self.alignments = (
+            inversion,
+            targets,
+            settings,
+            alignments,
+        )
+        self.model, self.count = inversion.model, len(targets)
+        self.steps, self.first = inversion.steps, inversion.start(settings.strength)
+        self.guidance = self._guidance()
+        self.crosses = self._crosses()
+        self.own_mask = self._own_mask()
+        self.words = self._words()
+        self.selfs = self._selfs()
+        self.features = inside(self.steps, (0.0, self.settings.features)).tolist()
+        wanted = [
+            step
+            for step in range(self.steps)
+            if self.crosses[step] or self.selfs[step] != "own" or self.features[step]
+        ]
+        if self.words is not None:
+            wanted.append(min(int(settings.blend_from * self.steps), self.steps - 1))
+        self.last = max(wanted, default=-1) if inversion.overwrites else self.steps - 1
+
+    @torch.no_grad()
+    def run(self, progress: Callable[[], Any]) -> Edited:
+        """The walk from the first rung to the clean one."""
+        inversion, settings, first = self.inversion, self.settings, self.first
+        self.text = encoded_prompts(self.model, [inversion.prompt, *self.targets])
+        self.usual = encoded_prompts(self.model, [settings.negative])
+        if inversion.method == "negative-prompt":
+            self.usual = {name: value[:1] for name, value in self.text.items()}
+        states = inversion.states
+        now = states[first][None].repeat(1 + self.count, *[1] * (states.ndim - 1))
+        before = states[first - 1].expand_as(now) if first > 0 else None
+        maps = None if self.words is None else Maps(self.words.to(now.device), (now.shape[-2], now.shape[-1]))
+        control = Control(self.count, layers=settings.layers, reach=settings.reach, maps=maps)
+        path, estimates, masks, asked = [now], [], self._everywhere(), 0
+        kept = spaced(first, self.steps, settings.frames)
+        with ExitStack() as attention:
+            attention.enter_context(controlled(self.model.denoiser, control))
+            for number in range(first, self.steps):
+                if number > self.last:
+                    attention.close()
+                control.cross, control.self_attention = self.crosses[number], self.selfs[number]
+                control.features = "source" if self.features[number] else "own"
+                estimate, rows = self._ask(now, number)
+                asked += rows
+                before, now = now, self._step(number, before, now, estimate)
+                if maps is not None and number <= self.last:
+                    maps.settle()
+                    if number >= settings.blend_from * self.steps:
+                        masks = self._masks(maps)
+                if masks is not None:
+                    now = torch.cat([now[:1], now[:1] + masks[:, None].to(now) * (now[1:] - now[:1])])
+                path.append(now)
+                if number in kept:
+                    estimates.append(estimate.clean[-self.count :].float())
+                progress()
+        empty = now.new_zeros(0, *now[1:].shape)
+        return Edited(
+            inversion=inversion,
+            targets=self.targets,
+            alignments=self.alignments,
+            settings=settings,
+            path=torch.stack(path),
+            masks=masks,
+            heatmaps=self._heatmaps(maps),
+            estimates=torch.stack(estimates) if estimates else empty,
+            evaluations=asked,
+            guidance=self.guidance,
+        )
+
+    def _ask(self, now: Tensor, number: int) -> tuple[Estimate, int]:
+        """The estimates of the source, where it is needed, and the targets, guided; and how many samples that took.
+
+        Rows: the source (while it is needed), the targets, then those without a prompt, of the source only if it is
+        walked and guidance changes it.
+        """
+        level = self.inversion.ladder[number]
+        empty = self.inversion.empty(number, self.usual)
+        drop = 1 if number > self.last else 0
+        said = now[drop:]
+        text = {name: value[drop:] for name, value in self.text.items()}
+        if self.guidance == 1:
+            predict = Counted(self.model.predictor(text))
+            return predict(said, level), predict.rows
+        alone = 0 if drop or self.source_is_guided else 1  # the source's row has a prompt and nothing else
+        unsaid = said[alone:]
+        both = {
+            name: torch.cat([value, empty[name].expand(len(unsaid), *value.shape[1:])])
+            for name, value in text.items()
+        }
+        predict = Counted(self.model.predictor(both))
+        answer = predict(torch.cat([said, unsaid]), level)
+        with_, without = (Estimate(*(half[rows] for half in answer))
+                          for rows in (slice(len(said)), slice(len(said), None)))  # fmt: skip
+        led = guide(Estimate(*(half[alone:] for half in with_)), without, self.guidance)
+        guided = Estimate(*(torch.cat([own[:alone], half]) for own, half in zip(with_, led, strict=True)))
+        return guided, predict.rows
+
+    def _step(self, number: int, before: Tensor | None, now: Tensor, estimate: Estimate) -> Tensor:
+        """The next states [1 + N, ...]: the source's from the trajectory, or walked as the targets are."""
+        some = slice(None) if not self.inversion.overwrites else slice(1, None)
+        halves = Estimate(*(half[-len(now[some]) :] for half in estimate))
+        there = self.inversion.step(number, None if before is None else before[some], now[some], halves)
+        if self.inversion.overwrites:
+            there = torch.cat([self.inversion.states[number + 1][None].to(there), there])
+        return there
+
+    @property
+    def source_is_guided(self) -> bool:
+        """Whether the source's row is walked with guidance that changes it (guided by its own prompt it is not)."""
+        return not self.inversion.overwrites and self.inversion.method != "negative-prompt"
+
+    def _guidance(self) -> float:
+        made_for, asked = self.inversion.guidance, self.settings.guidance
+        if made_for is not None and asked is not None and asked != made_for:
+            raise UserError(
+                f"This null-text inversion was made for guidance {made_for:g}, not {asked:g}. "
+                f"Leave --guidance out, or invert again with it."
+            )
+        usual = float(self.model.defaults["guidance"]) if made_for is None else made_for
+        return usual if asked is None else asked
+
+    def _crosses(self) -> list[Cross | None]:
+        """The cross-attention's edit of every step; equal steps share one."""
+        device = self.model.device
+        mapping = torch.stack([alignment.mapping for alignment in self.alignments]).to(device)
+        taken = torch.stack([alignment.taken for alignment in self.alignments]).to(device)
+        others = [alignment.target for alignment in self.alignments]
+        weight = torch.stack([weights(other, self.settings.weights) for other in others]).to(device)
+        usual = (0.0, self.settings.cross)
+        open_ = torch.stack([window(other, self.steps, usual, self.settings.windows) for other in others], 1)
+        found: list[Cross | None] = []
+        for number in range(self.steps):
+            same = number > 0 and torch.equal(open_[number], open_[number - 1])
+            found.append(found[-1] if same else cross(mapping, taken, weight, open_[number].to(device)))
+        return found
+
+    def _selfs(self) -> list[SelfAttention]:
+        """Whose self-attention the targets have at every step."""
+        share = self.settings.self_attention
+        lasts = (share, 1.0) if self.settings.attention == "contents" else (0.0, share)
+        return [self.settings.attention if open_ else "own" for open_ in inside(self.steps, lasts).tolist()]
+
+    # Where the targets may differ
+
+    def _own_mask(self) -> Tensor | None:
+        """The user's mask at the latent's size [H, W], 0 or 1; None without one."""
+        if self.settings.mask is None:
+            return None
+        height, width = self.inversion.picture.shape[-2:]
+        original = self.inversion.facts.get("size")
+        mask = mask_of(self.settings.mask, shown=(width, height), original=original)
+        return latent_mask(mask, self.inversion.states.shape[-2:]).to(self.model.device)
+
+    def _words(self) -> Tensor | None:
+        """Columns of the maps to be read [1 + N, 2·N + K, T]: to blend and to keep for each target, K heat maps."""
+        settings = self.settings
+        length = self.alignments[0].source.length
+        found = torch.zeros(1 + self.count, 2 * self.count + len(settings.heatmaps), length)
+        for n, alignment in enumerate(self.alignments):
+            blended = blended_words(alignment, settings.blend, settings.weights)
+            for channel, (source, target) in (
+                (2 * n, blended),
+                (2 * n + 1, _places(alignment, settings.keep)),
+            ):
+                found[0, channel], found[1 + n, channel] = columns(source, length), columns(target, length)
+        for k, phrase in enumerate(settings.heatmaps):
+            prompts = [self.alignments[0].source, *(alignment.target for alignment in self.alignments)]
+            for row, prompt in enumerate(prompts):
+                found[row, 2 * self.count + k] = columns(prompt.find(phrase), length)
+        return found if found.any() else None
+
+    def _everywhere(self) -> Tensor | None:
+        return None if self.own_mask is None else self.own_mask.expand(self.count, -1, -1)
+
+    def _masks(self, maps: Maps) -> Tensor | None:
+        """Where each target may differ [N, H, W]: in the place of the words to blend, in either picture, not of those
+        to keep, and inside the user's mask. None if everywhere."""
+        assert self.words is not None
+        said = self.words.any(-1).any(0).tolist()  # which channels have words at all
+        if not any(said[: 2 * self.count]):
+            return self._everywhere()
+        read, size = maps.read(), maps.latent
+        masks = []
+        for n in range(self.count):
+            pair = read[[0, 1 + n]]
+            mask = torch.ones(size, device=read.device, dtype=torch.bool)
+            if said[2 * n]:
+                grown = F.max_pool2d(pair[:, 2 * n : 2 * n + 1], 3, stride=1, padding=1)
+                mask = places_of(grown, size, self.settings.threshold).any(0)
+            if said[2 * n + 1]:
+                kept = places_of(pair[:, 2 * n + 1 : 2 * n + 2], size, self.settings.threshold)
+                mask = mask & ~kept.any(0)
+            masks.append(mask.float() if self.own_mask is None else mask * self.own_mask)
+        return torch.stack(masks)
+
+    def _heatmaps(self, maps: Maps | None) -> dict[str, Tensor]:
+        if maps is None:
+            return {}
+        read = maps.read()[:, 2 * self.count :]
+        return {phrase: read[:, k].cpu() for k, phrase in enumerate(self.settings.heatmaps)}
+
+
+def places_of(maps: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
+    """Maps [B, 1, h, w] as places [B, H, W]: where they exceed `threshold` times their greatest value."""
+    large = F.interpolate(maps, size, mode="bilinear", align_corners=False)[:, 0]
+    greatest = large.amax((1, 2), keepdim=True)
+    return (large > threshold * greatest) & (greatest > 0)
+
+
+def blended_words(
+    alignment: Alignment, phrases: Sequence[str], weighted: Mapping[str, float] = MappingProxyType({})
+) -> tuple[list[Word], list[Word]]:
+    """The words of the source and the target in whose place an edit happens; none of either: it happens everywhere."""
+    if AUTO not in phrases or _says(alignment, AUTO):
+        return _places(alignment, phrases)
+    others = [phrase for phrase in phrases if phrase != AUTO]
+    source, target = _places(alignment, [*others, *weighted])
+    changed = [run for run in alignment.changed() if not _is_everywhere(run)]
+    if len(changed) < len(list(alignment.changed())):
+        return [], []
+    for run in changed:
+        source += [word for word in run.source if _says_something(word)]
+        target += [word for word in run.target if _says_something(word)]
+    return source, target
+
+
+def _places(alignment: Alignment, phrases: Sequence[str]) -> tuple[list[Word], list[Word]]:
+    """The words that phrases name in the source and the target."""
+    pairs = [alignment.places(phrase) for phrase in phrases]
+    return [word for old, _ in pairs for word in old], [word for _, new in pairs for word in new]
+
+
+def _is_everywhere(run: Run) -> bool:
+    return any(word.text in EVERYWHERE for word in (*run.source, *run.target))
+
+
+def _says_something(word: Word) -> bool:
+    return word.text not in SMALL_WORDS and any(character.isalnum() for character in word.text)
+
+
+def _says(alignment: Alignment, phrase: str) -> bool:
+    prompts: tuple[Prompt, ...] = (alignment.source, alignment.target)
+    return any(prompt.find(phrase) for prompt in prompts)

@@ -1,0 +1,1 @@
+"""Preference tuning on `moji`, measured: prompt fidelity, a taste, how many pairs are enough."""

@@ -1,0 +1,177 @@
+"""What the recipes of this folder share: prompts of the world, the real commands with their seconds, the judge's view.
+
+Held-out prompts come from other seeds than the prompts of training, and no sentence is in both. The judge has seen
+neither `moji` nor its scorer. A difference is paired, same prompt and same noise, and its interval is a bootstrap over
+prompts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from align.compare import picture_name
+from align.pairs import normal
+from align.statistics import Interval, bootstrap, wilson
+from backbone.console import say
+from backbone.files import read_json, write_text
+from backbone.world.scene import Scene, fair, sample_scene
+from benchmarks.judge import Judge, Verdict
+from benchmarks.moji import QUESTIONS
+
+TRAINING_PROMPTS = range(1_600_000, 1_700_000)
+HELD_OUT_PROMPTS = range(1_700_000, 1_800_000)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a tuned model gains over the base on held-out prompts, n pictures a side.
+
+    right         the judge's all-right share of the base, and of the tuned model
+    difference    tuned minus base, points as a share, paired
+    wins          of each scorer, its win rate
+    diversity     of the base's
+    """
+
+    n: int
+    base: Interval
+    tuned: Interval
+    difference: Interval
+    wins: dict[str, Interval]
+    diversity: float
+
+
+def scenes(
+    seeds: range, count: int, wanted: Callable[[Scene], bool], *, without: Sequence[Scene] = ()
+) -> list[Scene]:
+    """The first fair scenes of these seeds that are wanted, each sentence once."""
+    taken = {normal(scene.caption()) for scene in without}
+
+    def new() -> Iterator[Scene]:
+        for scene in map(sample_scene, seeds):
+            said = normal(scene.caption())
+            if fair(scene) and wanted(scene) and said not in taken:
+                taken.add(said)
+                yield scene
+
+    return list(itertools.islice(new(), count))
+
+
+def hard(scene: Scene) -> bool:
+    """Two different things, or a colour, or an accessory, without a style."""
+    first = scene.things[0]
+    return scene.style is None and (len(scene.things) == 2 or bool(first.colour) or bool(first.accessory))
+
+
+def plain(scene: Scene) -> bool:
+    """Anything without a style."""
+    return scene.style is None
+
+
+def kind(scene: Scene) -> str:
+    """The category that a prompt is counted in."""
+    if len(scene.things) == 2:
+        return "two things"
+    if scene.things[0].accessory:
+        return "an accessory"
+    return "a colour" if scene.things[0].colour else "two of a kind" if scene.pair else "one thing"
+
+
+def write_prompts(path: Path, chosen: Sequence[Scene]) -> Path:
+    """A prompt file with categories."""
+    lines = [json.dumps({"prompt": scene.caption(), "category": kind(scene)}) for scene in chosen]
+    write_text(path, "\n".join(lines) + "\n")
+    return path
+
+
+def align(*arguments: object) -> float:
+    """The real command in a process of its own; gives its seconds."""
+    words = [str(argument) for argument in arguments]
+    say("align " + " ".join(words))
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "align.cli", *words], check=True)
+    return time.perf_counter() - began
+
+
+def compared(
+    run: Path, chosen: Sequence[Scene], judge: Judge, *, model: str, per_prompt: int, scorers: Sequence[str], out: Path,
+    base_pictures: Path | None = None, seed: int = 7,
+) -> Found:  # fmt: skip
+    """`align compare` of a run against its base on these scenes, then the judge; `base_pictures` are drawn already."""
+    prompts = write_prompts(out / "prompts.jsonl", chosen)
+    if base_pictures is not None and base_pictures != out / "base" and not (out / "base").exists():
+        shutil.copytree(base_pictures, out / "base")
+    flags = [word for scorer in scorers for word in ("--scorer", scorer)]
+    align(
+        "compare",
+        model,
+        run,
+        "--prompts",
+        prompts,
+        "--per-prompt",
+        per_prompt,
+        *flags,
+        "--seed",
+        seed,
+        "--out",
+        out,
+    )
+    result = read_json(out / "compare.json")
+    keys = [(i, j) for i in range(len(chosen)) for j in range(per_prompt)]
+    right = {side: _right(out, side, chosen, keys, judge) for side in ("base", "tuned")}
+    clusters = [
+        [right["tuned"][i * per_prompt + j] - right["base"][i * per_prompt + j] for j in range(per_prompt)]
+        for i in range(len(chosen))
+    ]
+    spread = result["diversity"]
+    return Found(
+        n=len(keys),
+        base=wilson(sum(right["base"]), len(keys)),
+        tuned=wilson(sum(right["tuned"]), len(keys)),
+        difference=bootstrap(clusters),
+        wins={scorer: Interval(**sides["tuned"]["rate"]) for scorer, sides in result["wins"].items()},
+        diversity=spread["tuned"] / spread["base"] if spread else float("nan"),
+    )
+
+
+def all_right(scene: Scene, seen: Verdict) -> bool:
+    """Whether the judge finds everything that the caption asks for."""
+    return all(question.passed(scene, seen) for question in QUESTIONS if question.asked(scene))
+
+
+def table(rows: Sequence[tuple[str, Found, dict[str, Any]]]) -> str:
+    """Markdown: a row for each run, with its seconds."""
+    scorers = list(rows[0][1].wins) if rows else []
+    named = [Path(scorer).stem for scorer in scorers]
+    rates = [f"win rate, {name} (95 %)" for name in named]
+    heads = ["run", "all right", "base", "difference (95 %)", *rates, "diversity"]
+    times = list(rows[0][2]) if rows else []
+    lines = ["| " + " | ".join([*heads, *times]) + " |", "|" + "---|" * (len(heads) + len(times))]
+    for name, found, seconds in rows:
+        change = found.difference
+        cells = [
+            name, f"{found.tuned.value:.1%}", f"{found.base.value:.1%}",
+            f"{100 * change.value:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f}) points",
+            *(str(found.wins[scorer]) for scorer in scorers), f"{found.diversity:.2f}",
+            *(f"{value:.0f} s" if isinstance(value, float) else str(value) for value in seconds.values()),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"n = {rows[0][1].n if rows else 0} pictures a side."])
+
+
+def _right(
+    out: Path, side: str, chosen: Sequence[Scene], keys: Sequence[tuple[int, int]], judge: Judge
+) -> list[float]:
+    pictures = [Image.open(out / picture_name(side, *key)).convert("RGB") for key in keys]
+    seen = judge.verdicts(pictures)
+    return [float(all_right(chosen[i], verdict)) for (i, _), verdict in zip(keys, seen, strict=True)]

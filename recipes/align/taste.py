@@ -1,0 +1,91 @@
+"""A stated taste, warm colours, learned from pairs: it can be measured without any model (mean red minus mean blue).
+
+    python -m recipes.align.taste                                     one run on 500 pairs
+    python -m recipes.align.taste --pairs 50 --pairs 100 --pairs 200 --pairs 500       how many are enough: a curve
+
+Each prompt's warmer picture of four is preferred to its coldest. It should show: the tuned model's picture is the
+warmer one, from the same noise, on at least 80 % of held-out prompts, while the judge's all-right share is not lower by
+more than 2 points at the 95 % bound (n is at least 1,000 pictures a side).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from backbone.console import run, say
+from backbone.files import write_json, write_text
+from benchmarks.judge import load_judge
+from recipes.align.journey import (
+    HELD_OUT_PROMPTS,
+    TRAINING_PROMPTS,
+    Found,
+    align,
+    compared,
+    plain,
+    scenes,
+    table,
+    write_prompts,
+)
+
+WARM = Path(__file__).with_name("warm.py")
+
+
+def main(
+    pairs: Annotated[
+        list[int] | None,
+        typer.Option(min=2, help="How many pairs to learn from; repeatable.", show_default="500"),
+    ] = None,
+    per_prompt: Annotated[int, typer.Option(min=2, help="Pictures of each prompt.")] = 4,
+    loss: Annotated[str, typer.Option("--loss-type")] = "dpo",
+    held_out: Annotated[int, typer.Option(min=2, help="Prompts to judge by, two pictures of each.")] = 500,
+    flags: Annotated[str, typer.Option(help="More flags for align train, in one string.")] = "",
+    model: Annotated[str, typer.Option(help="moji, or a diffusers folder.")] = "moji",
+    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("build/recipes/taste"),
+) -> None:
+    """Draws, ranks by warmth, trains on each number of pairs, compares, and writes the table."""
+    judge, sizes = load_judge(), pairs or [500]
+    learn = scenes(TRAINING_PROMPTS, max(sizes), plain)
+    test = scenes(HELD_OUT_PROMPTS, held_out, plain, without=learn)
+    folder = out / "pairs"
+    prompts = write_prompts(out / "prompts.jsonl", learn)
+    drawing = align(
+        "sample", "--prompts", prompts, "--per-prompt", per_prompt, "--model", model, "--out", folder
+    )
+    ranking = align("rank", folder, "--scorer", WARM)
+    rows: list[tuple[str, Found, dict[str, object]]] = []
+    base = None
+    for count in sizes:
+        trained = out / "runs" / f"{loss}-{count}"
+        limit = ("--limit", count, "--held-out", 0.1, "--loss-type", loss)
+        seconds = align("train", folder, "--model", model, *limit, *flags.split(), "--out", trained)
+        where = out / "compare" / trained.name
+        found = compared(
+            trained,
+            test,
+            judge,
+            model=model,
+            per_prompt=2,
+            scorers=[str(WARM), "moji"],
+            out=where,
+            base_pictures=base,
+        )
+        base = base or where / "base"
+        share = max(sizes) / count
+        rows.append(
+            (
+                f"{count} pairs",
+                found,
+                {"sampling": drawing / share, "ranking": ranking / share, "training": seconds},
+            )
+        )
+        write_text(out / "table.md", table(rows))
+        write_json(out / "table.json", {"rows": rows, "flags": flags, "loss": loss, "held_out": held_out})
+    print(table(rows))
+    say(f"{out}/table.md holds the table.")
+
+
+if __name__ == "__main__":
+    run(lambda: typer.run(main))

@@ -1,0 +1,21 @@
+"""One short script for each method of `edit`, in cells (`# %%`) that a notebook or an editor can run one by one.
+
+python -m recipes.edit.prompt_to_prompt          a minute or less on two cores each; writes build/recipes/edit/NAME.png
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+from backbone.model import Backbone
+from backbone.sample import Request, sample
+
+OUT = Path("build/recipes/edit")
+
+
+def picture_to_edit(model: Backbone, prompt: str, *, steps: int = 25, seed: int = 0) -> Image.Image:
+    """A picture that shows the prompt, drawn by the model itself, so that the scripts need no file."""
+    requests = [Request(prompt, (seed, 0))]
+    return next(sample(model, requests, steps=steps, guidance=float(model.defaults["guidance"]), seed=seed))

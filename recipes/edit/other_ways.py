@@ -1,0 +1,49 @@
+"""FlowEdit, leading towards and away from prompts, removing, and the pictures between two pictures.
+
+python -m recipes.edit.other_ways          one or two minutes on two cores; build/recipes/edit/other-ways.png
+"""
+
+from __future__ import annotations
+
+from backbone.images import to_image
+from backbone.model import Backbone
+from backbone.sheet import Cell, save_png, sheet
+from edit.between import between
+from edit.directly import flow_edit
+from edit.guided import lead
+from edit.inversion import invert
+from edit.removal import remove
+from recipes.edit import OUT, picture_to_edit
+
+
+def main(model: str = "moji", *, steps: int = 50) -> None:
+    """All cells."""
+    # %% Two pictures and their inversions
+    backbone = Backbone.open(model)
+    prompts = ("a cat in a park", "a rocket in space")
+    images = [picture_to_edit(backbone, prompt, seed=seed) for seed, prompt in enumerate(prompts)]
+    first, second = (invert(backbone, i, p, steps=steps) for i, p in zip(images, prompts, strict=True))
+
+    # %% FlowEdit needs no inversion
+    direct = flow_edit(backbone, images[0], prompts[0], ["a dog in a park"], steps=steps)
+
+    # %% Towards one prompt, away from another
+    led = lead(first, [("a watercolor of a cat", 3.0), ("a photo of a cat", -1.0)])
+
+    # %% Without the cat
+    removed = remove(first, "cat")
+
+    # %% From one picture to the other
+    latents, _ = between(first, second, count=5)
+    way = [to_image(picture) for picture in backbone.decode(latents)]
+
+    # %% Side by side
+    named = {"FlowEdit: a dog": direct, "led to watercolor": led, "without the cat": removed}
+    above = [Cell(images[0], "source"), *(Cell(drawn.pictures[0], name) for name, drawn in named.items())]
+    below = [Cell(picture, f"{k}/4") for k, picture in enumerate(way)]
+    rows = [above, below]
+    save_png(OUT / "other-ways.png", sheet(rows))
+
+
+if __name__ == "__main__":
+    main()

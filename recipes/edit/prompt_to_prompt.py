@@ -1,0 +1,49 @@
+"""Words replaced, added and weighted in one batch over one inversion, and where a word looks.
+
+    python -m recipes.edit.prompt_to_prompt          half a minute on two cores; build/recipes/edit/prompt-to-prompt.png
+
+It should show the source, its reconstruction, three edits that keep the place, and the place of "cat".
+"""
+
+from __future__ import annotations
+
+from backbone.images import to_image
+from backbone.model import Backbone
+from backbone.sheet import Cell, save_png, sheet
+from edit.inversion import invert
+from edit.pictures import heat
+from edit.prompt import replace
+from recipes.edit import OUT, picture_to_edit
+
+
+def main(model: str = "moji", *, steps: int = 50) -> None:
+    """All cells."""
+    # %% A picture and what it shows
+    backbone = Backbone.open(model)
+    source = "a cat in a park"
+    image = picture_to_edit(backbone, source)
+
+    # %% Its inversion: any number of edits begin here
+    inversion = invert(backbone, image, source, steps=steps)
+    print(inversion.evaluations, "evaluations")
+
+    # %% Three targets at once; the alignment says what became of the words
+    targets = ["a dog in a park", "a red cat in a park", "a cat in the snow"]
+    edited = replace(inversion, targets, heatmaps=["cat"])
+    for alignment in edited.alignments:
+        print(alignment, end="\n\n")
+
+    # %% The same words, one of them stronger
+    stronger = replace(inversion, source, weights={"park": 3.0}, cross=1.0)
+
+    # %% Everything side by side
+    place = edited.heatmaps["cat"][0]
+    shown = to_image(inversion.picture)
+    cells = [Cell(shown, "source"), Cell(edited.reconstruction, "reconstruction")]
+    cells += [Cell(picture, target) for picture, target in zip(edited.pictures, targets, strict=True)]
+    cells += [Cell(stronger.pictures[0], "park × 3"), Cell(heat(place, shown, float(place.max())), "cat")]
+    save_png(OUT / "prompt-to-prompt.png", sheet([cells]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""A real Chromium, driven through the DevTools protocol over a pipe: no driver, no port, no package."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+KEYS = {
+    "ArrowLeft": 37,
+    "ArrowUp": 38,
+    "ArrowRight": 39,
+    "ArrowDown": 40,
+    "Tab": 9,
+    "Enter": 13,
+    "s": 83,
+    "u": 85,
+}
+
+
+def chromium() -> str:
+    """The browser that $CHROMIUM names, or the system's."""
+    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    assert found, "no Chromium here: install one, or name it in CHROMIUM"
+    return found
+
+
+class Browser:
+    """A running browser; `open` gives tabs."""
+
+    def __init__(self, read: int, write: int) -> None:
+        self.read, self.write, self.number, self.rest = read, write, 0, b""
+
+    def ask(self, method: str, session: str | None = None, *, seconds: float = 90, **parameters: Any) -> Any:
+        """The result of a command; AssertionError when it fails or does not answer."""
+        self.number += 1
+        message: dict[str, Any] = {"id": self.number, "method": method, "params": parameters}
+        if session is not None:
+            message["sessionId"] = session
+        os.write(self.write, json.dumps(message).encode() + b"\0")
+        deadline = time.monotonic() + seconds
+        while True:
+            answer = self._next(deadline, method)
+            if answer.get("id") == self.number:
+                assert "error" not in answer, (method, answer["error"])
+                return answer["result"]
+
+    def open(self, address: str) -> Tab:
+        """A new tab at an address."""
+        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
+        session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        tab = Tab(self, session)
+        tab.go(address)
+        return tab
+
+    def _next(self, deadline: float, method: str) -> dict[str, Any]:
+        while b"\0" not in self.rest:
+            ready, _, _ = select.select([self.read], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, f"the browser did not answer {method}"
+            self.rest += os.read(self.read, 1 << 16)
+        line, self.rest = self.rest.split(b"\0", 1)
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+
+class Tab:
+    """A page."""
+
+    def __init__(self, browser: Browser, session: str) -> None:
+        self.browser, self.session = browser, session
+
+    def go(self, address: str) -> None:
+        """Loads an address and waits until its document is there."""
+        self.browser.ask("Page.navigate", self.session, url=address)
+        self.until("document.readyState === 'complete' && location.href !== 'about:blank'")
+
+    def run(self, script: str) -> Any:
+        """The value of an expression, a promise awaited."""
+        said = self.browser.ask(
+            "Runtime.evaluate", self.session, expression=script, awaitPromise=True, returnByValue=True
+        )
+        assert "exceptionDetails" not in said, (script, said.get("exceptionDetails"))
+        return said["result"].get("value")
+
+    def until(self, script: str, *, seconds: float = 90) -> None:
+        """Waits until an expression is true."""
+        deadline = time.monotonic() + seconds
+        while not self.run(f"Boolean({script})"):
+            assert time.monotonic() < deadline, f"never true: {script}"
+            time.sleep(0.1)
+
+    def press(self, key: str) -> None:
+        """A key, down and up."""
+        typed = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
+        code = key if len(key) > 1 else f"Key{key.upper()}"
+        for kind, text in (("keyDown" if typed else "rawKeyDown", typed), ("keyUp", "")):
+            self.browser.ask(
+                "Input.dispatchKeyEvent", self.session, type=kind, key=key, code=code, text=text,
+                windowsVirtualKeyCode=KEYS[key],
+            )  # fmt: skip
+
+    def size(self, width: int, height: int) -> None:
+        """The window's size in CSS pixels."""
+        self.browser.ask(
+            "Emulation.setDeviceMetricsOverride", self.session, width=width, height=height, deviceScaleFactor=1,
+            mobile=width < 600,
+        )  # fmt: skip
+
+    def screenshot(self, path: Path) -> None:
+        """What is seen, as a PNG."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(base64.b64decode(self.browser.ask("Page.captureScreenshot", self.session)["data"]))
+
+
+@contextmanager
+def started(folder: Path, *flags: str) -> Iterator[Browser]:
+    """A browser with a profile of its own in `folder`; ended afterwards."""
+    (their_read, our_write), (our_read, their_write) = os.pipe(), os.pipe()
+    command = [
+        chromium(), "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-pipe",
+        "--disable-dev-shm-usage", f"--user-data-dir={folder}", *flags,
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        ["bash", "-c", f'exec "$0" "$@" 3<&{their_read} 4>&{their_write}', *command],
+        pass_fds=(their_read, their_write),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    os.close(their_read)
+    os.close(their_write)
+    try:
+        yield Browser(our_read, our_write)
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+        os.close(our_read)
+        os.close(our_write)

@@ -1,0 +1,207 @@
+"""The labelling page in a real Chromium. Its own command: `python -m pytest -m browser tests/align/test_browser.py`.
+
+CHROMIUM names the browser; SCREENSHOTS a folder that keeps what was seen.
+"""
+
+from __future__ import annotations
+
+import http.server
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from align.choices import CHOICES, effective, read_choices
+from tests.align.browser import Browser, Tab
+from tests.align.browser import started as browser_started
+from tests.align.test_label import folder_of
+from tests.align.test_label import started as label_started
+
+pytestmark = pytest.mark.browser
+
+FOREIGN = "evil.example"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    rules = f"--host-resolver-rules=MAP {FOREIGN} 127.0.0.1"
+    with browser_started(tmp_path_factory.mktemp("profile"), rules) as found:
+        yield found
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return folder_of(tmp_path, prompts=6)
+
+
+@pytest.fixture
+def address(folder: Path) -> Iterator[str]:
+    process, where = label_started(folder)
+    try:
+        yield where
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def verdicts(folder: Path) -> list[str]:
+    return [choice.verdict for choice in effective(read_choices(folder / CHOICES))]
+
+
+def ready(tab: Tab) -> None:
+    tab.until("state && !busy && [...document.images].every(image => image.naturalWidth)")
+
+
+def answer(tab: Tab, key: str) -> None:
+    before = tab.run("state.number")
+    tab.press(key)
+    tab.until(f"state.number !== {before} && !busy")
+
+
+def seen(tab: Tab, name: str) -> None:
+    if "SCREENSHOTS" in os.environ:
+        tab.screenshot(Path(os.environ["SCREENSHOTS"]) / f"{name}.png")
+
+
+def test_keys_choose_and_undo_and_a_reload_goes_on(browser: Browser, folder: Path, address: str) -> None:
+    tab = browser.open(address)
+    tab.size(1200, 800)
+    ready(tab)
+    seen(tab, "wide")
+    for key in ("ArrowLeft", "ArrowRight", "ArrowDown", "ArrowUp", "s"):
+        answer(tab, key)
+    assert verdicts(folder) == ["left", "right", "tie", "both_bad", "skip"]
+    prompt = tab.run("document.getElementById('prompt').textContent")
+    answer(tab, "u")
+    assert verdicts(folder) == ["left", "right", "tie", "both_bad"]
+    tab.go(address)
+    ready(tab)
+    assert tab.run("document.getElementById('count').textContent") == "4 of 6"
+    assert prompt != tab.run("document.getElementById('prompt').textContent")
+    answer(tab, "ArrowLeft")
+    answer(tab, "ArrowLeft")
+    tab.until("state.done")
+    seen(tab, "done")
+    assert tab.run("document.querySelector('#done').checkVisibility()")
+
+
+def test_a_click_chooses_the_picture_that_was_clicked(browser: Browser, folder: Path, address: str) -> None:
+    tab = browser.open(address)
+    ready(tab)
+    tab.run("document.getElementById('right').click()")
+    tab.until("state.number === 1 && !busy")
+    assert verdicts(folder) == ["right"]
+
+
+def test_a_killed_server_loses_nothing(browser: Browser, folder: Path) -> None:
+    process, where = label_started(folder)
+    tab = browser.open(where)
+    ready(tab)
+    answer(tab, "ArrowLeft")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    tab.press("ArrowRight")
+    tab.until("document.getElementById('message').textContent.includes('does not answer')")
+    assert verdicts(folder) == ["left"]
+    process, where = label_started(folder)
+    try:
+        tab.go(where)
+        ready(tab)
+        assert tab.run("document.getElementById('count').textContent") == "1 of 6"
+        answer(tab, "ArrowDown")
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert verdicts(folder) == ["left", "tie"]
+
+
+def test_two_tabs_never_answer_one_question_twice(browser: Browser, folder: Path, address: str) -> None:
+    one, other = browser.open(address), browser.open(address)
+    ready(one)
+    ready(other)
+    answer(one, "ArrowLeft")
+    other.press("ArrowRight")
+    other.until("document.getElementById('message').textContent.includes('Another window')")
+    assert verdicts(folder) == ["left"]
+    ready(other)
+    answer(other, "ArrowRight")
+    assert verdicts(folder) == ["left", "right"]
+
+
+def test_a_wrong_token_or_a_foreign_name_reaches_nothing(
+    browser: Browser, folder: Path, address: str
+) -> None:
+    token = address.rstrip("/").split("/")[-1]
+    wrong = browser.open(address.replace(token, "x" * len(token)))
+    assert "Which is better" not in wrong.run("document.documentElement.outerHTML")
+    rebound = browser.open(address.replace("127.0.0.1", FOREIGN))
+    assert "alone" in rebound.run("document.body.textContent")
+    assert rebound.run("fetch('state').then(answer => answer.status)") == 421
+
+
+def test_no_path_leads_out(browser: Browser, address: str) -> None:
+    tab = browser.open(address)
+    ready(tab)
+    for path in ("picture/0/..%2f..%2fsamples.json", "picture/..%2fsamples.json/left", "../samples.json"):
+        assert tab.run(f"fetch('{path}').then(answer => answer.status)") == 404
+
+
+def test_another_site_cannot_post(browser: Browser, folder: Path, address: str, tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "index.html").write_text("<!doctype html><title>elsewhere</title>")
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+        def translate_path(self, path: str) -> str:
+            return str(tmp_path / "site" / "index.html")
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        tab = browser.open(f"http://{FOREIGN}:{server.server_port}/")
+        body = "JSON.stringify({number: 0, verdict: 'left'})"
+        for flags in ("mode: 'no-cors'", "mode: 'cors', headers: {'Content-Type': 'application/json'}"):
+            tab.run(
+                f"fetch('{address}choose', {{method: 'POST', body: {body}, {flags}}}).catch(() => 0).then(() => 1)"
+            )
+        assert tab.run(f"fetch('{address}state').then(() => 'read', () => 'refused')") == "refused"
+    finally:
+        server.shutdown()
+    assert not (folder / CHOICES).exists()
+
+
+def test_the_keyboard_alone_suffices_and_focus_is_seen(browser: Browser, folder: Path, address: str) -> None:
+    tab = browser.open(address)
+    ready(tab)
+    widths = []
+    for _ in range(5):
+        tab.press("Tab")
+        widths.append(tab.run("parseFloat(getComputedStyle(document.activeElement).outlineWidth)"))
+    assert all(width >= 2 for width in widths)
+    seen(tab, "focus")
+    tab.run("document.querySelector('[data-verdict=tie]').focus()")
+    answer(tab, "Enter")
+    assert verdicts(folder) == ["tie"]
+
+
+def test_it_fits_a_phone(browser: Browser, address: str) -> None:
+    tab = browser.open(address)
+    tab.size(390, 760)
+    ready(tab)
+    seen(tab, "phone")
+    assert tab.run("document.documentElement.scrollWidth") <= 390
+    shown = "[...document.querySelectorAll('button')].filter(b => b.checkVisibility())"
+    assert min(tab.run(f"{shown}.map(b => b.offsetHeight)")) >= 40  # big enough for a thumb
+
+
+def test_nothing_is_fetched_from_elsewhere(browser: Browser, address: str) -> None:
+    tab = browser.open(address)
+    ready(tab)
+    own = address.split("/")[2]
+    names = tab.run("performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert names and all(name.split("/")[2] == own for name in names)

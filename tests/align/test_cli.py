@@ -1,0 +1,309 @@
+"""The console script `align`, from prompts to a comparison, on a random tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from align.cli import app
+from align.pairs import read
+from align.settings import read_settings
+from backbone.concept import read_concept
+from backbone.files import read_json
+from backbone.model import Backbone
+from tests.align.conftest import BRIGHT, FIVE, TRAIN, align, picture, refused, write_lines
+
+# The journey ------------------------------------------------------------------------------------------------
+
+
+def test_sampling_again_draws_nothing_new(drawn: Path, tiny_folder: Path, prompts: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in drawn.glob("pictures/*.png")}
+    assert len(before) == 10
+    model = ("--model", tiny_folder, "--precision", "fp32", "--device", "cpu")
+    align("sample", "--prompts", prompts, "--per-prompt", 2, "--out", drawn, "--steps", 2, *model)
+    assert {path: path.stat().st_mtime_ns for path in drawn.glob("pictures/*.png")} == before
+
+
+def test_a_lost_picture_is_drawn_again_bit_for_bit(drawn: Path, tiny_folder: Path, prompts: Path) -> None:
+    path = drawn / "pictures/p00002-s01.png"
+    before = path.read_bytes()
+    path.unlink()
+    model = ("--model", tiny_folder, "--precision", "fp32", "--device", "cpu")
+    align("sample", "--prompts", prompts, "--per-prompt", 2, "--out", drawn, "--steps", 2, *model)
+    assert path.read_bytes() == before
+
+
+def test_a_scorer_s_pairs_prefer_what_it_scores_higher(ranked: Path) -> None:
+    scores = read_json(ranked / "scores.json")["scores"]
+    found = read(ranked)
+    assert 1 <= len(found.pairs) <= len(FIVE)
+    for pair in found.pairs:
+        better, worse = (next(iter(scores[f"pictures/{p.path.name}"].values())) for p in pair.pictures)
+        assert better > worse
+
+
+def test_a_run_is_a_concept_with_its_summary_and_its_report(run: Path, tiny_folder: Path) -> None:
+    concept = read_concept(run)
+    assert (concept.kind, concept.weights) == ("preference", "pytorch_lora_weights.safetensors")
+    assert concept.tokens == {}
+    assert (run / concept.weights).is_file()
+    summary = read_json(run / "summary.json")
+    assert set(summary["held_out"]) >= {"accuracy", "by_level", "winner_change", "loser_change"}
+    assert summary["steps"] == 4 and summary["seconds"]["train"] > 0
+    page = (run / "report.html").read_text()
+    assert "Accuracy, held out" in page and "Bank gap" in page and "http" not in page.split("<pre>")[0]
+    assert read_settings(run).model == str(tiny_folder)
+
+
+def test_the_run_loads_in_diffusers(run: Path, tiny_folder: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    pipeline.load_lora_weights(run)
+    assert pipeline.get_active_adapters()
+
+
+def test_a_run_is_measured_on_its_held_out_pairs_and_on_others(run: Path, ranked: Path) -> None:
+    own = align("evaluate", run, "--draws", 2)
+    assert "accuracy" in own and "2 draws each" in own
+    other = align("evaluate", run, ranked, "--draws", 1)
+    assert "1 draws each" in other
+    assert read_json(run / "evaluation.json")["source"] == str(ranked)
+
+
+def test_a_comparison_counts_wins_and_shows_pictures(
+    run: Path, tiny_folder: Path, prompts: Path, bright: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "compare"
+    same = ("--prompts", prompts, "--per-prompt", 2, "--steps", 2, "--device", "cpu", "--precision", "fp32")
+    said = align("compare", tiny_folder, run, *same, "--scorer", bright, "--scale", 0.0, "--out", out)
+    result = read_json(out / "compare.json")
+    wins = result["wins"][str(bright)]
+    assert wins["tuned"]["wins"] + wins["tuned"]["ties"] + wins["tuned"]["losses"] == 10
+    assert (
+        wins["tuned-0"]["ties"] == 10 and wins["tuned-0"]["rate"]["value"] == 0.5
+    )  # without strength: the base
+    assert set(result["categories"][str(bright)]) == {"a", "the"}
+    assert set(result["diversity"]) == {"base", "tuned", "tuned-0"}
+    assert f"{bright}: tuned wins" in said
+    assert (out / "report.html").read_text().count("<img") == len(FIVE)
+    again = align("compare", tiny_folder, run, *same, "--scorer", bright, "--scale", 0.0, "--out", out)
+    assert again.splitlines()[0] == said.splitlines()[0]
+
+
+@pytest.mark.parametrize("name", ["pairs.parquet", "pairs.jsonl"])
+def test_an_export_holds_the_same_pairs(ranked: Path, tmp_path: Path, name: str) -> None:
+    before = {path: path.read_bytes() for path in ranked.rglob("*") if path.is_file()}
+    align("export", ranked, tmp_path / name)
+    one, other = read(ranked), read(tmp_path / name)
+    assert [pair.prompt for pair in one.pairs] == [pair.prompt for pair in other.pairs]
+    assert [pair.ordered.first.read() for pair in one.pairs] == [p.ordered.first.read() for p in other.pairs]
+    assert {path: path.read_bytes() for path in ranked.rglob("*") if path.is_file()} == before
+
+
+def test_several_scorers_are_weighed_or_must_agree(drawn: Path, bright: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "pairs"
+    shutil.copytree(drawn, folder)
+    dark = tmp_path / "dark.py"
+    dark.write_text(BRIGHT.replace("return [sum", "return [-sum"))
+    align(
+        "rank", folder, "--scorer", bright, "--scorer", dark, "--weight", 3, "--weight", 1, "--pairs", "all"
+    )
+    by_both = (folder / "ranking.jsonl").read_text()
+    align("rank", folder, "--scorer", bright, "--pairs", "all")
+    assert [json.loads(line)["chosen"] for line in by_both.splitlines()] == [
+        json.loads(line)["chosen"] for line in (folder / "ranking.jsonl").read_text().splitlines()
+    ]
+    assert "No two pictures" in refused("rank", folder, "--scorer", bright, "--scorer", dark, "--pareto")
+
+
+def test_underscores_serve_as_hyphens() -> None:
+    said = refused("train", "nowhere", "--beta_dpo", 500, "--train_batch_size", 2, "--max_train_steps", 3)
+    assert "nowhere does not exist" in said
+
+
+# Rounds -----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_on_what_the_model_draws_itself_goes_on_bit_for_bit(
+    tmp_path: Path, tiny_folder: Path, prompts: Path, bright: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = ("--model", tiny_folder, "--precision", "fp32", "--device", "cpu", "--prompts", prompts)
+    how = ("--online", bright, "--rounds", 2, "--per-prompt", 2, "--sample-steps", 2, "--held-out", 0.3)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    align("train", "--out", whole, *where, *how, *TRAIN)
+    assert len(list((whole / "rounds").glob("*/pictures/*.png"))) == 20
+    assert len(read_json(whole / "summary.json")["rewards"]) == 2
+
+    from align.train import PreferenceTraining
+
+    steps = PreferenceTraining.steps
+
+    def stop_in_round_two(self: PreferenceTraining, *, until: int | None = None) -> object:
+        for report in steps(self, until=until):
+            if report.step == 3:
+                raise RuntimeError("killed")
+            yield report
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreferenceTraining, "steps", stop_in_round_two)
+        with pytest.raises(RuntimeError, match="killed"):
+            align("train", "--out", broken, *where, *how, *TRAIN)
+    align("train", "--resume", broken)
+    assert "accuracy" in align("evaluate", whole, "--draws", 1)  # on the last round's held-out prompts
+    name = "pytorch_lora_weights.safetensors"
+    assert (whole / name).read_bytes()[-4096:] == (broken / name).read_bytes()[-4096:]
+
+
+@pytest.mark.parametrize("loss", ["ddpo"])
+def test_a_reward_trains_without_pairs(
+    tmp_path: Path, tiny_folder: Path, prompts: Path, bright: Path, loss: str
+) -> None:
+    out = tmp_path / "run"
+    where = ("--model", tiny_folder, "--precision", "fp32", "--device", "cpu", "--prompts", prompts)
+    how = ("--online", bright, "--rounds", 2, "--per-prompt", 2, "--sample-steps", 2, "--loss-type", loss)
+    align("train", "--out", out, *where, *how, *TRAIN)
+    assert read_concept(out).weights
+    assert read_json(out / "summary.json")["kind"] == "reward"
+    assert "trained without pairs" in refused("evaluate", out)
+    assert "Reward" in (out / "report.html").read_text()
+
+
+# Mistakes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("train",), "Say what to learn from"),
+        (("train", "x", "--online", "moji", "--prompts", "p.txt"), "takes no source"),
+        (("train", "--online", "moji"), "Add --prompts"),
+        (("train", "x", "--loss-type", "ddpo"), "Add --online"),
+        (("train", "x", "--full", "--reference", "live"), "base is gone"),
+        (("train", "--resume", "nowhere"), "not a run"),
+        (("evaluate", "nowhere"), "not a run"),
+        (("label", "nowhere"), "not a folder of `align sample`"),
+        (("rank", "nowhere"), "not a folder of `align sample`"),
+        (("check", "nowhere"), "does not exist"),
+        (("export", "nowhere", "out.csv"), r"\.parquet or a \.jsonl"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_a_mistake_is_answered_by_a_sentence(arguments: tuple[str, ...], complaint: str) -> None:
+    import re
+
+    assert re.search(complaint, refused(*arguments))
+
+
+def bad_sources(folder: Path) -> dict[str, tuple[Path, str]]:
+    """Sources that cannot be learned from, and a word of the answer."""
+    for name in ("a.png", "b.png", "c.png", "d.png"):
+        picture(ord(name[0])).save(folder / name)
+    picture(9, (64, 96)).save(folder / "tall.png")
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    good: dict[str, object] = {"prompt": "a dog", "chosen": "a.png", "rejected": "b.png"}
+    tie: dict[str, object] = {"prompt": "a dog", "image_0": "a.png", "image_1": "b.png", "label_0": 0.5}
+    rows: dict[str, tuple[list[dict[str, object]], str]] = {
+        "missing": ([good, {**good, "rejected": "gone.png"}], "gone.png"),
+        "corrupt": ([good, {**good, "chosen": "broken.png"}], "broken.png"),
+        "ties": ([tie, {**tie, "prompt": "a cat"}], "are ties"),
+        "one label": ([{"prompt": "a dog", "image": "a.png", "label": 1}], "labelled good"),
+        "empty caption": ([good, {**good, "prompt": "  "}], "has no prompt"),
+        "sizes": ([good, {**good, "rejected": "tall.png"}], "different sizes"),
+    }
+    found = {}
+    for name, (lines, word) in rows.items():
+        found[name] = (write_lines(folder / f"{name}.jsonl", lines), word)
+    import pyarrow
+    import pyarrow.parquet
+
+    table = folder / "columns.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"caption": ["a"], "jpg_0": [b""]}), table)
+    found["columns"] = (table, "has the columns")
+    return found
+
+
+@pytest.mark.parametrize(
+    "name", ["missing", "corrupt", "ties", "one label", "empty caption", "sizes", "columns"]
+)
+def test_bad_pairs_are_refused_before_any_model_is_opened_and_never_touched(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no(*arguments: object, **named: object) -> None:
+        raise AssertionError("a model was opened")
+
+    monkeypatch.setattr(Backbone, "open", no)
+    source, word = bad_sources(tmp_path)[name]
+    before = source.read_bytes()
+    for command in (("train", source, "--out", tmp_path / "run"), ("check", source)):
+        assert word in refused(*command)
+    assert source.read_bytes() == before
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
+    bad_sources(tmp_path)
+    good: dict[str, object] = {"prompt": "a dog", "chosen": "a.png", "rejected": "b.png"}
+    rows: list[dict[str, object]] = [good, {**good, "chosen": "gone.png"}, {**good, "prompt": ""}]
+    said = refused("check", write_lines(tmp_path / "many.jsonl", rows))
+    assert "gone.png" in said and "line 3" in said and "2 problems" in said
+
+
+def test_pairs_of_another_model_are_refused(ranked: Path, tmp_path: Path) -> None:
+    from tests.tiny import tiny_pipeline
+
+    other = tiny_pipeline(tmp_path / "other", seed=5)
+    said = refused("train", ranked, "--model", other, "--out", tmp_path / "run", *TRAIN)
+    assert "other weights" in said and "--any-model" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_taken_run_folder_is_kept(run: Path, ranked: Path, tiny_folder: Path) -> None:
+    before = (run / "settings.json").read_bytes()
+    assert "--resume" in refused("train", ranked, "--model", tiny_folder, "--out", run)
+    assert (run / "settings.json").read_bytes() == before
+
+
+def test_pictures_drawn_in_another_way_are_not_mixed(drawn: Path, tiny_folder: Path, prompts: Path) -> None:
+    model = ("--model", tiny_folder, "--precision", "fp32", "--device", "cpu")
+    said = refused(
+        "sample", "--prompts", prompts, "--per-prompt", 2, "--out", drawn, "--steps", 2, "--seed", 9, *model
+    )
+    assert "another drawing" in said
+
+
+def test_a_mistake_ends_the_script_with_exit_code_2_and_without_torch(tmp_path: Path) -> None:
+    source = bad_sources(tmp_path)["missing"][0]
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "align.cli", "train", str(source)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.returncode == 2
+    said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert said[0].startswith("Error:") and "Traceback" not in done.stderr
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "torch" not in imported
+
+
+def test_every_setting_can_be_said_on_the_command_line() -> None:
+    """So that the command which a run writes down repeats it."""
+    import dataclasses
+
+    import typer
+
+    from align.settings import FLAGS, Settings
+
+    command = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
+    known = {option for parameter in command.params for option in parameter.opts}
+    for field in dataclasses.fields(Settings):
+        flag = {"concepts": "concept", "pairs": "source"}.get(field.name, FLAGS.get(field.name, field.name))
+        assert {flag, "--" + flag.replace("_", "-")} & known, field.name

@@ -1,0 +1,378 @@
+"""The labelling page without a browser: what is asked, what is kept, who is answered."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from align.choices import CHOICES, Choice, effective, read_choices
+from align.label.server import label_app
+from align.label.session import REPEATS, Asked, Session, Stale, alone, pairs_to_label
+from align.pairs import read
+from backbone.console import UserError
+from backbone.files import write_json
+from tests.align.conftest import PROMPTS, picture
+
+TOKEN, PORT = "secret-token", 4711
+
+
+def folder_of(tmp_path: Path, prompts: int = 4, per_prompt: int = 2) -> Path:
+    """A folder as `align sample` leaves it."""
+    folder = tmp_path / "pairs"
+    (folder / "pictures").mkdir(parents=True)
+    for i in range(prompts):
+        for j in range(per_prompt):
+            picture(10 * i + j).save(folder / f"pictures/p{i:05d}-s{j:02d}.png")
+    texts = [PROMPTS[i % 4] + " " * 0 + (f" {i}" if i >= 4 else "") for i in range(prompts)]
+    entries = [{"prompt": text, "category": ""} for text in texts]
+    write_json(folder / "samples.json", {"format": 1, "per_prompt": per_prompt, "prompts": entries})
+    return folder
+
+
+def asked(folder: Path, *, seed: int = 0) -> list[Asked]:
+    from align.samples import read_samples
+
+    prompts, pictures = read_samples(folder)
+    return pairs_to_label([prompt.text for prompt in prompts], pictures, seed=seed)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return folder_of(tmp_path)
+
+
+@pytest.fixture
+def session(folder: Path) -> Session:
+    return Session(folder, asked(folder))
+
+
+@pytest.fixture
+def client(session: Session) -> TestClient:
+    return client_of(session)
+
+
+def client_of(session: Session) -> TestClient:
+    app = label_app(session, token=TOKEN, port=PORT)
+    return TestClient(
+        app, base_url=f"http://127.0.0.1:{PORT}", headers={"Origin": f"http://127.0.0.1:{PORT}"}
+    )
+
+
+def state(client: TestClient) -> dict[str, Any]:
+    return dict(client.get(f"/{TOKEN}/state").json())
+
+
+def choose(client: TestClient, verdict: str, number: int | None = None) -> Any:
+    number = state(client)["number"] if number is None else number
+    return client.post(f"/{TOKEN}/choose", json={"number": number, "verdict": verdict})
+
+
+# What is asked ----------------------------------------------------------------------------------------------
+
+
+def test_every_pair_of_a_prompt_is_asked_once_and_disjoint_ones_first(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, prompts=3, per_prompt=4)
+    pairs = asked(folder)
+    assert len(pairs) == 3 * 6
+    assert len({pair.name for pair in pairs}) == 18
+    first_round = pairs[:6]
+    files = [file for pair in first_round for file in (pair.first, pair.second)]
+    assert len(files) == len(set(files))
+    assert Counter(pair.prompt for pair in first_round) == dict.fromkeys(PROMPTS[:3], 2)
+    assert asked(folder) == pairs
+    assert asked(folder, seed=1) != pairs
+
+
+def test_sides_are_random(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, prompts=40)
+    session = Session(folder, asked(folder))
+    turned = 0
+    while (question := session.question) is not None:
+        turned += question.left == question.pair.second
+        session.answer(question.number, "left")
+    assert 10 < turned < 34
+
+
+def test_about_one_question_in_ten_is_an_earlier_one_again(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, prompts=150)
+    session = Session(folder, asked(folder))
+    last_seen: dict[str, int] = {}
+    while (question := session.question) is not None:
+        if question.repeat:
+            assert len(session.choices) - last_seen[question.pair.name] > 5
+        last_seen[question.pair.name] = len(session.choices)
+        session.answer(question.number, "left")
+    repeats = sum(choice.repeat for choice in session.choices)
+    assert 0.5 * REPEATS < repeats / len(session.choices) < 2 * REPEATS
+    assert session.answered == 150
+    assert session.agreement[1] == repeats
+    assert len(read(folder).pairs) == 150
+
+
+# What is kept -----------------------------------------------------------------------------------------------
+
+
+def test_each_choice_is_on_the_disk_when_it_is_answered(folder: Path, client: TestClient) -> None:
+    for number, verdict in enumerate(("left", "right", "tie", "both_bad")):
+        assert choose(client, verdict).status_code == 200
+        lines = read_choices(folder / CHOICES)
+        assert len(lines) == number + 1
+    assert [line.verdict for line in lines if isinstance(line, Choice)] == [
+        "left",
+        "right",
+        "tie",
+        "both_bad",
+    ]
+    assert state(client)["done"] is True
+
+
+def test_undo_asks_the_same_pair_again_with_the_same_sides(session: Session) -> None:
+    first = session.question
+    assert first is not None
+    session.answer(first.number, "left")
+    session.undo(session.next_number)
+    again = session.question
+    assert again is not None
+    assert (again.pair, again.left, again.right) == (first.pair, first.left, first.right)
+    session.answer(again.number, "right")
+    assert [choice.verdict for choice in effective(read_choices(session.path))] == ["right"]
+
+
+def test_a_new_process_goes_on_where_the_old_one_was_killed(folder: Path, client: TestClient) -> None:
+    choose(client, "left")
+    choose(client, "right")
+    before = state(client)
+    with (folder / CHOICES).open("ab") as file:
+        file.write(b'{"number": 2, "pair": "cut o')  # as a kill in the middle of a write leaves it
+    again = client_of(Session(folder, asked(folder)))
+    assert state(again) == before
+    assert choose(again, "tie").status_code == 200
+    assert [c.verdict for c in effective(read_choices(folder / CHOICES))] == ["left", "right", "tie"]
+
+
+def test_a_second_window_cannot_answer_a_question_that_is_gone(client: TestClient, folder: Path) -> None:
+    old = state(client)["number"]
+    choose(client, "left", old)
+    late = choose(client, "right", old)
+    assert late.status_code == 409
+    assert late.json()["number"] == state(client)["number"]
+    assert len(read_choices(folder / CHOICES)) == 1
+
+
+def test_an_undo_makes_the_other_window_s_answer_stale(session: Session) -> None:
+    session.answer(session.next_number, "left")
+    shown = session.next_number
+    session.undo(shown)
+    with pytest.raises(Stale):
+        session.answer(shown, "left")
+
+
+def test_nothing_is_undone_before_anything_is_chosen(client: TestClient) -> None:
+    assert client.post(f"/{TOKEN}/undo", json={"number": 0}).status_code == 409
+
+
+def test_what_is_done_says_how_far_one_agrees_with_oneself(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, prompts=40)
+    session = Session(folder, asked(folder))
+    client = client_of(session)
+    while (question := session.question) is not None:
+        better = "left" if question.left < question.right else "right"  # always the same picture
+        session.answer(question.number, better)
+    agreement = state(client)["agreement"]
+    assert agreement["repeats"] > 0
+    assert agreement["value"] == 1.0
+
+
+def test_one_folder_is_labelled_by_one_process(folder: Path) -> None:
+    with alone(folder), pytest.raises(UserError, match="another `align`"), alone(folder):
+        pass
+    with alone(folder):
+        pass
+
+
+# Blindness --------------------------------------------------------------------------------------------------
+
+
+def test_nothing_sent_names_a_file_or_tells_a_repeat(client: TestClient) -> None:
+    sent = client.get(f"/{TOKEN}/state")
+    assert set(sent.json()) == {"number", "prompt", "done", "answered", "total", "can_undo", "agreement"}
+    shown = client.get(f"/{TOKEN}/picture/0/left")
+    assert shown.headers["content-type"] == "image/png"
+    for answer in (sent, shown):
+        assert "p0000" not in answer.text[:2000] + str(answer.headers)
+
+
+def test_the_picture_of_each_side_is_the_one_that_is_written_down(client: TestClient, folder: Path) -> None:
+    left = client.get(f"/{TOKEN}/picture/0/left").content
+    choose(client, "left")
+    (choice,) = effective(read_choices(folder / CHOICES))
+    assert (folder / choice.left).read_bytes() == left
+    assert choice.preferred == choice.left
+
+
+# Who is answered --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "address", ["/", "/state", "/wrong/", "/wrong/state", "/wrong/picture/0/left", f"/{TOKEN}x/"]
+)
+def test_without_the_token_there_is_nothing(client: TestClient, address: str) -> None:
+    assert client.get(address).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:4711", "127.0.0.1", "127.0.0.1:80", "localhost.evil:4711"]
+)
+def test_a_foreign_host_header_is_refused(client: TestClient, host: str) -> None:
+    answer = client.get(f"/{TOKEN}/state", headers={"Host": host})
+    assert answer.status_code == 421
+    assert "prompt" not in answer.text
+
+
+def test_localhost_is_a_name_of_ours(client: TestClient) -> None:
+    assert client.get(f"/{TOKEN}/state", headers={"Host": f"localhost:{PORT}"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://127.0.0.1:80"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+    ],
+)
+def test_a_post_from_another_origin_is_refused(
+    client: TestClient, folder: Path, headers: dict[str, str]
+) -> None:
+    answer = client.post(f"/{TOKEN}/choose", json={"number": 0, "verdict": "left"}, headers=headers)
+    assert answer.status_code == 403
+    assert not (folder / CHOICES).exists()
+
+
+def test_a_form_that_needs_no_permission_is_refused(client: TestClient, folder: Path) -> None:
+    """text/plain is what another site can post without asking first."""
+    answer = client.post(
+        f"/{TOKEN}/choose", content='{"number": 0, "verdict": "left"}', headers={"Content-Type": "text/plain"}
+    )
+    assert answer.status_code == 400
+    assert not (folder / CHOICES).exists()
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "picture/0/../../samples.json",
+        "picture/0/..%2f..%2fsamples.json",
+        "picture/0/%2e%2e%2f%2e%2e%2fsamples.json",
+        "picture/0/pictures%2fp00000-s00.png",
+        "picture/..%2fsamples.json/left",
+        "../samples.json",
+    ],
+)
+def test_no_path_leads_to_a_file(client: TestClient, address: str) -> None:
+    answer = client.get(f"/{TOKEN}/{address}")
+    assert answer.status_code == 404
+    assert "per_prompt" not in answer.text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "{",
+        '{"number": "0", "verdict": "left"}',
+        '{"number": 0, "verdict": "best"}',
+        '{"number": 0}',
+        "x" * 9999,
+    ],
+)
+def test_a_post_that_says_nothing_sensible_is_refused(client: TestClient, folder: Path, content: str) -> None:
+    answer = client.post(f"/{TOKEN}/choose", content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert not (folder / CHOICES).exists()
+
+
+def test_the_page_asks_nobody_else_for_anything(client: TestClient) -> None:
+    answer = client.get(f"/{TOKEN}/")
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "http" not in policy
+    assert "http://" not in answer.text and "https://" not in answer.text and "{{" not in answer.text
+    nonce = policy.split("'nonce-")[1].split("'")[0]
+    assert answer.text.count(f'nonce="{nonce}"') == 2
+    other = client.get(f"/{TOKEN}/").headers["content-security-policy"]
+    assert nonce not in other
+    for name, value in {"cache-control": "no-store", "referrer-policy": "no-referrer"}.items():
+        assert answer.headers[name] == value
+
+
+def test_a_picture_of_a_question_that_is_over_is_gone(client: TestClient) -> None:
+    choose(client, "left")
+    assert client.get(f"/{TOKEN}/picture/0/left").status_code == 410
+
+
+# The real server --------------------------------------------------------------------------------------------
+
+
+def test_the_server_listens_on_this_machine_alone_and_survives_a_kill(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path)
+    for verdicts in (("left", "tie"), ("right", "both_bad")):
+        process, address = started(folder)
+        try:
+            assert address.startswith("http://127.0.0.1:")
+            for verdict in verdicts:
+                post(address, verdict)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    assert [choice.verdict for choice in effective(read_choices(folder / CHOICES))] == [
+        "left", "tie", "right", "both_bad",
+    ]  # fmt: skip
+
+
+def started(folder: Path) -> tuple[subprocess.Popen[str], str]:
+    """`align label` in a process of its own, and its address."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "align.cli", "label", str(folder)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "http://" in line:
+            address = line.split()[line.split().index("Open") + 1]
+            break
+    else:
+        raise AssertionError("the server said no address")
+    host, port = address.removeprefix("http://").split("/")[0].split(":")
+    deadline = time.time() + 30
+    while True:
+        with socket.socket() as knock:
+            if knock.connect_ex((host, int(port))) == 0:
+                return process, address
+        assert time.time() < deadline
+        time.sleep(0.05)
+
+
+def post(address: str, verdict: str) -> None:
+    import json
+
+    with urllib.request.urlopen(address + "state", timeout=60) as answer:
+        number = json.load(answer)["number"]
+    body = json.dumps({"number": number, "verdict": verdict}).encode()
+    request = urllib.request.Request(address + "choose", body, {"Content-Type": "application/json"})
+    urllib.request.urlopen(request, timeout=60).close()

@@ -1,0 +1,415 @@
+"""Every family against diffusers' own pipeline, on a random pipeline of its own: predictions, samples, adapters."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    PixArtSigmaPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+)
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from torch import Tensor
+
+from backbone.adapters import WEIGHTS
+from backbone.concept import rare_words, read_concept
+from backbone.console import UserError
+from backbone.families import flux, pixart
+from backbone.files import read_json, read_tensors, write_json
+from backbone.learned import put_on
+from backbone.model import Backbone
+from backbone.new_words import new_words, rows_of
+from backbone.noise import SingularLevel, estimate
+from backbone.sample import Request, initial_noise, sample_latents
+from customize.runs import train_concept
+from customize.settings import Subject
+from tests import tiny
+
+STEPS, GUIDANCE, PROMPT, SCALE = 20, 4.0, "a dog in the snow", 40.0
+
+
+# diffusers' own predictions ---------------------------------------------------------------------------------
+
+
+def said_by_xl(pipeline: Any, noisy: Tensor, time: Tensor) -> Any:
+    hidden, _, pooled, _ = pipeline.encode_prompt(PROMPT, do_classifier_free_guidance=False)
+    side = (64, 64)
+    sizes = pipeline._get_add_time_ids(side, (0, 0), side, hidden.dtype, text_encoder_projection_dim=12)
+    added = {"text_embeds": pooled, "time_ids": sizes}
+    return pipeline.unet(noisy, time, hidden, added_cond_kwargs=added).sample
+
+
+def said_by_3(pipeline: Any, noisy: Tensor, time: Tensor) -> Any:
+    hidden, _, pooled, _ = pipeline.encode_prompt(PROMPT, None, None, do_classifier_free_guidance=False)
+    return pipeline.transformer(
+        hidden_states=noisy,
+        timestep=time[None],
+        encoder_hidden_states=hidden,
+        pooled_projections=pooled,
+    ).sample
+
+
+def said_by_flux(pipeline: Any, noisy: Tensor, time: Tensor, *, tokens: int) -> Any:
+    hidden, pooled, text_ids = pipeline.encode_prompt(PROMPT, max_sequence_length=tokens)
+    told = pipeline.transformer.config.guidance_embeds
+    said = pipeline.transformer(
+        hidden_states=pipeline._pack_latents(noisy, *noisy.shape),
+        timestep=time[None] / 1000,
+        guidance=torch.ones(1) if told else None,
+        encoder_hidden_states=hidden,
+        pooled_projections=pooled,
+        txt_ids=text_ids,
+        img_ids=pipeline._prepare_latent_image_ids(1, 4, 4, "cpu", torch.float32),
+    ).sample
+    return pipeline._unpack_latents(said, 64, 64, 8)
+
+
+def said_by_pixart(pipeline: Any, noisy: Tensor, time: Tensor) -> Any:
+    hidden, mask, _, _ = pipeline.encode_prompt(PROMPT, do_classifier_free_guidance=False)
+    said = pipeline.transformer(
+        noisy,
+        encoder_hidden_states=hidden,
+        encoder_attention_mask=mask,
+        timestep=time[None],
+        added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+    ).sample
+    return said.chunk(2, dim=1)[0]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family: how its random pipeline is written, diffusers' class for it, and what that predicts.
+
+    asked   more settings of its training
+    said    more arguments of diffusers' call
+    theirs  our latents as diffusers' pipeline takes and gives them
+    words   of the text, what comes from encoders that can learn words
+    """
+
+    name: str
+    write: Callable[[Path], Path]
+    pipeline: Any
+    predict: Callable[[Any, Tensor, Tensor], Tensor]
+    asked: dict[str, Any] = field(default_factory=dict)
+    said: dict[str, Any] = field(default_factory=dict)
+    theirs: Callable[[Tensor], Tensor] = lambda latents: latents
+    words: tuple[str, ...] = ("hidden", "pooled")
+
+    def __str__(self) -> str:
+        return self.name
+
+
+BOTH = {"train_text_encoder": True}
+CASES = [
+    Case("xl", tiny.tiny_stable_diffusion_xl, StableDiffusionXLPipeline, said_by_xl, asked=BOTH),
+    Case(
+        "sd3",
+        tiny.tiny_stable_diffusion_3,
+        StableDiffusion3Pipeline,
+        said_by_3,
+        said={"negative_prompt": "a red cat"},
+        words=("pooled",),
+    ),
+    Case(
+        "sd3-without-t5",
+        partial(tiny.tiny_stable_diffusion_3, t5=False, use_dynamic_shifting=True),
+        StableDiffusion3Pipeline,
+        said_by_3,
+        asked=BOTH,
+    ),
+    Case(
+        "flux-dev",
+        tiny.tiny_flux,
+        FluxPipeline,
+        partial(said_by_flux, tokens=512),
+        asked=BOTH,
+        theirs=flux.packed,
+        words=("pooled",),
+    ),
+    Case(
+        "flux-schnell",
+        partial(tiny.tiny_flux, guidance=False),
+        FluxPipeline,
+        partial(said_by_flux, tokens=256),
+        said={"max_sequence_length": 256},
+        theirs=flux.packed,
+        words=("pooled",),
+    ),
+    Case(
+        "pixart",
+        tiny.tiny_pixart,
+        PixArtSigmaPipeline,
+        said_by_pixart,
+        said={"use_resolution_binning": False, "clean_caption": False},
+        words=("hidden",),
+    ),
+]
+NAMED = {case.name: case for case in CASES}
+every = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The random pipelines, each written once."""
+    place = tmp_path_factory.mktemp("families")
+    return {case.name: case.write(place / case.name) for case in CASES}
+
+
+# Parity with diffusers --------------------------------------------------------------------------------------
+
+
+@every
+def test_a_guided_sample_is_diffusers_own(case: Case, folders: dict[str, Path]) -> None:
+    model, pipeline = opened(folders[case.name]), loaded(case, folders)
+    request = Request(PROMPT, (0, 0), case.said.get("negative_prompt", ""))
+    ours = next(sample_latents(model, [request], steps=STEPS, guidance=GUIDANCE, seed=3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = pipeline(
+            PROMPT,
+            latents=case.theirs(initial_noise(model, 3, 0, 0)[None]),
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            height=model.resolution,
+            width=model.resolution,
+            output_type="latent",
+            **case.said,
+        ).images
+    assert float(theirs.std()) > 0.1
+    torch.testing.assert_close(case.theirs(ours), theirs, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        predicted(model), predicted_by_diffusers(case, pipeline, model), rtol=0, atol=1e-5
+    )
+
+
+@every
+def test_training_exports_an_adapter_that_diffusers_loads(
+    case: Case, folders: dict[str, Path], tmp_path: Path, subject: Path
+) -> None:
+    run = trained(folders[case.name], subject, tmp_path / "run", **case.asked)
+    model, pipeline = opened(folders[case.name]), loaded(case, folders)
+    before = predicted(model)
+    put_on(model, [read_concept(run)], scale=SCALE)
+    ours = predicted(model)
+    assert float((ours - before).abs().max()) > 1e-3
+    wear(pipeline, run)
+    torch.testing.assert_close(ours, predicted_by_diffusers(case, pipeline, model), rtol=0, atol=1e-5)
+
+
+# What a family promises -------------------------------------------------------------------------------------
+
+
+@every
+def test_a_new_word_begins_as_the_one_that_it_was_made_from(case: Case, folders: dict[str, Path]) -> None:
+    encoder = opened(folders[case.name]).text_encoder
+    before = encoder([PROMPT, "a red cat"])
+    new_words(encoder, rows_of(encoder, "dog", count=1), words=["[V]"])
+    after, learned = encoder([PROMPT, "a red cat"]), encoder([PROMPT.replace("dog", "[V]"), "a red cat"])
+    for name in before:
+        assert torch.equal(after[name], before[name])
+    for name in case.words:
+        torch.testing.assert_close(learned[name], before[name], rtol=0, atol=1e-6)
+
+
+@every
+def test_pictures_come_back_through_the_autoencoder_with_their_shape(
+    case: Case, folders: dict[str, Path]
+) -> None:
+    model = opened(folders[case.name])
+    pictures = torch.rand(1, 3, 64, 64) * 2 - 1
+    posterior = model.encode(pictures)
+    assert model.latent_shape == (4, 8, 8) and model.resolution == 64
+    assert posterior.mean.shape == (1, *model.latent_shape)
+    assert model.decode(posterior.mean).shape == pictures.shape
+
+
+def test_no_prompt_is_zeros_where_the_model_says_so(folders: dict[str, Path], tmp_path: Path) -> None:
+    encoder = opened(folders["xl"]).text_encoder
+    assert all(bool((value[0] == 0).all() and (value[1] != 0).any()) for value in encoder(["", "a"]).values())
+    other = shutil.copytree(folders["xl"], tmp_path / "other")
+    index = read_json(other / "model_index.json")
+    write_json(other / "model_index.json", {**index, "force_zeros_for_empty_prompt": False})
+    pipeline = StableDiffusionXLPipeline.from_pretrained(other, local_files_only=True)
+    _, hidden, _, pooled = pipeline.encode_prompt("a")
+    ours = opened(other).encode_prompts([""])
+    torch.testing.assert_close(ours["hidden"], hidden)
+    torch.testing.assert_close(ours["pooled"], pooled)
+
+
+def test_the_autoencoder_of_xl_stays_in_fp32_unless_it_was_repaired(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    def dtype(folder: Path) -> torch.dtype:
+        model = Backbone.open(str(folder), device="cpu", precision="bf16")
+        return next(model.autoencoder.parameters()).dtype
+
+    assert dtype(folders["xl"]) is torch.float32
+    other = shutil.copytree(folders["xl"], tmp_path / "other")
+    config = read_json(other / "vae" / "config.json")
+    write_json(other / "vae" / "config.json", {**config, "force_upcast": False})
+    assert dtype(other) is torch.bfloat16
+
+
+def test_a_flow_is_converted_at_its_noisiest_end(folders: dict[str, Path]) -> None:
+    model = opened(folders["sd3"])
+    noise, top = torch.randn(2, *model.latent_shape), model.ladder(4)[0]
+    assert float(top.a) == 0 and float(top.b) == 1
+    found = model.predictor(model.encode_prompts([PROMPT, ""]))(noise, top)
+    torch.testing.assert_close(found.noise, noise)
+    said = model.family.network(model.denoiser, model.encode_prompts([PROMPT, ""]))(noise, top.time)  # type: ignore[arg-type]
+    torch.testing.assert_close(found.clean, noise - said)
+    with pytest.raises(SingularLevel):
+        estimate(noise, noise, top, "epsilon")
+
+
+@pytest.mark.parametrize(("name", "longest"), [("sd3-without-t5", 1.0), ("flux-dev", 1 / 6)])
+def test_a_flow_shifts_its_ladder_by_the_picture_s_size(
+    folders: dict[str, Path], name: str, longest: float
+) -> None:
+    model, size = opened(folders[name]), (24, 40)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    mu = calculate_shift(size[0] * size[1] // 4)
+    sigmas = torch.linspace(1, longest, 6).tolist() if longest < 1 else None
+    scheduler.set_timesteps(None if sigmas else 6, sigmas=sigmas, mu=mu)
+    torch.testing.assert_close(model.ladder(6, size=size).b.float(), scheduler.sigmas)
+    assert not torch.allclose(model.ladder(6).b.float(), scheduler.sigmas)
+
+
+def test_guidance_is_told_to_a_network_that_was_distilled_for_it(folders: dict[str, Path]) -> None:
+    model = opened(folders["flux-dev"])
+    text, empty = model.encode_prompts([PROMPT]), model.encode_prompts([""])
+    noisy, level = torch.randn(1, *model.latent_shape), model.path.levels[300]
+    answers = [model.guided_predictor(text, empty, scale)(noisy, level).clean for scale in (1.0, 3.5)]
+    plain = model.predictor(text)(noisy, level).clean
+    torch.testing.assert_close(answers[0], plain)
+    assert not torch.allclose(answers[1], plain)
+    other = opened(folders["flux-schnell"])
+    text = other.encode_prompts([PROMPT])
+    torch.testing.assert_close(
+        other.guided_predictor(text, text, 3.5)(noisy, level).clean, other.predictor(text)(noisy, level).clean
+    )
+
+
+def test_packing_latents_is_undone_by_unpacking() -> None:
+    latents = torch.randn(2, 16, 6, 10)
+    assert flux.packed(latents).shape == (2, 15, 64)
+    assert torch.equal(flux.unpacked(flux.packed(latents), 6, 10), latents)
+
+
+def test_t5_has_rare_words_too(folders: dict[str, Path]) -> None:
+    vocabulary = opened(folders["pixart"]).text_encoder.tokenizer.get_vocab()
+    assert rare_words(vocabulary, "key") in tiny.RARE
+
+
+def test_small_letters_leave_learned_words_alone() -> None:
+    assert pixart.small("A [V] Dog", ["[V]"]) == "a [V] dog"
+    assert pixart.small("A [V] Dog", []) == "a [v] dog"
+
+
+# What it refuses --------------------------------------------------------------------------------------------
+
+
+@every
+def test_a_folder_without_a_part_is_a_clear_mistake(
+    case: Case, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    broken = shutil.copytree(folders[case.name], tmp_path / "broken")
+    for path in sorted(path for path in broken.iterdir() if path.is_dir() and path.name != "scheduler"):
+        shutil.move(path, tmp_path / path.name)
+        part = {"vae": "autoencoder", "unet": "denoiser", "transformer": "denoiser"}
+        with pytest.raises(UserError, match=rf"{path.name}\b"):
+            getattr(opened(broken), part.get(path.name, "text_encoder"))
+        shutil.move(tmp_path / path.name, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "part", "asked"),
+    [
+        ("xl", "sd3", "scheduler", "path"),
+        ("sd3", "xl", "scheduler", "path"),
+        ("sd3", "flux-dev", "transformer", "denoiser"),
+        ("flux-dev", "pixart", "transformer", "denoiser"),
+    ],
+)
+def test_a_part_of_another_family_is_a_clear_mistake(
+    folders: dict[str, Path], tmp_path: Path, name: str, source: str, part: str, asked: str
+) -> None:
+    mixed = shutil.copytree(folders[name], tmp_path / "mixed")
+    shutil.rmtree(mixed / part)
+    shutil.copytree(folders[source] / part, mixed / part)
+    with pytest.raises(UserError, match=part):
+        getattr(opened(mixed), asked)
+
+
+# Helpers ----------------------------------------------------------------------------------------------------
+
+
+def opened(folder: Path) -> Backbone:
+    return Backbone.open(str(folder), device="cpu", precision="fp32")
+
+
+def loaded(case: Case, folders: dict[str, Path]) -> Any:
+    """diffusers' own pipeline; what its index says is absent has to be said again."""
+    index = read_json(folders[case.name] / "model_index.json")
+    absent = {name: None for name, entry in index.items() if entry == [None, None]}
+    pipeline = case.pipeline.from_pretrained(folders[case.name], local_files_only=True, **absent)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def question(model: Backbone) -> tuple[Tensor, Tensor]:
+    """A noisy latent [1, C, H, W] and a time []."""
+    assert model.path.levels.time is not None
+    return initial_noise(model, 1, 0, 0)[None], model.path.levels.time[600]
+
+
+@torch.no_grad()
+def predicted(model: Backbone) -> Tensor:
+    """What the network says."""
+    return model.family.network(model.denoiser, model.encode_prompts([PROMPT]))(*question(model))
+
+
+@torch.no_grad()
+def predicted_by_diffusers(case: Case, pipeline: Any, model: Backbone) -> Tensor:
+    """What the network of diffusers' own pipeline says to the same question."""
+    return case.predict(pipeline, *question(model))
+
+
+def trained(folder: Path, subject: Path, run: Path, **asked: Any) -> Path:
+    """Three steps of `customize train`."""
+    settings = {"model": str(folder), "device": "cpu", "precision": "fp32", "steps": 3, "prior_draws": 2}
+    one = Subject(images=str(subject), token="[V]", class_noun="dog", token_words="fgh")
+    return train_concept({**settings, "sheet_prompts": ("a {}",), **asked}, [one], out=run)
+
+
+def wear(pipeline: Any, run: Path) -> None:
+    """Puts a run's adapter on diffusers' pipeline, by peft itself where the pipeline has no loader of its own."""
+    if hasattr(pipeline, "load_lora_weights"):
+        pipeline.load_lora_weights(str(run), weight_name=WEIGHTS, adapter_name="dog")
+        pipeline.set_adapters("dog", SCALE)
+        return
+    tensors, header = read_tensors(run / WEIGHTS)
+    said = {
+        key.removeprefix("transformer."): value
+        for key, value in json.loads(header["lora_adapter_metadata"]).items()
+    }
+    config = LoraConfig(
+        r=said["r"], lora_alpha=said["lora_alpha"] * SCALE, target_modules=said["target_modules"]
+    )
+    worn = get_peft_model(pipeline.transformer, config)
+    state = {key.replace("transformer.", "base_model.model.", 1): value for key, value in tensors.items()}
+    found: Any = set_peft_model_state_dict(worn, state)
+    assert not found.unexpected_keys

@@ -1,0 +1,162 @@
+"""MojiEdit: its cases are true edits, its judge is read rightly, and a small one runs through."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from backbone.console import UserError
+from backbone.files import write_json, write_tensors
+from backbone.model import Backbone
+from backbone.world.scene import BENCHMARK_SEEDS, fair
+from benchmarks import edit as benchmark
+from benchmarks.edit import KINDS, Case, interval, make_cases, paired, succeeded
+from benchmarks.judge import FACTS, TWO_DIFFERENT, WEIGHTS, Network, Verdict, label_lists
+
+
+def of_kind(kind: str) -> Case:
+    return next(case for case in make_cases(len(KINDS)) if case.kind == kind)
+
+
+def reading(label: str, head: str, *, share: float = 0.9) -> dict[str, float]:
+    """A head that says this label first."""
+    return {label: share} | {other: 0.0 for other in label_lists()[head] if other != label}
+
+
+def seen(case: Case, **other: dict[str, float]) -> Verdict:
+    """What a perfect judge sees in the true edit."""
+    scene, thing = case.after, case.after.things[case.thing or 0]
+    nouns = [one.noun for one in scene.things]
+    glyphs = {noun: 1 / len(nouns) for noun in nouns} | {
+        label: 0.0 for label in label_lists()["glyphs"] if label not in nouns
+    }
+    heads = {
+        "glyphs": glyphs,
+        "place": reading(scene.place, "place"),
+        "colour": reading(thing.colour or "none", "colour"),
+        "accessory": reading(thing.accessory or "none", "accessory"),
+        "style": reading(scene.style or "none", "style"),
+        "count": reading(TWO_DIFFERENT if len(nouns) == 2 else "one", "count"),
+        "size": reading("usual", "size"),
+    }
+    return Verdict(**{**heads, **other})
+
+
+def test_every_kind_comes_in_turn_from_seeds_that_nothing_was_trained_on() -> None:
+    cases = list(make_cases(24))
+    assert [case.kind for case in cases] == list(KINDS) * 3
+    assert len({case.before.seed for case in cases}) == 24
+    for case in cases:
+        assert case.before.seed in BENCHMARK_SEEDS and fair(case.before) and fair(case.after)
+        assert (case.source == case.target) is (case.kind == "reweight")
+
+
+def test_an_edit_changes_its_own_aspect_alone() -> None:
+    for case in make_cases(40):
+        before, after = case.before, case.after
+        if case.kind == "place":
+            assert after == replace(before, place=after.place)
+        elif case.kind == "style":
+            assert before.style is None and after == replace(before, style=after.style)
+        else:
+            assert after == replace(before, things=after.things)
+            assert case.thing is not None
+            kept = [thing for k, thing in enumerate(before.things) if k != case.thing]
+            assert kept == [thing for k, thing in enumerate(after.things) if k != case.thing]
+
+
+@pytest.mark.font
+def test_outside_the_mask_the_true_edit_is_the_source() -> None:
+    for case in islice(make_cases(40), 40):
+        before, after, changed = case.rendered()
+        assert (changed is None) is (case.kind == "style")
+        if changed is not None and case.kind != "place":
+            kept = np.asarray(changed) == 0
+            assert kept.mean() > 0.2
+            difference = np.abs(np.asarray(before, dtype=int) - np.asarray(after, dtype=int)).max(-1)
+            assert difference[kept].max() <= 24
+        if case.kind == "place":
+            assert changed is not None
+            assert 0.01 < (np.asarray(changed) == 0).mean() < 0.6, "the thing is what must stay"
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "reweight"])
+def test_the_true_edit_succeeds_and_the_source_does_not(kind: str) -> None:
+    case = of_kind(kind)
+    untouched = replace(case, after=case.before)
+    assert succeeded(case, [seen(case)])
+    assert not succeeded(case, [seen(untouched)])
+
+
+def test_a_reweight_succeeds_when_the_colour_grows() -> None:
+    case = of_kind("reweight")
+    colour = case.after.things[0].colour
+    assert colour is not None
+
+    def with_shares(*shares: float) -> list[Verdict]:
+        return [
+            seen(case, colour={**dict.fromkeys(label_lists()["colour"], 0.0), colour: share})
+            for share in shares
+        ]
+
+    assert succeeded(case, with_shares(0.1, 0.5, 0.9))
+    assert not succeeded(case, with_shares(0.1, 0.1, 0.9))
+    assert not succeeded(case, with_shares(0.9, 0.5, 0.1))
+
+
+def test_pairs_are_compared_on_the_same_scenes() -> None:
+    def row(method: str, number: int, success: bool, decibels: float | None) -> dict[str, Any]:
+        return {
+            "method": method,
+            "number": number,
+            "success": success,
+            "kind": "noun",
+            "background_psnr_db": decibels,
+        }
+
+    rows = [row("a", k, True, 20.0 + k) for k in range(4)] + [row("b", k, k < 2, 18.0 + k) for k in range(4)]
+    found = paired([*rows, row("a", 9, False, 0.0)], "a", "b")
+    assert found is not None and found["n"] == 4
+    assert found["success"][0] == 0.5
+    assert found["background_psnr_db"] == (2.0, 2.0, 2.0)
+    assert paired(rows, "a", "c") is None
+    mean, low, high = interval([0.0, 1.0] * 50)
+    assert mean == 0.5 and 0.35 < low < 0.5 < high < 0.65
+
+
+@pytest.mark.font
+def test_a_small_one_runs_through(
+    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = label_lists()
+    torch.manual_seed(0)
+    network = Network({head: len(names) for head, names in labels.items()})
+    kept = {name: value for name, value in network.state_dict().items() if not name.endswith("_tracked")}
+    write_tensors(tmp_path / "judge" / WEIGHTS, kept)
+    write_json(tmp_path / "judge" / FACTS, {"labels": labels})
+    wishes: dict[str, Any] = {
+        "count": 8, "model": str(tiny_folder), "steps": 2, "guidance": 2.0, "identity": 1, "device": "cpu",
+        "precision": "fp32", "judge": tmp_path / "judge", "out": tmp_path / "out",
+    }  # fmt: skip
+    benchmark.main(methods=["direct + P2P", "DDIM + P2P", "no edit"], **wishes)
+    assert "| direct + P2P | all | 8 |" in capsys.readouterr().out
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert {line["kind"] for line in table["summary"]} == {*KINDS, "all"}
+    still = next(line for line in table["summary"] if (line["method"], line["kind"]) == ("no edit", "noun"))
+    assert still["background_psnr_db"] == pytest.approx(100) and still["structure_distance"] is None
+    assert table["identity_edit"].keys() == {"direct", "ddim", "autoencoder"}
+    assert (tmp_path / "out" / "sheet.png").exists()
+    with pytest.raises(UserError, match="no method other"):
+        benchmark.main(methods=["other"], **wishes)
+
+
+def test_every_method_of_the_benchmark_has_a_name_once(tiny: Backbone) -> None:
+    names = list(benchmark.attempts())
+    assert names[0] == benchmark.DEFAULT and set(benchmark.RIVALS) | set(benchmark.CONTROLS) <= set(names)

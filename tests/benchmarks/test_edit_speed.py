@@ -1,0 +1,98 @@
+"""The restated references do what ours does, by the evaluations that they are said to take."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+import torch
+
+from backbone.model import Backbone
+from benchmarks import edit_speed
+from benchmarks.edit_speed import (
+    CROSS,
+    SELF,
+    SOURCE,
+    TARGETS,
+    direct_reference,
+    null_text_reference,
+    picture_of,
+    rows_of_sides,
+    timed,
+)
+from edit.inversion import invert
+from edit.prompt import replace
+
+STEPS = 4
+
+
+@pytest.fixture
+def rows(tiny: Backbone, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many samples the denoiser is asked about, call by call."""
+    found: list[int] = []
+    forward = cast(Any, tiny.denoiser).forward
+
+    def counted(sample: torch.Tensor, *arguments: Any, **more: Any) -> Any:
+        found.append(len(sample))
+        return forward(sample, *arguments, **more)
+
+    monkeypatch.setattr(tiny.denoiser, "forward", counted)
+    return found
+
+
+@pytest.mark.parametrize("target", [TARGETS[0], TARGETS[2]], ids=["replaced", "refined"])
+def test_direct_inversion_as_published_and_ours_give_the_same_edit(
+    tiny: Backbone, rows: list[int], target: str
+) -> None:
+    image = picture_of(tiny)
+    reference = direct_reference(tiny, image, target, steps=STEPS, guidance=4.0)
+    assert sum(rows) == 13 * STEPS == rows_of_sides(STEPS)["Direct + P2P"]
+    rows.clear()
+    ours = replace(
+        invert(tiny, image, SOURCE, steps=STEPS),
+        target,
+        cross=CROSS,
+        self_attention=SELF,
+        guidance=4.0,
+        blend=(),
+    )
+    assert sum(rows) < 0.35 * 13 * STEPS
+    assert torch.allclose(reference[1], ours.latents[0], atol=1e-3)
+    assert torch.allclose(reference[0], ours.source, atol=1e-3)
+
+
+@pytest.mark.parametrize("weights", ["trained", "frozen"])
+def test_null_text_as_published_takes_its_evaluations_and_leaves_nothing_behind(
+    tiny: Backbone, rows: list[int], weights: Any
+) -> None:
+    latents = null_text_reference(tiny, picture_of(tiny), TARGETS[0], steps=2, guidance=4.0, weights=weights)
+    assert torch.isfinite(latents).all()
+    assert sum(rows) == rows_of_sides(2)["null-text + P2P"]
+    assert all(p.grad is None and not p.requires_grad for p in tiny.denoiser.parameters())
+
+
+def test_our_own_rows_are_counted_rightly(tiny: Backbone, rows: list[int]) -> None:
+    for count, name in ((1, "ours"), (4, "ours, four targets")):
+        rows.clear()
+        replace(invert(tiny, picture_of(tiny), SOURCE, steps=5), TARGETS[:count], cross=CROSS, blend=())
+        assert sum(rows) == rows_of_sides(5)[name]
+
+
+def test_sides_are_timed_in_turn_and_the_first_time_does_not_count() -> None:
+    calls: list[str] = []
+    found = timed({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
+    assert calls == ["a", "b"] * 3 and set(found) == {"a", "b"}
+
+
+def test_the_table_compares_four_edits_with_four(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {
+        "shape": "moji",
+        "steps": 50,
+        "repeats": 1,
+        "machine": "",
+        "rows": rows_of_sides(50),
+        "seconds": {"ours": 2.0, "Direct + P2P": 8.0, "ours, four targets": 4.0},
+    }
+    text = edit_speed.markdown(facts)
+    assert "| Direct + P2P | 8.00 | 4.00 | 650 |" in text
+    assert "take 8.00 × as long" in text and "| ours | 2.00 | 1.00 | 190 |" in text

@@ -1,0 +1,154 @@
+"""Adapters of SD3, FLUX and PixArt in other tools' forms: what kohya joins, what ComfyUI calls by diffusers' names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
+from torch import nn
+
+from backbone.console import UserError
+from backbone.families.flux import Flux
+from backbone.families.pixart import PixArt
+from backbone.families.stable_diffusion_3 import StableDiffusion3
+from backbone.files import read_header, read_tensors, write_tensors
+from customize.formats import Adapter, difference, read_adapter, state_dict, write_adapter
+from customize.layer_names import apart, dotted, flat, joined
+from tests.customize.adapters import random_adapter, random_layer
+from tests.tiny import tiny_flux, tiny_pixart, tiny_stable_diffusion_3
+
+Folders = dict[str, Path]
+PARTS: dict[str, tuple[Any, Any]] = {
+    "flux": (FluxTransformer2DModel, Flux),
+    "sd3": (SD3Transformer2DModel, StableDiffusion3),
+    "pixart": (PixArtTransformer2DModel, PixArt),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    place = tmp_path_factory.mktemp("models")
+    return {
+        "flux": tiny_flux(place / "flux"),
+        "sd3": tiny_stable_diffusion_3(place / "sd3", t5=False),
+        "pixart": tiny_pixart(place / "pixart"),
+    }
+
+
+@pytest.mark.parametrize("base", ["flux", "sd3"])
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_every_layer_that_can_be_trained_goes_to_kohya_and_back(
+    folders: Folders, tmp_path: Path, base: str, dora: bool
+) -> None:
+    adapter = random_adapter(targets(folders, base), dora=dora, alphas=(1.0, 3.0))
+    assert adapter.base == base
+    assert write_adapter(tmp_path / "a.safetensors", adapter, "kohya") < 1e-5
+    names = read_header(tmp_path / "a.safetensors").shapes
+    assert all(name.startswith("lora_unet_") for name in names)
+    assert any(name.endswith("attn_qkv.lora_up.weight") for name in names)
+    assert read_adapter(tmp_path / "a.safetensors").base == base
+
+
+@pytest.mark.parametrize("base", ["flux", "sd3", "pixart"])
+def test_comfyui_s_form_has_diffusers_names(folders: Folders, tmp_path: Path, base: str) -> None:
+    adapter = random_adapter(targets(folders, base))
+    assert adapter.base == base
+    write_adapter(tmp_path / "a.safetensors", adapter, "comfyui")
+    names = read_header(tmp_path / "a.safetensors").shapes
+    stems = {name.removesuffix(".alpha") for name in names if name.endswith(".alpha")}
+    assert stems == set(adapter.layers)
+    assert difference(adapter, read_adapter(tmp_path / "a.safetensors"))[0] < 1e-6
+
+
+def test_a_joined_layer_changes_what_its_parts_change() -> None:
+    random = torch.Generator().manual_seed(0)
+    query, value = (random_layer(nn.Linear(6, 6), rank, 3.0, random) for rank in (2, 3))
+    block = "transformer.single_transformer_blocks.4"
+    adapter = Adapter({f"{block}.attn.to_q": query, f"{block}.attn.to_v": value})
+    tensors, _ = state_dict(adapter, "kohya", base="flux")
+    stem = "lora_unet_single_blocks_4_linear1"
+    up, down, alpha = (tensors[f"{stem}.{part}"] for part in ("lora_up.weight", "lora_down.weight", "alpha"))
+    whole = up @ down * float(alpha) / len(down)
+    nothing = torch.zeros(6, 6)
+    wanted = torch.cat([query.matrix(), nothing, value.matrix(), *[nothing] * 4])
+    torch.testing.assert_close(whole, wanted)
+
+
+def test_a_joined_layer_that_was_trained_as_one_is_taken_apart(tmp_path: Path) -> None:
+    random = torch.Generator().manual_seed(0)
+    layer = random_layer(nn.Linear(4, 12), 2, 1.0, random)
+    write_adapter(tmp_path / "a.safetensors", Adapter({"unet.conv_in": layer}), "kohya", base="sd1")
+    tensors, _ = read_tensors(tmp_path / "a.safetensors")
+    stem = "lora_unet_joint_blocks_0_x_block_attn_qkv"
+    named = {name.replace("lora_unet_conv_in", stem): value for name, value in tensors.items()}
+    write_tensors(tmp_path / "b.safetensors", named, {})
+    found = read_adapter(tmp_path / "b.safetensors")
+    names = [f"transformer.transformer_blocks.0.attn.to_{letter}" for letter in "qkv"]
+    assert list(found.layers) == names
+    torch.testing.assert_close(torch.cat([found.layers[name].matrix() for name in names]), layer.matrix())
+
+
+def test_diffusers_reads_what_kohya_s_form_joins(folders: Folders, tmp_path: Path) -> None:
+    chosen = {
+        name: module for name, module in targets(folders, "flux").items() if ".transformer_blocks." in name
+    }
+    random = torch.Generator().manual_seed(0)
+    adapter = Adapter({name: random_layer(module, 2, 3.0, random) for name, module in chosen.items()})
+    write_adapter(tmp_path / "a.safetensors", adapter, "kohya")
+    theirs, ours = (FluxPipeline.from_pretrained(folders["flux"]) for _ in range(2))
+    theirs.load_lora_weights(str(tmp_path), weight_name="a.safetensors")
+    modules = dict(ours.transformer.named_modules())
+    for name, layer in adapter.layers.items():
+        weight = modules[name.removeprefix("transformer.")].weight
+        weight.data.copy_(layer.new_weight(weight.data))
+    said = [asked(pipeline.transformer) for pipeline in (theirs, ours)]
+    torch.testing.assert_close(said[0], said[1], rtol=0, atol=1e-5)
+    assert not torch.allclose(said[0], asked(FluxPipeline.from_pretrained(folders["flux"]).transformer))
+
+
+def test_a_layer_that_kohya_has_no_name_for_is_a_clear_mistake(folders: Folders, tmp_path: Path) -> None:
+    adapter = random_adapter(targets(folders, "pixart"))
+    with pytest.raises(UserError, match="PixArt"):
+        write_adapter(tmp_path / "a.safetensors", adapter, "kohya")
+
+
+@pytest.mark.parametrize("base", ["flux", "sd3"])
+def test_names_go_to_the_original_code_and_back(folders: Folders, base: str) -> None:
+    for name in targets(folders, base):
+        module = name.removeprefix("transformer.")
+        place = joined(module, base)
+        assert place is not None and apart(place[0])[place[1]] == module
+        assert dotted(flat(place[0])) == place[0]
+
+
+# Helpers ----------------------------------------------------------------------------------------------------
+
+
+def targets(folders: Folders, base: str) -> dict[str, nn.Module]:
+    """The layers that `--lora_layers all` trains, by our names."""
+    kind, family = PARTS[base]
+    wanted = family.lora_targets["all"]
+    return {
+        f"transformer.{name}": module
+        for name, module in kind.from_pretrained(folders[base], subfolder="transformer").named_modules()
+        if isinstance(module, nn.Linear) and any(name == end or name.endswith(f".{end}") for end in wanted)
+    }
+
+
+@torch.no_grad()
+def asked(transformer: Any) -> torch.Tensor:
+    """What FLUX's network says to a fixed question."""
+    random = torch.Generator().manual_seed(0)
+    said: torch.Tensor = transformer(
+        hidden_states=torch.randn(1, 4, 16, generator=random),
+        timestep=torch.tensor([0.5]),
+        guidance=torch.ones(1),
+        encoder_hidden_states=torch.randn(1, 3, 32, generator=random),
+        pooled_projections=torch.randn(1, 16, generator=random),
+        txt_ids=torch.zeros(3, 3),
+        img_ids=torch.zeros(4, 3),
+    ).sample
+    return said

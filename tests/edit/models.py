@@ -1,0 +1,45 @@
+"""The random tiny pipeline on other noise paths and ladders, and a picture to edit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from backbone.families import NoisePath
+from backbone.ladders import Spacing, alphas_cumprod, flow_ladder, vp_ladder
+from backbone.model import Backbone
+from backbone.noise import Kind, Level, flow, vp
+
+PATHS = (
+    ("epsilon", "leading", 1, "first"),
+    ("epsilon", "leading", 0, "one"),
+    ("epsilon", "trailing", 0, "one"),
+    ("epsilon", "linspace", 0, "first"),
+    ("v_prediction", "leading", 1, "first"),
+    ("v_prediction", "trailing", 0, "one"),
+    ("flow", "", 0, ""),
+)
+
+
+def tiny_on(folder: Path, kind: Kind, spacing: str, offset: int, final: str) -> Backbone:
+    """The tiny pipeline, its network read as one that predicts `kind` on another ladder."""
+    model = Backbone.open(str(folder), device="cpu", precision="fp32")
+    alphas = alphas_cumprod()
+
+    def ladder(steps: int, size: tuple[int, int]) -> Level:
+        if kind == "flow":
+            return flow_ladder(steps)
+        chosen: Spacing = spacing  # type: ignore[assignment]
+        return vp_ladder(alphas, steps, chosen, offset, final="one" if final == "one" else "first")
+
+    levels = flow(alphas) if kind == "flow" else vp(alphas)
+    model.__dict__["path"] = NoisePath(kind, levels, ladder)
+    return model
+
+
+def photo(width: int = 64, height: int = 64, *, seed: int = 0) -> Image.Image:
+    """A smooth picture without any meaning."""
+    small = np.random.default_rng(seed).integers(0, 255, (5, 5, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)

@@ -1,0 +1,224 @@
+"""The methods beside prompt-to-prompt: SDEdit, FlowEdit, leading, removing, interpolating."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from backbone.console import UserError
+from backbone.images import to_tensor
+from backbone.model import Backbone
+from edit.between import between, slerp
+from edit.directly import flow_edit
+from edit.guided import lead
+from edit.inversion import Inversion, invert
+from edit.noised import sdedit
+from edit.removal import place_of, remove, without
+from tests.edit.models import PATHS, photo, tiny_on
+from tests.edit.test_prompt import SOURCE, STEPS, TARGET, deviation, left_half
+
+paths = pytest.mark.parametrize("path", PATHS, ids=lambda path: "-".join(map(str, path)))
+
+
+def latent_of(model: Backbone, image: Image.Image) -> Tensor:
+    return model.encode(to_tensor(image)[None]).mean[0]
+
+
+@pytest.fixture
+def inversion(tiny: Backbone) -> Inversion:
+    return invert(tiny, photo(), SOURCE, steps=STEPS)
+
+
+# SDEdit
+
+
+@paths
+def test_without_strength_the_picture_stays_and_with_it_changes(tiny_folder: Path, path: Any) -> None:
+    model = tiny_on(tiny_folder, *path)
+    latents = [sdedit(model, photo(), SOURCE, strength=s, steps=6).latents[0] for s in (0.0, 0.4, 1.0)]
+    assert torch.equal(latents[0], latent_of(model, photo()))
+    assert deviation(latents[1], latents[0]) > 1e-3
+    assert deviation(latents[1], latents[2]) > 1e-3
+
+
+def test_a_noised_picture_depends_on_its_number_and_the_seed_alone(tiny: Backbone) -> None:
+    three = sdedit(tiny, photo(), SOURCE, steps=4, count=3).latents
+    assert deviation(three[0], sdedit(tiny, photo(), SOURCE, steps=4).latents[0]) < 1e-4
+    assert deviation(three[0], three[1]) > 1e-2
+    assert deviation(sdedit(tiny, photo(), SOURCE, steps=4, seed=1).latents[0], three[0]) > 1e-2
+
+
+def test_noising_a_masked_part_leaves_the_rest_of_the_latent(tiny: Backbone) -> None:
+    drawn = sdedit(tiny, photo(), SOURCE, steps=4, mask=left_half(), count=2, frames=2)
+    assert torch.equal(drawn.latents[1][..., 4:], latent_of(tiny, photo())[..., 4:])
+    assert deviation(drawn.latents[1][..., :4], latent_of(tiny, photo())[..., :4]) > 1e-2
+    assert drawn.estimates.shape[:2] == (2, 2)
+    assert drawn.evaluations == 2 * 2 * int(4 * 0.6)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "complaint"),
+    [
+        ({"prompt": " "}, "empty"),
+        ({"strength": 1.2}, "between 0 and 1"),
+        ({"steps": 0}, "cannot be walked"),
+        ({"mask": Image.new("L", (5, 5))}, "5 × 5 pixels"),
+        ({"image": "nowhere.png"}, "does not exist"),
+        ({"guidance": -2.0}, "negative"),
+    ],
+)
+def test_what_cannot_be_noised_is_refused(tiny: Backbone, wishes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        sdedit(tiny, **{"image": photo(), "prompt": SOURCE, "steps": 2, **wishes})
+
+
+# FlowEdit
+
+
+@paths
+def test_flow_edit_towards_the_same_words_leaves_every_bit(tiny_folder: Path, path: Any) -> None:
+    model = tiny_on(tiny_folder, *path)
+    for guidance in (1.0, 3.0):
+        drawn = flow_edit(
+            model, photo(), SOURCE, [SOURCE], steps=4, guidance=guidance, source_guidance=guidance
+        )
+        assert deviation(drawn.latents[0], latent_of(model, photo())) < 1e-5
+    changed = flow_edit(model, photo(), SOURCE, [TARGET, SOURCE], steps=4, guidance=3.0)
+    assert changed.latents.shape[0] == 2
+    assert deviation(changed.latents[0], latent_of(model, photo())) > 1e-3
+
+
+def test_flow_edit_counts_its_rows(tiny: Backbone) -> None:
+    asked = {
+        (guidance, own): flow_edit(
+            tiny,
+            photo(),
+            SOURCE,
+            [TARGET, TARGET],
+            steps=4,
+            strength=0.5,
+            guidance=guidance,
+            source_guidance=own,
+            draws=2,
+        ).evaluations
+        for guidance in (1.0, 3.0)
+        for own in (1.0, 2.0)
+    }
+    assert asked == {(1.0, 1.0): 12, (1.0, 2.0): 16, (3.0, 1.0): 20, (3.0, 2.0): 24}
+
+
+def test_flow_edit_follows_the_two_velocities(tiny: Backbone) -> None:
+    """One step by hand: x̃ moves by Δτ times what the target's velocity has over the source's."""
+    from backbone.loop import generator
+
+    drawn = flow_edit(tiny, photo(), SOURCE, [TARGET], steps=2, strength=0.5, guidance=1.0)
+    clean, ladder = latent_of(tiny, photo())[None], tiny.ladder(2)[1:]
+    noise = torch.randn(clean.shape, generator=generator(0, 0, 0, "flow edit"))
+    tau = ladder.b / (ladder.a + ladder.b)
+    noised = ((1 - tau[0]) * clean + tau[0] * noise) * (ladder.a[0] + ladder.b[0])
+    source, target = (
+        tiny.predictor(tiny.encode_prompts([p]))(noised.float(), ladder[0]) for p in (SOURCE, TARGET)
+    )
+    move = (target.noise - target.clean) - (source.noise - source.clean)
+    assert deviation(drawn.latents, (clean + (tau[1] - tau[0]) * move).float()) < 1e-4
+
+
+# Leading
+
+
+def test_leading_nowhere_leaves_the_picture_exactly(inversion: Inversion) -> None:
+    still = lead(inversion, [("a red dog", 0.0)], strength=1.0)
+    assert deviation(still.latents[0], inversion.clean) < 1e-5
+    assert still.evaluations == STEPS * 4
+
+
+def test_leading_further_changes_more_and_away_is_another_way(inversion: Inversion) -> None:
+    latents = [lead(inversion, [("a red dog", w)]).latents[0] for w in (1.0, 3.0, -1.0)]
+    near, far = (deviation(latent, inversion.clean) for latent in latents[:2])
+    assert 1e-4 < near < far
+    assert deviation(latents[2], latents[0]) > 1e-4
+
+
+def test_leading_stays_inside_a_mask_and_wants_a_prompt(inversion: Inversion) -> None:
+    led = lead(inversion, [("a red dog", 2.0)], mask=left_half())
+    assert torch.equal(led.latents[0][..., 4:], inversion.clean[..., 4:])
+    with pytest.raises(UserError, match="no prompt to lead to"):
+        lead(inversion, [])
+    with pytest.raises(UserError, match="empty"):
+        lead(inversion, [(" ", 1.0)])
+
+
+# Removing
+
+
+def test_removing_leaves_everything_else_exactly(inversion: Inversion) -> None:
+    removed = remove(inversion, mask=left_half(), prompt="the snow", count=2, grow=0)
+    assert torch.equal(removed.latents[..., 4:], inversion.clean[..., 4:].expand(2, -1, -1, -1))
+    assert deviation(removed.latents[0][..., :4], removed.latents[1][..., :4]) > 1e-2
+    assert removed.evaluations == STEPS * 2 * 2
+
+
+def test_the_place_of_a_word_is_found_in_its_attention(inversion: Inversion) -> None:
+    everywhere, _ = place_of(inversion, "cat", threshold=0.0)
+    narrow, asked = place_of(inversion, "cat", threshold=0.95)
+    assert everywhere.all() and 0 < narrow.sum() < narrow.numel()
+    assert asked > 0
+    removed = remove(inversion, "cat", threshold=0.95, grow=0)
+    kept = narrow == 0
+    assert torch.equal(removed.latents[0][:, kept], inversion.clean[:, kept])
+    assert removed.evaluations == asked + 2 * STEPS
+
+
+@pytest.mark.parametrize(
+    ("prompt", "phrase", "left"),
+    [
+        ("a cat in the snow", "cat", "in the snow"),
+        ("a cat next to a dog in a park", "cat", "a dog in a park"),
+        ("a cat next to a dog in a park", "dog", "a cat next to in a park"),
+        ("a dog wearing a crown", "crown", "a dog"),
+        ("A Cat", "cat", ""),
+        ("a caterpillar and a cat", "cat", "a caterpillar"),
+    ],
+)
+def test_what_is_left_of_a_prompt(prompt: str, phrase: str, left: str) -> None:
+    assert without(prompt, phrase) == left
+
+
+def test_a_word_that_is_not_there_cannot_be_removed(inversion: Inversion) -> None:
+    with pytest.raises(UserError, match="Did you mean “snow”"):
+        remove(inversion, "snwo")
+    with pytest.raises(UserError, match="empty"):
+        remove(inversion, "")
+    with pytest.raises(UserError, match="between 0 and 1"):
+        remove(inversion, "cat", strength=2.0)
+
+
+# Interpolating
+
+
+def test_the_ends_of_an_interpolation_are_the_pictures_themselves(tiny: Backbone) -> None:
+    first, second = (invert(tiny, photo(seed=k), p, steps=3) for k, p in enumerate((SOURCE, TARGET)))
+    latents, asked = between(first, second, count=4)
+    assert torch.equal(latents[0], first.clean) and torch.equal(latents[3], second.clean)
+    assert asked == 3 * (2 + 2)
+    same, _ = between(first, first, count=3)
+    assert deviation(same[1], first.clean) < 1e-4, "between a picture and itself there is nothing else"
+
+
+def test_inversions_that_do_not_fit_are_refused(tiny: Backbone, inversion: Inversion) -> None:
+    with pytest.raises(UserError, match="size or in steps"):
+        between(inversion, invert(tiny, photo(120, 60), SOURCE, steps=STEPS))
+    with pytest.raises(UserError, match="three or more"):
+        between(inversion, inversion, count=2)
+
+
+def test_the_great_circle() -> None:
+    x, y = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 3.0])
+    assert torch.allclose(slerp(x, y, 0.0), x) and torch.allclose(slerp(x, y, 1.0), y, atol=1e-6)
+    assert torch.allclose(slerp(x, y, 0.5), torch.tensor([2.0, 2.0]) / 2**0.5)
+    assert torch.allclose(slerp(x, x, 0.3), x)

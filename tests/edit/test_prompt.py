@@ -1,0 +1,286 @@
+"""Edits by words over an inversion, on tiny models."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from backbone.adapters import activate, add_lora, lora_parameters
+from backbone.console import UserError
+from backbone.model import Backbone
+from edit.inversion import Inversion, Method, invert, replayed
+from edit.prompt import PRESETS, Edited, blended_words, replace
+from edit.words import align, read_prompt
+from tests.edit.models import PATHS, photo, tiny_on
+
+SOURCE, TARGET = "a cat in the snow", "a dog in the snow"
+STEPS = 5
+EVERYWHERE: dict[str, Any] = {"blend": ()}
+
+paths = pytest.mark.parametrize("path", PATHS, ids=lambda path: "-".join(map(str, path)))
+
+
+@pytest.fixture
+def inversion(tiny: Backbone) -> Inversion:
+    return invert(tiny, photo(), SOURCE, steps=STEPS)
+
+
+def deviation(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max())
+
+
+def left_half(size: tuple[int, int] = (64, 64)) -> Image.Image:
+    mask = Image.new("L", size)
+    ImageDraw.Draw(mask).rectangle((0, 0, size[0] // 2 - 1, size[1]), fill=255)
+    return mask
+
+
+@paths
+def test_the_source_row_is_the_trajectory_at_any_guidance(tiny_folder: Any, path: Any) -> None:
+    model = tiny_on(tiny_folder, *path)
+    inversion = invert(model, photo(), SOURCE, steps=STEPS)
+    for guidance in (1.0, 7.5):
+        edited = replace(inversion, TARGET, guidance=guidance, **EVERYWHERE)
+        assert torch.equal(edited.path[:, 0], inversion.states)
+        assert torch.equal(edited.source, inversion.clean)
+
+
+@pytest.mark.parametrize("method", ["renoise", "edit-friendly", "reversible"])
+def test_other_exact_methods_overwrite_the_source_row_too(tiny: Backbone, method: Method) -> None:
+    inversion = invert(tiny, photo(), SOURCE, steps=STEPS, method=method)
+    edited = replace(inversion, TARGET, **EVERYWHERE)
+    assert torch.equal(edited.source, inversion.clean)
+
+
+@pytest.mark.parametrize("method", ["ddim", "negative-prompt", "null-text"])
+def test_methods_that_walk_arrive_where_their_replay_does(tiny: Backbone, method: Method) -> None:
+    inversion = invert(tiny, photo(), SOURCE, steps=3, method=method, guidance=3.0, iterations=1)
+    wishes: dict[str, Any] = {} if method == "null-text" else {"guidance": 3.0}
+    edited = replace(inversion, TARGET, **wishes, **EVERYWHERE)
+    assert deviation(edited.source, replayed(inversion, guidance=3.0)) < 1e-4
+
+
+def test_an_edit_that_changes_no_word_is_the_guided_walk(inversion: Inversion) -> None:
+    """The check that can fail: nothing is overwritten in the target's row."""
+    edited = replace(inversion, SOURCE, guidance=7.5, cross=0.0, self_attention=0.0)
+    assert deviation(edited.latents[0], replayed(inversion, guidance=7.5)) < 1e-4
+    assert deviation(edited.latents[0], inversion.clean) > 1e-2
+
+
+def test_attention_of_a_source_that_says_the_same_changes_nothing_unguided(inversion: Inversion) -> None:
+    """At first: later the two rows stand elsewhere, since the source's is put back on its trajectory."""
+    first = replace(inversion, SOURCE, guidance=1.0, cross=1.0, self_attention=1.0).path[1, 1]
+    plain = replace(inversion, SOURCE, guidance=1.0, cross=0.0, self_attention=0.0).path[1, 1]
+    assert deviation(first, plain) < 1e-5
+
+
+def test_the_words_change_the_picture_and_windows_say_how_much(inversion: Inversion) -> None:
+    def latent(cross: float, self_attention: float) -> Tensor:
+        wishes = {"cross": cross, "self_attention": self_attention, **EVERYWHERE}
+        return replace(inversion, TARGET, **wishes).latents[0]
+
+    assert deviation(latent(1.0, 1.0), latent(0.0, 0.0)) > 1e-3
+    assert deviation(latent(1.0, 0.0), latent(0.0, 0.0)) > 1e-4
+
+
+def test_several_targets_are_each_what_they_are_alone(inversion: Inversion) -> None:
+    targets = [TARGET, "a red cat in the snow"]
+    together = replace(inversion, targets)
+    for n, target in enumerate(targets):
+        assert deviation(together.latents[n], replace(inversion, target).latents[0]) < 1e-4
+    assert len(together.pictures) == 2
+
+
+@pytest.mark.parametrize("targets", [1, 3])
+def test_an_edit_asks_for_one_row_and_two_for_each_target(tiny: Backbone, targets: int) -> None:
+    inversion = invert(tiny, photo(), SOURCE, steps=10)
+    edited = replace(inversion, [TARGET] * targets, cross=0.8, self_attention=0.4, **EVERYWHERE)
+    assert inversion.evaluations == 10
+    assert edited.evaluations == 8 * (1 + 2 * targets) + 2 * 2 * targets, (
+        "no source row once no window is open"
+    )
+    unguided = replace(inversion, [TARGET] * targets, guidance=1.0, cross=0.8, **EVERYWHERE)
+    assert unguided.evaluations == 8 * (1 + targets) + 2 * targets
+
+
+def test_outside_the_mask_the_latent_is_the_pictures_own(inversion: Inversion) -> None:
+    edited = replace(inversion, TARGET, mask=left_half(), **EVERYWHERE)
+    assert edited.masks is not None and edited.masks[0].mean() == 0.5
+    assert torch.equal(edited.latents[0][..., 4:], inversion.clean[..., 4:])
+    assert deviation(edited.latents[0][..., :4], inversion.clean[..., :4]) > 1e-3
+
+
+def test_outside_the_places_of_words_the_latent_is_the_pictures_own(inversion: Inversion) -> None:
+    edited = replace(inversion, TARGET, threshold=0.97)
+    assert edited.masks is not None
+    kept = edited.masks[0] == 0
+    assert 0 < kept.sum() < kept.numel()
+    assert torch.equal(edited.latents[0][:, kept], inversion.clean[:, kept])
+
+
+def test_words_to_keep_and_a_mask_narrow_the_place(inversion: Inversion) -> None:
+    def mask(**wishes: Any) -> Tensor:
+        found = replace(inversion, TARGET, **wishes).masks
+        assert found is not None
+        return found[0]
+
+    wide, kept = mask(threshold=0.0), mask(threshold=0.9, blend=(), keep=("snow",))
+    assert wide.all() and not kept.all() and kept.any()
+    assert torch.equal(mask(threshold=0.0, mask=left_half()), mask(mask=left_half(), blend=()))
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "weighted", "expected"),
+    [
+        ("a cat in the snow", "a dog in the snow", {}, (["cat"], ["dog"])),
+        ("a cat in the snow", "a red cat in the snow", {}, ([], ["red"])),
+        ("a red cat in the snow", "a cat in the snow", {}, (["red"], [])),
+        ("a cat in the snow", "a cat in the snow", {"snow": 2.0}, (["snow"], ["snow"])),
+        ("a cat in the snow", "a cat in the snow", {}, ([], [])),
+        ("a cat in the snow", "a watercolor of a cat in the snow", {}, ([], [])),
+    ],
+)
+def test_an_edit_happens_where_the_words_differ_unless_they_say_how_it_is_drawn(
+    tiny: Backbone,
+    source: str,
+    target: str,
+    weighted: dict[str, float],
+    expected: tuple[list[str], list[str]],
+) -> None:
+    tokenizer = tiny.text_encoder.tokenizer
+    alignment = align(read_prompt(tokenizer, source), read_prompt(tokenizer, target))
+    found = blended_words(alignment, ("auto",), weighted)
+    assert tuple([word.text for word in side] for side in found) == expected
+
+
+def test_weights_reach_the_picture(inversion: Inversion) -> None:
+    latents = [
+        replace(inversion, SOURCE, weights={"cat": weight}, cross=1.0, **EVERYWHERE).latents[0]
+        for weight in (1.0, 2.0, 4.0)
+    ]
+    assert 1e-5 < deviation(latents[1], latents[0]) < deviation(latents[2], latents[0])
+
+
+def test_strength_0_leaves_the_picture_and_less_strength_changes_less(tiny: Backbone) -> None:
+    inversion = invert(tiny, photo(), SOURCE, steps=10)
+    latents = [replace(inversion, TARGET, strength=s, **EVERYWHERE).latents[0] for s in (0.0, 0.3, 1.0)]
+    assert torch.equal(latents[0], inversion.clean)
+    assert deviation(latents[1], inversion.clean) < deviation(latents[2], inversion.clean)
+
+
+def test_heat_maps_are_read_and_change_nothing(inversion: Inversion) -> None:
+    plain, edited = replace(inversion, TARGET), replace(inversion, TARGET, heatmaps=("snow", "dog"))
+    assert edited.heatmaps["snow"].shape[0] == 2 and edited.heatmaps["snow"].ndim == 3
+    assert not edited.heatmaps["dog"][0].any(), "the source does not say it"
+    assert edited.heatmaps["dog"][1].any()
+    assert deviation(edited.latents, plain.latents) < 1e-4
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "prompt-to-prompt"])
+@pytest.mark.parametrize("method", ["direct", "ddim"])
+def test_presets_hold_the_picture_without_its_words(tiny: Backbone, preset: str, method: Method) -> None:
+    """Even prompts that share no word; and they change what a plain guided walk gives."""
+    inversion = invert(tiny, photo(), SOURCE, steps=STEPS, method=method)
+    edited = replace(inversion, "red", **PRESETS[preset])
+    plain = replace(inversion, "red", cross=0.0, self_attention=0.0, **EVERYWHERE)
+    assert deviation(edited.latents, plain.latents) > 1e-3
+    assert edited.masks is None
+
+
+def test_a_picture_that_is_not_square_is_edited_in_its_own_shape(tiny: Backbone) -> None:
+    inversion = invert(tiny, photo(120, 60), SOURCE, steps=3)
+    edited = replace(inversion, TARGET, heatmaps=("snow",))
+    assert edited.pictures[0].size == edited.reconstruction.size == (96, 48)
+    assert edited.heatmaps["snow"].shape[-2] < edited.heatmaps["snow"].shape[-1]
+
+
+def test_a_lora_is_worn_through_inversion_and_edit(tiny: Backbone) -> None:
+    plain = replace(invert(tiny, photo(), SOURCE, steps=3), TARGET, **EVERYWHERE)
+    add_lora(tiny.denoiser, "subject", rank=2, alpha=4.0, targets=("to_q", "to_k", "to_v", "to_out.0"))
+    for value in lora_parameters(tiny.denoiser, "subject").values():
+        value.data = torch.randn(value.shape, generator=torch.Generator().manual_seed(1)) / 2
+    activate(tiny.denoiser, ["subject"])
+    inversion = invert(tiny, photo(), SOURCE, steps=3)
+    worn = replace(inversion, TARGET, **EVERYWHERE)
+    assert torch.equal(worn.source, inversion.clean)
+    assert deviation(worn.latents, plain.latents) > 1e-3
+
+
+def test_the_model_is_as_before_after_an_edit_and_after_an_error(inversion: Inversion) -> None:
+    denoiser = cast(Any, inversion.model.denoiser)
+    processors, hooks = dict(denoiser.attn_processors), [m._forward_hooks for m in denoiser.modules()]
+    weights = {name: value.clone() for name, value in denoiser.state_dict().items()}
+    replace(inversion, TARGET, **PRESETS["plug-and-play"])
+
+    def stop() -> None:
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        replace(inversion, TARGET, progress=stop)
+    assert all(denoiser.attn_processors[name] is value for name, value in processors.items())
+    assert not any(hooks)
+    assert all(torch.equal(value, weights[name]) for name, value in denoiser.state_dict().items())
+
+
+class Softmax(TorchDispatchMode):
+    """Counts operations that make a whole attention matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "softmax" in str(operation):
+            self.found.append(str(operation))
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_whole_edit_materialises_no_attention_matrix(inversion: Inversion) -> None:
+    inversion.model.text_encoder  # noqa: B018 (loaded, and prompts encoded, before the count begins)
+    replace(inversion, TARGET, **EVERYWHERE)
+    with Softmax() as counted:
+        replace(inversion, TARGET, cross=0.6, weights={"dog": 2.0}, **EVERYWHERE)
+        replace(inversion, TARGET)
+    assert counted.found == []
+
+
+def test_frames_show_the_way(inversion: Inversion) -> None:
+    edited: Edited = replace(inversion, [TARGET, SOURCE], frames=3)
+    assert edited.estimates.shape[:2] == (3, 2)
+    assert replace(inversion, TARGET).estimates.shape[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("target", "wishes", "complaint"),
+    [
+        ("ship", {}, "share no words"),
+        ("", {}, "empty"),
+        (TARGET, {"blend": ("snwo",)}, "Did you mean “snow”"),
+        (TARGET, {"keep": ("hat",)}, "not in any"),
+        (TARGET, {"weights": {"cat": 2.0}}, "not in the prompt"),
+        (TARGET, {"windows": {"dog": (0.0, 1.5)}}, "between 0 and 1"),
+        (TARGET, {"cross": 1.5}, "between 0 and 1"),
+        (TARGET, {"strength": -0.1}, "between 0 and 1"),
+        (TARGET, {"guidance": -1.0}, "negative"),
+        (TARGET, {"mask": Image.new("L", (20, 10))}, "20 × 10 pixels and the picture 64 × 64"),
+        (TARGET, {"swaps": (("ship", "dog"),)}, "not in the prompt"),
+        ([], {}, "no target"),
+    ],
+)
+def test_mistakes_are_answered(
+    inversion: Inversion, target: str, wishes: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(UserError, match=complaint):
+        replace(inversion, target, **wishes)
+
+
+def test_a_null_text_inversion_is_edited_with_its_own_guidance(tiny: Backbone) -> None:
+    inversion = invert(tiny, photo(), SOURCE, method="null-text", steps=2, guidance=3.0, iterations=1)
+    assert replace(inversion, TARGET).guidance == 3.0
+    with pytest.raises(UserError, match="made for guidance 3, not 5"):
+        replace(inversion, TARGET, guidance=5.0)

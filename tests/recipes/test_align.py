@@ -1,0 +1,91 @@
+"""The preference recipes' prompts, and how they read the judge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from align.pairs import normal
+from align.prompts import read_prompts
+from align.statistics import Interval
+from backbone.world.scene import Scene
+from backbone.world.words import Thing
+from benchmarks.judge import ONE, TWO_DIFFERENT, Verdict
+from recipes.align.journey import (
+    HELD_OUT_PROMPTS,
+    TRAINING_PROMPTS,
+    Found,
+    all_right,
+    hard,
+    kind,
+    plain,
+    scenes,
+    table,
+    write_prompts,
+)
+
+
+def verdict(
+    glyphs: dict[str, float], *, place: str = "in the snow", colour: str = "none", count: str = ONE
+) -> Verdict:
+    return Verdict(
+        glyphs, {place: 1.0}, {colour: 1.0}, {"none": 1.0}, {"none": 1.0}, {count: 1.0}, {"usual": 1.0}
+    )
+
+
+def test_held_out_prompts_are_other_sentences() -> None:
+    learn = scenes(TRAINING_PROMPTS, 300, hard)
+    test = scenes(HELD_OUT_PROMPTS, 200, hard, without=learn)
+    assert (len(learn), len(test)) == (300, 200)
+    sentences = [normal(scene.caption()) for scene in [*learn, *test]]
+    assert len(set(sentences)) == 500
+
+
+def test_hard_prompts_ask_for_two_things_a_colour_or_an_accessory(tmp_path: Path) -> None:
+    chosen = scenes(TRAINING_PROMPTS, 100, hard)
+    assert {kind(scene) for scene in chosen} == {"two things", "a colour", "an accessory"}
+    path = write_prompts(tmp_path / "prompts.jsonl", chosen)
+    assert [prompt.text for prompt in read_prompts(path)] == [scene.caption() for scene in chosen]
+    assert all(scene.style is None for scene in scenes(TRAINING_PROMPTS, 100, plain))
+
+
+def test_all_right_is_everything_that_was_asked_for() -> None:
+    red = Scene((Thing("dog", colour="red"),), "in the snow")
+    assert all_right(red, verdict({"dog": 0.9, "cat": 0.1}, colour="red"))
+    assert not all_right(red, verdict({"dog": 0.9, "cat": 0.1}, colour="blue"))
+    assert not all_right(red, verdict({"cat": 0.9, "dog": 0.1}, colour="red"))
+    assert not all_right(red, verdict({"dog": 0.9, "cat": 0.1}, colour="red", place="at night"))
+    two = Scene((Thing("dog"), Thing("cat")), "in the snow")
+    assert all_right(two, verdict({"cat": 0.5, "dog": 0.5}, count=TWO_DIFFERENT))
+    assert not all_right(two, verdict({"cat": 0.5, "owl": 0.5}, count=TWO_DIFFERENT))
+    assert not all_right(two, verdict({"cat": 0.5, "dog": 0.5}))
+
+
+def test_the_table_has_a_row_for_each_run() -> None:
+    found = Found(
+        n=20,
+        base=Interval(0.5, 0.4, 0.6),
+        tuned=Interval(0.6, 0.5, 0.7),
+        difference=Interval(0.1, 0.02, 0.18),
+        wins={"moji": Interval(0.8, 0.7, 0.9)},
+        diversity=0.95,
+    )
+    lines = table([("dpo", found, {"sampling": 12.0, "training": 30.0})]).splitlines()
+    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
+    assert "+10.0 (+2.0 to +18.0) points" in lines[2] and "12 s" in lines[2] and "n = 20" in lines[-1]
+
+
+@pytest.mark.parametrize("recipe", ["prompt_fidelity", "taste"])
+def test_a_recipe_opens_with_its_command(recipe: str) -> None:
+    text = (Path(__file__).parents[2] / "recipes" / "align" / f"{recipe}.py").read_text()
+    assert f"    python -m recipes.align.{recipe}" in text.split('"""')[1]
+
+
+def test_a_table_can_be_written(tmp_path: Path) -> None:
+    from backbone.files import write_json
+
+    found = Found(2, *(Interval(0.5, 0.4, 0.6),) * 3, wins={}, diversity=float("nan"))
+    write_json(tmp_path / "table.json", {"rows": [("dpo", found, {"sampling": 1.0})]})
+    assert json.loads((tmp_path / "table.json").read_text())["rows"][0][1]["n"] == 2
