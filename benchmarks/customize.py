@@ -7,7 +7,8 @@ Every concept is a glyph that the base has never seen. Its five training picture
 real commands `customize train` and `customize sample` then draw it in the other seven. The judge names the glyph among
 all that it knows, and the place. Beside it stands the base model without training, asked with the same words. Wilson
 95 % intervals over the pictures, and a bootstrap over concepts, which differ more than pictures do. Writes `table.md`,
-`table.json` and every run with its sheet.
+`table.json` and every run with its sheet. Concepts that `--out` has results of are not trained again, so several
+processes can share the work; use another `--out` for other flags.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from PIL import Image
 
 from backbone.concept import read_concept
 from backbone.console import run, say
-from backbone.files import write_json, write_text
+from backbone.files import read_json, write_json, write_text
 from backbone.sheet import GREEN, RED, Cell, save_png, sheet
 from backbone.world.render import font_path, render
 from backbone.world.words import vocabulary
@@ -69,6 +70,10 @@ def main(
         for k, scene in enumerate(concept_pictures(concept, first_seed=1_900_000 + 10 * number)):
             save_png(pictures / f"{k}.png", render(scene).image)
         trained = out / "runs" / f"{pictures.name}-{seed}"
+        known = out / "results" / f"{trained.name}.json"
+        if known.exists():
+            results.append(Result(**read_json(known)))
+            continue
         noun = words.classes[concept]
         began = time.perf_counter()
         customize(
@@ -121,11 +126,10 @@ def main(
         )
         show(out / "sheets" / f"{trained.name}.png", concept, after, asked, seen, count)
         say(json.dumps(asdict(results[-1])))
-        write_json(
-            out / "table.json",
-            {"seed": seed, "flags": flags, "results": [asdict(result) for result in results]},
-        )
-        write_text(out / "table.md", table(results))
+        write_json(known, asdict(results[-1]))
+    facts = {"seed": seed, "flags": flags, "results": [asdict(result) for result in results]}
+    write_json(out / "table.json", facts)
+    write_text(out / "table.md", table(results))
     print(table(results))
 
 

@@ -8,6 +8,7 @@ All four run even when one fails, pytest last. The exit status is 1 when any fai
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +21,12 @@ LINTERS = (
 )
 
 
+TESTS = ("pytest", "-n", "auto", "--dist", "worksteal")  # a process for every core, a thread each
+
+
 def main(pytest_options: list[str]) -> int:
     """Runs all checks in the project's root and gives the exit status."""
-    failed = [command for command in (*LINTERS, ("pytest", *pytest_options)) if not passes(command)]
+    failed = [command for command in (*LINTERS, (*TESTS, *pytest_options)) if not passes(command)]
     for command in failed:
         if command[0] != "pytest":  # its own closing line says so
             print(f"failed: {' '.join(command)}", flush=True)
@@ -32,7 +36,8 @@ def main(pytest_options: list[str]) -> int:
 def passes(command: tuple[str, ...]) -> bool:
     """Runs a tool of this environment: `ruff check .` as `python -m ruff check .`."""
     print(f"+ {' '.join(command)}", flush=True)
-    return subprocess.run([sys.executable, "-m", *command], cwd=ROOT).returncode == 0
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    return subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=environment).returncode == 0
 
 
 if __name__ == "__main__":

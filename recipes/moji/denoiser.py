@@ -62,11 +62,10 @@ DEFAULTS = {  # what works with this model; Backbone.defaults reads it
     "steps": 25,
     "guidance": 4.0,
     "train_steps": 250,
-    "learning_rate": 1e-3,
+    "learning_rate": 4e-3,
     "rank": 16,
     "batch": 6,
     "prior_batch": 2,
-    "flip": True,
     "lora_layers": "all",
     "sheet_prompts": [
         "a {} in the snow",

@@ -87,7 +87,7 @@ def test_flow_levels_are_quantiles_of_a_shifted_logit_normal() -> None:
     torch.testing.assert_close(levels.a + levels.b, torch.ones(1001).double())
     shifted = flow_levels(1001, 3.0)
     assert float(shifted.b[500]) == pytest.approx(0.75)  # 3·½ / (1 + 2·½)
-    assert bool((shifted.b.diff() > 0).all()) and 0 < float(shifted.b[0]) and float(shifted.b[-1]) < 1
+    assert bool((shifted.b.diff() > 0).all()) and float(shifted.b[0]) > 0 and float(shifted.b[-1]) < 1
     assert shifted.time is not None and float(shifted.time[500]) == pytest.approx(750)
 
 

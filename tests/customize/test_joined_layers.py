@@ -97,7 +97,7 @@ def test_diffusers_reads_what_kohya_s_form_joins(folders: Folders, tmp_path: Pat
     }
     random = torch.Generator().manual_seed(0)
     adapter = Adapter({name: random_layer(module, 2, 3.0, random) for name, module in chosen.items()})
-    write_adapter(tmp_path / "a.safetensors", adapter, "kohya")
+    write_adapter(tmp_path / "a.safetensors", adapter, "kohya", base="flux")
     theirs, ours = (FluxPipeline.from_pretrained(folders["flux"]) for _ in range(2))
     theirs.load_lora_weights(str(tmp_path), weight_name="a.safetensors")
     modules = dict(ours.transformer.named_modules())
