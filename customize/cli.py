@@ -234,7 +234,13 @@ def train(
     ] = None,
     evaluation_steps: Annotated[
         int | None,
-        typer.Option("--evaluate-every", "--evaluation_steps", min=0, help="0: never.", show_default="50"),
+        typer.Option(
+            "--evaluate-every",
+            "--evaluation_steps",
+            min=0,
+            help="0: never.",
+            show_default="100; with --steps auto 50",
+        ),
     ] = None,
     patience: Annotated[
         int | None,
@@ -270,7 +276,7 @@ def train(
     ] = None,
     loss_weighting: Annotated[
         Weighting | None,
-        typer.Option("--loss_weighting", help="The weight of noise levels.", show_default="none"),
+        typer.Option("--loss_weighting", help="The weight of noise levels.", show_default="by model"),
     ] = None,
     snr_gamma: Annotated[
         float | None,

@@ -98,7 +98,7 @@ class Settings:
     seed: int = 0
     checkpointing_steps: int = 100
     validation_steps: int = 150
-    evaluation_steps: int = 50
+    evaluation_steps: int = 100
     patience: int = 0
     scorer: str = ""
     report_to: str = "jsonl"

@@ -67,6 +67,7 @@ DEFAULTS = {  # what works with this model; Backbone.defaults reads it
     "batch": 6,
     "prior_batch": 2,
     "lora_layers": "all",
+    "loss_weighting": "debiased",
     "sheet_prompts": [
         "a {} in the snow",
         "a {} in a park",
