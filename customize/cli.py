@@ -75,6 +75,9 @@ def check(
     for warning in warnings_about(pictures, resolution=opened.resolution):
         say(f"Warning: {warning}")
     settings = resolved(opened, {}, images=images, token="[V]", class_noun="")
+    if "transformer" in opened.location.index:
+        say("What a run will need is estimated for UNets only, and this model's denoiser is a transformer.")
+        return
     for sentence in estimate(opened, settings, len(pictures)).sentences():
         say(sentence)
 

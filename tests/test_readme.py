@@ -1,4 +1,4 @@
-"""What the README tells people to type is what the project understands."""
+"""What the README and the pages in docs/ tell people to type is what the project understands."""
 
 from __future__ import annotations
 
@@ -9,18 +9,31 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from customize.cli import app
+import align.cli
+import customize.cli
+import edit.cli
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 COMMANDS = dict(re.findall(r"^<!-- command: (\w+) -->\n+```sh\n([^\n]+)\n```$", README, flags=re.MULTILINE))
 
 
-def lines_calling(program: str) -> list[list[str]]:
-    """The arguments of every call of a program in the README's shell blocks."""
-    shell = "\n".join(block for language, block in BLOCKS if language == "sh")
-    calls = [shlex.split(call, comments=True) for line in shell.splitlines() for call in line.split("&&")]
-    return [call[1:] for call in calls if call and Path(call[0]).name == program]
+APPS = {"customize": customize.cli.app, "edit": edit.cli.app, "align": align.cli.app}
+PAGES = {
+    name: (Path(__file__).parents[1] / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in APPS
+}
+
+
+def lines_calling() -> list[list[str]]:
+    """Every call of one of our programs in a shell block of the README or of a page."""
+    blocks = [
+        block
+        for text in (README, *PAGES.values())
+        for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    ]
+    lines = [line for block in blocks for line in block.splitlines()]
+    calls = [shlex.split(call, comments=True) for line in lines for call in line.split("&&")]
+    return [[Path(call[0]).name, *call[1:]] for call in calls if call and Path(call[0]).name in APPS]
 
 
 def test_both_commands_for_a_bare_machine_are_one_line_each() -> None:
@@ -28,18 +41,22 @@ def test_both_commands_for_a_bare_machine_are_one_line_each() -> None:
     assert all(command.startswith("python3 -m venv ") for command in COMMANDS.values())
 
 
-@pytest.mark.parametrize("arguments", lines_calling("customize"), ids=" ".join)
-def test_every_call_of_customize_is_understood(arguments: list[str]) -> None:
-    group = typer.main.get_group(app)
-    name, *rest = arguments
+@pytest.mark.parametrize("arguments", lines_calling(), ids=" ".join)
+def test_every_call_is_understood(arguments: list[str]) -> None:
+    program, name, *rest = arguments
+    group = typer.main.get_group(APPS[program])
     group.commands[name].make_context(name, rest).close()
 
 
-def test_every_flag_that_is_named_exists() -> None:
-    commands = typer.main.get_group(app).commands.values()
+@pytest.mark.parametrize("program", APPS)
+def test_every_flag_that_is_named_exists(program: str) -> None:
+    commands = [c for app in APPS.values() for c in typer.main.get_group(app).commands.values()]
     known = {flag for command in commands for parameter in command.params for flag in parameter.opts}
-    section = README[README.index("## `customize` in depth") : README.index("## From Python")]
-    named = set(re.findall(r"--[a-z][a-z_-]+", section)) - {"--help"}
+    known |= {
+        flag for command in commands for parameter in command.params for flag in parameter.secondary_opts
+    }
+    text = re.sub(r"`python\s+-m[^`]*`", "", PAGES[program])  # recipes and benchmarks have flags of their own
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", text)) - {"--help"}
     assert named - known == set()
 
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image, ImageEnhance, ImageFilter
+from typer.testing import CliRunner
 
 from backbone.images import read_folder
 from backbone.model import Backbone
 from customize import preflight
+from customize.cli import app
 from customize.preflight import (
     adapted,
     estimate,
@@ -25,6 +27,7 @@ from customize.preflight import (
     warnings_about,
 )
 from customize.runs import resolved
+from tests.tiny import tiny_stable_diffusion_3
 
 
 def scene(seed: int, size: tuple[int, int] = (160, 160)) -> Image.Image:
@@ -131,3 +134,10 @@ def test_a_large_model_is_not_timed(tiny: Backbone, monkeypatch: pytest.MonkeyPa
     found = estimate(tiny, settings, 3)
     assert found.step_seconds is None
     assert any("unknown" in sentence for sentence in found.sentences())
+
+
+def test_check_says_that_it_cannot_estimate_a_transformer(subject: Path, tmp_path: Path) -> None:
+    model = tiny_stable_diffusion_3(tmp_path / "sd3", t5=False)
+    done = CliRunner().invoke(app, ["check", "--images", str(subject), "--model", str(model)])
+    assert done.exit_code == 0, done.output
+    assert "a transformer" in done.output
