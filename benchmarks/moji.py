@@ -56,7 +56,7 @@ def main(
     model: Annotated[str, typer.Option(help="moji, or a diffusers folder.")] = "moji",
     prompts: Annotated[int, typer.Option(help="How many held-out prompts.")] = 300,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 25,
-    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is without.")] = 3.0,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is without.")] = 4.0,
     batch: Annotated[int, typer.Option(help="Pictures drawn together.")] = 10,
     judge: Annotated[Path, typer.Option(help="The judge's folder.")] = FOLDER,
     photographs: Annotated[Path | None, typer.Option(help="Also measure the autoencoder on these.")] = None,

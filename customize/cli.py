@@ -233,7 +233,7 @@ def train(
     ] = None,
     validation_steps: Annotated[
         int | None,
-        typer.Option("--validation_steps", min=1, help="A preview sheet every so often.", show_default="150"),
+        typer.Option("--validation_steps", min=1, help="A preview sheet every so often.", show_default="500"),
     ] = None,
     evaluation_steps: Annotated[
         int | None,
@@ -242,7 +242,7 @@ def train(
             "--evaluation_steps",
             min=0,
             help="0: never.",
-            show_default="100; with --steps auto 50",
+            show_default="125; with --steps auto 50",
         ),
     ] = None,
     patience: Annotated[

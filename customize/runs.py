@@ -242,7 +242,7 @@ def resolved(model: Backbone, asked: dict[str, Any], *, images: str, token: str,
         "lora_layers": usual.get("lora_layers", "attention"),
         "prior_batch": usual.get("prior_batch", 1),
         "loss_weighting": usual.get("loss_weighting", "none"),
-        "evaluation_steps": 50 if asked.get("patience") else 100,
+        "evaluation_steps": 50 if asked.get("patience") else 125,
     }
     wanted = {key: value for key, value in asked.items() if value is not None and value != ()}
     merged = {**from_model, **wanted}

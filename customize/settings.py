@@ -97,8 +97,8 @@ class Settings:
     device: str = "auto"
     seed: int = 0
     checkpointing_steps: int = 100
-    validation_steps: int = 150
-    evaluation_steps: int = 100
+    validation_steps: int = 500
+    evaluation_steps: int = 125
     patience: int = 0
     scorer: str = ""
     report_to: str = "jsonl"
