@@ -116,7 +116,8 @@ def test_the_traceback_is_shown_on_request(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 def test_a_real_ctrl_c_prints_no_traceback() -> None:
     script = (
-        "import time, typer\nfrom backbone.console import run\napp = typer.Typer()\n"
+        "import signal, time, typer\nfrom backbone.console import run\napp = typer.Typer()\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where the tests run in the background
         "@app.command()\ndef wait() -> None:\n    print('ready', flush=True)\n    time.sleep(30)\nrun(app)\n"
     )
     process = subprocess.Popen(
