@@ -12,6 +12,7 @@ Both go wrong in one way: they find what the scorer likes and pictures should no
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -44,7 +45,7 @@ Reward: TypeAlias = Callable[[Tensor, Sequence[str]], Tensor]
 
 
 @dataclass
-class RewardTraining:
+class RewardTraining(ABC):
     """What both ways share: a LoRA, its optimiser, prompts whose `Text` is encoded once; `steps` yields the reports.
 
     A step's prompts and noise follow from its number, so a run goes on bit for bit where it was saved.
@@ -86,13 +87,13 @@ class RewardTraining:
                 self.done = report.step
                 yield report
 
+    @abstractmethod
     def losses(self, step: int) -> Iterator[Tensor]:
         """The losses of a step's micro-batches."""
-        raise NotImplementedError
 
+    @abstractmethod
     def may_save(self, step: int) -> bool:
         """Whether a run that is saved after this step goes on exactly."""
-        raise NotImplementedError
 
     def save(self, run: Path) -> None:
         """Writes the checkpoint."""

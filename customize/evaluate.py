@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -107,7 +107,7 @@ class Evaluator:
         assert self.start is not None
         most = mean_likeness(self.subject)
         value = rating(figures, start=self.start, most=most)
-        return Figures(**{**figures.__dict__, "rating": value})
+        return replace(figures, rating=value)
 
 
 def rating(figures: Figures, *, start: Figures, most: float) -> float:
