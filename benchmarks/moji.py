@@ -1,12 +1,16 @@
 """How well a model draws the world of `moji`: 300 held-out prompts, read by the judge.
 
     python -m benchmarks.moji                                 some minutes on two cores
+    python -m benchmarks.moji --also 25:1 --also 25:2.5 --also 25:6 --also 15:4      a sweep of steps:guidance
+    python -m benchmarks.moji --beside older/ --beside newer/                        other weights, same prompts
 
-Prompts are the canonical captions of scenes that no part was trained on (seeds from 1,000,000). Every share
-has its Wilson 95 % interval. The column of true pictures is the same judge on the same scenes as rendered:
-what a perfect model would get; it needs the emoji font and stays empty without it, as do the autoencoder's
-figures on scenes. PSNR is the mean of the pictures' decibels. Writes `table.md`, `table.json`,
-`verdicts.jsonl` and `sheet.png` (64 prompts).
+Prompts are the canonical captions of scenes that no part was trained on (seeds from 1,000,000). Every share has its
+Wilson 95 % interval. The column of true pictures is the same judge on the same scenes as rendered: what a perfect model
+would get; it needs the emoji font and stays empty without it, as do the autoencoder's figures on scenes. PSNR is the
+mean of the pictures' decibels. A sweep uses other prompts than the table, so a setting can be chosen by it. Pictures
+stay in `pictures/` and are not drawn again; verdicts are always given anew. Writes `table.md`, `table.json`,
+`verdicts.jsonl`, `sheet.png` (64 prompts), `without-guidance.png` (the same 64), and `worst.png`: the pictures in which
+the judge finds what was asked for least.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,8 +41,10 @@ from benchmarks.judge import (
     FACTS,
     FOLDER,
     GREY_STYLES,
+    NONE,
     TWO_DIFFERENT,
     TWO_OF_A_KIND,
+    Reading,
     Verdict,
     load_judge,
     prepared,
@@ -49,7 +55,7 @@ from recipes.moji.autoencoder import psnr
 from recipes.moji.pictures import texture
 
 TEXTURES = 200
-SHEET = 64
+SHEET, WORST = 64, 16
 
 
 def main(
@@ -57,47 +63,69 @@ def main(
     prompts: Annotated[int, typer.Option(help="How many held-out prompts.")] = 300,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 25,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is without.")] = 4.0,
+    also: Annotated[list[str] | None, typer.Option(help="STEPS:GUIDANCE, compared on other prompts.")] = None,
+    also_prompts: Annotated[int, typer.Option(help="How many prompts the sweep uses.")] = 150,
+    beside: Annotated[list[str] | None, typer.Option(help="Other models, on the table's prompts.")] = None,
     batch: Annotated[int, typer.Option(help="Pictures drawn together.")] = 10,
     judge: Annotated[Path, typer.Option(help="The judge's folder.")] = FOLDER,
     photographs: Annotated[Path | None, typer.Option(help="Also measure the autoencoder on these.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/moji"),
 ) -> None:
-    """Draws, judges, and writes the tables and the sheet."""
+    """Draws, judges, and writes the tables and the sheets."""
+    settings = [setting_of(text) for text in also or []]
     judges = load_judge(judge)
     backbone = Backbone.open(model, device=device)
-    exact = Backbone.open(model, device=device, precision="fp32")
+    gallery = Gallery(out / "pictures", batch)
+    main_setting = Setting(steps, guidance)
     scenes = benchmark_scenes(prompts)
-    began = time.perf_counter()
-    pictures = []
-    with progress(len(scenes), "drawing") as bar:
-        for first in range(0, len(scenes), batch):
-            some = scenes[first : first + batch]
-            pictures += pictures_of(backbone, some, steps=steps, guidance=guidance)
-            bar.advance(len(some), images=len(some))
-    together = (time.perf_counter() - began) / len(scenes)
+    pictures = gallery.pictures(backbone, scenes, main_setting)
     verdicts = judges.verdicts(pictures)
     truth = true_pictures(scenes)
     reference = judged(scenes, judges.verdicts(truth)) if truth else None
     results = judged(scenes, verdicts)
+    others = {}
+    for name in beside or []:
+        other = Backbone.open(name, device=device)
+        others[name] = judged(scenes, judges.verdicts(gallery.pictures(other, scenes, main_setting)))
+    more = benchmark_scenes(prompts + also_prompts)[prompts:] if settings else []
+    sweep = {each: judged(more, judges.verdicts(gallery.pictures(backbone, more, each))) for each in settings}
+    without = gallery.pictures(backbone, scenes[:SHEET], Setting(steps, 1.0))
+    exact = Backbone.open(model, device=device, precision="fp32")
     facts: dict[str, Any] = {
         "model": model, "prompts": len(scenes), "first_seed": BENCHMARK_SEEDS[0], "steps": steps,
         "guidance": guidance, "rows": [asdict(row) for row in results],
         "true_pictures": [asdict(row) for row in reference or []],
-        "psnr_db": autoencoder_figures(exact, scenes, truth, photographs),
-        "seconds_per_picture": {
-            f"in batches of {batch}": round(together, 3),
-            "one at a time": round(alone(backbone, scenes[:4], steps, guidance), 3),
+        "beside": {name: [asdict(row) for row in rows] for name, rows in others.items()},
+        "sweep": {
+            "prompts": len(more),
+            **{str(each): [asdict(row) for row in rows] for each, rows in sweep.items()},
         },
+        "psnr_db": autoencoder_figures(exact, scenes, truth, photographs),
+        "seconds_per_picture": seconds_of(backbone, scenes[:batch], main_setting),
         "judge": read_json(judge / FACTS).get("held_out"),
         "machine": f"{device}, {backbone.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }  # fmt: skip
     write_json(out / "table.json", facts)
     table = markdown(facts, results, reference)
+    if others:
+        table += side_by_side({model: results, **others}, f"{len(scenes)} prompts of the table", "model")
+    if sweep:
+        named = {str(each): rows for each, rows in sweep.items()}
+        table += side_by_side(named, f"{len(more)} other prompts", "steps, guidance")
     write_text(out / "table.md", table)
+    title = f"{model}, {steps} steps"
+    save_sheet(out / "sheet.png", scenes[:SHEET], pictures, verdicts, title=f"{title}, guidance {guidance:g}")
     save_sheet(
-        out / "sheet.png", scenes, pictures, verdicts, title=f"{model}, {steps} steps, guidance {guidance:g}"
-    )
+        out / "without-guidance.png", scenes[:SHEET], without, judges.verdicts(without),
+        title=f"{title}, without guidance",
+    )  # fmt: skip
+    worst = sorted(range(len(scenes)), key=lambda k: likeness(scenes[k], verdicts[k]))[:WORST]
+    save_sheet(
+        out / "worst.png", [scenes[k] for k in worst], [pictures[k] for k in worst], [verdicts[k] for k in worst],
+        title=f"{title}, guidance {guidance:g}: the {WORST} worst of {len(scenes)}",
+        note="Those to whose things, place, colour, accessory and style together the judge gives least.",
+    )  # fmt: skip
     (out / "verdicts.jsonl").unlink(missing_ok=True)
     for scene, verdict in zip(scenes, verdicts, strict=True):
         seen = {head: top(reading) for head, reading in asdict(verdict).items()}
@@ -105,12 +133,54 @@ def main(
     print(table)
 
 
-def pictures_of(
-    model: Backbone, scenes: Sequence[Scene], *, steps: int, guidance: float
-) -> list[Image.Image]:
+@dataclass(frozen=True)
+class Setting:
+    """How a picture is drawn."""
+
+    steps: int
+    guidance: float
+
+    def __str__(self) -> str:
+        return f"{self.steps}, {self.guidance:g}"
+
+
+def setting_of(text: str) -> Setting:
+    """`25:4` → 25 steps, guidance 4. Raises `UserError` for anything else."""
+    try:
+        steps, guidance = text.split(":")
+        return Setting(int(steps), float(guidance))
+    except ValueError:
+        raise UserError(f"--also wants STEPS:GUIDANCE, such as 25:4, not {text!r}.") from None
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures of scenes' captions on disk, by model and setting; what is missing is drawn."""
+
+    folder: Path
+    batch: int
+
+    def pictures(self, model: Backbone, scenes: Sequence[Scene], setting: Setting) -> list[Image.Image]:
+        """In the order of the scenes."""
+        folder = self.folder / f"{model.fingerprint[:12]}-{setting.steps}-{setting.guidance:g}"
+        paths = [folder / f"{scene.seed}.png" for scene in scenes]
+        missing = [pair for pair in zip(scenes, paths, strict=True) if not pair[1].exists()]
+        with progress(len(missing), f"drawing ({setting})") as bar:
+            for first in range(0, len(missing), self.batch):
+                some = missing[first : first + self.batch]
+                drawn = pictures_of(model, [scene for scene, _ in some], setting)
+                for picture, (_, path) in zip(drawn, some, strict=True):
+                    save_png(path, picture)
+                bar.advance(len(some), images=len(some))
+        return [Image.open(path).convert("RGB") for path in paths]
+
+
+def pictures_of(model: Backbone, scenes: Sequence[Scene], setting: Setting) -> list[Image.Image]:
     """One picture of each scene's caption, from noise of the scene's seed, whatever stands in the batch beside it."""
     requests = [Request(scene.caption(), (scene.seed, 0)) for scene in scenes]
-    return list(sample(model, requests, steps=steps, guidance=guidance, seed=0, batch=len(requests)))
+    return list(
+        sample(model, requests, steps=setting.steps, guidance=setting.guidance, seed=0, batch=len(requests))
+    )
 
 
 def benchmark_scenes(count: int) -> list[Scene]:
@@ -262,14 +332,32 @@ def decibels(model: Backbone, images: Sequence[Image.Image], *, batch: int = 20)
     return torch.cat(parts)
 
 
-def alone(model: Backbone, scenes: Sequence[Scene], steps: int, guidance: float) -> float:
-    """Median seconds for one picture at a time; the first one warms up."""
-    seconds = []
-    for scene in scenes:
+def seconds_of(model: Backbone, scenes: Sequence[Scene], setting: Setting) -> dict[str, float]:
+    """Seconds a picture takes: all of these together, and one at a time (median of four after a warm-up)."""
+
+    def timed(some: Sequence[Scene]) -> float:
         began = time.perf_counter()
-        pictures_of(model, [scene], steps=steps, guidance=guidance)
-        seconds.append(time.perf_counter() - began)
-    return float(np.median(seconds[1:] or seconds))
+        pictures_of(model, some, setting)
+        return (time.perf_counter() - began) / len(some)
+
+    timed(scenes)
+    together = timed(scenes)
+    single = [timed([scene]) for scene in scenes[:5]]
+    return {
+        f"in batches of {len(scenes)}": round(together, 3),
+        "one at a time": round(float(np.median(single[1:] or single)), 3),
+    }
+
+
+def likeness(scene: Scene, seen: Verdict) -> float:
+    """log of the probability that the judge gives to all that was asked for, its heads taken as independent."""
+    thing = scene.things[0]
+    asked: list[tuple[Reading, str | None]] = [(seen.place, scene.place), (seen.style, scene.style or NONE)]
+    asked += [(seen.glyphs, each.noun) for each in scene.things]
+    asked.append((seen.accessory, thing.accessory or NONE))
+    if scene.style not in GREY_STYLES:
+        asked.append((seen.colour, thing.colour or NONE))
+    return sum(math.log(reading[label] + 1e-9) for reading, label in asked if label is not None)
 
 
 def markdown(facts: dict[str, Any], rows: Sequence[Row], reference: Sequence[Row] | None) -> str:
@@ -291,6 +379,21 @@ def markdown(facts: dict[str, Any], rows: Sequence[Row], reference: Sequence[Row
     return "\n".join([*lines, "", f"A picture takes {', '.join(speeds)} ({facts['machine']}).", ""])
 
 
+def side_by_side(columns: Mapping[str, Sequence[Row]], prompts: str, what: str) -> str:
+    """A table with a column for every model or setting."""
+    lines = [
+        "",
+        f"The same by {what}, {prompts}:",
+        "",
+        f"| judged | {' | '.join(columns)} | n |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+    for rows in zip(*columns.values(), strict=True):
+        cells = [f"{per_cent(row.share)} ({per_cent(row.low)}–{per_cent(row.high)})" for row in rows]
+        lines.append(f"| {rows[0].name} | {' | '.join(cells)} | {rows[0].n} |")
+    return "\n".join([*lines, ""])
+
+
 def per_cent(share: float) -> str:
     return "–" if math.isnan(share) else f"{100 * share:.1f} %"
 
@@ -302,14 +405,14 @@ def save_sheet(
     verdicts: Sequence[Verdict],
     *,
     title: str,
+    note: str = "Every prompt in order, none chosen. Green: the judge sees the things that were asked for.",
 ) -> None:
-    """The first 64 prompts in order; a red frame where the judge misses a thing that was asked for."""
+    """These scenes' pictures; a red frame where the judge misses a thing that was asked for."""
     cells: list[Cell | Image.Image | None] = []
-    for scene, picture, seen in list(zip(scenes, pictures, verdicts, strict=True))[:SHEET]:
+    for scene, picture, seen in zip(scenes, pictures, verdicts, strict=False):
         asked = {thing.noun for thing in scene.things}
         right = seen.two_glyphs == asked if len(asked) == 2 else seen.glyph in asked
         cells.append(Cell(picture, scene.caption(), GREEN if right else RED))
-    note = "Every prompt in order, none chosen. Green: the judge sees the things that were asked for."
     save_png(path, sheet(in_rows(cells, 8), title=title, note=note, cell=128))
 
 

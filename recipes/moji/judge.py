@@ -1,8 +1,8 @@
 """The judge of `moji`'s benchmarks: a small ResNet naming things, place, colour, accessory, style, number.
 
-    python -m recipes.moji.judge --steps 3000      about 12 minutes on two cores, after about 4 of preparation
+    python -m recipes.moji.judge --steps 10000     on one core 1 h 30 min, after some minutes of preparation
 
-Its scenes are its own (seeds 400,000 to 999,999), drawn with more colours and accessories than the model's;
+Its scenes are its own (seeds 400,000 to 999,999), drawn with more colours, accessories and styles than the model's;
 their glyphs are the nouns, the development concepts and the demo's, and no other. No text is involved. Some
 pictures also come as the autoencoder decodes them from slightly noisy latents, for that is what it will
 judge. Continues from its last checkpoint; writes the EMA weights and, beside them, labels and accuracies on
@@ -47,6 +47,7 @@ from benchmarks.judge import (
 )
 from recipes.moji.autoencoder import to_tensor
 from recipes.moji.logbook import Logbook
+from recipes.moji.muon import Muon
 from recipes.moji.pictures import Pixels
 from recipes.moji.rendered import AUTOENCODER, has_autoencoder, moved, rendered, roughened, round_trips
 
@@ -54,6 +55,8 @@ FIRST_SEED = 400_000
 HELD_OUT = BENCHMARK_SEEDS[100_000:102_000]
 SHARD = 2000
 LATENT_NOISE = 0.3
+STYLED = 0.4
+HARD_STYLES = ("a pencil sketch of", "a neon drawing of") * 2
 FARTHEST = 6  # pixels of a shift
 IMPORTANCE = {
     "glyphs": 1.0,
@@ -68,13 +71,15 @@ UNKNOWN = -100  # what cross-entropy passes over
 
 
 def main(
-    steps: Annotated[int, typer.Option(help="Optimiser steps in all.")] = 3_000,
+    steps: Annotated[int, typer.Option(help="Optimiser steps in all.")] = 10_000,
     batch: Annotated[int, typer.Option(help="Pictures a step.")] = 64,
-    learning_rate: Annotated[float, typer.Option()] = 2e-3,
-    scenes: Annotated[int, typer.Option(help="How many scenes to render.")] = 24_000,
+    learning_rate: Annotated[float, typer.Option(help="Of all but the inner matrices.")] = 2e-3,
+    matrix_rate: Annotated[float, typer.Option(help="Muon's, of the convolutions.")] = 3e-3,
+    start: Annotated[Path | None, typer.Option(help="A finished judge's folder, to begin from.")] = None,
+    scenes: Annotated[int, typer.Option(help="How many scenes to render.")] = 60_000,
     decoded: Annotated[
         int, typer.Option(help="How many of them also as the autoencoder decodes them.")
-    ] = 6_000,
+    ] = 12_000,
     decoded_share: Annotated[float, typer.Option(help="Share of decoded pictures in a batch.")] = 0.3,
     minutes: Annotated[float, typer.Option(help="Stop (and save) after so many minutes.")] = 1e9,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -85,11 +90,19 @@ def main(
     torch.manual_seed(seed)
     labels = label_lists()
     network = Network({head: len(names) for head, names in labels.items()})
-    network = network.to(device)
+    if start is not None:
+        network.load_state_dict(load_judge(start).network.state_dict())
+    network = network.to(device).train()
     parameters = dict(network.named_parameters())
     statistics = {name: value for name, value in network.named_buffers() if value.is_floating_point()}
     kept: dict[str, Tensor] = {**parameters, **statistics}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.03)
+    inner = {name: value for name, value in parameters.items() if value.ndim == 4 and "stages" in name}
+    rest = [value for name, value in parameters.items() if name not in inner]
+    groups: list[dict[str, Any]] = [
+        {"params": rest},
+        {"params": list(inner.values()), "lr": matrix_rate, "momentum": 0.95},
+    ]
+    optimizer = Muon(groups, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.03)
     average = Average(kept, decay=0.998)
     checkpoint = workdir / "judge.safetensors"
     done = 0
@@ -137,9 +150,12 @@ def judged_loss(logits: dict[str, Tensor], truth: dict[str, Tensor]) -> Tensor:
 # --- scenes -------------------------------------------------------------------------------------------------
 
 
-def scene_of(seed: int) -> Scene:
+def scene_of(seed: int, *, styled: float = 0.0) -> Scene:
     """The judge's scene of a seed: any of its glyphs; a single thing is coloured or dressed more often than
-    for the model. What a benchmark never asks for (a tree in a park) stands on white instead."""
+    for the model. What a benchmark never asks for (a tree in a park) stands on white instead.
+
+    Of the plain ones the share `styled` gets a style too, mostly those in which a glyph is hard to see.
+    """
     words = vocabulary()
     scene = sample_scene(seed, nouns=tuple(label_lists()["glyphs"]))
     if len(scene.things) == 1 and not scene.pair:
@@ -150,6 +166,8 @@ def scene_of(seed: int) -> Scene:
         if random.random() < 0.3:
             thing = replace(thing, accessory=random.choice(tuple(words.accessories)))
         scene = replace(scene, things=(thing,))
+    if scene.style is None and scene.random("judge's style").random() < styled:
+        scene = replace(scene, style=scene.random("which style").choice([*words.styles, *HARD_STYLES]))
     return scene if fair(scene) else replace(scene, place="on a white background")
 
 
@@ -188,16 +206,16 @@ class Cases:
     def on_disk(cls, workdir: Path, count: int, *, decoded: int, decoded_share: float, device: str) -> Cases:
         """Renders and decodes what is missing."""
         assert count % SHARD == 0, f"scenes come in shards of {SHARD}"
-        scenes = [scene_of(seed) for seed in range(FIRST_SEED, FIRST_SEED + count)]
+        scenes = [scene_of(seed, styled=STYLED) for seed in range(FIRST_SEED, FIRST_SEED + count)]
         shards = [
-            rendered(workdir, f"judge-{FIRST_SEED + first}", scenes[first : first + SHARD])
+            rendered(workdir, f"judge-styled-{FIRST_SEED + first}", scenes[first : first + SHARD])
             for first in range(0, count, SHARD)
         ]
         trips = None
         if decoded and has_autoencoder(workdir):
             first = np.concatenate(shards[: -(-decoded // SHARD)])[:decoded]
             trips = round_trips(
-                workdir, f"judge-{FIRST_SEED}", first, latent_noise=LATENT_NOISE, device=device
+                workdir, f"judge-styled-{FIRST_SEED}", first, latent_noise=LATENT_NOISE, device=device
             )
         return cls(scenes, shards, trips, decoded_share=decoded_share)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 
 from backbone.console import UserError
 from backbone.files import write_json, write_tensors
+from backbone.model import Backbone
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, fair, sample_scene
 from backbone.world.words import Thing, vocabulary
 from benchmarks.judge import (
@@ -31,7 +33,18 @@ from benchmarks.judge import (
     shows,
     top,
 )
-from benchmarks.moji import QUESTIONS, Row, benchmark_scenes, judged, markdown, wilson
+from benchmarks.moji import (
+    QUESTIONS,
+    Gallery,
+    Row,
+    Setting,
+    benchmark_scenes,
+    judged,
+    likeness,
+    markdown,
+    setting_of,
+    wilson,
+)
 from recipes.moji.judge import UNKNOWN, accuracies, answers, as_numbers, judged_loss, scene_of
 
 Images = list[Image.Image]
@@ -257,3 +270,39 @@ def test_questions_are_asked_where_the_prompt_speaks_of_them() -> None:
     count = {question.name: sum(question.asked(scene) for scene in scenes) for question in QUESTIONS}
     assert count["noun"] + count["two different, both right"] == count["place"] == 500
     assert count["two of a kind"] == sum(scene.pair for scene in scenes)
+
+
+def test_the_worst_picture_is_the_one_that_shows_least_of_what_was_asked() -> None:
+    scene = Scene((Thing("cat", colour="red"),), "in space", None, seed=1)
+    elsewhere = replace(scene, place="at night")
+    other = replace(elsewhere, things=(Thing("dog", accessory="a crown"),))
+    whole, part, nothing = (likeness(scene, certain(shown)) for shown in (scene, elsewhere, other))
+    assert whole > part > nothing
+    assert whole == pytest.approx(0, abs=1e-6)
+
+
+def test_a_setting_is_read_from_steps_and_guidance() -> None:
+    assert setting_of("15:2.5") == Setting(15, 2.5)
+    for wrong in ("15", "a:b", "15:4:2"):
+        with pytest.raises(UserError, match="STEPS:GUIDANCE"):
+            setting_of(wrong)
+
+
+def test_the_gallery_draws_a_picture_once(tiny: Backbone, tmp_path: Path) -> None:
+    scenes, setting, gallery = benchmark_scenes(2), Setting(2, 1.0), Gallery(tmp_path, 2)
+    first = gallery.pictures(tiny, scenes, setting)
+    gone, kept = sorted(tmp_path.rglob("*.png"))
+    written = kept.stat().st_mtime_ns
+    gone.unlink()
+    again = gallery.pictures(tiny, scenes, setting)
+    assert [picture.tobytes() for picture in again] == [picture.tobytes() for picture in first]
+    assert kept.stat().st_mtime_ns == written
+
+
+def test_training_scenes_of_the_judge_are_styled_more_often_and_otherwise_the_same() -> None:
+    plain = [scene_of(seed) for seed in range(400_000, 400_400)]
+    more = [scene_of(seed, styled=0.4) for seed in range(400_000, 400_400)]
+    assert [scene.plain() for scene in more] == [scene.plain() for scene in plain]
+    changed = [after for before, after in zip(plain, more, strict=True) if before.style != after.style]
+    assert 0.2 < len(changed) / len(plain) < 0.36
+    assert all(before.style in (None, after.style) for before, after in zip(plain, more, strict=True))
