@@ -11,13 +11,18 @@ accessory added, accessory removed, place, style, one noun of two, reweight. Suc
 style edits are measured by structure alone, and a reweight succeeds when the judge's probability of the colour rises
 over the weights ¼, 1 and 3. Background figures come over the background's own pixels and as PIE-Bench's code takes them
 (`edit.measure`). Needs the emoji font and the judge. Writes `table.md`, `table.json`, `rows.jsonl` and `sheet.png`.
+
+Pictures that `--out` holds are not made again, and figures always are, from the pictures on disk: a better judge
+renews the tables without an edit. Several processes can share one `--out` with other `--methods`; the tables are of
+all that lies there. After a change of the code that edits, take another `--out`.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -29,8 +34,8 @@ import typer
 from PIL import Image, ImageChops, ImageFilter
 
 from backbone.console import UserError, progress, run, say
-from backbone.files import append_jsonl, write_json, write_text
-from backbone.images import mask_to_tensor, to_image, to_tensor
+from backbone.files import read_json, write_json, write_text
+from backbone.images import mask_to_tensor, open_rgb, to_image, to_tensor
 from backbone.model import Backbone
 from backbone.sample import Request, sample
 from backbone.scorers import Scorer
@@ -42,7 +47,7 @@ from benchmarks.judge import FOLDER, GREY_STYLES, NONE, TWO_DIFFERENT, Judge, Ve
 from benchmarks.moji import per_cent, wilson
 from edit import measure
 from edit.directly import flow_edit
-from edit.inversion import Method, invert
+from edit.inversion import Inversion, Method, invert, read_inversion
 from edit.noised import sdedit
 from edit.prompt import PRESETS
 from edit.prompt import replace as prompt_to_prompt
@@ -56,6 +61,9 @@ WEIGHTS = (0.25, 1.0, 3.0)
 STRENGTHS = (0.3, 0.45, 0.6, 0.75, 0.9)
 DEFAULT, RIVALS = "direct + P2P", ("DDIM + P2P", "null-text + P2P")
 CONTROLS = ("no edit", "resample")
+IDENTITY: Mapping[str, Method] = {"identity, direct": "direct", "identity, DDIM": "ddim"}
+SAME_STATES: tuple[Method, ...] = ("direct", "ddim", "negative-prompt")  # DDIM inversion's
+TOGETHER = 10  # scenes of one call, where a method can draw several at once
 PRESERVED = ("noun", "colour", "accessory added", "accessory removed", "one of two")
 FIRST_SEED = BENCHMARK_SEEDS[0] + 300_000
 SHEET = 24
@@ -82,35 +90,28 @@ def main(
         if name not in known:
             raise UserError(f"There is no method {name}. Choose among {', '.join(known)}.")
     backbone = Backbone.open(model, device=device, precision=precision)
-    scorer = scorer_of(backbone)
     cases = list(make_cases(count))
-    (out / "rows.jsonl").unlink(missing_ok=True)
-    rows: list[dict[str, Any]] = []
-    drawn: dict[tuple[str, int], Image.Image] = {}
-    with progress(len(cases) * len(chosen), "editing") as bar:
-        for number, case in enumerate(cases):
-            source, truth, changed = case.rendered()
-            bound = bound_of(backbone, source, changed)
-            for name in chosen:
-                tried = known[name](backbone, case, source, Asked(steps, guidance))
-                if tried is not None:
-                    row = row_of(name, number, case, tried, judges, scorer, source, truth, changed)
-                    rows.append({**row, "autoencoder_background_psnr_db": bound})
-                    append_jsonl(out / "rows.jsonl", rows[-1])
-                    drawn[name, number] = tried.pictures[-1]
-                bar.advance(images=1)
-    same = identity_edits(backbone, cases[:identity], Asked(steps, guidance))
-    summary = summarised(rows, chosen)
+    same = [replace(case, kind="identity", after=case.before) for case in cases[:identity]]
+    work = Work(out, backbone, Asked(steps, guidance))
+    for name in chosen:
+        work.edit(name, cases, known[name])
+    for name, method in IDENTITY.items():
+        work.edit(name, same, one_by_one(with_words(method, guidance=7.5, blend=())))
+    present = [name for name in known if work.has(name, cases)]
+    rows = measured(work, cases, present, judges, scorer_of(backbone))
+    summary = summarised(rows, present)
     compared = [c for rival in RIVALS if (c := paired(rows, DEFAULT, rival)) is not None]
     facts = {
         "model": model, "scenes": len(cases), "first_seed": FIRST_SEED, "steps": steps,
-        "guidance": backbone.defaults["guidance"] if guidance is None else guidance, "identity_edit": same,
+        "guidance": backbone.defaults["guidance"] if guidance is None else guidance,
+        "identity_edit": identity_edits(work, same),
         "machine": f"{device}, {backbone.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }  # fmt: skip
+    write_text(out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_json(out / "table.json", {**facts, "summary": summary, "paired": compared})
     text = markdown(facts, summary, compared)
     write_text(out / "table.md", text)
-    save_sheet(out / "sheet.png", cases, rows, drawn, chosen)
+    save_sheet(out / "sheet.png", work, cases, rows, present)
     print(text)
 
 
@@ -249,10 +250,91 @@ class Attempt:
     evaluations: float
 
 
-Try = Callable[[Backbone, Case, Image.Image, Asked], Attempt | None]
+@dataclass(frozen=True)
+class Work:
+    """A folder of attempts: `pictures/METHOD/NUMBER-K.png`, then `NUMBER.json`, which says what they were made for.
+
+    The trajectories of DDIM inversion lie in `inversions/`, since several methods begin with the same ones.
+    """
+
+    out: Path
+    model: Backbone
+    asked: Asked
+
+    def edit(self, name: str, cases: Sequence[Case], attempt: TryAll) -> None:
+        """Makes what is missing of one method."""
+        missing = [k for k, case in enumerate(cases) if self.read(name, k, case) is None]
+        with progress(len(cases), name, done=len(cases) - len(missing)) as bar:
+            for first in range(0, len(missing), TOGETHER):
+                some = missing[first : first + TOGETHER]
+                for k, tried in zip(some, attempt(self, [cases[k] for k in some]), strict=True):
+                    if tried is not None:
+                        self.write(name, k, cases[k], tried)
+                    bar.advance(images=1)
+
+    def write(self, name: str, number: int, case: Case, tried: Attempt) -> None:
+        """Keeps an attempt."""
+        record = self.record(name, number)
+        for k, picture in enumerate(tried.pictures):
+            save_png(record.with_name(f"{record.stem}-{k}.png"), picture)
+        count = {"pictures": len(tried.pictures), "seconds": tried.seconds, "evaluations": tried.evaluations}
+        write_json(record, {**self.made_for(case), **count})
+
+    def read(self, name: str, number: int, case: Case) -> Attempt | None:
+        """What was kept; None if there is nothing, or it was made for something else."""
+        record = self.record(name, number)
+        if not record.exists():
+            return None
+        said = read_json(record)
+        if {key: said[key] for key in self.made_for(case)} != self.made_for(case):
+            return None
+        files = [record.with_name(f"{record.stem}-{k}.png") for k in range(said["pictures"])]
+        return Attempt([open_rgb(file) for file in files], said["seconds"], said["evaluations"])
+
+    def has(self, name: str, cases: Sequence[Case]) -> bool:
+        """Whether an attempt of this method was kept for one of these cases."""
+        return any(self.read(name, k, case) is not None for k, case in enumerate(cases))
+
+    def record(self, name: str, number: int) -> Path:
+        """The file that is written last."""
+        folder = "-".join("".join(c if c.isalnum() or c == "." else " " for c in name.lower()).split())
+        return self.out / "pictures" / folder / f"{number:03d}.json"
+
+    def made_for(self, case: Case) -> dict[str, Any]:
+        """What an attempt depends on, but for the code."""
+        said = {"seed": case.before.seed, "source": case.source, "target": case.target}
+        return {**said, "model": self.model.fingerprint, **asdict(self.asked)}
+
+    def inverted(self, case: Case, method: Method) -> tuple[Inversion, float]:
+        """An inversion of the scene before its edit, from the disk if it is there, and the seconds that it took."""
+        source = render(case.before).image
+        kept = method in SAME_STATES
+        file = self.out / "inversions" / f"{case.before.seed}-{self.asked.steps}.safetensors"
+        if kept and file.exists():
+            found = read_inversion(file, self.model)
+            if found.prompt == case.source:
+                return replace(found, method=method), float(found.facts["seconds"])
+        began = time.perf_counter()
+        found = invert(
+            self.model, source, case.source, method="direct" if kept else method, steps=self.asked.steps,
+            guidance=self.asked.guidance,
+        )  # fmt: skip
+        seconds = time.perf_counter() - began
+        if kept:
+            replace(found, facts={**found.facts, "seconds": seconds}).write(file)
+        return replace(found, method=method), seconds
 
 
-def attempts() -> dict[str, Try]:
+Try = Callable[[Work, Case], Attempt | None]
+TryAll = Callable[[Work, Sequence[Case]], Iterator[Attempt | None]]
+
+
+def one_by_one(attempt: Try) -> TryAll:
+    """A method that edits one picture at a time."""
+    return lambda work, cases: (attempt(work, case) for case in cases)
+
+
+def attempts() -> dict[str, TryAll]:
     """Every method by name; one that cannot reweight gives None there."""
     found: dict[str, Try] = {
         DEFAULT: with_words("direct"),
@@ -267,26 +349,26 @@ def attempts() -> dict[str, Try]:
         "flow-edit": flowing,
     }
     found |= {f"SDEdit {strength:g}": noised(strength) for strength in STRENGTHS}
-    return {**found, "no edit": untouched, "resample": resampled}
+    found["no edit"] = untouched
+    return {**{name: one_by_one(attempt) for name, attempt in found.items()}, "resample": resampled}
 
 
 def with_words(method: Method, **wishes: Any) -> Try:
     """Inversion by a method, then `edit.replace`."""
 
-    def attempt(model: Backbone, case: Case, source: Image.Image, asked: Asked) -> Attempt | None:
+    def attempt(work: Work, case: Case) -> Attempt | None:
         if case.kind == "reweight" and "attention" in wishes:
             return None
-        settings = {"guidance": asked.guidance, **wishes}
+        settings = {"guidance": work.asked.guidance, **wishes}
+        inversion, seconds = work.inverted(case, method)
         began = time.perf_counter()
-        inversion = invert(
-            model, source, case.source, method=method, steps=asked.steps, guidance=asked.guidance
-        )
         pictures, evaluations = [], inversion.evaluations
         for more in weighted(case):
             edited = prompt_to_prompt(inversion, case.target, **{**settings, **more})
             pictures += edited.pictures
             evaluations += edited.evaluations
-        return Attempt(pictures, (time.perf_counter() - began) / len(pictures), evaluations / len(pictures))
+        seconds += time.perf_counter() - began
+        return Attempt(pictures, seconds / len(pictures), evaluations / len(pictures))
 
     return attempt
 
@@ -303,58 +385,71 @@ def weighted(case: Case) -> list[dict[str, Any]]:
 def noised(strength: float) -> Try:
     """SDEdit at a strength."""
 
-    def attempt(model: Backbone, case: Case, source: Image.Image, asked: Asked) -> Attempt | None:
+    def attempt(work: Work, case: Case) -> Attempt | None:
         if case.kind == "reweight":
             return None
         began = time.perf_counter()
         drawn = sdedit(
-            model,
-            source,
-            case.target,
-            strength=strength,
-            steps=asked.steps,
-            guidance=asked.guidance,
-            seed=case.before.seed,
-        )
+            work.model, render(case.before).image, case.target, strength=strength, steps=work.asked.steps,
+            guidance=work.asked.guidance, seed=case.before.seed,
+        )  # fmt: skip
         return Attempt(drawn.pictures, time.perf_counter() - began, drawn.evaluations)
 
     return attempt
 
 
-def flowing(model: Backbone, case: Case, source: Image.Image, asked: Asked) -> Attempt | None:
+def flowing(work: Work, case: Case) -> Attempt | None:
     """FlowEdit."""
     if case.kind == "reweight":
         return None
     began = time.perf_counter()
     drawn = flow_edit(
-        model,
-        source,
-        case.source,
-        [case.target],
-        steps=asked.steps,
-        guidance=asked.guidance,
-        seed=case.before.seed,
-    )
+        work.model, render(case.before).image, case.source, [case.target], steps=work.asked.steps,
+        guidance=work.asked.guidance, seed=case.before.seed,
+    )  # fmt: skip
     return Attempt(drawn.pictures, time.perf_counter() - began, drawn.evaluations)
 
 
-def untouched(model: Backbone, case: Case, source: Image.Image, asked: Asked) -> Attempt | None:
+def untouched(work: Work, case: Case) -> Attempt | None:
     """The source itself."""
-    return None if case.kind == "reweight" else Attempt([source], 0.0, 0.0)
+    return None if case.kind == "reweight" else Attempt([render(case.before).image], 0.0, 0.0)
 
 
-def resampled(model: Backbone, case: Case, source: Image.Image, asked: Asked) -> Attempt | None:
-    """The target prompt drawn freely: what the base model can draw at all."""
-    if case.kind == "reweight":
-        return None
+def resampled(work: Work, cases: Sequence[Case]) -> Iterator[Attempt | None]:
+    """The target prompts drawn freely, in one batch: what the base model can draw at all."""
+    model, asked = work.model, work.asked
     guidance = float(model.defaults["guidance"]) if asked.guidance is None else asked.guidance
+    requests = [Request(case.target, (case.before.seed, 0)) for case in cases if case.kind != "reweight"]
     began = time.perf_counter()
-    request = Request(case.target, (case.before.seed, 0))
-    pictures = list(sample(model, [request], steps=asked.steps, guidance=guidance, seed=0))
-    return Attempt(pictures, time.perf_counter() - began, asked.steps * (1 if guidance == 1 else 2))
+    drawn = list(
+        sample(model, requests, steps=asked.steps, guidance=guidance, seed=0, batch=max(1, len(requests)))
+    )
+    seconds = (time.perf_counter() - began) / max(1, len(drawn))
+    pictures = iter(drawn)
+    for case in cases:
+        rows = asked.steps * (1 if guidance == 1 else 2)
+        yield None if case.kind == "reweight" else Attempt([next(pictures)], seconds, rows)
 
 
 # --- measuring ------------------------------------------------------------------------------------------------
+
+
+def measured(
+    work: Work, cases: Sequence[Case], methods: Sequence[str], judge: Judge, scorer: Scorer | None
+) -> list[dict[str, Any]]:
+    """The rows of every attempt that was kept."""
+    rows = []
+    with progress(len(cases), "measuring") as bar:
+        for number, case in enumerate(cases):
+            source, truth, changed = case.rendered()
+            bound = bound_of(work.model, source, changed)
+            for name in methods:
+                tried = work.read(name, number, case)
+                if tried is not None:
+                    row = row_of(name, number, case, tried, judge, scorer, source, truth, changed)
+                    rows.append({**row, "autoencoder_background_psnr_db": bound})
+            bar.advance(images=1)
+    return rows
 
 
 def row_of(
@@ -432,21 +527,20 @@ def bound_of(model: Backbone, source: Image.Image, changed: Image.Image | None) 
     return measure.background(picture, around, mask)["background_psnr_db"]
 
 
-def identity_edits(model: Backbone, cases: Sequence[Case], asked: Asked) -> dict[str, float | None]:
+def identity_edits(work: Work, cases: Sequence[Case]) -> dict[str, float | None]:
     """Mean decibels of a target that says what the source says, at guidance 7.5, beside plain DDIM's and the bound.
 
     Nothing is overwritten in a target's row and nothing blended, so this can fail where the source's row cannot.
     """
-    both: tuple[Method, Method] = ("direct", "ddim")
-    found: dict[str, list[float | None]] = {"direct": [], "ddim": [], "autoencoder": []}
-    for case in cases:
-        source, _, _ = case.rendered()
+    found: dict[str, list[float | None]] = {name: [] for name in (*IDENTITY.values(), "autoencoder")}
+    for number, case in enumerate(cases):
+        source = render(case.before).image
         picture = to_tensor(source)
-        for method in both:
-            inversion = invert(model, source, case.source, method=method, steps=asked.steps)
-            edited = prompt_to_prompt(inversion, case.source, guidance=7.5, blend=())
-            found[method].append(measure.psnr(picture, to_tensor(sized(edited.pictures[0], source))))
-        around = to_image(model.decode(model.encode(picture[None]).mean)[0])
+        for name, method in IDENTITY.items():
+            tried = work.read(name, number, case)
+            if tried is not None:
+                found[method].append(measure.psnr(picture, to_tensor(sized(tried.pictures[0], source))))
+        around = to_image(work.model.decode(work.model.encode(picture[None]).mean)[0])
         found["autoencoder"].append(measure.psnr(picture, to_tensor(around)))
     return {name: measure.mean(values) for name, values in found.items()}
 
@@ -547,9 +641,9 @@ def number(value: float | None, digits: int = 1, *, times: float = 1.0) -> str:
 
 def save_sheet(
     path: Path,
+    work: Work,
     cases: Sequence[Case],
     rows: Sequence[Mapping[str, Any]],
-    drawn: Mapping[tuple[str, int], Image.Image],
     methods: Sequence[str],
 ) -> None:
     """The first scenes, none chosen: source, true edit, every method, framed by what the judge said."""
@@ -562,9 +656,9 @@ def save_sheet(
             Cell(truth, f"true: {case.target}"),
         ]
         for name in methods:
-            edited = drawn.get((name, k))
+            tried = work.read(name, k, case)
             frame = GREEN if verdicts.get((name, k)) else RED
-            line.append(None if edited is None else Cell(edited, name, frame))
+            line.append(None if tried is None else Cell(tried.pictures[-1], name, frame))
         lines.append(line)
     note = "Every scene in order, none chosen. Green: the judge sees what the target says."
     save_png(path, sheet(lines, title="MojiEdit", note=note, cell=128))

@@ -153,6 +153,20 @@ def test_a_small_one_runs_through(
     assert still["background_psnr_db"] == pytest.approx(100) and still["structure_distance"] is None
     assert table["identity_edit"].keys() == {"direct", "ddim", "autoencoder"}
     assert (tmp_path / "out" / "sheet.png").exists()
+    pictures = tmp_path / "out" / "pictures"
+    made = {file: file.stat().st_mtime_ns for file in pictures.rglob("*.png")}
+    (pictures / "ddim-p2p" / "003.json").unlink()  # as if it had been killed there
+    again = pictures / "ddim-p2p" / "003-0.png"
+    before = again.read_bytes()
+    again.unlink()
+    benchmark.main(methods=["DDIM + P2P"], **wishes)
+    now = {file: file.stat().st_mtime_ns for file in pictures.rglob("*.png")}
+    assert {file for file in made if now[file] != made[file]} == {again} and again.read_bytes() == before
+    renewed = json.loads((tmp_path / "out" / "table.json").read_text())
+    figures = [[{**line, "seconds": 0} for line in found["summary"]] for found in (table, renewed)]
+    assert figures[0] == figures[1], "every method on disk is in the tables"
+    changed = benchmark.Work(tmp_path / "out", Backbone.open(tiny_folder), benchmark.Asked(3, 2.0))
+    assert changed.read("DDIM + P2P", 3, list(make_cases(8))[3]) is None, "made for other steps"
     with pytest.raises(UserError, match="no method other"):
         benchmark.main(methods=["other"], **wishes)
 
