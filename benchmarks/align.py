@@ -24,27 +24,20 @@ alike. A single pass over a huge set (V = 1) gains the latent cache alone. Weigh
 from __future__ import annotations
 
 import gc
-import io
 import json
 import os
-import platform
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from PIL import Image
 from torch import Tensor, nn
 
 from align.material import Batch, Item, Material, batch_of, prepare
@@ -54,27 +47,27 @@ from align.settings import Settings
 from align.train import PreferenceTraining
 from backbone.adapters import adapters_off
 from backbone.console import UserError, run, say
-from backbone.families import Text, single_file
-from backbone.files import read_json, write_json, write_text
-from backbone.images import square, to_tensor
+from backbone.files import write_json, write_text
 from backbone.loop import generator
 from backbone.model import Backbone
+from benchmarks.shapes import (
+    Parts,
+    encode_pictures,
+    machine,
+    moji_parts,
+    no_text,
+    opened,
+    peak_gib,
+    peak_of,
+    random_pictures,
+    side_of,
+    timed,
+)
 
 PAIRS, DRAWS, VISITS = 200, 8, (1, 2, 5, 10)
-CONFIGS = Path(single_file.__file__).with_name("configs") / "stable-diffusion-1"
 KINDS = ("script", "script, checkpointing", "cached", "cached, checkpointing", "bank", "bank, checkpointing")
-Encode = Callable[[Sequence[str]], Text]
 
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """A model with all that the script needs besides: its autoencoder, and prompts → `Text`."""
-
-    model: Backbone
-    autoencoder: nn.Module
-    encode: Encode
 
 
 @app.command()
@@ -115,12 +108,12 @@ def steps(
         "parity": difference._asdict(),
         "seconds_per_pair": median, "all_seconds": seconds,
         "encode_seconds_per_pair": statistics.median(encoding) / batch,
-        "machine": f"{device}, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}",
+        "machine": machine(device),
     }  # fmt: skip
     if memory:
+        flags = ["--shape", shape, "--batch", str(batch), "--device", device, "--precision", precision]
         facts["peak_gib"] = {
-            kind: peak_of(kind, shape, batch, device, precision)
+            kind: peak_of("benchmarks.align", "peak", kind, *flags)
             for kind in ("script", "script, checkpointing", "bank", "bank, checkpointing")
         }
     facts["totals"] = totals(median, facts["encode_seconds_per_pair"])
@@ -137,12 +130,7 @@ def peak(
     """Two steps of one kind; prints the peak memory in GiB: resident, or the GPU's."""
     if kind not in KINDS:
         raise UserError(f"There is no kind {kind}. Choose one of {'; '.join(KINDS)}.")
-    side = (
-        Backbone.open("moji").resolution
-        if shape == "moji"
-        else int(shape_called(shape).unet["sample_size"]) * 8
-    )
-    pictures = random_pictures(side, 2 * batch)
+    pictures = random_pictures(side_of(shape), 2 * batch)
     if kind.startswith("script"):
         parts = opened(shape, device, precision)
     else:  # as a run does it: encode, let go of the encoders, load the denoiser
@@ -157,10 +145,7 @@ def peak(
     script = Script(parts, training, pictures)
     for _ in range(2):
         one_step(kind, training, script)
-    if device == "cuda":
-        print(json.dumps(torch.cuda.max_memory_allocated() / 2**30))
-        return
-    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20))
+    print(json.dumps(peak_gib(device)))
 
 
 @app.command()
@@ -272,18 +257,6 @@ class Script:
         self.parts.encode(self.prompts)
 
 
-@torch.no_grad()
-def encode_pictures(parts: Parts, pictures: Sequence[bytes], random: torch.Generator) -> Tensor:
-    """Latents [B, C, H, W] of encoded files, drawn from their posteriors."""
-    side, vae = parts.model.resolution, cast(Any, parts.autoencoder)
-    own = next(vae.parameters())
-    opened = [Image.open(io.BytesIO(content)).convert("RGB") for content in pictures]
-    found = vae.encode(torch.stack([to_tensor(square(image, side)) for image in opened]).to(own)).latent_dist
-    noise = torch.randn(found.mean.shape, generator=random).to(found.mean)
-    drawn: Tensor = (found.mean + found.std * noise) * vae.config.scaling_factor
-    return drawn.float()
-
-
 def whole_script(chosen: Sequence[Pair], settings: Settings) -> float:
     """Seconds of a whole run as the script does it."""
     began = time.perf_counter()
@@ -385,144 +358,7 @@ def empty(model: Backbone) -> Material:
     return Material(torch.empty(0, *model.latent_shape), None, {}, [], [])
 
 
-# Models -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model's configurations: of its pipeline, its networks and its text encoders."""
-
-    pipeline: str
-    unet: dict[str, Any]
-    autoencoder: dict[str, Any]
-    text: tuple[dict[str, Any], ...]
-
-
-def shape_called(name: str) -> Shape:
-    """SD 1.5's shape, or SDXL's; `UserError` for another name."""
-    unet, vae, text = (read_json(CONFIGS / part / "config.json") for part in ("unet", "vae", "text_encoder"))
-    if name == "sd15":
-        return Shape("StableDiffusionPipeline", unet, vae, (text,))
-    if name != "sdxl":
-        raise UserError(f"There is no shape {name}. Choose sd15, sdxl or moji.")
-    crossed = {"down": "CrossAttnDownBlock2D", "up": "CrossAttnUpBlock2D"}
-    larger = {
-        "sample_size": 128, "down_block_types": ["DownBlock2D", crossed["down"], crossed["down"]],
-        "up_block_types": [crossed["up"], crossed["up"], "UpBlock2D"], "block_out_channels": [320, 640, 1280],
-        "transformer_layers_per_block": [1, 2, 10], "attention_head_dim": [5, 10, 20], "cross_attention_dim": 2048,
-        "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    }  # fmt: skip
-    second = {
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 20,
-    }
-    return Shape(
-        "StableDiffusionXLPipeline",
-        {**unet, **larger},
-        {**vae, "sample_size": 1024, "scaling_factor": 0.13025},
-        (text, {**text, **second, "projection_dim": 1280}),
-    )
-
-
-def opened(shape: str, device: str, precision: str, *, encoders: bool = True, denoiser: bool = True) -> Parts:
-    """The parts that are wanted of a shape: `moji` itself, or another with random weights."""
-    if shape == "moji":
-        model = Backbone.open("moji", device=device, precision=precision)
-        return moji_parts(model) if encoders else Parts(model, nn.Identity(), no_text)
-    configs = shape_called(shape)
-    folder = Path(tempfile.mkdtemp(prefix="atelier-shape-"))
-    write_json(folder / "model_index.json", {"_class_name": configs.pipeline})
-    write_json(folder / "unet" / "config.json", configs.unet)
-    write_json(folder / "vae" / "config.json", configs.autoencoder)
-    write_json(
-        folder / "scheduler" / "scheduler_config.json",
-        read_json(CONFIGS / "scheduler" / "scheduler_config.json"),
-    )
-    model = Backbone.open(str(folder), device=device, precision=precision)
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(model.dtype)  # never in float32, not even while they are made
-    try:
-        return random_parts(model, configs, encoders=encoders, denoiser=denoiser)
-    finally:
-        torch.set_default_dtype(usual)
-
-
-def random_parts(model: Backbone, configs: Shape, *, encoders: bool, denoiser: bool) -> Parts:
-    """A shape's networks with random weights."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    def ready(network: Any) -> Any:
-        network = network.eval().requires_grad_(False)
-        return network.to(model.device, model.dtype, memory_format=torch.channels_last)
-
-    if denoiser:
-        model.__dict__["denoiser"] = ready(UNet2DConditionModel.from_config(configs.unet))
-    if not encoders:
-        return Parts(model, nn.Identity(), no_text)
-    autoencoder = ready(AutoencoderKL.from_config(configs.autoencoder))
-    readers: list[Any] = [CLIPTextModel(CLIPTextConfig(**config)).eval() for config in configs.text]
-    readers = [reader.requires_grad_(False).to(model.device, model.dtype) for reader in readers]
-
-    @torch.no_grad()
-    def encode(prompts: Sequence[str]) -> Text:
-        ids = torch.randint(1, 1000, (len(prompts), 77), generator=generator(0, "ids")).to(model.device)
-        said = [reader(ids) for reader in readers]
-        text = {"hidden": torch.cat([one.last_hidden_state.float() for one in said], -1)}
-        return text if len(said) == 1 else {**text, "pooled": said[-1].pooler_output.float()}
-
-    return Parts(model, autoencoder, encode)
-
-
-def no_text(prompts: Sequence[str]) -> Text:
-    """In the place of a text encoder that is not loaded."""
-    return {}
-
-
-def moji_parts(model: Backbone) -> Parts:
-    """The embedded model's own parts."""
-    return Parts(model, model.autoencoder, model.encode_prompts)
-
-
-def random_pictures(side: int, count: int) -> list[bytes]:
-    """JPEG files of smooth noise."""
-    random = np.random.default_rng(0)
-    files = []
-    for _ in range(count):
-        small = Image.fromarray(random.integers(0, 255, (16, 16, 3), dtype=np.uint8))
-        buffer = io.BytesIO()
-        small.resize((side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=92)
-        files.append(buffer.getvalue())
-    return files
-
-
 # Figures ----------------------------------------------------------------------------------------------------
-
-
-def timed(act: Callable[[], object], device: str) -> float:
-    """Seconds of a call."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    act()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def peak_of(kind: str, shape: str, batch: int, device: str, precision: str) -> float:
-    """Peak memory in GiB of a process that does two steps of one kind."""
-    flags = ["--shape", shape, "--batch", str(batch), "--device", device, "--precision", precision]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.align", "peak", kind, *flags],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    return float(json.loads(done.stdout.splitlines()[-1]))
 
 
 def totals(seconds: dict[str, float], encode: float) -> list[dict[str, float]]:

@@ -14,16 +14,14 @@ from benchmarks.align import (
     DRAWS,
     KINDS,
     PAIRS,
-    Parts,
     Script,
     markdown,
     one_step,
     ours,
     parity,
-    random_pictures,
-    shape_called,
     totals,
 )
+from benchmarks.shapes import Parts, random_pictures, shape_called
 
 
 @pytest.fixture

@@ -1,0 +1,522 @@
+"""What a step of `customize train` costs here and in diffusers' LoRA script, both sides in one run.
+
+    python -m benchmarks.customize_speed                    SD 1.5's shape, 512², bf16, two cores: about an hour
+    python -m benchmarks.customize_speed --shape moji       the embedded model's: a few minutes
+    python -m benchmarks.customize_speed --device cuda      for a GPU
+
+The other side is a plain re-statement of what diffusers' `train_dreambooth_lora.py` does in a step: decode the
+pictures, turn them upright, scale and crop them, encode them and draw from the posterior, encode the prompts, noise,
+ask the network with a LoRA of rank 4 on attention under autocast, mean squared error (and the half of the class
+pictures), backward, clip, AdamW, read the loss. Its best flags are there as well: the text encoded once, and bf16, in
+which both sides work unless told otherwise; the script's own default is fp32. Parity comes first: on the same latents,
+noise and levels both sides have one loss and one gradient. Then steps of every kind are timed in turn, and totals are
+composed from counted steps, not run: for a cold run of 800 steps with prior preservation at each one's defaults,
+
+    script    200 · (50 · evaluation + decoding) + 800 · script, prior           evaluations are guided: two rows each
+    here      5 · encoding + text + 64 · bank + 800 · here, prior
+
+`bare` is forward, loss and backward of the adapted network alone, on tensors that are there: what no trainer can go
+below. On a CPU our steps (and `bare`) compute attention in the way whose backward pass is faster
+(`backbone.attention`), for latents of up to 32 × 32; on SD 1.5's shape both sides attend alike. The script's class
+pictures are as large as the model's and its own 1.25 times; loading the parts is counted on neither side. Weights are
+random where the shape is not `moji`'s: they cost the same time. Peak memory is of a process of its own that does two
+steps; the script's drawing of class pictures is not in it. Where other work shares the machine, `--clock cpu` counts
+processor seconds instead of waiting; it means something with one thread (OMP_NUM_THREADS=1).
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+import typer
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from backbone.adapters import adapters_off
+from backbone.attention import quick_to_train
+from backbone.bank import Bank, stratified_levels
+from backbone.console import UserError, run, say
+from backbone.families import Text
+from backbone.files import write_json, write_text
+from backbone.images import to_tensor
+from backbone.loop import generator
+from backbone.model import Backbone, Posterior
+from benchmarks.shapes import (
+    Parts,
+    encode_pictures,
+    machine,
+    opened,
+    peak_gib,
+    peak_of,
+    put_section,
+    random_pictures,
+    side_of,
+    timed,
+)
+from customize.dreambooth import Bucket, Material, Training
+from customize.settings import Settings
+
+STEPS, PICTURES, CLASS_PICTURES, CLASS_STEPS, CLASS_BATCH, GUIDANCE = 800, 5, 200, 50, 4, 7.5
+BANK_BATCH = 8
+PROMPT, CLASS_PROMPT = "a photo of sks dog", "a photo of dog"
+KINDS = ("script", "script, text once", "here", "bare")
+EVERY = (*KINDS, *(f"{kind}, prior" for kind in KINDS))
+CLOCKS = {"wall": "seconds on the clock", "cpu": "processor seconds, on a machine that did other work"}
+CLOCKS_OF = {"wall": time.perf_counter, "cpu": time.process_time}
+Clock = Literal["wall", "cpu"]
+MEASURED = ("script", "here", "script, prior", "here, prior")  # in memory
+
+app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None, invoke_without_command=True)
+
+
+@app.callback()
+def steps(
+    context: typer.Context,
+    shape: Annotated[str, typer.Option(help="sd15, sdxl or moji.")] = "sd15",
+    batch: Annotated[int, typer.Option(min=1, help="Pictures a step; as many again of the class.")] = 1,
+    warm: Annotated[int, typer.Option(min=1, help="Timed steps of each kind, after one that is not.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    precision: Annotated[str, typer.Option()] = "bf16",
+    clock: Annotated[
+        Clock, typer.Option(help="wall, or cpu: processor seconds, on a machine that does other work.")
+    ] = "wall",
+    memory: Annotated[
+        bool, typer.Option("--memory/--no-memory", help="Also peak memory, by processes.")
+    ] = True,
+    results: Annotated[
+        Path | None, typer.Option(help="A page in which this shape's section is put.", show_default="none")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where the results go.")] = Path(
+        "build/benchmarks/customize_speed"
+    ),
+) -> None:
+    """Parity, then steps of every kind in turn, then the totals."""
+    if context.invoked_subcommand:
+        return
+    bench = Bench.of(opened(shape, device, precision), batch)
+    same = parity(bench.training)
+    say(f"parity: loss differs by {same.loss:.1e}, gradients by {same.gradient:.1e} of their largest entry")
+    acts = bench.acts()
+    seconds: dict[str, list[float]] = {name: [] for name in acts}
+    for number in range(warm + 1):
+        for name, act in acts.items():
+            elapsed = timed(act, device, clock=CLOCKS_OF[clock])
+            say(f"{number}/{warm} {name}: {elapsed:.3f} s")
+            if number:
+                seconds[name].append(elapsed)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    flags = ["--shape", shape, "--batch", str(batch), "--device", device, "--precision", precision]
+    facts: dict[str, Any] = {
+        "command": " ".join(["python -m benchmarks.customize_speed", *flags, "--warm", str(warm), "--clock", clock]),
+        "shape": shape, "batch": batch, "warm_steps": warm, "precision": precision, "clock": clock,
+        "machine": machine(device), "parity": same._asdict(), "seconds": median, "all_seconds": seconds,
+        "totals": totals(median),
+    }  # fmt: skip
+    if memory:
+        measure = partial(peak_of, "benchmarks.customize_speed", "peak")
+        facts["peak_gib"] = {kind: measure(kind, *flags) for kind in MEASURED}
+    text = markdown(facts)
+    write_json(out / f"{shape}-{device}.json", facts)
+    write_text(out / f"{shape}-{device}.md", text)
+    if results is not None:
+        put_section(results, f"`{shape}`, {device}", text)
+    print(text)
+
+
+@app.command()
+def peak(
+    kind: str, shape: str = "sd15", batch: int = 1, device: str = "cpu", precision: str = "bf16"
+) -> None:
+    """Two steps of one kind; prints the peak memory in GiB: resident, or the GPU's."""
+    if kind not in EVERY:
+        raise UserError(f"There is no kind {kind}. Choose one of {'; '.join(EVERY)}.")
+    if kind.startswith("script"):
+        parts = opened(shape, device, precision)
+    else:  # as a run does it: encode, let go of the encoders, load the denoiser
+        encoders = opened(shape, device, precision, denoiser=False)
+        for picture in random_pictures(side_of(shape), PICTURES):
+            encode_pictures(encoders, [picture], torch.Generator().manual_seed(0))
+        encoders.encode([PROMPT, CLASS_PROMPT])
+        encoders.model.free("autoencoder", "text_encoder")
+        del encoders
+        gc.collect()
+        parts = opened(shape, device, precision, encoders=False)
+    bench = Bench.of(parts, batch)
+    for _ in range(2):
+        bench.step(kind)
+    print(json.dumps(peak_gib(device)))
+
+
+@dataclass
+class Bench:
+    """Both sides on one model with one adapter."""
+
+    parts: Parts
+    training: Training
+    script: Script
+    with_prior: Material
+    without: Material
+
+    @classmethod
+    def of(cls, parts: Parts, batch: int) -> Bench:
+        """Everything in place for steps of `batch` pictures."""
+        with_prior = material(parts.model)
+        without = replace(with_prior, buckets=[Bucket(with_prior.buckets[0].rows)])
+        training = Training(parts.model, with_prior, settings_for(batch))
+        return cls(parts, training, Script(parts, training), with_prior, without)
+
+    def acts(self) -> dict[str, Callable[[], object]]:
+        """Everything that is timed, by its name."""
+        acts: dict[str, Callable[[], object]] = {
+            kind: partial(self.step, kind) for kind in EVERY if not kind.startswith("bare")
+        }
+        acts["bare"] = Bare(self.training, self.without).step
+        acts["bare, prior"] = Bare(self.training, self.with_prior).step
+        acts["evaluation"] = self.script.evaluation
+        acts["decoding"] = self.script.decoding
+        acts["encoding"] = self.encode
+        acts["text"] = partial(self.parts.encode, [PROMPT, CLASS_PROMPT])
+        acts["bank"] = self.bank
+        return acts
+
+    def step(self, kind: str) -> None:
+        """An optimiser step of this kind."""
+        prior = kind.endswith("prior")
+        self.training.material = self.with_prior if prior else self.without
+        if kind.startswith("script"):
+            self.script.step(prior=prior, text_once="text once" in kind)
+            return
+        if kind.startswith("bare"):
+            Bare(self.training, self.training.material).step()
+            return
+        self.training.settings = replace(self.training.settings, steps=self.training.done + 1)
+        for _ in self.training.steps():
+            pass
+
+    def encode(self) -> None:
+        """One of the subject's pictures, encoded."""
+        encode_pictures(self.parts, self.script.pictures[:1], self.script.random)
+
+    @torch.no_grad()
+    def bank(self) -> None:
+        """The untouched network asked about a batch of noised pictures."""
+        model = self.parts.model
+        bank = cast(Bank, self.with_prior.buckets[0].bank)
+        text = {name: value[-1:] for name, value in cast(Text, self.with_prior.text).items()}
+        ask(model, bank.noisy[:BANK_BATCH], times(model)[bank.level[:BANK_BATCH]], rows(text, BANK_BATCH))
+
+
+# The script's side ------------------------------------------------------------------------------------------
+
+
+class Script:
+    """diffusers' step, stated plainly, on the same model and adapter."""
+
+    def __init__(self, parts: Parts, training: Training) -> None:
+        from diffusers import DDPMScheduler
+
+        self.parts, self.training = parts, training
+        side, self.batch = parts.model.resolution, training.settings.batch
+        self.pictures = random_pictures(round(1.25 * side), self.batch)
+        self.class_pictures = random_pictures(side, self.batch)
+        self.random = torch.Generator().manual_seed(0)
+        self.noise_scheduler: Any = DDPMScheduler.from_config(parts.model.location.config("scheduler"))
+        self.text = cast(Text, training.material.text)  # as if encoded before
+
+    def step(self, *, prior: bool, text_once: bool) -> float:
+        """One optimiser step; gives the loss, as the script logs it at every step."""
+        training, device = self.training, self.parts.model.device
+        latents = self.latents([*self.pictures, *(self.class_pictures if prior else ())])
+        noise = torch.randn(latents.shape, generator=self.random).to(latents)
+        total = self.noise_scheduler.config.num_train_timesteps
+        at = torch.randint(0, total, (len(latents),), generator=self.random).to(device)
+        loss = self.loss(latents, noise, at, self.said(prior=prior, text_once=text_once), prior=prior)
+        loss.backward()
+        parameters = list(training.parameters.values())
+        torch.nn.utils.clip_grad_norm_(parameters, training.settings.max_grad_norm)
+        training.optimizer.step()
+        training.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    def loss(self, latents: Tensor, noise: Tensor, at: Tensor, text: Text, *, prior: bool) -> Tensor:
+        """The mean squared error of the noise; with a prior, that of the second half besides."""
+        noisy = self.noise_scheduler.add_noise(latents, noise, at)
+        said = ask(self.parts.model, noisy, at, text)
+        if not prior:
+            return F.mse_loss(said, noise)
+        (own, of_class), (wanted, of_class_wanted) = said.chunk(2), noise.chunk(2)
+        weight = self.training.settings.prior_loss_weight
+        return F.mse_loss(own, wanted) + weight * F.mse_loss(of_class, of_class_wanted)
+
+    @torch.no_grad()
+    def latents(self, files: Sequence[bytes]) -> Tensor:
+        """Files decoded, upright, scaled, cropped at random and encoded; drawn from their posteriors."""
+        side, vae = self.parts.model.resolution, cast(Any, self.parts.autoencoder)
+        opened_ = [self.prepared(content, side) for content in files]
+        found = vae.encode(torch.stack(opened_).to(next(vae.parameters()))).latent_dist
+        noise = torch.randn(found.mean.shape, generator=self.random).to(found.mean)
+        drawn: Tensor = (found.mean + found.std * noise) * vae.config.scaling_factor
+        return drawn.float()
+
+    def prepared(self, content: bytes, side: int) -> Tensor:
+        """A picture [3, side, side] in −1…1."""
+        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+        scale = side / min(upright.size)
+        width, height = (max(side, round(length * scale)) for length in upright.size)
+        scaled = upright.resize((width, height), Image.Resampling.BILINEAR)
+        left, top = (
+            int(torch.randint(0, length - side + 1, (), generator=self.random)) for length in (width, height)
+        )
+        return to_tensor(scaled.crop((left, top, left + side, top + side)))
+
+    @torch.no_grad()
+    def said(self, *, prior: bool, text_once: bool) -> Text:
+        """The batch's prompts, encoded anew unless that was done before."""
+        if not text_once:
+            prompts = [PROMPT] * self.batch + [CLASS_PROMPT] * (self.batch if prior else 0)
+            return {
+                name: value.to(self.parts.model.device) for name, value in self.parts.encode(prompts).items()
+            }
+        own, of_class = ({name: value[place] for name, value in self.text.items()} for place in ([0], [-1]))
+        return joined(rows(own, self.batch), rows(of_class, self.batch if prior else 0))
+
+    @torch.no_grad()
+    def evaluation(self) -> None:
+        """One guided evaluation for a batch of class pictures: twice as many rows."""
+        model = self.parts.model
+        noisy = torch.zeros(2 * CLASS_BATCH, *model.latent_shape, device=model.device)
+        of_class = {name: value[-1:] for name, value in self.text.items()}
+        middle = times(model)[torch.full((len(noisy),), len(times(model)) // 2)]
+        with adapters_off(model.denoiser):
+            said, unsaid = ask(model, noisy, middle, rows(of_class, len(noisy))).chunk(2)
+        unsaid + GUIDANCE * (said - unsaid)
+
+    @torch.no_grad()
+    def decoding(self) -> None:
+        """A batch of class pictures decoded."""
+        vae = cast(Any, self.parts.autoencoder)
+        latents = torch.zeros(CLASS_BATCH, *self.parts.model.latent_shape).to(next(vae.parameters()))
+        vae.decode(latents / vae.config.scaling_factor)
+
+
+def ask(model: Backbone, noisy: Tensor, at: Tensor, text: Text) -> Tensor:
+    """The network's prediction under autocast, float32."""
+    with model.autocast():
+        said = model.family.network(model.denoiser, text)(noisy, at.to(noisy.device))
+    return said.float()
+
+
+def times(model: Backbone) -> Tensor:
+    """The time of every noise level, as the network takes it."""
+    found = model.path.levels.time
+    assert found is not None
+    return found
+
+
+def rows(text: Text, count: int) -> Text:
+    """One prompt's text, `count` times."""
+    return {name: value.expand(count, *value.shape[1:]) for name, value in text.items()}
+
+
+def joined(first: Text, second: Text) -> Text:
+    """The rows of both."""
+    return {name: torch.cat([value, second[name]]) for name, value in first.items()}
+
+
+# Our side ---------------------------------------------------------------------------------------------------
+
+
+def settings_for(batch: int) -> Settings:
+    """The script's own choices where it has some: LoRA of rank 4 on attention, AdamW at 1e-4, no weights of levels."""
+    return Settings(
+        images="", token="[V]", class_noun="dog", batch=batch, prior_batch=batch, learning_rate=1e-4,
+        lr_scheduler="constant", lr_warmup_steps=0, rank=4, lora_alpha=4.0, lora_layers="attention",
+        loss_weighting="none",
+    )  # fmt: skip
+
+
+def material(model: Backbone) -> Material:
+    """Random latents, texts and answers of the base in the places of the remembered ones."""
+    random, draws = generator(0, "material"), settings_for(1).prior_draws
+    shape = model.latent_shape
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=random).to(model.device)
+
+    posteriors = [Posterior(normal(1, *shape), 0.1 * normal(1, *shape).abs()) for _ in range(PICTURES)]
+    config = cast(Any, model.denoiser).config
+    text = {"hidden": normal(PICTURES + 1, 77, config.cross_attention_dim)}
+    if config.addition_embed_type == "text_time":
+        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        text["pooled"] = normal(PICTURES + 1, width)
+    levels = stratified_levels(draws, len(model.path.levels), random)
+    bank = Bank(normal(draws, *shape).cpu(), levels, normal(draws, *shape).cpu())
+    bucket = Bucket(torch.arange(PICTURES), bank, torch.zeros(draws, dtype=torch.long))
+    names = [f"picture {number}" for number in range(PICTURES)]
+    return Material(
+        posteriors, [PROMPT] * PICTURES, names, torch.full((PICTURES,), 1 / PICTURES), None, [bucket],
+        [CLASS_PROMPT], None, text,
+    )  # fmt: skip
+
+
+class Bare:
+    """Forward, loss and backward of the adapted network on one batch that is there."""
+
+    def __init__(self, training: Training, material: Material) -> None:
+        self.training, model = training, training.model
+        before, training.material = training.material, material
+        random = generator(0, "bare")
+        batch, chosen = training.subject_batch(material.buckets[0], random)
+        if material.has_prior:
+            prior, of_class = training.prior_batch(material.buckets[0], random)
+            batch = type(batch)(*(torch.cat(pair) for pair in zip(batch, prior, strict=True)))
+            chosen = torch.cat([chosen, of_class])
+        training.material = before
+        self.noisy, self.wanted = batch.noisy.to(model.device), batch.wanted.to(model.device)
+        self.at = times(model)[batch.levels].to(model.device)
+        self.text = {
+            name: value[chosen.to(value.device)] for name, value in cast(Text, material.text).items()
+        }
+
+    def step(self) -> None:
+        """Leaves nothing behind."""
+        model = self.training.model
+        with quick_to_train(model.denoiser):
+            said = ask(model, self.noisy, self.at, self.text)
+            F.mse_loss(said, self.wanted).backward()
+        for value in self.training.parameters.values():
+            value.grad = None
+
+
+# Parity -----------------------------------------------------------------------------------------------------
+
+
+class Parity(NamedTuple):
+    """The loss here; how far the script's loss and gradient are from ours, that as a share of its largest entry."""
+
+    here: float
+    loss: float
+    gradient: float
+
+
+def parity(training: Training, *, size: float = 1e-3) -> Parity:
+    """Both sides with class pictures on the same latents, noise and levels, the adapter moved off zero by `size`.
+
+    Raises `UserError` for a model that does not predict the noise, which the script's loss is about.
+    """
+    model, before = training.model, training.material
+    if model.path.kind != "epsilon":
+        raise UserError("Parity compares errors of the predicted noise. Choose a model that predicts it.")
+    start = {name: value.detach().clone() for name, value in training.parameters.items()}
+    with torch.no_grad():
+        for number, value in enumerate(training.parameters.values()):
+            value.add_(size * torch.randn(value.shape, generator=generator(0, "parity", number)).to(value))
+    training.material = known = one_picture(before)
+    own, _ = training.subject_batch(known.buckets[0], random := generator(0, "parity"))
+    prior, _ = training.prior_batch(known.buckets[0], random)  # their targets are the noise
+    here = training.loss(generator(0, "parity"), 1)
+    count = training.settings.batch
+    pair = (known.posteriors[0].mean, cast(Tensor, known.drawn))
+    clean = torch.cat([latent.expand(count, -1, -1, -1) for latent in pair])
+    noise, index = torch.cat([own.wanted, prior.wanted]), torch.cat([own.levels, prior.levels])
+    text = cast(Text, known.text)
+    said = joined(*(rows({name: value[[place]] for name, value in text.items()}, count) for place in (0, -1)))
+    script = Script(Parts(model, torch.nn.Identity(), lambda prompts: {}), training)
+    there = script.loss(clean, noise, times(model)[index].long().to(model.device), said, prior=True)
+    gradients = [
+        torch.autograd.grad(loss, list(training.parameters.values()), allow_unused=True)
+        for loss in (here, there)
+    ]
+    training.material = before
+    with torch.no_grad():
+        for name, value in training.parameters.items():
+            value.copy_(start[name])
+    pairs = [(a, b) for a, b in zip(*gradients, strict=True) if a is not None and b is not None]
+    largest = max(float(a.abs().max()) for a, _ in pairs)
+    apart = max(float((a - b).abs().max()) for a, b in pairs)
+    return Parity(float(here.detach()), abs(float(here.detach()) - float(there.detach())), apart / largest)
+
+
+def one_picture(material: Material) -> Material:
+    """One picture of the subject and one of its class, both exactly known."""
+    first, other = material.posteriors[0], material.posteriors[1]
+    text = {name: value[[0, -1]] for name, value in cast(Text, material.text).items()}
+    sure = Posterior(first.mean, torch.zeros_like(first.std))
+    return replace(
+        material, posteriors=[sure], prompts=[PROMPT], names=["picture"], share=torch.ones(1),
+        buckets=[Bucket(torch.zeros(1, dtype=torch.long))], drawn=other.mean, text=text,
+    )  # fmt: skip
+
+
+# Figures ----------------------------------------------------------------------------------------------------
+
+
+def totals(seconds: dict[str, float]) -> dict[str, float]:
+    """Seconds of the cold run of 800 steps with prior preservation, by its parts, for both sides."""
+    drawn = CLASS_PICTURES / CLASS_BATCH * (CLASS_STEPS * seconds["evaluation"] + seconds["decoding"])
+    draws = settings_for(1).prior_draws
+    prepared = PICTURES * seconds["encoding"] + seconds["text"] + draws / BANK_BATCH * seconds["bank"]
+    return {
+        "script: class pictures": drawn,
+        "script": drawn + STEPS * seconds["script, prior"],
+        "script, text once": drawn + STEPS * seconds["script, text once, prior"],
+        "here: preparation": prepared,
+        "here": prepared + STEPS * seconds["here, prior"],
+    }
+
+
+def markdown(facts: dict[str, Any]) -> str:
+    """The tables as Markdown."""
+    seconds, whole = facts["seconds"], facts["totals"]
+    lines = [
+        f"`{facts['command']}`",
+        "",
+        f"{facts['precision']}, {facts['batch']} a step, {facts['warm_steps']} warm steps of each kind in turn, "
+        f"medians of {CLOCKS[facts['clock']]} ({facts['machine']}). Parity: loss {facts['parity']['here']:.4f}, to "
+        f"{facts['parity']['loss']:.1e}; gradient to {facts['parity']['gradient']:.1e}.",
+        "",
+        "| a step | seconds | script / this | with prior | script / this |",
+        "|---|---|---|---|---|",
+    ]
+    for kind in KINDS:
+        cells = [kind]
+        for suffix in ("", ", prior"):
+            own = seconds[kind + suffix]
+            cells += [f"{own:.3f}", f"{seconds['script' + suffix] / own:.2f}×"]
+        lines.append(f"| {' | '.join(cells)} |")
+    over = [seconds[f"here{suffix}"] / seconds[f"bare{suffix}"] for suffix in ("", ", prior")]
+    best = whole["script, text once"]
+    lines += [
+        "",
+        f"A step here takes {over[0]:.2f} times the bare one, with the prior {over[1]:.2f} times.",
+        "",
+        f"Cold run of {STEPS} steps with prior preservation, composed of counted steps, not run:",
+        "",
+        "| side | seconds | of it before the first step | script / this |",
+        "|---|---|---|---|",
+        f"| script | {whole['script']:.0f} | {whole['script: class pictures']:.0f} | 1.00× |",
+        f"| script, text once | {best:.0f} | {whole['script: class pictures']:.0f} | {whole['script'] / best:.2f}× |",
+        f"| here | {whole['here']:.0f} | {whole['here: preparation']:.0f} | {whole['script'] / whole['here']:.2f}× |",
+    ]
+    if "peak_gib" in facts:
+        peaks = facts["peak_gib"]
+        lines += ["", "| peak memory, GiB | script | here | here / script |", "|---|---|---|---|"]
+        for name, suffix in (("without prior", ""), ("with prior", ", prior")):
+            there, here = peaks[f"script{suffix}"], peaks[f"here{suffix}"]
+            lines.append(f"| {name} | {there:.2f} | {here:.2f} | {here / there:.2f} |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    run(app)
