@@ -26,7 +26,6 @@ from align.prompts import Prompt, by_category, without_tokens
 from align.sampling import USUAL, Drawing, draw
 from align.scoring import open_judge, open_scorer
 from align.settings import read_settings
-from align.statistics import Interval, bootstrap, wilson
 from backbone.concept import Concept, described, read_concept
 from backbone.console import UserError, progress, say
 from backbone.files import content_hash, read_json, write_json
@@ -38,6 +37,7 @@ from backbone.report import picture as shown
 from backbone.runs import versions
 from backbone.scorers import diversity
 from backbone.sheet import GREEN, Cell, save_png, sheet
+from backbone.statistics import Interval, bootstrap, wilson
 
 RESULT = "compare.json"
 REPORT = "report.html"

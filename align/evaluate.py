@@ -19,8 +19,8 @@ from align.losses import accuracy
 from align.material import Draws, Item, Material, batch_of, mean_squares, residuals
 from align.reference import Live
 from align.settings import Settings
-from align.statistics import Interval, bootstrap
 from backbone.model import Backbone
+from backbone.statistics import Interval, bootstrap
 
 QUARTILES = 4
 

@@ -27,7 +27,8 @@ from align.pairs import (
 )
 from align.reference import Bank, Live
 from align.settings import FILE, Settings, as_command, read_settings, resolved
-from align.train import PreferenceTraining
+from align.train import PreferenceTraining, share_of
+from backbone import processes
 from backbone.adapters import only
 from backbone.concept import Concept, described, read_concept
 from backbone.console import UserError, progress, say
@@ -55,6 +56,7 @@ def train_taste(asked: dict[str, Any], found: Preferences, *, out: Path | None) 
     that contradict each other.
     """
     began = time.perf_counter()
+    processes.join(asked.get("device", "auto"))
     run = out or Path("runs") / run_name(asked["pairs"])
     if (run / FILE).exists():
         raise UserError(
@@ -68,8 +70,10 @@ def train_taste(asked: dict[str, Any], found: Preferences, *, out: Path | None) 
     settings = resolved(asked, model.defaults)
     _refuse_strangers(found, settings, model)
     records = records_of(found, settings)
-    run.mkdir(parents=True, exist_ok=True)
-    write_record(run, settings)
+    share_of(settings)
+    processes.barrier()  # now every process has seen that the folder is free
+    if processes.is_writer():
+        write_record(run, settings)
     return carry_on(run, settings, model, records, began=began)
 
 
@@ -77,6 +81,7 @@ def resume_taste(run: Path) -> Path:
     """Goes on with a run that was stopped; the weights come out as if it had not been."""
     began = time.perf_counter()
     settings = read_settings(run)
+    processes.join(settings.device)
     found = check(_read_again(settings), skip_bad=settings.skip_bad)
     model = Backbone.open(settings.model, device=settings.device, precision=settings.precision)
     _refuse_strangers(found, settings, model)
@@ -94,24 +99,28 @@ def carry_on(run: Path, settings: Settings, model: Backbone, records: list[Recor
     material = prepare(model, learn, out, settings, concepts)
     training = PreferenceTraining(model, material, settings, base, concepts)
     training.resume(run)
-    trim_log(run / LOG, training.done)
-    trim_log(run / EVALUATIONS, training.done)
+    writes = processes.is_writer()
+    if writes:
+        trim_log(run / LOG, training.done)
+        trim_log(run / EVALUATIONS, training.done)
     watch = Watch(run, training, settings)
     if not training.done:
         watch.look(0)
     prepared = time.perf_counter()
-    stopped_early = watch.must_stop
+    stopped_early = processes.any_of(watch.must_stop)
     with stopping() as stop, progress(settings.steps, "training", done=training.done) as bar:
         for report in training.steps() if not stopped_early else ():
-            append_jsonl(run / LOG, dataclasses.asdict(report) | training.figures)
+            if writes:
+                append_jsonl(run / LOG, dataclasses.asdict(report) | training.figures)
             bar.advance(1, images=settings.batch * len(material.train[0].pictures), **shown(report, training))
             finished = report.step == settings.steps
             if finished or report.step % settings.evaluation_steps == 0:
                 watch.look(report.step)
-            stopped_early = watch.must_stop and not finished
-            if stop or finished or stopped_early or report.step % settings.checkpointing_steps == 0:
+            halt = processes.any_of(bool(stop))
+            stopped_early = processes.any_of(watch.must_stop) and not finished
+            if halt or finished or stopped_early or report.step % settings.checkpointing_steps == 0:
                 training.save(run)
-            if stop and not finished:
+            if halt and not finished:
                 raise KeyboardInterrupt(
                     f"Stopped and saved at step {report.step} of {settings.steps}. "
                     f"Continue with: align train --resume {run}"
@@ -120,6 +129,10 @@ def carry_on(run: Path, settings: Settings, model: Backbone, records: list[Recor
                 say(f"Stopped at step {report.step}: {watch.complaint}")
                 break
     trained = time.perf_counter()
+    training.live.asked = int(processes.total([training.live.asked])[0])
+    if not writes:
+        processes.leave()
+        return run
     header = {
         "base_model": settings.model,
         "atelier_loss": settings.loss,
@@ -129,6 +142,7 @@ def carry_on(run: Path, settings: Settings, model: Backbone, records: list[Recor
     write_concept(run, settings, model, files)
     seconds = {"prepare": prepared - began, "train": trained - prepared, "all": time.perf_counter() - began}
     write_summary(run, training, learn, out, concepts, seconds)
+    processes.leave()
     return run
 
 
@@ -192,7 +206,14 @@ class Watch:
         self.complaint = self._complaint(self.seen[-1]) if self.seen else ""
 
     def look(self, step: int) -> None:
-        """Evaluates and writes a line; warns when the winners' error has risen beyond the tolerance."""
+        """Evaluates and writes a line; warns when the winners' error has risen beyond the tolerance.
+
+        Of several processes the writer does, with the banks of all.
+        """
+        if isinstance(self.training.reference, Bank):
+            self.training.reference.merge()
+        if not processes.is_writer():
+            return
         if any(line["step"] == step for line in self.seen):
             return  # before the run was stopped
         found = self.training.evaluate()
@@ -412,7 +433,7 @@ def _row(name: str, figures: Figures) -> tuple[str, ...]:
 
 def _revived(said: dict[str, Any]) -> dict[str, Any]:
     """Figures from JSON, where a missing number is null."""
-    from align.statistics import Interval
+    from backbone.statistics import Interval
 
     interval = Interval(*(_number(said["accuracy"][name]) for name in ("value", "low", "high")))
     levels = tuple(_number(share) for share in said["by_level"])

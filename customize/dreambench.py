@@ -23,8 +23,9 @@ from backbone.model import Backbone
 from backbone.sample import Request, sample
 from backbone.scorers import Scorer, load_scorer, prior_drift
 from backbone.sheet import Cell, save_png, sheet
+from backbone.statistics import interval
 from backbone.world.words import vocabulary
-from customize.evaluate import interval, protocol
+from customize.evaluate import protocol
 from customize.settings import Settings, read_settings
 
 LIST = re.compile(r"prompt_list\s*=\s*\[(.*?)\]", re.DOTALL)

@@ -8,12 +8,10 @@ fixed noise and levels, and the checkpoint with the best `rating` is kept.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
@@ -25,6 +23,7 @@ from backbone.model import Backbone
 from backbone.noise import add_noise, target
 from backbone.sample import Request, sample
 from backbone.scorers import Scorer, clip_i, diversity, prior_drift, text_scores
+from backbone.statistics import interval
 from customize.dreambooth import Training, weighting
 from customize.settings import Settings
 
@@ -177,17 +176,6 @@ class Patience:
     def exhausted(self) -> bool:
         """Whether it no longer improves."""
         return len(self.history) - 1 - self.history.index(self.best) >= self.patience
-
-
-def interval(values: Sequence[float], *, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
-    """A mean with its 95 % bootstrap interval (percentile)."""
-    numbers = np.asarray(values, dtype=float)
-    if len(numbers) == 0:
-        return math.nan, math.nan, math.nan
-    random = np.random.default_rng(seed)
-    means = random.choice(numbers, size=(draws, len(numbers))).mean(1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(numbers.mean()), float(low), float(high)
 
 
 Draw = Callable[[Sequence[Request]], list[Image]]

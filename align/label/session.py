@@ -18,8 +18,8 @@ from itertools import combinations
 from pathlib import Path
 
 from align.choices import CHOICES, VERDICTS, Choice, Undo, append, consistency, effective, read_choices
-from align.statistics import Interval, wilson
 from backbone.console import UserError
+from backbone.statistics import Interval, wilson
 
 REPEATS = 0.1  # of all questions
 SETTLED = 5  # so many questions at least lie between a pair and its repeat

@@ -18,7 +18,7 @@ from backbone.model import EMBEDDED
 from backbone.report import curve, table, write_report
 from customize.cli import step_count
 from customize.dreambench import own_prompts, read_prompts
-from customize.evaluate import Figures, Patience, interval, mean_likeness, rating
+from customize.evaluate import Figures, Patience, mean_likeness, rating
 
 FILE = """Classes
 
@@ -78,15 +78,6 @@ def test_the_likeness_of_pictures_among_themselves() -> None:
     vectors = F.normalize(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), dim=-1)
     assert mean_likeness(vectors) == pytest.approx(0)
     assert mean_likeness(vectors[:1]) == 1
-
-
-def test_an_interval_holds_its_mean_and_is_wider_for_fewer() -> None:
-    values = [0.1, 0.5, 0.9, 0.4]
-    mean, low, high = interval(values)
-    _, lower, higher = interval(values * 20)
-    assert mean == pytest.approx(0.475)
-    assert low < mean < high
-    assert higher - lower < high - low
 
 
 def test_the_prompts_of_dreambooth_are_read(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from align.statistics import bootstrap, wilson
+from backbone.statistics import bootstrap, interval, wilson
 
 
 def test_wilson_s_interval_at_known_values() -> None:
@@ -40,3 +40,12 @@ def test_repeating_values_within_a_cluster_does_not_narrow_the_interval() -> Non
 
 def test_an_interval_reads_as_a_sentence() -> None:
     assert str(wilson(50, 100)) == "50.0% (40.4% to 59.6%)"
+
+
+def test_an_interval_holds_its_mean_and_is_wider_for_fewer() -> None:
+    values = [0.1, 0.5, 0.9, 0.4]
+    mean, low, high = interval(values)
+    _, lower, higher = interval(values * 20)
+    assert mean == pytest.approx(0.475)
+    assert low < mean < high
+    assert higher - lower < high - low

@@ -48,3 +48,8 @@ def bootstrap(clusters: Sequence[Sequence[float]], *, seed: int = 0, rounds: int
     means = sums[chosen].sum(1) / counts[chosen].sum(1)
     low, high = np.quantile(means, (0.025, 0.975))
     return Interval(float(sums.sum() / counts.sum()), float(low), float(high))
+
+
+def interval(values: Sequence[float], *, seed: int = 0) -> Interval:
+    """The mean of values that belong to nobody, with its percentile bootstrap interval; NaN without values."""
+    return bootstrap([[value] for value in values], seed=seed)
