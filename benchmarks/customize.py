@@ -1,136 +1,276 @@
 """How well `customize train` learns a subject in its default two minutes: the twelve development concepts of the world.
 
-    python -m benchmarks.customize                   about 35 minutes on two cores; needs the emoji font
+    python -m benchmarks.customize                   about an hour on two cores; needs the emoji font
     python -m benchmarks.customize --concepts peacock --concepts canoe
+    python -m benchmarks.customize methods           seven ways to learn, four concepts each
+    python -m benchmarks.customize rates             learning rates of two of them, on one concept
 
 Every concept is a glyph that the base has never seen. Its five training pictures are plain renders in five places; the
-real commands `customize train` and `customize sample` then draw it in the other seven. The judge names the glyph among
-all that it knows, and the place. Beside it stands the base model without training, asked with the same words. Wilson
-95 % intervals over the pictures, and a bootstrap over concepts, which differ more than pictures do. Writes `table.md`,
-`table.json` and every run with its sheet. Concepts that `--out` has results of are not trained again, so several
-processes can share the work; use another `--out` for other flags.
+real commands `customize train` and `customize sample` then draw it in the other seven, wearing each of five things, in
+each of four styles, and draw its class without the token. The judge names the glyph among all that it knows, and the
+place, the accessory, the style. Beside it stands the base model without training, asked with the same words from the
+same noise. Wilson 95 % intervals over the pictures, and a bootstrap over concepts, which differ more than pictures do.
+
+Runs and pictures that `--out` holds are not made again, and verdicts always are, from the pictures on disk: a better
+judge renews the tables in a minute. Several processes can share one `--out`. Use another for other flags.
 """
 
 from __future__ import annotations
 
-import json
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import typer
 from PIL import Image
 
 from backbone.concept import read_concept
-from backbone.console import run, say
+from backbone.console import UserError, run, say
 from backbone.files import read_json, write_json, write_text
-from backbone.sheet import GREEN, RED, Cell, save_png, sheet
+from backbone.sheet import GREEN, RED, Cell, in_rows, save_png, sheet
 from backbone.world.render import font_path, render
-from backbone.world.words import vocabulary
-from benchmarks.judge import Verdict, load_judge, shows, top
+from backbone.world.words import article, vocabulary
+from benchmarks.judge import FACTS, FOLDER, Judge, Verdict, load_judge, shows, top
 from benchmarks.moji import per_cent, wilson
 from recipes.moji.example_dog import TRAINING_PLACES, concept_pictures
 
 TOKEN = "[V]"
+Kind = Literal["places", "accessories", "styles", "class"]
+KINDS: tuple[Kind, ...] = ("places", "accessories", "styles", "class")
+DEFAULT = "LoRA, the defaults"
+METHODS = {
+    DEFAULT: "",
+    "LoRA, no prior": "--prior off",
+    "LoRA, class pictures": "--prior class-images",
+    "DoRA": "--use_dora",
+    "pivotal": "--method pivotal",
+    "textual inversion": "--method textual-inversion --words_learning_rate 2e-2",
+    "full weights": "--method full --learning_rate 1e-4",
+}
+RATES = {
+    **{
+        f"textual inversion at {rate}": f"--method textual-inversion --words_learning_rate {rate}"
+        for rate in ("5e-3", "2e-2", "1e-1")
+    },
+    **{
+        f"full weights at {rate}": f"--method full --learning_rate {rate}"
+        for rate in ("3e-5", "1e-4", "3e-4")
+    },
+}
+SOME = ("lobster", "telescope", "sloth", "fire engine")  # none that a setting was chosen on
+Table = Literal["concepts", "methods", "rates"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One concept, learned in one way."""
+
+    concept: str
+    method: str
+    flags: str
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """The name of its folders."""
+        words = [self.concept, str(self.seed), *([] if self.method == DEFAULT else [self.method])]
+        return "-".join(words).replace(" ", "-").replace(",", "")
+
+    @property
+    def noun(self) -> str:
+        """The noun of its class."""
+        return vocabulary().classes[self.concept]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, and what the judge should see in its pictures: a label of the question's own head."""
+
+    prompt: str
+    wanted: str
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Of n pictures: in how many the judge sees what was asked for, and in how many the concept's glyph."""
+
+    right: int
+    glyph: int
+    n: int
+
+    @property
+    def share(self) -> float:
+        return self.right / self.n
 
 
 @dataclass(frozen=True)
 class Result:
-    """One concept: how many of its pictures show the glyph and the place, after training and before."""
+    """What one trial came to: of every kind of question, after training and at the base where it was asked."""
 
-    concept: str
-    pictures: int
-    glyph: int
-    place: int
-    glyph_before: int
-    place_before: int
+    trial: Trial
+    after: Mapping[str, Tally]
+    base: Mapping[str, Tally]
     seconds: float
+    megabytes: float
 
 
 def main(
-    concepts: Annotated[list[str] | None, typer.Option(help="Which ones; all twelve when left out.")] = None,
-    count: Annotated[int, typer.Option(help="Pictures in each of the seven places.")] = 3,
+    asked: Annotated[Table, typer.Argument(metavar="TABLE", help="concepts, methods or rates.")] = "concepts",
+    concepts: Annotated[
+        list[str] | None, typer.Option(help="Which ones.", show_default="by table: 12, 4, 1")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Pictures in each of the seven places.")] = 3,
+    others: Annotated[int, typer.Option(min=1, help="Pictures of each other prompt.")] = 2,
     flags: Annotated[str, typer.Option(help="More flags for customize train, in one string.")] = "",
     model: Annotated[str, typer.Option(help="The base model.")] = "moji",
     seed: Annotated[int, typer.Option()] = 0,
+    judge: Annotated[Path, typer.Option(help="The judge's folder.")] = FOLDER,
     out: Annotated[Path, typer.Option(help="Where results go.")] = Path("build/benchmarks/customize"),
 ) -> None:
-    """Trains, draws, judges, and writes the table."""
+    """Trains and draws what is missing, judges everything, and writes the table."""
+    chosen = trials(asked, concepts, flags=flags, seed=seed)
     font_path()
+    counts = dict.fromkeys(KINDS, others) | {"places": count}
+    eye = load_judge(judge)
+    results = []
+    for trial in made(chosen, out, counts, model):
+        results.append(judged(trial, out, eye))
+        show(out, trial, eye)
+        say(f"{trial.name}: {', '.join(f'{k} {per_cent(t.share)}' for k, t in results[-1].after.items())}")
+    results.sort(key=lambda result: chosen.index(result.trial))
+    text = table(results) if asked == "concepts" else comparison(results)
+    facts = {
+        "model": model,
+        "flags": flags,
+        "judge": read_json(judge / FACTS).get("step"),
+        "results": [asdict(result) for result in results],
+    }
+    name = "table" if asked == "concepts" else asked
+    write_json(out / f"{name}.json", facts)
+    write_text(out / f"{name}.md", text)
+    print(text)
+
+
+def trials(asked: Table, concepts: Sequence[str] | None, *, flags: str, seed: int) -> list[Trial]:
+    """What a table is of. Raises `UserError` for a concept that the world has not."""
+    known = vocabulary().development_concepts
+    usual = {"concepts": tuple(known), "methods": SOME, "rates": ("peacock",)}[asked]
+    for concept in concepts or ():
+        if concept not in known:
+            raise UserError(f"There is no concept {concept}. Choose among {', '.join(known)}.")
+    ways = {"concepts": {DEFAULT: ""}, "methods": METHODS, "rates": RATES}[asked]
+    return [
+        Trial(concept, way, f"{own} {flags}".strip(), seed)
+        for concept in concepts or usual
+        for way, own in ways.items()
+    ]
+
+
+# Runs and pictures ------------------------------------------------------------------------------------------
+
+
+def made(wanted: Sequence[Trial], out: Path, counts: Mapping[Kind, int], model: str) -> Iterator[Trial]:
+    """Every trial as soon as its run and pictures exist; those that another process works at come last."""
+    left = list(wanted)
+    while left:
+        for trial in list(left):
+            with claimed(out / "claims" / trial.name) as mine:
+                if not mine:
+                    continue
+                train_and_draw(trial, out, counts, model)
+            left.remove(trial)
+            yield trial
+        if left:
+            time.sleep(5)
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Whether nobody else works at this; the claim ends with the `with`, or with the process."""
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def train_and_draw(trial: Trial, out: Path, counts: Mapping[Kind, int], model: str) -> None:
+    """The run of a trial, and its pictures and the base's of every kind, where they are missing."""
+    folder = out / "runs" / trial.name
+    if not (folder / "README.md").exists():  # which a run writes last
+        shutil.rmtree(folder, ignore_errors=True)  # its time should be a whole one's
+        names = ["--images", str(pictures_of(trial.concept, out)), "--token", TOKEN, "--class", trial.noun]
+        more = ["--model", model, "--seed", str(trial.seed), "--out", str(folder)]
+        customize("train", *names, *more, *trial.flags.split())
+    for kind in KINDS:
+        called = "" if kind == "class" else f"{TOKEN} {trial.noun}"
+        draw(trial, kind, called, after(trial, kind, out), counts[kind], ["--concept", str(folder)], model)
+        if kind == "class" or trial.method == DEFAULT:
+            words = read_concept(folder).tokens[TOKEN]
+            draw(trial, kind, f"{words} {trial.noun}", base(trial, kind, out), counts[kind], [], model)
+
+
+def pictures_of(concept: str, out: Path) -> Path:
+    """The folder of a concept's five training pictures."""
+    folder = out / "pictures" / concept.replace(" ", "-")
+    number = list(vocabulary().development_concepts).index(concept)
+    for k, scene in enumerate(concept_pictures(concept, first_seed=1_900_000 + 10 * number)):
+        if not (folder / f"{k}.png").exists():
+            save_png(folder / f"{k}.png", render(scene).image)
+    return folder
+
+
+def questions(kind: Kind, noun: str, called: str) -> list[Question]:
+    """What is asked of each kind, about a thing that is called so; of the class under its own name."""
     words = vocabulary()
-    judge = load_judge()
-    results: list[Result] = []
-    for number, concept in enumerate(concepts or list(words.development_concepts)):
-        pictures = out / "pictures" / concept.replace(" ", "-")
-        for k, scene in enumerate(concept_pictures(concept, first_seed=1_900_000 + 10 * number)):
-            save_png(pictures / f"{k}.png", render(scene).image)
-        trained = out / "runs" / f"{pictures.name}-{seed}"
-        known = out / "results" / f"{trained.name}.json"
-        if known.exists():
-            results.append(Result(**read_json(known)))
-            continue
-        noun = words.classes[concept]
-        began = time.perf_counter()
-        customize(
-            "train",
-            "--images",
-            str(pictures),
-            "--token",
-            TOKEN,
-            "--class",
-            noun,
-            "--model",
-            model,
-            "--seed",
-            str(seed),
-            "--out",
-            str(trained),
-            *flags.split(),
-        )
-        seconds = time.perf_counter() - began
-        places = [place for place in words.places if place not in TRAINING_PLACES]
-        told = read_concept(trained).tokens[TOKEN]
-        after = drawn(
-            [f"a {TOKEN} {noun} {place}" for place in places],
-            out / "after" / trained.name,
-            ["--concept", str(trained)],
-            model,
-            count,
-            seed,
-        )
-        before = drawn(
-            [f"a {told} {noun} {place}" for place in places],
-            out / "before" / trained.name,
-            [],
-            model,
-            count,
-            seed,
-        )
-        asked = [place for place in places for _ in range(count)]
-        seen, seen_before = judge.verdicts(after), judge.verdicts(before)
-        results.append(
-            Result(
-                concept,
-                len(after),
-                glyphs(seen, concept),
-                places_right(seen, asked),
-                glyphs(seen_before, concept),
-                places_right(seen_before, asked),
-                round(seconds, 1),
-            )
-        )
-        show(out / "sheets" / f"{trained.name}.png", concept, after, asked, seen, count)
-        say(json.dumps(asdict(results[-1])))
-        write_json(known, asdict(results[-1]))
-    facts = {"seed": seed, "flags": flags, "results": [asdict(result) for result in results]}
-    write_json(out / "table.json", facts)
-    write_text(out / "table.md", table(results))
-    print(table(results))
+    places = [place for place in words.places if place not in TRAINING_PLACES]
+    match kind:
+        case "places":
+            return [Question(f"a {called} {place}", place) for place in places]
+        case "accessories":
+            return [
+                Question(f"a {called} wearing {thing} {places[k]}", thing)
+                for k, thing in enumerate(words.accessories)
+            ]
+        case "styles":
+            return [
+                Question(f"{style} a {called} {places[k]}", style) for k, style in enumerate(words.styles)
+            ]
+        case "class":
+            return [Question(f"{article(noun)} {noun} {place}", noun) for place in places]
+
+
+def after(trial: Trial, kind: Kind, out: Path) -> Path:
+    """Where pictures with the concept lie."""
+    return out / "after" / trial.name / kind
+
+
+def base(trial: Trial, kind: Kind, out: Path) -> Path:
+    """Where the base's own pictures lie, the same ones for every method."""
+    return out / "base" / Trial(trial.concept, DEFAULT, "", trial.seed).name / kind
+
+
+def draw(
+    trial: Trial, kind: Kind, called: str, folder: Path, count: int, more: Sequence[str], model: str
+) -> None:
+    """The pictures of a kind of question, by the real command, unless they are there."""
+    prompts = [question.prompt for question in questions(kind, trial.noun, called)]
+    if (folder / "sheet.png").exists():  # which is written last
+        return
+    numbers = ["--count", str(count), "--seed", str(trial.seed), "--model", model]
+    customize("sample", *prompts, *numbers, "--out", str(folder), *more)
 
 
 def customize(*arguments: str) -> None:
@@ -138,80 +278,194 @@ def customize(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "customize.cli", *arguments], check=True)
 
 
-def drawn(
-    prompts: list[str], folder: Path, more: list[str], model: str, count: int, seed: int
-) -> list[Image.Image]:
-    """The pictures that `customize sample` draws, in order."""
-    customize(
-        "sample",
-        *prompts,
-        "--out",
-        str(folder),
-        "--count",
-        str(count),
-        "--seed",
-        str(seed),
-        "--model",
-        model,
-        *more,
+# What the judge says ----------------------------------------------------------------------------------------
+
+
+def judged(trial: Trial, out: Path, judge: Judge) -> Result:
+    """A trial by its files."""
+    folder = out / "runs" / trial.name
+    learned = read_concept(folder)
+    files = [folder / name for name in (learned.weights, learned.words, learned.changed) if name]
+    before = {kind: base(trial, kind, out) for kind in KINDS}
+    return Result(
+        trial,
+        {kind: tally(trial, kind, after(trial, kind, out), judge) for kind in KINDS},
+        {kind: tally(trial, kind, path, judge) for kind, path in before.items() if path.exists()},
+        read_json(folder / "settings.json")["timings"]["all"],
+        sum(file.stat().st_size for file in files) / 1e6,
     )
-    return [Image.open(path).convert("RGB") for path in sorted(folder.glob("p??-s??.png"))]
 
 
-def glyphs(seen: Sequence[Verdict], concept: str) -> int:
-    """In how many pictures the judge names this glyph first among all that it knows."""
-    return sum(shows(verdict, concept) for verdict in seen)
+def tally(trial: Trial, kind: Kind, folder: Path, judge: Judge) -> Tally:
+    """What the judge says of one folder of pictures."""
+    asked, seen = looked_at(trial, kind, folder, judge)
+    right = [READ[kind](verdict) == question.wanted for question, verdict in zip(asked, seen, strict=True)]
+    return Tally(sum(right), sum(shows(verdict, trial.concept) for verdict in seen), len(seen))
 
 
-def places_right(seen: Sequence[Verdict], asked: Sequence[str]) -> int:
-    """In how many pictures it names the place that was asked for."""
-    return sum(top(verdict.place) == place for verdict, place in zip(seen, asked, strict=True))
+def looked_at(trial: Trial, kind: Kind, folder: Path, judge: Judge) -> tuple[list[Question], list[Verdict]]:
+    """The question and the verdict of every picture in a folder."""
+    every = questions(kind, trial.noun, f"{TOKEN} {trial.noun}")
+    paths = sorted(folder.glob("p??-s??.png"))
+    asked = [every[int(path.name[1:3])] for path in paths]
+    return asked, judge.verdicts([Image.open(path).convert("RGB") for path in paths])
 
 
-def show(
-    path: Path, concept: str, pictures: list[Image.Image], asked: list[str], seen: list[Verdict], count: int
-) -> None:
-    """A sheet of all pictures, framed by what the judge said."""
-    cells = [
-        Cell(picture, f"{place}: {verdict.glyph}", GREEN if shows(verdict, concept) else RED)
-        for picture, place, verdict in zip(pictures, asked, seen, strict=True)
-    ]
-    rows = [[cells[place * count + k] for place in range(len(cells) // count)] for k in range(count)]
+READ: dict[str, Callable[[Verdict], str]] = {
+    "places": lambda verdict: top(verdict.place),
+    "accessories": lambda verdict: top(verdict.accessory),
+    "styles": lambda verdict: top(verdict.style),
+    "class": lambda verdict: verdict.glyph,
+}
+
+
+def show(out: Path, trial: Trial, judge: Judge) -> None:
+    """A sheet of all pictures with the concept, framed by what the judge said."""
+    cells: list[Cell | Image.Image | None] = []
+    for kind in KINDS:
+        folder = after(trial, kind, out)
+        paths = sorted(folder.glob("p??-s??.png"))
+        for path, question, verdict in zip(paths, *looked_at(trial, kind, folder, judge), strict=True):
+            read = READ[kind](verdict)
+            right = read == question.wanted and (kind == "class" or shows(verdict, trial.concept))
+            said = verdict.glyph if kind == "class" else f"{verdict.glyph}, {read}"
+            cells.append(
+                Cell(Image.open(path).convert("RGB"), f"{question.wanted}: {said}", GREEN if right else RED)
+            )
+    note = "Asked: seen. Green: the judge sees the concept's glyph (the class's noun at the end) and what was asked."
+    title = f"{trial.concept}, {trial.method}"
     save_png(
-        path, sheet(rows, title=concept, note="Green: the judge names the concept's glyph first.", cell=128)
+        out / "sheets" / f"{trial.name}.png", sheet(in_rows(cells, 11), title=title, note=note, cell=112)
     )
+
+
+# Tables -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A column: its name, and how it is read off a trial's tallies; `None` where not asked."""
+
+    name: str
+    counted: Callable[[Mapping[str, Tally]], tuple[int, int] | None]
+
+
+def of(kind: str) -> Callable[[Mapping[str, Tally]], tuple[int, int] | None]:
+    """Right ones and all of a kind."""
+    return lambda found: (found[kind].right, found[kind].n) if kind in found else None
+
+
+def glyphs(found: Mapping[str, Tally]) -> tuple[int, int] | None:
+    """Pictures in places that show the concept's glyph."""
+    return (found["places"].glyph, found["places"].n) if "places" in found else None
+
+
+def glyphs_in_those(found: Mapping[str, Tally]) -> tuple[int, int] | None:
+    """Pictures with an accessory or in a style that show the concept's glyph."""
+    both = [found[kind] for kind in ("accessories", "styles") if kind in found]
+    return (sum(t.glyph for t in both), sum(t.n for t in both)) if both else None
+
+
+def asked_things(found: Mapping[str, Tally]) -> tuple[int, int] | None:
+    """Accessories and styles together."""
+    both = [found[kind] for kind in ("accessories", "styles") if kind in found]
+    return (sum(t.right for t in both), sum(t.n for t in both)) if both else None
+
+
+FIGURES = (
+    Figure("glyph", glyphs),
+    Figure("place", of("places")),
+    Figure("accessory or style", asked_things),
+    Figure("accessory", of("accessories")),
+    Figure("style", of("styles")),
+    Figure("glyph in those two", glyphs_in_those),
+    Figure("class without the token", of("class")),
+)
 
 
 def table(results: Sequence[Result]) -> str:
-    """Markdown: a row for every concept, then all of them with intervals."""
+    """Markdown: all concepts with intervals beside the base, then a row for every concept."""
     lines = [
-        "| concept | glyph | place | glyph, base | place, base | training |",
+        f"| {len(results)} concepts | trained | 95 %, pictures | 95 %, over concepts | n | base, same words |",
         "|---|---|---|---|---|---|",
     ]
-    for result in results:
-        n = result.pictures
-        shares = (result.glyph / n, result.place / n, result.glyph_before / n, result.place_before / n)
-        lines.append(f"| {result.concept} | {' | '.join(map(per_cent, shares))} | {result.seconds:.0f} s |")
-    total = sum(result.pictures for result in results)
-    cells = []
-    for name in ("glyph", "place", "glyph_before", "place_before"):
-        right = sum(getattr(result, name) for result in results)
-        low, high = wilson(right, total)
-        lowest, highest = over_concepts([getattr(result, name) / result.pictures for result in results])
-        cells.append(
-            f"{per_cent(right / total)} ({per_cent(low)}–{per_cent(high)}; "
-            f"over concepts {per_cent(lowest)}–{per_cent(highest)})"
+    for figure in FIGURES:
+        found = [counted for result in results if (counted := figure.counted(result.after))]
+        known = [counted for result in results if (counted := figure.counted(result.base))]
+        right, n = totals(found)
+        before, of_before = totals(known)
+        low, high = over_concepts([here / all_ for here, all_ in found])
+        lines.append(
+            f"| {figure.name} | {per_cent(right / n)} | {interval(*wilson(right, n))} | {interval(low, high)} | {n} | "
+            f"{per_cent(before / of_before) if of_before else '–'} |"
         )
-    longest = max(result.seconds for result in results)
-    return "\n".join([*lines, f"| all, n = {total} | {' | '.join(cells)} | at most {longest:.0f} s |", ""])
+    kept, low, high = preserved(results)
+    lines += [
+        f"| class kept, of what the base has | {per_cent(kept)} | | {interval(low, high)} | | |",
+        "",
+        "| concept | " + " | ".join(figure.name for figure in FIGURES) + " | training |",
+        "|---" * (len(FIGURES) + 2) + "|",
+    ]
+    lines += [
+        f"| {result.trial.concept} | {' | '.join(shares([result]))} | {result.seconds:.0f} s |"
+        for result in results
+    ]
+    return "\n".join([*lines, ""])
 
 
-def over_concepts(shares: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the mean share when the concepts themselves are drawn anew (percentile bootstrap)."""
+def comparison(results: Sequence[Result]) -> str:
+    """Markdown: a row for every way of learning, over the concepts that it has results of."""
+    columns = [figure.name for figure in FIGURES]
+    lines = [
+        f"| method | concepts | {' | '.join(columns)} | class kept | seconds | MB |",
+        "|---" * (len(FIGURES) + 5) + "|",
+    ]
+    for method in dict.fromkeys(result.trial.method for result in results):
+        own = [result for result in results if result.trial.method == method]
+        seconds = float(np.median([result.seconds for result in own]))
+        size = max(result.megabytes for result in own)
+        cells = [str(len(own)), *shares(own), per_cent(preserved(own)[0]), f"{seconds:.0f}", f"{size:.2f}"]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def shares(results: Sequence[Result]) -> list[str]:
+    """Every figure over all pictures of these results."""
+    cells = []
+    for figure in FIGURES:
+        right, n = totals([counted for result in results if (counted := figure.counted(result.after))])
+        cells.append(per_cent(right / n) if n else "–")
+    return cells
+
+
+def totals(pairs: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Sums of right ones and of all."""
+    return sum(right for right, _ in pairs), sum(n for _, n in pairs)
+
+
+def preserved(results: Sequence[Result]) -> tuple[float, float, float]:
+    """Class pictures that show the class, over those of the base; with the bootstrap's interval over concepts."""
+    pairs = np.array([(result.after["class"].share, result.base["class"].share) for result in results])
+    low, high = bootstrap(pairs, lambda some: some[:, 0].sum() / max(float(some[:, 1].sum()), 1e-9))
+    return float(pairs[:, 0].sum() / max(float(pairs[:, 1].sum()), 1e-9)), low, high
+
+
+def over_concepts(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the mean share when the concepts themselves are drawn anew."""
+    return bootstrap(np.asarray(values), lambda some: float(some.mean()))
+
+
+def bootstrap(rows: Any, statistic: Callable[[Any], float], *, draws: int = 4000) -> tuple[float, float]:
+    """The percentile interval, 95 %, of a statistic of rows drawn with replacement (Efron 1979)."""
     random = np.random.default_rng(0)
-    means = random.choice(np.asarray(shares), size=(4000, len(shares))).mean(1)
-    low, high = np.quantile(means, (0.025, 0.975))
+    found = [statistic(rows[random.integers(len(rows), size=len(rows))]) for _ in range(draws)]
+    low, high = np.quantile(found, (0.025, 0.975))
     return float(low), float(high)
+
+
+def interval(low: float, high: float) -> str:
+    """`84.0–91.2 %`."""
+    return f"{per_cent(low).removesuffix(' %')}–{per_cent(high)}"
 
 
 if __name__ == "__main__":
