@@ -15,6 +15,8 @@ map asks for are read through a V of one-hot columns, padded to the head's width
     control = Control(targets=1)
     with controlled(denoiser, control):
         control.cross = cross(mapping, taken, weight, window)   # and predict; None: nothing is changed
+
+Layers over text and picture jointly are in `edit.joint`.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
 from backbone.console import UserError
+from backbone.families import Attention
+from edit.joint import JointProcessor, read_columns
 
 SelfAttention = Literal["own", "layout", "contents"]
 """Whose self-attention a target has: its own; the source's queries and keys; the source's keys and values."""
@@ -40,7 +44,7 @@ Reach = Literal["prompted", "all"]
 """Which rows of a target take the source's self-attention: the one with a prompt, or the one without it too."""
 
 MAP_TOKENS = 256  # maps are read at the resolution nearest to 16 × 16, where words are places
-MOST_MAP_TOKENS = 1024
+UNET = Attention()
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +64,8 @@ class Control:
     """What the processors read: set it before a call of the denoiser.
 
     cross            None leaves cross-attention as it is
-    self_attention   changed only in layers of at most `self_tokens` queries, whose names begin with `layers`
+    self_attention   changed only in layers of at most `self_tokens` queries (None: of any number), whose names begin
+                     with one of `layers`
     reach            which rows of a target that concerns
     features         whose residual features the targets have in the block that `controlled` finds for them
     maps             where attention maps are gathered, or None
@@ -69,11 +74,16 @@ class Control:
     targets: int
     cross: Cross | None = None
     self_attention: SelfAttention = "own"
-    self_tokens: int = 1024
-    layers: str = ""
+    self_tokens: int | None = UNET.coarse
+    layers: tuple[str, ...] = ("",)
     reach: Reach = "prompted"
     features: Literal["own", "source"] = "own"
     maps: Maps | None = None
+
+    def reaches(self, name: str, tokens: int) -> bool:
+        """Whether a layer of this name and so many queries has another self-attention than its own."""
+        coarse = self.self_tokens is None or tokens <= self.self_tokens
+        return self.self_attention != "own" and coarse and name.startswith(self.layers)
 
     def origins(self, rows: int) -> tuple[list[int], list[int]]:
         """Which rows are asked for themselves, and for each row the index of the one among them that it takes."""
@@ -97,15 +107,18 @@ def cross(mapping: Tensor, taken: Tensor, weight: Tensor, window: Tensor) -> Cro
 
 
 @contextmanager
-def controlled(denoiser: nn.Module, control: Control) -> Iterator[None]:
+def controlled(denoiser: nn.Module, control: Control, attention: Attention = UNET) -> Iterator[None]:
     """Inside the `with`, the denoiser's attention obeys `control`; afterwards it is what it was, also after an error.
 
-    Raises `UserError` for a denoiser whose attention is computed in another way than plainly.
+    `attention` is what its family says of it. Raises `UserError` for a denoiser whose attention is computed in another
+    way than plainly.
     """
     network = cast(Any, denoiser)
     before = dict(getattr(network, "attn_processors", {}))
     strange = {
-        type(p).__name__ for p in before.values() if not isinstance(p, (AttnProcessor, AttnProcessor2_0))
+        type(p).__name__
+        for p in before.values()
+        if type(p) not in attention.joint and not isinstance(p, (AttnProcessor, AttnProcessor2_0))
     }
     if strange or not before:
         what = f"is computed by {', '.join(sorted(strange))}" if strange else "cannot be reached"
@@ -114,8 +127,15 @@ def controlled(denoiser: nn.Module, control: Control) -> Iterator[None]:
         )
     hook = None
     try:
-        network.set_attn_processor({name: Processor(control, plain, name) for name, plain in before.items()})
-        convolution = _features_of(network)
+        network.set_attn_processor(
+            {
+                name: JointProcessor(control, plain, name, attention.joint[type(plain)])
+                if type(plain) in attention.joint
+                else Processor(control, plain, name)
+                for name, plain in before.items()
+            }
+        )
+        convolution = features_of(network)
         if convolution is not None:
             hook = convolution.register_forward_hook(partial(_take_features, control))
         yield
@@ -144,8 +164,7 @@ class Processor:
         control = self.control
         layer = _Layer(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         if encoder_hidden_states is None:
-            here = layer.tokens <= control.self_tokens and self.name.startswith(control.layers)
-            if control.self_attention != "own" and here:
+            if control.reaches(self.name, layer.tokens):
                 attend = _source_layout if control.self_attention == "layout" else _source_contents
                 return layer.finish(attend(layer, *control.origins(len(hidden_states))))
         else:
@@ -160,11 +179,13 @@ class Maps:
 
     columns  [1 + N, W, T]: for the source and each target, the token positions of each of W words
     latent   (H, W) of the latent, which tells how a layer's queries lie in the plane
+    most     the most queries of a layer that is read; None for any number
     """
 
-    def __init__(self, columns: Tensor, latent: tuple[int, int]) -> None:
+    def __init__(self, columns: Tensor, latent: tuple[int, int], *, most: int | None = UNET.coarse) -> None:
         self.columns = columns
         self.latent = latent
+        self.most = most
         self.tokens: int | None = None
         self._sums: dict[int, Tensor] = {}
         self._counts: dict[int, int] = {}
@@ -173,7 +194,7 @@ class Maps:
         """Whether a layer of so many queries is read: all small ones in the first call, one resolution afterwards."""
         if self.tokens is not None:
             return tokens == self.tokens
-        return tokens <= MOST_MAP_TOKENS and grid(self.latent, tokens) is not None
+        return (self.most is None or tokens <= self.most) and grid(self.latent, tokens) is not None
 
     def add(self, maps: Tensor) -> None:
         """Adds a layer's maps [1 + N, queries, W]."""
@@ -226,7 +247,7 @@ def _rows(mask: Tensor | None, asked: list[int], taken: list[int]) -> Tensor | N
     return None if mask is None else mask[asked][taken]
 
 
-def _features_of(network: Any) -> nn.Module | None:
+def features_of(network: Any) -> nn.Module | None:
     """The convolution whose output says what the coarse structure is: at the second coarsest level, on the way up.
 
     `up_blocks.1.resnets.1` of Tumanyan et al. 2023 (layer 4 of the decoder); None for a denoiser without such blocks.
@@ -254,7 +275,9 @@ def _cross(layer: _Layer, targets: int, cross: Cross | None, maps: Maps | None) 
     if own_needed:
         query, key, mask = layer.query(layer.hidden), layer.key(text), layer.mask
         if maps is not None:
-            maps.add(_read(layer, query[: 1 + targets], key[: 1 + targets], maps.columns, mask))
+            rows = slice(1 + targets)
+            look = partial(layer.sdpa, query[rows], key[rows], mask=None if mask is None else mask[rows])
+            maps.add(read_columns(look, query, maps.columns))
         if cross is None:
             return layer.sdpa(query, key, value, mask)
         lead_query, lead_key = _lead(query, targets), _lead(key, targets)
@@ -271,21 +294,6 @@ def _cross(layer: _Layer, targets: int, cross: Cross | None, maps: Maps | None) 
     kept = cross.own.to(value.dtype)[:, None, :, None] * value[some]
     own = layer.sdpa(query[some], key[some], kept, None if mask is None else mask[some])
     return torch.cat([out[:1], out[some] + own, out[1 + targets :]])
-
-
-def _read(layer: _Layer, query: Tensor, key: Tensor, columns: Tensor, mask: Tensor | None) -> Tensor:
-    """The maps of the words in `columns` [R, W, T], mean over heads [R, queries, W].
-
-    One-hot values, as many words at a time as a head is wide, padded to its width: a narrower V would make some
-    devices materialise the whole map.
-    """
-    found = []
-    for some in columns.to(query).split(query.shape[-1], dim=1):
-        one_hot = F.pad(some.transpose(1, 2), (0, query.shape[-1] - some.shape[1]))[:, None]
-        one_hot = one_hot.expand(-1, query.shape[1], -1, -1)
-        rows = None if mask is None else mask[: len(query)]
-        found.append(layer.sdpa(query, key, one_hot, rows)[..., : some.shape[1]].mean(1))
-    return torch.cat(found, -1)
 
 
 def _lead(x: Tensor, targets: int) -> Tensor:

@@ -12,14 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from backbone.cache import encoded_prompts
-from backbone.families import Text
 from backbone.images import to_tensor
 from backbone.ladders import upto
 from backbone.loop import generator
 from backbone.model import Backbone
 from backbone.noise import Estimate, Level, guide, over
 from edit import checks
-from edit.inversion import ladder_of
+from edit.inversion import ladder_of, told
 from edit.noised import Drawn, spaced
 from edit.pictures import latent_mask, mask_of, prepared
 
@@ -68,9 +67,9 @@ def flow_edit(
     count = len(targets)
     order = list(range(1 + count))  # which state each row of a call sees: the source's, or a target's
     text = encoded_prompts(model, [source, *targets])
-    told = _distilled(model, text, source_guidance, guidance)
-    if told is not None:
-        text, source_guidance, guidance = told, 1.0, 1.0
+    with_guidance = told(model, text, source_guidance, guidance)
+    if with_guidance is not None:
+        text, source_guidance, guidance = with_guidance, 1.0, 1.0
     else:
         free = ([0] if source_guidance != 1 else []) + (order[1:] if guidance != 1 else [])
         empty = encoded_prompts(model, [""])
@@ -102,18 +101,6 @@ def flow_edit(
         progress()
     estimates = torch.stack(found) if found else edited.new_zeros(0, *edited.shape)
     return Drawn(model, picture, clean[0], edited, places, estimates, asked, facts)
-
-
-def _distilled(model: Backbone, text: Text, source_guidance: float, guidance: float) -> Text | None:
-    """The prompts with each row's guidance, for networks that are told it."""
-    halves = []
-    for rows, strength in ((slice(0, 1), source_guidance), (slice(1, None), guidance)):
-        some = {name: value[rows] for name, value in text.items()}
-        told = model.family.distilled(model.denoiser, some, strength)
-        if told is None:
-            return None
-        halves.append(told)
-    return {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
 
 
 def _guided(said: Estimate, count: int, source_guidance: float, guidance: float) -> tuple[Estimate, Estimate]:

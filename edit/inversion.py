@@ -155,6 +155,11 @@ def invert(
         raise UserError(f"There is no inversion called {method}. Choose one of {', '.join(METHODS)}.")
     if not prompt.strip():
         raise UserError("The source prompt is empty. Say in words what the picture shows.")
+    if method == "null-text" and is_told(model):
+        raise UserError(
+            f"{model.location.name} is told its guidance and has no prediction without a prompt, which null-text would "
+            "optimise. Choose --method direct."
+        )
     guidance = float(model.defaults["guidance"]) if guidance is None else guidance
     shown, facts = prepared(model, image)
     ladder = ladder_of(model, steps, shown)
@@ -275,6 +280,32 @@ def ladder_of(model: Backbone, steps: int, picture: Image.Image | None = None) -
 def rows_of(model: Backbone, text: Text, guidance: float) -> int:
     """How many samples the denoiser is asked about for one guided prediction: two, or one where one is enough."""
     return 1 if guidance == 1 or model.family.distilled(model.denoiser, text, guidance) is not None else 2
+
+
+def told(model: Backbone, text: Text, source_guidance: float, guidance: float) -> Text | None:
+    """The prompts, the source's first, each with its guidance, for a network that is told it; None for all others."""
+    halves = []
+    for rows, strength in ((slice(0, 1), source_guidance), (slice(1, None), guidance)):
+        some = {name: value[rows] for name, value in text.items()}
+        one = model.family.distilled(model.denoiser, some, strength)
+        if one is None:
+            return None
+        halves.append(one)
+    return {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
+
+
+def is_told(model: Backbone) -> bool:
+    """Whether the network is told its guidance, and so never asked without the prompt."""
+    return model.family.distilled(model.denoiser, encoded_prompts(model, [""]), 1.0) is not None
+
+
+def refuse_negative(model: Backbone, negative: str) -> None:
+    """`UserError` for a negative prompt where the network is asked once, with the prompt alone."""
+    if negative and is_told(model):
+        raise UserError(
+            f"{model.location.name} is asked with the prompt alone, so it cannot stay away from “{negative}”. "
+            "Leave --negative out."
+        )
 
 
 def identity(model: Backbone, concepts: Sequence[Concept] = ()) -> str:

@@ -59,7 +59,7 @@ def print_alignment(wishes: Mapping[str, Any]) -> list[str]:
     said = prompt_of(read_metadata(wishes["inversion"])) if source is None else opened.said(source)
     targets = [opened.said(target) for target in wishes["targets"]]
     lines = []
-    for alignment in align_all(opened.model.text_encoder.tokenizer, said, targets, settings):
+    for alignment in align_all(opened.model.text_encoder, said, targets, settings):
         places = blended_words(alignment, settings.blend, settings.weights)
         words = ", ".join(dict.fromkeys(word.text for side in places for word in side))
         where = f"It changes where these stand: {words}." if words else "It changes everywhere."

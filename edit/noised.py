@@ -21,7 +21,7 @@ from backbone.model import Backbone
 from backbone.noise import Estimate, Ladder, Predict, add_noise
 from backbone.steps import deterministic_step
 from edit import checks
-from edit.inversion import ladder_of, rows_of
+from edit.inversion import ladder_of, refuse_negative, rows_of
 from edit.pictures import latent_mask, mask_of, prepared
 
 
@@ -80,6 +80,7 @@ def sdedit(
     """
     checks.prompt(prompt, "prompt")
     checks.share("strength", strength)
+    refuse_negative(model, negative)
     guidance = (
         float(model.defaults["guidance"]) if guidance is None else checks.not_negative("guidance", guidance)
     )

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +26,13 @@ from torch import Tensor
 
 from backbone.cache import encoded_prompts
 from backbone.console import UserError
+from backbone.families import TextEncoder
 from backbone.images import to_image
+from backbone.model import Backbone
 from backbone.noise import Estimate, guide
-from edit.attention import Control, Cross, Maps, Reach, SelfAttention, controlled, cross
+from edit.attention import Control, Cross, Maps, Reach, SelfAttention, controlled, cross, features_of
 from edit.checks import not_negative, share
-from edit.inversion import Counted, Inversion
+from edit.inversion import Counted, Inversion, refuse_negative, told
 from edit.noised import spaced
 from edit.pictures import latent_mask, mask_of
 from edit.words import (
@@ -41,8 +43,8 @@ from edit.words import (
     Word,
     align,
     columns,
+    heard_prompt,
     inside,
-    read_prompt,
     require,
     weights,
     window,
@@ -66,7 +68,8 @@ class Settings:
 
     cross, self_attention   until when the targets take the source's cross- and self-attention
     attention               what of the source's self-attention: its `layout`, or its `contents` (from then on)
-    layers, reach           in which layers of the denoiser, and for which rows (`edit.attention.Control`)
+    layers, reach           in which layers of the denoiser (all, or the late ones, which draw the details), and for
+                            which rows (`edit.attention.Control`)
     features                until when the targets take the source's residual features
     windows                 (from, until) of single words, instead of (0, cross)
     weights                 how strongly words of the target count, 1 usually
@@ -85,7 +88,7 @@ class Settings:
     cross: float = 0.8
     self_attention: float = 0.4
     attention: SelfAttention = "layout"
-    layers: str = ""
+    layers: Literal["all", "late"] = "all"
     reach: Reach = "prompted"
     features: float = 0.0
     windows: Mapping[str, Window] = field(default_factory=dict)
@@ -120,11 +123,11 @@ class Settings:
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "prompt-to-prompt": {},
     "masactrl": {
-        "attention": "contents", "self_attention": 0.08, "layers": "up_blocks", "reach": "all", "cross": 0.0,
+        "attention": "contents", "self_attention": 0.08, "layers": "late", "reach": "all", "cross": 0.0,
         "blend": (),
     },
     "plug-and-play": {
-        "attention": "layout", "self_attention": 0.5, "features": 0.8, "layers": "up_blocks", "reach": "all",
+        "attention": "layout", "self_attention": 0.5, "features": 0.8, "layers": "late", "reach": "all",
         "cross": 0.0, "blend": (),
     },
 }  # fmt: skip
@@ -188,26 +191,36 @@ def replace(
 
     `wishes` are the fields of `Settings`; `progress` is called after every step.
 
-    Raises `UserError` for prompts that share no words with the source's, words that no prompt has, and a mask of
-    another size.
+    Raises `UserError` for prompts that share no words with the source's, words that no prompt has, a mask of another
+    size, and what the model cannot do.
     """
     targets = (target,) if isinstance(target, str) else tuple(target)
     settings = Settings(**wishes)
     return _Edit(inversion, targets, settings, aligned(inversion, targets, settings)).run(progress)
 
 
+def possible(model: Backbone, settings: Settings) -> None:
+    """`UserError` for features of a model that has none, and for a negative prompt that nobody would hear."""
+    if settings.features and features_of(model.denoiser) is None:
+        raise UserError(
+            f"plug-and-play takes the features of a UNet, and the denoiser of {model.location.name} is none. "
+            "Choose --control prompt-to-prompt or masactrl."
+        )
+    refuse_negative(model, settings.negative)
+
+
 def aligned(inversion: Inversion, targets: Sequence[str], settings: Settings) -> tuple[Alignment, ...]:
     """The alignment of the source's prompt with each target; `UserError` for words that no prompt has."""
-    return align_all(inversion.model.text_encoder.tokenizer, inversion.prompt, targets, settings)
+    return align_all(inversion.model.text_encoder, inversion.prompt, targets, settings)
 
 
 def align_all(
-    tokenizer: Any, source: str, targets: Sequence[str], settings: Settings
+    encoder: TextEncoder, source: str, targets: Sequence[str], settings: Settings
 ) -> tuple[Alignment, ...]:
     """The same from the prompts alone."""
     if not targets:
         raise UserError("There is no target prompt. Say what the picture should show.")
-    first, others = read_prompt(tokenizer, source), [read_prompt(tokenizer, target) for target in targets]
+    first, *others = (heard_prompt(encoder.stretches, prompt) for prompt in (source, *targets))
     for word in [*settings.weights, *settings.windows]:
         require(others, word)
     for word in [*(word for word in settings.blend if word != AUTO), *settings.keep, *settings.heatmaps]:
@@ -242,6 +255,7 @@ class _Edit:
             alignments,
         )
         self.model, self.count = inversion.model, len(targets)
+        possible(self.model, settings)
         self.steps, self.first = inversion.steps, inversion.start(settings.strength)
         self.guidance = self._guidance()
         self.crosses = self._crosses()
@@ -266,18 +280,29 @@ class _Edit:
         self.usual = encoded_prompts(self.model, [settings.negative])
         if inversion.method == "negative-prompt":
             self.usual = {name: value[:1] for name, value in self.text.items()}
+        self.told = told(
+            self.model, self.text, self.guidance if self.source_is_guided else 1.0, self.guidance
+        )
         states = inversion.states
         now = states[first][None].repeat(1 + self.count, *[1] * (states.ndim - 1))
         before = states[first - 1].expand_as(now) if first > 0 else None
-        maps = None if self.words is None else Maps(self.words.to(now.device), (now.shape[-2], now.shape[-1]))
-        control = Control(self.count, layers=settings.layers, reach=settings.reach, maps=maps)
+        attention = self.model.family.attention(self.model.denoiser, self.text)
+        size = (now.shape[-2], now.shape[-1])
+        maps = None if self.words is None else Maps(self.words.to(now.device), size, most=attention.coarse)
+        control = Control(
+            self.count,
+            self_tokens=attention.coarse,
+            layers=attention.late if settings.layers == "late" else ("",),
+            reach=settings.reach,
+            maps=maps,
+        )
         path, estimates, masks, asked = [now], [], self._everywhere(), 0
         kept = spaced(first, self.steps, settings.frames)
-        with ExitStack() as attention:
-            attention.enter_context(controlled(self.model.denoiser, control))
+        with ExitStack() as obeying:
+            obeying.enter_context(controlled(self.model.denoiser, control, attention))
             for number in range(first, self.steps):
                 if number > self.last:
-                    attention.close()
+                    obeying.close()
                 control.cross, control.self_attention = self.crosses[number], self.selfs[number]
                 control.features = "source" if self.features[number] else "own"
                 estimate, rows = self._ask(now, number)
@@ -311,14 +336,14 @@ class _Edit:
         """The estimates of the source, where it is needed, and the targets, guided; and how many samples that took.
 
         Rows: the source (while it is needed), the targets, then those without a prompt, of the source only if it is
-        walked and guidance changes it.
+        walked and guidance changes it, and of nobody where the network is told the guidance.
         """
         level = self.inversion.ladder[number]
         empty = self.inversion.empty(number, self.usual)
         drop = 1 if number > self.last else 0
         said = now[drop:]
-        text = {name: value[drop:] for name, value in self.text.items()}
-        if self.guidance == 1:
+        text = {name: value[drop:] for name, value in (self.told or self.text).items()}
+        if self.guidance == 1 or self.told is not None:
             predict = Counted(self.model.predictor(text))
             return predict(said, level), predict.rows
         alone = 0 if drop or self.source_is_guided else 1  # the source's row has a prompt and nothing else

@@ -16,11 +16,11 @@ from backbone.noise import add_noise
 from backbone.steps import deterministic_step
 from edit import checks
 from edit.attention import Control, Maps, controlled
-from edit.inversion import Inversion, rows_of
+from edit.inversion import Inversion, refuse_negative, rows_of
 from edit.noised import Drawn, spaced
 from edit.pictures import latent_mask, mask_of
 from edit.prompt import places_of
-from edit.words import columns, read_prompt, require
+from edit.words import columns, heard_prompt, require
 
 ARTICLES = r"(?:(?:a|an|the|two|some|his|her|its)\s+)?"
 CONNECTORS = r"^(?:\s*(?:next to|beside|near|and|with|wearing|,|;|\.))+\s*"
@@ -57,6 +57,7 @@ def remove(
     checks.share("strength", strength)
     checks.share("threshold", threshold)
     model, ladder, states = inversion.model, inversion.ladder, inversion.states.float()
+    refuse_negative(model, negative)
     guidance = (
         float(model.defaults["guidance"]) if guidance is None else checks.not_negative("guidance", guidance)
     )
@@ -102,14 +103,16 @@ def place_of(inversion: Inversion, word: str, *, threshold: float = 0.4) -> tupl
     The trajectory is shown to the denoiser at some rungs of its middle, and its attention to the word read there.
     """
     model, ladder, states = inversion.model, inversion.ladder, inversion.states.float()
-    words = read_prompt(model.text_encoder.tokenizer, inversion.prompt)
+    words = heard_prompt(model.text_encoder.stretches, inversion.prompt)
     require([words], word)
     size = (states.shape[-2], states.shape[-1])
-    maps = Maps(columns(words.find(word), words.length)[None, None].to(states), size)
-    predict = model.predictor(encoded_prompts(model, [inversion.prompt]))
+    text = encoded_prompts(model, [inversion.prompt])
+    attention = model.family.attention(model.denoiser, text)
+    maps = Maps(columns(words.find(word), words.length)[None, None].to(states), size, most=attention.coarse)
+    predict = model.predictor(text)
     middle = range(inversion.steps // 5, max(inversion.steps * 9 // 10, inversion.steps // 5 + 1))
     rungs = list(middle)[:: max(1, len(middle) // LOOKS)]
-    with controlled(model.denoiser, Control(0, maps=maps)):
+    with controlled(model.denoiser, Control(0, maps=maps), attention):
         for rung in rungs:
             predict(states[rung][None], ladder[rung])
             maps.settle()

@@ -34,7 +34,7 @@ from edit.inversion import Inversion, identity, invert, read_inversion
 from edit.noised import Drawn, sdedit
 from edit.output import INVERSION, RECORD, Result, beside, publish
 from edit.pictures import as_mask, heat
-from edit.prompt import PRESETS, Edited, Settings, align_all, aligned, replace
+from edit.prompt import PRESETS, Edited, Settings, align_all, aligned, possible, replace
 from edit.removal import remove, without
 
 FRAMES = 12
@@ -158,10 +158,9 @@ def run_replace(
     )  # fmt: skip
     spoken_targets = [opened.said(target) for target in targets]
     if inversion is None:
-        tokenizer = opened.model.text_encoder.tokenizer
-        align_all(
-            tokenizer, opened.said(checks.prompt(source or "", "source prompt")), spoken_targets, settings
-        )
+        shown = opened.said(checks.prompt(source or "", "source prompt"))
+        align_all(opened.model.text_encoder, shown, spoken_targets, settings)
+    possible(opened.model, settings)
     found = inverted(opened, image, source, inversion, method, steps, guidance, seed, iterations)
     for target, alignment in zip(targets, aligned(found, spoken_targets, settings), strict=True):
         say(f"→ {target}\n{alignment}" if len(targets) > 1 else str(alignment))

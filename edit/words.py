@@ -9,7 +9,9 @@ carrying is data, all of it for one pair of prompts and positions T of the encod
     window   α [S, T_target]         1 at the steps where the attention is taken
 
 Replacing, refining and reweighting are not modes to choose: replaced words have shares in M, inserted ones have
-a = 0, weighted ones e ≠ 1, in any combination. Words are what the tokenizer says they are, never `split(" ")`.
+a = 0, weighted ones e ≠ 1, in any combination. Words are what the tokenizer says they are, never `split(" ")`, with
+punctuation apart. Where a model reads a prompt with several tokenizers, one behind the other (`Stretch`), a word's
+tokens are those of all of them, and each takes attention from its own kind.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 
 from backbone.console import UserError
+from backbone.families import Stretch
 
 Kind = Literal["kept", "replaced", "added", "removed"]
 Window = tuple[float, float]
@@ -31,20 +34,38 @@ Window = tuple[float, float]
 
 @dataclass(frozen=True)
 class Word:
-    """A word as the tokenizer cuts it: its text in lower case, and where its tokens stand."""
+    """A word as the first tokenizer cuts it: its text in lower case, and where its tokens stand."""
 
     text: str
     positions: tuple[int, ...]
 
 
 @dataclass(frozen=True)
+class Section:
+    """Positions [first, last) of an encoded prompt that one tokenizer filled.
+
+    words  the position of the first token of a word: what stands before it begins every prompt
+    end    the position of the token that ends the prompt; `last` where it was cut off. Behind it there is padding
+    """
+
+    first: int
+    words: int
+    end: int
+    last: int
+
+
+@dataclass(frozen=True)
 class Prompt:
-    """An encoded prompt: its words, the position of the token that ends it, and its length T with padding."""
+    """An encoded prompt: its words, and the sections that its tokens lie in."""
 
     text: str
     words: tuple[Word, ...]
-    end: int
-    length: int
+    sections: tuple[Section, ...]
+
+    @property
+    def length(self) -> int:
+        """T, with padding."""
+        return self.sections[-1].last
 
     def find(self, phrase: str) -> tuple[Word, ...]:
         """The words of every place where the phrase (one word or more) stands; empty where it does not."""
@@ -87,17 +108,19 @@ class Alignment:
         what stands at its own position.
         """
         mapping = torch.zeros(self.source.length, self.target.length)
-        mapping[0, 0] = 1
-        for run in self.runs:
-            for before, after in _shares(run):
-                if len(before) == len(after):
-                    mapping[list(before), list(after)] = 1
-                else:
-                    mapping[torch.tensor(before)[:, None], torch.tensor(after)] = 1 / len(after)
-        if self._both_end:
-            mapping[self.source.end, self.target.end] = 1
-        for position in self._padding:
-            mapping[position, position] = 1
+        for source, target in zip(self.source.sections, self.target.sections, strict=True):
+            for run in self.runs:
+                for old, new in _shares(run):
+                    before, after = _within(source, old), _within(target, new)
+                    if len(before) == len(after):
+                        mapping[before, after] = 1
+                    elif before and after:
+                        mapping[torch.tensor(before)[:, None], torch.tensor(after)] = 1 / len(after)
+            if source.end < source.last and target.end < target.last:
+                mapping[source.end, target.end] = 1
+            padding = range(max(source.end, target.end) + 1, source.last)
+            for position in (*range(source.first, source.words), *padding):
+                mapping[position, position] = 1
         return mapping
 
     @property
@@ -127,7 +150,8 @@ class Alignment:
         """Three lines: the source's words, what became of them, the target's words."""
         rows = [["source", "", "target"]]
         for run in self.runs:
-            counts = [sum(len(word.positions) for word in side) for side in (run.source, run.target)]
+            prompts = ((self.source, run.source), (self.target, run.target))
+            counts = [len(_within(prompt.sections[0], _positions(side))) for prompt, side in prompts]
             tokens = (
                 f" ({counts[0]}→{counts[1]} tokens)"
                 if run.kind == "replaced" and counts[0] != counts[1]
@@ -143,39 +167,33 @@ class Alignment:
         )
         return "\n".join(" │ ".join(line).rstrip() for line in lines)
 
-    @property
-    def _both_end(self) -> bool:
-        return self.source.end < self.source.length and self.target.end < self.target.length
-
-    @property
-    def _padding(self) -> range:
-        """Positions that are padding in both prompts."""
-        start = max(self.source.end, self.target.end) + 1
-        return range(start, min(self.source.length, self.target.length))
-
 
 def read_prompt(tokenizer: Any, text: str) -> Prompt:
     """A prompt as a tokenizer of `transformers` cuts it, padded and truncated to its model's length.
 
     Raises `UserError` for a prompt without words.
     """
-    encoding = tokenizer(
-        text, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, verbose=False,
-        return_offsets_mapping=True,
-    )  # fmt: skip
-    positions: dict[int, list[int]] = {}
-    for position, word in enumerate(encoding.word_ids()):
-        if word is not None:
-            positions.setdefault(word, []).append(position)
-    if not positions:
+    return heard_prompt([Stretch(tokenizer, tokenizer.model_max_length)], text)
+
+
+def heard_prompt(stretches: Sequence[Stretch], text: str) -> Prompt:
+    """A prompt as a model hears it, whose text tokens are these stretches one behind the other.
+
+    The first tokenizer says what the words are; what the others cut belongs to the word that it covers most of.
+
+    Raises `UserError` for a prompt without words.
+    """
+    cuts: list[_Cut] = []
+    sections, first = [], 0
+    for stretch in stretches:
+        section, found = _heard(stretch, text, first)
+        cuts = _joined_to(cuts, found)
+        sections.append(section)
+        first = section.last
+    if not cuts:
         raise UserError("A prompt is empty. Say in words what the picture shows and what it should show.")
-    offsets = encoding["offset_mapping"]
-    words = []
-    for places in positions.values():
-        start, end = offsets[places[0]][0], offsets[places[-1]][1]
-        words.append(Word(text[start:end].lower(), tuple(places)))
-    end = max(places[-1] for places in positions.values()) + 1
-    return Prompt(text, tuple(words), end, len(offsets))
+    words = tuple(Word(cut.text, tuple(cut.positions)) for cut in cuts)
+    return Prompt(text, words, tuple(sections))
 
 
 def align(source: Prompt, target: Prompt, *, swaps: Sequence[tuple[str, str]] = ()) -> Alignment:
@@ -258,6 +276,79 @@ def columns(words: Sequence[Word], length: int) -> Tensor:
 
 
 # Helpers ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Cut:
+    """A word while a prompt is read: its text, the characters [start, end) that it covers, its tokens' positions."""
+
+    text: str
+    start: int
+    end: int
+    positions: list[int]
+
+
+def _heard(stretch: Stretch, prompt: str, first: int) -> tuple[Section, list[_Cut]]:
+    """One stretch of a prompt, whose tokens stand at `first` and behind."""
+    last = first + stretch.tokens
+    if stretch.tokenizer is None:
+        return Section(first, last, last, last), []
+    text = stretch.heard(prompt)
+    encoding = stretch.tokenizer(
+        text, padding="max_length", truncation=True, max_length=stretch.tokens, verbose=False,
+        return_offsets_mapping=True,
+    )  # fmt: skip
+    cuts: list[_Cut] = []
+    number = None
+    waiting: list[int] = []  # tokens of spaces, which belong to the word behind them
+    for position, (word, (start, end)) in enumerate(
+        zip(encoding.word_ids(), encoding["offset_mapping"], strict=True), first
+    ):
+        if word is None:
+            continue
+        waiting.append(position)
+        start += len(text[start:end]) - len(text[start:end].lstrip())
+        if start >= end:
+            continue
+        if word != number or (start >= cuts[-1].end and _parted(text, start)):
+            cuts.append(_Cut("", start, end, []))
+        number = word
+        cuts[-1].positions += waiting
+        cuts[-1].end, waiting = max(end, cuts[-1].end), []
+    for cut in cuts:
+        cut.text = text[cut.start : cut.end].lower()
+    if not cuts:
+        return Section(first, last, last, last), []
+    return Section(first, cuts[0].positions[0], cuts[-1].positions[-1] + 1, last), cuts
+
+
+def _parted(text: str, at: int) -> bool:
+    """Whether a word ends before this character though no space does it: between letters and punctuation.
+
+    Tokenizers of T5's kind cut at spaces alone. What follows an apostrophe inside a word stays with it ("dog", "'s").
+    """
+    before = text[at - 1 : at]
+    if before in ("'", "’") and text[max(at - 2, 0) : at - 1].isalnum():
+        return False
+    return bool(before.strip()) and before.isalnum() != text[at].isalnum()
+
+
+def _joined_to(words: list[_Cut], others: list[_Cut]) -> list[_Cut]:
+    """The words with the tokens of what another tokenizer cut; what covers none of them is a word of its own."""
+    alone = []
+    for other in others:
+        shared = [min(word.end, other.end) - max(word.start, other.start) for word in words]
+        if max(shared, default=0) > 0:
+            words[shared.index(max(shared))].positions += other.positions
+        else:
+            alone.append(other)
+    return [*words, *alone]
+
+
+def _within(section: Section, positions: Sequence[int]) -> list[int]:
+    """Those of the positions that lie in a section."""
+    return [position for position in positions if section.first <= position < section.last]
+
 
 _Unit = tuple[tuple[Word, ...], str | tuple[str, int]]
 """Words that are aligned as one, and the key that they are told by."""

@@ -6,10 +6,10 @@ was trained. Everything else in the project asks a `Family` and never asks which
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from backbone.console import UserError
 from backbone.files import Header, read_json
 from backbone.noise import Kind, Ladder, Level
+
+if TYPE_CHECKING:
+    from backbone.families.outline import Outline
 
 Text = dict[str, Tensor]
 """What a family's network wants to know of some prompts: named tensors, [B, ...] each."""
@@ -85,6 +88,20 @@ class Side:
     model: Any
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """One of the stretches that the network's text tokens consist of: how a prompt is cut there, and padded.
+
+    tokenizer  which cuts it; None where nothing is said (zeros in the place of an encoder that is missing)
+    tokens     how many there are, with padding
+    heard      the prompt as this tokenizer is given it
+    """
+
+    tokenizer: Any
+    tokens: int
+    heard: Callable[[str], str] = str
+
+
 class TextEncoder(Protocol):
     """The text side of a family, loaded. `tokenizer` is the first side's."""
 
@@ -95,6 +112,11 @@ class TextEncoder(Protocol):
         """Every encoder that can learn words or carry an adapter."""
         ...
 
+    @property
+    def stretches(self) -> tuple[Stretch, ...]:
+        """Which token of a prompt stands where in what the network attends to, one stretch behind the other."""
+        ...
+
     def __call__(self, prompts: Sequence[str]) -> Text:
         """Encodes prompts; differentiable in what is trained."""
         ...
@@ -102,6 +124,44 @@ class TextEncoder(Protocol):
     def to(self, device: torch.device) -> TextEncoder:
         """Moves to a device."""
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class Streams:
+    """One call of an attention layer over text and picture jointly, up to the product.
+
+    query, key, value  [B, heads, tokens, D]: the text's tokens and the picture's, one behind the other
+    text               where the text's are; nowhere in a layer over the picture alone
+    finish             what was attended to [B, heads, tokens, D] → what the layer answers
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    text: slice
+    finish: Callable[[Tensor], Any]
+
+    @property
+    def picture(self) -> slice:
+        """Where the picture's tokens are: all that are not the text's, row by row."""
+        return (
+            slice(0, self.text.start) if self.text.start > 0 else slice(self.text.stop, self.query.shape[2])
+        )
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What there is to know of a denoiser's attention for who changes it (`edit`).
+
+    joint   of layers over text and picture jointly, by the class of their processors: a processor's call → `Streams`.
+            Layers over the picture alone and from the picture to the text are diffusers' `Attention` everywhere
+    coarse  the most queries of a layer that says where things are; None where all layers have one resolution
+    late    how the names of the layers begin that draw the details
+    """
+
+    joint: Mapping[type, Callable[..., Streams]] = field(default_factory=dict)
+    coarse: int | None = 1024
+    late: tuple[str, ...] = ("up_blocks.",)
 
 
 class Family(Protocol):
@@ -128,6 +188,10 @@ class Family(Protocol):
         """The text side. The working precision is for encoders of billions of parameters; smaller ones are in fp32."""
         ...
 
+    def outline(self, location: Location, dtype: torch.dtype) -> Outline:
+        """The model by its settings alone, each part in the precision that it has where the working one is `dtype`."""
+        ...
+
     def latent_shape(self, location: Location) -> tuple[int, int, int]:
         """(C, H, W) of a latent at the model's own resolution."""
         ...
@@ -145,6 +209,10 @@ class Family(Protocol):
 
         What else it is told (the size of the picture, say) follows from the noisy latents.
         """
+        ...
+
+    def attention(self, denoiser: nn.Module, text: Text) -> Attention:
+        """The denoiser's attention layers, as they are called with such prompts."""
         ...
 
     def distilled(self, denoiser: nn.Module, text: Text, guidance: float) -> Text | None:

@@ -8,15 +8,19 @@ packed into a token.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, T5EncoderModel
 
-from backbone.families import Location, Network, NoisePath, Side, Text, parts
+from backbone.families import Attention, Location, Network, NoisePath, Side, Streams, Stretch, Text, parts
+from backbone.families.outline import Outline, encoder, network
 from backbone.files import Header
 
 T5_TOKENS, T5_TOKENS_SCHNELL = 512, 256
@@ -55,6 +59,22 @@ class Flux:
         clip, t5 = parts.load_clip(CLIPTextModel, location), parts.load_t5(location, "_2", dtype)
         return ClipAndT5(clip, t5, tokens=T5_TOKENS if takes_guidance(location) else T5_TOKENS_SCHNELL)
 
+    def outline(self, location: Location, dtype: torch.dtype) -> Outline:
+        config = location.config("transformer")
+        tokens = T5_TOKENS if takes_guidance(location) else T5_TOKENS_SCHNELL
+        return Outline(
+            network(FluxTransformer2DModel, location, "transformer", dtype),
+            network(AutoencoderKL, location, "vae", parts.autoencoder_dtype(location, dtype)),
+            {
+                "text_encoder": encoder(CLIPTextModel, location, "text_encoder"),
+                "text_encoder_2": encoder(T5EncoderModel, location, "text_encoder_2", dtype),
+            },
+            {
+                "hidden": (tokens, int(config["joint_attention_dim"])),
+                "pooled": (int(config["pooled_projection_dim"]),),
+            },
+        )
+
     def latent_shape(self, location: Location) -> tuple[int, int, int]:
         config = location.config("vae")
         side = int(config.get("sample_size", 1024)) // 2 ** (len(config["block_out_channels"]) - 1)
@@ -89,6 +109,10 @@ class Flux:
 
         return predict
 
+    def attention(self, denoiser: nn.Module, text: Text) -> Attention:
+        read = partial(streams, words=text["hidden"].shape[1])
+        return Attention({FluxAttnProcessor: read}, coarse=None, late=("single_transformer_blocks.",))
+
     def distilled(self, denoiser: nn.Module, text: Text, guidance: float) -> Text:
         if not cast(Any, denoiser).config.guidance_embeds:
             return text
@@ -101,6 +125,11 @@ class ClipAndT5(parts.Encoders):
     def __init__(self, clip: Side, t5: Side, *, tokens: int) -> None:
         super().__init__([clip], [t5])
         self.t5, self.tokens = t5, tokens
+
+    @property
+    def stretches(self) -> tuple[Stretch, ...]:
+        """T5's alone: CLIP's words are heard together, in the pooled output."""
+        return (Stretch(self.t5.tokenizer, self.tokens),)
 
     def __call__(self, prompts: Sequence[str]) -> Text:
         """hidden [B, T, D], pooled [B, P]. What T5 does not read of a prompt is said."""
@@ -116,6 +145,32 @@ class ClipAndT5(parts.Encoders):
 def takes_guidance(location: Location) -> bool:
     """Whether the network is told a guidance, as `dev` is and `schnell` is not."""
     return bool(location.config("transformer").get("guidance_embeds"))
+
+
+def streams(
+    attn: Any, hidden: Tensor, said: Tensor | None = None, mask: None = None, turns: Any = None, *, words: int
+) -> Streams:
+    """A call of a layer: the text's tokens, then the picture's, turned by where they stand (`turns`).
+
+    In a double block both come with weights of their own, in a single block they are one sequence with the text's
+    `words` tokens first.
+    """
+    assert mask is None
+    own = parts.heads(attn, hidden)
+    if said is not None:
+        own = [torch.cat(pair, dim=2) for pair in zip(parts.text_heads(attn, said), own, strict=True)]
+    query, key, value = own
+    query, key = (apply_rotary_emb(x, turns) for x in (query, key))
+
+    def finish(attended: Tensor) -> Any:
+        x = attended.transpose(1, 2).flatten(2)
+        if said is None:
+            return x
+        return attn.to_out[1](attn.to_out[0](x[:, words:].contiguous())), attn.to_add_out(
+            x[:, :words].contiguous()
+        )
+
+    return Streams(query, key, value, text=slice(0, words), finish=finish)
 
 
 def packed(latents: Tensor) -> Tensor:

@@ -63,9 +63,14 @@ def load_network(kind: Any, location: Location, part: str, dtype: torch.dtype) -
 
 def load_autoencoder(kind: Any, location: Location, dtype: torch.dtype) -> nn.Module:
     """The autoencoder, in fp32 where its settings say that fp16 overflows."""
-    overflows = dtype is torch.float16 and location.config("vae").get("force_upcast", True)
-    model = load_network(kind, location, "vae", torch.float32 if overflows else dtype)
+    model = load_network(kind, location, "vae", autoencoder_dtype(location, dtype))
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def autoencoder_dtype(location: Location, dtype: torch.dtype) -> torch.dtype:
+    """The working precision, or fp32 where the autoencoder's settings say that fp16 overflows."""
+    overflows = dtype is torch.float16 and location.config("vae").get("force_upcast", True)
+    return torch.float32 if overflows else dtype
 
 
 def has(location: Location, part: str) -> bool:
@@ -100,6 +105,40 @@ def load_t5(location: Location, number: str, dtype: torch.dtype) -> Side:
         tokenizer,
         load(T5EncoderModel, location, f"text_encoder{number}", dtype=dtype),
     )
+
+
+# Attention --------------------------------------------------------------------------------------------------
+
+
+def heads(attn: Any, hidden: Tensor) -> list[Tensor]:
+    """Queries, keys and values [B, heads, tokens, D] of the picture's tokens [B, tokens, C], or of a whole sequence."""
+    return [
+        _normed(attn.norm_q, _split(attn.to_q(hidden), attn.heads)),
+        _normed(attn.norm_k, _split(attn.to_k(hidden), attn.heads)),
+        _split(attn.to_v(hidden), attn.heads),
+    ]
+
+
+def text_heads(attn: Any, said: Tensor) -> list[Tensor]:
+    """The same of the text's tokens, which have weights of their own."""
+    return [
+        _normed(attn.norm_added_q, _split(attn.add_q_proj(said), attn.heads)),
+        _normed(attn.norm_added_k, _split(attn.add_k_proj(said), attn.heads)),
+        _split(attn.add_v_proj(said), attn.heads),
+    ]
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    return cast(Tensor, x.unflatten(-1, (heads, -1)).transpose(1, 2))
+
+
+def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:
+    return x if norm is None else cast(Tensor, norm(x))
+
+
+def later_half(blocks: nn.ModuleList, name: str) -> tuple[str, ...]:
+    """How the names of the layers in the later half of equal blocks begin."""
+    return tuple(f"{name}.{number}." for number in range(len(blocks) // 2, len(blocks)))
 
 
 # Prompts ----------------------------------------------------------------------------------------------------

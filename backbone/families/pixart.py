@@ -13,8 +13,10 @@ from typing import Any, ClassVar, cast
 import torch
 from diffusers import AutoencoderKL, PixArtTransformer2DModel
 from torch import Tensor, nn
+from transformers import T5EncoderModel
 
-from backbone.families import Location, Network, NoisePath, Text, parts
+from backbone.families import Attention, Location, Network, NoisePath, Stretch, Text, parts
+from backbone.families.outline import Outline, encoder, network
 from backbone.files import Header
 
 T5_TOKENS = 300
@@ -43,6 +45,15 @@ class PixArt:
     def text_encoder(self, location: Location, dtype: torch.dtype) -> T5Text:
         return T5Text([parts.load_t5(location, "", dtype)])
 
+    def outline(self, location: Location, dtype: torch.dtype) -> Outline:
+        width = int(location.config("transformer")["caption_channels"])
+        return Outline(
+            network(PixArtTransformer2DModel, location, "transformer", dtype),
+            network(AutoencoderKL, location, "vae", parts.autoencoder_dtype(location, dtype)),
+            {"text_encoder": encoder(T5EncoderModel, location, "text_encoder", dtype)},
+            {"hidden": (T5_TOKENS, width), "mask": (T5_TOKENS,)},
+        )
+
     def latent_shape(self, location: Location) -> tuple[int, int, int]:
         side = int(location.config("transformer")["sample_size"])
         return int(location.config("vae")["latent_channels"]), side, side
@@ -69,6 +80,10 @@ class PixArt:
 
         return predict
 
+    def attention(self, denoiser: nn.Module, text: Text) -> Attention:
+        late = parts.later_half(cast(Any, denoiser).transformer_blocks, "transformer_blocks")
+        return Attention(coarse=None, late=late)
+
     def distilled(self, denoiser: nn.Module, text: Text, guidance: float) -> None:
         return None
 
@@ -76,10 +91,18 @@ class PixArt:
 class T5Text(parts.Encoders):
     """T5's last hidden states of 300 positions, and which of them hold a token. Prompts are read in small letters."""
 
+    @property
+    def stretches(self) -> tuple[Stretch, ...]:
+        return (Stretch(self.tokenizer, T5_TOKENS, self.heard),)
+
+    def heard(self, prompt: str) -> str:
+        """A prompt as T5 is given it."""
+        return small(prompt, self.tokenizer.get_added_vocab()).strip()
+
     def __call__(self, prompts: Sequence[str]) -> Text:
         """hidden [B, 300, D], mask [B, 300]. A prompt that is too long is cut, and said so."""
         (side,) = self.sides
-        said = [small(prompt, side.tokenizer.get_added_vocab()).strip() for prompt in prompts]
+        said = [self.heard(prompt) for prompt in prompts]
         parts.say_what_is_cut(side, said, T5_TOKENS)
         tokens = parts.token_ids(side, said, T5_TOKENS)
         return {"hidden": side.model(**tokens).last_hidden_state.float(), "mask": tokens["attention_mask"]}

@@ -12,15 +12,18 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from backbone.families import (
+    Attention,
     Location,
     Network,
     NoisePath,
     Side,
+    Stretch,
     Text,
     parts,
     single_file,
     stable_diffusion_file,
 )
+from backbone.families.outline import Outline, encoder, network
 from backbone.files import Header
 
 
@@ -54,6 +57,15 @@ class StableDiffusion:
         side = parts.load_clip(CLIPTextModel, location)
         return ClipText(side.tokenizer, side.model)
 
+    def outline(self, location: Location, dtype: torch.dtype) -> Outline:
+        overflows = dtype is torch.float16 and location.config("vae").get("force_upcast", True)
+        return Outline(
+            network(UNet2DConditionModel, location, "unet", dtype),
+            network(AutoencoderKL, location, "vae", torch.float32 if overflows else dtype),
+            {"text_encoder": encoder(CLIPTextModel, location, "text_encoder")},
+            {"hidden": (77, int(location.config("unet")["cross_attention_dim"]))},
+        )
+
     def latent_shape(self, location: Location) -> tuple[int, int, int]:
         side = int(location.config("unet")["sample_size"])
         return int(location.config("vae")["latent_channels"]), side, side
@@ -73,6 +85,9 @@ class StableDiffusion:
 
         return predict
 
+    def attention(self, denoiser: nn.Module, text: Text) -> Attention:
+        return Attention()
+
     def distilled(self, denoiser: nn.Module, text: Text, guidance: float) -> None:
         return None
 
@@ -87,6 +102,10 @@ class ClipText:
     @property
     def sides(self) -> tuple[Side, ...]:
         return (Side("text_encoder", self.tokenizer, self.model),)
+
+    @property
+    def stretches(self) -> tuple[Stretch, ...]:
+        return (Stretch(self.tokenizer, self.tokenizer.model_max_length),)
 
     def to(self, device: torch.device) -> ClipText:
         self.model.to(device)

@@ -13,10 +13,12 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, SD3Transformer2DModel
+from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor, nn
-from transformers import CLIPTextModelWithProjection
+from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-from backbone.families import Location, Network, NoisePath, Side, Text, parts
+from backbone.families import Attention, Location, Network, NoisePath, Side, Streams, Stretch, Text, parts
+from backbone.families.outline import Outline, encoder, network
 from backbone.files import Header
 
 T5_TOKENS = 256
@@ -48,6 +50,24 @@ class StableDiffusion3:
         t5 = parts.load_t5(location, "_3", dtype) if parts.has(location, "text_encoder_3") else None
         return ThreeEncoders(clips, t5, width=int(location.config("transformer")["joint_attention_dim"]))
 
+    def outline(self, location: Location, dtype: torch.dtype) -> Outline:
+        config = location.config("transformer")
+        encoders = {
+            name: encoder(CLIPTextModelWithProjection, location, name)
+            for name in ("text_encoder", "text_encoder_2")
+        }
+        if parts.has(location, "text_encoder_3"):
+            encoders["text_encoder_3"] = encoder(T5EncoderModel, location, "text_encoder_3", dtype)
+        return Outline(
+            network(SD3Transformer2DModel, location, "transformer", dtype),
+            network(AutoencoderKL, location, "vae", parts.autoencoder_dtype(location, dtype)),
+            encoders,
+            {
+                "hidden": (77 + T5_TOKENS, int(config["joint_attention_dim"])),
+                "pooled": (int(config["pooled_projection_dim"]),),
+            },
+        )
+
     def latent_shape(self, location: Location) -> tuple[int, int, int]:
         side = int(location.config("transformer")["sample_size"])
         return int(location.config("vae")["latent_channels"]), side, side
@@ -74,6 +94,10 @@ class StableDiffusion3:
 
         return predict
 
+    def attention(self, denoiser: nn.Module, text: Text) -> Attention:
+        late = parts.later_half(cast(Any, denoiser).transformer_blocks, "transformer_blocks")
+        return Attention({JointAttnProcessor2_0: streams}, coarse=None, late=late)
+
     def distilled(self, denoiser: nn.Module, text: Text, guidance: float) -> None:
         return None
 
@@ -84,6 +108,12 @@ class ThreeEncoders(parts.Encoders):
     def __init__(self, clips: Sequence[Side], t5: Side | None, *, width: int) -> None:
         super().__init__(clips, [t5] if t5 else [])
         self.t5, self.width = t5, width
+
+    @property
+    def stretches(self) -> tuple[Stretch, ...]:
+        """Both CLIPs', which cut alike, then T5's."""
+        clip, t5 = self.sides[0].tokenizer, self.t5.tokenizer if self.t5 else None
+        return Stretch(clip, clip.model_max_length), Stretch(t5, T5_TOKENS)
 
     def __call__(self, prompts: Sequence[str]) -> Text:
         """hidden [B, 77 + 256, D], pooled [B, P₁ + P₂]. What no encoder reads of a prompt is said."""
@@ -102,3 +132,24 @@ class ThreeEncoders(parts.Encoders):
             ids = parts.token_ids(self.t5, prompts, T5_TOKENS)["input_ids"]
             more = self.t5.model(ids).last_hidden_state.float()
         return {"hidden": torch.cat([words, more], dim=1), "pooled": pooled}
+
+
+def streams(attn: Any, hidden: Tensor, said: Tensor | None = None, mask: None = None) -> Streams:
+    """A call of a layer: the picture's tokens, then, but for the second layer of a block that has two, the text's."""
+    assert mask is None
+    own = parts.heads(attn, hidden)
+    pictures = hidden.shape[1]
+    text = slice(pictures, pictures)
+    if said is not None:
+        text = slice(pictures, pictures + said.shape[1])
+        own = [torch.cat(pair, dim=2) for pair in zip(own, parts.text_heads(attn, said), strict=True)]
+
+    def finish(attended: Tensor) -> Any:
+        x = attended.transpose(1, 2).flatten(2)
+        picture, words = attn.to_out[1](attn.to_out[0](x[:, :pictures])), x[:, text]
+        if said is None:
+            return picture
+        return picture, words if attn.context_pre_only else attn.to_add_out(words)
+
+    query, key, value = own
+    return Streams(query, key, value, text=text, finish=finish)

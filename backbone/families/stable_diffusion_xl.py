@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from backbone.console import UserError
-from backbone.families import Location, Network, NoisePath, Side, Text, parts
+from backbone.families import Attention, Location, Network, NoisePath, Side, Stretch, Text, parts
+from backbone.families.outline import Outline, encoder, network
 from backbone.files import Header
 
 PIXELS = 8  # a side of what a latent stands for
@@ -60,6 +61,19 @@ class StableDiffusionXL:
         )
         return TwoClips(sides, zeros=bool(location.index.get("force_zeros_for_empty_prompt", True)))
 
+    def outline(self, location: Location, dtype: torch.dtype) -> Outline:
+        config, upcast = location.config("unet"), location.config("vae").get("force_upcast", True)
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        return Outline(
+            network(UNet2DConditionModel, location, "unet", dtype),
+            network(AutoencoderKL, location, "vae", torch.float32 if upcast else dtype),
+            {
+                "text_encoder": encoder(CLIPTextModel, location, "text_encoder"),
+                "text_encoder_2": encoder(CLIPTextModelWithProjection, location, "text_encoder_2"),
+            },
+            {"hidden": (77, int(config["cross_attention_dim"])), "pooled": (int(pooled),)},
+        )
+
     def latent_shape(self, location: Location) -> tuple[int, int, int]:
         side = int(location.config("unet")["sample_size"])
         return int(location.config("vae")["latent_channels"]), side, side
@@ -86,6 +100,9 @@ class StableDiffusionXL:
 
         return predict
 
+    def attention(self, denoiser: nn.Module, text: Text) -> Attention:
+        return Attention()
+
     def distilled(self, denoiser: nn.Module, text: Text, guidance: float) -> None:
         return None
 
@@ -99,6 +116,11 @@ class TwoClips(parts.Encoders):
     def __init__(self, sides: Sequence[Side], *, zeros: bool) -> None:
         super().__init__(sides)
         self.zeros = zeros
+
+    @property
+    def stretches(self) -> tuple[Stretch, ...]:
+        """Both cut alike; the second pads with another token."""
+        return (Stretch(self.tokenizer, self.tokenizer.model_max_length),)
 
     def __call__(self, prompts: Sequence[str]) -> Text:
         """hidden [B, 77, D₁ + D₂], pooled [B, P]. A prompt that is too long is cut, and said so."""

@@ -170,7 +170,7 @@ def test_rows_without_a_prompt_may_take_it_too(layers: Layers, free: int) -> Non
 
 def test_only_the_named_layers_are_changed(layers: Layers) -> None:
     x, _ = rows(layers, 1, 1)
-    control = Control(1, self_attention="layout", layers="up_blocks")
+    control = Control(1, self_attention="layout", layers=("up_blocks",))
     for name, changed in (("up_blocks.0.attn1", True), ("down_blocks.0.attn1", False)):
         found = Processor(control, layers.alone.processor, name)(layers.alone, x)
         assert torch.equal(found, layers.alone(x)) is not changed

@@ -35,7 +35,7 @@ def test_words_are_the_tokenizers_with_punctuation_apart_and_every_token_in_one_
     read = prompt("A hat, in  the dog's SNOW!!")
     assert [word.text for word in read.words] == ["a", "hat", ",", "in", "the", "dog", "'s", "snow", "!!"]
     positions = list(itertools.chain.from_iterable(word.positions for word in read.words))
-    assert positions == list(range(1, read.end))
+    assert positions == list(range(1, read.sections[0].end))
     assert len(read.words[1].positions) == 3
     assert read.length == 77
 
@@ -65,7 +65,7 @@ def test_words_after_one_of_another_token_count_still_find_their_own_column() ->
     assert mapping[2, list(hat)].tolist() == pytest.approx([1 / 3] * 3)
     for old, new in zip(alignment.source.words[2:], alignment.target.words[2:], strict=True):
         assert mapping[old.positions[0], new.positions[0]] == 1
-    assert mapping[alignment.source.end, alignment.target.end] == 1
+    assert mapping[alignment.source.sections[0].end, alignment.target.sections[0].end] == 1
     assert mapping[76, 76] == 1
 
 
@@ -86,7 +86,7 @@ def test_a_removed_word_gives_its_attention_to_nobody() -> None:
     alignment = aligned("a red cat in the snow", "a cat in the snow")
     assert fates(alignment)[1] == ("removed", "red", "")
     assert alignment.mapping[2].sum() == 0
-    assert alignment.taken[alignment.target.end + 1] == 0, (
+    assert alignment.taken[alignment.target.sections[0].end + 1] == 0, (
         "padding that stands where the source ended keeps its own"
     )
 

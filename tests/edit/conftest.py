@@ -1,0 +1,43 @@
+"""A random pipeline of every family beside Stable Diffusion's, each written once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from backbone.model import Backbone
+
+Open = Callable[[str], Backbone]
+TRANSFORMERS = ("sd3", "flux-dev", "pixart")
+FAMILIES = ("xl", "sd3", "sd3-without-t5", "flux-dev", "flux-schnell", "pixart")
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A family's folder by its name in `FAMILIES`."""
+    from tests import tiny
+
+    writers: dict[str, Callable[[Path], Path]] = {
+        "xl": tiny.tiny_stable_diffusion_xl,
+        "sd3": tiny.tiny_stable_diffusion_3,
+        "sd3-without-t5": partial(tiny.tiny_stable_diffusion_3, t5=False),
+        "flux-dev": tiny.tiny_flux,
+        "flux-schnell": partial(tiny.tiny_flux, guidance=False),
+        "pixart": tiny.tiny_pixart,
+    }
+    place = tmp_path_factory.mktemp("families")
+
+    def written(name: str) -> Path:
+        folder = place / name
+        return folder if folder.exists() else writers[name](folder)
+
+    return written
+
+
+@pytest.fixture
+def family(family_folder: Callable[[str], Path]) -> Open:
+    """A family's pipeline, opened in fp32 on the CPU."""
+    return lambda name: Backbone.open(str(family_folder(name)), device="cpu", precision="fp32")
