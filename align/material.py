@@ -2,12 +2,12 @@
 
 A draw (record, k), k < K, fixes the noise, its level, whether the prompt is dropped and whether the pictures are
 mirrored, the same for every picture of the record: it follows from the seed, the record's contents and k alone. The
-levels of a record's K draws are stratified: one in each K-th of the noise path, in random order.
+levels of a record's K draws are stratified: one in each K-th of the noise path above `lowest`, in random order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeVar
@@ -17,13 +17,14 @@ from torch import Tensor
 
 from align.pairs import Pair, Record, Single, normal
 from align.settings import Settings
+from backbone import processes
 from backbone.bank import stratified_levels
 from backbone.cache import encoded, encoded_prompts
 from backbone.concept import Concept, spoken
 from backbone.console import progress
 from backbone.families import Text
 from backbone.files import content_hash
-from backbone.images import Picture
+from backbone.images import CROPS, Picture, Place
 from backbone.loop import generator
 from backbone.model import Backbone
 from backbone.noise import Level, add_noise, target
@@ -36,13 +37,15 @@ class Item:
     """A record as rows of `Material`: its pictures (the better one first), its prompt, and what was said of it.
 
     `preference` of a pair is the probability that its first picture is better, 1 or ½; of a single picture 1 for good
-    and 0 for bad. `key` is its contents.
+    and 0 for bad. `key` is its contents. `cuts` are the same pictures cut at other places than the centre, each
+    place the same for all of them.
     """
 
     pictures: tuple[int, ...]
     prompt: int
     preference: float
     key: str
+    cuts: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,30 +80,48 @@ def prepare(
     Posterior means serve as latents: with the same noise in both pictures of a pair, sampling would only add noise
     to their difference.
     """
-    records = [*train, *held_out]
+    records = [record.ordered if isinstance(record, Pair) else record for record in (*train, *held_out)]
     pictures = {_where(picture): picture for record in records for picture in record.pictures}
-    rows = {where: number for number, where in enumerate(pictures)}
     hashes = {where: content_hash(picture.read()) for where, picture in pictures.items()}
+    keys = [_key(record, hashes) for record in records]
     prompts = {"": 0}
+    rows: dict[tuple[str, Place], int] = {}
     for record in records:
         prompts.setdefault(_said(record.prompt, concepts), len(prompts))
-    latents = _means(model, list(pictures.values()), flip=False)
-    mirrored = _means(model, list(pictures.values()), flip=True) if settings.flip else None
-    text = encoded_prompts(model, list(prompts))
-    model.free("autoencoder", "text_encoder")
 
-    def item(record: Record) -> Item:
-        record = record.ordered if isinstance(record, Pair) else record
-        own = [_where(picture) for picture in record.pictures]
-        key = content_hash("\n".join([normal(record.prompt), *(hashes[where] for where in own)]).encode())
-        preference = float(record.good) if isinstance(record, Single) else record.label
-        return Item(
-            tuple(rows[where] for where in own), prompts[_said(record.prompt, concepts)], preference, key
+    def cut(record: Record, place: Place) -> tuple[int, ...]:
+        """The rows of a record's pictures at this place."""
+        return tuple(rows.setdefault((_where(picture), place), len(rows)) for picture in record.pictures)
+
+    items = [
+        Item(
+            pictures=cut(record, CROPS["center"]),
+            prompt=prompts[_said(record.prompt, concepts)],
+            preference=float(record.good) if isinstance(record, Single) else record.label,
+            key=key,
+            cuts=tuple(cut(record, _place(settings.seed, key, n)) for n in range(settings.random_crop)),
         )
+        for record, key in zip(records, keys, strict=True)
+    ]
+    views = [(pictures[where], place) for where, place in rows]
+    latents = _means(model, views, flip=False)
+    mirrored = _means(model, views, flip=True) if settings.flip else None
+    with processes.writer_first():
+        text = encoded_prompts(model, list(prompts))
+    model.free("autoencoder", "text_encoder")
+    return Material(latents, mirrored, text, items[: len(train)], items[len(train) :]).to(model.device)
 
-    return Material(
-        latents, mirrored, text, [item(record) for record in train], [item(record) for record in held_out]
-    ).to(model.device)
+
+def _key(record: Record, hashes: Mapping[str, str]) -> str:
+    """A record by its contents."""
+    contents = [normal(record.prompt), *(hashes[_where(picture)] for picture in record.pictures)]
+    return content_hash("\n".join(contents).encode())
+
+
+def _place(seed: int, key: str, number: int) -> Place:
+    """Where a record's pictures are cut for the n-th of its random crops, the same for all of them."""
+    across, down = torch.rand(2, generator=generator(seed, "crop", key, number)).tolist()
+    return round(across, 4), round(down, 4)
 
 
 def _where(picture: Picture) -> str:
@@ -113,11 +134,12 @@ def _said(prompt: str, concepts: Sequence[Concept]) -> str:
     return spoken(prompt, concepts) if concepts else prompt
 
 
-def _means(model: Backbone, pictures: Sequence[Picture], *, flip: bool) -> Tensor:
+def _means(model: Backbone, views: Sequence[tuple[Picture, Place]], *, flip: bool) -> Tensor:
     means = []
-    with progress(len(pictures), "encoding" + (" mirrored" if flip else "")) as bar:
-        for picture in pictures:
-            means.append(encoded(model, [picture], flip=flip)[0].mean.float())
+    processes.prepared(lambda view: encoded(model, [view[0]], flip=flip, crop=view[1]), views)
+    with progress(len(views), "encoding" + (" mirrored" if flip else "")) as bar:
+        for picture, place in views:
+            means.append(encoded(model, [picture], flip=flip, crop=place)[0].mean.float())
             bar.advance(images=1)
     return torch.cat(means)
 
@@ -135,6 +157,8 @@ class Draws:
     levels: int  # of the noise path
     prompt_dropout: float = 0.0
     flip: bool = False
+    crop: bool = False
+    lowest: int = 0  # of the levels that are drawn
 
     def level(self, item: Item, k: int) -> int:
         """The index of draw k's noise level: one in each stratum over the K draws."""
@@ -152,6 +176,12 @@ class Draws:
         """Whether draw k mirrors every picture of the record."""
         return self.flip and self._chance(item, k, "flip") < 0.5
 
+    def rows(self, item: Item, k: int) -> tuple[int, ...]:
+        """The rows of the record's pictures as draw k cuts them."""
+        if not self.crop or not item.cuts:
+            return item.pictures
+        return item.cuts[int(self._chance(item, k, "crop") * len(item.cuts))]
+
     def _chance(self, item: Item, k: int, what: str) -> float:
         return float(torch.rand((), generator=generator(self.seed, self.name, item.key, k, what)))
 
@@ -159,7 +189,8 @@ class Draws:
 @lru_cache(maxsize=65536)
 def _levels(draws: Draws, key: str) -> list[int]:
     random = generator(draws.seed, draws.name, key, "levels")
-    return [int(level) for level in stratified_levels(draws.count, draws.levels, random)]
+    drawn = stratified_levels(draws.count, draws.levels - draws.lowest, random)
+    return [draws.lowest + int(level) for level in drawn]
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,7 +235,7 @@ def batch_of(
         for item, k in zip(items, ks, strict=True):
             source = material.mirrored if draws.mirrors(item, k) else material.latents
             assert source is not None
-            clean_rows.append(source[item.pictures[g]])
+            clean_rows.append(source[draws.rows(item, k)[g]])
             text_rows.append(0 if draws.drops_prompt(item, k) else item.prompt)
     clean = torch.stack(clean_rows)
     noise = torch.stack([draws.noise(item, k, shape) for item, k in zip(items, ks, strict=True)])

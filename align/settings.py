@@ -17,6 +17,7 @@ PAIR_LOSSES = ("dpo", "ipo", "hinge", "kto", "mapo", "dspo", "sft")
 REWARD_LOSSES = ("draft", "ddpo")  # of a scorer's numbers, with --online alone
 LOSSES = (*PAIR_LOSSES, *REWARD_LOSSES)
 REFERENCES = ("bank", "live", "copy")
+WEIGHTINGS = ("none", "min-snr", "debiased")  # `align.train.LEVEL_WEIGHTS` has their functions
 BETAS = {"mapo": 500.0}  # where 2000 is not what the loss's authors use
 FLAGS = {"batch": "train_batch_size", "loss": "loss_type", "beta": "beta_dpo"}
 
@@ -25,9 +26,13 @@ FLAGS = {"batch": "train_batch_size", "loss": "loss_type", "beta": "beta_dpo"}
 class Settings:
     """The settings of `align train`. A run is a function of these, the preferences and the model.
 
-    `beta` means the same for every loss (`align.losses`). `reference` is `bank` (the base's errors at `draws` fixed
-    draws of each pair, computed at the first visit and read afterwards), `live` (computed each time, with the new
-    adapter off) or `copy` (computed each time, by a frozen second network). `batch` counts pairs.
+    `beta` means the same for every loss (`align.losses`). `loss_weighting` weighs errors by their noise level before
+    the loss compares them, and no level below the share `least_noise` of the noise path is trained on. With
+    `random_crop` = N a draw cuts all pictures of a record at one of N places instead of the centre.
+
+    `reference` is `bank` (the base's errors at `draws` fixed draws of each pair, computed at the first visit and read
+    afterwards), `live` (computed each time, with the new adapter off) or `copy` (computed each time, by a frozen
+    second network). `batch` counts pairs.
 
     With `online`, a scorer's name, there are no `pairs`: in each of `rounds` the model draws `prompts`, `per_prompt`
     pictures of each, and learns from how the scorer ranks them; `draft` and `ddpo` learn from its numbers instead,
@@ -56,6 +61,9 @@ class Settings:
     draws: int = 16
     prompt_dropout: float = 0.1
     flip: bool = False
+    random_crop: int = 0
+    loss_weighting: str = "none"
+    least_noise: float = 0.0
     steps: int = 300
     batch: int = 4
     micro_batch: int = 0
@@ -90,9 +98,14 @@ class Settings:
         _one_of("reference", self.reference, REFERENCES)
         _one_of("ties", self.ties, ("drop", "model"))
         _one_of("on_winner_rise", self.on_winner_rise, ("warn", "stop"))
+        _one_of("loss_weighting", self.loss_weighting, WEIGHTINGS)
         _one_of("lr_scheduler", self.lr_scheduler, ("constant", "cosine"))
         if not 0 <= self.held_out < 1:
             raise UserError(f"--held-out is a share of the prompts below 1, not {self.held_out}.")
+        if not 0 <= self.least_noise < 1:
+            raise UserError(
+                f"--least-noise is a share of the noise path below 1, not {self.least_noise}. Leave it out for all."
+            )
         if not 0 <= self.label_smoothing <= 0.5:
             raise UserError(f"--label-smoothing is between 0 and 0.5, not {self.label_smoothing}.")
         if self.safeguard > 1:

@@ -28,6 +28,7 @@ from align.losses import (
     accuracy,
     dspo,
     kto,
+    kto_baseline,
     mapo,
     safeguard,
     scaled_gradient,
@@ -37,6 +38,7 @@ from align.losses import (
 from align.material import Draws, Material, batch_of, mean_squares, residuals
 from align.reference import Bank, Cells, Live, Reference, bank_key, open_bank
 from align.settings import Settings
+from backbone import processes
 from backbone.adapters import WEIGHTS, activate, add_lora, only, save_lora
 from backbone.attention import quick_to_train
 from backbone.concept import Concept
@@ -53,10 +55,16 @@ from backbone.loop import (
     warm_cosine,
 )
 from backbone.model import Backbone
+from backbone.noise import Kind, Level, debiased, min_snr, uniform
 
 ADAPTER = "taste"
 CHECKPOINT = "checkpoint.safetensors"
 CHANGED = "weights_change.safetensors"  # of a full run: how far the denoiser's weights moved
+LEVEL_WEIGHTS: dict[str, Callable[[Level, Kind], Tensor]] = {
+    "none": lambda level, kind: uniform(level),
+    "min-snr": lambda level, kind: min_snr(level, kind=kind),
+    "debiased": debiased,
+}
 WATCHED = 64  # training records whose banked draws are compared with fresh ones
 
 
@@ -77,10 +85,18 @@ class PreferenceTraining:
 
     def __post_init__(self) -> None:
         settings, levels = self.settings, len(self.model.path.levels)
+        self.share = share_of(settings)
         if settings.gradient_checkpointing:
             cast(Any, self.model.denoiser).enable_gradient_checkpointing()
         self.draws = Draws(
-            "training", settings.seed, settings.draws, levels, settings.prompt_dropout, settings.flip
+            "training",
+            settings.seed,
+            settings.draws,
+            levels,
+            settings.prompt_dropout,
+            settings.flip,
+            crop=settings.random_crop > 0,
+            lowest=int(settings.least_noise * levels),
         )
         self.start: dict[str, Tensor] = {}
         self._as_reference: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -101,12 +117,12 @@ class PreferenceTraining:
         banked = settings.reference == "bank" and material.train
         self.reference: Reference = self._bank() if banked else self.live
         fresh = [self.material.train[row] for row in self.watched]
-        with self._evaluation_mode():
+        asked = {"held-out": ("held-out", material.held_out), "training": ("fresh", fresh)}
+        with self._evaluation_mode():  # of several processes the writer judges
             self.judges = {
-                "held-out": judge(
-                    self.model, self.material, self.material.held_out, self.live, settings, "held-out"
-                ),
-                "training": judge(self.model, self.material, fresh, self.live, settings, "fresh"),
+                name: judge(self.model, material, items, self.live, settings, draws)
+                for name, (draws, items) in asked.items()
+                if processes.is_writer()
             }
         if settings.full and isinstance(self.reference, Bank) and settings.loss not in WITHOUT_REFERENCE:
             self.fill(self.reference)
@@ -124,21 +140,25 @@ class PreferenceTraining:
                 steps=self.settings.steps if until is None else until,
                 done=self.done,
                 clip=self.settings.max_grad_norm,
+                reduce=processes.averaging(),
             ):
                 self.done = report.step
                 yield report
 
     def losses(self, step: int) -> Iterator[Tensor]:
-        """The losses of a step's micro-batches, scaled so that the loop's mean over them is the mean over records."""
-        cells = self.visits(step)
-        parts = self._micro(cells)
+        """The losses of this process's share of a step's micro-batches.
+
+        They are scaled so that the loop's mean over them, and over processes, is the mean over records.
+        """
+        parts = self._micro(self.visits(step))
         gathered: list[dict[str, Tensor]] = []
         for part in parts:
             loss, figures = self.loss(part)
             gathered.append(figures)
-            yield loss.mean() * (len(part) * len(parts) / len(cells))
+            yield loss.mean() * (len(part) * len(parts) * processes.world() / self.settings.batch)
         self.figures = {
-            name: float(torch.cat([figures[name] for figures in gathered]).mean()) for name in gathered[0]
+            name: float(processes.mean(torch.cat([figures[name] for figures in gathered])))
+            for name in gathered[0]
         }
 
     def loss(self, cells: Cells) -> tuple[Tensor, dict[str, Tensor]]:
@@ -146,30 +166,36 @@ class PreferenceTraining:
         settings = self.settings
         items = [self.material.train[row] for row, _ in cells]
         batch = batch_of(self.model, self.material, self.draws, items, [k for _, k in cells])
+        path = self.model.path
+        weight = LEVEL_WEIGHTS[settings.loss_weighting](path.levels[batch.index[: len(batch)]], path.kind)
         residual = residuals(self.model, self.model.denoiser, batch)
-        error = mean_squares(residual)
+        weight = weight.to(residual)
+        error = weight * mean_squares(residual)
         preference = batch.preference.to(error.device)
         reference_residual = self.live.residuals(batch) if settings.loss == "dspo" else None
         if reference_residual is not None:
-            reference: Tensor | None = mean_squares(reference_residual)
+            reference: Tensor | None = weight * mean_squares(reference_residual)
         elif settings.loss in WITHOUT_REFERENCE:
             reference = None
         else:
-            reference = self.reference.errors(batch, cells)
+            reference = weight * self.reference.errors(batch, cells)
         if settings.loss == "kto":
             assert reference is not None
             sign = 2 * preference - 1
-            return kto(error[0], settings.beta, reference[0], preference), {
+            baseline = None
+            if self.share.scale > 1:  # these are a part of a batch that others have the rest of
+                baseline = kto_baseline(processes.mean(0.5 * settings.beta * (reference[0] - error[0])))
+            return kto(error[0], settings.beta, reference[0], preference, baseline=baseline), {
                 "accuracy": accuracy(sign * (reference[0] - error[0]).detach()),
                 "error_change": (error[0] - reference[0]).detach(),
             }
         winner, loser = error
         if settings.safeguard >= 0:
-            product = (residual[0] * residual[1]).detach().flatten(1).mean(1)
+            product = weight * (residual[0] * residual[1]).detach().flatten(1).mean(1)
             loser = scaled_gradient(loser, safeguard(winner, product, margin=settings.safeguard))
         pair = PairErrors(winner, loser, *(reference if reference is not None else ()))
         if reference_residual is not None:
-            drift = (residual[0] - reference_residual[0]).square().flatten(1).mean(1)
+            drift = weight * (residual[0] - reference_residual[0]).square().flatten(1).mean(1)
             loss = dspo(pair, settings.beta, drift, pull=settings.dspo_pull)
         else:
             loss = self._pair_loss(pair, smoothed(preference, settings.label_smoothing))
@@ -217,9 +243,10 @@ class PreferenceTraining:
 
     def save(self, run: Path) -> None:
         """Writes the checkpoint from which `resume` goes on bit for bit, and the bank."""
-        save_checkpoint(
-            run / CHECKPOINT, step=self.done, parameters=self.parameters, optimizer=self.optimizer
-        )
+        if processes.is_writer():
+            save_checkpoint(
+                run / CHECKPOINT, step=self.done, parameters=self.parameters, optimizer=self.optimizer
+            )
         if isinstance(self.reference, Bank):
             self.reference.save()
 
@@ -294,11 +321,13 @@ class PreferenceTraining:
             model.resolution,
             [_contents(concept) for concept in self.concepts],
             (settings.seed, settings.draws, settings.prompt_dropout, settings.flip),
+            (settings.random_crop, settings.least_noise),
             (
                 settings.batch,
                 settings.micro_batch,
             ),  # which draws share a batch, to the last bit of their errors
             records,
+            *([processes.world()] if self.share.scale > 1 else []),
         )
         group = len(self.material.train[0].pictures)
         return open_bank(self.live, bank_key(*facts), (len(self.material.train), settings.draws, group))
@@ -307,8 +336,9 @@ class PreferenceTraining:
         return any(bool(torch.isnan(bank.values[row, k, 0])) for row, k in self.visits(step))
 
     def _micro(self, cells: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-        size = self.settings.micro_batch or len(cells)
-        return [cells[first : first + size] for first in range(0, len(cells), size)]
+        """This process's share of a step's cells, in micro-batches."""
+        parts = micro_batches(cells, self.settings)[self.share.micros]
+        return [part[self.share.rows] for part in parts]
 
     def _order(self, number: int) -> list[int]:
         """The order of a pass over the records."""
@@ -388,6 +418,18 @@ def new_adapter(model: Backbone, settings: Settings, base: Sequence[str]) -> dic
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     return parameters
+
+
+def micro_batches(cells: Cells, settings: Settings) -> list[list[tuple[int, int]]]:
+    """A step's cells, as many at a time as fit."""
+    size = settings.micro_batch or len(cells)
+    return [list(cells[first : first + size]) for first in range(0, len(cells), size)]
+
+
+def share_of(settings: Settings) -> processes.Share:
+    """What this process does of a step. Raises `UserError` for a batch that these processes cannot share."""
+    parts = micro_batches([(0, 0)] * settings.batch, settings)
+    return processes.share(len(parts), min(len(part) for part in parts))
 
 
 def schedule(settings: Settings) -> Schedule:

@@ -16,6 +16,7 @@ MODEL_HELP = "moji, sd15, sdxl, sd3, flux, a diffusers folder, a checkpoint file
 
 Loss = Literal["dpo", "ipo", "hinge", "kto", "mapo", "dspo", "sft", "draft", "ddpo"]
 Reference = Literal["bank", "live", "copy"]
+Weighting = Literal["none", "min-snr", "debiased"]
 Ties = Literal["drop", "model"]
 Rise = Literal["warn", "stop"]
 Scheduler = Literal["constant", "cosine"]
@@ -138,6 +139,29 @@ def train(
     flip: Annotated[
         bool | None, typer.Option("--flip/--no-flip", help="Mirrored pairs too.", show_default="no-flip")
     ] = None,
+    random_crop: Annotated[
+        int | None,
+        typer.Option(
+            "--random-crop",
+            min=0,
+            help="Cut both pictures of a pair at one of so many places.",
+            show_default="at the centre",
+        ),
+    ] = None,
+    loss_weighting: Annotated[
+        Weighting | None,
+        typer.Option("--loss-weighting", help="Of errors, by their noise level.", show_default="by model"),
+    ] = None,
+    least_noise: Annotated[
+        float | None,
+        typer.Option(
+            "--least-noise",
+            min=0,
+            max=1,
+            help="Train above this share of the noise path.",
+            show_default="by model",
+        ),
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option("--steps", "--max-train-steps", min=1, help="Optimiser steps.", show_default="300"),
@@ -259,6 +283,9 @@ def train(
         "draws": draws,
         "prompt_dropout": prompt_dropout,
         "flip": flip,
+        "random_crop": random_crop,
+        "loss_weighting": loss_weighting,
+        "least_noise": least_noise,
         "steps": steps,
         "batch": batch,
         "micro_batch": micro_batch,

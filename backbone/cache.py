@@ -12,7 +12,7 @@ from torch import Tensor
 from backbone.console import UserError
 from backbone.families import Text
 from backbone.files import content_hash, read_tensors, write_tensors
-from backbone.images import Picture, fitted, to_tensor
+from backbone.images import CROPS, Picture, Place, fitted, to_tensor
 from backbone.model import Backbone, Posterior
 
 VARIABLE = "ATELIER_CACHE"
@@ -35,6 +35,8 @@ def remembered(kind: str, key: str, compute: Callable[[], Mapping[str, Tensor]])
     if path.exists():
         try:
             return read_tensors(path)[0]
+        except FileNotFoundError:
+            pass  # another process has just thrown a damaged one away
         except UserError:
             path.unlink(missing_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in compute().items()}
@@ -51,14 +53,17 @@ def encoded(
     *,
     flip: bool = False,
     sizes: Sequence[tuple[int, int]] | None = None,
+    crop: Place = CROPS["center"],
 ) -> list[Posterior]:
     """The posteriors [1, C, H, W] of pictures, each encoded once for all time.
 
-    Pictures are cropped to squares of the model's resolution, or to `sizes` (W, H), one for each.
+    Pictures are cropped to squares of the model's resolution, or to `sizes` (W, H), one for each, at `crop`.
     """
     side = model.resolution
     each = sizes or [(side, side)] * len(pictures)
-    return [_encoded_one(model, picture, flip, size) for picture, size in zip(pictures, each, strict=True)]
+    return [
+        _encoded_one(model, picture, flip, size, crop) for picture, size in zip(pictures, each, strict=True)
+    ]
 
 
 def encoded_prompts(model: Backbone, prompts: Sequence[str]) -> Text:
@@ -74,12 +79,15 @@ def _encoded_prompt(model: Backbone, prompt: str) -> Text:
     return remembered("text", key, lambda: model.encode_prompts([prompt]))
 
 
-def _encoded_one(model: Backbone, picture: Picture, flip: bool, size: tuple[int, int]) -> Posterior:
-    facts = (model.fingerprint, content_hash(picture.read()), size, flip, model.dtype)
+def _encoded_one(
+    model: Backbone, picture: Picture, flip: bool, size: tuple[int, int], crop: Place
+) -> Posterior:
+    cut = () if crop == CROPS["center"] else (crop,)
+    facts = (model.fingerprint, content_hash(picture.read()), size, flip, model.dtype, *cut)
     key = content_hash("\n".join(map(str, facts)).encode())
 
     def compute() -> dict[str, Tensor]:
-        image = to_tensor(fitted(picture.open(at_least=max(size)), size))
+        image = to_tensor(fitted(picture.open(at_least=max(size)), size, crop=crop))
         found = model.encode((image.flip(-1) if flip else image)[None])
         return {"mean": found.mean, "std": found.std}
 

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 from PIL import Image, ImageCms, UnidentifiedImageError
 
@@ -44,7 +44,8 @@ LARGEST_PIXELS = 400_000_000
 HALVED_PIXELS = (
     178_000_000  # a JPEG above this is decoded at half its size at most: at 400 it would take 1.6 GB
 )
-CROPS = {
+Place: TypeAlias = tuple[float, float]
+CROPS: dict[str, Place] = {
     "center": (0.5, 0.5),
     "top": (0.5, 0.0),
     "bottom": (0.5, 1.0),
@@ -200,13 +201,17 @@ def square(image: Image.Image, size: int, *, crop: str = "center") -> Image.Imag
     return fitted(image, (size, size), crop=crop)
 
 
-def fitted(image: Image.Image, size: tuple[int, int], *, crop: str = "center") -> Image.Image:
-    """The largest part of this shape (W, H) at `crop` (a key of CROPS), resized to it with Lanczos in one pass."""
-    if crop not in CROPS:
+def fitted(image: Image.Image, size: tuple[int, int], *, crop: str | Place = "center") -> Image.Image:
+    """The largest part of this shape (W, H) at `crop`, resized to it with Lanczos in one pass.
+
+    `crop` is a key of CROPS, or says how much of what is cut off lies left of the part and above it, 0…1 each.
+    """
+    if isinstance(crop, str) and crop not in CROPS:
         raise UserError(f"There is no crop named {crop!r}. Use one of {', '.join(CROPS)}.")
+    place = CROPS[crop] if isinstance(crop, str) else crop
     scale = min(own / wanted for own, wanted in zip(image.size, size, strict=True))
     sides = (size[0] * scale, size[1] * scale)
-    left, top = ((own - side) * part for own, side, part in zip(image.size, sides, CROPS[crop], strict=True))
+    left, top = ((own - side) * part for own, side, part in zip(image.size, sides, place, strict=True))
     box = (left, top, min(left + sides[0], image.width), min(top + sides[1], image.height))
     return image.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
 

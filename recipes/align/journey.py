@@ -2,7 +2,7 @@
 
 Held-out prompts come from other seeds than the prompts of training, and no sentence is in both. The judge has seen
 neither `moji` nor its scorer. A difference is paired, same prompt and same noise, and its interval is a bootstrap over
-prompts.
+prompts. Pictures, rankings and runs that an --out folder holds already are kept; judging is always done anew.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from typing import Any
 from PIL import Image
 
 from align.compare import picture_name
-from align.pairs import normal
-from align.statistics import Interval, bootstrap, wilson
-from backbone.console import say
-from backbone.files import read_json, write_text
+from align.pairs import RANKING, SAMPLES, normal
+from align.runs import SUMMARY
+from align.settings import FILE
+from backbone.console import UserError, say
+from backbone.files import read_json, write_json, write_text
+from backbone.statistics import Interval, bootstrap, wilson
 from backbone.world.scene import Scene, fair, sample_scene
 from benchmarks.judge import Judge, Verdict
 from benchmarks.moji import QUESTIONS
 
 TRAINING_PROMPTS = range(1_600_000, 1_700_000)
 HELD_OUT_PROMPTS = range(1_700_000, 1_800_000)
+DEVELOPMENT_PROMPTS = range(1_800_000, 1_900_000)  # what settings are chosen on
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,13 @@ def scenes(
 
 
 def hard(scene: Scene) -> bool:
-    """Two different things, or a colour, or an accessory, without a style."""
+    """Two of these at once, none of them small or in a style: two different things, a colour, an accessory.
+
+    `moji` draws each alone mostly right; together, the colour of one thing spills over the other, or hides it.
+    """
     first = scene.things[0]
-    return scene.style is None and (len(scene.things) == 2 or bool(first.colour) or bool(first.accessory))
+    asked = (len(scene.things) == 2, bool(first.colour), bool(first.accessory))
+    return scene.style is None and not first.small and sum(asked) >= 2
 
 
 def plain(scene: Scene) -> bool:
@@ -94,13 +101,70 @@ def write_prompts(path: Path, chosen: Sequence[Scene]) -> Path:
     return path
 
 
-def align(*arguments: object) -> float:
-    """The real command in a process of its own; gives its seconds."""
+def align(*arguments: object) -> None:
+    """The real command in a process of its own."""
     words = [str(argument) for argument in arguments]
     say("align " + " ".join(words))
-    began = time.perf_counter()
     subprocess.run([sys.executable, "-m", "align.cli", *words], check=True)
-    return time.perf_counter() - began
+
+
+def once(record: Path, product: Path, *arguments: object, again: Sequence[object] = ()) -> float:
+    """The seconds of an `align` command that runs only while `product` is missing; `record` keeps what it took.
+
+    A command that was stopped is run again, or as `again` where that goes on with it, and all its seconds count.
+    Raises `UserError` when the folder holds the same step with other arguments: its product would pass for this one's.
+    """
+    words = [str(argument) for argument in arguments]
+    said = read_json(record) if record.exists() else {"arguments": words, "seconds": 0.0, "finished": False}
+    if said["arguments"] != words:
+        raise UserError(
+            f"{record} is of another run: align {' '.join(said['arguments'])}. Choose another --out."
+        )
+    if said["finished"] and product.exists():
+        return float(said["seconds"])
+    begun, began = record.exists(), time.perf_counter()
+    write_json(record, said)
+    try:
+        align(*(again if again and begun else words))
+        said["finished"] = True
+    finally:
+        said["seconds"] = round(said["seconds"] + time.perf_counter() - began, 1)
+        write_json(record, said)
+    return float(said["seconds"])
+
+
+def drawn_and_ranked(
+    out: Path,
+    chosen: Sequence[Scene],
+    *,
+    model: str,
+    per_prompt: int,
+    scorer: str | Path,
+    margin: float = 0.0,
+) -> tuple[Path, dict[str, float]]:
+    """The pairs folder of these scenes, and the seconds that drawing and ranking took; done only once."""
+    folder, steps = out / "pairs", out / "steps"
+    prompts = write_prompts(out / "prompts.jsonl", chosen)
+    drawing = once(
+        steps / "sampling.json", folder / SAMPLES,
+        "sample", "--prompts", prompts, "--per-prompt", per_prompt, "--model", model, "--out", folder,
+    )  # fmt: skip
+    flags = ("--margin", margin) if margin else ()
+    ranking = once(steps / "ranking.json", folder / RANKING, "rank", folder, "--scorer", scorer, *flags)
+    return folder, {"sampling": drawing, "ranking": ranking}
+
+
+def trained(out: Path, name: str, folder: Path, *flags: object) -> tuple[Path, float]:
+    """The run folder of this name, and the seconds that its training took; done only once."""
+    run = out / "runs" / name
+    words = ("train", folder, *flags, "--out", run)
+    begun = (run / FILE).exists()
+    return run, once(
+        out / "steps" / f"{name}.json",
+        run / SUMMARY,
+        *words,
+        again=("train", "--resume", run) if begun else (),
+    )
 
 
 def compared(

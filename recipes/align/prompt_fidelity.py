@@ -23,12 +23,12 @@ from recipes.align.journey import (
     HELD_OUT_PROMPTS,
     TRAINING_PROMPTS,
     Found,
-    align,
     compared,
+    drawn_and_ranked,
     hard,
     scenes,
     table,
-    write_prompts,
+    trained,
 )
 
 SAFEGUARDED = {"sdpo": ("dpo", "--safeguard", "0.9")}  # Diffusion-SDPO is DPO with its safeguard
@@ -37,6 +37,8 @@ SAFEGUARDED = {"sdpo": ("dpo", "--safeguard", "0.9")}  # Diffusion-SDPO is DPO w
 def main(
     pairs: Annotated[int, typer.Option(min=2, help="Prompts, so at most so many pairs.")] = 400,
     per_prompt: Annotated[int, typer.Option(min=2, help="Pictures of each.")] = 4,
+    scorer: Annotated[str, typer.Option(help="What ranks them.")] = "moji",
+    margin: Annotated[float, typer.Option(min=0, help="Pairs that differ by no more are left out.")] = 0.0,
     loss: Annotated[
         list[str] | None,
         typer.Option("--loss-type", help="Repeatable; sdpo is dpo with the safeguard.", show_default="dpo"),
@@ -50,26 +52,22 @@ def main(
     judge = load_judge()
     learn = scenes(TRAINING_PROMPTS, pairs, hard)
     test = scenes(HELD_OUT_PROMPTS, held_out, hard, without=learn)
-    folder = out / "pairs"
-    prompts = write_prompts(out / "prompts.jsonl", learn)
-    drawing = align(
-        "sample", "--prompts", prompts, "--per-prompt", per_prompt, "--model", model, "--out", folder
+    folder, seconds = drawn_and_ranked(
+        out, learn, model=model, per_prompt=per_prompt, scorer=scorer, margin=margin
     )
-    ranking = align("rank", folder, "--scorer", "moji")
     rows: list[tuple[str, Found, dict[str, object]]] = []
     base = None
     for name in loss or ["dpo"]:
         kind, *more = SAFEGUARDED.get(name, (name,))
-        trained = out / "runs" / name
-        seconds = align(
-            "train", folder, "--model", model, "--loss-type", kind, *more, *flags.split(), "--out", trained
+        run_folder, training = trained(
+            out, name, folder, "--model", model, "--loss-type", kind, *more, *flags.split()
         )
         found = compared(
-            trained, test, judge, model=model, per_prompt=2, scorers=["moji"], out=out / "compare" / name,
+            run_folder, test, judge, model=model, per_prompt=2, scorers=["moji"], out=out / "compare" / name,
             base_pictures=base,
         )  # fmt: skip
         base = base or out / "compare" / name / "base"
-        rows.append((name, found, {"sampling": drawing, "ranking": ranking, "training": seconds}))
+        rows.append((name, found, {**seconds, "training": training}))
         write_text(out / "table.md", table(rows))
         write_json(out / "table.json", {"rows": rows, "flags": flags, "pairs": pairs, "held_out": held_out})
     print(table(rows))

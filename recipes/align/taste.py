@@ -22,12 +22,12 @@ from recipes.align.journey import (
     HELD_OUT_PROMPTS,
     TRAINING_PROMPTS,
     Found,
-    align,
     compared,
+    drawn_and_ranked,
     plain,
     scenes,
     table,
-    write_prompts,
+    trained,
 )
 
 WARM = Path(__file__).with_name("warm.py")
@@ -49,38 +49,23 @@ def main(
     judge, sizes = load_judge(), pairs or [500]
     learn = scenes(TRAINING_PROMPTS, max(sizes), plain)
     test = scenes(HELD_OUT_PROMPTS, held_out, plain, without=learn)
-    folder = out / "pairs"
-    prompts = write_prompts(out / "prompts.jsonl", learn)
-    drawing = align(
-        "sample", "--prompts", prompts, "--per-prompt", per_prompt, "--model", model, "--out", folder
-    )
-    ranking = align("rank", folder, "--scorer", WARM)
+    folder, seconds = drawn_and_ranked(out, learn, model=model, per_prompt=per_prompt, scorer=WARM)
     rows: list[tuple[str, Found, dict[str, object]]] = []
     base = None
     for count in sizes:
-        trained = out / "runs" / f"{loss}-{count}"
         limit = ("--limit", count, "--held-out", 0.1, "--loss-type", loss)
-        seconds = align("train", folder, "--model", model, *limit, *flags.split(), "--out", trained)
-        where = out / "compare" / trained.name
+        run_folder, training = trained(
+            out, f"{loss}-{count}", folder, "--model", model, *limit, *flags.split()
+        )
+        where = out / "compare" / run_folder.name
         found = compared(
-            trained,
-            test,
-            judge,
-            model=model,
-            per_prompt=2,
-            scorers=[str(WARM), "moji"],
-            out=where,
+            run_folder, test, judge, model=model, per_prompt=2, scorers=[str(WARM), "moji"], out=where,
             base_pictures=base,
-        )
+        )  # fmt: skip
         base = base or where / "base"
-        share = max(sizes) / count
-        rows.append(
-            (
-                f"{count} pairs",
-                found,
-                {"sampling": drawing / share, "ranking": ranking / share, "training": seconds},
-            )
-        )
+        share = count / max(sizes)  # of the drawing and the ranking, which all sizes have in common
+        took = {name: share * value for name, value in seconds.items()}
+        rows.append((f"{count} pairs", found, {**took, "training": training}))
         write_text(out / "table.md", table(rows))
         write_json(out / "table.json", {"rows": rows, "flags": flags, "loss": loss, "held_out": held_out})
     print(table(rows))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from align.losses import PairErrors, dpo
@@ -17,9 +20,10 @@ from align.material import Draws, Item, Material, batch_of, mean_squares, prepar
 from align.pairs import as_singles, check, held_out, read
 from align.reference import Bank, bank_path
 from align.settings import Settings, as_command
-from align.train import PreferenceTraining
+from align.train import LEVEL_WEIGHTS, PreferenceTraining
 from backbone.adapters import load_lora, only
 from backbone.console import UserError
+from backbone.loop import generator
 from backbone.model import Backbone
 from tests.tiny import tiny_pipeline, tiny_stable_diffusion_3, tiny_stable_diffusion_xl
 
@@ -156,6 +160,66 @@ def test_both_pictures_of_a_pair_are_mirrored_or_neither(tiny: Backbone, pairs_f
         for k, flipped in enumerate(mirrored):
             source = ready.mirrored if flipped else ready.latents
             torch.testing.assert_close(clean[16 * g + k], source[row], atol=2e-3, rtol=1e-2)
+
+
+def test_both_pictures_of_a_pair_are_cut_at_the_same_place(tiny: Backbone, tmp_path: Path) -> None:
+    """The two pictures of a pair are one wide gradient: cut alike they are the same, cut apart they are not."""
+    side = tiny.resolution
+    across = np.tile(np.linspace(0, 255, 4 * side, dtype=np.uint8), (side, 1))
+    for name in ("first.png", "second.png"):
+        Image.fromarray(np.stack([across] * 3, -1)).save(tmp_path / name)
+    line = {"prompt": "a ramp", "chosen": "first.png", "rejected": "second.png"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(line) + "\n")
+    asked = settings(random_crop=4, flip=True, held_out=0.0)
+    ready = material(tiny, tmp_path / "pairs.jsonl", asked)
+    (item,) = ready.train
+    assert len(item.cuts) == 4
+    for rows in item.cuts:
+        assert torch.equal(*ready.latents[list(rows)])
+    assert len({tuple(ready.latents[rows[0]].flatten().tolist()) for rows in item.cuts}) == 4
+    draws = Draws("training", 0, 32, len(tiny.path.levels), crop=True)
+    assert {draws.rows(item, k) for k in range(32)} == set(item.cuts)
+    assert replace(draws, crop=False).rows(item, 0) == item.pictures
+
+
+def test_no_level_below_the_least_noise_is_drawn() -> None:
+    item = Item((0, 1), 1, 1.0, "a")
+    levels = sorted(Draws("training", 0, 7, 1000, lowest=300).level(item, k) for k in range(7))
+    assert [(level - 300) // 100 for level in levels] == list(range(7))
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "kto", "mapo", "sft"])
+def test_weights_multiply_the_errors_before_the_loss(
+    tiny_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch, loss: str
+) -> None:
+    """Twice the weight is twice the β where the loss knows errors only through it, and twice the error elsewhere."""
+    monkeypatch.setitem(LEVEL_WEIGHTS, "debiased", lambda level, kind: torch.full((len(level),), 2.0))
+    plain = training(tiny_folder, pairs_file, loss=loss, beta=100.0, mapo_weight=0.0)
+    heavy = training(
+        tiny_folder, pairs_file, loss=loss, beta=100.0, mapo_weight=0.0, loss_weighting="debiased"
+    )
+    for run in (plain, heavy):
+        with torch.no_grad():
+            for number, value in enumerate(run.parameters.values()):
+                value.copy_(0.1 * torch.randn(value.shape, generator=generator(0, number)))
+    cells = plain.visits(1)
+    light, found = plain.loss(cells)[0], heavy.loss(cells)[0]
+    if loss in ("mapo", "sft"):
+        torch.testing.assert_close(found, 2 * light)
+    else:
+        twice = training(tiny_folder, pairs_file, loss=loss, beta=200.0)
+        with torch.no_grad():
+            for name, value in twice.parameters.items():
+                value.copy_(plain.parameters[name])
+        torch.testing.assert_close(found, twice.loss(cells)[0])
+
+
+def test_debiased_weights_raise_noisy_levels_and_min_snr_lowers_clean_ones(tiny: Backbone) -> None:
+    levels = tiny.path.levels[torch.tensor([20, 990])]
+    clean, noisy = LEVEL_WEIGHTS["debiased"](levels, "epsilon").tolist()
+    assert clean < 0.2 and noisy > 5
+    clean, noisy = LEVEL_WEIGHTS["min-snr"](levels, "epsilon").tolist()
+    assert clean < 0.1 and noisy == 1
 
 
 def test_a_draw_follows_from_seed_record_and_number_alone() -> None:
@@ -473,6 +537,8 @@ def test_the_gap_between_visited_and_fresh_draws_grows_when_few_draws_are_learne
         ({"held_out": 1.0}, "below 1"),
         ({"label_smoothing": 0.7}, "between 0 and 0.5"),
         ({"safeguard": 2.0}, "between 0 and 1"),
+        ({"loss_weighting": "heavy"}, "none, min-snr, debiased"),
+        ({"least_noise": 1.0}, "below 1"),
     ],
     ids=str,
 )

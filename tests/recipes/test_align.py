@@ -9,10 +9,12 @@ import pytest
 
 from align.pairs import normal
 from align.prompts import read_prompts
-from align.statistics import Interval
+from backbone.console import UserError
+from backbone.statistics import Interval
 from backbone.world.scene import Scene
 from backbone.world.words import Thing
 from benchmarks.judge import ONE, TWO_DIFFERENT, Verdict
+from recipes.align import journey
 from recipes.align.journey import (
     HELD_OUT_PROMPTS,
     TRAINING_PROMPTS,
@@ -43,9 +45,9 @@ def test_held_out_prompts_are_other_sentences() -> None:
     assert len(set(sentences)) == 500
 
 
-def test_hard_prompts_ask_for_two_things_a_colour_or_an_accessory(tmp_path: Path) -> None:
+def test_prompts_are_written_with_their_categories(tmp_path: Path) -> None:
     chosen = scenes(TRAINING_PROMPTS, 100, hard)
-    assert {kind(scene) for scene in chosen} == {"two things", "a colour", "an accessory"}
+    assert {kind(scene) for scene in chosen} == {"two things", "an accessory"}
     path = write_prompts(tmp_path / "prompts.jsonl", chosen)
     assert [prompt.text for prompt in read_prompts(path)] == [scene.caption() for scene in chosen]
     assert all(scene.style is None for scene in scenes(TRAINING_PROMPTS, 100, plain))
@@ -89,3 +91,45 @@ def test_a_table_can_be_written(tmp_path: Path) -> None:
     found = Found(2, *(Interval(0.5, 0.4, 0.6),) * 3, wins={}, diversity=float("nan"))
     write_json(tmp_path / "table.json", {"rows": [("dpo", found, {"sampling": 1.0})]})
     assert json.loads((tmp_path / "table.json").read_text())["rows"][0][1]["n"] == 2
+
+
+def test_a_step_runs_once_and_again_only_where_it_was_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[tuple[object, ...]] = []
+    record, product = tmp_path / "steps" / "training.json", tmp_path / "summary.json"
+
+    def killed(*arguments: object) -> None:
+        ran.append(arguments)
+        raise KeyboardInterrupt
+
+    def whole(*arguments: object) -> None:
+        ran.append(arguments)
+        product.write_text("{}")
+
+    monkeypatch.setattr(journey, "align", killed)
+    with pytest.raises(KeyboardInterrupt):
+        journey.once(record, product, "train", "pairs")
+    monkeypatch.setattr(journey, "align", whole)
+    journey.once(record, product, "train", "pairs", again=("train", "--resume", "run"))
+    seconds = journey.once(record, product, "train", "pairs")
+    assert ran == [("train", "pairs"), ("train", "--resume", "run")]
+    assert json.loads(record.read_text()) == {
+        "arguments": ["train", "pairs"],
+        "seconds": seconds,
+        "finished": True,
+    }
+    product.unlink()
+    journey.once(record, product, "train", "pairs")
+    assert ran[-1] == ("train", "pairs")
+    with pytest.raises(UserError, match="another run: align train pairs"):
+        journey.once(record, product, "train", "others")
+
+
+def test_hard_prompts_ask_for_two_things_at_once() -> None:
+    dog, red = Thing("dog"), Thing("dog", colour="red")
+    assert hard(Scene((red, Thing("cat")), "in the snow"))
+    assert hard(Scene((Thing("dog", colour="red", accessory="crown"),), "in the snow"))
+    assert not hard(Scene((dog, Thing("cat")), "in the snow"))
+    assert not hard(Scene((red,), "in the snow"))
+    assert not hard(Scene((red, Thing("cat")), "in the snow", "a neon drawing of"))
