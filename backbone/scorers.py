@@ -1,9 +1,9 @@
 """What a CLIP model thinks of pictures: likeness to pictures and to texts, spread, and a guess of the class.
 
 Works with any CLIP folder in transformers' format (Radford et al. 2021); the embedded scorer is a small one
-that knows `moji`'s world. Pictures are prepared with Pillow alone. The figures are functions of unit vectors,
-so that each picture and each text is embedded once; figures of two scorers cannot be compared with each
-other.
+that knows `moji`'s world. Likeness between pictures can also be asked of an `Eye`, which reads no text: DINO
+or DINOv2. Pictures are prepared with Pillow alone. The figures are functions of unit vectors, so that each
+picture and each text is embedded once; figures of two scorers cannot be compared with each other.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
 
 Item = TypeVar("Item")
+EYES = ("vit", "dinov2", "dinov2_with_registers")  # transformers' names of DINO and its followers
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 CLASS_TEMPLATES = ("{}", "a photo of {}", "a picture of {}")
 
 
@@ -39,6 +42,8 @@ class Scorer:
     side: int = 128
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     deviation: tuple[float, ...] = (0.5, 0.5, 0.5)
+    shortest: int | None = None  # what the shortest side is scaled to before the cut; the side when left out
+    likeness = "CLIP-I"
 
     @torch.no_grad()
     def embed_images(self, images: Sequence[Image.Image], *, batch: int = 64) -> Tensor:
@@ -55,12 +60,7 @@ class Scorer:
     def prepare(self, images: Sequence[Image.Image]) -> Tensor:
         """Pictures as the vision tower takes them [B, 3, side, side]: shortest side scaled (bicubic), cut at
         the centre, normalised."""
-        squares = np.stack([np.asarray(_square(image, self.side), dtype=np.float32) for image in images])
-        mean, deviation = (np.array(value, dtype=np.float32) for value in (self.mean, self.deviation))
-        normal = (squares / np.float32(255) - mean) / deviation
-        return (
-            torch.from_numpy(normal).permute(0, 3, 1, 2).contiguous().to(self.model.device, self.model.dtype)
-        )
+        return prepared(images, self).to(self.model.device, self.model.dtype)
 
     def _image_vectors(self, prepared: Tensor) -> Tensor:
         return F.normalize(self.model.get_image_features(prepared).pooler_output.float(), dim=-1)
@@ -81,33 +81,107 @@ class Scorer:
         return self.model.config
 
 
+@dataclass(frozen=True)
+class Eye:
+    """A vision transformer that reads no text, and how it wants pictures: DINO (Caron et al. 2021) or DINOv2.
+
+    A picture's vector is the last state of its class token, as in the DINO figure of Ruiz et al. 2023 (§ 4.1).
+    """
+
+    model: Any
+    side: int = 224
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    deviation: tuple[float, ...] = (0.229, 0.224, 0.225)
+    shortest: int | None = None
+    likeness = "DINO"
+
+    @torch.no_grad()
+    def embed_images(self, images: Sequence[Image.Image], *, batch: int = 64) -> Tensor:
+        """Unit vectors [B, D], float32, one for each picture; [0, D] for none."""
+        parts = [
+            self.model(prepared(some, self).to(self.model.device, self.model.dtype)).last_hidden_state[:, 0]
+            for some in _chunks(images, batch)
+        ]
+        if not parts:
+            return torch.empty(0, self.model.config.hidden_size, device=self.model.device)
+        return F.normalize(torch.cat(parts).float(), dim=-1)
+
+
+def prepared(images: Sequence[Image.Image], eye: Scorer | Eye) -> Tensor:
+    """Pictures [B, 3, side, side], float32: shortest side scaled (bicubic), cut at the centre, normalised."""
+    squares = np.stack(
+        [np.asarray(_square(image, eye.side, eye.shortest), dtype=np.float32) for image in images]
+    )
+    mean, deviation = (np.array(value, dtype=np.float32) for value in (eye.mean, eye.deviation))
+    normal = (squares / np.float32(255) - mean) / deviation
+    return torch.from_numpy(normal).permute(0, 3, 1, 2).contiguous()
+
+
+def load_eye(path: str | Path, *, device: torch.device | str = "cpu") -> Scorer | Eye:
+    """What measures likeness, from a local folder: a scorer, or a DINO that reads no text; in float32.
+
+    Raises `UserError` when the folder holds neither, or no safetensors; nothing is ever fetched.
+    """
+    from transformers import AutoModel, ViTModel
+
+    folder = Path(path)
+    kind = _kind(folder)
+    if kind == "clip":
+        return load_scorer(folder, device=device)
+    if kind not in EYES:
+        raise UserError(
+            f"{folder} holds a model of type {kind!r}, neither CLIP nor DINO. Name a folder of one of them."
+        )
+    _weights(folder)
+    usual: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
+    if kind == "vit":  # DINO's has no pooler
+        model: Any = ViTModel.from_pretrained(folder, add_pooling_layer=False, **usual)
+    else:
+        model = AutoModel.from_pretrained(folder, trust_remote_code=False, **usual)
+    model = model.to(device).eval().requires_grad_(False)
+    side = model.config.image_size if kind == "vit" else Eye.side  # the others read pictures of any size
+    return Eye(model, **_preparation(folder, side, Eye.mean, Eye.deviation))
+
+
 def load_scorer(path: str | Path, *, device: torch.device | str = "cpu") -> Scorer:
     """A scorer from a local folder (config, safetensors, tokenizer, preprocessor), in float32.
 
     Raises `UserError` when the folder is no CLIP model or holds no safetensors; nothing is ever fetched.
     """
     from transformers import CLIPModel, CLIPTokenizer
-    from transformers.utils import logging
 
     folder = Path(path)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no scorer (config.json is missing). Name a folder of a CLIP model.")
-    kind = read_json(folder / "config.json").get("model_type")
+    kind = _kind(folder)
     if kind != "clip":
         raise UserError(
             f"{folder} holds a model of type {kind!r}, not a CLIP model. Name a folder of a CLIP model."
         )
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(
-            f"{folder} holds no safetensors weights. Save the model with safe_serialization and try again."
-        )
-    logging.disable_progress_bar()
+    _weights(folder)
     model: Any = CLIPModel.from_pretrained(
         folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
     )
     model = model.to(device).eval().requires_grad_(False)
     tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    return Scorer(model, tokenizer, **_preparation(folder, model.config.vision_config.image_size))
+    side = model.config.vision_config.image_size
+    return Scorer(model, tokenizer, **_preparation(folder, side, CLIP_MEAN, CLIP_DEVIATION))
+
+
+def _kind(folder: Path) -> Any:
+    """Of which kind a folder's model is; `UserError` where there is none."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no scorer (config.json is missing). Name a folder of a CLIP model.")
+    return read_json(folder / "config.json").get("model_type")
+
+
+def _weights(folder: Path) -> None:
+    """Raises `UserError` for a folder without safetensors; stops transformers' progress bars."""
+    from transformers.utils import logging
+
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{folder} holds no safetensors weights. Save the model with safe_serialization and try again."
+        )
+    logging.disable_progress_bar()
 
 
 def clip_i(generated: Tensor, real: Tensor) -> float:
@@ -189,9 +263,9 @@ def _class_prompts(noun: str) -> Iterator[str]:
         yield f"{named} {place}"
 
 
-def _square(image: Image.Image, side: int) -> Image.Image:
+def _square(image: Image.Image, side: int, shortest: int | None) -> Image.Image:
     image = image.convert("RGB")
-    scale = side / min(image.size)
+    scale = (shortest or side) / min(image.size)
     width, height = (max(side, round(length * scale)) for length in image.size)
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -199,18 +273,28 @@ def _square(image: Image.Image, side: int) -> Image.Image:
     return image.crop((left, top, left + side, top + side))
 
 
-def _preparation(folder: Path, side: int) -> dict[str, Any]:
-    """Side, mean and deviation from `preprocessor_config.json`; CLIP's own values where it says nothing."""
+def _preparation(
+    folder: Path, side: int, mean: Sequence[float], deviation: Sequence[float]
+) -> dict[str, Any]:
+    """Sides, mean and deviation from `preprocessor_config.json`, and these where it says nothing."""
     path = folder / "preprocessor_config.json"
     settings = read_json(path) if path.is_file() else {}
-    crop = settings.get("crop_size", side)
-    mean = settings.get("image_mean", (0.48145466, 0.4578275, 0.40821073))
-    deviation = settings.get("image_std", (0.26862954, 0.26130258, 0.27577711))
+    shortest = _side(settings.get("size"), side)
+    crop = settings.get("crop_size") if settings.get("do_center_crop", True) else None
+    cut = _side(crop, shortest)
     return {
-        "side": crop["height"] if isinstance(crop, dict) else crop,
-        "mean": tuple(mean),
-        "deviation": tuple(deviation),
+        "side": cut,
+        "mean": tuple(settings.get("image_mean", mean)),
+        "deviation": tuple(settings.get("image_std", deviation)),
+        "shortest": max(cut, shortest),
     }
+
+
+def _side(size: Any, usual: int) -> int:
+    """A side in pixels, however transformers wrote it down."""
+    if isinstance(size, dict):
+        size = size.get("shortest_edge", size.get("height"))
+    return int(size or usual)
 
 
 def _chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:

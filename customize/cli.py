@@ -253,7 +253,9 @@ def train(
     ] = None,
     scorer: Annotated[
         str | None,
-        typer.Option("--scorer", help="A CLIP folder that measures.", show_default="the model's own"),
+        typer.Option(
+            "--scorer", help="A folder of CLIP or DINO that measures.", show_default="the model's own"
+        ),
     ] = None,
     validation_prompt: Annotated[
         list[str] | None,
@@ -471,7 +473,8 @@ def evaluate(
     ] = False,
     per_prompt: Annotated[int, typer.Option("--per-prompt", min=1, help="Pictures of each prompt.")] = 4,
     scorer: Annotated[
-        Path | None, typer.Option("--scorer", help="A CLIP folder.", show_default="the model's own")
+        Path | None,
+        typer.Option("--scorer", help="A folder of CLIP or DINO.", show_default="the model's own"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the pictures.")] = 0,
     out: Annotated[

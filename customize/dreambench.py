@@ -21,11 +21,11 @@ from backbone.images import open_rgb, read_folder, square
 from backbone.learned import put_on
 from backbone.model import Backbone
 from backbone.sample import Request, sample
-from backbone.scorers import Scorer, load_scorer, prior_drift
+from backbone.scorers import prior_drift
 from backbone.sheet import Cell, save_png, sheet
 from backbone.statistics import interval
 from backbone.world.words import vocabulary
-from customize.evaluate import protocol
+from customize.evaluate import Scorers, protocol
 from customize.settings import Settings, read_settings
 
 LIST = re.compile(r"prompt_list\s*=\s*\[(.*?)\]", re.DOTALL)
@@ -74,7 +74,7 @@ def evaluate_run(
     """Draws a run's pictures, compares them, and writes `table.md`, `table.json` and `sheet.png`."""
     settings, concept = read_settings(run), read_concept(run)
     model = Backbone.open(settings.model, device=settings.device, precision=settings.precision)
-    judge = load_scorer(folder_of(scorer, model))
+    judge = scorers_of(scorer, model)
     requests = [
         Request(spoken(prompt.format(settings.called()), [concept]), (i, j))
         for i, prompt in enumerate(prompts)
@@ -89,7 +89,7 @@ def evaluate_run(
     found = measured(judge, settings, concept, pictures, prompts, per_prompt)
     subject = subject_vectors(judge, settings)
     for name, images in (("PRES", after), ("PRES of the base", base)):
-        vectors = judge.embed_images(images)
+        vectors = judge.eye.embed_images(images)
         found[name] = interval([prior_drift(vector[None], subject) for vector in vectors])
     return written(out, f"{settings.called()} ({run})", found, pictures, prompts, per_prompt, settings)
 
@@ -102,7 +102,7 @@ def evaluate_pictures(
     Raises `UserError` when one is missing.
     """
     settings, concept = read_settings(run), read_concept(run)
-    judge = load_scorer(folder_of(scorer, Backbone.open(settings.model, device="cpu")))
+    judge = scorers_of(scorer, Backbone.open(settings.model, device="cpu"))
     names = [f"p{i:02d}-s{j:02d}.png" for i in range(len(prompts)) for j in range(per_prompt)]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
@@ -116,14 +116,14 @@ def evaluate_pictures(
 
 
 def measured(
-    judge: Scorer,
+    judge: Scorers,
     settings: Settings,
     concept: Concept,
     pictures: Sequence[Image],
     prompts: Sequence[str],
     per_prompt: int,
 ) -> dict[str, Any]:
-    """CLIP-I, CLIP-T and DIV, with what the subject's own pictures get among themselves."""
+    """CLIP-I (or DINO), CLIP-T and DIV, with what the subject's own pictures get among themselves."""
     texts = [prompt.format(settings.class_noun) for prompt in prompts]
     subject = subject_vectors(judge, settings)
     found = protocol(judge, subject, pictures, texts, per_prompt=per_prompt)
@@ -131,7 +131,7 @@ def measured(
         float((subject[k : k + 1] @ subject.T).sum() - 1) / (len(subject) - 1) for k in range(len(subject))
     ]
     if len(subject) > 1:
-        found["CLIP-I of real pictures"] = interval(others)
+        found[f"{judge.eye.likeness} of real pictures"] = interval(others)
     return found
 
 
@@ -161,9 +161,9 @@ def written(
     return {"text": "\n".join(lines), **found}
 
 
-def subject_vectors(judge: Scorer, settings: Settings) -> Any:
-    """The scorer's vectors of the subject's own pictures [R, D]."""
-    return judge.embed_images([square(picture.open(), 512) for picture in read_folder(settings.images)])
+def subject_vectors(judge: Scorers, settings: Settings) -> Any:
+    """The eye's vectors of the subject's own pictures [R, D]."""
+    return judge.eye.embed_images([square(picture.open(), 512) for picture in read_folder(settings.images)])
 
 
 def drawn(
@@ -180,9 +180,11 @@ def drawn(
     return found
 
 
-def folder_of(scorer: Path | None, model: Backbone) -> Path:
-    """The scorer's folder: the one named, or the model's own; `UserError` where there is none."""
-    found = scorer or model.location.local("scorer")
+def scorers_of(named: Path | None, model: Backbone) -> Scorers:
+    """The scorer that was named, or the model's own; `UserError` where there is none."""
+    found = Scorers.of(named, model.location.local("scorer"))
     if found is None:
-        raise UserError(f"{model.location.name} has no scorer of its own. Name a CLIP folder with --scorer.")
+        raise UserError(
+            f"{model.location.name} has no scorer of its own. Name a folder of CLIP or DINO with --scorer."
+        )
     return found

@@ -3,13 +3,15 @@
 The four figures of Ruiz et al. 2023 (§ 4) by a CLIP scorer: CLIP-I with the subject's pictures, CLIP-T with the
 prompts, PRES (likeness of the class's pictures to the subject; lower is better) and DIV (variety among pictures of one
 prompt). While a concept trains they are taken from fixed noise and fixed prompts, together with the denoising loss at
-fixed noise and levels, and the checkpoint with the best `rating` is kept.
+fixed noise and levels, and the checkpoint with the best `rating` is kept. Likeness can be measured by another model
+than obedience: a DINO, which reads no text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +19,13 @@ from PIL.Image import Image
 from torch import Tensor
 
 from backbone.concept import Concept, spoken
+from backbone.console import UserError
 from backbone.images import Picture, square
 from backbone.loop import generator
 from backbone.model import Backbone
 from backbone.noise import add_noise, target
 from backbone.sample import Request, sample
-from backbone.scorers import Scorer, clip_i, diversity, prior_drift, text_scores
+from backbone.scorers import Eye, Scorer, clip_i, diversity, load_eye, load_scorer, prior_drift, text_scores
 from backbone.statistics import interval
 from customize.dreambooth import Training, weighting
 from customize.settings import Settings
@@ -38,11 +41,35 @@ LOSS_DRAWS = 24
 
 
 @dataclass(frozen=True)
+class Scorers:
+    """What measures likeness, and what measures obedience: the same one where it reads text, or none."""
+
+    eye: Scorer | Eye
+    reader: Scorer | None
+
+    @classmethod
+    def of(cls, named: str | Path | None, own: Path | None) -> Scorers | None:
+        """From the folder that was named, and the model's own; None where there is neither."""
+        folder = named or own
+        if folder is None:
+            return None
+        eye = load_eye(folder)
+        if isinstance(eye, Scorer):
+            return cls(eye, eye)
+        return cls(eye, None if own is None else load_scorer(own))
+
+    def read(self, pictures: Sequence[Image], seen: Tensor) -> Tensor:
+        """The reader's vectors [B, D] of pictures of which the eye's are known."""
+        assert self.reader is not None
+        return seen if self.reader is self.eye else self.reader.embed_images(pictures)
+
+
+@dataclass(frozen=True)
 class Figures:
     """One evaluation. The likenesses are cosines of the scorer; the loss is a mean over fixed draws."""
 
     step: int
-    subject: float  # CLIP-I with the subject's pictures
+    subject: float  # CLIP-I or DINO with the subject's pictures
     prompt: float  # CLIP-T with the prompts, the token read as the class
     preservation: float  # PRES: the class's pictures and the subject's, lower is better
     diversity: float  # DIV among the class's pictures
@@ -56,12 +83,12 @@ class Evaluator:
     def __init__(
         self,
         model: Backbone,
-        scorer: Scorer,
+        scorers: Scorers,
         concept: Concept,
         settings: Settings,
         pictures: Sequence[Picture],
     ) -> None:
-        self.model, self.scorer, self.settings = model, scorer, settings
+        self.model, self.scorers, self.settings = model, scorers, settings
         noun = settings.class_noun
         self.asked = [
             Request(spoken(p.format(settings.called()), [concept]), (i, 0)) for i, p in enumerate(PROMPTS)
@@ -69,9 +96,19 @@ class Evaluator:
         plain = settings.subjects()[0].filled(settings.class_prompt)
         self.plain = [Request(plain, (len(PROMPTS), j)) for j in range(len(PROMPTS))]
         side = model.resolution
-        self.subject = scorer.embed_images([square(picture.open(), side) for picture in pictures])
-        self.texts = scorer.embed_texts([prompt.format(noun) for prompt in PROMPTS])
+        self.subject = scorers.eye.embed_images([square(picture.open(), side) for picture in pictures])
+        self.texts = self.reader.embed_texts([prompt.format(noun) for prompt in PROMPTS])
         self.start: Figures | None = None
+
+    @property
+    def reader(self) -> Scorer:
+        """What measures obedience; `UserError` where nothing here reads."""
+        if self.scorers.reader is None:
+            raise UserError(
+                "The scorer that was named reads no text, and the model has none of its own, so that nothing says "
+                "whether prompts are obeyed. Name a CLIP folder with --scorer, or train with --evaluate-every 0."
+            )
+        return self.scorers.reader
 
     def measure(self, step: int, loss: float) -> tuple[Figures, list[Image]]:
         """The figures now, and the pictures that they come from: one for each prompt, then the class.
@@ -87,12 +124,13 @@ class Evaluator:
                 seed=self.settings.seed,
             )
         )
-        vectors = self.scorer.embed_images(drawn)
+        vectors = self.scorers.eye.embed_images(drawn)
         asked, plain = vectors[: len(self.asked)], vectors[len(self.asked) :]
+        read = self.scorers.read(drawn[: len(self.asked)], asked)
         found = Figures(
             step=step,
             subject=clip_i(asked, self.subject),
-            prompt=float(text_scores(asked, self.texts).mean()),
+            prompt=float(text_scores(read, self.texts).mean()),
             preservation=prior_drift(plain, self.subject),
             diversity=diversity(plain),
             loss=loss,
@@ -182,19 +220,21 @@ Draw = Callable[[Sequence[Request]], list[Image]]
 
 
 def protocol(
-    scorer: Scorer, subject: Tensor, pictures: Sequence[Image], texts: Sequence[str], *, per_prompt: int
+    scorers: Scorers, subject: Tensor, pictures: Sequence[Image], texts: Sequence[str], *, per_prompt: int
 ) -> dict[str, Any]:
     """The figures of the DreamBench protocol: pictures in the order of prompts, `per_prompt` of each.
 
-    `subject` holds the scorer's vectors of the real pictures [R, D]; `texts` are the prompts with the class alone.
-    Intervals are over prompts, whose pictures belong together.
+    `subject` holds the eye's vectors of the real pictures [R, D]; `texts` are the prompts with the class alone.
+    Intervals are over prompts, whose pictures belong together. Without a reader there is no CLIP-T.
     """
-    vectors = scorer.embed_images(list(pictures))
-    wanted = scorer.embed_texts(list(texts))
+    vectors = scorers.eye.embed_images(list(pictures))
     groups = vectors.unflatten(0, (len(texts), per_prompt))
-    likeness = [clip_i(group, subject) for group in groups]
-    obedience = [float((group @ text).mean()) for group, text in zip(groups, wanted, strict=True)]
-    found: dict[str, Any] = {"CLIP-I": interval(likeness), "CLIP-T": interval(obedience)}
+    found: dict[str, Any] = {scorers.eye.likeness: interval([clip_i(group, subject) for group in groups])}
+    if scorers.reader is not None:
+        read = scorers.read(list(pictures), vectors).unflatten(0, (len(texts), per_prompt))
+        wanted = scorers.reader.embed_texts(list(texts))
+        obedience = [float((group @ text).mean()) for group, text in zip(read, wanted, strict=True)]
+        found["CLIP-T"] = interval(obedience)
     if per_prompt > 1:
         found["DIV"] = interval([diversity(group) for group in groups])
     return found

@@ -14,10 +14,9 @@ from backbone.console import say
 from backbone.files import append_jsonl, read_jsonl, write_text
 from backbone.images import Picture
 from backbone.report import command, curve, curves, heading, paragraph, picture, table, write_report
-from backbone.scorers import load_scorer
 from backbone.sheet import Cell, save_png, sheet
 from customize.dreambooth import Training
-from customize.evaluate import PROMPTS, Evaluator, Figures, Patience, fixed_loss
+from customize.evaluate import PROMPTS, Evaluator, Figures, Patience, Scorers, fixed_loss
 from customize.settings import Settings, as_flags
 
 EVALUATIONS = "evaluations.jsonl"
@@ -36,11 +35,12 @@ class Watch:
     def __init__(self, run: Path, training: Training, concept: Concept, pictures: Sequence[Picture]) -> None:
         self.run, self.training, self.concept = run, training, concept
         settings, model = training.settings, training.model
-        folder = Path(settings.scorer) if settings.scorer else model.location.local("scorer")
+        own = model.location.local("scorer")
         self.evaluator = None
         self.patience = Patience(settings.patience or settings.steps)
-        if settings.evaluation_steps and folder is not None:
-            self.evaluator = Evaluator(model, load_scorer(folder), concept, settings, pictures)
+        scorers = Scorers.of(settings.scorer, own) if settings.evaluation_steps else None
+        if scorers is not None:
+            self.evaluator = Evaluator(model, scorers, concept, settings, pictures)
             self._remember()
 
     def due(self, step: int) -> bool:
@@ -84,7 +84,8 @@ class Watch:
         )
         say(f"The best of {len(history)} evaluations is step {best.step}, in {self.run / BEST}. {why}")
         names = ("subject", "prompt", "preservation", "diversity", "loss", "rating")
-        titles = ("CLIP-I with the subject", "CLIP-T", "PRES (lower is better)", "DIV", "loss", "rating")
+        likeness = f"{self.evaluator.scorers.eye.likeness} with the subject"
+        titles = (likeness, "CLIP-T", "PRES (lower is better)", "DIV", "loss", "rating")
         drawn = [
             curve(title, {title: [(f.step, getattr(f, name)) for f in history]}, marked=best.step)
             for name, title in zip(names, titles, strict=True)

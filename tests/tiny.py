@@ -285,3 +285,25 @@ def tiny_tokenizer(**settings: Any) -> CLIPTokenizer:
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     ids = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=ids, merges=list(dict.fromkeys(merges)), model_max_length=77, **settings)
+
+
+def tiny_eye(folder: Path, kind: str) -> Path:
+    """A random DINO or DINOv2 in a folder as transformers writes it."""
+    from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
+
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "patch_size": 8,
+    }
+    settings: dict[str, Any] = {"size": 32, "do_resize": True}  # as facebook/dino-vits16 says it: no cut
+    if kind == "vit":
+        config = ViTConfig(**shape, intermediate_size=32, image_size=32)
+        ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    else:
+        Dinov2Model(Dinov2Config(**shape, mlp_ratio=1, image_size=56)).save_pretrained(folder)
+        settings = {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder

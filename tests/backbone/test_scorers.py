@@ -14,18 +14,20 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from backbone.console import UserError
 from backbone.files import write_json
 from backbone.scorers import (
+    Eye,
     Scorer,
     class_vectors,
     clip_i,
     clip_t,
     diversity,
     guess_class,
+    load_eye,
     load_scorer,
     prior_drift,
     ranked,
     text_scores,
 )
-from tests.tiny import tiny_tokenizer
+from tests.tiny import tiny_eye, tiny_tokenizer
 
 Images = list[Image.Image]
 
@@ -205,3 +207,52 @@ def test_pickled_weights_are_never_read(scorer: Scorer, tmp_path: Path) -> None:
     (saved(scorer, tmp_path) / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="no safetensors"):
         load_scorer(tmp_path)
+
+
+# Eyes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["vit", "dinov2"])
+def test_an_eye_sees_a_picture_as_its_model_s_class_token_does(
+    kind: str, images: Images, tmp_path: Path
+) -> None:
+    eye = load_eye(tiny_eye(tmp_path, kind))
+    assert isinstance(eye, Eye) and eye.likeness == "DINO"
+    vectors = eye.embed_images(images, batch=2)
+    assert vectors.shape == (5, 32) and torch.allclose(vectors.norm(dim=-1), torch.ones(5))
+    colour = (255, 0, 51)
+    flat = [
+        (value / 255 - mean) / std for value, mean, std in zip(colour, eye.mean, eye.deviation, strict=True)
+    ]
+    with torch.no_grad():
+        said = eye.model(torch.tensor(flat)[None, :, None, None].expand(1, 3, 32, 32)).last_hidden_state[:, 0]
+    seen = eye.embed_images([Image.new("RGB", (50, 32), colour)])
+    torch.testing.assert_close(seen, F.normalize(said, dim=-1))
+    assert clip_i(vectors[:1], vectors[:1]) == pytest.approx(1, abs=1e-5)
+    assert eye.embed_images([]).shape == (0, 32)
+    assert not any(value.requires_grad for value in eye.model.parameters())
+
+
+def test_an_eye_scales_further_than_it_cuts(tmp_path: Path) -> None:
+    """Shortest side 40, the middle 32 of it: a frame of four pixels is not seen."""
+    eye = load_eye(tiny_eye(tmp_path, "dinov2"))
+    inner = np.random.default_rng(1).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    framed = inner.copy()
+    framed[:4] = framed[-4:] = 0
+    framed[:, :4] = framed[:, -4:] = 0
+    vectors = eye.embed_images([Image.fromarray(inner), Image.fromarray(framed)])
+    assert torch.equal(vectors[0], vectors[1])
+
+
+def test_a_clip_folder_is_an_eye_that_reads(scorer: Scorer, tmp_path: Path) -> None:
+    found = load_eye(saved(scorer, tmp_path))
+    assert isinstance(found, Scorer) and found.likeness == "CLIP-I"
+
+
+def test_what_is_neither_is_refused_as_an_eye(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", {"model_type": "bert"})
+    with pytest.raises(UserError, match="neither CLIP nor DINO"):
+        load_eye(tmp_path)
+    write_json(tmp_path / "config.json", {"model_type": "dinov2"})
+    with pytest.raises(UserError, match="no safetensors"):
+        load_eye(tmp_path)

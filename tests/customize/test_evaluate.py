@@ -10,15 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from backbone.cache import VARIABLE
+from backbone.concept import Concept
 from backbone.console import UserError
 from backbone.files import read_jsonl
-from backbone.model import EMBEDDED
+from backbone.images import read_folder
+from backbone.model import EMBEDDED, Backbone
 from backbone.report import curve, table, write_report
 from customize.cli import step_count
 from customize.dreambench import own_prompts, read_prompts
-from customize.evaluate import Figures, Patience, mean_likeness, rating
+from customize.evaluate import Evaluator, Figures, Patience, Scorers, mean_likeness, protocol, rating
+from customize.settings import Settings
+from tests.tiny import tiny_eye
 
 FILE = """Classes
 
@@ -120,6 +125,42 @@ def test_a_report_shows_text_as_text(tmp_path: Path) -> None:
     assert "http" not in page
 
 
+def test_likeness_by_dino_leaves_obedience_to_the_model_s_own_scorer(tmp_path: Path) -> None:
+    own = EMBEDDED / "scorer"
+    pictures = [Image.new("RGB", (40, 40), (60 * k, 10, 200 - 40 * k)) for k in range(4)]
+    texts = ["a dog in a park", "a dog at night"]
+
+    def measured(scorers: Scorers | None) -> dict[str, float]:
+        assert scorers is not None
+        subject = scorers.eye.embed_images(pictures[:1])
+        found = protocol(scorers, subject, pictures, texts, per_prompt=2)
+        return {name: figure.value for name, figure in found.items()}
+
+    dino = tiny_eye(tmp_path, "dinov2")
+    alone, with_reader = measured(Scorers.of(dino, None)), measured(Scorers.of(dino, own))
+    clip = measured(Scorers.of(None, own))
+    assert list(alone) == ["DINO", "DIV"] and list(with_reader) == ["DINO", "CLIP-T", "DIV"]
+    assert list(clip) == ["CLIP-I", "CLIP-T", "DIV"] and clip["CLIP-I"] != alone["DINO"]
+    assert with_reader["CLIP-T"] == pytest.approx(clip["CLIP-T"]) and with_reader["DIV"] == alone["DIV"]
+    assert Scorers.of(None, None) is None
+
+
+def test_a_run_whose_obedience_nothing_can_measure_is_refused(tmp_path: Path, tiny: Backbone) -> None:
+    scorers = Scorers.of(tiny_eye(tmp_path, "vit"), None)
+    concept = Concept("lora", "", "", {"[V]": "rkh"}, "dog")
+    settings = Settings(images="", token="[V]", class_noun="dog")
+    assert scorers is not None
+    with pytest.raises(UserError, match="Name a CLIP folder"):
+        Evaluator(tiny, scorers, concept, settings, read_folder(one_picture(tmp_path)))
+
+
+def one_picture(folder: Path) -> str:
+    """A folder of one picture."""
+    (folder / "pictures").mkdir()
+    Image.new("RGB", (40, 40)).save(folder / "pictures" / "0.png")
+    return str(folder / "pictures")
+
+
 def test_a_run_is_evaluated_reported_and_measured_from_outside(
     tmp_path: Path, subject: Path, tiny_folder: Path
 ) -> None:
@@ -154,3 +195,8 @@ def test_a_run_is_evaluated_reported_and_measured_from_outside(
     )
     assert "PRES of the base" in table_text
     assert "CLIP-I of real pictures" in (run / "dreambench" / "table.md").read_text()
+    dino = str(tiny_eye(tmp_path / "dino", "dinov2"))
+    table_text = customize(
+        "evaluate", str(run), "--prompts", "prompts.txt", "--per-prompt", "1", "--scorer", dino
+    )
+    assert "DINO of real pictures" in table_text and "CLIP" not in table_text
