@@ -137,18 +137,20 @@ def kto(
     *,
     good_weight: float = 1.0,
     bad_weight: float = 1.0,
+    baseline: Tensor | None = None,
 ) -> Tensor:
     """KTO of single pictures [B]: λ·(1 − σ(±(h − z0))), + for the good ones, − for the bad ones.
 
-    Li et al. 2024 (Diffusion-KTO), with the sigmoid as utility and z0 = `kto_baseline`. `good` [B] is
-    1 or 0.
+    Li et al. 2024 (Diffusion-KTO), with the sigmoid as utility and z0 = `kto_baseline`, or the
+    `baseline` [] of a batch of which these are a part. `good` [B] is 1 or 0.
     """
     _same_rank_one(error=error, reference=reference, good=good)
     reward = 0.5 * beta * (reference - error)
     wanted = good.to(reward) > 0.5
     sign = torch.where(wanted, 1.0, -1.0).to(reward)
     weight = torch.where(wanted, good_weight, bad_weight).to(reward)
-    return weight * (1 - torch.sigmoid(sign * (reward - kto_baseline(reward))))
+    z0 = kto_baseline(reward) if baseline is None else baseline
+    return weight * (1 - torch.sigmoid(sign * (reward - z0)))
 
 
 def kto_baseline(reward: Tensor) -> Tensor:

@@ -38,7 +38,8 @@ from align.samples import FORMAT, picture_name
 from align.sampling import Drawing, draw
 from align.scoring import open_judge, takes_gradients
 from align.settings import FILE, REWARD_LOSSES, Settings, as_command, read_settings, resolved
-from align.train import PreferenceTraining
+from align.train import PreferenceTraining, share_of
+from backbone import processes
 from backbone.concept import Concept, described, read_concept
 from backbone.console import UserError, progress, say
 from backbone.files import append_jsonl, read_json, read_jsonl, write_json
@@ -55,6 +56,7 @@ def train_online(asked: dict[str, Any], *, out: Path | None) -> Path:
     Raises `UserError`, before any weights load, for a run folder that is taken, a scorer that is none, and settings
     that contradict each other.
     """
+    processes.join(asked.get("device", "auto"))
     run = out or Path("runs") / f"{Path(asked['prompts']).stem}-online"
     if (run / FILE).exists():
         raise UserError(
@@ -71,14 +73,17 @@ def train_online(asked: dict[str, Any], *, out: Path | None) -> Path:
     open_judge(settings.online)
     for folder in settings.concepts:
         refuse_another_model(read_concept(folder), model)
-    run.mkdir(parents=True, exist_ok=True)
-    write_record(run, settings)
+    share_of(settings)
+    processes.barrier()  # now every process has seen that the folder is free
+    if processes.is_writer():
+        write_record(run, settings)
     return carry_on(run, settings, model)
 
 
 def resume_online(run: Path) -> Path:
     """Goes on with a run that was stopped."""
     settings = read_settings(run)
+    processes.join(settings.device)
     model = Backbone.open(settings.model, device=settings.device, precision=settings.precision)
     return carry_on(run, settings, model)
 
@@ -107,7 +112,8 @@ def _by_pairs(
     began = time.perf_counter()
     training = PreferenceTraining(model, _nothing(model), settings, base, concepts)
     training.resume(run)
-    for log in (LOG, EVALUATIONS):
+    writes = processes.is_writer()
+    for log in (LOG, EVALUATIONS) if writes else ():
         trim_log(run / log, training.done)
     watch = Watch(run, training, settings)
     learn: list[Record] = []
@@ -118,9 +124,11 @@ def _by_pairs(
             started = time.perf_counter()
             folder = run / ROUNDS / f"{number:02d}"
             _draw_round(folder, settings, model, prompts, concepts, number, stop)
-            if not (folder / RANKING).exists():
+            if writes and not (folder / RANKING).exists():
                 rank(folder, [settings.online])
-            append_reward(run, folder, settings, number)
+            if writes:
+                append_reward(run, folder, settings, number)
+            processes.barrier()  # now every process finds the pairs
             learn, out = _round_records(folder, settings)
             training.take(prepare(model, learn, out, settings, concepts))
             if not training.done:
@@ -130,20 +138,26 @@ def _by_pairs(
             end = _end(number, settings)
             with progress(end, f"round {number + 1} of {settings.rounds}", done=training.done) as bar:
                 for report in training.steps(until=end):
-                    append_jsonl(run / LOG, dataclasses.asdict(report) | training.figures)
+                    if writes:
+                        append_jsonl(run / LOG, dataclasses.asdict(report) | training.figures)
                     bar.advance(1, images=2 * settings.batch, **shown(report, training))
-                    if stop:
+                    if processes.any_of(bool(stop)):
                         training.save(run)
                         _stopped(run, report.step, settings)
             training.save(run)
             watch.look(training.done)
             spent["train"] += time.perf_counter() - started
-            if watch.must_stop:
+            if processes.any_of(watch.must_stop):
                 say(f"Stopped after round {number + 1}: {watch.complaint}")
                 break
+    training.live.asked = int(processes.total([training.live.asked])[0])
+    if not writes:
+        processes.leave()
+        return run
     write_concept(run, settings, model, training.write(run, _header(settings)))
     seconds = {"prepare": spent["draw and rank"], "train": spent["train"], "all": time.perf_counter() - began}
     write_summary(run, training, learn, out, concepts, seconds)
+    processes.leave()
     return run
 
 
@@ -160,13 +174,19 @@ def _draw_round(
     drawing = Drawing(settings.sample_steps, settings.guidance, settings.seed + 1 + number)
     keys = [(i, j) for i in range(len(prompts)) for j in range(settings.per_prompt)]
     missing = [key for key in keys if not (folder / picture_name(*key)).exists()]
-    with progress(len(missing), "drawing") as bar:
-        for key, picture in zip(missing, draw(model, prompts, missing, drawing, concepts), strict=True):
+    processes.barrier()  # now every process knows what is missing
+    own = processes.spread(missing, batch=drawing.batch)
+    with progress(len(own), "drawing") as bar:
+        for key, picture in zip(own, draw(model, prompts, own, drawing, concepts), strict=True):
             save_png(folder / picture_name(*key), picture, text={"prompt": prompts[key[0]].text})
             bar.advance(1, images=1)
             if stop:
-                run = folder.parents[1]
-                raise KeyboardInterrupt(f"Stopped while drawing. Continue with: align train --resume {run}")
+                break
+    if processes.any_of(bool(stop)):
+        run = folder.parents[1]
+        raise KeyboardInterrupt(f"Stopped while drawing. Continue with: align train --resume {run}")
+    if not processes.is_writer():
+        return
     facts = {
         "format": FORMAT,
         "model": model.location.name,
@@ -221,17 +241,24 @@ def _by_reward(
     kind = RewardGradients if settings.loss == "draft" else PolicyGradients
     training = kind(model, prompts, settings, base, concepts)
     training.resume(run)
-    trim_log(run / LOG, training.done)
+    writes = processes.is_writer()
+    if writes:
+        trim_log(run / LOG, training.done)
     with stopping() as stop, progress(settings.steps, settings.loss, done=training.done) as bar:
         for report in training.steps():
-            append_jsonl(run / LOG, dataclasses.asdict(report) | training.figures)
+            if writes:
+                append_jsonl(run / LOG, dataclasses.asdict(report) | training.figures)
             bar.advance(1, images=settings.batch, loss=report.loss, **training.figures)
             finished = report.step == settings.steps
-            due = stop or report.step % settings.checkpointing_steps == 0
+            halt = processes.any_of(bool(stop))
+            due = halt or report.step % settings.checkpointing_steps == 0
             if finished or (due and training.may_save(report.step)):
                 training.save(run)
-            if stop and not finished:
+            if halt and not finished:
                 _stopped(run, report.step, settings)
+    if not writes:
+        processes.leave()
+        return run
     write_concept(run, settings, model, training.write(run, _header(settings)))
     log = read_jsonl(run / LOG)
     tenth = max(1, len(log) // 10)
@@ -264,6 +291,7 @@ def _by_reward(
         command(as_command(settings, run)),
     ]
     write_report(run / REPORT, f"{run.name}: {settings.loss} on {settings.model} by {settings.online}", parts)
+    processes.leave()
     return run
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from align.material import Batch, mean_squares, residuals
+from backbone import processes
 from backbone.cache import cache_folder
 from backbone.console import UserError
 from backbone.files import content_hash, read_tensors, write_tensors
@@ -80,9 +81,19 @@ class Bank:
         """Cells that have been visited."""
         return int((~torch.isnan(self.values[..., 0])).sum())
 
+    def merge(self) -> None:
+        """Takes over what the other processes of this run have found; each visits cells of its own."""
+        if processes.world() > 1:
+            known = self.values.nan_to_num(nan=-1.0, posinf=torch.inf)  # errors are not negative
+            known = processes.largest(known)
+            self.values = known.where(known >= 0, torch.nan)
+            new = int(processes.total([self.new])[0])
+            self.new = new if processes.is_writer() else 0
+
     def save(self) -> None:
-        """Keeps what is new; a cache that cannot be written is done without."""
-        if not self.new:
+        """Keeps what is new, of all processes; a cache that cannot be written is done without."""
+        self.merge()
+        if not self.new or not processes.is_writer():
             return
         try:
             write_tensors(bank_path(self.key), {"errors": self.values}, {"kind": "reference errors"})

@@ -26,7 +26,8 @@ from torch import Tensor
 from align.prompts import Prompt
 from align.scoring import Judge, open_judge, open_scorer, takes_gradients
 from align.settings import Settings
-from align.train import ADAPTER, CHECKPOINT, new_adapter, schedule
+from align.train import ADAPTER, CHECKPOINT, new_adapter, schedule, share_of
+from backbone import processes
 from backbone.adapters import WEIGHTS, save_lora
 from backbone.attention import quick_to_train
 from backbone.cache import encoded_prompts
@@ -60,10 +61,12 @@ class RewardTraining(ABC):
 
     def __post_init__(self) -> None:
         settings = self.settings
+        self.share = share_of(settings)
         said = [
             spoken(prompt.text, self.concepts) if self.concepts else prompt.text for prompt in self.prompts
         ]
-        self.text = encoded_prompts(self.model, [*said, ""])
+        with processes.writer_first():
+            self.text = encoded_prompts(self.model, [*said, ""])
         self.model.free("text_encoder")
         self.parameters = new_adapter(self.model, settings, self.base)
         self.optimizer = torch.optim.AdamW(
@@ -83,6 +86,7 @@ class RewardTraining(ABC):
                 steps=self.settings.steps,
                 done=self.done,
                 clip=self.settings.max_grad_norm,
+                reduce=processes.averaging(),
             ):
                 self.done = report.step
                 yield report
@@ -97,9 +101,10 @@ class RewardTraining(ABC):
 
     def save(self, run: Path) -> None:
         """Writes the checkpoint."""
-        save_checkpoint(
-            run / CHECKPOINT, step=self.done, parameters=self.parameters, optimizer=self.optimizer
-        )
+        if processes.is_writer():
+            save_checkpoint(
+                run / CHECKPOINT, step=self.done, parameters=self.parameters, optimizer=self.optimizer
+            )
 
     def resume(self, run: Path) -> None:
         """Goes on where `save` was called last; from the start when it never was."""
@@ -128,9 +133,12 @@ class RewardTraining(ABC):
         rows = torch.tensor(list(numbers))
         return {name: value[rows.to(value.device)] for name, value in self.text.items()}
 
-    def _micro(self, count: int) -> list[range]:
+    def _micro(self) -> list[range]:
+        """This process's share of a step's rows, in micro-batches."""
+        count = self.settings.batch
         size = self.settings.micro_batch or count
-        return [range(first, min(first + size, count)) for first in range(0, count, size)]
+        parts = [range(first, min(first + size, count)) for first in range(0, count, size)]
+        return [part[self.share.rows] for part in parts[self.share.micros]]
 
 
 # Gradients of the reward ------------------------------------------------------------------------------------
@@ -148,13 +156,13 @@ class RewardGradients(RewardTraining):
         batch, count = self.settings.batch, len(self.prompts)
         places = range((step - 1) * batch, step * batch)
         rewards = []
-        parts = self._micro(batch)
+        parts = self._micro()
         for part in parts:
             numbers = [places[row] % count for row in part]
             reward = self.rewards(numbers, [(step, row) for row in part])
             rewards.append(reward.detach())
-            yield -reward.mean() * (len(part) * len(parts) / batch)
-        self.figures = {"reward": float(torch.cat(rewards).mean())}
+            yield -reward.mean() * (len(part) * len(parts) * processes.world() / batch)
+        self.figures = {"reward": float(processes.mean(torch.cat(rewards)))}
 
     def rewards(self, numbers: Sequence[int], keys: Sequence[tuple[int, int]]) -> Tensor:
         """Rewards [B] of pictures of these prompts, with the gradient of the walk's last K steps (algorithm 1)."""
@@ -234,10 +242,12 @@ class PolicyGradients(RewardTraining):
             ).tolist()
         batch = self.settings.batch
         rows = [self.order[n % len(self.order)] for n in range(place * batch, (place + 1) * batch)]
-        for part in self._micro(batch):
+        parts = self._micro()
+        for part in parts:
+            scale = len(part) * len(parts) * processes.world() / batch
             for rung in range(len(self.ladder) - 1):
                 if is_random(self.ladder[rung], self.ladder[rung + 1]):
-                    yield self.loss(rung, [rows[row] for row in part])
+                    yield self.loss(rung, [rows[row] for row in part]) * scale
 
     def loss(self, rung: int, rows: Sequence[int]) -> Tensor:
         """−mean over walks of min(ρ·A, clip(ρ)·A), ρ the step's probability now over that when it was taken."""
@@ -252,23 +262,29 @@ class PolicyGradients(RewardTraining):
 
     @torch.no_grad()
     def collect(self, number: int) -> Trajectories:
-        """Draws and scores a round's pictures with the policy as it is; `figures` holds their mean reward."""
+        """Draws and scores a round's pictures with the policy as it is; `figures` holds their mean reward.
+
+        Each process draws some of them, and all get all.
+        """
         keys = [(i, j) for i in range(len(self.prompts)) for j in range(self.settings.per_prompt)]
-        states, chances, scores = [], [], []
-        for first in range(0, len(keys), 8):
-            some = keys[first : first + 8]
+        device, rungs = self.model.device, len(self.ladder)
+        states = torch.zeros(rungs, len(keys), *self.model.latent_shape, device=device)
+        chances = torch.zeros(rungs - 1, len(keys), device=device)
+        rewards = torch.zeros(len(keys))
+        for first in range(0, len(keys), 8)[processes.rank() :: processes.world()]:
+            some, here = keys[first : first + 8], slice(first, first + 8)
             predict = self.predictor([i for i, _ in some])
             randoms = [generator(self.settings.seed, "round", number, i, j) for i, j in some]
             names = [(1 + i, number * self.settings.per_prompt + j) for i, j in some]
-            walked, chance = stochastic_walk(self.start(names), predict, self.ladder, randoms)
-            pictures = [to_image(one) for one in self.model.decode(walked[-1]).cpu()]
-            scores.append(self.judge(pictures, [self.prompts[i].text for i, _ in some]))
-            states.append(walked)
-            chances.append(chance)
-        rewards = torch.cat(scores)
+            states[:, here], chances[:, here] = stochastic_walk(
+                self.start(names), predict, self.ladder, randoms
+            )
+            pictures = [to_image(one) for one in self.model.decode(states[-1, here]).cpu()]
+            rewards[here] = self.judge(pictures, [self.prompts[i].text for i, _ in some])
+        processes.collect([states, chances, rewards])
         self.figures = {"reward": float(rewards.mean())}
         better = advantages(rewards.view(len(self.prompts), -1)).flatten().to(self.model.device)
-        return Trajectories(torch.cat(states, 1), torch.cat(chances, 1), better, [i for i, _ in keys])
+        return Trajectories(states, chances, better, [i for i, _ in keys])
 
     def may_save(self, step: int) -> bool:
         """At a round's end: its walks are not kept."""

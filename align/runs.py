@@ -202,7 +202,8 @@ class Watch:
 
     def __init__(self, run: Path, training: PreferenceTraining, settings: Settings) -> None:
         self.path, self.training, self.settings = run / EVALUATIONS, training, settings
-        self.seen = read_jsonl(self.path) if self.path.exists() else []
+        known = processes.is_writer() and self.path.exists()
+        self.seen = read_jsonl(self.path) if known else []
         self.complaint = self._complaint(self.seen[-1]) if self.seen else ""
 
     def look(self, step: int) -> None:

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 FAILED = 2
 INTERRUPTED = 130
+SECONDS_FOR_THE_FIRST = 5.0
 
 
 class UserError(Exception):
@@ -68,8 +69,14 @@ def sentence(error: UserError | OSError) -> str | None:
 
 
 def say(text: str) -> None:
-    """Prints a line on stderr, above the progress bar if one is running."""
-    print(text, file=sys.stderr, flush=True)
+    """Prints a line on stderr, above the progress bar if one is running; of several processes the first one does."""
+    if speaks():
+        print(text, file=sys.stderr, flush=True)
+
+
+def speaks() -> bool:
+    """Whether this process is the first of those that a launcher started together, or alone."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
@@ -143,8 +150,15 @@ class Bar:
 
 
 def _surface() -> Callable[[Bar, str], AbstractContextManager[Callable[[], None]]]:
+    if not speaks():
+        return _nowhere
     drawable = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
     return _on_terminal if drawable else _in_lines
+
+
+@contextmanager
+def _nowhere(bar: Bar, description: str) -> Iterator[Callable[[], None]]:
+    yield lambda: None
 
 
 @contextmanager
@@ -222,5 +236,10 @@ def _interrupt_message(error: BaseException) -> str:
 
 
 def _end(message: str, code: int) -> NoReturn:
-    say(message)
+    """Of several processes that end alike one speaks: the launcher ends the others while they wait for it."""
+    if not speaks() and code == FAILED:
+        time.sleep(SECONDS_FOR_THE_FIRST)
+        message = f"Process {os.environ.get('RANK')}: {message}"
+    if speaks() or code == FAILED:
+        print(message, file=sys.stderr, flush=True)
     raise SystemExit(code) from None

@@ -49,12 +49,12 @@ def train(
     done: int = 0,
     clip: float = 1.0,
     average: Average | None = None,
-    reduce: Callable[[Sequence[Tensor]], None] = lambda gradients: None,
+    reduce: Callable[[Sequence[Tensor]], None] | None = None,
 ) -> Iterator[Report]:
     """Trains from step `done + 1` to `steps`.
 
-    `losses(step)` yields the scalar losses of one step, one for each micro-batch (their gradients are averaged, and
-    then averaged over processes by `reduce`);
+    `losses(step)` yields the scalar losses of one step, one for each micro-batch (their gradients are averaged);
+    `reduce` then replaces the gradients and the loss by their means over processes;
     `schedule(step)` gives the learning rate's factor; `clip` bounds the gradient's norm.
 
     Raises `UserError` at the first loss or gradient that is not finite, before it reaches the weights.
@@ -71,11 +71,15 @@ def train(
         gradients = [gradient for parameter in trained if (gradient := parameter.grad) is not None]
         if count > 1:
             torch._foreach_div_(gradients, count)
-        reduce(gradients)
+        loss_now = total / max(count, 1)
+        if reduce is not None:
+            shared = torch.tensor(loss_now, device=gradients[0].device)
+            reduce([*gradients, shared])
+            loss_now = float(shared)
         norm = float(torch.nn.utils.clip_grad_norm_(trained, clip))
-        if not math.isfinite(total) or not math.isfinite(norm):
+        if not math.isfinite(loss_now) or not math.isfinite(norm):
             raise UserError(
-                f"Training stopped at step {step}: the loss is {total / max(count, 1)} and its gradient {norm}. "
+                f"Training stopped at step {step}: the loss is {loss_now} and its gradient {norm}. "
                 "Lower --learning_rate; the last checkpoint holds finite weights."
             )
         for group, base in zip(optimizer.param_groups, bases, strict=True):
@@ -86,7 +90,7 @@ def train(
         rate = optimizer.param_groups[0]["lr"]
         for group, base in zip(optimizer.param_groups, bases, strict=True):
             group["lr"] = base
-        yield Report(step, total / count, norm, rate, time.perf_counter() - began)
+        yield Report(step, loss_now, norm, rate, time.perf_counter() - began)
 
 
 def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -14,17 +16,28 @@ from types import FrameType
 from backbone.console import say
 from backbone.files import read_jsonl, write_text
 
+PASSED_ON_WITHIN = 2.0  # seconds
 PACKAGES = ("atelier-diffusion", "torch", "diffusers", "transformers", "peft", "accelerate")
 
 
 @contextmanager
 def stopping() -> Iterator[list[int]]:
-    """A list that is empty until Ctrl-C or SIGTERM comes; the second one interrupts at once."""
+    """A list that is empty until Ctrl-C or SIGTERM comes; the second one interrupts at once.
+
+    A launcher of several processes passes on the signal that the terminal has sent them already, so there the second
+    one counts when it comes later than that.
+    """
     caught: list[int] = []
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    again = 0.0  # when another signal counts
 
     def remember(number: int, frame: FrameType | None) -> None:
-        if caught:
+        nonlocal again
+        if caught and time.monotonic() >= again:
             raise KeyboardInterrupt
+        if caught:
+            return
+        again = time.monotonic() + (PASSED_ON_WITHIN if several else 0.0)
         caught.append(number)
         say("Saving, then stopping …")
 

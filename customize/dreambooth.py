@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
+from backbone import processes
 from backbone.attention import quick_to_train
 from backbone.bank import Bank, bank_of, stratified_levels
 from backbone.cache import encoded, encoded_prompts, remembered
@@ -115,14 +116,15 @@ def prepare(model: Backbone, groups: Sequence[Group], settings: Settings) -> Mat
     for number, group in enumerate(groups):
         sizes = sizes_of(group.pictures, model.resolution) if settings.aspect_buckets else None
         for flip in (False, True) if settings.flip else (False,):
-            posteriors += encoded(model, group.pictures, flip=flip, sizes=sizes)
+            posteriors += encoded_together(model, group.pictures, flip=flip, sizes=sizes)
             masks += masks_of(group.pictures, sizes, flip=flip)
             prompts += group.prompts
             names += [str(picture.path) for picture in group.pictures]
             owners += [number] * len(group.pictures)
     classes = [group.class_prompt for group in groups]
-    class_text = encoded_prompts(model, classes)
-    text = None if trains_text(settings) else encoded_prompts(model, [*prompts, *classes])
+    with processes.writer_first():
+        class_text = encoded_prompts(model, classes)
+        text = None if trains_text(settings) else encoded_prompts(model, [*prompts, *classes])
     buckets = buckets_of(posteriors)
     drawn = None
     if preserves(settings) and settings.prior == "class-images":
@@ -130,13 +132,27 @@ def prepare(model: Backbone, groups: Sequence[Group], settings: Settings) -> Mat
             raise UserError(
                 "Class pictures are square, and with --aspect_buckets the subject's are not. Use --prior base."
             )
-        drawn = torch.cat([class_latents(model, prompt, settings) for prompt in classes])
+        with processes.writer_first():
+            drawn = torch.cat([class_latents(model, prompt, settings) for prompt in classes])
     model.free("autoencoder", "text_encoder")
     if preserves(settings) and settings.prior == "base":
-        buckets = [banked(model, bucket, posteriors, class_text, owners, settings) for bucket in buckets]
+        with processes.writer_first():
+            buckets = [banked(model, bucket, posteriors, class_text, owners, settings) for bucket in buckets]
     share = torch.tensor([1 / owners.count(owner) for owner in owners])
     at_latents = sized(masks, [posterior.mean.shape[-2:] for posterior in posteriors])
     return Material(posteriors, prompts, names, share, at_latents, buckets, classes, drawn, text)
+
+
+def encoded_together(
+    model: Backbone, pictures: Sequence[Picture], *, flip: bool, sizes: Sequence[tuple[int, int]] | None
+) -> list[Posterior]:
+    """`encoded`, after each process has encoded its part of the pictures."""
+
+    def encode(row: int) -> None:
+        encoded(model, [pictures[row]], flip=flip, sizes=sizes and [sizes[row]])
+
+    processes.prepared(encode, range(len(pictures)))
+    return encoded(model, pictures, flip=flip, sizes=sizes)
 
 
 def sizes_of(pictures: Sequence[Picture], resolution: int) -> list[tuple[int, int]]:
@@ -191,6 +207,7 @@ class Training:
         self.parameters = {name: value for piece in self.pieces for name, value in piece.parameters.items()}
         self.optimizer = optimizer(self.pieces, settings)
         self.average = Average(self.parameters, decay=settings.ema_decay) if settings.ema_decay else None
+        self.share = share_of(settings)
         self.done = 0
 
     def steps(self) -> Iterator[Report]:
@@ -207,22 +224,23 @@ class Training:
                 done=self.done,
                 clip=self.settings.max_grad_norm,
                 average=self.average,
+                reduce=processes.averaging(),
             ):
                 self.done = report.step
                 yield report
 
     def losses(self, step: int) -> Iterator[Tensor]:
-        """The losses of one step's micro-batches."""
+        """The losses of this process's share of one step's micro-batches."""
         share = (step - 1) / self.settings.steps
         for piece in self.pieces:
             for value in piece.parameters.values():
                 value.requires_grad_(piece.begins <= share < piece.ends)
-        for micro in range(self.settings.gradient_accumulation_steps):
+        for micro in range(self.settings.gradient_accumulation_steps)[self.share.micros]:
             key = (self.settings.seed, step) if micro == 0 else (self.settings.seed, step, micro)
             yield self.loss(generator(*key), step)
 
     def loss(self, random: torch.Generator, step: int) -> Tensor:
-        """Ruiz et al. 2023, eq. 2: the subject's error plus λ times the change of the class."""
+        """Ruiz et al. 2023, eq. 2: the subject's error plus λ times the change of the class; of this process's rows."""
         settings, material = self.settings, self.material
         bucket = self.bucket(random)
         subject, rows = self.subject_batch(bucket, random)
@@ -231,7 +249,8 @@ class Training:
             prior, prior_rows = self.prior_batch(bucket, random)
             parts.append(prior)
             rows = torch.cat([rows, prior_rows])
-        noisy, index, wanted, weight = (torch.cat(column) for column in zip(*parts, strict=True))
+        columns = (torch.cat(column)[self.share.rows] for column in zip(*parts, strict=True))
+        (noisy, index, wanted, weight), rows = columns, rows[self.share.rows]
         with self.model.autocast():
             text = self.text(rows)
         time = self.model.path.levels.time
@@ -243,7 +262,7 @@ class Training:
         error = (prediction.float() - wanted).square() * weight.to(wanted)
         each = error.flatten(1).mean(1)
         self.refuse_infinite(each.detach(), rows, step)
-        return each.sum() / settings.batch
+        return each.sum() * (self.share.scale / settings.batch)
 
     def refuse_infinite(self, errors: Tensor, rows: Tensor, step: int) -> None:
         """`UserError` naming the pictures whose error is not finite."""
@@ -334,6 +353,8 @@ class Training:
 
     def save(self, run: Path) -> None:
         """Writes the checkpoint from which `resume` goes on bit for bit."""
+        if not processes.is_writer():
+            return
         save_checkpoint(
             run / CHECKPOINT,
             step=self.done,
@@ -371,6 +392,18 @@ class Training:
 
 
 # What the settings stand for ---------------------------------------------------------------------------------
+
+
+def share_of(settings: Settings) -> processes.Share:
+    """What this process does of a step. Raises `UserError` for settings that these processes cannot share."""
+    share = processes.share(settings.gradient_accumulation_steps, settings.batch)
+    if settings.lora_dropout and share.scale > 1:
+        raise UserError(
+            "--lora_dropout leaves out parts of a whole batch, so that a batch cannot be cut up for "
+            f"{share.scale} processes. Add --gradient_accumulation_steps {share.scale} with a smaller "
+            "--train_batch_size, or leave out the dropout."
+        )
+    return share
 
 
 def trains_text(settings: Settings) -> bool:

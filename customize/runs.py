@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL.Image import Image
 
+from backbone import processes
 from backbone.concept import Concept, check_token, rare_words, spoken
 from backbone.console import UserError, progress, say
 from backbone.files import append_jsonl, content_hash, write_json, write_text
@@ -23,7 +24,7 @@ from backbone.new_words import words_of
 from backbone.runs import stopping, trim_log, versions
 from backbone.sample import Request, sample
 from backbone.sheet import Cell, in_rows, save_png, sheet
-from customize.dreambooth import Group, Training, prepare, preserves
+from customize.dreambooth import Group, Training, prepare, preserves, share_of
 from customize.hub import card, push
 from customize.learn import METHODS, OWN_WORDS
 from customize.settings import FILE, Settings, Subject, as_flags, read_settings
@@ -41,6 +42,7 @@ def train_concept(asked: dict[str, Any], subjects: Sequence[Subject], *, out: Pa
     """
     began = time.perf_counter()
     pictures = [read_folder(subject.images) for subject in subjects]
+    processes.join(asked.get("device") or "auto")
     check([picture for folder in pictures for picture in folder])
     run = out or Path("runs") / run_name(subjects[0].images)
     if (run / FILE).exists():
@@ -76,8 +78,10 @@ def train_concept(asked: dict[str, Any], subjects: Sequence[Subject], *, out: Pa
     settings = dataclasses.replace(
         settings, token_words=found[0].token_words, concept=tuple(subject.flag() for subject in found[1:])
     )
-    run.mkdir(parents=True, exist_ok=True)
-    write_record(run, settings, timings={})
+    share_of(settings)
+    processes.barrier()  # now every process has seen that the folder is free
+    if processes.is_writer():
+        write_record(run, settings, timings={})
     return carry_on(run, settings, model, pictures, began=began)
 
 
@@ -93,6 +97,7 @@ def resume_concept(run: Path) -> Path:
 def carry_on(
     run: Path, settings: Settings, model: Backbone, pictures: Sequence[list[Picture]], *, began: float
 ) -> Path:
+    processes.join(settings.device)
     """Trains from the last checkpoint, if there is one, to the finished folder."""
     subjects = settings.subjects()
     concept = Concept(
@@ -115,7 +120,9 @@ def carry_on(
         say(f"{len(folder)} pictures of “{subject.called()}”; {subject.token} {what}.")
     training = Training(model, prepare(model, groups, settings), settings)
     training.resume(run)
-    trim_log(run / LOG, training.done)
+    writes = processes.is_writer()
+    if writes:
+        trim_log(run / LOG, training.done)
     prepared = time.perf_counter()
     previews = Previews(model, settings, concept)
     watch = Watch(run, training, concept, pictures[0])
@@ -126,21 +133,23 @@ def carry_on(
     ):
         watch.look()
         for report in training.steps():
-            append_jsonl(run / LOG, dataclasses.asdict(report))
+            if writes:
+                append_jsonl(run / LOG, dataclasses.asdict(report))
             note(report)
             bar.advance(images=settings.batch, loss=report.loss, learning_rate=report.learning_rate)
             finished = report.step == settings.steps
-            if stop or finished or report.step % settings.checkpointing_steps == 0:
+            halt = processes.any_of(bool(stop))
+            if halt or finished or report.step % settings.checkpointing_steps == 0:
                 training.save(run)
-            if stop:
+            if halt:
                 raise KeyboardInterrupt(
                     f"Stopped and saved at step {report.step} of {settings.steps}. "
                     f"Continue with: customize train --resume {run}"
                 )
-            if report.step % settings.validation_steps == 0 and not finished:
+            if writes and report.step % settings.validation_steps == 0 and not finished:
                 with training.averaged():
                     previews.save(run / "previews" / f"step-{report.step:06d}.png", count=4)
-            if watch.due(report.step) and watch.look() and not finished:
+            if processes.any_of(watch.due(report.step) and watch.look()) and not finished:
                 training.save(run)
                 break
     trained = time.perf_counter()
@@ -155,6 +164,9 @@ def carry_on(
         shown = previews.save(
             run / SHEET, count=8, pictures=[picture for folder in pictures for picture in folder]
         )
+    if not writes:
+        processes.leave()
+        return run
     ended = time.perf_counter()
     timings = {
         "prepare": prepared - began,
@@ -176,8 +188,9 @@ def notebook(run: Path, settings: Settings, *, done: int) -> Iterator[Callable[[
 
     What TensorBoard has of steps after `done`, from before the run was stopped, is struck out.
     """
-    if settings.report_to == "jsonl":
+    if settings.report_to == "jsonl" or not processes.is_writer():
         yield lambda report: None
+    processes.leave()
         return
     try:
         from torch.utils.tensorboard.writer import SummaryWriter

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from PIL.Image import Image
+from PIL import Image
 
+from backbone import processes
 from backbone.concept import Concept, described, spoken
 from backbone.console import progress
 from backbone.files import write_json
@@ -16,6 +18,8 @@ from backbone.model import Backbone
 from backbone.runs import versions
 from backbone.sample import Request, Sampler, sample
 from backbone.sheet import Cell, in_rows, save_png, sheet
+
+BATCH = 8  # pictures drawn together
 
 
 def draw(
@@ -39,6 +43,7 @@ def draw(
     Raises `UserError` for a token that no concept owns, or a concept of another model, before any weights load.
     """
     name = model or (concepts[0].model if concepts else "moji")
+    processes.join(device)
     said = [spoken(prompt, concepts) for prompt in prompts]
     avoided = spoken(negative, concepts)
     backbone = Backbone.open(name, device=device, precision=precision)
@@ -47,23 +52,17 @@ def draw(
     guidance = float(backbone.defaults["guidance"]) if guidance is None else guidance
     requests = [Request(prompt, (i, j), avoided) for i, prompt in enumerate(said) for j in range(count)]
     began = time.perf_counter()
-    pictures: list[Image] = []
-    records = []
-    with progress(len(requests), "drawing") as bar:
-        for request, picture in zip(
-            requests,
-            sample(backbone, requests, steps=steps, guidance=guidance, seed=seed, sampler=sampler),
-            strict=True,
-        ):
+    own = processes.spread(requests, batch=BATCH)
+    with progress(len(own), "drawing") as bar:
+        drawn = sample(backbone, own, steps=steps, guidance=guidance, seed=seed, sampler=sampler, batch=BATCH)
+        for request, picture in zip(own, drawn, strict=True):
             i, j = request.key
-            file = f"p{i:02d}-s{j:02d}.png"
-            save_png(out / file, picture, text={"prompt": prompts[i], "seed": str(seed), "sample": str(j)})
-            records.append({"file": file, "prompt": prompts[i], "model_reads": request.prompt, "sample": j})
-            pictures.append(picture)
+            text = {"prompt": prompts[i], "seed": str(seed), "sample": str(j)}
+            save_png(out / name_of(request), picture, text=text)
             bar.advance(images=1)
-    write_json(
-        out / "samples.json",
-        {
+    processes.barrier()  # now all pictures are there
+    if processes.is_writer():
+        facts = {
             "model": name,
             "concepts": described(concepts),
             "steps": steps,
@@ -74,12 +73,41 @@ def draw(
             "scale": scale,
             "seconds": round(time.perf_counter() - began, 2),
             "versions": versions(),
-            "pictures": records,
-        },
-    )
-    cells = [
-        Cell(picture, prompts[request.key[0]]) for request, picture in zip(requests, pictures, strict=True)
-    ]
-    note = f"{name}, {steps} steps, guidance {guidance:g}, seed {seed}"
-    save_png(out / "sheet.png", sheet(in_rows(cells, count if count > 1 else 4), note=note))
+        }
+        note = f"{name}, {steps} steps, guidance {guidance:g}, seed {seed}"
+        describe(out, requests, prompts, facts, note=note, columns=count if count > 1 else 4)
+    processes.leave()
     return out / "sheet.png"
+
+
+def describe(
+    out: Path,
+    requests: Sequence[Request],
+    prompts: Sequence[str],
+    facts: Mapping[str, Any],
+    *,
+    note: str,
+    columns: int,
+) -> None:
+    """Writes `samples.json` and, from the pictures in the folder, `sheet.png`."""
+    records = [
+        {
+            "file": name_of(request),
+            "prompt": prompts[request.key[0]],
+            "model_reads": request.prompt,
+            "sample": request.key[1],
+        }
+        for request in requests
+    ]
+    write_json(out / "samples.json", {**facts, "pictures": records})
+    cells = []
+    for request in requests:
+        with Image.open(out / name_of(request)) as picture:
+            cells.append(Cell(picture.convert("RGB"), prompts[request.key[0]]))
+    save_png(out / "sheet.png", sheet(in_rows(cells, columns), note=note))
+
+
+def name_of(request: Request) -> str:
+    """The file of a picture: `p00-s00.png`."""
+    i, j = request.key
+    return f"p{i:02d}-s{j:02d}.png"

@@ -13,6 +13,7 @@ from backbone.concept import Concept
 from backbone.console import say
 from backbone.files import append_jsonl, read_jsonl, write_text
 from backbone.images import Picture
+from backbone.processes import is_writer
 from backbone.report import command, curve, curves, heading, paragraph, picture, table, write_report
 from backbone.sheet import Cell, save_png, sheet
 from customize.dreambooth import Training
@@ -30,7 +31,7 @@ RULE = (
 
 
 class Watch:
-    """Evaluates a run as it trains. Without a scorer, or when asked not to, it does nothing."""
+    """Evaluates a run as it trains. Without a scorer, when asked not to, or where another process does it: nothing."""
 
     def __init__(self, run: Path, training: Training, concept: Concept, pictures: Sequence[Picture]) -> None:
         self.run, self.training, self.concept = run, training, concept
@@ -38,7 +39,7 @@ class Watch:
         own = model.location.local("scorer")
         self.evaluator = None
         self.patience = Patience(settings.patience or settings.steps)
-        scorers = Scorers.of(settings.scorer, own) if settings.evaluation_steps else None
+        scorers = Scorers.of(settings.scorer, own) if settings.evaluation_steps and is_writer() else None
         if scorers is not None:
             self.evaluator = Evaluator(model, scorers, concept, settings, pictures)
             self._remember()

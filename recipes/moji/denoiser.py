@@ -32,8 +32,9 @@ from backbone.attention import quick_to_train
 from backbone.files import read_json, read_tensors, write_bytes, write_json, write_tensors, write_text
 from backbone.loop import Average, generator, load_checkpoint, save_checkpoint, train, warm_stable_decay
 from backbone.noise import add_noise, denoising_score_matching, min_snr, vp
-from backbone.workers import any_of, run_workers
-from backbone.workers import average as average_over_processes
+from backbone.processes import any_of
+from backbone.processes import average as average_over_processes
+from backbone.workers import run_workers
 from backbone.world.scene import sample_scene
 from recipes.moji.autoencoder import SCALING_FACTOR, to_tensor
 from recipes.moji.logbook import Logbook

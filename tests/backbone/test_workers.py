@@ -10,7 +10,8 @@ from torch import Tensor
 
 from backbone.files import read_tensors, write_tensors
 from backbone.loop import train, warm_constant
-from backbone.workers import any_of, average, run_workers
+from backbone.processes import any_of, average
+from backbone.workers import run_workers
 
 
 def learn(rank: int, folder: Path) -> None:
