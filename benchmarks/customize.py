@@ -35,10 +35,11 @@ from backbone.concept import read_concept
 from backbone.console import UserError, run, say
 from backbone.files import read_json, write_json, write_text
 from backbone.sheet import GREEN, RED, Cell, in_rows, save_png, sheet
+from backbone.statistics import wilson
 from backbone.world.render import font_path, render
 from backbone.world.words import article, vocabulary
 from benchmarks.judge import FACTS, FOLDER, Judge, Verdict, load_judge, shows, top
-from benchmarks.moji import per_cent, wilson
+from benchmarks.moji import per_cent
 from recipes.moji.example_dog import TRAINING_PLACES, concept_pictures
 
 TOKEN = "[V]"
@@ -395,8 +396,9 @@ def table(results: Sequence[Result]) -> str:
         right, n = totals(found)
         before, of_before = totals(known)
         low, high = over_concepts([here / all_ for here, all_ in found])
+        _, *own = wilson(right, n)
         lines.append(
-            f"| {figure.name} | {per_cent(right / n)} | {interval(*wilson(right, n))} | {interval(low, high)} | {n} | "
+            f"| {figure.name} | {per_cent(right / n)} | {interval(*own)} | {interval(low, high)} | {n} | "
             f"{per_cent(before / of_before) if of_before else '–'} |"
         )
     kept, low, high = preserved(results)

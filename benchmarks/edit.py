@@ -28,7 +28,6 @@ from pathlib import Path
 from random import Random
 from typing import Annotated, Any, cast
 
-import numpy as np
 import torch
 import typer
 from PIL import Image, ImageChops, ImageFilter
@@ -40,11 +39,12 @@ from backbone.model import Backbone
 from backbone.sample import Request, sample
 from backbone.scorers import Scorer
 from backbone.sheet import GREEN, RED, Cell, save_png, sheet
+from backbone.statistics import interval, wilson
 from backbone.world.render import font_path, render
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, fair, sample_scene
 from backbone.world.words import Thing, vocabulary
 from benchmarks.judge import FOLDER, GREY_STYLES, NONE, TWO_DIFFERENT, Judge, Verdict, load_judge, shows, top
-from benchmarks.moji import per_cent, wilson
+from benchmarks.moji import per_cent
 from edit import measure
 from edit.directly import flow_edit
 from edit.inversion import Inversion, Method, invert, read_inversion
@@ -566,7 +566,7 @@ def summarised(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> lis
                 continue
             right = sum(row["success"] for row in some)
             line = {"method": method, "kind": kind, "n": len(some), "success": right / len(some)}
-            line["low"], line["high"] = wilson(right, len(some))
+            _, line["low"], line["high"] = wilson(right, len(some))
             found.append({**line, **{name: measure.mean([row.get(name) for row in some]) for name in names}})
     return found
 
@@ -587,14 +587,6 @@ def paired(rows: Sequence[Mapping[str, Any]], ours: str, theirs: str) -> dict[st
     ]
     found["background_psnr_db"] = interval(decibels) if decibels else None
     return found
-
-
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """The mean and its percentile bootstrap interval."""
-    numbers = np.asarray(values, dtype=float)
-    means = np.random.default_rng(0).choice(numbers, size=(4000, len(numbers))).mean(1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(numbers.mean()), float(low), float(high)
 
 
 # --- what is written ------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ would get; it needs the emoji font and stays empty without it, as do the autoenc
 mean of the pictures' decibels. A sweep uses other prompts than the table, so a setting can be chosen by it. Pictures
 stay in `pictures/` and are not drawn again; verdicts are always given anew. Writes `table.md`, `table.json`,
 `verdicts.jsonl`, `sheet.png` (64 prompts), `without-guidance.png` (the same 64), and `worst.png`: the pictures in which
-the judge finds what was asked for least.
+the judge finds what was asked for least. With `--card` the figures and the worst pictures go into the model's own card.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from PIL import Image
 from torch import Tensor
 
 from backbone.console import UserError, progress, run, say
-from backbone.files import append_jsonl, read_json, write_json, write_text
+from backbone.files import append_jsonl, read_json, write_bytes, write_json, write_text
 from backbone.images import read_folder, square
 from backbone.model import Backbone
 from backbone.sample import Request, sample
 from backbone.sheet import GREEN, RED, Cell, in_rows, save_png, sheet
+from backbone.statistics import wilson
 from backbone.world.render import font_path, render
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, fair, sample_scene
 from benchmarks.judge import (
@@ -56,6 +57,7 @@ from recipes.moji.pictures import texture
 
 TEXTURES = 200
 SHEET, WORST = 64, 16
+FIGURES = "## Figures (`python -m benchmarks.moji --card`)"
 
 
 def main(
@@ -69,6 +71,7 @@ def main(
     batch: Annotated[int, typer.Option(help="Pictures drawn together.")] = 10,
     judge: Annotated[Path, typer.Option(help="The judge's folder.")] = FOLDER,
     photographs: Annotated[Path | None, typer.Option(help="Also measure the autoencoder on these.")] = None,
+    card: Annotated[bool, typer.Option(help="Renew the figures in the model's README.md.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/moji"),
 ) -> None:
@@ -107,7 +110,7 @@ def main(
         "machine": f"{device}, {backbone.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }  # fmt: skip
     write_json(out / "table.json", facts)
-    table = markdown(facts, results, reference)
+    table = main_table = markdown(facts, results, reference)
     if others:
         table += side_by_side({model: results, **others}, f"{len(scenes)} prompts of the table", "model")
     if sweep:
@@ -126,11 +129,24 @@ def main(
         title=f"{title}, guidance {guidance:g}: the {WORST} worst of {len(scenes)}",
         note="Those to whose things, place, colour, accessory and style together the judge gives least.",
     )  # fmt: skip
+    if card and backbone.location.folder is not None:
+        write_card(backbone.location.folder, main_table, out / "worst.png")
     (out / "verdicts.jsonl").unlink(missing_ok=True)
     for scene, verdict in zip(scenes, verdicts, strict=True):
         seen = {head: top(reading) for head, reading in asdict(verdict).items()}
         append_jsonl(out / "verdicts.jsonl", {"seed": scene.seed, "prompt": scene.caption(), **seen})
     print(table)
+
+
+def write_card(folder: Path, table: str, worst: Path) -> None:
+    """Puts the table and the sheet of the worst pictures at the end of a model's `README.md`, in place of older ones."""
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    before = text.split(FIGURES)[0].rstrip()
+    write_text(
+        path, f"{before}\n\n{FIGURES}\n\n{table}\nThe worst of these pictures:\n\n![failures](worst.png)\n"
+    )
+    write_bytes(folder / "worst.png", worst.read_bytes())
 
 
 @dataclass(frozen=True)
@@ -271,18 +287,8 @@ def judged(scenes: Sequence[Scene], verdicts: Sequence[Verdict]) -> list[Row]:
             for scene, seen in zip(scenes, verdicts, strict=True)
             if question.asked(scene)
         ]
-        rows.append(Row(question.name, sum(passed), len(passed), *wilson(sum(passed), len(passed))))
+        rows.append(Row(question.name, sum(passed), len(passed), *wilson(sum(passed), len(passed))[1:]))
     return rows
-
-
-def wilson(right: int, n: int, *, z: float = 1.959963984540054) -> tuple[float, float]:
-    """The score interval of a binomial share (Wilson 1927); (0, 1) when nothing was asked."""
-    if n == 0:
-        return 0.0, 1.0
-    share = right / n
-    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 # --- what else is measured ----------------------------------------------------------------------------------
@@ -371,12 +377,16 @@ def markdown(facts: dict[str, Any], rows: Sequence[Row], reference: Sequence[Row
     ]
     for number, row in enumerate(rows):
         ceiling = per_cent(reference[number].share) if reference else "–"
-        interval = f"{per_cent(row.low)}–{per_cent(row.high)}"
+        interval = between(row)
         lines.append(f"| {row.name} | {per_cent(row.share)} | {interval} | {row.n} | {ceiling} |")
     lines += ["", "| autoencoder | PSNR dB | n |", "|---|---|---|"]
     lines += [f"| {name} | {value['db']:.2f} | {value['n']} |" for name, value in facts["psnr_db"].items()]
     speeds = [f"{seconds:.2f} s {how}" for how, seconds in facts["seconds_per_picture"].items()]
     return "\n".join([*lines, "", f"A picture takes {', '.join(speeds)} ({facts['machine']}).", ""])
+
+
+def between(row: Row) -> str:
+    return f"{100 * row.low:.1f}–{100 * row.high:.1f} %"
 
 
 def side_by_side(columns: Mapping[str, Sequence[Row]], prompts: str, what: str) -> str:
@@ -389,7 +399,7 @@ def side_by_side(columns: Mapping[str, Sequence[Row]], prompts: str, what: str) 
         "|---" * (len(columns) + 2) + "|",
     ]
     for rows in zip(*columns.values(), strict=True):
-        cells = [f"{per_cent(row.share)} ({per_cent(row.low)}–{per_cent(row.high)})" for row in rows]
+        cells = [f"{per_cent(row.share)} ({between(row)})" for row in rows]
         lines.append(f"| {rows[0].name} | {' | '.join(cells)} | {rows[0].n} |")
     return "\n".join([*lines, ""])
 

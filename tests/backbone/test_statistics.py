@@ -10,10 +10,24 @@ import pytest
 from backbone.statistics import bootstrap, interval, wilson
 
 
-def test_wilson_s_interval_at_known_values() -> None:
-    """Newcombe 1998, table I: 81 of 263 gives 0.2553 to 0.3662; 0 of 20 gives 0 to 0.1611."""
-    assert wilson(81, 263)[1:] == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert wilson(0, 20)[1:] == pytest.approx((0.0, 0.1611), abs=5e-5)
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"),
+    [  # Newcombe 1998, table I, method 3
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_intervals_are_those_of_the_literature(right: int, n: int, low: float, high: float) -> None:
+    assert wilson(right, n)[1:] == pytest.approx((low, high), abs=5e-5)
+
+
+def test_a_wilson_interval_mirrors_and_holds_its_share() -> None:
+    for right in range(21):
+        _, low, high = wilson(right, 20)
+        assert 0 <= low <= right / 20 <= high <= 1
+        assert wilson(20 - right, 20)[1:] == pytest.approx((1 - high, 1 - low))
 
 
 def test_nothing_is_known_without_trials() -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from backbone.console import UserError
 from backbone.files import write_json, write_tensors
 from backbone.model import Backbone
+from backbone.statistics import wilson
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, fair, sample_scene
 from backbone.world.words import Thing, vocabulary
 from benchmarks.judge import (
@@ -43,7 +44,7 @@ from benchmarks.moji import (
     likeness,
     markdown,
     setting_of,
-    wilson,
+    write_card,
 )
 from recipes.moji.judge import UNKNOWN, accuracies, answers, as_numbers, judged_loss, scene_of
 
@@ -229,34 +230,13 @@ def test_two_of_another_kind_are_not_two_of_a_kind() -> None:
         assert (rows["two of a kind"].right, rows["two of a kind"].n) == (0, 1)
 
 
-@pytest.mark.parametrize(
-    ("right", "n", "low", "high"),
-    [  # Newcombe 1998, table I, method 3
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ],
-)
-def test_wilson_intervals_are_those_of_the_literature(right: int, n: int, low: float, high: float) -> None:
-    assert wilson(right, n) == pytest.approx((low, high), abs=5e-5)
-
-
-def test_a_wilson_interval_mirrors_and_holds_its_share() -> None:
-    for right in range(21):
-        low, high = wilson(right, 20)
-        assert 0 <= low <= right / 20 <= high <= 1
-        assert wilson(20 - right, 20) == pytest.approx((1 - high, 1 - low))
-    assert wilson(0, 0) == (0, 1)
-
-
 def test_the_table_prints_every_row_also_an_empty_one() -> None:
     facts = {
         "model": "m", "prompts": 4, "steps": 25, "guidance": 3.0,
         "psnr_db": {"textures": {"db": 24.5, "n": 2}},
         "seconds_per_picture": {"one at a time": 1.25}, "machine": "cpu",
     }  # fmt: skip
-    rows = [Row("noun", 3, 4, *wilson(3, 4)), Row("colour", 0, 0, *wilson(0, 0))]
+    rows = [Row("noun", 3, 4, *wilson(3, 4)[1:]), Row("colour", 0, 0, *wilson(0, 0)[1:])]
     table = markdown(facts, rows, None)
     assert "| noun | 75.0 % | 30.1 %–95.4 % | 4 | – |" in table
     assert "| colour | – | 0.0 %–100.0 % | 0 | – |" in table
@@ -306,3 +286,15 @@ def test_training_scenes_of_the_judge_are_styled_more_often_and_otherwise_the_sa
     changed = [after for before, after in zip(plain, more, strict=True) if before.style != after.style]
     assert 0.2 < len(changed) / len(plain) < 0.36
     assert all(before.style in (None, after.style) for before, after in zip(plain, more, strict=True))
+
+
+def test_a_card_s_figures_are_renewed_and_its_text_stays(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "sheet.png")
+    (tmp_path / "README.md").write_text("# a model\n\n- of something\n")
+    for table in ("| first |\n", "| second |\n"):
+        write_card(tmp_path, table, tmp_path / "sheet.png")
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("# a model\n\n- of something\n\n## Figures")
+    assert "| second |" in text
+    assert "| first |" not in text
+    assert (tmp_path / "worst.png").read_bytes() == (tmp_path / "sheet.png").read_bytes()
