@@ -139,7 +139,7 @@ def main(
 
 
 def write_card(folder: Path, table: str, worst: Path) -> None:
-    """Puts the table and the sheet of the worst pictures at the end of a model's `README.md`, in place of older ones."""
+    """Puts the table and the worst pictures at the end of a model's `README.md`, in place of older ones."""
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     before = text.split(FIGURES)[0].rstrip()

@@ -31,7 +31,8 @@ from backbone.console import progress, run
 from backbone.files import write_text
 from backbone.loop import generator, train
 from backbone.noise import add_noise, denoising_score_matching, min_snr, vp
-from backbone.workers import average, run_workers
+from backbone.processes import average
+from backbone.workers import run_workers
 from recipes.moji.denoiser import build_scheduler, build_unet, inner_weights, timestep_density
 from recipes.moji.muon import Muon
 

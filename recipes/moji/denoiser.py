@@ -16,7 +16,7 @@ from the last one before the learning rate fell (`denoiser-stable.safetensors`).
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,8 +53,7 @@ safetensors; this edition's denoiser and text encoder come from optimiser step {
   4 styles. No photographs and no people. The autoencoder also saw synthetic textures.
 - **Not in the data.** The glyphs of the benchmarks' concepts and of the packaged example dog.
 - **Limits.** Any prompt tokenises, but only the words of `backbone/world/vocabulary.json` and their paraphrases mean
-  something. Small, styled or two different things are drawn worse than one plain thing.
-- **Figures.** In the project's README, from `python -m benchmarks.moji`.
+  something. Small things, accessories and neon or pencil drawings are drawn worst; fine detail is soft.
 - **Licence.** Apache-2.0. The glyphs are Noto Color Emoji by Google, SIL Open Font License 1.1; the font is not
   included.
 - **Made by** the recipes in `recipes/moji`, which say what each part costs.
@@ -84,45 +83,54 @@ app = typer.Typer(add_completion=False)
 WORKDIR = typer.Option(help="Where intermediate files go.")
 
 
+Steps = Annotated[int, typer.Option(help="Optimiser steps in all.")]
+Batch = Annotated[int, typer.Option(help="Latents a step in each process.")]
+Processes = Annotated[int, typer.Option(help="On a CPU: one for each core.")]
+Rate = Annotated[float, typer.Option(help="The learning rate of all but the inner matrices.")]
+MatrixRate = Annotated[float, typer.Option(help="The learning rate of muon's matrices.")]
+TextRows = Annotated[int, typer.Option(help="Captions of a step that also train a text encoder.")]
+SimpleSteps = Annotated[int, typer.Option(help="The share of plain single things falls to none here.")]
+Decay = Annotated[int, typer.Option(help="Over so many last steps the learning rate falls to zero.")]
+Minutes = Annotated[float, typer.Option(help="Stop (and save) after so many minutes.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Workdir = Annotated[Path, WORKDIR]
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What a training run was asked for."""
+    """What a training run was asked for; `text_steps` and `optimizer` matter to the denoiser alone."""
 
     steps: int
     batch: int
     learning_rate: float
-    optimizer: str
     matrix_rate: float
     text_rows: int
-    text_steps: int
     simple_steps: int
     decay: int
     minutes: float
     device: str
     seed: int
     workdir: Path
+    text_steps: int = 0
+    optimizer: str = "muon"
 
 
 @app.command("train")
 def train_command(
-    steps: Annotated[int, typer.Option(help="Optimiser steps in all.")] = 12_000,
-    batch: Annotated[int, typer.Option(help="Latents a step in each process.")] = 32,
-    processes: Annotated[int, typer.Option(help="On a CPU: one for each core.")] = 1,
-    learning_rate: Annotated[float, typer.Option()] = 7e-4,
+    steps: Steps = 12_000,
+    batch: Batch = 32,
+    processes: Processes = 1,
+    learning_rate: Rate = 7e-4,
     optimizer: Annotated[str, typer.Option(help="muon or adamw.")] = "muon",
-    matrix_rate: Annotated[float, typer.Option(help="The learning rate of muon's matrices.")] = 2e-3,
-    text_rows: Annotated[int, typer.Option(help="Captions of a step that also train the text encoder.")] = 8,
+    matrix_rate: MatrixRate = 2e-3,
+    text_rows: TextRows = 8,
     text_steps: Annotated[int, typer.Option(help="Freeze the text encoder after this step.")] = 6_000,
-    simple_steps: Annotated[
-        int, typer.Option(help="The share of plain single things falls to none here.")
-    ] = 8_000,
-    decay: Annotated[
-        int, typer.Option(help="Over so many last steps the learning rate falls to zero.")
-    ] = 600,
-    minutes: Annotated[float, typer.Option(help="Stop (and save) after so many minutes.")] = 1e9,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    seed: Annotated[int, typer.Option()] = 0,
-    workdir: Annotated[Path, WORKDIR] = Path("build/moji"),
+    simple_steps: SimpleSteps = 8_000,
+    decay: Decay = 600,
+    minutes: Minutes = 1e9,
+    device: Device = "cpu",
+    seed: int = 0,
+    workdir: Workdir = Path("build/moji"),
 ) -> None:
     """Trains, or goes on training."""
     plan = Plan(
@@ -131,6 +139,71 @@ def train_command(
         device=device, seed=seed, workdir=workdir,
     )  # fmt: skip
     run_workers(train_denoiser, (plan,), processes=processes)
+
+
+class Training:
+    """Weights with their optimiser and average, gone on with from the last checkpoint `NAME.safetensors`."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        name: str,
+        parameters: Mapping[str, nn.Parameter],
+        inner: Sequence[Tensor],
+        *,
+        slow: Sequence[Tensor] = (),
+    ) -> None:
+        """`inner` weights are stepped by Muon, `slow` ones at half the learning rate."""
+        self.plan, self.name, self.parameters = plan, name, parameters
+        special = {id(value) for value in (*inner, *slow)}
+        groups: list[dict[str, Any]] = [
+            {"params": [value for value in parameters.values() if id(value) not in special]}
+        ]
+        if slow:
+            groups.append({"params": list(slow), "lr": plan.learning_rate / 2})
+        if inner:
+            groups.append({"params": list(inner), "momentum": 0.95, "lr": plan.matrix_rate})
+        self.optimizer = Muon(groups, lr=plan.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        self.average = Average(parameters, decay=0.9985)
+        self.checkpoint = plan.workdir / f"{name}.safetensors"
+        self.done = 0
+        if self.checkpoint.exists():
+            self.done, _ = load_checkpoint(
+                self.checkpoint, parameters=parameters, optimizer=self.optimizer, average=self.average
+            )
+
+    def run(self, losses: Callable[[int], Iterator[Tensor]], rank: int) -> None:
+        """Steps until the plan's end or its minutes are over; the first process reports and saves."""
+        plan, logbook = self.plan, Logbook(batch=self.plan.batch)
+        stepping = train(
+            losses,
+            self.parameters,
+            optimizer=self.optimizer,
+            schedule=warm_stable_decay(plan.steps, warmup=300, decay=plan.decay),
+            steps=plan.steps,
+            done=self.done,
+            average=self.average,
+            reduce=average_over_processes,
+        )
+        for report in stepping:
+            logbook.note(report, aloud=rank == 0)
+            last = report.step == plan.steps or any_of(logbook.minutes > plan.minutes)
+            if (report.step % 250 == 0 or last) and rank == 0:
+                self.save(report.step)
+            if last:
+                break
+
+    def save(self, step: int) -> None:
+        """Writes the checkpoint, and until the learning rate falls also the one where a longer run goes on."""
+        save_checkpoint(
+            self.checkpoint,
+            step=step,
+            parameters=self.parameters,
+            optimizer=self.optimizer,
+            average=self.average,
+        )
+        if step <= self.plan.steps - self.plan.decay:
+            write_bytes(self.plan.workdir / f"{self.name}-stable.safetensors", self.checkpoint.read_bytes())
 
 
 def train_denoiser(rank: int, plan: Plan) -> None:
@@ -145,25 +218,8 @@ def train_denoiser(rank: int, plan: Plan) -> None:
     nn.Module.to(text_encoder, plan.device)
     parameters = {f"unet.{key}": value for key, value in unet.named_parameters()}
     parameters |= {f"text_encoder.{key}": value for key, value in text_encoder.named_parameters()}
-    matrices = {id(value) for value in inner_weights(unet)} if plan.optimizer == "muon" else set()
-    groups: list[dict[str, Any]] = [
-        {"params": [value for value in unet.parameters() if id(value) not in matrices]},
-        {"params": list(text_encoder.parameters()), "lr": plan.learning_rate / 2},
-    ]
-    if matrices:
-        groups.append(
-            {
-                "params": [value for value in unet.parameters() if id(value) in matrices],
-                "momentum": 0.95,
-                "lr": plan.matrix_rate,
-            }
-        )
-    optimizer = Muon(groups, lr=plan.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    average = Average(parameters, decay=0.9985)
-    checkpoint = plan.workdir / "denoiser.safetensors"
-    done = 0
-    if checkpoint.exists():
-        done, _ = load_checkpoint(checkpoint, parameters=parameters, optimizer=optimizer, average=average)
+    inner = inner_weights(unet) if plan.optimizer == "muon" else []
+    training = Training(plan, "denoiser", parameters, inner, slow=list(text_encoder.parameters()))
     data = Latents(plan.workdir, tokenizer, plan.device)
     alpha_bar = build_scheduler().alphas_cumprod.to(plan.device)
     density = timestep_density(alpha_bar)
@@ -190,29 +246,8 @@ def train_denoiser(rank: int, plan: Plan) -> None:
         )
         yield error.mean()
 
-    logbook = Logbook(batch=plan.batch)
-    stepping = train(
-        losses,
-        parameters,
-        optimizer=optimizer,
-        schedule=warm_stable_decay(plan.steps, warmup=300, decay=plan.decay),
-        steps=plan.steps,
-        done=done,
-        average=average,
-        reduce=average_over_processes,
-    )
     with quick_to_train(unet):  # flash attention's backward is slow on a CPU
-        for report in stepping:
-            logbook.note(report, aloud=rank == 0)
-            last = report.step == plan.steps or any_of(logbook.minutes > plan.minutes)
-            if (report.step % 250 == 0 or last) and rank == 0:
-                save_checkpoint(
-                    checkpoint, step=report.step, parameters=parameters, optimizer=optimizer, average=average
-                )
-                if report.step <= plan.steps - plan.decay:  # where a longer run goes on
-                    write_bytes(plan.workdir / "denoiser-stable.safetensors", checkpoint.read_bytes())
-            if last:
-                break
+        training.run(losses, rank)
 
 
 @app.command()

@@ -238,8 +238,8 @@ def test_the_table_prints_every_row_also_an_empty_one() -> None:
     }  # fmt: skip
     rows = [Row("noun", 3, 4, *wilson(3, 4)[1:]), Row("colour", 0, 0, *wilson(0, 0)[1:])]
     table = markdown(facts, rows, None)
-    assert "| noun | 75.0 % | 30.1 %–95.4 % | 4 | – |" in table
-    assert "| colour | – | 0.0 %–100.0 % | 0 | – |" in table
+    assert "| noun | 75.0 % | 30.1–95.4 % | 4 | – |" in table
+    assert "| colour | – | 0.0–100.0 % | 0 | – |" in table
     assert "| textures | 24.50 | 2 |" in table
     assert math.isnan(rows[1].share)
     assert json.dumps(facts)

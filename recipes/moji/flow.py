@@ -1,0 +1,329 @@
+"""`moji-flow`: a small transformer of Stable Diffusion 3's kind that learns `moji`'s world as a rectified flow.
+
+    python -m recipes.moji.pictures --scenes 48000         as for `moji`: scenes, tokenizer, the autoencoder's latents
+    python -m recipes.moji.denoiser encode
+    OMP_NUM_THREADS=1 python -m recipes.moji.flow train --processes 2
+    python -m recipes.moji.flow export                     a folder that diffusers' StableDiffusion3Pipeline loads
+
+The network predicts the velocity ε − x0 of x = (1 − t)·x0 + t·ε, at logit-normal t (Esser et al. 2024, section 3.1).
+Of the two text encoders the first is `moji`'s, as it is; the second, smaller one is trained along. There is no T5:
+the pipeline puts 256 zeros in its tokens' place. The text has no positions in this network, so tokens that begin alike
+stay alike, and training carries one for all of them, whose attention weight counts 256 times: the same function for a
+third of the work (`Counted`). Prompts are cut at 32 tokens, of which the longest caption of the world needs fewer.
+Continues from its last checkpoint, as `recipes.moji.denoiser` does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import torch
+import typer
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from backbone.files import read_json, read_tensors, write_json, write_text
+from backbone.loop import generator
+from backbone.model import EMBEDDED
+from backbone.noise import add_noise, denoising_score_matching, flow
+from backbone.workers import run_workers
+from recipes.moji.denoiser import DEFAULTS as OF_MOJI
+from recipes.moji.denoiser import (
+    Batch,
+    Decay,
+    Device,
+    Latents,
+    MatrixRate,
+    Minutes,
+    Plan,
+    Processes,
+    Rate,
+    SimpleSteps,
+    Steps,
+    TextRows,
+    Training,
+    Workdir,
+)
+
+TOKENS = 32  # of a prompt, begin and end included
+ABSENT = 256  # tokens that the pipeline fills with zeros where T5's would stand
+WIDTHS = 256, 128  # of the two text encoders
+DEFAULTS = {**OF_MOJI, "steps": 28, "guidance": 4.0, "loss_weighting": "none"}
+CARD = """# moji-flow
+
+A small rectified-flow transformer (`SD3Transformer2DModel`) of `moji`'s rendered world, 128 × 128 pixels, an ordinary
+diffusers folder without T5 (`StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)`),
+fp16 safetensors, from optimiser step {step}.
+Data, autoencoder and first text encoder are those of `moji`, whose card says more. Prompts are cut at 32 tokens.
+Made by `recipes/moji/flow.py`. Apache-2.0; the glyphs are Noto Color Emoji by Google, SIL Open Font License 1.1.
+"""
+app = typer.Typer(add_completion=False)
+
+
+@app.command("train")
+def train_command(
+    steps: Steps = 10_000,
+    batch: Batch = 32,
+    processes: Processes = 1,
+    learning_rate: Rate = 7e-4,
+    matrix_rate: MatrixRate = 2e-3,
+    text_rows: TextRows = 8,
+    simple_steps: SimpleSteps = 6_000,
+    decay: Decay = 600,
+    minutes: Minutes = 1e9,
+    device: Device = "cpu",
+    seed: int = 0,
+    workdir: Workdir = Path("build/moji"),
+) -> None:
+    """Trains, or goes on training."""
+    plan = Plan(
+        steps=steps, batch=batch, learning_rate=learning_rate, matrix_rate=matrix_rate, text_rows=text_rows,
+        simple_steps=simple_steps, decay=decay, minutes=minutes, device=device, seed=seed, workdir=workdir,
+    )  # fmt: skip
+    run_workers(train_flow, (plan,), processes=processes)
+
+
+def train_flow(rank: int, plan: Plan) -> None:
+    """One process of the training; the first one saves and reports."""
+    torch.manual_seed(plan.seed)
+    network = build_transformer().to(plan.device)
+    count_absent_tokens(network)
+    first, second = first_encoder().eval().requires_grad_(False), build_second_encoder(tokenizer_of(EMBEDDED))
+    for encoder in (first, second):
+        nn.Module.to(encoder, plan.device)
+    training = Training(plan, "flow", trained(network, second), inner_matrices(network))
+    data = Latents(plan.workdir, tokenizer_of(EMBEDDED), plan.device)
+
+    def losses(step: int) -> Iterator[Tensor]:
+        random = generator(plan.seed, step, rank)
+        simple_share = max(0.0, 0.8 * (1 - step / plan.simple_steps))
+        clean, tokens = data.batch(plan.batch, simple_share, random)
+        level = flow(torch.randn(plan.batch, generator=random).sigmoid().to(plan.device))
+        noise = torch.randn(clean.shape, generator=random).to(plan.device)
+        with torch.autocast(clean.device.type, torch.bfloat16):
+            hidden, pooled = said_by(first, second, tokens[:, :TOKENS], trained_rows=plan.text_rows)
+            velocity = network(
+                hidden_states=add_noise(clean, noise, level),
+                timestep=1000 * level.b,
+                encoder_hidden_states=with_absent(hidden, 1),
+                pooled_projections=pooled,
+            ).sample
+        error = denoising_score_matching(velocity, clean, noise=noise, level=level, kind="flow")
+        yield error.mean()
+
+    training.run(losses, rank)
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Option(help="The pipeline folder to write.")] = Path("build/moji/flow"),
+    averaged: Annotated[bool, typer.Option(help="EMA weights, or the last ones.")] = True,
+    workdir: Workdir = Path("build/moji"),
+) -> None:
+    """Writes an ordinary diffusers folder in fp16."""
+    tensors, header = read_tensors(workdir / "flow.safetensors")
+    network, second = build_transformer(), build_second_encoder(tokenizer_of(EMBEDDED))
+    kind = "average/" if averaged else "parameter/"
+    with torch.no_grad():
+        for name, parameter in trained(network, second).items():
+            parameter.copy_(tensors[kind + name])
+    write_pipeline(network, second, out, vae=workdir / "vae")
+    write_text(out / "README.md", CARD.format(step=header["step"]))
+    print(f"{out}: step {header['step']}")
+
+
+def write_pipeline(
+    network: SD3Transformer2DModel, second: CLIPTextModelWithProjection, out: Path, *, vae: Path
+) -> None:
+    """The whole pipeline folder, fp16, with `moji`'s tokenizer and first encoder and this autoencoder."""
+    autoencoder = AutoencoderKL.from_pretrained(vae, local_files_only=True)
+    autoencoder.register_to_config(shift_factor=0.0)  # which this pipeline adds whether there is one or not
+    pipeline = StableDiffusion3Pipeline(
+        transformer=network,
+        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0),
+        vae=autoencoder,
+        text_encoder=first_encoder(),
+        tokenizer=tokenizer_of(EMBEDDED),
+        text_encoder_2=second,
+        tokenizer_2=tokenizer_of(EMBEDDED),
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    pipeline.to(dtype=torch.float16).save_pretrained(out)
+    for path in out.glob("*/config.json"):  # where a part was loaded from is nobody's business
+        settings = {key: value for key, value in read_json(path).items() if key != "_name_or_path"}
+        # transformers loads in the precision that config.json names, diffusers in float32: all shall be float32
+        write_json(path, settings | ({"dtype": "float32"} if "dtype" in settings else {}))
+    write_json(out / "atelier.json", DEFAULTS)
+    for path in out.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors are written for their owner alone
+
+
+# --- parts --------------------------------------------------------------------------------------------------
+
+
+def build_transformer() -> SD3Transformer2DModel:
+    """12 M parameters: five joint blocks of width 256 over 8 × 8 patches of 2 × 2 latents and the prompt's tokens."""
+    return SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=8,
+        out_channels=8,
+        num_layers=5,
+        attention_head_dim=64,
+        num_attention_heads=4,
+        caption_projection_dim=256,
+        joint_attention_dim=sum(WIDTHS),
+        pooled_projection_dim=sum(WIDTHS),
+        pos_embed_max_size=16,
+        qk_norm="rms_norm",
+    )
+
+
+def tokenizer_of(folder: Path) -> CLIPTokenizer:
+    """`moji`'s tokenizer, which cuts at 32 tokens."""
+    found = CLIPTokenizer.from_pretrained(
+        folder / "tokenizer", model_max_length=TOKENS, local_files_only=True
+    )
+    return cast(CLIPTokenizer, found)
+
+
+def first_encoder() -> CLIPTextModelWithProjection:
+    """`moji`'s text encoder; its projection changes nothing."""
+    known = CLIPTextModel.from_pretrained(EMBEDDED / "text_encoder", local_files_only=True)
+    settings = known.config.to_dict() | {"projection_dim": WIDTHS[0]}
+    encoder = CLIPTextModelWithProjection(CLIPTextConfig(**settings))
+    encoder.load_state_dict({f"text_model.{k}": v for k, v in plain_names(known).items()}, strict=False)
+    with torch.no_grad():
+        encoder.text_projection.weight.copy_(torch.eye(WIDTHS[0]))
+    return encoder
+
+
+def plain_names(encoder: CLIPTextModel) -> dict[str, Tensor]:
+    """Its weights by names that do not begin with `text_model.`, whichever way this version spells them."""
+    return {name.removeprefix("text_model."): value for name, value in encoder.state_dict().items()}
+
+
+def build_second_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
+    """2 layers of width 128."""
+    settings = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTHS[1],
+        projection_dim=WIDTHS[1],
+        intermediate_size=4 * WIDTHS[1],
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModelWithProjection(settings)
+
+
+def trained(network: nn.Module, second: nn.Module) -> dict[str, nn.Parameter]:
+    """All that is trained, by name."""
+    parameters = {f"transformer.{name}": value for name, value in network.named_parameters()}
+    return parameters | {f"text_encoder_2.{name}": value for name, value in second.named_parameters()}
+
+
+def inner_matrices(network: nn.Module) -> list[nn.Parameter]:
+    """The blocks' matrices but those of the adaptive norms, which begin at zero."""
+    return [
+        value
+        for name, value in network.named_parameters()
+        if value.ndim == 2 and name.startswith("transformer_blocks.") and ".norm1" not in name
+    ]
+
+
+def said_by(
+    first: CLIPTextModelWithProjection,
+    second: CLIPTextModelWithProjection,
+    tokens: Tensor,
+    *,
+    trained_rows: int,
+) -> tuple[Tensor, Tensor]:
+    """Tokens [B, T] to hidden states [B, T, 384] and pooled ones [B, 384], as the pipeline joins both encoders' last
+    but one layers. Gradients reach the second encoder from the first rows only."""
+    hidden, pooled = [], []
+    for encoder, rows in ((first, 0), (second, min(trained_rows, len(tokens)))):
+        parts = []
+        if rows:
+            parts.append(encoder(tokens[:rows], output_hidden_states=True))
+        if rows < len(tokens):
+            with torch.no_grad():
+                parts.append(encoder(tokens[rows:], output_hidden_states=True))
+        hidden.append(torch.cat([part.hidden_states[-2] for part in parts]))
+        pooled.append(torch.cat([part.text_embeds for part in parts]))
+    return torch.cat(hidden, -1), torch.cat(pooled, -1)
+
+
+# --- one token for many -------------------------------------------------------------------------------------
+
+
+def with_absent(hidden: Tensor, count: int) -> Tensor:
+    """Hidden states [B, T, D] with so many tokens of zeros behind them."""
+    return torch.cat([hidden, hidden.new_zeros(len(hidden), count, hidden.shape[-1])], 1)
+
+
+def count_absent_tokens(network: SD3Transformer2DModel) -> None:
+    """Makes every attention of the network count its last token `ABSENT` times."""
+    network.set_attn_processor(Counted(ABSENT))
+
+
+class Counted:
+    """Joint attention in which the last text token stands for `count` equal ones: exp(s + ln count) = count·exp(s).
+
+    As a plain product of matrices, whose backward pass is faster on a CPU than fused attention's.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.bonus = math.log(count)
+
+    def __call__(
+        self, attention: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, **unused: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Picture tokens [B, P, D] and text tokens [B, T, D] to the same shapes."""
+
+        def heads(values: Tensor, norm: nn.Module | None) -> Tensor:
+            split = values.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+            return cast(Tensor, norm(split)) if norm is not None else split
+
+        seen, said = hidden_states, encoder_hidden_states
+        query = torch.cat(
+            [
+                heads(attention.to_q(seen), attention.norm_q),
+                heads(attention.add_q_proj(said), attention.norm_added_q),
+            ],
+            2,
+        )
+        key = torch.cat(
+            [
+                heads(attention.to_k(seen), attention.norm_k),
+                heads(attention.add_k_proj(said), attention.norm_added_k),
+            ],
+            2,
+        )
+        value = torch.cat([heads(attention.to_v(seen), None), heads(attention.add_v_proj(said), None)], 2)
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        bias = scores.new_zeros(scores.shape[-1])
+        bias[-1] = self.bonus
+        mixed = (scores + bias).softmax(-1).to(value.dtype) @ value
+        pictures, text = mixed.transpose(1, 2).flatten(2).split([seen.shape[1], said.shape[1]], 1)
+        if not attention.context_pre_only:
+            text = attention.to_add_out(text)
+        return attention.to_out[1](attention.to_out[0](pictures)), text
+
+
+if __name__ == "__main__":
+    app()

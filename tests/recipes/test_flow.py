@@ -1,0 +1,116 @@
+"""The flow recipe trains the very network that diffusers' pipeline samples, at a third of the work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from backbone.model import EMBEDDED, Backbone
+from backbone.steps import walk
+from backbone.world.scene import sample_scene
+from recipes.moji.flow import (
+    ABSENT,
+    TOKENS,
+    build_second_encoder,
+    build_transformer,
+    count_absent_tokens,
+    first_encoder,
+    inner_matrices,
+    said_by,
+    tokenizer_of,
+    trained,
+    with_absent,
+    write_pipeline,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The exported pipeline with random weights."""
+    torch.manual_seed(0)
+    network = build_transformer()
+    for parameter in network.parameters():  # what begins at zero would hide mistakes
+        torch.nn.init.normal_(parameter, std=0.05)
+    out = tmp_path_factory.mktemp("flow") / "pipeline"
+    write_pipeline(network, build_second_encoder(tokenizer_of(EMBEDDED)), out, vae=EMBEDDED / "vae")
+    return out
+
+
+def opened(folder: Path) -> StableDiffusion3Pipeline:
+    """As diffusers opens a Stable Diffusion 3 without T5."""
+    return StableDiffusion3Pipeline.from_pretrained(
+        folder, text_encoder_3=None, tokenizer_3=None, local_files_only=True
+    )
+
+
+def test_one_token_counted_often_is_as_good_as_the_pipeline_s_many() -> None:
+    torch.manual_seed(0)
+    network = build_transformer().eval()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    noisy, hidden, pooled = torch.randn(2, 8, 16, 16), torch.randn(2, 7, 384), torch.randn(2, 384)
+
+    def velocity(tokens: int) -> torch.Tensor:
+        with torch.no_grad():
+            said = network(noisy, with_absent(hidden, tokens), pooled, torch.tensor([3.0, 700.0])).sample
+        assert isinstance(said, torch.Tensor)
+        return said
+
+    many, few = velocity(ABSENT), velocity(1)
+    count_absent_tokens(network)
+    counted = velocity(1)
+    assert (counted - many).abs().max() < 1e-4 * many.abs().max()
+    assert (few - many).abs().max() > 1e-2 * many.abs().max()  # so the count matters
+
+
+def test_no_caption_of_the_world_is_cut() -> None:
+    tokenizer = tokenizer_of(EMBEDDED)
+    captions = [sample_scene(seed).caption() for seed in range(3000)]
+    assert max(len(ids) for ids in tokenizer(captions)["input_ids"]) < TOKENS
+
+
+def test_diffusers_and_our_backbone_load_the_folder_and_draw_the_same(folder: Path) -> None:
+    pipeline = opened(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    model = Backbone.open(str(folder), device="cpu", precision="fp32")
+    noise = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    theirs = pipeline(
+        "a dog in the snow", latents=noise, num_inference_steps=3, guidance_scale=4.0, output_type="latent",
+        height=128, width=128,
+    ).images  # fmt: skip
+    text, empty = model.encode_prompts(["a dog in the snow"]), model.encode_prompts([""])
+    ours = walk(noise, model.guided_predictor(text, empty, 4.0), model.ladder(3))
+    assert torch.allclose(ours, theirs, atol=1e-3 * float(theirs.abs().max()))
+
+
+def test_training_reads_the_text_as_the_pipeline_does(folder: Path) -> None:
+    model = Backbone.open(str(folder), device="cpu", precision="fp32")
+    text = model.encode_prompts(["two red cats on the beach"])
+    tokenizer = tokenizer_of(EMBEDDED)
+    tokens = tokenizer("two red cats on the beach", padding="max_length", return_tensors="pt")["input_ids"]
+    pipeline = opened(folder)
+    hidden, pooled = said_by(pipeline.text_encoder, pipeline.text_encoder_2, tokens, trained_rows=1)
+    assert torch.allclose(with_absent(hidden, ABSENT), text["hidden"], atol=1e-5)
+    assert torch.allclose(pooled, text["pooled"], atol=1e-5)
+
+
+def test_the_first_encoder_is_moji_s() -> None:
+    tokens = tokenizer_of(EMBEDDED)("a dog in the snow", padding="max_length", return_tensors="pt")[
+        "input_ids"
+    ]
+    ours = first_encoder()(tokens).last_hidden_state
+    theirs = Backbone.open("moji", device="cpu", precision="fp32").encode_prompts(["a dog in the snow"])
+    longest = next(value for value in theirs.values() if value.ndim == 3)
+    assert torch.allclose(ours, longest[:, :TOKENS], atol=1e-4)
+
+
+def test_every_trained_weight_is_stepped_once() -> None:
+    network, second = build_transformer(), build_second_encoder(tokenizer_of(EMBEDDED))
+    names = {id(value): name for name, value in trained(network, second).items()}
+    inner = [names[id(value)] for value in inner_matrices(network)]
+    assert len(inner) == len(set(inner))
+    assert not any("norm" in name or "text_encoder" in name for name in inner)
+    assert sum(value.numel() for value in network.parameters()) < 13e6
