@@ -9,7 +9,7 @@ from typing import Any
 from backbone.files import read_metadata
 from edit import measure
 from edit.inversion import Inversion, prompt_of, replayed
-from edit.prompt import align_all, blended_words
+from edit.prompt import AUTO, align_all, blended_words, told_apart
 from edit.runs import inverted, open_model, settings_of
 
 
@@ -60,8 +60,11 @@ def print_alignment(wishes: Mapping[str, Any]) -> list[str]:
     targets = [opened.said(target) for target in wishes["targets"]]
     lines = []
     for alignment in align_all(opened.model.text_encoder, said, targets, settings):
-        places = blended_words(alignment, settings.blend, settings.weights)
+        places = blended_words(alignment, settings.blend)
         words = ", ".join(dict.fromkeys(word.text for side in places for word in side))
-        where = f"It changes where these stand: {words}." if words else "It changes everywhere."
+        found = [f"where these stand: {words}"] if words else []
+        if AUTO in settings.blend and told_apart(alignment, settings.weights) is not None:
+            found.append("where the model sees the two prompts differently")
+        where = f"It changes {' and '.join(found)}." if found else "It changes everywhere."
         lines.append(f"{alignment}\n{where}")
     return lines

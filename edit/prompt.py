@@ -11,12 +11,12 @@ most S·(1 + 2·N).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -32,6 +32,7 @@ from backbone.model import Backbone
 from backbone.noise import Estimate, guide
 from edit.attention import Control, Cross, Maps, Reach, SelfAttention, controlled, cross, features_of
 from edit.checks import not_negative, share
+from edit.difference import differences
 from edit.inversion import Counted, Inversion, refuse_negative, told
 from edit.noised import spaced
 from edit.pictures import latent_mask, mask_of
@@ -50,11 +51,7 @@ from edit.words import (
     window,
 )
 
-AUTO = "auto"  # as a word to blend: whatever differs between the prompts
-SMALL_WORDS = frozenset([
-    "a", "an", "the", "of", "in", "on", "at", "by", "to", "and", "or", "with", "from", "its", "his", "her", "wearing",
-    "wears", "next", "near", "beside", "that", "is",
-])  # fmt: skip
+AUTO = "auto"  # as a word to blend: wherever the prompts differ
 EVERYWHERE = frozenset([  # words that say how a picture is made, and so have no place in it
     "style", "art", "painting", "drawing", "sketch", "sketched", "watercolor", "watercolour", "photo", "photograph",
     "picture", "image", "render", "rendering", "illustration", "cartoon", "anime", "comic", "poster", "neon", "pixel",
@@ -74,11 +71,13 @@ class Settings:
     windows                 (from, until) of single words, instead of (0, cross)
     weights                 how strongly words of the target count, 1 usually
     swaps                   words that take each other's place, whatever stands around them
-    blend                   words outside whose place the source stays; `auto`: those that differ or are weighted, and
-                            nowhere if they say how the picture is made (“a watercolor of”); empty: nowhere
+    blend                   words outside whose place, which is where attention goes to them, the source stays; `auto`:
+                            stays where both prompts see the same (`edit.difference`), and nowhere if what differs says
+                            how the picture is made (“a watercolor of”); empty: nowhere
     keep                    words in whose place the source stays
     mask                    where the picture may change (white); of the picture's size, or as it was cropped
-    threshold, blend_from   how much of its greatest attention makes a place a word's; from which share of the steps
+    threshold, blend_from   how much of the greatest difference, or attention, makes a place differ, or a word's; from
+                            which share of the steps on
     guidance, negative      of the targets; the model's usual guidance if None
     strength                how much of the way down is walked: below 1 the edit begins at a less noisy state
     heatmaps                words whose attention is read
@@ -261,6 +260,7 @@ class _Edit:
         self.crosses = self._crosses()
         self.own_mask = self._own_mask()
         self.words = self._words()
+        self.pairs = self._pairs()
         self.selfs = self._selfs()
         self.features = inside(self.steps, (0.0, self.settings.features)).tolist()
         wanted = [
@@ -297,6 +297,11 @@ class _Edit:
             maps=maps,
         )
         path, estimates, masks, asked = [now], [], self._everywhere(), 0
+        if self.pairs and first < self.steps:
+            apart, asked = differences(inversion, list(self.pairs.values()), first=first)
+            self.apart = dict(zip(self.pairs, apart, strict=True))
+            if not self.named.any():
+                masks = self._masks(None)
         kept = spaced(first, self.steps, settings.frames)
         with ExitStack() as obeying:
             obeying.enter_context(controlled(self.model.denoiser, control, attention))
@@ -310,7 +315,7 @@ class _Edit:
                 before, now = now, self._step(number, before, now, estimate)
                 if maps is not None and number <= self.last:
                     maps.settle()
-                    if number >= settings.blend_from * self.steps:
+                    if self.named.any() and number >= settings.blend_from * self.steps:
                         masks = self._masks(maps)
                 if masks is not None:
                     now = torch.cat([now[:1], now[:1] + masks[:, None].to(now) * (now[1:] - now[:1])])
@@ -422,7 +427,7 @@ class _Edit:
         length = self.alignments[0].source.length
         found = torch.zeros(1 + self.count, 2 * self.count + len(settings.heatmaps), length)
         for n, alignment in enumerate(self.alignments):
-            blended = blended_words(alignment, settings.blend, settings.weights)
+            blended = blended_words(alignment, settings.blend)
             for channel, (source, target) in (
                 (2 * n, blended),
                 (2 * n + 1, _places(alignment, settings.keep)),
@@ -434,29 +439,50 @@ class _Edit:
                 found[row, 2 * self.count + k] = columns(prompt.find(phrase), length)
         return found if found.any() else None
 
+    @property
+    def named(self) -> Tensor:
+        """Whether words to blend and to keep were named [2·N], in the order of `_words`."""
+        nothing = torch.zeros(2 * self.count, dtype=torch.bool)
+        return nothing if self.words is None else self.words.any(-1).any(0)[: 2 * self.count]
+
     def _everywhere(self) -> Tensor | None:
         return None if self.own_mask is None else self.own_mask.expand(self.count, -1, -1)
 
-    def _masks(self, maps: Maps) -> Tensor | None:
-        """Where each target may differ [N, H, W]: in the place of the words to blend, in either picture, not of those
-        to keep, and inside the user's mask. None if everywhere."""
-        assert self.words is not None
-        said = self.words.any(-1).any(0).tolist()  # which channels have words at all
-        if not any(said[: 2 * self.count]):
+    def _masks(self, maps: Maps | None) -> Tensor | None:
+        """Where each target may differ [N, H, W]: where the prompts differ or words to blend stand, in either picture,
+        not where those to keep do, and inside the user's mask. None if everywhere."""
+        said = self.named.tolist()
+        if not any(said) and not self.pairs:
             return self._everywhere()
-        read, size = maps.read(), maps.latent
+        size = (self.inversion.states.shape[-2], self.inversion.states.shape[-1])
+        read = None if maps is None else maps.read()
         masks = []
         for n in range(self.count):
-            pair = read[[0, 1 + n]]
-            mask = torch.ones(size, device=read.device, dtype=torch.bool)
+            mask = torch.zeros(size, device=self.model.device, dtype=torch.bool)
+            if n in self.pairs:
+                mask = mask | (self.apart[n] > self.settings.threshold)
             if said[2 * n]:
-                grown = F.max_pool2d(pair[:, 2 * n : 2 * n + 1], 3, stride=1, padding=1)
-                mask = places_of(grown, size, self.settings.threshold).any(0)
+                assert read is not None
+                grown = F.max_pool2d(read[[0, 1 + n], 2 * n : 2 * n + 1], 3, stride=1, padding=1)
+                mask = mask | places_of(grown, size, self.settings.threshold).any(0)
+            if n not in self.pairs and not said[2 * n]:
+                mask = ~mask
             if said[2 * n + 1]:
-                kept = places_of(pair[:, 2 * n + 1 : 2 * n + 2], size, self.settings.threshold)
+                assert read is not None
+                kept = places_of(read[[0, 1 + n], 2 * n + 1 : 2 * n + 2], size, self.settings.threshold)
                 mask = mask & ~kept.any(0)
             masks.append(mask.float() if self.own_mask is None else mask * self.own_mask)
         return torch.stack(masks)
+
+    def _pairs(self) -> dict[int, tuple[str, str]]:
+        """The prompts whose difference says where a target may differ, by the number of the target."""
+        found = {}
+        for n, alignment in enumerate(self.alignments):
+            if AUTO in self.settings.blend and not _says(alignment, AUTO):
+                pair = told_apart(alignment, self.settings.weights)
+                if pair is not None:
+                    found[n] = pair
+        return found
 
     def _heatmaps(self, maps: Maps | None) -> dict[str, Tensor]:
         if maps is None:
@@ -472,21 +498,24 @@ def places_of(maps: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
     return (large > threshold * greatest) & (greatest > 0)
 
 
-def blended_words(
-    alignment: Alignment, phrases: Sequence[str], weighted: Mapping[str, float] = MappingProxyType({})
-) -> tuple[list[Word], list[Word]]:
-    """The words of the source and the target in whose place an edit happens; none of either: it happens everywhere."""
-    if AUTO not in phrases or _says(alignment, AUTO):
-        return _places(alignment, phrases)
-    others = [phrase for phrase in phrases if phrase != AUTO]
-    source, target = _places(alignment, [*others, *weighted])
-    changed = [run for run in alignment.changed() if not _is_everywhere(run)]
-    if len(changed) < len(list(alignment.changed())):
-        return [], []
-    for run in changed:
-        source += [word for word in run.source if _says_something(word)]
-        target += [word for word in run.target if _says_something(word)]
-    return source, target
+def blended_words(alignment: Alignment, phrases: Sequence[str]) -> tuple[list[Word], list[Word]]:
+    """The words of the source and the target that were named, in whose place an edit may happen."""
+    return _places(alignment, [phrase for phrase in phrases if phrase != AUTO or _says(alignment, AUTO)])
+
+
+def told_apart(alignment: Alignment, weighted: Mapping[str, float]) -> tuple[str, str] | None:
+    """Two prompts that differ in what the edit changes: the source and the target; of the same prompt with other
+    weights, the prompt without the weighted words. None where nothing differs, or a word says how it is all made."""
+    if any(_is_everywhere(run) for run in alignment.changed()):
+        return None
+    source, target = alignment.source.text, alignment.target.text
+    if source != target:
+        return source, target
+    rest = target
+    for phrase in weighted:
+        rest = re.sub(rf"\b{re.escape(phrase)}\b", " ", rest, flags=re.IGNORECASE)
+    rest = " ".join(rest.split())
+    return None if rest == target else (rest, target)
 
 
 def _places(alignment: Alignment, phrases: Sequence[str]) -> tuple[list[Word], list[Word]]:
@@ -497,10 +526,6 @@ def _places(alignment: Alignment, phrases: Sequence[str]) -> tuple[list[Word], l
 
 def _is_everywhere(run: Run) -> bool:
     return any(word.text in EVERYWHERE for word in (*run.source, *run.target))
-
-
-def _says_something(word: Word) -> bool:
-    return word.text not in SMALL_WORDS and any(character.isalnum() for character in word.text)
 
 
 def _says(alignment: Alignment, phrase: str) -> bool:

@@ -14,7 +14,7 @@ from backbone.adapters import activate, add_lora, lora_parameters
 from backbone.console import UserError
 from backbone.model import Backbone
 from edit.inversion import Inversion, Method, invert, replayed
-from edit.prompt import PRESETS, Edited, blended_words, replace
+from edit.prompt import PRESETS, Edited, replace, told_apart
 from edit.words import align, read_prompt
 from tests.edit.models import PATHS, photo, tiny_on
 
@@ -115,8 +115,11 @@ def test_outside_the_mask_the_latent_is_the_pictures_own(inversion: Inversion) -
     assert deviation(edited.latents[0][..., :4], inversion.clean[..., :4]) > 1e-3
 
 
-def test_outside_the_places_of_words_the_latent_is_the_pictures_own(inversion: Inversion) -> None:
-    edited = replace(inversion, TARGET, threshold=0.97)
+@pytest.mark.parametrize(("blend", "threshold"), [("auto", 0.5), ("snow", 0.97)])
+def test_outside_the_places_of_words_the_latent_is_the_pictures_own(
+    inversion: Inversion, blend: str, threshold: float
+) -> None:
+    edited = replace(inversion, TARGET, blend=(blend,), threshold=threshold)
     assert edited.masks is not None
     kept = edited.masks[0] == 0
     assert 0 < kept.sum() < kept.numel()
@@ -137,25 +140,33 @@ def test_words_to_keep_and_a_mask_narrow_the_place(inversion: Inversion) -> None
 @pytest.mark.parametrize(
     ("source", "target", "weighted", "expected"),
     [
-        ("a cat in the snow", "a dog in the snow", {}, (["cat"], ["dog"])),
-        ("a cat in the snow", "a red cat in the snow", {}, ([], ["red"])),
-        ("a red cat in the snow", "a cat in the snow", {}, (["red"], [])),
-        ("a cat in the snow", "a cat in the snow", {"snow": 2.0}, (["snow"], ["snow"])),
-        ("a cat in the snow", "a cat in the snow", {}, ([], [])),
-        ("a cat in the snow", "a watercolor of a cat in the snow", {}, ([], [])),
+        ("a cat in the snow", "a dog in the snow", {}, ("a cat in the snow", "a dog in the snow")),
+        (
+            "a cat in the snow",
+            "a red cat in the snow",
+            {"red": 2.0},
+            ("a cat in the snow", "a red cat in the snow"),
+        ),
+        (
+            "a red cat in the snow",
+            "a red cat in the snow",
+            {"red": 2.0},
+            ("a cat in the snow", "a red cat in the snow"),
+        ),
+        ("a cat in the snow", "a cat in the snow", {}, None),
+        ("a cat in the snow", "a watercolor of a cat in the snow", {}, None),
     ],
 )
-def test_an_edit_happens_where_the_words_differ_unless_they_say_how_it_is_drawn(
+def test_an_edit_happens_where_the_prompts_differ_unless_that_says_how_it_is_drawn(
     tiny: Backbone,
     source: str,
     target: str,
     weighted: dict[str, float],
-    expected: tuple[list[str], list[str]],
+    expected: tuple[str, str] | None,
 ) -> None:
     tokenizer = tiny.text_encoder.tokenizer
     alignment = align(read_prompt(tokenizer, source), read_prompt(tokenizer, target))
-    found = blended_words(alignment, ("auto",), weighted)
-    assert tuple([word.text for word in side] for side in found) == expected
+    assert told_apart(alignment, weighted) == expected
 
 
 def test_weights_reach_the_picture(inversion: Inversion) -> None:

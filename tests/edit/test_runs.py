@@ -55,7 +55,8 @@ def test_an_edit_leaves_everything_that_it_should(edit: Edit, capsys: pytest.Cap
         *("trajectory.gif", "report.html", "run.json", "README.md", "inversion.safetensors"),
     }
     said = record("runs/edit-photo")
-    assert said["denoiser_evaluations"] == said["of_them_for_the_inversion"] + 2 * 5 == 12
+    looks = 2 * 3  # three prompts at both rungs, for the places where they differ
+    assert said["denoiser_evaluations"] == said["of_them_for_the_inversion"] + looks + 2 * 5 == 18
     assert said["reconstruction_psnr_db"] == said["autoencoder_psnr_db"]
     assert [one["prompt"] for one in said["edits"]] == ["a dog in the snow", "a red cat in the snow"]
     assert said["edits"][0]["psnr_db"] > 0 and "seconds" in said and "peak_memory_mb" in said
@@ -156,7 +157,7 @@ def test_a_dry_run_prints_what_becomes_of_the_words_and_writes_nothing(
 ) -> None:
     assert edit("invert-and-replace", *WORDS, "--dry-run") == 0
     out = capsys.readouterr().out
-    assert "replaced" in out and "where these stand: cat, dog" in out
+    assert "replaced" in out and "where the model sees the two prompts differently" in out
     assert [path.name for path in Path().iterdir()] == ["photo.png"]
 
 
