@@ -19,7 +19,7 @@ app = typer.Typer(
     context_settings={"token_normalize_func": train_cli.hyphens},
 )
 
-Rule = Literal["best-worst", "all"]
+Rule = Literal["best-worst", "all", "same-noise"]
 Sampler = Literal["ddim", "heun", "ancestral"]
 Folder = Annotated[Path, typer.Argument(help="A folder of align sample.")]
 Source = Annotated[str, typer.Argument(help=train_cli.SOURCE_HELP)]
@@ -125,7 +125,11 @@ def rank(
         bool, typer.Option("--pareto", help="Keep only pairs on whose order all scorers agree.")
     ] = False,
     rule: Annotated[
-        Rule, typer.Option("--pairs", help="Of each prompt the best and the worst picture, or all pairs.")
+        Rule,
+        typer.Option(
+            "--pairs",
+            help="Of each prompt the best and the worst picture, all pairs, or near misses with their twins.",
+        ),
     ] = "best-worst",
     margin: Annotated[
         float,

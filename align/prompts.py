@@ -1,4 +1,4 @@
-"""Prompt files: a prompt on each line, or JSON lines with a `prompt` and perhaps a `category`."""
+"""Prompt files: a prompt on each line, or JSON lines with a `prompt` and perhaps a `category` and `near` misses."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ from backbone.console import UserError
 
 @dataclass(frozen=True)
 class Prompt:
-    """What to draw, and the group that it is counted in."""
+    """What to draw, the group that it is counted in, and near misses: prompts whose pictures compete with its own.
+
+    “a horse in a park” is a near miss of “a horse wearing a crown in a park”: drawn from the same noise, its picture
+    differs by the crown alone.
+    """
 
     text: str
     category: str = ""
+    near: tuple[str, ...] = ()
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -82,4 +87,8 @@ def _from_json(line: str) -> Prompt | None:
     text = value.get("prompt") if isinstance(value, dict) else None
     if not isinstance(text, str) or not text.strip():
         return None
-    return Prompt(" ".join(text.split()), str(value.get("category") or ""))
+    near = value.get("near") or []
+    if not isinstance(near, list) or not all(isinstance(one, str) and one.strip() for one in near):
+        return None
+    tidy = tuple(" ".join(one.split()) for one in near)
+    return Prompt(" ".join(text.split()), str(value.get("category") or ""), tidy)

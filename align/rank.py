@@ -7,20 +7,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from align.pairs import RANKING, SAMPLES, SCORES
 from align.prompts import Prompt, without_tokens
-from align.samples import read_samples
+from align.samples import picture_name, read_samples, shot, shots
 from align.scoring import open_judge, together
 from backbone.console import UserError, progress
 from backbone.files import read_json, write_json, write_text
 from backbone.images import Picture, check, open_rgb
 
-Rule = Literal["best-worst", "all"]
+Rule = Literal["best-worst", "all", "same-noise"]
+Match: TypeAlias = tuple[int, int]
+"""Rows of two pictures that are compared."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,10 @@ def rank(
 ) -> int:
     """Scores a pairs folder's pictures, writes `scores.json` and `ranking.jsonl`, and gives the number of pairs.
 
-    `margin` is the least difference that makes a pair; of several scorers, in standard deviations of their weighted
-    sum. With `agree` only pairs on whose order all scorers agree are kept (a Pareto order).
+    `rule` pairs each prompt's best picture with its worst, or all of them, or each near miss with the prompt's own
+    picture from the same noise, whichever of the two is better. `margin` is the least difference that makes a pair; of
+    several scorers, in standard deviations of their weighted sum. With `agree` only pairs on whose order all scorers
+    agree are kept (a Pareto order).
     """
     began = time.perf_counter()
     prompts, pictures = read_samples(folder)
@@ -56,7 +60,8 @@ def rank(
     found = {scorer: scores_of(folder, scorer, read, files) for scorer in dict.fromkeys(scorers)}
     each = list(found.values())
     total = each[0] if len(each) == 1 else together(each, list(weights) or [1.0] * len(each))
-    pairs = list(paired(files, total, each if agree else [], rule=rule, margin=margin))
+    every = list(twins(prompts, files, folder) if rule == "same-noise" else matched(files, total, rule))
+    pairs = list(preferred(files, every, total, each if agree else [], margin=margin))
     if not pairs:
         raise UserError(
             f"No two pictures of a prompt in {folder} differ by more than {margin:g}. Lower --margin, or draw more "
@@ -87,28 +92,48 @@ def scores_of(
     return torch.cat(parts)
 
 
-def paired(
-    files: Sequence[tuple[int, str]],
-    total: Tensor,
-    each: Sequence[Tensor] = (),
-    *,
-    rule: Rule = "best-worst",
-    margin: float = 0.0,
-) -> Iterator[Ranked]:
-    """The pairs of each prompt: its best against its worst picture, or all that differ by more than the margin.
-
-    `each` holds single scorers' numbers that must agree on a pair's order.
-    """
+def matched(files: Sequence[tuple[int, str]], total: Tensor, rule: Rule = "best-worst") -> Iterator[Match]:
+    """Rows of each prompt's pictures that meet: its best and its worst, or all, two and two."""
     rows: dict[int, list[int]] = {}
     for row, (i, _) in enumerate(files):
         rows.setdefault(i, []).append(row)
-    for i, own in rows.items():
+    for own in rows.values():
         ordered = sorted(own, key=lambda row: -float(total[row]))
-        candidates = [(ordered[0], ordered[-1])] if rule == "best-worst" else list(combinations(ordered, 2))
-        for better, worse in candidates:
-            difference = float(total[better] - total[worse])
-            if difference > margin and all(float(one[better]) > float(one[worse]) for one in each):
-                yield Ranked(i, files[better][1], files[worse][1], difference)
+        yield from [(ordered[0], ordered[-1])] if rule == "best-worst" else combinations(ordered, 2)
+
+
+def twins(prompts: Sequence[Prompt], files: Sequence[tuple[int, str]], folder: Path) -> Iterator[Match]:
+    """Rows of each near miss and of the prompt's own picture from the same noise, where both are there."""
+    per_prompt = int(read_json(folder / SAMPLES)["per_prompt"])
+    rows = {name: row for row, (_, name) in enumerate(files)}
+    if not any(prompt.near for prompt in prompts):
+        raise UserError(
+            f"{folder} was drawn without near misses. Give some prompts a list `near`, or choose other --pairs."
+        )
+    for i, prompt in enumerate(prompts):
+        for j in range(per_prompt, shots(prompt, per_prompt)):
+            own, near = picture_name(i, shot(prompt, j, per_prompt)[1]), picture_name(i, j)
+            if own in rows and near in rows:
+                yield rows[own], rows[near]
+
+
+def preferred(
+    files: Sequence[tuple[int, str]],
+    matches: Sequence[Match],
+    total: Tensor,
+    each: Sequence[Tensor] = (),
+    *,
+    margin: float = 0.0,
+) -> Iterator[Ranked]:
+    """The pairs of those that met: the better picture and the worse, where they differ by more than the margin.
+
+    `each` holds single scorers' numbers that must agree on a pair's order.
+    """
+    for match in matches:
+        better, worse = sorted(match, key=lambda row: -float(total[row]))
+        difference = float(total[better] - total[worse])
+        if difference > margin and all(float(one[better]) > float(one[worse]) for one in each):
+            yield Ranked(files[better][0], files[better][1], files[worse][1], difference)
 
 
 def _line(pair: Ranked, prompts: Sequence[Prompt]) -> str:

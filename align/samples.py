@@ -18,6 +18,21 @@ def picture_name(i: int, j: int) -> str:
     return f"{PICTURES}/p{i:05d}-s{j:02d}.png"
 
 
+def shots(prompt: Prompt, per_prompt: int) -> int:
+    """How many pictures compete for a prompt: its own, and one of each near miss."""
+    return per_prompt + len(prompt.near)
+
+
+def shot(prompt: Prompt, j: int, per_prompt: int) -> tuple[str, int]:
+    """What picture j of a prompt shows, and which sample's noise it is drawn from.
+
+    Behind the prompt's own pictures 0 … per_prompt − 1 stand its near misses, from the noise of those in turn.
+    """
+    if j < per_prompt:
+        return prompt.text, j
+    return prompt.near[j - per_prompt], (j - per_prompt) % per_prompt
+
+
 def read_samples(folder: Path) -> tuple[list[Prompt], list[list[str]]]:
     """The prompts of a pairs folder and, for each, the pictures that are there already.
 
@@ -31,9 +46,16 @@ def read_samples(folder: Path) -> tuple[list[Prompt], list[list[str]]]:
     said = read_json(path)
     if not isinstance(said, dict) or said.get("format") != FORMAT:
         raise UserError(f"{path} is not a list of samples that this version reads. Draw them again.")
-    prompts = [Prompt(str(entry["prompt"]), str(entry.get("category", ""))) for entry in said["prompts"]]
+    prompts = [
+        Prompt(str(entry["prompt"]), str(entry.get("category", "")), tuple(entry.get("near", ())))
+        for entry in said["prompts"]
+    ]
     pictures = [
-        [name for j in range(int(said["per_prompt"])) if (folder / (name := picture_name(i, j))).exists()]
+        [
+            name
+            for j in range(shots(prompts[i], int(said["per_prompt"])))
+            if (folder / (name := picture_name(i, j))).exists()
+        ]
         for i in range(len(prompts))
     ]
     if all(len(names) < 2 for names in pictures):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +13,8 @@ from PIL import Image
 
 from align.pairs import SAMPLES
 from align.prompts import Prompt
-from align.samples import FORMAT, picture_name
+from align.samples import FORMAT, picture_name, shot, shots
+from backbone import processes
 from backbone.concept import Concept, described, read_concept, spoken
 from backbone.console import UserError, progress
 from backbone.files import content_hash, read_json, write_json
@@ -61,8 +63,10 @@ def sample_pairs(
     Raises `UserError` when the folder was begun with other settings: its pictures could not be told from these.
     """
     began = time.perf_counter()
+    processes.join(device)
     learned = [read_concept(folder) for folder in concepts]
-    for prompt in [*(prompt.text for prompt in prompts), drawing.negative]:
+    said = [text for prompt in prompts for text in (prompt.text, *prompt.near)]
+    for prompt in [*said, drawing.negative]:
         if learned:
             spoken(prompt, learned)
     backbone = Backbone.open(
@@ -70,26 +74,33 @@ def sample_pairs(
     )
     drawing = drawing.settled(backbone)
     facts = _facts(backbone, learned, prompts, per_prompt, drawing)
-    _claim(out, facts)
+    with processes.writer_first():
+        _claim(out, facts)
     missing = [
         (i, j)
         for i in range(len(prompts))
-        for j in range(per_prompt)
+        for j in range(shots(prompts[i], per_prompt))
         if not (out / picture_name(i, j)).exists()
     ]
+    processes.barrier()  # now every process knows what is missing
     if missing:
         put_on(backbone, learned)
-        with progress(len(missing), "drawing") as bar:
-            drawn = draw(backbone, prompts, missing, drawing, learned)
-            for (i, j), picture in zip(missing, drawn, strict=True):
-                text = {"prompt": prompts[i].text, "seed": str(drawing.seed), "sample": str(j)}
+        own = processes.spread(missing, batch=drawing.batch)
+        with progress(len(own), "drawing") as bar:
+            drawn = draw(backbone, prompts, own, drawing, learned, per_prompt=per_prompt)
+            for (i, j), picture in zip(own, drawn, strict=True):
+                text = {
+                    "prompt": shot(prompts[i], j, per_prompt)[0],
+                    "seed": str(drawing.seed),
+                    "sample": str(j),
+                }
                 save_png(out / picture_name(i, j), picture, text=text)
                 bar.advance(images=1)
-    before = read_json(out / SAMPLES).get("seconds", 0.0)
-    write_json(
-        out / SAMPLES,
-        {**facts, "seconds": round(before + time.perf_counter() - began, 2), "versions": versions()},
-    )
+    processes.barrier()  # now all pictures are there
+    if processes.is_writer():
+        seconds = read_json(out / SAMPLES).get("seconds", 0.0) + time.perf_counter() - began
+        write_json(out / SAMPLES, {**facts, "seconds": round(seconds, 2), "versions": versions()})
+    processes.leave()
     return len(missing)
 
 
@@ -99,10 +110,13 @@ def draw(
     keys: Sequence[tuple[int, int]],
     drawing: Drawing,
     concepts: Sequence[Concept] = (),
+    *,
+    per_prompt: int = sys.maxsize,
 ) -> Iterator[Image.Image]:
-    """The pictures (prompt number, sample number), in order."""
+    """The pictures (prompt number, sample number), in order; samples from `per_prompt` on are near misses."""
     negative = _said(drawing.negative, concepts)
-    requests = [Request(_said(prompts[i].text, concepts), (i, j), negative) for i, j in keys]
+    asked = [(i, *shot(prompts[i], j, per_prompt)) for i, j in keys]
+    requests = [Request(_said(text, concepts), (i, noise), negative) for i, text, noise in asked]
     assert drawing.steps is not None and drawing.guidance is not None
     return sample(
         model,
@@ -129,8 +143,13 @@ def _facts(
         ],
         "drawing": {name: value for name, value in asdict(drawing).items() if name != "batch"},
         "per_prompt": per_prompt,
-        "prompts": [{"prompt": prompt.text, "category": prompt.category} for prompt in prompts],
+        "prompts": [_described(prompt) for prompt in prompts],
     }
+
+
+def _described(prompt: Prompt) -> dict[str, Any]:
+    near = {"near": list(prompt.near)} if prompt.near else {}
+    return {"prompt": prompt.text, "category": prompt.category, **near}
 
 
 def _claim(out: Path, facts: dict[str, Any]) -> None:

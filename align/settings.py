@@ -19,6 +19,17 @@ LOSSES = (*PAIR_LOSSES, *REWARD_LOSSES)
 REFERENCES = ("bank", "live", "copy")
 WEIGHTINGS = ("none", "min-snr", "debiased")  # `align.train.LEVEL_WEIGHTS` has their functions
 BETAS = {"mapo": 500.0}  # where 2000 is not what the loss's authors use
+BY_MODEL = (  # what `align` in a model's `atelier.json` may say, so that a repeating command always does
+    "beta",
+    "loss_weighting",
+    "least_noise",
+    "steps",
+    "batch",
+    "learning_rate",
+    "rank",
+    "lora_alpha",
+    "lora_layers",
+)
 FLAGS = {"batch": "train_batch_size", "loss": "loss_type", "beta": "beta_dpo"}
 
 
@@ -91,6 +102,11 @@ class Settings:
     guidance: float = -1.0
     precision: str = "auto"
     device: str = "auto"
+    quantize: str = ""
+    cpu_offload: float = 0.0
+    vae_tiling: bool = False
+    text_on_cpu: bool = False
+    one_by_one: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -157,6 +173,8 @@ def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
         "lora_layers": usual.get("lora_layers", "attention"),
         **usual.get("align", {}),
     }
+    if asked.get("loss") in BETAS:
+        from_model.pop("beta", None)  # which was chosen for another loss
     merged = {**from_model, **{name: value for name, value in asked.items() if value is not None}}
     merged.setdefault("lora_alpha", float(merged["rank"]))
     merged.setdefault("beta", BETAS.get(merged.get("loss", "dpo"), 2000.0))
@@ -184,13 +202,14 @@ def read_settings(run: Path) -> Settings:
 
 
 def as_command(settings: Settings, out: Path) -> str:
-    """The command that repeats a run."""
+    """The command that repeats a run, whatever is usual for its model by then."""
     words = ["align train", *([shlex.quote(settings.pairs)] if settings.pairs else [])]
     usual = Settings(pairs="")
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         flag = "--" + FLAGS.get(field.name, field.name).replace("_", "-")
-        if field.name == "pairs" or value == getattr(usual, field.name):
+        usually = field.name not in BY_MODEL and value == getattr(usual, field.name)
+        if field.name == "pairs" or usually:
             continue
         if field.name == "concepts":
             words += [f"--concept {shlex.quote(concept)}" for concept in value]

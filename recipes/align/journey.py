@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +71,14 @@ def scenes(
 
 
 def hard(scene: Scene) -> bool:
-    """Two of these at once, none of them small or in a style: two different things, a colour, an accessory.
-
-    `moji` draws each alone mostly right; together, the colour of one thing spills over the other, or hides it.
-    """
+    """A coloured thing that wears something, not small and in no style: `moji` often forgets one of the two."""
     first = scene.things[0]
-    asked = (len(scene.things) == 2, bool(first.colour), bool(first.accessory))
-    return scene.style is None and not first.small and sum(asked) >= 2
+    return bool(scene.style is None and not first.small and first.colour and first.accessory)
+
+
+def crowded(scene: Scene) -> bool:
+    """Two different things, one of them coloured, in no style."""
+    return bool(scene.style is None and len(scene.things) == 2 and scene.things[0].colour)
 
 
 def plain(scene: Scene) -> bool:
@@ -90,14 +91,27 @@ def kind(scene: Scene) -> str:
     if len(scene.things) == 2:
         return "two things"
     if scene.things[0].accessory:
-        return "an accessory"
+        return scene.things[0].accessory
     return "a colour" if scene.things[0].colour else "two of a kind" if scene.pair else "one thing"
 
 
-def write_prompts(path: Path, chosen: Sequence[Scene]) -> Path:
-    """A prompt file with categories."""
-    lines = [json.dumps({"prompt": scene.caption(), "category": kind(scene)}) for scene in chosen]
-    write_text(path, "\n".join(lines) + "\n")
+def near_misses(scene: Scene) -> tuple[str, ...]:
+    """The captions that say one thing less: without the colour, the accessory, or the second thing."""
+    first, *second = scene.things
+    less = [
+        *([(replace(first, colour=None), *second)] if first.colour else []),
+        *([(replace(first, accessory=None), *second)] if first.accessory else []),
+        *([(first,)] if second else []),
+    ]
+    return tuple(replace(scene, things=things).caption() for things in less)
+
+
+def write_prompts(path: Path, chosen: Sequence[Scene], *, near: bool = False) -> Path:
+    """A prompt file with categories, and with near misses where they are to be drawn too."""
+    lines: list[dict[str, Any]] = [{"prompt": scene.caption(), "category": kind(scene)} for scene in chosen]
+    if near:
+        lines = [{**line, "near": near_misses(scene)} for line, scene in zip(lines, chosen, strict=True)]
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
     return path
 
 
@@ -140,17 +154,22 @@ def drawn_and_ranked(
     model: str,
     per_prompt: int,
     scorer: str | Path,
+    rule: str = "best-worst",
     margin: float = 0.0,
 ) -> tuple[Path, dict[str, float]]:
     """The pairs folder of these scenes, and the seconds that drawing and ranking took; done only once."""
     folder, steps = out / "pairs", out / "steps"
-    prompts = write_prompts(out / "prompts.jsonl", chosen)
+    prompts = write_prompts(out / "prompts.jsonl", chosen, near=rule == "same-noise")
+    if (folder / SAMPLES).exists() and len(read_json(folder / SAMPLES)["prompts"]) != len(chosen):
+        raise UserError(f"{folder} has the pictures of other prompts. Choose another --out.")
     drawing = once(
         steps / "sampling.json", folder / SAMPLES,
         "sample", "--prompts", prompts, "--per-prompt", per_prompt, "--model", model, "--out", folder,
     )  # fmt: skip
-    flags = ("--margin", margin) if margin else ()
-    ranking = once(steps / "ranking.json", folder / RANKING, "rank", folder, "--scorer", scorer, *flags)
+    ranking = once(
+        steps / "ranking.json", folder / RANKING,
+        "rank", folder, "--scorer", scorer, "--pairs", rule, "--margin", margin,
+    )  # fmt: skip
     return folder, {"sampling": drawing, "ranking": ranking}
 
 
@@ -206,6 +225,11 @@ def compared(
         wins={scorer: Interval(**sides["tuned"]["rate"]) for scorer, sides in result["wins"].items()},
         diversity=spread["tuned"] / spread["base"] if spread else float("nan"),
     )
+
+
+def base_of(folder: Path) -> Path | None:
+    """The base's pictures that an earlier comparison in this folder has drawn; None before the first."""
+    return next(iter(sorted(folder.glob("*/base"))), None)
 
 
 def all_right(scene: Scene, seen: Verdict) -> bool:

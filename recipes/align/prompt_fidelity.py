@@ -3,27 +3,36 @@
     python -m recipes.align.prompt_fidelity            sampling and ranking, then each training; times in the table
     python -m recipes.align.prompt_fidelity --loss-type dpo --loss-type ipo --loss-type kto --loss-type mapo
         --loss-type sft --loss-type sdpo               the losses under one budget, on the same pairs
+    python -m recipes.align.prompt_fidelity --prompts-of crowded --out build/recipes/crowded
 
-Hard prompts name two different things, a colour or an accessory. `moji` draws four pictures of each, its scorer ranks
-them, and the best and the worst become a pair. It should show: the judge's all-right share on held-out prompts rises
-by 8 points or more with an interval clear of zero, and diversity stays above 0.9 of the base's.
+A hard prompt names a coloured thing that wears something. `moji` draws eight pictures of each, its scorer ranks them,
+and the best and the worst become a pair where their scores differ by more than the margin. Both the kind of prompt and
+the margin were chosen on training prompts, by how often the scorer's order is the judge's: of pictures of two different
+things (`--prompts-of crowded`) it cannot tell the right ones (`benchmarks/results/align.md`). It should show: the
+judge's all-right share on held-out prompts rises by 8 points or more with an interval clear of zero, and diversity
+stays above 0.9 of the base's. --development judges by other prompts, on which settings are chosen.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from backbone.console import run, say
 from backbone.files import write_json, write_text
+from backbone.world.scene import Scene
 from benchmarks.judge import load_judge
 from recipes.align.journey import (
+    DEVELOPMENT_PROMPTS,
     HELD_OUT_PROMPTS,
     TRAINING_PROMPTS,
     Found,
+    base_of,
     compared,
+    crowded,
     drawn_and_ranked,
     hard,
     scenes,
@@ -31,43 +40,56 @@ from recipes.align.journey import (
     trained,
 )
 
+Kind = Literal["hard", "crowded"]
+KINDS: dict[Kind, Callable[[Scene], bool]] = {"hard": hard, "crowded": crowded}
 SAFEGUARDED = {"sdpo": ("dpo", "--safeguard", "0.9")}  # Diffusion-SDPO is DPO with its safeguard
 
 
 def main(
-    pairs: Annotated[int, typer.Option(min=2, help="Prompts, so at most so many pairs.")] = 400,
-    per_prompt: Annotated[int, typer.Option(min=2, help="Pictures of each.")] = 4,
+    prompts_of: Annotated[Kind, typer.Option(help="What is hard about the prompts.")] = "hard",
+    pairs: Annotated[int, typer.Option(min=2, help="Prompts, so at most so many pairs.")] = 300,
+    per_prompt: Annotated[int, typer.Option(min=2, help="Pictures of each.")] = 8,
     scorer: Annotated[str, typer.Option(help="What ranks them.")] = "moji",
-    margin: Annotated[float, typer.Option(min=0, help="Pairs that differ by no more are left out.")] = 0.0,
+    rule: Annotated[
+        str, typer.Option("--pairs-of", help="best-worst, all, or same-noise: near misses with their twins.")
+    ] = "best-worst",
+    margin: Annotated[float, typer.Option(min=0, help="Pairs that differ by no more are left out.")] = 0.06,
     loss: Annotated[
         list[str] | None,
         typer.Option("--loss-type", help="Repeatable; sdpo is dpo with the safeguard.", show_default="dpo"),
     ] = None,
     held_out: Annotated[int, typer.Option(min=2, help="Prompts to judge by, two pictures of each.")] = 300,
     flags: Annotated[str, typer.Option(help="More flags for align train, in one string.")] = "",
+    name: Annotated[str, typer.Option(help="Of runs with other flags, on the same pairs.")] = "",
+    development: Annotated[
+        bool, typer.Option("--development", help="Judge by the prompts that settings are chosen on.")
+    ] = False,
     model: Annotated[str, typer.Option(help="moji, or a diffusers folder.")] = "moji",
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("build/recipes/prompt_fidelity"),
 ) -> None:
     """Draws, ranks, trains once for each loss, compares, and writes the table."""
     judge = load_judge()
-    learn = scenes(TRAINING_PROMPTS, pairs, hard)
-    test = scenes(HELD_OUT_PROMPTS, held_out, hard, without=learn)
+    wanted = KINDS[prompts_of]
+    learn = scenes(TRAINING_PROMPTS, pairs, wanted)
+    seeds, where = (DEVELOPMENT_PROMPTS, "development") if development else (HELD_OUT_PROMPTS, "compare")
+    test = scenes(seeds, held_out, wanted, without=learn)
     folder, seconds = drawn_and_ranked(
-        out, learn, model=model, per_prompt=per_prompt, scorer=scorer, margin=margin
+        out, learn, model=model, per_prompt=per_prompt, scorer=scorer, rule=rule, margin=margin
     )
     rows: list[tuple[str, Found, dict[str, object]]] = []
-    base = None
-    for name in loss or ["dpo"]:
-        kind, *more = SAFEGUARDED.get(name, (name,))
+    base = base_of(out / where)
+    for which in loss or ["dpo"]:
+        kind, *more = SAFEGUARDED.get(which, (which,))
+        label = f"{which}-{name}" if name else which
         run_folder, training = trained(
-            out, name, folder, "--model", model, "--loss-type", kind, *more, *flags.split()
+            out, label, folder, "--model", model, "--loss-type", kind, *more, *flags.split()
         )
         found = compared(
-            run_folder, test, judge, model=model, per_prompt=2, scorers=["moji"], out=out / "compare" / name,
+            run_folder, test, judge, model=model, per_prompt=2, scorers=["moji"], out=out / where / label,
             base_pictures=base,
         )  # fmt: skip
-        base = base or out / "compare" / name / "base"
-        rows.append((name, found, {**seconds, "training": training}))
+        base = base or out / where / label / "base"
+        rows.append((label, found, {**seconds, "training": training}))
         write_text(out / "table.md", table(rows))
         write_json(out / "table.json", {"rows": rows, "flags": flags, "pairs": pairs, "held_out": held_out})
     print(table(rows))

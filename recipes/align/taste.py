@@ -15,13 +15,15 @@ from typing import Annotated
 
 import typer
 
-from backbone.console import run, say
+from backbone.console import UserError, run, say
 from backbone.files import write_json, write_text
 from benchmarks.judge import load_judge
 from recipes.align.journey import (
+    DEVELOPMENT_PROMPTS,
     HELD_OUT_PROMPTS,
     TRAINING_PROMPTS,
     Found,
+    base_of,
     compared,
     drawn_and_ranked,
     plain,
@@ -38,32 +40,46 @@ def main(
         list[int] | None,
         typer.Option(min=2, help="How many pairs to learn from; repeatable.", show_default="500"),
     ] = None,
+    prompts: Annotated[int, typer.Option(min=2, help="How many to draw; the pairs are of the first.")] = 500,
     per_prompt: Annotated[int, typer.Option(min=2, help="Pictures of each prompt.")] = 4,
     loss: Annotated[str, typer.Option("--loss-type")] = "dpo",
     held_out: Annotated[int, typer.Option(min=2, help="Prompts to judge by, two pictures of each.")] = 500,
     flags: Annotated[str, typer.Option(help="More flags for align train, in one string.")] = "",
+    name: Annotated[str, typer.Option(help="Of runs with other flags, on the same pairs.")] = "",
+    development: Annotated[
+        bool, typer.Option("--development", help="Judge by the prompts that settings are chosen on.")
+    ] = False,
     model: Annotated[str, typer.Option(help="moji, or a diffusers folder.")] = "moji",
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("build/recipes/taste"),
 ) -> None:
     """Draws, ranks by warmth, trains on each number of pairs, compares, and writes the table."""
     judge, sizes = load_judge(), pairs or [500]
-    learn = scenes(TRAINING_PROMPTS, max(sizes), plain)
-    test = scenes(HELD_OUT_PROMPTS, held_out, plain, without=learn)
+    if max(sizes) > prompts:
+        raise UserError(f"{prompts} prompts do not make {max(sizes)} pairs. Raise --prompts.")
+    learn = scenes(TRAINING_PROMPTS, prompts, plain)
+    seeds, where = (DEVELOPMENT_PROMPTS, "development") if development else (HELD_OUT_PROMPTS, "compare")
+    test = scenes(seeds, held_out, plain, without=learn)
     folder, seconds = drawn_and_ranked(out, learn, model=model, per_prompt=per_prompt, scorer=WARM)
     rows: list[tuple[str, Found, dict[str, object]]] = []
-    base = None
+    base = base_of(out / where)
     for count in sizes:
         limit = ("--limit", count, "--held-out", 0.1, "--loss-type", loss)
         run_folder, training = trained(
-            out, f"{loss}-{count}", folder, "--model", model, *limit, *flags.split()
+            out,
+            "-".join(filter(None, (loss, str(count), name))),
+            folder,
+            "--model",
+            model,
+            *limit,
+            *flags.split(),
         )
-        where = out / "compare" / run_folder.name
+        place = out / where / run_folder.name
         found = compared(
-            run_folder, test, judge, model=model, per_prompt=2, scorers=[str(WARM), "moji"], out=where,
+            run_folder, test, judge, model=model, per_prompt=2, scorers=[str(WARM), "moji"], out=place,
             base_pictures=base,
         )  # fmt: skip
-        base = base or where / "base"
-        share = count / max(sizes)  # of the drawing and the ranking, which all sizes have in common
+        base = base or place / "base"
+        share = count / prompts  # of the drawing and the ranking, which all sizes have in common
         took = {name: share * value for name, value in seconds.items()}
         rows.append((f"{count} pairs", found, {**took, "training": training}))
         write_text(out / "table.md", table(rows))

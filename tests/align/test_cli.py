@@ -12,9 +12,11 @@ import pytest
 
 from align.cli import app
 from align.pairs import read
+from align.samples import picture_name
 from align.settings import read_settings
 from backbone.concept import read_concept
 from backbone.files import read_json
+from backbone.images import open_rgb
 from backbone.model import Backbone
 from tests.align.conftest import BRIGHT, FIVE, TRAIN, align, picture, refused, write_lines
 
@@ -122,6 +124,24 @@ def test_several_scorers_are_weighed_or_must_agree(drawn: Path, bright: Path, tm
         json.loads(line)["chosen"] for line in (folder / "ranking.jsonl").read_text().splitlines()
     ]
     assert "No two pictures" in refused("rank", folder, "--scorer", bright, "--scorer", dark, "--pareto")
+
+
+def test_near_misses_are_drawn_from_the_prompt_s_own_noise_and_meet_it(
+    tmp_path: Path, tiny_folder: Path, bright: Path, drawn: Path
+) -> None:
+    prompts, folder = tmp_path / "prompts.jsonl", tmp_path / "pairs"
+    lines = [{"prompt": "a red dog", "near": ["a red dog", "a dog"]}, {"prompt": "a cat"}]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    model = ("--model", tiny_folder, "--precision", "fp32", "--device", "cpu", "--steps", 2)
+    align("sample", "--prompts", prompts, "--per-prompt", 1, "--out", folder, *model)
+    own, same, other = (open_rgb(folder / picture_name(0, j)).tobytes() for j in range(3))
+    assert same == own  # who says the same thing draws the same picture
+    assert other != own
+    assert not (folder / picture_name(1, 1)).exists()
+    align("rank", folder, "--scorer", bright, "--pairs", "same-noise")
+    (pair,) = read(folder).pairs
+    assert {picture.path.name for picture in pair.pictures} == {"p00000-s00.png", "p00000-s02.png"}
+    assert "without near misses" in refused("rank", drawn, "--scorer", bright, "--pairs", "same-noise")
 
 
 def test_underscores_serve_as_hyphens() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from align.rank import paired
+from align.prompts import Prompt
+from align.rank import Ranked, Rule, matched, preferred, twins
+from align.samples import picture_name, shot
 from align.scoring import open_judge, together
 from backbone.console import UserError
+from backbone.files import write_json
 
 RED, BLUE = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
 
@@ -71,20 +75,44 @@ def test_scores_of_different_scales_are_brought_to_one() -> None:
 FILES = [(0, "a"), (0, "b"), (0, "c"), (1, "d"), (1, "e")]
 
 
+def paired(
+    total: torch.Tensor, each: Sequence[torch.Tensor] = (), *, rule: Rule = "best-worst", margin: float = 0.0
+) -> list[Ranked]:
+    return list(preferred(FILES, list(matched(FILES, total, rule)), total, each, margin=margin))
+
+
 def test_of_each_prompt_the_best_meets_the_worst() -> None:
-    pairs = list(paired(FILES, torch.tensor([1.0, 3.0, 2.0, 5.0, 5.0])))
+    pairs = paired(torch.tensor([1.0, 3.0, 2.0, 5.0, 5.0]))
     assert [(pair.prompt, pair.chosen, pair.rejected, pair.margin) for pair in pairs] == [(0, "b", "a", 2.0)]
 
 
 def test_all_pairs_beyond_the_margin() -> None:
-    pairs = list(paired(FILES, torch.tensor([1.0, 3.0, 2.0, 5.0, 5.5]), rule="all", margin=0.9))
+    pairs = paired(torch.tensor([1.0, 3.0, 2.0, 5.0, 5.5]), rule="all", margin=0.9)
     assert {(pair.chosen, pair.rejected) for pair in pairs} == {("b", "c"), ("b", "a"), ("c", "a")}
 
 
 def test_only_pairs_on_which_all_agree() -> None:
     one, other = torch.tensor([1.0, 3.0, 2.0, 1.0, 2.0]), torch.tensor([1.0, 2.0, 9.0, 2.0, 1.0])
-    pairs = list(paired(FILES, one + other, [one, other], rule="all"))
+    pairs = paired(one + other, [one, other], rule="all")
     assert {(pair.chosen, pair.rejected) for pair in pairs} == {("b", "a"), ("c", "a")}
+
+
+def test_a_near_miss_meets_the_prompt_s_own_picture_from_the_same_noise(tmp_path: Path) -> None:
+    prompts = [Prompt("a dog", near=("a cat", "an owl", "a cow")), Prompt("a fox")]
+    write_json(tmp_path / "samples.json", {"per_prompt": 2})
+    assert [shot(prompts[0], j, 2) for j in range(5)] == [
+        ("a dog", 0), ("a dog", 1), ("a cat", 0), ("an owl", 1), ("a cow", 0),
+    ]  # fmt: skip
+    files = [(0, picture_name(0, j)) for j in (0, 1, 2, 3)] + [(1, picture_name(1, j)) for j in (0, 1)]
+    met = list(twins(prompts, files, tmp_path))
+    assert met == [(0, 2), (1, 3)]  # the fifth picture is not drawn yet
+    pairs = list(preferred(files, met, torch.tensor([3.0, 1.0, 2.0, 4.0, 0.0, 9.0])))
+    assert [(pair.chosen, pair.rejected) for pair in pairs] == [
+        (picture_name(0, 0), picture_name(0, 2)),
+        (picture_name(0, 3), picture_name(0, 1)),  # the scorer has the last word
+    ]
+    with pytest.raises(UserError, match="without near misses"):
+        list(twins(prompts[1:], files, tmp_path))
 
 
 def test_warmth_is_red_minus_blue() -> None:

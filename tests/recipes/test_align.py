@@ -12,7 +12,7 @@ from align.prompts import read_prompts
 from backbone.console import UserError
 from backbone.statistics import Interval
 from backbone.world.scene import Scene
-from backbone.world.words import Thing
+from backbone.world.words import Thing, vocabulary
 from benchmarks.judge import ONE, TWO_DIFFERENT, Verdict
 from recipes.align import journey
 from recipes.align.journey import (
@@ -20,8 +20,10 @@ from recipes.align.journey import (
     TRAINING_PROMPTS,
     Found,
     all_right,
+    crowded,
     hard,
     kind,
+    near_misses,
     plain,
     scenes,
     table,
@@ -47,7 +49,7 @@ def test_held_out_prompts_are_other_sentences() -> None:
 
 def test_prompts_are_written_with_their_categories(tmp_path: Path) -> None:
     chosen = scenes(TRAINING_PROMPTS, 100, hard)
-    assert {kind(scene) for scene in chosen} == {"two things", "an accessory"}
+    assert {kind(scene) for scene in chosen} == set(vocabulary().accessories)
     path = write_prompts(tmp_path / "prompts.jsonl", chosen)
     assert [prompt.text for prompt in read_prompts(path)] == [scene.caption() for scene in chosen]
     assert all(scene.style is None for scene in scenes(TRAINING_PROMPTS, 100, plain))
@@ -126,10 +128,27 @@ def test_a_step_runs_once_and_again_only_where_it_was_not_finished(
         journey.once(record, product, "train", "others")
 
 
-def test_hard_prompts_ask_for_two_things_at_once() -> None:
-    dog, red = Thing("dog"), Thing("dog", colour="red")
-    assert hard(Scene((red, Thing("cat")), "in the snow"))
-    assert hard(Scene((Thing("dog", colour="red", accessory="crown"),), "in the snow"))
-    assert not hard(Scene((dog, Thing("cat")), "in the snow"))
-    assert not hard(Scene((red,), "in the snow"))
-    assert not hard(Scene((red, Thing("cat")), "in the snow", "a neon drawing of"))
+def test_hard_prompts_ask_for_a_colour_and_an_accessory() -> None:
+    dog, worn = Thing("dog", colour="red"), Thing("dog", colour="red", accessory="a crown")
+    assert hard(Scene((worn,), "in the snow"))
+    assert not hard(Scene((dog,), "in the snow")) and not hard(
+        Scene((worn,), "in the snow", "a neon drawing of")
+    )
+    assert crowded(Scene((dog, Thing("cat")), "in the snow"))
+    assert not crowded(Scene((Thing("dog"), Thing("cat")), "in the snow"))
+
+
+def test_near_misses_say_one_thing_less() -> None:
+    scene = Scene((Thing("dog", colour="red"), Thing("cat")), "in the snow")
+    assert near_misses(scene) == ("a dog next to a cat in the snow", "a red dog in the snow")
+    scene = Scene((Thing("dog", colour="red", accessory="a crown"),), "in the snow")
+    assert near_misses(scene) == ("a dog wearing a crown in the snow", "a red dog in the snow")
+
+
+def test_near_misses_are_written_where_they_are_drawn(tmp_path: Path) -> None:
+    (scene,) = scenes(TRAINING_PROMPTS, 1, hard)
+    plainly, nearly = (
+        write_prompts(tmp_path / f"{near}.jsonl", [scene], near=near) for near in (False, True)
+    )
+    assert read_prompts(plainly)[0].near == ()
+    assert read_prompts(nearly)[0].near == near_misses(scene)
