@@ -2,7 +2,7 @@
 
     python -m benchmarks.customize                   about an hour on two cores; needs the emoji font
     python -m benchmarks.customize --concepts peacock --concepts canoe
-    python -m benchmarks.customize methods           seven ways to learn, four concepts each
+    python -m benchmarks.customize methods           eight ways to learn, four concepts each
     python -m benchmarks.customize rates             learning rates of two of them, on one concept
 
 Every concept is a glyph that the base has never seen. Its five training pictures are plain renders in five places; the
@@ -50,19 +50,20 @@ METHODS = {
     DEFAULT: "",
     "LoRA, no prior": "--prior off",
     "LoRA, class pictures": "--prior class-images",
+    "LoRA, masks found": "--mask auto",
     "DoRA": "--use_dora",
     "pivotal": "--method pivotal",
     "textual inversion": "--method textual-inversion --words_learning_rate 2e-2",
-    "full weights": "--method full --learning_rate 1e-4",
+    "full weights": "--method full --learning_rate 2e-4",
 }
 RATES = {
     **{
         f"textual inversion at {rate}": f"--method textual-inversion --words_learning_rate {rate}"
-        for rate in ("5e-3", "2e-2", "1e-1")
+        for rate in ("5e-3", "2e-2")
     },
     **{
         f"full weights at {rate}": f"--method full --learning_rate {rate}"
-        for rate in ("3e-5", "1e-4", "3e-4")
+        for rate in ("5e-5", "2e-4")
     },
 }
 SOME = ("lobster", "telescope", "sloth", "fire engine")  # none that a setting was chosen on

@@ -22,6 +22,7 @@ Sampler = Literal["ddim", "heun", "ancestral"]
 Method = Literal["lora", "full", "textual-inversion", "pivotal", "custom-diffusion"]
 Adapter = Literal["lora", "dora", "loha", "lokr"]
 Prior = Literal["base", "class-images", "off"]
+Mask = Literal["files", "auto"]
 Optimizer = Literal["adamw", "adamw8bit", "prodigy"]
 Reports = Literal["jsonl", "tensorboard"]
 Weighting = Literal["none", "min-snr", "debiased"]
@@ -228,6 +229,14 @@ def train(
             "--aspect_buckets", "--enable_bucket", help="Pictures keep their shape (1:2 to 2:1), uncropped."
         ),
     ] = False,
+    mask: Annotated[
+        Mask | None,
+        typer.Option(
+            "--mask",
+            help="auto: for pictures without a mask file, where the model sees the class.",
+            show_default="files",
+        ),
+    ] = None,
     checkpointing_steps: Annotated[
         int | None, typer.Option("--checkpointing_steps", min=1, show_default="100")
     ] = None,
@@ -365,6 +374,7 @@ def train(
             "prior_loss_weight": prior_loss_weight,
             "flip": flip,
             "aspect_buckets": aspect_buckets or None,
+            "mask": mask,
             "checkpointing_steps": checkpointing_steps,
             "validation_steps": validation_steps,
             "evaluation_steps": evaluation_steps,

@@ -46,6 +46,7 @@ from backbone.model import Backbone, Posterior
 from backbone.noise import Kind, Level, add_noise, debiased, min_snr, target
 from backbone.sample import Request, sample_latents
 from customize.learn import OWN_WORDS, changes_denoiser, pieces
+from customize.masks import mask_seen
 from customize.settings import Settings
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -125,6 +126,7 @@ def prepare(model: Backbone, groups: Sequence[Group], settings: Settings) -> Mat
     with processes.writer_first():
         class_text = encoded_prompts(model, classes)
         text = None if trains_text(settings) else encoded_prompts(model, [*prompts, *classes])
+        empty = encoded_prompts(model, [""]) if settings.mask == "auto" else {}
     buckets = buckets_of(posteriors)
     drawn = None
     if preserves(settings) and settings.prior == "class-images":
@@ -138,6 +140,9 @@ def prepare(model: Backbone, groups: Sequence[Group], settings: Settings) -> Mat
     if preserves(settings) and settings.prior == "base":
         with processes.writer_first():
             buckets = [banked(model, bucket, posteriors, class_text, owners, settings) for bucket in buckets]
+    if settings.mask == "auto":
+        with processes.writer_first():
+            masks = found_masks(model, masks, posteriors, class_text, empty, owners)
     share = torch.tensor([1 / owners.count(owner) for owner in owners])
     at_latents = sized(masks, [posterior.mean.shape[-2:] for posterior in posteriors])
     return Material(posteriors, prompts, names, share, at_latents, buckets, classes, drawn, text)
@@ -153,6 +158,22 @@ def encoded_together(
 
     processes.prepared(encode, range(len(pictures)))
     return encoded(model, pictures, flip=flip, sizes=sizes)
+
+
+def found_masks(
+    model: Backbone,
+    masks: Sequence[Tensor | None],
+    posteriors: Sequence[Posterior],
+    text: Text,
+    empty: Text,
+    owners: Sequence[int],
+) -> list[Tensor | None]:
+    """The masks that came with the pictures, and for the others where the base sees the subject's class."""
+    own = [{name: value[owner : owner + 1] for name, value in text.items()} for owner in owners]
+    return [
+        mask_seen(model, posterior, said, empty) if mask is None else mask
+        for mask, posterior, said in zip(masks, posteriors, own, strict=True)
+    ]
 
 
 def sizes_of(pictures: Sequence[Picture], resolution: int) -> list[tuple[int, int]]:

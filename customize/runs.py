@@ -27,11 +27,13 @@ from backbone.sheet import Cell, in_rows, save_png, sheet
 from customize.dreambooth import Group, Training, prepare, preserves, share_of
 from customize.hub import card, push
 from customize.learn import METHODS, OWN_WORDS
+from customize.masks import save_masks
 from customize.settings import FILE, Settings, Subject, as_flags, read_settings
 from customize.watch import Watch
 
 LOG = "log.jsonl"
 SHEET = "sheet.png"
+MASKS = "masks.png"
 
 
 def train_concept(asked: dict[str, Any], subjects: Sequence[Subject], *, out: Path | None) -> Path:
@@ -123,6 +125,8 @@ def carry_on(
     writes = processes.is_writer()
     if writes:
         trim_log(run / LOG, training.done)
+        if settings.mask == "auto":
+            save_masks(run / MASKS, pictures, training.material.masks or [], flip=settings.flip)
     prepared = time.perf_counter()
     previews = Previews(model, settings, concept)
     watch = Watch(run, training, concept, pictures[0])

@@ -91,6 +91,7 @@ class Settings:
     noise_offset: float = 0.0
     flip: bool = False
     aspect_buckets: bool = False
+    mask: str = "files"
     weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
     precision: str = "auto"
