@@ -21,11 +21,12 @@ from typing import Any
 from PIL import Image
 
 from align.compare import picture_name
-from align.pairs import RANKING, SAMPLES, normal
+from align.pairs import RANKING, SAMPLES, SCORES, normal
 from align.runs import SUMMARY
+from align.samples import read_samples
 from align.settings import FILE
 from backbone.console import UserError, say
-from backbone.files import read_json, write_json, write_text
+from backbone.files import read_json, read_jsonl, write_json, write_text
 from backbone.statistics import Interval, bootstrap, wilson
 from backbone.world.scene import Scene, fair, sample_scene
 from benchmarks.judge import Judge, Verdict
@@ -183,6 +184,62 @@ def trained(out: Path, name: str, folder: Path, *flags: object) -> tuple[Path, f
         run / SUMMARY,
         *words,
         again=("train", "--resume", run) if begun else (),
+    )
+
+
+@dataclass(frozen=True)
+class Order:
+    """How far a scorer's order of a prompt's own pictures is the judge's, n pictures. Intervals are over prompts.
+
+    right          the judge's all-right share of all pictures
+    any_right      share of prompts with a right picture: what the best order could find
+    agreement      of two pictures of a prompt, one right and one wrong: how often the right one scores higher
+    best, worst    all-right share of each prompt's best and worst picture by the scorer
+    good, bad      of the pairs that were made, the share whose chosen picture alone is right, and alone wrong
+    """
+
+    n: int
+    right: Interval
+    any_right: float
+    agreement: Interval
+    best: float
+    worst: float
+    pairs: int
+    good: float
+    bad: float
+
+    def __str__(self) -> str:
+        return (
+            f"Of {self.n} pictures {self.right} are all right, and {self.any_right:.0%} of the prompts have one. "
+            f"The scorer puts a right picture above a wrong one in {self.agreement} of cases; its best pictures are "
+            f"right in {self.best:.0%}, its worst in {self.worst:.0%}. Of {self.pairs} pairs {self.good:.0%} prefer a "
+            f"right picture to a wrong one and {self.bad:.0%} the reverse; the others are even for the judge."
+        )
+
+
+def order_of(folder: Path, chosen: Sequence[Scene], judge: Judge) -> Order:
+    """What the judge thinks of a ranked folder's order, prompts' own pictures alone."""
+    _, pictures = read_samples(folder)
+    own = [names[: int(read_json(folder / SAMPLES)["per_prompt"])] for names in pictures]
+    files = [(i, name) for i, names in enumerate(pictures) for name in names]
+    seen = judge.verdicts([Image.open(folder / name).convert("RGB") for _, name in files])
+    right = {
+        name: float(all_right(chosen[i], verdict)) for (i, name), verdict in zip(files, seen, strict=True)
+    }
+    score = {name: sum(each.values()) for name, each in read_json(folder / SCORES)["scores"].items()}
+    met = [[float(score[a] > score[b]) for a in names for b in names if right[a] > right[b]] for names in own]
+    best, worst = ([right[pick(names, key=score.__getitem__)] for names in own] for pick in (max, min))
+    pairs = [(right[pair["chosen"]], right[pair["rejected"]]) for pair in read_jsonl(folder / RANKING)]
+    return Order(
+        n=sum(map(len, own)),
+        right=bootstrap([[right[name] for name in names] for names in own]),
+        any_right=sum(max(right[name] for name in names) for names in own) / len(own),
+        agreement=bootstrap(met),
+        best=sum(best) / len(best),
+        worst=sum(worst) / len(worst),
+        pairs=len(pairs),
+        good=sum(a > b for a, b in pairs) / len(pairs),
+        bad=sum(a < b for a, b in pairs) / len(pairs),
     )
 
 

@@ -35,6 +35,7 @@ from recipes.align.journey import (
     crowded,
     drawn_and_ranked,
     hard,
+    order_of,
     scenes,
     table,
     trained,
@@ -61,6 +62,9 @@ def main(
     held_out: Annotated[int, typer.Option(min=2, help="Prompts to judge by, two pictures of each.")] = 300,
     flags: Annotated[str, typer.Option(help="More flags for align train, in one string.")] = "",
     name: Annotated[str, typer.Option(help="Of runs with other flags, on the same pairs.")] = "",
+    only_rank: Annotated[
+        bool, typer.Option("--only-rank", help="Draw, rank, say how right the order is, and stop.")
+    ] = False,
     development: Annotated[
         bool, typer.Option("--development", help="Judge by the prompts that settings are chosen on.")
     ] = False,
@@ -76,6 +80,11 @@ def main(
     folder, seconds = drawn_and_ranked(
         out, learn, model=model, per_prompt=per_prompt, scorer=scorer, rule=rule, margin=margin
     )
+    order = order_of(folder, learn, judge)
+    say(str(order))
+    write_json(out / "order.json", order)
+    if only_rank:
+        return
     rows: list[tuple[str, Found, dict[str, object]]] = []
     base = base_of(out / where)
     for which in loss or ["dpo"]:
@@ -90,7 +99,7 @@ def main(
         )  # fmt: skip
         base = base or out / where / label / "base"
         rows.append((label, found, {**seconds, "training": training}))
-        write_text(out / "table.md", table(rows))
+        write_text(out / "table.md", f"{table(rows)}\n\n{order}\n")
         write_json(out / "table.json", {"rows": rows, "flags": flags, "pairs": pairs, "held_out": held_out})
     print(table(rows))
     say(f"{out}/table.md holds the table.")

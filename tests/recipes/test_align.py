@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
+from PIL import Image
 
 from align.pairs import normal
 from align.prompts import read_prompts
+from align.samples import picture_name
 from backbone.console import UserError
+from backbone.files import write_json
 from backbone.statistics import Interval
 from backbone.world.scene import Scene
 from backbone.world.words import Thing, vocabulary
-from benchmarks.judge import ONE, TWO_DIFFERENT, Verdict
+from benchmarks.judge import ONE, TWO_DIFFERENT, Judge, Verdict
 from recipes.align import journey
 from recipes.align.journey import (
     HELD_OUT_PROMPTS,
@@ -24,6 +29,7 @@ from recipes.align.journey import (
     hard,
     kind,
     near_misses,
+    order_of,
     plain,
     scenes,
     table,
@@ -88,8 +94,6 @@ def test_a_recipe_opens_with_its_command(recipe: str) -> None:
 
 
 def test_a_table_can_be_written(tmp_path: Path) -> None:
-    from backbone.files import write_json
-
     found = Found(2, *(Interval(0.5, 0.4, 0.6),) * 3, wins={}, diversity=float("nan"))
     write_json(tmp_path / "table.json", {"rows": [("dpo", found, {"sampling": 1.0})]})
     assert json.loads((tmp_path / "table.json").read_text())["rows"][0][1]["n"] == 2
@@ -152,3 +156,33 @@ def test_near_misses_are_written_where_they_are_drawn(tmp_path: Path) -> None:
     )
     assert read_prompts(plainly)[0].near == ()
     assert read_prompts(nearly)[0].near == near_misses(scene)
+
+
+def test_the_order_of_a_folder_is_held_against_the_judge(tmp_path: Path) -> None:
+    """Three red dogs, of which the judge sees two; the scorer ranks one of the two first and the other one last."""
+
+    class Seeing:
+        def verdicts(self, images: Sequence[Image.Image]) -> list[Verdict]:
+            colours = {(255, 0, 0): "red", (0, 0, 255): "blue"}
+            return [verdict({"dog": 1.0}, colour=colours[image.getpixel((0, 0))]) for image in images]
+
+    names = [picture_name(0, j) for j in range(3)]
+    (tmp_path / "pictures").mkdir()
+    for name, colour in zip(names, ("red", "blue", "red"), strict=True):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / name)
+    write_json(
+        tmp_path / "samples.json", {"format": 1, "per_prompt": 3, "prompts": [{"prompt": "a red dog"}]}
+    )
+    scores = dict(zip(names, (0.9, 0.5, 0.1), strict=True))
+    write_json(
+        tmp_path / "scores.json", {"scores": {name: {"moji": value} for name, value in scores.items()}}
+    )
+    lines = [{"chosen": names[0], "rejected": names[1]}, {"chosen": names[1], "rejected": names[2]}]
+    (tmp_path / "ranking.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    scene = Scene((Thing("dog", colour="red"),), "in the snow")
+    found = order_of(tmp_path, [scene], cast(Judge, Seeing()))
+    assert (found.n, found.pairs, found.any_right) == (3, 2, 1.0)
+    assert found.right.value == pytest.approx(2 / 3)
+    assert found.agreement.value == 0.5
+    assert (found.best, found.worst, found.good, found.bad) == (1.0, 1.0, 0.5, 0.5)
+    assert "50%" in str(found)
