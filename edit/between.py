@@ -40,7 +40,7 @@ def between(
     weight = torch.linspace(0, 1, count, device=ends.device)[1:-1]
     texts = encoded_prompts(model, [first.prompt, second.prompt])
     mixed = {
-        name: torch.cat([value, torch.stack([torch.lerp(value[0], value[1], float(w)) for w in weight])])
+        name: torch.cat([value, torch.stack([_between(value[0], value[1], float(w)) for w in weight])])
         for name, value in texts.items()
     }
     predict = model.predictor(mixed)
@@ -57,6 +57,13 @@ def between(
         now = stepped[2:] + (1 - share) * missed[:1] + share * missed[1:]
         progress()
     return torch.cat([ends[:1, -1], now, ends[1:, -1]]), asked
+
+
+def _between(first: Tensor, second: Tensor, share: float) -> Tensor:
+    """Encodings in a line; of masks, what either prompt says."""
+    if not first.is_floating_point():
+        return torch.maximum(first, second)
+    return torch.lerp(first, second, share)
 
 
 def slerp(first: Tensor, second: Tensor, share: float) -> Tensor:

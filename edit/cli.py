@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import shlex
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import typer
 
@@ -72,13 +75,55 @@ Out = Annotated[
     Path | None, typer.Option(help="The run folder to write.", show_default="runs/edit-NAME-OF-PICTURE")
 ]
 
+# Options that many commands have: name → type and default
+OPENING = {
+    "model": (Model, None),
+    "concepts": (Concepts, None),
+    "precision": (Precision, None),
+    "device": (Device, None),
+}
+WALKED = {"steps": (Steps, 50), "seed": (Seed, 0)}
+GUIDED = {"guidance": (Guidance, None), "negative": (Negative, "")}
+JUDGED = {
+    "film": (Film, False),
+    "metrics": (Metrics, True),
+    "scorer": (ScorerFolder, None),
+    "out": (Out, None),
+}
+
+Function = TypeVar("Function", bound=Callable[..., None])
+
+
+def command(name: str, *blocks: Mapping[str, tuple[Any, Any]]) -> Callable[[Function], Function]:
+    """Makes a function a command that has the options of these blocks beside its own; it gets them as `**shared`."""
+
+    def register(function: Function) -> Function:
+        own = inspect.signature(function, eval_str=True).parameters.values()
+        more = [
+            inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+            for block in blocks
+            for option, (kind, default) in block.items()
+        ]
+        every = [*(one for one in own if one.kind is not inspect.Parameter.VAR_KEYWORD), *more]
+
+        @functools.wraps(function)
+        def called(**asked: Any) -> None:
+            function(**asked)
+
+        cast(Any, called).__signature__ = inspect.Signature(every)
+        called.__annotations__ = {one.name: one.annotation for one in every}
+        app.command(name)(called)
+        return function
+
+    return register
+
 
 def main() -> None:
     """The console script."""
     run(app)
 
 
-@app.command()
+@command("invert", WALKED, OPENING)
 def invert(
     image: Picture,
     prompt: Annotated[str, typer.Option("--prompt", "--source", help="What the picture shows.")],
@@ -90,18 +135,13 @@ def invert(
         bool, typer.Option("--check", help="Walk it down again and say how exact it is.")
     ] = False,
     iterations: Annotated[int, typer.Option(min=0, help="Of null-text, at every step.")] = 10,
-    model: Model = None,
-    concept: Concepts = None,
-    steps: Steps = 50,
     guidance: Guidance = None,
-    seed: Seed = 0,
-    precision: Precision = None,
-    device: Device = None,
+    **shared: Any,
 ) -> None:
     """Write a picture's inversion into a file, from which any number of edits can begin."""
     readable(image)
     checks.prompt(prompt, "prompt")
-    concepts_readable(concept, [prompt])
+    shared["concepts"] = concepts_readable(shared["concepts"], [prompt])
     file = out or Path(f"{Path(image).stem}.safetensors")
     if file.suffix != ".safetensors":
         raise UserError(f"--out {file} does not end in .safetensors. Name a file that does.")
@@ -109,18 +149,15 @@ def invert(
         raise UserError(f"{file} is there already. Remove it, or choose another --out.")
     from edit.invert_file import write_inversion
 
-    lines = write_inversion(
-        file, image, prompt, method=method, check=check, iterations=iterations, steps=steps, guidance=guidance,
-        seed=seed, model=model, concepts=concept or [], precision=precision, device=device,
-    )  # fmt: skip
-    for line in lines:
+    asked: dict[str, Any] = {"method": method, "check": check, "iterations": iterations, "guidance": guidance}
+    for line in write_inversion(file, image, prompt, **asked, **shared):
         say(line)
     say(f'{file} is written. Next: edit invert-and-replace --inversion {file} --target "…"')
 
 
-@app.command("invert-and-replace")
+@command("invert-and-replace", WALKED, GUIDED, OPENING, JUDGED)
 def invert_and_replace(
-    target: Annotated[
+    targets: Annotated[
         list[str],
         typer.Option(
             "--target", "--target_prompt", help="What it should show; repeatable, done in one batch."
@@ -134,11 +171,11 @@ def invert_and_replace(
         Way,
         typer.Option(help="What holds the picture: masactrl for what bends, plug-and-play for a new look."),
     ] = "prompt-to-prompt",
-    swap: Annotated[
+    swaps: Annotated[
         list[str] | None,
         typer.Option("--swap", help="cat=tiger: words that take each other's place.", show_default="found"),
     ] = None,
-    reweight: Annotated[
+    weights: Annotated[
         list[str] | None,
         typer.Option("--reweight", help="silver=2: how strongly a target's word counts.", show_default="1"),
     ] = None,
@@ -164,7 +201,7 @@ def invert_and_replace(
         float | None,
         typer.Option("--self", help="Share of the steps with its self-attention.", show_default="0.4"),
     ] = None,
-    window: Annotated[
+    windows: Annotated[
         list[str] | None,
         typer.Option(
             "--window", help="cat=0.2:0.8: cross-attention's window of one word.", show_default="none"
@@ -172,46 +209,35 @@ def invert_and_replace(
     ] = None,
     threshold: Annotated[
         float | None,
-        typer.Option(help="Share of its greatest attention that makes a place a word's.", show_default="0.3"),
+        typer.Option(help="Share of the greatest difference that lets a place change.", show_default="0.3"),
     ] = None,
     strength: Annotated[float, typer.Option(help="Share of the way that is walked again.")] = 1.0,
-    heatmap: Annotated[
+    heatmaps: Annotated[
         list[str] | None,
         typer.Option("--heatmap", help="Also where this word looks; repeatable.", show_default="none"),
     ] = None,
-    trajectory: Film = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what becomes of the words, and end.")
     ] = False,
     iterations: Annotated[int, typer.Option(min=0, help="Of null-text, at every step.")] = 10,
-    model: Model = None,
-    concept: Concepts = None,
-    steps: Steps = 50,
-    guidance: Guidance = None,
-    negative: Negative = "",
-    seed: Seed = 0,
-    metrics: Metrics = True,
-    scorer: ScorerFolder = None,
-    out: Out = None,
-    precision: Precision = None,
-    device: Device = None,
+    **shared: Any,
 ) -> None:
     """Replace, add, remove or reweight words of a picture's prompt; the rest stays (prompt-to-prompt)."""
-    checks.prompts(target, "target prompt")
+    checks.prompts(targets, "target prompt")
     for name, value in (("--cross", cross), ("--self", self_attention), ("--threshold", threshold)):
         checks.share(name, 0.0 if value is None else value)
     checks.share("--strength", strength)
     wishes: dict[str, Any] = {
-        "targets": target,
+        "targets": targets,
         "image": image,
         "source": source,
         "inversion": inversion,
         "method": method,
         "iterations": iterations,
         "control": control,
-        "swaps": [checks.swap(asked) for asked in swap or []],
-        "weights": dict(checks.valued(asked, "--reweight") for asked in reweight or []),
-        "windows": dict(checks.window(asked, "--window") for asked in window or []),
+        "swaps": [checks.swap(asked) for asked in swaps or []],
+        "weights": dict(checks.valued(asked, "--reweight") for asked in weights or []),
+        "windows": dict(checks.window(asked, "--window") for asked in windows or []),
         "blend": None if not blend else [word for word in blend if word != "none"],
         "keep": keep or [],
         "mask": mask,
@@ -219,30 +245,20 @@ def invert_and_replace(
         "self_attention": self_attention,
         "threshold": threshold,
         "strength": strength,
-        "heatmaps": heatmap or [],
-        "film": trajectory,
-        "steps": steps,
-        "guidance": guidance,
-        "negative": negative,
-        "seed": seed,
-        "metrics": metrics,
-        "scorer": scorer,
-        "model": model,
-        "concepts": concept or [],
-        "precision": precision,
-        "device": device,
+        "heatmaps": heatmaps or [],
+        **shared,
     }
-    begins(image, source, inversion, concept, [*target, negative], mask=mask, dry=dry_run)
+    begins(wishes, [*targets, shared["negative"]], dry=dry_run)
     if dry_run:
         from edit.invert_file import print_alignment
 
         for text in print_alignment(wishes):
             typer.echo(text)
         return
-    finish("invert-and-replace", wishes, out)
+    finish("invert-and-replace", wishes)
 
 
-@app.command("sdedit")
+@command("sdedit", WALKED, GUIDED, OPENING, JUDGED)
 def sdedit(
     image: Picture,
     prompt: Annotated[str, typer.Option("--prompt", help="What it should show.")],
@@ -251,71 +267,44 @@ def sdedit(
         typer.Option(help="Noise: 0 leaves the picture, 1 forgets it (as in diffusers, not as in mflux)."),
     ] = 0.6,
     mask: Mask = None,
-    model: Model = None,
-    concept: Concepts = None,
     count: Count = 1,
-    steps: Steps = 50,
-    guidance: Guidance = None,
-    negative: Negative = "",
-    seed: Seed = 0,
-    trajectory: Film = False,
-    metrics: Metrics = True,
-    scorer: ScorerFolder = None,
-    out: Out = None,
-    precision: Precision = None,
-    device: Device = None,
+    **shared: Any,
 ) -> None:
     """Noise a picture, a stroke painting or a masked part, and denoise it towards a prompt."""
     readable(image)
     checks.prompt(prompt, "prompt")
     checks.share("--strength", strength)
-    concepts_readable(concept, [prompt, negative])
-    wishes = {
-        "image": image, "prompt": prompt, "strength": strength, "mask": mask, "model": model,
-        "concepts": concept or [], "count": count, "steps": steps, "guidance": guidance, "negative": negative,
-        "seed": seed, "film": trajectory, "metrics": metrics, "scorer": scorer, "precision": precision,
-        "device": device,
-    }  # fmt: skip
-    finish("sdedit", wishes, out)
+    shared["concepts"] = concepts_readable(shared["concepts"], [prompt, shared["negative"]])
+    wishes = {"image": image, "prompt": prompt, "strength": strength, "mask": mask, "count": count, **shared}
+    finish("sdedit", wishes)
 
 
-@app.command("flow-edit")
+@command("flow-edit", WALKED, OPENING, JUDGED)
 def flow_edit(
     image: Picture,
     source: Annotated[str, typer.Option("--source", "--source_prompt", help="What the picture shows.")],
-    target: Annotated[list[str], typer.Option("--target", "--target_prompt", help="What it should show.")],
+    targets: Annotated[list[str], typer.Option("--target", "--target_prompt", help="What it should show.")],
     strength: Annotated[float, typer.Option(help="Share of the noise levels that are visited.")] = 0.66,
     source_guidance: Annotated[float, typer.Option(help="Guidance of the source's prompt.")] = 1.0,
     draws: Annotated[int, typer.Option(min=1, help="Noises averaged at every step.")] = 1,
     mask: Mask = None,
-    model: Model = None,
-    concept: Concepts = None,
-    steps: Steps = 50,
     guidance: Guidance = None,
-    seed: Seed = 0,
-    trajectory: Film = False,
-    metrics: Metrics = True,
-    scorer: ScorerFolder = None,
-    out: Out = None,
-    precision: Precision = None,
-    device: Device = None,
+    **shared: Any,
 ) -> None:
     """Move a picture from one prompt to another without inverting it (FlowEdit, on every noise path)."""
     readable(image)
     checks.prompt(source, "source prompt")
-    checks.prompts(target, "target prompt")
+    checks.prompts(targets, "target prompt")
     checks.share("--strength", strength)
-    concepts_readable(concept, [source, *target])
+    shared["concepts"] = concepts_readable(shared["concepts"], [source, *targets])
     wishes = {
-        "image": image, "source": source, "targets": target, "strength": strength, "source_guidance": source_guidance,
-        "draws": draws, "mask": mask, "model": model, "concepts": concept or [], "steps": steps, "guidance": guidance,
-        "seed": seed, "film": trajectory, "metrics": metrics, "scorer": scorer, "precision": precision,
-        "device": device,
+        "image": image, "source": source, "targets": targets, "strength": strength, "mask": mask, "draws": draws,
+        "guidance": guidance, "source_guidance": source_guidance, **shared,
     }  # fmt: skip
-    finish("flow-edit", wishes, out)
+    finish("flow-edit", wishes)
 
 
-@app.command("remove")
+@command("remove", WALKED, GUIDED, OPENING, JUDGED)
 def remove(
     image: MaybePicture = None,
     word: Annotated[
@@ -332,38 +321,25 @@ def remove(
     ] = None,
     strength: Annotated[float, typer.Option(help="How anew the place is drawn.")] = 1.0,
     threshold: Annotated[
-        float, typer.Option(help="Share of its greatest attention that makes a place.")
-    ] = 0.4,
-    model: Model = None,
-    concept: Concepts = None,
+        float, typer.Option(help="Share of the greatest difference that makes a place.")
+    ] = 0.3,
     count: Count = 1,
-    steps: Steps = 50,
-    guidance: Guidance = None,
-    negative: Negative = "",
-    seed: Seed = 0,
-    trajectory: Film = False,
-    metrics: Metrics = True,
-    scorer: ScorerFolder = None,
-    out: Out = None,
-    precision: Precision = None,
-    device: Device = None,
+    **shared: Any,
 ) -> None:
     """Remove what a word names, or what a mask covers, and fill its place."""
     if not word.strip() and mask is None:
         raise UserError("Neither a word to remove nor a mask is given. Say --remove WORD, or --mask PNG.")
     checks.share("--strength", strength)
     checks.share("--threshold", threshold)
-    begins(image, source, inversion, concept, [word, prompt or "", negative], mask=mask)
     wishes = {
         "word": word, "image": image, "source": source, "inversion": inversion, "prompt": prompt, "mask": mask,
-        "strength": strength, "threshold": threshold, "model": model, "concepts": concept or [], "count": count,
-        "steps": steps, "guidance": guidance, "negative": negative, "seed": seed, "film": trajectory,
-        "metrics": metrics, "scorer": scorer, "precision": precision, "device": device,
+        "strength": strength, "threshold": threshold, "count": count, **shared,
     }  # fmt: skip
-    finish("remove", wishes, out)
+    begins(wishes, [word, prompt or "", shared["negative"]])
+    finish("remove", wishes)
 
 
-@app.command("lead")
+@command("lead", WALKED, OPENING, JUDGED)
 def lead(
     image: MaybePicture = None,
     source: Source = None,
@@ -379,16 +355,7 @@ def lead(
     ] = None,
     strength: Annotated[float, typer.Option(help="Share of the way that is walked again.")] = 0.7,
     mask: Mask = None,
-    model: Model = None,
-    concept: Concepts = None,
-    steps: Steps = 50,
-    seed: Seed = 0,
-    trajectory: Film = False,
-    metrics: Metrics = True,
-    scorer: ScorerFolder = None,
-    out: Out = None,
-    precision: Precision = None,
-    device: Device = None,
+    **shared: Any,
 ) -> None:
     """Lead a picture towards prompts (a style, say) and away from others."""
     led = [checks.valued(asked, "--toward") for asked in toward or []]
@@ -396,28 +363,22 @@ def lead(
     if not led:
         raise UserError("There is no prompt to lead to. Give --toward “a watercolor=3”, or --away.")
     checks.share("--strength", strength)
-    begins(image, source, inversion, concept, [prompt for prompt, _ in led], mask=mask)
     wishes = {
         "toward": led, "image": image, "source": source, "inversion": inversion, "strength": strength, "mask": mask,
-        "model": model, "concepts": concept or [], "steps": steps, "seed": seed, "film": trajectory,
-        "metrics": metrics, "scorer": scorer, "precision": precision, "device": device,
+        **shared,
     }  # fmt: skip
-    finish("lead", wishes, out)
+    begins(wishes, [prompt for prompt, _ in led])
+    finish("lead", wishes)
 
 
-@app.command("between")
+@command("between", WALKED, OPENING)
 def between(
     first: Annotated[str, typer.Argument(help="The picture to begin with.")],
     second: Annotated[str, typer.Argument(help="The picture to end with.")],
     prompt: Annotated[list[str], typer.Option("--prompt", help="What each shows: give two.")],
     count: Annotated[int, typer.Option(min=3, help="Pictures, both ends included.")] = 7,
-    model: Model = None,
-    concept: Concepts = None,
-    steps: Steps = 50,
-    seed: Seed = 0,
     out: Out = None,
-    precision: Precision = None,
-    device: Device = None,
+    **shared: Any,
 ) -> None:
     """Draw the pictures between two pictures, and a film of them."""
     if len(prompt) != 2:
@@ -425,13 +386,12 @@ def between(
     for path in (first, second):
         readable(path)
     checks.prompts(prompt, "prompt")
-    concepts_readable(concept, prompt)
+    shared["concepts"] = concepts_readable(shared["concepts"], prompt)
     wishes = {
         "first": first, "second": second, "first_prompt": prompt[0], "second_prompt": prompt[1], "count": count,
-        "model": model, "concepts": concept or [], "steps": steps, "seed": seed, "precision": precision,
-        "device": device,
+        "out": out, **shared,
     }  # fmt: skip
-    finish("between", wishes, out)
+    finish("between", wishes)
 
 
 @app.command("replay")
@@ -450,17 +410,9 @@ def replay(
 # What is checked before torch is imported -------------------------------------------------------------------
 
 
-def begins(
-    image: str | None,
-    source: str | None,
-    inversion: str | None,
-    concept: list[str] | None,
-    prompts: list[str],
-    *,
-    mask: str | None = None,
-    dry: bool = False,
-) -> None:
+def begins(wishes: dict[str, Any], prompts: list[str], *, dry: bool = False) -> None:
     """`UserError` unless there is a readable picture with a prompt, or an inversion."""
+    image, source, inversion, mask = (wishes[name] for name in ("image", "source", "inversion", "mask"))
     if inversion is not None:
         if image is not None:
             raise UserError("A picture and an --inversion are both given. Give one of them.")
@@ -478,7 +430,7 @@ def begins(
             readable(image)
     if mask is not None:
         readable(mask)
-    concepts_readable(concept, [source or "", *prompts])
+    wishes["concepts"] = concepts_readable(wishes["concepts"], [source or "", *prompts])
 
 
 def readable(image: str) -> None:
@@ -488,19 +440,21 @@ def readable(image: str) -> None:
     open_rgb(image, at_least=64)
 
 
-def concepts_readable(concept: list[str] | None, prompts: list[str]) -> None:
-    """`UserError` for a folder without a concept, or a token that no concept owns."""
+def concepts_readable(concepts: list[str] | None, prompts: list[str]) -> list[str]:
+    """The folders; `UserError` for one without a concept, or a token that no concept owns."""
     from backbone.concept import read_concept, spoken
 
-    learned = [read_concept(folder) for folder in concept or []]
+    learned = [read_concept(folder) for folder in concepts or []]
     for prompt in prompts:
         spoken(prompt, learned)
+    return concepts or []
 
 
-def finish(name: str, wishes: dict[str, Any], out: Path | None) -> None:
+def finish(name: str, wishes: dict[str, Any]) -> None:
     """Runs the command and says where its sheet is."""
     from edit.runs import perform
 
+    out = wishes.pop("out")
     folder = perform(name, wishes, out=out, said=shlex.join(["edit", *sys.argv[1:]]))
     say(f"{folder}/sheet.png shows it; {folder}/report.html measures it.")
 

@@ -88,7 +88,7 @@ def flow_edit(
             noise = torch.randn(clean.shape, generator=random).to(clean)
             tau = over(_tau(here), clean)
             noised = (1 - tau) * clean + tau * noise
-            both = torch.cat([noised, edited + noised - clean])
+            both = torch.cat([noised, noised + (edited - clean)])
             said = predict(over(here.a + here.b, both) * both[order], here)
             asked += len(order)
             velocity = [_velocity(half) for half in _guided(said, count, source_guidance, guidance)]

@@ -217,7 +217,7 @@ def replayed(inversion: Inversion, *, guidance: float = 1.0) -> Tensor:
     model, ladder = inversion.model, inversion.ladder
     text, empty = (encoded_prompts(model, [prompt]) for prompt in (inversion.prompt, ""))
     if inversion.method == "negative-prompt":
-        empty = text
+        guidance = 1.0  # guided by its own prompt it is not guided
     first = inversion.start(1.0)
     before, now = (inversion.states[rung][None] if rung >= 0 else None for rung in (first - 1, first))
     assert now is not None

@@ -9,8 +9,14 @@ from typing import Any
 from backbone.files import read_metadata
 from edit import measure
 from edit.inversion import Inversion, prompt_of, replayed
+from edit.opening import inverted, open_model, settings_of
 from edit.prompt import AUTO, align_all, blended_words, told_apart
-from edit.runs import inverted, open_model, settings_of
+
+BEGIN = ("model", "concepts", "precision", "device", "inversion")
+SETTINGS = (
+    "control", "guidance", "negative", "weights", "windows", "swaps", "blend", "keep", "mask", "cross",
+    "self_attention", "threshold", "strength", "heatmaps",
+)  # fmt: skip
 
 
 def write_inversion(
@@ -28,7 +34,9 @@ def write_inversion(
 ) -> list[str]:
     """Inverts a picture into a file, and gives what there is to say about it."""
     opened = open_model(**opening)
-    found = inverted(opened, image, prompt, None, method, steps, guidance, seed, iterations)
+    found = inverted(
+        opened, image, prompt, method=method, steps=steps, guidance=guidance, seed=seed, iterations=iterations
+    )
     found.write(file)
     said = [f"{found.evaluations} evaluations of the denoiser."]
     return [*said, *exactness(found)] if check else said
@@ -52,9 +60,8 @@ def exactness(inversion: Inversion) -> list[str]:
 
 def print_alignment(wishes: Mapping[str, Any]) -> list[str]:
     """What becomes of the words of each target, and where the picture will change; the picture is not opened."""
-    names = ("model", "concepts", "precision", "device", "inversion")
-    opened = open_model(**{name: wishes[name] for name in names})
-    settings = settings_of(opened, wishes)
+    opened = open_model(**{name: wishes[name] for name in BEGIN})
+    settings = settings_of(opened, **{name: wishes[name] for name in SETTINGS})
     source = wishes["source"]
     said = prompt_of(read_metadata(wishes["inversion"])) if source is None else opened.said(source)
     targets = [opened.said(target) for target in wishes["targets"]]

@@ -1,6 +1,7 @@
 """A run of `edit` from wishes to a folder: what each command does, and how it is done again.
 
-A command is a function of JSON-able wishes to a `Result`, so that a record holds all that repeats it:
+A command is a function of a model and JSON-able wishes to what it has `Done`, so that a record holds all that repeats
+it:
 
     perform("sdedit", {"image": "photo.png", "prompt": "a cat in the snow"}, out=None)
     replay(Path("runs/edit-photo/run.json"), out=None)
@@ -10,56 +11,65 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from dataclasses import replace as changed
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from backbone.concept import Concept, described, read_concept, spoken
+from backbone.concept import read_concept
 from backbone.console import UserError, progress, say
-from backbone.files import content_hash, empty_folder, fresh_folder, read_json, read_metadata
+from backbone.files import content_hash, empty_folder, fresh_folder, read_json
 from backbone.images import mask_to_tensor, to_image, to_tensor
-from backbone.learned import put_on
-from backbone.model import PRECISIONS, Backbone
+from backbone.model import Backbone
 from backbone.scorers import Scorer, load_scorer
 from backbone.sheet import Cell
 from edit import checks, measure
 from edit.between import between
 from edit.directly import flow_edit
 from edit.guided import lead
-from edit.inversion import Inversion, identity, invert, read_inversion
+from edit.inversion import Inversion, identity
 from edit.noised import Drawn, sdedit
+from edit.opening import FRAMES, Opened, inverted, open_model, settings_of
 from edit.output import INVERSION, RECORD, Result, beside, publish
 from edit.pictures import as_mask, heat
-from edit.prompt import PRESETS, Edited, Settings, align_all, aligned, possible, replace
+from edit.prompt import Edited, align_all, aligned, possible, replace
 from edit.removal import remove, without
 
-FRAMES = 12
+OPENING = ("model", "concepts", "precision", "device")
+JUDGING = ("metrics", "scorer")
+FILES = ("image", "inversion", "mask", "first", "second")
 
 
-@dataclass(frozen=True)
-class Opened:
-    """A model with the concepts that it wears, and how it was opened."""
+@dataclass(frozen=True, eq=False)
+class Done:
+    """What a command did, before it is measured and written. Pictures are [3, 8H, 8W] in −1…1.
 
-    model: Backbone
-    concepts: tuple[Concept, ...]
+    picture         as the model was shown it
+    edits           with their captions
+    counts, facts   of the command, for the record
+    inversion       the one that was made for it, which is kept beside the edits
+    masks           [H, W] for each edit, 1 where it was let differ; None for everywhere
+    reconstruction  what an edit that changes nothing would give, if the method has one
+    compared        whether it says something to measure the edits against the picture
+    """
 
-    def said(self, prompt: str) -> str:
-        """A person's prompt in the model's words."""
-        return spoken(prompt, self.concepts)
-
-    def facts(self) -> dict[str, Any]:
-        """For the record."""
-        return {
-            "model": self.model.location.name,
-            "fingerprint": self.model.fingerprint,
-            "concepts": described(self.concepts),
-            "device": str(self.model.device),
-            "precision": next(name for name, dtype in PRECISIONS.items() if dtype is self.model.dtype),
-        }
+    title: str
+    picture: Tensor
+    edits: Sequence[Tensor]
+    captions: Sequence[str]
+    counts: Mapping[str, Any]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    inversion: Inversion | None = None
+    masks: Tensor | None = None
+    reconstruction: Tensor | None = None
+    heatmaps: Mapping[str, Sequence[Cell]] = field(default_factory=dict)
+    frames: Sequence[Image.Image] = ()
+    alignments: Sequence[str] = ()
+    compared: bool = True
 
 
 def perform(name: str, wishes: Mapping[str, Any], *, out: Path | None, said: str = "") -> Path:
@@ -71,18 +81,27 @@ def perform(name: str, wishes: Mapping[str, Any], *, out: Path | None, said: str
     if out is not None:
         empty_folder(out)
     _reset_peak()
+    own = {wish: value for wish, value in wishes.items() if wish not in (*OPENING, *JUDGING)}
+    opening, judging = (
+        {wish: wishes[wish] for wish in some if wish in wishes} for some in (OPENING, JUDGING)
+    )
     try:
-        result, inversion = COMMANDS[name](**wishes)
+        opened = open_model(**opening, inversion=wishes.get("inversion"))
+        done = COMMANDS[name](opened, **own)
+        result = result_of(opened, done, **judging)
     except UserError:
         if out is not None and not any(out.iterdir()):
             out.rmdir()  # a mistake leaves no folder behind
         raise
-    named = wishes.get("image") or wishes.get("first") or wishes.get("inversion") or name
-    folder = out or fresh_folder(Path("runs") / f"edit-{Path(str(named)).stem}")
-    if inversion is not None:
-        inversion.write(folder / INVERSION)
-    counts = {**result.counts, "seconds": round(time.perf_counter() - began, 3), "peak_memory_mb": _peak()}
-    finished = Result(**{**result.__dict__, "counts": counts})
+    files = [str(wishes[wish]) for wish in FILES if wishes.get(wish) is not None]
+    folder = out or fresh_folder(Path("runs") / f"edit-{Path(files[0] if files else name).stem}")
+    if done.inversion is not None:
+        done.inversion.write(folder / INVERSION)
+    finished = changed(
+        result,
+        facts={**result.facts, "files": {file: content_hash(Path(file)) for file in files}},
+        counts={**result.counts, "seconds": round(time.perf_counter() - began, 3), "peak_memory_mb": _peak()},
+    )
     publish(folder, finished, name=name, wishes=wishes, said=said)
     return folder
 
@@ -120,6 +139,7 @@ def replay(record: Path, *, out: Path | None) -> Path:
 
 
 def run_replace(
+    opened: Opened,
     *,
     targets: Sequence[str],
     image: str | None = None,
@@ -127,52 +147,31 @@ def run_replace(
     inversion: str | None = None,
     method: str = "direct",
     iterations: int = 10,
-    control: str = "prompt-to-prompt",
     steps: int = 50,
-    guidance: float | None = None,
-    negative: str = "",
     seed: int = 0,
-    weights: Mapping[str, float] | None = None,
-    windows: Mapping[str, Sequence[float]] | None = None,
-    swaps: Sequence[Sequence[str]] = (),
-    blend: Sequence[str] | None = None,
-    keep: Sequence[str] = (),
-    mask: str | None = None,
-    cross: float | None = None,
-    self_attention: float | None = None,
-    threshold: float | None = None,
-    strength: float = 1.0,
-    heatmaps: Sequence[str] = (),
-    film: bool = False,
-    metrics: bool = True,
-    scorer: str | None = None,
-    **opening: Any,
-) -> tuple[Result, Inversion | None]:
-    """`edit invert-and-replace`."""
+    **asked: Any,
+) -> Done:
+    """`edit invert-and-replace`; `asked` are those of `settings_of`."""
     targets = checks.prompts(targets, "target prompt")
-    opened = open_model(inversion=inversion, **opening)
-    settings = _settings(
-        opened, control=control, guidance=guidance, negative=negative, weights=weights, windows=windows, swaps=swaps,
-        blend=blend, keep=keep, mask=mask, cross=cross, self_attention=self_attention, threshold=threshold,
-        strength=strength, heatmaps=heatmaps, film=film,
-    )  # fmt: skip
+    settings = settings_of(opened, **asked)
     spoken_targets = [opened.said(target) for target in targets]
     if inversion is None:
         shown = opened.said(checks.prompt(source or "", "source prompt"))
         align_all(opened.model.text_encoder, shown, spoken_targets, settings)
     possible(opened.model, settings)
-    found = inverted(opened, image, source, inversion, method, steps, guidance, seed, iterations)
+    found = inverted(
+        opened, image, source, inversion, method=method, steps=steps, guidance=settings.guidance, seed=seed,
+        iterations=iterations,
+    )  # fmt: skip
     for target, alignment in zip(targets, aligned(found, spoken_targets, settings), strict=True):
         say(f"→ {target}\n{alignment}" if len(targets) > 1 else str(alignment))
-    with progress(found.steps - found.start(strength), "editing") as bar:
+    with progress(found.steps - found.start(settings.strength), "editing") as bar:
         edited = replace(found, spoken_targets, progress=bar.advance, **settings.__dict__)
-    sources = {"image": image, "inversion": inversion, "mask": mask}
-    return _of_edited(
-        opened, edited, targets, source or found.prompt, sources, metrics=metrics, scorer=scorer
-    ), (found if inversion is None else None)
+    return of_edited(edited, targets, source or found.prompt, made=inversion is None)
 
 
 def run_sdedit(
+    opened: Opened,
     *,
     image: str,
     prompt: str,
@@ -184,24 +183,19 @@ def run_sdedit(
     count: int = 1,
     seed: int = 0,
     film: bool = False,
-    metrics: bool = True,
-    scorer: str | None = None,
-    **opening: Any,
-) -> tuple[Result, None]:
+) -> Done:
     """`edit sdedit`."""
-    opened = open_model(**opening)
     with progress(int(steps * checks.share("strength", strength)), "drawing") as bar:
         drawn = sdedit(
             opened.model, image, opened.said(prompt), strength=strength, steps=steps, guidance=guidance,
             negative=opened.said(negative), mask=mask, count=count, seed=seed, frames=FRAMES if film else 0,
             progress=bar.advance,
         )  # fmt: skip
-    title = f"SDEdit: {prompt}, strength {strength:g}"
-    sources = {"image": image, "mask": mask}
-    return of_drawn(opened, drawn, [prompt] * count, title, sources, metrics=metrics, scorer=scorer), None
+    return of_drawn(drawn, [prompt] * count, f"SDEdit: {prompt}, strength {strength:g}")
 
 
 def run_flow_edit(
+    opened: Opened,
     *,
     image: str,
     source: str,
@@ -214,24 +208,19 @@ def run_flow_edit(
     mask: str | None = None,
     seed: int = 0,
     film: bool = False,
-    metrics: bool = True,
-    scorer: str | None = None,
-    **opening: Any,
-) -> tuple[Result, None]:
+) -> Done:
     """`edit flow-edit`."""
-    opened = open_model(**opening)
     with progress(int(steps * checks.share("strength", strength)), "editing") as bar:
         drawn = flow_edit(
             opened.model, image, opened.said(source), [opened.said(target) for target in targets], strength=strength,
             steps=steps, guidance=guidance, source_guidance=source_guidance, draws=draws, mask=mask, seed=seed,
             frames=FRAMES if film else 0, progress=bar.advance,
         )  # fmt: skip
-    title = f"FlowEdit: {source}"
-    sources = {"image": image, "mask": mask}
-    return of_drawn(opened, drawn, targets, title, sources, metrics=metrics, scorer=scorer), None
+    return of_drawn(drawn, targets, f"FlowEdit: {source}")
 
 
 def run_remove(
+    opened: Opened,
     *,
     word: str = "",
     image: str | None = None,
@@ -240,36 +229,32 @@ def run_remove(
     prompt: str | None = None,
     mask: str | None = None,
     strength: float = 1.0,
-    threshold: float = 0.4,
+    threshold: float = 0.3,
     steps: int = 50,
     guidance: float | None = None,
     negative: str = "",
     count: int = 1,
     seed: int = 0,
     film: bool = False,
-    metrics: bool = True,
-    scorer: str | None = None,
-    **opening: Any,
-) -> tuple[Result, Inversion | None]:
+) -> Done:
     """`edit remove`."""
     if not word.strip() and mask is None:
         raise UserError("Neither a word to remove nor a mask is given. Say --remove WORD, or --mask PNG.")
-    opened = open_model(inversion=inversion, **opening)
-    found = inverted(opened, image, source, inversion, "direct", steps, None, seed, 0)
+    found = inverted(opened, image, source, inversion, steps=steps, seed=seed)
     with progress(found.steps - found.start(checks.share("strength", strength)), "removing") as bar:
         drawn = remove(
             found, opened.said(word), prompt=None if prompt is None else opened.said(prompt), mask=mask,
             strength=strength, threshold=threshold, guidance=guidance, negative=opened.said(negative), count=count,
             seed=seed, frames=FRAMES if film else 0, progress=bar.advance,
         )  # fmt: skip
-    seen = prompt if prompt is not None else without(source or found.prompt, word)
-    sources = {"image": image, "inversion": inversion, "mask": mask}
-    title = f"without {word or 'what the mask covers'}: {source or found.prompt}"
-    result = of_drawn(opened, drawn, [seen] * count, title, sources, metrics=metrics, scorer=scorer)
-    return _with_inversion(result, found, inversion), found if inversion is None else None
+    shown = source or found.prompt
+    seen = prompt if prompt is not None else without(shown, word)
+    title = f"without {word or 'what the mask covers'}: {shown}"
+    return of_drawn(drawn, [seen] * count, title, made=found if inversion is None else None)
 
 
 def run_lead(
+    opened: Opened,
     *,
     toward: Sequence[Sequence[Any]],
     image: str | None = None,
@@ -280,25 +265,20 @@ def run_lead(
     mask: str | None = None,
     seed: int = 0,
     film: bool = False,
-    metrics: bool = True,
-    scorer: str | None = None,
-    **opening: Any,
-) -> tuple[Result, Inversion | None]:
+) -> Done:
     """`edit lead`."""
-    opened = open_model(inversion=inversion, **opening)
-    found = inverted(opened, image, source, inversion, "direct", steps, None, seed, 0)
+    found = inverted(opened, image, source, inversion, steps=steps, seed=seed)
     with progress(found.steps - found.start(checks.share("strength", strength)), "leading") as bar:
         drawn = lead(
             found, [(opened.said(prompt), float(weight)) for prompt, weight in toward], strength=strength, mask=mask,
             frames=FRAMES if film else 0, progress=bar.advance,
         )  # fmt: skip
     caption = ", ".join(f"{prompt} × {float(weight):g}" for prompt, weight in toward)
-    sources = {"image": image, "inversion": inversion, "mask": mask}
-    result = of_drawn(opened, drawn, [caption], f"led: {caption}", sources, metrics=metrics, scorer=scorer)
-    return _with_inversion(result, found, inversion), found if inversion is None else None
+    return of_drawn(drawn, [caption], f"led: {caption}", made=found if inversion is None else None)
 
 
 def run_between(
+    opened: Opened,
     *,
     first: str,
     second: str,
@@ -307,32 +287,28 @@ def run_between(
     count: int = 7,
     steps: int = 50,
     seed: int = 0,
-    **opening: Any,
-) -> tuple[Result, None]:
+) -> Done:
     """`edit between`."""
-    opened = open_model(**opening)
     ends = [
-        inverted(opened, image, prompt, None, "direct", steps, None, seed, 0)
+        inverted(opened, image, prompt, steps=steps, seed=seed)
         for image, prompt in ((first, first_prompt), (second, second_prompt))
     ]
     with progress(steps, "between") as bar:
         latents, asked = between(*ends, count=count, progress=bar.advance)
-    pictures = [to_image(picture) for picture in opened.model.decode(latents)]
-    captions = [first_prompt, *(f"{k}/{count - 1}" for k in range(1, count - 1)), second_prompt]
-    counts = {"denoiser_evaluations": asked + sum(end.evaluations for end in ends), "steps": steps}
-    result = Result(
+    pictures = list(opened.model.decode(latents))
+    images = [to_image(picture) for picture in pictures]
+    return Done(
         title=f"from {first_prompt} to {second_prompt}",
-        source=to_image(ends[0].picture),
+        picture=ends[0].picture,
         edits=pictures,
-        captions=captions,
-        facts=_facts(opened, {"first": first, "second": second}),
-        counts=counts,
-        frames=[*pictures, *pictures[-2:0:-1]],
+        captions=[first_prompt, *(f"{k}/{count - 1}" for k in range(1, count - 1)), second_prompt],
+        counts={"denoiser_evaluations": asked + sum(end.evaluations for end in ends), "steps": steps},
+        frames=[*images, *images[-2:0:-1]],
+        compared=False,
     )
-    return result, None
 
 
-COMMANDS: Mapping[str, Callable[..., tuple[Result, Inversion | None]]] = {
+COMMANDS: Mapping[str, Callable[..., Done]] = {
     "invert-and-replace": run_replace,
     "sdedit": run_sdedit,
     "flow-edit": run_flow_edit,
@@ -342,124 +318,42 @@ COMMANDS: Mapping[str, Callable[..., tuple[Result, Inversion | None]]] = {
 }
 
 
-# Steps that the commands share ------------------------------------------------------------------------------
+# What was done, decoded -------------------------------------------------------------------------------------
 
 
-def open_model(
-    *,
-    model: str | None = None,
-    concepts: Sequence[str] = (),
-    precision: str | None = None,
-    device: str | None = None,
-    inversion: str | None = None,
-) -> Opened:
-    """The model with its concepts; without a name the one that the inversion or the first concept was made with."""
-    learned = tuple(read_concept(folder) for folder in concepts)
-    name = model or (learned[0].model if learned else None)
-    if name is None and inversion is not None:
-        name = read_metadata(inversion).get("model")
-    opened = Backbone.open(name or "moji", device=device or "auto", precision=precision or "auto")
-    put_on(opened, learned)
-    return Opened(opened, learned)
-
-
-def inverted(
-    opened: Opened,
-    image: str | None,
-    source: str | None,
-    inversion: str | None,
-    method: str,
-    steps: int,
-    guidance: float | None,
-    seed: int,
-    iterations: int,
-) -> Inversion:
-    """The inversion of a file, or of a picture with its prompt."""
-    if inversion is not None:
-        found = read_inversion(inversion, opened.model, concepts=opened.concepts)
-        if source is not None and opened.said(source) != found.prompt:
-            raise UserError(f"{inversion} is of “{found.prompt}”, not of “{source}”. Leave --source out.")
-        return found
-    if image is None:
-        raise UserError("There is nothing to edit. Give a picture, or an inversion with --inversion FILE.")
-    prompt = checks.prompt(source or "", "source prompt")
-    say(f"Inverting {image} ({method}, {steps} steps) …")
-    return invert(
-        opened.model, image, opened.said(prompt), method=cast(Any, method), steps=steps, guidance=guidance, seed=seed,
-        iterations=iterations, concepts=opened.concepts,
-    )  # fmt: skip
-
-
-def of_drawn(
-    opened: Opened,
-    drawn: Drawn,
-    captions: Sequence[str],
-    title: str,
-    sources: Mapping[str, str | None],
-    *,
-    metrics: bool,
-    scorer: str | None,
-) -> Result:
-    """The result of an edit without attention control."""
-    model, source = opened.model, to_image(drawn.picture)
-    bound, *edits = model.decode(torch.cat([drawn.clean[None], drawn.latents]))
-    masks: list[Image.Image | None] = [None] * len(edits)
-    if drawn.mask is not None:
-        masks = [as_mask(drawn.mask, source.size)] * len(edits)
-    return Result(
+def of_drawn(drawn: Drawn, captions: Sequence[str], title: str, *, made: Inversion | None = None) -> Done:
+    """An edit without attention control, and the inversion that was made for it."""
+    bound, *edits = drawn.model.decode(torch.cat([drawn.clean[None], drawn.latents]))
+    counts = {"denoiser_evaluations": drawn.evaluations}
+    if made is not None:
+        counts["denoiser_evaluations"] += made.evaluations
+        counts["of_them_for_the_inversion"] = made.evaluations
+    return Done(
         title=title,
-        source=source,
-        edits=[to_image(edit) for edit in edits],
+        picture=drawn.picture,
+        edits=edits,
         captions=captions,
-        facts={**_facts(opened, sources), "picture": dict(drawn.facts)},
-        counts={
-            "denoiser_evaluations": drawn.evaluations,
-            "autoencoder_psnr_db": measure.psnr(drawn.picture, bound),
-        },
-        measured=_measured(opened, drawn.picture, edits, masks, captions, metrics=metrics, scorer=scorer),
-        masks=masks,
-        frames=_frames(model, drawn.estimates),
+        counts={**counts, "autoencoder_psnr_db": measure.psnr(drawn.picture, bound)},
+        facts={"picture": dict(drawn.facts)},
+        inversion=made,
+        masks=None if drawn.mask is None else drawn.mask.expand(len(edits), -1, -1),
+        frames=_frames(drawn.model, drawn.estimates),
     )
 
 
-def _of_edited(
-    opened: Opened,
-    edited: Edited,
-    targets: Sequence[str],
-    prompt: str,
-    sources: Mapping[str, str | None],
-    *,
-    metrics: bool,
-    scorer: str | None,
-) -> Result:
-    """The result of a prompt-to-prompt edit."""
-    model, found = opened.model, edited.inversion
-    source = to_image(found.picture)
+def of_edited(edited: Edited, targets: Sequence[str], title: str, *, made: bool) -> Done:
+    """A prompt-to-prompt edit; `made` says whether its inversion was made for it."""
+    found = edited.inversion
+    model = found.model
     exact = torch.equal(edited.source, found.clean)
     wanted = [found.clean[None], *([] if exact else [edited.source[None]]), edited.latents]
     decoded = list(model.decode(torch.cat([latents.to(model.device) for latents in wanted])))
     bound, reconstruction, edits = decoded[0], decoded[0 if exact else 1], decoded[-len(targets) :]
-    masks: list[Image.Image | None] = [None] * len(edits)
-    if edited.masks is not None:
-        masks = [as_mask(places, source.size) for places in edited.masks]
-    images = [to_image(edit) for edit in edits]
-    heatmaps = {}
-    for word, maps in edited.heatmaps.items():
-        shown = zip(maps, [source, *images], ["source", *targets], strict=True)
-        heatmaps[word] = [
-            Cell(heat(m, over, float(m.max())), said) for m, over, said in shown if bool(m.any())
-        ]
-    return Result(
-        title=prompt,
-        source=source,
-        edits=images,
+    return Done(
+        title=title,
+        picture=found.picture,
+        edits=edits,
         captions=targets,
-        facts={
-            **_facts(opened, sources),
-            "picture": dict(found.facts),
-            "inversion_method": found.method,
-            "guidance": edited.guidance,
-        },
         counts={
             "denoiser_evaluations": found.evaluations + edited.evaluations,
             "of_them_for_the_inversion": found.evaluations,
@@ -467,67 +361,69 @@ def _of_edited(
             "reconstruction_psnr_db": measure.psnr(found.picture, reconstruction),
             "autoencoder_psnr_db": measure.psnr(found.picture, bound),
         },
-        measured=_measured(opened, found.picture, edits, masks, targets, metrics=metrics, scorer=scorer),
-        reconstruction=to_image(reconstruction),
-        masks=masks,
-        heatmaps=heatmaps,
+        facts={
+            "picture": dict(found.facts),
+            "inversion_method": found.method,
+            "guidance": edited.guidance,
+        },
+        inversion=found if made else None,
+        masks=edited.masks,
+        reconstruction=reconstruction,
+        heatmaps=_heatmaps(edited, [found.picture, *edits], ["source", *targets]),
         frames=_frames(model, edited.estimates),
         alignments=[str(alignment) for alignment in edited.alignments],
     )
 
 
-def _settings(opened: Opened, *, control: str, film: bool, **asked: Any) -> Settings:
-    """The settings of an edit from what was asked for, in the model's words, over those of its kind of control."""
-    if control not in PRESETS:
-        raise UserError(f"There is no control {control}. Choose one of {', '.join(PRESETS)}.")
-    wishes = dict(PRESETS[control]) | {name: value for name, value in asked.items() if value is not None}
-    for name in ("blend", "keep", "heatmaps"):
-        wishes[name] = tuple(opened.said(word) for word in wishes.get(name, Settings.blend))
-    for name in ("weights", "windows"):
-        wishes[name] = {opened.said(word): value for word, value in wishes.get(name, {}).items()}
-    wishes["windows"] = {word: (float(start), float(end)) for word, (start, end) in wishes["windows"].items()}
-    wishes["swaps"] = tuple((opened.said(old), opened.said(new)) for old, new in wishes["swaps"])
-    wishes["negative"] = opened.said(wishes["negative"])
-    return Settings(**wishes, frames=FRAMES if film else 0)
+def _heatmaps(edited: Edited, pictures: Sequence[Tensor], said: Sequence[str]) -> dict[str, list[Cell]]:
+    """Every word's maps, laid over the pictures whose prompts say it."""
+    images = [to_image(picture) for picture in pictures]
+    return {
+        word: [
+            Cell(heat(one, over, float(one.max())), caption)
+            for one, over, caption in zip(maps, images, said, strict=True)
+            if bool(one.any())
+        ]
+        for word, maps in edited.heatmaps.items()
+    }
 
 
-def settings_of(opened: Opened, wishes: Mapping[str, Any]) -> Settings:
-    """The settings that the wishes of `edit invert-and-replace` make."""
-    names = (
-        "control", "guidance", "negative", "weights", "windows", "swaps", "blend", "keep", "mask", "cross",
-        "self_attention", "threshold", "strength", "heatmaps", "film",
-    )  # fmt: skip
-    return _settings(opened, **{name: wishes[name] for name in names})
+def _frames(model: Backbone, estimates: Tensor) -> list[Image.Image]:
+    """The film: what the edits were thought to become, side by side."""
+    return [beside([to_image(picture) for picture in model.decode(row)]) for row in estimates]
 
 
-def _with_inversion(result: Result, found: Inversion, file: str | None) -> Result:
-    """The same, the inversion's evaluations counted where it was made for this run."""
-    made = 0 if file is not None else found.evaluations
-    counts = dict(result.counts)
-    counts["denoiser_evaluations"] += made
-    return Result(**{**result.__dict__, "counts": {**counts, "of_them_for_the_inversion": made}})
+# What was done, measured ------------------------------------------------------------------------------------
 
 
-def _facts(opened: Opened, files: Mapping[str, str | None]) -> dict[str, Any]:
-    hashes = {name: content_hash(Path(name)) for name in files.values() if name is not None}
-    return {**opened.facts(), "identity": identity(opened.model, opened.concepts), "files": hashes}
+def result_of(opened: Opened, done: Done, *, metrics: bool = True, scorer: str | None = None) -> Result:
+    """What is written of it, with figures if they are wanted."""
+    source = to_image(done.picture)
+    masks: list[Image.Image | None] = [None] * len(done.edits)
+    if done.masks is not None:
+        masks = [as_mask(places, source.size) for places in done.masks]
+    return Result(
+        title=done.title,
+        source=source,
+        edits=[to_image(edit) for edit in done.edits],
+        captions=done.captions,
+        facts={**opened.facts(), **done.facts},
+        counts=done.counts,
+        measured=_measured(opened, done, masks, scorer) if metrics and done.compared else [],
+        reconstruction=None if done.reconstruction is None else to_image(done.reconstruction),
+        masks=masks,
+        heatmaps=done.heatmaps,
+        frames=done.frames,
+        alignments=done.alignments,
+    )
 
 
 def _measured(
-    opened: Opened,
-    picture: Tensor,
-    edits: Sequence[Tensor],
-    masks: Sequence[Image.Image | None],
-    prompts: Sequence[str],
-    *,
-    metrics: bool,
-    scorer: str | None,
+    opened: Opened, done: Done, masks: Sequence[Image.Image | None], scorer: str | None
 ) -> list[dict[str, float | None]]:
-    """The figures of every edit; none if they are not wanted."""
-    if not metrics:
-        return []
+    """The figures of every edit."""
     judge = scorer_of(opened.model, scorer)
-    shown = to_tensor(to_image(picture))
+    shown = to_tensor(to_image(done.picture))
     return [
         measure.figures(
             shown,
@@ -536,7 +432,7 @@ def _measured(
             scorer=judge,
             target=prompt,
         )
-        for edit, mask, prompt in zip(edits, masks, prompts, strict=True)
+        for edit, mask, prompt in zip(done.edits, masks, done.captions, strict=True)
     ]
 
 
@@ -544,11 +440,6 @@ def scorer_of(model: Backbone, named: str | None = None) -> Scorer | None:
     """The scorer that was named, or the model's own; None where there is neither."""
     folder = Path(named) if named else model.location.local("scorer")
     return None if folder is None else load_scorer(folder)
-
-
-def _frames(model: Backbone, estimates: Tensor) -> list[Image.Image]:
-    """The film: what the edits were thought to become, side by side."""
-    return [beside([to_image(picture) for picture in model.decode(row)]) for row in estimates]
 
 
 def _reset_peak() -> None:
