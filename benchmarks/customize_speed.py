@@ -130,7 +130,7 @@ def steps(
     write_json(out / f"{shape}-{device}.json", facts)
     write_text(out / f"{shape}-{device}.md", text)
     if results is not None:
-        put_section(results, f"`{shape}`, {device}", text)
+        put_section(results, f"`{shape}`, {batch} a step, {device}", text)
     print(text)
 
 
