@@ -175,7 +175,7 @@ def _draw_round(
     keys = [(i, j) for i in range(len(prompts)) for j in range(settings.per_prompt)]
     missing = [key for key in keys if not (folder / picture_name(*key)).exists()]
     processes.barrier()  # now every process knows what is missing
-    own = processes.spread(missing, batch=drawing.batch)
+    own = processes.dealt(missing, batch=drawing.batch)  # to the last bit, for what is learned from them
     with progress(len(own), "drawing") as bar:
         for key, picture in zip(own, draw(model, prompts, own, drawing, concepts), strict=True):
             save_png(folder / picture_name(*key), picture, text={"prompt": prompts[key[0]].text})

@@ -119,15 +119,15 @@ def share(micros: int, rows: int) -> Share:
     return Share(slice(None), slice(own, None, count), count)
 
 
-def spread(items: Sequence[Item], *, batch: int) -> list[Item]:
-    """This process's part of what is done `batch` at a time.
+def dealt(items: Sequence[Item], *, batch: int) -> list[Item]:
+    """This process's part of what is done `batch` at a time, in the very batches of one process."""
+    starts = range(0, len(items), batch)[rank() :: world()]
+    return [item for start in starts for item in items[start : start + batch]]
 
-    The batches are those of one process where there are enough of them for everybody; otherwise they are smaller.
-    """
-    count = world()
-    size = min(batch, max(1, -(-len(items) // count)))
-    starts = range(0, len(items), size)[rank() :: count]
-    return [item for start in starts for item in items[start : start + size]]
+
+def spread(items: Sequence[Item], *, batch: int) -> list[Item]:
+    """The same where there are batches enough for everybody; otherwise in smaller ones."""
+    return dealt(items, batch=min(batch, max(1, -(-len(items) // world()))))
 
 
 def prepared(work: Callable[[Item], object], items: Sequence[Item]) -> None:
@@ -290,6 +290,9 @@ def _asked_of_accelerate() -> int:
     asked, _ = launch_command_parser().parse_known_args(words[words.index("launch") + 1 :])
     if (asked.num_machines or 1) > 1:
         return 0
-    if asked.num_processes is None and asked.config_file is not None:
+    if asked.num_processes is not None:
+        return int(asked.num_processes)
+    try:
         return int(load_config_from_file(asked.config_file).num_processes)
-    return int(asked.num_processes or 0)
+    except (OSError, ValueError, TypeError):
+        return 0

@@ -1,0 +1,173 @@
+"""`align` in two processes: the same weights, figures and pictures as in one, a bank of both, one writer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from align.runs import EVALUATIONS, LOG, REWARDS, SUMMARY, resume_taste
+from align.train import CHECKPOINT
+from backbone.adapters import WEIGHTS
+from backbone.cache import VARIABLE
+from backbone.files import read_json, read_jsonl, read_tensors
+from backbone.workers import run_workers
+from tests.align.conftest import PROMPTS, picture, write_lines
+from tests.align.together import CASES, ONLINE, everything, worker
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight pairs of four prompts."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for number in range(16):
+        picture(number).save(folder / f"{number}.png")
+    rows = [
+        {"prompt": PROMPTS[number % 4], "chosen": f"{2 * number}.png", "rejected": f"{2 * number + 1}.png"}
+        for number in range(8)
+    ]
+    return write_lines(folder / "pairs.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def both(
+    tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, source: Path, prompts: Path, bright: Path
+) -> Path:
+    """The folders `one` and `two`: the same done by one process and by two, each with a cold cache."""
+    folder = tmp_path_factory.mktemp("both")
+    run_workers(worker, (folder, tiny_folder, source, prompts, bright), processes=2)
+    patch = pytest.MonkeyPatch()
+    patch.setenv(VARIABLE, str(folder / "cache of one"))
+    everything(folder / "one", tiny_folder, source, prompts, bright)
+    patch.undo()
+    return folder
+
+
+def apart(one: Path, other: Path) -> dict[str, float]:
+    """How far the tensors of two files are apart."""
+    first, second = read_tensors(one)[0], read_tensors(other)[0]
+    assert set(first) == set(second)
+    return {name: float((first[name] - second[name]).abs().max()) for name in first}
+
+
+def weights(apart: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in apart.items() if name.startswith("parameter/")}
+
+
+@pytest.mark.parametrize("name", [*CASES, *ONLINE])
+def test_two_processes_learn_what_one_does(both: Path, name: str) -> None:
+    one, two = both / "one" / name, both / "two" / name
+    assert max(weights(apart(one / CHECKPOINT, two / CHECKPOINT)).values()) < 1e-5
+    logs = [read_jsonl(run / LOG) for run in (one, two)]
+    assert [line["step"] for line in logs[1]] == [1, 2, 3, 4], "one process alone writes"
+    for first, second in zip(*logs, strict=True):
+        assert second["loss"] == pytest.approx(first["loss"], rel=1e-3, abs=1e-6)
+        assert second["gradient_norm"] == pytest.approx(first["gradient_norm"], rel=1e-3, abs=1e-6)
+    assert sorted(read_json(one / SUMMARY)) == sorted(read_json(two / SUMMARY))
+
+
+def test_whole_micro_batches_give_the_same_bits_and_the_same_evaluations(both: Path) -> None:
+    assert set(apart(both / "one/micros" / CHECKPOINT, both / "two/micros" / CHECKPOINT).values()) == {0.0}
+    one, two = (read_jsonl(both / count / "micros" / EVALUATIONS) for count in ("one", "two"))
+    assert one == two
+
+
+def test_the_bank_holds_what_both_have_asked(both: Path) -> None:
+    for name in ("rows", "kto", "full"):
+        one, two = (read_json(both / count / name / SUMMARY) for count in ("one", "two"))
+        assert two["bank"] == one["bank"] and two["reference_rows"] == one["reference_rows"]
+
+
+def test_a_signal_to_one_process_stops_both_and_they_go_on_bit_for_bit(both: Path) -> None:
+    assert read_tensors(both / "two/half-way" / CHECKPOINT)[1]["step"] == "3"
+    assert set(apart(both / "two/longer" / CHECKPOINT, both / "two/resumed" / CHECKPOINT).values()) == {0.0}
+
+
+def test_one_process_goes_on_with_what_two_began(both: Path) -> None:
+    run = both / "two" / "half-way"
+    resume_taste(run)
+    assert [line["step"] for line in read_jsonl(run / LOG)] == [1, 2, 3, 4, 5, 6]
+    assert max(weights(apart(both / "one/longer" / CHECKPOINT, run / CHECKPOINT)).values()) < 1e-5
+
+
+def test_a_batch_that_cannot_be_shared_is_refused_before_anything_is_written(both: Path) -> None:
+    for rank in range(2):
+        assert "cannot be shared by 2 processes" in (both / f"refused-{rank}.txt").read_text()
+    assert not (both / "two" / "alone").exists()
+
+
+def test_pictures_and_rewards_do_not_depend_on_the_number_of_processes(both: Path) -> None:
+    for folder, number in (("drawn", 20), ("rounds/rounds/00", 10)):
+        first = sorted((both / "one" / folder).rglob("*.png"))
+        assert len(first) == number
+        for path in first:
+            same = both / "two" / path.relative_to(both / "one")
+            assert Image.open(path).tobytes() == Image.open(same).tobytes()
+    one, two = (read_jsonl(both / count / "rounds" / REWARDS) for count in ("one", "two"))
+    assert one == two and len(one) == 2
+
+
+# Real launches ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_accelerate_launches_two_processes_that_draw_and_learn_what_one_does(
+    tmp_path: Path, source: Path, tiny_folder: Path, prompts: Path
+) -> None:
+    root = str(Path(__file__).parents[2])
+
+    def align(processes: str, *arguments: object) -> str:
+        launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu"]
+        words = [*launch, "--num_processes", processes, "-m", "align.cli", *map(str, arguments)]
+        cache = str(tmp_path / f"cache-{processes}")
+        environment = {
+            **os.environ,
+            "PYTHONPATH": root,
+            "OMP_NUM_THREADS": "1",
+            VARIABLE: cache,
+            "HF_HOME": cache,
+        }
+        done = subprocess.run(words, cwd=tmp_path, env=environment, text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    where = ("--model", tiny_folder, "--precision", "fp32", "--device", "cpu")
+    few = (
+        "--steps",
+        "4",
+        "--train-batch-size",
+        "2",
+        "--rank",
+        "2",
+        "--draws",
+        "2",
+        "--evaluation-draws",
+        "1",
+    )
+    for number in ("1", "2"):
+        said = align(
+            number, "sample", "--prompts", prompts, "--out", f"drawn-{number}", "--steps", "2", *where
+        )
+        assert said.count("20 pictures of 5 prompts") == 1
+        align(
+            number,
+            "train",
+            source,
+            "--any-model",
+            "--held-out",
+            "0.3",
+            "--out",
+            f"run-{number}",
+            *few,
+            *where,
+        )
+    assert max(apart(tmp_path / "run-1" / WEIGHTS, tmp_path / "run-2" / WEIGHTS).values()) < 1e-5
+    drawn = sorted((tmp_path / "drawn-1").rglob("*.png"))
+    assert len(drawn) == 20
+    for path in drawn:
+        same = tmp_path / "drawn-2" / path.relative_to(tmp_path / "drawn-1")
+        assert Image.open(path).tobytes() == Image.open(same).tobytes()

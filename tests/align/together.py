@@ -1,0 +1,107 @@
+"""What the tests let two processes do together, and one process alone for comparison."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from align import runs
+from align.online import train_online
+from align.pairs import check, read
+from align.prompts import read_prompts
+from align.runs import train_taste
+from align.sampling import Drawing, sample_pairs
+from backbone import processes
+from backbone.cache import VARIABLE
+from backbone.console import UserError
+from backbone.files import append_jsonl
+
+CASES: dict[str, dict[str, Any]] = {
+    "rows": {"batch": 3},
+    "micros": {"batch": 4, "micro_batch": 2, "precision": "bf16"},
+    "kto": {"batch": 4, "loss": "kto"},
+    "full": {"batch": 2, "full": True, "learning_rate": 1e-6},
+}
+ONLINE: dict[str, dict[str, Any]] = {
+    "rounds": {
+        "rounds": 2,
+        "per_prompt": 2,
+        "micro_batch": 1,
+    },  # to the last bit: what is drawn is learned from
+    "policy": {"rounds": 2, "per_prompt": 2, "loss": "ddpo"},
+    "climb": {"loss": "draft", "online": "moji"},
+}
+LONGER: dict[str, Any] = {"batch": 2, "steps": 6, "checkpointing_steps": 4}
+USUAL: dict[str, Any] = {
+    "device": "cpu",
+    "precision": "fp32",
+    "steps": 4,
+    "rank": 2,
+    "draws": 2,
+    "held_out": 0.3,
+    "evaluation_draws": 1,
+    "evaluation_steps": 2,
+    "lr_warmup_steps": 0,
+    "any_model": True,
+}
+
+
+def train(folder: Path, model: Path, pairs: Path, name: str, asked: Mapping[str, Any]) -> None:
+    """A run of these settings in `folder / name`."""
+    said = {**USUAL, "model": str(model), "pairs": str(pairs), **asked}
+    train_taste(said, check(read(str(pairs))), out=folder / name)
+
+
+def interrupted(folder: Path, model: Path, pairs: Path, name: str) -> None:
+    """The longer run, in which one of the processes gets a signal while it logs step 3."""
+
+    def log(path: Path, line: Mapping[str, Any]) -> None:
+        append_jsonl(path, line)
+        if path.name == runs.LOG and line["step"] == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with patch("align.runs.append_jsonl", log), suppress(KeyboardInterrupt):
+        train(folder, model, pairs, name, LONGER)
+
+
+def sample(folder: Path, model: Path, prompts: Path) -> None:
+    drawing = Drawing(steps=2, batch=3)
+    asked = read_prompts(prompts)
+    sample_pairs(asked, folder / "drawn", model=str(model), drawing=drawing, precision="fp32", device="cpu")
+
+
+def everything(folder: Path, model: Path, pairs: Path, prompts: Path, scorer: Path) -> None:
+    """All cases, one after the other."""
+    for name, asked in CASES.items():
+        train(folder, model, pairs, name, asked)
+    train(folder, model, pairs, "longer", LONGER)
+    for name in ("resumed", "half-way"):
+        interrupted(folder, model, pairs, name)
+    runs.resume_taste(folder / "resumed")
+    sample(folder, model, prompts)
+    for name, asked in ONLINE.items():
+        drawn = {
+            "online": str(scorer),
+            "prompts": str(prompts),
+            "sample_steps": 2,
+            "guidance": 2.0,
+            "batch": 2,
+        }
+        said = {**USUAL, "model": str(model), "pairs": "", **drawn, **asked}
+        train_online(said, out=folder / name)
+
+
+def worker(rank: int, folder: Path, model: Path, pairs: Path, prompts: Path, scorer: Path) -> None:
+    """One of two processes: all cases in the folder `two`, and a run that cannot be shared."""
+    os.environ.update({VARIABLE: str(folder / "cache"), "RANK": str(rank), "WORLD_SIZE": "2"})
+    with patch.object(processes, "leave", processes.barrier):
+        everything(folder / "two", model, pairs, prompts, scorer)
+        try:
+            train(folder / "two", model, pairs, "alone", {"batch": 1})
+        except UserError as error:
+            (folder / f"refused-{rank}.txt").write_text(str(error))
