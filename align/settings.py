@@ -23,6 +23,7 @@ BY_MODEL = (  # what `align` in a model's `atelier.json` may say, so that a repe
     "beta",
     "loss_weighting",
     "least_noise",
+    "safeguard",
     "steps",
     "batch",
     "learning_rate",
@@ -175,6 +176,8 @@ def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
     }
     if asked.get("loss") in BETAS:
         from_model.pop("beta", None)  # which was chosen for another loss
+    if asked.get("loss") == "kto":
+        from_model.pop("safeguard", None)  # KTO knows no pairs
     merged = {**from_model, **{name: value for name, value in asked.items() if value is not None}}
     merged.setdefault("lora_alpha", float(merged["rank"]))
     merged.setdefault("beta", BETAS.get(merged.get("loss", "dpo"), 2000.0))

@@ -96,7 +96,7 @@ def train(
     ] = None,
     safeguard: Annotated[
         float | None,
-        typer.Option("--safeguard", min=0, max=1, help="Diffusion-SDPO's μ.", show_default="off"),
+        typer.Option("--safeguard", max=1, help="Diffusion-SDPO's μ; below 0: off.", show_default="by model"),
     ] = None,
     mapo_weight: Annotated[float | None, typer.Option("--mapo-weight", min=0, show_default="0.1")] = None,
     dspo_pull: Annotated[float | None, typer.Option("--dspo-pull", min=0, show_default="1")] = None,

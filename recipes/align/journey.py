@@ -130,14 +130,17 @@ def once(record: Path, product: Path, *arguments: object, again: Sequence[object
     Raises `UserError` when the folder holds the same step with other arguments: its product would pass for this one's.
     """
     words = [str(argument) for argument in arguments]
-    said = read_json(record) if record.exists() else {"arguments": words, "seconds": 0.0, "finished": False}
+    said: dict[str, Any] = {"arguments": words, "seconds": 0.0, "finished": False}
+    begun = record.exists()
+    if begun:
+        said = read_json(record)
     if said["arguments"] != words:
         raise UserError(
             f"{record} is of another run: align {' '.join(said['arguments'])}. Choose another --out."
         )
     if said["finished"] and product.exists():
         return float(said["seconds"])
-    begun, began = record.exists(), time.perf_counter()
+    began = time.perf_counter()
     write_json(record, said)
     try:
         align(*(again if again and begun else words))

@@ -44,6 +44,7 @@ from recipes.align.journey import (
 Kind = Literal["hard", "crowded"]
 KINDS: dict[Kind, Callable[[Scene], bool]] = {"hard": hard, "crowded": crowded}
 SAFEGUARDED = {"sdpo": ("dpo", "--safeguard", "0.9")}  # Diffusion-SDPO is DPO with its safeguard
+WITHOUT = ("--safeguard", "-1")
 
 
 def main(
@@ -57,7 +58,7 @@ def main(
     margin: Annotated[float, typer.Option(min=0, help="Pairs that differ by no more are left out.")] = 0.06,
     loss: Annotated[
         list[str] | None,
-        typer.Option("--loss-type", help="Repeatable; sdpo is dpo with the safeguard.", show_default="dpo"),
+        typer.Option("--loss-type", help="Repeatable; sdpo is dpo with the safeguard.", show_default="sdpo"),
     ] = None,
     held_out: Annotated[int, typer.Option(min=2, help="Prompts to judge by, two pictures of each.")] = 300,
     flags: Annotated[str, typer.Option(help="More flags for align train, in one string.")] = "",
@@ -87,8 +88,8 @@ def main(
         return
     rows: list[tuple[str, Found, dict[str, object]]] = []
     base = base_of(out / where)
-    for which in loss or ["dpo"]:
-        kind, *more = SAFEGUARDED.get(which, (which,))
+    for which in loss or ["sdpo"]:
+        kind, *more = SAFEGUARDED.get(which, (which, *WITHOUT))
         label = f"{which}-{name}" if name else which
         run_folder, training = trained(
             out, label, folder, "--model", model, "--loss-type", kind, *more, *flags.split()

@@ -19,7 +19,7 @@ from align.losses import PairErrors, dpo
 from align.material import Draws, Item, Material, batch_of, mean_squares, prepare, residuals
 from align.pairs import as_singles, check, held_out, read
 from align.reference import Bank, bank_path
-from align.settings import Settings, as_command
+from align.settings import Settings, as_command, resolved
 from align.train import LEVEL_WEIGHTS, PreferenceTraining
 from backbone.adapters import load_lora, only
 from backbone.console import UserError
@@ -557,5 +557,20 @@ def test_the_repeating_command_names_what_was_chosen() -> None:
         Settings(pairs="my pairs", loss="ipo", beta=500.0, full=True, concepts=("a", "b")), Path("out")
     )
     assert command == (
-        "align train 'my pairs' --concept a --concept b --loss-type ipo --beta-dpo 500.0 --full --out out"
+        "align train 'my pairs' --concept a --concept b --loss-type ipo --beta-dpo 500.0 --safeguard -1.0 --full "
+        "--loss-weighting none --least-noise 0.0 --steps 300 --train-batch-size 4 --learning-rate 0.0001 --rank 16 "
+        "--lora-alpha 16.0 --lora-layers attention --out out"
     )
+
+
+def test_what_works_with_a_model_serves_where_nothing_was_asked() -> None:
+    own = {"beta": 700.0, "learning_rate": 1e-3, "loss_weighting": "debiased", "safeguard": 0.5}
+    usual = {"rank": 8, "align": own}
+    plain = resolved({"pairs": "p"}, usual)
+    assert (plain.rank, plain.beta, plain.learning_rate) == (8, 700.0, 1e-3)
+    assert (plain.loss_weighting, plain.safeguard) == ("debiased", 0.5)
+    assert resolved({"pairs": "p", "safeguard": -1.0}, usual).safeguard < 0
+    assert resolved({"pairs": "p", "loss": "kto"}, usual).safeguard < 0  # which knows no pairs
+    asked = resolved({"pairs": "p", "beta": 50.0, "loss_weighting": "none"}, usual)
+    assert (asked.beta, asked.loss_weighting) == (50.0, "none")
+    assert resolved({"pairs": "p", "loss": "mapo"}, usual).beta == 500.0  # whose scale is another
