@@ -39,6 +39,7 @@ from backbone.loop import Report
 from backbone.model import Backbone
 from backbone.report import command, curve, curves, heading, paragraph, table, write_report
 from backbone.runs import stopping, trim_log, versions
+from backbone.thrift import measures_of
 
 LOG = "log.jsonl"
 EVALUATIONS = "evaluations.jsonl"
@@ -49,8 +50,10 @@ ROUNDS = "rounds"  # of a run with --online: a folder of `align sample` each
 REWARDS = "rewards.jsonl"  # of a run with --online: a line each round
 
 
-def train_taste(asked: dict[str, Any], found: Preferences, *, out: Path | None) -> Path:
-    """Trains on checked preferences and gives the run folder. `asked` holds what the user set.
+def train_taste(
+    asked: dict[str, Any], found: Preferences, *, out: Path | None, vram: float | None = None
+) -> Path:
+    """Trains on checked preferences and gives the run folder. `asked` holds what the user set, `vram` is in GiB.
 
     Raises `UserError`, before any weights load, for a run folder that is taken, pairs of another model, and settings
     that contradict each other.
@@ -70,6 +73,14 @@ def train_taste(asked: dict[str, Any], found: Preferences, *, out: Path | None) 
     settings = resolved(asked, model.defaults)
     _refuse_strangers(found, settings, model)
     records = records_of(found, settings)
+    model = Backbone.open(
+        settings.model, device=settings.device, precision=settings.precision, measures=measures_of(settings)
+    )
+    if vram is not None:
+        from align.budget import budgeted
+
+        pictures, prompts = sum(len(one.pictures) for one in records), len({one.prompt for one in records})
+        model, settings = budgeted(model, settings, pictures, prompts, vram)
     share_of(settings)
     processes.barrier()  # now every process has seen that the folder is free
     if processes.is_writer():
@@ -83,7 +94,9 @@ def resume_taste(run: Path) -> Path:
     settings = read_settings(run)
     processes.join(settings.device)
     found = check(_read_again(settings), skip_bad=settings.skip_bad)
-    model = Backbone.open(settings.model, device=settings.device, precision=settings.precision)
+    model = Backbone.open(
+        settings.model, device=settings.device, precision=settings.precision, measures=measures_of(settings)
+    )
     _refuse_strangers(found, settings, model)
     return carry_on(run, settings, model, records_of(found, settings), began=began)
 

@@ -20,6 +20,7 @@ Weighting = Literal["none", "min-snr", "debiased"]
 Ties = Literal["drop", "model"]
 Rise = Literal["warn", "stop"]
 Scheduler = Literal["constant", "cosine"]
+Quantized = Literal["8bit", "nf4"]
 Model = Annotated[
     str | None,
     typer.Option("--model", "--pretrained-model-name-or-path", help=MODEL_HELP, show_default="moji"),
@@ -244,6 +245,26 @@ def train(
     seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
     precision: Precision = None,
     device: Device = None,
+    vram: Annotated[
+        float | None,
+        typer.Option(
+            "--vram",
+            min=0.1,
+            help="The device's memory in GiB: says what it takes to fit, and does it, or refuses.",
+            show_default="not looked at",
+        ),
+    ] = None,
+    quantize: Annotated[
+        Quantized | None,
+        typer.Option("--quantize", help="The frozen base in fewer bits (bitsandbytes, a GPU).", show_default="no"),
+    ] = None,
+    cpu_offload: Annotated[
+        float | None,
+        typer.Option("--cpu-offload", min=0, max=1, help="The base's share in the CPU's memory.", show_default="0"),
+    ] = None,
+    vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="The autoencoder on tiles.")] = False,
+    text_on_cpu: Annotated[bool, typer.Option("--text-on-cpu", help="Text encoders on the CPU.")] = False,
+    one_by_one: Annotated[bool, typer.Option("--one-by-one", help="Draw one picture at a time.")] = False,
 ) -> None:
     """Train a model on pairs, so that it draws what was preferred (Diffusion-DPO and its relatives)."""
     if resume is not None:
@@ -314,12 +335,19 @@ def train(
         "seed": seed,
         "precision": precision,
         "device": device,
+        "quantize": quantize,
+        "cpu_offload": cpu_offload,
+        "vae_tiling": vae_tiling,
+        "text_on_cpu": text_on_cpu,
+        "one_by_one": one_by_one,
     }
     asked = {name: value for name, value in asked.items() if value is not None}
     from align.settings import resolved
 
     resolved(asked, {})  # contradictions are answered before torch is imported
     if online is not None:
+        if vram is not None:
+            raise UserError("--vram plans for pairs that are there. With --online name the measures yourself.")
         if source is not None:
             raise UserError("--online draws its own pairs, so it takes no source. Leave out one of the two.")
         if prompts is None:
@@ -342,7 +370,7 @@ def train(
         say(f"{found.source} holds {counted(found.records)}.")
         from align.runs import train_taste
 
-        finished = train_taste(asked, found, out=out)
+        finished = train_taste(asked, found, out=out, vram=vram)
     _done(finished)
 
 

@@ -13,8 +13,8 @@ LARGEST = 32  # a side of the latents
 
 
 @contextmanager
-def quick_to_train(model: nn.Module) -> Iterator[None]:
-    """Inside the `with`, attention whose backward pass is fast on the model's device.
+def quick_to_train(model: nn.Module, *, device: str = "") -> Iterator[None]:
+    """Inside the `with`, attention whose backward pass is fast on a device, which is the model's if left out.
 
     On a CPU the backward of fused attention takes a third of a small UNet's step, so the plain product of matrices is
     used there (same result up to rounding). Elsewhere nothing changes, nor for attention of another kind (over text
@@ -22,7 +22,7 @@ def quick_to_train(model: nn.Module) -> Iterator[None]:
     a head for its backward pass.
     """
     network = cast(Any, model)
-    on_cpu = next(model.parameters()).device.type == "cpu"
+    on_cpu = (device or next(model.parameters()).device.type) == "cpu"
     before = dict(getattr(model, "attn_processors", {}))
     plain = before and all(type(processor) is AttnProcessor2_0 for processor in before.values())
     if not on_cpu or not plain or network.config.sample_size > LARGEST:

@@ -43,12 +43,14 @@ def bank_of(
     facts = (
         model.fingerprint,
         model.dtype,
+        *([model.measures.quantize] if model.measures.quantize else []),  # another base
         draws,
         seed,
         _hash(means),
         *(_hash(value) for value in text.values()),
     )
     key = content_hash("\n".join(map(str, facts)).encode())
+    batch = 1 if model.measures.one_by_one else batch
     return Bank(**remembered("bank", key, lambda: _ask(model, posteriors, text, draws, seed, batch)))
 
 

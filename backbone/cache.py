@@ -83,7 +83,8 @@ def _encoded_one(
     model: Backbone, picture: Picture, flip: bool, size: tuple[int, int], crop: Place
 ) -> Posterior:
     cut = () if crop == CROPS["center"] else (crop,)
-    facts = (model.fingerprint, content_hash(picture.read()), size, flip, model.dtype, *cut)
+    tiles = ("tiles",) if model.measures.tiling else ()  # which change an encoding a little
+    facts = (model.fingerprint, content_hash(picture.read()), size, flip, model.dtype, *cut, *tiles)
     key = content_hash("\n".join(map(str, facts)).encode())
 
     def compute() -> dict[str, Tensor]:

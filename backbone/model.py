@@ -23,6 +23,7 @@ from backbone.console import UserError
 from backbone.families import Family, Location, NoisePath, Text, TextEncoder, families, hub_file, single_file
 from backbone.files import content_hash, read_header, read_json
 from backbone.noise import Estimate, Ladder, Level, Predict, estimate, guide
+from backbone.thrift import Measures, held, tiled
 
 EMBEDDED = Path(__file__).with_name("moji")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,21 +46,36 @@ class Backbone:
     """A model: where it is, which family it belongs to, on which device and in which precision it works."""
 
     def __init__(
-        self, location: Location, family: Family, *, device: torch.device, dtype: torch.dtype
+        self,
+        location: Location,
+        family: Family,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        measures: Measures | None = None,
     ) -> None:
         self.location = location
         self.family = family
         self.device = device
         self.dtype = dtype
+        self.measures = measures or Measures()
         self.text_learned = False  # new words or adapters: what is remembered of prompts no longer holds
 
     @classmethod
-    def open(cls, model: str = "moji", *, device: str = "auto", precision: str = "auto") -> Backbone:
+    def open(
+        cls,
+        model: str = "moji",
+        *,
+        device: str = "auto",
+        precision: str = "auto",
+        measures: Measures | None = None,
+    ) -> Backbone:
         """Finds a model: a name (`moji`, `sd15` …), a diffusers folder, a checkpoint file, or a hub id.
 
         Loads no weights yet.
 
         `precision` is fp32, bf16, fp16 or auto: bf16 where the processor has it, else fp16 on a GPU and fp32 on a CPU.
+        `measures` hold it in less memory.
 
         Raises `UserError` when there is no such model, or when its family is not served.
         """
@@ -68,7 +84,8 @@ class Backbone:
         for family in families():
             if found in family.pipelines:
                 place = torch.device(best_device() if device == "auto" else device)
-                return cls(location, family, device=place, dtype=chosen_dtype(precision, place))
+                dtype = chosen_dtype(precision, place)
+                return cls(location, family, device=place, dtype=dtype, measures=measures)
         served = ", ".join(family.name for family in families())
         raise UserError(
             f"{location.name} is a {found or 'model of unknown kind'}; this version works with {served}."
@@ -77,17 +94,22 @@ class Backbone:
     @cached_property
     def denoiser(self) -> nn.Module:
         """The network that predicts, in the working precision, its weights frozen."""
-        return self.family.denoiser(self.location, self.dtype).eval().requires_grad_(False).to(self.device)
+        loaded = self.family.denoiser(self.location, self.dtype).eval().requires_grad_(False)
+        return held(loaded, self.measures, self.device)
 
     @cached_property
     def autoencoder(self) -> nn.Module:
         """Pictures to latents and back."""
-        return self.family.autoencoder(self.location, self.dtype).eval().requires_grad_(False).to(self.device)
+        loaded = self.family.autoencoder(self.location, self.dtype).eval().requires_grad_(False)
+        if self.measures.tiling:
+            tiled(loaded, self.resolution // 2)
+        return loaded.to(self.device)
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
         """Prompts to `Text`. Small encoders are in fp32 whatever the precision: they run once."""
-        return self.family.text_encoder(self.location, self.dtype).to(self.device)
+        device = torch.device("cpu") if self.measures.text_on_cpu else self.device
+        return self.family.text_encoder(self.location, self.dtype).to(device)
 
     @cached_property
     def path(self) -> NoisePath:
@@ -182,7 +204,7 @@ class Backbone:
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Text:
         """Prompts to what the network wants to know of them."""
-        return self.text_encoder(prompts)
+        return {name: value.to(self.device) for name, value in self.text_encoder(prompts).items()}
 
     def predictor(self, text: Text) -> Predict:
         """The model's prediction for one prompt a sample."""

@@ -112,6 +112,14 @@ def save_words(path: Path, rows: Mapping[str, Mapping[str, Tensor]], *, metadata
     write_tensors(path, tensors, dict(metadata))
 
 
+def words_by_side(tensors: Mapping[str, Tensor], token: str) -> dict[str, Tensor]:
+    """One token's rows [W, D] of each text encoder, from the tensors of a file that `save_words` wrote."""
+    own = {
+        name.removeprefix(f"{token}/"): rows for name, rows in tensors.items() if name.startswith(f"{token}/")
+    }
+    return own or {"text_encoder": tensors[token]}
+
+
 def load_words(path: Path, encoder: TextEncoder, token: str) -> dict[str, Tensor]:
     """Teaches an encoder the words of a file for one token; gives their rows by side.
 

@@ -61,7 +61,7 @@ def sample_latents(
     batch: int = 8,
 ) -> Iterator[Tensor]:
     """The same as latents, a batch [B, C, H, W] at a time."""
-    ladder = model.ladder(steps)
+    ladder, batch = model.ladder(steps), 1 if model.measures.one_by_one else batch
     for first in range(0, len(requests), batch):
         some = requests[first : first + batch]
         text = encoded_prompts(model, [request.prompt for request in some])

@@ -25,7 +25,7 @@ from backbone.files import (
     write_tensors,
 )
 from backbone.model import locate
-from backbone.new_words import words_of
+from backbone.new_words import words_by_side, words_of
 from customize.layer_names import split
 from customize.merge import Part
 from customize.model_files import ENDING, Weights, own_name, plain_files, refuse_misfit
@@ -118,12 +118,10 @@ def words_together(parts: Sequence[Part]) -> dict[str, dict[str, Tensor]]:
         if not part.words:
             continue
         assert part.concept is not None
-        by_side = set(part.words) <= set(TOKENIZERS)
         for token, words in part.concept.tokens.items():
             if words.split()[:1] != [token]:  # rare words, which the model has already
                 continue
-            sides = part.words if by_side else {"text_encoder": part.words[token]}
-            for component, rows in sides.items():
+            for component, rows in words_by_side(part.words, token).items():
                 known = together.setdefault(component, {})
                 if token in known:
                     raise UserError(

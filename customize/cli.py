@@ -26,6 +26,7 @@ Mask = Literal["files", "auto"]
 Optimizer = Literal["adamw", "adamw8bit", "prodigy"]
 Reports = Literal["jsonl", "tensorboard"]
 Weighting = Literal["none", "min-snr", "debiased"]
+Quantized = Literal["8bit", "nf4"]
 MODEL_HELP = "moji, sd15, sdxl, sd3, flux, a diffusers folder, a checkpoint file (.safetensors), or a hub id."
 Model = Annotated[str | None, typer.Option("--model", "--pretrained_model_name_or_path", help=MODEL_HELP)]
 Precision = Annotated[
@@ -59,6 +60,12 @@ def check(
     model: Model = None,
     precision: Precision = None,
     device: Device = None,
+    vram: Annotated[
+        float | None,
+        typer.Option(
+            "--vram", min=0.1, help="Plan for a GPU with so many GiB.", show_default="what the run needs here"
+        ),
+    ] = None,
 ) -> None:
     """Open every picture, list all bad ones, and say what may go wrong and what the run will need."""
     from backbone.images import check as check_pictures
@@ -76,8 +83,11 @@ def check(
     for warning in warnings_about(pictures, resolution=opened.resolution):
         say(f"Warning: {warning}")
     settings = resolved(opened, {}, images=images, token="[V]", class_noun="")
-    if "transformer" in opened.location.index:
-        say("What a run will need is estimated for UNets only, and this model's denoiser is a transformer.")
+    if vram is not None:
+        from customize.budget import foreseen
+
+        for sentence in foreseen(opened, settings, len(pictures), vram):
+            say(sentence)
         return
     for sentence in estimate(opened, settings, len(pictures)).sentences():
         say(sentence)
@@ -310,6 +320,34 @@ def train(
     ] = None,
     precision: Precision = None,
     device: Device = None,
+    vram: Annotated[
+        float | None,
+        typer.Option(
+            "--vram",
+            min=0.1,
+            help="The device's memory in GiB: says what it takes to fit, and does it, or refuses.",
+            show_default="not looked at",
+        ),
+    ] = None,
+    quantize: Annotated[
+        Quantized | None,
+        typer.Option(
+            "--quantize", help="The frozen base in fewer bits (bitsandbytes, a GPU).", show_default="no"
+        ),
+    ] = None,
+    cpu_offload: Annotated[
+        float | None,
+        typer.Option(
+            "--cpu_offload",
+            min=0,
+            max=1,
+            help="The base's share in the CPU's memory.",
+            show_default="0",
+        ),
+    ] = None,
+    vae_tiling: Annotated[bool, typer.Option("--vae_tiling", help="The autoencoder on tiles.")] = False,
+    text_on_cpu: Annotated[bool, typer.Option("--text_on_cpu", help="Text encoders on the CPU.")] = False,
+    one_by_one: Annotated[bool, typer.Option("--one_by_one", help="Draw one picture at a time.")] = False,
 ) -> None:
     """Teach the model a subject from a few pictures (DreamBooth with LoRA)."""
     from backbone.images import check as check_pictures
@@ -387,6 +425,12 @@ def train(
             "max_grad_norm": max_grad_norm,
             "precision": precision,
             "device": device,
+            "vram": vram,
+            "quantize": quantize,
+            "cpu_offload": cpu_offload,
+            "vae_tiling": vae_tiling or None,
+            "text_on_cpu": text_on_cpu or None,
+            "one_by_one": one_by_one or None,
         }
         asked = {name: value for name, value in asked.items() if value is not None}
         for subject in subjects:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,13 +13,15 @@ from torch import Tensor
 from backbone.adapters import OTHER_WEIGHTS, WEIGHTS
 from backbone.concept import Concept, check_token
 from backbone.console import UserError, say
-from backbone.files import empty_folder, write_text
+from backbone.files import empty_folder, read_tensors, write_tensors, write_text
 from backbone.model import Backbone, locate
+from backbone.new_words import words_by_side
 from customize.formats import BASES, Adapter, Base, Form, adapter_file, read_adapter, write_adapter
 from customize.header import concept_of, header_for
 from customize.model_files import LayerWeights, Weights, components, refuse_misfit
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 SHOWN = 8  # layers that `describe` lists
 LONGEST = 100  # characters of a header entry that it shows
 
@@ -72,11 +75,30 @@ def export_adapter(
         dtype=DTYPES[precision] if precision else None,
     )
     if concept is not None and concept.words:
-        say(f"Its words are not in {out}: load {concept.folder / concept.words} beside it as an embedding.")
+        for path in export_words(concept, out, form):
+            say(f"Its words are not in {out}: load {path} beside it as an embedding.")
     return (
         f"{out} in {form}'s form: {len(adapter.layers)} layers, read back and compared "
         f"(largest relative difference of a layer's change {worst:.0e})."
     )
+
+
+def export_words(concept: Concept, out: Path, form: Form) -> list[Path]:
+    """The files of a concept's learned words for a tool; those of several text encoders are written beside `out`.
+
+    kohya's tools and ComfyUI call the encoders `clip_l` and `clip_g` there; a token has a file of its own.
+    """
+    stored = concept.folder / concept.words
+    tensors, _ = read_tensors(stored)
+    found = []
+    for token in concept.tokens:
+        sides = words_by_side(tensors, token)
+        if form == "diffusers" or not set(sides) <= set(ENCODERS) or len(sides) == 1:
+            return [stored]
+        path = out.with_name(f"{out.stem}-{re.sub(r'[^A-Za-z0-9]', '', token) or 'word'}.safetensors")
+        write_tensors(path, {ENCODERS[side]: rows for side, rows in sides.items()}, {"token": token})
+        found.append(path)
+    return found
 
 
 def import_adapter(

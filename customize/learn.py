@@ -23,6 +23,7 @@ from customize.settings import Settings
 
 ADAPTER = "concept"
 CHANGED = "denoiser_delta.safetensors"
+CROSS_ATTENTION = r"attn2\.to_[kv]\."
 TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
@@ -97,6 +98,7 @@ class TextAdapter:
 
     def __post_init__(self) -> None:
         self.parameters = {}
+        refuse_other_encoders(self.model)
         for side in self.model.text_encoder.sides:
             tensors = add_lora(
                 side.model,
@@ -188,6 +190,17 @@ class Weights:
         return {"changed": CHANGED}
 
 
+def refuse_other_encoders(model: Backbone) -> None:
+    """`UserError` for text encoders that carry no adapter: those that are no CLIP."""
+    for side in model.text_encoder.sides:
+        names = (name.rpartition(".")[2] for name, _ in side.model.named_modules())
+        if not set(TEXT_LAYERS) & set(names):
+            raise UserError(
+                f"The {side.name} of {model.location.name} is a {type(side.model).__name__}, which carries no adapter "
+                "here or in diffusers. Leave out --train_text_encoder."
+            )
+
+
 def pieces(model: Backbone, settings: Settings) -> list[Any]:
     """What the method of these settings trains, put on the model.
 
@@ -205,7 +218,7 @@ def pieces(model: Backbone, settings: Settings) -> list[Any]:
             share = settings.words_share
             return [Words(model, settings, ends=share), Adapter(model, settings, begins=share), *text]
         case "custom-diffusion":  # Kumari et al. 2023: keys and values of the cross-attention, and a word
-            return [Words(model, settings), Weights(model, settings, pattern=r"attn2\.to_[kv]\.")]
+            return [Words(model, settings), Weights(model, settings, pattern=CROSS_ATTENTION)]
     raise UserError(f"There is no method {settings.method}. Choose one of {', '.join(METHODS)}.")
 
 

@@ -14,7 +14,6 @@ from backbone.console import UserError, say
 from backbone.files import empty_folder, write_tensors, write_text
 from backbone.new_words import FILE as WORDS
 from backbone.new_words import words_of
-from customize.bake import TOKENIZERS
 from customize.formats import Adapter, write_adapter
 from customize.header import header_for
 from customize.learn import CHANGED
@@ -103,18 +102,12 @@ def merged_words(
 ) -> dict[str, Tensor]:
     """The learned words of all runs under their tokens in the merge, as one file holds them."""
     runs = [part for part in parts if part.concept is not None]
-    with_words = [part for part in runs if part.words]
-    if any(set(part.words) <= set(TOKENIZERS) for part in with_words):
-        if len(with_words) > 1:
-            raise UserError(
-                "Words learned for two text encoders are merged one run at a time. Merge with --bake."
-            )
-        return dict(with_words[0].words)
-    return {
-        new[token][0]: value
-        for part, new in zip(runs, renamed, strict=True)
-        for token, value in part.words.items()
-    }
+    found: dict[str, Tensor] = {}
+    for part, new in zip(runs, renamed, strict=True):
+        for name, value in part.words.items():
+            token = name if name in new else name.rpartition("/")[0]  # with a text encoder's name behind it
+            found[new[token][0] + name.removeprefix(token)] = value
+    return found
 
 
 def _numbered(token: str, number: int) -> str:

@@ -55,9 +55,7 @@ class Weights(Mapping[str, Tensor]):
         denoiser = model.denoiser
         component = "unet" if hasattr(denoiser, "down_blocks") else "transformer"
         parts = {component: denoiser.state_dict()}
-        text = getattr(model.text_encoder, "model", None)
-        if text is not None:
-            parts["text_encoder"] = text.state_dict()
+        parts |= {side.name: side.model.state_dict() for side in model.text_encoder.sides}
         for part, tensors in parts.items():
             self._loaded |= {own_name(part, name): value for name, value in tensors.items()}
         self.shapes = {name: tuple(value.shape) for name, value in self._loaded.items()}

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from backbone.images import Picture
+from backbone.plan import GIB, Account, Phase, table
+from customize.budget import choice_of, work_of
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from backbone.model import Backbone
     from customize.settings import Settings
 
@@ -29,7 +28,6 @@ SHARP = 100.0  # variance of the Laplacian (8-bit grey levels) below which a pic
 SHARP_SIDE = 512  # pixels a side at which sharpness is judged
 DIFFERENT_SHAPES = 1.5  # largest over smallest aspect ratio
 SMALL_MODEL = 100_000_000  # parameters up to which a step is timed
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -134,12 +132,11 @@ def near_duplicates(looks: Sequence[Look]) -> list[list[str]]:
 class Estimate:
     """What a run will need. Bytes are those of tensors; Python and its libraries take some hundred megabytes beside.
 
-    `encoding` while pictures and prompts are encoded, `training` while the denoiser learns, of which `activations` are
-    kept from forward to backward; `step_seconds` is None where no step was timed.
+    `phases` follow each other; `activations` are kept from forward to backward; `step_seconds` is None where no step
+    was timed.
     """
 
-    encoding: int
-    training: int
+    phases: Mapping[str, Phase]
     activations: int
     step_seconds: float | None
     steps: int
@@ -147,14 +144,15 @@ class Estimate:
     @property
     def peak(self) -> int:
         """Bytes of the phase that needs most."""
-        return max(self.encoding, self.training)
+        return max(phase.bytes for phase in self.phases.values())
 
     def sentences(self) -> list[str]:
         """What a person wants to know of it."""
-        phase = "training" if self.training >= self.encoding else "encoding"
+        most = max(self.phases, key=lambda name: self.phases[name].bytes)
         said = [
-            f"The default run keeps about {self.peak / GIB:.2g} GiB of tensors at its peak, while {phase} "
-            f"(activations {self.activations / GIB:.2g} GiB); Python and its libraries take their own beside."
+            f"The default run keeps about {self.peak / GIB:.2g} GiB of tensors at its peak, while {most} "
+            f"(activations {self.activations / GIB:.2g} GiB); Python and its libraries take their own beside.",
+            *table(self.phases),
         ]
         if self.step_seconds is None:
             said.append("How long it takes is unknown: a step is timed here for small models only.")
@@ -168,154 +166,42 @@ class Estimate:
 
 
 def estimate(model: Backbone, settings: Settings, pictures: int) -> Estimate:
-    """The memory of a LoRA run from shapes alone (nothing is loaded), and a timed step if the model is small.
-
-    Activations are what the backward pass of one step keeps, counted on a network without storage (torch's `meta`).
-    """
-    import torch
-
-    rows = settings.batch + (settings.prior_batch if settings.prior_loss_weight else 0)
-    element = torch.finfo(model.dtype).bits // 8
-    bare = network_on(model, "meta", model.dtype)
-    weights = sum(value.numel() for value in bare.parameters())
-    trained = sum(value.numel() for value in adapted(bare, model, settings).values())
-    activations = saved_bytes(bare, model, settings, rows)
-    channels, height, width = model.latent_shape
-    latents = 2 * 4 * channels * height * width * pictures
-    training = weights * element + trained * 4 * 4 + activations + latents  # weight, gradient, two moments
-    encoding = encoder_bytes(model, element)
-    seconds = None
-    if weights <= SMALL_MODEL:
-        seconds = timed_step(model, settings, rows)
-    return Estimate(encoding, training, activations, seconds, settings.steps)
+    """The memory of a run from settings alone (nothing is loaded), and a timed step if the model is small."""
+    account = Account(model, work_of(model, settings, pictures), device=model.device.type)
+    choice = choice_of(model, settings)
+    step = account.step(choice.precision, choice.checkpointing)
+    small = account.parts(choice.precision).denoiser <= SMALL_MODEL * choice.dtype.itemsize
+    seconds = timed_step(model, settings, pictures) if small else None
+    return Estimate(account.phases(choice), step.saved, seconds, settings.steps)
 
 
-def network_on(model: Backbone, device: str, dtype: Any) -> nn.Module:
-    """The denoiser's UNet by its settings alone, its weights as they come: without storage on `meta`."""
-    import torch
-    from diffusers import UNet2DConditionModel
-    from torch import nn
-
-    with torch.device(device):
-        network: nn.Module = UNet2DConditionModel.from_config(model.location.config("unet"))
-    nn.Module.to(network, dtype=dtype)
-    nn.Module.to(network, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return network.requires_grad_(False).eval()
-
-
-def adapted(network: nn.Module, model: Backbone, settings: Settings) -> dict[str, Any]:
-    """The trainable tensors of the run's adapter, put on the network."""
-    from backbone.adapters import add_lora
-
-    layers = model.family.lora_targets[settings.lora_layers]
-    return add_lora(network, "estimate", rank=settings.rank, alpha=settings.lora_alpha, targets=layers)
-
-
-def saved_bytes(
-    network: nn.Module, model: Backbone, settings: Settings, rows: int, *, device: str = "meta"
-) -> int:
-    """Bytes that one forward pass keeps for its backward pass, weights not counted, each storage once."""
-    import torch
-
-    own = {value.untyped_storage()._cdata for value in network.parameters()}
-    seen: dict[int, int] = {}
-    kept: list[Any] = []
-
-    def remember(tensor: Any) -> Any:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own and storage._cdata not in seen:
-            seen[storage._cdata] = storage.nbytes()
-            kept.append(storage)  # so that its address is not given to another
-        return tensor
-
-    with (
-        _in_one_precision(network),
-        torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor),
-    ):
-        _forward(network, model, settings, rows, device=device)
-    return sum(seen.values())
-
-
-def timed_step(model: Backbone, settings: Settings, rows: int) -> float:
+def timed_step(model: Backbone, settings: Settings, pictures: int) -> float:
     """Seconds of one training step with weights as they come, on the run's device, after one to warm up."""
     import torch
 
-    device = model.device.type
-    network = network_on(model, device, model.dtype)
-    trained = list(adapted(network, model, settings).values())
+    from backbone.attention import quick_to_train
+
+    device, work = model.device.type, work_of(model, settings, pictures)
+    outline = model.family.outline(model.location, model.dtype)
+    network = outline.denoiser.bare(device)
+    trained = list(work.trains(network))
+    text = outline.blank(work.rows, device)
+    if not trained:  # the words learn
+        trained = [value.requires_grad_(True) for value in text.values() if value.is_floating_point()]
+    noisy = torch.zeros(work.rows, *model.latent_shape, device=device)
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     seconds = 0.0
     for _ in range(2):
         began = time.perf_counter()
-        with model.autocast():
-            loss = _forward(network, model, settings, rows, device=device)
-        loss.backward()
+        with model.autocast(), quick_to_train(network):
+            said = model.family.network(network, text)(noisy, noisy.new_zeros(work.rows))
+        (said.float() - noisy).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         if device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
     return seconds
-
-
-def encoder_bytes(model: Backbone, element: int) -> int:
-    """Bytes of the autoencoder and the text encoder (which is kept in fp32), from their settings."""
-    import torch
-    from diffusers import AutoencoderKL
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    with torch.device("meta"):
-        autoencoder = AutoencoderKL.from_config(model.autoencoder_config)
-        text = CLIPTextModel(CLIPTextConfig.from_dict(model.location.config("text_encoder")))
-    pixels = sum(value.numel() for value in autoencoder.parameters())
-    words = sum(value.numel() for value in text.parameters())
-    return int(pixels * element + words * 4)
-
-
-def _forward(network: nn.Module, model: Backbone, settings: Settings, rows: int, *, device: str) -> Any:
-    """The loss of one step on noise."""
-    import torch
-
-    from backbone.attention import quick_to_train
-
-    dtype = next(value.dtype for value in network.parameters() if not value.requires_grad)
-    channels, height, width = model.latent_shape
-    noisy = torch.zeros(rows, channels, height, width, device=device).to(memory_format=torch.channels_last)
-    words = torch.zeros(rows, 77, model.location.config("unet")["cross_attention_dim"], device=device)
-    times = torch.zeros(rows, dtype=torch.int64, device=device)
-    with _plain_attention(network) if model.device.type == "cpu" else quick_to_train(network):
-        said = cast(Any, network)(noisy.to(dtype), times, words.to(dtype)).sample
-    return (said.float() - noisy).square().mean()
-
-
-@contextmanager
-def _plain_attention(network: nn.Module) -> Iterator[None]:
-    """The attention that training uses on a CPU, also for a network on the meta device."""
-    from diffusers.models.attention_processor import AttnProcessor
-
-    unet = cast(Any, network)
-    before = dict(unet.attn_processors)
-    unet.set_attn_processor(AttnProcessor())
-    try:
-        yield
-    finally:
-        unet.set_attn_processor(before)
-
-
-@contextmanager
-def _in_one_precision(network: nn.Module) -> Iterator[None]:
-    """The meta device knows no autocast: inside, the adapter is in the base's precision, as autocast computes it."""
-    dtype = next(value.dtype for value in network.parameters() if not value.requires_grad)
-    before = {name: value.dtype for name, value in network.named_parameters() if value.requires_grad}
-    for name, value in network.named_parameters():
-        if name in before:
-            value.data = value.data.to(dtype)
-    try:
-        yield
-    finally:
-        for name, value in network.named_parameters():
-            if name in before:
-                value.data = value.data.to(before[name])
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from PIL.Image import Image
 from backbone import processes
 from backbone.concept import Concept, check_token, rare_words, spoken
 from backbone.console import UserError, progress, say
-from backbone.files import append_jsonl, content_hash, write_json, write_text
+from backbone.files import append_jsonl, content_hash, read_header, write_json, write_text
 from backbone.images import Picture, check, read_folder, square
 from backbone.loop import Report
 from backbone.model import Backbone
@@ -24,9 +24,10 @@ from backbone.new_words import words_of
 from backbone.runs import stopping, trim_log, versions
 from backbone.sample import Request, sample
 from backbone.sheet import Cell, in_rows, save_png, sheet
+from backbone.thrift import measures_of
 from customize.dreambooth import Group, Training, prepare, preserves, share_of
 from customize.hub import card, push
-from customize.learn import METHODS, OWN_WORDS
+from customize.learn import METHODS, OWN_WORDS, refuse_other_encoders
 from customize.masks import save_masks
 from customize.settings import FILE, Settings, Subject, as_flags, read_settings
 from customize.watch import Watch
@@ -61,10 +62,20 @@ def train_concept(asked: dict[str, Any], subjects: Sequence[Subject], *, out: Pa
         for subject, folder in zip(subjects, pictures, strict=True)
     ]
     first = subjects[0]
+    asked, size = {name: value for name, value in asked.items() if name != "vram"}, asked.get("vram")
     settings = resolved(model, asked, images=first.images, token=first.token, class_noun=nouns[0])
     if settings.method not in METHODS:
         raise UserError(f"There is no method {settings.method}. Choose one of {', '.join(METHODS)}.")
+    model = Backbone.open(
+        settings.model, device=settings.device, precision=settings.precision, measures=measures_of(settings)
+    )
+    if size is not None:
+        from customize.budget import budgeted
+
+        model, settings = budgeted(model, settings, sum(map(len, pictures)), size)
     vocabulary = model.text_encoder.tokenizer.get_vocab()
+    if settings.train_text_encoder:
+        refuse_other_encoders(model)
     found: list[Subject] = []
     for subject, noun, folder in zip(subjects, nouns, pictures, strict=True):
         check_token(subject.token, vocabulary)
@@ -92,7 +103,9 @@ def resume_concept(run: Path) -> Path:
     settings = read_settings(run)
     pictures = [read_folder(subject.images) for subject in settings.subjects()]
     check([picture for folder in pictures for picture in folder])
-    model = Backbone.open(settings.model, device=settings.device, precision=settings.precision)
+    model = Backbone.open(
+        settings.model, device=settings.device, precision=settings.precision, measures=measures_of(settings)
+    )
     return carry_on(run, settings, model, pictures, began=time.perf_counter())
 
 
@@ -370,11 +383,26 @@ def described(settings: Settings) -> str:
     return METHODS[settings.method]
 
 
+def load_words_in_diffusers(path: Path) -> list[str]:
+    """The lines that give learned words to diffusers' pipeline: every text encoder its own, where there are several."""
+    stored = [name.rsplit("/", 1) for name in read_header(path).shapes]
+    if all(len(parts) == 1 for parts in stored):
+        return [f'pipeline.load_textual_inversion("{path}")']
+    lines = ["from safetensors.torch import load_file", "", f'words = load_file("{path}")']
+    for token, side in stored:
+        tokenizer = side.replace("text_encoder", "tokenizer")
+        lines.append(
+            f'pipeline.load_textual_inversion(words["{token}/{side}"], token="{token}", '
+            f"text_encoder=pipeline.{side}, tokenizer=pipeline.{tokenizer})"
+        )
+    return lines
+
+
 def in_diffusers(run: Path, settings: Settings, instance: str) -> list[str]:
     """How the concept is used in diffusers, as far as it reads these files."""
     lines = []
     if settings.method in OWN_WORDS:
-        lines.append(f'pipeline.load_textual_inversion("{run / WORDS}")')
+        lines += load_words_in_diffusers(run / WORDS)
     if settings.method in ("lora", "pivotal") and settings.adapter in ("lora", "dora"):
         lines.append(f'pipeline.load_lora_weights("{run}")')
     elif settings.method != "textual-inversion":

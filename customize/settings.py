@@ -96,6 +96,11 @@ class Settings:
     max_grad_norm: float = 1.0
     precision: str = "auto"
     device: str = "auto"
+    quantize: str = ""
+    cpu_offload: float = 0.0
+    vae_tiling: bool = False
+    text_on_cpu: bool = False
+    one_by_one: bool = False
     seed: int = 0
     checkpointing_steps: int = 100
     validation_steps: int = 500

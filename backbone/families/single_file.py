@@ -25,6 +25,7 @@ from backbone.files import Header, content_hash, read_json, read_tensors
 SETTINGS = (
     *("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"),
     *("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "tokenizer/vocab.json"),
+    *("text_encoder_2/config.json", "tokenizer_2/tokenizer.json", "tokenizer_2/tokenizer_config.json"),
 )
 UNET, AUTOENCODER = "model.diffusion_model.", "first_stage_model."
 WINDOWS, WINDOW_BYTES = 64, 1 << 14
@@ -40,7 +41,7 @@ STRANGERS = (
     (r"^control(_model|net_cond_embedding)\.", "a ControlNet", "Name the model that it was made for."),
     (r"^(emb_params|string_to_param|clip_[lg])$", "an embedding", "Name the model that it was made for."),
     (r"motion_modules\.", "an AnimateDiff motion module", "Name the model that it was made for."),
-    (r"^conditioner\.embedders\.", "a Stable Diffusion XL checkpoint", FOLDER),
+    (r"^conditioner\.embedders\.", "a part of Stable Diffusion XL, or its refiner", FOLDER),
     (r"joint_blocks\.", "a Stable Diffusion 3 checkpoint", FOLDER),
     (r"double_blocks\.", "a FLUX checkpoint", FOLDER),
     (

@@ -133,14 +133,14 @@ def of_openclip(name: str) -> bool:
     return name.startswith(OPENCLIP)
 
 
-def tokenizer_of(location: Location, *, pads_with: str) -> Any:
-    """The tokenizer beside the file, or CLIP's own, which every published Stable Diffusion 1.x and 2.x uses."""
-    folder = location.local("tokenizer")
-    if folder is not None:
+def tokenizer_of(location: Location, *, pads_with: str, folder: str = "tokenizer") -> Any:
+    """The tokenizer beside the file, or CLIP's own, which every published Stable Diffusion uses."""
+    found = location.local(folder)
+    if found is not None:
         try:
-            return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+            return CLIPTokenizer.from_pretrained(str(found), local_files_only=True)
         except (OSError, ValueError) as error:
-            raise UserError(f"{folder} is not a whole CLIP tokenizer ({error}). Restore it.") from error
+            raise UserError(f"{found} is not a whole CLIP tokenizer ({error}). Restore it.") from error
     try:
         vocabulary, merges = (hub_file(TOKENIZER, name) for name in ("vocab.json", "merges.txt"))
     except UserError as error:

@@ -15,7 +15,18 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from backbone.console import UserError
-from backbone.families import Attention, Location, Network, NoisePath, Side, Stretch, Text, parts
+from backbone.families import (
+    Attention,
+    Location,
+    Network,
+    NoisePath,
+    Side,
+    Stretch,
+    Text,
+    parts,
+    single_file,
+    stable_diffusion_xl_file,
+)
 from backbone.families.outline import Outline, encoder, network
 from backbone.files import Header
 
@@ -37,7 +48,7 @@ class StableDiffusionXL:
     }
 
     def single_file(self, header: Header) -> tuple[Path, ...] | None:
-        return None
+        return stable_diffusion_xl_file.settings_of(header)
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
         if location.config("unet").get("addition_embed_type") != "text_time":
@@ -45,16 +56,28 @@ class StableDiffusionXL:
                 f"The unet of {location.name} is not told the size of the picture, so it is none of Stable Diffusion "
                 "XL. Name a whole model of one family."
             )
-        model = parts.load_network(UNet2DConditionModel, location, "unet", dtype)
+        if location.file is not None:
+            model = single_file.load_part(
+                UNet2DConditionModel, location, "unet", prefix=single_file.UNET, dtype=dtype
+            )
+        else:
+            model = parts.load_network(UNet2DConditionModel, location, "unet", dtype)
         return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
     def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
         """In fp32, except for the one that was repaired for half precision (`force_upcast` false)."""
         if location.config("vae").get("force_upcast", True):
             dtype = torch.float32
+        if location.file is not None:
+            model: nn.Module = single_file.load_part(
+                AutoencoderKL, location, "vae", prefix=single_file.AUTOENCODER, dtype=dtype
+            )
+            return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
         return parts.load_autoencoder(AutoencoderKL, location, dtype)
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> TwoClips:
+        if location.file is not None:
+            return TwoClips(stable_diffusion_xl_file.text_sides(location), zeros=True)
         sides = (
             parts.load_clip(CLIPTextModel, location),
             parts.load_clip(CLIPTextModelWithProjection, location, "_2"),

@@ -285,7 +285,7 @@ def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub() -> None:
         (["lora_unet_mid_block_attentions_0_proj_in.hada_w1_a"], "a LoRA"),
         (
             ["conditioner.embedders.0.transformer.x", "model.diffusion_model.input_blocks.1.0.x"],
-            "Stable Diffusion XL",
+            "Stable Diffusion XL, or its refiner",
         ),
         (["model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale"], "FLUX"),
         (["model.diffusion_model.joint_blocks.0.context_block.x"], "Stable Diffusion 3"),

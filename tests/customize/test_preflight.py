@@ -6,27 +6,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image, ImageEnhance, ImageFilter
 from typer.testing import CliRunner
 
+from backbone.console import UserError
 from backbone.images import read_folder
 from backbone.model import Backbone
 from customize import preflight
 from customize.cli import app
 from customize.preflight import (
-    adapted,
     estimate,
     look,
     near_duplicates,
-    network_on,
     perceptual_hash,
-    saved_bytes,
     sharpness,
     warnings_about,
 )
-from customize.runs import resolved
+from customize.runs import resolved, resume_concept, train_concept
+from customize.settings import Subject, read_settings
 from tests.tiny import tiny_stable_diffusion_3
 
 
@@ -104,28 +102,11 @@ def test_memory_follows_from_shapes(tiny: Backbone) -> None:
     found = estimate(tiny, settings, 3)
     network = UNet2DConditionModel.from_config(tiny.location.config("unet"))
     weights = 4 * sum(value.numel() for value in network.parameters())
-    assert weights + found.activations < found.training < 2 * (weights + found.activations)
+    learning = found.phases["learning"].bytes
+    assert weights + found.activations < learning < 2 * (weights + found.activations)
     assert found.step_seconds is not None
     assert found.step_seconds > 0
     assert any("GiB" in sentence for sentence in found.sentences())
-
-
-def test_activations_counted_without_storage_are_those_of_a_real_step(tiny: Backbone) -> None:
-    settings = resolved(tiny, {}, images="x", token="[V]", class_noun="dog")
-    counted = []
-    for device in ("meta", "cpu"):
-        network = network_on(tiny, device, torch.float32)
-        adapted(network, tiny, settings)
-        counted.append(saved_bytes(network, tiny, settings, 4, device=device))
-    assert counted[0] == pytest.approx(counted[1], rel=0.02)
-
-
-def test_activations_grow_with_the_batch(tiny: Backbone) -> None:
-    settings = resolved(tiny, {}, images="x", token="[V]", class_noun="dog")
-    network = network_on(tiny, "meta", torch.float32)
-    adapted(network, tiny, settings)
-    two, four = (saved_bytes(network, tiny, settings, rows) for rows in (2, 4))
-    assert four == pytest.approx(2 * two, rel=0.1)
 
 
 def test_a_large_model_is_not_timed(tiny: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,8 +117,31 @@ def test_a_large_model_is_not_timed(tiny: Backbone, monkeypatch: pytest.MonkeyPa
     assert any("unknown" in sentence for sentence in found.sentences())
 
 
-def test_check_says_that_it_cannot_estimate_a_transformer(subject: Path, tmp_path: Path) -> None:
+def test_check_estimates_a_transformer_and_plans_for_a_gpu(subject: Path, tmp_path: Path) -> None:
     model = tiny_stable_diffusion_3(tmp_path / "sd3", t5=False)
-    done = CliRunner().invoke(app, ["check", "--images", str(subject), "--model", str(model)])
+    asked = ["check", "--images", str(subject), "--model", str(model)]
+    done = CliRunner().invoke(app, asked)
     assert done.exit_code == 0, done.output
-    assert "a transformer" in done.output
+    assert "learning" in done.output and "A step took" in done.output
+    planned = CliRunner().invoke(app, [*asked, "--vram", "8"])
+    assert planned.exit_code == 0, planned.output
+    assert "8 GiB" in planned.output
+    refused = CliRunner().invoke(app, [*asked, "--vram", "0.1"])
+    assert isinstance(refused.exception, UserError)
+    assert "a device of 8 GiB" in str(refused.exception)
+
+
+def test_a_run_with_every_measure_of_a_cpu_trains_and_goes_on(
+    tiny_folder: Path, subject: Path, tmp_path: Path
+) -> None:
+    asked = {
+        "model": str(tiny_folder), "device": "cpu", "precision": "fp32", "steps": 2, "gradient_checkpointing": True,
+        "cpu_offload": 0.5, "vae_tiling": True, "text_on_cpu": True, "one_by_one": True, "sheet_prompts": ("a {}",),
+        "vram": 4.0, "prior_draws": 2,
+    }  # fmt: skip
+    one = Subject(images=str(subject), token="[V]", class_noun="dog", token_words="fgh")
+    run = train_concept(asked, [one], out=tmp_path / "run")
+    kept = read_settings(run)
+    assert (kept.cpu_offload, kept.vae_tiling, kept.text_on_cpu, kept.one_by_one) == (0.5, True, True, True)
+    assert "--cpu_offload 0.5" in (run / "README.md").read_text()
+    assert resume_concept(run) == run

@@ -1,0 +1,126 @@
+"""Stable Diffusion XL in one file: the same model as the folder it was written from, without a network."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from backbone.console import UserError
+from backbone.families.stable_diffusion_file import PUBLISHED
+from backbone.files import write_tensors
+from backbone.model import Backbone
+from tests.backbone.test_single_file import networks, part_of, some_pictures, text_of_version_2
+from tests.tiny import tiny_stable_diffusion_xl
+
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler", "tokenizer", "tokenizer_2")
+SECOND = "conditioner.embedders.1.model."
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_stable_diffusion_xl(tmp_path_factory.mktemp("single") / "xl")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder: Path) -> dict[str, Tensor]:
+    """The random pipeline in the layout of Stability AI's generative-models."""
+    found = {original(name): value for name, value in networks(folder).items()}
+    for name, value in part_of(folder, "text_encoder").items():
+        plain = name.removeprefix("text_model.")
+        found[f"conditioner.embedders.0.transformer.text_model.{plain}"] = value
+    second = {
+        name.removeprefix("text_model."): value for name, value in part_of(folder, "text_encoder_2").items()
+    }
+    projection = second.pop("text_projection.weight")
+    for name, value in text_of_version_2(second, layers=2).items():
+        if ".resblocks.2." not in name:
+            found[name.replace("cond_stage_model.model.", SECOND)] = value
+    found[f"{SECOND}text_projection"] = projection.T.contiguous()
+    return found
+
+
+@pytest.fixture
+def file(tmp_path: Path, folder: Path, checkpoint: dict[str, Tensor]) -> Path:
+    write_tensors(tmp_path / "xl.safetensors", checkpoint)
+    for part in PARTS:
+        shutil.copytree(folder / part, tmp_path / part, ignore=shutil.ignore_patterns("*.safetensors"))
+    return tmp_path / "xl.safetensors"
+
+
+def original(name: str) -> str:
+    for ours, theirs in (
+        ("add_embedding.linear_1", "label_emb.0.0"),
+        ("add_embedding.linear_2", "label_emb.0.2"),
+    ):
+        name = name.replace(ours, theirs)
+    return name
+
+
+def opened(place: Path) -> Backbone:
+    return Backbone.open(str(place), device="cpu", precision="fp32")
+
+
+def test_a_single_file_is_the_same_model_as_the_folder(file: Path, folder: Path) -> None:
+    one, other = opened(file), opened(folder)
+    prompts = ["a dog in the snow", "", "a red cat"]
+    texts = [model.encode_prompts(prompts) for model in (one, other)]
+    for name in ("hidden", "pooled"):
+        torch.testing.assert_close(texts[0][name], texts[1][name], rtol=0, atol=1e-6)
+    for ours, theirs in ((one.denoiser, other.denoiser), (one.autoencoder, other.autoencoder)):
+        wanted = theirs.state_dict()
+        assert all(torch.equal(value, wanted[name]) for name, value in ours.state_dict().items())
+    posteriors = [model.encode(some_pictures(other)).mean for model in (one, other)]
+    torch.testing.assert_close(*posteriors, rtol=0, atol=1e-6)
+    latents, level = posteriors[1][:1], other.ladder(4)[1]
+    assert torch.equal(one.ladder(4).b, other.ladder(4).b)
+    with torch.no_grad():
+        said = [
+            model.predictor({name: value[:1] for name, value in text.items()})(latents, level).noise
+            for model, text in zip((one, other), texts, strict=True)
+        ]
+    torch.testing.assert_close(*said, rtol=0, atol=1e-5)
+
+
+def test_the_published_settings_have_the_published_sizes() -> None:
+    for part, kind, size in (
+        ("unet", UNet2DConditionModel, 2_567_463_684),
+        ("text_encoder_2", CLIPTextModelWithProjection, 694_659_840),
+    ):
+        config: Any = json.loads((PUBLISHED / "stable-diffusion-xl" / part / "config.json").read_text())
+        with init_empty_weights():
+            model = kind(CLIPTextConfig.from_dict(config)) if "text" in part else kind.from_config(config)
+        assert sum(value.numel() for value in model.parameters()) == size
+
+
+def test_a_published_checkpoint_is_told_by_its_header(tmp_path: Path) -> None:
+    few = {
+        "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3),
+        "model.diffusion_model.label_emb.0.0.weight": torch.zeros(1),
+        "conditioner.embedders.0.transformer.text_model.final_layer_norm.bias": torch.zeros(1),
+        f"{SECOND}ln_final.bias": torch.zeros(1),
+        "first_stage_model.decoder.conv_in.weight": torch.zeros(512, 4, 3, 3),
+    }
+    write_tensors(tmp_path / "sdxl.safetensors", few)
+    model = opened(tmp_path / "sdxl.safetensors")
+    assert model.latent_shape == (4, 128, 128) and model.path.kind == "epsilon"
+    assert model.autoencoder_config["scaling_factor"] == 0.13025
+    assert model.location.config("text_encoder")["hidden_size"] == 768
+    write_tensors(tmp_path / "v.safetensors", {**few, "v_pred": torch.zeros(1)})
+    assert opened(tmp_path / "v.safetensors").path.kind == "v_prediction"
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2"])
+def test_a_part_that_is_not_built_as_its_settings_say_is_a_clear_mistake(file: Path, part: str) -> None:
+    shutil.rmtree(file.parent / part)  # so that the published settings are taken
+    loaded = {"unet": "denoiser", "vae": "autoencoder"}.get(part, "text_encoder")
+    with pytest.raises(UserError, match=f"Put the {part}/config.json of this model beside the file"):
+        getattr(opened(file), loaded)
