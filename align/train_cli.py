@@ -256,11 +256,15 @@ def train(
     ] = None,
     quantize: Annotated[
         Quantized | None,
-        typer.Option("--quantize", help="The frozen base in fewer bits (bitsandbytes, a GPU).", show_default="no"),
+        typer.Option(
+            "--quantize", help="The frozen base in fewer bits (bitsandbytes, a GPU).", show_default="no"
+        ),
     ] = None,
     cpu_offload: Annotated[
         float | None,
-        typer.Option("--cpu-offload", min=0, max=1, help="The base's share in the CPU's memory.", show_default="0"),
+        typer.Option(
+            "--cpu-offload", min=0, max=1, help="The base's share in the CPU's memory.", show_default="0"
+        ),
     ] = None,
     vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="The autoencoder on tiles.")] = False,
     text_on_cpu: Annotated[bool, typer.Option("--text-on-cpu", help="Text encoders on the CPU.")] = False,
@@ -347,7 +351,9 @@ def train(
     resolved(asked, {})  # contradictions are answered before torch is imported
     if online is not None:
         if vram is not None:
-            raise UserError("--vram plans for pairs that are there. With --online name the measures yourself.")
+            raise UserError(
+                "--vram plans for pairs that are there. With --online name the measures yourself."
+            )
         if source is not None:
             raise UserError("--online draws its own pairs, so it takes no source. Leave out one of the two.")
         if prompts is None:

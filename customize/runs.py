@@ -44,8 +44,8 @@ def train_concept(asked: dict[str, Any], subjects: Sequence[Subject], *, out: Pa
     of them listed, a bad token, or a run folder that is taken.
     """
     began = time.perf_counter()
-    pictures = [read_folder(subject.images) for subject in subjects]
     processes.join(asked.get("device") or "auto")
+    pictures = [read_folder(subject.images) for subject in subjects]
     check([picture for folder in pictures for picture in folder])
     run = out or Path("runs") / run_name(subjects[0].images)
     if (run / FILE).exists():
@@ -101,6 +101,7 @@ def train_concept(asked: dict[str, Any], subjects: Sequence[Subject], *, out: Pa
 def resume_concept(run: Path) -> Path:
     """Goes on with a run that was stopped; the weights come out as if it had not been."""
     settings = read_settings(run)
+    processes.join(settings.device)
     pictures = [read_folder(subject.images) for subject in settings.subjects()]
     check([picture for folder in pictures for picture in folder])
     model = Backbone.open(
@@ -112,7 +113,6 @@ def resume_concept(run: Path) -> Path:
 def carry_on(
     run: Path, settings: Settings, model: Backbone, pictures: Sequence[list[Picture]], *, began: float
 ) -> Path:
-    processes.join(settings.device)
     """Trains from the last checkpoint, if there is one, to the finished folder."""
     subjects = settings.subjects()
     concept = Concept(
@@ -170,6 +170,9 @@ def carry_on(
                 training.save(run)
                 break
     trained = time.perf_counter()
+    if not writes:
+        processes.leave()
+        return run
     header = {
         "atelier_token": " ".join(subject.token for subject in subjects),
         "atelier_words": " ".join(subject.token_words for subject in subjects),
@@ -181,9 +184,6 @@ def carry_on(
         shown = previews.save(
             run / SHEET, count=8, pictures=[picture for folder in pictures for picture in folder]
         )
-    if not writes:
-        processes.leave()
-        return run
     ended = time.perf_counter()
     timings = {
         "prepare": prepared - began,
@@ -196,6 +196,7 @@ def carry_on(
     write_text(run / "README.md", card(settings, model) + readme(run, settings, shown, seconds))
     if settings.push_to_hub:
         say(f"Uploaded to {push(run, settings.hub_model_id or run.name)}.")
+    processes.leave()
     return run
 
 
@@ -207,7 +208,6 @@ def notebook(run: Path, settings: Settings, *, done: int) -> Iterator[Callable[[
     """
     if settings.report_to == "jsonl" or not processes.is_writer():
         yield lambda report: None
-    processes.leave()
         return
     try:
         from torch.utils.tensorboard.writer import SummaryWriter
