@@ -425,7 +425,11 @@ def parity(training: Training, *, size: float = 1e-3) -> Parity:
     training.material = known = one_picture(before)
     own, _ = training.subject_batch(known.buckets[0], random := generator(0, "parity"))
     prior, _ = training.prior_batch(known.buckets[0], random)  # their targets are the noise
+    parameters = list(training.parameters.values())
     here = training.loss(generator(0, "parity"), 1)
+    ours = torch.autograd.grad(
+        here, parameters, allow_unused=True
+    )  # before there is a second graph in memory
     count = training.settings.batch
     pair = (known.posteriors[0].mean, cast(Tensor, known.drawn))
     clean = torch.cat([latent.expand(count, -1, -1, -1) for latent in pair])
@@ -434,15 +438,12 @@ def parity(training: Training, *, size: float = 1e-3) -> Parity:
     said = joined(*(rows({name: value[[place]] for name, value in text.items()}, count) for place in (0, -1)))
     script = Script(Parts(model, torch.nn.Identity(), lambda prompts: {}), training)
     there = script.loss(clean, noise, times(model)[index].long().to(model.device), said, prior=True)
-    gradients = [
-        torch.autograd.grad(loss, list(training.parameters.values()), allow_unused=True)
-        for loss in (here, there)
-    ]
+    theirs = torch.autograd.grad(there, parameters, allow_unused=True)
     training.material = before
     with torch.no_grad():
         for name, value in training.parameters.items():
             value.copy_(start[name])
-    pairs = [(a, b) for a, b in zip(*gradients, strict=True) if a is not None and b is not None]
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
     largest = max(float(a.abs().max()) for a, _ in pairs)
     apart = max(float((a - b).abs().max()) for a, b in pairs)
     return Parity(float(here.detach()), abs(float(here.detach()) - float(there.detach())), apart / largest)
