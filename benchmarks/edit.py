@@ -1,7 +1,7 @@
 """MojiEdit: how well `edit` changes what the words say and nothing else, on scenes whose true edit is known.
 
     python -m benchmarks.edit                          all methods, 200 scenes: hours on two cores
-    python -m benchmarks.edit --count 40 --methods "direct + P2P" --methods "DDIM + P2P"
+    python -m benchmarks.edit --count 40 --methods "the default" --methods "DDIM + P2P"
 
 Modelled on PIE-Bench (Ju et al. 2024), with what it lacks: every scene is rendered before and after its edit, from
 seeds that nothing was trained on, so the true answer and the true mask are known. Kinds of edits: noun, colour,
@@ -10,7 +10,10 @@ accessory added, accessory removed, place, style, one noun of two, reweight. Suc
 `no edit` hands the source back. The background is what the true edit leaves as it was; of place edits it is the thing,
 style edits are measured by structure alone, and a reweight succeeds when the judge's probability of the colour rises
 over the weights ¼, 1 and 3. Background figures come over the background's own pixels and as PIE-Bench's code takes them
-(`edit.measure`). Needs the emoji font and the judge. Writes `table.md`, `table.json`, `rows.jsonl` and `sheet.png`.
+(`edit.measure`). “The default” is `edit.replace` as it comes; “+ P2P” are inversions with prompt-to-prompt as published
+(Hertz et al. 2022: cross-attention for 0.8, self-attention for 0.4 of the steps, a local blend at the words of the
+edited thing, threshold 0.3), “our settings” the same inversions with the default's. Needs the emoji font and
+the judge. Writes `table.md`, `table.json`, `rows.jsonl` and `sheet.png`.
 
 Pictures that `--out` holds are not made again, and figures always are, from the pictures on disk: a better judge
 renews the tables without an edit. Several processes can share one `--out` with other `--methods`; the tables are of
@@ -59,9 +62,15 @@ KINDS = (
 )
 WEIGHTS = (0.25, 1.0, 3.0)
 STRENGTHS = (0.3, 0.45, 0.6, 0.75, 0.9)
-DEFAULT, RIVALS = "direct + P2P", ("DDIM + P2P", "null-text + P2P")
+DEFAULT = "the default"
+RIVALS = ("DDIM + P2P", "null-text + P2P", "DDIM, our settings", "null-text, our settings")
+PUBLISHED: Mapping[str, Any] = {"cross": 0.8, "self_attention": 0.4, "threshold": 0.3, "blend_from": 0.2}
 CONTROLS = ("no edit", "resample")
-IDENTITY: Mapping[str, Method] = {"identity, direct": "direct", "identity, DDIM": "ddim"}
+IDENTITY: Mapping[str, tuple[Method, Mapping[str, Any]]] = {
+    "the default": ("direct", {}),
+    "direct + P2P, no blend": ("direct", {"cross": 0.8, "self_attention": 0.4, "blend": ()}),
+    "plain DDIM": ("ddim", {"cross": 0.0, "self_attention": 0.0, "blend": ()}),
+}
 SAME_STATES: tuple[Method, ...] = ("direct", "ddim", "negative-prompt")  # DDIM inversion's
 TOGETHER = 10  # scenes of one call, where a method can draw several at once
 PRESERVED = ("noun", "colour", "accessory added", "accessory removed", "one of two")
@@ -95,8 +104,8 @@ def main(
     work = Work(out, backbone, Asked(steps, guidance))
     for name in chosen:
         work.edit(name, cases, known[name])
-    for name, method in IDENTITY.items():
-        work.edit(name, same, one_by_one(with_words(method, guidance=7.5, blend=())))
+    for name, (method, wishes) in IDENTITY.items():
+        work.edit(f"identity, {name}", same, one_by_one(with_words(method, guidance=7.5, **wishes)))
     present = [name for name in known if work.has(name, cases)]
     rows = measured(work, cases, present, judges, scorer_of(backbone))
     summary = summarised(rows, present)
@@ -338,12 +347,15 @@ def attempts() -> dict[str, TryAll]:
     """Every method by name; one that cannot reweight gives None there."""
     found: dict[str, Try] = {
         DEFAULT: with_words("direct"),
-        "DDIM + P2P": with_words("ddim"),
-        "null-text + P2P": with_words("null-text"),
-        "negative-prompt + P2P": with_words("negative-prompt"),
-        "edit-friendly + P2P": with_words("edit-friendly"),
-        "renoise + P2P": with_words("renoise"),
-        "reversible + P2P": with_words("reversible"),
+        "direct + P2P": with_words("direct", **PUBLISHED),
+        "DDIM + P2P": with_words("ddim", **PUBLISHED),
+        "null-text + P2P": with_words("null-text", **PUBLISHED),
+        "DDIM, our settings": with_words("ddim"),
+        "null-text, our settings": with_words("null-text"),
+        "negative-prompt": with_words("negative-prompt"),
+        "edit-friendly": with_words("edit-friendly"),
+        "renoise": with_words("renoise"),
+        "reversible": with_words("reversible"),
         "masactrl": with_words("direct", **PRESETS["masactrl"]),
         "plug-and-play": with_words("direct", **PRESETS["plug-and-play"]),
         "flow-edit": flowing,
@@ -360,6 +372,8 @@ def with_words(method: Method, **wishes: Any) -> Try:
         if case.kind == "reweight" and "attention" in wishes:
             return None
         settings = {"guidance": work.asked.guidance, **wishes}
+        if "blend_from" in wishes:
+            settings["blend"] = published_words(case)
         inversion, seconds = work.inverted(case, method)
         began = time.perf_counter()
         pictures, evaluations = [], inversion.evaluations
@@ -371,6 +385,14 @@ def with_words(method: Method, **wishes: Any) -> Try:
         return Attempt(pictures, seconds / len(pictures), evaluations / len(pictures))
 
     return attempt
+
+
+def published_words(case: Case) -> tuple[str, ...]:
+    """The words whose place prompt-to-prompt lets change: the edited thing's, as PIE-Bench has it; of a place or a
+    style none, which is everywhere."""
+    if case.thing is None:
+        return ()
+    return tuple({scene.things[case.thing].noun: None for scene in (case.before, case.after)})
 
 
 def weighted(case: Case) -> list[dict[str, Any]]:
@@ -530,18 +552,19 @@ def bound_of(model: Backbone, source: Image.Image, changed: Image.Image | None) 
 def identity_edits(work: Work, cases: Sequence[Case]) -> dict[str, float | None]:
     """Mean decibels of a target that says what the source says, at guidance 7.5, beside plain DDIM's and the bound.
 
-    Nothing is overwritten in a target's row and nothing blended, so this can fail where the source's row cannot.
+    The default lets nothing change where nothing differs. Without a blend nothing is overwritten in a target's row, so
+    this can fail where the source's row cannot.
     """
-    found: dict[str, list[float | None]] = {name: [] for name in (*IDENTITY.values(), "autoencoder")}
+    found: dict[str, list[float | None]] = {name: [] for name in (*IDENTITY, "the autoencoder alone")}
     for number, case in enumerate(cases):
         source = render(case.before).image
         picture = to_tensor(source)
-        for name, method in IDENTITY.items():
-            tried = work.read(name, number, case)
+        for name in IDENTITY:
+            tried = work.read(f"identity, {name}", number, case)
             if tried is not None:
-                found[method].append(measure.psnr(picture, to_tensor(sized(tried.pictures[0], source))))
+                found[name].append(measure.psnr(picture, to_tensor(sized(tried.pictures[0], source))))
         around = to_image(work.model.decode(work.model.encode(picture[None]).mean)[0])
-        found["autoencoder"].append(measure.psnr(picture, to_tensor(around)))
+        found["the autoencoder alone"].append(measure.psnr(picture, to_tensor(around)))
     return {name: measure.mean(values) for name, values in found.items()}
 
 

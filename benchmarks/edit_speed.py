@@ -110,9 +110,10 @@ def whole_edits(model: Backbone, steps: int) -> dict[str, Callable[[], Any]]:
 
     def ours(count: int) -> list[Image.Image]:
         inversion = invert(model, image, SOURCE, steps=steps)
-        return replace(
-            inversion, TARGETS[:count], cross=CROSS, self_attention=SELF, guidance=guidance
-        ).pictures
+        edited = replace(
+            inversion, TARGETS[:count], cross=CROSS, self_attention=SELF, guidance=guidance, blend=()
+        )
+        return edited.pictures
 
     return {
         "ours": lambda: ours(1),

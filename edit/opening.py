@@ -13,7 +13,7 @@ from backbone.learned import put_on
 from backbone.model import PRECISIONS, Backbone
 from edit import checks
 from edit.inversion import Inversion, identity, invert, read_inversion
-from edit.prompt import PRESETS, Settings
+from edit.prompt import PRESETS, Settings, usual
 
 FRAMES = 12
 
@@ -96,7 +96,8 @@ def settings_of(
     """
     if control not in PRESETS:
         raise UserError(f"There is no control {control}. Choose one of {', '.join(PRESETS)}.")
-    wishes = dict(PRESETS[control]) | {name: value for name, value in asked.items() if value is not None}
+    wishes = usual(opened.model) | dict(PRESETS[control])
+    wishes |= {name: value for name, value in asked.items() if value is not None}
     for name in ("blend", "keep", "heatmaps"):
         if name in wishes:
             wishes[name] = tuple(opened.said(word) for word in wishes[name])

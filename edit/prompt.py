@@ -63,7 +63,8 @@ EVERYWHERE = frozenset([  # words that say how a picture is made, and so have no
 class Settings:
     """What an edit is asked for; shares are of the steps, from the noisy end.
 
-    cross, self_attention   until when the targets take the source's cross- and self-attention
+    cross, self_attention   until when the targets take the source's cross- and self-attention; a model may have other
+                            shares of its own (`usual`)
     attention               what of the source's self-attention: its `layout`, or its `contents` (from then on)
     layers, reach           in which layers of the denoiser (all, or the late ones, which draw the details), and for
                             which rows (`edit.attention.Control`)
@@ -188,14 +189,21 @@ def replace(
 ) -> Edited:
     """Edits the picture of an inversion towards one target prompt, or several at once, in the model's words.
 
-    `wishes` are the fields of `Settings`; `progress` is called after every step.
+    `wishes` are the fields of `Settings`, over what works with the model (`edit` in its `atelier.json`); `progress` is
+    called after every step.
 
     Raises `UserError` for prompts that share no words with the source's, words that no prompt has, a mask of another
     size, and what the model cannot do.
     """
     targets = (target,) if isinstance(target, str) else tuple(target)
-    settings = Settings(**wishes)
+    settings = Settings(**{**usual(inversion.model), **wishes})
     return _Edit(inversion, targets, settings, aligned(inversion, targets, settings)).run(progress)
+
+
+def usual(model: Backbone) -> dict[str, Any]:
+    """The settings that work with a model, where it says some."""
+    said: dict[str, Any] = model.defaults.get("edit", {})
+    return dict(said)
 
 
 def possible(model: Backbone, settings: Settings) -> None:
@@ -505,11 +513,11 @@ def blended_words(alignment: Alignment, phrases: Sequence[str]) -> tuple[list[Wo
 
 def told_apart(alignment: Alignment, weighted: Mapping[str, float]) -> tuple[str, str] | None:
     """Two prompts that differ in what the edit changes: the source and the target; of the same prompt with other
-    weights, the prompt without the weighted words. None where nothing differs, or a word says how it is all made."""
+    weights, the prompt without the weighted words. None where a word that differs says how it is all made."""
     if any(_is_everywhere(run) for run in alignment.changed()):
         return None
     source, target = alignment.source.text, alignment.target.text
-    if source != target:
+    if source != target or not weighted:
         return source, target
     rest = target
     for phrase in weighted:

@@ -1,4 +1,4 @@
-"""Removing a thing: its place is found in the attention to its word, and filled by what the rest of the prompt says."""
+"""Removing a thing: it stands where the prompt without it is seen differently; filled by what that prompt says."""
 
 from __future__ import annotations
 
@@ -15,16 +15,14 @@ from backbone.loop import generator
 from backbone.noise import add_noise
 from backbone.steps import deterministic_step
 from edit import checks
-from edit.attention import Control, Maps, controlled
+from edit.difference import differences
 from edit.inversion import Inversion, refuse_negative, rows_of
 from edit.noised import Drawn, spaced
 from edit.pictures import latent_mask, mask_of
-from edit.prompt import places_of
-from edit.words import columns, heard_prompt, require
+from edit.words import heard_prompt, require
 
 ARTICLES = r"(?:(?:a|an|the|two|some|his|her|its)\s+)?"
 CONNECTORS = r"^(?:\s*(?:next to|beside|near|and|with|wearing|,|;|\.))+\s*"
-LOOKS = 12  # rungs at which the attention is read
 
 
 @torch.no_grad()
@@ -37,7 +35,7 @@ def remove(
     strength: float = 1.0,
     guidance: float | None = None,
     negative: str = "",
-    threshold: float = 0.4,
+    threshold: float = 0.3,
     grow: int = 1,
     count: int = 1,
     seed: int = 0,
@@ -49,7 +47,7 @@ def remove(
     Blended latent diffusion (Avrahami et al. 2023, algorithm 1) with the stored trajectory as what lies around: inside
     the place the walk begins with fresh noise and follows the prompt, outside it is the trajectory itself, so the
     rest of the picture's latent stays exactly. `prompt` is what to see there; without it the source prompt without
-    the word. The place is where the word has more than `threshold` of its greatest attention, grown by `grow` latents.
+    the word. The place is where that differs by more than `threshold` of the most, grown by `grow` latents.
     Picture k depends on the seed and k alone.
 
     Raises `UserError` for a word that is not in the prompt, neither a word nor a mask, or a mask of another size.
@@ -97,26 +95,14 @@ def remove(
 
 
 @torch.no_grad()
-def place_of(inversion: Inversion, word: str, *, threshold: float = 0.4) -> tuple[Tensor, int]:
+def place_of(inversion: Inversion, word: str, *, threshold: float = 0.3) -> tuple[Tensor, int]:
     """Where a word of the source prompt stands in the picture [H, W], 0 or 1, and how many samples that took.
 
-    The trajectory is shown to the denoiser at some rungs of its middle, and its attention to the word read there.
+    That is where leaving the word out of the prompt changes the predictions (`edit.difference`).
     """
-    model, ladder, states = inversion.model, inversion.ladder, inversion.states.float()
-    words = heard_prompt(model.text_encoder.stretches, inversion.prompt)
-    require([words], word)
-    size = (states.shape[-2], states.shape[-1])
-    text = encoded_prompts(model, [inversion.prompt])
-    attention = model.family.attention(model.denoiser, text)
-    maps = Maps(columns(words.find(word), words.length)[None, None].to(states), size, most=attention.coarse)
-    predict = model.predictor(text)
-    middle = range(inversion.steps // 5, max(inversion.steps * 9 // 10, inversion.steps // 5 + 1))
-    rungs = list(middle)[:: max(1, len(middle) // LOOKS)]
-    with controlled(model.denoiser, Control(0, maps=maps), attention):
-        for rung in rungs:
-            predict(states[rung][None], ladder[rung])
-            maps.settle()
-    return places_of(maps.read()[:, 0:1], size, threshold)[0].to(states), len(rungs)
+    require([heard_prompt(inversion.model.text_encoder.stretches, inversion.prompt)], word)
+    apart, asked = differences(inversion, [(inversion.prompt, without(inversion.prompt, word))])
+    return (apart[0] > threshold).float(), asked
 
 
 def without(prompt: str, phrase: str) -> str:

@@ -68,6 +68,7 @@ DEFAULTS = {  # what works with this model; Backbone.defaults reads it
     "prior_batch": 2,
     "lora_layers": "all",
     "loss_weighting": "debiased",
+    "edit": {"cross": 0.0, "self_attention": 0.2},
     "sheet_prompts": [
         "a {} in the snow",
         "a {} in a park",

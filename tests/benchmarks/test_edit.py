@@ -143,13 +143,13 @@ def test_a_small_one_runs_through(
         "count": 8, "model": str(tiny_folder), "steps": 2, "guidance": 2.0, "identity": 1, "device": "cpu",
         "precision": "fp32", "judge": tmp_path / "judge", "out": tmp_path / "out",
     }  # fmt: skip
-    benchmark.main(methods=["direct + P2P", "DDIM + P2P", "no edit"], **wishes)
-    assert "| direct + P2P | all | 8 |" in capsys.readouterr().out
+    benchmark.main(methods=["the default", "DDIM + P2P", "no edit"], **wishes)
+    assert "| the default | all | 8 |" in capsys.readouterr().out
     table = json.loads((tmp_path / "out" / "table.json").read_text())
     assert {line["kind"] for line in table["summary"]} == {*KINDS, "all"}
     still = next(line for line in table["summary"] if (line["method"], line["kind"]) == ("no edit", "noun"))
     assert still["background_psnr_db"] == pytest.approx(100) and still["structure_distance"] is None
-    assert table["identity_edit"].keys() == {"direct", "ddim", "autoencoder"}
+    assert table["identity_edit"].keys() == {*benchmark.IDENTITY, "the autoencoder alone"}
     assert (tmp_path / "out" / "sheet.png").exists()
     pictures = tmp_path / "out" / "pictures"
     made = {file: file.stat().st_mtime_ns for file in pictures.rglob("*.png")}
@@ -163,10 +163,17 @@ def test_a_small_one_runs_through(
     renewed = json.loads((tmp_path / "out" / "table.json").read_text())
     figures = [[{**line, "seconds": 0} for line in found["summary"]] for found in (table, renewed)]
     assert figures[0] == figures[1], "every method on disk is in the tables"
-    changed = benchmark.Work(tmp_path / "out", Backbone.open(tiny_folder), benchmark.Asked(3, 2.0))
+    changed = benchmark.Work(tmp_path / "out", Backbone.open(str(tiny_folder)), benchmark.Asked(3, 2.0))
     assert changed.read("DDIM + P2P", 3, list(make_cases(8))[3]) is None, "made for other steps"
     with pytest.raises(UserError, match="no method other"):
         benchmark.main(methods=["other"], **wishes)
+
+
+def test_the_published_method_changes_the_edited_things_place() -> None:
+    assert benchmark.published_words(of_kind("place")) == benchmark.published_words(of_kind("style")) == ()
+    noun, colour = of_kind("noun"), of_kind("colour")
+    assert benchmark.published_words(noun) == (noun.before.things[0].noun, noun.after.things[0].noun)
+    assert benchmark.published_words(colour) == (colour.before.things[0].noun,)
 
 
 def test_every_method_of_the_benchmark_has_a_name_once(tiny: Backbone) -> None:

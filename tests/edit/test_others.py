@@ -163,7 +163,7 @@ def test_removing_leaves_everything_else_exactly(inversion: Inversion) -> None:
     assert removed.evaluations == STEPS * 2 * 2
 
 
-def test_the_place_of_a_word_is_found_in_its_attention(inversion: Inversion) -> None:
+def test_the_place_of_a_word_is_where_the_prompt_without_it_differs(inversion: Inversion) -> None:
     everywhere, _ = place_of(inversion, "cat", threshold=0.0)
     narrow, asked = place_of(inversion, "cat", threshold=0.95)
     assert everywhere.all() and 0 < narrow.sum() < narrow.numel()

@@ -67,16 +67,19 @@ def test_methods_that_walk_arrive_where_their_replay_does(tiny: Backbone, method
 
 def test_an_edit_that_changes_no_word_is_the_guided_walk(inversion: Inversion) -> None:
     """The check that can fail: nothing is overwritten in the target's row."""
-    edited = replace(inversion, SOURCE, guidance=7.5, cross=0.0, self_attention=0.0)
+    edited = replace(inversion, SOURCE, guidance=7.5, cross=0.0, self_attention=0.0, **EVERYWHERE)
     assert deviation(edited.latents[0], replayed(inversion, guidance=7.5)) < 1e-4
     assert deviation(edited.latents[0], inversion.clean) > 1e-2
 
 
 def test_attention_of_a_source_that_says_the_same_changes_nothing_unguided(inversion: Inversion) -> None:
     """At first: later the two rows stand elsewhere, since the source's is put back on its trajectory."""
-    first = replace(inversion, SOURCE, guidance=1.0, cross=1.0, self_attention=1.0).path[1, 1]
-    plain = replace(inversion, SOURCE, guidance=1.0, cross=0.0, self_attention=0.0).path[1, 1]
-    assert deviation(first, plain) < 1e-5
+
+    def first(share: float) -> Tensor:
+        wishes = {"guidance": 1.0, "cross": share, "self_attention": share, **EVERYWHERE}
+        return replace(inversion, SOURCE, **wishes).path[1, 1]
+
+    assert deviation(first(1.0), first(0.0)) < 1e-5
 
 
 def test_the_words_change_the_picture_and_windows_say_how_much(inversion: Inversion) -> None:
@@ -106,6 +109,15 @@ def test_an_edit_asks_for_one_row_and_two_for_each_target(tiny: Backbone, target
     )
     unguided = replace(inversion, [TARGET] * targets, guidance=1.0, cross=0.8, **EVERYWHERE)
     assert unguided.evaluations == 8 * (1 + targets) + 2 * targets
+
+
+def test_a_model_says_until_when_the_sources_attention_is_taken_unless_it_is_asked_for(
+    tiny: Backbone,
+) -> None:
+    inversion = invert(tiny, photo(), SOURCE, steps=10)
+    tiny.__dict__["defaults"] = {**tiny.defaults, "edit": {"cross": 0.0, "self_attention": 0.2}}
+    assert replace(inversion, TARGET, **EVERYWHERE).evaluations == 2 * 3 + 8 * 2
+    assert replace(inversion, TARGET, cross=0.5, **EVERYWHERE).evaluations == 5 * 3 + 5 * 2
 
 
 def test_outside_the_mask_the_latent_is_the_pictures_own(inversion: Inversion) -> None:
@@ -153,7 +165,7 @@ def test_words_to_keep_and_a_mask_narrow_the_place(inversion: Inversion) -> None
             {"red": 2.0},
             ("a cat in the snow", "a red cat in the snow"),
         ),
-        ("a cat in the snow", "a cat in the snow", {}, None),
+        ("a cat in the snow", "a cat in the snow", {}, ("a cat in the snow", "a cat in the snow")),
         ("a cat in the snow", "a watercolor of a cat in the snow", {}, None),
     ],
 )
@@ -167,6 +179,11 @@ def test_an_edit_happens_where_the_prompts_differ_unless_that_says_how_it_is_dra
     tokenizer = tiny.text_encoder.tokenizer
     alignment = align(read_prompt(tokenizer, source), read_prompt(tokenizer, target))
     assert told_apart(alignment, weighted) == expected
+
+
+def test_where_nothing_differs_nothing_changes_at_any_guidance(inversion: Inversion) -> None:
+    edited = replace(inversion, SOURCE, guidance=9.0)
+    assert torch.equal(edited.latents[0], inversion.clean)
 
 
 def test_weights_reach_the_picture(inversion: Inversion) -> None:
