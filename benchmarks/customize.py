@@ -12,7 +12,8 @@ place, the accessory, the style. Beside it stands the base model without trainin
 same noise. Wilson 95 % intervals over the pictures, and a bootstrap over concepts, which differ more than pictures do.
 
 Runs and pictures that `--out` holds are not made again, and verdicts always are, from the pictures on disk: a better
-judge renews the tables in a minute. Several processes can share one `--out`. Use another for other flags.
+judge renews the tables in a minute, with `--known` also those of work in progress. Several processes can share one
+`--out`. Use another for other flags.
 """
 
 from __future__ import annotations
@@ -61,10 +62,7 @@ RATES = {
         f"textual inversion at {rate}": f"--method textual-inversion --words_learning_rate {rate}"
         for rate in ("5e-3", "2e-2")
     },
-    **{
-        f"full weights at {rate}": f"--method full --learning_rate {rate}"
-        for rate in ("5e-5", "2e-4")
-    },
+    **{f"full weights at {rate}": f"--method full --learning_rate {rate}" for rate in ("5e-5", "2e-4")},
 }
 SOME = ("lobster", "telescope", "sloth", "fire engine")  # none that a setting was chosen on
 Table = Literal["concepts", "methods", "rates"]
@@ -133,11 +131,16 @@ def main(
     flags: Annotated[str, typer.Option(help="More flags for customize train, in one string.")] = "",
     model: Annotated[str, typer.Option(help="The base model.")] = "moji",
     seed: Annotated[int, typer.Option()] = 0,
+    known: Annotated[
+        bool, typer.Option("--known", help="Only what --out has all pictures of; trains nothing.")
+    ] = False,
     judge: Annotated[Path, typer.Option(help="The judge's folder.")] = FOLDER,
     out: Annotated[Path, typer.Option(help="Where results go.")] = Path("build/benchmarks/customize"),
 ) -> None:
     """Trains and draws what is missing, judges everything, and writes the table."""
     chosen = trials(asked, concepts, flags=flags, seed=seed)
+    if known:
+        chosen = [trial for trial in chosen if finished(trial, out)]
     font_path()
     counts = dict.fromkeys(KINDS, others) | {"places": count}
     eye = load_judge(judge)
@@ -222,6 +225,12 @@ def train_and_draw(trial: Trial, out: Path, counts: Mapping[Kind, int], model: s
         if kind == "class" or trial.method == DEFAULT:
             words = read_concept(folder).tokens[TOKEN]
             draw(trial, kind, f"{words} {trial.noun}", base(trial, kind, out), counts[kind], [], model)
+
+
+def finished(trial: Trial, out: Path) -> bool:
+    """Whether a trial's pictures are all there, and the base's that they are compared with."""
+    folders = [*(after(trial, kind, out) for kind in KINDS), base(trial, "class", out)]
+    return all((folder / "sheet.png").exists() for folder in folders)
 
 
 def pictures_of(concept: str, out: Path) -> Path:

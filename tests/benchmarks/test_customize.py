@@ -26,6 +26,7 @@ from benchmarks.customize import (
     bootstrap,
     claimed,
     comparison,
+    finished,
     judged,
     made,
     over_concepts,
@@ -129,6 +130,16 @@ def test_other_methods_share_the_base_s_pictures(commands: list[tuple[str, ...]]
     train_and_draw(Trial("mammoth", "DoRA", "--use_dora"), tmp_path, COUNTS, "moji")
     assert [arguments[0] for arguments in commands] == ["train", *["sample"] * 4]
     assert "--use_dora" in commands[0] and all("--concept" in arguments for arguments in commands[1:])
+
+
+def test_work_in_progress_is_known_when_all_its_pictures_are(
+    commands: list[tuple[str, ...]], tmp_path: Path
+) -> None:
+    assert not finished(TRIAL, tmp_path)
+    train_and_draw(TRIAL, tmp_path, COUNTS, "moji")
+    assert finished(TRIAL, tmp_path)
+    (tmp_path / "after" / TRIAL.name / "class" / "sheet.png").unlink()
+    assert not finished(TRIAL, tmp_path)
 
 
 def test_a_half_finished_run_starts_anew(commands: list[tuple[str, ...]], tmp_path: Path) -> None:
