@@ -57,7 +57,7 @@ class StableDiffusionXL:
                 "XL. Name a whole model of one family."
             )
         if location.file is not None:
-            model = single_file.load_part(
+            model: nn.Module = single_file.load_part(
                 UNet2DConditionModel, location, "unet", prefix=single_file.UNET, dtype=dtype
             )
         else:

@@ -91,10 +91,11 @@ def test_a_single_file_is_the_same_model_as_the_folder(file: Path, folder: Path)
 
 
 def test_the_published_settings_have_the_published_sizes() -> None:
-    for part, kind, size in (
+    published: tuple[tuple[str, Any, int], ...] = (
         ("unet", UNet2DConditionModel, 2_567_463_684),
         ("text_encoder_2", CLIPTextModelWithProjection, 694_659_840),
-    ):
+    )
+    for part, kind, size in published:
         config: Any = json.loads((PUBLISHED / "stable-diffusion-xl" / part / "config.json").read_text())
         with init_empty_weights():
             model = kind(CLIPTextConfig.from_dict(config)) if "text" in part else kind.from_config(config)
