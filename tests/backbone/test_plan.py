@@ -169,6 +169,7 @@ def test_more_rows_need_more_and_checkpointing_less(models: dict[str, Backbone],
         assert again.peak < plain.peak
 
 
+@pytest.mark.slow
 def test_every_measure_needs_no_more_than_its_absence(account: Account) -> None:
     for measure in MEASURES:
         if measure.name != "8-bit optimiser":
