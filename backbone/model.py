@@ -132,14 +132,20 @@ class Backbone:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells this model from others, from the contents of its files: sizes, and samples of every weight file."""
+        """Tells this model from others, from the files of its parts: sizes, and samples of every weight file.
+
+        What lies beside the parts (a scorer, a card, the settings that work well) is not the model.
+        """
         if self.location.file is not None:
             return single_file.fingerprint(self.location)
         folder = self.location.folder
         if folder is None:
             return content_hash(self.location.place.encode())
         parts = []
+        own = {"model_index.json", *self.location.index}
         for path in sorted(folder.rglob("*")):
+            if path.relative_to(folder).parts[0] not in own:
+                continue
             if path.suffix in (".json", ".txt", ".safetensors") and path.is_file():
                 with path.open("rb") as file:
                     start = file.read(1 << 18)

@@ -68,6 +68,13 @@ DEFAULTS = {  # what works with this model; Backbone.defaults reads it
     "prior_batch": 2,
     "lora_layers": "all",
     "loss_weighting": "debiased",
+    "align": {
+        "learning_rate": 2e-4,
+        "beta": 500.0,
+        "loss_weighting": "debiased",
+        "least_noise": 0.2,
+        "safeguard": 0.9,
+    },
     "edit": {"cross": 0.0, "self_attention": 0.2},
     "sheet_prompts": [
         "a {} in the snow",

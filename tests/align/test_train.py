@@ -19,12 +19,13 @@ from align.losses import PairErrors, dpo
 from align.material import Draws, Item, Material, batch_of, mean_squares, prepare, residuals
 from align.pairs import as_singles, check, held_out, read
 from align.reference import Bank, bank_path
-from align.settings import Settings, as_command, resolved
+from align.settings import BY_MODEL, Settings, as_command, resolved
 from align.train import LEVEL_WEIGHTS, PreferenceTraining
 from backbone.adapters import load_lora, only
 from backbone.console import UserError
 from backbone.loop import generator
 from backbone.model import Backbone
+from recipes.moji.denoiser import DEFAULTS
 from tests.tiny import tiny_pipeline, tiny_stable_diffusion_3, tiny_stable_diffusion_xl
 
 HELD_OUT = 0.3
@@ -574,3 +575,11 @@ def test_what_works_with_a_model_serves_where_nothing_was_asked() -> None:
     asked = resolved({"pairs": "p", "beta": 50.0, "loss_weighting": "none"}, usual)
     assert (asked.beta, asked.loss_weighting) == (50.0, "none")
     assert resolved({"pairs": "p", "loss": "mapo"}, usual).beta == 500.0  # whose scale is another
+
+
+def test_the_embedded_model_says_how_it_is_aligned() -> None:
+    usual = Backbone.open("moji").defaults
+    assert usual["align"] == DEFAULTS["align"]
+    found = resolved({"pairs": "p"}, usual)
+    for name, value in usual["align"].items():
+        assert getattr(found, name) == value and name in BY_MODEL

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from backbone.console import UserError
+from backbone.files import read_json, write_json
 from backbone.model import Backbone
 from backbone.sample import Request, sample_latents
 
@@ -97,12 +99,21 @@ def test_a_family_that_is_not_served_is_named(tmp_path: Path) -> None:
 
 
 def test_a_model_without_its_denoiser_is_a_clear_mistake(tmp_path: Path, tiny_folder: Path) -> None:
-    import shutil
-
     shutil.copytree(tiny_folder, tmp_path / "broken")
     shutil.rmtree(tmp_path / "broken" / "unet")
     with pytest.raises(UserError, match="unet"):
         _ = Backbone.open(str(tmp_path / "broken"), device="cpu", precision="fp32").denoiser
+
+
+def test_what_lies_beside_the_parts_is_not_the_model(tmp_path: Path, tiny_folder: Path) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(tiny_folder, copied)
+    write_json(copied / "atelier.json", {"steps": 3})
+    write_json(copied / "scorer" / "config.json", {})
+    assert Backbone.open(str(copied)).fingerprint == Backbone.open(str(tiny_folder)).fingerprint
+    settings = copied / "scheduler" / "scheduler_config.json"
+    write_json(settings, {**read_json(settings), "beta_end": 0.5})
+    assert Backbone.open(str(copied)).fingerprint != Backbone.open(str(tiny_folder)).fingerprint
 
 
 def test_the_fingerprint_tells_weights_apart(tmp_path: Path, tiny_folder: Path) -> None:
