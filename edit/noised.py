@@ -22,7 +22,7 @@ from backbone.noise import Estimate, Ladder, Predict, add_noise
 from backbone.steps import deterministic_step
 from edit import checks
 from edit.inversion import ladder_of, refuse_negative, rows_of
-from edit.pictures import latent_mask, mask_of, prepared
+from edit.pictures import composed, latent_mask, mask_of, prepared
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +48,16 @@ class Drawn:
     facts: dict[str, Any]
 
     @cached_property
+    def decoded(self) -> Tensor:
+        """What the autoencoder alone makes of the picture, and the edits [1 + N, 3, 8H, 8W]."""
+        source, *edits = self.model.decode(torch.cat([self.clean[None], self.latents]))
+        masks = None if self.mask is None else self.mask.expand(len(edits), *self.mask.shape)
+        return torch.cat([source[None], composed(torch.stack(edits), source, masks)])
+
+    @property
     def pictures(self) -> list[Image.Image]:
         """The edits."""
-        return [to_image(picture) for picture in self.model.decode(self.latents)]
+        return [to_image(picture) for picture in self.decoded[1:]]
 
 
 @torch.no_grad()

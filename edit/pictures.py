@@ -71,6 +71,18 @@ def latent_mask(mask: Image.Image, size: Sequence[int]) -> Tensor:
     return (small >= 0.5).float()
 
 
+def composed(edits: Tensor, around: Tensor, masks: Tensor | None) -> Tensor:
+    """Decoded edits [N, 3, 8H, 8W] inside their masks [N, H, W] (0 or 1; None: everywhere), what lies `around` outside.
+
+    A decoder sees the whole latent, so what it draws around an edit changes with the edit even where the latent is the
+    same. An edit reaches half a latent beyond its mask and fades out there.
+    """
+    if masks is None:
+        return edits
+    large = F.interpolate(masks[:, None].to(edits), edits.shape[-2:], mode="bilinear", align_corners=False)
+    return around + (2 * large).clamp(0, 1) * (edits - around)
+
+
 def as_mask(places: Tensor, size: tuple[int, int]) -> Image.Image:
     """Places [h, w] in 0…1 as a mask of (width, height) pixels [mode L]."""
     pixels = (places.detach().float().cpu().clamp(0, 1) * 255).round().byte().numpy()

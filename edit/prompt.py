@@ -35,7 +35,7 @@ from edit.checks import not_negative, share
 from edit.difference import differences
 from edit.inversion import Counted, Inversion, refuse_negative, told
 from edit.noised import spaced
-from edit.pictures import latent_mask, mask_of
+from edit.pictures import composed, latent_mask, mask_of
 from edit.words import (
     Alignment,
     Prompt,
@@ -170,14 +170,20 @@ class Edited:
         return self.path[-1, 0].float()
 
     @cached_property
+    def decoded(self) -> Tensor:
+        """The source's row and the targets [1 + N, 3, 8H, 8W], the targets where they were let differ."""
+        source, *edits = self.inversion.model.decode(torch.cat([self.source[None], self.latents]))
+        return torch.cat([source[None], composed(torch.stack(edits), source, self.masks)])
+
+    @property
     def pictures(self) -> list[Image.Image]:
         """The edits, in the order of the targets."""
-        return [to_image(picture) for picture in self.inversion.model.decode(self.latents)]
+        return [to_image(picture) for picture in self.decoded[1:]]
 
-    @cached_property
+    @property
     def reconstruction(self) -> Image.Image:
-        """The source's row, decoded."""
-        return to_image(self.inversion.model.decode(self.source[None])[0])
+        """The source's row."""
+        return to_image(self.decoded[0])
 
 
 def replace(

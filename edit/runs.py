@@ -323,7 +323,7 @@ COMMANDS: Mapping[str, Callable[..., Done]] = {
 
 def of_drawn(drawn: Drawn, captions: Sequence[str], title: str, *, made: Inversion | None = None) -> Done:
     """An edit without attention control, and the inversion that was made for it."""
-    bound, *edits = drawn.model.decode(torch.cat([drawn.clean[None], drawn.latents]))
+    bound, *edits = drawn.decoded
     counts = {"denoiser_evaluations": drawn.evaluations}
     if made is not None:
         counts["denoiser_evaluations"] += made.evaluations
@@ -345,10 +345,9 @@ def of_edited(edited: Edited, targets: Sequence[str], title: str, *, made: bool)
     """A prompt-to-prompt edit; `made` says whether its inversion was made for it."""
     found = edited.inversion
     model = found.model
+    reconstruction, *edits = edited.decoded
     exact = torch.equal(edited.source, found.clean)
-    wanted = [found.clean[None], *([] if exact else [edited.source[None]]), edited.latents]
-    decoded = list(model.decode(torch.cat([latents.to(model.device) for latents in wanted])))
-    bound, reconstruction, edits = decoded[0], decoded[0 if exact else 1], decoded[-len(targets) :]
+    bound = reconstruction if exact else model.decode(found.clean[None])[0]
     return Done(
         title=title,
         picture=found.picture,

@@ -312,3 +312,13 @@ def test_a_null_text_inversion_is_edited_with_its_own_guidance(tiny: Backbone) -
     assert replace(inversion, TARGET).guidance == 3.0
     with pytest.raises(UserError, match="made for guidance 3, not 5"):
         replace(inversion, TARGET, guidance=5.0)
+
+
+def test_around_an_edit_the_picture_is_what_the_autoencoder_alone_makes_of_it(inversion: Inversion) -> None:
+    """Half a latent beyond the mask and further, whatever the decoder makes of the edit."""
+    edited = replace(inversion, TARGET, mask=left_half(), guidance=9.0, **EVERYWHERE)
+    alone, inside = inversion.model.decode(torch.cat([inversion.clean[None], edited.latents]))
+    assert torch.equal(edited.decoded[0], alone)
+    assert torch.equal(edited.decoded[1][..., 36:], alone[..., 36:])
+    assert deviation(edited.decoded[1][..., :28], inside[..., :28]) < 1e-6
+    assert deviation(inside[..., :28], alone[..., :28]) > 1e-3
