@@ -129,8 +129,11 @@ def test_the_scorer_knows_the_tokenizer_s_ids_and_fits_the_wheel() -> None:
     assert 2 * model.num_parameters() < 12e6
 
 
-def test_every_parameter_is_trained_and_vectors_are_not_decayed() -> None:
-    parameters = dict(Heads(8).named_parameters())
-    decaying, other = decayed(parameters)
-    assert decaying["params"] == [value for name, value in parameters.items() if name.endswith("weight")]
-    assert other == {"params": [parameters[n] for n in parameters if n.endswith("bias")], "weight_decay": 0.0}
+def test_every_parameter_is_trained_once_and_vectors_are_not_decayed() -> None:
+    model = build(tiny_tokenizer())
+    parameters = dict(model.named_parameters()) | dict(Heads(8).named_parameters())
+    inner, other, vectors = (group["params"] for group in decayed(parameters, 1e-3))
+    assert sorted(map(id, [*inner, *other, *vectors])) == sorted(map(id, parameters.values()))
+    assert decayed(parameters, 1e-3)[2]["weight_decay"] == 0.0
+    assert {id(value) for value in vectors} == {id(v) for v in parameters.values() if v.ndim <= 1}
+    assert {id(value) for value in inner} <= {id(v) for n, v in parameters.items() if ".layers." in n}
