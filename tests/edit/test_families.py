@@ -67,7 +67,7 @@ def test_an_edit_without_words_or_injection_is_the_plain_guided_walk(
     inverted: Callable[..., Inversion], name: str
 ) -> None:
     inversion = inverted(name)
-    edited = replace(inversion, SOURCE, guidance=6.0, cross=0.0, self_attention=0.0)
+    edited = replace(inversion, SOURCE, guidance=6.0, cross=0.0, self_attention=0.0, blend=())
     assert deviation(edited.latents[0], replayed(inversion, guidance=6.0)) < 1e-4
     if name != "flux-schnell":  # which knows but one guidance
         assert deviation(edited.latents[0], replayed(inversion, guidance=1.0)) > 1e-3
