@@ -56,7 +56,8 @@ safetensors; this edition's denoiser and text encoder come from optimiser step {
   something. Small things, accessories and neon or pencil drawings are drawn worst; fine detail is soft.
 - **Licence.** Apache-2.0. The glyphs are Noto Color Emoji by Google, SIL Open Font License 1.1; the font is not
   included.
-- **Made by** the recipes in `recipes/moji`, which say what each part costs.
+- **Made by** the recipes in `recipes/moji`, which say what each part costs; `docs/moji.md` in the project's repository
+  has what was tried, a sweep of settings, and the judge's own accuracies.
 """
 DEFAULTS = {  # what works with this model; Backbone.defaults reads it
     "steps": 25,
