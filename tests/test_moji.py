@@ -104,7 +104,7 @@ def test_its_files_are_small_and_safe() -> None:
     files = [path for path in EMBEDDED.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 80e6
     assert max(path.stat().st_size for path in files) < 60e6
-    assert {path.suffix for path in files} <= {".json", ".txt", ".safetensors", ".md"}
+    assert {path.suffix for path in files} <= {".json", ".txt", ".safetensors", ".md", ".png"}
 
 
 def test_the_scheduler_writes_out_what_matters() -> None:
