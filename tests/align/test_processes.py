@@ -17,7 +17,7 @@ from backbone.cache import VARIABLE
 from backbone.files import read_json, read_jsonl, read_tensors
 from backbone.workers import run_workers
 from tests.align.conftest import PROMPTS, picture, write_lines
-from tests.align.together import CASES, ONLINE, everything, worker
+from tests.align.together import CASES, ONLINE, cold_worker, everything, online, online_worker, worker
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +34,24 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def both(
-    tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, source: Path, prompts: Path, bright: Path
-) -> Path:
+def both(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, source: Path, prompts: Path) -> Path:
     """The folders `one` and `two`: the same done by one process and by two, each with a cold cache."""
     folder = tmp_path_factory.mktemp("both")
-    run_workers(worker, (folder, tiny_folder, source, prompts, bright), processes=2)
-    patch = pytest.MonkeyPatch()
-    patch.setenv(VARIABLE, str(folder / "cache of one"))
-    everything(folder / "one", tiny_folder, source, prompts, bright)
-    patch.undo()
+    run_workers(worker, (folder, tiny_folder, source, prompts), processes=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, str(folder / "cache of one"))
+        everything(folder / "one", tiny_folder, source, prompts)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def both_online(
+    tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, prompts: Path, bright: Path
+) -> Path:
+    """The same for what learns from a scorer."""
+    folder = tmp_path_factory.mktemp("online")
+    run_workers(online_worker, (folder, tiny_folder, prompts, bright), processes=2)
+    online(folder / "one", tiny_folder, prompts, bright)
     return folder
 
 
@@ -58,8 +66,18 @@ def weights(apart: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in apart.items() if name.startswith("parameter/")}
 
 
-@pytest.mark.parametrize("name", [*CASES, *ONLINE])
+@pytest.mark.parametrize("name", CASES)
 def test_two_processes_learn_what_one_does(both: Path, name: str) -> None:
+    learned_alike(both, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ONLINE)
+def test_two_processes_learn_from_a_scorer_what_one_does(both_online: Path, name: str) -> None:
+    learned_alike(both_online, name)
+
+
+def learned_alike(both: Path, name: str) -> None:
     one, two = both / "one" / name, both / "two" / name
     assert max(weights(apart(one / CHECKPOINT, two / CHECKPOINT)).values()) < 1e-5
     logs = [read_jsonl(run / LOG) for run in (one, two)]
@@ -100,15 +118,40 @@ def test_a_batch_that_cannot_be_shared_is_refused_before_anything_is_written(bot
     assert not (both / "two" / "alone").exists()
 
 
-def test_pictures_and_rewards_do_not_depend_on_the_number_of_processes(both: Path) -> None:
-    for folder, number in (("drawn", 20), ("rounds/rounds/00", 10)):
-        first = sorted((both / "one" / folder).rglob("*.png"))
-        assert len(first) == number
-        for path in first:
-            same = both / "two" / path.relative_to(both / "one")
-            assert Image.open(path).tobytes() == Image.open(same).tobytes()
-    one, two = (read_jsonl(both / count / "rounds" / REWARDS) for count in ("one", "two"))
-    assert one == two and len(one) == 2
+def test_pictures_do_not_depend_on_the_number_of_processes(both: Path) -> None:
+    drawn_alike(both / "one" / "drawn", both / "two" / "drawn", 20)
+
+
+@pytest.mark.slow
+def test_rounds_of_pictures_do_not_depend_on_the_number_of_processes(both_online: Path) -> None:
+    one, two = (both_online / count / "rounds" for count in ("one", "two"))
+    drawn_alike(one, two, 2 * 10)
+    assert read_jsonl(one / REWARDS) == read_jsonl(two / REWARDS)
+
+
+def drawn_alike(one: Path, two: Path, count: int) -> None:
+    """The same pictures bit for bit."""
+    drawn = sorted(one.rglob("*.png"))
+    assert len(drawn) == count
+    for path in drawn:
+        assert Image.open(path).tobytes() == Image.open(two / path.relative_to(one)).tobytes()
+
+
+def started_alike(folder: Path, times: int) -> None:
+    for number in range(times):
+        first, second = (folder / f"cold-{number}-of-{rank}" for rank in range(2))
+        assert set(apart(first / CHECKPOINT, second / CHECKPOINT).values()) == {0.0}
+        assert not list((folder / f"cold-{number}").rglob("*.partial"))
+        (bank,) = (folder / f"cold-{number}" / "reference").rglob("*.safetensors")
+        assert not bool(read_tensors(bank)[0]["errors"].isnan().all())
+
+
+@pytest.mark.slow
+def test_twenty_times_runs_that_start_cold_together_share_caches_and_a_bank_without_a_race(
+    tmp_path: Path, source: Path, tiny_folder: Path
+) -> None:
+    run_workers(cold_worker, (tmp_path, tiny_folder, source, 20), processes=2)
+    started_alike(tmp_path, 20)
 
 
 # Real launches ------------------------------------------------------------------------------------------------
@@ -166,8 +209,4 @@ def test_accelerate_launches_two_processes_that_draw_and_learn_what_one_does(
             *where,
         )
     assert max(apart(tmp_path / "run-1" / WEIGHTS, tmp_path / "run-2" / WEIGHTS).values()) < 1e-5
-    drawn = sorted((tmp_path / "drawn-1").rglob("*.png"))
-    assert len(drawn) == 20
-    for path in drawn:
-        same = tmp_path / "drawn-2" / path.relative_to(tmp_path / "drawn-1")
-        assert Image.open(path).tobytes() == Image.open(same).tobytes()
+    drawn_alike(tmp_path / "drawn-1", tmp_path / "drawn-2", 20)

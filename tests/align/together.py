@@ -75,15 +75,16 @@ def sample(folder: Path, model: Path, prompts: Path) -> None:
     sample_pairs(asked, folder / "drawn", model=str(model), drawing=drawing, precision="fp32", device="cpu")
 
 
-def everything(folder: Path, model: Path, pairs: Path, prompts: Path, scorer: Path) -> None:
-    """All cases, one after the other."""
+def everything(folder: Path, model: Path, pairs: Path, prompts: Path) -> None:
+    """All cases from pairs, one after the other, and pictures."""
     for name, asked in CASES.items():
         train(folder, model, pairs, name, asked)
     train(folder, model, pairs, "longer", LONGER)
-    for name in ("resumed", "half-way"):
-        interrupted(folder, model, pairs, name)
-    runs.resume_taste(folder / "resumed")
     sample(folder, model, prompts)
+
+
+def online(folder: Path, model: Path, prompts: Path, scorer: Path) -> None:
+    """All cases from a scorer, one after the other."""
     for name, asked in ONLINE.items():
         drawn = {
             "online": str(scorer),
@@ -96,12 +97,39 @@ def everything(folder: Path, model: Path, pairs: Path, prompts: Path, scorer: Pa
         train_online(said, out=folder / name)
 
 
-def worker(rank: int, folder: Path, model: Path, pairs: Path, prompts: Path, scorer: Path) -> None:
+def cold(rank: int, folder: Path, model: Path, pairs: Path, times: int) -> None:
+    """Two runs that know nothing of each other start together, again and again, each time with one empty cache."""
+    with patch.object(processes, "rank", lambda: 0), patch.object(processes, "world", lambda: 1):
+        for number in range(times):
+            os.environ[VARIABLE] = str(folder / f"cold-{number}")
+            processes.barrier()
+            asked = {"batch": 2, "steps": 2, "evaluation_steps": 9, "seed": number}
+            train(folder, model, pairs, f"cold-{number}-of-{rank}", asked)
+
+
+def worker(rank: int, folder: Path, model: Path, pairs: Path, prompts: Path) -> None:
     """One of two processes: all cases in the folder `two`, and a run that cannot be shared."""
     os.environ.update({VARIABLE: str(folder / "cache"), "RANK": str(rank), "WORLD_SIZE": "2"})
     with patch.object(processes, "leave", processes.barrier):
-        everything(folder / "two", model, pairs, prompts, scorer)
+        everything(folder / "two", model, pairs, prompts)
+        for name in ("resumed", "half-way"):
+            interrupted(folder / "two", model, pairs, name)
+        runs.resume_taste(folder / "two" / "resumed")
         try:
             train(folder / "two", model, pairs, "alone", {"batch": 1})
         except UserError as error:
             (folder / f"refused-{rank}.txt").write_text(str(error))
+
+
+def online_worker(rank: int, folder: Path, model: Path, prompts: Path, scorer: Path) -> None:
+    """One of two processes that learn from a scorer."""
+    os.environ.update({VARIABLE: str(folder / "cache"), "RANK": str(rank), "WORLD_SIZE": "2"})
+    with patch.object(processes, "leave", processes.barrier):
+        online(folder / "two", model, prompts, scorer)
+
+
+def cold_worker(rank: int, folder: Path, model: Path, pairs: Path, times: int) -> None:
+    """One of two processes: cold starts alone."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    with patch.object(processes, "leave", processes.barrier):
+        cold(rank, folder, model, pairs, times)

@@ -22,7 +22,7 @@ from backbone.workers import run_workers
 from customize.dreambooth import CHECKPOINT, share_of
 from customize.runs import resume_concept
 from customize.settings import Settings
-from tests.customize.together import CASES, everything, worker
+from tests.customize.together import CASES, cold_worker, everything, worker
 
 TRAIN = ("train", "--token", "[V]", "--class", "dog", "--precision", "fp32", "--device", "cpu")
 
@@ -74,7 +74,8 @@ def test_whole_micro_batches_give_the_same_bits(both: Path) -> None:
 def test_two_processes_leave_the_same_files(both: Path) -> None:
     def files(count: str) -> set[str]:
         root = both / count
-        return {str(path.relative_to(root)) for path in root.rglob("*") if "half-way" not in path.parts}
+        stopped = {"resumed", "half-way"}
+        return {str(path.relative_to(root)) for path in root.rglob("*") if not stopped & set(path.parts)}
 
     assert files("one") == files("two")
 
@@ -119,6 +120,23 @@ def test_dropout_needs_whole_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="--gradient_accumulation_steps 2"):
         share_of(asked)
     assert share_of(Settings("", "", "", batch=2, gradient_accumulation_steps=2, lora_dropout=0.1)).scale == 1
+
+
+def started_alike(folder: Path, times: int) -> None:
+    for number in range(times):
+        first, second = (folder / f"cold-{number}-of-{rank}" for rank in range(2))
+        assert set(apart(first / CHECKPOINT, second / CHECKPOINT).values()) == {0.0}
+        assert not list((folder / f"cold-{number}").rglob("*.partial"))
+        for path in (folder / f"cold-{number}").rglob("*.safetensors"):
+            read_tensors(path)
+
+
+@pytest.mark.slow
+def test_twenty_times_runs_that_start_cold_together_share_a_cache_without_a_race(
+    tmp_path: Path, subject: Path, tiny_folder: Path
+) -> None:
+    run_workers(cold_worker, (tmp_path, tiny_folder, subject, 20), processes=2)
+    started_alike(tmp_path, 20)
 
 
 # Real launches ------------------------------------------------------------------------------------------------
@@ -198,29 +216,3 @@ def read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError:
         return b""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", range(20))
-def test_two_runs_that_start_cold_together_share_one_cache(
-    tmp_path: Path, subject: Path, tiny_folder: Path, number: int
-) -> None:
-    asked = (
-        "-m",
-        "customize.cli",
-        *TRAIN,
-        "--images",
-        str(subject),
-        "--model",
-        str(tiny_folder),
-        "--seed",
-        str(number),
-    )
-    runs = [
-        launch("--cpu", *asked, "--out", out, cache=tmp_path / "cache", cwd=tmp_path) for out in ("a", "b")
-    ]
-    for run in runs:
-        said = run.communicate(timeout=600)[1]
-        assert run.returncode == 0, said
-    assert set(apart(tmp_path / "a" / WEIGHTS, tmp_path / "b" / WEIGHTS).values()) == {0.0}
-    assert not list((tmp_path / "cache").rglob("*.partial"))

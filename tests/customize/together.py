@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -60,11 +59,19 @@ def everything(folder: Path, model: Path, pictures: Path) -> None:
     for name, asked in CASES.items():
         train(folder, model, pictures, name, asked)
     train(folder, model, pictures, "longer", LONGER)
-    for name in ("resumed", "half-way"):
-        interrupted(folder, model, pictures, name)
-    runs.resume_concept(folder / "resumed")
     sample(folder, model, count=10, out="many")
     sample(folder, model, count=1, out="few")
+
+
+def cold(rank: int, folder: Path, model: Path, pictures: Path, times: int) -> None:
+    """Two runs that know nothing of each other start together, again and again, each time with one empty cache."""
+    with patch.object(processes, "rank", lambda: 0), patch.object(processes, "world", lambda: 1):
+        for number in range(times):
+            os.environ[VARIABLE] = str(folder / f"cold-{number}")
+            processes.barrier()
+            train(
+                folder, model, pictures, f"cold-{number}-of-{rank}", {"batch": 1, "steps": 1, "seed": number}
+            )
 
 
 def worker(rank: int, folder: Path, model: Path, pictures: Path) -> None:
@@ -73,8 +80,17 @@ def worker(rank: int, folder: Path, model: Path, pictures: Path) -> None:
     stay: Callable[[], None] = processes.barrier
     with patch.object(processes, "leave", stay):
         everything(folder / "two", model, pictures)
+        for name in ("resumed", "half-way"):
+            interrupted(folder / "two", model, pictures, name)
+        runs.resume_concept(folder / "two" / "resumed")
         try:
             train(folder / "two", model, pictures, "alone", {"batch": 1})
         except UserError as error:
-            sys.stderr.flush()
             (folder / f"refused-{rank}.txt").write_text(str(error))
+
+
+def cold_worker(rank: int, folder: Path, model: Path, pictures: Path, times: int) -> None:
+    """One of two processes: cold starts alone."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    with patch.object(processes, "leave", processes.barrier):
+        cold(rank, folder, model, pictures, times)
