@@ -223,6 +223,16 @@ def test_a_launcher_that_started_too_few_for_an_unknown_reason_is_told(
     assert processes.world() == 1
 
 
+@pytest.mark.parametrize("name", ["cpu", "gpus", "machines"])
+def test_accelerate_reads_the_configurations_of_the_recipes(name: str) -> None:
+    from accelerate.commands.config import load_config_from_file
+
+    path = Path(__file__).parents[2] / "recipes" / "accelerate" / f"{name}.yaml"
+    found = load_config_from_file(str(path))
+    assert found.num_processes == (16 if name == "machines" else 2)
+    assert found.use_cpu == (name == "cpu")
+
+
 def test_of_several_processes_one_speaks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
