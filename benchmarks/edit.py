@@ -318,7 +318,8 @@ class Work:
         """An inversion of the scene before its edit, from the disk if it is there, and the seconds that it took."""
         source = render(case.before).image
         kept = method in SAME_STATES
-        file = self.out / "inversions" / f"{case.before.seed}-{self.asked.steps}.safetensors"
+        name = f"{case.before.seed}-{self.asked.steps}-{self.model.fingerprint[:12]}.safetensors"
+        file = self.out / "inversions" / name
         if kept and file.exists():
             found = read_inversion(file, self.model)
             if found.prompt == case.source:

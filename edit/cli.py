@@ -209,7 +209,7 @@ def invert_and_replace(
     ] = None,
     threshold: Annotated[
         float | None,
-        typer.Option(help="Share of the greatest difference that lets a place change.", show_default="0.3"),
+        typer.Option(help="Share of the greatest difference that lets a place change.", show_default="0.25"),
     ] = None,
     strength: Annotated[float, typer.Option(help="Share of the way that is walked again.")] = 1.0,
     heatmaps: Annotated[
@@ -322,7 +322,7 @@ def remove(
     strength: Annotated[float, typer.Option(help="How anew the place is drawn.")] = 1.0,
     threshold: Annotated[
         float, typer.Option(help="Share of the greatest difference that makes a place.")
-    ] = 0.3,
+    ] = 0.25,
     count: Count = 1,
     **shared: Any,
 ) -> None:

@@ -11,13 +11,9 @@ from torch import Tensor
 from backbone.cache import encoded_prompts
 from edit.inversion import Inversion
 
-SHARES = (
-    0.1,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-)  # of the way down: early enough to see what a thing is, late enough to see where
+# Of the way down: late enough to see where a thing is, early enough to see what.
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
+FLOOR = 0.1  # share of the places that are taken to differ by nothing
 
 
 @torch.no_grad()
@@ -28,8 +24,8 @@ def differences(
     many samples the denoiser was asked about: one for each different prompt at each of five rungs.
 
     After Couairon et al. 2023 (DiffEdit, section 3.2), with the states that the inversion went through, from rung
-    `first` on, in place of fresh noise: mean over channels of |ε̂ − ε̂'|, divided by its greatest value at each rung,
-    added up over the rungs, and smoothed over 3 × 3 places.
+    `first` on, in place of fresh noise: at each rung, the mean over channels of |ε̂ − ε̂'|, above what a tenth of the
+    places stays below, divided by its greatest value; added up over the rungs, and smoothed over 3 × 3 places.
     """
     model, steps = inversion.model, inversion.steps
     prompts = list(dict.fromkeys(prompt for pair in pairs for prompt in pair))
@@ -43,6 +39,8 @@ def differences(
     found = []
     for one, other in pairs:
         apart = (noise[:, prompts.index(other)] - noise[:, prompts.index(one)]).abs().mean(1)
+        floor = apart.flatten(1).quantile(FLOOR, dim=1)[:, None, None]
+        apart = (apart - floor).clamp(min=0)
         apart = apart / apart.amax((1, 2), keepdim=True).clamp(min=1e-12)
         smooth = F.avg_pool2d(F.pad(apart.sum(0)[None, None], (1, 1, 1, 1), mode="replicate"), 3, stride=1)
         found.append(smooth[0, 0] / smooth.amax().clamp(min=1e-12))

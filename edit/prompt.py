@@ -97,7 +97,7 @@ class Settings:
     blend: Sequence[str] = (AUTO,)
     keep: Sequence[str] = ()
     mask: Image.Image | str | Path | None = None
-    threshold: float = 0.3
+    threshold: float = 0.25
     blend_from: float = 0.2
     guidance: float | None = None
     negative: str = ""

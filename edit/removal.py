@@ -35,7 +35,7 @@ def remove(
     strength: float = 1.0,
     guidance: float | None = None,
     negative: str = "",
-    threshold: float = 0.3,
+    threshold: float = 0.25,
     grow: int = 1,
     count: int = 1,
     seed: int = 0,
@@ -95,7 +95,7 @@ def remove(
 
 
 @torch.no_grad()
-def place_of(inversion: Inversion, word: str, *, threshold: float = 0.3) -> tuple[Tensor, int]:
+def place_of(inversion: Inversion, word: str, *, threshold: float = 0.25) -> tuple[Tensor, int]:
     """Where a word of the source prompt stands in the picture [H, W], 0 or 1, and how many samples that took.
 
     That is where leaving the word out of the prompt changes the predictions (`edit.difference`).

@@ -229,7 +229,7 @@ def run_remove(
     prompt: str | None = None,
     mask: str | None = None,
     strength: float = 1.0,
-    threshold: float = 0.3,
+    threshold: float = 0.25,
     steps: int = 50,
     guidance: float | None = None,
     negative: str = "",
