@@ -52,20 +52,20 @@ from backbone.loop import generator
 from backbone.model import Backbone
 from benchmarks.shapes import (
     Parts,
+    as_scripts_load,
     encode_pictures,
+    folder_of,
     machine,
-    moji_parts,
-    no_text,
     opened,
     peak_gib,
-    peak_of,
     random_pictures,
-    side_of,
+    said_by,
     timed,
 )
 
 PAIRS, DRAWS, VISITS = 200, 8, (1, 2, 5, 10)
 KINDS = ("script", "script, checkpointing", "cached", "cached, checkpointing", "bank", "bank, checkpointing")
+IN_MEMORY = ("script", "script, checkpointing", "bank", "bank, checkpointing")
 
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
 
@@ -77,45 +77,41 @@ def steps(
     warm: Annotated[int, typer.Option(min=1, help="Timed steps of each kind, after one that is not.")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     precision: Annotated[str, typer.Option()] = "bf16",
-    memory: Annotated[
-        bool, typer.Option("--memory/--no-memory", help="Also peak memory, by processes.")
-    ] = True,
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/align"),
 ) -> None:
     """Parity, then steps of every kind in turn, then the totals."""
-    parts = opened(shape, device, precision)
-    pictures = random_pictures(parts.model.resolution, 2 * batch)
-    training = ours(parts, batch)
-    script = Script(parts, training, pictures)
-    difference = parity(training)
-    say(
-        f"parity: loss differs by {difference[0]:.1e}, gradients by {difference[1]:.1e} of their largest entry"
-    )
-    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    encoding = []
-    for number in range(warm + 1):
-        for kind in KINDS:
-            elapsed = timed(partial(one_step, kind, training, script), device)
-            say(f"{number}/{warm} {kind}: {elapsed:.2f} s")
+    with folder_of(shape) as model:
+        parts = opened(model, device, precision)
+        pictures = random_pictures(parts.model.resolution, 2 * batch)
+        training = ours(parts, batch)
+        script = Script(parts, training, pictures)
+        difference = parity(training)
+        say(
+            f"parity: loss differs by {difference[0]:.1e}, gradients by {difference[1]:.1e} of their largest entry"
+        )
+        seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        encoding = []
+        for number in range(warm + 1):
+            for kind in KINDS:
+                elapsed = timed(partial(one_step, kind, training, script), device)
+                say(f"{number}/{warm} {kind}: {elapsed:.2f} s")
+                if number:
+                    seconds[kind].append(elapsed)
+            elapsed = timed(script.encode_once, device)
             if number:
-                seconds[kind].append(elapsed)
-        elapsed = timed(script.encode_once, device)
-        if number:
-            encoding.append(elapsed)
+                encoding.append(elapsed)
+        del parts, training, script
+        gc.collect()
+        flags = ["--batch", str(batch), "--device", device, "--precision", precision]
+        peaks = {kind: said_by("benchmarks.align", "peak", kind, model, *flags) for kind in IN_MEMORY}
     median = {kind: statistics.median(values) / batch for kind, values in seconds.items()}
     facts: dict[str, Any] = {
         "shape": shape, "batch": batch, "warm_steps": warm, "precision": precision,
         "parity": difference._asdict(),
         "seconds_per_pair": median, "all_seconds": seconds,
         "encode_seconds_per_pair": statistics.median(encoding) / batch,
-        "machine": machine(device),
+        "machine": machine(device), "peak_gib": peaks,
     }  # fmt: skip
-    if memory:
-        flags = ["--shape", shape, "--batch", str(batch), "--device", device, "--precision", precision]
-        facts["peak_gib"] = {
-            kind: peak_of("benchmarks.align", "peak", kind, *flags)
-            for kind in ("script", "script, checkpointing", "bank", "bank, checkpointing")
-        }
     facts["totals"] = totals(median, facts["encode_seconds_per_pair"])
     table = markdown(facts)
     write_json(out / f"steps-{shape}-{device}.json", facts)
@@ -124,25 +120,22 @@ def steps(
 
 
 @app.command()
-def peak(
-    kind: str, shape: str = "sd15", batch: int = 1, device: str = "cpu", precision: str = "bf16"
-) -> None:
+def peak(kind: str, model: str, batch: int = 1, device: str = "cpu", precision: str = "bf16") -> None:
     """Two steps of one kind; prints the peak memory in GiB: resident, or the GPU's."""
     if kind not in KINDS:
         raise UserError(f"There is no kind {kind}. Choose one of {'; '.join(KINDS)}.")
-    pictures = random_pictures(side_of(shape), 2 * batch)
     if kind.startswith("script"):
-        parts = opened(shape, device, precision)
+        parts = as_scripts_load(model, device, precision)
     else:  # as a run does it: encode, let go of the encoders, load the denoiser
-        encoders = opened(shape, device, precision, denoiser=False)
-        encode_pictures(encoders, pictures, torch.Generator().manual_seed(0))
-        encoders.encode(["a dog"])
-        encoders.model.free("autoencoder", "text_encoder")
-        del encoders
-        gc.collect()
-        parts = opened(shape, device, precision, encoders=False)
+        backbone = Backbone.open(model, device=device, precision=precision)
+        parts = Parts(backbone, backbone.autoencoder, backbone.encode_prompts)
+        for picture in random_pictures(backbone.resolution, 2 * batch):
+            encode_pictures(parts, [picture], torch.Generator().manual_seed(0))
+        backbone.encode_prompts(["a dog"])
+        backbone.free("autoencoder", "text_encoder")
+        parts = replace(parts, autoencoder=nn.Identity())
     training = ours(parts, batch)
-    script = Script(parts, training, pictures)
+    script = Script(parts, training, random_pictures(parts.model.resolution, 2 * batch))
     for _ in range(2):
         one_step(kind, training, script)
     print(json.dumps(peak_gib(device)))
@@ -260,8 +253,8 @@ class Script:
 def whole_script(chosen: Sequence[Pair], settings: Settings) -> float:
     """Seconds of a whole run as the script does it."""
     began = time.perf_counter()
-    model = Backbone.open("moji", device=settings.device, precision=settings.precision)
-    parts = moji_parts(model)
+    parts = opened("moji", settings.device, settings.precision)
+    model = parts.model
     training = PreferenceTraining(model, empty(model), settings)
     script = Script(parts, training, [])
     for step in range(settings.steps):
@@ -322,7 +315,7 @@ class Parity(NamedTuple):
 
 def parity(training: PreferenceTraining, *, size: float = 1e-3) -> Parity:
     """Both sides on the same latents, noise and levels, the adapter moved off zero by noise of this size."""
-    script = Script(Parts(training.model, nn.Identity(), no_text), training, [])
+    script = Script(Parts(training.model, nn.Identity(), lambda prompts: {}), training, [])
     before = {name: value.detach().clone() for name, value in training.parameters.items()}
     with torch.no_grad():
         for number, value in enumerate(training.parameters.values()):

@@ -19,16 +19,14 @@ composed from counted steps, not run: for a cold run of 800 steps with prior pre
 below. On a CPU our steps (and `bare`) compute attention in the way whose backward pass is faster
 (`backbone.attention`), for latents of up to 32 × 32; on SD 1.5's shape both sides attend alike. The script's class
 pictures are as large as the model's and its own 1.25 times; loading the parts is counted on neither side. Weights are
-random where the shape is not `moji`'s: they cost the same time. Peak memory is of a process of its own that does two
-steps; the script's drawing of class pictures is not in it. Where other work shares the machine, `--clock cpu` counts
-processor seconds instead of waiting; it means something with one thread (OMP_NUM_THREADS=1).
+random where the shape is not `moji`'s: they cost the same time. Where other work shares the machine, `--clock cpu`
+counts processor seconds instead of waiting; it means something with one thread (OMP_NUM_THREADS=1). The script itself,
+which confirms this statement of it, and peak memory are in `benchmarks.customize_script`.
 """
 
 from __future__ import annotations
 
-import gc
 import io
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -55,13 +53,11 @@ from backbone.model import Backbone, Posterior
 from benchmarks.shapes import (
     Parts,
     encode_pictures,
+    folder_of,
     machine,
     opened,
-    peak_gib,
-    peak_of,
     put_section,
     random_pictures,
-    side_of,
     timed,
 )
 from customize.dreambooth import Bucket, Material, Training
@@ -75,14 +71,9 @@ EVERY = (*KINDS, *(f"{kind}, prior" for kind in KINDS))
 CLOCKS = {"wall": "seconds on the clock", "cpu": "processor seconds, on a machine that did other work"}
 CLOCKS_OF = {"wall": time.perf_counter, "cpu": time.process_time}
 Clock = Literal["wall", "cpu"]
-MEASURED = ("script", "here", "script, prior", "here, prior")  # in memory
-
-app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None, invoke_without_command=True)
 
 
-@app.callback()
-def steps(
-    context: typer.Context,
+def main(
     shape: Annotated[str, typer.Option(help="sd15, sdxl or moji.")] = "sd15",
     batch: Annotated[int, typer.Option(min=1, help="Pictures a step; as many again of the class.")] = 1,
     warm: Annotated[int, typer.Option(min=1, help="Timed steps of each kind, after one that is not.")] = 5,
@@ -91,9 +82,6 @@ def steps(
     clock: Annotated[
         Clock, typer.Option(help="wall, or cpu: processor seconds, on a machine that does other work.")
     ] = "wall",
-    memory: Annotated[
-        bool, typer.Option("--memory/--no-memory", help="Also peak memory, by processes.")
-    ] = True,
     results: Annotated[
         Path | None, typer.Option(help="A page in which this shape's section is put.", show_default="none")
     ] = None,
@@ -102,9 +90,8 @@ def steps(
     ),
 ) -> None:
     """Parity, then steps of every kind in turn, then the totals."""
-    if context.invoked_subcommand:
-        return
-    bench = Bench.of(opened(shape, device, precision), batch)
+    with folder_of(shape) as model:
+        bench = Bench.of(opened(model, device, precision), batch)
     same = parity(bench.training)
     say(f"parity: loss differs by {same.loss:.1e}, gradients by {same.gradient:.1e} of their largest entry")
     acts = bench.acts()
@@ -123,39 +110,12 @@ def steps(
         "machine": machine(device), "parity": same._asdict(), "seconds": median, "all_seconds": seconds,
         "totals": totals(median),
     }  # fmt: skip
-    if memory:
-        measure = partial(peak_of, "benchmarks.customize_speed", "peak")
-        facts["peak_gib"] = {kind: measure(kind, *flags) for kind in MEASURED}
     text = markdown(facts)
     write_json(out / f"{shape}-{device}.json", facts)
     write_text(out / f"{shape}-{device}.md", text)
     if results is not None:
         put_section(results, f"`{shape}`, {batch} a step, {device}", text)
     print(text)
-
-
-@app.command()
-def peak(
-    kind: str, shape: str = "sd15", batch: int = 1, device: str = "cpu", precision: str = "bf16"
-) -> None:
-    """Two steps of one kind; prints the peak memory in GiB: resident, or the GPU's."""
-    if kind not in EVERY:
-        raise UserError(f"There is no kind {kind}. Choose one of {'; '.join(EVERY)}.")
-    if kind.startswith("script"):
-        parts = opened(shape, device, precision)
-    else:  # as a run does it: encode, let go of the encoders, load the denoiser
-        encoders = opened(shape, device, precision, denoiser=False)
-        for picture in random_pictures(side_of(shape), PICTURES):
-            encode_pictures(encoders, [picture], torch.Generator().manual_seed(0))
-        encoders.encode([PROMPT, CLASS_PROMPT])
-        encoders.model.free("autoencoder", "text_encoder")
-        del encoders
-        gc.collect()
-        parts = opened(shape, device, precision, encoders=False)
-    bench = Bench.of(parts, batch)
-    for _ in range(2):
-        bench.step(kind)
-    print(json.dumps(peak_gib(device)))
 
 
 @dataclass
@@ -510,14 +470,8 @@ def markdown(facts: dict[str, Any]) -> str:
         f"| script, text once | {best:.0f} | {whole['script: class pictures']:.0f} | {whole['script'] / best:.2f}× |",
         f"| here | {whole['here']:.0f} | {whole['here: preparation']:.0f} | {whole['script'] / whole['here']:.2f}× |",
     ]
-    if "peak_gib" in facts:
-        peaks = facts["peak_gib"]
-        lines += ["", "| peak memory, GiB | script | here | here / script |", "|---|---|---|---|"]
-        for name, suffix in (("without prior", ""), ("with prior", ", prior")):
-            there, here = peaks[f"script{suffix}"], peaks[f"here{suffix}"]
-            lines.append(f"| {name} | {there:.2f} | {here:.2f} | {here / there:.2f} |")
     return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":
-    run(app)
+    run(main)

@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -28,8 +29,7 @@ from backbone.console import UserError
 from backbone.families import Text, single_file
 from backbone.files import read_json, write_json, write_text
 from backbone.images import square, to_tensor
-from backbone.loop import generator
-from backbone.model import Backbone
+from backbone.model import Backbone, locate
 
 CONFIGS = Path(single_file.__file__).with_name("configs") / "stable-diffusion-1"
 Encode = Callable[[Sequence[str]], Text]
@@ -83,71 +83,80 @@ def shape_called(name: str) -> Shape:
     )
 
 
-def side_of(shape: str) -> int:
-    """Pixels a side of a shape's pictures."""
+@contextmanager
+def folder_of(shape: str) -> Iterator[str]:
+    """Inside the `with`, a model to open that has a shape: `moji` itself, or a folder with random weights in fp32.
+
+    A process of its own makes the folder, so that the peak of this one is not of that.
+    """
     if shape == "moji":
-        return Backbone.open("moji").resolution
-    return int(shape_called(shape).unet["sample_size"]) * 8
+        yield shape
+        return
+    shape_called(shape)
+    with tempfile.TemporaryDirectory(prefix="atelier-shape-") as folder:
+        subprocess.run([sys.executable, "-m", "benchmarks.shapes", shape, folder], check=True)
+        yield folder
 
 
-def opened(shape: str, device: str, precision: str, *, encoders: bool = True, denoiser: bool = True) -> Parts:
-    """The parts that are wanted of a shape: `moji` itself, or another with random weights."""
-    if shape == "moji":
-        model = Backbone.open("moji", device=device, precision=precision)
-        return moji_parts(model) if encoders else Parts(model, nn.Identity(), no_text)
-    configs = shape_called(shape)
-    folder = Path(tempfile.mkdtemp(prefix="atelier-shape-"))
-    write_json(folder / "model_index.json", {"_class_name": configs.pipeline})
-    write_json(folder / "unet" / "config.json", configs.unet)
-    write_json(folder / "vae" / "config.json", configs.autoencoder)
-    write_json(
-        folder / "scheduler" / "scheduler_config.json",
-        read_json(CONFIGS / "scheduler" / "scheduler_config.json"),
-    )
-    model = Backbone.open(str(folder), device=device, precision=precision)
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(model.dtype)  # never in float32, not even while they are made
-    try:
-        return random_parts(model, configs, encoders=encoders, denoiser=denoiser)
-    finally:
-        torch.set_default_dtype(usual)
-
-
-def random_parts(model: Backbone, configs: Shape, *, encoders: bool, denoiser: bool) -> Parts:
-    """A shape's networks with random weights."""
+def save_random(shape: str, folder: Path) -> None:
+    """A model folder of a shape with random weights, with the embedded model's tokenizer."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    def ready(network: Any) -> Any:
-        network = network.eval().requires_grad_(False)
-        return network.to(model.device, model.dtype, memory_format=torch.channels_last)
+    configs, numbers = shape_called(shape), ("", "_2")
+    index: dict[str, Any] = {"_class_name": configs.pipeline, "scheduler": ["diffusers", "DDIMScheduler"]}
+    parts: list[tuple[str, Any]] = [
+        ("unet", UNet2DConditionModel.from_config(configs.unet)),
+        ("vae", AutoencoderKL.from_config(configs.autoencoder)),
+    ]
+    tokenizer = Backbone.open("moji", device="cpu").text_encoder.tokenizer
+    for number, config in zip(numbers, configs.text, strict=False):
+        kind = CLIPTextModelWithProjection if number else CLIPTextModel
+        parts.append((f"text_encoder{number}", kind(CLIPTextConfig(**config))))
+        tokenizer.save_pretrained(folder / f"tokenizer{number}")
+        index[f"tokenizer{number}"] = ["transformers", "CLIPTokenizer"]
+    for name, part in parts:
+        part.save_pretrained(folder / name)
+        index[name] = [type(part).__module__.partition(".")[0], type(part).__name__]
+    write_json(folder / "model_index.json", index)
+    settings = read_json(CONFIGS / "scheduler" / "scheduler_config.json")
+    write_json(folder / "scheduler" / "scheduler_config.json", settings)
 
-    if denoiser:
-        model.__dict__["denoiser"] = ready(UNet2DConditionModel.from_config(configs.unet))
-    if not encoders:
-        return Parts(model, nn.Identity(), no_text)
-    autoencoder = ready(AutoencoderKL.from_config(configs.autoencoder))
-    readers: list[Any] = [CLIPTextModel(CLIPTextConfig(**config)).eval() for config in configs.text]
-    readers = [reader.requires_grad_(False).to(model.device, model.dtype) for reader in readers]
+
+def opened(model: str, device: str, precision: str) -> Parts:
+    """A model with what a script of diffusers has besides: all parts in the working precision."""
+    backbone = Backbone.open(model, device=device, precision=precision)
+    return Parts(backbone, backbone.autoencoder, encoding_in(backbone, backbone.dtype))
+
+
+def as_scripts_load(model: str, device: str, precision: str) -> Parts:
+    """The same, loaded in fp32, cast afterwards and left in its own order of memory, as diffusers' scripts do it."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    backbone = Backbone.open(model, device=device, precision=precision)
+    place = locate(model).place
+    encode = encoding_in(backbone, backbone.dtype)
+    autoencoder, denoiser = (
+        kind.from_pretrained(place, subfolder=part).requires_grad_(False)
+        for kind, part in ((AutoencoderKL, "vae"), (UNet2DConditionModel, "unet"))
+    )
+    for network in (autoencoder, denoiser):
+        network.to(backbone.device, dtype=backbone.dtype)
+    backbone.__dict__["denoiser"] = denoiser
+    return Parts(backbone, autoencoder, encode)
+
+
+def encoding_in(backbone: Backbone, dtype: torch.dtype) -> Encode:
+    """Prompts → `Text`, by the model's encoders cast to a precision, as scripts cast them."""
+    encoders = backbone.family.text_encoder(backbone.location, dtype).to(backbone.device)
+    for side in encoders.sides:
+        side.model.to(dtype)
 
     @torch.no_grad()
     def encode(prompts: Sequence[str]) -> Text:
-        ids = torch.randint(1, 1000, (len(prompts), 77), generator=generator(0, "ids")).to(model.device)
-        said = [reader(ids) for reader in readers]
-        text = {"hidden": torch.cat([one.last_hidden_state.float() for one in said], -1)}
-        return text if len(said) == 1 else {**text, "pooled": said[-1].pooler_output.float()}
+        return {name: value.to(backbone.device) for name, value in encoders(prompts).items()}
 
-    return Parts(model, autoencoder, encode)
-
-
-def no_text(prompts: Sequence[str]) -> Text:
-    """In the place of a text encoder that is not loaded."""
-    return {}
-
-
-def moji_parts(model: Backbone) -> Parts:
-    """The embedded model's own parts."""
-    return Parts(model, model.autoencoder, model.encode_prompts)
+    return encode
 
 
 # Pictures ---------------------------------------------------------------------------------------------------
@@ -198,12 +207,17 @@ def peak_gib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def peak_of(module: str, *arguments: str) -> float:
-    """What a command of a benchmark prints last, run in a process of its own: its peak memory in GiB."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments], check=True, capture_output=True, text=True
-    )
-    return float(json.loads(done.stdout.splitlines()[-1]))
+def said_by(module: str, *arguments: str) -> Any:
+    """The value that a command of a benchmark prints last as JSON, run in a process of its own.
+
+    Raises `UserError` with the last line of its errors when it fails.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
+        raise UserError(f"{' '.join(command[1:])} failed: {last}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def machine(device: str) -> str:
@@ -234,3 +248,7 @@ def put_section(page: Path, title: str, text: str) -> None:
     kept = dict(section.partition("\n")[::2] for section in sections) | {title: text}
     written = [head.strip(), *(f"## {name}\n\n{body.strip()}" for name, body in kept.items())]
     write_text(page, "\n\n".join(written).lstrip() + "\n")
+
+
+if __name__ == "__main__":
+    save_random(sys.argv[1], Path(sys.argv[2]))
