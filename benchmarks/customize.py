@@ -4,12 +4,17 @@
     python -m benchmarks.customize --concepts peacock --concepts canoe
     python -m benchmarks.customize methods           eight ways to learn, four concepts each
     python -m benchmarks.customize rates             learning rates of two of them, on one concept
+    python -m benchmarks.customize script --script train_dreambooth_lora.py       beside diffusers' script
 
 Every concept is a glyph that the base has never seen. Its five training pictures are plain renders in five places; the
 real commands `customize train` and `customize sample` then draw it in the other seven, wearing each of five things, in
 each of four styles, and draw its class without the token. The judge names the glyph among all that it knows, and the
 place, the accessory, the style. Beside it stands the base model without training, asked with the same words from the
 same noise. Wilson 95 % intervals over the pictures, and a bootstrap over concepts, which differ more than pictures do.
+
+`script` is diffusers' own file, run as it is on the same pictures and words with its prior preservation (100 class
+pictures, drawn by `customize sample` and not counted in its seconds), our rank, batch and schedule, and the learning
+rate that is best for it among those of `script-rates`; its weights come in by `customize import`.
 
 Runs and pictures that `--out` holds are not made again, and verdicts always are, from the pictures on disk: a better
 judge renews the tables in a minute, with `--known` also those of work in progress. Several processes can share one
@@ -35,6 +40,7 @@ from PIL import Image
 from backbone.concept import read_concept
 from backbone.console import UserError, run, say
 from backbone.files import read_json, write_json, write_text
+from backbone.model import Backbone, locate
 from backbone.sheet import GREEN, RED, Cell, in_rows, save_png, sheet
 from backbone.statistics import wilson
 from backbone.world.render import font_path, render
@@ -64,8 +70,23 @@ RATES = {
     },
     **{f"full weights at {rate}": f"--method full --learning_rate {rate}" for rate in ("5e-5", "2e-4")},
 }
+SECONDS = "seconds.json"  # of a run that the script made
 SOME = ("lobster", "telescope", "sloth", "fire engine")  # none that a setting was chosen on
-Table = Literal["concepts", "methods", "rates"]
+OURS = "--rank 16 --train_batch_size 6 --lr_scheduler cosine --lr_warmup_steps 20 --mixed_precision bf16"
+CLASS_PICTURES = 100  # as many as the script takes
+SCRIPTED = {
+    "the script, as many steps": f"{OURS} --learning_rate 2e-3 --max_train_steps 250",
+    "the script, as many seconds": f"{OURS} --learning_rate 2e-3 --max_train_steps 120",
+}
+SCRIPT_RATES = {
+    f"the script at {rate}": f"{OURS} --learning_rate {rate} --max_train_steps 250"
+    for rate in ("5e-4", "2e-3", "4e-3")
+}
+WAYS = {
+    "concepts": {DEFAULT: ""}, "methods": METHODS, "rates": RATES, "script": {DEFAULT: "", **SCRIPTED},
+    "script-rates": SCRIPT_RATES,
+}  # fmt: skip
+Table = Literal["concepts", "methods", "rates", "script", "script-rates"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +97,11 @@ class Trial:
     method: str
     flags: str
     seed: int = 0
+
+    @property
+    def by_script(self) -> bool:
+        """Whether diffusers' script learns it."""
+        return self.method in SCRIPTED or self.method in SCRIPT_RATES
 
     @property
     def name(self) -> str:
@@ -122,9 +148,12 @@ class Result:
 
 
 def main(
-    asked: Annotated[Table, typer.Argument(metavar="TABLE", help="concepts, methods or rates.")] = "concepts",
+    asked: Annotated[Table, typer.Argument(metavar="TABLE", help=", ".join(WAYS))] = "concepts",
     concepts: Annotated[
-        list[str] | None, typer.Option(help="Which ones.", show_default="by table: 12, 4, 1")
+        list[str] | None, typer.Option(help="Which ones.", show_default="by table: 12, 4 or 1")
+    ] = None,
+    script: Annotated[
+        Path | None, typer.Option(help="diffusers' train_dreambooth_lora.py.", show_default="none")
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Pictures in each of the seven places.")] = 3,
     others: Annotated[int, typer.Option(min=1, help="Pictures of each other prompt.")] = 2,
@@ -139,13 +168,17 @@ def main(
 ) -> None:
     """Trains and draws what is missing, judges everything, and writes the table."""
     chosen = trials(asked, concepts, flags=flags, seed=seed)
+    if asked.startswith("script") and not known and not (script and script.is_file()):
+        raise UserError(
+            "This table needs --script: examples/dreambooth/train_dreambooth_lora.py of diffusers."
+        )
     if known:
         chosen = [trial for trial in chosen if finished(trial, out)]
     font_path()
     counts = dict.fromkeys(KINDS, others) | {"places": count}
     eye = load_judge(judge)
     results = []
-    for trial in made(chosen, out, counts, model):
+    for trial in made(chosen, out, counts, model, script):
         results.append(judged(trial, out, eye))
         show(out, trial, eye)
         say(f"{trial.name}: {', '.join(f'{k} {per_cent(t.share)}' for k, t in results[-1].after.items())}")
@@ -166,22 +199,23 @@ def main(
 def trials(asked: Table, concepts: Sequence[str] | None, *, flags: str, seed: int) -> list[Trial]:
     """What a table is of. Raises `UserError` for a concept that the world has not."""
     known = vocabulary().development_concepts
-    usual = {"concepts": tuple(known), "methods": SOME, "rates": ("peacock",)}[asked]
+    usual = {"methods": SOME, "rates": ("peacock",), "script-rates": ("peacock",)}.get(asked, tuple(known))
     for concept in concepts or ():
         if concept not in known:
             raise UserError(f"There is no concept {concept}. Choose among {', '.join(known)}.")
-    ways = {"concepts": {DEFAULT: ""}, "methods": METHODS, "rates": RATES}[asked]
     return [
         Trial(concept, way, f"{own} {flags}".strip(), seed)
         for concept in concepts or usual
-        for way, own in ways.items()
+        for way, own in WAYS[asked].items()
     ]
 
 
 # Runs and pictures ------------------------------------------------------------------------------------------
 
 
-def made(wanted: Sequence[Trial], out: Path, counts: Mapping[Kind, int], model: str) -> Iterator[Trial]:
+def made(
+    wanted: Sequence[Trial], out: Path, counts: Mapping[Kind, int], model: str, script: Path | None = None
+) -> Iterator[Trial]:
     """Every trial as soon as its run and pictures exist; those that another process works at come last."""
     left = list(wanted)
     while left:
@@ -189,11 +223,22 @@ def made(wanted: Sequence[Trial], out: Path, counts: Mapping[Kind, int], model: 
             with claimed(out / "claims" / trial.name) as mine:
                 if not mine:
                     continue
-                train_and_draw(trial, out, counts, model)
+                train_and_draw(trial, out, counts, model, script)
             left.remove(trial)
             yield trial
         if left:
             time.sleep(5)
+
+
+@contextmanager
+def claimed_by_all(path: Path) -> Iterator[None]:
+    """Inside the `with`, nobody else works at this; waits for it."""
+    while True:
+        with claimed(path) as mine:
+            if mine:
+                yield
+                return
+        time.sleep(5)
 
 
 @contextmanager
@@ -211,10 +256,15 @@ def claimed(path: Path) -> Iterator[bool]:
         yield True
 
 
-def train_and_draw(trial: Trial, out: Path, counts: Mapping[Kind, int], model: str) -> None:
+def train_and_draw(
+    trial: Trial, out: Path, counts: Mapping[Kind, int], model: str, script: Path | None = None
+) -> None:
     """The run of a trial, and its pictures and the base's of every kind, where they are missing."""
     folder = out / "runs" / trial.name
-    if not (folder / "README.md").exists():  # which a run writes last
+    if trial.by_script:
+        assert script is not None
+        train_by_script(trial, out, model, script)
+    elif not (folder / "README.md").exists():  # which a run writes last
         shutil.rmtree(folder, ignore_errors=True)  # its time should be a whole one's
         names = ["--images", str(pictures_of(trial.concept, out)), "--token", TOKEN, "--class", trial.noun]
         more = ["--model", model, "--seed", str(trial.seed), "--out", str(folder)]
@@ -225,6 +275,45 @@ def train_and_draw(trial: Trial, out: Path, counts: Mapping[Kind, int], model: s
         if kind == "class" or trial.method == DEFAULT:
             words = read_concept(folder).tokens[TOKEN]
             draw(trial, kind, f"{words} {trial.noun}", base(trial, kind, out), counts[kind], [], model)
+
+
+def train_by_script(trial: Trial, out: Path, model: str, script: Path) -> None:
+    """The script's weights as a run of ours, unless they are there: with the words of the run by the defaults."""
+    folder, work = out / "runs" / trial.name, out / "script" / trial.name
+    if (folder / SECONDS).exists():
+        return
+    for path in (folder, work):
+        shutil.rmtree(path, ignore_errors=True)
+    with claimed_by_all(out / "claims" / f"class {trial.noun}"):
+        drawn = class_pictures(trial.noun, out, model)
+    words = read_concept(out / "runs" / Trial(trial.concept, DEFAULT, "", trial.seed).name).tokens[TOKEN]
+    asked = {
+        "pretrained_model_name_or_path": locate(model).place, "instance_data_dir": pictures_of(trial.concept, out),
+        "instance_prompt": f"a {words} {trial.noun}", "class_data_dir": drawn, "class_prompt": f"a {trial.noun}",
+        "num_class_images": CLASS_PICTURES, "output_dir": work, "seed": trial.seed,
+        "resolution": Backbone.open(model, device="cpu").resolution,
+    }  # fmt: skip
+    flags = [word for name, value in asked.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "benchmarks.customize_script", "alone", str(script), "--"]
+    began = time.perf_counter()
+    subprocess.run([*command, "--with_prior_preservation", *flags, *trial.flags.split()], check=True)
+    seconds = time.perf_counter() - began
+    names = ["--token", TOKEN, "--token_words", words, "--class", trial.noun, "--model", model]
+    customize("import", str(work / "pytorch_lora_weights.safetensors"), "--out", str(folder), *names)
+    write_json(folder / SECONDS, seconds)
+
+
+def class_pictures(noun: str, out: Path, model: str) -> Path:
+    """A folder of pictures of a class, as the base draws it, without its sheet."""
+    folder, drawing = out / "classes" / noun.replace(" ", "-"), out / "classes" / "drawn"
+    if not folder.exists():
+        number = ["--count", str(CLASS_PICTURES), "--model", model]
+        customize("sample", f"a {noun}", *number, "--out", str(drawing / noun))
+        (drawing / noun / "pictures").mkdir()
+        for path in sorted((drawing / noun).glob("p??-s*.png")):
+            path.rename(path.parent / "pictures" / path.name)
+        (drawing / noun / "pictures").rename(folder)
+    return folder
 
 
 def finished(trial: Trial, out: Path) -> bool:
@@ -302,7 +391,9 @@ def judged(trial: Trial, out: Path, judge: Judge) -> Result:
         trial,
         {kind: tally(trial, kind, after(trial, kind, out), judge) for kind in KINDS},
         {kind: tally(trial, kind, path, judge) for kind, path in before.items() if path.exists()},
-        read_json(folder / "settings.json")["timings"]["all"],
+        read_json(folder / SECONDS)
+        if trial.by_script
+        else read_json(folder / "settings.json")["timings"]["all"],
         sum(file.stat().st_size for file in files) / 1e6,
     )
 

@@ -135,12 +135,19 @@ def one_side(
     print(json.dumps({"seconds": statistics.median(took), "all": took, "gib": peak_gib("cpu")}))
 
 
+@app.command(context_settings={"ignore_unknown_options": True})
+def alone(script: Path, flags: Annotated[list[str], typer.Argument(help="Its own.")]) -> None:
+    """Runs the file with flags of its own, whatever torchvision is there."""
+    if importlib.util.find_spec("torchvision") is None:
+        stand_in()
+    sys.argv = [str(script), *flags]
+    runpy.run_path(str(script), run_name="__main__")
+
+
 def run_script(
     script: Path, model: str, place: Path, out: Path, *, steps: int, precision: str, prior: bool
 ) -> None:
     """The file itself."""
-    if importlib.util.find_spec("torchvision") is None:
-        stand_in()
     asked: dict[str, object] = {
         "pretrained_model_name_or_path": locate(model).place, "instance_data_dir": place / "subject",
         "instance_prompt": PROMPT, "output_dir": out, "resolution": Backbone.open(model, device="cpu").resolution,
@@ -154,8 +161,7 @@ def run_script(
             "num_class_images": PICTURES,
         }
     flags = [word for name, value in asked.items() for word in (f"--{name}", str(value))]
-    sys.argv = [str(script), *flags, *(["--with_prior_preservation"] if prior else [])]
-    runpy.run_path(str(script), run_name="__main__")
+    alone(script, [*flags, *(["--with_prior_preservation"] if prior else [])])
 
 
 def run_restated(model: str, *, steps: int, precision: str, prior: bool) -> None:

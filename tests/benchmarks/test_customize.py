@@ -19,6 +19,7 @@ from benchmarks.customize import (
     KINDS,
     METHODS,
     RATES,
+    SCRIPTED,
     Result,
     Table,
     Tally,
@@ -66,7 +67,7 @@ def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str,
         ran.append(arguments)
         folder = Path(arguments[arguments.index("--out") + 1])
         folder.mkdir(parents=True)
-        if arguments[0] == "train":
+        if arguments[0] in ("train", "import"):
             concept = {
                 "format": 1, "kind": "lora", "model": "moji", "fingerprint": "", "tokens": {"[V]": "rkh"},
                 "class_noun": "elephant", "weights": "weights.safetensors",
@@ -140,6 +141,33 @@ def test_work_in_progress_is_known_when_all_its_pictures_are(
     assert finished(TRIAL, tmp_path)
     (tmp_path / "after" / TRIAL.name / "class" / "sheet.png").unlink()
     assert not finished(TRIAL, tmp_path)
+
+
+def test_the_script_learns_the_same_words_with_class_pictures_and_is_not_run_again(
+    commands: list[tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "CLASS_PICTURES", 1)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import pathlib, sys\n"
+        "asked = dict(zip(sys.argv, sys.argv[1:]))\n"
+        "assert '--with_prior_preservation' in sys.argv and asked['--instance_prompt'] == 'a rkh elephant'\n"
+        "assert len(list(pathlib.Path(asked['--class_data_dir']).iterdir())) == 1\n"
+        "print(asked['--max_train_steps'])\n",
+        encoding="utf-8",
+    )
+    train_and_draw(TRIAL, tmp_path, COUNTS, "moji")
+    commands.clear()
+    name = "the script, as many steps"
+    trial = Trial("mammoth", name, SCRIPTED[name])
+    train_and_draw(trial, tmp_path, COUNTS, "moji", script)
+    assert [arguments[0] for arguments in commands] == ["sample", "import", *["sample"] * 4]
+    assert "rkh" in commands[1] and "elephant" in commands[1]
+    found = judged(trial, tmp_path, cast(Judge, Eye("mammoth")))
+    assert found.after["places"].glyph == 7 and 0 < found.seconds < 100
+    commands.clear()
+    train_and_draw(trial, tmp_path, COUNTS, "moji", script)
+    assert not commands
 
 
 def test_a_half_finished_run_starts_anew(commands: list[tuple[str, ...]], tmp_path: Path) -> None:
