@@ -8,9 +8,10 @@ The other side is a plain re-statement of what diffusers' `train_dreambooth_lora
 pictures, turn them upright, scale and crop them, encode them and draw from the posterior, encode the prompts, noise,
 ask the network with a LoRA of rank 4 on attention under autocast, mean squared error (and the half of the class
 pictures), backward, clip, AdamW, read the loss. Its best flags are there as well: the text encoded once, and bf16, in
-which both sides work unless told otherwise; the script's own default is fp32. Parity comes first: on the same latents,
-noise and levels both sides have one loss and one gradient. Then steps of every kind are timed in turn, and totals are
-composed from counted steps, not run: for a cold run of 800 steps with prior preservation at each one's defaults,
+which both sides work unless told otherwise; the script's own default is fp32. It has a network of its own, loaded and
+laid out in memory as the script does it. Parity comes first: on the same latents, noise and levels both sides have one
+loss and one gradient. Then steps of every kind are timed in turn, and totals are composed from counted steps, not run:
+for a cold run of 800 steps with prior preservation at each one's defaults,
 
     script    200 · (50 · evaluation + decoding) + 800 · script, prior           evaluations are guided: two rows each
     here      5 · encoding + text + 64 · bank + 800 · here, prior
@@ -52,6 +53,7 @@ from backbone.loop import generator
 from backbone.model import Backbone, Posterior
 from benchmarks.shapes import (
     Parts,
+    as_scripts_load,
     encode_pictures,
     folder_of,
     machine,
@@ -91,7 +93,8 @@ def main(
 ) -> None:
     """Parity, then steps of every kind in turn, then the totals."""
     with folder_of(shape) as model:
-        bench = Bench.of(opened(model, device, precision), batch)
+        theirs = as_scripts_load(model, device, precision)
+        bench = Bench.of(opened(model, device, precision), batch, theirs)
     same = parity(bench.training)
     say(f"parity: loss differs by {same.loss:.1e}, gradients by {same.gradient:.1e} of their largest entry")
     acts = bench.acts()
@@ -120,7 +123,7 @@ def main(
 
 @dataclass
 class Bench:
-    """Both sides on one model with one adapter."""
+    """Both sides, with adapters of one shape."""
 
     parts: Parts
     training: Training
@@ -129,12 +132,15 @@ class Bench:
     without: Material
 
     @classmethod
-    def of(cls, parts: Parts, batch: int) -> Bench:
-        """Everything in place for steps of `batch` pictures."""
+    def of(cls, parts: Parts, batch: int, theirs: Parts | None = None) -> Bench:
+        """Everything in place for steps of `batch` pictures; the script has parts of its own, or shares ours."""
         with_prior = material(parts.model)
         without = replace(with_prior, buckets=[Bucket(with_prior.buckets[0].rows)])
         training = Training(parts.model, with_prior, settings_for(batch))
-        return cls(parts, training, Script(parts, training), with_prior, without)
+        script = Script(parts, training)
+        if theirs is not None:
+            script = Script(theirs, Training(theirs.model, material(theirs.model), settings_for(batch)))
+        return cls(parts, training, script, with_prior, without)
 
     def acts(self) -> dict[str, Callable[[], object]]:
         """Everything that is timed, by its name."""
