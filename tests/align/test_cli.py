@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from align.cli import app
 from align.pairs import read
@@ -106,6 +107,19 @@ def test_an_export_holds_the_same_pairs(ranked: Path, tmp_path: Path, name: str)
     assert [pair.prompt for pair in one.pairs] == [pair.prompt for pair in other.pairs]
     assert [pair.ordered.first.read() for pair in one.pairs] == [p.ordered.first.read() for p in other.pairs]
     assert {path: path.read_bytes() for path in ranked.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_for_a_small_device_says_its_plan_and_one_that_fits_nowhere_is_refused(
+    ranked: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    asked = ("train", ranked, "--model", tiny_folder, "--device", "cpu", *TRAIN)
+    small = ("--vram", "8", "--cpu-offload", "0.5", "--text-on-cpu", "--out", tmp_path / "small")
+    done = CliRunner().invoke(app, [str(word) for word in (*asked, *small)], catch_exceptions=False)
+    assert done.exit_code == 0 and "8 GiB" in done.output
+    kept = read_settings(tmp_path / "small")
+    assert kept.cpu_offload == 0.5 and kept.text_on_cpu and (tmp_path / "small" / "summary.json").is_file()
+    assert "a device of" in refused(*asked, "--vram", "0.0001", "--out", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_several_scorers_are_weighed_or_must_agree(drawn: Path, bright: Path, tmp_path: Path) -> None:
