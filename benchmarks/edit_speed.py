@@ -9,7 +9,7 @@ stores the attention, the edit; 13 rows a step, with whole attention matrices in
 inversion with prompt-to-prompt (Mokady et al. 2023: ten inner iterations a step without an early stop; with gradients
 of all weights, as the published code takes them, and with the weights frozen). The first one gives the same picture as
 ours, which a test holds. Where it is unsure what a reference does, the faster way is timed. Sides are interleaved,
-medians are shown. Whole edits include encoding and decoding; composed totals leave them out on both sides and say so.
+medians are shown. Encoding and decoding are in every total, importing and loading in none.
 Peak memory is that of a process of its own for each side. Writes `speed-SHAPE.md` and `speed-SHAPE.json`.
 """
 
@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -34,13 +33,14 @@ from torch import Tensor, nn
 
 from backbone.attention import quick_to_train
 from backbone.cache import encoded_prompts
-from backbone.console import UserError, run
+from backbone.console import run
 from backbone.families import Text
 from backbone.files import write_json, write_text
 from backbone.images import to_image, to_tensor
-from backbone.model import PRECISIONS, Backbone
+from backbone.model import Backbone
 from backbone.noise import Estimate, guide
 from backbone.steps import deterministic_step
+from benchmarks.shapes import folder_of, peak_gib, said_by
 from edit.attention import Control, controlled, cross
 from edit.inversion import invert
 from edit.pictures import prepared
@@ -73,24 +73,25 @@ def main(
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/edit"),
 ) -> None:
     """Times both sides and writes the table."""
+    chosen = [name for name in SIDES if null_text or not name.startswith("null-text")]
     if shape == "sd15":
-        found = composed(steps=steps, repeats=repeats, device=device, precision=precision)
+        with folder_of(shape) as folder:
+            found = composed(folder, chosen, steps=steps, repeats=repeats, device=device, precision=precision)
+            if memory:
+                found["peak_memory_mb"] = peaks(chosen, folder, device, precision)
     else:
         backbone = Backbone.open(model, device=device, precision=precision)
         sides = whole_edits(backbone, steps)
         if side is not None:
             sides[side]()
-            print(json.dumps({"peak_memory_mb": peak(device)}))
+            print(json.dumps(peak_gib(device) * 2**30 / 1e6))
             return
-        chosen = [name for name in SIDES if null_text or not name.startswith("null-text")]
         found = {
             "seconds": timed({name: sides[name] for name in chosen}, repeats),
             "rows": rows_of_sides(steps),
         }
         if memory:
-            found["peak_memory_mb"] = {
-                name: peak_of(name, model, steps, device, precision) for name in chosen
-            }
+            found["peak_memory_mb"] = peaks(chosen, model, device, precision)
     facts = {
         "shape": shape, "steps": steps, "repeats": repeats,
         "machine": f"{device}, {precision}, {torch.get_num_threads()} threads, torch {torch.__version__}", **found,
@@ -336,16 +337,13 @@ def weight_gradients(denoiser: nn.Module) -> Iterator[None]:
 # --- steps of a large network, composed -----------------------------------------------------------------------
 
 
-def composed(*, steps: int, repeats: int, device: str, precision: str) -> dict[str, Any]:
-    """Totals of an SD 1.5-shaped UNet with random weights at 64 × 64 latents from the medians of warm steps."""
-    from diffusers import UNet2DConditionModel
-
-    dtype = PRECISIONS.get(precision, torch.bfloat16)
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=64, cross_attention_dim=768, attention_head_dim=8, layers_per_block=2,
-        block_out_channels=(320, 640, 1280, 1280),
-    ).to(device, dtype).eval().requires_grad_(False)  # fmt: skip
+def composed(
+    folder: str, chosen: Sequence[str], *, steps: int, repeats: int, device: str, precision: str
+) -> dict[str, Any]:
+    """Totals at SD 1.5's shape with random weights from the medians of warm steps, encoding and decoding."""
+    model = Backbone.open(folder, device=device, precision="bf16" if precision == "auto" else precision)
+    unet, dtype = cast(Any, model.denoiser), model.dtype
+    picture = to_tensor(picture_of(model))[None]
     random = torch.Generator().manual_seed(0)
     time_ = torch.tensor(500, device=device)
 
@@ -390,10 +388,15 @@ def composed(*, steps: int, repeats: int, device: str, precision: str) -> dict[s
         return step
 
     kinds: dict[str, Callable[[], Any]] = {
+        "encoding": partial(model.encode, picture),
+        "decoding, 2": lambda: model.decode(torch.zeros(2, *model.latent_shape)),
+        "decoding, 5": lambda: model.decode(torch.zeros(5, *model.latent_shape)),
         "1 row": plain(1), "2 rows": plain(2), "4 rows": plain(4), "8 rows": plain(8),
         "3 rows, edited": edited(1), "9 rows, edited": edited(4), "4 rows, whole matrices": with_maps,
         "inner iteration": inner("trained"), "inner iteration, frozen": inner("frozen"),
     }  # fmt: skip
+    if not any(name.startswith("null-text") for name in chosen):
+        kinds = {name: call for name, call in kinds.items() if not name.startswith("inner")}
     t = timed(kinds, repeats)
     open_ = opened(steps)
     shut = steps - open_
@@ -401,10 +404,13 @@ def composed(*, steps: int, repeats: int, device: str, precision: str) -> dict[s
     totals = {
         "ours": steps * t["1 row"] + open_ * t["3 rows, edited"] + shut * t["2 rows"],
         "Direct + P2P": steps * (t["1 row"] + t["4 rows"] + 2 * t["4 rows, whole matrices"]),
-        "null-text + P2P": walk + steps * INNER * t["inner iteration"],
-        "null-text + P2P, frozen": walk + steps * INNER * t["inner iteration, frozen"],
         "ours, four targets": steps * t["1 row"] + open_ * t["9 rows, edited"] + shut * t["8 rows"],
     }
+    if "inner iteration" in t:
+        totals["null-text + P2P"] = walk + steps * INNER * t["inner iteration"]
+        totals["null-text + P2P, frozen"] = walk + steps * INNER * t["inner iteration, frozen"]
+    for name in totals:
+        totals[name] += t["encoding"] + t["decoding, 5" if "four" in name else "decoding, 2"]
     return {"steps_seconds": t, "seconds": totals, "composed": True, "rows": rows_of_sides(steps)}
 
 
@@ -449,32 +455,17 @@ def opened(steps: int) -> int:
     return int(inside(steps, (0.0, CROSS)).sum())
 
 
-def peak(device: str) -> float:
-    """The most memory that this process has had, in MB."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 1e6
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
-
-
-def peak_of(side: str, model: str, steps: int, device: str, precision: str) -> float:
-    """A side's peak in a process of its own; two steps show it as well as fifty."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.edit_speed", "--side", side, "--model", model, "--steps", "2",
-         "--device", device, "--precision", precision],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    if done.returncode != 0:
-        raise UserError(f"The side {side} could not be run alone ({done.stderr.strip().splitlines()[-1]}).")
-    return float(json.loads(done.stdout.splitlines()[-1])["peak_memory_mb"])
+def peaks(chosen: Sequence[str], model: str, device: str, precision: str) -> dict[str, float]:
+    """Each side's peak in MB, in a process of its own that edits in two steps: they show it as well as fifty."""
+    flags = ["--model", model, "--steps", "2", "--device", device, "--precision", precision]
+    return {side: said_by("benchmarks.edit_speed", "--side", side, *flags) for side in chosen}
 
 
 def markdown(facts: dict[str, Any]) -> str:
     """The table: seconds, how many times ours, rows, memory."""
     seconds, ours = facts["seconds"], facts["seconds"]["ours"]
     how = (
-        "composed from medians of warm steps, autoencoder left out"
+        "composed from medians of warm steps, encoding and decoding"
         if facts.get("composed")
         else "whole edits"
     )
