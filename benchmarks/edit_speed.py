@@ -340,16 +340,17 @@ def weight_gradients(denoiser: nn.Module) -> Iterator[None]:
 def composed(
     folder: str, chosen: Sequence[str], *, steps: int, repeats: int, device: str, precision: str
 ) -> dict[str, Any]:
-    """Totals at SD 1.5's shape with random weights from the medians of warm steps, encoding and decoding."""
+    """Totals from the medians of warm steps of a model with the shape of SD 1.5 (or another), encoding and decoding."""
     model = Backbone.open(folder, device=device, precision="bf16" if precision == "auto" else precision)
     unet, dtype = cast(Any, model.denoiser), model.dtype
+    width = unet.config.cross_attention_dim
     picture = to_tensor(picture_of(model))[None]
     random = torch.Generator().manual_seed(0)
     time_ = torch.tensor(500, device=device)
 
     def call(rows: int, **how: Any) -> Tensor:
-        x = torch.randn(rows, 4, 64, 64, generator=random).to(device, dtype)
-        text = torch.randn(rows, 77, 768, generator=random).to(device, dtype)
+        x = torch.randn(rows, *model.latent_shape, generator=random).to(device, dtype)
+        text = torch.randn(rows, 77, width, generator=random).to(device, dtype)
         return cast(Tensor, unet(x, time_, how.get("text", text)).sample)
 
     def edited(targets: int) -> Callable[[], None]:
@@ -380,7 +381,7 @@ def composed(
 
     def inner(weights: Literal["trained", "frozen"]) -> Callable[[], None]:
         def step() -> None:
-            text = torch.randn(1, 77, 768, generator=random).to(device, dtype).requires_grad_(True)
+            text = torch.randn(1, 77, width, generator=random).to(device, dtype).requires_grad_(True)
             with weight_gradients(unet) if weights == "trained" else nullcontext(), quick_to_train(unet):
                 call(1, text=text).float().square().mean().backward()
             unet.zero_grad(set_to_none=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -14,6 +15,7 @@ from benchmarks.edit_speed import (
     SELF,
     SOURCE,
     TARGETS,
+    composed,
     direct_reference,
     null_text_reference,
     picture_of,
@@ -82,6 +84,17 @@ def test_sides_are_timed_in_turn_and_the_first_time_does_not_count() -> None:
     calls: list[str] = []
     found = timed({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
     assert calls == ["a", "b"] * 3 and set(found) == {"a", "b"}
+
+
+def test_totals_are_composed_of_steps_and_the_autoencoder(tiny_folder: Path) -> None:
+    chosen = ["ours", "Direct + P2P", "ours, four targets"]
+    found = composed(str(tiny_folder), chosen, steps=5, repeats=1, device="cpu", precision="fp32")
+    t, total = found["steps_seconds"], found["seconds"]
+    around = t["encoding"] + t["decoding, 2"]
+    assert list(total) == chosen and "inner iteration" not in t
+    assert total["ours"] == pytest.approx(5 * t["1 row"] + 4 * t["3 rows, edited"] + t["2 rows"] + around)
+    walks = t["1 row"] + t["4 rows"] + 2 * t["4 rows, whole matrices"]
+    assert total["Direct + P2P"] == pytest.approx(5 * walks + around)
 
 
 def test_the_table_compares_four_edits_with_four(monkeypatch: pytest.MonkeyPatch) -> None:
