@@ -185,9 +185,9 @@ def test_another_judge_gives_other_verdicts_on_the_same_pictures(
     commands.clear()
     kind = judged(TRIAL, tmp_path, cast(Judge, Eye("mammoth", accessory="a crown")))
     stern = judged(TRIAL, tmp_path, cast(Judge, Eye("elephant", style="a neon drawing of")))
-    assert kind.after["places"] == Tally(1, 7, 7) and kind.after["accessories"] == Tally(1, 5, 5)
+    assert kind.after["places"] == Tally(1, 7, 7, 1) and kind.after["accessories"] == Tally(1, 5, 5, 1)
     assert kind.after["class"].right == 0 and stern.after["class"].right == 7
-    assert stern.after["styles"] == Tally(1, 0, 4)
+    assert stern.after["styles"] == Tally(1, 0, 4, 0)
     assert kind.seconds == 100 and kind.megabytes == 2 and not commands
 
 
