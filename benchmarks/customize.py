@@ -264,7 +264,6 @@ def train_and_draw(
     """The run of a trial, and its pictures and the base's of every kind, where they are missing."""
     folder = out / "runs" / trial.name
     if trial.by_script:
-        assert script is not None
         train_by_script(trial, out, model, script)
     elif not (folder / "README.md").exists():  # which a run writes last
         shutil.rmtree(folder, ignore_errors=True)  # its time should be a whole one's
@@ -279,11 +278,12 @@ def train_and_draw(
             draw(trial, kind, f"{words} {trial.noun}", base(trial, kind, out), counts[kind], [], model)
 
 
-def train_by_script(trial: Trial, out: Path, model: str, script: Path) -> None:
+def train_by_script(trial: Trial, out: Path, model: str, script: Path | None) -> None:
     """The script's weights as a run of ours, unless they are there: with the words of the run by the defaults."""
     folder, work = out / "runs" / trial.name, out / "script" / trial.name
     if (folder / SECONDS).exists():
         return
+    assert script is not None
     for path in (folder, work):
         shutil.rmtree(path, ignore_errors=True)
     with claimed_by_all(out / "claims" / f"class {trial.noun}"):

@@ -173,7 +173,10 @@ class Family(Protocol):
     lora_targets: ClassVar[dict[str, tuple[str, ...]]]  # named sets of layers, as peft's `target_modules`
 
     def single_file(self, header: Header) -> tuple[Path, ...] | None:
-        """The `settings` of a checkpoint in one file, told by its header; None if it is not of this family."""
+        """The `settings` of a checkpoint in one file, told by its header; None if it is not of this family.
+
+        `UserError` if it is of this family and lacks a part.
+        """
         ...
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:

@@ -19,7 +19,19 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextModel, T5EncoderModel
 
-from backbone.families import Attention, Location, Network, NoisePath, Side, Streams, Stretch, Text, parts
+from backbone.families import (
+    Attention,
+    Location,
+    Network,
+    NoisePath,
+    Side,
+    Streams,
+    Stretch,
+    Text,
+    flux_file,
+    parts,
+    text_encoders_file,
+)
 from backbone.families.outline import Outline, encoder, network
 from backbone.files import Header
 
@@ -47,16 +59,23 @@ class Flux:
     }
 
     def single_file(self, header: Header) -> tuple[Path, ...] | None:
-        return None
+        return flux_file.settings_of(header)
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
+        if location.file is not None:
+            return flux_file.transformer(location, dtype)
         return parts.load_network(FluxTransformer2DModel, location, "transformer", dtype)
 
     def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
+        if location.file is not None:
+            return text_encoders_file.autoencoder(location, dtype)
         return parts.load_autoencoder(AutoencoderKL, location, dtype)
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> ClipAndT5:
-        clip, t5 = parts.load_clip(CLIPTextModel, location), parts.load_t5(location, "_2", dtype)
+        if location.file is not None:
+            clip, t5 = flux_file.clip_l(location), text_encoders_file.t5(location, "_2", dtype)
+        else:
+            clip, t5 = parts.load_clip(CLIPTextModel, location), parts.load_t5(location, "_2", dtype)
         return ClipAndT5(clip, t5, tokens=T5_TOKENS if takes_guidance(location) else T5_TOKENS_SCHNELL)
 
     def outline(self, location: Location, dtype: torch.dtype) -> Outline:

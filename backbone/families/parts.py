@@ -83,12 +83,15 @@ def load_clip(kind: Any, location: Location, number: str = "") -> Side:
     """A CLIP text encoder and its tokenizer, `text_encoder_2` and `tokenizer_2` for the number "_2"; fp32."""
     tokenizer = load(CLIPTokenizer, location, f"tokenizer{number}")
     model = load(kind, location, f"text_encoder{number}", dtype=torch.float32)
-    inner = getattr(model, "text_model", model)
-    if (
-        inner.eos_token_id == 2
-    ):  # of old settings: transformers then takes the highest id for the end of the prompt
-        inner.eos_token_id = tokenizer.eos_token_id
+    end_of_prompt(model, tokenizer)
     return Side(f"text_encoder{number}", tokenizer, model)
+
+
+def end_of_prompt(model: Any, tokenizer: Any) -> None:
+    """Tells a CLIP its tokenizer's end, where old settings say 2: transformers then takes the highest id for it."""
+    inner = getattr(model, "text_model", model)
+    if inner.eos_token_id == 2:
+        inner.eos_token_id = tokenizer.eos_token_id
 
 
 def load_t5(location: Location, number: str, dtype: torch.dtype) -> Side:

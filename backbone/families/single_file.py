@@ -26,6 +26,8 @@ SETTINGS = (
     *("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"),
     *("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "tokenizer/vocab.json"),
     *("text_encoder_2/config.json", "tokenizer_2/tokenizer.json", "tokenizer_2/tokenizer_config.json"),
+    *("text_encoder_3/config.json", "tokenizer_3/tokenizer.json", "tokenizer_3/tokenizer_config.json"),
+    *("transformer/config.json", "tokenizer_2/spiece.model", "tokenizer_3/spiece.model"),
 )
 UNET, AUTOENCODER = "model.diffusion_model.", "first_stage_model."
 WINDOWS, WINDOW_BYTES = 64, 1 << 14
@@ -42,8 +44,12 @@ STRANGERS = (
     (r"^(emb_params|string_to_param|clip_[lg])$", "an embedding", "Name the model that it was made for."),
     (r"motion_modules\.", "an AnimateDiff motion module", "Name the model that it was made for."),
     (r"^conditioner\.embedders\.", "a part of Stable Diffusion XL, or its refiner", FOLDER),
-    (r"joint_blocks\.", "a Stable Diffusion 3 checkpoint", FOLDER),
-    (r"double_blocks\.", "a FLUX checkpoint", FOLDER),
+    (r"joint_blocks\.", "a part of Stable Diffusion 3, or a relative of it", FOLDER),
+    (
+        r"double_blocks\.",
+        "a part of FLUX.1, or a relative of it (as FLUX.2 and Chroma are)",
+        "Name a whole FLUX.1, or another model.",
+    ),
     (
         r"^(down_blocks|up_blocks|transformer_blocks|(en|de)coder\.(down|up)_blocks|(text_model\.)?encoder\.layers)\.",
         "one part of a diffusers model",
@@ -118,7 +124,10 @@ def fingerprint(location: Location) -> str:
     for name in SETTINGS:
         path = location.local(name)
         if path is not None:
-            parts.append(f"{name}:{json.dumps(read_json(path), sort_keys=True)}")
+            said = (
+                json.dumps(read_json(path), sort_keys=True) if path.suffix == ".json" else content_hash(path)
+            )
+            parts.append(f"{name}:{said}")
     return content_hash("\n".join(parts).encode())
 
 

@@ -17,7 +17,19 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-from backbone.families import Attention, Location, Network, NoisePath, Side, Streams, Stretch, Text, parts
+from backbone.families import (
+    Attention,
+    Location,
+    Network,
+    NoisePath,
+    Side,
+    Streams,
+    Stretch,
+    Text,
+    parts,
+    stable_diffusion_3_file,
+    text_encoders_file,
+)
 from backbone.families.outline import Outline, encoder, network
 from backbone.files import Header
 
@@ -37,17 +49,26 @@ class StableDiffusion3:
     }
 
     def single_file(self, header: Header) -> tuple[Path, ...] | None:
-        return None
+        return stable_diffusion_3_file.settings_of(header)
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
+        if location.file is not None:
+            return stable_diffusion_3_file.transformer(location, dtype)
         return parts.load_network(SD3Transformer2DModel, location, "transformer", dtype)
 
     def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
+        if location.file is not None:
+            return text_encoders_file.autoencoder(location, dtype)
         return parts.load_autoencoder(AutoencoderKL, location, dtype)
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> ThreeEncoders:
-        clips = [parts.load_clip(CLIPTextModelWithProjection, location, number) for number in ("", "_2")]
-        t5 = parts.load_t5(location, "_3", dtype) if parts.has(location, "text_encoder_3") else None
+        clips: Sequence[Side]
+        if location.file is not None:
+            clips, load_t5 = stable_diffusion_3_file.clips(location), text_encoders_file.t5
+        else:
+            clips = [parts.load_clip(CLIPTextModelWithProjection, location, number) for number in ("", "_2")]
+            load_t5 = parts.load_t5
+        t5 = load_t5(location, "_3", dtype) if has_t5(location) else None
         return ThreeEncoders(clips, t5, width=int(location.config("transformer")["joint_attention_dim"]))
 
     def outline(self, location: Location, dtype: torch.dtype) -> Outline:
@@ -56,7 +77,7 @@ class StableDiffusion3:
             name: encoder(CLIPTextModelWithProjection, location, name)
             for name in ("text_encoder", "text_encoder_2")
         }
-        if parts.has(location, "text_encoder_3"):
+        if has_t5(location):
             encoders["text_encoder_3"] = encoder(T5EncoderModel, location, "text_encoder_3", dtype)
         return Outline(
             network(SD3Transformer2DModel, location, "transformer", dtype),
@@ -132,6 +153,13 @@ class ThreeEncoders(parts.Encoders):
             ids = parts.token_ids(self.t5, prompts, T5_TOKENS)["input_ids"]
             more = self.t5.model(ids).last_hidden_state.float()
         return {"hidden": torch.cat([words, more], dim=1), "pooled": pooled}
+
+
+def has_t5(location: Location) -> bool:
+    """Whether the third text encoder is there."""
+    if location.file is not None:
+        return stable_diffusion_3_file.has_t5(location)
+    return parts.has(location, "text_encoder_3")
 
 
 def streams(attn: Any, hidden: Tensor, said: Tensor | None = None, mask: None = None) -> Streams:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from backbone.console import UserError
-from backbone.families import Location, Side
+from backbone.families import Location, Side, parts
 from backbone.families.single_file import channels, misfit
 from backbone.families.stable_diffusion_file import FROM_OPENCLIP, PUBLISHED, UNUSED, tokenizer_of
 from backbone.files import Header, read_tensors
@@ -47,8 +47,8 @@ def text_sides(location: Location) -> tuple[Side, Side]:
     }
     ending, exclamation = "<|endoftext|>", "!"
     return (
-        _side(CLIPTextModel, location, "", named, pads_with=ending),
-        _side(CLIPTextModelWithProjection, location, "_2", of_openclip(second), pads_with=exclamation),
+        clip_side(CLIPTextModel, location, "", named, pads_with=ending),
+        clip_side(CLIPTextModelWithProjection, location, "_2", of_openclip(second), pads_with=exclamation),
     )
 
 
@@ -70,7 +70,10 @@ def of_openclip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
-def _side(kind: Any, location: Location, number: str, tensors: dict[str, Tensor], *, pads_with: str) -> Side:
+def clip_side(
+    kind: Any, location: Location, number: str, tensors: dict[str, Tensor], *, pads_with: str
+) -> Side:
+    """A text encoder and its tokenizer, fp32, from tensors named as transformers names them, without its level."""
     part = f"text_encoder{number}"
     config = CLIPTextConfig.from_dict(location.config(part))
     with init_empty_weights():
@@ -91,4 +94,5 @@ def _side(kind: Any, location: Location, number: str, tensors: dict[str, Tensor]
             f"The tokenizer{number} has {len(tokenizer)} tokens and {location.place} knows {config.vocab_size}. "
             f"Put the tokenizer{number}/ folder of this model beside the file."
         )
+    parts.end_of_prompt(model, tokenizer)
     return Side(part, tokenizer, model)
