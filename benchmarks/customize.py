@@ -81,7 +81,7 @@ SCRIPTED = {
 }
 SCRIPT_RATES = {
     f"the script at {rate}": f"{OURS} --learning_rate {rate} --max_train_steps 250"
-    for rate in ("5e-4", "2e-3", "4e-3")
+    for rate in ("5e-4", "2e-3", "4e-3", "8e-3")
 }
 WAYS = {
     "concepts": {DEFAULT: ""}, "methods": METHODS, "rates": RATES, "script": {DEFAULT: "", **SCRIPTED},
