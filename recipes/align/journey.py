@@ -35,6 +35,7 @@ from benchmarks.moji import QUESTIONS
 TRAINING_PROMPTS = range(1_600_000, 1_700_000)
 HELD_OUT_PROMPTS = range(1_700_000, 1_800_000)
 DEVELOPMENT_PROMPTS = range(1_800_000, 1_900_000)  # what settings are chosen on
+STEPS = ("--steps", 15)  # of every picture: as good as the usual 25 for the judge (docs/moji.md)
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,7 @@ def drawn_and_ranked(
     drawing = once(
         steps / "sampling.json", folder / SAMPLES,
         "sample", "--prompts", prompts, "--per-prompt", per_prompt, "--model", model, "--out", folder,
+        *STEPS,
     )  # fmt: skip
     ranking = once(
         steps / "ranking.json", folder / RANKING,
@@ -256,19 +258,9 @@ def compared(
         shutil.copytree(base_pictures, out / "base")
     flags = [word for scorer in scorers for word in ("--scorer", scorer)]
     align(
-        "compare",
-        model,
-        run,
-        "--prompts",
-        prompts,
-        "--per-prompt",
-        per_prompt,
-        *flags,
-        "--seed",
-        seed,
-        "--out",
-        out,
-    )
+        "compare", model, run, "--prompts", prompts, "--per-prompt", per_prompt, *flags, "--seed", seed, *STEPS,
+        "--out", out,
+    )  # fmt: skip
     result = read_json(out / "compare.json")
     keys = [(i, j) for i in range(len(chosen)) for j in range(per_prompt)]
     right = {side: _right(out, side, chosen, keys, judge) for side in ("base", "tuned")}
