@@ -75,7 +75,7 @@ SAME_STATES: tuple[Method, ...] = ("direct", "ddim", "negative-prompt")  # DDIM 
 TOGETHER = 10  # scenes of one call, where a method can draw several at once
 PRESERVED = ("noun", "colour", "accessory added", "accessory removed", "one of two")
 FIRST_SEED = BENCHMARK_SEEDS[0] + 300_000
-SHEET = 24
+SHEET, FEW = 24, 4  # scenes of the sheet; methods beside which there is room for another scene
 
 
 def main(
@@ -662,7 +662,10 @@ def save_sheet(
     rows: Sequence[Mapping[str, Any]],
     methods: Sequence[str],
 ) -> None:
-    """The first scenes, none chosen: source, true edit, every method, framed by what the judge said."""
+    """The first scenes, none chosen: source, true edit, every method, framed by what the judge said.
+
+    Of few methods two scenes stand in a row.
+    """
     verdicts = {(row["method"], row["number"]): row["success"] for row in rows}
     lines: list[list[Cell | Image.Image | None]] = []
     for k, case in enumerate(cases[:SHEET]):
@@ -677,6 +680,8 @@ def save_sheet(
             line.append(None if tried is None else Cell(tried.pictures[-1], name, frame))
         lines.append(line)
     note = "Every scene in order, none chosen. Green: the judge sees what the target says."
+    if len(methods) <= FEW:
+        lines = [left + right for left, right in zip(lines[::2], lines[1::2], strict=True)]
     save_png(path, sheet(lines, title="MojiEdit", note=note, cell=128))
 
 
