@@ -9,7 +9,6 @@ from typing import Any, cast
 from backbone.concept import Concept, described, read_concept, spoken
 from backbone.console import UserError, say
 from backbone.files import read_metadata
-from backbone.learned import put_on
 from backbone.model import PRECISIONS, Backbone
 from edit import checks
 from edit.inversion import Inversion, identity, invert, read_inversion
@@ -55,7 +54,10 @@ def open_model(
     if name is None and inversion is not None:
         name = read_metadata(inversion).get("model")
     opened = Backbone.open(name or "moji", device=device or "auto", precision=precision or "auto")
-    put_on(opened, learned)
+    if learned:
+        from backbone.learned import put_on  # and peft with it, which takes a while
+
+        put_on(opened, learned)
     return Opened(opened, learned)
 
 
