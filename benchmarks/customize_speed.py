@@ -95,16 +95,18 @@ def main(
     with folder_of(shape) as model:
         theirs = as_scripts_load(model, device, precision)
         bench = Bench.of(opened(model, device, precision), batch, theirs)
-    same = parity(bench.training)
-    say(f"parity: loss differs by {same.loss:.1e}, gradients by {same.gradient:.1e} of their largest entry")
-    acts = bench.acts()
-    seconds: dict[str, list[float]] = {name: [] for name in acts}
-    for number in range(warm + 1):
-        for name, act in acts.items():
-            elapsed = timed(act, device, clock=CLOCKS_OF[clock])
-            say(f"{number}/{warm} {name}: {elapsed:.3f} s")
-            if number:
-                seconds[name].append(elapsed)
+        same = parity(bench.training)
+        say(
+            f"parity: loss differs by {same.loss:.1e}, gradients by {same.gradient:.1e} of their largest entry"
+        )
+        acts = bench.acts()
+        seconds: dict[str, list[float]] = {name: [] for name in acts}
+        for number in range(warm + 1):
+            for name, act in acts.items():
+                elapsed = timed(act, device, clock=CLOCKS_OF[clock])
+                say(f"{number}/{warm} {name}: {elapsed:.3f} s")
+                if number:
+                    seconds[name].append(elapsed)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     flags = ["--shape", shape, "--batch", str(batch), "--device", device, "--precision", precision]
     facts: dict[str, Any] = {
