@@ -9,7 +9,6 @@ import io
 import json
 import platform
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from backbone.families import Text, single_file
 from backbone.files import read_json, write_json, write_text
 from backbone.images import square, to_tensor
 from backbone.model import Backbone, locate
+from backbone.runs import peak_memory
 
 CONFIGS = Path(single_file.__file__).with_name("configs") / "stable-diffusion-1"
 Encode = Callable[[Sequence[str]], Text]
@@ -207,7 +207,7 @@ def peak_gib(device: str) -> float:
     """Peak memory of this process in GiB: resident, or the GPU's."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return (peak_memory() or 0) / 2**30
 
 
 def said_by(module: str, *arguments: str) -> Any:

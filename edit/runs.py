@@ -25,6 +25,7 @@ from backbone.console import UserError, progress, say
 from backbone.files import content_hash, empty_folder, fresh_folder, read_json
 from backbone.images import mask_to_tensor, to_image, to_tensor
 from backbone.model import Backbone
+from backbone.runs import peak_memory
 from backbone.scorers import Scorer, load_scorer
 from backbone.sheet import Cell
 from edit import checks, measure
@@ -450,11 +451,5 @@ def _peak() -> float | None:
     """The most memory that this process has had, in MB: on the GPU where there is one."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 1e6, 1)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    import sys
-
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(most / (1e6 if sys.platform == "darwin" else 1e3), 1)
+    most = peak_memory()
+    return None if most is None else round(most / 1e6, 1)
