@@ -41,11 +41,12 @@ from PIL import Image
 from backbone.concept import read_concept
 from backbone.console import UserError, run, say
 from backbone.files import read_json, write_json, write_text
-from backbone.model import Backbone, locate
+from backbone.model import Backbone
 from backbone.sheet import GREEN, RED, Cell, in_rows, save_png, sheet
 from backbone.statistics import wilson
 from backbone.world.render import font_path, render
 from backbone.world.words import article, vocabulary
+from benchmarks.customize_script import spelled
 from benchmarks.judge import FACTS, FOLDER, Judge, Verdict, load_judge, shows, top
 from benchmarks.moji import per_cent
 from recipes.moji.example_dog import TRAINING_PLACES, concept_pictures
@@ -289,16 +290,16 @@ def train_by_script(trial: Trial, out: Path, model: str, script: Path | None) ->
     with claimed_by_all(out / "claims" / f"class {trial.noun}"):
         drawn = class_pictures(trial.noun, out, model)
     words = read_concept(out / "runs" / Trial(trial.concept, DEFAULT, "", trial.seed).name).tokens[TOKEN]
-    asked = {
-        "pretrained_model_name_or_path": locate(model).place, "instance_data_dir": pictures_of(trial.concept, out),
+    backbone = Backbone.open(model, device="cpu")
+    asked: dict[str, object] = {
+        "pretrained_model_name_or_path": backbone.location.place, "instance_data_dir": pictures_of(trial.concept, out),
         "instance_prompt": f"a {words} {trial.noun}", "class_data_dir": drawn, "class_prompt": f"a {trial.noun}",
         "num_class_images": CLASS_PICTURES, "output_dir": work, "seed": trial.seed,
-        "resolution": Backbone.open(model, device="cpu").resolution,
+        "resolution": backbone.resolution,
     }  # fmt: skip
-    flags = [word for name, value in asked.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "benchmarks.customize_script", "alone", str(script), "--"]
     began = time.perf_counter()
-    subprocess.run([*command, "--with_prior_preservation", *flags, *trial.flags.split()], check=True)
+    subprocess.run([*command, "--with_prior_preservation", *spelled(asked), *trial.flags.split()], check=True)
     seconds = time.perf_counter() - began
     names = ["--token", TOKEN, "--token_words", words, "--class", trial.noun, "--model", model]
     customize("import", str(work / "pytorch_lora_weights.safetensors"), "--out", str(folder), *names)

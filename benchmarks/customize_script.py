@@ -23,7 +23,7 @@ import runpy
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 from itertools import pairwise
@@ -40,7 +40,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from backbone.console import UserError, run, say
 from backbone.files import write_bytes, write_json, write_text
 from backbone.images import read_folder, to_tensor
-from backbone.model import Backbone, locate
+from backbone.model import Backbone
 from benchmarks.customize_speed import (
     CLASS_PROMPT,
     CLOCKS,
@@ -48,6 +48,8 @@ from benchmarks.customize_speed import (
     PICTURES,
     PROMPT,
     Clock,
+    ClockFlag,
+    ResultsFlag,
     Script,
     material,
     settings_for,
@@ -76,12 +78,8 @@ def compare(
     shape: Annotated[str, typer.Option(help="sd15 or moji.")] = "sd15",
     steps: Annotated[int, typer.Option(min=2, help="Of every side; the first is not counted.")] = 6,
     precision: Annotated[str, typer.Option()] = "bf16",
-    clock: Annotated[
-        Clock, typer.Option(help="wall, or cpu: processor seconds, on a machine that does other work.")
-    ] = "wall",
-    results: Annotated[
-        Path | None, typer.Option(help="A page in which this shape's section is put.", show_default="none")
-    ] = None,
+    clock: ClockFlag = "wall",
+    results: ResultsFlag = None,
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path(
         "build/benchmarks/customize_script"
     ),
@@ -148,10 +146,11 @@ def run_script(
     script: Path, model: str, place: Path, out: Path, *, steps: int, precision: str, prior: bool
 ) -> None:
     """The file itself."""
+    backbone = Backbone.open(model, device="cpu")
     asked: dict[str, object] = {
-        "pretrained_model_name_or_path": locate(model).place, "instance_data_dir": place / "subject",
-        "instance_prompt": PROMPT, "output_dir": out, "resolution": Backbone.open(model, device="cpu").resolution,
-        "train_batch_size": 1, "rank": 4, "max_train_steps": steps, "seed": 0,
+        "pretrained_model_name_or_path": backbone.location.place, "instance_data_dir": place / "subject",
+        "instance_prompt": PROMPT, "output_dir": out, "resolution": backbone.resolution, "train_batch_size": 1,
+        "rank": 4, "max_train_steps": steps, "seed": 0,
         "mixed_precision": "no" if precision == "fp32" else precision,
     }  # fmt: skip
     if prior:
@@ -160,8 +159,12 @@ def run_script(
             "class_prompt": CLASS_PROMPT,
             "num_class_images": PICTURES,
         }
-    flags = [word for name, value in asked.items() for word in (f"--{name}", str(value))]
-    alone(script, [*flags, *(["--with_prior_preservation"] if prior else [])])
+    alone(script, [*spelled(asked), *(["--with_prior_preservation"] if prior else [])])
+
+
+def spelled(asked: Mapping[str, object]) -> list[str]:
+    """Settings as the script's flags: `--name value`."""
+    return [word for name, value in asked.items() for word in (f"--{name}", str(value))]
 
 
 def run_restated(model: str, *, steps: int, precision: str, prior: bool) -> None:

@@ -73,6 +73,12 @@ EVERY = (*KINDS, *(f"{kind}, prior" for kind in KINDS))
 CLOCKS = {"wall": "seconds on the clock", "cpu": "processor seconds, on a machine that did other work"}
 CLOCKS_OF = {"wall": time.perf_counter, "cpu": time.process_time}
 Clock = Literal["wall", "cpu"]
+ClockFlag = Annotated[
+    Clock, typer.Option(help="wall, or cpu: processor seconds, on a machine that does other work.")
+]
+ResultsFlag = Annotated[
+    Path | None, typer.Option(help="A page in which this shape's section is put.", show_default="none")
+]
 
 
 def main(
@@ -81,12 +87,8 @@ def main(
     warm: Annotated[int, typer.Option(min=1, help="Timed steps of each kind, after one that is not.")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     precision: Annotated[str, typer.Option()] = "bf16",
-    clock: Annotated[
-        Clock, typer.Option(help="wall, or cpu: processor seconds, on a machine that does other work.")
-    ] = "wall",
-    results: Annotated[
-        Path | None, typer.Option(help="A page in which this shape's section is put.", show_default="none")
-    ] = None,
+    clock: ClockFlag = "wall",
+    results: ResultsFlag = None,
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path(
         "build/benchmarks/customize_speed"
     ),

@@ -28,7 +28,7 @@ from backbone.console import UserError
 from backbone.families import Text, single_file
 from backbone.files import read_json, write_json, write_text
 from backbone.images import square, to_tensor
-from backbone.model import Backbone, locate
+from backbone.model import Backbone
 from backbone.runs import peak_memory
 
 CONFIGS = Path(single_file.__file__).with_name("configs") / "stable-diffusion-1"
@@ -134,10 +134,9 @@ def as_scripts_load(model: str, device: str, precision: str) -> Parts:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     backbone = Backbone.open(model, device=device, precision=precision)
-    place = locate(model).place
     encode = encoding_in(backbone, backbone.dtype)
     autoencoder, denoiser = (
-        kind.from_pretrained(place, subfolder=part).requires_grad_(False)
+        kind.from_pretrained(backbone.location.place, subfolder=part).requires_grad_(False)
         for kind, part in ((AutoencoderKL, "vae"), (UNet2DConditionModel, "unet"))
     )
     for network in (autoencoder, denoiser):
