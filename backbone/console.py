@@ -7,6 +7,7 @@ library; rich is imported when a progress bar is really drawn.
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import sys
 import time
@@ -18,6 +19,7 @@ from typing import Any, NoReturn
 FAILED = 2
 INTERRUPTED = 130
 SECONDS_FOR_THE_FIRST = 5.0
+OBJECTS_BEFORE_A_LOOK = 200_000
 
 
 class UserError(Exception):
@@ -32,7 +34,11 @@ def run(app: Callable[[], Any]) -> NoReturn:
     ATELIER_TRACEBACK=1 shows the traceback. Other exceptions are ours to repair and keep their traceback.
 
     A KeyboardInterrupt that carries a message ends with it: `raise KeyboardInterrupt("Saved step 120 in …")`.
+
+    Python looks for cyclic garbage after every 700 new objects, which takes a quarter of the time in which torch and
+    diffusers are imported (their classes and functions are there to stay); here it looks after OBJECTS_BEFORE_A_LOOK.
     """
+    gc.set_threshold(OBJECTS_BEFORE_A_LOOK, 20, 100)
     try:
         app()
     except KeyboardInterrupt as interrupt:

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -67,17 +67,18 @@ def write_tensors(
 
 
 def read_tensors(
-    path: str | Path, *, device: str = "cpu", prefix: str = ""
+    path: str | Path, *, device: str = "cpu", prefix: str = "", names: Collection[str] | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of a safetensors file by name, all or those whose names begin with `prefix`, and the string
-    metadata. UserError for a damaged file and for any other format: a pickle can run code when it is opened,
+    """The tensors of a safetensors file by name, all, those whose names begin with `prefix` or the `names`, and the
+    string metadata. UserError for a damaged file and for any other format: a pickle can run code when it is opened,
     so none is ever read. FileNotFoundError if it is missing."""
     from safetensors import SafetensorError, safe_open
 
     path = _safetensors_path(path)
     try:
         with safe_open(path, framework="pt", device=device) as file:
-            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (no mapping)
+            if names is None:
+                names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (no mapping)
             return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except SafetensorError as error:
         _refuse(path, error)

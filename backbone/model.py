@@ -28,6 +28,7 @@ from backbone.thrift import Measures, held, tiled
 EMBEDDED = Path(__file__).with_name("moji")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARTS = ("denoiser", "autoencoder", "text_encoder")
+DECODED_AT_ONCE = 512 * 512  # pixels
 
 
 class Posterior(NamedTuple):
@@ -194,8 +195,10 @@ class Backbone:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, H, W] to pictures [B, 3, 8H, 8W], float32 in −1…1."""
-        return self.decode_with_gradients(latents)
+        """Latents [B, C, H, W] to pictures [B, 3, 8H, 8W], float32 in −1…1: large ones one after the other."""
+        pixels = latents.shape[-2] * latents.shape[-1] * self.factor**2
+        portions = latents.split(max(1, DECODED_AT_ONCE // pixels))
+        return torch.cat([self.decode_with_gradients(some) for some in portions])
 
     def decode_with_gradients(self, latents: Tensor) -> Tensor:
         """The same, for who wants to know how the pictures depend on the latents."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, cast
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import CLIPTokenizer, T5EncoderModel, T5Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from backbone.console import UserError, say
 from backbone.families import Location, NoisePath, Side
+from backbone.files import read_header, read_tensors
 from backbone.ladders import alphas_cumprod, flow_ladder, flow_levels, vp_ladder, zero_terminal_snr
 from backbone.noise import Kind, Ladder, vp
 
@@ -21,6 +23,8 @@ OTHER_FLOWS = (
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
     *("invert_sigmas", "shift_terminal", "stochastic_sampling"),
 )
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+PORTION = 2**25  # entries: 128 MiB in fp32
 LEVELS = 1000  # of a continuous density: so many quantiles stand for it
 
 # Loading ----------------------------------------------------------------------------------------------------
@@ -47,7 +51,13 @@ def load(kind: Any, location: Location, part: str, **options: Any) -> Any:
         ) from error
 
 
-def load_network(kind: Any, location: Location, part: str, dtype: torch.dtype) -> nn.Module:
+def load_network(
+    kind: Any,
+    location: Location,
+    part: str,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format = torch.preserve_format,
+) -> nn.Module:
     """A denoiser or an autoencoder; `UserError` where the part is one of another class."""
     found = location.config(part).get("_class_name", kind.__name__)
     if found not in (
@@ -58,13 +68,58 @@ def load_network(kind: Any, location: Location, part: str, dtype: torch.dtype) -
             f"The {part} of {location.name} is a {found}, and a {kind.__name__} is needed. "
             "Name a whole model of one family."
         )
-    return cast(nn.Module, load(kind, location, part, torch_dtype=dtype))
+    network = cast_while_read(kind, location, part, dtype, memory_format)
+    if network is None:
+        network = cast(nn.Module, load(kind, location, part, torch_dtype=dtype))
+        if memory_format is not torch.preserve_format:
+            network = network.to(memory_format=memory_format)  # type: ignore[call-overload]
+    return network
+
+
+def cast_while_read(
+    kind: Any, location: Location, part: str, dtype: torch.dtype, memory_format: torch.memory_format
+) -> nn.Module | None:
+    """A network whose weights are cast as they are read, some at a time; None where that is not so simple.
+
+    Read as a whole, the file would be in memory beside its copy. A part that keeps some weights in fp32, has several
+    files or names its tensors in an older way is left to diffusers.
+    """
+    file = location.local(f"{part}/{WEIGHTS}")
+    if file is None or getattr(kind, "_keep_in_fp32_modules", None):
+        return None
+    with init_empty_weights():
+        network = cast(nn.Module, kind.from_config(location.config(part)))
+    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    if read_header(file).shapes != shapes:
+        return None
+    for names in _in_portions(shapes):
+        tensors, _ = read_tensors(file, names=names)
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.to(
+                dtype if tensor.is_floating_point() else tensor.dtype,
+                memory_format=memory_format if tensor.ndim == 4 else torch.preserve_format,
+            )
+        network.load_state_dict(tensors, strict=False, assign=True)
+        del tensor, tensors  # and with them what was read of the file
+    return network.eval()
+
+
+def _in_portions(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
+    """Names of tensors with PORTION entries together, or of one that has more."""
+    names: list[str] = []
+    entries = 0
+    for name, shape in shapes.items():
+        entries += math.prod(shape)
+        names.append(name)
+        if entries >= PORTION:
+            yield names
+            names, entries = [], 0
+    yield names
 
 
 def load_autoencoder(kind: Any, location: Location, dtype: torch.dtype) -> nn.Module:
     """The autoencoder, in fp32 where its settings say that fp16 overflows."""
-    model = load_network(kind, location, "vae", autoencoder_dtype(location, dtype))
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return load_network(kind, location, "vae", autoencoder_dtype(location, dtype), torch.channels_last)
 
 
 def autoencoder_dtype(location: Location, dtype: torch.dtype) -> torch.dtype:

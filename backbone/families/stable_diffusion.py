@@ -48,8 +48,7 @@ class StableDiffusion:
         return _network(UNet2DConditionModel, location, "unet", dtype)
 
     def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        overflows = dtype is torch.float16 and location.config("vae").get("force_upcast", True)
-        return _network(AutoencoderKL, location, "vae", torch.float32 if overflows else dtype)
+        return _network(AutoencoderKL, location, "vae", parts.autoencoder_dtype(location, dtype))
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> ClipText:
         if location.file is not None:
@@ -58,10 +57,9 @@ class StableDiffusion:
         return ClipText(side.tokenizer, side.model)
 
     def outline(self, location: Location, dtype: torch.dtype) -> Outline:
-        overflows = dtype is torch.float16 and location.config("vae").get("force_upcast", True)
         return Outline(
             network(UNet2DConditionModel, location, "unet", dtype),
-            network(AutoencoderKL, location, "vae", torch.float32 if overflows else dtype),
+            network(AutoencoderKL, location, "vae", parts.autoencoder_dtype(location, dtype)),
             {"text_encoder": encoder(CLIPTextModel, location, "text_encoder")},
             {"hidden": (77, int(location.config("unet")["cross_attention_dim"]))},
         )
@@ -121,9 +119,8 @@ class ClipText:
 
 def _network(kind: Any, location: Location, part: str, dtype: torch.dtype) -> nn.Module:
     """The denoiser or the autoencoder, from wherever the model is."""
-    if location.file is not None:
-        prefix = stable_diffusion_file.PREFIXES[part]
-        model = single_file.load_part(kind, location, part, prefix=prefix, dtype=dtype)
-    else:
-        model = parts.load_network(kind, location, part, dtype)
+    if location.file is None:
+        return parts.load_network(kind, location, part, dtype, torch.channels_last)
+    prefix = stable_diffusion_file.PREFIXES[part]
+    model = single_file.load_part(kind, location, part, prefix=prefix, dtype=dtype)
     return cast(nn.Module, model.to(memory_format=torch.channels_last))

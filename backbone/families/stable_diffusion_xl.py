@@ -56,12 +56,11 @@ class StableDiffusionXL:
                 f"The unet of {location.name} is not told the size of the picture, so it is none of Stable Diffusion "
                 "XL. Name a whole model of one family."
             )
-        if location.file is not None:
-            model: nn.Module = single_file.load_part(
-                UNet2DConditionModel, location, "unet", prefix=single_file.UNET, dtype=dtype
-            )
-        else:
-            model = parts.load_network(UNet2DConditionModel, location, "unet", dtype)
+        if location.file is None:
+            return parts.load_network(UNet2DConditionModel, location, "unet", dtype, torch.channels_last)
+        model: nn.Module = single_file.load_part(
+            UNet2DConditionModel, location, "unet", prefix=single_file.UNET, dtype=dtype
+        )
         return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
     def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:

@@ -27,8 +27,8 @@ from torch import Tensor
 from backbone.adapters import WEIGHTS
 from backbone.concept import rare_words, read_concept
 from backbone.console import UserError
-from backbone.families import flux, pixart
-from backbone.files import read_json, read_tensors, write_json
+from backbone.families import flux, parts, pixart
+from backbone.files import read_header, read_json, read_tensors, write_json, write_tensors
 from backbone.learned import put_on
 from backbone.model import Backbone
 from backbone.new_words import new_words, rows_of
@@ -169,6 +169,48 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 # Parity with diffusers --------------------------------------------------------------------------------------
+
+
+@every
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_and_buffers_are_those_that_diffusers_loads(
+    case: Case, precision: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "PORTION", 1000)
+    monkeypatch.delattr(parts, "load")
+    model = Backbone.open(str(folders[case.name]), device="cpu", precision=precision)
+    denoiser = "unet" if (folders[case.name] / "unet").exists() else "transformer"
+    for part, ours in ((denoiser, model.denoiser), ("vae", model.autoencoder)):
+        dtype = next(ours.parameters()).dtype
+        kind: Any = type(ours)
+        theirs = kind.from_pretrained(folders[case.name], subfolder=part, torch_dtype=dtype)
+        expected = {**dict(theirs.named_parameters()), **dict(theirs.named_buffers())}
+        found = {**dict(ours.named_parameters()), **dict(ours.named_buffers())}
+        assert list(found) == list(expected)
+        for name, value in expected.items():
+            assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+
+
+def test_an_autoencoder_with_the_names_of_old_files_is_left_to_diffusers(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders["xl"], tmp_path / "old")
+    file = folder / "vae" / parts.WEIGHTS
+    tensors, _ = read_tensors(file)
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def renamed(name: str) -> str:
+        for new, said in old.items():
+            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{said}.")
+        return name
+
+    write_tensors(file, {renamed(name): value for name, value in tensors.items()})
+    assert any("query" in name for name in read_header(file).shapes)
+    before, after = (
+        Backbone.open(str(place), device="cpu").autoencoder.state_dict() for place in (folders["xl"], folder)
+    )
+    assert list(before) == list(after)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
 @every

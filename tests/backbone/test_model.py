@@ -66,6 +66,23 @@ def test_pictures_come_back_through_the_autoencoder_with_their_shape(tiny: Backb
     assert tiny.decode(posterior.mean).shape == pictures.shape
 
 
+def test_large_pictures_are_decoded_one_after_the_other(
+    tiny: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents = torch.randn(5, *tiny.latent_shape, generator=torch.Generator().manual_seed(0))
+    together, sizes = tiny.decode(latents), []
+    decode = tiny.decode_with_gradients
+
+    def counted(some: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(some))
+        return decode(some)
+
+    monkeypatch.setattr(tiny, "decode_with_gradients", counted)
+    monkeypatch.setattr("backbone.model.DECODED_AT_ONCE", 2 * tiny.resolution**2)
+    assert torch.allclose(tiny.decode(latents), together, atol=1e-5)
+    assert sizes == [2, 2, 1]
+
+
 def test_freed_parts_load_again_with_the_same_weights(tiny: Backbone) -> None:
     before = tiny.encode_prompts(["a dog"])["hidden"]
     tiny.free("text_encoder", "autoencoder")
