@@ -10,7 +10,8 @@ inversion with prompt-to-prompt (Mokady et al. 2023: ten inner iterations a step
 of all weights, as the published code takes them, and with the weights frozen). The first one gives the same picture as
 ours, which a test holds. Where it is unsure what a reference does, the faster way is timed. Sides are interleaved,
 medians are shown. Encoding and decoding are in every total, importing and loading in none.
-Peak memory is that of a process of its own for each side. Writes `speed-SHAPE.md` and `speed-SHAPE.json`.
+Peak memory is that of a process of its own for each side, loading included: the references' parts by diffusers, in the
+working precision, ours as every command loads them. Writes `speed-SHAPE.md` and `speed-SHAPE.json`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Annotated, Any, Literal, cast
 
 import torch
 import typer
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
@@ -82,6 +84,8 @@ def main(
                 found["peak_memory_mb"] = peaks(walks, folder, device, precision)
     else:
         backbone = Backbone.open(model, device=device, precision=precision)
+        if side is not None and not side.startswith("ours"):
+            load_as_pipelines_do(backbone)
         sides = whole_edits(backbone, steps)
         if side is not None:
             sides[side]()
@@ -132,6 +136,18 @@ def whole_edits(model: Backbone, steps: int) -> dict[str, Callable[[], Any]]:
             null_text_reference(model, image, TARGETS[0], steps=steps, guidance=guidance, weights="frozen"),
         ),
     }
+
+
+def load_as_pipelines_do(model: Backbone) -> None:
+    """Gives a model the denoiser and the autoencoder that diffusers' `from_pretrained` makes of its files."""
+    for name, kind, part in (
+        ("denoiser", UNet2DConditionModel, "unet"),
+        ("autoencoder", AutoencoderKL, "vae"),
+    ):
+        network = cast(Any, kind).from_pretrained(
+            model.location.place, subfolder=part, torch_dtype=model.dtype
+        )
+        model.__dict__[name] = network.to(model.device).eval().requires_grad_(False)
 
 
 def picture_of(model: Backbone) -> Image.Image:

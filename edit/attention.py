@@ -22,7 +22,7 @@ Layers over text and picture jointly are in `edit.joint`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -67,6 +67,7 @@ class Control:
     self_attention   changed only in layers of at most `self_tokens` queries (None: of any number), whose names begin
                      with one of `layers`
     reach            which rows of a target that concerns
+    obeying          which targets that concerns [N]; all if None
     features         whose residual features the targets have in the block that `controlled` finds for them
     maps             where attention maps are gathered, or None
     """
@@ -77,6 +78,7 @@ class Control:
     self_tokens: int | None = UNET.coarse
     layers: tuple[str, ...] = ("",)
     reach: Reach = "prompted"
+    obeying: Sequence[bool] | None = None
     features: Literal["own", "source"] = "own"
     maps: Maps | None = None
 
@@ -85,14 +87,22 @@ class Control:
         coarse = self.self_tokens is None or tokens <= self.self_tokens
         return self.self_attention != "own" and coarse and name.startswith(self.layers)
 
-    def origins(self, rows: int) -> tuple[list[int], list[int]]:
-        """Which rows are asked for themselves, and for each row the index of the one among them that it takes."""
+    def origins(self, rows: int, obeying: Sequence[bool] | None = None) -> tuple[list[int], list[int]]:
+        """Which rows are asked for themselves, and for each row the index of the one among them that it takes.
+
+        Rows of targets that are not `obeying` take themselves.
+        """
         taken = [0] * (1 + self.targets) + list(range(1 + self.targets, rows))
         free = rows - 1 - self.targets
         if (
             self.reach == "all" and free >= self.targets > 0
         ):  # the source's own unconditional row comes first, if any
             taken[-self.targets :] = [0 if free == self.targets else 1 + self.targets] * self.targets
+        for n, obeys in enumerate(obeying or ()):
+            if not obeys:
+                taken[1 + n] = 1 + n
+                if free:
+                    taken[n - self.targets] = rows + n - self.targets
         asked = sorted(set(taken))
         return asked, [asked.index(row) for row in taken]
 
@@ -166,7 +176,7 @@ class Processor:
         if encoder_hidden_states is None:
             if control.reaches(self.name, layer.tokens):
                 attend = _source_layout if control.self_attention == "layout" else _source_contents
-                return layer.finish(attend(layer, *control.origins(len(hidden_states))))
+                return layer.finish(attend(layer, *control.origins(len(hidden_states), control.obeying)))
         else:
             maps = control.maps if control.maps is not None and control.maps.wants(layer.tokens) else None
             if control.cross is not None or maps is not None:

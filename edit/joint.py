@@ -64,7 +64,7 @@ class JointProcessor:
         picture, words = streams.picture, streams.text.stop > streams.text.start
         places = picture.stop - picture.start
         if control.reaches(self.name, places):
-            asked, taken = control.origins(len(query))
+            asked, taken = control.origins(len(query), control.obeying)
             source = [asked[row] for row in taken]
             key = _taken(key, picture, source)
             if control.self_attention == "layout":

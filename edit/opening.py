@@ -12,7 +12,7 @@ from backbone.files import read_metadata
 from backbone.model import PRECISIONS, Backbone
 from edit import checks
 from edit.inversion import Inversion, identity, invert, read_inversion
-from edit.prompt import PRESETS, Settings, usual
+from edit.prompt import PRESETS, Settings, over, usual
 
 FRAMES = 12
 
@@ -98,8 +98,8 @@ def settings_of(
     """
     if control not in PRESETS:
         raise UserError(f"There is no control {control}. Choose one of {', '.join(PRESETS)}.")
-    wishes = usual(opened.model) | dict(PRESETS[control])
-    wishes |= {name: value for name, value in asked.items() if value is not None}
+    wishes = over(usual(opened.model), PRESETS[control])
+    wishes = over(wishes, {name: value for name, value in asked.items() if value is not None})
     for name in ("blend", "keep", "heatmaps"):
         if name in wishes:
             wishes[name] = tuple(opened.said(word) for word in wishes[name])

@@ -57,6 +57,12 @@ EVERYWHERE = frozenset([  # words that say how a picture is made, and so have no
     "picture", "image", "render", "rendering", "illustration", "cartoon", "anime", "comic", "poster", "neon", "pixel",
     "oil", "pencil", "charcoal", "ink", "pastel", "mosaic", "sculpture",
 ])  # fmt: skip
+COLOURS = frozenset([  # words that change how a thing looks and leave its shape
+    "red", "orange", "yellow", "green", "blue", "purple", "violet", "pink", "brown", "black", "white", "grey", "gray",
+    "golden", "gold", "silver", "turquoise", "teal", "cyan", "magenta", "beige", "maroon", "crimson", "scarlet", "navy",
+    "dark", "light", "pale", "bright",
+])  # fmt: skip
+ARTICLES = frozenset(["a", "an"])  # which follow the word behind them
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ class Settings:
 
     cross, self_attention   until when the targets take the source's cross- and self-attention; a model may have other
                             shares of its own (`usual`)
+    colour_self_attention   that of targets in which nothing but colours is said otherwise; `self_attention` if None
     attention               what of the source's self-attention: its `layout`, or its `contents` (from then on)
     layers, reach           in which layers of the denoiser (all, or the late ones, which draw the details), and for
                             which rows (`edit.attention.Control`)
@@ -87,6 +94,7 @@ class Settings:
 
     cross: float = 0.8
     self_attention: float = 0.4
+    colour_self_attention: float | None = None
     attention: SelfAttention = "layout"
     layers: Literal["all", "late"] = "all"
     reach: Reach = "prompted"
@@ -108,6 +116,8 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("cross", "self_attention", "features", "threshold", "blend_from", "strength"):
             share(name, getattr(self, name))
+        if self.colour_self_attention is not None:
+            share("colour_self_attention", self.colour_self_attention)
         for word, (start, end) in self.windows.items():
             share(f"the window of “{word}”", start)
             share(f"the window of “{word}”", end)
@@ -117,7 +127,8 @@ class Settings:
     @property
     def carries_words(self) -> bool:
         """Whether the edit needs to know which word became which."""
-        return bool(self.cross or self.windows or self.weights or self.swaps or self.blend)
+        by_colour = self.colour_self_attention not in (None, self.self_attention)
+        return bool(self.cross or self.windows or self.weights or self.swaps or self.blend or by_colour)
 
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -202,7 +213,7 @@ def replace(
     size, and what the model cannot do.
     """
     targets = (target,) if isinstance(target, str) else tuple(target)
-    settings = Settings(**{**usual(inversion.model), **wishes})
+    settings = Settings(**over(usual(inversion.model), wishes))
     return _Edit(inversion, targets, settings, aligned(inversion, targets, settings)).run(progress)
 
 
@@ -210,6 +221,14 @@ def usual(model: Backbone) -> dict[str, Any]:
     """The settings that work with a model, where it says some."""
     said: dict[str, Any] = model.defaults.get("edit", {})
     return dict(said)
+
+
+def over(usual: Mapping[str, Any], wishes: Mapping[str, Any]) -> dict[str, Any]:
+    """Wishes over usual settings: a share of self-attention that is wished for is every target's."""
+    every = "self_attention" in wishes
+    return {
+        name: value for name, value in usual.items() if not (every and name == "colour_self_attention")
+    } | {**wishes}
 
 
 def possible(model: Backbone, settings: Settings) -> None:
@@ -275,7 +294,10 @@ class _Edit:
         self.own_mask = self._own_mask()
         self.words = self._words()
         self.pairs = self._pairs()
-        self.selfs = self._selfs()
+        self.obeying = self._obeying()
+        self.selfs: list[SelfAttention] = [
+            settings.attention if any(some) else "own" for some in self.obeying
+        ]
         self.features = inside(self.steps, (0.0, self.settings.features)).tolist()
         wanted = [
             step
@@ -323,6 +345,7 @@ class _Edit:
                 if number > self.last:
                     obeying.close()
                 control.cross, control.self_attention = self.crosses[number], self.selfs[number]
+                control.obeying = self.obeying[number]
                 control.features = "source" if self.features[number] else "own"
                 estimate, rows = self._ask(now, number)
                 asked += rows
@@ -418,11 +441,16 @@ class _Edit:
             found.append(found[-1] if same else cross(mapping, taken, weight, open_[number].to(device)))
         return found
 
-    def _selfs(self) -> list[SelfAttention]:
-        """Whose self-attention the targets have at every step."""
-        share = self.settings.self_attention
-        lasts = (share, 1.0) if self.settings.attention == "contents" else (0.0, share)
-        return [self.settings.attention if open_ else "own" for open_ in inside(self.steps, lasts).tolist()]
+    def _obeying(self) -> list[tuple[bool, ...]]:
+        """Which targets have the source's self-attention at every step."""
+        settings, open_ = self.settings, []
+        for alignment in self.alignments:
+            share = settings.self_attention
+            if settings.colour_self_attention is not None and only_colours(alignment):
+                share = settings.colour_self_attention
+            lasts = (share, 1.0) if settings.attention == "contents" else (0.0, share)
+            open_.append(inside(self.steps, lasts).tolist())
+        return [tuple(map(bool, some)) for some in zip(*open_, strict=True)]
 
     # Where the targets may differ
 
@@ -536,6 +564,14 @@ def _places(alignment: Alignment, phrases: Sequence[str]) -> tuple[list[Word], l
     """The words that phrases name in the source and the target."""
     pairs = [alignment.places(phrase) for phrase in phrases]
     return [word for old, _ in pairs for word in old], [word for _, new in pairs for word in new]
+
+
+def only_colours(alignment: Alignment) -> bool:
+    """Whether something is said otherwise, and nothing but colours."""
+    words = {
+        word.text.lower() for run in alignment.changed() for word in (*run.source, *run.target)
+    } - ARTICLES
+    return bool(words) and words <= COLOURS
 
 
 def _is_everywhere(run: Run) -> bool:

@@ -76,7 +76,7 @@ DEFAULTS = {  # what works with this model; Backbone.defaults reads it
         "least_noise": 0.2,
         "safeguard": 0.9,
     },
-    "edit": {"cross": 0.0, "self_attention": 0.2},
+    "edit": {"cross": 0.0, "self_attention": 0.2, "colour_self_attention": 0.5},
     "sheet_prompts": [
         "a {} in the snow",
         "a {} in a park",

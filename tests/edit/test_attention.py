@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from backbone.adapters import add_lora, lora_parameters
 from backbone.console import UserError
 from backbone.model import Backbone
-from edit.attention import Control, Cross, Maps, Processor, controlled, cross, grid
+from edit.attention import Control, Cross, Maps, Processor, Reach, controlled, cross, grid
 
 TOKENS = 11
 
@@ -154,6 +155,23 @@ def test_self_attention_takes_the_sources_contents(layers: Layers) -> None:
     seen = x.clone()
     seen[1:3] = x[:1]
     assert torch.allclose(said, applied(layers.alone, maps_of(layers.alone, x, seen), seen), atol=1e-5)
+
+
+@pytest.mark.parametrize("reach", ["prompted", "all"])
+@pytest.mark.parametrize("free", [0, 3, 4], ids=["unguided", "source unguided", "source guided"])
+def test_a_target_that_does_not_obey_has_its_own_self_attention(
+    layers: Layers, reach: Reach, free: int
+) -> None:
+    x, _ = rows(layers, 3, free)
+    control = Control(3, self_attention="layout", reach=reach, obeying=(True, False, True))
+    said = Processor(control, layers.alone.processor)(layers.alone, x)
+    all_obey = Processor(replace(control, obeying=None), layers.alone.processor)(layers.alone, x)
+    none_obeys = Processor(Control(3), layers.alone.processor)(layers.alone, x)
+    own = [2, len(x) - 2] if free else [2]  # the second target's row, and its row without a prompt
+    others = [row for row in range(len(x)) if row not in own]
+    assert torch.allclose(said[own], none_obeys[own], atol=1e-5)
+    assert torch.allclose(said[others], all_obey[others], atol=1e-5)
+    assert not torch.allclose(said[1], none_obeys[1], atol=1e-3)
 
 
 @pytest.mark.parametrize("free", [2, 3], ids=["source unguided", "source guided"])

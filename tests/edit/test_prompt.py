@@ -14,7 +14,7 @@ from backbone.adapters import activate, add_lora, lora_parameters
 from backbone.console import UserError
 from backbone.model import Backbone
 from edit.inversion import Inversion, Method, invert, replayed
-from edit.prompt import PRESETS, Edited, replace, told_apart
+from edit.prompt import PRESETS, Edited, only_colours, replace, told_apart
 from edit.words import align, read_prompt
 from tests.edit.models import PATHS, photo, tiny_on
 
@@ -118,6 +118,37 @@ def test_a_model_says_until_when_the_sources_attention_is_taken_unless_it_is_ask
     tiny.__dict__["defaults"] = {**tiny.defaults, "edit": {"cross": 0.0, "self_attention": 0.2}}
     assert replace(inversion, TARGET, **EVERYWHERE).evaluations == 2 * 3 + 8 * 2
     assert replace(inversion, TARGET, cross=0.5, **EVERYWHERE).evaluations == 5 * 3 + 5 * 2
+
+
+def test_a_target_of_another_colour_alone_may_keep_the_source_s_layout_for_longer(tiny: Backbone) -> None:
+    inversion = invert(tiny, photo(), SOURCE, steps=10)
+    coloured = SOURCE.replace("cat", "red cat")
+    shares = {"cross": 0.0, "self_attention": 0.2, "colour_self_attention": 0.5}
+    tiny.__dict__["defaults"] = {**tiny.defaults, "edit": shares}
+    both = replace(inversion, [coloured, TARGET], **EVERYWHERE)
+    assert both.evaluations == 5 * 5 + 5 * 4
+    for number, target in enumerate([coloured, TARGET]):
+        alone = replace(inversion, target, **EVERYWHERE)
+        assert alone.evaluations == (5 * 3 + 5 * 2, 2 * 3 + 8 * 2)[number]
+        assert deviation(alone.latents[0], both.latents[number]) < 1e-4
+    asked = replace(inversion, coloured, self_attention=0.2, **EVERYWHERE)
+    assert asked.evaluations == 2 * 3 + 8 * 2
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "alone"),
+    [
+        ("a dog in a park", "an orange dog in a park", True),
+        ("a red dog", "a dark blue dog", True),
+        ("a red dog", "a dog", True),
+        ("a red dog", "a red cat", False),
+        ("a red dog", "a blue cat", False),
+        ("a dog", "a dog", False),
+    ],
+)
+def test_a_target_says_nothing_but_colours_otherwise(source: str, target: str, alone: bool) -> None:
+    tokenizer = Backbone.open("moji", device="cpu").text_encoder.tokenizer
+    assert only_colours(align(read_prompt(tokenizer, source), read_prompt(tokenizer, target))) is alone
 
 
 def test_outside_the_mask_the_latent_is_the_pictures_own(inversion: Inversion) -> None:
