@@ -18,7 +18,8 @@ each visited V times,
 Encoding is a step's own work at the script and is done once here. On a CPU our steps also compute attention in the way
 whose backward pass is faster (`backbone.attention`), for latents of up to 32 × 32; on SD 1.5's shape both sides attend
 alike. A single pass over a huge set (V = 1) gains the latent cache alone. Weights are random where the shape is not
-`moji`'s: they cost the same time. Peak memory is of a process of its own for each side.
+`moji`'s: they cost the same time. Peak memory is of a process of its own for each side. Where other work shares the
+machine, `--clock cpu` counts the seconds of this process's own.
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ from backbone.files import write_json, write_text
 from backbone.loop import generator
 from backbone.model import Backbone
 from benchmarks.shapes import (
+    CLOCKS,
+    CLOCKS_OF,
+    ClockFlag,
     Parts,
     as_scripts_load,
     encode_pictures,
@@ -77,6 +81,7 @@ def steps(
     warm: Annotated[int, typer.Option(min=1, help="Timed steps of each kind, after one that is not.")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     precision: Annotated[str, typer.Option()] = "bf16",
+    clock: ClockFlag = "wall",
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/align"),
 ) -> None:
     """Parity, then steps of every kind in turn, then the totals."""
@@ -93,11 +98,11 @@ def steps(
         encoding = []
         for number in range(warm + 1):
             for kind in KINDS:
-                elapsed = timed(partial(one_step, kind, training, script), device)
+                elapsed = timed(partial(one_step, kind, training, script), device, clock=CLOCKS_OF[clock])
                 say(f"{number}/{warm} {kind}: {elapsed:.2f} s")
                 if number:
                     seconds[kind].append(elapsed)
-            elapsed = timed(script.encode_once, device)
+            elapsed = timed(script.encode_once, device, clock=CLOCKS_OF[clock])
             if number:
                 encoding.append(elapsed)
         del parts, training, script
@@ -106,7 +111,7 @@ def steps(
         peaks = {kind: said_by("benchmarks.align", "peak", kind, model, *flags) for kind in IN_MEMORY}
     median = {kind: statistics.median(values) / batch for kind, values in seconds.items()}
     facts: dict[str, Any] = {
-        "shape": shape, "batch": batch, "warm_steps": warm, "precision": precision,
+        "shape": shape, "batch": batch, "warm_steps": warm, "precision": precision, "clock": clock,
         "parity": difference._asdict(),
         "seconds_per_pair": median, "all_seconds": seconds,
         "encode_seconds_per_pair": statistics.median(encoding) / batch,
@@ -385,8 +390,8 @@ def markdown(facts: dict[str, Any]) -> str:
     """The tables as Markdown."""
     lines = [
         f"`{facts['shape']}`, {facts['precision']}, {facts['batch']} pairs a step, {facts['warm_steps']} warm steps of "
-        f"each kind in turn ({facts['machine']}). Parity: loss to {facts['parity']['loss']:.1e}, gradient to "
-        f"{facts['parity']['gradient']:.1e}.",
+        f"each kind in turn, {CLOCKS[facts['clock']]} ({facts['machine']}). Parity: loss to "
+        f"{facts['parity']['loss']:.1e}, gradient to {facts['parity']['gradient']:.1e}.",
         "",
         "| a step | seconds a pair | times faster |",
         "|---|---|---|",

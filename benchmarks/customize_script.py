@@ -43,18 +43,18 @@ from backbone.images import read_folder, to_tensor
 from backbone.model import Backbone
 from benchmarks.customize_speed import (
     CLASS_PROMPT,
-    CLOCKS,
-    CLOCKS_OF,
     PICTURES,
     PROMPT,
-    Clock,
-    ClockFlag,
-    ResultsFlag,
     Script,
     material,
     settings_for,
 )
 from benchmarks.shapes import (
+    CLOCKS,
+    CLOCKS_OF,
+    Clock,
+    ClockFlag,
+    ResultsFlag,
     as_scripts_load,
     folder_of,
     machine,

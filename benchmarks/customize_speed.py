@@ -29,12 +29,11 @@ from __future__ import annotations
 
 import io
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, cast
+from typing import Annotated, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +51,11 @@ from backbone.images import to_tensor
 from backbone.loop import generator
 from backbone.model import Backbone, Posterior
 from benchmarks.shapes import (
+    CLOCKS,
+    CLOCKS_OF,
+    ClockFlag,
     Parts,
+    ResultsFlag,
     as_scripts_load,
     encode_pictures,
     folder_of,
@@ -70,15 +73,6 @@ BANK_BATCH = 8
 PROMPT, CLASS_PROMPT = "a photo of sks dog", "a photo of dog"
 KINDS = ("script", "script, text once", "here", "bare")
 EVERY = (*KINDS, *(f"{kind}, prior" for kind in KINDS))
-CLOCKS = {"wall": "seconds on the clock", "cpu": "processor seconds, on a machine that did other work"}
-CLOCKS_OF = {"wall": time.perf_counter, "cpu": time.process_time}
-Clock = Literal["wall", "cpu"]
-ClockFlag = Annotated[
-    Clock, typer.Option(help="wall, or cpu: processor seconds, on a machine that does other work.")
-]
-ResultsFlag = Annotated[
-    Path | None, typer.Option(help="A page in which this shape's section is put.", show_default="none")
-]
 
 
 def main(

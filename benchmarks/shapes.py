@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
+import typer
 from PIL import Image
 from torch import Tensor, nn
 
@@ -33,6 +34,15 @@ from backbone.runs import peak_memory
 
 CONFIGS = Path(single_file.__file__).with_name("configs") / "stable-diffusion-1"
 Encode = Callable[[Sequence[str]], Text]
+CLOCKS = {"wall": "seconds on the clock", "cpu": "processor seconds, on a machine that did other work"}
+CLOCKS_OF = {"wall": time.perf_counter, "cpu": time.process_time}
+Clock = Literal["wall", "cpu"]
+ClockFlag = Annotated[
+    Clock, typer.Option(help="wall, or cpu: processor seconds, on a machine that does other work.")
+]
+ResultsFlag = Annotated[
+    Path | None, typer.Option(help="A page in which this shape's section is put.", show_default="none")
+]
 
 
 @dataclass(frozen=True)

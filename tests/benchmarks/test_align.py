@@ -86,7 +86,7 @@ def test_totals_count_the_filling_of_the_caches() -> None:
 def test_the_table_says_what_was_measured() -> None:
     seconds = dict.fromkeys(KINDS, 1.0)
     facts = {
-        "shape": "moji", "precision": "fp32", "batch": 1, "warm_steps": 1, "machine": "none",
+        "shape": "moji", "precision": "fp32", "clock": "wall", "batch": 1, "warm_steps": 1, "machine": "none",
         "parity": {"loss": 0.0, "gradient": 0.0}, "seconds_per_pair": seconds, "encode_seconds_per_pair": 0.5,
         "totals": totals(seconds, 0.5), "peak_gib": {"script": 2.0, "bank": 1.0},
     }  # fmt: skip
