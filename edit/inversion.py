@@ -108,6 +108,16 @@ class Inversion:
             return corrected_step(now, estimate, here, there, self.noise[number].expand_as(now))
         return deterministic_step(now, estimate, here, there)
 
+    def step_of_targets(self, number: int, now: Tensor, estimate: Estimate) -> Tensor:
+        """An edit's states [B, C, H, W] at rung `number + 1`.
+
+        Targets of `reversible` go by DDIM's rule: the two-step rule damps nothing, so what guidance changes would swing
+        ever wider from step to step.
+        """
+        if self.method == "reversible":
+            return deterministic_step(now, estimate, self.ladder[number], self.ladder[number + 1])
+        return self.step(number, None, now, estimate)
+
     def empty(self, number: int, usual: Text) -> Text:
         """What stands for "no prompt" at a step [1, ...]."""
         if self.empties is None:

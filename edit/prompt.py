@@ -321,7 +321,6 @@ class _Edit:
         )
         states = inversion.states
         now = states[first][None].repeat(1 + self.count, *[1] * (states.ndim - 1))
-        before = states[first - 1].expand_as(now) if first > 0 else None
         attention = self.model.family.attention(self.model.denoiser, self.text)
         size = (now.shape[-2], now.shape[-1])
         maps = None if self.words is None else Maps(self.words.to(now.device), size, most=attention.coarse)
@@ -349,7 +348,7 @@ class _Edit:
                 control.features = "source" if self.features[number] else "own"
                 estimate, rows = self._ask(now, number)
                 asked += rows
-                before, now = now, self._step(number, before, now, estimate)
+                now = self._step(number, now, estimate)
                 if maps is not None and number <= self.last:
                     maps.settle()
                     if self.named.any() and number >= settings.blend_from * self.steps:
@@ -402,11 +401,11 @@ class _Edit:
         guided = Estimate(*(torch.cat([own[:alone], half]) for own, half in zip(with_, led, strict=True)))
         return guided, predict.rows
 
-    def _step(self, number: int, before: Tensor | None, now: Tensor, estimate: Estimate) -> Tensor:
+    def _step(self, number: int, now: Tensor, estimate: Estimate) -> Tensor:
         """The next states [1 + N, ...]: the source's from the trajectory, or walked as the targets are."""
         some = slice(None) if not self.inversion.overwrites else slice(1, None)
         halves = Estimate(*(half[-len(now[some]) :] for half in estimate))
-        there = self.inversion.step(number, None if before is None else before[some], now[some], halves)
+        there = self.inversion.step_of_targets(number, now[some], halves)
         if self.inversion.overwrites:
             there = torch.cat([self.inversion.states[number + 1][None].to(there), there])
         return there

@@ -57,6 +57,17 @@ def test_other_exact_methods_overwrite_the_source_row_too(tiny: Backbone, method
     assert torch.equal(edited.source, inversion.clean)
 
 
+def test_a_guided_target_does_not_swing_away_from_a_reversible_trajectory(tiny: Backbone) -> None:
+    """The two-step rule damps nothing: what a strongly guided target added to it would grow from step to step."""
+    size = {}
+    methods: tuple[Method, ...] = ("direct", "reversible")
+    for method in methods:
+        inversion = invert(tiny, photo(), SOURCE, steps=30, method=method)
+        edited = replace(inversion, TARGET, guidance=15.0, cross=0.0, self_attention=0.0, **EVERYWHERE)
+        size[method] = float(deviation(edited.latents[0], inversion.clean))
+    assert size["reversible"] < 1.5 * size["direct"]
+
+
 @pytest.mark.parametrize("method", ["ddim", "negative-prompt", "null-text"])
 def test_methods_that_walk_arrive_where_their_replay_does(tiny: Backbone, method: Method) -> None:
     inversion = invert(tiny, photo(), SOURCE, steps=3, method=method, guidance=3.0, iterations=1)
