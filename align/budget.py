@@ -32,7 +32,7 @@ def work_of(model: Backbone, settings: Settings, pictures: int, prompts: int) ->
     at_once = settings.micro_batch or settings.batch
     return Work(
         trains,
-        rows=at_once * (2 if settings.by_pairs else 1) * (1 if settings.train_guidance == 1 else 2),
+        rows=at_once * (2 if settings.by_pairs else 1),
         full=settings.full,
         plain=not settings.concepts,
         asks=False,  # the reference is asked with a step's own rows, and keeps nothing

@@ -72,8 +72,7 @@ def judge(
     model: Backbone, material: Material, items: Sequence[Item], live: Live, settings: Settings, name: str
 ) -> Judge:
     """A judge over these records; asks the reference, so call it where that can be asked."""
-    levels, guidance = len(model.path.levels), settings.train_guidance
-    draws = Draws(name, settings.seed, settings.evaluation_draws, levels, guidance=guidance)
+    draws = Draws(name, settings.seed, settings.evaluation_draws, len(model.path.levels))
     batch = max(1, settings.micro_batch or settings.batch)
     with torch.no_grad(), live.as_reference():
         reference = errors_at(model, material, items, draws, live.network, batch)

@@ -149,10 +149,7 @@ def _means(model: Backbone, views: Sequence[tuple[Picture, Place]], *, flip: boo
 
 @dataclass(frozen=True)
 class Draws:
-    """K draws of each record. `name` keeps two sets of draws apart: training's, those that only judge.
-
-    Errors at these draws are of predictions with `guidance`: 1 is none.
-    """
+    """K draws of each record. `name` keeps two sets of draws apart: training's, those that only judge."""
 
     name: str
     seed: int
@@ -162,7 +159,6 @@ class Draws:
     flip: bool = False
     crop: bool = False
     lowest: int = 0  # of the levels that are drawn
-    guidance: float = 1.0
 
     def level(self, item: Item, k: int) -> int:
         """The index of draw k's noise level: one in each stratum over the K draws."""
@@ -202,7 +198,6 @@ class Batch:
     """B records at one draw each, G pictures a record: rows b, B + b … are record b's first, second … picture.
 
     noisy, target [G·B, C, H, W]   index [G·B] of the noise level   text [G·B, …]   preference [B]
-    empty [G·B, …], no prompt, where predictions are guided away from it
     """
 
     noisy: Tensor
@@ -211,8 +206,6 @@ class Batch:
     text: Text
     preference: Tensor
     group: int
-    empty: Text | None = None
-    guidance: float = 1.0
 
     def __len__(self) -> int:
         return len(self.preference)
@@ -228,8 +221,6 @@ class Batch:
             {name: value[where] for name, value in self.text.items()},
             self.preference[torch.tensor(list(rows))],
             self.group,
-            None if self.empty is None else {name: value[where] for name, value in self.empty.items()},
-            self.guidance,
         )
 
 
@@ -256,35 +247,21 @@ def batch_of(
         noisy=add_noise(clean, noise, level),
         target=target(clean, noise, level, model.path.kind),
         index=index,
-        text=_said_in(material, rows),
+        text={name: value[rows.to(value.device)] for name, value in material.text.items()},
         preference=torch.tensor([item.preference for item in items]),
         group=group,
-        empty=None if draws.guidance == 1 else _said_in(material, torch.zeros_like(rows)),
-        guidance=draws.guidance,
     )
 
 
-def _said_in(material: Material, rows: Tensor) -> Text:
-    return {name: value[rows.to(value.device)] for name, value in material.text.items()}
-
-
 def residuals(model: Backbone, network: torch.nn.Module, batch: Batch) -> Tensor:
-    """prediction − target [G, B, C, H, W] in float32, of the model's own parameterisation, whatever it predicts.
-
-    With guidance g the prediction is that of the sampler, u + g·(c − u) (Ho and Salimans 2022, equation 6).
-    """
+    """prediction − target [G, B, C, H, W] in float32, of the model's own parameterisation, whatever it predicts."""
     time = model.path.levels.time
     assert time is not None
-    times = time[batch.index].to(batch.noisy.device)
     with model.autocast():
-        if batch.empty is None:
-            said = model.family.network(network, batch.text)(batch.noisy, times).float()
-        else:
-            both = {name: torch.cat([batch.empty[name], value]) for name, value in batch.text.items()}
-            answer = model.family.network(network, both)(batch.noisy.repeat(2, 1, 1, 1), times.repeat(2))
-            without, with_ = answer.float().chunk(2)
-            said = without + batch.guidance * (with_ - without)
-    residual: Tensor = (said - batch.target).unflatten(0, (batch.group, len(batch)))
+        said = model.family.network(network, batch.text)(
+            batch.noisy, time[batch.index].to(batch.noisy.device)
+        )
+    residual: Tensor = (said.float() - batch.target).unflatten(0, (batch.group, len(batch)))
     return residual
 
 

@@ -23,7 +23,6 @@ BY_MODEL = (  # what `align` in a model's `atelier.json` may say, so that a repe
     "beta",
     "loss_weighting",
     "least_noise",
-    "train_guidance",
     "safeguard",
     "steps",
     "batch",
@@ -42,9 +41,6 @@ class Settings:
     `beta` means the same for every loss (`align.losses`). `loss_weighting` weighs errors by their noise level before
     the loss compares them, and no level below the share `least_noise` of the noise path is trained on. With
     `random_crop` = N a draw cuts all pictures of a record at one of N places instead of the centre.
-
-    With `train_guidance` g the errors are those of guided predictions, as pictures are drawn; that takes twice as many
-    rows.
 
     `reference` is `bank` (the base's errors at `draws` fixed draws of each pair, computed at the first visit and read
     afterwards), `live` (computed each time, with the new adapter off) or `copy` (computed each time, by a frozen
@@ -76,7 +72,6 @@ class Settings:
     reference: str = "bank"
     draws: int = 16
     prompt_dropout: float = 0.1
-    train_guidance: float = 1.0
     flip: bool = False
     random_crop: int = 0
     loss_weighting: str = "none"

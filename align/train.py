@@ -85,11 +85,6 @@ class PreferenceTraining:
 
     def __post_init__(self) -> None:
         settings, levels = self.settings, len(self.model.path.levels)
-        if settings.train_guidance != 1 and told_guidance(self.model, self.material):
-            raise UserError(
-                f"{self.model.location.name} was distilled for guidance and no prediction of it is guided. "
-                "Leave --train-guidance out."
-            )
         self.share = share_of(settings)
         if settings.gradient_checkpointing:
             cast(Any, self.model.denoiser).enable_gradient_checkpointing()
@@ -102,7 +97,6 @@ class PreferenceTraining:
             settings.flip,
             crop=settings.random_crop > 0,
             lowest=int(settings.least_noise * levels),
-            guidance=settings.train_guidance,
         )
         self.start: dict[str, Tensor] = {}
         self._as_reference: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -327,7 +321,7 @@ class PreferenceTraining:
             model.resolution,
             [_contents(concept) for concept in self.concepts],
             (settings.seed, settings.draws, settings.prompt_dropout, settings.flip),
-            (settings.random_crop, settings.least_noise, settings.train_guidance),
+            (settings.random_crop, settings.least_noise),
             (
                 settings.batch,
                 settings.micro_batch,
@@ -401,11 +395,6 @@ class PreferenceTraining:
                 yield
         finally:
             self.model.denoiser.train(before)
-
-
-def told_guidance(model: Backbone, material: Material) -> bool:
-    """Whether the network was distilled for guidance and is told how much."""
-    return model.family.distilled(model.denoiser, material.text, 1.0) is not None
 
 
 def new_adapter(model: Backbone, settings: Settings, base: Sequence[str]) -> dict[str, Tensor]:

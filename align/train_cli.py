@@ -137,15 +137,6 @@ def train(
             show_default="0.1",
         ),
     ] = None,
-    train_guidance: Annotated[
-        float | None,
-        typer.Option(
-            "--train-guidance",
-            min=0,
-            help="Errors of predictions guided so strongly, as pictures are drawn; 1: not at all.",
-            show_default="by model",
-        ),
-    ] = None,
     flip: Annotated[
         bool | None, typer.Option("--flip/--no-flip", help="Mirrored pairs too.", show_default="no-flip")
     ] = None,
@@ -316,7 +307,6 @@ def train(
         "reference": reference,
         "draws": draws,
         "prompt_dropout": prompt_dropout,
-        "train_guidance": train_guidance,
         "flip": flip,
         "random_crop": random_crop,
         "loss_weighting": loss_weighting,

@@ -26,7 +26,7 @@ from backbone.console import UserError
 from backbone.loop import generator
 from backbone.model import Backbone
 from recipes.moji.denoiser import DEFAULTS
-from tests.tiny import tiny_flux, tiny_pipeline, tiny_stable_diffusion_3, tiny_stable_diffusion_xl
+from tests.tiny import tiny_pipeline, tiny_stable_diffusion_3, tiny_stable_diffusion_xl
 
 HELD_OUT = 0.3
 
@@ -189,40 +189,6 @@ def test_no_level_below_the_least_noise_is_drawn() -> None:
     assert [(level - 300) // 100 for level in levels] == list(range(7))
 
 
-def test_guided_errors_are_of_the_sampler_s_own_predictions(tiny: Backbone, pairs_file: Path) -> None:
-    asked = settings(train_guidance=3.0)
-    found = material(tiny, pairs_file, asked)
-    plain, guided = (
-        batch_of(tiny, found, Draws("training", 0, 4, 1000, guidance=guidance), found.train[:2], [0, 1])
-        for guidance in (1.0, 3.0)
-    )
-    assert plain.empty is None and guided.empty is not None
-    assert torch.equal(plain.noisy, guided.noisy) and torch.equal(plain.target, guided.target)
-    with torch.no_grad():
-        said = residuals(tiny, tiny.denoiser, plain)
-        unsaid = residuals(tiny, tiny.denoiser, replace(plain, text=guided.empty))
-        assert torch.allclose(residuals(tiny, tiny.denoiser, guided), unsaid + 3 * (said - unsaid), atol=1e-5)
-        assert not torch.allclose(said, unsaid, atol=1e-3)
-        one = residuals(tiny, tiny.denoiser, guided.part([1]))
-        assert torch.allclose(one, residuals(tiny, tiny.denoiser, guided)[:, 1:], atol=1e-5)
-
-
-def test_guided_training_starts_from_what_it_is_measured_against(tiny_folder: Path, pairs_file: Path) -> None:
-    run = training(tiny_folder, pairs_file, train_guidance=3.0)
-    with torch.no_grad():
-        (first,) = run.losses(1)
-    assert float(first) == pytest.approx(math.log(2), abs=1e-4)
-    assert all(figures.accuracy.value == 0.5 for figures in run.evaluate().values())
-
-
-def test_a_model_that_is_told_its_guidance_is_not_guided_in_training(
-    tmp_path: Path, pairs_file: Path
-) -> None:
-    folder = tiny_flux(tmp_path / "flux")
-    with pytest.raises(UserError, match="Leave --train-guidance out"):
-        training(folder, pairs_file, train_guidance=3.0)
-
-
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "kto", "mapo", "sft"])
 def test_weights_multiply_the_errors_before_the_loss(
     tiny_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch, loss: str
@@ -307,16 +273,10 @@ def told_apart(ready: Material) -> Material:
     return replace(ready, latents=sign + 0.1 * ready.latents)
 
 
-@pytest.mark.parametrize(
-    ("loss", "guidance"),
-    [*((loss, 1.0) for loss in ("dpo", "ipo", "hinge", "kto", "mapo", "dspo")), ("dpo", 2.0)],
-)
-def test_training_learns_the_preference(
-    tiny_folder: Path, pairs_file: Path, loss: str, guidance: float
-) -> None:
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "hinge", "kto", "mapo", "dspo"])
+def test_training_learns_the_preference(tiny_folder: Path, pairs_file: Path, loss: str) -> None:
     """Of held-out prompts, at draws that training never visits."""
     asked = settings(
-        train_guidance=guidance,
         loss=loss, steps=30, batch=4, draws=16, reference={"dspo": "live"}.get(loss, "bank"),
         beta=20.0 if loss in ("ipo", "kto") else 2000.0,  # these two have an aim, which a large β makes small
         learning_rate=1e-2, mapo_weight=1.0, evaluation_draws=8, prompt_dropout=0.0, lora_layers="all",
@@ -442,15 +402,7 @@ def test_the_base_is_asked_once_for_each_draw_and_never_by_a_second_run(
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {"seed": 1},
-        {"draws": 5},
-        {"prompt_dropout": 0.2},
-        {"batch": 2},
-        {"flip": True},
-        {"held_out": 0.0},
-        {"train_guidance": 2.0},
-    ],
+    [{"seed": 1}, {"draws": 5}, {"prompt_dropout": 0.2}, {"batch": 2}, {"flip": True}, {"held_out": 0.0}],
     ids=lambda change: next(iter(change)),
 )
 def test_another_setting_has_another_bank(
