@@ -28,7 +28,8 @@ from align.settings import FILE
 from backbone.console import UserError, say
 from backbone.files import read_json, read_jsonl, write_json, write_text
 from backbone.statistics import Interval, bootstrap, wilson
-from backbone.world.scene import Scene, fair, sample_scene
+from backbone.world.scene import Scene, Thing, fair, sample_scene
+from backbone.world.words import vocabulary
 from benchmarks.judge import Judge, Verdict
 from benchmarks.moji import QUESTIONS
 
@@ -98,14 +99,26 @@ def kind(scene: Scene) -> str:
 
 
 def near_misses(scene: Scene) -> tuple[str, ...]:
-    """The captions that say one thing less: without the colour, the accessory, or the second thing."""
+    """The captions that say one thing less, give the colour to the other thing, or name another thing."""
     first, *second = scene.things
-    less = [
+    others: list[tuple[Thing, ...]] = [
         *([(replace(first, colour=None), *second)] if first.colour else []),
         *([(replace(first, accessory=None), *second)] if first.accessory else []),
         *([(first,)] if second else []),
+        *(
+            [(replace(first, colour=None), replace(second[0], colour=first.colour))]
+            if second and first.colour
+            else []
+        ),
+        (replace(first, noun=another(first.noun)), *second),
     ]
-    return tuple(replace(scene, things=things).caption() for things in less)
+    return tuple(replace(scene, things=things).caption() for things in others)
+
+
+def another(noun: str) -> str:
+    """A thing that this one is not: always the same, and each is another's."""
+    nouns = list(vocabulary().nouns)
+    return nouns[(nouns.index(noun) + len(nouns) // 3) % len(nouns)]
 
 
 def write_prompts(path: Path, chosen: Sequence[Scene], *, near: bool = False) -> Path:

@@ -25,6 +25,7 @@ from recipes.align.journey import (
     TRAINING_PROMPTS,
     Found,
     all_right,
+    another,
     crowded,
     hard,
     kind,
@@ -142,11 +143,27 @@ def test_hard_prompts_ask_for_a_colour_and_an_accessory() -> None:
     assert not crowded(Scene((Thing("dog"), Thing("cat")), "in the snow"))
 
 
-def test_near_misses_say_one_thing_less() -> None:
+def test_near_misses_say_less_or_give_the_colour_away_or_name_another_thing() -> None:
+    other = another("dog")
     scene = Scene((Thing("dog", colour="red"), Thing("cat")), "in the snow")
-    assert near_misses(scene) == ("a dog next to a cat in the snow", "a red dog in the snow")
+    assert near_misses(scene) == (
+        "a dog next to a cat in the snow",
+        "a red dog in the snow",
+        "a dog next to a red cat in the snow",
+        f"a red {other} next to a cat in the snow",
+    )
     scene = Scene((Thing("dog", colour="red", accessory="a crown"),), "in the snow")
-    assert near_misses(scene) == ("a dog wearing a crown in the snow", "a red dog in the snow")
+    assert near_misses(scene) == (
+        "a dog wearing a crown in the snow",
+        "a red dog in the snow",
+        f"a red {other} wearing a crown in the snow",
+    )
+
+
+def test_every_noun_is_another_s_other() -> None:
+    nouns = vocabulary().nouns
+    assert sorted(map(another, nouns)) == sorted(nouns)
+    assert all(another(noun) != noun for noun in nouns)
 
 
 def test_near_misses_are_written_where_they_are_drawn(tmp_path: Path) -> None:
