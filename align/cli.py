@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -244,6 +245,10 @@ def compare(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one, with --blind.")] = 0,
     steps: Steps = None,
     guidance: Guidance = None,
+    tuned_guidance: Annotated[
+        float | None,
+        typer.Option("--tuned-guidance", min=0, help="Of the tuned side.", show_default="--guidance"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Both sides begin with the same noise.")] = 0,
     negative: Annotated[
         str, typer.Option("--negative", "--negative-prompt", help="What to stay away from.")
@@ -263,7 +268,7 @@ def compare(
 
     result = compare_models(
         Side.of(base),
-        Side.of(tuned),
+        replace(Side.of(tuned), guidance=tuned_guidance),
         asked,
         out,
         per_prompt=per_prompt,

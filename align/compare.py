@@ -49,12 +49,20 @@ SHOWN = 24  # prompts whose pictures the report shows
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two that are compared: a model, with concepts on it, so many times as strong."""
+    """One of the two that are compared: a model, with concepts on it, so many times as strong.
+
+    `guidance` is this side's own, where it is not the drawing's: training can move the best one.
+    """
 
     name: str
     model: str
     concepts: tuple[Path, ...] = ()
     scale: float = 1.0
+    guidance: float | None = None
+
+    def drawn(self, drawing: Drawing) -> Drawing:
+        """How this side is drawn."""
+        return drawing if self.guidance is None else dataclasses.replace(drawing, guidance=self.guidance)
 
     @classmethod
     def of(cls, name: str, model: str | None = None) -> Side:
@@ -296,7 +304,7 @@ def _draw_all(
     for name, side in sides.items():  # mistakes are answered before any weights load
         for concept in learned[name]:
             refuse_another_model(concept, models[name])
-        _claim(out / name, models[name], learned[name], side, prompts, drawing)
+        _claim(out / name, models[name], learned[name], side, prompts, side.drawn(drawing))
     for name, side in sides.items():
         model = models.pop(name)
         missing = [key for key in keys if not (out / picture_name(name, *key)).exists()]
@@ -305,7 +313,7 @@ def _draw_all(
         put_on(model, learned[name], scale=side.scale)
         with progress(len(missing), f"drawing {name}") as bar:
             for key, picture in zip(
-                missing, draw(model, prompts, missing, drawing, learned[name]), strict=True
+                missing, draw(model, prompts, missing, side.drawn(drawing), learned[name]), strict=True
             ):
                 save_png(out / picture_name(name, *key), picture, text={"prompt": prompts[key[0]].text})
                 bar.advance(images=1)
@@ -377,6 +385,8 @@ def report(
 ) -> list[str]:
     """The parts of the comparison's `report.html`."""
     drawing: Drawing = result["drawing"]
+    tuned: Side = result["tuned"]
+    own = "" if tuned.guidance is None else f" (the tuned side {tuned.guidance:g})"
     every = [
         (scorer, name, str(Interval(**wins["rate"])), *_counts(wins), _gain(wins))
         for scorer, by_side in result["wins"].items()
@@ -386,7 +396,7 @@ def report(
     parts = [
         paragraph(
             f"{len(prompts)} prompts, {result['per_prompt']} pictures of each from the same noise; "
-            f"{drawing.sampler}, {drawing.steps} steps, guidance {drawing.guidance:g}, seed {drawing.seed}."
+            f"{drawing.sampler}, {drawing.steps} steps, guidance {drawing.guidance:g}{own}, seed {drawing.seed}."
         ),
         *(
             [paragraph(f"{', '.join(result['trained_on'])} also chose what the tuned model was trained on.")]

@@ -28,8 +28,8 @@ from align.settings import FILE
 from backbone.console import UserError, say
 from backbone.files import read_json, read_jsonl, write_json, write_text
 from backbone.statistics import Interval, bootstrap, wilson
-from backbone.world.scene import Scene, Thing, fair, sample_scene
-from backbone.world.words import vocabulary
+from backbone.world.scene import Scene, fair, sample_scene
+from backbone.world.words import Thing, vocabulary
 from benchmarks.judge import Judge, Verdict
 from benchmarks.moji import QUESTIONS
 
@@ -263,16 +263,21 @@ def order_of(folder: Path, chosen: Sequence[Scene], judge: Judge) -> Order:
 
 def compared(
     run: Path, chosen: Sequence[Scene], judge: Judge, *, model: str, per_prompt: int, scorers: Sequence[str], out: Path,
-    base_pictures: Path | None = None, seed: int = 7,
+    guidance: Sequence[object] = (), base_pictures: Path | None = None, tuned_pictures: Path | None = None,
+    seed: int = 7,
 ) -> Found:  # fmt: skip
-    """`align compare` of a run against its base on these scenes, then the judge; `base_pictures` are drawn already."""
+    """`align compare` of a run against its base on these scenes, then the judge.
+
+    `guidance` is its flags about that; a side's pictures that another comparison has drawn alike are taken over.
+    """
     prompts = write_prompts(out / "prompts.jsonl", chosen)
-    if base_pictures is not None and base_pictures != out / "base" and not (out / "base").exists():
-        shutil.copytree(base_pictures, out / "base")
+    for side, there in (("base", base_pictures), ("tuned", tuned_pictures)):
+        if there is not None and there != out / side and not (out / side).exists():
+            shutil.copytree(there, out / side)
     flags = [word for scorer in scorers for word in ("--scorer", scorer)]
     align(
         "compare", model, run, "--prompts", prompts, "--per-prompt", per_prompt, *flags, "--seed", seed, *STEPS,
-        "--out", out,
+        *guidance, "--out", out,
     )  # fmt: skip
     result = read_json(out / "compare.json")
     keys = [(i, j) for i in range(len(chosen)) for j in range(per_prompt)]

@@ -16,6 +16,7 @@ stays above 0.9 of the base's. --development judges by other prompts, on which s
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -61,6 +62,15 @@ def main(
         typer.Option("--loss-type", help="Repeatable; sdpo is dpo with the safeguard.", show_default="sdpo"),
     ] = None,
     held_out: Annotated[int, typer.Option(min=2, help="Prompts to judge by, two pictures of each.")] = 300,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Of the tuned model's pictures; then the base stands beside it twice: at its own guidance, and "
+            "at this.",
+            show_default="the model's",
+        ),
+    ] = None,
     flags: Annotated[str, typer.Option(help="More flags for align train, in one string.")] = "",
     name: Annotated[str, typer.Option(help="Of runs with other flags, on the same pairs.")] = "",
     only_rank: Annotated[
@@ -87,19 +97,29 @@ def main(
     if only_rank:
         return
     rows: list[tuple[str, Found, dict[str, object]]] = []
-    base = base_of(out / where)
+    base, alike = base_of(out / where), base_of(out / f"{where}-alike")
     for which in loss or ["sdpo"]:
         kind, *more = SAFEGUARDED.get(which, (which, *WITHOUT))
         label = f"{which}-{name}" if name else which
         run_folder, training = trained(
             out, label, folder, "--model", model, "--loss-type", kind, *more, *flags.split()
         )
-        found = compared(
-            run_folder, test, judge, model=model, per_prompt=2, scorers=["moji"], out=out / where / label,
-            base_pictures=base,
-        )  # fmt: skip
-        base = base or out / where / label / "base"
-        rows.append((label, found, {**seconds, "training": training}))
+        times: dict[str, object] = {**seconds, "training": training}
+        against = partial(compared, run_folder, test, judge, model=model, per_prompt=2, scorers=["moji"])
+        place = out / where / label
+        own = () if guidance is None else ("--tuned-guidance", guidance)
+        rows.append((label, against(out=place, base_pictures=base, guidance=own), times))
+        base = base or place / "base"
+        if guidance is not None:
+            same = out / f"{where}-alike" / label
+            found = against(
+                out=same,
+                base_pictures=alike,
+                tuned_pictures=place / "tuned",
+                guidance=("--guidance", guidance),
+            )
+            alike = alike or same / "base"
+            rows.append((f"{label}, both at guidance {guidance:g}", found, times))
         write_text(out / "table.md", f"{table(rows)}\n\n{order}\n")
         write_json(out / "table.json", {"rows": rows, "flags": flags, "pairs": pairs, "held_out": held_out})
     print(table(rows))

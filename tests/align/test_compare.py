@@ -170,3 +170,17 @@ def test_a_comparison_that_was_drawn_in_another_way_is_not_gone_on_with(tmp_path
 
     with pytest.raises(UserError, match="another --out"):
         compare_models(Side.of("moji"), Side.of("moji"), [Prompt("a dog")], tmp_path)
+
+
+def test_each_side_can_have_its_own_guidance(
+    run: Path, tiny_folder: Path, prompts: Path, bright: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "c"
+    how = ("--prompts", prompts, "--per-prompt", 1, "--steps", 2, "--device", "cpu", "--precision", "fp32")
+    align(
+        "compare", tiny_folder, run, *how, "--scorer", bright, "--guidance", 3, "--tuned-guidance", 1.5, "--out", out
+    )  # fmt: skip
+    drawn = {side: read_json(out / side / "drawn.json")["drawing"]["guidance"] for side in ("base", "tuned")}
+    assert drawn == {"base": 3.0, "tuned": 1.5}
+    assert read_json(out / "compare.json")["tuned"]["guidance"] == 1.5
+    assert "guidance 3 (the tuned side 1.5)" in (out / "report.html").read_text()
