@@ -74,7 +74,7 @@ DEFAULTS = {  # what works with this model; Backbone.defaults reads it
         "beta": 500.0,
         "loss_weighting": "debiased",
         "least_noise": 0.2,
-        "safeguard": 0.9,
+        "safeguard": 0.6,
     },
     "edit": {"cross": 0.0, "self_attention": 0.2, "colour_self_attention": 0.5},
     "sheet_prompts": [
