@@ -5,12 +5,15 @@
         --loss-type sft --loss-type sdpo               the losses under one budget, on the same pairs
     python -m recipes.align.prompt_fidelity --prompts-of crowded --out build/recipes/crowded
 
-A hard prompt names a coloured thing that wears something. `moji` draws eight pictures of each, its scorer ranks them,
-and the best and the worst become a pair where their scores differ by more than the margin. Both the kind of prompt and
-the margin were chosen on training prompts, by how often the scorer's order is the judge's: of pictures of two different
-things (`--prompts-of crowded`) it cannot tell the right ones (`benchmarks/results/align.md`). It should show: the
-judge's all-right share on held-out prompts rises by 8 points or more with an interval clear of zero, and diversity
-stays above 0.9 of the base's. --development judges by other prompts, on which settings are chosen.
+A hard prompt names a coloured thing that wears something. `moji` draws three pictures of each, and from the same noise
+three near misses: without the colour, without what is worn, of another thing. The embedded scorer says by the prompt
+which of the two is the better one, and they become a pair where their scores differ by more than the margin
+(`--pairs-of best-worst --per-prompt 8` pairs the best of eight pictures of the prompt with the worst). The kind of
+prompt and of pair, the margin, the settings and the guidance were chosen on training and development prompts
+(`benchmarks/results/align.md`). As pairs of near misses teach what guidance teaches, the tuned model is drawn with
+less of it, and the base stands beside it twice: at its own guidance, which is best for it, and at the same. It should
+show: the judge's all-right share on held-out prompts rises by 8 points or more with an interval clear of zero, and
+diversity stays above 0.9 of the base's. --development judges by other prompts, on which settings are chosen.
 """
 
 from __future__ import annotations
@@ -44,18 +47,21 @@ from recipes.align.journey import (
 
 Kind = Literal["hard", "crowded"]
 KINDS: dict[Kind, Callable[[Scene], bool]] = {"hard": hard, "crowded": crowded}
-SAFEGUARDED = {"sdpo": ("dpo", "--safeguard", "0.9")}  # Diffusion-SDPO is DPO with its safeguard
+SAFEGUARDED = {"sdpo": ("dpo", "--safeguard", "0.5")}  # Diffusion-SDPO is DPO with its safeguard
 WITHOUT = ("--safeguard", "-1")
+BUDGET = (
+    "--steps", 600, "--train-batch-size", 8, "--learning-rate", 1e-4, "--lr-scheduler", "cosine", "--beta-dpo", 2000,
+)  # fmt: skip
 
 
 def main(
     prompts_of: Annotated[Kind, typer.Option(help="What is hard about the prompts.")] = "hard",
     pairs: Annotated[int, typer.Option(min=2, help="Prompts, so at most so many pairs.")] = 300,
-    per_prompt: Annotated[int, typer.Option(min=2, help="Pictures of each.")] = 8,
+    per_prompt: Annotated[int, typer.Option(min=2, help="Pictures of each.")] = 3,
     scorer: Annotated[str, typer.Option(help="What ranks them.")] = "moji",
     rule: Annotated[
         str, typer.Option("--pairs-of", help="best-worst, all, or same-noise: near misses with their twins.")
-    ] = "best-worst",
+    ] = "same-noise",
     margin: Annotated[float, typer.Option(min=0, help="Pairs that differ by no more are left out.")] = 0.06,
     loss: Annotated[
         list[str] | None,
@@ -63,14 +69,8 @@ def main(
     ] = None,
     held_out: Annotated[int, typer.Option(min=2, help="Prompts to judge by, two pictures of each.")] = 300,
     guidance: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            help="Of the tuned model's pictures; then the base stands beside it twice: at its own guidance, and "
-            "at this.",
-            show_default="the model's",
-        ),
-    ] = None,
+        float, typer.Option(min=0, help="Of the tuned model's pictures; the base's own stays as it is.")
+    ] = 2.5,
     flags: Annotated[str, typer.Option(help="More flags for align train, in one string.")] = "",
     name: Annotated[str, typer.Option(help="Of runs with other flags, on the same pairs.")] = "",
     only_rank: Annotated[
@@ -102,24 +102,20 @@ def main(
         kind, *more = SAFEGUARDED.get(which, (which, *WITHOUT))
         label = f"{which}-{name}" if name else which
         run_folder, training = trained(
-            out, label, folder, "--model", model, "--loss-type", kind, *more, *flags.split()
+            out, label, folder, "--model", model, "--loss-type", kind, *more, *BUDGET, *flags.split()
         )
         times: dict[str, object] = {**seconds, "training": training}
         against = partial(compared, run_folder, test, judge, model=model, per_prompt=2, scorers=["moji"])
         place = out / where / label
-        own = () if guidance is None else ("--tuned-guidance", guidance)
-        rows.append((label, against(out=place, base_pictures=base, guidance=own), times))
+        found = against(out=place, base_pictures=base, guidance=("--tuned-guidance", guidance))
         base = base or place / "base"
-        if guidance is not None:
-            same = out / f"{where}-alike" / label
-            found = against(
-                out=same,
-                base_pictures=alike,
-                tuned_pictures=place / "tuned",
-                guidance=("--guidance", guidance),
-            )
-            alike = alike or same / "base"
-            rows.append((f"{label}, both at guidance {guidance:g}", found, times))
+        rows.append((label, found, times))
+        tuned, place = place / "tuned", out / f"{where}-alike" / label
+        found = against(
+            out=place, base_pictures=alike, tuned_pictures=tuned, guidance=("--guidance", guidance)
+        )
+        alike = alike or place / "base"
+        rows.append((f"{label}, both at guidance {guidance:g}", found, times))
         write_text(out / "table.md", f"{table(rows)}\n\n{order}\n")
         write_json(out / "table.json", {"rows": rows, "flags": flags, "pairs": pairs, "held_out": held_out})
     print(table(rows))
