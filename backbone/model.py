@@ -26,6 +26,9 @@ from backbone.noise import Estimate, Ladder, Level, Predict, estimate, guide
 from backbone.thrift import Measures, held, tiled
 
 EMBEDDED = Path(__file__).with_name("moji")
+OWN = {
+    name: str(Path(__file__).with_name(name)) for name in ("moji", "moji-flow")
+}  # the models that are carried along
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARTS = ("denoiser", "autoencoder", "text_encoder")
 DECODED_AT_ONCE = 512 * 512  # pixels
@@ -281,7 +284,7 @@ def locate(model: str) -> Location:
                 "Name the folder that `save_pretrained` wrote."
             )
         return Location(model, str(path), read_json(index))
-    if model == "moji":
+    if model in OWN:
         raise UserError(
             f"The embedded model is missing from {path}, so this is not a whole installation. Install again."
         )
@@ -300,7 +303,7 @@ def locate(model: str) -> Location:
 def known_names() -> dict[str, str]:
     """Short names, and the folders or hub ids that they stand for."""
     published = {name: place for family in families() for name, place in family.names.items()}
-    return {"moji": str(EMBEDDED), **published}
+    return {**OWN, **published}
 
 
 def _single_file(name: str, path: Path) -> Location:

@@ -50,7 +50,7 @@ KINDS: dict[Kind, Callable[[Scene], bool]] = {"hard": hard, "crowded": crowded}
 SAFEGUARDED = {"sdpo": ("dpo", "--safeguard", "0.5")}  # Diffusion-SDPO is DPO with its safeguard
 WITHOUT = ("--safeguard", "-1")
 BUDGET = (
-    "--steps", 600, "--train-batch-size", 8, "--learning-rate", 1e-4, "--lr-scheduler", "cosine", "--beta-dpo", 2000,
+    "--steps", 900, "--train-batch-size", 8, "--learning-rate", 1e-4, "--lr-scheduler", "cosine", "--beta-dpo", 2000,
 )  # fmt: skip
 
 
