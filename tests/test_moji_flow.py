@@ -59,7 +59,9 @@ def test_it_draws_what_it_is_asked_for(flow: Backbone) -> None:
     nouns = sorted(vocabulary().nouns)
     said = scorer.embed_texts([f"a {noun}" for noun in nouns])
     order = (scorer.embed_images(list(pictures)) @ said.T).argsort(1, descending=True)
-    seen = [scene.things[0].noun in {nouns[i] for i in row[:5]} for scene, row in zip(wanted, order, strict=True)]
+    seen = [
+        scene.things[0].noun in {nouns[i] for i in row[:5]} for scene, row in zip(wanted, order, strict=True)
+    ]
     assert sum(seen) >= 4
 
 
