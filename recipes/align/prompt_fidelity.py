@@ -51,6 +51,7 @@ SAFEGUARDED = {"sdpo": ("dpo", "--safeguard", "0.5")}  # Diffusion-SDPO is DPO w
 WITHOUT = ("--safeguard", "-1")
 BUDGET = (
     "--steps", 900, "--train-batch-size", 8, "--learning-rate", 1e-4, "--lr-scheduler", "cosine", "--beta-dpo", 2000,
+    "--evaluation-steps", 300,
 )  # fmt: skip
 
 
