@@ -92,7 +92,8 @@ def steps(
         script = Script(parts, training, pictures)
         difference = parity(training)
         say(
-            f"parity: loss differs by {difference[0]:.1e}, gradients by {difference[1]:.1e} of their largest entry"
+            f"parity: loss {difference.here:.3f} differs by {difference.loss:.1e}, "
+            f"gradients by {difference.gradient:.1e} of their largest entry"
         )
         seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
         encoding = []
