@@ -15,9 +15,10 @@ from backbone.concept import rare_words
 from backbone.images import to_tensor
 from backbone.model import EMBEDDED, Backbone
 from backbone.noise import add_noise
-from backbone.sample import Request, initial_noise, sample, sample_latents
+from backbone.sample import Request, sample
 from backbone.world.scene import sample_scene
 from backbone.world.words import Thing, plural, vocabulary
+from tests.parity import by_both
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures" / "scenes").glob("*.png"))
 
@@ -36,15 +37,7 @@ def scenes() -> torch.Tensor:
 
 def test_diffusers_own_pipeline_loads_it_and_draws_the_same_picture(moji: Backbone) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(EMBEDDED, local_files_only=True)
-    pipeline.set_progress_bar_config(disable=True)
-    theirs = pipeline(
-        "a dog in the snow",
-        latents=initial_noise(moji, 0, 0, 0)[None],
-        num_inference_steps=4,
-        guidance_scale=3.0,
-        output_type="latent",
-    ).images
-    ours = next(sample_latents(moji, [Request("a dog in the snow", (0, 0))], steps=4, guidance=3.0, seed=0))
+    theirs, ours = by_both(pipeline, moji, "a dog in the snow")
     assert torch.allclose(ours, theirs, atol=2e-3)
 
 

@@ -10,9 +10,10 @@ from diffusers import StableDiffusion3Pipeline
 
 from backbone.files import read_json
 from backbone.model import EMBEDDED, OWN, Backbone
-from backbone.sample import Request, initial_noise, sample, sample_latents
+from backbone.sample import Request, sample
 from backbone.world.scene import BENCHMARK_SEEDS, fair, sample_scene
 from backbone.world.words import vocabulary
+from tests.parity import by_both
 
 FOLDER = Path(OWN["moji-flow"])
 
@@ -26,16 +27,7 @@ def test_diffusers_own_pipeline_loads_it_and_draws_the_same_picture(flow: Backbo
     pipeline = StableDiffusion3Pipeline.from_pretrained(
         FOLDER, text_encoder_3=None, tokenizer_3=None, local_files_only=True
     )
-    pipeline.set_progress_bar_config(disable=True)
-    theirs = pipeline(
-        "a dog in the snow",
-        latents=initial_noise(flow, 0, 0, 0)[None],
-        num_inference_steps=4,
-        guidance_scale=3.0,
-        max_sequence_length=256,
-        output_type="latent",
-    ).images
-    ours = next(sample_latents(flow, [Request("a dog in the snow", (0, 0))], steps=4, guidance=3.0, seed=0))
+    theirs, ours = by_both(pipeline, flow, "a dog in the snow", max_sequence_length=256)
     assert torch.allclose(ours, theirs, atol=2e-3)
 
 

@@ -14,6 +14,7 @@ from backbone.console import UserError
 from backbone.files import read_json, write_json
 from backbone.model import Backbone
 from backbone.sample import Request, sample_latents
+from tests.parity import by_both
 
 
 def test_sampling_matches_diffusers_own_pipeline(tiny_folder: Path, tiny: Backbone) -> None:
@@ -31,22 +32,13 @@ def test_sampling_matches_diffusers_own_pipeline(tiny_folder: Path, tiny: Backbo
 
 
 def test_velocity_models_sample_as_diffusers_does(tmp_path: Path) -> None:
-    from backbone.sample import initial_noise
     from tests.tiny import tiny_pipeline
 
     folder = tiny_pipeline(tmp_path / "v", prediction_type="v_prediction")
     pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
-    pipeline.set_progress_bar_config(disable=True)
     model = Backbone.open(str(folder), device="cpu", precision="fp32")
     assert model.path.kind == "v_prediction"
-    theirs = pipeline(
-        "a cat",
-        latents=initial_noise(model, 0, 0, 0)[None],
-        num_inference_steps=4,
-        guidance_scale=2.0,
-        output_type="latent",
-    ).images
-    ours = next(sample_latents(model, [Request("a cat", (0, 0))], steps=4, guidance=2.0, seed=0))
+    theirs, ours = by_both(pipeline, model, "a cat", guidance=2.0)
     assert torch.allclose(ours, theirs, atol=2e-4)
 
 
