@@ -25,10 +25,8 @@ from backbone.files import content_hash, read_header, read_json
 from backbone.noise import Estimate, Ladder, Level, Predict, estimate, guide
 from backbone.thrift import Measures, held, tiled
 
-EMBEDDED = Path(__file__).with_name("moji")
-OWN = {
-    name: str(Path(__file__).with_name(name)) for name in ("moji", "moji-flow")
-}  # the models that are carried along
+OWN = {name: Path(__file__).with_name(name) for name in ("moji", "moji-flow")}  # the models carried along
+EMBEDDED = OWN["moji"]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARTS = ("denoiser", "autoencoder", "text_encoder")
 DECODED_AT_ONCE = 512 * 512  # pixels
@@ -303,7 +301,7 @@ def locate(model: str) -> Location:
 def known_names() -> dict[str, str]:
     """Short names, and the folders or hub ids that they stand for."""
     published = {name: place for family in families() for name, place in family.names.items()}
-    return {**OWN, **published}
+    return {**{name: str(folder) for name, folder in OWN.items()}, **published}
 
 
 def _single_file(name: str, path: Path) -> Location:

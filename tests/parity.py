@@ -11,17 +11,24 @@ from backbone.sample import Request, initial_noise, sample_latents
 
 
 def by_both(
-    pipeline: Any, model: Backbone, prompt: str, *, steps: int = 4, guidance: float = 3.0, **more: Any
+    pipeline: Any,
+    model: Backbone,
+    prompt: str,
+    *,
+    steps: int = 4,
+    guidance: float = 3.0,
+    seed: int = 0,
+    **more: Any,
 ) -> tuple[Tensor, Tensor]:
     """Latents [1, C, H, W] that the pipeline draws, called with `more` too, and ours, from the same noise."""
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
         prompt,
-        latents=initial_noise(model, 0, 0, 0)[None],
+        latents=initial_noise(model, seed, 0, 0)[None],
         num_inference_steps=steps,
         guidance_scale=guidance,
         output_type="latent",
         **more,
     ).images
-    ours = next(sample_latents(model, [Request(prompt, (0, 0))], steps=steps, guidance=guidance, seed=0))
+    ours = next(sample_latents(model, [Request(prompt, (0, 0))], steps=steps, guidance=guidance, seed=seed))
     return theirs, ours

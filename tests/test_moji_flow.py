@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -15,7 +13,7 @@ from backbone.world.scene import BENCHMARK_SEEDS, fair, sample_scene
 from backbone.world.words import vocabulary
 from tests.parity import by_both
 
-FOLDER = Path(OWN["moji-flow"])
+FOLDER = OWN["moji-flow"]
 
 
 @pytest.fixture(scope="module")

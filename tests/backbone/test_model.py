@@ -19,14 +19,7 @@ from tests.parity import by_both
 
 def test_sampling_matches_diffusers_own_pipeline(tiny_folder: Path, tiny: Backbone) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, local_files_only=True)
-    pipeline.set_progress_bar_config(disable=True)
-    from backbone.sample import initial_noise
-
-    noise = initial_noise(tiny, 3, 0, 0)[None]
-    theirs = pipeline(
-        "a dog in the snow", latents=noise, num_inference_steps=5, guidance_scale=3.0, output_type="latent"
-    ).images
-    ours = next(sample_latents(tiny, [Request("a dog in the snow", (0, 0))], steps=5, guidance=3.0, seed=3))
+    theirs, ours = by_both(pipeline, tiny, "a dog in the snow", steps=5, seed=3)
     assert isinstance(pipeline.scheduler, DDIMScheduler)
     assert torch.allclose(ours, theirs, atol=2e-4)
 
