@@ -16,6 +16,7 @@ from backbone.images import CROPS, Picture, Place, fitted, to_tensor
 from backbone.model import Backbone, Posterior
 
 VARIABLE = "ATELIER_CACHE"
+TEXT = 2  # counts up when a family makes something else of a prompt
 
 
 def cache_folder() -> Path:
@@ -75,7 +76,7 @@ def encoded_prompts(model: Backbone, prompts: Sequence[str]) -> Text:
 def _encoded_prompt(model: Backbone, prompt: str) -> Text:
     if model.text_learned:
         return model.encode_prompts([prompt])
-    key = content_hash(f"{model.fingerprint}\n{prompt}\n{model.dtype}".encode())
+    key = content_hash(f"{model.fingerprint}\n{prompt}\n{model.dtype}\n{TEXT}".encode())
     return remembered("text", key, lambda: model.encode_prompts([prompt]))
 
 

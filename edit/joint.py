@@ -73,11 +73,11 @@ class JointProcessor:
                 value = _taken(value, picture, source)
         if control.maps is not None and words and control.maps.wants(places):
             rows = slice(1 + control.targets)
-            look = partial(F.scaled_dot_product_attention, query[rows, :, picture], key[rows])
+            look = partial(streams.attend, query[rows, :, picture], key[rows])
             columns = F.pad(control.maps.columns, _around(streams))
             control.maps.add(read_columns(look, query, columns))
         if control.cross is None or not words:
-            return streams.finish(F.scaled_dot_product_attention(query, key, value))
+            return streams.finish(streams.attend(query, key, value))
         return streams.finish(_with_words(streams, query, key, value, control.targets, control.cross))
 
 
@@ -103,17 +103,17 @@ def _with_words(
     some, picture, text = slice(1, 1 + targets), streams.picture, streams.text
     others = [0, *range(1 + targets, len(query))]
     out = torch.empty_like(query)
-    out[others] = F.scaled_dot_product_attention(query[others], key[others], value[others])
-    out[some, :, text] = F.scaled_dot_product_attention(query[some, :, text], key[some], value[some])
+    out[others] = streams.attend(query[others], key[others], value[others])
+    out[some, :, text] = streams.attend(query[some, :, text], key[some], value[some])
     said = value[some, :, text]
     own = value[some].clone()
     own[:, :, text] = 0 if cross.own is None else cross.own.to(value.dtype)[:, None, :, None] * said
     taken = torch.zeros_like(own)
     taken[:, :, text] = cross.taken.to(value.dtype)[:, None] @ said
     lead_query, lead_key = (x[:1].expand(targets, *x.shape[1:]) for x in (query[:, :, picture], key))
-    out[some, :, picture] = F.scaled_dot_product_attention(
-        query[some, :, picture], key[some], own
-    ) + F.scaled_dot_product_attention(lead_query, lead_key, taken)
+    out[some, :, picture] = streams.attend(query[some, :, picture], key[some], own) + streams.attend(
+        lead_query, lead_key, taken
+    )
     return out
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone.console import UserError
@@ -133,6 +134,7 @@ class Streams:
     query, key, value  [B, heads, tokens, D]: the text's tokens and the picture's, one behind the other
     text               where the text's are; nowhere in a layer over the picture alone
     finish             what was attended to [B, heads, tokens, D] → what the layer answers
+    bias               what is added to the score of each key, [1, tokens], if anything is
     """
 
     query: Tensor
@@ -140,6 +142,11 @@ class Streams:
     value: Tensor
     text: slice
     finish: Callable[[Tensor], Any]
+    bias: Tensor | None = None
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The product over all of this call's keys, whatever was made of them: [B, heads, queries, D]."""
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=self.bias)
 
     @property
     def picture(self) -> slice:

@@ -1,12 +1,16 @@
 """Stable Diffusion 3 and 3.5: a transformer over text and picture jointly, three text encoders, a rectified flow.
 
 Esser et al. 2024: section 4 the network, eq. 19 and 23 the levels that it was trained at. T5, the largest of the text
-encoders, may be missing: its tokens are zeros then, as in training with that encoder left out.
+encoders, may be missing: its 256 tokens are zeros then, as in training with that encoder left out. As the text has no
+positions in this network, tokens that begin alike stay alike, and where the picture's are few one of them stands for
+all (`ZerosOnce`): the same function, in a third of the time on a small model.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -34,6 +38,7 @@ from backbone.families.outline import Outline, encoder, network
 from backbone.files import Header
 
 T5_TOKENS = 256
+FEW = 1024  # tokens of a picture; where it has more, attention without a bias is worth more than 255 tokens less
 JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
@@ -53,8 +58,12 @@ class StableDiffusion3:
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
         if location.file is not None:
-            return stable_diffusion_3_file.transformer(location, dtype)
-        return parts.load_network(SD3Transformer2DModel, location, "transformer", dtype)
+            network = stable_diffusion_3_file.transformer(location, dtype)
+        else:
+            network = parts.load_network(SD3Transformer2DModel, location, "transformer", dtype)
+        if t5_tokens(location) < T5_TOKENS:
+            zeros_once(cast(SD3Transformer2DModel, network))
+        return network
 
     def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
         if location.file is not None:
@@ -69,7 +78,8 @@ class StableDiffusion3:
             clips = [parts.load_clip(CLIPTextModelWithProjection, location, number) for number in ("", "_2")]
             load_t5 = parts.load_t5
         t5 = load_t5(location, "_3", dtype) if has_t5(location) else None
-        return ThreeEncoders(clips, t5, width=int(location.config("transformer")["joint_attention_dim"]))
+        width = int(location.config("transformer")["joint_attention_dim"])
+        return ThreeEncoders(clips, t5, width=width, t5_tokens=t5_tokens(location))
 
     def outline(self, location: Location, dtype: torch.dtype) -> Outline:
         config = location.config("transformer")
@@ -84,7 +94,7 @@ class StableDiffusion3:
             network(AutoencoderKL, location, "vae", parts.autoencoder_dtype(location, dtype)),
             encoders,
             {
-                "hidden": (77 + T5_TOKENS, int(config["joint_attention_dim"])),
+                "hidden": (77 + t5_tokens(location), int(config["joint_attention_dim"])),
                 "pooled": (int(config["pooled_projection_dim"]),),
             },
         )
@@ -117,7 +127,8 @@ class StableDiffusion3:
 
     def attention(self, denoiser: nn.Module, text: Text) -> Attention:
         late = parts.later_half(cast(Any, denoiser).transformer_blocks, "transformer_blocks")
-        return Attention({JointAttnProcessor2_0: streams}, coarse=None, late=late)
+        joint = {JointAttnProcessor2_0: streams, ZerosOnce: streams_with_zeros_once}
+        return Attention(joint, coarse=None, late=late)
 
     def distilled(self, denoiser: nn.Module, text: Text, guidance: float) -> None:
         return None
@@ -126,18 +137,18 @@ class StableDiffusion3:
 class ThreeEncoders(parts.Encoders):
     """The tokens of both CLIPs side by side, filled up to T5's width with zeros, and T5's behind them."""
 
-    def __init__(self, clips: Sequence[Side], t5: Side | None, *, width: int) -> None:
+    def __init__(self, clips: Sequence[Side], t5: Side | None, *, width: int, t5_tokens: int) -> None:
         super().__init__(clips, [t5] if t5 else [])
-        self.t5, self.width = t5, width
+        self.t5, self.width, self.t5_tokens = t5, width, t5_tokens
 
     @property
     def stretches(self) -> tuple[Stretch, ...]:
         """Both CLIPs', which cut alike, then T5's."""
         clip, t5 = self.sides[0].tokenizer, self.t5.tokenizer if self.t5 else None
-        return Stretch(clip, clip.model_max_length), Stretch(t5, T5_TOKENS)
+        return Stretch(clip, clip.model_max_length), Stretch(t5, self.t5_tokens)
 
     def __call__(self, prompts: Sequence[str]) -> Text:
-        """hidden [B, 77 + 256, D], pooled [B, P₁ + P₂]. What no encoder reads of a prompt is said."""
+        """hidden [B, 77 + 256, D] (77 + 1 where zeros stand once), pooled [B, P₁ + P₂]. What is not read is said."""
         said = [
             side.model(parts.token_ids(side, prompts)["input_ids"], output_hidden_states=True)
             for side in self.sides
@@ -147,7 +158,7 @@ class ThreeEncoders(parts.Encoders):
         pooled = torch.cat([one.text_embeds for one in said], dim=-1).float()
         if self.t5 is None:
             parts.say_what_is_cut(self.sides[0], prompts)
-            more = words.new_zeros(len(prompts), T5_TOKENS, self.width)
+            more = words.new_zeros(len(prompts), self.t5_tokens, self.width)
         else:
             parts.say_what_is_cut(self.t5, prompts, T5_TOKENS)
             ids = parts.token_ids(self.t5, prompts, T5_TOKENS)["input_ids"]
@@ -160,6 +171,46 @@ def has_t5(location: Location) -> bool:
     if location.file is not None:
         return stable_diffusion_3_file.has_t5(location)
     return parts.has(location, "text_encoder_3")
+
+
+def t5_tokens(location: Location) -> int:
+    """How many tokens stand where T5's do: 1 for its zeros where the picture's own are few, else 256."""
+    if has_t5(location):
+        return T5_TOKENS
+    config = location.config("transformer")
+    side = int(config["sample_size"]) // int(config["patch_size"])
+    return 1 if side * side <= FEW else T5_TOKENS
+
+
+def zeros_once(network: SD3Transformer2DModel) -> None:
+    """Makes every attention of the network count the last token of the text 256 times."""
+    network.set_attn_processor(ZerosOnce())
+
+
+class ZerosOnce:
+    """Attention in which the last token of the text stands for 256 equal ones: exp(s + ln 256) = 256·exp(s)."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: None = None,
+    ) -> Any:
+        found = streams_with_zeros_once(attn, hidden_states, encoder_hidden_states, attention_mask)
+        return found.finish(found.attend(found.query, found.key, found.value))
+
+
+def streams_with_zeros_once(
+    attn: Any, hidden: Tensor, said: Tensor | None = None, mask: None = None
+) -> Streams:
+    """`streams` with the bias of `ZerosOnce`; a layer over the picture alone has no text, and none."""
+    found = streams(attn, hidden, said, mask)
+    if said is None:
+        return found
+    bias = found.key.new_zeros(1, found.key.shape[2])
+    bias[:, -1] = math.log(T5_TOKENS)
+    return replace(found, bias=bias)
 
 
 def streams(attn: Any, hidden: Tensor, said: Tensor | None = None, mask: None = None) -> Streams:

@@ -9,16 +9,15 @@ The network predicts the velocity ε − x0 of x = (1 − t)·x0 + t·ε, at log
 Of the two text encoders the first is `moji`'s, as it is; the second, smaller one is trained along. There is no T5:
 the pipeline puts 256 zeros in its tokens' place. The text has no positions in this network, so tokens that begin alike
 stay alike, and training carries one for all of them, whose attention weight counts 256 times: the same function for a
-third of the work (`Counted`). Prompts are cut at 32 tokens, of which the longest caption of the world needs fewer.
+third of the work (`ZerosOnce`). Prompts are cut at 32 tokens, of which the longest caption of the world needs fewer.
 Continues from its last checkpoint, as `recipes.moji.denoiser` does.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 import torch
 import typer
@@ -28,10 +27,10 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from backbone.families.stable_diffusion_3 import zeros_once
 from backbone.files import read_json, read_tensors, write_json, write_text
 from backbone.loop import generator
 from backbone.model import EMBEDDED
@@ -56,7 +55,6 @@ from recipes.moji.denoiser import (
 )
 
 TOKENS = 32  # of a prompt, begin and end included
-ABSENT = 256  # tokens that the pipeline fills with zeros where T5's would stand
 WIDTHS = 256, 128  # of the two text encoders
 DEFAULTS = {**OF_MOJI, "steps": 28, "guidance": 4.0, "loss_weighting": "none"}
 CARD = """# moji-flow
@@ -97,7 +95,7 @@ def train_flow(rank: int, plan: Plan) -> None:
     """One process of the training; the first one saves and reports."""
     torch.manual_seed(plan.seed)
     network = build_transformer().to(plan.device)
-    count_absent_tokens(network)
+    zeros_once(network)
     first, second = first_encoder().eval().requires_grad_(False), build_second_encoder(tokenizer_of(EMBEDDED))
     for encoder in (first, second):
         nn.Module.to(encoder, plan.device)
@@ -274,55 +272,6 @@ def said_by(
 def with_absent(hidden: Tensor, count: int) -> Tensor:
     """Hidden states [B, T, D] with so many tokens of zeros behind them."""
     return torch.cat([hidden, hidden.new_zeros(len(hidden), count, hidden.shape[-1])], 1)
-
-
-def count_absent_tokens(network: SD3Transformer2DModel) -> None:
-    """Makes every attention of the network count its last token `ABSENT` times."""
-    network.set_attn_processor(Counted(ABSENT))
-
-
-class Counted:
-    """Joint attention in which the last text token stands for `count` equal ones: exp(s + ln count) = count·exp(s).
-
-    As a plain product of matrices, whose backward pass is faster on a CPU than fused attention's.
-    """
-
-    def __init__(self, count: int) -> None:
-        self.bonus = math.log(count)
-
-    def __call__(
-        self, attention: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, **unused: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Picture tokens [B, P, D] and text tokens [B, T, D] to the same shapes."""
-
-        def heads(values: Tensor, norm: nn.Module | None) -> Tensor:
-            split = values.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-            return cast(Tensor, norm(split)) if norm is not None else split
-
-        seen, said = hidden_states, encoder_hidden_states
-        query = torch.cat(
-            [
-                heads(attention.to_q(seen), attention.norm_q),
-                heads(attention.add_q_proj(said), attention.norm_added_q),
-            ],
-            2,
-        )
-        key = torch.cat(
-            [
-                heads(attention.to_k(seen), attention.norm_k),
-                heads(attention.add_k_proj(said), attention.norm_added_k),
-            ],
-            2,
-        )
-        value = torch.cat([heads(attention.to_v(seen), None), heads(attention.add_v_proj(said), None)], 2)
-        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-        bias = scores.new_zeros(scores.shape[-1])
-        bias[-1] = self.bonus
-        mixed = (scores + bias).softmax(-1).to(value.dtype) @ value
-        pictures, text = mixed.transpose(1, 2).flatten(2).split([seen.shape[1], said.shape[1]], 1)
-        if not attention.context_pre_only:
-            text = attention.to_add_out(text)
-        return attention.to_out[1](attention.to_out[0](pictures)), text
 
 
 if __name__ == "__main__":
