@@ -20,7 +20,7 @@ app = typer.Typer(
     context_settings={"token_normalize_func": train_cli.hyphens},
 )
 
-Rule = Literal["best-worst", "all", "same-noise"]
+Rule = Literal["best-worst", "all", "same-noise", "best-near"]
 Sampler = Literal["ddim", "heun", "ancestral"]
 Folder = Annotated[Path, typer.Argument(help="A folder of align sample.")]
 Source = Annotated[str, typer.Argument(help=train_cli.SOURCE_HELP)]
@@ -129,7 +129,8 @@ def rank(
         Rule,
         typer.Option(
             "--pairs",
-            help="Of each prompt the best and the worst picture, all pairs, or near misses with their twins.",
+            help="Of each prompt the best and the worst picture, all pairs, or near misses: each with the prompt's "
+            "own picture from the same noise, or with its best ones.",
         ),
     ] = "best-worst",
     margin: Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -20,7 +20,7 @@ from backbone.console import UserError, progress
 from backbone.files import read_json, write_json, write_text
 from backbone.images import Picture, check, open_rgb
 
-Rule = Literal["best-worst", "all", "same-noise"]
+Rule = Literal["best-worst", "all", "same-noise", "best-near"]
 Match: TypeAlias = tuple[int, int]
 """Rows of two pictures that are compared."""
 
@@ -46,10 +46,10 @@ def rank(
 ) -> int:
     """Scores a pairs folder's pictures, writes `scores.json` and `ranking.jsonl`, and gives the number of pairs.
 
-    `rule` pairs each prompt's best picture with its worst, or all of them, or each near miss with the prompt's own
-    picture from the same noise, whichever of the two is better. `margin` is the least difference that makes a pair; of
-    several scorers, in standard deviations of their weighted sum. With `agree` only pairs on whose order all scorers
-    agree are kept (a Pareto order).
+    `rule` pairs each prompt's best picture with its worst, or all of them; or each near miss with the prompt's own
+    picture from the same noise, or with the prompt's best ones, whichever of the two is better. `margin` is the least
+    difference that makes a pair; of several scorers, in standard deviations of their weighted sum. With `agree` only
+    pairs on whose order all scorers agree are kept (a Pareto order).
     """
     began = time.perf_counter()
     prompts, pictures = read_samples(folder)
@@ -60,7 +60,7 @@ def rank(
     found = {scorer: scores_of(folder, scorer, read, files) for scorer in dict.fromkeys(scorers)}
     each = list(found.values())
     total = each[0] if len(each) == 1 else together(each, list(weights) or [1.0] * len(each))
-    every = list(twins(prompts, files, folder) if rule == "same-noise" else matched(files, total, rule))
+    every = list(met(rule, prompts, files, folder, total))
     pairs = list(preferred(files, every, total, each if agree else [], margin=margin))
     if not pairs:
         raise UserError(
@@ -92,6 +92,23 @@ def scores_of(
     return torch.cat(parts)
 
 
+def met(
+    rule: Rule, prompts: Sequence[Prompt], files: Sequence[tuple[int, str]], folder: Path, total: Tensor
+) -> Iterator[Match]:
+    """Rows of the pictures that meet by this rule; `UserError` where it needs near misses and there are none."""
+    if rule == "best-worst" or rule == "all":
+        return matched(files, total, rule)
+    if not any(prompt.near for prompt in prompts):
+        raise UserError(
+            f"{folder} was drawn without near misses. Give some prompts a list `near`, or choose other --pairs."
+        )
+    per_prompt = int(read_json(folder / SAMPLES)["per_prompt"])
+    rows = {name: row for row, (_, name) in enumerate(files)}
+    if rule == "same-noise":
+        return twins(prompts, rows, per_prompt)
+    return best_with_near(prompts, rows, per_prompt, total)
+
+
 def matched(files: Sequence[tuple[int, str]], total: Tensor, rule: Rule = "best-worst") -> Iterator[Match]:
     """Rows of each prompt's pictures that meet: its best and its worst, or all, two and two."""
     rows: dict[int, list[int]] = {}
@@ -102,19 +119,25 @@ def matched(files: Sequence[tuple[int, str]], total: Tensor, rule: Rule = "best-
         yield from [(ordered[0], ordered[-1])] if rule == "best-worst" else combinations(ordered, 2)
 
 
-def twins(prompts: Sequence[Prompt], files: Sequence[tuple[int, str]], folder: Path) -> Iterator[Match]:
+def twins(prompts: Sequence[Prompt], rows: Mapping[str, int], per_prompt: int) -> Iterator[Match]:
     """Rows of each near miss and of the prompt's own picture from the same noise, where both are there."""
-    per_prompt = int(read_json(folder / SAMPLES)["per_prompt"])
-    rows = {name: row for row, (_, name) in enumerate(files)}
-    if not any(prompt.near for prompt in prompts):
-        raise UserError(
-            f"{folder} was drawn without near misses. Give some prompts a list `near`, or choose other --pairs."
-        )
     for i, prompt in enumerate(prompts):
         for j in range(per_prompt, shots(prompt, per_prompt)):
             own, near = picture_name(i, shot(prompt, j, per_prompt)[1]), picture_name(i, j)
             if own in rows and near in rows:
                 yield rows[own], rows[near]
+
+
+def best_with_near(
+    prompts: Sequence[Prompt], rows: Mapping[str, int], per_prompt: int, total: Tensor
+) -> Iterator[Match]:
+    """Rows of each prompt's best own pictures, as many as it has near misses, and of these in their order."""
+    for i, prompt in enumerate(prompts):
+        names = [picture_name(i, j) for j in range(shots(prompt, per_prompt))]
+        own, near = (
+            [rows[n] for n in some if n in rows] for some in (names[:per_prompt], names[per_prompt:])
+        )
+        yield from zip(sorted(own, key=lambda row: -float(total[row])), near, strict=False)
 
 
 def preferred(

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from backbone.cache import VARIABLE
 from backbone.model import Backbone
+
+torch.set_num_threads(1)  # as `tests.check` has it: several threads round a batch of one and of eight differently
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -177,7 +177,7 @@ def drawn_and_ranked(
 ) -> tuple[Path, dict[str, float]]:
     """The pairs folder of these scenes, and the seconds that drawing and ranking took; done only once."""
     folder, steps = out / "pairs", out / "steps"
-    prompts = write_prompts(out / "prompts.jsonl", chosen, near=rule == "same-noise")
+    prompts = write_prompts(out / "prompts.jsonl", chosen, near=rule in ("same-noise", "best-near"))
     if (folder / SAMPLES).exists() and len(read_json(folder / SAMPLES)["prompts"]) != len(chosen):
         raise UserError(f"{folder} has the pictures of other prompts. Choose another --out.")
     drawing = once(

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from align.prompts import Prompt
-from align.rank import Ranked, Rule, matched, preferred, twins
+from align.rank import Ranked, Rule, matched, met, preferred
 from align.samples import picture_name, shot
 from align.scoring import open_judge, together
 from backbone.console import UserError
@@ -104,15 +104,29 @@ def test_a_near_miss_meets_the_prompt_s_own_picture_from_the_same_noise(tmp_path
         ("a dog", 0), ("a dog", 1), ("a cat", 0), ("an owl", 1), ("a cow", 0),
     ]  # fmt: skip
     files = [(0, picture_name(0, j)) for j in (0, 1, 2, 3)] + [(1, picture_name(1, j)) for j in (0, 1)]
-    met = list(twins(prompts, files, tmp_path))
-    assert met == [(0, 2), (1, 3)]  # the fifth picture is not drawn yet
-    pairs = list(preferred(files, met, torch.tensor([3.0, 1.0, 2.0, 4.0, 0.0, 9.0])))
+    total = torch.tensor([3.0, 1.0, 2.0, 4.0, 0.0, 9.0])
+    met_here = list(met("same-noise", prompts, files, tmp_path, total))
+    assert met_here == [(0, 2), (1, 3)]  # the fifth picture is not drawn yet
+    pairs = list(preferred(files, met_here, total))
     assert [(pair.chosen, pair.rejected) for pair in pairs] == [
         (picture_name(0, 0), picture_name(0, 2)),
         (picture_name(0, 3), picture_name(0, 1)),  # the scorer has the last word
     ]
     with pytest.raises(UserError, match="without near misses"):
-        list(twins(prompts[1:], files, tmp_path))
+        met("same-noise", prompts[1:], files, tmp_path, total)
+
+
+def test_near_misses_meet_the_prompt_s_best_pictures(tmp_path: Path) -> None:
+    write_json(tmp_path / "samples.json", {"per_prompt": 3})
+    prompts = [Prompt("a dog", near=("a cat", "an owl")), Prompt("a horse")]
+    files = [(0, picture_name(0, j)) for j in range(5)] + [(1, picture_name(1, j)) for j in range(3)]
+    total = torch.tensor([1.0, 5.0, 3.0, 2.0, 4.0, 7.0, 8.0, 9.0])
+    found = list(met("best-near", prompts, files, tmp_path, total))
+    assert found == [(1, 3), (2, 4)]
+    chosen = [(pair.chosen, pair.rejected) for pair in preferred(files, found, total)]
+    assert chosen[1] == (picture_name(0, 4), picture_name(0, 2))  # the scorer has the last word
+    with pytest.raises(UserError, match="without near misses"):
+        met("best-near", prompts[1:], files, tmp_path, total)
 
 
 def test_warmth_is_red_minus_blue() -> None:
