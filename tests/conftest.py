@@ -12,7 +12,8 @@ from PIL import Image
 from backbone.cache import VARIABLE
 from backbone.model import Backbone
 
-torch.set_num_threads(1)  # as `tests.check` has it: several threads round a batch of one and of eight differently
+# As `tests.check` has it: several threads round a batch of one and of eight differently.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
