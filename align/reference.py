@@ -70,8 +70,11 @@ class Bank:
         """Errors [G, B]; those of unvisited cells are computed now, in one batch."""
         rows, ks = (torch.tensor(part) for part in zip(*cells, strict=True))
         missing = torch.isnan(self.values[rows, ks, 0]).nonzero().flatten().tolist()
+        together = processes.sharded() and processes.any_of(bool(missing))
+        asked = missing or ([0] if together else [])  # a model that is cut up is asked by all or none
+        if asked:
+            found = self.live.errors(batch if len(asked) == len(batch) else batch.part(asked), cells)
         if missing:
-            found = self.live.errors(batch if len(missing) == len(batch) else batch.part(missing), cells)
             self.values[rows[missing], ks[missing]] = found.T.float().cpu()
             self.new += len(missing)
         return self.values[rows, ks].T.to(batch.noisy.device)

@@ -79,6 +79,7 @@ def train_taste(
     if vram is not None:
         from align.budget import budgeted
 
+        processes.refuse_shards("--vram counts for a process alone; it")
         pictures, prompts = sum(len(one.pictures) for one in records), len({one.prompt for one in records})
         model, settings = budgeted(model, settings, pictures, prompts, vram)
     share_of(settings)
@@ -116,6 +117,7 @@ def carry_on(run: Path, settings: Settings, model: Backbone, records: list[Recor
     if writes:
         trim_log(run / LOG, training.done)
         trim_log(run / EVALUATIONS, training.done)
+    processes.barrier()  # now every process reads what was kept
     watch = Watch(run, training, settings)
     if not training.done:
         watch.look(0)
@@ -215,23 +217,25 @@ class Watch:
 
     def __init__(self, run: Path, training: PreferenceTraining, settings: Settings) -> None:
         self.path, self.training, self.settings = run / EVALUATIONS, training, settings
-        known = processes.is_writer() and self.path.exists()
+        known = processes.takes_part() and self.path.exists()
         self.seen = read_jsonl(self.path) if known else []
         self.complaint = self._complaint(self.seen[-1]) if self.seen else ""
 
     def look(self, step: int) -> None:
         """Evaluates and writes a line; warns when the winners' error has risen beyond the tolerance.
 
-        Of several processes the writer does, with the banks of all.
+        Of several processes the writer does, with the banks of all; or all together, where the base is cut up.
         """
         if isinstance(self.training.reference, Bank):
             self.training.reference.merge()
-        if not processes.is_writer():
+        if not processes.takes_part():
             return
         if any(line["step"] == step for line in self.seen):
             return  # before the run was stopped
-        found = self.training.evaluate()
-        line: dict[str, Any] = {"step": step, "bank_gap": self.training.gap()}
+        found, gap = self.training.evaluate(), self.training.gap()
+        if not processes.is_writer():
+            return
+        line: dict[str, Any] = {"step": step, "bank_gap": gap}
         line |= {name: figures.as_json() for name, figures in found.items()}
         append_jsonl(self.path, line)
         self.seen = read_jsonl(self.path)
@@ -427,7 +431,10 @@ def _refuse_strangers(found: Preferences, settings: Settings, model: Backbone) -
     if not settings.any_model:
         refuse_another_model(found, settings.model, model.fingerprint)
     for folder in settings.concepts:
-        refuse_another_concept(read_concept(folder), model)
+        concept = read_concept(folder)
+        refuse_another_concept(concept, model)
+        if concept.changed:
+            processes.refuse_shards(f"{folder} changes the base's own weights, which")
 
 
 def shown(step: Report, training: PreferenceTraining) -> dict[str, float | str]:

@@ -118,11 +118,11 @@ class PreferenceTraining:
         self.reference: Reference = self._bank() if banked else self.live
         fresh = [self.material.train[row] for row in self.watched]
         asked = {"held-out": ("held-out", material.held_out), "training": ("fresh", fresh)}
-        with self._evaluation_mode():  # of several processes the writer judges
+        with self._evaluation_mode():  # of several processes the writer judges, or all together
             self.judges = {
                 name: judge(self.model, material, items, self.live, settings, draws)
                 for name, (draws, items) in asked.items()
-                if processes.is_writer()
+                if processes.takes_part()
             }
         if settings.full and isinstance(self.reference, Bank) and settings.loss not in WITHOUT_REFERENCE:
             self.fill(self.reference)
@@ -428,6 +428,8 @@ def micro_batches(cells: Cells, settings: Settings) -> list[list[tuple[int, int]
 
 def share_of(settings: Settings) -> processes.Share:
     """What this process does of a step. Raises `UserError` for a batch that these processes cannot share."""
+    if settings.full or settings.online:
+        processes.refuse_shards("--full" if settings.full else "--online")
     parts = micro_batches([(0, 0)] * settings.batch, settings)
     return processes.share(len(parts), min(len(part) for part in parts))
 

@@ -12,6 +12,7 @@ from backbone.console import UserError
 from backbone.files import read_tensors
 from backbone.model import Backbone
 from backbone.new_words import load_words
+from backbone.processes import refuse_shards
 
 
 def put_on(model: Backbone, concepts: Sequence[Concept], *, scale: float = 1.0) -> list[str]:
@@ -50,6 +51,7 @@ def put_on(model: Backbone, concepts: Sequence[Concept], *, scale: float = 1.0) 
 @torch.no_grad()
 def change_weights(model: Backbone, concept: Concept, *, scale: float = 1.0) -> None:
     """Adds to the denoiser's weights the differences that a concept's file holds, `scale` times."""
+    refuse_shards(f"{concept.folder} changes the base's own weights, which")
     path = concept.folder / concept.changed
     differences, _ = read_tensors(path)
     own = dict(model.denoiser.named_parameters())

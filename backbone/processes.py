@@ -44,11 +44,11 @@ def join(device: str) -> None:
         if _launcher_started_one_of_several():
             _start_all(device)
         return
-    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
+    for name in ("DEEPSPEED", "MEGATRON_LM"):
+        if _launcher_said(name):
             raise UserError(
-                f"The launcher was configured for {name.replace('_', '-')}, and this version keeps the whole model "
-                "in every process. Launch it with recipes/accelerate/gpus.yaml."
+                f"The launcher was configured for {name.replace('_', '-')}, which brings a training loop of its own. "
+                "To cut up the base over the processes, launch it with recipes/accelerate/fsdp.yaml."
             )
     if ":" in device:
         raise UserError(f"Each process takes a device of its own. Leave out --device {device}.")
@@ -82,6 +82,28 @@ def world() -> int:
 def is_writer() -> bool:
     """Whether this process writes files and speaks."""
     return rank() == 0
+
+
+# A model that is cut up (`backbone.shards`) ------------------------------------------------------------------
+
+
+def sharded() -> bool:
+    """Whether the launcher asked for FSDP: every process holds a part of the denoiser, and all ask it together."""
+    return world() > 1 and _launcher_said("FSDP")
+
+
+def takes_part() -> bool:
+    """Whether this process helps to compute what the writer alone needs: the writer, or all with a model cut up."""
+    return is_writer() or sharded()
+
+
+def refuse_shards(what: str) -> None:
+    """`UserError` for what cannot be done to a model that is cut up; `what` begins the sentence."""
+    if sharded():
+        raise UserError(
+            f"{what} needs the whole model in every process, and the launcher asked for FSDP. Launch it with "
+            "recipes/accelerate/gpus.yaml."
+        )
 
 
 # Parts of the work -------------------------------------------------------------------------------------------
@@ -121,7 +143,10 @@ def share(micros: int, rows: int) -> Share:
 
 def dealt(items: Sequence[Item], *, batch: int) -> list[Item]:
     """This process's part of what is done `batch` at a time, in the very batches of one process."""
-    starts = range(0, len(items), batch)[rank() :: world()]
+    starts = list(range(0, len(items), batch))
+    if sharded() and starts:  # all ask equally often; what is done twice comes out alike
+        starts += [starts[-1]] * (-len(starts) % world())
+    starts = starts[rank() :: world()]
     return [item for start in starts for item in items[start : start + batch]]
 
 
@@ -144,11 +169,14 @@ def prepared(work: Callable[[Item], object], items: Sequence[Item]) -> None:
 
 @contextmanager
 def writer_first() -> Iterator[None]:
-    """The writer goes through the `with` before the others do, who find on disk what it left there."""
-    if not is_writer():
+    """The writer goes through the `with` before the others do, who find on disk what it left there.
+
+    With a model that is cut up they go together: what one of them lacks, all do.
+    """
+    if not takes_part():
         barrier()
     yield
-    if is_writer():
+    if takes_part():
         barrier()
 
 
@@ -248,6 +276,11 @@ def _carrier() -> torch.device:
 
 
 # Launchers ---------------------------------------------------------------------------------------------------
+
+
+def _launcher_said(name: str) -> bool:
+    """Whether accelerate's configuration asks for it, as its launcher tells in the environment."""
+    return os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"
 
 
 def _launcher_started_one_of_several() -> bool:

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
+from backbone import processes
 from backbone.console import UserError
+from backbone.shards import cut
 
 BLOCKS = re.compile(r"(^|_)blocks?\.")  # the layers of a denoiser that repeat: nearly all of its weights
 KINDS = {"8bit": 1 + 4 / 2048, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
@@ -50,6 +52,8 @@ class Measures:
             raise UserError(f"The offloaded share lies between 0 and 1, and {self.offload} does not.")
         if self.quantize and self.offload:
             raise UserError("A quantised base is not offloaded as well. Choose one of the two.")
+        if self.quantize or self.offload or self.one_by_one:
+            processes.refuse_shards("A base that is quantised, lent from the CPU or asked picture by picture")
 
 
 def measures_of(settings: Any) -> Measures:
@@ -64,7 +68,9 @@ def measures_of(settings: Any) -> Measures:
 
 
 def held(denoiser: nn.Module, measures: Measures, device: torch.device) -> nn.Module:
-    """A loaded, frozen denoiser on its device, as the measures say."""
+    """A loaded, frozen denoiser on its device, as the measures say; cut up where the launcher asked for that."""
+    if processes.sharded():
+        return cut(denoiser, device)
     if measures.quantize:
         quantized(denoiser, measures.quantize)
     if measures.offload:

@@ -72,6 +72,7 @@ def train_concept(asked: dict[str, Any], subjects: Sequence[Subject], *, out: Pa
     if size is not None:
         from customize.budget import budgeted
 
+        processes.refuse_shards("--vram counts for a process alone; it")
         model, settings = budgeted(model, settings, sum(map(len, pictures)), size)
     vocabulary = model.text_encoder.tokenizer.get_vocab()
     if settings.train_text_encoder:
@@ -163,27 +164,28 @@ def carry_on(
                     f"Stopped and saved at step {report.step} of {settings.steps}. "
                     f"Continue with: customize train --resume {run}"
                 )
-            if writes and report.step % settings.validation_steps == 0 and not finished:
+            if report.step % settings.validation_steps == 0 and not finished:
                 with training.averaged():
                     previews.save(run / "previews" / f"step-{report.step:06d}.png", count=4)
             if processes.any_of(watch.due(report.step) and watch.look()) and not finished:
                 training.save(run)
                 break
     trained = time.perf_counter()
-    if not writes:
-        processes.leave()
-        return run
-    header = {
-        "atelier_token": " ".join(subject.token for subject in subjects),
-        "atelier_words": " ".join(subject.token_words for subject in subjects),
-        "base_model": settings.model,
-    }
-    dataclasses.replace(concept, **training.write(run, header)).write(run)
-    watch.report(settings)
+    if writes:
+        header = {
+            "atelier_token": " ".join(subject.token for subject in subjects),
+            "atelier_words": " ".join(subject.token_words for subject in subjects),
+            "base_model": settings.model,
+        }
+        dataclasses.replace(concept, **training.write(run, header)).write(run)
+        watch.report(settings)
     with training.averaged():
         shown = previews.save(
             run / SHEET, count=8, pictures=[picture for folder in pictures for picture in folder]
         )
+    if not writes:
+        processes.leave()
+        return run
     ended = time.perf_counter()
     timings = {
         "prepare": prepared - began,
@@ -235,7 +237,12 @@ class Previews:
         self.requests = [Request(spoken(prompt, [concept]), (i, 0)) for i, prompt in enumerate(self.prompts)]
 
     def save(self, path: Path, *, count: int, pictures: list[Picture] | None = None) -> list[str]:
-        """Writes a sheet of the first `count` prompts, the subject's pictures above them; gives the prompts."""
+        """Writes a sheet of the first `count` prompts, the subject's pictures above them; gives the prompts.
+
+        Of several processes the writer does, and the others draw along where the model is cut up.
+        """
+        if not processes.takes_part():
+            return []
         drawn: list[Image] = list(
             sample(
                 self.model,
@@ -252,7 +259,8 @@ class Previews:
         settings = self.settings
         how = f"{settings.sample_steps} steps, guidance {settings.guidance:g}, seed {settings.seed}"
         note = f"{settings.model}, {how}"
-        save_png(path, sheet(rows, title=self.settings.called(), note=note, row_titles=titles))
+        if processes.is_writer():
+            save_png(path, sheet(rows, title=self.settings.called(), note=note, row_titles=titles))
         return self.prompts[:count]
 
 

@@ -13,7 +13,7 @@ from backbone.concept import Concept
 from backbone.console import say
 from backbone.files import append_jsonl, read_jsonl, write_text
 from backbone.images import Picture
-from backbone.processes import is_writer
+from backbone.processes import is_writer, takes_part
 from backbone.report import command, curve, curves, heading, paragraph, picture, table, write_report
 from backbone.sheet import Cell, save_png, sheet
 from customize.dreambooth import Training
@@ -31,7 +31,10 @@ RULE = (
 
 
 class Watch:
-    """Evaluates a run as it trains. Without a scorer, when asked not to, or where another process does it: nothing."""
+    """Evaluates a run as it trains. Without a scorer, when asked not to, or where another process does it: nothing.
+
+    With a model that is cut up over the processes all evaluate together, and the writer writes.
+    """
 
     def __init__(self, run: Path, training: Training, concept: Concept, pictures: Sequence[Picture]) -> None:
         self.run, self.training, self.concept = run, training, concept
@@ -39,7 +42,7 @@ class Watch:
         own = model.location.local("scorer")
         self.evaluator = None
         self.patience = Patience(settings.patience or settings.steps)
-        scorers = Scorers.of(settings.scorer, own) if settings.evaluation_steps and is_writer() else None
+        scorers = Scorers.of(settings.scorer, own) if settings.evaluation_steps and takes_part() else None
         if scorers is not None:
             self.evaluator = Evaluator(model, scorers, concept, settings, pictures)
             self._remember()
@@ -61,14 +64,20 @@ class Watch:
             return False
         with self.training.averaged():
             figures, drawn = self.evaluator.measure(step, fixed_loss(self.training))
+        best = self.patience.note(figures)
+        if is_writer():
+            self._keep(figures, drawn, best=best and step > 0)
+        return bool(self.training.settings.patience) and self.patience.exhausted
+
+    def _keep(self, figures: Figures, drawn: Sequence[Image], *, best: bool) -> None:
+        """Writes the figures and the pictures, and the weights if they are the best so far."""
         append_jsonl(self.run / EVALUATIONS, asdict(figures))
         self._strip(figures, drawn)
-        if self.patience.note(figures) and step:
+        if best:
             folder = self.run / BEST
             folder.mkdir(exist_ok=True)
-            files = self.training.write(folder, {"atelier_step": str(step)})
+            files = self.training.write(folder, {"atelier_step": str(figures.step)})
             replace(self.concept, **files).write(folder)
-        return bool(self.training.settings.patience) and self.patience.exhausted
 
     def report(self, settings: Settings) -> None:
         """Writes `report.html`, and says which step was best."""
@@ -126,7 +135,8 @@ class Watch:
         if not path.exists() or self.evaluator is None:
             return
         kept = [line for line in read_jsonl(path) if line["step"] <= self.training.done]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        if is_writer():
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.patience.history = [Figures(**line) for line in kept]
         self.evaluator.start = self.patience.history[0] if kept else None
 

@@ -223,7 +223,7 @@ def test_a_launcher_that_started_too_few_for_an_unknown_reason_is_told(
     assert processes.world() == 1
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpus", "machines"])
+@pytest.mark.parametrize("name", ["cpu", "gpus", "fsdp", "machines"])
 def test_accelerate_reads_the_configurations_of_the_recipes(name: str) -> None:
     from accelerate.commands.config import load_config_from_file
 

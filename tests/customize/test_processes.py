@@ -24,6 +24,7 @@ from customize.runs import resume_concept
 from customize.settings import Settings
 from tests.customize.together import CASES, cold_worker, everything, worker
 
+ACCELERATE = Path(__file__).parents[2] / "recipes" / "accelerate"
 TRAIN = ("train", "--token", "[V]", "--class", "dog", "--precision", "fp32", "--device", "cpu")
 
 
@@ -156,6 +157,7 @@ def launch(*command: str, cache: Path, cwd: Path) -> subprocess.Popen[str]:
 FLAGS = {
     "on a CPU": ("--num_processes", "2", "--cpu"),
     "through torchrun": ("--num_processes", "2", "--multi_gpu", "--main_process_port", "0"),
+    "with FSDP": ("--config_file", str(ACCELERATE / "fsdp.yaml"), "--main_process_port", "0"),
 }
 
 
