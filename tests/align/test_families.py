@@ -1,0 +1,146 @@
+"""A step of Diffusion-DPO on every family is the paper's formula, written out with diffusers' networks and paths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from align.train import PreferenceTraining
+from tests import tiny
+from tests.align.test_train import material, opened, settings
+
+Native = Callable[[Any, Tensor, Tensor, dict[str, Tensor]], Tensor]
+"""(denoiser, noisy, timestep, text) → prediction, as diffusers' pipelines call it."""
+
+
+def sd(net: Any, noisy: Tensor, t: Tensor, text: dict[str, Tensor]) -> Tensor:
+    return cast(Tensor, net(noisy, t, encoder_hidden_states=text["hidden"]).sample)
+
+
+def sdxl(net: Any, noisy: Tensor, t: Tensor, text: dict[str, Tensor]) -> Tensor:
+    side = 8.0 * noisy.shape[-1]
+    added = {
+        "text_embeds": text["pooled"],
+        "time_ids": torch.tensor([[side, side, 0, 0, side, side]]).repeat(len(noisy), 1),
+    }
+    said = net(noisy, t, encoder_hidden_states=text["hidden"], added_cond_kwargs=added)
+    return cast(Tensor, said.sample)
+
+
+def sd3(net: Any, noisy: Tensor, t: Tensor, text: dict[str, Tensor]) -> Tensor:
+    said = net(
+        hidden_states=noisy,
+        timestep=t,
+        encoder_hidden_states=text["hidden"],
+        pooled_projections=text["pooled"],
+    )
+    return cast(Tensor, said.sample)
+
+
+def flux(net: Any, noisy: Tensor, t: Tensor, text: dict[str, Tensor]) -> Tensor:
+    from diffusers import FluxPipeline
+
+    count, channels, height, width = noisy.shape
+    said = net(
+        hidden_states=FluxPipeline._pack_latents(noisy, count, channels, height, width),
+        timestep=t / 1000,
+        guidance=torch.ones(count),
+        encoder_hidden_states=text["hidden"],
+        pooled_projections=text["pooled"],
+        txt_ids=torch.zeros(text["hidden"].shape[1], 3),
+        img_ids=FluxPipeline._prepare_latent_image_ids(
+            count, height // 2, width // 2, noisy.device, noisy.dtype
+        ),
+    ).sample
+    patches = said.view(count, height // 2, width // 2, channels, 2, 2)
+    return cast(Tensor, patches.permute(0, 3, 1, 4, 2, 5).reshape(noisy.shape))
+
+
+def pixart(net: Any, noisy: Tensor, t: Tensor, text: dict[str, Tensor]) -> Tensor:
+    said = net(
+        noisy,
+        encoder_hidden_states=text["hidden"],
+        encoder_attention_mask=text["mask"],
+        timestep=t,
+        added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+    ).sample
+    return cast(Tensor, said.chunk(2, dim=1)[0])
+
+
+FAMILIES: dict[str, tuple[Callable[[Path], Path], Native]] = {
+    "sd": (tiny.tiny_pipeline, sd),
+    "sdxl": (tiny.tiny_stable_diffusion_xl, sdxl),
+    "sd3": (tiny.tiny_stable_diffusion_3, sd3),
+    "flux": (tiny.tiny_flux, flux),
+    "pixart": (tiny.tiny_pixart, pixart),
+}
+
+
+def switch_adapters(denoiser: nn.Module, *, on: bool) -> None:
+    """As peft does it, layer by layer."""
+    for layer in denoiser.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.enable_adapters(on)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_step_is_the_paper_s_formula_in_loss_and_gradient(
+    tmp_path: Path, pairs_file: Path, name: str
+) -> None:
+    build, native = FAMILIES[name]
+    folder = build(tmp_path / name)
+    model, asked = opened(folder), settings(evaluation_draws=1, beta=300.0, prompt_dropout=0.0)
+    run = PreferenceTraining(model, material(model, pairs_file, asked), asked)
+    random = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for value in run.parameters.values():
+            value += 0.1 * torch.randn(value.shape, generator=random)
+    (ours,) = run.losses(1)
+    gradients = torch.autograd.grad(ours, list(run.parameters.values()))
+
+    cells = run.visits(1)
+    items = [run.material.train[row] for row, _ in cells]
+    clean = torch.stack([run.material.latents[item.pictures[g]] for g in (0, 1) for item in items])
+    noise = torch.stack(
+        [run.draws.noise(item, k, clean.shape[1:]) for item, (_, k) in zip(items, cells, strict=True)]
+    )
+    index = torch.tensor([run.draws.level(item, k) for item, (_, k) in zip(items, cells, strict=True)])
+    said = [item.prompt for item in items]
+    noise, index = noise.repeat(2, 1, 1, 1), index.repeat(2)
+    text = {key: value[said].repeat(2, *[1] * (value.dim() - 1)) for key, value in run.material.text.items()}
+    assert model.path.levels.time is not None
+    time = model.path.levels.time[index]
+    if model.path.kind == "flow":
+        sigma = (time / 1000)[:, None, None, None]
+        noisy, target = (1 - sigma) * clean + sigma * noise, noise - clean
+    else:
+        scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+        noisy, target = scheduler.add_noise(clean, noise, time.long()), noise
+    denoiser = cast(Any, model.denoiser)
+
+    def errors() -> Tensor:
+        return (native(denoiser, noisy, time, text) - target).square().mean(dim=(1, 2, 3))
+
+    switch_adapters(denoiser, on=False)
+    with torch.no_grad():
+        reference_w, reference_l = errors().chunk(2)
+    switch_adapters(denoiser, on=True)
+    model_w, model_l = errors().chunk(2)
+    inside = -0.5 * asked.beta * ((model_w - model_l) - (reference_w - reference_l))
+    literal = -F.logsigmoid(inside).mean()
+    theirs = torch.autograd.grad(literal, list(run.parameters.values()))
+
+    assert float(inside.detach().abs().max()) > 1e-3, "the adapter changes something"
+    assert float(ours) == pytest.approx(float(literal), rel=1e-4)
+    scale = max(float(value.abs().max()) for value in theirs)
+    assert scale > 0
+    for first, second in zip(gradients, theirs, strict=True):
+        assert float((first - second).abs().max()) < 1e-4 * scale
