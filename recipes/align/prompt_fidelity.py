@@ -47,8 +47,11 @@ from recipes.align.journey import (
 
 Kind = Literal["hard", "crowded"]
 KINDS: dict[Kind, Callable[[Scene], bool]] = {"hard": hard, "crowded": crowded}
-SAFEGUARDED = {"sdpo": ("dpo", "--safeguard", "0.5")}  # Diffusion-SDPO is DPO with its safeguard
 WITHOUT = ("--safeguard", "-1")
+LOSSES = {
+    "sdpo": ("dpo", "--safeguard", "0.5"),  # Diffusion-SDPO is DPO with its safeguard
+    "mapo": ("mapo", *WITHOUT, "--beta-dpo", "500"),  # as its authors have it
+}
 BUDGET = (
     "--steps", 900, "--train-batch-size", 8, "--learning-rate", 1e-4, "--lr-scheduler", "cosine", "--beta-dpo", 2000,
     "--evaluation-steps", 300,
@@ -61,7 +64,11 @@ def main(
     per_prompt: Annotated[int, typer.Option(min=2, help="Pictures of each.")] = 3,
     scorer: Annotated[str, typer.Option(help="What ranks them.")] = "moji",
     rule: Annotated[
-        str, typer.Option("--pairs-of", help="best-worst, all, or same-noise: near misses with their twins.")
+        str,
+        typer.Option(
+            "--pairs-of",
+            help="best-worst, all; near misses with their twins (same-noise) or with the best (best-near).",
+        ),
     ] = "same-noise",
     margin: Annotated[float, typer.Option(min=0, help="Pairs that differ by no more are left out.")] = 0.06,
     loss: Annotated[
@@ -100,10 +107,10 @@ def main(
     rows: list[tuple[str, Found, dict[str, object]]] = []
     base, alike = base_of(out / where), base_of(out / f"{where}-alike")
     for which in loss or ["sdpo"]:
-        kind, *more = SAFEGUARDED.get(which, (which, *WITHOUT))
+        kind, *more = LOSSES.get(which, (which, *WITHOUT))
         label = f"{which}-{name}" if name else which
         run_folder, training = trained(
-            out, label, folder, "--model", model, "--loss-type", kind, *more, *BUDGET, *flags.split()
+            out, label, folder, "--model", model, "--loss-type", kind, *BUDGET, *more, *flags.split()
         )
         times: dict[str, object] = {**seconds, "training": training}
         against = partial(compared, run_folder, test, judge, model=model, per_prompt=2, scorers=["moji"])
