@@ -35,6 +35,13 @@ Guidance = Annotated[
     float | None,
     typer.Option("--guidance", "--guidance-scale", min=0, help="1: none.", show_default="by model"),
 ]
+GuidanceStart = Annotated[
+    float,
+    typer.Option("--guidance-start", min=0, max=1, help="The share of the steps before guidance begins."),
+]
+GuidanceStop = Annotated[
+    float, typer.Option("--guidance-stop", min=0, max=1, help="The share of the steps after which it ends.")
+]
 
 
 def main() -> None:
@@ -53,6 +60,8 @@ def sample(
     concept: train_cli.Concepts = None,
     steps: Steps = None,
     guidance: Guidance = None,
+    guidance_start: GuidanceStart = 0.0,
+    guidance_stop: GuidanceStop = 1.0,
     seed: Annotated[int, typer.Option(help="Picture (i, j) depends on the seed, i and j only.")] = 0,
     negative: Annotated[
         str, typer.Option("--negative", "--negative-prompt", help="What to stay away from.")
@@ -77,7 +86,7 @@ def sample(
         model=model,
         concepts=concept or [],
         per_prompt=per_prompt,
-        drawing=Drawing(steps, guidance, seed, sampler, negative, batch),
+        drawing=Drawing(steps, guidance, seed, sampler, negative, batch, guidance_start, guidance_stop),
         device=device or "auto",
         precision=precision or "auto",
     )
@@ -250,6 +259,20 @@ def compare(
         float | None,
         typer.Option("--tuned-guidance", min=0, help="Of the tuned side.", show_default="--guidance"),
     ] = None,
+    guidance_start: GuidanceStart = 0.0,
+    guidance_stop: GuidanceStop = 1.0,
+    tuned_guidance_start: Annotated[
+        float | None,
+        typer.Option(
+            "--tuned-guidance-start", min=0, max=1, help="Of the tuned side.", show_default="--guidance-start"
+        ),
+    ] = None,
+    tuned_guidance_stop: Annotated[
+        float | None,
+        typer.Option(
+            "--tuned-guidance-stop", min=0, max=1, help="Of the tuned side.", show_default="--guidance-stop"
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Both sides begin with the same noise.")] = 0,
     negative: Annotated[
         str, typer.Option("--negative", "--negative-prompt", help="What to stay away from.")
@@ -267,13 +290,15 @@ def compare(
     from align.compare import Side, compare_models, summary
     from align.sampling import Drawing
 
+    start = guidance_start if tuned_guidance_start is None else tuned_guidance_start
+    stop = guidance_stop if tuned_guidance_stop is None else tuned_guidance_stop
     result = compare_models(
         Side.of(base),
-        replace(Side.of(tuned), guidance=tuned_guidance),
+        replace(Side.of(tuned), guidance=tuned_guidance, guided=(start, stop)),
         asked,
         out,
         per_prompt=per_prompt,
-        drawing=Drawing(steps, guidance, seed, sampler, negative, batch),
+        drawing=Drawing(steps, guidance, seed, sampler, negative, batch, guidance_start, guidance_stop),
         scorers=scorer,
         scales=scale or (),
         tie=tie,

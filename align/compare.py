@@ -51,7 +51,8 @@ SHOWN = 24  # prompts whose pictures the report shows
 class Side:
     """One of the two that are compared: a model, with concepts on it, so many times as strong.
 
-    `guidance` is this side's own, where it is not the drawing's: training can move the best one.
+    `guidance` and `guided`, the share of the steps that follow it, are this side's own where they are not the
+    drawing's: training can move the best ones.
     """
 
     name: str
@@ -59,10 +60,13 @@ class Side:
     concepts: tuple[Path, ...] = ()
     scale: float = 1.0
     guidance: float | None = None
+    guided: tuple[float, float] | None = None
 
     def drawn(self, drawing: Drawing) -> Drawing:
         """How this side is drawn."""
-        return drawing if self.guidance is None else dataclasses.replace(drawing, guidance=self.guidance)
+        guidance = drawing.guidance if self.guidance is None else self.guidance
+        start, stop = self.guided or drawing.guided
+        return dataclasses.replace(drawing, guidance=guidance, guidance_start=start, guidance_stop=stop)
 
     @classmethod
     def of(cls, name: str, model: str | None = None) -> Side:
@@ -335,7 +339,7 @@ def _claim(
         "weights": [content_hash(concept.weights_path) for concept in concepts if concept.weights],
         "scale": side.scale,
         "prompts": [prompt.text for prompt in prompts],
-        "drawing": {key: value for key, value in dataclasses.asdict(drawing).items() if key != "batch"},
+        "drawing": drawing.facts(),
     }
     path = folder / "drawn.json"
     if path.exists() and read_json(path) != json.loads(json.dumps(facts)):
@@ -386,7 +390,8 @@ def report(
     """The parts of the comparison's `report.html`."""
     drawing: Drawing = result["drawing"]
     tuned: Side = result["tuned"]
-    own = "" if tuned.guidance is None else f" (the tuned side {tuned.guidance:g})"
+    own = tuned.drawn(drawing).said()
+    other = "" if own == drawing.said() else f" (the tuned side {own})"
     every = [
         (scorer, name, str(Interval(**wins["rate"])), *_counts(wins), _gain(wins))
         for scorer, by_side in result["wins"].items()
@@ -396,7 +401,7 @@ def report(
     parts = [
         paragraph(
             f"{len(prompts)} prompts, {result['per_prompt']} pictures of each from the same noise; "
-            f"{drawing.sampler}, {drawing.steps} steps, guidance {drawing.guidance:g}{own}, seed {drawing.seed}."
+            f"{drawing.sampler}, {drawing.steps} steps, guidance {drawing.said()}{other}, seed {drawing.seed}."
         ),
         *(
             [paragraph(f"{', '.join(result['trained_on'])} also chose what the tuned model was trained on.")]

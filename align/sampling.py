@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,16 @@ from backbone.files import content_hash, read_json, write_json
 from backbone.learned import put_on
 from backbone.model import Backbone
 from backbone.runs import versions
-from backbone.sample import Request, Sampler, sample
+from backbone.sample import ALL_STEPS, Request, Sampler, refuse_no_share, sample
 from backbone.sheet import save_png
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """How pictures are drawn; None where the model's own default serves."""
+    """How pictures are drawn; None where the model's own default serves.
+
+    `guidance_start` and `guidance_stop` are the share of the steps, noisy to clean, that follow the guidance.
+    """
 
     steps: int | None = None
     guidance: float | None = None
@@ -35,13 +38,38 @@ class Drawing:
     sampler: Sampler = "ddim"
     negative: str = ""
     batch: int = 8
+    guidance_start: float = 0.0
+    guidance_stop: float = 1.0
+
+    def __post_init__(self) -> None:
+        refuse_no_share(self.guided)
+
+    @property
+    def guided(self) -> tuple[float, float]:
+        """The share of the steps that follow the guidance."""
+        return self.guidance_start, self.guidance_stop
+
+    def facts(self) -> dict[str, Any]:
+        """What the pictures depend on; guidance in all steps goes without saying."""
+        partly = self.guided != ALL_STEPS
+        silent = {"batch"} if partly else {"batch", "guidance_start", "guidance_stop"}
+        return {name: value for name, value in asdict(self).items() if name not in silent}
+
+    def said(self) -> str:
+        """How strong the guidance is, and when, in words."""
+        partly = (
+            ""
+            if self.guided == ALL_STEPS
+            else f" from {self.guided[0]:.0%} to {self.guided[1]:.0%} of the steps"
+        )
+        return f"{self.guidance:g}{partly}"
 
     def settled(self, model: Backbone) -> Drawing:
         """With the model's defaults filled in."""
         usual = model.defaults
         steps = int(usual["steps"]) if self.steps is None else self.steps
         guidance = float(usual["guidance"]) if self.guidance is None else self.guidance
-        return Drawing(steps, guidance, self.seed, self.sampler, self.negative, self.batch)
+        return replace(self, steps=steps, guidance=guidance)
 
 
 USUAL = Drawing()
@@ -126,6 +154,7 @@ def draw(
         seed=drawing.seed,
         sampler=drawing.sampler,
         batch=drawing.batch,
+        guided=drawing.guided,
     )
 
 
@@ -141,7 +170,7 @@ def _facts(
             said | {"weights": content_hash(concept.weights_path) if concept.weights else ""}
             for concept, said in zip(concepts, described(concepts), strict=True)
         ],
-        "drawing": {name: value for name, value in asdict(drawing).items() if name != "batch"},
+        "drawing": drawing.facts(),
         "per_prompt": per_prompt,
         "prompts": [_described(prompt) for prompt in prompts],
     }

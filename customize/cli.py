@@ -473,6 +473,14 @@ def sample(
         float | None,
         typer.Option("--guidance", "--guidance_scale", min=0, help="1: none.", show_default="by model"),
     ] = None,
+    guidance_start: Annotated[
+        float,
+        typer.Option("--guidance_start", min=0, max=1, help="The share of the steps before guidance begins."),
+    ] = 0.0,
+    guidance_stop: Annotated[
+        float,
+        typer.Option("--guidance_stop", min=0, max=1, help="The share of the steps after which it ends."),
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Picture (i, j) depends on the seed, i and j only.")] = 0,
     negative: Annotated[
         str, typer.Option("--negative", "--negative_prompt", help="What to stay away from.")
@@ -501,6 +509,7 @@ def sample(
         seed=seed,
         negative=negative,
         sampler=sampler,
+        guided=(guidance_start, guidance_stop),
         scale=scale,
         out=out,
         precision=precision or "auto",

@@ -16,7 +16,7 @@ from backbone.files import write_json
 from backbone.learned import put_on
 from backbone.model import Backbone
 from backbone.runs import versions
-from backbone.sample import Request, Sampler, sample
+from backbone.sample import ALL_STEPS, Request, Sampler, refuse_no_share, sample
 from backbone.sheet import Cell, in_rows, save_png, sheet
 
 BATCH = 8  # pictures drawn together
@@ -33,6 +33,7 @@ def draw(
     seed: int = 0,
     negative: str = "",
     sampler: Sampler = "ddim",
+    guided: tuple[float, float] = ALL_STEPS,
     scale: float = 1.0,
     out: Path = Path("samples"),
     precision: str = "auto",
@@ -42,6 +43,7 @@ def draw(
 
     Raises `UserError` for a token that no concept owns, or a concept of another model, before any weights load.
     """
+    refuse_no_share(guided)
     name = model or (concepts[0].model if concepts else "moji")
     processes.join(device)
     said = [spoken(prompt, concepts) for prompt in prompts]
@@ -54,7 +56,16 @@ def draw(
     began = time.perf_counter()
     own = processes.spread(requests, batch=BATCH)
     with progress(len(own), "drawing") as bar:
-        drawn = sample(backbone, own, steps=steps, guidance=guidance, seed=seed, sampler=sampler, batch=BATCH)
+        drawn = sample(
+            backbone,
+            own,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            sampler=sampler,
+            batch=BATCH,
+            guided=guided,
+        )
         for request, picture in zip(own, drawn, strict=True):
             i, j = request.key
             text = {"prompt": prompts[i], "seed": str(seed), "sample": str(j)}
@@ -67,6 +78,7 @@ def draw(
             "concepts": described(concepts),
             "steps": steps,
             "guidance": guidance,
+            "guided": list(guided),
             "sampler": sampler,
             "seed": seed,
             "negative": negative,
@@ -74,7 +86,8 @@ def draw(
             "seconds": round(time.perf_counter() - began, 2),
             "versions": versions(),
         }
-        note = f"{name}, {steps} steps, guidance {guidance:g}, seed {seed}"
+        partly = "" if guided == ALL_STEPS else f" from {guided[0]:.0%} to {guided[1]:.0%} of the steps"
+        note = f"{name}, {steps} steps, guidance {guidance:g}{partly}, seed {seed}"
         describe(out, requests, prompts, facts, note=note, columns=count if count > 1 else 4)
     processes.leave()
     return out / "sheet.png"

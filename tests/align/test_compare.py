@@ -184,3 +184,22 @@ def test_each_side_can_have_its_own_guidance(
     assert drawn == {"base": 3.0, "tuned": 1.5}
     assert read_json(out / "compare.json")["tuned"]["guidance"] == 1.5
     assert "guidance 3 (the tuned side 1.5)" in (out / "report.html").read_text()
+
+
+def test_a_side_can_follow_its_guidance_in_some_steps_only(
+    run: Path, tiny_folder: Path, prompts: Path, bright: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "c"
+    how = ("--prompts", prompts, "--per-prompt", 1, "--steps", 2, "--device", "cpu", "--precision", "fp32")
+    asked = ("compare", tiny_folder, run, *how, "--scorer", bright, "--guidance", 3, "--out", out)
+    align(*asked, "--tuned-guidance-start", 0.5)
+    drawn = {side: read_json(out / side / "drawn.json")["drawing"] for side in ("base", "tuned")}
+    assert "guidance_start" not in drawn["base"], "guidance in all steps goes without saying"
+    assert (drawn["tuned"]["guidance_start"], drawn["tuned"]["guidance_stop"]) == (0.5, 1.0)
+    assert "guidance 3 (the tuned side 3 from 50% to 100% of the steps)" in (out / "report.html").read_text()
+    assert "another --out" in refused(*asked, "--guidance-start", 0.5, "--tuned-guidance-start", 0)
+    nowhere = tmp_path / "nowhere"
+    said = refused(
+        "sample", "--prompts", prompts, "--guidance-start", 0.5, "--guidance-stop", 0.2, "--out", nowhere
+    )
+    assert "no share of them" in said and not nowhere.exists()
