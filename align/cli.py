@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast, get_args
 
 import typer
 
@@ -20,7 +20,8 @@ app = typer.Typer(
     context_settings={"token_normalize_func": train_cli.hyphens},
 )
 
-Rule = Literal["best-worst", "all", "same-noise", "best-near"]
+Rule = Literal["best-worst", "all", "own", "same-noise", "best-near"]  # `align.rank` has what they pair
+RULES = get_args(Rule)
 Sampler = Literal["ddim", "heun", "ancestral"]
 Folder = Annotated[Path, typer.Argument(help="A folder of align sample.")]
 Source = Annotated[str, typer.Argument(help=train_cli.SOURCE_HELP)]
@@ -134,14 +135,15 @@ def rank(
     pareto: Annotated[
         bool, typer.Option("--pareto", help="Keep only pairs on whose order all scorers agree.")
     ] = False,
-    rule: Annotated[
-        Rule,
+    rules: Annotated[
+        list[str],
         typer.Option(
             "--pairs",
-            help="Of each prompt the best and the worst picture, all pairs, or near misses: each with the prompt's "
-            "own picture from the same noise, or with its best ones.",
+            metavar="[" + "|".join(RULES) + "]",
+            help="Of each prompt the best and the worst picture, all pairs, all without near misses (own), or near "
+            "misses: each with the prompt's own picture from the same noise, or with its best ones. Repeatable.",
         ),
-    ] = "best-worst",
+    ] = ["best-worst"],  # noqa: B006 (typer copies it)
     margin: Annotated[
         float,
         typer.Option(
@@ -152,10 +154,15 @@ def rank(
     """Let scorers choose: pairs of each prompt's pictures, the better-scored one preferred."""
     from align.samples import read_samples
 
+    for rule in rules:
+        if rule not in RULES:
+            raise UserError(f"There is no rule {rule} for --pairs. Choose one of {', '.join(RULES)}.")
     prompts, _ = read_samples(folder)  # mistakes are answered before torch is imported
     from align.rank import rank as rank_folder
 
-    count = rank_folder(folder, scorer, weights=weight or (), rule=rule, margin=margin, agree=pareto)
+    count = rank_folder(
+        folder, scorer, weights=weight or (), rules=cast(list[Rule], rules), margin=margin, agree=pareto
+    )
     say(f"{count} pairs of {len(prompts)} prompts by {', '.join(scorer)}. Next: align train {folder}")
 
 

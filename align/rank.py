@@ -20,7 +20,7 @@ from backbone.console import UserError, progress
 from backbone.files import read_json, write_json, write_text
 from backbone.images import Picture, check, open_rgb
 
-Rule = Literal["best-worst", "all", "same-noise", "best-near"]
+Rule = Literal["best-worst", "all", "own", "same-noise", "best-near"]
 Match: TypeAlias = tuple[int, int]
 """Rows of two pictures that are compared."""
 
@@ -40,14 +40,15 @@ def rank(
     scorers: Sequence[str],
     *,
     weights: Sequence[float] = (),
-    rule: Rule = "best-worst",
+    rules: Sequence[Rule] = ("best-worst",),
     margin: float = 0.0,
     agree: bool = False,
 ) -> int:
     """Scores a pairs folder's pictures, writes `scores.json` and `ranking.jsonl`, and gives the number of pairs.
 
-    `rule` pairs each prompt's best picture with its worst, or all of them; or each near miss with the prompt's own
-    picture from the same noise, or with the prompt's best ones, whichever of the two is better. `margin` is the least
+    A rule pairs each prompt's best picture with its worst, or all of them, or all that are no near misses (`own`); or
+    each near miss with the prompt's own picture from the same noise, or with the prompt's best ones, whichever of the
+    two is better. What several rules pair is put together, each pair once. `margin` is the least
     difference that makes a pair; of several scorers, in standard deviations of their weighted sum. With `agree` only
     pairs on whose order all scorers agree are kept (a Pareto order).
     """
@@ -60,7 +61,8 @@ def rank(
     found = {scorer: scores_of(folder, scorer, read, files) for scorer in dict.fromkeys(scorers)}
     each = list(found.values())
     total = each[0] if len(each) == 1 else together(each, list(weights) or [1.0] * len(each))
-    every = list(met(rule, prompts, files, folder, total))
+    matches = (match for rule in rules for match in met(rule, prompts, files, folder, total))
+    every = list({frozenset(match): match for match in matches}.values())
     pairs = list(preferred(files, every, total, each if agree else [], margin=margin))
     if not pairs:
         raise UserError(
@@ -97,23 +99,28 @@ def met(
 ) -> Iterator[Match]:
     """Rows of the pictures that meet by this rule; `UserError` where it needs near misses and there are none."""
     if rule == "best-worst" or rule == "all":
-        return matched(files, total, rule)
+        return matched(range(len(files)), files, total, rule)
+    per_prompt = int(read_json(folder / SAMPLES)["per_prompt"])
+    if rule == "own":
+        names = {picture_name(i, j) for i in range(len(prompts)) for j in range(per_prompt)}
+        return matched([row for row, (_, name) in enumerate(files) if name in names], files, total, "all")
     if not any(prompt.near for prompt in prompts):
         raise UserError(
             f"{folder} was drawn without near misses. Give some prompts a list `near`, or choose other --pairs."
         )
-    per_prompt = int(read_json(folder / SAMPLES)["per_prompt"])
     rows = {name: row for row, (_, name) in enumerate(files)}
     if rule == "same-noise":
         return twins(prompts, rows, per_prompt)
     return best_with_near(prompts, rows, per_prompt, total)
 
 
-def matched(files: Sequence[tuple[int, str]], total: Tensor, rule: Rule = "best-worst") -> Iterator[Match]:
-    """Rows of each prompt's pictures that meet: its best and its worst, or all, two and two."""
+def matched(
+    chosen: Sequence[int], files: Sequence[tuple[int, str]], total: Tensor, rule: Rule = "best-worst"
+) -> Iterator[Match]:
+    """Of the chosen rows those of each prompt that meet: its best and its worst, or all, two and two."""
     rows: dict[int, list[int]] = {}
-    for row, (i, _) in enumerate(files):
-        rows.setdefault(i, []).append(row)
+    for row in chosen:
+        rows.setdefault(files[row][0], []).append(row)
     for own in rows.values():
         ordered = sorted(own, key=lambda row: -float(total[row]))
         yield from [(ordered[0], ordered[-1])] if rule == "best-worst" else combinations(ordered, 2)

@@ -172,12 +172,14 @@ def drawn_and_ranked(
     model: str,
     per_prompt: int,
     scorer: str | Path,
-    rule: str = "best-worst",
+    rules: Sequence[str] = ("best-worst",),
     margin: float = 0.0,
 ) -> tuple[Path, dict[str, float]]:
     """The pairs folder of these scenes, and the seconds that drawing and ranking took; done only once."""
     folder, steps = out / "pairs", out / "steps"
-    prompts = write_prompts(out / "prompts.jsonl", chosen, near=rule in ("same-noise", "best-near"))
+    prompts = write_prompts(
+        out / "prompts.jsonl", chosen, near=bool({"same-noise", "best-near"} & set(rules))
+    )
     if (folder / SAMPLES).exists() and len(read_json(folder / SAMPLES)["prompts"]) != len(chosen):
         raise UserError(f"{folder} has the pictures of other prompts. Choose another --out.")
     drawing = once(
@@ -187,7 +189,7 @@ def drawn_and_ranked(
     )  # fmt: skip
     ranking = once(
         steps / "ranking.json", folder / RANKING,
-        "rank", folder, "--scorer", scorer, "--pairs", rule, "--margin", margin,
+        "rank", folder, "--scorer", scorer, *(word for rule in rules for word in ("--pairs", rule)), "--margin", margin,
     )  # fmt: skip
     return folder, {"sampling": drawing, "ranking": ranking}
 

@@ -63,13 +63,10 @@ def main(
     pairs: Annotated[int, typer.Option(min=2, help="Prompts, so at most so many pairs.")] = 300,
     per_prompt: Annotated[int, typer.Option(min=2, help="Pictures of each.")] = 3,
     scorer: Annotated[str, typer.Option(help="What ranks them.")] = "moji",
-    rule: Annotated[
-        str,
-        typer.Option(
-            "--pairs-of",
-            help="best-worst, all; near misses with their twins (same-noise) or with the best (best-near).",
-        ),
-    ] = "same-noise",
+    rules: Annotated[
+        list[str] | None,
+        typer.Option("--pairs-of", help="As align rank --pairs; repeatable.", show_default="same-noise"),
+    ] = None,
     margin: Annotated[float, typer.Option(min=0, help="Pairs that differ by no more are left out.")] = 0.06,
     loss: Annotated[
         list[str] | None,
@@ -97,7 +94,13 @@ def main(
     seeds, where = (DEVELOPMENT_PROMPTS, "development") if development else (HELD_OUT_PROMPTS, "compare")
     test = scenes(seeds, held_out, wanted, without=learn)
     folder, seconds = drawn_and_ranked(
-        out, learn, model=model, per_prompt=per_prompt, scorer=scorer, rule=rule, margin=margin
+        out,
+        learn,
+        model=model,
+        per_prompt=per_prompt,
+        scorer=scorer,
+        rules=rules or ["same-noise"],
+        margin=margin,
     )
     order = order_of(folder, learn, judge)
     say(str(order))

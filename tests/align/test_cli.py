@@ -158,6 +158,7 @@ def test_near_misses_are_drawn_from_the_prompt_s_own_noise_and_meet_it(
     (pair,) = read(folder).pairs
     assert {picture.path.name for picture in pair.pictures} == {"p00000-s00.png", "p00000-s02.png"}
     assert "without near misses" in refused("rank", drawn, "--scorer", bright, "--pairs", "same-noise")
+    assert "no rule nearest" in refused("rank", drawn, "--scorer", bright, "--pairs", "nearest")
 
 
 def test_underscores_serve_as_hyphens() -> None:

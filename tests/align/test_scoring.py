@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from align.prompts import Prompt
-from align.rank import Ranked, Rule, matched, met, preferred
+from align.rank import Ranked, Rule, matched, met, preferred, rank
 from align.samples import picture_name, shot
 from align.scoring import open_judge, together
 from backbone.console import UserError
-from backbone.files import write_json
+from backbone.files import read_jsonl, write_json
 
 RED, BLUE = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
 
@@ -78,7 +78,9 @@ FILES = [(0, "a"), (0, "b"), (0, "c"), (1, "d"), (1, "e")]
 def paired(
     total: torch.Tensor, each: Sequence[torch.Tensor] = (), *, rule: Rule = "best-worst", margin: float = 0.0
 ) -> list[Ranked]:
-    return list(preferred(FILES, list(matched(FILES, total, rule)), total, each, margin=margin))
+    return list(
+        preferred(FILES, list(matched(range(len(FILES)), FILES, total, rule)), total, each, margin=margin)
+    )
 
 
 def test_of_each_prompt_the_best_meets_the_worst() -> None:
@@ -127,6 +129,30 @@ def test_near_misses_meet_the_prompt_s_best_pictures(tmp_path: Path) -> None:
     assert chosen[1] == (picture_name(0, 4), picture_name(0, 2))  # the scorer has the last word
     with pytest.raises(UserError, match="without near misses"):
         met("best-near", prompts[1:], files, tmp_path, total)
+
+
+def test_several_rules_put_their_pairs_together_each_once(tmp_path: Path) -> None:
+    prompts = [{"prompt": "a dog", "category": "", "near": ["a cat"]}]
+    write_json(tmp_path / "samples.json", {"format": 1, "per_prompt": 3, "prompts": prompts})
+    (tmp_path / "pictures").mkdir()
+    for j, red in enumerate((255, 155, 55, 5)):
+        Image.new("RGB", (16, 16), (red, 0, 0)).save(tmp_path / picture_name(0, j))
+    mine = scorer(
+        tmp_path, "def score(images, prompts):\n    return [i.getpixel((0, 0))[0] for i in images]\n"
+    )
+
+    def pairs(*rules: Rule, margin: float = 0.0) -> set[tuple[int, int]]:
+        count = rank(tmp_path, [mine], rules=rules, margin=margin)
+        lines = read_jsonl(tmp_path / "ranking.jsonl")
+        assert len(lines) == count
+        numbers = {picture_name(0, j): j for j in range(4)}
+        return {(numbers[line["chosen"]], numbers[line["rejected"]]) for line in lines}
+
+    assert pairs("own") == {(0, 1), (0, 2), (1, 2)}
+    assert pairs("same-noise") == {(0, 3)}
+    assert pairs("own", "same-noise") == {(0, 1), (0, 2), (1, 2), (0, 3)}
+    assert pairs("all", "own", "same-noise", "best-worst") == {(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)}
+    assert pairs("own", "same-noise", margin=150) == {(0, 2), (0, 3)}
 
 
 def test_warmth_is_red_minus_blue() -> None:
