@@ -76,6 +76,10 @@ def main(
     guidance: Annotated[
         float, typer.Option(min=0, help="Of the tuned model's pictures; the base's own stays as it is.")
     ] = 2.5,
+    guidance_start: Annotated[
+        float,
+        typer.Option("--guidance-start", min=0, max=1, help="The same: the share of the steps without it."),
+    ] = 0.0,
     flags: Annotated[str, typer.Option(help="More flags for align train, in one string.")] = "",
     name: Annotated[str, typer.Option(help="Of runs with other flags, on the same pairs.")] = "",
     only_rank: Annotated[
@@ -108,6 +112,13 @@ def main(
     if only_rank:
         return
     rows: list[tuple[str, Found, dict[str, object]]] = []
+    own: tuple[object, ...] = ("--tuned-guidance", guidance)
+    both: tuple[object, ...] = ("--guidance", guidance)
+    said = f"at guidance {guidance:g}"
+    if guidance_start:
+        own += ("--tuned-guidance-start", guidance_start)
+        both += ("--guidance-start", guidance_start)
+        said += f" from {guidance_start:.0%} of the steps on"
     base, alike = base_of(out / where), base_of(out / f"{where}-alike")
     for which in loss or ["sdpo"]:
         kind, *more = LOSSES.get(which, (which, *WITHOUT))
@@ -118,15 +129,13 @@ def main(
         times: dict[str, object] = {**seconds, "training": training}
         against = partial(compared, run_folder, test, judge, model=model, per_prompt=2, scorers=["moji"])
         place = out / where / label
-        found = against(out=place, base_pictures=base, guidance=("--tuned-guidance", guidance))
+        found = against(out=place, base_pictures=base, guidance=own)
         base = base or place / "base"
         rows.append((label, found, times))
         tuned, place = place / "tuned", out / f"{where}-alike" / label
-        found = against(
-            out=place, base_pictures=alike, tuned_pictures=tuned, guidance=("--guidance", guidance)
-        )
+        found = against(out=place, base_pictures=alike, tuned_pictures=tuned, guidance=both)
         alike = alike or place / "base"
-        rows.append((f"{label}, both at guidance {guidance:g}", found, times))
+        rows.append((f"{label}, both {said}", found, times))
         write_text(out / "table.md", f"{table(rows)}\n\n{order}\n")
         write_json(out / "table.json", {"rows": rows, "flags": flags, "pairs": pairs, "held_out": held_out})
     print(table(rows))
