@@ -5,13 +5,14 @@
         --loss-type sft --loss-type sdpo               the losses under one budget, on the same pairs
     python -m recipes.align.prompt_fidelity --prompts-of crowded --out build/recipes/crowded
 
-A hard prompt names a coloured thing that wears something. `moji` draws three pictures of each, and from the same noise
-three near misses: without the colour, without what is worn, of another thing. The embedded scorer says by the prompt
-which of the two is the better one, and they become a pair where their scores differ by more than the margin
-(`--pairs-of best-worst --per-prompt 8` pairs the best of eight pictures of the prompt with the worst). The kind of
-prompt and of pair, the margin, the settings and the guidance were chosen on training and development prompts
+A hard prompt names a coloured thing that wears something. `moji` draws four pictures of each, and from the noise of
+three of them near misses: without the colour, without what is worn, of another thing. The embedded scorer says by the
+prompt which of two is the better one, of every picture and its near miss and of every two pictures of the prompt, and
+they become a pair where their scores differ by more than the margin (`--pairs-of` says which meet). The kind of prompt
+and of pair, the margin, the settings and the guidance were chosen on training and development prompts
 (`benchmarks/results/align.md`). As pairs of near misses teach what guidance teaches, the tuned model is drawn with
-less of it, and the base stands beside it twice: at its own guidance, which is best for it, and at the same. It should
+less of it: none in the first fifth of the steps, where it costs the variety. The base stands beside it twice: with its
+own guidance in all steps, which is best for it, and drawn the same way. It should
 show: the judge's all-right share on held-out prompts rises by 8 points or more with an interval clear of zero, and
 diversity stays above 0.9 of the base's. --development judges by other prompts, on which settings are chosen.
 """
@@ -60,12 +61,12 @@ BUDGET = (
 
 def main(
     prompts_of: Annotated[Kind, typer.Option(help="What is hard about the prompts.")] = "hard",
-    pairs: Annotated[int, typer.Option(min=2, help="Prompts, so at most so many pairs.")] = 300,
-    per_prompt: Annotated[int, typer.Option(min=2, help="Pictures of each.")] = 3,
+    pairs: Annotated[int, typer.Option(min=2, help="Prompts to draw.")] = 232,
+    per_prompt: Annotated[int, typer.Option(min=2, help="Pictures of each.")] = 4,
     scorer: Annotated[str, typer.Option(help="What ranks them.")] = "moji",
     rules: Annotated[
         list[str] | None,
-        typer.Option("--pairs-of", help="As align rank --pairs; repeatable.", show_default="same-noise"),
+        typer.Option("--pairs-of", help="As align rank --pairs; repeatable.", show_default="same-noise, own"),
     ] = None,
     margin: Annotated[float, typer.Option(min=0, help="Pairs that differ by no more are left out.")] = 0.06,
     loss: Annotated[
@@ -75,11 +76,11 @@ def main(
     held_out: Annotated[int, typer.Option(min=2, help="Prompts to judge by, two pictures of each.")] = 300,
     guidance: Annotated[
         float, typer.Option(min=0, help="Of the tuned model's pictures; the base's own stays as it is.")
-    ] = 2.5,
+    ] = 4.0,
     guidance_start: Annotated[
         float,
-        typer.Option("--guidance-start", min=0, max=1, help="The same: the share of the steps without it."),
-    ] = 0.0,
+        typer.Option("--guidance-start", min=0, max=1, help="Of the same: the share of the steps before it."),
+    ] = 0.2,
     flags: Annotated[str, typer.Option(help="More flags for align train, in one string.")] = "",
     name: Annotated[str, typer.Option(help="Of runs with other flags, on the same pairs.")] = "",
     only_rank: Annotated[
@@ -103,7 +104,7 @@ def main(
         model=model,
         per_prompt=per_prompt,
         scorer=scorer,
-        rules=rules or ["same-noise"],
+        rules=rules or ["same-noise", "own"],
         margin=margin,
     )
     order = order_of(folder, learn, judge)
