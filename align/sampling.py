@@ -21,7 +21,7 @@ from backbone.files import content_hash, read_json, write_json
 from backbone.learned import put_on
 from backbone.model import Backbone
 from backbone.runs import versions
-from backbone.sample import ALL_STEPS, Request, Sampler, refuse_no_share, sample
+from backbone.sample import ALL_STEPS, Request, Sampler, refuse_no_share, sample, share_said
 from backbone.sheet import save_png
 
 
@@ -57,12 +57,7 @@ class Drawing:
 
     def said(self) -> str:
         """How strong the guidance is, and when, in words."""
-        partly = (
-            ""
-            if self.guided == ALL_STEPS
-            else f" from {self.guided[0]:.0%} to {self.guided[1]:.0%} of the steps"
-        )
-        return f"{self.guidance:g}{partly}"
+        return f"{self.guidance:g}{share_said(self.guided)}"
 
     def settled(self, model: Backbone) -> Drawing:
         """With the model's defaults filled in."""

@@ -103,6 +103,12 @@ def within(share: tuple[float, float], inside: Predict, outside: Predict, ladder
     return predict
 
 
+def share_said(share: tuple[float, float]) -> str:
+    """The share in words, to stand behind the guidance; nothing for all steps."""
+    start, stop = share
+    return "" if share == ALL_STEPS else f" from {start:.0%} to {stop:.0%} of the steps"
+
+
 def refuse_no_share(share: tuple[float, float]) -> None:
     """`UserError` for what is no share of the steps."""
     start, stop = share

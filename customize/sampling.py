@@ -16,7 +16,7 @@ from backbone.files import write_json
 from backbone.learned import put_on
 from backbone.model import Backbone
 from backbone.runs import versions
-from backbone.sample import ALL_STEPS, Request, Sampler, refuse_no_share, sample
+from backbone.sample import ALL_STEPS, Request, Sampler, refuse_no_share, sample, share_said
 from backbone.sheet import Cell, in_rows, save_png, sheet
 
 BATCH = 8  # pictures drawn together
@@ -86,8 +86,7 @@ def draw(
             "seconds": round(time.perf_counter() - began, 2),
             "versions": versions(),
         }
-        partly = "" if guided == ALL_STEPS else f" from {guided[0]:.0%} to {guided[1]:.0%} of the steps"
-        note = f"{name}, {steps} steps, guidance {guidance:g}{partly}, seed {seed}"
+        note = f"{name}, {steps} steps, guidance {guidance:g}{share_said(guided)}, seed {seed}"
         describe(out, requests, prompts, facts, note=note, columns=count if count > 1 else 4)
     processes.leave()
     return out / "sheet.png"
