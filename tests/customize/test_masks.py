@@ -52,7 +52,7 @@ def seeing(model: Backbone, region: Tensor, monkeypatch: pytest.MonkeyPatch) -> 
     def network(denoiser: Any, text: Text) -> Network:
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
             asked.append(len(noisy))
-            heard = text["hidden"].abs().mean((1, 2))  # the plain mean is zero but for rounding: a norm comes before
+            heard = text["hidden"].abs().mean((1, 2))  # behind a norm the plain mean is zero but for rounding
             return noisy + region * heard[:, None, None, None]
 
         return predict
