@@ -431,10 +431,7 @@ def _refuse_strangers(found: Preferences, settings: Settings, model: Backbone) -
     if not settings.any_model:
         refuse_another_model(found, settings.model, model.fingerprint)
     for folder in settings.concepts:
-        concept = read_concept(folder)
-        refuse_another_concept(concept, model)
-        if concept.changed:
-            processes.refuse_shards(f"{folder} changes the base's own weights, which")
+        refuse_another_concept(read_concept(folder), model)
 
 
 def shown(step: Report, training: PreferenceTraining) -> dict[str, float | str]:

@@ -51,7 +51,6 @@ def put_on(model: Backbone, concepts: Sequence[Concept], *, scale: float = 1.0) 
 @torch.no_grad()
 def change_weights(model: Backbone, concept: Concept, *, scale: float = 1.0) -> None:
     """Adds to the denoiser's weights the differences that a concept's file holds, `scale` times."""
-    refuse_shards(f"{concept.folder} changes the base's own weights, which")
     path = concept.folder / concept.changed
     differences, _ = read_tensors(path)
     own = dict(model.denoiser.named_parameters())
@@ -62,7 +61,9 @@ def change_weights(model: Backbone, concept: Concept, *, scale: float = 1.0) -> 
 
 
 def refuse_another_model(concept: Concept, model: Backbone) -> None:
-    """`UserError` when a concept was trained on other weights than the model's."""
+    """`UserError` when a concept was trained on other weights than the model's, or changes weights that are cut up."""
+    if concept.changed:
+        refuse_shards(f"{concept.folder} changes the base's own weights, which")
     if concept.fingerprint != model.fingerprint:
         raise UserError(
             f"{concept.folder} was trained on {concept.model} with other weights than {model.location.name} has. "
