@@ -63,6 +63,15 @@ def sample(
     guidance: Guidance = None,
     guidance_start: GuidanceStart = 0.0,
     guidance_stop: GuidanceStop = 1.0,
+    redraw: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="After the first, a prompt's pictures are that one noised again and drawn anew in this share of the "
+            "steps: one layout, other details. 0: each from its own noise.",
+        ),
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Picture (i, j) depends on the seed, i and j only.")] = 0,
     negative: Annotated[
         str, typer.Option("--negative", "--negative-prompt", help="What to stay away from.")
@@ -87,7 +96,9 @@ def sample(
         model=model,
         concepts=concept or [],
         per_prompt=per_prompt,
-        drawing=Drawing(steps, guidance, seed, sampler, negative, batch, guidance_start, guidance_stop),
+        drawing=Drawing(
+            steps, guidance, seed, sampler, negative, batch, guidance_start, guidance_stop, redraw
+        ),
         device=device or "auto",
         precision=precision or "auto",
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from align.pairs import SAMPLES
@@ -18,10 +19,21 @@ from backbone import processes
 from backbone.concept import Concept, described, read_concept, spoken
 from backbone.console import UserError, progress
 from backbone.files import content_hash, read_json, write_json
+from backbone.images import to_image
 from backbone.learned import put_on
 from backbone.model import Backbone
 from backbone.runs import versions
-from backbone.sample import ALL_STEPS, Request, Sampler, refuse_no_share, sample, share_said
+from backbone.sample import (
+    ALL_STEPS,
+    Request,
+    Sampler,
+    redraw_latents,
+    refuse_no_share,
+    sample,
+    sample_latents,
+    share_said,
+    steps_before,
+)
 from backbone.sheet import save_png
 
 
@@ -29,7 +41,9 @@ from backbone.sheet import save_png
 class Drawing:
     """How pictures are drawn; None where the model's own default serves.
 
-    `guidance_start` and `guidance_stop` are the share of the steps, noisy to clean, that follow the guidance.
+    `guidance_start` and `guidance_stop` are the share of the steps, noisy to clean, that follow the guidance. With
+    `redraw` a prompt's samples from the second on are its first one, noised again and drawn anew in this share of the
+    steps: they have one layout, so that what differs is what there is to choose.
     """
 
     steps: int | None = None
@@ -40,9 +54,12 @@ class Drawing:
     batch: int = 8
     guidance_start: float = 0.0
     guidance_stop: float = 1.0
+    redraw: float = 0.0
 
     def __post_init__(self) -> None:
         refuse_no_share(self.guided)
+        if self.redraw and self.steps is not None:
+            steps_before(self.redraw, self.steps)
 
     @property
     def guided(self) -> tuple[float, float]:
@@ -50,9 +67,12 @@ class Drawing:
         return self.guidance_start, self.guidance_stop
 
     def facts(self) -> dict[str, Any]:
-        """What the pictures depend on; guidance in all steps goes without saying."""
-        partly = self.guided != ALL_STEPS
-        silent = {"batch"} if partly else {"batch", "guidance_start", "guidance_stop"}
+        """What the pictures depend on; guidance in all steps goes without saying, and so does noise of their own."""
+        silent = {"batch"}
+        if self.guided == ALL_STEPS:
+            silent |= {"guidance_start", "guidance_stop"}
+        if not self.redraw:
+            silent |= {"redraw"}
         return {name: value for name, value in asdict(self).items() if name not in silent}
 
     def said(self) -> str:
@@ -141,16 +161,46 @@ def draw(
     asked = [(i, *shot(prompts[i], j, per_prompt)) for i, j in keys]
     requests = [Request(_said(text, concepts), (i, noise), negative) for i, text, noise in asked]
     assert drawing.steps is not None and drawing.guidance is not None
-    return sample(
-        model,
-        requests,
-        steps=drawing.steps,
-        guidance=drawing.guidance,
-        seed=drawing.seed,
-        sampler=drawing.sampler,
-        batch=drawing.batch,
-        guided=drawing.guided,
-    )
+    how: dict[str, Any] = {
+        "steps": drawing.steps,
+        "guidance": drawing.guidance,
+        "seed": drawing.seed,
+        "sampler": drawing.sampler,
+        "batch": drawing.batch,
+        "guided": drawing.guided,
+    }
+    if not drawing.redraw:
+        return sample(model, requests, **how)
+    steps_before(drawing.redraw, drawing.steps)
+    firsts = {i: Request(_said(prompts[i].text, concepts), (i, 0), negative) for i, _ in keys}
+    return _redrawn(model, requests, firsts, drawing.redraw, how)
+
+
+def _redrawn(
+    model: Backbone,
+    requests: Sequence[Request],
+    firsts: Mapping[int, Request],
+    share: float,
+    how: dict[str, Any],
+) -> Iterator[Image.Image]:
+    """Pictures of the requests, in order: those of noise 0 as ever, the others their prompt's first one drawn anew."""
+    numbers, size = list(firsts), how["batch"]
+    for begin in range(0, len(numbers), size):
+        here = set(numbers[begin : begin + size])
+        some = [request for request in requests if request.key[0] in here]
+        anew = [request for request in some if request.key[1]]
+        whole = list(
+            dict.fromkeys([firsts[request.key[0]] for request in anew] + [r for r in some if not r.key[1]])
+        )
+        drawn = dict(zip(whole, torch.cat(list(sample_latents(model, whole, **how))), strict=True))
+        if anew:
+            clean = torch.stack([drawn[firsts[request.key[0]]] for request in anew])
+            latents = torch.cat(list(redraw_latents(model, clean, anew, share=share, **how)))
+            drawn |= dict(zip(anew, latents, strict=True))
+        for first in range(0, len(some), size):
+            part = torch.stack([drawn[request] for request in some[first : first + size]])
+            for picture in model.decode(part).cpu():
+                yield to_image(picture)
 
 
 def _facts(

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,11 @@ from align.compare import picture_name
 from align.pairs import RANKING, SAMPLES, SCORES, normal
 from align.runs import SUMMARY
 from align.samples import read_samples
+from align.scoring import open_scorer
 from align.settings import FILE
 from backbone.console import UserError, say
 from backbone.files import read_json, read_jsonl, write_json, write_text
+from backbone.scorers import diversity
 from backbone.statistics import Interval, bootstrap, wilson
 from backbone.world.scene import Scene, fair, sample_scene
 from backbone.world.words import Thing, vocabulary
@@ -36,6 +38,7 @@ from benchmarks.moji import QUESTIONS
 TRAINING_PROMPTS = range(1_600_000, 1_700_000)
 HELD_OUT_PROMPTS = range(1_700_000, 1_800_000)
 DEVELOPMENT_PROMPTS = range(1_800_000, 1_900_000)  # what settings are chosen on
+SIDES = ("base", "tuned")
 STEPS = ("--steps", 15)  # of every picture: as good as the usual 25 for the judge (docs/moji.md)
 
 
@@ -47,6 +50,8 @@ class Found:
     difference    tuned minus base, points as a share, paired
     wins          of each scorer, its win rate
     diversity     of the base's
+    of_right      the same over the prompts of which all pictures of both sides are right: how much of the variety is
+                  lost that is none of mistakes
     """
 
     n: int
@@ -55,6 +60,7 @@ class Found:
     difference: Interval
     wins: dict[str, Interval]
     diversity: float
+    of_right: float = float("nan")
 
 
 def scenes(
@@ -283,12 +289,14 @@ def compared(
     )  # fmt: skip
     result = read_json(out / "compare.json")
     keys = [(i, j) for i in range(len(chosen)) for j in range(per_prompt)]
-    right = {side: _right(out, side, chosen, keys, judge) for side in ("base", "tuned")}
+    pictures = {side: _pictures(out, side, keys) for side in SIDES}
+    right = {side: rightness(pictures[side], chosen, keys, judge) for side in SIDES}
     clusters = [
         [right["tuned"][i * per_prompt + j] - right["base"][i * per_prompt + j] for j in range(per_prompt)]
         for i in range(len(chosen))
     ]
     spread = result["diversity"]
+    each = {side: varieties(pictures[side], keys) for side in SIDES}
     return Found(
         n=len(keys),
         base=wilson(sum(right["base"]), len(keys)),
@@ -296,7 +304,29 @@ def compared(
         difference=bootstrap(clusters),
         wins={scorer: Interval(**sides["tuned"]["rate"]) for scorer, sides in result["wins"].items()},
         diversity=spread["tuned"] / spread["base"] if spread else float("nan"),
+        of_right=kept(right, each, keys),
     )
+
+
+def kept(
+    right: Mapping[str, Sequence[float]],
+    each: Mapping[str, Mapping[int, float]],
+    keys: Sequence[tuple[int, int]],
+) -> float:
+    """The tuned side's variety over the base's, of the prompts all of whose pictures are right on both sides."""
+    wrong = {i for side in SIDES for (i, _), value in zip(keys, right[side], strict=True) if not value}
+    good = sorted({i for i, _ in keys} - wrong)
+    base, tuned = (sum(each[side][i] for i in good) for side in SIDES)
+    return tuned / base if base else float("nan")
+
+
+def varieties(pictures: Sequence[Image.Image], keys: Sequence[tuple[int, int]]) -> dict[int, float]:
+    """For each prompt the mean cosine distance of its pictures by the embedded scorer, as `align compare` has it."""
+    vectors = open_scorer("moji").embed_images(pictures)
+    rows: dict[int, list[int]] = {}
+    for row, (i, _) in enumerate(keys):
+        rows.setdefault(i, []).append(row)
+    return {i: diversity(vectors[own]) for i, own in rows.items()}
 
 
 def base_of(folder: Path) -> Path | None:
@@ -314,7 +344,7 @@ def table(rows: Sequence[tuple[str, Found, dict[str, Any]]]) -> str:
     scorers = list(rows[0][1].wins) if rows else []
     named = [Path(scorer).stem for scorer in scorers]
     rates = [f"win rate, {name} (95 %)" for name in named]
-    heads = ["run", "all right", "base", "difference (95 %)", *rates, "diversity"]
+    heads = ["run", "all right", "base", "difference (95 %)", *rates, "diversity", "of right ones"]
     times = list(rows[0][2]) if rows else []
     lines = ["| " + " | ".join([*heads, *times]) + " |", "|" + "---|" * (len(heads) + len(times))]
     for name, found, seconds in rows:
@@ -323,15 +353,20 @@ def table(rows: Sequence[tuple[str, Found, dict[str, Any]]]) -> str:
             name, f"{found.tuned.value:.1%}", f"{found.base.value:.1%}",
             f"{100 * change.value:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f}) points",
             *(str(found.wins[scorer]) for scorer in scorers), f"{found.diversity:.2f}",
+            f"{found.of_right:.2f}",
             *(f"{value:.0f} s" if isinstance(value, float) else str(value) for value in seconds.values()),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", f"n = {rows[0][1].n if rows else 0} pictures a side."])
 
 
-def _right(
-    out: Path, side: str, chosen: Sequence[Scene], keys: Sequence[tuple[int, int]], judge: Judge
+def _pictures(out: Path, side: str, keys: Sequence[tuple[int, int]]) -> list[Image.Image]:
+    return [Image.open(out / picture_name(side, *key)).convert("RGB") for key in keys]
+
+
+def rightness(
+    pictures: Sequence[Image.Image], chosen: Sequence[Scene], keys: Sequence[tuple[int, int]], judge: Judge
 ) -> list[float]:
-    pictures = [Image.open(out / picture_name(side, *key)).convert("RGB") for key in keys]
+    """1 where everything that picture (i, j) was asked for is there, 0 otherwise."""
     seen = judge.verdicts(pictures)
     return [float(all_right(chosen[i], verdict)) for (i, _), verdict in zip(keys, seen, strict=True)]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -159,6 +160,46 @@ def test_near_misses_are_drawn_from_the_prompt_s_own_noise_and_meet_it(
     assert {picture.path.name for picture in pair.pictures} == {"p00000-s00.png", "p00000-s02.png"}
     assert "without near misses" in refused("rank", drawn, "--scorer", bright, "--pairs", "same-noise")
     assert "no rule nearest" in refused("rank", drawn, "--scorer", bright, "--pairs", "nearest")
+
+
+def test_pictures_drawn_anew_share_the_first_one_s_layout(
+    tmp_path: Path, tiny_folder: Path, prompts: Path, drawn: Path
+) -> None:
+    """The less is drawn anew, the nearer they stay; the first one is nobody's, and a lost one comes back as it was."""
+    model = ("--model", tiny_folder, "--precision", "fp32", "--device", "cpu", "--prompts", prompts)
+    two = (*model, "--per-prompt", 2, "--steps", 10)
+    distances = []
+    for share in (0.1, 0.5, 1):
+        folder = tmp_path / f"{share}"
+        align("sample", *two, "--redraw", share, "--out", folder)
+        first, second = (np.asarray(open_rgb(folder / picture_name(0, j)), float) for j in (0, 1))
+        distances.append(float(np.abs(first - second).mean()))
+    assert 0 < distances[0] < distances[1] < distances[2]
+    align("sample", *two, "--out", tmp_path / "own")
+    alone = (tmp_path / "own" / picture_name(0, 0)).read_bytes()
+    assert (tmp_path / "0.5" / picture_name(0, 0)).read_bytes() == alone
+    before = (tmp_path / "0.5" / picture_name(3, 1)).read_bytes()
+    (tmp_path / "0.5" / picture_name(3, 1)).unlink()
+    align("sample", *two, "--redraw", 0.5, "--out", tmp_path / "0.5")
+    assert (tmp_path / "0.5" / picture_name(3, 1)).read_bytes() == before
+    assert "another drawing" in refused("sample", *two, "--redraw", 0.6, "--out", tmp_path / "0.5")
+    assert "redraw" not in read_json(drawn / "samples.json")["drawing"]
+    few = (*model, "--steps", 2, "--redraw", 0.1, "--out", tmp_path / "few")
+    assert "0.1 of 2 steps is none" in refused("sample", *few) and not (tmp_path / "few").exists()
+
+
+def test_a_near_miss_of_a_picture_drawn_anew_starts_where_that_does(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    prompts, folder = tmp_path / "prompts.jsonl", tmp_path / "pairs"
+    prompts.write_text(
+        json.dumps({"prompt": "a red dog", "near": ["a red dog", "a red dog", "a dog"]}) + "\n"
+    )
+    model = ("--model", tiny_folder, "--precision", "fp32", "--device", "cpu", "--steps", 4)
+    align("sample", "--prompts", prompts, "--per-prompt", 3, "--redraw", 0.5, "--out", folder, *model)
+    pictures = [open_rgb(folder / picture_name(0, j)).tobytes() for j in range(6)]
+    assert pictures[3:5] == pictures[:2]  # who says the same thing draws the same picture
+    assert len(set(pictures)) == 4
 
 
 def test_underscores_serve_as_hyphens() -> None:

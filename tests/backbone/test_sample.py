@@ -1,6 +1,8 @@
-"""Guidance in a part of the steps."""
+"""Guidance in a part of the steps, and pictures that are drawn anew."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,15 @@ from backbone.console import UserError
 from backbone.ladders import karras_ladder
 from backbone.model import Backbone
 from backbone.noise import Estimate, Level
-from backbone.sample import Request, initial_noise, refuse_no_share, sample_latents, within
+from backbone.sample import (
+    Request,
+    initial_noise,
+    redraw_latents,
+    refuse_no_share,
+    sample_latents,
+    steps_before,
+    within,
+)
 from backbone.steps import heun, walk
 
 ASKED = [Request("a dog in the snow", (0, 0)), Request("a red cat", (1, 0))]
@@ -54,6 +64,29 @@ def test_what_is_drawn_is_the_prompt_s_way_and_then_the_guided_one(tiny: Backbon
     (always,) = sample_latents(tiny, ASKED, steps=4, guidance=3.0, seed=5)
     (said,) = sample_latents(tiny, ASKED, steps=4, guidance=3.0, seed=5, guided=(0.0, 1.0))
     assert torch.equal(always, said) and not torch.allclose(always, ours)
+
+
+def test_what_is_drawn_anew_is_the_picture_noised_and_walked_down(tiny: Backbone) -> None:
+    """SDEdit, written out: clean latents at the level of the last half, each with its own noise, guided as ever."""
+    clean = torch.randn(2, *tiny.latent_shape, generator=torch.Generator().manual_seed(1))
+    how: dict[str, Any] = {"steps": 4, "guidance": 3.0, "seed": 5}
+    (ours,) = redraw_latents(tiny, clean, ASKED, share=0.5, **how)
+    text = tiny.encode_prompts([request.prompt for request in ASKED])
+    rest = tiny.ladder(4)[2:]
+    noise = torch.stack([initial_noise(tiny, 5, *request.key) for request in ASKED])
+    start = rest.a[0].float() * clean + rest.b[0].float() * noise
+    expected = walk(start, tiny.guided_predictor(text, tiny.encode_prompts(["", ""]), 3.0), rest)
+    assert torch.allclose(ours, expected, atol=1e-5)
+    alone = torch.cat(list(redraw_latents(tiny, clean, ASKED, share=0.5, batch=1, **how)))
+    assert torch.allclose(ours, alone, atol=1e-4)
+
+
+def test_a_share_that_leaves_no_step_is_refused() -> None:
+    assert [steps_before(share, 10) for share in (0.1, 0.75, 1.0)] == [9, 2, 0]
+    with pytest.raises(UserError, match="is none"):
+        steps_before(0.04, 10)
+    with pytest.raises(UserError, match="no share"):
+        steps_before(1.5, 10)
 
 
 @pytest.mark.parametrize("share", [(0.5, 0.5), (0.7, 0.2), (-0.1, 1.0), (0.0, 1.1)])

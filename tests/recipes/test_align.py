@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -28,6 +29,7 @@ from recipes.align.journey import (
     another,
     crowded,
     hard,
+    kept,
     kind,
     near_misses,
     order_of,
@@ -86,6 +88,14 @@ def test_the_table_has_a_row_for_each_run() -> None:
     lines = table([("dpo", found, {"sampling": 12.0, "training": 30.0})]).splitlines()
     assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
     assert "+10.0 (+2.0 to +18.0) points" in lines[2] and "12 s" in lines[2] and "n = 20" in lines[-1]
+
+
+def test_the_variety_of_right_pictures_is_counted_where_both_sides_are_right() -> None:
+    keys = [(i, j) for i in range(3) for j in range(2)]
+    right = {"base": [1, 1, 1, 1, 1, 0], "tuned": [1, 1, 0, 1, 1, 1]}
+    each = {"base": {0: 0.2, 1: 9.0, 2: 9.0}, "tuned": {0: 0.1, 1: 9.0, 2: 9.0}}
+    assert kept(right, each, keys) == 0.5
+    assert math.isnan(kept(right | {"base": [0] * 6}, each, keys))
 
 
 @pytest.mark.parametrize("recipe", ["prompt_fidelity", "taste"])
