@@ -200,10 +200,10 @@ def drawn_and_ranked(
     return folder, {"sampling": drawing, "ranking": ranking}
 
 
-def trained(out: Path, name: str, folder: Path, *flags: object) -> tuple[Path, float]:
-    """The run folder of this name, and the seconds that its training took; done only once."""
+def trained(out: Path, name: str, *arguments: object) -> tuple[Path, float]:
+    """The run folder of this name, and the seconds that `align train` took with these arguments; done only once."""
     run = out / "runs" / name
-    words = ("train", folder, *flags, "--out", run)
+    words = ("train", *arguments, "--out", run)
     begun = (run / FILE).exists()
     return run, once(
         out / "steps" / f"{name}.json",

@@ -98,7 +98,7 @@ def test_the_variety_of_right_pictures_is_counted_where_both_sides_are_right() -
     assert math.isnan(kept(right | {"base": [0] * 6}, each, keys))
 
 
-@pytest.mark.parametrize("recipe", ["prompt_fidelity", "taste"])
+@pytest.mark.parametrize("recipe", ["prompt_fidelity", "reward", "taste"])
 def test_a_recipe_opens_with_its_command(recipe: str) -> None:
     text = (Path(__file__).parents[2] / "recipes" / "align" / f"{recipe}.py").read_text()
     assert f"    python -m recipes.align.{recipe}" in text.split('"""')[1]
