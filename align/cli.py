@@ -277,6 +277,9 @@ def compare(
         float | None,
         typer.Option("--tuned-guidance", min=0, help="Of the tuned side.", show_default="--guidance"),
     ] = None,
+    tuned_scale: Annotated[
+        float, typer.Option("--tuned-scale", min=0, help="How strongly the tuned side's training works.")
+    ] = 1.0,
     guidance_start: GuidanceStart = 0.0,
     guidance_stop: GuidanceStop = 1.0,
     tuned_guidance_start: Annotated[
@@ -312,7 +315,7 @@ def compare(
     stop = guidance_stop if tuned_guidance_stop is None else tuned_guidance_stop
     result = compare_models(
         Side.of(base),
-        replace(Side.of(tuned), guidance=tuned_guidance, guided=(start, stop)),
+        replace(Side.of(tuned), scale=tuned_scale, guidance=tuned_guidance, guided=(start, stop)),
         asked,
         out,
         per_prompt=per_prompt,
@@ -330,7 +333,7 @@ def compare(
         from align.label.session import Asked, Session, alone
 
         with alone(out):
-            pairs = [Asked(*names) for names in blind_pairs(asked, per_prompt)]
+            pairs = [Asked(*names) for names in blind_pairs(asked, per_prompt, tuned_scale)]
             _server()(Session(out, pairs, seed=seed, user=user), port=port)
         typer.echo(blind_summary(save_blind(out)))
 

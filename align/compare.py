@@ -116,14 +116,15 @@ def compare_models(
     began = time.perf_counter()
     sides = {
         BASE: base,
-        **{_folder(scale): dataclasses.replace(tuned, scale=scale) for scale in [tuned.scale, *scales]},
+        **{tuned_folder(scale): dataclasses.replace(tuned, scale=scale) for scale in [tuned.scale, *scales]},
     }
-    if len(tuned.concepts) > 1 and scales:
+    varied = "--scale" if scales else "--tuned-scale" if tuned.scale != 1 else ""
+    if varied and len(tuned.concepts) > 1:
         raise UserError(
-            f"{tuned.name} was trained on top of a concept, so its strength is not one number. Leave out --scale."
+            f"{tuned.name} was trained on top of a concept, so its strength is not one number. Leave out {varied}."
         )
-    if scales and not tuned.concepts:
-        raise UserError(f"{tuned.name} is a whole model, so it has no strength to vary. Leave out --scale.")
+    if varied and not tuned.concepts:
+        raise UserError(f"{tuned.name} is a whole model, so it has no strength to vary. Leave out {varied}.")
     judges = {name: open_judge(name) for name in dict.fromkeys(scorers)}
     known = sorted(taught_by(tuned) & set(scorers))
     if known:
@@ -141,7 +142,7 @@ def compare_models(
         for scorer, judge in judges.items()
     }
     variety = {name: _variety(pictures[name], keys) for name in sides} if per_prompt > 1 else {}
-    main = _folder(tuned.scale)
+    main = tuned_folder(tuned.scale)
     result = {
         "base": base,
         "tuned": tuned,
@@ -239,7 +240,7 @@ def blind_pairs(
                 f"p{i:05d}-s{j:02d}",
                 prompt.text,
                 picture_name(BASE, i, j),
-                picture_name(_folder(tuned_scale), i, j),
+                picture_name(tuned_folder(tuned_scale), i, j),
             )
 
 
@@ -372,8 +373,8 @@ def _rows(
     return by_side[BASE][chosen], by_side[tuned][chosen], [keys[row] for row in chosen]
 
 
-def _folder(scale: float) -> str:
-    """The folder of the tuned side at a strength."""
+def tuned_folder(scale: float) -> str:
+    """The folder of the tuned side at a strength, and its name in the results."""
     return "tuned" if scale == 1 else f"tuned-{scale:g}"
 
 

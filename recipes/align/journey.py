@@ -20,7 +20,7 @@ from typing import Any
 
 from PIL import Image
 
-from align.compare import picture_name
+from align.compare import picture_name, tuned_folder
 from align.pairs import RANKING, SAMPLES, SCORES, normal
 from align.runs import SUMMARY
 from align.samples import read_samples
@@ -38,7 +38,6 @@ from benchmarks.moji import QUESTIONS
 TRAINING_PROMPTS = range(1_600_000, 1_700_000)
 HELD_OUT_PROMPTS = range(1_700_000, 1_800_000)
 DEVELOPMENT_PROMPTS = range(1_800_000, 1_900_000)  # what settings are chosen on
-SIDES = ("base", "tuned")
 STEPS = ("--steps", 15)  # of every picture: as good as the usual 25 for the judge (docs/moji.md)
 
 
@@ -272,52 +271,61 @@ def order_of(folder: Path, chosen: Sequence[Scene], judge: Judge) -> Order:
 def compared(
     run: Path, chosen: Sequence[Scene], judge: Judge, *, model: str, per_prompt: int, scorers: Sequence[str], out: Path,
     guidance: Sequence[object] = (), base_pictures: Path | None = None, tuned_pictures: Path | None = None,
-    seed: int = 7,
+    scale: float = 1.0, seed: int = 7,
 ) -> Found:  # fmt: skip
     """`align compare` of a run against its base on these scenes, then the judge.
 
-    `guidance` is its flags about that; a side's pictures that another comparison has drawn alike are taken over.
+    `guidance` is its flags about that, `scale` the strength of what was learned; a side's pictures that another
+    comparison has drawn alike are taken over.
     """
     prompts = write_prompts(out / "prompts.jsonl", chosen)
-    for side, there in (("base", base_pictures), ("tuned", tuned_pictures)):
+    tuned = tuned_folder(scale)
+    for side, there in (("base", base_pictures), (tuned, tuned_pictures)):
         if there is not None and there != out / side and not (out / side).exists():
             shutil.copytree(there, out / side)
     flags = [word for scorer in scorers for word in ("--scorer", scorer)]
     align(
         "compare", model, run, "--prompts", prompts, "--per-prompt", per_prompt, *flags, "--seed", seed, *STEPS,
-        *guidance, "--out", out,
+        *guidance, "--tuned-scale", scale, "--out", out,
     )  # fmt: skip
     result = read_json(out / "compare.json")
     keys = [(i, j) for i in range(len(chosen)) for j in range(per_prompt)]
-    pictures = {side: _pictures(out, side, keys) for side in SIDES}
-    right = {side: rightness(pictures[side], chosen, keys, judge) for side in SIDES}
+    pictures = {side: _pictures(out, side, keys) for side in ("base", tuned)}
+    right = {side: rightness(pictures[side], chosen, keys, judge) for side in pictures}
     clusters = [
-        [right["tuned"][i * per_prompt + j] - right["base"][i * per_prompt + j] for j in range(per_prompt)]
+        [right[tuned][i * per_prompt + j] - right["base"][i * per_prompt + j] for j in range(per_prompt)]
         for i in range(len(chosen))
     ]
     spread = result["diversity"]
-    each = {side: varieties(pictures[side], keys) for side in SIDES}
     return Found(
         n=len(keys),
         base=wilson(sum(right["base"]), len(keys)),
-        tuned=wilson(sum(right["tuned"]), len(keys)),
+        tuned=wilson(sum(right[tuned]), len(keys)),
         difference=bootstrap(clusters),
-        wins={scorer: Interval(**sides["tuned"]["rate"]) for scorer, sides in result["wins"].items()},
-        diversity=spread["tuned"] / spread["base"] if spread else float("nan"),
-        of_right=kept(right, each, keys),
+        wins={scorer: Interval(**sides[tuned]["rate"]) for scorer, sides in result["wins"].items()},
+        diversity=spread[tuned] / spread["base"] if spread else float("nan"),
+        of_right=kept(
+            right[tuned],
+            right["base"],
+            varieties(pictures[tuned], keys),
+            varieties(pictures["base"], keys),
+            keys,
+        ),
     )
 
 
 def kept(
-    right: Mapping[str, Sequence[float]],
-    each: Mapping[str, Mapping[int, float]],
+    tuned_right: Sequence[float],
+    base_right: Sequence[float],
+    tuned: Mapping[int, float],
+    base: Mapping[int, float],
     keys: Sequence[tuple[int, int]],
 ) -> float:
     """The tuned side's variety over the base's, of the prompts all of whose pictures are right on both sides."""
-    wrong = {i for side in SIDES for (i, _), value in zip(keys, right[side], strict=True) if not value}
+    wrong = {i for (i, _), *both in zip(keys, tuned_right, base_right, strict=True) if not all(both)}
     good = sorted({i for i, _ in keys} - wrong)
-    base, tuned = (sum(each[side][i] for i in good) for side in SIDES)
-    return tuned / base if base else float("nan")
+    before = sum(base[i] for i in good)
+    return sum(tuned[i] for i in good) / before if before else float("nan")
 
 
 def varieties(pictures: Sequence[Image.Image], keys: Sequence[tuple[int, int]]) -> dict[int, float]:

@@ -6,8 +6,8 @@ Prompts, scorer, judge and held-out pictures are those of `recipes.align.prompt_
 points more pictures all right with 0.9 of the base's diversity. There a loss learns from how the scorer orders
 pictures; here DRaFT (Clark et al. 2024) climbs the scorer's number itself, through the decoder and the last steps of
 the sampler. A model that is trained on a scorer finds what that likes, so the scorer's win rate proves nothing here,
-and a second row asks whether prompts of any other kind have suffered. The number of steps and the tuned model's
-guidance were chosen on development prompts (`benchmarks/results/align.md`); --development judges by these.
+and a second row asks whether prompts of any other kind have suffered. The steps, and the tuned model's strength and
+guidance, were chosen on development prompts (`benchmarks/results/align.md`); --development judges by these.
 """
 
 from __future__ import annotations
@@ -52,11 +52,12 @@ KINDS = {"hard prompts": hard, "any prompts": plain}
 def main(
     prompts: Annotated[int, typer.Option(min=2, help="Prompts to learn from.")] = 600,
     scorer: Annotated[str, typer.Option(help="What is climbed; it must be a network.")] = "moji",
-    steps: Annotated[int, typer.Option(min=1, help="Of eight pictures each.")] = 100,
-    learning_rate: Annotated[float, typer.Option(min=0)] = 1.5e-3,
+    steps: Annotated[int, typer.Option(min=1, help="Of eight pictures each.")] = 85,
+    learning_rate: Annotated[float, typer.Option(min=0)] = 8e-4,
     held_out: Annotated[
         int, typer.Option(min=2, help="Prompts of each kind to judge by, two pictures of each.")
     ] = 300,
+    scale: Annotated[float, typer.Option(min=0, help="How strongly the tuned model's training works.")] = 0.7,
     guidance: Annotated[
         float, typer.Option(min=0, help="Of the tuned model's pictures; the base's own stays as it is.")
     ] = 2.5,
@@ -83,7 +84,7 @@ def main(
         pictures = out / f"{where}-{kind.split()[0]}"
         found = compared(
             run_folder, test, judge, model=model, per_prompt=2, scorers=["moji"], out=pictures / name,
-            guidance=("--tuned-guidance", guidance), base_pictures=base_of(pictures),
+            guidance=("--tuned-guidance", guidance), scale=scale, base_pictures=base_of(pictures),
         )  # fmt: skip
         rows.append((f"{name}, {kind}", found, {"training": training}))
         write_text(out / "table.md", table(rows))

@@ -100,6 +100,13 @@ def test_a_comparison_counts_wins_and_shows_pictures(
     assert (out / "report.html").read_text().count("<img") == len(FIVE)
     again = align("compare", tiny_folder, run, *same, "--scorer", bright, "--scale", 0.0, "--out", out)
     assert again.splitlines()[0] == said.splitlines()[0]
+    align("compare", tiny_folder, run, *same, "--scorer", bright, "--tuned-scale", 0.0, "--out", out)
+    weak = read_json(out / "compare.json")
+    assert weak["wins"][str(bright)] == {"tuned-0": wins["tuned-0"]}, "the same pictures, and no others"
+    assert set(weak["categories"][str(bright)]) == {"a", "the"}
+    assert "no strength to vary. Leave out --tuned-scale" in refused(
+        "compare", run, tiny_folder, *same, "--tuned-scale", 0.5, "--out", tmp_path / "other"
+    )
 
 
 @pytest.mark.parametrize("name", ["pairs.parquet", "pairs.jsonl"])

@@ -92,10 +92,9 @@ def test_the_table_has_a_row_for_each_run() -> None:
 
 def test_the_variety_of_right_pictures_is_counted_where_both_sides_are_right() -> None:
     keys = [(i, j) for i in range(3) for j in range(2)]
-    right = {"base": [1, 1, 1, 1, 1, 0], "tuned": [1, 1, 0, 1, 1, 1]}
-    each = {"base": {0: 0.2, 1: 9.0, 2: 9.0}, "tuned": {0: 0.1, 1: 9.0, 2: 9.0}}
-    assert kept(right, each, keys) == 0.5
-    assert math.isnan(kept(right | {"base": [0] * 6}, each, keys))
+    tuned, base = [1, 1, 0, 1, 1, 1], [1, 1, 1, 1, 1, 0]
+    assert kept(tuned, base, {0: 0.1, 1: 9.0, 2: 9.0}, {0: 0.2, 1: 9.0, 2: 9.0}, keys) == 0.5
+    assert math.isnan(kept(tuned, [0] * 6, {}, {}, keys))
 
 
 @pytest.mark.parametrize("recipe", ["prompt_fidelity", "reward", "taste"])
