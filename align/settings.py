@@ -168,12 +168,17 @@ class Settings:
 
 
 def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
-    """The settings of a run: what the user asked for over what works with the model (`align` in `atelier.json`)."""
+    """The settings of a run: what the user asked for over what works with the model.
+
+    That is `align` in `atelier.json`, and `draft` there for what reward gradients want otherwise.
+    """
     from_model = {
         "rank": usual.get("rank", 16),
         "lora_layers": usual.get("lora_layers", "attention"),
         **usual.get("align", {}),
     }
+    if asked.get("loss") == "draft":
+        from_model |= usual.get("draft", {})
     if asked.get("loss") in BETAS:
         from_model.pop("beta", None)  # which was chosen for another loss
     if asked.get("loss") == "kto":

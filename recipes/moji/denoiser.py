@@ -76,6 +76,14 @@ DEFAULTS = {  # what works with this model; Backbone.defaults reads it
         "least_noise": 0.2,
         "safeguard": 0.6,
     },
+    "draft": {  # recipes.align.reward
+        "learning_rate": 8e-4,
+        "lr_scheduler": "cosine",
+        "steps": 85,
+        "batch": 8,
+        "reward_steps": 5,
+        "sample_steps": 15,
+    },
     "edit": {"cross": 0.0, "self_attention": 0.2, "colour_self_attention": 0.5},
     "sheet_prompts": [
         "a {} in the snow",

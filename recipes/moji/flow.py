@@ -56,7 +56,12 @@ from recipes.moji.denoiser import (
 
 TOKENS = 32  # of a prompt, begin and end included
 WIDTHS = 256, 128  # of the two text encoders
-DEFAULTS = {**OF_MOJI, "steps": 28, "guidance": 4.0, "loss_weighting": "none"}
+DEFAULTS = {
+    **{name: value for name, value in OF_MOJI.items() if name != "draft"},  # which was not tried on it
+    "steps": 28,
+    "guidance": 4.0,
+    "loss_weighting": "none",
+}
 CARD = """# moji-flow
 
 A small rectified-flow transformer (`SD3Transformer2DModel`) of `moji`'s rendered world, 128 × 128 pixels, an ordinary

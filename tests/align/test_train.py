@@ -583,3 +583,10 @@ def test_the_embedded_model_says_how_it_is_aligned() -> None:
     found = resolved({"pairs": "p"}, usual)
     for name, value in usual["align"].items():
         assert getattr(found, name) == value and name in BY_MODEL
+    assert usual["draft"] == DEFAULTS["draft"]
+    found = resolved({"pairs": "", "loss": "draft", "online": "moji", "prompts": "p.txt"}, usual)
+    assert all(getattr(found, name) == value for name, value in usual["draft"].items())
+    assert "--reward-steps 5" in as_command(found, Path("out"))
+    assert (
+        resolved({"pairs": "", "loss": "ddpo", "online": "moji", "prompts": "p.txt"}, usual).reward_steps == 1
+    )
