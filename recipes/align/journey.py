@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from align.compare import picture_name, tuned_folder
@@ -28,16 +29,20 @@ from align.scoring import open_scorer
 from align.settings import FILE
 from backbone.console import UserError, say
 from backbone.files import read_json, read_jsonl, write_json, write_text
+from backbone.images import to_image
+from backbone.model import Backbone
 from backbone.scorers import diversity
 from backbone.statistics import Interval, bootstrap, wilson
+from backbone.world.render import render
 from backbone.world.scene import Scene, fair, sample_scene
 from backbone.world.words import Thing, vocabulary
-from benchmarks.judge import Judge, Verdict
+from benchmarks.judge import Judge, Verdict, prepared
 from benchmarks.moji import QUESTIONS
 
 TRAINING_PROMPTS = range(1_600_000, 1_700_000)
 HELD_OUT_PROMPTS = range(1_700_000, 1_800_000)
 DEVELOPMENT_PROMPTS = range(1_800_000, 1_900_000)  # what settings are chosen on
+TRUE_PICTURES = range(1_900_000, 2_000_000)
 STEPS = ("--steps", 15)  # of every picture: as good as the usual 25 for the judge (docs/moji.md)
 
 
@@ -335,6 +340,34 @@ def varieties(pictures: Sequence[Image.Image], keys: Sequence[tuple[int, int]]) 
     for row, (i, _) in enumerate(keys):
         rows.setdefault(i, []).append(row)
     return {i: diversity(vectors[own]) for i, own in rows.items()}
+
+
+@torch.no_grad()
+def truth(chosen: Sequence[Scene], judge: Judge, name: str, base: Path) -> str:
+    """What the bound is: the world's own pictures of these scenes, two of each, as the model's autoencoder keeps them.
+
+    `base` holds the base's pictures, two of each scene too, whose variety has mistakes in it. Needs the emoji font.
+    """
+    model = Backbone.open(name)
+    keys = [(i, j) for i in range(len(chosen)) for j in range(2)]
+    pictures: list[Image.Image] = []
+    for first in range(0, len(keys), 20):
+        some = [replace(chosen[i], seed=TRUE_PICTURES[2 * i + j]) for i, j in keys[first : first + 20]]
+        clean = prepared([render(scene).image for scene in some])
+        pictures += [to_image(picture) for picture in model.decode(model.encode(clean).mean).cpu()]
+    right = rightness(pictures, chosen, keys, judge)
+    drawn = [Image.open(base / f"p{i:05d}-s{j:02d}.png").convert("RGB") for i, j in keys]
+    theirs = varieties(drawn, keys)
+    well = rightness(drawn, chosen, keys, judge)
+    by_count: dict[int, list[float]] = {}
+    for i in range(len(chosen)):
+        by_count.setdefault(int(sum(well[2 * i : 2 * i + 2])), []).append(theirs[i])
+    before, after = (sum(each.values()) / len(each) for each in (theirs, varieties(pictures, keys)))
+    parts = ", ".join(f"{count} right: {sum(v) / len(v):.3f}" for count, v in sorted(by_count.items()))
+    return (
+        f"True pictures through the autoencoder: {wilson(sum(right), len(right))} all right, diversity {after:.3f}, "
+        f"{after / before:.2f} of the base's {before:.3f} (of two pictures {parts})."
+    )
 
 
 def base_of(folder: Path) -> Path | None:

@@ -33,6 +33,7 @@ from recipes.align.journey import (
     scenes,
     table,
     trained,
+    truth,
     write_prompts,
 )
 
@@ -66,6 +67,9 @@ def main(
     development: Annotated[
         bool, typer.Option("--development", help="Judge by the prompts that settings are chosen on.")
     ] = False,
+    bound: Annotated[
+        bool, typer.Option("--bound", help="Also say what true pictures come to; needs the emoji font.")
+    ] = False,
     model: Annotated[str, typer.Option(help="moji, or a diffusers folder.")] = "moji",
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("build/recipes/reward"),
 ) -> None:
@@ -78,6 +82,7 @@ def main(
         "--steps", steps, "--learning-rate", learning_rate, *BUDGET, *flags.split(),
     )  # fmt: skip
     seeds, where = (DEVELOPMENT_PROMPTS, "development") if development else (HELD_OUT_PROMPTS, "compare")
+    bounds: list[str] = []
     rows: list[tuple[str, Found, dict[str, object]]] = []
     for kind, wanted in KINDS.items():
         test = scenes(seeds, held_out, wanted, without=learn)
@@ -87,11 +92,13 @@ def main(
             guidance=("--tuned-guidance", guidance), scale=scale, base_pictures=base_of(pictures),
         )  # fmt: skip
         rows.append((f"{name}, {kind}", found, {"training": training}))
-        write_text(out / "table.md", table(rows))
+        if bound:
+            bounds.append(f"{kind}: {truth(test, judge, model, pictures / name / 'base')}")
+        write_text(out / "table.md", "\n\n".join([table(rows), *bounds]) + "\n")
         write_json(
             out / "table.json", {"rows": rows, "flags": flags, "prompts": prompts, "held_out": held_out}
         )
-    print(table(rows))
+    print("\n\n".join([table(rows), *bounds]))
     say(f"{out}/table.md holds the table.")
 
 

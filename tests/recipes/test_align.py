@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -17,9 +19,10 @@ from align.samples import picture_name
 from backbone.console import UserError
 from backbone.files import write_json
 from backbone.statistics import Interval
+from backbone.world.render import render
 from backbone.world.scene import Scene
 from backbone.world.words import Thing, vocabulary
-from benchmarks.judge import ONE, TWO_DIFFERENT, Judge, Verdict
+from benchmarks.judge import ONE, TWO_DIFFERENT, Judge, Verdict, load_judge
 from recipes.align import journey
 from recipes.align.journey import (
     HELD_OUT_PROMPTS,
@@ -36,6 +39,7 @@ from recipes.align.journey import (
     plain,
     scenes,
     table,
+    truth,
     write_prompts,
 )
 
@@ -95,6 +99,19 @@ def test_the_variety_of_right_pictures_is_counted_where_both_sides_are_right() -
     tuned, base = [1, 1, 0, 1, 1, 1], [1, 1, 1, 1, 1, 0]
     assert kept(tuned, base, {0: 0.1, 1: 9.0, 2: 9.0}, {0: 0.2, 1: 9.0, 2: 9.0}, keys) == 0.5
     assert math.isnan(kept(tuned, [0] * 6, {}, {}, keys))
+
+
+@pytest.mark.font
+def test_the_bound_is_what_the_world_s_own_pictures_come_to(tmp_path: Path) -> None:
+    chosen = scenes(HELD_OUT_PROMPTS, 4, hard)
+    for i, scene in enumerate(chosen):
+        for j in range(2):
+            render(replace(scene, seed=j)).image.save(tmp_path / f"p{i:05d}-s{j:02d}.png")
+    said = truth(chosen, load_judge(), "moji", tmp_path)
+    assert re.search(
+        r"autoencoder: (100|8\d|9\d)\.?\d*% .* all right, diversity 0\.0\d+, \d\.\d\d of the base's 0\.", said
+    )
+    assert "2 right: 0." in said
 
 
 @pytest.mark.parametrize("recipe", ["prompt_fidelity", "reward", "taste"])
