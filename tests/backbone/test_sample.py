@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from backbone.sample import (
     within,
 )
 from backbone.steps import heun, walk
+from tests.tiny import tiny_flux, tiny_pipeline, tiny_stable_diffusion_3, tiny_stable_diffusion_xl
 
 ASKED = [Request("a dog in the snow", (0, 0)), Request("a red cat", (1, 0))]
 
@@ -66,8 +69,16 @@ def test_what_is_drawn_is_the_prompt_s_way_and_then_the_guided_one(tiny: Backbon
     assert torch.equal(always, said) and not torch.allclose(always, ours)
 
 
-def test_what_is_drawn_anew_is_the_picture_noised_and_walked_down(tiny: Backbone) -> None:
+@pytest.mark.parametrize(
+    "build",
+    [tiny_pipeline, tiny_stable_diffusion_xl, tiny_stable_diffusion_3, tiny_flux],
+    ids=["sd", "sdxl", "sd3", "flux"],
+)
+def test_what_is_drawn_anew_is_the_picture_noised_and_walked_down(
+    build: Callable[[Path], Path], tmp_path: Path
+) -> None:
     """SDEdit, written out: clean latents at the level of the last half, each with its own noise, guided as ever."""
+    tiny = Backbone.open(str(build(tmp_path / "model")), device="cpu", precision="fp32")
     clean = torch.randn(2, *tiny.latent_shape, generator=torch.Generator().manual_seed(1))
     how: dict[str, Any] = {"steps": 4, "guidance": 3.0, "seed": 5}
     (ours,) = redraw_latents(tiny, clean, ASKED, share=0.5, **how)
