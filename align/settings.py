@@ -18,7 +18,10 @@ REWARD_LOSSES = ("draft", "ddpo")  # of a scorer's numbers, with --online alone
 LOSSES = (*PAIR_LOSSES, *REWARD_LOSSES)
 REFERENCES = ("bank", "live", "copy")
 WEIGHTINGS = ("none", "min-snr", "debiased")  # `align.train.LEVEL_WEIGHTS` has their functions
-BETAS = {"mapo": 500.0}  # where 2000 is not what the loss's authors use
+BETAS = {  # where 2000 is too much
+    "mapo": 500.0,  # its authors'
+    "ipo": 200.0,  # it asks for a margin of 1/β, and at 2000 has it at once
+}
 BY_MODEL = (  # what `align` in a model's `atelier.json` may say, so that a repeating command always does
     "beta",
     "loss_weighting",

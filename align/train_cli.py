@@ -81,7 +81,7 @@ def train(
             "--beta-dpo",
             min=0,
             help="Means the same for every loss; see align.losses.",
-            show_default="2000; mapo: 500",
+            show_default="2000; mapo: 500; ipo: 200",
         ),
     ] = None,
     ties: Annotated[

@@ -52,6 +52,7 @@ WITHOUT = ("--safeguard", "-1")
 LOSSES = {
     "sdpo": ("dpo", "--safeguard", "0.5"),  # Diffusion-SDPO is DPO with its safeguard
     "mapo": ("mapo", *WITHOUT, "--beta-dpo", "500"),  # as its authors have it
+    "ipo": ("ipo", *WITHOUT, "--beta-dpo", "200"),  # at 2000 it stands still
 }
 BUDGET = (
     "--steps", 900, "--train-batch-size", 8, "--learning-rate", 1e-4, "--lr-scheduler", "cosine", "--beta-dpo", 2000,

@@ -575,6 +575,7 @@ def test_what_works_with_a_model_serves_where_nothing_was_asked() -> None:
     asked = resolved({"pairs": "p", "beta": 50.0, "loss_weighting": "none"}, usual)
     assert (asked.beta, asked.loss_weighting) == (50.0, "none")
     assert resolved({"pairs": "p", "loss": "mapo"}, usual).beta == 500.0  # whose scale is another
+    assert resolved({"pairs": "p", "loss": "ipo"}, usual).beta == 200.0
 
 
 def test_the_embedded_model_says_how_it_is_aligned() -> None:
