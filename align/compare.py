@@ -357,13 +357,19 @@ def _judged(judge: Any, pictures: Sequence[Image], texts: Sequence[str], *, batc
     )
 
 
-def _variety(pictures: Sequence[Image], keys: Sequence[tuple[int, int]]) -> float:
-    """Mean over prompts of the mean cosine distance between a prompt's pictures, by the embedded scorer."""
+def varieties(pictures: Sequence[Image], keys: Sequence[tuple[int, int]]) -> dict[int, float]:
+    """For each prompt number the mean cosine distance between its pictures, by the embedded scorer."""
     vectors = open_scorer("moji").embed_images(pictures)
     rows: dict[int, list[int]] = {}
     for row, (i, _) in enumerate(keys):
         rows.setdefault(i, []).append(row)
-    return sum(diversity(vectors[own]) for own in rows.values()) / len(rows)
+    return {i: diversity(vectors[own]) for i, own in rows.items()}
+
+
+def _variety(pictures: Sequence[Image], keys: Sequence[tuple[int, int]]) -> float:
+    """The mean over prompts."""
+    each = varieties(pictures, keys).values()
+    return sum(each) / len(each)
 
 
 def _rows(

@@ -27,7 +27,6 @@ from backbone.sample import (
     ALL_STEPS,
     Request,
     Sampler,
-    redraw_latents,
     refuse_no_share,
     sample,
     sample_latents,
@@ -171,7 +170,6 @@ def draw(
     }
     if not drawing.redraw:
         return sample(model, requests, **how)
-    steps_before(drawing.redraw, drawing.steps)
     firsts = {i: Request(_said(prompts[i].text, concepts), (i, 0), negative) for i, _ in keys}
     return _redrawn(model, requests, firsts, drawing.redraw, how)
 
@@ -195,7 +193,7 @@ def _redrawn(
         drawn = dict(zip(whole, torch.cat(list(sample_latents(model, whole, **how))), strict=True))
         if anew:
             clean = torch.stack([drawn[firsts[request.key[0]]] for request in anew])
-            latents = torch.cat(list(redraw_latents(model, clean, anew, share=share, **how)))
+            latents = torch.cat(list(sample_latents(model, anew, clean=clean, share=share, **how)))
             drawn |= dict(zip(anew, latents, strict=True))
         for first in range(0, len(some), size):
             part = torch.stack([drawn[request] for request in some[first : first + size]])

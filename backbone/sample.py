@@ -73,43 +73,31 @@ def sample_latents(
     sampler: Sampler = "ddim",
     batch: int = 8,
     guided: tuple[float, float] = ALL_STEPS,
+    clean: Tensor | None = None,
+    share: float = 1.0,
 ) -> Iterator[Tensor]:
-    """The same as latents, a batch [B, C, H, W] at a time."""
-    ladder, batch = model.ladder(steps), 1 if model.measures.one_by_one else batch
-    for first in range(0, len(requests), batch):
-        some = requests[first : first + batch]
-        start = _noises(model, some, seed) * float((ladder.a[0] ** 2 + ladder.b[0] ** 2).sqrt())
-        predict = _asked(model, some, guidance, guided, ladder)
-        yield walker(sampler, _randoms(some, seed))(start, predict, ladder)
+    """The same as latents, a batch [B, C, H, W] at a time.
 
-
-@torch.no_grad()
-def redraw_latents(
-    model: Backbone,
-    clean: Tensor,
-    requests: Sequence[Request],
-    *,
-    share: float,
-    steps: int,
-    guidance: float,
-    seed: int,
-    sampler: Sampler = "ddim",
-    batch: int = 8,
-    guided: tuple[float, float] = ALL_STEPS,
-) -> Iterator[Tensor]:
-    """Other pictures with the layout of some: latents [R, C, H, W], one a request, noised and drawn anew.
-
-    Each takes the noise of its own key and the last `share` of the steps, as SDEdit does (Meng et al. 2022,
-    algorithm 1, with a fresh prompt). The smaller the share, the more is kept. Latents come a batch at a time.
+    With `clean`, latents [R, C, H, W], one a request, each picture begins with these, noised with the noise of its own
+    key, and takes the last `share` of the steps alone, as SDEdit does (Meng et al. 2022, algorithm 1, with a fresh
+    prompt): another picture with their layout, of which a smaller share keeps more.
     """
     ladder, batch = model.ladder(steps), 1 if model.measures.one_by_one else batch
-    rest = ladder[steps_before(share, steps) :]
+    rest = ladder if clean is None else ladder[steps_before(share, steps) :]
     for first in range(0, len(requests), batch):
         some = requests[first : first + batch]
-        kept = clean[first : first + batch].to(model.device)
-        start = add_noise(kept, _noises(model, some, seed), rest[0])
-        predict = _asked(model, some, guidance, guided, ladder)
-        yield walker(sampler, _randoms(some, seed))(start, predict, rest)
+        text = encoded_prompts(model, [request.prompt for request in some])
+        empty = encoded_prompts(model, [request.negative for request in some])
+        noise = torch.stack([initial_noise(model, seed, *request.key) for request in some]).to(model.device)
+        if clean is None:
+            start = noise * float((ladder.a[0] ** 2 + ladder.b[0] ** 2).sqrt())
+        else:
+            start = add_noise(clean[first : first + batch].to(model.device), noise, rest[0])
+        predict = model.guided_predictor(text, empty, guidance)
+        if guided != ALL_STEPS:
+            predict = within(guided, predict, model.predictor(text), ladder)
+        randoms = [generator(seed, *request.key, "steps") for request in some]
+        yield walker(sampler, randoms)(start, predict, rest)
 
 
 def steps_before(share: float, steps: int) -> int:
@@ -122,24 +110,6 @@ def steps_before(share: float, steps: int) -> int:
             f"{share:g} of {steps} steps is none, so every picture would stay as it is. Draw a larger share anew."
         )
     return skipped
-
-
-def _noises(model: Backbone, requests: Sequence[Request], seed: int) -> Tensor:
-    return torch.stack([initial_noise(model, seed, *request.key) for request in requests]).to(model.device)
-
-
-def _randoms(requests: Sequence[Request], seed: int) -> list[torch.Generator]:
-    return [generator(seed, *request.key, "steps") for request in requests]
-
-
-def _asked(
-    model: Backbone, requests: Sequence[Request], guidance: float, guided: tuple[float, float], ladder: Ladder
-) -> Predict:
-    """The guided prediction of these requests, in the share of the ladder's steps that is guided."""
-    text = encoded_prompts(model, [request.prompt for request in requests])
-    empty = encoded_prompts(model, [request.negative for request in requests])
-    predict = model.guided_predictor(text, empty, guidance)
-    return predict if guided == ALL_STEPS else within(guided, predict, model.predictor(text), ladder)
 
 
 def within(share: tuple[float, float], inside: Predict, outside: Predict, ladder: Ladder) -> Predict:

@@ -16,22 +16,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from PIL import Image
 
-from align.compare import picture_name, tuned_folder
+from align.compare import picture_name, tuned_folder, varieties
 from align.pairs import RANKING, SAMPLES, SCORES, normal
 from align.runs import SUMMARY
 from align.samples import read_samples
-from align.scoring import open_scorer
 from align.settings import FILE
 from backbone.console import UserError, say
 from backbone.files import read_json, read_jsonl, write_json, write_text
 from backbone.images import to_image
 from backbone.model import Backbone
-from backbone.scorers import diversity
 from backbone.statistics import Interval, bootstrap, wilson
 from backbone.world.render import render
 from backbone.world.scene import Scene, fair, sample_scene
@@ -43,6 +42,12 @@ TRAINING_PROMPTS = range(1_600_000, 1_700_000)
 HELD_OUT_PROMPTS = range(1_700_000, 1_800_000)
 DEVELOPMENT_PROMPTS = range(1_800_000, 1_900_000)  # what settings are chosen on
 TRUE_PICTURES = range(1_900_000, 2_000_000)
+Flags = Annotated[str, typer.Option(help="More flags for align train, in one string.")]
+Development = Annotated[
+    bool, typer.Option("--development", help="Judge by the prompts that settings are chosen on.")
+]
+Model = Annotated[str, typer.Option(help="moji, or a diffusers folder.")]
+Out = Annotated[Path, typer.Option(help="Where everything goes.")]
 STEPS = ("--steps", 15)  # of every picture: as good as the usual 25 for the judge (docs/moji.md)
 
 
@@ -81,6 +86,11 @@ def scenes(
                 yield scene
 
     return list(itertools.islice(new(), count))
+
+
+def judged_by(development: bool) -> tuple[range, str]:
+    """The seeds of the prompts that a run is judged by, and the folder where its comparisons go."""
+    return (DEVELOPMENT_PROMPTS, "development") if development else (HELD_OUT_PROMPTS, "compare")
 
 
 def hard(scene: Scene) -> bool:
@@ -333,20 +343,12 @@ def kept(
     return sum(tuned[i] for i in good) / before if before else float("nan")
 
 
-def varieties(pictures: Sequence[Image.Image], keys: Sequence[tuple[int, int]]) -> dict[int, float]:
-    """For each prompt the mean cosine distance of its pictures by the embedded scorer, as `align compare` has it."""
-    vectors = open_scorer("moji").embed_images(pictures)
-    rows: dict[int, list[int]] = {}
-    for row, (i, _) in enumerate(keys):
-        rows.setdefault(i, []).append(row)
-    return {i: diversity(vectors[own]) for i, own in rows.items()}
-
-
 @torch.no_grad()
-def truth(chosen: Sequence[Scene], judge: Judge, name: str, base: Path) -> str:
+def truth(chosen: Sequence[Scene], judge: Judge, name: str, out: Path) -> str:
     """What the bound is: the world's own pictures of these scenes, two of each, as the model's autoencoder keeps them.
 
-    `base` holds the base's pictures, two of each scene too, whose variety has mistakes in it. Needs the emoji font.
+    `out` holds a comparison, with two pictures of each scene by the base, whose variety has mistakes in it. Needs the
+    emoji font.
     """
     model = Backbone.open(name)
     keys = [(i, j) for i in range(len(chosen)) for j in range(2)]
@@ -356,7 +358,7 @@ def truth(chosen: Sequence[Scene], judge: Judge, name: str, base: Path) -> str:
         clean = prepared([render(scene).image for scene in some])
         pictures += [to_image(picture) for picture in model.decode(model.encode(clean).mean).cpu()]
     right = rightness(pictures, chosen, keys, judge)
-    drawn = [Image.open(base / f"p{i:05d}-s{j:02d}.png").convert("RGB") for i, j in keys]
+    drawn = _pictures(out, "base", keys)
     theirs = varieties(drawn, keys)
     well = rightness(drawn, chosen, keys, judge)
     by_count: dict[int, list[float]] = {}

@@ -31,15 +31,18 @@ from backbone.files import write_json, write_text
 from backbone.world.scene import Scene
 from benchmarks.judge import load_judge
 from recipes.align.journey import (
-    DEVELOPMENT_PROMPTS,
-    HELD_OUT_PROMPTS,
     TRAINING_PROMPTS,
+    Development,
+    Flags,
     Found,
+    Model,
+    Out,
     base_of,
     compared,
     crowded,
     drawn_and_ranked,
     hard,
+    judged_by,
     order_of,
     scenes,
     table,
@@ -82,22 +85,20 @@ def main(
         float,
         typer.Option("--guidance-start", min=0, max=1, help="Of the same: the share of the steps before it."),
     ] = 0.2,
-    flags: Annotated[str, typer.Option(help="More flags for align train, in one string.")] = "",
+    flags: Flags = "",
     name: Annotated[str, typer.Option(help="Of runs with other flags, on the same pairs.")] = "",
     only_rank: Annotated[
         bool, typer.Option("--only-rank", help="Draw, rank, say how right the order is, and stop.")
     ] = False,
-    development: Annotated[
-        bool, typer.Option("--development", help="Judge by the prompts that settings are chosen on.")
-    ] = False,
-    model: Annotated[str, typer.Option(help="moji, or a diffusers folder.")] = "moji",
-    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("build/recipes/prompt_fidelity"),
+    development: Development = False,
+    model: Model = "moji",
+    out: Out = Path("build/recipes/prompt_fidelity"),
 ) -> None:
     """Draws, ranks, trains once for each loss, compares, and writes the table."""
     judge = load_judge()
     wanted = KINDS[prompts_of]
     learn = scenes(TRAINING_PROMPTS, pairs, wanted)
-    seeds, where = (DEVELOPMENT_PROMPTS, "development") if development else (HELD_OUT_PROMPTS, "compare")
+    seeds, where = judged_by(development)
     test = scenes(seeds, held_out, wanted, without=learn)
     folder, seconds = drawn_and_ranked(
         out,

@@ -21,14 +21,17 @@ from backbone.console import run, say
 from backbone.files import write_json, write_text
 from benchmarks.judge import load_judge
 from recipes.align.journey import (
-    DEVELOPMENT_PROMPTS,
-    HELD_OUT_PROMPTS,
     STEPS,
     TRAINING_PROMPTS,
+    Development,
+    Flags,
     Found,
+    Model,
+    Out,
     base_of,
     compared,
     hard,
+    judged_by,
     plain,
     scenes,
     table,
@@ -38,15 +41,8 @@ from recipes.align.journey import (
 )
 
 BUDGET = (
-    "--train-batch-size",
-    8,
-    "--lr-scheduler",
-    "cosine",
-    "--reward-steps",
-    5,
-    "--sample-steps",
-    STEPS[1],
-)
+    "--train-batch-size", 8, "--lr-scheduler", "cosine", "--reward-steps", 5, "--sample-steps", STEPS[1],
+)  # fmt: skip
 KINDS = {"hard prompts": hard, "any prompts": plain}
 
 
@@ -62,16 +58,14 @@ def main(
     guidance: Annotated[
         float, typer.Option(min=0, help="Of the tuned model's pictures; the base's own stays as it is.")
     ] = 2.5,
-    flags: Annotated[str, typer.Option(help="More flags for align train, in one string.")] = "",
+    flags: Flags = "",
     name: Annotated[str, typer.Option(help="Of runs with other flags.")] = "draft",
-    development: Annotated[
-        bool, typer.Option("--development", help="Judge by the prompts that settings are chosen on.")
-    ] = False,
+    development: Development = False,
     bound: Annotated[
         bool, typer.Option("--bound", help="Also say what true pictures come to; needs the emoji font.")
     ] = False,
-    model: Annotated[str, typer.Option(help="moji, or a diffusers folder.")] = "moji",
-    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("build/recipes/reward"),
+    model: Model = "moji",
+    out: Out = Path("build/recipes/reward"),
 ) -> None:
     """Trains, compares on hard prompts and on any, and writes the table."""
     judge = load_judge()
@@ -81,7 +75,7 @@ def main(
         out, name, "--online", scorer, "--loss-type", "draft", "--prompts", asked, "--model", model,
         "--steps", steps, "--learning-rate", learning_rate, *BUDGET, *flags.split(),
     )  # fmt: skip
-    seeds, where = (DEVELOPMENT_PROMPTS, "development") if development else (HELD_OUT_PROMPTS, "compare")
+    seeds, where = judged_by(development)
     bounds: list[str] = []
     rows: list[tuple[str, Found, dict[str, object]]] = []
     for kind, wanted in KINDS.items():
@@ -93,7 +87,7 @@ def main(
         )  # fmt: skip
         rows.append((f"{name}, {kind}", found, {"training": training}))
         if bound:
-            bounds.append(f"{kind}: {truth(test, judge, model, pictures / name / 'base')}")
+            bounds.append(f"{kind}: {truth(test, judge, model, pictures / name)}")
         write_text(out / "table.md", "\n\n".join([table(rows), *bounds]) + "\n")
         write_json(
             out / "table.json", {"rows": rows, "flags": flags, "prompts": prompts, "held_out": held_out}

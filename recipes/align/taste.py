@@ -19,13 +19,16 @@ from backbone.console import UserError, run, say
 from backbone.files import write_json, write_text
 from benchmarks.judge import load_judge
 from recipes.align.journey import (
-    DEVELOPMENT_PROMPTS,
-    HELD_OUT_PROMPTS,
     TRAINING_PROMPTS,
+    Development,
+    Flags,
     Found,
+    Model,
+    Out,
     base_of,
     compared,
     drawn_and_ranked,
+    judged_by,
     plain,
     scenes,
     table,
@@ -44,20 +47,18 @@ def main(
     per_prompt: Annotated[int, typer.Option(min=2, help="Pictures of each prompt.")] = 4,
     loss: Annotated[str, typer.Option("--loss-type")] = "dpo",
     held_out: Annotated[int, typer.Option(min=2, help="Prompts to judge by, two pictures of each.")] = 500,
-    flags: Annotated[str, typer.Option(help="More flags for align train, in one string.")] = "",
+    flags: Flags = "",
     name: Annotated[str, typer.Option(help="Of runs with other flags, on the same pairs.")] = "",
-    development: Annotated[
-        bool, typer.Option("--development", help="Judge by the prompts that settings are chosen on.")
-    ] = False,
-    model: Annotated[str, typer.Option(help="moji, or a diffusers folder.")] = "moji",
-    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("build/recipes/taste"),
+    development: Development = False,
+    model: Model = "moji",
+    out: Out = Path("build/recipes/taste"),
 ) -> None:
     """Draws, ranks by warmth, trains on each number of pairs, compares, and writes the table."""
     judge, sizes = load_judge(), pairs or [500]
     if max(sizes) > prompts:
         raise UserError(f"{prompts} prompts do not make {max(sizes)} pairs. Raise --prompts.")
     learn = scenes(TRAINING_PROMPTS, prompts, plain)
-    seeds, where = (DEVELOPMENT_PROMPTS, "development") if development else (HELD_OUT_PROMPTS, "compare")
+    seeds, where = judged_by(development)
     test = scenes(seeds, held_out, plain, without=learn)
     folder, seconds = drawn_and_ranked(out, learn, model=model, per_prompt=per_prompt, scorer=WARM)
     rows: list[tuple[str, Found, dict[str, object]]] = []

@@ -17,7 +17,6 @@ from backbone.noise import Estimate, Level
 from backbone.sample import (
     Request,
     initial_noise,
-    redraw_latents,
     refuse_no_share,
     sample_latents,
     steps_before,
@@ -81,14 +80,14 @@ def test_what_is_drawn_anew_is_the_picture_noised_and_walked_down(
     tiny = Backbone.open(str(build(tmp_path / "model")), device="cpu", precision="fp32")
     clean = torch.randn(2, *tiny.latent_shape, generator=torch.Generator().manual_seed(1))
     how: dict[str, Any] = {"steps": 4, "guidance": 3.0, "seed": 5}
-    (ours,) = redraw_latents(tiny, clean, ASKED, share=0.5, **how)
+    (ours,) = sample_latents(tiny, ASKED, clean=clean, share=0.5, **how)
     text = tiny.encode_prompts([request.prompt for request in ASKED])
     rest = tiny.ladder(4)[2:]
     noise = torch.stack([initial_noise(tiny, 5, *request.key) for request in ASKED])
     start = rest.a[0].float() * clean + rest.b[0].float() * noise
     expected = walk(start, tiny.guided_predictor(text, tiny.encode_prompts(["", ""]), 3.0), rest)
     assert torch.allclose(ours, expected, atol=1e-5)
-    alone = torch.cat(list(redraw_latents(tiny, clean, ASKED, share=0.5, batch=1, **how)))
+    alone = torch.cat(list(sample_latents(tiny, ASKED, clean=clean, share=0.5, batch=1, **how)))
     assert torch.allclose(ours, alone, atol=1e-4)
 
 

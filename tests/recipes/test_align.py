@@ -104,9 +104,10 @@ def test_the_variety_of_right_pictures_is_counted_where_both_sides_are_right() -
 @pytest.mark.font
 def test_the_bound_is_what_the_world_s_own_pictures_come_to(tmp_path: Path) -> None:
     chosen = scenes(HELD_OUT_PROMPTS, 4, hard)
+    (tmp_path / "base").mkdir()
     for i, scene in enumerate(chosen):
         for j in range(2):
-            render(replace(scene, seed=j)).image.save(tmp_path / f"p{i:05d}-s{j:02d}.png")
+            render(replace(scene, seed=j)).image.save(tmp_path / "base" / f"p{i:05d}-s{j:02d}.png")
     said = truth(chosen, load_judge(), "moji", tmp_path)
     assert re.search(
         r"autoencoder: (100|8\d|9\d)\.?\d*% .* all right, diversity 0\.0\d+, \d\.\d\d of the base's 0\.", said
