@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Literal, cast, get_args
 
 import typer
 
@@ -116,6 +116,7 @@ def label(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 0,
 ) -> None:
     """Choose between pictures on a page in your browser: blind, with the arrow keys."""
+    from align.label.server import serve
     from align.label.session import Session, alone, pairs_to_label
     from align.samples import read_samples
 
@@ -127,7 +128,7 @@ def label(
             seed=seed,
             user=user,
         )
-        _server()(session, port=port)
+        serve(session, port=port)
         agreement, repeats = session.agreement
         said = f" You agreed with yourself on {agreement} of {repeats} repeats." if repeats else ""
         say(
@@ -330,23 +331,13 @@ def compare(
     say(f"{out}/report.html shows pictures side by side.")
     if blind:
         from align.compare import blind_pairs, blind_summary, save_blind
+        from align.label.server import serve
         from align.label.session import Asked, Session, alone
 
         with alone(out):
             pairs = [Asked(*names) for names in blind_pairs(asked, per_prompt, tuned_scale)]
-            _server()(Session(out, pairs, seed=seed, user=user), port=port)
+            serve(Session(out, pairs, seed=seed, user=user), port=port)
         typer.echo(blind_summary(save_blind(out)))
-
-
-def _server() -> Any:
-    """The page's server, which needs two packages that only it needs."""
-    try:
-        from align.label.server import serve
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"The page needs {error.name}. Install it with `pip install 'atelier-diffusion[ui]'`."
-        ) from error
-    return serve
 
 
 app.command(name="train")(train_cli.train)

@@ -321,4 +321,4 @@ def _stopped(run: Path, step: int, settings: Settings) -> None:
 
 
 def _header(settings: Settings) -> dict[str, str]:
-    return {"base_model": settings.model, "atelier_loss": settings.loss, "atelier_online": settings.online}
+    return {"base_model": settings.model, "limner_loss": settings.loss, "limner_online": settings.online}

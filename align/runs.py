@@ -150,8 +150,8 @@ def carry_on(run: Path, settings: Settings, model: Backbone, records: list[Recor
         return run
     header = {
         "base_model": settings.model,
-        "atelier_loss": settings.loss,
-        "atelier_beta": f"{settings.beta:g}",
+        "limner_loss": settings.loss,
+        "limner_beta": f"{settings.beta:g}",
     }
     files = training.write(run, header)
     write_concept(run, settings, model, files)

@@ -125,7 +125,7 @@ def _from_file(path: Path) -> Judge:
     """The function `score` of the user's own file, which is run."""
     if not path.is_file():
         raise UserError(f"There is no file {path}. Check the spelling.")
-    specification = importlib.util.spec_from_file_location(f"atelier_scorer_{path.stem}", path)
+    specification = importlib.util.spec_from_file_location(f"limner_scorer_{path.stem}", path)
     assert specification is not None and specification.loader is not None
     module: Any = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)

@@ -22,7 +22,7 @@ BETAS = {  # where 2000 is too much
     "mapo": 500.0,  # its authors'
     "ipo": 200.0,  # it asks for a margin of 1/β, and at 2000 has it at once
 }
-BY_MODEL = (  # what `align` in a model's `atelier.json` may say, so that a repeating command always does
+BY_MODEL = (  # what `align` in a model's `limner.json` may say, so that a repeating command always does
     "beta",
     "loss_weighting",
     "least_noise",
@@ -173,7 +173,7 @@ class Settings:
 def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
     """The settings of a run: what the user asked for over what works with the model.
 
-    That is `align` in `atelier.json`, and `draft` there for what reward gradients want otherwise.
+    That is `align` in `limner.json`, and `draft` there for what reward gradients want otherwise.
     """
     from_model = {
         "rank": usual.get("rank", 16),

@@ -15,16 +15,14 @@ from backbone.files import content_hash, read_tensors, write_tensors
 from backbone.images import CROPS, Picture, Place, fitted, to_tensor
 from backbone.model import Backbone, Posterior
 
-VARIABLE = "ATELIER_CACHE"
+VARIABLE = "LIMNER_CACHE"
 TEXT = 2  # counts up when a family makes something else of a prompt
 
 
 def cache_folder() -> Path:
-    """Where caches lie: $ATELIER_CACHE, or `atelier` in the user's cache folder."""
+    """Where caches lie: $LIMNER_CACHE, or `limner` in the user's cache folder."""
     named = os.environ.get(VARIABLE)
-    return (
-        Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "atelier"
-    )
+    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "limner"
 
 
 def remembered(kind: str, key: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -62,9 +62,7 @@ def read_concept(folder: str | Path) -> Concept:
         )
     said = read_json(path)
     if not isinstance(said, dict) or said.get("format") != FORMAT:
-        raise UserError(
-            f"{path} is not a concept that this version reads. Train it again, or update Atelier."
-        )
+        raise UserError(f"{path} is not a concept that this version reads. Train it again, or update Limner.")
     try:
         return Concept(**{key: value for key, value in said.items() if key != "format"}, folder=path.parent)
     except TypeError as error:

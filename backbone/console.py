@@ -31,7 +31,7 @@ def run(app: Callable[[], Any]) -> NoReturn:
 
     Exit codes: 0 done; 2 for a UserError, a file that is missing, forbidden or does not fit on the disk, and
     (by typer) wrong usage; 130 after Ctrl-C. Mistakes are answered by their sentence alone;
-    ATELIER_TRACEBACK=1 shows the traceback. Other exceptions are ours to repair and keep their traceback.
+    LIMNER_TRACEBACK=1 shows the traceback. Other exceptions are ours to repair and keep their traceback.
 
     A KeyboardInterrupt that carries a message ends with it: `raise KeyboardInterrupt("Saved step 120 in …")`.
 
@@ -49,7 +49,7 @@ def run(app: Callable[[], Any]) -> NoReturn:
         raise
     except (UserError, OSError) as error:
         message = sentence(error)
-        if message is None or os.environ.get("ATELIER_TRACEBACK") == "1":
+        if message is None or os.environ.get("LIMNER_TRACEBACK") == "1":
             raise
         _end(f"Error: {message}", FAILED)
     sys.exit(0)

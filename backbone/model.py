@@ -120,7 +120,7 @@ class Backbone:
 
     @cached_property
     def defaults(self) -> dict[str, Any]:
-        """What works well with this model: the `atelier.json` beside it, or what works with its family."""
+        """What works well with this model: the `limner.json` beside it, or what works with its family."""
         usual = {
             "steps": 30,
             "guidance": 7.5,
@@ -129,7 +129,7 @@ class Backbone:
             "rank": 8,
             "batch": 1,
         }
-        file = self.location.local("atelier.json")
+        file = self.location.local("limner.json")
         return usual | self.family.defaults(self.location) | (read_json(file) if file else {})
 
     @cached_property

@@ -19,7 +19,7 @@ from backbone.console import say
 from backbone.files import read_jsonl, write_text
 
 PASSED_ON_WITHIN = 2.0  # seconds
-PACKAGES = ("atelier-diffusion", "torch", "diffusers", "transformers", "peft", "accelerate")
+PACKAGES = ("limner", "torch", "diffusers", "transformers", "peft", "accelerate")
 
 
 @contextmanager

@@ -163,8 +163,8 @@ def whole(
     settings = settings_for(batch, draws=draws, steps=steps, precision=precision, device=device)
     script_seconds = whole_script(chosen, settings)
     with tempfile.TemporaryDirectory() as folder:
-        before = os.environ.get("ATELIER_CACHE")
-        os.environ["ATELIER_CACHE"] = folder  # nothing is remembered from before
+        before = os.environ.get("LIMNER_CACHE")
+        os.environ["LIMNER_CACHE"] = folder  # nothing is remembered from before
         began = time.perf_counter()
         model = Backbone.open("moji", device=device, precision=precision)
         training = PreferenceTraining(model, empty(model), settings)
@@ -173,9 +173,9 @@ def whole(
             pass
         our_seconds = time.perf_counter() - began
         if before is None:
-            del os.environ["ATELIER_CACHE"]
+            del os.environ["LIMNER_CACHE"]
         else:
-            os.environ["ATELIER_CACHE"] = before
+            os.environ["LIMNER_CACHE"] = before
     facts = {
         "pairs": len(chosen), "steps": steps, "batch": batch, "draws": draws,
         "visits_a_draw": steps * batch / (len(chosen) * draws),

@@ -88,7 +88,7 @@ def compare(
     if not script.is_file():
         raise UserError(f"There is no {script}. Fetch it from diffusers' repository: examples/dreambooth.")
     found: dict[str, Any] = {}
-    with folder_of(shape) as model, tempfile.TemporaryDirectory(prefix="atelier-") as folder:
+    with folder_of(shape) as model, tempfile.TemporaryDirectory(prefix="limner-") as folder:
         place, side = Path(folder), Backbone.open(model, device="cpu").resolution
         for name, size in (("subject", round(1.25 * side)), ("class", side)):
             for number, content in enumerate(random_pictures(size, PICTURES)):
@@ -121,7 +121,7 @@ def one_side(
     """The steps of one side; prints their median and this process's peak memory."""
     ends: list[float] = []
     hook = register_optimizer_step_post_hook(lambda *_: ends.append(CLOCKS_OF[clock]()))
-    with tempfile.TemporaryDirectory(prefix="atelier-") as out:
+    with tempfile.TemporaryDirectory(prefix="limner-") as out:
         if side == "script":
             run_script(script, model, place, Path(out), steps=steps, precision=precision, prior=prior)
         elif side == "restated":

@@ -103,7 +103,7 @@ def folder_of(shape: str) -> Iterator[str]:
         yield shape
         return
     shape_called(shape)
-    with tempfile.TemporaryDirectory(prefix="atelier-shape-") as folder:
+    with tempfile.TemporaryDirectory(prefix="limner-shape-") as folder:
         subprocess.run([sys.executable, "-m", "benchmarks.shapes", shape, folder], check=True)
         yield folder
 

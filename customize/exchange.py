@@ -124,7 +124,7 @@ def import_adapter(
     if place is None:
         raise UserError(f"{file} does not say which model it is for. Name it with --model.")
     words = (
-        token_words or adapter.header.get("atelier_words") or adapter.header.get("modelspec.trigger_phrase")
+        token_words or adapter.header.get("limner_words") or adapter.header.get("modelspec.trigger_phrase")
     )
     if not words:
         raise UserError(
@@ -148,7 +148,7 @@ def import_adapter(
         model=place,
         fingerprint=opened.fingerprint,
         tokens={token: words},
-        class_noun=class_noun or adapter.header.get("atelier_class", ""),
+        class_noun=class_noun or adapter.header.get("limner_class", ""),
         weights=name,
         folder=out,
     ).write(out)

@@ -18,7 +18,7 @@ from backbone.concept import Concept, read_concept
 from backbone.files import read_json
 from customize.formats import Adapter, Base
 
-OWN = ("ss_", "modelspec.", "atelier_", "base_model")
+OWN = ("ss_", "modelspec.", "limner_", "base_model")
 VERSIONS: dict[Base, str] = {
     "sd1": "sd_v1",
     "sd2": "sd_v2",
@@ -129,7 +129,7 @@ def _trained(source: Path | None, concept: Concept | None) -> dict[str, str]:
     }
     words = " ".join(concept.tokens.values())
     if words:
-        said |= {"atelier_words": words, "atelier_class": concept.class_noun}
+        said |= {"limner_words": words, "limner_class": concept.class_noun}
         phrase = f"{words} {concept.class_noun}".strip()
         said["modelspec.trigger_phrase"] = phrase
         said["modelspec.usage_hint"] = f"Write “{phrase}” in the prompt."

@@ -173,8 +173,8 @@ def carry_on(
     trained = time.perf_counter()
     if writes:
         header = {
-            "atelier_token": " ".join(subject.token for subject in subjects),
-            "atelier_words": " ".join(subject.token_words for subject in subjects),
+            "limner_token": " ".join(subject.token for subject in subjects),
+            "limner_words": " ".join(subject.token_words for subject in subjects),
             "base_model": settings.model,
         }
         dataclasses.replace(concept, **training.write(run, header)).write(run)

@@ -76,7 +76,7 @@ class Watch:
         if best:
             folder = self.run / BEST
             folder.mkdir(exist_ok=True)
-            files = self.training.write(folder, {"atelier_step": str(figures.step)})
+            files = self.training.write(folder, {"limner_step": str(figures.step)})
             replace(self.concept, **files).write(folder)
 
     def report(self, settings: Settings) -> None:

@@ -135,7 +135,7 @@ class Inversion:
         optional = {"time": self.ladder.time, "noise": self.noise, "empties": self.empties}
         tensors |= {name: value for name, value in optional.items() if value is not None}
         said = {name: getattr(self, name) for name in SAID}
-        metadata = {"atelier_inversion": FORMAT, "said": json.dumps({**said, "facts": dict(self.facts)})}
+        metadata = {"limner_inversion": FORMAT, "said": json.dumps({**said, "facts": dict(self.facts)})}
         write_tensors(path, tensors, {**metadata, "model": self.model.location.name})
 
 
@@ -240,7 +240,7 @@ def replayed(inversion: Inversion, *, guidance: float = 1.0) -> Tensor:
 def read_inversion(path: str | Path, model: Backbone, *, concepts: Sequence[Concept] = ()) -> Inversion:
     """An inversion from its file; `UserError` for another kind of file, or one of another model or other concepts."""
     tensors, metadata = read_tensors(path)
-    if metadata.get("atelier_inversion") != FORMAT:
+    if metadata.get("limner_inversion") != FORMAT:
         raise UserError(f"{path} is no inversion that this version reads. Make one with `edit invert`.")
     said = json.loads(metadata["said"])
     if said["identity"] != identity(model, concepts):
@@ -258,7 +258,7 @@ def read_inversion(path: str | Path, model: Backbone, *, concepts: Sequence[Conc
 
 def prompt_of(metadata: Mapping[str, str]) -> str:
     """The prompt of an inversion's file, from its metadata; `UserError` for another kind of file."""
-    if metadata.get("atelier_inversion") != FORMAT:
+    if metadata.get("limner_inversion") != FORMAT:
         raise UserError("This is no inversion that this version reads. Make one with `edit invert`.")
     return str(json.loads(metadata["said"])["prompt"])
 

@@ -206,7 +206,7 @@ def replace(
 ) -> Edited:
     """Edits the picture of an inversion towards one target prompt, or several at once, in the model's words.
 
-    `wishes` are the fields of `Settings`, over what works with the model (`edit` in its `atelier.json`); `progress` is
+    `wishes` are the fields of `Settings`, over what works with the model (`edit` in its `limner.json`); `progress` is
     called after every step.
 
     Raises `UserError` for prompts that share no words with the source's, words that no prompt has, a mask of another

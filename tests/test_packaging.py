@@ -168,7 +168,7 @@ def test_an_unpacked_wheel_runs_the_main_job_without_a_network(offline: Offline)
 
 @pytest.mark.slow
 def test_an_installed_wheel_runs_the_main_job_without_a_network(wheel: Path, tmp_path: Path) -> None:
-    """By its console scripts, in an environment that borrows this one's dependencies but not its Atelier."""
+    """By its console scripts, in an environment that borrows this one's dependencies but not its Limner."""
     offline = Offline(tmp_path)
     scripts = environment_with(wheel, tmp_path / "environment")
     offline.run(scripts / "customize", "example", "dog/")
@@ -189,7 +189,7 @@ def assert_the_main_job_is_done(offline: Offline, *, pictures: int) -> None:
 def environment_with(wheel: Path, folder: Path) -> Path:
     """A new virtual environment with the wheel in it; gives the folder of its scripts.
 
-    It sees this environment's packages through a line in a .pth file, behind its own. An editable Atelier
+    It sees this environment's packages through a line in a .pth file, behind its own. An editable Limner
     here stays unseen there: .pth files are not followed from such a line.
     """
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)

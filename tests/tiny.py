@@ -216,7 +216,7 @@ def tiny_pixart(folder: Path) -> Path:
 def with_defaults(folder: Path) -> Path:
     """Few steps, for whoever trains or samples without saying how many."""
     defaults = {"steps": 3, "guidance": 2.0, "train_steps": 4, "learning_rate": 1e-3, "rank": 2, "batch": 2}
-    (folder / "atelier.json").write_text(json.dumps(defaults))
+    (folder / "limner.json").write_text(json.dumps(defaults))
     return folder
 
 

@@ -26,7 +26,7 @@ FONT_PATHS = (
     "/usr/share/fonts/noto/NotoColorEmoji.ttf",
     "/usr/share/fonts/google-noto-emoji/NotoColorEmoji.ttf",
 )
-FONT_VARIABLE = "ATELIER_EMOJI_FONT"
+FONT_VARIABLE = "LIMNER_EMOJI_FONT"
 FLOATING = ("under the sea", "in space")
 Colour = tuple[int, int, int]
 

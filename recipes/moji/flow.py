@@ -167,7 +167,7 @@ def write_pipeline(
         settings = {key: value for key, value in read_json(path).items() if key != "_name_or_path"}
         # transformers loads in the precision that config.json names, diffusers in float32: all shall be float32
         write_json(path, settings | ({"dtype": "float32"} if "dtype" in settings else {}))
-    write_json(out / "atelier.json", DEFAULTS)
+    write_json(out / "limner.json", DEFAULTS)
     for path in out.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors are written for their owner alone
 

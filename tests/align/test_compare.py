@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from align import cli
 from align.choices import CHOICES, Choice, append
 from align.compare import Side, blind_pairs, blind_result, blind_summary, save_blind, taught_by, versus
+from align.label import server
 from align.label.session import Session
 from align.prompts import Prompt
 from align.settings import Settings
@@ -97,7 +97,7 @@ def test_labels_from_the_door_are_pairs_to_train_on(
     folder = tmp_path / "pairs"
     shutil.copytree(drawn, folder, ignore=shutil.ignore_patterns("ranking.jsonl", "scores.json"))
     assert "no preferences yet" in refused("check", folder)
-    monkeypatch.setattr(cli, "_server", lambda: answers_everything)
+    monkeypatch.setattr(server, "serve", answers_everything)
     align("label", folder, "--user", "ann")
     assert len(read(folder, user="ann").pairs) == 5
     align("check", folder)
@@ -111,7 +111,7 @@ def test_a_blind_comparison_from_the_door(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cli, "_server", lambda: answers_everything)
+    monkeypatch.setattr(server, "serve", answers_everything)
     how = ("--prompts", prompts, "--per-prompt", 1, "--steps", 2, "--device", "cpu", "--precision", "fp32")
     said = align("compare", tiny_folder, run, *how, "--scorer", bright, "--out", tmp_path / "c", "--blind")
     assert "blind: tuned wins" in said and "of 5 pictures" in said

@@ -79,7 +79,7 @@ def trained(run: PreferenceTraining) -> PreferenceTraining:
 @pytest.fixture
 def no_bank_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of this test's own."""
-    monkeypatch.setenv("ATELIER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LIMNER_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 

@@ -26,7 +26,7 @@ def ending(app: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> tup
 
 
 def command(body: Callable[[], None], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> typer.Typer:
-    monkeypatch.setattr(sys, "argv", ["atelier", *arguments])
+    monkeypatch.setattr(sys, "argv", ["limner", *arguments])
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # typer replaces it
     app = typer.Typer()
     app.command()(body)
@@ -108,7 +108,7 @@ def test_the_traceback_is_shown_on_request(monkeypatch: pytest.MonkeyPatch) -> N
     def body() -> None:
         raise UserError("Wrong. Do right.")
 
-    monkeypatch.setenv("ATELIER_TRACEBACK", "1")
+    monkeypatch.setenv("LIMNER_TRACEBACK", "1")
     with pytest.raises(UserError):
         run(command(body, monkeypatch))
 

@@ -110,7 +110,7 @@ def test_a_model_without_its_denoiser_is_a_clear_mistake(tmp_path: Path, tiny_fo
 def test_what_lies_beside_the_parts_is_not_the_model(tmp_path: Path, tiny_folder: Path) -> None:
     copied = tmp_path / "copied"
     shutil.copytree(tiny_folder, copied)
-    write_json(copied / "atelier.json", {"steps": 3})
+    write_json(copied / "limner.json", {"steps": 3})
     write_json(copied / "scorer" / "config.json", {})
     assert Backbone.open(str(copied)).fingerprint == Backbone.open(str(tiny_folder)).fingerprint
     settings = copied / "scheduler" / "scheduler_config.json"

@@ -60,7 +60,7 @@ def test_a_single_file_is_the_same_model_as_the_folder(file: Path, tiny: Backbon
 
 
 def test_it_has_the_folder_s_shape_path_and_defaults(file: Path, tiny: Backbone, tiny_folder: Path) -> None:
-    shutil.copy(tiny_folder / "atelier.json", file.parent)
+    shutil.copy(tiny_folder / "limner.json", file.parent)
     single = opened(file)
     assert single.latent_shape == tiny.latent_shape
     assert single.resolution == tiny.resolution
@@ -204,7 +204,7 @@ def test_a_file_without_a_tokenizer_beside_it_or_on_this_machine_says_where_to_p
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(stable_diffusion_file, "TOKENIZER", "atelier/on-no-machine")
+    monkeypatch.setattr(stable_diffusion_file, "TOKENIZER", "limner/on-no-machine")
     shutil.rmtree(file.parent / "tokenizer")
     with pytest.raises(UserError, match=r"Put a tokenizer/ folder"):
         opened(file).encode_prompts(["a dog"])

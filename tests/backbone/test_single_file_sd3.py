@@ -312,7 +312,7 @@ def written(path: Path, tensors: Tensors, *, settings: Path) -> Path:
             shutil.copytree(
                 settings / part, path.parent / part, ignore=shutil.ignore_patterns("*.safetensors")
             )
-    shutil.copy(settings / "atelier.json", path.parent)
+    shutil.copy(settings / "limner.json", path.parent)
     return path
 
 
