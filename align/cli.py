@@ -10,13 +10,15 @@ import typer
 
 from align import train_cli
 from backbone.console import UserError, run, say
+from backbone.io.help import Group
 
 app = typer.Typer(
     help="Tune a diffusion model to preferences: yours, or a scorer's.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
+    cls=Group,
     context_settings={"token_normalize_func": train_cli.hyphens},
 )
 
@@ -340,7 +342,7 @@ def compare(
         typer.echo(blind_summary(save_blind(out)))
 
 
-app.command(name="train")(train_cli.train)
+train_cli.register(app)
 
 if __name__ == "__main__":
     main()

@@ -38,7 +38,7 @@ from backbone.learned import refuse_another_model as refuse_another_concept
 from backbone.loop import Report
 from backbone.model import Backbone
 from backbone.report import command, curve, curves, heading, paragraph, table, write_report
-from backbone.runs import stopping, trim_log, versions
+from backbone.runs import clear_failed_try, refuse_taken, stopping, trim_log, versions
 from backbone.thrift import measures_of
 
 LOG = "log.jsonl"
@@ -61,10 +61,7 @@ def train_taste(
     began = time.perf_counter()
     processes.join(asked.get("device", "auto"))
     run = out or Path("runs") / run_name(asked["pairs"])
-    if (run / FILE).exists():
-        raise UserError(
-            f"{run} already holds a run. Continue it with --resume {run}, or choose another --out."
-        )
+    refuse_taken(run)
     model = Backbone.open(
         asked.get("model", "moji"),
         device=asked.get("device", "auto"),
@@ -85,6 +82,7 @@ def train_taste(
     share_of(settings)
     processes.barrier()  # now every process has seen that the folder is free
     if processes.is_writer():
+        clear_failed_try(run)
         write_record(run, settings)
     return carry_on(run, settings, model, records, began=began)
 
@@ -255,7 +253,7 @@ class Watch:
             return ""
         return (
             f"the preferred pictures' error has risen by {rise:.1%}, so the model is being spoiled although it may "
-            "still tell pictures apart. Lower --learning-rate, raise --beta-dpo, or add --safeguard 0.9 or "
+            "still tell pictures apart. Lower --learning-rate, raise --beta, or add --safeguard 0.9 or "
             "--sft-weight 0.5."
         )
 
@@ -421,7 +419,7 @@ def records_of(found: Preferences, settings: Settings) -> list[Record]:
         return list(as_singles(found))
     if not found.pairs:
         raise UserError(
-            f"{found.source} judges single pictures, and {settings.loss} compares pairs. Use --loss-type kto."
+            f"{found.source} judges single pictures, and {settings.loss} compares pairs. Use --loss kto."
         )
     ties = settings.ties == "model"
     return [pair for pair in found.pairs if isinstance(pair, Pair) and (ties or not pair.is_tie)]

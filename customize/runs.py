@@ -21,7 +21,7 @@ from backbone.loop import Report
 from backbone.model import Backbone
 from backbone.new_words import FILE as WORDS
 from backbone.new_words import words_of
-from backbone.runs import stopping, trim_log, versions
+from backbone.runs import clear_failed_try, refuse_taken, stopping, trim_log, versions
 from backbone.sample import Request, sample
 from backbone.sheet import Cell, in_rows, save_png, sheet
 from backbone.thrift import measures_of
@@ -29,7 +29,7 @@ from customize.dreambooth import Group, Training, prepare, preserves, share_of
 from customize.hub import card, push
 from customize.learn import METHODS, OWN_WORDS, refuse_other_encoders
 from customize.masks import save_masks
-from customize.settings import FILE, Settings, Subject, as_flags, read_settings
+from customize.settings import FILE, Settings, Subject, as_flags, read_settings, resolved
 from customize.watch import Watch
 
 LOG = "log.jsonl"
@@ -37,21 +37,21 @@ SHEET = "sheet.png"
 MASKS = "masks.png"
 
 
-def train_concept(asked: dict[str, Any], subjects: Sequence[Subject], *, out: Path | None) -> Path:
+def train_concept(
+    asked: dict[str, Any], subjects: Sequence[Subject], *, out: Path | None, vram: float | None = None
+) -> Path:
     """Trains a new concept and gives its run folder. `asked` holds what the user set; the rest comes from the model.
+
+    `vram` is in GiB.
 
     A class that is empty is guessed, words that are empty are found. Raises `UserError` for bad pictures, all
     of them listed, a bad token, or a run folder that is taken.
     """
     began = time.perf_counter()
     processes.join(asked.get("device") or "auto")
-    pictures = [read_folder(subject.images) for subject in subjects]
-    check([picture for folder in pictures for picture in folder])
+    pictures = _pictures_of(subjects, asked.get("caption_column", ""), asked.get("image_column", ""))
     run = out or Path("runs") / run_name(subjects[0].images)
-    if (run / FILE).exists():
-        raise UserError(
-            f"{run} already holds a run. Continue it with --resume {run}, or choose another --out."
-        )
+    refuse_taken(run)
     model = Backbone.open(
         asked.get("model", "moji"),
         device=asked.get("device", "auto"),
@@ -62,18 +62,23 @@ def train_concept(asked: dict[str, Any], subjects: Sequence[Subject], *, out: Pa
         for subject, folder in zip(subjects, pictures, strict=True)
     ]
     first = subjects[0]
-    asked, size = {name: value for name, value in asked.items() if name != "vram"}, asked.get("vram")
-    settings = resolved(model, asked, images=first.images, token=first.token, class_noun=nouns[0])
-    if settings.method not in METHODS:
-        raise UserError(f"There is no method {settings.method}. Choose one of {', '.join(METHODS)}.")
+    named = {
+        "images": first.images,
+        "token": first.token,
+        "class_noun": nouns[0],
+        "subject": tuple(subject.flag() for subject in subjects[1:]),
+    }
+    if first.token_words:
+        named["token_words"] = first.token_words
+    settings = resolved(asked | named, model.defaults)
     model = Backbone.open(
         settings.model, device=settings.device, precision=settings.precision, measures=measures_of(settings)
     )
-    if size is not None:
+    if vram is not None:
         from customize.budget import budgeted
 
         processes.refuse_shards("--vram counts for a process alone; it")
-        model, settings = budgeted(model, settings, sum(map(len, pictures)), size)
+        model, settings = budgeted(model, settings, sum(map(len, pictures)), vram)
     vocabulary = model.text_encoder.tokenizer.get_vocab()
     if settings.train_text_encoder:
         refuse_other_encoders(model)
@@ -90,11 +95,12 @@ def train_concept(asked: dict[str, Any], subjects: Sequence[Subject], *, out: Pa
             words = rare_words(vocabulary, key, taken=[other.token_words for other in found])
         found.append(dataclasses.replace(subject, class_noun=noun, token_words=words))
     settings = dataclasses.replace(
-        settings, token_words=found[0].token_words, concept=tuple(subject.flag() for subject in found[1:])
+        settings, token_words=found[0].token_words, subject=tuple(subject.flag() for subject in found[1:])
     )
     share_of(settings)
     processes.barrier()  # now every process has seen that the folder is free
     if processes.is_writer():
+        clear_failed_try(run)
         write_record(run, settings, timings={})
     return carry_on(run, settings, model, pictures, began=began)
 
@@ -103,12 +109,21 @@ def resume_concept(run: Path) -> Path:
     """Goes on with a run that was stopped; the weights come out as if it had not been."""
     settings = read_settings(run)
     processes.join(settings.device)
-    pictures = [read_folder(subject.images) for subject in settings.subjects()]
-    check([picture for folder in pictures for picture in folder])
+    pictures = _pictures_of(settings.subjects(), settings.caption_column, settings.image_column)
     model = Backbone.open(
         settings.model, device=settings.device, precision=settings.precision, measures=measures_of(settings)
     )
     return carry_on(run, settings, model, pictures, began=time.perf_counter())
+
+
+def _pictures_of(subjects: Sequence[Subject], caption_column: str, image_column: str) -> list[list[Picture]]:
+    """The images of each subject; `UserError` that lists all which cannot be used."""
+    found = [
+        read_folder(subject.images, caption_column=caption_column or None, image_column=image_column or None)
+        for subject in subjects
+    ]
+    check([picture for folder in found for picture in folder])
+    return found
 
 
 def carry_on(
@@ -214,7 +229,7 @@ def notebook(run: Path, settings: Settings, *, done: int) -> Iterator[Callable[[
     try:
         from torch.utils.tensorboard.writer import SummaryWriter
     except ImportError as error:
-        raise UserError("--report_to tensorboard needs its package. Run: pip install tensorboard") from error
+        raise UserError("--report-to tensorboard needs its package. Run: pip install tensorboard") from error
     with SummaryWriter(str(run / "tensorboard"), purge_step=done + 1, flush_secs=10) as writer:
 
         def note(report: Report) -> None:
@@ -262,43 +277,6 @@ class Previews:
         if processes.is_writer():
             save_png(path, sheet(rows, title=self.settings.called(), note=note, row_titles=titles))
         return self.prompts[:count]
-
-
-def resolved(model: Backbone, asked: dict[str, Any], *, images: str, token: str, class_noun: str) -> Settings:
-    """The settings that a run will use: what the user asked for over what works with the model."""
-    usual = model.defaults
-    rates = METHOD_RATES | {"lora": usual["learning_rate"]} | usual.get("learning_rates", {})
-    from_model = {
-        "steps": usual["train_steps"] * (2 if asked.get("patience") else 1),  # room to stop in
-        "learning_rate": rates.get(asked.get("method") or "lora", usual["learning_rate"]),
-        "rank": usual["rank"],
-        "batch": usual["batch"],
-        "flip": usual.get("flip", False),
-        "sample_steps": usual["steps"],
-        "guidance": usual["guidance"],
-        "sheet_prompts": tuple(usual.get("sheet_prompts", SHEET_PROMPTS)),
-        "lora_layers": usual.get("lora_layers", "attention"),
-        "prior_batch": usual.get("prior_batch", 1),
-        "loss_weighting": usual.get("loss_weighting", "none"),
-        "evaluation_steps": 50 if asked.get("patience") else 125,
-    }
-    wanted = {key: value for key, value in asked.items() if value is not None and value != ()}
-    merged = {**from_model, **wanted}
-    merged.setdefault("lora_alpha", float(merged["rank"]))
-    return Settings(**merged, images=images, token=token, class_noun=class_noun)
-
-
-METHOD_RATES = {"full": 5e-6, "custom-diffusion": 1e-5}  # where the weights themselves move: as published
-SHEET_PROMPTS = (
-    "a photo of a {} in the snow",
-    "a photo of a {} on the beach",
-    "a photo of a {} in a city",
-    "a photo of a {} in the jungle",
-    "a photo of a red {}",
-    "a watercolor painting of a {}",
-    "a pencil sketch of a {}",
-    "a photo of a {} on a wooden table",
-)
 
 
 def guess(model: Backbone, pictures: list[Picture], images: str) -> str:

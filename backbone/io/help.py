@@ -1,7 +1,8 @@
 """`--help` in panels, without rich, whose import takes longer than all the rest of an answer.
 
 Every option is shown by its first name, whole at any width; other spellings of it are understood and not shown. A
-command or a group asks for it by its class: `typer.Typer(cls=Group, rich_markup_mode=None)`, `app.command(cls=Command)`.
+command or a group asks for it by its class: `typer.Typer(cls=Group, rich_markup_mode=None)` and
+`app.command(cls=Command)`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,13 @@ class Command(TyperCommand):
 
 class Group(TyperGroup):
     """Several commands; their help comes in the same form."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """`--help` with False in place of nothing: typer imports pydantic, slow, to say that nothing is no bool."""
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.default = False
+        return option
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         formatter.write(page(self, ctx))
@@ -59,7 +67,7 @@ def row_of(parameter: Any, ctx: Any) -> tuple[str, str] | None:
     if record is None or parameter.hidden:
         return None
     if parameter.param_type_name == "argument":
-        return record
+        return record[0].split(" <")[0], record[1]
     names = "/".join([parameter.opts[0], *parameter.secondary_opts[:1]])
     takes = "" if parameter.secondary_opts else record[0][len(", ".join(parameter.opts)) :]
     return names + takes, record[1]
