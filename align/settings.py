@@ -81,7 +81,7 @@ class Settings(TrainingSettings):
         bool, Option("Learn from images that another model drew.", "Data", needs=OFFLINE)
     ] = False
     held_out: Annotated[
-        float, Option("Share of the prompts to judge by.", "Data", needs=OF_PAIRS, min=0, max=0.999)
+        float, Option("Share of the prompts to judge by.", "Data", needs=OF_PAIRS, min=0, max=1)
     ] = 0.1
     flip: Annotated[
         bool,
@@ -187,7 +187,7 @@ class Settings(TrainingSettings):
             by_model=True,
             needs=OF_PAIRS,
             min=0,
-            max=0.999,
+            max=1,
         ),
     ] = 0.0
     online: Annotated[
@@ -304,6 +304,14 @@ class Settings(TrainingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.held_out == 1:
+            raise UserError(
+                "With --held-out 1 nothing is left to learn from. Give a share of the prompts below 1."
+            )
+        if self.least_noise == 1:
+            raise UserError(
+                "With --least-noise 1 no noise is left to train at. Give a share of the path below 1."
+            )
         if self.full and self.reference == "live":
             raise UserError(
                 "With --full the base is gone once training begins. Use --reference bank or copy."

@@ -153,6 +153,9 @@ def subjects_of(asked: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]
             )
     for subject in found:
         say(f"{subject.images}: {subject.token} {subject.class_noun}, all subjects equally often.")
+    if "class_images" in prompts and rest.get("prior") != "class-images":
+        say(f"The class_data_dir of {images} is for --prior class-images, and is left aside.")
+        del prompts["class_images"]
     return [*found, *more], {**prompts, **rest}
 
 

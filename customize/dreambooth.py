@@ -30,7 +30,7 @@ from backbone.cache import encoded, encoded_prompts, remembered
 from backbone.console import UserError
 from backbone.families import Text
 from backbone.files import content_hash
-from backbone.images import Picture, bucket_sizes, fitted, mask_to_tensor, nearest_size
+from backbone.images import Picture, bucket_sizes, fitted, mask_to_tensor, nearest_size, read_folder
 from backbone.loop import (
     Average,
     Report,
@@ -51,6 +51,7 @@ from customize.settings import Settings
 
 CHECKPOINT = "checkpoint.safetensors"
 CLASS_STEPS = 20  # of the sampler that draws the class
+CLASS_IMAGES = 48  # where neither a number nor a folder is given
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class Material:
     masks          where each picture counts [1, H, W] in 0…1, or None
     buckets        the posteriors of one size, which can share a batch
     class_prompts  one for each subject
-    drawn          latents of the classes as the base draws them [G × K, C, H, W], or None
+    drawn          latents of class images [K, C, H, W], drawn by the base or the user's own, or None
+    drawn_classes  which class prompt each of them is about [K], or None
     text           `prompts` and then `class_prompts` encoded, or None while the text side itself is trained
     """
 
@@ -86,6 +88,7 @@ class Material:
     class_prompts: list[str]
     drawn: Tensor | None
     text: Text | None
+    drawn_classes: Tensor | None = None
 
     @property
     def has_prior(self) -> bool:
@@ -128,14 +131,16 @@ def prepare(model: Backbone, groups: Sequence[Group], settings: Settings) -> Mat
         text = None if trains_text(settings) else encoded_prompts(model, [*prompts, *classes])
         empty = encoded_prompts(model, [""]) if settings.mask == "auto" else {}
     buckets = buckets_of(posteriors)
-    drawn = None
+    drawn = drawn_classes = None
     if preserves(settings) and settings.prior == "class-images":
         if len({posterior.mean.shape for posterior in posteriors}) > 1:
             raise UserError(
-                "Class pictures are square, and with --aspect_buckets the subject's are not. Use --prior base."
+                "Class pictures are square, and with --aspect-buckets the subject's are not. Use --prior base."
             )
         with processes.writer_first():
-            drawn = torch.cat([class_latents(model, prompt, settings) for prompt in classes])
+            each = [class_latents(model, prompt, settings, number) for number, prompt in enumerate(classes)]
+        drawn = torch.cat(each)
+        drawn_classes = torch.cat([torch.full((len(one),), number) for number, one in enumerate(each)])
     model.free("autoencoder", "text_encoder")
     if preserves(settings) and settings.prior == "base":
         with processes.writer_first():
@@ -145,7 +150,9 @@ def prepare(model: Backbone, groups: Sequence[Group], settings: Settings) -> Mat
             masks = found_masks(model, masks, posteriors, class_text, empty, owners)
     share = torch.tensor([1 / owners.count(owner) for owner in owners])
     at_latents = sized(masks, [posterior.mean.shape[-2:] for posterior in posteriors])
-    return Material(posteriors, prompts, names, share, at_latents, buckets, classes, drawn, text)
+    return Material(
+        posteriors, prompts, names, share, at_latents, buckets, classes, drawn, text, drawn_classes
+    )
 
 
 def encoded_together(
@@ -294,7 +301,7 @@ class Training:
         culprits = [names[row] if row < len(names) else f"“{prompts[row - len(names)]}”" for row in bad]
         raise UserError(
             f"Training stopped at step {step}: the loss is not finite at {', '.join(dict.fromkeys(culprits))}. "
-            "Lower --learning_rate or choose --precision fp32; the last checkpoint holds finite weights."
+            "Lower --learning-rate or choose --precision fp32; the last checkpoint holds finite weights."
         )
 
     def bucket(self, random: torch.Generator) -> Bucket:
@@ -335,7 +342,7 @@ class Training:
             index, wanted = bucket.bank.level[draw], bucket.bank.prediction[draw].to(noisy)
             about = bucket.classes[draw]
         else:
-            assert material.drawn is not None
+            assert material.drawn is not None and material.drawn_classes is not None
             draw = torch.randint(len(material.drawn), (count,), generator=random)
             clean = material.drawn[draw].to(self.model.device)
             noise = torch.randn(clean.shape, generator=random).to(clean)
@@ -343,7 +350,7 @@ class Training:
             level = self.model.path.levels[index]
             noisy = add_noise(clean, noise, level)
             wanted = target(clean, noise, level, self.model.path.kind)
-            about = draw // self.settings.num_class_images
+            about = material.drawn_classes[draw]
         share = self.settings.prior_loss_weight * self.settings.batch / count  # λ, over fewer pictures
         weight = torch.full((count, 1, *noisy.shape[-2:]), share)
         return Batch(noisy, index, wanted, weight), len(material.prompts) + about
@@ -424,9 +431,9 @@ def share_of(settings: Settings) -> processes.Share:
     share = processes.share(settings.gradient_accumulation_steps, settings.batch)
     if settings.lora_dropout and share.scale > 1:
         raise UserError(
-            "--lora_dropout leaves out parts of a whole batch, so that a batch cannot be cut up for "
-            f"{share.scale} processes. Add --gradient_accumulation_steps {share.scale} with a smaller "
-            "--train_batch_size, or leave out the dropout."
+            "--lora-dropout leaves out parts of a whole batch, so that a batch cannot be cut up for "
+            f"{share.scale} processes. Add --gradient-accumulation-steps {share.scale} with a smaller "
+            "--batch, or leave out the dropout."
         )
     return share
 
@@ -487,9 +494,8 @@ def optimizer(every: Sequence[Any], settings: Settings) -> Optimizer:
                 from prodigyopt import Prodigy
             except ImportError as error:
                 raise UserError("prodigy needs prodigyopt. Run: pip install prodigyopt") from error
-            ones = [{**group, "lr": 1.0} for group in groups]
             prodigy = Prodigy(
-                ones,
+                groups,
                 weight_decay=settings.weight_decay,
                 use_bias_correction=True,
                 safeguard_warmup=True,
@@ -533,14 +539,36 @@ def sized(masks: Sequence[Tensor | None], sizes: Sequence[Sequence[int]]) -> lis
     return found
 
 
-def class_latents(model: Backbone, class_prompt: str, settings: Settings) -> Tensor:
+def class_latents(model: Backbone, class_prompt: str, settings: Settings, subject: int) -> Tensor:
+    """Latents of a subject's class images [K, C, H, W]: the user's own, and what is missing as the base draws it.
+
+    What is drawn is remembered and never decoded. Own images come in the order of their names.
+    """
+    own: list[Tensor] = []
+    if settings.class_images:
+        found = read_folder(settings.class_images[subject])[: settings.num_class_images or None]
+        own = [posterior.mean for posterior in encoded_together(model, found, flip=False, sizes=None)]
+    missing = (settings.num_class_images or (0 if own else CLASS_IMAGES)) - len(own)
+    drawn = [drawn_latents(model, class_prompt, settings, missing)] if missing else []
+    return torch.cat([*(latent.float().cpu() for latent in own), *drawn])
+
+
+def drawn_latents(model: Backbone, class_prompt: str, settings: Settings, count: int) -> Tensor:
     """Latents of the class as the base draws it [K, C, H, W], drawn once and remembered; never decoded."""
-    count, guidance = settings.num_class_images, settings.guidance
-    facts = (model.fingerprint, class_prompt, count, CLASS_STEPS, guidance, settings.seed, model.dtype)
+    guidance = settings.guidance
+    at = (model.latent_shape,) if model.asked_resolution else ()
+    facts = (model.fingerprint, class_prompt, count, CLASS_STEPS, guidance, settings.seed, model.dtype, *at)
 
     def draw() -> dict[str, Tensor]:
         requests = [Request(class_prompt, (k, 0)) for k in range(count)]
-        parts = sample_latents(model, requests, steps=CLASS_STEPS, guidance=guidance, seed=settings.seed)
+        parts = sample_latents(
+            model,
+            requests,
+            steps=CLASS_STEPS,
+            guidance=guidance,
+            seed=settings.seed,
+            batch=settings.class_batch,
+        )
         return {"latents": torch.cat([part.float().cpu() for part in parts])}
 
     key = content_hash("\n".join(map(str, facts)).encode())

@@ -52,10 +52,13 @@ def train_concept(
     pictures = _pictures_of(subjects, asked.get("caption_column", ""), asked.get("image_column", ""))
     run = out or Path("runs") / run_name(subjects[0].images)
     refuse_taken(run)
+    for folder in asked.get("class_images", ()):
+        check(read_folder(folder))
     model = Backbone.open(
         asked.get("model", "moji"),
         device=asked.get("device", "auto"),
         precision=asked.get("precision", "auto"),
+        resolution=asked.get("resolution", 0),
     )
     nouns = [
         subject.class_noun or guess(model, folder, subject.images)
@@ -72,7 +75,11 @@ def train_concept(
         named["token_words"] = first.token_words
     settings = resolved(asked | named, model.defaults)
     model = Backbone.open(
-        settings.model, device=settings.device, precision=settings.precision, measures=measures_of(settings)
+        settings.model,
+        device=settings.device,
+        precision=settings.precision,
+        measures=measures_of(settings),
+        resolution=settings.resolution,
     )
     if vram is not None:
         from customize.budget import budgeted
@@ -111,7 +118,11 @@ def resume_concept(run: Path) -> Path:
     processes.join(settings.device)
     pictures = _pictures_of(settings.subjects(), settings.caption_column, settings.image_column)
     model = Backbone.open(
-        settings.model, device=settings.device, precision=settings.precision, measures=measures_of(settings)
+        settings.model,
+        device=settings.device,
+        precision=settings.precision,
+        measures=measures_of(settings),
+        resolution=settings.resolution,
     )
     return carry_on(run, settings, model, pictures, began=time.perf_counter())
 

@@ -21,6 +21,7 @@ from backbone.concept import read_concept
 from backbone.console import UserError
 from backbone.files import read_json
 from backbone.images import open_rgb
+from backbone.io.options import fields_of
 from backbone.model import Backbone
 from tests.align.conftest import BRIGHT, FIVE, TRAIN, align, picture, refused, write_lines
 
@@ -385,10 +386,10 @@ def test_every_setting_can_be_said_on_the_command_line() -> None:
 
     import typer
 
-    from align.settings import FLAGS, Settings
+    from align.settings import Settings
 
     command = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
     known = {option for parameter in command.params for option in parameter.opts}
     for field in dataclasses.fields(Settings):
-        flag = {"concepts": "concept", "pairs": "source"}.get(field.name, FLAGS.get(field.name, field.name))
-        assert {flag, "--" + flag.replace("_", "-")} & known, field.name
+        flag = fields_of(Settings)[field.name].flag
+        assert {field.name, flag} & known, field.name

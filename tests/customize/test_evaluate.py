@@ -19,7 +19,6 @@ from backbone.files import read_jsonl
 from backbone.images import read_folder
 from backbone.model import EMBEDDED, Backbone
 from backbone.report import curve, table, write_report
-from customize.cli import step_count
 from customize.dreambench import own_prompts, read_prompts
 from customize.evaluate import Evaluator, Figures, Patience, Scorers, mean_likeness, protocol, rating
 from customize.settings import Settings
@@ -105,14 +104,6 @@ def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
 def test_our_own_prompts_are_twenty_five_different_ones() -> None:
     assert len(set(own_prompts())) == 25
     assert all(prompt.count("{}") == 1 for prompt in own_prompts())
-
-
-def test_steps_are_a_number_or_auto() -> None:
-    assert step_count("30") == {"steps": 30}
-    assert step_count("auto") == {"patience": 3}
-    assert step_count(None) == {}
-    with pytest.raises(UserError, match="auto"):
-        step_count("many")
 
 
 def test_a_report_shows_text_as_text(tmp_path: Path) -> None:

@@ -117,10 +117,10 @@ def pixels(path: Path) -> np.ndarray:
 
 def test_dropout_needs_whole_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "world", lambda: 2)
-    asked = Settings("", "", "", batch=4, lora_dropout=0.1)
-    with pytest.raises(UserError, match="--gradient_accumulation_steps 2"):
+    asked = Settings(images="", token="", class_noun="", batch=4, lora_dropout=0.1)
+    with pytest.raises(UserError, match="--gradient-accumulation-steps 2"):
         share_of(asked)
-    assert share_of(Settings("", "", "", batch=2, gradient_accumulation_steps=2, lora_dropout=0.1)).scale == 1
+    assert share_of(Settings(images="", token="", class_noun="", batch=2, gradient_accumulation_steps=2, lora_dropout=0.1)).scale == 1
 
 
 def started_alike(folder: Path, times: int) -> None:

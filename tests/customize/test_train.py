@@ -164,14 +164,14 @@ def test_two_subjects_are_learned_at_once_and_resumed(
     other = tmp_path / "other"
     other.mkdir()
     Image.new("RGB", (70, 64), "green").save(other / "a.png")
-    flags = ["--images", str(subject), "--concept", "other:[W]:cat", "--model", str(tiny_folder)]
+    flags = ["--images", str(subject), "--subject", "other:[W]:cat", "--model", str(tiny_folder)]
     customize(*TRAIN, *flags, "--steps", "2", "--out", "two")
     concept = json.loads((tmp_path / "two" / "concept.json").read_text())
     assert list(concept["tokens"]) == ["[V]", "[W]"]
     assert len(set(concept["tokens"].values())) == 2
     customize("sample", "a [V] dog", "a [W] cat", "--concept", "two", "--steps", "2")
     customize("train", "--resume", "two")
-    done = customize(*TRAIN, "--images", str(subject), "--concept", "other:[V]:cat", check=False)
+    done = customize(*TRAIN, "--images", str(subject), "--subject", "other:[V]:cat", check=False)
     assert done.returncode == 2
     assert "its own" in done.stderr
 
