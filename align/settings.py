@@ -7,13 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from backbone.console import UserError
-from backbone.files import read_json
 from backbone.io import options
+from backbone.io.console import UserError
+from backbone.io.files import read_json
 from backbone.io.options import Option, build, refuse_idle
 from backbone.training.settings import WEIGHTINGS, TrainingSettings
 
 FILE = "settings.json"
+LOG = "log.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+SUMMARY = "summary.json"
+REPORT = "report.html"
+EVALUATION = "evaluation.json"
+ROUNDS = "rounds"  # of a run with --online: a folder of `align sample` each
+REWARDS = "rewards.jsonl"  # of a run with --online: a line each round
 SOURCE_HELP = (
     "A folder of align sample, chosen/ and rejected/ (w/ and l/), .jsonl or .parquet, or a dataset's id."
 )
@@ -36,9 +43,9 @@ IN_ROUNDS = {"online": (), "loss": (*PAIR_LOSSES, "ddpo")}
 class Settings(TrainingSettings):
     """The settings of `align train`. A run is a function of these, the preferences and the model.
 
-    `beta` means the same for every loss (`align.losses`). `loss_weighting` weighs errors by their noise level before
-    the loss compares them, and no level below the share `least_noise` of the noise path is trained on. With
-    `random_crop` = N a draw cuts all images of a record at one of N places instead of the centre.
+    `beta` means the same for every loss (`align.objectives.losses`). `loss_weighting` weighs errors by their noise
+    level before the loss compares them, and no level below the share `least_noise` of the noise path is trained on.
+    With `random_crop` = N a draw cuts all images of a record at one of N places instead of the centre.
 
     `reference` is `bank` (the base's errors at `draws` fixed draws of each pair, computed at the first visit and read
     afterwards), `live` (computed each time, with the new adapter off) or `copy` (computed each time, by a frozen

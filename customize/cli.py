@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from backbone.console import UserError, run, say
+from backbone.io.console import UserError, run, say
 from backbone.io.help import Group
 from backbone.io.options import command
 from backbone.training.settings import MODEL_HELP, PANELS, refuse_beside_resume
-from customize import files_cli
+from customize.formats import cli as files_cli
 from customize.settings import Settings, Subject, TrainOptions, read_settings, read_subject, resolved
 
 app = typer.Typer(
@@ -43,7 +43,7 @@ def example(
     folder: Annotated[Path, typer.Argument(help="The folder to write; made when it is not there.")],
 ) -> None:
     """Write the packaged pictures of one particular dog."""
-    from customize.example import write_example
+    from customize.data.example import write_example
 
     written = write_example(folder)
     say(f'{len(written)} pictures in {folder}. Next: customize train --images {folder} --token "[V]"')
@@ -65,22 +65,22 @@ def check(
     ] = None,
 ) -> None:
     """Open every picture, list all bad ones, and say what may go wrong and what the run will need."""
-    from backbone.images import check as check_pictures
-    from backbone.images import read_folder
+    from backbone.media.pictures import check as check_pictures
+    from backbone.media.pictures import read_folder
 
     pictures = read_folder(images)
     check_pictures(pictures)
     captions = sum(picture.caption is not None for picture in pictures)
     say(f"{len(pictures)} pictures in {images} can be read ({captions} with captions).")
-    from backbone.model import Backbone
-    from customize.preflight import estimate, warnings_about
+    from backbone.models.model import Backbone
+    from customize.train.preflight import estimate, warnings_about
 
     opened = Backbone.open(model or "moji", device=device or "auto", precision=precision or "auto")
     for warning in warnings_about(pictures, resolution=opened.resolution):
         say(f"Warning: {warning}")
     settings = resolved({"images": images, "token": "[V]", "class_noun": ""}, opened.defaults)
     if vram is not None:
-        from customize.budget import foreseen
+        from customize.train.memory import foreseen
 
         for sentence in foreseen(opened, settings, len(pictures), vram):
             say(sentence)
@@ -95,20 +95,20 @@ def train(asked: dict[str, Any], run: TrainOptions) -> None:
     if run.resume is not None:
         refuse_beside_resume(Settings, asked, run)
         read_settings(run.resume)  # mistakes are answered before torch is imported
-        from customize.runs import resume_concept
+        from customize.train.run import resume_concept
 
         finished = resume_concept(run.resume)
     else:
         subjects, asked = subjects_of(asked)
         named = {"images": "", "token": "", "class_noun": "", "subject": [one.flag() for one in subjects[1:]]}
         resolved({**named, **asked}, {})  # contradictions are answered before torch is imported
-        from backbone.images import check as check_pictures
-        from backbone.images import read_folder
+        from backbone.media.pictures import check as check_pictures
+        from backbone.media.pictures import read_folder
 
         columns = {name: asked.get(name) or None for name in ("caption_column", "image_column")}
         for subject in subjects:
             check_pictures(read_folder(subject.images, **columns))
-        from customize.runs import train_concept
+        from customize.train.run import train_concept
 
         finished = train_concept(asked, subjects, out=run.out, vram=run.vram)
     token = read_settings(finished).token
@@ -122,7 +122,7 @@ def subjects_of(asked: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]
 
     Raises `UserError` where nothing is named, or a flag says otherwise than the layout.
     """
-    from customize.folders import is_concepts, read_subjects
+    from customize.data.folders import is_concepts, read_subjects
 
     rest = dict(asked)
     images, token = rest.pop("images", None), rest.pop("token", None)
@@ -196,12 +196,12 @@ def sample(
     device: Device = None,
 ) -> None:
     """Draw pictures from prompts, with concepts or without."""
-    from backbone.concept import read_concept, spoken
+    from backbone.adapters.concept import read_concept, spoken
 
     learned = [read_concept(folder) for folder in concept or []]
     for prompt in [*prompts, negative]:
         spoken(prompt, learned)  # mistakes are answered before torch is imported
-    from customize.sampling import draw
+    from customize.sample import draw
 
     sheet = draw(
         prompts,
@@ -250,7 +250,7 @@ def evaluate(
 ) -> None:
     """Measure a run by the DreamBench protocol: likeness, obedience, class, variety."""
     read_settings(run)  # mistakes are answered before torch is imported
-    from customize.dreambench import evaluate_pictures, evaluate_run, own_prompts, read_prompts
+    from customize.evaluate.dreambench import evaluate_pictures, evaluate_run, own_prompts, read_prompts
 
     if prompts is None:
         asked = own_prompts()

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from backbone.console import UserError
-from backbone.files import read_json
+from backbone.io.console import UserError
+from backbone.io.files import read_json
 from backbone.io.options import Option, as_command, build, refuse_idle
 from backbone.training.settings import RunOptions, TrainingSettings
 
 FILE = "settings.json"
+SHEET = "sheet.png"
+SHEET = "sheet.png"
 INSTANCE_PROMPT = "a {token} {class}"
 
 
@@ -48,7 +50,13 @@ def read_subject(flag: str) -> Subject:
     return Subject(drive + parts[0], *parts[1:])
 
 
-METHODS = ("lora", "full", "textual-inversion", "pivotal", "custom-diffusion")
+METHODS = {  # what each trains; which classes do it: `customize.methods.registry`
+    "lora": "an adapter on the denoiser (DreamBooth with LoRA, DoRA, LoHa or LoKr)",
+    "full": "all of the denoiser's weights (DreamBooth)",
+    "textual-inversion": "a word of its own, nothing else",
+    "pivotal": "a word of its own first, then an adapter",
+    "custom-diffusion": "the cross-attention's keys and values, and a word of its own",
+}
 OWN_WORDS = (
     "textual-inversion",
     "pivotal",
@@ -167,7 +175,7 @@ class Settings(TrainingSettings):
         Option(
             "What is trained; pivotal: a word, then an adapter; custom-diffusion: cross-attention and a word.",
             "Method",
-            choices=METHODS,
+            choices=tuple(METHODS),
         ),
     ] = "lora"
     train_text_encoder: Annotated[

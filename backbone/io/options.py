@@ -19,7 +19,8 @@ import inspect
 import json
 import math
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -27,7 +28,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
-from backbone.console import UserError
+from backbone.io.console import UserError
 from backbone.io.help import Command
 
 CONFIG_HELP = "Settings from a file: .yaml, .toml or .json, or a run's settings.json; flags win over it."
@@ -91,9 +92,14 @@ class Field:
         return tuple(dict.fromkeys(name.replace("-", "_") for name in names))
 
 
-@cache
 def fields_of(declared: type) -> dict[str, Field]:
     """The fields of a dataclass that have an Option, by name."""
+    return _fields_of(declared)
+
+
+@cache
+def _fields_of(declared: Hashable) -> dict[str, Field]:
+    assert isinstance(declared, type)
     options: dict[str, Option] = {}
     hints: dict[str, Any] = {}
     for parent in reversed([one for one in declared.__mro__ if dataclasses.is_dataclass(one)]):
@@ -296,7 +302,7 @@ def values_from_file(path: Path, known: Mapping[str, Field], flags: Mapping[str,
             raise UserError(f"{path} has an unknown key {key}.{_nearest(str(key), [*names, *switches])}")
     if not record:
         return dict(said.with_implied())
-    every = {one.name: one.default for one in known.values()} | said | flags
+    every = {**{one.name: one.default for one in known.values()}, **said, **flags}
     return {name: value for name, value in said.items() if unmet(known[name], every) is None}
 
 
@@ -317,15 +323,10 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def _toml(text: str) -> Any:
-    try:
+    if sys.version_info >= (3, 11):
         import tomllib
-    except ImportError as error:  # Python 3.10
-        try:
-            import tomli as tomllib
-        except ImportError:
-            raise UserError(
-                "A .toml file needs Python 3.11 or tomli: pip install tomli. Or write it as .yaml."
-            ) from error
+    else:
+        import tomli as tomllib
     return tomllib.loads(text)
 
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from backbone.console import UserError
+from backbone.io.console import UserError
 from backbone.io.options import Option, check_values, fields_of
 
-PANELS = ("Data", "Concept", "Preference", "Online", "Method", "Training", "Adapter", "Loss")
-PANELS += ("Evaluation", "Memory", "Output")  # as `--help` shows them
+PANELS = (  # as `--help` shows them
+    *("Data", "Concept", "Preference", "Online", "Method", "Training", "Adapter", "Loss", "Evaluation"),
+    *("Memory", "Output"),
+)
 WEIGHTINGS = ("none", "min-snr", "debiased")
 SCHEDULES = ("cosine", "constant")
 MODEL_HELP = "moji, sd15, sdxl, sd3, flux, a diffusers folder, a checkpoint file (.safetensors), or a hub id."

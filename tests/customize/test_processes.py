@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from backbone import processes
-from backbone.adapters import WEIGHTS
-from backbone.cache import VARIABLE
-from backbone.console import UserError
-from backbone.files import read_json, read_jsonl, read_tensors
-from backbone.workers import run_workers
-from customize.dreambooth import CHECKPOINT, share_of
-from customize.runs import resume_concept
+from backbone.adapters.lora import WEIGHTS
+from backbone.distributed import processes
+from backbone.distributed.spawn import run_workers
+from backbone.io.console import UserError
+from backbone.io.files import read_json, read_jsonl, read_tensors
+from backbone.models.cache import VARIABLE
+from customize.objectives.dreambooth import CHECKPOINT, share_of
 from customize.settings import Settings
+from customize.train.run import resume_concept
 from tests.customize.together import CASES, cold_worker, everything, worker
 
 ACCELERATE = Path(__file__).parents[2] / "recipes" / "accelerate"
@@ -120,7 +120,7 @@ def test_dropout_needs_whole_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Settings(images="", token="", class_noun="", batch=4, lora_dropout=0.1)
     with pytest.raises(UserError, match="--gradient-accumulation-steps 2"):
         share_of(asked)
-    assert share_of(Settings(images="", token="", class_noun="", batch=2, gradient_accumulation_steps=2, lora_dropout=0.1)).scale == 1
+    assert share_of(replace(asked, batch=2, gradient_accumulation_steps=2)).scale == 1
 
 
 def started_alike(folder: Path, times: int) -> None:
