@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from backbone.io import options
 from backbone.io.console import UserError
 from backbone.io.files import read_json
-from backbone.io.options import Option, build, refuse_idle
+from backbone.io.options import Option, build, effective, refuse_idle
 from backbone.training.settings import WEIGHTINGS, TrainingSettings
 
 FILE = "settings.json"
@@ -385,7 +385,7 @@ def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
         merged.setdefault("reference", "live")  # a round's pairs are seldom visited twice
         merged.setdefault("sample_steps", int(usual.get("steps", 0)))
         merged.setdefault("guidance", float(usual.get("guidance", -1)))
-    settings = build(Settings, merged)
+    settings = build(Settings, effective(Settings, merged, asked))
     refuse_idle(settings, asked)
     return settings
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from backbone.io.console import UserError
 from backbone.io.files import read_json
-from backbone.io.options import Option, as_command, build, refuse_idle
+from backbone.io.options import Option, as_command, build, effective, refuse_idle
 from backbone.training.settings import RunOptions, TrainingSettings
 
 FILE = "settings.json"
@@ -526,7 +526,7 @@ def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
         from_model |= {"learning_rate": 1.0, "text_encoder_lr": 1.0, "words_learning_rate": 1.0}
     merged = {**from_model, **asked}
     merged.setdefault("lora_alpha", float(merged["rank"]))
-    settings = build(Settings, merged)
+    settings = build(Settings, effective(Settings, merged, asked))
     refuse_idle(settings, asked)
     return settings
 

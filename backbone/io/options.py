@@ -417,6 +417,17 @@ def build(declared: Callable[..., Made], values: Mapping[str, Any]) -> Made:
 # Settings that have no effect --------------------------------------------------------------------------------
 
 
+def effective(declared: type, values: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The values without those that nobody asked for and that have no effect, so that their defaults stand."""
+    known = fields_of(declared)
+    every = {**{name: one.default for name, one in known.items()}, **values}
+    return {
+        name: value
+        for name, value in values.items()
+        if name in asked or name not in known or unmet(known[name], every) is None
+    }
+
+
 def refuse_idle(settings: Any, asked: Mapping[str, Any]) -> None:
     """`UserError` for something that was asked for and has no effect beside the other settings.
 
