@@ -348,7 +348,7 @@ class Settings(TrainingSettings):
             raise UserError(
                 "--online trains a LoRA: its reference is the adapter switched off. Leave out --full."
             )
-        if self.reference != "live":
+        if self.reference != "live" and self.loss in PAIR_LOSSES:
             raise UserError("--online asks the base at every round's new pairs. Leave out --reference.")
         if self.steps < self.rounds:
             raise UserError(f"{self.steps} steps do not fill {self.rounds} rounds. Lower --rounds.")

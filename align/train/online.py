@@ -50,7 +50,7 @@ from backbone.io.report import command, curve, curves, heading, paragraph, table
 from backbone.io.run_folder import clear_failed_try, refuse_taken, stopping, trim_log, versions
 from backbone.media.sheet import save_png
 from backbone.models.model import Backbone
-from backbone.models.placement import measures_of
+from backbone.models.placement import get_placement
 
 DRAWN_BY = (
     "model",
@@ -118,7 +118,10 @@ def resume_online(run: Path) -> Path:
 def _placed(settings: Settings) -> Backbone:
     """The model of these settings, as they hold it in memory."""
     return Backbone.open(
-        settings.model, device=settings.device, precision=settings.precision, measures=measures_of(settings)
+        settings.model,
+        device=settings.device,
+        precision=settings.precision,
+        placement=get_placement(settings),
     )
 
 

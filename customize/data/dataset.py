@@ -15,7 +15,7 @@ from backbone.io.console import UserError
 from backbone.io.files import content_hash
 from backbone.media.pictures import Picture, read_folder
 from backbone.media.transforms import bucket_sizes, fitted, mask_to_tensor, nearest_size
-from backbone.models.cache import encoded, encoded_prompts, remembered
+from backbone.models.cache import encode_images_cached, encode_prompts_cached, load_or_compute
 from backbone.models.model import Backbone, Posterior
 from backbone.models.sample import Request, sample_latents
 from backbone.training.base_predictions import Bank, bank_of
@@ -100,9 +100,9 @@ def prepare(model: Backbone, groups: Sequence[Group], settings: Settings) -> Mat
             owners += [number] * len(group.pictures)
     classes = [group.class_prompt for group in groups]
     with processes.writer_first():
-        class_text = encoded_prompts(model, classes)
-        text = None if trains_text(settings) else encoded_prompts(model, [*prompts, *classes])
-        empty = encoded_prompts(model, [""]) if settings.mask == "auto" else {}
+        class_text = encode_prompts_cached(model, classes)
+        text = None if trains_text(settings) else encode_prompts_cached(model, [*prompts, *classes])
+        empty = encode_prompts_cached(model, [""]) if settings.mask == "auto" else {}
     buckets = buckets_of(posteriors)
     drawn = drawn_classes = None
     if preserves(settings) and settings.prior == "class-images":
@@ -131,13 +131,13 @@ def prepare(model: Backbone, groups: Sequence[Group], settings: Settings) -> Mat
 def encoded_together(
     model: Backbone, pictures: Sequence[Picture], *, flip: bool, sizes: Sequence[tuple[int, int]] | None
 ) -> list[Posterior]:
-    """`encoded`, after each process has encoded its part of the pictures."""
+    """`encode_images_cached`, after each process has encoded its part of the pictures."""
 
     def encode(row: int) -> None:
-        encoded(model, [pictures[row]], flip=flip, sizes=sizes and [sizes[row]])
+        encode_images_cached(model, [pictures[row]], flip=flip, sizes=sizes and [sizes[row]])
 
     processes.prepared(encode, range(len(pictures)))
-    return encoded(model, pictures, flip=flip, sizes=sizes)
+    return encode_images_cached(model, pictures, flip=flip, sizes=sizes)
 
 
 def found_masks(
@@ -243,7 +243,7 @@ def class_latents(model: Backbone, class_prompt: str, settings: Settings, subjec
     own: list[Tensor] = []
     if settings.class_images:
         found = read_folder(settings.class_images[subject])[: settings.num_class_images or None]
-        own = [posterior.mean for posterior in encoded(model, found)]
+        own = [posterior.mean for posterior in encode_images(model, found)]
     missing = (settings.num_class_images or (0 if own else CLASS_IMAGES)) - len(own)
     drawn = [drawn_latents(model, class_prompt, settings, missing)] if missing else []
     return torch.cat([*(latent.float().cpu() for latent in own), *drawn])
@@ -268,4 +268,4 @@ def drawn_latents(model: Backbone, class_prompt: str, settings: Settings, count:
         return {"latents": torch.cat([part.float().cpu() for part in parts])}
 
     key = content_hash("\n".join(map(str, facts)).encode())
-    return remembered("class", key, draw)["latents"]
+    return load_or_compute("class", key, draw)["latents"]

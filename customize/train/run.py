@@ -18,7 +18,7 @@ from backbone.io.run_folder import clear_failed_try, refuse_taken, run_name, sto
 from backbone.media.pictures import Picture, check, read_folder
 from backbone.media.transforms import square
 from backbone.models.model import Backbone
-from backbone.models.placement import measures_of
+from backbone.models.placement import get_placement
 from backbone.training.run import log_to_tensorboard
 from customize.data.dataset import Group, prepare
 from customize.data.masks import save_masks
@@ -73,7 +73,7 @@ def train_concept(
         settings.model,
         device=settings.device,
         precision=settings.precision,
-        measures=measures_of(settings),
+        placement=get_placement(settings),
         resolution=settings.resolution,
     )
     if vram is not None:
@@ -116,7 +116,7 @@ def resume_concept(run: Path) -> Path:
         settings.model,
         device=settings.device,
         precision=settings.precision,
-        measures=measures_of(settings),
+        placement=get_placement(settings),
         resolution=settings.resolution,
     )
     return carry_on(run, settings, model, pictures, began=time.perf_counter())
