@@ -243,7 +243,7 @@ def class_latents(model: Backbone, class_prompt: str, settings: Settings, subjec
     own: list[Tensor] = []
     if settings.class_images:
         found = read_folder(settings.class_images[subject])[: settings.num_class_images or None]
-        own = [posterior.mean for posterior in encode_images(model, found)]
+        own = [posterior.mean for posterior in encode_images_cached(model, found)]
     missing = (settings.num_class_images or (0 if own else CLASS_IMAGES)) - len(own)
     drawn = [drawn_latents(model, class_prompt, settings, missing)] if missing else []
     return torch.cat([*(latent.float().cpu() for latent in own), *drawn])
