@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from backbone.io import options
 from backbone.io.console import UserError
 from backbone.io.files import read_json
-from backbone.io.options import Option, build, effective, refuse_idle
+from backbone.io.options import Option, build, effective
 from backbone.training.settings import WEIGHTINGS, TrainingSettings
 
 FILE = "settings.json"
@@ -363,7 +363,7 @@ def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
     """The settings of a run: what the user asked for over what works with the model.
 
     That is `align` in `limner.json`, and `draft` there for what reward gradients want otherwise. Raises `UserError` for
-    what is not known, what contradicts itself, and what has no effect beside the rest.
+    what is not known and what contradicts itself.
     """
     from_model = {
         "rank": usual.get("rank", 16),
@@ -385,9 +385,7 @@ def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
         merged.setdefault("reference", "live")  # a round's pairs are seldom visited twice
         merged.setdefault("sample_steps", int(usual.get("steps", 0)))
         merged.setdefault("guidance", float(usual.get("guidance", -1)))
-    settings = build(Settings, effective(Settings, merged, asked))
-    refuse_idle(settings, asked)
-    return settings
+    return build(Settings, effective(Settings, merged, asked))
 
 
 def read_settings(run: Path) -> Settings:

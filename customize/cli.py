@@ -10,7 +10,7 @@ import typer
 
 from backbone.io.console import UserError, run, say
 from backbone.io.help import Group
-from backbone.io.options import command
+from backbone.io.options import command, refuse_idle
 from backbone.training.settings import MODEL_HELP, PANELS, refuse_beside_resume
 from customize.formats import cli as files_cli
 from customize.settings import Settings, Subject, TrainOptions, read_settings, read_subject, resolved
@@ -99,9 +99,10 @@ def train(asked: dict[str, Any], run: TrainOptions) -> None:
 
         finished = resume_concept(run.resume)
     else:
-        subjects, asked = subjects_of(asked)
+        said = asked
+        subjects, asked = subjects_of(said)
         named = {"images": "", "token": "", "class_noun": "", "subject": [one.flag() for one in subjects[1:]]}
-        resolved({**named, **asked}, {})  # contradictions are answered before torch is imported
+        refuse_idle(resolved({**named, **asked}, {}), said)  # before torch is imported, as contradictions
         from backbone.media.pictures import check as check_pictures
         from backbone.media.pictures import read_folder
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from backbone.io.console import UserError
 from backbone.io.files import read_json
-from backbone.io.options import Option, as_command, build, effective, refuse_idle
+from backbone.io.options import Option, as_command, build, effective
 from backbone.training.settings import RunOptions, TrainingSettings
 
 FILE = "settings.json"
@@ -503,7 +503,7 @@ class TrainOptions(RunOptions):
 def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
     """The settings of a run: what the user asked for over what works with the model (`usual`, of its `limner.json`).
 
-    Raises `UserError` for what is not known, and for what has no effect beside the rest.
+    Raises `UserError` for what is not known.
     """
     asked = {name: value for name, value in asked.items() if value is not None and value != ()}
     method, patient = asked.get("method", "lora"), bool(asked.get("patience"))
@@ -526,9 +526,7 @@ def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
         from_model |= {"learning_rate": 1.0, "text_encoder_lr": 1.0, "words_learning_rate": 1.0}
     merged = {**from_model, **asked}
     merged.setdefault("lora_alpha", float(merged["rank"]))
-    settings = build(Settings, effective(Settings, merged, asked))
-    refuse_idle(settings, asked)
-    return settings
+    return build(Settings, effective(Settings, merged, asked))
 
 
 def read_settings(run: Path) -> Settings:

@@ -9,7 +9,7 @@ import typer
 
 from align.settings import SOURCE_HELP, Settings, read_settings, resolved
 from backbone.io.console import UserError, say
-from backbone.io.options import command, hyphens
+from backbone.io.options import command, hyphens, refuse_idle
 from backbone.training.settings import MODEL_HELP, PANELS, RunOptions, refuse_beside_resume
 
 __all__ = ["SOURCE_HELP", "hyphens"]  # for the other commands
@@ -53,7 +53,7 @@ def train(asked: dict[str, Any], run: RunOptions) -> None:
     if run.resume is not None:
         _done(_resumed(run.resume, asked, run))
         return
-    resolved(asked, {})  # contradictions are answered before torch is imported
+    refuse_idle(resolved(asked, {}), asked)  # contradictions are answered before torch is imported
     source, online = asked.get("pairs"), asked.get("online")
     if online is not None:
         if run.vram is not None:

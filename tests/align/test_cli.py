@@ -255,7 +255,7 @@ def test_a_reward_trains_without_pairs(
     out = tmp_path / "run"
     where = ("--model", tiny_folder, "--precision", "fp32", "--device", "cpu", "--prompts", prompts)
     how = ("--online", bright, "--rounds", 2, "--per-prompt", 2, "--sample-steps", 2, "--loss-type", loss)
-    align("train", "--out", out, *where, *how, *TRAIN)
+    align("train", "--out", out, *where, *how, "--steps", 4, "--train-batch-size", 2, "--rank", 2)
     assert read_concept(out).weights
     assert read_json(out / "summary.json")["kind"] == "reward"
     assert "trained without pairs" in refused("evaluate", out)

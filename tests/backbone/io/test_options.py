@@ -20,7 +20,7 @@ import align.settings
 import customize.cli
 import customize.settings
 from backbone.io.console import UserError
-from backbone.io.options import Option, as_command, build, command, fields_of, spellings
+from backbone.io.options import Option, as_command, build, command, fields_of, refuse_idle, spellings
 from backbone.training.settings import PANELS, RunOptions
 
 ROOT = Path(__file__).parents[3]
@@ -353,7 +353,7 @@ def test_the_record_of_a_run_is_a_file_of_settings(tmp_path: Path, monkeypatch: 
 )
 def test_customize_refuses_what_has_no_effect(asked: dict[str, Any], complaint: str) -> None:
     with pytest.raises(UserError, match=re.escape(complaint)):
-        customize.settings.resolved({**DOG, "token_words": "", **asked}, {})
+        refuse_idle(customize.settings.resolved({**DOG, "token_words": "", **asked}, {}), asked)
 
 
 @pytest.mark.parametrize(
@@ -371,12 +371,13 @@ def test_customize_refuses_what_has_no_effect(asked: dict[str, Any], complaint: 
 )
 def test_align_refuses_what_has_no_effect(asked: dict[str, Any], complaint: str) -> None:
     with pytest.raises(UserError, match=re.escape(complaint)):
-        align.settings.resolved(asked, {})
+        refuse_idle(align.settings.resolved(asked, {}), asked)
 
 
 def test_switching_a_thing_off_has_the_effect_that_was_asked_for() -> None:
     asked = {"method": "textual-inversion", "prior": "off", "lora_dropout": 0.0, "one_by_one": False}
     found = customize.settings.resolved({**DOG, "token_words": "", **asked}, {})
+    refuse_idle(found, asked)
     assert found.prior == "off"
 
 
