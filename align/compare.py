@@ -22,7 +22,7 @@ from torch import Tensor
 
 from align.choices import CHOICES, Choice, consistency, effective, read_choices
 from align.pairs import SCORES
-from align.prompts import Prompt, by_category, without_tokens
+from align.prompts import by_category, without_tokens
 from align.sampling import USUAL, Drawing, draw
 from align.scoring import open_judge, open_scorer
 from align.settings import read_settings
@@ -30,11 +30,13 @@ from backbone.concept import Concept, described, read_concept
 from backbone.console import UserError, progress, say
 from backbone.files import content_hash, read_json, write_json
 from backbone.images import open_rgb
+from backbone.io.prompts import Prompt
 from backbone.learned import put_on, refuse_another_model
 from backbone.model import Backbone
 from backbone.report import heading, paragraph, table, write_report
 from backbone.report import picture as shown
 from backbone.runs import versions
+from backbone.sample import latent_size
 from backbone.scorers import diversity
 from backbone.sheet import GREEN, Cell, save_png, sheet
 from backbone.statistics import Interval, bootstrap, wilson
@@ -118,13 +120,13 @@ def compare_models(
         BASE: base,
         **{tuned_folder(scale): dataclasses.replace(tuned, scale=scale) for scale in [tuned.scale, *scales]},
     }
-    varied = "--scale" if scales else "--tuned-scale" if tuned.scale != 1 else ""
+    varied = bool(scales) or tuned.scale != 1
     if varied and len(tuned.concepts) > 1:
         raise UserError(
-            f"{tuned.name} was trained on top of a concept, so its strength is not one number. Leave out {varied}."
+            f"{tuned.name} was trained on top of a concept, so its strength is not one number. Leave out --scale."
         )
     if varied and not tuned.concepts:
-        raise UserError(f"{tuned.name} is a whole model, so it has no strength to vary. Leave out {varied}.")
+        raise UserError(f"{tuned.name} is a whole model, so it has no strength to vary. Leave out --scale.")
     judges = {name: open_judge(name) for name in dict.fromkeys(scorers)}
     known = sorted(taught_by(tuned) & set(scorers))
     if known:
@@ -307,6 +309,7 @@ def _draw_all(
     learned = {name: [read_concept(folder) for folder in side.concepts] for name, side in sides.items()}
     drawing = drawing.settled(models[BASE])
     for name, side in sides.items():  # mistakes are answered before any weights load
+        latent_size(models[name], drawing.size)
         for concept in learned[name]:
             refuse_another_model(concept, models[name])
         _claim(out / name, models[name], learned[name], side, prompts, side.drawn(drawing))

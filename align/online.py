@@ -17,7 +17,6 @@ import torch
 
 from align.material import Material, prepare
 from align.pairs import RANKING, SAMPLES, SCORES, Record, check, counted, held_out, read
-from align.prompts import Prompt, read_prompts
 from align.rank import rank
 from align.runs import (
     EVALUATIONS,
@@ -43,6 +42,7 @@ from backbone import processes
 from backbone.concept import Concept, described, read_concept
 from backbone.console import UserError, progress, say
 from backbone.files import append_jsonl, read_json, read_jsonl, write_json
+from backbone.io.prompts import Prompt, read_prompts
 from backbone.learned import put_on, refuse_another_model
 from backbone.model import Backbone
 from backbone.report import command, curve, curves, heading, paragraph, table, write_report

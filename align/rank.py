@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from align.pairs import RANKING, SAMPLES, SCORES
-from align.prompts import Prompt, without_tokens
+from align.prompts import without_tokens
 from align.samples import picture_name, read_samples, shot, shots
 from align.scoring import open_judge, together
 from backbone.console import UserError, progress
 from backbone.files import read_json, write_json, write_text
 from backbone.images import Picture, check, open_rgb
+from backbone.io.prompts import Prompt
 
 Rule = Literal["best-worst", "all", "own", "same-noise", "best-near"]
 Match: TypeAlias = tuple[int, int]

@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from align.prompts import Prompt
 from align.scoring import Judge, open_judge, open_scorer, takes_gradients
 from align.settings import Settings
 from align.train import ADAPTER, CHECKPOINT, new_adapter, schedule, share_of
@@ -34,6 +33,7 @@ from backbone.cache import encoded_prompts
 from backbone.concept import Concept, spoken
 from backbone.families import Text
 from backbone.images import to_image
+from backbone.io.prompts import Prompt
 from backbone.loop import Report, generator, load_checkpoint, save_checkpoint, train
 from backbone.model import Backbone
 from backbone.noise import Estimate, Level, Predict, normal_like

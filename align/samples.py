@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from align.pairs import SAMPLES
-from align.prompts import Prompt
 from backbone.console import UserError
 from backbone.files import read_json
+from backbone.io.prompts import Prompt
 
 FORMAT = 1
 PICTURES = "pictures"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from backbone.concept import Concept
+from backbone.concept import BEST, Concept
 from backbone.console import say
 from backbone.files import append_jsonl, read_jsonl, write_text
 from backbone.images import Picture
@@ -21,7 +21,6 @@ from customize.evaluate import PROMPTS, Evaluator, Figures, Patience, Scorers, f
 from customize.settings import Settings, as_flags
 
 EVALUATIONS = "evaluations.jsonl"
-BEST = "best"
 REPORT = "report.html"
 STRIPS = "evaluations"
 RULE = (

@@ -28,13 +28,17 @@ _HOMES = {
     "sdedit": "edit.noised",
     "flow_edit": "edit.directly",
     "remove": "edit.removal",
-    "lead": "edit.guided",
-    "between": "edit.between",
+    "compose": "edit.guided",
+    "interpolate": "edit.between",
 }
 __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from backbone import __version__
+
+        return __version__
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -18,7 +18,7 @@ from edit.pictures import latent_mask, mask_of
 
 
 @torch.no_grad()
-def lead(
+def compose(
     inversion: Inversion,
     toward: Sequence[tuple[str, float]],
     *,

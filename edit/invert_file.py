@@ -12,7 +12,7 @@ from edit.inversion import Inversion, prompt_of, replayed
 from edit.opening import inverted, open_model, settings_of
 from edit.prompt import AUTO, align_all, blended_words, told_apart
 
-BEGIN = ("model", "concepts", "precision", "device", "inversion")
+BEGIN = ("model", "concepts", "scale", "precision", "device", "inversion")
 SETTINGS = (
     "control", "guidance", "negative", "weights", "windows", "swaps", "blend", "keep", "mask", "cross",
     "self_attention", "threshold", "strength", "heatmaps",

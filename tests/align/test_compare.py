@@ -11,11 +11,11 @@ from align.choices import CHOICES, Choice, append
 from align.compare import Side, blind_pairs, blind_result, blind_summary, save_blind, taught_by, versus
 from align.label import server
 from align.label.session import Session
-from align.prompts import Prompt
 from align.settings import Settings
 from backbone.concept import Concept
 from backbone.console import UserError
 from backbone.files import read_json, write_json
+from backbone.io.prompts import Prompt
 from tests.align.conftest import align, refused
 
 KEYS = [(0, 0), (0, 1), (1, 0), (1, 1)]

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from align import reward as module
-from align.prompts import Prompt
 from align.reward import (
     PolicyGradients,
     RewardGradients,
@@ -27,6 +26,7 @@ from align.reward import (
 from align.scoring import takes_gradients
 from align.settings import Settings
 from backbone.console import UserError
+from backbone.io.prompts import Prompt
 from backbone.ladders import karras_ladder
 from backbone.loop import generator
 from backbone.model import Backbone

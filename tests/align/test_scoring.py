@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from align.prompts import Prompt
 from align.rank import Ranked, Rule, matched, met, preferred, rank
 from align.samples import picture_name, shot
 from align.scoring import open_judge, together
 from backbone.console import UserError
 from backbone.files import read_jsonl, write_json
+from backbone.io.prompts import Prompt
 
 RED, BLUE = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
 

@@ -13,13 +13,13 @@ from unittest.mock import patch
 from align import runs
 from align.online import train_online
 from align.pairs import check, read
-from align.prompts import read_prompts
 from align.runs import train_taste
 from align.sampling import Drawing, sample_pairs
 from backbone import processes
 from backbone.cache import VARIABLE
 from backbone.console import UserError
 from backbone.files import append_jsonl
+from backbone.io.prompts import read_prompts
 
 CASES: dict[str, dict[str, Any]] = {
     "rows": {"batch": 3},

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from align.pairs import normal
-from align.prompts import read_prompts
 from align.samples import picture_name
 from backbone.console import UserError
 from backbone.files import write_json
+from backbone.io.prompts import read_prompts
 from backbone.statistics import Interval
 from backbone.world.render import render
 from backbone.world.scene import Scene

@@ -1,0 +1,1 @@
+"""What goes in and out: the command line, its options, files of prompts."""
