@@ -55,8 +55,8 @@ def draw(
 
     `size` is (width, height) in pixels, and `batch` pictures are drawn together.
 
-    Raises `UserError` for a token that no concept owns, a concept of another model, or a size that the model cannot draw,
-    before any weights load.
+    Raises `UserError` for a token that no concept owns, a concept of another model, or a size that the model cannot
+    draw, before any weights load.
     """
     refuse_no_share(guided)
     name = model or (concepts[0].model if concepts else "moji")

@@ -13,20 +13,24 @@ longer than everything else that `--help` does.
 
 from __future__ import annotations
 
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, ClassVar, TypeAlias
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+
+from backbone.io.flags import MODEL, OUTPUT
 
 WIDEST = 100  # columns of the help
 NAMES = 28  # columns of the names; a longer one has a line of its own
 LONGEST_CHOICES = 16  # characters of choices that stand beside the name; more are listed in the help text
 ARGUMENTS, COMMANDS, OTHER = "Arguments", "Commands", "Other"
 KINDS = {"str": "TEXT", "int": "INT", "float": "FLOAT", "bool": ""}
+DEFAULT = re.compile(r"\[default: \(([^()]*)\)")  # as typer writes one that is said in words
 
 Row: TypeAlias = tuple[str, str]
 """What stands on the left, and what is said of it."""
@@ -90,7 +94,7 @@ class Group(TyperGroup):
     `elsewhere` maps a command's name to the module that has its `app`, and to what the group's help says of it.
     """
 
-    elsewhere: Mapping[str, tuple[str, str]] = {}
+    elsewhere: ClassVar[Mapping[str, tuple[str, str]]] = {}
 
     def list_commands(self, ctx: Any) -> list[str]:
         """The names, in the order of registration."""
@@ -120,7 +124,7 @@ class Group(TyperGroup):
 
 
 def sections(params: Sequence[Any], ctx: Any) -> dict[str, list[Row]]:
-    """What the help says of a command's parameters, by section, `OTHER` at the end."""
+    """What the help says of a command's parameters, by section: arguments, the command's own, the common ones."""
     found: dict[str, list[Row]] = {}
     for param in params:
         record = param.get_help_record(ctx)
@@ -128,8 +132,8 @@ def sections(params: Sequence[Any], ctx: Any) -> dict[str, list[Row]]:
             panel = getattr(param, "rich_help_panel", None)
             usual = ARGUMENTS if param.param_type_name == "argument" else OTHER
             found.setdefault(panel or usual, []).append(row(param, *record))
-    other = found.pop(OTHER, None)
-    return {**found, **({OTHER: other} if other else {})}
+    ends = {ARGUMENTS: -1, MODEL: 1, OUTPUT: 2, OTHER: 3}
+    return dict(sorted(found.items(), key=lambda section: ends.get(section[0], 0)))
 
 
 def row(param: Any, names: str, help: str) -> Row:
@@ -137,12 +141,15 @@ def row(param: Any, names: str, help: str) -> Row:
 
     `names` and `help` are typer's own record: all spellings with the kind behind them, and the text with the default.
     """
-    words = [word for word in names.replace(",", " ").split() if not word.startswith(("-", "/"))]
+    help = DEFAULT.sub(r"[default: \1", help)
     if param.param_type_name == "argument":
         return param.metavar or param.name.upper(), help
-    name = param.opts[0] if not param.secondary_opts else f"{param.opts[0]}/{param.secondary_opts[0]}"
+    name = next((name for name in param.opts if name.startswith("--")), param.opts[0])
+    if param.secondary_opts:
+        name = f"{name}/{param.secondary_opts[0]}"
     if param.is_flag:
         return name, help
+    words = [word for word in names.replace(",", " ").split() if not word.startswith(("-", "/"))]
     kind = param.metavar or " ".join(words).strip("<>")
     kind = kind.removesuffix(" range").removeprefix("list[").removesuffix("]")
     if "|" in kind and len(kind) > LONGEST_CHOICES:

@@ -28,7 +28,7 @@ def option(*names: str, help: str, panel: str, **settings: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, **settings)
 
 
-MODEL_HELP = "moji, moji-flow, sd15, sdxl, sd3, flux, a diffusers folder, a checkpoint file (.safetensors), or a hub id."
+MODEL_HELP = "moji, moji-flow, sd15, sdxl, sd3, flux, a diffusers folder, a .safetensors checkpoint, or a hub id."
 Sampler = Literal["ddim", "heun", "ancestral"]
 Checkpoint = Literal["best", "last"]
 
@@ -79,14 +79,13 @@ Concepts = Annotated[
     ),
 ]
 Scale = Annotated[
-    float | None,
+    float,
     option(
         "--scale",
         "--lora-scale",
         "--network-mul",
         help="Strength of the concepts; 0: the base model.",
         panel=CONCEPTS,
-        show_default="1",
     ),
 ]
 WhichCheckpoint = Annotated[
@@ -200,13 +199,16 @@ Json = Annotated[
 ]
 
 
-def refuse_without(needed: str, given: object, **useless: object) -> None:
-    """`UserError` for an option that is given (not None, not False) where what it acts on is not."""
-    if given:
-        return
-    for name, value in useless.items():
-        if value is not None and value is not False:
-            raise UserError(f"--{name.replace('_', '-')} has no effect without {needed}. Leave it out.")
+def refuse_given(ctx: typer.Context, *names: str, because: str) -> None:
+    """`UserError` for the first of these parameters that was typed, since nothing would come of it.
+
+    `because` continues “has no effect”: `without --concept`, say.
+    """
+    options = {param.name: param.opts[0] for param in ctx.command.params}
+    for name in names:
+        source = ctx.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UserError(f"{options[name]} has no effect {because}. Leave it out.")
 
 
 def size_of(width: int | None, height: int | None, resolution: int | None) -> tuple[int | None, int | None]:

@@ -1,1 +1,0 @@
-"""What goes in and out: the command line, its options, files of prompts."""
