@@ -6,20 +6,22 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from backbone.console import run
-from backbone.io.commands import Group, command_group
+from backbone.io.commands import Elsewhere, Programs, command_group
 
 
-class Programs(Group):
+class Limner(Programs):
     """`customize`, `edit` and `align`."""
 
-    elsewhere: ClassVar[Mapping[str, tuple[str, str]]] = {
-        "customize": ("customize.cli", "Teach a diffusion model a new concept from a handful of images."),
-        "edit": ("edit.cli", "Change what the words say of an image, and nothing else."),
-        "align": ("align.cli", "Tune a diffusion model to preferences: yours, or a scorer's."),
+    elsewhere: ClassVar[Mapping[str, Elsewhere]] = {
+        "customize": Elsewhere(
+            "customize.cli", "Teach a diffusion model a new concept from a handful of images."
+        ),
+        "edit": Elsewhere("edit.cli", "Change what the words say of an image, and nothing else."),
+        "align": Elsewhere("align.cli", "Tune a diffusion model to preferences: yours, or a scorer's."),
     }
 
 
-app = command_group("Personalise, edit and align text-to-image diffusion models.", cls=Programs)
+app = command_group("Personalise, edit and align text-to-image diffusion models.", cls=Limner)
 
 
 def main() -> None:

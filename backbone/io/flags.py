@@ -28,7 +28,9 @@ def option(*names: str, help: str, panel: str, **settings: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, **settings)
 
 
-MODEL_HELP = "moji, moji-flow, sd15, sdxl, sd3, flux, a diffusers folder, a .safetensors checkpoint, or a hub id."
+MODEL_HELP = (
+    "moji, moji-flow, sd15, sdxl, sd3, flux, a diffusers folder, a .safetensors checkpoint, or a hub id."
+)
 Sampler = Literal["ddim", "heun", "ancestral"]
 Checkpoint = Literal["best", "last"]
 
