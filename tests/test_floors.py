@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 METHODS = ("customize", "edit", "align")
-PACKAGES = ("backbone", *METHODS, "recipes", "benchmarks")
+PACKAGES = ("backbone", *METHODS, "limner", "recipes", "benchmarks")  # limner: a door to the three methods
 NUMBERS = ("backbone.noise", "backbone.steps", "backbone.ladders")
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "datasets"}
 
@@ -67,9 +67,11 @@ def upward(tree: Tree) -> list[str]:
                 if name in NUMBERS:
                     forbidden = target not in own and top not in {"torch", *sys.stdlib_module_names}
                 elif floor == "backbone":
-                    forbidden = top in {*METHODS, "recipes", "benchmarks", "tests"}
+                    forbidden = top in {*METHODS, "limner", "recipes", "benchmarks", "tests"}
                 elif floor in METHODS:
-                    forbidden = top in {*METHODS, "recipes", "benchmarks", "tests"} - {floor}
+                    forbidden = top in {*METHODS, "limner", "recipes", "benchmarks", "tests"} - {floor}
+                elif floor == "limner":
+                    forbidden = top in {"recipes", "benchmarks", "tests"}
                 else:
                     forbidden = top == "tests"
                 if forbidden:
@@ -125,6 +127,8 @@ def test_help_answers_without_the_heavy_libraries(name: str) -> None:
         ("backbone/files.py", "from recipes.moji import loop", "backbone.files imports recipes.moji"),
         ("align/losses.py", "from customize.losses import x", "align.losses imports customize.losses"),
         ("edit/words.py", "from benchmarks import pie", "edit.words imports benchmarks"),
+        ("edit/words.py", "from limner import cli", "edit.words imports limner"),
+        ("limner/cli.py", "import recipes.small", "limner.cli imports recipes.small"),
         ("recipes/small.py", "import tests.backbone", "recipes.small imports tests.backbone"),
     ],
 )
@@ -141,6 +145,7 @@ def test_what_the_floors_allow_is_not_complained_about(tmp_path: Path) -> None:
         "backbone/steps.py": "from backbone.noise import Level\nfrom backbone import noise",
         "backbone/model.py": "import diffusers\nfrom backbone import noise, steps",
         "edit/words.py": "import edit.blend\nfrom backbone.steps import step",
+        "limner/cli.py": "from edit import words\nimport backbone.model",
         "benchmarks/pie.py": "import edit.words, align.losses\nfrom recipes import small",
     }.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)

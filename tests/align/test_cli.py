@@ -87,7 +87,9 @@ def test_a_comparison_counts_wins_and_shows_pictures(
 ) -> None:
     out = tmp_path / "compare"
     same = ("--prompts", prompts, "--count", 2, "--steps", 2, "--device", "cpu", "--precision", "fp32")
-    said = align("compare", tiny_folder, run, *same, "--scorer", bright, "--scale", 1, "--scale", 0, "--out", out)
+    said = align(
+        "compare", tiny_folder, run, *same, "--scorer", bright, "--scale", 1, "--scale", 0, "--out", out
+    )
     result = read_json(out / "compare.json")
     wins = result["wins"][str(bright)]
     assert wins["tuned"]["wins"] + wins["tuned"]["ties"] + wins["tuned"]["losses"] == 10
@@ -98,7 +100,9 @@ def test_a_comparison_counts_wins_and_shows_pictures(
     assert set(result["diversity"]) == {"base", "tuned", "tuned-0"}
     assert f"{bright}: tuned wins" in said
     assert (out / "report.html").read_text().count("<img") == len(FIVE)
-    again = align("compare", tiny_folder, run, *same, "--scorer", bright, "--scale", 1, "--scale", 0, "--out", out)
+    again = align(
+        "compare", tiny_folder, run, *same, "--scorer", bright, "--scale", 1, "--scale", 0, "--out", out
+    )
     assert again.splitlines()[0] == said.splitlines()[0]
     align("compare", tiny_folder, run, *same, "--scorer", bright, "--scale", 0, "--out", out)
     weak = read_json(out / "compare.json")
@@ -392,3 +396,48 @@ def test_every_setting_can_be_said_on_the_command_line() -> None:
     for field in dataclasses.fields(Settings):
         flag = {"concepts": "concept", "pairs": "source"}.get(field.name, FLAGS.get(field.name, field.name))
         assert {flag, "--" + flag.replace("_", "-")} & known, field.name
+
+
+# Results as JSON ----------------------------------------------------------------------------------------------
+
+
+def test_results_are_json_and_nothing_else_is_on_stdout(
+    run: Path, ranked: Path, tiny_folder: Path, prompts: Path, bright: Path, tmp_path: Path
+) -> None:
+    checked = json.loads(align("check", ranked, "--json"))
+    assert checked["records"] == checked["pairs"] == checked["train"] + checked["held_out"] > 0
+    evaluated = json.loads(align("evaluate", run, "--draws", 1, "--json"))
+    assert evaluated["source"] == "held out" and "value" in evaluated["accuracy"]
+    model = ("--steps", 2, "--precision", "fp32", "--device", "cpu")
+    words = ("--prompts", "a red dog", "--prompts", "the cat", "--prompts", "a red dog", "--count", 1)
+    out = tmp_path / "drawn"
+    drawn = json.loads(align("sample", *words, "--model", tiny_folder, *model, "--out", out, "--json"))
+    assert (drawn["images"], drawn["new"]) == (2, 2), "a prompt that is given twice is drawn once"
+    assert [one["prompt"] for one in drawn["prompts"]] == ["a red dog", "the cat"]
+    sides = ("compare", tiny_folder, run, *words, *model, "--scorer", bright, "--out", tmp_path / "c")
+    compared = json.loads(align(*sides, "--json"))
+    assert compared["wins"][str(bright)]["tuned"]["gain"]["value"] is not None
+    assert compared == {**read_json(tmp_path / "c" / "compare.json")}
+
+
+def test_a_comparison_in_another_size_and_with_words_for_prompts(
+    run: Path, tiny_folder: Path, bright: Path, tmp_path: Path
+) -> None:
+    how = ("--prompts", "a red dog", "--count", 1, "--steps", 2, "--device", "cpu", "--precision", "fp32")
+    sides = ("compare", tiny_folder, run, *how, "--scorer", bright)
+    align(*sides, "--width", 96, "--out", tmp_path / "c")
+    assert open_rgb(tmp_path / "c/base/p00000-s00.png").size == (96, 64)
+    assert "drawn in another way" in refused(*sides, "--out", tmp_path / "c")
+    assert "the width is 90" in refused(*sides, "--width", 90, "--out", tmp_path / "d")
+    assert "--user has no effect without --blind" in refused(*sides, "--user", "me", "--out", tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_folder_knows_how_strong_its_concepts_were(run: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    how = ("--prompts", "a red dog", "--count", 1, "--steps", 2, "--device", "cpu", "--precision", "fp32")
+    ours = ("sample", *how, "--concept", run, "--out", tmp_path / "drawn")
+    align(*ours, "--scale", 0.5)
+    assert "another concepts" in refused(*ours)
+    assert "--scale has no effect without --concept" in refused(
+        "sample", *how, "--scale", 2, "--out", tmp_path / "d"
+    )

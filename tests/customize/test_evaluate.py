@@ -196,7 +196,5 @@ def test_a_run_is_evaluated_reported_and_measured_from_outside(
     assert "PRES of the base" in table_text
     assert "CLIP-I of real pictures" in (run / "dreambench" / "table.md").read_text()
     dino = str(tiny_eye(tmp_path / "dino", "dinov2"))
-    table_text = customize(
-        "evaluate", str(run), "--prompts", "prompts.txt", "--count", "1", "--scorer", dino
-    )
+    table_text = customize("evaluate", str(run), "--prompts", "prompts.txt", "--count", "1", "--scorer", dino)
     assert "DINO of real pictures" in table_text and "CLIP" not in table_text

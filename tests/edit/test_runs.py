@@ -116,7 +116,17 @@ def test_other_commands_write_run_folders_that_can_be_repeated(edit: Edit) -> No
             "2",
         ),
         "fe": ("flow-edit", "photo.png", *WORDS, "--trajectory"),
-        "bt": ("interpolate", "photo.png", "other.png", "--prompts", "a cat", "--prompts", "a dog", "--count", "3"),
+        "bt": (
+            "interpolate",
+            "photo.png",
+            "other.png",
+            "--prompts",
+            "a cat",
+            "--prompts",
+            "a dog",
+            "--count",
+            "3",
+        ),
         "mc": ("invert-and-replace", "photo.png", *WORDS, "--control", "masactrl"),
     }
     for name, command in commands.items():
