@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -48,7 +49,7 @@ Energy = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to `customize`."""
-    commands = {
+    commands: dict[str, Callable[..., None]] = {
         "export": export,
         "import": import_,
         "info": info,

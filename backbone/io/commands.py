@@ -59,7 +59,7 @@ def print_json(value: Any) -> None:
 class Application(typer.Typer):
     """A typer application whose commands show their help in panels."""
 
-    def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:  # type: ignore[override]
+    def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:
         """Registers a command, as `typer.Typer.command` does."""
         return super().command(name, **{"cls": Command, **settings})
 
