@@ -9,11 +9,11 @@ from typing import Annotated, Literal, cast, get_args
 
 import typer
 
-from align import train_cli
-from backbone.console import UserError, run, say, speaks
-from backbone.files import read_json
+from align.train import cli as train_cli
 from backbone.io import flags
 from backbone.io.commands import command_group, print_json
+from backbone.io.console import UserError, run, say, speaks
+from backbone.io.files import read_json
 from backbone.io.flags import option
 from backbone.io.prompts import Prompt, prompts_of
 
@@ -21,7 +21,9 @@ app = command_group("Tune a diffusion model to preferences: yours, or a scorer's
 
 LABELLING = "Labelling"  # a section of the help
 PAIRS = "Pairs"
-Rule = Literal["best-worst", "all", "own", "same-noise", "best-near"]  # `align.rank` has what they pair
+Rule = Literal[
+    "best-worst", "all", "own", "same-noise", "best-near"
+]  # `align.collect.rank` has what they pair
 RULES = get_args(Rule)
 SOURCE_HELP = (
     "A folder of align sample, chosen/ and rejected/ (w/ and l/), .jsonl or .parquet, or a dataset's id."
@@ -110,8 +112,8 @@ def sample(
     as_json: flags.Json = False,
 ) -> None:
     """Draw several images of each prompt, to choose between."""
-    from backbone.concept import checkpoint as folder_of
-    from backbone.concept import read_concept
+    from backbone.adapters.concept import checkpoint as folder_of
+    from backbone.adapters.concept import read_concept
 
     asked = once(prompts_of(prompts))
     if not concept:
@@ -119,8 +121,8 @@ def sample(
     learned = [folder_of(folder, checkpoint) for folder in concept or []]
     for folder in learned:
         read_concept(folder)  # mistakes are answered before torch is imported
-    from align.pairs import SAMPLES
-    from align.sampling import Drawing, sample_pairs
+    from align.collect.sample import Drawing, sample_pairs
+    from align.pairs.records import SAMPLES
 
     wide, high = flags.size_of(width, height, resolution)
     drawn = sample_pairs(
@@ -150,9 +152,9 @@ def label(
     seed: Annotated[int, option("--seed", help="Of the order and the sides.", panel=LABELLING)] = 0,
 ) -> None:
     """Choose between images on a page in your browser: blind, with the arrow keys."""
-    from align.label.server import serve
-    from align.label.session import Session, alone, pairs_to_label
-    from align.samples import read_samples
+    from align.collect.label.server import serve
+    from align.collect.label.session import Session, alone, pairs_to_label
+    from align.pairs.samples import read_samples
 
     prompts, pictures = read_samples(folder)
     with alone(folder):
@@ -209,13 +211,13 @@ def rank(
     ] = 0.0,
 ) -> None:
     """Let scorers choose: pairs of each prompt's images, the better-scored one preferred."""
-    from align.samples import read_samples
+    from align.pairs.samples import read_samples
 
     for rule in rules:
         if rule not in RULES:
             raise UserError(f"There is no rule {rule} for --pairs. Choose one of {', '.join(RULES)}.")
     prompts, _ = read_samples(folder)  # mistakes are answered before torch is imported
-    from align.rank import rank as rank_folder
+    from align.collect.rank import rank as rank_folder
 
     count = rank_folder(
         folder, scorer, weights=weight or (), rules=cast(list[Rule], rules), margin=margin, agree=pareto
@@ -243,12 +245,13 @@ def check(
     as_json: flags.Json = False,
 ) -> None:
     """Open every image of a source of pairs and list all that is wrong, a line each."""
-    from align.pairs import check as check_pairs
-    from align.pairs import counted, held_out, read, refuse_another_model
+    from align.pairs.read import read
+    from align.pairs.records import check as check_pairs
+    from align.pairs.records import counted, held_out, refuse_another_model
 
     found = check_pairs(read(source, user=user, limit=limit, split=split))
     if model is not None:
-        from backbone.model import Backbone
+        from backbone.models.model import Backbone
 
         refuse_another_model(found, model, Backbone.open(model).fingerprint)
     learn, out = held_out(found.records, share=0.1, seed=0)
@@ -282,9 +285,10 @@ def export(
     skip_bad: SkipBad = False,
 ) -> None:
     """Write pairs from any source for other tools; a source is never changed."""
-    from align.export import write_lines, write_parquet
-    from align.pairs import check as check_pairs
-    from align.pairs import counted, read
+    from align.pairs.export import write_lines, write_parquet
+    from align.pairs.read import read
+    from align.pairs.records import check as check_pairs
+    from align.pairs.records import counted
 
     write = {".parquet": write_parquet, ".jsonl": write_lines}.get(out.suffix.lower())
     if write is None:
@@ -315,7 +319,8 @@ def evaluate(
     from align.settings import read_settings
 
     settings = read_settings(run_folder)  # mistakes are answered before torch is imported
-    from align.runs import EVALUATION, evaluate_taste
+    from align.settings import EVALUATION
+    from align.train.evaluate import evaluate_taste
 
     said = evaluate_taste(run_folder, settings, source=source, draws=draws, skip_bad=skip_bad)
     if as_json:
@@ -407,8 +412,10 @@ def compare(
     if not blind:
         flags.refuse_given(ctx, "user", "port", because="without --blind")
     asked = once(prompts_of(prompts))  # mistakes are answered before torch is imported
-    from align.compare import RESULT, Side, compare_models, summary
-    from align.sampling import Drawing
+    from align.collect.sample import Drawing
+    from align.compare.compare import RESULT, compare_models
+    from align.compare.report import summary
+    from align.compare.sides import Side
 
     wide, high = flags.size_of(width, height, resolution)
     start = guidance_start if tuned_guidance_start is None else tuned_guidance_start
@@ -442,9 +449,9 @@ def compare(
         typer.echo(summary(result))
     say(f"{out}/report.html shows images side by side.")
     if blind:
-        from align.compare import blind_pairs, blind_summary, save_blind
-        from align.label.server import serve
-        from align.label.session import Asked, Session, alone
+        from align.collect.label.server import serve
+        from align.collect.label.session import Asked, Session, alone
+        from align.compare.blind import blind_pairs, blind_summary, save_blind
 
         with alone(out):
             pairs = [Asked(*names) for names in blind_pairs(asked, count, scale[0])]

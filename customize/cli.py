@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from backbone.console import UserError, run, say, speaks
-from backbone.files import read_json
 from backbone.io import flags
 from backbone.io.commands import command_group, print_json
+from backbone.io.console import UserError, run, say, speaks
+from backbone.io.files import read_json
 from backbone.io.flags import Device, Model, Precision, option
-from customize import files_cli
+from customize.formats import cli as files_cli
 
 app = command_group("Teach a diffusion model a new concept from a handful of images.")
 
@@ -38,7 +38,7 @@ def example(
     ],
 ) -> None:
     """Write five images of one particular dog, and what the other commands can be tried with."""
-    from customize.example import EXTRAS, write_example
+    from customize.data.example import EXTRAS, write_example
 
     images, extras = write_example(folder)
     say(f"{len(images)} images of a dog in {folder}; {folder / EXTRAS} has {_listed(extras)}.")
@@ -74,16 +74,16 @@ def check(
     as_json: flags.Json = False,
 ) -> None:
     """Open every image, list all bad ones, and say what may go wrong and what the run will need."""
-    from backbone.images import check as check_images
-    from backbone.images import read_folder
+    from backbone.media.pictures import check as check_images
+    from backbone.media.pictures import read_folder
 
     found = read_folder(images)
     check_images(found)
     captions = sum(image.caption is not None for image in found)
     say(f"{len(found)} images in {images} can be read ({captions} with captions).")
-    from backbone.model import Backbone
-    from customize.preflight import estimate, warnings_about
-    from customize.runs import resolved
+    from backbone.models.model import Backbone
+    from customize.settings import resolved
+    from customize.train.preflight import estimate, warnings_about
 
     opened = Backbone.open(model or "moji", device=device or "auto", precision=precision or "auto")
     warnings = warnings_about(found, resolution=opened.resolution)
@@ -92,7 +92,7 @@ def check(
     settings = resolved(opened, {}, images=images, token="[V]", class_noun="")
     needs: dict[str, Any] = {}
     if vram is not None:
-        from customize.budget import foreseen
+        from customize.train.memory import foreseen
 
         sentences = foreseen(opened, settings, len(found), vram)
         needs["plan"] = sentences
@@ -363,14 +363,14 @@ def train(
     one_by_one: Annotated[bool, typer.Option("--one_by_one", help="Draw one picture at a time.")] = False,
 ) -> None:
     """Teach the model a subject from a few pictures (DreamBooth with LoRA)."""
-    from backbone.images import check as check_pictures
-    from backbone.images import read_folder
+    from backbone.media.pictures import check as check_pictures
+    from backbone.media.pictures import read_folder
 
     if resume is not None:
         from customize.settings import read_settings
 
         read_settings(resume)  # mistakes are answered before torch is imported
-        from customize.runs import resume_concept
+        from customize.train.run import resume_concept
 
         finished = resume_concept(resume)
     elif images is None and not concept:
@@ -378,7 +378,7 @@ def train(
             "Say where the pictures are: --images FOLDER (customize example dog/ writes some to try)."
         )
     else:
-        from customize.folders import is_concepts, read_subjects
+        from customize.data.folders import is_concepts, read_subjects
         from customize.settings import Subject, read_subject
 
         subjects: list[Subject] = []
@@ -448,7 +448,7 @@ def train(
         asked = {name: value for name, value in asked.items() if value is not None}
         for subject in subjects:
             check_pictures(read_folder(subject.images))  # mistakes are answered before torch is imported
-        from customize.runs import train_concept
+        from customize.train.run import train_concept
 
         finished = train_concept(asked, subjects, out=out)
         token = subjects[0].token
@@ -515,8 +515,8 @@ def sample(
     as_json: flags.Json = False,
 ) -> None:
     """Draw images from prompts, with concepts or without."""
-    from backbone.concept import checkpoint as folder_of
-    from backbone.concept import read_concept, spoken
+    from backbone.adapters.concept import checkpoint as folder_of
+    from backbone.adapters.concept import read_concept, spoken
     from backbone.io.prompts import prompts_of
 
     asked = [prompt.text for prompt in prompts_of([*(words or []), *(prompts or [])])]
@@ -528,7 +528,7 @@ def sample(
     learned = [read_concept(folder_of(folder, checkpoint)) for folder in concept or []]
     for prompt in [*asked, negative]:
         spoken(prompt, learned)  # mistakes are answered before torch is imported
-    from customize.sampling import RECORD, draw
+    from customize.sample import RECORD, draw
 
     sheet = draw(
         asked,
@@ -614,7 +614,14 @@ def evaluate(
     from customize.settings import read_settings
 
     read_settings(run)  # mistakes are answered before torch is imported
-    from customize.dreambench import TABLE, evaluate_pictures, evaluate_run, is_lists, own_prompts, templates
+    from customize.evaluate.dreambench import (
+        TABLE,
+        evaluate_pictures,
+        evaluate_run,
+        is_lists,
+        own_prompts,
+        templates,
+    )
 
     if not any(is_lists(given) for given in prompts or []):
         flags.refuse_given(ctx, "living", because="without a prompts_and_classes.txt")

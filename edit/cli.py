@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 
 import typer
 
-from backbone.console import UserError, run, say
 from backbone.io import flags
 from backbone.io.commands import command_group, typed
+from backbone.io.console import UserError, run, say
 from backbone.io.flags import option
 from backbone.io.prompts import one_prompt, prompts_of
 from edit import checks
@@ -227,7 +227,7 @@ def invert(
         raise UserError(f"--out {file} does not end in .safetensors. Name a file that does.")
     if file.exists():
         raise UserError(f"{file} is there already. Remove it, or choose another --out.")
-    from edit.invert_file import write_inversion
+    from edit.run.invert import write_inversion
 
     asked: dict[str, Any] = {"method": method, "check": check, "iterations": iterations, "guidance": guidance}
     for line in write_inversion(file, image, prompt, **asked, **shared):
@@ -377,7 +377,7 @@ def invert_and_replace(
     }
     begins(wishes, [*targets, shared["negative"]], dry=dry_run)
     if dry_run:
-        from edit.invert_file import print_alignment
+        from edit.run.invert import print_alignment
 
         for text in print_alignment(wishes):
             typer.echo(text)
@@ -579,7 +579,7 @@ def replay(
     """Repeat an edit exactly."""
     if not record.exists():
         raise UserError(f"{record} does not exist. Name the run.json of an edit, or its folder.")
-    from edit.runs import replay as again
+    from edit.run.run import replay as again
 
     say(f"{again(record, out=out)}/sheet.png shows it again.")
 
@@ -618,7 +618,7 @@ def in_words(given: list[str], what: str) -> list[str]:
 
 def readable(image: str) -> None:
     """`UserError` for an image that cannot be read."""
-    from backbone.images import open_rgb
+    from backbone.media.decode import open_rgb
 
     open_rgb(image, at_least=64)
 
@@ -640,8 +640,8 @@ def refuse_useless(ctx: typer.Context, asked: Mapping[str, Any]) -> None:
 
 def chosen(concepts: list[Path] | None, checkpoint: flags.Checkpoint | None) -> list[str]:
     """The folders of the runs' chosen checkpoints; `UserError` for a run without a concept."""
-    from backbone.concept import checkpoint as folder_of
-    from backbone.concept import read_concept
+    from backbone.adapters.concept import checkpoint as folder_of
+    from backbone.adapters.concept import read_concept
 
     folders = [folder_of(run, checkpoint) for run in concepts or []]
     for folder in folders:
@@ -651,7 +651,7 @@ def chosen(concepts: list[Path] | None, checkpoint: flags.Checkpoint | None) -> 
 
 def tokens_owned(concepts: list[str], prompts: list[str]) -> None:
     """`UserError` for a token in the prompts that no concept owns."""
-    from backbone.concept import read_concept, spoken
+    from backbone.adapters.concept import read_concept, spoken
 
     learned = [read_concept(folder) for folder in concepts]
     for prompt in prompts:
@@ -660,7 +660,7 @@ def tokens_owned(concepts: list[str], prompts: list[str]) -> None:
 
 def finish(name: str, wishes: dict[str, Any]) -> None:
     """Runs the command and says where its sheet is."""
-    from edit.runs import perform
+    from edit.run.run import perform
 
     out = wishes.pop("out")
     folder = perform(name, wishes, out=out, said=shlex.join(typed("edit")))

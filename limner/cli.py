@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from backbone.console import run
 from backbone.io.commands import Elsewhere, Programs, command_group
+from backbone.io.console import run
 
 
 class Limner(Programs):

@@ -1,1 +1,1 @@
-"""What goes in and out of the program: the options of its commands, and their help."""
+"""Files, the console, run folders, reports."""

@@ -51,7 +51,7 @@ def typed(program: str) -> list[str]:
 
 def print_json(value: Any) -> None:
     """Prints a value as JSON on stdout: what `--json` promises. NaN and infinities are null."""
-    from backbone.files import json_text
+    from backbone.io.files import json_text
 
     typer.echo(json_text(value))
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from backbone.console import UserError
+from backbone.io.console import UserError
 
 # The sections of `--help`, in the order in which most commands have them
 DATA = "Data"

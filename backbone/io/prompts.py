@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from backbone.console import UserError
+from backbone.io.console import UserError
 
 SUFFIXES = (".txt", ".jsonl")
 

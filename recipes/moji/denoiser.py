@@ -28,13 +28,14 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from backbone.attention import quick_to_train
-from backbone.files import read_json, read_tensors, write_bytes, write_json, write_tensors, write_text
-from backbone.loop import Average, generator, load_checkpoint, save_checkpoint, train, warm_stable_decay
-from backbone.noise import add_noise, denoising_score_matching, min_snr, vp
-from backbone.processes import any_of
-from backbone.processes import average as average_over_processes
-from backbone.workers import run_workers
+from backbone.diffusion.losses import denoising_score_matching, min_snr
+from backbone.diffusion.noise import add_noise, generator, vp
+from backbone.distributed.processes import any_of
+from backbone.distributed.processes import average as average_over_processes
+from backbone.distributed.spawn import run_workers
+from backbone.io.files import read_json, read_tensors, write_bytes, write_json, write_tensors, write_text
+from backbone.training.attention import quick_to_train
+from backbone.training.loop import Average, load_checkpoint, save_checkpoint, train, warm_stable_decay
 from backbone.world.scene import sample_scene
 from recipes.moji.autoencoder import SCALING_FACTOR, to_tensor
 from recipes.moji.logbook import Logbook
@@ -196,7 +197,7 @@ class Training:
             losses,
             self.parameters,
             optimizer=self.optimizer,
-            schedule=warm_stable_decay(plan.steps, warmup=300, decay=plan.decay),
+            lr_schedule=warm_stable_decay(plan.steps, warmup=300, decay=plan.decay),
             steps=plan.steps,
             done=self.done,
             average=self.average,
@@ -259,7 +260,7 @@ def train_denoiser(rank: int, plan: Plan) -> None:
             predicted = unet(noisy, index, text).sample
         weight = min_snr(level, 5.0) / level.a.clamp(min=0.08)
         error = denoising_score_matching(
-            predicted, clean, noise=noise, level=level, kind="epsilon", weight=weight
+            predicted, clean, noise=noise, level=level, prediction_type="epsilon", weight=weight
         )
         yield error.mean()
 

@@ -26,9 +26,10 @@ import typer
 from PIL import Image
 from torch import Tensor
 
-from backbone.files import content_hash, write_json, write_tensors
-from backbone.loop import Average, load_checkpoint, save_checkpoint, train, warm_cosine
+from backbone.io.files import content_hash, write_json, write_tensors
+from backbone.training.loop import Average, load_checkpoint, save_checkpoint, train, warm_cosine
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, fair, sample_scene
+from backbone.world.textures import Pixels
 from backbone.world.words import Thing, vocabulary
 from benchmarks.judge import (
     FACTS,
@@ -48,7 +49,6 @@ from benchmarks.judge import (
 from recipes.moji.autoencoder import to_tensor
 from recipes.moji.logbook import Logbook
 from recipes.moji.muon import Muon
-from recipes.moji.pictures import Pixels
 from recipes.moji.rendered import AUTOENCODER, has_autoencoder, moved, rendered, roughened, round_trips
 
 FIRST_SEED = 400_000
@@ -120,8 +120,8 @@ def main(
         yield judged_loss(logits, {head: value.to(device) for head, value in truth.items()})
 
     logbook = Logbook(batch=batch)
-    schedule = warm_cosine(steps, warmup=min(150, steps // 5), floor=0.01)
-    for report in train(losses, kept, optimizer=optimizer, schedule=schedule, steps=steps, done=done,
+    lr_schedule = warm_cosine(steps, warmup=min(150, steps // 5), floor=0.01)
+    for report in train(losses, kept, optimizer=optimizer, lr_schedule=lr_schedule, steps=steps, done=done,
                         average=average, clip=5.0):  # fmt: skip
         logbook.note(report)
         last = report.step == steps or logbook.minutes > minutes

@@ -13,9 +13,9 @@ from diffusers import DDPMScheduler
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from align.train import PreferenceTraining
+from align.objectives.preference import PreferenceTraining
 from tests import tiny
-from tests.align.test_train import material, opened, settings
+from tests.align.objectives.test_preference import material, opened, settings
 
 Native = Callable[[Any, Tensor, Tensor, dict[str, Tensor]], Tensor]
 """(denoiser, noisy, timestep, text) → prediction, as diffusers' pipelines call it."""
@@ -118,7 +118,7 @@ def test_a_step_is_the_paper_s_formula_in_loss_and_gradient(
     text = {key: value[said].repeat(2, *[1] * (value.dim() - 1)) for key, value in run.material.text.items()}
     assert model.path.levels.time is not None
     time = model.path.levels.time[index]
-    if model.path.kind == "flow":
+    if model.path.prediction_type == "flow":
         sigma = (time / 1000)[:, None, None, None]
         noisy, target = (1 - sigma) * clean + sigma * noise, noise - clean
     else:

@@ -24,18 +24,20 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch import Tensor
 
-from backbone.adapters import WEIGHTS
-from backbone.concept import rare_words, read_concept
-from backbone.console import UserError
-from backbone.families import flux, parts, pixart
-from backbone.files import read_header, read_json, read_tensors, write_json, write_tensors
-from backbone.learned import put_on
-from backbone.model import Backbone
-from backbone.new_words import new_words, rows_of
-from backbone.noise import SingularLevel, estimate
-from backbone.sample import Request, initial_noise, sample_latents
-from customize.runs import train_concept
+from backbone.adapters.apply import put_on
+from backbone.adapters.concept import rare_words, read_concept
+from backbone.adapters.embeddings import new_words, rows_of
+from backbone.adapters.lora import WEIGHTS
+from backbone.diffusion.noise import SingularLevel, estimate
+from backbone.families import loading as parts
+from backbone.families.flux import family as flux
+from backbone.families.pixart import family as pixart
+from backbone.io.console import UserError
+from backbone.io.files import read_header, read_json, read_tensors, write_json, write_tensors
+from backbone.models.model import Backbone
+from backbone.models.sample import Request, initial_noise, sample_latents
 from customize.settings import Subject
+from customize.train.run import train_concept
 from tests import tiny
 
 STEPS, GUIDANCE, PROMPT, SCALE = 20, 4.0, "a dog in the snow", 40.0
@@ -307,7 +309,7 @@ def test_the_autoencoder_of_xl_stays_in_fp32_unless_it_was_repaired(
 
 def test_a_flow_is_converted_at_its_noisiest_end(folders: dict[str, Path]) -> None:
     model = opened(folders["sd3"])
-    noise, top = torch.randn(2, *model.latent_shape), model.ladder(4)[0]
+    noise, top = torch.randn(2, *model.latent_shape), model.schedule(4)[0]
     assert float(top.a) == 0 and float(top.b) == 1
     found = model.predictor(model.encode_prompts([PROMPT, ""]))(noise, top)
     torch.testing.assert_close(found.noise, noise)
@@ -326,8 +328,8 @@ def test_a_flow_shifts_its_ladder_by_the_picture_s_size(
     mu = calculate_shift(size[0] * size[1] // 4)
     sigmas = torch.linspace(1, longest, 6).tolist() if longest < 1 else None
     scheduler.set_timesteps(None if sigmas else 6, sigmas=sigmas, mu=mu)
-    torch.testing.assert_close(model.ladder(6, size=size).b.float(), scheduler.sigmas)
-    assert not torch.allclose(model.ladder(6).b.float(), scheduler.sigmas)
+    torch.testing.assert_close(model.schedule(6, size=size).b.float(), scheduler.sigmas)
+    assert not torch.allclose(model.schedule(6).b.float(), scheduler.sigmas)
 
 
 def test_guidance_is_told_to_a_network_that_was_distilled_for_it(folders: dict[str, Path]) -> None:

@@ -12,10 +12,10 @@ from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpo
 from torch import Tensor
 from transformers import T5EncoderModel
 
-from backbone.console import UserError
-from backbone.families import flux_file
-from backbone.families.stable_diffusion_file import PUBLISHED
-from backbone.files import read_json, write_tensors
+from backbone.families.flux import checkpoint as flux_file
+from backbone.families.sd1.checkpoint import PUBLISHED
+from backbone.io.console import UserError
+from backbone.io.files import read_json, write_tensors
 from tests.backbone.test_single_file import _no_network, part_of  # noqa: F401 (a fixture)
 from tests.backbone.test_single_file_sd3 import (
     UNET,
@@ -90,7 +90,7 @@ def test_published_checkpoints_are_told_by_their_headers(
     model = opened(tmp_path / "flux.safetensors")
     assert model.family.name == "FLUX.1"
     assert model.location.config("transformer")["guidance_embeds"] is told
-    assert model.latent_shape == (16, 128, 128) and model.path.kind == "flow"
+    assert model.latent_shape == (16, 128, 128) and model.path.prediction_type == "flow"
     assert model.autoencoder_config["scaling_factor"] == 0.3611
     assert model.autoencoder_config["shift_factor"] == 0.1159
     assert model.location.config("text_encoder")["hidden_size"] == 768

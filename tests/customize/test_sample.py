@@ -13,15 +13,16 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from backbone.adapters import WEIGHTS
-from backbone.concept import BEST, Concept, read_concept
-from backbone.console import UserError
-from backbone.images import open_rgb, read_folder
+from backbone.adapters.concept import BEST, Concept, read_concept
+from backbone.adapters.lora import WEIGHTS
+from backbone.io.console import UserError
 from backbone.io.prompts import one_prompt, prompts_of, read_prompts
-from backbone.model import Backbone
+from backbone.media.decode import open_rgb
+from backbone.media.pictures import read_folder
+from backbone.models.model import Backbone
 from customize.cli import app
-from customize.folders import is_concepts
-from customize.formats import write_adapter
+from customize.data.folders import is_concepts
+from customize.formats.write import write_adapter
 from tests.customize.adapters import modules_of, random_adapter, whole_pipeline
 
 ROOT = Path(__file__).parents[2]

@@ -10,17 +10,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from backbone.console import UserError
-from backbone.images import to_tensor
-from backbone.model import Backbone
-from edit.between import interpolate, slerp
-from edit.directly import flow_edit
-from edit.guided import compose
-from edit.inversion import Inversion, invert
-from edit.noised import sdedit
-from edit.removal import place_of, remove, without
+from backbone.io.console import UserError
+from backbone.media.transforms import to_tensor
+from backbone.models.model import Backbone
+from edit.inversion.inversion import Inversion, invert
+from edit.methods.compose import compose
+from edit.methods.flow_edit import flow_edit
+from edit.methods.interpolate import interpolate, slerp
+from edit.methods.remove import place_of, remove, without
+from edit.methods.sdedit import sdedit
+from tests.edit.methods.prompt_to_prompt.test_edit import SOURCE, STEPS, TARGET, deviation, left_half
 from tests.edit.models import PATHS, photo, tiny_on
-from tests.edit.test_prompt import SOURCE, STEPS, TARGET, deviation, left_half
 
 paths = pytest.mark.parametrize("path", PATHS, ids=lambda path: "-".join(map(str, path)))
 
@@ -114,15 +114,15 @@ def test_flow_edit_counts_its_rows(tiny: Backbone) -> None:
 
 def test_flow_edit_follows_the_two_velocities(tiny: Backbone) -> None:
     """One step by hand: x̃ moves by Δτ times what the target's velocity has over the source's."""
-    from backbone.loop import generator
+    from backbone.diffusion.noise import generator
 
     drawn = flow_edit(tiny, photo(), SOURCE, [TARGET], steps=2, strength=0.5, guidance=1.0)
-    clean, ladder = latent_of(tiny, photo())[None], tiny.ladder(2)[1:]
+    clean, schedule = latent_of(tiny, photo())[None], tiny.schedule(2)[1:]
     noise = torch.randn(clean.shape, generator=generator(0, 0, 0, "flow edit"))
-    tau = ladder.b / (ladder.a + ladder.b)
-    noised = ((1 - tau[0]) * clean + tau[0] * noise) * (ladder.a[0] + ladder.b[0])
+    tau = schedule.b / (schedule.a + schedule.b)
+    noised = ((1 - tau[0]) * clean + tau[0] * noise) * (schedule.a[0] + schedule.b[0])
     source, target = (
-        tiny.predictor(tiny.encode_prompts([p]))(noised.float(), ladder[0]) for p in (SOURCE, TARGET)
+        tiny.predictor(tiny.encode_prompts([p]))(noised.float(), schedule[0]) for p in (SOURCE, TARGET)
     )
     move = (target.noise - target.clean) - (source.noise - source.clean)
     assert deviation(drawn.latents, (clean + (tau[1] - tau[0]) * move).float()) < 1e-4
