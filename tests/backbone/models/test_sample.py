@@ -127,7 +127,7 @@ def test_every_family_draws_other_sizes(tmp_path: Path, build: Callable[..., Pat
 
 
 def test_a_size_that_the_model_cannot_draw_is_refused_with_the_reason(tmp_path: Path, tiny: Backbone) -> None:
-    with pytest.raises(UserError, match="multiples of 16 pixels, and the width is 65. Give 64 or 80"):
+    with pytest.raises(UserError, match=r"multiples of 16 pixels, and the width is 65\. Give 64 or 80"):
         latent_size(tiny, (65, None))
     model = Backbone.open(str(tiny_stable_diffusion_3(tmp_path)), device="cpu", precision="fp32")
     most = model.family.longest_side(model.location)
