@@ -12,6 +12,7 @@ import typer.main
 import align.cli
 import customize.cli
 import edit.cli
+from backbone.io.commands import hyphens
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
@@ -51,14 +52,12 @@ def test_every_call_is_understood(arguments: list[str]) -> None:
 @pytest.mark.parametrize("program", APPS)
 def test_every_flag_that_is_named_exists(program: str) -> None:
     commands = [c for app in APPS.values() for c in typer.main.get_group(app).commands.values()]
-    known = {flag for command in commands for parameter in command.params for flag in parameter.opts}
-    known |= {
-        flag for command in commands for parameter in command.params for flag in parameter.secondary_opts
-    }
+    params = [parameter for command in commands for parameter in command.params]
+    known = {hyphens(flag) for one in params for flag in (*one.opts, *one.secondary_opts)}
     text = re.sub(r"`python\s+-m[^`]*`", "", PAGES[program])  # recipes and benchmarks have flags of their own
     text = re.sub(r"accelerate launch .*? -m ", "", text)  # and so has the launcher
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", text)) - {"--help"}
-    assert named - known == set()
+    assert {hyphens(flag) for flag in named} - known == set()
 
 
 def test_the_example_of_the_floor_of_numbers_does_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:

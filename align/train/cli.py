@@ -64,7 +64,7 @@ def train(asked: dict[str, Any], run: RunOptions) -> None:
             raise UserError("--online draws its own pairs, so it takes no source. Leave out one of the two.")
         if "prompts" not in asked:
             raise UserError("--online needs prompts to draw. Add --prompts FILE.")
-        from align.pairs.prompts import read_prompts
+        from backbone.io.prompts import read_prompts
 
         read_prompts(Path(asked["prompts"]))
         from align.train.online import train_online
