@@ -1,0 +1,167 @@
+"""Everything that README.md and docs/ print is run, page by page: shell blocks, Python blocks, with the files they name.
+
+Each page has an empty folder of its own and runs its blocks in order, so that a block finds what an earlier one wrote.
+Only this differs from what is printed: `moji` is replaced by a model with a small random denoiser (its own text encoder,
+autoencoder and scorer), and the numbers in `LARGEST` are lowered. A block that cannot run here is marked
+`<!-- not run: why -->`; its commands are parsed instead.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from backbone import model as models
+from tests.tiny import tiny_moji
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+}
+PROGRAMS = ("customize", "edit", "align", "limner")
+
+# A number printed behind one of these flags, or after `steps=` in Python, is lowered to this before it runs.
+LARGEST = {
+    "--steps": 2,
+    "--count": 2,
+    "--iterations": 2,
+    "--evaluate-every": 2,
+    "--draws": 1,
+    "--rank": 4,
+    "--batch": 2,
+}
+# What a command is given beside what is printed, where its default is large and no model says otherwise.
+ADDED = {
+    ("customize", "evaluate"): ("--count", "1"),
+}
+# The README's first command installs; .ci/run and the test of the wheel do that.
+INSTALLS = (["python3", "-m", "venv"], ["pip", "install"])
+
+BLOCK = re.compile(
+    r"^(?:<!-- (?P<marker>[^\n]*) -->\n+)?```(?P<language>sh|python)\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    page: str
+    line: int
+    language: str
+    text: str
+    marker: str | None
+
+    @property
+    def runs(self) -> bool:
+        return not (self.marker or "").startswith("not run: ")
+
+
+def blocks_of(page: str) -> list[Block]:
+    """The shell and Python blocks of a page, in order."""
+    text = PAGES[page].read_text(encoding="utf-8")
+    return [
+        Block(page, text.count("\n", 0, found.start()) + 1, found["language"], found["text"], found["marker"])
+        for found in BLOCK.finditer(text)
+    ]
+
+
+def calls_of(block: Block) -> list[list[str]]:
+    """The commands of a shell block as words; a program's folder is left out."""
+    lines = block.text.replace("\\\n", " ").splitlines()
+    calls = [shlex.split(call, comments=True) for line in lines for call in line.split("&&")]
+    return [[Path(words[0]).name, *words[1:]] for words in calls if words]
+
+
+def own_call(words: list[str]) -> list[str] | None:
+    """The call of one of our programs in these words, also when `accelerate launch` starts it."""
+    if words[0] in PROGRAMS:
+        return words
+    if words[:2] == ["accelerate", "launch"] and "-m" in words:
+        module, *rest = words[words.index("-m") + 1 :]
+        return [module.removesuffix(".cli"), *rest]
+    return None
+
+
+def command_of(words: list[str]) -> tuple[Any, str, list[str]]:
+    """The click command that a call means, its full name, and its arguments."""
+    program, *rest = words
+    command: Any = typer.main.get_group(importlib.import_module(f"{program}.cli").app)
+    names = [program]
+    while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
+        names.append(rest.pop(0))
+        context = command.make_context(names[-2], [], resilient_parsing=True)
+        found = command.get_command(context, names[-1])
+        assert found is not None, f"There is no command {' '.join(names)}."
+        command = found
+    return command, " ".join(names), rest
+
+
+def lowered(words: list[str]) -> list[str]:
+    """The call with the numbers of `LARGEST` instead of larger ones, and with what `ADDED` says."""
+    changed = list(words)
+    for place, (flag, value) in enumerate(zip(words, words[1:], strict=False), start=1):
+        if flag in LARGEST and value.isdigit():
+            changed[place] = str(min(int(value), LARGEST[flag]))
+    return [*changed, *ADDED.get((words[0], words[1]), ())]
+
+
+@pytest.fixture(scope="session")
+def small_moji(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_moji(tmp_path_factory.mktemp("models") / "moji")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_moji: Path) -> Path:
+    """An empty folder in which `moji` is the small model."""
+    monkeypatch.setitem(models.OWN, "moji", small_moji)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(block.runs for block in blocks_of(page))])
+def test_the_blocks_of_a_page_run_in_order(page: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks_of(page):
+        if not block.runs:
+            continue
+        try:
+            if block.language == "python":
+                exec(compile(with_fewer_steps(block.text), f"{page}:{block.line}", "exec"), names)
+            else:
+                for words in calls_of(block):
+                    call(words, monkeypatch)
+        except BaseException as error:
+            raise AssertionError(f"{page}, line {block.line}: {error}") from error
+
+
+def call(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs one of our commands in this process; it must end with status 0."""
+    if any(words[: len(install)] == install for install in INSTALLS):
+        return
+    assert words[0] in PROGRAMS, f"{words[0]} is not ours: mark the block as not run."
+    words = lowered(words)
+    monkeypatch.setattr(sys, "argv", words)
+    group = typer.main.get_group(importlib.import_module(f"{words[0]}.cli").app)
+    status = group.main(args=words[1:], prog_name=words[0], standalone_mode=False)
+    assert not status, f"{shlex.join(words)} ended with status {status}."
+
+
+def with_fewer_steps(code: str) -> str:
+    """Python with the numbers of `LARGEST` after `steps=` and the like."""
+    for flag, largest in LARGEST.items():
+        name = flag.removeprefix("--").replace("-", "_")
+        code = re.sub(rf"\b{name}=(\d+)\b", lambda found: f"{name}={min(int(found[1]), largest)}", code)
+    return code
