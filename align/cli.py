@@ -8,8 +8,8 @@ from typing import Annotated, Literal, cast, get_args
 
 import typer
 
-from align import train_cli
-from backbone.console import UserError, run, say
+from align.train import cli as train_cli
+from backbone.io.console import UserError, run, say
 
 app = typer.Typer(
     help="Tune a diffusion model to preferences: yours, or a scorer's.",
@@ -20,7 +20,9 @@ app = typer.Typer(
     context_settings={"token_normalize_func": train_cli.hyphens},
 )
 
-Rule = Literal["best-worst", "all", "own", "same-noise", "best-near"]  # `align.rank` has what they pair
+Rule = Literal[
+    "best-worst", "all", "own", "same-noise", "best-near"
+]  # `align.collect.rank` has what they pair
 RULES = get_args(Rule)
 Sampler = Literal["ddim", "heun", "ancestral"]
 Folder = Annotated[Path, typer.Argument(help="A folder of align sample.")]
@@ -82,13 +84,13 @@ def sample(
     device: train_cli.Device = None,
 ) -> None:
     """Draw several pictures of each prompt, to choose between."""
-    from align.prompts import read_prompts
-    from backbone.concept import read_concept
+    from align.pairs.prompts import read_prompts
+    from backbone.adapters.concept import read_concept
 
     asked = read_prompts(prompts)
     for folder in concept or []:
         read_concept(folder)  # mistakes are answered before torch is imported
-    from align.sampling import Drawing, sample_pairs
+    from align.collect.sample import Drawing, sample_pairs
 
     drawn = sample_pairs(
         asked,
@@ -116,9 +118,9 @@ def label(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 0,
 ) -> None:
     """Choose between pictures on a page in your browser: blind, with the arrow keys."""
-    from align.label.server import serve
-    from align.label.session import Session, alone, pairs_to_label
-    from align.samples import read_samples
+    from align.collect.label.server import serve
+    from align.collect.label.session import Session, alone, pairs_to_label
+    from align.pairs.samples import read_samples
 
     prompts, pictures = read_samples(folder)
     with alone(folder):
@@ -164,13 +166,13 @@ def rank(
     ] = 0.0,
 ) -> None:
     """Let scorers choose: pairs of each prompt's pictures, the better-scored one preferred."""
-    from align.samples import read_samples
+    from align.pairs.samples import read_samples
 
     for rule in rules:
         if rule not in RULES:
             raise UserError(f"There is no rule {rule} for --pairs. Choose one of {', '.join(RULES)}.")
     prompts, _ = read_samples(folder)  # mistakes are answered before torch is imported
-    from align.rank import rank as rank_folder
+    from align.collect.rank import rank as rank_folder
 
     count = rank_folder(
         folder, scorer, weights=weight or (), rules=cast(list[Rule], rules), margin=margin, agree=pareto
@@ -190,12 +192,13 @@ def check(
     ] = None,
 ) -> None:
     """Open every picture of a source of pairs and list all that is wrong, a line each."""
-    from align.pairs import check as check_pairs
-    from align.pairs import counted, held_out, read, refuse_another_model
+    from align.pairs.read import read
+    from align.pairs.records import check as check_pairs
+    from align.pairs.records import counted, held_out, refuse_another_model
 
     found = check_pairs(read(source, user=user, limit=limit, split=split))
     if model is not None:
-        from backbone.model import Backbone
+        from backbone.models.model import Backbone
 
         refuse_another_model(found, model, Backbone.open(model).fingerprint)
     learn, out = held_out(found.records, share=0.1, seed=0)
@@ -215,9 +218,10 @@ def export(
     skip_bad: train_cli.SkipBad = False,
 ) -> None:
     """Write pairs from any source for other tools; a source is never changed."""
-    from align.export import write_lines, write_parquet
-    from align.pairs import check as check_pairs
-    from align.pairs import counted, read
+    from align.pairs.export import write_lines, write_parquet
+    from align.pairs.read import read
+    from align.pairs.records import check as check_pairs
+    from align.pairs.records import counted
 
     write = {".parquet": write_parquet, ".jsonl": write_lines}.get(out.suffix.lower())
     if write is None:
@@ -244,7 +248,7 @@ def evaluate(
     from align.settings import read_settings
 
     settings = read_settings(run_folder)  # mistakes are answered before torch is imported
-    from align.runs import evaluate_taste
+    from align.train.evaluate import evaluate_taste
 
     typer.echo(evaluate_taste(run_folder, settings, source=source, draws=draws, skip_bad=skip_bad))
 
@@ -306,11 +310,13 @@ def compare(
     device: train_cli.Device = None,
 ) -> None:
     """Draw the same prompts from the same noise with two models, and count wins, with intervals."""
-    from align.prompts import read_prompts
+    from align.pairs.prompts import read_prompts
 
     asked = read_prompts(prompts)  # mistakes are answered before torch is imported
-    from align.compare import Side, compare_models, summary
-    from align.sampling import Drawing
+    from align.collect.sample import Drawing
+    from align.compare.compare import compare_models
+    from align.compare.report import summary
+    from align.compare.sides import Side
 
     start = guidance_start if tuned_guidance_start is None else tuned_guidance_start
     stop = guidance_stop if tuned_guidance_stop is None else tuned_guidance_stop
@@ -330,9 +336,9 @@ def compare(
     typer.echo(summary(result))
     say(f"{out}/report.html shows pictures side by side.")
     if blind:
-        from align.compare import blind_pairs, blind_summary, save_blind
-        from align.label.server import serve
-        from align.label.session import Asked, Session, alone
+        from align.collect.label.server import serve
+        from align.collect.label.session import Asked, Session, alone
+        from align.compare.blind import blind_pairs, blind_summary, save_blind
 
         with alone(out):
             pairs = [Asked(*names) for names in blind_pairs(asked, per_prompt, tuned_scale)]

@@ -9,15 +9,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backbone.console import UserError
-from backbone.files import read_json
+from backbone.io.console import UserError
+from backbone.io.files import read_json
 
 FILE = "settings.json"
+LOG = "log.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+SUMMARY = "summary.json"
+REPORT = "report.html"
+EVALUATION = "evaluation.json"
+ROUNDS = "rounds"  # of a run with --online: a folder of `align sample` each
+REWARDS = "rewards.jsonl"  # of a run with --online: a line each round
 PAIR_LOSSES = ("dpo", "ipo", "hinge", "kto", "mapo", "dspo", "sft")
 REWARD_LOSSES = ("draft", "ddpo")  # of a scorer's numbers, with --online alone
 LOSSES = (*PAIR_LOSSES, *REWARD_LOSSES)
 REFERENCES = ("bank", "live", "copy")
-WEIGHTINGS = ("none", "min-snr", "debiased")  # `align.train.LEVEL_WEIGHTS` has their functions
+WEIGHTINGS = (
+    "none",
+    "min-snr",
+    "debiased",
+)  # `align.objectives.preference.LEVEL_WEIGHTS` has their functions
 BETAS = {  # where 2000 is too much
     "mapo": 500.0,  # its authors'
     "ipo": 200.0,  # it asks for a margin of 1/β, and at 2000 has it at once
@@ -41,9 +52,9 @@ FLAGS = {"batch": "train_batch_size", "loss": "loss_type", "beta": "beta_dpo"}
 class Settings:
     """The settings of `align train`. A run is a function of these, the preferences and the model.
 
-    `beta` means the same for every loss (`align.losses`). `loss_weighting` weighs errors by their noise level before
-    the loss compares them, and no level below the share `least_noise` of the noise path is trained on. With
-    `random_crop` = N a draw cuts all pictures of a record at one of N places instead of the centre.
+    `beta` means the same for every loss (`align.objectives.losses`). `loss_weighting` weighs errors by their noise
+    level before the loss compares them, and no level below the share `least_noise` of the noise path is trained on.
+    With `random_crop` = N a draw cuts all pictures of a record at one of N places instead of the centre.
 
     `reference` is `bank` (the base's errors at `draws` fixed draws of each pair, computed at the first visit and read
     afterwards), `live` (computed each time, with the new adapter off) or `copy` (computed each time, by a frozen

@@ -7,19 +7,19 @@
 
 The other side is a plain re-statement of what diffusers' `train_diffusion_dpo.py` does in a step: decode and encode
 both pictures, encode the prompt, ask the model, ask it again with the adapter off, go back. Its β is half of ours for
-the same loss (`align.losses`). Parity comes first: on the same latents, noise and levels both sides have one loss and
-one gradient. Then steps of every kind are timed in turn, and totals are composed from them: for P pairs at K draws,
-each visited V times,
+the same loss (`align.objectives.losses`). Parity comes first: on the same latents, noise and levels both sides have
+one loss and one gradient. Then steps of every kind are timed in turn, and totals are composed from them: for P pairs
+at K draws, each visited V times,
 
     script    P·K·V · script
     cached    P · encode + P·K·V · cached                       latents and text encoded once
     bank      P · encode + P·K · cached + P·K·(V − 1) · bank    the base's errors kept, too
 
 Encoding is a step's own work at the script and is done once here. On a CPU our steps also compute attention in the way
-whose backward pass is faster (`backbone.attention`), for latents of up to 32 × 32; on SD 1.5's shape both sides attend
-alike. A single pass over a huge set (V = 1) gains the latent cache alone. Weights are random where the shape is not
-`moji`'s: they cost the same time. Peak memory is of a process of its own for each side. Where other work shares the
-machine, `--clock cpu` counts the seconds of this process's own.
+whose backward pass is faster (`backbone.training.attention`), for latents of up to 32 × 32; on SD 1.5's shape both
+sides attend alike. A single pass over a huge set (V = 1) gains the latent cache alone. Weights are random where the
+shape is not `moji`'s: they cost the same time. Peak memory is of a process of its own for each side. Where other work
+shares the machine, `--clock cpu` counts the seconds of this process's own.
 """
 
 from __future__ import annotations
@@ -41,16 +41,17 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
-from align.material import Batch, Item, Material, batch_of, prepare
-from align.pairs import Pair, check, read
-from align.reference import Bank
+from align.objectives.dataset import Batch, Item, Material, batch_of, prepare
+from align.objectives.preference import PreferenceTraining
+from align.objectives.reference import Bank
+from align.pairs.read import read
+from align.pairs.records import Pair, check
 from align.settings import Settings
-from align.train import PreferenceTraining
-from backbone.adapters import adapters_off
-from backbone.console import UserError, run, say
-from backbone.files import write_json, write_text
-from backbone.loop import generator
-from backbone.model import Backbone
+from backbone.adapters.lora import adapters_off
+from backbone.diffusion.noise import generator
+from backbone.io.console import UserError, run, say
+from backbone.io.files import write_json, write_text
+from backbone.models.model import Backbone
 from benchmarks.shapes import (
     CLOCKS,
     CLOCKS_OF,

@@ -38,18 +38,18 @@ import numpy as np
 import typer
 from PIL import Image
 
-from backbone.concept import read_concept
-from backbone.console import UserError, run, say
-from backbone.files import read_json, write_json, write_text
-from backbone.model import Backbone
-from backbone.sheet import GREEN, RED, Cell, in_rows, save_png, sheet
-from backbone.statistics import wilson
+from backbone.adapters.concept import read_concept
+from backbone.evaluation.statistics import wilson
+from backbone.io.console import UserError, run, say
+from backbone.io.files import read_json, write_json, write_text
+from backbone.media.sheet import GREEN, RED, Cell, in_rows, save_png, sheet
+from backbone.models.model import Backbone
+from backbone.world.concepts import TRAINING_PLACES, concept_pictures
 from backbone.world.render import font_path, render
 from backbone.world.words import article, vocabulary
 from benchmarks.customize_script import spelled
 from benchmarks.judge import FACTS, FOLDER, Judge, Verdict, load_judge, shows, top
 from benchmarks.moji import per_cent
-from recipes.moji.example_dog import TRAINING_PLACES, concept_pictures
 
 TOKEN = "[V]"
 Kind = Literal["places", "accessories", "styles", "class"]

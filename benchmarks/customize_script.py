@@ -37,18 +37,12 @@ from PIL import Image
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from backbone.console import UserError, run, say
-from backbone.files import write_bytes, write_json, write_text
-from backbone.images import read_folder, to_tensor
-from backbone.model import Backbone
-from benchmarks.customize_speed import (
-    CLASS_PROMPT,
-    PICTURES,
-    PROMPT,
-    Script,
-    material,
-    settings_for,
-)
+from backbone.io.console import UserError, run, say
+from backbone.io.files import write_bytes, write_json, write_text
+from backbone.media.pictures import read_folder
+from backbone.media.transforms import to_tensor
+from backbone.models.model import Backbone
+from benchmarks.customize_speed import CLASS_PROMPT, PICTURES, PROMPT, Script, material, settings_for
 from benchmarks.shapes import (
     CLOCKS,
     CLOCKS_OF,
@@ -63,7 +57,8 @@ from benchmarks.shapes import (
     random_pictures,
     said_by,
 )
-from customize.dreambooth import Group, Training, prepare
+from customize.data.dataset import Group, prepare
+from customize.objectives.dreambooth import Training
 
 SIDES = ("script", "restated", "here")
 DRAWS = 8

@@ -18,11 +18,11 @@ for a cold run of 800 steps with prior preservation at each one's defaults,
 
 `bare` is forward, loss and backward of the adapted network alone, on tensors that are there: what no trainer can go
 below. On a CPU our steps (and `bare`) compute attention in the way whose backward pass is faster
-(`backbone.attention`), for latents of up to 32 × 32; on SD 1.5's shape both sides attend alike. The script's class
-pictures are as large as the model's and its own 1.25 times; loading the parts is counted on neither side. Weights are
-random where the shape is not `moji`'s: they cost the same time. Where other work shares the machine, `--clock cpu`
-counts processor seconds instead of waiting; it means something with one thread (OMP_NUM_THREADS=1). The script itself,
-which confirms this statement of it, and peak memory are in `benchmarks.customize_script`.
+(`backbone.training.attention`), for latents of up to 32 × 32; on SD 1.5's shape both sides attend alike. The script's
+class pictures are as large as the model's and its own 1.25 times; loading the parts is counted on neither side.
+Weights are random where the shape is not `moji`'s: they cost the same time. Where other work shares the machine,
+`--clock cpu` counts processor seconds instead of waiting; it means something with one thread (OMP_NUM_THREADS=1). The
+script itself, which confirms this statement of it, and peak memory are in `benchmarks.customize_script`.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ import typer
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from backbone.adapters import adapters_off
-from backbone.attention import quick_to_train
-from backbone.bank import Bank, stratified_levels
-from backbone.console import UserError, run, say
-from backbone.families import Text
-from backbone.files import write_json, write_text
-from backbone.images import to_tensor
-from backbone.loop import generator
-from backbone.model import Backbone, Posterior
+from backbone.adapters.lora import adapters_off
+from backbone.diffusion.noise import generator
+from backbone.families.base import Text
+from backbone.io.console import UserError, run, say
+from backbone.io.files import write_json, write_text
+from backbone.media.transforms import to_tensor
+from backbone.models.model import Backbone, Posterior
+from backbone.training.attention import quick_to_train
+from backbone.training.base_predictions import Bank, stratified_levels
 from benchmarks.shapes import (
     CLOCKS,
     CLOCKS_OF,
@@ -65,7 +65,8 @@ from benchmarks.shapes import (
     random_pictures,
     timed,
 )
-from customize.dreambooth import Bucket, Material, Training
+from customize.data.dataset import Bucket, Material
+from customize.objectives.dreambooth import Training
 from customize.settings import Settings
 
 STEPS, PICTURES, CLASS_PICTURES, CLASS_STEPS, CLASS_BATCH, GUIDANCE = 800, 5, 200, 50, 4, 7.5

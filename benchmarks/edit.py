@@ -5,15 +5,15 @@
 
 Modelled on PIE-Bench (Ju et al. 2024), with what it lacks: every scene is rendered before and after its edit, from
 seeds that nothing was trained on, so the true answer and the true mask are known. Kinds of edits: noun, colour,
-accessory added, accessory removed, place, style, one noun of two, reweight. Success is the judge's verdict, with Wilson
-95 % intervals; the control `resample` draws the target prompt freely and says what the base model can draw at all,
-`no edit` hands the source back. The background is what the true edit leaves as it was; of place edits it is the thing,
-style edits are measured by structure alone, and a reweight succeeds when the judge's probability of the colour rises
-over the weights ¼, 1 and 3. Background figures come over the background's own pixels and as PIE-Bench's code takes them
-(`edit.measure`). “The default” is `edit.replace` as it comes; “+ P2P” are inversions with prompt-to-prompt as published
-(Hertz et al. 2022: cross-attention for 0.8, self-attention for 0.4 of the steps, a local blend at the words of the
-edited thing, threshold 0.3), “our settings” the same inversions with the default's. Needs the emoji font and
-the judge. Writes `table.md`, `table.json`, `rows.jsonl` and `sheet.png`.
+accessory added, accessory removed, place, style, one noun of two, reweight. Success is the judge's verdict, with
+Wilson 95 % intervals; the control `resample` draws the target prompt freely and says what the base model can draw at
+all, `no edit` hands the source back. The background is what the true edit leaves as it was; of place edits it is the
+thing, style edits are measured by structure alone, and a reweight succeeds when the judge's probability of the colour
+rises over the weights ¼, 1 and 3. Background figures come over the background's own pixels and as PIE-Bench's code
+takes them (`backbone.evaluation.image_metrics`). “The default” is `edit.replace` as it comes; “+ P2P” are inversions
+with prompt-to-prompt as published (Hertz et al. 2022: cross-attention for 0.8, self-attention for 0.4 of the steps, a
+local blend at the words of the edited thing, threshold 0.3), “our settings” the same inversions with the default's.
+Needs the emoji font and the judge. Writes `table.md`, `table.json`, `rows.jsonl` and `sheet.png`.
 
 Pictures that `--out` holds are not made again, and figures always are, from the pictures on disk: a better judge
 renews the tables without an edit. Several processes can share one `--out` with other `--methods`; the tables are of
@@ -35,26 +35,27 @@ import torch
 import typer
 from PIL import Image, ImageChops, ImageFilter
 
-from backbone.console import UserError, progress, run, say
-from backbone.files import read_json, write_json, write_text
-from backbone.images import mask_to_tensor, open_rgb, to_image, to_tensor
-from backbone.model import Backbone
-from backbone.sample import Request, sample
-from backbone.scorers import Scorer
-from backbone.sheet import GREEN, RED, Cell, save_png, sheet
-from backbone.statistics import interval, wilson
+from backbone.evaluation import image_metrics as measure
+from backbone.evaluation.clip import Scorer
+from backbone.evaluation.statistics import interval, wilson
+from backbone.io.console import UserError, progress, run, say
+from backbone.io.files import read_json, write_json, write_text
+from backbone.media.decode import open_rgb
+from backbone.media.sheet import GREEN, RED, Cell, save_png, sheet
+from backbone.media.transforms import mask_to_tensor, to_image, to_tensor
+from backbone.models.model import Backbone
+from backbone.models.sample import Request, sample
 from backbone.world.render import font_path, render
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, fair, sample_scene
 from backbone.world.words import Thing, vocabulary
 from benchmarks.judge import FOLDER, GREY_STYLES, NONE, TWO_DIFFERENT, Judge, Verdict, load_judge, shows, top
 from benchmarks.moji import per_cent
-from edit import measure
-from edit.directly import flow_edit
-from edit.inversion import Inversion, Method, invert, read_inversion
-from edit.noised import sdedit
-from edit.prompt import PRESETS
-from edit.prompt import replace as prompt_to_prompt
-from edit.runs import scorer_of
+from edit.inversion.inversion import Inversion, Method, invert, read_inversion
+from edit.methods.flow_edit import flow_edit
+from edit.methods.prompt_to_prompt.edit import replace as prompt_to_prompt
+from edit.methods.prompt_to_prompt.settings import PRESETS
+from edit.methods.sdedit import sdedit
+from edit.run.run import scorer_of
 
 KINDS = (
     *("noun", "colour", "accessory added", "accessory removed"),

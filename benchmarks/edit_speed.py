@@ -33,22 +33,23 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
-from backbone.attention import quick_to_train
-from backbone.cache import encoded_prompts
-from backbone.console import run
-from backbone.families import Text
-from backbone.files import write_json, write_text
-from backbone.images import to_image, to_tensor
-from backbone.model import Backbone
-from backbone.noise import Estimate, guide
-from backbone.steps import deterministic_step
+from backbone.diffusion.noise import Estimate, guide
+from backbone.diffusion.samplers import deterministic_step
+from backbone.families.base import Text
+from backbone.io.console import run
+from backbone.io.files import write_json, write_text
+from backbone.media.transforms import to_image, to_tensor
+from backbone.models.cache import encoded_prompts
+from backbone.models.model import Backbone
+from backbone.training.attention import quick_to_train
 from benchmarks.shapes import folder_of, peak_gib, said_by
-from edit.attention import Control, controlled, cross
-from edit.inversion import invert
+from edit.attention.alignment import align, inside, read_prompt
+from edit.attention.control import Control, cross
+from edit.attention.install import controlled
+from edit.inversion.inversion import invert
+from edit.inversion.trajectories import inverted
+from edit.methods.prompt_to_prompt.edit import replace
 from edit.pictures import prepared
-from edit.prompt import replace
-from edit.travel import inverted
-from edit.words import align, inside, read_prompt
 
 SOURCE, TARGETS = (
     "a cat in a park",

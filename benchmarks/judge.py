@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from backbone.console import UserError
-from backbone.files import read_json, read_tensors
+from backbone.io.console import UserError
+from backbone.io.files import read_json, read_tensors
 from backbone.world.words import vocabulary
 
 FOLDER = Path(__file__).with_name("judge")

@@ -29,15 +29,18 @@ import typer
 from PIL import Image
 from torch import Tensor
 
-from backbone.console import UserError, progress, run, say
-from backbone.files import append_jsonl, read_json, write_bytes, write_json, write_text
-from backbone.images import read_folder, square
-from backbone.model import Backbone
-from backbone.sample import Request, sample
-from backbone.sheet import GREEN, RED, Cell, in_rows, save_png, sheet
-from backbone.statistics import wilson
+from backbone.evaluation.image_metrics import batch_psnr
+from backbone.evaluation.statistics import wilson
+from backbone.io.console import UserError, progress, run, say
+from backbone.io.files import append_jsonl, read_json, write_bytes, write_json, write_text
+from backbone.media.pictures import read_folder
+from backbone.media.sheet import GREEN, RED, Cell, in_rows, save_png, sheet
+from backbone.media.transforms import square
+from backbone.models.model import Backbone
+from backbone.models.sample import Request, sample
 from backbone.world.render import font_path, render
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, fair, sample_scene
+from backbone.world.textures import texture
 from benchmarks.judge import (
     FACTS,
     FOLDER,
@@ -52,8 +55,6 @@ from benchmarks.judge import (
     shows,
     top,
 )
-from recipes.moji.autoencoder import psnr
-from recipes.moji.pictures import texture
 
 TEXTURES = 200
 SHEET, WORST = 64, 16
@@ -334,7 +335,7 @@ def decibels(model: Backbone, images: Sequence[Image.Image], *, batch: int = 20)
     parts = []
     for first in range(0, len(images), batch):
         clean = prepared(images[first : first + batch])
-        parts.append(psnr(model.decode(model.encode(clean).mean).cpu(), clean))
+        parts.append(batch_psnr(model.decode(model.encode(clean).mean).cpu(), clean))
     return torch.cat(parts)
 
 

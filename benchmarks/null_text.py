@@ -17,13 +17,13 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from backbone.console import progress, run
-from backbone.files import read_json, write_json, write_text
-from backbone.model import Backbone
+from backbone.evaluation import image_metrics as measure
+from backbone.io.console import progress, run
+from backbone.io.files import read_json, write_json, write_text
+from backbone.models.model import Backbone
 from backbone.world.render import font_path
 from benchmarks.edit import make_cases, number
-from edit import measure
-from edit.inversion import invert, replayed
+from edit.inversion.inversion import invert, replayed
 
 ITERATIONS = (0, 2, 10)
 

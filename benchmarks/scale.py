@@ -24,8 +24,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
 
-from backbone.console import UserError, run
-from backbone.files import read_json, write_text
+from backbone.io.console import UserError, run
+from backbone.io.files import read_json, write_text
 
 PAIRS, PROMPTS, RAW = 851_293, 58_960, 335_326_416_759
 """Pick-a-Pic v2's pairs without ties and their prompts (Wallace et al. 2024, section 5.1), and its bytes on the hub."""
@@ -197,7 +197,7 @@ def operations(shape: str) -> tuple[int, int, int]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from backbone.adapters import add_lora
+    from backbone.adapters.lora import add_lora
     from benchmarks.shapes import shape_called
 
     configs = shape_called(shape)

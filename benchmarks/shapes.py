@@ -25,12 +25,13 @@ import typer
 from PIL import Image
 from torch import Tensor, nn
 
-from backbone.console import UserError
-from backbone.families import Text, single_file
-from backbone.files import read_json, write_json, write_text
-from backbone.images import square, to_tensor
-from backbone.model import Backbone
-from backbone.runs import peak_memory
+from backbone.families import checkpoint as single_file
+from backbone.families.base import Text
+from backbone.io.console import UserError
+from backbone.io.files import read_json, write_json, write_text
+from backbone.io.run_folder import peak_memory
+from backbone.media.transforms import square, to_tensor
+from backbone.models.model import Backbone
 
 CONFIGS = Path(single_file.__file__).with_name("configs") / "stable-diffusion-1"
 Encode = Callable[[Sequence[str]], Text]

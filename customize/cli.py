@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from backbone.console import UserError, run, say
-from customize import files_cli
+from backbone.io.console import UserError, run, say
+from customize.formats import cli as files_cli
 
 app = typer.Typer(
     help="Teach a diffusion model a new concept from a handful of pictures.",
@@ -46,7 +46,7 @@ def example(
     folder: Annotated[Path, typer.Argument(help="The folder to write; made when it is not there.")],
 ) -> None:
     """Write the packaged pictures of one particular dog."""
-    from customize.example import write_example
+    from customize.data.example import write_example
 
     written = write_example(folder)
     say(f'{len(written)} pictures in {folder}. Next: customize train --images {folder} --token "[V]"')
@@ -68,23 +68,23 @@ def check(
     ] = None,
 ) -> None:
     """Open every picture, list all bad ones, and say what may go wrong and what the run will need."""
-    from backbone.images import check as check_pictures
-    from backbone.images import read_folder
+    from backbone.media.pictures import check as check_pictures
+    from backbone.media.pictures import read_folder
 
     pictures = read_folder(images)
     check_pictures(pictures)
     captions = sum(picture.caption is not None for picture in pictures)
     say(f"{len(pictures)} pictures in {images} can be read ({captions} with captions).")
-    from backbone.model import Backbone
-    from customize.preflight import estimate, warnings_about
-    from customize.runs import resolved
+    from backbone.models.model import Backbone
+    from customize.settings import resolved
+    from customize.train.preflight import estimate, warnings_about
 
     opened = Backbone.open(model or "moji", device=device or "auto", precision=precision or "auto")
     for warning in warnings_about(pictures, resolution=opened.resolution):
         say(f"Warning: {warning}")
     settings = resolved(opened, {}, images=images, token="[V]", class_noun="")
     if vram is not None:
-        from customize.budget import foreseen
+        from customize.train.memory import foreseen
 
         for sentence in foreseen(opened, settings, len(pictures), vram):
             say(sentence)
@@ -350,14 +350,14 @@ def train(
     one_by_one: Annotated[bool, typer.Option("--one_by_one", help="Draw one picture at a time.")] = False,
 ) -> None:
     """Teach the model a subject from a few pictures (DreamBooth with LoRA)."""
-    from backbone.images import check as check_pictures
-    from backbone.images import read_folder
+    from backbone.media.pictures import check as check_pictures
+    from backbone.media.pictures import read_folder
 
     if resume is not None:
         from customize.settings import read_settings
 
         read_settings(resume)  # mistakes are answered before torch is imported
-        from customize.runs import resume_concept
+        from customize.train.run import resume_concept
 
         finished = resume_concept(resume)
     elif images is None and not concept:
@@ -365,7 +365,7 @@ def train(
             "Say where the pictures are: --images FOLDER (customize example dog/ writes some to try)."
         )
     else:
-        from customize.folders import is_concepts, read_subjects
+        from customize.data.folders import is_concepts, read_subjects
         from customize.settings import Subject, read_subject
 
         subjects: list[Subject] = []
@@ -435,7 +435,7 @@ def train(
         asked = {name: value for name, value in asked.items() if value is not None}
         for subject in subjects:
             check_pictures(read_folder(subject.images))  # mistakes are answered before torch is imported
-        from customize.runs import train_concept
+        from customize.train.run import train_concept
 
         finished = train_concept(asked, subjects, out=out)
         token = subjects[0].token
@@ -492,12 +492,12 @@ def sample(
     device: Device = None,
 ) -> None:
     """Draw pictures from prompts, with concepts or without."""
-    from backbone.concept import read_concept, spoken
+    from backbone.adapters.concept import read_concept, spoken
 
     learned = [read_concept(folder) for folder in concept or []]
     for prompt in [*prompts, negative]:
         spoken(prompt, learned)  # mistakes are answered before torch is imported
-    from customize.sampling import draw
+    from customize.sample import draw
 
     sheet = draw(
         prompts,
@@ -548,7 +548,7 @@ def evaluate(
     from customize.settings import read_settings
 
     read_settings(run)  # mistakes are answered before torch is imported
-    from customize.dreambench import evaluate_pictures, evaluate_run, own_prompts, read_prompts
+    from customize.evaluate.dreambench import evaluate_pictures, evaluate_run, own_prompts, read_prompts
 
     if prompts is None:
         asked = own_prompts()

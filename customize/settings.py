@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backbone.console import UserError
-from backbone.files import read_json
+from backbone.io.console import UserError
+from backbone.io.files import read_json
+from backbone.models.model import Backbone
 
 FILE = "settings.json"
+SHEET = "sheet.png"
 INSTANCE_PROMPT = "a {token} {class}"
 LISTS = ("sheet_prompts", "rank_pattern", "concept")
 
@@ -177,3 +179,42 @@ def _quoted(text: str) -> str:
     import shlex
 
     return shlex.quote(text)
+
+
+def resolved(model: Backbone, asked: dict[str, Any], *, images: str, token: str, class_noun: str) -> Settings:
+    """The settings that a run will use: what the user asked for over what works with the model."""
+    usual = model.defaults
+    rates = METHOD_RATES | {"lora": usual["learning_rate"]} | usual.get("learning_rates", {})
+    from_model = {
+        "steps": usual["train_steps"] * (2 if asked.get("patience") else 1),  # room to stop in
+        "learning_rate": rates.get(asked.get("method") or "lora", usual["learning_rate"]),
+        "rank": usual["rank"],
+        "batch": usual["batch"],
+        "flip": usual.get("flip", False),
+        "sample_steps": usual["steps"],
+        "guidance": usual["guidance"],
+        "sheet_prompts": tuple(usual.get("sheet_prompts", SHEET_PROMPTS)),
+        "lora_layers": usual.get("lora_layers", "attention"),
+        "prior_batch": usual.get("prior_batch", 1),
+        "loss_weighting": usual.get("loss_weighting", "none"),
+        "evaluation_steps": 50 if asked.get("patience") else 125,
+    }
+    wanted = {key: value for key, value in asked.items() if value is not None and value != ()}
+    merged = {**from_model, **wanted}
+    merged.setdefault("lora_alpha", float(merged["rank"]))
+    return Settings(**merged, images=images, token=token, class_noun=class_noun)
+
+
+METHOD_RATES = {"full": 5e-6, "custom-diffusion": 1e-5}  # where the weights themselves move: as published
+
+
+SHEET_PROMPTS = (
+    "a photo of a {} in the snow",
+    "a photo of a {} on the beach",
+    "a photo of a {} in a city",
+    "a photo of a {} in the jungle",
+    "a photo of a red {}",
+    "a watercolor painting of a {}",
+    "a pencil sketch of a {}",
+    "a photo of a {} on a wooden table",
+)

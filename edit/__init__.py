@@ -1,7 +1,7 @@
 """Changes what the words say of a picture and nothing else: inversion, prompt-to-prompt, SDEdit.
 
     import edit
-    from backbone.model import Backbone
+    from backbone.models.model import Backbone
 
     inversion = edit.invert(Backbone.open("moji"), "cat.png", "a cat in a park")
     edited = edit.replace(inversion, "a dog in a park")
@@ -16,20 +16,20 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "Inversion": "edit.inversion",
-    "invert": "edit.inversion",
-    "read_inversion": "edit.inversion",
-    "replayed": "edit.inversion",
-    "Drawn": "edit.noised",
-    "Edited": "edit.prompt",
-    "PRESETS": "edit.prompt",
-    "Settings": "edit.prompt",
-    "replace": "edit.prompt",
-    "sdedit": "edit.noised",
-    "flow_edit": "edit.directly",
-    "remove": "edit.removal",
-    "lead": "edit.guided",
-    "between": "edit.between",
+    "Inversion": "edit.inversion.inversion",
+    "invert": "edit.inversion.inversion",
+    "read_inversion": "edit.inversion.inversion",
+    "replayed": "edit.inversion.inversion",
+    "Drawn": "edit.methods.sdedit",
+    "Edited": "edit.methods.prompt_to_prompt.edit",
+    "PRESETS": "edit.methods.prompt_to_prompt.settings",
+    "Settings": "edit.methods.prompt_to_prompt.settings",
+    "replace": "edit.methods.prompt_to_prompt.edit",
+    "sdedit": "edit.methods.sdedit",
+    "flow_edit": "edit.methods.flow_edit",
+    "remove": "edit.methods.remove",
+    "lead": "edit.methods.compose",
+    "between": "edit.methods.interpolate",
 }
 __all__ = sorted(_HOMES)
 

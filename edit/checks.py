@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from backbone.console import UserError
+from backbone.io.console import UserError
 
 
 def share(name: str, value: float) -> float:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 
 import typer
 
-from backbone.console import UserError, run, say
+from backbone.io.console import UserError, run, say
 from edit import checks
 
 app = typer.Typer(
@@ -147,7 +147,7 @@ def invert(
         raise UserError(f"--out {file} does not end in .safetensors. Name a file that does.")
     if file.exists():
         raise UserError(f"{file} is there already. Remove it, or choose another --out.")
-    from edit.invert_file import write_inversion
+    from edit.run.invert import write_inversion
 
     asked: dict[str, Any] = {"method": method, "check": check, "iterations": iterations, "guidance": guidance}
     for line in write_inversion(file, image, prompt, **asked, **shared):
@@ -250,7 +250,7 @@ def invert_and_replace(
     }
     begins(wishes, [*targets, shared["negative"]], dry=dry_run)
     if dry_run:
-        from edit.invert_file import print_alignment
+        from edit.run.invert import print_alignment
 
         for text in print_alignment(wishes):
             typer.echo(text)
@@ -402,7 +402,7 @@ def replay(
     """Repeat an edit exactly."""
     if not record.exists():
         raise UserError(f"{record} does not exist. Name the run.json of an edit, or its folder.")
-    from edit.runs import replay as again
+    from edit.run.run import replay as again
 
     say(f"{again(record, out=out)}/sheet.png shows it again.")
 
@@ -435,14 +435,14 @@ def begins(wishes: dict[str, Any], prompts: list[str], *, dry: bool = False) -> 
 
 def readable(image: str) -> None:
     """`UserError` for a picture that cannot be read."""
-    from backbone.images import open_rgb
+    from backbone.media.decode import open_rgb
 
     open_rgb(image, at_least=64)
 
 
 def concepts_readable(concepts: list[str] | None, prompts: list[str]) -> list[str]:
     """The folders; `UserError` for one without a concept, or a token that no concept owns."""
-    from backbone.concept import read_concept, spoken
+    from backbone.adapters.concept import read_concept, spoken
 
     learned = [read_concept(folder) for folder in concepts or []]
     for prompt in prompts:
@@ -452,7 +452,7 @@ def concepts_readable(concepts: list[str] | None, prompts: list[str]) -> list[st
 
 def finish(name: str, wishes: dict[str, Any]) -> None:
     """Runs the command and says where its sheet is."""
-    from edit.runs import perform
+    from edit.run.run import perform
 
     out = wishes.pop("out")
     folder = perform(name, wishes, out=out, said=shlex.join(["edit", *sys.argv[1:]]))

@@ -27,18 +27,10 @@ import typer
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from backbone.ladders import karras_ladder
-from backbone.noise import (
-    Level,
-    Predict,
-    add_noise,
-    denoising_score_matching,
-    normal_like,
-    predictor,
-    variance,
-    ve,
-)
-from backbone.steps import heun, langevin, reverse_sde, trajectory
+from backbone.diffusion.losses import denoising_score_matching, variance
+from backbone.diffusion.noise import Level, Predict, add_noise, normal_like, predictor, ve
+from backbone.diffusion.samplers import heun, langevin, reverse_sde, trajectory
+from backbone.diffusion.schedules import karras_ladder
 
 SIGMA_MIN, SIGMA_MAX = 0.02, 8.0
 BLOB_SHARE, BLOB_CENTRE, BLOB_DEVIATION = 0.2, (1.9, -1.7), 0.15

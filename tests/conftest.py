@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from backbone.cache import VARIABLE
-from backbone.model import Backbone
+from backbone.models.cache import VARIABLE
+from backbone.models.model import Backbone
 
 # As `tests.check` has it: several threads round a batch of one and of eight differently.
 torch.set_num_threads(1)
@@ -51,7 +51,7 @@ def subject(tmp_path: Path) -> Path:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out what draws new scenes where the emoji font is missing: installed users need no font."""
-    from backbone.console import UserError
+    from backbone.io.console import UserError
     from backbone.world.render import font_path
 
     try:

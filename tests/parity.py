@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from backbone.model import Backbone
-from backbone.sample import Request, initial_noise, sample_latents
+from backbone.models.model import Backbone
+from backbone.models.sample import Request, initial_noise, sample_latents
 
 
 def by_both(

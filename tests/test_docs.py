@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import typer.main
 
-from backbone import model as models
+from backbone.models import locate
 from tests.tiny import tiny_moji
 
 ROOT = Path(__file__).parents[1]
@@ -126,7 +126,7 @@ def small_moji(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_moji: Path) -> Path:
     """An empty folder in which `moji` is the small model."""
-    monkeypatch.setitem(models.OWN, "moji", small_moji)
+    monkeypatch.setitem(locate.OWN, "moji", small_moji)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -1,10 +1,14 @@
-"""Imports go down only: numbers, machine, methods, doors. Read from the source; nothing is imported."""
+"""The house: imports go down only, and never in a circle. Read from the source; nothing is imported.
+
+Lazy imports in functions and those under TYPE_CHECKING count too. A room is a folder or a file right inside a package;
+`ROOMS` is the table of floors that CONTRIBUTING.md explains.
+"""
 
 from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -12,8 +16,41 @@ import pytest
 ROOT = Path(__file__).parents[1]
 METHODS = ("customize", "edit", "align")
 PACKAGES = ("backbone", *METHODS, "recipes", "benchmarks")
-NUMBERS = ("backbone.noise", "backbone.steps", "backbone.ladders")
+NUMBERS = "backbone.diffusion"  # torch and the standard library only
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "datasets"}
+# The rooms of each package from the ground up: a room imports from rooms of lower floors only.
+ROOMS = {
+    "backbone": (
+        ("diffusion", "io"),
+        ("world", "families", "media", "distributed"),
+        ("models", "evaluation"),
+        ("adapters", "training"),
+        ("memory",),
+    ),
+    "customize": (
+        ("settings", "sample"),
+        ("methods", "evaluate"),
+        ("data", "formats"),
+        ("objectives",),
+        ("train",),
+        ("cli",),
+    ),
+    "edit": (
+        ("checks", "pictures", "attention"),
+        ("inversion",),
+        ("masks",),
+        ("methods",),
+        ("run",),
+        ("cli",),
+    ),
+    "align": (
+        ("settings", "pairs"),
+        ("collect",),
+        ("objectives", "compare"),
+        ("train",),
+        ("cli",),
+    ),
+}
 
 Tree = dict[str, ast.Module]  # module name → source
 
@@ -37,12 +74,17 @@ def imported(statement: ast.AST, tree: Tree) -> list[str]:
         assert statement.level == 0, "relative imports are banned"
         module = statement.module or ""
         inner = [f"{module}.{alias.name}" for alias in statement.names]
-        return [module, *(name for name in inner if name in tree)]
+        modules = [name for name in inner if name in tree]
+        return modules if len(modules) == len(inner) else [module, *modules]
     return []
 
 
-def everywhere(module: ast.Module) -> Iterator[ast.AST]:
-    return ast.walk(module)
+def imports_of(tree: Tree) -> dict[str, set[str]]:
+    """For every module the modules that it names in any import: at the top, in functions, for types."""
+    return {
+        name: {target for statement in ast.walk(module) for target in imported(statement, tree)} - {name}
+        for name, module in tree.items()
+    }
 
 
 def on_import(node: ast.AST) -> Iterator[ast.AST]:
@@ -56,24 +98,80 @@ def on_import(node: ast.AST) -> Iterator[ast.AST]:
         yield from on_import(child)
 
 
-def upward(tree: Tree) -> list[str]:
-    """`module imports module` for every import that the floors forbid."""
+def upward_between_packages(tree: Tree) -> list[str]:
+    """`module imports module` for every import from a lower package into a higher one, or beside it."""
     found = []
-    for name, module in tree.items():
-        floor, own = name.split(".")[0], set(NUMBERS) | {"backbone"}
-        for statement in everywhere(module):
-            for target in imported(statement, tree):
-                top = target.split(".")[0]
-                if name in NUMBERS:
-                    forbidden = target not in own and top not in {"torch", *sys.stdlib_module_names}
-                elif floor == "backbone":
-                    forbidden = top in {*METHODS, "recipes", "benchmarks", "tests"}
-                elif floor in METHODS:
-                    forbidden = top in {*METHODS, "recipes", "benchmarks", "tests"} - {floor}
-                else:
-                    forbidden = top == "tests"
-                if forbidden:
-                    found.append(f"{name} imports {target}")
+    for name, targets in imports_of(tree).items():
+        package = name.split(".")[0]
+        for target in sorted(targets):
+            top = target.split(".")[0]
+            if name.startswith(f"{NUMBERS}."):
+                allowed = {"torch", *sys.stdlib_module_names}
+                forbidden = not target.startswith(NUMBERS) and top not in allowed
+            elif package == "backbone":
+                forbidden = top in {*METHODS, "recipes", "benchmarks", "tests"}
+            elif package in METHODS:
+                forbidden = top in {*METHODS, "recipes", "benchmarks", "tests"} - {package}
+            else:
+                forbidden = top == "tests" or (package == "benchmarks" and top == "recipes")
+            if forbidden:
+                found.append(f"{name} imports {target}")
+    return found
+
+
+def room_of(name: str) -> str:
+    """The folder or file right inside the package that a module lies in, or is; '' for the package itself."""
+    return ".".join(name.split(".")[1:2])
+
+
+def upward_between_rooms(tree: Tree, rooms: Mapping[str, tuple[tuple[str, ...], ...]] = ROOMS) -> list[str]:
+    """`module imports module` for every import into a room of the same or a higher floor of a package."""
+    floors = {
+        package: {room: floor for floor, row in enumerate(rows) for room in row}
+        for package, rows in rooms.items()
+    }
+    found = []
+    for name, targets in imports_of(tree).items():
+        package, room = name.split(".")[0], room_of(name)
+        if package not in floors or not room or room.startswith("__"):
+            continue
+        for target in sorted(targets):
+            other = room_of(target)
+            if target.split(".")[0] != package or other in ("", room):
+                continue
+            if floors[package].get(room, -1) <= floors[package].get(other, sys.maxsize):
+                found.append(f"{name} imports {target}")
+    return found
+
+
+def circles(tree: Tree) -> list[set[str]]:
+    """Sets of modules that reach each other by imports of any kind (Tarjan 1972)."""
+    edges = {
+        name: {target for target in targets if target in tree} for name, targets in imports_of(tree).items()
+    }
+    order: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(name: str) -> None:
+        order[name] = lowest[name] = len(order)
+        stack.append(name)
+        for target in edges[name]:
+            if target not in order:
+                visit(target)
+                lowest[name] = min(lowest[name], lowest[target])
+            elif target in stack:
+                lowest[name] = min(lowest[name], order[target])
+        if lowest[name] == order[name]:
+            position = stack.index(name)
+            if len(stack) - position > 1:
+                found.append(set(stack[position:]))
+            del stack[position:]
+
+    for name in edges:
+        if name not in order:
+            visit(name)
     return found
 
 
@@ -98,12 +196,30 @@ def heavy_on_import(start: str, tree: Tree) -> list[str]:
 PROJECT = source_of(ROOT)
 
 
-def test_the_floor_of_numbers_is_where_this_test_looks_for_it() -> None:
-    assert [name for name in NUMBERS if name not in PROJECT] == []
+def written(folder: Path, files: Mapping[str, str]) -> Tree:
+    """Writes a small project and reads it back."""
+    for path, line in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(line)
+    return source_of(folder)
 
 
-def test_imports_go_down_only() -> None:
-    assert upward(PROJECT) == []
+def test_packages_import_downwards_only() -> None:
+    assert upward_between_packages(PROJECT) == []
+
+
+def test_rooms_import_downwards_only() -> None:
+    assert upward_between_rooms(PROJECT) == []
+
+
+def test_the_table_of_floors_names_every_room_and_no_other() -> None:
+    for package, rows in ROOMS.items():
+        rooms = {room_of(name) for name in PROJECT if name.startswith(f"{package}.")}
+        assert {room for room in rooms if not room.startswith("__")} == {room for row in rows for room in row}
+
+
+def test_no_imports_run_in_a_circle() -> None:
+    assert circles(PROJECT) == []
 
 
 @pytest.mark.parametrize("name", sorted(name for name in PROJECT if name.endswith(".cli")))
@@ -114,50 +230,75 @@ def test_help_answers_without_the_heavy_libraries(name: str) -> None:
 @pytest.mark.parametrize(
     ("where", "line", "complaint"),
     [
-        ("backbone/noise.py", "import numpy", "backbone.noise imports numpy"),
+        ("backbone/diffusion/noise.py", "import numpy", "backbone.diffusion.noise imports numpy"),
         (
-            "backbone/steps.py",
-            "from backbone.console import UserError",
-            "backbone.steps imports backbone.console",
+            "backbone/diffusion/samplers.py",
+            "from backbone.io.console import UserError",
+            "backbone.diffusion.samplers imports backbone.io.console",
         ),
-        ("backbone/steps.py", "from backbone import files", "backbone.steps imports backbone.files"),
-        ("backbone/files.py", "def f():\n    import edit.words", "backbone.files imports edit.words"),
-        ("backbone/files.py", "from recipes.moji import loop", "backbone.files imports recipes.moji"),
+        ("backbone/io/files.py", "def f():\n    import edit.cli", "backbone.io.files imports edit.cli"),
+        ("backbone/io/files.py", "from recipes.moji import x", "backbone.io.files imports recipes.moji"),
         ("align/losses.py", "from customize.losses import x", "align.losses imports customize.losses"),
         ("edit/words.py", "from benchmarks import pie", "edit.words imports benchmarks"),
         ("recipes/small.py", "import tests.backbone", "recipes.small imports tests.backbone"),
+        ("benchmarks/pie.py", "from recipes import small", "benchmarks.pie imports recipes"),
     ],
 )
-def test_a_broken_floor_is_named(tmp_path: Path, where: str, line: str, complaint: str) -> None:
-    for path in ("backbone/files.py", where):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(line if path == where else "")
-    assert upward(source_of(tmp_path)) == [complaint]
+def test_an_import_of_a_higher_package_is_named(
+    tmp_path: Path, where: str, line: str, complaint: str
+) -> None:
+    assert upward_between_packages(written(tmp_path, {where: line})) == [complaint]
 
 
 def test_what_the_floors_allow_is_not_complained_about(tmp_path: Path) -> None:
-    for path, line in {
-        "backbone/noise.py": "import math\nimport torch.nn.functional\nfrom torch import Tensor",
-        "backbone/steps.py": "from backbone.noise import Level\nfrom backbone import noise",
-        "backbone/model.py": "import diffusers\nfrom backbone import noise, steps",
-        "edit/words.py": "import edit.blend\nfrom backbone.steps import step",
-        "benchmarks/pie.py": "import edit.words, align.losses\nfrom recipes import small",
-    }.items():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(line)
-    assert upward(source_of(tmp_path)) == []
+    tree = written(
+        tmp_path,
+        {
+            "backbone/diffusion/noise.py": "import math\nimport torch.nn.functional\nfrom torch import Tensor",
+            "backbone/diffusion/samplers.py": "from backbone.diffusion.noise import Level",
+            "backbone/models/model.py": "import diffusers\nfrom backbone.diffusion import noise, samplers",
+            "edit/words.py": "import edit.blend\nfrom backbone.diffusion.samplers import step",
+            "benchmarks/pie.py": "import edit.words, align.losses",
+            "recipes/small.py": "from benchmarks import pie",
+        },
+    )
+    assert upward_between_packages(tree) == []
+
+
+@pytest.mark.parametrize("line", ["import edit.high", "def f() -> None:\n    from edit.high import x"])
+def test_an_import_of_a_higher_room_is_named(tmp_path: Path, line: str) -> None:
+    tree = written(tmp_path, {"edit/low/page.py": line, "edit/high.py": "from edit.low.page import x"})
+    rooms = {"edit": (("low",), ("high",))}
+    assert upward_between_rooms(tree, rooms) == ["edit.low.page imports edit.high"]
+
+
+def test_circles_are_found_through_functions_and_types(tmp_path: Path) -> None:
+    tree = written(
+        tmp_path,
+        {
+            "edit/__init__.py": "",
+            "edit/one.py": "from edit import two",
+            "edit/two.py": "def f():\n    import edit.three",
+            "edit/three.py": (
+                "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from edit.one import x"
+            ),
+            "edit/apart.py": "import edit.one",
+        },
+    )
+    assert circles(tree) == [{"edit.one", "edit.two", "edit.three"}]
 
 
 def test_a_heavy_import_is_found_through_others_and_only_where_it_runs(tmp_path: Path) -> None:
-    for path, line in {
-        "edit/cli.py": "from edit.words import words\nfrom edit import light",
-        "edit/words.py": "try:\n    import torch.nn\nexcept ImportError:\n    pass",
-        "edit/light.py": (
-            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\n"
-            "def f():\n    import diffusers\nclass C:\n    def g(self):\n        import peft"
-        ),
-        "edit/__init__.py": "",
-    }.items():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(line)
-    assert heavy_on_import("edit.cli", source_of(tmp_path)) == ["edit.cli > edit.words > torch.nn"]
+    tree = written(
+        tmp_path,
+        {
+            "edit/cli.py": "from edit.words import words\nfrom edit import light",
+            "edit/words.py": "try:\n    import torch.nn\nexcept ImportError:\n    pass",
+            "edit/light.py": (
+                "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\n"
+                "def f():\n    import diffusers\nclass C:\n    def g(self):\n        import peft"
+            ),
+            "edit/__init__.py": "",
+        },
+    )
+    assert heavy_on_import("edit.cli", tree) == ["edit.cli > edit.words > torch.nn"]

@@ -11,11 +11,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from backbone.concept import rare_words
-from backbone.images import to_tensor
-from backbone.model import EMBEDDED, Backbone
-from backbone.noise import add_noise
-from backbone.sample import Request, sample
+from backbone.adapters.concept import rare_words
+from backbone.diffusion.noise import add_noise
+from backbone.media.transforms import to_tensor
+from backbone.models.locate import EMBEDDED
+from backbone.models.model import Backbone
+from backbone.models.sample import Request, sample
 from backbone.world.scene import sample_scene
 from backbone.world.words import Thing, plural, vocabulary
 from tests.parity import by_both
@@ -117,7 +118,7 @@ def test_the_first_picture_is_a_picture(moji: Backbone) -> None:
 
 
 def test_the_scorer_names_the_thing_of_most_plain_scenes() -> None:
-    from backbone.scorers import guess_class, load_scorer
+    from backbone.evaluation.clip import guess_class, load_scorer
 
     scorer = load_scorer(EMBEDDED / "scorer")
     right = []

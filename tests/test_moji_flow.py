@@ -6,9 +6,10 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from backbone.files import read_json
-from backbone.model import EMBEDDED, OWN, Backbone
-from backbone.sample import Request, sample
+from backbone.io.files import read_json
+from backbone.models.locate import EMBEDDED, OWN
+from backbone.models.model import Backbone
+from backbone.models.sample import Request, sample
 from backbone.world.scene import BENCHMARK_SEEDS, fair, sample_scene
 from backbone.world.words import vocabulary
 from tests.parity import by_both
@@ -31,7 +32,7 @@ def test_diffusers_own_pipeline_loads_it_and_draws_the_same_picture(flow: Backbo
 
 def test_it_draws_what_it_is_asked_for(flow: Backbone) -> None:
     """Single plain things: the judge, which is not in the wheel, would say the same on many more."""
-    from backbone.scorers import load_scorer
+    from backbone.evaluation.clip import load_scorer
 
     scorer = load_scorer(EMBEDDED / "scorer")
     wanted = [

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from backbone.adapters import WEIGHTS
-from backbone.cache import VARIABLE
+from backbone.adapters.lora import WEIGHTS
+from backbone.models.cache import VARIABLE
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("backbone", "customize", "edit", "align")

@@ -32,7 +32,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from backbone.model import EMBEDDED
+from backbone.models.locate import EMBEDDED
 
 WORDS = ("a", "dog", "cat", "in", "the", "snow", "red")
 RARE = ("bcd", "fgh", "jkl", "mnp", "qrs")

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
-from backbone.console import UserError
+from backbone.io.console import UserError
 from backbone.world.anchors import Anchor, anchor_of
 from backbone.world.scene import Scene
 from backbone.world.styles import STYLES

@@ -22,16 +22,16 @@ import torch
 import typer
 from PIL import Image
 
-from align.compare import picture_name, tuned_folder, varieties
-from align.pairs import RANKING, SAMPLES, SCORES, normal
-from align.runs import SUMMARY
-from align.samples import read_samples
-from align.settings import FILE
-from backbone.console import UserError, say
-from backbone.files import read_json, read_jsonl, write_json, write_text
-from backbone.images import to_image
-from backbone.model import Backbone
-from backbone.statistics import Interval, bootstrap, wilson
+from align.compare.compare import varieties
+from align.compare.sides import picture_name, tuned_folder
+from align.pairs.records import RANKING, SAMPLES, SCORES, normal
+from align.pairs.samples import read_samples
+from align.settings import FILE, SUMMARY
+from backbone.evaluation.statistics import Interval, bootstrap, wilson
+from backbone.io.console import UserError, say
+from backbone.io.files import read_json, read_jsonl, write_json, write_text
+from backbone.media.transforms import to_image
+from backbone.models.model import Backbone
 from backbone.world.render import render
 from backbone.world.scene import Scene, fair, sample_scene
 from backbone.world.words import Thing, vocabulary

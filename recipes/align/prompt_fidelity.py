@@ -26,8 +26,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from backbone.console import run, say
-from backbone.files import write_json, write_text
+from backbone.io.console import run, say
+from backbone.io.files import write_json, write_text
 from backbone.world.scene import Scene
 from benchmarks.judge import load_judge
 from recipes.align.journey import (

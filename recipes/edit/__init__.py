@@ -9,8 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from backbone.model import Backbone
-from backbone.sample import Request, sample
+from backbone.models.model import Backbone
+from backbone.models.sample import Request, sample
 
 OUT = Path("build/recipes/edit")
 

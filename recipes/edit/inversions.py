@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import time
 
-from backbone.model import Backbone
-from edit.inversion import METHODS, invert, replayed
-from edit.measure import psnr
+from backbone.evaluation.image_metrics import psnr
+from backbone.models.model import Backbone
+from edit.inversion.inversion import METHODS, invert, replayed
 from recipes.edit import picture_to_edit
 
 

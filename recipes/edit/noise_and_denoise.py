@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from PIL import Image, ImageDraw
 
-from backbone.model import Backbone
-from backbone.sheet import Cell, save_png, sheet
-from edit.noised import sdedit
+from backbone.media.sheet import Cell, save_png, sheet
+from backbone.models.model import Backbone
+from edit.methods.sdedit import sdedit
 from recipes.edit import OUT, picture_to_edit
 
 

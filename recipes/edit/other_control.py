@@ -7,10 +7,11 @@ MasaCtrl finds the source's contents in a new layout; plug-and-play keeps the la
 
 from __future__ import annotations
 
-from backbone.model import Backbone
-from backbone.sheet import Cell, save_png, sheet
-from edit.inversion import invert
-from edit.prompt import PRESETS, replace
+from backbone.media.sheet import Cell, save_png, sheet
+from backbone.models.model import Backbone
+from edit.inversion.inversion import invert
+from edit.methods.prompt_to_prompt.edit import replace
+from edit.methods.prompt_to_prompt.settings import PRESETS
 from recipes.edit import OUT, picture_to_edit
 
 

@@ -5,14 +5,14 @@ python -m recipes.edit.other_ways          one or two minutes on two cores; buil
 
 from __future__ import annotations
 
-from backbone.images import to_image
-from backbone.model import Backbone
-from backbone.sheet import Cell, save_png, sheet
-from edit.between import between
-from edit.directly import flow_edit
-from edit.guided import lead
-from edit.inversion import invert
-from edit.removal import remove
+from backbone.media.sheet import Cell, save_png, sheet
+from backbone.media.transforms import to_image
+from backbone.models.model import Backbone
+from edit.inversion.inversion import invert
+from edit.methods.compose import lead
+from edit.methods.flow_edit import flow_edit
+from edit.methods.interpolate import between
+from edit.methods.remove import remove
 from recipes.edit import OUT, picture_to_edit
 
 

@@ -7,12 +7,12 @@ It should show the source, its reconstruction, three edits that keep the place, 
 
 from __future__ import annotations
 
-from backbone.images import to_image
-from backbone.model import Backbone
-from backbone.sheet import Cell, save_png, sheet
-from edit.inversion import invert
-from edit.pictures import heat
-from edit.prompt import replace
+from backbone.media.sheet import Cell, save_png, sheet
+from backbone.media.transforms import to_image
+from backbone.models.model import Backbone
+from edit.inversion.inversion import invert
+from edit.methods.prompt_to_prompt.edit import replace
+from edit.run.report import heat
 from recipes.edit import OUT, picture_to_edit
 
 

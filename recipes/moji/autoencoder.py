@@ -18,15 +18,17 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import typer
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from backbone.loop import Average, generator, load_checkpoint, save_checkpoint, train, warm_cosine
+from backbone.diffusion.noise import generator
+from backbone.evaluation.image_metrics import batch_psnr
+from backbone.training.loop import Average, load_checkpoint, save_checkpoint, train, warm_cosine
+from backbone.world.textures import Pixels
 from recipes.moji.logbook import Logbook
 from recipes.moji.muon import Muon
-from recipes.moji.pictures import Pixels, load
+from recipes.moji.pictures import load
 
 SCALING_FACTOR = 0.18215
 
@@ -152,12 +154,6 @@ def to_tensor(pictures: Pixels) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def psnr(decoded: Tensor, clean: Tensor) -> Tensor:
-    """Peak signal to noise ratio of each picture in dB [B], of values in −1…1 rounded as a picture file rounds."""
-    rounded = ((decoded.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
-    return 10 * torch.log10(4 / F.mse_loss(rounded, clean, reduction="none").mean((1, 2, 3)))
-
-
 @torch.no_grad()
 def export(model: AutoencoderKL, average: Average, workdir: Path, held_out: Tensor, *, rescale: bool) -> None:
     """Writes the averaged weights as a (re)scaled diffusers folder and prints its PSNR on held-out scenes."""
@@ -173,7 +169,7 @@ def export(model: AutoencoderKL, average: Average, workdir: Path, held_out: Tens
         scaled(averaged, mean.mean((0, 2, 3)), mean.std((0, 2, 3)))
     averaged.cpu().save_pretrained(workdir / "vae")
     facts = {
-        "held_out_psnr_db": round(float(psnr(decoded, held_out).mean()), 2),
+        "held_out_psnr_db": round(float(batch_psnr(decoded, held_out).mean()), 2),
         "latent_std": [round(value, 2) for value in deviations],
         "posterior_std": [round(value, 3) for value in posterior_std.mean((0, 2, 3)).tolist()],
     }

@@ -28,13 +28,14 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from backbone.attention import quick_to_train
-from backbone.files import read_json, read_tensors, write_bytes, write_json, write_tensors, write_text
-from backbone.loop import Average, generator, load_checkpoint, save_checkpoint, train, warm_stable_decay
-from backbone.noise import add_noise, denoising_score_matching, min_snr, vp
-from backbone.processes import any_of
-from backbone.processes import average as average_over_processes
-from backbone.workers import run_workers
+from backbone.diffusion.losses import denoising_score_matching, min_snr
+from backbone.diffusion.noise import add_noise, generator, vp
+from backbone.distributed.processes import any_of
+from backbone.distributed.processes import average as average_over_processes
+from backbone.distributed.spawn import run_workers
+from backbone.io.files import read_json, read_tensors, write_bytes, write_json, write_tensors, write_text
+from backbone.training.attention import quick_to_train
+from backbone.training.loop import Average, load_checkpoint, save_checkpoint, train, warm_stable_decay
 from backbone.world.scene import sample_scene
 from recipes.moji.autoencoder import SCALING_FACTOR, to_tensor
 from recipes.moji.logbook import Logbook

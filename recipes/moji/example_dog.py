@@ -10,24 +10,9 @@ from typing import Annotated
 
 import typer
 
-from backbone.sheet import save_png
+from backbone.media.sheet import save_png
+from backbone.world.concepts import FIRST_SEED, concept_pictures
 from backbone.world.render import render
-from backbone.world.scene import BENCHMARK_SEEDS, Scene
-from backbone.world.words import Thing
-
-FIRST_SEED = BENCHMARK_SEEDS.start + 205
-TRAINING_PLACES = (
-    "on the beach",
-    "on a wooden table",
-    "in the city",
-    "in the desert",
-    "on a white background",
-)
-
-
-def concept_pictures(noun: str, *, first_seed: int = BENCHMARK_SEEDS.start) -> list[Scene]:
-    """A concept's five training scenes: plain renders in five places; benchmarks ask for the other seven."""
-    return [Scene((Thing(noun),), place, seed=first_seed + k) for k, place in enumerate(TRAINING_PLACES)]
 
 
 def main(out: Annotated[Path, typer.Option()] = Path("customize/examples/dog")) -> None:

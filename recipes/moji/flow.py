@@ -30,12 +30,12 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from backbone.families.stable_diffusion_3 import zeros_once
-from backbone.files import read_json, read_tensors, write_json, write_text
-from backbone.loop import generator
-from backbone.model import EMBEDDED
-from backbone.noise import add_noise, denoising_score_matching, flow
-from backbone.workers import run_workers
+from backbone.diffusion.losses import denoising_score_matching
+from backbone.diffusion.noise import add_noise, flow, generator
+from backbone.distributed.spawn import run_workers
+from backbone.families.sd3.family import zeros_once
+from backbone.io.files import read_json, read_tensors, write_json, write_text
+from backbone.models.locate import EMBEDDED
 from recipes.moji.denoiser import DEFAULTS as OF_MOJI
 from recipes.moji.denoiser import (
     Batch,

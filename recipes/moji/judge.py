@@ -26,9 +26,10 @@ import typer
 from PIL import Image
 from torch import Tensor
 
-from backbone.files import content_hash, write_json, write_tensors
-from backbone.loop import Average, load_checkpoint, save_checkpoint, train, warm_cosine
+from backbone.io.files import content_hash, write_json, write_tensors
+from backbone.training.loop import Average, load_checkpoint, save_checkpoint, train, warm_cosine
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, fair, sample_scene
+from backbone.world.textures import Pixels
 from backbone.world.words import Thing, vocabulary
 from benchmarks.judge import (
     FACTS,
@@ -48,7 +49,6 @@ from benchmarks.judge import (
 from recipes.moji.autoencoder import to_tensor
 from recipes.moji.logbook import Logbook
 from recipes.moji.muon import Muon
-from recipes.moji.pictures import Pixels
 from recipes.moji.rendered import AUTOENCODER, has_autoencoder, moved, rendered, roughened, round_trips
 
 FIRST_SEED = 400_000

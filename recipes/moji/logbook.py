@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 
-from backbone.loop import Report
+from backbone.training.loop import Report
 
 
 class Logbook:

@@ -8,22 +8,18 @@ Shards of 2,000 pictures (uint8) under build/moji/; finished shards are kept, so
 from __future__ import annotations
 
 import json
-import math
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from random import Random
 from typing import Annotated
 
 import numpy as np
 import typer
-from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 
-from backbone.world.render import SIZE, font_path, pixels, render
+from backbone.world.render import font_path, pixels, render
 from backbone.world.scene import TRAINING_SEEDS, sample_scene
+from backbone.world.textures import Pixels, texture
 
 SHARD = 2000
-Pixels = NDArray[np.uint8]
 
 
 def main(
@@ -76,76 +72,6 @@ def load_captions(workdir: Path) -> list[list[str]]:
     """Of every rendered scene: its canonical caption and another way to say it."""
     paths = sorted((workdir / "pictures").glob("scenes-??????.json"))
     return [pair for path in paths for pair in json.loads(path.read_text())]
-
-
-def texture(seed: int) -> Pixels:
-    """A picture with the statistics of photographs: dead leaves, 1/f noise or gradients, sometimes mixed."""
-    random = Random(f"{seed}/texture")
-    kind = random.random()
-    if kind < 0.55:
-        return dead_leaves(random)
-    if kind < 0.85:
-        return one_over_f(random)
-    blend = random.uniform(0.3, 0.7)
-    return (blend * dead_leaves(random) + (1 - blend) * one_over_f(random)).astype(np.uint8)
-
-
-def dead_leaves(random: Random) -> Pixels:
-    """Overlapping shapes whose radii follow a power law with exponent 3 (Lee, Mumford & Huang 2001)."""
-    side = 2 * SIZE
-    image = Image.new("RGB", (side, side), colour(random))
-    pen = ImageDraw.Draw(image)
-    smallest, largest = 2 * random.uniform(1.5, 4), 2 * random.uniform(24, 60)
-    for _ in range(random.randint(60, 900)):
-        share = random.random()
-        radius = 1 / math.sqrt(share / smallest**2 + (1 - share) / largest**2)
-        x, y = random.uniform(0, side), random.uniform(0, side)
-        corners = random.choice((0, 0, 3, 4, 5))
-        if corners == 0:
-            stretch = random.uniform(0.5, 1)
-            pen.ellipse(
-                (x - radius, y - radius * stretch, x + radius, y + radius * stretch), fill=colour(random)
-            )
-        else:
-            turn = random.uniform(0, math.tau)
-            points = [
-                (
-                    x + radius * math.cos(turn + math.tau * k / corners),
-                    y + radius * math.sin(turn + math.tau * k / corners),
-                )
-                for k in range(corners)
-            ]
-            pen.polygon(points, fill=colour(random))
-    flat = np.asarray(image.reduce(2), dtype=np.float32)
-    return (
-        (flat + random.uniform(0, 0.5) * (one_over_f(random).astype(np.float32) - 128))
-        .clip(0, 255)
-        .astype(np.uint8)
-    )
-
-
-def one_over_f(random: Random) -> Pixels:
-    """Coloured noise whose amplitude falls as 1/f^p, p between 0.9 and 1.8, around a random colour."""
-    source = np.random.default_rng(random.getrandbits(32))
-    rows, columns = np.fft.fftfreq(SIZE)[:, None], np.fft.rfftfreq(SIZE)[None]
-    amplitude = np.maximum(np.hypot(rows, columns), 1 / SIZE) ** -random.uniform(0.9, 1.8)
-    spectrum = source.normal(size=(3, SIZE, SIZE // 2 + 1)) + 1j * source.normal(
-        size=(3, SIZE, SIZE // 2 + 1)
-    )
-    noise = np.fft.irfft2(spectrum * amplitude, s=(SIZE, SIZE))
-    noise /= noise.std()
-    mixing = np.eye(3) * random.uniform(0.2, 1) + source.normal(size=(3, 3)) * 0.3 + 0.5
-    mixed = np.einsum("ij,jhw->hwi", mixing, noise)
-    spread = random.uniform(16, 60)
-    noisy: Pixels = (np.array(colour(random)) + spread * mixed / mixed.std()).clip(0, 255).astype(np.uint8)
-    return noisy
-
-
-def colour(random: Random) -> tuple[int, int, int]:
-    """A random colour, greyish ones more often."""
-    grey, vivid = random.randint(0, 255), random.random() ** 1.5
-    red, green, blue = (round(grey + vivid * (random.randint(0, 255) - grey)) for _ in range(3))
-    return red, green, blue
 
 
 if __name__ == "__main__":

@@ -17,12 +17,12 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor
 
-from backbone.files import content_hash, replacing
-from backbone.loop import generator
+from backbone.diffusion.noise import generator
+from backbone.io.files import content_hash, replacing
 from backbone.world.render import font_path, pixels, render
 from backbone.world.scene import Scene
+from backbone.world.textures import Pixels
 from recipes.moji.autoencoder import SCALING_FACTOR, to_tensor
-from recipes.moji.pictures import Pixels
 
 AUTOENCODER = Path("vae/diffusion_pytorch_model.safetensors")  # in the work directory
 

@@ -40,16 +40,17 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from backbone.files import write_json
-from backbone.loop import Average, load_checkpoint, save_checkpoint, train, warm_cosine
-from backbone.scorers import Scorer, class_vectors, load_scorer, ranked
+from backbone.evaluation.clip import Scorer, class_vectors, load_scorer, ranked
+from backbone.io.files import write_json
+from backbone.training.loop import Average, load_checkpoint, save_checkpoint, train, warm_cosine
 from backbone.world.render import SIZE, layout
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, fair, sample_scene
+from backbone.world.textures import Pixels
 from backbone.world.words import paraphrase, sentence, vocabulary
 from recipes.moji.autoencoder import to_tensor
 from recipes.moji.logbook import Logbook
 from recipes.moji.muon import Muon
-from recipes.moji.pictures import SHARD, Pixels, load
+from recipes.moji.pictures import SHARD, load
 from recipes.moji.rendered import has_autoencoder, moved, rendered, roughened, round_trips
 
 HELD_OUT = 2000  # the last shard of scenes is never trained on, as for the denoiser

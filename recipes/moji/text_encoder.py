@@ -22,7 +22,7 @@ import typer
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from backbone.loop import Average, train, warm_cosine
+from backbone.training.loop import Average, train, warm_cosine
 from backbone.world.scene import Scene, sample_scene
 from backbone.world.words import paraphrase, sentence, vocabulary
 from recipes.moji.denoiser import build_text_encoder

@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from align.cli import app
-from backbone.console import UserError
+from backbone.io.console import UserError
 
 PROMPTS = ("a red dog", "a cat in the snow", "a dog in the snow", "the cat")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from align.choices import CHOICES, effective, read_choices
+from align.pairs.choices import CHOICES, effective, read_choices
 from tests.align.browser import Browser, Tab
 from tests.align.browser import started as browser_started
 from tests.align.test_label import folder_of

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from align.budget import budgeted
 from align.cli import app
-from align.pairs import read
-from align.samples import picture_name
+from align.pairs.read import read
+from align.pairs.samples import picture_name
 from align.settings import read_settings
-from backbone.concept import read_concept
-from backbone.console import UserError
-from backbone.files import read_json
-from backbone.images import open_rgb
-from backbone.model import Backbone
+from align.train.memory import budgeted
+from backbone.adapters.concept import read_concept
+from backbone.io.console import UserError
+from backbone.io.files import read_json
+from backbone.media.decode import open_rgb
+from backbone.models.model import Backbone
 from tests.align.conftest import BRIGHT, FIVE, TRAIN, align, picture, refused, write_lines
 
 # The journey ------------------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def test_a_run_on_what_the_model_draws_itself_goes_on_bit_for_bit(
     assert len(list((whole / "rounds").glob("*/pictures/*.png"))) == 20
     assert len(read_json(whole / "summary.json")["rewards"]) == 2
 
-    from align.train import PreferenceTraining
+    from align.objectives.preference import PreferenceTraining
 
     steps = PreferenceTraining.steps
 

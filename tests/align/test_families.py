@@ -13,9 +13,9 @@ from diffusers import DDPMScheduler
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from align.train import PreferenceTraining
+from align.objectives.preference import PreferenceTraining
 from tests import tiny
-from tests.align.test_train import material, opened, settings
+from tests.align.objectives.test_preference import material, opened, settings
 
 Native = Callable[[Any, Tensor, Tensor, dict[str, Tensor]], Tensor]
 """(denoiser, noisy, timestep, text) → prediction, as diffusers' pipelines call it."""

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from align.choices import CHOICES, Choice, effective, read_choices
-from align.label.server import label_app
-from align.label.session import REPEATS, Asked, Session, Stale, alone, pairs_to_label
-from align.pairs import read
-from backbone.console import UserError
-from backbone.files import write_json
+from align.collect.label.server import label_app
+from align.collect.label.session import REPEATS, Asked, Session, Stale, alone, pairs_to_label
+from align.pairs.choices import CHOICES, Choice, effective, read_choices
+from align.pairs.read import read
+from backbone.io.console import UserError
+from backbone.io.files import write_json
 from tests.align.conftest import PROMPTS, picture
 
 TOKEN, PORT = "secret-token", 4711
@@ -41,7 +41,7 @@ def folder_of(tmp_path: Path, prompts: int = 4, per_prompt: int = 2) -> Path:
 
 
 def asked(folder: Path, *, seed: int = 0) -> list[Asked]:
-    from align.samples import read_samples
+    from align.pairs.samples import read_samples
 
     prompts, pictures = read_samples(folder)
     return pairs_to_label([prompt.text for prompt in prompts], pictures, seed=seed)

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from align.runs import EVALUATIONS, LOG, REWARDS, SUMMARY, resume_taste
-from align.train import CHECKPOINT
-from backbone.adapters import WEIGHTS
-from backbone.cache import VARIABLE
-from backbone.files import read_json, read_jsonl, read_tensors
-from backbone.workers import run_workers
+from align.objectives.preference import CHECKPOINT
+from align.settings import EVALUATIONS, LOG, REWARDS, SUMMARY
+from align.train.run import resume_taste
+from backbone.adapters.lora import WEIGHTS
+from backbone.distributed.spawn import run_workers
+from backbone.io.files import read_json, read_jsonl, read_tensors
+from backbone.models.cache import VARIABLE
 from tests.align.conftest import PROMPTS, picture, write_lines
 from tests.align.together import CASES, ONLINE, cold_worker, everything, online, online_worker, worker
 

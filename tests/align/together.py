@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from align import runs
-from align.online import train_online
-from align.pairs import check, read
-from align.prompts import read_prompts
-from align.runs import train_taste
-from align.sampling import Drawing, sample_pairs
-from backbone import processes
-from backbone.cache import VARIABLE
-from backbone.console import UserError
-from backbone.files import append_jsonl
+from align.collect.sample import Drawing, sample_pairs
+from align.pairs.prompts import read_prompts
+from align.pairs.read import read
+from align.pairs.records import check
+from align.settings import LOG
+from align.train import run as runs
+from align.train.online import train_online
+from align.train.run import train_taste
+from backbone.distributed import processes
+from backbone.io.console import UserError
+from backbone.io.files import append_jsonl
+from backbone.models.cache import VARIABLE
 
 CASES: dict[str, dict[str, Any]] = {
     "rows": {"batch": 3},
@@ -62,10 +64,10 @@ def interrupted(folder: Path, model: Path, pairs: Path, name: str) -> None:
 
     def log(path: Path, line: Mapping[str, Any]) -> None:
         append_jsonl(path, line)
-        if path.name == runs.LOG and line["step"] == 3:
+        if path.name == LOG and line["step"] == 3:
             signal.raise_signal(signal.SIGTERM)
 
-    with patch("align.runs.append_jsonl", log), suppress(KeyboardInterrupt):
+    with patch("align.train.run.append_jsonl", log), suppress(KeyboardInterrupt):
         train(folder, model, pairs, name, LONGER)
 
 

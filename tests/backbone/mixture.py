@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from backbone.noise import Estimate, Level
+from backbone.diffusion.noise import Estimate, Level
 
 
 @dataclass(frozen=True)

@@ -24,18 +24,20 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch import Tensor
 
-from backbone.adapters import WEIGHTS
-from backbone.concept import rare_words, read_concept
-from backbone.console import UserError
-from backbone.families import flux, parts, pixart
-from backbone.files import read_header, read_json, read_tensors, write_json, write_tensors
-from backbone.learned import put_on
-from backbone.model import Backbone
-from backbone.new_words import new_words, rows_of
-from backbone.noise import SingularLevel, estimate
-from backbone.sample import Request, initial_noise, sample_latents
-from customize.runs import train_concept
+from backbone.adapters.apply import put_on
+from backbone.adapters.concept import rare_words, read_concept
+from backbone.adapters.embeddings import new_words, rows_of
+from backbone.adapters.lora import WEIGHTS
+from backbone.diffusion.noise import SingularLevel, estimate
+from backbone.families import loading as parts
+from backbone.families.flux import family as flux
+from backbone.families.pixart import family as pixart
+from backbone.io.console import UserError
+from backbone.io.files import read_header, read_json, read_tensors, write_json, write_tensors
+from backbone.models.model import Backbone
+from backbone.models.sample import Request, initial_noise, sample_latents
 from customize.settings import Subject
+from customize.train.run import train_concept
 from tests import tiny
 
 STEPS, GUIDANCE, PROMPT, SCALE = 20, 4.0, "a dog in the snow", 40.0

@@ -16,11 +16,12 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from backbone.console import UserError
-from backbone.families import stable_diffusion_file
-from backbone.families.stable_diffusion_file import PUBLISHED, tokenizer_of, transformers_names
-from backbone.files import read_tensors, write_tensors
-from backbone.model import Backbone, locate
+from backbone.families.sd1 import checkpoint as stable_diffusion_file
+from backbone.families.sd1.checkpoint import PUBLISHED, tokenizer_of, transformers_names
+from backbone.io.console import UserError
+from backbone.io.files import read_tensors, write_tensors
+from backbone.models.locate import locate
+from backbone.models.model import Backbone
 
 Tensors = dict[str, Tensor]
 PARTS = ("unet", "vae", "text_encoder", "scheduler", "tokenizer")

@@ -12,10 +12,10 @@ from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpo
 from torch import Tensor
 from transformers import T5EncoderModel
 
-from backbone.console import UserError
-from backbone.families import flux_file
-from backbone.families.stable_diffusion_file import PUBLISHED
-from backbone.files import read_json, write_tensors
+from backbone.families.flux import checkpoint as flux_file
+from backbone.families.sd1.checkpoint import PUBLISHED
+from backbone.io.console import UserError
+from backbone.io.files import read_json, write_tensors
 from tests.backbone.test_single_file import _no_network, part_of  # noqa: F401 (a fixture)
 from tests.backbone.test_single_file_sd3 import (
     UNET,

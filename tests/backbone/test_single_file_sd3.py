@@ -16,18 +16,13 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from backbone.console import UserError, run
-from backbone.families.single_file import fingerprint
-from backbone.families.stable_diffusion_file import PUBLISHED
-from backbone.files import read_json, write_tensors
-from backbone.model import Backbone
+from backbone.families.checkpoint import fingerprint
+from backbone.families.sd1.checkpoint import PUBLISHED
+from backbone.io.console import UserError, run
+from backbone.io.files import read_json, write_tensors
+from backbone.models.model import Backbone
 from customize.cli import app
-from tests.backbone.test_single_file import (
-    _no_network,  # noqa: F401 (a fixture)
-    original_vae_name,
-    part_of,
-    some_pictures,
-)
+from tests.backbone.test_single_file import original_vae_name, part_of, some_pictures
 from tests.tiny import clip_settings, tiny_stable_diffusion_3, tiny_tokenizer
 
 Tensors = dict[str, Tensor]

@@ -14,10 +14,10 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from backbone.console import UserError
-from backbone.families.stable_diffusion_file import PUBLISHED
-from backbone.files import write_tensors
-from backbone.model import Backbone
+from backbone.families.sd1.checkpoint import PUBLISHED
+from backbone.io.console import UserError
+from backbone.io.files import write_tensors
+from backbone.models.model import Backbone
 from tests.backbone.test_single_file import networks, part_of, some_pictures, text_of_version_2
 from tests.tiny import tiny_stable_diffusion_xl
 

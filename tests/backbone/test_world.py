@@ -135,7 +135,7 @@ def test_masks_lie_inside_the_picture_and_pairs_have_two() -> None:
 
 
 def test_a_missing_font_is_one_clear_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    from backbone.console import UserError
+    from backbone.io.console import UserError
     from backbone.world import render
 
     monkeypatch.setattr(render, "FONT_PATHS", ())

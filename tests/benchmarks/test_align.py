@@ -8,19 +8,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from backbone.console import UserError
-from backbone.model import Backbone
-from benchmarks.align import (
-    DRAWS,
-    KINDS,
-    PAIRS,
-    Script,
-    markdown,
-    one_step,
-    ours,
-    parity,
-    totals,
-)
+from backbone.io.console import UserError
+from backbone.models.model import Backbone
+from benchmarks.align import DRAWS, KINDS, PAIRS, Script, markdown, one_step, ours, parity, totals
 from benchmarks.shapes import Parts, random_pictures, shape_called
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from backbone.console import UserError
+from backbone.io.console import UserError
+from backbone.world.concepts import TRAINING_PLACES
 from backbone.world.words import vocabulary
 from benchmarks import customize as bench
 from benchmarks.customize import (
@@ -38,7 +39,6 @@ from benchmarks.customize import (
     trials,
 )
 from benchmarks.judge import Judge, Verdict
-from recipes.moji.example_dog import TRAINING_PLACES
 
 COUNTS = dict.fromkeys(KINDS, 1)
 TRIAL = Trial("mammoth", DEFAULT, "")

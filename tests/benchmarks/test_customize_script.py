@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from backbone.console import UserError
-from backbone.files import write_bytes
-from backbone.model import Backbone
+from backbone.io.console import UserError
+from backbone.io.files import write_bytes
+from backbone.models.model import Backbone
 from benchmarks import shapes
 from benchmarks.customize_script import SIDES, Side, markdown, one_side, stand_in
 from benchmarks.shapes import (

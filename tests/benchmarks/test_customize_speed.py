@@ -9,18 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from backbone.model import Backbone
-from benchmarks.customize_speed import (
-    EVERY,
-    KINDS,
-    PICTURES,
-    STEPS,
-    Bare,
-    Bench,
-    markdown,
-    parity,
-    totals,
-)
+from backbone.models.model import Backbone
+from benchmarks.customize_speed import EVERY, KINDS, PICTURES, STEPS, Bare, Bench, markdown, parity, totals
 from benchmarks.shapes import Parts, put_section, random_pictures
 
 ONCE = ("evaluation", "decoding", "encoding", "text", "bank")

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from backbone.console import UserError
-from backbone.files import write_json, write_tensors
-from backbone.model import Backbone
+from backbone.io.console import UserError
+from backbone.io.files import write_json, write_tensors
+from backbone.models.model import Backbone
 from backbone.world.scene import BENCHMARK_SEEDS, fair
 from benchmarks import edit as benchmark
 from benchmarks.edit import KINDS, Case, make_cases, paired, succeeded

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from backbone.model import Backbone
+from backbone.models.model import Backbone
 from benchmarks import edit_speed
 from benchmarks.edit_speed import (
     CROSS,
@@ -22,8 +22,8 @@ from benchmarks.edit_speed import (
     rows_of_sides,
     timed,
 )
-from edit.inversion import invert
-from edit.prompt import replace
+from edit.inversion.inversion import invert
+from edit.methods.prompt_to_prompt.edit import replace
 
 STEPS = 4
 

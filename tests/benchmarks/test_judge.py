@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from backbone.console import UserError
-from backbone.files import write_json, write_tensors
-from backbone.model import Backbone
-from backbone.statistics import wilson
+from backbone.evaluation.statistics import wilson
+from backbone.io.console import UserError
+from backbone.io.files import write_json, write_tensors
+from backbone.models.model import Backbone
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, fair, sample_scene
 from backbone.world.words import Thing, vocabulary
 from benchmarks.judge import (

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.moji_training import WAYS, Way, markdown, taking_steps
+from recipes.moji.training_speed import WAYS, Way, markdown, taking_steps
 
 
 def test_every_row_differs_from_the_recipe_in_one_thing() -> None:

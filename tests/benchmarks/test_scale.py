@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from backbone.console import UserError
-from backbone.files import write_json
+from backbone.io.console import UserError
+from backbone.io.files import write_json
 from benchmarks.scale import (
     PAIRS,
     RAW,

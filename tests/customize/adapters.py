@@ -17,9 +17,9 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from customize.factors import Layer
-from customize.formats import Adapter
-from customize.layer_names import TEXT_LEVEL, is_text
+from customize.formats.adapter import Adapter
+from customize.formats.factors import Layer
+from customize.formats.layer_names import TEXT_LEVEL, is_text
 from tests.tiny import tiny_tokenizer
 
 Choose = Callable[[str, nn.Module], bool]

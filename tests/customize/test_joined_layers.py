@@ -10,13 +10,15 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 from torch import nn
 
-from backbone.console import UserError
-from backbone.families.flux import Flux
-from backbone.families.pixart import PixArt
-from backbone.families.stable_diffusion_3 import StableDiffusion3
-from backbone.files import read_header, read_tensors, write_tensors
-from customize.formats import Adapter, difference, read_adapter, state_dict, write_adapter
-from customize.layer_names import apart, dotted, flat, joined
+from backbone.families.flux.family import Flux
+from backbone.families.pixart.family import PixArt
+from backbone.families.sd3.family import StableDiffusion3
+from backbone.io.console import UserError
+from backbone.io.files import read_header, read_tensors, write_tensors
+from customize.formats.adapter import Adapter
+from customize.formats.layer_names import apart, dotted, flat, joined
+from customize.formats.read import read_adapter
+from customize.formats.write import difference, state_dict, write_adapter
 from tests.customize.adapters import random_adapter, random_layer
 from tests.tiny import tiny_flux, tiny_pixart, tiny_stable_diffusion_3
 

@@ -9,18 +9,19 @@ import pytest
 import torch
 from PIL import Image
 
-from backbone.concept import Concept, spoken
-from backbone.console import UserError
-from backbone.files import read_tensors
-from backbone.images import read_folder
-from backbone.learned import put_on
-from backbone.loop import generator
-from backbone.model import Backbone
-from backbone.new_words import FILE as WORDS
-from backbone.new_words import new_words, rows_of, words_of
-from backbone.noise import debiased, vp
-from customize.dreambooth import Group, Training, prepare
-from customize.learn import METHODS, OWN_WORDS
+from backbone.adapters.apply import put_on
+from backbone.adapters.concept import Concept, spoken
+from backbone.adapters.embeddings import FILE as WORDS
+from backbone.adapters.embeddings import new_words, rows_of, words_of
+from backbone.diffusion.losses import debiased
+from backbone.diffusion.noise import generator, vp
+from backbone.io.console import UserError
+from backbone.io.files import read_tensors
+from backbone.media.pictures import read_folder
+from backbone.models.model import Backbone
+from customize.data.dataset import Group, prepare
+from customize.methods.registry import METHODS, OWN_WORDS
+from customize.objectives.dreambooth import Training
 from customize.settings import Settings
 
 ALL = [
@@ -185,7 +186,7 @@ def test_class_pictures_are_drawn_once_and_their_latents_kept(
     first, _ = begun(tiny, subject, asked)
     assert first.material.drawn is not None
     assert first.material.drawn.shape == (3, *tiny.latent_shape)
-    monkeypatch.setattr("customize.dreambooth.sample_latents", None)  # a second drawing would fail
+    monkeypatch.setattr("customize.objectives.dreambooth.sample_latents", None)  # a second drawing would fail
     again = prepare(tiny, [Group(read_folder(subject), ["a bcd dog"] * 3, "a dog")], asked)
     assert again.drawn is not None
     assert torch.equal(again.drawn, first.material.drawn)

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from backbone import processes
-from backbone.adapters import WEIGHTS
-from backbone.cache import VARIABLE
-from backbone.console import UserError
-from backbone.files import read_json, read_jsonl, read_tensors
-from backbone.workers import run_workers
-from customize.dreambooth import CHECKPOINT, share_of
-from customize.runs import resume_concept
+from backbone.adapters.lora import WEIGHTS
+from backbone.distributed import processes
+from backbone.distributed.spawn import run_workers
+from backbone.io.console import UserError
+from backbone.io.files import read_json, read_jsonl, read_tensors
+from backbone.models.cache import VARIABLE
+from customize.objectives.dreambooth import CHECKPOINT, share_of
 from customize.settings import Settings
+from customize.train.run import resume_concept
 from tests.customize.together import CASES, cold_worker, everything, worker
 
 ACCELERATE = Path(__file__).parents[2] / "recipes" / "accelerate"

@@ -16,12 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
-from backbone.adapters import WEIGHTS
-from backbone.cache import VARIABLE
-from backbone.files import read_jsonl, read_tensors
-from backbone.loop import Report
-from customize.runs import notebook
-from customize.settings import Settings
+from backbone.adapters.lora import WEIGHTS
+from backbone.io.files import read_jsonl, read_tensors
+from backbone.models.cache import VARIABLE
+from backbone.training.loop import Report
+from backbone.training.run import log_to_tensorboard
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 TRAIN = ("train", "--token", "[V]", "--class", "dog", "--precision", "fp32", "--device", "cpu")
@@ -179,9 +178,8 @@ def test_two_subjects_are_learned_at_once_and_resumed(
 def test_curves_for_tensorboard_lie_beside_the_log(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    asked = Settings(images="x", token="[V]", class_noun="dog", report_to="tensorboard")
     for done, steps in ((0, (1, 2, 3, 4)), (2, (3,))):  # stopped, and gone on with from step 2
-        with notebook(tmp_path, asked, done=done) as note:
+        with log_to_tensorboard(tmp_path, wanted=True, done=done) as note:
             for step in steps:
                 note(Report(step=step, loss=1 / step, gradient_norm=0.5, learning_rate=1e-3, seconds=0.1))
     found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()

@@ -10,19 +10,19 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
-from backbone.concept import Concept, read_concept
-from backbone.console import UserError
-from backbone.families import Location
-from backbone.files import read_tensors
-from backbone.model import Backbone
-from backbone.new_words import FILE, save_words
-from customize.bake import bake
-from customize.exchange import export_words
-from customize.learn import refuse_other_encoders
-from customize.merge import read_part
-from customize.merged_run import merged_words
-from customize.model_files import Weights
-from customize.runs import load_words_in_diffusers
+from backbone.adapters.concept import Concept, read_concept
+from backbone.adapters.embeddings import FILE, save_words
+from backbone.families.location import Location
+from backbone.io.console import UserError
+from backbone.io.files import read_tensors
+from backbone.models.model import Backbone
+from customize.formats.bake import bake
+from customize.formats.convert import export_words
+from customize.formats.merge import read_part
+from customize.formats.merged_run import merged_words
+from customize.formats.model_weights import Weights
+from customize.methods.lora import refuse_other_encoders
+from customize.train.card import load_words_in_diffusers
 from tests.tiny import tiny_pixart, tiny_stable_diffusion_xl
 
 SIDES = {"text_encoder": 16, "text_encoder_2": 24}

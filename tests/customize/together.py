@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from backbone import processes
-from backbone.cache import VARIABLE
-from backbone.console import UserError
-from backbone.files import append_jsonl
-from customize import runs
-from customize.sampling import draw
+from backbone.distributed import processes
+from backbone.io.console import UserError
+from backbone.io.files import append_jsonl
+from backbone.models.cache import VARIABLE
+from customize.sample import draw
 from customize.settings import Subject
+from customize.train import run as runs
 
 CASES: dict[str, dict[str, Any]] = {
     "rows": {"batch": 3, "steps": 4},
@@ -50,7 +50,7 @@ def interrupted(folder: Path, model: Path, pictures: Path, name: str) -> None:
         if line["step"] == 3:
             signal.raise_signal(signal.SIGTERM)
 
-    with patch("customize.runs.append_jsonl", log), suppress(KeyboardInterrupt):
+    with patch("customize.train.run.append_jsonl", log), suppress(KeyboardInterrupt):
         train(folder, model, pictures, name, LONGER)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from backbone.model import Backbone
+from backbone.models.model import Backbone
 
 Open = Callable[[str], Backbone]
 TRANSFORMERS = ("sd3", "flux-dev", "pixart")

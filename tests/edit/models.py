@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from backbone.families import NoisePath
-from backbone.ladders import Spacing, alphas_cumprod, flow_ladder, vp_ladder
-from backbone.model import Backbone
-from backbone.noise import Kind, Level, flow, vp
+from backbone.diffusion.noise import Kind, Level, flow, vp
+from backbone.diffusion.schedules import Spacing, alphas_cumprod, flow_ladder, vp_ladder
+from backbone.families.base import NoisePath
+from backbone.models.model import Backbone
 
 PATHS = (
     ("epsilon", "leading", 1, "first"),

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from backbone.model import Backbone
-from backbone.noise import Estimate, Level
-from edit.difference import SHARES, differences
-from edit.inversion import Inversion, invert
+from backbone.diffusion.noise import Estimate, Level
+from backbone.models.model import Backbone
+from edit.inversion.inversion import Inversion, invert
+from edit.masks import SHARES, differences
 from tests.edit.models import photo
 
 SOURCE, TARGET = "a cat in the snow", "a red dog in a park"

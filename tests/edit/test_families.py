@@ -13,19 +13,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from backbone.console import UserError
-from backbone.families import Stretch
+from backbone.families.base import Stretch
+from backbone.io.console import UserError
+from edit.attention.alignment import align, heard_prompt
 from edit.cli import main
-from edit.directly import flow_edit
-from edit.inversion import METHODS, Inversion, Method, invert, replayed
-from edit.noised import sdedit
-from edit.prompt import PRESETS, replace
-from edit.removal import place_of, remove
-from edit.words import align, heard_prompt
+from edit.inversion.inversion import METHODS, Inversion, Method, invert, replayed
+from edit.methods.flow_edit import flow_edit
+from edit.methods.prompt_to_prompt.edit import replace
+from edit.methods.prompt_to_prompt.settings import PRESETS
+from edit.methods.remove import place_of, remove
+from edit.methods.sdedit import sdedit
+from tests.edit.attention.test_joint import Found, wearing_a_lora
 from tests.edit.conftest import FAMILIES, TRANSFORMERS, Open
+from tests.edit.methods.prompt_to_prompt.test_edit import left_half
 from tests.edit.models import photo
-from tests.edit.test_joint import Found, wearing_a_lora
-from tests.edit.test_prompt import left_half
 from tests.tiny import tiny_t5_tokenizer, tiny_tokenizer
 
 SOURCE, TARGET, OTHER = "a cat in the snow", "a dog in the snow", "a red cat in the snow"

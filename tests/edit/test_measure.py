@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from edit import measure
+from backbone.evaluation import image_metrics as measure
 
 
 def picture(seed: int = 0) -> torch.Tensor:

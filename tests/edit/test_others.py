@@ -10,17 +10,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from backbone.console import UserError
-from backbone.images import to_tensor
-from backbone.model import Backbone
-from edit.between import between, slerp
-from edit.directly import flow_edit
-from edit.guided import lead
-from edit.inversion import Inversion, invert
-from edit.noised import sdedit
-from edit.removal import place_of, remove, without
+from backbone.io.console import UserError
+from backbone.media.transforms import to_tensor
+from backbone.models.model import Backbone
+from edit.inversion.inversion import Inversion, invert
+from edit.methods.compose import lead
+from edit.methods.flow_edit import flow_edit
+from edit.methods.interpolate import between, slerp
+from edit.methods.remove import place_of, remove, without
+from edit.methods.sdedit import sdedit
+from tests.edit.methods.prompt_to_prompt.test_edit import SOURCE, STEPS, TARGET, deviation, left_half
 from tests.edit.models import PATHS, photo, tiny_on
-from tests.edit.test_prompt import SOURCE, STEPS, TARGET, deviation, left_half
 
 paths = pytest.mark.parametrize("path", PATHS, ids=lambda path: "-".join(map(str, path)))
 
@@ -114,7 +114,7 @@ def test_flow_edit_counts_its_rows(tiny: Backbone) -> None:
 
 def test_flow_edit_follows_the_two_velocities(tiny: Backbone) -> None:
     """One step by hand: x̃ moves by Δτ times what the target's velocity has over the source's."""
-    from backbone.loop import generator
+    from backbone.diffusion.noise import generator
 
     drawn = flow_edit(tiny, photo(), SOURCE, [TARGET], steps=2, strength=0.5, guidance=1.0)
     clean, ladder = latent_of(tiny, photo())[None], tiny.ladder(2)[1:]

@@ -8,9 +8,10 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from backbone.families.stable_diffusion_3 import T5_TOKENS, zeros_once
-from backbone.model import EMBEDDED, Backbone
-from backbone.steps import walk
+from backbone.diffusion.samplers import walk
+from backbone.families.sd3.family import T5_TOKENS, zeros_once
+from backbone.models.locate import EMBEDDED
+from backbone.models.model import Backbone
 from backbone.world.scene import sample_scene
 from recipes.moji.flow import (
     TOKENS,

@@ -1,0 +1,182 @@
+"""The labelling page's server: one page, its pictures and its answers, for this machine alone.
+
+It listens on 127.0.0.1, and its address holds a token that nobody else knows. A request whose Host is not this server
+is refused, so that a foreign name that was made to point at 127.0.0.1 (DNS rebinding) reaches nothing; a post from
+another origin is refused too. Pictures are named by question and side, never by a path, and neither the page nor an
+address tells which picture is whose.
+"""
+
+from __future__ import annotations
+
+import json
+import mimetypes
+import secrets
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from align.collect.label.session import Session, Stale
+from backbone.io.console import UserError, say
+
+PAGE = Path(__file__).with_name("page.html")
+HOSTS = ("127.0.0.1", "localhost")
+LARGEST_POST = 4096  # bytes
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+
+
+def label_app(session: Session, *, token: str, port: int) -> Starlette:
+    """The application; everything lies below /TOKEN/, and every other address is unknown."""
+
+    async def page(request: Request) -> Response:
+        nonce = secrets.token_urlsafe(12)
+        policy = (
+            "default-src 'none'; img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+            f"style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'"
+        )
+        text = PAGE.read_text(encoding="utf-8").replace("{{nonce}}", nonce)
+        return HTMLResponse(text, headers={"Content-Security-Policy": policy})
+
+    async def state(request: Request) -> Response:
+        return JSONResponse(_state(session))
+
+    async def picture(request: Request) -> Response:
+        question = session.question
+        if question is None or request.path_params["number"] != question.number:
+            return PlainTextResponse("gone", 410)
+        name = {"left": question.left, "right": question.right}.get(request.path_params["side"])
+        if name is None:
+            return PlainTextResponse("not found", 404)
+        path = session.folder / name
+        kind = mimetypes.guess_type(path.name)[0] or "image/png"
+        return Response(path.read_bytes(), media_type=kind)
+
+    async def choose(request: Request) -> Response:
+        return await _post(request, lambda said: session.answer(_number(said), _verdict(said)))
+
+    async def undo(request: Request) -> Response:
+        return await _post(request, lambda said: session.undo(_number(said)))
+
+    async def _post(request: Request, act: Callable[[dict[str, Any]], None]) -> Response:
+        try:
+            act(await _body(request))
+        except Stale:
+            return JSONResponse(_state(session), 409)
+        except ValueError as error:
+            return PlainTextResponse(str(error), 400)
+        return JSONResponse(_state(session))
+
+    below = f"/{token}"
+    routes = [
+        Route(f"{below}/", page),
+        Route(f"{below}/state", state),
+        Route(f"{below}/picture/{{number:int}}/{{side}}", picture),
+        Route(f"{below}/choose", choose, methods=["POST"]),
+        Route(f"{below}/undo", undo, methods=["POST"]),
+    ]
+    return Starlette(routes=routes, middleware=[Middleware(OnlyOurs, port=port)])
+
+
+class OnlyOurs(BaseHTTPMiddleware):
+    """Refuses what does not come from this server's own page, and forbids browsers to keep or share anything."""
+
+    def __init__(self, app: Any, *, port: int) -> None:
+        super().__init__(app)
+        self.hosts = {f"{host}:{port}" for host in HOSTS}
+
+    async def dispatch(
+        self, request: Request, call_next: Callable[[Request], Awaitable[Response]]
+    ) -> Response:
+        response = self._refusal(request) or await call_next(request)
+        response.headers.update(HEADERS)
+        return response
+
+    def _refusal(self, request: Request) -> Response | None:
+        host = request.headers.get("host", "")
+        if host not in self.hosts:
+            return PlainTextResponse("this server answers to 127.0.0.1 and localhost alone", 421)
+        if request.method not in ("GET", "HEAD"):
+            origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site", "same-origin")
+            if (origin is not None and origin != f"http://{host}") or site not in ("same-origin", "none"):
+                return PlainTextResponse("posts come from this server's own page", 403)
+        return None
+
+
+def serve(session: Session, *, port: int = 0, token: str | None = None) -> None:
+    """Serves until Ctrl-C and says the address first. Port 0 takes a free one; `UserError` when a port is taken."""
+    import uvicorn
+
+    token = token or secrets.token_urlsafe(16)
+    with socket.socket() as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise UserError(
+                f"Port {port} cannot be used ({error.strerror}). Choose another --port."
+            ) from error
+        port = listening.getsockname()[1]
+        app = label_app(session, token=token, port=port)
+        say(f"Open http://127.0.0.1:{port}/{token}/ (Ctrl-C ends; every choice is kept as it is made).")
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False, lifespan="off"))
+        server.run(sockets=[listening])
+
+
+def _state(session: Session) -> dict[str, Any]:
+    """What the page shows; nothing in it tells a repeat from a new pair, or one model from another."""
+    question = session.question
+    agreement, repeats = session.agreement
+    done = question is None
+    return {
+        "number": session.next_number,
+        "prompt": question.pair.prompt if question else "",
+        "done": done,
+        "answered": session.answered,
+        "total": len(session.pairs),
+        "can_undo": bool(session.choices),
+        "agreement": {"repeats": repeats, **agreement._asdict()} if done and repeats else None,
+    }
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    if request.headers.get("content-type", "").split(";")[0] != "application/json":
+        raise ValueError("a post is JSON")
+    content = b""
+    async for chunk in request.stream():
+        content += chunk
+        if len(content) > LARGEST_POST:
+            raise ValueError("the post is too long")
+    try:
+        said = json.loads(content)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise ValueError("the post is not JSON") from None
+    if not isinstance(said, dict):
+        raise ValueError("the post is not a JSON object")
+    return said
+
+
+def _number(said: dict[str, Any]) -> int:
+    number = said.get("number")
+    if not isinstance(number, int):
+        raise ValueError("the post names no question")
+    return number
+
+
+def _verdict(said: dict[str, Any]) -> str:
+    verdict = said.get("verdict")
+    if not isinstance(verdict, str):
+        raise ValueError("the post says nothing")
+    return verdict

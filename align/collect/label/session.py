@@ -1,0 +1,203 @@
+"""What the labeller is asked next, and what they have answered: a function of the folder, the seed and the record.
+
+Pairs come in a fixed random order, blind and with random sides. About one question in ten repeats an earlier pair,
+with its own sides and without saying so, to estimate how far the labeller agrees with themselves: nobody's model can
+be expected to agree with them more than that.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from itertools import combinations
+from pathlib import Path
+
+from align.pairs.choices import CHOICES, VERDICTS, Choice, Undo, append, consistency, effective, read_choices
+from backbone.evaluation.statistics import Interval, wilson
+from backbone.io.console import UserError
+
+REPEATS = 0.1  # of all questions
+SETTLED = 5  # so many questions at least lie between a pair and its repeat
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A pair of one prompt's pictures, files relative to the folder."""
+
+    name: str
+    prompt: str
+    first: str
+    second: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is shown: number `number` of all questions so far, with its sides."""
+
+    number: int
+    pair: Asked
+    left: str
+    right: str
+    repeat: bool
+
+
+class Stale(Exception):
+    """An answer to a question that is no longer the open one (a second window, a double click)."""
+
+
+class Session:
+    """One labeller's work on a folder. Everything is read from the record at the start, and each answer is on the
+    disk before the next question is given."""
+
+    def __init__(self, folder: Path, pairs: Sequence[Asked], *, seed: int = 0, user: str = "") -> None:
+        if not pairs:
+            raise UserError(f"{folder} holds no two pictures of one prompt. Draw some with `align sample`.")
+        self.folder, self.seed, self.user = folder, seed, user
+        self.pairs = {pair.name: pair for pair in pairs}
+        self.path = folder / CHOICES
+        entries = read_choices(self.path)
+        self.choices = [choice for choice in effective(entries) if choice.pair in self.pairs]
+        self.next_number = 1 + max(
+            (entry.number for entry in entries if isinstance(entry, Choice)), default=-1
+        )
+        self.shown_at = time.monotonic()
+
+    @property
+    def question(self) -> Question | None:
+        """The open question; None when every pair has an answer."""
+        pair, repeat = self._next()
+        if pair is None:
+            return None
+        turned = self._random("side").random() < 0.5
+        left, right = (pair.second, pair.first) if turned else (pair.first, pair.second)
+        return Question(self.next_number, pair, left, right, repeat)
+
+    def answer(self, number: int, verdict: str) -> None:
+        """Writes an answer down. `Stale` unless `number` is the open question's; ValueError for an unknown verdict."""
+        question = self.question
+        if verdict not in VERDICTS:
+            raise ValueError(f"no verdict is called {verdict!r}")
+        if question is None or number != question.number:
+            raise Stale
+        choice = Choice(
+            number=number,
+            pair=question.pair.name,
+            prompt=question.pair.prompt,
+            left=question.left,
+            right=question.right,
+            verdict=verdict,
+            repeat=question.repeat,
+            user=self.user,
+            time=_now(),
+            seconds=round(time.monotonic() - self.shown_at, 2),
+        )
+        append(self.path, choice)
+        self.choices.append(choice)
+        self.next_number += 1
+        self.shown_at = time.monotonic()
+
+    def undo(self, number: int) -> None:
+        """Takes the last answer back, so that its pair is asked again. `Stale` unless `number` is the open one's."""
+        if number != self.next_number or not self.choices:
+            raise Stale
+        append(self.path, Undo(self.choices[-1].number, _now()))
+        self.choices.pop()
+        self.next_number += 1  # an answer in another window to the question before is stale
+        self.shown_at = time.monotonic()
+
+    @property
+    def answered(self) -> int:
+        """Pairs with an answer."""
+        return len({choice.pair for choice in self.choices if not choice.repeat})
+
+    @property
+    def agreement(self) -> tuple[Interval, int]:
+        """How often the labeller agreed with themselves, and on how many repeats."""
+        found = consistency(self.choices)
+        return wilson(found.agreed, found.repeats), found.repeats
+
+    def _next(self) -> tuple[Asked | None, bool]:
+        done = {choice.pair for choice in self.choices if not choice.repeat}
+        left = [pair for name, pair in self.pairs.items() if name not in done]
+        if not left:
+            return None, False
+        repeated = {choice.pair for choice in self.choices if choice.repeat}
+        settled = self.choices[: max(0, len(self.choices) - SETTLED)]
+        old = [
+            choice.pair
+            for choice in settled
+            if not choice.repeat and choice.verdict != "skip" and choice.pair not in repeated
+        ]
+        draw = self._random("repeat")
+        if old and draw.random() < REPEATS:
+            return self.pairs[draw.choice(old)], True
+        return left[0], False
+
+    def _random(self, what: str) -> random.Random:
+        """Randomness of the open question: the same again after a restart, and after an undo."""
+        return random.Random(f"{self.seed}/{len(self.choices)}/{what}")
+
+
+def pairs_to_label(
+    prompts: Sequence[str], pictures: Sequence[Sequence[str]], *, seed: int = 0
+) -> list[Asked]:
+    """Every pair of pictures of each prompt, in the order in which they are asked.
+
+    First one round of pairs that share no picture over all prompts, in random order, then the next: whoever stops
+    early has seen every prompt about equally often.
+    """
+    rounds: dict[int, list[Asked]] = {}
+    for prompt, names in zip(prompts, pictures, strict=True):
+        shuffled = list(names)
+        random.Random(f"{seed}/{prompt}").shuffle(shuffled)
+        seen: dict[str, int] = {}
+        for first, second in _disjoint_first(shuffled):
+            turn = max(seen.get(first, 0), seen.get(second, 0))
+            seen[first] = seen[second] = turn + 1
+            name = "+".join(sorted(Path(file).stem for file in (first, second)))
+            rounds.setdefault(turn, []).append(Asked(name, prompt, first, second))
+    ordered = []
+    for turn in sorted(rounds):
+        random.Random(f"{seed}/round {turn}").shuffle(rounds[turn])
+        ordered += rounds[turn]
+    return ordered
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keeps a second process from labelling the same folder at the same time; `UserError` for that one."""
+    path = folder / ".labelling"
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        _lock(descriptor, folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UserError(
+            f"{folder} is being labelled by another `align` already. Use its window, or end it."
+        ) from error
+
+
+def _disjoint_first(names: Sequence[str]) -> list[tuple[str, str]]:
+    """All pairs of names, those of the first round without a common name: 01 23 …, then the rest."""
+    first = list(zip(names[::2], names[1::2], strict=False))
+    return first + [pair for pair in combinations(names, 2) if pair not in first]
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")

@@ -1,0 +1,146 @@
+"""Judges of pictures as plug-ins: (pictures, their prompts) → a number for each, higher is better.
+
+| name                    | what judges                                                                          |
+|-------------------------|--------------------------------------------------------------------------------------|
+| `moji`                  | the embedded CLIP: cosine of picture and prompt                                       |
+| a folder                | a CLIP model in transformers' format (CLIP, PickScore); with `aesthetic.safetensors`  |
+|                         | (`weight` [1, D], `bias` [1]) that head on its pictures alone                         |
+| `like:PICTURES`         | likeness to the pictures of a folder: CLIP-I, by the embedded CLIP, or by another as  |
+|                         | `like:PICTURES:FOLDER`                                                                |
+| FILE.py                 | your own: a function `score(pictures, prompts)` that gives a number for each          |
+
+The numbers of two judges have different scales; `together` puts several of them on one. Likeness to a subject against
+prompts, pairs on which both agree, is how DreamBoothDPO (Ayupov et al. 2025) makes preferences of a customised model.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from backbone.evaluation.clip import Scorer, load_scorer, text_scores
+from backbone.io.console import UserError
+from backbone.io.files import read_tensors
+from backbone.media.pictures import check, read_folder
+from backbone.models.locate import EMBEDDED
+
+Judge: TypeAlias = Callable[[Sequence[Image], Sequence[str]], Tensor]
+"""(B pictures, B prompts) → scores [B], float32 on the CPU."""
+
+HEAD = "aesthetic.safetensors"
+LIKE = "like:"
+
+
+def open_judge(name: str) -> Judge:
+    """The judge of this name; `UserError` where there is none."""
+    if name.startswith(LIKE):
+        pictures, _, scorer_name = name.removeprefix(LIKE).partition(":")
+        return _alike(open_scorer(scorer_name or "moji"), pictures)
+    path = Path(name).expanduser()
+    if path.suffix == ".py":
+        return _from_file(path)
+    scorer = open_scorer(name)
+    head = path / HEAD
+    return _aesthetic(scorer, head) if head.is_file() else _likeness(scorer)
+
+
+def takes_gradients(name: str) -> None:
+    """`UserError` unless this judge is a network that compares pictures with prompts."""
+    if Path(name).suffix == ".py" or name.startswith(LIKE) or (Path(name).expanduser() / HEAD).is_file():
+        raise UserError(
+            f"draft climbs the gradient of a CLIP model's likeness of picture and prompt; {name} is another kind of "
+            "scorer. Use --loss-type ddpo, or moji, or a CLIP model's folder."
+        )
+
+
+def open_scorer(name: str) -> Scorer:
+    """The CLIP model behind a judge's name, for embeddings; `UserError` where there is none."""
+    if name == "moji":
+        return load_scorer(EMBEDDED / "scorer")
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise UserError(
+            f"There is no scorer {name}. Name moji, a CLIP model's folder, like:PICTURES or a .py file."
+        )
+    return load_scorer(folder)
+
+
+def together(scores: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The weighted sum [B] of several judges' scores [B], each first brought to mean 0 and deviation 1."""
+    if len(scores) != len(weights):
+        raise UserError(f"{len(weights)} weights for {len(scores)} scorers: one each is needed.")
+    return torch.stack(
+        [
+            weight * (score - score.mean()) / score.std(correction=0).clamp(min=1e-12)
+            for score, weight in zip(scores, weights, strict=True)
+        ]
+    ).sum(0)
+
+
+def _likeness(scorer: Scorer) -> Judge:
+    def judge(pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        unique = list(dict.fromkeys(prompts))
+        texts = scorer.embed_texts(unique)[[unique.index(prompt) for prompt in prompts]]
+        return text_scores(scorer.embed_images(pictures), texts).cpu()
+
+    return judge
+
+
+def _alike(scorer: Scorer, folder: str) -> Judge:
+    own = read_folder(folder)
+    check(own)
+    real = scorer.embed_images([picture.open() for picture in own])
+
+    def judge(pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        return (scorer.embed_images(pictures) @ real.T).mean(1).cpu()
+
+    return judge
+
+
+def _aesthetic(scorer: Scorer, path: Path) -> Judge:
+    tensors, _ = read_tensors(path)
+    if set(tensors) != {"weight", "bias"} or tensors["weight"].ndim != 2:
+        raise UserError(f"{path} is not a linear head: it needs weight [1, D] and bias [1].")
+    weight, bias = tensors["weight"].float(), tensors["bias"].float()
+
+    def judge(pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        vectors = scorer.embed_images(pictures).cpu()
+        if vectors.shape[1] != weight.shape[1]:
+            raise UserError(
+                f"{path} is for vectors of {weight.shape[1]} numbers; this model's have {vectors.shape[1]}."
+            )
+        return (vectors @ weight.T + bias)[:, 0]
+
+    return judge
+
+
+def _from_file(path: Path) -> Judge:
+    """The function `score` of the user's own file, which is run."""
+    if not path.is_file():
+        raise UserError(f"There is no file {path}. Check the spelling.")
+    specification = importlib.util.spec_from_file_location(f"limner_scorer_{path.stem}", path)
+    assert specification is not None and specification.loader is not None
+    module: Any = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    function = getattr(module, "score", None)
+    if not callable(function):
+        raise UserError(
+            f"{path} has no function `score(pictures, prompts)`. Write one that gives a number for each."
+        )
+
+    def judge(pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        numbers = [float(number) for number in function(list(pictures), list(prompts))]
+        if len(numbers) != len(pictures) or not all(math.isfinite(number) for number in numbers):
+            raise UserError(
+                f"{path}'s `score` must give a finite number for each of {len(pictures)} pictures."
+            )
+        return torch.tensor(numbers)
+
+    return judge

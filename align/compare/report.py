@@ -1,0 +1,129 @@
+"""The report of a comparison: figures and images side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from align.collect.sample import Drawing
+from align.compare.sides import BASE, Side, picture_name
+from align.pairs.prompts import Prompt
+from backbone.evaluation.statistics import Interval
+from backbone.io.report import heading, paragraph, table
+from backbone.io.report import picture as shown
+from backbone.media.decode import open_rgb
+from backbone.media.sheet import GREEN, Cell, sheet
+
+SHOWN = 24  # prompts whose pictures the report shows
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """What was found, a line for each judge and strength, for people."""
+    lines = []
+    for scorer, by_side in result["wins"].items():
+        for name, wins in by_side.items():
+            rate = Interval(**wins["rate"])
+            lines.append(
+                f"{scorer}: {name} wins {rate} of {wins['wins'] + wins['ties'] + wins['losses']} pictures against "
+                f"{BASE} ({wins['ties']} ties), mean gain {_gain(wins)}"
+            )
+    if result["diversity"]:
+        before = result["diversity"][BASE]
+        spread = ", ".join(f"{name} {value:.4f}" for name, value in result["diversity"].items())
+        ratio = [value / before for name, value in result["diversity"].items() if name != BASE and before]
+        lines.append(f"diversity: {spread}" + (f" ({ratio[0]:.2f} of the base's)" if ratio else ""))
+    return "\n".join(lines)
+
+
+def report(
+    out: Path,
+    result: Mapping[str, Any],
+    prompts: Sequence[Prompt],
+    keys: Sequence[tuple[int, int]],
+    scores: Mapping[str, Mapping[str, Tensor]],
+) -> list[str]:
+    """The parts of the comparison's `report.html`."""
+    drawing: Drawing = result["drawing"]
+    tuned: Side = result["tuned"]
+    own = tuned.drawn(drawing).said()
+    other = "" if own == drawing.said() else f" (the tuned side {own})"
+    every = [
+        (scorer, name, str(Interval(**wins["rate"])), *_counts(wins), _gain(wins))
+        for scorer, by_side in result["wins"].items()
+        for name, wins in by_side.items()
+    ]
+    titles = ("win rate (95 %)", "wins", "ties", "losses", "mean gain (95 %)")
+    parts = [
+        paragraph(
+            f"{len(prompts)} prompts, {result['per_prompt']} pictures of each from the same noise; "
+            f"{drawing.sampler}, {drawing.steps} steps, guidance {drawing.said()}{other}, seed {drawing.seed}."
+        ),
+        *(
+            [paragraph(f"{', '.join(result['trained_on'])} also chose what the tuned model was trained on.")]
+            if result["trained_on"]
+            else []
+        ),
+        heading("How often is the tuned picture better?"),
+        table(("judge", "side", *titles), every),
+        paragraph(
+            f"Ties (a difference of at most {result['tie']:g}) count half. The win rate's interval is Wilson's over "
+            "pictures, the gain's a bootstrap over prompts."
+        ),
+    ]
+    if result["diversity"]:
+        before = result["diversity"][BASE]
+        spread = [
+            (name, f"{value:.4f}", f"{value / before:.2f}" if before else "–")
+            for name, value in result["diversity"].items()
+        ]
+        parts.append(heading("Do the pictures of a prompt still differ?"))
+        parts.append(table(("side", "mean cosine distance", "of the base's"), spread))
+    for scorer, groups in result["categories"].items():
+        if len(groups) > 1:
+            rows = [
+                (name or "none", str(Interval(**wins["rate"])), *_counts(wins), _gain(wins))
+                for name, wins in groups.items()
+            ]
+            parts += [heading(f"By category, {scorer}"), table(("category", *titles), rows)]
+    return [*parts, *_side_by_side(out, prompts, keys, scores)]
+
+
+def _side_by_side(
+    out: Path,
+    prompts: Sequence[Prompt],
+    keys: Sequence[tuple[int, int]],
+    scores: Mapping[str, Mapping[str, Tensor]],
+) -> Iterator[str]:
+    """The first picture of the first prompts from every side, the better one framed."""
+    scorer, by_side = next(iter(scores.items()))
+    yield heading("Side by side")
+    yield paragraph(f"A green frame: the better one for {scorer}.")
+    for row, (i, j) in enumerate(keys):
+        if j or i >= SHOWN:
+            continue
+        values = {name: float(scores[row]) for name, scores in by_side.items()}
+        best = max(values.values()) if len(set(values.values())) > 1 else None
+        cells = [
+            Cell(
+                open_rgb(out / picture_name(name, i, j)),
+                f"{name}, {value:.3f}",
+                GREEN if value == best else None,
+            )
+            for name, value in values.items()
+        ]
+        yield shown(sheet([cells]), prompts[i].text)
+
+
+def _counts(wins: Mapping[str, Any]) -> tuple[str, str, str]:
+    return str(wins["wins"]), str(wins["ties"]), str(wins["losses"])
+
+
+def _gain(wins: Mapping[str, Any]) -> str:
+    gain = wins["gain"]
+    if math.isnan(gain["value"]):
+        return "–"
+    return f"{gain['value']:+.4f} ({gain['low']:+.4f} to {gain['high']:+.4f})"

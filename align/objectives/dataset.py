@@ -1,0 +1,296 @@
+"""What training reads: latents and texts encoded once, records as rows of them, and draws that can be made again.
+
+A draw (record, k), k < K, fixes the noise, its level, whether the prompt is dropped and whether the pictures are
+mirrored, the same for every picture of the record: it follows from the seed, the record's contents and k alone. The
+levels of a record's K draws are stratified: one in each K-th of the noise path above `lowest`, in random order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from align.pairs.read import read
+from align.pairs.records import (
+    Pair,
+    Preferences,
+    Record,
+    Single,
+    as_singles,
+    normal,
+)
+from align.settings import Settings
+from backbone.adapters.concept import Concept, spoken
+from backbone.diffusion.noise import Level, add_noise, generator, target
+from backbone.distributed import processes
+from backbone.families.base import Text
+from backbone.io.console import UserError, progress
+from backbone.io.files import content_hash
+from backbone.media.pictures import Picture
+from backbone.media.transforms import CROPS, Place
+from backbone.models.cache import encoded, encoded_prompts
+from backbone.models.model import Backbone
+from backbone.training.base_predictions import stratified_levels
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A record as rows of `Material`: its pictures (the better one first), its prompt, and what was said of it.
+
+    `preference` of a pair is the probability that its first picture is better, 1 or ½; of a single picture 1 for good
+    and 0 for bad. `key` is its contents. `cuts` are the same pictures cut at other places than the centre, each
+    place the same for all of them.
+    """
+
+    pictures: tuple[int, ...]
+    prompt: int
+    preference: float
+    key: str
+    cuts: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """Latents [P, C, H, W] and their mirror images, text rows (row 0 is the empty prompt), the records of each side."""
+
+    latents: Tensor
+    mirrored: Tensor | None
+    text: Text
+    train: list[Item]
+    held_out: list[Item]
+
+    def to(self, device: torch.device) -> Material:
+        """The same on another device."""
+        return replace(
+            self,
+            latents=self.latents.to(device),
+            mirrored=None if self.mirrored is None else self.mirrored.to(device),
+            text={name: value.to(device) for name, value in self.text.items()},
+        )
+
+
+def prepare(
+    model: Backbone,
+    train: Sequence[Record],
+    held_out: Sequence[Record],
+    settings: Settings,
+    concepts: Sequence[Concept] = (),
+) -> Material:
+    """Encodes every picture and prompt, remembered on disk, and frees the encoders.
+
+    Posterior means serve as latents: with the same noise in both pictures of a pair, sampling would only add noise
+    to their difference.
+    """
+    records = [record.ordered if isinstance(record, Pair) else record for record in (*train, *held_out)]
+    pictures = {_where(picture): picture for record in records for picture in record.pictures}
+    hashes = {where: content_hash(picture.read()) for where, picture in pictures.items()}
+    keys = [_key(record, hashes) for record in records]
+    prompts = {"": 0}
+    rows: dict[tuple[str, Place], int] = {}
+    for record in records:
+        prompts.setdefault(_said(record.prompt, concepts), len(prompts))
+
+    def cut(record: Record, place: Place) -> tuple[int, ...]:
+        """The rows of a record's pictures at this place."""
+        return tuple(rows.setdefault((_where(picture), place), len(rows)) for picture in record.pictures)
+
+    items = [
+        Item(
+            pictures=cut(record, CROPS["center"]),
+            prompt=prompts[_said(record.prompt, concepts)],
+            preference=float(record.good) if isinstance(record, Single) else record.label,
+            key=key,
+            cuts=tuple(cut(record, _place(settings.seed, key, n)) for n in range(settings.random_crop)),
+        )
+        for record, key in zip(records, keys, strict=True)
+    ]
+    views = [(pictures[where], place) for where, place in rows]
+    latents = _means(model, views, flip=False)
+    mirrored = _means(model, views, flip=True) if settings.flip else None
+    with processes.writer_first():
+        text = encoded_prompts(model, list(prompts))
+    model.free("autoencoder", "text_encoder")
+    return Material(latents, mirrored, text, items[: len(train)], items[len(train) :]).to(model.device)
+
+
+def _key(record: Record, hashes: Mapping[str, str]) -> str:
+    """A record by its contents."""
+    contents = [normal(record.prompt), *(hashes[_where(picture)] for picture in record.pictures)]
+    return content_hash("\n".join(contents).encode())
+
+
+def _place(seed: int, key: str, number: int) -> Place:
+    """Where a record's pictures are cut for the n-th of its random crops, the same for all of them."""
+    across, down = torch.rand(2, generator=generator(seed, "crop", key, number)).tolist()
+    return round(across, 4), round(down, 4)
+
+
+def _where(picture: Picture) -> str:
+    """A picture's name: its file's, or its table's, row and column."""
+    return str(picture.path)
+
+
+def _said(prompt: str, concepts: Sequence[Concept]) -> str:
+    """The prompt in the model's words; brackets that are no concept's stay as they are."""
+    return spoken(prompt, concepts) if concepts else prompt
+
+
+def _means(model: Backbone, views: Sequence[tuple[Picture, Place]], *, flip: bool) -> Tensor:
+    means = []
+    processes.prepared(lambda view: encoded(model, [view[0]], flip=flip, crop=view[1]), views)
+    with progress(len(views), "encoding" + (" mirrored" if flip else "")) as bar:
+        for picture, place in views:
+            means.append(encoded(model, [picture], flip=flip, crop=place)[0].mean.float())
+            bar.advance(images=1)
+    return torch.cat(means)
+
+
+# Draws ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Draws:
+    """K draws of each record. `name` keeps two sets of draws apart: training's, those that only judge."""
+
+    name: str
+    seed: int
+    count: int
+    levels: int  # of the noise path
+    prompt_dropout: float = 0.0
+    flip: bool = False
+    crop: bool = False
+    lowest: int = 0  # of the levels that are drawn
+
+    def level(self, item: Item, k: int) -> int:
+        """The index of draw k's noise level: one in each stratum over the K draws."""
+        return _levels(self, item.key)[k]
+
+    def noise(self, item: Item, k: int, shape: Sequence[int]) -> Tensor:
+        """ε [C, H, W] of draw k."""
+        return torch.randn(tuple(shape), generator=generator(self.seed, self.name, item.key, k, "noise"))
+
+    def drops_prompt(self, item: Item, k: int) -> bool:
+        """Whether draw k is without a prompt, for every picture of the record."""
+        return self._chance(item, k, "prompt") < self.prompt_dropout
+
+    def mirrors(self, item: Item, k: int) -> bool:
+        """Whether draw k mirrors every picture of the record."""
+        return self.flip and self._chance(item, k, "flip") < 0.5
+
+    def rows(self, item: Item, k: int) -> tuple[int, ...]:
+        """The rows of the record's pictures as draw k cuts them."""
+        if not self.crop or not item.cuts:
+            return item.pictures
+        return item.cuts[int(self._chance(item, k, "crop") * len(item.cuts))]
+
+    def _chance(self, item: Item, k: int, what: str) -> float:
+        return float(torch.rand((), generator=generator(self.seed, self.name, item.key, k, what)))
+
+
+@lru_cache(maxsize=65536)
+def _levels(draws: Draws, key: str) -> list[int]:
+    random = generator(draws.seed, draws.name, key, "levels")
+    drawn = stratified_levels(draws.count, draws.levels - draws.lowest, random)
+    return [draws.lowest + int(level) for level in drawn]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """B records at one draw each, G pictures a record: rows b, B + b … are record b's first, second … picture.
+
+    noisy, target [G·B, C, H, W]   index [G·B] of the noise level   text [G·B, …]   preference [B]
+    """
+
+    noisy: Tensor
+    target: Tensor
+    index: Tensor
+    text: Text
+    preference: Tensor
+    group: int
+
+    def __len__(self) -> int:
+        return len(self.preference)
+
+    def part(self, rows: Sequence[int]) -> Batch:
+        """Only these records."""
+        chosen = torch.tensor([g * len(self) + b for g in range(self.group) for b in rows])
+        where = chosen.to(self.noisy.device)
+        return Batch(
+            self.noisy[where],
+            self.target[where],
+            self.index[chosen],
+            {name: value[where] for name, value in self.text.items()},
+            self.preference[torch.tensor(list(rows))],
+            self.group,
+        )
+
+
+def batch_of(
+    model: Backbone, material: Material, draws: Draws, items: Sequence[Item], ks: Sequence[int]
+) -> Batch:
+    """The records at their draws, noised: t and ε, the dropped prompt and the mirroring are shared in a record."""
+    shape = material.latents.shape[1:]
+    group = len(items[0].pictures)
+    clean_rows, text_rows = [], []
+    for g in range(group):
+        for item, k in zip(items, ks, strict=True):
+            source = material.mirrored if draws.mirrors(item, k) else material.latents
+            assert source is not None
+            clean_rows.append(source[draws.rows(item, k)[g]])
+            text_rows.append(0 if draws.drops_prompt(item, k) else item.prompt)
+    clean = torch.stack(clean_rows)
+    noise = torch.stack([draws.noise(item, k, shape) for item, k in zip(items, ks, strict=True)])
+    noise = noise.repeat(group, 1, 1, 1).to(clean)
+    index = torch.tensor([draws.level(item, k) for item, k in zip(items, ks, strict=True)]).repeat(group)
+    level: Level = model.path.levels[index]
+    rows = torch.tensor(text_rows)
+    return Batch(
+        noisy=add_noise(clean, noise, level),
+        target=target(clean, noise, level, model.path.kind),
+        index=index,
+        text={name: value[rows.to(value.device)] for name, value in material.text.items()},
+        preference=torch.tensor([item.preference for item in items]),
+        group=group,
+    )
+
+
+def residuals(model: Backbone, network: torch.nn.Module, batch: Batch) -> Tensor:
+    """prediction − target [G, B, C, H, W] in float32, of the model's own parameterisation, whatever it predicts."""
+    time = model.path.levels.time
+    assert time is not None
+    with model.autocast():
+        said = model.family.network(network, batch.text)(
+            batch.noisy, time[batch.index].to(batch.noisy.device)
+        )
+    residual: Tensor = (said.float() - batch.target).unflatten(0, (batch.group, len(batch)))
+    return residual
+
+
+def mean_squares(residual: Tensor) -> Tensor:
+    """Errors [G, B]: the mean over C, H, W of residuals' squares."""
+    return residual.square().flatten(2).mean(2)
+
+
+def _read_again(settings: Settings) -> Preferences:
+    """The preferences that a run was trained on."""
+    limit, user = settings.limit or None, settings.user or None
+    return read(settings.pairs, user=user, limit=limit, split=settings.split)
+
+
+def records_of(found: Preferences, settings: Settings) -> list[Record]:
+    """What this loss learns from; `UserError` where the source holds none of it."""
+    if not settings.by_pairs:
+        return list(as_singles(found))
+    if not found.pairs:
+        raise UserError(
+            f"{found.source} judges single pictures, and {settings.loss} compares pairs. Use --loss-type kto."
+        )
+    ties = settings.ties == "model"
+    return [pair for pair in found.pairs if isinstance(pair, Pair) and (ties or not pair.is_tie)]

@@ -1,0 +1,145 @@
+"""DDPO: policy gradients over sampled trajectories (Black et al. 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from align.collect.scorers import Judge, open_judge
+from align.objectives.reward import RewardTraining
+from backbone.diffusion.noise import Estimate, Level, Predict, generator, normal_like
+from backbone.diffusion.samplers import ancestral_step
+from backbone.distributed import processes
+from backbone.media.transforms import to_image
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectories:
+    """N walks of S stochastic steps: states [S + 1, N, C, H, W], log-probabilities [S, N], advantages [N]."""
+
+    states: Tensor
+    log_probability: Tensor
+    advantage: Tensor
+    prompts: Sequence[int]
+
+
+class PolicyGradients(RewardTraining):
+    """DDPO: each of `rounds` draws `per_prompt` pictures of every prompt and scores them; then several steps learn."""
+
+    def __post_init__(self) -> None:
+        self.judge: Judge = open_judge(self.settings.online)
+        self.round = -1
+        super().__post_init__()
+
+    def losses(self, step: int) -> Iterator[Tensor]:
+        """The clipped loss of `batch` walks, the gradient of one rung of the ladder after another."""
+        number, place = divmod(step - 1, self.settings.steps // self.settings.rounds)
+        if self.round != number and number < self.settings.rounds:
+            self.walks, self.round = self.collect(number), number
+            self.order = torch.randperm(
+                len(self.walks.prompts), generator=generator(self.settings.seed, "order", number)
+            ).tolist()
+        batch = self.settings.batch
+        rows = [self.order[n % len(self.order)] for n in range(place * batch, (place + 1) * batch)]
+        parts = self._micro()
+        for part in parts:
+            scale = len(part) * len(parts) * processes.world() / batch
+            for rung in range(len(self.ladder) - 1):
+                if is_random(self.ladder[rung], self.ladder[rung + 1]):
+                    yield self.loss(rung, [rows[row] for row in part]) * scale
+
+    def loss(self, rung: int, rows: Sequence[int]) -> Tensor:
+        """−mean over walks of min(ρ·A, clip(ρ)·A), ρ the step's probability now over that when it was taken."""
+        walks = self.walks
+        chosen = torch.tensor(list(rows), device=walks.states.device)
+        noisy, then = walks.states[rung, chosen], walks.states[rung + 1, chosen]
+        predict = self.predictor([walks.prompts[row] for row in rows])
+        here, there = self.ladder[rung], self.ladder[rung + 1]
+        now = log_probability(then, noisy, predict(noisy, here), here, there)
+        ratio = (now - walks.log_probability[rung, chosen]).exp()
+        return clipped(ratio, walks.advantage[chosen], self.settings.clip_range).mean()
+
+    @torch.no_grad()
+    def collect(self, number: int) -> Trajectories:
+        """Draws and scores a round's pictures with the policy as it is; `figures` holds their mean reward.
+
+        Each process draws some of them, and all get all.
+        """
+        keys = [(i, j) for i in range(len(self.prompts)) for j in range(self.settings.per_prompt)]
+        device, rungs = self.model.device, len(self.ladder)
+        states = torch.zeros(rungs, len(keys), *self.model.latent_shape, device=device)
+        chances = torch.zeros(rungs - 1, len(keys), device=device)
+        rewards = torch.zeros(len(keys))
+        for first in range(0, len(keys), 8)[processes.rank() :: processes.world()]:
+            some, here = keys[first : first + 8], slice(first, first + 8)
+            predict = self.predictor([i for i, _ in some])
+            randoms = [generator(self.settings.seed, "round", number, i, j) for i, j in some]
+            names = [(1 + i, number * self.settings.per_prompt + j) for i, j in some]
+            states[:, here], chances[:, here] = stochastic_walk(
+                self.start(names), predict, self.ladder, randoms
+            )
+            pictures = [to_image(one) for one in self.model.decode(states[-1, here]).cpu()]
+            rewards[here] = self.judge(pictures, [self.prompts[i].text for i, _ in some])
+        processes.collect([states, chances, rewards])
+        self.figures = {"reward": float(rewards.mean())}
+        better = advantages(rewards.view(len(self.prompts), -1)).flatten().to(self.model.device)
+        return Trajectories(states, chances, better, [i for i, _ in keys])
+
+    def may_save(self, step: int) -> bool:
+        """At a round's end: its walks are not kept."""
+        return step % (self.settings.steps // self.settings.rounds) == 0
+
+
+def stochastic_walk(
+    noisy: Tensor, predict: Predict, ladder: Level, randoms: Sequence[torch.Generator]
+) -> tuple[Tensor, Tensor]:
+    """Ancestral sampling with its record: states [S + 1, B, C, H, W] and log-probabilities of the steps [S, B]."""
+    states, chances = [noisy], []
+    for here, there in pairwise(ladder):
+        estimate = predict(noisy, here)
+        after = ancestral_step(noisy, estimate, here, there, noise=normal_like(noisy, randoms))
+        chances.append(
+            log_probability(after, noisy, estimate, here, there)
+            if is_random(here, there)
+            else torch.zeros(len(noisy), device=noisy.device)
+        )
+        states.append(after)
+        noisy = after
+    return torch.stack(states), torch.stack(chances)
+
+
+def log_probability(after: Tensor, noisy: Tensor, estimate: Estimate, here: Level, there: Level) -> Tensor:
+    """log p(after | noisy) [B] of an ancestral step, mean over C, H, W, without the constant.
+
+    The step is N(mean, up²) with `ancestral_step`'s own mean and up; the mean over dimensions, as in the authors'
+    code, is what a clip range of 1e-4 goes with.
+    """
+    mean = ancestral_step(noisy, estimate, here, there, noise=torch.zeros_like(noisy))
+    return -((after.detach() - mean) ** 2).flatten(1).mean(1) / (2 * spread(here, there) ** 2)
+
+
+def spread(here: Level, there: Level) -> float:
+    """The standard deviation of an ancestral step: 0 where it lands on the clean end."""
+    nothing = torch.zeros(1, dtype=torch.float64)
+    still = Estimate(nothing, nothing)
+    return float(ancestral_step(nothing, still, here, there, noise=torch.ones_like(nothing)))
+
+
+def is_random(here: Level, there: Level) -> bool:
+    """Whether a step has a density."""
+    return spread(here, there) > 1e-6
+
+
+def clipped(ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
+    """PPO's loss [B]: −min(ρ·A, clip(ρ, 1 ± range)·A) (Schulman et al. 2017, eq. 7)."""
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage)
+
+
+def advantages(rewards: Tensor) -> Tensor:
+    """Rewards [P, J] less their prompt's mean, over the deviation of all of these, in −5…5."""
+    centred = rewards - rewards.mean(1, keepdim=True)
+    return (centred / centred.std(correction=0).clamp(min=1e-6)).clamp(-5, 5)

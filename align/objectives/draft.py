@@ -1,0 +1,86 @@
+"""DRaFT: the gradient of a differentiable reward through the last sampling steps (Clark et al. 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from align.collect.scorers import open_scorer, takes_gradients
+from align.objectives.reward import RewardTraining
+from backbone.diffusion.samplers import walk
+from backbone.distributed import processes
+from backbone.evaluation.clip import Scorer
+
+Reward: TypeAlias = Callable[[Tensor, Sequence[str]], Tensor]
+"""(pictures [B, 3, H, W] in −1…1, their prompts) → rewards [B], differentiable in the pictures."""
+
+
+class RewardGradients(RewardTraining):
+    """DRaFT-K: every step draws `batch` pictures of prompts in turn and climbs their mean reward."""
+
+    def __post_init__(self) -> None:
+        self.reward = open_reward(self.settings.online)
+        super().__post_init__()
+
+    def losses(self, step: int) -> Iterator[Tensor]:
+        """−mean reward of fresh pictures; micro-batches weigh as many pictures as they hold."""
+        batch, count = self.settings.batch, len(self.prompts)
+        places = range((step - 1) * batch, step * batch)
+        rewards = []
+        parts = self._micro()
+        for part in parts:
+            numbers = [places[row] % count for row in part]
+            reward = self.rewards(numbers, [(step, row) for row in part])
+            rewards.append(reward.detach())
+            yield -reward.mean() * (len(part) * len(parts) * processes.world() / batch)
+        self.figures = {"reward": float(processes.mean(torch.cat(rewards)))}
+
+    def rewards(self, numbers: Sequence[int], keys: Sequence[tuple[int, int]]) -> Tensor:
+        """Rewards [B] of pictures of these prompts, with the gradient of the walk's last K steps (algorithm 1)."""
+        predict = self.predictor(numbers)
+        here = max(0, len(self.ladder) - 1 - self.settings.reward_steps)
+        with torch.no_grad():
+            noisy = walk(self.start(keys), predict, self.ladder[: here + 1])
+        clean = walk(noisy, predict, self.ladder[here:])
+        pictures = self.model.decode_with_gradients(clean)
+        return self.reward(pictures, [self.prompts[number].text for number in numbers])
+
+    def may_save(self, step: int) -> bool:
+        """Every step stands alone."""
+        return True
+
+
+def open_reward(name: str) -> Reward:
+    """The scorer of this name as a function with gradients; `UserError` where it is none (a Python file)."""
+    takes_gradients(name)
+    scorer = open_scorer(name)
+    texts: dict[str, Tensor] = {}
+
+    def reward(pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+        for prompt in prompts:
+            if prompt not in texts:
+                texts[prompt] = scorer.embed_texts([prompt])[0]
+        wanted = torch.stack([texts[prompt] for prompt in prompts]).to(pictures.device)
+        return (embedded(scorer, pictures) * wanted).sum(-1)
+
+    return reward
+
+
+def embedded(scorer: Scorer, pictures: Tensor) -> Tensor:
+    """Unit vectors [B, D] of square pictures [B, 3, H, W] in −1…1, with gradients."""
+    size = (scorer.side, scorer.side)
+    if pictures.shape[-2:] != size:
+        pictures = F.interpolate(pictures, size, mode="bicubic", antialias=True)
+    mean, deviation = (
+        torch.tensor(value, device=pictures.device)[None, :, None, None]
+        for value in (scorer.mean, scorer.deviation)
+    )
+    network: Any = scorer.model
+    features = (
+        network.to(pictures.device).get_image_features(((pictures + 1) / 2 - mean) / deviation).pooler_output
+    )
+    return F.normalize(features.float(), dim=-1)

@@ -1,0 +1,149 @@
+"""How well a model in training tells preferred pictures from others, at fixed draws that training never visits.
+
+A record counts as right at a draw where the model's error moved, from the reference's, towards the preference: for a
+pair where its margin is positive (the implicit reward's accuracy), for a single picture where its error fell if it is
+good and rose if it is bad; no change counts ½. The draws are the same at every evaluation, so that curves are
+comparable, and each record has one in every stratum of the noise path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from align.objectives.dataset import Draws, Item, Material, batch_of, mean_squares, residuals
+from align.objectives.losses import accuracy
+from align.objectives.reference import Live
+from align.settings import Settings
+from backbone.evaluation.statistics import Interval, bootstrap
+from backbone.models.model import Backbone
+
+QUARTILES = 4
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What an evaluation found. Errors are relative to the mean of the reference's.
+
+    accuracy         with a 95 % bootstrap interval over records
+    by_level         accuracy in each quarter of the noise path, clean to noisy; NaN where no draw fell
+    winner_change    (m − r)/mean r over preferred pictures: positive where they have become less likely
+    loser_change     the same over the others
+    records, draws   how many records, at how many draws each
+    """
+
+    accuracy: Interval
+    by_level: tuple[float, ...]
+    winner_change: float
+    loser_change: float
+    records: int
+    draws: int
+
+    def as_json(self) -> dict[str, Any]:
+        """For summary.json and the log."""
+        return {**asdict(self), "accuracy": self.accuracy._asdict()}
+
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """Fixed records at fixed draws, with the reference's errors there [N, E, G]."""
+
+    model: Backbone
+    material: Material
+    items: Sequence[Item]
+    draws: Draws
+    reference: Tensor
+    batch: int
+
+    def __call__(self, network: nn.Module) -> Figures:
+        """The figures of a network."""
+        return figures(self.items, self.draws, self.errors(network), self.reference)
+
+    def errors(self, network: nn.Module) -> Tensor:
+        """A network's errors at the draws [N, E, G]."""
+        return errors_at(self.model, self.material, self.items, self.draws, network, self.batch)
+
+
+def judge(
+    model: Backbone, material: Material, items: Sequence[Item], live: Live, settings: Settings, name: str
+) -> Judge:
+    """A judge over these records; asks the reference, so call it where that can be asked."""
+    draws = Draws(name, settings.seed, settings.evaluation_draws, len(model.path.levels))
+    batch = max(1, settings.micro_batch or settings.batch)
+    with torch.no_grad(), live.as_reference():
+        reference = errors_at(model, material, items, draws, live.network, batch)
+    return Judge(model, material, items, draws, reference, batch)
+
+
+def figures(items: Sequence[Item], draws: Draws, errors: Tensor, reference: Tensor) -> Figures:
+    """The figures of errors and the reference's, both [N, E, G]; ties (preference ½) are not judged."""
+    judged = [number for number, item in enumerate(items) if item.preference != 0.5]
+    right = rightness(items, errors, reference)
+    level = torch.tensor([[draws.level(item, k) for k in range(errors.shape[1])] for item in items])
+    quarter = (level * QUARTILES // draws.levels).clamp(max=QUARTILES - 1)
+    wanted, unwanted = _sides(items, errors - reference)
+    scale = float(reference.mean()) if reference.numel() else 1.0
+    return Figures(
+        accuracy=bootstrap([right[number].tolist() for number in judged]),
+        by_level=tuple(_mean(right[judged][quarter[judged] == q]) for q in range(QUARTILES)),
+        winner_change=_mean(wanted) / scale,
+        loser_change=_mean(unwanted) / scale,
+        records=len(judged),
+        draws=errors.shape[1],
+    )
+
+
+def rightness(items: Sequence[Item], errors: Tensor, reference: Tensor) -> Tensor:
+    """1, ½ or 0 for each record and draw [N, E]."""
+    reward = reference - errors
+    sign = torch.tensor([2 * item.preference - 1 for item in items])[:, None]
+    margin = reward[..., 0] - reward[..., 1] if errors.shape[2] == 2 else reward[..., 0]
+    return accuracy((sign * margin).flatten()).view(margin.shape)
+
+
+def errors_at(
+    model: Backbone,
+    material: Material,
+    items: Sequence[Item],
+    draws: Draws,
+    network: nn.Module,
+    batch: int,
+    ks: Sequence[int] | None = None,
+) -> Tensor:
+    """A network's errors at draws `ks` (all if left out) of each record, float32 on the CPU [N, E, G]."""
+    ks = range(draws.count) if ks is None else ks
+    group = len(items[0].pictures) if items else 1
+    cells = [(item, k) for item in items for k in ks]
+    parts = [
+        mean_squares(
+            residuals(
+                model,
+                network,
+                batch_of(model, material, draws, [item for item, _ in some], [k for _, k in some]),
+            )
+        ).T.cpu()
+        for some in _chunks(cells, batch)
+    ]
+    return torch.cat(parts).view(len(items), len(ks), group) if parts else torch.empty(0, len(ks), group)
+
+
+def _sides(items: Sequence[Item], change: Tensor) -> tuple[Tensor, Tensor]:
+    """The changes of wanted pictures and of the others."""
+    if change.shape[2] == 2:
+        judged = torch.tensor([item.preference != 0.5 for item in items], dtype=torch.bool)
+        return change[judged][..., 0], change[judged][..., 1]
+    good = torch.tensor([item.preference > 0.5 for item in items], dtype=torch.bool)
+    return change[good], change[~good]
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.mean()) if values.numel() else float("nan")
+
+
+def _chunks(cells: Sequence[tuple[Item, int]], size: int) -> Iterator[Sequence[tuple[Item, int]]]:
+    for first in range(0, len(cells), size):
+        yield cells[first : first + size]

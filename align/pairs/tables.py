@@ -1,0 +1,111 @@
+"""Preferences from tables: parquet files, saved datasets, the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backbone.io.console import UserError
+
+
+class ParquetTable:
+    """Rows of local Parquet files; `table[i][column]` reads only that column of that row's group."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            self.files = [pyarrow.parquet.ParquetFile(file) for file in files]
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowIOError) as error:
+            raise UserError(f"{files[0]} is not a readable Parquet file ({error}). Save it again.") from error
+        self.column_names: list[str] = list(self.files[0].schema_arrow.names)
+        self.groups = [
+            (file, group, file.metadata.row_group(group).num_rows)
+            for file in self.files
+            for group in range(file.metadata.num_row_groups)
+        ]
+        self._kept: dict[str, tuple[int, Any]] = {}
+
+    def __len__(self) -> int:
+        return sum(rows for _, _, rows in self.groups)
+
+    def values(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Every row with these columns alone, in order."""
+        for file, group, _ in self.groups:
+            yield from file.read_row_group(group, columns=list(columns)).to_pylist()
+
+    def __getitem__(self, index: int) -> _TableRow:
+        return _TableRow(self, index)
+
+    def cell(self, index: int, column: str) -> Any:
+        """One value; the row group's column is kept for its neighbours."""
+        row = index
+        for number, (file, group, rows) in enumerate(self.groups):
+            if row < rows:
+                if self._kept.get(column, (-1, None))[0] != number:
+                    self._kept[column] = (number, file.read_row_group(group, columns=[column]).column(column))
+                return self._kept[column][1][row].as_py()
+            row -= rows
+        raise IndexError(index)
+
+
+@dataclass(frozen=True)
+class _TableRow:
+    table: ParquetTable
+    index: int
+
+    def __getitem__(self, column: str) -> Any:
+        return self.table.cell(self.index, column)
+
+
+class DatasetTable:
+    """The same over a table of `datasets`, pictures left encoded."""
+
+    def __init__(self, table: Any) -> None:
+        import datasets
+
+        for name, kind in table.features.items():
+            if isinstance(kind, datasets.Image):
+                table = table.cast_column(name, datasets.Image(decode=False))
+        self.table = table
+        self.column_names: list[str] = list(table.column_names)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def values(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Every row with these columns alone, in order."""
+        yield from self.table.select_columns(list(columns))
+
+    def __getitem__(self, index: int) -> Any:
+        return self.table[index]
+
+
+def _saved_table(folder: Path) -> DatasetTable:
+    import datasets
+
+    try:
+        table = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} is not a whole saved dataset ({error}). Save it again.") from error
+    return DatasetTable(table["train"] if isinstance(table, dict) else table)
+
+
+def _hub_table(source: str, split: str, limit: int | None) -> DatasetTable:
+    """A dataset of the hub; with a limit only its first rows are fetched."""
+    import datasets
+
+    try:
+        if limit is None:
+            return DatasetTable(datasets.load_dataset(source, split=split))
+        rows = datasets.load_dataset(source, split=split, streaming=True).take(limit)
+        return DatasetTable(datasets.Dataset.from_list(list(rows), features=rows.features))
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{source} is nothing here, and no dataset of that name was loaded ({first}). Check the spelling, or give "
+            "a folder, a .jsonl or a .parquet file."
+        ) from error

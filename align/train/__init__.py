@@ -1,0 +1,1 @@
+"""A preference run from pairs or a scorer to a folder that serves as a concept."""

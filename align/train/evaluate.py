@@ -1,0 +1,75 @@
+"""Evaluating a finished preference run on preferences."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from align.objectives.dataset import _read_again, prepare, records_of
+from align.objectives.metrics import judge
+from align.objectives.reference import Live
+from align.pairs.read import read
+from align.pairs.records import (
+    check,
+    counted,
+    held_out,
+)
+from align.settings import EVALUATION, ROUNDS, Settings
+from backbone.adapters.apply import change_weights, put_on
+from backbone.adapters.apply import refuse_another_model as refuse_another_concept
+from backbone.adapters.concept import read_concept
+from backbone.adapters.lora import only
+from backbone.io.console import UserError
+from backbone.io.files import write_json
+from backbone.models.model import Backbone
+
+
+def evaluate_taste(
+    run: Path, settings: Settings, *, source: str | None = None, draws: int = 8, skip_bad: bool = False
+) -> str:
+    """Measures a finished run on preferences, its own held-out ones when no source is named; gives what to print.
+
+    Writes `evaluation.json` into the run.
+    """
+    concept = read_concept(run)
+    if source is None and not settings.pairs:
+        rounds = sorted((run / ROUNDS).glob("*"))
+        if not rounds:
+            raise UserError(f"{run} was trained without pairs. Name some: align evaluate {run} PAIRS.")
+        settings = dataclasses.replace(settings, pairs=str(rounds[-1]))
+    found = check(
+        _read_again(settings) if source is None else read(source), skip_bad=skip_bad or settings.skip_bad
+    )
+    records = records_of(found, settings)
+    if source is None:
+        _, records = held_out(records, share=settings.held_out, seed=settings.seed)
+    if not records:
+        raise UserError(f"{source or settings.pairs} leaves nothing to judge by. Name other pairs.")
+    model = Backbone.open(settings.model, device=settings.device, precision=settings.precision)
+    refuse_another_concept(concept, model)
+    below = [read_concept(folder) for folder in settings.concepts]
+    material = prepare(model, [], records, settings, below)
+    names = put_on(model, [*below, concept] if concept.weights else below)
+    live = Live(
+        model, model.denoiser, partial(only, model.denoiser, names[: len(names) - bool(concept.weights)])
+    )
+    asked = dataclasses.replace(settings, evaluation_draws=draws)
+    ask = judge(model, material, material.held_out, live, asked, "held-out")
+    if concept.changed:
+        model.denoiser.float()  # differences are small
+        change_weights(model, concept)
+    with torch.no_grad():
+        figures = ask(model.denoiser)
+    write_json(
+        run / EVALUATION, {"source": source or "held out", "records": counted(records), **figures.as_json()}
+    )
+    levels = ", ".join("–" if math.isnan(share) else f"{share:.0%}" for share in figures.by_level)
+    return (
+        f"accuracy {figures.accuracy} on {counted(records)}, {figures.draws} draws each\n"
+        f"by noise, clean to noisy: {levels}\n"
+        f"change of error: winners {figures.winner_change:+.2%}, losers {figures.loser_change:+.2%}"
+    )

@@ -1,0 +1,62 @@
+"""What a run of `align train` asks of memory, and its settings for a device of a given size (`--vram`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from align.settings import Settings
+from backbone.adapters.lora import add_lora
+from backbone.io.console import UserError
+from backbone.memory.planner import Choice, Work, precision_of, within
+from backbone.models.model import Backbone
+from backbone.models.placement import measures_of
+
+
+def work_of(model: Backbone, settings: Settings, pictures: int, prompts: int) -> Work:
+    """The run's `Work`, for so many pictures and prompts; `UserError` for layers that the family does not know."""
+    layers = model.family.lora_targets.get(settings.lora_layers)
+    if layers is None:
+        known = ", ".join(model.family.lora_targets)
+        raise UserError(f"There is no set of layers called {settings.lora_layers}. Choose one of {known}.")
+
+    def trains(denoiser: nn.Module) -> Iterable[Tensor]:
+        if settings.full:
+            return [value.requires_grad_(True) for value in denoiser.parameters()]
+        return add_lora(
+            denoiser, "planned", rank=settings.rank, alpha=settings.lora_alpha, targets=layers
+        ).values()
+
+    at_once = settings.micro_batch or settings.batch
+    return Work(
+        trains,
+        rows=at_once * (2 if settings.by_pairs else 1),
+        full=settings.full,
+        plain=not settings.concepts,
+        asks=False,  # the reference is asked with a step's own rows, and keeps nothing
+        kept=(pictures * (2 if settings.flip else 1), prompts + 1),
+        copies=int(settings.reference == "copy"),
+        shows=bool(settings.online),
+    )
+
+
+def choice_of(model: Backbone, settings: Settings) -> Choice:
+    """How the settings as they are hold the run in memory."""
+    measures = measures_of(settings)
+    return Choice(
+        precision_of(model), settings.gradient_checkpointing, measures=measures, fixed_optimizer=True
+    )
+
+
+def budgeted(
+    model: Backbone, settings: Settings, pictures: int, prompts: int, size: float
+) -> tuple[Backbone, Settings]:
+    """The model and the settings for a device of `size` GiB, as the planner chose them, which it says.
+
+    Raises `UserError` where nothing fits.
+    """
+    work = work_of(model, settings, pictures, prompts)
+    smaller, found = within(model, work, size, choice_of(model, settings))
+    return smaller, replace(settings, **found.settings())

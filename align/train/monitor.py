@@ -1,0 +1,65 @@
+"""Validation during preference training, and early stopping when the winners get worse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from align.objectives.preference import PreferenceTraining
+from align.objectives.reference import Bank
+from align.settings import EVALUATIONS, Settings
+from backbone.distributed import processes
+from backbone.io.console import say
+from backbone.io.files import append_jsonl, read_jsonl
+
+
+class Watch:
+    """Looks at the model every so often, keeps what it saw, and speaks up when the winners' error rises.
+
+    Preference losses only ask that the winner's error falls behind the loser's, so both may rise together: pictures
+    fall apart while accuracy still climbs.
+    """
+
+    def __init__(self, run: Path, training: PreferenceTraining, settings: Settings) -> None:
+        self.path, self.training, self.settings = run / EVALUATIONS, training, settings
+        known = processes.takes_part() and self.path.exists()
+        self.seen = read_jsonl(self.path) if known else []
+        self.complaint = self._complaint(self.seen[-1]) if self.seen else ""
+
+    def look(self, step: int) -> None:
+        """Evaluates and writes a line; warns when the winners' error has risen beyond the tolerance.
+
+        Of several processes the writer does, with the banks of all; or all together, where the base is cut up.
+        """
+        if isinstance(self.training.reference, Bank):
+            self.training.reference.merge()
+        if not processes.takes_part():
+            return
+        if any(line["step"] == step for line in self.seen):
+            return  # before the run was stopped
+        found, gap = self.training.evaluate(), self.training.gap()
+        if not processes.is_writer():
+            return
+        line: dict[str, Any] = {"step": step, "bank_gap": gap}
+        line |= {name: figures.as_json() for name, figures in found.items()}
+        append_jsonl(self.path, line)
+        self.seen = read_jsonl(self.path)
+        before, self.complaint = self.complaint, self._complaint(self.seen[-1])
+        if self.complaint and not before and self.settings.on_winner_rise == "warn":
+            say(f"Step {step}: {self.complaint}")
+
+    @property
+    def must_stop(self) -> bool:
+        """Whether training should end here."""
+        return bool(self.complaint) and self.settings.on_winner_rise == "stop"
+
+    def _complaint(self, line: dict[str, Any]) -> str:
+        figures = line.get("held-out") or line.get("training")
+        rise = figures["winner_change"] if figures else None
+        if rise is None or rise <= self.settings.winner_tolerance:
+            return ""
+        return (
+            f"the preferred pictures' error has risen by {rise:.1%}, so the model is being spoiled although it may "
+            "still tell pictures apart. Lower --learning-rate, raise --beta-dpo, or add --safeguard 0.9 or "
+            "--sft-weight 0.5."
+        )

@@ -1,0 +1,177 @@
+"""A preference-training run from pairs to a folder that serves as a concept, with its summary and its report."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from align.objectives.dataset import _read_again, prepare, records_of
+from align.objectives.preference import PreferenceTraining, share_of
+from align.pairs.records import (
+    Preferences,
+    Record,
+    check,
+    counted,
+    held_out,
+    refuse_another_model,
+)
+from align.settings import EVALUATIONS, FILE, LOG, Settings, as_command, read_settings, resolved
+from align.train.monitor import Watch
+from align.train.report import write_summary
+from backbone.adapters.apply import put_on
+from backbone.adapters.apply import refuse_another_model as refuse_another_concept
+from backbone.adapters.concept import Concept, read_concept
+from backbone.distributed import processes
+from backbone.io.console import UserError, progress, say
+from backbone.io.files import append_jsonl, write_json
+from backbone.io.run_folder import stopping, trim_log, versions
+from backbone.models.model import Backbone
+from backbone.models.placement import measures_of
+from backbone.training.loop import Report
+
+
+def train_taste(
+    asked: dict[str, Any], found: Preferences, *, out: Path | None, vram: float | None = None
+) -> Path:
+    """Trains on checked preferences and gives the run folder. `asked` holds what the user set, `vram` is in GiB.
+
+    Raises `UserError`, before any weights load, for a run folder that is taken, pairs of another model, and settings
+    that contradict each other.
+    """
+    began = time.perf_counter()
+    processes.join(asked.get("device", "auto"))
+    run = out or Path("runs") / run_name(asked["pairs"])
+    if (run / FILE).exists():
+        raise UserError(
+            f"{run} already holds a run. Continue it with --resume {run}, or choose another --out."
+        )
+    model = Backbone.open(
+        asked.get("model", "moji"),
+        device=asked.get("device", "auto"),
+        precision=asked.get("precision", "auto"),
+    )
+    settings = resolved(asked, model.defaults)
+    _refuse_strangers(found, settings, model)
+    records = records_of(found, settings)
+    model = Backbone.open(
+        settings.model, device=settings.device, precision=settings.precision, measures=measures_of(settings)
+    )
+    if vram is not None:
+        from align.train.memory import budgeted
+
+        processes.refuse_shards("--vram counts for a process alone; it")
+        pictures, prompts = sum(len(one.pictures) for one in records), len({one.prompt for one in records})
+        model, settings = budgeted(model, settings, pictures, prompts, vram)
+    share_of(settings)
+    processes.barrier()  # now every process has seen that the folder is free
+    if processes.is_writer():
+        write_record(run, settings)
+    return carry_on(run, settings, model, records, began=began)
+
+
+def resume_taste(run: Path) -> Path:
+    """Goes on with a run that was stopped; the weights come out as if it had not been."""
+    began = time.perf_counter()
+    settings = read_settings(run)
+    processes.join(settings.device)
+    found = check(_read_again(settings), skip_bad=settings.skip_bad)
+    model = Backbone.open(
+        settings.model, device=settings.device, precision=settings.precision, measures=measures_of(settings)
+    )
+    _refuse_strangers(found, settings, model)
+    return carry_on(run, settings, model, records_of(found, settings), began=began)
+
+
+def carry_on(run: Path, settings: Settings, model: Backbone, records: list[Record], *, began: float) -> Path:
+    """Trains from the last checkpoint, if there is one, to the finished folder."""
+    learn, out = held_out(records, share=settings.held_out, seed=settings.seed)
+    if not learn:
+        raise UserError(f"{settings.pairs} leaves nothing to learn from. Lower --held-out.")
+    say(f"Learning from {counted(learn)}; held out: {counted(out)}.")
+    concepts = [read_concept(folder) for folder in settings.concepts]
+    base = put_on(model, concepts)
+    material = prepare(model, learn, out, settings, concepts)
+    training = PreferenceTraining(model, material, settings, base, concepts)
+    training.resume(run)
+    writes = processes.is_writer()
+    if writes:
+        trim_log(run / LOG, training.done)
+        trim_log(run / EVALUATIONS, training.done)
+    processes.barrier()  # now every process reads what was kept
+    watch = Watch(run, training, settings)
+    if not training.done:
+        watch.look(0)
+    prepared = time.perf_counter()
+    stopped_early = processes.any_of(watch.must_stop)
+    with stopping() as stop, progress(settings.steps, "training", done=training.done) as bar:
+        for report in training.steps() if not stopped_early else ():
+            if writes:
+                append_jsonl(run / LOG, dataclasses.asdict(report) | training.figures)
+            bar.advance(1, images=settings.batch * len(material.train[0].pictures), **shown(report, training))
+            finished = report.step == settings.steps
+            if finished or report.step % settings.evaluation_steps == 0:
+                watch.look(report.step)
+            halt = processes.any_of(bool(stop))
+            stopped_early = processes.any_of(watch.must_stop) and not finished
+            if halt or finished or stopped_early or report.step % settings.checkpointing_steps == 0:
+                training.save(run)
+            if halt and not finished:
+                raise KeyboardInterrupt(
+                    f"Stopped and saved at step {report.step} of {settings.steps}. "
+                    f"Continue with: align train --resume {run}"
+                )
+            if stopped_early:
+                say(f"Stopped at step {report.step}: {watch.complaint}")
+                break
+    trained = time.perf_counter()
+    training.live.asked = int(processes.total([training.live.asked])[0])
+    if not writes:
+        processes.leave()
+        return run
+    header = {
+        "base_model": settings.model,
+        "limner_loss": settings.loss,
+        "limner_beta": f"{settings.beta:g}",
+    }
+    files = training.write(run, header)
+    write_concept(run, settings, model, files)
+    seconds = {"prepare": prepared - began, "train": trained - prepared, "all": time.perf_counter() - began}
+    write_summary(run, training, learn, out, concepts, seconds)
+    processes.leave()
+    return run
+
+
+def write_concept(run: Path, settings: Settings, model: Backbone, files: dict[str, str]) -> None:
+    """Writes `concept.json`: the run serves wherever a concept does, and owns no token."""
+    weights, changed = files.get("weights", ""), files.get("changed", "")
+    concept = Concept("preference", settings.model, model.fingerprint, {}, "", weights, changed=changed)
+    concept.write(run)
+
+
+def write_record(run: Path, settings: Settings) -> None:
+    """Writes the run's `settings.json`: what was resolved, how to repeat it, and with which versions."""
+    write_json(
+        run / FILE, {"settings": settings, "command": as_command(settings, run), "versions": versions()}
+    )
+
+
+def run_name(source: str) -> str:
+    """A run's name from its pairs: the folder's, or the file's without its ending."""
+    path = Path(source).expanduser().resolve()
+    return (path.stem if path.is_file() else path.name) or "run"
+
+
+def _refuse_strangers(found: Preferences, settings: Settings, model: Backbone) -> None:
+    if not settings.any_model:
+        refuse_another_model(found, settings.model, model.fingerprint)
+    for folder in settings.concepts:
+        refuse_another_concept(read_concept(folder), model)
+
+
+def shown(step: Report, training: PreferenceTraining) -> dict[str, float | str]:
+    figures: dict[str, float | str] = {"loss": step.loss}
+    if "accuracy" in training.figures:
+        figures["accuracy"] = training.figures["accuracy"]
+    return figures

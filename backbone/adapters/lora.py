@@ -1,0 +1,286 @@
+"""Adapters on peft: fp32 trainables over a base of any precision, one context that switches them off and restores.
+
+Four kinds, all a low-rank change of chosen layers: LoRA (Hu et al. 2022), DoRA (Liu et al. 2024: magnitude and
+direction apart), LoHa and LoKr (Yeh et al. 2024: Hadamard and Kronecker products). One file holds an adapter of the
+denoiser and, where it has one, of the text encoders.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import torch
+from peft import (
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from backbone.io.console import UserError
+from backbone.io.files import read_tensors, write_tensors
+
+Kind = Literal["lora", "dora", "loha", "lokr"]
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+OTHER_WEIGHTS = "adapter_weights.safetensors"  # LoHa and LoKr, which diffusers' loader refuses
+DENOISERS = ("unet.", "transformer.")  # a file's names of the denoiser's layers begin so
+MARKS = ("lora_", "hada_", "lokr_")
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+def add_lora(
+    model: nn.Module,
+    name: str,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    dropout: float = 0.0,
+    seed: int = 0,
+    kind: Kind = "lora",
+    ranks: Mapping[str, int] | None = None,
+) -> dict[str, Tensor]:
+    """Puts an adapter on the target layers and gives its trainable tensors by name, all fp32.
+
+    `ranks` gives layers whose names match a pattern a rank of their own, α/rank staying what it is. The new adapter
+    changes nothing until it is trained: one of its factors is zero. Equal seeds give equal tensors.
+
+    Raises `UserError` when no layer of the model is a target.
+    """
+    config = _config(kind, rank=rank, alpha=alpha, targets=targets, dropout=dropout, ranks=ranks or {})
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        torch.manual_seed(seed)
+        try:
+            inject_adapter_in_model(config, cast(Any, model), adapter_name=name)
+        except ValueError as error:
+            raise UserError(
+                f"No layer of this model can take the adapter ({', '.join(targets)}): {error}"
+            ) from error
+    trainable = lora_parameters(model, name)
+    for parameter in trainable.values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    return trainable
+
+
+def lora_parameters(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The tensors of one adapter."""
+    return {key: value for key, value in model.named_parameters() if _belongs(key, name)}
+
+
+def _belongs(key: str, name: str) -> bool:
+    return any(mark in key for mark in MARKS) and (f".{name}." in key or key.endswith(f".{name}"))
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The base model inside the `with`; afterwards every adapter is on again, trainable exactly where it was before."""
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    was_off = [layer.disable_adapters for layer in layers]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, off in zip(layers, was_off, strict=True):
+            layer._disable_adapters = off
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def only(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Exactly these adapters inside the `with`, none for no name; afterwards those from before.
+
+    Nothing's `requires_grad` changes, so an adapter in training may be left out for a while.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    before = [layer._active_adapter for layer in layers]
+    for layer in layers:
+        layer._active_adapter = [name for name in names if _has(layer, name)]
+    try:
+        yield
+    finally:
+        for layer, active in zip(layers, before, strict=True):
+            layer._active_adapter = active
+
+
+def save_lora(
+    path: Path,
+    model: nn.Module,
+    name: str,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    text: Mapping[str, nn.Module] | None = None,
+) -> None:
+    """Writes an adapter as diffusers' `load_lora_weights` reads it, rank and alpha in the file's header.
+
+    `text` holds the text encoders that carry the same adapter, by their names in the diffusers layout.
+    """
+    tensors: dict[str, Tensor] = {}
+    settings: dict[str, Any] = {}
+    for prefix, module in {denoiser_prefix(model): model, **_prefixed(text)}.items():
+        if name not in getattr(module, "peft_config", {}):
+            continue
+        state = get_peft_model_state_dict(cast(Any, module), adapter_name=name)
+        tensors |= {prefix + key: value for key, value in state.items()}
+        settings |= {prefix + key: value for key, value in _settings(module, name).items()}
+    header = {"format": "pt", "lora_adapter_metadata": json.dumps(settings), **(metadata or {})}
+    write_tensors(path, tensors, header)
+
+
+def load_lora(
+    path: Path,
+    model: nn.Module,
+    name: str,
+    *,
+    scale: float = 1.0,
+    text: Mapping[str, nn.Module] | None = None,
+) -> None:
+    """Puts a saved adapter on the model, `scale` times as strong.
+
+    Raises `UserError` when the file was made for another model.
+    """
+    tensors, header = read_tensors(path)
+    if "lora_adapter_metadata" not in header:
+        raise UserError(f"{path} does not say its rank and alpha. Use a file that `customize train` wrote.")
+    said = json.loads(header["lora_adapter_metadata"])
+    parts = {denoiser_prefix(model): model, **_prefixed(text)}
+    if any(not key.startswith(tuple(parts)) for key in tensors):
+        raise UserError(
+            f"{path} was made for another model than this one. Give the --model that it was trained on."
+        )
+    for prefix, module in parts.items():
+        state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        if state:
+            settings = {key.removeprefix(prefix): v for key, v in said.items() if key.startswith(prefix)}
+            _load_one(path, module, name, state, settings, scale)
+
+
+def activate(model: nn.Module, names: Sequence[str]) -> None:
+    """Makes exactly these adapters work, added together."""
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.set_adapter([name for name in names if _has(layer, name)])
+    for name in names:
+        for parameter in lora_parameters(model, name).values():
+            parameter.requires_grad_(False)
+
+
+def denoiser_prefix(model: nn.Module) -> str:
+    """How diffusers calls a denoiser of this build: a UNet, or else a transformer."""
+    return DENOISERS[0] if hasattr(model, "down_blocks") else DENOISERS[1]
+
+
+def carries_text(path: Path) -> bool:
+    """Whether an adapter file also changes text encoders."""
+    return any(not key.startswith(DENOISERS) for key in read_tensors(path)[0])
+
+
+def _has(layer: Any, name: str) -> bool:
+    return any(name in getattr(layer, kind) for kind in layer.adapter_layer_names if hasattr(layer, kind))
+
+
+def _prefixed(text: Mapping[str, nn.Module] | None) -> dict[str, nn.Module]:
+    return {f"{side}.": module for side, module in (text or {}).items()}
+
+
+def _load_one(
+    path: Path, model: nn.Module, name: str, state: dict[str, Tensor], settings: dict[str, Any], scale: float
+) -> None:
+    """Puts the part of an adapter that one network carries on it."""
+    config = _config(
+        _kind(settings),
+        rank=settings["r"],
+        alpha=settings.get("lora_alpha", settings.get("alpha", settings["r"])) * scale,
+        targets=settings["target_modules"],
+        dropout=settings.get("lora_dropout", 0.0),
+        ranks=settings.get("rank_pattern") or {},
+    )
+    if "alpha_pattern" in settings:  # other tools let rank and alpha differ on their own
+        config.alpha_pattern = {layer: alpha * scale for layer, alpha in settings["alpha_pattern"].items()}
+    state = {_level(model, key): value for key, value in state.items()}
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    with warnings.catch_warnings():  # a second adapter is what we want here
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        try:
+            inject_adapter_in_model(config, cast(Any, model), adapter_name=name)
+        except ValueError as error:
+            raise UserError(
+                f"{path} was made for another model than this one. Give the --model that it was trained on."
+            ) from error
+    own = get_peft_model_state_dict(cast(Any, model), adapter_name=name)
+    if shapes != {key: tuple(value.shape) for key, value in own.items()}:
+        raise UserError(
+            f"{path} was made for another model than this one. Give the --model that it was trained on."
+        )
+    set_peft_model_state_dict(cast(Any, model), state, adapter_name=name)
+    for parameter in lora_parameters(model, name).values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(False)
+
+
+def _level(model: nn.Module, key: str) -> str:
+    """A key of CLIP's with its level `text_model`, or without it, as the installed transformers builds the model."""
+    plain = key.removeprefix("text_model.")
+    return f"text_model.{plain}" if hasattr(model, "text_model") and "text_projection" not in key else plain
+
+
+def _config(
+    kind: Kind, *, rank: int, alpha: float, targets: Sequence[str], dropout: float, ranks: Mapping[str, int]
+) -> Any:
+    """peft's settings of an adapter; layers of another rank keep its ratio of alpha to rank."""
+    pattern = dict(ranks)
+    alphas = {layer: alpha * own / rank for layer, own in pattern.items()}
+    shared: dict[str, Any] = {
+        "r": rank,
+        "target_modules": list(targets),
+        "rank_pattern": pattern,
+        "alpha_pattern": alphas,
+    }
+    match kind:
+        case "lora" | "dora":
+            return LoraConfig(
+                **shared, lora_alpha=cast(int, alpha), lora_dropout=dropout, use_dora=kind == "dora"
+            )
+        case "loha":
+            return LoHaConfig(**shared, alpha=cast(int, alpha), module_dropout=dropout)
+        case "lokr":
+            return LoKrConfig(**shared, alpha=cast(int, alpha), module_dropout=dropout)
+    raise UserError(f"There is no adapter called {kind}. Choose one of {', '.join(KINDS)}.")
+
+
+def _kind(settings: Mapping[str, Any]) -> Kind:
+    """The kind of a saved adapter."""
+    return cast(Kind, settings.get("kind", "dora" if settings.get("use_dora") else "lora"))
+
+
+def _settings(model: nn.Module, name: str) -> dict[str, Any]:
+    """What the file's header says of an adapter, as diffusers reads it for LoRA."""
+    config = cast(Any, model).peft_config[name]
+    settings: dict[str, Any] = {
+        "r": config.r,
+        "lora_alpha": getattr(config, "lora_alpha", getattr(config, "alpha", None)),
+        "lora_dropout": getattr(config, "lora_dropout", 0.0),
+        "target_modules": sorted(config.target_modules),
+        "bias": "none",
+        "use_dora": bool(getattr(config, "use_dora", False)),
+        "init_lora_weights": True,
+    }
+    if config.rank_pattern:
+        settings |= {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
+    if not isinstance(config, LoraConfig):
+        settings["kind"] = "loha" if isinstance(config, LoHaConfig) else "lokr"
+    return settings

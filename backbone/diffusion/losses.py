@@ -1,0 +1,79 @@
+"""The training error and its weight per timestep."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from backbone.diffusion.noise import Kind, Level, _at_least_float32, _unknown, target
+
+
+def denoising_score_matching(
+    prediction: Tensor,
+    clean: Tensor,
+    *,
+    noise: Tensor,
+    level: Level,
+    kind: Kind,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """The loss that trains them all [B]: weight · mean over C, H, W of (prediction − target)².
+
+    Vincent 2011 (J_DSM); Song & Ermon 2019, eqs. 5–6. `weight` is [] or [B], 1 if left out; `uniform`,
+    `variance` and `min_snr` make some. Half precision is compared in float32.
+    """
+    error = _at_least_float32(prediction) - _at_least_float32(target(clean, noise, level, kind))
+    loss = error.square().flatten(1).mean(1)
+    return loss if weight is None else weight.to(loss) * loss
+
+
+def uniform(level: Level) -> Tensor:
+    """Weight 1 at every level: with ε, the simple loss of Ho et al. 2020, eq. 14."""
+    return torch.ones_like(level.a)
+
+
+def variance(level: Level) -> Tensor:
+    """Weight b²: makes the score's error at all levels count alike (Song & Ermon 2019, below eq. 6)."""
+    return level.b**2
+
+
+def min_snr(level: Level, gamma: float = 5.0, kind: Kind = "epsilon") -> Tensor:
+    """The weight that gives the error in x0 the weight min(SNR, γ), expressed for a loss of this kind.
+
+    Hang et al. 2023 (Min-SNR-γ): min(SNR, γ) times (∂x̂0/∂prediction)². Finite at both ends.
+    """
+    a2, b2 = level.a**2, level.b**2
+    match kind:
+        case "sample":
+            return (a2 / b2).clamp(max=gamma)
+        case "epsilon":
+            return (gamma * b2 / a2).clamp(max=1)
+        case "v_prediction":
+            return torch.minimum(a2, gamma * b2) / (a2 + b2) ** 2
+        case "flow":
+            return torch.minimum(a2, gamma * b2) / (level.a + level.b) ** 2
+        case "score":
+            return b2 * (gamma * b2 / a2).clamp(max=1)
+    raise _unknown(kind)
+
+
+def debiased(level: Level, kind: Kind = "epsilon", *, most: float = 10.0) -> Tensor:
+    """The weight 1/√SNR of the error in ε, at most `most`, expressed for a loss of this kind.
+
+    Yu et al. 2023 (debiased estimation loss): noisy levels, where a small error in ε is a large one in the picture,
+    count more.
+    """
+    a, b = level.a, level.b
+    weight = (b / a).clamp(max=most)
+    match kind:
+        case "epsilon":
+            return weight
+        case "sample":
+            return weight * (a / b) ** 2
+        case "v_prediction":
+            return weight * (a / (a**2 + b**2)) ** 2
+        case "flow":
+            return weight * (a / (a + b)) ** 2
+        case "score":
+            return weight * b**2
+    raise _unknown(kind)

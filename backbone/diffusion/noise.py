@@ -1,0 +1,361 @@
+"""The noise algebra: one formula for every model family, and everything that follows from it.
+
+    x = a·x0 + b·ε          ε ~ N(0, I)
+
+| path                       | a       | b         | what the network is told |
+|----------------------------|---------|-----------|--------------------------|
+| variance preserving (`vp`) | √ᾱ      | √(1 − ᾱ)  | the timestep             |
+| variance exploding (`ve`)  | 1       | σ         | σ                        |
+| rectified flow (`flow`)    | 1 − t   | t         | t, or 1000·t             |
+
+A noise level is the pair (a, b). A network may speak of ε, x0, v, u (flow velocity) or the score; `estimate`
+turns what it said into both halves (x̂0, ε̂), `target` says what it should have said,
+`denoising_score_matching` is the difference that trains it. Nothing here knows which family it serves.
+
+Letters: B batch, C/H/W latent, S steps (a ladder of S steps has S + 1 rungs).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+Kind = Literal["epsilon", "sample", "v_prediction", "flow", "score"]
+"""What a network predicts, in diffusers' words: ε, x0, v = a·ε − b·x0, u = ε − x0, or s = ∇log p(x)."""
+
+Randomness: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
+"""One generator for the batch, or one for each sample, so that a sample does not depend on its neighbours."""
+
+
+class SingularLevel(ValueError):
+    """A conversion that would divide by zero: x0 from ε or the score at a = 0, ε or the score at b = 0."""
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """A noise level, x = a·x0 + b·ε: one for all samples [], one for each [B], or a ladder [S + 1].
+
+    a      what is left of the clean sample
+    b      standard deviation of the noise (clean samples have about unit variance)
+    time   what the network is told at this level: a timestep, a sigma; None where no network listens
+    """
+
+    a: Tensor
+    b: Tensor
+    time: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.a.shape != self.b.shape or (self.time is not None and self.time.shape != self.a.shape):
+            time = None if self.time is None else tuple(self.time.shape)
+            raise ValueError(
+                f"a level's parts differ in shape: a {tuple(self.a.shape)}, b {tuple(self.b.shape)}, "
+                f"time {time}."
+            )
+        if self.a.ndim > 1:
+            raise ValueError(f"a level is [], [B] or [S + 1], not {tuple(self.a.shape)}.")
+
+    def over(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, b) shaped to broadcast against x [B, ...], with x's device and dtype."""
+        if self.a.ndim == 1 and self.a.shape[0] != x.shape[0]:
+            raise ValueError(f"{self.a.shape[0]} levels for {x.shape[0]} samples: one each is needed.")
+        return over(self.a, x), over(self.b, x)
+
+    @property
+    def snr(self) -> Tensor:
+        """Signal-to-noise ratio a²/b²; infinite at b = 0."""
+        return self.a**2 / self.b**2
+
+    @property
+    def log_snr(self) -> Tensor:
+        """log(a²/b²), natural logarithm."""
+        return 2 * (self.a.log() - self.b.log())
+
+    @property
+    def sigma(self) -> Tensor:
+        """Noise for a clean sample of unit size, b/a; infinite at a = 0."""
+        return self.b / self.a
+
+    def __len__(self) -> int:
+        return len(self.a)
+
+    def __getitem__(self, index: int | slice | Tensor) -> Level:
+        return Level(self.a[index], self.b[index], None if self.time is None else self.time[index])
+
+    def __iter__(self) -> Iterator[Level]:
+        return (self[i] for i in range(len(self)))
+
+    def flip(self) -> Level:
+        """The same ladder walked the other way."""
+        return Level(self.a.flip(0), self.b.flip(0), None if self.time is None else self.time.flip(0))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Level:
+        """On another device; dtype is for a and b alone, since timesteps do not survive half precision."""
+        return Level(
+            self.a.to(dtype=dtype or self.a.dtype).to(device=device),
+            self.b.to(dtype=dtype or self.b.dtype).to(device=device),
+            None if self.time is None else self.time.to(device=device),
+        )
+
+    def told(self, time: Tensor | None) -> Level:
+        """The same (a, b), while the network is told another time."""
+        return replace(self, time=time)
+
+
+Ladder = Level
+"""A Level whose tensors are [S + 1]: rung 0 is where a walk starts, rung S where it ends."""
+
+
+class Estimate(NamedTuple):
+    """Both halves of a prediction, x̂0 and ε̂ [B, ...]; noisy = a·clean + b·noise until one is edited."""
+
+    clean: Tensor
+    noise: Tensor
+
+
+Predict: TypeAlias = Callable[[Tensor, Level], Estimate]
+"""A model as the samplers see it: (noisy [B, ...], level) → Estimate."""
+
+
+# Levels -----------------------------------------------------------------------------------------------------
+
+
+def vp(alpha_bar: Tensor | float, time: Tensor | None = None) -> Level:
+    """Variance preserving: a = √ᾱ, b = √(1 − ᾱ), with ᾱ in [0, 1] (Ho et al. 2020, eq. 4)."""
+    alpha_bar = _tensor(alpha_bar)
+    return Level(alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), time)
+
+
+def ve(sigma: Tensor | float, time: Tensor | None = None) -> Level:
+    """Variance exploding: a = 1, b = σ (Song et al. 2021, eq. 9). `time` is σ if left out."""
+    sigma = _tensor(sigma)
+    return Level(torch.ones_like(sigma), sigma, sigma if time is None else time)
+
+
+def flow(t: Tensor | float, time: Tensor | None = None) -> Level:
+    """Rectified flow: a = 1 − t, b = t (Liu et al. 2023, eq. 1). `time` is t if left out."""
+    t = _tensor(t)
+    return Level(1 - t, t, t if time is None else time)
+
+
+def over(number: Tensor, x: Tensor) -> Tensor:
+    """A number [], or one for each sample [B], shaped to broadcast against x [B, ...], in its dtype."""
+    shape = number.shape + (1,) * (x.ndim - 1) if number.ndim else number.shape
+    return number.to(x.dtype).to(x.device).reshape(shape)
+
+
+def in_sigma_space(level: Level) -> Level:
+    """The same levels for the state x/a, i.e. VE with the same times; raises `SingularLevel` at a = 0."""
+    _require(level.a, "x/a", "a = 0")
+    return ve(level.sigma, level.time)
+
+
+def add_noise(clean: Tensor, noise: Tensor, level: Level) -> Tensor:
+    """x = a·x0 + b·ε [B, ...]."""
+    a, b = level.over(clean)
+    return a * clean + b * noise
+
+
+# What a prediction means ------------------------------------------------------------------------------------
+
+
+def estimate(prediction: Tensor, noisy: Tensor, level: Level, kind: Kind) -> Estimate:
+    """Both halves of what a network said about `noisy` [B, ...].
+
+    v and u are read natively, so they hold at both ends. Neither ε nor the score tells x0 at a = 0, and x0
+    does not tell ε at b = 0: those raise `SingularLevel`.
+    """
+    return Estimate(_clean(prediction, noisy, level, kind), _noise(prediction, noisy, level, kind))
+
+
+def target(clean: Tensor, noise: Tensor, level: Level, kind: Kind) -> Tensor:
+    """What a network of this kind should say when asked about a·clean + b·noise [B, ...].
+
+    Raises `SingularLevel` for the score at b = 0.
+    """
+    a, b = level.over(clean)
+    match kind:
+        case "epsilon":
+            return noise
+        case "sample":
+            return clean
+        case "v_prediction":  # Salimans & Ho 2022, section 4
+            return a * noise - b * clean
+        case "flow":
+            return noise - clean
+        case "score":
+            return _score(noise, level)
+    raise _unknown(kind)
+
+
+def convert(prediction: Tensor, noisy: Tensor, level: Level, source_kind: Kind, target_kind: Kind) -> Tensor:
+    """The same statement about `noisy` as another kind [B, ...]; only the halves it takes are computed."""
+    if source_kind == target_kind:
+        return prediction
+    match target_kind:
+        case "epsilon":
+            return _noise(prediction, noisy, level, source_kind)
+        case "sample":
+            return _clean(prediction, noisy, level, source_kind)
+        case "score":
+            return _score(_noise(prediction, noisy, level, source_kind), level)
+        case _:
+            return target(*estimate(prediction, noisy, level, source_kind), level, target_kind)
+
+
+def score(estimate: Estimate, level: Level) -> Tensor:
+    """s = ∇log p(x) = −ε̂/b [B, ...]; raises `SingularLevel` at b = 0."""
+    return _score(estimate.noise, level)
+
+
+def tweedie(noisy: Tensor, score: Tensor, level: Level) -> Tensor:
+    """x̂0 = E[x0 | x] = (x + b²·s)/a [B, ...], on any path (Efron 2011, eq. 1.4); singular at a = 0."""
+    return _clean(score, noisy, level, "score")
+
+
+def tweedie_vp(noisy: Tensor, score: Tensor, alpha_bar: Tensor | float) -> Tensor:
+    """x̂0 = (x + (1 − ᾱ)·s)/√ᾱ."""
+    return tweedie(noisy, score, vp(alpha_bar))
+
+
+def tweedie_ve(noisy: Tensor, score: Tensor, sigma: Tensor | float) -> Tensor:
+    """x̂0 = x + σ²·s."""
+    return tweedie(noisy, score, ve(sigma))
+
+
+# Predicting -------------------------------------------------------------------------------------------------
+
+
+def predictor(network: Callable[[Tensor, Tensor], Tensor], kind: Kind) -> Predict:
+    """A network (noisy [B, ...], time) → prediction [B, ...] as a `Predict`."""
+
+    def predict(noisy: Tensor, level: Level) -> Estimate:
+        if level.time is None:
+            raise ValueError(
+                "the network must be told a time, and this level has none: build it with time=..."
+            )
+        return estimate(network(noisy, level.time.to(noisy.device)), noisy, level, kind)
+
+    return predict
+
+
+def at_unit_variance(predict: Predict) -> Predict:
+    """Lets a VP network be asked on any path: the state is scaled to a² + b² = 1 first, as EDM's c_in does.
+
+    Both halves of an estimate are the same on every scale, so they need no scaling back.
+    """
+
+    def ask(noisy: Tensor, level: Level) -> Estimate:
+        scale = (level.a**2 + level.b**2).rsqrt()
+        return predict(over(scale, noisy) * noisy, Level(scale * level.a, scale * level.b, level.time))
+
+    return ask
+
+
+def guided(predict_conditional: Predict, predict_unconditional: Predict, scale: float) -> Predict:
+    """Classifier-free guidance: unconditional + scale·(conditional − unconditional).
+
+    Ho & Salimans 2022, eq. 6, with scale = 1 + w as diffusers counts it. Both halves are guided alike, which
+    is the same as guiding the raw prediction since each half is affine in it. At scale 1 the unconditional is
+    never asked.
+    """
+    if scale == 1:
+        return predict_conditional
+
+    def predict(noisy: Tensor, level: Level) -> Estimate:
+        return guide(predict_conditional(noisy, level), predict_unconditional(noisy, level), scale)
+
+    return predict
+
+
+def guide(conditional: Estimate, unconditional: Estimate, scale: float) -> Estimate:
+    """unconditional + scale·(conditional − unconditional), of both halves: what `guided` does with two answers."""
+    return Estimate(*(u + scale * (c - u) for c, u in zip(conditional, unconditional, strict=True)))
+
+
+def normal_like(x: Tensor, generator: Randomness = None) -> Tensor:
+    """ε ~ N(0, I) with x's shape, device and dtype, drawn on the generator's device."""
+    if generator is None or isinstance(generator, torch.Generator):
+        where = x.device if generator is None else generator.device
+        return torch.randn(x.shape, generator=generator, device=where, dtype=x.dtype).to(x.device)
+    if len(generator) != len(x):
+        raise ValueError(f"{len(generator)} generators for {len(x)} samples: one each is needed.")
+    return torch.stack([normal_like(sample, g) for sample, g in zip(x, generator, strict=True)])
+
+
+# Learning ---------------------------------------------------------------------------------------------------
+
+
+# Helpers ----------------------------------------------------------------------------------------------------
+
+
+def _clean(prediction: Tensor, noisy: Tensor, level: Level, kind: Kind) -> Tensor:
+    """x̂0, each kind from its own definition and x = a·x0 + b·ε."""
+    a, b = level.over(noisy)
+    match kind:
+        case "epsilon":
+            _require(level.a, "x0 from ε", "a = 0")
+            return (noisy - b * prediction) / a
+        case "sample":
+            return prediction
+        case "v_prediction":
+            return (a * noisy - b * prediction) / (a**2 + b**2)
+        case "flow":
+            return (noisy - b * prediction) / (a + b)
+        case "score":
+            _require(level.a, "x0 from the score", "a = 0")
+            return (noisy + b**2 * prediction) / a
+    raise _unknown(kind)
+
+
+def _noise(prediction: Tensor, noisy: Tensor, level: Level, kind: Kind) -> Tensor:
+    """ε̂, each kind from its own definition and x = a·x0 + b·ε."""
+    a, b = level.over(noisy)
+    match kind:
+        case "epsilon":
+            return prediction
+        case "sample":
+            _require(level.b, "ε from x0", "b = 0")
+            return (noisy - a * prediction) / b
+        case "v_prediction":
+            return (b * noisy + a * prediction) / (a**2 + b**2)
+        case "flow":
+            return (noisy + a * prediction) / (a + b)
+        case "score":
+            return -b * prediction
+    raise _unknown(kind)
+
+
+def _score(noise: Tensor, level: Level) -> Tensor:
+    """s = −ε/b; the clean half is not needed."""
+    _require(level.b, "the score", "b = 0")
+    return -noise / level.over(noise)[1]
+
+
+def _require(part: Tensor, what: str, where: str) -> None:
+    if bool((part == 0).any()):
+        raise SingularLevel(
+            f"{what} is undefined at {where}. Use a network that predicts v or flow, or stop short of it."
+        )
+
+
+def _unknown(kind: str) -> ValueError:
+    return ValueError(f"no kind of prediction is called {kind!r}. Known are {', '.join(get_args(Kind))}.")
+
+
+def _tensor(value: Tensor | float) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A random generator that depends on its key alone: `generator(seed, step, "noise")`."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -1,0 +1,33 @@
+"""Which device and which precision."""
+
+from __future__ import annotations
+
+import torch
+
+from backbone.io.console import UserError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def best_device() -> str:
+    """cuda, mps or cpu."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def chosen_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The working precision; `auto` is the fastest one that is safe on the device."""
+    if precision != "auto":
+        if precision not in PRECISIONS:
+            raise UserError(f"There is no precision {precision}. Choose auto, {', '.join(PRECISIONS)}.")
+        return PRECISIONS[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if (
+        device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ):
+        return torch.bfloat16
+    return torch.float32

@@ -1,0 +1,40 @@
+"""A function in several processes of this machine, which `backbone.distributed.processes` then connects.
+
+On a CPU one process for each core is faster than one process with as many threads, since small operations spend their
+time waiting at barriers; torch's `gloo` carries the gradients.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+
+def run_workers(function: Callable[..., None], arguments: tuple[Any, ...], *, processes: int) -> None:
+    """Calls `function(rank, *arguments)` in every process; with one process, here.
+
+    Each of several CPU processes gets one thread. An error in one of them ends all.
+    """
+    if processes == 1:
+        function(0, *arguments)
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    spawn(_worker, (function, arguments, processes, port), nprocs=processes)
+
+
+def _worker(
+    rank: int, function: Callable[..., None], arguments: tuple[Any, ...], processes: int, port: int
+) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
+    try:
+        function(rank, *arguments)
+    finally:
+        dist.destroy_process_group()

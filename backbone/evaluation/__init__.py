@@ -1,0 +1,1 @@
+"""Measuring images and claims: CLIP-like scorers, image metrics, intervals."""

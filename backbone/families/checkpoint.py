@@ -1,0 +1,163 @@
+"""Checkpoints in one safetensors file, in the layout of the original code, as model sites offer them.
+
+What belongs to one family (which files are its, what its settings are) is in the family's own file; here is what they
+share: reading a part by diffusers' converters, the fingerprint, and what to say of a file that is of no family.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+
+from backbone.families.location import Location
+from backbone.io.console import UserError
+from backbone.io.files import Header, content_hash, read_json, read_tensors
+
+SETTINGS = (
+    *("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"),
+    *("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "tokenizer/vocab.json"),
+    *("text_encoder_2/config.json", "tokenizer_2/tokenizer.json", "tokenizer_2/tokenizer_config.json"),
+    *("text_encoder_3/config.json", "tokenizer_3/tokenizer.json", "tokenizer_3/tokenizer_config.json"),
+    *("transformer/config.json", "tokenizer_2/spiece.model", "tokenizer_3/spiece.model"),
+)
+UNET, AUTOENCODER = "model.diffusion_model.", "first_stage_model."
+WINDOWS, WINDOW_BYTES = 64, 1 << 14
+RIDERS = r"^\w+\.(loss|model_ema)\."  # what training left beside an autoencoder
+WHOLE = "Take the model's full version: one file with UNet, text encoder and autoencoder (VAE)."
+FOLDER = "It is not read from a single file: name the model's diffusers folder or hub id."
+STRANGERS = (
+    (
+        r"(\.|_)(lora_(up|down|A|B)|lora\.(up|down)|hada_w[12]|lokr_w[12])",
+        "a LoRA or a relative of it, which changes a model and is none",
+        "Name the model that it was made for.",
+    ),
+    (r"^control(_model|net_cond_embedding)\.", "a ControlNet", "Name the model that it was made for."),
+    (r"^(emb_params|string_to_param|clip_[lg])$", "an embedding", "Name the model that it was made for."),
+    (r"motion_modules\.", "an AnimateDiff motion module", "Name the model that it was made for."),
+    (r"^conditioner\.embedders\.", "a part of Stable Diffusion XL, or its refiner", FOLDER),
+    (r"joint_blocks\.", "a part of Stable Diffusion 3, or a relative of it", FOLDER),
+    (
+        r"double_blocks\.",
+        "a part of FLUX.1, or a relative of it (as FLUX.2 and Chroma are)",
+        "Name a whole FLUX.1, or another model.",
+    ),
+    (
+        r"^(down_blocks|up_blocks|transformer_blocks|(en|de)coder\.(down|up)_blocks|(text_model\.)?encoder\.layers)\.",
+        "one part of a diffusers model",
+        "Name the folder above, the one with model_index.json.",
+    ),
+    (r"^((first_stage_model|vae)\.)?(en|de)coder\.(down|up)\.", "an autoencoder (VAE) alone", WHOLE),
+    (
+        r"^(model\.diffusion_model\.)?label_emb\.",
+        "a Stable Diffusion whose UNet is told more than a time and a prompt (as SDXL's and unCLIP's are)",
+        "Name another model.",
+    ),
+    (
+        r"^(model\.diffusion_model\.)?input_blocks\.",
+        "a Stable Diffusion checkpoint without its text encoder or its autoencoder",
+        WHOLE,
+    ),
+)
+
+
+def load_part(kind: Any, location: Location, part: str, *, prefix: str, dtype: torch.dtype) -> Any:
+    """A part that diffusers converts (`unet`, `vae`), from the tensors whose names begin with `prefix`.
+
+    Plain weights are read, as diffusers does, where a file also holds an average over training (`model_ema`).
+    Raises `UserError` when the tensors do not fit the part's settings.
+    """
+    settings = location.local(f"{part}/config.json")
+    assert settings is not None
+    tensors, _ = read_tensors(location.place, prefix=prefix)
+    tensors = {name: tensor for name, tensor in tensors.items() if not re.match(RIDERS, name)}
+    with init_empty_weights():
+        wanted = kind.from_config(location.config(part)).state_dict()
+    if shapes(tensors.values()) != shapes(wanted.values()):
+        raise misfit(location, part)
+    with without_warnings("diffusers.models.modeling_utils"):  # that no module was to be kept in fp32
+        return kind.from_single_file(
+            tensors,
+            config=str(settings.parents[1]),
+            subfolder=part,
+            torch_dtype=dtype,
+            local_files_only=True,
+        )
+
+
+@contextmanager
+def without_warnings(name: str) -> Iterator[None]:
+    """One logger says nothing below an error."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def misfit(location: Location, part: str) -> UserError:
+    """The mistake of a file whose part is not built as the settings say."""
+    return UserError(
+        f"The {part} in {location.place} is not built as {location.local(f'{part}/config.json')} says. "
+        f"Put the {part}/config.json of this model beside the file."
+    )
+
+
+def shapes(tensors: Iterable[torch.Tensor]) -> Counter[tuple[int, ...]]:
+    """How often each shape occurs; a 1 × 1 convolution counts as the matrix that it is."""
+    return Counter(tuple(tensor.shape[: 2 if set(tensor.shape[2:]) == {1} else None]) for tensor in tensors)
+
+
+def fingerprint(location: Location) -> str:
+    """Tells files from one another by samples from end to end, and by the settings that they are read with."""
+    parts = [sampled(Path(location.place))]
+    for name in SETTINGS:
+        path = location.local(name)
+        if path is not None:
+            said = (
+                json.dumps(read_json(path), sort_keys=True) if path.suffix == ".json" else content_hash(path)
+            )
+            parts.append(f"{name}:{said}")
+    return content_hash("\n".join(parts).encode())
+
+
+def sampled(path: Path) -> str:
+    """The size of a file and the hash of windows spread evenly over it: a merge may leave both ends as they were."""
+    size = path.stat().st_size
+    last = max(0, size - WINDOW_BYTES)
+    with path.open("rb") as file:
+        windows = []
+        for number in range(WINDOWS):
+            file.seek(last * number // (WINDOWS - 1))
+            windows.append(file.read(WINDOW_BYTES))
+    return f"{size}:{content_hash(b''.join(windows))}"
+
+
+def channels(header: Header) -> tuple[int | None, int | None]:
+    """The channels that a UNet takes, and those of its autoencoder's latents; None for what the file does not have."""
+    kernels = (UNET + "input_blocks.0.0.weight", AUTOENCODER + "decoder.conv_in.weight")
+    takes, latents = (header.shapes.get(name, ()) for name in kernels)
+    return (takes[1] if len(takes) == 4 else None), (latents[1] if len(latents) == 4 else None)
+
+
+def stranger(header: Header) -> str:
+    """What a file of no family seems to be, and the remedy."""
+    takes, latents = channels(header)
+    if takes is not None and latents is not None and takes != latents:
+        what = f"its UNet takes {takes} channels and a latent has {latents}, as for inpainting"
+        return f"{header.path} seems to be a model for another task ({what}). Name the model that it was made from."
+    for pattern, what, remedy in STRANGERS:
+        if any(re.search(pattern, name) for name in header.shapes):
+            return f"{header.path} seems to be {what}. {remedy}"
+    some = ", ".join(sorted(header.shapes)[:3]) or "nothing"
+    return f"{header.path} is no checkpoint of a known layout (it holds {some}). Name another model."

@@ -1,0 +1,131 @@
+"""FLUX.1 in one checkpoint file: which files those are, their settings, transformer and text encoder CLIP.
+
+Settings are looked for as those of Stable Diffusion 1.x are (`stable_diffusion_file`); the published ones lie in
+`configs/flux`, those of which `dev` and `schnell` have their own in `configs/flux-dev` and `configs/flux-schnell`.
+diffusers' own converter knows one width only, so the transformer's names are translated here.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from backbone.families import text_encoders as text_encoders_file
+from backbone.families.base import Side
+from backbone.families.checkpoint import UNET, misfit
+from backbone.families.location import Location
+from backbone.families.sd1.checkpoint import PUBLISHED
+from backbone.families.text_encoders import CLIP_L, PROJECTION, T5, clip, filled, weights
+from backbone.io.files import Header
+
+REMEDY = (
+    "Take a file that includes them, as ComfyUI's full checkpoints do, or name the model's diffusers folder or "
+    "hub id."
+)
+PATCH = 4  # latents in a token
+NAMES = (
+    (r"^time_in\.", "time_text_embed.timestep_embedder."),
+    (r"^guidance_in\.", "time_text_embed.guidance_embedder."),
+    (r"^vector_in\.", "time_text_embed.text_embedder."),
+    (r"\.in_layer\.", ".linear_1."),
+    (r"\.out_layer\.", ".linear_2."),
+    (r"^img_in\.", "x_embedder."),
+    (r"^txt_in\.", "context_embedder."),
+    (r"^final_layer\.linear\.", "proj_out."),
+    (r"^final_layer\.adaLN_modulation\.1\.", "norm_out.linear."),
+    (r"^double_blocks\.", "transformer_blocks."),
+    (r"^single_blocks\.", "single_transformer_blocks."),
+    (r"\.img_mod\.lin\.", ".norm1.linear."),
+    (r"\.txt_mod\.lin\.", ".norm1_context.linear."),
+    (r"\.modulation\.lin\.", ".norm.linear."),
+    (r"\.txt_attn\.norm\.(query|key)_norm\.scale$", r".attn.norm_added_\1.weight"),
+    (r"(\.img_attn)?\.norm\.(query|key)_norm\.scale$", r".attn.norm_\2.weight"),
+    (r"\.(norm|norm_added)_(q|k)(uery|ey)\.", r".\1_\2."),
+    (r"\.img_attn\.proj\.", ".attn.to_out.0."),
+    (r"\.txt_attn\.proj\.", ".attn.to_add_out."),
+    (r"\.img_mlp\.0\.", ".ff.net.0.proj."),
+    (r"\.img_mlp\.2\.", ".ff.net.2."),
+    (r"\.txt_mlp\.0\.", ".ff_context.net.0.proj."),
+    (r"\.txt_mlp\.2\.", ".ff_context.net.2."),
+    (r"\.linear2\.", ".proj_out."),
+)
+TOGETHER = {  # several layers in one
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+}
+
+
+def settings_of(header: Header) -> tuple[Path, ...] | None:
+    """The folders of the settings of a FLUX.1 checkpoint, or None for any other file.
+
+    Raises `UserError` for one that lacks a part, as the files of the transformer alone do.
+    """
+    prefix = text_encoders_file.transformer_prefix(header, "img_in.weight")
+    marks = ("vector_in.in_layer.weight", "double_blocks.0.img_mod.lin.weight")
+    if prefix is None or any(prefix + mark not in header.shapes for mark in marks):
+        return None
+    text_encoders_file.demand(
+        header,
+        "the transformer of a FLUX.1",
+        encoders=(CLIP_L, T5),
+        takes=header.shapes[f"{prefix}img_in.weight"][1],
+        patch=PATCH,
+        remedy=REMEDY,
+    )
+    told = f"{prefix}guidance_in.in_layer.weight" in header.shapes
+    published = ["flux-dev" if told else "flux-schnell", "flux", "stable-diffusion-1"]  # the last for CLIP
+    return (header.path.with_suffix(""), header.path.parent, *(PUBLISHED / name for name in published))
+
+
+def transformer(location: Location, dtype: torch.dtype) -> nn.Module:
+    """The transformer; `UserError` where it does not fit its settings."""
+    try:
+        named = diffusers_names(weights(location, UNET, dtype))
+    except (KeyError, ValueError) as error:
+        raise misfit(location, "transformer") from error
+    return filled(FluxTransformer2DModel, location, "transformer", named)
+
+
+def diffusers_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The transformer's tensors under the names that diffusers gives them, each layer by itself.
+
+    The last modulation is scale and shift there, and shift and scale in the original.
+    """
+    width = len(tensors["img_in.weight"])
+    found = {}
+    for name, tensor in tensors.items():
+        layer, _, kind = name.rpartition(".")
+        block, parts = next(
+            ((layer.removesuffix(end), parts) for end, parts in TOGETHER.items() if layer.endswith(end)),
+            ("", ()),
+        )
+        if parts:
+            rows = [width * number for number in range(1, len(parts))]
+            for part, values in zip(parts, tensor.tensor_split(rows), strict=True):
+                found[renamed(f"{block}{part}.{kind}")] = values
+        elif layer == "final_layer.adaLN_modulation.1":
+            shift, scale = tensor.chunk(2)
+            found[renamed(name)] = torch.cat([scale, shift])
+        else:
+            found[renamed(name)] = tensor
+    return found
+
+
+def renamed(name: str) -> str:
+    """`double_blocks.0.img_mod.lin.bias` → `transformer_blocks.0.norm1.linear.bias`, and so on."""
+    for original, ours in NAMES:
+        name = re.sub(original, ours, name)
+    return name
+
+
+def clip_l(location: Location) -> Side:
+    """CLIP with its tokenizer, fp32; the projection that some files have is not FLUX.1's."""
+    tensors = weights(location, CLIP_L, torch.float32)
+    tensors.pop(PROJECTION, None)
+    return clip(CLIPTextModel, location, "", tensors, pads_with="<|endoftext|>")

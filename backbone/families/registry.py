@@ -1,0 +1,26 @@
+"""The families that this version serves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+from backbone.families.base import Family
+
+
+def families() -> list[Family]:
+    """Every family of this version: a new one is a file of its own and a line here."""
+    from backbone.families.flux.family import Flux
+    from backbone.families.pixart.family import PixArt
+    from backbone.families.sd1.family import StableDiffusion
+    from backbone.families.sd3.family import StableDiffusion3
+    from backbone.families.sdxl.family import StableDiffusionXL
+
+    return [
+        StableDiffusion(),
+        StableDiffusionXL(),
+        StableDiffusion3(),
+        Flux(),
+        PixArt(),
+    ]

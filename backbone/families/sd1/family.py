@@ -1,0 +1,128 @@
+"""Stable Diffusion 1.x and 2.x, and the embedded `moji`: a variance-preserving UNet with one CLIP text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from backbone.families import checkpoint as single_file
+from backbone.families import loading as parts
+from backbone.families.base import (
+    Attention,
+    Network,
+    NoisePath,
+    Outline,
+    Side,
+    Stretch,
+    Text,
+    encoder,
+    network,
+)
+from backbone.families.location import Location
+from backbone.families.sd1 import checkpoint as stable_diffusion_file
+from backbone.io.files import Header
+
+
+class StableDiffusion:
+    """The family's file: see `Family`."""
+
+    name: ClassVar[str] = "Stable Diffusion"
+    names: ClassVar[dict[str, str]] = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
+    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
+    lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
+        "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+        "all": (
+            *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
+            *("conv1", "conv2", "conv_shortcut", "time_emb_proj"),
+        ),
+    }
+
+    def single_file(self, header: Header) -> tuple[Path, ...] | None:
+        return stable_diffusion_file.settings_of(header)
+
+    def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
+        return _network(UNet2DConditionModel, location, "unet", dtype)
+
+    def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
+        return _network(AutoencoderKL, location, "vae", parts.autoencoder_dtype(location, dtype))
+
+    def text_encoder(self, location: Location, dtype: torch.dtype) -> ClipText:
+        if location.file is not None:
+            return ClipText(*stable_diffusion_file.text_side(location, torch.float32))
+        side = parts.load_clip(CLIPTextModel, location)
+        return ClipText(side.tokenizer, side.model)
+
+    def outline(self, location: Location, dtype: torch.dtype) -> Outline:
+        return Outline(
+            network(UNet2DConditionModel, location, "unet", dtype),
+            network(AutoencoderKL, location, "vae", parts.autoencoder_dtype(location, dtype)),
+            {"text_encoder": encoder(CLIPTextModel, location, "text_encoder")},
+            {"hidden": (77, int(location.config("unet")["cross_attention_dim"]))},
+        )
+
+    def latent_shape(self, location: Location) -> tuple[int, int, int]:
+        side = int(location.config("unet")["sample_size"])
+        return int(location.config("vae")["latent_channels"]), side, side
+
+    def defaults(self, location: Location) -> dict[str, Any]:
+        return {}
+
+    def path(self, location: Location) -> NoisePath:
+        return parts.vp_path(location)
+
+    def network(self, denoiser: nn.Module, text: Text) -> Network:
+        dtype = cast(torch.dtype, denoiser.dtype)
+
+        def predict(noisy: Tensor, time: Tensor) -> Tensor:
+            noisy = noisy.to(dtype).contiguous(memory_format=torch.channels_last)
+            return cast(Tensor, denoiser(noisy, time, text["hidden"].to(dtype)).sample)
+
+        return predict
+
+    def attention(self, denoiser: nn.Module, text: Text) -> Attention:
+        return Attention()
+
+    def distilled(self, denoiser: nn.Module, text: Text, guidance: float) -> None:
+        return None
+
+
+class ClipText:
+    """CLIP's text encoder: the last hidden states of 77 positions."""
+
+    def __init__(self, tokenizer: Any, model: Any) -> None:
+        self.tokenizer = tokenizer
+        self.model = model.eval().requires_grad_(False)
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        return (Side("text_encoder", self.tokenizer, self.model),)
+
+    @property
+    def stretches(self) -> tuple[Stretch, ...]:
+        return (Stretch(self.tokenizer, self.tokenizer.model_max_length),)
+
+    def to(self, device: torch.device) -> ClipText:
+        self.model.to(device)
+        return self
+
+    def __call__(self, prompts: Sequence[str]) -> Text:
+        """hidden [B, 77, D]. A prompt that is too long is cut, and said so."""
+        (side,) = self.sides
+        parts.say_what_is_cut(side, prompts)
+        ids = parts.token_ids(side, prompts)["input_ids"]
+        return {"hidden": self.model(ids).last_hidden_state.float()}
+
+
+def _network(kind: Any, location: Location, part: str, dtype: torch.dtype) -> nn.Module:
+    """The denoiser or the autoencoder, from wherever the model is."""
+    if location.file is None:
+        return parts.load_network(kind, location, part, dtype, torch.channels_last)
+    prefix = stable_diffusion_file.PREFIXES[part]
+    model = single_file.load_part(kind, location, part, prefix=prefix, dtype=dtype)
+    return cast(nn.Module, model.to(memory_format=torch.channels_last))

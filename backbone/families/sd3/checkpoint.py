@@ -1,0 +1,86 @@
+"""Stable Diffusion 3 and 3.5 in one checkpoint file: which files those are, their settings, transformer, encoders.
+
+Settings are looked for as those of Stable Diffusion 1.x are (`stable_diffusion_file`); the published ones lie in
+`configs/stable-diffusion-3` and, for the transformers of 3.5, in folders beside it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import SD3Transformer2DModel
+from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+from torch import nn
+from transformers import CLIPTextModelWithProjection
+
+from backbone.families import text_encoders as text_encoders_file
+from backbone.families.base import Side
+from backbone.families.checkpoint import UNET, misfit
+from backbone.families.location import Location
+from backbone.families.sd1.checkpoint import PUBLISHED
+from backbone.families.text_encoders import CLIP_G, CLIP_L, PROJECTION, T5, clip, filled, weights
+from backbone.io.files import Header, read_header
+
+REMEDY = (
+    "Take the version that includes them (often with incl_clips in its name), or name the model's diffusers "
+    "folder or hub id."
+)
+
+
+def settings_of(header: Header) -> tuple[Path, ...] | None:
+    """The folders of the settings of a Stable Diffusion 3 checkpoint, or None for any other file.
+
+    Raises `UserError` for one that lacks a part; T5 may be missing.
+    """
+    kernel = "x_embedder.proj.weight"
+    prefix = text_encoders_file.transformer_prefix(header, kernel)
+    if prefix is None or f"{prefix}joint_blocks.0.x_block.attn.qkv.weight" not in header.shapes:
+        return None
+    text_encoders_file.demand(
+        header,
+        "the transformer of a Stable Diffusion 3",
+        encoders=(CLIP_L, CLIP_G),
+        takes=header.shapes[prefix + kernel][1],
+        patch=1,
+        remedy=REMEDY,
+    )
+    published = []
+    if f"{prefix}joint_blocks.0.x_block.attn2.qkv.weight" in header.shapes:
+        published = ["stable-diffusion-3.5-medium"]
+    elif f"{prefix}joint_blocks.0.x_block.attn.ln_q.weight" in header.shapes:
+        published = ["stable-diffusion-3.5-large"]
+    published += [
+        "stable-diffusion-3",
+        "stable-diffusion-xl",
+        "stable-diffusion-1",
+    ]  # the last two for the CLIPs
+    return (header.path.with_suffix(""), header.path.parent, *(PUBLISHED / name for name in published))
+
+
+def transformer(location: Location, dtype: torch.dtype) -> nn.Module:
+    """The transformer, by diffusers' converter; `UserError` where it does not fit its settings."""
+    tensors = weights(location, UNET, dtype)
+    try:
+        named = convert_sd3_transformer_checkpoint_to_diffusers(
+            tensors
+        )  # takes what it knows out of `tensors`
+    except (KeyError, IndexError, ValueError) as error:
+        raise misfit(location, "transformer") from error
+    return filled(SD3Transformer2DModel, location, "transformer", named | tensors)
+
+
+def has_t5(location: Location) -> bool:
+    """Whether the file holds the third text encoder."""
+    return text_encoders_file.holds(read_header(location.place), T5)
+
+
+def clips(location: Location) -> tuple[Side, Side]:
+    """Both CLIPs with their tokenizers, fp32. The first one's pooled output is not projected."""
+    first, second = (weights(location, prefix, torch.float32) for prefix in (CLIP_L, CLIP_G))
+    first[PROJECTION] = torch.eye(int(location.config("text_encoder")["hidden_size"]))
+    kind = CLIPTextModelWithProjection
+    return (
+        clip(kind, location, "", first, pads_with="<|endoftext|>"),
+        clip(kind, location, "_2", second, pads_with="!"),
+    )

@@ -1,0 +1,161 @@
+"""Stable Diffusion XL: a larger variance-preserving UNet, two CLIP text encoders, and the picture's size as an input.
+
+Podell et al. 2023: section 2.1 the network, 2.2 the sizes that it is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from backbone.families import checkpoint as single_file
+from backbone.families import loading as parts
+from backbone.families.base import (
+    Attention,
+    Network,
+    NoisePath,
+    Outline,
+    Side,
+    Stretch,
+    Text,
+    encoder,
+    network,
+)
+from backbone.families.location import Location
+from backbone.families.sdxl import checkpoint as stable_diffusion_xl_file
+from backbone.io.console import UserError
+from backbone.io.files import Header
+
+PIXELS = 8  # a side of what a latent stands for
+
+
+class StableDiffusionXL:
+    """The family's file: see `Family`."""
+
+    name: ClassVar[str] = "Stable Diffusion XL"
+    names: ClassVar[dict[str, str]] = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
+    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPipeline",)
+    lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
+        "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+        "all": (
+            *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
+            *("conv1", "conv2", "conv_shortcut", "time_emb_proj"),
+        ),
+    }
+
+    def single_file(self, header: Header) -> tuple[Path, ...] | None:
+        return stable_diffusion_xl_file.settings_of(header)
+
+    def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
+        if location.config("unet").get("addition_embed_type") != "text_time":
+            raise UserError(
+                f"The unet of {location.name} is not told the size of the picture, so it is none of Stable Diffusion "
+                "XL. Name a whole model of one family."
+            )
+        if location.file is None:
+            return parts.load_network(UNet2DConditionModel, location, "unet", dtype, torch.channels_last)
+        model: nn.Module = single_file.load_part(
+            UNet2DConditionModel, location, "unet", prefix=single_file.UNET, dtype=dtype
+        )
+        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+    def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
+        """In fp32, except for the one that was repaired for half precision (`force_upcast` false)."""
+        if location.config("vae").get("force_upcast", True):
+            dtype = torch.float32
+        if location.file is not None:
+            model: nn.Module = single_file.load_part(
+                AutoencoderKL, location, "vae", prefix=single_file.AUTOENCODER, dtype=dtype
+            )
+            return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+        return parts.load_autoencoder(AutoencoderKL, location, dtype)
+
+    def text_encoder(self, location: Location, dtype: torch.dtype) -> TwoClips:
+        if location.file is not None:
+            return TwoClips(stable_diffusion_xl_file.text_sides(location), zeros=True)
+        sides = (
+            parts.load_clip(CLIPTextModel, location),
+            parts.load_clip(CLIPTextModelWithProjection, location, "_2"),
+        )
+        return TwoClips(sides, zeros=bool(location.index.get("force_zeros_for_empty_prompt", True)))
+
+    def outline(self, location: Location, dtype: torch.dtype) -> Outline:
+        config, upcast = location.config("unet"), location.config("vae").get("force_upcast", True)
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        return Outline(
+            network(UNet2DConditionModel, location, "unet", dtype),
+            network(AutoencoderKL, location, "vae", torch.float32 if upcast else dtype),
+            {
+                "text_encoder": encoder(CLIPTextModel, location, "text_encoder"),
+                "text_encoder_2": encoder(CLIPTextModelWithProjection, location, "text_encoder_2"),
+            },
+            {"hidden": (77, int(config["cross_attention_dim"])), "pooled": (int(pooled),)},
+        )
+
+    def latent_shape(self, location: Location) -> tuple[int, int, int]:
+        side = int(location.config("unet")["sample_size"])
+        return int(location.config("vae")["latent_channels"]), side, side
+
+    def defaults(self, location: Location) -> dict[str, Any]:
+        return {"guidance": 5.0}
+
+    def path(self, location: Location) -> NoisePath:
+        return parts.vp_path(location)
+
+    def network(self, denoiser: nn.Module, text: Text) -> Network:
+        dtype = cast(torch.dtype, denoiser.dtype)
+
+        def predict(noisy: Tensor, time: Tensor) -> Tensor:
+            count, _, height, width = noisy.shape
+            size = (height * PIXELS, width * PIXELS)
+            sizes = torch.tensor(
+                [[*size, 0, 0, *size]], dtype=dtype, device=noisy.device
+            )  # whole, not cropped
+            added = {"text_embeds": text["pooled"].to(dtype), "time_ids": sizes.expand(count, -1)}
+            noisy = noisy.to(dtype).contiguous(memory_format=torch.channels_last)
+            hidden = text["hidden"].to(dtype)
+            return cast(Tensor, denoiser(noisy, time, hidden, added_cond_kwargs=added).sample)
+
+        return predict
+
+    def attention(self, denoiser: nn.Module, text: Text) -> Attention:
+        return Attention()
+
+    def distilled(self, denoiser: nn.Module, text: Text, guidance: float) -> None:
+        return None
+
+
+class TwoClips(parts.Encoders):
+    """Both encoders' last hidden states but one, side by side, and the second one's pooled output.
+
+    Where the model was trained so (`zeros`), no prompt is zeros and not the encoding of "".
+    """
+
+    def __init__(self, sides: Sequence[Side], *, zeros: bool) -> None:
+        super().__init__(sides)
+        self.zeros = zeros
+
+    @property
+    def stretches(self) -> tuple[Stretch, ...]:
+        """Both cut alike; the second pads with another token."""
+        return (Stretch(self.tokenizer, self.tokenizer.model_max_length),)
+
+    def __call__(self, prompts: Sequence[str]) -> Text:
+        """hidden [B, 77, D₁ + D₂], pooled [B, P]. A prompt that is too long is cut, and said so."""
+        parts.say_what_is_cut(self.sides[0], prompts)
+        said = [
+            side.model(parts.token_ids(side, prompts)["input_ids"], output_hidden_states=True)
+            for side in self.sides
+        ]
+        hidden = torch.cat([one.hidden_states[-2] for one in said], dim=-1).float()
+        pooled = said[-1].text_embeds.float()
+        if self.zeros:
+            given = torch.tensor([bool(prompt) for prompt in prompts], device=hidden.device)
+            hidden, pooled = hidden * given[:, None, None], pooled * given[:, None]
+        return {"hidden": hidden, "pooled": pooled}

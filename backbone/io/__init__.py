@@ -1,0 +1,1 @@
+"""Files, the console, run folders, reports."""

@@ -1,0 +1,282 @@
+"""Files that are whole or not there: atomic writes, safetensors, JSON lines, run folders, content hashes.
+
+Every writer makes missing parent folders, writes a temporary file beside the destination, flushes it to the
+disk and renames it: a reader sees the old content or the new one, and an interrupted write leaves nothing
+behind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import secrets
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+from backbone.io.console import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Writes a file atomically. OSError names `path` when the disk is full."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes UTF-8 with newlines as they are, atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes indented JSON atomically. Paths become strings, dataclasses objects, tensors of one element
+    numbers, and NaN and infinities null, for which JSON has no word. TypeError for anything else."""
+    write_text(path, json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """The value in a JSON file. UserError if the file is damaged, FileNotFoundError if it is missing."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not readable JSON ({error}). Restore or delete it.") from error
+
+
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes named tensors and string metadata as safetensors, atomically. Tensors may share memory and lie
+    on any device; each is stored whole and contiguous. UserError if the file cannot be written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        try:
+            save_file(_separate(tensors), temporary, metadata=dict(metadata or {}))
+        except SafetensorError as error:
+            raise UserError(f"{path} could not be written ({error}). Is the disk full?") from error
+
+
+def read_tensors(
+    path: str | Path, *, device: str = "cpu", prefix: str = "", names: Collection[str] | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a safetensors file by name, all, those whose names begin with `prefix` or the `names`, and the
+    string metadata. UserError for a damaged file and for any other format: a pickle can run code when it is opened,
+    so none is ever read. FileNotFoundError if it is missing."""
+    from safetensors import SafetensorError, safe_open
+
+    path = _safetensors_path(path)
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            if names is None:
+                names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (no mapping)
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+    except SafetensorError as error:
+        _refuse(path, error)
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The string metadata alone, from a safetensors file's header; raises like `read_tensors`."""
+    return read_header(path).metadata
+
+
+class Header(NamedTuple):
+    """What a safetensors file says of itself before its first tensor."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    metadata: dict[str, str]
+
+
+def read_header(path: str | Path) -> Header:
+    """Names and shapes of the tensors, none of which is read, and the metadata; raises like `read_tensors`."""
+    from safetensors import SafetensorError, safe_open
+
+    path = _safetensors_path(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            return Header(path, shapes, dict(file.metadata() or {}))
+    except SafetensorError as error:
+        _refuse(path, error)
+
+
+def append_jsonl(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Adds one JSON object as one line, in a single write. A line that a crash cut off is closed first, so
+    that it costs only itself. Values as in `write_json`."""
+    line = json.dumps(_plain(dict(record)), ensure_ascii=False, allow_nan=False) + "\n"
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else "\n" + line
+        file.write(line.encode())
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, without lines that a crash cut off. FileNotFoundError if it is
+    missing."""
+    records = []
+    for line in Path(path).read_bytes().splitlines():
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def fresh_folder(path: str | Path) -> Path:
+    """Makes and returns a new folder: `path`, or `path-2`, `path-3` … if that is taken."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            candidate.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return candidate
+
+
+def empty_folder(path: str | Path) -> Path:
+    """Makes the folder that the user named, or takes it if it is empty. UserError if something lies there."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file, not a folder. Name another folder.")
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"{path} is not empty. Name another folder, or remove this one.")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def content_hash(content: bytes | str | Path) -> str:
+    """SHA-256 in 64 hexadecimal digits, of bytes, or of the file at a path."""
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    digest = hashlib.sha256()
+    with Path(content).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary path beside `path` to write to; on leaving, flushed and renamed to `path`. If the
+    body raises, the temporary file is removed and `path` stays as it was. A symbolic link keeps pointing
+    where it did. UserError if `path` is a folder."""
+    destination = Path(os.path.realpath(path))
+    if destination.is_dir():
+        raise UserError(f"{path} is a folder, so no file can be written there. Name a file in it.")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    temporary = destination.with_name(f".{destination.name[:100]}.{secrets.token_hex(6)}.partial")
+    try:
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        permissions = temporary.stat().st_mode & 0o777
+        yield temporary
+        os.chmod(temporary, permissions)  # safetensors leaves 0600
+        _flush(temporary)
+        os.replace(temporary, destination)
+        _flush_folder(destination.parent)
+    except OSError as error:
+        if error.filename is None or error.filename == os.fspath(temporary):
+            error.filename = os.fspath(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Path):
+        return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if hasattr(value, "item") and getattr(value, "size", None) is not None:  # a tensor or a numpy scalar
+        return _plain(value.item())
+    return value
+
+
+def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, detached, contiguous, on the CPU; those that share memory with an earlier one copied."""
+    separate: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        if memory in seen or tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        seen.add(memory)
+        separate[name] = tensor
+    return separate
+
+
+def _safetensors_path(path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        raise UserError(
+            f"{path} is a pickle by its name, which can run code when it is opened, so it is not read. "
+            "Convert it to safetensors where you trust it, or take the model's safetensors version."
+        )
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not a safetensors file. Name the file in it.")
+    if not path.exists():
+        raise FileNotFoundError(2, os.strerror(2), str(path))
+    return path
+
+
+def _refuse(path: Path, error: Exception) -> NoReturn:
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(
+            f"{path} is a Git LFS pointer, not the weights. Run `git lfs pull` beside it."
+        ) from error
+    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        raise UserError(
+            f"{path} holds a pickle, not safetensors, so it is not read. "
+            "Convert it to safetensors where you trust it, or take the model's safetensors version."
+        ) from error
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b'{"')):
+        raise UserError(
+            f"{path} is a web page or a site's error message, not weights. "
+            "Log in where it came from, and download it again."
+        ) from error
+    raise UserError(
+        f"{path} is not a whole safetensors file ({error}). Download or write it again."
+    ) from error

@@ -1,0 +1,367 @@
+"""Pictures from the user's disk: found, opened upright in 8-bit sRGB, checked all at once, cut square.
+
+A source is a folder of pictures (captions in `name.txt` beside `name.jpg`, in `metadata.jsonl` or in
+`metadata.csv`; masks in `name.mask.png`, white = train), one picture, a Parquet file, a folder written by
+`datasets`, or the id of a dataset. Reading the list opens no picture, so that `check` can report all bad ones
+together.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from backbone.io.console import UserError
+from backbone.media.decode import BadPicture, _decode, _nearest, open_rgb
+
+if TYPE_CHECKING:
+    pass
+
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp"}
+    | {".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm", ".heic", ".heif"}
+)
+MASK_ENDING = ".mask.png"
+CAPTION_COLUMNS = ("text", "prompt", "caption")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture: where it lies and what is known about it. Nothing has been opened yet."""
+
+    path: Path  # of the file; for a dataset's row a name that no file has, like `org/name/000012`
+    caption: str | None = None
+    mask: Path | None = None  # white = train
+    row: Row | None = None  # where the bytes come from instead of `path`
+
+    def read(self) -> bytes:
+        """The encoded bytes, as they are stored: what a cache hashes."""
+        return self.path.read_bytes() if self.row is None else self.row.read()
+
+    def open(self, *, at_least: int | None = None) -> Image.Image:
+        """The picture as `open_rgb` gives it."""
+        if self.row is None:
+            return open_rgb(self.path, at_least=at_least)
+        return _decode(io.BytesIO(self.read()), str(self.path), at_least)
+
+    def open_mask(self) -> Image.Image | None:
+        """The mask, upright, mode L, white = train; None without one."""
+        return None if self.mask is None else open_rgb(self.mask).convert("L")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a `datasets` table whose image column holds encoded bytes (or the path of a file)."""
+
+    table: Any
+    column: str
+    index: int
+
+    def read(self) -> bytes:
+        value = self.table[self.index][self.column]
+        if isinstance(value, Mapping):
+            value = value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
+        if not isinstance(value, bytes):
+            raise UserError(f"Row {self.index} has no picture in its column {self.column!r}. Remove the row.")
+        return value
+
+
+def read_folder(
+    source: str | Path, *, caption_column: str | None = None, image_column: str | None = None
+) -> list[Picture]:
+    """The pictures of a source in natural order (2.jpg before 10.jpg), or in a table's own order.
+
+    Files without an image suffix and hidden ones are passed over; a file with such a suffix counts, whatever
+    it holds. If a folder holds no picture itself, those in its subfolders are taken (kohya's `10_sks dog/`).
+    Captions come from metadata first, then from `.txt` files. `caption_column` and `image_column` name
+    columns of a table whose names differ from text, prompt or caption and file_name or image. UserError:
+    nothing there, no picture in it, captions that cannot be read, a dataset that cannot be loaded.
+    """
+    path = Path(source).expanduser()
+    columns = _Columns(caption_column, image_column)
+    if path.is_dir():
+        if _is_dataset_folder(path):
+            return _table_pictures(_load_saved(path), str(source), columns)
+        pictures = _folder_pictures(path, columns)
+        for subfolder in [] if pictures else _visible(path):
+            if subfolder.is_dir():
+                pictures += _folder_pictures(subfolder, columns)
+        if pictures:
+            return pictures
+        if tables := [file for file in _visible(path) if file.suffix.lower() == ".parquet"]:
+            return _table_pictures(_load_parquet(tables), str(source), columns)
+        raise UserError(_nothing_in(path))
+    if path.exists():
+        if path.suffix.lower() == ".parquet":
+            return _table_pictures(_load_parquet([path]), str(source), columns)
+        if path.suffix.lower() not in SUFFIXES and path.suffix:
+            raise UserError(
+                f"{path} is a {path.suffix} file, neither a picture nor a folder of pictures. "
+                "Give a folder with .jpg or .png files in it."
+            )
+        return [Picture(path, *_beside(path))]
+    if _could_be_dataset(str(source), path):
+        return _table_pictures(_load_from_hub(str(source)), str(source), columns)
+    near = _nearest(path)
+    remedy = f"Did you mean {near}?" if near else "Give a folder of pictures, or a dataset's id (org/name)."
+    raise UserError(f"{path} does not exist. {remedy}")
+
+
+def check(pictures: Iterable[Picture]) -> None:
+    """Opens every picture and mask. One UserError lists all that cannot be used, a line each with its
+    reason."""
+    bad: list[tuple[str, str]] = []
+    count = 0
+    for picture in pictures:
+        count += 1
+        try:
+            size = picture.open(at_least=64).size
+        except BadPicture as error:
+            bad.append((error.name, error.reason))
+            continue
+        try:
+            mask = picture.open_mask()
+            if mask is not None:
+                _fits(mask.size, size, picture)
+        except BadPicture as error:
+            bad.append((error.name, error.reason))
+    if bad:
+        lines = "\n".join(f"  {name} {reason}" for name, reason in bad)
+        heading = (
+            f"{len(bad)} of {count} pictures cannot be used" if count > 1 else "The picture cannot be used"
+        )
+        raise UserError(
+            f"{heading}:\n{lines}\nReplace or remove {'it' if len(bad) == 1 else 'them'}, then run again."
+        )
+
+
+# Decoding. Order matters: profile and 16-bit scaling before RGB, alpha before orientation is lost.
+
+
+def _fits(mask: tuple[int, int], picture: tuple[int, int], of: Picture) -> None:
+    (mask_width, mask_height), (width, height) = mask, picture
+    if abs(mask_width * height - width * mask_height) > 0.02 * mask_width * height:
+        reason = f"is a mask of {mask_width} × {mask_height}, another shape than its picture {of.path.name}"
+        raise BadPicture(str(of.mask), reason)
+
+
+# Folders.
+
+
+@dataclass(frozen=True)
+class _Columns:
+    caption: str | None
+    image: str | None
+
+    def find(self, wanted: str, names: Sequence[str], where: str) -> str | None:
+        """The caption or image column among `names`; UserError if the one that was asked for is not there."""
+        asked, usual = {
+            "caption": (self.caption, CAPTION_COLUMNS),
+            "image": (self.image, ("file_name", "image")),
+        }[wanted]
+        if asked is not None and asked not in names:
+            raise UserError(
+                f"{where} has no column {asked!r}; it has {', '.join(map(repr, names))}. Name one of them."
+            )
+        return asked or next((name for name in usual if name in names), None)
+
+
+def _folder_pictures(folder: Path, columns: _Columns) -> list[Picture]:
+    captions = _metadata_captions(folder, columns)
+    files = {_key(file.name): file for file in _visible(folder) if file.suffix.lower() in SUFFIXES}
+    masks = {key: file for key, file in files.items() if key.endswith(MASK_ENDING)}
+    paths = {key: file for key, file in files.items() if key not in masks}
+    stems = {_key(file.stem) for file in paths.values()}
+    for key, mask in masks.items():
+        if (stem := key.removesuffix(MASK_ENDING)) not in stems:
+            raise UserError(f"{mask} is a mask, but no picture {stem}.* lies beside it. Rename or remove it.")
+    for name in captions:
+        paths.setdefault(_key(name), folder / name)
+    by_key = {_key(name): caption for name, caption in captions.items()}
+    pictures = []
+    for key, path in sorted(paths.items(), key=lambda item: _natural(item[0])):
+        beside, mask_beside = _beside(path)
+        pictures.append(Picture(path, by_key.get(key) or beside, mask_beside))
+    return pictures
+
+
+def _metadata_captions(folder: Path, columns: _Columns) -> dict[str, str | None]:
+    """File name (relative, `/` between folders) → caption, from metadata.jsonl or metadata.csv."""
+    present = [folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()]
+    if len(present) > 1:
+        raise UserError(f"{folder} holds both metadata.jsonl and metadata.csv. Keep one of them.")
+    captions: dict[str, str | None] = {}
+    for metadata in present:
+        for line, entry in _entries(metadata):
+            where = f"Line {line} of {metadata}"
+            name_column = columns.find("image", list(entry), where)
+            name = entry.get(name_column) if name_column else None
+            if not isinstance(name, str) or not name:
+                raise UserError(
+                    f'{where} names no picture. Write it as {{"file_name": "1.jpg", "text": "…"}}.'
+                )
+            caption_column = columns.find("caption", list(entry), where)
+            caption = entry.get(caption_column) if caption_column else None
+            if caption is not None and not isinstance(caption, str):
+                raise UserError(f"{where} has a caption that is not text ({caption!r}). Put it in quotes.")
+            name = os.path.normpath(name.replace("\\", "/"))
+            if os.path.isabs(name) or name.startswith(".."):
+                raise UserError(f"{where} names {name}, which lies outside the folder. Use names inside it.")
+            if name in captions:
+                raise UserError(f"{where} names {name} a second time. Keep one line for each picture.")
+            captions[name] = _one_line(caption)
+    return captions
+
+
+def _entries(metadata: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    text = _text(metadata)
+    if metadata.suffix == ".csv":
+        table = csv.DictReader(io.StringIO(text, newline=""))
+        for row in table:
+            yield table.line_num, {name: value for name, value in row.items() if name is not None}
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"Line {number} of {metadata} is not JSON ({error.msg}). Repair it.") from error
+        if not isinstance(entry, dict):
+            raise UserError(f"Line {number} of {metadata} is not a JSON object. Write {{…}} on each line.")
+        yield number, entry
+
+
+def _beside(path: Path) -> tuple[str | None, Path | None]:
+    """The caption and the mask that lie beside a picture."""
+    text, mask = path.with_suffix(".txt"), path.with_name(path.stem + MASK_ENDING)
+    caption = _one_line(_text(text)) if text.is_file() else None
+    return caption, mask if mask.is_file() else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text. Save it as UTF-8.") from error
+
+
+def _one_line(caption: str | None) -> str | None:
+    return " ".join(caption.split()) or None if caption else None
+
+
+def _visible(folder: Path) -> list[Path]:
+    """What lies in a folder and is not hidden, in natural order."""
+    return sorted(
+        (path for path in folder.iterdir() if not path.name.startswith(".")),
+        key=lambda path: _natural(path.name),
+    )
+
+
+def _key(name: str) -> str:
+    """One spelling for names that file systems write in two (é as one character or two)."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _natural(name: str) -> tuple[list[str | int], str]:
+    parts = re.split(r"(\d+)", name.casefold())
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)], name
+
+
+def _nothing_in(folder: Path) -> str:
+    kinds = Counter(path.suffix.lower() or "other" for path in _visible(folder) if path.is_file())
+    found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4))
+    return (
+        f"{folder} holds no pictures{f' (only {found})' if found else '; it is empty'}. "
+        "Put .jpg, .png or .webp files there, or give another folder."
+    )
+
+
+# Tables of the `datasets` library.
+
+
+def _is_dataset_folder(path: Path) -> bool:
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+
+
+def _could_be_dataset(source: str, path: Path) -> bool:
+    """`org/name`, unless `org` is a folder here: then it is a mistyped path."""
+    return re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", source) is not None and not path.parent.exists()
+
+
+def _load_saved(path: Path) -> Any:
+    datasets = _datasets()
+    try:
+        return datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is not a whole saved dataset ({error}). Save it again.") from error
+
+
+def _load_parquet(files: Sequence[Path]) -> Any:
+    datasets = _datasets()
+    try:
+        return datasets.load_dataset("parquet", data_files=[str(file) for file in files])
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(
+            f"{files[0]} is not a readable Parquet file ({_first_line(error)}). Save it again."
+        ) from error
+
+
+def _load_from_hub(source: str) -> Any:
+    datasets = _datasets()
+    try:
+        return datasets.load_dataset(source)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(
+            f"{source} is no folder here, and no dataset of that name was loaded ({_first_line(error)}). "
+            "Check the spelling, or give a folder of pictures."
+        ) from error
+
+
+def _table_pictures(table: Any, source: str, columns: _Columns) -> list[Picture]:
+    datasets = _datasets()
+    if isinstance(table, dict):  # splits
+        table = table["train"] if "train" in table else next(iter(table.values()))
+    names = list(table.column_names)
+    image_column = columns.find("image", names, source) or next(
+        (name for name in names if isinstance(table.features[name], datasets.Image)), None
+    )
+    if image_column is None:
+        raise UserError(
+            f"{source} has no column of pictures; it has {', '.join(names)}. Name one with image_column."
+        )
+    if isinstance(table.features[image_column], datasets.Image):
+        table = table.cast_column(image_column, datasets.Image(decode=False))
+    caption_column = columns.find("caption", names, source)
+    captions = list(table[caption_column]) if caption_column else [None] * len(table)
+    if not captions:
+        raise UserError(f"{source} has no rows. Give another dataset or a folder of pictures.")
+    return [
+        Picture(
+            Path(source) / f"{index:06d}",
+            _one_line(caption) if isinstance(caption, str) else None,
+            row=Row(table, image_column, index),
+        )
+        for index, caption in enumerate(captions)
+    ]
+
+
+def _datasets() -> Any:
+    import datasets
+
+    return datasets
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,96 @@
+"""What was computed once is remembered on disk, keyed by the content that it came from, never by position."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from backbone.families.base import Text
+from backbone.io.console import UserError
+from backbone.io.files import content_hash, read_tensors, write_tensors
+from backbone.media.pictures import Picture
+from backbone.media.transforms import CROPS, Place, fitted, to_tensor
+from backbone.models.model import Backbone, Posterior
+
+VARIABLE = "LIMNER_CACHE"
+TEXT = 2  # counts up when a family makes something else of a prompt
+
+
+def cache_folder() -> Path:
+    """Where caches lie: $LIMNER_CACHE, or `limner` in the user's cache folder."""
+    named = os.environ.get(VARIABLE)
+    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "limner"
+
+
+def remembered(kind: str, key: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors that `compute` gives, read from disk when they were computed before.
+
+    A damaged cache file is computed anew; a cache that cannot be written is done without.
+    """
+    path = cache_folder() / kind / key[:2] / f"{key}.safetensors"
+    if path.exists():
+        try:
+            return read_tensors(path)[0]
+        except FileNotFoundError:
+            pass  # another process has just thrown a damaged one away
+        except UserError:
+            path.unlink(missing_ok=True)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in compute().items()}
+    try:
+        write_tensors(path, tensors, {"kind": kind})
+    except OSError:
+        return tensors
+    return tensors
+
+
+def encoded(
+    model: Backbone,
+    pictures: Sequence[Picture],
+    *,
+    flip: bool = False,
+    sizes: Sequence[tuple[int, int]] | None = None,
+    crop: Place = CROPS["center"],
+) -> list[Posterior]:
+    """The posteriors [1, C, H, W] of pictures, each encoded once for all time.
+
+    Pictures are cropped to squares of the model's resolution, or to `sizes` (W, H), one for each, at `crop`.
+    """
+    side = model.resolution
+    each = sizes or [(side, side)] * len(pictures)
+    return [
+        _encoded_one(model, picture, flip, size, crop) for picture, size in zip(pictures, each, strict=True)
+    ]
+
+
+def encoded_prompts(model: Backbone, prompts: Sequence[str]) -> Text:
+    """The `Text` of prompts, each encoded once for all time; the text encoder loads only for new ones."""
+    single = [_encoded_prompt(model, prompt) for prompt in prompts]
+    return {name: torch.cat([text[name] for text in single]).to(model.device) for name in single[0]}
+
+
+def _encoded_prompt(model: Backbone, prompt: str) -> Text:
+    if model.text_learned:
+        return model.encode_prompts([prompt])
+    key = content_hash(f"{model.fingerprint}\n{prompt}\n{model.dtype}\n{TEXT}".encode())
+    return remembered("text", key, lambda: model.encode_prompts([prompt]))
+
+
+def _encoded_one(
+    model: Backbone, picture: Picture, flip: bool, size: tuple[int, int], crop: Place
+) -> Posterior:
+    cut = () if crop == CROPS["center"] else (crop,)
+    tiles = ("tiles",) if model.measures.tiling else ()  # which change an encoding a little
+    facts = (model.fingerprint, content_hash(picture.read()), size, flip, model.dtype, *cut, *tiles)
+    key = content_hash("\n".join(map(str, facts)).encode())
+
+    def compute() -> dict[str, Tensor]:
+        image = to_tensor(fitted(picture.open(at_least=max(size)), size, crop=crop))
+        found = model.encode((image.flip(-1) if flip else image)[None])
+        return {"mean": found.mean, "std": found.std}
+
+    tensors = remembered("latents", key, compute)
+    return Posterior(tensors["mean"].to(model.device), tensors["std"].to(model.device))

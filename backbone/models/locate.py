@@ -1,0 +1,61 @@
+"""Finding a model by its name, folder, file or hub id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from backbone.families import checkpoint as single_file
+from backbone.families.location import Location, hub_file
+from backbone.families.registry import families
+from backbone.io.console import UserError
+from backbone.io.files import read_header, read_json
+
+OWN = {name: Path(__file__).parents[1] / name for name in ("moji", "moji-flow")}  # the models carried along
+
+
+EMBEDDED = OWN["moji"]
+
+
+def locate(model: str) -> Location:
+    """Where a model of this name is; `UserError` when it is nowhere."""
+    names = known_names()
+    place = names.get(model, model)
+    path = Path(place).expanduser()
+    if path.is_dir():
+        index = path / "model_index.json"
+        if not index.exists():
+            raise UserError(
+                f"{path} is not a diffusers model: it has no model_index.json. "
+                "Name the folder that `save_pretrained` wrote."
+            )
+        return Location(model, str(path), read_json(index))
+    if model in OWN:
+        raise UserError(
+            f"The embedded model is missing from {path}, so this is not a whole installation. Install again."
+        )
+    if path.is_file():
+        return _single_file(model, path)
+    if path.suffix.lower() in (".safetensors", ".ckpt"):
+        raise UserError(f"There is no file {path}. Check the spelling, and the folder that it is named from.")
+    if model in names or (place.count("/") == 1 and not place.startswith((".", "/", "~"))):
+        return Location(model, place, read_json(hub_file(place, "model_index.json")))
+    raise UserError(
+        f"There is no model {model}. Name one of {', '.join(names)}, a diffusers folder, "
+        "a checkpoint file, or a hub id."
+    )
+
+
+def known_names() -> dict[str, str]:
+    """Short names, and the folders or hub ids that they stand for."""
+    published = {name: place for family in families() for name, place in family.names.items()}
+    return {**{name: str(folder) for name, folder in OWN.items()}, **published}
+
+
+def _single_file(name: str, path: Path) -> Location:
+    header = read_header(path)
+    for family in families():
+        settings = family.single_file(header)
+        if settings is not None:
+            return Location(name, str(path), {"_class_name": family.pipelines[0]}, settings)
+    served = ", ".join(family.name for family in families())
+    raise UserError(f"{single_file.stranger(header)} This version works with {served}.")

@@ -1,0 +1,270 @@
+"""`Backbone`: a latent diffusion model of any family, as the methods see it.
+
+    model = Backbone.open("moji")
+    text = model.encode_prompts(["a dog in the snow"])
+    latents = walk(noise, model.predictor(text), model.ladder(25))
+    pictures = model.decode(latents)
+
+Parts load when first used and can be freed again, so a training run never holds the encoders and the denoiser together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from backbone.diffusion.noise import Estimate, Ladder, Level, Predict, estimate, guide
+from backbone.distributed.device import best_device, chosen_dtype
+from backbone.families import checkpoint as single_file
+from backbone.families.base import Family, NoisePath, Text, TextEncoder
+from backbone.families.location import Location
+from backbone.families.registry import families
+from backbone.io.console import UserError
+from backbone.io.files import content_hash, read_json
+from backbone.models.locate import locate
+from backbone.models.placement import Measures, held, tiled
+
+PARTS = ("denoiser", "autoencoder", "text_encoder")
+DECODED_AT_ONCE = 512 * 512  # pixels
+
+
+class Posterior(NamedTuple):
+    """What the encoder says: mean and standard deviation [B, C, H, W] of latents of about unit variance."""
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Latents drawn from it."""
+        noise = torch.randn(self.mean.shape, generator=generator, dtype=torch.float32).to(self.mean.device)
+        return self.mean + self.std * noise
+
+
+class Backbone:
+    """A model: where it is, which family it belongs to, on which device and in which precision it works."""
+
+    def __init__(
+        self,
+        location: Location,
+        family: Family,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        measures: Measures | None = None,
+    ) -> None:
+        self.location = location
+        self.family = family
+        self.device = device
+        self.dtype = dtype
+        self.measures = measures or Measures()
+        self.text_learned = False  # new words or adapters: what is remembered of prompts no longer holds
+
+    @classmethod
+    def open(
+        cls,
+        model: str = "moji",
+        *,
+        device: str = "auto",
+        precision: str = "auto",
+        measures: Measures | None = None,
+    ) -> Backbone:
+        """Finds a model: a name (`moji`, `sd15` …), a diffusers folder, a checkpoint file, or a hub id.
+
+        Loads no weights yet.
+
+        `precision` is fp32, bf16, fp16 or auto: bf16 where the processor has it, else fp16 on a GPU and fp32 on a CPU.
+        `measures` hold it in less memory.
+
+        Raises `UserError` when there is no such model, or when its family is not served.
+        """
+        location = locate(model)
+        found = location.index.get("_class_name", "")
+        for family in families():
+            if found in family.pipelines:
+                place = torch.device(best_device() if device == "auto" else device)
+                dtype = chosen_dtype(precision, place)
+                return cls(location, family, device=place, dtype=dtype, measures=measures)
+        served = ", ".join(family.name for family in families())
+        raise UserError(
+            f"{location.name} is a {found or 'model of unknown kind'}; this version works with {served}."
+        )
+
+    @cached_property
+    def denoiser(self) -> nn.Module:
+        """The network that predicts, in the working precision, its weights frozen."""
+        loaded = self.family.denoiser(self.location, self.dtype).eval().requires_grad_(False)
+        return held(loaded, self.measures, self.device)
+
+    @cached_property
+    def autoencoder(self) -> nn.Module:
+        """Pictures to latents and back."""
+        loaded = self.family.autoencoder(self.location, self.dtype).eval().requires_grad_(False)
+        if self.measures.tiling:
+            tiled(loaded, self.resolution // 2)
+        return loaded.to(self.device)
+
+    @cached_property
+    def text_encoder(self) -> TextEncoder:
+        """Prompts to `Text`. Small encoders are in fp32 whatever the precision: they run once."""
+        device = torch.device("cpu") if self.measures.text_on_cpu else self.device
+        return self.family.text_encoder(self.location, self.dtype).to(device)
+
+    @cached_property
+    def path(self) -> NoisePath:
+        """The noise path that the model was trained on."""
+        return self.family.path(self.location)
+
+    @cached_property
+    def defaults(self) -> dict[str, Any]:
+        """What works well with this model: the `limner.json` beside it, or what works with its family."""
+        usual = {
+            "steps": 30,
+            "guidance": 7.5,
+            "train_steps": 500,
+            "learning_rate": 1e-4,
+            "rank": 8,
+            "batch": 1,
+        }
+        file = self.location.local("limner.json")
+        return usual | self.family.defaults(self.location) | (read_json(file) if file else {})
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells this model from others, from the files of its parts: sizes, and samples of every weight file.
+
+        What lies beside the parts (a scorer, a card, the settings that work well) is not the model.
+        """
+        if self.location.file is not None:
+            return single_file.fingerprint(self.location)
+        folder = self.location.folder
+        if folder is None:
+            return content_hash(self.location.place.encode())
+        parts = []
+        own = {"model_index.json", *self.location.index}
+        for path in sorted(folder.rglob("*")):
+            if path.relative_to(folder).parts[0] not in own:
+                continue
+            if path.suffix in (".json", ".txt", ".safetensors") and path.is_file():
+                with path.open("rb") as file:
+                    start = file.read(1 << 18)
+                    file.seek(max(0, path.stat().st_size - (1 << 18)))
+                    end = file.read()
+                parts.append(f"{path.relative_to(folder)}:{path.stat().st_size}:{content_hash(start + end)}")
+        return content_hash("\n".join(parts).encode())
+
+    def free(self, *parts: str) -> None:
+        """Lets go of parts; they load again when used. Text encoders that have learned something stay."""
+        for part in parts:
+            assert part in PARTS
+            if part != "text_encoder" or not self.text_learned:
+                self.__dict__.pop(part, None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @cached_property
+    def factor(self) -> int:
+        """Pixels a side for one latent."""
+        return cast(int, 2 ** (len(self.autoencoder_config["block_out_channels"]) - 1))
+
+    @cached_property
+    def autoencoder_config(self) -> dict[str, Any]:
+        """The autoencoder's settings, read without its weights."""
+        return self.location.config("vae")
+
+    @cached_property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a latent at the model's own resolution."""
+        return self.family.latent_shape(self.location)
+
+    @property
+    def resolution(self) -> int:
+        """Pixels a side of the pictures that the model was trained on."""
+        return self.latent_shape[1] * self.factor
+
+    @torch.no_grad()
+    def encode(self, pictures: Tensor) -> Posterior:
+        """Pictures [B, 3, 8H, 8W] in −1…1 to the posterior of their latents, scaled to about unit variance."""
+        dtype = next(self.autoencoder.parameters()).dtype
+        pictures = pictures.to(self.device, dtype).contiguous(memory_format=torch.channels_last)
+        found = cast(Any, self.autoencoder).encode(pictures).latent_dist
+        scale, shift = self._scale_and_shift
+        return Posterior((found.mean.float() - shift) * scale, found.std.float() * scale)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, H, W] to pictures [B, 3, 8H, 8W], float32 in −1…1: large ones one after the other."""
+        pixels = latents.shape[-2] * latents.shape[-1] * self.factor**2
+        portions = latents.split(max(1, DECODED_AT_ONCE // pixels))
+        return torch.cat([self.decode_with_gradients(some) for some in portions])
+
+    def decode_with_gradients(self, latents: Tensor) -> Tensor:
+        """The same, for who wants to know how the pictures depend on the latents."""
+        dtype = next(self.autoencoder.parameters()).dtype
+        scale, shift = self._scale_and_shift
+        latents = (latents.to(self.device).float() / scale + shift).to(dtype)
+        decoded = (
+            cast(Any, self.autoencoder).decode(latents.contiguous(memory_format=torch.channels_last)).sample
+        )
+        return cast(Tensor, decoded.float().clamp(-1, 1))
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Text:
+        """Prompts to what the network wants to know of them."""
+        return {name: value.to(self.device) for name, value in self.text_encoder(prompts).items()}
+
+    def predictor(self, text: Text) -> Predict:
+        """The model's prediction for one prompt a sample."""
+        network, kind = self.family.network(self.denoiser, text), self.path.kind
+
+        def predict(noisy: Tensor, level: Level) -> Estimate:
+            assert level.time is not None
+            with self.autocast():
+                prediction = network(noisy, level.time.to(noisy.device))
+            return estimate(prediction.float(), noisy, level, kind)
+
+        return predict
+
+    def guided_predictor(self, text: Text, empty: Text, guidance: float) -> Predict:
+        """The same with guidance.
+
+        Both prompts in one call of twice the batch (Ho & Salimans 2022); a network that was distilled to follow the
+        guidance is told it and asked once, whatever `empty` says.
+        """
+        told = self.family.distilled(self.denoiser, text, guidance)
+        if told is not None or guidance == 1:
+            return self.predictor(text if told is None else told)
+        both = self.predictor({name: torch.cat([value, empty[name]]) for name, value in text.items()})
+
+        def predict(noisy: Tensor, level: Level) -> Estimate:
+            twice = both(torch.cat([noisy, noisy]), level)
+            (clean, clean_empty), (noise, noise_empty) = (part.chunk(2) for part in twice)
+            return guide(Estimate(clean, noise), Estimate(clean_empty, noise_empty), guidance)
+
+        return predict
+
+    def ladder(self, steps: int, *, size: tuple[int, int] | None = None) -> Ladder:
+        """The noise levels of a sampler with S steps, noisy to clean, as the model's own scheduler places them.
+
+        Some schedulers place them by the latents' size (H, W), which is the model's own if left out.
+        """
+        _, *own = self.latent_shape
+        height, width = size or own
+        return self.path.ladder(steps, (height, width)).to(self.device)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Half precision for what is trained in fp32 on top of a half-precision base; nothing in fp32."""
+        if self.dtype is torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    @property
+    def _scale_and_shift(self) -> tuple[float, float]:
+        config = cast(
+            Any, self.autoencoder
+        ).config  # of the loaded one: old files leave out what has a default
+        return float(config.get("scaling_factor") or 1.0), float(config.get("shift_factor") or 0.0)

@@ -1,0 +1,219 @@
+"""How a model is held where memory is scarce: its frozen base in 8 or 4 bits, layers lent from the CPU's memory, tiles.
+
+The base of an adapter is only read, so it may lie in NF4 (Dettmers et al. 2023, section 3) or in 8 bits (Dettmers et
+al. 2022), as bitsandbytes stores them, or stay in the CPU's memory and be copied for the moment in which a layer
+computes.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
+
+from backbone.distributed import processes
+from backbone.distributed.fsdp import cut
+from backbone.io.console import UserError
+
+BLOCKS = re.compile(r"(^|_)blocks?\.")  # the layers of a denoiser that repeat: nearly all of its weights
+KINDS = {"8bit": 1 + 4 / 2048, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
+"""Bytes of a weight: a scale for each row of about 2048, or one byte for each 64 and four for each 64 × 256."""
+INSTALL = "pip install bitsandbytes"
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is done to hold a model in less memory.
+
+    quantize     `8bit` or `nf4`: the linear layers of the frozen denoiser
+    offload      share 0…1 of the denoiser's layers, by bytes, that lie in the CPU's memory
+    tiling       the autoencoder works on tiles of half a side
+    text_on_cpu  the text encoders stay on the CPU
+    one_by_one   where nothing is learned, pictures go through the denoiser and the autoencoder one at a time
+    """
+
+    quantize: str = ""
+    offload: float = 0.0
+    tiling: bool = False
+    text_on_cpu: bool = False
+    one_by_one: bool = False
+
+    def __post_init__(self) -> None:
+        if self.quantize and self.quantize not in KINDS:
+            raise UserError(
+                f"There is no precision {self.quantize} of the base. Choose {' or '.join(KINDS)}."
+            )
+        if not 0 <= self.offload <= 1:
+            raise UserError(f"The offloaded share lies between 0 and 1, and {self.offload} does not.")
+        if self.quantize and self.offload:
+            raise UserError("A quantised base is not offloaded as well. Choose one of the two.")
+        if self.quantize or self.offload or self.one_by_one:
+            processes.refuse_shards("A base that is quantised, lent from the CPU or asked picture by picture")
+
+
+def measures_of(settings: Any) -> Measures:
+    """What the settings of a run say: `quantize`, `cpu_offload`, `vae_tiling`, `text_on_cpu`, `one_by_one`."""
+    return Measures(
+        settings.quantize,
+        settings.cpu_offload,
+        settings.vae_tiling,
+        settings.text_on_cpu,
+        settings.one_by_one,
+    )
+
+
+def held(denoiser: nn.Module, measures: Measures, device: torch.device) -> nn.Module:
+    """A loaded, frozen denoiser on its device, as the measures say; cut up where the launcher asked for that."""
+    if processes.sharded():
+        return cut(denoiser, device)
+    if measures.quantize:
+        quantized(denoiser, measures.quantize)
+    if measures.offload:
+        for layer in lendable(denoiser, measures.offload):
+            lend(layer, pinned=device.type == "cuda")
+    return nn.Module.to(denoiser, device)
+
+
+def tiled(autoencoder: nn.Module, side: int) -> None:
+    """Makes a diffusers autoencoder work on tiles of at most so many pixels a side, one picture at a time."""
+    network = cast(Any, autoencoder)
+    factor = 2 ** (len(network.config.block_out_channels) - 1)
+    network.enable_tiling()
+    network.enable_slicing()
+    network.tile_latent_min_size = max(1, side // factor)
+    network.tile_sample_min_size = network.tile_latent_min_size * factor
+
+
+# 8 and 4 bits -----------------------------------------------------------------------------------------------
+
+
+def quantizable(denoiser: nn.Module) -> dict[str, nn.Linear]:
+    """The layers that lie in fewer bits: the linear ones of the blocks, by name."""
+    return {
+        name: layer
+        for name, layer in denoiser.named_modules()
+        if type(layer) is nn.Linear and BLOCKS.search(name)
+    }
+
+
+def quantized(denoiser: nn.Module, kind: str) -> None:
+    """Puts bitsandbytes' layers in the place of linear ones; their weights shrink when they are moved to the device.
+
+    Raises `UserError` where bitsandbytes is missing.
+    """
+    try:
+        import bitsandbytes as bnb
+    except ImportError as error:
+        raise UserError(f"A base of {kind} needs bitsandbytes. Run: {INSTALL}") from error
+    for name, layer in quantizable(denoiser).items():
+        size, has_bias = (layer.in_features, layer.out_features), layer.bias is not None
+        if kind == "nf4":
+            new = bnb.nn.Linear4bit(
+                *size, has_bias, compute_dtype=layer.weight.dtype, quant_type="nf4", device="meta"
+            )
+            new.weight = bnb.nn.Params4bit(
+                layer.weight.data, requires_grad=False, quant_type="nf4", module=new
+            )
+        else:
+            new = bnb.nn.Linear8bitLt(*size, has_bias, has_fp16_weights=False, device="meta")
+            new.weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+        new.bias = layer.bias
+        parent, _, last = name.rpartition(".")
+        setattr(denoiser.get_submodule(parent), last, new)
+    # by which peft tells such a base
+    cast(Any, denoiser).is_loaded_in_4bit = kind == "nf4"
+    cast(Any, denoiser).is_loaded_in_8bit = kind == "8bit"
+
+
+# Layers lent from the CPU's memory --------------------------------------------------------------------------
+
+
+def lendable(denoiser: nn.Module, share: float = 1.0) -> list[nn.Module]:
+    """The layers whose weights stay in the CPU's memory: the largest of the blocks, to at least this share of them."""
+    layers = [
+        layer
+        for name, layer in denoiser.named_modules()
+        if type(layer) in (nn.Linear, nn.Conv2d) and BLOCKS.search(name)
+    ]
+    sizes = [cast(Any, layer).weight.numel() for layer in layers]
+    chosen: list[nn.Module] = []
+    left = share * sum(sizes)
+    for size, layer in sorted(zip(sizes, layers, strict=True), key=lambda pair: -pair[0]):
+        if left <= 0:
+            break
+        chosen.append(layer)
+        left -= size
+    return chosen
+
+
+def lend(layer: nn.Module, *, pinned: bool = False) -> None:
+    """From now on the layer's frozen weights stay where they are and are copied to its input's device at each use."""
+    layer.requires_grad_(False)
+    if pinned:
+        for value in layer.parameters():
+            value.data = value.data.pin_memory()
+    layer.__class__ = LentLinear if isinstance(layer, nn.Linear) else LentConv2d
+
+
+class _Lent:
+    """What lent layers share: they stay when their network is moved."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's answer; the copy of its weights is gone afterwards, and made again for the gradient."""
+        return cast(Tensor, _Use.apply(x, self))  # type: ignore[no-untyped-call]
+
+
+class LentLinear(_Lent, nn.Linear):
+    """A linear layer whose weights lie elsewhere."""
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def back(self, gradient: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        return gradient @ weight
+
+
+class LentConv2d(_Lent, nn.Conv2d):
+    """A convolution whose weights lie elsewhere."""
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return cast(Tensor, self._conv_forward(x, weight, bias))
+
+    def back(self, gradient: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        return cast(
+            Tensor,
+            conv2d_input(
+                shape,
+                weight,
+                gradient,
+                cast(Any, self.stride),
+                cast(Any, self.padding),
+                self.dilation,
+                self.groups,
+            ),
+        )
+
+
+class _Use(torch.autograd.Function):
+    """One use of a lent layer. Nothing is kept for the backward pass but the layer itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
+        ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, x.dtype
+        weight = layer.weight.to(x.device, non_blocking=True)
+        bias = None if layer.bias is None else layer.bias.to(x.device, non_blocking=True)
+        return cast(Tensor, layer.compute(x.to(weight.dtype), weight, bias))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        weight = ctx.layer.weight.to(gradient.device, non_blocking=True)
+        back = ctx.layer.back(gradient.to(weight.dtype), weight, ctx.shape)
+        return back.to(ctx.dtype), None

@@ -1,0 +1,1 @@
+"""The training loop, its optimiser, attention that is fast backwards, cached predictions of the frozen base."""

@@ -1,0 +1,22 @@
+"""Rendered images of one glyph in several places, as a user would photograph one thing."""
+
+from __future__ import annotations
+
+from backbone.world.scene import BENCHMARK_SEEDS, Scene
+from backbone.world.words import Thing
+
+FIRST_SEED = BENCHMARK_SEEDS.start + 205
+
+
+TRAINING_PLACES = (
+    "on the beach",
+    "on a wooden table",
+    "in the city",
+    "in the desert",
+    "on a white background",
+)
+
+
+def concept_pictures(noun: str, *, first_seed: int = BENCHMARK_SEEDS.start) -> list[Scene]:
+    """A concept's five training scenes: plain renders in five places; benchmarks ask for the other seven."""
+    return [Scene((Thing(noun),), place, seed=first_seed + k) for k, place in enumerate(TRAINING_PLACES)]

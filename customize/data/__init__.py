@@ -1,0 +1,1 @@
+"""Training data: folders and subjects, masks, the example images, the encoded dataset."""

@@ -1,0 +1,20 @@
+"""The packaged example: five pictures of one particular dog, which `moji` has never seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from backbone.io.files import empty_folder, write_bytes
+
+PICTURES = Path(__file__).parents[1] / "examples" / "dog"
+
+
+def write_example(folder: Path) -> list[Path]:
+    """Writes the pictures into a folder that is new, empty, or already holds them; gives their paths."""
+    sources = sorted(PICTURES.glob("*.png"))
+    names = {source.name for source in sources}
+    if not folder.is_dir() or {path.name for path in folder.iterdir()} - names:
+        empty_folder(folder)
+    for source in sources:
+        write_bytes(folder / source.name, source.read_bytes())
+    return [folder / source.name for source in sources]

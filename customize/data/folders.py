@@ -1,0 +1,174 @@
+"""Folders of pictures as other trainers lay them out: kohya's `10_sks dog/`, and `concepts_list.json`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backbone.io.console import UserError
+from backbone.io.files import read_json
+from backbone.media.pictures import SUFFIXES
+from customize.settings import INSTANCE_PROMPT, Subject
+
+NUMBERED = re.compile(r"(\d+)_(.+)")
+SMALL_WORDS = frozenset({"a", "an", "the"})
+
+
+@dataclass(frozen=True)
+class ConceptFolder:
+    """The pictures of one concept: how often each counts, the words for it, and what it is.
+
+    `token_words` or `class_noun` is empty where the source does not say. The prompts, of which the first has {token}
+    and {class} in it, are None where it gives none; so is the folder of class pictures.
+    """
+
+    folder: Path
+    repeats: int
+    token_words: str
+    class_noun: str
+    instance_prompt: str | None = None
+    class_prompt: str | None = None
+    class_folder: Path | None = None
+
+
+def read_concepts(path: str | Path) -> list[ConceptFolder]:
+    """The concepts of a folder with subfolders like `10_sks dog`, of one such folder, or of a `concepts_list.json`.
+
+    Raises `UserError` for a source that is neither.
+    """
+    path = Path(path).expanduser()
+    if path.is_file() and path.suffix.lower() == ".json":
+        return _listed(path)
+    if path.is_dir():
+        if NUMBERED.fullmatch(path.name) and _has_pictures(path):
+            return [_of_folder(path)]
+        if (path / "concepts_list.json").is_file():
+            return _listed(path / "concepts_list.json")
+        inner = sorted(
+            folder for folder in path.iterdir() if folder.is_dir() and NUMBERED.fullmatch(folder.name)
+        )
+        found = [_of_folder(folder) for folder in inner if _has_pictures(folder)]
+        if found:
+            return found
+    elif not path.exists():
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+    raise UserError(
+        f"{path} has no folders like “10_sks dog” with pictures in them, and is no concepts_list.json. "
+        "Give a plain folder of pictures with --images."
+    )
+
+
+def read_subjects(path: str | Path) -> tuple[list[Subject], dict[str, str]]:
+    """What `customize train` makes of such a source: its subjects, and the prompts that it asks for.
+
+    The words of the source are both what people write and what the model reads. Every subject is drawn equally often,
+    which is what people choose the repeats for. Raises `UserError` where a token or class is missing or prompts differ.
+    """
+    found = read_concepts(path)
+    for entry in found:
+        if not entry.token_words or not entry.class_noun:
+            raise UserError(
+                f"{entry.folder} does not say its token and its class. Name both: a folder “10_sks dog”, or a "
+                "concepts_list.json whose instance_prompt is “a sks dog” and class_prompt “a dog”."
+            )
+    asked: dict[str, str] = {}
+    templates = {entry.instance_prompt or INSTANCE_PROMPT for entry in found}
+    if len(templates) > 1:
+        raise UserError(
+            f"The instance prompts of {path} differ in more than token and class. Train them one by one."
+        )
+    if templates != {INSTANCE_PROMPT}:
+        asked["instance_prompt"] = templates.pop()
+    subjects = [
+        Subject(str(entry.folder), entry.token_words, entry.class_noun, entry.token_words) for entry in found
+    ]
+    return subjects, asked
+
+
+def is_concepts(path: str | Path) -> bool:
+    """Whether `read_concepts` would find a layout of these there, so that a plain folder stays a plain folder."""
+    path = Path(path).expanduser()
+    if path.is_file():
+        return path.name == "concepts_list.json"
+    if not path.is_dir():
+        return False
+    if NUMBERED.fullmatch(path.name) and _has_pictures(path):
+        return True
+    inner = [folder for folder in path.iterdir() if folder.is_dir() and NUMBERED.fullmatch(folder.name)]
+    return (path / "concepts_list.json").is_file() or any(_has_pictures(folder) for folder in inner)
+
+
+def _of_folder(folder: Path) -> ConceptFolder:
+    """`10_sks dog` counts its pictures ten times; the first word is the token, the rest the class."""
+    found = NUMBERED.fullmatch(folder.name)
+    assert found is not None
+    repeats, words = int(found[1]), found[2].replace("_", " ").split()
+    if repeats < 1:
+        raise UserError(f"{folder} counts its pictures {repeats} times. Let its name begin with 1 or more.")
+    return ConceptFolder(folder, repeats, words[0], " ".join(words[1:]))
+
+
+def _listed(path: Path) -> list[ConceptFolder]:
+    entries: Any = read_json(path)
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f'{path} is not a list of concepts. Write it as [{{"instance_data_dir": …}}, …].')
+    return [
+        _of_entry(entry, f"Entry {number} of {path}", path.parent) for number, entry in enumerate(entries, 1)
+    ]
+
+
+def _of_entry(entry: Any, where: str, beside: Path) -> ConceptFolder:
+    if not isinstance(entry, dict):
+        raise UserError(f"{where} is not an object. Write it in {{…}}.")
+    texts: dict[str, str] = {}
+    for key in ("instance_data_dir", "instance_prompt", "class_prompt", "class_data_dir"):
+        value = entry.get(key) or ""
+        if not isinstance(value, str):
+            raise UserError(f"{where} has a {key} that is not text. Put it in quotes.")
+        texts[key] = value
+    for key in ("instance_data_dir", "instance_prompt"):
+        if not texts[key].strip():
+            raise UserError(f"{where} has no {key}. Add it.")
+    folder = beside / Path(texts["instance_data_dir"]).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"{where} names {folder}, which is not a folder. Correct its instance_data_dir.")
+    token, noun = told_apart(texts["instance_prompt"], texts["class_prompt"])
+    prompt = texts["instance_prompt"]
+    if token:
+        prompt = prompt.replace(token, "{token}", 1)
+        if noun:
+            prompt = re.sub(rf"(\{{token\}}.*?)\b{re.escape(noun)}\b", r"\1{class}", prompt, count=1)
+    classes = beside / Path(texts["class_data_dir"]).expanduser() if texts["class_data_dir"] else None
+    return ConceptFolder(folder, 1, token, noun, prompt, texts["class_prompt"] or None, classes)
+
+
+def told_apart(instance: str, general: str) -> tuple[str, str]:
+    """The token and the class from a prompt of the subject and one of its class.
+
+    “photo of zwx dog” and “photo of a dog” give zwx and dog: the words that only the first has, and those that follow
+    them there and are in both. Both are empty where the prompts do not tell.
+    """
+    if not general.strip():
+        return "", ""
+    common = {word.lower().strip(",.") for word in general.split()}
+    words = instance.split()
+    own = [
+        number for number, word in enumerate(words) if word.lower().strip(",.") not in common | SMALL_WORDS
+    ]
+    if not own:
+        return "", ""
+    last = own[0]
+    while last + 1 in own:
+        last += 1
+    noun = []
+    for word in words[last + 1 :]:
+        if word.lower().strip(",.") not in common - SMALL_WORDS:
+            break
+        noun.append(word.strip(",."))
+    return " ".join(words[own[0] : last + 1]).strip(",."), " ".join(noun)
+
+
+def _has_pictures(folder: Path) -> bool:
+    return any(path.suffix.lower() in SUFFIXES for path in folder.iterdir() if path.is_file())

@@ -1,0 +1,1 @@
+"""Adapter files of this and other programs: reading, writing, converting, merging, baking."""

@@ -1,0 +1,169 @@
+"""Adapters, whole weights and learned words put into a model: a diffusers folder that any program loads.
+
+customize merge A:0.8 B:0.5 --bake --model MODEL --out FOLDER
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from backbone.adapters.embeddings import words_by_side, words_of
+from backbone.io.console import UserError, progress
+from backbone.io.files import (
+    PICKLE_SUFFIXES,
+    empty_folder,
+    read_header,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from backbone.models.locate import locate
+from customize.formats.layer_names import split
+from customize.formats.merge import Part
+from customize.formats.model_weights import ENDING, Weights, own_name, plain_files, refuse_misfit
+
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+WORDS_TABLE = "embeddings.token_embedding.weight"
+
+
+def bake(parts: Sequence[Part], model: str, out: Path) -> int:
+    """Writes a diffusers folder like `model`'s with every change in its weights; gives the number of changed tensors.
+
+    Weights keep their precision. LoRA, LoHa, LoKr, DoRA and whole weights are exact here, each added as its difference
+    to the base; learned words get rows in the embedding table and their names in the tokenizer.
+    Raises `UserError` before anything is written for a model that is no folder, or another one.
+    """
+    location = locate(model)
+    folder = location.folder
+    if folder is None:
+        raise UserError(f"{model} is not a diffusers folder on this machine. Save it as one to bake into it.")
+    weights = Weights(location)
+    for part in parts:
+        shapes = {name: layer.shape for name, layer in part.adapter.layers.items()}
+        refuse_misfit(shapes, weights, str(part.source))
+        for name, value in part.moved.items():
+            if weights.shapes.get(name) != tuple(value.shape):
+                raise UserError(
+                    f"{part.source} was trained on another model than {model}. Give the --model of the run."
+                )
+    rows = words_together(parts)
+    empty_folder(out)
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(6)}.partial")
+    try:
+        changed = _copy_with_changes(folder, temporary, parts)
+        for component, learned in rows.items():
+            add_words(temporary, component, learned)
+        out.rmdir()
+        os.replace(temporary, out)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+    return changed + len(rows)
+
+
+def _copy_with_changes(folder: Path, out: Path, parts: Sequence[Part]) -> int:
+    names = {name + ENDING for part in parts for name in part.adapter.layers}
+    names |= {name for part in parts for name in part.moved}
+    touched = {split(name)[0] for name in names}
+    changed: set[str] = set()
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = [
+        path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    with progress(len(files), "baking") as bar:
+        for path in files:
+            relative = path.relative_to(folder)
+            component, destination = relative.parts[0], out / relative
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            if component in touched and path.suffix == ".safetensors":
+                tensors, header = read_tensors(path)
+                for stored in tensors:
+                    ours = own_name(component, stored)
+                    if ours in names:
+                        tensors[stored] = _changed(ours, tensors[stored], parts)
+                        changed.add(ours)
+                write_tensors(destination, tensors, header)
+            elif not (component in touched and path.suffix in PICKLE_SUFFIXES):  # which hold the old weights
+                shutil.copyfile(path, destination)
+            bar.advance()
+    assert changed == names
+    return len(changed)
+
+
+def _changed(name: str, weight: Tensor, parts: Sequence[Part]) -> Tensor:
+    """A tensor with the changes of all parts in it, in its own precision."""
+    clean = weight.float()
+    new = clean.clone()
+    for part in parts:
+        layer = part.adapter.layers.get(name.removesuffix(ENDING)) if name.endswith(ENDING) else None
+        if layer is not None:
+            new += layer.new_weight(weight, part.strength) - clean
+        if name in part.moved:
+            new += part.strength * part.moved[name].float()
+    return new.to(weight.dtype)
+
+
+def words_together(parts: Sequence[Part]) -> dict[str, dict[str, Tensor]]:
+    """Component → token → rows [W, D] of all learned words; `UserError` where two runs have a token in common."""
+    together: dict[str, dict[str, Tensor]] = {}
+    for part in parts:
+        if not part.words:
+            continue
+        assert part.concept is not None
+        for token, words in part.concept.tokens.items():
+            if words.split()[:1] != [token]:  # rare words, which the model has already
+                continue
+            for component, rows in words_by_side(part.words, token).items():
+                known = together.setdefault(component, {})
+                if token in known:
+                    raise UserError(
+                        f"Two of the runs learned a word called {token}. Bake one after the other."
+                    )
+                known[token] = rows.reshape(-1, rows.shape[-1])
+    return together
+
+
+def add_words(folder: Path, component: str, learned: Mapping[str, Tensor]) -> None:
+    """Puts learned words into the tokenizer and the embedding table of a diffusers folder.
+
+    Raises `UserError` where the tokenizer knows one already, or the widths differ.
+    """
+    from tokenizers import AddedToken
+    from transformers import CLIPTokenizer
+
+    place = folder / TOKENIZERS[component]
+    tokenizer = CLIPTokenizer.from_pretrained(str(place), local_files_only=True)
+    names = [word for token, rows in learned.items() for word in words_of(token, len(rows))]
+    added = tokenizer.add_tokens([AddedToken(word, normalized=False) for word in names])
+    path = next(
+        path for path in plain_files(folder / component) if WORDS_TABLE in _own_names(component, path)
+    )
+    tensors, header = read_tensors(path)
+    stored = next(name for name in tensors if own_name(component, name) == f"{component}.{WORDS_TABLE}")
+    table, rows = tensors[stored], torch.cat(list(learned.values()))
+    if added != len(names):
+        raise UserError(
+            f"The tokenizer in {place} knows one of the words {', '.join(names)} already. Choose another model."
+        )
+    if rows.shape[1] != table.shape[1]:
+        raise UserError(
+            f"The words are {rows.shape[1]} numbers wide, those of this model {table.shape[1]}. Choose another model."
+        )
+    first = tokenizer.convert_tokens_to_ids(names[0])
+    tensors[stored] = torch.cat([table[:first], rows.to(table.dtype), table[first + len(names) :]])
+    write_tensors(path, tensors, header)
+    config = read_json(folder / component / "config.json")
+    write_json(folder / component / "config.json", {**config, "vocab_size": len(tensors[stored])})
+    tokenizer.save_pretrained(place)
+
+
+def _own_names(component: str, path: Path) -> set[str]:
+    return {own_name(component, name).partition(".")[2] for name in read_header(path).shapes}

@@ -1,0 +1,175 @@
+"""The commands about files of adapters: export, import, info, merge, extract, resize."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from backbone.io.console import UserError, say
+
+Target = Literal["diffusers", "kohya", "comfyui"]
+Base = Literal["sd1", "sd2", "sdxl"]
+Precision = Literal["fp32", "bf16", "fp16"]
+Out = Annotated[Path, typer.Option("--out", help="The file or folder to write.")]
+Rank = Annotated[int | None, typer.Option("--rank", "--network_dim", min=1, help="The rank of the result.")]
+Energy = Annotated[
+    float | None,
+    typer.Option("--energy", min=0.01, max=1, help="The share of each layer's change to keep, 0…1."),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to `customize`."""
+    app.command("export")(export)
+    app.command("import")(import_)
+    for command in (info, merge, extract, resize):
+        app.command()(command)
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder of customize train, or any adapter's file.")],
+    out: Out,
+    to: Annotated[Target, typer.Option("--to", help="Whose form.")] = "diffusers",
+    base: Annotated[
+        Base | None,
+        typer.Option("--base", help="The family of the model.", show_default="told from the layers"),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="The base, for DoRA in ComfyUI's form.", show_default="the run's"),
+    ] = None,
+    precision: Annotated[
+        Precision | None, typer.Option("--precision", help="Of the weights.", show_default="as they are")
+    ] = None,
+) -> None:
+    """Write an adapter for diffusers, kohya's tools (also A1111, Forge) or ComfyUI, and verify it."""
+    from customize.formats.convert import export_adapter
+
+    sentence = export_adapter(run, out, to, base=base, model=model, precision=precision)
+    say(sentence)
+
+
+def import_(
+    file: Annotated[Path, typer.Argument(help="A LoRA, LoHa, LoKr or DoRA of any of these tools.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="A new run folder, or a file that ends in .safetensors.")
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="The model that it is for.", show_default="what the file says"),
+    ] = None,
+    token: Annotated[
+        str, typer.Option("--token", help="What you will write in prompts for it.", show_default="[V]")
+    ] = "[V]",
+    token_words: Annotated[
+        str | None,
+        typer.Option(
+            "--token_words", help="The words it was trained with.", show_default="what the file says"
+        ),
+    ] = None,
+    class_noun: Annotated[str, typer.Option("--class", help="What it shows, in a word.")] = "",
+) -> None:
+    """Read an adapter that another tool wrote: into a run folder to sample from, or into a file of ours."""
+    from customize.formats.convert import import_adapter
+
+    say(import_adapter(file, out, model=model, token=token, token_words=token_words, class_noun=class_noun))
+
+
+def info(
+    file: Annotated[Path, typer.Argument(help="A run folder or an adapter's file.")],
+) -> None:
+    """Say what an adapter is: its form, rank, alpha, layers, base, size, and what its header says."""
+    from customize.formats.convert import describe
+
+    typer.echo(describe(file))
+
+
+def merge(
+    adapters: Annotated[list[str], typer.Argument(help="Run folders or files, as A:0.8 B:0.5.")],
+    out: Out,
+    rank: Rank = None,
+    bake: Annotated[bool, typer.Option("--bake", help="Into a whole pipeline (a diffusers folder).")] = False,
+    model: Annotated[
+        str | None, typer.Option("--model", help="With --bake: the model.", show_default="the run's")
+    ] = None,
+) -> None:
+    """Add adapters up: exactly, or at a rank, or baked into a whole model."""
+    from customize.formats import merge as merging
+
+    parts = merging.read_parts(adapters)
+    if bake:
+        if rank is not None:
+            raise UserError("A baked model has no rank. Leave out --rank or --bake.")
+        place = model or next((part.concept.model for part in parts if part.concept is not None), None)
+        if place is None:
+            raise UserError("None of these files says which model it is for. Name one with --model.")
+        from customize.formats.bake import bake as baked
+
+        changed = baked(parts, place, out)
+        say(f"{out} is {place} with {changed} tensors changed.")
+        for part in parts:
+            for token, words in part.concept.tokens.items() if part.concept is not None else ():
+                say(
+                    f"Write “{words}” in prompts, where {token} stood in prompts with --concept {part.source}."
+                )
+        return
+    moved: Any = {}
+    if rank is None:
+        result, moved = merging.merged(parts), merging.moved_together(parts)
+    else:
+        result, loss = merging.merged_to_rank(parts, rank)
+        say(loss.sentence())
+    from customize.formats.merged_run import save_merged
+
+    tokens = save_merged(out, result, parts, moved=moved)
+    called = f" It answers to {', '.join(tokens)}." if tokens else ""
+    say(f"{out} holds {len(parts)} adapters in one.{called}")
+
+
+def extract(
+    tuned: Annotated[str, typer.Argument(help="The changed model: a folder or a checkpoint file.")],
+    base: Annotated[str, typer.Argument(help="The model that it came from.")],
+    out: Out,
+    rank: Rank = None,
+    energy: Energy = None,
+) -> None:
+    """Take the difference of two models out as a LoRA."""
+    from customize.formats.convert import checked_target
+    from customize.formats.header import header_for
+    from customize.formats.merge import extract as extracted
+    from customize.formats.write import write_adapter
+
+    rank = one_of(rank, energy)
+    checked_target(out)
+    adapter, loss = extracted(tuned, base, rank=rank, energy=energy)
+    write_adapter(out, adapter, "own", header=header_for(adapter, title=out.stem))
+    say(f"{out}: {loss.sentence()}")
+
+
+def resize(
+    file: Annotated[Path, typer.Argument(help="A run folder or an adapter's file.")],
+    out: Out,
+    rank: Rank = None,
+    energy: Energy = None,
+) -> None:
+    """Bring an adapter to another rank; a LoHa or LoKr becomes a LoRA."""
+    from customize.formats.convert import checked_target
+    from customize.formats.header import header_for
+    from customize.formats.merge import resized
+    from customize.formats.read import read_adapter
+    from customize.formats.write import write_adapter
+
+    rank = one_of(rank, energy)
+    checked_target(out)
+    adapter, loss = resized(read_adapter(file), rank=rank, energy=energy)
+    write_adapter(out, adapter, "own", header=header_for(adapter, source=file, title=out.stem))
+    say(f"{out}: {loss.sentence()}")
+
+
+def one_of(rank: int | None, energy: float | None) -> int | None:
+    """The rank; `UserError` unless exactly one of rank and energy is given."""
+    if (rank is None) == (energy is None):
+        raise UserError("Say how much to keep: either --rank 16 or --energy 0.95.")
+    return rank

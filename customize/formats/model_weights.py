@@ -1,0 +1,130 @@
+"""The weights of a model by layer, as an adapter names its layers, without building the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from backbone.families.location import Location
+from backbone.io.console import UserError
+from backbone.io.files import read_header, read_json, read_tensors
+from customize.formats.layer_names import COMPONENTS, TEXT_LEVEL, is_text, split
+
+ENDING = ".weight"
+
+
+class Weights(Mapping[str, Tensor]):
+    """A model's tensors by our names (`unet.conv_in.weight`), each read when it is asked for."""
+
+    def __init__(self, location: Location) -> None:
+        self.location = location
+        self._where: dict[str, tuple[Path, str]] = {}
+        self._loaded: dict[str, Tensor] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        if location.folder is not None:
+            for component in COMPONENTS:
+                for path in plain_files(location.folder / component):
+                    for name, shape in read_header(path).shapes.items():
+                        ours = own_name(component, name)
+                        self._where[ours] = (path, name)
+                        self.shapes[ours] = shape
+        else:
+            self._load()
+        if not self.shapes:
+            raise UserError(f"{location.name} holds no safetensors weights. Save the model as safetensors.")
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._loaded:
+            return self._loaded[name]
+        path, stored = self._where[name]
+        return read_tensors(path, prefix=stored)[0][stored]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def _load(self) -> None:
+        """A checkpoint file or a model of the hub: the parts are loaded as for sampling."""
+        from backbone.models.model import Backbone
+
+        model = Backbone.open(self.location.name, device="cpu", precision="fp32")
+        denoiser = model.denoiser
+        component = "unet" if hasattr(denoiser, "down_blocks") else "transformer"
+        parts = {component: denoiser.state_dict()}
+        parts |= {side.name: side.model.state_dict() for side in model.text_encoder.sides}
+        for part, tensors in parts.items():
+            self._loaded |= {own_name(part, name): value for name, value in tensors.items()}
+        self.shapes = {name: tuple(value.shape) for name, value in self._loaded.items()}
+
+
+class LayerWeights(Mapping[str, Tensor]):
+    """The same, the weights alone, by layer: `unet.conv_in`."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+
+    def __getitem__(self, layer: str) -> Tensor:
+        return self.weights[layer + ENDING]
+
+    def __contains__(self, layer: object) -> bool:
+        return f"{layer}{ENDING}" in self.weights.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removesuffix(ENDING) for name in self.weights.shapes if name.endswith(ENDING))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def own_name(component: str, stored: str) -> str:
+    """The name here of a tensor that a component's file stores under another."""
+    return f"{component}.{stored.removeprefix(TEXT_LEVEL) if is_text(component) else stored}"
+
+
+def refuse_misfit(layers: Mapping[str, tuple[int, int]], weights: Weights, source: str) -> None:
+    """`UserError` when layers [out, in·k·k] are not those of the model."""
+    name = weights.location.name
+    for layer, (rows, columns) in layers.items():
+        shape = weights.shapes.get(layer + ENDING)
+        if shape is None:
+            what = f"it changes {layer}, which that model does not have"
+        elif (shape[0], _product(shape[1:])) != (rows, columns):
+            what = f"{layer} is {rows} × {columns} there and {shape[0]} × {_product(shape[1:])} in the model"
+        else:
+            continue
+        raise UserError(
+            f"{source} was made for another model than {name}: {what}. Give the --model that it fits."
+        )
+
+
+def components(layers: Mapping[str, object]) -> dict[str, int]:
+    """How many layers each component has."""
+    counts: dict[str, int] = {}
+    for layer in layers:
+        component = split(layer)[0]
+        counts[component] = counts.get(component, 0) + 1
+    return counts
+
+
+def plain_files(folder: Path) -> list[Path]:
+    """The safetensors files of one component: those of its index, the plain ones, or those of its only variant."""
+    if not folder.is_dir():
+        return []
+    for index in sorted(folder.glob("*.safetensors.index.json"), key=lambda path: len(path.name)):
+        try:
+            return sorted({folder / name for name in read_json(index)["weight_map"].values()})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is damaged ({error}). Download the model again.") from error
+    files = sorted(folder.glob("*.safetensors"), key=lambda path: (path.name.count("."), path.name))
+    return files[:1]
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total

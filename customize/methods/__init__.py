@@ -1,0 +1,1 @@
+"""What is trained: a low-rank adapter, new embeddings, or the weights themselves."""

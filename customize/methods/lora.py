@@ -1,0 +1,111 @@
+"""Low-rank adapters on the denoiser and the text encoders as trainable parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+from torch import Tensor
+
+from backbone.adapters.lora import OTHER_WEIGHTS, WEIGHTS, Kind, add_lora, save_lora
+from backbone.io.console import UserError
+from backbone.models.model import Backbone
+from customize.settings import Settings
+
+ADAPTER = "concept"
+
+
+TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+@dataclass
+class Adapter:
+    """A low-rank change of the denoiser's layers, and of the text encoder's where asked."""
+
+    model: Backbone
+    settings: Settings
+    begins: float = 0.0
+    ends: float = 1.0
+    parameters: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        settings = self.settings
+        layers = self.model.family.lora_targets.get(settings.lora_layers)
+        if layers is None:
+            known = ", ".join(self.model.family.lora_targets)
+            raise UserError(
+                f"There is no set of layers called {settings.lora_layers}. Choose one of {known}."
+            )
+        self.parameters = add_lora(
+            self.model.denoiser,
+            ADAPTER,
+            rank=settings.rank,
+            alpha=settings.lora_alpha,
+            targets=layers,
+            dropout=settings.lora_dropout,
+            seed=settings.seed,
+            kind=cast(Kind, settings.adapter),
+            ranks=settings.ranks(),
+        )
+
+    @property
+    def learning_rate(self) -> float:
+        return self.settings.learning_rate
+
+    def save(self, run: Path, header: Mapping[str, str]) -> dict[str, str]:
+        name = WEIGHTS if self.settings.adapter in ("lora", "dora") else OTHER_WEIGHTS
+        text = {side.name: side.model for side in self.model.text_encoder.sides} if self.with_text else {}
+        save_lora(run / name, self.model.denoiser, ADAPTER, metadata=header, text=text)
+        return {"weights": name}
+
+    @property
+    def with_text(self) -> bool:
+        """Whether the text encoders carry it too."""
+        return self.settings.train_text_encoder
+
+
+@dataclass
+class TextAdapter:
+    """The same adapter on the text encoders, at a learning rate of its own; `Adapter` writes both into one file."""
+
+    model: Backbone
+    settings: Settings
+    begins: float = 0.0
+    ends: float = 1.0
+    parameters: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = {}
+        refuse_other_encoders(self.model)
+        for side in self.model.text_encoder.sides:
+            tensors = add_lora(
+                side.model,
+                ADAPTER,
+                rank=self.settings.rank,
+                alpha=self.settings.lora_alpha,
+                targets=TEXT_LAYERS,
+                dropout=self.settings.lora_dropout,
+                seed=self.settings.seed,
+            )
+            self.parameters |= {f"{side.name}.{name}": value for name, value in tensors.items()}
+        self.model.text_learned = True
+
+    @property
+    def learning_rate(self) -> float:
+        return self.settings.text_encoder_lr
+
+    def save(self, run: Path, header: Mapping[str, str]) -> dict[str, str]:
+        return {}
+
+
+def refuse_other_encoders(model: Backbone) -> None:
+    """`UserError` for text encoders that carry no adapter: those that are no CLIP."""
+    for side in model.text_encoder.sides:
+        names = (name.rpartition(".")[2] for name, _ in side.model.named_modules())
+        if not set(TEXT_LAYERS) & set(names):
+            raise UserError(
+                f"The {side.name} of {model.location.name} is a {type(side.model).__name__}, which carries no adapter "
+                "here or in diffusers. Leave out --train_text_encoder."
+            )

@@ -1,0 +1,77 @@
+"""What a method trains: an adapter, words of the token's own, or the denoiser's weights; and which method trains what.
+
+Each piece puts itself on the model, names its trainable tensors, and writes the file that a concept is read from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from backbone.io.console import UserError
+from backbone.models.model import Backbone
+from customize.methods.lora import Adapter, TextAdapter
+from customize.methods.textual_inversion import Words
+from customize.methods.weights import CROSS_ATTENTION, Weights
+from customize.settings import Settings
+
+
+class Piece(Protocol):
+    """One thing that is trained."""
+
+    parameters: dict[str, Tensor]  # trainable, fp32, by names that no other piece uses
+    learning_rate: float
+    begins: float  # the share of the run after which it is trained …
+    ends: float  # … and the one until which it is
+
+    def save(self, run: Path, header: Mapping[str, str]) -> dict[str, str]:
+        """Writes its file; gives the field of `Concept` that names it."""
+        ...
+
+
+def pieces(model: Backbone, settings: Settings) -> list[Any]:
+    """What the method of these settings trains, put on the model.
+
+    Raises `UserError` for an unknown method.
+    """
+    text = [TextAdapter(model, settings)] if settings.train_text_encoder else []
+    match settings.method:
+        case "lora":  # Hu et al. 2022; DreamBooth's loss
+            return [Adapter(model, settings), *text]
+        case "full":  # Ruiz et al. 2023
+            return [Weights(model, settings)]
+        case "textual-inversion":  # Gal et al. 2023
+            return [Words(model, settings)]
+        case "pivotal":  # first the word, then the network around it (Roich et al. 2022)
+            share = settings.words_share
+            return [Words(model, settings, ends=share), Adapter(model, settings, begins=share), *text]
+        case "custom-diffusion":  # Kumari et al. 2023: keys and values of the cross-attention, and a word
+            return [Words(model, settings), Weights(model, settings, pattern=CROSS_ATTENTION)]
+    raise UserError(f"There is no method {settings.method}. Choose one of {', '.join(METHODS)}.")
+
+
+METHODS = {
+    "lora": "an adapter on the denoiser (DreamBooth with LoRA, DoRA, LoHa or LoKr)",
+    "full": "all of the denoiser's weights (DreamBooth)",
+    "textual-inversion": "a word of its own, nothing else",
+    "pivotal": "a word of its own first, then an adapter",
+    "custom-diffusion": "the cross-attention's keys and values, and a word of its own",
+}
+OWN_WORDS = (
+    "textual-inversion",
+    "pivotal",
+    "custom-diffusion",
+)  # methods in which the token has rows of its own
+
+
+def changes_denoiser(settings: Settings) -> bool:
+    """Whether the method moves the denoiser, so that a class has to be preserved."""
+    return settings.method != "textual-inversion"
+
+
+def size(every: list[Any]) -> int:
+    """How many numbers are trained."""
+    return sum(value.numel() for piece in every for value in piece.parameters.values())

@@ -1,0 +1,57 @@
+"""The weights themselves as trainable parameters: all of them, or cross-attention (Kumari et al. 2023)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from backbone.io.console import UserError
+from backbone.io.files import write_tensors
+from backbone.models.model import Backbone
+from customize.settings import Settings
+
+CHANGED = "denoiser_delta.safetensors"
+
+
+CROSS_ATTENTION = r"attn2\.to_[kv]\."
+
+
+@dataclass
+class Weights:
+    """The denoiser's own weights whose names match a pattern; what is kept is how far they moved."""
+
+    model: Backbone
+    settings: Settings
+    pattern: str = ""
+    begins: float = 0.0
+    ends: float = 1.0
+    parameters: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        denoiser = self.model.denoiser
+        if not self.pattern:
+            denoiser.float()  # its norms too
+        chosen = {name: value for name, value in denoiser.named_parameters() if re.search(self.pattern, name)}
+        if not chosen:
+            raise UserError(f"This model has no weights that match {self.pattern}. Choose another --method.")
+        self.start = {name: value.detach().clone().cpu() for name, value in chosen.items()}
+        for value in chosen.values():
+            value.data = value.data.float()
+            value.requires_grad_(True)
+        self.parameters = dict(chosen)
+
+    @property
+    def learning_rate(self) -> float:
+        return self.settings.learning_rate
+
+    def save(self, run: Path, header: Mapping[str, str]) -> dict[str, str]:
+        moved = {
+            name: (value.detach().float().cpu() - self.start[name].float()).half()
+            for name, value in self.parameters.items()
+        }
+        write_tensors(run / CHANGED, moved, dict(header))
+        return {"changed": CHANGED}

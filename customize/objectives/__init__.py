@@ -1,0 +1,1 @@
+"""What is minimised: DreamBooth with prior preservation."""

@@ -1,0 +1,125 @@
+"""`customize sample`: prompts and concepts to a folder of pictures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from backbone.adapters.apply import put_on
+from backbone.adapters.concept import Concept, described, spoken
+from backbone.distributed import processes
+from backbone.io.console import progress
+from backbone.io.files import write_json
+from backbone.io.run_folder import versions
+from backbone.media.sheet import Cell, in_rows, save_png, sheet
+from backbone.models.model import Backbone
+from backbone.models.sample import ALL_STEPS, Request, Sampler, refuse_no_share, sample, share_said
+
+BATCH = 8  # pictures drawn together
+
+
+def draw(
+    prompts: Sequence[str],
+    *,
+    concepts: Sequence[Concept] = (),
+    model: str | None = None,
+    count: int = 1,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    negative: str = "",
+    sampler: Sampler = "ddim",
+    guided: tuple[float, float] = ALL_STEPS,
+    scale: float = 1.0,
+    out: Path = Path("samples"),
+    precision: str = "auto",
+    device: str = "auto",
+) -> Path:
+    """Writes `p00-s00.png` … (prompt number, sample number), `samples.json` and `sheet.png`; gives the sheet's path.
+
+    Raises `UserError` for a token that no concept owns, or a concept of another model, before any weights load.
+    """
+    refuse_no_share(guided)
+    name = model or (concepts[0].model if concepts else "moji")
+    processes.join(device)
+    said = [spoken(prompt, concepts) for prompt in prompts]
+    avoided = spoken(negative, concepts)
+    backbone = Backbone.open(name, device=device, precision=precision)
+    put_on(backbone, concepts, scale=scale)
+    steps = steps or int(backbone.defaults["steps"])
+    guidance = float(backbone.defaults["guidance"]) if guidance is None else guidance
+    requests = [Request(prompt, (i, j), avoided) for i, prompt in enumerate(said) for j in range(count)]
+    began = time.perf_counter()
+    own = processes.spread(requests, batch=BATCH)
+    with progress(len(own), "drawing") as bar:
+        drawn = sample(
+            backbone,
+            own,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            sampler=sampler,
+            batch=BATCH,
+            guided=guided,
+        )
+        for request, picture in zip(own, drawn, strict=True):
+            i, j = request.key
+            text = {"prompt": prompts[i], "seed": str(seed), "sample": str(j)}
+            save_png(out / name_of(request), picture, text=text)
+            bar.advance(images=1)
+    processes.barrier()  # now all pictures are there
+    if processes.is_writer():
+        facts = {
+            "model": name,
+            "concepts": described(concepts),
+            "steps": steps,
+            "guidance": guidance,
+            "guided": list(guided),
+            "sampler": sampler,
+            "seed": seed,
+            "negative": negative,
+            "scale": scale,
+            "seconds": round(time.perf_counter() - began, 2),
+            "versions": versions(),
+        }
+        note = f"{name}, {steps} steps, guidance {guidance:g}{share_said(guided)}, seed {seed}"
+        describe(out, requests, prompts, facts, note=note, columns=count if count > 1 else 4)
+    processes.leave()
+    return out / "sheet.png"
+
+
+def describe(
+    out: Path,
+    requests: Sequence[Request],
+    prompts: Sequence[str],
+    facts: Mapping[str, Any],
+    *,
+    note: str,
+    columns: int,
+) -> None:
+    """Writes `samples.json` and, from the pictures in the folder, `sheet.png`."""
+    records = [
+        {
+            "file": name_of(request),
+            "prompt": prompts[request.key[0]],
+            "model_reads": request.prompt,
+            "sample": request.key[1],
+        }
+        for request in requests
+    ]
+    write_json(out / "samples.json", {**facts, "pictures": records})
+    cells = []
+    for request in requests:
+        with Image.open(out / name_of(request)) as picture:
+            cells.append(Cell(picture.convert("RGB"), prompts[request.key[0]]))
+    save_png(out / "sheet.png", sheet(in_rows(cells, columns), note=note))
+
+
+def name_of(request: Request) -> str:
+    """The file of a picture: `p00-s00.png`."""
+    i, j = request.key
+    return f"p{i:02d}-s{j:02d}.png"

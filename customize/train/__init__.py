@@ -1,0 +1,1 @@
+"""A training run from images to a finished concept folder."""

@@ -1,0 +1,141 @@
+"""A run on the hub: the metadata of its card, and the upload."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from backbone.adapters.embeddings import FILE as WORDS
+from backbone.io.console import UserError
+from backbone.io.files import read_header
+from backbone.models.model import Backbone
+from customize.data.dataset import preserves
+from customize.methods.registry import METHODS, OWN_WORDS
+from customize.settings import SHEET, Settings, as_flags
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+PRIVATE = ["checkpoint.safetensors", "tensorboard/*", ".*"]  # of use to nobody else
+
+
+def card(settings: Settings, model: Backbone) -> str:
+    """The head of a model card, as the hub reads it: base, library, tags, the prompt to write, a picture."""
+    place = model.location.place
+    adapter = settings.method in ("lora", "pivotal")
+    tags = ["text-to-image", "diffusers", "dreambooth", settings.adapter if adapter else settings.method]
+    first = settings.subjects()[0]
+    prompt = replace(first, token=first.token_words).filled(settings.instance_prompt)
+    lines = [
+        "---",
+        *([f"base_model: {place}"] if HUB_ID.fullmatch(place) and not Path(place).exists() else []),
+        "library_name: diffusers",
+        "pipeline_tag: text-to-image",
+        f"instance_prompt: {quoted(prompt)}",
+        f"tags: [{', '.join(tags)}]",
+        "widget:",
+        f"- text: {quoted(prompt)}",
+        "  output:",
+        "    url: sheet.png",
+        "---",
+        "",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def push(run: Path, repository: str) -> str:
+    """Uploads a run folder, without what only resuming needs; gives its address. Raises `UserError` where it cannot."""
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    api = HfApi()
+    try:
+        made = api.create_repo(repository, exist_ok=True)
+        api.upload_folder(repo_id=made.repo_id, folder_path=run, ignore_patterns=PRIVATE)
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, httpx.HTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"The run is finished in {run}, but it could not be uploaded as {repository} ({reason}). "
+            f"Log in with: hf auth login; then: hf upload {repository} {run}"
+        ) from error
+    return str(made)
+
+
+def quoted(text: str) -> str:
+    """A text as YAML's double-quoted scalar."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def readme(run: Path, settings: Settings, prompts: list[str], seconds: dict[str, float]) -> str:
+    """The run's README.md."""
+    first = settings.subjects()[0]
+    instance, prior = first.filled(settings.instance_prompt), first.filled(settings.class_prompt)
+    preserved = f" “{prior}” kept what it was." if preserves(settings) else ""
+    lines = [
+        f"# {settings.called()}",
+        "",
+        f"A concept learned by `customize train` from `{settings.images}` on `{settings.model}`: "
+        f"{described(settings)}, {settings.steps} steps of {settings.batch} in {seconds['train']:.0f} s "
+        f"({seconds['all']:.0f} s in all).",
+        "",
+        f"Write `{settings.token}` in a prompt; the model reads “{settings.token_words}”. Trained on “{instance}”."
+        + preserved,
+        *(
+            f"Also `{other.token}`, a {other.class_noun}, from `{other.images}`."
+            for other in settings.subjects()[1:]
+        ),
+        "",
+        f"![the subject above, samples below]({SHEET})",
+        "",
+        "Again:",
+        "",
+        f"    {as_flags(settings, run)}",
+        "",
+        "Pictures:",
+        "",
+        f'    customize sample "{prompts[0] if prompts else instance}" --concept {run}',
+        "",
+        *in_diffusers(run, settings, instance),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def described(settings: Settings) -> str:
+    """What was trained, in a phrase."""
+    if settings.method in ("lora", "pivotal"):
+        what = f"{settings.adapter} of rank {settings.rank}"
+        return what if settings.method == "lora" else f"{settings.num_vectors} new words, then {what}"
+    return METHODS[settings.method]
+
+
+def load_words_in_diffusers(path: Path) -> list[str]:
+    """The lines that give learned words to diffusers' pipeline: every text encoder its own, where there are several."""
+    stored = [name.rsplit("/", 1) for name in read_header(path).shapes]
+    if all(len(parts) == 1 for parts in stored):
+        return [f'pipeline.load_textual_inversion("{path}")']
+    lines = ["from safetensors.torch import load_file", "", f'words = load_file("{path}")']
+    for token, side in stored:
+        tokenizer = side.replace("text_encoder", "tokenizer")
+        lines.append(
+            f'pipeline.load_textual_inversion(words["{token}/{side}"], token="{token}", '
+            f"text_encoder=pipeline.{side}, tokenizer=pipeline.{tokenizer})"
+        )
+    return lines
+
+
+def in_diffusers(run: Path, settings: Settings, instance: str) -> list[str]:
+    """How the concept is used in diffusers, as far as it reads these files."""
+    lines = []
+    if settings.method in OWN_WORDS:
+        lines += load_words_in_diffusers(run / WORDS)
+    if settings.method in ("lora", "pivotal") and settings.adapter in ("lora", "dora"):
+        lines.append(f'pipeline.load_lora_weights("{run}")')
+    elif settings.method != "textual-inversion":
+        return ["For other programs, bake it into a pipeline: `customize merge --help`."]
+    # diffusers itself writes out a word of several vectors, but only one in small letters
+    itself = settings.method in OWN_WORDS and settings.token == settings.token.lower()
+    prompt = instance if itself else instance.replace(settings.token, settings.token_words)
+    return ["In diffusers:", "", "```python", *lines, f'pipeline("{prompt}")', "```"]

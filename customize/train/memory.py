@@ -1,0 +1,90 @@
+"""What a run of `customize train` asks of memory, and its settings for a device of a given size (`--vram`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import cast
+
+from torch import Tensor, nn
+
+from backbone.adapters.lora import Kind, add_lora
+from backbone.io.console import UserError
+from backbone.memory.planner import Account, Choice, Work, has_library, plan, precision_of, within
+from backbone.models.model import Backbone
+from backbone.models.placement import measures_of
+from customize.data.dataset import preserves, trains_text
+from customize.methods.weights import CROSS_ATTENTION
+from customize.settings import Settings
+
+
+def work_of(model: Backbone, settings: Settings, pictures: int) -> Work:
+    """The run's `Work`, for so many pictures; `UserError` for a set of layers that the family does not know."""
+    layers = model.family.lora_targets.get(settings.lora_layers)
+    if layers is None:
+        known = ", ".join(model.family.lora_targets)
+        raise UserError(f"There is no set of layers called {settings.lora_layers}. Choose one of {known}.")
+
+    def trains(denoiser: nn.Module) -> Iterable[Tensor]:
+        if settings.method == "textual-inversion":
+            return ()
+        if settings.method in ("full", "custom-diffusion"):
+            pattern = "" if settings.method == "full" else CROSS_ATTENTION
+            return chosen(denoiser, pattern)
+        return add_lora(
+            denoiser,
+            "planned",
+            rank=settings.rank,
+            alpha=settings.lora_alpha,
+            targets=layers,
+            kind=cast(Kind, settings.adapter),
+            ranks=settings.ranks(),
+        ).values()
+
+    seen = pictures * (2 if settings.flip else 1)
+    prior = settings.prior_batch if preserves(settings) else 0
+    return Work(
+        trains,
+        rows=settings.batch + prior,
+        full=settings.method == "full",
+        plain=settings.adapter == "lora" and settings.method not in ("full", "custom-diffusion"),
+        text_learns=trains_text(settings),
+        asks=preserves(settings) and settings.prior == "base",
+        kept=(2 * seen, seen + len(settings.subjects())),  # mean and deviation
+        averaged=bool(settings.ema_decay),
+    )
+
+
+def chosen(denoiser: nn.Module, pattern: str) -> list[Tensor]:
+    """The denoiser's own weights of these names, in fp32 and learning."""
+    found: list[Tensor] = [value for name, value in denoiser.named_parameters() if re.search(pattern, name)]
+    for value in found:
+        value.data = value.data.float()
+        value.requires_grad_(True)
+    return found
+
+
+def choice_of(model: Backbone, settings: Settings) -> Choice:
+    """How the settings as they are hold the run in memory."""
+    measures = measures_of(settings)
+    return Choice(precision_of(model), settings.gradient_checkpointing, settings.optimizer, measures)
+
+
+def budgeted(model: Backbone, settings: Settings, pictures: int, size: float) -> tuple[Backbone, Settings]:
+    """The model and the settings for a device of `size` GiB, as the planner chose them, which it says.
+
+    Raises `UserError` where nothing fits.
+    """
+    work = work_of(model, settings, pictures)
+    smaller, found = within(model, work, size, choice_of(model, settings))
+    return smaller, replace(settings, **found.settings(), optimizer=found.optimizer)
+
+
+def foreseen(model: Backbone, settings: Settings, pictures: int, size: float) -> list[str]:
+    """What the planner would choose on a GPU of `size` GiB, here or elsewhere; `UserError` where nothing fits."""
+    account = Account(model, work_of(model, settings, pictures), device="cuda")
+    start = choice_of(model, settings)
+    if settings.precision == "auto":
+        start = replace(start, precision="bf16")
+    return plan(account, size, start, library=has_library()).lines()

@@ -1,0 +1,217 @@
+"""What can be told before a run: pictures that will not teach well, and how much memory and time the run takes.
+
+Warnings are said; only pictures that cannot be read are errors (`backbone.media.pictures.check`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from backbone.media.pictures import Picture
+from backbone.memory.planner import GIB, Account, Phase, table
+from customize.train.memory import choice_of, work_of
+
+if TYPE_CHECKING:
+    from backbone.models.model import Backbone
+    from customize.settings import Settings
+
+NEAR = 6  # of 64 bits: at most so many differ between near-duplicates
+SHARP = 100.0  # variance of the Laplacian (8-bit grey levels) below which a picture is called blurred, by convention
+SHARP_SIDE = 512  # pixels a side at which sharpness is judged
+DIFFERENT_SHAPES = 1.5  # largest over smallest aspect ratio
+SMALL_MODEL = 100_000_000  # parameters up to which a step is timed
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one picture shows: its size, its 64-bit perceptual hash, that of its mirror image, its sharpness."""
+
+    name: str
+    width: int
+    height: int
+    bits: NDArray[np.bool_]
+    mirrored: NDArray[np.bool_]
+    sharpness: float
+
+
+def look(picture: Picture) -> Look:
+    """Opens a picture once and measures it."""
+    image = picture.open()
+    return Look(
+        picture.path.name,
+        *image.size,
+        perceptual_hash(image),
+        perceptual_hash(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)),
+        sharpness(image),
+    )
+
+
+def warnings_about(pictures: Sequence[Picture], *, resolution: int) -> list[str]:
+    """A sentence for everything that may spoil a run at `resolution` pixels a side."""
+    looks = [look(picture) for picture in pictures]
+    found: list[str] = []
+    for group in near_duplicates(looks):
+        found.append(
+            f"{_listed(group)} are almost the same picture: keep one, or the run learns its details."
+        )
+    small = [one for one in looks if min(one.width, one.height) < resolution]
+    for one in small:
+        found.append(
+            f"{one.name} is {one.width} × {one.height}, smaller than the {resolution} pixels that the model works at."
+        )
+    blurred = [one for one in looks if one.sharpness < SHARP]
+    for one in blurred:
+        found.append(
+            f"{one.name} looks blurred (variance of the Laplacian {one.sharpness:.0f}, sharp pictures have over "
+            f"{SHARP:.0f})."
+        )
+    bare = [picture.path.name for picture in pictures if not picture.caption]
+    if bare and len(bare) < len(pictures):
+        found.append(
+            f"{_listed(bare)} {_have(bare)} no caption, others have: the instance prompt serves instead."
+        )
+    shapes = [one.width / one.height for one in looks]
+    if shapes and max(shapes) > DIFFERENT_SHAPES * min(shapes):
+        lost = max(1 - min(shape, 1 / shape) for shape in shapes)
+        found.append(
+            f"The shapes differ much (width over height {min(shapes):.2f} to {max(shapes):.2f}): the square cut from "
+            f"the middle loses up to {lost:.0%} of a picture."
+        )
+    return found
+
+
+def perceptual_hash(image: Image.Image) -> NDArray[np.bool_]:
+    """64 bits: which of the 8 × 8 lowest frequencies (DCT-II of 32 × 32 grey pixels) lie over their median.
+
+    Scale, compression and small changes of brightness leave it almost as it is (Zauner 2010, section 3.2).
+    """
+    grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), dtype=np.float64)
+    position, frequency = np.meshgrid(np.arange(32), np.arange(1, 9))
+    basis = np.cos(math.pi / 32 * (position + 0.5) * frequency)
+    values = basis @ (grey - grey.mean()) @ basis.T
+    return np.asarray(values > np.median(values)).ravel()
+
+
+def sharpness(image: Image.Image) -> float:
+    """The variance of the Laplacian of the grey picture (Pech-Pacheco et al. 2000), the longer side at most 512."""
+    grey = image.convert("L")
+    grey.thumbnail((SHARP_SIDE, SHARP_SIDE), Image.Resampling.LANCZOS)
+    pixels = np.asarray(grey, dtype=np.float64)
+    if min(pixels.shape) < 3:
+        return 0.0
+    inner = pixels[1:-1, 1:-1]
+    around = pixels[:-2, 1:-1] + pixels[2:, 1:-1] + pixels[1:-1, :-2] + pixels[1:-1, 2:]
+    return float((around - 4 * inner).var())
+
+
+def near_duplicates(looks: Sequence[Look]) -> list[list[str]]:
+    """Groups of pictures that are almost the same or mirror images, by name; each picture in one group at most."""
+    group = list(range(len(looks)))
+    for i, one in enumerate(looks):
+        for j in range(i):
+            other = looks[j]
+            distance = min((one.bits != other.bits).sum(), (one.mirrored != other.bits).sum())
+            if distance <= NEAR:
+                old, new = group[i], group[j]
+                group = [new if value == old else value for value in group]
+    members: dict[int, list[str]] = {}
+    for i, one in enumerate(looks):
+        members.setdefault(group[i], []).append(one.name)
+    return [names for names in members.values() if len(names) > 1]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will need. Bytes are those of tensors; Python and its libraries take some hundred megabytes beside.
+
+    `phases` follow each other; `activations` are kept from forward to backward; `step_seconds` is None where no step
+    was timed.
+    """
+
+    phases: Mapping[str, Phase]
+    activations: int
+    step_seconds: float | None
+    steps: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the phase that needs most."""
+        return max(phase.bytes for phase in self.phases.values())
+
+    def sentences(self) -> list[str]:
+        """What a person wants to know of it."""
+        most = max(self.phases, key=lambda name: self.phases[name].bytes)
+        said = [
+            f"The default run keeps about {self.peak / GIB:.2g} GiB of tensors at its peak, while {most} "
+            f"(activations {self.activations / GIB:.2g} GiB); Python and its libraries take their own beside.",
+            *table(self.phases),
+        ]
+        if self.step_seconds is None:
+            said.append("How long it takes is unknown: a step is timed here for small models only.")
+        else:
+            seconds = self.step_seconds * self.steps
+            said.append(
+                f"A step took {self.step_seconds:.2g} s here just now, so {self.steps} steps take about "
+                f"{_duration(seconds)}, and encoding and previews some more."
+            )
+        return said
+
+
+def estimate(model: Backbone, settings: Settings, pictures: int) -> Estimate:
+    """The memory of a run from settings alone (nothing is loaded), and a timed step if the model is small."""
+    account = Account(model, work_of(model, settings, pictures), device=model.device.type)
+    choice = choice_of(model, settings)
+    step = account.step(choice.precision, choice.checkpointing)
+    small = account.parts(choice.precision).denoiser <= SMALL_MODEL * choice.dtype.itemsize
+    seconds = timed_step(model, settings, pictures) if small else None
+    return Estimate(account.phases(choice), step.saved, seconds, settings.steps)
+
+
+def timed_step(model: Backbone, settings: Settings, pictures: int) -> float:
+    """Seconds of one training step with weights as they come, on the run's device, after one to warm up."""
+    import torch
+
+    from backbone.training.attention import quick_to_train
+
+    device, work = model.device.type, work_of(model, settings, pictures)
+    outline = model.family.outline(model.location, model.dtype)
+    network = outline.denoiser.bare(device)
+    trained = list(work.trains(network))
+    text = outline.blank(work.rows, device)
+    if not trained:  # the words learn
+        trained = [value.requires_grad_(True) for value in text.values() if value.is_floating_point()]
+    noisy = torch.zeros(work.rows, *model.latent_shape, device=device)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    seconds = 0.0
+    for _ in range(2):
+        began = time.perf_counter()
+        with model.autocast(), quick_to_train(network):
+            said = model.family.network(network, text)(noisy, noisy.new_zeros(work.rows))
+        (said.float() - noisy).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+    return seconds
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+
+
+def _have(names: Sequence[str]) -> str:
+    return "has" if len(names) == 1 else "have"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} minutes"

@@ -1,0 +1,239 @@
+"""A training run from pictures to pictures, and the folder that it leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from backbone.adapters.concept import Concept, check_token, rare_words, spoken
+from backbone.adapters.embeddings import words_of
+from backbone.distributed import processes
+from backbone.io.console import UserError, progress, say
+from backbone.io.files import append_jsonl, content_hash, write_json, write_text
+from backbone.io.run_folder import run_name, stopping, trim_log, versions
+from backbone.media.pictures import Picture, check, read_folder
+from backbone.media.transforms import square
+from backbone.models.model import Backbone
+from backbone.models.placement import measures_of
+from backbone.training.run import log_to_tensorboard
+from customize.data.dataset import Group, prepare
+from customize.data.masks import save_masks
+from customize.methods.lora import refuse_other_encoders
+from customize.methods.registry import METHODS, OWN_WORDS
+from customize.objectives.dreambooth import Training, share_of
+from customize.settings import FILE, SHEET, Settings, Subject, as_flags, read_settings, resolved
+from customize.train.card import card, push, readme
+from customize.train.evaluation import Previews, Watch
+
+LOG = "log.jsonl"
+MASKS = "masks.png"
+
+
+def train_concept(asked: dict[str, Any], subjects: Sequence[Subject], *, out: Path | None) -> Path:
+    """Trains a new concept and gives its run folder. `asked` holds what the user set; the rest comes from the model.
+
+    A class that is empty is guessed, words that are empty are found. Raises `UserError` for bad pictures, all
+    of them listed, a bad token, or a run folder that is taken.
+    """
+    began = time.perf_counter()
+    processes.join(asked.get("device") or "auto")
+    pictures = [read_folder(subject.images) for subject in subjects]
+    check([picture for folder in pictures for picture in folder])
+    run = out or Path("runs") / run_name(subjects[0].images)
+    if (run / FILE).exists():
+        raise UserError(
+            f"{run} already holds a run. Continue it with --resume {run}, or choose another --out."
+        )
+    model = Backbone.open(
+        asked.get("model", "moji"),
+        device=asked.get("device", "auto"),
+        precision=asked.get("precision", "auto"),
+    )
+    nouns = [
+        subject.class_noun or guess(model, folder, subject.images)
+        for subject, folder in zip(subjects, pictures, strict=True)
+    ]
+    first = subjects[0]
+    asked, size = {name: value for name, value in asked.items() if name != "vram"}, asked.get("vram")
+    settings = resolved(model, asked, images=first.images, token=first.token, class_noun=nouns[0])
+    if settings.method not in METHODS:
+        raise UserError(f"There is no method {settings.method}. Choose one of {', '.join(METHODS)}.")
+    model = Backbone.open(
+        settings.model, device=settings.device, precision=settings.precision, measures=measures_of(settings)
+    )
+    if size is not None:
+        from customize.train.memory import budgeted
+
+        processes.refuse_shards("--vram counts for a process alone; it")
+        model, settings = budgeted(model, settings, sum(map(len, pictures)), size)
+    vocabulary = model.text_encoder.tokenizer.get_vocab()
+    if settings.train_text_encoder:
+        refuse_other_encoders(model)
+    found: list[Subject] = []
+    for subject, noun, folder in zip(subjects, nouns, pictures, strict=True):
+        check_token(subject.token, vocabulary)
+        if any(subject.token == other.token for other in found):
+            raise UserError(f"Two subjects have the token {subject.token}. Give each its own.")
+        words = subject.token_words
+        if settings.method in OWN_WORDS:
+            words = " ".join(words_of(subject.token, settings.num_vectors))
+        elif not words:
+            key = "".join(content_hash(picture.read()) for picture in folder)
+            words = rare_words(vocabulary, key, taken=[other.token_words for other in found])
+        found.append(dataclasses.replace(subject, class_noun=noun, token_words=words))
+    settings = dataclasses.replace(
+        settings, token_words=found[0].token_words, concept=tuple(subject.flag() for subject in found[1:])
+    )
+    share_of(settings)
+    processes.barrier()  # now every process has seen that the folder is free
+    if processes.is_writer():
+        write_record(run, settings, timings={})
+    return carry_on(run, settings, model, pictures, began=began)
+
+
+def resume_concept(run: Path) -> Path:
+    """Goes on with a run that was stopped; the weights come out as if it had not been."""
+    settings = read_settings(run)
+    processes.join(settings.device)
+    pictures = [read_folder(subject.images) for subject in settings.subjects()]
+    check([picture for folder in pictures for picture in folder])
+    model = Backbone.open(
+        settings.model, device=settings.device, precision=settings.precision, measures=measures_of(settings)
+    )
+    return carry_on(run, settings, model, pictures, began=time.perf_counter())
+
+
+def carry_on(
+    run: Path, settings: Settings, model: Backbone, pictures: Sequence[list[Picture]], *, began: float
+) -> Path:
+    """Trains from the last checkpoint, if there is one, to the finished folder."""
+    subjects = settings.subjects()
+    concept = Concept(
+        kind=settings.method,
+        model=settings.model,
+        fingerprint=model.fingerprint,
+        tokens={subject.token: subject.token_words for subject in subjects},
+        class_noun=settings.class_noun,
+    )
+    groups = []
+    for subject, folder in zip(subjects, pictures, strict=True):
+        instance = subject.filled(settings.instance_prompt)
+        prompts = [spoken(captioned(picture, instance, subject.token), [concept]) for picture in folder]
+        groups.append(Group(folder, prompts, subject.filled(settings.class_prompt)))
+        what = (
+            f"gets {settings.num_vectors} new words of its own"
+            if settings.method in OWN_WORDS
+            else f"stands for “{subject.token_words}”"
+        )
+        say(f"{len(folder)} pictures of “{subject.called()}”; {subject.token} {what}.")
+    training = Training(model, prepare(model, groups, settings), settings)
+    training.resume(run)
+    writes = processes.is_writer()
+    if writes:
+        trim_log(run / LOG, training.done)
+        if settings.mask == "auto":
+            save_masks(run / MASKS, pictures, training.material.masks or [], flip=settings.flip)
+    prepared = time.perf_counter()
+    previews = Previews(model, settings, concept)
+    watch = Watch(run, training, concept, pictures[0])
+    with (
+        stopping() as stop,
+        log_to_tensorboard(run, wanted=settings.report_to == "tensorboard", done=training.done) as note,
+        progress(settings.steps, "training", done=training.done) as bar,
+    ):
+        watch.look()
+        for report in training.steps():
+            if writes:
+                append_jsonl(run / LOG, dataclasses.asdict(report))
+            note(report)
+            bar.advance(images=settings.batch, loss=report.loss, learning_rate=report.learning_rate)
+            finished = report.step == settings.steps
+            halt = processes.any_of(bool(stop))
+            if halt or finished or report.step % settings.checkpointing_steps == 0:
+                training.save(run)
+            if halt:
+                raise KeyboardInterrupt(
+                    f"Stopped and saved at step {report.step} of {settings.steps}. "
+                    f"Continue with: customize train --resume {run}"
+                )
+            if report.step % settings.validation_steps == 0 and not finished:
+                with training.averaged():
+                    previews.save(run / "previews" / f"step-{report.step:06d}.png", count=4)
+            if processes.any_of(watch.due(report.step) and watch.look()) and not finished:
+                training.save(run)
+                break
+    trained = time.perf_counter()
+    if writes:
+        header = {
+            "limner_token": " ".join(subject.token for subject in subjects),
+            "limner_words": " ".join(subject.token_words for subject in subjects),
+            "base_model": settings.model,
+        }
+        dataclasses.replace(concept, **training.write(run, header)).write(run)
+        watch.report(settings)
+    with training.averaged():
+        shown = previews.save(
+            run / SHEET, count=8, pictures=[picture for folder in pictures for picture in folder]
+        )
+    if not writes:
+        processes.leave()
+        return run
+    ended = time.perf_counter()
+    timings = {
+        "prepare": prepared - began,
+        "train": trained - prepared,
+        "show": ended - trained,
+        "all": ended - began,
+    }
+    seconds = {name: round(value, 2) for name, value in timings.items()}
+    write_record(run, settings, timings=seconds)
+    write_text(run / "README.md", card(settings, model) + readme(run, settings, shown, seconds))
+    if settings.push_to_hub:
+        say(f"Uploaded to {push(run, settings.hub_model_id or run.name)}.")
+    processes.leave()
+    return run
+
+
+def guess(model: Backbone, pictures: list[Picture], images: str) -> str:
+    """The class of the subject, said aloud: from the name of its folder if that is a noun, else by the scorer.
+
+    Raises `UserError` where the name says nothing and the model has no scorer.
+    """
+    from backbone.evaluation.clip import guess_class, load_scorer
+    from backbone.world.words import vocabulary
+
+    nouns = tuple(vocabulary().nouns)
+    for word in re.split(r"[^a-z]+", run_name(images).lower()):
+        if word in nouns:
+            say(f"The name of {images} says that it shows a {word}. --class says otherwise.")
+            return word
+    folder = model.location.local("scorer")
+    if folder is None:
+        raise UserError(
+            f"Say what the pictures show with --class (as --class dog): {model.location.name} cannot guess it."
+        )
+    scorer = load_scorer(folder)
+    ranked = guess_class(scorer, [square(picture.open(), 128) for picture in pictures], nouns)
+    best, second = ranked[0], ranked[1]
+    seems = f"{best[0]} ({best[1]:.0%}; next {second[0]}, {second[1]:.0%})"
+    say(f"The pictures seem to show a {seems}. --class says otherwise.")
+    return str(best[0])
+
+
+def captioned(picture: Picture, instance: str, token: str) -> str:
+    """The training prompt of a picture: its own caption where it has one, the token put in front if it lacks it."""
+    if not picture.caption:
+        return instance
+    return picture.caption if token in picture.caption else f"{instance}, {picture.caption}"
+
+
+def write_record(run: Path, settings: Settings, *, timings: dict[str, float]) -> None:
+    """Writes the run's `settings.json`: what was resolved, how to repeat it, and with which versions."""
+    command = as_flags(settings, run)
+    write_json(
+        run / FILE, {"settings": settings, "command": command, "versions": versions(), "timings": timings}
+    )

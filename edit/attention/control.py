@@ -1,0 +1,163 @@
+"""What attention control is told: source, targets, and which layers and steps it reaches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backbone.families.base import Attention
+
+SelfAttention = Literal["own", "layout", "contents"]
+"""Whose self-attention a target has: its own; the source's queries and keys; the source's keys and values."""
+
+
+Reach = Literal["prompted", "all"]
+"""Which rows of a target take the source's self-attention: the one with a prompt, or the one without it too."""
+
+
+MAP_TOKENS = 256  # maps are read at the resolution nearest to 16 × 16, where words are places
+
+
+UNET = Attention()
+
+
+@dataclass(frozen=True, eq=False)
+class Cross:
+    """What the targets' cross-attention is made of.
+
+    taken  M·diag(c) [N, T_source, T_target]
+    own    d [N, T_target]; None where it is zero everywhere
+    """
+
+    taken: Tensor
+    own: Tensor | None
+
+
+@dataclass
+class Control:
+    """What the processors read: set it before a call of the denoiser.
+
+    cross            None leaves cross-attention as it is
+    self_attention   changed only in layers of at most `self_tokens` queries (None: of any number), whose names begin
+                     with one of `layers`
+    reach            which rows of a target that concerns
+    obeying          which targets that concerns [N]; all if None
+    features         whose residual features the targets have in the block that `controlled` finds for them
+    maps             where attention maps are gathered, or None
+    """
+
+    targets: int
+    cross: Cross | None = None
+    self_attention: SelfAttention = "own"
+    self_tokens: int | None = UNET.coarse
+    layers: tuple[str, ...] = ("",)
+    reach: Reach = "prompted"
+    obeying: Sequence[bool] | None = None
+    features: Literal["own", "source"] = "own"
+    maps: Maps | None = None
+
+    def reaches(self, name: str, tokens: int) -> bool:
+        """Whether a layer of this name and so many queries has another self-attention than its own."""
+        coarse = self.self_tokens is None or tokens <= self.self_tokens
+        return self.self_attention != "own" and coarse and name.startswith(self.layers)
+
+    def origins(self, rows: int, obeying: Sequence[bool] | None = None) -> tuple[list[int], list[int]]:
+        """Which rows are asked for themselves, and for each row the index of the one among them that it takes.
+
+        Rows of targets that are not `obeying` take themselves.
+        """
+        taken = [0] * (1 + self.targets) + list(range(1 + self.targets, rows))
+        free = rows - 1 - self.targets
+        if (
+            self.reach == "all" and free >= self.targets > 0
+        ):  # the source's own unconditional row comes first, if any
+            taken[-self.targets :] = [0 if free == self.targets else 1 + self.targets] * self.targets
+        for n, obeys in enumerate(obeying or ()):
+            if not obeys:
+                taken[1 + n] = 1 + n
+                if free:
+                    taken[n - self.targets] = rows + n - self.targets
+        asked = sorted(set(taken))
+        return asked, [asked.index(row) for row in taken]
+
+
+def cross(mapping: Tensor, taken: Tensor, weight: Tensor, window: Tensor) -> Cross | None:
+    """The edit of one step from M [N, T_source, T_target], a, e and α [N, T_target]; None where nothing changes."""
+    c = window * taken * weight
+    d = window * (1 - taken) * weight + 1 - window
+    if not c.any() and bool((d == 1).all()):
+        return None
+    return Cross(mapping * c[:, None], d if d.any() else None)
+
+
+class Maps:
+    """Attention maps of chosen words, summed over layers, heads and calls, at one resolution.
+
+    columns  [1 + N, W, T]: for the source and each target, the token positions of each of W words
+    latent   (H, W) of the latent, which tells how a layer's queries lie in the plane
+    most     the most queries of a layer that is read; None for any number
+    """
+
+    def __init__(self, columns: Tensor, latent: tuple[int, int], *, most: int | None = UNET.coarse) -> None:
+        self.columns = columns
+        self.latent = latent
+        self.most = most
+        self.tokens: int | None = None
+        self._sums: dict[int, Tensor] = {}
+        self._counts: dict[int, int] = {}
+
+    def wants(self, tokens: int) -> bool:
+        """Whether a layer of so many queries is read: all small ones in the first call, one resolution afterwards."""
+        if self.tokens is not None:
+            return tokens == self.tokens
+        return (self.most is None or tokens <= self.most) and grid(self.latent, tokens) is not None
+
+    def add(self, maps: Tensor) -> None:
+        """Adds a layer's maps [1 + N, queries, W]."""
+        tokens = maps.shape[1]
+        summed = maps.detach().float().transpose(1, 2)
+        self._sums[tokens] = self._sums[tokens] + summed if tokens in self._sums else summed
+        self._counts[tokens] = self._counts.get(tokens, 0) + 1
+
+    def settle(self) -> None:
+        """After a call: keeps the resolution nearest to 16 × 16 and forgets the others."""
+        if self.tokens is None and self._sums:
+            self.tokens = min(self._sums, key=lambda tokens: abs(math.log(tokens / MAP_TOKENS)))
+            self._sums = {self.tokens: self._sums[self.tokens]}
+
+    def read(self) -> Tensor:
+        """The mean maps [1 + N, W, h, w]: the share of each place's attention that the word has."""
+        self.settle()
+        assert self.tokens is not None, "no call was made, or no layer is small enough"
+        size = grid(self.latent, self.tokens)
+        assert size is not None
+        return cast(Tensor, (self._sums[self.tokens] / self._counts[self.tokens]).unflatten(-1, size))
+
+
+def grid(latent: tuple[int, int], tokens: int) -> tuple[int, int] | None:
+    """(h, w) of a layer with so many queries in a denoiser that halves the latent at every level, rounding up."""
+    height, width = latent
+    while height * width > tokens:
+        height, width = (height + 1) // 2, (width + 1) // 2
+    return (height, width) if height * width == tokens else None
+
+
+def read_columns(look: Callable[[Tensor], Tensor], query: Tensor, columns: Tensor) -> Tensor:
+    """What of a map [R, queries, keys] falls on the keys that each of `columns` [R, W, keys] adds up, mean over heads.
+
+    `look` is the map's product with values [R, heads, keys, D]. The values are one-hot, as many words at a time as a
+    head of the queries [B, heads, queries, D] is wide, padded to its width: narrower ones would make some devices
+    materialise the whole map. Gives [R, queries, W].
+    """
+    heads, width = query.shape[1], query.shape[-1]
+    found = []
+    for some in columns.to(query).split(width, dim=1):
+        one_hot = F.pad(some.transpose(1, 2), (0, width - some.shape[1]))[:, None]
+        found.append(look(one_hot.expand(-1, heads, -1, -1))[..., : some.shape[1]].mean(1))
+    return torch.cat(found, -1)

@@ -1,0 +1,79 @@
+"""Attention control as data: what an edit changes in a denoiser's attention, without a materialised map.
+
+Rows of a call stand in one order: the source first, then N targets, then rows that nothing is done to (those without
+a prompt). Prompt-to-prompt (Hertz et al. 2022) replaces a target's map P_t by one made from the source's, and every
+such change is linear in the map, so it can be made on the side of V, where scaled-dot-product attention stays fast:
+
+    self-attention   SDPA(q_s, k_s, V_t)
+    cross-attention  SDPA(q_s, k_s, (M·diag c)·V_t) + SDPA(q_t, k_t, diag(d)·V_t)
+                     c = α·a·e        d = α·(1 − a)·e + 1 − α
+
+with M, a, e, α as in `edit.attention.alignment`; a term that is zero is left out, and with it its queries and keys.
+The contents of the source in the target's layout (MasaCtrl, Cao et al. 2023, eq. 6) are SDPA(q_t, k_s, V_s). Maps that
+a mask or a heat map asks for are read through a V of one-hot columns, padded to the head's width, at one resolution
+only.
+
+    control = Control(targets=1)
+    with controlled(denoiser, control):
+        control.cross = cross(mapping, taken, weight, window)   # and predict; None: nothing is changed
+
+Layers over text and picture jointly are in `edit.attention.joint`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch import nn
+
+from backbone.families.base import Attention
+from backbone.io.console import UserError
+from edit.attention.control import UNET, Control
+from edit.attention.joint import JointProcessor
+from edit.attention.separate import Processor, _take_features, features_of
+
+
+@contextmanager
+def controlled(denoiser: nn.Module, control: Control, attention: Attention = UNET) -> Iterator[None]:
+    """Inside the `with`, the denoiser's attention obeys `control`; afterwards it is what it was, also after an error.
+
+    `attention` is what its family says of it. Raises `UserError` for a denoiser whose attention is computed in another
+    way than plainly.
+    """
+    network = cast(Any, denoiser)
+    before = dict(getattr(network, "attn_processors", {}))
+    strange = {
+        type(p).__name__
+        for p in before.values()
+        if type(p) not in attention.joint and not isinstance(p, (AttnProcessor, AttnProcessor2_0))
+    }
+    if strange or not before:
+        what = f"is computed by {', '.join(sorted(strange))}" if strange else "cannot be reached"
+        raise UserError(
+            f"The attention of this model {what}, which cannot be edited. Take the model without it."
+        )
+    hook = None
+    try:
+        network.set_attn_processor(
+            {
+                name: JointProcessor(control, plain, name, attention.joint[type(plain)])
+                if type(plain) in attention.joint
+                else Processor(control, plain, name)
+                for name, plain in before.items()
+            }
+        )
+        convolution = features_of(network)
+        if convolution is not None:
+            hook = convolution.register_forward_hook(partial(_take_features, control))
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
+        network.set_attn_processor(dict(before))
+
+
+# The three kinds of attention -------------------------------------------------------------------------------

@@ -1,0 +1,198 @@
+"""Attention control for UNets, where self- and cross-attention are separate layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edit.attention.control import Control, Cross, Maps, read_columns
+
+
+class Processor:
+    """Computes one attention layer as `control` says, and as before where it says nothing."""
+
+    def __init__(self, control: Control, plain: Any, name: str = "") -> None:
+        self.control = control
+        self.plain = plain
+        self.name = name
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        control = self.control
+        layer = _Layer(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        if encoder_hidden_states is None:
+            if control.reaches(self.name, layer.tokens):
+                attend = _source_layout if control.self_attention == "layout" else _source_contents
+                return layer.finish(attend(layer, *control.origins(len(hidden_states), control.obeying)))
+        else:
+            maps = control.maps if control.maps is not None and control.maps.wants(layer.tokens) else None
+            if control.cross is not None or maps is not None:
+                return layer.finish(_cross(layer, control.targets, control.cross, maps))
+        return cast(Tensor, self.plain(attn, hidden_states, encoder_hidden_states, attention_mask, temb))
+
+
+def _source_layout(layer: _Layer, asked: list[int], taken: list[int]) -> Tensor:
+    """Every target looks where the source looks: SDPA(q_s, k_s, V_t). The targets' queries and keys are not made."""
+    lead = layer.hidden[asked]
+    query, key = layer.query(lead)[taken], layer.key(lead)[taken]
+    return layer.sdpa(query, key, layer.value(layer.hidden), _rows(layer.mask, asked, taken))
+
+
+def _source_contents(layer: _Layer, asked: list[int], taken: list[int]) -> Tensor:
+    """Every target finds the source's contents: SDPA(q_t, k_s, V_s)."""
+    lead = layer.hidden[asked]
+    key, value = layer.key(lead)[taken], layer.value(lead)[taken]
+    return layer.sdpa(layer.query(layer.hidden), key, value, _rows(layer.mask, asked, taken))
+
+
+def _rows(mask: Tensor | None, asked: list[int], taken: list[int]) -> Tensor | None:
+    return None if mask is None else mask[asked][taken]
+
+
+def features_of(network: Any) -> nn.Module | None:
+    """The convolution whose output says what the coarse structure is: at the second coarsest level, on the way up.
+
+    `up_blocks.1.resnets.1` of Tumanyan et al. 2023 (layer 4 of the decoder); None for a denoiser without such blocks.
+    """
+    blocks = getattr(network, "up_blocks", None)
+    if not blocks:
+        return None
+    inner = getattr(blocks[min(1, len(blocks) - 1)], "resnets", None)
+    return cast(nn.Module, inner[min(1, len(inner) - 1)].conv2) if inner else None
+
+
+def _take_features(control: Control, module: nn.Module, given: Any, output: Tensor) -> Tensor | None:
+    """The features of the rows that `control` says, or what they were."""
+    if control.features == "own":
+        return None
+    asked, taken = control.origins(len(output))
+    return output[asked][taken]
+
+
+def _cross(layer: _Layer, targets: int, cross: Cross | None, maps: Maps | None) -> Tensor:
+    """The targets' cross-attention from the source's map and their own."""
+    text, value = layer.text, layer.value(layer.text)
+    some = slice(1, 1 + targets)
+    own_needed = cross is None or cross.own is not None or maps is not None
+    if own_needed:
+        query, key, mask = layer.query(layer.hidden), layer.key(text), layer.mask
+        if maps is not None:
+            rows = slice(1 + targets)
+            look = partial(layer.sdpa, query[rows], key[rows], mask=None if mask is None else mask[rows])
+            maps.add(read_columns(look, query, maps.columns))
+        if cross is None:
+            return layer.sdpa(query, key, value, mask)
+        lead_query, lead_key = _lead(query, targets), _lead(key, targets)
+    else:
+        mask = layer.mask
+        lead_query, lead_key = layer.query(_lead(layer.hidden, targets)), layer.key(_lead(text, targets))
+    assert cross is not None
+    mixed = cross.taken.to(value.dtype)[:, None] @ value[some]
+    values = torch.cat([value[:1], mixed, value[1 + targets :]])
+    lead_mask = None if mask is None else _spread(_lead(mask, targets), targets)
+    out = layer.sdpa(_spread(lead_query, targets), _spread(lead_key, targets), values, lead_mask)
+    if cross.own is None:
+        return out
+    kept = cross.own.to(value.dtype)[:, None, :, None] * value[some]
+    own = layer.sdpa(query[some], key[some], kept, None if mask is None else mask[some])
+    return torch.cat([out[:1], out[some] + own, out[1 + targets :]])
+
+
+def _lead(x: Tensor, targets: int) -> Tensor:
+    """The rows without the targets'."""
+    return torch.cat([x[:1], x[1 + targets :]])
+
+
+def _spread(x: Tensor, targets: int) -> Tensor:
+    """Rows without the targets' → all rows, the targets' being the source's."""
+    return torch.cat([x[:1].expand(1 + targets, *x.shape[1:]), x[1:]])
+
+
+@dataclass
+class _Layer:
+    """One call of a diffusers `Attention`: what surrounds the product of queries, keys and values."""
+
+    attn: Any
+    states: Tensor
+    encoder_states: Tensor | None
+    attention_mask: Tensor | None
+    temb: Tensor | None
+    shape: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.shape = tuple(self.states.shape)
+
+    @property
+    def tokens(self) -> int:
+        """How many queries there are."""
+        return self.shape[1] if len(self.shape) == 3 else self.shape[2] * self.shape[3]
+
+    @property
+    def hidden(self) -> Tensor:
+        """What queries are made of [B, queries, C]."""
+        if not hasattr(self, "_hidden"):
+            x = self.states
+            if self.attn.spatial_norm is not None:
+                x = self.attn.spatial_norm(x, self.temb)
+            if x.ndim == 4:
+                x = x.flatten(2).transpose(1, 2)
+            if self.attn.group_norm is not None:
+                x = self.attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+            self._hidden = x
+        return self._hidden
+
+    @property
+    def text(self) -> Tensor:
+        """What keys and values of cross-attention are made of [B, T, D]."""
+        assert self.encoder_states is not None
+        if self.attn.norm_cross:
+            return cast(Tensor, self.attn.norm_encoder_hidden_states(self.encoder_states))
+        return self.encoder_states
+
+    @property
+    def mask(self) -> Tensor | None:
+        """[B, heads, 1 or queries, keys], or None."""
+        if self.attention_mask is None:
+            return None
+        batch = self.shape[0]
+        keys = self.tokens if self.encoder_states is None else self.encoder_states.shape[1]
+        mask = self.attn.prepare_attention_mask(self.attention_mask, keys, batch)
+        return cast(Tensor, mask.view(batch, self.attn.heads, -1, mask.shape[-1]))
+
+    def query(self, x: Tensor) -> Tensor:
+        query = self._heads(self.attn.to_q(x))
+        return query if self.attn.norm_q is None else self.attn.norm_q(query)
+
+    def key(self, x: Tensor) -> Tensor:
+        key = self._heads(self.attn.to_k(x))
+        return key if self.attn.norm_k is None else self.attn.norm_k(key)
+
+    def value(self, x: Tensor) -> Tensor:
+        return self._heads(self.attn.to_v(x))
+
+    def sdpa(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.attn.scale)
+
+    def finish(self, attended: Tensor) -> Tensor:
+        """Heads side by side, the output projection, the residual, and the shape that came in."""
+        x = attended.transpose(1, 2).flatten(2)
+        x = self.attn.to_out[1](self.attn.to_out[0](x))
+        if len(self.shape) == 4:
+            x = x.transpose(1, 2).reshape(self.shape)
+        if self.attn.residual_connection:
+            x = x + self.states
+        return cast(Tensor, x / self.attn.rescale_output_factor)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return cast(Tensor, x.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2))

@@ -1,0 +1,1 @@
+"""From an image back to the noise that draws it."""

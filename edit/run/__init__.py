@@ -1,0 +1,1 @@
+"""One edit from the command line: open, edit, measure, report."""

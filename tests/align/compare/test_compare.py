@@ -1,0 +1,207 @@
+"""Comparisons: how wins are counted, by scorers and by a person who does not know whose picture is whose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from align.collect.label import server
+from align.collect.label.session import Session
+from align.compare.blind import blind_pairs, blind_result, blind_summary, save_blind
+from align.compare.compare import versus
+from align.compare.sides import Side, taught_by
+from align.pairs.choices import CHOICES, Choice, append
+from align.pairs.prompts import Prompt
+from align.settings import Settings
+from backbone.adapters.concept import Concept
+from backbone.io.console import UserError
+from backbone.io.files import read_json, write_json
+from tests.align.conftest import align, refused
+
+KEYS = [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_ties_count_half_and_are_stated() -> None:
+    wins = versus(torch.tensor([1.0, 1.0, 1.0, 1.0]), torch.tensor([2.0, 0.5, 1.0, 1.0]), KEYS)
+    assert (wins.wins, wins.ties, wins.losses) == (1, 2, 1)
+    assert wins.rate.value == 0.5
+    assert wins.gain.value == pytest.approx(0.125)
+
+
+def test_a_difference_within_the_tie_is_none() -> None:
+    wins = versus(torch.zeros(4), torch.tensor([0.1, 0.1, -0.1, 0.3]), KEYS, tie=0.15)
+    assert (wins.wins, wins.ties, wins.losses) == (1, 3, 0)
+
+
+def test_models_that_draw_the_same_are_even() -> None:
+    wins = versus(torch.ones(4), torch.ones(4), KEYS)
+    assert wins.rate.value == 0.5 and wins.gain == (0.0, 0.0, 0.0)
+
+
+def test_a_run_stands_on_the_concepts_that_it_was_trained_on(tmp_path: Path) -> None:
+    below, taste = tmp_path / "dog", tmp_path / "taste"
+    for folder in (below, taste):
+        Concept("lora", "moji", "f", {}, "").write(folder)
+    write_json(taste / "settings.json", {"settings": Settings(pairs="p", concepts=(str(below),))})
+    (taste / "evaluations.jsonl").write_text("")
+    assert Side.of(str(taste)).concepts == (below, taste)
+    assert Side.of(str(below)).concepts == (below,)
+    assert Side.of("moji").concepts == ()
+
+
+def test_a_scorer_that_chose_the_pairs_is_named(tmp_path: Path) -> None:
+    pairs, taste = tmp_path / "pairs", tmp_path / "taste"
+    pairs.mkdir()
+    Concept("preference", "moji", "f", {}, "").write(taste)
+    (taste / "evaluations.jsonl").write_text("")
+    write_json(taste / "settings.json", {"settings": Settings(pairs=str(pairs))})
+    assert taught_by(Side.of(str(taste))) == set()
+    write_json(pairs / "scores.json", {"scorers": ["moji"], "scores": {}})
+    assert taught_by(Side.of(str(taste))) == {"moji"}
+    online = Settings(pairs="", online="mine.py", reference="live", prompts="p.txt")
+    write_json(taste / "settings.json", {"settings": online})
+    assert taught_by(Side.of(str(taste))) == {"mine.py"}
+    assert taught_by(Side.of("moji")) == set()
+
+
+def test_a_person_s_choices_are_counted_for_the_tuned_side(tmp_path: Path) -> None:
+    pairs = list(blind_pairs([Prompt("a dog"), Prompt("a cat")], 2))
+    assert len(pairs) == 4
+    for number, ((name, prompt, base, tuned), verdict) in enumerate(
+        zip(pairs, ("left", "right", "tie", "both_bad"), strict=True)
+    ):
+        left, right = (tuned, base) if number % 2 == 0 else (base, tuned)
+        append(tmp_path / CHOICES, Choice(number, name, prompt, left, right, verdict))
+    found = blind_result(tmp_path)
+    assert (found["wins"], found["losses"], found["ties"], found["both_bad"]) == (2, 0, 1, 1)
+    assert found["rate"]["value"] == 0.75
+    assert "tuned wins 75.0%" in blind_summary(save_blind(tmp_path))
+    assert read_json(tmp_path / "blind.json")["wins"] == 2
+
+
+def answers_everything(session: Session, *, port: int) -> None:
+    """In the place of the page: somebody who always prefers the left picture."""
+    while (question := session.question) is not None:
+        session.answer(question.number, "left")
+
+
+def test_labels_from_the_door_are_pairs_to_train_on(
+    drawn: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import shutil
+
+    from align.pairs.read import read
+
+    folder = tmp_path / "pairs"
+    shutil.copytree(drawn, folder, ignore=shutil.ignore_patterns("ranking.jsonl", "scores.json"))
+    assert "no preferences yet" in refused("check", folder)
+    monkeypatch.setattr(server, "serve", answers_everything)
+    align("label", folder, "--user", "ann")
+    assert len(read(folder, user="ann").pairs) == 5
+    align("check", folder)
+
+
+def test_a_blind_comparison_from_the_door(
+    run: Path,
+    tiny_folder: Path,
+    prompts: Path,
+    bright: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server, "serve", answers_everything)
+    how = ("--prompts", prompts, "--per-prompt", 1, "--steps", 2, "--device", "cpu", "--precision", "fp32")
+    said = align("compare", tiny_folder, run, *how, "--scorer", bright, "--out", tmp_path / "c", "--blind")
+    assert "blind: tuned wins" in said and "of 5 pictures" in said
+
+
+def test_training_on_top_of_a_run_and_comparing_with_it(
+    run: Path,
+    ranked: Path,
+    prompts: Path,
+    bright: Path,
+    tiny_folder: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "second"
+    where = ("--model", tiny_folder, "--precision", "fp32", "--device", "cpu", "--held-out", 0.3)
+    align("train", ranked, "--concept", run, "--out", out, *where, "--steps", 2, "--rank", 2, "--draws", 2)
+    how = ("--prompts", prompts, "--per-prompt", 1, "--steps", 2, "--device", "cpu", "--precision", "fp32")
+    said = align("compare", run, out, *how, "--scorer", bright, "--out", tmp_path / "c")
+    assert "tuned wins" in said
+    assert "accuracy" in align("evaluate", out, "--draws", 1)
+    assert "strength is not one number" in refused(
+        "compare", run, out, *how, "--scorer", bright, "--scale", 0.5, "--out", tmp_path / "d"
+    )
+
+
+def test_all_weights_are_trained_kept_and_measured(
+    ranked: Path,
+    tiny_folder: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "full"
+    where = ("--model", tiny_folder, "--precision", "fp32", "--device", "cpu", "--held-out", 0.3, "--full")
+    align("train", ranked, "--out", out, *where, "--steps", 2, "--draws", 2, "--learning-rate", 1e-4)
+    before = read_json(out / "summary.json")["held_out"]["winner_change"]
+    align("evaluate", out, "--draws", 4)
+    after = read_json(out / "evaluation.json")["winner_change"]
+    assert before != 0 and after != 0
+
+
+def test_a_scorer_that_is_none_is_refused_before_anything_is_drawn(
+    run: Path,
+    tiny_folder: Path,
+    prompts: Path,
+    tmp_path: Path,
+) -> None:
+    said = refused(
+        "compare", tiny_folder, run, "--prompts", prompts, "--scorer", "nobody", "--out", tmp_path / "c"
+    )
+    assert "no scorer nobody" in said
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_comparison_that_was_drawn_in_another_way_is_not_gone_on_with(tmp_path: Path) -> None:
+    write_json(tmp_path / "base" / "drawn.json", {"model": "other"})
+    from align.compare.compare import compare_models
+
+    with pytest.raises(UserError, match="another --out"):
+        compare_models(Side.of("moji"), Side.of("moji"), [Prompt("a dog")], tmp_path)
+
+
+def test_each_side_can_have_its_own_guidance(
+    run: Path, tiny_folder: Path, prompts: Path, bright: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "c"
+    how = ("--prompts", prompts, "--per-prompt", 1, "--steps", 2, "--device", "cpu", "--precision", "fp32")
+    align(
+        "compare", tiny_folder, run, *how, "--scorer", bright, "--guidance", 3, "--tuned-guidance", 1.5, "--out", out
+    )  # fmt: skip
+    drawn = {side: read_json(out / side / "drawn.json")["drawing"]["guidance"] for side in ("base", "tuned")}
+    assert drawn == {"base": 3.0, "tuned": 1.5}
+    assert read_json(out / "compare.json")["tuned"]["guidance"] == 1.5
+    assert "guidance 3 (the tuned side 1.5)" in (out / "report.html").read_text()
+
+
+def test_a_side_can_follow_its_guidance_in_some_steps_only(
+    run: Path, tiny_folder: Path, prompts: Path, bright: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "c"
+    how = ("--prompts", prompts, "--per-prompt", 1, "--steps", 2, "--device", "cpu", "--precision", "fp32")
+    asked = ("compare", tiny_folder, run, *how, "--scorer", bright, "--guidance", 3, "--out", out)
+    align(*asked, "--tuned-guidance-start", 0.5)
+    drawn = {side: read_json(out / side / "drawn.json")["drawing"] for side in ("base", "tuned")}
+    assert "guidance_start" not in drawn["base"], "guidance in all steps goes without saying"
+    assert (drawn["tuned"]["guidance_start"], drawn["tuned"]["guidance_stop"]) == (0.5, 1.0)
+    assert "guidance 3 (the tuned side 3 from 50% to 100% of the steps)" in (out / "report.html").read_text()
+    assert "another --out" in refused(*asked, "--guidance-start", 0.5, "--tuned-guidance-start", 0)
+    nowhere = tmp_path / "nowhere"
+    said = refused(
+        "sample", "--prompts", prompts, "--guidance-start", 0.5, "--guidance-stop", 0.2, "--out", nowhere
+    )
+    assert "no share of them" in said and not nowhere.exists()

@@ -1,0 +1,594 @@
+"""Preference training on a random tiny model: what it computes, what it shares, and what it remembers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from align.objectives.dataset import Draws, Item, Material, batch_of, mean_squares, prepare, residuals
+from align.objectives.losses import PairErrors, dpo
+from align.objectives.preference import LEVEL_WEIGHTS, PreferenceTraining
+from align.objectives.reference import Bank, bank_path
+from align.pairs.read import read
+from align.pairs.records import as_singles, check, held_out
+from align.settings import BY_MODEL, Settings, as_command, resolved
+from backbone.adapters.lora import load_lora, only
+from backbone.diffusion.noise import generator
+from backbone.io.console import UserError
+from backbone.models.model import Backbone
+from recipes.moji.denoiser import DEFAULTS
+from tests.tiny import tiny_pipeline, tiny_stable_diffusion_3, tiny_stable_diffusion_xl
+
+HELD_OUT = 0.3
+
+
+def settings(**changes: Any) -> Settings:
+    base = Settings(
+        pairs="pairs.jsonl",
+        steps=12,
+        batch=3,
+        draws=4,
+        rank=4,
+        learning_rate=2e-3,
+        lr_warmup_steps=0,
+        held_out=HELD_OUT,
+        precision="fp32",
+        device="cpu",
+        evaluation_draws=2,
+    )
+    return replace(base, **changes)
+
+
+def material(model: Backbone, source: Path, asked: Settings) -> Material:
+    found = check(read(source))
+    records = found.pairs if asked.by_pairs else as_singles(found)
+    train, out = held_out(records, share=asked.held_out, seed=asked.seed)
+    return prepare(model, train, out, asked)
+
+
+def opened(folder: Path) -> Backbone:
+    return Backbone.open(str(folder), device="cpu", precision="fp32")
+
+
+def training(folder: Path, source: Path, **changes: Any) -> PreferenceTraining:
+    """A fresh training on a fresh model."""
+    asked = settings(**changes)
+    model = opened(folder)
+    return PreferenceTraining(model, material(model, source, asked), asked)
+
+
+def weights(run: PreferenceTraining) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in run.parameters.items()}
+
+
+def trained(run: PreferenceTraining) -> PreferenceTraining:
+    for _ in run.steps():
+        pass
+    return run
+
+
+@pytest.fixture
+def no_bank_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of this test's own."""
+    monkeypatch.setenv("LIMNER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+# The start --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss", "value", "kind"),
+    [
+        ("dpo", math.log(2), "epsilon"),
+        ("dpo", math.log(2), "v_prediction"),
+        ("ipo", 0.25, "epsilon"),
+        ("hinge", 1.0, "epsilon"),
+        ("kto", 0.5, "epsilon"),
+    ],
+)
+def test_the_first_loss_is_the_known_one(
+    tmp_path: Path, pairs_file: Path, loss: str, value: float, kind: str
+) -> None:
+    folder = tiny_pipeline(tmp_path / "tiny", prediction_type=kind)
+    run = training(folder, pairs_file, loss=loss, evaluation_draws=1)
+    with torch.no_grad():
+        (first,) = run.losses(1)
+    assert float(first) == pytest.approx(value, abs=1e-4)
+
+
+def test_an_untouched_model_is_right_half_the_time(tiny_folder: Path, pairs_file: Path) -> None:
+    run = training(tiny_folder, pairs_file)
+    for figures in run.evaluate().values():
+        assert figures.accuracy == (0.5, 0.5, 0.5)
+        assert all(share == 0.5 or math.isnan(share) for share in figures.by_level)
+        assert figures.winner_change == figures.loser_change == 0
+
+
+@pytest.mark.parametrize(
+    "build", [tiny_stable_diffusion_xl, tiny_stable_diffusion_3], ids=["sdxl", "sd3, a flow"]
+)
+def test_other_families_train_alike(tmp_path: Path, pairs_file: Path, build: Callable[[Path], Path]) -> None:
+    run = training(build(tmp_path / "model"), pairs_file, steps=2, evaluation_draws=1)
+    with torch.no_grad():
+        (first,) = run.losses(1)
+    assert float(first) == pytest.approx(math.log(2), abs=1e-4)
+    before = weights(run)
+    trained(run)
+    assert any(not torch.equal(value, before[name]) for name, value in weights(run).items())
+
+
+# What a pair shares -----------------------------------------------------------------------------------------
+
+
+def test_level_noise_and_dropped_prompt_are_shared_in_a_pair(tiny: Backbone, pairs_file: Path) -> None:
+    asked = settings(prompt_dropout=0.5)
+    ready = material(tiny, pairs_file, asked)
+    draws = Draws("training", 0, 16, len(tiny.path.levels), prompt_dropout=0.5)
+    batch = batch_of(tiny, ready, draws, [ready.train[0]] * 16, list(range(16)))
+    first, second = batch.target.chunk(2)
+    assert torch.equal(first, second)  # the network predicts ε
+    assert torch.equal(*batch.index.chunk(2))
+    one, other = batch.text["hidden"].chunk(2)
+    assert torch.equal(one, other)
+    dropped = sum(torch.equal(row, ready.text["hidden"][0]) for row in one)
+    assert 0 < dropped < 16
+    assert len(set(batch.index[:16].tolist())) == 16
+
+
+def test_both_pictures_of_a_pair_are_mirrored_or_neither(tiny: Backbone, pairs_file: Path) -> None:
+    asked = settings(flip=True)
+    ready = material(tiny, pairs_file, asked)
+    assert ready.mirrored is not None
+    draws = Draws("training", 0, 16, len(tiny.path.levels), flip=True)
+    item = ready.train[0]
+    batch = batch_of(tiny, ready, draws, [item] * 16, list(range(16)))
+    level = tiny.path.levels[batch.index]
+    a, b = level.over(batch.noisy)
+    clean = (batch.noisy - b * batch.target) / a
+    mirrored = [draws.mirrors(item, k) for k in range(16)]
+    assert 0 < sum(mirrored) < 16
+    for g, row in enumerate(item.pictures):
+        for k, flipped in enumerate(mirrored):
+            source = ready.mirrored if flipped else ready.latents
+            torch.testing.assert_close(clean[16 * g + k], source[row], atol=2e-3, rtol=1e-2)
+
+
+def test_both_pictures_of_a_pair_are_cut_at_the_same_place(tiny: Backbone, tmp_path: Path) -> None:
+    """The two pictures of a pair are one wide gradient: cut alike they are the same, cut apart they are not."""
+    side = tiny.resolution
+    across = np.tile(np.linspace(0, 255, 4 * side, dtype=np.uint8), (side, 1))
+    for name in ("first.png", "second.png"):
+        Image.fromarray(np.stack([across] * 3, -1)).save(tmp_path / name)
+    line = {"prompt": "a ramp", "chosen": "first.png", "rejected": "second.png"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(line) + "\n")
+    asked = settings(random_crop=4, flip=True, held_out=0.0)
+    ready = material(tiny, tmp_path / "pairs.jsonl", asked)
+    (item,) = ready.train
+    assert len(item.cuts) == 4
+    for rows in item.cuts:
+        assert torch.equal(*ready.latents[list(rows)])
+    assert len({tuple(ready.latents[rows[0]].flatten().tolist()) for rows in item.cuts}) == 4
+    draws = Draws("training", 0, 32, len(tiny.path.levels), crop=True)
+    assert {draws.rows(item, k) for k in range(32)} == set(item.cuts)
+    assert replace(draws, crop=False).rows(item, 0) == item.pictures
+
+
+def test_no_level_below_the_least_noise_is_drawn() -> None:
+    item = Item((0, 1), 1, 1.0, "a")
+    levels = sorted(Draws("training", 0, 7, 1000, lowest=300).level(item, k) for k in range(7))
+    assert [(level - 300) // 100 for level in levels] == list(range(7))
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "kto", "mapo", "sft"])
+def test_weights_multiply_the_errors_before_the_loss(
+    tiny_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch, loss: str
+) -> None:
+    """Twice the weight is twice the β where the loss knows errors only through it, and twice the error elsewhere."""
+    monkeypatch.setitem(LEVEL_WEIGHTS, "debiased", lambda level, kind: torch.full((len(level),), 2.0))
+    plain = training(tiny_folder, pairs_file, loss=loss, beta=100.0, mapo_weight=0.0)
+    heavy = training(
+        tiny_folder, pairs_file, loss=loss, beta=100.0, mapo_weight=0.0, loss_weighting="debiased"
+    )
+    for run in (plain, heavy):
+        with torch.no_grad():
+            for number, value in enumerate(run.parameters.values()):
+                value.copy_(0.1 * torch.randn(value.shape, generator=generator(0, number)))
+    cells = plain.visits(1)
+    light, found = plain.loss(cells)[0], heavy.loss(cells)[0]
+    if loss in ("mapo", "sft"):
+        torch.testing.assert_close(found, 2 * light)
+    else:
+        twice = training(tiny_folder, pairs_file, loss=loss, beta=200.0)
+        with torch.no_grad():
+            for name, value in twice.parameters.items():
+                value.copy_(plain.parameters[name])
+        torch.testing.assert_close(found, twice.loss(cells)[0])
+
+
+def test_debiased_weights_raise_noisy_levels_and_min_snr_lowers_clean_ones(tiny: Backbone) -> None:
+    levels = tiny.path.levels[torch.tensor([20, 990])]
+    clean, noisy = LEVEL_WEIGHTS["debiased"](levels, "epsilon").tolist()
+    assert clean < 0.2 and noisy > 5
+    clean, noisy = LEVEL_WEIGHTS["min-snr"](levels, "epsilon").tolist()
+    assert clean < 0.1 and noisy == 1
+
+
+def test_a_draw_follows_from_seed_record_and_number_alone() -> None:
+    item, other = Item((0, 1), 1, 1.0, "a"), Item((0, 1), 1, 1.0, "b")
+    draws = Draws("training", 0, 8, 1000)
+    assert torch.equal(draws.noise(item, 3, (4, 2, 2)), draws.noise(replace(item, prompt=9), 3, (4, 2, 2)))
+    for changed in (
+        draws.noise(other, 3, (4, 2, 2)),
+        draws.noise(item, 4, (4, 2, 2)),
+        replace(draws, seed=1).noise(item, 3, (4, 2, 2)),
+        replace(draws, name="held-out").noise(item, 3, (4, 2, 2)),
+    ):
+        assert not torch.equal(changed, draws.noise(item, 3, (4, 2, 2)))
+
+
+def test_the_levels_of_a_record_s_draws_are_stratified() -> None:
+    draws = Draws("training", 0, 10, 1000)
+    levels = [draws.level(Item((0,), 0, 1.0, "a"), k) for k in range(10)]
+    assert sorted(level // 100 for level in levels) == list(range(10))
+    assert levels != sorted(levels)
+
+
+def test_every_pass_visits_every_record_once_at_one_draw(tiny_folder: Path, pairs_file: Path) -> None:
+    run = training(tiny_folder, pairs_file, batch=2, held_out=0.0)
+    for number in range(3):
+        cells = [cell for step in range(4 * number + 1, 4 * number + 5) for cell in run.visits(step)]
+        assert sorted(row for row, _ in cells) == list(range(8))
+        assert {k for _, k in cells} == {number}
+
+
+def test_the_better_picture_comes_first(tiny: Backbone, tmp_path: Path, pairs_file: Path) -> None:
+    found = check(read(pairs_file))
+    turned = [replace(pair, first=pair.second, second=pair.first, label=0.0) for pair in found.pairs]
+    ready, other = prepare(tiny, found.pairs, [], settings()), prepare(tiny, turned, [], settings())
+    for one, two in zip(ready.train, other.train, strict=True):
+        assert one.key == two.key
+        assert torch.equal(ready.latents[one.pictures[0]], other.latents[two.pictures[0]])
+
+
+# Learning ---------------------------------------------------------------------------------------------------
+
+
+def told_apart(ready: Material) -> Material:
+    """The same records with latents that a model can tell apart: winners are positive, losers negative."""
+    sign = torch.zeros(len(ready.latents), 1, 1, 1)
+    for item in [*ready.train, *ready.held_out]:
+        for place, row in enumerate(item.pictures):
+            good = place == 0 if len(item.pictures) == 2 else item.preference > 0.5
+            sign[row] = 1 if good else -1
+    return replace(ready, latents=sign + 0.1 * ready.latents)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "hinge", "kto", "mapo", "dspo"])
+def test_training_learns_the_preference(tiny_folder: Path, pairs_file: Path, loss: str) -> None:
+    """Of held-out prompts, at draws that training never visits."""
+    asked = settings(
+        loss=loss, steps=30, batch=4, draws=16, reference={"dspo": "live"}.get(loss, "bank"),
+        beta=20.0 if loss in ("ipo", "kto") else 2000.0,  # these two have an aim, which a large β makes small
+        learning_rate=1e-2, mapo_weight=1.0, evaluation_draws=8, prompt_dropout=0.0, lora_layers="all",
+    )  # fmt: skip
+    model = opened(tiny_folder)
+    run = PreferenceTraining(model, told_apart(material(model, pairs_file, asked)), asked)
+    trained(run)
+    figures = run.evaluate()["held-out"]
+    assert figures.winner_change < figures.loser_change
+    if asked.by_pairs:
+        assert figures.accuracy.value > 0.75
+
+
+def test_sft_lowers_the_winners_error_and_the_safeguard_holds_the_loser_back(
+    tiny_folder: Path, pairs_file: Path
+) -> None:
+    plain = trained(training(tiny_folder, pairs_file, loss="sft", steps=20, held_out=0.0, learning_rate=1e-2))
+    assert plain.evaluate()["training"].winner_change < 0
+    free = trained(training(tiny_folder, pairs_file, steps=20, held_out=0.0, learning_rate=2e-2))
+    held = trained(
+        training(tiny_folder, pairs_file, steps=20, held_out=0.0, learning_rate=2e-2, safeguard=0.9)
+    )
+    assert held.evaluate()["training"].winner_change < free.evaluate()["training"].winner_change
+
+
+def test_a_tie_trains_towards_indifference_and_never_as_a_win(tiny_folder: Path, pairs_file: Path) -> None:
+    model = opened(tiny_folder)
+    asked = settings(ties="model", held_out=0.0)
+    pairs = [replace(pair, label=0.5) for pair in check(read(pairs_file)).pairs[:1]]
+    wins = check(read(pairs_file)).pairs[1:2]
+    run = PreferenceTraining(model, prepare(model, [*pairs, *wins], [], asked), asked)
+    with torch.no_grad():
+        loss, _ = run.loss([(0, 0), (1, 0)])
+    assert loss.tolist() == pytest.approx([math.log(2)] * 2, abs=1e-4)
+    tie, _ = run.loss([(0, 0)])
+    win, _ = run.loss([(1, 0)])
+
+    def pull(loss: Tensor) -> float:
+        gradients = torch.autograd.grad(loss.sum(), list(run.parameters.values()), allow_unused=True)
+        return max(float(one.abs().max()) for one in gradients if one is not None)
+
+    assert pull(tie) < 1e-2 * pull(win)  # at indifference nothing pulls, up to rounding times β
+
+
+def test_a_tie_adds_nothing_to_the_winners_error(tiny_folder: Path, pairs_file: Path) -> None:
+    model = opened(tiny_folder)
+    found = check(read(pairs_file)).pairs
+    pairs = [replace(found[0], label=0.5), found[1]]
+    losses = []
+    for weight in (0.0, 2.0):
+        model = opened(tiny_folder)
+        asked = settings(ties="model", held_out=0.0, sft_weight=weight)
+        run = PreferenceTraining(model, prepare(model, pairs, [], asked), asked)
+        with torch.no_grad():
+            losses.append(run.loss([(0, 0), (1, 0)])[0])
+    added = losses[1] - losses[0]
+    assert float(added[0]) == pytest.approx(0.0, abs=1e-5)
+    assert float(added[1]) > 0.1
+
+
+def test_micro_batches_add_up_to_the_whole_batch(tiny_folder: Path, pairs_file: Path) -> None:
+    whole = trained(training(tiny_folder, pairs_file, batch=5, steps=3))
+    parts = trained(training(tiny_folder, pairs_file, batch=5, steps=3, micro_batch=2))
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(parts.parameters[name].detach(), value, atol=2e-4, rtol=0)
+
+
+def test_the_loss_of_a_step_is_the_loss_of_its_errors(tiny_folder: Path, pairs_file: Path) -> None:
+    run = training(tiny_folder, pairs_file)
+    for parameter in run.parameters.values():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    cells = run.visits(1)
+    with torch.no_grad():
+        loss, _ = run.loss(cells)
+        batch = batch_of(
+            run.model,
+            run.material,
+            run.draws,
+            [run.material.train[row] for row, _ in cells],
+            [k for _, k in cells],
+        )
+        now = mean_squares(residuals(run.model, run.model.denoiser, batch))
+        with only(run.model.denoiser, []):
+            before = mean_squares(residuals(run.model, run.model.denoiser, batch))
+    torch.testing.assert_close(loss, dpo(PairErrors(*now, *before), run.settings.beta))
+
+
+# The reference ----------------------------------------------------------------------------------------------
+
+
+def test_the_bank_trains_as_the_live_reference_does(
+    tiny_folder: Path, pairs_file: Path, no_bank_yet: Path
+) -> None:
+    live = trained(training(tiny_folder, pairs_file, reference="live", steps=16, draws=3))
+    banked = trained(training(tiny_folder, pairs_file, reference="bank", steps=16, draws=3))
+    for name, value in weights(live).items():
+        torch.testing.assert_close(banked.parameters[name].detach(), value, atol=2e-4, rtol=0)
+    assert isinstance(banked.reference, Bank)
+    assert banked.live.asked < live.live.asked
+
+
+def test_a_full_run_s_bank_trains_as_a_frozen_copy_does(
+    tiny_folder: Path, pairs_file: Path, no_bank_yet: Path
+) -> None:
+    changes = {"full": True, "steps": 8, "draws": 2, "learning_rate": 1e-4}
+    copied = trained(training(tiny_folder, pairs_file, reference="copy", **changes))
+    banked = trained(training(tiny_folder, pairs_file, reference="bank", **changes))
+    for name, value in weights(copied).items():
+        torch.testing.assert_close(banked.parameters[name].detach(), value, atol=1e-5, rtol=0)
+
+
+def test_the_base_is_asked_once_for_each_draw_and_never_by_a_second_run(
+    tiny_folder: Path, pairs_file: Path, no_bank_yet: Path
+) -> None:
+    first = training(tiny_folder, pairs_file, steps=8, draws=2)
+    trained(first)
+    assert isinstance(first.reference, Bank)
+    assert first.live.asked == 2 * first.reference.filled
+    first.reference.save()
+    second = trained(training(tiny_folder, pairs_file, steps=8, draws=2, loss="ipo"))
+    assert second.live.asked == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 1}, {"draws": 5}, {"prompt_dropout": 0.2}, {"batch": 2}, {"flip": True}, {"held_out": 0.0}],
+    ids=lambda change: next(iter(change)),
+)
+def test_another_setting_has_another_bank(
+    tiny_folder: Path, pairs_file: Path, change: dict[str, Any]
+) -> None:
+    one, other = training(tiny_folder, pairs_file), training(tiny_folder, pairs_file, **change)
+    assert isinstance(one.reference, Bank) and isinstance(other.reference, Bank)
+    assert one.reference.key != other.reference.key
+
+
+def test_another_model_or_another_picture_has_another_bank(
+    tiny_folder: Path, tmp_path: Path, pairs_file: Path
+) -> None:
+    from tests.align.conftest import picture
+
+    one = training(tiny_folder, pairs_file)
+    other_model = training(tiny_pipeline(tmp_path / "other", seed=3), pairs_file)
+    picture(99).save(pairs_file.parent / "0.png")
+    other_picture = training(tiny_folder, pairs_file)
+    banks = [run.reference for run in (one, other_model, other_picture)]
+    assert len({bank.key for bank in banks if isinstance(bank, Bank)}) == 3
+
+
+def test_what_changes_only_the_training_shares_the_bank(tiny_folder: Path, pairs_file: Path) -> None:
+    one = training(tiny_folder, pairs_file).reference
+    other = training(tiny_folder, pairs_file, loss="ipo", beta=7.0, learning_rate=1e-5, rank=2).reference
+    assert isinstance(one, Bank) and isinstance(other, Bank)
+    assert one.key == other.key
+
+
+def test_a_damaged_bank_begins_anew(tiny_folder: Path, pairs_file: Path, no_bank_yet: Path) -> None:
+    run = trained(training(tiny_folder, pairs_file, steps=4))
+    assert isinstance(run.reference, Bank)
+    run.reference.save()
+    path = bank_path(run.reference.key)
+    path.unlink()
+    path.write_bytes(b"broken")
+    again = training(tiny_folder, pairs_file, steps=4)
+    assert isinstance(again.reference, Bank) and again.reference.filled == 0
+
+
+def test_a_new_adapter_on_a_concept_is_measured_against_the_concept(
+    tiny_folder: Path, tmp_path: Path, pairs_file: Path
+) -> None:
+    """Concept on, new adapter off: training on top of a concept starts with ln 2 as any other does."""
+    below = trained(training(tiny_folder, pairs_file, steps=6, learning_rate=2e-2))
+    below.write(tmp_path, {})
+    model = opened(tiny_folder)
+    load_lora(tmp_path / "pytorch_lora_weights.safetensors", model.denoiser, "concept_0")
+    asked = settings()
+    run = PreferenceTraining(model, material(model, pairs_file, asked), asked, base=["concept_0"])
+    with torch.no_grad():
+        (first,) = run.losses(1)
+        batch = batch_of(model, run.material, run.draws, run.material.train[:1], [0])
+        with only(model.denoiser, []):
+            base = residuals(model, model.denoiser, batch)
+        reference = run.live.residuals(batch)
+    assert float(first) == pytest.approx(math.log(2), abs=1e-4)
+    assert not torch.allclose(base, reference, atol=1e-4)
+    before = {name: value.clone() for name, value in model.denoiser.named_parameters() if "concept_0" in name}
+    trained(run)
+    after = dict(model.denoiser.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_only_the_adapter_changes(tiny_folder: Path, pairs_file: Path) -> None:
+    run = training(tiny_folder, pairs_file, steps=3)
+    before = {name: value.detach().clone() for name, value in run.model.denoiser.named_parameters()}
+    trained(run)
+    for name, value in run.model.denoiser.named_parameters():
+        assert torch.equal(value, before[name]) == (name not in run.parameters)
+
+
+# Going on ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_a_resumed_run_ends_bit_for_bit_as_a_whole_one(
+    tiny_folder: Path, tmp_path: Path, pairs_file: Path, no_bank_yet: Path, full: bool
+) -> None:
+    changes = {"full": full, "steps": 8, "learning_rate": 1e-4 if full else 2e-3}
+    whole = weights(trained(training(tiny_folder, pairs_file, **changes)))
+    first = training(tiny_folder, pairs_file, **changes)
+    for report in first.steps():
+        if report.step == 3:
+            first.save(tmp_path)
+        if report.step == 5:  # two steps that the checkpoint does not know
+            break
+    second = training(tiny_folder, pairs_file, **changes)
+    second.resume(tmp_path)
+    assert second.done == 3
+    trained(second)
+    for name, value in whole.items():
+        assert torch.equal(second.parameters[name].detach(), value)
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_folder: Path, pairs_file: Path) -> None:
+    plain = trained(training(tiny_folder, pairs_file, steps=3))
+    saving = trained(training(tiny_folder, pairs_file, steps=3, gradient_checkpointing=True))
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(saving.parameters[name].detach(), value, atol=1e-5, rtol=0)
+
+
+def test_the_gap_between_visited_and_fresh_draws_grows_when_few_draws_are_learned_by_heart(
+    tiny_folder: Path, pairs_file: Path
+) -> None:
+    run = training(
+        tiny_folder,
+        pairs_file,
+        draws=1,
+        steps=40,
+        batch=8,
+        held_out=0.0,
+        learning_rate=2e-2,
+        lora_layers="all",
+    )
+    assert math.isnan(run.gap())
+    trained(run)
+    assert run.gap() > 0.1
+
+
+# Settings ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"loss": "ppo"}, "no loss ppo"),
+        ({"full": True, "reference": "live"}, "base is gone"),
+        ({"reference": "copy"}, "adapter off"),
+        ({"loss": "dspo"}, "predictions"),
+        ({"loss": "kto", "ties": "model"}, "tie"),
+        ({"held_out": 1.0}, "below 1"),
+        ({"label_smoothing": 0.7}, "between 0 and 0.5"),
+        ({"safeguard": 2.0}, "between 0 and 1"),
+        ({"loss_weighting": "heavy"}, "none, min-snr, debiased"),
+        ({"least_noise": 1.0}, "below 1"),
+    ],
+    ids=str,
+)
+def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        settings(**changes)
+
+
+def test_unknown_layers_are_a_clear_mistake(tiny_folder: Path, pairs_file: Path) -> None:
+    with pytest.raises(UserError, match="attention, all"):
+        training(tiny_folder, pairs_file, lora_layers="everything")
+
+
+def test_the_repeating_command_names_what_was_chosen() -> None:
+    command = as_command(
+        Settings(pairs="my pairs", loss="ipo", beta=500.0, full=True, concepts=("a", "b")), Path("out")
+    )
+    assert command == (
+        "align train 'my pairs' --concept a --concept b --loss-type ipo --beta-dpo 500.0 --safeguard -1.0 --full "
+        "--loss-weighting none --least-noise 0.0 --steps 300 --train-batch-size 4 --learning-rate 0.0001 --rank 16 "
+        "--lora-alpha 16.0 --lora-layers attention --out out"
+    )
+
+
+def test_what_works_with_a_model_serves_where_nothing_was_asked() -> None:
+    own = {"beta": 700.0, "learning_rate": 1e-3, "loss_weighting": "debiased", "safeguard": 0.5}
+    usual = {"rank": 8, "align": own}
+    plain = resolved({"pairs": "p"}, usual)
+    assert (plain.rank, plain.beta, plain.learning_rate) == (8, 700.0, 1e-3)
+    assert (plain.loss_weighting, plain.safeguard) == ("debiased", 0.5)
+    assert resolved({"pairs": "p", "safeguard": -1.0}, usual).safeguard < 0
+    assert resolved({"pairs": "p", "loss": "kto"}, usual).safeguard < 0  # which knows no pairs
+    asked = resolved({"pairs": "p", "beta": 50.0, "loss_weighting": "none"}, usual)
+    assert (asked.beta, asked.loss_weighting) == (50.0, "none")
+    assert resolved({"pairs": "p", "loss": "mapo"}, usual).beta == 500.0  # whose scale is another
+    assert resolved({"pairs": "p", "loss": "ipo"}, usual).beta == 200.0
+
+
+def test_the_embedded_model_says_how_it_is_aligned() -> None:
+    usual = Backbone.open("moji").defaults
+    assert usual["align"] == DEFAULTS["align"]
+    found = resolved({"pairs": "p"}, usual)
+    for name, value in usual["align"].items():
+        assert getattr(found, name) == value and name in BY_MODEL
+    assert usual["draft"] == DEFAULTS["draft"]
+    found = resolved({"pairs": "", "loss": "draft", "online": "moji", "prompts": "p.txt"}, usual)
+    assert all(getattr(found, name) == value for name, value in usual["draft"].items())
+    assert "--reward-steps 5" in as_command(found, Path("out"))
+    assert (
+        resolved({"pairs": "", "loss": "ddpo", "online": "moji", "prompts": "p.txt"}, usual).reward_steps == 1
+    )

@@ -1,0 +1,51 @@
+"""Prompt files, and prompts as scorers read them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from align.pairs.prompts import Prompt, by_category, read_prompts, without_tokens
+from backbone.io.console import UserError
+
+DOG = [{"tokens": {"[V]": "bcd"}, "class": "dog", "folder": "runs/dog"}]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "read"),
+    [
+        ("a [V] dog in the snow", "a dog in the snow"),
+        ("a [V] in the snow", "a dog in the snow"),
+        ("a photo of [V] dog and a cat", "a photo of dog and a cat"),
+        ("a cat", "a cat"),
+    ],
+)
+def test_a_scorer_reads_the_class_where_the_prompt_has_a_token(prompt: str, read: str) -> None:
+    assert without_tokens(prompt, DOG) == read
+
+
+def test_a_concept_without_tokens_changes_no_prompt() -> None:
+    assert without_tokens("a [V] dog", [{"tokens": {}, "class": ""}]) == "a [V] dog"
+
+
+def test_lines_and_json_lines_say_the_same(tmp_path: Path) -> None:
+    text, lines = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    text.write_text("# a comment\nanimals\ta  dog\n\na cat\na cat\n")
+    lines.write_text('{"prompt": "a dog", "category": "animals"}\n{"prompt": "a cat"}\n')
+    assert read_prompts(text) == read_prompts(lines) == [Prompt("a dog", "animals"), Prompt("a cat")]
+    assert by_category(read_prompts(text)) == {"animals": [0], "": [1]}
+
+
+def test_every_bad_line_is_named(tmp_path: Path) -> None:
+    lines = tmp_path / "p.jsonl"
+    lines.write_text('{"prompt": "a dog"}\nnot json\n{"prompt": ""}\n')
+    with pytest.raises(UserError, match="2 bad lines") as caught:
+        read_prompts(lines)
+    assert "line 2" in str(caught.value) and "line 3" in str(caught.value)
+
+
+def test_a_file_without_prompts_is_a_mistake(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("# nothing\n")
+    with pytest.raises(UserError, match="holds no prompts"):
+        read_prompts(tmp_path / "p.txt")

@@ -1,0 +1,127 @@
+"""Adapters: silent until trained, fp32, switched off and on without a trace, read by diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from backbone.adapters.lora import (
+    WEIGHTS,
+    activate,
+    adapters_off,
+    add_lora,
+    load_lora,
+    lora_parameters,
+    save_lora,
+)
+from backbone.io.console import UserError
+from backbone.models.model import Backbone
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def said(model: Backbone, seed: int = 0) -> Tensor:
+    random = torch.Generator().manual_seed(seed)
+    noisy = torch.randn(2, *model.latent_shape, generator=random)
+    text = {"hidden": torch.randn(2, 77, 16, generator=random)}
+    with torch.no_grad():
+        return model.family.network(model.denoiser, text)(noisy, torch.tensor([10, 500]))
+
+
+def trained(model: Backbone) -> dict[str, Tensor]:
+    parameters = add_lora(model.denoiser, "one", rank=2, alpha=4.0, targets=TARGETS)
+    random = torch.Generator().manual_seed(1)
+    for parameter in parameters.values():
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=random)
+    return parameters
+
+
+def test_a_new_adapter_changes_nothing(tiny: Backbone) -> None:
+    before = said(tiny)
+    add_lora(tiny.denoiser, "one", rank=2, alpha=2.0, targets=TARGETS)
+    assert torch.equal(said(tiny), before)
+
+
+def test_trainables_are_fp32_over_a_half_precision_base(tiny_folder: Path) -> None:
+    model = Backbone.open(str(tiny_folder), device="cpu", precision="bf16")
+    parameters = add_lora(model.denoiser, "one", rank=2, alpha=2.0, targets=TARGETS)
+    assert next(model.denoiser.parameters()).dtype is torch.bfloat16
+    assert all(p.dtype is torch.float32 and p.requires_grad for p in parameters.values())
+    others = [p for key, p in model.denoiser.named_parameters() if key not in parameters]
+    assert not any(p.requires_grad for p in others)
+
+
+def test_switched_off_adapters_give_the_base_and_come_back_bit_for_bit(tiny: Backbone) -> None:
+    base = said(tiny)
+    parameters = trained(tiny)
+    adapted = said(tiny)
+    flags = {key: p.requires_grad for key, p in tiny.denoiser.named_parameters()}
+    with adapters_off(tiny.denoiser):
+        assert torch.equal(said(tiny), base)
+    assert torch.equal(said(tiny), adapted)
+    assert not torch.equal(adapted, base)
+    assert flags == {key: p.requires_grad for key, p in tiny.denoiser.named_parameters()}
+    assert all(p.requires_grad for p in parameters.values())
+
+
+def test_they_come_back_after_an_error_too(tiny: Backbone) -> None:
+    trained(tiny)
+    adapted = said(tiny)
+    with pytest.raises(RuntimeError), adapters_off(tiny.denoiser):
+        raise RuntimeError
+    assert torch.equal(said(tiny), adapted)
+
+
+def test_a_saved_adapter_loads_in_diffusers_and_gives_the_same_prediction(
+    tmp_path: Path, tiny_folder: Path, tiny: Backbone
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    trained(tiny)
+    save_lora(tmp_path / WEIGHTS, tiny.denoiser, "one")
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, local_files_only=True)
+    pipeline.load_lora_weights(tmp_path)
+    random = torch.Generator().manual_seed(0)
+    noisy = torch.randn(2, *tiny.latent_shape, generator=random)
+    hidden = torch.randn(2, 77, 16, generator=random)
+    with torch.no_grad():
+        theirs = pipeline.unet(noisy, torch.tensor([10, 500]), hidden).sample
+    assert torch.allclose(theirs, said(tiny), atol=1e-5)
+
+
+def test_saving_and_loading_gives_the_same_prediction(
+    tmp_path: Path, tiny_folder: Path, tiny: Backbone
+) -> None:
+    trained(tiny)
+    save_lora(tmp_path / WEIGHTS, tiny.denoiser, "one")
+    again = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
+    load_lora(tmp_path / WEIGHTS, again.denoiser, "other")
+    assert torch.equal(said(again), said(tiny))
+
+
+def test_strength_scales_the_change_and_two_adapters_add(
+    tmp_path: Path, tiny_folder: Path, tiny: Backbone
+) -> None:
+    trained(tiny)
+    save_lora(tmp_path / WEIGHTS, tiny.denoiser, "one")
+    halves = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
+    for name in ("left", "right"):
+        load_lora(tmp_path / WEIGHTS, halves.denoiser, name, scale=0.5)
+    activate(halves.denoiser, ["left", "right"])
+    assert torch.allclose(said(halves), said(tiny), atol=1e-4)
+    assert len(lora_parameters(halves.denoiser, "left")) == len(lora_parameters(halves.denoiser, "right")) > 0
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path, tiny_folder: Path, tiny: Backbone) -> None:
+    add_lora(tiny.denoiser, "one", rank=2, alpha=4.0, targets=("to_q",))
+    save_lora(tmp_path / WEIGHTS, tiny.denoiser, "one")
+    from backbone.io.files import read_tensors, write_tensors
+
+    tensors, header = read_tensors(tmp_path / WEIGHTS)
+    write_tensors(tmp_path / WEIGHTS, {key: value[..., :-1] for key, value in tensors.items()}, header)
+    again = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
+    with pytest.raises(UserError, match="another model"):
+        load_lora(tmp_path / WEIGHTS, again.denoiser, "one")

@@ -1,0 +1,137 @@
+"""Ladders against diffusers' schedulers, number for number, and by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+
+from backbone.diffusion.schedules import (
+    Schedule,
+    Spacing,
+    alphas_cumprod,
+    flow_ladder,
+    flow_levels,
+    karras_ladder,
+    spaced_timesteps,
+    upto,
+    vp_ladder,
+    zero_terminal_snr,
+)
+
+
+@pytest.mark.parametrize("spacing", get_args(Spacing))
+@pytest.mark.parametrize("steps_offset", [0, 1])
+def test_timesteps_are_diffusers_for_every_number_of_steps(spacing: Spacing, steps_offset: int) -> None:
+    scheduler = scheduler_of(DDIMScheduler, timestep_spacing=spacing, steps_offset=steps_offset)
+    for steps in range(1, 1001):
+        scheduler.set_timesteps(steps)
+        ours = spaced_timesteps(steps, spacing, steps_offset=steps_offset)
+        # for 62 numbers of steps, rounding makes diffusers append one more timestep, −1
+        assert len(ours) == steps and torch.equal(ours, scheduler.timesteps[:steps]), steps
+
+
+@pytest.mark.parametrize("schedule", get_args(Schedule))
+@pytest.mark.parametrize("start, end", [(0.00085, 0.012), (0.0001, 0.02)])
+def test_alphas_are_diffusers_bit_for_bit(schedule: Schedule, start: float, end: float) -> None:
+    scheduler = scheduler_of(DDIMScheduler, beta_schedule=schedule, beta_start=start, beta_end=end)
+    assert torch.equal(alphas_cumprod(schedule, start, end), scheduler.alphas_cumprod)
+
+
+def test_zero_terminal_snr_is_diffusers() -> None:
+    settings = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    rescaled = scheduler_of(DDIMScheduler, **settings, rescale_betas_zero_snr=True)
+    ours = zero_terminal_snr(alphas_cumprod())
+    torch.testing.assert_close(ours, rescaled.alphas_cumprod, rtol=1e-4, atol=1e-7)
+    assert ours[-1] == 0
+
+
+def test_a_vp_ladder_by_hand() -> None:
+    alphas = torch.tensor([0.9, 0.8, 0.6, 0.4, 0.2, 0.1])
+    ladder = vp_ladder(alphas, 3, spacing="leading", steps_offset=1, final="first")
+    assert ladder.time is not None and ladder.time.tolist() == [5, 3, 1, 0]
+    torch.testing.assert_close(ladder.a**2, torch.tensor([0.1, 0.4, 0.8, 0.9]).double())
+    torch.testing.assert_close(ladder.a**2 + ladder.b**2, torch.ones(4).double())
+    clean = vp_ladder(alphas, 3, spacing="leading", steps_offset=1)[-1]
+    assert clean.a == 1 and clean.b == 0
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 4, 28])
+def test_a_flow_ladder_is_diffusers(shift: float, steps: int) -> None:
+    scheduler = scheduler_of(FlowMatchEulerDiscreteScheduler, shift=shift)
+    scheduler.set_timesteps(steps)
+    ladder = flow_ladder(steps, shift)
+    assert ladder.time is not None and ladder.time[-1] == 0
+    torch.testing.assert_close(ladder.b.float(), scheduler.sigmas)
+    torch.testing.assert_close(ladder.time[:-1], scheduler.timesteps)
+    torch.testing.assert_close(ladder.a + ladder.b, torch.ones(steps + 1).double())
+
+
+@pytest.mark.parametrize("mu", [0.5, 1.15])
+def test_a_dynamically_shifted_flow_ladder_is_diffusers(mu: float) -> None:
+    scheduler = scheduler_of(FlowMatchEulerDiscreteScheduler, use_dynamic_shifting=True)
+    scheduler.set_timesteps(7, mu=mu)
+    torch.testing.assert_close(flow_ladder(7, mu=mu).b.float(), scheduler.sigmas)
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / 7, 7).tolist(), mu=mu)  # as FLUX's pipeline calls it
+    torch.testing.assert_close(flow_ladder(7, mu=mu, lowest=1 / 7).b.float(), scheduler.sigmas)
+
+
+def test_flow_levels_are_quantiles_of_a_shifted_logit_normal() -> None:
+    levels = flow_levels(1001)
+    assert float(levels.b[500]) == pytest.approx(0.5)
+    assert float((levels.b < torch.tensor(1.0).sigmoid()).double().mean()) == pytest.approx(0.8413, abs=1e-3)
+    torch.testing.assert_close(levels.a + levels.b, torch.ones(1001).double())
+    shifted = flow_levels(1001, 3.0)
+    assert float(shifted.b[500]) == pytest.approx(0.75)  # 3·½ / (1 + 2·½)
+    assert bool((shifted.b.diff() > 0).all()) and float(shifted.b[0]) > 0 and float(shifted.b[-1]) < 1
+    assert shifted.time is not None and float(shifted.time[500]) == pytest.approx(750)
+
+
+def test_a_karras_ladder_is_diffusers() -> None:
+    scheduler = scheduler_of(
+        EulerDiscreteScheduler,
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        use_karras_sigmas=True,
+    )
+    scheduler.set_timesteps(12)
+    sigmas = scheduler.sigmas
+    ladder = karras_ladder(12, float(sigmas[-2]), float(sigmas[0]))
+    torch.testing.assert_close(ladder.b.float(), sigmas, rtol=1e-5, atol=1e-6)
+    assert ladder.time is not None and torch.equal(ladder.time, ladder.b)
+
+
+@pytest.mark.parametrize(
+    "strength, steps", [(1.0, 50), (0.8, 40), (0.58, 28), (0.5, 25), (0.02, 1), (0.0, 0)]
+)
+def test_strength_counts_steps_as_img2img_does(strength: float, steps: int) -> None:
+    ladder = vp_ladder(alphas_cumprod(), 50, steps_offset=1, final="first")
+    part = upto(ladder, strength)
+    assert len(part) == steps + 1
+    assert torch.equal(part.a, ladder.a[50 - steps :])
+
+
+def test_ladders_that_cannot_be_are_refused() -> None:
+    refused: list[tuple[Callable[[], Any], str]] = [
+        (lambda: spaced_timesteps(1001), "1 to 1000 steps"),
+        (lambda: spaced_timesteps(0), "1 to 1000 steps"),
+        (lambda: spaced_timesteps(10, "even"), "Known are leading"),  # type: ignore[arg-type]
+        (lambda: alphas_cumprod("cosine"), "Known are scaled_linear"),  # type: ignore[arg-type]
+        (lambda: vp_ladder(alphas_cumprod(), 1000, steps_offset=1), "reach timestep 1000"),
+        (lambda: flow_ladder(0), "at least one step"),
+        (lambda: karras_ladder(10, 2.0, 1.0), "sigma_min"),
+        (lambda: upto(flow_ladder(4), 1.2), "between 0 and 1"),
+    ]
+    for call, words in refused:
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+def scheduler_of(kind: Any, **settings: Any) -> Any:
+    """diffusers' scheduler of this class."""
+    return kind(**settings)

@@ -1,0 +1,236 @@
+"""A file is whole or not there; a pickle is never read; what was written is read back."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle  # noqa: TID251  (to make the files that must be refused)
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from backbone.io.console import UserError
+from backbone.io.files import (
+    append_jsonl,
+    content_hash,
+    empty_folder,
+    fresh_folder,
+    read_json,
+    read_jsonl,
+    read_metadata,
+    read_tensors,
+    replacing,
+    write_bytes,
+    write_json,
+    write_tensors,
+    write_text,
+)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_is_written_is_read_back_and_nothing_else_remains(tmp_path: Path) -> None:
+    write_bytes(tmp_path / "a" / "b.bin", b"\0\1")
+    write_text(tmp_path / "a" / "t.txt", "naïve\n€")
+    write_json(tmp_path / "a" / "j.json", {"x": [1, 2.5, None, "é"]})
+    assert (tmp_path / "a" / "b.bin").read_bytes() == b"\0\1"
+    assert (tmp_path / "a" / "t.txt").read_bytes() == "naïve\n€".encode()
+    assert read_json(tmp_path / "a" / "j.json") == {"x": [1, 2.5, None, "é"]}
+    assert names(tmp_path / "a") == ["b.bin", "j.json", "t.txt"]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "weights.txt"
+    write_text(path, "old")
+
+    def interrupted() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["weights.txt"]
+
+
+def test_a_full_disk_is_reported_with_the_name_of_the_file(tmp_path: Path) -> None:
+    def full() -> None:
+        with replacing(tmp_path / "x.txt"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space") as caught:
+        full()
+    assert caught.value.filename == str(tmp_path / "x.txt")
+    assert names(tmp_path) == []
+
+
+def test_a_folder_is_not_overwritten_by_a_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a folder"):
+        write_text(tmp_path, "x")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX links and permissions")
+def test_links_keep_pointing_and_permissions_are_the_usual_ones(tmp_path: Path) -> None:
+    (tmp_path / "link.txt").symlink_to(tmp_path / "real.txt")
+    write_text(tmp_path / "link.txt", "x")
+    assert (tmp_path / "link.txt").is_symlink()
+    assert (tmp_path / "real.txt").read_text() == "x"
+    (tmp_path / "usual").touch()
+    usual = stat.S_IMODE((tmp_path / "usual").stat().st_mode)
+    write_tensors(tmp_path / "t.safetensors", {"a": torch.zeros(2)})
+    for name in ("real.txt", "t.safetensors"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == usual
+
+
+def test_tensors_return_with_type_shape_and_metadata(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    tensors = {
+        "half": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).bfloat16(),
+        "count": torch.arange(5),
+        "scalar": torch.tensor(2.5, dtype=torch.float64),
+        "empty": torch.zeros(0, 3),
+    }
+    write_tensors(path, tensors, {"family": "sd", "note": "é"})
+    back, metadata = read_tensors(path)
+    assert metadata == {"family": "sd", "note": "é"} == read_metadata(path)
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert back[name].dtype == tensor.dtype
+        assert torch.equal(back[name], tensor)
+
+
+def test_views_of_one_memory_are_stored_each_for_itself(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    whole = torch.arange(12.0).reshape(3, 4).requires_grad_()
+    views = {
+        "whole": whole,
+        "again": whole,
+        "turned": whole.T,
+        "row": whole[1],
+        "spread": whole[0, 0].expand(5),
+    }
+    write_tensors(path, views)
+    back, metadata = read_tensors(path)
+    assert metadata == {}
+    for name, tensor in views.items():
+        assert torch.equal(back[name], tensor)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\x80\x04nothing", b"\xff" * 64])
+def test_a_damaged_tensor_file_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "broken.safetensors"
+    path.write_bytes(content)
+    for read in (read_tensors, read_metadata):
+        with pytest.raises(UserError, match=r"broken\.safetensors"):
+            read(path)
+
+
+def test_a_cut_off_tensor_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "cut.safetensors"
+    write_tensors(path, {"a": torch.zeros(100)})
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.bin", "model.CKPT", "model.pt", "model.pth", "disguised.safetensors"]
+)
+def test_a_pickle_is_refused_and_not_opened(tmp_path: Path, name: str) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[object, ...]:
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match=r"pickle.*safetensors"):
+        read_tensors(tmp_path / name)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_git_lfs_pointer_is_recognised(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
+    with pytest.raises(UserError, match="git lfs pull"):
+        read_tensors(path)
+
+
+def test_a_missing_tensor_file_is_missing_and_not_damaged(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        read_tensors(tmp_path / "m.safetensors")
+    assert caught.value.filename == str(tmp_path / "m.safetensors")
+
+
+@dataclass(frozen=True)
+class Settings:
+    rate: float
+    images: Path
+
+
+def test_json_takes_what_our_settings_hold(tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    value = {
+        "settings": Settings(1e-4, Path("dog")),
+        "loss": torch.tensor(0.5),
+        "nan": float("nan"),
+        "inf": torch.tensor(float("inf")),
+        "pair": (1, True),
+        2: "two",
+    }
+    write_json(path, value)
+    assert json.loads(path.read_text()) == {
+        "settings": {"rate": 1e-4, "images": "dog"},
+        "loss": 0.5,
+        "nan": None,
+        "inf": None,
+        "pair": [1, True],
+        "2": "two",
+    }
+    with pytest.raises(TypeError):
+        write_json(path, {"x": object()})
+    assert read_json(path)["loss"] == 0.5
+
+
+def test_damaged_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_bytes(b'{"a": 1')
+    with pytest.raises(UserError, match=r"s\.json is not readable JSON"):
+        read_json(tmp_path / "s.json")
+
+
+def test_a_line_that_a_crash_cut_off_costs_only_itself(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "log.jsonl"
+    append_jsonl(path, {"step": 1, "loss": 0.5})
+    with path.open("ab") as file:
+        file.write('{"step": 2, "note": "é'.encode()[:-1])
+    append_jsonl(path, {"step": 3, "note": "two\nlines\u2028"})
+    assert read_jsonl(path) == [{"step": 1, "loss": 0.5}, {"step": 3, "note": "two\nlines\u2028"}]
+
+
+def test_fresh_folders_never_collide(tmp_path: Path) -> None:
+    made = [fresh_folder(tmp_path / "runs" / "dog") for _ in range(3)]
+    assert [folder.name for folder in made] == ["dog", "dog-2", "dog-3"]
+    assert all(folder.is_dir() for folder in made)
+
+
+def test_a_folder_that_the_user_names_must_be_empty(tmp_path: Path) -> None:
+    assert empty_folder(tmp_path / "new" / "run").is_dir()
+    assert empty_folder(tmp_path / "new" / "run") == tmp_path / "new" / "run"
+    with pytest.raises(UserError, match="not empty"):
+        empty_folder(tmp_path / "new")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file"):
+        empty_folder(tmp_path / "file")
+
+
+def test_the_hash_is_that_of_the_content_not_of_the_name(tmp_path: Path) -> None:
+    known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, B.1: "abc"
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(b"abc")
+        assert content_hash(tmp_path / name) == content_hash(str(tmp_path / name)) == known
+    assert content_hash(b"abc") == known

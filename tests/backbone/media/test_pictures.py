@@ -1,0 +1,640 @@
+"""Whatever a camera, an editor or a careless download leaves becomes upright sRGB, or a clear reason."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms
+
+from backbone.io.console import UserError
+from backbone.media.decode import BadPicture, open_rgb
+from backbone.media.pictures import Picture, check, read_folder
+from backbone.media.transforms import (
+    bucket_sizes,
+    fitted,
+    mask_to_tensor,
+    nearest_size,
+    square,
+    to_image,
+    to_tensor,
+)
+
+
+def scene(width: int = 48, height: int = 32) -> Image.Image:
+    """Four different quarters, so that every turn and mirror shows, with smooth shading for JPEG's sake."""
+    y, x = np.mgrid[0:height, 0:width]
+    pixels = np.stack([x * 200 // width, y * 200 // height, 60 + 60 * (x < width // 2)], axis=-1)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def write(path: Path, image: Image.Image | None = None, **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (image or scene()).save(path, **options)
+    return path
+
+
+def difference(first: Image.Image, second: Image.Image) -> float:
+    """Mean absolute difference in grey levels; infinite for different sizes."""
+    if first.size != second.size:
+        return float("inf")
+    a, b = (np.asarray(image.convert("RGB"), dtype=np.float64) for image in (first, second))
+    return float(np.abs(a - b).mean())
+
+
+def reason(path: Path) -> str:
+    with pytest.raises(BadPicture) as caught:
+        open_rgb(path)
+    assert str(path) in str(caught.value)
+    return caught.value.reason
+
+
+# Upright sRGB in 8 bits
+
+
+STORED_AS = {  # what a camera writes for each EXIF orientation: the inverse of the turn that rights it
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tiff"])
+@pytest.mark.parametrize("orientation", STORED_AS)
+def test_every_exif_orientation_is_turned_upright(tmp_path: Path, orientation: int, suffix: str) -> None:
+    upright, turn = scene(), STORED_AS[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = write(tmp_path / f"x{suffix}", upright if turn is None else upright.transpose(turn), exif=exif)
+    assert difference(open_rgb(path), upright) < 4
+    small = open_rgb(path, at_least=4)
+    assert small.width > small.height
+    assert difference(small, upright.resize(small.size)) < 6
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0MM\0*\0\0\0\xff", b"Exif\0\0junk", b"Exif\0\0II*\0\x08\0\0\0\xff\xff\0"]
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damaged_exif_does_not_spoil_the_picture(tmp_path: Path, exif: bytes) -> None:
+    assert difference(open_rgb(write(tmp_path / "x.jpg", exif=exif)), scene()) < 4
+
+
+def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
+    layered = scene().convert("RGBA")
+    layered.putalpha(Image.linear_gradient("L").resize(layered.size))
+    expected = Image.new("RGBA", layered.size, "white")
+    expected.alpha_composite(layered)
+    for name in ("x.png", "x.tiff"):
+        assert difference(open_rgb(write(tmp_path / name, layered)), expected) <= 1
+    clear = Image.new("LA", (4, 4), (0, 0))
+    assert open_rgb(write(tmp_path / "la.png", clear)).getpixel((1, 1)) == (255, 255, 255)
+
+
+def test_transparent_palettes_and_colour_keys_become_white(tmp_path: Path) -> None:
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([10, 20, 30, 200, 100, 50])
+    palette.putpixel((0, 0), 1)
+    for name in ("x.png", "x.gif"):
+        opened = open_rgb(write(tmp_path / name, palette, transparency=0))
+        assert opened.getpixel((0, 0)) == (200, 100, 50)
+        assert opened.getpixel((2, 2)) == (255, 255, 255)
+    half = open_rgb(write(tmp_path / "half.png", palette, transparency=bytes([128, 255])))
+    assert half.getpixel((2, 2)) == pytest.approx((132, 137, 142), abs=1)
+    keyed = Image.new("RGB", (4, 4), (1, 2, 3))
+    opened = open_rgb(write(tmp_path / "keyed.png", keyed, transparency=(1, 2, 3)))
+    assert opened.getpixel((2, 2)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "LAB"])
+def test_every_plain_mode_opens_as_the_same_picture(tmp_path: Path, mode: str) -> None:
+    stored = lab(scene()) if mode == "LAB" else scene().convert(mode)
+    opened = open_rgb(write(tmp_path / "x.tiff", stored))
+    assert opened.mode == "RGB"
+    assert difference(opened, stored) < 2
+
+
+def lab(image: Image.Image) -> Image.Image:
+    profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    converted = ImageCms.profileToProfile(image, *profiles, outputMode="LAB")
+    assert converted is not None
+    return converted
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tiff", ".pgm"])
+def test_sixteen_bits_are_scaled_and_not_cut(tmp_path: Path, suffix: str) -> None:
+    values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    opened = np.asarray(open_rgb(write(tmp_path / f"x{suffix}", Image.fromarray(values))))
+    assert np.abs(opened[..., 0] - values / 257).max() <= 0.51
+    assert (opened[..., 0] == opened[..., 2]).all()
+
+
+def test_floating_point_between_zero_and_one_is_scaled_and_anything_else_refused(tmp_path: Path) -> None:
+    values = np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4)
+    opened = np.asarray(open_rgb(write(tmp_path / "x.tiff", Image.fromarray(values))))
+    assert np.abs(opened[..., 1] - values * 255).max() <= 0.51
+    assert "floating-point" in reason(write(tmp_path / "hdr.tiff", Image.fromarray(values * 7)))
+
+
+def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
+    cyan = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
+    for name in ("x.jpg", "x.tiff"):
+        red, green, blue = np.asarray(open_rgb(write(tmp_path / name, cyan)))[8, 8]
+        assert red < 10
+        assert green > 245
+        assert blue > 245
+
+
+def test_the_embedded_profile_of_a_cmyk_picture_decides_its_colours(tmp_path: Path) -> None:
+    inks = Image.new("CMYK", (32, 16), (0, 0, 0, 0))
+    inks.paste((0, 255, 0, 0), (0, 0, 16, 16))
+    for name in ("x.jpg", "x.tiff"):
+        opened = np.asarray(open_rgb(write(tmp_path / name, inks, icc_profile=profile_with_green_magenta())))
+        red, green, _ = opened[8, 4].astype(int)
+        assert green > red + 60  # this press prints green where it is asked for magenta
+        assert opened[8, 28].min() > 245
+
+
+def test_the_embedded_profile_of_an_rgb_picture_is_applied(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (8, 8), (250, 10, 30, 255))
+    for name in ("x.png", "x.webp"):
+        path = write(tmp_path / name, image, icc_profile=profile_with_red_for_green())
+        red, green, _ = np.asarray(open_rgb(path))[4, 4]
+        assert green > 200 > 60 > red
+    for profile in (ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), b"not a profile"):
+        path = write(tmp_path / "plain.png", image, icc_profile=profile)
+        assert open_rgb(path).getpixel((4, 4)) == (250, 10, 30)
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
+def test_of_an_animation_the_first_frame_is_taken(tmp_path: Path, suffix: str) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("#ff0000", "#00ff00", "#0000ff")]
+    options = {"lossless": True} if suffix == ".webp" else {}
+    path = write(tmp_path / f"x{suffix}", frames[0], save_all=True, append_images=frames[1:], **options)
+    assert open_rgb(path).getpixel((4, 4)) == (255, 0, 0)
+
+
+def test_a_wrong_suffix_does_no_harm_if_the_content_is_a_picture(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jpg")
+    assert difference(open_rgb(path.rename(tmp_path / "x.png")), scene()) < 4
+
+
+def test_decoding_small_gives_the_same_square_as_decoding_whole(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jpg", scene(800, 600), quality=95)
+    small, whole = open_rgb(path, at_least=64), open_rgb(path)
+    assert min(small.size) == 150
+    assert whole.size == (800, 600)
+    assert difference(square(small, 64), square(whole, 64)) < 1.5
+
+
+def test_a_jpeg_too_large_to_hold_comes_at_half_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backbone.media.decode.HALVED_PIXELS", 80 * 60 - 1)
+    assert open_rgb(write(tmp_path / "x.jpg", scene(80, 60))).size == (40, 30)
+    assert open_rgb(write(tmp_path / "x.png", scene(80, 60))).size == (80, 60)
+
+
+# What cannot be used, and why
+
+
+def huge(path: Path, width: int, height: int) -> Path:
+    """A PNG whose header promises width × height grey pixels and whose data ends at once."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), (b"IDAT", zlib.compress(b""))]
+    body = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in [*chunks, (b"IEND", b"")]
+    )
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    return path
+
+
+def cut(path: Path, part: float) -> Path:
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * part)])
+    return path
+
+
+def contains(content: bytes) -> Callable[[Path], Path]:
+    def make(path: Path) -> Path:
+        path.write_bytes(content)
+        return path
+
+    return make
+
+
+BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "empty.jpg": (contains(b""), "is empty"),
+    "text.png": (contains("a note, nämlich".encode()), "is text"),
+    "page.jpg": (contains(b"\n<!DOCTYPE html><html>404</html>"), "is a web page"),
+    "pointer.jpg": (contains(b"version https://git-lfs.github.com/spec/v1\noid"), "Git LFS"),
+    "phone.heic": (contains(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"), "HEIC"),
+    "noise.webp": (contains(bytes(range(256))), "is not a picture"),
+    "cut.jpg": (lambda path: cut(write(path, scene(400, 300)), 0.5), "is cut off"),
+    "cut.png": (lambda path: cut(write(path, scene(400, 300)), 0.5), "is cut off"),
+    "header.jpg": (lambda path: cut(write(path, scene(400, 300)), 0.02), "is "),
+    "cut.gif": (lambda path: cut(write(path, scene(400, 300)), 0.5), "is "),
+    "cut.webp": (lambda path: cut(write(path, scene(400, 300)), 0.5), "is "),
+    "cut.tiff": (lambda path: cut(write(path, scene(400, 300)), 0.5), "is "),
+    "huge.png": (lambda path: huge(path, 30_000, 20_000), "400 megapixels are the most"),
+    "nothing.png": (lambda path: huge(path, 20, 20), "is "),
+    "folder.png": (lambda path: path.mkdir() or path, "is a folder"),  # type: ignore[func-returns-value]
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_is_refused_with_its_reason(tmp_path: Path, name: str) -> None:
+    make, why = BAD[name]
+    assert reason(make(tmp_path / name)).startswith(("is ", "has "))
+    assert why in reason(tmp_path / name)
+
+
+def test_between_178_and_400_megapixels_no_bomb_is_suspected(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 89_478_485)  # Pillow's own, whatever ran before
+    path = write(tmp_path / "x.jpg", Image.new("L", (20_000, 9_500), 90))
+    opened = open_rgb(path, at_least=64)
+    assert opened.size == (2_500, 1_188)
+    assert opened.getpixel((5, 5)) == (90, 90, 90)
+    assert not recwarn.list
+    assert Image.MAX_IMAGE_PIXELS == 89_478_485
+
+
+def test_a_forbidden_file_is_refused_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbid(path: Path, mode: str = "r") -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", forbid)  # a chmod would not hold back root
+    assert reason(tmp_path / "x.png") == "may not be read (permission denied)"
+
+
+def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
+    write(tmp_path / "dog 1.jpg")
+    assert reason(tmp_path / "dog1.jpg") == "does not exist (nearest: dog 1.jpg)"
+
+
+def test_check_lists_every_bad_file_at_once(tmp_path: Path) -> None:
+    write(tmp_path / "good.jpg")
+    write(tmp_path / "ünicode and spaces.png")
+    for name, (make, _) in BAD.items():
+        make(tmp_path / name)
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(UserError) as caught:
+        check(read_folder(tmp_path))
+    heading, *lines, remedy = str(caught.value).splitlines()
+    assert heading == f"{len(BAD) + 1} of {len(BAD) + 3} pictures cannot be used:"
+    assert remedy == "Replace or remove them, then run again."
+    assert len(lines) == len(BAD) + 1
+    for name, (_, why) in BAD.items():
+        assert sum(name in line and why in line for line in lines) == 1
+
+
+def test_check_is_content_with_good_pictures(tmp_path: Path) -> None:
+    write(tmp_path / "a.jpg")
+    write(tmp_path / "a.mask.png", Image.new("L", (96, 64), 255))
+    check(read_folder(tmp_path))
+
+
+# Folders
+
+
+def test_pictures_come_in_natural_order_and_other_files_are_passed_over(tmp_path: Path) -> None:
+    for name in ("10.png", "2.JPG", "1 déjà vu.jpeg", "犬.webp", ".hidden.png", "._2.JPG"):
+        write(tmp_path / name, format="PNG")
+    for name in ("Thumbs.db", ".DS_Store", "notes.txt", "settings.json", "clip.mov", "README"):
+        (tmp_path / name).write_bytes(b"\xff\0 anything")
+    assert [picture.path.name for picture in read_folder(tmp_path)] == [
+        "1 déjà vu.jpeg",
+        "2.JPG",
+        "10.png",
+        "犬.webp",
+    ]
+
+
+def test_captions_lie_beside_their_pictures(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        write(tmp_path / name)
+    (tmp_path / "a.txt").write_bytes("\ufeffa [V] dog,\r\n on  grass\n".encode())
+    (tmp_path / "c.txt").write_text(" \n")
+    assert [picture.caption for picture in read_folder(tmp_path)] == ["a [V] dog, on grass", None, None]
+
+
+@pytest.mark.parametrize("column", ["text", "prompt", "caption"])
+def test_captions_come_from_metadata_before_text_files(tmp_path: Path, column: str) -> None:
+    for name in ("1.png", "2.png", "sub/3.png"):
+        write(tmp_path / name)
+    (tmp_path / "1.txt").write_text("from the text file")
+    (tmp_path / "2.txt").write_text("from the text file")
+    lines = [{"file_name": "1.png", column: "from metadata"}, {"file_name": "./sub/3.png", column: "three"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    found = {
+        picture.path.relative_to(tmp_path).as_posix(): picture.caption for picture in read_folder(tmp_path)
+    }
+    assert found == {"1.png": "from metadata", "2.png": "from the text file", "sub/3.png": "three"}
+
+
+def test_metadata_may_be_a_csv_with_columns_of_any_name(tmp_path: Path) -> None:
+    write(tmp_path / "1.png")
+    (tmp_path / "metadata.csv").write_text('bild,words\n1.png,"a dog, ""sitting"",\non grass"\n')
+    (picture,) = read_folder(tmp_path, image_column="bild", caption_column="words")
+    assert picture.caption == 'a dog, "sitting", on grass'
+    with pytest.raises(UserError, match=r"no column 'wrds'; it has 'bild', 'words'"):
+        read_folder(tmp_path, image_column="bild", caption_column="wrds")
+
+
+def test_names_in_metadata_match_whatever_their_unicode_form(tmp_path: Path) -> None:
+    write(tmp_path / "cafe\u0301.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "caf\u00e9.png", "text": "a cup"}))
+    (picture,) = read_folder(tmp_path)
+    assert picture.caption == "a cup"
+    check([picture])
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ('{"file_name": "1.png"}\n{"file_name": ', "Line 2 of .* is not JSON"),
+        ('["1.png"]', "Line 1 of .* is not a JSON object"),
+        ('{"text": "a dog"}', "Line 1 of .* names no picture"),
+        ('{"file_name": "1.png", "text": 7}', "caption that is not text"),
+        ('{"file_name": "../1.png"}', "outside the folder"),
+        ('{"file_name": "/etc/1.png"}', "outside the folder"),
+        ('{"file_name": "1.png"}\n{"file_name": "./1.png"}', "a second time"),
+    ],
+)
+def test_faulty_metadata_is_named_with_its_line(tmp_path: Path, content: str, complaint: str) -> None:
+    write(tmp_path / "1.png")
+    (tmp_path / "metadata.jsonl").write_text(content)
+    with pytest.raises(UserError, match=complaint):
+        read_folder(tmp_path)
+
+
+def test_captions_in_another_encoding_are_refused_by_name(tmp_path: Path) -> None:
+    write(tmp_path / "1.png")
+    (tmp_path / "1.txt").write_bytes("naïve".encode("latin-1"))
+    with pytest.raises(UserError, match=r"1\.txt is not UTF-8"):
+        read_folder(tmp_path)
+
+
+def test_a_picture_that_only_metadata_knows_is_among_the_bad_ones(tmp_path: Path) -> None:
+    write(tmp_path / "dog1.png")
+    (tmp_path / "bad.png").touch()
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "dog2.png", "text": "a dog"}')
+    with pytest.raises(UserError, match="2 of 3 pictures") as caught:
+        check(read_folder(tmp_path))
+    assert "dog2.png does not exist (nearest: dog1.png)" in str(caught.value)
+
+
+def test_masks_lie_beside_their_pictures_and_are_no_pictures(tmp_path: Path) -> None:
+    write(tmp_path / "a.jpg")
+    white = Image.new("1", (48, 32), 0)
+    white.paste(1, (0, 0, 24, 32))
+    write(tmp_path / "a.mask.png", white)
+    write(tmp_path / "b.jpg")
+    first, second = read_folder(tmp_path)
+    assert second.open_mask() is None
+    mask = first.open_mask()
+    assert mask is not None
+    weights = mask_to_tensor(mask)
+    assert weights.shape == (1, 32, 48)
+    assert weights[..., :24].eq(1).all()
+    assert weights[..., 24:].eq(0).all()
+
+
+def test_a_mask_without_picture_or_of_another_shape_is_an_error(tmp_path: Path) -> None:
+    write(tmp_path / "a.jpg")
+    write(tmp_path / "a.mask.png", Image.new("L", (32, 48)))
+    with pytest.raises(UserError, match=r"a mask of 32 × 48, another shape than its picture a\.jpg"):
+        check(read_folder(tmp_path))
+    write(tmp_path / "c.mask.png")
+    with pytest.raises(UserError, match=r"c\.mask\.png is a mask, but no picture"):
+        read_folder(tmp_path)
+
+
+def test_subfolders_are_read_only_where_the_folder_has_no_pictures_itself(tmp_path: Path) -> None:
+    write(tmp_path / "10_sks dog" / "1.png")
+    write(tmp_path / "2_dog" / "1.png")
+    (tmp_path / "2_dog" / "1.txt").write_text("a dog")
+    write(tmp_path / ".cache" / "1.png")
+    found = [(picture.path.parent.name, picture.caption) for picture in read_folder(tmp_path)]
+    assert found == [("2_dog", "a dog"), ("10_sks dog", None)]
+    write(tmp_path / "0.png")
+    assert [picture.path.name for picture in read_folder(tmp_path)] == ["0.png"]
+
+
+def test_one_picture_is_a_source_too(tmp_path: Path) -> None:
+    path = write(tmp_path / "dog 1.png")
+    (tmp_path / "dog 1.txt").write_text("a dog")
+    (picture,) = read_folder(path)
+    assert picture == Picture(path, "a dog")
+    assert picture.read() == path.read_bytes()
+
+
+def test_sources_without_pictures_say_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="it is empty"):
+        read_folder(tmp_path)
+    for name in ("a.txt", "b.txt", "c.mov"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"holds no pictures \(only 2 \.txt, 1 \.mov\)"):
+        read_folder(tmp_path)
+    with pytest.raises(UserError, match=r"is a \.txt file, neither a picture nor a folder"):
+        read_folder(tmp_path / "a.txt")
+
+
+def test_a_mistyped_folder_is_not_looked_for_on_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "photos" / "dogs" / "1.png")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"photos.dog does not exist\. Did you mean photos.dogs\?"):
+        read_folder("photos/dog")
+    with pytest.raises(UserError, match=r"cats does not exist\. Give a folder"):
+        read_folder("cats")
+
+
+# Tables
+
+
+@pytest.fixture
+def table() -> Any:
+    import datasets
+
+    buffer = io.BytesIO()
+    scene().save(buffer, "PNG")
+    rows = [{"bytes": buffer.getvalue(), "path": None}, {"bytes": b"broken", "path": None}]
+    features = datasets.Features({"picture": datasets.Image(), "prompt": datasets.Value("string")})
+    return datasets.Dataset.from_dict({"picture": rows, "prompt": ["a dog", None]}, features=features)
+
+
+def test_a_saved_dataset_is_read_by_its_image_column_and_its_bad_rows_are_listed(
+    tmp_path: Path, table: Any
+) -> None:
+    table.save_to_disk(str(tmp_path / "saved"))
+    first, second = read_folder(tmp_path / "saved")
+    assert (first.caption, second.caption) == ("a dog", None)
+    assert difference(first.open(), scene()) == 0
+    with pytest.raises(UserError, match=r"1 of 2 pictures(.|\n)*000001 is text"):
+        check([first, second])
+    with pytest.raises(UserError, match=r"no column 'img'; it has 'picture', 'prompt'"):
+        read_folder(tmp_path / "saved", image_column="img")
+
+
+def test_an_id_is_loaded_by_the_datasets_library_and_failing_that_is_one_sentence(
+    table: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: {"test": table, "train": table.select([0])})
+    (picture,) = read_folder("somebody/dogs")
+    assert difference(picture.open(), scene()) == 0
+
+    def unreachable(name: str) -> None:
+        raise ConnectionError(f"Couldn't reach '{name}' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(UserError, match=r"somebody/dogs is no folder here, and no dataset .*Couldn't reach"):
+        read_folder("somebody/dogs")
+
+
+def test_a_parquet_file_with_raw_bytes_is_a_table_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    buffer = io.BytesIO()
+    scene().save(buffer, "PNG")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = datasets.Dataset.from_dict({"jpg_0": [buffer.getvalue()], "caption": ["a dog"]})
+    rows.to_parquet(str(tmp_path / "train.parquet"))
+    for source in (tmp_path, tmp_path / "train.parquet"):
+        (picture,) = read_folder(source, image_column="jpg_0")
+        assert picture.caption == "a dog"
+        assert difference(picture.open(), scene()) == 0
+    with pytest.raises(UserError, match="no column of pictures; it has jpg_0, caption"):
+        read_folder(tmp_path)
+
+
+# Squares and tensors
+
+
+@pytest.mark.parametrize("size", [(50, 30), (30, 50), (30, 30), (1, 1), (300, 2)])
+def test_a_square_is_square_and_of_the_size_asked_for(size: tuple[int, int]) -> None:
+    assert square(scene(*size), 16).size == (16, 16)
+
+
+def test_a_square_of_its_own_size_is_the_picture_itself() -> None:
+    assert difference(square(scene(32, 32), 32), scene(32, 32)) == 0
+
+
+def test_the_crop_keeps_the_named_part() -> None:
+    wide = Image.new("RGB", (30, 10), "#00ff00")
+    wide.paste("#ff0000", (0, 0, 10, 10))
+    wide.paste("#0000ff", (20, 0, 30, 10))
+    for crop, colour in {"left": (255, 0, 0), "center": (0, 255, 0), "right": (0, 0, 255)}.items():
+        assert square(wide, 10, crop=crop).getcolors() == [(100, colour)]
+    assert square(wide.transpose(Image.Transpose.ROTATE_270), 10, crop="top").getcolors() == [
+        (100, (255, 0, 0))
+    ]
+    with pytest.raises(UserError, match="no crop named 'centre'"):
+        square(wide, 10, crop="centre")
+
+
+def test_tensors_run_from_minus_one_to_one_and_back_without_loss() -> None:
+    every = Image.fromarray(np.arange(768, dtype=np.uint16).astype(np.uint8).reshape(16, 16, 3))
+    tensor = to_tensor(every)
+    assert tensor.shape == (3, 16, 16)
+    assert tensor.dtype == torch.float32
+    assert tensor.is_contiguous()
+    assert (tensor.min().item(), tensor.max().item()) == (-1, 1)
+    assert tensor[:, 0, 1].tolist() == pytest.approx([3 / 127.5 - 1, 4 / 127.5 - 1, 5 / 127.5 - 1])
+    for dtype in (torch.float32, torch.float64):
+        assert difference(to_image(tensor.to(dtype)), every) == 0
+
+
+def test_values_outside_the_range_are_clipped_and_not_numbers_are_refused() -> None:
+    tensor = torch.tensor([-5.0, 0.0, float("inf")]).reshape(3, 1, 1)
+    assert to_image(tensor).getpixel((0, 0)) == (0, 128, 255)
+    with pytest.raises(UserError, match="not numbers"):
+        to_image(tensor * float("nan"))
+
+
+# Profiles, made by hand
+
+
+def profile_with_red_for_green() -> bytes:
+    """sRGB's profile under another name, its red and green primaries exchanged."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for number in range(struct.unpack_from(">I", profile, 128)[0]):
+        tag = slice(132 + 12 * number, 136 + 12 * number)
+        other = {b"rXYZ": b"gXYZ", b"gXYZ": b"rXYZ"}
+        profile[tag] = other.get(bytes(profile[tag]), bytes(profile[tag]))
+    return (
+        bytes(profile)
+        .replace("sRGB".encode("utf-16-be"), "aRGB".encode("utf-16-be"))
+        .replace(b"sRGB b", b"aRGB b")
+    )
+
+
+def profile_with_green_magenta() -> bytes:
+    """A CMYK press (ICC.1:2001 lut8Type, two grid points an ink) whose paper is white, whose magenta is green
+    and all of whose other mixtures are black."""
+    lab = {(0, 0, 0, 0): (255, 128, 128), (0, 1, 0, 0): (150, 60, 170)}
+    grid = [
+        lab.get((c, m, y, k), (0, 128, 128)) for c in (0, 1) for m in (0, 1) for y in (0, 1) for k in (0, 1)
+    ]
+    identity = bytes(range(256))
+    matrix = struct.pack(">9i", *(65536 if index % 4 == 0 else 0 for index in range(9)))
+    table = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + matrix
+    table += identity * 4 + bytes(value for node in grid for value in node) + identity * 3
+    name = b"test press\0"
+    description = b"desc" + bytes(4) + struct.pack(">I", len(name)) + name + bytes(78)
+    white = b"XYZ " + bytes(4) + struct.pack(">3i", 63190, 65536, 54061)
+    tags = [(b"desc", description), (b"wtpt", white), (b"A2B0", table), (b"A2B1", table)]
+    tags = [(kind, data + bytes(-len(data) % 4)) for kind, data in tags]
+    offset, index, body = 128 + 4 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for kind, data in tags:
+        index += kind + struct.pack(">II", offset + len(body), len(data))
+        body += data
+    header = struct.pack(">I4sI4s4s4s", offset + len(body), bytes(4), 0x02400000, b"prtr", b"CMYK", b"Lab ")
+    header += struct.pack(">6H4s", 2025, 1, 1, 0, 0, 0, b"acsp") + bytes(24) + bytes(4)
+    header += struct.pack(">3i", 63190, 65536, 54061)
+    return header.ljust(128, b"\0") + index + body
+
+
+def test_buckets_have_the_resolutions_area_at_most_and_sides_of_one_to_two() -> None:
+    sizes = bucket_sizes(512)
+    assert {(512, 512), (320, 640), (640, 320), (384, 640), (448, 576)} <= set(sizes)
+    assert all(width % 64 == height % 64 == 0 and width * height <= 512 * 512 for width, height in sizes)
+    assert all(max(size) <= 2 * min(size) for size in sizes)
+    assert set(sizes) == {(height, width) for width, height in sizes}
+
+
+@pytest.mark.parametrize(
+    ("size", "nearest"),
+    [((1000, 1000), (512, 512)), ((4000, 3000), (576, 448)), ((300, 600), (320, 640)), ((9, 90), (320, 640))],
+)
+def test_a_picture_goes_to_the_bucket_of_its_shape(size: tuple[int, int], nearest: tuple[int, int]) -> None:
+    assert nearest_size(size, bucket_sizes(512)) == nearest
+
+
+def test_fitting_crops_what_is_too_much_and_nothing_else() -> None:
+    picture = Image.new("RGB", (300, 100), "red")
+    picture.paste("blue", (100, 0, 200, 100))
+    middle = fitted(picture, (50, 50))
+    assert middle.getpixel((9, 25)) == middle.getpixel((40, 25)) == (0, 0, 255)  # edges blend a little
+    assert fitted(picture, (60, 20)).getpixel((5, 5)) == (255, 0, 0)

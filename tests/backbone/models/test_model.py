@@ -1,0 +1,126 @@
+"""`Backbone`: opening, encoding, predicting, freeing, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+from backbone.io.console import UserError
+from backbone.io.files import read_json, write_json
+from backbone.models.model import Backbone
+from backbone.models.sample import Request, sample_latents
+from tests.parity import by_both
+
+
+def test_sampling_matches_diffusers_own_pipeline(tiny_folder: Path, tiny: Backbone) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, local_files_only=True)
+    theirs, ours = by_both(pipeline, tiny, "a dog in the snow", steps=5, seed=3)
+    assert isinstance(pipeline.scheduler, DDIMScheduler)
+    assert torch.allclose(ours, theirs, atol=2e-4)
+
+
+def test_velocity_models_sample_as_diffusers_does(tmp_path: Path) -> None:
+    from tests.tiny import tiny_pipeline
+
+    folder = tiny_pipeline(tmp_path / "v", prediction_type="v_prediction")
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    model = Backbone.open(str(folder), device="cpu", precision="fp32")
+    assert model.path.kind == "v_prediction"
+    theirs, ours = by_both(pipeline, model, "a cat", guidance=2.0)
+    assert torch.allclose(ours, theirs, atol=2e-4)
+
+
+def test_a_picture_does_not_depend_on_the_batch_it_was_drawn_in(tiny: Backbone) -> None:
+    requests = [Request("a dog", (i, j)) for i in range(2) for j in range(2)]
+    together = torch.cat(
+        list(sample_latents(tiny, requests, steps=3, guidance=2.0, seed=1, sampler="ancestral"))
+    )
+    alone = next(sample_latents(tiny, requests[3:], steps=3, guidance=2.0, seed=1, sampler="ancestral"))
+    assert torch.allclose(together[3:], alone, atol=1e-5)
+
+
+def test_pictures_come_back_through_the_autoencoder_with_their_shape(tiny: Backbone) -> None:
+    pictures = torch.rand(2, 3, tiny.resolution, tiny.resolution) * 2 - 1
+    posterior = tiny.encode(pictures)
+    assert posterior.mean.shape == (2, *tiny.latent_shape)
+    assert tiny.decode(posterior.mean).shape == pictures.shape
+
+
+def test_large_pictures_are_decoded_one_after_the_other(
+    tiny: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents = torch.randn(5, *tiny.latent_shape, generator=torch.Generator().manual_seed(0))
+    together, sizes = tiny.decode(latents), []
+    decode = tiny.decode_with_gradients
+
+    def counted(some: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(some))
+        return decode(some)
+
+    monkeypatch.setattr(tiny, "decode_with_gradients", counted)
+    monkeypatch.setattr("backbone.models.model.DECODED_AT_ONCE", 2 * tiny.resolution**2)
+    assert torch.allclose(tiny.decode(latents), together, atol=1e-5)
+    assert sizes == [2, 2, 1]
+
+
+def test_freed_parts_load_again_with_the_same_weights(tiny: Backbone) -> None:
+    before = tiny.encode_prompts(["a dog"])["hidden"]
+    tiny.free("text_encoder", "autoencoder")
+    assert "text_encoder" not in tiny.__dict__
+    assert torch.equal(tiny.encode_prompts(["a dog"])["hidden"], before)
+
+
+def test_a_long_prompt_is_cut_and_said_so(tiny: Backbone, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.encode_prompts(["a dog " * 60])
+    assert "it will not see" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [("nowhere/at/all", "There is no model"), ("no-such-thing", "There is no model")],
+)
+def test_a_model_that_is_nowhere_is_a_clear_mistake(model: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Backbone.open(model)
+
+
+def test_a_folder_that_is_no_model_is_a_clear_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model_index\.json"):
+        Backbone.open(str(tmp_path))
+
+
+def test_a_family_that_is_not_served_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
+    with pytest.raises(UserError, match="KandinskyPipeline"):
+        Backbone.open(str(tmp_path))
+
+
+def test_a_model_without_its_denoiser_is_a_clear_mistake(tmp_path: Path, tiny_folder: Path) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "broken")
+    shutil.rmtree(tmp_path / "broken" / "unet")
+    with pytest.raises(UserError, match="unet"):
+        _ = Backbone.open(str(tmp_path / "broken"), device="cpu", precision="fp32").denoiser
+
+
+def test_what_lies_beside_the_parts_is_not_the_model(tmp_path: Path, tiny_folder: Path) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(tiny_folder, copied)
+    write_json(copied / "limner.json", {"steps": 3})
+    write_json(copied / "scorer" / "config.json", {})
+    assert Backbone.open(str(copied)).fingerprint == Backbone.open(str(tiny_folder)).fingerprint
+    settings = copied / "scheduler" / "scheduler_config.json"
+    write_json(settings, {**read_json(settings), "beta_end": 0.5})
+    assert Backbone.open(str(copied)).fingerprint != Backbone.open(str(tiny_folder)).fingerprint
+
+
+def test_the_fingerprint_tells_weights_apart(tmp_path: Path, tiny_folder: Path) -> None:
+    from tests.tiny import tiny_pipeline
+
+    other = tiny_pipeline(tmp_path / "other", seed=1)
+    assert Backbone.open(str(tiny_folder)).fingerprint == Backbone.open(str(tiny_folder)).fingerprint
+    assert Backbone.open(str(other)).fingerprint != Backbone.open(str(tiny_folder)).fingerprint

@@ -1,0 +1,105 @@
+"""Guidance in a part of the steps, and pictures that are drawn anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from backbone.diffusion.noise import Estimate, Level
+from backbone.diffusion.samplers import heun, walk
+from backbone.diffusion.schedules import karras_ladder
+from backbone.io.console import UserError
+from backbone.models.model import Backbone
+from backbone.models.sample import (
+    Request,
+    initial_noise,
+    refuse_no_share,
+    sample_latents,
+    steps_before,
+    within,
+)
+from tests.tiny import tiny_flux, tiny_pipeline, tiny_stable_diffusion_3, tiny_stable_diffusion_xl
+
+ASKED = [Request("a dog in the snow", (0, 0)), Request("a red cat", (1, 0))]
+
+
+def marked(said: list[str], mark: str) -> object:
+    def predict(noisy: Tensor, level: Level) -> Estimate:
+        said.append(mark)
+        return Estimate(torch.zeros_like(noisy), noisy / level.b)
+
+    return predict
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [((0.2, 0.7), "..#####..."), ((0.0, 0.5), "#####....."), ((0.9, 1.0), ".........#")],
+)
+def test_a_share_of_the_steps_follows_the_guidance(share: tuple[float, float], expected: str) -> None:
+    said: list[str] = []
+    ladder = karras_ladder(10, 0.01, 10.0)
+    walk(torch.ones(1, 2), within(share, marked(said, "#"), marked(said, "."), ladder), ladder)  # type: ignore[arg-type]
+    assert "".join(said) == expected
+
+
+def test_both_looks_of_a_step_of_heun_follow_their_own_levels() -> None:
+    said: list[str] = []
+    ladder = karras_ladder(4, 0.01, 10.0)
+    heun(torch.ones(1, 2), within((0.5, 1.0), marked(said, "#"), marked(said, "."), ladder), ladder)  # type: ignore[arg-type]
+    assert "".join(said).startswith("...##") and set(said[3:]) == {"#"}
+
+
+def test_what_is_drawn_is_the_prompt_s_way_and_then_the_guided_one(tiny: Backbone) -> None:
+    (ours,) = sample_latents(tiny, ASKED, steps=4, guidance=3.0, seed=5, guided=(0.5, 1.0))
+    text = tiny.encode_prompts([request.prompt for request in ASKED])
+    empty = tiny.encode_prompts(["", ""])
+    ladder = tiny.ladder(4)
+    noisy = torch.stack([initial_noise(tiny, 5, *request.key) for request in ASKED])
+    half = walk(noisy, tiny.predictor(text), ladder[:3])
+    expected = walk(half, tiny.guided_predictor(text, empty, 3.0), ladder[2:])
+    assert torch.allclose(ours, expected, atol=1e-5)
+    (always,) = sample_latents(tiny, ASKED, steps=4, guidance=3.0, seed=5)
+    (said,) = sample_latents(tiny, ASKED, steps=4, guidance=3.0, seed=5, guided=(0.0, 1.0))
+    assert torch.equal(always, said) and not torch.allclose(always, ours)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [tiny_pipeline, tiny_stable_diffusion_xl, tiny_stable_diffusion_3, tiny_flux],
+    ids=["sd", "sdxl", "sd3", "flux"],
+)
+def test_what_is_drawn_anew_is_the_picture_noised_and_walked_down(
+    build: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    """SDEdit, written out: clean latents at the level of the last half, each with its own noise, guided as ever."""
+    tiny = Backbone.open(str(build(tmp_path / "model")), device="cpu", precision="fp32")
+    clean = torch.randn(2, *tiny.latent_shape, generator=torch.Generator().manual_seed(1))
+    how: dict[str, Any] = {"steps": 4, "guidance": 3.0, "seed": 5}
+    (ours,) = sample_latents(tiny, ASKED, clean=clean, share=0.5, **how)
+    text = tiny.encode_prompts([request.prompt for request in ASKED])
+    rest = tiny.ladder(4)[2:]
+    noise = torch.stack([initial_noise(tiny, 5, *request.key) for request in ASKED])
+    start = rest.a[0].float() * clean + rest.b[0].float() * noise
+    expected = walk(start, tiny.guided_predictor(text, tiny.encode_prompts(["", ""]), 3.0), rest)
+    assert torch.allclose(ours, expected, atol=1e-5)
+    alone = torch.cat(list(sample_latents(tiny, ASKED, clean=clean, share=0.5, batch=1, **how)))
+    assert torch.allclose(ours, alone, atol=1e-4)
+
+
+def test_a_share_that_leaves_no_step_is_refused() -> None:
+    assert [steps_before(share, 10) for share in (0.1, 0.75, 1.0)] == [9, 2, 0]
+    with pytest.raises(UserError, match="is none"):
+        steps_before(0.04, 10)
+    with pytest.raises(UserError, match="no share"):
+        steps_before(1.5, 10)
+
+
+@pytest.mark.parametrize("share", [(0.5, 0.5), (0.7, 0.2), (-0.1, 1.0), (0.0, 1.1)])
+def test_what_is_no_share_is_refused(share: tuple[float, float]) -> None:
+    with pytest.raises(UserError, match="no share"):
+        refuse_no_share(share)

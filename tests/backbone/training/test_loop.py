@@ -1,0 +1,133 @@
+"""The training loop: what it minimises, what it refuses, and that resuming changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from backbone.diffusion.noise import generator
+from backbone.io.console import UserError
+from backbone.training.loop import (
+    Average,
+    load_checkpoint,
+    save_checkpoint,
+    train,
+    warm_constant,
+    warm_cosine,
+)
+
+
+class Bowl:
+    """Noisy regression towards a fixed vector."""
+
+    def __init__(self) -> None:
+        self.parameters = {"w": torch.nn.Parameter(torch.zeros(3))}
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=0.1)
+        self.average = Average(self.parameters, decay=0.9)
+
+    def losses(self, step: int) -> Iterator[Tensor]:
+        noise = 0.1 * torch.randn(3, generator=generator(7, step))
+        yield (self.parameters["w"] - torch.tensor([1.0, -2.0, 0.5]) + noise).square().sum()
+
+    def run(self, steps: int, done: int = 0) -> None:
+        for _ in train(
+            self.losses,
+            self.parameters,
+            optimizer=self.optimizer,
+            schedule=warm_cosine(60),
+            steps=steps,
+            done=done,
+            average=self.average,
+        ):
+            pass
+
+
+def test_training_reaches_the_minimum() -> None:
+    bowl = Bowl()
+    bowl.run(60)
+    assert torch.allclose(bowl.parameters["w"], torch.tensor([1.0, -2.0, 0.5]), atol=0.1)
+
+
+def test_resuming_gives_the_same_weights_bit_for_bit(tmp_path: Path) -> None:
+    whole = Bowl()
+    whole.run(40)
+    first = Bowl()
+    first.run(17)
+    save_checkpoint(
+        tmp_path / "c.safetensors",
+        step=17,
+        parameters=first.parameters,
+        optimizer=first.optimizer,
+        average=first.average,
+        facts={"note": "x"},
+    )
+    second = Bowl()
+    done, facts = load_checkpoint(
+        tmp_path / "c.safetensors",
+        parameters=second.parameters,
+        optimizer=second.optimizer,
+        average=second.average,
+    )
+    second.run(40, done=done)
+    assert (done, facts) == (17, {"note": "x"})
+    assert torch.equal(second.parameters["w"], whole.parameters["w"])
+    assert torch.equal(second.average.values["w"], whole.average.values["w"])
+
+
+def test_a_checkpoint_of_other_parameters_is_refused(tmp_path: Path) -> None:
+    bowl = Bowl()
+    save_checkpoint(tmp_path / "c.safetensors", step=1, parameters=bowl.parameters, optimizer=bowl.optimizer)
+    other = {"v": torch.nn.Parameter(torch.zeros(3))}
+    with pytest.raises(UserError, match="another kind of run"):
+        load_checkpoint(
+            tmp_path / "c.safetensors", parameters=other, optimizer=torch.optim.SGD(other.values())
+        )
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights() -> None:
+    bowl = Bowl()
+    bowl.run(3)
+    before = bowl.parameters["w"].detach().clone()
+
+    def broken(step: int) -> Iterator[Tensor]:
+        yield bowl.parameters["w"].sum() * float("nan")
+
+    with pytest.raises(UserError, match="step 1"):
+        next(train(broken, bowl.parameters, optimizer=bowl.optimizer, schedule=warm_constant(), steps=1))
+    assert torch.equal(bowl.parameters["w"], before)
+
+
+def test_micro_batches_give_the_gradient_of_their_mean() -> None:
+    def learned(parts: int) -> Tensor:
+        parameter = torch.nn.Parameter(torch.ones(2))
+        data = torch.arange(8.0).reshape(4, 2)
+
+        def losses(step: int) -> Iterator[Tensor]:
+            for chunk in data.chunk(parts):
+                yield ((parameter * chunk).sum(1) ** 2).mean()
+
+        optimizer = torch.optim.SGD([parameter], lr=1e-3)
+        list(
+            train(losses, {"p": parameter}, optimizer=optimizer, schedule=warm_constant(), steps=1, clip=1e9)
+        )
+        return parameter.detach()
+
+    assert torch.allclose(learned(1), learned(2))
+
+
+def test_the_generator_depends_on_its_key_alone() -> None:
+    first = torch.randn(4, generator=generator(1, "a", 2))
+    assert torch.equal(first, torch.randn(4, generator=generator(1, "a", 2)))
+    assert not torch.equal(first, torch.randn(4, generator=generator(1, "a", 3)))
+
+
+def test_the_cosine_warms_up_and_ends_at_its_floor() -> None:
+    factor = warm_cosine(100, warmup=10, floor=0.1)
+    assert factor(5) == pytest.approx(0.5)
+    assert factor(10) == pytest.approx(1.0)
+    assert factor(55) == pytest.approx(0.55)
+    assert factor(100) == pytest.approx(0.1)

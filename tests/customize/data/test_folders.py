@@ -1,0 +1,116 @@
+"""Folders of other trainers: kohya's names, and lists of concepts."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from backbone.io.console import UserError
+from customize.data.folders import ConceptFolder, is_concepts, read_concepts, read_subjects, told_apart
+from customize.settings import Subject
+
+
+def pictures_in(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(folder / "1.png")
+    return folder
+
+
+def test_kohyas_folders_say_repeats_token_and_class(tmp_path: Path) -> None:
+    dog = pictures_in(tmp_path / "10_sks dog")
+    cat = pictures_in(tmp_path / "3_qrs tabby cat")
+    pictures_in(tmp_path / "leftovers")
+    (tmp_path / "5_empty one").mkdir()
+    assert read_concepts(tmp_path) == [
+        ConceptFolder(dog, 10, "sks", "dog"),
+        ConceptFolder(cat, 3, "qrs", "tabby cat"),
+    ]
+
+
+def test_one_numbered_folder_is_a_concept_itself(tmp_path: Path) -> None:
+    folder = pictures_in(tmp_path / "7_sks_dog")
+    assert read_concepts(folder) == [ConceptFolder(folder, 7, "sks", "dog")]
+
+
+def test_a_name_of_one_word_has_no_class(tmp_path: Path) -> None:
+    folder = pictures_in(tmp_path / "7_sks")
+    assert read_concepts(folder) == [ConceptFolder(folder, 7, "sks", "")]
+
+
+def test_a_plain_folder_is_not_taken_for_one_of_these(tmp_path: Path) -> None:
+    folder = pictures_in(tmp_path / "dog")
+    assert not is_concepts(folder)
+    assert is_concepts(pictures_in(tmp_path / "x" / "2_sks dog").parent)
+    with pytest.raises(UserError, match="10_sks dog"):
+        read_concepts(folder)
+
+
+def test_a_list_of_concepts_is_read(tmp_path: Path) -> None:
+    folder = pictures_in(tmp_path / "data" / "dog")
+    entry = {
+        "instance_prompt": "photo of zwx dog",
+        "class_prompt": "photo of a dog",
+        "instance_data_dir": "data/dog",
+        "class_data_dir": "data/class",
+    }
+    (tmp_path / "concepts_list.json").write_text(json.dumps([entry]))
+    expected = ConceptFolder(
+        folder, 1, "zwx", "dog", "photo of {token} {class}", "photo of a dog", tmp_path / "data" / "class"
+    )
+    assert read_concepts(tmp_path / "concepts_list.json") == [expected]
+    assert read_concepts(tmp_path) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("instance", "general", "token", "noun"),
+    [
+        ("a photo of sks dog", "a photo of dog", "sks", "dog"),
+        ("a photo of a sks toy robot, on a table", "a photo of a toy robot", "sks", "toy robot"),
+        ("ohwx man portrait", "man", "ohwx", "man"),
+        ("photo of zwx", "photo of a dog", "zwx", ""),
+        ("a dog", "a dog", "", ""),
+        ("a sks dog", "", "", ""),
+    ],
+)
+def test_token_and_class_are_told_from_two_prompts(
+    instance: str, general: str, token: str, noun: str
+) -> None:
+    assert told_apart(instance, general) == (token, noun)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("{}", "not a list"),
+        ("[1]", "Entry 1"),
+        ('[{"instance_prompt": "x"}]', "instance_data_dir"),
+        ('[{"instance_prompt": "x", "instance_data_dir": "nowhere"}]', "nowhere"),
+        ('[{"instance_prompt": 3, "instance_data_dir": "."}]', "not text"),
+    ],
+)
+def test_a_bad_list_is_answered_by_a_sentence(tmp_path: Path, content: str, complaint: str) -> None:
+    (tmp_path / "concepts_list.json").write_text(content)
+    with pytest.raises(UserError, match=complaint):
+        read_concepts(tmp_path / "concepts_list.json")
+
+
+def test_a_missing_path_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        read_concepts(tmp_path / "nowhere")
+
+
+def test_numbered_folders_become_subjects_of_one_run(tmp_path: Path) -> None:
+    dog, cat = pictures_in(tmp_path / "10_sks dog"), pictures_in(tmp_path / "5_ohwx grey cat")
+    subjects, prompts = read_subjects(tmp_path)
+    assert subjects == [Subject(str(dog), "sks", "dog", "sks"), Subject(str(cat), "ohwx", "grey cat", "ohwx")]
+    assert prompts == {}
+
+
+def test_a_subject_without_a_class_is_refused(tmp_path: Path) -> None:
+    folder = pictures_in(tmp_path / "10_sks")
+    with pytest.raises(UserError, match=re.escape(f"{folder} does not say its token and its class")):
+        read_subjects(tmp_path)

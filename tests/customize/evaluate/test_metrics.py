@@ -1,0 +1,203 @@
+"""What says how well a concept was learned: figures, the rule that chooses, the protocol, and the run's report."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from backbone.adapters.concept import Concept
+from backbone.io.console import UserError
+from backbone.io.files import read_jsonl
+from backbone.io.report import curve, table, write_report
+from backbone.media.pictures import read_folder
+from backbone.models.cache import VARIABLE
+from backbone.models.locate import EMBEDDED
+from backbone.models.model import Backbone
+from customize.cli import step_count
+from customize.evaluate.dreambench import own_prompts, read_prompts
+from customize.evaluate.metrics import Evaluator, Figures, Patience, Scorers, mean_likeness, protocol, rating
+from customize.settings import Settings
+from tests.tiny import tiny_eye
+
+FILE = """Classes
+
+subject_name,class
+backpack,backpack
+dog6,dog
+
+Prompts
+
+Object Prompts
+
+prompt_list = [
+'a {0} {1} in the jungle'.format(unique_token, class_token),
+'a cube shaped {0} {1}'.format(unique_token, class_token)
+]
+
+Live Subject Prompts
+
+prompt_list = [
+'a {0} {1} wearing a santa hat'.format(unique_token, class_token),
+]
+"""
+
+
+def figures(step: int = 0, *, subject: float = 0.4, prompt: float = 0.3, rated: float = 0.0) -> Figures:
+    return Figures(
+        step, subject=subject, prompt=prompt, preservation=0.4, diversity=0.5, loss=0.1, rating=rated
+    )
+
+
+def test_a_model_before_training_is_rated_zero_and_a_perfect_one_one() -> None:
+    start = figures()
+    assert rating(start, start=start, most=0.9) == 0
+    assert rating(figures(subject=0.9), start=start, most=0.9) == 1
+
+
+def test_likeness_without_obedience_is_worth_less() -> None:
+    start = figures()
+    both = rating(figures(subject=0.8), start=start, most=0.9)
+    copied = rating(figures(subject=0.8, prompt=0.1), start=start, most=0.9)
+    assert copied < 0.6 * both
+    assert both == pytest.approx(2 * 0.8 / 1.8)
+
+
+def test_patience_ends_after_so_many_without_a_better_one() -> None:
+    patience = Patience(2)
+    best = []
+    for step, value in enumerate([0.0, 0.5, 0.4, 0.5]):
+        best.append(patience.note(figures(step, rated=value)))
+        assert patience.exhausted == (step == 3)
+    assert best == [True, True, False, False]
+    assert patience.exhausted
+    assert patience.best.step == 1
+
+
+def test_the_likeness_of_pictures_among_themselves() -> None:
+    vectors = F.normalize(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), dim=-1)
+    assert mean_likeness(vectors) == pytest.approx(0)
+    assert mean_likeness(vectors[:1]) == 1
+
+
+def test_the_prompts_of_dreambooth_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "prompts_and_classes.txt"
+    path.write_text(FILE)
+    found = read_prompts(path)
+    assert found.things == ("a {} in the jungle", "a cube shaped {}")
+    assert found.living == ("a {} wearing a santa hat",)
+    assert found.classes == {"backpack": "backpack", "dog6": "dog"}
+
+
+@pytest.mark.parametrize("text", ["", "prompt_list = []", "prompt_list = ['a dog']\nprompt_list = ['b']"])
+def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text(text)
+    with pytest.raises(UserError, match="google/dreambooth"):
+        read_prompts(path)
+
+
+def test_our_own_prompts_are_twenty_five_different_ones() -> None:
+    assert len(set(own_prompts())) == 25
+    assert all(prompt.count("{}") == 1 for prompt in own_prompts())
+
+
+def test_steps_are_a_number_or_auto() -> None:
+    assert step_count("30") == {"steps": 30}
+    assert step_count("auto") == {"patience": 3}
+    assert step_count(None) == {}
+    with pytest.raises(UserError, match="auto"):
+        step_count("many")
+
+
+def test_a_report_shows_text_as_text(tmp_path: Path) -> None:
+    parts = [table(("a",), [("<script>",)]), curve("c", {"x": [(0, 1.0), (1, 2.0)]}, marked=1)]
+    write_report(tmp_path / "r.html", "<b>", parts)
+    page = (tmp_path / "r.html").read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    assert "polyline" in page
+    assert "http" not in page
+
+
+def test_likeness_by_dino_leaves_obedience_to_the_model_s_own_scorer(tmp_path: Path) -> None:
+    own = EMBEDDED / "scorer"
+    pictures = [Image.new("RGB", (40, 40), (60 * k, 10, 200 - 40 * k)) for k in range(4)]
+    texts = ["a dog in a park", "a dog at night"]
+
+    def measured(scorers: Scorers | None) -> dict[str, float]:
+        assert scorers is not None
+        subject = scorers.eye.embed_images(pictures[:1])
+        found = protocol(scorers, subject, pictures, texts, per_prompt=2)
+        return {name: figure.value for name, figure in found.items()}
+
+    dino = tiny_eye(tmp_path, "dinov2")
+    alone, with_reader = measured(Scorers.of(dino, None)), measured(Scorers.of(dino, own))
+    clip = measured(Scorers.of(None, own))
+    assert list(alone) == ["DINO", "DIV"] and list(with_reader) == ["DINO", "CLIP-T", "DIV"]
+    assert list(clip) == ["CLIP-I", "CLIP-T", "DIV"] and clip["CLIP-I"] != alone["DINO"]
+    assert with_reader["CLIP-T"] == pytest.approx(clip["CLIP-T"]) and with_reader["DIV"] == alone["DIV"]
+    assert Scorers.of(None, None) is None
+
+
+def test_a_run_whose_obedience_nothing_can_measure_is_refused(tmp_path: Path, tiny: Backbone) -> None:
+    scorers = Scorers.of(tiny_eye(tmp_path, "vit"), None)
+    concept = Concept("lora", "", "", {"[V]": "rkh"}, "dog")
+    settings = Settings(images="", token="[V]", class_noun="dog")
+    assert scorers is not None
+    with pytest.raises(UserError, match="Name a CLIP folder"):
+        Evaluator(tiny, scorers, concept, settings, read_folder(one_picture(tmp_path)))
+
+
+def one_picture(folder: Path) -> str:
+    """A folder of one picture."""
+    (folder / "pictures").mkdir()
+    Image.new("RGB", (40, 40)).save(folder / "pictures" / "0.png")
+    return str(folder / "pictures")
+
+
+def test_a_run_is_evaluated_reported_and_measured_from_outside(
+    tmp_path: Path, subject: Path, tiny_folder: Path
+) -> None:
+    environment = {
+        **os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1",
+        VARIABLE: os.environ[VARIABLE],
+    }  # fmt: skip
+
+    def customize(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "customize.cli", *arguments],
+            cwd=tmp_path, env=environment, text=True, capture_output=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    scorer = str(EMBEDDED / "scorer")
+    said = customize(
+        *("train", "--images", str(subject), "--model", str(tiny_folder), "--class", "dog"),
+        *("--scorer", scorer, "--evaluate-every", "2", "--precision", "fp32", "--steps", "4"),
+    )
+    run = tmp_path / "runs" / "subject"
+    assert "best of 3 evaluations" in said
+    assert [line["step"] for line in read_jsonl(run / "evaluations.jsonl")] == [0, 2, 4]
+    assert (run / "best" / "concept.json").exists()
+    page = (run / "report.html").read_text()
+    assert page.count("<svg") == 7
+    assert "All 4 steps were taken" in page
+    (tmp_path / "prompts.txt").write_text(FILE)
+    table_text = customize(
+        "evaluate", str(run), "--prompts", "prompts.txt", "--per-prompt", "2", "--scorer", scorer
+    )
+    assert "PRES of the base" in table_text
+    assert "CLIP-I of real pictures" in (run / "dreambench" / "table.md").read_text()
+    dino = str(tiny_eye(tmp_path / "dino", "dinov2"))
+    table_text = customize(
+        "evaluate", str(run), "--prompts", "prompts.txt", "--per-prompt", "1", "--scorer", dino
+    )
+    assert "DINO of real pictures" in table_text and "CLIP" not in table_text

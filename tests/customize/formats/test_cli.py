@@ -1,0 +1,129 @@
+"""The commands about adapter files, from the shell's side."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from backbone.adapters.concept import Concept, read_concept
+from backbone.adapters.lora import WEIGHTS
+from backbone.io.console import UserError
+from backbone.models.model import Backbone
+from customize.cli import app
+from customize.formats.adapter import Adapter
+from customize.formats.convert import import_adapter
+from customize.formats.read import read_adapter
+from customize.formats.write import difference, write_adapter
+from tests.customize.adapters import modules_of, random_adapter, random_layer, whole_pipeline
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_folder: Path) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    modules = modules_of(whole_pipeline(tiny_folder))
+    chosen = {name: module for name, module in modules.items() if "attn" in name or "conv1" in name}
+    write_adapter(folder / WEIGHTS, random_adapter(chosen), "own", header={"base_model": str(tiny_folder)})
+    fingerprint = Backbone.open(str(tiny_folder)).fingerprint
+    Concept("lora", str(tiny_folder), fingerprint, {"[V]": "bcd"}, "dog", WEIGHTS).write(folder)
+    return folder
+
+
+def customize(*arguments: object) -> str:
+    """Runs a command in this process; gives what it printed."""
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_export_import_and_back_is_the_same_adapter(run: Path, tmp_path: Path, tiny_folder: Path) -> None:
+    for form in ("diffusers", "kohya", "comfyui"):
+        file = tmp_path / f"{form}.safetensors"
+        assert "read back" in customize("export", run, "--to", form, "--out", file)
+        customize("import", file, "--out", tmp_path / f"from-{form}", "--model", tiny_folder)
+        again = tmp_path / f"from-{form}"
+        assert difference(read_adapter(run), read_adapter(again))[0] == 0
+        concept = read_concept(again)
+        assert concept.tokens == {"[V]": "bcd"}
+        assert concept.fingerprint == read_concept(run).fingerprint
+
+
+def test_info_says_what_an_adapter_is(run: Path, tmp_path: Path) -> None:
+    customize("export", run, "--to", "kohya", "--out", tmp_path / "a.safetensors")
+    said = customize("info", tmp_path / "a.safetensors")
+    for words in (
+        "kohya (diffusers' block names)",
+        "kind       lora",
+        "alpha      3",
+        "unet",
+        "ss_network_dim",
+        "‖ΔW‖",
+    ):
+        assert words in said
+
+
+def test_merge_resize_and_extract_write_what_they_say(run: Path, tmp_path: Path, tiny_folder: Path) -> None:
+    customize("merge", f"{run}:0.5", run, "--out", tmp_path / "twice")
+    once, twice = read_adapter(run), read_adapter(tmp_path / "twice")
+    name = next(iter(once.layers))
+    torch.testing.assert_close(twice.layers[name].matrix(), 1.5 * once.layers[name].matrix())
+    assert "rank" in customize("resize", tmp_path / "twice", "--rank", 4, "--out", tmp_path / "r.safetensors")
+    torch.testing.assert_close(
+        read_adapter(tmp_path / "r.safetensors").layers[name].matrix(),
+        twice.layers[name].matrix(),
+        atol=1e-5,
+        rtol=1e-3,
+    )
+    customize("merge", run, "--bake", "--out", tmp_path / "baked")
+    out = tmp_path / "e.safetensors"
+    said = customize("extract", tmp_path / "baked", tiny_folder, "--rank", 4, "--out", out)
+    assert "100.00%" in said
+    assert difference(once, read_adapter(out))[0] < 1e-3
+
+
+def test_an_import_that_does_not_fit_its_model_is_refused(tmp_path: Path, tiny_folder: Path) -> None:
+    wide = Adapter({"unet.conv_in": random_layer(nn.Conv2d(4, 320, 3), 2, 1.0, torch.Generator())})
+    write_adapter(tmp_path / "wide.safetensors", wide, "kohya")
+    with pytest.raises(UserError, match="another model"):
+        import_adapter(
+            tmp_path / "wide.safetensors", tmp_path / "run", model=str(tiny_folder), token_words="bcd"
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_import_without_a_trigger_word_asks_for_it(run: Path, tmp_path: Path, tiny_folder: Path) -> None:
+    write_adapter(tmp_path / "bare.safetensors", read_adapter(run), "kohya")
+    with pytest.raises(UserError, match="--token_words"):
+        import_adapter(tmp_path / "bare.safetensors", tmp_path / "again", model=str(tiny_folder))
+
+
+def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
+    (tmp_path / "broken.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "customize.cli",
+            "export",
+            "broken.safetensors",
+            "--to",
+            "kohya",
+            "--out",
+            "o.safetensors",
+        ],
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "broken.safetensors is not a whole safetensors file" in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"broken.safetensors"}

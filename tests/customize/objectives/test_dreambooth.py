@@ -1,0 +1,210 @@
+"""DreamBooth: what its loss says, and that the class stays what it was."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from PIL import Image
+
+from backbone.diffusion.noise import generator
+from backbone.io.console import UserError
+from backbone.media.pictures import read_folder
+from backbone.media.transforms import square, to_tensor
+from backbone.models.cache import cache_folder, encoded, encoded_prompts
+from backbone.models.model import Backbone, Posterior
+from backbone.training.base_predictions import bank_of, stratified_levels
+from customize.data.dataset import Bucket, Group, Material, prepare
+from customize.objectives.dreambooth import Training
+from customize.settings import Settings, as_flags
+
+
+def settings(subject: Path, **changes: object) -> Settings:
+    base = Settings(
+        images=str(subject),
+        token="[V]",
+        class_noun="dog",
+        steps=30,
+        batch=4,
+        rank=4,
+        learning_rate=5e-3,
+        lora_layers="attention",
+        precision="fp32",
+        device="cpu",
+        prior_draws=8,
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def material(model: Backbone, subject: Path, asked: Settings) -> Material:
+    pictures = read_folder(subject)
+    return prepare(model, [Group(pictures, ["a bcd dog"] * len(pictures), "a dog")], asked)
+
+
+def test_the_prior_term_is_zero_for_an_untouched_adapter(tiny: Backbone, subject: Path) -> None:
+    with_prior = settings(subject)
+    ready = material(tiny, subject, with_prior)
+    training = Training(tiny, ready, with_prior)
+    with torch.no_grad():
+        both = float(next(training.losses(1)))
+        training.material = replace(ready, buckets=[Bucket(ready.buckets[0].rows)])
+        subject_only = float(next(training.losses(1)))
+    assert both == pytest.approx(subject_only, rel=1e-5)
+
+
+def test_the_prior_term_grows_once_the_class_changes(tiny: Backbone, subject: Path) -> None:
+    asked = settings(subject)
+    ready = material(tiny, subject, asked)
+    training = Training(tiny, ready, asked)
+    for parameter in training.parameters.values():
+        parameter.data += 0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        with_prior = float(next(training.losses(1)))
+        training.material = replace(ready, buckets=[Bucket(ready.buckets[0].rows)])
+        alone = float(next(training.losses(1)))
+    assert with_prior > alone * 1.01
+
+
+def test_preservation_keeps_the_class_nearer_to_what_it_was(tiny_folder: Path, subject: Path) -> None:
+    def change(weight: float) -> float:
+        model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
+        asked = settings(subject, prior_loss_weight=weight)
+        ready = material(model, subject, asked)
+        fresh = bank_of(model, ready.posteriors, encoded_prompts(model, ["a dog"]), draws=16, seed=99)
+        for _ in Training(model, ready, asked).steps():
+            pass
+        text = {
+            name: value.expand(16, *value.shape[1:])
+            for name, value in encoded_prompts(model, ["a dog"]).items()
+        }
+        time = model.path.levels.time
+        assert time is not None
+        with torch.no_grad():
+            said = model.family.network(model.denoiser, text)(fresh.noisy, time[fresh.level])
+        return float((said - fresh.prediction).square().mean())
+
+    assert change(1.0) < 0.7 * change(0.0)
+
+
+def test_training_lowers_the_error_on_the_subject(tiny: Backbone, subject: Path) -> None:
+    asked = settings(subject, prior_loss_weight=0.0, steps=120)
+    training = Training(tiny, material(tiny, subject, asked), asked)
+    with torch.no_grad():
+        before = sum(float(next(training.losses(10_000 + k))) for k in range(8))
+    for _ in training.steps():
+        pass
+    with torch.no_grad():
+        after = sum(float(next(training.losses(10_000 + k))) for k in range(8))
+    assert after < 0.97 * before
+
+
+def test_only_the_adapter_changes(tiny: Backbone, subject: Path) -> None:
+    asked = settings(subject, steps=3)
+    training = Training(tiny, material(tiny, subject, asked), asked)
+    before = {name: value.detach().clone() for name, value in tiny.denoiser.named_parameters()}
+    for _ in training.steps():
+        pass
+    for name, value in tiny.denoiser.named_parameters():
+        assert torch.equal(value, before[name]) == (name not in training.parameters)
+
+
+def test_a_loss_that_is_not_finite_names_its_picture_and_step(tiny: Backbone, subject: Path) -> None:
+    asked = settings(subject)
+    ready = material(tiny, subject, asked)
+    broken = ready.posteriors[1]
+    posteriors = [*ready.posteriors]
+    posteriors[1] = Posterior(broken.mean * float("nan"), broken.std)
+    training = Training(tiny, replace(ready, posteriors=posteriors), asked)
+    with pytest.raises(UserError, match=re.escape(f"not finite at {read_folder(subject)[1].path}.")) as said:
+        for _ in training.steps():
+            pass
+    assert f"at step {training.done + 1}:" in str(said.value)
+
+
+def test_the_encoders_are_freed_before_training(tiny: Backbone, subject: Path) -> None:
+    material(tiny, subject, settings(subject))
+    assert "autoencoder" not in tiny.__dict__
+    assert "text_encoder" not in tiny.__dict__
+
+
+def test_latents_are_remembered_by_content_not_by_name(tiny: Backbone, subject: Path, tmp_path: Path) -> None:
+    first = encoded(tiny, read_folder(subject))
+    files = set((cache_folder() / "latents").rglob("*.safetensors"))
+    (subject / "0.png").rename(subject / "9.png")  # now last in order
+    again = encoded(tiny, read_folder(subject))
+    assert set((cache_folder() / "latents").rglob("*.safetensors")) == files
+    assert torch.equal(again[2].mean, first[0].mean)
+    assert torch.equal(again[0].mean, first[1].mean)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_shuffling_of_a_folder_ever_pairs_a_wrong_caption_or_picture(
+    tiny: Backbone, tmp_path: Path, seed: int
+) -> None:
+    """Pictures change, come, go and swap names at random; each must keep its own caption and its own latents."""
+    random = Random(seed)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+
+    def paint(name: str) -> None:
+        shade = tuple(random.randrange(256) for _ in range(3))
+        Image.new("RGB", (64, 64), shade).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"a bcd dog in {shade}")
+
+    for name in "abc":
+        paint(name)
+    for _ in range(6):
+        names = sorted(path.stem for path in folder.glob("*.png"))
+        match random.choice(["change", "add", "swap", "remove"]):
+            case "change":
+                paint(random.choice(names))
+            case "add":
+                paint(f"n{random.randrange(1000)}")
+            case "swap":
+                one, other = random.sample(names, 2)
+                for ending in ("png", "txt"):
+                    (folder / f"{one}.{ending}").rename(folder / f"kept.{ending}")
+                    (folder / f"{other}.{ending}").rename(folder / f"{one}.{ending}")
+                    (folder / f"kept.{ending}").rename(folder / f"{other}.{ending}")
+            case "remove" if len(names) > 2:
+                gone = random.choice(names)
+                (folder / f"{gone}.png").unlink()
+                (folder / f"{gone}.txt").unlink()
+        found = read_folder(folder)
+        for picture, posterior in zip(found, encoded(tiny, found), strict=True):
+            shade = picture.open().getpixel((0, 0))
+            assert picture.caption == f"a bcd dog in {shade}"
+            with torch.no_grad():
+                fresh = tiny.encode(to_tensor(square(picture.open(), tiny.resolution))[None])
+            assert torch.allclose(posterior.mean, fresh.mean, atol=1e-5)
+
+
+def test_a_damaged_cache_is_computed_anew(tiny: Backbone, subject: Path) -> None:
+    first = encoded(tiny, read_folder(subject))
+    for path in (cache_folder() / "latents").rglob("*.safetensors"):
+        path.unlink()  # `first` may still be mapped onto the old file
+        path.write_bytes(b"broken")
+    assert torch.equal(encoded(tiny, read_folder(subject))[0].mean, first[0].mean)
+
+
+def test_one_level_falls_in_every_stratum() -> None:
+    levels = stratified_levels(10, 1000, generator(1))
+    assert sorted(int(level) // 100 for level in levels) == list(range(10))
+
+
+def test_unknown_layers_are_a_clear_mistake(tiny: Backbone, subject: Path) -> None:
+    asked = settings(subject, lora_layers="everything")
+    with pytest.raises(UserError, match="attention, all"):
+        Training(tiny, material(tiny, subject, asked), asked)
+
+
+def test_the_repeating_command_names_what_was_chosen(subject: Path) -> None:
+    command = as_flags(settings(subject, seed=7, rank=3), Path("runs/x"))
+    assert "--rank 3" in command
+    assert "--seed 7" in command
+    assert "--token '[V]'" in command
+    assert command.endswith("--out runs/x")

@@ -1,0 +1,104 @@
+"""A run on the hub: its card's head, and an upload to a stand-in on this machine."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard, constants
+
+from backbone.io.console import UserError
+from backbone.models.model import Backbone
+from customize.settings import Settings
+from customize.train.card import card, push
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as an upload talks to; what arrives is in `received`."""
+
+    received: dict[str, bytes]
+    refuses: bool
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        server: Any = self.server
+        if server.refuses:
+            return self.answer(401, {"error": "Invalid username or password."})
+        if self.path.endswith("/repos/create"):
+            return self.answer(200, {"url": f"http://127.0.0.1:{server.server_port}/me/dog"})
+        if "/preupload/" in self.path:
+            files = json.loads(body)["files"]
+            every = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]
+            return self.answer(200, {"files": every})
+        if "/commit/" in self.path:
+            for line in body.splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    server.received[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            address = f"http://127.0.0.1:{server.server_port}/me/dog"
+            return self.answer(200, {"commitUrl": f"{address}/commit/1", "commitOid": "1", "success": True})
+        return self.answer(200, {"valid": True, "warnings": [], "errors": []})
+
+    def do_GET(self) -> None:
+        self.answer(200, {"name": "me", "type": "user", "sha": "1", "id": "me/dog", "siblings": []})
+
+    def answer(self, code: int, content: dict[str, Any]) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The stand-in, in place of the hub."""
+    server: Any = HTTPServer(("127.0.0.1", 0), Hub)
+    server.received, server.refuses = {}, False
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "dog"
+    (folder / "tensorboard").mkdir(parents=True)
+    for name in ("README.md", "concept.json", "checkpoint.safetensors", "tensorboard/events"):
+        (folder / name).write_text(name)
+    return folder
+
+
+def test_a_run_is_uploaded_without_what_only_resuming_needs(hub: Any, run: Path) -> None:
+    assert push(run, "me/dog").endswith("/me/dog")
+    assert set(hub.received) == {"README.md", "concept.json"}
+    assert hub.received["concept.json"] == b"concept.json"
+
+
+def test_a_refusal_is_one_sentence_that_says_what_to_do(hub: Any, run: Path) -> None:
+    hub.refuses = True
+    with pytest.raises(UserError, match=r"could not be uploaded as me/dog .*hf auth login"):
+        push(run, "me/dog")
+
+
+def test_the_cards_head_is_what_the_hub_reads(tiny_folder: Path) -> None:
+    settings = Settings(images="x", token="[V]", class_noun='"dog"', token_words="bcd", model="tiny")
+    head = card(settings, Backbone.open(str(tiny_folder)))
+    data = ModelCard(head + "# [V] dog").data
+    assert data.get("instance_prompt") == 'a bcd "dog"'
+    assert data.get("pipeline_tag") == "text-to-image"
+    assert data.get("base_model") is None  # a folder on this machine is no place that the hub knows
+    assert data.get("widget") == [{"text": 'a bcd "dog"', "output": {"url": "sheet.png"}}]

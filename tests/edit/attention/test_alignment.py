@@ -1,0 +1,266 @@
+"""How two prompts are laid side by side."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from backbone.io.console import UserError
+from edit.attention.alignment import (
+    Alignment,
+    Prompt,
+    align,
+    columns,
+    inside,
+    read_prompt,
+    require,
+    weights,
+    window,
+)
+from tests.tiny import tiny_tokenizer
+
+TOKENIZER: Any = tiny_tokenizer()  # a, dog, cat, in, the, snow, red are one token each; "hat" is three
+
+
+def prompt(text: str) -> Prompt:
+    return read_prompt(TOKENIZER, text)
+
+
+def aligned(source: str, target: str, *swaps: tuple[str, str]) -> Alignment:
+    return align(prompt(source), prompt(target), swaps=swaps)
+
+
+def fates(alignment: Alignment) -> list[tuple[str, str, str]]:
+    return [
+        (run.kind, " ".join(word.text for word in run.source), " ".join(word.text for word in run.target))
+        for run in alignment.runs
+    ]
+
+
+def test_words_are_the_tokenizers_with_punctuation_apart_and_every_token_in_one_of_them() -> None:
+    read = prompt("A hat, in  the dog's SNOW!!")
+    assert [word.text for word in read.words] == ["a", "hat", ",", "in", "the", "dog", "'s", "snow", "!!"]
+    positions = list(itertools.chain.from_iterable(word.positions for word in read.words))
+    assert positions == list(range(1, read.sections[0].end))
+    assert len(read.words[1].positions) == 3
+    assert read.length == 77
+
+
+def test_a_prompt_laid_beside_itself_maps_every_token_to_itself() -> None:
+    alignment = aligned("a red hat, in the snow", "a red hat, in the snow")
+    assert torch.equal(alignment.mapping, torch.eye(77))
+    assert torch.equal(alignment.taken, torch.ones(77))
+    assert list(alignment.changed()) == []
+
+
+def test_a_replaced_word_takes_the_old_words_place_and_the_rest_stays() -> None:
+    alignment = aligned("a cat in the snow", "a dog in the snow")
+    assert fates(alignment) == [
+        ("kept", "a", "a"),
+        ("replaced", "cat", "dog"),
+        ("kept", "in the snow", "in the snow"),
+    ]
+    assert torch.equal(alignment.mapping, torch.eye(77))
+
+
+def test_words_after_one_of_another_token_count_still_find_their_own_column() -> None:
+    """Where the reference writes m[j, j] instead of m[i, j], they take a shifted one."""
+    alignment = aligned("a cat in the snow", "a hat in the snow")
+    mapping = alignment.mapping
+    hat = alignment.target.words[1].positions
+    assert mapping[2, list(hat)].tolist() == pytest.approx([1 / 3] * 3)
+    for old, new in zip(alignment.source.words[2:], alignment.target.words[2:], strict=True):
+        assert mapping[old.positions[0], new.positions[0]] == 1
+    assert mapping[alignment.source.sections[0].end, alignment.target.sections[0].end] == 1
+    assert mapping[76, 76] == 1
+
+
+def test_many_tokens_give_all_their_attention_to_one() -> None:
+    alignment = aligned("a hat in the snow", "a cat in the snow")
+    assert alignment.mapping[list(alignment.source.words[1].positions), 2].tolist() == [1, 1, 1]
+
+
+def test_an_inserted_word_keeps_its_own_attention_and_shifts_nothing() -> None:
+    alignment = aligned("a cat in the snow", "a red cat in the snow")
+    assert fates(alignment)[1] == ("added", "", "red")
+    assert alignment.taken[2] == 0
+    assert alignment.mapping[2, 3] == 1, "cat, one position later"
+    assert alignment.taken.sum() == 76
+
+
+def test_a_removed_word_gives_its_attention_to_nobody() -> None:
+    alignment = aligned("a red cat in the snow", "a cat in the snow")
+    assert fates(alignment)[1] == ("removed", "red", "")
+    assert alignment.mapping[2].sum() == 0
+    assert alignment.taken[alignment.target.sections[0].end + 1] == 0, (
+        "padding that stands where the source ended keeps its own"
+    )
+
+
+def test_replacing_refining_and_removing_happen_together() -> None:
+    alignment = aligned("a cat in the red snow, the dog", "a red dog in the snow, the dog")
+    assert fates(alignment) == [
+        ("kept", "a", "a"),
+        ("replaced", "cat", "red dog"),
+        ("kept", "in the", "in the"),
+        ("removed", "red", ""),
+        ("kept", "snow , the dog", "snow , the dog"),
+    ]
+
+
+def test_repeated_words_are_matched_in_order_with_the_fewest_interruptions() -> None:
+    assert fates(aligned("a cat in a cat in a cat", "a cat in a dog in a cat")) == [
+        ("kept", "a cat in a", "a cat in a"),
+        ("replaced", "cat", "dog"),
+        ("kept", "in a cat", "in a cat"),
+    ]
+    assert fates(aligned("a cat in a cat", "a cat")) == [
+        ("kept", "a cat", "a cat"),
+        ("removed", "in a cat", ""),
+    ]
+
+
+def test_punctuation_and_case_and_spaces_change_nothing() -> None:
+    assert fates(aligned("a Cat  in the snow.", "a cat, in the snow")) == [
+        ("kept", "a cat", "a cat"),
+        ("added", "", ","),
+        ("kept", "in the snow", "in the snow"),
+        ("removed", ".", ""),
+    ]
+
+
+def test_attention_is_neither_made_nor_lost_where_no_word_is_added_or_removed() -> None:
+    """Every source token that takes part gives exactly its attention away."""
+    vocabulary = ["a", "dog", "cat", "in", "the", "snow", "red", "hat", ",", "ship"]
+    chance = random.Random(0)
+    for _ in range(200):
+        source = [chance.choice(vocabulary) for _ in range(chance.randint(1, 8))]
+        target = [word if chance.random() < 0.7 else chance.choice(vocabulary) for word in source]
+        if not set(source) & set(target) - {","}:
+            continue
+        try:
+            alignment = aligned(" ".join(source), " ".join(target))
+        except UserError:
+            continue
+        mapping = alignment.mapping
+        given = {
+            position
+            for run in alignment.runs
+            if run.target
+            for word in run.source
+            for position in word.positions
+        }
+        for position in given:
+            tokens = mapping[:, mapping[position] > 0].sum(1)
+            assert tokens[position] == pytest.approx(1.0, abs=1e-5)
+        assert ((alignment.taken == 0) == (mapping.sum(0) == 0)).all()
+
+
+def test_turning_an_alignment_around_turns_its_fates_around() -> None:
+    there, back = (
+        aligned("a cat in the snow", "a red dog in snow"),
+        aligned("a red dog in snow", "a cat in the snow"),
+    )
+    turned = {"kept": "kept", "replaced": "replaced", "added": "removed", "removed": "added"}
+    assert [(turned[kind], new, old) for kind, old, new in fates(there)] == fates(back)
+
+
+def test_a_swap_is_made_whatever_stands_around_it() -> None:
+    plain = aligned("a cat in the snow", "a red dog in the snow")
+    swapped = aligned("a cat in the snow", "a red dog in the snow", ("cat", "dog"))
+    assert ("replaced", "cat", "red dog") in fates(plain)
+    assert fates(swapped)[1:3] == [("added", "", "red"), ("replaced", "cat", "dog")]
+
+
+def test_a_swap_of_several_words_goes_as_one() -> None:
+    swapped = aligned("a red cat in the snow", "a hat in the snow", ("red cat", "hat"))
+    assert ("replaced", "red cat", "hat") in fates(swapped)
+    assert swapped.mapping[2:4, 2:5].flatten().tolist() == pytest.approx([1 / 3] * 6)
+
+
+def test_a_word_brings_what_took_its_place() -> None:
+    alignment = aligned("a cat in the snow", "a dog in the snow")
+    for word in ("cat", "dog"):
+        source, target = alignment.places(word)
+        assert ([w.text for w in source], [w.text for w in target]) == (["cat"], ["dog"])
+    assert [w.text for w in alignment.places("snow")[1]] == ["snow"]
+    assert alignment.places("ship") == ((), ())
+
+
+def test_a_phrase_is_found_wherever_it_stands() -> None:
+    read = prompt("a red cat in the snow, a red hat")
+    assert len(read.find("red")) == 2
+    assert [word.text for word in read.find("Red Cat")] == ["red", "cat"]
+    assert read.find("edc") == ()
+
+
+def test_the_printed_alignment_shows_both_prompts_and_what_became_of_the_words() -> None:
+    lines = str(aligned("a cat in the snow", "a red hat in the snow")).splitlines()
+    assert [[cell.strip() for cell in line.split("│")] for line in lines] == [
+        ["source", "a", "cat", "in the snow"],
+        ["", "", "replaced (1→4 tokens)", ""][: len(lines[1].split("│"))],
+        ["target", "a", "red hat", "in the snow"],
+    ]
+
+
+def test_weights_stand_at_the_words_tokens_alone() -> None:
+    read = prompt("a red hat in the snow")
+    found = weights(read, {"hat": 2.0, "ship": 5.0})
+    assert found[list(read.words[2].positions)].tolist() == [2, 2, 2]
+    assert found.sum() == 77 + 3
+
+
+def test_a_window_covers_its_share_of_the_steps() -> None:
+    assert inside(10, (0.0, 0.8)).tolist() == [1] * 8 + [0] * 2
+    assert inside(50, (0.2, 0.4)).sum() == 10
+    assert inside(10, (0.0, 0.0)).sum() == 0
+    assert inside(3, (0.0, 1.0)).sum() == 3
+
+
+def test_words_may_have_windows_of_their_own() -> None:
+    read = prompt("a cat in the snow")
+    found = window(read, 10, (0.0, 0.8), {"cat": (0.0, 0.2)})
+    assert found.shape == (10, 77)
+    assert found[:, 2].sum() == 2
+    assert found[:, 3].sum() == 8
+
+
+def test_columns_mark_the_tokens_of_words() -> None:
+    read = prompt("a hat")
+    assert columns(read.find("hat"), 77).nonzero().flatten().tolist() == [2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "complaint"),
+    [
+        ("cat", "dog", "share no words"),
+        ("cat , snow", "dog , hat", "share no words"),
+        ("", "a dog", "empty"),
+        ("a cat", "  ", "empty"),
+    ],
+)
+def test_prompts_that_cannot_be_aligned_are_refused(source: str, target: str, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        aligned(source, target)
+
+
+def test_a_word_that_is_missing_is_answered_with_the_nearest() -> None:
+    prompts = [prompt("a cat in the snow"), prompt("a dog in the snow")]
+    require(prompts, "dog")
+    with pytest.raises(UserError, match="Did you mean “snow”"):
+        require(prompts, "snwo")
+    with pytest.raises(UserError, match="Choose among a, cat, dog, in, snow, the"):
+        require(prompts, "helicopter")
+    with pytest.raises(UserError, match="Did you mean “cat”"):
+        aligned("a cat in the snow", "a dog in the snow", ("car", "dog"))
+
+
+def test_swaps_that_cross_or_overlap_are_refused() -> None:
+    with pytest.raises(UserError, match="another order"):
+        aligned("a cat in a hat", "a ship in a dog", ("cat", "dog"), ("hat", "ship"))
+    with pytest.raises(UserError, match="overlaps"):
+        aligned("a red cat in the snow", "a hat in the snow dog", ("red cat", "hat"), ("cat", "dog"))

@@ -1,0 +1,368 @@
+"""Edits by words over an inversion, on tiny models."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from backbone.adapters.lora import activate, add_lora, lora_parameters
+from backbone.io.console import UserError
+from backbone.models.model import Backbone
+from edit.attention.alignment import align, read_prompt
+from edit.inversion.inversion import Inversion, Method, invert, replayed
+from edit.methods.prompt_to_prompt.edit import Edited, replace
+from edit.methods.prompt_to_prompt.regions import only_colours, told_apart
+from edit.methods.prompt_to_prompt.settings import PRESETS
+from tests.edit.models import PATHS, photo, tiny_on
+
+SOURCE, TARGET = "a cat in the snow", "a dog in the snow"
+STEPS = 5
+EVERYWHERE: dict[str, Any] = {"blend": ()}
+
+paths = pytest.mark.parametrize("path", PATHS, ids=lambda path: "-".join(map(str, path)))
+
+
+@pytest.fixture
+def inversion(tiny: Backbone) -> Inversion:
+    return invert(tiny, photo(), SOURCE, steps=STEPS)
+
+
+def deviation(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max())
+
+
+def left_half(size: tuple[int, int] = (64, 64)) -> Image.Image:
+    mask = Image.new("L", size)
+    ImageDraw.Draw(mask).rectangle((0, 0, size[0] // 2 - 1, size[1]), fill=255)
+    return mask
+
+
+@paths
+def test_the_source_row_is_the_trajectory_at_any_guidance(tiny_folder: Any, path: Any) -> None:
+    model = tiny_on(tiny_folder, *path)
+    inversion = invert(model, photo(), SOURCE, steps=STEPS)
+    for guidance in (1.0, 7.5):
+        edited = replace(inversion, TARGET, guidance=guidance, **EVERYWHERE)
+        assert torch.equal(edited.path[:, 0], inversion.states)
+        assert torch.equal(edited.source, inversion.clean)
+
+
+@pytest.mark.parametrize("method", ["renoise", "edit-friendly", "reversible"])
+def test_other_exact_methods_overwrite_the_source_row_too(tiny: Backbone, method: Method) -> None:
+    inversion = invert(tiny, photo(), SOURCE, steps=STEPS, method=method)
+    edited = replace(inversion, TARGET, **EVERYWHERE)
+    assert torch.equal(edited.source, inversion.clean)
+
+
+def test_a_guided_target_does_not_swing_away_from_a_reversible_trajectory(tiny: Backbone) -> None:
+    """The two-step rule damps nothing: what a strongly guided target added to it would grow from step to step."""
+    size = {}
+    methods: tuple[Method, ...] = ("direct", "reversible")
+    for method in methods:
+        inversion = invert(tiny, photo(), SOURCE, steps=30, method=method)
+        edited = replace(inversion, TARGET, guidance=15.0, cross=0.0, self_attention=0.0, **EVERYWHERE)
+        size[method] = float(deviation(edited.latents[0], inversion.clean))
+    assert size["reversible"] < 1.5 * size["direct"]
+
+
+@pytest.mark.parametrize("method", ["ddim", "negative-prompt", "null-text"])
+def test_methods_that_walk_arrive_where_their_replay_does(tiny: Backbone, method: Method) -> None:
+    inversion = invert(tiny, photo(), SOURCE, steps=3, method=method, guidance=3.0, iterations=1)
+    wishes: dict[str, Any] = {} if method == "null-text" else {"guidance": 3.0}
+    edited = replace(inversion, TARGET, **wishes, **EVERYWHERE)
+    assert deviation(edited.source, replayed(inversion, guidance=3.0)) < 1e-4
+
+
+def test_an_edit_that_changes_no_word_is_the_guided_walk(inversion: Inversion) -> None:
+    """The check that can fail: nothing is overwritten in the target's row."""
+    edited = replace(inversion, SOURCE, guidance=7.5, cross=0.0, self_attention=0.0, **EVERYWHERE)
+    assert deviation(edited.latents[0], replayed(inversion, guidance=7.5)) < 1e-4
+    assert deviation(edited.latents[0], inversion.clean) > 1e-2
+
+
+def test_attention_of_a_source_that_says_the_same_changes_nothing_unguided(inversion: Inversion) -> None:
+    """At first: later the two rows stand elsewhere, since the source's is put back on its trajectory."""
+
+    def first(share: float) -> Tensor:
+        wishes = {"guidance": 1.0, "cross": share, "self_attention": share, **EVERYWHERE}
+        return replace(inversion, SOURCE, **wishes).path[1, 1]
+
+    assert deviation(first(1.0), first(0.0)) < 1e-5
+
+
+def test_the_words_change_the_picture_and_windows_say_how_much(inversion: Inversion) -> None:
+    def latent(cross: float, self_attention: float) -> Tensor:
+        wishes = {"cross": cross, "self_attention": self_attention, **EVERYWHERE}
+        return replace(inversion, TARGET, **wishes).latents[0]
+
+    assert deviation(latent(1.0, 1.0), latent(0.0, 0.0)) > 1e-3
+    assert deviation(latent(1.0, 0.0), latent(0.0, 0.0)) > 1e-4
+
+
+def test_several_targets_are_each_what_they_are_alone(inversion: Inversion) -> None:
+    targets = [TARGET, "a red cat in the snow"]
+    together = replace(inversion, targets)
+    for n, target in enumerate(targets):
+        assert deviation(together.latents[n], replace(inversion, target).latents[0]) < 1e-4
+    assert len(together.pictures) == 2
+
+
+@pytest.mark.parametrize("targets", [1, 3])
+def test_an_edit_asks_for_one_row_and_two_for_each_target(tiny: Backbone, targets: int) -> None:
+    inversion = invert(tiny, photo(), SOURCE, steps=10)
+    edited = replace(inversion, [TARGET] * targets, cross=0.8, self_attention=0.4, **EVERYWHERE)
+    assert inversion.evaluations == 10
+    assert edited.evaluations == 8 * (1 + 2 * targets) + 2 * 2 * targets, (
+        "no source row once no window is open"
+    )
+    unguided = replace(inversion, [TARGET] * targets, guidance=1.0, cross=0.8, **EVERYWHERE)
+    assert unguided.evaluations == 8 * (1 + targets) + 2 * targets
+
+
+def test_a_model_says_until_when_the_sources_attention_is_taken_unless_it_is_asked_for(
+    tiny: Backbone,
+) -> None:
+    inversion = invert(tiny, photo(), SOURCE, steps=10)
+    tiny.__dict__["defaults"] = {**tiny.defaults, "edit": {"cross": 0.0, "self_attention": 0.2}}
+    assert replace(inversion, TARGET, **EVERYWHERE).evaluations == 2 * 3 + 8 * 2
+    assert replace(inversion, TARGET, cross=0.5, **EVERYWHERE).evaluations == 5 * 3 + 5 * 2
+
+
+def test_a_target_of_another_colour_alone_may_keep_the_source_s_layout_for_longer(tiny: Backbone) -> None:
+    inversion = invert(tiny, photo(), SOURCE, steps=10)
+    coloured = SOURCE.replace("cat", "red cat")
+    shares = {"cross": 0.0, "self_attention": 0.2, "colour_self_attention": 0.5}
+    tiny.__dict__["defaults"] = {**tiny.defaults, "edit": shares}
+    both = replace(inversion, [coloured, TARGET], **EVERYWHERE)
+    assert both.evaluations == 5 * 5 + 5 * 4
+    for number, target in enumerate([coloured, TARGET]):
+        alone = replace(inversion, target, **EVERYWHERE)
+        assert alone.evaluations == (5 * 3 + 5 * 2, 2 * 3 + 8 * 2)[number]
+        assert deviation(alone.latents[0], both.latents[number]) < 1e-4
+    asked = replace(inversion, coloured, self_attention=0.2, **EVERYWHERE)
+    assert asked.evaluations == 2 * 3 + 8 * 2
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "alone"),
+    [
+        ("a dog in a park", "an orange dog in a park", True),
+        ("a red dog", "a dark blue dog", True),
+        ("a red dog", "a dog", True),
+        ("a red dog", "a red cat", False),
+        ("a red dog", "a blue cat", False),
+        ("a dog", "a dog", False),
+    ],
+)
+def test_a_target_says_nothing_but_colours_otherwise(source: str, target: str, alone: bool) -> None:
+    tokenizer = Backbone.open("moji", device="cpu").text_encoder.tokenizer
+    assert only_colours(align(read_prompt(tokenizer, source), read_prompt(tokenizer, target))) is alone
+
+
+def test_outside_the_mask_the_latent_is_the_pictures_own(inversion: Inversion) -> None:
+    edited = replace(inversion, TARGET, mask=left_half(), **EVERYWHERE)
+    assert edited.masks is not None and edited.masks[0].mean() == 0.5
+    assert torch.equal(edited.latents[0][..., 4:], inversion.clean[..., 4:])
+    assert deviation(edited.latents[0][..., :4], inversion.clean[..., :4]) > 1e-3
+
+
+@pytest.mark.parametrize(("blend", "threshold"), [("auto", 0.5), ("snow", 0.97)])
+def test_outside_the_places_of_words_the_latent_is_the_pictures_own(
+    inversion: Inversion, blend: str, threshold: float
+) -> None:
+    edited = replace(inversion, TARGET, blend=(blend,), threshold=threshold)
+    assert edited.masks is not None
+    kept = edited.masks[0] == 0
+    assert 0 < kept.sum() < kept.numel()
+    assert torch.equal(edited.latents[0][:, kept], inversion.clean[:, kept])
+
+
+def test_words_to_keep_and_a_mask_narrow_the_place(inversion: Inversion) -> None:
+    def mask(**wishes: Any) -> Tensor:
+        found = replace(inversion, TARGET, **wishes).masks
+        assert found is not None
+        return found[0]
+
+    wide, kept = mask(threshold=0.0), mask(threshold=0.9, blend=(), keep=("snow",))
+    assert wide.all() and not kept.all() and kept.any()
+    assert torch.equal(mask(threshold=0.0, mask=left_half()), mask(mask=left_half(), blend=()))
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "weighted", "expected"),
+    [
+        ("a cat in the snow", "a dog in the snow", {}, ("a cat in the snow", "a dog in the snow")),
+        (
+            "a cat in the snow",
+            "a red cat in the snow",
+            {"red": 2.0},
+            ("a cat in the snow", "a red cat in the snow"),
+        ),
+        (
+            "a red cat in the snow",
+            "a red cat in the snow",
+            {"red": 2.0},
+            ("a cat in the snow", "a red cat in the snow"),
+        ),
+        ("a cat in the snow", "a cat in the snow", {}, ("a cat in the snow", "a cat in the snow")),
+        ("a cat in the snow", "a watercolor of a cat in the snow", {}, None),
+    ],
+)
+def test_an_edit_happens_where_the_prompts_differ_unless_that_says_how_it_is_drawn(
+    tiny: Backbone,
+    source: str,
+    target: str,
+    weighted: dict[str, float],
+    expected: tuple[str, str] | None,
+) -> None:
+    tokenizer = tiny.text_encoder.tokenizer
+    alignment = align(read_prompt(tokenizer, source), read_prompt(tokenizer, target))
+    assert told_apart(alignment, weighted) == expected
+
+
+def test_where_nothing_differs_nothing_changes_at_any_guidance(inversion: Inversion) -> None:
+    edited = replace(inversion, SOURCE, guidance=9.0)
+    assert torch.equal(edited.latents[0], inversion.clean)
+
+
+def test_weights_reach_the_picture(inversion: Inversion) -> None:
+    latents = [
+        replace(inversion, SOURCE, weights={"cat": weight}, cross=1.0, **EVERYWHERE).latents[0]
+        for weight in (1.0, 2.0, 4.0)
+    ]
+    assert 1e-5 < deviation(latents[1], latents[0]) < deviation(latents[2], latents[0])
+
+
+def test_strength_0_leaves_the_picture_and_less_strength_changes_less(tiny: Backbone) -> None:
+    inversion = invert(tiny, photo(), SOURCE, steps=10)
+    latents = [replace(inversion, TARGET, strength=s, **EVERYWHERE).latents[0] for s in (0.0, 0.3, 1.0)]
+    assert torch.equal(latents[0], inversion.clean)
+    assert deviation(latents[1], inversion.clean) < deviation(latents[2], inversion.clean)
+
+
+def test_heat_maps_are_read_and_change_nothing(inversion: Inversion) -> None:
+    plain, edited = replace(inversion, TARGET), replace(inversion, TARGET, heatmaps=("snow", "dog"))
+    assert edited.heatmaps["snow"].shape[0] == 2 and edited.heatmaps["snow"].ndim == 3
+    assert not edited.heatmaps["dog"][0].any(), "the source does not say it"
+    assert edited.heatmaps["dog"][1].any()
+    assert deviation(edited.latents, plain.latents) < 1e-4
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "prompt-to-prompt"])
+@pytest.mark.parametrize("method", ["direct", "ddim"])
+def test_presets_hold_the_picture_without_its_words(tiny: Backbone, preset: str, method: Method) -> None:
+    """Even prompts that share no word; and they change what a plain guided walk gives."""
+    inversion = invert(tiny, photo(), SOURCE, steps=STEPS, method=method)
+    edited = replace(inversion, "red", **PRESETS[preset])
+    plain = replace(inversion, "red", cross=0.0, self_attention=0.0, **EVERYWHERE)
+    assert deviation(edited.latents, plain.latents) > 1e-3
+    assert edited.masks is None
+
+
+def test_a_picture_that_is_not_square_is_edited_in_its_own_shape(tiny: Backbone) -> None:
+    inversion = invert(tiny, photo(120, 60), SOURCE, steps=3)
+    edited = replace(inversion, TARGET, heatmaps=("snow",))
+    assert edited.pictures[0].size == edited.reconstruction.size == (96, 48)
+    assert edited.heatmaps["snow"].shape[-2] < edited.heatmaps["snow"].shape[-1]
+
+
+def test_a_lora_is_worn_through_inversion_and_edit(tiny: Backbone) -> None:
+    plain = replace(invert(tiny, photo(), SOURCE, steps=3), TARGET, **EVERYWHERE)
+    add_lora(tiny.denoiser, "subject", rank=2, alpha=4.0, targets=("to_q", "to_k", "to_v", "to_out.0"))
+    for value in lora_parameters(tiny.denoiser, "subject").values():
+        value.data = torch.randn(value.shape, generator=torch.Generator().manual_seed(1)) / 2
+    activate(tiny.denoiser, ["subject"])
+    inversion = invert(tiny, photo(), SOURCE, steps=3)
+    worn = replace(inversion, TARGET, **EVERYWHERE)
+    assert torch.equal(worn.source, inversion.clean)
+    assert deviation(worn.latents, plain.latents) > 1e-3
+
+
+def test_the_model_is_as_before_after_an_edit_and_after_an_error(inversion: Inversion) -> None:
+    denoiser = cast(Any, inversion.model.denoiser)
+    processors, hooks = dict(denoiser.attn_processors), [m._forward_hooks for m in denoiser.modules()]
+    weights = {name: value.clone() for name, value in denoiser.state_dict().items()}
+    replace(inversion, TARGET, **PRESETS["plug-and-play"])
+
+    def stop() -> None:
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        replace(inversion, TARGET, progress=stop)
+    assert all(denoiser.attn_processors[name] is value for name, value in processors.items())
+    assert not any(hooks)
+    assert all(torch.equal(value, weights[name]) for name, value in denoiser.state_dict().items())
+
+
+class Softmax(TorchDispatchMode):
+    """Counts operations that make a whole attention matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "softmax" in str(operation):
+            self.found.append(str(operation))
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_whole_edit_materialises_no_attention_matrix(inversion: Inversion) -> None:
+    inversion.model.text_encoder  # noqa: B018 (loaded, and prompts encoded, before the count begins)
+    replace(inversion, TARGET, **EVERYWHERE)
+    with Softmax() as counted:
+        replace(inversion, TARGET, cross=0.6, weights={"dog": 2.0}, **EVERYWHERE)
+        replace(inversion, TARGET)
+    assert counted.found == []
+
+
+def test_frames_show_the_way(inversion: Inversion) -> None:
+    edited: Edited = replace(inversion, [TARGET, SOURCE], frames=3)
+    assert edited.estimates.shape[:2] == (3, 2)
+    assert replace(inversion, TARGET).estimates.shape[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("target", "wishes", "complaint"),
+    [
+        ("ship", {}, "share no words"),
+        ("", {}, "empty"),
+        (TARGET, {"blend": ("snwo",)}, "Did you mean “snow”"),
+        (TARGET, {"keep": ("hat",)}, "not in any"),
+        (TARGET, {"weights": {"cat": 2.0}}, "not in the prompt"),
+        (TARGET, {"windows": {"dog": (0.0, 1.5)}}, "between 0 and 1"),
+        (TARGET, {"cross": 1.5}, "between 0 and 1"),
+        (TARGET, {"strength": -0.1}, "between 0 and 1"),
+        (TARGET, {"guidance": -1.0}, "negative"),
+        (TARGET, {"mask": Image.new("L", (20, 10))}, "20 × 10 pixels and the picture 64 × 64"),
+        (TARGET, {"swaps": (("ship", "dog"),)}, "not in the prompt"),
+        ([], {}, "no target"),
+    ],
+)
+def test_mistakes_are_answered(
+    inversion: Inversion, target: str, wishes: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(UserError, match=complaint):
+        replace(inversion, target, **wishes)
+
+
+def test_a_null_text_inversion_is_edited_with_its_own_guidance(tiny: Backbone) -> None:
+    inversion = invert(tiny, photo(), SOURCE, method="null-text", steps=2, guidance=3.0, iterations=1)
+    assert replace(inversion, TARGET).guidance == 3.0
+    with pytest.raises(UserError, match="made for guidance 3, not 5"):
+        replace(inversion, TARGET, guidance=5.0)
+
+
+def test_around_an_edit_the_picture_is_what_the_autoencoder_alone_makes_of_it(inversion: Inversion) -> None:
+    """Half a latent beyond the mask and further, whatever the decoder makes of the edit."""
+    edited = replace(inversion, TARGET, mask=left_half(), guidance=9.0, **EVERYWHERE)
+    alone, inside = inversion.model.decode(torch.cat([inversion.clean[None], edited.latents]))
+    assert torch.equal(edited.decoded[0], alone)
+    assert torch.equal(edited.decoded[1][..., 36:], alone[..., 36:])
+    assert deviation(edited.decoded[1][..., :28], inside[..., :28]) < 1e-6
+    assert deviation(inside[..., :28], alone[..., :28]) > 1e-3

@@ -1,0 +1,227 @@
+"""`edit` as a person uses it: commands in, run folders out, mistakes answered in a sentence."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from backbone.adapters.concept import Concept
+from backbone.adapters.lora import add_lora, lora_parameters, save_lora
+from backbone.io.console import UserError
+from backbone.models.model import Backbone
+from edit import checks
+from edit.cli import main
+from tests.edit.methods.prompt_to_prompt.test_edit import left_half
+from tests.edit.models import photo
+
+Edit = Callable[..., int]
+WORDS = ("--source", "a cat in the snow", "--target", "a dog in the snow")
+
+
+@pytest.fixture
+def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> Edit:
+    """Runs `edit` in an empty folder with a picture in it; gives the exit code."""
+    monkeypatch.chdir(tmp_path)
+    photo().save("photo.png")
+
+    def call(*arguments: str) -> int:
+        quick = ("--model", str(tiny_folder), "--precision", "fp32", "--device", "cpu", "--steps", "2")
+        more = () if arguments[0] == "replay" else quick
+        monkeypatch.setattr(sys, "argv", ["edit", *arguments, *more])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0)
+
+    return call
+
+
+def record(folder: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(Path(folder, "run.json").read_text())
+    return found
+
+
+def test_an_edit_leaves_everything_that_it_should(edit: Edit, capsys: pytest.CaptureFixture[str]) -> None:
+    code = edit("invert-and-replace", "photo.png", *WORDS, "--target", "a red cat in the snow", "--heatmap", "snow",
+                "--trajectory", "--guidance", "3")  # fmt: skip
+    assert code == 0, capsys.readouterr().err
+    assert {path.name for path in Path("runs/edit-photo").iterdir()} >= {
+        *("source.png", "edit_0.png", "edit_1.png", "reconstruction.png", "sheet.png", "heatmap_snow.png"),
+        *("trajectory.gif", "report.html", "run.json", "README.md", "inversion.safetensors"),
+    }
+    said = record("runs/edit-photo")
+    looks = 2 * 3  # three prompts at both rungs, for the places where they differ
+    assert said["denoiser_evaluations"] == said["of_them_for_the_inversion"] + looks + 2 * 5 == 18
+    assert said["reconstruction_psnr_db"] == said["autoencoder_psnr_db"]
+    assert [one["prompt"] for one in said["edits"]] == ["a dog in the snow", "a red cat in the snow"]
+    assert said["edits"][0]["psnr_db"] > 0 and "seconds" in said and "peak_memory_mb" in said
+    assert "replaced" in said["alignment"][0]
+    err = capsys.readouterr().err
+    assert "replaced" in err and "runs/edit-photo/sheet.png" in err
+    assert "edit replay runs/edit-photo/run.json" in Path("runs/edit-photo/README.md").read_text()
+    report = Path("runs/edit-photo/report.html").read_text()
+    assert "What became of the words" in report and "edit replay" in report
+
+
+def test_an_edit_is_repeated_exactly_and_only_with_the_same_picture(
+    edit: Edit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert edit("invert-and-replace", "photo.png", *WORDS, "--out", "one", "--method", "edit-friendly") == 0
+    assert edit("replay", "one/run.json", "--out", "two") == 0
+    for name in ("edit_0.png", "reconstruction.png"):
+        assert Image.open(f"one/{name}").tobytes() == Image.open(f"two/{name}").tobytes()
+    assert record("two")["settings"] == record("one")["settings"]
+    photo(seed=3).save("photo.png")
+    assert edit("replay", "one", "--out", "three") == 2
+    assert "photo.png is missing or has changed" in capsys.readouterr().err
+    assert not Path("three").exists()
+
+
+def test_an_inversion_serves_any_number_of_edits(edit: Edit, capsys: pytest.CaptureFixture[str]) -> None:
+    assert edit("invert", "photo.png", "--prompt", "a cat in the snow", "--check") == 0
+    err = capsys.readouterr().err
+    assert "The autoencoder alone gives the picture back" in err and "guidance 1:" in err
+    file = ("--inversion", "photo.safetensors")
+    assert edit("invert-and-replace", *file, "--target", "a dog in the snow", "--out", "a") == 0
+    assert record("a")["of_them_for_the_inversion"] == 2
+    assert not Path("a/inversion.safetensors").exists()
+    assert edit("remove", *file, "--remove", "cat", "--out", "b") == 0
+    assert edit("lead", *file, "--toward", "a red cat=2", "--away", "snow=1", "--out", "c") == 0
+    assert record("c")["settings"]["toward"] == [["a red cat", 2.0], ["snow", -1.0]]
+    assert edit("invert-and-replace", *file, "--source", "a dog", "--target", "a cat") == 2
+    assert "Leave --source out" in capsys.readouterr().err
+    assert edit("invert", "photo.png", "--prompt", "a cat") == 2
+    assert "there already" in capsys.readouterr().err
+
+
+def test_other_commands_write_run_folders_that_can_be_repeated(edit: Edit) -> None:
+    left_half().save("mask.png")
+    photo(seed=2).save("other.png")
+    commands = {
+        "sd": (
+            "sdedit",
+            "photo.png",
+            "--prompt",
+            "a dog",
+            "--strength",
+            "0.5",
+            "--mask",
+            "mask.png",
+            "--count",
+            "2",
+        ),
+        "fe": ("flow-edit", "photo.png", *WORDS, "--trajectory"),
+        "bt": ("between", "photo.png", "other.png", "--prompt", "a cat", "--prompt", "a dog", "--count", "3"),
+        "mc": ("invert-and-replace", "photo.png", *WORDS, "--control", "masactrl"),
+    }
+    for name, command in commands.items():
+        assert edit(*command, "--out", name) == 0
+        assert {"run.json", "report.html", "sheet.png", "edit_0.png"} <= {
+            path.name for path in Path(name).iterdir()
+        }
+    assert edit("replay", "sd", "--out", "again") == 0
+    assert Image.open("sd/edit_1.png").tobytes() == Image.open("again/edit_1.png").tobytes()
+    assert (Path("sd/edit_1.png").exists(), Path("bt/trajectory.gif").exists()) == (True, True)
+
+
+def test_a_concept_is_worn_and_its_token_understood(
+    edit: Edit, tiny: Backbone, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = add_lora(tiny.denoiser, "x", rank=2, alpha=4.0, targets=("to_q", "to_v"))
+    for value in lora_parameters(tiny.denoiser, "x").values():
+        value.data.fill_(0.3)
+    assert adapter
+    save_lora(Path("dog/weights.safetensors"), tiny.denoiser, "x")
+    concept = Concept(
+        "lora", str(tiny.location.name), tiny.fingerprint, {"[V]": "bcd"}, "dog", "weights.safetensors"
+    )
+    concept.write(Path("dog"))
+    words = ("--source", "a cat in the snow", "--target", "a [V] dog in the snow")
+    assert (
+        edit("invert-and-replace", "photo.png", *words, "--concept", "dog", "--out", "worn", "--blend", "[V]")
+        == 0
+    )
+    assert record("worn")["concepts"][0]["tokens"] == {"[V]": "bcd"}
+    assert "bcd dog" in record("worn")["alignment"][0]
+    assert edit("invert-and-replace", "photo.png", *words) == 2
+    assert "No given concept owns the token [V]" in capsys.readouterr().err
+
+
+def test_a_dry_run_prints_what_becomes_of_the_words_and_writes_nothing(
+    edit: Edit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert edit("invert-and-replace", *WORDS, "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "replaced" in out and "where the model sees the two prompts differently" in out
+    assert [path.name for path in Path().iterdir()] == ["photo.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("invert-and-replace", "nowhere.png", *WORDS), "nowhere.png does not exist"),
+        (("invert-and-replace", "photo.png", "--target", "a dog"), "Give --source"),
+        (("invert-and-replace", *WORDS), "nothing to edit"),
+        (("invert-and-replace", "photo.png", "--source", " ", "--target", "a dog"), "source prompt is empty"),
+        (("invert-and-replace", "photo.png", "--source", "a cat", "--target", ""), "target prompt is empty"),
+        (("invert-and-replace", "photo.png", "--source", "cat", "--target", "dog"), "share no words"),
+        (
+            ("invert-and-replace", "photo.png", *WORDS, "--cross", "2"),
+            "--cross is 2 and must lie between 0 and 1",
+        ),
+        (("invert-and-replace", "photo.png", *WORDS, "--reweight", "dog"), "not a word and a number"),
+        (("invert-and-replace", "photo.png", *WORDS, "--window", "dog=a:b"), "not a word and its window"),
+        (("invert-and-replace", "photo.png", *WORDS, "--swap", "dog"), "not a pair of words"),
+        (("invert-and-replace", "photo.png", *WORDS, "--blend", "snwo"), "Did you mean “snow”"),
+        (
+            ("invert-and-replace", "photo.png", *WORDS, "--mask", "wide.png"),
+            "20 × 10 pixels and the picture 64 × 64",
+        ),
+        (("invert-and-replace", "photo.png", *WORDS, "--inversion", "x"), "both given"),
+        (("invert-and-replace", "--inversion", "x", "--target", "a"), "x does not exist"),
+        (("invert-and-replace", "--inversion", "no.safetensors", "--target", "a cat"), "no inversion"),
+        (("invert-and-replace", "photo.png", *WORDS, "--concept", "x"), "holds no concept"),
+        (("invert", "photo.png", "--prompt", "a cat", "--out", "x.pt"), "does not end in .safetensors"),
+        (("sdedit", "photo.png", "--prompt", ""), "prompt is empty"),
+        (("sdedit", "photo.png", "--prompt", "a", "--strength", "1.5"), "between 0 and 1"),
+        (("sdedit", "photo.png", "--prompt", "a", "--out", "full"), "full is not empty"),
+        (("remove", "photo.png", "--source", "a cat"), "Neither a word to remove nor a mask"),
+        (("remove", "photo.png", "--source", "a cat", "--remove", "dog"), "not in the prompt"),
+        (("lead", "photo.png", "--source", "a cat"), "no prompt to lead to"),
+        (("between", "photo.png", "photo.png", "--prompt", "a"), "1 prompts are given for two pictures"),
+        (("replay", "nowhere"), "nowhere does not exist"),
+        (("replay", "other.json"), "no record of an edit"),
+    ],
+)
+def test_mistakes_are_answered_in_a_sentence_and_leave_nothing(
+    edit: Edit, arguments: tuple[str, ...], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from backbone.io.files import write_tensors
+
+    Image.new("L", (20, 10)).save("wide.png")
+    Path("full").mkdir()
+    Path("full/something").touch()
+    Path("other.json").write_text("{}")
+    import torch
+
+    write_tensors("no.safetensors", {"x": torch.ones(1)})
+    before = sorted(Path().rglob("*"))
+    assert edit(*arguments) == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    assert err[-1].startswith("Error: ") and complaint in err[-1], err
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_what_options_say() -> None:
+    assert checks.valued("silver cat=2.5", "--reweight") == ("silver cat", 2.5)
+    assert checks.window("cat=0.2:0.8", "--window") == ("cat", (0.2, 0.8))
+    assert checks.window("cat=0.8", "--window") == ("cat", (0.0, 0.8))
+    assert checks.swap("red cat = tiger") == ("red cat", "tiger")
+    for wrong in ("cat", "=2", "cat=", "cat=x"):
+        with pytest.raises(UserError):
+            checks.valued(wrong, "--reweight")
