@@ -1,21 +1,20 @@
-"""Everything that README.md and docs/ print is run, page by page: shell blocks, Python blocks, with the files they name.
+"""What README.md and docs/ print is run, page by page: shell blocks and Python blocks, with the files that they name.
 
 Each page has an empty folder of its own and runs its blocks in order, so that a block finds what an earlier one wrote.
-Only this differs from what is printed: `moji` is replaced by a model with a small random denoiser (its own text encoder,
-autoencoder and scorer), and the numbers in `LARGEST` are lowered. A block that cannot run here is marked
-`<!-- not run: why -->`; its commands are parsed instead.
+Only this differs from what is printed: `moji` is replaced by a model with a small random denoiser and autoencoder, the
+numbers in `LARGEST` are lowered, and what `ADDED` says is added. A block that cannot run here is marked
+`<!-- not run: why -->`, and its commands are parsed instead.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import re
 import shlex
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +30,24 @@ PAGES = {
 }
 PROGRAMS = ("customize", "edit", "align", "limner")
 
-# A number printed behind one of these flags, or after `steps=` in Python, is lowered to this before it runs.
+# A number printed behind one of these flags, or after `steps=` and the like in Python, is lowered to this.
 LARGEST = {
     "--steps": 2,
+    "--num-inference-steps": 2,
     "--count": 2,
     "--iterations": 2,
-    "--evaluate-every": 2,
-    "--draws": 1,
+    "--evaluation-steps": 2,
     "--rank": 4,
     "--batch": 2,
 }
-# What a command is given beside what is printed, where its default is large and no model says otherwise.
+# What a command is given beside what is printed, unless it is printed or the command does not have it.
 ADDED = {
-    ("customize", "evaluate"): ("--count", "1"),
+    "customize train": ("--evaluation-steps", "0"),  # validation takes longer than two steps of training
+    "customize evaluate": ("--count", "1"),
+    "customize sample": ("--steps", "2"),
+    "align sample": ("--steps", "2"),
+    "align compare": ("--steps", "2", "--count", "1"),
+    "edit": ("--steps", "2"),
 }
 # The README's first command installs; .ci/run and the test of the wheel do that.
 INSTALLS = (["python3", "-m", "venv"], ["pip", "install"])
@@ -112,10 +116,26 @@ def command_of(words: list[str]) -> tuple[Any, str, list[str]]:
 def lowered(words: list[str]) -> list[str]:
     """The call with the numbers of `LARGEST` instead of larger ones, and with what `ADDED` says."""
     changed = list(words)
-    for place, (flag, value) in enumerate(zip(words, words[1:], strict=False), start=1):
+    for place, (flag, value) in enumerate(pairwise(words), start=1):
         if flag in LARGEST and value.isdigit():
             changed[place] = str(min(int(value), LARGEST[flag]))
-    return [*changed, *ADDED.get((words[0], words[1]), ())]
+    command, name, _ = command_of(words)
+    known = {option for parameter in command.params for option in parameter.opts}
+    more = iter(ADDED.get(name, ADDED.get(words[0], ())))
+    for flag, value in zip(more, more, strict=True):
+        if flag in known and flag not in words:
+            changed += [flag, value]
+    return changed
+
+
+CALLS = [
+    words
+    for page in PAGES
+    for block in blocks_of(page)
+    if block.language == "sh"
+    for words in calls_of(block)
+]
+OTHERS = ("python3", "pip", ".", "python", "pre-commit")  # what a block that does not run may also call
 
 
 @pytest.fixture(scope="session")
@@ -143,8 +163,68 @@ def test_the_blocks_of_a_page_run_in_order(page: str, here: Path, monkeypatch: p
             else:
                 for words in calls_of(block):
                     call(words, monkeypatch)
-        except BaseException as error:
+        except (Exception, SystemExit) as error:
             raise AssertionError(f"{page}, line {block.line}: {error}") from error
+    CHECKS.get(page, bool)(names)
+
+
+def check_the_tutorial(names: dict[str, Any]) -> None:
+    """The samplers find the circle of radius 2, and inversion leads back."""
+    for way in ("by_ode", "by_sde", "by_langevin"):
+        assert abs(float(names[way].norm(dim=1).mean()) - 2) < 0.1, way
+    there_and_back = names["sample"](names["noise"], names["predict"], names["fine"])
+    assert float((there_and_back - names["points"]).norm(dim=1).mean()) < 0.1
+
+
+def check_the_lowest_floor(names: dict[str, Any]) -> None:
+    """What the comment says: a standard deviation close to 1."""
+    assert abs(float(names["clean"].std()) - 1) < 0.05
+
+
+CHECKS = {"docs/score-to-sampler.md": check_the_tutorial, "docs/how-it-works.md": check_the_lowest_floor}
+
+
+@pytest.mark.parametrize("words", CALLS, ids=" ".join)
+def test_every_call_is_understood_as_it_is_printed(words: list[str]) -> None:
+    own = own_call(words)
+    if own is not None:
+        command, name, arguments = command_of(own)
+        command.make_context(name, list(arguments)).close()
+    elif words[:2] == ["python", "-m"]:
+        module, *arguments = words[2:]
+        found = importlib.util.find_spec(module)
+        assert found and found.origin
+        source = Path(found.origin).read_text(encoding="utf-8")
+        for flag in (word for word in arguments if word.startswith("--")):
+            assert flag in source or flag.removeprefix("--").replace("-", "_") in source, flag
+    else:
+        assert words[0] in OTHERS
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_flag_that_a_page_names_exists(page: str) -> None:
+    text = PAGES[page].read_text(encoding="utf-8")
+    text = re.sub(
+        r"`(python3?\s+-m|pip\s|apt-get)[^`]*`", "", text
+    )  # recipes and other programs have their own
+    text = re.sub(r"^(python3? -m|pip |accelerate launch .*? -m).*$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"accelerate launch .*? -m ", "", text)
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    named = {flag.replace("_", "-") for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", text)}
+    assert named - known_flags() <= {"--help", "--version", "--install-completion", "--strict"}
+
+
+def known_flags() -> set[str]:
+    """Every spelling of every option of our commands, with hyphens."""
+    apps = [
+        typer.main.get_group(importlib.import_module(f"{name}.cli").app)
+        for name in ("customize", "edit", "align")
+    ]
+    parameters = [
+        parameter for app in apps for command in app.commands.values() for parameter in command.params
+    ]
+    flags = {flag for parameter in parameters for flag in (*parameter.opts, *parameter.secondary_opts)}
+    return {flag.replace("_", "-") for flag in flags}
 
 
 def call(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +241,9 @@ def call(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 def with_fewer_steps(code: str) -> str:
     """Python with the numbers of `LARGEST` after `steps=` and the like."""
-    for flag, largest in LARGEST.items():
-        name = flag.removeprefix("--").replace("-", "_")
-        code = re.sub(rf"\b{name}=(\d+)\b", lambda found: f"{name}={min(int(found[1]), largest)}", code)
-    return code
+    largest = {flag.removeprefix("--").replace("-", "_"): number for flag, number in LARGEST.items()}
+    return re.sub(
+        rf"\b({'|'.join(largest)})=(\d+)\b",
+        lambda found: f"{found[1]}={min(int(found[2]), largest[found[1]])}",
+        code,
+    )

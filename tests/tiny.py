@@ -202,7 +202,7 @@ def tiny_pixart(folder: Path) -> Path:
 
 
 def tiny_moji(folder: Path) -> Path:
-    """`moji` with a small random denoiser and autoencoder, and few steps of everything; words and scorer stay its own."""
+    """`moji` with a small random denoiser and autoencoder, and few steps of everything; its words and scorer stay."""
     torch.manual_seed(0)
     folder.mkdir(parents=True)
     for part in EMBEDDED.iterdir():
