@@ -172,7 +172,7 @@ def check_the_tutorial(names: dict[str, Any]) -> None:
     """The samplers find the circle of radius 2, and inversion leads back."""
     for way in ("by_ode", "by_sde", "by_langevin"):
         assert abs(float(names[way].norm(dim=1).mean()) - 2) < 0.1, way
-    there_and_back = names["sample"](names["noise"], names["predict"], names["fine"])
+    there_and_back = names["ddim"](names["noise"], names["predict"], names["fine"])
     assert float((there_and_back - names["points"]).norm(dim=1).mean()) < 0.1
 
 
