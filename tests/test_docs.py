@@ -34,7 +34,7 @@ PROGRAMS = ("customize", "edit", "align", "limner")
 LARGEST = {
     "--steps": 2,
     "--num-inference-steps": 2,
-    "--count": 2,
+    "--count": 3,
     "--iterations": 2,
     "--evaluation-steps": 2,
     "--rank": 4,
@@ -86,7 +86,7 @@ def calls_of(block: Block) -> list[list[str]]:
     """The commands of a shell block as words; a program's folder is left out."""
     lines = block.text.replace("\\\n", " ").splitlines()
     calls = [shlex.split(call, comments=True) for line in lines for call in line.split("&&")]
-    return [[Path(words[0]).name, *words[1:]] for words in calls if words]
+    return [[Path(words[0]).name or words[0], *words[1:]] for words in calls if words]
 
 
 def own_call(words: list[str]) -> list[str] | None:
