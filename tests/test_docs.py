@@ -135,6 +135,7 @@ CALLS = [
     if block.language == "sh"
     for words in calls_of(block)
 ]
+ABOUT_BENCHMARKS = ("docs/moji.md", "docs/scale.md", "docs/reproducing.md")
 OTHERS = ("python3", "pip", ".", "python", "pre-commit")  # what a block that does not run may also call
 
 
@@ -211,7 +212,24 @@ def test_every_flag_that_a_page_names_exists(page: str) -> None:
     text = re.sub(r"accelerate launch .*? -m ", "", text)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     named = {flag.replace("_", "-") for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", text)}
-    assert named - known_flags() <= {"--help", "--version", "--install-completion", "--strict"}
+    known = known_flags() | {"--help", "--version", "--install-completion", "--strict"}
+    if page in ABOUT_BENCHMARKS:
+        known |= flags_of_benchmarks()
+    assert named <= known, named - known
+
+
+def flags_of_benchmarks() -> set[str]:
+    """What the commands in benchmarks/ and recipes/ take, by their annotated parameters."""
+    sources = [
+        path.read_text(encoding="utf-8")
+        for name in ("benchmarks", "recipes")
+        for path in (ROOT / name).rglob("*.py")
+    ]
+    return {
+        f"--{name.replace('_', '-')}"
+        for text in sources
+        for name in re.findall(r"^    (\w+): Annotated", text, re.MULTILINE)
+    }
 
 
 def known_flags() -> set[str]:
