@@ -1,4 +1,4 @@
-"""The command `customize`: example pictures, training, sampling, checking pictures."""
+"""The command `customize`: example images, training, sampling, checking images."""
 
 from __future__ import annotations
 
@@ -7,18 +7,15 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from backbone.io.console import UserError, run, say
+from backbone.io import flags
+from backbone.io.commands import command_group, print_json
+from backbone.io.console import UserError, run, say, speaks
+from backbone.io.files import read_json
+from backbone.io.flags import Device, Model, Precision, option
 from customize.formats import cli as files_cli
 
-app = typer.Typer(
-    help="Teach a diffusion model a new concept from a handful of pictures.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-)
+app = command_group("Teach a diffusion model a new concept from a handful of images.")
 
-Sampler = Literal["ddim", "heun", "ancestral"]
 Method = Literal["lora", "full", "textual-inversion", "pivotal", "custom-diffusion"]
 Adapter = Literal["lora", "dora", "loha", "lokr"]
 Prior = Literal["base", "class-images", "off"]
@@ -27,13 +24,6 @@ Optimizer = Literal["adamw", "adamw8bit", "prodigy"]
 Reports = Literal["jsonl", "tensorboard"]
 Weighting = Literal["none", "min-snr", "debiased"]
 Quantized = Literal["8bit", "nf4"]
-MODEL_HELP = "moji, sd15, sdxl, sd3, flux, a diffusers folder, a checkpoint file (.safetensors), or a hub id."
-Model = Annotated[str | None, typer.Option("--model", "--pretrained_model_name_or_path", help=MODEL_HELP)]
-Precision = Annotated[
-    str | None,
-    typer.Option("--precision", "--mixed_precision", help="auto, fp32, bf16 or fp16.", show_default="auto"),
-]
-Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or mps.", show_default="auto")]
 
 
 def main() -> None:
@@ -43,54 +33,77 @@ def main() -> None:
 
 @app.command()
 def example(
-    folder: Annotated[Path, typer.Argument(help="The folder to write; made when it is not there.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="The folder to write; made when it is not there.")
+    ],
 ) -> None:
-    """Write the packaged pictures of one particular dog."""
-    from customize.data.example import write_example
+    """Write five images of one particular dog, and what the other commands can be tried with."""
+    from customize.data.example import EXTRAS, write_example
 
-    written = write_example(folder)
-    say(f'{len(written)} pictures in {folder}. Next: customize train --images {folder} --token "[V]"')
+    images, extras = write_example(folder)
+    say(f"{len(images)} images of a dog in {folder}; {folder / EXTRAS} has {_listed(extras)}.")
+    say(f'Next: customize train --images {folder} --token "[V]"')
 
 
 @app.command()
 def check(
     images: Annotated[
-        str, typer.Option("--images", "--instance_data_dir", help="A folder of pictures, or a dataset.")
+        str,
+        option(
+            "--images",
+            "--instance-data-dir",
+            "--train-data-dir",
+            metavar="FOLDER",
+            help="A folder of images, or a dataset.",
+            panel=flags.DATA,
+        ),
     ],
     model: Model = None,
     precision: Precision = None,
     device: Device = None,
     vram: Annotated[
         float | None,
-        typer.Option(
-            "--vram", min=0.1, help="Plan for a GPU with so many GiB.", show_default="what the run needs here"
+        option(
+            "--vram",
+            min=0.1,
+            help="Plan for a GPU with so many GiB.",
+            panel=flags.MODEL,
+            show_default="what the run needs here",
         ),
     ] = None,
+    as_json: flags.Json = False,
 ) -> None:
-    """Open every picture, list all bad ones, and say what may go wrong and what the run will need."""
-    from backbone.media.pictures import check as check_pictures
+    """Open every image, list all bad ones, and say what may go wrong and what the run will need."""
+    from backbone.media.pictures import check as check_images
     from backbone.media.pictures import read_folder
 
-    pictures = read_folder(images)
-    check_pictures(pictures)
-    captions = sum(picture.caption is not None for picture in pictures)
-    say(f"{len(pictures)} pictures in {images} can be read ({captions} with captions).")
+    found = read_folder(images)
+    check_images(found)
+    captions = sum(image.caption is not None for image in found)
+    say(f"{len(found)} images in {images} can be read ({captions} with captions).")
     from backbone.models.model import Backbone
     from customize.settings import resolved
     from customize.train.preflight import estimate, warnings_about
 
     opened = Backbone.open(model or "moji", device=device or "auto", precision=precision or "auto")
-    for warning in warnings_about(pictures, resolution=opened.resolution):
+    warnings = warnings_about(found, resolution=opened.resolution)
+    for warning in warnings:
         say(f"Warning: {warning}")
     settings = resolved(opened, {}, images=images, token="[V]", class_noun="")
+    needs: dict[str, Any] = {}
     if vram is not None:
         from customize.train.memory import foreseen
 
-        for sentence in foreseen(opened, settings, len(pictures), vram):
-            say(sentence)
-        return
-    for sentence in estimate(opened, settings, len(pictures)).sentences():
+        sentences = foreseen(opened, settings, len(found), vram)
+        needs["plan"] = sentences
+    else:
+        expected = estimate(opened, settings, len(found))
+        sentences = expected.sentences()
+        needs = {"peak_bytes": expected.peak, "steps": expected.steps, "step_seconds": expected.step_seconds}
+    for sentence in sentences:
         say(sentence)
+    if as_json:
+        print_json({"images": len(found), "captions": captions, "warnings": warnings, **needs})
 
 
 @app.command()
@@ -457,50 +470,68 @@ def step_count(asked: str | None) -> dict[str, int]:
 
 @app.command()
 def sample(
-    prompts: Annotated[list[str], typer.Argument(help="What to draw; a concept's token names its subject.")],
-    concept: Annotated[
-        list[Path] | None,
-        typer.Option("--concept", help="A run folder of customize train; repeatable.", show_default="none"),
+    ctx: typer.Context,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="PROMPTS",
+            help="Words, or files with a prompt on each line; a concept's token names its subject.",
+            show_default="those of --prompts",
+        ),
     ] = None,
-    model: Model = None,
-    count: Annotated[
-        int, typer.Option("--count", "--num_images_per_prompt", min=1, help="Pictures of each prompt.")
-    ] = 1,
-    steps: Annotated[
-        int | None, typer.Option("--steps", "--num_inference_steps", min=1, show_default="by model")
+    prompts: Annotated[
+        list[str] | None,
+        option(
+            "--prompts",
+            "--prompt",
+            "--validation-prompt",
+            "--from-file",
+            help="The same as an option; repeatable.",
+            panel=flags.DRAWING,
+            show_default="none",
+        ),
     ] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option("--guidance", "--guidance_scale", min=0, help="1: none.", show_default="by model"),
-    ] = None,
-    guidance_start: Annotated[
-        float,
-        typer.Option("--guidance_start", min=0, max=1, help="The share of the steps before guidance begins."),
-    ] = 0.0,
-    guidance_stop: Annotated[
-        float,
-        typer.Option("--guidance_stop", min=0, max=1, help="The share of the steps after which it ends."),
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Picture (i, j) depends on the seed, i and j only.")] = 0,
-    negative: Annotated[
-        str, typer.Option("--negative", "--negative_prompt", help="What to stay away from.")
-    ] = "",
-    sampler: Annotated[Sampler, typer.Option(help="How noise is walked down.")] = "ddim",
-    scale: Annotated[float, typer.Option("--scale", help="How strongly the concepts work.")] = 1.0,
-    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("samples"),
+    count: flags.Count = 1,
+    negative: flags.Negative = "",
+    width: flags.Width = None,
+    height: flags.Height = None,
+    resolution: flags.Resolution = None,
+    concept: flags.Concepts = None,
+    scale: flags.Scale = 1.0,
+    checkpoint: flags.WhichCheckpoint = None,
+    steps: flags.Steps = None,
+    guidance: flags.Guidance = None,
+    guidance_start: flags.GuidanceStart = 0.0,
+    guidance_stop: flags.GuidanceStop = 1.0,
+    sampler: flags.SamplerName = "ddim",
+    seed: flags.ImageSeed = 0,
+    batch: flags.Batch = 8,
+    model: flags.ConceptsModel = None,
     precision: Precision = None,
     device: Device = None,
+    out: Annotated[
+        Path, option("--out", "--output-dir", "--outdir", help="The folder to write.", panel=flags.OUTPUT)
+    ] = Path("samples"),
+    as_json: flags.Json = False,
 ) -> None:
-    """Draw pictures from prompts, with concepts or without."""
+    """Draw images from prompts, with concepts or without."""
+    from backbone.adapters.concept import checkpoint as folder_of
     from backbone.adapters.concept import read_concept, spoken
+    from backbone.io.prompts import prompts_of
 
-    learned = [read_concept(folder) for folder in concept or []]
-    for prompt in [*prompts, negative]:
+    asked = [prompt.text for prompt in prompts_of([*(words or []), *(prompts or [])])]
+    if not asked:
+        raise UserError('There is nothing to draw. Give words, as in: customize sample "a dog in the snow".')
+    if not concept:
+        flags.refuse_given(ctx, "scale", "checkpoint", because="without --concept")
+    size = flags.size_of(width, height, resolution)
+    learned = [read_concept(folder_of(folder, checkpoint)) for folder in concept or []]
+    for prompt in [*asked, negative]:
         spoken(prompt, learned)  # mistakes are answered before torch is imported
-    from customize.sample import draw
+    from customize.sample import RECORD, draw
 
     sheet = draw(
-        prompts,
+        asked,
         concepts=learned,
         model=model,
         count=count,
@@ -511,62 +542,110 @@ def sample(
         sampler=sampler,
         guided=(guidance_start, guidance_stop),
         scale=scale,
+        size=size,
+        batch=batch,
         out=out,
         precision=precision or "auto",
         device=device or "auto",
     )
-    say(f"{len(prompts) * count} pictures in {out}; {sheet} shows them all.")
+    say(f"{len(asked) * count} images in {out}; {sheet} shows them all.")
+    if as_json and speaks():
+        print_json({"folder": out, "sheet": sheet, **read_json(out / RECORD)})
 
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run folder of customize train.")],
-    pictures: Annotated[
+    ctx: typer.Context,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder of customize train.")],
+    images: Annotated[
         Path | None,
-        typer.Option("--pictures", help="Compare these pNN-sNN.png instead of drawing.", show_default="none"),
+        option(
+            "--images",
+            metavar="FOLDER",
+            help="Compare these pNN-sNN.png instead of drawing.",
+            panel=flags.DRAWING,
+            show_default="none",
+        ),
     ] = None,
     prompts: Annotated[
-        Path | None,
-        typer.Option(
-            "--prompts", help="A prompts_and_classes.txt of google/dreambooth.", show_default="moji's world"
+        list[str] | None,
+        option(
+            "--prompts",
+            "--prompt",
+            help="Words with {} for the subject, a file with such a prompt on each line, or google/dreambooth's "
+            "prompts_and_classes.txt; repeatable.",
+            panel=flags.DRAWING,
+            show_default="25 of moji's world",
         ),
     ] = None,
     living: Annotated[
-        bool, typer.Option("--living/--thing", help="Which of that file's two lists of prompts.")
+        bool,
+        option(
+            "--living/--thing",
+            help="Which of the two lists of prompts_and_classes.txt.",
+            panel=flags.DRAWING,
+        ),
     ] = False,
-    per_prompt: Annotated[int, typer.Option("--per-prompt", min=1, help="Pictures of each prompt.")] = 4,
+    count: flags.Count = 4,
+    seed: flags.ImageSeed = 0,
     scorer: Annotated[
         Path | None,
-        typer.Option("--scorer", help="A folder of CLIP or DINO.", show_default="the model's own"),
+        option(
+            "--scorer",
+            metavar="FOLDER",
+            help="A folder of CLIP or DINO.",
+            panel=flags.SCORING,
+            show_default="the model's own",
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the pictures.")] = 0,
     out: Annotated[
-        Path | None, typer.Option(help="Where the table goes.", show_default="RUN/dreambench")
+        Path | None,
+        option(
+            "--out",
+            "--output-dir",
+            help="Where the table goes.",
+            panel=flags.OUTPUT,
+            show_default="RUN/dreambench",
+        ),
     ] = None,
+    as_json: flags.Json = False,
 ) -> None:
-    """Measure a run by the DreamBench protocol: likeness, obedience, class, variety."""
+    """Measure a run by the DreamBench protocol: subject and prompt fidelity, class drift, diversity."""
     from customize.settings import read_settings
 
     read_settings(run)  # mistakes are answered before torch is imported
-    from customize.evaluate.dreambench import evaluate_pictures, evaluate_run, own_prompts, read_prompts
+    from customize.evaluate.dreambench import (
+        TABLE,
+        evaluate_pictures,
+        evaluate_run,
+        is_lists,
+        own_prompts,
+        templates,
+    )
 
-    if prompts is None:
-        asked = own_prompts()
-    else:
-        lists = read_prompts(prompts)
-        asked = lists.living if living else lists.things
+    if not any(is_lists(given) for given in prompts or []):
+        flags.refuse_given(ctx, "living", because="without a prompts_and_classes.txt")
+    if images is not None:
+        flags.refuse_given(ctx, "seed", because="on images that are drawn already")
+    asked = templates(prompts, living=living) if prompts else own_prompts()
     folder = out or run / "dreambench"
-    if pictures is None:
-        found = evaluate_run(run, prompts=asked, per_prompt=per_prompt, scorer=scorer, seed=seed, out=folder)
+    if images is None:
+        found = evaluate_run(run, prompts=asked, per_prompt=count, scorer=scorer, seed=seed, out=folder)
     else:
-        found = evaluate_pictures(
-            pictures, run, prompts=asked, per_prompt=per_prompt, scorer=scorer, out=folder
-        )
-    typer.echo(found["text"])
-    say(f"{folder}/sheet.png shows the pictures.")
+        found = evaluate_pictures(images, run, prompts=asked, per_prompt=count, scorer=scorer, out=folder)
+    if as_json:
+        print_json({"folder": folder, **read_json(folder / TABLE)})
+    else:
+        typer.echo(found["text"])
+    say(f"{folder}/sheet.png shows the images.")
 
 
 files_cli.register(app)  # export, import, info, merge, extract, resize
+
+
+def _listed(files: list[Path]) -> str:
+    names = [file.name for file in files]
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 if __name__ == "__main__":

@@ -358,7 +358,7 @@ def train(
             raise UserError("--online draws its own pairs, so it takes no source. Leave out one of the two.")
         if prompts is None:
             raise UserError("--online needs prompts to draw. Add --prompts FILE.")
-        from align.pairs.prompts import read_prompts
+        from backbone.io.prompts import read_prompts
 
         read_prompts(prompts)
         from align.train.online import train_online

@@ -20,7 +20,6 @@ from align.collect.sample import Drawing, draw
 from align.collect.scorers import open_judge, takes_gradients
 from align.objectives.dataset import Material, prepare, records_of
 from align.objectives.preference import PreferenceTraining, share_of
-from align.pairs.prompts import Prompt, read_prompts
 from align.pairs.read import read
 from align.pairs.records import RANKING, SAMPLES, SCORES, Record, check, counted, held_out
 from align.pairs.samples import FORMAT, picture_name
@@ -46,6 +45,7 @@ from backbone.adapters.concept import Concept, described, read_concept
 from backbone.distributed import processes
 from backbone.io.console import UserError, progress, say
 from backbone.io.files import append_jsonl, read_json, read_jsonl, write_json
+from backbone.io.prompts import Prompt, read_prompts
 from backbone.io.report import command, curve, curves, heading, paragraph, table, write_report
 from backbone.io.run_folder import stopping, trim_log, versions
 from backbone.media.sheet import save_png

@@ -192,12 +192,10 @@ def test_a_run_is_evaluated_reported_and_measured_from_outside(
     assert "All 4 steps were taken" in page
     (tmp_path / "prompts.txt").write_text(FILE)
     table_text = customize(
-        "evaluate", str(run), "--prompts", "prompts.txt", "--per-prompt", "2", "--scorer", scorer
+        "evaluate", str(run), "--prompts", "prompts.txt", "--count", "2", "--scorer", scorer
     )
     assert "PRES of the base" in table_text
     assert "CLIP-I of real pictures" in (run / "dreambench" / "table.md").read_text()
     dino = str(tiny_eye(tmp_path / "dino", "dinov2"))
-    table_text = customize(
-        "evaluate", str(run), "--prompts", "prompts.txt", "--per-prompt", "1", "--scorer", dino
-    )
+    table_text = customize("evaluate", str(run), "--prompts", "prompts.txt", "--count", "1", "--scorer", dino)
     assert "DINO of real pictures" in table_text and "CLIP" not in table_text

@@ -91,7 +91,7 @@ def test_an_inversion_serves_any_number_of_edits(edit: Edit, capsys: pytest.Capt
     assert record("a")["of_them_for_the_inversion"] == 2
     assert not Path("a/inversion.safetensors").exists()
     assert edit("remove", *file, "--remove", "cat", "--out", "b") == 0
-    assert edit("lead", *file, "--toward", "a red cat=2", "--away", "snow=1", "--out", "c") == 0
+    assert edit("compose", *file, "--toward", "a red cat=2", "--away", "snow=1", "--out", "c") == 0
     assert record("c")["settings"]["toward"] == [["a red cat", 2.0], ["snow", -1.0]]
     assert edit("invert-and-replace", *file, "--source", "a dog", "--target", "a cat") == 2
     assert "Leave --source out" in capsys.readouterr().err
@@ -116,7 +116,17 @@ def test_other_commands_write_run_folders_that_can_be_repeated(edit: Edit) -> No
             "2",
         ),
         "fe": ("flow-edit", "photo.png", *WORDS, "--trajectory"),
-        "bt": ("between", "photo.png", "other.png", "--prompt", "a cat", "--prompt", "a dog", "--count", "3"),
+        "bt": (
+            "interpolate",
+            "photo.png",
+            "other.png",
+            "--prompts",
+            "a cat",
+            "--prompts",
+            "a dog",
+            "--count",
+            "3",
+        ),
         "mc": ("invert-and-replace", "photo.png", *WORDS, "--control", "masactrl"),
     }
     for name, command in commands.items():
@@ -192,8 +202,8 @@ def test_a_dry_run_prints_what_becomes_of_the_words_and_writes_nothing(
         (("sdedit", "photo.png", "--prompt", "a", "--out", "full"), "full is not empty"),
         (("remove", "photo.png", "--source", "a cat"), "Neither a word to remove nor a mask"),
         (("remove", "photo.png", "--source", "a cat", "--remove", "dog"), "not in the prompt"),
-        (("lead", "photo.png", "--source", "a cat"), "no prompt to lead to"),
-        (("between", "photo.png", "photo.png", "--prompt", "a"), "1 prompts are given for two pictures"),
+        (("compose", "photo.png", "--source", "a cat"), "no prompt to compose with"),
+        (("interpolate", "photo.png", "photo.png", "--prompts", "a"), "1 prompts are given for two images"),
         (("replay", "nowhere"), "nowhere does not exist"),
         (("replay", "other.json"), "no record of an edit"),
     ],
