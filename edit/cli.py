@@ -8,12 +8,15 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 import typer
 
 from backbone.io.console import UserError, run, say
 from edit import checks
+
+if TYPE_CHECKING:
+    from edit.pictures import SourceImage
 
 app = typer.Typer(
     help="Change what the words say of a picture, and nothing else.",
@@ -139,7 +142,7 @@ def invert(
     **shared: Any,
 ) -> None:
     """Write a picture's inversion into a file, from which any number of edits can begin."""
-    readable(image)
+    source = readable(image)
     checks.prompt(prompt, "prompt")
     shared["concepts"] = concepts_readable(shared["concepts"], [prompt])
     file = out or Path(f"{Path(image).stem}.safetensors")
@@ -150,7 +153,7 @@ def invert(
     from edit.run.invert import write_inversion
 
     asked: dict[str, Any] = {"method": method, "check": check, "iterations": iterations, "guidance": guidance}
-    for line in write_inversion(file, image, prompt, **asked, **shared):
+    for line in write_inversion(file, source, prompt, **asked, **shared):
         say(line)
     say(f'{file} is written. Next: edit invert-and-replace --inversion {file} --target "…"')
 
@@ -271,11 +274,11 @@ def sdedit(
     **shared: Any,
 ) -> None:
     """Noise a picture, a stroke painting or a masked part, and denoise it towards a prompt."""
-    readable(image)
+    source = readable(image)
     checks.prompt(prompt, "prompt")
     checks.share("--strength", strength)
     shared["concepts"] = concepts_readable(shared["concepts"], [prompt, shared["negative"]])
-    wishes = {"image": image, "prompt": prompt, "strength": strength, "mask": mask, "count": count, **shared}
+    wishes = {"image": source, "prompt": prompt, "strength": strength, "mask": mask, "count": count, **shared}
     finish("sdedit", wishes)
 
 
@@ -292,13 +295,13 @@ def flow_edit(
     **shared: Any,
 ) -> None:
     """Move a picture from one prompt to another without inverting it (FlowEdit, on every noise path)."""
-    readable(image)
+    opened = readable(image)
     checks.prompt(source, "source prompt")
     checks.prompts(targets, "target prompt")
     checks.share("--strength", strength)
     shared["concepts"] = concepts_readable(shared["concepts"], [source, *targets])
     wishes = {
-        "image": image, "source": source, "targets": targets, "strength": strength, "mask": mask, "draws": draws,
+        "image": opened, "source": source, "targets": targets, "strength": strength, "mask": mask, "draws": draws,
         "guidance": guidance, "source_guidance": source_guidance, **shared,
     }  # fmt: skip
     finish("flow-edit", wishes)
@@ -339,8 +342,8 @@ def remove(
     finish("remove", wishes)
 
 
-@command("lead", WALKED, OPENING, JUDGED)
-def lead(
+@command("compose", WALKED, OPENING, JUDGED)
+def compose(
     image: MaybePicture = None,
     source: Source = None,
     inversion: InversionFile = None,
@@ -357,22 +360,22 @@ def lead(
     mask: Mask = None,
     **shared: Any,
 ) -> None:
-    """Lead a picture towards prompts (a style, say) and away from others."""
+    """Compose a picture's prompt with others: towards some (a style, say) and away from others."""
     led = [checks.valued(asked, "--toward") for asked in toward or []]
     led += [(prompt, -weight) for prompt, weight in (checks.valued(asked, "--away") for asked in away or [])]
     if not led:
-        raise UserError("There is no prompt to lead to. Give --toward “a watercolor=3”, or --away.")
+        raise UserError("There is no prompt to compose with. Give --toward “a watercolor=3”, or --away.")
     checks.share("--strength", strength)
     wishes = {
         "toward": led, "image": image, "source": source, "inversion": inversion, "strength": strength, "mask": mask,
         **shared,
     }  # fmt: skip
     begins(wishes, [prompt for prompt, _ in led])
-    finish("lead", wishes)
+    finish("compose", wishes)
 
 
-@command("between", WALKED, OPENING)
-def between(
+@command("interpolate", WALKED, OPENING)
+def interpolate(
     first: Annotated[str, typer.Argument(help="The picture to begin with.")],
     second: Annotated[str, typer.Argument(help="The picture to end with.")],
     prompt: Annotated[list[str], typer.Option("--prompt", help="What each shows: give two.")],
@@ -383,15 +386,14 @@ def between(
     """Draw the pictures between two pictures, and a film of them."""
     if len(prompt) != 2:
         raise UserError(f"{len(prompt)} prompts are given for two pictures. Give --prompt twice.")
-    for path in (first, second):
-        readable(path)
+    ends = [readable(path) for path in (first, second)]
     checks.prompts(prompt, "prompt")
     shared["concepts"] = concepts_readable(shared["concepts"], prompt)
     wishes = {
-        "first": first, "second": second, "first_prompt": prompt[0], "second_prompt": prompt[1], "count": count,
+        "first": ends[0], "second": ends[1], "first_prompt": prompt[0], "second_prompt": prompt[1], "count": count,
         "out": out, **shared,
     }  # fmt: skip
-    finish("between", wishes)
+    finish("interpolate", wishes)
 
 
 @app.command("replay")
@@ -427,17 +429,17 @@ def begins(wishes: dict[str, Any], prompts: list[str], *, dry: bool = False) -> 
             raise UserError("What the picture shows is not said. Give --source “a cat in a park”.")
         checks.prompt(source, "source prompt")
         if image is not None:
-            readable(image)
+            wishes["image"] = readable(image)
     if mask is not None:
-        readable(mask)
+        wishes["mask"] = readable(mask)
     wishes["concepts"] = concepts_readable(wishes["concepts"], [source or "", *prompts])
 
 
-def readable(image: str) -> None:
-    """`UserError` for a picture that cannot be read."""
-    from backbone.media.decode import open_rgb
+def readable(image: str) -> SourceImage:
+    """The picture, read once for all; `UserError` if it cannot be."""
+    from edit.pictures import read_image
 
-    open_rgb(image, at_least=64)
+    return read_image(image)
 
 
 def concepts_readable(concepts: list[str] | None, prompts: list[str]) -> list[str]:
