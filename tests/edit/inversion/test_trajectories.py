@@ -14,11 +14,11 @@ from backbone.diffusion.schedules import alphas_cumprod, flow_ladder, vp_ladder
 from edit.inversion.trajectories import (
     corrected_step,
     corrections,
-    independent,
-    inverted,
-    leap,
-    leapt,
-    renoised,
+    invert_ddim,
+    invert_implicit,
+    invert_two_step,
+    noise_independently,
+    two_step,
 )
 from tests.backbone.mixture import THREE_MODES
 
@@ -44,10 +44,10 @@ def deviation(found: Tensor, expected: Tensor) -> float:
 
 
 def replayed(states: Tensor, ladder: Ladder) -> Tensor:
-    """The leaps down again from the two noisiest states."""
+    """The two-steps down again from the two noisiest states."""
     down = [states[0], states[1]]
     for before, here, there in zip(ladder, ladder[1:], ladder[2:], strict=False):
-        down.append(leap(down[-2], down[-1], THREE_MODES.predict(down[-1], here), before, here, there))
+        down.append(two_step(down[-2], down[-1], THREE_MODES.predict(down[-1], here), before, here, there))
     return torch.stack(down)
 
 
@@ -56,10 +56,10 @@ def test_every_trajectory_begins_at_the_noisy_rung_and_ends_at_the_clean_latent(
     clean, predict = samples(), THREE_MODES.predict
     noise = torch.Generator().manual_seed(1)
     for states in (
-        inverted(clean, predict, ladder),
-        renoised(clean, predict, ladder),
-        leapt(clean, predict, ladder),
-        independent(clean, ladder, generator=noise),
+        invert_ddim(clean, predict, ladder),
+        invert_implicit(clean, predict, ladder),
+        invert_two_step(clean, predict, ladder),
+        noise_independently(clean, ladder, generator=noise),
     ):
         assert states.shape == (21, 64, 2)
         assert torch.equal(states[-1], clean)
@@ -67,29 +67,29 @@ def test_every_trajectory_begins_at_the_noisy_rung_and_ends_at_the_clean_latent(
 
 
 @ladders
-def test_leaps_lead_back_exactly(ladder: Ladder) -> None:
+def test_two_steps_lead_back_exactly(ladder: Ladder) -> None:
     clean = samples()
-    states = leapt(clean, THREE_MODES.predict, ladder)
+    states = invert_two_step(clean, THREE_MODES.predict, ladder)
     assert torch.allclose(replayed(states, ladder), states, rtol=0, atol=1e-9)
 
 
-def test_a_leap_undoes_itself() -> None:
+def test_a_two_step_undoes_itself() -> None:
     random = torch.Generator().manual_seed(0)
     before, now, clean, noise = torch.randn(4, 8, 2, generator=random, dtype=torch.float64)
     ladder = LADDERS["leading offset"]
     levels = ladder[3], ladder[4], ladder[5]
-    after = leap(before, now, Estimate(clean, noise), *levels)
-    assert torch.allclose(leap(after, now, Estimate(clean, noise), *levels[::-1]), before, atol=1e-12)
+    after = two_step(before, now, Estimate(clean, noise), *levels)
+    assert torch.allclose(two_step(after, now, Estimate(clean, noise), *levels[::-1]), before, atol=1e-12)
 
 
-def test_leaps_are_of_second_order() -> None:
+def test_two_steps_are_of_second_order() -> None:
     """Half the step, a quarter of the error, on a ladder as smooth as the rule asks for."""
     clean = samples(256)
 
     def arrival(steps: int) -> Tensor:
         tau = torch.linspace(0.98, 0.02, steps + 1, dtype=torch.float64)
         alpha_bar = (1 - tau) ** 2 / ((1 - tau) ** 2 + tau**2)
-        return leapt(clean, THREE_MODES.predict, vp(alpha_bar))[0]
+        return invert_two_step(clean, THREE_MODES.predict, vp(alpha_bar))[0]
 
     exact = arrival(1280)
     coarse, fine = deviation(arrival(40), exact), deviation(arrival(80), exact)
@@ -102,7 +102,7 @@ def test_noise_maps_lead_back_exactly(ladder: Ladder) -> None:
         return Estimate(*(half.float() for half in THREE_MODES.predict(noisy, level)))
 
     clean = samples().float()
-    states = independent(clean, ladder, generator=torch.Generator().manual_seed(1))
+    states = noise_independently(clean, ladder, generator=torch.Generator().manual_seed(1))
     found = corrections(states, predict, ladder)
     now = states[0]
     for number, (here, there) in enumerate(pairwise(ladder)):
@@ -111,7 +111,9 @@ def test_noise_maps_lead_back_exactly(ladder: Ladder) -> None:
 
 
 def test_states_with_noise_of_their_own_have_the_levels_variance() -> None:
-    states = independent(torch.zeros(20_000, 2), LADDERS["flow"], generator=torch.Generator().manual_seed(0))
+    states = noise_independently(
+        torch.zeros(20_000, 2), LADDERS["flow"], generator=torch.Generator().manual_seed(0)
+    )
     assert torch.allclose(states.flatten(1).std(1).double(), LADDERS["flow"].b, atol=0.02)
     assert abs(float((states[1] * states[2]).mean())) < 0.02, "drawn anew at every rung"
 
@@ -126,10 +128,10 @@ FINE = {
 @pytest.mark.parametrize("ladder", FINE.values(), ids=FINE)
 def test_fixed_points_lead_back_far_better_than_plain_inversion(ladder: Ladder) -> None:
     clean, predict = samples(), THREE_MODES.predict
-    plain = deviation(walk(inverted(clean, predict, ladder)[0], predict, ladder), clean)
-    few = deviation(walk(renoised(clean, predict, ladder, rounds=4)[0], predict, ladder), clean)
+    plain = deviation(walk(invert_ddim(clean, predict, ladder)[0], predict, ladder), clean)
+    few = deviation(walk(invert_implicit(clean, predict, ladder, rounds=4)[0], predict, ladder), clean)
     many = deviation(
-        walk(renoised(clean, predict, ladder, rounds=60, tolerance=1e-9)[0], predict, ladder), clean
+        walk(invert_implicit(clean, predict, ladder, rounds=60, tolerance=1e-9)[0], predict, ladder), clean
     )
     assert few < plain / 2
     assert many < plain / 1000
@@ -152,6 +154,6 @@ def test_what_the_network_speaks_of_does_not_matter(kind: Kind) -> None:
             convert(THREE_MODES.predict(noisy, told).noise, noisy, told, "epsilon", kind), noisy, level, kind
         )
 
-    for way in (inverted, renoised, leapt):
+    for way in (invert_ddim, invert_implicit, invert_two_step):
         states = way(clean, predictor(network, kind), ladder)
         assert torch.allclose(states, way(clean, exact, ladder))

@@ -17,7 +17,7 @@ from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from edit import checks
 from edit.cli import main
-from tests.edit.methods.prompt_to_prompt.test_edit import left_half
+from tests.edit.methods.prompt_to_prompt.test_replace import left_half
 from tests.edit.models import photo
 
 Edit = Callable[..., int]
@@ -56,7 +56,7 @@ def test_an_edit_leaves_everything_that_it_should(edit: Edit, capsys: pytest.Cap
     }
     said = record("runs/edit-photo")
     looks = 2 * 3  # three prompts at both rungs, for the places where they differ
-    assert said["denoiser_evaluations"] == said["of_them_for_the_inversion"] + looks + 2 * 5 == 18
+    assert said["nfe"] == said["nfe_of_inversion"] + looks + 2 * 5 == 18
     assert said["reconstruction_psnr_db"] == said["autoencoder_psnr_db"]
     assert [one["prompt"] for one in said["edits"]] == ["a dog in the snow", "a red cat in the snow"]
     assert said["edits"][0]["psnr_db"] > 0 and "seconds" in said and "peak_memory_mb" in said
@@ -85,13 +85,13 @@ def test_an_edit_is_repeated_exactly_and_only_with_the_same_picture(
 def test_an_inversion_serves_any_number_of_edits(edit: Edit, capsys: pytest.CaptureFixture[str]) -> None:
     assert edit("invert", "photo.png", "--prompt", "a cat in the snow", "--check") == 0
     err = capsys.readouterr().err
-    assert "The autoencoder alone gives the picture back" in err and "guidance 1:" in err
+    assert "The autoencoder alone" in err and "guidance 1:" in err
     file = ("--inversion", "photo.safetensors")
     assert edit("invert-and-replace", *file, "--target", "a dog in the snow", "--out", "a") == 0
-    assert record("a")["of_them_for_the_inversion"] == 2
+    assert record("a")["nfe_of_inversion"] == 2
     assert not Path("a/inversion.safetensors").exists()
     assert edit("remove", *file, "--remove", "cat", "--out", "b") == 0
-    assert edit("lead", *file, "--toward", "a red cat=2", "--away", "snow=1", "--out", "c") == 0
+    assert edit("compose", *file, "--toward", "a red cat=2", "--away", "snow=1", "--out", "c") == 0
     assert record("c")["settings"]["toward"] == [["a red cat", 2.0], ["snow", -1.0]]
     assert edit("invert-and-replace", *file, "--source", "a dog", "--target", "a cat") == 2
     assert "Leave --source out" in capsys.readouterr().err
@@ -116,7 +116,17 @@ def test_other_commands_write_run_folders_that_can_be_repeated(edit: Edit) -> No
             "2",
         ),
         "fe": ("flow-edit", "photo.png", *WORDS, "--trajectory"),
-        "bt": ("between", "photo.png", "other.png", "--prompt", "a cat", "--prompt", "a dog", "--count", "3"),
+        "bt": (
+            "interpolate",
+            "photo.png",
+            "other.png",
+            "--prompt",
+            "a cat",
+            "--prompt",
+            "a dog",
+            "--count",
+            "3",
+        ),
         "mc": ("invert-and-replace", "photo.png", *WORDS, "--control", "masactrl"),
     }
     for name, command in commands.items():
@@ -157,7 +167,7 @@ def test_a_dry_run_prints_what_becomes_of_the_words_and_writes_nothing(
 ) -> None:
     assert edit("invert-and-replace", *WORDS, "--dry-run") == 0
     out = capsys.readouterr().out
-    assert "replaced" in out and "where the model sees the two prompts differently" in out
+    assert "replaced" in out and "predicts the two prompts differently" in out
     assert [path.name for path in Path().iterdir()] == ["photo.png"]
 
 
@@ -180,7 +190,7 @@ def test_a_dry_run_prints_what_becomes_of_the_words_and_writes_nothing(
         (("invert-and-replace", "photo.png", *WORDS, "--blend", "snwo"), "Did you mean “snow”"),
         (
             ("invert-and-replace", "photo.png", *WORDS, "--mask", "wide.png"),
-            "20 × 10 pixels and the picture 64 × 64",
+            "20 × 10 pixels",
         ),
         (("invert-and-replace", "photo.png", *WORDS, "--inversion", "x"), "both given"),
         (("invert-and-replace", "--inversion", "x", "--target", "a"), "x does not exist"),
@@ -192,8 +202,8 @@ def test_a_dry_run_prints_what_becomes_of_the_words_and_writes_nothing(
         (("sdedit", "photo.png", "--prompt", "a", "--out", "full"), "full is not empty"),
         (("remove", "photo.png", "--source", "a cat"), "Neither a word to remove nor a mask"),
         (("remove", "photo.png", "--source", "a cat", "--remove", "dog"), "not in the prompt"),
-        (("lead", "photo.png", "--source", "a cat"), "no prompt to lead to"),
-        (("between", "photo.png", "photo.png", "--prompt", "a"), "1 prompts are given for two pictures"),
+        (("compose", "photo.png", "--source", "a cat"), "no prompt to compose with"),
+        (("interpolate", "photo.png", "photo.png", "--prompt", "a"), "1 prompts are given for two pictures"),
         (("replay", "nowhere"), "nowhere does not exist"),
         (("replay", "other.json"), "no record of an edit"),
     ],
