@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ from backbone.io.console import UserError
 from backbone.media.transforms import fitted, mask_to_tensor
 from backbone.models.cache import encoded_prompts
 from edit.inversion.inversion import Inversion
-from edit.pictures import ImageLike, read_image
+from edit.pictures import EncodedImage, ImageLike, read_image
 
 # Of the way down: late enough to see where a thing is, early enough to see what.
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -54,17 +53,15 @@ def difference_maps(
     return torch.stack(maps), len(states)
 
 
-def load_latent_mask(
-    mask: ImageLike | None, *, pixels: Tensor, facts: Mapping[str, Any], latent: Tensor
-) -> Tensor | None:
+def load_latent_mask(mask: ImageLike | None, image: EncodedImage) -> Tensor | None:
     """A drawn mask (white = may change) at the latent's size [H, W], 0 or 1, on its device; None without one.
 
-    It must have the size of the image, in `facts`, or of its `pixels` [3, 8H, 8W]; `UserError` otherwise.
+    It must have the size that the image had, or that in which the model is shown it; `UserError` otherwise.
     """
     if mask is None:
         return None
-    shown = (pixels.shape[-1], pixels.shape[-2])
-    original = tuple(facts.get("size") or shown)
+    shown = (image.pixels.shape[-1], image.pixels.shape[-2])
+    original = tuple(image.facts.get("size") or shown)
     drawn = mask.convert("L") if isinstance(mask, Image.Image) else read_image(mask).image.convert("L")
     if drawn.size not in (shown, original):
         sizes = " or ".join(f"{width} × {height}" for width, height in dict.fromkeys([original, shown]))
@@ -73,8 +70,8 @@ def load_latent_mask(
         )
     drawn = drawn if drawn.size == shown else fitted(drawn, shown)
     # 1 where at least half of the place is white
-    share = F.interpolate(mask_to_tensor(drawn)[None], tuple(latent.shape[-2:]), mode="area")[0, 0]
-    return (share >= 0.5).float().to(latent)
+    share = F.interpolate(mask_to_tensor(drawn)[None], tuple(image.latent.shape[-2:]), mode="area")[0, 0]
+    return (share >= 0.5).float().to(image.latent)
 
 
 def composite(edits: Tensor, around: Tensor, masks: Tensor | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -58,7 +58,7 @@ class EncodedImage:
 
     pixels: Tensor
     latent: Tensor
-    facts: dict[str, Any]
+    facts: Mapping[str, Any]
 
 
 def encode_image(model: Backbone, image: ImageLike) -> EncodedImage:

@@ -18,23 +18,22 @@ from backbone.models.model import Backbone
 from edit.attention.alignment import Alignment
 from edit.inversion.inversion import Inversion
 from edit.masks import composite
-from edit.pictures import side_by_side
+from edit.pictures import EncodedImage, side_by_side
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Result:
     """N edits of an image. A notebook shows them beside it.
 
-    title        what was done
     prompts      what each edit should show
-    pixels       [3, 8H, 8W] in −1…1, the image as the autoencoder was shown it
-    clean        its latent [C, H, W]
+    encoded      the image and its latent
     latents      the edits' [N, C, H, W]
     nfe          number of function evaluations: samples that the denoiser evaluated, inversions not counted
     masks        [N, H, W], 1 where each edit was allowed to differ in the end; None if everywhere
-    estimates    [F, N, C, H, W], what the edits were estimated to become, along the way
-    facts        for the record: `image` (name, size, content hash), and what else a method has to say
+    estimates    [F, N, C, H, W], what the edits were estimated to become, along the way; None if not asked for
+    facts        what else a method has to say for the record
     inversions   from which the edits began
+    title        what was done, in a command's words
 
     Of `edit.replace` alone:
 
@@ -44,16 +43,15 @@ class Result:
     """
 
     model: Backbone
-    title: str
     prompts: tuple[str, ...]
-    pixels: Tensor
-    clean: Tensor
+    encoded: EncodedImage
     latents: Tensor
     nfe: int
-    masks: Tensor | None
-    estimates: Tensor
-    facts: Mapping[str, Any]
+    masks: Tensor | None = None
+    estimates: Tensor | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
     inversions: tuple[Inversion, ...] = ()
+    title: str = ""
     trajectory: Tensor | None = None
     alignments: tuple[Alignment, ...] = ()
     heatmaps: Mapping[str, Tensor] = field(default_factory=dict)
@@ -66,12 +64,17 @@ class Result:
     @property
     def source(self) -> Image.Image:
         """The image that was edited, as the autoencoder was shown it."""
-        return to_image(self.pixels)
+        return to_image(self.encoded.pixels)
 
     @property
     def reconstruction(self) -> Image.Image:
         """What an edit that changes nothing gives."""
         return to_image(self.decoded[0])
+
+    @property
+    def clean(self) -> Tensor:
+        """The image's latent [C, H, W]."""
+        return self.encoded.latent[0]
 
     @property
     def source_latent(self) -> Tensor:
@@ -93,11 +96,13 @@ class Result:
 
     def frames(self) -> list[Image.Image]:
         """The film: what the edits were estimated to become, side by side."""
-        return [side_by_side([to_image(image) for image in self.model.decode(row)]) for row in self.estimates]
+        rows = [] if self.estimates is None else list(self.estimates)
+        return [side_by_side([to_image(image) for image in self.model.decode(row)]) for row in rows]
 
     def __repr__(self) -> str:
-        width, height = self.pixels.shape[-1], self.pixels.shape[-2]
-        return f"Result({self.title!r}, {len(self.latents)} of {width} × {height}, NFE {self.nfe})"
+        width, height = self.source.size
+        prompts = ", ".join(map(repr, self.prompts))
+        return f"Result({prompts}; {width} × {height}, NFE {self.nfe})"
 
     def _repr_png_(self) -> bytes:
         cells = [Cell(image, prompt) for image, prompt in zip(self.images, self.prompts, strict=True)]

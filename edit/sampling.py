@@ -40,9 +40,9 @@ class Frames:
         if step in self.steps:
             self.kept.append(clean.float())
 
-    def stack(self, like: Tensor) -> Tensor:
-        """[F, N, ...] from those of the shape of `like`; F is 0 if none were kept."""
-        return torch.stack(self.kept) if self.kept else like.new_zeros(0, *like.shape)
+    def stack(self) -> Tensor | None:
+        """[F, N, ...]; None if none were kept."""
+        return torch.stack(self.kept) if self.kept else None
 
 
 # Guidance ---------------------------------------------------------------------------------------------------

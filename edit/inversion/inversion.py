@@ -49,7 +49,7 @@ from edit.inversion.trajectories import (
     noise_independently,
     two_step,
 )
-from edit.pictures import ImageLike, encode_image
+from edit.pictures import EncodedImage, ImageLike, encode_image
 from edit.sampling import CountNFE, guidance_of, is_guidance_distilled, schedule_of
 
 Method = Literal["direct", "ddim", "null-text", "negative-prompt", "edit-friendly", "renoise", "reversible"]
@@ -97,6 +97,11 @@ class Inversion:
     def clean(self) -> Tensor:
         """The image's latent [C, H, W]."""
         return self.states[-1].float()
+
+    @property
+    def encoded(self) -> EncodedImage:
+        """The image and its latent [1, C, H, W], as the methods without an inversion have them."""
+        return EncodedImage(self.image, self.clean[None], self.facts)
 
     @property
     def overwrites(self) -> bool:

@@ -44,7 +44,7 @@ def compose(
     predict = model.predictor(text)
     first = inversion.start(strength)
     now, nfe, kept = states[first], 0, Frames(first, inversion.steps, frames)
-    mask_latent = load_latent_mask(mask, pixels=inversion.image, facts=inversion.facts, latent=states)
+    mask_latent = load_latent_mask(mask, inversion.encoded)
     for step in range(first, inversion.steps):
         here, there = schedule[step], schedule[step + 1]
         # Rows: the source on its trajectory; at the edit's state the source, no prompt, and each prompt
@@ -70,14 +70,11 @@ def compose(
     caption = ", ".join(f"{prompt} × {weight:g}" for prompt, weight in toward)
     return Result(
         model=model,
-        title=f"composed: {caption}",
         prompts=(caption,),
-        pixels=inversion.image,
-        clean=inversion.clean,
+        encoded=inversion.encoded,
         latents=now[None],
         nfe=nfe,
         masks=None if mask_latent is None else mask_latent[None],
-        estimates=kept.stack(now[None]),
-        facts={"image": dict(inversion.facts)},
+        estimates=kept.stack(),
         inversions=(inversion,),
     )

@@ -55,7 +55,7 @@ def flow_edit(
     encoded = encode_image(model, image)
     clean = encoded.latent
     schedule = upto(schedule_of(model, steps, clean), strength)
-    mask_latent = load_latent_mask(mask, pixels=encoded.pixels, facts=encoded.facts, latent=clean)
+    mask_latent = load_latent_mask(mask, encoded)
     predict = SourceAndTargets(
         model, encoded_prompts(model, [source, *targets]), source_guidance=source_guidance, guidance=guidance
     )
@@ -79,15 +79,13 @@ def flow_edit(
         progress()
     return Result(
         model=model,
-        title=f"FlowEdit: {source}",
         prompts=targets,
-        pixels=encoded.pixels,
-        clean=clean[0],
+        encoded=encoded,
         latents=edited,
         nfe=predict.nfe,
         masks=None if mask_latent is None else mask_latent.expand(len(targets), -1, -1),
-        estimates=kept.stack(edited),
-        facts={"image": encoded.facts, "guidance": guidance, "source_guidance": source_guidance},
+        estimates=kept.stack(),
+        facts={"guidance": guidance, "source_guidance": source_guidance},
     )
 
 

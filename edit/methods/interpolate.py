@@ -58,15 +58,11 @@ def interpolate(
     latents = torch.cat([ends[:1, -1], now, ends[1:, -1]])
     return Result(
         model=model,
-        title=f"from {first.prompt} to {second.prompt}",
         prompts=(first.prompt, *(f"{k}/{count - 1}" for k in range(1, count - 1)), second.prompt),
-        pixels=first.image,
-        clean=first.clean,
+        encoded=first.encoded,
         latents=latents,
         nfe=nfe,
-        masks=None,
-        estimates=latents.new_zeros(0, *latents.shape),
-        facts={"image": dict(first.facts), "second_image": dict(second.facts)},
+        facts={"second_image": dict(second.facts)},
         inversions=(first, second),
     )
 

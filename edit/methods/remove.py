@@ -57,7 +57,7 @@ def remove(
     model, schedule, states = inversion.model, inversion.schedule, inversion.states.float()
     refuse_negative(model, negative)
     guidance = guidance_of(model, guidance)
-    inside = load_latent_mask(mask, pixels=inversion.image, facts=inversion.facts, latent=states)
+    inside = load_latent_mask(mask, inversion.encoded)
     nfe = 0
     if inside is None:
         checks.prompt(word, "word to remove")
@@ -79,15 +79,13 @@ def remove(
         progress()
     return Result(
         model=model,
-        title=f"without {word or 'what the mask covers'}: {inversion.prompt}",
         prompts=(seen,) * count,
-        pixels=inversion.image,
-        clean=inversion.clean,
+        encoded=inversion.encoded,
         latents=now,
         nfe=nfe,
         masks=inside.expand(count, -1, -1),
-        estimates=kept.stack(now),
-        facts={"image": dict(inversion.facts), "guidance": guidance},
+        estimates=kept.stack(),
+        facts={"guidance": guidance},
         inversions=(inversion,),
     )
 

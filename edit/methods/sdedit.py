@@ -54,7 +54,7 @@ def sdedit(
     encoded = encode_image(model, image)
     clean = encoded.latent
     schedule = upto(schedule_of(model, steps, clean), strength)
-    mask_latent = load_latent_mask(mask, pixels=encoded.pixels, facts=encoded.facts, latent=clean)
+    mask_latent = load_latent_mask(mask, encoded)
     noise = torch.stack(
         [torch.randn(clean.shape[1:], generator=generator(seed, k, "sdedit")) for k in range(count)]
     )
@@ -71,15 +71,13 @@ def sdedit(
     )
     return Result(
         model=model,
-        title=f"SDEdit: {prompt}, strength {strength:g}",
         prompts=(prompt,) * count,
-        pixels=encoded.pixels,
-        clean=clean[0],
+        encoded=encoded,
         latents=latents,
         nfe=(len(schedule) - 1) * count * nfe_of(model, text, guidance),
         masks=None if mask_latent is None else mask_latent.expand(count, -1, -1),
-        estimates=kept.stack(latents),
-        facts={"image": encoded.facts, "guidance": guidance},
+        estimates=kept.stack(),
+        facts={"guidance": guidance},
     )
 
 

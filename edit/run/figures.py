@@ -20,9 +20,9 @@ Figures = dict[str, float | None]
 
 def figures_of_run(result: Result) -> dict[str, Any]:
     """NFE, and how well the image is reconstructed beside the autoencoder's bound."""
-    own = {"autoencoder_psnr_db": image_metrics.psnr(result.pixels, result.autoencoded)}
+    own = {"autoencoder_psnr_db": image_metrics.psnr(result.encoded.pixels, result.autoencoded)}
     if result.trajectory is not None:
-        own = {"reconstruction_psnr_db": image_metrics.psnr(result.pixels, result.decoded[0]), **own}
+        own = {"reconstruction_psnr_db": image_metrics.psnr(result.encoded.pixels, result.decoded[0]), **own}
     if not result.inversions:
         return {"nfe": result.nfe, **own}
     inverting = sum(inversion.nfe for inversion in result.inversions)

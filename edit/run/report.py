@@ -69,7 +69,9 @@ def publish(
     ]
     alignments = [str(alignment) for alignment in result.alignments]
     entries = {"edits": edits, "alignment": alignments, "versions": versions()}
-    write_json(folder / RECORD, {**record, **result.facts, **counts, **entries})
+    write_json(
+        folder / RECORD, {**record, "image": dict(result.encoded.facts), **result.facts, **counts, **entries}
+    )
     again = f"edit replay {folder / RECORD}"
     parts = [picture(page, "source, reconstruction, edits, masks and differences")]
     parts += figures_table(result.prompts, figures) if figures else []

@@ -243,13 +243,14 @@ def test_a_negative_prompt_that_nobody_would_hear_is_refused(
     family: Open, inverted: Callable[..., Inversion], name: str
 ) -> None:
     inversion = inverted(name)
-    for ask in (
+    calls: list[Callable[[], object]] = [
         lambda: replace(inversion, TARGET, ReplaceSettings(negative="red")),
         lambda: remove(inversion, "cat", negative="red"),
         lambda: sdedit(family(name), photo(), TARGET, negative="red"),
-    ):
+    ]
+    for call in calls:
         with pytest.raises(UserError, match="Leave --negative out"):
-            ask()
+            call()
 
 
 # Words of several tokenizers --------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def test_noising_a_masked_part_leaves_the_rest_of_the_latent(tiny: Backbone) -> 
     drawn = sdedit(tiny, photo(), SOURCE, steps=4, mask=left_half(), count=2, frames=2)
     assert torch.equal(drawn.latents[1][..., 4:], latent_of(tiny, photo())[..., 4:])
     assert deviation(drawn.latents[1][..., :4], latent_of(tiny, photo())[..., :4]) > 1e-2
-    assert drawn.estimates.shape[:2] == (2, 2)
+    assert drawn.estimates is not None and drawn.estimates.shape[:2] == (2, 2)
     assert drawn.nfe == 2 * 2 * int(4 * 0.6)
 
 
@@ -207,7 +207,9 @@ def test_the_ends_of_an_interpolation_are_the_pictures_themselves(tiny: Backbone
     assert torch.equal(result.latents[0], first.clean) and torch.equal(result.latents[3], second.clean)
     assert result.nfe == 3 * (2 + 2)
     same = interpolate(first, first, count=3)
-    assert deviation(same.latents[1], first.clean) < 1e-4, "between a picture and itself there is nothing else"
+    assert deviation(same.latents[1], first.clean) < 1e-4, (
+        "between a picture and itself there is nothing else"
+    )
 
 
 def test_inversions_that_do_not_fit_are_refused(tiny: Backbone, inversion: Inversion) -> None:

@@ -50,9 +50,7 @@ class Regions:
         self.count = len(alignments)
         self.size = (inversion.states.shape[-2], inversion.states.shape[-1])
         self.device = inversion.model.device
-        self.drawn = load_latent_mask(
-            settings.mask, pixels=inversion.image, facts=inversion.facts, latent=inversion.clean
-        )
+        self.drawn = load_latent_mask(settings.mask, inversion.encoded)
         self.columns = self._columns()
         nothing = torch.zeros(2 * self.count, dtype=torch.bool)
         self.named = nothing if self.columns is None else self.columns.any(-1).any(0)[: 2 * self.count]

@@ -104,15 +104,13 @@ def replace(
             progress()
     return Result(
         model=model,
-        title=inversion.prompt,
         prompts=targets,
-        pixels=inversion.image,
-        clean=inversion.clean,
+        encoded=inversion.encoded,
         latents=now[1:].float(),
         nfe=nfe + predict.nfe,
         masks=masks,
-        estimates=kept.stack(now[1:]),
-        facts={"image": dict(inversion.facts), "inversion_method": inversion.method, "guidance": guidance},
+        estimates=kept.stack(),
+        facts={"inversion_method": inversion.method, "guidance": guidance},
         inversions=(inversion,),
         trajectory=torch.stack(trajectory),
         alignments=tuple(alignments),

@@ -58,7 +58,7 @@ def test_a_prompt_laid_beside_itself_maps_every_token_to_itself() -> None:
     alignment = aligned("a red hat, in the snow", "a red hat, in the snow")
     assert torch.equal(alignment.mapping, torch.eye(77))
     assert torch.equal(alignment.from_source, torch.ones(77))
-    assert list(alignment.changed()) == []
+    assert list(alignment.changes()) == []
 
 
 def test_a_replaced_word_takes_the_old_words_place_and_the_rest_stays() -> None:

@@ -227,6 +227,33 @@ def test_mistakes_are_answered_in_a_sentence_and_leave_nothing(
     assert sorted(Path().rglob("*")) == before
 
 
+def test_every_image_is_read_once_and_the_model_opened_once(
+    edit: Edit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from backbone.media.decode import open_rgb
+
+    read: list[str] = []
+    opened: list[str] = []
+    open_model = Backbone.open
+
+    def reading(path: str | Path) -> Image.Image:
+        read.append(str(path))
+        return open_rgb(path)
+
+    def opening(model: str, **how: Any) -> Backbone:
+        opened.append(model)
+        return open_model(model, **how)
+
+    monkeypatch.setattr("edit.pictures.open_rgb", reading)
+    monkeypatch.setattr(Backbone, "open", opening)
+    left_half().save("mask.png")
+    assert edit("sdedit", "photo.png", "--prompt", "a dog", "--mask", "mask.png", "--out", "one") == 0
+    assert (read, len(opened)) == (["photo.png", "mask.png"], 1)
+    assert edit("replay", "one", "--out", "two") == 0
+    assert (read[2:], len(opened)) == (["photo.png", "mask.png"], 2)
+    assert record("one")["files"].keys() == {"photo.png", "mask.png"}
+
+
 def test_what_options_say() -> None:
     assert checks.valued("silver cat=2.5", "--reweight") == ("silver cat", 2.5)
     assert checks.window("cat=0.2:0.8", "--window") == ("cat", (0.2, 0.8))
