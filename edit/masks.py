@@ -11,7 +11,7 @@ from torch import Tensor
 
 from backbone.io.console import UserError
 from backbone.media.transforms import fitted, mask_to_tensor
-from backbone.models.cache import encoded_prompts
+from backbone.models.cache import encode_prompts_cached
 from edit.inversion.inversion import Inversion
 from edit.pictures import EncodedImage, ImageLike, read_image
 
@@ -37,7 +37,7 @@ def difference_maps(
     levels = inversion.schedule[chosen.to(inversion.schedule.a.device).repeat_interleave(len(prompts))]
     text = {
         name: value.repeat(len(chosen), *[1] * (value.ndim - 1))
-        for name, value in encoded_prompts(model, prompts).items()
+        for name, value in encode_prompts_cached(model, prompts).items()
     }
     noise = model.predictor(text)(states, levels).noise.unflatten(0, (len(chosen), len(prompts)))
     maps = []

@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from backbone.diffusion.noise import Estimate, Ladder, Level, Predict, guide
+from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, guide
 from backbone.families.base import Text
 from backbone.io.console import UserError
-from backbone.models.cache import encoded_prompts
+from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from edit import checks
 
 
-def schedule_of(model: Backbone, steps: int, latent: Tensor) -> Ladder:
+def schedule_of(model: Backbone, steps: int, latent: Tensor) -> Schedule:
     """The model's schedule of S steps [S + 1] for a latent [..., H, W]; `UserError` if it has none of so many."""
     try:
-        return model.ladder(steps, size=(latent.shape[-2], latent.shape[-1]))
+        return model.schedule(steps, size=(latent.shape[-2], latent.shape[-1]))
     except ValueError as error:
         raise UserError(f"{model.location.name} cannot sample in {steps} steps: {error}") from error
 
@@ -57,7 +57,7 @@ def guidance_of(model: Backbone, guidance: float | None) -> float:
 
 def is_guidance_distilled(model: Backbone) -> bool:
     """Whether guidance is part of the network's conditioning, so that there is no unconditional prediction."""
-    return model.family.distilled(model.denoiser, encoded_prompts(model, [""]), 1.0) is not None
+    return model.family.distilled(model.denoiser, encode_prompts_cached(model, [""]), 1.0) is not None
 
 
 def refuse_negative(model: Backbone, negative: str) -> None:

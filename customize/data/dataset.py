@@ -15,7 +15,7 @@ from backbone.io.console import UserError
 from backbone.io.files import content_hash
 from backbone.media.pictures import Picture
 from backbone.media.transforms import bucket_sizes, fitted, mask_to_tensor, nearest_size
-from backbone.models.cache import encoded, encoded_prompts, remembered
+from backbone.models.cache import encode_images_cached, encode_prompts_cached, load_or_compute
 from backbone.models.model import Backbone, Posterior
 from backbone.models.sample import Request, sample_latents
 from backbone.training.base_predictions import Bank, bank_of
@@ -97,9 +97,9 @@ def prepare(model: Backbone, groups: Sequence[Group], settings: Settings) -> Mat
             owners += [number] * len(group.pictures)
     classes = [group.class_prompt for group in groups]
     with processes.writer_first():
-        class_text = encoded_prompts(model, classes)
-        text = None if trains_text(settings) else encoded_prompts(model, [*prompts, *classes])
-        empty = encoded_prompts(model, [""]) if settings.mask == "auto" else {}
+        class_text = encode_prompts_cached(model, classes)
+        text = None if trains_text(settings) else encode_prompts_cached(model, [*prompts, *classes])
+        empty = encode_prompts_cached(model, [""]) if settings.mask == "auto" else {}
     buckets = buckets_of(posteriors)
     drawn = None
     if preserves(settings) and settings.prior == "class-images":
@@ -124,13 +124,13 @@ def prepare(model: Backbone, groups: Sequence[Group], settings: Settings) -> Mat
 def encoded_together(
     model: Backbone, pictures: Sequence[Picture], *, flip: bool, sizes: Sequence[tuple[int, int]] | None
 ) -> list[Posterior]:
-    """`encoded`, after each process has encoded its part of the pictures."""
+    """`encode_images_cached`, after each process has encoded its part of the pictures."""
 
     def encode(row: int) -> None:
-        encoded(model, [pictures[row]], flip=flip, sizes=sizes and [sizes[row]])
+        encode_images_cached(model, [pictures[row]], flip=flip, sizes=sizes and [sizes[row]])
 
     processes.prepared(encode, range(len(pictures)))
-    return encoded(model, pictures, flip=flip, sizes=sizes)
+    return encode_images_cached(model, pictures, flip=flip, sizes=sizes)
 
 
 def found_masks(
@@ -239,4 +239,4 @@ def class_latents(model: Backbone, class_prompt: str, settings: Settings) -> Ten
         return {"latents": torch.cat([part.float().cpu() for part in parts])}
 
     key = content_hash("\n".join(map(str, facts)).encode())
-    return remembered("class", key, draw)["latents"]
+    return load_or_compute("class", key, draw)["latents"]

@@ -179,8 +179,8 @@ def fixed_loss(training: Training) -> float:
             prediction = model.family.network(model.denoiser, text)(
                 add_noise(clean, noise, level), time[index].to(clean.device)
             )
-        wanted = target(clean, noise, level, model.path.kind)
-        weight = weighting(level, model.path.kind, settings)
+        wanted = target(clean, noise, level, model.path.prediction_type)
+        weight = weighting(level, model.path.prediction_type, settings)
         total += float((prediction.float() - wanted).square().mean() * weight)
     return total / LOSS_DRAWS
 

@@ -30,13 +30,13 @@ import torch
 from torch import Tensor
 
 from backbone.adapters.concept import Concept
-from backbone.diffusion.noise import Estimate, Ladder, Level, generator
+from backbone.diffusion.noise import Estimate, Level, Schedule, generator
 from backbone.diffusion.samplers import deterministic_step
 from backbone.families.base import Text
 from backbone.io.console import UserError
 from backbone.io.files import content_hash, read_metadata, read_tensors, write_tensors
 from backbone.media.transforms import to_image
-from backbone.models.cache import encoded_prompts
+from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from edit import checks
 from edit.inversion.null_text import optimize_null_texts
@@ -77,7 +77,7 @@ class Inversion:
     model: Backbone
     method: Method
     prompt: str
-    schedule: Ladder
+    schedule: Schedule
     states: Tensor
     image: Tensor
     identity: str
@@ -191,7 +191,7 @@ def invert(
         )
     encoded = encode_image(model, image)
     schedule = schedule_of(model, steps, encoded.latent)
-    predict = CountNFE(model.predictor(encoded_prompts(model, [prompt])))
+    predict = CountNFE(model.predictor(encode_prompts_cached(model, [prompt])))
     noise = empties = None
     with torch.no_grad():
         match method:
@@ -209,7 +209,7 @@ def invert(
     nfe, made_for = predict.nfe, None
     if method == "null-text":
         made_for = guidance_of(model, guidance)
-        empty = encoded_prompts(model, [""])
+        empty = encode_prompts_cached(model, [""])
         empties, more = optimize_null_texts(
             model,
             states,
@@ -244,7 +244,7 @@ def reconstruct(inversion: Inversion, *, guidance: float = 1.0) -> Tensor:
     At guidance 1 this is what the method's exactness means; above it, how much guidance drives it off.
     """
     model, schedule = inversion.model, inversion.schedule
-    text, empty = (encoded_prompts(model, [prompt]) for prompt in (inversion.prompt, ""))
+    text, empty = (encode_prompts_cached(model, [prompt]) for prompt in (inversion.prompt, ""))
     if inversion.method == "negative-prompt":
         guidance = 1.0  # guided by its own prompt it is not guided
     first = inversion.start(1.0)

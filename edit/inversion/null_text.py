@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from backbone.diffusion.noise import Ladder, Predict, guide
+from backbone.diffusion.noise import Predict, Schedule, guide
 from backbone.diffusion.samplers import deterministic_step
 from backbone.families.base import Text
 from backbone.models.model import Backbone
@@ -20,7 +20,7 @@ TOLERANCE = 1e-5
 def optimize_null_texts(
     model: Backbone,
     states: Tensor,
-    schedule: Ladder,
+    schedule: Schedule,
     *,
     conditional: Predict,
     empty: Text,

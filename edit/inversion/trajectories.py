@@ -20,18 +20,18 @@ from torch import Tensor
 
 from backbone.diffusion.noise import (
     Estimate,
-    Ladder,
     Level,
     Predict,
     Randomness,
+    Schedule,
     add_noise,
-    normal_like,
-    over,
+    broadcast_like,
+    randn_like,
 )
-from backbone.diffusion.samplers import ancestral_step, deterministic_step, told_the_noisier, trajectory
+from backbone.diffusion.samplers import ancestral_step, deterministic_step, trajectory, with_noisier_time
 
 
-def invert_ddim(clean: Tensor, predict: Predict, schedule: Ladder) -> Tensor:
+def invert_ddim(clean: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
     """DDIM inversion (Song, Meng & Ermon 2021, section 4.3); on a flow, Euler's steps upward. NFE: S."""
     return torch.stack(list(trajectory(clean, predict, schedule.flip()))).flip(0)
 
@@ -40,7 +40,7 @@ def invert_ddim(clean: Tensor, predict: Predict, schedule: Ladder) -> Tensor:
 
 
 def invert_implicit(
-    clean: Tensor, predict: Predict, schedule: Ladder, *, rounds: int = 4, tolerance: float = 1e-4
+    clean: Tensor, predict: Predict, schedule: Schedule, *, rounds: int = 4, tolerance: float = 1e-4
 ) -> Tensor:
     """Implicit inversion: each noisier state is solved for, so that its deterministic step lands on the current one.
 
@@ -58,11 +58,11 @@ def invert_implicit(
             return goal - deterministic_step(x, predict(x, there), there, here)
 
         # The initial guess is DDIM inversion's
-        x = deterministic_step(current, predict(current, told_the_noisier(here, there)), here, there)
+        x = deterministic_step(current, predict(current, with_noisier_time(here, there)), here, there)
         residual = residual_of(x)
         # Step length: (a + b)/(a' + b'), what the residual would need if the velocity u = ε̂ − x̂0 of
         # (1 − τ)·x0 + τ·ε stayed the same; no level is singular in it
-        far = over((there.a + there.b) / (here.a + here.b), x) * torch.ones_like(_rms(residual))
+        far = broadcast_like((there.a + there.b) / (here.a + here.b), x) * torch.ones_like(_rms(residual))
         for _ in range(rounds):
             if bool((_rms(residual) < tolerance).all()):
                 break
@@ -89,20 +89,20 @@ def _rms(x: Tensor) -> Tensor:
 # The reversible rule ----------------------------------------------------------------------------------------
 
 
-def invert_two_step(clean: Tensor, predict: Predict, schedule: Ladder) -> Tensor:
+def invert_two_step(clean: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
     """The first step up by Euler's rule, all others by `two_step`, which retraces them on the way down. NFE: S.
 
     The states should be float64, so that what rounding there is does not grow along the way.
     """
     levels = list(schedule.flip())
-    first = predict(clean, told_the_noisier(levels[0], levels[1]))
+    first = predict(clean, with_noisier_time(levels[0], levels[1]))
     states = [clean, deterministic_step(clean, first, levels[0], levels[1])]
     for before, here, there in zip(levels, levels[1:], levels[2:], strict=False):
         now = states[-1]
         if _tau(before) == _tau(
             here
         ):  # a schedule that ends with the same level twice: the first step was none
-            estimate = predict(now, told_the_noisier(here, there))
+            estimate = predict(now, with_noisier_time(here, there))
             states.append(deterministic_step(now, estimate, here, there))
         else:
             states.append(two_step(states[-2], now, predict(now, here), before, here, there))
@@ -125,11 +125,11 @@ def two_step(
     p, q = (second / first) ** 2, second * (first + second) / first
     velocity = estimate.noise - estimate.clean
     straight = (
-        over(p, now) * before / over(previous.a + previous.b, now)
-        + over(1 - p, now) * now / over(here.a + here.b, now)
-        + over(q, now) * velocity
+        broadcast_like(p, now) * before / broadcast_like(previous.a + previous.b, now)
+        + broadcast_like(1 - p, now) * now / broadcast_like(here.a + here.b, now)
+        + broadcast_like(q, now) * velocity
     )
-    return over(there.a + there.b, now) * straight
+    return broadcast_like(there.a + there.b, now) * straight
 
 
 def _tau(level: Level) -> Tensor:
@@ -139,14 +139,14 @@ def _tau(level: Level) -> Tensor:
 # Noise maps -------------------------------------------------------------------------------------------------
 
 
-def noise_independently(clean: Tensor, schedule: Ladder, *, generator: Randomness = None) -> Tensor:
+def noise_independently(clean: Tensor, schedule: Schedule, *, generator: Randomness = None) -> Tensor:
     """The clean latent with its own fresh noise at every level but the last, which it is (Huberman-Spiegelglas et al.
     2024, eq. 6): noisier maps than a chain has, hence the name edit-friendly. NFE: 0."""
-    noisy = [add_noise(clean, normal_like(clean, generator), level) for level in schedule[:-1]]
+    noisy = [add_noise(clean, randn_like(clean, generator), level) for level in schedule[:-1]]
     return torch.stack([*noisy, clean])
 
 
-def corrections(states: Tensor, predict: Predict, schedule: Ladder) -> Tensor:
+def corrections(states: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
     """What an ancestral step lacks at each level to arrive at the next state [S, B, ...]. NFE: S.
 
     σ·z of Huberman-Spiegelglas et al. 2024, eq. 5: with it the steps retrace the states exactly, whatever σ is, also

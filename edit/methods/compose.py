@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from backbone.diffusion.noise import Estimate, over
+from backbone.diffusion.noise import Estimate, broadcast_like
 from backbone.diffusion.samplers import deterministic_step
-from backbone.models.cache import encoded_prompts
+from backbone.models.cache import encode_prompts_cached
 from edit import checks
 from edit.inversion.inversion import Inversion
 from edit.masks import load_latent_mask
@@ -40,7 +40,9 @@ def compose(
     checks.share("strength", strength)
     model, schedule, states = inversion.model, inversion.schedule, inversion.states.float()
     weights = torch.tensor([weight for _, weight in toward], device=states.device)
-    text = encoded_prompts(model, [inversion.prompt, inversion.prompt, "", *(prompt for prompt, _ in toward)])
+    text = encode_prompts_cached(
+        model, [inversion.prompt, inversion.prompt, "", *(prompt for prompt, _ in toward)]
+    )
     predict = model.predictor(text)
     first = inversion.start(strength)
     now, nfe, kept = states[first], 0, Frames(first, inversion.steps, frames)
@@ -54,7 +56,7 @@ def compose(
         on_trajectory, source = select(answer, slice(0, 1)), select(answer, slice(1, 2))
         led = Estimate(
             *(
-                half[1:2] + (over(weights, half[3:]) * (half[3:] - half[2:3])).sum(0, keepdim=True)
+                half[1:2] + (broadcast_like(weights, half[3:]) * (half[3:] - half[2:3])).sum(0, keepdim=True)
                 for half in answer
             )
         )

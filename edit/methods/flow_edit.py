@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backbone.diffusion.noise import Estimate, Level, generator, over
-from backbone.diffusion.schedules import upto
-from backbone.models.cache import encoded_prompts
+from backbone.diffusion.noise import Estimate, Level, broadcast_like, generator
+from backbone.diffusion.schedules import truncate_schedule
+from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from edit import checks
 from edit.masks import load_latent_mask
@@ -54,25 +54,28 @@ def flow_edit(
     guidance = guidance_of(model, guidance)
     encoded = encode_image(model, image)
     clean = encoded.latent
-    schedule = upto(schedule_of(model, steps, clean), strength)
+    schedule = truncate_schedule(schedule_of(model, steps, clean), strength)
     mask_latent = load_latent_mask(mask, encoded)
     predict = SourceAndTargets(
-        model, encoded_prompts(model, [source, *targets]), source_guidance=source_guidance, guidance=guidance
+        model,
+        encode_prompts_cached(model, [source, *targets]),
+        source_guidance=source_guidance,
+        guidance=guidance,
     )
-    empty = encoded_prompts(model, [""])
+    empty = encode_prompts_cached(model, [""])
     edited, kept = clean.repeat_interleave(len(targets), 0), Frames(0, len(schedule) - 1, frames)
     for step, (here, there) in enumerate(pairwise(schedule)):
         velocity = torch.zeros_like(edited)  # of the edit: the targets' minus the source's, mean over draws
         for draw in range(draws):
             random = generator(seed, step, draw, "flow edit")
             noise = torch.randn(clean.shape, generator=random).to(clean)
-            tau = over(_tau(here), clean)
+            tau = broadcast_like(_tau(here), clean)
             noised = (1 - tau) * clean + tau * noise
             # The source noised, and each edit displaced from it by what it is displaced from the image
             both = torch.cat([noised, noised + (edited - clean)])
-            own = _velocity(predict(over(here.a + here.b, both) * both, here, empty))
+            own = _velocity(predict(broadcast_like(here.a + here.b, both) * both, here, empty))
             velocity += (own[1:] - own[:1]) / draws
-        edited = edited + over(_tau(there) - _tau(here), edited) * velocity
+        edited = edited + broadcast_like(_tau(there) - _tau(here), edited) * velocity
         if mask_latent is not None:
             edited = torch.where(mask_latent > 0, edited, clean)
         kept.add(step, edited)

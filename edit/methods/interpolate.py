@@ -8,10 +8,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from backbone.diffusion.noise import over
+from backbone.diffusion.noise import broadcast_like
 from backbone.diffusion.samplers import deterministic_step
 from backbone.io.console import UserError
-from backbone.models.cache import encoded_prompts
+from backbone.models.cache import encode_prompts_cached
 from edit.inversion.inversion import Inversion
 from edit.result import Result
 
@@ -42,7 +42,7 @@ def interpolate(
     # Rows: the two ends on their trajectories, then the images in between
     text = {
         name: torch.cat([value, torch.stack([_mix(value[0], value[1], float(one)) for one in share])])
-        for name, value in encoded_prompts(model, [first.prompt, second.prompt]).items()
+        for name, value in encode_prompts_cached(model, [first.prompt, second.prompt]).items()
     }
     predict, nfe = model.predictor(text), 0
     now = torch.stack([slerp(ends[0, 0], ends[1, 0], float(one)) for one in share])
@@ -52,7 +52,7 @@ def interpolate(
         stepped = deterministic_step(rows, predict(rows, here), here, there)
         nfe += len(rows)
         offset = ends[:, step + 1] - stepped[:2]
-        second_share = over(share, now)
+        second_share = broadcast_like(share, now)
         now = stepped[2:] + (1 - second_share) * offset[:1] + second_share * offset[1:]
         progress()
     latents = torch.cat([ends[:1, -1], now, ends[1:, -1]])

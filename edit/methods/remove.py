@@ -12,7 +12,7 @@ from torch import Tensor
 
 from backbone.diffusion.noise import add_noise, generator
 from backbone.diffusion.samplers import deterministic_step
-from backbone.models.cache import encoded_prompts
+from backbone.models.cache import encode_prompts_cached
 from edit import checks
 from edit.attention.alignment import require, tokenize_prompt
 from edit.inversion.inversion import Inversion
@@ -64,7 +64,7 @@ def remove(
         inside, nfe = locate_word(inversion, word, threshold=threshold)
     inside = _grow(inside, grow)
     seen = without(inversion.prompt, word) if prompt is None else prompt
-    text, empty = (encoded_prompts(model, [words] * count) for words in (seen, negative))
+    text, empty = (encode_prompts_cached(model, [words] * count) for words in (seen, negative))
     predict, each = model.guided_predictor(text, empty, guidance), nfe_of(model, text, guidance)
     first = inversion.start(strength)
     noise = [torch.randn(states.shape[1:], generator=generator(seed, k, "remove")) for k in range(count)]

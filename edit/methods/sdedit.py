@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backbone.diffusion.noise import Ladder, Predict, add_noise, generator
+from backbone.diffusion.noise import Predict, Schedule, add_noise, generator
 from backbone.diffusion.samplers import deterministic_step
-from backbone.diffusion.schedules import upto
-from backbone.models.cache import encoded_prompts
+from backbone.diffusion.schedules import truncate_schedule
+from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from edit import checks
 from edit.masks import load_latent_mask
@@ -53,12 +53,12 @@ def sdedit(
     guidance = guidance_of(model, guidance)
     encoded = encode_image(model, image)
     clean = encoded.latent
-    schedule = upto(schedule_of(model, steps, clean), strength)
+    schedule = truncate_schedule(schedule_of(model, steps, clean), strength)
     mask_latent = load_latent_mask(mask, encoded)
     noise = torch.stack(
         [torch.randn(clean.shape[1:], generator=generator(seed, k, "sdedit")) for k in range(count)]
     )
-    text, empty = (encoded_prompts(model, [words] * count) for words in (prompt, negative))
+    text, empty = (encode_prompts_cached(model, [words] * count) for words in (prompt, negative))
     kept = Frames(0, len(schedule) - 1, frames)
     latents = sample_masked(
         clean,
@@ -85,7 +85,7 @@ def sample_masked(
     clean: Tensor,
     noise: Tensor,
     predict: Predict,
-    schedule: Ladder,
+    schedule: Schedule,
     *,
     mask: Tensor | None,
     frames: Frames,

@@ -25,7 +25,7 @@ def test_a_difference_is_a_share_of_its_greatest_and_the_same_both_ways(inversio
     assert found.shape == (3, *inversion.states.shape[-2:])
     assert found.min() >= 0 and torch.allclose(found.amax((1, 2)), torch.ones(3))
     assert torch.allclose(found[0], found[1]) and not torch.allclose(found[0], found[2])
-    assert asked == len(SHARES) * 3, "every different prompt is asked about once a rung"
+    assert asked == len(SHARES) * 3, "every different prompt is predicted once a step"
 
 
 def test_the_same_prompt_differs_nowhere(inversion: Inversion) -> None:

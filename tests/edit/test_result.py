@@ -13,7 +13,7 @@ from torch import Tensor
 
 import edit
 from backbone.diffusion.noise import Estimate, Level
-from backbone.diffusion.schedules import flow_ladder
+from backbone.diffusion.schedules import flow_schedule
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from edit.inversion.inversion import Inversion, invert
@@ -84,14 +84,14 @@ def clips(monkeypatch: pytest.MonkeyPatch) -> list[Inversion]:
         return {"hidden": torch.zeros(len(prompts), 2, 3)}
 
     for method in ("compose", "interpolate"):
-        monkeypatch.setattr(f"edit.methods.{method}.encoded_prompts", encoded)
+        monkeypatch.setattr(f"edit.methods.{method}.encode_prompts_cached", encoded)
     random = torch.Generator().manual_seed(0)
     return [
         Inversion(
             model=cast(Any, SimpleNamespace(predictor=lambda text: predict)),
             method="direct",
             prompt=SOURCE,
-            schedule=flow_ladder(3),
+            schedule=flow_schedule(3),
             states=torch.randn(4, 2, 5, 8, 8, generator=random),
             image=torch.zeros(3, 64, 64),
             identity="clips",

@@ -20,7 +20,7 @@ from torch import Tensor
 from backbone.diffusion.noise import Estimate
 from backbone.families.base import Attention, Text
 from backbone.io.console import UserError
-from backbone.models.cache import encoded_prompts
+from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from edit.attention.alignment import Alignment, Span, align, require, tokenize_prompt
 from edit.attention.control import Control, Maps
@@ -63,7 +63,7 @@ def replace(
         )
     plan = plan_control(alignments, settings, steps, model.device)
     regions = Regions(inversion, alignments, settings)
-    text = encoded_prompts(model, [inversion.prompt, *targets])
+    text = encode_prompts_cached(model, [inversion.prompt, *targets])
     empty = _unconditional_text(inversion, settings, text)
     guidance = _guidance(inversion, settings)
     predict = SourceAndTargets(
@@ -191,7 +191,7 @@ def _unconditional_text(inversion: Inversion, settings: ReplaceSettings, text: T
     """The encoded prompt [1, ...] of unconditional rows: the negative one; by negative-prompt inversion the source."""
     if inversion.method == "negative-prompt":
         return {name: value[:1] for name, value in text.items()}
-    return encoded_prompts(inversion.model, [settings.negative])
+    return encode_prompts_cached(inversion.model, [settings.negative])
 
 
 def _step(inversion: Inversion, step: int, now: Tensor, estimate: Estimate) -> Tensor:
