@@ -1,4 +1,4 @@
-"""The random tiny pipeline on other noise paths and ladders, and a picture to edit."""
+"""The random tiny pipeline on other noise paths and schedules, and a picture to edit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PATHS = (
 
 
 def tiny_on(folder: Path, kind: PredictionType, spacing: str, offset: int, final: str) -> Backbone:
-    """The tiny pipeline, its network read as one that predicts `kind` on another ladder."""
+    """The tiny pipeline, its network read as one that predicts `kind` on another schedule."""
     model = Backbone.open(str(folder), device="cpu", precision="fp32")
     alphas = alphas_cumprod()
 
