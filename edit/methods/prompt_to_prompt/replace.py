@@ -79,6 +79,7 @@ def replace(
     if inversion.overwrites:
         read_once = -1 if maps is None else min(int(settings.blend_from * steps), steps - 1)
         last_with_source = max(plan.last_step(), read_once)
+    # Where the targets may differ, as far as that is known before the first step
     nfe = regions.compare_predictions(first)
     masks = regions.masks(None)
     trajectory, kept = [now], Frames(first, steps, settings.frames)
@@ -87,13 +88,14 @@ def replace(
         for step in range(first, steps):
             with_source = step <= last_with_source
             if not with_source:
-                controlling.close()
+                controlling.close()  # from here on the denoiser attends as it always does
             plan.apply(control, step)
             estimate = predict(
                 now, inversion.schedule[step], inversion.unconditional(step, empty), with_source=with_source
             )
             now = _step(inversion, step, now, estimate)
             if maps is not None and with_source:
+                # The maps are means over the steps so far, so the place of a word becomes clearer step by step
                 maps.settle()
                 if regions.named.any() and step >= settings.blend_from * steps:
                     masks = regions.masks(maps)
