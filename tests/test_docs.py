@@ -49,6 +49,10 @@ ADDED = {
     "align compare": ("--steps", "2", "--count", "1"),
     "edit": ("--steps", "2"),
 }
+LONG = (
+    "docs/customize.md",
+    "docs/align.md",
+)  # each takes most of a minute; the short pages have their main commands
 # The README's first command installs; .ci/run and the test of the wheel do that.
 INSTALLS = (["python3", "-m", "venv"], ["pip", "install"])
 
@@ -152,7 +156,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_moji: Path) -> P
     return tmp_path
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if any(block.runs for block in blocks_of(page))])
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if page in LONG else [])
+        for page in PAGES
+        if any(block.runs for block in blocks_of(page))
+    ],
+)
 def test_the_blocks_of_a_page_run_in_order(page: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks_of(page):
