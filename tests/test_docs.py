@@ -34,7 +34,7 @@ PROGRAMS = ("customize", "edit", "align", "limner")
 LARGEST = {
     "--steps": 2,
     "--num-inference-steps": 2,
-    "--count": 3,
+    "--count": 2,
     "--iterations": 2,
     "--evaluation-steps": 2,
     "--rank": 4,
@@ -46,6 +46,7 @@ ADDED = {
     "customize evaluate": ("--count", "1"),
     "customize sample": ("--steps", "2"),
     "align sample": ("--steps", "2"),
+    "align train": ("--steps", "2", "--evaluation-draws", "1"),
     "align compare": ("--steps", "2", "--count", "1"),
     "edit": ("--steps", "2"),
 }
@@ -119,12 +120,13 @@ def command_of(words: list[str]) -> tuple[Any, str, list[str]]:
 
 def lowered(words: list[str]) -> list[str]:
     """The call with the numbers of `LARGEST` instead of larger ones, and with what `ADDED` says."""
+    command, name, _ = command_of(words)
+    known = {option: parameter for parameter in command.params for option in parameter.opts}
     changed = list(words)
     for place, (flag, value) in enumerate(pairwise(words), start=1):
-        if flag in LARGEST and value.isdigit():
-            changed[place] = str(min(int(value), LARGEST[flag]))
-    command, name, _ = command_of(words)
-    known = {option for parameter in command.params for option in parameter.opts}
+        if flag in LARGEST and flag in known and value.isdigit():
+            least = getattr(known[flag].type, "min", None) or 0  # interpolating takes three images at least
+            changed[place] = str(min(int(value), max(LARGEST[flag], int(least))))
     more = iter(ADDED.get(name, ADDED.get(words[0], ())))
     for flag, value in zip(more, more, strict=True):
         if flag in known and flag not in words:
