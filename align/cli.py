@@ -472,7 +472,7 @@ def once(prompts: Sequence[Prompt]) -> list[Prompt]:
     return list(found.values())
 
 
-app.command(name="train")(train_cli.train)
+train_cli.register(app)
 
 if __name__ == "__main__":
     main()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -12,18 +13,12 @@ from backbone.io.commands import command_group, print_json
 from backbone.io.console import UserError, run, say, speaks
 from backbone.io.files import read_json
 from backbone.io.flags import Device, Model, Precision, option
+from backbone.io.options import command, refuse_idle
+from backbone.training.settings import PANELS, refuse_beside_resume
 from customize.formats import cli as files_cli
+from customize.settings import Settings, Subject, TrainOptions, read_settings, read_subject, resolved
 
 app = command_group("Teach a diffusion model a new concept from a handful of images.")
-
-Method = Literal["lora", "full", "textual-inversion", "pivotal", "custom-diffusion"]
-Adapter = Literal["lora", "dora", "loha", "lokr"]
-Prior = Literal["base", "class-images", "off"]
-Mask = Literal["files", "auto"]
-Optimizer = Literal["adamw", "adamw8bit", "prodigy"]
-Reports = Literal["jsonl", "tensorboard"]
-Weighting = Literal["none", "min-snr", "debiased"]
-Quantized = Literal["8bit", "nf4"]
 
 
 def main() -> None:
@@ -82,14 +77,13 @@ def check(
     captions = sum(image.caption is not None for image in found)
     say(f"{len(found)} images in {images} can be read ({captions} with captions).")
     from backbone.models.model import Backbone
-    from customize.settings import resolved
     from customize.train.preflight import estimate, warnings_about
 
     opened = Backbone.open(model or "moji", device=device or "auto", precision=precision or "auto")
     warnings = warnings_about(found, resolution=opened.resolution)
     for warning in warnings:
         say(f"Warning: {warning}")
-    settings = resolved(opened, {}, images=images, token="[V]", class_noun="")
+    settings = resolved({"images": images, "token": "[V]", "class_noun": ""}, opened.defaults)
     needs: dict[str, Any] = {}
     if vram is not None:
         from customize.train.memory import foreseen
@@ -106,366 +100,75 @@ def check(
         print_json({"images": len(found), "captions": captions, "warnings": warnings, **needs})
 
 
-@app.command()
-def train(
-    images: Annotated[
-        str | None,
-        typer.Option(
-            "--images",
-            "--instance_data_dir",
-            help="A folder of pictures, a dataset's id, or folders as kohya's.",
-        ),
-    ] = None,
-    token: Annotated[
-        str, typer.Option("--token", "--trigger_word", help="What you will write in prompts for the subject.")
-    ] = "[V]",
-    class_noun: Annotated[
-        str | None,
-        typer.Option(
-            "--class", help="What the subject is, in a word (dog).", show_default="guessed from the pictures"
-        ),
-    ] = None,
-    concept: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--concept",
-            help="One more subject, as FOLDER:TOKEN:CLASS; repeatable.",
-            show_default="none",
-        ),
-    ] = None,
-    model: Model = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The run folder.", show_default="runs/NAME-OF-PICTURES")
-    ] = None,
-    resume: Annotated[
-        Path | None, typer.Option("--resume", "--resume_from_checkpoint", help="Go on with this run folder.")
-    ] = None,
-    method: Annotated[
-        Method | None,
-        typer.Option(
-            "--method",
-            help="What is trained; pivotal: a word, then an adapter; custom-diffusion: cross-attention and a word.",
-            show_default="lora",
-        ),
-    ] = None,
-    steps: Annotated[
-        str | None,
-        typer.Option(
-            "--steps",
-            "--max_train_steps",
-            show_default="by model",
-            help="Optimiser steps; auto: until nothing improves.",
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
-    learning_rate: Annotated[
-        float | None, typer.Option("--learning_rate", min=0, show_default="by model")
-    ] = None,
-    lr_scheduler: Annotated[
-        str | None, typer.Option("--lr_scheduler", help="cosine or constant.", show_default="cosine")
-    ] = None,
-    lr_warmup_steps: Annotated[
-        int | None, typer.Option("--lr_warmup_steps", min=0, show_default="20")
-    ] = None,
-    batch: Annotated[
-        int | None,
-        typer.Option("--train_batch_size", min=1, show_default="by model", help="Pictures a step."),
-    ] = None,
-    rank: Annotated[
-        int | None, typer.Option("--rank", "--network_dim", min=1, show_default="by model")
-    ] = None,
-    lora_alpha: Annotated[
-        float | None,
-        typer.Option("--lora_alpha", "--network_alpha", show_default="the rank", help="Strength, α/rank."),
-    ] = None,
-    lora_dropout: Annotated[
-        float | None, typer.Option("--lora_dropout", min=0, max=0.99, show_default="0")
-    ] = None,
-    lora_layers: Annotated[
-        str | None, typer.Option("--lora_layers", help="attention or all.", show_default="by model")
-    ] = None,
-    adapter: Annotated[
-        Adapter | None, typer.Option("--adapter", help="The adapter's kind.", show_default="lora")
-    ] = None,
-    use_dora: Annotated[bool, typer.Option("--use_dora", help="The same as --adapter dora.")] = False,
-    rank_pattern: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--rank_pattern", help="Layers of another rank, as attn2=8; repeatable.", show_default="none"
-        ),
-    ] = None,
-    train_text_encoder: Annotated[
-        bool, typer.Option("--train_text_encoder", help="The adapter on the text encoders too.")
-    ] = False,
-    text_encoder_lr: Annotated[
-        float | None, typer.Option("--text_encoder_lr", min=0, show_default="1e-4")
-    ] = None,
-    num_vectors: Annotated[
-        int | None,
-        typer.Option("--num_vectors", min=1, max=32, help="Rows of the token's own word.", show_default="1"),
-    ] = None,
-    initializer_token: Annotated[
-        str | None,
-        typer.Option("--initializer_token", help="Where a word begins.", show_default="the class"),
-    ] = None,
-    words_learning_rate: Annotated[
-        float | None, typer.Option("--words_learning_rate", min=0, show_default="5e-3")
-    ] = None,
-    instance_prompt: Annotated[
-        str | None,
-        typer.Option(
-            "--instance_prompt",
-            help="What pictures without a caption show.",
-            show_default="a {token} {class}",
-        ),
-    ] = None,
-    class_prompt: Annotated[str | None, typer.Option("--class_prompt", show_default="a {class}")] = None,
-    token_words: Annotated[
-        str | None,
-        typer.Option("--token_words", help="The rare words behind the token.", show_default="found"),
-    ] = None,
-    prior: Annotated[
-        Prior | None,
-        typer.Option(
-            "--prior",
-            help="How the class is preserved: the base's answers, pictures that the base draws, or not at all.",
-            show_default="base",
-        ),
-    ] = None,
-    with_prior_preservation: Annotated[
-        bool, typer.Option("--with_prior_preservation", help="The same as --prior class-images.")
-    ] = False,
-    num_class_images: Annotated[
-        int | None,
-        typer.Option("--num_class_images", min=1, help="With --prior class-images.", show_default="48"),
-    ] = None,
-    prior_loss_weight: Annotated[
-        float | None,
-        typer.Option("--prior_loss_weight", min=0, help="0: no prior preservation.", show_default="1"),
-    ] = None,
-    flip: Annotated[
-        bool | None, typer.Option("--flip/--no-flip", help="Mirrored pictures too.", show_default="by model")
-    ] = None,
-    aspect_buckets: Annotated[
-        bool,
-        typer.Option(
-            "--aspect_buckets", "--enable_bucket", help="Pictures keep their shape (1:2 to 2:1), uncropped."
-        ),
-    ] = False,
-    mask: Annotated[
-        Mask | None,
-        typer.Option(
-            "--mask",
-            help="auto: for pictures without a mask file, where the model sees the class.",
-            show_default="files",
-        ),
-    ] = None,
-    checkpointing_steps: Annotated[
-        int | None, typer.Option("--checkpointing_steps", min=1, show_default="100")
-    ] = None,
-    validation_steps: Annotated[
-        int | None,
-        typer.Option("--validation_steps", min=1, help="A preview sheet every so often.", show_default="500"),
-    ] = None,
-    evaluation_steps: Annotated[
-        int | None,
-        typer.Option(
-            "--evaluate-every",
-            "--evaluation_steps",
-            min=0,
-            help="0: never.",
-            show_default="125; with --steps auto 50",
-        ),
-    ] = None,
-    patience: Annotated[
-        int | None,
-        typer.Option(
-            "--patience", min=0, help="Stop after so many evaluations without a better one.", show_default="0"
-        ),
-    ] = None,
-    scorer: Annotated[
-        str | None,
-        typer.Option(
-            "--scorer", help="A folder of CLIP or DINO that measures.", show_default="the model's own"
-        ),
-    ] = None,
-    validation_prompt: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--validation_prompt",
-            help="A prompt of the sheet, repeatable; {} is the subject.",
-            show_default="eight",
-        ),
-    ] = None,
-    gradient_accumulation_steps: Annotated[
-        int | None, typer.Option("--gradient_accumulation_steps", min=1, show_default="1")
-    ] = None,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient_checkpointing", help="Less memory, a third more time.")
-    ] = False,
-    optimizer: Annotated[Optimizer | None, typer.Option("--optimizer", show_default="adamw")] = None,
-    use_8bit_adam: Annotated[
-        bool, typer.Option("--use_8bit_adam", help="The same as --optimizer adamw8bit.")
-    ] = False,
-    ema_decay: Annotated[
-        float | None,
-        typer.Option("--ema_decay", min=0, max=0.99999, help="Keep an average.", show_default="0, none"),
-    ] = None,
-    loss_weighting: Annotated[
-        Weighting | None,
-        typer.Option("--loss_weighting", help="The weight of noise levels.", show_default="by model"),
-    ] = None,
-    snr_gamma: Annotated[
-        float | None,
-        typer.Option("--snr_gamma", min=0, help="Min-SNR weighting with this γ.", show_default="off"),
-    ] = None,
-    noise_offset: Annotated[float | None, typer.Option("--noise_offset", min=0, show_default="0")] = None,
-    max_grad_norm: Annotated[float | None, typer.Option("--max_grad_norm", min=0, show_default="1")] = None,
-    report_to: Annotated[
-        Reports | None,
-        typer.Option("--report_to", help="Curves for TensorBoard beside the log.", show_default="jsonl"),
-    ] = None,
-    push_to_hub: Annotated[
-        bool, typer.Option("--push_to_hub", "--push-to-hub", help="Upload the finished run to the hub.")
-    ] = False,
-    hub_model_id: Annotated[
-        str | None, typer.Option("--hub_model_id", help="Where to.", show_default="the run's name")
-    ] = None,
-    precision: Precision = None,
-    device: Device = None,
-    vram: Annotated[
-        float | None,
-        typer.Option(
-            "--vram",
-            min=0.1,
-            help="The device's memory in GiB: says what it takes to fit, and does it, or refuses.",
-            show_default="not looked at",
-        ),
-    ] = None,
-    quantize: Annotated[
-        Quantized | None,
-        typer.Option(
-            "--quantize", help="The frozen base in fewer bits (bitsandbytes, a GPU).", show_default="no"
-        ),
-    ] = None,
-    cpu_offload: Annotated[
-        float | None,
-        typer.Option(
-            "--cpu_offload",
-            min=0,
-            max=1,
-            help="The base's share in the CPU's memory.",
-            show_default="0",
-        ),
-    ] = None,
-    vae_tiling: Annotated[bool, typer.Option("--vae_tiling", help="The autoencoder on tiles.")] = False,
-    text_on_cpu: Annotated[bool, typer.Option("--text_on_cpu", help="Text encoders on the CPU.")] = False,
-    one_by_one: Annotated[bool, typer.Option("--one_by_one", help="Draw one picture at a time.")] = False,
-) -> None:
-    """Teach the model a subject from a few pictures (DreamBooth with LoRA)."""
-    from backbone.media.pictures import check as check_pictures
-    from backbone.media.pictures import read_folder
-
-    if resume is not None:
-        from customize.settings import read_settings
-
-        read_settings(resume)  # mistakes are answered before torch is imported
+@command(app, Settings, TrainOptions, panels=PANELS)
+def train(asked: dict[str, Any], run: TrainOptions) -> None:
+    """Teach the model a subject from a few images (DreamBooth with LoRA)."""
+    if run.resume is not None:
+        refuse_beside_resume(Settings, asked, run)
+        read_settings(run.resume)  # mistakes are answered before torch is imported
         from customize.train.run import resume_concept
 
-        finished = resume_concept(resume)
-    elif images is None and not concept:
-        raise UserError(
-            "Say where the pictures are: --images FOLDER (customize example dog/ writes some to try)."
-        )
+        finished = resume_concept(run.resume)
     else:
-        from customize.data.folders import is_concepts, read_subjects
-        from customize.settings import Subject, read_subject
+        said = asked
+        subjects, asked = subjects_of(said)
+        named = {"images": "", "token": "", "class_noun": "", "subject": [one.flag() for one in subjects[1:]]}
+        refuse_idle(resolved({**named, **asked}, {}), said)  # before torch is imported, as contradictions
+        from backbone.media.pictures import check as check_pictures
+        from backbone.media.pictures import read_folder
 
-        subjects: list[Subject] = []
-        prompts: dict[str, str] = {}
-        if images is not None and is_concepts(images):
-            subjects, prompts = read_subjects(images)
-            for subject in subjects:
-                say(f"{subject.images}: {subject.token} {subject.class_noun}, all subjects equally often.")
-        elif images is not None:
-            subjects = [Subject(images, token, class_noun or "", token_words or "")]
-        subjects += [read_subject(flag) for flag in concept or []]
-        asked: dict[str, Any] = {
-            **prompts,
-            "model": model,
-            **step_count(steps),
-            "seed": seed,
-            "method": method,
-            "adapter": "dora" if use_dora else adapter,
-            "rank_pattern": tuple(rank_pattern or ()),
-            "train_text_encoder": train_text_encoder or None,
-            "text_encoder_lr": text_encoder_lr,
-            "num_vectors": num_vectors,
-            "initializer_token": initializer_token,
-            "words_learning_rate": words_learning_rate,
-            "prior": "class-images" if with_prior_preservation else prior,
-            "num_class_images": num_class_images,
-            "gradient_accumulation_steps": gradient_accumulation_steps,
-            "gradient_checkpointing": gradient_checkpointing or None,
-            "optimizer": "adamw8bit" if use_8bit_adam else optimizer,
-            "ema_decay": ema_decay,
-            "loss_weighting": "min-snr" if snr_gamma else loss_weighting,
-            "snr_gamma": snr_gamma or None,
-            "noise_offset": noise_offset,
-            "learning_rate": learning_rate,
-            "lr_scheduler": lr_scheduler,
-            "lr_warmup_steps": lr_warmup_steps,
-            "batch": batch,
-            "rank": rank,
-            "lora_alpha": lora_alpha,
-            "lora_dropout": lora_dropout,
-            "lora_layers": lora_layers,
-            **({} if instance_prompt is None else {"instance_prompt": instance_prompt}),
-            "class_prompt": class_prompt,
-            "prior_loss_weight": prior_loss_weight,
-            "flip": flip,
-            "aspect_buckets": aspect_buckets or None,
-            "mask": mask,
-            "checkpointing_steps": checkpointing_steps,
-            "validation_steps": validation_steps,
-            "evaluation_steps": evaluation_steps,
-            **({} if patience is None else {"patience": patience}),
-            "scorer": scorer,
-            "report_to": report_to,
-            "push_to_hub": push_to_hub or None,
-            "hub_model_id": hub_model_id,
-            "sheet_prompts": tuple(validation_prompt or ()),
-            "max_grad_norm": max_grad_norm,
-            "precision": precision,
-            "device": device,
-            "vram": vram,
-            "quantize": quantize,
-            "cpu_offload": cpu_offload,
-            "vae_tiling": vae_tiling or None,
-            "text_on_cpu": text_on_cpu or None,
-            "one_by_one": one_by_one or None,
-        }
-        asked = {name: value for name, value in asked.items() if value is not None}
+        columns = {name: asked.get(name) or None for name in ("caption_column", "image_column")}
         for subject in subjects:
-            check_pictures(read_folder(subject.images))  # mistakes are answered before torch is imported
+            check_pictures(read_folder(subject.images, **columns))
         from customize.train.run import train_concept
 
-        finished = train_concept(asked, subjects, out=out)
-        token = subjects[0].token
+        finished = train_concept(asked, subjects, out=run.out, vram=run.vram)
+    token = read_settings(finished).token
     say(
         f'{finished}/sheet.png shows it. Next: customize sample "a {token} … in the snow" --concept {finished}'
     )
 
 
-def step_count(asked: str | None) -> dict[str, int]:
-    """What `--steps` asks for: a number, or `auto`; `UserError` for anything else."""
-    if asked is None:
-        return {}
-    if asked == "auto":
-        return {"patience": 3}
-    if not asked.isdigit() or int(asked) < 1:
-        raise UserError(f"--steps {asked} is neither a number of steps nor auto. Give one of them.")
-    return {"steps": int(asked)}
+def subjects_of(asked: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]]:
+    """What is to be learned, and the settings with what a layout of other trainers says beside it.
+
+    Raises `UserError` where nothing is named, or a flag says otherwise than the layout.
+    """
+    from customize.data.folders import is_concepts, read_subjects
+
+    rest = dict(asked)
+    images, token = rest.pop("images", None), rest.pop("token", None)
+    noun, words = rest.pop("class_noun", ""), rest.pop("token_words", "")
+    more = [read_subject(flag) for flag in rest.pop("subject", ())]
+    if images is None:
+        if not more:
+            raise UserError(
+                "Say where the images are: --images FOLDER (customize example dog/ writes some to try)."
+            )
+        for name, value in (("token", token), ("class", noun), ("token-words", words)):
+            if value:
+                raise UserError(
+                    f"--{name} belongs to --images, which is not there. Add it, or leave that out."
+                )
+        return more, rest
+    if not is_concepts(images):
+        return [Subject(images, token or "[V]", noun, words), *more], rest
+    found, prompts = read_subjects(images)
+    for flag, value, own in (
+        ("--token", token, found[0].token),
+        ("--class", noun, found[0].class_noun),
+        ("--token-words", words, found[0].token_words),
+    ):
+        if value and (value != own or len(found) > 1):
+            raise UserError(
+                f"{images} says what its subjects are called, so {flag} has no effect. Leave it out."
+            )
+    for subject in found:
+        say(f"{subject.images}: {subject.token} {subject.class_noun}, all subjects equally often.")
+    if "class_images" in prompts and rest.get("prior") != "class-images":
+        say(f"The class_data_dir of {images} is for --prior class-images, and is left aside.")
+        del prompts["class_images"]
+    return [*found, *more], {**prompts, **rest}
 
 
 @app.command()
@@ -610,9 +313,7 @@ def evaluate(
     ] = None,
     as_json: flags.Json = False,
 ) -> None:
-    """Measure a run by the DreamBench protocol: subject and prompt fidelity, class drift, diversity."""
-    from customize.settings import read_settings
-
+    """Measure a run by the DreamBench protocol: likeness, obedience, class, variety."""
     read_settings(run)  # mistakes are answered before torch is imported
     from customize.evaluate.dreambench import (
         TABLE,

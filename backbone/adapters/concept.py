@@ -127,7 +127,7 @@ def rare_words(vocabulary: Mapping[str, int], key: str, *, count: int = 1, taken
     words = [token.removesuffix("</w>").removeprefix("▁") for token in candidates[:POOL]]
     words = [word for word in words if word not in set(taken)]
     if len(words) < count:
-        raise UserError("This model's tokenizer has no rare words of its own. Give some with --token_words.")
+        raise UserError("This model's tokenizer has no rare words of its own. Give some with --token-words.")
     words.sort(key=lambda word: content_hash(f"{key}/{word}".encode()))
     return " ".join(words[:count])
 

@@ -188,11 +188,11 @@ class Family(Protocol):
 
 @dataclass(frozen=True)
 class NoisePath:
-    """A noise path: the levels that the model was trained at, and the ladder of a sampler.
+    """A noise path: the levels that the model was trained at, and the noise schedule of a sampler.
 
     prediction_type  what the network predicts
     levels  [T], clean to noisy: a uniform choice among them is what training drew from
-    ladder  (steps S, size (H, W) of the latents) → the rungs [S + 1], noisy to clean
+    schedule  (steps S, size (H, W) of the latents) → the levels [S + 1], noisy to clean
     """
 
     prediction_type: PredictionType

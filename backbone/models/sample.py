@@ -26,7 +26,7 @@ MODELS_OWN: Size = (None, None)
 
 @dataclass(frozen=True)
 class Request:
-    """An image to sample: the prompt with its placeholder tokens resolved, and the key of its noise (prompt, sample)."""
+    """An image to sample: the prompt with its placeholder tokens resolved, and its noise key (prompt, sample)."""
 
     prompt: str
     key: tuple[int, int]

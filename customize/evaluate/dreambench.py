@@ -106,7 +106,12 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Draws a run's pictures, compares them, and writes `table.md`, `table.json` and `sheet.png`."""
     settings, concept = read_settings(run), read_concept(run)
-    model = Backbone.open(settings.model, device=settings.device, precision=settings.precision)
+    model = Backbone.open(
+        settings.model,
+        device=settings.device,
+        precision=settings.precision,
+        resolution=settings.resolution,
+    )
     judge = scorers_of(scorer, model)
     requests = [
         Request(spoken(prompt.format(settings.called()), [concept]), (i, j))

@@ -132,7 +132,7 @@ def import_adapter(
     )
     if not words:
         raise UserError(
-            f"{file} does not say its trigger words. Give them with --token_words, as --token_words sks."
+            f"{file} does not say its trigger words. Give them with --token-words, as --token-words sks."
         )
     opened = Backbone.open(place, device="cpu", precision="fp32")
     refuse_misfit(

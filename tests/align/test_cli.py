@@ -20,6 +20,7 @@ from align.train.memory import budgeted
 from backbone.adapters.concept import read_concept
 from backbone.io.console import UserError
 from backbone.io.files import read_json
+from backbone.io.options import fields_of
 from backbone.media.decode import open_rgb
 from backbone.models.model import Backbone
 from tests.align.conftest import BRIGHT, FIVE, TRAIN, align, picture, refused, write_lines
@@ -258,7 +259,7 @@ def test_a_reward_trains_without_pairs(
     out = tmp_path / "run"
     where = ("--model", tiny_folder, "--precision", "fp32", "--device", "cpu", "--prompts", prompts)
     how = ("--online", bright, "--rounds", 2, "--per-prompt", 2, "--sample-steps", 2, "--loss-type", loss)
-    align("train", "--out", out, *where, *how, *TRAIN)
+    align("train", "--out", out, *where, *how, "--steps", 4, "--train-batch-size", 2, "--rank", 2)
     assert read_concept(out).weights
     assert read_json(out / "summary.json")["kind"] == "reward"
     assert "trained without pairs" in refused("evaluate", out)
@@ -389,13 +390,13 @@ def test_every_setting_can_be_said_on_the_command_line() -> None:
 
     import typer
 
-    from align.settings import FLAGS, Settings
+    from align.settings import Settings
 
     command = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
     known = {option for parameter in command.params for option in parameter.opts}
     for field in dataclasses.fields(Settings):
-        flag = {"concepts": "concept", "pairs": "source"}.get(field.name, FLAGS.get(field.name, field.name))
-        assert {flag, "--" + flag.replace("_", "-")} & known, field.name
+        flag = fields_of(Settings)[field.name].flag
+        assert {field.name, flag} & known, field.name
 
 
 # Results as JSON ----------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ from backbone.media.pictures import read_folder
 from backbone.models.cache import VARIABLE
 from backbone.models.locate import EMBEDDED
 from backbone.models.model import Backbone
-from customize.cli import step_count
 from customize.evaluate.dreambench import own_prompts, read_prompts
 from customize.evaluate.metrics import Evaluator, Figures, Patience, Scorers, mean_likeness, protocol, rating
 from customize.settings import Settings
@@ -106,14 +105,6 @@ def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
 def test_our_own_prompts_are_twenty_five_different_ones() -> None:
     assert len(set(own_prompts())) == 25
     assert all(prompt.count("{}") == 1 for prompt in own_prompts())
-
-
-def test_steps_are_a_number_or_auto() -> None:
-    assert step_count("30") == {"steps": 30}
-    assert step_count("auto") == {"patience": 3}
-    assert step_count(None) == {}
-    with pytest.raises(UserError, match="auto"):
-        step_count("many")
 
 
 def test_a_report_shows_text_as_text(tmp_path: Path) -> None:

@@ -162,6 +162,50 @@ def test_a_concept_is_worn_and_its_token_understood(
     assert "No given concept owns the token [V]" in capsys.readouterr().err
 
 
+def test_words_may_stand_in_files(edit: Edit) -> None:
+    Path("cat.txt").write_text("a cat in the snow\n")
+    Path("targets.txt").write_text("a dog in the snow\na red cat in the snow\n")
+    assert (
+        edit(
+            "invert-and-replace", "photo.png", "--source", "cat.txt", "--target", "targets.txt", "--out", "a"
+        )
+        == 0
+    )
+    assert record("a")["settings"]["source"] == "a cat in the snow"
+    assert record("a")["settings"]["targets"] == ["a dog in the snow", "a red cat in the snow"]
+    Path("both.txt").write_text("a cat\na dog\n")
+    assert (
+        edit("interpolate", "photo.png", "photo.png", "--prompts", "both.txt", "--count", "3", "--out", "b")
+        == 0
+    )
+    assert record("b")["settings"]["second_prompt"] == "a dog"
+
+
+def test_a_concept_s_strength_is_part_of_an_edit_and_of_an_inversion(
+    edit: Edit, tiny: Backbone, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_lora(tiny.denoiser, "x", rank=2, alpha=4.0, targets=("to_q", "to_v"))
+    for value in lora_parameters(tiny.denoiser, "x").values():
+        value.data.fill_(0.3)
+    for folder in ("dog", "dog/best"):
+        save_lora(Path(folder, "weights.safetensors"), tiny.denoiser, "x")
+        name, owned = str(tiny.location.name), {"[V]": "bcd"}
+        Concept("lora", name, tiny.fingerprint, owned, "dog", "weights.safetensors").write(Path(folder))
+    worn = ("--concept", "dog", "--scale", "0.5")
+    assert edit("sdedit", "photo.png", "--prompt", "a [V] dog", *worn, "--out", "half") == 0
+    assert "its best checkpoint is used" in capsys.readouterr().err
+    assert (record("half")["scale"], record("half")["settings"]["concepts"]) == (0.5, ["dog/best"])
+    assert edit("replay", "half", "--out", "again") == 0
+    assert Image.open("half/edit_0.png").tobytes() == Image.open("again/edit_0.png").tobytes()
+    assert edit("sdedit", "photo.png", "--prompt", "a [V] dog", *worn[:2], "--out", "whole") == 0
+    assert Image.open("half/edit_0.png").tobytes() != Image.open("whole/edit_0.png").tobytes()
+    assert edit("invert", "photo.png", "--source", "a [V] dog", *worn) == 0
+    made = ("invert-and-replace", "--inversion", "photo.safetensors", "--target", "a red [V] dog")
+    assert edit(*made, *worn[:2]) == 2
+    assert "another scale" in capsys.readouterr().err
+    assert edit(*made, *worn) == 0
+
+
 def test_a_dry_run_prints_what_becomes_of_the_words_and_writes_nothing(
     edit: Edit, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,6 +249,10 @@ def test_a_dry_run_prints_what_becomes_of_the_words_and_writes_nothing(
         (("compose", "photo.png", "--source", "a cat"), "no prompt to compose with"),
         (("interpolate", "photo.png", "photo.png", "--prompts", "a"), "1 prompts are given for two images"),
         (("replay", "nowhere"), "nowhere does not exist"),
+        (("sdedit", "photo.png", "--prompt", "nowhere.txt"), "nowhere.txt does not exist"),
+        (("sdedit", "photo.png", "--prompt", "a", "--scale", "2"), "--scale has no effect without --concept"),
+        (("invert-and-replace", "photo.png", *WORDS, "--iterations", "2"), "--iterations has no effect"),
+        (("invert", "photo.png", "--source", "a cat", "--guidance", "2"), "--guidance has no effect"),
         (("replay", "other.json"), "no record of an edit"),
     ],
 )
