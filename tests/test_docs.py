@@ -54,8 +54,8 @@ LONG = (
     "docs/customize.md",
     "docs/align.md",
 )  # each takes most of a minute; the short pages have their main commands
-# The README's first command installs; .ci/run and the test of the wheel do that.
-INSTALLS = (["python3", "-m", "venv"], ["pip", "install"])
+# What the README's two commands do beside: .ci/run and the test of the wheel install, and this is one of the checks.
+ELSEWHERE = (["python3", "-m", "venv"], ["pip", "install"], ["python", "-m", "tests.check"])
 
 BLOCK = re.compile(
     r"^(?:<!-- (?P<marker>[^\n]*) -->\n+)?```(?P<language>sh|python)\n(?P<text>.*?)^```$",
@@ -121,12 +121,13 @@ def command_of(words: list[str]) -> tuple[Any, str, list[str]]:
 def lowered(words: list[str]) -> list[str]:
     """The call with the numbers of `LARGEST` instead of larger ones, and with what `ADDED` says."""
     command, name, _ = command_of(words)
-    known = {option: parameter for parameter in command.params for option in parameter.opts}
+    known = {option for parameter in command.params for option in parameter.opts}
     changed = list(words)
     for place, (flag, value) in enumerate(pairwise(words), start=1):
-        if flag in LARGEST and flag in known and value.isdigit():
-            least = getattr(known[flag].type, "min", None) or 0  # interpolating takes three images at least
-            changed[place] = str(min(int(value), max(LARGEST[flag], int(least))))
+        if (
+            flag in LARGEST and value.isdigit() and name != "edit interpolate"
+        ):  # which takes three images at least
+            changed[place] = str(min(int(value), LARGEST[flag]))
     more = iter(ADDED.get(name, ADDED.get(words[0], ())))
     for flag, value in zip(more, more, strict=True):
         if flag in known and flag not in words:
@@ -260,7 +261,7 @@ def known_flags() -> set[str]:
 
 def call(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs one of our commands in this process; it must end with status 0."""
-    if any(words[: len(install)] == install for install in INSTALLS):
+    if any(words[: len(other)] == other for other in ELSEWHERE):
         return
     assert words[0] in PROGRAMS, f"{words[0]} is not ours: mark the block as not run."
     words = lowered(words)
