@@ -130,7 +130,9 @@ def lowered(words: list[str]) -> list[str]:
             changed[place] = str(min(int(value), LARGEST[flag]))
     more = iter(ADDED.get(name, ADDED.get(words[0], ())))
     for flag, value in zip(more, more, strict=True):
-        if flag in known and flag not in words:
+        if (
+            flag in known and flag not in words and "--online" not in words
+        ):  # whose steps the small model says
             changed += [flag, value]
     return changed
 
