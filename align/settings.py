@@ -13,7 +13,6 @@ from backbone.io.console import UserError
 from backbone.io.files import read_json
 
 FILE = "settings.json"
-LOG = "log.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 SUMMARY = "summary.json"
 REPORT = "report.html"

@@ -48,10 +48,12 @@ from align.pairs.read import read
 from align.pairs.records import Pair, check
 from align.settings import Settings
 from backbone.adapters.lora import adapters_off
+from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError, run, say
 from backbone.io.files import write_json, write_text
 from backbone.models.model import Backbone
+from backbone.training.run import take_steps
 from benchmarks.shapes import (
     CLOCKS,
     CLOCKS_OF,
@@ -170,7 +172,7 @@ def whole(
         model = Backbone.open("moji", device=device, precision=precision)
         training = PreferenceTraining(model, empty(model), settings)
         training.take(replace(prepare(model, chosen, [], settings), held_out=[]))
-        for _ in training.steps():
+        for _ in take_steps(training):
             pass
         our_seconds = time.perf_counter() - began
         if before is None:
@@ -204,7 +206,7 @@ class Script:
     def step(self) -> float:
         """One optimiser step; gives the loss, as the script logs it at every step."""
         model, training = self.parts.model, self.training
-        latents, text = self.latents(), self.parts.encode(self.prompts)
+        latents, conditions = self.latents(), self.parts.encode(self.prompts)
         half = len(latents) // 2
         noise = torch.randn((half, *latents.shape[1:]), generator=self.random).to(latents).repeat(2, 1, 1, 1)
         index = torch.randint(0, len(model.path.levels), (half,), generator=self.random).repeat(2)
@@ -214,7 +216,7 @@ class Script:
             a * latents + b * noise,
             noise if model.path.kind == "epsilon" else a * noise - b * latents,
             index,
-            {name: torch.cat([value, value]).to(latents.device) for name, value in text.items()},
+            conditions.repeat(2).to(latents.device),
             torch.ones(half),
             2,
         )
@@ -239,13 +241,7 @@ class Script:
 
     def ask(self, batch: Batch) -> Tensor:
         """The network's prediction, float32."""
-        model = self.parts.model
-        time_ = model.path.levels.time
-        assert time_ is not None
-        with model.autocast():
-            network = model.family.network(model.denoiser, batch.text)
-            said = network(batch.noisy, time_[batch.index].to(batch.noisy.device))
-        return said.float()
+        return self.parts.model.predict(batch.noisy, batch.index, batch.conditions)
 
     def latents(self) -> Tensor:
         """Both pictures of each pair decoded from their files and encoded."""
@@ -287,7 +283,7 @@ def ours(parts: Parts, batch: int) -> PreferenceTraining:
         width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         text["pooled"] = torch.randn(2, width, generator=random)
     items = [Item((2 * n, 2 * n + 1), 1, 1.0, f"pair {n}") for n in range(batch)]
-    training.material = Material(latents, None, text, items, []).to(model.device)
+    training.material = Material(latents, None, Conditions(text), items, []).to(model.device)
     return training
 
 
@@ -302,7 +298,7 @@ def one_step(kind: str, training: PreferenceTraining, script: Script) -> None:
         script.step()
         return
     training.settings = replace(training.settings, gradient_checkpointing=saving)
-    for _ in training.steps(until=training.done + 1):
+    for _ in take_steps(training, until=training.done + 1):
         pass
 
 
@@ -322,7 +318,7 @@ class Parity(NamedTuple):
 
 def parity(training: PreferenceTraining, *, size: float = 1e-3) -> Parity:
     """Both sides on the same latents, noise and levels, the adapter moved off zero by noise of this size."""
-    script = Script(Parts(training.model, nn.Identity(), lambda prompts: {}), training, [])
+    script = Script(Parts(training.model, nn.Identity(), lambda prompts: Conditions({})), training, [])
     before = {name: value.detach().clone() for name, value in training.parameters.items()}
     with torch.no_grad():
         for number, value in enumerate(training.parameters.values()):
@@ -355,7 +351,7 @@ def settings_for(
 
 def empty(model: Backbone) -> Material:
     """No records yet."""
-    return Material(torch.empty(0, *model.latent_shape), None, {}, [], [])
+    return Material(torch.empty(0, *model.latent_shape), None, Conditions({}), [], [])
 
 
 # Figures ----------------------------------------------------------------------------------------------------

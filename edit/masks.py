@@ -38,8 +38,7 @@ def differences(
     rungs = torch.tensor(sorted({first + int(share * (steps - first)) for share in SHARES}))
     states = inversion.states.float()[rungs.to(inversion.states.device)]
     levels = inversion.ladder[rungs.to(inversion.ladder.a.device).repeat_interleave(len(prompts))]
-    text = {name: value.repeat(len(rungs), *[1] * (value.ndim - 1))
-            for name, value in encoded_prompts(model, prompts).items()}  # fmt: skip
+    text = encoded_prompts(model, prompts).repeat(len(rungs))
     rows = states.repeat_interleave(len(prompts), 0)
     noise = model.predictor(text)(rows, levels).noise.unflatten(0, (len(rungs), len(prompts)))
     found = []

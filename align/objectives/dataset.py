@@ -26,9 +26,9 @@ from align.pairs.records import (
 )
 from align.settings import Settings
 from backbone.adapters.concept import Concept, spoken
+from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Level, add_noise, generator, target
 from backbone.distributed import processes
-from backbone.families.base import Text
 from backbone.io.console import UserError, progress
 from backbone.io.files import content_hash
 from backbone.media.pictures import Picture
@@ -58,11 +58,18 @@ class Item:
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """Latents [P, C, H, W] and their mirror images, text rows (row 0 is the empty prompt), the records of each side."""
+    """The encoded dataset.
+
+    latents     [P, …], posterior means
+    mirrored    the same of the mirror images, or None
+    conditions  one row for each prompt; row 0 is the empty prompt
+    train       the records to learn from
+    held_out    the records to validate on
+    """
 
     latents: Tensor
     mirrored: Tensor | None
-    text: Text
+    conditions: Conditions
     train: list[Item]
     held_out: list[Item]
 
@@ -72,7 +79,7 @@ class Material:
             self,
             latents=self.latents.to(device),
             mirrored=None if self.mirrored is None else self.mirrored.to(device),
-            text={name: value.to(device) for name, value in self.text.items()},
+            conditions=self.conditions.to(device),
         )
 
 
@@ -115,9 +122,9 @@ def prepare(
     latents = _means(model, views, flip=False)
     mirrored = _means(model, views, flip=True) if settings.flip else None
     with processes.writer_first():
-        text = encoded_prompts(model, list(prompts))
+        conditions = encoded_prompts(model, list(prompts))
     model.free("autoencoder", "text_encoder")
-    return Material(latents, mirrored, text, items[: len(train)], items[len(train) :]).to(model.device)
+    return Material(latents, mirrored, conditions, items[: len(train)], items[len(train) :]).to(model.device)
 
 
 def _key(record: Record, hashes: Mapping[str, str]) -> str:
@@ -173,7 +180,7 @@ class Draws:
         return _levels(self, item.key)[k]
 
     def noise(self, item: Item, k: int, shape: Sequence[int]) -> Tensor:
-        """ε [C, H, W] of draw k."""
+        """ε [C, …] of draw k."""
         return torch.randn(tuple(shape), generator=generator(self.seed, self.name, item.key, k, "noise"))
 
     def drops_prompt(self, item: Item, k: int) -> bool:
@@ -205,13 +212,13 @@ def _levels(draws: Draws, key: str) -> list[int]:
 class Batch:
     """B records at one draw each, G pictures a record: rows b, B + b … are record b's first, second … picture.
 
-    noisy, target [G·B, C, H, W]   index [G·B] of the noise level   text [G·B, …]   preference [B]
+    noisy, target [G·B, …]   index of the noise level [G·B]   conditions [G·B]   preference [B]
     """
 
     noisy: Tensor
     target: Tensor
     index: Tensor
-    text: Text
+    conditions: Conditions
     preference: Tensor
     group: int
 
@@ -226,7 +233,7 @@ class Batch:
             self.noisy[where],
             self.target[where],
             self.index[chosen],
-            {name: value[where] for name, value in self.text.items()},
+            self.conditions[chosen],
             self.preference[torch.tensor(list(rows))],
             self.group,
         )
@@ -238,43 +245,38 @@ def batch_of(
     """The records at their draws, noised: t and ε, the dropped prompt and the mirroring are shared in a record."""
     shape = material.latents.shape[1:]
     group = len(items[0].pictures)
-    clean_rows, text_rows = [], []
+    clean_rows = []
     for g in range(group):
         for item, k in zip(items, ks, strict=True):
             source = material.mirrored if draws.mirrors(item, k) else material.latents
             assert source is not None
             clean_rows.append(source[draws.rows(item, k)[g]])
-            text_rows.append(0 if draws.drops_prompt(item, k) else item.prompt)
     clean = torch.stack(clean_rows)
     noise = torch.stack([draws.noise(item, k, shape) for item, k in zip(items, ks, strict=True)])
-    noise = noise.repeat(group, 1, 1, 1).to(clean)
+    noise = torch.cat([noise] * group).to(clean)
     index = torch.tensor([draws.level(item, k) for item, k in zip(items, ks, strict=True)]).repeat(group)
+    dropped = torch.tensor([draws.drops_prompt(item, k) for item, k in zip(items, ks, strict=True)])
+    conditions = material.conditions[[item.prompt for item in items]].drop(dropped, material.conditions[:1])
     level: Level = model.path.levels[index]
-    rows = torch.tensor(text_rows)
     return Batch(
         noisy=add_noise(clean, noise, level),
         target=target(clean, noise, level, model.path.kind),
         index=index,
-        text={name: value[rows.to(value.device)] for name, value in material.text.items()},
+        conditions=Conditions.cat([conditions] * group),
         preference=torch.tensor([item.preference for item in items]),
         group=group,
     )
 
 
 def residuals(model: Backbone, network: torch.nn.Module, batch: Batch) -> Tensor:
-    """prediction − target [G, B, C, H, W] in float32, of the model's own parameterisation, whatever it predicts."""
-    time = model.path.levels.time
-    assert time is not None
-    with model.autocast():
-        said = model.family.network(network, batch.text)(
-            batch.noisy, time[batch.index].to(batch.noisy.device)
-        )
-    residual: Tensor = (said.float() - batch.target).unflatten(0, (batch.group, len(batch)))
+    """prediction − target [G, B, …] in float32, in the model's own parameterisation."""
+    prediction = model.predict(batch.noisy, batch.index, batch.conditions, denoiser=network)
+    residual: Tensor = (prediction - batch.target).unflatten(0, (batch.group, len(batch)))
     return residual
 
 
 def mean_squares(residual: Tensor) -> Tensor:
-    """Errors [G, B]: the mean over C, H, W of residuals' squares."""
+    """Errors [G, B]: the mean of residuals' squares over all other dimensions."""
     return residual.square().flatten(2).mean(2)
 
 

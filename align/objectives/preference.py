@@ -22,17 +22,10 @@ from torch import Tensor, nn
 
 from align.objectives.dataset import Draws, Material, batch_of, mean_squares, residuals
 from align.objectives.losses import (
-    PAIR_LOSSES,
-    WITHOUT_REFERENCE,
-    PairErrors,
-    accuracy,
-    dspo,
-    kto,
-    kto_baseline,
-    mapo,
+    LOSSES,
+    PairBatch,
     safeguard,
     scaled_gradient,
-    smoothed,
     with_sft,
 )
 from align.objectives.metrics import Figures, errors_at, judge, rightness
@@ -47,16 +40,9 @@ from backbone.io.console import UserError, progress
 from backbone.io.files import content_hash, write_tensors
 from backbone.models.model import Backbone
 from backbone.training.attention import quick_to_train
-from backbone.training.loop import (
-    Report,
-    load_checkpoint,
-    save_checkpoint,
-    train,
-)
-from backbone.training.optimizer import make_schedule
+from backbone.training.run import Objective
 
 ADAPTER = "taste"
-CHECKPOINT = "checkpoint.safetensors"
 CHANGED = "weights_change.safetensors"  # of a full run: how far the denoiser's weights moved
 LEVEL_WEIGHTS: dict[str, Callable[[Level, Kind], Tensor]] = {
     "none": lambda level, kind: uniform(level),
@@ -67,8 +53,8 @@ WATCHED = 64  # training records whose banked draws are compared with fresh ones
 
 
 @dataclass
-class PreferenceTraining:
-    """A model in preference training: `steps` yields the reports, `save` and `resume` keep it exactly.
+class PreferenceTraining(Objective):
+    """Preference optimisation of a model on pairs or single images that were judged.
 
     `base` names the adapters that belong to where training began (`backbone.adapters.apply.put_on`), `concepts` the run
     folders that they came from.
@@ -104,7 +90,6 @@ class PreferenceTraining:
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
-        self.done = 0
 
     def take(self, material: Material) -> None:
         """Learns from this material from now on, what was learned so far kept; its reference is asked anew."""
@@ -122,30 +107,30 @@ class PreferenceTraining:
                 for name, (draws, items) in asked.items()
                 if processes.takes_part()
             }
-        if settings.full and isinstance(self.reference, Bank) and settings.loss not in WITHOUT_REFERENCE:
+        if (
+            settings.full
+            and isinstance(self.reference, Bank)
+            and LOSSES[settings.loss].reference != "nothing"
+        ):
             self.fill(self.reference)
 
     # Training ------------------------------------------------------------------------------------------------
 
-    def steps(self, *, until: int | None = None) -> Iterator[Report]:
-        """Trains, to the end or `until` a step, a report each; `figures` then holds what the step's batch showed."""
-        with quick_to_train(self.model.denoiser), self._training_mode():
-            for report in train(
-                self.losses,
-                self.parameters,
-                optimizer=self.optimizer,
-                schedule=make_schedule(
-                    self.settings.lr_scheduler,
-                    steps=self.settings.steps,
-                    warmup=self.settings.lr_warmup_steps,
-                ),
-                steps=self.settings.steps if until is None else until,
-                done=self.done,
-                clip=self.settings.max_grad_norm,
-                reduce=processes.averaging(),
-            ):
-                self.done = report.step
-                yield report
+    @property
+    def images(self) -> int:
+        """Both images of each pair, or the single ones."""
+        group = len(self.material.train[0].pictures) if self.material.train else 1
+        return self.settings.batch * group
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Attention with a fast backward pass; training mode only where diffusers needs it to checkpoint gradients."""
+        with quick_to_train(self.model.denoiser):
+            self.model.denoiser.train(self.settings.gradient_checkpointing)
+            try:
+                yield
+            finally:
+                self.model.denoiser.eval()
 
     def losses(self, step: int) -> Iterator[Tensor]:
         """The losses of this process's share of a step's micro-batches.
@@ -164,47 +149,42 @@ class PreferenceTraining:
         }
 
     def loss(self, cells: Cells) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss [B] at these cells, and figures [B] for the log."""
+        """The loss [B] at these (record, noise index), and figures [B] for the log."""
         settings = self.settings
+        batch = self.pair_batch(cells)
+        loss = LOSSES[settings.loss].loss(batch, settings)
+        if settings.sft_weight and settings.by_pairs:
+            decided = (batch.preference != 0.5).to(loss)  # of a tie neither image is what is wanted
+            loss = with_sft(loss, batch.errors[0] * decided, settings.sft_weight)
+        return loss, batch.figures()
+
+    def pair_batch(self, cells: Cells) -> PairBatch:
+        """The errors at these (record, noise index) of the model, and of the reference as far as the loss needs it."""
+        settings, path = self.settings, self.model.path
         items = [self.material.train[row] for row, _ in cells]
         batch = batch_of(self.model, self.material, self.draws, items, [k for _, k in cells])
-        path = self.model.path
-        weight = LEVEL_WEIGHTS[settings.loss_weighting](path.levels[batch.index[: len(batch)]], path.kind)
         residual = residuals(self.model, self.model.denoiser, batch)
-        weight = weight.to(residual)
-        error = weight * mean_squares(residual)
-        preference = batch.preference.to(error.device)
-        reference_residual = self.live.residuals(batch) if settings.loss == "dspo" else None
-        if reference_residual is not None:
-            reference: Tensor | None = weight * mean_squares(reference_residual)
-        elif settings.loss in WITHOUT_REFERENCE:
-            reference = None
-        else:
-            reference = weight * self.reference.errors(batch, cells)
-        if settings.loss == "kto":
-            assert reference is not None
-            sign = 2 * preference - 1
-            baseline = None
-            if self.share.scale > 1:  # these are a part of a batch that others have the rest of
-                baseline = kto_baseline(processes.mean(0.5 * settings.beta * (reference[0] - error[0])))
-            return kto(error[0], settings.beta, reference[0], preference, baseline=baseline), {
-                "accuracy": accuracy(sign * (reference[0] - error[0]).detach()),
-                "error_change": (error[0] - reference[0]).detach(),
-            }
-        winner, loser = error
-        if settings.safeguard >= 0:
+        # Both images of a pair are at one level, so that one weight per record is enough.
+        level = path.levels[batch.index[: len(batch)]]
+        weight = LEVEL_WEIGHTS[settings.loss_weighting](level, path.kind).to(residual)
+        errors = weight * mean_squares(residual)
+        if settings.safeguard >= 0:  # limits the gradient that raises the loser's error
+            winner, loser = errors
             product = weight * (residual[0] * residual[1]).detach().flatten(1).mean(1)
             loser = scaled_gradient(loser, safeguard(winner, product, margin=settings.safeguard))
-        pair = PairErrors(winner, loser, *(reference if reference is not None else ()))
-        if reference_residual is not None:
-            drift = weight * (residual[0] - reference_residual[0]).square().flatten(1).mean(1)
-            loss = dspo(pair, settings.beta, drift, pull=settings.dspo_pull)
-        else:
-            loss = self._pair_loss(pair, smoothed(preference, settings.label_smoothing))
-        if settings.sft_weight:
-            wins = (preference != 0.5).to(winner)  # of a tie neither picture is what is wanted
-            loss = with_sft(loss, winner * wins, settings.sft_weight)
-        return loss, self._pair_figures(pair)
+            errors = torch.stack([winner, loser])
+        reference = drift = None
+        match LOSSES[settings.loss].reference:
+            case "errors":
+                reference = weight * self.reference.errors(batch, cells)
+            case "predictions":
+                theirs = self.live.residuals(batch)
+                reference = weight * mean_squares(theirs)
+                drift = weight * (residual[0] - theirs[0]).square().flatten(1).mean(1)
+        whole = (
+            processes.mean if self.share.scale > 1 else torch.mean
+        )  # other processes have the rest of the batch
+        return PairBatch(errors, batch.preference.to(errors.device), reference, drift, whole)
 
     def visits(self, step: int) -> list[tuple[int, int]]:
         """The cells (record, k) of a step, counted from 1: pass after pass over the records, each in its own order.
@@ -244,20 +224,10 @@ class PreferenceTraining:
     # Keeping -------------------------------------------------------------------------------------------------
 
     def save(self, run: Path) -> None:
-        """Writes the checkpoint from which `resume` goes on bit for bit, and the bank."""
-        if processes.is_writer():
-            save_checkpoint(
-                run / CHECKPOINT, step=self.done, parameters=self.parameters, optimizer=self.optimizer
-            )
+        """Writes the checkpoint, and the reference's cached errors."""
+        super().save(run)
         if isinstance(self.reference, Bank):
             self.reference.save()
-
-    def resume(self, run: Path) -> None:
-        """Goes on where `save` was called last; from the start when it never was."""
-        if (run / CHECKPOINT).exists():
-            self.done, _ = load_checkpoint(
-                run / CHECKPOINT, parameters=self.parameters, optimizer=self.optimizer
-            )
 
     def write(self, run: Path, header: dict[str, str]) -> dict[str, str]:
         """Writes what was learned; gives the fields of `Concept` that name the files."""
@@ -348,31 +318,6 @@ class PreferenceTraining:
             random = generator(self.settings.seed, "pass", number)
             self._pass = (number, torch.randperm(len(self.material.train), generator=random).tolist())
         return self._pass[1]
-
-    def _pair_loss(self, pair: PairErrors, preference: Tensor) -> Tensor:
-        settings = self.settings
-        if settings.loss == "mapo":
-            return mapo(pair, settings.beta, preference, weight=settings.mapo_weight)
-        return PAIR_LOSSES[settings.loss](pair, settings.beta, preference)
-
-    def _pair_figures(self, pair: PairErrors) -> dict[str, Tensor]:
-        winner, loser = pair.winner.detach(), pair.loser.detach()
-        if pair.reference_winner is None or pair.reference_loser is None:
-            return {"winner_error": winner, "loser_error": loser}
-        return {
-            "accuracy": accuracy(pair.margin),
-            "winner_change": winner - pair.reference_winner,
-            "loser_change": loser - pair.reference_loser,
-        }
-
-    @contextmanager
-    def _training_mode(self) -> Iterator[None]:
-        """diffusers saves memory only in training mode; nothing else depends on it, there is no dropout."""
-        self.model.denoiser.train(self.settings.gradient_checkpointing)
-        try:
-            yield
-        finally:
-            self.model.denoiser.eval()
 
     def _reference_at(self, rows: Sequence[int], ks: Sequence[int]) -> Tensor | None:
         """The reference's errors at training's draws [N, E, G]; None where nobody can say any more."""

@@ -17,7 +17,6 @@ from align.pairs.records import (
 )
 from align.settings import (
     EVALUATIONS,
-    LOG,
     REPORT,
     REWARDS,
     SUMMARY,
@@ -28,6 +27,7 @@ from backbone.adapters.concept import Concept, described
 from backbone.io.files import read_jsonl, write_json
 from backbone.io.report import command, curve, curves, heading, paragraph, table, write_report
 from backbone.io.run_folder import versions
+from backbone.training.run import LOG
 
 
 def write_summary(

@@ -156,5 +156,5 @@ def walker(
 
 
 def initial_noise(model: Backbone, seed: int, i: int, j: int) -> Tensor:
-    """ε [C, H, W] of picture (i, j)."""
+    """ε [C, …] of image (i, j), in the shape of a latent of the model."""
     return torch.randn(model.latent_shape, generator=generator(seed, i, j))

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backbone.conditions.conditions import Conditions
 from backbone.distributed import processes
-from backbone.families.base import Text
 from backbone.io.console import UserError
 from backbone.io.files import content_hash
 from backbone.media.pictures import Picture
@@ -18,17 +18,17 @@ from backbone.media.transforms import bucket_sizes, fitted, mask_to_tensor, near
 from backbone.models.cache import encoded, encoded_prompts, remembered
 from backbone.models.model import Backbone, Posterior
 from backbone.models.sample import Request, sample_latents
-from backbone.training.base_predictions import Bank, bank_of
-from customize.data.masks import mask_seen
+from backbone.training.base_predictions import BasePredictions, base_predictions
+from customize.data.masks import predict_mask
 from customize.methods.registry import OWN_WORDS, changes_denoiser
 from customize.settings import Settings
 
-CLASS_STEPS = 20  # of the sampler that draws the class
+CLASS_STEPS = 20  # of the sampler that generates class images
 
 
 @dataclass(frozen=True)
 class Group:
-    """The pictures of one subject with their prompts and its class prompt, all in the model's words."""
+    """The images of one subject with their prompts and its class prompt, placeholder tokens resolved."""
 
     pictures: Sequence[Picture]
     prompts: Sequence[str]
@@ -36,95 +36,109 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Material:
-    """What training reads, of all subjects one behind the other.
+class TrainingData:
+    """The encoded dataset, of all subjects one behind the other.
 
-    posteriors     one for each picture, mirrored ones behind a subject's [1, C, H, W]
+    posteriors     [1, C, H, W], one for each image, a subject's mirrored ones behind its own
     prompts        one for each posterior
-    names          what each posterior is a picture of, for messages
-    share          how often each is drawn [N]: the same for every subject
-    masks          where each picture counts [1, H, W] in 0…1, or None
+    names          the image file of each posterior, for messages
+    frequency      how often each is drawn [N], up to a factor: all subjects equally often
+    masks          loss weight at each place of each image [1, H, W], mean 1, or None
     buckets        the posteriors of one size, which can share a batch
     class_prompts  one for each subject
-    drawn          latents of the classes as the base draws them [G × K, C, H, W], or None
-    text           `prompts` and then `class_prompts` encoded, or None while the text side itself is trained
+    class_latents  latents of generated class images [G × K, C, H, W], K for each of the G classes, or None
+    conditions     `prompts` and then `class_prompts` encoded; None while the text encoder itself is trained
     """
 
     posteriors: list[Posterior]
     prompts: list[str]
     names: list[str]
-    share: Tensor
+    frequency: Tensor
     masks: list[Tensor] | None
     buckets: list[Bucket]
     class_prompts: list[str]
-    drawn: Tensor | None
-    text: Text | None
+    class_latents: Tensor | None
+    conditions: Conditions | None
 
     @property
     def has_prior(self) -> bool:
-        """Whether there is anything to preserve the classes by."""
-        return self.drawn is not None or any(bucket.bank is not None for bucket in self.buckets)
+        """Whether the loss has a prior-preservation term."""
+        return self.class_latents is not None or any(bucket.base is not None for bucket in self.buckets)
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Pictures of one size.
+    """Images of one size.
 
     rows     which of the posteriors they are [N]
-    bank     the untouched model's answers to class prompts at these pictures, K draws, or None
-    classes  which class prompt each draw is about [K]
+    base     K cached predictions of the base model under class prompts, for these images noised; or None
+    classes  which class prompt each of them is under [K]
     """
 
     rows: Tensor
-    bank: Bank | None = None
+    base: BasePredictions | None = None
     classes: Tensor | None = None
 
 
-def prepare(model: Backbone, groups: Sequence[Group], settings: Settings) -> Material:
-    """Encodes pictures and prompts, then asks the base about the classes, and frees the encoders."""
+def prepare(model: Backbone, groups: Sequence[Group], settings: Settings) -> TrainingData:
+    """Encodes images and prompts and frees the encoders, then caches the base model's predictions for the prior."""
     posteriors: list[Posterior] = []
     prompts: list[str] = []
     names: list[str] = []
     masks: list[Tensor | None] = []
     owners: list[int] = []
+    # images, and their mirror images, to posteriors; what belongs to one stands at the same place in every list
     for number, group in enumerate(groups):
         sizes = sizes_of(group.pictures, model.resolution) if settings.aspect_buckets else None
         for flip in (False, True) if settings.flip else (False,):
-            posteriors += encoded_together(model, group.pictures, flip=flip, sizes=sizes)
+            posteriors += encode_in_parallel(model, group.pictures, flip=flip, sizes=sizes)
             masks += masks_of(group.pictures, sizes, flip=flip)
             prompts += group.prompts
             names += [str(picture.path) for picture in group.pictures]
             owners += [number] * len(group.pictures)
+    # prompts to conditions, while the text encoder is loaded
     classes = [group.class_prompt for group in groups]
     with processes.writer_first():
-        class_text = encoded_prompts(model, classes)
-        text = None if trains_text(settings) else encoded_prompts(model, [*prompts, *classes])
-        empty = encoded_prompts(model, [""]) if settings.mask == "auto" else {}
+        class_conditions = encoded_prompts(model, classes)
+        conditions = None if trains_text(settings) else encoded_prompts(model, [*prompts, *classes])
+        empty = encoded_prompts(model, [""]) if settings.mask == "auto" else None
     buckets = buckets_of(posteriors)
-    drawn = None
+    class_latents = None
     if preserves(settings) and settings.prior == "class-images":
         if len({posterior.mean.shape for posterior in posteriors}) > 1:
             raise UserError(
                 "Class pictures are square, and with --aspect_buckets the subject's are not. Use --prior base."
             )
         with processes.writer_first():
-            drawn = torch.cat([class_latents(model, prompt, settings) for prompt in classes])
+            class_latents = torch.cat([sample_class_latents(model, prompt, settings) for prompt in classes])
+    # from here on the denoiser alone is needed
     model.free("autoencoder", "text_encoder")
     if preserves(settings) and settings.prior == "base":
         with processes.writer_first():
-            buckets = [banked(model, bucket, posteriors, class_text, owners, settings) for bucket in buckets]
-    if settings.mask == "auto":
+            buckets = [
+                with_base_predictions(model, bucket, posteriors, class_conditions, owners, settings)
+                for bucket in buckets
+            ]
+    if empty is not None:
         with processes.writer_first():
-            masks = found_masks(model, masks, posteriors, class_text, empty, owners)
-    share = torch.tensor([1 / owners.count(owner) for owner in owners])
-    at_latents = sized(masks, [posterior.mean.shape[-2:] for posterior in posteriors])
-    return Material(posteriors, prompts, names, share, at_latents, buckets, classes, drawn, text)
+            masks = predict_missing_masks(model, masks, posteriors, class_conditions, empty, owners)
+    return TrainingData(
+        posteriors=posteriors,
+        prompts=prompts,
+        names=names,
+        frequency=torch.tensor([1 / owners.count(owner) for owner in owners]),
+        masks=at_latent_size(masks, [posterior.mean.shape[-2:] for posterior in posteriors]),
+        buckets=buckets,
+        class_prompts=classes,
+        class_latents=class_latents,
+        conditions=conditions,
+    )
 
 
-def encoded_together(
+def encode_in_parallel(
     model: Backbone, pictures: Sequence[Picture], *, flip: bool, sizes: Sequence[tuple[int, int]] | None
 ) -> list[Posterior]:
-    """`encoded`, after each process has encoded its part of the pictures."""
+    """`encoded`, after each process has warmed the disk cache with its share of the images."""
 
     def encode(row: int) -> None:
         encoded(model, [pictures[row]], flip=flip, sizes=sizes and [sizes[row]])
@@ -133,19 +147,18 @@ def encoded_together(
     return encoded(model, pictures, flip=flip, sizes=sizes)
 
 
-def found_masks(
+def predict_missing_masks(
     model: Backbone,
     masks: Sequence[Tensor | None],
     posteriors: Sequence[Posterior],
-    text: Text,
-    empty: Text,
+    classes: Conditions,
+    empty: Conditions,
     owners: Sequence[int],
 ) -> list[Tensor | None]:
-    """The masks that came with the pictures, and for the others where the base sees the subject's class."""
-    own = [{name: value[owner : owner + 1] for name, value in text.items()} for owner in owners]
+    """The masks that came with the images, and the base model's own for images that have none."""
     return [
-        mask_seen(model, posterior, said, empty) if mask is None else mask
-        for mask, posterior, said in zip(masks, posteriors, own, strict=True)
+        predict_mask(model, posterior, classes[[owner]], empty) if mask is None else mask
+        for mask, posterior, owner in zip(masks, posteriors, owners, strict=True)
     ]
 
 
@@ -163,24 +176,22 @@ def buckets_of(posteriors: Sequence[Posterior]) -> list[Bucket]:
     return [Bucket(torch.tensor(rows)) for rows in found.values()]
 
 
-def banked(
+def with_base_predictions(
     model: Backbone,
     bucket: Bucket,
     posteriors: list[Posterior],
-    text: Text,
+    classes: Conditions,
     owners: Sequence[int],
     settings: Settings,
 ) -> Bucket:
-    """The bucket with the base's answers to every subject's class prompt at its own noised pictures."""
-    banks, classes = [], []
-    rows = bucket.rows.tolist()
+    """The bucket with the base's predictions for each subject's noised images under its class prompt."""
+    parts, numbers = [], []
+    rows, count = bucket.rows.tolist(), settings.prior_draws
     for number in sorted({owners[row] for row in rows}):
-        own = {name: value[number : number + 1] for name, value in text.items()}
-        some = [posteriors[row] for row in rows if owners[row] == number]
-        banks.append(bank_of(model, some, own, draws=settings.prior_draws, seed=settings.seed))
-        classes.append(torch.full((settings.prior_draws,), number))
-    columns = ([getattr(bank, name) for bank in banks] for name in ("noisy", "level", "prediction"))
-    return replace(bucket, bank=Bank(*(torch.cat(column) for column in columns)), classes=torch.cat(classes))
+        own = [posteriors[row] for row in rows if owners[row] == number]
+        parts.append(base_predictions(model, own, classes[[number]], count=count, seed=settings.seed))
+        numbers.append(torch.full((count,), number))
+    return replace(bucket, base=BasePredictions.cat(parts), classes=torch.cat(numbers))
 
 
 def trains_text(settings: Settings) -> bool:
@@ -217,7 +228,7 @@ def masks_of(
     return found
 
 
-def sized(masks: Sequence[Tensor | None], sizes: Sequence[Sequence[int]]) -> list[Tensor] | None:
+def at_latent_size(masks: Sequence[Tensor | None], sizes: Sequence[Sequence[int]]) -> list[Tensor] | None:
     """Masks at the latents' sizes (H, W), each of mean 1 so that all pictures weigh the same; None if none."""
     if all(mask is None for mask in masks):
         return None
@@ -228,8 +239,8 @@ def sized(masks: Sequence[Tensor | None], sizes: Sequence[Sequence[int]]) -> lis
     return found
 
 
-def class_latents(model: Backbone, class_prompt: str, settings: Settings) -> Tensor:
-    """Latents of the class as the base draws it [K, C, H, W], drawn once and remembered; never decoded."""
+def sample_class_latents(model: Backbone, class_prompt: str, settings: Settings) -> Tensor:
+    """Latents of class images that the base generates [K, C, H, W], cached on disk; never decoded."""
     count, guidance = settings.num_class_images, settings.guidance
     facts = (model.fingerprint, class_prompt, count, CLASS_STEPS, guidance, settings.seed, model.dtype)
 

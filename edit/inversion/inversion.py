@@ -31,9 +31,9 @@ from PIL import Image
 from torch import Tensor
 
 from backbone.adapters.concept import Concept
+from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Ladder, Level, Predict, generator
 from backbone.diffusion.samplers import deterministic_step
-from backbone.families.base import Text
 from backbone.io.console import UserError
 from backbone.io.files import content_hash, read_tensors, write_tensors
 from backbone.media.transforms import to_image, to_tensor
@@ -125,11 +125,11 @@ class Inversion:
             return deterministic_step(now, estimate, self.ladder[number], self.ladder[number + 1])
         return self.step(number, None, now, estimate)
 
-    def empty(self, number: int, usual: Text) -> Text:
+    def empty(self, number: int, usual: Conditions) -> Conditions:
         """What stands for "no prompt" at a step [1, ...]."""
         if self.empties is None:
             return usual
-        return {**usual, "hidden": self.empties[number][None]}
+        return Conditions({**usual.text, "hidden": self.empties[number][None]})
 
     def write(self, path: str | Path) -> None:
         """Writes everything into one safetensors file."""
@@ -294,21 +294,20 @@ def ladder_of(model: Backbone, steps: int, picture: Image.Image | None = None) -
         raise UserError(f"{model.location.name} cannot be walked in {steps} steps: {error}") from error
 
 
-def rows_of(model: Backbone, text: Text, guidance: float) -> int:
+def rows_of(model: Backbone, text: Conditions, guidance: float) -> int:
     """How many samples the denoiser is asked about for one guided prediction: two, or one where one is enough."""
     return 1 if guidance == 1 or model.family.distilled(model.denoiser, text, guidance) is not None else 2
 
 
-def told(model: Backbone, text: Text, source_guidance: float, guidance: float) -> Text | None:
+def told(model: Backbone, text: Conditions, source_guidance: float, guidance: float) -> Conditions | None:
     """The prompts, the source's first, each with its guidance, for a network that is told it; None for all others."""
     halves = []
     for rows, strength in ((slice(0, 1), source_guidance), (slice(1, None), guidance)):
-        some = {name: value[rows] for name, value in text.items()}
-        one = model.family.distilled(model.denoiser, some, strength)
+        one = model.family.distilled(model.denoiser, text[rows], strength)
         if one is None:
             return None
         halves.append(one)
-    return {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
+    return Conditions.cat(halves)
 
 
 def is_told(model: Backbone) -> bool:

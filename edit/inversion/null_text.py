@@ -7,9 +7,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Ladder, Predict, guide
 from backbone.diffusion.samplers import deterministic_step
-from backbone.families.base import Text
 from backbone.models.model import Backbone
 from backbone.training.attention import quick_to_train
 
@@ -23,7 +23,7 @@ def null_texts(
     ladder: Ladder,
     *,
     conditional: Predict,
-    empty: Text,
+    empty: Conditions,
     guidance: float,
     iterations: int = 10,
 ) -> tuple[Tensor, int]:
@@ -36,7 +36,7 @@ def null_texts(
     gradient, and its conditional prediction is asked once a step.
     """
     steps = len(ladder) - 1
-    now, embedding, asked, found = states[0], empty["hidden"].clone(), 0, []
+    now, embedding, asked, found = states[0], empty.text["hidden"].clone(), 0, []
     with quick_to_train(model.denoiser):
         for number, (here, there) in enumerate(pairwise(ladder)):
             with torch.no_grad():
@@ -49,7 +49,7 @@ def null_texts(
             for iteration in range(iterations + 1):
                 last = iteration == iterations
                 with torch.set_grad_enabled(not last):
-                    unsaid = model.predictor({**empty, "hidden": moving})(now, here)
+                    unsaid = model.predictor(Conditions({**empty.text, "hidden": moving}))(now, here)
                     reached = deterministic_step(now, _guided(said, unsaid, guidance), here, there)
                     loss = (reached - goal).square().mean()
                 asked += len(now)

@@ -38,7 +38,8 @@ def lead(
     checks.prompts([prompt for prompt, _ in toward], "prompt to lead to")
     checks.share("strength", strength)
     model, ladder, states = inversion.model, inversion.ladder, inversion.states.float()
-    weights = torch.tensor([weight for _, weight in toward], device=states.device)[:, None, None, None]
+    weights = torch.tensor([weight for _, weight in toward], device=states.device)
+    weights = weights.reshape(-1, *[1] * (states.ndim - 1))
     text = encoded_prompts(model, [inversion.prompt, inversion.prompt, "", *(prompt for prompt, _ in toward)])
     predict = model.predictor(text)
     first = inversion.start(strength)

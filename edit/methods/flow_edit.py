@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, generator, guide, over
 from backbone.diffusion.schedules import upto
 from backbone.media.transforms import to_tensor
@@ -72,11 +73,7 @@ def flow_edit(
         text, source_guidance, guidance = with_guidance, 1.0, 1.0
     else:
         free = ([0] if source_guidance != 1 else []) + (order[1:] if guidance != 1 else [])
-        empty = encoded_prompts(model, [""])
-        text = {
-            name: torch.cat([value, empty[name].expand(len(free), *value.shape[1:])])
-            for name, value in text.items()
-        }
+        text = Conditions.cat([text, encoded_prompts(model, [""]).repeat(len(free))])
         order += free
     predict = model.predictor(text)
     edited, found, asked = clean.repeat(count, 1, 1, 1), [], 0

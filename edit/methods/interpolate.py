@@ -8,7 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from backbone.diffusion.noise import Estimate
+from backbone.conditions.conditions import Conditions
+from backbone.diffusion.noise import Estimate, over
 from backbone.diffusion.samplers import deterministic_step
 from backbone.io.console import UserError
 from backbone.models.cache import encoded_prompts
@@ -39,13 +40,15 @@ def between(
     ends = torch.stack([first.states, second.states]).float()  # [2, S + 1, C, H, W]
     weight = torch.linspace(0, 1, count, device=ends.device)[1:-1]
     texts = encoded_prompts(model, [first.prompt, second.prompt])
-    mixed = {
-        name: torch.cat([value, torch.stack([_between(value[0], value[1], float(w)) for w in weight])])
-        for name, value in texts.items()
-    }
+    mixed = Conditions(
+        {
+            name: torch.cat([value, torch.stack([_between(value[0], value[1], float(w)) for w in weight])])
+            for name, value in texts.text.items()
+        }
+    )
     predict = model.predictor(mixed)
     now = torch.stack([slerp(ends[0, 0], ends[1, 0], float(w)) for w in weight])
-    share = weight[:, None, None, None]
+    share = over(weight, now)
     asked = 0
     for number in range(first.steps):
         here, there = ladder[number], ladder[number + 1]

@@ -115,7 +115,7 @@ def test_a_step_is_the_paper_s_formula_in_loss_and_gradient(
     index = torch.tensor([run.draws.level(item, k) for item, (_, k) in zip(items, cells, strict=True)])
     said = [item.prompt for item in items]
     noise, index = noise.repeat(2, 1, 1, 1), index.repeat(2)
-    text = {key: value[said].repeat(2, *[1] * (value.dim() - 1)) for key, value in run.material.text.items()}
+    text = run.material.conditions[said].repeat(2).text
     assert model.path.levels.time is not None
     time = model.path.levels.time[index]
     if model.path.kind == "flow":

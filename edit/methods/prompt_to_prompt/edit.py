@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, guide
 from backbone.families.base import TextEncoder
 from backbone.io.console import UserError
@@ -210,7 +211,7 @@ class _Edit:
         self.text = encoded_prompts(self.model, [inversion.prompt, *self.targets])
         self.usual = encoded_prompts(self.model, [settings.negative])
         if inversion.method == "negative-prompt":
-            self.usual = {name: value[:1] for name, value in self.text.items()}
+            self.usual = self.text[:1]
         self.told = told(
             self.model, self.text, self.guidance if self.source_is_guided else 1.0, self.guidance
         )
@@ -278,16 +279,13 @@ class _Edit:
         empty = self.inversion.empty(number, self.usual)
         drop = 1 if number > self.last else 0
         said = now[drop:]
-        text = {name: value[drop:] for name, value in (self.told or self.text).items()}
+        text = (self.told or self.text)[drop:]
         if self.guidance == 1 or self.told is not None:
             predict = Counted(self.model.predictor(text))
             return predict(said, level), predict.rows
         alone = 0 if drop or self.source_is_guided else 1  # the source's row has a prompt and nothing else
         unsaid = said[alone:]
-        both = {
-            name: torch.cat([value, empty[name].expand(len(unsaid), *value.shape[1:])])
-            for name, value in text.items()
-        }
+        both = Conditions.cat([text, empty.repeat(len(unsaid))])
         predict = Counted(self.model.predictor(both))
         answer = predict(torch.cat([said, unsaid]), level)
         with_, without = (Estimate(*(half[rows] for half in answer))

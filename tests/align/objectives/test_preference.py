@@ -26,6 +26,7 @@ from backbone.adapters.lora import load_lora, only
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
+from backbone.training.run import take_steps
 from recipes.moji.denoiser import DEFAULTS
 from tests.tiny import tiny_pipeline, tiny_stable_diffusion_3, tiny_stable_diffusion_xl
 
@@ -72,7 +73,7 @@ def weights(run: PreferenceTraining) -> dict[str, Tensor]:
 
 
 def trained(run: PreferenceTraining) -> PreferenceTraining:
-    for _ in run.steps():
+    for _ in take_steps(run):
         pass
     return run
 
@@ -139,9 +140,9 @@ def test_level_noise_and_dropped_prompt_are_shared_in_a_pair(tiny: Backbone, pai
     first, second = batch.target.chunk(2)
     assert torch.equal(first, second)  # the network predicts ε
     assert torch.equal(*batch.index.chunk(2))
-    one, other = batch.text["hidden"].chunk(2)
+    one, other = batch.conditions.text["hidden"].chunk(2)
     assert torch.equal(one, other)
-    dropped = sum(torch.equal(row, ready.text["hidden"][0]) for row in one)
+    dropped = sum(torch.equal(row, ready.conditions.text["hidden"][0]) for row in one)
     assert 0 < dropped < 16
     assert len(set(batch.index[:16].tolist())) == 16
 
@@ -487,7 +488,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_a_whole_one(
     changes = {"full": full, "steps": 8, "learning_rate": 1e-4 if full else 2e-3}
     whole = weights(trained(training(tiny_folder, pairs_file, **changes)))
     first = training(tiny_folder, pairs_file, **changes)
-    for report in first.steps():
+    for report in take_steps(first):
         if report.step == 3:
             first.save(tmp_path)
         if report.step == 5:  # two steps that the checkpoint does not know
