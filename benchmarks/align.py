@@ -211,10 +211,10 @@ class Script:
         noise = torch.randn((half, *latents.shape[1:]), generator=self.random).to(latents).repeat(2, 1, 1, 1)
         index = torch.randint(0, len(model.path.levels), (half,), generator=self.random).repeat(2)
         level = model.path.levels[index]
-        a, b = level.over(latents)
+        a, b = level.broadcast_like(latents)
         batch = Batch(
             a * latents + b * noise,
-            noise if model.path.kind == "epsilon" else a * noise - b * latents,
+            noise if model.path.prediction_type == "epsilon" else a * noise - b * latents,
             index,
             conditions.repeat(2).to(latents.device),
             torch.ones(half),

@@ -17,7 +17,14 @@ from backbone.io.files import write_json
 from backbone.io.run_folder import versions
 from backbone.media.sheet import Cell, in_rows, save_png, sheet
 from backbone.models.model import Backbone
-from backbone.models.sample import ALL_STEPS, Request, Sampler, refuse_no_share, sample, share_said
+from backbone.models.sample import (
+    ALL_STEPS,
+    Request,
+    Sampler,
+    check_guidance_interval,
+    describe_guidance_interval,
+    sample,
+)
 
 BATCH = 8  # pictures drawn together
 
@@ -43,7 +50,7 @@ def draw(
 
     Raises `UserError` for a token that no concept owns, or a concept of another model, before any weights load.
     """
-    refuse_no_share(guided)
+    check_guidance_interval(guided)
     name = model or (concepts[0].model if concepts else "moji")
     processes.join(device)
     said = [spoken(prompt, concepts) for prompt in prompts]
@@ -86,7 +93,9 @@ def draw(
             "seconds": round(time.perf_counter() - began, 2),
             "versions": versions(),
         }
-        note = f"{name}, {steps} steps, guidance {guidance:g}{share_said(guided)}, seed {seed}"
+        note = (
+            f"{name}, {steps} steps, guidance {guidance:g}{describe_guidance_interval(guided)}, seed {seed}"
+        )
         describe(out, requests, prompts, facts, note=note, columns=count if count > 1 else 4)
     processes.leave()
     return out / "sheet.png"

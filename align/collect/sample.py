@@ -28,11 +28,11 @@ from backbone.models.sample import (
     ALL_STEPS,
     Request,
     Sampler,
-    refuse_no_share,
+    check_guidance_interval,
+    count_skipped_steps,
+    describe_guidance_interval,
     sample,
     sample_latents,
-    share_said,
-    steps_before,
 )
 
 
@@ -56,9 +56,9 @@ class Drawing:
     redraw: float = 0.0
 
     def __post_init__(self) -> None:
-        refuse_no_share(self.guided)
+        check_guidance_interval(self.guided)
         if self.redraw and self.steps is not None:
-            steps_before(self.redraw, self.steps)
+            count_skipped_steps(self.redraw, self.steps)
 
     @property
     def guided(self) -> tuple[float, float]:
@@ -76,7 +76,7 @@ class Drawing:
 
     def said(self) -> str:
         """How strong the guidance is, and when, in words."""
-        return f"{self.guidance:g}{share_said(self.guided)}"
+        return f"{self.guidance:g}{describe_guidance_interval(self.guided)}"
 
     def settled(self, model: Backbone) -> Drawing:
         """With the model's defaults filled in."""

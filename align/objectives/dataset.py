@@ -33,7 +33,7 @@ from backbone.io.console import UserError, progress
 from backbone.io.files import content_hash
 from backbone.media.pictures import Picture
 from backbone.media.transforms import CROPS, Place
-from backbone.models.cache import encoded, encoded_prompts
+from backbone.models.cache import encode_images_cached, encode_prompts_cached
 from backbone.models.model import Backbone
 from backbone.training.base_predictions import stratified_levels
 
@@ -122,7 +122,7 @@ def prepare(
     latents = _means(model, views, flip=False)
     mirrored = _means(model, views, flip=True) if settings.flip else None
     with processes.writer_first():
-        conditions = encoded_prompts(model, list(prompts))
+        conditions = encode_prompts_cached(model, list(prompts))
     model.free("autoencoder", "text_encoder")
     return Material(latents, mirrored, conditions, items[: len(train)], items[len(train) :]).to(model.device)
 
@@ -151,10 +151,10 @@ def _said(prompt: str, concepts: Sequence[Concept]) -> str:
 
 def _means(model: Backbone, views: Sequence[tuple[Picture, Place]], *, flip: bool) -> Tensor:
     means = []
-    processes.prepared(lambda view: encoded(model, [view[0]], flip=flip, crop=view[1]), views)
+    processes.prepared(lambda view: encode_images_cached(model, [view[0]], flip=flip, crop=view[1]), views)
     with progress(len(views), "encoding" + (" mirrored" if flip else "")) as bar:
         for picture, place in views:
-            means.append(encoded(model, [picture], flip=flip, crop=place)[0].mean.float())
+            means.append(encode_images_cached(model, [picture], flip=flip, crop=place)[0].mean.float())
             bar.advance(images=1)
     return torch.cat(means)
 
@@ -260,7 +260,7 @@ def batch_of(
     level: Level = model.path.levels[index]
     return Batch(
         noisy=add_noise(clean, noise, level),
-        target=target(clean, noise, level, model.path.kind),
+        target=target(clean, noise, level, model.path.prediction_type),
         index=index,
         conditions=Conditions.cat([conditions] * group),
         preference=torch.tensor([item.preference for item in items]),

@@ -34,7 +34,7 @@ from align.settings import Settings
 from backbone.adapters.concept import Concept
 from backbone.adapters.lora import WEIGHTS, activate, add_lora, only, save_lora
 from backbone.diffusion.losses import debiased, min_snr, uniform
-from backbone.diffusion.noise import Kind, Level, generator
+from backbone.diffusion.noise import Level, PredictionType, generator
 from backbone.distributed import processes
 from backbone.io.console import UserError, progress
 from backbone.io.files import content_hash, write_tensors
@@ -44,9 +44,9 @@ from backbone.training.run import Objective
 
 ADAPTER = "taste"
 CHANGED = "weights_change.safetensors"  # of a full run: how far the denoiser's weights moved
-LEVEL_WEIGHTS: dict[str, Callable[[Level, Kind], Tensor]] = {
+LEVEL_WEIGHTS: dict[str, Callable[[Level, PredictionType], Tensor]] = {
     "none": lambda level, kind: uniform(level),
-    "min-snr": lambda level, kind: min_snr(level, kind=kind),
+    "min-snr": lambda level, kind: min_snr(level, prediction_type=kind),
     "debiased": debiased,
 }
 WATCHED = 64  # training records whose banked draws are compared with fresh ones
@@ -166,7 +166,7 @@ class PreferenceTraining(Objective):
         residual = residuals(self.model, self.model.denoiser, batch)
         # Both images of a pair are at one level, so that one weight per record is enough.
         level = path.levels[batch.index[: len(batch)]]
-        weight = LEVEL_WEIGHTS[settings.loss_weighting](level, path.kind).to(residual)
+        weight = LEVEL_WEIGHTS[settings.loss_weighting](level, path.prediction_type).to(residual)
         errors = weight * mean_squares(residual)
         if settings.safeguard >= 0:  # limits the gradient that raises the loser's error
             winner, loser = errors

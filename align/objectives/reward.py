@@ -27,7 +27,7 @@ from backbone.adapters.concept import Concept, spoken
 from backbone.adapters.lora import WEIGHTS, save_lora
 from backbone.diffusion.noise import Predict
 from backbone.distributed import processes
-from backbone.models.cache import encoded_prompts
+from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from backbone.models.sample import initial_noise
 from backbone.training.attention import quick_to_train
@@ -55,13 +55,13 @@ class RewardTraining(Objective):
             spoken(prompt.text, self.concepts) if self.concepts else prompt.text for prompt in self.prompts
         ]
         with processes.writer_first():
-            self.conditions = encoded_prompts(self.model, [*said, ""])
+            self.conditions = encode_prompts_cached(self.model, [*said, ""])
         self.model.free("text_encoder")
         self.parameters = new_adapter(self.model, settings, self.base)
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
-        self.ladder = self.model.ladder(settings.sample_steps)
+        self.schedule = self.model.schedule(settings.sample_steps)
 
     @property
     def images(self) -> int:
@@ -85,7 +85,7 @@ class RewardTraining(Objective):
     def start(self, keys: Sequence[tuple[int, int]]) -> Tensor:
         """The noise [B, …] from which a picture is drawn, one for each key."""
         noise = torch.stack([initial_noise(self.model, self.settings.seed, *key) for key in keys])
-        first = self.ladder[0]
+        first = self.schedule[0]
         return noise.to(self.model.device) * float((first.a**2 + first.b**2).sqrt())
 
     def _micro(self) -> list[range]:

@@ -12,7 +12,7 @@ from backbone.adapters.lora import add_lora
 from backbone.io.console import UserError
 from backbone.memory.planner import Choice, Work, precision_of, within
 from backbone.models.model import Backbone
-from backbone.models.placement import measures_of
+from backbone.models.placement import get_placement
 
 
 def work_of(model: Backbone, settings: Settings, pictures: int, prompts: int) -> Work:
@@ -44,9 +44,9 @@ def work_of(model: Backbone, settings: Settings, pictures: int, prompts: int) ->
 
 def choice_of(model: Backbone, settings: Settings) -> Choice:
     """How the settings as they are hold the run in memory."""
-    measures = measures_of(settings)
+    placement = get_placement(settings)
     return Choice(
-        precision_of(model), settings.gradient_checkpointing, measures=measures, fixed_optimizer=True
+        precision_of(model), settings.gradient_checkpointing, placement=placement, fixed_optimizer=True
     )
 
 

@@ -27,7 +27,7 @@ from backbone.io.console import UserError, say
 from backbone.io.files import write_json
 from backbone.io.run_folder import versions
 from backbone.models.model import Backbone
-from backbone.models.placement import measures_of
+from backbone.models.placement import get_placement
 from backbone.training.run import Every, drive
 
 
@@ -55,7 +55,10 @@ def train_taste(
     _refuse_strangers(found, settings, model)
     records = records_of(found, settings)
     model = Backbone.open(
-        settings.model, device=settings.device, precision=settings.precision, measures=measures_of(settings)
+        settings.model,
+        device=settings.device,
+        precision=settings.precision,
+        placement=get_placement(settings),
     )
     if vram is not None:
         from align.train.memory import budgeted
@@ -77,7 +80,10 @@ def resume_taste(run: Path) -> Path:
     processes.join(settings.device)
     found = check(_read_again(settings), skip_bad=settings.skip_bad)
     model = Backbone.open(
-        settings.model, device=settings.device, precision=settings.precision, measures=measures_of(settings)
+        settings.model,
+        device=settings.device,
+        precision=settings.precision,
+        placement=get_placement(settings),
     )
     _refuse_strangers(found, settings, model)
     return carry_on(run, settings, model, records_of(found, settings), began=began)

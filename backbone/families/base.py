@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone.conditions.conditions import Conditions, Text
-from backbone.diffusion.noise import Kind, Ladder, Level
+from backbone.diffusion.noise import Level, PredictionType, Schedule
 from backbone.families.location import Location
 from backbone.io.files import Header
 
@@ -179,16 +179,16 @@ class Family(Protocol):
 
 @dataclass(frozen=True)
 class NoisePath:
-    """A noise path: the levels that the model was trained at, and the ladder of a sampler.
+    """A noise path: the levels that the model was trained at, and the noise schedule of a sampler.
 
-    kind    what the network predicts
-    levels  [T], clean to noisy: a uniform choice among them is what training drew from
-    ladder  (steps S, size (H, W) of the latents) → the rungs [S + 1], noisy to clean
+    prediction_type  what the network predicts
+    levels           [T], clean to noisy: a uniform choice among them is what training drew from
+    schedule         (steps S, size (H, W) of the latents) → noise levels [S + 1], noisy to clean
     """
 
-    kind: Kind
+    prediction_type: PredictionType
     levels: Level
-    ladder: Callable[[int, tuple[int, int]], Ladder]
+    schedule: Callable[[int, tuple[int, int]], Schedule]
 
 
 @dataclass(frozen=True)

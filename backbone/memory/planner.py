@@ -21,7 +21,14 @@ from backbone.distributed.device import PRECISIONS
 from backbone.io.console import UserError, say
 from backbone.memory.count import Step, asked_bytes, bytes_of, step_bytes
 from backbone.models.model import Backbone
-from backbone.models.placement import INSTALL, KINDS, Measures, lendable, quantizable, tiled
+from backbone.models.placement import (
+    INSTALL,
+    KINDS,
+    Placement,
+    enable_tiling,
+    find_offloadable_layers,
+    find_quantizable_layers,
+)
 
 GIB = 2**30
 CONTEXT = {"cuda": 0.6 * GIB}
@@ -71,7 +78,7 @@ class Choice:
     precision: str = "fp32"
     checkpointing: bool = False
     optimizer: str = "adamw"
-    measures: Measures = field(default_factory=Measures)
+    placement: Placement = field(default_factory=Placement)
     fixed_optimizer: bool = False
 
     @property
@@ -80,7 +87,7 @@ class Choice:
 
     def settings(self) -> dict[str, Any]:
         """As the settings of a run call it, but for the optimiser."""
-        held = self.measures
+        held = self.placement
         return {
             "precision": self.precision,
             "gradient_checkpointing": self.checkpointing,
@@ -121,18 +128,18 @@ class Account:
 
     def phases(self, choice: Choice) -> dict[str, Phase]:
         """Every phase of the run, in order."""
-        work, measures, parts = self.work, choice.measures, self.parts(choice.precision)
-        text = 0 if measures.text_on_cpu else parts.text
+        work, placement, parts = self.work, choice.placement, self.parts(choice.precision)
+        text = 0 if placement.text_on_cpu else parts.text
         cached = self.cached_bytes
         base = self.base(choice) * (1 + work.copies)
         learns = parts.trained
         states = round(learns * STATES[choice.optimizer]) + 4 * learns * work.averaged
         held = base + (0 if work.full else 4 * learns) + states + cached + text * work.text_learns
-        one = measures.one_by_one
+        one = placement.one_by_one
         found = {
             "encoding": Phase(
                 parts.autoencoder + text,
-                self.pictures(choice.precision, "encode", measures.tiling, 1),
+                self.pictures(choice.precision, "encode", placement.tiling, 1),
             )
         }
         if work.asks:
@@ -145,27 +152,27 @@ class Account:
             count = 1 if one else AT_ONCE
             shown = held + parts.autoencoder + text * (not work.text_learns)
             drawing = self.asked(choice.precision, 2 * count)  # with a prompt and without
-            decoding = self.pictures(choice.precision, "decode", measures.tiling, count)
+            decoding = self.pictures(choice.precision, "decode", placement.tiling, count)
             found["showing"] = Phase(shown, max(drawing, decoding) + self.working(choice))
         return found
 
     def base(self, choice: Choice) -> int:
         """Bytes of the denoiser's own weights on the device."""
-        parts, measures = self.parts(choice.precision), choice.measures
-        if measures.quantize:
+        parts, placement = self.parts(choice.precision), choice.placement
+        if placement.quantize:
             width = choice.dtype.itemsize
-            return round(parts.denoiser - parts.linear * width + parts.linear * KINDS[measures.quantize])
-        return parts.denoiser - (round(self.lent(choice)) if measures.offload else 0)
+            return round(parts.denoiser - parts.linear * width + parts.linear * KINDS[placement.quantize])
+        return parts.denoiser - (round(self.lent(choice)) if placement.offload else 0)
 
     def lent(self, choice: Choice) -> float:
         """Bytes of the denoiser that lie in the CPU's memory."""
         network = self.bare(choice.precision)
-        layers = lendable(network, choice.measures.offload)
+        layers = find_offloadable_layers(network, choice.placement.offload)
         return float(sum(bytes_of(layer.parameters()) for layer in layers))
 
     def working(self, choice: Choice) -> int:
         """Bytes of a layer that is unpacked, or lent, for the moment in which it computes."""
-        if not (choice.measures.quantize or choice.measures.offload):
+        if not (choice.placement.quantize or choice.placement.offload):
             return 0
         return 2 * self.parts(choice.precision).largest
 
@@ -191,9 +198,9 @@ class Account:
     def _parts(self, precision: str) -> Parts:
         network = self.bare(precision)
         own = bytes_of(network.parameters())
-        linear = [layer.weight.numel() for layer in quantizable(network).values()]
+        linear = [layer.weight.numel() for layer in find_quantizable_layers(network).values()]
         outline = self.model.family.outline(self.model.location, PRECISIONS[precision])
-        layers = [bytes_of(layer.parameters()) for layer in lendable(network)]
+        layers = [bytes_of(layer.parameters()) for layer in find_offloadable_layers(network)]
         text = sum(bytes_of(part.bare().parameters()) for part in outline.encoders.values())
         autoencoder = bytes_of(outline.autoencoder.bare().parameters())
         trained = sum(value.numel() for value in self.learner(precision)[1])
@@ -238,7 +245,7 @@ class Account:
         network: Any = outline.autoencoder.bare()
         side = self.model.resolution
         if tiles:
-            tiled(network, side // 2)
+            enable_tiling(network, side // 2)
         shape = (3, side, side) if way == "encode" else self.model.latent_shape
         given = torch.zeros(count, *shape, dtype=outline.autoencoder.dtype, device="meta")
         call = network.encode if way == "encode" else network.decode
@@ -293,12 +300,12 @@ def _holding(name: str, price: str, setting: str, with_it: Any, without: Any, **
     """A measure of how the model is held; `others` are settings that it ends."""
 
     def put(choice: Choice, value: Any) -> Choice:
-        return replace(choice, measures=replace(choice.measures, **{setting: value, **others}))
+        return replace(choice, placement=replace(choice.placement, **{setting: value, **others}))
 
     return Measure(
         name,
         price,
-        lambda choice: getattr(choice.measures, setting) == with_it,
+        lambda choice: getattr(choice.placement, setting) == with_it,
         lambda choice: put(choice, with_it),
         lambda choice: put(choice, without),
     )
@@ -377,7 +384,7 @@ def plan(account: Account, size: float, start: Choice, *, library: bool) -> Plan
     allowed = applying(account.work, start, library=library)
     choice = cheapest(account, usable, start, allowed)
     missing = ""
-    if not library and (choice is None or choice.measures.offload):
+    if not library and (choice is None or choice.placement.offload):
         others = [measure for measure in applying(account.work, start, library=True) if measure not in LENT]
         if cheapest(account, usable, start, others) is not None:
             missing = f"With bitsandbytes and a GPU it would fit in fewer bits: {INSTALL}"
@@ -396,7 +403,7 @@ def within(model: Backbone, work: Work, size: float, start: Choice) -> tuple[Bac
         say(line)
     choice = found.choice
     held = Backbone(
-        model.location, model.family, device=model.device, dtype=choice.dtype, measures=choice.measures
+        model.location, model.family, device=model.device, dtype=choice.dtype, placement=choice.placement
     )
     return held, choice
 
@@ -413,16 +420,16 @@ def applying(work: Work, start: Choice, *, library: bool) -> list[Measure]:
         TEXT_ON_CPU: not work.text_learns,
         SMALL_STATES: library and work.full and not start.fixed_optimizer and start.optimizer == "adamw",
         BF16: start.precision == "fp32",
-        **dict.fromkeys(FEW_BITS, frozen and library and not start.measures.offload),
-        **dict.fromkeys(LENT, frozen and not start.measures.quantize),
+        **dict.fromkeys(FEW_BITS, frozen and library and not start.placement.offload),
+        **dict.fromkeys(LENT, frozen and not start.placement.quantize),
     }
     return [measure for measure in MEASURES if apply.get(measure, True)]
 
 
-def cheapest(account: Account, usable: float, start: Choice, measures: Iterable[Measure]) -> Choice | None:
+def cheapest(account: Account, usable: float, start: Choice, placement: Iterable[Measure]) -> Choice | None:
     """Measure after measure until all phases fit, then those dropped again that are not needed, dearest first."""
     choice, taken = start, list[Measure]()
-    for measure in measures:
+    for measure in placement:
         if needed(account, choice) <= usable:
             break
         if not measure.has(choice):

@@ -1,4 +1,4 @@
-"""What was computed once is remembered on disk, keyed by the content that it came from, never by position."""
+"""The disk cache of latents and text embeddings, keyed by content hash, never by position."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def cache_folder() -> Path:
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "limner"
 
 
-def remembered(kind: str, key: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors that `compute` gives, read from disk when they were computed before.
+def load_or_compute(kind: str, key: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Read tensors from the cache, or call `compute` and write them there.
 
     A damaged cache file is computed anew; a cache that cannot be written is done without.
     """
@@ -46,7 +46,7 @@ def remembered(kind: str, key: str, compute: Callable[[], Mapping[str, Tensor]])
     return tensors
 
 
-def encoded(
+def encode_images_cached(
     model: Backbone,
     pictures: Sequence[Picture],
     *,
@@ -54,7 +54,7 @@ def encoded(
     sizes: Sequence[tuple[int, int]] | None = None,
     crop: Place = CROPS["center"],
 ) -> list[Posterior]:
-    """The posteriors [1, C, H, W] of pictures, each encoded once for all time.
+    """Encode images to posteriors [1, C, H, W], each once: later calls read the cache.
 
     Pictures are cropped to squares of the model's resolution, or to `sizes` (W, H), one for each, at `crop`.
     """
@@ -65,8 +65,8 @@ def encoded(
     ]
 
 
-def encoded_prompts(model: Backbone, prompts: Sequence[str]) -> Conditions:
-    """Prompts as conditions, each encoded once for all time; the text encoder loads only for new ones."""
+def encode_prompts_cached(model: Backbone, prompts: Sequence[str]) -> Conditions:
+    """Encode prompts to conditions, each once: later calls read the cache and load no text encoder."""
     return Conditions.cat([Conditions(_encoded_prompt(model, prompt)) for prompt in prompts]).to(model.device)
 
 
@@ -74,14 +74,14 @@ def _encoded_prompt(model: Backbone, prompt: str) -> Text:
     if model.text_learned:
         return model.encode_prompts([prompt]).text
     key = content_hash(f"{model.fingerprint}\n{prompt}\n{model.dtype}\n{TEXT}".encode())
-    return remembered("text", key, lambda: model.encode_prompts([prompt]).text)
+    return load_or_compute("text", key, lambda: model.encode_prompts([prompt]).text)
 
 
 def _encoded_one(
     model: Backbone, picture: Picture, flip: bool, size: tuple[int, int], crop: Place
 ) -> Posterior:
     cut = () if crop == CROPS["center"] else (crop,)
-    tiles = ("tiles",) if model.measures.tiling else ()  # which change an encoding a little
+    tiles = ("tiles",) if model.placement.tiling else ()  # which change an encoding a little
     facts = (model.fingerprint, content_hash(picture.read()), size, flip, model.dtype, *cut, *tiles)
     key = content_hash("\n".join(map(str, facts)).encode())
 
@@ -90,5 +90,5 @@ def _encoded_one(
         found = model.encode((image.flip(-1) if flip else image)[None])
         return {"mean": found.mean, "std": found.std}
 
-    tensors = remembered("latents", key, compute)
+    tensors = load_or_compute("latents", key, compute)
     return Posterior(tensors["mean"].to(model.device), tensors["std"].to(model.device))

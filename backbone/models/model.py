@@ -1,8 +1,8 @@
-"""`Backbone`: a latent diffusion model of any family, as the methods see it.
+"""`Backbone`: a latent diffusion model of any family.
 
     model = Backbone.open("moji")
     text = model.encode_prompts(["a dog in the snow"])
-    latents = walk(noise, model.predictor(text), model.ladder(25))
+    latents = ddim(noise, model.predictor(text), model.schedule(25))
     pictures = model.decode(latents)
 
 Parts load when first used and can be freed again, so a training run never holds the encoders and the denoiser together.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from backbone.conditions.conditions import Conditions
-from backbone.diffusion.noise import Estimate, Ladder, Level, Predict, estimate, guide
+from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, estimate, guide
 from backbone.distributed.device import best_device, chosen_dtype
 from backbone.families import checkpoint as single_file
 from backbone.families.base import Family, NoisePath, TextEncoder
@@ -28,20 +28,20 @@ from backbone.families.registry import families
 from backbone.io.console import UserError
 from backbone.io.files import content_hash, read_json
 from backbone.models.locate import locate
-from backbone.models.placement import Measures, held, tiled
+from backbone.models.placement import Placement, enable_tiling, place_denoiser
 
 PARTS = ("denoiser", "autoencoder", "text_encoder")
 DECODED_AT_ONCE = 512 * 512  # pixels
 
 
 class Posterior(NamedTuple):
-    """The encoder's distribution: mean and standard deviation [B, …] of latents of about unit variance."""
+    """The encoder's posterior: mean and standard deviation [B, …] of latents of about unit variance."""
 
     mean: Tensor
     std: Tensor
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Latents drawn from it."""
+        """Sample latents [B, C, H, W]."""
         noise = torch.randn(self.mean.shape, generator=generator, dtype=torch.float32).to(self.mean.device)
         return self.mean + self.std * noise
 
@@ -56,13 +56,13 @@ class Backbone:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        measures: Measures | None = None,
+        placement: Placement | None = None,
     ) -> None:
         self.location = location
         self.family = family
         self.device = device
         self.dtype = dtype
-        self.measures = measures or Measures()
+        self.placement = placement or Placement()
         self.text_learned = False  # new words or adapters: what is remembered of prompts no longer holds
 
     @classmethod
@@ -72,14 +72,14 @@ class Backbone:
         *,
         device: str = "auto",
         precision: str = "auto",
-        measures: Measures | None = None,
+        placement: Placement | None = None,
     ) -> Backbone:
         """Finds a model: a name (`moji`, `sd15` …), a diffusers folder, a checkpoint file, or a hub id.
 
         Loads no weights yet.
 
         `precision` is fp32, bf16, fp16 or auto: bf16 where the processor has it, else fp16 on a GPU and fp32 on a CPU.
-        `measures` hold it in less memory.
+        `placement` saves memory.
 
         Raises `UserError` when there is no such model, or when its family is not served.
         """
@@ -89,7 +89,7 @@ class Backbone:
             if found in family.pipelines:
                 place = torch.device(best_device() if device == "auto" else device)
                 dtype = chosen_dtype(precision, place)
-                return cls(location, family, device=place, dtype=dtype, measures=measures)
+                return cls(location, family, device=place, dtype=dtype, placement=placement)
         served = ", ".join(family.name for family in families())
         raise UserError(
             f"{location.name} is a {found or 'model of unknown kind'}; this version works with {served}."
@@ -99,20 +99,20 @@ class Backbone:
     def denoiser(self) -> nn.Module:
         """The network that predicts, in the working precision, its weights frozen."""
         loaded = self.family.denoiser(self.location, self.dtype).eval().requires_grad_(False)
-        return held(loaded, self.measures, self.device)
+        return place_denoiser(loaded, self.placement, self.device)
 
     @cached_property
     def autoencoder(self) -> nn.Module:
         """Pictures to latents and back."""
         loaded = self.family.autoencoder(self.location, self.dtype).eval().requires_grad_(False)
-        if self.measures.tiling:
-            tiled(loaded, self.resolution // 2)
+        if self.placement.tiling:
+            enable_tiling(loaded, self.resolution // 2)
         return loaded.to(self.device)
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
         """Prompts to named tensors. Small encoders are in fp32 whatever the precision: they run once."""
-        device = torch.device("cpu") if self.measures.text_on_cpu else self.device
+        device = torch.device("cpu") if self.placement.text_on_cpu else self.device
         return self.family.text_encoder(self.location, self.dtype).to(device)
 
     @cached_property
@@ -122,7 +122,7 @@ class Backbone:
 
     @cached_property
     def defaults(self) -> dict[str, Any]:
-        """What works well with this model: the `limner.json` beside it, or what works with its family."""
+        """Recommended settings: the `limner.json` beside the model over those of its family."""
         usual = {
             "steps": 30,
             "guidance": 7.5,
@@ -159,7 +159,7 @@ class Backbone:
         return content_hash("\n".join(parts).encode())
 
     def free(self, *parts: str) -> None:
-        """Lets go of parts; they load again when used. Text encoders that have learned something stay."""
+        """Unload parts; they load again when used. Text encoders with learned embeddings or adapters stay."""
         for part in parts:
             assert part in PARTS
             if part != "text_encoder" or not self.text_learned:
@@ -204,7 +204,7 @@ class Backbone:
         return torch.cat([self.decode_with_gradients(some) for some in portions])
 
     def decode_with_gradients(self, latents: Tensor) -> Tensor:
-        """The same, for who wants to know how the pictures depend on the latents."""
+        """Decode with gradients through the decoder."""
         dtype = next(self.autoencoder.parameters()).dtype
         scale, shift = self._scale_and_shift
         latents = (latents.to(self.device).float() / scale + shift).to(dtype)
@@ -215,13 +215,13 @@ class Backbone:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditions:
-        """Prompts to the network's text conditions, one row for each."""
+        """Encode prompts to the network's conditioning, one row for each."""
         return Conditions(self.text_encoder(prompts)).to(self.device)
 
     def predict(
         self, noisy: Tensor, index: Tensor, conditions: Conditions, *, denoiser: nn.Module | None = None
     ) -> Tensor:
-        """The network's raw prediction [B, …] in float32, in its own parameterisation (`path.kind`).
+        """The network's raw prediction [B, …] in float32, in its own parameterisation (`path.prediction_type`).
 
         noisy       [B, …] at the levels `index` [B] of the model's own noise path, `path.levels`
         conditions  one row a sample
@@ -229,15 +229,16 @@ class Backbone:
         """
         time = self.path.levels.time
         assert time is not None
-        return self._predict_at(noisy, time[index], conditions, denoiser or self.denoiser)
+        network = self.denoiser if denoiser is None else denoiser
+        return self._predict_at(noisy, time[index], conditions, network)
 
     def predictor(self, conditions: Conditions) -> Predict:
-        """The model's estimate of the clean latents and the noise at any level, for samplers."""
+        """Bind the conditions, one row a sample: (noisy, level) → Estimate, for samplers."""
 
         def predict(noisy: Tensor, level: Level) -> Estimate:
             assert level.time is not None
             prediction = self._predict_at(noisy, level.time, conditions, self.denoiser)
-            return estimate(prediction, noisy, level, self.path.kind)
+            return estimate(prediction, noisy, level, self.path.prediction_type)
 
         return predict
 
@@ -248,9 +249,9 @@ class Backbone:
             return network(noisy, time.to(noisy.device)).float()
 
     def guided_predictor(self, conditions: Conditions, empty: Conditions, guidance: float) -> Predict:
-        """The same with classifier-free guidance.
+        """Bind the conditions with guidance.
 
-        Both conditions in one call of twice the batch (Ho & Salimans 2022); a guidance-distilled network is
+        Classifier-free guidance in one call of twice the batch (Ho & Salimans 2022); a guidance-distilled network is
         conditioned on the scale and called once, whatever `empty` is.
         """
         distilled = self.family.distilled(self.denoiser, conditions, guidance)
@@ -265,13 +266,13 @@ class Backbone:
 
         return predict
 
-    def ladder(self, steps: int, *, size: tuple[int, int] | None = None) -> Ladder:
-        """The noise levels of a sampler with S steps, noisy to clean, as the model's own scheduler places them.
+    def schedule(self, steps: int, *, size: tuple[int, int] | None = None) -> Schedule:
+        """The noise schedule [S + 1] of a sampler with S steps, noisy to clean, as the model's own scheduler spaces it.
 
         Some schedulers place them by the latents' size (H, W), which is the model's own if left out.
         """
         height, width = size or self.latent_shape[-2:]
-        return self.path.ladder(steps, (height, width)).to(self.device)
+        return self.path.schedule(steps, (height, width)).to(self.device)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Half precision for what is trained in fp32 on top of a half-precision base; nothing in fp32."""

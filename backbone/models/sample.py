@@ -1,4 +1,4 @@
-"""Pictures from prompts. Picture (i, j) depends on the seed, i and j, not on the batch that it was drawn in."""
+"""Text-to-image sampling. Image (i, j) depends on the seed, i and j alone, not on the batch that it was sampled in."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from backbone.diffusion.noise import Estimate, Ladder, Level, Predict, add_noise, generator
-from backbone.diffusion.samplers import ancestral, heun, walk
+from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, add_noise, generator
+from backbone.diffusion.samplers import ancestral, ddim, heun
 from backbone.io.console import UserError
 from backbone.media.transforms import to_image
-from backbone.models.cache import encoded_prompts
+from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 
 Sampler = Literal["ddim", "heun", "ancestral"]
@@ -23,7 +23,7 @@ ALL_STEPS = (0.0, 1.0)
 
 @dataclass(frozen=True)
 class Request:
-    """A picture to draw: the prompt in the model's words, and the key of its noise (prompt number, sample number)."""
+    """An image to sample: the prompt, placeholder tokens resolved, and the key of its noise (prompt, sample)."""
 
     prompt: str
     key: tuple[int, int]
@@ -42,7 +42,7 @@ def sample(
     batch: int = 8,
     guided: tuple[float, float] = ALL_STEPS,
 ) -> Iterator[Image]:
-    """Draws the requested pictures, in order.
+    """Sample the requested images, in order.
 
     `guided` is the share of the steps, from noisy to clean, that follow the guidance; the others follow the prompt
     alone, at half the price (Kynkäänniemi et al. 2024).
@@ -75,32 +75,32 @@ def sample_latents(
     clean: Tensor | None = None,
     share: float = 1.0,
 ) -> Iterator[Tensor]:
-    """The same as latents, a batch [B, C, H, W] at a time.
+    """Sample latents, a batch [B, C, H, W] at a time.
 
-    With `clean`, latents [R, C, H, W], one a request, each picture begins with these, noised with the noise of its own
-    key, and takes the last `share` of the steps alone, as SDEdit does (Meng et al. 2022, algorithm 1, with a fresh
-    prompt): another picture with their layout, of which a smaller share keeps more.
+    With `clean`, latents [R, C, H, W] one a request, each sample starts from these, noised by the noise of its own key,
+    and takes the last `share` of the steps only: SDEdit (Meng et al. 2022, algorithm 1). A smaller share keeps more of
+    their layout.
     """
-    ladder, batch = model.ladder(steps), 1 if model.measures.one_by_one else batch
-    rest = ladder if clean is None else ladder[steps_before(share, steps) :]
+    schedule, batch = model.schedule(steps), 1 if model.placement.one_by_one else batch
+    rest = schedule if clean is None else schedule[count_skipped_steps(share, steps) :]
     for first in range(0, len(requests), batch):
         some = requests[first : first + batch]
-        text = encoded_prompts(model, [request.prompt for request in some])
-        empty = encoded_prompts(model, [request.negative for request in some])
+        text = encode_prompts_cached(model, [request.prompt for request in some])
+        empty = encode_prompts_cached(model, [request.negative for request in some])
         noise = torch.stack([initial_noise(model, seed, *request.key) for request in some]).to(model.device)
         if clean is None:
-            start = noise * float((ladder.a[0] ** 2 + ladder.b[0] ** 2).sqrt())
+            start = noise * float((schedule.a[0] ** 2 + schedule.b[0] ** 2).sqrt())
         else:
             start = add_noise(clean[first : first + batch].to(model.device), noise, rest[0])
         predict = model.guided_predictor(text, empty, guidance)
         if guided != ALL_STEPS:
-            predict = within(guided, predict, model.predictor(text), ladder)
+            predict = limit_guidance(guided, predict, model.predictor(text), schedule)
         randoms = [generator(seed, *request.key, "steps") for request in some]
-        yield walker(sampler, randoms)(start, predict, rest)
+        yield get_sampler(sampler, randoms)(start, predict, rest)
 
 
-def steps_before(share: float, steps: int) -> int:
-    """How many of a ladder's steps a redrawing by this share leaves out; `UserError` where none would be left."""
+def count_skipped_steps(share: float, steps: int) -> int:
+    """Count the steps that SDEdit with this share skips; `UserError` where no step would be left."""
     if not 0 < share <= 1:
         raise UserError(f"{share:g} is no share of the steps to draw anew. Give one above 0, at most 1.")
     skipped = steps - round(share * steps)
@@ -111,12 +111,14 @@ def steps_before(share: float, steps: int) -> int:
     return skipped
 
 
-def within(share: tuple[float, float], inside: Predict, outside: Predict, ladder: Ladder) -> Predict:
-    """`inside` at the levels of this share of a ladder's steps, counted from its noisy end, `outside` at the others."""
+def limit_guidance(
+    share: tuple[float, float], inside: Predict, outside: Predict, schedule: Schedule
+) -> Predict:
+    """`inside` at the levels of this share of a schedule's steps, from its noisy end, `outside` at the others."""
     start, stop = share
-    steps = len(ladder) - 1
-    noisiest = ladder.b[round(start * steps)]
-    cleanest = ladder.b[round(stop * steps)] if stop < 1 else -1.0
+    steps = len(schedule) - 1
+    noisiest = schedule.b[round(start * steps)]
+    cleanest = schedule.b[round(stop * steps)] if stop < 1 else -1.0
 
     def predict(noisy: Tensor, level: Level) -> Estimate:
         chosen = inside if cleanest < level.b.max() <= noisiest else outside
@@ -125,14 +127,14 @@ def within(share: tuple[float, float], inside: Predict, outside: Predict, ladder
     return predict
 
 
-def share_said(share: tuple[float, float]) -> str:
-    """The share in words, to stand behind the guidance; nothing for all steps."""
+def describe_guidance_interval(share: tuple[float, float]) -> str:
+    """The guidance interval in words, to follow the guidance scale; empty for all steps."""
     start, stop = share
     return "" if share == ALL_STEPS else f" from {start:.0%} to {stop:.0%} of the steps"
 
 
-def refuse_no_share(share: tuple[float, float]) -> None:
-    """`UserError` for what is no share of the steps."""
+def check_guidance_interval(share: tuple[float, float]) -> None:
+    """Raise `UserError` unless 0 <= start < stop <= 1."""
     start, stop = share
     if not 0 <= start < stop <= 1:
         raise UserError(
@@ -141,17 +143,17 @@ def refuse_no_share(share: tuple[float, float]) -> None:
         )
 
 
-def walker(
+def get_sampler(
     sampler: Sampler, randoms: Sequence[torch.Generator]
-) -> Callable[[Tensor, Predict, Ladder], Tensor]:
-    """The sampler of this name; fresh noise, where it needs some, comes from one generator for each picture."""
+) -> Callable[[Tensor, Predict, Schedule], Tensor]:
+    """Get a sampler by its name; fresh noise comes from one generator for each sample."""
     match sampler:
         case "ddim":
-            return walk
+            return ddim
         case "heun":
             return heun
         case "ancestral":
-            return lambda noisy, predict, ladder: ancestral(noisy, predict, ladder, generator=randoms)
+            return lambda noisy, predict, schedule: ancestral(noisy, predict, schedule, generator=randoms)
     raise UserError(f"There is no sampler {sampler}. Choose one of {', '.join(get_args(Sampler))}.")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import add_noise, generator
 from backbone.io.files import content_hash
-from backbone.models.cache import remembered
+from backbone.models.cache import load_or_compute
 from backbone.models.model import Backbone, Posterior
 
 
@@ -62,16 +62,16 @@ def base_predictions(
     facts = (
         model.fingerprint,
         model.dtype,
-        *([model.measures.quantize] if model.measures.quantize else []),  # another base
+        *([model.placement.quantize] if model.placement.quantize else []),  # another base
         count,
         seed,
         _hash(means),
         *(_hash(value) for value in conditions.tensors()),
     )
     key = content_hash("\n".join(map(str, facts)).encode())
-    batch = 1 if model.measures.one_by_one else batch
+    batch = 1 if model.placement.one_by_one else batch
     return BasePredictions(
-        **remembered(
+        **load_or_compute(
             "base-predictions", key, lambda: _predict(model, posteriors, conditions, count, seed, batch)
         )
     )

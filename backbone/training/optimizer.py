@@ -10,13 +10,13 @@ from torch.optim import Optimizer
 
 from backbone.io.console import UserError
 from backbone.training.loop import (
-    Schedule,
+    LRSchedule,
     warm_constant,
     warm_cosine,
 )
 
 
-def make_schedule(name: str, *, steps: int, warmup: int) -> Schedule:
+def make_schedule(name: str, *, steps: int, warmup: int) -> LRSchedule:
     """The learning rate's schedule by its name: a factor of the rate for every step."""
     match name:
         case "cosine":

@@ -186,7 +186,7 @@ def take_steps(objective: Objective, *, until: int | None = None) -> Iterator[Re
             objective.losses,
             objective.parameters,
             optimizer=objective.optimizer,
-            schedule=make_schedule(
+            lr_schedule=make_schedule(
                 settings.lr_scheduler, steps=settings.steps, warmup=settings.lr_warmup_steps
             ),
             steps=settings.steps if until is None else until,

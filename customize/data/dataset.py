@@ -15,7 +15,7 @@ from backbone.io.console import UserError
 from backbone.io.files import content_hash
 from backbone.media.pictures import Picture
 from backbone.media.transforms import bucket_sizes, fitted, mask_to_tensor, nearest_size
-from backbone.models.cache import encoded, encoded_prompts, remembered
+from backbone.models.cache import encode_images_cached, encode_prompts_cached, load_or_compute
 from backbone.models.model import Backbone, Posterior
 from backbone.models.sample import Request, sample_latents
 from backbone.training.base_predictions import BasePredictions, base_predictions
@@ -99,9 +99,9 @@ def prepare(model: Backbone, groups: Sequence[Group], settings: Settings) -> Tra
     # prompts to conditions, while the text encoder is loaded
     classes = [group.class_prompt for group in groups]
     with processes.writer_first():
-        class_conditions = encoded_prompts(model, classes)
-        conditions = None if trains_text(settings) else encoded_prompts(model, [*prompts, *classes])
-        empty = encoded_prompts(model, [""]) if settings.mask == "auto" else None
+        class_conditions = encode_prompts_cached(model, classes)
+        conditions = None if trains_text(settings) else encode_prompts_cached(model, [*prompts, *classes])
+        empty = encode_prompts_cached(model, [""]) if settings.mask == "auto" else None
     buckets = buckets_of(posteriors)
     class_latents = None
     if preserves(settings) and settings.prior == "class-images":
@@ -138,13 +138,13 @@ def prepare(model: Backbone, groups: Sequence[Group], settings: Settings) -> Tra
 def encode_in_parallel(
     model: Backbone, pictures: Sequence[Picture], *, flip: bool, sizes: Sequence[tuple[int, int]] | None
 ) -> list[Posterior]:
-    """`encoded`, after each process has warmed the disk cache with its share of the images."""
+    """`encode_images_cached`, after each process has warmed the disk cache with its share of the images."""
 
     def encode(row: int) -> None:
-        encoded(model, [pictures[row]], flip=flip, sizes=sizes and [sizes[row]])
+        encode_images_cached(model, [pictures[row]], flip=flip, sizes=sizes and [sizes[row]])
 
     processes.prepared(encode, range(len(pictures)))
-    return encoded(model, pictures, flip=flip, sizes=sizes)
+    return encode_images_cached(model, pictures, flip=flip, sizes=sizes)
 
 
 def predict_missing_masks(
@@ -250,4 +250,4 @@ def sample_class_latents(model: Backbone, class_prompt: str, settings: Settings)
         return {"latents": torch.cat([part.float().cpu() for part in parts])}
 
     key = content_hash("\n".join(map(str, facts)).encode())
-    return remembered("class", key, draw)["latents"]
+    return load_or_compute("class", key, draw)["latents"]

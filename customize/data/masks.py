@@ -22,7 +22,7 @@ from backbone.io.files import content_hash
 from backbone.media.pictures import Picture
 from backbone.media.sheet import Cell, save_png, sheet
 from backbone.media.transforms import fitted
-from backbone.models.cache import remembered
+from backbone.models.cache import load_or_compute
 from backbone.models.model import Backbone, Posterior
 
 SHARES = (0.2, 0.4, 0.6)  # of the levels, from clean to noisy
@@ -41,7 +41,7 @@ def predict_mask(
     parts = [content_hash(value.detach().float().cpu().contiguous().numpy().tobytes()) for value in known]
     facts = [model.fingerprint, str(model.dtype), str(SHARES), str(NOISE_SAMPLES), *parts]
     key = content_hash("\n".join(facts).encode())
-    cached = remembered(
+    cached = load_or_compute(
         "where", key, lambda: {"where": prediction_difference(model, posterior, class_prompt, empty)}
     )
     return dilate(otsu(cached["where"]))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.losses import debiased, min_snr, squared_error
-from backbone.diffusion.noise import Kind, Level, add_noise, generator, target
+from backbone.diffusion.noise import Level, PredictionType, add_noise, generator, target
 from backbone.distributed import processes
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
@@ -145,11 +145,15 @@ class DreamBooth(Objective):
             noise = noise + settings.noise_offset * shift.reshape(*shift.shape, *[1] * (clean.ndim - 2))
         index = stratified_levels(settings.batch, len(path.levels), random)
         level = path.levels[index]
-        weight = weight_map(level_weight(level, path.kind, settings), clean)
+        weight = weight_map(level_weight(level, path.prediction_type, settings), clean)
         if data.masks is not None:
             weight = weight * torch.stack([data.masks[int(row)] for row in rows])
         return Batch(
-            add_noise(clean, noise, level), index, target(clean, noise, level, path.kind), weight, rows
+            add_noise(clean, noise, level),
+            index,
+            target(clean, noise, level, path.prediction_type),
+            weight,
+            rows,
         )
 
     def prior_batch(self, bucket: Bucket, random: torch.Generator) -> Batch:
@@ -171,7 +175,7 @@ class DreamBooth(Objective):
             noise = torch.randn(clean.shape, generator=random).to(clean)
             index = stratified_levels(count, len(path.levels), random)
             level = path.levels[index]
-            noisy, wanted = add_noise(clean, noise, level), target(clean, noise, level, path.kind)
+            noisy, wanted = add_noise(clean, noise, level), target(clean, noise, level, path.prediction_type)
             classes = chosen // self.settings.num_class_images
         # λ for the mean over `prior_batch` samples, in a loss that divides by `batch`
         weight = self.settings.prior_loss_weight * self.settings.batch / count
@@ -243,7 +247,7 @@ def weight_map(weight: Tensor, latents: Tensor) -> Tensor:
     return weight.reshape(-1, *[1] * (latents.ndim - 1)).expand(-1, 1, *latents.shape[2:])
 
 
-def level_weight(level: Level, kind: Kind, settings: Settings) -> Tensor:
+def level_weight(level: Level, kind: PredictionType, settings: Settings) -> Tensor:
     """Loss weight per timestep [B]."""
     match settings.loss_weighting:
         case "none":

@@ -57,7 +57,7 @@ class Validation:
             self._remember()
 
     def __call__(self, step: int) -> str:
-        """Measures the run as it is now, once for each step; the reason to stop, when patience has run out."""
+        """Placement the run as it is now, once for each step; the reason to stop, when patience has run out."""
         if self.evaluator is None:
             return ""
         settings = self.training.settings
@@ -171,10 +171,15 @@ def fixed_loss(training: DreamBooth) -> float:
         with model.autocast():
             conditions = training.conditions(row)
         prediction = model.predict(add_noise(clean, noise, level), index, conditions)
-        weight = level_weight(level, path.kind, training.settings)
+        weight = level_weight(level, path.prediction_type, training.settings)
         total += float(
             denoising_score_matching(
-                prediction, clean, noise=noise, level=level, kind=path.kind, weight=weight
+                prediction,
+                clean,
+                noise=noise,
+                level=level,
+                prediction_type=path.prediction_type,
+                weight=weight,
             )
         )
     return total / NOISE_SAMPLES

@@ -13,7 +13,7 @@ from backbone.adapters.lora import Kind, add_lora
 from backbone.io.console import UserError
 from backbone.memory.planner import Account, Choice, Work, has_library, plan, precision_of, within
 from backbone.models.model import Backbone
-from backbone.models.placement import measures_of
+from backbone.models.placement import get_placement
 from customize.data.dataset import preserves, trains_text
 from customize.methods.weights import CROSS_ATTENTION
 from customize.settings import Settings
@@ -67,8 +67,8 @@ def chosen(denoiser: nn.Module, pattern: str) -> list[Tensor]:
 
 def choice_of(model: Backbone, settings: Settings) -> Choice:
     """How the settings as they are hold the run in memory."""
-    measures = measures_of(settings)
-    return Choice(precision_of(model), settings.gradient_checkpointing, settings.optimizer, measures)
+    placement = get_placement(settings)
+    return Choice(precision_of(model), settings.gradient_checkpointing, settings.optimizer, placement)
 
 
 def budgeted(model: Backbone, settings: Settings, pictures: int, size: float) -> tuple[Backbone, Settings]:

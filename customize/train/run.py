@@ -18,7 +18,7 @@ from backbone.io.run_folder import run_name, versions
 from backbone.media.pictures import Picture, check, read_folder
 from backbone.media.transforms import square
 from backbone.models.model import Backbone
-from backbone.models.placement import measures_of
+from backbone.models.placement import get_placement
 from backbone.training.run import Every, drive
 from customize.data.dataset import Group, prepare
 from customize.data.masks import save_masks
@@ -62,7 +62,10 @@ def train_concept(asked: dict[str, Any], subjects: Sequence[Subject], *, out: Pa
     if settings.method not in METHODS:
         raise UserError(f"There is no method {settings.method}. Choose one of {', '.join(METHODS)}.")
     model = Backbone.open(
-        settings.model, device=settings.device, precision=settings.precision, measures=measures_of(settings)
+        settings.model,
+        device=settings.device,
+        precision=settings.precision,
+        placement=get_placement(settings),
     )
     if size is not None:
         from customize.train.memory import budgeted
@@ -101,7 +104,10 @@ def resume_concept(run: Path) -> Path:
     pictures = [read_folder(subject.images) for subject in settings.subjects()]
     check([picture for folder in pictures for picture in folder])
     model = Backbone.open(
-        settings.model, device=settings.device, precision=settings.precision, measures=measures_of(settings)
+        settings.model,
+        device=settings.device,
+        precision=settings.precision,
+        placement=get_placement(settings),
     )
     return carry_on(run, settings, model, pictures, began=time.perf_counter())
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from backbone.conditions.conditions import Conditions
-from backbone.diffusion.noise import Estimate, over
+from backbone.diffusion.noise import Estimate, broadcast_like
 from backbone.diffusion.samplers import deterministic_step
 from backbone.io.console import UserError
-from backbone.models.cache import encoded_prompts
+from backbone.models.cache import encode_prompts_cached
 from edit.inversion.inversion import Inversion
 
 
@@ -30,16 +30,16 @@ def between(
     """
     if first.identity != second.identity:
         raise UserError("The two inversions are of different models. Invert both pictures with the same one.")
-    if first.states.shape != second.states.shape or not torch.equal(first.ladder.a, second.ladder.a):
+    if first.states.shape != second.states.shape or not torch.equal(first.schedule.a, second.schedule.a):
         raise UserError(
             "The two inversions differ in size or in steps. Invert pictures of the same shape with the same --steps."
         )
     if count < 3:
         raise UserError(f"{count} pictures leave none in between. Ask for three or more.")
-    model, ladder = first.model, first.ladder
+    model, schedule = first.model, first.schedule
     ends = torch.stack([first.states, second.states]).float()  # [2, S + 1, C, H, W]
     weight = torch.linspace(0, 1, count, device=ends.device)[1:-1]
-    texts = encoded_prompts(model, [first.prompt, second.prompt])
+    texts = encode_prompts_cached(model, [first.prompt, second.prompt])
     mixed = Conditions(
         {
             name: torch.cat([value, torch.stack([_between(value[0], value[1], float(w)) for w in weight])])
@@ -48,10 +48,10 @@ def between(
     )
     predict = model.predictor(mixed)
     now = torch.stack([slerp(ends[0, 0], ends[1, 0], float(w)) for w in weight])
-    share = over(weight, now)
+    share = broadcast_like(weight, now)
     asked = 0
     for number in range(first.steps):
-        here, there = ladder[number], ladder[number + 1]
+        here, there = schedule[number], schedule[number + 1]
         rows = torch.cat([ends[:, number], now])
         said = predict(rows, here)
         asked += len(rows)

@@ -118,7 +118,7 @@ def test_a_step_is_the_paper_s_formula_in_loss_and_gradient(
     text = run.material.conditions[said].repeat(2).text
     assert model.path.levels.time is not None
     time = model.path.levels.time[index]
-    if model.path.kind == "flow":
+    if model.path.prediction_type == "flow":
         sigma = (time / 1000)[:, None, None, None]
         noisy, target = (1 - sigma) * clean + sigma * noise, noise - clean
     else:

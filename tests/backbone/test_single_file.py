@@ -67,8 +67,8 @@ def test_it_has_the_folder_s_shape_path_and_defaults(file: Path, tiny: Backbone,
     assert single.resolution == tiny.resolution
     assert single.autoencoder_config == tiny.autoencoder_config
     assert single.defaults == tiny.defaults
-    assert single.path.kind == tiny.path.kind
-    assert torch.equal(single.ladder(4).a, tiny.ladder(4).a)
+    assert single.path.prediction_type == tiny.path.prediction_type
+    assert torch.equal(single.schedule(4).a, tiny.schedule(4).a)
 
 
 def test_a_version_2_text_encoder_is_the_same_too(tmp_path: Path, tiny_folder: Path, tiny: Backbone) -> None:
@@ -97,9 +97,9 @@ def test_settings_in_a_folder_of_the_file_s_name_come_before_those_beside_it(
     own.parent.mkdir(parents=True)
     own.write_text(json.dumps(settings | {"prediction_type": "v_prediction"}))
     before = opened(file.rename(file.with_name("other.safetensors")))
-    assert before.path.kind == "epsilon"
+    assert before.path.prediction_type == "epsilon"
     file.with_name("other.safetensors").rename(file)
-    assert opened(file).path.kind == "v_prediction"
+    assert opened(file).path.prediction_type == "v_prediction"
 
 
 def test_an_autoencoder_without_a_scale_in_its_settings_has_the_usual_one(file: Path, tiny: Backbone) -> None:
@@ -169,7 +169,7 @@ def test_published_checkpoints_are_told_by_their_headers(
     path = tmp_path / f"{name}.safetensors"
     write_tensors(path, few_tensors(width), metadata)
     model = opened(path)
-    assert model.path.kind == kind
+    assert model.path.prediction_type == kind
     assert model.latent_shape == (4, size, size)
     assert model.location.config("unet")["cross_attention_dim"] == width
     assert model.autoencoder_config["scaling_factor"] == 0.18215
@@ -344,7 +344,7 @@ def assert_same_model(one: Backbone, other: Backbone) -> None:
     latents = posteriors[1].mean
     assert torch.equal(one.decode(latents), other.decode(latents))
     with torch.no_grad():
-        level = other.ladder(4)[1]
+        level = other.schedule(4)[1]
         predictions = [
             model.predictor(text)(latents, level) for model, text in zip((one, other), texts, strict=True)
         ]

@@ -90,7 +90,7 @@ def test_published_checkpoints_are_told_by_their_headers(
     model = opened(tmp_path / "flux.safetensors")
     assert model.family.name == "FLUX.1"
     assert model.location.config("transformer")["guidance_embeds"] is told
-    assert model.latent_shape == (16, 128, 128) and model.path.kind == "flow"
+    assert model.latent_shape == (16, 128, 128) and model.path.prediction_type == "flow"
     assert model.autoencoder_config["scaling_factor"] == 0.3611
     assert model.autoencoder_config["shift_factor"] == 0.1159
     assert model.location.config("text_encoder")["hidden_size"] == 768

@@ -166,7 +166,7 @@ def test_published_checkpoints_are_told_by_their_headers(
     assert (settings["num_layers"], settings["pos_embed_max_size"]) == (layers, positions)
     assert len(settings["dual_attention_layers"]) == dual
     assert (settings["qk_norm"] is None) is not any("ln_q" in mark for mark in marks)
-    assert model.latent_shape == (16, 128, 128) and model.path.kind == "flow"
+    assert model.latent_shape == (16, 128, 128) and model.path.prediction_type == "flow"
     assert model.autoencoder_config["scaling_factor"] == 1.5305
     assert model.autoencoder_config["shift_factor"] == 0.0609
     assert [model.location.config(f"text_encoder{n}")["hidden_size"] for n in ("", "_2")] == [768, 1280]
@@ -340,8 +340,8 @@ def assert_same_model(one: Backbone, other: Backbone) -> None:
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
     assert (one.latent_shape, one.defaults) == (other.latent_shape, other.defaults)
-    assert one.path.kind == other.path.kind == "flow"
-    assert torch.equal(one.ladder(4).b, other.ladder(4).b)
+    assert one.path.prediction_type == other.path.prediction_type == "flow"
+    assert torch.equal(one.schedule(4).b, other.schedule(4).b)
     assert torch.equal(one.path.levels.b, other.path.levels.b)
     texts = [model.encode_prompts(PROMPTS) for model in (one, other)]
     for name in ("hidden", "pooled"):
@@ -352,7 +352,7 @@ def assert_same_model(one: Backbone, other: Backbone) -> None:
     latents = [model.encode(some_pictures(other)).mean for model in (one, other)]
     torch.testing.assert_close(*latents, rtol=0, atol=1e-5)
     torch.testing.assert_close(*(model.decode(latents[1]) for model in (one, other)), rtol=0, atol=1e-5)
-    level = other.ladder(4)[1]
+    level = other.schedule(4)[1]
     with torch.no_grad():
         said = [
             model.predictor(text[:2])(latents[1], level).noise

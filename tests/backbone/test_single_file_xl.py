@@ -80,8 +80,8 @@ def test_a_single_file_is_the_same_model_as_the_folder(file: Path, folder: Path)
         assert all(torch.equal(value, wanted[name]) for name, value in ours.state_dict().items())
     posteriors = [model.encode(some_pictures(other)).mean for model in (one, other)]
     torch.testing.assert_close(*posteriors, rtol=0, atol=1e-6)
-    latents, level = posteriors[1][:1], other.ladder(4)[1]
-    assert torch.equal(one.ladder(4).b, other.ladder(4).b)
+    latents, level = posteriors[1][:1], other.schedule(4)[1]
+    assert torch.equal(one.schedule(4).b, other.schedule(4).b)
     with torch.no_grad():
         said = [
             model.predictor(text[:1])(latents, level).noise
@@ -112,11 +112,11 @@ def test_a_published_checkpoint_is_told_by_its_header(tmp_path: Path) -> None:
     }
     write_tensors(tmp_path / "sdxl.safetensors", few)
     model = opened(tmp_path / "sdxl.safetensors")
-    assert model.latent_shape == (4, 128, 128) and model.path.kind == "epsilon"
+    assert model.latent_shape == (4, 128, 128) and model.path.prediction_type == "epsilon"
     assert model.autoencoder_config["scaling_factor"] == 0.13025
     assert model.location.config("text_encoder")["hidden_size"] == 768
     write_tensors(tmp_path / "v.safetensors", {**few, "v_pred": torch.zeros(1)})
-    assert opened(tmp_path / "v.safetensors").path.kind == "v_prediction"
+    assert opened(tmp_path / "v.safetensors").path.prediction_type == "v_prediction"
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2"])

@@ -117,12 +117,12 @@ def test_flow_edit_follows_the_two_velocities(tiny: Backbone) -> None:
     from backbone.diffusion.noise import generator
 
     drawn = flow_edit(tiny, photo(), SOURCE, [TARGET], steps=2, strength=0.5, guidance=1.0)
-    clean, ladder = latent_of(tiny, photo())[None], tiny.ladder(2)[1:]
+    clean, schedule = latent_of(tiny, photo())[None], tiny.schedule(2)[1:]
     noise = torch.randn(clean.shape, generator=generator(0, 0, 0, "flow edit"))
-    tau = ladder.b / (ladder.a + ladder.b)
-    noised = ((1 - tau[0]) * clean + tau[0] * noise) * (ladder.a[0] + ladder.b[0])
+    tau = schedule.b / (schedule.a + schedule.b)
+    noised = ((1 - tau[0]) * clean + tau[0] * noise) * (schedule.a[0] + schedule.b[0])
     source, target = (
-        tiny.predictor(tiny.encode_prompts([p]))(noised.float(), ladder[0]) for p in (SOURCE, TARGET)
+        tiny.predictor(tiny.encode_prompts([p]))(noised.float(), schedule[0]) for p in (SOURCE, TARGET)
     )
     move = (target.noise - target.clean) - (source.noise - source.clean)
     assert deviation(drawn.latents, (clean + (tau[1] - tau[0]) * move).float()) < 1e-4

@@ -17,7 +17,7 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from backbone.diffusion.noise import Kind
+from backbone.diffusion.noise import PredictionType
 from backbone.families.checkpoint import AUTOENCODER, UNET, channels, misfit
 from backbone.families.location import Location, hub_file
 from backbone.io.console import UserError, say
@@ -62,7 +62,7 @@ def settings_of(header: Header) -> tuple[Path, ...] | None:
     return (*beside, *(PUBLISHED / name for name in published))
 
 
-def told(header: Header) -> tuple[Kind | None, int]:
+def told(header: Header) -> tuple[PredictionType | None, int]:
     """What the network predicts and at how many pixels a side, where the file says so.
 
     In the terms of the metadata standard ModelSpec (kohya, ComfyUI), or by a tensor named `v_pred`.
@@ -77,7 +77,7 @@ def told(header: Header) -> tuple[Kind | None, int]:
     return None, 512
 
 
-def guessed(path: Path) -> tuple[Kind, int]:
+def guessed(path: Path) -> tuple[PredictionType, int]:
     """The same by the name of a Stable Diffusion 2 file: the one for 768 pixels, unless it says base or 512."""
     return ("epsilon", 512) if re.search("512|base", path.stem.lower()) else ("v_prediction", 768)
 

@@ -155,7 +155,7 @@ def test_both_pictures_of_a_pair_are_mirrored_or_neither(tiny: Backbone, pairs_f
     item = ready.train[0]
     batch = batch_of(tiny, ready, draws, [item] * 16, list(range(16)))
     level = tiny.path.levels[batch.index]
-    a, b = level.over(batch.noisy)
+    a, b = level.broadcast_like(batch.noisy)
     clean = (batch.noisy - b * batch.target) / a
     mirrored = [draws.mirrors(item, k) for k in range(16)]
     assert 0 < sum(mirrored) < 16

@@ -99,7 +99,7 @@ def fit(*, fails: bool = False) -> tuple[Tensor, list[float]]:
         losses,
         {"w": weight},
         optimizer=optimizer,
-        schedule=warm_constant(),
+        lr_schedule=warm_constant(),
         steps=3,
         reduce=processes.averaging(),
     )

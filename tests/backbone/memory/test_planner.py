@@ -30,7 +30,7 @@ from backbone.memory.planner import (
     precision_of,
 )
 from backbone.models.model import Backbone
-from backbone.models.placement import KINDS, Measures
+from backbone.models.placement import KINDS, Placement
 from backbone.training.attention import quick_to_train
 from tests import tiny
 
@@ -180,13 +180,13 @@ def test_every_measure_needs_no_more_than_its_absence(account: Account) -> None:
 def test_more_of_the_base_elsewhere_leaves_less_of_it(models: dict[str, Backbone]) -> None:
     for model in models.values():
         account = Account(model, lora(model))
-        left = [account.base(Choice(measures=Measures(offload=share))) for share in (0, 0.25, 0.5, 1)]
+        left = [account.base(Choice(placement=Placement(offload=share))) for share in (0, 0.25, 0.5, 1)]
         assert left == sorted(left, reverse=True) and left[-1] < left[0] / 2
 
 
 def test_a_quantised_base_is_counted_by_its_bits(account: Account) -> None:
     parts = account.parts("bf16")
-    base = account.base(Choice("bf16", measures=Measures(quantize="nf4")))
+    base = account.base(Choice("bf16", placement=Placement(quantize="nf4")))
     assert base == round(parts.denoiser - 2 * parts.linear + KINDS["nf4"] * parts.linear)
     assert 0.3 < parts.linear / 859_520_964 < 0.6
 
@@ -226,10 +226,10 @@ def test_a_plan_says_what_it_chose_and_why(account: Account) -> None:
 def test_without_the_library_the_base_stays_whole_and_the_plan_says_what_is_missing(account: Account) -> None:
     for size in (2.5, 2.75, 3.0, 3.25):
         without = plan(account, size, Choice("bf16"), library=False)
-        assert not without.choice.measures.quantize
-        if without.choice.measures.offload:
+        assert not without.choice.placement.quantize
+        if without.choice.placement.offload:
             assert "bitsandbytes" in without.missing
-            assert plan(account, size, Choice("bf16"), library=True).choice.measures.quantize
+            assert plan(account, size, Choice("bf16"), library=True).choice.placement.quantize
             break
     else:
         pytest.fail("no size at which a part of the base had to go")
@@ -247,7 +247,7 @@ def test_all_weights_where_they_do_not_fit_are_refused_for_an_adapter(whole: Acc
 
 
 def test_what_the_user_chose_stays(account: Account) -> None:
-    start = Choice("bf16", measures=Measures(quantize="nf4"))
+    start = Choice("bf16", placement=Placement(quantize="nf4"))
     assert plan(account, 80, start, library=False).choice == start
 
 

@@ -16,7 +16,7 @@ from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
 from backbone.media.pictures import read_folder
 from backbone.media.transforms import square, to_tensor
-from backbone.models.cache import cache_folder, encoded, encoded_prompts
+from backbone.models.cache import cache_folder, encode_images_cached, encode_prompts_cached
 from backbone.models.model import Backbone, Posterior
 from backbone.training.base_predictions import base_predictions, stratified_levels
 from backbone.training.run import take_steps
@@ -77,11 +77,11 @@ def test_preservation_keeps_the_class_nearer_to_what_it_was(tiny_folder: Path, s
         asked = settings(subject, prior_loss_weight=weight)
         ready = dataset(model, subject, asked)
         fresh = base_predictions(
-            model, ready.posteriors, encoded_prompts(model, ["a dog"]), count=16, seed=99
+            model, ready.posteriors, encode_prompts_cached(model, ["a dog"]), count=16, seed=99
         )
         for _ in take_steps(DreamBooth(model, ready, asked)):
             pass
-        class_prompt = encoded_prompts(model, ["a dog"]).repeat(16)
+        class_prompt = encode_prompts_cached(model, ["a dog"]).repeat(16)
         with torch.no_grad():
             prediction = model.predict(fresh.noisy, fresh.level, class_prompt)
         return float(squared_error(prediction, fresh.prediction).mean())
@@ -131,10 +131,10 @@ def test_the_encoders_are_freed_before_training(tiny: Backbone, subject: Path) -
 
 
 def test_latents_are_remembered_by_content_not_by_name(tiny: Backbone, subject: Path, tmp_path: Path) -> None:
-    first = encoded(tiny, read_folder(subject))
+    first = encode_images_cached(tiny, read_folder(subject))
     files = set((cache_folder() / "latents").rglob("*.safetensors"))
     (subject / "0.png").rename(subject / "9.png")  # now last in order
-    again = encoded(tiny, read_folder(subject))
+    again = encode_images_cached(tiny, read_folder(subject))
     assert set((cache_folder() / "latents").rglob("*.safetensors")) == files
     assert torch.equal(again[2].mean, first[0].mean)
     assert torch.equal(again[0].mean, first[1].mean)
@@ -174,7 +174,7 @@ def test_no_shuffling_of_a_folder_ever_pairs_a_wrong_caption_or_picture(
                 (folder / f"{gone}.png").unlink()
                 (folder / f"{gone}.txt").unlink()
         found = read_folder(folder)
-        for picture, posterior in zip(found, encoded(tiny, found), strict=True):
+        for picture, posterior in zip(found, encode_images_cached(tiny, found), strict=True):
             shade = picture.open().getpixel((0, 0))
             assert picture.caption == f"a bcd dog in {shade}"
             with torch.no_grad():
@@ -183,11 +183,11 @@ def test_no_shuffling_of_a_folder_ever_pairs_a_wrong_caption_or_picture(
 
 
 def test_a_damaged_cache_is_computed_anew(tiny: Backbone, subject: Path) -> None:
-    first = encoded(tiny, read_folder(subject))
+    first = encode_images_cached(tiny, read_folder(subject))
     for path in (cache_folder() / "latents").rglob("*.safetensors"):
         path.unlink()  # `first` may still be mapped onto the old file
         path.write_bytes(b"broken")
-    assert torch.equal(encoded(tiny, read_folder(subject))[0].mean, first[0].mean)
+    assert torch.equal(encode_images_cached(tiny, read_folder(subject))[0].mean, first[0].mean)
 
 
 def test_one_level_falls_in_every_stratum() -> None:
