@@ -1,8 +1,9 @@
-"""What training reads: latents and texts encoded once, records as rows of them, and draws that can be made again.
+"""The encoded dataset: latents and prompts encoded once, records as rows of them, and reproducible noise samples.
 
-A draw (record, k), k < K, fixes the noise, its level, whether the prompt is dropped and whether the pictures are
+Noise sample (record, k), k < K, fixes the noise, its level, whether the prompt is dropped and whether the pictures are
 mirrored, the same for every picture of the record: it follows from the seed, the record's contents and k alone. The
-levels of a record's K draws are stratified: one in each K-th of the noise path above `lowest`, in random order.
+levels of a record's K noise samples are stratified: one in each K-th of the noise path above `lowest`, in random
+order.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Item:
-    """A record as rows of `Material`: its pictures (the better one first), its prompt, and what was said of it.
+    """A record as rows of `PreferenceData`: its pictures (the better one first), its prompt, and what was said of it.
 
     `preference` of a pair is the probability that its first picture is better, 1 or ½; of a single picture 1 for good
     and 0 for bad. `key` is its contents. `cuts` are the same pictures cut at other places than the centre, each
@@ -57,7 +58,7 @@ class Item:
 
 
 @dataclass(frozen=True, eq=False)
-class Material:
+class PreferenceData:
     """The encoded dataset.
 
     latents     [P, …], posterior means
@@ -73,7 +74,7 @@ class Material:
     train: list[Item]
     held_out: list[Item]
 
-    def to(self, device: torch.device) -> Material:
+    def to(self, device: torch.device) -> PreferenceData:
         """The same on another device."""
         return replace(
             self,
@@ -89,7 +90,7 @@ def prepare(
     held_out: Sequence[Record],
     settings: Settings,
     concepts: Sequence[Concept] = (),
-) -> Material:
+) -> PreferenceData:
     """Encodes every picture and prompt, remembered on disk, and frees the encoders.
 
     Posterior means serve as latents: with the same noise in both pictures of a pair, sampling would only add noise
@@ -124,7 +125,9 @@ def prepare(
     with processes.writer_first():
         conditions = encode_prompts_cached(model, list(prompts))
     model.free("autoencoder", "text_encoder")
-    return Material(latents, mirrored, conditions, items[: len(train)], items[len(train) :]).to(model.device)
+    return PreferenceData(latents, mirrored, conditions, items[: len(train)], items[len(train) :]).to(
+        model.device
+    )
 
 
 def _key(record: Record, hashes: Mapping[str, str]) -> str:
@@ -159,12 +162,12 @@ def _means(model: Backbone, views: Sequence[tuple[Picture, Place]], *, flip: boo
     return torch.cat(means)
 
 
-# Draws ------------------------------------------------------------------------------------------------------
+# Noise samples ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Draws:
-    """K draws of each record. `name` keeps two sets of draws apart: training's, those that only judge."""
+class NoiseSamples:
+    """K noise samples of each record. `name` keeps two sets apart: those of training, those of evaluation."""
 
     name: str
     seed: int
@@ -176,23 +179,23 @@ class Draws:
     lowest: int = 0  # of the levels that are drawn
 
     def level(self, item: Item, k: int) -> int:
-        """The index of draw k's noise level: one in each stratum over the K draws."""
+        """The index of noise sample k's level: one in each stratum over the K samples."""
         return _levels(self, item.key)[k]
 
     def noise(self, item: Item, k: int, shape: Sequence[int]) -> Tensor:
-        """ε [C, …] of draw k."""
+        """ε [C, …] of noise sample k."""
         return torch.randn(tuple(shape), generator=generator(self.seed, self.name, item.key, k, "noise"))
 
     def drops_prompt(self, item: Item, k: int) -> bool:
-        """Whether draw k is without a prompt, for every picture of the record."""
+        """Whether noise sample k is without a prompt, for every picture of the record."""
         return self._chance(item, k, "prompt") < self.prompt_dropout
 
     def mirrors(self, item: Item, k: int) -> bool:
-        """Whether draw k mirrors every picture of the record."""
+        """Whether noise sample k mirrors every picture of the record."""
         return self.flip and self._chance(item, k, "flip") < 0.5
 
     def rows(self, item: Item, k: int) -> tuple[int, ...]:
-        """The rows of the record's pictures as draw k cuts them."""
+        """The rows of the record's pictures as noise sample k cuts them."""
         if not self.crop or not item.cuts:
             return item.pictures
         return item.cuts[int(self._chance(item, k, "crop") * len(item.cuts))]
@@ -202,10 +205,10 @@ class Draws:
 
 
 @lru_cache(maxsize=65536)
-def _levels(draws: Draws, key: str) -> list[int]:
-    random = generator(draws.seed, draws.name, key, "levels")
-    drawn = stratified_levels(draws.count, draws.levels - draws.lowest, random)
-    return [draws.lowest + int(level) for level in drawn]
+def _levels(samples: NoiseSamples, key: str) -> list[int]:
+    random = generator(samples.seed, samples.name, key, "levels")
+    drawn = stratified_levels(samples.count, samples.levels - samples.lowest, random)
+    return [samples.lowest + int(level) for level in drawn]
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,23 +243,23 @@ class Batch:
 
 
 def batch_of(
-    model: Backbone, material: Material, draws: Draws, items: Sequence[Item], ks: Sequence[int]
+    model: Backbone, data: PreferenceData, samples: NoiseSamples, items: Sequence[Item], ks: Sequence[int]
 ) -> Batch:
-    """The records at their draws, noised: t and ε, the dropped prompt and the mirroring are shared in a record."""
-    shape = material.latents.shape[1:]
+    """The records at their noise samples: t and ε, the dropped prompt and the mirroring are shared in a record."""
+    shape = data.latents.shape[1:]
     group = len(items[0].pictures)
     clean_rows = []
     for g in range(group):
         for item, k in zip(items, ks, strict=True):
-            source = material.mirrored if draws.mirrors(item, k) else material.latents
+            source = data.mirrored if samples.mirrors(item, k) else data.latents
             assert source is not None
-            clean_rows.append(source[draws.rows(item, k)[g]])
+            clean_rows.append(source[samples.rows(item, k)[g]])
     clean = torch.stack(clean_rows)
-    noise = torch.stack([draws.noise(item, k, shape) for item, k in zip(items, ks, strict=True)])
+    noise = torch.stack([samples.noise(item, k, shape) for item, k in zip(items, ks, strict=True)])
     noise = torch.cat([noise] * group).to(clean)
-    index = torch.tensor([draws.level(item, k) for item, k in zip(items, ks, strict=True)]).repeat(group)
-    dropped = torch.tensor([draws.drops_prompt(item, k) for item, k in zip(items, ks, strict=True)])
-    conditions = material.conditions[[item.prompt for item in items]].drop(dropped, material.conditions[:1])
+    index = torch.tensor([samples.level(item, k) for item, k in zip(items, ks, strict=True)]).repeat(group)
+    dropped = torch.tensor([samples.drops_prompt(item, k) for item, k in zip(items, ks, strict=True)])
+    conditions = data.conditions[[item.prompt for item in items]].drop(dropped, data.conditions[:1])
     level: Level = model.path.levels[index]
     return Batch(
         noisy=add_noise(clean, noise, level),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from align.objectives.preference import PreferenceTraining
-from align.objectives.reference import Bank
+from align.objectives.reference import CachedReference
 from align.settings import EVALUATIONS, Settings
 from backbone.distributed import processes
 from backbone.io.console import say
@@ -40,7 +40,7 @@ class Validation:
         return self.complaint if self.settings.on_winner_rise == "stop" else ""
 
     def _evaluate(self, step: int) -> None:
-        if isinstance(self.training.reference, Bank):
+        if isinstance(self.training.reference, CachedReference):
             self.training.reference.merge()
         if not processes.takes_part():
             return

@@ -17,7 +17,7 @@ import torch
 from align.collect.rank import rank
 from align.collect.sample import Drawing, draw
 from align.collect.scorers import open_judge, takes_gradients
-from align.objectives.dataset import Material, prepare, records_of
+from align.objectives.dataset import PreferenceData, prepare, records_of
 from align.objectives.preference import PreferenceTraining, share_of
 from align.pairs.prompts import Prompt, read_prompts
 from align.pairs.read import read
@@ -141,7 +141,7 @@ def _by_pairs(
             spent["train"] += time.perf_counter() - started
             if stopped:
                 break
-    training.live.asked = int(processes.total([training.live.asked])[0])
+    training.live.nfe = int(processes.total([training.live.nfe])[0])
     if not writes:
         processes.leave()
         return run
@@ -210,9 +210,9 @@ def append_reward(run: Path, folder: Path, settings: Settings, number: int) -> N
     append_jsonl(run / REWARDS, {"round": number, "reward": sum(values) / len(values)})
 
 
-def _nothing(model: Backbone) -> Material:
+def _nothing(model: Backbone) -> PreferenceData:
     """No records, before the first round has drawn any."""
-    return Material(torch.empty(0, *model.latent_shape), None, Conditions({}), [], [])
+    return PreferenceData(torch.empty(0, *model.latent_shape), None, Conditions({}), [], [])
 
 
 # Rewards without pairs --------------------------------------------------------------------------------------

@@ -97,14 +97,14 @@ def carry_on(run: Path, settings: Settings, model: Backbone, records: list[Recor
     say(f"Learning from {counted(learn)}; held out: {counted(out)}.")
     concepts = [read_concept(folder) for folder in settings.concepts]
     base = put_on(model, concepts)
-    material = prepare(model, learn, out, settings, concepts)
-    training = PreferenceTraining(model, material, settings, base, concepts)
+    data = prepare(model, learn, out, settings, concepts)
+    training = PreferenceTraining(model, data, settings, base, concepts)
     training.resume(run)
     prepared = time.perf_counter()
     validate = Every(settings.evaluation_steps, Validation(run, training, settings))
     drive(training, run, command="align train", validate=validate)
     trained = time.perf_counter()
-    training.live.asked = int(processes.total([training.live.asked])[0])
+    training.live.nfe = int(processes.total([training.live.nfe])[0])
     if not processes.is_writer():
         processes.leave()
         return run

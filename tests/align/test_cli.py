@@ -62,7 +62,11 @@ def test_a_run_is_a_concept_with_its_summary_and_its_report(run: Path, tiny_fold
     assert set(summary["held_out"]) >= {"accuracy", "by_level", "winner_change", "loser_change"}
     assert summary["steps"] == 4 and summary["seconds"]["train"] > 0
     page = (run / "report.html").read_text()
-    assert "Accuracy, held out" in page and "Bank gap" in page and "http" not in page.split("<pre>")[0]
+    assert (
+        "Accuracy, held out" in page
+        and "Seen/unseen-noise gap" in page
+        and "http" not in page.split("<pre>")[0]
+    )
     assert read_settings(run).model == str(tiny_folder)
 
 
