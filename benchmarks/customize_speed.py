@@ -323,7 +323,7 @@ def material(model: Backbone) -> TrainingData:
     names = [f"picture {number}" for number in range(PICTURES)]
     return TrainingData(
         posteriors, [PROMPT] * PICTURES, names, torch.full((PICTURES,), 1 / PICTURES), None, [bucket],
-        [CLASS_PROMPT], None, Conditions(text),
+        [CLASS_PROMPT], None, None, Conditions(text),
     )  # fmt: skip
 
 
@@ -410,6 +410,7 @@ def one_picture(material: TrainingData) -> TrainingData:
     return replace(
         material, posteriors=[sure], prompts=[PROMPT], names=["picture"], frequency=torch.ones(1),
         buckets=[Bucket(torch.zeros(1, dtype=torch.long))], class_latents=other.mean,
+        class_rows=torch.zeros(1, dtype=torch.long),
         conditions=conditions,
     )  # fmt: skip
 

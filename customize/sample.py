@@ -19,14 +19,17 @@ from backbone.media.sheet import Cell, in_rows, save_png, sheet
 from backbone.models.model import Backbone
 from backbone.models.sample import (
     ALL_STEPS,
+    MODELS_OWN,
     Request,
     Sampler,
+    Size,
     check_guidance_interval,
     describe_guidance_interval,
+    latent_size,
     sample,
 )
 
-BATCH = 8  # pictures drawn together
+RECORD = "samples.json"
 
 
 def draw(
@@ -42,13 +45,18 @@ def draw(
     sampler: Sampler = "ddim",
     guided: tuple[float, float] = ALL_STEPS,
     scale: float = 1.0,
+    size: Size = MODELS_OWN,
+    batch: int = 8,
     out: Path = Path("samples"),
     precision: str = "auto",
     device: str = "auto",
 ) -> Path:
     """Writes `p00-s00.png` … (prompt number, sample number), `samples.json` and `sheet.png`; gives the sheet's path.
 
-    Raises `UserError` for a token that no concept owns, or a concept of another model, before any weights load.
+    `size` is (width, height) in pixels, and `batch` pictures are drawn together.
+
+    Raises `UserError` for a token that no concept owns, a concept of another model, or a size that the model cannot
+    draw, before any weights load.
     """
     check_guidance_interval(guided)
     name = model or (concepts[0].model if concepts else "moji")
@@ -56,12 +64,13 @@ def draw(
     said = [spoken(prompt, concepts) for prompt in prompts]
     avoided = spoken(negative, concepts)
     backbone = Backbone.open(name, device=device, precision=precision)
+    latent_size(backbone, size)
     put_on(backbone, concepts, scale=scale)
     steps = steps or int(backbone.defaults["steps"])
     guidance = float(backbone.defaults["guidance"]) if guidance is None else guidance
     requests = [Request(prompt, (i, j), avoided) for i, prompt in enumerate(said) for j in range(count)]
     began = time.perf_counter()
-    own = processes.spread(requests, batch=BATCH)
+    own = processes.spread(requests, batch=batch)
     with progress(len(own), "drawing") as bar:
         drawn = sample(
             backbone,
@@ -70,8 +79,9 @@ def draw(
             guidance=guidance,
             seed=seed,
             sampler=sampler,
-            batch=BATCH,
+            batch=batch,
             guided=guided,
+            size=size,
         )
         for request, picture in zip(own, drawn, strict=True):
             i, j = request.key
@@ -90,6 +100,7 @@ def draw(
             "seed": seed,
             "negative": negative,
             "scale": scale,
+            **({} if size == MODELS_OWN else {"width": size[0], "height": size[1]}),
             "seconds": round(time.perf_counter() - began, 2),
             "versions": versions(),
         }
@@ -120,7 +131,7 @@ def describe(
         }
         for request in requests
     ]
-    write_json(out / "samples.json", {**facts, "pictures": records})
+    write_json(out / RECORD, {**facts, "pictures": records})
     cells = []
     for request in requests:
         with Image.open(out / name_of(request)) as picture:

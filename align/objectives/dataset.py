@@ -295,7 +295,7 @@ def records_of(found: Preferences, settings: Settings) -> list[Record]:
         return list(as_singles(found))
     if not found.pairs:
         raise UserError(
-            f"{found.source} judges single pictures, and {settings.loss} compares pairs. Use --loss-type kto."
+            f"{found.source} judges single pictures, and {settings.loss} compares pairs. Use --loss kto."
         )
     ties = settings.ties == "model"
     return [pair for pair in found.pairs if isinstance(pair, Pair) and (ties or not pair.is_tie)]

@@ -37,7 +37,7 @@ class PolicyGradients(RewardTraining):
         super().__post_init__()
 
     def losses(self, step: int) -> Iterator[Tensor]:
-        """The clipped loss of `batch` walks, the gradient of one rung of the ladder after another."""
+        """The clipped loss of `batch` trajectories, the gradient of one step after another."""
         number, place = divmod(step - 1, self.settings.steps // self.settings.rounds)
         if self.round != number and number < self.settings.rounds:
             self.walks, self.round = self.collect(number), number

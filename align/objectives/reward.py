@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from align.objectives.preference import ADAPTER, new_adapter, share_of
-from align.pairs.prompts import Prompt
 from align.settings import Settings
 from backbone.adapters.concept import Concept, spoken
 from backbone.adapters.lora import WEIGHTS, save_lora
 from backbone.diffusion.noise import Predict
 from backbone.distributed import processes
+from backbone.io.prompts import Prompt
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from backbone.models.sample import initial_noise

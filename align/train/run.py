@@ -25,7 +25,7 @@ from backbone.adapters.concept import Concept, read_concept
 from backbone.distributed import processes
 from backbone.io.console import UserError, say
 from backbone.io.files import write_json
-from backbone.io.run_folder import versions
+from backbone.io.run_folder import clear_failed_try, refuse_taken, versions
 from backbone.models.model import Backbone
 from backbone.models.placement import get_placement
 from backbone.training.run import Every, drive
@@ -42,10 +42,7 @@ def train_taste(
     began = time.perf_counter()
     processes.join(asked.get("device", "auto"))
     run = out or Path("runs") / run_name(asked["pairs"])
-    if (run / FILE).exists():
-        raise UserError(
-            f"{run} already holds a run. Continue it with --resume {run}, or choose another --out."
-        )
+    refuse_taken(run)
     model = Backbone.open(
         asked.get("model", "moji"),
         device=asked.get("device", "auto"),
@@ -69,6 +66,7 @@ def train_taste(
     share_of(settings)
     processes.barrier()  # now every process has seen that the folder is free
     if processes.is_writer():
+        clear_failed_try(run)
         write_record(run, settings)
     return carry_on(run, settings, model, records, began=began)
 

@@ -87,7 +87,7 @@ def rows_of(encoder: TextEncoder, text: str, *, count: int) -> dict[str, Tensor]
     for side in encoder.sides:
         ids = side.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
-            raise UserError(f"“{text}” has no words to begin with. Give others with --initializer_token.")
+            raise UserError(f"“{text}” has no words to begin with. Give others with --initializer-token.")
         chosen = torch.tensor([ids[k % len(ids)] for k in range(count)], device=side.model.device)
         found[side.name] = side.model.get_input_embeddings()(chosen[None])[0].detach().float()
     return found

@@ -135,7 +135,7 @@ def share(micros: int, rows: int) -> Share:
         return Share(slice(own * each, (own + 1) * each), slice(None), 1)
     if rows < count:
         raise UserError(
-            f"A step of {micros} × {rows} cannot be shared by {count} processes. Raise --train_batch_size (it counts "
+            f"A step of {micros} × {rows} cannot be shared by {count} processes. Raise --batch (it counts "
             f"what all processes do together) to {count} or a multiple of it, or start fewer processes."
         )
     return Share(slice(None), slice(own, None, count), count)

@@ -150,6 +150,10 @@ class Family(Protocol):
         """The shape of a latent at the model's own resolution: (C, H, W), or (C, F, H, W) with F frames."""
         ...
 
+    def longest_side(self, location: Location) -> int | None:
+        """The most latents a side that the network has places for; None where it takes any."""
+        ...
+
     def defaults(self, location: Location) -> dict[str, Any]:
         """What works well with the family's models, where it is not what works with most: `steps`, `guidance` …"""
         ...

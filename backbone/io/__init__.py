@@ -1,1 +1,1 @@
-"""Files, the console, run folders, reports."""
+"""Files, the console, run folders, reports; the options of commands and their help."""

@@ -40,7 +40,12 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Writes indented JSON atomically. Paths become strings, dataclasses objects, tensors of one element
     numbers, and NaN and infinities null, for which JSON has no word. TypeError for anything else."""
-    write_text(path, json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json_text(value) + "\n")
+
+
+def json_text(value: Any) -> str:
+    """The indented JSON that `write_json` writes."""
+    return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def read_json(path: str | Path) -> Any:

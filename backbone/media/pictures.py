@@ -33,6 +33,7 @@ SUFFIXES = frozenset(
     | {".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm", ".heic", ".heif"}
 )
 MASK_ENDING = ".mask.png"
+METADATA = ("metadata.jsonl", "metadata.csv")
 CAPTION_COLUMNS = ("text", "prompt", "caption")
 
 
@@ -90,6 +91,7 @@ def read_folder(
     """
     path = Path(source).expanduser()
     columns = _Columns(caption_column, image_column)
+    named = caption_column or image_column
     if path.is_dir():
         if _is_dataset_folder(path):
             return _table_pictures(_load_saved(path), str(source), columns)
@@ -98,6 +100,11 @@ def read_folder(
             if subfolder.is_dir():
                 pictures += _folder_pictures(subfolder, columns)
         if pictures:
+            folders = [path, *(folder for folder in _visible(path) if folder.is_dir())]
+            if named and not any((folder / name).is_file() for folder in folders for name in METADATA):
+                raise UserError(
+                    f"{path} has no {' or '.join(METADATA)}, so it has no column {named!r}. Write one, or name none."
+                )
             return pictures
         if tables := [file for file in _visible(path) if file.suffix.lower() == ".parquet"]:
             return _table_pictures(_load_parquet(tables), str(source), columns)
@@ -110,6 +117,8 @@ def read_folder(
                 f"{path} is a {path.suffix} file, neither a picture nor a folder of pictures. "
                 "Give a folder with .jpg or .png files in it."
             )
+        if named:
+            raise UserError(f"{path} is a single picture, so it has no column {named!r}. Name no column.")
         return [Picture(path, *_beside(path))]
     if _could_be_dataset(str(source), path):
         return _table_pictures(_load_from_hub(str(source)), str(source), columns)
@@ -198,7 +207,7 @@ def _folder_pictures(folder: Path, columns: _Columns) -> list[Picture]:
 
 def _metadata_captions(folder: Path, columns: _Columns) -> dict[str, str | None]:
     """File name (relative, `/` between folders) → caption, from metadata.jsonl or metadata.csv."""
-    present = [folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()]
+    present = [folder / name for name in METADATA if (folder / name).is_file()]
     if len(present) > 1:
         raise UserError(f"{folder} holds both metadata.jsonl and metadata.csv. Keep one of them.")
     captions: dict[str, str | None] = {}

@@ -403,7 +403,12 @@ def within(model: Backbone, work: Work, size: float, start: Choice) -> tuple[Bac
         say(line)
     choice = found.choice
     held = Backbone(
-        model.location, model.family, device=model.device, dtype=choice.dtype, placement=choice.placement
+        model.location,
+        model.family,
+        device=model.device,
+        dtype=choice.dtype,
+        placement=choice.placement,
+        resolution=model.asked_resolution,
     )
     return held, choice
 
@@ -471,7 +476,7 @@ def _refusal(account: Account, size: float, start: Choice, allowed: Iterable[Mea
     remedies = [
         *([f"install bitsandbytes ({INSTALL})"] if missing else []),
         *(["train an adapter instead of all weights"] if account.work.full else []),
-        *(["lower --train_batch_size"] if account.work.rows > 2 else []),
+        *(["lower --batch"] if account.work.rows > 2 else []),
         *([f"take a device of {larger} GiB"] if larger is not None else []),
     ]
     remedy = ", or ".join(remedies) or "choose a smaller model"

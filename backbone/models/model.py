@@ -57,12 +57,14 @@ class Backbone:
         device: torch.device,
         dtype: torch.dtype,
         placement: Placement | None = None,
+        resolution: int = 0,
     ) -> None:
         self.location = location
         self.family = family
         self.device = device
         self.dtype = dtype
         self.placement = placement or Placement()
+        self.asked_resolution = resolution
         self.text_learned = False  # new words or adapters: what is remembered of prompts no longer holds
 
     @classmethod
@@ -73,15 +75,17 @@ class Backbone:
         device: str = "auto",
         precision: str = "auto",
         placement: Placement | None = None,
+        resolution: int = 0,
     ) -> Backbone:
         """Finds a model: a name (`moji`, `sd15` …), a diffusers folder, a checkpoint file, or a hub id.
 
         Loads no weights yet.
 
         `precision` is fp32, bf16, fp16 or auto: bf16 where the processor has it, else fp16 on a GPU and fp32 on a CPU.
-        `placement` saves memory.
+        `placement` saves memory. It works at `resolution` pixels a side, 0: at its own.
 
-        Raises `UserError` when there is no such model, or when its family is not served.
+        Raises `UserError` when there is no such model, when its family is not served, or when it cannot work at that
+        resolution.
         """
         location = locate(model)
         found = location.index.get("_class_name", "")
@@ -89,7 +93,11 @@ class Backbone:
             if found in family.pipelines:
                 place = torch.device(best_device() if device == "auto" else device)
                 dtype = chosen_dtype(precision, place)
-                return cls(location, family, device=place, dtype=dtype, placement=placement)
+                opened = cls(
+                    location, family, device=place, dtype=dtype, placement=placement, resolution=resolution
+                )
+                opened.refuse_resolution()
+                return opened
         served = ", ".join(family.name for family in families())
         raise UserError(
             f"{location.name} is a {found or 'model of unknown kind'}; this version works with {served}."
@@ -179,13 +187,44 @@ class Backbone:
 
     @cached_property
     def latent_shape(self) -> tuple[int, ...]:
-        """The shape of a latent at the model's own resolution, (C, H, W) of an image."""
-        return self.family.latent_shape(self.location)
+        """The shape of a latent at the resolution at which the model works, its own or the one that was asked for.
+
+        (C, H, W) of an image.
+        """
+        *channels, height, width = self.family.latent_shape(self.location)
+        if self.asked_resolution:
+            height = width = self.asked_resolution // self.factor
+        return *channels, height, width
 
     @property
     def resolution(self) -> int:
-        """Pixels a side of the pictures that the model was trained on."""
+        """Pixels a side of the images that the model works on."""
         return self.latent_shape[-2] * self.factor
+
+    @property
+    def own_resolution(self) -> int:
+        """Pixels a side of the pictures that the model was trained on."""
+        return self.family.latent_shape(self.location)[1] * self.factor
+
+    def refuse_resolution(self) -> None:
+        """`UserError` for a resolution at which the model cannot work."""
+        asked, step = self.asked_resolution, min(64, self.own_resolution // 4)
+        if asked % step:
+            near = max(step, round(asked / step) * step)
+            raise UserError(
+                f"{self.location.name} halves its latents again and again, so --resolution {asked} has to be a "
+                f"multiple of {step}. The nearest is {near}."
+            )
+        if not asked or "transformer" not in self.location.index:
+            return
+        config = self.location.config("transformer")
+        places = config.get("pos_embed_max_size")  # positions a side that were learned
+        if places and asked > places * int(config["patch_size"]) * self.factor:
+            most = places * int(config["patch_size"]) * self.factor
+            raise UserError(
+                f"{self.location.name} has positions for {most} pixels a side, and --resolution {asked} needs more. "
+                f"Ask for {most} or less."
+            )
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Posterior:

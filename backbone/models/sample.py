@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from PIL.Image import Image
@@ -19,11 +19,14 @@ from backbone.models.model import Backbone
 
 Sampler = Literal["ddim", "heun", "ancestral"]
 ALL_STEPS = (0.0, 1.0)
+Size: TypeAlias = tuple[int | None, int | None]
+"""(width, height) in pixels; None for the model's own."""
+MODELS_OWN: Size = (None, None)
 
 
 @dataclass(frozen=True)
 class Request:
-    """An image to sample: the prompt, placeholder tokens resolved, and the key of its noise (prompt, sample)."""
+    """An image to sample: the prompt with its placeholder tokens resolved, and its noise key (prompt, sample)."""
 
     prompt: str
     key: tuple[int, int]
@@ -41,8 +44,9 @@ def sample(
     sampler: Sampler = "ddim",
     batch: int = 8,
     guided: tuple[float, float] = ALL_STEPS,
+    size: Size = MODELS_OWN,
 ) -> Iterator[Image]:
-    """Sample the requested images, in order.
+    """Sample the requested images, in order, with `size` (width, height) in pixels.
 
     `guided` is the share of the steps, from noisy to clean, that follow the guidance; the others follow the prompt
     alone, at half the price (Kynkäänniemi et al. 2024).
@@ -56,6 +60,7 @@ def sample(
         sampler=sampler,
         batch=batch,
         guided=guided,
+        size=size,
     ):
         for picture in model.decode(latents).cpu():
             yield to_image(picture)
@@ -72,6 +77,7 @@ def sample_latents(
     sampler: Sampler = "ddim",
     batch: int = 8,
     guided: tuple[float, float] = ALL_STEPS,
+    size: Size = MODELS_OWN,
     clean: Tensor | None = None,
     share: float = 1.0,
 ) -> Iterator[Tensor]:
@@ -81,13 +87,16 @@ def sample_latents(
     and takes the last `share` of the steps only: SDEdit (Meng et al. 2022, algorithm 1). A smaller share keeps more of
     their layout.
     """
-    schedule, batch = model.schedule(steps), 1 if model.placement.one_by_one else batch
+    places = latent_size(model, size)
+    schedule, batch = model.schedule(steps, size=places), 1 if model.placement.one_by_one else batch
     rest = schedule if clean is None else schedule[count_skipped_steps(share, steps) :]
     for first in range(0, len(requests), batch):
         some = requests[first : first + batch]
         text = encode_prompts_cached(model, [request.prompt for request in some])
         empty = encode_prompts_cached(model, [request.negative for request in some])
-        noise = torch.stack([initial_noise(model, seed, *request.key) for request in some]).to(model.device)
+        noise = torch.stack([initial_noise(model, seed, *request.key, places) for request in some]).to(
+            model.device
+        )
         if clean is None:
             start = noise * float((schedule.a[0] ** 2 + schedule.b[0] ** 2).sqrt())
         else:
@@ -157,6 +166,35 @@ def get_sampler(
     raise UserError(f"There is no sampler {sampler}. Choose one of {', '.join(get_args(Sampler))}.")
 
 
-def initial_noise(model: Backbone, seed: int, i: int, j: int) -> Tensor:
-    """ε [C, …] of image (i, j), in the shape of a latent of the model."""
-    return torch.randn(model.latent_shape, generator=generator(seed, i, j))
+def initial_noise(
+    model: Backbone, seed: int, i: int, j: int, places: tuple[int, int] | None = None
+) -> Tensor:
+    """ε [C, …] of image (i, j), with the latents' size (H, W) where it is not the model's own."""
+    *channels, height, width = model.latent_shape
+    return torch.randn((*channels, *(places or (height, width))), generator=generator(seed, i, j))
+
+
+def latent_size(model: Backbone, size: Size) -> tuple[int, int]:
+    """The latents' size (H, W) of pictures of `size` (width, height) in pixels.
+
+    Raises `UserError` for sides that are no multiples of two latents, or longer than the network has places for.
+    """
+    own = model.latent_shape[-2:]
+    unit, longest = 2 * model.factor, model.family.longest_side(model.location)
+    sides = []
+    for name, pixels, latents in zip(("height", "width"), reversed(size), own, strict=True):
+        usual = latents * model.factor
+        side = usual if pixels is None else pixels
+        if side != usual and side % unit:
+            below = max(unit, side // unit * unit)
+            raise UserError(
+                f"{model.location.name} draws sides of multiples of {unit} pixels, and the {name} is {side}. "
+                f"Give {below} or {below + unit}."
+            )
+        if longest is not None and side > longest * model.factor:
+            raise UserError(
+                f"{model.location.name} has places for {longest * model.factor} pixels a side at most, and the {name} "
+                f"is {side}. Give less."
+            )
+        sides.append(side // model.factor)
+    return sides[0], sides[1]

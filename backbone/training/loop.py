@@ -81,7 +81,7 @@ def train(
         if not math.isfinite(loss_now) or not math.isfinite(norm):
             raise UserError(
                 f"Training stopped at step {step}: the loss is {loss_now} and its gradient {norm}. "
-                "Lower --learning_rate; the last checkpoint holds finite weights."
+                "Lower --learning-rate; the last checkpoint holds finite weights."
             )
         # the step itself, at this step's learning rate
         for group, base in zip(optimizer.param_groups, bases, strict=True):

@@ -47,9 +47,8 @@ def make_optimizer(name: str, trained: Sequence[Any], *, weight_decay: float) ->
                 from prodigyopt import Prodigy
             except ImportError as error:
                 raise UserError("prodigy needs prodigyopt. Run: pip install prodigyopt") from error
-            ones = [{**group, "lr": 1.0} for group in groups]
             prodigy = Prodigy(
-                ones,
+                groups,
                 weight_decay=weight_decay,
                 use_bias_correction=True,
                 safeguard_warmup=True,

@@ -122,7 +122,7 @@ class DreamBooth(Objective):
         culprits = [names[row] if row < len(names) else f"“{prompts[row - len(names)]}”" for row in bad]
         raise UserError(
             f"Training stopped at step {step}: the loss is not finite at {', '.join(dict.fromkeys(culprits))}. "
-            "Lower --learning_rate or choose --precision fp32; the last checkpoint holds finite weights."
+            "Lower --learning-rate or choose --precision fp32; the last checkpoint holds finite weights."
         )
 
     def draw_bucket(self, random: torch.Generator) -> Bucket:
@@ -169,14 +169,14 @@ class DreamBooth(Objective):
             index, wanted = bucket.base.level[chosen], bucket.base.prediction[chosen].to(noisy)
             classes = bucket.classes[chosen]
         else:
-            assert data.class_latents is not None
+            assert data.class_latents is not None and data.class_rows is not None
             chosen = torch.randint(len(data.class_latents), (count,), generator=random)
             clean = data.class_latents[chosen].to(self.model.device)
             noise = torch.randn(clean.shape, generator=random).to(clean)
             index = stratified_levels(count, len(path.levels), random)
             level = path.levels[index]
             noisy, wanted = add_noise(clean, noise, level), target(clean, noise, level, path.prediction_type)
-            classes = chosen // self.settings.num_class_images
+            classes = data.class_rows[chosen]
         # λ for the mean over `prior_batch` samples, in a loss that divides by `batch`
         weight = self.settings.prior_loss_weight * self.settings.batch / count
         weights = weight_map(torch.full((count,), weight), noisy)
@@ -235,9 +235,9 @@ def share_of(settings: Settings) -> processes.Share:
     share = processes.share(settings.gradient_accumulation_steps, settings.batch)
     if settings.lora_dropout and share.scale > 1:
         raise UserError(
-            "--lora_dropout leaves out parts of a whole batch, so that a batch cannot be cut up for "
-            f"{share.scale} processes. Add --gradient_accumulation_steps {share.scale} with a smaller "
-            "--train_batch_size, or leave out the dropout."
+            "--lora-dropout leaves out parts of a whole batch, so that a batch cannot be cut up for "
+            f"{share.scale} processes. Add --gradient-accumulation-steps {share.scale} with a smaller "
+            "--batch, or leave out the dropout."
         )
     return share
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from PIL.Image import Image
 
-from backbone.adapters.concept import Concept, spoken
+from backbone.adapters.concept import BEST, Concept, spoken
 from backbone.diffusion.losses import denoising_score_matching
 from backbone.diffusion.noise import add_noise, generator
 from backbone.distributed import processes
@@ -28,7 +28,6 @@ from customize.objectives.dreambooth import DreamBooth, level_weight
 from customize.settings import Settings, as_flags
 
 EVALUATIONS = "evaluations.jsonl"
-BEST = "best"
 REPORT = "report.html"
 STRIPS = "evaluations"
 RULE = (

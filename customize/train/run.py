@@ -14,7 +14,7 @@ from backbone.adapters.embeddings import words_of
 from backbone.distributed import processes
 from backbone.io.console import UserError, say
 from backbone.io.files import content_hash, write_json, write_text
-from backbone.io.run_folder import run_name, versions
+from backbone.io.run_folder import clear_failed_try, refuse_taken, run_name, versions
 from backbone.media.pictures import Picture, check, read_folder
 from backbone.media.transforms import square
 from backbone.models.model import Backbone
@@ -23,55 +23,63 @@ from backbone.training.run import Every, drive
 from customize.data.dataset import Group, prepare
 from customize.data.masks import save_masks
 from customize.methods.lora import refuse_other_encoders
-from customize.methods.registry import METHODS, OWN_WORDS
 from customize.objectives.dreambooth import DreamBooth, share_of
-from customize.settings import FILE, SHEET, Settings, Subject, as_flags, read_settings, resolved
+from customize.settings import FILE, OWN_WORDS, SHEET, Settings, Subject, as_flags, read_settings, resolved
 from customize.train.card import card, push, readme
 from customize.train.evaluation import Previews, Validation
 
 MASKS = "masks.png"
 
 
-def train_concept(asked: dict[str, Any], subjects: Sequence[Subject], *, out: Path | None) -> Path:
+def train_concept(
+    asked: dict[str, Any], subjects: Sequence[Subject], *, out: Path | None, vram: float | None = None
+) -> Path:
     """Trains a new concept and gives its run folder. `asked` holds what the user set; the rest comes from the model.
+
+    `vram` is in GiB.
 
     A class that is empty is guessed, words that are empty are found. Raises `UserError` for bad pictures, all
     of them listed, a bad token, or a run folder that is taken.
     """
     began = time.perf_counter()
     processes.join(asked.get("device") or "auto")
-    pictures = [read_folder(subject.images) for subject in subjects]
-    check([picture for folder in pictures for picture in folder])
+    pictures = _pictures_of(subjects, asked.get("caption_column", ""), asked.get("image_column", ""))
     run = out or Path("runs") / run_name(subjects[0].images)
-    if (run / FILE).exists():
-        raise UserError(
-            f"{run} already holds a run. Continue it with --resume {run}, or choose another --out."
-        )
+    refuse_taken(run)
+    for folder in asked.get("class_images", ()):
+        check(read_folder(folder))
     model = Backbone.open(
         asked.get("model", "moji"),
         device=asked.get("device", "auto"),
         precision=asked.get("precision", "auto"),
+        resolution=asked.get("resolution", 0),
     )
     nouns = [
         subject.class_noun or guess(model, folder, subject.images)
         for subject, folder in zip(subjects, pictures, strict=True)
     ]
     first = subjects[0]
-    asked, size = {name: value for name, value in asked.items() if name != "vram"}, asked.get("vram")
-    settings = resolved(model, asked, images=first.images, token=first.token, class_noun=nouns[0])
-    if settings.method not in METHODS:
-        raise UserError(f"There is no method {settings.method}. Choose one of {', '.join(METHODS)}.")
+    named = {
+        "images": first.images,
+        "token": first.token,
+        "class_noun": nouns[0],
+        "subject": tuple(subject.flag() for subject in subjects[1:]),
+    }
+    if first.token_words:
+        named["token_words"] = first.token_words
+    settings = resolved(asked | named, model.defaults)
     model = Backbone.open(
         settings.model,
         device=settings.device,
         precision=settings.precision,
         placement=get_placement(settings),
+        resolution=settings.resolution,
     )
-    if size is not None:
+    if vram is not None:
         from customize.train.memory import budgeted
 
         processes.refuse_shards("--vram counts for a process alone; it")
-        model, settings = budgeted(model, settings, sum(map(len, pictures)), size)
+        model, settings = budgeted(model, settings, sum(map(len, pictures)), vram)
     vocabulary = model.text_encoder.tokenizer.get_vocab()
     if settings.train_text_encoder:
         refuse_other_encoders(model)
@@ -88,11 +96,12 @@ def train_concept(asked: dict[str, Any], subjects: Sequence[Subject], *, out: Pa
             words = rare_words(vocabulary, key, taken=[other.token_words for other in found])
         found.append(dataclasses.replace(subject, class_noun=noun, token_words=words))
     settings = dataclasses.replace(
-        settings, token_words=found[0].token_words, concept=tuple(subject.flag() for subject in found[1:])
+        settings, token_words=found[0].token_words, subject=tuple(subject.flag() for subject in found[1:])
     )
     share_of(settings)
     processes.barrier()  # now every process has seen that the folder is free
     if processes.is_writer():
+        clear_failed_try(run)
         write_record(run, settings, timings={})
     return carry_on(run, settings, model, pictures, began=began)
 
@@ -101,15 +110,25 @@ def resume_concept(run: Path) -> Path:
     """Goes on with a run that was stopped; the weights come out as if it had not been."""
     settings = read_settings(run)
     processes.join(settings.device)
-    pictures = [read_folder(subject.images) for subject in settings.subjects()]
-    check([picture for folder in pictures for picture in folder])
+    pictures = _pictures_of(settings.subjects(), settings.caption_column, settings.image_column)
     model = Backbone.open(
         settings.model,
         device=settings.device,
         precision=settings.precision,
         placement=get_placement(settings),
+        resolution=settings.resolution,
     )
     return carry_on(run, settings, model, pictures, began=time.perf_counter())
+
+
+def _pictures_of(subjects: Sequence[Subject], caption_column: str, image_column: str) -> list[list[Picture]]:
+    """The images of each subject; `UserError` that lists all which cannot be used."""
+    found = [
+        read_folder(subject.images, caption_column=caption_column or None, image_column=image_column or None)
+        for subject in subjects
+    ]
+    check([picture for folder in found for picture in folder])
+    return found
 
 
 def carry_on(

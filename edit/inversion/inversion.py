@@ -160,6 +160,7 @@ def invert(
     seed: int = 0,
     iterations: int = 10,
     concepts: Sequence[Concept] = (),
+    scale: float = 1.0,
 ) -> Inversion:
     """Inverts a picture that shows what the prompt says (in the model's words).
 
@@ -215,7 +216,7 @@ def invert(
         schedule=schedule,
         states=states[:, 0],
         picture=to_tensor(shown),
-        identity=identity(model, concepts),
+        identity=identity(model, concepts, scale=scale),
         evaluations=asked,
         seed=seed,
         noise=noise,
@@ -244,16 +245,18 @@ def replayed(inversion: Inversion, *, guidance: float = 1.0) -> Tensor:
     return now[0]
 
 
-def read_inversion(path: str | Path, model: Backbone, *, concepts: Sequence[Concept] = ()) -> Inversion:
+def read_inversion(
+    path: str | Path, model: Backbone, *, concepts: Sequence[Concept] = (), scale: float = 1.0
+) -> Inversion:
     """An inversion from its file; `UserError` for another kind of file, or one of another model or other concepts."""
     tensors, metadata = read_tensors(path)
     if metadata.get("limner_inversion") != FORMAT:
         raise UserError(f"{path} is no inversion that this version reads. Make one with `edit invert`.")
     said = json.loads(metadata["said"])
-    if said["identity"] != identity(model, concepts):
+    if said["identity"] != identity(model, concepts, scale=scale):
         raise UserError(
-            f"{path} was made with {metadata['model']}, other weights or other concepts than are given now. "
-            "Give the --model and --concept that it was made with, or invert the picture again."
+            f"{path} was made with {metadata['model']}, other weights, concepts or another scale than are given "
+            "now. Give the --model, --concept and --scale that it was made with, or invert the picture again."
         )
     schedule = Level(tensors["a"], tensors["b"], tensors.get("time"))
     on: dict[str, Any] = {
@@ -324,9 +327,11 @@ def refuse_negative(model: Backbone, negative: str) -> None:
         )
 
 
-def identity(model: Backbone, concepts: Sequence[Concept] = ()) -> str:
-    """Tells a model wearing concepts from all others, from the contents of the files."""
+def identity(model: Backbone, concepts: Sequence[Concept] = (), *, scale: float = 1.0) -> str:
+    """Tells a model wearing concepts, `scale` times as strong, from all others, from the contents of the files."""
     parts = [model.fingerprint]
+    if concepts and scale != 1:
+        parts.append(f"scale {scale:g}")
     for concept in concepts:
         for name in (concept.weights, concept.words, concept.changed):
             if name:

@@ -18,7 +18,7 @@ from edit.methods.sdedit import Drawn, spaced
 
 
 @torch.no_grad()
-def lead(
+def compose(
     inversion: Inversion,
     toward: Sequence[tuple[str, float]],
     *,

@@ -17,7 +17,7 @@ from edit.inversion.inversion import Inversion
 
 
 @torch.no_grad()
-def between(
+def interpolate(
     first: Inversion, second: Inversion, *, count: int = 7, progress: Callable[[], Any] = lambda: None
 ) -> tuple[Tensor, int]:
     """Latents [K, C, H, W] from the first picture to the second, both included, and the evaluations that they took.

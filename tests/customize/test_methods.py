@@ -21,9 +21,8 @@ from backbone.media.pictures import read_folder
 from backbone.models.model import Backbone
 from backbone.training.run import take_steps
 from customize.data.dataset import Group, prepare
-from customize.methods.registry import METHODS, OWN_WORDS
 from customize.objectives.dreambooth import DreamBooth
-from customize.settings import Settings
+from customize.settings import METHODS, OWN_WORDS, Settings
 
 ALL = [
     ("lora", "lora"),

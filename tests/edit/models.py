@@ -24,7 +24,7 @@ PATHS = (
 
 
 def tiny_on(folder: Path, kind: PredictionType, spacing: str, offset: int, final: str) -> Backbone:
-    """The tiny pipeline, its network read as one that predicts `kind` on another ladder."""
+    """The tiny pipeline, its network read as one that predicts `kind` on another schedule."""
     model = Backbone.open(str(folder), device="cpu", precision="fp32")
     alphas = alphas_cumprod()
 

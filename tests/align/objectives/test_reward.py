@@ -23,12 +23,12 @@ from align.objectives.ddpo import (
     stochastic_walk,
 )
 from align.objectives.draft import RewardGradients, embedded
-from align.pairs.prompts import Prompt
 from align.settings import Settings
 from backbone.diffusion.noise import Estimate, Level, generator, ve
 from backbone.diffusion.samplers import ancestral, ancestral_step
 from backbone.diffusion.schedules import karras_schedule
 from backbone.io.console import UserError
+from backbone.io.prompts import Prompt
 from backbone.models.model import Backbone
 from backbone.training.run import take_steps
 

@@ -20,6 +20,7 @@ from backbone.models.sample import (
     check_guidance_interval,
     count_skipped_steps,
     initial_noise,
+    latent_size,
     limit_guidance,
     sample_latents,
 )
@@ -105,3 +106,33 @@ def test_a_share_that_leaves_no_step_is_refused() -> None:
 def test_what_is_no_share_is_refused(share: tuple[float, float]) -> None:
     with pytest.raises(UserError, match="no share"):
         check_guidance_interval(share)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [tiny_pipeline, tiny_stable_diffusion_xl, tiny_stable_diffusion_3, tiny_flux],
+    ids=lambda b: b.__name__,
+)
+def test_every_family_draws_other_sizes(tmp_path: Path, build: Callable[..., Path]) -> None:
+    model = Backbone.open(str(build(tmp_path / "model")), device="cpu", precision="fp32")
+    wide, high = model.resolution + 2 * model.factor, model.resolution
+    (drawn,) = sample_latents(model, ASKED[:1], steps=2, guidance=2.0, seed=0, size=(wide, None))
+    assert drawn.shape[-2:] == (high // model.factor, wide // model.factor)
+    assert bool(drawn.isfinite().all())
+    own, usual = (
+        sample_latents(model, ASKED[:1], steps=2, guidance=2.0, seed=0, size=size)
+        for size in ((high, high), (None, None))
+    )
+    assert torch.equal(next(own), next(usual))
+
+
+def test_a_size_that_the_model_cannot_draw_is_refused_with_the_reason(tmp_path: Path, tiny: Backbone) -> None:
+    with pytest.raises(UserError, match=r"multiples of 16 pixels, and the width is 65\. Give 64 or 80"):
+        latent_size(tiny, (65, None))
+    model = Backbone.open(str(tiny_stable_diffusion_3(tmp_path)), device="cpu", precision="fp32")
+    most = model.family.longest_side(model.location)
+    assert most is not None
+    with pytest.raises(
+        UserError, match=f"places for {most * model.factor} pixels a side at most, and the height"
+    ):
+        latent_size(model, (None, (most + 2) * model.factor))

@@ -41,7 +41,7 @@ LADDERS = {
     "flow": flow_schedule(20),
     "shifted flow": flow_schedule(20, shift=3.0),
 }
-schedules = pytest.mark.parametrize("ladder", LADDERS.values(), ids=LADDERS)
+schedules = pytest.mark.parametrize("schedule", LADDERS.values(), ids=LADDERS)
 
 
 def samples(count: int = 64) -> Tensor:
@@ -92,7 +92,7 @@ def test_a_leap_undoes_itself() -> None:
 
 
 def test_leaps_are_of_second_order() -> None:
-    """Half the step, a quarter of the error, on a ladder as smooth as the rule asks for."""
+    """Half the step, a quarter of the error, on a schedule as smooth as the rule asks for."""
     clean = samples(256)
 
     def arrival(steps: int) -> Tensor:
@@ -132,7 +132,7 @@ FINE = {
 }
 
 
-@pytest.mark.parametrize("ladder", FINE.values(), ids=FINE)
+@pytest.mark.parametrize("schedule", FINE.values(), ids=FINE)
 def test_fixed_points_lead_back_far_better_than_plain_inversion(schedule: Schedule) -> None:
     clean, predict = samples(), THREE_MODES.predict
     plain = deviation(ddim(inverted(clean, predict, schedule)[0], predict, schedule), clean)
