@@ -142,11 +142,8 @@ def drive(
         log_to_tensorboard(run, wanted=tensorboard, done=objective.done) as note,
         progress(last, label, done=objective.done) as bar,
     ):
-        if (
-            validate
-            and validate.due(objective.done)
-            and _stops(validate.call(objective.done), objective.done)
-        ):
+        done = objective.done
+        if validate and done < last and validate.due(done) and _stops(validate.call(done), done):
             return True
         for report in take_steps(objective, until=last):
             step, finished = report.step, report.step == last

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from align.collect.scorers import takes_gradients
-from align.objectives import reward as module
+from align.objectives import draft as module
 from align.objectives.ddpo import (
     PolicyGradients,
     advantages,
