@@ -235,7 +235,7 @@ def share_of(settings: Settings) -> processes.Share:
     share = processes.share(settings.gradient_accumulation_steps, settings.batch)
     if settings.lora_dropout and share.scale > 1:
         raise UserError(
-            "--lora-dropout leaves out parts of a whole batch, so that a batch cannot be cut up for "
+            "--lora-dropout leaves out parts of a whole batch, so that a batch cannot be split over "
             f"{share.scale} processes. Add --gradient-accumulation-steps {share.scale} with a smaller "
             "--batch, or leave out the dropout."
         )

@@ -199,7 +199,7 @@ class Previews:
     def save(self, path: Path, *, count: int, pictures: list[Picture] | None = None) -> list[str]:
         """Writes a sheet of the first `count` prompts, the subject's pictures above them; gives the prompts.
 
-        Of several processes the writer does, and the others draw along where the model is cut up.
+        Of several processes the writer does, and the others draw along where the model is sharded.
         """
         if not processes.takes_part():
             return []
