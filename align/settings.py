@@ -14,7 +14,6 @@ from backbone.io.options import Option, build, effective
 from backbone.training.settings import WEIGHTINGS, TrainingSettings
 
 FILE = "settings.json"
-LOG = "log.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 SUMMARY = "summary.json"
 REPORT = "report.html"

@@ -41,17 +41,19 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
-from align.objectives.dataset import Batch, Item, Material, batch_of, prepare
+from align.objectives.dataset import Batch, Item, PreferenceData, batch_of, prepare
 from align.objectives.preference import PreferenceTraining
-from align.objectives.reference import Bank
+from align.objectives.reference import CachedReference
 from align.pairs.read import read
 from align.pairs.records import Pair, check
 from align.settings import Settings
 from backbone.adapters.lora import adapters_off
+from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError, run, say
 from backbone.io.files import write_json, write_text
 from backbone.models.model import Backbone
+from backbone.training.run import take_steps
 from benchmarks.shapes import (
     CLOCKS,
     CLOCKS_OF,
@@ -170,7 +172,7 @@ def whole(
         model = Backbone.open("moji", device=device, precision=precision)
         training = PreferenceTraining(model, empty(model), settings)
         training.take(replace(prepare(model, chosen, [], settings), held_out=[]))
-        for _ in training.steps():
+        for _ in take_steps(training):
             pass
         our_seconds = time.perf_counter() - began
         if before is None:
@@ -204,7 +206,7 @@ class Script:
     def step(self) -> float:
         """One optimiser step; gives the loss, as the script logs it at every step."""
         model, training = self.parts.model, self.training
-        latents, text = self.latents(), self.parts.encode(self.prompts)
+        latents, conditions = self.latents(), self.parts.encode(self.prompts)
         half = len(latents) // 2
         noise = torch.randn((half, *latents.shape[1:]), generator=self.random).to(latents).repeat(2, 1, 1, 1)
         index = torch.randint(0, len(model.path.levels), (half,), generator=self.random).repeat(2)
@@ -214,7 +216,7 @@ class Script:
             a * latents + b * noise,
             noise if model.path.prediction_type == "epsilon" else a * noise - b * latents,
             index,
-            {name: torch.cat([value, value]).to(latents.device) for name, value in text.items()},
+            conditions.repeat(2).to(latents.device),
             torch.ones(half),
             2,
         )
@@ -239,13 +241,7 @@ class Script:
 
     def ask(self, batch: Batch) -> Tensor:
         """The network's prediction, float32."""
-        model = self.parts.model
-        time_ = model.path.levels.time
-        assert time_ is not None
-        with model.autocast():
-            network = model.family.network(model.denoiser, batch.text)
-            said = network(batch.noisy, time_[batch.index].to(batch.noisy.device))
-        return said.float()
+        return self.parts.model.predict(batch.noisy, batch.index, batch.conditions)
 
     def latents(self) -> Tensor:
         """Both pictures of each pair decoded from their files and encoded."""
@@ -276,7 +272,7 @@ def whole_script(chosen: Sequence[Pair], settings: Settings) -> float:
 
 
 def ours(parts: Parts, batch: int) -> PreferenceTraining:
-    """Our training with random latents and texts in its caches and a bank that knows every draw."""
+    """Our training with random latents and texts in its caches and a cached reference that knows every noise sample."""
     model = parts.model
     training = PreferenceTraining(model, empty(model), settings_for(batch))
     random = generator(0, "material")
@@ -287,7 +283,7 @@ def ours(parts: Parts, batch: int) -> PreferenceTraining:
         width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         text["pooled"] = torch.randn(2, width, generator=random)
     items = [Item((2 * n, 2 * n + 1), 1, 1.0, f"pair {n}") for n in range(batch)]
-    training.material = Material(latents, None, text, items, []).to(model.device)
+    training.data = PreferenceData(latents, None, Conditions(text), items, []).to(model.device)
     return training
 
 
@@ -297,19 +293,19 @@ def one_step(kind: str, training: PreferenceTraining, script: Script) -> None:
     saving = "checkpointing" in kind
     (denoiser.enable_gradient_checkpointing if saving else denoiser.disable_gradient_checkpointing)()
     denoiser.train(saving)
-    training.reference = known_bank(training) if kind.startswith("bank") else training.live
+    training.reference = known_reference(training) if kind.startswith("bank") else training.live
     if kind.startswith("script"):
         script.step()
         return
     training.settings = replace(training.settings, gradient_checkpointing=saving)
-    for _ in training.steps(until=training.done + 1):
+    for _ in take_steps(training, until=training.done + 1):
         pass
 
 
-def known_bank(training: PreferenceTraining) -> Bank:
+def known_reference(training: PreferenceTraining) -> CachedReference:
     """A bank that was filled before; what it holds costs no other time."""
-    shape = (len(training.material.train), training.settings.draws, 2)
-    return Bank(training.live, "", torch.ones(shape))
+    shape = (len(training.data.train), training.settings.draws, 2)
+    return CachedReference(training.live, "", torch.ones(shape))
 
 
 class Parity(NamedTuple):
@@ -322,17 +318,17 @@ class Parity(NamedTuple):
 
 def parity(training: PreferenceTraining, *, size: float = 1e-3) -> Parity:
     """Both sides on the same latents, noise and levels, the adapter moved off zero by noise of this size."""
-    script = Script(Parts(training.model, nn.Identity(), lambda prompts: {}), training, [])
+    script = Script(Parts(training.model, nn.Identity(), lambda prompts: Conditions({})), training, [])
     before = {name: value.detach().clone() for name, value in training.parameters.items()}
     with torch.no_grad():
         for number, value in enumerate(training.parameters.values()):
             value.add_(size * torch.randn(value.shape, generator=generator(0, "parity", number)).to(value))
-    cells = training.visits(1)
-    items = [training.material.train[row] for row, _ in cells]
-    batch = batch_of(training.model, training.material, training.draws, items, [k for _, k in cells])
+    chosen = training.batch_rows(1)
+    items = [training.data.train[row] for row, _ in chosen]
+    batch = batch_of(training.model, training.data, training.samples, items, [k for _, k in chosen])
     training.reference = training.live
     found = []
-    for loss in (training.loss(cells)[0].mean(), script.loss(batch)):
+    for loss in (training.loss(chosen)[0].mean(), script.loss(batch)):
         gradients = torch.autograd.grad(loss, list(training.parameters.values()), allow_unused=True)
         found.append((float(loss.detach()), [g for g in gradients if g is not None]))
     with torch.no_grad():
@@ -353,9 +349,9 @@ def settings_for(
     )  # fmt: skip
 
 
-def empty(model: Backbone) -> Material:
+def empty(model: Backbone) -> PreferenceData:
     """No records yet."""
-    return Material(torch.empty(0, *model.latent_shape), None, {}, [], [])
+    return PreferenceData(torch.empty(0, *model.latent_shape), None, Conditions({}), [], [])
 
 
 # Figures ----------------------------------------------------------------------------------------------------
@@ -414,8 +410,8 @@ def markdown(facts: dict[str, Any]) -> str:
         plain = [f"{row[f'{name}, times faster']:.2f}×" for name in names]
         saving = [f"{row[f'{name}, times faster, checkpointing']:.2f}×" for name in names]
         last = row["bank without checkpointing against the script with it"]
-        cells = [f"{row['visits']:.0f}", f"{row['script']:.0f} s", *plain, *saving, f"{last:.2f}×"]
-        lines.append("| " + " | ".join(cells) + " |")
+        chosen = [f"{row['visits']:.0f}", f"{row['script']:.0f} s", *plain, *saving, f"{last:.2f}×"]
+        lines.append("| " + " | ".join(chosen) + " |")
     if "peak_gib" in facts:
         lines += ["", "| peak memory | GiB |", "|---|---|"]
         lines += [f"| {kind} | {size:.2f} |" for kind, size in facts["peak_gib"].items()]

@@ -42,6 +42,7 @@ from backbone.io.files import write_bytes, write_json, write_text
 from backbone.media.pictures import read_folder
 from backbone.media.transforms import to_tensor
 from backbone.models.model import Backbone
+from backbone.training.run import take_steps
 from benchmarks.customize_speed import CLASS_PROMPT, PICTURES, PROMPT, Script, material, settings_for
 from benchmarks.shapes import (
     CLOCKS,
@@ -58,7 +59,7 @@ from benchmarks.shapes import (
     said_by,
 )
 from customize.data.dataset import Group, prepare
-from customize.objectives.dreambooth import Training
+from customize.objectives.dreambooth import DreamBooth
 
 SIDES = ("script", "restated", "here")
 DRAWS = 8
@@ -165,7 +166,7 @@ def spelled(asked: Mapping[str, object]) -> list[str]:
 def run_restated(model: str, *, steps: int, precision: str, prior: bool) -> None:
     """Loaded as the script loads, and then the statement of its step."""
     parts = as_scripts_load(model, "cpu", precision)
-    statement = Script(parts, Training(parts.model, material(parts.model), settings_for(1)))
+    statement = Script(parts, DreamBooth(parts.model, material(parts.model), settings_for(1)))
     for _ in range(steps):
         statement.step(prior=prior, text_once=False)
 
@@ -178,8 +179,8 @@ def run_here(model: str, place: Path, out: Path, *, steps: int, precision: str, 
         settings_for(1), steps=steps, prior="base" if prior else "off", prior_draws=DRAWS, model=model
     )
     group = Group(pictures, [PROMPT] * len(pictures), CLASS_PROMPT)
-    training = Training(backbone, prepare(backbone, [group], settings), settings)
-    for _ in training.steps():
+    training = DreamBooth(backbone, prepare(backbone, [group], settings), settings)
+    for _ in take_steps(training):
         pass
     training.save(out)
     training.write(out, {})

@@ -42,14 +42,15 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from backbone.adapters.lora import adapters_off
+from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import generator
-from backbone.families.base import Text
 from backbone.io.console import UserError, run, say
 from backbone.io.files import write_json, write_text
 from backbone.media.transforms import to_tensor
 from backbone.models.model import Backbone, Posterior
 from backbone.training.attention import quick_to_train
-from backbone.training.base_predictions import Bank, stratified_levels
+from backbone.training.base_predictions import BasePredictions, stratified_levels
+from backbone.training.run import take_steps
 from benchmarks.shapes import (
     CLOCKS,
     CLOCKS_OF,
@@ -65,8 +66,8 @@ from benchmarks.shapes import (
     random_pictures,
     timed,
 )
-from customize.data.dataset import Bucket, Material
-from customize.objectives.dreambooth import Training
+from customize.data.dataset import Bucket, TrainingData
+from customize.objectives.dreambooth import Batch, DreamBooth
 from customize.settings import Settings
 
 STEPS, PICTURES, CLASS_PICTURES, CLASS_STEPS, CLASS_BATCH, GUIDANCE = 800, 5, 200, 50, 4, 7.5
@@ -125,20 +126,20 @@ class Bench:
     """Both sides, with adapters of one shape."""
 
     parts: Parts
-    training: Training
+    training: DreamBooth
     script: Script
-    with_prior: Material
-    without: Material
+    with_prior: TrainingData
+    without: TrainingData
 
     @classmethod
     def of(cls, parts: Parts, batch: int, theirs: Parts | None = None) -> Bench:
         """Everything in place for steps of `batch` pictures; the script has parts of its own, or shares ours."""
         with_prior = material(parts.model)
         without = replace(with_prior, buckets=[Bucket(with_prior.buckets[0].rows)])
-        training = Training(parts.model, with_prior, settings_for(batch))
+        training = DreamBooth(parts.model, with_prior, settings_for(batch))
         script = Script(parts, training)
         if theirs is not None:
-            script = Script(theirs, Training(theirs.model, material(theirs.model), settings_for(batch)))
+            script = Script(theirs, DreamBooth(theirs.model, material(theirs.model), settings_for(batch)))
         return cls(parts, training, script, with_prior, without)
 
     def acts(self) -> dict[str, Callable[[], object]]:
@@ -152,21 +153,21 @@ class Bench:
         acts["decoding"] = self.script.decoding
         acts["encoding"] = self.encode
         acts["text"] = partial(self.parts.encode, [PROMPT, CLASS_PROMPT])
-        acts["bank"] = self.bank
+        acts["bank"] = self.base_predictions
         return acts
 
     def step(self, kind: str) -> None:
         """An optimiser step of this kind."""
         prior = kind.endswith("prior")
-        self.training.material = self.with_prior if prior else self.without
+        self.training.data = self.with_prior if prior else self.without
         if kind.startswith("script"):
             self.script.step(prior=prior, text_once="text once" in kind)
             return
         if kind.startswith("bare"):
-            Bare(self.training, self.training.material).step()
+            Bare(self.training, self.training.data).step()
             return
         self.training.settings = replace(self.training.settings, steps=self.training.done + 1)
-        for _ in self.training.steps():
+        for _ in take_steps(self.training):
             pass
 
     def encode(self) -> None:
@@ -174,12 +175,13 @@ class Bench:
         encode_pictures(self.parts, self.script.pictures[:1], self.script.random)
 
     @torch.no_grad()
-    def bank(self) -> None:
-        """The untouched network asked about a batch of noised pictures."""
-        model = self.parts.model
-        bank = cast(Bank, self.with_prior.buckets[0].bank)
-        text = {name: value[-1:] for name, value in cast(Text, self.with_prior.text).items()}
-        ask(model, bank.noisy[:BANK_BATCH], times(model)[bank.level[:BANK_BATCH]], rows(text, BANK_BATCH))
+    def base_predictions(self) -> None:
+        """The base model's predictions for a batch of noised images."""
+        base = cast(BasePredictions, self.with_prior.buckets[0].base)
+        class_prompt = cast(Conditions, self.with_prior.conditions)[-1:]
+        self.parts.model.predict(
+            base.noisy[:BANK_BATCH], base.level[:BANK_BATCH], class_prompt.repeat(BANK_BATCH)
+        )
 
 
 # The script's side ------------------------------------------------------------------------------------------
@@ -188,7 +190,7 @@ class Bench:
 class Script:
     """diffusers' step, stated plainly, on the same model and adapter."""
 
-    def __init__(self, parts: Parts, training: Training) -> None:
+    def __init__(self, parts: Parts, training: DreamBooth) -> None:
         from diffusers import DDPMScheduler
 
         self.parts, self.training = parts, training
@@ -197,7 +199,7 @@ class Script:
         self.class_pictures = random_pictures(side, self.batch)
         self.random = torch.Generator().manual_seed(0)
         self.noise_scheduler: Any = DDPMScheduler.from_config(parts.model.location.config("scheduler"))
-        self.text = cast(Text, training.material.text)  # as if encoded before
+        self.conditions = cast(Conditions, training.data.conditions)  # as if encoded before
 
     def step(self, *, prior: bool, text_once: bool) -> float:
         """One optimiser step; gives the loss, as the script logs it at every step."""
@@ -214,10 +216,12 @@ class Script:
         training.optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
-    def loss(self, latents: Tensor, noise: Tensor, at: Tensor, text: Text, *, prior: bool) -> Tensor:
+    def loss(
+        self, latents: Tensor, noise: Tensor, at: Tensor, conditions: Conditions, *, prior: bool
+    ) -> Tensor:
         """The mean squared error of the noise; with a prior, that of the second half besides."""
         noisy = self.noise_scheduler.add_noise(latents, noise, at)
-        said = ask(self.parts.model, noisy, at, text)
+        said = ask(self.parts.model, noisy, at, conditions)
         if not prior:
             return F.mse_loss(said, noise)
         (own, of_class), (wanted, of_class_wanted) = said.chunk(2), noise.chunk(2)
@@ -246,25 +250,23 @@ class Script:
         return to_tensor(scaled.crop((left, top, left + side, top + side)))
 
     @torch.no_grad()
-    def said(self, *, prior: bool, text_once: bool) -> Text:
+    def said(self, *, prior: bool, text_once: bool) -> Conditions:
         """The batch's prompts, encoded anew unless that was done before."""
         if not text_once:
             prompts = [PROMPT] * self.batch + [CLASS_PROMPT] * (self.batch if prior else 0)
-            return {
-                name: value.to(self.parts.model.device) for name, value in self.parts.encode(prompts).items()
-            }
-        own, of_class = ({name: value[place] for name, value in self.text.items()} for place in ([0], [-1]))
-        return joined(rows(own, self.batch), rows(of_class, self.batch if prior else 0))
+            return self.parts.encode(prompts).to(self.parts.model.device)
+        own = self.conditions[:1].repeat(self.batch)
+        return Conditions.cat([own, self.conditions[-1:].repeat(self.batch)]) if prior else own
 
     @torch.no_grad()
     def evaluation(self) -> None:
         """One guided evaluation for a batch of class pictures: twice as many rows."""
         model = self.parts.model
         noisy = torch.zeros(2 * CLASS_BATCH, *model.latent_shape, device=model.device)
-        of_class = {name: value[-1:] for name, value in self.text.items()}
+        class_prompt = self.conditions[-1:].repeat(len(noisy))
         middle = times(model)[torch.full((len(noisy),), len(times(model)) // 2)]
         with adapters_off(model.denoiser):
-            said, unsaid = ask(model, noisy, middle, rows(of_class, len(noisy))).chunk(2)
+            said, unsaid = ask(model, noisy, middle, class_prompt).chunk(2)
         unsaid + GUIDANCE * (said - unsaid)
 
     @torch.no_grad()
@@ -275,10 +277,10 @@ class Script:
         vae.decode(latents / vae.config.scaling_factor)
 
 
-def ask(model: Backbone, noisy: Tensor, at: Tensor, text: Text) -> Tensor:
-    """The network's prediction under autocast, float32."""
+def ask(model: Backbone, noisy: Tensor, at: Tensor, conditions: Conditions) -> Tensor:
+    """The network's prediction under autocast, float32, as a script asks for it."""
     with model.autocast():
-        said = model.family.network(model.denoiser, text)(noisy, at.to(noisy.device))
+        said = model.family.network(model.denoiser, conditions)(noisy, at.to(noisy.device))
     return said.float()
 
 
@@ -287,16 +289,6 @@ def times(model: Backbone) -> Tensor:
     found = model.path.levels.time
     assert found is not None
     return found
-
-
-def rows(text: Text, count: int) -> Text:
-    """One prompt's text, `count` times."""
-    return {name: value.expand(count, *value.shape[1:]) for name, value in text.items()}
-
-
-def joined(first: Text, second: Text) -> Text:
-    """The rows of both."""
-    return {name: torch.cat([value, second[name]]) for name, value in first.items()}
 
 
 # Our side ---------------------------------------------------------------------------------------------------
@@ -311,7 +303,7 @@ def settings_for(batch: int) -> Settings:
     )  # fmt: skip
 
 
-def material(model: Backbone) -> Material:
+def material(model: Backbone) -> TrainingData:
     """Random latents, texts and answers of the base in the places of the remembered ones."""
     random, draws = generator(0, "material"), settings_for(1).prior_draws
     shape = model.latent_shape
@@ -326,39 +318,35 @@ def material(model: Backbone) -> Material:
         width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         text["pooled"] = normal(PICTURES + 1, width)
     levels = stratified_levels(draws, len(model.path.levels), random)
-    bank = Bank(normal(draws, *shape).cpu(), levels, normal(draws, *shape).cpu())
-    bucket = Bucket(torch.arange(PICTURES), bank, torch.zeros(draws, dtype=torch.long))
+    base = BasePredictions(normal(draws, *shape).cpu(), levels, normal(draws, *shape).cpu())
+    bucket = Bucket(torch.arange(PICTURES), base, torch.zeros(draws, dtype=torch.long))
     names = [f"picture {number}" for number in range(PICTURES)]
-    return Material(
+    return TrainingData(
         posteriors, [PROMPT] * PICTURES, names, torch.full((PICTURES,), 1 / PICTURES), None, [bucket],
-        [CLASS_PROMPT], None, text,
+        [CLASS_PROMPT], None, None, Conditions(text),
     )  # fmt: skip
 
 
 class Bare:
     """Forward, loss and backward of the adapted network on one batch that is there."""
 
-    def __init__(self, training: Training, material: Material) -> None:
+    def __init__(self, training: DreamBooth, material: TrainingData) -> None:
         self.training, model = training, training.model
-        before, training.material = training.material, material
+        before, training.data = training.data, material
         random = generator(0, "bare")
-        batch, chosen = training.subject_batch(material.buckets[0], random)
+        batch = training.subject_batch(material.buckets[0], random)
         if material.has_prior:
-            prior, of_class = training.prior_batch(material.buckets[0], random)
-            batch = type(batch)(*(torch.cat(pair) for pair in zip(batch, prior, strict=True)))
-            chosen = torch.cat([chosen, of_class])
-        training.material = before
-        self.noisy, self.wanted = batch.noisy.to(model.device), batch.wanted.to(model.device)
-        self.at = times(model)[batch.levels].to(model.device)
-        self.text = {
-            name: value[chosen.to(value.device)] for name, value in cast(Text, material.text).items()
-        }
+            batch = Batch.cat([batch, training.prior_batch(material.buckets[0], random)])
+        training.data = before
+        self.noisy, self.wanted = batch.noisy.to(model.device), batch.target.to(model.device)
+        self.at = times(model)[batch.level].to(model.device)
+        self.conditions = cast(Conditions, material.conditions)[batch.rows]
 
     def step(self) -> None:
         """Leaves nothing behind."""
         model = self.training.model
         with quick_to_train(model.denoiser):
-            said = ask(model, self.noisy, self.at, self.text)
+            said = ask(model, self.noisy, self.at, self.conditions)
             F.mse_loss(said, self.wanted).backward()
         for value in self.training.parameters.values():
             value.grad = None
@@ -375,36 +363,36 @@ class Parity(NamedTuple):
     gradient: float
 
 
-def parity(training: Training, *, size: float = 1e-3) -> Parity:
+def parity(training: DreamBooth, *, size: float = 1e-3) -> Parity:
     """Both sides with class pictures on the same latents, noise and levels, the adapter moved off zero by `size`.
 
     Raises `UserError` for a model that does not predict the noise, which the script's loss is about.
     """
-    model, before = training.model, training.material
+    model, before = training.model, training.data
     if model.path.prediction_type != "epsilon":
         raise UserError("Parity compares errors of the predicted noise. Choose a model that predicts it.")
     start = {name: value.detach().clone() for name, value in training.parameters.items()}
     with torch.no_grad():
         for number, value in enumerate(training.parameters.values()):
             value.add_(size * torch.randn(value.shape, generator=generator(0, "parity", number)).to(value))
-    training.material = known = one_picture(before)
-    own, _ = training.subject_batch(known.buckets[0], random := generator(0, "parity"))
-    prior, _ = training.prior_batch(known.buckets[0], random)  # their targets are the noise
+    training.data = known = one_picture(before)
+    own = training.subject_batch(known.buckets[0], random := generator(0, "parity"))
+    prior = training.prior_batch(known.buckets[0], random)  # their targets are the noise
     parameters = list(training.parameters.values())
     here = training.loss(generator(0, "parity"), 1)
     ours = torch.autograd.grad(
         here, parameters, allow_unused=True
     )  # before there is a second graph in memory
     count = training.settings.batch
-    pair = (known.posteriors[0].mean, cast(Tensor, known.drawn))
+    pair = (known.posteriors[0].mean, cast(Tensor, known.class_latents))
     clean = torch.cat([latent.expand(count, -1, -1, -1) for latent in pair])
-    noise, index = torch.cat([own.wanted, prior.wanted]), torch.cat([own.levels, prior.levels])
-    text = cast(Text, known.text)
-    said = joined(*(rows({name: value[[place]] for name, value in text.items()}, count) for place in (0, -1)))
-    script = Script(Parts(model, torch.nn.Identity(), lambda prompts: {}), training)
+    noise, index = torch.cat([own.target, prior.target]), torch.cat([own.level, prior.level])
+    prompts = cast(Conditions, known.conditions)
+    said = Conditions.cat([prompts[:1].repeat(count), prompts[-1:].repeat(count)])
+    script = Script(Parts(model, torch.nn.Identity(), lambda prompts: Conditions({})), training)
     there = script.loss(clean, noise, times(model)[index].long().to(model.device), said, prior=True)
     theirs = torch.autograd.grad(there, parameters, allow_unused=True)
-    training.material = before
+    training.data = before
     with torch.no_grad():
         for name, value in training.parameters.items():
             value.copy_(start[name])
@@ -414,14 +402,16 @@ def parity(training: Training, *, size: float = 1e-3) -> Parity:
     return Parity(float(here.detach()), abs(float(here.detach()) - float(there.detach())), apart / largest)
 
 
-def one_picture(material: Material) -> Material:
+def one_picture(material: TrainingData) -> TrainingData:
     """One picture of the subject and one of its class, both exactly known."""
     first, other = material.posteriors[0], material.posteriors[1]
-    text = {name: value[[0, -1]] for name, value in cast(Text, material.text).items()}
+    conditions = cast(Conditions, material.conditions)[[0, -1]]
     sure = Posterior(first.mean, torch.zeros_like(first.std))
     return replace(
-        material, posteriors=[sure], prompts=[PROMPT], names=["picture"], share=torch.ones(1),
-        buckets=[Bucket(torch.zeros(1, dtype=torch.long))], drawn=other.mean, text=text,
+        material, posteriors=[sure], prompts=[PROMPT], names=["picture"], frequency=torch.ones(1),
+        buckets=[Bucket(torch.zeros(1, dtype=torch.long))], class_latents=other.mean,
+        class_rows=torch.zeros(1, dtype=torch.long),
+        conditions=conditions,
     )  # fmt: skip
 
 

@@ -33,9 +33,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
+from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, guide
 from backbone.diffusion.samplers import deterministic_step
-from backbone.families.base import Text
 from backbone.io.console import run
 from backbone.io.files import write_json, write_text
 from backbone.media.transforms import to_image, to_tensor
@@ -208,7 +208,7 @@ def null_text_reference(
         said, empty = (encode_prompts_cached(model, [prompt]) for prompt in (SOURCE, ""))
         conditional = model.predictor(said)
         states = invert_ddim(clean, conditional, schedule)
-    now, embedding, found = states[0], empty["hidden"], []
+    now, embedding, found = states[0], empty.text["hidden"], []
     with weight_gradients(model.denoiser) if weights == "trained" else nullcontext():
         for number, (here, there) in enumerate(pairwise(schedule)):
             with torch.no_grad():
@@ -217,7 +217,7 @@ def null_text_reference(
             optimizer = torch.optim.Adam([moving], lr=1e-2 * (1 - number / (2 * steps)))
             with quick_to_train(model.denoiser):
                 for _ in range(INNER):
-                    unsaid = model.predictor({**empty, "hidden": moving})(now, here)
+                    unsaid = model.predictor(Conditions({**empty.text, "hidden": moving}))(now, here)
                     reached = deterministic_step(now, guide(answer, unsaid, guidance), here, there)
                     loss = (reached - states[number + 1]).square().mean()
                     optimizer.zero_grad()
@@ -227,7 +227,8 @@ def null_text_reference(
             embedding = moving.detach()
             found.append(embedding)
             with torch.no_grad():
-                both = model.predictor({**said, "hidden": torch.cat([embedding, said["hidden"]])})
+                hidden = torch.cat([embedding, said.text["hidden"]])
+                both = model.predictor(Conditions({**said.text, "hidden": hidden}))
                 now = deterministic_step(
                     now, guided(both(torch.cat([now, now]), here), guidance), here, there
                 )
@@ -238,15 +239,15 @@ def null_text_reference(
         with materialised(model.denoiser, edit):
             for number, (here, there) in enumerate(pairwise(schedule)):
                 edit.begin(number, editing=True)
-                hidden = torch.cat([found[number].expand(2, -1, -1), text["hidden"][2:]])
-                predict = model.predictor({**text, "hidden": hidden})
+                hidden = torch.cat([found[number].expand(2, -1, -1), text.text["hidden"][2:]])
+                predict = model.predictor(Conditions({**text.text, "hidden": hidden}))
                 now = deterministic_step(
                     now, guided(predict(torch.cat([now, now]), here), guidance), here, there
                 )
     return now
 
 
-def four_rows(model: Backbone, target: str) -> Text:
+def four_rows(model: Backbone, target: str) -> Conditions:
     """Without a prompt twice, then the source and the target."""
     return encode_prompts_cached(model, ["", "", SOURCE, target])
 

@@ -25,8 +25,8 @@ import typer
 from PIL import Image
 from torch import Tensor, nn
 
+from backbone.conditions.conditions import Conditions
 from backbone.families import checkpoint as single_file
-from backbone.families.base import Text
 from backbone.io.console import UserError
 from backbone.io.files import read_json, write_json, write_text
 from backbone.io.run_folder import peak_memory
@@ -34,7 +34,7 @@ from backbone.media.transforms import square, to_tensor
 from backbone.models.model import Backbone
 
 CONFIGS = Path(single_file.__file__).with_name("configs") / "stable-diffusion-1"
-Encode = Callable[[Sequence[str]], Text]
+Encode = Callable[[Sequence[str]], Conditions]
 CLOCKS = {"wall": "seconds on the clock", "cpu": "processor seconds, on a machine that did other work"}
 CLOCKS_OF = {"wall": time.perf_counter, "cpu": time.process_time}
 Clock = Literal["wall", "cpu"]
@@ -48,7 +48,7 @@ ResultsFlag = Annotated[
 
 @dataclass(frozen=True)
 class Parts:
-    """A model with all that the script needs besides: its autoencoder, and prompts → `Text`."""
+    """A model with all that the script needs besides: its autoencoder, and prompts → `Conditions`."""
 
     model: Backbone
     autoencoder: nn.Module
@@ -160,14 +160,14 @@ def as_scripts_load(model: str, device: str, precision: str) -> Parts:
 
 
 def encoding_in(backbone: Backbone, dtype: torch.dtype) -> Encode:
-    """Prompts → `Text`, by the model's encoders cast to a precision, as scripts cast them."""
+    """Prompts → `Conditions`, by the model's encoders cast to a precision, as scripts cast them."""
     encoders = backbone.family.text_encoder(backbone.location, dtype).to(backbone.device)
     for side in encoders.sides:
         side.model.to(dtype)
 
     @torch.no_grad()
-    def encode(prompts: Sequence[str]) -> Text:
-        return {name: value.to(backbone.device) for name, value in encoders(prompts).items()}
+    def encode(prompts: Sequence[str]) -> Conditions:
+        return Conditions(encoders(prompts)).to(backbone.device)
 
     return encode
 

@@ -35,10 +35,7 @@ def difference_maps(
     chosen = torch.tensor(sorted({first + int(share * (steps - first)) for share in SHARES}))
     states = inversion.states.float()[chosen.to(inversion.states.device)].repeat_interleave(len(prompts), 0)
     levels = inversion.schedule[chosen.to(inversion.schedule.a.device).repeat_interleave(len(prompts))]
-    text = {
-        name: value.repeat(len(chosen), *[1] * (value.ndim - 1))
-        for name, value in encode_prompts_cached(model, prompts).items()
-    }
+    text = encode_prompts_cached(model, prompts).repeat(len(chosen))
     noise = model.predictor(text)(states, levels).noise.unflatten(0, (len(chosen), len(prompts)))
     maps = []
     for one, other in pairs:

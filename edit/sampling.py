@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, guide
-from backbone.families.base import Text
 from backbone.io.console import UserError
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
@@ -69,7 +69,7 @@ def refuse_negative(model: Backbone, negative: str) -> None:
         )
 
 
-def nfe_of(model: Backbone, text: Text, guidance: float) -> int:
+def nfe_of(model: Backbone, text: Conditions, guidance: float) -> int:
     """NFE of one guided prediction of one sample: two, or one where one is enough."""
     return 1 if guidance == 1 or model.family.distilled(model.denoiser, text, guidance) is not None else 2
 
@@ -98,7 +98,7 @@ class SourceAndTargets:
     (Ho & Salimans 2022). There are no unconditional rows where the network is guidance-distilled.
     """
 
-    def __init__(self, model: Backbone, text: Text, *, source_guidance: float, guidance: float) -> None:
+    def __init__(self, model: Backbone, text: Conditions, *, source_guidance: float, guidance: float) -> None:
         """`text` [1 + N, ...] are the encoded prompts, the source's first."""
         self.model = model
         self.text = text
@@ -109,22 +109,21 @@ class SourceAndTargets:
         if embedded is not None:
             self.text, self.source_guidance, self.guidance = embedded, 1.0, 1.0
 
-    def __call__(self, noisy: Tensor, level: Level, empty: Text, *, with_source: bool = True) -> Estimate:
+    def __call__(
+        self, noisy: Tensor, level: Level, empty: Conditions, *, with_source: bool = True
+    ) -> Estimate:
         """Guided predictions of states [1 + N, ...], the source's and the targets', or for the targets alone [N, ...].
 
         `empty` [1, ...] is the encoded prompt of the unconditional rows.
         """
         first = 0 if with_source else 1
-        states, text = noisy[first:], {name: value[first:] for name, value in self.text.items()}
+        states, text = noisy[first:], self.text[first:]
         guidance = [self.source_guidance, *[self.guidance] * (len(noisy) - 1)][first:]
         guided = [row for row, scale in enumerate(guidance) if scale != 1]
         rows = states
         if guided:
             rows = torch.cat([states, states[guided]])
-            text = {
-                name: torch.cat([value, empty[name].expand(len(guided), *value.shape[1:])])
-                for name, value in text.items()
-            }
+            text = Conditions.cat([text, empty.repeat(len(guided))])
         answer = self.model.predictor(text)(rows, level)
         self.nfe += len(rows)
         # Rows in their order: the source, guided by its own scale, then the targets, all of them or none
@@ -140,13 +139,14 @@ class SourceAndTargets:
         return Estimate(torch.cat([one.clean for one in parts]), torch.cat([one.noise for one in parts]))
 
 
-def embed_guidance(model: Backbone, text: Text, source_guidance: float, guidance: float) -> Text | None:
+def embed_guidance(
+    model: Backbone, text: Conditions, source_guidance: float, guidance: float
+) -> Conditions | None:
     """Prompts [1 + N, ...], the source's first, with their guidance, for a guidance-distilled network; else None."""
     parts = []
     for rows, scale in ((slice(0, 1), source_guidance), (slice(1, None), guidance)):
-        some = {name: value[rows] for name, value in text.items()}
-        embedded = model.family.distilled(model.denoiser, some, scale)
+        embedded = model.family.distilled(model.denoiser, text[rows], scale)
         if embedded is None:
             return None
         parts.append(embedded)
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return Conditions.cat(parts)

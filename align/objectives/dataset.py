@@ -1,8 +1,9 @@
-"""What training reads: latents and texts encoded once, records as rows of them, and draws that can be made again.
+"""The encoded dataset: latents and prompts encoded once, records as rows of them, and reproducible noise samples.
 
-A draw (record, k), k < K, fixes the noise, its level, whether the prompt is dropped and whether the pictures are
+Noise sample (record, k), k < K, fixes the noise, its level, whether the prompt is dropped and whether the pictures are
 mirrored, the same for every picture of the record: it follows from the seed, the record's contents and k alone. The
-levels of a record's K draws are stratified: one in each K-th of the noise path above `lowest`, in random order.
+levels of a record's K noise samples are stratified: one in each K-th of the noise path above `lowest`, in random
+order.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from align.pairs.records import (
 )
 from align.settings import Settings
 from backbone.adapters.concept import Concept, spoken
+from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Level, add_noise, generator, target
 from backbone.distributed import processes
-from backbone.families.base import Text
 from backbone.io.console import UserError, progress
 from backbone.io.files import content_hash
 from backbone.media.pictures import Picture
@@ -42,7 +43,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Item:
-    """A record as rows of `Material`: its pictures (the better one first), its prompt, and what was said of it.
+    """A record as rows of `PreferenceData`: its pictures (the better one first), its prompt, and what was said of it.
 
     `preference` of a pair is the probability that its first picture is better, 1 or ½; of a single picture 1 for good
     and 0 for bad. `key` is its contents. `cuts` are the same pictures cut at other places than the centre, each
@@ -57,22 +58,29 @@ class Item:
 
 
 @dataclass(frozen=True, eq=False)
-class Material:
-    """Latents [P, C, H, W] and their mirror images, text rows (row 0 is the empty prompt), the records of each side."""
+class PreferenceData:
+    """The encoded dataset.
+
+    latents     [P, …], posterior means
+    mirrored    the same of the mirror images, or None
+    conditions  one row for each prompt; row 0 is the empty prompt
+    train       the records to learn from
+    held_out    the records to validate on
+    """
 
     latents: Tensor
     mirrored: Tensor | None
-    text: Text
+    conditions: Conditions
     train: list[Item]
     held_out: list[Item]
 
-    def to(self, device: torch.device) -> Material:
+    def to(self, device: torch.device) -> PreferenceData:
         """The same on another device."""
         return replace(
             self,
             latents=self.latents.to(device),
             mirrored=None if self.mirrored is None else self.mirrored.to(device),
-            text={name: value.to(device) for name, value in self.text.items()},
+            conditions=self.conditions.to(device),
         )
 
 
@@ -82,7 +90,7 @@ def prepare(
     held_out: Sequence[Record],
     settings: Settings,
     concepts: Sequence[Concept] = (),
-) -> Material:
+) -> PreferenceData:
     """Encodes every picture and prompt, remembered on disk, and frees the encoders.
 
     Posterior means serve as latents: with the same noise in both pictures of a pair, sampling would only add noise
@@ -115,9 +123,11 @@ def prepare(
     latents = _means(model, views, flip=False)
     mirrored = _means(model, views, flip=True) if settings.flip else None
     with processes.writer_first():
-        text = encode_prompts_cached(model, list(prompts))
+        conditions = encode_prompts_cached(model, list(prompts))
     model.free("autoencoder", "text_encoder")
-    return Material(latents, mirrored, text, items[: len(train)], items[len(train) :]).to(model.device)
+    return PreferenceData(latents, mirrored, conditions, items[: len(train)], items[len(train) :]).to(
+        model.device
+    )
 
 
 def _key(record: Record, hashes: Mapping[str, str]) -> str:
@@ -152,12 +162,12 @@ def _means(model: Backbone, views: Sequence[tuple[Picture, Place]], *, flip: boo
     return torch.cat(means)
 
 
-# Draws ------------------------------------------------------------------------------------------------------
+# Noise samples ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Draws:
-    """K draws of each record. `name` keeps two sets of draws apart: training's, those that only judge."""
+class NoiseSamples:
+    """K noise samples of each record. `name` keeps two sets apart: those of training, those of evaluation."""
 
     name: str
     seed: int
@@ -169,23 +179,23 @@ class Draws:
     lowest: int = 0  # of the levels that are drawn
 
     def level(self, item: Item, k: int) -> int:
-        """The index of draw k's noise level: one in each stratum over the K draws."""
+        """The index of noise sample k's level: one in each stratum over the K samples."""
         return _levels(self, item.key)[k]
 
     def noise(self, item: Item, k: int, shape: Sequence[int]) -> Tensor:
-        """ε [C, H, W] of draw k."""
+        """ε [C, …] of noise sample k."""
         return torch.randn(tuple(shape), generator=generator(self.seed, self.name, item.key, k, "noise"))
 
     def drops_prompt(self, item: Item, k: int) -> bool:
-        """Whether draw k is without a prompt, for every picture of the record."""
+        """Whether noise sample k is without a prompt, for every picture of the record."""
         return self._chance(item, k, "prompt") < self.prompt_dropout
 
     def mirrors(self, item: Item, k: int) -> bool:
-        """Whether draw k mirrors every picture of the record."""
+        """Whether noise sample k mirrors every picture of the record."""
         return self.flip and self._chance(item, k, "flip") < 0.5
 
     def rows(self, item: Item, k: int) -> tuple[int, ...]:
-        """The rows of the record's pictures as draw k cuts them."""
+        """The rows of the record's pictures as noise sample k cuts them."""
         if not self.crop or not item.cuts:
             return item.pictures
         return item.cuts[int(self._chance(item, k, "crop") * len(item.cuts))]
@@ -195,23 +205,23 @@ class Draws:
 
 
 @lru_cache(maxsize=65536)
-def _levels(draws: Draws, key: str) -> list[int]:
-    random = generator(draws.seed, draws.name, key, "levels")
-    drawn = stratified_levels(draws.count, draws.levels - draws.lowest, random)
-    return [draws.lowest + int(level) for level in drawn]
+def _levels(samples: NoiseSamples, key: str) -> list[int]:
+    random = generator(samples.seed, samples.name, key, "levels")
+    drawn = stratified_levels(samples.count, samples.levels - samples.lowest, random)
+    return [samples.lowest + int(level) for level in drawn]
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """B records at one draw each, G pictures a record: rows b, B + b … are record b's first, second … picture.
 
-    noisy, target [G·B, C, H, W]   index [G·B] of the noise level   text [G·B, …]   preference [B]
+    noisy, target [G·B, …]   index of the noise level [G·B]   conditions [G·B]   preference [B]
     """
 
     noisy: Tensor
     target: Tensor
     index: Tensor
-    text: Text
+    conditions: Conditions
     preference: Tensor
     group: int
 
@@ -226,55 +236,50 @@ class Batch:
             self.noisy[where],
             self.target[where],
             self.index[chosen],
-            {name: value[where] for name, value in self.text.items()},
+            self.conditions[chosen],
             self.preference[torch.tensor(list(rows))],
             self.group,
         )
 
 
 def batch_of(
-    model: Backbone, material: Material, draws: Draws, items: Sequence[Item], ks: Sequence[int]
+    model: Backbone, data: PreferenceData, samples: NoiseSamples, items: Sequence[Item], ks: Sequence[int]
 ) -> Batch:
-    """The records at their draws, noised: t and ε, the dropped prompt and the mirroring are shared in a record."""
-    shape = material.latents.shape[1:]
+    """The records at their noise samples: t and ε, the dropped prompt and the mirroring are shared in a record."""
+    shape = data.latents.shape[1:]
     group = len(items[0].pictures)
-    clean_rows, text_rows = [], []
+    clean_rows = []
     for g in range(group):
         for item, k in zip(items, ks, strict=True):
-            source = material.mirrored if draws.mirrors(item, k) else material.latents
+            source = data.mirrored if samples.mirrors(item, k) else data.latents
             assert source is not None
-            clean_rows.append(source[draws.rows(item, k)[g]])
-            text_rows.append(0 if draws.drops_prompt(item, k) else item.prompt)
+            clean_rows.append(source[samples.rows(item, k)[g]])
     clean = torch.stack(clean_rows)
-    noise = torch.stack([draws.noise(item, k, shape) for item, k in zip(items, ks, strict=True)])
-    noise = noise.repeat(group, 1, 1, 1).to(clean)
-    index = torch.tensor([draws.level(item, k) for item, k in zip(items, ks, strict=True)]).repeat(group)
+    noise = torch.stack([samples.noise(item, k, shape) for item, k in zip(items, ks, strict=True)])
+    noise = torch.cat([noise] * group).to(clean)
+    index = torch.tensor([samples.level(item, k) for item, k in zip(items, ks, strict=True)]).repeat(group)
+    dropped = torch.tensor([samples.drops_prompt(item, k) for item, k in zip(items, ks, strict=True)])
+    conditions = data.conditions[[item.prompt for item in items]].drop(dropped, data.conditions[:1])
     level: Level = model.path.levels[index]
-    rows = torch.tensor(text_rows)
     return Batch(
         noisy=add_noise(clean, noise, level),
         target=target(clean, noise, level, model.path.prediction_type),
         index=index,
-        text={name: value[rows.to(value.device)] for name, value in material.text.items()},
+        conditions=Conditions.cat([conditions] * group),
         preference=torch.tensor([item.preference for item in items]),
         group=group,
     )
 
 
 def residuals(model: Backbone, network: torch.nn.Module, batch: Batch) -> Tensor:
-    """prediction − target [G, B, C, H, W] in float32, of the model's own parameterisation, whatever it predicts."""
-    time = model.path.levels.time
-    assert time is not None
-    with model.autocast():
-        said = model.family.network(network, batch.text)(
-            batch.noisy, time[batch.index].to(batch.noisy.device)
-        )
-    residual: Tensor = (said.float() - batch.target).unflatten(0, (batch.group, len(batch)))
+    """prediction − target [G, B, …] in float32, in the model's own parameterisation."""
+    prediction = model.predict(batch.noisy, batch.index, batch.conditions, denoiser=network)
+    residual: Tensor = (prediction - batch.target).unflatten(0, (batch.group, len(batch)))
     return residual
 
 
 def mean_squares(residual: Tensor) -> Tensor:
-    """Errors [G, B]: the mean over C, H, W of residuals' squares."""
+    """Errors [G, B]: the mean of residuals' squares over all other dimensions."""
     return residual.square().flatten(2).mean(2)
 
 

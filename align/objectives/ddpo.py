@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from backbone.media.transforms import to_image
 
 @dataclass(frozen=True, eq=False)
 class Trajectories:
-    """N walks of S stochastic steps: states [S + 1, N, C, H, W], log-probabilities [S, N], advantages [N]."""
+    """N walks of S stochastic steps: states [S + 1, N, …], log-probabilities [S, N], advantages [N]."""
 
     states: Tensor
     log_probability: Tensor
@@ -89,15 +90,16 @@ class PolicyGradients(RewardTraining):
         better = advantages(rewards.view(len(self.prompts), -1)).flatten().to(self.model.device)
         return Trajectories(states, chances, better, [i for i, _ in keys])
 
-    def may_save(self, step: int) -> bool:
-        """At a round's end: its walks are not kept."""
-        return step % (self.settings.steps // self.settings.rounds) == 0
+    def save(self, run: Path) -> None:
+        """Writes the checkpoint at a round's end; within a round nothing, since its trajectories are not kept."""
+        if self.done == self.settings.steps or self.done % (self.settings.steps // self.settings.rounds) == 0:
+            super().save(run)
 
 
 def stochastic_walk(
     noisy: Tensor, predict: Predict, schedule: Level, randoms: Sequence[torch.Generator]
 ) -> tuple[Tensor, Tensor]:
-    """Ancestral sampling with its record: states [S + 1, B, C, H, W] and log-probabilities of the steps [S, B]."""
+    """Ancestral sampling with its record: states [S + 1, B, …] and log-probabilities of the steps [S, B]."""
     states, chances = [noisy], []
     for here, there in pairwise(schedule):
         estimate = predict(noisy, here)

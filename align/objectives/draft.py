@@ -49,10 +49,6 @@ class RewardGradients(RewardTraining):
         pictures = self.model.decode_with_gradients(clean)
         return self.reward(pictures, [self.prompts[number].text for number in numbers])
 
-    def may_save(self, step: int) -> bool:
-        """Every step stands alone."""
-        return True
-
 
 def open_reward(name: str) -> Reward:
     """The scorer of this name as a function with gradients; `UserError` where it is none (a Python file)."""

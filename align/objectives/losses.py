@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -199,10 +200,109 @@ def accuracy(margin: Tensor) -> Tensor:
     return (torch.sign(margin.detach()) + 1) / 2
 
 
-PAIR_LOSSES: dict[str, PairLoss] = {"dpo": dpo, "ipo": ipo, "hinge": hinge, "mapo": mapo, "sft": sft}
-"""The losses of pairs that need errors alone; `dspo` needs the reference's predictions, `kto` takes single pictures."""
+# The table --------------------------------------------------------------------------------------------------
 
-WITHOUT_REFERENCE = frozenset({"mapo", "sft"})
+
+@dataclass(frozen=True, eq=False)
+class PairBatch:
+    """What a preference loss reads of B records: pairs (G = 2, the preferred image first) or single images (G = 1).
+
+    errors       [G, B] of the model
+    preference   [B], as above; of single images 1 for good and 0 for bad
+    reference    [G, B], the reference's errors, where the loss needs them
+    drift        [B], mean over all dimensions of (prediction − reference's prediction)² on the first images, where
+                 the loss needs it
+    mean         the mean of values [B] over the whole batch, of which these records may be a part
+    """
+
+    errors: Tensor
+    preference: Tensor
+    reference: Tensor | None = None
+    drift: Tensor | None = None
+    mean: Callable[[Tensor], Tensor] = torch.mean
+
+    @property
+    def pair(self) -> PairErrors:
+        """The errors by name."""
+        return PairErrors(*self.errors, *(() if self.reference is None else self.reference))
+
+    def figures(self) -> dict[str, Tensor]:
+        """What the log shows of these records, [B] each, without gradients."""
+        errors, reference = self.errors.detach(), self.reference
+        if reference is None:
+            return {"winner_error": errors[0], "loser_error": errors[1]}
+        if len(errors) == 1:
+            sign = 2 * self.preference - 1
+            return {
+                "accuracy": accuracy(sign * (reference[0] - errors[0])),
+                "error_change": errors[0] - reference[0],
+            }
+        return {
+            "accuracy": accuracy(self.pair.margin),
+            "winner_change": errors[0] - reference[0],
+            "loser_change": errors[1] - reference[1],
+        }
+
+
+class LossSettings(Protocol):
+    """The settings that the losses read."""
+
+    @property
+    def beta(self) -> float: ...
+    @property
+    def label_smoothing(self) -> float: ...
+    @property
+    def mapo_weight(self) -> float: ...
+    @property
+    def dspo_pull(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """A loss, and what it needs to know of the reference.
+
+    loss       (batch, settings) → [B]
+    reference  nothing, its errors (which can be cached), or its predictions (asked anew in every step)
+    """
+
+    loss: Callable[[PairBatch, LossSettings], Tensor]
+    reference: Literal["nothing", "errors", "predictions"] = "errors"
+
+
+def _of_pairs(loss: PairLoss) -> Callable[[PairBatch, LossSettings], Tensor]:
+    """A loss of errors, β and preference alone."""
+    return lambda batch, settings: loss(
+        batch.pair, settings.beta, smoothed(batch.preference, settings.label_smoothing)
+    )
+
+
+def _mapo(batch: PairBatch, settings: LossSettings) -> Tensor:
+    preference = smoothed(batch.preference, settings.label_smoothing)
+    return mapo(batch.pair, settings.beta, preference, weight=settings.mapo_weight)
+
+
+def _dspo(batch: PairBatch, settings: LossSettings) -> Tensor:
+    assert batch.drift is not None
+    return dspo(batch.pair, settings.beta, batch.drift, pull=settings.dspo_pull)
+
+
+def _kto(batch: PairBatch, settings: LossSettings) -> Tensor:
+    assert batch.reference is not None
+    (error,), (reference,) = batch.errors, batch.reference
+    baseline = kto_baseline(batch.mean(0.5 * settings.beta * (reference - error)))
+    return kto(error, settings.beta, reference, batch.preference, baseline=baseline)
+
+
+LOSSES: dict[str, PreferenceLoss] = {
+    "dpo": PreferenceLoss(_of_pairs(dpo)),
+    "ipo": PreferenceLoss(_of_pairs(ipo)),
+    "hinge": PreferenceLoss(_of_pairs(hinge)),
+    "kto": PreferenceLoss(_kto),
+    "mapo": PreferenceLoss(_mapo, reference="nothing"),
+    "dspo": PreferenceLoss(_dspo, reference="predictions"),
+    "sft": PreferenceLoss(_of_pairs(sft), reference="nothing"),
+}
+"""Every preference loss by its name."""
 
 
 # Helpers ----------------------------------------------------------------------------------------------------

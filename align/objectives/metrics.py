@@ -1,8 +1,8 @@
-"""How well a model in training tells preferred pictures from others, at fixed draws that training never visits.
+"""How well a model in training tells preferred images from others, at fixed noise samples of its own.
 
 A record counts as right at a draw where the model's error moved, from the reference's, towards the preference: for a
 pair where its margin is positive (the implicit reward's accuracy), for a single picture where its error fell if it is
-good and rose if it is bad; no change counts ½. The draws are the same at every evaluation, so that curves are
+good and rose if it is bad; no change counts ½. The samples are the same at every evaluation, so that curves are
 comparable, and each record has one in every stratum of the noise path.
 """
 
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align.objectives.dataset import Draws, Item, Material, batch_of, mean_squares, residuals
+from align.objectives.dataset import Item, NoiseSamples, PreferenceData, batch_of, mean_squares, residuals
 from align.objectives.losses import accuracy
-from align.objectives.reference import Live
+from align.objectives.reference import LiveReference
 from align.settings import Settings
 from backbone.evaluation.statistics import Interval, bootstrap
 from backbone.models.model import Backbone
@@ -49,42 +49,47 @@ class Figures:
 
 
 @dataclass(frozen=True, eq=False)
-class Judge:
-    """Fixed records at fixed draws, with the reference's errors there [N, E, G]."""
+class Evaluation:
+    """Fixed records at fixed samples, with the reference's errors there [N, E, G]."""
 
     model: Backbone
-    material: Material
+    data: PreferenceData
     items: Sequence[Item]
-    draws: Draws
+    samples: NoiseSamples
     reference: Tensor
     batch: int
 
     def __call__(self, network: nn.Module) -> Figures:
         """The figures of a network."""
-        return figures(self.items, self.draws, self.errors(network), self.reference)
+        return figures(self.items, self.samples, self.errors(network), self.reference)
 
     def errors(self, network: nn.Module) -> Tensor:
-        """A network's errors at the draws [N, E, G]."""
-        return errors_at(self.model, self.material, self.items, self.draws, network, self.batch)
+        """A network's errors at the noise samples [N, E, G]."""
+        return errors_at(self.model, self.data, self.items, self.samples, network, self.batch)
 
 
-def judge(
-    model: Backbone, material: Material, items: Sequence[Item], live: Live, settings: Settings, name: str
-) -> Judge:
-    """A judge over these records; asks the reference, so call it where that can be asked."""
-    draws = Draws(name, settings.seed, settings.evaluation_draws, len(model.path.levels))
+def make_evaluation(
+    model: Backbone,
+    data: PreferenceData,
+    items: Sequence[Item],
+    live: LiveReference,
+    settings: Settings,
+    name: str,
+) -> Evaluation:
+    """An evaluation of these records. It runs the reference, so call it where that is at hand."""
+    samples = NoiseSamples(name, settings.seed, settings.evaluation_draws, len(model.path.levels))
     batch = max(1, settings.micro_batch or settings.batch)
     with torch.no_grad(), live.as_reference():
-        reference = errors_at(model, material, items, draws, live.network, batch)
-    return Judge(model, material, items, draws, reference, batch)
+        reference = errors_at(model, data, items, samples, live.network, batch)
+    return Evaluation(model, data, items, samples, reference, batch)
 
 
-def figures(items: Sequence[Item], draws: Draws, errors: Tensor, reference: Tensor) -> Figures:
+def figures(items: Sequence[Item], samples: NoiseSamples, errors: Tensor, reference: Tensor) -> Figures:
     """The figures of errors and the reference's, both [N, E, G]; ties (preference ½) are not judged."""
     judged = [number for number, item in enumerate(items) if item.preference != 0.5]
-    right = rightness(items, errors, reference)
-    level = torch.tensor([[draws.level(item, k) for k in range(errors.shape[1])] for item in items])
-    quarter = (level * QUARTILES // draws.levels).clamp(max=QUARTILES - 1)
+    right = correctness(items, errors, reference)
+    level = torch.tensor([[samples.level(item, k) for k in range(errors.shape[1])] for item in items])
+    quarter = (level * QUARTILES // samples.levels).clamp(max=QUARTILES - 1)
     wanted, unwanted = _sides(items, errors - reference)
     scale = float(reference.mean()) if reference.numel() else 1.0
     return Figures(
@@ -97,7 +102,7 @@ def figures(items: Sequence[Item], draws: Draws, errors: Tensor, reference: Tens
     )
 
 
-def rightness(items: Sequence[Item], errors: Tensor, reference: Tensor) -> Tensor:
+def correctness(items: Sequence[Item], errors: Tensor, reference: Tensor) -> Tensor:
     """1, ½ or 0 for each record and draw [N, E]."""
     reward = reference - errors
     sign = torch.tensor([2 * item.preference - 1 for item in items])[:, None]
@@ -107,26 +112,26 @@ def rightness(items: Sequence[Item], errors: Tensor, reference: Tensor) -> Tenso
 
 def errors_at(
     model: Backbone,
-    material: Material,
+    data: PreferenceData,
     items: Sequence[Item],
-    draws: Draws,
+    samples: NoiseSamples,
     network: nn.Module,
     batch: int,
     ks: Sequence[int] | None = None,
 ) -> Tensor:
-    """A network's errors at draws `ks` (all if left out) of each record, float32 on the CPU [N, E, G]."""
-    ks = range(draws.count) if ks is None else ks
+    """A network's errors at noise samples `ks` (all if left out) of each record, float32 on the CPU [N, E, G]."""
+    ks = range(samples.count) if ks is None else ks
     group = len(items[0].pictures) if items else 1
-    cells = [(item, k) for item in items for k in ks]
+    pairs = [(item, k) for item in items for k in ks]
     parts = [
         mean_squares(
             residuals(
                 model,
                 network,
-                batch_of(model, material, draws, [item for item, _ in some], [k for _, k in some]),
+                batch_of(model, data, samples, [item for item, _ in some], [k for _, k in some]),
             )
         ).T.cpu()
-        for some in _chunks(cells, batch)
+        for some in _chunks(pairs, batch)
     ]
     return torch.cat(parts).view(len(items), len(ks), group) if parts else torch.empty(0, len(ks), group)
 
@@ -144,6 +149,6 @@ def _mean(values: Tensor) -> float:
     return float(values.mean()) if values.numel() else float("nan")
 
 
-def _chunks(cells: Sequence[tuple[Item, int]], size: int) -> Iterator[Sequence[tuple[Item, int]]]:
-    for first in range(0, len(cells), size):
-        yield cells[first : first + size]
+def _chunks(samples: Sequence[tuple[Item, int]], size: int) -> Iterator[Sequence[tuple[Item, int]]]:
+    for first in range(0, len(samples), size):
+        yield samples[first : first + size]

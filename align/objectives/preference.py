@@ -2,8 +2,8 @@
 
 Diffusion-DPO (Wallace et al. 2024) and its relatives raise the likelihood of preferred pictures over the others',
 relative to the model that training began with. Both pictures of a pair are noised with one ε to one level, so their
-errors differ by the pictures alone. Which draw of which record a step visits follows from the step's number, so a
-run that was stopped goes on bit for bit, and the reference's errors can be banked (`align.objectives.reference`).
+errors differ by the images alone. Which noise sample of which record a step takes follows from the step's number, so
+a run that was stopped goes on bit for bit, and the reference's errors can be cached (`align.objectives.reference`).
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from align.objectives.dataset import Draws, Material, batch_of, mean_squares, residuals
+from align.objectives.dataset import NoiseSamples, PreferenceData, batch_of, mean_squares, residuals
 from align.objectives.losses import (
-    PAIR_LOSSES,
-    WITHOUT_REFERENCE,
-    PairErrors,
-    accuracy,
-    dspo,
-    kto,
-    kto_baseline,
-    mapo,
+    LOSSES,
+    PairBatch,
     safeguard,
     scaled_gradient,
-    smoothed,
     with_sft,
 )
-from align.objectives.metrics import Figures, errors_at, judge, rightness
-from align.objectives.reference import Bank, Cells, Live, Reference, bank_key, open_bank
+from align.objectives.metrics import Figures, correctness, errors_at, make_evaluation
+from align.objectives.reference import (
+    CachedReference,
+    LiveReference,
+    RecordSamples,
+    Reference,
+    open_cached_reference,
+    reference_key,
+)
 from align.settings import Settings
 from backbone.adapters.concept import Concept
 from backbone.adapters.lora import WEIGHTS, activate, add_lora, only, save_lora
@@ -47,35 +47,28 @@ from backbone.io.console import UserError, progress
 from backbone.io.files import content_hash, write_tensors
 from backbone.models.model import Backbone
 from backbone.training.attention import quick_to_train
-from backbone.training.loop import (
-    Report,
-    load_checkpoint,
-    save_checkpoint,
-    train,
-)
-from backbone.training.optimizer import make_schedule
+from backbone.training.run import Objective
 
 ADAPTER = "taste"
-CHECKPOINT = "checkpoint.safetensors"
 CHANGED = "weights_change.safetensors"  # of a full run: how far the denoiser's weights moved
 LEVEL_WEIGHTS: dict[str, Callable[[Level, PredictionType], Tensor]] = {
     "none": lambda level, kind: uniform(level),
     "min-snr": lambda level, kind: min_snr(level, prediction_type=kind),
     "debiased": debiased,
 }
-WATCHED = 64  # training records whose banked draws are compared with fresh ones
+GAP_RECORDS = 64  # training records whose seen noise samples are compared with unseen ones
 
 
 @dataclass
-class PreferenceTraining:
-    """A model in preference training: `steps` yields the reports, `save` and `resume` keep it exactly.
+class PreferenceTraining(Objective):
+    """Preference optimisation of a model on pairs or single images that were judged.
 
     `base` names the adapters that belong to where training began (`backbone.adapters.apply.put_on`), `concepts` the run
     folders that they came from.
     """
 
     model: Backbone
-    material: Material
+    data: PreferenceData
     settings: Settings
     base: Sequence[str] = ()
     concepts: Sequence[Concept] = ()
@@ -86,7 +79,7 @@ class PreferenceTraining:
         self.share = share_of(settings)
         if settings.gradient_checkpointing:
             cast(Any, self.model.denoiser).enable_gradient_checkpointing()
-        self.draws = Draws(
+        self.samples = NoiseSamples(
             "training",
             settings.seed,
             settings.draws,
@@ -99,60 +92,59 @@ class PreferenceTraining:
         self.start: dict[str, Tensor] = {}
         self._as_reference: Callable[[], AbstractContextManager[None]] = nullcontext
         network = self._full_weights() if settings.full else self._adapter()
-        self.live = Live(self.model, network, self._as_reference)
-        self.take(self.material)
+        self.live = LiveReference(self.model, network, self._as_reference)
+        self.take(self.data)
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
-        self.done = 0
 
-    def take(self, material: Material) -> None:
-        """Learns from this material from now on, what was learned so far kept; its reference is asked anew."""
+    def take(self, data: PreferenceData) -> None:
+        """Learns from these data from now on, what was learned so far kept; its reference is evaluated anew."""
         settings = self.settings
-        self.material = material
-        self.__dict__.pop("watched", None)
+        self.data = data
+        self.__dict__.pop("gap_rows", None)
         self._pass: tuple[int, list[int]] = (-1, [])
-        banked = settings.reference == "bank" and material.train
-        self.reference: Reference = self._bank() if banked else self.live
-        fresh = [self.material.train[row] for row in self.watched]
-        asked = {"held-out": ("held-out", material.held_out), "training": ("fresh", fresh)}
+        cached = settings.reference == "bank" and data.train
+        self.reference: Reference = self._cached_reference() if cached else self.live
+        fresh = [self.data.train[row] for row in self.gap_rows]
+        asked = {"held-out": ("held-out", data.held_out), "training": ("fresh", fresh)}
         with self._evaluation_mode():  # of several processes the writer judges, or all together
-            self.judges = {
-                name: judge(self.model, material, items, self.live, settings, draws)
-                for name, (draws, items) in asked.items()
+            self.evaluations = {
+                name: make_evaluation(self.model, data, items, self.live, settings, samples)
+                for name, (samples, items) in asked.items()
                 if processes.takes_part()
             }
-        if settings.full and isinstance(self.reference, Bank) and settings.loss not in WITHOUT_REFERENCE:
+        if (
+            settings.full
+            and isinstance(self.reference, CachedReference)
+            and LOSSES[settings.loss].reference != "nothing"
+        ):
             self.fill(self.reference)
 
     # Training ------------------------------------------------------------------------------------------------
 
-    def steps(self, *, until: int | None = None) -> Iterator[Report]:
-        """Trains, to the end or `until` a step, a report each; `figures` then holds what the step's batch showed."""
-        with quick_to_train(self.model.denoiser), self._training_mode():
-            for report in train(
-                self.losses,
-                self.parameters,
-                optimizer=self.optimizer,
-                lr_schedule=make_schedule(
-                    self.settings.lr_scheduler,
-                    steps=self.settings.steps,
-                    warmup=self.settings.lr_warmup_steps,
-                ),
-                steps=self.settings.steps if until is None else until,
-                done=self.done,
-                clip=self.settings.max_grad_norm,
-                reduce=processes.averaging(),
-            ):
-                self.done = report.step
-                yield report
+    @property
+    def images(self) -> int:
+        """Both images of each pair, or the single ones."""
+        group = len(self.data.train[0].pictures) if self.data.train else 1
+        return self.settings.batch * group
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Attention with a fast backward pass; training mode only where diffusers needs it to checkpoint gradients."""
+        with quick_to_train(self.model.denoiser):
+            self.model.denoiser.train(self.settings.gradient_checkpointing)
+            try:
+                yield
+            finally:
+                self.model.denoiser.eval()
 
     def losses(self, step: int) -> Iterator[Tensor]:
         """The losses of this process's share of a step's micro-batches.
 
         They are scaled so that the loop's mean over them, and over processes, is the mean over records.
         """
-        parts = self._micro(self.visits(step))
+        parts = self._micro(self.batch_rows(step))
         gathered: list[dict[str, Tensor]] = []
         for part in parts:
             loss, figures = self.loss(part)
@@ -163,103 +155,86 @@ class PreferenceTraining:
             for name in gathered[0]
         }
 
-    def loss(self, cells: Cells) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss [B] at these cells, and figures [B] for the log."""
+    def loss(self, chosen: RecordSamples) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss [B] at these (record, noise index), and figures [B] for the log."""
         settings = self.settings
-        items = [self.material.train[row] for row, _ in cells]
-        batch = batch_of(self.model, self.material, self.draws, items, [k for _, k in cells])
-        path = self.model.path
-        weight = LEVEL_WEIGHTS[settings.loss_weighting](
-            path.levels[batch.index[: len(batch)]], path.prediction_type
-        )
+        batch = self.pair_batch(chosen)
+        loss = LOSSES[settings.loss].loss(batch, settings)
+        if settings.sft_weight and settings.by_pairs:
+            decided = (batch.preference != 0.5).to(loss)  # of a tie neither image is what is wanted
+            loss = with_sft(loss, batch.errors[0] * decided, settings.sft_weight)
+        return loss, batch.figures()
+
+    def pair_batch(self, chosen: RecordSamples) -> PairBatch:
+        """The errors at these (record, noise index) of the model, and of the reference as far as the loss needs it."""
+        settings, path = self.settings, self.model.path
+        items = [self.data.train[row] for row, _ in chosen]
+        batch = batch_of(self.model, self.data, self.samples, items, [k for _, k in chosen])
         residual = residuals(self.model, self.model.denoiser, batch)
-        weight = weight.to(residual)
-        error = weight * mean_squares(residual)
-        preference = batch.preference.to(error.device)
-        reference_residual = self.live.residuals(batch) if settings.loss == "dspo" else None
-        if reference_residual is not None:
-            reference: Tensor | None = weight * mean_squares(reference_residual)
-        elif settings.loss in WITHOUT_REFERENCE:
-            reference = None
-        else:
-            reference = weight * self.reference.errors(batch, cells)
-        if settings.loss == "kto":
-            assert reference is not None
-            sign = 2 * preference - 1
-            baseline = None
-            if self.share.scale > 1:  # these are a part of a batch that others have the rest of
-                baseline = kto_baseline(processes.mean(0.5 * settings.beta * (reference[0] - error[0])))
-            return kto(error[0], settings.beta, reference[0], preference, baseline=baseline), {
-                "accuracy": accuracy(sign * (reference[0] - error[0]).detach()),
-                "error_change": (error[0] - reference[0]).detach(),
-            }
-        winner, loser = error
-        if settings.safeguard >= 0:
+        # Both images of a pair are at one level, so that one weight per record is enough.
+        level = path.levels[batch.index[: len(batch)]]
+        weight = LEVEL_WEIGHTS[settings.loss_weighting](level, path.prediction_type).to(residual)
+        errors = weight * mean_squares(residual)
+        if settings.safeguard >= 0:  # limits the gradient that raises the loser's error
+            winner, loser = errors
             product = weight * (residual[0] * residual[1]).detach().flatten(1).mean(1)
             loser = scaled_gradient(loser, safeguard(winner, product, margin=settings.safeguard))
-        pair = PairErrors(winner, loser, *(reference if reference is not None else ()))
-        if reference_residual is not None:
-            drift = weight * (residual[0] - reference_residual[0]).square().flatten(1).mean(1)
-            loss = dspo(pair, settings.beta, drift, pull=settings.dspo_pull)
-        else:
-            loss = self._pair_loss(pair, smoothed(preference, settings.label_smoothing))
-        if settings.sft_weight:
-            wins = (preference != 0.5).to(winner)  # of a tie neither picture is what is wanted
-            loss = with_sft(loss, winner * wins, settings.sft_weight)
-        return loss, self._pair_figures(pair)
+            errors = torch.stack([winner, loser])
+        reference = drift = None
+        match LOSSES[settings.loss].reference:
+            case "errors":
+                reference = weight * self.reference.errors(batch, chosen)
+            case "predictions":
+                theirs = self.live.residuals(batch)
+                reference = weight * mean_squares(theirs)
+                drift = weight * (residual[0] - theirs[0]).square().flatten(1).mean(1)
+        whole = (
+            processes.mean if self.share.scale > 1 else torch.mean
+        )  # other processes have the rest of the batch
+        return PairBatch(errors, batch.preference.to(errors.device), reference, drift, whole)
 
-    def visits(self, step: int) -> list[tuple[int, int]]:
-        """The cells (record, k) of a step, counted from 1: pass after pass over the records, each in its own order.
+    def batch_rows(self, step: int) -> list[tuple[int, int]]:
+        """The (record, noise index) of a step, counted from 1: pass after pass, each in a random order of its own.
 
-        Pass p visits every record once, at its draw p mod K; the levels of a record's draws are in random order.
+        Pass p takes every record once, at its noise sample p mod K.
         """
-        count, size = len(self.material.train), self.settings.batch
+        count, size = len(self.data.train), self.settings.batch
         numbers = range((step - 1) * size, step * size)
         return [(self._order(n // count)[n % count], (n // count) % self.settings.draws) for n in numbers]
 
     def evaluate(self) -> dict[str, Figures]:
-        """The figures of the held-out records and of some training records, at draws that training never visits."""
+        """The figures of the held-out records and of some training records, at noise that training never sees."""
         with torch.no_grad(), self._evaluation_mode():
-            found = {name: one(self.model.denoiser) for name, one in self.judges.items() if one.items}
+            found = {name: one(self.model.denoiser) for name, one in self.evaluations.items() if one.items}
         return found
 
     def gap(self) -> float:
-        """Accuracy at visited draws minus accuracy at fresh draws, of the same training records; NaN before any.
+        """The seen/unseen-noise gap: accuracy at noise that training saw minus at unseen noise, same training records.
 
-        Where it grows, training has learned the draws and not the pictures: more `--draws` help.
+        NaN before any. Where it grows, training fits the noise samples and not the images: more `--draws` help.
         """
-        if self.settings.online or not self.material.train:
+        if self.settings.online or not self.data.train:
             return math.nan  # every round has pictures of its own
-        passes = self.done * self.settings.batch // len(self.material.train)
+        passes = self.done * self.settings.batch // len(self.data.train)
         ks = range(min(passes, self.settings.draws, self.settings.evaluation_draws))
-        rows = self.watched
+        rows = self.gap_rows
         reference = self._reference_at(rows, ks) if ks else None
         if reference is None:
             return math.nan
-        items, fresh = [self.material.train[row] for row in rows], self.judges["training"]
+        items, fresh = [self.data.train[row] for row in rows], self.evaluations["training"]
         with torch.no_grad(), self._evaluation_mode():
             network = self.model.denoiser
-            visited = errors_at(self.model, self.material, items, self.draws, network, fresh.batch, ks)
-            known = rightness(items, visited, reference).mean()
-            return float(known - rightness(items, fresh.errors(network), fresh.reference).mean())
+            visited = errors_at(self.model, self.data, items, self.samples, network, fresh.batch, ks)
+            known = correctness(items, visited, reference).mean()
+            return float(known - correctness(items, fresh.errors(network), fresh.reference).mean())
 
     # Keeping -------------------------------------------------------------------------------------------------
 
     def save(self, run: Path) -> None:
-        """Writes the checkpoint from which `resume` goes on bit for bit, and the bank."""
-        if processes.is_writer():
-            save_checkpoint(
-                run / CHECKPOINT, step=self.done, parameters=self.parameters, optimizer=self.optimizer
-            )
-        if isinstance(self.reference, Bank):
+        """Writes the checkpoint, and the reference's cached errors."""
+        super().save(run)
+        if isinstance(self.reference, CachedReference):
             self.reference.save()
-
-    def resume(self, run: Path) -> None:
-        """Goes on where `save` was called last; from the start when it never was."""
-        if (run / CHECKPOINT).exists():
-            self.done, _ = load_checkpoint(
-                run / CHECKPOINT, parameters=self.parameters, optimizer=self.optimizer
-            )
 
     def write(self, run: Path, header: dict[str, str]) -> dict[str, str]:
         """Writes what was learned; gives the fields of `Concept` that name the files."""
@@ -273,24 +248,24 @@ class PreferenceTraining:
         write_tensors(run / CHANGED, moved, header)
         return {"changed": CHANGED}
 
-    def fill(self, bank: Bank) -> None:
-        """Asks the base at every cell that training will visit, in training's own batches."""
-        wanted = [step for step in range(1, self.settings.steps + 1) if self._unknown(bank, step)]
+    def fill(self, cached: CachedReference) -> None:
+        """Evaluates the base at every sample that training will take, in training's own batches."""
+        wanted = [step for step in range(1, self.settings.steps + 1) if self._unknown(cached, step)]
         with progress(len(wanted), "the base's errors") as bar, self._evaluation_mode():
             for step in wanted:
-                for cells in self._micro(self.visits(step)):
-                    items = [self.material.train[row] for row, _ in cells]
-                    ks = [k for _, k in cells]
-                    bank.errors(batch_of(self.model, self.material, self.draws, items, ks), cells)
+                for chosen in self._micro(self.batch_rows(step)):
+                    items = [self.data.train[row] for row, _ in chosen]
+                    ks = [k for _, k in chosen]
+                    cached.errors(batch_of(self.model, self.data, self.samples, items, ks), chosen)
                 bar.advance(images=self.settings.batch)
-        bank.save()
+        cached.save()
 
     @cached_property
-    def watched(self) -> list[int]:
+    def gap_rows(self) -> list[int]:
         """Rows of training records that are not ties, at most 64, chosen by their contents."""
-        rows = [row for row, item in enumerate(self.material.train) if item.preference != 0.5]
-        return sorted(rows, key=lambda row: content_hash(f"watched/{self.material.train[row].key}".encode()))[
-            :WATCHED
+        rows = [row for row, item in enumerate(self.data.train) if item.preference != 0.5]
+        return sorted(rows, key=lambda row: content_hash(f"watched/{self.data.train[row].key}".encode()))[
+            :GAP_RECORDS
         ]
 
     # Parts ---------------------------------------------------------------------------------------------------
@@ -313,9 +288,9 @@ class PreferenceTraining:
                 return copy.deepcopy(denoiser).requires_grad_(False).eval()
         return denoiser  # until training begins it is its own reference
 
-    def _bank(self) -> Bank:
+    def _cached_reference(self) -> CachedReference:
         settings, model = self.settings, self.model
-        records = content_hash("\n".join(item.key for item in self.material.train).encode())
+        records = content_hash("\n".join(item.key for item in self.data.train).encode())
         facts = (
             "reference errors, version 1",
             model.fingerprint,
@@ -329,65 +304,42 @@ class PreferenceTraining:
             (
                 settings.batch,
                 settings.micro_batch,
-            ),  # which draws share a batch, to the last bit of their errors
+            ),  # which noise samples share a batch, to the last bit of their errors
             records,
             *([processes.world()] if self.share.scale > 1 else []),
         )
-        group = len(self.material.train[0].pictures)
-        return open_bank(self.live, bank_key(*facts), (len(self.material.train), settings.draws, group))
+        group = len(self.data.train[0].pictures)
+        return open_cached_reference(
+            self.live, reference_key(*facts), (len(self.data.train), settings.draws, group)
+        )
 
-    def _unknown(self, bank: Bank, step: int) -> bool:
-        return any(bool(torch.isnan(bank.values[row, k, 0])) for row, k in self.visits(step))
+    def _unknown(self, cached: CachedReference, step: int) -> bool:
+        return any(bool(torch.isnan(cached.values[row, k, 0])) for row, k in self.batch_rows(step))
 
-    def _micro(self, cells: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-        """This process's share of a step's cells, in micro-batches."""
-        parts = micro_batches(cells, self.settings)[self.share.micros]
+    def _micro(self, chosen: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+        """This process's share of a step, in micro-batches."""
+        parts = micro_batches(chosen, self.settings)[self.share.micros]
         return [part[self.share.rows] for part in parts]
 
     def _order(self, number: int) -> list[int]:
         """The order of a pass over the records."""
         if self._pass[0] != number:
             random = generator(self.settings.seed, "pass", number)
-            self._pass = (number, torch.randperm(len(self.material.train), generator=random).tolist())
+            self._pass = (number, torch.randperm(len(self.data.train), generator=random).tolist())
         return self._pass[1]
 
-    def _pair_loss(self, pair: PairErrors, preference: Tensor) -> Tensor:
-        settings = self.settings
-        if settings.loss == "mapo":
-            return mapo(pair, settings.beta, preference, weight=settings.mapo_weight)
-        return PAIR_LOSSES[settings.loss](pair, settings.beta, preference)
-
-    def _pair_figures(self, pair: PairErrors) -> dict[str, Tensor]:
-        winner, loser = pair.winner.detach(), pair.loser.detach()
-        if pair.reference_winner is None or pair.reference_loser is None:
-            return {"winner_error": winner, "loser_error": loser}
-        return {
-            "accuracy": accuracy(pair.margin),
-            "winner_change": winner - pair.reference_winner,
-            "loser_change": loser - pair.reference_loser,
-        }
-
-    @contextmanager
-    def _training_mode(self) -> Iterator[None]:
-        """diffusers saves memory only in training mode; nothing else depends on it, there is no dropout."""
-        self.model.denoiser.train(self.settings.gradient_checkpointing)
-        try:
-            yield
-        finally:
-            self.model.denoiser.eval()
-
     def _reference_at(self, rows: Sequence[int], ks: Sequence[int]) -> Tensor | None:
-        """The reference's errors at training's draws [N, E, G]; None where nobody can say any more."""
-        if isinstance(self.reference, Bank):
+        """The reference's errors at training's noise samples [N, E, G]; None where it no longer exists."""
+        if isinstance(self.reference, CachedReference):
             known = self.reference.values[torch.tensor(rows)][:, torch.tensor(ks)]
             if not torch.isnan(known).any():
                 return known
             if self.settings.full:
                 return None
-        items = [self.material.train[row] for row in rows]
-        batch = self.judges["training"].batch
+        items = [self.data.train[row] for row in rows]
+        batch = self.evaluations["training"].batch
         with torch.no_grad(), self._evaluation_mode(), self.live.as_reference():
-            return errors_at(self.model, self.material, items, self.draws, self.live.network, batch, ks)
+            return errors_at(self.model, self.data, items, self.samples, self.live.network, batch, ks)
 
     @contextmanager
     def _evaluation_mode(self) -> Iterator[None]:
@@ -424,10 +376,10 @@ def new_adapter(model: Backbone, settings: Settings, base: Sequence[str]) -> dic
     return parameters
 
 
-def micro_batches(cells: Cells, settings: Settings) -> list[list[tuple[int, int]]]:
-    """A step's cells, as many at a time as fit."""
-    size = settings.micro_batch or len(cells)
-    return [list(cells[first : first + size]) for first in range(0, len(cells), size)]
+def micro_batches(chosen: RecordSamples, settings: Settings) -> list[list[tuple[int, int]]]:
+    """A step's samples, as many at a time as fit."""
+    size = settings.micro_batch or len(chosen)
+    return [list(chosen[first : first + size]) for first in range(0, len(chosen), size)]
 
 
 def share_of(settings: Settings) -> processes.Share:

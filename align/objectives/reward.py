@@ -12,33 +12,31 @@ Both go wrong in one way: they find what the scorer likes and pictures should no
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from align.objectives.preference import ADAPTER, CHECKPOINT, new_adapter, share_of
+from align.objectives.preference import ADAPTER, new_adapter, share_of
 from align.settings import Settings
 from backbone.adapters.concept import Concept, spoken
 from backbone.adapters.lora import WEIGHTS, save_lora
 from backbone.diffusion.noise import Predict
 from backbone.distributed import processes
-from backbone.families.base import Text
 from backbone.io.prompts import Prompt
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from backbone.models.sample import initial_noise
 from backbone.training.attention import quick_to_train
-from backbone.training.loop import Report, load_checkpoint, save_checkpoint, train
-from backbone.training.optimizer import make_schedule
+from backbone.training.run import Objective
 
 
 @dataclass
-class RewardTraining(ABC):
-    """What both ways share: a LoRA, its optimiser, prompts whose `Text` is encoded once; `steps` yields the reports.
+class RewardTraining(Objective):
+    """What both ways share: a LoRA, its optimiser, prompts that are encoded once.
 
     A step's prompts and noise follow from its number, so a run goes on bit for bit where it was saved.
     """
@@ -57,56 +55,22 @@ class RewardTraining(ABC):
             spoken(prompt.text, self.concepts) if self.concepts else prompt.text for prompt in self.prompts
         ]
         with processes.writer_first():
-            self.text = encode_prompts_cached(self.model, [*said, ""])
+            self.conditions = encode_prompts_cached(self.model, [*said, ""])
         self.model.free("text_encoder")
         self.parameters = new_adapter(self.model, settings, self.base)
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
         self.schedule = self.model.schedule(settings.sample_steps)
-        self.done = 0
 
-    def steps(self) -> Iterator[Report]:
-        """Trains, a report each optimiser step; `figures` then holds the step's rewards."""
-        with quick_to_train(self.model.denoiser):
-            for report in train(
-                self.losses,
-                self.parameters,
-                optimizer=self.optimizer,
-                lr_schedule=make_schedule(
-                    self.settings.lr_scheduler,
-                    steps=self.settings.steps,
-                    warmup=self.settings.lr_warmup_steps,
-                ),
-                steps=self.settings.steps,
-                done=self.done,
-                clip=self.settings.max_grad_norm,
-                reduce=processes.averaging(),
-            ):
-                self.done = report.step
-                yield report
+    @property
+    def images(self) -> int:
+        """Images that a step draws, or learns from."""
+        return self.settings.batch
 
-    @abstractmethod
-    def losses(self, step: int) -> Iterator[Tensor]:
-        """The losses of a step's micro-batches."""
-
-    @abstractmethod
-    def may_save(self, step: int) -> bool:
-        """Whether a run that is saved after this step goes on exactly."""
-
-    def save(self, run: Path) -> None:
-        """Writes the checkpoint."""
-        if processes.is_writer():
-            save_checkpoint(
-                run / CHECKPOINT, step=self.done, parameters=self.parameters, optimizer=self.optimizer
-            )
-
-    def resume(self, run: Path) -> None:
-        """Goes on where `save` was called last; from the start when it never was."""
-        if (run / CHECKPOINT).exists():
-            self.done, _ = load_checkpoint(
-                run / CHECKPOINT, parameters=self.parameters, optimizer=self.optimizer
-            )
+    def learning(self) -> AbstractContextManager[None]:
+        """Attention with a fast backward pass."""
+        return quick_to_train(self.model.denoiser)
 
     def write(self, run: Path, header: dict[str, str]) -> dict[str, str]:
         """Writes the LoRA; gives the fields of `Concept` that name the files."""
@@ -115,18 +79,14 @@ class RewardTraining(ABC):
 
     def predictor(self, numbers: Sequence[int]) -> Predict:
         """The model's guided prediction for these prompts, one a sample."""
-        empty = self._rows([len(self.prompts)] * len(numbers))
-        return self.model.guided_predictor(self._rows(numbers), empty, self.settings.guidance)
+        empty = self.conditions[[len(self.prompts)]].repeat(len(numbers))
+        return self.model.guided_predictor(self.conditions[numbers], empty, self.settings.guidance)
 
     def start(self, keys: Sequence[tuple[int, int]]) -> Tensor:
-        """The noise [B, C, H, W] from which a picture is drawn, one for each key."""
+        """The noise [B, …] from which a picture is drawn, one for each key."""
         noise = torch.stack([initial_noise(self.model, self.settings.seed, *key) for key in keys])
         first = self.schedule[0]
         return noise.to(self.model.device) * float((first.a**2 + first.b**2).sqrt())
-
-    def _rows(self, numbers: Sequence[int]) -> Text:
-        rows = torch.tensor(list(numbers))
-        return {name: value[rows.to(value.device)] for name, value in self.text.items()}
 
     def _micro(self) -> list[range]:
         """This process's share of a step's rows, in micro-batches."""
@@ -134,9 +94,3 @@ class RewardTraining(ABC):
         size = self.settings.micro_batch or count
         parts = [range(first, min(first + size, count)) for first in range(0, count, size)]
         return [part[self.share.rows] for part in parts[self.share.micros]]
-
-
-# Gradients of the reward ------------------------------------------------------------------------------------
-
-
-# Gradients of the policy ------------------------------------------------------------------------------------

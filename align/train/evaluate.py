@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from align.objectives.dataset import _read_again, prepare, records_of
-from align.objectives.metrics import judge
-from align.objectives.reference import Live
+from align.objectives.metrics import make_evaluation
+from align.objectives.reference import LiveReference
 from align.pairs.read import read
 from align.pairs.records import (
     check,
@@ -52,18 +52,18 @@ def evaluate_taste(
     model = Backbone.open(settings.model, device=settings.device, precision=settings.precision)
     refuse_another_concept(concept, model)
     below = [read_concept(folder) for folder in settings.concepts]
-    material = prepare(model, [], records, settings, below)
+    data = prepare(model, [], records, settings, below)
     names = put_on(model, [*below, concept] if concept.weights else below)
-    live = Live(
+    live = LiveReference(
         model, model.denoiser, partial(only, model.denoiser, names[: len(names) - bool(concept.weights)])
     )
     asked = dataclasses.replace(settings, evaluation_draws=draws)
-    ask = judge(model, material, material.held_out, live, asked, "held-out")
+    evaluation = make_evaluation(model, data, data.held_out, live, asked, "held-out")
     if concept.changed:
         model.denoiser.float()  # differences are small
         change_weights(model, concept)
     with torch.no_grad():
-        figures = ask(model.denoiser)
+        figures = evaluation(model.denoiser)
     write_json(
         run / EVALUATION, {"source": source or "held out", "records": counted(records), **figures.as_json()}
     )

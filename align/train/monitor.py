@@ -6,32 +6,41 @@ from pathlib import Path
 from typing import Any
 
 from align.objectives.preference import PreferenceTraining
-from align.objectives.reference import Bank
+from align.objectives.reference import CachedReference
 from align.settings import EVALUATIONS, Settings
 from backbone.distributed import processes
 from backbone.io.console import say
 from backbone.io.files import append_jsonl, read_jsonl
+from backbone.io.run_folder import trim_log
 
 
-class Watch:
-    """Looks at the model every so often, keeps what it saw, and speaks up when the winners' error rises.
+class Validation:
+    """Evaluates a run at a step, keeps the figures, and warns when the winners' error rises.
 
-    Preference losses only ask that the winner's error falls behind the loser's, so both may rise together: pictures
+    Preference losses only ask that the winner's error falls behind the loser's, so both may rise together: images
     fall apart while accuracy still climbs.
     """
 
     def __init__(self, run: Path, training: PreferenceTraining, settings: Settings) -> None:
         self.path, self.training, self.settings = run / EVALUATIONS, training, settings
+        if processes.is_writer():
+            trim_log(self.path, training.done)
+        processes.barrier()  # now every process reads what was kept
         known = processes.takes_part() and self.path.exists()
         self.seen = read_jsonl(self.path) if known else []
         self.complaint = self._complaint(self.seen[-1]) if self.seen else ""
 
-    def look(self, step: int) -> None:
-        """Evaluates and writes a line; warns when the winners' error has risen beyond the tolerance.
+    def __call__(self, step: int) -> str:
+        """Evaluates and writes a line, once for each step; the reason to stop here, if the settings want that.
 
-        Of several processes the writer does, with the banks of all; or all together, where the base is cut up.
+        Of several processes the writer does, with the cached errors of all; or all together, where the base is
+        sharded.
         """
-        if isinstance(self.training.reference, Bank):
+        self._evaluate(step)
+        return self.complaint if self.settings.on_winner_rise == "stop" else ""
+
+    def _evaluate(self, step: int) -> None:
+        if isinstance(self.training.reference, CachedReference):
             self.training.reference.merge()
         if not processes.takes_part():
             return
@@ -47,11 +56,6 @@ class Watch:
         before, self.complaint = self.complaint, self._complaint(self.seen[-1])
         if self.complaint and not before and self.settings.on_winner_rise == "warn":
             say(f"Step {step}: {self.complaint}")
-
-    @property
-    def must_stop(self) -> bool:
-        """Whether training should end here."""
-        return bool(self.complaint) and self.settings.on_winner_rise == "stop"
 
     def _complaint(self, line: dict[str, Any]) -> str:
         figures = line.get("held-out") or line.get("training")

@@ -7,7 +7,6 @@ optimisation); the reference stays the base, with the adapter off. `draft` and `
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,15 +17,13 @@ import torch
 from align.collect.rank import rank
 from align.collect.sample import Drawing, draw
 from align.collect.scorers import open_judge, takes_gradients
-from align.objectives.dataset import Material, prepare, records_of
+from align.objectives.dataset import PreferenceData, prepare, records_of
 from align.objectives.preference import PreferenceTraining, share_of
 from align.pairs.read import read
 from align.pairs.records import RANKING, SAMPLES, SCORES, Record, check, counted, held_out
 from align.pairs.samples import FORMAT, picture_name
 from align.settings import (
-    EVALUATIONS,
     FILE,
-    LOG,
     REPORT,
     REWARD_LOSSES,
     REWARDS,
@@ -37,20 +34,22 @@ from align.settings import (
     read_settings,
     resolved,
 )
-from align.train.monitor import Watch
+from align.train.monitor import Validation
 from align.train.report import smoothed_log, write_summary
-from align.train.run import shown, write_concept, write_record
+from align.train.run import write_concept, write_record
 from backbone.adapters.apply import put_on, refuse_another_model
 from backbone.adapters.concept import Concept, described, read_concept
+from backbone.conditions.conditions import Conditions
 from backbone.distributed import processes
 from backbone.io.console import UserError, progress, say
 from backbone.io.files import append_jsonl, read_json, read_jsonl, write_json
 from backbone.io.prompts import Prompt, read_prompts
 from backbone.io.report import command, curve, curves, heading, paragraph, table, write_report
-from backbone.io.run_folder import clear_failed_try, refuse_taken, stopping, trim_log, versions
+from backbone.io.run_folder import clear_failed_try, refuse_taken, stopping, versions
 from backbone.media.sheet import save_png
 from backbone.models.model import Backbone
 from backbone.models.placement import get_placement
+from backbone.training.run import LOG, Every, drive
 
 DRAWN_BY = (
     "model",
@@ -149,18 +148,18 @@ def _by_pairs(
     began = time.perf_counter()
     training = PreferenceTraining(model, _nothing(model), settings, base, concepts)
     training.resume(run)
+    validate = Every(0, Validation(run, training, settings))  # before the first round and after each
     writes = processes.is_writer()
-    for log in (LOG, EVALUATIONS) if writes else ():
-        trim_log(run / log, training.done)
-    watch = Watch(run, training, settings)
     learn: list[Record] = []
     out: list[Record] = []
     spent = {"draw and rank": 0.0, "train": 0.0}
     with stopping() as stop:
         for number in range(_round(training.done, settings), settings.rounds):
+            # Draw: images of every prompt, by the policy as it is now.
             started = time.perf_counter()
             folder = run / ROUNDS / f"{number:02d}"
             _draw_round(folder, settings, model, prompts, concepts, number, stop)
+            # Rank: a scorer's best and worst of a prompt become a pair.
             if writes and not (folder / RANKING).exists():
                 rank(folder, [settings.online])
             if writes:
@@ -168,26 +167,16 @@ def _by_pairs(
             processes.barrier()  # now every process finds the pairs
             learn, out = _round_records(folder, settings)
             training.take(prepare(model, learn, out, settings, concepts))
-            if not training.done:
-                watch.look(0)
             spent["draw and rank"] += time.perf_counter() - started
+            # Learn from this round's pairs.
             started = time.perf_counter()
+            label = f"round {number + 1} of {settings.rounds}"
             end = _end(number, settings)
-            with progress(end, f"round {number + 1} of {settings.rounds}", done=training.done) as bar:
-                for report in training.steps(until=end):
-                    if writes:
-                        append_jsonl(run / LOG, dataclasses.asdict(report) | training.figures)
-                    bar.advance(1, images=2 * settings.batch, **shown(report, training))
-                    if processes.any_of(bool(stop)):
-                        training.save(run)
-                        _stopped(run, report.step, settings)
-            training.save(run)
-            watch.look(training.done)
+            stopped = drive(training, run, command="align train", until=end, label=label, validate=validate)
             spent["train"] += time.perf_counter() - started
-            if processes.any_of(watch.must_stop):
-                say(f"Stopped after round {number + 1}: {watch.complaint}")
+            if stopped:
                 break
-    training.live.asked = int(processes.total([training.live.asked])[0])
+    training.live.nfe = int(processes.total([training.live.nfe])[0])
     if not writes:
         processes.leave()
         return run
@@ -256,9 +245,9 @@ def append_reward(run: Path, folder: Path, settings: Settings, number: int) -> N
     append_jsonl(run / REWARDS, {"round": number, "reward": sum(values) / len(values)})
 
 
-def _nothing(model: Backbone) -> Material:
+def _nothing(model: Backbone) -> PreferenceData:
     """No records, before the first round has drawn any."""
-    return Material(torch.empty(0, *model.latent_shape), None, {}, [], [])
+    return PreferenceData(torch.empty(0, *model.latent_shape), None, Conditions({}), [], [])
 
 
 # Rewards without pairs --------------------------------------------------------------------------------------
@@ -279,22 +268,8 @@ def _by_reward(
     kind = RewardGradients if settings.loss == "draft" else PolicyGradients
     training = kind(model, prompts, settings, base, concepts)
     training.resume(run)
-    writes = processes.is_writer()
-    if writes:
-        trim_log(run / LOG, training.done)
-    with stopping() as stop, progress(settings.steps, settings.loss, done=training.done) as bar:
-        for report in training.steps():
-            if writes:
-                append_jsonl(run / LOG, dataclasses.asdict(report) | training.figures)
-            bar.advance(1, images=settings.batch, loss=report.loss, **training.figures)
-            finished = report.step == settings.steps
-            halt = processes.any_of(bool(stop))
-            due = halt or report.step % settings.checkpointing_steps == 0
-            if finished or (due and training.may_save(report.step)):
-                training.save(run)
-            if halt and not finished:
-                _stopped(run, report.step, settings)
-    if not writes:
+    drive(training, run, command="align train", label=settings.loss)
+    if not processes.is_writer():
         processes.leave()
         return run
     write_concept(run, settings, model, training.write(run, _header(settings)))
@@ -349,12 +324,6 @@ def _end(number: int, settings: Settings) -> int:
         settings.steps
         if number == settings.rounds - 1
         else (number + 1) * (settings.steps // settings.rounds)
-    )
-
-
-def _stopped(run: Path, step: int, settings: Settings) -> None:
-    raise KeyboardInterrupt(
-        f"Stopped at step {step} of {settings.steps}. Continue with: align train --resume {run}"
     )
 
 

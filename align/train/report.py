@@ -10,14 +10,13 @@ from typing import Any
 
 from align.objectives.metrics import Figures
 from align.objectives.preference import PreferenceTraining
-from align.objectives.reference import Bank
+from align.objectives.reference import CachedReference
 from align.pairs.records import (
     Record,
     counted,
 )
 from align.settings import (
     EVALUATIONS,
-    LOG,
     REPORT,
     REWARDS,
     SUMMARY,
@@ -28,6 +27,7 @@ from backbone.adapters.concept import Concept, described
 from backbone.io.files import read_jsonl, write_json
 from backbone.io.report import command, curve, curves, heading, paragraph, table, write_report
 from backbone.io.run_folder import versions
+from backbone.training.run import LOG
 
 
 def write_summary(
@@ -39,7 +39,7 @@ def write_summary(
     seconds: dict[str, float],
 ) -> None:
     """Writes `summary.json` and `report.html` from what the run has logged."""
-    settings, bank = training.settings, training.reference
+    settings, reference = training.settings, training.reference
     evaluations = read_jsonl(run / EVALUATIONS)
     last = evaluations[-1]
     summary: dict[str, Any] = {
@@ -59,8 +59,10 @@ def write_summary(
         "held_out": last.get("held-out"),
         "training": last.get("training"),
         "bank_gap": last.get("bank_gap"),
-        "bank": {"cells": bank.filled, "of": bank.values[..., 0].numel()} if isinstance(bank, Bank) else None,
-        "reference_rows": training.live.asked,
+        "bank": {"cells": reference.filled, "of": reference.values[..., 0].numel()}
+        if isinstance(reference, CachedReference)
+        else None,
+        "reference_rows": training.live.nfe,
         "rewards": read_jsonl(run / REWARDS) if (run / REWARDS).exists() else None,
         "steps": training.done,
         "of_steps": settings.steps,
@@ -82,19 +84,19 @@ def report(run: Path, summary: dict[str, Any], settings: Settings) -> list[str]:
     log = read_jsonl(run / LOG) if (run / LOG).exists() else []
     rows = [
         _row(name, Figures(**_revived(summary[key])))
-        for name, key in (("held out", "held_out"), ("training, fresh draws", "training"))
+        for name, key in (("held out", "held_out"), ("training, unseen noise", "training"))
         if summary[key]
     ]
     drawn = [
         one
-        for key, name in (("held-out", "held out"), ("training", "training records, fresh draws"))
+        for key, name in (("held-out", "held out"), ("training", "training records, unseen noise"))
         for one in _curves(name, [line for line in evaluations if line.get(key)], key)
     ]
     if summary["rewards"]:
         rewards = [(line["round"], line["reward"]) for line in summary["rewards"]]
         drawn.append(curve("Mean score of each round's pictures", {"score": rewards}))
     gap = [(line["step"], _number(line["bank_gap"])) for line in evaluations]
-    drawn.append(curve("Bank gap: accuracy at visited minus fresh draws", {"gap": gap}, level=0.0))
+    drawn.append(curve("Seen/unseen-noise gap: accuracy at seen minus unseen noise", {"gap": gap}, level=0.0))
     drawn.append(curve("Loss", {"loss": [(line["step"], line["loss"]) for line in smoothed_log(log)]}))
     chosen = dataclasses.asdict(settings).items()
     return [
@@ -110,13 +112,13 @@ def report(run: Path, summary: dict[str, Any], settings: Settings) -> list[str]:
                 "by noise, clean to noisy",
                 "winners' error",
                 "losers' error",
-                "records × draws",
+                "records × noise samples",
             ),
             rows,
         ),
         paragraph(
             "Accuracy is the implicit reward's: how often the model's error moved towards the preferred picture, ½ "
-            "for no change, at fixed draws that training never visits. Errors are relative to where training began: "
+            "for no change, at noise that training never sees. Errors are relative to where training began: "
             "a winners' error above zero means that preferred pictures have become less likely."
         ),
         curves(drawn),

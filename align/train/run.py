@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -17,19 +16,19 @@ from align.pairs.records import (
     held_out,
     refuse_another_model,
 )
-from align.settings import EVALUATIONS, FILE, LOG, Settings, as_command, read_settings, resolved
-from align.train.monitor import Watch
+from align.settings import FILE, Settings, as_command, read_settings, resolved
+from align.train.monitor import Validation
 from align.train.report import write_summary
 from backbone.adapters.apply import put_on
 from backbone.adapters.apply import refuse_another_model as refuse_another_concept
 from backbone.adapters.concept import Concept, read_concept
 from backbone.distributed import processes
-from backbone.io.console import UserError, progress, say
-from backbone.io.files import append_jsonl, write_json
-from backbone.io.run_folder import clear_failed_try, refuse_taken, stopping, trim_log, versions
+from backbone.io.console import UserError, say
+from backbone.io.files import write_json
+from backbone.io.run_folder import clear_failed_try, refuse_taken, versions
 from backbone.models.model import Backbone
 from backbone.models.placement import get_placement
-from backbone.training.loop import Report
+from backbone.training.run import Every, drive
 
 
 def train_taste(
@@ -96,42 +95,15 @@ def carry_on(run: Path, settings: Settings, model: Backbone, records: list[Recor
     say(f"Learning from {counted(learn)}; held out: {counted(out)}.")
     concepts = [read_concept(folder) for folder in settings.concepts]
     base = put_on(model, concepts)
-    material = prepare(model, learn, out, settings, concepts)
-    training = PreferenceTraining(model, material, settings, base, concepts)
+    data = prepare(model, learn, out, settings, concepts)
+    training = PreferenceTraining(model, data, settings, base, concepts)
     training.resume(run)
-    writes = processes.is_writer()
-    if writes:
-        trim_log(run / LOG, training.done)
-        trim_log(run / EVALUATIONS, training.done)
-    processes.barrier()  # now every process reads what was kept
-    watch = Watch(run, training, settings)
-    if not training.done:
-        watch.look(0)
     prepared = time.perf_counter()
-    stopped_early = processes.any_of(watch.must_stop)
-    with stopping() as stop, progress(settings.steps, "training", done=training.done) as bar:
-        for report in training.steps() if not stopped_early else ():
-            if writes:
-                append_jsonl(run / LOG, dataclasses.asdict(report) | training.figures)
-            bar.advance(1, images=settings.batch * len(material.train[0].pictures), **shown(report, training))
-            finished = report.step == settings.steps
-            if finished or report.step % settings.evaluation_steps == 0:
-                watch.look(report.step)
-            halt = processes.any_of(bool(stop))
-            stopped_early = processes.any_of(watch.must_stop) and not finished
-            if halt or finished or stopped_early or report.step % settings.checkpointing_steps == 0:
-                training.save(run)
-            if halt and not finished:
-                raise KeyboardInterrupt(
-                    f"Stopped and saved at step {report.step} of {settings.steps}. "
-                    f"Continue with: align train --resume {run}"
-                )
-            if stopped_early:
-                say(f"Stopped at step {report.step}: {watch.complaint}")
-                break
+    validate = Every(settings.evaluation_steps, Validation(run, training, settings))
+    drive(training, run, command="align train", validate=validate)
     trained = time.perf_counter()
-    training.live.asked = int(processes.total([training.live.asked])[0])
-    if not writes:
+    training.live.nfe = int(processes.total([training.live.nfe])[0])
+    if not processes.is_writer():
         processes.leave()
         return run
     header = {
@@ -172,10 +144,3 @@ def _refuse_strangers(found: Preferences, settings: Settings, model: Backbone) -
         refuse_another_model(found, settings.model, model.fingerprint)
     for folder in settings.concepts:
         refuse_another_concept(read_concept(folder), model)
-
-
-def shown(step: Report, training: PreferenceTraining) -> dict[str, float | str]:
-    figures: dict[str, float | str] = {"loss": step.loss}
-    if "accuracy" in training.figures:
-        figures["accuracy"] = training.figures["accuracy"]
-    return figures

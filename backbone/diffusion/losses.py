@@ -17,14 +17,25 @@ def denoising_score_matching(
     prediction_type: PredictionType,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """The loss that trains them all [B]: weight · mean over C, H, W of (prediction − target)².
+    """The loss that trains them all [B]: `squared_error` against the target that the noise path gives.
 
-    Vincent 2011 (J_DSM); Song & Ermon 2019, eqs. 5–6. `weight` is [] or [B], 1 if left out; `uniform`,
-    `variance` and `min_snr` make some. Half precision is compared in float32.
+    Vincent 2011 (J_DSM); Song & Ermon 2019, eqs. 5–6. `uniform`, `variance`, `min_snr`, `debiased` make weights.
     """
-    error = _at_least_float32(prediction) - _at_least_float32(target(clean, noise, level, prediction_type))
-    loss = error.square().flatten(1).mean(1)
-    return loss if weight is None else weight.to(loss) * loss
+    return squared_error(prediction, target(clean, noise, level, prediction_type), weight)
+
+
+def squared_error(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean over all but the first dimension of weight · (prediction − target)² [B], for tensors [B, …] of any rank.
+
+    `weight` is [] or [B], one for each sample, or a map that broadcasts to [B, …], one for each place; 1 if left
+    out. Half precision is compared in float32.
+    """
+    error = (_at_least_float32(prediction) - _at_least_float32(target)).square()
+    if weight is None:
+        return error.flatten(1).mean(1)
+    if weight.ndim > 1:  # a map: before the mean
+        return (error * weight.to(error)).flatten(1).mean(1)
+    return weight.to(error) * error.flatten(1).mean(1)
 
 
 def uniform(level: Level) -> Tensor:

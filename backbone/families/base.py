@@ -9,24 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backbone.conditions.conditions import Conditions, Text
 from backbone.diffusion.noise import Level, PredictionType, Schedule
 from backbone.families.location import Location
 from backbone.io.files import Header
 
-if TYPE_CHECKING:
-    pass
-
-Text = dict[str, Tensor]
-"""What a family's network wants to know of some prompts: named tensors, [B, ...] each."""
-
 Network = Callable[[Tensor, Tensor], Tensor]
-"""(noisy latents [B, C, H, W], times [] or [B]) → the network's raw prediction [B, C, H, W]."""
+"""(noisy latents [B, …], times [] or [B]) → the network's raw prediction [B, …]."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +146,8 @@ class Family(Protocol):
         """The model by its settings alone, each part in the precision that it has where the working one is `dtype`."""
         ...
 
-    def latent_shape(self, location: Location) -> tuple[int, int, int]:
-        """(C, H, W) of a latent at the model's own resolution."""
+    def latent_shape(self, location: Location) -> tuple[int, ...]:
+        """The shape of a latent at the model's own resolution: (C, H, W), or (C, F, H, W) with F frames."""
         ...
 
     def longest_side(self, location: Location) -> int | None:
@@ -167,21 +162,21 @@ class Family(Protocol):
         """The noise path and what the network predicts on it."""
         ...
 
-    def network(self, denoiser: nn.Module, text: Text) -> Network:
-        """The denoiser with its prompts filled in.
+    def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
+        """The denoiser with its conditions filled in.
 
-        What else it is told (the size of the picture, say) follows from the noisy latents.
+        Size conditioning (SDXL) and positions follow from the noisy latents' shape.
         """
         ...
 
-    def attention(self, denoiser: nn.Module, text: Text) -> Attention:
-        """The denoiser's attention layers, as they are called with such prompts."""
+    def attention(self, denoiser: nn.Module, conditions: Conditions) -> Attention:
+        """The denoiser's attention layers, as they are called with such conditions."""
         ...
 
-    def distilled(self, denoiser: nn.Module, text: Text, guidance: float) -> Text | None:
-        """The prompts with the guidance, for a network that learned to answer as if guided by one call.
+    def distilled(self, denoiser: nn.Module, conditions: Conditions, guidance: float) -> Conditions | None:
+        """The conditions with the guidance scale among them, for a guidance-distilled network.
 
-        None where guidance takes a second call without the prompt (Ho & Salimans 2022).
+        None where guidance takes a second call with an empty prompt (Ho & Salimans 2022).
         """
         ...
 
@@ -191,8 +186,8 @@ class NoisePath:
     """A noise path: the levels that the model was trained at, and the noise schedule of a sampler.
 
     prediction_type  what the network predicts
-    levels  [T], clean to noisy: a uniform choice among them is what training drew from
-    schedule  (steps S, size (H, W) of the latents) → the levels [S + 1], noisy to clean
+    levels           [T], clean to noisy: a uniform choice among them is what training drew from
+    schedule         (steps S, size (H, W) of the latents) → noise levels [S + 1], noisy to clean
     """
 
     prediction_type: PredictionType
@@ -218,16 +213,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Outline:
-    """A model's parts, and the shapes of one prompt's `Text`, without the prompt's own dimension."""
+    """A model's parts, and the shapes of one encoded prompt, without the batch dimension."""
 
     denoiser: Part
     autoencoder: Part
     encoders: Mapping[str, Part]
     text: Mapping[str, tuple[int, ...]]
 
-    def blank(self, rows: int, device: str = "meta") -> Text:
-        """`Text` of so many prompts that say nothing; a mask of tokens is of whole numbers."""
-        return {name: _zeros(name, (rows, *shape), device) for name, shape in self.text.items()}
+    def blank(self, rows: int, device: str = "meta") -> Conditions:
+        """So many conditions of zeros; a mask of tokens is of whole numbers."""
+        return Conditions({name: _zeros(name, (rows, *shape), device) for name, shape in self.text.items()})
 
 
 def network(kind: Any, location: Location, part: str, dtype: torch.dtype) -> Part:

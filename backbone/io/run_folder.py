@@ -46,13 +46,21 @@ def clear_failed_try(run: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+_stopping: list[list[int]] = []  # the lists of the `stopping` contexts that are open
+
+
 @contextmanager
 def stopping() -> Iterator[list[int]]:
     """A list that is empty until Ctrl-C or SIGTERM comes; the second one interrupts at once.
 
+    Inside another `stopping` it is that one's list.
+
     A launcher of several processes passes on the signal that the terminal has sent them already, so there the second
     one counts when it comes later than that.
     """
+    if _stopping:
+        yield _stopping[-1]
+        return
     caught: list[int] = []
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     again = 0.0  # when another signal counts
@@ -68,9 +76,11 @@ def stopping() -> Iterator[list[int]]:
         say("Saving, then stopping …")
 
     before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    _stopping.append(caught)
     try:
         yield caught
     finally:
+        _stopping.pop()
         for number, handler in before.items():
             signal.signal(number, handler)
 

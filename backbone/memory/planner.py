@@ -8,6 +8,7 @@ in the order of their price, and those that turn out not to be needed are droppe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -178,10 +179,9 @@ class Account:
     @cached_property
     def cached_bytes(self) -> int:
         """Bytes of encoded pictures and prompts that stay on the device, fp32."""
-        channels, height, width = self.model.latent_shape
         latents, prompts = self.work.kept
-        text = self.model.family.outline(self.model.location, torch.float32).blank(1)
-        return 4 * channels * height * width * latents + bytes_of(text.values()) * prompts
+        one = self.model.family.outline(self.model.location, torch.float32).blank(1)
+        return 4 * math.prod(self.model.latent_shape) * latents + bytes_of(one.tensors()) * prompts
 
     def usable(self, size: float) -> float:
         """Bytes of a device of `size` GiB that tensors can have."""
@@ -232,11 +232,12 @@ class Account:
     def question(self, network: nn.Module, precision: str, rows: int) -> Callable[[], Tensor]:
         """A call of the denoiser with blank latents and prompts."""
         outline = self.model.family.outline(self.model.location, PRECISIONS[precision])
-        text, noisy = outline.blank(rows), torch.zeros(rows, *self.model.latent_shape, device="meta")
-        for value in text.values():
+        conditions = outline.blank(rows)
+        noisy = torch.zeros(rows, *self.model.latent_shape, device="meta")
+        for value in conditions.tensors():
             value.requires_grad_(self.work.text_learns and value.is_floating_point())
         time = torch.zeros(rows, device="meta")
-        return lambda: self.model.family.network(network, text)(noisy, time)
+        return lambda: self.model.family.network(network, conditions)(noisy, time)
 
     def _pictures(self, precision: str, way: str, tiles: bool, count: int) -> int:
         """The autoencoder's own peak, encoding or decoding."""
@@ -245,9 +246,8 @@ class Account:
         side = self.model.resolution
         if tiles:
             enable_tiling(network, side // 2)
-        channels, height, width = self.model.latent_shape
-        shape = (count, 3, side, side) if way == "encode" else (count, channels, height, width)
-        given = torch.zeros(shape, dtype=outline.autoencoder.dtype, device="meta")
+        shape = (3, side, side) if way == "encode" else self.model.latent_shape
+        given = torch.zeros(count, *shape, dtype=outline.autoencoder.dtype, device="meta")
         call = network.encode if way == "encode" else network.decode
         return asked_bytes(network, lambda: call(given), device=self.device)
 

@@ -6,10 +6,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from backbone.families.base import Text
+from backbone.conditions.conditions import Conditions, Text
 from backbone.io.console import UserError
 from backbone.io.files import content_hash, read_tensors, write_tensors
 from backbone.media.pictures import Picture
@@ -66,17 +65,16 @@ def encode_images_cached(
     ]
 
 
-def encode_prompts_cached(model: Backbone, prompts: Sequence[str]) -> Text:
-    """Encode prompts to `Text`, each once: later calls read the cache and load no text encoder."""
-    single = [_encoded_prompt(model, prompt) for prompt in prompts]
-    return {name: torch.cat([text[name] for text in single]).to(model.device) for name in single[0]}
+def encode_prompts_cached(model: Backbone, prompts: Sequence[str]) -> Conditions:
+    """Encode prompts to conditions, each once: later calls read the cache and load no text encoder."""
+    return Conditions.cat([Conditions(_encoded_prompt(model, prompt)) for prompt in prompts]).to(model.device)
 
 
 def _encoded_prompt(model: Backbone, prompt: str) -> Text:
     if model.text_learned:
-        return model.encode_prompts([prompt])
+        return model.encode_prompts([prompt]).text
     key = content_hash(f"{model.fingerprint}\n{prompt}\n{model.dtype}\n{TEXT}".encode())
-    return load_or_compute("text", key, lambda: model.encode_prompts([prompt]))
+    return load_or_compute("text", key, lambda: model.encode_prompts([prompt]).text)
 
 
 def _encoded_one(

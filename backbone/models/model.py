@@ -18,10 +18,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, estimate, guide
 from backbone.distributed.device import best_device, chosen_dtype
 from backbone.families import checkpoint as single_file
-from backbone.families.base import Family, NoisePath, Text, TextEncoder
+from backbone.families.base import Family, NoisePath, TextEncoder
 from backbone.families.location import Location
 from backbone.families.registry import families
 from backbone.io.console import UserError
@@ -34,7 +35,7 @@ DECODED_AT_ONCE = 512 * 512  # pixels
 
 
 class Posterior(NamedTuple):
-    """The encoder's posterior: mean and standard deviation [B, C, H, W] of latents of about unit variance."""
+    """The encoder's posterior: mean and standard deviation [B, …] of latents of about unit variance."""
 
     mean: Tensor
     std: Tensor
@@ -118,7 +119,7 @@ class Backbone:
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
-        """Prompts to `Text`. Small encoders are in fp32 whatever the precision: they run once."""
+        """Prompts to named tensors. Small encoders are in fp32 whatever the precision: they run once."""
         device = torch.device("cpu") if self.placement.text_on_cpu else self.device
         return self.family.text_encoder(self.location, self.dtype).to(device)
 
@@ -185,16 +186,20 @@ class Backbone:
         return self.location.config("vae")
 
     @cached_property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of a latent at the resolution at which the model works: its own, or the one that was asked for."""
-        channels, *own = self.family.latent_shape(self.location)
-        height, width = [self.asked_resolution // self.factor] * 2 if self.asked_resolution else own
-        return channels, height, width
+    def latent_shape(self) -> tuple[int, ...]:
+        """The shape of a latent at the resolution at which the model works, its own or the one that was asked for.
+
+        (C, H, W) of an image.
+        """
+        *channels, height, width = self.family.latent_shape(self.location)
+        if self.asked_resolution:
+            height = width = self.asked_resolution // self.factor
+        return *channels, height, width
 
     @property
     def resolution(self) -> int:
-        """Pixels a side of the pictures that the model works on."""
-        return self.latent_shape[1] * self.factor
+        """Pixels a side of the images that the model works on."""
+        return self.latent_shape[-2] * self.factor
 
     @property
     def own_resolution(self) -> int:
@@ -232,8 +237,8 @@ class Backbone:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, H, W] to pictures [B, 3, 8H, 8W], float32 in −1…1: large ones one after the other."""
-        pixels = latents.shape[-2] * latents.shape[-1] * self.factor**2
+        """Latents [B, C, H, W] to images [B, 3, 8H, 8W], float32 in −1…1: large ones one after the other."""
+        pixels = latents[0, 0].numel() * self.factor**2  # of one sample, all its frames
         portions = latents.split(max(1, DECODED_AT_ONCE // pixels))
         return torch.cat([self.decode_with_gradients(some) for some in portions])
 
@@ -248,32 +253,50 @@ class Backbone:
         return cast(Tensor, decoded.float().clamp(-1, 1))
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Text:
-        """Encode prompts to the network's conditioning."""
-        return {name: value.to(self.device) for name, value in self.text_encoder(prompts).items()}
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditions:
+        """Encode prompts to the network's conditioning, one row for each."""
+        return Conditions(self.text_encoder(prompts)).to(self.device)
 
-    def predictor(self, text: Text) -> Predict:
-        """Bind the prompts, one a sample: (noisy, level) → Estimate."""
-        network, kind = self.family.network(self.denoiser, text), self.path.prediction_type
+    def predict(
+        self, noisy: Tensor, index: Tensor, conditions: Conditions, *, denoiser: nn.Module | None = None
+    ) -> Tensor:
+        """The network's raw prediction [B, …] in float32, in its own parameterisation (`path.prediction_type`).
+
+        noisy       [B, …] at the levels `index` [B] of the model's own noise path, `path.levels`
+        conditions  one row a sample
+        denoiser    another network of the same kind, in the place of the model's own
+        """
+        time = self.path.levels.time
+        assert time is not None
+        network = self.denoiser if denoiser is None else denoiser
+        return self._predict_at(noisy, time[index], conditions, network)
+
+    def predictor(self, conditions: Conditions) -> Predict:
+        """Bind the conditions, one row a sample: (noisy, level) → Estimate, for samplers."""
 
         def predict(noisy: Tensor, level: Level) -> Estimate:
             assert level.time is not None
-            with self.autocast():
-                prediction = network(noisy, level.time.to(noisy.device))
-            return estimate(prediction.float(), noisy, level, kind)
+            prediction = self._predict_at(noisy, level.time, conditions, self.denoiser)
+            return estimate(prediction, noisy, level, self.path.prediction_type)
 
         return predict
 
-    def guided_predictor(self, text: Text, empty: Text, guidance: float) -> Predict:
-        """Bind the prompts with guidance.
+    def _predict_at(self, noisy: Tensor, time: Tensor, conditions: Conditions, denoiser: nn.Module) -> Tensor:
+        """Every call of a denoiser in training and sampling: at times [] or [B], in the working precision."""
+        network = self.family.network(denoiser, conditions)
+        with self.autocast():
+            return network(noisy, time.to(noisy.device)).float()
+
+    def guided_predictor(self, conditions: Conditions, empty: Conditions, guidance: float) -> Predict:
+        """Bind the conditions with guidance.
 
         Classifier-free guidance in one call of twice the batch (Ho & Salimans 2022); a guidance-distilled network is
         conditioned on the scale and called once, whatever `empty` is.
         """
-        told = self.family.distilled(self.denoiser, text, guidance)
-        if told is not None or guidance == 1:
-            return self.predictor(text if told is None else told)
-        both = self.predictor({name: torch.cat([value, empty[name]]) for name, value in text.items()})
+        distilled = self.family.distilled(self.denoiser, conditions, guidance)
+        if distilled is not None or guidance == 1:
+            return self.predictor(conditions if distilled is None else distilled)
+        both = self.predictor(Conditions.cat([conditions, empty]))
 
         def predict(noisy: Tensor, level: Level) -> Estimate:
             twice = both(torch.cat([noisy, noisy]), level)
@@ -287,8 +310,7 @@ class Backbone:
 
         Some schedulers place them by the latents' size (H, W), which is the model's own if left out.
         """
-        _, *own = self.latent_shape
-        height, width = size or own
+        height, width = size or self.latent_shape[-2:]
         return self.path.schedule(steps, (height, width)).to(self.device)
 
     def autocast(self) -> AbstractContextManager[Any]:

@@ -169,9 +169,9 @@ def get_sampler(
 def initial_noise(
     model: Backbone, seed: int, i: int, j: int, places: tuple[int, int] | None = None
 ) -> Tensor:
-    """ε [C, H, W] of picture (i, j), with the latents' size (H, W) where it is not the model's own."""
-    channels, *own = model.latent_shape
-    return torch.randn((channels, *(places or own)), generator=generator(seed, i, j))
+    """ε [C, …] of image (i, j), with the latents' size (H, W) where it is not the model's own."""
+    *channels, height, width = model.latent_shape
+    return torch.randn((*channels, *(places or (height, width))), generator=generator(seed, i, j))
 
 
 def latent_size(model: Backbone, size: Size) -> tuple[int, int]:
@@ -179,7 +179,7 @@ def latent_size(model: Backbone, size: Size) -> tuple[int, int]:
 
     Raises `UserError` for sides that are no multiples of two latents, or longer than the network has places for.
     """
-    _, *own = model.latent_shape
+    own = model.latent_shape[-2:]
     unit, longest = 2 * model.factor, model.family.longest_side(model.location)
     sides = []
     for name, pixels, latents in zip(("height", "width"), reversed(size), own, strict=True):

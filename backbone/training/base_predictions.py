@@ -1,7 +1,7 @@
-"""A bank of base predictions: what the untouched model says at fixed draws, computed once and read afterwards.
+"""Cached base predictions: what the frozen base model predicts for fixed noise samples, computed once, read afterwards.
 
-A draw k fixes the picture, the timestep and the noise by a counter-based seed, and the timesteps are stratified over
-the draws. Prior preservation compares the adapted model with it; so does preference optimisation's reference.
+Noise sample k fixes the image, the timestep and the noise by a counter-based seed; the timesteps are stratified over
+the samples. Prior preservation regularises the adapted model towards these predictions.
 """
 
 from __future__ import annotations
@@ -12,16 +12,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import add_noise, generator
-from backbone.families.base import Text
 from backbone.io.files import content_hash
 from backbone.models.cache import load_or_compute
 from backbone.models.model import Backbone, Posterior
 
 
 @dataclass(frozen=True)
-class Bank:
-    """K draws: noisy latents [K, C, H, W], indices of their levels [K], the base's raw predictions [K, C, H, W]."""
+class BasePredictions:
+    """K noise samples and what the base predicts for them.
+
+    noisy       latents [K, …]
+    level       indices of their noise levels [K]
+    prediction  the base's raw predictions [K, …]
+    """
 
     noisy: Tensor
     level: Tensor
@@ -30,11 +35,26 @@ class Bank:
     def __len__(self) -> int:
         return len(self.level)
 
+    @staticmethod
+    def cat(parts: Sequence[BasePredictions]) -> BasePredictions:
+        """All parts, one behind the other."""
+        return BasePredictions(
+            torch.cat([part.noisy for part in parts]),
+            torch.cat([part.level for part in parts]),
+            torch.cat([part.prediction for part in parts]),
+        )
 
-def bank_of(
-    model: Backbone, posteriors: Sequence[Posterior], text: Text, *, draws: int, seed: int, batch: int = 8
-) -> Bank:
-    """Asks the base model about noised pictures under one prompt `text` [1, ...], or remembers what it said.
+
+def base_predictions(
+    model: Backbone,
+    posteriors: Sequence[Posterior],
+    conditions: Conditions,
+    *,
+    count: int,
+    seed: int,
+    batch: int = 8,
+) -> BasePredictions:
+    """The base model's predictions for `count` noised images under one prompt `conditions` [1], cached on disk.
 
     Call it while no adapter is active.
     """
@@ -43,14 +63,18 @@ def bank_of(
         model.fingerprint,
         model.dtype,
         *([model.placement.quantize] if model.placement.quantize else []),  # another base
-        draws,
+        count,
         seed,
         _hash(means),
-        *(_hash(value) for value in text.values()),
+        *(_hash(value) for value in conditions.tensors()),
     )
     key = content_hash("\n".join(map(str, facts)).encode())
     batch = 1 if model.placement.one_by_one else batch
-    return Bank(**load_or_compute("bank", key, lambda: _ask(model, posteriors, text, draws, seed, batch)))
+    return BasePredictions(
+        **load_or_compute(
+            "base-predictions", key, lambda: _predict(model, posteriors, conditions, count, seed, batch)
+        )
+    )
 
 
 def stratified_levels(count: int, total: int, random: torch.Generator) -> Tensor:
@@ -60,28 +84,30 @@ def stratified_levels(count: int, total: int, random: torch.Generator) -> Tensor
 
 
 @torch.no_grad()
-def _ask(
-    model: Backbone, posteriors: Sequence[Posterior], text: Text, draws: int, seed: int, batch: int
+def _predict(
+    model: Backbone,
+    posteriors: Sequence[Posterior],
+    conditions: Conditions,
+    count: int,
+    seed: int,
+    batch: int,
 ) -> dict[str, Tensor]:
     levels = model.path.levels
-    chosen = stratified_levels(draws, len(levels), generator(seed, "bank"))
-    noisy, said = [], []
-    for first in range(0, draws, batch):
-        numbers = range(first, min(first + batch, draws))
+    index = stratified_levels(count, len(levels), generator(seed, "bank"))
+    noisy, predictions = [], []
+    for first in range(0, count, batch):
+        numbers = range(first, min(first + batch, count))
+        # sample k's latents and noise come from a generator of its own: they do not depend on the batch
         random = [generator(seed, "bank", k) for k in numbers]
         clean = torch.cat(
             [posteriors[k % len(posteriors)].sample(r) for k, r in zip(numbers, random, strict=True)]
         )
         noise = torch.stack([torch.randn(clean.shape[1:], generator=r) for r in random]).to(clean.device)
-        index = chosen[first : first + batch]
-        level = levels[index]
-        x = add_noise(clean, noise, level)
-        assert level.time is not None
-        rows = {name: value.expand(len(x), *value.shape[1:]) for name, value in text.items()}
-        network = model.family.network(model.denoiser, rows)
+        own = index[first : first + batch]
+        x = add_noise(clean, noise, levels[own])
         noisy.append(x)
-        said.append(network(x, level.time.to(x.device)).float())
-    return {"noisy": torch.cat(noisy), "level": chosen, "prediction": torch.cat(said)}
+        predictions.append(model.predict(x, own, conditions.repeat(len(x))))
+    return {"noisy": torch.cat(noisy), "level": index, "prediction": torch.cat(predictions)}
 
 
 def _hash(tensor: Tensor) -> str:

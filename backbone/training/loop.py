@@ -61,17 +61,19 @@ def train(
     bases = [group["lr"] for group in optimizer.param_groups]
     for step in range(done + 1, steps + 1):
         began = time.perf_counter()
+        # forward and backward, micro-batch after micro-batch: gradients add up in place
         optimizer.zero_grad(set_to_none=True)
         total, count = 0.0, 0
         for loss in losses(step):
             loss.backward()
             total, count = total + float(loss.detach()), count + 1
+        # what got no gradient (pivotal tuning trains its parts one after the other) is left as it is
         trained = [parameter for parameter in parameters.values() if parameter.grad is not None]
         gradients = [gradient for parameter in trained if (gradient := parameter.grad) is not None]
-        if count > 1:
+        if count > 1:  # sum → mean over micro-batches
             torch._foreach_div_(gradients, count)
         loss_now = total / max(count, 1)
-        if reduce is not None:
+        if reduce is not None:  # mean over processes; the loss travels along
             shared = torch.tensor(loss_now, device=gradients[0].device)
             reduce([*gradients, shared])
             loss_now = float(shared)
@@ -81,11 +83,13 @@ def train(
                 f"Training stopped at step {step}: the loss is {loss_now} and its gradient {norm}. "
                 "Lower --learning-rate; the last checkpoint holds finite weights."
             )
+        # the step itself, at this step's learning rate
         for group, base in zip(optimizer.param_groups, bases, strict=True):
             group["lr"] = base * lr_schedule(step)
         optimizer.step()
         if average is not None:
             average.update(step)
+        # back to the base rates, so that a checkpoint holds them and not those of one step
         rate = optimizer.param_groups[0]["lr"]
         for group, base in zip(optimizer.param_groups, bases, strict=True):
             group["lr"] = base

@@ -26,12 +26,12 @@ def make_schedule(name: str, *, steps: int, warmup: int) -> LRSchedule:
     raise UserError(f"There is no schedule {name}. Choose cosine or constant.")
 
 
-def make_optimizer(name: str, every: Sequence[Any], *, weight_decay: float) -> Optimizer:
-    """The optimiser by its name, a group of parameters with its own learning rate for every piece."""
+def make_optimizer(name: str, trained: Sequence[Any], *, weight_decay: float) -> Optimizer:
+    """The optimiser by its name; every part that is trained is a parameter group with its own learning rate."""
     groups = [
-        {"params": list(piece.parameters.values()), "lr": piece.learning_rate}
-        for piece in every
-        if piece.parameters
+        {"params": list(part.parameters.values()), "lr": part.learning_rate}
+        for part in trained
+        if part.parameters
     ]
     match name:
         case "adamw":

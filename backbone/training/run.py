@@ -1,14 +1,207 @@
-"""What surrounds the loop of every training run."""
+"""One run of a training: the loop of `backbone.training.loop`, and everything that surrounds it.
+
+A method of training is an `Objective`: what is trained, the losses of a step, what is kept. `drive` takes an objective
+from its last checkpoint to its last step: log, progress bar, TensorBoard, validation and early stopping, previews,
+checkpoints, and a polite end when a signal comes. In a run of several processes all take the same steps; the first
+one, the writer, writes.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from torch import Tensor
+from torch.optim import Optimizer
 
 from backbone.distributed import processes
-from backbone.io.console import UserError
-from backbone.training.loop import Report
+from backbone.io.console import UserError, progress, say
+from backbone.io.files import append_jsonl
+from backbone.io.run_folder import stopping, trim_log
+from backbone.training.loop import Average, Report, load_checkpoint, save_checkpoint, train
+from backbone.training.optimizer import make_schedule
+
+LOG = "log.jsonl"
+CHECKPOINT = "checkpoint.safetensors"
+SHOWN = ("accuracy", "reward")  # figures that stand beside the progress bar, where a step has them
+Answer = TypeVar("Answer")
+
+
+class RunSettings(Protocol):
+    """The settings that the loop itself reads."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def lr_scheduler(self) -> str: ...
+    @property
+    def lr_warmup_steps(self) -> int: ...
+    @property
+    def max_grad_norm(self) -> float: ...
+    @property
+    def checkpointing_steps(self) -> int: ...
+
+
+class Objective(ABC):
+    """A method of training.
+
+    parameters  what is trained, by name
+    optimizer   over these
+    average     their moving average, where one is kept
+    figures     what the last step showed beside its loss, for the log
+    done        steps that were taken
+    """
+
+    settings: RunSettings
+    parameters: dict[str, Tensor]
+    optimizer: Optimizer
+    average: Average | None = None
+    figures: dict[str, float]
+    done: int = 0
+
+    @property
+    @abstractmethod
+    def images(self) -> int:
+        """How many images a step learns from, for the progress bar."""
+
+    @abstractmethod
+    def losses(self, step: int) -> Iterator[Tensor]:
+        """The scalar losses of a step's micro-batches; their gradients are averaged. A function of the step alone."""
+
+    @abstractmethod
+    def learning(self) -> AbstractContextManager[None]:
+        """What holds while steps are taken: modes and attention of the networks."""
+
+    @abstractmethod
+    def write(self, run: Path, header: dict[str, str]) -> dict[str, Any]:
+        """Writes what was learned; gives the fields of `Concept` that name the files."""
+
+    def save(self, run: Path) -> None:
+        """Writes the checkpoint from which `resume` goes on bit for bit."""
+        if processes.is_writer():
+            save_checkpoint(
+                run / CHECKPOINT,
+                step=self.done,
+                parameters=self.parameters,
+                optimizer=self.optimizer,
+                average=self.average,
+            )
+
+    def resume(self, run: Path) -> None:
+        """Goes on where `save` was called last; from the start when it never was."""
+        if (run / CHECKPOINT).exists():
+            self.done, _ = load_checkpoint(
+                run / CHECKPOINT,
+                parameters=self.parameters,
+                optimizer=self.optimizer,
+                average=self.average,
+            )
+
+
+@dataclass(frozen=True)
+class Every(Generic[Answer]):
+    """Something that is called with the step's number every so many steps; 0: only at the start and the end."""
+
+    steps: int
+    call: Callable[[int], Answer]
+
+    def due(self, step: int) -> bool:
+        """Whether it is time, apart from the end."""
+        return step == 0 or (self.steps > 0 and step % self.steps == 0)
+
+
+def drive(
+    objective: Objective,
+    run: Path,
+    *,
+    command: str,
+    until: int | None = None,
+    label: str = "training",
+    validate: Every[str] | None = None,
+    preview: Every[Any] | None = None,
+    tensorboard: bool = False,
+) -> bool:
+    """Trains from the steps that are done to the last, or `until` a step; whether validation stopped it early.
+
+    `validate` gives the reason to stop, or nothing; it is also called before the first step and after the last. It
+    must know by itself what an interrupted run has measured. `preview` draws what the model makes now. `command` is
+    what goes on with a run, as `customize train`.
+
+    Raises `KeyboardInterrupt`, with how to go on, when a signal has come: after a checkpoint.
+    """
+    settings, writes = objective.settings, processes.is_writer()
+    last = settings.steps if until is None else until
+    if writes:
+        trim_log(run / LOG, objective.done)
+    with (
+        stopping() as stop,
+        log_to_tensorboard(run, wanted=tensorboard, done=objective.done) as note,
+        progress(last, label, done=objective.done) as bar,
+    ):
+        done = objective.done
+        if validate and done < last and validate.due(done) and _stops(validate.call(done), done):
+            return True
+        for report in take_steps(objective, until=last):
+            step, finished = report.step, report.step == last
+            # What the step showed.
+            if writes:
+                append_jsonl(run / LOG, asdict(report) | objective.figures)
+            note(report)
+            shown = {name: objective.figures[name] for name in SHOWN if name in objective.figures}
+            bar.advance(
+                1, images=objective.images, loss=report.loss, learning_rate=report.learning_rate, **shown
+            )
+            # How good the model is by now; not when somebody waits for the end. All processes take the same way.
+            halted = processes.any_of(bool(stop)) and not finished
+            early = False
+            if validate and (finished or validate.due(step)) and not halted:
+                early = _stops(validate.call(step), step, aloud=not finished)
+            # What is kept, from which `resume` goes on.
+            if halted or finished or early or step % settings.checkpointing_steps == 0:
+                objective.save(run)
+            if halted:
+                raise KeyboardInterrupt(
+                    f"Stopped and saved at step {step} of {settings.steps}. "
+                    f"Continue with: {command} --resume {run}"
+                )
+            if early:
+                return not finished
+            if preview and preview.due(step) and not finished:
+                preview.call(step)
+    return False
+
+
+def take_steps(objective: Objective, *, until: int | None = None) -> Iterator[Report]:
+    """The bare loop: trains from the steps that are done to the last, or `until` a step, a report each."""
+    settings = objective.settings
+    with objective.learning():
+        for report in train(
+            objective.losses,
+            objective.parameters,
+            optimizer=objective.optimizer,
+            lr_schedule=make_schedule(
+                settings.lr_scheduler, steps=settings.steps, warmup=settings.lr_warmup_steps
+            ),
+            steps=settings.steps if until is None else until,
+            done=objective.done,
+            clip=settings.max_grad_norm,
+            average=objective.average,
+            reduce=processes.averaging(),
+        ):
+            objective.done = report.step
+            yield report
+
+
+def _stops(reason: str, step: int, *, aloud: bool = True) -> bool:
+    """Whether any process has a reason to stop here; says it."""
+    stops = processes.any_of(bool(reason))
+    if reason and aloud:
+        say(f"Stopped at step {step}: {reason}")
+    return stops
 
 
 @contextmanager

@@ -1,9 +1,9 @@
-"""Where the subject is in its pictures, as the model itself sees it (`--mask auto`).
+"""Masks of the subject in its images, by the model itself (`--mask auto`).
 
-A picture is noised a little, and the untouched model predicts it twice: told of the class, and told of nothing. Where
-the two predictions differ is where it sees the class (Couairon et al. 2023, “DiffEdit”, § 3.2, between a prompt and an
-empty one). It needs no look into the network, so it works with every family. The difference over several levels and
-draws of noise is cut in two by Otsu's threshold, and what lies above grows by one latent on every side.
+An image is noised a little, and the base model predicts it twice: conditioned on the class prompt, and on the empty
+prompt. Where the two predictions differ is where it sees the class (Couairon et al. 2023, “DiffEdit”, § 3.2). This
+needs no look into the network, so it works with every family. The difference, averaged over several levels and noise
+samples, is split by Otsu's threshold, and the upper class is dilated by one latent.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import add_noise, generator
-from backbone.families.base import Text
 from backbone.io.files import content_hash
 from backbone.media.pictures import Picture
 from backbone.media.sheet import Cell, save_png, sheet
@@ -26,45 +26,48 @@ from backbone.models.cache import load_or_compute
 from backbone.models.model import Backbone, Posterior
 
 SHARES = (0.2, 0.4, 0.6)  # of the levels, from clean to noisy
-DRAWS = 2  # of noise at each of them
+NOISE_SAMPLES = 2  # at each of them
 PIXELS, DARK = 8, 60  # of the sheet: pixels a latent, and how light what does not count is, of 255
 
 
-def mask_seen(model: Backbone, posterior: Posterior, text: Text, empty: Text) -> Tensor:
-    """A picture's mask [1, H, W] of zeros and ones at the latents' size, from the class prompt and an empty one.
+def predict_mask(
+    model: Backbone, posterior: Posterior, class_prompt: Conditions, empty: Conditions
+) -> Tensor:
+    """An image's mask [1, H, W] of zeros and ones at the latents' size, from the class prompt and an empty one.
 
-    Both are [1, ...]. Found once for all time. Call it while no adapter is active.
+    Both are one row. Cached on disk. Call it while no adapter is active.
     """
-    known = [posterior.mean, *text.values(), *empty.values()]
+    known = [posterior.mean, *class_prompt.tensors(), *empty.tensors()]
     parts = [content_hash(value.detach().float().cpu().contiguous().numpy().tobytes()) for value in known]
-    facts = [model.fingerprint, str(model.dtype), str(SHARES), str(DRAWS), *parts]
+    facts = [model.fingerprint, str(model.dtype), str(SHARES), str(NOISE_SAMPLES), *parts]
     key = content_hash("\n".join(facts).encode())
-    found = load_or_compute("where", key, lambda: {"where": differences(model, posterior, text, empty)})
-    return grown(above(found["where"]))
+    cached = load_or_compute(
+        "where", key, lambda: {"where": prediction_difference(model, posterior, class_prompt, empty)}
+    )
+    return dilate(otsu(cached["where"]))
 
 
 @torch.no_grad()
-def differences(model: Backbone, posterior: Posterior, text: Text, empty: Text) -> Tensor:
-    """How much the class's name changes the prediction, everywhere [1, H, W]; of mean about 1."""
+def prediction_difference(
+    model: Backbone, posterior: Posterior, class_prompt: Conditions, empty: Conditions
+) -> Tensor:
+    """How much the class prompt changes the prediction at each place [1, H, W]; of mean about 1."""
     levels, clean = model.path.levels, posterior.mean
-    assert levels.time is not None
-    both = {name: torch.cat([value, empty[name]]) for name, value in text.items()}
+    both = Conditions.cat([class_prompt, empty])
     total = torch.zeros(1, *clean.shape[-2:])
     for share in SHARES:
         index = torch.tensor([int(share * len(levels))])
-        for draw in range(DRAWS):
-            noise = torch.randn(clean.shape, generator=generator("mask", str(share), draw)).to(clean.device)
-            noisy = add_noise(clean, noise, levels[index]).expand(2, -1, -1, -1)
-            with model.autocast():
-                network = model.family.network(model.denoiser, both)
-                told, untold = network(noisy, levels.time[index].expand(2).to(noisy.device)).float()
-            change = (told - untold).abs().mean(0).cpu()
-            total += change / change.mean().clamp(min=1e-12)
-    return total / (len(SHARES) * DRAWS)
+        for number in range(NOISE_SAMPLES):
+            noise = torch.randn(clean.shape, generator=generator("mask", str(share), number)).to(clean.device)
+            noisy = add_noise(clean, noise, levels[index])
+            conditional, unconditional = model.predict(torch.cat([noisy, noisy]), index.expand(2), both)
+            difference = (conditional - unconditional).abs().mean(0).cpu()
+            total += difference / difference.mean().clamp(min=1e-12)  # every level counts alike
+    return total / (len(SHARES) * NOISE_SAMPLES)
 
 
-def above(values: Tensor) -> Tensor:
-    """Ones where a map lies above the threshold that parts it best into two classes (Otsu 1979); all ones if flat."""
+def otsu(values: Tensor) -> Tensor:
+    """Ones above the threshold that separates a map best into two classes (Otsu 1979); all ones if it is flat."""
     ordered = values.flatten().double().sort().values
     count = len(ordered)
     below = torch.arange(1, count, dtype=torch.float64)
@@ -77,8 +80,8 @@ def above(values: Tensor) -> Tensor:
     return (values > (ordered[cut] + ordered[cut + 1]) / 2).float()
 
 
-def grown(mask: Tensor) -> Tensor:
-    """A mask [1, H, W] with its neighbours."""
+def dilate(mask: Tensor) -> Tensor:
+    """A mask [1, H, W] grown by one place on every side."""
     return F.max_pool2d(mask[None], 3, stride=1, padding=1)[0]
 
 

@@ -1,6 +1,6 @@
 """What a method trains: an adapter, words of the token's own, or the denoiser's weights; and which method trains what.
 
-Each piece puts itself on the model, names its trainable tensors, and writes the file that a concept is read from.
+Each part sets itself up on the model, names its trainable tensors, and writes the file that a concept is read from.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from customize.methods.weights import CROSS_ATTENTION, Weights
 from customize.settings import METHODS, Settings
 
 
-class Piece(Protocol):
-    """One thing that is trained."""
+class Trainable(Protocol):
+    """Trainable parameters: an adapter, token embeddings, or weights of the denoiser itself."""
 
-    parameters: dict[str, Tensor]  # trainable, fp32, by names that no other piece uses
+    parameters: dict[str, Tensor]  # fp32, by names that no other part uses
     learning_rate: float
     begins: float  # the share of the run after which it is trained …
     ends: float  # … and the one until which it is
@@ -32,8 +32,8 @@ class Piece(Protocol):
         ...
 
 
-def pieces(model: Backbone, settings: Settings) -> list[Any]:
-    """What the method of these settings trains, put on the model.
+def trainable(model: Backbone, settings: Settings) -> list[Any]:
+    """What the method of these settings trains, set up on the model.
 
     Raises `UserError` for an unknown method.
     """
@@ -56,8 +56,3 @@ def pieces(model: Backbone, settings: Settings) -> list[Any]:
 def changes_denoiser(settings: Settings) -> bool:
     """Whether the method moves the denoiser, so that a class has to be preserved."""
     return settings.method != "textual-inversion"
-
-
-def size(every: list[Any]) -> int:
-    """How many numbers are trained."""
-    return sum(value.numel() for piece in every for value in piece.parameters.values())

@@ -1,202 +1,197 @@
-"""DreamBooth: a few pictures of a subject, a word that comes to mean it, a class that keeps its meaning.
+"""DreamBooth: bind a token to a subject from a few images, and preserve its class.
 
 Ruiz et al. 2023 bind a rare token to the subject by training on “a [V] dog”, and keep “a dog” what it was by a second,
-prior-preservation term (eq. 2). What is trained is a question of its own (`customize.methods.registry`): a low-rank
-adapter, the token's embedding, some or all of the weights. The prior term needs no class pictures by default: at
-noised pictures of the subject, under the class prompt, the network must say what the untouched one said, from a bank
-of answers computed once. With `--prior class-images` it learns from pictures of the class that the base draws, as in
-the paper.
-
-The phases follow each other so that the encoders and the denoiser are never in memory together:
-check the pictures, encode pictures and prompts (remembered on disk), free the encoders, bank the base, train, show.
+prior-preservation term (eq. 2). Which parameters are trained is a separate choice (`customize.methods.registry`): a
+low-rank adapter, the token's embedding, some or all of the weights. Prior preservation needs no class images by
+default: on the class prompt, at noised images of the subject, the model is regularised towards the frozen base
+model's predictions, which are computed once. With `--prior class-images` it learns from generated images of the class,
+as in the paper.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from backbone.diffusion.losses import debiased, min_snr
+from backbone.conditions.conditions import Conditions
+from backbone.diffusion.losses import debiased, min_snr, squared_error
 from backbone.diffusion.noise import Level, PredictionType, add_noise, generator, target
 from backbone.distributed import processes
-from backbone.families.base import Text
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from backbone.training.attention import quick_to_train
 from backbone.training.base_predictions import stratified_levels
-from backbone.training.loop import (
-    Average,
-    Report,
-    load_checkpoint,
-    save_checkpoint,
-    train,
-)
-from backbone.training.optimizer import make_optimizer, make_schedule
-from customize.data.dataset import Bucket, Material
-from customize.methods.registry import pieces
+from backbone.training.loop import Average
+from backbone.training.optimizer import make_optimizer
+from backbone.training.run import Objective
+from customize.data.dataset import Bucket, TrainingData
+from customize.methods.registry import trainable
 from customize.settings import Settings
-
-CHECKPOINT = "checkpoint.safetensors"
 
 
 class Batch(NamedTuple):
-    """Noisy latents [B, C, H, W], indices of their levels [B], targets [B, C, H, W], weights [B, 1, H, W]."""
+    """B samples of the loss.
+
+    noisy   latents [B, C, …]
+    level   indices of their noise levels [B]
+    target  what the network should predict [B, C, …]
+    weight  loss weights [B, 1, …], one for each place
+    rows    which prompt each is under [B], counted through the images' prompts and then the classes'
+    """
 
     noisy: Tensor
-    levels: Tensor
-    wanted: Tensor
+    level: Tensor
+    target: Tensor
     weight: Tensor
+    rows: Tensor
+
+    @staticmethod
+    def cat(parts: Sequence[Batch]) -> Batch:
+        """The samples of all parts, one behind the other."""
+        return Batch(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def part(self, rows: slice) -> Batch:
+        """Only these samples."""
+        return Batch(*(column[rows] for column in self))
 
 
-class Training:
-    """A concept in training: `steps` yields the reports, `save` and `resume` keep it exactly."""
+class DreamBooth(Objective):
+    """DreamBooth's loss with prior preservation, on whatever parameters the method trains."""
 
-    def __init__(self, model: Backbone, material: Material, settings: Settings) -> None:
-        self.model, self.material, self.settings = model, material, settings
-        self.pieces = pieces(model, settings)
-        self.parameters = {name: value for piece in self.pieces for name, value in piece.parameters.items()}
-        self.optimizer = make_optimizer(settings.optimizer, self.pieces, weight_decay=settings.weight_decay)
+    settings: Settings
+
+    def __init__(self, model: Backbone, data: TrainingData, settings: Settings) -> None:
+        self.model, self.data, self.settings = model, data, settings
+        self.trained = trainable(model, settings)
+        self.parameters = {name: value for part in self.trained for name, value in part.parameters.items()}
+        self.optimizer = make_optimizer(settings.optimizer, self.trained, weight_decay=settings.weight_decay)
         self.average = Average(self.parameters, decay=settings.ema_decay) if settings.ema_decay else None
         self.share = share_of(settings)
-        self.done = 0
+        self.figures: dict[str, float] = {}
+        if settings.gradient_checkpointing:
+            cast(Any, model.denoiser).enable_gradient_checkpointing()
 
-    def steps(self) -> Iterator[Report]:
-        """Trains, a report each optimiser step."""
-        if self.settings.gradient_checkpointing:
-            cast(Any, self.model.denoiser).enable_gradient_checkpointing()
-        with quick_to_train(self.model.denoiser):
-            for report in train(
-                self.losses,
-                self.parameters,
-                optimizer=self.optimizer,
-                lr_schedule=make_schedule(
-                    self.settings.lr_scheduler,
-                    steps=self.settings.steps,
-                    warmup=self.settings.lr_warmup_steps,
-                ),
-                steps=self.settings.steps,
-                done=self.done,
-                clip=self.settings.max_grad_norm,
-                average=self.average,
-                reduce=processes.averaging(),
-            ):
-                self.done = report.step
-                yield report
+    @property
+    def images(self) -> int:
+        """Of the subject; those of the class are not counted."""
+        return self.settings.batch
+
+    def learning(self) -> AbstractContextManager[None]:
+        """Attention with a fast backward pass."""
+        return quick_to_train(self.model.denoiser)
 
     def losses(self, step: int) -> Iterator[Tensor]:
         """The losses of this process's share of one step's micro-batches."""
-        share = (step - 1) / self.settings.steps
-        for piece in self.pieces:
-            for value in piece.parameters.values():
-                value.requires_grad_(piece.begins <= share < piece.ends)
+        progress = (step - 1) / self.settings.steps
+        for part in self.trained:  # pivotal tuning trains the embedding first, then the adapter
+            for value in part.parameters.values():
+                value.requires_grad_(part.begins <= progress < part.ends)
         for micro in range(self.settings.gradient_accumulation_steps)[self.share.micros]:
             key = (self.settings.seed, step) if micro == 0 else (self.settings.seed, step, micro)
             yield self.loss(generator(*key), step)
 
     def loss(self, random: torch.Generator, step: int) -> Tensor:
-        """Ruiz et al. 2023, eq. 2: the subject's error plus λ times the change of the class; of this process's rows."""
-        settings, material = self.settings, self.material
-        bucket = self.bucket(random)
-        subject, rows = self.subject_batch(bucket, random)
-        parts = [subject]
-        if material.has_prior:
-            prior, prior_rows = self.prior_batch(bucket, random)
-            parts.append(prior)
-            rows = torch.cat([rows, prior_rows])
-        columns = (torch.cat(column)[self.share.rows] for column in zip(*parts, strict=True))
-        (noisy, index, wanted, weight), rows = columns, rows[self.share.rows]
+        """Ruiz et al. 2023, eq. 2: the subject's loss plus λ times the prior's; the mean over the whole batch.
+
+        Every process draws the same batch and computes its own samples of it.
+        """
+        bucket = self.draw_bucket(random)
+        parts = [self.subject_batch(bucket, random)]
+        if self.data.has_prior:
+            parts.append(self.prior_batch(bucket, random))
+        batch = Batch.cat(parts).part(self.share.rows)
         with self.model.autocast():
-            text = self.text(rows)
-        time = self.model.path.levels.time
-        assert time is not None
-        with self.model.autocast(), self.dropout(step):
-            prediction = self.model.family.network(self.model.denoiser, text)(
-                noisy, time[index].to(noisy.device)
-            )
-        error = (prediction.float() - wanted).square() * weight.to(wanted)
-        each = error.flatten(1).mean(1)
-        self.refuse_infinite(each.detach(), rows, step)
-        return each.sum() * (self.share.scale / settings.batch)
+            conditions = self.conditions(batch.rows)
+        with self.dropout(step):
+            prediction = self.model.predict(batch.noisy, batch.level, conditions)
+        errors = squared_error(prediction, batch.target, batch.weight)
+        self.refuse_infinite(errors.detach(), batch.rows, step)
+        return errors.sum() * (self.share.scale / self.settings.batch)
 
     def refuse_infinite(self, errors: Tensor, rows: Tensor, step: int) -> None:
-        """`UserError` naming the pictures whose error is not finite."""
+        """`UserError` naming the images whose loss is not finite."""
         bad = [int(row) for row, fine in zip(rows, errors.isfinite().tolist(), strict=True) if not fine]
         if not bad:
             return
-        names, prompts = self.material.names, self.material.class_prompts
+        names, prompts = self.data.names, self.data.class_prompts
         culprits = [names[row] if row < len(names) else f"“{prompts[row - len(names)]}”" for row in bad]
         raise UserError(
             f"Training stopped at step {step}: the loss is not finite at {', '.join(dict.fromkeys(culprits))}. "
             "Lower --learning-rate or choose --precision fp32; the last checkpoint holds finite weights."
         )
 
-    def bucket(self, random: torch.Generator) -> Bucket:
-        """The pictures that a batch is drawn from, as often as all of them together are."""
-        buckets = self.material.buckets
+    def draw_bucket(self, random: torch.Generator) -> Bucket:
+        """The bucket of a batch, as often as the images in it are drawn."""
+        buckets = self.data.buckets
         if len(buckets) == 1:
             return buckets[0]
-        share = torch.stack([self.material.share[bucket.rows].sum() for bucket in buckets])
-        return buckets[int(torch.multinomial(share, 1, generator=random))]
+        frequency = torch.stack([self.data.frequency[bucket.rows].sum() for bucket in buckets])
+        return buckets[int(torch.multinomial(frequency, 1, generator=random))]
 
-    def subject_batch(self, bucket: Bucket, random: torch.Generator) -> tuple[Batch, Tensor]:
-        """Noised pictures of the subjects, and which of them they are [B]."""
-        settings, material, levels = self.settings, self.material, self.model.path.levels
-        share = material.share[bucket.rows]
-        chosen = bucket.rows[torch.multinomial(share, settings.batch, replacement=True, generator=random)]
-        clean = torch.cat([material.posteriors[int(i)].sample(random) for i in chosen])
+    def subject_batch(self, bucket: Bucket, random: torch.Generator) -> Batch:
+        """Noised images of the subjects, with the noise path's own targets."""
+        settings, data, path = self.settings, self.data, self.model.path
+        frequency = data.frequency[bucket.rows]
+        rows = bucket.rows[torch.multinomial(frequency, settings.batch, replacement=True, generator=random)]
+        clean = torch.cat([data.posteriors[int(row)].sample(random) for row in rows])
         noise = torch.randn(clean.shape, generator=random).to(clean.device)
-        if settings.noise_offset:
-            shift = torch.randn(clean.shape[:2], generator=random)[..., None, None].to(clean.device)
-            noise = noise + settings.noise_offset * shift
-        index = stratified_levels(settings.batch, len(levels), random)
-        level, kind = levels[index], self.model.path.prediction_type
-        weight = weighting(level, kind, settings)[:, None, None, None].expand(-1, 1, *clean.shape[-2:])
-        if material.masks is not None:
-            weight = weight * torch.stack([material.masks[int(row)] for row in chosen])
-        wanted = target(clean, noise, level, kind)
-        return Batch(add_noise(clean, noise, level), index, wanted, weight), chosen
+        if settings.noise_offset:  # a constant shift of each channel (Guttenberg 2023)
+            shift = torch.randn(clean.shape[:2], generator=random).to(clean.device)
+            noise = noise + settings.noise_offset * shift.reshape(*shift.shape, *[1] * (clean.ndim - 2))
+        index = stratified_levels(settings.batch, len(path.levels), random)
+        level = path.levels[index]
+        weight = weight_map(level_weight(level, path.prediction_type, settings), clean)
+        if data.masks is not None:
+            weight = weight * torch.stack([data.masks[int(row)] for row in rows])
+        return Batch(
+            add_noise(clean, noise, level),
+            index,
+            target(clean, noise, level, path.prediction_type),
+            weight,
+            rows,
+        )
 
-    def prior_batch(self, bucket: Bucket, random: torch.Generator) -> tuple[Batch, Tensor]:
-        """Noised pictures for the class prompts, and which rows of the prompts those are [P].
+    def prior_batch(self, bucket: Bucket, random: torch.Generator) -> Batch:
+        """Prior-preservation samples under the class prompts.
 
-        Targets are the base's own predictions, or the noise on pictures of the class that it drew.
+        Targets are the base model's cached predictions; with `--prior class-images` the noise path's own, on
+        generated images of the class.
         """
-        material, count = self.material, self.settings.prior_batch
-        if bucket.bank is not None and bucket.classes is not None:
-            draw = torch.randint(len(bucket.bank), (count,), generator=random)
-            noisy = bucket.bank.noisy[draw].to(self.model.device)
-            index, wanted = bucket.bank.level[draw], bucket.bank.prediction[draw].to(noisy)
-            about = bucket.classes[draw]
+        data, path, count = self.data, self.model.path, self.settings.prior_batch
+        if bucket.base is not None and bucket.classes is not None:
+            chosen = torch.randint(len(bucket.base), (count,), generator=random)
+            noisy = bucket.base.noisy[chosen].to(self.model.device)
+            index, wanted = bucket.base.level[chosen], bucket.base.prediction[chosen].to(noisy)
+            classes = bucket.classes[chosen]
         else:
-            assert material.drawn is not None and material.drawn_classes is not None
-            draw = torch.randint(len(material.drawn), (count,), generator=random)
-            clean = material.drawn[draw].to(self.model.device)
+            assert data.class_latents is not None and data.class_rows is not None
+            chosen = torch.randint(len(data.class_latents), (count,), generator=random)
+            clean = data.class_latents[chosen].to(self.model.device)
             noise = torch.randn(clean.shape, generator=random).to(clean)
-            index = stratified_levels(count, len(self.model.path.levels), random)
-            level = self.model.path.levels[index]
-            noisy = add_noise(clean, noise, level)
-            wanted = target(clean, noise, level, self.model.path.prediction_type)
-            about = material.drawn_classes[draw]
-        share = self.settings.prior_loss_weight * self.settings.batch / count  # λ, over fewer pictures
-        weight = torch.full((count, 1, *noisy.shape[-2:]), share)
-        return Batch(noisy, index, wanted, weight), len(material.prompts) + about
+            index = stratified_levels(count, len(path.levels), random)
+            level = path.levels[index]
+            noisy, wanted = add_noise(clean, noise, level), target(clean, noise, level, path.prediction_type)
+            classes = data.class_rows[chosen]
+        # λ for the mean over `prior_batch` samples, in a loss that divides by `batch`
+        weight = self.settings.prior_loss_weight * self.settings.batch / count
+        weights = weight_map(torch.full((count,), weight), noisy)
+        return Batch(noisy, index, wanted, weights, len(data.prompts) + classes)
 
-    def text(self, rows: Tensor) -> Text:
-        """The prompts of these rows [B], counted through the pictures' and then the classes'."""
-        material = self.material
-        if material.text is not None:
-            return {name: value[rows.to(value.device)] for name, value in material.text.items()}
-        every = [*material.prompts, *material.class_prompts]
-        said = [every[int(row)] for row in rows]
-        different = list(dict.fromkeys(said))
-        found = self.model.text_encoder(different)
-        places = torch.tensor([different.index(prompt) for prompt in said])
-        return {name: value[places.to(value.device)] for name, value in found.items()}
+    def conditions(self, rows: Tensor) -> Conditions:
+        """The prompts of these rows [B], counted through the images' prompts and then the classes'."""
+        data = self.data
+        if data.conditions is not None:
+            return data.conditions[rows]
+        # the text encoder is trained: each prompt that occurs is encoded once, with gradients
+        every = [*data.prompts, *data.class_prompts]
+        prompts = [every[int(row)] for row in rows]
+        unique = list(dict.fromkeys(prompts))
+        return Conditions(self.model.text_encoder(unique))[[unique.index(prompt) for prompt in prompts]]
 
     @contextmanager
     def dropout(self, step: int) -> Iterator[None]:
@@ -209,28 +204,6 @@ class Training:
             torch.manual_seed(generator(self.settings.seed, step, "dropout").initial_seed())
             yield
         self.model.denoiser.eval()
-
-    def save(self, run: Path) -> None:
-        """Writes the checkpoint from which `resume` goes on bit for bit."""
-        if not processes.is_writer():
-            return
-        save_checkpoint(
-            run / CHECKPOINT,
-            step=self.done,
-            parameters=self.parameters,
-            optimizer=self.optimizer,
-            average=self.average,
-        )
-
-    def resume(self, run: Path) -> None:
-        """Goes on where `save` was called last; from the start when it never was."""
-        if (run / CHECKPOINT).exists():
-            self.done, _ = load_checkpoint(
-                run / CHECKPOINT,
-                parameters=self.parameters,
-                optimizer=self.optimizer,
-                average=self.average,
-            )
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -245,8 +218,8 @@ class Training:
         """Writes what was learned; gives the fields of `Concept` that name the files."""
         files: dict[str, Any] = {}
         with self.averaged():
-            for piece in self.pieces:
-                files |= piece.save(run, header)
+            for part in self.trained:
+                files |= part.save(run, header)
         return files
 
 
@@ -262,15 +235,20 @@ def share_of(settings: Settings) -> processes.Share:
     share = processes.share(settings.gradient_accumulation_steps, settings.batch)
     if settings.lora_dropout and share.scale > 1:
         raise UserError(
-            "--lora-dropout leaves out parts of a whole batch, so that a batch cannot be cut up for "
+            "--lora-dropout leaves out parts of a whole batch, so that a batch cannot be split over "
             f"{share.scale} processes. Add --gradient-accumulation-steps {share.scale} with a smaller "
             "--batch, or leave out the dropout."
         )
     return share
 
 
-def weighting(level: Level, kind: PredictionType, settings: Settings) -> Tensor:
-    """The weight of each sample's error [B], by its noise level."""
+def weight_map(weight: Tensor, latents: Tensor) -> Tensor:
+    """Weights [B] as a map [B, 1, …] over the places of latents [B, C, …]."""
+    return weight.reshape(-1, *[1] * (latents.ndim - 1)).expand(-1, 1, *latents.shape[2:])
+
+
+def level_weight(level: Level, kind: PredictionType, settings: Settings) -> Tensor:
+    """Loss weight per timestep [B]."""
     match settings.loss_weighting:
         case "none":
             return torch.ones(len(level))

@@ -1,4 +1,4 @@
-"""Watching a training: figures every so often, the best checkpoint kept, a word on when to stop, and the report."""
+"""Validation during training: metrics, the best checkpoint, early stopping, previews, and the report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from PIL.Image import Image
 
 from backbone.adapters.concept import BEST, Concept, spoken
-from backbone.diffusion.noise import add_noise, generator, target
+from backbone.diffusion.losses import denoising_score_matching
+from backbone.diffusion.noise import add_noise, generator
 from backbone.distributed import processes
 from backbone.distributed.processes import is_writer, takes_part
 from backbone.io.console import say
@@ -23,7 +24,7 @@ from backbone.media.transforms import square
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from customize.evaluate.metrics import PROMPTS, Evaluator, Figures, Patience, Scorers
-from customize.objectives.dreambooth import Training, weighting
+from customize.objectives.dreambooth import DreamBooth, level_weight
 from customize.settings import Settings, as_flags
 
 EVALUATIONS = "evaluations.jsonl"
@@ -35,13 +36,15 @@ RULE = (
 )
 
 
-class Watch:
-    """Evaluates a run as it trains. Without a scorer, when asked not to, or where another process does it: nothing.
+class Validation:
+    """Evaluates a run as it trains, and keeps the best weights. Without a scorer, or when asked not to, nothing.
 
-    With a model that is cut up over the processes all evaluate together, and the writer writes.
+    Of several processes the writer evaluates; with a sharded model all do together, and the writer writes.
     """
 
-    def __init__(self, run: Path, training: Training, concept: Concept, pictures: Sequence[Picture]) -> None:
+    def __init__(
+        self, run: Path, training: DreamBooth, concept: Concept, pictures: Sequence[Picture]
+    ) -> None:
         self.run, self.training, self.concept = run, training, concept
         settings, model = training.settings, training.model
         own = model.location.local("scorer")
@@ -52,27 +55,20 @@ class Watch:
             self.evaluator = Evaluator(model, scorers, concept, settings, pictures)
             self._remember()
 
-    def due(self, step: int) -> bool:
-        """Whether it is time to look."""
-        settings = self.training.settings
+    def __call__(self, step: int) -> str:
+        """Placement the run as it is now, once for each step; the reason to stop, when patience has run out."""
         if self.evaluator is None:
-            return False
-        return step % settings.evaluation_steps == 0 or step == settings.steps
-
-    def look(self) -> bool:
-        """Measures the run as it is now, keeps it if it is the best so far; whether it is time to stop.
-
-        What was measured before a run was stopped is not measured again.
-        """
-        step = self.training.done
-        if self.evaluator is None or any(figures.step == step for figures in self.patience.history):
-            return False
-        with self.training.averaged():
-            figures, drawn = self.evaluator.measure(step, fixed_loss(self.training))
-        best = self.patience.note(figures)
-        if is_writer():
-            self._keep(figures, drawn, best=best and step > 0)
-        return bool(self.training.settings.patience) and self.patience.exhausted
+            return ""
+        settings = self.training.settings
+        if not any(figures.step == step for figures in self.patience.history):
+            with self.training.averaged():
+                figures, drawn = self.evaluator.measure(step, fixed_loss(self.training))
+            best = self.patience.note(figures)
+            if is_writer():
+                self._keep(figures, drawn, best=best and step > 0)
+        if settings.patience and self.patience.exhausted:
+            return f"{settings.patience} evaluations without a better rating."
+        return ""
 
     def _keep(self, figures: Figures, drawn: Sequence[Image], *, best: bool) -> None:
         """Writes the figures and the pictures, and the weights if they are the best so far."""
@@ -156,32 +152,36 @@ def smoothed(points: Sequence[tuple[float, float]], *, window: int = 20) -> list
     return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups if group]
 
 
-LOSS_DRAWS = 24
+NOISE_SAMPLES = 24
 
 
 @torch.no_grad()
-def fixed_loss(training: Training) -> float:
-    """The subject's denoising loss over the same pictures, noise and levels each time, spread over all levels."""
-    model, material, settings = training.model, training.material, training.settings
-    levels, total = model.path.levels, 0.0
-    time = levels.time
-    assert time is not None
-    for k in range(LOSS_DRAWS):
-        random = generator(settings.seed, "fixed loss", k)
-        number = k % len(material.posteriors)
-        clean = material.posteriors[number].mean
+def fixed_loss(training: DreamBooth) -> float:
+    """The subject's denoising loss over the same images, noise and levels each time, spread over all levels."""
+    model, data, path = training.model, training.data, training.model.path
+    total = 0.0
+    for k in range(NOISE_SAMPLES):
+        random = generator(training.settings.seed, "fixed loss", k)
+        row = torch.tensor([k % len(data.posteriors)])
+        clean = data.posteriors[int(row)].mean
         noise = torch.randn(clean.shape, generator=random).to(clean.device)
-        index = torch.tensor([int((k + 0.5) / LOSS_DRAWS * len(levels))])
-        level = levels[index]
+        index = torch.tensor([int((k + 0.5) / NOISE_SAMPLES * len(path.levels))])
+        level = path.levels[index]
         with model.autocast():
-            text = training.text(torch.tensor([number]))
-            prediction = model.family.network(model.denoiser, text)(
-                add_noise(clean, noise, level), time[index].to(clean.device)
+            conditions = training.conditions(row)
+        prediction = model.predict(add_noise(clean, noise, level), index, conditions)
+        weight = level_weight(level, path.prediction_type, training.settings)
+        total += float(
+            denoising_score_matching(
+                prediction,
+                clean,
+                noise=noise,
+                level=level,
+                prediction_type=path.prediction_type,
+                weight=weight,
             )
-        wanted = target(clean, noise, level, model.path.prediction_type)
-        weight = weighting(level, model.path.prediction_type, settings)
-        total += float((prediction.float() - wanted).square().mean() * weight)
-    return total / LOSS_DRAWS
+        )
+    return total / NOISE_SAMPLES
 
 
 class Previews:
@@ -199,7 +199,7 @@ class Previews:
     def save(self, path: Path, *, count: int, pictures: list[Picture] | None = None) -> list[str]:
         """Writes a sheet of the first `count` prompts, the subject's pictures above them; gives the prompts.
 
-        Of several processes the writer does, and the others draw along where the model is cut up.
+        Of several processes the writer does, and the others draw along where the model is sharded.
         """
         if not processes.takes_part():
             return []

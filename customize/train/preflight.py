@@ -179,23 +179,25 @@ def timed_step(model: Backbone, settings: Settings, pictures: int) -> float:
     """Seconds of one training step with weights as they come, on the run's device, after one to warm up."""
     import torch
 
+    from backbone.diffusion.losses import squared_error
     from backbone.training.attention import quick_to_train
 
     device, work = model.device.type, work_of(model, settings, pictures)
     outline = model.family.outline(model.location, model.dtype)
     network = outline.denoiser.bare(device)
     trained = list(work.trains(network))
-    text = outline.blank(work.rows, device)
+    conditions = outline.blank(work.rows, device)
     if not trained:  # the words learn
-        trained = [value.requires_grad_(True) for value in text.values() if value.is_floating_point()]
+        trained = [value.requires_grad_(True) for value in conditions.tensors() if value.is_floating_point()]
     noisy = torch.zeros(work.rows, *model.latent_shape, device=device)
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     seconds = 0.0
     for _ in range(2):
         began = time.perf_counter()
-        with model.autocast(), quick_to_train(network):
-            said = model.family.network(network, text)(noisy, noisy.new_zeros(work.rows))
-        (said.float() - noisy).square().mean().backward()
+        with quick_to_train(network):
+            cleanest = torch.zeros(work.rows, dtype=torch.long)
+            prediction = model.predict(noisy, cleanest, conditions, denoiser=network)
+        squared_error(prediction, noisy).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         if device == "cuda":

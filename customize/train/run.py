@@ -12,23 +12,22 @@ from typing import Any
 from backbone.adapters.concept import Concept, check_token, rare_words, spoken
 from backbone.adapters.embeddings import words_of
 from backbone.distributed import processes
-from backbone.io.console import UserError, progress, say
-from backbone.io.files import append_jsonl, content_hash, write_json, write_text
-from backbone.io.run_folder import clear_failed_try, refuse_taken, run_name, stopping, trim_log, versions
+from backbone.io.console import UserError, say
+from backbone.io.files import content_hash, write_json, write_text
+from backbone.io.run_folder import clear_failed_try, refuse_taken, run_name, versions
 from backbone.media.pictures import Picture, check, read_folder
 from backbone.media.transforms import square
 from backbone.models.model import Backbone
 from backbone.models.placement import get_placement
-from backbone.training.run import log_to_tensorboard
+from backbone.training.run import Every, drive
 from customize.data.dataset import Group, prepare
 from customize.data.masks import save_masks
 from customize.methods.lora import refuse_other_encoders
-from customize.objectives.dreambooth import Training, share_of
+from customize.objectives.dreambooth import DreamBooth, share_of
 from customize.settings import FILE, OWN_WORDS, SHEET, Settings, Subject, as_flags, read_settings, resolved
 from customize.train.card import card, push, readme
-from customize.train.evaluation import Previews, Watch
+from customize.train.evaluation import Previews, Validation
 
-LOG = "log.jsonl"
 MASKS = "masks.png"
 
 
@@ -155,42 +154,27 @@ def carry_on(
             else f"stands for “{subject.token_words}”"
         )
         say(f"{len(folder)} pictures of “{subject.called()}”; {subject.token} {what}.")
-    training = Training(model, prepare(model, groups, settings), settings)
+    training = DreamBooth(model, prepare(model, groups, settings), settings)
     training.resume(run)
     writes = processes.is_writer()
-    if writes:
-        trim_log(run / LOG, training.done)
-        if settings.mask == "auto":
-            save_masks(run / MASKS, pictures, training.material.masks or [], flip=settings.flip)
+    if writes and settings.mask == "auto":
+        save_masks(run / MASKS, pictures, training.data.masks or [], flip=settings.flip)
     prepared = time.perf_counter()
     previews = Previews(model, settings, concept)
-    watch = Watch(run, training, concept, pictures[0])
-    with (
-        stopping() as stop,
-        log_to_tensorboard(run, wanted=settings.report_to == "tensorboard", done=training.done) as note,
-        progress(settings.steps, "training", done=training.done) as bar,
-    ):
-        watch.look()
-        for report in training.steps():
-            if writes:
-                append_jsonl(run / LOG, dataclasses.asdict(report))
-            note(report)
-            bar.advance(images=settings.batch, loss=report.loss, learning_rate=report.learning_rate)
-            finished = report.step == settings.steps
-            halt = processes.any_of(bool(stop))
-            if halt or finished or report.step % settings.checkpointing_steps == 0:
-                training.save(run)
-            if halt:
-                raise KeyboardInterrupt(
-                    f"Stopped and saved at step {report.step} of {settings.steps}. "
-                    f"Continue with: customize train --resume {run}"
-                )
-            if report.step % settings.validation_steps == 0 and not finished:
-                with training.averaged():
-                    previews.save(run / "previews" / f"step-{report.step:06d}.png", count=4)
-            if processes.any_of(watch.due(report.step) and watch.look()) and not finished:
-                training.save(run)
-                break
+    validation = Validation(run, training, concept, pictures[0])
+
+    def preview(step: int) -> None:
+        with training.averaged():
+            previews.save(run / "previews" / f"step-{step:06d}.png", count=4)
+
+    drive(
+        training,
+        run,
+        command="customize train",
+        validate=Every(settings.evaluation_steps, validation),
+        preview=Every(settings.validation_steps, preview),
+        tensorboard=settings.report_to == "tensorboard",
+    )
     trained = time.perf_counter()
     if writes:
         header = {
@@ -199,7 +183,7 @@ def carry_on(
             "base_model": settings.model,
         }
         dataclasses.replace(concept, **training.write(run, header)).write(run)
-        watch.report(settings)
+        validation.report(settings)
     with training.averaged():
         shown = previews.save(
             run / SHEET, count=8, pictures=[picture for folder in pictures for picture in folder]

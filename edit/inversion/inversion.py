@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 
 from backbone.adapters.concept import Concept
+from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, Schedule, generator
 from backbone.diffusion.samplers import deterministic_step
-from backbone.families.base import Text
 from backbone.io.console import UserError
 from backbone.io.files import content_hash, read_metadata, read_tensors, write_tensors
 from backbone.media.transforms import to_image
@@ -133,11 +133,11 @@ class Inversion:
             return deterministic_step(now, estimate, self.schedule[number], self.schedule[number + 1])
         return self.step(number, None, now, estimate)
 
-    def unconditional(self, number: int, default: Text) -> Text:
+    def unconditional(self, number: int, default: Conditions) -> Conditions:
         """The encoded "no prompt" [1, ...] of a step."""
         if self.empties is None:
             return default
-        return {**default, "hidden": self.empties[number][None]}
+        return Conditions({**default.text, "hidden": self.empties[number][None]})
 
     def write(self, path: str | Path) -> None:
         """Writes everything into one safetensors file."""

@@ -7,9 +7,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Predict, Schedule, guide
 from backbone.diffusion.samplers import deterministic_step
-from backbone.families.base import Text
 from backbone.models.model import Backbone
 from backbone.training.attention import quick_to_train
 
@@ -23,7 +23,7 @@ def optimize_null_texts(
     schedule: Schedule,
     *,
     conditional: Predict,
-    empty: Text,
+    empty: Conditions,
     guidance: float,
     iterations: int = 10,
 ) -> tuple[Tensor, int]:
@@ -35,7 +35,7 @@ def optimize_null_texts(
     once a step.
     """
     steps = len(schedule) - 1
-    now, embedding, nfe, embeddings = states[0], empty["hidden"].clone(), 0, []
+    now, embedding, nfe, embeddings = states[0], empty.text["hidden"].clone(), 0, []
     with quick_to_train(model.denoiser):
         for step, (here, there) in enumerate(pairwise(schedule)):
             with torch.no_grad():
@@ -50,7 +50,7 @@ def optimize_null_texts(
             for iteration in range(iterations + 1):
                 last = iteration == iterations  # measures the last update, and takes no gradient
                 with torch.set_grad_enabled(not last):
-                    without = model.predictor({**empty, "hidden": trained})(now, here)
+                    without = model.predictor(Conditions({**empty.text, "hidden": trained}))(now, here)
                     reached = deterministic_step(now, guide(with_prompt, without, guidance), here, there)
                     loss = (reached - goal).square().mean()
                 nfe += len(now)

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import broadcast_like
 from backbone.diffusion.samplers import deterministic_step
 from backbone.io.console import UserError
@@ -42,9 +43,9 @@ def interpolate(
     # Rows: the two ends on their trajectories, then the images in between
     text = {
         name: torch.cat([value, torch.stack([_mix(value[0], value[1], float(one)) for one in share])])
-        for name, value in encode_prompts_cached(model, [first.prompt, second.prompt]).items()
+        for name, value in encode_prompts_cached(model, [first.prompt, second.prompt]).text.items()
     }
-    predict, nfe = model.predictor(text), 0
+    predict, nfe = model.predictor(Conditions(text)), 0
     now = torch.stack([slerp(ends[0, 0], ends[1, 0], float(one)) for one in share])
     for step in range(first.steps):
         here, there = schedule[step], schedule[step + 1]

@@ -63,7 +63,11 @@ def test_a_run_is_a_concept_with_its_summary_and_its_report(run: Path, tiny_fold
     assert set(summary["held_out"]) >= {"accuracy", "by_level", "winner_change", "loser_change"}
     assert summary["steps"] == 4 and summary["seconds"]["train"] > 0
     page = (run / "report.html").read_text()
-    assert "Accuracy, held out" in page and "Bank gap" in page and "http" not in page.split("<pre>")[0]
+    assert (
+        "Accuracy, held out" in page
+        and "Seen/unseen-noise gap" in page
+        and "http" not in page.split("<pre>")[0]
+    )
     assert read_settings(run).model == str(tiny_folder)
 
 
@@ -232,18 +236,18 @@ def test_a_run_on_what_the_model_draws_itself_goes_on_bit_for_bit(
     assert len(list((whole / "rounds").glob("*/pictures/*.png"))) == 20
     assert len(read_json(whole / "summary.json")["rewards"]) == 2
 
-    from align.objectives.preference import PreferenceTraining
+    from backbone.training import run as training_run
 
-    steps = PreferenceTraining.steps
+    steps = training_run.take_steps
 
-    def stop_in_round_two(self: PreferenceTraining, *, until: int | None = None) -> object:
-        for report in steps(self, until=until):
+    def stop_in_round_two(objective: training_run.Objective, *, until: int | None = None) -> object:
+        for report in steps(objective, until=until):
             if report.step == 3:
                 raise RuntimeError("killed")
             yield report
 
     with monkeypatch.context() as patch:
-        patch.setattr(PreferenceTraining, "steps", stop_in_round_two)
+        patch.setattr(training_run, "take_steps", stop_in_round_two)
         with pytest.raises(RuntimeError, match="killed"):
             align("train", "--out", broken, *where, *how, *TRAIN)
     align("train", "--resume", broken)

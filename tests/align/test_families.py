@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from align.objectives.preference import PreferenceTraining
 from tests import tiny
-from tests.align.objectives.test_preference import material, opened, settings
+from tests.align.objectives.test_preference import data, opened, settings
 
 Native = Callable[[Any, Tensor, Tensor, dict[str, Tensor]], Tensor]
 """(denoiser, noisy, timestep, text) → prediction, as diffusers' pipelines call it."""
@@ -98,7 +98,7 @@ def test_a_step_is_the_paper_s_formula_in_loss_and_gradient(
     build, native = FAMILIES[name]
     folder = build(tmp_path / name)
     model, asked = opened(folder), settings(evaluation_draws=1, beta=300.0, prompt_dropout=0.0)
-    run = PreferenceTraining(model, material(model, pairs_file, asked), asked)
+    run = PreferenceTraining(model, data(model, pairs_file, asked), asked)
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for value in run.parameters.values():
@@ -106,16 +106,16 @@ def test_a_step_is_the_paper_s_formula_in_loss_and_gradient(
     (ours,) = run.losses(1)
     gradients = torch.autograd.grad(ours, list(run.parameters.values()))
 
-    cells = run.visits(1)
-    items = [run.material.train[row] for row, _ in cells]
-    clean = torch.stack([run.material.latents[item.pictures[g]] for g in (0, 1) for item in items])
+    chosen = run.batch_rows(1)
+    items = [run.data.train[row] for row, _ in chosen]
+    clean = torch.stack([run.data.latents[item.pictures[g]] for g in (0, 1) for item in items])
     noise = torch.stack(
-        [run.draws.noise(item, k, clean.shape[1:]) for item, (_, k) in zip(items, cells, strict=True)]
+        [run.samples.noise(item, k, clean.shape[1:]) for item, (_, k) in zip(items, chosen, strict=True)]
     )
-    index = torch.tensor([run.draws.level(item, k) for item, (_, k) in zip(items, cells, strict=True)])
+    index = torch.tensor([run.samples.level(item, k) for item, (_, k) in zip(items, chosen, strict=True)])
     said = [item.prompt for item in items]
     noise, index = noise.repeat(2, 1, 1, 1), index.repeat(2)
-    text = {key: value[said].repeat(2, *[1] * (value.dim() - 1)) for key, value in run.material.text.items()}
+    text = run.data.conditions[said].repeat(2).text
     assert model.path.levels.time is not None
     time = model.path.levels.time[index]
     if model.path.prediction_type == "flow":

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from align.objectives.preference import CHECKPOINT
-from align.settings import EVALUATIONS, LOG, REWARDS, SUMMARY
+from align.settings import EVALUATIONS, REWARDS, SUMMARY
 from align.train.run import resume_taste
 from backbone.adapters.lora import WEIGHTS
 from backbone.distributed.spawn import run_workers
 from backbone.io.files import read_json, read_jsonl, read_tensors
 from backbone.models.cache import VARIABLE
+from backbone.training.run import CHECKPOINT, LOG
 from tests.align.conftest import PROMPTS, picture, write_lines
 from tests.align.together import CASES, ONLINE, cold_worker, everything, online, online_worker, worker
 

@@ -13,7 +13,6 @@ from unittest.mock import patch
 from align.collect.sample import Drawing, sample_pairs
 from align.pairs.read import read
 from align.pairs.records import check
-from align.settings import LOG
 from align.train import run as runs
 from align.train.online import train_online
 from align.train.run import train_taste
@@ -22,6 +21,7 @@ from backbone.io.console import UserError
 from backbone.io.files import append_jsonl
 from backbone.io.prompts import read_prompts
 from backbone.models.cache import VARIABLE
+from backbone.training.run import LOG
 
 CASES: dict[str, dict[str, Any]] = {
     "rows": {"batch": 3},
@@ -67,7 +67,7 @@ def interrupted(folder: Path, model: Path, pairs: Path, name: str) -> None:
         if path.name == LOG and line["step"] == 3:
             signal.raise_signal(signal.SIGTERM)
 
-    with patch("align.train.run.append_jsonl", log), suppress(KeyboardInterrupt):
+    with patch("backbone.training.run.append_jsonl", log), suppress(KeyboardInterrupt):
         train(folder, model, pairs, name, LONGER)
 
 

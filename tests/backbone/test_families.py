@@ -289,8 +289,8 @@ def test_no_prompt_is_zeros_where_the_model_says_so(folders: dict[str, Path], tm
     pipeline = StableDiffusionXLPipeline.from_pretrained(other, local_files_only=True)
     _, hidden, _, pooled = pipeline.encode_prompt("a")
     ours = opened(other).encode_prompts([""])
-    torch.testing.assert_close(ours["hidden"], hidden)
-    torch.testing.assert_close(ours["pooled"], pooled)
+    torch.testing.assert_close(ours.text["hidden"], hidden)
+    torch.testing.assert_close(ours.text["pooled"], pooled)
 
 
 def test_the_autoencoder_of_xl_stays_in_fp32_unless_it_was_repaired(

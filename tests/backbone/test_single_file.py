@@ -84,7 +84,9 @@ def test_text_encoders_are_read_with_and_without_transformers_level(
     assert flat.keys() != checkpoint.keys()
     single = opened(written(tmp_path / "flat.safetensors", flat, settings=tiny_folder))
     prompts = ["a dog in the snow"]
-    assert torch.equal(single.encode_prompts(prompts)["hidden"], tiny.encode_prompts(prompts)["hidden"])
+    assert torch.equal(
+        single.encode_prompts(prompts).text["hidden"], tiny.encode_prompts(prompts).text["hidden"]
+    )
 
 
 def test_settings_in_a_folder_of_the_file_s_name_come_before_those_beside_it(
@@ -113,7 +115,7 @@ def test_half_precision_keeps_the_text_encoder_and_the_autoencoder_safe(file: Pa
     model = Backbone.open(str(file), device="cpu", precision="fp16")
     assert next(model.denoiser.parameters()).dtype is torch.float16
     assert next(model.autoencoder.parameters()).dtype is torch.float32
-    assert model.encode_prompts(["a dog"])["hidden"].dtype is torch.float32
+    assert model.encode_prompts(["a dog"]).text["hidden"].dtype is torch.float32
 
 
 def test_the_fingerprint_follows_weights_and_settings_and_not_the_name(
@@ -335,7 +337,7 @@ def some_pictures(model: Backbone) -> Tensor:
 def assert_same_model(one: Backbone, other: Backbone) -> None:
     """Exactly the same embeddings, posteriors, pictures and predictions."""
     texts = [model.encode_prompts(["a dog in the snow", "a red cat"]) for model in (one, other)]
-    assert torch.equal(texts[0]["hidden"], texts[1]["hidden"])
+    assert torch.equal(texts[0].text["hidden"], texts[1].text["hidden"])
     posteriors = [model.encode(some_pictures(other)) for model in (one, other)]
     for mine, theirs in zip(*posteriors, strict=True):
         assert torch.equal(mine, theirs)

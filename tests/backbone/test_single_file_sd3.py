@@ -86,7 +86,7 @@ def test_without_t5_a_file_is_the_same_model_as_a_folder_without_it(
     one = opened(written(tmp_path / "file" / "sd3.safetensors", fewer, settings=folder))
     assert_same_model(one, opened(without))
     assert "text_encoder_3" not in one.family.outline(one.location, one.dtype).encoders
-    assert one.encode_prompts(PROMPTS)["hidden"][:, 77:].abs().max() == 0
+    assert one.encode_prompts(PROMPTS).text["hidden"][:, 77:].abs().max() == 0
 
 
 def test_a_transformer_without_norms_and_second_attention_is_the_same_too(
@@ -345,15 +345,17 @@ def assert_same_model(one: Backbone, other: Backbone) -> None:
     assert torch.equal(one.path.levels.b, other.path.levels.b)
     texts = [model.encode_prompts(PROMPTS) for model in (one, other)]
     for name in ("hidden", "pooled"):
-        torch.testing.assert_close(texts[0][name], texts[1][name], rtol=0, atol=1e-5)
-    assert (texts[1]["pooled"][0] - texts[1]["pooled"][2]).abs().max() > 1e-3  # prompts are told apart
+        torch.testing.assert_close(texts[0].text[name], texts[1].text[name], rtol=0, atol=1e-5)
+    assert (
+        texts[1].text["pooled"][0] - texts[1].text["pooled"][2]
+    ).abs().max() > 1e-3  # prompts are told apart
     latents = [model.encode(some_pictures(other)).mean for model in (one, other)]
     torch.testing.assert_close(*latents, rtol=0, atol=1e-5)
     torch.testing.assert_close(*(model.decode(latents[1]) for model in (one, other)), rtol=0, atol=1e-5)
     level = other.schedule(4)[1]
     with torch.no_grad():
         said = [
-            model.predictor({name: value[:2] for name, value in text.items()})(latents[1], level).noise
+            model.predictor(text[:2])(latents[1], level).noise
             for model, text in zip((one, other), texts, strict=True)
         ]
     torch.testing.assert_close(*said, rtol=0, atol=1e-5)

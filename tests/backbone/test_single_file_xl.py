@@ -74,7 +74,7 @@ def test_a_single_file_is_the_same_model_as_the_folder(file: Path, folder: Path)
     prompts = ["a dog in the snow", "", "a red cat"]
     texts = [model.encode_prompts(prompts) for model in (one, other)]
     for name in ("hidden", "pooled"):
-        torch.testing.assert_close(texts[0][name], texts[1][name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(texts[0].text[name], texts[1].text[name], rtol=0, atol=1e-6)
     for ours, theirs in ((one.denoiser, other.denoiser), (one.autoencoder, other.autoencoder)):
         wanted = theirs.state_dict()
         assert all(torch.equal(value, wanted[name]) for name, value in ours.state_dict().items())
@@ -84,7 +84,7 @@ def test_a_single_file_is_the_same_model_as_the_folder(file: Path, folder: Path)
     assert torch.equal(one.schedule(4).b, other.schedule(4).b)
     with torch.no_grad():
         said = [
-            model.predictor({name: value[:1] for name, value in text.items()})(latents, level).noise
+            model.predictor(text[:1])(latents, level).noise
             for model, text in zip((one, other), texts, strict=True)
         ]
     torch.testing.assert_close(*said, rtol=0, atol=1e-5)

@@ -41,10 +41,10 @@ def test_a_banked_step_asks_the_base_nothing(parts: Parts) -> None:
     training = ours(parts, 1)
     script = Script(parts, training, random_pictures(parts.model.resolution, 2))
     one_step("cached", training, script)
-    asked = training.live.asked
+    asked = training.live.nfe
     assert asked == 2
     one_step("bank", training, script)
-    assert training.live.asked == asked
+    assert training.live.nfe == asked
 
 
 def test_sdxl_s_shape_has_its_own_conditions() -> None:

@@ -40,7 +40,7 @@ def test_both_sides_have_one_loss_and_one_gradient(bench: Bench) -> None:
     found = parity(bench.training, size=1e-2)
     assert found.here > 0.1 and found.loss < 1e-3 and found.gradient < 1e-3
     assert all(torch.equal(value, before[name]) for name, value in bench.training.parameters.items())
-    assert bench.training.material is bench.with_prior
+    assert bench.training.data is bench.with_prior
 
 
 def test_every_kind_of_step_but_the_bare_ones_trains(bench: Bench) -> None:

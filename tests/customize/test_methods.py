@@ -19,8 +19,9 @@ from backbone.io.console import UserError
 from backbone.io.files import read_tensors
 from backbone.media.pictures import read_folder
 from backbone.models.model import Backbone
+from backbone.training.run import take_steps
 from customize.data.dataset import Group, prepare
-from customize.objectives.dreambooth import Training
+from customize.objectives.dreambooth import DreamBooth
 from customize.settings import METHODS, OWN_WORDS, Settings
 
 ALL = [
@@ -54,14 +55,14 @@ def settings(subject: Path, **changes: object) -> Settings:
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
-def begun(model: Backbone, subject: Path, asked: Settings) -> tuple[Training, Concept]:
+def begun(model: Backbone, subject: Path, asked: Settings) -> tuple[DreamBooth, Concept]:
     """A training that has not taken a step yet, and the concept that it will become."""
     own = asked.method in OWN_WORDS
     words = " ".join(words_of("[V]", asked.num_vectors)) if own else asked.token_words
     concept = Concept(asked.method, "tiny", model.fingerprint, {"[V]": words}, "dog")
     pictures = read_folder(subject)
     prompts = [spoken("a [V] dog", [concept]) for _ in pictures]
-    return Training(model, prepare(model, [Group(pictures, prompts, "a dog")], asked), asked), concept
+    return DreamBooth(model, prepare(model, [Group(pictures, prompts, "a dog")], asked), asked), concept
 
 
 def fresh(folder: Path) -> Backbone:
@@ -83,7 +84,7 @@ def test_a_concept_says_from_its_files_what_its_training_said(
     model = fresh(tiny_folder)
     training, concept = begun(model, subject, settings(subject, method=method, adapter=adapter))
     before = said(model, spoken("a [V] dog in the snow", [concept]))
-    reports = list(training.steps())
+    reports = list(take_steps(training))
     assert [report.step for report in reports] == [1, 2, 3, 4]
     prompt = spoken("a [V] dog in the snow", [concept])
     trained = said(model, prompt)
@@ -103,7 +104,7 @@ def test_only_what_the_method_names_moves(
     mine = {id(value) for value in training.parameters.values()}
     everything = [*model.denoiser.named_parameters(), *model.text_encoder.sides[0].model.named_parameters()]
     before = {name: value.detach().clone() for name, value in everything}
-    for _ in training.steps():
+    for _ in take_steps(training):
         pass
     for name, value in everything:
         if id(value) not in mine:
@@ -112,12 +113,12 @@ def test_only_what_the_method_names_moves(
 
 
 def test_a_new_word_begins_as_the_class_and_old_words_stay_bit_for_bit(tiny: Backbone) -> None:
-    old = tiny.encode_prompts(["a dog in the snow"])["hidden"]
+    old = tiny.encode_prompts(["a dog in the snow"]).text["hidden"]
     rows = rows_of(tiny.text_encoder, "dog", count=2)
     new_words(tiny.text_encoder, rows, words=words_of("[V]", 2))
-    assert torch.equal(tiny.encode_prompts(["a dog in the snow"])["hidden"], old)
-    assert torch.equal(tiny.encode_prompts(["a [V] in the snow"])["hidden"], old)
-    assert not torch.equal(tiny.encode_prompts(["a [V] [V]_1 in the snow"])["hidden"], old)
+    assert torch.equal(tiny.encode_prompts(["a dog in the snow"]).text["hidden"], old)
+    assert torch.equal(tiny.encode_prompts(["a [V] in the snow"]).text["hidden"], old)
+    assert not torch.equal(tiny.encode_prompts(["a [V] [V]_1 in the snow"]).text["hidden"], old)
 
 
 def test_a_word_that_the_model_has_is_refused(tiny: Backbone) -> None:
@@ -133,7 +134,7 @@ def test_learned_words_are_read_by_diffusers(tiny_folder: Path, subject: Path, t
     model = fresh(tiny_folder)
     asked = settings(subject, method="textual-inversion", num_vectors=2, words_learning_rate=0.1)
     training, concept = begun(model, subject, asked)
-    for _ in training.steps():
+    for _ in take_steps(training):
         pass
     training.write(tmp_path, {})
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, local_files_only=True)
@@ -141,7 +142,7 @@ def test_learned_words_are_read_by_diffusers(tiny_folder: Path, subject: Path, t
     prompt = "a [V] dog in the snow"
     written_out = spoken(prompt, [concept])
     theirs, _ = pipeline.encode_prompt(written_out, "cpu", 1, False)
-    ours = model.encode_prompts([written_out])["hidden"]
+    ours = model.encode_prompts([written_out]).text["hidden"]
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
@@ -150,7 +151,7 @@ def test_pivotal_tuning_learns_the_word_first_and_then_the_network(tiny: Backbon
     word = training.parameters["words.[V].text_encoder"]
     factor = next(value for name, value in training.parameters.items() if "lora_B" in name)
     words, factors = [], []
-    for _ in training.steps():
+    for _ in take_steps(training):
         words.append(word.detach().clone())
         factors.append(float(factor.detach().abs().sum()))
     assert factors[0] == factors[1] == 0 < factors[2] < factors[3]
@@ -164,16 +165,16 @@ def test_every_method_goes_on_bit_for_bit(
 ) -> None:
     asked = settings(subject, method=method, ema_decay=0.5, train_text_encoder=method == "lora")
     whole, _ = begun(fresh(tiny_folder), subject, asked)
-    for _ in whole.steps():
+    for _ in take_steps(whole):
         pass
     first, _ = begun(fresh(tiny_folder), subject, asked)
-    for report in first.steps():
+    for report in take_steps(first):
         if report.step == 2:
             first.save(tmp_path)
             break
     second, _ = begun(fresh(tiny_folder), subject, asked)
     second.resume(tmp_path)
-    assert [report.step for report in second.steps()] == [3, 4]
+    assert [report.step for report in take_steps(second)] == [3, 4]
     for name, value in whole.parameters.items():
         assert torch.equal(value, second.parameters[name]), name
 
@@ -183,18 +184,18 @@ def test_class_pictures_are_drawn_once_and_their_latents_kept(
 ) -> None:
     asked = settings(subject, prior="class-images", num_class_images=3)
     first, _ = begun(tiny, subject, asked)
-    assert first.material.drawn is not None
-    assert first.material.drawn.shape == (3, *tiny.latent_shape)
+    assert first.data.class_latents is not None
+    assert first.data.class_latents.shape == (3, *tiny.latent_shape)
     monkeypatch.setattr("customize.data.dataset.sample_latents", None)  # a second drawing would fail
     again = prepare(tiny, [Group(read_folder(subject), ["a bcd dog"] * 3, "a dog")], asked)
-    assert again.drawn is not None
-    assert torch.equal(again.drawn, first.material.drawn)
+    assert again.class_latents is not None
+    assert torch.equal(again.class_latents, first.data.class_latents)
     assert torch.isfinite(next(first.losses(1)))
 
 
 def test_without_a_prior_the_loss_is_the_subjects_alone(tiny: Backbone, subject: Path) -> None:
     off, _ = begun(tiny, subject, settings(subject, prior="off"))
-    assert not off.material.has_prior
+    assert not off.data.has_prior
 
 
 def test_what_a_mask_hides_is_not_learned(tiny: Backbone, subject: Path) -> None:
@@ -207,8 +208,8 @@ def test_what_a_mask_hides_is_not_learned(tiny: Backbone, subject: Path) -> None
     asked = settings(subject, prior="off")
     material = prepare(tiny, [Group(pictures, ["a bcd dog"] * len(pictures), "a dog")], asked)
     assert material.masks is not None
-    training = Training(tiny, material, asked)
-    weight = training.subject_batch(material.buckets[0], generator(1))[0].weight
+    training = DreamBooth(tiny, material, asked)
+    weight = training.subject_batch(material.buckets[0], generator(1)).weight
     assert float(weight[..., 5:].abs().max()) == 0
     assert float(weight[..., :3].min()) > 1.5
     assert float(weight.mean()) == pytest.approx(1.0, abs=1e-5)
@@ -220,7 +221,7 @@ def test_gradient_accumulation_is_the_mean_over_micro_batches(tiny: Backbone, su
     losses = [float(loss.detach()) for loss in training.losses(1)]
     assert len(losses) == 3
     assert len(set(losses)) == 3
-    report = next(iter(training.steps()))
+    report = next(iter(take_steps(training)))
     assert report.loss == pytest.approx(sum(losses) / 3, rel=1e-4)
 
 
@@ -238,16 +239,16 @@ def test_every_subject_is_drawn_as_often_with_its_own_prompts(tiny: Backbone, su
         Group(pictures, ["a bcd dog"] * len(pictures), "a dog"),
         Group(pictures[:1], ["a fgh cat"], "a cat"),
     ]
-    training = Training(tiny, prepare(tiny, groups, asked), asked)
-    _, rows = training.subject_batch(training.material.buckets[0], generator(0))
+    training = DreamBooth(tiny, prepare(tiny, groups, asked), asked)
+    rows = training.subject_batch(training.data.buckets[0], generator(0)).rows
     assert 20 <= int((rows == len(pictures)).sum()) <= 44
-    _, prior = training.prior_batch(training.material.buckets[0], generator(0))
+    prior = training.prior_batch(training.data.buckets[0], generator(0)).rows
     assert set(prior.tolist()) == {len(pictures) + 1, len(pictures) + 2}
-    text = training.text(torch.tensor([len(pictures), len(pictures) + 2]))["hidden"]
-    torch.testing.assert_close(text, tiny.encode_prompts(["a fgh cat", "a cat"])["hidden"])
-    answers = training.material.buckets[0].bank
-    assert answers is not None
-    assert len(answers) == 2 * asked.prior_draws
+    text = training.conditions(torch.tensor([len(pictures), len(pictures) + 2])).text["hidden"]
+    torch.testing.assert_close(text, tiny.encode_prompts(["a fgh cat", "a cat"]).text["hidden"])
+    base = training.data.buckets[0].base
+    assert base is not None
+    assert len(base) == 2 * asked.prior_draws
 
 
 def test_pictures_keep_their_shapes_in_buckets(tiny: Backbone, subject: Path) -> None:
@@ -261,8 +262,8 @@ def test_pictures_keep_their_shapes_in_buckets(tiny: Backbone, subject: Path) ->
     pictures = read_folder(subject)
     asked = settings(subject, aspect_buckets=True, batch=3, steps=12)
     prompts = [f"a bcd dog {picture.path.stem}" for picture in pictures]
-    training = Training(tiny, prepare(tiny, [Group(pictures, prompts, "a dog")], asked), asked)
-    material = training.material
+    training = DreamBooth(tiny, prepare(tiny, [Group(pictures, prompts, "a dog")], asked), asked)
+    material = training.data
     shapes = {
         Path(name).stem: posterior.mean.shape[-2:]
         for name, posterior in zip(material.names, material.posteriors, strict=True)
@@ -270,17 +271,17 @@ def test_pictures_keep_their_shapes_in_buckets(tiny: Backbone, subject: Path) ->
     assert shapes["square"] == shapes["other"]
     assert shapes["wide"][1] > shapes["wide"][0] == min(shapes["wide"])
     assert shapes["tall"][0] > shapes["tall"][1]
-    assert len(training.material.buckets) == 3
-    for bucket in training.material.buckets:
-        batch, rows = training.subject_batch(bucket, generator(0))
+    assert len(training.data.buckets) == 3
+    for bucket in training.data.buckets:
+        batch = training.subject_batch(bucket, generator(0))
         assert {batch.noisy.shape[-2:]} == {
-            training.material.posteriors[int(row)].mean.shape[-2:] for row in rows
+            training.data.posteriors[int(row)].mean.shape[-2:] for row in batch.rows
         }
-        prior, _ = training.prior_batch(bucket, generator(0))
+        prior = training.prior_batch(bucket, generator(0))
         assert prior.noisy.shape[-2:] == batch.noisy.shape[-2:]
-    squares = [len(training.bucket(generator(k)).rows) == 2 for k in range(200)]
+    squares = [len(training.draw_bucket(generator(k)).rows) == 2 for k in range(200)]
     assert 80 <= sum(squares) <= 120  # two pictures of four
-    assert all(torch.isfinite(torch.tensor(report.loss)) for report in training.steps())
+    assert all(torch.isfinite(torch.tensor(report.loss)) for report in take_steps(training))
 
 
 def test_class_pictures_are_square_and_say_so(tiny: Backbone, subject: Path) -> None:
@@ -319,7 +320,7 @@ def test_an_unknown_choice_names_those_there_are(
 
 def test_custom_diffusion_keeps_keys_and_values_alone(tiny: Backbone, subject: Path, tmp_path: Path) -> None:
     training, _ = begun(tiny, subject, settings(subject, method="custom-diffusion"))
-    for _ in training.steps():
+    for _ in take_steps(training):
         pass
     files = training.write(tmp_path, {})
     names = set(read_tensors(tmp_path / files["changed"])[0])

@@ -20,7 +20,8 @@ from backbone.distributed.spawn import run_workers
 from backbone.io.console import UserError
 from backbone.io.files import read_json, read_jsonl, read_tensors
 from backbone.models.cache import VARIABLE
-from customize.objectives.dreambooth import CHECKPOINT, share_of
+from backbone.training.run import CHECKPOINT
+from customize.objectives.dreambooth import share_of
 from customize.settings import Settings
 from customize.train.run import resume_concept
 from tests.customize.together import CASES, cold_worker, everything, worker

@@ -50,7 +50,7 @@ def interrupted(folder: Path, model: Path, pictures: Path, name: str) -> None:
         if line["step"] == 3:
             signal.raise_signal(signal.SIGTERM)
 
-    with patch("customize.train.run.append_jsonl", log), suppress(KeyboardInterrupt):
+    with patch("backbone.training.run.append_jsonl", log), suppress(KeyboardInterrupt):
         train(folder, model, pictures, name, LONGER)
 
 

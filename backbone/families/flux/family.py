@@ -8,6 +8,7 @@ packed into a token.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -19,6 +20,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextModel, T5EncoderModel
 
+from backbone.conditions.conditions import Conditions, Text
 from backbone.families import loading as parts
 from backbone.families import text_encoders as text_encoders_file
 from backbone.families.base import (
@@ -29,7 +31,6 @@ from backbone.families.base import (
     Side,
     Streams,
     Stretch,
-    Text,
     encoder,
     network,
 )
@@ -96,7 +97,7 @@ class Flux:
             },
         )
 
-    def latent_shape(self, location: Location) -> tuple[int, int, int]:
+    def latent_shape(self, location: Location) -> tuple[int, ...]:
         config = location.config("vae")
         side = int(config.get("sample_size", 1024)) // 2 ** (len(config["block_out_channels"]) - 1)
         return int(config["latent_channels"]), side, side
@@ -109,38 +110,41 @@ class Flux:
         return dev if takes_guidance(location) else schnell
 
     def path(self, location: Location) -> NoisePath:
-        _, height, width = self.latent_shape(location)
+        height, width = self.latent_shape(location)[-2:]
         return parts.flow_path(location, size=(height, width), lowest=lambda steps: 1 / steps)
 
-    def network(self, denoiser: nn.Module, text: Text) -> Network:
+    def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
         network = cast(Any, denoiser)
         dtype = cast(torch.dtype, denoiser.dtype)
         told = network.config.guidance_embeds
 
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
             count, _, height, width = noisy.shape
-            guidance = text.get("guidance", noisy.new_full((count,), TRAINING_GUIDANCE))
+            guidance = conditions.guidance
+            if guidance is None:
+                guidance = noisy.new_full((count,), TRAINING_GUIDANCE)
             said = network(
                 hidden_states=packed(noisy).to(dtype),
                 timestep=time.expand(count) / 1000,
                 guidance=guidance.to(noisy.device) if told else None,
-                encoder_hidden_states=text["hidden"].to(dtype),
-                pooled_projections=text["pooled"].to(dtype),
-                txt_ids=torch.zeros(text["hidden"].shape[1], 3, dtype=dtype, device=noisy.device),
+                encoder_hidden_states=conditions.text["hidden"].to(dtype),
+                pooled_projections=conditions.text["pooled"].to(dtype),
+                txt_ids=torch.zeros(conditions.text["hidden"].shape[1], 3, dtype=dtype, device=noisy.device),
                 img_ids=places(height // 2, width // 2).to(noisy.device, dtype),
             )
             return unpacked(said.sample, height, width)
 
         return predict
 
-    def attention(self, denoiser: nn.Module, text: Text) -> Attention:
-        read = partial(streams, words=text["hidden"].shape[1])
+    def attention(self, denoiser: nn.Module, conditions: Conditions) -> Attention:
+        read = partial(streams, words=conditions.text["hidden"].shape[1])
         return Attention({FluxAttnProcessor: read}, coarse=None, late=("single_transformer_blocks.",))
 
-    def distilled(self, denoiser: nn.Module, text: Text, guidance: float) -> Text:
+    def distilled(self, denoiser: nn.Module, conditions: Conditions, guidance: float) -> Conditions:
         if not cast(Any, denoiser).config.guidance_embeds:
-            return text
-        return {**text, "guidance": text["pooled"].new_full((len(text["pooled"]),), guidance)}
+            return conditions
+        scale = conditions.text["pooled"].new_full((len(conditions),), guidance)
+        return replace(conditions, guidance=scale)
 
 
 class ClipAndT5(parts.Encoders):

@@ -15,8 +15,9 @@ from diffusers import AutoencoderKL, PixArtTransformer2DModel
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
+from backbone.conditions.conditions import Conditions, Text
 from backbone.families import loading as parts
-from backbone.families.base import Attention, Network, NoisePath, Outline, Stretch, Text, encoder, network
+from backbone.families.base import Attention, Network, NoisePath, Outline, Stretch, encoder, network
 from backbone.families.location import Location
 from backbone.io.files import Header
 
@@ -55,7 +56,7 @@ class PixArt:
             {"hidden": (T5_TOKENS, width), "mask": (T5_TOKENS,)},
         )
 
-    def latent_shape(self, location: Location) -> tuple[int, int, int]:
+    def latent_shape(self, location: Location) -> tuple[int, ...]:
         side = int(location.config("transformer")["sample_size"])
         return int(location.config("vae")["latent_channels"]), side, side
 
@@ -68,15 +69,15 @@ class PixArt:
     def path(self, location: Location) -> NoisePath:
         return parts.vp_path(location)
 
-    def network(self, denoiser: nn.Module, text: Text) -> Network:
+    def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
         dtype = cast(torch.dtype, denoiser.dtype)
         unsaid = {"resolution": None, "aspect_ratio": None}
 
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
             said = denoiser(
                 noisy.to(dtype),
-                encoder_hidden_states=text["hidden"].to(dtype),
-                encoder_attention_mask=text["mask"],
+                encoder_hidden_states=conditions.text["hidden"].to(dtype),
+                encoder_attention_mask=conditions.text["mask"],
                 timestep=time.expand(len(noisy)),
                 added_cond_kwargs=unsaid,
             ).sample
@@ -84,11 +85,11 @@ class PixArt:
 
         return predict
 
-    def attention(self, denoiser: nn.Module, text: Text) -> Attention:
+    def attention(self, denoiser: nn.Module, conditions: Conditions) -> Attention:
         late = parts.later_half(cast(Any, denoiser).transformer_blocks, "transformer_blocks")
         return Attention(coarse=None, late=late)
 
-    def distilled(self, denoiser: nn.Module, text: Text, guidance: float) -> None:
+    def distilled(self, denoiser: nn.Module, conditions: Conditions, guidance: float) -> None:
         return None
 
 

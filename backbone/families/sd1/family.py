@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
+from backbone.conditions.conditions import Conditions, Text
 from backbone.families import checkpoint as single_file
 from backbone.families import loading as parts
 from backbone.families.base import (
@@ -20,7 +21,6 @@ from backbone.families.base import (
     Outline,
     Side,
     Stretch,
-    Text,
     encoder,
     network,
 )
@@ -66,7 +66,7 @@ class StableDiffusion:
             {"hidden": (77, int(location.config("unet")["cross_attention_dim"]))},
         )
 
-    def latent_shape(self, location: Location) -> tuple[int, int, int]:
+    def latent_shape(self, location: Location) -> tuple[int, ...]:
         side = int(location.config("unet")["sample_size"])
         return int(location.config("vae")["latent_channels"]), side, side
 
@@ -79,19 +79,19 @@ class StableDiffusion:
     def path(self, location: Location) -> NoisePath:
         return parts.vp_path(location)
 
-    def network(self, denoiser: nn.Module, text: Text) -> Network:
+    def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
         dtype = cast(torch.dtype, denoiser.dtype)
 
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
             noisy = noisy.to(dtype).contiguous(memory_format=torch.channels_last)
-            return cast(Tensor, denoiser(noisy, time, text["hidden"].to(dtype)).sample)
+            return cast(Tensor, denoiser(noisy, time, conditions.text["hidden"].to(dtype)).sample)
 
         return predict
 
-    def attention(self, denoiser: nn.Module, text: Text) -> Attention:
+    def attention(self, denoiser: nn.Module, conditions: Conditions) -> Attention:
         return Attention()
 
-    def distilled(self, denoiser: nn.Module, text: Text, guidance: float) -> None:
+    def distilled(self, denoiser: nn.Module, conditions: Conditions, guidance: float) -> None:
         return None
 
 

@@ -21,6 +21,7 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
+from backbone.conditions.conditions import Conditions, Text
 from backbone.families import loading as parts
 from backbone.families import text_encoders as text_encoders_file
 from backbone.families.base import (
@@ -31,7 +32,6 @@ from backbone.families.base import (
     Side,
     Streams,
     Stretch,
-    Text,
     encoder,
     network,
 )
@@ -101,7 +101,7 @@ class StableDiffusion3:
             },
         )
 
-    def latent_shape(self, location: Location) -> tuple[int, int, int]:
+    def latent_shape(self, location: Location) -> tuple[int, ...]:
         side = int(location.config("transformer")["sample_size"])
         return int(location.config("vae")["latent_channels"]), side, side
 
@@ -114,30 +114,30 @@ class StableDiffusion3:
         return {"steps": 28, "guidance": 4.5}
 
     def path(self, location: Location) -> NoisePath:
-        _, *size = self.latent_shape(location)
+        height, width = self.latent_shape(location)[-2:]
         patch = int(location.config("transformer")["patch_size"])
-        return parts.flow_path(location, size=(size[0], size[1]), patch=patch)
+        return parts.flow_path(location, size=(height, width), patch=patch)
 
-    def network(self, denoiser: nn.Module, text: Text) -> Network:
+    def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
         dtype = cast(torch.dtype, denoiser.dtype)
 
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
             said = denoiser(
                 hidden_states=noisy.to(dtype),
                 timestep=time.expand(len(noisy)),
-                encoder_hidden_states=text["hidden"].to(dtype),
-                pooled_projections=text["pooled"].to(dtype),
+                encoder_hidden_states=conditions.text["hidden"].to(dtype),
+                pooled_projections=conditions.text["pooled"].to(dtype),
             )
             return cast(Tensor, said.sample)
 
         return predict
 
-    def attention(self, denoiser: nn.Module, text: Text) -> Attention:
+    def attention(self, denoiser: nn.Module, conditions: Conditions) -> Attention:
         late = parts.later_half(cast(Any, denoiser).transformer_blocks, "transformer_blocks")
         joint = {JointAttnProcessor2_0: streams, ZerosOnce: streams_with_zeros_once}
         return Attention(joint, coarse=None, late=late)
 
-    def distilled(self, denoiser: nn.Module, text: Text, guidance: float) -> None:
+    def distilled(self, denoiser: nn.Module, conditions: Conditions, guidance: float) -> None:
         return None
 
 

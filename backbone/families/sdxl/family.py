@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from backbone.conditions.conditions import Conditions, Text
 from backbone.families import checkpoint as single_file
 from backbone.families import loading as parts
 from backbone.families.base import (
@@ -23,7 +24,6 @@ from backbone.families.base import (
     Outline,
     Side,
     Stretch,
-    Text,
     encoder,
     network,
 )
@@ -98,7 +98,7 @@ class StableDiffusionXL:
             {"hidden": (77, int(config["cross_attention_dim"])), "pooled": (int(pooled),)},
         )
 
-    def latent_shape(self, location: Location) -> tuple[int, int, int]:
+    def latent_shape(self, location: Location) -> tuple[int, ...]:
         side = int(location.config("unet")["sample_size"])
         return int(location.config("vae")["latent_channels"]), side, side
 
@@ -111,7 +111,7 @@ class StableDiffusionXL:
     def path(self, location: Location) -> NoisePath:
         return parts.vp_path(location)
 
-    def network(self, denoiser: nn.Module, text: Text) -> Network:
+    def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
         dtype = cast(torch.dtype, denoiser.dtype)
 
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
@@ -120,17 +120,17 @@ class StableDiffusionXL:
             sizes = torch.tensor(
                 [[*size, 0, 0, *size]], dtype=dtype, device=noisy.device
             )  # whole, not cropped
-            added = {"text_embeds": text["pooled"].to(dtype), "time_ids": sizes.expand(count, -1)}
+            added = {"text_embeds": conditions.text["pooled"].to(dtype), "time_ids": sizes.expand(count, -1)}
             noisy = noisy.to(dtype).contiguous(memory_format=torch.channels_last)
-            hidden = text["hidden"].to(dtype)
+            hidden = conditions.text["hidden"].to(dtype)
             return cast(Tensor, denoiser(noisy, time, hidden, added_cond_kwargs=added).sample)
 
         return predict
 
-    def attention(self, denoiser: nn.Module, text: Text) -> Attention:
+    def attention(self, denoiser: nn.Module, conditions: Conditions) -> Attention:
         return Attention()
 
-    def distilled(self, denoiser: nn.Module, text: Text, guidance: float) -> None:
+    def distilled(self, denoiser: nn.Module, conditions: Conditions, guidance: float) -> None:
         return None
 
 

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate
-from backbone.families.base import Attention, Text
+from backbone.families.base import Attention
 from backbone.io.console import UserError
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
@@ -189,10 +190,10 @@ def _guidance(inversion: Inversion, settings: ReplaceSettings) -> float:
     return usual if asked is None else asked
 
 
-def _unconditional_text(inversion: Inversion, settings: ReplaceSettings, text: Text) -> Text:
+def _unconditional_text(inversion: Inversion, settings: ReplaceSettings, text: Conditions) -> Conditions:
     """The encoded prompt [1, ...] of unconditional rows: the negative one; by negative-prompt inversion the source."""
     if inversion.method == "negative-prompt":
-        return {name: value[:1] for name, value in text.items()}
+        return text[:1]
     return encode_prompts_cached(inversion.model, [settings.negative])
 
 

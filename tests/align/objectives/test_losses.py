@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from align.objectives.losses import (
-    PAIR_LOSSES,
     PairErrors,
+    PairLoss,
     accuracy,
     dpo,
     dspo,
@@ -27,6 +27,7 @@ from align.objectives.losses import (
     with_sft,
 )
 
+PAIR_LOSSES: dict[str, PairLoss] = {"dpo": dpo, "ipo": ipo, "hinge": hinge, "mapo": mapo, "sft": sft}
 BETA = 2000.0
 
 

@@ -15,10 +15,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from align.objectives.dataset import Draws, Item, Material, batch_of, mean_squares, prepare, residuals
+from align.objectives.dataset import (
+    Item,
+    NoiseSamples,
+    PreferenceData,
+    batch_of,
+    mean_squares,
+    prepare,
+    residuals,
+)
 from align.objectives.losses import PairErrors, dpo
 from align.objectives.preference import LEVEL_WEIGHTS, PreferenceTraining
-from align.objectives.reference import Bank, bank_path
+from align.objectives.reference import CachedReference, reference_path
 from align.pairs.read import read
 from align.pairs.records import as_singles, check, held_out
 from align.settings import Settings, as_command, resolved
@@ -27,6 +35,7 @@ from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
 from backbone.io.options import fields_of
 from backbone.models.model import Backbone
+from backbone.training.run import take_steps
 from recipes.moji.denoiser import DEFAULTS
 from tests.tiny import tiny_pipeline, tiny_stable_diffusion_3, tiny_stable_diffusion_xl
 
@@ -50,7 +59,7 @@ def settings(**changes: Any) -> Settings:
     return replace(base, **changes)
 
 
-def material(model: Backbone, source: Path, asked: Settings) -> Material:
+def data(model: Backbone, source: Path, asked: Settings) -> PreferenceData:
     found = check(read(source))
     records = found.pairs if asked.by_pairs else as_singles(found)
     train, out = held_out(records, share=asked.held_out, seed=asked.seed)
@@ -65,7 +74,7 @@ def training(folder: Path, source: Path, **changes: Any) -> PreferenceTraining:
     """A fresh training on a fresh model."""
     asked = settings(**changes)
     model = opened(folder)
-    return PreferenceTraining(model, material(model, source, asked), asked)
+    return PreferenceTraining(model, data(model, source, asked), asked)
 
 
 def weights(run: PreferenceTraining) -> dict[str, Tensor]:
@@ -73,7 +82,7 @@ def weights(run: PreferenceTraining) -> dict[str, Tensor]:
 
 
 def trained(run: PreferenceTraining) -> PreferenceTraining:
-    for _ in run.steps():
+    for _ in take_steps(run):
         pass
     return run
 
@@ -134,24 +143,24 @@ def test_other_families_train_alike(tmp_path: Path, pairs_file: Path, build: Cal
 
 def test_level_noise_and_dropped_prompt_are_shared_in_a_pair(tiny: Backbone, pairs_file: Path) -> None:
     asked = settings(prompt_dropout=0.5)
-    ready = material(tiny, pairs_file, asked)
-    draws = Draws("training", 0, 16, len(tiny.path.levels), prompt_dropout=0.5)
+    ready = data(tiny, pairs_file, asked)
+    draws = NoiseSamples("training", 0, 16, len(tiny.path.levels), prompt_dropout=0.5)
     batch = batch_of(tiny, ready, draws, [ready.train[0]] * 16, list(range(16)))
     first, second = batch.target.chunk(2)
     assert torch.equal(first, second)  # the network predicts ε
     assert torch.equal(*batch.index.chunk(2))
-    one, other = batch.text["hidden"].chunk(2)
+    one, other = batch.conditions.text["hidden"].chunk(2)
     assert torch.equal(one, other)
-    dropped = sum(torch.equal(row, ready.text["hidden"][0]) for row in one)
+    dropped = sum(torch.equal(row, ready.conditions.text["hidden"][0]) for row in one)
     assert 0 < dropped < 16
     assert len(set(batch.index[:16].tolist())) == 16
 
 
 def test_both_pictures_of_a_pair_are_mirrored_or_neither(tiny: Backbone, pairs_file: Path) -> None:
     asked = settings(flip=True)
-    ready = material(tiny, pairs_file, asked)
+    ready = data(tiny, pairs_file, asked)
     assert ready.mirrored is not None
-    draws = Draws("training", 0, 16, len(tiny.path.levels), flip=True)
+    draws = NoiseSamples("training", 0, 16, len(tiny.path.levels), flip=True)
     item = ready.train[0]
     batch = batch_of(tiny, ready, draws, [item] * 16, list(range(16)))
     level = tiny.path.levels[batch.index]
@@ -174,20 +183,20 @@ def test_both_pictures_of_a_pair_are_cut_at_the_same_place(tiny: Backbone, tmp_p
     line = {"prompt": "a ramp", "chosen": "first.png", "rejected": "second.png"}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(line) + "\n")
     asked = settings(random_crop=4, flip=True, held_out=0.0)
-    ready = material(tiny, tmp_path / "pairs.jsonl", asked)
+    ready = data(tiny, tmp_path / "pairs.jsonl", asked)
     (item,) = ready.train
     assert len(item.cuts) == 4
     for rows in item.cuts:
         assert torch.equal(*ready.latents[list(rows)])
     assert len({tuple(ready.latents[rows[0]].flatten().tolist()) for rows in item.cuts}) == 4
-    draws = Draws("training", 0, 32, len(tiny.path.levels), crop=True)
+    draws = NoiseSamples("training", 0, 32, len(tiny.path.levels), crop=True)
     assert {draws.rows(item, k) for k in range(32)} == set(item.cuts)
     assert replace(draws, crop=False).rows(item, 0) == item.pictures
 
 
 def test_no_level_below_the_least_noise_is_drawn() -> None:
     item = Item((0, 1), 1, 1.0, "a")
-    levels = sorted(Draws("training", 0, 7, 1000, lowest=300).level(item, k) for k in range(7))
+    levels = sorted(NoiseSamples("training", 0, 7, 1000, lowest=300).level(item, k) for k in range(7))
     assert [(level - 300) // 100 for level in levels] == list(range(7))
 
 
@@ -205,8 +214,8 @@ def test_weights_multiply_the_errors_before_the_loss(
         with torch.no_grad():
             for number, value in enumerate(run.parameters.values()):
                 value.copy_(0.1 * torch.randn(value.shape, generator=generator(0, number)))
-    cells = plain.visits(1)
-    light, found = plain.loss(cells)[0], heavy.loss(cells)[0]
+    chosen = plain.batch_rows(1)
+    light, found = plain.loss(chosen)[0], heavy.loss(chosen)[0]
     if loss in ("mapo", "sft"):
         torch.testing.assert_close(found, 2 * light)
     else:
@@ -214,7 +223,7 @@ def test_weights_multiply_the_errors_before_the_loss(
         with torch.no_grad():
             for name, value in twice.parameters.items():
                 value.copy_(plain.parameters[name])
-        torch.testing.assert_close(found, twice.loss(cells)[0])
+        torch.testing.assert_close(found, twice.loss(chosen)[0])
 
 
 def test_debiased_weights_raise_noisy_levels_and_min_snr_lowers_clean_ones(tiny: Backbone) -> None:
@@ -227,7 +236,7 @@ def test_debiased_weights_raise_noisy_levels_and_min_snr_lowers_clean_ones(tiny:
 
 def test_a_draw_follows_from_seed_record_and_number_alone() -> None:
     item, other = Item((0, 1), 1, 1.0, "a"), Item((0, 1), 1, 1.0, "b")
-    draws = Draws("training", 0, 8, 1000)
+    draws = NoiseSamples("training", 0, 8, 1000)
     assert torch.equal(draws.noise(item, 3, (4, 2, 2)), draws.noise(replace(item, prompt=9), 3, (4, 2, 2)))
     for changed in (
         draws.noise(other, 3, (4, 2, 2)),
@@ -239,7 +248,7 @@ def test_a_draw_follows_from_seed_record_and_number_alone() -> None:
 
 
 def test_the_levels_of_a_record_s_draws_are_stratified() -> None:
-    draws = Draws("training", 0, 10, 1000)
+    draws = NoiseSamples("training", 0, 10, 1000)
     levels = [draws.level(Item((0,), 0, 1.0, "a"), k) for k in range(10)]
     assert sorted(level // 100 for level in levels) == list(range(10))
     assert levels != sorted(levels)
@@ -248,9 +257,9 @@ def test_the_levels_of_a_record_s_draws_are_stratified() -> None:
 def test_every_pass_visits_every_record_once_at_one_draw(tiny_folder: Path, pairs_file: Path) -> None:
     run = training(tiny_folder, pairs_file, batch=2, held_out=0.0)
     for number in range(3):
-        cells = [cell for step in range(4 * number + 1, 4 * number + 5) for cell in run.visits(step)]
-        assert sorted(row for row, _ in cells) == list(range(8))
-        assert {k for _, k in cells} == {number}
+        chosen = [cell for step in range(4 * number + 1, 4 * number + 5) for cell in run.batch_rows(step)]
+        assert sorted(row for row, _ in chosen) == list(range(8))
+        assert {k for _, k in chosen} == {number}
 
 
 def test_the_better_picture_comes_first(tiny: Backbone, tmp_path: Path, pairs_file: Path) -> None:
@@ -265,7 +274,7 @@ def test_the_better_picture_comes_first(tiny: Backbone, tmp_path: Path, pairs_fi
 # Learning ---------------------------------------------------------------------------------------------------
 
 
-def told_apart(ready: Material) -> Material:
+def told_apart(ready: PreferenceData) -> PreferenceData:
     """The same records with latents that a model can tell apart: winners are positive, losers negative."""
     sign = torch.zeros(len(ready.latents), 1, 1, 1)
     for item in [*ready.train, *ready.held_out]:
@@ -284,7 +293,7 @@ def test_training_learns_the_preference(tiny_folder: Path, pairs_file: Path, los
         learning_rate=1e-2, mapo_weight=1.0, evaluation_draws=8, prompt_dropout=0.0, lora_layers="all",
     )  # fmt: skip
     model = opened(tiny_folder)
-    run = PreferenceTraining(model, told_apart(material(model, pairs_file, asked)), asked)
+    run = PreferenceTraining(model, told_apart(data(model, pairs_file, asked)), asked)
     trained(run)
     figures = run.evaluate()["held-out"]
     assert figures.winner_change < figures.loser_change
@@ -350,15 +359,15 @@ def test_the_loss_of_a_step_is_the_loss_of_its_errors(tiny_folder: Path, pairs_f
     run = training(tiny_folder, pairs_file)
     for parameter in run.parameters.values():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
-    cells = run.visits(1)
+    chosen = run.batch_rows(1)
     with torch.no_grad():
-        loss, _ = run.loss(cells)
+        loss, _ = run.loss(chosen)
         batch = batch_of(
             run.model,
-            run.material,
-            run.draws,
-            [run.material.train[row] for row, _ in cells],
-            [k for _, k in cells],
+            run.data,
+            run.samples,
+            [run.data.train[row] for row, _ in chosen],
+            [k for _, k in chosen],
         )
         now = mean_squares(residuals(run.model, run.model.denoiser, batch))
         with only(run.model.denoiser, []):
@@ -376,8 +385,8 @@ def test_the_bank_trains_as_the_live_reference_does(
     banked = trained(training(tiny_folder, pairs_file, reference="bank", steps=16, draws=3))
     for name, value in weights(live).items():
         torch.testing.assert_close(banked.parameters[name].detach(), value, atol=2e-4, rtol=0)
-    assert isinstance(banked.reference, Bank)
-    assert banked.live.asked < live.live.asked
+    assert isinstance(banked.reference, CachedReference)
+    assert banked.live.nfe < live.live.nfe
 
 
 def test_a_full_run_s_bank_trains_as_a_frozen_copy_does(
@@ -395,11 +404,11 @@ def test_the_base_is_asked_once_for_each_draw_and_never_by_a_second_run(
 ) -> None:
     first = training(tiny_folder, pairs_file, steps=8, draws=2)
     trained(first)
-    assert isinstance(first.reference, Bank)
-    assert first.live.asked == 2 * first.reference.filled
+    assert isinstance(first.reference, CachedReference)
+    assert first.live.nfe == 2 * first.reference.filled
     first.reference.save()
     second = trained(training(tiny_folder, pairs_file, steps=8, draws=2, loss="ipo"))
-    assert second.live.asked == 0
+    assert second.live.nfe == 0
 
 
 @pytest.mark.parametrize(
@@ -411,7 +420,7 @@ def test_another_setting_has_another_bank(
     tiny_folder: Path, pairs_file: Path, change: dict[str, Any]
 ) -> None:
     one, other = training(tiny_folder, pairs_file), training(tiny_folder, pairs_file, **change)
-    assert isinstance(one.reference, Bank) and isinstance(other.reference, Bank)
+    assert isinstance(one.reference, CachedReference) and isinstance(other.reference, CachedReference)
     assert one.reference.key != other.reference.key
 
 
@@ -425,25 +434,25 @@ def test_another_model_or_another_picture_has_another_bank(
     picture(99).save(pairs_file.parent / "0.png")
     other_picture = training(tiny_folder, pairs_file)
     banks = [run.reference for run in (one, other_model, other_picture)]
-    assert len({bank.key for bank in banks if isinstance(bank, Bank)}) == 3
+    assert len({bank.key for bank in banks if isinstance(bank, CachedReference)}) == 3
 
 
 def test_what_changes_only_the_training_shares_the_bank(tiny_folder: Path, pairs_file: Path) -> None:
     one = training(tiny_folder, pairs_file).reference
     other = training(tiny_folder, pairs_file, loss="ipo", beta=7.0, learning_rate=1e-5, rank=2).reference
-    assert isinstance(one, Bank) and isinstance(other, Bank)
+    assert isinstance(one, CachedReference) and isinstance(other, CachedReference)
     assert one.key == other.key
 
 
 def test_a_damaged_bank_begins_anew(tiny_folder: Path, pairs_file: Path, no_bank_yet: Path) -> None:
     run = trained(training(tiny_folder, pairs_file, steps=4))
-    assert isinstance(run.reference, Bank)
+    assert isinstance(run.reference, CachedReference)
     run.reference.save()
-    path = bank_path(run.reference.key)
+    path = reference_path(run.reference.key)
     path.unlink()
     path.write_bytes(b"broken")
     again = training(tiny_folder, pairs_file, steps=4)
-    assert isinstance(again.reference, Bank) and again.reference.filled == 0
+    assert isinstance(again.reference, CachedReference) and again.reference.filled == 0
 
 
 def test_a_new_adapter_on_a_concept_is_measured_against_the_concept(
@@ -455,10 +464,10 @@ def test_a_new_adapter_on_a_concept_is_measured_against_the_concept(
     model = opened(tiny_folder)
     load_lora(tmp_path / "pytorch_lora_weights.safetensors", model.denoiser, "concept_0")
     asked = settings()
-    run = PreferenceTraining(model, material(model, pairs_file, asked), asked, base=["concept_0"])
+    run = PreferenceTraining(model, data(model, pairs_file, asked), asked, base=["concept_0"])
     with torch.no_grad():
         (first,) = run.losses(1)
-        batch = batch_of(model, run.material, run.draws, run.material.train[:1], [0])
+        batch = batch_of(model, run.data, run.samples, run.data.train[:1], [0])
         with only(model.denoiser, []):
             base = residuals(model, model.denoiser, batch)
         reference = run.live.residuals(batch)
@@ -488,7 +497,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_a_whole_one(
     changes = {"full": full, "steps": 8, "learning_rate": 1e-4 if full else 2e-3}
     whole = weights(trained(training(tiny_folder, pairs_file, **changes)))
     first = training(tiny_folder, pairs_file, **changes)
-    for report in first.steps():
+    for report in take_steps(first):
         if report.step == 3:
             first.save(tmp_path)
         if report.step == 5:  # two steps that the checkpoint does not know

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from align.collect.scorers import takes_gradients
-from align.objectives import reward as module
+from align.objectives import draft as module
 from align.objectives.ddpo import (
     PolicyGradients,
     advantages,
@@ -30,6 +30,7 @@ from backbone.diffusion.schedules import karras_schedule
 from backbone.io.console import UserError
 from backbone.io.prompts import Prompt
 from backbone.models.model import Backbone
+from backbone.training.run import take_steps
 
 PROMPTS = [Prompt("a red dog"), Prompt("a cat in the snow")]
 BRIGHT = """
@@ -127,7 +128,7 @@ def test_the_policy_that_drew_has_a_ratio_of_one(policy: PolicyGradients) -> Non
 
 def test_a_step_makes_better_pictures_more_likely(policy: PolicyGradients) -> None:
     before = [value.detach().clone() for value in policy.parameters.values()]
-    next(policy.steps())
+    next(take_steps(policy))
     assert any(not torch.equal(a, b) for a, b in zip(before, policy.parameters.values(), strict=True))
     walks, gain = policy.walks, 0.0
     with torch.no_grad():
@@ -145,7 +146,7 @@ def test_a_step_makes_better_pictures_more_likely(policy: PolicyGradients) -> No
 
 
 def test_climbing_a_reward_raises_it(climbing: RewardGradients) -> None:
-    rewards = [climbing.figures["reward"] for _ in climbing.steps()]
+    rewards = [climbing.figures["reward"] for _ in take_steps(climbing)]
     assert rewards[-1] > rewards[0]
 
 

@@ -17,6 +17,7 @@ from backbone.adapters.lora import (
     lora_parameters,
     save_lora,
 )
+from backbone.conditions.conditions import Conditions
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 
@@ -26,7 +27,7 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 def said(model: Backbone, seed: int = 0) -> Tensor:
     random = torch.Generator().manual_seed(seed)
     noisy = torch.randn(2, *model.latent_shape, generator=random)
-    text = {"hidden": torch.randn(2, 77, 16, generator=random)}
+    text = Conditions({"hidden": torch.randn(2, 77, 16, generator=random)})
     with torch.no_grad():
         return model.family.network(model.denoiser, text)(noisy, torch.tensor([10, 500]))
 

@@ -284,6 +284,11 @@ def test_the_loss_by_hand() -> None:
         weight=torch.tensor([2.0, 0.0]),
     )
     torch.testing.assert_close(weighted, torch.tensor([1.0, 0.0]))
+    places = torch.tensor([[[5.0, 2.0]], [[1.0, 7.0]]])  # of squares (0, 1) and (9, 0)
+    mapped = denoising_score_matching(
+        prediction, clean, noise=noise, level=level, prediction_type="epsilon", weight=places
+    )
+    torch.testing.assert_close(mapped, torch.tensor([1.0, 4.5]))
     v = denoising_score_matching(
         torch.zeros(2, 1, 2), clean, noise=noise, level=level, prediction_type="v_prediction"
     )

@@ -18,7 +18,6 @@ from torch import nn
 
 from align.pairs.read import read
 from align.pairs.records import check
-from align.settings import LOG
 from align.train.online import train_online
 from align.train.run import resume_taste, train_taste
 from backbone.distributed import fsdp as shards
@@ -29,6 +28,7 @@ from backbone.io.files import append_jsonl, read_jsonl, read_tensors
 from backbone.models.cache import VARIABLE
 from backbone.models.model import Backbone
 from backbone.models.placement import Placement
+from backbone.training.run import LOG
 from customize.sample import draw
 from customize.settings import Subject
 from customize.train.run import train_concept
@@ -89,7 +89,7 @@ def everything(folder: Path, count: str) -> None:
         train(folder, count, name, asked)
     found, out = check(read(str(folder / "pairs.jsonl"))), folder / count / "taste"
     asked = {**PAIRS, "model": str(folder / "sd3"), "pairs": str(folder / "pairs.jsonl")}
-    with patch("align.train.run.append_jsonl", stopping), suppress(KeyboardInterrupt):
+    with patch("backbone.training.run.append_jsonl", stopping), suppress(KeyboardInterrupt):
         train_taste(asked, found, out=out)
     resume_taste(out)
     model = {"model": str(folder / "sd3"), "precision": "fp32", "device": "cpu"}

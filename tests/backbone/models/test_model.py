@@ -69,10 +69,10 @@ def test_large_pictures_are_decoded_one_after_the_other(
 
 
 def test_freed_parts_load_again_with_the_same_weights(tiny: Backbone) -> None:
-    before = tiny.encode_prompts(["a dog"])["hidden"]
+    before = tiny.encode_prompts(["a dog"]).text["hidden"]
     tiny.free("text_encoder", "autoencoder")
     assert "text_encoder" not in tiny.__dict__
-    assert torch.equal(tiny.encode_prompts(["a dog"])["hidden"], before)
+    assert torch.equal(tiny.encode_prompts(["a dog"]).text["hidden"], before)
 
 
 def test_a_long_prompt_is_cut_and_said_so(tiny: Backbone, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,3 +124,16 @@ def test_the_fingerprint_tells_weights_apart(tmp_path: Path, tiny_folder: Path) 
     other = tiny_pipeline(tmp_path / "other", seed=1)
     assert Backbone.open(str(tiny_folder)).fingerprint == Backbone.open(str(tiny_folder)).fingerprint
     assert Backbone.open(str(other)).fingerprint != Backbone.open(str(tiny_folder)).fingerprint
+
+
+def test_a_prediction_at_an_index_is_the_networks_at_that_levels_time(tiny: Backbone) -> None:
+    conditions = tiny.encode_prompts(["a dog", ""])
+    noisy = torch.randn(2, *tiny.latent_shape, generator=torch.Generator().manual_seed(0))
+    index = torch.tensor([3, 700])
+    time = tiny.path.levels.time
+    assert time is not None
+    with torch.no_grad():
+        predicted = tiny.predict(noisy, index, conditions)
+        literal = tiny.family.network(tiny.denoiser, conditions)(noisy, time[index])
+    assert predicted.dtype is torch.float32
+    assert torch.equal(predicted, literal)

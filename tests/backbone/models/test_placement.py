@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from backbone.adapters.lora import add_lora
+from backbone.conditions.conditions import Conditions
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from backbone.models.placement import (
@@ -71,7 +72,7 @@ def test_a_denoiser_that_is_lent_learns_as_the_whole_one(tiny_folder: Path) -> N
         for number, value in enumerate(lora.values()):
             random = torch.Generator().manual_seed(number)
             value.data = torch.randn(value.shape, generator=random)
-        text = {"hidden": torch.linspace(-1, 1, 77 * 16).reshape(1, 77, 16)}
+        text = Conditions({"hidden": torch.linspace(-1, 1, 77 * 16).reshape(1, 77, 16)})
         noisy = torch.linspace(-1, 1, 256).reshape(1, 4, 8, 8)
         model.family.network(model.denoiser, text)(noisy, torch.tensor([5.0])).square().sum().backward()
         gradients.append([value.grad for value in lora.values()])

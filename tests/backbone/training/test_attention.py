@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from backbone.conditions.conditions import Conditions
 from backbone.models.model import Backbone
 from backbone.training.attention import quick_to_train
 
@@ -15,7 +16,7 @@ from backbone.training.attention import quick_to_train
 def said(model: Backbone) -> Tensor:
     random = torch.Generator().manual_seed(0)
     noisy = torch.randn(2, *model.latent_shape, generator=random)
-    text = {"hidden": torch.randn(2, 77, 16, generator=random)}
+    text = Conditions({"hidden": torch.randn(2, 77, 16, generator=random)})
     with torch.no_grad():
         return model.family.network(model.denoiser, text)(noisy, torch.tensor([10, 500]))
 

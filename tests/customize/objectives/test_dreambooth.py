@@ -11,15 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
+from backbone.diffusion.losses import squared_error
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
 from backbone.media.pictures import read_folder
 from backbone.media.transforms import square, to_tensor
 from backbone.models.cache import cache_folder, encode_images_cached, encode_prompts_cached
 from backbone.models.model import Backbone, Posterior
-from backbone.training.base_predictions import bank_of, stratified_levels
-from customize.data.dataset import Bucket, Group, Material, prepare
-from customize.objectives.dreambooth import Training
+from backbone.training.base_predictions import base_predictions, stratified_levels
+from backbone.training.run import take_steps
+from customize.data.dataset import Bucket, Group, TrainingData, prepare
+from customize.objectives.dreambooth import DreamBooth
 from customize.settings import Settings, as_flags
 
 
@@ -40,31 +42,31 @@ def settings(subject: Path, **changes: object) -> Settings:
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
-def material(model: Backbone, subject: Path, asked: Settings) -> Material:
+def dataset(model: Backbone, subject: Path, asked: Settings) -> TrainingData:
     pictures = read_folder(subject)
     return prepare(model, [Group(pictures, ["a bcd dog"] * len(pictures), "a dog")], asked)
 
 
 def test_the_prior_term_is_zero_for_an_untouched_adapter(tiny: Backbone, subject: Path) -> None:
     with_prior = settings(subject)
-    ready = material(tiny, subject, with_prior)
-    training = Training(tiny, ready, with_prior)
+    ready = dataset(tiny, subject, with_prior)
+    training = DreamBooth(tiny, ready, with_prior)
     with torch.no_grad():
         both = float(next(training.losses(1)))
-        training.material = replace(ready, buckets=[Bucket(ready.buckets[0].rows)])
+        training.data = replace(ready, buckets=[Bucket(ready.buckets[0].rows)])
         subject_only = float(next(training.losses(1)))
     assert both == pytest.approx(subject_only, rel=1e-5)
 
 
 def test_the_prior_term_grows_once_the_class_changes(tiny: Backbone, subject: Path) -> None:
     asked = settings(subject)
-    ready = material(tiny, subject, asked)
-    training = Training(tiny, ready, asked)
+    ready = dataset(tiny, subject, asked)
+    training = DreamBooth(tiny, ready, asked)
     for parameter in training.parameters.values():
         parameter.data += 0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         with_prior = float(next(training.losses(1)))
-        training.material = replace(ready, buckets=[Bucket(ready.buckets[0].rows)])
+        training.data = replace(ready, buckets=[Bucket(ready.buckets[0].rows)])
         alone = float(next(training.losses(1)))
     assert with_prior > alone * 1.01
 
@@ -73,29 +75,26 @@ def test_preservation_keeps_the_class_nearer_to_what_it_was(tiny_folder: Path, s
     def change(weight: float) -> float:
         model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
         asked = settings(subject, prior_loss_weight=weight)
-        ready = material(model, subject, asked)
-        fresh = bank_of(model, ready.posteriors, encode_prompts_cached(model, ["a dog"]), draws=16, seed=99)
-        for _ in Training(model, ready, asked).steps():
+        ready = dataset(model, subject, asked)
+        fresh = base_predictions(
+            model, ready.posteriors, encode_prompts_cached(model, ["a dog"]), count=16, seed=99
+        )
+        for _ in take_steps(DreamBooth(model, ready, asked)):
             pass
-        text = {
-            name: value.expand(16, *value.shape[1:])
-            for name, value in encode_prompts_cached(model, ["a dog"]).items()
-        }
-        time = model.path.levels.time
-        assert time is not None
+        class_prompt = encode_prompts_cached(model, ["a dog"]).repeat(16)
         with torch.no_grad():
-            said = model.family.network(model.denoiser, text)(fresh.noisy, time[fresh.level])
-        return float((said - fresh.prediction).square().mean())
+            prediction = model.predict(fresh.noisy, fresh.level, class_prompt)
+        return float(squared_error(prediction, fresh.prediction).mean())
 
     assert change(1.0) < 0.7 * change(0.0)
 
 
 def test_training_lowers_the_error_on_the_subject(tiny: Backbone, subject: Path) -> None:
     asked = settings(subject, prior_loss_weight=0.0, steps=120)
-    training = Training(tiny, material(tiny, subject, asked), asked)
+    training = DreamBooth(tiny, dataset(tiny, subject, asked), asked)
     with torch.no_grad():
         before = sum(float(next(training.losses(10_000 + k))) for k in range(8))
-    for _ in training.steps():
+    for _ in take_steps(training):
         pass
     with torch.no_grad():
         after = sum(float(next(training.losses(10_000 + k))) for k in range(8))
@@ -104,9 +103,9 @@ def test_training_lowers_the_error_on_the_subject(tiny: Backbone, subject: Path)
 
 def test_only_the_adapter_changes(tiny: Backbone, subject: Path) -> None:
     asked = settings(subject, steps=3)
-    training = Training(tiny, material(tiny, subject, asked), asked)
+    training = DreamBooth(tiny, dataset(tiny, subject, asked), asked)
     before = {name: value.detach().clone() for name, value in tiny.denoiser.named_parameters()}
-    for _ in training.steps():
+    for _ in take_steps(training):
         pass
     for name, value in tiny.denoiser.named_parameters():
         assert torch.equal(value, before[name]) == (name not in training.parameters)
@@ -114,19 +113,19 @@ def test_only_the_adapter_changes(tiny: Backbone, subject: Path) -> None:
 
 def test_a_loss_that_is_not_finite_names_its_picture_and_step(tiny: Backbone, subject: Path) -> None:
     asked = settings(subject)
-    ready = material(tiny, subject, asked)
+    ready = dataset(tiny, subject, asked)
     broken = ready.posteriors[1]
     posteriors = [*ready.posteriors]
     posteriors[1] = Posterior(broken.mean * float("nan"), broken.std)
-    training = Training(tiny, replace(ready, posteriors=posteriors), asked)
+    training = DreamBooth(tiny, replace(ready, posteriors=posteriors), asked)
     with pytest.raises(UserError, match=re.escape(f"not finite at {read_folder(subject)[1].path}.")) as said:
-        for _ in training.steps():
+        for _ in take_steps(training):
             pass
     assert f"at step {training.done + 1}:" in str(said.value)
 
 
 def test_the_encoders_are_freed_before_training(tiny: Backbone, subject: Path) -> None:
-    material(tiny, subject, settings(subject))
+    dataset(tiny, subject, settings(subject))
     assert "autoencoder" not in tiny.__dict__
     assert "text_encoder" not in tiny.__dict__
 
@@ -199,7 +198,7 @@ def test_one_level_falls_in_every_stratum() -> None:
 def test_unknown_layers_are_a_clear_mistake(tiny: Backbone, subject: Path) -> None:
     asked = settings(subject, lora_layers="everything")
     with pytest.raises(UserError, match="attention, all"):
-        Training(tiny, material(tiny, subject, asked), asked)
+        DreamBooth(tiny, dataset(tiny, subject, asked), asked)
 
 
 def test_the_repeating_command_names_what_was_chosen(subject: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from backbone.adapters.lora import add_lora, lora_parameters
+from backbone.conditions.conditions import Conditions
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from edit.attention.control import Control, Cross, Maps, Reach, cross_of, grid
@@ -277,7 +278,7 @@ def said(model: Backbone, control: Control | None = None) -> Tensor:
     """The denoiser's prediction on four rows, not square."""
     random = seeded(4)
     noisy = torch.randn(4, model.latent_shape[0], 6, 10, generator=random)
-    text = {"hidden": torch.randn(4, 77, 16, generator=random)}
+    text = Conditions({"hidden": torch.randn(4, 77, 16, generator=random)})
     with torch.no_grad():
         if control is None:
             return model.family.network(model.denoiser, text)(noisy, torch.tensor(500))

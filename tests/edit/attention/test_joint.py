@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from backbone.adapters.lora import activate, add_lora, lora_parameters
-from backbone.families.base import Text
+from backbone.conditions.conditions import Conditions
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from edit.attention.control import Control, Cross, Maps, cross_of
@@ -163,13 +163,13 @@ class Asked:
     """A model and what it is asked: four rows (the source, two targets, one without a prompt), not square."""
 
     model: Backbone
-    text: Text
+    text: Conditions
     noisy: Tensor
 
     @property
     def words(self) -> int:
         """How many text tokens there are."""
-        return self.text["hidden"].shape[1]
+        return self.text.text["hidden"].shape[1]
 
     @torch.no_grad()
     def plainly(self) -> Tensor:

@@ -91,7 +91,7 @@ def test_null_texts_do_not_lead_further_away_with_more_iterations(tiny_folder: P
 def test_a_null_text_of_no_iterations_is_the_empty_prompt(tiny: Backbone) -> None:
     inversion = invert(tiny, photo(), PROMPT, method="null-text", steps=3, iterations=0)
     assert inversion.empties is not None
-    empty = tiny.encode_prompts([""])["hidden"][0]
+    empty = tiny.encode_prompts([""]).text["hidden"][0]
     assert all(torch.equal(found, empty) for found in inversion.empties)
     assert inversion.nfe == 3 + 2 * 3
 

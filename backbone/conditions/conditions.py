@@ -1,0 +1,83 @@
+"""`Conditions`: everything beside the noisy latents and the time that a denoiser's prediction depends on, batched.
+
+A kind of condition (text; a control map, a reference image, a camera) is a field of named tensors [B, …]. What is done
+with conditions (taking rows, repeating, joining, moving, dropping the prompt) is written here once for all kinds, so
+that training, sampling, caching and guidance never ask which kinds there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Text = dict[str, Tensor]
+"""What a family's text encoders make of B prompts: named tensors [B, …]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Conditions:
+    """B conditions.
+
+    text      named tensors [B, …], by the names that the family's network reads
+    guidance  guidance scales [B], for a network that is conditioned on them (guidance-distilled)
+    """
+
+    text: Text
+    guidance: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.text.values())))
+
+    def __getitem__(self, rows: Tensor | slice | Sequence[int]) -> Conditions:
+        """These rows. An index tensor may lie on any device."""
+        if isinstance(rows, slice):
+            return self._each(lambda value: value[rows])
+        index = torch.as_tensor(rows)
+        return self._each(lambda value: value[index.to(value.device)])
+
+    def repeat(self, count: int) -> Conditions:
+        """All rows `count` times, one copy behind the other; a single row takes no memory for it."""
+        if len(self) == 1:
+            return self._each(lambda value: value.expand(count, *value.shape[1:]))
+        return self._each(lambda value: value.repeat(count, *[1] * (value.ndim - 1)))
+
+    def to(self, device: torch.device) -> Conditions:
+        """The same on another device."""
+        return self._each(lambda value: value.to(device))
+
+    def drop(self, dropped: Tensor, empty: Conditions) -> Conditions:
+        """The prompts where `dropped` [B] is true replaced by those of `empty` (1 row or B); the rest as it is.
+
+        Prompt dropout for classifier-free guidance (Ho & Salimans 2022).
+        """
+
+        def chosen(value: Tensor, instead: Tensor) -> Tensor:
+            where = dropped.to(value.device).reshape(-1, *[1] * (value.ndim - 1))
+            return torch.where(where, instead, value)
+
+        text = {name: chosen(value, empty.text[name]) for name, value in self.text.items()}
+        return Conditions(text, self.guidance)
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, always in the same order."""
+        return [*self.text.values(), *([] if self.guidance is None else [self.guidance])]
+
+    @staticmethod
+    def cat(parts: Sequence[Conditions]) -> Conditions:
+        """The rows of all parts, one behind the other; all have the same kinds of conditions."""
+        scales = [part.guidance for part in parts if part.guidance is not None]
+        assert len(scales) in (0, len(parts)), "guidance scales in some parts and not in others"
+        return Conditions(
+            {name: torch.cat([part.text[name] for part in parts]) for name in parts[0].text},
+            torch.cat(scales) if scales else None,
+        )
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Conditions:
+        """The same with every tensor changed alike."""
+        return Conditions(
+            {name: change(value) for name, value in self.text.items()},
+            None if self.guidance is None else change(self.guidance),
+        )

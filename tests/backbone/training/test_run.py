@@ -1,0 +1,148 @@
+"""What surrounds the loop: the log, checkpoints, validation, early stopping, and a polite end."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from backbone.diffusion.noise import generator
+from backbone.io.files import read_jsonl
+from backbone.io.run_folder import stopping
+from backbone.training.run import CHECKPOINT, LOG, Every, Objective, drive
+
+
+@dataclass(frozen=True)
+class Settings:
+    steps: int = 6
+    lr_scheduler: str = "cosine"
+    lr_warmup_steps: int = 2
+    max_grad_norm: float = 1.0
+    checkpointing_steps: int = 4
+
+
+class Nearest(Objective):
+    """A point that learns to lie near random ones."""
+
+    def __init__(self, settings: Settings = Settings()) -> None:
+        self.settings = settings
+        point = torch.ones(3, requires_grad=True)
+        self.parameters: dict[str, Tensor] = {"point": point}
+        self.optimizer = torch.optim.AdamW([point], lr=0.1)
+        self.figures: dict[str, float] = {}
+        self.interrupts_at = 0
+
+    @property
+    def images(self) -> int:
+        return 2
+
+    def losses(self, step: int) -> Iterator[Tensor]:
+        if step == self.interrupts_at:
+            signal.raise_signal(signal.SIGTERM)
+        wanted = torch.randn(3, generator=generator(0, step))
+        self.figures = {"distance": float(step)}
+        yield (self.parameters["point"] - wanted).square().mean()
+
+    def learning(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def write(self, run: Path, header: dict[str, str]) -> dict[str, Any]:
+        return {}
+
+
+def test_every_step_is_logged_with_its_figures(tmp_path: Path) -> None:
+    assert not drive(Nearest(), tmp_path, command="learn")
+    lines = read_jsonl(tmp_path / LOG)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["distance"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_that_a_signal_ends_is_saved_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    whole, first, second = Nearest(), Nearest(), Nearest()
+    drive(whole, tmp_path / "whole", command="learn")
+    first.interrupts_at = 3
+    with pytest.raises(KeyboardInterrupt, match=r"step 3 of 6.*learn --resume"):
+        drive(first, tmp_path / "broken", command="learn")
+    second.resume(tmp_path / "broken")
+    assert second.done == 3
+    drive(second, tmp_path / "broken", command="learn")
+    assert torch.equal(second.parameters["point"], whole.parameters["point"])
+    assert [line["step"] for line in read_jsonl(tmp_path / "broken" / LOG)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_kill_costs_the_steps_since_the_last_checkpoint_alone(tmp_path: Path) -> None:
+    whole, first, second = Nearest(), Nearest(), Nearest()
+    drive(whole, tmp_path / "whole", command="learn")
+
+    def killed(step: int) -> str:
+        if step == 5:
+            raise RuntimeError("killed")
+        return ""
+
+    with pytest.raises(RuntimeError, match="killed"):
+        drive(first, tmp_path / "broken", command="learn", validate=Every(1, killed))
+    second.resume(tmp_path / "broken")
+    assert second.done == 4
+    drive(second, tmp_path / "broken", command="learn")
+    assert torch.equal(second.parameters["point"], whole.parameters["point"])
+    assert [line["step"] for line in read_jsonl(tmp_path / "broken" / LOG)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(("every", "expected"), [(4, [0, 4, 6]), (0, [0, 6]), (3, [0, 3, 6])])
+def test_validation_comes_first_at_its_steps_and_last(
+    tmp_path: Path, every: int, expected: list[int]
+) -> None:
+    seen: list[int] = []
+
+    def validate(step: int) -> str:
+        seen.append(step)
+        return ""
+
+    drive(Nearest(), tmp_path, command="learn", validate=Every(every, validate))
+    assert seen == expected
+
+
+def test_a_reason_stops_the_run_early_and_saves_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    objective = Nearest()
+    stopped = drive(
+        objective, tmp_path, command="learn", validate=Every(1, lambda step: "enough." if step == 2 else "")
+    )
+    assert stopped and objective.done == 2
+    assert (tmp_path / CHECKPOINT).is_file()
+    assert "step 2: enough." in capsys.readouterr().err
+    again = Nearest()
+    again.resume(tmp_path)
+    assert drive(again, tmp_path, command="learn", validate=Every(1, lambda step: "enough."))
+    assert again.done == 2  # where it stopped it stops again
+
+
+def test_previews_come_between_the_ends(tmp_path: Path) -> None:
+    seen: list[int] = []
+    drive(Nearest(), tmp_path, command="learn", preview=Every(2, seen.append))
+    assert seen == [2, 4]
+
+
+def test_rounds_are_driven_one_after_the_other(tmp_path: Path) -> None:
+    whole, parts = Nearest(), Nearest()
+    drive(whole, tmp_path / "whole", command="learn")
+    for end in (2, 6):
+        drive(parts, tmp_path / "parts", command="learn", until=end)
+    assert torch.equal(whole.parameters["point"], parts.parameters["point"])
+    assert len(read_jsonl(tmp_path / "parts" / LOG)) == 6
+
+
+def test_a_signal_inside_two_contexts_is_seen_by_both() -> None:
+    with stopping() as outer:
+        with stopping() as inner:
+            signal.raise_signal(signal.SIGTERM)
+            assert inner
+        assert outer
