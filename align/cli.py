@@ -9,7 +9,7 @@ from typing import Annotated, Literal, cast, get_args
 import typer
 
 from align.train import cli as train_cli
-from backbone.io.console import UserError, run, say
+from backbone.io.console import UserError, notify, run_app
 
 app = typer.Typer(
     help="Tune a diffusion model to preferences: yours, or a scorer's.",
@@ -49,7 +49,7 @@ GuidanceStop = Annotated[
 
 def main() -> None:
     """The console script."""
-    run(app)
+    run_app(app)
 
 
 @app.command()
@@ -105,7 +105,7 @@ def sample(
         precision=precision or "auto",
     )
     whole = len(asked) * per_prompt
-    say(f"{whole} pictures of {len(asked)} prompts in {out} ({drawn} new). Next: align label {out}")
+    notify(f"{whole} pictures of {len(asked)} prompts in {out} ({drawn} new). Next: align label {out}")
 
 
 @app.command()
@@ -133,7 +133,7 @@ def label(
         serve(session, port=port)
         agreement, repeats = session.agreement
         said = f" You agreed with yourself on {agreement} of {repeats} repeats." if repeats else ""
-        say(
+        notify(
             f"{session.answered} of {len(session.pairs)} pairs have an answer.{said} Next: align train {folder}"
         )
 
@@ -177,7 +177,7 @@ def rank(
     count = rank_folder(
         folder, scorer, weights=weight or (), rules=cast(list[Rule], rules), margin=margin, agree=pareto
     )
-    say(f"{count} pairs of {len(prompts)} prompts by {', '.join(scorer)}. Next: align train {folder}")
+    notify(f"{count} pairs of {len(prompts)} prompts by {', '.join(scorer)}. Next: align train {folder}")
 
 
 @app.command()
@@ -202,8 +202,8 @@ def check(
 
         refuse_another_model(found, model, Backbone.open(model).fingerprint)
     learn, out = held_out(found.records, share=0.1, seed=0)
-    say(f"{found.source} holds {counted(found.records)}; {found.passed_over} more have no label.")
-    say(f"With --held-out 0.1 it would train on {counted(learn)} and hold out {counted(out)}.")
+    notify(f"{found.source} holds {counted(found.records)}; {found.passed_over} more have no label.")
+    notify(f"With --held-out 0.1 it would train on {counted(learn)} and hold out {counted(out)}.")
 
 
 @app.command()
@@ -232,7 +232,7 @@ def export(
         raise UserError(f"{out} is the source itself. Choose another name.")
     found = check_pairs(read(source, user=user, limit=limit, split=split), skip_bad=skip_bad)
     write(found, out)
-    say(f"{counted(found.records)} in {out}.")
+    notify(f"{counted(found.records)} in {out}.")
 
 
 @app.command()
@@ -334,7 +334,7 @@ def compare(
         precision=precision or "auto",
     )
     typer.echo(summary(result))
-    say(f"{out}/report.html shows pictures side by side.")
+    notify(f"{out}/report.html shows pictures side by side.")
     if blind:
         from align.collect.label.server import serve
         from align.collect.label.session import Asked, Session, alone

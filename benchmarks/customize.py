@@ -39,12 +39,12 @@ import typer
 from PIL import Image
 
 from backbone.adapters.concept import read_concept
-from backbone.evaluation.statistics import wilson
-from backbone.io.console import UserError, run, say
+from backbone.evaluation.statistics import wilson_interval
+from backbone.io.console import UserError, notify, run_app
 from backbone.io.files import read_json, write_json, write_text
-from backbone.media.sheet import GREEN, RED, Cell, in_rows, save_png, sheet
+from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png, split_rows
 from backbone.models.model import Backbone
-from backbone.world.concepts import TRAINING_PLACES, concept_pictures
+from backbone.world.concepts import TRAINING_PLACES, concept_scenes
 from backbone.world.render import font_path, render
 from backbone.world.words import article, vocabulary
 from benchmarks.customize_script import spelled
@@ -184,7 +184,7 @@ def main(
     for trial in made(chosen, out, counts, model, script):
         results.append(judged(trial, out, eye))
         show(out, trial, eye)
-        say(f"{trial.name}: {', '.join(f'{k} {per_cent(t.share)}' for k, t in results[-1].after.items())}")
+        notify(f"{trial.name}: {', '.join(f'{k} {per_cent(t.share)}' for k, t in results[-1].after.items())}")
     results.sort(key=lambda result: chosen.index(result.trial))
     text = table(results) if asked == "concepts" else comparison(results)
     facts = {
@@ -329,7 +329,7 @@ def pictures_of(concept: str, out: Path) -> Path:
     """The folder of a concept's five training pictures."""
     folder = out / "pictures" / concept.replace(" ", "-")
     number = list(vocabulary().development_concepts).index(concept)
-    for k, scene in enumerate(concept_pictures(concept, first_seed=1_900_000 + 10 * number)):
+    for k, scene in enumerate(concept_scenes(concept, first_seed=1_900_000 + 10 * number)):
         if not (folder / f"{k}.png").exists():
             save_png(folder / f"{k}.png", render(scene).image)
     return folder
@@ -442,7 +442,8 @@ def show(out: Path, trial: Trial, judge: Judge) -> None:
     note = "Asked: seen. Green: the judge sees the concept's glyph (the class's noun at the end) and what was asked."
     title = f"{trial.concept}, {trial.method}"
     save_png(
-        out / "sheets" / f"{trial.name}.png", sheet(in_rows(cells, 11), title=title, note=note, cell=112)
+        out / "sheets" / f"{trial.name}.png",
+        draw_sheet(split_rows(cells, 11), title=title, note=note, cell=112),
     )
 
 
@@ -509,7 +510,7 @@ def table(results: Sequence[Result]) -> str:
         right, n = totals(found)
         before, of_before = totals(known)
         low, high = over_concepts([here / all_ for here, all_ in found])
-        _, *own = wilson(right, n)
+        _, *own = wilson_interval(right, n)
         lines.append(
             f"| {figure.name} | {per_cent(right / n)} | {interval(*own)} | {interval(low, high)} | {n} | "
             f"{per_cent(before / of_before) if of_before else '–'} |"
@@ -584,4 +585,4 @@ def interval(low: float, high: float) -> str:
 
 
 if __name__ == "__main__":
-    run(lambda: typer.run(main))
+    run_app(lambda: typer.run(main))

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from backbone.diffusion.noise import Estimate, guide
 from backbone.diffusion.samplers import deterministic_step
 from backbone.families.base import Text
-from backbone.io.console import run
+from backbone.io.console import run_app
 from backbone.io.files import write_json, write_text
 from backbone.media.transforms import to_image, to_tensor
 from backbone.models.cache import encoded_prompts
@@ -506,4 +506,4 @@ def markdown(facts: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run(lambda: typer.run(main))
+    run_app(lambda: typer.run(main))

@@ -30,7 +30,7 @@ from backbone.families.base import Text
 from backbone.io.console import UserError
 from backbone.io.files import read_json, write_json, write_text
 from backbone.io.run_folder import peak_memory
-from backbone.media.transforms import square, to_tensor
+from backbone.media.transforms import crop_square, to_tensor
 from backbone.models.model import Backbone
 
 CONFIGS = Path(single_file.__file__).with_name("configs") / "stable-diffusion-1"
@@ -193,7 +193,9 @@ def encode_pictures(parts: Parts, pictures: Sequence[bytes], random: torch.Gener
     side, vae = parts.model.resolution, cast(Any, parts.autoencoder)
     own = next(vae.parameters())
     opened = [Image.open(io.BytesIO(content)).convert("RGB") for content in pictures]
-    found = vae.encode(torch.stack([to_tensor(square(image, side)) for image in opened]).to(own)).latent_dist
+    found = vae.encode(
+        torch.stack([to_tensor(crop_square(image, side)) for image in opened]).to(own)
+    ).latent_dist
     noise = torch.randn(found.mean.shape, generator=random).to(found.mean)
     drawn: Tensor = (found.mean + found.std * noise) * vae.config.scaling_factor
     return drawn.float()

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from backbone.io.console import UserError, run, say
+from backbone.io.console import UserError, notify, run_app
 from customize.formats import cli as files_cli
 
 app = typer.Typer(
@@ -38,7 +38,7 @@ Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or
 
 def main() -> None:
     """The console script."""
-    run(app)
+    run_app(app)
 
 
 @app.command()
@@ -49,7 +49,7 @@ def example(
     from customize.data.example import write_example
 
     written = write_example(folder)
-    say(f'{len(written)} pictures in {folder}. Next: customize train --images {folder} --token "[V]"')
+    notify(f'{len(written)} pictures in {folder}. Next: customize train --images {folder} --token "[V]"')
 
 
 @app.command()
@@ -68,29 +68,29 @@ def check(
     ] = None,
 ) -> None:
     """Open every picture, list all bad ones, and say what may go wrong and what the run will need."""
-    from backbone.media.pictures import check as check_pictures
-    from backbone.media.pictures import read_folder
+    from backbone.media.pictures import check_images as check_pictures
+    from backbone.media.pictures import list_images
 
-    pictures = read_folder(images)
+    pictures = list_images(images)
     check_pictures(pictures)
     captions = sum(picture.caption is not None for picture in pictures)
-    say(f"{len(pictures)} pictures in {images} can be read ({captions} with captions).")
+    notify(f"{len(pictures)} pictures in {images} can be read ({captions} with captions).")
     from backbone.models.model import Backbone
     from customize.settings import resolved
     from customize.train.preflight import estimate, warnings_about
 
     opened = Backbone.open(model or "moji", device=device or "auto", precision=precision or "auto")
     for warning in warnings_about(pictures, resolution=opened.resolution):
-        say(f"Warning: {warning}")
+        notify(f"Warning: {warning}")
     settings = resolved(opened, {}, images=images, token="[V]", class_noun="")
     if vram is not None:
         from customize.train.memory import foreseen
 
         for sentence in foreseen(opened, settings, len(pictures), vram):
-            say(sentence)
+            notify(sentence)
         return
     for sentence in estimate(opened, settings, len(pictures)).sentences():
-        say(sentence)
+        notify(sentence)
 
 
 @app.command()
@@ -350,8 +350,8 @@ def train(
     one_by_one: Annotated[bool, typer.Option("--one_by_one", help="Draw one picture at a time.")] = False,
 ) -> None:
     """Teach the model a subject from a few pictures (DreamBooth with LoRA)."""
-    from backbone.media.pictures import check as check_pictures
-    from backbone.media.pictures import read_folder
+    from backbone.media.pictures import check_images as check_pictures
+    from backbone.media.pictures import list_images
 
     if resume is not None:
         from customize.settings import read_settings
@@ -373,7 +373,7 @@ def train(
         if images is not None and is_concepts(images):
             subjects, prompts = read_subjects(images)
             for subject in subjects:
-                say(f"{subject.images}: {subject.token} {subject.class_noun}, all subjects equally often.")
+                notify(f"{subject.images}: {subject.token} {subject.class_noun}, all subjects equally often.")
         elif images is not None:
             subjects = [Subject(images, token, class_noun or "", token_words or "")]
         subjects += [read_subject(flag) for flag in concept or []]
@@ -434,12 +434,12 @@ def train(
         }
         asked = {name: value for name, value in asked.items() if value is not None}
         for subject in subjects:
-            check_pictures(read_folder(subject.images))  # mistakes are answered before torch is imported
+            check_pictures(list_images(subject.images))  # mistakes are answered before torch is imported
         from customize.train.run import train_concept
 
         finished = train_concept(asked, subjects, out=out)
         token = subjects[0].token
-    say(
+    notify(
         f'{finished}/sheet.png shows it. Next: customize sample "a {token} … in the snow" --concept {finished}'
     )
 
@@ -492,11 +492,11 @@ def sample(
     device: Device = None,
 ) -> None:
     """Draw pictures from prompts, with concepts or without."""
-    from backbone.adapters.concept import read_concept, spoken
+    from backbone.adapters.concept import read_concept, resolve_placeholder_tokens
 
     learned = [read_concept(folder) for folder in concept or []]
     for prompt in [*prompts, negative]:
-        spoken(prompt, learned)  # mistakes are answered before torch is imported
+        resolve_placeholder_tokens(prompt, learned)  # mistakes are answered before torch is imported
     from customize.sample import draw
 
     sheet = draw(
@@ -515,7 +515,7 @@ def sample(
         precision=precision or "auto",
         device=device or "auto",
     )
-    say(f"{len(prompts) * count} pictures in {out}; {sheet} shows them all.")
+    notify(f"{len(prompts) * count} pictures in {out}; {sheet} shows them all.")
 
 
 @app.command()
@@ -563,7 +563,7 @@ def evaluate(
             pictures, run, prompts=asked, per_prompt=per_prompt, scorer=scorer, out=folder
         )
     typer.echo(found["text"])
-    say(f"{folder}/sheet.png shows the pictures.")
+    notify(f"{folder}/sheet.png shows the pictures.")
 
 
 files_cli.register(app)  # export, import, info, merge, extract, resize

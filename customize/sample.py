@@ -9,13 +9,13 @@ from typing import Any
 
 from PIL import Image
 
-from backbone.adapters.apply import put_on
-from backbone.adapters.concept import Concept, described, spoken
+from backbone.adapters.apply import load_concepts
+from backbone.adapters.concept import Concept, resolve_placeholder_tokens, summarize_concepts
 from backbone.distributed import processes
 from backbone.io.console import progress
 from backbone.io.files import write_json
-from backbone.io.run_folder import versions
-from backbone.media.sheet import Cell, in_rows, save_png, sheet
+from backbone.io.run_folder import package_versions
+from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.models.model import Backbone
 from backbone.models.sample import ALL_STEPS, Request, Sampler, refuse_no_share, sample, share_said
 
@@ -45,16 +45,16 @@ def draw(
     """
     refuse_no_share(guided)
     name = model or (concepts[0].model if concepts else "moji")
-    processes.join(device)
-    said = [spoken(prompt, concepts) for prompt in prompts]
-    avoided = spoken(negative, concepts)
+    processes.init_process(device)
+    said = [resolve_placeholder_tokens(prompt, concepts) for prompt in prompts]
+    avoided = resolve_placeholder_tokens(negative, concepts)
     backbone = Backbone.open(name, device=device, precision=precision)
-    put_on(backbone, concepts, scale=scale)
+    load_concepts(backbone, concepts, scale=scale)
     steps = steps or int(backbone.defaults["steps"])
     guidance = float(backbone.defaults["guidance"]) if guidance is None else guidance
     requests = [Request(prompt, (i, j), avoided) for i, prompt in enumerate(said) for j in range(count)]
     began = time.perf_counter()
-    own = processes.spread(requests, batch=BATCH)
+    own = processes.split_items(requests, batch=BATCH)
     with progress(len(own), "drawing") as bar:
         drawn = sample(
             backbone,
@@ -72,10 +72,10 @@ def draw(
             save_png(out / name_of(request), picture, text=text)
             bar.advance(images=1)
     processes.barrier()  # now all pictures are there
-    if processes.is_writer():
+    if processes.is_main_process():
         facts = {
             "model": name,
-            "concepts": described(concepts),
+            "concepts": summarize_concepts(concepts),
             "steps": steps,
             "guidance": guidance,
             "guided": list(guided),
@@ -84,11 +84,11 @@ def draw(
             "negative": negative,
             "scale": scale,
             "seconds": round(time.perf_counter() - began, 2),
-            "versions": versions(),
+            "versions": package_versions(),
         }
         note = f"{name}, {steps} steps, guidance {guidance:g}{share_said(guided)}, seed {seed}"
         describe(out, requests, prompts, facts, note=note, columns=count if count > 1 else 4)
-    processes.leave()
+    processes.end_process()
     return out / "sheet.png"
 
 
@@ -116,7 +116,7 @@ def describe(
     for request in requests:
         with Image.open(out / name_of(request)) as picture:
             cells.append(Cell(picture.convert("RGB"), prompts[request.key[0]]))
-    save_png(out / "sheet.png", sheet(in_rows(cells, columns), note=note))
+    save_png(out / "sheet.png", draw_sheet(split_rows(cells, columns), note=note))
 
 
 def name_of(request: Request) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 
 import typer
 
-from backbone.io.console import UserError, run, say
+from backbone.io.console import UserError, notify, run_app
 from edit import checks
 
 app = typer.Typer(
@@ -120,7 +120,7 @@ def command(name: str, *blocks: Mapping[str, tuple[Any, Any]]) -> Callable[[Func
 
 def main() -> None:
     """The console script."""
-    run(app)
+    run_app(app)
 
 
 @command("invert", WALKED, OPENING)
@@ -151,8 +151,8 @@ def invert(
 
     asked: dict[str, Any] = {"method": method, "check": check, "iterations": iterations, "guidance": guidance}
     for line in write_inversion(file, image, prompt, **asked, **shared):
-        say(line)
-    say(f'{file} is written. Next: edit invert-and-replace --inversion {file} --target "…"')
+        notify(line)
+    notify(f'{file} is written. Next: edit invert-and-replace --inversion {file} --target "…"')
 
 
 @command("invert-and-replace", WALKED, GUIDED, OPENING, JUDGED)
@@ -404,7 +404,7 @@ def replay(
         raise UserError(f"{record} does not exist. Name the run.json of an edit, or its folder.")
     from edit.run.run import replay as again
 
-    say(f"{again(record, out=out)}/sheet.png shows it again.")
+    notify(f"{again(record, out=out)}/sheet.png shows it again.")
 
 
 # What is checked before torch is imported -------------------------------------------------------------------
@@ -442,11 +442,11 @@ def readable(image: str) -> None:
 
 def concepts_readable(concepts: list[str] | None, prompts: list[str]) -> list[str]:
     """The folders; `UserError` for one without a concept, or a token that no concept owns."""
-    from backbone.adapters.concept import read_concept, spoken
+    from backbone.adapters.concept import read_concept, resolve_placeholder_tokens
 
     learned = [read_concept(folder) for folder in concepts or []]
     for prompt in prompts:
-        spoken(prompt, learned)
+        resolve_placeholder_tokens(prompt, learned)
     return concepts or []
 
 
@@ -456,7 +456,7 @@ def finish(name: str, wishes: dict[str, Any]) -> None:
 
     out = wishes.pop("out")
     folder = perform(name, wishes, out=out, said=shlex.join(["edit", *sys.argv[1:]]))
-    say(f"{folder}/sheet.png shows it; {folder}/report.html measures it.")
+    notify(f"{folder}/sheet.png shows it; {folder}/report.html measures it.")
 
 
 if __name__ == "__main__":

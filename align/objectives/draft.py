@@ -36,8 +36,8 @@ class RewardGradients(RewardTraining):
             numbers = [places[row] % count for row in part]
             reward = self.rewards(numbers, [(step, row) for row in part])
             rewards.append(reward.detach())
-            yield -reward.mean() * (len(part) * len(parts) * processes.world() / batch)
-        self.figures = {"reward": float(processes.mean(torch.cat(rewards)))}
+            yield -reward.mean() * (len(part) * len(parts) * processes.world_size() / batch)
+        self.figures = {"reward": float(processes.reduce_mean(torch.cat(rewards)))}
 
     def rewards(self, numbers: Sequence[int], keys: Sequence[tuple[int, int]]) -> Tensor:
         """Rewards [B] of pictures of these prompts, with the gradient of the walk's last K steps (algorithm 1)."""

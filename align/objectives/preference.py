@@ -39,7 +39,7 @@ from align.objectives.metrics import Figures, errors_at, judge, rightness
 from align.objectives.reference import Bank, Cells, Live, Reference, bank_key, open_bank
 from align.settings import Settings
 from backbone.adapters.concept import Concept
-from backbone.adapters.lora import WEIGHTS, activate, add_lora, only, save_lora
+from backbone.adapters.lora import LORA_WEIGHTS, activate_adapters, add_lora, save_lora, use_adapters
 from backbone.diffusion.losses import debiased, min_snr, uniform
 from backbone.diffusion.noise import Kind, Level, generator
 from backbone.distributed import processes
@@ -70,8 +70,8 @@ WATCHED = 64  # training records whose banked draws are compared with fresh ones
 class PreferenceTraining:
     """A model in preference training: `steps` yields the reports, `save` and `resume` keep it exactly.
 
-    `base` names the adapters that belong to where training began (`backbone.adapters.apply.put_on`), `concepts` the run
-    folders that they came from.
+    `base` names the adapters that belong to where training began (`backbone.adapters.apply.load_concepts`), and
+    `concepts` the run folders that they came from.
     """
 
     model: Backbone
@@ -120,7 +120,7 @@ class PreferenceTraining:
             self.judges = {
                 name: judge(self.model, material, items, self.live, settings, draws)
                 for name, (draws, items) in asked.items()
-                if processes.takes_part()
+                if processes.is_participant()
             }
         if settings.full and isinstance(self.reference, Bank) and settings.loss not in WITHOUT_REFERENCE:
             self.fill(self.reference)
@@ -142,7 +142,7 @@ class PreferenceTraining:
                 steps=self.settings.steps if until is None else until,
                 done=self.done,
                 clip=self.settings.max_grad_norm,
-                reduce=processes.averaging(),
+                reduce=processes.gradient_averaging(),
             ):
                 self.done = report.step
                 yield report
@@ -157,9 +157,9 @@ class PreferenceTraining:
         for part in parts:
             loss, figures = self.loss(part)
             gathered.append(figures)
-            yield loss.mean() * (len(part) * len(parts) * processes.world() / self.settings.batch)
+            yield loss.mean() * (len(part) * len(parts) * processes.world_size() / self.settings.batch)
         self.figures = {
-            name: float(processes.mean(torch.cat([figures[name] for figures in gathered])))
+            name: float(processes.reduce_mean(torch.cat([figures[name] for figures in gathered])))
             for name in gathered[0]
         }
 
@@ -186,7 +186,9 @@ class PreferenceTraining:
             sign = 2 * preference - 1
             baseline = None
             if self.share.scale > 1:  # these are a part of a batch that others have the rest of
-                baseline = kto_baseline(processes.mean(0.5 * settings.beta * (reference[0] - error[0])))
+                baseline = kto_baseline(
+                    processes.reduce_mean(0.5 * settings.beta * (reference[0] - error[0]))
+                )
             return kto(error[0], settings.beta, reference[0], preference, baseline=baseline), {
                 "accuracy": accuracy(sign * (reference[0] - error[0]).detach()),
                 "error_change": (error[0] - reference[0]).detach(),
@@ -245,7 +247,7 @@ class PreferenceTraining:
 
     def save(self, run: Path) -> None:
         """Writes the checkpoint from which `resume` goes on bit for bit, and the bank."""
-        if processes.is_writer():
+        if processes.is_main_process():
             save_checkpoint(
                 run / CHECKPOINT, step=self.done, parameters=self.parameters, optimizer=self.optimizer
             )
@@ -262,8 +264,8 @@ class PreferenceTraining:
     def write(self, run: Path, header: dict[str, str]) -> dict[str, str]:
         """Writes what was learned; gives the fields of `Concept` that name the files."""
         if not self.settings.full:
-            save_lora(run / WEIGHTS, self.model.denoiser, ADAPTER, metadata=header)
-            return {"weights": WEIGHTS}
+            save_lora(run / LORA_WEIGHTS, self.model.denoiser, ADAPTER, metadata=header)
+            return {"weights": LORA_WEIGHTS}
         moved = {
             name: (value.detach().cpu() - self.start[name]).bfloat16()
             for name, value in self.parameters.items()
@@ -295,7 +297,7 @@ class PreferenceTraining:
 
     def _adapter(self) -> nn.Module:
         self.parameters = new_adapter(self.model, self.settings, self.base)
-        self._as_reference = partial(only, self.model.denoiser, list(self.base))
+        self._as_reference = partial(use_adapters, self.model.denoiser, list(self.base))
         return self.model.denoiser
 
     def _full_weights(self) -> nn.Module:
@@ -329,7 +331,7 @@ class PreferenceTraining:
                 settings.micro_batch,
             ),  # which draws share a batch, to the last bit of their errors
             records,
-            *([processes.world()] if self.share.scale > 1 else []),
+            *([processes.world_size()] if self.share.scale > 1 else []),
         )
         group = len(self.material.train[0].pictures)
         return open_bank(self.live, bank_key(*facts), (len(self.material.train), settings.draws, group))
@@ -416,7 +418,7 @@ def new_adapter(model: Backbone, settings: Settings, base: Sequence[str]) -> dic
         targets=layers,
         seed=settings.seed,
     )
-    activate(model.denoiser, [*base, ADAPTER])
+    activate_adapters(model.denoiser, [*base, ADAPTER])
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     return parameters
@@ -431,9 +433,9 @@ def micro_batches(cells: Cells, settings: Settings) -> list[list[tuple[int, int]
 def share_of(settings: Settings) -> processes.Share:
     """What this process does of a step. Raises `UserError` for a batch that these processes cannot share."""
     if settings.full or settings.online:
-        processes.refuse_shards("--full" if settings.full else "--online")
+        processes.require_whole_model("--full" if settings.full else "--online")
     parts = micro_batches([(0, 0)] * settings.batch, settings)
-    return processes.share(len(parts), min(len(part) for part in parts))
+    return processes.share_of_step(len(parts), min(len(part) for part in parts))
 
 
 def _contents(concept: Concept) -> str:

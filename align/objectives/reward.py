@@ -23,8 +23,8 @@ from torch import Tensor
 from align.objectives.preference import ADAPTER, CHECKPOINT, new_adapter, share_of
 from align.pairs.prompts import Prompt
 from align.settings import Settings
-from backbone.adapters.concept import Concept, spoken
-from backbone.adapters.lora import WEIGHTS, save_lora
+from backbone.adapters.concept import Concept, resolve_placeholder_tokens
+from backbone.adapters.lora import LORA_WEIGHTS, save_lora
 from backbone.diffusion.noise import Predict
 from backbone.distributed import processes
 from backbone.families.base import Text
@@ -54,9 +54,10 @@ class RewardTraining(ABC):
         settings = self.settings
         self.share = share_of(settings)
         said = [
-            spoken(prompt.text, self.concepts) if self.concepts else prompt.text for prompt in self.prompts
+            resolve_placeholder_tokens(prompt.text, self.concepts) if self.concepts else prompt.text
+            for prompt in self.prompts
         ]
-        with processes.writer_first():
+        with processes.main_process_first():
             self.text = encoded_prompts(self.model, [*said, ""])
         self.model.free("text_encoder")
         self.parameters = new_adapter(self.model, settings, self.base)
@@ -81,7 +82,7 @@ class RewardTraining(ABC):
                 steps=self.settings.steps,
                 done=self.done,
                 clip=self.settings.max_grad_norm,
-                reduce=processes.averaging(),
+                reduce=processes.gradient_averaging(),
             ):
                 self.done = report.step
                 yield report
@@ -96,7 +97,7 @@ class RewardTraining(ABC):
 
     def save(self, run: Path) -> None:
         """Writes the checkpoint."""
-        if processes.is_writer():
+        if processes.is_main_process():
             save_checkpoint(
                 run / CHECKPOINT, step=self.done, parameters=self.parameters, optimizer=self.optimizer
             )
@@ -110,8 +111,8 @@ class RewardTraining(ABC):
 
     def write(self, run: Path, header: dict[str, str]) -> dict[str, str]:
         """Writes the LoRA; gives the fields of `Concept` that name the files."""
-        save_lora(run / WEIGHTS, self.model.denoiser, ADAPTER, metadata=header)
-        return {"weights": WEIGHTS}
+        save_lora(run / LORA_WEIGHTS, self.model.denoiser, ADAPTER, metadata=header)
+        return {"weights": LORA_WEIGHTS}
 
     def predictor(self, numbers: Sequence[int]) -> Predict:
         """The model's guided prediction for these prompts, one a sample."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from backbone.io.console import UserError, say
+from backbone.io.console import UserError, notify
 
 SOURCE_HELP = (
     "A folder of align sample, chosen/ and rejected/ (w/ and l/), .jsonl or .parquet, or a dataset's id."
@@ -374,7 +374,7 @@ def train(
         from align.pairs.records import counted
 
         found = check_pairs(read(source, user=user, limit=limit, split=split), skip_bad=skip_bad)
-        say(f"{found.source} holds {counted(found.records)}.")
+        notify(f"{found.source} holds {counted(found.records)}.")
         from align.train.run import train_taste
 
         finished = train_taste(asked, found, out=out, vram=vram)
@@ -382,4 +382,4 @@ def train(
 
 
 def _done(run: Path) -> None:
-    say(f"{run}/report.html says how it went. Next: align compare moji {run} --prompts FILE")
+    notify(f"{run}/report.html says how it went. Next: align compare moji {run} --prompts FILE")

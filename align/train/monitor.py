@@ -9,7 +9,7 @@ from align.objectives.preference import PreferenceTraining
 from align.objectives.reference import Bank
 from align.settings import EVALUATIONS, Settings
 from backbone.distributed import processes
-from backbone.io.console import say
+from backbone.io.console import notify
 from backbone.io.files import append_jsonl, read_jsonl
 
 
@@ -22,7 +22,7 @@ class Watch:
 
     def __init__(self, run: Path, training: PreferenceTraining, settings: Settings) -> None:
         self.path, self.training, self.settings = run / EVALUATIONS, training, settings
-        known = processes.takes_part() and self.path.exists()
+        known = processes.is_participant() and self.path.exists()
         self.seen = read_jsonl(self.path) if known else []
         self.complaint = self._complaint(self.seen[-1]) if self.seen else ""
 
@@ -33,12 +33,12 @@ class Watch:
         """
         if isinstance(self.training.reference, Bank):
             self.training.reference.merge()
-        if not processes.takes_part():
+        if not processes.is_participant():
             return
         if any(line["step"] == step for line in self.seen):
             return  # before the run was stopped
         found, gap = self.training.evaluate(), self.training.gap()
-        if not processes.is_writer():
+        if not processes.is_main_process():
             return
         line: dict[str, Any] = {"step": step, "bank_gap": gap}
         line |= {name: figures.as_json() for name, figures in found.items()}
@@ -46,7 +46,7 @@ class Watch:
         self.seen = read_jsonl(self.path)
         before, self.complaint = self.complaint, self._complaint(self.seen[-1])
         if self.complaint and not before and self.settings.on_winner_rise == "warn":
-            say(f"Step {step}: {self.complaint}")
+            notify(f"Step {step}: {self.complaint}")
 
     @property
     def must_stop(self) -> bool:

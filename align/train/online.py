@@ -41,13 +41,13 @@ from align.settings import (
 from align.train.monitor import Watch
 from align.train.report import smoothed_log, write_summary
 from align.train.run import shown, write_concept, write_record
-from backbone.adapters.apply import put_on, refuse_another_model
-from backbone.adapters.concept import Concept, described, read_concept
+from backbone.adapters.apply import check_concept_fits, load_concepts
+from backbone.adapters.concept import Concept, read_concept, summarize_concepts
 from backbone.distributed import processes
-from backbone.io.console import UserError, progress, say
+from backbone.io.console import UserError, notify, progress
 from backbone.io.files import append_jsonl, read_json, read_jsonl, write_json
-from backbone.io.report import command, curve, curves, heading, paragraph, table, write_report
-from backbone.io.run_folder import stopping, trim_log, versions
+from backbone.io.report import command, heading, line_plot, paragraph, plot_row, table, write_report
+from backbone.io.run_folder import catch_interrupts, package_versions, trim_log
 from backbone.media.sheet import save_png
 from backbone.models.model import Backbone
 
@@ -58,7 +58,7 @@ def train_online(asked: dict[str, Any], *, out: Path | None) -> Path:
     Raises `UserError`, before any weights load, for a run folder that is taken, a scorer that is none, and settings
     that contradict each other.
     """
-    processes.join(asked.get("device", "auto"))
+    processes.init_process(asked.get("device", "auto"))
     run = out or Path("runs") / f"{Path(asked['prompts']).stem}-online"
     if (run / FILE).exists():
         raise UserError(
@@ -74,10 +74,10 @@ def train_online(asked: dict[str, Any], *, out: Path | None) -> Path:
         takes_gradients(settings.online)
     open_judge(settings.online)
     for folder in settings.concepts:
-        refuse_another_model(read_concept(folder), model)
+        check_concept_fits(read_concept(folder), model)
     share_of(settings)
     processes.barrier()  # now every process has seen that the folder is free
-    if processes.is_writer():
+    if processes.is_main_process():
         write_record(run, settings)
     return carry_on(run, settings, model)
 
@@ -85,7 +85,7 @@ def train_online(asked: dict[str, Any], *, out: Path | None) -> Path:
 def resume_online(run: Path) -> Path:
     """Goes on with a run that was stopped."""
     settings = read_settings(run)
-    processes.join(settings.device)
+    processes.init_process(settings.device)
     model = Backbone.open(settings.model, device=settings.device, precision=settings.precision)
     return carry_on(run, settings, model)
 
@@ -94,7 +94,7 @@ def carry_on(run: Path, settings: Settings, model: Backbone) -> Path:
     """Trains from the last checkpoint, if there is one, to the finished folder."""
     prompts = read_prompts(Path(settings.prompts))
     concepts = [read_concept(folder) for folder in settings.concepts]
-    base = put_on(model, concepts)
+    base = load_concepts(model, concepts)
     if settings.loss in REWARD_LOSSES:
         return _by_reward(run, settings, model, prompts, concepts, base)
     return _by_pairs(run, settings, model, prompts, concepts, base)
@@ -114,14 +114,14 @@ def _by_pairs(
     began = time.perf_counter()
     training = PreferenceTraining(model, _nothing(model), settings, base, concepts)
     training.resume(run)
-    writes = processes.is_writer()
+    writes = processes.is_main_process()
     for log in (LOG, EVALUATIONS) if writes else ():
         trim_log(run / log, training.done)
     watch = Watch(run, training, settings)
     learn: list[Record] = []
     out: list[Record] = []
     spent = {"draw and rank": 0.0, "train": 0.0}
-    with stopping() as stop:
+    with catch_interrupts() as stop:
         for number in range(_round(training.done, settings), settings.rounds):
             started = time.perf_counter()
             folder = run / ROUNDS / f"{number:02d}"
@@ -143,23 +143,23 @@ def _by_pairs(
                     if writes:
                         append_jsonl(run / LOG, dataclasses.asdict(report) | training.figures)
                     bar.advance(1, images=2 * settings.batch, **shown(report, training))
-                    if processes.any_of(bool(stop)):
+                    if processes.any_process(bool(stop)):
                         training.save(run)
                         _stopped(run, report.step, settings)
             training.save(run)
             watch.look(training.done)
             spent["train"] += time.perf_counter() - started
-            if processes.any_of(watch.must_stop):
-                say(f"Stopped after round {number + 1}: {watch.complaint}")
+            if processes.any_process(watch.must_stop):
+                notify(f"Stopped after round {number + 1}: {watch.complaint}")
                 break
-    training.live.asked = int(processes.total([training.live.asked])[0])
+    training.live.asked = int(processes.reduce_sum([training.live.asked])[0])
     if not writes:
-        processes.leave()
+        processes.end_process()
         return run
     write_concept(run, settings, model, training.write(run, _header(settings)))
     seconds = {"prepare": spent["draw and rank"], "train": spent["train"], "all": time.perf_counter() - began}
     write_summary(run, training, learn, out, concepts, seconds)
-    processes.leave()
+    processes.end_process()
     return run
 
 
@@ -177,17 +177,19 @@ def _draw_round(
     keys = [(i, j) for i in range(len(prompts)) for j in range(settings.per_prompt)]
     missing = [key for key in keys if not (folder / picture_name(*key)).exists()]
     processes.barrier()  # now every process knows what is missing
-    own = processes.dealt(missing, batch=drawing.batch)  # to the last bit, for what is learned from them
+    own = processes.split_batches(
+        missing, batch=drawing.batch
+    )  # to the last bit, for what is learned from them
     with progress(len(own), "drawing") as bar:
         for key, picture in zip(own, draw(model, prompts, own, drawing, concepts), strict=True):
             save_png(folder / picture_name(*key), picture, text={"prompt": prompts[key[0]].text})
             bar.advance(1, images=1)
             if stop:
                 break
-    if processes.any_of(bool(stop)):
+    if processes.any_process(bool(stop)):
         run = folder.parents[1]
         raise KeyboardInterrupt(f"Stopped while drawing. Continue with: align train --resume {run}")
-    if not processes.is_writer():
+    if not processes.is_main_process():
         return
     facts = {
         "format": FORMAT,
@@ -207,7 +209,7 @@ def _round_records(folder: Path, settings: Settings) -> tuple[list[Record], list
     )
     if not learn:
         raise UserError(f"{folder} leaves nothing to learn from. Lower --held-out, or give more prompts.")
-    say(f"Learning from {counted(learn)}; held out: {counted(out)}.")
+    notify(f"Learning from {counted(learn)}; held out: {counted(out)}.")
     return learn, out
 
 
@@ -244,23 +246,23 @@ def _by_reward(
     kind = RewardGradients if settings.loss == "draft" else PolicyGradients
     training = kind(model, prompts, settings, base, concepts)
     training.resume(run)
-    writes = processes.is_writer()
+    writes = processes.is_main_process()
     if writes:
         trim_log(run / LOG, training.done)
-    with stopping() as stop, progress(settings.steps, settings.loss, done=training.done) as bar:
+    with catch_interrupts() as stop, progress(settings.steps, settings.loss, done=training.done) as bar:
         for report in training.steps():
             if writes:
                 append_jsonl(run / LOG, dataclasses.asdict(report) | training.figures)
             bar.advance(1, images=settings.batch, loss=report.loss, **training.figures)
             finished = report.step == settings.steps
-            halt = processes.any_of(bool(stop))
+            halt = processes.any_process(bool(stop))
             due = halt or report.step % settings.checkpointing_steps == 0
             if finished or (due and training.may_save(report.step)):
                 training.save(run)
             if halt and not finished:
                 _stopped(run, report.step, settings)
     if not writes:
-        processes.leave()
+        processes.end_process()
         return run
     write_concept(run, settings, model, training.write(run, _header(settings)))
     log = read_jsonl(run / LOG)
@@ -273,28 +275,28 @@ def _by_reward(
         "scorer": settings.online,
         "model": settings.model,
         "fingerprint": model.fingerprint,
-        "concepts": described(concepts),
+        "concepts": summarize_concepts(concepts),
         "reward": {"first tenth of the steps": first, "last tenth": last},
         "steps": training.done,
         "seconds": seconds,
         "settings": settings,
-        "versions": versions(),
+        "versions": package_versions(),
     }
     write_json(run / SUMMARY, summary)
     drawn = [
-        curve("Reward", {"reward": [(line["step"], line["reward"]) for line in log]}),
-        curve("Loss", {"loss": [(line["step"], line["loss"]) for line in smoothed_log(log)]}),
+        line_plot("Reward", {"reward": [(line["step"], line["reward"]) for line in log]}),
+        line_plot("Loss", {"loss": [(line["step"], line["loss"]) for line in smoothed_log(log)]}),
     ]
     parts = [
         paragraph(f"{settings.steps} steps in {seconds:.0f} s on {len(prompts)} prompts."),
-        curves(drawn),
+        plot_row(drawn),
         table(("", "mean reward"), [("first tenth of the steps", first), ("last tenth", last)]),
         paragraph("The scorer that trained a model does not judge it: compare with another one."),
         heading("Again"),
         command(as_command(settings, run)),
     ]
     write_report(run / REPORT, f"{run.name}: {settings.loss} on {settings.model} by {settings.online}", parts)
-    processes.leave()
+    processes.end_process()
     return run
 
 

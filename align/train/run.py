@@ -20,13 +20,13 @@ from align.pairs.records import (
 from align.settings import EVALUATIONS, FILE, LOG, Settings, as_command, read_settings, resolved
 from align.train.monitor import Watch
 from align.train.report import write_summary
-from backbone.adapters.apply import put_on
-from backbone.adapters.apply import refuse_another_model as refuse_another_concept
+from backbone.adapters.apply import check_concept_fits as refuse_another_concept
+from backbone.adapters.apply import load_concepts
 from backbone.adapters.concept import Concept, read_concept
 from backbone.distributed import processes
-from backbone.io.console import UserError, progress, say
+from backbone.io.console import UserError, notify, progress
 from backbone.io.files import append_jsonl, write_json
-from backbone.io.run_folder import stopping, trim_log, versions
+from backbone.io.run_folder import catch_interrupts, package_versions, trim_log
 from backbone.models.model import Backbone
 from backbone.models.placement import measures_of
 from backbone.training.loop import Report
@@ -41,7 +41,7 @@ def train_taste(
     that contradict each other.
     """
     began = time.perf_counter()
-    processes.join(asked.get("device", "auto"))
+    processes.init_process(asked.get("device", "auto"))
     run = out or Path("runs") / run_name(asked["pairs"])
     if (run / FILE).exists():
         raise UserError(
@@ -61,12 +61,12 @@ def train_taste(
     if vram is not None:
         from align.train.memory import budgeted
 
-        processes.refuse_shards("--vram counts for a process alone; it")
+        processes.require_whole_model("--vram counts for a process alone; it")
         pictures, prompts = sum(len(one.pictures) for one in records), len({one.prompt for one in records})
         model, settings = budgeted(model, settings, pictures, prompts, vram)
     share_of(settings)
     processes.barrier()  # now every process has seen that the folder is free
-    if processes.is_writer():
+    if processes.is_main_process():
         write_record(run, settings)
     return carry_on(run, settings, model, records, began=began)
 
@@ -75,7 +75,7 @@ def resume_taste(run: Path) -> Path:
     """Goes on with a run that was stopped; the weights come out as if it had not been."""
     began = time.perf_counter()
     settings = read_settings(run)
-    processes.join(settings.device)
+    processes.init_process(settings.device)
     found = check(_read_again(settings), skip_bad=settings.skip_bad)
     model = Backbone.open(
         settings.model, device=settings.device, precision=settings.precision, measures=measures_of(settings)
@@ -89,13 +89,13 @@ def carry_on(run: Path, settings: Settings, model: Backbone, records: list[Recor
     learn, out = held_out(records, share=settings.held_out, seed=settings.seed)
     if not learn:
         raise UserError(f"{settings.pairs} leaves nothing to learn from. Lower --held-out.")
-    say(f"Learning from {counted(learn)}; held out: {counted(out)}.")
+    notify(f"Learning from {counted(learn)}; held out: {counted(out)}.")
     concepts = [read_concept(folder) for folder in settings.concepts]
-    base = put_on(model, concepts)
+    base = load_concepts(model, concepts)
     material = prepare(model, learn, out, settings, concepts)
     training = PreferenceTraining(model, material, settings, base, concepts)
     training.resume(run)
-    writes = processes.is_writer()
+    writes = processes.is_main_process()
     if writes:
         trim_log(run / LOG, training.done)
         trim_log(run / EVALUATIONS, training.done)
@@ -104,8 +104,8 @@ def carry_on(run: Path, settings: Settings, model: Backbone, records: list[Recor
     if not training.done:
         watch.look(0)
     prepared = time.perf_counter()
-    stopped_early = processes.any_of(watch.must_stop)
-    with stopping() as stop, progress(settings.steps, "training", done=training.done) as bar:
+    stopped_early = processes.any_process(watch.must_stop)
+    with catch_interrupts() as stop, progress(settings.steps, "training", done=training.done) as bar:
         for report in training.steps() if not stopped_early else ():
             if writes:
                 append_jsonl(run / LOG, dataclasses.asdict(report) | training.figures)
@@ -113,8 +113,8 @@ def carry_on(run: Path, settings: Settings, model: Backbone, records: list[Recor
             finished = report.step == settings.steps
             if finished or report.step % settings.evaluation_steps == 0:
                 watch.look(report.step)
-            halt = processes.any_of(bool(stop))
-            stopped_early = processes.any_of(watch.must_stop) and not finished
+            halt = processes.any_process(bool(stop))
+            stopped_early = processes.any_process(watch.must_stop) and not finished
             if halt or finished or stopped_early or report.step % settings.checkpointing_steps == 0:
                 training.save(run)
             if halt and not finished:
@@ -123,12 +123,12 @@ def carry_on(run: Path, settings: Settings, model: Backbone, records: list[Recor
                     f"Continue with: align train --resume {run}"
                 )
             if stopped_early:
-                say(f"Stopped at step {report.step}: {watch.complaint}")
+                notify(f"Stopped at step {report.step}: {watch.complaint}")
                 break
     trained = time.perf_counter()
-    training.live.asked = int(processes.total([training.live.asked])[0])
+    training.live.asked = int(processes.reduce_sum([training.live.asked])[0])
     if not writes:
-        processes.leave()
+        processes.end_process()
         return run
     header = {
         "base_model": settings.model,
@@ -139,7 +139,7 @@ def carry_on(run: Path, settings: Settings, model: Backbone, records: list[Recor
     write_concept(run, settings, model, files)
     seconds = {"prepare": prepared - began, "train": trained - prepared, "all": time.perf_counter() - began}
     write_summary(run, training, learn, out, concepts, seconds)
-    processes.leave()
+    processes.end_process()
     return run
 
 
@@ -153,7 +153,8 @@ def write_concept(run: Path, settings: Settings, model: Backbone, files: dict[st
 def write_record(run: Path, settings: Settings) -> None:
     """Writes the run's `settings.json`: what was resolved, how to repeat it, and with which versions."""
     write_json(
-        run / FILE, {"settings": settings, "command": as_command(settings, run), "versions": versions()}
+        run / FILE,
+        {"settings": settings, "command": as_command(settings, run), "versions": package_versions()},
     )
 
 

@@ -1,6 +1,6 @@
 """A concept: what a run has learned, in files that all three commands read.
 
-A concept owns tokens that people write, like `[V]`, and each stands for rare words of the model's tokenizer. `spoken`
+A concept owns tokens that people write, like `[V]`, and each stands for rare words of the model's tokenizer. `resolve_placeholder_tokens`
 turns a person's prompt into the words that the model reads.
 """
 
@@ -15,12 +15,12 @@ from typing import Any
 from backbone.io.console import UserError
 from backbone.io.files import content_hash, read_json, write_json
 
-FILE = "concept.json"
+CONCEPT_FILE = "concept.json"
 FORMAT = 1
 PLACEHOLDER = re.compile(r"\[[^\[\]\s]+\]|<[^<>\s]+>")
 CONSONANTS = "[bcdfghjklmnpqrstvwxz]{3,4}"
 RARE = re.compile(rf"({CONSONANTS})</w>|▁({CONSONANTS})")  # as CLIP's and T5's tokenizers mark a whole word
-POOL = 256  # a concept's words are drawn from this many of the tokenizer's rarest
+RARE_WORD_POOL = 256  # a concept's words are drawn from this many of the tokenizer's rarest
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,16 @@ class Concept:
     def write(self, folder: Path) -> None:
         """Writes `concept.json` into a run folder."""
         fields = {key: value for key, value in asdict(self).items() if key != "folder"}
-        write_json(folder / FILE, {"format": FORMAT, **fields})
+        write_json(folder / CONCEPT_FILE, {"format": FORMAT, **fields})
 
 
 def read_concept(folder: str | Path) -> Concept:
     """The concept of a run folder; `UserError` when there is none."""
     folder = Path(folder)
-    path = folder / FILE if folder.is_dir() else folder
-    if not path.is_file() or path.name != FILE:
+    path = folder / CONCEPT_FILE if folder.is_dir() else folder
+    if not path.is_file() or path.name != CONCEPT_FILE:
         raise UserError(
-            f"{folder} holds no concept ({FILE} is missing). Name a run folder of `customize train`."
+            f"{folder} holds no concept ({CONCEPT_FILE} is missing). Name a run folder of `customize train`."
         )
     said = read_json(path)
     if not isinstance(said, dict) or said.get("format") != FORMAT:
@@ -69,7 +69,7 @@ def read_concept(folder: str | Path) -> Concept:
         raise UserError(f"{path} is damaged ({error}). Train the concept again.") from error
 
 
-def spoken(prompt: str, concepts: Sequence[Concept], *, runs: Path = Path("runs")) -> str:
+def resolve_placeholder_tokens(prompt: str, concepts: Sequence[Concept], *, runs: Path = Path("runs")) -> str:
     """The prompt in the model's words: every token that a concept owns replaced by its rare words.
 
     Raises `UserError` for a token that no given concept owns, naming the newest run that has it.
@@ -80,18 +80,18 @@ def spoken(prompt: str, concepts: Sequence[Concept], *, runs: Path = Path("runs"
     own = {
         word for words in owned.values() for word in words.split()
     }  # a learned word is called like its token
-    known = {token: run for run, concept in runs_by_age(runs) for token in concept.tokens}
-    strangers = [*PLACEHOLDER.findall(prompt), *(token for token in known if _says(prompt, token))]
+    known = {token: run for run, concept in list_concept_runs(runs) for token in concept.tokens}
+    strangers = [*PLACEHOLDER.findall(prompt), *(token for token in known if _mentions(prompt, token))]
     for token in [token for token in strangers if token not in own]:
         remedy = f"Add --concept {known[token]}." if token in known else "Train it first, or leave it out."
         raise UserError(f"No given concept owns the token {token} in the prompt “{prompt}”. {remedy}")
     return prompt
 
 
-def runs_by_age(runs: Path) -> list[tuple[Path, Concept]]:
+def list_concept_runs(runs: Path) -> list[tuple[Path, Concept]]:
     """The finished runs in a folder, oldest first."""
     found = []
-    for path in sorted(runs.glob(f"*/{FILE}"), key=lambda path: path.stat().st_mtime):
+    for path in sorted(runs.glob(f"*/{CONCEPT_FILE}"), key=lambda path: path.stat().st_mtime):
         try:
             found.append((path.parent, read_concept(path.parent)))
         except UserError:
@@ -99,7 +99,9 @@ def runs_by_age(runs: Path) -> list[tuple[Path, Concept]]:
     return found
 
 
-def rare_words(vocabulary: Mapping[str, int], key: str, *, count: int = 1, taken: Iterable[str] = ()) -> str:
+def choose_rare_words(
+    vocabulary: Mapping[str, int], key: str, *, count: int = 1, taken: Iterable[str] = ()
+) -> str:
     """Words that mean nothing to a model: single tokens of three or four consonants, among the tokenizer's rarest.
 
     `key` (the contents of the pictures, say) chooses among them, so that two concepts seldom share one. Byte-pair
@@ -107,7 +109,7 @@ def rare_words(vocabulary: Mapping[str, int], key: str, *, count: int = 1, taken
     """
     candidates = [token for token in vocabulary if RARE.fullmatch(token)]
     candidates.sort(key=lambda token: -vocabulary[token])
-    words = [token.removesuffix("</w>").removeprefix("▁") for token in candidates[:POOL]]
+    words = [token.removesuffix("</w>").removeprefix("▁") for token in candidates[:RARE_WORD_POOL]]
     words = [word for word in words if word not in set(taken)]
     if len(words) < count:
         raise UserError("This model's tokenizer has no rare words of its own. Give some with --token_words.")
@@ -124,11 +126,11 @@ def check_token(token: str, vocabulary: Mapping[str, int]) -> None:
         raise UserError(f"The token “{token}” is an ordinary word for this model. Choose one like [{token}].")
 
 
-def _says(prompt: str, token: str) -> bool:
+def _mentions(prompt: str, token: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(token)}(?!\w)", prompt) is not None
 
 
-def described(concepts: Sequence[Concept]) -> list[dict[str, Any]]:
+def summarize_concepts(concepts: Sequence[Concept]) -> list[dict[str, Any]]:
     """What a record of a run says about its concepts."""
     return [
         {"folder": str(concept.folder), "tokens": concept.tokens, "class": concept.class_noun}

@@ -19,10 +19,10 @@ from backbone.families.base import TextEncoder
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
 
-FILE = "learned_embeds.safetensors"
+EMBEDDINGS_FILE = "learned_embeds.safetensors"
 
 
-class Widened(nn.Module):
+class ExtendedEmbedding(nn.Module):
     """A frozen embedding table [N, D], and learned rows behind it."""
 
     def __init__(self, table: nn.Embedding) -> None:
@@ -45,7 +45,9 @@ class Widened(nn.Module):
         return torch.where((ids < count)[..., None], old, new)
 
 
-def new_words(encoder: TextEncoder, rows: Mapping[str, Tensor], *, words: Sequence[str]) -> dict[str, Tensor]:
+def add_tokens(
+    encoder: TextEncoder, rows: Mapping[str, Tensor], *, words: Sequence[str]
+) -> dict[str, Tensor]:
     """Teaches an encoder words, each a row of the tensors [W, D] in `rows`, one tensor for each of its `sides`.
 
     Gives the rows as fp32 leaf tensors by side, ready to be trained. Raises `UserError` for a word that it has already,
@@ -54,23 +56,25 @@ def new_words(encoder: TextEncoder, rows: Mapping[str, Tensor], *, words: Sequen
     learned: dict[str, Tensor] = {}
     for side in encoder.sides:
         values = rows[side.name]
-        table = cast(nn.Embedding | Widened, side.model.get_input_embeddings())
+        table = cast(nn.Embedding | ExtendedEmbedding, side.model.get_input_embeddings())
         width = table.weight.shape[1]
         if values.shape != (len(words), width):
             raise UserError(
                 f"The learned words are {tuple(values.shape)} numbers and this model's {side.name} has words of "
                 f"{width}. Give the --model that they were learned on."
             )
-        start = table.table.num_embeddings if isinstance(table, Widened) else table.num_embeddings
-        before = start + sum(len(part) for part in table.rows) if isinstance(table, Widened) else start
+        start = table.table.num_embeddings if isinstance(table, ExtendedEmbedding) else table.num_embeddings
+        before = (
+            start + sum(len(part) for part in table.rows) if isinstance(table, ExtendedEmbedding) else start
+        )
         added = side.tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
         ids = side.tokenizer.convert_tokens_to_ids(list(words))
         if added != len(words) or ids != list(range(before, before + len(words))):
             raise UserError(
                 f"This model knows one of the words {', '.join(words)} already. Choose another token."
             )
-        if not isinstance(table, Widened):
-            table = Widened(table)
+        if not isinstance(table, ExtendedEmbedding):
+            table = ExtendedEmbedding(table)
             side.model.set_input_embeddings(table)
         parameter = nn.Parameter(values.detach().clone().float().to(table.weight.device), requires_grad=False)
         table.rows.append(parameter)
@@ -78,7 +82,7 @@ def new_words(encoder: TextEncoder, rows: Mapping[str, Tensor], *, words: Sequen
     return learned
 
 
-def rows_of(encoder: TextEncoder, text: str, *, count: int) -> dict[str, Tensor]:
+def embed_tokens(encoder: TextEncoder, text: str, *, count: int) -> dict[str, Tensor]:
     """The embeddings of a text's tokens, repeated or cut to `count` rows [count, D], for every side.
 
     Raises `UserError` for a text without tokens.
@@ -93,12 +97,14 @@ def rows_of(encoder: TextEncoder, text: str, *, count: int) -> dict[str, Tensor]
     return found
 
 
-def words_of(token: str, count: int) -> list[str]:
+def vector_token_names(token: str, count: int) -> list[str]:
     """How a token's vectors are called, as diffusers calls them: `[V]`, `[V]_1`, `[V]_2` …"""
     return [token, *(f"{token}_{k}" for k in range(1, count))]
 
 
-def save_words(path: Path, rows: Mapping[str, Mapping[str, Tensor]], *, metadata: Mapping[str, str]) -> None:
+def save_embeddings(
+    path: Path, rows: Mapping[str, Mapping[str, Tensor]], *, metadata: Mapping[str, str]
+) -> None:
     """Writes learned words, the rows of each token by side.
 
     With one text encoder it is a file that diffusers' `load_textual_inversion` reads; with several, a token's rows of
@@ -112,15 +118,15 @@ def save_words(path: Path, rows: Mapping[str, Mapping[str, Tensor]], *, metadata
     write_tensors(path, tensors, dict(metadata))
 
 
-def words_by_side(tensors: Mapping[str, Tensor], token: str) -> dict[str, Tensor]:
-    """One token's rows [W, D] of each text encoder, from the tensors of a file that `save_words` wrote."""
+def split_by_encoder(tensors: Mapping[str, Tensor], token: str) -> dict[str, Tensor]:
+    """One token's rows [W, D] of each text encoder, from the tensors of a file that `save_embeddings` wrote."""
     own = {
         name.removeprefix(f"{token}/"): rows for name, rows in tensors.items() if name.startswith(f"{token}/")
     }
     return own or {"text_encoder": tensors[token]}
 
 
-def load_words(path: Path, encoder: TextEncoder, token: str) -> dict[str, Tensor]:
+def load_embeddings(path: Path, encoder: TextEncoder, token: str) -> dict[str, Tensor]:
     """Teaches an encoder the words of a file for one token; gives their rows by side.
 
     Raises `UserError` when the file holds none for this token.
@@ -136,4 +142,4 @@ def load_words(path: Path, encoder: TextEncoder, token: str) -> dict[str, Tensor
         name: tensors[key].reshape(-1, tensors[key].shape[-1]) for name, key in zip(names, keys, strict=True)
     }
     count = len(next(iter(rows.values())))
-    return new_words(encoder, rows, words=words_of(token, count))
+    return add_tokens(encoder, rows, words=vector_token_names(token, count))

@@ -29,13 +29,13 @@ from torch import Tensor, nn
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
 
-Kind = Literal["lora", "dora", "loha", "lokr"]
+AdapterType = Literal["lora", "dora", "loha", "lokr"]
 
-WEIGHTS = "pytorch_lora_weights.safetensors"
-OTHER_WEIGHTS = "adapter_weights.safetensors"  # LoHa and LoKr, which diffusers' loader refuses
-DENOISERS = ("unet.", "transformer.")  # a file's names of the denoiser's layers begin so
-MARKS = ("lora_", "hada_", "lokr_")
-KINDS: tuple[Kind, ...] = get_args(Kind)
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+LYCORIS_WEIGHTS = "adapter_weights.safetensors"  # LoHa and LoKr, which diffusers' loader refuses
+DENOISER_PREFIXES = ("unet.", "transformer.")  # a file's names of the denoiser's layers begin so
+PARAMETER_PREFIXES = ("lora_", "hada_", "lokr_")
+ADAPTER_TYPES: tuple[AdapterType, ...] = get_args(AdapterType)
 
 
 def add_lora(
@@ -47,7 +47,7 @@ def add_lora(
     targets: Sequence[str],
     dropout: float = 0.0,
     seed: int = 0,
-    kind: Kind = "lora",
+    kind: AdapterType = "lora",
     ranks: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """Puts an adapter on the target layers and gives its trainable tensors by name, all fp32.
@@ -57,7 +57,7 @@ def add_lora(
 
     Raises `UserError` when no layer of the model is a target.
     """
-    config = _config(kind, rank=rank, alpha=alpha, targets=targets, dropout=dropout, ranks=ranks or {})
+    config = _peft_config(kind, rank=rank, alpha=alpha, targets=targets, dropout=dropout, ranks=ranks or {})
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         torch.manual_seed(seed)
@@ -76,15 +76,17 @@ def add_lora(
 
 def lora_parameters(model: nn.Module, name: str) -> dict[str, Tensor]:
     """The tensors of one adapter."""
-    return {key: value for key, value in model.named_parameters() if _belongs(key, name)}
+    return {key: value for key, value in model.named_parameters() if _is_adapter_parameter(key, name)}
 
 
-def _belongs(key: str, name: str) -> bool:
-    return any(mark in key for mark in MARKS) and (f".{name}." in key or key.endswith(f".{name}"))
+def _is_adapter_parameter(key: str, name: str) -> bool:
+    return any(mark in key for mark in PARAMETER_PREFIXES) and (
+        f".{name}." in key or key.endswith(f".{name}")
+    )
 
 
 @contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
+def disable_adapters(model: nn.Module) -> Iterator[None]:
     """The base model inside the `with`; afterwards every adapter is on again, trainable exactly where it was before."""
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
     was_off = [layer.disable_adapters for layer in layers]
@@ -101,7 +103,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def only(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+def use_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Exactly these adapters inside the `with`, none for no name; afterwards those from before.
 
     Nothing's `requires_grad` changes, so an adapter in training may be left out for a while.
@@ -109,7 +111,7 @@ def only(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
     before = [layer._active_adapter for layer in layers]
     for layer in layers:
-        layer._active_adapter = [name for name in names if _has(layer, name)]
+        layer._active_adapter = [name for name in names if _has_adapter(layer, name)]
     try:
         yield
     finally:
@@ -131,12 +133,12 @@ def save_lora(
     """
     tensors: dict[str, Tensor] = {}
     settings: dict[str, Any] = {}
-    for prefix, module in {denoiser_prefix(model): model, **_prefixed(text)}.items():
+    for prefix, module in {denoiser_prefix(model): model, **_prefix_encoders(text)}.items():
         if name not in getattr(module, "peft_config", {}):
             continue
         state = get_peft_model_state_dict(cast(Any, module), adapter_name=name)
         tensors |= {prefix + key: value for key, value in state.items()}
-        settings |= {prefix + key: value for key, value in _settings(module, name).items()}
+        settings |= {prefix + key: value for key, value in _peft_metadata(module, name).items()}
     header = {"format": "pt", "lora_adapter_metadata": json.dumps(settings), **(metadata or {})}
     write_tensors(path, tensors, header)
 
@@ -157,7 +159,7 @@ def load_lora(
     if "lora_adapter_metadata" not in header:
         raise UserError(f"{path} does not say its rank and alpha. Use a file that `customize train` wrote.")
     said = json.loads(header["lora_adapter_metadata"])
-    parts = {denoiser_prefix(model): model, **_prefixed(text)}
+    parts = {denoiser_prefix(model): model, **_prefix_encoders(text)}
     if any(not key.startswith(tuple(parts)) for key in tensors):
         raise UserError(
             f"{path} was made for another model than this one. Give the --model that it was trained on."
@@ -166,14 +168,14 @@ def load_lora(
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if state:
             settings = {key.removeprefix(prefix): v for key, v in said.items() if key.startswith(prefix)}
-            _load_one(path, module, name, state, settings, scale)
+            _load_into(path, module, name, state, settings, scale)
 
 
-def activate(model: nn.Module, names: Sequence[str]) -> None:
+def activate_adapters(model: nn.Module, names: Sequence[str]) -> None:
     """Makes exactly these adapters work, added together."""
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):
-            layer.set_adapter([name for name in names if _has(layer, name)])
+            layer.set_adapter([name for name in names if _has_adapter(layer, name)])
     for name in names:
         for parameter in lora_parameters(model, name).values():
             parameter.requires_grad_(False)
@@ -181,28 +183,28 @@ def activate(model: nn.Module, names: Sequence[str]) -> None:
 
 def denoiser_prefix(model: nn.Module) -> str:
     """How diffusers calls a denoiser of this build: a UNet, or else a transformer."""
-    return DENOISERS[0] if hasattr(model, "down_blocks") else DENOISERS[1]
+    return DENOISER_PREFIXES[0] if hasattr(model, "down_blocks") else DENOISER_PREFIXES[1]
 
 
-def carries_text(path: Path) -> bool:
+def has_text_encoder_weights(path: Path) -> bool:
     """Whether an adapter file also changes text encoders."""
-    return any(not key.startswith(DENOISERS) for key in read_tensors(path)[0])
+    return any(not key.startswith(DENOISER_PREFIXES) for key in read_tensors(path)[0])
 
 
-def _has(layer: Any, name: str) -> bool:
+def _has_adapter(layer: Any, name: str) -> bool:
     return any(name in getattr(layer, kind) for kind in layer.adapter_layer_names if hasattr(layer, kind))
 
 
-def _prefixed(text: Mapping[str, nn.Module] | None) -> dict[str, nn.Module]:
+def _prefix_encoders(text: Mapping[str, nn.Module] | None) -> dict[str, nn.Module]:
     return {f"{side}.": module for side, module in (text or {}).items()}
 
 
-def _load_one(
+def _load_into(
     path: Path, model: nn.Module, name: str, state: dict[str, Tensor], settings: dict[str, Any], scale: float
 ) -> None:
     """Puts the part of an adapter that one network carries on it."""
-    config = _config(
-        _kind(settings),
+    config = _peft_config(
+        _adapter_type(settings),
         rank=settings["r"],
         alpha=settings.get("lora_alpha", settings.get("alpha", settings["r"])) * scale,
         targets=settings["target_modules"],
@@ -211,7 +213,7 @@ def _load_one(
     )
     if "alpha_pattern" in settings:  # other tools let rank and alpha differ on their own
         config.alpha_pattern = {layer: alpha * scale for layer, alpha in settings["alpha_pattern"].items()}
-    state = {_level(model, key): value for key, value in state.items()}
+    state = {_match_text_model_level(model, key): value for key, value in state.items()}
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     with warnings.catch_warnings():  # a second adapter is what we want here
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
@@ -232,14 +234,20 @@ def _load_one(
         parameter.requires_grad_(False)
 
 
-def _level(model: nn.Module, key: str) -> str:
+def _match_text_model_level(model: nn.Module, key: str) -> str:
     """A key of CLIP's with its level `text_model`, or without it, as the installed transformers builds the model."""
     plain = key.removeprefix("text_model.")
     return f"text_model.{plain}" if hasattr(model, "text_model") and "text_projection" not in key else plain
 
 
-def _config(
-    kind: Kind, *, rank: int, alpha: float, targets: Sequence[str], dropout: float, ranks: Mapping[str, int]
+def _peft_config(
+    kind: AdapterType,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    dropout: float,
+    ranks: Mapping[str, int],
 ) -> Any:
     """peft's settings of an adapter; layers of another rank keep its ratio of alpha to rank."""
     pattern = dict(ranks)
@@ -259,15 +267,15 @@ def _config(
             return LoHaConfig(**shared, alpha=cast(int, alpha), module_dropout=dropout)
         case "lokr":
             return LoKrConfig(**shared, alpha=cast(int, alpha), module_dropout=dropout)
-    raise UserError(f"There is no adapter called {kind}. Choose one of {', '.join(KINDS)}.")
+    raise UserError(f"There is no adapter called {kind}. Choose one of {', '.join(ADAPTER_TYPES)}.")
 
 
-def _kind(settings: Mapping[str, Any]) -> Kind:
+def _adapter_type(settings: Mapping[str, Any]) -> AdapterType:
     """The kind of a saved adapter."""
-    return cast(Kind, settings.get("kind", "dora" if settings.get("use_dora") else "lora"))
+    return cast(AdapterType, settings.get("kind", "dora" if settings.get("use_dora") else "lora"))
 
 
-def _settings(model: nn.Module, name: str) -> dict[str, Any]:
+def _peft_metadata(model: nn.Module, name: str) -> dict[str, Any]:
     """What the file's header says of an adapter, as diffusers reads it for LoRA."""
     config = cast(Any, model).peft_config[name]
     settings: dict[str, Any] = {

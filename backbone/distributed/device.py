@@ -16,7 +16,7 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def chosen_dtype(precision: str, device: torch.device) -> torch.dtype:
+def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The working precision; `auto` is the fastest one that is safe on the device."""
     if precision != "auto":
         if precision not in PRECISIONS:

@@ -18,7 +18,7 @@ from backbone.distributed import processes
 from backbone.io.console import UserError
 
 
-def cut(denoiser: nn.Module, device: torch.device) -> nn.Module:
+def shard(denoiser: nn.Module, device: torch.device) -> nn.Module:
     """The loaded, frozen denoiser on its device, cut up over all processes, block by block; what remains at last.
 
     Adapters that are put on it later stay whole. Raises `UserError` where torch has no FSDP.
@@ -30,14 +30,14 @@ def cut(denoiser: nn.Module, device: torch.device) -> nn.Module:
         raise UserError("Weights are cut up by torch 2.6 or later. Run: pip install -U torch") from error
     for value in denoiser.parameters():
         value.data = value.data.contiguous()  # the only layout that can be cut
-    mesh = init_device_mesh(device.type, (processes.world(),))
-    for block in blocks(denoiser):
+    mesh = init_device_mesh(device.type, (processes.world_size(),))
+    for block in repeated_blocks(denoiser):
         fully_shard(block, mesh=mesh)
     fully_shard(denoiser, mesh=mesh)
     return denoiser
 
 
-def blocks(denoiser: nn.Module) -> Iterator[nn.Module]:
+def repeated_blocks(denoiser: nn.Module) -> Iterator[nn.Module]:
     """The layers that repeat, inner ones before those that they are a part of."""
     lists = [
         layers

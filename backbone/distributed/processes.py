@@ -22,15 +22,15 @@ from torch import Tensor
 from backbone.io.console import UserError
 
 Item = TypeVar("Item")
-PATIENCE = timedelta(hours=12)  # how long processes wait for the writer's pictures and evaluations
-AT_ONCE = 1 << 24  # numbers in a message
-WORLDS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+COLLECTIVE_TIMEOUT = timedelta(hours=12)  # how long processes wait for the writer's pictures and evaluations
+BUCKET_ELEMENTS = 1 << 24  # numbers in a message
+WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 # Being one of several ----------------------------------------------------------------------------------------
 
 
-def join(device: str) -> None:
+def init_process(device: str) -> None:
     """Takes this process's place among those that were launched together; alone it does nothing.
 
     `device` is what the user asked for. Each process gets a GPU of its own, or they share the CPU.
@@ -39,13 +39,13 @@ def join(device: str) -> None:
     """
     if dist.is_initialized():
         return
-    launched = max(int(os.environ.get(name, "1")) for name in WORLDS)
+    launched = max(int(os.environ.get(name, "1")) for name in WORLD_SIZE_VARIABLES)
     if launched == 1:
         if _launcher_started_one_of_several():
-            _start_all(device)
+            _relaunch_with_torchrun(device)
         return
     for name in ("DEEPSPEED", "MEGATRON_LM"):
-        if _launcher_said(name):
+        if _launcher_uses(name):
             raise UserError(
                 f"The launcher was configured for {name.replace('_', '-')}, which brings a training loop of its own. "
                 "To cut up the base over the processes, launch it with recipes/accelerate/fsdp.yaml."
@@ -57,12 +57,12 @@ def join(device: str) -> None:
     from backbone.distributed.device import best_device
 
     on_cpu = (best_device() if device == "auto" else device) == "cpu"
-    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
+    state = PartialState(cpu=on_cpu, timeout=COLLECTIVE_TIMEOUT)
     if state.num_processes != launched:
         raise UserError(f"{launched} processes cannot share this machine's device. Add --device cpu.")
 
 
-def leave() -> None:
+def end_process() -> None:
     """Waits for the others at a run's good end, and lets go of them."""
     if dist.is_initialized():
         barrier()
@@ -74,12 +74,12 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
+def world_size() -> int:
     """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_writer() -> bool:
+def is_main_process() -> bool:
     """Whether this process writes files and speaks."""
     return rank() == 0
 
@@ -87,19 +87,19 @@ def is_writer() -> bool:
 # A sharded model (`backbone.distributed.fsdp`) --------------------------------------------------------------------
 
 
-def sharded() -> bool:
+def is_sharded() -> bool:
     """Whether the launcher asked for FSDP: every process holds a part of the denoiser, and all ask it together."""
-    return world() > 1 and _launcher_said("FSDP")
+    return world_size() > 1 and _launcher_uses("FSDP")
 
 
-def takes_part() -> bool:
+def is_participant() -> bool:
     """Whether this process helps to compute what the writer alone needs: the writer, or all with a model cut up."""
-    return is_writer() or sharded()
+    return is_main_process() or is_sharded()
 
 
-def refuse_shards(what: str) -> None:
+def require_whole_model(what: str) -> None:
     """`UserError` for what cannot be done to a model that is cut up; `what` begins the sentence."""
-    if sharded():
+    if is_sharded():
         raise UserError(
             f"{what} needs the whole model in every process, and the launcher asked for FSDP. Launch it with "
             "recipes/accelerate/gpus.yaml."
@@ -121,7 +121,7 @@ class Share:
     scale: int
 
 
-def share(micros: int, rows: int) -> Share:
+def share_of_step(micros: int, rows: int) -> Share:
     """This process's share of a step of `micros` micro-batches of at least `rows` rows each.
 
     Whole micro-batches where they can be dealt out evenly; a batch that stays whole gives the same bits as in one
@@ -129,7 +129,7 @@ def share(micros: int, rows: int) -> Share:
 
     Raises `UserError` where there is not a row for every process.
     """
-    own, count = rank(), world()
+    own, count = rank(), world_size()
     if micros % count == 0:
         each = micros // count
         return Share(slice(own * each, (own + 1) * each), slice(None), 1)
@@ -141,42 +141,42 @@ def share(micros: int, rows: int) -> Share:
     return Share(slice(None), slice(own, None, count), count)
 
 
-def dealt(items: Sequence[Item], *, batch: int) -> list[Item]:
+def split_batches(items: Sequence[Item], *, batch: int) -> list[Item]:
     """This process's part of what is done `batch` at a time, in the very batches of one process."""
     starts = list(range(0, len(items), batch))
-    if sharded() and starts:  # all ask equally often; what is done twice comes out alike
-        starts += [starts[-1]] * (-len(starts) % world())
-    starts = starts[rank() :: world()]
+    if is_sharded() and starts:  # all ask equally often; what is done twice comes out alike
+        starts += [starts[-1]] * (-len(starts) % world_size())
+    starts = starts[rank() :: world_size()]
     return [item for start in starts for item in items[start : start + batch]]
 
 
-def spread(items: Sequence[Item], *, batch: int) -> list[Item]:
+def split_items(items: Sequence[Item], *, batch: int) -> list[Item]:
     """The same where there are batches enough for everybody; otherwise in smaller ones."""
-    return dealt(items, batch=min(batch, max(1, -(-len(items) // world()))))
+    return split_batches(items, batch=min(batch, max(1, -(-len(items) // world_size()))))
 
 
-def prepared(work: Callable[[Item], object], items: Sequence[Item]) -> None:
+def warm_cache(work: Callable[[Item], object], items: Sequence[Item]) -> None:
     """Does work whose results are remembered on disk, each process its part; nothing is done here alone.
 
     Afterwards every process finds all of them there.
     """
-    if world() == 1:
+    if world_size() == 1:
         return
-    for item in spread(items, batch=1):
+    for item in split_items(items, batch=1):
         work(item)
     barrier()
 
 
 @contextmanager
-def writer_first() -> Iterator[None]:
+def main_process_first() -> Iterator[None]:
     """The writer goes through the `with` before the others do, who find on disk what it left there.
 
     With a model that is cut up they go together: what one of them lacks, all do.
     """
-    if not takes_part():
+    if not is_participant():
         barrier()
     yield
-    if takes_part():
+    if is_participant():
         barrier()
 
 
@@ -185,74 +185,74 @@ def writer_first() -> Iterator[None]:
 
 def barrier() -> None:
     """Waits until every process is here."""
-    any_of(False)
+    any_process(False)
 
 
-def average(tensors: Sequence[Tensor]) -> None:
+def average_in_place(tensors: Sequence[Tensor]) -> None:
     """Replaces every tensor by its mean over the processes, bit for bit the same in each; alone it changes nothing.
 
     They are of one type and on one device; the messages have about AT_ONCE numbers.
     """
     if not dist.is_initialized():
         return
-    count, part, size = world(), [], 0
+    count, part, size = world_size(), [], 0
     for tensor in tensors:
         part.append(tensor)
         size += tensor.numel()
-        if size >= AT_ONCE:
-            _average_together(part, count)
+        if size >= BUCKET_ELEMENTS:
+            _average_bucket(part, count)
             part, size = [], 0
     if part:
-        _average_together(part, count)
+        _average_bucket(part, count)
 
 
-def collect(tensors: Sequence[Tensor]) -> None:
+def sum_in_place(tensors: Sequence[Tensor]) -> None:
     """Fills every tensor with what each process wrote into a part of its own, zeros before."""
     if dist.is_initialized():
         for tensor in tensors:
-            found = tensor.to(_carrier())
+            found = tensor.to(_communication_device())
             _all_reduce(found)
             tensor.copy_(found)
 
 
-def averaging() -> Callable[[Sequence[Tensor]], None] | None:
+def gradient_averaging() -> Callable[[Sequence[Tensor]], None] | None:
     """`average` for the training loop, or None alone."""
-    return average if world() > 1 else None
+    return average_in_place if world_size() > 1 else None
 
 
-def any_of(flag: bool) -> bool:
+def any_process(flag: bool) -> bool:
     """Whether the flag is set in any process, so that all of them do the same."""
-    return total([float(flag)])[0] > 0
+    return reduce_sum([float(flag)])[0] > 0
 
 
-def total(numbers: Sequence[float]) -> list[float]:
+def reduce_sum(numbers: Sequence[float]) -> list[float]:
     """The sums over the processes."""
     if not dist.is_initialized():
         return list(numbers)
-    sums = torch.tensor(numbers, dtype=torch.float64, device=_carrier())
+    sums = torch.tensor(numbers, dtype=torch.float64, device=_communication_device())
     _all_reduce(sums)
     return [float(value) for value in sums]
 
 
-def mean(values: Tensor) -> Tensor:
+def reduce_mean(values: Tensor) -> Tensor:
     """The mean [] over the values of all processes, without gradient."""
     values = values.detach()
     if not dist.is_initialized():
         return values.mean()
-    whole, count = total([float(values.sum(dtype=torch.float64)), values.numel()])
+    whole, count = reduce_sum([float(values.sum(dtype=torch.float64)), values.numel()])
     return torch.tensor(whole / count, dtype=values.dtype, device=values.device)
 
 
-def largest(tensor: Tensor) -> Tensor:
+def reduce_max(tensor: Tensor) -> Tensor:
     """The element-wise maximum over the processes, where `tensor` was."""
     if not dist.is_initialized():
         return tensor
-    found = tensor.to(_carrier(), copy=True)
+    found = tensor.to(_communication_device(), copy=True)
     _all_reduce(found, dist.ReduceOp.MAX)
     return found.to(tensor.device)
 
 
-def _average_together(tensors: Sequence[Tensor], count: int) -> None:
+def _average_bucket(tensors: Sequence[Tensor], count: int) -> None:
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     _all_reduce(flat)
     flat /= count
@@ -270,7 +270,7 @@ def _all_reduce(tensor: Tensor, operation: Any = dist.ReduceOp.SUM) -> None:
         ) from error
 
 
-def _carrier() -> torch.device:
+def _communication_device() -> torch.device:
     """Where a message's numbers must lie."""
     return torch.device("cuda" if "nccl" in dist.get_backend() else "cpu")
 
@@ -278,7 +278,7 @@ def _carrier() -> torch.device:
 # Launchers ---------------------------------------------------------------------------------------------------
 
 
-def _launcher_said(name: str) -> bool:
+def _launcher_uses(name: str) -> bool:
     """Whether accelerate's configuration asks for it, as its launcher tells in the environment."""
     return os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"
 
@@ -286,14 +286,14 @@ def _launcher_said(name: str) -> bool:
 def _launcher_started_one_of_several() -> bool:
     """`accelerate launch --num_processes 2` on a CPU, without MPI, starts a single process and tells it an address."""
     named = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"}
-    return named <= set(os.environ) and not {*WORLDS, "LOCAL_RANK"} & set(os.environ)
+    return named <= set(os.environ) and not {*WORLD_SIZE_VARIABLES, "LOCAL_RANK"} & set(os.environ)
 
 
-def _start_all(device: str) -> None:
+def _relaunch_with_torchrun(device: str) -> None:
     """Becomes torchrun for as many processes as `accelerate launch` was asked for, with this process's command."""
     from backbone.distributed.device import best_device
 
-    count = _asked_of_accelerate()
+    count = _read_num_processes()
     if count == 1:
         return  # the address is somebody else's
     on_cpu = (best_device() if device == "auto" else device) == "cpu"
@@ -308,7 +308,7 @@ def _start_all(device: str) -> None:
     os.execve(sys.executable, command, environment)
 
 
-def _asked_of_accelerate() -> int:
+def _read_num_processes() -> int:
     """`--num_processes` of the `accelerate launch` that started this process, or of its configuration; 0 if unknown."""
     import psutil
     from accelerate.commands.config import load_config_from_file

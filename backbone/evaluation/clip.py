@@ -1,7 +1,7 @@
 """What a CLIP model thinks of pictures: likeness to pictures and to texts, spread, and a guess of the class.
 
 Works with any CLIP folder in transformers' format (Radford et al. 2021); the embedded scorer is a small one
-that knows `moji`'s world. Likeness between pictures can also be asked of an `Eye`, which reads no text: DINO
+that knows `moji`'s world. Likeness between pictures can also be asked of an `VisionEncoder`, which reads no text: DINO
 or DINOv2. Pictures are prepared with Pillow alone. The figures are functions of unit vectors, so that each
 picture and each text is embedded once; figures of two scorers cannot be compared with each other.
 """
@@ -27,9 +27,13 @@ if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
 
 Item = TypeVar("Item")
-EYES = ("vit", "dinov2", "dinov2_with_registers")  # transformers' names of DINO and its followers
+VISION_MODEL_TYPES = (
+    "vit",
+    "dinov2",
+    "dinov2_with_registers",
+)  # transformers' names of DINO and its followers
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CLASS_TEMPLATES = ("{}", "a photo of {}", "a picture of {}")
 
 
@@ -60,7 +64,7 @@ class Scorer:
     def prepare(self, images: Sequence[Image.Image]) -> Tensor:
         """Pictures as the vision tower takes them [B, 3, side, side]: shortest side scaled (bicubic), cut at
         the centre, normalised."""
-        return prepared(images, self).to(self.model.device, self.model.dtype)
+        return preprocess(images, self).to(self.model.device, self.model.dtype)
 
     def _image_vectors(self, prepared: Tensor) -> Tensor:
         return F.normalize(self.model.get_image_features(prepared).pooler_output.float(), dim=-1)
@@ -82,7 +86,7 @@ class Scorer:
 
 
 @dataclass(frozen=True)
-class Eye:
+class VisionEncoder:
     """A vision transformer that reads no text, and how it wants pictures: DINO (Caron et al. 2021) or DINOv2.
 
     A picture's vector is the last state of its class token, as in the DINO figure of Ruiz et al. 2023 (§ 4.1).
@@ -99,7 +103,7 @@ class Eye:
     def embed_images(self, images: Sequence[Image.Image], *, batch: int = 64) -> Tensor:
         """Unit vectors [B, D], float32, one for each picture; [0, D] for none."""
         parts = [
-            self.model(prepared(some, self).to(self.model.device, self.model.dtype)).last_hidden_state[:, 0]
+            self.model(preprocess(some, self).to(self.model.device, self.model.dtype)).last_hidden_state[:, 0]
             for some in _chunks(images, batch)
         ]
         if not parts:
@@ -107,17 +111,17 @@ class Eye:
         return F.normalize(torch.cat(parts).float(), dim=-1)
 
 
-def prepared(images: Sequence[Image.Image], eye: Scorer | Eye) -> Tensor:
+def preprocess(images: Sequence[Image.Image], eye: Scorer | VisionEncoder) -> Tensor:
     """Pictures [B, 3, side, side], float32: shortest side scaled (bicubic), cut at the centre, normalised."""
     squares = np.stack(
-        [np.asarray(_square(image, eye.side, eye.shortest), dtype=np.float32) for image in images]
+        [np.asarray(_center_crop(image, eye.side, eye.shortest), dtype=np.float32) for image in images]
     )
     mean, deviation = (np.array(value, dtype=np.float32) for value in (eye.mean, eye.deviation))
     normal = (squares / np.float32(255) - mean) / deviation
     return torch.from_numpy(normal).permute(0, 3, 1, 2).contiguous()
 
 
-def load_eye(path: str | Path, *, device: torch.device | str = "cpu") -> Scorer | Eye:
+def load_image_encoder(path: str | Path, *, device: torch.device | str = "cpu") -> Scorer | VisionEncoder:
     """What measures likeness, from a local folder: a scorer, or a DINO that reads no text; in float32.
 
     Raises `UserError` when the folder holds neither, or no safetensors; nothing is ever fetched.
@@ -125,22 +129,26 @@ def load_eye(path: str | Path, *, device: torch.device | str = "cpu") -> Scorer 
     from transformers import AutoModel, ViTModel
 
     folder = Path(path)
-    kind = _kind(folder)
+    kind = _read_model_type(folder)
     if kind == "clip":
         return load_scorer(folder, device=device)
-    if kind not in EYES:
+    if kind not in VISION_MODEL_TYPES:
         raise UserError(
             f"{folder} holds a model of type {kind!r}, neither CLIP nor DINO. Name a folder of one of them."
         )
-    _weights(folder)
+    _check_weights(folder)
     usual: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
     if kind == "vit":  # DINO's has no pooler
         model: Any = ViTModel.from_pretrained(folder, add_pooling_layer=False, **usual)
     else:
         model = AutoModel.from_pretrained(folder, trust_remote_code=False, **usual)
     model = model.to(device).eval().requires_grad_(False)
-    side = model.config.image_size if kind == "vit" else Eye.side  # the others read pictures of any size
-    return Eye(model, **_preparation(folder, side, Eye.mean, Eye.deviation))
+    side = (
+        model.config.image_size if kind == "vit" else VisionEncoder.side
+    )  # the others read pictures of any size
+    return VisionEncoder(
+        model, **_read_preprocessor(folder, side, VisionEncoder.mean, VisionEncoder.deviation)
+    )
 
 
 def load_scorer(path: str | Path, *, device: torch.device | str = "cpu") -> Scorer:
@@ -151,29 +159,29 @@ def load_scorer(path: str | Path, *, device: torch.device | str = "cpu") -> Scor
     from transformers import CLIPModel, CLIPTokenizer
 
     folder = Path(path)
-    kind = _kind(folder)
+    kind = _read_model_type(folder)
     if kind != "clip":
         raise UserError(
             f"{folder} holds a model of type {kind!r}, not a CLIP model. Name a folder of a CLIP model."
         )
-    _weights(folder)
+    _check_weights(folder)
     model: Any = CLIPModel.from_pretrained(
         folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
     )
     model = model.to(device).eval().requires_grad_(False)
     tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     side = model.config.vision_config.image_size
-    return Scorer(model, tokenizer, **_preparation(folder, side, CLIP_MEAN, CLIP_DEVIATION))
+    return Scorer(model, tokenizer, **_read_preprocessor(folder, side, CLIP_MEAN, CLIP_STD))
 
 
-def _kind(folder: Path) -> Any:
+def _read_model_type(folder: Path) -> Any:
     """Of which kind a folder's model is; `UserError` where there is none."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no scorer (config.json is missing). Name a folder of a CLIP model.")
     return read_json(folder / "config.json").get("model_type")
 
 
-def _weights(folder: Path) -> None:
+def _check_weights(folder: Path) -> None:
     """Raises `UserError` for a folder without safetensors; stops transformers' progress bars."""
     from transformers.utils import logging
 
@@ -224,7 +232,7 @@ def prior_drift(class_images: Tensor, subject: Tensor) -> float:
     return clip_i(class_images, subject)
 
 
-def guess_class(
+def classify_subject(
     scorer: Scorer, images: Sequence[Image.Image], candidates: Sequence[str]
 ) -> list[tuple[str, float]]:
     """The likely class nouns of pictures that all show one subject, with probabilities, most likely first.
@@ -236,19 +244,19 @@ def guess_class(
         raise UserError(
             "A class is guessed from pictures and candidate nouns, and one of them is empty. Give both."
         )
-    return ranked(scorer, scorer.embed_images(images), candidates, class_vectors(scorer, candidates))
+    return rank_classes(scorer, scorer.embed_images(images), candidates, embed_classes(scorer, candidates))
 
 
-def ranked(
+def rank_classes(
     scorer: Scorer, images: Tensor, candidates: Sequence[str], vectors: Tensor
 ) -> list[tuple[str, float]]:
-    """`guess_class` of pictures [B, D] and candidates [N, D] that are embedded already."""
+    """`classify_subject` of pictures [B, D] and candidates [N, D] that are embedded already."""
     logits = scorer.model.logit_scale.detach().float().exp() * (images @ vectors.T).mean(0)
     pairs = zip(candidates, logits.softmax(0).tolist(), strict=True)
     return sorted(pairs, key=lambda pair: -pair[1])
 
 
-def class_vectors(scorer: Scorer, candidates: Sequence[str]) -> Tensor:
+def embed_classes(scorer: Scorer, candidates: Sequence[str]) -> Tensor:
     """A unit vector for every noun [N, D]: the mean over templates, and over `a {noun}` in every place."""
     prompts = [list(_class_prompts(noun)) for noun in candidates]
     vectors = scorer.embed_texts([prompt for group in prompts for prompt in group])
@@ -263,7 +271,7 @@ def _class_prompts(noun: str) -> Iterator[str]:
         yield f"{named} {place}"
 
 
-def _square(image: Image.Image, side: int, shortest: int | None) -> Image.Image:
+def _center_crop(image: Image.Image, side: int, shortest: int | None) -> Image.Image:
     image = image.convert("RGB")
     scale = (shortest or side) / min(image.size)
     width, height = (max(side, round(length * scale)) for length in image.size)
@@ -273,15 +281,15 @@ def _square(image: Image.Image, side: int, shortest: int | None) -> Image.Image:
     return image.crop((left, top, left + side, top + side))
 
 
-def _preparation(
+def _read_preprocessor(
     folder: Path, side: int, mean: Sequence[float], deviation: Sequence[float]
 ) -> dict[str, Any]:
     """Sides, mean and deviation from `preprocessor_config.json`, and these where it says nothing."""
     path = folder / "preprocessor_config.json"
     settings = read_json(path) if path.is_file() else {}
-    shortest = _side(settings.get("size"), side)
+    shortest = _size_in_pixels(settings.get("size"), side)
     crop = settings.get("crop_size") if settings.get("do_center_crop", True) else None
-    cut = _side(crop, shortest)
+    cut = _size_in_pixels(crop, shortest)
     return {
         "side": cut,
         "mean": tuple(settings.get("image_mean", mean)),
@@ -290,7 +298,7 @@ def _preparation(
     }
 
 
-def _side(size: Any, usual: int) -> int:
+def _size_in_pixels(size: Any, usual: int) -> int:
     """A side in pixels, however transformers wrote it down."""
     if isinstance(size, dict):
         size = size.get("shortest_edge", size.get("height"))

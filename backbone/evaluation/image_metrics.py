@@ -20,10 +20,10 @@ from torch import Tensor
 from backbone.evaluation.clip import Scorer
 from backbone.media.transforms import to_image
 
-NO_ERROR = 1e-10  # mean square below which two pictures count as equal: 100 dB
+MIN_MSE = 1e-10  # mean square below which two pictures count as equal: 100 dB
 
 
-def figures(
+def measure_edit(
     before: Tensor,
     after: Tensor,
     *,
@@ -34,7 +34,7 @@ def figures(
     """Everything that can be said of one edit by name; None where it is undefined or its tool is missing."""
     found: dict[str, float | None] = {"psnr_db": psnr(before, after), "mse": mse(before, after)}
     found["ssim"] = ssim(before, after)
-    found |= background(before, after, changed)
+    found |= background_metrics(before, after, changed)
     if scorer is not None:
         pictures = [to_image(picture) for picture in (before, after)]
         found["structure_distance"] = structure_distance(scorer, *pictures)
@@ -47,24 +47,24 @@ def figures(
     return found
 
 
-def background(before: Tensor, after: Tensor, changed: Tensor | None) -> dict[str, float | None]:
+def background_metrics(before: Tensor, after: Tensor, changed: Tensor | None) -> dict[str, float | None]:
     """PSNR, MSE, SSIM (and LPIPS where its package is installed) where nothing was to change, both definitions."""
     names = ("psnr_db", "mse", "ssim", "lpips")
     if changed is None or bool((changed > 0.5).all()):
         return {f"background_{kind}{name}": None for kind in ("", "pie_") for name in names}
     kept = (changed <= 0.5).to(before)
-    first, second = (unit(picture) for picture in (before, after))
+    first, second = (to_unit_range(picture) for picture in (before, after))
     error = float(((first - second).square() * kept).sum() / (3 * kept.sum()))
     similar = float((ssim_map(first, second) * kept).sum() / (3 * kept.sum()))
     masked = [picture * kept for picture in (first, second)]
     frame = float((masked[0] - masked[1]).square().mean())
     whole = lpips(*(2 * picture - 1 for picture in masked))
     return {
-        "background_psnr_db": decibels(error),
+        "background_psnr_db": psnr_from_mse(error),
         "background_mse": error,
         "background_ssim": similar,
         "background_lpips": None if whole is None else whole / float(kept.mean()),
-        "background_pie_psnr_db": decibels(frame),
+        "background_pie_psnr_db": psnr_from_mse(frame),
         "background_pie_mse": frame,
         "background_pie_ssim": float(ssim_map(*masked).mean()),
         "background_pie_lpips": whole,
@@ -73,22 +73,22 @@ def background(before: Tensor, after: Tensor, changed: Tensor | None) -> dict[st
 
 def psnr(first: Tensor, second: Tensor) -> float:
     """Decibels of the peak 1 over the mean square error of pictures scaled to 0…1; 100 at most."""
-    return decibels(mse(first, second))
+    return psnr_from_mse(mse(first, second))
 
 
 def mse(first: Tensor, second: Tensor) -> float:
     """Mean square error of pictures scaled to 0…1."""
-    return float((unit(first) - unit(second)).square().mean())
+    return float((to_unit_range(first) - to_unit_range(second)).square().mean())
 
 
 def ssim(first: Tensor, second: Tensor) -> float:
     """Structural similarity (Wang et al. 2004, eq. 13), mean over channels and places."""
-    return float(ssim_map(unit(first), unit(second)).mean())
+    return float(ssim_map(to_unit_range(first), to_unit_range(second)).mean())
 
 
 def ssim_map(first: Tensor, second: Tensor) -> Tensor:
     """SSIM at every pixel of every channel [3, H, W] of pictures in 0…1: Gaussian window of 11, σ 1.5."""
-    window = _window(first)
+    window = _gaussian_window(first)
     pairs = torch.stack([first, second, first * first, second * second, first * second])
     padded = F.pad(pairs, (5, 5, 5, 5), mode="reflect")
     means = F.conv2d(padded.flatten(0, 1)[:, None], window)[:, 0].unflatten(0, pairs.shape[:2])
@@ -128,23 +128,23 @@ def lpips(first: Tensor, second: Tensor) -> float | None:
         return float(network(first[None].cpu(), second[None].cpu()))
 
 
-def decibels(error: float) -> float:
+def psnr_from_mse(error: float) -> float:
     """10·log₁₀(1/error), 100 at most."""
-    return -10 * math.log10(max(error, NO_ERROR))
+    return -10 * math.log10(max(error, MIN_MSE))
 
 
-def unit(picture: Tensor) -> Tensor:
+def to_unit_range(picture: Tensor) -> Tensor:
     """A picture of −1…1 in 0…1, float32, on the CPU."""
     return (picture.detach().float().cpu().clamp(-1, 1) + 1) / 2
 
 
-def mean(values: Sequence[float | None]) -> float | None:
+def mean_of_defined(values: Sequence[float | None]) -> float | None:
     """The mean of what is defined; None if nothing is."""
     known = [value for value in values if value is not None and not math.isnan(value)]
     return sum(known) / len(known) if known else None
 
 
-def _window(like: Tensor) -> Tensor:
+def _gaussian_window(like: Tensor) -> Tensor:
     """[1, 1, 11, 11], its sum 1."""
     offset = torch.arange(11, dtype=like.dtype) - 5
     line = torch.exp(-(offset**2) / (2 * 1.5**2))

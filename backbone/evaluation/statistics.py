@@ -20,7 +20,7 @@ class Interval(NamedTuple):
         return f"{self.value:.1%} ({self.low:.1%} to {self.high:.1%})"
 
 
-def wilson(successes: float, trials: int) -> Interval:
+def wilson_interval(successes: float, trials: int) -> Interval:
     """A share with Wilson's score interval (Wilson 1927); half successes count. Without trials ½, from 0 to 1."""
     if trials == 0:
         return Interval(0.5, 0.0, 1.0)
@@ -30,7 +30,7 @@ def wilson(successes: float, trials: int) -> Interval:
     return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
-def bootstrap(clusters: Sequence[Sequence[float]], *, seed: int = 0, rounds: int = 2000) -> Interval:
+def cluster_bootstrap(clusters: Sequence[Sequence[float]], *, seed: int = 0, rounds: int = 2000) -> Interval:
     """The mean over all values with a percentile interval; whole clusters are drawn (Efron & Tibshirani 1993, ch. 13).
 
     Values of one cluster (draws of one pair, samples of one prompt) belong together, so that more of them alone do
@@ -50,6 +50,6 @@ def bootstrap(clusters: Sequence[Sequence[float]], *, seed: int = 0, rounds: int
     return Interval(float(sums.sum() / counts.sum()), float(low), float(high))
 
 
-def interval(values: Sequence[float], *, seed: int = 0) -> Interval:
+def bootstrap_mean(values: Sequence[float], *, seed: int = 0) -> Interval:
     """The mean of values that belong to nobody, with its percentile bootstrap interval; NaN without values."""
-    return bootstrap([[value] for value in values], seed=seed)
+    return cluster_bootstrap([[value] for value in values], seed=seed)

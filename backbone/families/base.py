@@ -30,7 +30,7 @@ Network = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Side:
+class TextEncoderSlot:
     """One text encoder of a family: its name in the diffusers layout, its tokenizer and its transformer."""
 
     name: str
@@ -39,7 +39,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Stretch:
+class TextSegment:
     """One of the stretches that the network's text tokens consist of: how a prompt is cut there, and padded.
 
     tokenizer  which cuts it; None where nothing is said (zeros in the place of an encoder that is missing)
@@ -58,12 +58,12 @@ class TextEncoder(Protocol):
     tokenizer: Any
 
     @property
-    def sides(self) -> tuple[Side, ...]:
+    def sides(self) -> tuple[TextEncoderSlot, ...]:
         """Every encoder that can learn words or carry an adapter."""
         ...
 
     @property
-    def stretches(self) -> tuple[Stretch, ...]:
+    def stretches(self) -> tuple[TextSegment, ...]:
         """Which token of a prompt stands where in what the network attends to, one stretch behind the other."""
         ...
 
@@ -77,7 +77,7 @@ class TextEncoder(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Streams:
+class JointAttentionInputs:
     """One call of an attention layer over text and picture jointly, up to the product.
 
     query, key, value  [B, heads, tokens, D]: the text's tokens and the picture's, one behind the other
@@ -106,16 +106,17 @@ class Streams:
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionLayout:
     """What there is to know of a denoiser's attention for who changes it (`edit`).
 
-    joint   of layers over text and picture jointly, by the class of their processors: a processor's call → `Streams`.
-            Layers over the picture alone and from the picture to the text are diffusers' `Attention` everywhere
+    joint   of layers over text and picture jointly, by the class of their processors: a processor's call →
+            `JointAttentionInputs`. Layers over the picture alone and from the picture to the text are diffusers'
+            `Attention` everywhere
     coarse  the most queries of a layer that says where things are; None where all layers have one resolution
     late    how the names of the layers begin that draw the details
     """
 
-    joint: Mapping[type, Callable[..., Streams]] = field(default_factory=dict)
+    joint: Mapping[type, Callable[..., JointAttentionInputs]] = field(default_factory=dict)
     coarse: int | None = 1024
     late: tuple[str, ...] = ("up_blocks.",)
 
@@ -147,7 +148,7 @@ class Family(Protocol):
         """The text side. The working precision is for encoders of billions of parameters; smaller ones are in fp32."""
         ...
 
-    def outline(self, location: Location, dtype: torch.dtype) -> Outline:
+    def outline(self, location: Location, dtype: torch.dtype) -> ModelSpec:
         """The model by its settings alone, each part in the precision that it has where the working one is `dtype`."""
         ...
 
@@ -170,7 +171,7 @@ class Family(Protocol):
         """
         ...
 
-    def attention(self, denoiser: nn.Module, text: Text) -> Attention:
+    def attention(self, denoiser: nn.Module, text: Text) -> AttentionLayout:
         """The denoiser's attention layers, as they are called with such prompts."""
         ...
 
@@ -197,7 +198,7 @@ class NoisePath:
 
 
 @dataclass(frozen=True)
-class Part:
+class ModuleSpec:
     """A network that is not loaded: how it is built, and the precision in which it will be held."""
 
     build: Callable[[], nn.Module]
@@ -213,12 +214,12 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Outline:
+class ModelSpec:
     """A model's parts, and the shapes of one prompt's `Text`, without the prompt's own dimension."""
 
-    denoiser: Part
-    autoencoder: Part
-    encoders: Mapping[str, Part]
+    denoiser: ModuleSpec
+    autoencoder: ModuleSpec
+    encoders: Mapping[str, ModuleSpec]
     text: Mapping[str, tuple[int, ...]]
 
     def blank(self, rows: int, device: str = "meta") -> Text:
@@ -226,16 +227,18 @@ class Outline:
         return {name: _zeros(name, (rows, *shape), device) for name, shape in self.text.items()}
 
 
-def network(kind: Any, location: Location, part: str, dtype: torch.dtype) -> Part:
+def diffusers_spec(kind: Any, location: Location, part: str, dtype: torch.dtype) -> ModuleSpec:
     """A network of diffusers."""
     config = location.config(part)
-    return Part(lambda: cast(nn.Module, kind.from_config(config)), dtype)
+    return ModuleSpec(lambda: cast(nn.Module, kind.from_config(config)), dtype)
 
 
-def encoder(kind: Any, location: Location, part: str, dtype: torch.dtype = torch.float32) -> Part:
+def transformers_spec(
+    kind: Any, location: Location, part: str, dtype: torch.dtype = torch.float32
+) -> ModuleSpec:
     """A text encoder of transformers."""
     config = location.config(part)
-    return Part(lambda: cast(nn.Module, kind(kind.config_class.from_dict(config))), dtype)
+    return ModuleSpec(lambda: cast(nn.Module, kind(kind.config_class.from_dict(config))), dtype)
 
 
 def _zeros(name: str, shape: tuple[int, ...], device: str) -> Tensor:

@@ -22,7 +22,7 @@ from backbone.families.location import Location
 from backbone.io.console import UserError
 from backbone.io.files import Header, content_hash, read_json, read_tensors
 
-SETTINGS = (
+CONFIG_FILES = (
     *("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"),
     *("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "tokenizer/vocab.json"),
     *("text_encoder_2/config.json", "tokenizer_2/tokenizer.json", "tokenizer_2/tokenizer_config.json"),
@@ -31,10 +31,10 @@ SETTINGS = (
 )
 UNET, AUTOENCODER = "model.diffusion_model.", "first_stage_model."
 WINDOWS, WINDOW_BYTES = 64, 1 << 14
-RIDERS = r"^\w+\.(loss|model_ema)\."  # what training left beside an autoencoder
-WHOLE = "Take the model's full version: one file with UNet, text encoder and autoencoder (VAE)."
-FOLDER = "It is not read from a single file: name the model's diffusers folder or hub id."
-STRANGERS = (
+TRAINING_LEFTOVERS = r"^\w+\.(loss|model_ema)\."  # what training left beside an autoencoder
+TAKE_FULL_VERSION = "Take the model's full version: one file with UNet, text encoder and autoencoder (VAE)."
+NAME_DIFFUSERS_FOLDER = "It is not read from a single file: name the model's diffusers folder or hub id."
+UNKNOWN_FILES = (
     (
         r"(\.|_)(lora_(up|down|A|B)|lora\.(up|down)|hada_w[12]|lokr_w[12])",
         "a LoRA or a relative of it, which changes a model and is none",
@@ -43,8 +43,8 @@ STRANGERS = (
     (r"^control(_model|net_cond_embedding)\.", "a ControlNet", "Name the model that it was made for."),
     (r"^(emb_params|string_to_param|clip_[lg])$", "an embedding", "Name the model that it was made for."),
     (r"motion_modules\.", "an AnimateDiff motion module", "Name the model that it was made for."),
-    (r"^conditioner\.embedders\.", "a part of Stable Diffusion XL, or its refiner", FOLDER),
-    (r"joint_blocks\.", "a part of Stable Diffusion 3, or a relative of it", FOLDER),
+    (r"^conditioner\.embedders\.", "a part of Stable Diffusion XL, or its refiner", NAME_DIFFUSERS_FOLDER),
+    (r"joint_blocks\.", "a part of Stable Diffusion 3, or a relative of it", NAME_DIFFUSERS_FOLDER),
     (
         r"double_blocks\.",
         "a part of FLUX.1, or a relative of it (as FLUX.2 and Chroma are)",
@@ -55,7 +55,11 @@ STRANGERS = (
         "one part of a diffusers model",
         "Name the folder above, the one with model_index.json.",
     ),
-    (r"^((first_stage_model|vae)\.)?(en|de)coder\.(down|up)\.", "an autoencoder (VAE) alone", WHOLE),
+    (
+        r"^((first_stage_model|vae)\.)?(en|de)coder\.(down|up)\.",
+        "an autoencoder (VAE) alone",
+        TAKE_FULL_VERSION,
+    ),
     (
         r"^(model\.diffusion_model\.)?label_emb\.",
         "a Stable Diffusion whose UNet is told more than a time and a prompt (as SDXL's and unCLIP's are)",
@@ -64,12 +68,14 @@ STRANGERS = (
     (
         r"^(model\.diffusion_model\.)?input_blocks\.",
         "a Stable Diffusion checkpoint without its text encoder or its autoencoder",
-        WHOLE,
+        TAKE_FULL_VERSION,
     ),
 )
 
 
-def load_part(kind: Any, location: Location, part: str, *, prefix: str, dtype: torch.dtype) -> Any:
+def load_single_file_part(
+    kind: Any, location: Location, part: str, *, prefix: str, dtype: torch.dtype
+) -> Any:
     """A part that diffusers converts (`unet`, `vae`), from the tensors whose names begin with `prefix`.
 
     Plain weights are read, as diffusers does, where a file also holds an average over training (`model_ema`).
@@ -78,12 +84,12 @@ def load_part(kind: Any, location: Location, part: str, *, prefix: str, dtype: t
     settings = location.local(f"{part}/config.json")
     assert settings is not None
     tensors, _ = read_tensors(location.place, prefix=prefix)
-    tensors = {name: tensor for name, tensor in tensors.items() if not re.match(RIDERS, name)}
+    tensors = {name: tensor for name, tensor in tensors.items() if not re.match(TRAINING_LEFTOVERS, name)}
     with init_empty_weights():
         wanted = kind.from_config(location.config(part)).state_dict()
-    if shapes(tensors.values()) != shapes(wanted.values()):
-        raise misfit(location, part)
-    with without_warnings("diffusers.models.modeling_utils"):  # that no module was to be kept in fp32
+    if count_shapes(tensors.values()) != count_shapes(wanted.values()):
+        raise config_mismatch(location, part)
+    with silence_warnings("diffusers.models.modeling_utils"):  # that no module was to be kept in fp32
         return kind.from_single_file(
             tensors,
             config=str(settings.parents[1]),
@@ -94,7 +100,7 @@ def load_part(kind: Any, location: Location, part: str, *, prefix: str, dtype: t
 
 
 @contextmanager
-def without_warnings(name: str) -> Iterator[None]:
+def silence_warnings(name: str) -> Iterator[None]:
     """One logger says nothing below an error."""
     logger = logging.getLogger(name)
     before = logger.level
@@ -105,7 +111,7 @@ def without_warnings(name: str) -> Iterator[None]:
         logger.setLevel(before)
 
 
-def misfit(location: Location, part: str) -> UserError:
+def config_mismatch(location: Location, part: str) -> UserError:
     """The mistake of a file whose part is not built as the settings say."""
     return UserError(
         f"The {part} in {location.place} is not built as {location.local(f'{part}/config.json')} says. "
@@ -113,15 +119,15 @@ def misfit(location: Location, part: str) -> UserError:
     )
 
 
-def shapes(tensors: Iterable[torch.Tensor]) -> Counter[tuple[int, ...]]:
+def count_shapes(tensors: Iterable[torch.Tensor]) -> Counter[tuple[int, ...]]:
     """How often each shape occurs; a 1 × 1 convolution counts as the matrix that it is."""
     return Counter(tuple(tensor.shape[: 2 if set(tensor.shape[2:]) == {1} else None]) for tensor in tensors)
 
 
 def fingerprint(location: Location) -> str:
     """Tells files from one another by samples from end to end, and by the settings that they are read with."""
-    parts = [sampled(Path(location.place))]
-    for name in SETTINGS:
+    parts = [hash_samples(Path(location.place))]
+    for name in CONFIG_FILES:
         path = location.local(name)
         if path is not None:
             said = (
@@ -131,7 +137,7 @@ def fingerprint(location: Location) -> str:
     return content_hash("\n".join(parts).encode())
 
 
-def sampled(path: Path) -> str:
+def hash_samples(path: Path) -> str:
     """The size of a file and the hash of windows spread evenly over it: a merge may leave both ends as they were."""
     size = path.stat().st_size
     last = max(0, size - WINDOW_BYTES)
@@ -143,20 +149,20 @@ def sampled(path: Path) -> str:
     return f"{size}:{content_hash(b''.join(windows))}"
 
 
-def channels(header: Header) -> tuple[int | None, int | None]:
+def unet_and_latent_channels(header: Header) -> tuple[int | None, int | None]:
     """The channels that a UNet takes, and those of its autoencoder's latents; None for what the file does not have."""
     kernels = (UNET + "input_blocks.0.0.weight", AUTOENCODER + "decoder.conv_in.weight")
     takes, latents = (header.shapes.get(name, ()) for name in kernels)
     return (takes[1] if len(takes) == 4 else None), (latents[1] if len(latents) == 4 else None)
 
 
-def stranger(header: Header) -> str:
+def describe_unknown_file(header: Header) -> str:
     """What a file of no family seems to be, and the remedy."""
-    takes, latents = channels(header)
+    takes, latents = unet_and_latent_channels(header)
     if takes is not None and latents is not None and takes != latents:
         what = f"its UNet takes {takes} channels and a latent has {latents}, as for inpainting"
         return f"{header.path} seems to be a model for another task ({what}). Name the model that it was made from."
-    for pattern, what, remedy in STRANGERS:
+    for pattern, what, remedy in UNKNOWN_FILES:
         if any(re.search(pattern, name) for name in header.shapes):
             return f"{header.path} seems to be {what}. {remedy}"
     some = ", ".join(sorted(header.shapes)[:3]) or "nothing"

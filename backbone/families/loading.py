@@ -21,23 +21,23 @@ from backbone.diffusion.schedules import (
     vp_ladder,
     zero_terminal_snr,
 )
-from backbone.families.base import NoisePath, Side
+from backbone.families.base import NoisePath, TextEncoderSlot
 from backbone.families.location import Location
-from backbone.io.console import UserError, say
+from backbone.io.console import UserError, notify
 from backbone.io.files import read_header, read_tensors
 
-OTHER_FLOWS = (
+UNSUPPORTED_FLOW_SETTINGS = (
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
     *("invert_sigmas", "shift_terminal", "stochastic_sampling"),
 )
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-PORTION = 2**25  # entries: 128 MiB in fp32
-LEVELS = 1000  # of a continuous density: so many quantiles stand for it
+CHUNK_ELEMENTS = 2**25  # entries: 128 MiB in fp32
+FLOW_QUANTILES = 1000  # of a continuous density: so many quantiles stand for it
 
 # Loading ----------------------------------------------------------------------------------------------------
 
 
-def load(kind: Any, location: Location, part: str, **options: Any) -> Any:
+def load_pretrained(kind: Any, location: Location, part: str, **options: Any) -> Any:
     """One part of a diffusers folder or hub id, safetensors only; `UserError` where it is missing or damaged."""
     folder = location.folder
     if folder is not None and not (folder / part).is_dir():
@@ -75,15 +75,15 @@ def load_network(
             f"The {part} of {location.name} is a {found}, and a {kind.__name__} is needed. "
             "Name a whole model of one family."
         )
-    network = cast_while_read(kind, location, part, dtype, memory_format)
+    network = load_casting(kind, location, part, dtype, memory_format)
     if network is None:
-        network = cast(nn.Module, load(kind, location, part, torch_dtype=dtype))
+        network = cast(nn.Module, load_pretrained(kind, location, part, torch_dtype=dtype))
         if memory_format is not torch.preserve_format:
             network = network.to(memory_format=memory_format)  # type: ignore[call-overload]
     return network
 
 
-def cast_while_read(
+def load_casting(
     kind: Any, location: Location, part: str, dtype: torch.dtype, memory_format: torch.memory_format
 ) -> nn.Module | None:
     """A network whose weights are cast as they are read, some at a time; None where that is not so simple.
@@ -99,7 +99,7 @@ def cast_while_read(
     shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     if read_header(file).shapes != shapes:
         return None
-    for names in _in_portions(shapes):
+    for names in _split_by_size(shapes):
         tensors, _ = read_tensors(file, names=names)
         for name, tensor in tensors.items():
             tensors[name] = tensor.to(
@@ -111,14 +111,14 @@ def cast_while_read(
     return network.eval()
 
 
-def _in_portions(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
+def _split_by_size(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
     """Names of tensors with PORTION entries together, or of one that has more."""
     names: list[str] = []
     entries = 0
     for name, shape in shapes.items():
         entries += math.prod(shape)
         names.append(name)
-        if entries >= PORTION:
+        if entries >= CHUNK_ELEMENTS:
             yield names
             names, entries = [], 0
     yield names
@@ -135,73 +135,73 @@ def autoencoder_dtype(location: Location, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if overflows else dtype
 
 
-def has(location: Location, part: str) -> bool:
+def has_part(location: Location, part: str) -> bool:
     """Whether the model's index names this part, for parts that a model may lack."""
     entry = location.index.get(part)
     return entry is not None and entry[0] is not None
 
 
-def load_clip(kind: Any, location: Location, number: str = "") -> Side:
+def load_clip(kind: Any, location: Location, number: str = "") -> TextEncoderSlot:
     """A CLIP text encoder and its tokenizer, `text_encoder_2` and `tokenizer_2` for the number "_2"; fp32."""
-    tokenizer = load(CLIPTokenizer, location, f"tokenizer{number}")
-    model = load(kind, location, f"text_encoder{number}", dtype=torch.float32)
-    end_of_prompt(model, tokenizer)
-    return Side(f"text_encoder{number}", tokenizer, model)
+    tokenizer = load_pretrained(CLIPTokenizer, location, f"tokenizer{number}")
+    model = load_pretrained(kind, location, f"text_encoder{number}", dtype=torch.float32)
+    set_eos_token(model, tokenizer)
+    return TextEncoderSlot(f"text_encoder{number}", tokenizer, model)
 
 
-def end_of_prompt(model: Any, tokenizer: Any) -> None:
+def set_eos_token(model: Any, tokenizer: Any) -> None:
     """Tells a CLIP its tokenizer's end, where old settings say 2: transformers then takes the highest id for it."""
     inner = getattr(model, "text_model", model)
     if inner.eos_token_id == 2:
         inner.eos_token_id = tokenizer.eos_token_id
 
 
-def load_t5(location: Location, number: str, dtype: torch.dtype) -> Side:
+def load_t5(location: Location, number: str, dtype: torch.dtype) -> TextEncoderSlot:
     """A T5 text encoder and its tokenizer. Being large it is in the working precision."""
     try:
-        tokenizer = load(T5Tokenizer, location, f"tokenizer{number}")
+        tokenizer = load_pretrained(T5Tokenizer, location, f"tokenizer{number}")
     except (ValueError, ImportError) as error:
         raise UserError(
             f"The tokenizer{number} of {location.name} could not be read ({str(error).splitlines()[0]}). "
             "If it is a spiece.model alone, run: pip install sentencepiece protobuf"
         ) from error
-    return Side(
+    return TextEncoderSlot(
         f"text_encoder{number}",
         tokenizer,
-        load(T5EncoderModel, location, f"text_encoder{number}", dtype=dtype),
+        load_pretrained(T5EncoderModel, location, f"text_encoder{number}", dtype=dtype),
     )
 
 
 # Attention --------------------------------------------------------------------------------------------------
 
 
-def heads(attn: Any, hidden: Tensor) -> list[Tensor]:
+def project_qkv(attn: Any, hidden: Tensor) -> list[Tensor]:
     """Queries, keys and values [B, heads, tokens, D] of the picture's tokens [B, tokens, C], or of a whole sequence."""
     return [
-        _normed(attn.norm_q, _split(attn.to_q(hidden), attn.heads)),
-        _normed(attn.norm_k, _split(attn.to_k(hidden), attn.heads)),
-        _split(attn.to_v(hidden), attn.heads),
+        _apply_norm(attn.norm_q, _split_heads(attn.to_q(hidden), attn.heads)),
+        _apply_norm(attn.norm_k, _split_heads(attn.to_k(hidden), attn.heads)),
+        _split_heads(attn.to_v(hidden), attn.heads),
     ]
 
 
-def text_heads(attn: Any, said: Tensor) -> list[Tensor]:
+def project_text_qkv(attn: Any, said: Tensor) -> list[Tensor]:
     """The same of the text's tokens, which have weights of their own."""
     return [
-        _normed(attn.norm_added_q, _split(attn.add_q_proj(said), attn.heads)),
-        _normed(attn.norm_added_k, _split(attn.add_k_proj(said), attn.heads)),
-        _split(attn.add_v_proj(said), attn.heads),
+        _apply_norm(attn.norm_added_q, _split_heads(attn.add_q_proj(said), attn.heads)),
+        _apply_norm(attn.norm_added_k, _split_heads(attn.add_k_proj(said), attn.heads)),
+        _split_heads(attn.add_v_proj(said), attn.heads),
     ]
 
 
-def _split(x: Tensor, heads: int) -> Tensor:
+def _split_heads(x: Tensor, heads: int) -> Tensor:
     return cast(Tensor, x.unflatten(-1, (heads, -1)).transpose(1, 2))
 
 
-def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:
+def _apply_norm(norm: nn.Module | None, x: Tensor) -> Tensor:
     return x if norm is None else cast(Tensor, norm(x))
 
 
-def later_half(blocks: nn.ModuleList, name: str) -> tuple[str, ...]:
+def later_half_prefixes(blocks: nn.ModuleList, name: str) -> tuple[str, ...]:
     """How the names of the layers in the later half of equal blocks begin."""
     return tuple(f"{name}.{number}." for number in range(len(blocks) // 2, len(blocks)))
 
@@ -209,10 +209,10 @@ def later_half(blocks: nn.ModuleList, name: str) -> tuple[str, ...]:
 # Prompts ----------------------------------------------------------------------------------------------------
 
 
-class Encoders:
+class MultiTextEncoder:
     """The text side of a family with several encoders: see `TextEncoder`. Those in `silent` learn nothing."""
 
-    def __init__(self, sides: Sequence[Side], silent: Sequence[Side] = ()) -> None:
+    def __init__(self, sides: Sequence[TextEncoderSlot], silent: Sequence[TextEncoderSlot] = ()) -> None:
         self.sides = tuple(sides)
         self.every = (*sides, *silent)
         self.tokenizer = self.sides[0].tokenizer
@@ -225,7 +225,7 @@ class Encoders:
         return self
 
 
-def token_ids(side: Side, prompts: Sequence[str], length: int | None = None) -> dict[str, Tensor]:
+def tokenize(side: TextEncoderSlot, prompts: Sequence[str], length: int | None = None) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask` [B, T], cut or padded to the length that the encoder reads."""
     encoded = side.tokenizer(
         list(prompts),
@@ -238,21 +238,21 @@ def token_ids(side: Side, prompts: Sequence[str], length: int | None = None) -> 
     return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
-def say_what_is_cut(side: Side, prompts: Sequence[str], length: int | None = None) -> None:
+def warn_truncation(side: TextEncoderSlot, prompts: Sequence[str], length: int | None = None) -> None:
     """Says of every prompt that is too long for an encoder what will not be seen, once."""
     length = length or side.tokenizer.model_max_length
     for prompt in prompts:
         tokens = side.tokenizer(prompt, verbose=False)["input_ids"]
         if len(tokens) > length:
             lost = side.tokenizer.decode(tokens[length - 1 : -1])
-            _say_once(
+            _notify_once(
                 f"The prompt has {len(tokens)} tokens and this model reads {length}: it will not see “{lost}”."
             )
 
 
 @cache
-def _say_once(text: str) -> None:
-    say(text)
+def _notify_once(text: str) -> None:
+    notify(text)
 
 
 # Noise paths ------------------------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def flow_path(
     said = location.config("scheduler")
     name = said.get("_class_name", "")
     config = dict(FlowMatchEulerDiscreteScheduler.from_config(said).config) if "FlowMatch" in name else {}
-    strange = [setting for setting in OTHER_FLOWS if config.get(setting)]
+    strange = [setting for setting in UNSUPPORTED_FLOW_SETTINGS if config.get(setting)]
     if not config or strange or config["time_shift_type"] != "exponential":
         what = ", ".join(strange) or config.get("time_shift_type") or name or "of unknown kind"
         raise UserError(
@@ -339,4 +339,4 @@ def flow_path(
 
     mu = dynamic(size)
     shift = float(config["shift"]) if mu is None else math.exp(mu)
-    return NoisePath("flow", flow_levels(LEVELS, shift, train_steps=train_steps), ladder)
+    return NoisePath("flow", flow_levels(FLOW_QUANTILES, shift, train_steps=train_steps), ladder)

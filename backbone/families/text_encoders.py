@@ -18,19 +18,19 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from backbone.families import loading as parts
-from backbone.families.base import Side
-from backbone.families.checkpoint import AUTOENCODER, UNET, load_part, misfit
+from backbone.families.base import TextEncoderSlot
+from backbone.families.checkpoint import AUTOENCODER, UNET, config_mismatch, load_single_file_part
 from backbone.families.location import Location
-from backbone.families.sdxl.checkpoint import clip_side
+from backbone.families.sdxl.checkpoint import build_clip
 from backbone.io.console import UserError
 from backbone.io.files import Header, read_header, read_tensors
 
 CLIP_L, CLIP_G, T5 = (f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl"))
-CALLED = {CLIP_L: "text encoder CLIP-L", CLIP_G: "text encoder CLIP-G", T5: "text encoder T5"}
+ENCODER_LABELS = {CLIP_L: "text encoder CLIP-L", CLIP_G: "text encoder CLIP-G", T5: "text encoder T5"}
 PROJECTION = "text_projection.weight"
 SHARED, TIED = "shared.weight", "encoder.embed_tokens.weight"  # T5's table of tokens has two names
-EIGHT_BITS = r"(^|\.)(scale_weight|scale_input|scaled_fp8)$"  # what lies beside scaled weights
-OTHER_BITS = r"\.(absmax|quant_map|nested_absmax|weight_scale|comfy_quant)$|\.quant_state\."
+FP8_SCALES = r"(^|\.)(scale_weight|scale_input|scaled_fp8)$"  # what lies beside scaled weights
+UNSUPPORTED_QUANTIZATION = r"\.(absmax|quant_map|nested_absmax|weight_scale|comfy_quant)$|\.quant_state\."
 
 
 def transformer_prefix(header: Header, name: str) -> str | None:
@@ -44,19 +44,19 @@ def autoencoder_prefix(header: Header) -> str | None:
     return next((prefix for prefix in prefixes if f"{prefix}decoder.conv_in.weight" in header.shapes), None)
 
 
-def holds(header: Header, prefix: str) -> bool:
+def has_tensors(header: Header, prefix: str) -> bool:
     """Whether the file has a part."""
     return any(name.startswith(prefix) for name in header.shapes)
 
 
-def demand(
+def require_complete(
     header: Header, what: str, *, encoders: Sequence[str], takes: int, patch: int, remedy: str
 ) -> None:
     """`UserError` for a file that is not a whole model or is one for another task.
 
     takes  channels of what the transformer takes; latents have as many, times the `patch` that one token stands for
     """
-    missing = [CALLED[prefix] for prefix in encoders if not holds(header, prefix)]
+    missing = [ENCODER_LABELS[prefix] for prefix in encoders if not has_tensors(header, prefix)]
     autoencoder = autoencoder_prefix(header)
     if autoencoder is None:
         missing.append("autoencoder (VAE)")
@@ -69,7 +69,7 @@ def demand(
             f"{header.path} seems to be a model for another task (its transformer takes {takes} channels and a latent "
             f"has {latents}, as for inpainting). Name the model that it was made from."
         )
-    odd = next((name for name in header.shapes if re.search(OTHER_BITS, name)), None)
+    odd = next((name for name in header.shapes if re.search(UNSUPPORTED_QUANTIZATION, name)), None)
     if odd is not None:
         raise UserError(
             f"{header.path} holds weights of few bits in a form that is not read here (it has {odd}). "
@@ -80,12 +80,12 @@ def demand(
 # Reading ----------------------------------------------------------------------------------------------------
 
 
-def weights(location: Location, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def read_weights(location: Location, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors whose names begin with `prefix`, without it; those of 8 bits times the scale beside them."""
     tensors, _ = read_tensors(location.place, prefix=prefix)
     found = {}
     for name, tensor in tensors.items():
-        if re.search(EIGHT_BITS, name):
+        if re.search(FP8_SCALES, name):
             continue
         scale = tensors.get(re.sub(r"\.weight$", ".scale_weight", name)) if name.endswith(".weight") else None
         if scale is not None:
@@ -94,54 +94,56 @@ def weights(location: Location, prefix: str, dtype: torch.dtype) -> dict[str, Te
     return found
 
 
-def filled(kind: Any, location: Location, part: str, tensors: dict[str, Tensor]) -> nn.Module:
+def build_network(kind: Any, location: Location, part: str, tensors: dict[str, Tensor]) -> nn.Module:
     """A network of diffusers by its settings, with these tensors; `UserError` where they do not fit together."""
     with init_empty_weights():
         model: nn.Module = kind.from_config(location.config(part))
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
-        raise misfit(location, part) from error
+        raise config_mismatch(location, part) from error
     return model
 
 
-def autoencoder(location: Location, dtype: torch.dtype) -> nn.Module:
+def load_autoencoder(location: Location, dtype: torch.dtype) -> nn.Module:
     """The autoencoder, in fp32 where its settings say that fp16 overflows."""
     prefix = autoencoder_prefix(read_header(location.place))
     assert prefix is not None
     kept = parts.autoencoder_dtype(location, dtype)
-    model = load_part(AutoencoderKL, location, "vae", prefix=prefix, dtype=kept)
+    model = load_single_file_part(AutoencoderKL, location, "vae", prefix=prefix, dtype=kept)
     return model.to(memory_format=torch.channels_last)  # type: ignore[no-any-return]
 
 
-def clip(kind: Any, location: Location, number: str, tensors: dict[str, Tensor], *, pads_with: str) -> Side:
+def load_clip(
+    kind: Any, location: Location, number: str, tensors: dict[str, Tensor], *, pads_with: str
+) -> TextEncoderSlot:
     """A CLIP text encoder and its tokenizer, fp32; `tensors` as `weights` gives them."""
     named = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
-    return clip_side(kind, location, number, named, pads_with=pads_with)
+    return build_clip(kind, location, number, named, pads_with=pads_with)
 
 
-def t5(location: Location, number: str, dtype: torch.dtype) -> Side:
+def load_t5(location: Location, number: str, dtype: torch.dtype) -> TextEncoderSlot:
     """T5 and the tokenizer that lies beside the file. Being large it is in the working precision.
 
     Raises `UserError` where the tokenizer is missing, or the encoder is not built as its settings say.
     """
     part = f"text_encoder{number}"
     config = T5Config.from_dict(location.config(part))
-    tokenizer = t5_tokenizer(location, number, config.vocab_size)
-    tensors = weights(location, T5, dtype)
+    tokenizer = load_t5_tokenizer(location, number, config.vocab_size)
+    tensors = read_weights(location, T5, dtype)
     tensors.setdefault(TIED, tensors.get(SHARED, torch.empty(0)))
     with init_empty_weights():
         wanted = T5EncoderModel(config).state_dict()
     if {name: value.shape for name, value in tensors.items()} != {
         name: value.shape for name, value in wanted.items()
     }:
-        raise misfit(location, part)
+        raise config_mismatch(location, part)
     transformers_logging.disable_progress_bar()
     model = T5EncoderModel.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
-    return Side(part, tokenizer, model)
+    return TextEncoderSlot(part, tokenizer, model)
 
 
-def t5_tokenizer(location: Location, number: str, known: int) -> Any:
+def load_t5_tokenizer(location: Location, number: str, known: int) -> Any:
     """T5's tokenizer beside the file; `UserError` where there is none, or it has more tokens than are `known`."""
     name = f"tokenizer{number}"
     found = location.local(name)

@@ -28,7 +28,7 @@ PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Writes a file atomically. OSError names `path` when the disk is full."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(content)
 
 
@@ -40,7 +40,7 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Writes indented JSON atomically. Paths become strings, dataclasses objects, tensors of one element
     numbers, and NaN and infinities null, for which JSON has no word. TypeError for anything else."""
-    write_text(path, json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(_to_json(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: str | Path) -> Any:
@@ -59,9 +59,9 @@ def write_tensors(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         try:
-            save_file(_separate(tensors), temporary, metadata=dict(metadata or {}))
+            save_file(_unshare(tensors), temporary, metadata=dict(metadata or {}))
         except SafetensorError as error:
             raise UserError(f"{path} could not be written ({error}). Is the disk full?") from error
 
@@ -74,14 +74,14 @@ def read_tensors(
     so none is ever read. FileNotFoundError if it is missing."""
     from safetensors import SafetensorError, safe_open
 
-    path = _safetensors_path(path)
+    path = _check_safetensors_path(path)
     try:
         with safe_open(path, framework="pt", device=device) as file:
             if names is None:
                 names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (no mapping)
             return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except SafetensorError as error:
-        _refuse(path, error)
+        _raise_unreadable(path, error)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -101,20 +101,20 @@ def read_header(path: str | Path) -> Header:
     """Names and shapes of the tensors, none of which is read, and the metadata; raises like `read_tensors`."""
     from safetensors import SafetensorError, safe_open
 
-    path = _safetensors_path(path)
+    path = _check_safetensors_path(path)
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys()
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
             return Header(path, shapes, dict(file.metadata() or {}))
     except SafetensorError as error:
-        _refuse(path, error)
+        _raise_unreadable(path, error)
 
 
 def append_jsonl(path: str | Path, record: Mapping[str, Any]) -> None:
     """Adds one JSON object as one line, in a single write. A line that a crash cut off is closed first, so
     that it costs only itself. Values as in `write_json`."""
-    line = json.dumps(_plain(dict(record)), ensure_ascii=False, allow_nan=False) + "\n"
+    line = json.dumps(_to_json(dict(record)), ensure_ascii=False, allow_nan=False) + "\n"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
@@ -138,7 +138,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def fresh_folder(path: str | Path) -> Path:
+def make_numbered_folder(path: str | Path) -> Path:
     """Makes and returns a new folder: `path`, or `path-2`, `path-3` … if that is taken."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +153,7 @@ def fresh_folder(path: str | Path) -> Path:
             return candidate
 
 
-def empty_folder(path: str | Path) -> Path:
+def make_empty_folder(path: str | Path) -> Path:
     """Makes the folder that the user named, or takes it if it is empty. UserError if something lies there."""
     path = Path(path)
     if path.exists() and not path.is_dir():
@@ -176,7 +176,7 @@ def content_hash(content: bytes | str | Path) -> str:
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """Gives a temporary path beside `path` to write to; on leaving, flushed and renamed to `path`. If the
     body raises, the temporary file is removed and `path` stays as it was. A symbolic link keeps pointing
     where it did. UserError if `path` is a folder."""
@@ -216,23 +216,23 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _to_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_to_json(item) for item in value]
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Path):
         return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: _to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if hasattr(value, "item") and getattr(value, "size", None) is not None:  # a tensor or a numpy scalar
-        return _plain(value.item())
+        return _to_json(value.item())
     return value
 
 
-def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _unshare(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors, detached, contiguous, on the CPU; those that share memory with an earlier one copied."""
     separate: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
@@ -246,7 +246,7 @@ def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return separate
 
 
-def _safetensors_path(path: str | Path) -> Path:
+def _check_safetensors_path(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise UserError(
@@ -260,7 +260,7 @@ def _safetensors_path(path: str | Path) -> Path:
     return path
 
 
-def _refuse(path: Path, error: Exception) -> NoReturn:
+def _raise_unreadable(path: Path, error: Exception) -> NoReturn:
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith(b"version https://git-lfs"):

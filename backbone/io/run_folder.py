@@ -15,15 +15,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 
-from backbone.io.console import say
+from backbone.io.console import notify
 from backbone.io.files import read_jsonl, write_text
 
-PASSED_ON_WITHIN = 2.0  # seconds
+FORWARDED_SIGNAL_SECONDS = 2.0  # seconds
 PACKAGES = ("limner", "torch", "diffusers", "transformers", "peft", "accelerate")
 
 
 @contextmanager
-def stopping() -> Iterator[list[int]]:
+def catch_interrupts() -> Iterator[list[int]]:
     """A list that is empty until Ctrl-C or SIGTERM comes; the second one interrupts at once.
 
     A launcher of several processes passes on the signal that the terminal has sent them already, so there the second
@@ -39,9 +39,9 @@ def stopping() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         if caught:
             return
-        again = time.monotonic() + (PASSED_ON_WITHIN if several else 0.0)
+        again = time.monotonic() + (FORWARDED_SIGNAL_SECONDS if several else 0.0)
         caught.append(number)
-        say("Saving, then stopping …")
+        notify("Saving, then stopping …")
 
     before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -59,7 +59,7 @@ def trim_log(path: Path, done: int) -> None:
     write_text(path, "".join(kept))  # at once, so that a kill leaves the old log or the new one
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Of Python and the packages that matter."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:

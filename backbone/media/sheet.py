@@ -35,7 +35,7 @@ class Cell:
     frame: str | None = None
 
 
-def sheet(
+def draw_sheet(
     rows: Sequence[Sequence[Cell | Image.Image | None]],
     *,
     title: str = "",
@@ -53,10 +53,10 @@ def sheet(
     """
     assert any(rows), "a sheet needs a picture"
     assert len(row_titles) <= len(rows), "more row titles than rows"
-    type_ = _Type(font)
+    type_ = _Typeface(font)
     columns = max(len(row) for row in rows)
     width = 2 * MARGIN + columns * cell + (columns - 1) * GAP
-    blocks: list[_Block] = _heading(type_, title, note, width - 2 * MARGIN)
+    blocks: list[_Block] = _heading_blocks(type_, title, note, width - 2 * MARGIN)
     for number, row in enumerate(rows):
         row_title = row_titles[number] if number < len(row_titles) else ""
         if blocks:
@@ -80,7 +80,7 @@ def sheet(
     return page
 
 
-def in_rows(
+def split_rows(
     cells: Iterable[Cell | Image.Image | None], columns: int
 ) -> list[list[Cell | Image.Image | None]]:
     """Cells in reading order as rows of `columns`, the last one shorter."""
@@ -130,7 +130,7 @@ class _Block:
             page.paste(piece.content, (left, upper))
 
 
-def _heading(type_: _Type, title: str, note: str, width: int) -> list[_Block]:
+def _heading_blocks(type_: _Typeface, title: str, note: str, width: int) -> list[_Block]:
     blocks = []
     if title:
         blocks.append(_text_block(type_, type_.wrap(title, "title", width), "title", INK))
@@ -141,13 +141,15 @@ def _heading(type_: _Type, title: str, note: str, width: int) -> list[_Block]:
     return blocks
 
 
-def _text_block(type_: _Type, lines: Sequence[str], style: str, colour: str) -> _Block:
+def _text_block(type_: _Typeface, lines: Sequence[str], style: str, colour: str) -> _Block:
     step = type_.line_height(style)
     pieces = [_Piece(0, step * number, line, type_.font(style), colour) for number, line in enumerate(lines)]
     return _Block(step * len(lines), pieces)
 
 
-def _column_block(type_: _Type, texts: Sequence[Sequence[str]], style: str, colour: str, cell: int) -> _Block:
+def _column_block(
+    type_: _Typeface, texts: Sequence[Sequence[str]], style: str, colour: str, cell: int
+) -> _Block:
     step = type_.line_height(style)
     pieces = [
         _Piece(column * (cell + GAP), step * number, line, type_.font(style), colour)
@@ -158,7 +160,7 @@ def _column_block(type_: _Type, texts: Sequence[Sequence[str]], style: str, colo
 
 
 def _picture_block(cells: Sequence[Cell | None], side: int) -> _Block:
-    fitted = [_fit(cell.image, side) if cell else None for cell in cells]
+    fitted = [_resize_to_cell(cell.image, side) if cell else None for cell in cells]
     height = max((image.height for image in fitted if image), default=0)
     pieces = [
         _Piece(
@@ -170,7 +172,7 @@ def _picture_block(cells: Sequence[Cell | None], side: int) -> _Block:
     return _Block(height, pieces)
 
 
-def _fit(image: Image.Image, side: int) -> Image.Image:
+def _resize_to_cell(image: Image.Image, side: int) -> Image.Image:
     if image.has_transparency_data:
         layered = image.convert("RGBA")
         image = Image.new("RGB", image.size, "white")
@@ -193,7 +195,7 @@ _SPELLINGS = {
 }  # fmt: skip
 
 
-class _Type:
+class _Typeface:
     """Fonts by style, and what fits into a width."""
 
     def __init__(self, path: str | Path | None) -> None:
@@ -230,7 +232,7 @@ class _Type:
                     continue
                 if line:
                     lines.append(line)
-                *full, line = _pieces(word, font, width)
+                *full, line = _break_word(word, font, width)
                 lines += full
             lines.append(line)
         if len(lines) <= most:
@@ -256,7 +258,7 @@ class _Type:
         return bytes(self.font("caption").getmask(character)) != self._missing
 
 
-def _pieces(word: str, font: _Font, width: int) -> list[str]:
+def _break_word(word: str, font: _Font, width: int) -> list[str]:
     """A word broken where it is wider than the line."""
     pieces = [""]
     for character in word:

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     import torch
 import torch
 
-Place: TypeAlias = tuple[float, float]
+CropPosition: TypeAlias = tuple[float, float]
 
 
-CROPS: dict[str, Place] = {
+CROPS: dict[str, CropPosition] = {
     "center": (0.5, 0.5),
     "top": (0.5, 0.0),
     "bottom": (0.5, 1.0),
@@ -26,12 +26,14 @@ CROPS: dict[str, Place] = {
 }
 
 
-def square(image: Image.Image, size: int, *, crop: str = "center") -> Image.Image:
+def crop_square(image: Image.Image, size: int, *, crop: str = "center") -> Image.Image:
     """The largest square at `crop` (a key of CROPS), resized to size × size with Lanczos in one pass."""
-    return fitted(image, (size, size), crop=crop)
+    return crop_and_resize(image, (size, size), crop=crop)
 
 
-def fitted(image: Image.Image, size: tuple[int, int], *, crop: str | Place = "center") -> Image.Image:
+def crop_and_resize(
+    image: Image.Image, size: tuple[int, int], *, crop: str | CropPosition = "center"
+) -> Image.Image:
     """The largest part of this shape (W, H) at `crop`, resized to it with Lanczos in one pass.
 
     `crop` is a key of CROPS, or says how much of what is cut off lies left of the part and above it, 0…1 each.
@@ -59,7 +61,7 @@ def bucket_sizes(resolution: int) -> list[tuple[int, int]]:
     return sorted(sizes)
 
 
-def nearest_size(size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+def nearest_bucket(size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """Which of the sizes (W, H) has the shape nearest to this one's; of two alike the larger."""
     shape = math.log(size[0] / size[1])
     return min(sizes, key=lambda one: (round(abs(math.log(one[0] / one[1]) - shape), 9), -one[0] * one[1]))
@@ -97,11 +99,11 @@ def mask_to_tensor(mask: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(mask)).float().div(255.0)[None]
 
 
-WIDEST = 2.0  # a picture longer than this is cropped to it
+MAX_ASPECT_RATIO = 2.0  # a picture longer than this is cropped to it
 
 
 def working_size(size: tuple[int, int], *, area: int, unit: int) -> tuple[int, int]:
     """(width, height) near a picture's shape and an area in pixels, both multiples of `unit`."""
-    ratio = min(max(size[0] / size[1], 1 / WIDEST), WIDEST)
+    ratio = min(max(size[0] / size[1], 1 / MAX_ASPECT_RATIO), MAX_ASPECT_RATIO)
     width, height = (area * ratio) ** 0.5, (area / ratio) ** 0.5
     return max(unit, round(width / unit) * unit), max(unit, round(height / unit) * unit)

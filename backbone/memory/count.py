@@ -24,52 +24,52 @@ from torch.utils.checkpoint import checkpoint
 from backbone.training.attention import quick_to_train
 
 Forward = Callable[[], Tensor]
-LOWER = frozenset(
+AUTOCAST_LOWER = frozenset(
     {F.linear, F.conv2d, torch.conv2d, torch.matmul, torch.bmm, torch.baddbmm, torch.Tensor.matmul}
     | {torch.Tensor.__matmul__, F.scaled_dot_product_attention}
 )
-RAISED = {  # what autocast computes in fp32, by device
+AUTOCAST_FP32 = {  # what autocast computes in fp32, by device
     "cuda": frozenset(
         {F.layer_norm, F.group_norm, torch.layer_norm, torch.group_norm, F.rms_norm, F.softmax, torch.softmax}
         | {torch.Tensor.softmax, torch.pow, torch.Tensor.pow, torch.exp, torch.rsqrt, torch.Tensor.rsqrt}
     ),
     "cpu": frozenset[Any](),
 }
-HALVES = (torch.float16, torch.bfloat16)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
-class Step(NamedTuple):
+class StepBytes(NamedTuple):
     """Bytes of one step: kept from forward to backward, and alive at the most."""
 
     saved: int
     peak: int
 
 
-def step_bytes(
+def training_step_bytes(
     network: nn.Module,
     forward: Forward,
     *,
     device: str = "cuda",
     autocast: torch.dtype | None = None,
     checkpointing: bool = False,
-) -> Step:
+) -> StepBytes:
     """Counts a step of `forward`, which asks `network` and gives a prediction; all gradients are dropped again.
 
     `device` and `autocast` are those of the run that is counted. A network with storage is counted as it computes.
     """
     own = {value.untyped_storage()._cdata for value in network.parameters()}
     with quick_to_train(network, device=device), _checkpointed(network, device, autocast, checkpointing):
-        saved = _saved(forward, own, lambda: _like(network, device, autocast))
-        with Alive(own) as alive:
-            with _like(network, device, autocast):
+        saved = _count_saved(forward, own, lambda: _emulate(network, device, autocast))
+        with LiveStorageTracker(own) as alive:
+            with _emulate(network, device, autocast):
                 loss = forward().float().square().mean()
             loss.backward()
     network.zero_grad(set_to_none=True)
-    return Step(saved, alive.peak)
+    return StepBytes(saved, alive.peak)
 
 
 @torch.no_grad()
-def asked_bytes(
+def forward_peak_bytes(
     network: nn.Module,
     ask: Callable[[], object],
     *,
@@ -78,17 +78,21 @@ def asked_bytes(
 ) -> int:
     """The most bytes alive while `network` is asked without gradients, its weights not counted."""
     own = {value.untyped_storage()._cdata for value in network.parameters()}
-    with quick_to_train(network, device=device), _like(network, device, autocast), Alive(own) as alive:
+    with (
+        quick_to_train(network, device=device),
+        _emulate(network, device, autocast),
+        LiveStorageTracker(own) as alive,
+    ):
         ask()
     return int(alive.peak)
 
 
-def bytes_of(tensors: Iterable[Tensor]) -> int:
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     """Together, without storage or with."""
     return sum(value.numel() * value.element_size() for value in tensors)
 
 
-class Alive(TorchDispatchMode):
+class LiveStorageTracker(TorchDispatchMode):
     """Inside, follows every storage that an operation makes until the last tensor on it is gone."""
 
     def __init__(self, own: set[int]) -> None:
@@ -119,7 +123,7 @@ class Alive(TorchDispatchMode):
         self.now -= self._known.pop(key)[0]
 
 
-class AsOn(TorchFunctionMode):
+class MetaDeviceEmulation(TorchFunctionMode):
     """Inside, networks on `meta` keep what they would on a device, under autocast to `lower` or without."""
 
     def __init__(self, device: str, lower: torch.dtype | None) -> None:
@@ -132,13 +136,13 @@ class AsOn(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self.lower is not None:
-            wanted = self.lower if func in LOWER else None
-            wanted = torch.float32 if func in RAISED[self.device] else wanted
+            wanted = self.lower if func in AUTOCAST_LOWER else None
+            wanted = torch.float32 if func in AUTOCAST_FP32[self.device] else wanted
             if wanted is not None:
                 args = tuple(self._in(wanted, value) for value in args)
                 kwargs = {name: self._in(wanted, value) for name, value in kwargs.items()}
         if func is F.scaled_dot_product_attention:
-            return attended(*args, **kwargs)
+            return emulate_fused_attention(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _in(self, dtype: torch.dtype, value: Any) -> Any:
@@ -146,24 +150,24 @@ class AsOn(TorchFunctionMode):
         if (
             not isinstance(value, Tensor)
             or value.dtype is dtype
-            or value.dtype not in (torch.float32, *HALVES)
+            or value.dtype not in (torch.float32, *HALF_DTYPES)
         ):
             return value
-        if not (value.is_leaf and value.requires_grad and dtype in HALVES):
+        if not (value.is_leaf and value.requires_grad and dtype in HALF_DTYPES):
             return value.to(dtype)
         if id(value) not in self._cast:
             self._cast[id(value)] = value.to(dtype)
         return self._cast[id(value)]
 
 
-def attended(
+def emulate_fused_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
 ) -> Tensor:
     """The shape of fused attention's answer [B, heads, tokens, D]; it keeps for its backward pass what that keeps."""
-    return cast(Tensor, _Fused.apply(query, key, value, attn_mask))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _FusedAttention.apply(query, key, value, attn_mask))  # type: ignore[no-untyped-call]
 
 
-class _Fused(torch.autograd.Function):
+class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         batch, heads, tokens, _ = query.shape
@@ -181,7 +185,7 @@ class _Fused(torch.autograd.Function):
 # Helpers ----------------------------------------------------------------------------------------------------
 
 
-def _saved(forward: Forward, own: set[int], like: Callable[[], AbstractContextManager[Any]]) -> int:
+def _count_saved(forward: Forward, own: set[int], like: Callable[[], AbstractContextManager[Any]]) -> int:
     """Bytes that a forward pass keeps, each storage once."""
     seen: dict[int, int] = {}
     kept: list[Any] = []
@@ -199,10 +203,10 @@ def _saved(forward: Forward, own: set[int], like: Callable[[], AbstractContextMa
     return sum(seen.values())
 
 
-def _like(network: nn.Module, device: str, autocast: torch.dtype | None) -> AbstractContextManager[Any]:
+def _emulate(network: nn.Module, device: str, autocast: torch.dtype | None) -> AbstractContextManager[Any]:
     """As the device computes: its own autocast where there is storage, else what stands in for it."""
     if next(network.parameters()).device.type == "meta":
-        return AsOn(device, autocast)
+        return MetaDeviceEmulation(device, autocast)
     return nullcontext() if autocast is None else torch.autocast(device, autocast)
 
 
@@ -217,7 +221,7 @@ def _checkpointed(
     bare = next(network.parameters()).device.type == "meta"
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        return nullcontext(), AsOn(device, autocast) if bare else nullcontext()
+        return nullcontext(), MetaDeviceEmulation(device, autocast) if bare else nullcontext()
 
     def again(module: Any, *inputs: Any) -> Any:
         return checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts)

@@ -17,27 +17,27 @@ import torch
 from torch import Tensor, nn
 
 from backbone.distributed.device import PRECISIONS
-from backbone.io.console import UserError, say
-from backbone.memory.count import Step, asked_bytes, bytes_of, step_bytes
+from backbone.io.console import UserError, notify
+from backbone.memory.count import StepBytes, forward_peak_bytes, tensor_bytes, training_step_bytes
 from backbone.models.model import Backbone
 from backbone.models.placement import INSTALL, KINDS, Measures, lendable, quantizable, tiled
 
 GIB = 2**30
-CONTEXT = {"cuda": 0.6 * GIB}
+CUDA_CONTEXT_BYTES = {"cuda": 0.6 * GIB}
 """Assumed, not measured: what a process takes on a GPU before its first tensor."""
-FRAGMENTS = 0.05  # assumed: the share of a device that its allocator cannot use
-STATES = {
+FRAGMENTATION = 0.05  # assumed: the share of a device that its allocator cannot use
+OPTIMIZER_STATE_BYTES = {
     "adamw": 8.0,
     "adamw8bit": 2.1,
     "prodigy": 16.0,
 }  # bytes of an optimiser's state for a trained number
-SIZES = (8, 12, 16, 24, 32, 40, 48, 80, 141)  # GiB of devices that are sold
-AT_ONCE = 8  # pictures that are drawn, or asked about, in one call
-OFFLOADS = (0.25, 0.5, 0.75, 1.0)
+DEVICE_SIZES = (8, 12, 16, 24, 32, 40, 48, 80, 141)  # GiB of devices that are sold
+SAMPLING_BATCH = 8  # pictures that are drawn, or asked about, in one call
+OFFLOAD_SHARES = (0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What a run asks of memory, besides the model's size.
 
     trains      (a bare denoiser) → the tensors of it that learn, put there if they are new
@@ -64,7 +64,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Choice:
+class MemorySettings:
     """How a run is held in memory."""
 
     precision: str = "fp32"
@@ -102,13 +102,13 @@ class Phase(NamedTuple):
         return self.resident + self.computing
 
 
-class Account:
+class MemoryEstimator:
     """The bytes of a run's phases, for any choice; what has been counted once is remembered.
 
     `device` is that of the run, cuda or cpu, whatever this machine has.
     """
 
-    def __init__(self, model: Backbone, work: Work, *, device: str = "cuda") -> None:
+    def __init__(self, model: Backbone, work: Workload, *, device: str = "cuda") -> None:
         self.model, self.work = model, work
         self.device = "cpu" if device == "cpu" else "cuda"
         self.bare = lru_cache(self._bare)
@@ -118,14 +118,14 @@ class Account:
         self.pictures = lru_cache(self._pictures)
         self.parts = lru_cache(self._parts)
 
-    def phases(self, choice: Choice) -> dict[str, Phase]:
+    def phases(self, choice: MemorySettings) -> dict[str, Phase]:
         """Every phase of the run, in order."""
         work, measures, parts = self.work, choice.measures, self.parts(choice.precision)
         text = 0 if measures.text_on_cpu else parts.text
         cached = self.cached_bytes
         base = self.base(choice) * (1 + work.copies)
         learns = parts.trained
-        states = round(learns * STATES[choice.optimizer]) + 4 * learns * work.averaged
+        states = round(learns * OPTIMIZER_STATE_BYTES[choice.optimizer]) + 4 * learns * work.averaged
         held = base + (0 if work.full else 4 * learns) + states + cached + text * work.text_learns
         one = measures.one_by_one
         found = {
@@ -135,20 +135,20 @@ class Account:
             )
         }
         if work.asks:
-            rows = 1 if one else AT_ONCE
+            rows = 1 if one else SAMPLING_BATCH
             found["asking the base"] = Phase(base + cached, self.asked(choice.precision, rows))
         step = self.step(choice.precision, choice.checkpointing)
         updating = 4 * learns + 4 * learns  # gradients, and the optimiser's own of the same size for a moment
         found["learning"] = Phase(held, max(step.peak, updating) + self.working(choice))
         if work.shows:
-            count = 1 if one else AT_ONCE
+            count = 1 if one else SAMPLING_BATCH
             shown = held + parts.autoencoder + text * (not work.text_learns)
             drawing = self.asked(choice.precision, 2 * count)  # with a prompt and without
             decoding = self.pictures(choice.precision, "decode", measures.tiling, count)
             found["showing"] = Phase(shown, max(drawing, decoding) + self.working(choice))
         return found
 
-    def base(self, choice: Choice) -> int:
+    def base(self, choice: MemorySettings) -> int:
         """Bytes of the denoiser's own weights on the device."""
         parts, measures = self.parts(choice.precision), choice.measures
         if measures.quantize:
@@ -156,13 +156,13 @@ class Account:
             return round(parts.denoiser - parts.linear * width + parts.linear * KINDS[measures.quantize])
         return parts.denoiser - (round(self.lent(choice)) if measures.offload else 0)
 
-    def lent(self, choice: Choice) -> float:
+    def lent(self, choice: MemorySettings) -> float:
         """Bytes of the denoiser that lie in the CPU's memory."""
         network = self.bare(choice.precision)
         layers = lendable(network, choice.measures.offload)
-        return float(sum(bytes_of(layer.parameters()) for layer in layers))
+        return float(sum(tensor_bytes(layer.parameters()) for layer in layers))
 
-    def working(self, choice: Choice) -> int:
+    def working(self, choice: MemorySettings) -> int:
         """Bytes of a layer that is unpacked, or lent, for the moment in which it computes."""
         if not (choice.measures.quantize or choice.measures.offload):
             return 0
@@ -174,11 +174,11 @@ class Account:
         channels, height, width = self.model.latent_shape
         latents, prompts = self.work.kept
         text = self.model.family.outline(self.model.location, torch.float32).blank(1)
-        return 4 * channels * height * width * latents + bytes_of(text.values()) * prompts
+        return 4 * channels * height * width * latents + tensor_bytes(text.values()) * prompts
 
     def usable(self, size: float) -> float:
         """Bytes of a device of `size` GiB that tensors can have."""
-        return size * GIB * (1 - FRAGMENTS) - CONTEXT.get(self.device, 0.0)
+        return size * GIB * (1 - FRAGMENTATION) - CUDA_CONTEXT_BYTES.get(self.device, 0.0)
 
     # Counting ------------------------------------------------------------------------------------------------
 
@@ -188,16 +188,16 @@ class Account:
         network = outline.denoiser.bare()
         return nn.Module.to(network, torch.float32) if self.work.full else network
 
-    def _parts(self, precision: str) -> Parts:
+    def _parts(self, precision: str) -> ModelSizes:
         network = self.bare(precision)
-        own = bytes_of(network.parameters())
+        own = tensor_bytes(network.parameters())
         linear = [layer.weight.numel() for layer in quantizable(network).values()]
         outline = self.model.family.outline(self.model.location, PRECISIONS[precision])
-        layers = [bytes_of(layer.parameters()) for layer in lendable(network)]
-        text = sum(bytes_of(part.bare().parameters()) for part in outline.encoders.values())
-        autoencoder = bytes_of(outline.autoencoder.bare().parameters())
+        layers = [tensor_bytes(layer.parameters()) for layer in lendable(network)]
+        text = sum(tensor_bytes(part.bare().parameters()) for part in outline.encoders.values())
+        autoencoder = tensor_bytes(outline.autoencoder.bare().parameters())
         trained = sum(value.numel() for value in self.learner(precision)[1])
-        return Parts(own, sum(linear), max(layers, default=0), autoencoder, text, trained)
+        return ModelSizes(own, sum(linear), max(layers, default=0), autoencoder, text, trained)
 
     def _learner(self, precision: str) -> tuple[nn.Module, list[Tensor]]:
         """A bare denoiser with what learns on it."""
@@ -207,20 +207,20 @@ class Account:
             nn.Module.to(network, torch.float32)
         return network, list(self.work.trains(network))
 
-    def _step(self, precision: str, checkpointing: bool) -> Step:
+    def _step(self, precision: str, checkpointing: bool) -> StepBytes:
         network = self.learner(precision)[0]
-        return step_bytes(
+        return training_step_bytes(
             network,
             self.question(network, precision, self.work.rows),
             device=self.device,
-            autocast=autocast(precision),
+            autocast=autocast_dtype(precision),
             checkpointing=checkpointing,
         )
 
     def _asked(self, precision: str, rows: int) -> int:
         network = self.learner(precision)[0]
         ask = self.question(network, precision, rows)
-        return asked_bytes(network, ask, device=self.device, autocast=autocast(precision))
+        return forward_peak_bytes(network, ask, device=self.device, autocast=autocast_dtype(precision))
 
     def question(self, network: nn.Module, precision: str, rows: int) -> Callable[[], Tensor]:
         """A call of the denoiser with blank latents and prompts."""
@@ -242,10 +242,10 @@ class Account:
         shape = (count, 3, side, side) if way == "encode" else (count, channels, height, width)
         given = torch.zeros(shape, dtype=outline.autoencoder.dtype, device="meta")
         call = network.encode if way == "encode" else network.decode
-        return asked_bytes(network, lambda: call(given), device=self.device)
+        return forward_peak_bytes(network, lambda: call(given), device=self.device)
 
 
-class Parts(NamedTuple):
+class ModelSizes(NamedTuple):
     """Bytes of a model's parts; `linear` counts the numbers that can lie in few bits, `trained` those that learn."""
 
     denoiser: int
@@ -256,7 +256,7 @@ class Parts(NamedTuple):
     trained: int
 
 
-def autocast(precision: str) -> torch.dtype | None:
+def autocast_dtype(precision: str) -> torch.dtype | None:
     """What a run of this precision computes in, where that is not fp32."""
     return None if precision == "fp32" else PRECISIONS[precision]
 
@@ -264,22 +264,22 @@ def autocast(precision: str) -> torch.dtype | None:
 # Choosing ---------------------------------------------------------------------------------------------------
 
 
-class Measure(NamedTuple):
+class Saving(NamedTuple):
     """One way to need less: what it is and costs, whether a choice has it, and the choice with it and without."""
 
     name: str
     price: str
-    has: Callable[[Choice], bool]
-    take: Callable[[Choice], Choice]
-    drop: Callable[[Choice], Choice]
+    has: Callable[[MemorySettings], bool]
+    take: Callable[[MemorySettings], MemorySettings]
+    drop: Callable[[MemorySettings], MemorySettings]
     free: bool = False  # taken once, it stays: without it nothing is better
 
 
-def _setting(
+def _setting_saving(
     name: str, price: str, setting: str, with_it: Any, without: Any, *, free: bool = False
-) -> Measure:
+) -> Saving:
     """A measure that is one setting of a choice."""
-    return Measure(
+    return Saving(
         name,
         price,
         lambda choice: getattr(choice, setting) == with_it,
@@ -289,13 +289,15 @@ def _setting(
     )
 
 
-def _holding(name: str, price: str, setting: str, with_it: Any, without: Any, **others: Any) -> Measure:
+def _placement_saving(
+    name: str, price: str, setting: str, with_it: Any, without: Any, **others: Any
+) -> Saving:
     """A measure of how the model is held; `others` are settings that it ends."""
 
-    def put(choice: Choice, value: Any) -> Choice:
+    def put(choice: MemorySettings, value: Any) -> MemorySettings:
         return replace(choice, measures=replace(choice.measures, **{setting: value, **others}))
 
-    return Measure(
+    return Saving(
         name,
         price,
         lambda choice: getattr(choice.measures, setting) == with_it,
@@ -304,42 +306,50 @@ def _holding(name: str, price: str, setting: str, with_it: Any, without: Any, **
     )
 
 
-BF16 = _setting("bf16", "none where the processor has it", "precision", "bf16", "fp32", free=True)
-SMALL_STATES = _setting("8-bit optimiser", "its state is rounded", "optimizer", "adamw8bit", "adamw")
-CHECKPOINTING = _setting("gradient checkpointing", "a third more time", "checkpointing", True, False)
-ONE_BY_ONE = _holding("drawing one picture at a time", "slower previews", "one_by_one", True, False)
-TILES = _holding("the autoencoder on tiles", "faint seams are possible", "tiling", True, False)
-TEXT_ON_CPU = _holding("text encoders on the CPU", "slower, once a prompt", "text_on_cpu", True, False)
-FEW_BITS = (
-    _holding("base in 8 bits", "the base is rounded; slower", "quantize", "8bit", ""),
-    _holding("base in NF4", "the base is rounded more; slower", "quantize", "nf4", ""),
+BF16 = _setting_saving("bf16", "none where the processor has it", "precision", "bf16", "fp32", free=True)
+EIGHT_BIT_OPTIMIZER = _setting_saving(
+    "8-bit optimiser", "its state is rounded", "optimizer", "adamw8bit", "adamw"
 )
-LENT = tuple(
-    _holding(
+GRADIENT_CHECKPOINTING = _setting_saving(
+    "gradient checkpointing", "a third more time", "checkpointing", True, False
+)
+SINGLE_IMAGE_SAMPLING = _placement_saving(
+    "drawing one picture at a time", "slower previews", "one_by_one", True, False
+)
+VAE_TILING = _placement_saving("the autoencoder on tiles", "faint seams are possible", "tiling", True, False)
+TEXT_ON_CPU = _placement_saving(
+    "text encoders on the CPU", "slower, once a prompt", "text_on_cpu", True, False
+)
+QUANTIZATION = (
+    _placement_saving("base in 8 bits", "the base is rounded; slower", "quantize", "8bit", ""),
+    _placement_saving("base in NF4", "the base is rounded more; slower", "quantize", "nf4", ""),
+)
+CPU_OFFLOAD = tuple(
+    _placement_saving(
         f"{share:.0%} of the base in the CPU's memory",
         "much slower",
-        *("offload", share, share - OFFLOADS[0]),
+        *("offload", share, share - OFFLOAD_SHARES[0]),
         quantize="",
     )
-    for share in OFFLOADS
+    for share in OFFLOAD_SHARES
 )
-MEASURES = (
+SAVINGS = (
     BF16,
-    ONE_BY_ONE,
-    TILES,
+    SINGLE_IMAGE_SAMPLING,
+    VAE_TILING,
     TEXT_ON_CPU,
-    SMALL_STATES,
-    CHECKPOINTING,
-    *FEW_BITS,
-    *LENT,
+    EIGHT_BIT_OPTIMIZER,
+    GRADIENT_CHECKPOINTING,
+    *QUANTIZATION,
+    *CPU_OFFLOAD,
 )  # cheapest first
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """What was chosen for a device of `size` GiB and why: each measure with the phase that did not fit without it."""
 
-    choice: Choice
+    choice: MemorySettings
     size: float
     usable: float
     phases: Mapping[str, Phase]
@@ -352,13 +362,13 @@ class Plan:
         rows = [
             f"Memory of the device: {self.size:g} GiB, of which tensors can have {self.usable / GIB:.1f} "
             f"(assumed); the run needs {peak / GIB:.2f}.",
-            *table(self.phases),
+            *format_phases(self.phases),
             *(f"  {name}: {why}" for name, why in self.reasons.items()),
         ]
         return [*rows, *([self.missing] if self.missing else [])]
 
 
-def table(phases: Mapping[str, Phase]) -> list[str]:
+def format_phases(phases: Mapping[str, Phase]) -> list[str]:
     """The phases' bytes, a line each."""
     lines = [f"  {'phase':<16} {'GiB':>7} {'weights, states':>16} {'computing':>10}"]
     for name, phase in phases.items():
@@ -367,33 +377,39 @@ def table(phases: Mapping[str, Phase]) -> list[str]:
     return lines
 
 
-def plan(account: Account, size: float, start: Choice, *, library: bool) -> Plan:
+def plan_memory(account: MemoryEstimator, size: float, start: MemorySettings, *, library: bool) -> MemoryPlan:
     """The cheapest choice from `start` on that fits a device of `size` GiB; what `start` has is kept.
 
     `library` says whether bitsandbytes and a GPU are there. Raises `UserError`, in one sentence with the nearest
     remedy, where nothing fits.
     """
     usable = account.usable(size)
-    allowed = applying(account.work, start, library=library)
-    choice = cheapest(account, usable, start, allowed)
+    allowed = applicable_savings(account.work, start, library=library)
+    choice = find_cheapest(account, usable, start, allowed)
     missing = ""
     if not library and (choice is None or choice.measures.offload):
-        others = [measure for measure in applying(account.work, start, library=True) if measure not in LENT]
-        if cheapest(account, usable, start, others) is not None:
+        others = [
+            measure
+            for measure in applicable_savings(account.work, start, library=True)
+            if measure not in CPU_OFFLOAD
+        ]
+        if find_cheapest(account, usable, start, others) is not None:
             missing = f"With bitsandbytes and a GPU it would fit in fewer bits: {INSTALL}"
     if choice is None:
-        raise UserError(_refusal(account, size, start, allowed, missing))
-    reasons = _reasons(account, usable, start, choice)
-    return Plan(choice, size, usable, account.phases(choice), reasons, missing)
+        raise UserError(_describe_misfit(account, size, start, allowed, missing))
+    reasons = _explain_savings(account, usable, start, choice)
+    return MemoryPlan(choice, size, usable, account.phases(choice), reasons, missing)
 
 
-def within(model: Backbone, work: Work, size: float, start: Choice) -> tuple[Backbone, Choice]:
+def fit_to_memory(
+    model: Backbone, work: Workload, size: float, start: MemorySettings
+) -> tuple[Backbone, MemorySettings]:
     """The model, not loaded yet, held so that the work fits its device of `size` GiB; says what was chosen and why."""
     on_gpu = model.device.type == "cuda"
-    account = Account(model, work, device=model.device.type)
-    found = plan(account, size, start, library=on_gpu and has_library())
+    account = MemoryEstimator(model, work, device=model.device.type)
+    found = plan_memory(account, size, start, library=on_gpu and has_bitsandbytes())
     for line in found.lines():
-        say(line)
+        notify(line)
     choice = found.choice
     held = Backbone(
         model.location, model.family, device=model.device, dtype=choice.dtype, measures=choice.measures
@@ -401,46 +417,53 @@ def within(model: Backbone, work: Work, size: float, start: Choice) -> tuple[Bac
     return held, choice
 
 
-def needed(account: Account, choice: Choice) -> int:
+def peak_bytes(account: MemoryEstimator, choice: MemorySettings) -> int:
     """Bytes of the phase that needs most."""
     return max(phase.bytes for phase in account.phases(choice).values())
 
 
-def applying(work: Work, start: Choice, *, library: bool) -> list[Measure]:
+def applicable_savings(work: Workload, start: MemorySettings, *, library: bool) -> list[Saving]:
     """The measures that there are for this work, cheapest first."""
     frozen = work.plain and not work.full
     apply = {
         TEXT_ON_CPU: not work.text_learns,
-        SMALL_STATES: library and work.full and not start.fixed_optimizer and start.optimizer == "adamw",
+        EIGHT_BIT_OPTIMIZER: library
+        and work.full
+        and not start.fixed_optimizer
+        and start.optimizer == "adamw",
         BF16: start.precision == "fp32",
-        **dict.fromkeys(FEW_BITS, frozen and library and not start.measures.offload),
-        **dict.fromkeys(LENT, frozen and not start.measures.quantize),
+        **dict.fromkeys(QUANTIZATION, frozen and library and not start.measures.offload),
+        **dict.fromkeys(CPU_OFFLOAD, frozen and not start.measures.quantize),
     }
-    return [measure for measure in MEASURES if apply.get(measure, True)]
+    return [measure for measure in SAVINGS if apply.get(measure, True)]
 
 
-def cheapest(account: Account, usable: float, start: Choice, measures: Iterable[Measure]) -> Choice | None:
+def find_cheapest(
+    account: MemoryEstimator, usable: float, start: MemorySettings, measures: Iterable[Saving]
+) -> MemorySettings | None:
     """Measure after measure until all phases fit, then those dropped again that are not needed, dearest first."""
-    choice, taken = start, list[Measure]()
+    choice, taken = start, list[Saving]()
     for measure in measures:
-        if needed(account, choice) <= usable:
+        if peak_bytes(account, choice) <= usable:
             break
         if not measure.has(choice):
             choice = measure.take(choice)
             taken.append(measure)
-    if needed(account, choice) > usable:
+    if peak_bytes(account, choice) > usable:
         return None
     for measure in reversed(taken):
         if measure.has(choice) and not measure.free:
             less = measure.drop(choice)
-            choice = less if needed(account, less) <= usable else choice
+            choice = less if peak_bytes(account, less) <= usable else choice
     return choice
 
 
-def _reasons(account: Account, usable: float, start: Choice, choice: Choice) -> dict[str, str]:
+def _explain_savings(
+    account: MemoryEstimator, usable: float, start: MemorySettings, choice: MemorySettings
+) -> dict[str, str]:
     """What each measure of the choice is there for: what would not fit without it."""
     reasons = {}
-    for measure in MEASURES:
+    for measure in SAVINGS:
         if not measure.has(choice) or measure.has(start):
             continue
         phases = account.phases(measure.drop(choice))
@@ -452,15 +475,17 @@ def _reasons(account: Account, usable: float, start: Choice, choice: Choice) -> 
     return reasons
 
 
-def _refusal(account: Account, size: float, start: Choice, allowed: Iterable[Measure], missing: str) -> str:
+def _describe_misfit(
+    account: MemoryEstimator, size: float, start: MemorySettings, allowed: Iterable[Saving], missing: str
+) -> str:
     """Why nothing fits, and what would."""
     choices = [start]
     for measure in allowed:
         choices.append(measure.take(choices[-1]))
-    choice = min(choices, key=lambda one: needed(account, one))
-    phases, least = account.phases(choice), needed(account, choice)
+    choice = min(choices, key=lambda one: peak_bytes(account, one))
+    phases, least = account.phases(choice), peak_bytes(account, choice)
     most = max(phases, key=lambda name: phases[name].bytes)
-    larger = next((one for one in SIZES if account.usable(one) >= least), None)
+    larger = next((one for one in DEVICE_SIZES if account.usable(one) >= least), None)
     remedies = [
         *([f"install bitsandbytes ({INSTALL})"] if missing else []),
         *(["train an adapter instead of all weights"] if account.work.full else []),
@@ -475,13 +500,13 @@ def _refusal(account: Account, size: float, start: Choice, allowed: Iterable[Mea
     )
 
 
-def has_library() -> bool:
+def has_bitsandbytes() -> bool:
     """Whether bitsandbytes is installed."""
     from importlib.util import find_spec
 
     return find_spec("bitsandbytes") is not None
 
 
-def precision_of(model: Backbone) -> str:
+def precision_name(model: Backbone) -> str:
     """The name of a model's working precision."""
     return next(name for name, dtype in PRECISIONS.items() if dtype is model.dtype)

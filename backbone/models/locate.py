@@ -58,4 +58,4 @@ def _single_file(name: str, path: Path) -> Location:
         if settings is not None:
             return Location(name, str(path), {"_class_name": family.pipelines[0]}, settings)
     served = ", ".join(family.name for family in families())
-    raise UserError(f"{single_file.stranger(header)} This version works with {served}.")
+    raise UserError(f"{single_file.describe_unknown_file(header)} This version works with {served}.")

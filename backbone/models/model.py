@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from backbone.diffusion.noise import Estimate, Ladder, Level, Predict, estimate, guide
-from backbone.distributed.device import best_device, chosen_dtype
+from backbone.distributed.device import best_device, resolve_dtype
 from backbone.families import checkpoint as single_file
 from backbone.families.base import Family, NoisePath, Text, TextEncoder
 from backbone.families.location import Location
@@ -87,7 +87,7 @@ class Backbone:
         for family in families():
             if found in family.pipelines:
                 place = torch.device(best_device() if device == "auto" else device)
-                dtype = chosen_dtype(precision, place)
+                dtype = resolve_dtype(precision, place)
                 return cls(location, family, device=place, dtype=dtype, measures=measures)
         served = ", ".join(family.name for family in families())
         raise UserError(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
 from backbone.distributed import processes
-from backbone.distributed.fsdp import cut
+from backbone.distributed.fsdp import shard
 from backbone.io.console import UserError
 
 BLOCKS = re.compile(r"(^|_)blocks?\.")  # the layers of a denoiser that repeat: nearly all of its weights
@@ -53,7 +53,9 @@ class Measures:
         if self.quantize and self.offload:
             raise UserError("A quantised base is not offloaded as well. Choose one of the two.")
         if self.quantize or self.offload or self.one_by_one:
-            processes.refuse_shards("A base that is quantised, lent from the CPU or asked picture by picture")
+            processes.require_whole_model(
+                "A base that is quantised, lent from the CPU or asked picture by picture"
+            )
 
 
 def measures_of(settings: Any) -> Measures:
@@ -69,8 +71,8 @@ def measures_of(settings: Any) -> Measures:
 
 def held(denoiser: nn.Module, measures: Measures, device: torch.device) -> nn.Module:
     """A loaded, frozen denoiser on its device, as the measures say; cut up where the launcher asked for that."""
-    if processes.sharded():
-        return cut(denoiser, device)
+    if processes.is_sharded():
+        return shard(denoiser, device)
     if measures.quantize:
         quantized(denoiser, measures.quantize)
     if measures.offload:

@@ -17,7 +17,7 @@ def log_to_tensorboard(run: Path, *, wanted: bool, done: int) -> Iterator[Callab
 
     What TensorBoard has of steps after `done`, from before the run was stopped, is struck out.
     """
-    if not wanted or not processes.is_writer():
+    if not wanted or not processes.is_main_process():
         yield lambda report: None
         return
     try:

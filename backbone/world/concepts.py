@@ -17,6 +17,6 @@ TRAINING_PLACES = (
 )
 
 
-def concept_pictures(noun: str, *, first_seed: int = BENCHMARK_SEEDS.start) -> list[Scene]:
+def concept_scenes(noun: str, *, first_seed: int = BENCHMARK_SEEDS.start) -> list[Scene]:
     """A concept's five training scenes: plain renders in five places; benchmarks ask for the other seven."""
     return [Scene((Thing(noun),), place, seed=first_seed + k) for k, place in enumerate(TRAINING_PLACES)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from random import Random
 
-from backbone.world.words import Thing, Vocabulary, paraphrase, sentence, vocabulary
+from backbone.world.words import Thing, Vocabulary, paraphrase, vocabulary, write_caption
 
 TRAINING_SEEDS = range(1_000_000)
 BENCHMARK_SEEDS = range(1_000_000, 2_000_000)
@@ -32,14 +32,14 @@ class Scene:
 
     def caption(self, *, called: str | None = None) -> str:
         """The canonical caption; `called` names the first thing otherwise (`[V] dog`)."""
-        return sentence(self.things, pair=self.pair, place=self.place, style=self.style, called=called)
+        return write_caption(self.things, pair=self.pair, place=self.place, style=self.style, called=called)
 
     def caption_for_training(self) -> str:
         """Mostly the canonical caption, often a paraphrase, sometimes without the place."""
         random = self.random("caption")
         place = None if random.random() < 0.08 else self.place
         if random.random() < 0.5:
-            return sentence(self.things, pair=self.pair, place=place, style=self.style)
+            return write_caption(self.things, pair=self.pair, place=place, style=self.style)
         return paraphrase(self.things, pair=self.pair, place=place, style=self.style, random=random)
 
     def plain(self) -> Scene:
@@ -73,6 +73,6 @@ def sample_scene(
     return Scene((Thing(first, colour=colour), Thing(second)), place, style, seed=seed)
 
 
-def fair(scene: Scene) -> bool:
+def is_fair(scene: Scene) -> bool:
     """Whether a benchmark may ask for this scene: no tree where the place draws trees, no cactus in the desert."""
     return all(scene.place not in DRAWN_BY_PLACE.get(thing.noun, ()) for thing in scene.things)

@@ -32,14 +32,14 @@ def watercolor(image: Image.Image) -> Image.Image:
     grey = light.mean(-1, keepdims=True)
     light = grey + (light - grey) * 1.35
     light = 255 - (255 - light) * 0.72
-    spread = np.asarray(edges(flat.convert("L"), 3), dtype=np.float32)[..., None]
+    spread = np.asarray(morphological_gradient(flat.convert("L"), 3), dtype=np.float32)[..., None]
     return Image.fromarray((light - 0.45 * spread).clip(0, 255).astype(np.uint8), "RGB")
 
 
 def neon_drawing(image: Image.Image) -> Image.Image:
     """Glowing outlines on black, in the colours of what they outline."""
     soft = image.filter(ImageFilter.GaussianBlur(0.6))
-    channels = [edges(channel, 3) for channel in soft.split()]
+    channels = [morphological_gradient(channel, 3) for channel in soft.split()]
     lines = np.stack([np.asarray(channel, dtype=np.float32) for channel in channels], -1)
     strength = np.clip((lines.max(-1, keepdims=True) - 26) / 80, 0, 1)
     brightest = ImageChops.lighter(image, image.filter(ImageFilter.MaxFilter(3)))
@@ -52,7 +52,7 @@ def neon_drawing(image: Image.Image) -> Image.Image:
     return Image.fromarray(result.clip(0, 255).astype(np.uint8), "RGB")
 
 
-def edges(channel: Image.Image, width: int) -> Image.Image:
+def morphological_gradient(channel: Image.Image, width: int) -> Image.Image:
     """Morphological gradient of a grey picture: its local maximum minus its local minimum."""
     return ImageChops.subtract(
         channel.filter(ImageFilter.MaxFilter(width)), channel.filter(ImageFilter.MinFilter(width))

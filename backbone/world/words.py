@@ -102,7 +102,7 @@ def article(words: str) -> str:
     return "an" if words[0] in "aeiou" and not words.startswith(("one", "uni")) else "a"
 
 
-def sentence(
+def write_caption(
     things: tuple[Thing, ...], *, pair: bool, place: str | None, style: str | None, called: str | None = None
 ) -> str:
     """The canonical caption: `[style of] [a | two] [small] [colour] noun [wearing …] [next to a noun] place`."""

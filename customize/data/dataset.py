@@ -13,8 +13,8 @@ from backbone.distributed import processes
 from backbone.families.base import Text
 from backbone.io.console import UserError
 from backbone.io.files import content_hash
-from backbone.media.pictures import Picture
-from backbone.media.transforms import bucket_sizes, fitted, mask_to_tensor, nearest_size
+from backbone.media.pictures import ImageRecord
+from backbone.media.transforms import bucket_sizes, crop_and_resize, mask_to_tensor, nearest_bucket
 from backbone.models.cache import encoded, encoded_prompts, remembered
 from backbone.models.model import Backbone, Posterior
 from backbone.models.sample import Request, sample_latents
@@ -30,7 +30,7 @@ CLASS_STEPS = 20  # of the sampler that draws the class
 class Group:
     """The pictures of one subject with their prompts and its class prompt, all in the model's words."""
 
-    pictures: Sequence[Picture]
+    pictures: Sequence[ImageRecord]
     prompts: Sequence[str]
     class_prompt: str
 
@@ -96,7 +96,7 @@ def prepare(model: Backbone, groups: Sequence[Group], settings: Settings) -> Mat
             names += [str(picture.path) for picture in group.pictures]
             owners += [number] * len(group.pictures)
     classes = [group.class_prompt for group in groups]
-    with processes.writer_first():
+    with processes.main_process_first():
         class_text = encoded_prompts(model, classes)
         text = None if trains_text(settings) else encoded_prompts(model, [*prompts, *classes])
         empty = encoded_prompts(model, [""]) if settings.mask == "auto" else {}
@@ -107,14 +107,14 @@ def prepare(model: Backbone, groups: Sequence[Group], settings: Settings) -> Mat
             raise UserError(
                 "Class pictures are square, and with --aspect_buckets the subject's are not. Use --prior base."
             )
-        with processes.writer_first():
+        with processes.main_process_first():
             drawn = torch.cat([class_latents(model, prompt, settings) for prompt in classes])
     model.free("autoencoder", "text_encoder")
     if preserves(settings) and settings.prior == "base":
-        with processes.writer_first():
+        with processes.main_process_first():
             buckets = [banked(model, bucket, posteriors, class_text, owners, settings) for bucket in buckets]
     if settings.mask == "auto":
-        with processes.writer_first():
+        with processes.main_process_first():
             masks = found_masks(model, masks, posteriors, class_text, empty, owners)
     share = torch.tensor([1 / owners.count(owner) for owner in owners])
     at_latents = sized(masks, [posterior.mean.shape[-2:] for posterior in posteriors])
@@ -122,14 +122,14 @@ def prepare(model: Backbone, groups: Sequence[Group], settings: Settings) -> Mat
 
 
 def encoded_together(
-    model: Backbone, pictures: Sequence[Picture], *, flip: bool, sizes: Sequence[tuple[int, int]] | None
+    model: Backbone, pictures: Sequence[ImageRecord], *, flip: bool, sizes: Sequence[tuple[int, int]] | None
 ) -> list[Posterior]:
     """`encoded`, after each process has encoded its part of the pictures."""
 
     def encode(row: int) -> None:
         encoded(model, [pictures[row]], flip=flip, sizes=sizes and [sizes[row]])
 
-    processes.prepared(encode, range(len(pictures)))
+    processes.warm_cache(encode, range(len(pictures)))
     return encoded(model, pictures, flip=flip, sizes=sizes)
 
 
@@ -149,10 +149,10 @@ def found_masks(
     ]
 
 
-def sizes_of(pictures: Sequence[Picture], resolution: int) -> list[tuple[int, int]]:
+def sizes_of(pictures: Sequence[ImageRecord], resolution: int) -> list[tuple[int, int]]:
     """The size (W, H) at which each picture is trained on: of its own shape, roughly."""
     sizes = bucket_sizes(resolution)
-    return [nearest_size(picture.open().size, sizes) for picture in pictures]
+    return [nearest_bucket(picture.open().size, sizes) for picture in pictures]
 
 
 def buckets_of(posteriors: Sequence[Posterior]) -> list[Bucket]:
@@ -195,7 +195,7 @@ def preserves(settings: Settings) -> bool:
 
 
 def masks_of(
-    pictures: Sequence[Picture], sizes: Sequence[tuple[int, int]] | None, *, flip: bool
+    pictures: Sequence[ImageRecord], sizes: Sequence[tuple[int, int]] | None, *, flip: bool
 ) -> list[Tensor | None]:
     """The pictures' masks [1, H, W] in 0…1, cropped as the pictures are; None for a picture that has none.
 
@@ -207,7 +207,7 @@ def masks_of(
         if mask is None:
             found.append(None)
             continue
-        tensor = mask_to_tensor(fitted(mask, size))
+        tensor = mask_to_tensor(crop_and_resize(mask, size))
         if float(tensor.mean()) < 1e-3:
             raise UserError(
                 f"The mask {picture.mask} is black all over, so nothing of {picture.path} would be learned. "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from backbone.io.files import empty_folder, write_bytes
+from backbone.io.files import make_empty_folder, write_bytes
 
 PICTURES = Path(__file__).parents[1] / "examples" / "dog"
 
@@ -14,7 +14,7 @@ def write_example(folder: Path) -> list[Path]:
     sources = sorted(PICTURES.glob("*.png"))
     names = {source.name for source in sources}
     if not folder.is_dir() or {path.name for path in folder.iterdir()} - names:
-        empty_folder(folder)
+        make_empty_folder(folder)
     for source in sources:
         write_bytes(folder / source.name, source.read_bytes())
     return [folder / source.name for source in sources]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from backbone.io.console import UserError, say
+from backbone.io.console import UserError, notify
 
 Target = Literal["diffusers", "kohya", "comfyui"]
 Base = Literal["sd1", "sd2", "sdxl"]
@@ -48,7 +48,7 @@ def export(
     from customize.formats.convert import export_adapter
 
     sentence = export_adapter(run, out, to, base=base, model=model, precision=precision)
-    say(sentence)
+    notify(sentence)
 
 
 def import_(
@@ -74,7 +74,9 @@ def import_(
     """Read an adapter that another tool wrote: into a run folder to sample from, or into a file of ours."""
     from customize.formats.convert import import_adapter
 
-    say(import_adapter(file, out, model=model, token=token, token_words=token_words, class_noun=class_noun))
+    notify(
+        import_adapter(file, out, model=model, token=token, token_words=token_words, class_noun=class_noun)
+    )
 
 
 def info(
@@ -108,10 +110,10 @@ def merge(
         from customize.formats.bake import bake as baked
 
         changed = baked(parts, place, out)
-        say(f"{out} is {place} with {changed} tensors changed.")
+        notify(f"{out} is {place} with {changed} tensors changed.")
         for part in parts:
             for token, words in part.concept.tokens.items() if part.concept is not None else ():
-                say(
+                notify(
                     f"Write “{words}” in prompts, where {token} stood in prompts with --concept {part.source}."
                 )
         return
@@ -120,12 +122,12 @@ def merge(
         result, moved = merging.merged(parts), merging.moved_together(parts)
     else:
         result, loss = merging.merged_to_rank(parts, rank)
-        say(loss.sentence())
+        notify(loss.sentence())
     from customize.formats.merged_run import save_merged
 
     tokens = save_merged(out, result, parts, moved=moved)
     called = f" It answers to {', '.join(tokens)}." if tokens else ""
-    say(f"{out} holds {len(parts)} adapters in one.{called}")
+    notify(f"{out} holds {len(parts)} adapters in one.{called}")
 
 
 def extract(
@@ -145,7 +147,7 @@ def extract(
     checked_target(out)
     adapter, loss = extracted(tuned, base, rank=rank, energy=energy)
     write_adapter(out, adapter, "own", header=header_for(adapter, title=out.stem))
-    say(f"{out}: {loss.sentence()}")
+    notify(f"{out}: {loss.sentence()}")
 
 
 def resize(
@@ -165,7 +167,7 @@ def resize(
     checked_target(out)
     adapter, loss = resized(read_adapter(file), rank=rank, energy=energy)
     write_adapter(out, adapter, "own", header=header_for(adapter, source=file, title=out.stem))
-    say(f"{out}: {loss.sentence()}")
+    notify(f"{out}: {loss.sentence()}")
 
 
 def one_of(rank: int | None, energy: float | None) -> int | None:

@@ -9,7 +9,7 @@ from typing import cast
 
 from torch import Tensor
 
-from backbone.adapters.lora import OTHER_WEIGHTS, WEIGHTS, Kind, add_lora, save_lora
+from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS, AdapterType, add_lora, save_lora
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from customize.settings import Settings
@@ -46,7 +46,7 @@ class Adapter:
             targets=layers,
             dropout=settings.lora_dropout,
             seed=settings.seed,
-            kind=cast(Kind, settings.adapter),
+            kind=cast(AdapterType, settings.adapter),
             ranks=settings.ranks(),
         )
 
@@ -55,7 +55,7 @@ class Adapter:
         return self.settings.learning_rate
 
     def save(self, run: Path, header: Mapping[str, str]) -> dict[str, str]:
-        name = WEIGHTS if self.settings.adapter in ("lora", "dora") else OTHER_WEIGHTS
+        name = LORA_WEIGHTS if self.settings.adapter in ("lora", "dora") else LYCORIS_WEIGHTS
         text = {side.name: side.model for side in self.model.text_encoder.sides} if self.with_text else {}
         save_lora(run / name, self.model.denoiser, ADAPTER, metadata=header, text=text)
         return {"weights": name}

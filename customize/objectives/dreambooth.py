@@ -83,7 +83,7 @@ class Training:
                 done=self.done,
                 clip=self.settings.max_grad_norm,
                 average=self.average,
-                reduce=processes.averaging(),
+                reduce=processes.gradient_averaging(),
             ):
                 self.done = report.step
                 yield report
@@ -212,7 +212,7 @@ class Training:
 
     def save(self, run: Path) -> None:
         """Writes the checkpoint from which `resume` goes on bit for bit."""
-        if not processes.is_writer():
+        if not processes.is_main_process():
             return
         save_checkpoint(
             run / CHECKPOINT,
@@ -256,10 +256,10 @@ class Training:
 def share_of(settings: Settings) -> processes.Share:
     """What this process does of a step. Raises `UserError` for settings that these processes cannot share."""
     if settings.method in ("full", "custom-diffusion"):
-        processes.refuse_shards(f"--method {settings.method}")
+        processes.require_whole_model(f"--method {settings.method}")
     if settings.adapter == "dora":
-        processes.refuse_shards("DoRA, which measures the base's weights,")
-    share = processes.share(settings.gradient_accumulation_steps, settings.batch)
+        processes.require_whole_model("DoRA, which measures the base's weights,")
+    share = processes.share_of_step(settings.gradient_accumulation_steps, settings.batch)
     if settings.lora_dropout and share.scale > 1:
         raise UserError(
             "--lora_dropout leaves out parts of a whole batch, so that a batch cannot be cut up for "

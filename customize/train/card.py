@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from backbone.adapters.embeddings import FILE as WORDS
+from backbone.adapters.embeddings import EMBEDDINGS_FILE as WORDS
 from backbone.io.console import UserError
 from backbone.io.files import read_header
 from backbone.models.model import Backbone

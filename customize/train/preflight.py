@@ -1,6 +1,6 @@
 """What can be told before a run: pictures that will not teach well, and how much memory and time the run takes.
 
-Warnings are said; only pictures that cannot be read are errors (`backbone.media.pictures.check`).
+Warnings are said; only pictures that cannot be read are errors (`backbone.media.pictures.check_images`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from backbone.media.pictures import Picture
-from backbone.memory.planner import GIB, Account, Phase, table
+from backbone.media.pictures import ImageRecord
+from backbone.memory.planner import GIB, MemoryEstimator, Phase, format_phases
 from customize.train.memory import choice_of, work_of
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Look:
     sharpness: float
 
 
-def look(picture: Picture) -> Look:
+def look(picture: ImageRecord) -> Look:
     """Opens a picture once and measures it."""
     image = picture.open()
     return Look(
@@ -54,7 +54,7 @@ def look(picture: Picture) -> Look:
     )
 
 
-def warnings_about(pictures: Sequence[Picture], *, resolution: int) -> list[str]:
+def warnings_about(pictures: Sequence[ImageRecord], *, resolution: int) -> list[str]:
     """A sentence for everything that may spoil a run at `resolution` pixels a side."""
     looks = [look(picture) for picture in pictures]
     found: list[str] = []
@@ -152,7 +152,7 @@ class Estimate:
         said = [
             f"The default run keeps about {self.peak / GIB:.2g} GiB of tensors at its peak, while {most} "
             f"(activations {self.activations / GIB:.2g} GiB); Python and its libraries take their own beside.",
-            *table(self.phases),
+            *format_phases(self.phases),
         ]
         if self.step_seconds is None:
             said.append("How long it takes is unknown: a step is timed here for small models only.")
@@ -167,7 +167,7 @@ class Estimate:
 
 def estimate(model: Backbone, settings: Settings, pictures: int) -> Estimate:
     """The memory of a run from settings alone (nothing is loaded), and a timed step if the model is small."""
-    account = Account(model, work_of(model, settings, pictures), device=model.device.type)
+    account = MemoryEstimator(model, work_of(model, settings, pictures), device=model.device.type)
     choice = choice_of(model, settings)
     step = account.step(choice.precision, choice.checkpointing)
     small = account.parts(choice.precision).denoiser <= SMALL_MODEL * choice.dtype.itemsize

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from backbone.adapters.concept import Concept, check_token, rare_words, spoken
-from backbone.adapters.embeddings import words_of
+from backbone.adapters.concept import Concept, check_token, choose_rare_words, resolve_placeholder_tokens
+from backbone.adapters.embeddings import vector_token_names
 from backbone.distributed import processes
-from backbone.io.console import UserError, progress, say
+from backbone.io.console import UserError, notify, progress
 from backbone.io.files import append_jsonl, content_hash, write_json, write_text
-from backbone.io.run_folder import run_name, stopping, trim_log, versions
-from backbone.media.pictures import Picture, check, read_folder
-from backbone.media.transforms import square
+from backbone.io.run_folder import catch_interrupts, package_versions, run_name, trim_log
+from backbone.media.pictures import ImageRecord, check_images, list_images
+from backbone.media.transforms import crop_square
 from backbone.models.model import Backbone
 from backbone.models.placement import measures_of
 from backbone.training.run import log_to_tensorboard
@@ -40,9 +40,9 @@ def train_concept(asked: dict[str, Any], subjects: Sequence[Subject], *, out: Pa
     of them listed, a bad token, or a run folder that is taken.
     """
     began = time.perf_counter()
-    processes.join(asked.get("device") or "auto")
-    pictures = [read_folder(subject.images) for subject in subjects]
-    check([picture for folder in pictures for picture in folder])
+    processes.init_process(asked.get("device") or "auto")
+    pictures = [list_images(subject.images) for subject in subjects]
+    check_images([picture for folder in pictures for picture in folder])
     run = out or Path("runs") / run_name(subjects[0].images)
     if (run / FILE).exists():
         raise UserError(
@@ -68,7 +68,7 @@ def train_concept(asked: dict[str, Any], subjects: Sequence[Subject], *, out: Pa
     if size is not None:
         from customize.train.memory import budgeted
 
-        processes.refuse_shards("--vram counts for a process alone; it")
+        processes.require_whole_model("--vram counts for a process alone; it")
         model, settings = budgeted(model, settings, sum(map(len, pictures)), size)
     vocabulary = model.text_encoder.tokenizer.get_vocab()
     if settings.train_text_encoder:
@@ -80,17 +80,17 @@ def train_concept(asked: dict[str, Any], subjects: Sequence[Subject], *, out: Pa
             raise UserError(f"Two subjects have the token {subject.token}. Give each its own.")
         words = subject.token_words
         if settings.method in OWN_WORDS:
-            words = " ".join(words_of(subject.token, settings.num_vectors))
+            words = " ".join(vector_token_names(subject.token, settings.num_vectors))
         elif not words:
             key = "".join(content_hash(picture.read()) for picture in folder)
-            words = rare_words(vocabulary, key, taken=[other.token_words for other in found])
+            words = choose_rare_words(vocabulary, key, taken=[other.token_words for other in found])
         found.append(dataclasses.replace(subject, class_noun=noun, token_words=words))
     settings = dataclasses.replace(
         settings, token_words=found[0].token_words, concept=tuple(subject.flag() for subject in found[1:])
     )
     share_of(settings)
     processes.barrier()  # now every process has seen that the folder is free
-    if processes.is_writer():
+    if processes.is_main_process():
         write_record(run, settings, timings={})
     return carry_on(run, settings, model, pictures, began=began)
 
@@ -98,9 +98,9 @@ def train_concept(asked: dict[str, Any], subjects: Sequence[Subject], *, out: Pa
 def resume_concept(run: Path) -> Path:
     """Goes on with a run that was stopped; the weights come out as if it had not been."""
     settings = read_settings(run)
-    processes.join(settings.device)
-    pictures = [read_folder(subject.images) for subject in settings.subjects()]
-    check([picture for folder in pictures for picture in folder])
+    processes.init_process(settings.device)
+    pictures = [list_images(subject.images) for subject in settings.subjects()]
+    check_images([picture for folder in pictures for picture in folder])
     model = Backbone.open(
         settings.model, device=settings.device, precision=settings.precision, measures=measures_of(settings)
     )
@@ -108,7 +108,7 @@ def resume_concept(run: Path) -> Path:
 
 
 def carry_on(
-    run: Path, settings: Settings, model: Backbone, pictures: Sequence[list[Picture]], *, began: float
+    run: Path, settings: Settings, model: Backbone, pictures: Sequence[list[ImageRecord]], *, began: float
 ) -> Path:
     """Trains from the last checkpoint, if there is one, to the finished folder."""
     subjects = settings.subjects()
@@ -122,17 +122,20 @@ def carry_on(
     groups = []
     for subject, folder in zip(subjects, pictures, strict=True):
         instance = subject.filled(settings.instance_prompt)
-        prompts = [spoken(captioned(picture, instance, subject.token), [concept]) for picture in folder]
+        prompts = [
+            resolve_placeholder_tokens(captioned(picture, instance, subject.token), [concept])
+            for picture in folder
+        ]
         groups.append(Group(folder, prompts, subject.filled(settings.class_prompt)))
         what = (
             f"gets {settings.num_vectors} new words of its own"
             if settings.method in OWN_WORDS
             else f"stands for “{subject.token_words}”"
         )
-        say(f"{len(folder)} pictures of “{subject.called()}”; {subject.token} {what}.")
+        notify(f"{len(folder)} pictures of “{subject.called()}”; {subject.token} {what}.")
     training = Training(model, prepare(model, groups, settings), settings)
     training.resume(run)
-    writes = processes.is_writer()
+    writes = processes.is_main_process()
     if writes:
         trim_log(run / LOG, training.done)
         if settings.mask == "auto":
@@ -141,7 +144,7 @@ def carry_on(
     previews = Previews(model, settings, concept)
     watch = Watch(run, training, concept, pictures[0])
     with (
-        stopping() as stop,
+        catch_interrupts() as stop,
         log_to_tensorboard(run, wanted=settings.report_to == "tensorboard", done=training.done) as note,
         progress(settings.steps, "training", done=training.done) as bar,
     ):
@@ -152,7 +155,7 @@ def carry_on(
             note(report)
             bar.advance(images=settings.batch, loss=report.loss, learning_rate=report.learning_rate)
             finished = report.step == settings.steps
-            halt = processes.any_of(bool(stop))
+            halt = processes.any_process(bool(stop))
             if halt or finished or report.step % settings.checkpointing_steps == 0:
                 training.save(run)
             if halt:
@@ -163,7 +166,7 @@ def carry_on(
             if report.step % settings.validation_steps == 0 and not finished:
                 with training.averaged():
                     previews.save(run / "previews" / f"step-{report.step:06d}.png", count=4)
-            if processes.any_of(watch.due(report.step) and watch.look()) and not finished:
+            if processes.any_process(watch.due(report.step) and watch.look()) and not finished:
                 training.save(run)
                 break
     trained = time.perf_counter()
@@ -180,7 +183,7 @@ def carry_on(
             run / SHEET, count=8, pictures=[picture for folder in pictures for picture in folder]
         )
     if not writes:
-        processes.leave()
+        processes.end_process()
         return run
     ended = time.perf_counter()
     timings = {
@@ -193,23 +196,23 @@ def carry_on(
     write_record(run, settings, timings=seconds)
     write_text(run / "README.md", card(settings, model) + readme(run, settings, shown, seconds))
     if settings.push_to_hub:
-        say(f"Uploaded to {push(run, settings.hub_model_id or run.name)}.")
-    processes.leave()
+        notify(f"Uploaded to {push(run, settings.hub_model_id or run.name)}.")
+    processes.end_process()
     return run
 
 
-def guess(model: Backbone, pictures: list[Picture], images: str) -> str:
+def guess(model: Backbone, pictures: list[ImageRecord], images: str) -> str:
     """The class of the subject, said aloud: from the name of its folder if that is a noun, else by the scorer.
 
     Raises `UserError` where the name says nothing and the model has no scorer.
     """
-    from backbone.evaluation.clip import guess_class, load_scorer
+    from backbone.evaluation.clip import classify_subject, load_scorer
     from backbone.world.words import vocabulary
 
     nouns = tuple(vocabulary().nouns)
     for word in re.split(r"[^a-z]+", run_name(images).lower()):
         if word in nouns:
-            say(f"The name of {images} says that it shows a {word}. --class says otherwise.")
+            notify(f"The name of {images} says that it shows a {word}. --class says otherwise.")
             return word
     folder = model.location.local("scorer")
     if folder is None:
@@ -217,14 +220,14 @@ def guess(model: Backbone, pictures: list[Picture], images: str) -> str:
             f"Say what the pictures show with --class (as --class dog): {model.location.name} cannot guess it."
         )
     scorer = load_scorer(folder)
-    ranked = guess_class(scorer, [square(picture.open(), 128) for picture in pictures], nouns)
+    ranked = classify_subject(scorer, [crop_square(picture.open(), 128) for picture in pictures], nouns)
     best, second = ranked[0], ranked[1]
     seems = f"{best[0]} ({best[1]:.0%}; next {second[0]}, {second[1]:.0%})"
-    say(f"The pictures seem to show a {seems}. --class says otherwise.")
+    notify(f"The pictures seem to show a {seems}. --class says otherwise.")
     return str(best[0])
 
 
-def captioned(picture: Picture, instance: str, token: str) -> str:
+def captioned(picture: ImageRecord, instance: str, token: str) -> str:
     """The training prompt of a picture: its own caption where it has one, the token put in front if it lacks it."""
     if not picture.caption:
         return instance
@@ -235,5 +238,6 @@ def write_record(run: Path, settings: Settings, *, timings: dict[str, float]) ->
     """Writes the run's `settings.json`: what was resolved, how to repeat it, and with which versions."""
     command = as_flags(settings, run)
     write_json(
-        run / FILE, {"settings": settings, "command": command, "versions": versions(), "timings": timings}
+        run / FILE,
+        {"settings": settings, "command": command, "versions": package_versions(), "timings": timings},
     )

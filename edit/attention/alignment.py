@@ -10,7 +10,7 @@ carrying is data, all of it for one pair of prompts and positions T of the encod
 
 Replacing, refining and reweighting are not modes to choose: replaced words have shares in M, inserted ones have
 a = 0, weighted ones e ≠ 1, in any combination. Words are what the tokenizer says they are, never `split(" ")`, with
-punctuation apart. Where a model reads a prompt with several tokenizers, one behind the other (`Stretch`), a word's
+punctuation apart. Where a model reads a prompt with several tokenizers, one behind the other (`TextSegment`), a word's
 tokens are those of all of them, and each takes attention from its own kind.
 """
 
@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from backbone.families.base import Stretch
+from backbone.families.base import TextSegment
 from backbone.io.console import UserError
 
 Kind = Literal["kept", "replaced", "added", "removed"]
@@ -173,10 +173,10 @@ def read_prompt(tokenizer: Any, text: str) -> Prompt:
 
     Raises `UserError` for a prompt without words.
     """
-    return heard_prompt([Stretch(tokenizer, tokenizer.model_max_length)], text)
+    return heard_prompt([TextSegment(tokenizer, tokenizer.model_max_length)], text)
 
 
-def heard_prompt(stretches: Sequence[Stretch], text: str) -> Prompt:
+def heard_prompt(stretches: Sequence[TextSegment], text: str) -> Prompt:
     """A prompt as a model hears it, whose text tokens are these stretches one behind the other.
 
     The first tokenizer says what the words are; what the others cut belongs to the word that it covers most of.
@@ -288,7 +288,7 @@ class _Cut:
     positions: list[int]
 
 
-def _heard(stretch: Stretch, prompt: str, first: int) -> tuple[Section, list[_Cut]]:
+def _heard(stretch: TextSegment, prompt: str, first: int) -> tuple[Section, list[_Cut]]:
     """One stretch of a prompt, whose tokens stand at `first` and behind."""
     last = first + stretch.tokens
     if stretch.tokenizer is None:

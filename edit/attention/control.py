@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbone.families.base import Attention
+from backbone.families.base import AttentionLayout
 
 SelfAttention = Literal["own", "layout", "contents"]
 """Whose self-attention a target has: its own; the source's queries and keys; the source's keys and values."""
@@ -24,7 +24,7 @@ Reach = Literal["prompted", "all"]
 MAP_TOKENS = 256  # maps are read at the resolution nearest to 16 × 16, where words are places
 
 
-UNET = Attention()
+UNET = AttentionLayout()
 
 
 @dataclass(frozen=True, eq=False)

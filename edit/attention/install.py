@@ -30,7 +30,7 @@ from typing import Any, cast
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 
-from backbone.families.base import Attention
+from backbone.families.base import AttentionLayout
 from backbone.io.console import UserError
 from edit.attention.control import UNET, Control
 from edit.attention.joint import JointProcessor
@@ -38,7 +38,7 @@ from edit.attention.separate import Processor, _take_features, features_of
 
 
 @contextmanager
-def controlled(denoiser: nn.Module, control: Control, attention: Attention = UNET) -> Iterator[None]:
+def controlled(denoiser: nn.Module, control: Control, attention: AttentionLayout = UNET) -> Iterator[None]:
     """Inside the `with`, the denoiser's attention obeys `control`; afterwards it is what it was, also after an error.
 
     `attention` is what its family says of it. Raises `UserError` for a denoiser whose attention is computed in another

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbone.families.base import Streams
+from backbone.families.base import JointAttentionInputs
 from edit.attention.control import read_columns
 
 if TYPE_CHECKING:
@@ -38,11 +38,13 @@ if TYPE_CHECKING:
 class JointProcessor:
     """Computes one layer over text and picture jointly as `control` says, and as before where it says nothing.
 
-    `read` is the family's: a call of the layer → `Streams`. The second layer of a block that has two, over the picture
-    alone, comes here too.
+    `read` is the family's: a call of the layer → `JointAttentionInputs`. The second layer of a block that has two,
+    over the picture alone, comes here too.
     """
 
-    def __init__(self, control: Control, plain: Any, name: str, read: Callable[..., Streams]) -> None:
+    def __init__(
+        self, control: Control, plain: Any, name: str, read: Callable[..., JointAttentionInputs]
+    ) -> None:
         self.control = control
         self.plain = plain
         self.name = name
@@ -83,7 +85,7 @@ class JointProcessor:
 
 
 def _with_words(
-    streams: Streams, query: Tensor, key: Tensor, value: Tensor, targets: int, cross: Cross
+    streams: JointAttentionInputs, query: Tensor, key: Tensor, value: Tensor, targets: int, cross: Cross
 ) -> Tensor:
     """What is attended to [B, heads, tokens, D], the targets' pictures looking at words as `cross` says."""
     some, picture, text = slice(1, 1 + targets), streams.picture, streams.text
@@ -110,6 +112,6 @@ def _taken(x: Tensor, picture: slice, source: list[int]) -> Tensor:
     return changed
 
 
-def _around(streams: Streams) -> tuple[int, int]:
+def _around(streams: JointAttentionInputs) -> tuple[int, int]:
     """How many keys stand before the words, and how many behind them."""
     return streams.text.start, streams.key.shape[2] - streams.text.stop

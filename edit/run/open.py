@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from backbone.adapters.concept import Concept, described, read_concept, spoken
+from backbone.adapters.concept import Concept, read_concept, resolve_placeholder_tokens, summarize_concepts
 from backbone.distributed.device import PRECISIONS
-from backbone.io.console import UserError, say
+from backbone.io.console import UserError, notify
 from backbone.io.files import read_metadata
 from backbone.models.model import Backbone
 from edit import checks
@@ -27,14 +27,14 @@ class Opened:
 
     def said(self, prompt: str) -> str:
         """A person's prompt in the model's words."""
-        return spoken(prompt, self.concepts)
+        return resolve_placeholder_tokens(prompt, self.concepts)
 
     def facts(self) -> dict[str, Any]:
         """For the record."""
         return {
             "model": self.model.location.name,
             "fingerprint": self.model.fingerprint,
-            "concepts": described(self.concepts),
+            "concepts": summarize_concepts(self.concepts),
             "device": str(self.model.device),
             "precision": next(name for name, dtype in PRECISIONS.items() if dtype is self.model.dtype),
             "identity": identity(self.model, self.concepts),
@@ -56,9 +56,9 @@ def open_model(
         name = read_metadata(inversion).get("model")
     opened = Backbone.open(name or "moji", device=device or "auto", precision=precision or "auto")
     if learned:
-        from backbone.adapters.apply import put_on  # and peft with it, which takes a while
+        from backbone.adapters.apply import load_concepts  # and peft with it, which takes a while
 
-        put_on(opened, learned)
+        load_concepts(opened, learned)
     return Opened(opened, learned)
 
 
@@ -83,7 +83,7 @@ def inverted(
     if image is None:
         raise UserError("There is nothing to edit. Give a picture, or an inversion with --inversion FILE.")
     prompt = checks.prompt(source or "", "source prompt")
-    say(f"Inverting {image} ({method}, {steps} steps) …")
+    notify(f"Inverting {image} ({method}, {steps} steps) …")
     return invert(
         opened.model, image, opened.said(prompt), method=cast(Any, method), steps=steps, guidance=guidance, seed=seed,
         iterations=iterations, concepts=opened.concepts,

@@ -15,9 +15,9 @@ from PIL import Image, ImageChops
 from torch import Tensor
 
 from backbone.io.files import write_bytes, write_json, write_text
-from backbone.io.report import command, heading, paragraph, picture, table, write_report
-from backbone.io.run_folder import versions
-from backbone.media.sheet import Cell, save_png, sheet
+from backbone.io.report import command, heading, image_figure, paragraph, table, write_report
+from backbone.io.run_folder import package_versions
+from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import mask_to_tensor
 
 RECORD = "run.json"
@@ -73,7 +73,7 @@ def publish(folder: Path, result: Result, *, name: str, wishes: Mapping[str, Any
             save_png(folder / f"mask_{number}.png", mask)
     drawn = page(result)
     save_png(folder / "sheet.png", drawn)
-    maps = {word: sheet([list(cells)], cell=160) for word, cells in result.heatmaps.items()}
+    maps = {word: draw_sheet([list(cells)], cell=160) for word, cells in result.heatmaps.items()}
     for word, strip in maps.items():
         save_png(folder / f"heatmap_{slug(word)}.png", strip)
     if result.frames:
@@ -96,7 +96,7 @@ def publish(folder: Path, result: Result, *, name: str, wishes: Mapping[str, Any
                 for k, caption in enumerate(result.captions)
             ],
             "alignment": list(result.alignments),
-            "versions": versions(),
+            "versions": package_versions(),
         },
     )
     report(folder / REPORT, result, drawn, maps, again=again)
@@ -115,7 +115,7 @@ def page(result: Result) -> Image.Image:
     rows.append(
         [*blank, *(Cell(difference(result.source, e), "difference to the source") for e in result.edits)]
     )
-    return sheet(rows, title=result.title, cell=192)
+    return draw_sheet(rows, title=result.title, cell=192)
 
 
 def difference(first: Image.Image, second: Image.Image) -> Image.Image:
@@ -144,7 +144,7 @@ def report(
     path: Path, result: Result, drawn: Image.Image, maps: Mapping[str, Image.Image], *, again: str
 ) -> None:
     """`report.html`: the sheet, the figures, the alignment and the heat maps on one page."""
-    parts = [picture(drawn, "source, reconstruction, edits, masks and differences")]
+    parts = [image_figure(drawn, "source, reconstruction, edits, masks and differences")]
     if result.measured:
         names = [n for n in TITLES if any(m.get(n) is not None for m in result.measured)]
         rows = [
@@ -165,7 +165,7 @@ def report(
     if result.alignments:
         parts += [heading("What became of the words"), *(command(text) for text in result.alignments)]
     if maps:
-        parts += [heading("Where words look"), *(picture(strip, word) for word, strip in maps.items())]
+        parts += [heading("Where words look"), *(image_figure(strip, word) for word, strip in maps.items())]
     parts += [heading("Again"), command(again)]
     write_report(path, result.title, parts)
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from backbone.adapters.concept import read_concept
 from backbone.evaluation import image_metrics as measure
 from backbone.evaluation.clip import Scorer, load_scorer
-from backbone.io.console import UserError, progress, say
-from backbone.io.files import content_hash, empty_folder, fresh_folder, read_json
+from backbone.io.console import UserError, notify, progress
+from backbone.io.files import content_hash, make_empty_folder, make_numbered_folder, read_json
 from backbone.io.run_folder import peak_memory
 from backbone.media.sheet import Cell
 from backbone.media.transforms import mask_to_tensor, to_image, to_tensor
@@ -81,7 +81,7 @@ def perform(name: str, wishes: Mapping[str, Any], *, out: Path | None, said: str
     """
     began = time.perf_counter()
     if out is not None:
-        empty_folder(out)
+        make_empty_folder(out)
     _reset_peak()
     own = {wish: value for wish, value in wishes.items() if wish not in (*OPENING, *JUDGING)}
     opening, judging = (
@@ -96,7 +96,7 @@ def perform(name: str, wishes: Mapping[str, Any], *, out: Path | None, said: str
             out.rmdir()  # a mistake leaves no folder behind
         raise
     files = [str(wishes[wish]) for wish in FILES if wishes.get(wish) is not None]
-    folder = out or fresh_folder(Path("runs") / f"edit-{Path(files[0] if files else name).stem}")
+    folder = out or make_numbered_folder(Path("runs") / f"edit-{Path(files[0] if files else name).stem}")
     if done.inversion is not None:
         done.inversion.write(folder / INVERSION)
     finished = changed(
@@ -166,7 +166,7 @@ def run_replace(
         iterations=iterations,
     )  # fmt: skip
     for target, alignment in zip(targets, aligned(found, spoken_targets, settings), strict=True):
-        say(f"→ {target}\n{alignment}" if len(targets) > 1 else str(alignment))
+        notify(f"→ {target}\n{alignment}" if len(targets) > 1 else str(alignment))
     with progress(found.steps - found.start(settings.strength), "editing") as bar:
         edited = replace(found, spoken_targets, progress=bar.advance, **settings.__dict__)
     return of_edited(edited, targets, source or found.prompt, made=inversion is None)
@@ -426,7 +426,7 @@ def _measured(
     judge = scorer_of(opened.model, scorer)
     shown = to_tensor(to_image(done.picture))
     return [
-        measure.figures(
+        measure.measure_edit(
             shown,
             edit.cpu(),
             changed=None if mask is None else mask_to_tensor(mask)[0],

@@ -11,13 +11,13 @@ from typing import Annotated
 import typer
 
 from backbone.media.sheet import save_png
-from backbone.world.concepts import FIRST_SEED, concept_pictures
+from backbone.world.concepts import FIRST_SEED, concept_scenes
 from backbone.world.render import render
 
 
 def main(out: Annotated[Path, typer.Option()] = Path("customize/examples/dog")) -> None:
     """Renders the five pictures, in all of which the dog looks the same way."""
-    for number, scene in enumerate(concept_pictures("poodle", first_seed=FIRST_SEED), start=1):
+    for number, scene in enumerate(concept_scenes("poodle", first_seed=FIRST_SEED), start=1):
         save_png(out / f"dog-{number}.png", render(scene).image)
 
 

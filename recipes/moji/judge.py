@@ -28,7 +28,7 @@ from torch import Tensor
 
 from backbone.io.files import content_hash, write_json, write_tensors
 from backbone.training.loop import Average, load_checkpoint, save_checkpoint, train, warm_cosine
-from backbone.world.scene import BENCHMARK_SEEDS, Scene, fair, sample_scene
+from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from backbone.world.textures import Pixels
 from backbone.world.words import Thing, vocabulary
 from benchmarks.judge import (
@@ -168,7 +168,7 @@ def scene_of(seed: int, *, styled: float = 0.0) -> Scene:
         scene = replace(scene, things=(thing,))
     if scene.style is None and scene.random("judge's style").random() < styled:
         scene = replace(scene, style=scene.random("which style").choice([*words.styles, *HARD_STYLES]))
-    return scene if fair(scene) else replace(scene, place="on a white background")
+    return scene if is_fair(scene) else replace(scene, place="on a white background")
 
 
 def answers(scene: Scene) -> dict[str, str | frozenset[str] | None]:

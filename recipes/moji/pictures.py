@@ -15,7 +15,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from backbone.world.render import font_path, pixels, render
+from backbone.world.render import font_path, render, to_array
 from backbone.world.scene import TRAINING_SEEDS, sample_scene
 from backbone.world.textures import Pixels, texture
 
@@ -51,7 +51,7 @@ def write_shard(job: tuple[Path, str, int]) -> str:
     seeds = range(first, first + SHARD)
     if kind == "scenes":
         values = [sample_scene(seed) for seed in seeds]
-        batch = np.stack([pixels(render(scene).image) for scene in values])
+        batch = np.stack([to_array(render(scene).image) for scene in values])
         captions = [[scene.caption(), scene.caption_for_training()] for scene in values]
         path.with_suffix(".json").write_text(json.dumps(captions))
     else:

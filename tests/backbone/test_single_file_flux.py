@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import T5EncoderModel
 
 from backbone.families.flux import checkpoint as flux_file
-from backbone.families.sd1.checkpoint import PUBLISHED
+from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
 from backbone.io.console import UserError
 from backbone.io.files import read_json, write_tensors
 from tests.backbone.test_single_file import _no_network, part_of  # noqa: F401 (a fixture)
@@ -69,7 +69,7 @@ def test_a_single_file_is_the_same_model_as_the_folder(folder: Path, tmp_path: P
 
 def test_its_names_become_those_that_diffusers_gives_them() -> None:
     checkpoint = names_of_width(3072)  # the only one that diffusers' converter knows
-    ours = flux_file.diffusers_names(dict(checkpoint))
+    ours = flux_file.convert_to_diffusers(dict(checkpoint))
     theirs = convert_flux_transformer_checkpoint_to_diffusers(dict(checkpoint))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
@@ -78,7 +78,7 @@ def test_its_names_become_those_that_diffusers_gives_them() -> None:
 @pytest.mark.parametrize("part", SIZES)
 def test_the_published_settings_have_the_published_sizes(part: str) -> None:
     kind, size = SIZES[part]
-    assert parameters(kind, read_json(PUBLISHED / part / "config.json")) == size
+    assert parameters(kind, read_json(PUBLISHED_CONFIGS / part / "config.json")) == size
 
 
 @pytest.mark.parametrize(("told", "steps", "tokens"), [(True, 28, 512), (False, 4, 256)])

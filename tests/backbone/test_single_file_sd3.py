@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from backbone.families.checkpoint import fingerprint
-from backbone.families.sd1.checkpoint import PUBLISHED
-from backbone.io.console import UserError, run
+from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
+from backbone.io.console import UserError, run_app
 from backbone.io.files import read_json, write_tensors
 from backbone.models.model import Backbone
 from customize.cli import app
@@ -144,7 +144,7 @@ def test_the_fingerprint_follows_the_transformer_s_settings(file: Path) -> None:
 @pytest.mark.parametrize("part", SIZES)
 def test_the_published_settings_have_the_published_sizes(part: str) -> None:
     kind, size = SIZES[part]
-    assert parameters(kind, read_json(PUBLISHED / part / "config.json")) == size
+    assert parameters(kind, read_json(PUBLISHED_CONFIGS / part / "config.json")) == size
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,7 @@ def said_by_the_door(
     monkeypatch.setattr(sys, "argv", ["customize", *arguments])
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # typer replaces it
     with pytest.raises(SystemExit) as leaving:
-        run(app)
+        run_app(app)
     assert leaving.value.code == 2
     return capsys.readouterr().err
 

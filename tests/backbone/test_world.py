@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from backbone.world.scene import Scene, fair, sample_scene
+from backbone.world.scene import Scene, is_fair, sample_scene
 from backbone.world.words import Thing, article, plural, vocabulary
 
 PLAIN = Scene((Thing("dog"),), "in the snow", seed=5)
@@ -74,14 +74,14 @@ def test_articles_and_plurals_are_english() -> None:
 
 
 def test_no_benchmark_asks_for_a_tree_where_trees_are_drawn() -> None:
-    assert not fair(Scene((Thing("tree"),), "in a forest"))
-    assert fair(Scene((Thing("tree"),), "in the snow"))
+    assert not is_fair(Scene((Thing("tree"),), "in a forest"))
+    assert is_fair(Scene((Thing("tree"),), "in the snow"))
 
 
 def drawn(scene: Scene) -> np.ndarray:
-    from backbone.world.render import pixels, render
+    from backbone.world.render import render, to_array
 
-    return pixels(render(scene).image)
+    return to_array(render(scene).image)
 
 
 @pytest.mark.font

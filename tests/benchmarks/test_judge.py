@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from backbone.evaluation.statistics import wilson
+from backbone.evaluation.statistics import wilson_interval
 from backbone.io.console import UserError
 from backbone.io.files import write_json, write_tensors
 from backbone.models.model import Backbone
-from backbone.world.scene import BENCHMARK_SEEDS, Scene, fair, sample_scene
+from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from backbone.world.words import Thing, vocabulary
 from benchmarks.judge import (
     FACTS,
@@ -149,7 +149,7 @@ def test_weights_and_labels_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 def test_the_judge_trains_on_none_of_the_benchmarks_questions() -> None:
     scenes = [scene_of(seed) for seed in range(400_000, 401_000)]
-    assert all(fair(scene) for scene in scenes)
+    assert all(is_fair(scene) for scene in scenes)
     nouns = {thing.noun for scene in scenes for thing in scene.things}
     assert nouns == set(label_lists()["glyphs"])
 
@@ -199,7 +199,7 @@ def test_an_unknown_label_pulls_at_nothing() -> None:
 def test_benchmark_scenes_are_fair_held_out_and_always_the_same() -> None:
     scenes = benchmark_scenes(300)
     assert scenes == benchmark_scenes(301)[:300]
-    assert all(fair(scene) and scene.seed in BENCHMARK_SEEDS for scene in scenes)
+    assert all(is_fair(scene) and scene.seed in BENCHMARK_SEEDS for scene in scenes)
     assert {thing.noun for scene in scenes for thing in scene.things} <= set(vocabulary().nouns)
 
 
@@ -236,7 +236,7 @@ def test_the_table_prints_every_row_also_an_empty_one() -> None:
         "psnr_db": {"textures": {"db": 24.5, "n": 2}},
         "seconds_per_picture": {"one at a time": 1.25}, "machine": "cpu",
     }  # fmt: skip
-    rows = [Row("noun", 3, 4, *wilson(3, 4)[1:]), Row("colour", 0, 0, *wilson(0, 0)[1:])]
+    rows = [Row("noun", 3, 4, *wilson_interval(3, 4)[1:]), Row("colour", 0, 0, *wilson_interval(0, 0)[1:])]
     table = markdown(facts, rows, None)
     assert "| noun | 75.0 % | 30.1–95.4 % | 4 | – |" in table
     assert "| colour | – | 0.0–100.0 % | 0 | – |" in table

@@ -22,16 +22,16 @@ from transformers import CLIPTextModel, T5EncoderModel
 from backbone.families import loading as parts
 from backbone.families import text_encoders as text_encoders_file
 from backbone.families.base import (
-    Attention,
+    AttentionLayout,
+    JointAttentionInputs,
+    ModelSpec,
     Network,
     NoisePath,
-    Outline,
-    Side,
-    Streams,
-    Stretch,
     Text,
-    encoder,
-    network,
+    TextEncoderSlot,
+    TextSegment,
+    diffusers_spec,
+    transformers_spec,
 )
 from backbone.families.flux import checkpoint as flux_file
 from backbone.families.location import Location
@@ -61,34 +61,36 @@ class Flux:
     }
 
     def single_file(self, header: Header) -> tuple[Path, ...] | None:
-        return flux_file.settings_of(header)
+        return flux_file.match_checkpoint(header)
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
         if location.file is not None:
-            return flux_file.transformer(location, dtype)
+            return flux_file.load_transformer(location, dtype)
         return parts.load_network(FluxTransformer2DModel, location, "transformer", dtype)
 
     def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
         if location.file is not None:
-            return text_encoders_file.autoencoder(location, dtype)
+            return text_encoders_file.load_autoencoder(location, dtype)
         return parts.load_autoencoder(AutoencoderKL, location, dtype)
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> ClipAndT5:
         if location.file is not None:
-            clip, t5 = flux_file.clip_l(location), text_encoders_file.t5(location, "_2", dtype)
+            clip, t5 = flux_file.load_clip_l(location), text_encoders_file.load_t5(location, "_2", dtype)
         else:
             clip, t5 = parts.load_clip(CLIPTextModel, location), parts.load_t5(location, "_2", dtype)
-        return ClipAndT5(clip, t5, tokens=T5_TOKENS if takes_guidance(location) else T5_TOKENS_SCHNELL)
+        return ClipAndT5(
+            clip, t5, tokens=T5_TOKENS if has_guidance_embedding(location) else T5_TOKENS_SCHNELL
+        )
 
-    def outline(self, location: Location, dtype: torch.dtype) -> Outline:
+    def outline(self, location: Location, dtype: torch.dtype) -> ModelSpec:
         config = location.config("transformer")
-        tokens = T5_TOKENS if takes_guidance(location) else T5_TOKENS_SCHNELL
-        return Outline(
-            network(FluxTransformer2DModel, location, "transformer", dtype),
-            network(AutoencoderKL, location, "vae", parts.autoencoder_dtype(location, dtype)),
+        tokens = T5_TOKENS if has_guidance_embedding(location) else T5_TOKENS_SCHNELL
+        return ModelSpec(
+            diffusers_spec(FluxTransformer2DModel, location, "transformer", dtype),
+            diffusers_spec(AutoencoderKL, location, "vae", parts.autoencoder_dtype(location, dtype)),
             {
-                "text_encoder": encoder(CLIPTextModel, location, "text_encoder"),
-                "text_encoder_2": encoder(T5EncoderModel, location, "text_encoder_2", dtype),
+                "text_encoder": transformers_spec(CLIPTextModel, location, "text_encoder"),
+                "text_encoder_2": transformers_spec(T5EncoderModel, location, "text_encoder_2", dtype),
             },
             {
                 "hidden": (tokens, int(config["joint_attention_dim"])),
@@ -103,7 +105,7 @@ class Flux:
 
     def defaults(self, location: Location) -> dict[str, Any]:
         dev, schnell = {"steps": 28, "guidance": 3.5}, {"steps": 4, "guidance": 1.0}
-        return dev if takes_guidance(location) else schnell
+        return dev if has_guidance_embedding(location) else schnell
 
     def path(self, location: Location) -> NoisePath:
         _, height, width = self.latent_shape(location)
@@ -118,21 +120,21 @@ class Flux:
             count, _, height, width = noisy.shape
             guidance = text.get("guidance", noisy.new_full((count,), TRAINING_GUIDANCE))
             said = network(
-                hidden_states=packed(noisy).to(dtype),
+                hidden_states=pack_latents(noisy).to(dtype),
                 timestep=time.expand(count) / 1000,
                 guidance=guidance.to(noisy.device) if told else None,
                 encoder_hidden_states=text["hidden"].to(dtype),
                 pooled_projections=text["pooled"].to(dtype),
                 txt_ids=torch.zeros(text["hidden"].shape[1], 3, dtype=dtype, device=noisy.device),
-                img_ids=places(height // 2, width // 2).to(noisy.device, dtype),
+                img_ids=latent_image_ids(height // 2, width // 2).to(noisy.device, dtype),
             )
-            return unpacked(said.sample, height, width)
+            return unpack_latents(said.sample, height, width)
 
         return predict
 
-    def attention(self, denoiser: nn.Module, text: Text) -> Attention:
-        read = partial(streams, words=text["hidden"].shape[1])
-        return Attention({FluxAttnProcessor: read}, coarse=None, late=("single_transformer_blocks.",))
+    def attention(self, denoiser: nn.Module, text: Text) -> AttentionLayout:
+        read = partial(joint_attention_inputs, words=text["hidden"].shape[1])
+        return AttentionLayout({FluxAttnProcessor: read}, coarse=None, late=("single_transformer_blocks.",))
 
     def distilled(self, denoiser: nn.Module, text: Text, guidance: float) -> Text:
         if not cast(Any, denoiser).config.guidance_embeds:
@@ -140,46 +142,46 @@ class Flux:
         return {**text, "guidance": text["pooled"].new_full((len(text["pooled"]),), guidance)}
 
 
-class ClipAndT5(parts.Encoders):
+class ClipAndT5(parts.MultiTextEncoder):
     """T5's tokens, and CLIP's pooled output. Only CLIP learns words or carries an adapter, as diffusers loads them."""
 
-    def __init__(self, clip: Side, t5: Side, *, tokens: int) -> None:
+    def __init__(self, clip: TextEncoderSlot, t5: TextEncoderSlot, *, tokens: int) -> None:
         super().__init__([clip], [t5])
         self.t5, self.tokens = t5, tokens
 
     @property
-    def stretches(self) -> tuple[Stretch, ...]:
+    def stretches(self) -> tuple[TextSegment, ...]:
         """T5's alone: CLIP's words are heard together, in the pooled output."""
-        return (Stretch(self.t5.tokenizer, self.tokens),)
+        return (TextSegment(self.t5.tokenizer, self.tokens),)
 
     def __call__(self, prompts: Sequence[str]) -> Text:
         """hidden [B, T, D], pooled [B, P]. What T5 does not read of a prompt is said."""
-        parts.say_what_is_cut(self.t5, prompts, self.tokens)
+        parts.warn_truncation(self.t5, prompts, self.tokens)
         (clip,) = self.sides
-        ids = parts.token_ids(self.t5, prompts, self.tokens)["input_ids"]
+        ids = parts.tokenize(self.t5, prompts, self.tokens)["input_ids"]
         return {
             "hidden": self.t5.model(ids).last_hidden_state.float(),
-            "pooled": clip.model(parts.token_ids(clip, prompts)["input_ids"]).pooler_output.float(),
+            "pooled": clip.model(parts.tokenize(clip, prompts)["input_ids"]).pooler_output.float(),
         }
 
 
-def takes_guidance(location: Location) -> bool:
+def has_guidance_embedding(location: Location) -> bool:
     """Whether the network is told a guidance, as `dev` is and `schnell` is not."""
     return bool(location.config("transformer").get("guidance_embeds"))
 
 
-def streams(
+def joint_attention_inputs(
     attn: Any, hidden: Tensor, said: Tensor | None = None, mask: None = None, turns: Any = None, *, words: int
-) -> Streams:
+) -> JointAttentionInputs:
     """A call of a layer: the text's tokens, then the picture's, turned by where they stand (`turns`).
 
     In a double block both come with weights of their own, in a single block they are one sequence with the text's
     `words` tokens first.
     """
     assert mask is None
-    own = parts.heads(attn, hidden)
+    own = parts.project_qkv(attn, hidden)
     if said is not None:
-        own = [torch.cat(pair, dim=2) for pair in zip(parts.text_heads(attn, said), own, strict=True)]
+        own = [torch.cat(pair, dim=2) for pair in zip(parts.project_text_qkv(attn, said), own, strict=True)]
     query, key, value = own
     query, key = (apply_rotary_emb(x, turns) for x in (query, key))
 
@@ -191,23 +193,23 @@ def streams(
             x[:, :words].contiguous()
         )
 
-    return Streams(query, key, value, text=slice(0, words), finish=finish)
+    return JointAttentionInputs(query, key, value, text=slice(0, words), finish=finish)
 
 
-def packed(latents: Tensor) -> Tensor:
+def pack_latents(latents: Tensor) -> Tensor:
     """[B, C, H, W] → [B, H/2 · W/2, 4C]; H and W are even."""
     count, channels, height, width = latents.shape
     blocks = latents.reshape(count, channels, height // 2, 2, width // 2, 2)
     return blocks.permute(0, 2, 4, 1, 3, 5).reshape(count, -1, 4 * channels)
 
 
-def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
+def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
     """The inverse of `packed` for latents of H × W."""
     blocks = tokens.reshape(len(tokens), height // 2, width // 2, -1, 2, 2)
     return blocks.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, height, width)
 
 
-def places(rows: int, columns: int) -> Tensor:
+def latent_image_ids(rows: int, columns: int) -> Tensor:
     """Where each token stands [rows · columns, 3]: 0, its row, its column."""
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     return torch.stack([torch.zeros_like(row), row, column], dim=-1).reshape(-1, 3)

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from transformers import T5EncoderModel
 
 from backbone.families import loading as parts
-from backbone.families.base import Attention, Network, NoisePath, Outline, Stretch, Text, encoder, network
+from backbone.families.base import (
+    AttentionLayout,
+    ModelSpec,
+    Network,
+    NoisePath,
+    Text,
+    TextSegment,
+    diffusers_spec,
+    transformers_spec,
+)
 from backbone.families.location import Location
 from backbone.io.files import Header
 
@@ -43,15 +52,15 @@ class PixArt:
     def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
         return parts.load_autoencoder(AutoencoderKL, location, dtype)
 
-    def text_encoder(self, location: Location, dtype: torch.dtype) -> T5Text:
-        return T5Text([parts.load_t5(location, "", dtype)])
+    def text_encoder(self, location: Location, dtype: torch.dtype) -> T5TextEncoder:
+        return T5TextEncoder([parts.load_t5(location, "", dtype)])
 
-    def outline(self, location: Location, dtype: torch.dtype) -> Outline:
+    def outline(self, location: Location, dtype: torch.dtype) -> ModelSpec:
         width = int(location.config("transformer")["caption_channels"])
-        return Outline(
-            network(PixArtTransformer2DModel, location, "transformer", dtype),
-            network(AutoencoderKL, location, "vae", parts.autoencoder_dtype(location, dtype)),
-            {"text_encoder": encoder(T5EncoderModel, location, "text_encoder", dtype)},
+        return ModelSpec(
+            diffusers_spec(PixArtTransformer2DModel, location, "transformer", dtype),
+            diffusers_spec(AutoencoderKL, location, "vae", parts.autoencoder_dtype(location, dtype)),
+            {"text_encoder": transformers_spec(T5EncoderModel, location, "text_encoder", dtype)},
             {"hidden": (T5_TOKENS, width), "mask": (T5_TOKENS,)},
         )
 
@@ -81,35 +90,35 @@ class PixArt:
 
         return predict
 
-    def attention(self, denoiser: nn.Module, text: Text) -> Attention:
-        late = parts.later_half(cast(Any, denoiser).transformer_blocks, "transformer_blocks")
-        return Attention(coarse=None, late=late)
+    def attention(self, denoiser: nn.Module, text: Text) -> AttentionLayout:
+        late = parts.later_half_prefixes(cast(Any, denoiser).transformer_blocks, "transformer_blocks")
+        return AttentionLayout(coarse=None, late=late)
 
     def distilled(self, denoiser: nn.Module, text: Text, guidance: float) -> None:
         return None
 
 
-class T5Text(parts.Encoders):
+class T5TextEncoder(parts.MultiTextEncoder):
     """T5's last hidden states of 300 positions, and which of them hold a token. Prompts are read in small letters."""
 
     @property
-    def stretches(self) -> tuple[Stretch, ...]:
-        return (Stretch(self.tokenizer, T5_TOKENS, self.heard),)
+    def stretches(self) -> tuple[TextSegment, ...]:
+        return (TextSegment(self.tokenizer, T5_TOKENS, self.heard),)
 
     def heard(self, prompt: str) -> str:
         """A prompt as T5 is given it."""
-        return small(prompt, self.tokenizer.get_added_vocab()).strip()
+        return lowercase_except(prompt, self.tokenizer.get_added_vocab()).strip()
 
     def __call__(self, prompts: Sequence[str]) -> Text:
         """hidden [B, 300, D], mask [B, 300]. A prompt that is too long is cut, and said so."""
         (side,) = self.sides
         said = [self.heard(prompt) for prompt in prompts]
-        parts.say_what_is_cut(side, said, T5_TOKENS)
-        tokens = parts.token_ids(side, said, T5_TOKENS)
+        parts.warn_truncation(side, said, T5_TOKENS)
+        tokens = parts.tokenize(side, said, T5_TOKENS)
         return {"hidden": side.model(**tokens).last_hidden_state.float(), "mask": tokens["attention_mask"]}
 
 
-def small(prompt: str, kept: Collection[str]) -> str:
+def lowercase_except(prompt: str, kept: Collection[str]) -> str:
     """A prompt in small letters, but for the words in `kept`: those that the tokenizer was taught."""
     pieces = re.split(f"({'|'.join(map(re.escape, kept))})", prompt) if kept else [prompt]
     return "".join(piece if piece in kept else piece.lower() for piece in pieces)

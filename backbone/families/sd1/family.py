@@ -14,15 +14,15 @@ from transformers import CLIPTextModel
 from backbone.families import checkpoint as single_file
 from backbone.families import loading as parts
 from backbone.families.base import (
-    Attention,
+    AttentionLayout,
+    ModelSpec,
     Network,
     NoisePath,
-    Outline,
-    Side,
-    Stretch,
     Text,
-    encoder,
-    network,
+    TextEncoderSlot,
+    TextSegment,
+    diffusers_spec,
+    transformers_spec,
 )
 from backbone.families.location import Location
 from backbone.families.sd1 import checkpoint as stable_diffusion_file
@@ -44,25 +44,25 @@ class StableDiffusion:
     }
 
     def single_file(self, header: Header) -> tuple[Path, ...] | None:
-        return stable_diffusion_file.settings_of(header)
+        return stable_diffusion_file.match_checkpoint(header)
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        return _network(UNet2DConditionModel, location, "unet", dtype)
+        return _load_network(UNet2DConditionModel, location, "unet", dtype)
 
     def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        return _network(AutoencoderKL, location, "vae", parts.autoencoder_dtype(location, dtype))
+        return _load_network(AutoencoderKL, location, "vae", parts.autoencoder_dtype(location, dtype))
 
-    def text_encoder(self, location: Location, dtype: torch.dtype) -> ClipText:
+    def text_encoder(self, location: Location, dtype: torch.dtype) -> ClipTextEncoder:
         if location.file is not None:
-            return ClipText(*stable_diffusion_file.text_side(location, torch.float32))
+            return ClipTextEncoder(*stable_diffusion_file.load_text_encoder(location, torch.float32))
         side = parts.load_clip(CLIPTextModel, location)
-        return ClipText(side.tokenizer, side.model)
+        return ClipTextEncoder(side.tokenizer, side.model)
 
-    def outline(self, location: Location, dtype: torch.dtype) -> Outline:
-        return Outline(
-            network(UNet2DConditionModel, location, "unet", dtype),
-            network(AutoencoderKL, location, "vae", parts.autoencoder_dtype(location, dtype)),
-            {"text_encoder": encoder(CLIPTextModel, location, "text_encoder")},
+    def outline(self, location: Location, dtype: torch.dtype) -> ModelSpec:
+        return ModelSpec(
+            diffusers_spec(UNet2DConditionModel, location, "unet", dtype),
+            diffusers_spec(AutoencoderKL, location, "vae", parts.autoencoder_dtype(location, dtype)),
+            {"text_encoder": transformers_spec(CLIPTextModel, location, "text_encoder")},
             {"hidden": (77, int(location.config("unet")["cross_attention_dim"]))},
         )
 
@@ -85,14 +85,14 @@ class StableDiffusion:
 
         return predict
 
-    def attention(self, denoiser: nn.Module, text: Text) -> Attention:
-        return Attention()
+    def attention(self, denoiser: nn.Module, text: Text) -> AttentionLayout:
+        return AttentionLayout()
 
     def distilled(self, denoiser: nn.Module, text: Text, guidance: float) -> None:
         return None
 
 
-class ClipText:
+class ClipTextEncoder:
     """CLIP's text encoder: the last hidden states of 77 positions."""
 
     def __init__(self, tokenizer: Any, model: Any) -> None:
@@ -100,29 +100,29 @@ class ClipText:
         self.model = model.eval().requires_grad_(False)
 
     @property
-    def sides(self) -> tuple[Side, ...]:
-        return (Side("text_encoder", self.tokenizer, self.model),)
+    def sides(self) -> tuple[TextEncoderSlot, ...]:
+        return (TextEncoderSlot("text_encoder", self.tokenizer, self.model),)
 
     @property
-    def stretches(self) -> tuple[Stretch, ...]:
-        return (Stretch(self.tokenizer, self.tokenizer.model_max_length),)
+    def stretches(self) -> tuple[TextSegment, ...]:
+        return (TextSegment(self.tokenizer, self.tokenizer.model_max_length),)
 
-    def to(self, device: torch.device) -> ClipText:
+    def to(self, device: torch.device) -> ClipTextEncoder:
         self.model.to(device)
         return self
 
     def __call__(self, prompts: Sequence[str]) -> Text:
         """hidden [B, 77, D]. A prompt that is too long is cut, and said so."""
         (side,) = self.sides
-        parts.say_what_is_cut(side, prompts)
-        ids = parts.token_ids(side, prompts)["input_ids"]
+        parts.warn_truncation(side, prompts)
+        ids = parts.tokenize(side, prompts)["input_ids"]
         return {"hidden": self.model(ids).last_hidden_state.float()}
 
 
-def _network(kind: Any, location: Location, part: str, dtype: torch.dtype) -> nn.Module:
+def _load_network(kind: Any, location: Location, part: str, dtype: torch.dtype) -> nn.Module:
     """The denoiser or the autoencoder, from wherever the model is."""
     if location.file is None:
         return parts.load_network(kind, location, part, dtype, torch.channels_last)
     prefix = stable_diffusion_file.PREFIXES[part]
-    model = single_file.load_part(kind, location, part, prefix=prefix, dtype=dtype)
+    model = single_file.load_single_file_part(kind, location, part, prefix=prefix, dtype=dtype)
     return cast(nn.Module, model.to(memory_format=torch.channels_last))

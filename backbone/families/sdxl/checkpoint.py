@@ -16,19 +16,24 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from backbone.families import loading as parts
-from backbone.families.base import Side
-from backbone.families.checkpoint import channels, misfit
+from backbone.families.base import TextEncoderSlot
+from backbone.families.checkpoint import config_mismatch, unet_and_latent_channels
 from backbone.families.location import Location
-from backbone.families.sd1.checkpoint import FROM_OPENCLIP, PUBLISHED, UNUSED, tokenizer_of
+from backbone.families.sd1.checkpoint import (
+    OPENCLIP_KEY_PATTERNS,
+    PUBLISHED_CONFIGS,
+    UNUSED_KEYS,
+    load_tokenizer,
+)
 from backbone.io.console import UserError
 from backbone.io.files import Header, read_tensors
 
 FIRST, SECOND = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 
 
-def settings_of(header: Header) -> tuple[Path, ...] | None:
+def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
     """The folders of the settings of a Stable Diffusion XL checkpoint, or None for any other file."""
-    takes, latents = channels(header)
+    takes, latents = unet_and_latent_channels(header)
     whole = all(any(name.startswith(prefix) for name in header.shapes) for prefix in (FIRST, SECOND))
     if not whole or takes is None or takes != latents:
         return None
@@ -37,11 +42,11 @@ def settings_of(header: Header) -> tuple[Path, ...] | None:
     published = ["velocity"] * (said.startswith("v") or "v_pred" in header.shapes)
     return (
         *beside,
-        *(PUBLISHED / name for name in (*published, "stable-diffusion-xl", "stable-diffusion-1")),
+        *(PUBLISHED_CONFIGS / name for name in (*published, "stable-diffusion-xl", "stable-diffusion-1")),
     )
 
 
-def text_sides(location: Location) -> tuple[Side, Side]:
+def load_text_encoders(location: Location) -> tuple[TextEncoderSlot, TextEncoderSlot]:
     """Both text encoders with their tokenizers, fp32; `UserError` where one is missing or they do not fit together."""
     first, second = (read_tensors(location.place, prefix=prefix)[0] for prefix in (FIRST, SECOND))
     named = {
@@ -49,12 +54,14 @@ def text_sides(location: Location) -> tuple[Side, Side]:
     }
     ending, exclamation = "<|endoftext|>", "!"
     return (
-        clip_side(CLIPTextModel, location, "", named, pads_with=ending),
-        clip_side(CLIPTextModelWithProjection, location, "_2", of_openclip(second), pads_with=exclamation),
+        build_clip(CLIPTextModel, location, "", named, pads_with=ending),
+        build_clip(
+            CLIPTextModelWithProjection, location, "_2", convert_openclip(second), pads_with=exclamation
+        ),
     )
 
 
-def of_openclip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def convert_openclip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """OpenCLIP's tensors under the names that transformers gives them, all layers and the projection among them."""
     named = {}
     for name, tensor in tensors.items():
@@ -62,7 +69,7 @@ def of_openclip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if name == "text_projection":
             named["text_projection.weight"] = tensor.T.contiguous()
             continue
-        for pattern, replacement in FROM_OPENCLIP:
+        for pattern, replacement in OPENCLIP_KEY_PATTERNS:
             name = re.sub(pattern, replacement, name)
         if "in_proj_" in name:  # queries, keys and values in one
             for letter, part in zip("qkv", tensor.chunk(3), strict=True):
@@ -72,9 +79,9 @@ def of_openclip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
-def clip_side(
+def build_clip(
     kind: Any, location: Location, number: str, tensors: dict[str, Tensor], *, pads_with: str
-) -> Side:
+) -> TextEncoderSlot:
     """A text encoder and its tokenizer, fp32, from tensors named as transformers names them, without its level."""
     part = f"text_encoder{number}"
     config = CLIPTextConfig.from_dict(location.config(part))
@@ -84,17 +91,17 @@ def clip_side(
     named = {
         (name if name.startswith("text_projection") else level + name): tensor.to(torch.float32)
         for name, tensor in tensors.items()
-        if name == "text_projection.weight" or not re.search(UNUSED, name)
+        if name == "text_projection.weight" or not re.search(UNUSED_KEYS, name)
     }
     try:
         model.load_state_dict(named, assign=True)
     except RuntimeError as error:
-        raise misfit(location, part) from error
-    tokenizer = tokenizer_of(location, pads_with=pads_with, folder=f"tokenizer{number}")
+        raise config_mismatch(location, part) from error
+    tokenizer = load_tokenizer(location, pads_with=pads_with, folder=f"tokenizer{number}")
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"The tokenizer{number} has {len(tokenizer)} tokens and {location.place} knows {config.vocab_size}. "
             f"Put the tokenizer{number}/ folder of this model beside the file."
         )
-    parts.end_of_prompt(model, tokenizer)
-    return Side(part, tokenizer, model)
+    parts.set_eos_token(model, tokenizer)
+    return TextEncoderSlot(part, tokenizer, model)

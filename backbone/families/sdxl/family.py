@@ -17,22 +17,22 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from backbone.families import checkpoint as single_file
 from backbone.families import loading as parts
 from backbone.families.base import (
-    Attention,
+    AttentionLayout,
+    ModelSpec,
     Network,
     NoisePath,
-    Outline,
-    Side,
-    Stretch,
     Text,
-    encoder,
-    network,
+    TextEncoderSlot,
+    TextSegment,
+    diffusers_spec,
+    transformers_spec,
 )
 from backbone.families.location import Location
 from backbone.families.sdxl import checkpoint as stable_diffusion_xl_file
 from backbone.io.console import UserError
 from backbone.io.files import Header
 
-PIXELS = 8  # a side of what a latent stands for
+VAE_SCALE_FACTOR = 8  # a side of what a latent stands for
 
 
 class StableDiffusionXL:
@@ -50,7 +50,7 @@ class StableDiffusionXL:
     }
 
     def single_file(self, header: Header) -> tuple[Path, ...] | None:
-        return stable_diffusion_xl_file.settings_of(header)
+        return stable_diffusion_xl_file.match_checkpoint(header)
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
         if location.config("unet").get("addition_embed_type") != "text_time":
@@ -60,7 +60,7 @@ class StableDiffusionXL:
             )
         if location.file is None:
             return parts.load_network(UNet2DConditionModel, location, "unet", dtype, torch.channels_last)
-        model: nn.Module = single_file.load_part(
+        model: nn.Module = single_file.load_single_file_part(
             UNet2DConditionModel, location, "unet", prefix=single_file.UNET, dtype=dtype
         )
         return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
@@ -70,7 +70,7 @@ class StableDiffusionXL:
         if location.config("vae").get("force_upcast", True):
             dtype = torch.float32
         if location.file is not None:
-            model: nn.Module = single_file.load_part(
+            model: nn.Module = single_file.load_single_file_part(
                 AutoencoderKL, location, "vae", prefix=single_file.AUTOENCODER, dtype=dtype
             )
             return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
@@ -78,22 +78,22 @@ class StableDiffusionXL:
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> TwoClips:
         if location.file is not None:
-            return TwoClips(stable_diffusion_xl_file.text_sides(location), zeros=True)
+            return TwoClips(stable_diffusion_xl_file.load_text_encoders(location), zeros=True)
         sides = (
             parts.load_clip(CLIPTextModel, location),
             parts.load_clip(CLIPTextModelWithProjection, location, "_2"),
         )
         return TwoClips(sides, zeros=bool(location.index.get("force_zeros_for_empty_prompt", True)))
 
-    def outline(self, location: Location, dtype: torch.dtype) -> Outline:
+    def outline(self, location: Location, dtype: torch.dtype) -> ModelSpec:
         config, upcast = location.config("unet"), location.config("vae").get("force_upcast", True)
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        return Outline(
-            network(UNet2DConditionModel, location, "unet", dtype),
-            network(AutoencoderKL, location, "vae", torch.float32 if upcast else dtype),
+        return ModelSpec(
+            diffusers_spec(UNet2DConditionModel, location, "unet", dtype),
+            diffusers_spec(AutoencoderKL, location, "vae", torch.float32 if upcast else dtype),
             {
-                "text_encoder": encoder(CLIPTextModel, location, "text_encoder"),
-                "text_encoder_2": encoder(CLIPTextModelWithProjection, location, "text_encoder_2"),
+                "text_encoder": transformers_spec(CLIPTextModel, location, "text_encoder"),
+                "text_encoder_2": transformers_spec(CLIPTextModelWithProjection, location, "text_encoder_2"),
             },
             {"hidden": (77, int(config["cross_attention_dim"])), "pooled": (int(pooled),)},
         )
@@ -113,7 +113,7 @@ class StableDiffusionXL:
 
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
             count, _, height, width = noisy.shape
-            size = (height * PIXELS, width * PIXELS)
+            size = (height * VAE_SCALE_FACTOR, width * VAE_SCALE_FACTOR)
             sizes = torch.tensor(
                 [[*size, 0, 0, *size]], dtype=dtype, device=noisy.device
             )  # whole, not cropped
@@ -124,33 +124,33 @@ class StableDiffusionXL:
 
         return predict
 
-    def attention(self, denoiser: nn.Module, text: Text) -> Attention:
-        return Attention()
+    def attention(self, denoiser: nn.Module, text: Text) -> AttentionLayout:
+        return AttentionLayout()
 
     def distilled(self, denoiser: nn.Module, text: Text, guidance: float) -> None:
         return None
 
 
-class TwoClips(parts.Encoders):
+class TwoClips(parts.MultiTextEncoder):
     """Both encoders' last hidden states but one, side by side, and the second one's pooled output.
 
     Where the model was trained so (`zeros`), no prompt is zeros and not the encoding of "".
     """
 
-    def __init__(self, sides: Sequence[Side], *, zeros: bool) -> None:
+    def __init__(self, sides: Sequence[TextEncoderSlot], *, zeros: bool) -> None:
         super().__init__(sides)
         self.zeros = zeros
 
     @property
-    def stretches(self) -> tuple[Stretch, ...]:
+    def stretches(self) -> tuple[TextSegment, ...]:
         """Both cut alike; the second pads with another token."""
-        return (Stretch(self.tokenizer, self.tokenizer.model_max_length),)
+        return (TextSegment(self.tokenizer, self.tokenizer.model_max_length),)
 
     def __call__(self, prompts: Sequence[str]) -> Text:
         """hidden [B, 77, D₁ + D₂], pooled [B, P]. A prompt that is too long is cut, and said so."""
-        parts.say_what_is_cut(self.sides[0], prompts)
+        parts.warn_truncation(self.sides[0], prompts)
         said = [
-            side.model(parts.token_ids(side, prompts)["input_ids"], output_hidden_states=True)
+            side.model(parts.tokenize(side, prompts)["input_ids"], output_hidden_states=True)
             for side in self.sides
         ]
         hidden = torch.cat([one.hidden_states[-2] for one in said], dim=-1).float()

@@ -22,7 +22,7 @@ from align.objectives.reference import Bank, bank_path
 from align.pairs.read import read
 from align.pairs.records import as_singles, check, held_out
 from align.settings import BY_MODEL, Settings, as_command, resolved
-from backbone.adapters.lora import load_lora, only
+from backbone.adapters.lora import load_lora, use_adapters
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
@@ -360,7 +360,7 @@ def test_the_loss_of_a_step_is_the_loss_of_its_errors(tiny_folder: Path, pairs_f
             [k for _, k in cells],
         )
         now = mean_squares(residuals(run.model, run.model.denoiser, batch))
-        with only(run.model.denoiser, []):
+        with use_adapters(run.model.denoiser, []):
             before = mean_squares(residuals(run.model, run.model.denoiser, batch))
     torch.testing.assert_close(loss, dpo(PairErrors(*now, *before), run.settings.beta))
 
@@ -458,7 +458,7 @@ def test_a_new_adapter_on_a_concept_is_measured_against_the_concept(
     with torch.no_grad():
         (first,) = run.losses(1)
         batch = batch_of(model, run.material, run.draws, run.material.train[:1], [0])
-        with only(model.denoiser, []):
+        with use_adapters(model.denoiser, []):
             base = residuals(model, model.denoiser, batch)
         reference = run.live.residuals(batch)
     assert float(first) == pytest.approx(math.log(2), abs=1e-4)

@@ -12,7 +12,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from backbone.adapters.lora import activate, add_lora, lora_parameters
+from backbone.adapters.lora import activate_adapters, add_lora, lora_parameters
 from backbone.families.base import Text
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
@@ -212,7 +212,7 @@ def wearing_a_lora(model: Backbone) -> Backbone:
     for value in lora_parameters(model.denoiser, "other").values():
         value.data = torch.randn(value.shape, generator=torch.Generator().manual_seed(2)) / 2
         value.requires_grad_(False)
-    activate(model.denoiser, ["other"])
+    activate_adapters(model.denoiser, ["other"])
     return model
 
 
