@@ -29,7 +29,7 @@ import typer
 from PIL import Image
 from torch import Tensor
 
-from backbone.evaluation.image_metrics import batch_psnr
+from backbone.evaluation.image_metrics import psnr_8_bit
 from backbone.evaluation.statistics import wilson_interval
 from backbone.io.console import UserError, notify, progress, run_app
 from backbone.io.files import append_jsonl, read_json, write_bytes, write_json, write_text
@@ -338,7 +338,7 @@ def decibels(model: Backbone, images: Sequence[Image.Image], *, batch: int = 20)
     parts = []
     for first in range(0, len(images), batch):
         clean = prepared(images[first : first + batch])
-        parts.append(batch_psnr(model.decode(model.encode(clean).mean).cpu(), clean))
+        parts.append(psnr_8_bit(model.decode(model.encode(clean).mean).cpu(), clean))
     return torch.cat(parts)
 
 

@@ -1,9 +1,8 @@
-"""Pictures from the user's disk: found, opened upright in 8-bit sRGB, checked all at once, cut square.
+"""Image sources: list the images of a folder or dataset with their captions and masks, and check that all decode.
 
-A source is a folder of pictures (captions in `name.txt` beside `name.jpg`, in `metadata.jsonl` or in
-`metadata.csv`; masks in `name.mask.png`, white = train), one picture, a Parquet file, a folder written by
-`datasets`, or the id of a dataset. Reading the list opens no picture, so that `check` can report all bad ones
-together.
+A source is a folder of images (captions in `name.txt` beside `name.jpg`, in `metadata.jsonl` or in `metadata.csv`;
+masks in `name.mask.png`, white = train), a single image, a Parquet file, a folder saved by `datasets`, or a dataset id
+on the hub. `list_images` decodes nothing, so that `check_images` can report all unusable files at once.
 """
 
 from __future__ import annotations
@@ -18,15 +17,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
 from backbone.io.console import UserError
 from backbone.media.decode import BadImageError, decode, nearest_path, open_rgb
-
-if TYPE_CHECKING:
-    pass
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp"}
@@ -38,31 +34,31 @@ CAPTION_COLUMNS = ("text", "prompt", "caption")
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One picture: where it lies and what is known about it. Nothing has been opened yet."""
+    """An image that has not been decoded yet: its path, caption and mask."""
 
-    path: Path  # of the file; for a dataset's row a name that no file has, like `org/name/000012`
+    path: Path  # for a dataset's row a made-up name: `org/name/000012`
     caption: str | None = None
     mask: Path | None = None  # white = train
-    row: DatasetRow | None = None  # where the bytes come from instead of `path`
+    row: DatasetRow | None = None  # holds the bytes instead of `path`
 
     def read(self) -> bytes:
-        """The encoded bytes, as they are stored: what a cache hashes."""
+        """The encoded bytes as stored; caches are keyed by their hash."""
         return self.path.read_bytes() if self.row is None else self.row.read()
 
     def open(self, *, at_least: int | None = None) -> Image.Image:
-        """The picture as `open_rgb` gives it."""
+        """Decode as `open_rgb` does."""
         if self.row is None:
             return open_rgb(self.path, at_least=at_least)
         return decode(io.BytesIO(self.read()), str(self.path), at_least)
 
     def open_mask(self) -> Image.Image | None:
-        """The mask, upright, mode L, white = train; None without one."""
+        """The mask (mode L, EXIF orientation applied, white = train); None without one."""
         return None if self.mask is None else open_rgb(self.mask).convert("L")
 
 
 @dataclass(frozen=True)
 class DatasetRow:
-    """One row of a `datasets` table whose image column holds encoded bytes (or the path of a file)."""
+    """A row of a `datasets` table whose image column holds encoded bytes or a file path."""
 
     table: Any
     column: str
@@ -73,20 +69,22 @@ class DatasetRow:
         if isinstance(value, Mapping):
             value = value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
         if not isinstance(value, bytes):
-            raise UserError(f"Row {self.index} has no picture in its column {self.column!r}. Remove the row.")
+            raise UserError(f"Row {self.index} has no image in its column {self.column!r}. Remove the row.")
         return value
 
 
 def list_images(
     source: str | Path, *, caption_column: str | None = None, image_column: str | None = None
 ) -> list[ImageRecord]:
-    """The pictures of a source in natural order (2.jpg before 10.jpg), or in a table's own order.
+    """List the images of a source in natural order (2.jpg before 10.jpg), or in a table's own order.
 
-    Files without an image suffix and hidden ones are passed over; a file with such a suffix counts, whatever
-    it holds. If a folder holds no picture itself, those in its subfolders are taken (kohya's `10_sks dog/`).
-    Captions come from metadata first, then from `.txt` files. `caption_column` and `image_column` name
-    columns of a table whose names differ from text, prompt or caption and file_name or image. UserError:
-    nothing there, no picture in it, captions that cannot be read, a dataset that cannot be loaded.
+    Hidden files and files without an image suffix are skipped; a file with such a suffix counts, whatever it holds.
+    A folder without images of its own stands for those of its subfolders (kohya's `10_sks dog/`). Captions come from
+    metadata first, then from `.txt` files. `caption_column` and `image_column` name columns that are not called text,
+    prompt or caption, and file_name or image.
+
+    Raises `UserError` for a source that does not exist or has no images, unreadable captions, or a dataset that
+    cannot be loaded.
     """
     path = Path(source).expanduser()
     columns = _Columns(caption_column, image_column)
@@ -107,20 +105,19 @@ def list_images(
             return _list_table(_load_parquet([path]), str(source), columns)
         if path.suffix.lower() not in IMAGE_SUFFIXES and path.suffix:
             raise UserError(
-                f"{path} is a {path.suffix} file, neither a picture nor a folder of pictures. "
+                f"{path} is a {path.suffix} file, neither an image nor a folder of images. "
                 "Give a folder with .jpg or .png files in it."
             )
         return [ImageRecord(path, *_find_caption_and_mask(path))]
     if _could_be_dataset(str(source), path):
         return _list_table(_load_from_hub(str(source)), str(source), columns)
     near = nearest_path(path)
-    remedy = f"Did you mean {near}?" if near else "Give a folder of pictures, or a dataset's id (org/name)."
+    remedy = f"Did you mean {near}?" if near else "Give a folder of images, or a dataset id (org/name)."
     raise UserError(f"{path} does not exist. {remedy}")
 
 
 def check_images(pictures: Iterable[ImageRecord]) -> None:
-    """Opens every picture and mask. One UserError lists all that cannot be used, a line each with its
-    reason."""
+    """Decode every image and mask once; one `UserError` lists all that cannot be used, a line each with the reason."""
     bad: list[tuple[str, str]] = []
     count = 0
     for picture in pictures:
@@ -138,22 +135,18 @@ def check_images(pictures: Iterable[ImageRecord]) -> None:
             bad.append((error.name, error.reason))
     if bad:
         lines = "\n".join(f"  {name} {reason}" for name, reason in bad)
-        heading = (
-            f"{len(bad)} of {count} pictures cannot be used" if count > 1 else "The picture cannot be used"
-        )
+        heading = f"{len(bad)} of {count} images cannot be used" if count > 1 else "The image cannot be used"
         raise UserError(
             f"{heading}:\n{lines}\nReplace or remove {'it' if len(bad) == 1 else 'them'}, then run again."
         )
 
 
-# Decoding. Order matters: profile and 16-bit scaling before RGB, alpha before orientation is lost.
-
-
-def _check_mask_shape(mask: tuple[int, int], picture: tuple[int, int], of: ImageRecord) -> None:
-    (mask_width, mask_height), (width, height) = mask, picture
+def _check_mask_shape(mask_size: tuple[int, int], image_size: tuple[int, int], record: ImageRecord) -> None:
+    """Raise `BadImageError` where aspect ratios differ by more than 2 %."""
+    (mask_width, mask_height), (width, height) = mask_size, image_size
     if abs(mask_width * height - width * mask_height) > 0.02 * mask_width * height:
-        reason = f"is a mask of {mask_width} × {mask_height}, another shape than its picture {of.path.name}"
-        raise BadImageError(str(of.mask), reason)
+        reason = f"is a mask of {mask_width} × {mask_height}, another aspect ratio than its image {record.path.name}"
+        raise BadImageError(str(record.mask), reason)
 
 
 # Folders.
@@ -165,16 +158,16 @@ class _Columns:
     image: str | None
 
     def find(self, wanted: str, names: Sequence[str], where: str) -> str | None:
-        """The caption or image column among `names`; UserError if the one that was asked for is not there."""
-        asked, usual = {
+        """The caption or image column among `names`, or None; `UserError` if a requested column is missing."""
+        requested, defaults = {
             "caption": (self.caption, CAPTION_COLUMNS),
             "image": (self.image, ("file_name", "image")),
         }[wanted]
-        if asked is not None and asked not in names:
+        if requested is not None and requested not in names:
             raise UserError(
-                f"{where} has no column {asked!r}; it has {', '.join(map(repr, names))}. Name one of them."
+                f"{where} has no column {requested!r}; it has {', '.join(map(repr, names))}. Name one of them."
             )
-        return asked or next((name for name in usual if name in names), None)
+        return requested or next((name for name in defaults if name in names), None)
 
 
 def _list_folder(folder: Path, columns: _Columns) -> list[ImageRecord]:
@@ -189,14 +182,16 @@ def _list_folder(folder: Path, columns: _Columns) -> list[ImageRecord]:
     stems = {_normalize_name(file.stem) for file in paths.values()}
     for key, mask in masks.items():
         if (stem := key.removesuffix(MASK_SUFFIX)) not in stems:
-            raise UserError(f"{mask} is a mask, but no picture {stem}.* lies beside it. Rename or remove it.")
+            raise UserError(
+                f"{mask} is a mask, but there is no image {stem}.* beside it. Rename or remove it."
+            )
     for name in captions:
         paths.setdefault(_normalize_name(name), folder / name)
     by_key = {_normalize_name(name): caption for name, caption in captions.items()}
     pictures = []
     for key, path in sorted(paths.items(), key=lambda item: _natural_sort_key(item[0])):
-        beside, mask_beside = _find_caption_and_mask(path)
-        pictures.append(ImageRecord(path, by_key.get(key) or beside, mask_beside))
+        caption, mask_path = _find_caption_and_mask(path)
+        pictures.append(ImageRecord(path, by_key.get(key) or caption, mask_path))
     return pictures
 
 
@@ -212,9 +207,7 @@ def _read_metadata_captions(folder: Path, columns: _Columns) -> dict[str, str | 
             name_column = columns.find("image", list(entry), where)
             name = entry.get(name_column) if name_column else None
             if not isinstance(name, str) or not name:
-                raise UserError(
-                    f'{where} names no picture. Write it as {{"file_name": "1.jpg", "text": "…"}}.'
-                )
+                raise UserError(f'{where} names no image. Write it as {{"file_name": "1.jpg", "text": "…"}}.')
             caption_column = columns.find("caption", list(entry), where)
             caption = entry.get(caption_column) if caption_column else None
             if caption is not None and not isinstance(caption, str):
@@ -223,7 +216,7 @@ def _read_metadata_captions(folder: Path, columns: _Columns) -> dict[str, str | 
             if os.path.isabs(name) or name.startswith(".."):
                 raise UserError(f"{where} names {name}, which lies outside the folder. Use names inside it.")
             if name in captions:
-                raise UserError(f"{where} names {name} a second time. Keep one line for each picture.")
+                raise UserError(f"{where} names {name} a second time. Keep one line for each image.")
             captions[name] = _join_lines(caption)
     return captions
 
@@ -248,7 +241,7 @@ def _read_metadata(metadata: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _find_caption_and_mask(path: Path) -> tuple[str | None, Path | None]:
-    """The caption and the mask that lie beside a picture."""
+    """The caption in `name.txt` and the mask `name.mask.png` of `name.jpg`, each None if missing."""
     text, mask = path.with_suffix(".txt"), path.with_name(path.stem + MASK_SUFFIX)
     caption = _join_lines(_read_text(text)) if text.is_file() else None
     return caption, mask if mask.is_file() else None
@@ -266,7 +259,7 @@ def _join_lines(caption: str | None) -> str | None:
 
 
 def _list_visible(folder: Path) -> list[Path]:
-    """What lies in a folder and is not hidden, in natural order."""
+    """The entries of a folder that are not hidden, in natural order."""
     return sorted(
         (path for path in folder.iterdir() if not path.name.startswith(".")),
         key=lambda path: _natural_sort_key(path.name),
@@ -274,7 +267,7 @@ def _list_visible(folder: Path) -> list[Path]:
 
 
 def _normalize_name(name: str) -> str:
-    """One spelling for names that file systems write in two (é as one character or two)."""
+    """NFC, for file systems differ in how they spell é: as one character or two."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -285,9 +278,9 @@ def _natural_sort_key(name: str) -> tuple[list[str | int], str]:
 
 def _describe_empty_folder(folder: Path) -> str:
     kinds = Counter(path.suffix.lower() or "other" for path in _list_visible(folder) if path.is_file())
-    found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4))
+    contents = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4))
     return (
-        f"{folder} holds no pictures{f' (only {found})' if found else '; it is empty'}. "
+        f"{folder} holds no images{f' (only {contents})' if contents else '; it is empty'}. "
         "Put .jpg, .png or .webp files there, or give another folder."
     )
 
@@ -329,7 +322,7 @@ def _load_from_hub(source: str) -> Any:
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"{source} is no folder here, and no dataset of that name was loaded ({_first_line(error)}). "
-            "Check the spelling, or give a folder of pictures."
+            "Check the spelling, or give a folder of images."
         ) from error
 
 
@@ -343,14 +336,14 @@ def _list_table(table: Any, source: str, columns: _Columns) -> list[ImageRecord]
     )
     if image_column is None:
         raise UserError(
-            f"{source} has no column of pictures; it has {', '.join(names)}. Name one with image_column."
+            f"{source} has no image column; it has {', '.join(names)}. Name one with image_column."
         )
     if isinstance(table.features[image_column], datasets.Image):
         table = table.cast_column(image_column, datasets.Image(decode=False))
     caption_column = columns.find("caption", names, source)
     captions = list(table[caption_column]) if caption_column else [None] * len(table)
     if not captions:
-        raise UserError(f"{source} has no rows. Give another dataset or a folder of pictures.")
+        raise UserError(f"{source} has no rows. Give another dataset or a folder of images.")
     return [
         ImageRecord(
             Path(source) / f"{index:06d}",

@@ -1,4 +1,4 @@
-"""A base that is cut up over two processes (FSDP) learns what one process does, in half of the memory for weights."""
+"""A base that is sharded over two processes (FSDP) learns what one process does, in half of the memory for weights."""
 
 from __future__ import annotations
 
