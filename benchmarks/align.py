@@ -212,7 +212,7 @@ class Script:
         a, b = level.over(latents)
         batch = Batch(
             a * latents + b * noise,
-            noise if model.path.kind == "epsilon" else a * noise - b * latents,
+            noise if model.path.prediction_type == "epsilon" else a * noise - b * latents,
             index,
             {name: torch.cat([value, value]).to(latents.device) for name, value in text.items()},
             torch.ones(half),

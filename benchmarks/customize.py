@@ -292,7 +292,7 @@ def train_by_script(trial: Trial, out: Path, model: str, script: Path | None) ->
     words = read_concept(out / "runs" / Trial(trial.concept, DEFAULT, "", trial.seed).name).tokens[TOKEN]
     backbone = Backbone.open(model, device="cpu")
     asked: dict[str, object] = {
-        "pretrained_model_name_or_path": backbone.location.place, "instance_data_dir": pictures_of(trial.concept, out),
+        "pretrained_model_name_or_path": backbone.location.source, "instance_data_dir": pictures_of(trial.concept, out),
         "instance_prompt": f"a {words} {trial.noun}", "class_data_dir": drawn, "class_prompt": f"a {trial.noun}",
         "num_class_images": CLASS_PICTURES, "output_dir": work, "seed": trial.seed,
         "resolution": backbone.resolution,

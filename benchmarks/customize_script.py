@@ -143,7 +143,7 @@ def run_script(
     """The file itself."""
     backbone = Backbone.open(model, device="cpu")
     asked: dict[str, object] = {
-        "pretrained_model_name_or_path": backbone.location.place, "instance_data_dir": place / "subject",
+        "pretrained_model_name_or_path": backbone.location.source, "instance_data_dir": place / "subject",
         "instance_prompt": PROMPT, "output_dir": out, "resolution": backbone.resolution, "train_batch_size": 1,
         "rank": 4, "max_train_steps": steps, "seed": 0,
         "mixed_precision": "no" if precision == "fp32" else precision,

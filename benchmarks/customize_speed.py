@@ -381,7 +381,7 @@ def parity(training: Training, *, size: float = 1e-3) -> Parity:
     Raises `UserError` for a model that does not predict the noise, which the script's loss is about.
     """
     model, before = training.model, training.material
-    if model.path.kind != "epsilon":
+    if model.path.prediction_type != "epsilon":
         raise UserError("Parity compares errors of the predicted noise. Choose a model that predicts it.")
     start = {name: value.detach().clone() for name, value in training.parameters.items()}
     with torch.no_grad():

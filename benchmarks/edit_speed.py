@@ -146,7 +146,7 @@ def load_as_pipelines_do(model: Backbone) -> None:
         ("autoencoder", AutoencoderKL, "vae"),
     ):
         network = cast(Any, kind).from_pretrained(
-            model.location.place, subfolder=part, torch_dtype=model.dtype
+            model.location.source, subfolder=part, torch_dtype=model.dtype
         )
         model.__dict__[name] = network.to(model.device).eval().requires_grad_(False)
 

@@ -147,7 +147,7 @@ def as_scripts_load(model: str, device: str, precision: str) -> Parts:
     backbone = Backbone.open(model, device=device, precision=precision)
     encode = encoding_in(backbone, backbone.dtype)
     autoencoder, denoiser = (
-        kind.from_pretrained(backbone.location.place, subfolder=part).requires_grad_(False)
+        kind.from_pretrained(backbone.location.source, subfolder=part).requires_grad_(False)
         for kind, part in ((AutoencoderKL, "vae"), (UNet2DConditionModel, "unet"))
     )
     for network in (autoencoder, denoiser):
@@ -162,7 +162,7 @@ def as_scripts_load(model: str, device: str, precision: str) -> Parts:
 def encoding_in(backbone: Backbone, dtype: torch.dtype) -> Encode:
     """Prompts → `Text`, by the model's encoders cast to a precision, as scripts cast them."""
     encoders = backbone.family.text_encoder(backbone.location, dtype).to(backbone.device)
-    for side in encoders.sides:
+    for side in encoders.slots:
         side.model.to(dtype)
 
     @torch.no_grad()

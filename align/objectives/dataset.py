@@ -253,7 +253,7 @@ def batch_of(
     rows = torch.tensor(text_rows)
     return Batch(
         noisy=add_noise(clean, noise, level),
-        target=target(clean, noise, level, model.path.kind),
+        target=target(clean, noise, level, model.path.prediction_type),
         index=index,
         text={name: value[rows.to(value.device)] for name, value in material.text.items()},
         preference=torch.tensor([item.preference for item in items]),

@@ -72,12 +72,12 @@ def open_reward(name: str) -> Reward:
 
 def embedded(scorer: Scorer, pictures: Tensor) -> Tensor:
     """Unit vectors [B, D] of square pictures [B, 3, H, W] in −1…1, with gradients."""
-    size = (scorer.side, scorer.side)
+    size = (scorer.crop_size, scorer.crop_size)
     if pictures.shape[-2:] != size:
         pictures = F.interpolate(pictures, size, mode="bicubic", antialias=True)
     mean, deviation = (
         torch.tensor(value, device=pictures.device)[None, :, None, None]
-        for value in (scorer.mean, scorer.deviation)
+        for value in (scorer.mean, scorer.std)
     )
     network: Any = scorer.model
     features = (

@@ -169,7 +169,9 @@ class PreferenceTraining:
         items = [self.material.train[row] for row, _ in cells]
         batch = batch_of(self.model, self.material, self.draws, items, [k for _, k in cells])
         path = self.model.path
-        weight = LEVEL_WEIGHTS[settings.loss_weighting](path.levels[batch.index[: len(batch)]], path.kind)
+        weight = LEVEL_WEIGHTS[settings.loss_weighting](
+            path.levels[batch.index[: len(batch)]], path.prediction_type
+        )
         residual = residuals(self.model, self.model.denoiser, batch)
         weight = weight.to(residual)
         error = weight * mean_squares(residual)

@@ -32,13 +32,13 @@ def work_of(model: Backbone, settings: Settings, pictures: int, prompts: int) ->
     at_once = settings.micro_batch or settings.batch
     return Workload(
         trains,
-        rows=at_once * (2 if settings.by_pairs else 1),
-        full=settings.full,
-        plain=not settings.concepts,
-        asks=False,  # the reference is asked with a step's own rows, and keeps nothing
-        kept=(pictures * (2 if settings.flip else 1), prompts + 1),
-        copies=int(settings.reference == "copy"),
-        shows=bool(settings.online),
+        batch_size=at_once * (2 if settings.by_pairs else 1),
+        full_finetuning=settings.full,
+        supports_compressed_base=not settings.concepts,
+        queries_base=False,  # the reference is asked with a step's own rows, and keeps nothing
+        cached_counts=(pictures * (2 if settings.flip else 1), prompts + 1),
+        extra_denoisers=int(settings.reference == "copy"),
+        draws_previews=bool(settings.online),
     )
 
 

@@ -46,7 +46,7 @@ class ExtendedEmbedding(nn.Module):
 
 
 def add_tokens(
-    encoder: TextEncoder, rows: Mapping[str, Tensor], *, words: Sequence[str]
+    encoder: TextEncoder, rows: Mapping[str, Tensor], *, tokens: Sequence[str]
 ) -> dict[str, Tensor]:
     """Teaches an encoder words, each a row of the tensors [W, D] in `rows`, one tensor for each of its `sides`.
 
@@ -54,11 +54,11 @@ def add_tokens(
     or for rows of another width.
     """
     learned: dict[str, Tensor] = {}
-    for side in encoder.sides:
+    for side in encoder.slots:
         values = rows[side.name]
         table = cast(nn.Embedding | ExtendedEmbedding, side.model.get_input_embeddings())
         width = table.weight.shape[1]
-        if values.shape != (len(words), width):
+        if values.shape != (len(tokens), width):
             raise UserError(
                 f"The learned words are {tuple(values.shape)} numbers and this model's {side.name} has words of "
                 f"{width}. Give the --model that they were learned on."
@@ -67,11 +67,11 @@ def add_tokens(
         before = (
             start + sum(len(part) for part in table.rows) if isinstance(table, ExtendedEmbedding) else start
         )
-        added = side.tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
-        ids = side.tokenizer.convert_tokens_to_ids(list(words))
-        if added != len(words) or ids != list(range(before, before + len(words))):
+        added = side.tokenizer.add_tokens([AddedToken(word, normalized=False) for word in tokens])
+        ids = side.tokenizer.convert_tokens_to_ids(list(tokens))
+        if added != len(tokens) or ids != list(range(before, before + len(tokens))):
             raise UserError(
-                f"This model knows one of the words {', '.join(words)} already. Choose another token."
+                f"This model knows one of the words {', '.join(tokens)} already. Choose another token."
             )
         if not isinstance(table, ExtendedEmbedding):
             table = ExtendedEmbedding(table)
@@ -88,7 +88,7 @@ def embed_tokens(encoder: TextEncoder, text: str, *, count: int) -> dict[str, Te
     Raises `UserError` for a text without tokens.
     """
     found = {}
-    for side in encoder.sides:
+    for side in encoder.slots:
         ids = side.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
             raise UserError(f"“{text}” has no words to begin with. Give others with --initializer_token.")
@@ -132,7 +132,7 @@ def load_embeddings(path: Path, encoder: TextEncoder, token: str) -> dict[str, T
     Raises `UserError` when the file holds none for this token.
     """
     tensors, _ = read_tensors(path)
-    names = [side.name for side in encoder.sides]
+    names = [side.name for side in encoder.slots]
     keys = [token] if len(names) == 1 else [f"{token}/{name}" for name in names]
     if any(key not in tensors for key in keys):
         raise UserError(
@@ -142,4 +142,4 @@ def load_embeddings(path: Path, encoder: TextEncoder, token: str) -> dict[str, T
         name: tensors[key].reshape(-1, tensors[key].shape[-1]) for name, key in zip(names, keys, strict=True)
     }
     count = len(next(iter(rows.values())))
-    return add_tokens(encoder, rows, words=vector_token_names(token, count))
+    return add_tokens(encoder, rows, tokens=vector_token_names(token, count))

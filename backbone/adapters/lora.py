@@ -47,8 +47,8 @@ def add_lora(
     targets: Sequence[str],
     dropout: float = 0.0,
     seed: int = 0,
-    kind: AdapterType = "lora",
-    ranks: Mapping[str, int] | None = None,
+    adapter_type: AdapterType = "lora",
+    rank_pattern: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """Puts an adapter on the target layers and gives its trainable tensors by name, all fp32.
 
@@ -57,7 +57,14 @@ def add_lora(
 
     Raises `UserError` when no layer of the model is a target.
     """
-    config = _peft_config(kind, rank=rank, alpha=alpha, targets=targets, dropout=dropout, ranks=ranks or {})
+    config = _peft_config(
+        adapter_type,
+        rank=rank,
+        alpha=alpha,
+        targets=targets,
+        dropout=dropout,
+        rank_pattern=rank_pattern or {},
+    )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         torch.manual_seed(seed)
@@ -125,7 +132,7 @@ def save_lora(
     name: str,
     *,
     metadata: Mapping[str, str] | None = None,
-    text: Mapping[str, nn.Module] | None = None,
+    text_encoders: Mapping[str, nn.Module] | None = None,
 ) -> None:
     """Writes an adapter as diffusers' `load_lora_weights` reads it, rank and alpha in the file's header.
 
@@ -133,7 +140,7 @@ def save_lora(
     """
     tensors: dict[str, Tensor] = {}
     settings: dict[str, Any] = {}
-    for prefix, module in {denoiser_prefix(model): model, **_prefix_encoders(text)}.items():
+    for prefix, module in {denoiser_prefix(model): model, **_prefix_encoders(text_encoders)}.items():
         if name not in getattr(module, "peft_config", {}):
             continue
         state = get_peft_model_state_dict(cast(Any, module), adapter_name=name)
@@ -149,7 +156,7 @@ def load_lora(
     name: str,
     *,
     scale: float = 1.0,
-    text: Mapping[str, nn.Module] | None = None,
+    text_encoders: Mapping[str, nn.Module] | None = None,
 ) -> None:
     """Puts a saved adapter on the model, `scale` times as strong.
 
@@ -159,7 +166,7 @@ def load_lora(
     if "lora_adapter_metadata" not in header:
         raise UserError(f"{path} does not say its rank and alpha. Use a file that `customize train` wrote.")
     said = json.loads(header["lora_adapter_metadata"])
-    parts = {denoiser_prefix(model): model, **_prefix_encoders(text)}
+    parts = {denoiser_prefix(model): model, **_prefix_encoders(text_encoders)}
     if any(not key.startswith(tuple(parts)) for key in tensors):
         raise UserError(
             f"{path} was made for another model than this one. Give the --model that it was trained on."
@@ -209,7 +216,7 @@ def _load_into(
         alpha=settings.get("lora_alpha", settings.get("alpha", settings["r"])) * scale,
         targets=settings["target_modules"],
         dropout=settings.get("lora_dropout", 0.0),
-        ranks=settings.get("rank_pattern") or {},
+        rank_pattern=settings.get("rank_pattern") or {},
     )
     if "alpha_pattern" in settings:  # other tools let rank and alpha differ on their own
         config.alpha_pattern = {layer: alpha * scale for layer, alpha in settings["alpha_pattern"].items()}
@@ -241,16 +248,16 @@ def _match_text_model_level(model: nn.Module, key: str) -> str:
 
 
 def _peft_config(
-    kind: AdapterType,
+    adapter_type: AdapterType,
     *,
     rank: int,
     alpha: float,
     targets: Sequence[str],
     dropout: float,
-    ranks: Mapping[str, int],
+    rank_pattern: Mapping[str, int],
 ) -> Any:
     """peft's settings of an adapter; layers of another rank keep its ratio of alpha to rank."""
-    pattern = dict(ranks)
+    pattern = dict(rank_pattern)
     alphas = {layer: alpha * own / rank for layer, own in pattern.items()}
     shared: dict[str, Any] = {
         "r": rank,
@@ -258,16 +265,16 @@ def _peft_config(
         "rank_pattern": pattern,
         "alpha_pattern": alphas,
     }
-    match kind:
+    match adapter_type:
         case "lora" | "dora":
             return LoraConfig(
-                **shared, lora_alpha=cast(int, alpha), lora_dropout=dropout, use_dora=kind == "dora"
+                **shared, lora_alpha=cast(int, alpha), lora_dropout=dropout, use_dora=adapter_type == "dora"
             )
         case "loha":
             return LoHaConfig(**shared, alpha=cast(int, alpha), module_dropout=dropout)
         case "lokr":
             return LoKrConfig(**shared, alpha=cast(int, alpha), module_dropout=dropout)
-    raise UserError(f"There is no adapter called {kind}. Choose one of {', '.join(ADAPTER_TYPES)}.")
+    raise UserError(f"There is no adapter called {adapter_type}. Choose one of {', '.join(ADAPTER_TYPES)}.")
 
 
 def _adapter_type(settings: Mapping[str, Any]) -> AdapterType:

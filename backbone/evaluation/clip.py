@@ -43,16 +43,18 @@ class Scorer:
 
     model: CLIPModel
     tokenizer: CLIPTokenizer
-    side: int = 128
+    crop_size: int = 128
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    deviation: tuple[float, ...] = (0.5, 0.5, 0.5)
-    shortest: int | None = None  # what the shortest side is scaled to before the cut; the side when left out
-    likeness = "CLIP-I"
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    shortest_edge: int | None = (
+        None  # what the shortest side is scaled to before the cut; the side when left out
+    )
+    similarity_name = "CLIP-I"
 
     @torch.no_grad()
     def embed_images(self, images: Sequence[Image.Image], *, batch: int = 64) -> Tensor:
         """Unit vectors [B, D], float32, one for each picture; [0, D] for none."""
-        parts = [self._image_vectors(self.prepare(chunk)) for chunk in _chunks(images, batch)]
+        parts = [self._image_vectors(self.preprocess(chunk)) for chunk in _chunks(images, batch)]
         return torch.cat(parts) if parts else self._none()
 
     @torch.no_grad()
@@ -61,7 +63,7 @@ class Scorer:
         parts = [self._text_vectors(list(chunk)) for chunk in _chunks(texts, batch)]
         return torch.cat(parts) if parts else self._none()
 
-    def prepare(self, images: Sequence[Image.Image]) -> Tensor:
+    def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
         """Pictures as the vision tower takes them [B, 3, side, side]: shortest side scaled (bicubic), cut at
         the centre, normalised."""
         return preprocess(images, self).to(self.model.device, self.model.dtype)
@@ -93,11 +95,11 @@ class VisionEncoder:
     """
 
     model: Any
-    side: int = 224
+    crop_size: int = 224
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    deviation: tuple[float, ...] = (0.229, 0.224, 0.225)
-    shortest: int | None = None
-    likeness = "DINO"
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    shortest_edge: int | None = None
+    similarity_name = "DINO"
 
     @torch.no_grad()
     def embed_images(self, images: Sequence[Image.Image], *, batch: int = 64) -> Tensor:
@@ -114,9 +116,12 @@ class VisionEncoder:
 def preprocess(images: Sequence[Image.Image], eye: Scorer | VisionEncoder) -> Tensor:
     """Pictures [B, 3, side, side], float32: shortest side scaled (bicubic), cut at the centre, normalised."""
     squares = np.stack(
-        [np.asarray(_center_crop(image, eye.side, eye.shortest), dtype=np.float32) for image in images]
+        [
+            np.asarray(_center_crop(image, eye.crop_size, eye.shortest_edge), dtype=np.float32)
+            for image in images
+        ]
     )
-    mean, deviation = (np.array(value, dtype=np.float32) for value in (eye.mean, eye.deviation))
+    mean, deviation = (np.array(value, dtype=np.float32) for value in (eye.mean, eye.std))
     normal = (squares / np.float32(255) - mean) / deviation
     return torch.from_numpy(normal).permute(0, 3, 1, 2).contiguous()
 
@@ -144,11 +149,9 @@ def load_image_encoder(path: str | Path, *, device: torch.device | str = "cpu") 
         model = AutoModel.from_pretrained(folder, trust_remote_code=False, **usual)
     model = model.to(device).eval().requires_grad_(False)
     side = (
-        model.config.image_size if kind == "vit" else VisionEncoder.side
+        model.config.image_size if kind == "vit" else VisionEncoder.crop_size
     )  # the others read pictures of any size
-    return VisionEncoder(
-        model, **_read_preprocessor(folder, side, VisionEncoder.mean, VisionEncoder.deviation)
-    )
+    return VisionEncoder(model, **_read_preprocessor(folder, side, VisionEncoder.mean, VisionEncoder.std))
 
 
 def load_scorer(path: str | Path, *, device: torch.device | str = "cpu") -> Scorer:

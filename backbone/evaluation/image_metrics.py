@@ -122,7 +122,7 @@ def structure_distance(scorer: Scorer, first: Image.Image, second: Image.Image) 
     """
     model = cast(Any, scorer.model)
     states = model.vision_model(
-        pixel_values=scorer.prepare([first, second]), output_hidden_states=True
+        pixel_values=scorer.preprocess([first, second]), output_hidden_states=True
     ).hidden_states
     patches = F.normalize(states[-2][:, 1:].float(), dim=-1)  # without the class token
     similarity = patches @ patches.transpose(1, 2)

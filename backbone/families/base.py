@@ -49,7 +49,7 @@ class TextSegment:
 
     tokenizer: Any
     tokens: int
-    heard: Callable[[str], str] = str
+    preprocess: Callable[[str], str] = str
 
 
 class TextEncoder(Protocol):
@@ -58,12 +58,12 @@ class TextEncoder(Protocol):
     tokenizer: Any
 
     @property
-    def sides(self) -> tuple[TextEncoderSlot, ...]:
+    def slots(self) -> tuple[TextEncoderSlot, ...]:
         """Every encoder that can learn words or carry an adapter."""
         ...
 
     @property
-    def stretches(self) -> tuple[TextSegment, ...]:
+    def segments(self) -> tuple[TextSegment, ...]:
         """Which token of a prompt stands where in what the network attends to, one stretch behind the other."""
         ...
 
@@ -90,7 +90,7 @@ class JointAttentionInputs:
     key: Tensor
     value: Tensor
     text: slice
-    finish: Callable[[Tensor], Any]
+    project_output: Callable[[Tensor], Any]
     bias: Tensor | None = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class JointAttentionInputs:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=self.bias)
 
     @property
-    def picture(self) -> slice:
+    def image(self) -> slice:
         """Where the picture's tokens are: all that are not the text's, row by row."""
         return (
             slice(0, self.text.start) if self.text.start > 0 else slice(self.text.stop, self.query.shape[2])
@@ -116,20 +116,20 @@ class AttentionLayout:
     late    how the names of the layers begin that draw the details
     """
 
-    joint: Mapping[type, Callable[..., JointAttentionInputs]] = field(default_factory=dict)
-    coarse: int | None = 1024
-    late: tuple[str, ...] = ("up_blocks.",)
+    joint_inputs: Mapping[type, Callable[..., JointAttentionInputs]] = field(default_factory=dict)
+    max_map_queries: int | None = 1024
+    detail_layers: tuple[str, ...] = ("up_blocks.",)
 
 
 class Family(Protocol):
     """One family of models, as the rest of the project sees it."""
 
     name: ClassVar[str]
-    names: ClassVar[dict[str, str]]  # short names of published models, and the hub ids that they stand for
-    pipelines: ClassVar[tuple[str, ...]]  # diffusers' pipeline classes that this file serves
+    hub_ids: ClassVar[dict[str, str]]  # short names of published models, and the hub ids that they stand for
+    pipeline_classes: ClassVar[tuple[str, ...]]  # diffusers' pipeline classes that this file serves
     lora_targets: ClassVar[dict[str, tuple[str, ...]]]  # named sets of layers, as peft's `target_modules`
 
-    def single_file(self, header: Header) -> tuple[Path, ...] | None:
+    def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
         """The `settings` of a checkpoint in one file, told by its header; None if it is not of this family.
 
         `UserError` if it is of this family and lacks a part.
@@ -148,7 +148,7 @@ class Family(Protocol):
         """The text side. The working precision is for encoders of billions of parameters; smaller ones are in fp32."""
         ...
 
-    def outline(self, location: Location, dtype: torch.dtype) -> ModelSpec:
+    def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:
         """The model by its settings alone, each part in the precision that it has where the working one is `dtype`."""
         ...
 
@@ -156,7 +156,7 @@ class Family(Protocol):
         """(C, H, W) of a latent at the model's own resolution."""
         ...
 
-    def defaults(self, location: Location) -> dict[str, Any]:
+    def sampling_defaults(self, location: Location) -> dict[str, Any]:
         """What works well with the family's models, where it is not what works with most: `steps`, `guidance` …"""
         ...
 
@@ -175,7 +175,7 @@ class Family(Protocol):
         """The denoiser's attention layers, as they are called with such prompts."""
         ...
 
-    def distilled(self, denoiser: nn.Module, text: Text, guidance: float) -> Text | None:
+    def embed_guidance(self, denoiser: nn.Module, text: Text, guidance: float) -> Text | None:
         """The prompts with the guidance, for a network that learned to answer as if guided by one call.
 
         None where guidance takes a second call without the prompt (Ho & Salimans 2022).
@@ -192,7 +192,7 @@ class NoisePath:
     ladder  (steps S, size (H, W) of the latents) → the rungs [S + 1], noisy to clean
     """
 
-    kind: Kind
+    prediction_type: Kind
     levels: Level
     ladder: Callable[[int, tuple[int, int]], Ladder]
 
@@ -204,7 +204,7 @@ class ModuleSpec:
     build: Callable[[], nn.Module]
     dtype: torch.dtype
 
-    def bare(self, device: str = "meta") -> nn.Module:
+    def instantiate(self, device: str = "meta") -> nn.Module:
         """The network with weights as they come, frozen; on `meta` it has no storage."""
         with torch.device(device):
             network = self.build()
@@ -219,12 +219,12 @@ class ModelSpec:
 
     denoiser: ModuleSpec
     autoencoder: ModuleSpec
-    encoders: Mapping[str, ModuleSpec]
-    text: Mapping[str, tuple[int, ...]]
+    text_encoders: Mapping[str, ModuleSpec]
+    text_shapes: Mapping[str, tuple[int, ...]]
 
-    def blank(self, rows: int, device: str = "meta") -> Text:
+    def blank_text(self, rows: int, device: str = "meta") -> Text:
         """`Text` of so many prompts that say nothing; a mask of tokens is of whole numbers."""
-        return {name: _zeros(name, (rows, *shape), device) for name, shape in self.text.items()}
+        return {name: _zeros(name, (rows, *shape), device) for name, shape in self.text_shapes.items()}
 
 
 def diffusers_spec(kind: Any, location: Location, part: str, dtype: torch.dtype) -> ModuleSpec:

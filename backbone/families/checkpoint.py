@@ -83,7 +83,7 @@ def load_single_file_part(
     """
     settings = location.local(f"{part}/config.json")
     assert settings is not None
-    tensors, _ = read_tensors(location.place, prefix=prefix)
+    tensors, _ = read_tensors(location.source, prefix=prefix)
     tensors = {name: tensor for name, tensor in tensors.items() if not re.match(TRAINING_LEFTOVERS, name)}
     with init_empty_weights():
         wanted = kind.from_config(location.config(part)).state_dict()
@@ -114,7 +114,7 @@ def silence_warnings(name: str) -> Iterator[None]:
 def config_mismatch(location: Location, part: str) -> UserError:
     """The mistake of a file whose part is not built as the settings say."""
     return UserError(
-        f"The {part} in {location.place} is not built as {location.local(f'{part}/config.json')} says. "
+        f"The {part} in {location.source} is not built as {location.local(f'{part}/config.json')} says. "
         f"Put the {part}/config.json of this model beside the file."
     )
 
@@ -126,7 +126,7 @@ def count_shapes(tensors: Iterable[torch.Tensor]) -> Counter[tuple[int, ...]]:
 
 def fingerprint(location: Location) -> str:
     """Tells files from one another by samples from end to end, and by the settings that they are read with."""
-    parts = [hash_samples(Path(location.place))]
+    parts = [hash_samples(Path(location.source))]
     for name in CONFIG_FILES:
         path = location.local(name)
         if path is not None:

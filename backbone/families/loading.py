@@ -49,7 +49,7 @@ def load_pretrained(kind: Any, location: Location, part: str, **options: Any) ->
     transformers_logging.disable_progress_bar()
     try:
         return kind.from_pretrained(
-            location.place, subfolder=part, local_files_only=folder is not None, **options
+            location.source, subfolder=part, local_files_only=folder is not None, **options
         )
     except OSError as error:
         first = str(error).strip().splitlines()[0]
@@ -212,15 +212,15 @@ def later_half_prefixes(blocks: nn.ModuleList, name: str) -> tuple[str, ...]:
 class MultiTextEncoder:
     """The text side of a family with several encoders: see `TextEncoder`. Those in `silent` learn nothing."""
 
-    def __init__(self, sides: Sequence[TextEncoderSlot], silent: Sequence[TextEncoderSlot] = ()) -> None:
-        self.sides = tuple(sides)
-        self.every = (*sides, *silent)
-        self.tokenizer = self.sides[0].tokenizer
-        for side in self.every:
+    def __init__(self, slots: Sequence[TextEncoderSlot], frozen: Sequence[TextEncoderSlot] = ()) -> None:
+        self.slots = tuple(slots)
+        self.all_slots = (*slots, *frozen)
+        self.tokenizer = self.slots[0].tokenizer
+        for side in self.all_slots:
             side.model.eval().requires_grad_(False)
 
     def to(self, device: torch.device) -> Any:
-        for side in self.every:
+        for side in self.all_slots:
             side.model.to(device)
         return self
 

@@ -22,19 +22,19 @@ class Location:
     """
 
     name: str
-    place: str
+    source: str
     index: dict[str, Any]
     settings: tuple[Path, ...] = ()
 
     @property
     def folder(self) -> Path | None:
         """The diffusers folder on this machine, or None."""
-        return Path(self.place) if Path(self.place).is_dir() else None
+        return Path(self.source) if Path(self.source).is_dir() else None
 
     @property
     def file(self) -> Path | None:
         """The single checkpoint file, or None."""
-        return Path(self.place) if self.settings else None
+        return Path(self.source) if self.settings else None
 
     def local(self, name: str) -> Path | None:
         """What has this name in the diffusers layout (`tokenizer`, `unet/config.json`), where it is on this machine."""
@@ -44,7 +44,7 @@ class Location:
     def config(self, part: str) -> dict[str, Any]:
         """The settings of a part (`unet`, `vae`, `scheduler` …), without its weights; `UserError` if it has none."""
         name = f"{part}/{'scheduler_config' if part == 'scheduler' else 'config'}.json"
-        path = self.local(name) if self.folder or self.file else hub_file(self.place, name)
+        path = self.local(name) if self.folder or self.file else hub_file(self.source, name)
         if path is None:
             raise UserError(f"{self.name} has no {name}. Save or download the model again.")
         return cast("dict[str, Any]", read_json(path))

@@ -50,7 +50,7 @@ def has_tensors(header: Header, prefix: str) -> bool:
 
 
 def require_complete(
-    header: Header, what: str, *, encoders: Sequence[str], takes: int, patch: int, remedy: str
+    header: Header, what: str, *, encoders: Sequence[str], in_channels: int, patch: int, remedy: str
 ) -> None:
     """`UserError` for a file that is not a whole model or is one for another task.
 
@@ -64,10 +64,10 @@ def require_complete(
         listed = " and ".join([*[", ".join(missing[:-1])] * (len(missing) > 1), missing[-1]])
         raise UserError(f"{header.path} holds {what} without its {listed}. {remedy}")
     latents = header.shapes[f"{autoencoder}decoder.conv_in.weight"][1] * patch
-    if takes != latents:
+    if in_channels != latents:
         raise UserError(
-            f"{header.path} seems to be a model for another task (its transformer takes {takes} channels and a latent "
-            f"has {latents}, as for inpainting). Name the model that it was made from."
+            f"{header.path} seems to be a model for another task (its transformer takes {in_channels} channels and a "
+            f"latent has {latents}, as for inpainting). Name the model that it was made from."
         )
     odd = next((name for name in header.shapes if re.search(UNSUPPORTED_QUANTIZATION, name)), None)
     if odd is not None:
@@ -82,7 +82,7 @@ def require_complete(
 
 def read_weights(location: Location, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors whose names begin with `prefix`, without it; those of 8 bits times the scale beside them."""
-    tensors, _ = read_tensors(location.place, prefix=prefix)
+    tensors, _ = read_tensors(location.source, prefix=prefix)
     found = {}
     for name, tensor in tensors.items():
         if re.search(FP8_SCALES, name):
@@ -107,7 +107,7 @@ def build_network(kind: Any, location: Location, part: str, tensors: dict[str, T
 
 def load_autoencoder(location: Location, dtype: torch.dtype) -> nn.Module:
     """The autoencoder, in fp32 where its settings say that fp16 overflows."""
-    prefix = autoencoder_prefix(read_header(location.place))
+    prefix = autoencoder_prefix(read_header(location.source))
     assert prefix is not None
     kept = parts.autoencoder_dtype(location, dtype)
     model = load_single_file_part(AutoencoderKL, location, "vae", prefix=prefix, dtype=kept)
@@ -143,13 +143,13 @@ def load_t5(location: Location, number: str, dtype: torch.dtype) -> TextEncoderS
     return TextEncoderSlot(part, tokenizer, model)
 
 
-def load_t5_tokenizer(location: Location, number: str, known: int) -> Any:
+def load_t5_tokenizer(location: Location, number: str, vocab_size: int) -> Any:
     """T5's tokenizer beside the file; `UserError` where there is none, or it has more tokens than are `known`."""
     name = f"tokenizer{number}"
     found = location.local(name)
     if found is None:
         raise UserError(
-            f"{location.place} carries no tokenizer for its T5, as no checkpoint does. "
+            f"{location.source} carries no tokenizer for its T5, as no checkpoint does. "
             f"Put the {name}/ folder of this model (with its tokenizer.json) beside the file."
         )
     try:
@@ -159,9 +159,9 @@ def load_t5_tokenizer(location: Location, number: str, known: int) -> Any:
             f"{found} is not a whole T5 tokenizer ({str(error).strip().splitlines()[0]}). "
             "Restore it, or if it is a spiece.model alone, run: pip install sentencepiece protobuf"
         ) from error
-    if len(tokenizer) > known:
+    if len(tokenizer) > vocab_size:
         raise UserError(
-            f"The {name} has {len(tokenizer)} tokens and {location.place} knows {known}. "
+            f"The {name} has {len(tokenizer)} tokens and {location.source} knows {vocab_size}. "
             f"Put the {name}/ folder of this model beside the file."
         )
     return tokenizer

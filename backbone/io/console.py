@@ -111,7 +111,7 @@ class ProgressBar:
         self.total = total
         self.done = done
         self.images = 0
-        self.figures: dict[str, float | str] = {}
+        self.metrics: dict[str, float | str] = {}
         self.clock = clock
         self.start = clock()
         self.show: Callable[[], None] = lambda: None
@@ -122,7 +122,7 @@ class ProgressBar:
         name."""
         self.done += steps
         self.images += images
-        self.figures.update(figures)
+        self.metrics.update(figures)
         now = self.clock()
         self._marks.append((now, self.done, self.images))
         while len(self._marks) > 2 and now - self._marks[1][0] >= self.WINDOW_SECONDS:
@@ -144,13 +144,13 @@ class ProgressBar:
         return max(0, self.total - self.done) * (now - then) / (after - before)
 
     @property
-    def count(self) -> str:
+    def progress_text(self) -> str:
         return f"{self.done}" if self.total is None else f"{self.done}/{self.total}"
 
     @property
-    def reading(self) -> str:
+    def metrics_text(self) -> str:
         """The figures and the rate, e.g. `loss 0.0813 · 5.2 images/s`."""
-        parts = [f"{name.replace('_', ' ')} {_format_metric(value)}" for name, value in self.figures.items()]
+        parts = [f"{name.replace('_', ' ')} {_format_metric(value)}" for name, value in self.metrics.items()]
         rate = self.images_per_second
         return " · ".join(parts + ([f"{rate:.3g} images/s"] if rate is not None else []))
 
@@ -182,7 +182,7 @@ def _display_bar(bar: ProgressBar, description: str) -> Iterator[Callable[[], No
     )
     with Progress(*columns, console=Console(stderr=True)) as display:
         task = display.add_task(
-            description, total=bar.total, completed=bar.done, count=bar.count, reading="", left=""
+            description, total=bar.total, completed=bar.done, count=bar.progress_text, reading="", left=""
         )
 
         def show() -> None:
@@ -190,8 +190,8 @@ def _display_bar(bar: ProgressBar, description: str) -> Iterator[Callable[[], No
             display.update(
                 task,
                 completed=bar.done,
-                count=bar.count,
-                reading=bar.reading,
+                count=bar.progress_text,
+                reading=bar.metrics_text,
                 left=f"{_format_time(left)} left" if left else "",
             )
 
@@ -205,8 +205,13 @@ def _display_lines(bar: ProgressBar, description: str) -> Iterator[Callable[[], 
 
     def line(*ending: str) -> None:
         nonlocal said_at, said_count
-        said_at, said_count = bar.clock(), bar.count
-        parts = [f"{description} {bar.count}", bar.reading, _format_time(said_at - bar.start), *ending]
+        said_at, said_count = bar.clock(), bar.progress_text
+        parts = [
+            f"{description} {bar.progress_text}",
+            bar.metrics_text,
+            _format_time(said_at - bar.start),
+            *ending,
+        ]
         notify(" · ".join(part for part in parts if part))
 
     def show() -> None:
@@ -215,7 +220,7 @@ def _display_lines(bar: ProgressBar, description: str) -> Iterator[Callable[[], 
             line(*([f"{_format_time(left)} left"] if left else []))
 
     yield show
-    if bar.count != said_count:
+    if bar.progress_text != said_count:
         line()
 
 

@@ -97,8 +97,8 @@ class LiveStorageTracker(TorchDispatchMode):
 
     def __init__(self, own: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.own = own
-        self.now = self.peak = 0
+        self.ignored = own
+        self.live = self.peak = 0
         self._known: dict[int, tuple[int, weakref.ref[Any]]] = {}
 
     def __torch_dispatch__(
@@ -112,15 +112,15 @@ class LiveStorageTracker(TorchDispatchMode):
 
     def _follow(self, storage: Any) -> None:
         key = storage._cdata
-        if key in self._known or key in self.own:
+        if key in self._known or key in self.ignored:
             return
         size = storage.nbytes()
         self._known[key] = size, weakref.ref(storage, lambda _: self._forget(key))
-        self.now += size
-        self.peak = max(self.peak, self.now)
+        self.live += size
+        self.peak = max(self.peak, self.live)
 
     def _forget(self, key: int) -> None:
-        self.now -= self._known.pop(key)[0]
+        self.live -= self._known.pop(key)[0]
 
 
 class MetaDeviceEmulation(TorchFunctionMode):

@@ -51,16 +51,16 @@ class Workload:
     shows       whether pictures are drawn while what learns is in memory
     """
 
-    trains: Callable[[nn.Module], Iterable[Tensor]]
-    rows: int
-    full: bool = False
-    plain: bool = True
-    text_learns: bool = False
-    asks: bool = True
-    kept: tuple[int, int] = (0, 0)
-    copies: int = 0
-    averaged: bool = False
-    shows: bool = True
+    add_trainable: Callable[[nn.Module], Iterable[Tensor]]
+    batch_size: int
+    full_finetuning: bool = False
+    supports_compressed_base: bool = True
+    trains_text_encoders: bool = False
+    queries_base: bool = True
+    cached_counts: tuple[int, int] = (0, 0)
+    extra_denoisers: int = 0
+    has_ema: bool = False
+    draws_previews: bool = True
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,12 @@ class MemorySettings:
 class Phase(NamedTuple):
     """Bytes of a phase: those that lie there all the time, and those of its computations at their peak."""
 
-    resident: int
-    computing: int
+    resident_bytes: int
+    transient_bytes: int
 
     @property
-    def bytes(self) -> int:
-        return self.resident + self.computing
+    def total_bytes(self) -> int:
+        return self.resident_bytes + self.transient_bytes
 
 
 class MemoryEstimator:
@@ -111,130 +111,140 @@ class MemoryEstimator:
     def __init__(self, model: Backbone, work: Workload, *, device: str = "cuda") -> None:
         self.model, self.work = model, work
         self.device = "cpu" if device == "cpu" else "cuda"
-        self.bare = lru_cache(self._bare)
-        self.learner = lru_cache(self._learner)
-        self.step = lru_cache(self._step)
-        self.asked = lru_cache(self._asked)
-        self.pictures = lru_cache(self._pictures)
-        self.parts = lru_cache(self._parts)
+        self.meta_denoiser = lru_cache(self._build_meta_denoiser)
+        self.meta_trainable = lru_cache(self._build_meta_trainable)
+        self.step_bytes = lru_cache(self._count_step)
+        self.forward_bytes = lru_cache(self._count_forward)
+        self.autoencoder_bytes = lru_cache(self._count_autoencoder)
+        self.model_sizes = lru_cache(self._measure_model)
 
     def phases(self, choice: MemorySettings) -> dict[str, Phase]:
         """Every phase of the run, in order."""
-        work, measures, parts = self.work, choice.measures, self.parts(choice.precision)
-        text = 0 if measures.text_on_cpu else parts.text
+        work, measures, parts = self.work, choice.measures, self.model_sizes(choice.precision)
+        text = 0 if measures.text_on_cpu else parts.text_encoders
         cached = self.cached_bytes
-        base = self.base(choice) * (1 + work.copies)
-        learns = parts.trained
-        states = round(learns * OPTIMIZER_STATE_BYTES[choice.optimizer]) + 4 * learns * work.averaged
-        held = base + (0 if work.full else 4 * learns) + states + cached + text * work.text_learns
+        base = self.denoiser_bytes(choice) * (1 + work.extra_denoisers)
+        learns = parts.trained_parameters
+        states = round(learns * OPTIMIZER_STATE_BYTES[choice.optimizer]) + 4 * learns * work.has_ema
+        held = (
+            base
+            + (0 if work.full_finetuning else 4 * learns)
+            + states
+            + cached
+            + text * work.trains_text_encoders
+        )
         one = measures.one_by_one
         found = {
             "encoding": Phase(
                 parts.autoencoder + text,
-                self.pictures(choice.precision, "encode", measures.tiling, 1),
+                self.autoencoder_bytes(choice.precision, "encode", measures.tiling, 1),
             )
         }
-        if work.asks:
+        if work.queries_base:
             rows = 1 if one else SAMPLING_BATCH
-            found["asking the base"] = Phase(base + cached, self.asked(choice.precision, rows))
-        step = self.step(choice.precision, choice.checkpointing)
+            found["asking the base"] = Phase(base + cached, self.forward_bytes(choice.precision, rows))
+        step = self.step_bytes(choice.precision, choice.checkpointing)
         updating = 4 * learns + 4 * learns  # gradients, and the optimiser's own of the same size for a moment
-        found["learning"] = Phase(held, max(step.peak, updating) + self.working(choice))
-        if work.shows:
+        found["learning"] = Phase(held, max(step.peak, updating) + self.unpacked_layer_bytes(choice))
+        if work.draws_previews:
             count = 1 if one else SAMPLING_BATCH
-            shown = held + parts.autoencoder + text * (not work.text_learns)
-            drawing = self.asked(choice.precision, 2 * count)  # with a prompt and without
-            decoding = self.pictures(choice.precision, "decode", measures.tiling, count)
-            found["showing"] = Phase(shown, max(drawing, decoding) + self.working(choice))
+            shown = held + parts.autoencoder + text * (not work.trains_text_encoders)
+            drawing = self.forward_bytes(choice.precision, 2 * count)  # with a prompt and without
+            decoding = self.autoencoder_bytes(choice.precision, "decode", measures.tiling, count)
+            found["showing"] = Phase(shown, max(drawing, decoding) + self.unpacked_layer_bytes(choice))
         return found
 
-    def base(self, choice: MemorySettings) -> int:
+    def denoiser_bytes(self, choice: MemorySettings) -> int:
         """Bytes of the denoiser's own weights on the device."""
-        parts, measures = self.parts(choice.precision), choice.measures
+        parts, measures = self.model_sizes(choice.precision), choice.measures
         if measures.quantize:
             width = choice.dtype.itemsize
-            return round(parts.denoiser - parts.linear * width + parts.linear * KINDS[measures.quantize])
-        return parts.denoiser - (round(self.lent(choice)) if measures.offload else 0)
+            return round(
+                parts.denoiser
+                - parts.linear_parameters * width
+                + parts.linear_parameters * KINDS[measures.quantize]
+            )
+        return parts.denoiser - (round(self.offloaded_bytes(choice)) if measures.offload else 0)
 
-    def lent(self, choice: MemorySettings) -> float:
+    def offloaded_bytes(self, choice: MemorySettings) -> float:
         """Bytes of the denoiser that lie in the CPU's memory."""
-        network = self.bare(choice.precision)
+        network = self.meta_denoiser(choice.precision)
         layers = lendable(network, choice.measures.offload)
         return float(sum(tensor_bytes(layer.parameters()) for layer in layers))
 
-    def working(self, choice: MemorySettings) -> int:
+    def unpacked_layer_bytes(self, choice: MemorySettings) -> int:
         """Bytes of a layer that is unpacked, or lent, for the moment in which it computes."""
         if not (choice.measures.quantize or choice.measures.offload):
             return 0
-        return 2 * self.parts(choice.precision).largest
+        return 2 * self.model_sizes(choice.precision).largest_layer
 
     @cached_property
     def cached_bytes(self) -> int:
         """Bytes of encoded pictures and prompts that stay on the device, fp32."""
         channels, height, width = self.model.latent_shape
-        latents, prompts = self.work.kept
-        text = self.model.family.outline(self.model.location, torch.float32).blank(1)
+        latents, prompts = self.work.cached_counts
+        text = self.model.family.spec(self.model.location, torch.float32).blank_text(1)
         return 4 * channels * height * width * latents + tensor_bytes(text.values()) * prompts
 
-    def usable(self, size: float) -> float:
+    def usable_bytes(self, size: float) -> float:
         """Bytes of a device of `size` GiB that tensors can have."""
         return size * GIB * (1 - FRAGMENTATION) - CUDA_CONTEXT_BYTES.get(self.device, 0.0)
 
     # Counting ------------------------------------------------------------------------------------------------
 
-    def _bare(self, precision: str) -> nn.Module:
+    def _build_meta_denoiser(self, precision: str) -> nn.Module:
         """The denoiser without storage, in the precision that its weights have in this run."""
-        outline = self.model.family.outline(self.model.location, PRECISIONS[precision])
-        network = outline.denoiser.bare()
-        return nn.Module.to(network, torch.float32) if self.work.full else network
+        outline = self.model.family.spec(self.model.location, PRECISIONS[precision])
+        network = outline.denoiser.instantiate()
+        return nn.Module.to(network, torch.float32) if self.work.full_finetuning else network
 
-    def _parts(self, precision: str) -> ModelSizes:
-        network = self.bare(precision)
+    def _measure_model(self, precision: str) -> ModelSizes:
+        network = self.meta_denoiser(precision)
         own = tensor_bytes(network.parameters())
         linear = [layer.weight.numel() for layer in quantizable(network).values()]
-        outline = self.model.family.outline(self.model.location, PRECISIONS[precision])
+        outline = self.model.family.spec(self.model.location, PRECISIONS[precision])
         layers = [tensor_bytes(layer.parameters()) for layer in lendable(network)]
-        text = sum(tensor_bytes(part.bare().parameters()) for part in outline.encoders.values())
-        autoencoder = tensor_bytes(outline.autoencoder.bare().parameters())
-        trained = sum(value.numel() for value in self.learner(precision)[1])
+        text = sum(tensor_bytes(part.instantiate().parameters()) for part in outline.text_encoders.values())
+        autoencoder = tensor_bytes(outline.autoencoder.instantiate().parameters())
+        trained = sum(value.numel() for value in self.meta_trainable(precision)[1])
         return ModelSizes(own, sum(linear), max(layers, default=0), autoencoder, text, trained)
 
-    def _learner(self, precision: str) -> tuple[nn.Module, list[Tensor]]:
+    def _build_meta_trainable(self, precision: str) -> tuple[nn.Module, list[Tensor]]:
         """A bare denoiser with what learns on it."""
-        outline = self.model.family.outline(self.model.location, PRECISIONS[precision])
-        network = outline.denoiser.bare()
-        if self.work.full:
+        outline = self.model.family.spec(self.model.location, PRECISIONS[precision])
+        network = outline.denoiser.instantiate()
+        if self.work.full_finetuning:
             nn.Module.to(network, torch.float32)
-        return network, list(self.work.trains(network))
+        return network, list(self.work.add_trainable(network))
 
-    def _step(self, precision: str, checkpointing: bool) -> StepBytes:
-        network = self.learner(precision)[0]
+    def _count_step(self, precision: str, checkpointing: bool) -> StepBytes:
+        network = self.meta_trainable(precision)[0]
         return training_step_bytes(
             network,
-            self.question(network, precision, self.work.rows),
+            self.make_forward(network, precision, self.work.batch_size),
             device=self.device,
             autocast=autocast_dtype(precision),
             checkpointing=checkpointing,
         )
 
-    def _asked(self, precision: str, rows: int) -> int:
-        network = self.learner(precision)[0]
-        ask = self.question(network, precision, rows)
+    def _count_forward(self, precision: str, rows: int) -> int:
+        network = self.meta_trainable(precision)[0]
+        ask = self.make_forward(network, precision, rows)
         return forward_peak_bytes(network, ask, device=self.device, autocast=autocast_dtype(precision))
 
-    def question(self, network: nn.Module, precision: str, rows: int) -> Callable[[], Tensor]:
+    def make_forward(self, network: nn.Module, precision: str, rows: int) -> Callable[[], Tensor]:
         """A call of the denoiser with blank latents and prompts."""
-        outline = self.model.family.outline(self.model.location, PRECISIONS[precision])
-        text, noisy = outline.blank(rows), torch.zeros(rows, *self.model.latent_shape, device="meta")
+        outline = self.model.family.spec(self.model.location, PRECISIONS[precision])
+        text, noisy = outline.blank_text(rows), torch.zeros(rows, *self.model.latent_shape, device="meta")
         for value in text.values():
-            value.requires_grad_(self.work.text_learns and value.is_floating_point())
+            value.requires_grad_(self.work.trains_text_encoders and value.is_floating_point())
         time = torch.zeros(rows, device="meta")
         return lambda: self.model.family.network(network, text)(noisy, time)
 
-    def _pictures(self, precision: str, way: str, tiles: bool, count: int) -> int:
+    def _count_autoencoder(self, precision: str, way: str, tiles: bool, count: int) -> int:
         """The autoencoder's own peak, encoding or decoding."""
-        outline = self.model.family.outline(self.model.location, PRECISIONS[precision])
-        network: Any = outline.autoencoder.bare()
+        outline = self.model.family.spec(self.model.location, PRECISIONS[precision])
+        network: Any = outline.autoencoder.instantiate()
         side = self.model.resolution
         if tiles:
             tiled(network, side // 2)
@@ -249,11 +259,11 @@ class ModelSizes(NamedTuple):
     """Bytes of a model's parts; `linear` counts the numbers that can lie in few bits, `trained` those that learn."""
 
     denoiser: int
-    linear: int
-    largest: int
+    linear_parameters: int
+    largest_layer: int
     autoencoder: int
-    text: int
-    trained: int
+    text_encoders: int
+    trained_parameters: int
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
@@ -268,11 +278,11 @@ class Saving(NamedTuple):
     """One way to need less: what it is and costs, whether a choice has it, and the choice with it and without."""
 
     name: str
-    price: str
-    has: Callable[[MemorySettings], bool]
-    take: Callable[[MemorySettings], MemorySettings]
-    drop: Callable[[MemorySettings], MemorySettings]
-    free: bool = False  # taken once, it stays: without it nothing is better
+    cost: str
+    is_enabled: Callable[[MemorySettings], bool]
+    enable: Callable[[MemorySettings], MemorySettings]
+    disable: Callable[[MemorySettings], MemorySettings]
+    always_keep: bool = False  # taken once, it stays: without it nothing is better
 
 
 def _setting_saving(
@@ -349,30 +359,30 @@ SAVINGS = (
 class MemoryPlan:
     """What was chosen for a device of `size` GiB and why: each measure with the phase that did not fit without it."""
 
-    choice: MemorySettings
+    settings: MemorySettings
     size: float
-    usable: float
+    usable_bytes: float
     phases: Mapping[str, Phase]
     reasons: Mapping[str, str]
-    missing: str = ""
+    hint: str = ""
 
     def lines(self) -> list[str]:
         """A small table for a person."""
-        peak = max(phase.bytes for phase in self.phases.values())
+        peak = max(phase.total_bytes for phase in self.phases.values())
         rows = [
-            f"Memory of the device: {self.size:g} GiB, of which tensors can have {self.usable / GIB:.1f} "
+            f"Memory of the device: {self.size:g} GiB, of which tensors can have {self.usable_bytes / GIB:.1f} "
             f"(assumed); the run needs {peak / GIB:.2f}.",
             *format_phases(self.phases),
             *(f"  {name}: {why}" for name, why in self.reasons.items()),
         ]
-        return [*rows, *([self.missing] if self.missing else [])]
+        return [*rows, *([self.hint] if self.hint else [])]
 
 
 def format_phases(phases: Mapping[str, Phase]) -> list[str]:
     """The phases' bytes, a line each."""
     lines = [f"  {'phase':<16} {'GiB':>7} {'weights, states':>16} {'computing':>10}"]
     for name, phase in phases.items():
-        figures = phase.bytes / GIB, phase.resident / GIB, phase.computing / GIB
+        figures = phase.total_bytes / GIB, phase.resident_bytes / GIB, phase.transient_bytes / GIB
         lines.append(f"  {name:<16} {figures[0]:>7.2f} {figures[1]:>16.2f} {figures[2]:>10.2f}")
     return lines
 
@@ -383,7 +393,7 @@ def plan_memory(account: MemoryEstimator, size: float, start: MemorySettings, *,
     `library` says whether bitsandbytes and a GPU are there. Raises `UserError`, in one sentence with the nearest
     remedy, where nothing fits.
     """
-    usable = account.usable(size)
+    usable = account.usable_bytes(size)
     allowed = applicable_savings(account.work, start, library=library)
     choice = find_cheapest(account, usable, start, allowed)
     missing = ""
@@ -410,7 +420,7 @@ def fit_to_memory(
     found = plan_memory(account, size, start, library=on_gpu and has_bitsandbytes())
     for line in found.lines():
         notify(line)
-    choice = found.choice
+    choice = found.settings
     held = Backbone(
         model.location, model.family, device=model.device, dtype=choice.dtype, measures=choice.measures
     )
@@ -419,16 +429,16 @@ def fit_to_memory(
 
 def peak_bytes(account: MemoryEstimator, choice: MemorySettings) -> int:
     """Bytes of the phase that needs most."""
-    return max(phase.bytes for phase in account.phases(choice).values())
+    return max(phase.total_bytes for phase in account.phases(choice).values())
 
 
 def applicable_savings(work: Workload, start: MemorySettings, *, library: bool) -> list[Saving]:
     """The measures that there are for this work, cheapest first."""
-    frozen = work.plain and not work.full
+    frozen = work.supports_compressed_base and not work.full_finetuning
     apply = {
-        TEXT_ON_CPU: not work.text_learns,
+        TEXT_ON_CPU: not work.trains_text_encoders,
         EIGHT_BIT_OPTIMIZER: library
-        and work.full
+        and work.full_finetuning
         and not start.fixed_optimizer
         and start.optimizer == "adamw",
         BF16: start.precision == "fp32",
@@ -446,14 +456,14 @@ def find_cheapest(
     for measure in measures:
         if peak_bytes(account, choice) <= usable:
             break
-        if not measure.has(choice):
-            choice = measure.take(choice)
+        if not measure.is_enabled(choice):
+            choice = measure.enable(choice)
             taken.append(measure)
     if peak_bytes(account, choice) > usable:
         return None
     for measure in reversed(taken):
-        if measure.has(choice) and not measure.free:
-            less = measure.drop(choice)
+        if measure.is_enabled(choice) and not measure.always_keep:
+            less = measure.disable(choice)
             choice = less if peak_bytes(account, less) <= usable else choice
     return choice
 
@@ -464,14 +474,16 @@ def _explain_savings(
     """What each measure of the choice is there for: what would not fit without it."""
     reasons = {}
     for measure in SAVINGS:
-        if not measure.has(choice) or measure.has(start):
+        if not measure.is_enabled(choice) or measure.is_enabled(start):
             continue
-        phases = account.phases(measure.drop(choice))
+        phases = account.phases(measure.disable(choice))
         over = [
-            f"{name} would need {one.bytes / GIB:.2f}" for name, one in phases.items() if one.bytes > usable
+            f"{name} would need {one.total_bytes / GIB:.2f}"
+            for name, one in phases.items()
+            if one.total_bytes > usable
         ]
         why = f"without it {' and '.join(over)}; " if over else ""
-        reasons[measure.name] = f"{why}price: {measure.price}"
+        reasons[measure.name] = f"{why}price: {measure.cost}"
     return reasons
 
 
@@ -481,21 +493,21 @@ def _describe_misfit(
     """Why nothing fits, and what would."""
     choices = [start]
     for measure in allowed:
-        choices.append(measure.take(choices[-1]))
+        choices.append(measure.enable(choices[-1]))
     choice = min(choices, key=lambda one: peak_bytes(account, one))
     phases, least = account.phases(choice), peak_bytes(account, choice)
-    most = max(phases, key=lambda name: phases[name].bytes)
-    larger = next((one for one in DEVICE_SIZES if account.usable(one) >= least), None)
+    most = max(phases, key=lambda name: phases[name].total_bytes)
+    larger = next((one for one in DEVICE_SIZES if account.usable_bytes(one) >= least), None)
     remedies = [
         *([f"install bitsandbytes ({INSTALL})"] if missing else []),
-        *(["train an adapter instead of all weights"] if account.work.full else []),
-        *(["lower --train_batch_size"] if account.work.rows > 2 else []),
+        *(["train an adapter instead of all weights"] if account.work.full_finetuning else []),
+        *(["lower --train_batch_size"] if account.work.batch_size > 2 else []),
         *([f"take a device of {larger} GiB"] if larger is not None else []),
     ]
     remedy = ", or ".join(remedies) or "choose a smaller model"
     return (
         f"{account.model.location.name} does not fit {size:g} GiB: with every measure that there is, {most} needs "
-        f"{least / GIB:.1f} GiB, and tensors can have {account.usable(size) / GIB:.1f}. "
+        f"{least / GIB:.1f} GiB, and tensors can have {account.usable_bytes(size) / GIB:.1f}. "
         f"{remedy[0].upper()}{remedy[1:]}."
     )
 

@@ -85,7 +85,7 @@ class Backbone:
         location = locate(model)
         found = location.index.get("_class_name", "")
         for family in families():
-            if found in family.pipelines:
+            if found in family.pipeline_classes:
                 place = torch.device(best_device() if device == "auto" else device)
                 dtype = resolve_dtype(precision, place)
                 return cls(location, family, device=place, dtype=dtype, measures=measures)
@@ -131,7 +131,7 @@ class Backbone:
             "batch": 1,
         }
         file = self.location.local("limner.json")
-        return usual | self.family.defaults(self.location) | (read_json(file) if file else {})
+        return usual | self.family.sampling_defaults(self.location) | (read_json(file) if file else {})
 
     @cached_property
     def fingerprint(self) -> str:
@@ -143,7 +143,7 @@ class Backbone:
             return single_file.fingerprint(self.location)
         folder = self.location.folder
         if folder is None:
-            return content_hash(self.location.place.encode())
+            return content_hash(self.location.source.encode())
         parts = []
         own = {"model_index.json", *self.location.index}
         for path in sorted(folder.rglob("*")):
@@ -219,7 +219,7 @@ class Backbone:
 
     def predictor(self, text: Text) -> Predict:
         """The model's prediction for one prompt a sample."""
-        network, kind = self.family.network(self.denoiser, text), self.path.kind
+        network, kind = self.family.network(self.denoiser, text), self.path.prediction_type
 
         def predict(noisy: Tensor, level: Level) -> Estimate:
             assert level.time is not None
@@ -235,7 +235,7 @@ class Backbone:
         Both prompts in one call of twice the batch (Ho & Salimans 2022); a network that was distilled to follow the
         guidance is told it and asked once, whatever `empty` says.
         """
-        told = self.family.distilled(self.denoiser, text, guidance)
+        told = self.family.embed_guidance(self.denoiser, text, guidance)
         if told is not None or guidance == 1:
             return self.predictor(text if told is None else told)
         both = self.predictor({name: torch.cat([value, empty[name]]) for name, value in text.items()})

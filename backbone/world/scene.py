@@ -30,9 +30,9 @@ class Scene:
         """The stream of random numbers of one aspect of this scene."""
         return Random(f"{self.seed}/{aspect}")
 
-    def caption(self, *, called: str | None = None) -> str:
+    def caption(self, *, name: str | None = None) -> str:
         """The canonical caption; `called` names the first thing otherwise (`[V] dog`)."""
-        return write_caption(self.things, pair=self.pair, place=self.place, style=self.style, called=called)
+        return write_caption(self.things, pair=self.pair, place=self.place, style=self.style, name=name)
 
     def caption_for_training(self) -> str:
         """Mostly the canonical caption, often a paraphrase, sometimes without the place."""

@@ -82,9 +82,9 @@ class Thing:
     accessory: str | None = None
     small: bool = False
 
-    def phrase(self, *, count: int = 1, wearing: str = "wearing", called: str | None = None) -> str:
+    def phrase(self, *, count: int = 1, wearing: str = "wearing", name: str | None = None) -> str:
         """`a small red dog wearing a crown`, or `two red dogs`; `called` says it with another name for the noun."""
-        noun = called or self.noun
+        noun = name or self.noun
         words = [word for word in ("small" if self.small else None, self.colour) if word]
         words.append(plural(noun) if count == 2 else noun)
         text = " ".join(words)
@@ -103,10 +103,10 @@ def article(words: str) -> str:
 
 
 def write_caption(
-    things: tuple[Thing, ...], *, pair: bool, place: str | None, style: str | None, called: str | None = None
+    things: tuple[Thing, ...], *, pair: bool, place: str | None, style: str | None, name: str | None = None
 ) -> str:
     """The canonical caption: `[style of] [a | two] [small] [colour] noun [wearing …] [next to a noun] place`."""
-    text = things[0].phrase(count=2 if pair else 1, called=called)
+    text = things[0].phrase(count=2 if pair else 1, name=name)
     if len(things) == 2:
         text += " next to " + things[1].phrase()
     if place:

@@ -133,7 +133,7 @@ def measured(
         float((subject[k : k + 1] @ subject.T).sum() - 1) / (len(subject) - 1) for k in range(len(subject))
     ]
     if len(subject) > 1:
-        found[f"{judge.eye.likeness} of real pictures"] = bootstrap_mean(others)
+        found[f"{judge.eye.similarity_name} of real pictures"] = bootstrap_mean(others)
     return found
 
 

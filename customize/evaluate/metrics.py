@@ -211,7 +211,7 @@ def protocol(
     vectors = scorers.eye.embed_images(list(pictures))
     groups = vectors.unflatten(0, (len(texts), per_prompt))
     found: dict[str, Any] = {
-        scorers.eye.likeness: bootstrap_mean([clip_i(group, subject) for group in groups])
+        scorers.eye.similarity_name: bootstrap_mean([clip_i(group, subject) for group in groups])
     }
     if scorers.reader is not None:
         read = scorers.read(list(pictures), vectors).unflatten(0, (len(texts), per_prompt))

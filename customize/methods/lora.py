@@ -46,8 +46,8 @@ class Adapter:
             targets=layers,
             dropout=settings.lora_dropout,
             seed=settings.seed,
-            kind=cast(AdapterType, settings.adapter),
-            ranks=settings.ranks(),
+            adapter_type=cast(AdapterType, settings.adapter),
+            rank_pattern=settings.ranks(),
         )
 
     @property
@@ -56,8 +56,8 @@ class Adapter:
 
     def save(self, run: Path, header: Mapping[str, str]) -> dict[str, str]:
         name = LORA_WEIGHTS if self.settings.adapter in ("lora", "dora") else LYCORIS_WEIGHTS
-        text = {side.name: side.model for side in self.model.text_encoder.sides} if self.with_text else {}
-        save_lora(run / name, self.model.denoiser, ADAPTER, metadata=header, text=text)
+        text = {side.name: side.model for side in self.model.text_encoder.slots} if self.with_text else {}
+        save_lora(run / name, self.model.denoiser, ADAPTER, metadata=header, text_encoders=text)
         return {"weights": name}
 
     @property
@@ -79,7 +79,7 @@ class TextAdapter:
     def __post_init__(self) -> None:
         self.parameters = {}
         refuse_other_encoders(self.model)
-        for side in self.model.text_encoder.sides:
+        for side in self.model.text_encoder.slots:
             tensors = add_lora(
                 side.model,
                 ADAPTER,
@@ -102,7 +102,7 @@ class TextAdapter:
 
 def refuse_other_encoders(model: Backbone) -> None:
     """`UserError` for text encoders that carry no adapter: those that are no CLIP."""
-    for side in model.text_encoder.sides:
+    for side in model.text_encoder.slots:
         names = (name.rpartition(".")[2] for name, _ in side.model.named_modules())
         if not set(TEXT_LAYERS) & set(names):
             raise UserError(

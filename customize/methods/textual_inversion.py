@@ -31,7 +31,7 @@ class Words:
         for subject in settings.subjects():
             first = settings.initializer_token or subject.class_noun
             start = embed_tokens(encoder, first, count=settings.num_vectors)
-            rows = add_tokens(encoder, start, words=vector_token_names(subject.token, settings.num_vectors))
+            rows = add_tokens(encoder, start, tokens=vector_token_names(subject.token, settings.num_vectors))
             self.rows[subject.token] = rows
             self.parameters |= {
                 f"words.{subject.token}.{side}": value.requires_grad_(True) for side, value in rows.items()

@@ -154,7 +154,7 @@ class Training:
             shift = torch.randn(clean.shape[:2], generator=random)[..., None, None].to(clean.device)
             noise = noise + settings.noise_offset * shift
         index = stratified_levels(settings.batch, len(levels), random)
-        level, kind = levels[index], self.model.path.kind
+        level, kind = levels[index], self.model.path.prediction_type
         weight = weighting(level, kind, settings)[:, None, None, None].expand(-1, 1, *clean.shape[-2:])
         if material.masks is not None:
             weight = weight * torch.stack([material.masks[int(row)] for row in chosen])
@@ -180,7 +180,7 @@ class Training:
             index = stratified_levels(count, len(self.model.path.levels), random)
             level = self.model.path.levels[index]
             noisy = add_noise(clean, noise, level)
-            wanted = target(clean, noise, level, self.model.path.kind)
+            wanted = target(clean, noise, level, self.model.path.prediction_type)
             about = draw // self.settings.num_class_images
         share = self.settings.prior_loss_weight * self.settings.batch / count  # λ, over fewer pictures
         weight = torch.full((count, 1, *noisy.shape[-2:]), share)

@@ -20,7 +20,7 @@ PRIVATE = ["checkpoint.safetensors", "tensorboard/*", ".*"]  # of use to nobody 
 
 def card(settings: Settings, model: Backbone) -> str:
     """The head of a model card, as the hub reads it: base, library, tags, the prompt to write, a picture."""
-    place = model.location.place
+    place = model.location.source
     adapter = settings.method in ("lora", "pivotal")
     tags = ["text-to-image", "diffusers", "dreambooth", settings.adapter if adapter else settings.method]
     first = settings.subjects()[0]

@@ -111,7 +111,7 @@ class Watch:
         )
         notify(f"The best of {len(history)} evaluations is step {best.step}, in {self.run / BEST}. {why}")
         names = ("subject", "prompt", "preservation", "diversity", "loss", "rating")
-        likeness = f"{self.evaluator.scorers.eye.likeness} with the subject"
+        likeness = f"{self.evaluator.scorers.eye.similarity_name} with the subject"
         titles = (likeness, "CLIP-T", "PRES (lower is better)", "DIV", "loss", "rating")
         drawn = [
             line_plot(title, {title: [(f.step, getattr(f, name)) for f in history]}, marked=best.step)
@@ -192,8 +192,8 @@ def fixed_loss(training: Training) -> float:
             prediction = model.family.network(model.denoiser, text)(
                 add_noise(clean, noise, level), time[index].to(clean.device)
             )
-        wanted = target(clean, noise, level, model.path.kind)
-        weight = weighting(level, model.path.kind, settings)
+        wanted = target(clean, noise, level, model.path.prediction_type)
+        weight = weighting(level, model.path.prediction_type, settings)
         total += float((prediction.float() - wanted).square().mean() * weight)
     return total / LOSS_DRAWS
 

@@ -46,21 +46,22 @@ def work_of(model: Backbone, settings: Settings, pictures: int) -> Workload:
             rank=settings.rank,
             alpha=settings.lora_alpha,
             targets=layers,
-            kind=cast(AdapterType, settings.adapter),
-            ranks=settings.ranks(),
+            adapter_type=cast(AdapterType, settings.adapter),
+            rank_pattern=settings.ranks(),
         ).values()
 
     seen = pictures * (2 if settings.flip else 1)
     prior = settings.prior_batch if preserves(settings) else 0
     return Workload(
         trains,
-        rows=settings.batch + prior,
-        full=settings.method == "full",
-        plain=settings.adapter == "lora" and settings.method not in ("full", "custom-diffusion"),
-        text_learns=trains_text(settings),
-        asks=preserves(settings) and settings.prior == "base",
-        kept=(2 * seen, seen + len(settings.subjects())),  # mean and deviation
-        averaged=bool(settings.ema_decay),
+        batch_size=settings.batch + prior,
+        full_finetuning=settings.method == "full",
+        supports_compressed_base=settings.adapter == "lora"
+        and settings.method not in ("full", "custom-diffusion"),
+        trains_text_encoders=trains_text(settings),
+        queries_base=preserves(settings) and settings.prior == "base",
+        cached_counts=(2 * seen, seen + len(settings.subjects())),  # mean and deviation
+        has_ema=bool(settings.ema_decay),
     )
 
 

@@ -144,11 +144,11 @@ class Estimate:
     @property
     def peak(self) -> int:
         """Bytes of the phase that needs most."""
-        return max(phase.bytes for phase in self.phases.values())
+        return max(phase.total_bytes for phase in self.phases.values())
 
     def sentences(self) -> list[str]:
         """What a person wants to know of it."""
-        most = max(self.phases, key=lambda name: self.phases[name].bytes)
+        most = max(self.phases, key=lambda name: self.phases[name].total_bytes)
         said = [
             f"The default run keeps about {self.peak / GIB:.2g} GiB of tensors at its peak, while {most} "
             f"(activations {self.activations / GIB:.2g} GiB); Python and its libraries take their own beside.",
@@ -169,8 +169,8 @@ def estimate(model: Backbone, settings: Settings, pictures: int) -> Estimate:
     """The memory of a run from settings alone (nothing is loaded), and a timed step if the model is small."""
     account = MemoryEstimator(model, work_of(model, settings, pictures), device=model.device.type)
     choice = choice_of(model, settings)
-    step = account.step(choice.precision, choice.checkpointing)
-    small = account.parts(choice.precision).denoiser <= SMALL_MODEL * choice.dtype.itemsize
+    step = account.step_bytes(choice.precision, choice.checkpointing)
+    small = account.model_sizes(choice.precision).denoiser <= SMALL_MODEL * choice.dtype.itemsize
     seconds = timed_step(model, settings, pictures) if small else None
     return Estimate(account.phases(choice), step.saved, seconds, settings.steps)
 
@@ -182,19 +182,19 @@ def timed_step(model: Backbone, settings: Settings, pictures: int) -> float:
     from backbone.training.attention import quick_to_train
 
     device, work = model.device.type, work_of(model, settings, pictures)
-    outline = model.family.outline(model.location, model.dtype)
-    network = outline.denoiser.bare(device)
-    trained = list(work.trains(network))
-    text = outline.blank(work.rows, device)
+    outline = model.family.spec(model.location, model.dtype)
+    network = outline.denoiser.instantiate(device)
+    trained = list(work.add_trainable(network))
+    text = outline.blank_text(work.batch_size, device)
     if not trained:  # the words learn
         trained = [value.requires_grad_(True) for value in text.values() if value.is_floating_point()]
-    noisy = torch.zeros(work.rows, *model.latent_shape, device=device)
+    noisy = torch.zeros(work.batch_size, *model.latent_shape, device=device)
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     seconds = 0.0
     for _ in range(2):
         began = time.perf_counter()
         with model.autocast(), quick_to_train(network):
-            said = model.family.network(network, text)(noisy, noisy.new_zeros(work.rows))
+            said = model.family.network(network, text)(noisy, noisy.new_zeros(work.batch_size))
         (said.float() - noisy).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()

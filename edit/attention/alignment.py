@@ -293,7 +293,7 @@ def _heard(stretch: TextSegment, prompt: str, first: int) -> tuple[Section, list
     last = first + stretch.tokens
     if stretch.tokenizer is None:
         return Section(first, last, last, last), []
-    text = stretch.heard(prompt)
+    text = stretch.preprocess(prompt)
     encoding = stretch.tokenizer(
         text, padding="max_length", truncation=True, max_length=stretch.tokens, verbose=False,
         return_offsets_mapping=True,

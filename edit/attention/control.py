@@ -55,7 +55,7 @@ class Control:
     targets: int
     cross: Cross | None = None
     self_attention: SelfAttention = "own"
-    self_tokens: int | None = UNET.coarse
+    self_tokens: int | None = UNET.max_map_queries
     layers: tuple[str, ...] = ("",)
     reach: Reach = "prompted"
     obeying: Sequence[bool] | None = None
@@ -104,7 +104,9 @@ class Maps:
     most     the most queries of a layer that is read; None for any number
     """
 
-    def __init__(self, columns: Tensor, latent: tuple[int, int], *, most: int | None = UNET.coarse) -> None:
+    def __init__(
+        self, columns: Tensor, latent: tuple[int, int], *, most: int | None = UNET.max_map_queries
+    ) -> None:
         self.columns = columns
         self.latent = latent
         self.most = most

@@ -49,7 +49,7 @@ def controlled(denoiser: nn.Module, control: Control, attention: AttentionLayout
     strange = {
         type(p).__name__
         for p in before.values()
-        if type(p) not in attention.joint and not isinstance(p, (AttnProcessor, AttnProcessor2_0))
+        if type(p) not in attention.joint_inputs and not isinstance(p, (AttnProcessor, AttnProcessor2_0))
     }
     if strange or not before:
         what = f"is computed by {', '.join(sorted(strange))}" if strange else "cannot be reached"
@@ -60,8 +60,8 @@ def controlled(denoiser: nn.Module, control: Control, attention: AttentionLayout
     try:
         network.set_attn_processor(
             {
-                name: JointProcessor(control, plain, name, attention.joint[type(plain)])
-                if type(plain) in attention.joint
+                name: JointProcessor(control, plain, name, attention.joint_inputs[type(plain)])
+                if type(plain) in attention.joint_inputs
                 else Processor(control, plain, name)
                 for name, plain in before.items()
             }

@@ -64,7 +64,7 @@ class JointProcessor:
             return self.plain(attn, *call)
         streams = self.read(attn, *call)
         query, key, value = streams.query, streams.key, streams.value
-        picture, words = streams.picture, streams.text.stop > streams.text.start
+        picture, words = streams.image, streams.text.stop > streams.text.start
         places = picture.stop - picture.start
         if control.reaches(self.name, places):
             asked, taken = control.origins(len(query), control.obeying)
@@ -80,15 +80,15 @@ class JointProcessor:
             columns = F.pad(control.maps.columns, _around(streams))
             control.maps.add(read_columns(look, query, columns))
         if control.cross is None or not words:
-            return streams.finish(streams.attend(query, key, value))
-        return streams.finish(_with_words(streams, query, key, value, control.targets, control.cross))
+            return streams.project_output(streams.attend(query, key, value))
+        return streams.project_output(_with_words(streams, query, key, value, control.targets, control.cross))
 
 
 def _with_words(
     streams: JointAttentionInputs, query: Tensor, key: Tensor, value: Tensor, targets: int, cross: Cross
 ) -> Tensor:
     """What is attended to [B, heads, tokens, D], the targets' pictures looking at words as `cross` says."""
-    some, picture, text = slice(1, 1 + targets), streams.picture, streams.text
+    some, picture, text = slice(1, 1 + targets), streams.image, streams.text
     others = [0, *range(1 + targets, len(query))]
     out = torch.empty_like(query)
     out[others] = streams.attend(query[others], key[others], value[others])

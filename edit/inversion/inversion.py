@@ -296,7 +296,9 @@ def ladder_of(model: Backbone, steps: int, picture: Image.Image | None = None) -
 
 def rows_of(model: Backbone, text: Text, guidance: float) -> int:
     """How many samples the denoiser is asked about for one guided prediction: two, or one where one is enough."""
-    return 1 if guidance == 1 or model.family.distilled(model.denoiser, text, guidance) is not None else 2
+    return (
+        1 if guidance == 1 or model.family.embed_guidance(model.denoiser, text, guidance) is not None else 2
+    )
 
 
 def told(model: Backbone, text: Text, source_guidance: float, guidance: float) -> Text | None:
@@ -304,7 +306,7 @@ def told(model: Backbone, text: Text, source_guidance: float, guidance: float) -
     halves = []
     for rows, strength in ((slice(0, 1), source_guidance), (slice(1, None), guidance)):
         some = {name: value[rows] for name, value in text.items()}
-        one = model.family.distilled(model.denoiser, some, strength)
+        one = model.family.embed_guidance(model.denoiser, some, strength)
         if one is None:
             return None
         halves.append(one)
@@ -313,7 +315,7 @@ def told(model: Backbone, text: Text, source_guidance: float, guidance: float) -
 
 def is_told(model: Backbone) -> bool:
     """Whether the network is told its guidance, and so never asked without the prompt."""
-    return model.family.distilled(model.denoiser, encoded_prompts(model, [""]), 1.0) is not None
+    return model.family.embed_guidance(model.denoiser, encoded_prompts(model, [""]), 1.0) is not None
 
 
 def refuse_negative(model: Backbone, negative: str) -> None:

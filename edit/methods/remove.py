@@ -98,7 +98,7 @@ def place_of(inversion: Inversion, word: str, *, threshold: float = 0.25) -> tup
 
     That is where leaving the word out of the prompt changes the predictions (`edit.masks`).
     """
-    require([heard_prompt(inversion.model.text_encoder.stretches, inversion.prompt)], word)
+    require([heard_prompt(inversion.model.text_encoder.segments, inversion.prompt)], word)
     apart, asked = differences(inversion, [(inversion.prompt, without(inversion.prompt, word))])
     return (apart[0] > threshold).float(), asked
 

@@ -118,7 +118,7 @@ def test_a_step_is_the_paper_s_formula_in_loss_and_gradient(
     text = {key: value[said].repeat(2, *[1] * (value.dim() - 1)) for key, value in run.material.text.items()}
     assert model.path.levels.time is not None
     time = model.path.levels.time[index]
-    if model.path.kind == "flow":
+    if model.path.prediction_type == "flow":
         sigma = (time / 1000)[:, None, None, None]
         noisy, target = (1 - sigma) * clean + sigma * noise, noise - clean
     else:

@@ -260,7 +260,7 @@ def test_training_exports_an_adapter_that_diffusers_loads(
 def test_a_new_word_begins_as_the_one_that_it_was_made_from(case: Case, folders: dict[str, Path]) -> None:
     encoder = opened(folders[case.name]).text_encoder
     before = encoder([PROMPT, "a red cat"])
-    add_tokens(encoder, embed_tokens(encoder, "dog", count=1), words=["[V]"])
+    add_tokens(encoder, embed_tokens(encoder, "dog", count=1), tokens=["[V]"])
     after, learned = encoder([PROMPT, "a red cat"]), encoder([PROMPT.replace("dog", "[V]"), "a red cat"])
     for name in before:
         assert torch.equal(after[name], before[name])

@@ -67,7 +67,7 @@ def test_it_has_the_folder_s_shape_path_and_defaults(file: Path, tiny: Backbone,
     assert single.resolution == tiny.resolution
     assert single.autoencoder_config == tiny.autoencoder_config
     assert single.defaults == tiny.defaults
-    assert single.path.kind == tiny.path.kind
+    assert single.path.prediction_type == tiny.path.prediction_type
     assert torch.equal(single.ladder(4).a, tiny.ladder(4).a)
 
 
@@ -95,9 +95,9 @@ def test_settings_in_a_folder_of_the_file_s_name_come_before_those_beside_it(
     own.parent.mkdir(parents=True)
     own.write_text(json.dumps(settings | {"prediction_type": "v_prediction"}))
     before = opened(file.rename(file.with_name("other.safetensors")))
-    assert before.path.kind == "epsilon"
+    assert before.path.prediction_type == "epsilon"
     file.with_name("other.safetensors").rename(file)
-    assert opened(file).path.kind == "v_prediction"
+    assert opened(file).path.prediction_type == "v_prediction"
 
 
 def test_an_autoencoder_without_a_scale_in_its_settings_has_the_usual_one(file: Path, tiny: Backbone) -> None:
@@ -167,7 +167,7 @@ def test_published_checkpoints_are_told_by_their_headers(
     path = tmp_path / f"{name}.safetensors"
     write_tensors(path, few_tensors(width), metadata)
     model = opened(path)
-    assert model.path.kind == kind
+    assert model.path.prediction_type == kind
     assert model.latent_shape == (4, size, size)
     assert model.location.config("unet")["cross_attention_dim"] == width
     assert model.autoencoder_config["scaling_factor"] == 0.18215

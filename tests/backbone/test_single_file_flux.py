@@ -62,7 +62,7 @@ def test_a_single_file_is_the_same_model_as_the_folder(folder: Path, tmp_path: P
     one, other = opened(file), opened(folder)
     assert_same_model(one, other)
     text = other.encode_prompts(["a dog"])
-    told = [model.family.distilled(model.denoiser, text, 3.5) for model in (one, other)]
+    told = [model.family.embed_guidance(model.denoiser, text, 3.5) for model in (one, other)]
     assert [value is not None and "guidance" in value for value in told] == [folder.name == "dev"] * 2
     assert one.defaults["guidance"] == other.defaults["guidance"]
 
@@ -90,12 +90,12 @@ def test_published_checkpoints_are_told_by_their_headers(
     model = opened(tmp_path / "flux.safetensors")
     assert model.family.name == "FLUX.1"
     assert model.location.config("transformer")["guidance_embeds"] is told
-    assert model.latent_shape == (16, 128, 128) and model.path.kind == "flow"
+    assert model.latent_shape == (16, 128, 128) and model.path.prediction_type == "flow"
     assert model.autoencoder_config["scaling_factor"] == 0.3611
     assert model.autoencoder_config["shift_factor"] == 0.1159
     assert model.location.config("text_encoder")["hidden_size"] == 768
     assert model.defaults["steps"] == steps
-    assert model.family.outline(model.location, model.dtype).text["hidden"] == (tokens, 4096)
+    assert model.family.spec(model.location, model.dtype).text_shapes["hidden"] == (tokens, 4096)
     shift = float(torch.tensor(1.15).exp()) if told else 1.0  # at 1024² pixels
     median = model.path.levels.b.median()
     expected = torch.tensor(shift / (1 + shift), dtype=median.dtype)

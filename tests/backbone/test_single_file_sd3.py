@@ -85,7 +85,7 @@ def test_without_t5_a_file_is_the_same_model_as_a_folder_without_it(
     (tmp_path / "file").mkdir()
     one = opened(written(tmp_path / "file" / "sd3.safetensors", fewer, settings=folder))
     assert_same_model(one, opened(without))
-    assert "text_encoder_3" not in one.family.outline(one.location, one.dtype).encoders
+    assert "text_encoder_3" not in one.family.spec(one.location, one.dtype).text_encoders
     assert one.encode_prompts(PROMPTS)["hidden"][:, 77:].abs().max() == 0
 
 
@@ -130,7 +130,7 @@ def test_half_precision_keeps_the_clips_and_the_autoencoder_safe(file: Path) -> 
     model = Backbone.open(str(file), device="cpu", precision="fp16")
     assert next(model.denoiser.parameters()).dtype is torch.float16
     assert next(model.autoencoder.parameters()).dtype is torch.float32
-    assert {next(side.model.parameters()).dtype for side in model.text_encoder.sides} == {torch.float32}
+    assert {next(side.model.parameters()).dtype for side in model.text_encoder.slots} == {torch.float32}
     assert model.text_encoder.t5.model.shared.weight.dtype is torch.float16  # type: ignore[attr-defined]
 
 
@@ -166,7 +166,7 @@ def test_published_checkpoints_are_told_by_their_headers(
     assert (settings["num_layers"], settings["pos_embed_max_size"]) == (layers, positions)
     assert len(settings["dual_attention_layers"]) == dual
     assert (settings["qk_norm"] is None) is not any("ln_q" in mark for mark in marks)
-    assert model.latent_shape == (16, 128, 128) and model.path.kind == "flow"
+    assert model.latent_shape == (16, 128, 128) and model.path.prediction_type == "flow"
     assert model.autoencoder_config["scaling_factor"] == 1.5305
     assert model.autoencoder_config["shift_factor"] == 0.0609
     assert [model.location.config(f"text_encoder{n}")["hidden_size"] for n in ("", "_2")] == [768, 1280]
@@ -340,7 +340,7 @@ def assert_same_model(one: Backbone, other: Backbone) -> None:
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
     assert (one.latent_shape, one.defaults) == (other.latent_shape, other.defaults)
-    assert one.path.kind == other.path.kind == "flow"
+    assert one.path.prediction_type == other.path.prediction_type == "flow"
     assert torch.equal(one.ladder(4).b, other.ladder(4).b)
     assert torch.equal(one.path.levels.b, other.path.levels.b)
     texts = [model.encode_prompts(PROMPTS) for model in (one, other)]

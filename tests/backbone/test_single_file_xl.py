@@ -114,11 +114,11 @@ def test_a_published_checkpoint_is_told_by_its_header(tmp_path: Path) -> None:
     }
     write_tensors(tmp_path / "sdxl.safetensors", few)
     model = opened(tmp_path / "sdxl.safetensors")
-    assert model.latent_shape == (4, 128, 128) and model.path.kind == "epsilon"
+    assert model.latent_shape == (4, 128, 128) and model.path.prediction_type == "epsilon"
     assert model.autoencoder_config["scaling_factor"] == 0.13025
     assert model.location.config("text_encoder")["hidden_size"] == 768
     write_tensors(tmp_path / "v.safetensors", {**few, "v_pred": torch.zeros(1)})
-    assert opened(tmp_path / "v.safetensors").path.kind == "v_prediction"
+    assert opened(tmp_path / "v.safetensors").path.prediction_type == "v_prediction"
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2"])

@@ -51,7 +51,7 @@ def test_the_canonical_caption_says_the_scene(scene: Scene, caption: str) -> Non
 
 
 def test_a_concept_is_called_by_its_token() -> None:
-    assert PLAIN.caption(called="[V] dog") == "a [V] dog in the snow"
+    assert PLAIN.caption(name="[V] dog") == "a [V] dog in the snow"
 
 
 def test_paraphrases_name_the_same_things() -> None:

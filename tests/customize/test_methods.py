@@ -102,7 +102,7 @@ def test_only_what_the_method_names_moves(
     model = fresh(tiny_folder)
     training, _ = begun(model, subject, settings(subject, method=method, adapter=adapter))
     mine = {id(value) for value in training.parameters.values()}
-    everything = [*model.denoiser.named_parameters(), *model.text_encoder.sides[0].model.named_parameters()]
+    everything = [*model.denoiser.named_parameters(), *model.text_encoder.slots[0].model.named_parameters()]
     before = {name: value.detach().clone() for name, value in everything}
     for _ in training.steps():
         pass
@@ -115,7 +115,7 @@ def test_only_what_the_method_names_moves(
 def test_a_new_word_begins_as_the_class_and_old_words_stay_bit_for_bit(tiny: Backbone) -> None:
     old = tiny.encode_prompts(["a dog in the snow"])["hidden"]
     rows = embed_tokens(tiny.text_encoder, "dog", count=2)
-    add_tokens(tiny.text_encoder, rows, words=vector_token_names("[V]", 2))
+    add_tokens(tiny.text_encoder, rows, tokens=vector_token_names("[V]", 2))
     assert torch.equal(tiny.encode_prompts(["a dog in the snow"])["hidden"], old)
     assert torch.equal(tiny.encode_prompts(["a [V] in the snow"])["hidden"], old)
     assert not torch.equal(tiny.encode_prompts(["a [V] [V]_1 in the snow"])["hidden"], old)
@@ -123,9 +123,9 @@ def test_a_new_word_begins_as_the_class_and_old_words_stay_bit_for_bit(tiny: Bac
 
 def test_a_word_that_the_model_has_is_refused(tiny: Backbone) -> None:
     rows = embed_tokens(tiny.text_encoder, "dog", count=1)
-    add_tokens(tiny.text_encoder, rows, words=["[V]"])
+    add_tokens(tiny.text_encoder, rows, tokens=["[V]"])
     with pytest.raises(UserError, match="already"):
-        add_tokens(tiny.text_encoder, rows, words=["[V]"])
+        add_tokens(tiny.text_encoder, rows, tokens=["[V]"])
 
 
 def test_learned_words_are_read_by_diffusers(tiny_folder: Path, subject: Path, tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def test_every_inversion_is_edited_or_refused(family: Open, name: str, method: M
 def test_a_whole_edit_of_a_transformer_materialises_no_attention_matrix(family: Open, name: str) -> None:
     inversion = invert(family(name), photo(160, 96), SOURCE, steps=2)
     replace(inversion, TARGET)  # prompts are encoded before the count begins
-    with Found(heard_prompt(inversion.model.text_encoder.stretches, SOURCE).length) as counted:
+    with Found(heard_prompt(inversion.model.text_encoder.segments, SOURCE).length) as counted:
         replace(inversion, TARGET, weights={"dog": 2.0}, heatmaps=("snow",))
     assert counted.found == []
 

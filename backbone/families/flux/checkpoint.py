@@ -74,7 +74,7 @@ def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
         header,
         "the transformer of a FLUX.1",
         encoders=(CLIP_L, T5),
-        takes=header.shapes[f"{prefix}img_in.weight"][1],
+        in_channels=header.shapes[f"{prefix}img_in.weight"][1],
         patch=LATENTS_PER_TOKEN,
         remedy=REMEDY,
     )

@@ -46,11 +46,11 @@ class Flux:
     """The family's file: see `Family`."""
 
     name: ClassVar[str] = "FLUX.1"
-    names: ClassVar[dict[str, str]] = {
+    hub_ids: ClassVar[dict[str, str]] = {
         "flux": "black-forest-labs/FLUX.1-dev",
         "flux-schnell": "black-forest-labs/FLUX.1-schnell",
     }
-    pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": JOINT,
         "all": (
@@ -60,7 +60,7 @@ class Flux:
         ),
     }
 
-    def single_file(self, header: Header) -> tuple[Path, ...] | None:
+    def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
         return flux_file.match_checkpoint(header)
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
@@ -82,7 +82,7 @@ class Flux:
             clip, t5, tokens=T5_TOKENS if has_guidance_embedding(location) else T5_TOKENS_SCHNELL
         )
 
-    def outline(self, location: Location, dtype: torch.dtype) -> ModelSpec:
+    def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:
         config = location.config("transformer")
         tokens = T5_TOKENS if has_guidance_embedding(location) else T5_TOKENS_SCHNELL
         return ModelSpec(
@@ -103,7 +103,7 @@ class Flux:
         side = int(config.get("sample_size", 1024)) // 2 ** (len(config["block_out_channels"]) - 1)
         return int(config["latent_channels"]), side, side
 
-    def defaults(self, location: Location) -> dict[str, Any]:
+    def sampling_defaults(self, location: Location) -> dict[str, Any]:
         dev, schnell = {"steps": 28, "guidance": 3.5}, {"steps": 4, "guidance": 1.0}
         return dev if has_guidance_embedding(location) else schnell
 
@@ -134,9 +134,11 @@ class Flux:
 
     def attention(self, denoiser: nn.Module, text: Text) -> AttentionLayout:
         read = partial(joint_attention_inputs, words=text["hidden"].shape[1])
-        return AttentionLayout({FluxAttnProcessor: read}, coarse=None, late=("single_transformer_blocks.",))
+        return AttentionLayout(
+            {FluxAttnProcessor: read}, max_map_queries=None, detail_layers=("single_transformer_blocks.",)
+        )
 
-    def distilled(self, denoiser: nn.Module, text: Text, guidance: float) -> Text:
+    def embed_guidance(self, denoiser: nn.Module, text: Text, guidance: float) -> Text:
         if not cast(Any, denoiser).config.guidance_embeds:
             return text
         return {**text, "guidance": text["pooled"].new_full((len(text["pooled"]),), guidance)}
@@ -150,14 +152,14 @@ class ClipAndT5(parts.MultiTextEncoder):
         self.t5, self.tokens = t5, tokens
 
     @property
-    def stretches(self) -> tuple[TextSegment, ...]:
+    def segments(self) -> tuple[TextSegment, ...]:
         """T5's alone: CLIP's words are heard together, in the pooled output."""
         return (TextSegment(self.t5.tokenizer, self.tokens),)
 
     def __call__(self, prompts: Sequence[str]) -> Text:
         """hidden [B, T, D], pooled [B, P]. What T5 does not read of a prompt is said."""
         parts.warn_truncation(self.t5, prompts, self.tokens)
-        (clip,) = self.sides
+        (clip,) = self.slots
         ids = parts.tokenize(self.t5, prompts, self.tokens)["input_ids"]
         return {
             "hidden": self.t5.model(ids).last_hidden_state.float(),
@@ -193,7 +195,7 @@ def joint_attention_inputs(
             x[:, :words].contiguous()
         )
 
-    return JointAttentionInputs(query, key, value, text=slice(0, words), finish=finish)
+    return JointAttentionInputs(query, key, value, text=slice(0, words), project_output=finish)
 
 
 def pack_latents(latents: Tensor) -> Tensor:

@@ -36,14 +36,14 @@ class PixArt:
     """The family's file: see `Family`."""
 
     name: ClassVar[str] = "PixArt-Σ"
-    names: ClassVar[dict[str, str]] = {"pixart": "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"}
-    pipelines: ClassVar[tuple[str, ...]] = ("PixArtSigmaPipeline",)
+    hub_ids: ClassVar[dict[str, str]] = {"pixart": "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"}
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("PixArtSigmaPipeline",)
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": ("to_q", "to_k", "to_v", "to_out.0"),
         "all": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
     }
 
-    def single_file(self, header: Header) -> tuple[Path, ...] | None:
+    def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
         return None
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
@@ -55,7 +55,7 @@ class PixArt:
     def text_encoder(self, location: Location, dtype: torch.dtype) -> T5TextEncoder:
         return T5TextEncoder([parts.load_t5(location, "", dtype)])
 
-    def outline(self, location: Location, dtype: torch.dtype) -> ModelSpec:
+    def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:
         width = int(location.config("transformer")["caption_channels"])
         return ModelSpec(
             diffusers_spec(PixArtTransformer2DModel, location, "transformer", dtype),
@@ -68,7 +68,7 @@ class PixArt:
         side = int(location.config("transformer")["sample_size"])
         return int(location.config("vae")["latent_channels"]), side, side
 
-    def defaults(self, location: Location) -> dict[str, Any]:
+    def sampling_defaults(self, location: Location) -> dict[str, Any]:
         return {"steps": 20, "guidance": 4.5}
 
     def path(self, location: Location) -> NoisePath:
@@ -92,9 +92,9 @@ class PixArt:
 
     def attention(self, denoiser: nn.Module, text: Text) -> AttentionLayout:
         late = parts.later_half_prefixes(cast(Any, denoiser).transformer_blocks, "transformer_blocks")
-        return AttentionLayout(coarse=None, late=late)
+        return AttentionLayout(max_map_queries=None, detail_layers=late)
 
-    def distilled(self, denoiser: nn.Module, text: Text, guidance: float) -> None:
+    def embed_guidance(self, denoiser: nn.Module, text: Text, guidance: float) -> None:
         return None
 
 
@@ -102,17 +102,17 @@ class T5TextEncoder(parts.MultiTextEncoder):
     """T5's last hidden states of 300 positions, and which of them hold a token. Prompts are read in small letters."""
 
     @property
-    def stretches(self) -> tuple[TextSegment, ...]:
-        return (TextSegment(self.tokenizer, T5_TOKENS, self.heard),)
+    def segments(self) -> tuple[TextSegment, ...]:
+        return (TextSegment(self.tokenizer, T5_TOKENS, self.preprocess),)
 
-    def heard(self, prompt: str) -> str:
+    def preprocess(self, prompt: str) -> str:
         """A prompt as T5 is given it."""
         return lowercase_except(prompt, self.tokenizer.get_added_vocab()).strip()
 
     def __call__(self, prompts: Sequence[str]) -> Text:
         """hidden [B, 300, D], mask [B, 300]. A prompt that is too long is cut, and said so."""
-        (side,) = self.sides
-        said = [self.heard(prompt) for prompt in prompts]
+        (side,) = self.slots
+        said = [self.preprocess(prompt) for prompt in prompts]
         parts.warn_truncation(side, said, T5_TOKENS)
         tokens = parts.tokenize(side, said, T5_TOKENS)
         return {"hidden": side.model(**tokens).last_hidden_state.float(), "mask": tokens["attention_mask"]}

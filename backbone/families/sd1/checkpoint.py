@@ -87,7 +87,7 @@ def load_text_encoder(location: Location, dtype: torch.dtype) -> tuple[Any, Any]
     config = CLIPTextConfig.from_dict(location.config("text_encoder"))
     with init_empty_weights():
         model = CLIPTextModel(config)
-    tensors, _ = read_tensors(location.place, prefix=TEXT_PREFIX)
+    tensors, _ = read_tensors(location.source, prefix=TEXT_PREFIX)
     level = "text_model." if hasattr(model, "text_model") else ""  # gone in transformers 5.6
     named = {
         level + name: tensor.to(dtype)
@@ -100,7 +100,7 @@ def load_text_encoder(location: Location, dtype: torch.dtype) -> tuple[Any, Any]
     tokenizer = load_tokenizer(location, pads_with="!" if any(map(is_openclip, tensors)) else "<|endoftext|>")
     if len(tokenizer) > config.vocab_size:
         raise UserError(
-            f"The tokenizer has {len(tokenizer)} tokens and {location.place} knows {config.vocab_size}. "
+            f"The tokenizer has {len(tokenizer)} tokens and {location.source} knows {config.vocab_size}. "
             "Put the tokenizer/ folder of this model beside the file."
         )
     return tokenizer, model
@@ -145,7 +145,7 @@ def load_tokenizer(location: Location, *, pads_with: str, folder: str = "tokeniz
         vocabulary, merges = (hub_file(TOKENIZER, name) for name in ("vocab.json", "merges.txt"))
     except UserError as error:
         raise UserError(
-            f"{location.place} carries no tokenizer, as no checkpoint does, and {TOKENIZER} could not be fetched. "
+            f"{location.source} carries no tokenizer, as no checkpoint does, and {TOKENIZER} could not be fetched. "
             f"Put a tokenizer/ folder (of any Stable Diffusion) beside the file, or connect once."
         ) from error
     return CLIPTokenizer(vocab=str(vocabulary), merges=str(merges), pad_token=pads_with, model_max_length=77)

@@ -33,8 +33,8 @@ class StableDiffusion:
     """The family's file: see `Family`."""
 
     name: ClassVar[str] = "Stable Diffusion"
-    names: ClassVar[dict[str, str]] = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
-    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
+    hub_ids: ClassVar[dict[str, str]] = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": ("to_q", "to_k", "to_v", "to_out.0"),
         "all": (
@@ -43,7 +43,7 @@ class StableDiffusion:
         ),
     }
 
-    def single_file(self, header: Header) -> tuple[Path, ...] | None:
+    def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
         return stable_diffusion_file.match_checkpoint(header)
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
@@ -58,7 +58,7 @@ class StableDiffusion:
         side = parts.load_clip(CLIPTextModel, location)
         return ClipTextEncoder(side.tokenizer, side.model)
 
-    def outline(self, location: Location, dtype: torch.dtype) -> ModelSpec:
+    def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:
         return ModelSpec(
             diffusers_spec(UNet2DConditionModel, location, "unet", dtype),
             diffusers_spec(AutoencoderKL, location, "vae", parts.autoencoder_dtype(location, dtype)),
@@ -70,7 +70,7 @@ class StableDiffusion:
         side = int(location.config("unet")["sample_size"])
         return int(location.config("vae")["latent_channels"]), side, side
 
-    def defaults(self, location: Location) -> dict[str, Any]:
+    def sampling_defaults(self, location: Location) -> dict[str, Any]:
         return {}
 
     def path(self, location: Location) -> NoisePath:
@@ -88,7 +88,7 @@ class StableDiffusion:
     def attention(self, denoiser: nn.Module, text: Text) -> AttentionLayout:
         return AttentionLayout()
 
-    def distilled(self, denoiser: nn.Module, text: Text, guidance: float) -> None:
+    def embed_guidance(self, denoiser: nn.Module, text: Text, guidance: float) -> None:
         return None
 
 
@@ -100,11 +100,11 @@ class ClipTextEncoder:
         self.model = model.eval().requires_grad_(False)
 
     @property
-    def sides(self) -> tuple[TextEncoderSlot, ...]:
+    def slots(self) -> tuple[TextEncoderSlot, ...]:
         return (TextEncoderSlot("text_encoder", self.tokenizer, self.model),)
 
     @property
-    def stretches(self) -> tuple[TextSegment, ...]:
+    def segments(self) -> tuple[TextSegment, ...]:
         return (TextSegment(self.tokenizer, self.tokenizer.model_max_length),)
 
     def to(self, device: torch.device) -> ClipTextEncoder:
@@ -113,7 +113,7 @@ class ClipTextEncoder:
 
     def __call__(self, prompts: Sequence[str]) -> Text:
         """hidden [B, 77, D]. A prompt that is too long is cut, and said so."""
-        (side,) = self.sides
+        (side,) = self.slots
         parts.warn_truncation(side, prompts)
         ids = parts.tokenize(side, prompts)["input_ids"]
         return {"hidden": self.model(ids).last_hidden_state.float()}

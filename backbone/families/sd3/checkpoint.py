@@ -49,7 +49,7 @@ def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
         header,
         "the transformer of a Stable Diffusion 3",
         encoders=(CLIP_L, CLIP_G),
-        takes=header.shapes[prefix + kernel][1],
+        in_channels=header.shapes[prefix + kernel][1],
         patch=1,
         remedy=REMEDY,
     )
@@ -84,7 +84,7 @@ def load_transformer(location: Location, dtype: torch.dtype) -> nn.Module:
 
 def has_t5(location: Location) -> bool:
     """Whether the file holds the third text encoder."""
-    return text_encoders_file.has_tensors(read_header(location.place), T5)
+    return text_encoders_file.has_tensors(read_header(location.source), T5)
 
 
 def load_clips(location: Location) -> tuple[TextEncoderSlot, TextEncoderSlot]:

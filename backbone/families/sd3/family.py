@@ -48,14 +48,14 @@ class StableDiffusion3:
     """The family's file: see `Family`."""
 
     name: ClassVar[str] = "Stable Diffusion 3"
-    names: ClassVar[dict[str, str]] = {"sd3": "stabilityai/stable-diffusion-3.5-medium"}
-    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline",)
+    hub_ids: ClassVar[dict[str, str]] = {"sd3": "stabilityai/stable-diffusion-3.5-medium"}
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline",)
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": JOINT,
         "all": (*JOINT, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     }
 
-    def single_file(self, header: Header) -> tuple[Path, ...] | None:
+    def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
         return stable_diffusion_3_file.match_checkpoint(header)
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
@@ -83,7 +83,7 @@ class StableDiffusion3:
         width = int(location.config("transformer")["joint_attention_dim"])
         return ThreeEncoders(clips, t5, width=width, t5_tokens=count_t5_tokens(location))
 
-    def outline(self, location: Location, dtype: torch.dtype) -> ModelSpec:
+    def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:
         config = location.config("transformer")
         encoders = {
             name: transformers_spec(CLIPTextModelWithProjection, location, name)
@@ -105,7 +105,7 @@ class StableDiffusion3:
         side = int(location.config("transformer")["sample_size"])
         return int(location.config("vae")["latent_channels"]), side, side
 
-    def defaults(self, location: Location) -> dict[str, Any]:
+    def sampling_defaults(self, location: Location) -> dict[str, Any]:
         return {"steps": 28, "guidance": 4.5}
 
     def path(self, location: Location) -> NoisePath:
@@ -133,9 +133,9 @@ class StableDiffusion3:
             JointAttnProcessor2_0: joint_attention_inputs,
             RepeatedZeroTokenProcessor: joint_attention_inputs_with_repeated_zero,
         }
-        return AttentionLayout(joint, coarse=None, late=late)
+        return AttentionLayout(joint, max_map_queries=None, detail_layers=late)
 
-    def distilled(self, denoiser: nn.Module, text: Text, guidance: float) -> None:
+    def embed_guidance(self, denoiser: nn.Module, text: Text, guidance: float) -> None:
         return None
 
 
@@ -149,22 +149,22 @@ class ThreeEncoders(parts.MultiTextEncoder):
         self.t5, self.width, self.t5_tokens = t5, width, t5_tokens
 
     @property
-    def stretches(self) -> tuple[TextSegment, ...]:
+    def segments(self) -> tuple[TextSegment, ...]:
         """Both CLIPs', which cut alike, then T5's."""
-        clip, t5 = self.sides[0].tokenizer, self.t5.tokenizer if self.t5 else None
+        clip, t5 = self.slots[0].tokenizer, self.t5.tokenizer if self.t5 else None
         return TextSegment(clip, clip.model_max_length), TextSegment(t5, self.t5_tokens)
 
     def __call__(self, prompts: Sequence[str]) -> Text:
         """hidden [B, 77 + 256, D] (77 + 1 where zeros stand once), pooled [B, P₁ + P₂]. What is not read is said."""
         said = [
             side.model(parts.tokenize(side, prompts)["input_ids"], output_hidden_states=True)
-            for side in self.sides
+            for side in self.slots
         ]
         words = torch.cat([one.hidden_states[-2] for one in said], dim=-1).float()
         words = F.pad(words, (0, self.width - words.shape[-1]))
         pooled = torch.cat([one.text_embeds for one in said], dim=-1).float()
         if self.t5 is None:
-            parts.warn_truncation(self.sides[0], prompts)
+            parts.warn_truncation(self.slots[0], prompts)
             more = words.new_zeros(len(prompts), self.t5_tokens, self.width)
         else:
             parts.warn_truncation(self.t5, prompts, T5_TOKENS)
@@ -207,7 +207,7 @@ class RepeatedZeroTokenProcessor:
         found = joint_attention_inputs_with_repeated_zero(
             attn, hidden_states, encoder_hidden_states, attention_mask
         )
-        return found.finish(found.attend(found.query, found.key, found.value))
+        return found.project_output(found.attend(found.query, found.key, found.value))
 
 
 def joint_attention_inputs_with_repeated_zero(
@@ -242,4 +242,4 @@ def joint_attention_inputs(
         return picture, words if attn.context_pre_only else attn.to_add_out(words)
 
     query, key, value = own
-    return JointAttentionInputs(query, key, value, text=text, finish=finish)
+    return JointAttentionInputs(query, key, value, text=text, project_output=finish)

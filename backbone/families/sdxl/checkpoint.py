@@ -48,7 +48,7 @@ def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
 
 def load_text_encoders(location: Location) -> tuple[TextEncoderSlot, TextEncoderSlot]:
     """Both text encoders with their tokenizers, fp32; `UserError` where one is missing or they do not fit together."""
-    first, second = (read_tensors(location.place, prefix=prefix)[0] for prefix in (FIRST, SECOND))
+    first, second = (read_tensors(location.source, prefix=prefix)[0] for prefix in (FIRST, SECOND))
     named = {
         re.sub(r"^(text_model\.)?", "", name.removeprefix(FIRST)): tensor for name, tensor in first.items()
     }
@@ -100,7 +100,7 @@ def build_clip(
     tokenizer = load_tokenizer(location, pads_with=pads_with, folder=f"tokenizer{number}")
     if len(tokenizer) > config.vocab_size:
         raise UserError(
-            f"The tokenizer{number} has {len(tokenizer)} tokens and {location.place} knows {config.vocab_size}. "
+            f"The tokenizer{number} has {len(tokenizer)} tokens and {location.source} knows {config.vocab_size}. "
             f"Put the tokenizer{number}/ folder of this model beside the file."
         )
     parts.set_eos_token(model, tokenizer)

@@ -39,8 +39,8 @@ class StableDiffusionXL:
     """The family's file: see `Family`."""
 
     name: ClassVar[str] = "Stable Diffusion XL"
-    names: ClassVar[dict[str, str]] = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
-    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPipeline",)
+    hub_ids: ClassVar[dict[str, str]] = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPipeline",)
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": ("to_q", "to_k", "to_v", "to_out.0"),
         "all": (
@@ -49,7 +49,7 @@ class StableDiffusionXL:
         ),
     }
 
-    def single_file(self, header: Header) -> tuple[Path, ...] | None:
+    def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
         return stable_diffusion_xl_file.match_checkpoint(header)
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
@@ -85,7 +85,7 @@ class StableDiffusionXL:
         )
         return TwoClips(sides, zeros=bool(location.index.get("force_zeros_for_empty_prompt", True)))
 
-    def outline(self, location: Location, dtype: torch.dtype) -> ModelSpec:
+    def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:
         config, upcast = location.config("unet"), location.config("vae").get("force_upcast", True)
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
         return ModelSpec(
@@ -102,7 +102,7 @@ class StableDiffusionXL:
         side = int(location.config("unet")["sample_size"])
         return int(location.config("vae")["latent_channels"]), side, side
 
-    def defaults(self, location: Location) -> dict[str, Any]:
+    def sampling_defaults(self, location: Location) -> dict[str, Any]:
         return {"guidance": 5.0}
 
     def path(self, location: Location) -> NoisePath:
@@ -127,7 +127,7 @@ class StableDiffusionXL:
     def attention(self, denoiser: nn.Module, text: Text) -> AttentionLayout:
         return AttentionLayout()
 
-    def distilled(self, denoiser: nn.Module, text: Text, guidance: float) -> None:
+    def embed_guidance(self, denoiser: nn.Module, text: Text, guidance: float) -> None:
         return None
 
 
@@ -142,16 +142,16 @@ class TwoClips(parts.MultiTextEncoder):
         self.zeros = zeros
 
     @property
-    def stretches(self) -> tuple[TextSegment, ...]:
+    def segments(self) -> tuple[TextSegment, ...]:
         """Both cut alike; the second pads with another token."""
         return (TextSegment(self.tokenizer, self.tokenizer.model_max_length),)
 
     def __call__(self, prompts: Sequence[str]) -> Text:
         """hidden [B, 77, D₁ + D₂], pooled [B, P]. A prompt that is too long is cut, and said so."""
-        parts.warn_truncation(self.sides[0], prompts)
+        parts.warn_truncation(self.slots[0], prompts)
         said = [
             side.model(parts.tokenize(side, prompts)["input_ids"], output_hidden_states=True)
-            for side in self.sides
+            for side in self.slots
         ]
         hidden = torch.cat([one.hidden_states[-2] for one in said], dim=-1).float()
         pooled = said[-1].text_embeds.float()

@@ -147,7 +147,7 @@ def align_all(
     """The same from the prompts alone."""
     if not targets:
         raise UserError("There is no target prompt. Say what the picture should show.")
-    first, *others = (heard_prompt(encoder.stretches, prompt) for prompt in (source, *targets))
+    first, *others = (heard_prompt(encoder.segments, prompt) for prompt in (source, *targets))
     for word in [*settings.weights, *settings.windows]:
         require(others, word)
     for word in [*(word for word in settings.blend if word != AUTO), *settings.keep, *settings.heatmaps]:
@@ -218,11 +218,15 @@ class _Edit:
         now = states[first][None].repeat(1 + self.count, *[1] * (states.ndim - 1))
         attention = self.model.family.attention(self.model.denoiser, self.text)
         size = (now.shape[-2], now.shape[-1])
-        maps = None if self.words is None else Maps(self.words.to(now.device), size, most=attention.coarse)
+        maps = (
+            None
+            if self.words is None
+            else Maps(self.words.to(now.device), size, most=attention.max_map_queries)
+        )
         control = Control(
             self.count,
-            self_tokens=attention.coarse,
-            layers=attention.late if settings.layers == "late" else ("",),
+            self_tokens=attention.max_map_queries,
+            layers=attention.detail_layers if settings.layers == "late" else ("",),
             reach=settings.reach,
             maps=maps,
         )

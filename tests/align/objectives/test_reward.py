@@ -185,7 +185,9 @@ def test_a_scorer_sees_tensors_as_it_sees_pictures() -> None:
     from backbone.media.transforms import to_tensor
 
     scorer = open_scorer("moji")
-    pixels = np.random.default_rng(0).integers(0, 255, (scorer.side, scorer.side, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(
+        0, 255, (scorer.crop_size, scorer.crop_size, 3), dtype=np.uint8
+    )
     image = Image.fromarray(pixels)
     ours = embedded(scorer, to_tensor(image)[None])
     torch.testing.assert_close(ours, scorer.embed_images([image]), atol=1e-5, rtol=1e-4)

@@ -57,7 +57,7 @@ def scorer() -> Scorer:
         patch_size=8,
     )
     config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16)
-    return Scorer(CLIPModel(config).eval(), tokenizer, side=32)
+    return Scorer(CLIPModel(config).eval(), tokenizer, crop_size=32)
 
 
 @pytest.fixture
@@ -104,8 +104,8 @@ def test_nothing_embeds_to_no_rows(scorer: Scorer) -> None:
 def test_a_picture_is_scaled_to_its_shortest_side_and_cut_at_the_centre(scorer: Scorer) -> None:
     wide = Image.new("RGB", (96, 32), (255, 255, 255))
     wide.paste((0, 0, 0), (32, 0, 64, 32))
-    assert scorer.prepare([wide]).unique().tolist() == [-1.0]
-    assert scorer.prepare([Image.new("L", (320, 200), 255)]).unique().tolist() == [1.0]
+    assert scorer.preprocess([wide]).unique().tolist() == [-1.0]
+    assert scorer.preprocess([Image.new("L", (320, 200), 255)]).unique().tolist() == [1.0]
 
 
 def test_identical_pictures_have_clip_i_one(scorer: Scorer, images: Images) -> None:
@@ -217,13 +217,11 @@ def test_an_eye_sees_a_picture_as_its_model_s_class_token_does(
     kind: str, images: Images, tmp_path: Path
 ) -> None:
     eye = load_image_encoder(tiny_eye(tmp_path, kind))
-    assert isinstance(eye, VisionEncoder) and eye.likeness == "DINO"
+    assert isinstance(eye, VisionEncoder) and eye.similarity_name == "DINO"
     vectors = eye.embed_images(images, batch=2)
     assert vectors.shape == (5, 32) and torch.allclose(vectors.norm(dim=-1), torch.ones(5))
     colour = (255, 0, 51)
-    flat = [
-        (value / 255 - mean) / std for value, mean, std in zip(colour, eye.mean, eye.deviation, strict=True)
-    ]
+    flat = [(value / 255 - mean) / std for value, mean, std in zip(colour, eye.mean, eye.std, strict=True)]
     with torch.no_grad():
         said = eye.model(torch.tensor(flat)[None, :, None, None].expand(1, 3, 32, 32)).last_hidden_state[:, 0]
     seen = eye.embed_images([Image.new("RGB", (50, 32), colour)])
@@ -246,7 +244,7 @@ def test_an_eye_scales_further_than_it_cuts(tmp_path: Path) -> None:
 
 def test_a_clip_folder_is_an_eye_that_reads(scorer: Scorer, tmp_path: Path) -> None:
     found = load_image_encoder(saved(scorer, tmp_path))
-    assert isinstance(found, Scorer) and found.likeness == "CLIP-I"
+    assert isinstance(found, Scorer) and found.similarity_name == "CLIP-I"
 
 
 def test_what_is_neither_is_refused_as_an_eye(tmp_path: Path) -> None:

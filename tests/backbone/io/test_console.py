@@ -189,7 +189,7 @@ def test_rates_forget_a_slow_start_and_a_resumed_run_does_not_count_what_lies_be
     for _ in range(99):
         now += 1.0
         bar.advance(images=5)
-    assert bar.count == "500/1000"
+    assert bar.progress_text == "500/1000"
     assert bar.images_per_second == pytest.approx(5.0)
     assert bar.seconds_left == pytest.approx(500.0)
 

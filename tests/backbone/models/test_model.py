@@ -30,7 +30,7 @@ def test_velocity_models_sample_as_diffusers_does(tmp_path: Path) -> None:
     folder = tiny_pipeline(tmp_path / "v", prediction_type="v_prediction")
     pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
     model = Backbone.open(str(folder), device="cpu", precision="fp32")
-    assert model.path.kind == "v_prediction"
+    assert model.path.prediction_type == "v_prediction"
     theirs, ours = by_both(pipeline, model, "a cat", guidance=2.0)
     assert torch.allclose(ours, theirs, atol=2e-4)
 

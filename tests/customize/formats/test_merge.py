@@ -331,5 +331,5 @@ def test_learned_words_of_two_runs_live_on_in_their_merge(
     model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
     load_concepts(model, [read_concept(tmp_path / "abc")])
     ids = model.text_encoder.tokenizer("[V2] [V2]_1", add_special_tokens=False)["input_ids"]
-    learned = model.text_encoder.sides[0].model.get_input_embeddings()(torch.tensor([ids]))[0]
+    learned = model.text_encoder.slots[0].model.get_input_embeddings()(torch.tensor([ids]))[0]
     torch.testing.assert_close(learned, rows[1])

@@ -102,7 +102,7 @@ def test_memory_follows_from_shapes(tiny: Backbone) -> None:
     found = estimate(tiny, settings, 3)
     network = UNet2DConditionModel.from_config(tiny.location.config("unet"))
     weights = 4 * sum(value.numel() for value in network.parameters())
-    learning = found.phases["learning"].bytes
+    learning = found.phases["learning"].total_bytes
     assert weights + found.activations < learning < 2 * (weights + found.activations)
     assert found.step_seconds is not None
     assert found.step_seconds > 0

@@ -293,7 +293,7 @@ def test_maps_of_words_are_columns_of_the_whole_maps(family: Open, name: str) ->
 @every
 def test_attention_is_taken_in_the_named_layers_alone(family: Open, name: str) -> None:
     question = asked(family(name))
-    late = question.model.family.attention(question.model.denoiser, question.text).late
+    late = question.model.family.attention(question.model.denoiser, question.text).detail_layers
     found = [
         question.by(question.control(self_attention="layout", layers=layers))
         for layers in (("",), late, ("nowhere.",))
