@@ -37,14 +37,14 @@ def load_concepts(model: Backbone, concepts: Sequence[Concept], *, scale: float 
         if concept.weights:
             names.append(f"concept_{number}")
             with_text = has_text_encoder_weights(concept.weights_path)
-            text = {side.name: side.model for side in model.text_encoder.slots} if with_text else {}
+            text = {slot.name: slot.model for slot in model.text_encoder.slots} if with_text else {}
             load_lora(concept.weights_path, model.denoiser, names[-1], scale=scale, text_encoders=text)
             model.text_learned |= with_text
     if names:
         activate_adapters(model.denoiser, names)
         if model.text_learned:
-            for side in model.text_encoder.slots:
-                activate_adapters(side.model, names)
+            for slot in model.text_encoder.slots:
+                activate_adapters(slot.model, names)
     return names
 
 

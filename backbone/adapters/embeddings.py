@@ -54,31 +54,31 @@ def add_tokens(
     or for rows of another width.
     """
     learned: dict[str, Tensor] = {}
-    for side in encoder.slots:
-        values = rows[side.name]
-        table = cast(nn.Embedding | ExtendedEmbedding, side.model.get_input_embeddings())
+    for slot in encoder.slots:
+        values = rows[slot.name]
+        table = cast(nn.Embedding | ExtendedEmbedding, slot.model.get_input_embeddings())
         width = table.weight.shape[1]
         if values.shape != (len(tokens), width):
             raise UserError(
-                f"The learned words are {tuple(values.shape)} numbers and this model's {side.name} has words of "
+                f"The learned words are {tuple(values.shape)} numbers and this model's {slot.name} has words of "
                 f"{width}. Give the --model that they were learned on."
             )
         start = table.table.num_embeddings if isinstance(table, ExtendedEmbedding) else table.num_embeddings
         before = (
             start + sum(len(part) for part in table.rows) if isinstance(table, ExtendedEmbedding) else start
         )
-        added = side.tokenizer.add_tokens([AddedToken(word, normalized=False) for word in tokens])
-        ids = side.tokenizer.convert_tokens_to_ids(list(tokens))
+        added = slot.tokenizer.add_tokens([AddedToken(word, normalized=False) for word in tokens])
+        ids = slot.tokenizer.convert_tokens_to_ids(list(tokens))
         if added != len(tokens) or ids != list(range(before, before + len(tokens))):
             raise UserError(
                 f"This model knows one of the words {', '.join(tokens)} already. Choose another token."
             )
         if not isinstance(table, ExtendedEmbedding):
             table = ExtendedEmbedding(table)
-            side.model.set_input_embeddings(table)
+            slot.model.set_input_embeddings(table)
         parameter = nn.Parameter(values.detach().clone().float().to(table.weight.device), requires_grad=False)
         table.rows.append(parameter)
-        learned[side.name] = parameter
+        learned[slot.name] = parameter
     return learned
 
 
@@ -88,12 +88,12 @@ def embed_tokens(encoder: TextEncoder, text: str, *, count: int) -> dict[str, Te
     Raises `UserError` for a text without tokens.
     """
     found = {}
-    for side in encoder.slots:
-        ids = side.tokenizer(text, add_special_tokens=False)["input_ids"]
+    for slot in encoder.slots:
+        ids = slot.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
             raise UserError(f"“{text}” has no words to begin with. Give others with --initializer_token.")
-        chosen = torch.tensor([ids[k % len(ids)] for k in range(count)], device=side.model.device)
-        found[side.name] = side.model.get_input_embeddings()(chosen[None])[0].detach().float()
+        chosen = torch.tensor([ids[k % len(ids)] for k in range(count)], device=slot.model.device)
+        found[slot.name] = slot.model.get_input_embeddings()(chosen[None])[0].detach().float()
     return found
 
 
@@ -132,7 +132,7 @@ def load_embeddings(path: Path, encoder: TextEncoder, token: str) -> dict[str, T
     Raises `UserError` when the file holds none for this token.
     """
     tensors, _ = read_tensors(path)
-    names = [side.name for side in encoder.slots]
+    names = [slot.name for slot in encoder.slots]
     keys = [token] if len(names) == 1 else [f"{token}/{name}" for name in names]
     if any(key not in tensors for key in keys):
         raise UserError(

@@ -1,7 +1,7 @@
-"""What differs from one model family to the next, one small file each.
+"""The interface of a model family: everything that differs between Stable Diffusion, SDXL, SD3, FLUX and PixArt.
 
-A family knows how its parts are stored, how its text is encoded, how its network is called, and on which noise path it
-was trained. Everything else in the project asks a `Family` and never asks which one it is.
+A family loads its components, encodes prompts, calls its denoiser, and knows its noise path. The rest of the project
+uses a `Family` through this protocol and never asks which one it is.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,19 +19,16 @@ from backbone.diffusion.noise import Kind, Ladder, Level
 from backbone.families.location import Location
 from backbone.io.files import Header
 
-if TYPE_CHECKING:
-    pass
-
 Text = dict[str, Tensor]
-"""What a family's network wants to know of some prompts: named tensors, [B, ...] each."""
+"""The encoded prompts as the family's network takes them: named tensors, [B, ...] each."""
 
 Network = Callable[[Tensor, Tensor], Tensor]
-"""(noisy latents [B, C, H, W], times [] or [B]) → the network's raw prediction [B, C, H, W]."""
+"""(noisy latents [B, C, H, W], times [] or [B]) → the raw prediction [B, C, H, W]."""
 
 
 @dataclass(frozen=True)
 class TextEncoderSlot:
-    """One text encoder of a family: its name in the diffusers layout, its tokenizer and its transformer."""
+    """A text encoder of a pipeline: its name in the diffusers layout (`text_encoder_2`), tokenizer and model."""
 
     name: str
     tokenizer: Any
@@ -40,11 +37,11 @@ class TextEncoderSlot:
 
 @dataclass(frozen=True)
 class TextSegment:
-    """One of the stretches that the network's text tokens consist of: how a prompt is cut there, and padded.
+    """A segment of the text sequence that the network attends to: the tokens of one tokenizer.
 
-    tokenizer  which cuts it; None where nothing is said (zeros in the place of an encoder that is missing)
-    tokens     how many there are, with padding
-    heard      the prompt as this tokenizer is given it
+    tokenizer   None for a segment of zeros, where an encoder is missing
+    tokens      its length with padding
+    preprocess  prompt → what the tokenizer is given
     """
 
     tokenizer: Any
@@ -53,37 +50,37 @@ class TextSegment:
 
 
 class TextEncoder(Protocol):
-    """The text side of a family, loaded. `tokenizer` is the first side's."""
+    """The loaded text encoders of a model. `tokenizer` is that of the first slot."""
 
     tokenizer: Any
 
     @property
     def slots(self) -> tuple[TextEncoderSlot, ...]:
-        """Every encoder that can learn words or carry an adapter."""
+        """The encoders that may learn tokens or carry an adapter."""
         ...
 
     @property
     def segments(self) -> tuple[TextSegment, ...]:
-        """Which token of a prompt stands where in what the network attends to, one stretch behind the other."""
+        """The segments of the text sequence that the network attends to, in order."""
         ...
 
     def __call__(self, prompts: Sequence[str]) -> Text:
-        """Encodes prompts; differentiable in what is trained."""
+        """Encode prompts; differentiable with respect to trained weights."""
         ...
 
     def to(self, device: torch.device) -> TextEncoder:
-        """Moves to a device."""
+        """Move every encoder to a device."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class JointAttentionInputs:
-    """One call of an attention layer over text and picture jointly, up to the product.
+    """One call of a joint text-image attention layer (MMDiT), up to the attention product.
 
-    query, key, value  [B, heads, tokens, D]: the text's tokens and the picture's, one behind the other
-    text               where the text's are; nowhere in a layer over the picture alone
-    finish             what was attended to [B, heads, tokens, D] → what the layer answers
-    bias               what is added to the score of each key, [1, tokens], if anything is
+    query, key, value  [B, heads, tokens, D], text and image tokens concatenated
+    text               the slice of the text tokens; empty in a layer over image tokens alone
+    project_output     attention output [B, heads, tokens, D] → what the layer returns
+    bias               added to the logits of each key, [1, tokens], or None
     """
 
     query: Tensor
@@ -94,12 +91,12 @@ class JointAttentionInputs:
     bias: Tensor | None = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The product over all of this call's keys, whatever was made of them: [B, heads, queries, D]."""
+        """Scaled dot-product attention with this call's bias → [B, heads, queries, D]."""
         return F.scaled_dot_product_attention(query, key, value, attn_mask=self.bias)
 
     @property
     def image(self) -> slice:
-        """Where the picture's tokens are: all that are not the text's, row by row."""
+        """The slice of the image tokens, in row-major order: all that are not text."""
         return (
             slice(0, self.text.start) if self.text.start > 0 else slice(self.text.stop, self.query.shape[2])
         )
@@ -107,13 +104,12 @@ class JointAttentionInputs:
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """What there is to know of a denoiser's attention for who changes it (`edit`).
+    """The denoiser's attention layers, for code that controls attention (`edit`).
 
-    joint   of layers over text and picture jointly, by the class of their processors: a processor's call →
-            `JointAttentionInputs`. Layers over the picture alone and from the picture to the text are diffusers'
-            `Attention` everywhere
-    coarse  the most queries of a layer that says where things are; None where all layers have one resolution
-    late    how the names of the layers begin that draw the details
+    joint_inputs     for joint text-image layers, by processor class: a processor's call → `JointAttentionInputs`;
+                     self- and cross-attention layers are diffusers' `Attention` in every family
+    max_map_queries  layers with at most so many queries give attention maps; None where all have one resolution
+    detail_layers    name prefixes of the layers that draw details
     """
 
     joint_inputs: Mapping[type, Callable[..., JointAttentionInputs]] = field(default_factory=dict)
@@ -122,7 +118,7 @@ class AttentionLayout:
 
 
 class Family(Protocol):
-    """One family of models, as the rest of the project sees it."""
+    """A model family, as the rest of the project sees it."""
 
     name: ClassVar[str]
     hub_ids: ClassVar[dict[str, str]]  # short names of published models, and the hub ids that they stand for
@@ -130,26 +126,26 @@ class Family(Protocol):
     lora_targets: ClassVar[dict[str, tuple[str, ...]]]  # named sets of layers, as peft's `target_modules`
 
     def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
-        """The `settings` of a checkpoint in one file, told by its header; None if it is not of this family.
+        """The `settings` folders of a single-file checkpoint, recognised by its header; None for another family's file.
 
-        `UserError` if it is of this family and lacks a part.
+        Raises `UserError` for a file of this family that lacks a component.
         """
         ...
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        """The network that predicts."""
+        """Load the UNet or transformer."""
         ...
 
     def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        """The autoencoder; kept in fp32 where half precision overflows."""
+        """Load the VAE; in fp32 where half precision overflows."""
         ...
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> TextEncoder:
-        """The text side. The working precision is for encoders of billions of parameters; smaller ones are in fp32."""
+        """Load the text encoders: those of billions of parameters in `dtype`, smaller ones in fp32."""
         ...
 
     def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:
-        """The model by its settings alone, each part in the precision that it has where the working one is `dtype`."""
+        """Describe the model by its configs alone, each component in the precision it has when loaded with `dtype`."""
         ...
 
     def latent_shape(self, location: Location) -> tuple[int, int, int]:
@@ -157,39 +153,39 @@ class Family(Protocol):
         ...
 
     def sampling_defaults(self, location: Location) -> dict[str, Any]:
-        """What works well with the family's models, where it is not what works with most: `steps`, `guidance` …"""
+        """Sampling settings that differ from the project's defaults: `steps`, `guidance` …"""
         ...
 
     def path(self, location: Location) -> NoisePath:
-        """The noise path and what the network predicts on it."""
+        """The noise path that the model was trained on, and its prediction type."""
         ...
 
     def network(self, denoiser: nn.Module, text: Text) -> Network:
-        """The denoiser with its prompts filled in.
+        """Bind encoded prompts to the denoiser.
 
-        What else it is told (the size of the picture, say) follows from the noisy latents.
+        Other conditions (SDXL's image size) follow from the noisy latents.
         """
         ...
 
     def attention(self, denoiser: nn.Module, text: Text) -> AttentionLayout:
-        """The denoiser's attention layers, as they are called with such prompts."""
+        """The denoiser's attention layers, as called with these prompts."""
         ...
 
     def embed_guidance(self, denoiser: nn.Module, text: Text, guidance: float) -> Text | None:
-        """The prompts with the guidance, for a network that learned to answer as if guided by one call.
+        """Add the guidance scale to the prompts of a guidance-distilled network (Meng et al. 2023).
 
-        None where guidance takes a second call without the prompt (Ho & Salimans 2022).
+        None where classifier-free guidance takes a second call without the prompt (Ho & Salimans 2022).
         """
         ...
 
 
 @dataclass(frozen=True)
 class NoisePath:
-    """A noise path: the levels that the model was trained at, and the ladder of a sampler.
+    """The noise levels that a model was trained on, and its sampling schedule.
 
-    kind    what the network predicts
-    levels  [T], clean to noisy: a uniform choice among them is what training drew from
-    ladder  (steps S, size (H, W) of the latents) → the rungs [S + 1], noisy to clean
+    prediction_type  what the network predicts
+    levels           [T], clean to noisy; training drew uniformly among them
+    ladder           (steps S, latent size (H, W)) → the schedule [S + 1], noisy to clean
     """
 
     prediction_type: Kind
@@ -199,13 +195,13 @@ class NoisePath:
 
 @dataclass(frozen=True)
 class ModuleSpec:
-    """A network that is not loaded: how it is built, and the precision in which it will be held."""
+    """A module that is not loaded: how to construct it, and its dtype."""
 
     build: Callable[[], nn.Module]
     dtype: torch.dtype
 
     def instantiate(self, device: str = "meta") -> nn.Module:
-        """The network with weights as they come, frozen; on `meta` it has no storage."""
+        """Construct the frozen module with random weights; on `meta` it has no storage."""
         with torch.device(device):
             network = self.build()
         nn.Module.to(network, self.dtype)
@@ -215,7 +211,7 @@ class ModuleSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model's parts, and the shapes of one prompt's `Text`, without the prompt's own dimension."""
+    """The components of a model that is not loaded, and the shapes of one prompt's `Text` without the batch axis."""
 
     denoiser: ModuleSpec
     autoencoder: ModuleSpec
@@ -223,12 +219,12 @@ class ModelSpec:
     text_shapes: Mapping[str, tuple[int, ...]]
 
     def blank_text(self, rows: int, device: str = "meta") -> Text:
-        """`Text` of so many prompts that say nothing; a mask of tokens is of whole numbers."""
+        """Zeros in the shapes of `rows` encoded prompts; int64 for the token mask."""
         return {name: _zeros(name, (rows, *shape), device) for name, shape in self.text_shapes.items()}
 
 
 def diffusers_spec(kind: Any, location: Location, part: str, dtype: torch.dtype) -> ModuleSpec:
-    """A network of diffusers."""
+    """The spec of a diffusers model (`kind` is its class), from its config."""
     config = location.config(part)
     return ModuleSpec(lambda: cast(nn.Module, kind.from_config(config)), dtype)
 
@@ -236,7 +232,7 @@ def diffusers_spec(kind: Any, location: Location, part: str, dtype: torch.dtype)
 def transformers_spec(
     kind: Any, location: Location, part: str, dtype: torch.dtype = torch.float32
 ) -> ModuleSpec:
-    """A text encoder of transformers."""
+    """The spec of a transformers text encoder (`kind` is its class), from its config."""
     config = location.config(part)
     return ModuleSpec(lambda: cast(nn.Module, kind(kind.config_class.from_dict(config))), dtype)
 

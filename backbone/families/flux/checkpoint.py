@@ -1,8 +1,8 @@
-"""FLUX.1 in one checkpoint file: which files those are, their settings, transformer and text encoder CLIP.
+"""Single-file FLUX.1 checkpoints: recognition, configs, transformer and CLIP.
 
-Settings are looked for as those of Stable Diffusion 1.x are (`stable_diffusion_file`); the published ones lie in
-`configs/flux`, those of which `dev` and `schnell` have their own in `configs/flux-dev` and `configs/flux-schnell`.
-diffusers' own converter knows one width only, so the transformer's names are translated here.
+Configs are looked up as for Stable Diffusion 1 (`sd1/checkpoint.py`); the published ones are in `configs/flux`, and
+those that differ between dev and schnell in `configs/flux-dev` and `configs/flux-schnell`. diffusers' converter knows
+one width only, so keys are converted here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from backbone.families import text_encoders as text_encoders_file
+from backbone.families import text_encoders
 from backbone.families.base import TextEncoderSlot
 from backbone.families.checkpoint import UNET, config_mismatch
 from backbone.families.location import Location
@@ -54,7 +54,7 @@ KEY_PATTERNS = (
     (r"\.txt_mlp\.2\.", ".ff_context.net.2."),
     (r"\.linear2\.", ".proj_out."),
 )
-FUSED_LAYERS = {  # several layers in one
+FUSED_LAYERS = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
     "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
@@ -62,15 +62,15 @@ FUSED_LAYERS = {  # several layers in one
 
 
 def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
-    """The folders of the settings of a FLUX.1 checkpoint, or None for any other file.
+    """The config folders of a FLUX.1 checkpoint, or None for any other file.
 
-    Raises `UserError` for one that lacks a part, as the files of the transformer alone do.
+    Raises `UserError` for a file that lacks a component, like those of the transformer alone.
     """
-    prefix = text_encoders_file.transformer_prefix(header, "img_in.weight")
+    prefix = text_encoders.transformer_prefix(header, "img_in.weight")
     marks = ("vector_in.in_layer.weight", "double_blocks.0.img_mod.lin.weight")
     if prefix is None or any(prefix + mark not in header.shapes for mark in marks):
         return None
-    text_encoders_file.require_complete(
+    text_encoders.require_complete(
         header,
         "the transformer of a FLUX.1",
         encoders=(CLIP_L, T5),
@@ -78,8 +78,8 @@ def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
         patch=LATENTS_PER_TOKEN,
         remedy=REMEDY,
     )
-    told = f"{prefix}guidance_in.in_layer.weight" in header.shapes
-    published = ["flux-dev" if told else "flux-schnell", "flux", "stable-diffusion-1"]  # the last for CLIP
+    is_dev = f"{prefix}guidance_in.in_layer.weight" in header.shapes
+    published = ["flux-dev" if is_dev else "flux-schnell", "flux", "stable-diffusion-1"]  # the last for CLIP
     return (
         header.path.with_suffix(""),
         header.path.parent,
@@ -88,21 +88,21 @@ def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
 
 
 def load_transformer(location: Location, dtype: torch.dtype) -> nn.Module:
-    """The transformer; `UserError` where it does not fit its settings."""
+    """Load the transformer; `UserError` where it does not fit its config."""
     try:
-        named = convert_to_diffusers(read_weights(location, UNET, dtype))
+        tensors = convert_to_diffusers(read_weights(location, UNET, dtype))
     except (KeyError, ValueError) as error:
         raise config_mismatch(location, "transformer") from error
-    return build_network(FluxTransformer2DModel, location, "transformer", named)
+    return build_network(FluxTransformer2DModel, location, "transformer", tensors)
 
 
 def convert_to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The transformer's tensors under the names that diffusers gives them, each layer by itself.
+    """Rename the transformer's tensors to diffusers' keys, splitting fused layers.
 
-    The last modulation is scale and shift there, and shift and scale in the original.
+    diffusers' last modulation is (scale, shift), the original's (shift, scale).
     """
     width = len(tensors["img_in.weight"])
-    found = {}
+    converted = {}
     for name, tensor in tensors.items():
         layer, _, kind = name.rpartition(".")
         block, parts = next(
@@ -112,24 +112,24 @@ def convert_to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if parts:
             rows = [width * number for number in range(1, len(parts))]
             for part, values in zip(parts, tensor.tensor_split(rows), strict=True):
-                found[rename_key(f"{block}{part}.{kind}")] = values
+                converted[rename_key(f"{block}{part}.{kind}")] = values
         elif layer == "final_layer.adaLN_modulation.1":
             shift, scale = tensor.chunk(2)
-            found[rename_key(name)] = torch.cat([scale, shift])
+            converted[rename_key(name)] = torch.cat([scale, shift])
         else:
-            found[rename_key(name)] = tensor
-    return found
+            converted[rename_key(name)] = tensor
+    return converted
 
 
 def rename_key(name: str) -> str:
     """`double_blocks.0.img_mod.lin.bias` → `transformer_blocks.0.norm1.linear.bias`, and so on."""
-    for original, ours in KEY_PATTERNS:
-        name = re.sub(original, ours, name)
+    for pattern, replacement in KEY_PATTERNS:
+        name = re.sub(pattern, replacement, name)
     return name
 
 
 def load_clip_l(location: Location) -> TextEncoderSlot:
-    """CLIP with its tokenizer, fp32; the projection that some files have is not FLUX.1's."""
+    """Load CLIP-L in fp32 with its tokenizer; FLUX.1 has no use for the text projection of some files."""
     tensors = read_weights(location, CLIP_L, torch.float32)
     tensors.pop(PROJECTION, None)
     return load_clip(CLIPTextModel, location, "", tensors, pads_with="<|endoftext|>")

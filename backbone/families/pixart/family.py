@@ -1,6 +1,6 @@
-"""PixArt-Σ: a variance-preserving transformer that reads T5's tokens by cross-attention.
+"""PixArt-Σ: a variance-preserving transformer with cross-attention to T5's hidden states (Chen et al. 2024).
 
-Chen et al. 2024. The network also learned the variance of its answer, which the samplers here do not ask for.
+The network also predicts its variance, which the samplers here do not use.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, PixArtTransformer2DModel
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
-from backbone.families import loading as parts
+from backbone.families import loading
 from backbone.families.base import (
     AttentionLayout,
     ModelSpec,
@@ -33,7 +33,7 @@ T5_TOKENS = 300
 
 
 class PixArt:
-    """The family's file: see `Family`."""
+    """Implements `Family`."""
 
     name: ClassVar[str] = "PixArt-Σ"
     hub_ids: ClassVar[dict[str, str]] = {"pixart": "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"}
@@ -47,19 +47,19 @@ class PixArt:
         return None
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        return parts.load_network(PixArtTransformer2DModel, location, "transformer", dtype)
+        return loading.load_network(PixArtTransformer2DModel, location, "transformer", dtype)
 
     def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        return parts.load_autoencoder(AutoencoderKL, location, dtype)
+        return loading.load_autoencoder(AutoencoderKL, location, dtype)
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> T5TextEncoder:
-        return T5TextEncoder([parts.load_t5(location, "", dtype)])
+        return T5TextEncoder([loading.load_t5(location, "", dtype)])
 
     def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:
         width = int(location.config("transformer")["caption_channels"])
         return ModelSpec(
             diffusers_spec(PixArtTransformer2DModel, location, "transformer", dtype),
-            diffusers_spec(AutoencoderKL, location, "vae", parts.autoencoder_dtype(location, dtype)),
+            diffusers_spec(AutoencoderKL, location, "vae", loading.autoencoder_dtype(location, dtype)),
             {"text_encoder": transformers_spec(T5EncoderModel, location, "text_encoder", dtype)},
             {"hidden": (T5_TOKENS, width), "mask": (T5_TOKENS,)},
         )
@@ -72,53 +72,53 @@ class PixArt:
         return {"steps": 20, "guidance": 4.5}
 
     def path(self, location: Location) -> NoisePath:
-        return parts.vp_path(location)
+        return loading.vp_path(location)
 
     def network(self, denoiser: nn.Module, text: Text) -> Network:
         dtype = cast(torch.dtype, denoiser.dtype)
-        unsaid = {"resolution": None, "aspect_ratio": None}
+        no_size_condition = {"resolution": None, "aspect_ratio": None}
 
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
-            said = denoiser(
+            output = denoiser(
                 noisy.to(dtype),
                 encoder_hidden_states=text["hidden"].to(dtype),
                 encoder_attention_mask=text["mask"],
                 timestep=time.expand(len(noisy)),
-                added_cond_kwargs=unsaid,
+                added_cond_kwargs=no_size_condition,
             ).sample
-            return cast(Tensor, said[:, : noisy.shape[1]])  # the variance is behind it
+            return cast(Tensor, output[:, : noisy.shape[1]])  # the variance fills the other channels
 
         return predict
 
     def attention(self, denoiser: nn.Module, text: Text) -> AttentionLayout:
-        late = parts.later_half_prefixes(cast(Any, denoiser).transformer_blocks, "transformer_blocks")
+        late = loading.later_half_prefixes(cast(Any, denoiser).transformer_blocks, "transformer_blocks")
         return AttentionLayout(max_map_queries=None, detail_layers=late)
 
     def embed_guidance(self, denoiser: nn.Module, text: Text, guidance: float) -> None:
         return None
 
 
-class T5TextEncoder(parts.MultiTextEncoder):
-    """T5's last hidden states of 300 positions, and which of them hold a token. Prompts are read in small letters."""
+class T5TextEncoder(loading.MultiTextEncoder):
+    """T5's last hidden states at 300 positions and the token mask. Prompts are lowercased."""
 
     @property
     def segments(self) -> tuple[TextSegment, ...]:
         return (TextSegment(self.tokenizer, T5_TOKENS, self.preprocess),)
 
     def preprocess(self, prompt: str) -> str:
-        """A prompt as T5 is given it."""
+        """Lowercase a prompt, except for added tokens."""
         return lowercase_except(prompt, self.tokenizer.get_added_vocab()).strip()
 
     def __call__(self, prompts: Sequence[str]) -> Text:
-        """hidden [B, 300, D], mask [B, 300]. A prompt that is too long is cut, and said so."""
-        (side,) = self.slots
-        said = [self.preprocess(prompt) for prompt in prompts]
-        parts.warn_truncation(side, said, T5_TOKENS)
-        tokens = parts.tokenize(side, said, T5_TOKENS)
-        return {"hidden": side.model(**tokens).last_hidden_state.float(), "mask": tokens["attention_mask"]}
+        """hidden [B, 300, D], mask [B, 300]; warns of truncated prompts."""
+        (slot,) = self.slots
+        prompts = [self.preprocess(prompt) for prompt in prompts]
+        loading.warn_truncation(slot, prompts, T5_TOKENS)
+        tokens = loading.tokenize(slot, prompts, T5_TOKENS)
+        return {"hidden": slot.model(**tokens).last_hidden_state.float(), "mask": tokens["attention_mask"]}
 
 
 def lowercase_except(prompt: str, kept: Collection[str]) -> str:
-    """A prompt in small letters, but for the words in `kept`: those that the tokenizer was taught."""
+    """Lowercase a prompt except for the words in `kept`."""
     pieces = re.split(f"({'|'.join(map(re.escape, kept))})", prompt) if kept else [prompt]
     return "".join(piece if piece in kept else piece.lower() for piece in pieces)

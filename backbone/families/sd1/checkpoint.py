@@ -1,9 +1,9 @@
-"""Stable Diffusion 1.x and 2.x in one checkpoint file: which files those are, their settings, text encoder, tokenizer.
+"""Single-file Stable Diffusion 1.x and 2.x checkpoints: recognition, configs, text encoder, tokenizer.
 
-A checkpoint carries weights and nothing else. Its settings are looked for in a folder of its own name beside it
-(`NAME/` for `NAME.safetensors`), then beside it, then among the published ones in `configs/`; all are laid out as a
-diffusers folder: `unet/config.json`, `vae/config.json`, `text_encoder/config.json`, `scheduler/scheduler_config.json`,
-`tokenizer/`. So a file of another architecture works with its settings beside it.
+A checkpoint holds weights and nothing else. Its configs are looked up in the folder of its own name (`NAME/` beside
+`NAME.safetensors`), then beside it, then among the published ones in `configs/`, all in the diffusers layout:
+`unet/config.json`, `vae/config.json`, `text_encoder/config.json`, `scheduler/scheduler_config.json`, `tokenizer/`. So
+a file of another architecture works with its configs beside it.
 """
 
 from __future__ import annotations
@@ -42,30 +42,37 @@ UNUSED_KEYS = r"(^|\.)(position_ids|logit_scale|text_projection(\.weight)?|attn_
 
 
 def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
-    """The folders of the settings of a Stable Diffusion 1.x or 2.x checkpoint, or None for any other file."""
-    takes, latents = unet_and_latent_channels(header)
+    """The config folders of a Stable Diffusion 1.x or 2.x checkpoint, or None for any other file."""
+    in_channels, latent_channels = unet_and_latent_channels(header)
     text = any(name.startswith(TEXT_PREFIX) for name in header.shapes)
-    if not text or takes is None or takes != latents or UNET + "label_emb.0.0.weight" in header.shapes:
+    if (
+        not text
+        or in_channels is None
+        or in_channels != latent_channels
+        or UNET + "label_emb.0.0.weight" in header.shapes
+    ):
         return None
     beside = (header.path.with_suffix(""), header.path.parent)
-    second = any(name.startswith(OPENCLIP_PREFIX) for name in header.shapes)
-    kind, side = read_prediction_type(header)
+    is_version_2 = any(name.startswith(OPENCLIP_PREFIX) for name in header.shapes)
+    kind, resolution = read_prediction_type(header)
     if kind is None:
-        kind, side = guess_prediction_type(header.path) if second else ("epsilon", 512)
-        if second and not any((folder / "scheduler" / "scheduler_config.json").exists() for folder in beside):
+        kind, resolution = guess_prediction_type(header.path) if is_version_2 else ("epsilon", 512)
+        if is_version_2 and not any(
+            (folder / "scheduler" / "scheduler_config.json").exists() for folder in beside
+        ):
             notify(
-                f"{header.path} does not say what it predicts; by its name it should be {kind} at {side} pixels. "
+                f"{header.path} does not say what it predicts; by its name it should be {kind} at {resolution} pixels. "
                 "If it draws noise, put its scheduler/scheduler_config.json and unet/config.json beside it."
             )
-    published = ["velocity"] * (kind == "v_prediction") + ["768"] * (second and side == 768)
-    published += ["stable-diffusion-2"] * second + ["stable-diffusion-1"]
+    published = ["velocity"] * (kind == "v_prediction") + ["768"] * (is_version_2 and resolution == 768)
+    published += ["stable-diffusion-2"] * is_version_2 + ["stable-diffusion-1"]
     return (*beside, *(PUBLISHED_CONFIGS / name for name in published))
 
 
 def read_prediction_type(header: Header) -> tuple[Kind | None, int]:
-    """What the network predicts and at how many pixels a side, where the file says so.
+    """The prediction type and the resolution in pixels that the file declares; None and 512 if it declares none.
 
-    In the terms of the metadata standard ModelSpec (kohya, ComfyUI), or by a tensor named `v_pred`.
+    Read from ModelSpec metadata (kohya, ComfyUI), or from a tensor named `v_pred`.
     """
     architecture = header.metadata.get("modelspec.architecture", "")  # as stable-diffusion-v2-768-v
     kind = header.metadata.get("modelspec.prediction_type", "")
@@ -78,12 +85,12 @@ def read_prediction_type(header: Header) -> tuple[Kind | None, int]:
 
 
 def guess_prediction_type(path: Path) -> tuple[Kind, int]:
-    """The same by the name of a Stable Diffusion 2 file: the one for 768 pixels, unless it says base or 512."""
+    """Guess both from the name of a Stable Diffusion 2 file: v-prediction at 768, unless it says base or 512."""
     return ("epsilon", 512) if re.search("512|base", path.stem.lower()) else ("v_prediction", 768)
 
 
 def load_text_encoder(location: Location, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The tokenizer and the CLIP text encoder; `UserError` where one is missing or they do not fit together."""
+    """Load (tokenizer, CLIP text encoder); `UserError` where one is missing or they do not fit together."""
     config = CLIPTextConfig.from_dict(location.config("text_encoder"))
     with init_empty_weights():
         model = CLIPTextModel(config)
@@ -107,9 +114,9 @@ def load_text_encoder(location: Location, dtype: torch.dtype) -> tuple[Any, Any]
 
 
 def convert_to_transformers(tensors: dict[str, Tensor], *, layers: int) -> dict[str, Tensor]:
-    """The text encoder's tensors under the names that transformers gives them, without its level `text_model`.
+    """Rename the text encoder's tensors to transformers' keys, without the level `text_model`.
 
-    Of OpenCLIP's layers the last is left out: Stable Diffusion 2 reads the last but one.
+    OpenCLIP's last layer is dropped: Stable Diffusion 2 reads the last but one.
     """
     named = {}
     for name, tensor in tensors.items():
@@ -121,7 +128,7 @@ def convert_to_transformers(tensors: dict[str, Tensor], *, layers: int) -> dict[
             name = re.sub(pattern, replacement, name)
         if name.startswith(f"encoder.layers.{layers}."):
             continue
-        if "in_proj_" in name:  # queries, keys and values in one
+        if "in_proj_" in name:  # query, key and value fused
             for letter, part in zip("qkv", tensor.chunk(3), strict=True):
                 named[name.replace("in_proj_", f"{letter}_proj.")] = part
         else:
@@ -130,17 +137,18 @@ def convert_to_transformers(tensors: dict[str, Tensor], *, layers: int) -> dict[
 
 
 def is_openclip(name: str) -> bool:
+    """Whether a key is OpenCLIP's (version 2) rather than transformers' (version 1)."""
     return name.startswith(OPENCLIP_PREFIX)
 
 
 def load_tokenizer(location: Location, *, pads_with: str, folder: str = "tokenizer") -> Any:
-    """The tokenizer beside the file, or CLIP's own, which every published Stable Diffusion uses."""
-    found = location.local(folder)
-    if found is not None:
+    """Load the tokenizer beside the file, or CLIP's own, which every published Stable Diffusion uses."""
+    path = location.local(folder)
+    if path is not None:
         try:
-            return CLIPTokenizer.from_pretrained(str(found), local_files_only=True)
+            return CLIPTokenizer.from_pretrained(str(path), local_files_only=True)
         except (OSError, ValueError) as error:
-            raise UserError(f"{found} is not a whole CLIP tokenizer ({error}). Restore it.") from error
+            raise UserError(f"{path} is not a whole CLIP tokenizer ({error}). Restore it.") from error
     try:
         vocabulary, merges = (hub_file(TOKENIZER, name) for name in ("vocab.json", "merges.txt"))
     except UserError as error:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from backbone.families import checkpoint as single_file
-from backbone.families import loading as parts
+from backbone.families import loading
 from backbone.families.base import (
     AttentionLayout,
     ModelSpec,
@@ -25,12 +25,12 @@ from backbone.families.base import (
     transformers_spec,
 )
 from backbone.families.location import Location
-from backbone.families.sd1 import checkpoint as stable_diffusion_file
+from backbone.families.sd1 import checkpoint
 from backbone.io.files import Header
 
 
 class StableDiffusion:
-    """The family's file: see `Family`."""
+    """Implements `Family`."""
 
     name: ClassVar[str] = "Stable Diffusion"
     hub_ids: ClassVar[dict[str, str]] = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
@@ -44,24 +44,24 @@ class StableDiffusion:
     }
 
     def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
-        return stable_diffusion_file.match_checkpoint(header)
+        return checkpoint.match_checkpoint(header)
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
         return _load_network(UNet2DConditionModel, location, "unet", dtype)
 
     def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        return _load_network(AutoencoderKL, location, "vae", parts.autoencoder_dtype(location, dtype))
+        return _load_network(AutoencoderKL, location, "vae", loading.autoencoder_dtype(location, dtype))
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> ClipTextEncoder:
         if location.file is not None:
-            return ClipTextEncoder(*stable_diffusion_file.load_text_encoder(location, torch.float32))
-        side = parts.load_clip(CLIPTextModel, location)
-        return ClipTextEncoder(side.tokenizer, side.model)
+            return ClipTextEncoder(*checkpoint.load_text_encoder(location, torch.float32))
+        slot = loading.load_clip(CLIPTextModel, location)
+        return ClipTextEncoder(slot.tokenizer, slot.model)
 
     def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:
         return ModelSpec(
             diffusers_spec(UNet2DConditionModel, location, "unet", dtype),
-            diffusers_spec(AutoencoderKL, location, "vae", parts.autoencoder_dtype(location, dtype)),
+            diffusers_spec(AutoencoderKL, location, "vae", loading.autoencoder_dtype(location, dtype)),
             {"text_encoder": transformers_spec(CLIPTextModel, location, "text_encoder")},
             {"hidden": (77, int(location.config("unet")["cross_attention_dim"]))},
         )
@@ -74,7 +74,7 @@ class StableDiffusion:
         return {}
 
     def path(self, location: Location) -> NoisePath:
-        return parts.vp_path(location)
+        return loading.vp_path(location)
 
     def network(self, denoiser: nn.Module, text: Text) -> Network:
         dtype = cast(torch.dtype, denoiser.dtype)
@@ -93,7 +93,7 @@ class StableDiffusion:
 
 
 class ClipTextEncoder:
-    """CLIP's text encoder: the last hidden states of 77 positions."""
+    """CLIP's last hidden states at 77 positions."""
 
     def __init__(self, tokenizer: Any, model: Any) -> None:
         self.tokenizer = tokenizer
@@ -112,17 +112,17 @@ class ClipTextEncoder:
         return self
 
     def __call__(self, prompts: Sequence[str]) -> Text:
-        """hidden [B, 77, D]. A prompt that is too long is cut, and said so."""
-        (side,) = self.slots
-        parts.warn_truncation(side, prompts)
-        ids = parts.tokenize(side, prompts)["input_ids"]
+        """hidden [B, 77, D]; warns of truncated prompts."""
+        (slot,) = self.slots
+        loading.warn_truncation(slot, prompts)
+        ids = loading.tokenize(slot, prompts)["input_ids"]
         return {"hidden": self.model(ids).last_hidden_state.float()}
 
 
 def _load_network(kind: Any, location: Location, part: str, dtype: torch.dtype) -> nn.Module:
-    """The denoiser or the autoencoder, from wherever the model is."""
+    """Load the UNet or the VAE from a folder, the hub or a single file."""
     if location.file is None:
-        return parts.load_network(kind, location, part, dtype, torch.channels_last)
-    prefix = stable_diffusion_file.PREFIXES[part]
+        return loading.load_network(kind, location, part, dtype, torch.channels_last)
+    prefix = checkpoint.PREFIXES[part]
     model = single_file.load_single_file_part(kind, location, part, prefix=prefix, dtype=dtype)
     return cast(nn.Module, model.to(memory_format=torch.channels_last))

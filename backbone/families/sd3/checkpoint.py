@@ -1,7 +1,7 @@
-"""Stable Diffusion 3 and 3.5 in one checkpoint file: which files those are, their settings, transformer, encoders.
+"""Single-file Stable Diffusion 3 and 3.5 checkpoints: recognition, configs, transformer and text encoders.
 
-Settings are looked for as those of Stable Diffusion 1.x are (`stable_diffusion_file`); the published ones lie in
-`configs/stable-diffusion-3` and, for the transformers of 3.5, in folders beside it.
+Configs are looked up as for Stable Diffusion 1 (`sd1/checkpoint.py`); the published ones are in
+`configs/stable-diffusion-3`, those of 3.5's transformers in folders beside it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoi
 from torch import nn
 from transformers import CLIPTextModelWithProjection
 
-from backbone.families import text_encoders as text_encoders_file
+from backbone.families import text_encoders
 from backbone.families.base import TextEncoderSlot
 from backbone.families.checkpoint import UNET, config_mismatch
 from backbone.families.location import Location
@@ -37,15 +37,15 @@ REMEDY = (
 
 
 def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
-    """The folders of the settings of a Stable Diffusion 3 checkpoint, or None for any other file.
+    """The config folders of a Stable Diffusion 3 checkpoint, or None for any other file.
 
-    Raises `UserError` for one that lacks a part; T5 may be missing.
+    Raises `UserError` for a file that lacks a component; T5 may be missing.
     """
     kernel = "x_embedder.proj.weight"
-    prefix = text_encoders_file.transformer_prefix(header, kernel)
+    prefix = text_encoders.transformer_prefix(header, kernel)
     if prefix is None or f"{prefix}joint_blocks.0.x_block.attn.qkv.weight" not in header.shapes:
         return None
-    text_encoders_file.require_complete(
+    text_encoders.require_complete(
         header,
         "the transformer of a Stable Diffusion 3",
         encoders=(CLIP_L, CLIP_G),
@@ -71,24 +71,22 @@ def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
 
 
 def load_transformer(location: Location, dtype: torch.dtype) -> nn.Module:
-    """The transformer, by diffusers' converter; `UserError` where it does not fit its settings."""
+    """Load the transformer through diffusers' converter; `UserError` where it does not fit its config."""
     tensors = read_weights(location, UNET, dtype)
     try:
-        named = convert_sd3_transformer_checkpoint_to_diffusers(
-            tensors
-        )  # takes what it knows out of `tensors`
+        converted = convert_sd3_transformer_checkpoint_to_diffusers(tensors)  # pops what it knows
     except (KeyError, IndexError, ValueError) as error:
         raise config_mismatch(location, "transformer") from error
-    return build_network(SD3Transformer2DModel, location, "transformer", named | tensors)
+    return build_network(SD3Transformer2DModel, location, "transformer", converted | tensors)
 
 
 def has_t5(location: Location) -> bool:
-    """Whether the file holds the third text encoder."""
-    return text_encoders_file.has_tensors(read_header(location.source), T5)
+    """Whether the file holds T5, the third text encoder."""
+    return text_encoders.has_tensors(read_header(location.source), T5)
 
 
 def load_clips(location: Location) -> tuple[TextEncoderSlot, TextEncoderSlot]:
-    """Both CLIPs with their tokenizers, fp32. The first one's pooled output is not projected."""
+    """Load both CLIPs in fp32 with their tokenizers. The first one's pooled output is not projected."""
     first, second = (read_weights(location, prefix, torch.float32) for prefix in (CLIP_L, CLIP_G))
     first[PROJECTION] = torch.eye(int(location.config("text_encoder")["hidden_size"]))
     kind = CLIPTextModelWithProjection

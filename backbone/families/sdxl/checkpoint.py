@@ -1,6 +1,6 @@
-"""Stable Diffusion XL in one checkpoint file: which files those are, their settings, both text encoders.
+"""Single-file Stable Diffusion XL checkpoints: recognition, configs, both text encoders.
 
-Settings are looked for as those of Stable Diffusion 1.x are (`stable_diffusion_file`); the published ones lie in
+Configs are looked up as for Stable Diffusion 1 (`sd1/checkpoint.py`); the published ones are in
 `configs/stable-diffusion-xl`, and the first text encoder is Stable Diffusion 1's.
 """
 
@@ -15,7 +15,7 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from backbone.families import loading as parts
+from backbone.families import loading
 from backbone.families.base import TextEncoderSlot
 from backbone.families.checkpoint import config_mismatch, unet_and_latent_channels
 from backbone.families.location import Location
@@ -32,14 +32,14 @@ FIRST, SECOND = "conditioner.embedders.0.transformer.", "conditioner.embedders.1
 
 
 def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
-    """The folders of the settings of a Stable Diffusion XL checkpoint, or None for any other file."""
-    takes, latents = unet_and_latent_channels(header)
-    whole = all(any(name.startswith(prefix) for name in header.shapes) for prefix in (FIRST, SECOND))
-    if not whole or takes is None or takes != latents:
+    """The config folders of a Stable Diffusion XL checkpoint, or None for any other file."""
+    in_channels, latent_channels = unet_and_latent_channels(header)
+    has_encoders = all(any(name.startswith(prefix) for name in header.shapes) for prefix in (FIRST, SECOND))
+    if not has_encoders or in_channels is None or in_channels != latent_channels:
         return None
     beside = (header.path.with_suffix(""), header.path.parent)
-    said = header.metadata.get("modelspec.prediction_type", "")
-    published = ["velocity"] * (said.startswith("v") or "v_pred" in header.shapes)
+    prediction_type = header.metadata.get("modelspec.prediction_type", "")
+    published = ["velocity"] * (prediction_type.startswith("v") or "v_pred" in header.shapes)
     return (
         *beside,
         *(PUBLISHED_CONFIGS / name for name in (*published, "stable-diffusion-xl", "stable-diffusion-1")),
@@ -47,7 +47,7 @@ def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
 
 
 def load_text_encoders(location: Location) -> tuple[TextEncoderSlot, TextEncoderSlot]:
-    """Both text encoders with their tokenizers, fp32; `UserError` where one is missing or they do not fit together."""
+    """Load both text encoders in fp32 with their tokenizers; `UserError` where one is missing or does not fit."""
     first, second = (read_tensors(location.source, prefix=prefix)[0] for prefix in (FIRST, SECOND))
     named = {
         re.sub(r"^(text_model\.)?", "", name.removeprefix(FIRST)): tensor for name, tensor in first.items()
@@ -62,7 +62,7 @@ def load_text_encoders(location: Location) -> tuple[TextEncoderSlot, TextEncoder
 
 
 def convert_openclip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """OpenCLIP's tensors under the names that transformers gives them, all layers and the projection among them."""
+    """Rename OpenCLIP's tensors to transformers' keys, with all layers and the text projection."""
     named = {}
     for name, tensor in tensors.items():
         name = name.removeprefix(SECOND)
@@ -71,7 +71,7 @@ def convert_openclip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         for pattern, replacement in OPENCLIP_KEY_PATTERNS:
             name = re.sub(pattern, replacement, name)
-        if "in_proj_" in name:  # queries, keys and values in one
+        if "in_proj_" in name:  # query, key and value fused
             for letter, part in zip("qkv", tensor.chunk(3), strict=True):
                 named[name.replace("in_proj_", f"{letter}_proj.")] = part
         else:
@@ -82,7 +82,7 @@ def convert_openclip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def build_clip(
     kind: Any, location: Location, number: str, tensors: dict[str, Tensor], *, pads_with: str
 ) -> TextEncoderSlot:
-    """A text encoder and its tokenizer, fp32, from tensors named as transformers names them, without its level."""
+    """Build a CLIP text encoder in fp32 with its tokenizer; `tensors` have transformers' keys without `text_model.`."""
     part = f"text_encoder{number}"
     config = CLIPTextConfig.from_dict(location.config(part))
     with init_empty_weights():
@@ -103,5 +103,5 @@ def build_clip(
             f"The tokenizer{number} has {len(tokenizer)} tokens and {location.source} knows {config.vocab_size}. "
             f"Put the tokenizer{number}/ folder of this model beside the file."
         )
-    parts.set_eos_token(model, tokenizer)
+    loading.set_eos_token(model, tokenizer)
     return TextEncoderSlot(part, tokenizer, model)
