@@ -1,4 +1,4 @@
-"""Concepts put on a model, from run folders: their adapters, their words, and the weights that they change."""
+"""Load concepts from run folders into a model: adapters, token embeddings, weight differences."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from backbone.models.model import Backbone
 
 
 def load_concepts(model: Backbone, concepts: Sequence[Concept], *, scale: float = 1.0) -> list[str]:
-    """Puts concepts on a model, their changes `scale` times as strong; gives the adapters' names.
+    """Load concepts into a model and return the names of their adapters.
 
-    Several adapters add up; so do several changes of the denoiser's own weights.
+    `scale` multiplies adapters (LoRA scale) and weight differences; those of several concepts add up.
 
     Raises `UserError` for a concept of another model, before anything is changed.
     """
@@ -30,7 +30,9 @@ def load_concepts(model: Backbone, concepts: Sequence[Concept], *, scale: float 
             add_weight_differences(model, concept, scale=scale)
         if concept.words:
             for token, words in concept.tokens.items():
-                if words.split()[:1] != [token]:  # rare words of the model's own, in a merge of runs
+                if words.split()[:1] != [
+                    token
+                ]:  # a merged run also has tokens that stand for the model's own words
                     continue
                 load_embeddings(concept.folder / concept.words, model.text_encoder, token)
             model.text_learned = True
@@ -50,18 +52,18 @@ def load_concepts(model: Backbone, concepts: Sequence[Concept], *, scale: float 
 
 @torch.no_grad()
 def add_weight_differences(model: Backbone, concept: Concept, *, scale: float = 1.0) -> None:
-    """Adds to the denoiser's weights the differences that a concept's file holds, `scale` times."""
+    """Add `scale` times the weight differences of a concept to the denoiser's weights."""
     path = concept.folder / concept.changed
     differences, _ = read_tensors(path)
-    own = dict(model.denoiser.named_parameters())
-    if any(name not in own or own[name].shape != value.shape for name, value in differences.items()):
+    weights = dict(model.denoiser.named_parameters())
+    if any(name not in weights or weights[name].shape != value.shape for name, value in differences.items()):
         raise UserError(f"{path} was made for another model. Give the --model that it was trained on.")
     for name, value in differences.items():
-        own[name].add_(scale * value.to(own[name].device, torch.float32))
+        weights[name].add_(scale * value.to(weights[name].device, torch.float32))
 
 
 def check_concept_fits(concept: Concept, model: Backbone) -> None:
-    """`UserError` when a concept was trained on other weights than the model's, or changes weights that are cut up."""
+    """Raise `UserError` if a concept was trained on other weights, or would change weights that are sharded."""
     if concept.changed:
         require_whole_model(f"{concept.folder} changes the base's own weights, which")
     if concept.fingerprint != model.fingerprint:

@@ -1,8 +1,7 @@
-"""Adapters on peft: fp32 trainables over a base of any precision, one context that switches them off and restores.
+"""Low-rank adapters on peft: fp32 trainable tensors over a base of any precision, LoRA files as diffusers reads them.
 
-Four kinds, all a low-rank change of chosen layers: LoRA (Hu et al. 2022), DoRA (Liu et al. 2024: magnitude and
-direction apart), LoHa and LoKr (Yeh et al. 2024: Hadamard and Kronecker products). One file holds an adapter of the
-denoiser and, where it has one, of the text encoders.
+Four types: LoRA (Hu et al. 2022), DoRA (Liu et al. 2024, magnitude and direction apart), LoHa and LoKr (Yeh et al.
+2024, Hadamard and Kronecker products). One file holds the adapter of the denoiser and of the text encoders, if any.
 """
 
 from __future__ import annotations
@@ -50,12 +49,12 @@ def add_lora(
     adapter_type: AdapterType = "lora",
     rank_pattern: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
-    """Puts an adapter on the target layers and gives its trainable tensors by name, all fp32.
+    """Add an adapter to the target layers and return its trainable tensors by name, all fp32.
 
-    `ranks` gives layers whose names match a pattern a rank of their own, α/rank staying what it is. The new adapter
-    changes nothing until it is trained: one of its factors is zero. Equal seeds give equal tensors.
+    `rank_pattern` gives layers that match a pattern another rank at the same α/rank, as in peft. A new adapter changes
+    nothing until it is trained: one of its factors is zero. Equal seeds give equal tensors.
 
-    Raises `UserError` when no layer of the model is a target.
+    Raises `UserError` if no layer of the model is a target.
     """
     config = _peft_config(
         adapter_type,
@@ -82,7 +81,7 @@ def add_lora(
 
 
 def lora_parameters(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The tensors of one adapter."""
+    """The tensors of one adapter, by name."""
     return {key: value for key, value in model.named_parameters() if _is_adapter_parameter(key, name)}
 
 
@@ -94,7 +93,7 @@ def _is_adapter_parameter(key: str, name: str) -> bool:
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """The base model inside the `with`; afterwards every adapter is on again, trainable exactly where it was before."""
+    """Run the base model inside the `with`; afterwards adapters are active and trainable exactly as before."""
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
     was_off = [layer.disable_adapters for layer in layers]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -111,9 +110,9 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def use_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Exactly these adapters inside the `with`, none for no name; afterwards those from before.
+    """Activate exactly these adapters (none for no names) inside the `with`; afterwards those from before.
 
-    Nothing's `requires_grad` changes, so an adapter in training may be left out for a while.
+    `requires_grad` does not change, so an adapter in training may be left out for a while.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
     before = [layer._active_adapter for layer in layers]
@@ -134,9 +133,9 @@ def save_lora(
     metadata: Mapping[str, str] | None = None,
     text_encoders: Mapping[str, nn.Module] | None = None,
 ) -> None:
-    """Writes an adapter as diffusers' `load_lora_weights` reads it, rank and alpha in the file's header.
+    """Write an adapter as diffusers' `load_lora_weights` reads it, rank and alpha in the file's metadata.
 
-    `text` holds the text encoders that carry the same adapter, by their names in the diffusers layout.
+    `text_encoders` are those that carry the same adapter, by their names in the diffusers layout.
     """
     tensors: dict[str, Tensor] = {}
     settings: dict[str, Any] = {}
@@ -158,14 +157,14 @@ def load_lora(
     scale: float = 1.0,
     text_encoders: Mapping[str, nn.Module] | None = None,
 ) -> None:
-    """Puts a saved adapter on the model, `scale` times as strong.
+    """Load a saved adapter into the model, its α multiplied by `scale`.
 
-    Raises `UserError` when the file was made for another model.
+    Raises `UserError` if the file was made for another model.
     """
     tensors, header = read_tensors(path)
     if "lora_adapter_metadata" not in header:
         raise UserError(f"{path} does not say its rank and alpha. Use a file that `customize train` wrote.")
-    said = json.loads(header["lora_adapter_metadata"])
+    metadata = json.loads(header["lora_adapter_metadata"])
     parts = {denoiser_prefix(model): model, **_prefix_encoders(text_encoders)}
     if any(not key.startswith(tuple(parts)) for key in tensors):
         raise UserError(
@@ -174,12 +173,12 @@ def load_lora(
     for prefix, module in parts.items():
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if state:
-            settings = {key.removeprefix(prefix): v for key, v in said.items() if key.startswith(prefix)}
+            settings = {key.removeprefix(prefix): v for key, v in metadata.items() if key.startswith(prefix)}
             _load_into(path, module, name, state, settings, scale)
 
 
 def activate_adapters(model: nn.Module, names: Sequence[str]) -> None:
-    """Makes exactly these adapters work, added together."""
+    """Activate exactly these adapters, frozen; their changes add up."""
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.set_adapter([name for name in names if _has_adapter(layer, name)])
@@ -189,12 +188,12 @@ def activate_adapters(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def denoiser_prefix(model: nn.Module) -> str:
-    """How diffusers calls a denoiser of this build: a UNet, or else a transformer."""
+    """The prefix of the denoiser's keys in a diffusers LoRA file: `unet.` or `transformer.`."""
     return DENOISER_PREFIXES[0] if hasattr(model, "down_blocks") else DENOISER_PREFIXES[1]
 
 
 def has_text_encoder_weights(path: Path) -> bool:
-    """Whether an adapter file also changes text encoders."""
+    """Whether an adapter file also adapts text encoders."""
     return any(not key.startswith(DENOISER_PREFIXES) for key in read_tensors(path)[0])
 
 
@@ -209,7 +208,7 @@ def _prefix_encoders(text: Mapping[str, nn.Module] | None) -> dict[str, nn.Modul
 def _load_into(
     path: Path, model: nn.Module, name: str, state: dict[str, Tensor], settings: dict[str, Any], scale: float
 ) -> None:
-    """Puts the part of an adapter that one network carries on it."""
+    """Load the part of an adapter that belongs to one network."""
     config = _peft_config(
         _adapter_type(settings),
         rank=settings["r"],
@@ -230,8 +229,8 @@ def _load_into(
             raise UserError(
                 f"{path} was made for another model than this one. Give the --model that it was trained on."
             ) from error
-    own = get_peft_model_state_dict(cast(Any, model), adapter_name=name)
-    if shapes != {key: tuple(value.shape) for key, value in own.items()}:
+    expected = get_peft_model_state_dict(cast(Any, model), adapter_name=name)
+    if shapes != {key: tuple(value.shape) for key, value in expected.items()}:
         raise UserError(
             f"{path} was made for another model than this one. Give the --model that it was trained on."
         )
@@ -242,7 +241,7 @@ def _load_into(
 
 
 def _match_text_model_level(model: nn.Module, key: str) -> str:
-    """A key of CLIP's with its level `text_model`, or without it, as the installed transformers builds the model."""
+    """Add or remove CLIP's level `text_model.` in a key, as the installed transformers names it."""
     plain = key.removeprefix("text_model.")
     return f"text_model.{plain}" if hasattr(model, "text_model") and "text_projection" not in key else plain
 
@@ -256,14 +255,12 @@ def _peft_config(
     dropout: float,
     rank_pattern: Mapping[str, int],
 ) -> Any:
-    """peft's settings of an adapter; layers of another rank keep its ratio of alpha to rank."""
-    pattern = dict(rank_pattern)
-    alphas = {layer: alpha * own / rank for layer, own in pattern.items()}
+    """peft's config of an adapter; layers of another rank keep the ratio of alpha to rank."""
     shared: dict[str, Any] = {
         "r": rank,
         "target_modules": list(targets),
-        "rank_pattern": pattern,
-        "alpha_pattern": alphas,
+        "rank_pattern": dict(rank_pattern),
+        "alpha_pattern": {layer: alpha * layer_rank / rank for layer, layer_rank in rank_pattern.items()},
     }
     match adapter_type:
         case "lora" | "dora":
@@ -278,12 +275,12 @@ def _peft_config(
 
 
 def _adapter_type(settings: Mapping[str, Any]) -> AdapterType:
-    """The kind of a saved adapter."""
+    """The type of a saved adapter."""
     return cast(AdapterType, settings.get("kind", "dora" if settings.get("use_dora") else "lora"))
 
 
 def _peft_metadata(model: nn.Module, name: str) -> dict[str, Any]:
-    """What the file's header says of an adapter, as diffusers reads it for LoRA."""
+    """The adapter's settings for the file's metadata, as diffusers reads them for LoRA."""
     config = cast(Any, model).peft_config[name]
     settings: dict[str, Any] = {
         "r": config.r,
