@@ -1,9 +1,9 @@
-"""What a CLIP model thinks of pictures: likeness to pictures and to texts, spread, and a guess of the class.
+"""CLIP and DINO metrics: image and prompt similarity, diversity, prior preservation, zero-shot classification.
 
-Works with any CLIP folder in transformers' format (Radford et al. 2021); the embedded scorer is a small one
-that knows `moji`'s world. Likeness between pictures can also be asked of an `VisionEncoder`, which reads no text: DINO
-or DINOv2. Pictures are prepared with Pillow alone. The figures are functions of unit vectors, so that each
-picture and each text is embedded once; figures of two scorers cannot be compared with each other.
+Works with any CLIP folder in transformers' format (Radford et al. 2021); the embedded scorer is a small one trained on
+`moji`'s world. A `VisionEncoder` (DINO, DINOv2) gives image similarity only. Images are preprocessed with Pillow alone.
+Metrics are functions of unit vectors, so that each image and text is embedded once; values of two scorers cannot be
+compared.
 """
 
 from __future__ import annotations
@@ -39,33 +39,33 @@ CLASS_TEMPLATES = ("{}", "a photo of {}", "a picture of {}")
 
 @dataclass(frozen=True)
 class Scorer:
-    """A CLIP model, its tokenizer, and how it wants pictures: side in pixels, mean and deviation."""
+    """A CLIP model, its tokenizer, and its image preprocessing.
+
+    shortest_edge  pixels that the shortest side is resized to before the centre crop of `crop_size`; None: `crop_size`
+    """
 
     model: CLIPModel
     tokenizer: CLIPTokenizer
     crop_size: int = 128
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    shortest_edge: int | None = (
-        None  # what the shortest side is scaled to before the cut; the side when left out
-    )
+    shortest_edge: int | None = None
     similarity_name = "CLIP-I"
 
     @torch.no_grad()
     def embed_images(self, images: Sequence[Image.Image], *, batch: int = 64) -> Tensor:
-        """Unit vectors [B, D], float32, one for each picture; [0, D] for none."""
+        """Unit vectors [B, D], float32, one per image; [0, D] for none."""
         parts = [self._image_vectors(self.preprocess(chunk)) for chunk in _chunks(images, batch)]
         return torch.cat(parts) if parts else self._none()
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str], *, batch: int = 256) -> Tensor:
-        """Unit vectors [B, D], float32, one for each text; what exceeds the model's positions is cut off."""
+        """Unit vectors [B, D], float32, one per text; texts are truncated to the model's positions."""
         parts = [self._text_vectors(list(chunk)) for chunk in _chunks(texts, batch)]
         return torch.cat(parts) if parts else self._none()
 
     def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
-        """Pictures as the vision tower takes them [B, 3, side, side]: shortest side scaled (bicubic), cut at
-        the centre, normalised."""
+        """Images → [B, 3, S, S] on the model's device: resized (bicubic), cropped to S = `crop_size`, normalised."""
         return preprocess(images, self).to(self.model.device, self.model.dtype)
 
     def _image_vectors(self, prepared: Tensor) -> Tensor:
@@ -89,9 +89,9 @@ class Scorer:
 
 @dataclass(frozen=True)
 class VisionEncoder:
-    """A vision transformer that reads no text, and how it wants pictures: DINO (Caron et al. 2021) or DINOv2.
+    """A vision transformer without text, DINO (Caron et al. 2021) or DINOv2, and its image preprocessing.
 
-    A picture's vector is the last state of its class token, as in the DINO figure of Ruiz et al. 2023 (§ 4.1).
+    An image's vector is the last hidden state of the class token, as in the DINO metric of Ruiz et al. 2023 (§ 4.1).
     """
 
     model: Any
@@ -103,7 +103,7 @@ class VisionEncoder:
 
     @torch.no_grad()
     def embed_images(self, images: Sequence[Image.Image], *, batch: int = 64) -> Tensor:
-        """Unit vectors [B, D], float32, one for each picture; [0, D] for none."""
+        """Unit vectors [B, D], float32, one per image; [0, D] for none."""
         parts = [
             self.model(preprocess(some, self).to(self.model.device, self.model.dtype)).last_hidden_state[:, 0]
             for some in _chunks(images, batch)
@@ -113,23 +113,23 @@ class VisionEncoder:
         return F.normalize(torch.cat(parts).float(), dim=-1)
 
 
-def preprocess(images: Sequence[Image.Image], eye: Scorer | VisionEncoder) -> Tensor:
-    """Pictures [B, 3, side, side], float32: shortest side scaled (bicubic), cut at the centre, normalised."""
+def preprocess(images: Sequence[Image.Image], encoder: Scorer | VisionEncoder) -> Tensor:
+    """Images → float32 [B, 3, crop_size, crop_size]: shortest side resized (bicubic), centre-cropped, normalised."""
     squares = np.stack(
         [
-            np.asarray(_center_crop(image, eye.crop_size, eye.shortest_edge), dtype=np.float32)
+            np.asarray(_center_crop(image, encoder.crop_size, encoder.shortest_edge), dtype=np.float32)
             for image in images
         ]
     )
-    mean, deviation = (np.array(value, dtype=np.float32) for value in (eye.mean, eye.std))
-    normal = (squares / np.float32(255) - mean) / deviation
+    mean, std = (np.array(value, dtype=np.float32) for value in (encoder.mean, encoder.std))
+    normal = (squares / np.float32(255) - mean) / std
     return torch.from_numpy(normal).permute(0, 3, 1, 2).contiguous()
 
 
 def load_image_encoder(path: str | Path, *, device: torch.device | str = "cpu") -> Scorer | VisionEncoder:
-    """What measures likeness, from a local folder: a scorer, or a DINO that reads no text; in float32.
+    """Load a CLIP scorer or a DINO from a local folder, in float32.
 
-    Raises `UserError` when the folder holds neither, or no safetensors; nothing is ever fetched.
+    Raises `UserError` if the folder holds neither, or no safetensors; nothing is downloaded.
     """
     from transformers import AutoModel, ViTModel
 
@@ -142,11 +142,11 @@ def load_image_encoder(path: str | Path, *, device: torch.device | str = "cpu") 
             f"{folder} holds a model of type {kind!r}, neither CLIP nor DINO. Name a folder of one of them."
         )
     _check_weights(folder)
-    usual: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
+    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
     if kind == "vit":  # DINO's has no pooler
-        model: Any = ViTModel.from_pretrained(folder, add_pooling_layer=False, **usual)
+        model: Any = ViTModel.from_pretrained(folder, add_pooling_layer=False, **options)
     else:
-        model = AutoModel.from_pretrained(folder, trust_remote_code=False, **usual)
+        model = AutoModel.from_pretrained(folder, trust_remote_code=False, **options)
     model = model.to(device).eval().requires_grad_(False)
     side = (
         model.config.image_size if kind == "vit" else VisionEncoder.crop_size
@@ -155,9 +155,9 @@ def load_image_encoder(path: str | Path, *, device: torch.device | str = "cpu") 
 
 
 def load_scorer(path: str | Path, *, device: torch.device | str = "cpu") -> Scorer:
-    """A scorer from a local folder (config, safetensors, tokenizer, preprocessor), in float32.
+    """Load a CLIP scorer from a local folder (config, safetensors, tokenizer, preprocessor), in float32.
 
-    Raises `UserError` when the folder is no CLIP model or holds no safetensors; nothing is ever fetched.
+    Raises `UserError` if the folder is no CLIP model or holds no safetensors; nothing is downloaded.
     """
     from transformers import CLIPModel, CLIPTokenizer
 
@@ -178,14 +178,14 @@ def load_scorer(path: str | Path, *, device: torch.device | str = "cpu") -> Scor
 
 
 def _read_model_type(folder: Path) -> Any:
-    """Of which kind a folder's model is; `UserError` where there is none."""
+    """The `model_type` of a folder's config; `UserError` if there is none."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no scorer (config.json is missing). Name a folder of a CLIP model.")
     return read_json(folder / "config.json").get("model_type")
 
 
 def _check_weights(folder: Path) -> None:
-    """Raises `UserError` for a folder without safetensors; stops transformers' progress bars."""
+    """Raise `UserError` for a folder without safetensors; disable transformers' progress bars."""
     from transformers.utils import logging
 
     if not any(folder.glob("*.safetensors")):
@@ -196,39 +196,37 @@ def _check_weights(folder: Path) -> None:
 
 
 def clip_i(generated: Tensor, real: Tensor) -> float:
-    """CLIP-I: mean cosine of all pairs of a generated [B, D] and a real picture [R, D] (Ruiz et al. 2023)."""
+    """CLIP-I: mean cosine over all pairs of generated [B, D] and real images [R, D] (Ruiz et al. 2023, § 4.1)."""
     return float((generated @ real.T).mean())
 
 
 def text_scores(images: Tensor, texts: Tensor) -> Tensor:
-    """The cosine [B] of each picture [B, D] with its own text [B, D]."""
+    """The cosine [B] of each image [B, D] with its own text [B, D]."""
     return (images * texts).sum(-1)
 
 
 def clip_t(images: Tensor, texts: Tensor) -> float:
-    """CLIP-T: mean cosine of pictures [B, D] with their own prompts [B, D] (Ruiz et al. 2023, § 4.1)."""
+    """CLIP-T: mean cosine of images [B, D] with their own prompts [B, D] (Ruiz et al. 2023, § 4.1)."""
     return float(text_scores(images, texts).mean())
 
 
 def diversity(images: Tensor) -> float:
-    """Mean cosine distance, 1 − cos, over all pairs of pictures [B, D] of one prompt: 0 when all look alike.
+    """Mean cosine distance, 1 − cos, over all pairs of images [B, D] of one prompt; 0 if all are alike.
 
-    It stands for the DIV of Ruiz et al. 2023 (§ 4.3), which averages LPIPS instead: this one is a distance of
-    embeddings, not of pixels' features, and the two have different scales.
-
-    Raises `UserError` for fewer than two pictures.
+    Stands for the DIV of Ruiz et al. 2023 (§ 4.3), which averages LPIPS: this is a distance of embeddings, and the two
+    have different scales. Raises `UserError` for fewer than two images.
     """
     count = len(images)
     if count < 2:
         raise UserError(
-            f"Diversity compares pictures with each other, and there is {count}. Generate two or more."
+            f"Diversity compares images with each other, and there is {count}. Generate two or more."
         )
     across = (images @ images.T).sum() - images.square().sum()
     return float(1 - across / (count * (count - 1)))
 
 
 def prior_drift(class_images: Tensor, subject: Tensor) -> float:
-    """PRES: mean cosine between generated pictures of the class [B, D] and the subject's own pictures [R, D].
+    """PRES: mean cosine between generated images of the class [B, D] and real images of the subject [R, D].
 
     Lower is better: it rises as the class forgets everything but the subject (Ruiz et al. 2023, § 4.3).
     """
@@ -238,14 +236,14 @@ def prior_drift(class_images: Tensor, subject: Tensor) -> float:
 def classify_subject(
     scorer: Scorer, images: Sequence[Image.Image], candidates: Sequence[str]
 ) -> list[tuple[str, float]]:
-    """The likely class nouns of pictures that all show one subject, with probabilities, most likely first.
+    """Class nouns with probabilities, most likely first, of images that all show one subject.
 
-    Zero-shot classification with an ensemble of prompts (Radford et al. 2021, § 3.1.4). The prompts of every
-    candidate stand in the same places, so that what a picture's place adds to each candidate cancels.
+    Zero-shot classification with a prompt ensemble (Radford et al. 2021, § 3.1.4). All candidates share the prompts,
+    one for each place of the world among them, so that the effect of the background cancels.
     """
     if not images or not candidates:
         raise UserError(
-            "A class is guessed from pictures and candidate nouns, and one of them is empty. Give both."
+            "A class is guessed from images and candidate nouns, and one of them is empty. Give both."
         )
     return rank_classes(scorer, scorer.embed_images(images), candidates, embed_classes(scorer, candidates))
 
@@ -253,14 +251,14 @@ def classify_subject(
 def rank_classes(
     scorer: Scorer, images: Tensor, candidates: Sequence[str], vectors: Tensor
 ) -> list[tuple[str, float]]:
-    """`classify_subject` of pictures [B, D] and candidates [N, D] that are embedded already."""
+    """`classify_subject` of image vectors [B, D] and class vectors [N, D]."""
     logits = scorer.model.logit_scale.detach().float().exp() * (images @ vectors.T).mean(0)
     pairs = zip(candidates, logits.softmax(0).tolist(), strict=True)
     return sorted(pairs, key=lambda pair: -pair[1])
 
 
 def embed_classes(scorer: Scorer, candidates: Sequence[str]) -> Tensor:
-    """A unit vector for every noun [N, D]: the mean over templates, and over `a {noun}` in every place."""
+    """A unit vector per class noun [N, D]: the mean over its prompts."""
     prompts = [list(_class_prompts(noun)) for noun in candidates]
     vectors = scorer.embed_texts([prompt for group in prompts for prompt in group])
     return F.normalize(vectors.unflatten(0, (len(prompts), -1)).mean(1), dim=-1)
@@ -274,38 +272,38 @@ def _class_prompts(noun: str) -> Iterator[str]:
         yield f"{named} {place}"
 
 
-def _center_crop(image: Image.Image, side: int, shortest: int | None) -> Image.Image:
+def _center_crop(image: Image.Image, crop_size: int, shortest_edge: int | None) -> Image.Image:
     image = image.convert("RGB")
-    scale = (shortest or side) / min(image.size)
-    width, height = (max(side, round(length * scale)) for length in image.size)
+    scale = (shortest_edge or crop_size) / min(image.size)
+    width, height = (max(crop_size, round(length * scale)) for length in image.size)
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - side) // 2, (height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+    left, top = (width - crop_size) // 2, (height - crop_size) // 2
+    return image.crop((left, top, left + crop_size, top + crop_size))
 
 
 def _read_preprocessor(
-    folder: Path, side: int, mean: Sequence[float], deviation: Sequence[float]
+    folder: Path, side: int, mean: Sequence[float], std: Sequence[float]
 ) -> dict[str, Any]:
-    """Sides, mean and deviation from `preprocessor_config.json`, and these where it says nothing."""
+    """Sizes, mean and standard deviation from `preprocessor_config.json`, by default those given."""
     path = folder / "preprocessor_config.json"
     settings = read_json(path) if path.is_file() else {}
     shortest = _size_in_pixels(settings.get("size"), side)
     crop = settings.get("crop_size") if settings.get("do_center_crop", True) else None
-    cut = _size_in_pixels(crop, shortest)
+    crop_size = _size_in_pixels(crop, shortest)
     return {
-        "side": cut,
+        "crop_size": crop_size,
         "mean": tuple(settings.get("image_mean", mean)),
-        "deviation": tuple(settings.get("image_std", deviation)),
-        "shortest": max(cut, shortest),
+        "std": tuple(settings.get("image_std", std)),
+        "shortest_edge": max(crop_size, shortest),
     }
 
 
-def _size_in_pixels(size: Any, usual: int) -> int:
-    """A side in pixels, however transformers wrote it down."""
+def _size_in_pixels(size: Any, default: int) -> int:
+    """A size in pixels in any of transformers' notations."""
     if isinstance(size, dict):
         size = size.get("shortest_edge", size.get("height"))
-    return int(size or usual)
+    return int(size or default)
 
 
 def _chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:

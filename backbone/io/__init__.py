@@ -1,1 +1,1 @@
-"""Files, the console, run folders, reports."""
+"""Files, console output, run folders, HTML reports."""

@@ -1,7 +1,7 @@
-"""What the command line says and how it ends: user errors, exit codes, the progress display.
+"""Console scripts: user errors, exit codes, messages, the progress bar.
 
-Everything here speaks on stderr, so that stdout stays free for results. The module imports only the standard
-library; rich is imported when a progress bar is really drawn.
+All output goes to stderr, so that stdout stays free for results. The module imports only the standard library; rich is
+imported when a progress bar is drawn.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ class UserError(Exception):
 
 
 def run_app(app: Callable[[], Any]) -> NoReturn:
-    """Runs a typer application as a console script and ends the process.
+    """Run a typer application as a console script and end the process.
 
-    Exit codes: 0 done; 2 for a UserError, a file that is missing, forbidden or does not fit on the disk, and
-    (by typer) wrong usage; 130 after Ctrl-C. Mistakes are answered by their sentence alone;
-    LIMNER_TRACEBACK=1 shows the traceback. Other exceptions are ours to repair and keep their traceback.
+    Exit codes: 0 success; 2 for a `UserError`, a file that is missing, forbidden or does not fit on the disk, and (by
+    typer) wrong usage; 130 after Ctrl-C. User errors print their message alone; LIMNER_TRACEBACK=1 shows the traceback.
+    Other exceptions are bugs and keep their traceback.
 
-    A KeyboardInterrupt that carries a message ends with it: `raise KeyboardInterrupt("Saved step 120 in …")`.
+    A KeyboardInterrupt that carries a message prints it: `raise KeyboardInterrupt("Saved step 120 in …")`.
 
-    Python looks for cyclic garbage after every 700 new objects, which takes a quarter of the time in which torch and
-    diffusers are imported (their classes and functions are there to stay); here it looks after OBJECTS_BEFORE_A_LOOK.
+    Python collects cyclic garbage after every 700 new objects, which takes a quarter of the time of importing torch and
+    diffusers, whose objects stay alive; the threshold is raised to GC_THRESHOLD.
     """
     gc.set_threshold(GC_THRESHOLD, 20, 100)
     try:
         app()
     except KeyboardInterrupt as interrupt:
         _exit(str(interrupt) or "Stopped.", EXIT_INTERRUPTED)
-    except SystemExit as leaving:  # typer turns Ctrl-C into exit code 130 and says nothing
-        if leaving.code == EXIT_INTERRUPTED:
-            _exit(_interrupt_message(leaving) or "Stopped.", EXIT_INTERRUPTED)
+    except SystemExit as exit_:  # typer turns Ctrl-C into exit code 130 and prints nothing
+        if exit_.code == EXIT_INTERRUPTED:
+            _exit(_interrupt_message(exit_) or "Stopped.", EXIT_INTERRUPTED)
         raise
     except (UserError, OSError) as error:
         message = error_message(error)
@@ -56,7 +56,7 @@ def run_app(app: Callable[[], Any]) -> NoReturn:
 
 
 def error_message(error: UserError | OSError) -> str | None:
-    """The sentence for a mistake; None for an OSError that names no file and is not a full disk."""
+    """The message of a user error or OSError; None for an OSError that names no file and is not a full disk."""
     if isinstance(error, UserError):
         return str(error)
     path = error.filename2 if error.filename2 is not None else error.filename
@@ -75,13 +75,13 @@ def error_message(error: UserError | OSError) -> str | None:
 
 
 def notify(text: str) -> None:
-    """Prints a line on stderr, above the progress bar if one is running; of several processes the first one does."""
+    """Print a line on stderr, above a running progress bar; only on the main process."""
     if is_main_rank():
         print(text, file=sys.stderr, flush=True)
 
 
 def is_main_rank() -> bool:
-    """Whether this process is the first of those that a launcher started together, or alone."""
+    """Whether this process has rank 0 or is alone, by the launcher's environment."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
@@ -89,9 +89,9 @@ def is_main_rank() -> bool:
 def progress(total: int | None, description: str, *, done: int = 0) -> Iterator[ProgressBar]:
     """A progress display on stderr: `with progress(400, "training") as bar:`, then `bar.advance(loss=…)`.
 
-    On a terminal: bar, n/total, figures, images/s, elapsed, time left. Elsewhere a plain line every ten
-    seconds and a last one. `total` None: length unknown. `done`: steps behind us already (a resumed run);
-    they count for n/total and not for the rates.
+    On a terminal: bar, n/total, metrics, images/s, elapsed, time left. Elsewhere a line every ten seconds and a last
+    one. `total` None: length unknown. `done`: steps that a resumed run took earlier, which count for n/total and
+    not for the rates.
     """
     bar = ProgressBar(total, done=done)
     with _choose_display()(bar, description) as show:
@@ -101,7 +101,7 @@ def progress(total: int | None, description: str, *, done: int = 0) -> Iterator[
 
 
 class ProgressBar:
-    """Counts steps and images, remembers the newest figures, and measures rates over the last half minute."""
+    """Counts steps and images, keeps the latest metrics, and measures rates over the last WINDOW_SECONDS."""
 
     WINDOW_SECONDS = 30.0
 
@@ -117,12 +117,11 @@ class ProgressBar:
         self.show: Callable[[], None] = lambda: None
         self._marks = deque([(self.start, done, 0)])  # (time, steps, images), oldest first
 
-    def advance(self, steps: int = 1, *, images: int = 0, **figures: float | str) -> None:
-        """`steps` further steps are done, in which `images` images were worked on. Figures are shown by
-        name."""
+    def advance(self, steps: int = 1, *, images: int = 0, **metrics: float | str) -> None:
+        """Count `steps` steps in which `images` images were processed, and update the metrics shown."""
         self.done += steps
         self.images += images
-        self.metrics.update(figures)
+        self.metrics.update(metrics)
         now = self.clock()
         self._marks.append((now, self.done, self.images))
         while len(self._marks) > 2 and now - self._marks[1][0] >= self.WINDOW_SECONDS:
@@ -131,13 +130,13 @@ class ProgressBar:
 
     @property
     def images_per_second(self) -> float | None:
-        """Recent rate, None before the first image."""
+        """The recent rate; None before the first image."""
         (then, _, before), (now, _, after) = self._marks[0], self._marks[-1]
         return (after - before) / (now - then) if after > before and now > then else None
 
     @property
     def seconds_left(self) -> float | None:
-        """At the recent pace; None while nothing has been measured or the total is unknown."""
+        """At the recent rate; None while nothing has been measured or the total is unknown."""
         (then, before, _), (now, after, _) = self._marks[0], self._marks[-1]
         if self.total is None or after <= before:
             return None
@@ -149,7 +148,7 @@ class ProgressBar:
 
     @property
     def metrics_text(self) -> str:
-        """The figures and the rate, e.g. `loss 0.0813 · 5.2 images/s`."""
+        """The metrics and the rate, e.g. `loss 0.0813 · 5.2 images/s`."""
         parts = [f"{name.replace('_', ' ')} {_format_metric(value)}" for name, value in self.metrics.items()]
         rate = self.images_per_second
         return " · ".join(parts + ([f"{rate:.3g} images/s"] if rate is not None else []))
@@ -201,26 +200,26 @@ def _display_bar(bar: ProgressBar, description: str) -> Iterator[Callable[[], No
 @contextmanager
 def _display_lines(bar: ProgressBar, description: str) -> Iterator[Callable[[], None]]:
     every_seconds = 10.0
-    said_at, said_count = bar.start, ""
+    printed_at, printed_count = bar.start, ""
 
     def line(*ending: str) -> None:
-        nonlocal said_at, said_count
-        said_at, said_count = bar.clock(), bar.progress_text
+        nonlocal printed_at, printed_count
+        printed_at, printed_count = bar.clock(), bar.progress_text
         parts = [
             f"{description} {bar.progress_text}",
             bar.metrics_text,
-            _format_time(said_at - bar.start),
+            _format_time(printed_at - bar.start),
             *ending,
         ]
         notify(" · ".join(part for part in parts if part))
 
     def show() -> None:
-        if bar.clock() - said_at >= every_seconds:
+        if bar.clock() - printed_at >= every_seconds:
             left = bar.seconds_left
             line(*([f"{_format_time(left)} left"] if left else []))
 
     yield show
-    if bar.progress_text != said_count:
+    if bar.progress_text != printed_count:
         line()
 
 
@@ -239,7 +238,7 @@ def _reason(error: OSError) -> str:
 
 
 def _interrupt_message(error: BaseException) -> str:
-    """The message of the KeyboardInterrupt from which this exception came, or nothing."""
+    """The message of the KeyboardInterrupt in an exception's chain, or ""."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, KeyboardInterrupt):
         cause = cause.__cause__ or cause.__context__
@@ -247,7 +246,10 @@ def _interrupt_message(error: BaseException) -> str:
 
 
 def _exit(message: str, code: int) -> NoReturn:
-    """Of several processes that end alike one speaks: the launcher ends the others while they wait for it."""
+    """Print a message and exit.
+
+    When several processes fail alike, the others wait for the main one to print: the launcher then ends them.
+    """
     if not is_main_rank() and code == EXIT_USER_ERROR:
         time.sleep(MAIN_PROCESS_GRACE_SECONDS)
         message = f"Process {os.environ.get('RANK')}: {message}"

@@ -1,9 +1,9 @@
-"""Whether a training run fits in a device's memory, and the cheapest set of measures that makes it fit.
+"""Memory planner: whether a training run fits a device, and the cheapest savings that make it fit.
 
-A run goes through phases that are never in memory together: pictures are encoded, prompts are encoded (both kinds of
-encoder are let go of afterwards), the untouched base is asked, the denoiser learns, pictures are shown. Each phase's
-bytes are counted from the model's settings alone (`backbone.memory.count`); no weights are loaded. Measures are taken
-in the order of their price, and those that turn out not to be needed are dropped again.
+A run has phases that are never in memory together: images are encoded, prompts are encoded (the encoders are freed
+afterwards), predictions of the frozen base are cached, the denoiser is trained, previews are sampled. The bytes of each
+are counted from the model's configs alone (`backbone.memory.count`), without weights. Savings are enabled in the order
+of their cost until every phase fits; then those that turn out to be unnecessary are disabled again.
 """
 
 from __future__ import annotations
@@ -23,32 +23,28 @@ from backbone.models.model import Backbone
 from backbone.models.placement import INSTALL, KINDS, Measures, lendable, quantizable, tiled
 
 GIB = 2**30
-CUDA_CONTEXT_BYTES = {"cuda": 0.6 * GIB}
-"""Assumed, not measured: what a process takes on a GPU before its first tensor."""
+CUDA_CONTEXT_BYTES = {"cuda": 0.6 * GIB}  # assumed, not measured: a process's share before its first tensor
 FRAGMENTATION = 0.05  # assumed: the share of a device that its allocator cannot use
-OPTIMIZER_STATE_BYTES = {
-    "adamw": 8.0,
-    "adamw8bit": 2.1,
-    "prodigy": 16.0,
-}  # bytes of an optimiser's state for a trained number
-DEVICE_SIZES = (8, 12, 16, 24, 32, 40, 48, 80, 141)  # GiB of devices that are sold
-SAMPLING_BATCH = 8  # pictures that are drawn, or asked about, in one call
+OPTIMIZER_STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "prodigy": 16.0}  # per trained parameter
+DEVICE_SIZES = (8, 12, 16, 24, 32, 40, 48, 80, 141)  # GiB of common GPUs
+SAMPLING_BATCH = 8  # images sampled, or base predictions computed, in one call
 OFFLOAD_SHARES = (0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a run asks of memory, besides the model's size.
+    """What a run asks of memory besides the model's size.
 
-    trains      (a bare denoiser) → the tensors of it that learn, put there if they are new
-    rows        noisy latents in a pass that learns
-    full        whether the denoiser's own weights learn, and so are in fp32
-    plain       whether a base in few bits, or one that lies elsewhere, can carry what learns
-    text_learns whether the text encoders are needed at every step
-    asks        whether the untouched base is asked beforehand
-    kept        latents, and prompts, that stay on the device
-    copies      further denoisers in memory (a frozen reference)
-    shows       whether pictures are drawn while what learns is in memory
+    add_trainable             meta denoiser → its trained tensors, added if they are new (an adapter)
+    batch_size                noisy latents in a training pass
+    full_finetuning           whether the denoiser's own weights are trained, and so in fp32
+    supports_compressed_base  whether what is trained works on a quantised or CPU-offloaded base
+    trains_text_encoders      whether the text encoders are needed at every step
+    queries_base              whether predictions of the frozen base are cached beforehand
+    cached_counts             latents and prompts that stay on the device
+    extra_denoisers           further denoisers in memory (a frozen reference)
+    has_ema                   whether an fp32 moving average of the trained tensors is kept
+    draws_previews            whether images are sampled while the optimiser's state is in memory
     """
 
     add_trainable: Callable[[nn.Module], Iterable[Tensor]]
@@ -65,7 +61,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """How a run is held in memory."""
+    """The settings of a run that decide its memory."""
 
     precision: str = "fp32"
     checkpointing: bool = False
@@ -78,21 +74,20 @@ class MemorySettings:
         return PRECISIONS[self.precision]
 
     def settings(self) -> dict[str, Any]:
-        """As the settings of a run call it, but for the optimiser."""
-        held = self.measures
+        """These settings under their names in a run's settings, without the optimiser."""
         return {
             "precision": self.precision,
             "gradient_checkpointing": self.checkpointing,
-            "quantize": held.quantize,
-            "cpu_offload": held.offload,
-            "vae_tiling": held.tiling,
-            "text_on_cpu": held.text_on_cpu,
-            "one_by_one": held.one_by_one,
+            "quantize": self.measures.quantize,
+            "cpu_offload": self.measures.offload,
+            "vae_tiling": self.measures.tiling,
+            "text_on_cpu": self.measures.text_on_cpu,
+            "one_by_one": self.measures.one_by_one,
         }
 
 
 class Phase(NamedTuple):
-    """Bytes of a phase: those that lie there all the time, and those of its computations at their peak."""
+    """Bytes of a phase: resident throughout, and the peak of its temporary tensors."""
 
     resident_bytes: int
     transient_bytes: int
@@ -103,9 +98,9 @@ class Phase(NamedTuple):
 
 
 class MemoryEstimator:
-    """The bytes of a run's phases, for any choice; what has been counted once is remembered.
+    """Counts the bytes of a run's phases for any settings, each count cached.
 
-    `device` is that of the run, cuda or cpu, whatever this machine has.
+    `device` is the type of the run's device, cuda or cpu, whatever this machine has.
     """
 
     def __init__(self, model: Backbone, work: Workload, *, device: str = "cuda") -> None:
@@ -119,43 +114,40 @@ class MemoryEstimator:
         self.model_sizes = lru_cache(self._measure_model)
 
     def phases(self, choice: MemorySettings) -> dict[str, Phase]:
-        """Every phase of the run, in order."""
-        work, measures, parts = self.work, choice.measures, self.model_sizes(choice.precision)
-        text = 0 if measures.text_on_cpu else parts.text_encoders
-        cached = self.cached_bytes
-        base = self.denoiser_bytes(choice) * (1 + work.extra_denoisers)
-        learns = parts.trained_parameters
-        states = round(learns * OPTIMIZER_STATE_BYTES[choice.optimizer]) + 4 * learns * work.has_ema
-        held = (
-            base
-            + (0 if work.full_finetuning else 4 * learns)
-            + states
-            + cached
-            + text * work.trains_text_encoders
-        )
-        one = measures.one_by_one
-        found = {
-            "encoding": Phase(
-                parts.autoencoder + text,
-                self.autoencoder_bytes(choice.precision, "encode", measures.tiling, 1),
-            )
-        }
+        """The phases of the run, in order."""
+        work, precision, measures = self.work, choice.precision, choice.measures
+        sizes = self.model_sizes(precision)
+        text_encoders = 0 if measures.text_on_cpu else sizes.text_encoders
+        denoisers = self.denoiser_bytes(choice) * (1 + work.extra_denoisers)
+        batch = 1 if measures.one_by_one else SAMPLING_BATCH
+
+        # Images are encoded one at a time.
+        encode = self.autoencoder_bytes(precision, "encode", measures.tiling, 1)
+        phases = {"encoding": Phase(sizes.autoencoder + text_encoders, encode)}
         if work.queries_base:
-            rows = 1 if one else SAMPLING_BATCH
-            found["asking the base"] = Phase(base + cached, self.forward_bytes(choice.precision, rows))
-        step = self.step_bytes(choice.precision, choice.checkpointing)
-        updating = 4 * learns + 4 * learns  # gradients, and the optimiser's own of the same size for a moment
-        found["learning"] = Phase(held, max(step.peak, updating) + self.unpacked_layer_bytes(choice))
+            resident = denoisers + self.cached_bytes
+            phases["base predictions"] = Phase(resident, self.forward_bytes(precision, batch))
+
+        # Trained tensors, their optimiser state and their average are fp32; full weights are the denoiser's own.
+        trained = 4 * sizes.trained_parameters
+        state = round(sizes.trained_parameters * OPTIMIZER_STATE_BYTES[choice.optimizer])
+        resident = denoisers + self.cached_bytes + state + trained * work.has_ema
+        resident += 0 if work.full_finetuning else trained
+        resident += text_encoders * work.trains_text_encoders
+        step = self.step_bytes(precision, choice.checkpointing)
+        update = 2 * trained  # gradients, and temporaries of the optimiser of the same size
+        phases["training"] = Phase(resident, max(step.peak, update) + self.unpacked_layer_bytes(choice))
+
         if work.draws_previews:
-            count = 1 if one else SAMPLING_BATCH
-            shown = held + parts.autoencoder + text * (not work.trains_text_encoders)
-            drawing = self.forward_bytes(choice.precision, 2 * count)  # with a prompt and without
-            decoding = self.autoencoder_bytes(choice.precision, "decode", measures.tiling, count)
-            found["showing"] = Phase(shown, max(drawing, decoding) + self.unpacked_layer_bytes(choice))
-        return found
+            resident += sizes.autoencoder + text_encoders * (not work.trains_text_encoders)
+            sampling = self.forward_bytes(precision, 2 * batch)  # classifier-free guidance
+            decoding = self.autoencoder_bytes(precision, "decode", measures.tiling, batch)
+            transient = max(sampling, decoding) + self.unpacked_layer_bytes(choice)
+            phases["previews"] = Phase(resident, transient)
+        return phases
 
     def denoiser_bytes(self, choice: MemorySettings) -> int:
-        """Bytes of the denoiser's own weights on the device."""
+        """Bytes of the denoiser's weights on the device, quantised or without the offloaded layers."""
         parts, measures = self.model_sizes(choice.precision), choice.measures
         if measures.quantize:
             width = choice.dtype.itemsize
@@ -167,52 +159,52 @@ class MemoryEstimator:
         return parts.denoiser - (round(self.offloaded_bytes(choice)) if measures.offload else 0)
 
     def offloaded_bytes(self, choice: MemorySettings) -> float:
-        """Bytes of the denoiser that lie in the CPU's memory."""
+        """Bytes of the denoiser's layers in CPU memory."""
         network = self.meta_denoiser(choice.precision)
         layers = lendable(network, choice.measures.offload)
         return float(sum(tensor_bytes(layer.parameters()) for layer in layers))
 
     def unpacked_layer_bytes(self, choice: MemorySettings) -> int:
-        """Bytes of a layer that is unpacked, or lent, for the moment in which it computes."""
+        """Bytes of dequantised or uploaded weights while a layer computes: twice the largest layer."""
         if not (choice.measures.quantize or choice.measures.offload):
             return 0
         return 2 * self.model_sizes(choice.precision).largest_layer
 
     @cached_property
     def cached_bytes(self) -> int:
-        """Bytes of encoded pictures and prompts that stay on the device, fp32."""
+        """Bytes of the encoded images and prompts on the device, fp32."""
         channels, height, width = self.model.latent_shape
         latents, prompts = self.work.cached_counts
         text = self.model.family.spec(self.model.location, torch.float32).blank_text(1)
         return 4 * channels * height * width * latents + tensor_bytes(text.values()) * prompts
 
     def usable_bytes(self, size: float) -> float:
-        """Bytes of a device of `size` GiB that tensors can have."""
+        """Bytes that tensors can have on a device of `size` GiB."""
         return size * GIB * (1 - FRAGMENTATION) - CUDA_CONTEXT_BYTES.get(self.device, 0.0)
 
     # Counting ------------------------------------------------------------------------------------------------
 
     def _build_meta_denoiser(self, precision: str) -> nn.Module:
-        """The denoiser without storage, in the precision that its weights have in this run."""
-        outline = self.model.family.spec(self.model.location, PRECISIONS[precision])
-        network = outline.denoiser.instantiate()
+        """The denoiser on `meta`, in the precision of its weights in this run."""
+        spec = self.model.family.spec(self.model.location, PRECISIONS[precision])
+        network = spec.denoiser.instantiate()
         return nn.Module.to(network, torch.float32) if self.work.full_finetuning else network
 
     def _measure_model(self, precision: str) -> ModelSizes:
         network = self.meta_denoiser(precision)
-        own = tensor_bytes(network.parameters())
+        denoiser = tensor_bytes(network.parameters())
         linear = [layer.weight.numel() for layer in quantizable(network).values()]
-        outline = self.model.family.spec(self.model.location, PRECISIONS[precision])
+        spec = self.model.family.spec(self.model.location, PRECISIONS[precision])
         layers = [tensor_bytes(layer.parameters()) for layer in lendable(network)]
-        text = sum(tensor_bytes(part.instantiate().parameters()) for part in outline.text_encoders.values())
-        autoencoder = tensor_bytes(outline.autoencoder.instantiate().parameters())
+        text = sum(tensor_bytes(part.instantiate().parameters()) for part in spec.text_encoders.values())
+        autoencoder = tensor_bytes(spec.autoencoder.instantiate().parameters())
         trained = sum(value.numel() for value in self.meta_trainable(precision)[1])
-        return ModelSizes(own, sum(linear), max(layers, default=0), autoencoder, text, trained)
+        return ModelSizes(denoiser, sum(linear), max(layers, default=0), autoencoder, text, trained)
 
     def _build_meta_trainable(self, precision: str) -> tuple[nn.Module, list[Tensor]]:
-        """A bare denoiser with what learns on it."""
-        outline = self.model.family.spec(self.model.location, PRECISIONS[precision])
-        network = outline.denoiser.instantiate()
+        """The denoiser on `meta` and its trained tensors."""
+        spec = self.model.family.spec(self.model.location, PRECISIONS[precision])
+        network = spec.denoiser.instantiate()
         if self.work.full_finetuning:
             nn.Module.to(network, torch.float32)
         return network, list(self.work.add_trainable(network))
@@ -229,34 +221,34 @@ class MemoryEstimator:
 
     def _count_forward(self, precision: str, rows: int) -> int:
         network = self.meta_trainable(precision)[0]
-        ask = self.make_forward(network, precision, rows)
-        return forward_peak_bytes(network, ask, device=self.device, autocast=autocast_dtype(precision))
+        forward = self.make_forward(network, precision, rows)
+        return forward_peak_bytes(network, forward, device=self.device, autocast=autocast_dtype(precision))
 
     def make_forward(self, network: nn.Module, precision: str, rows: int) -> Callable[[], Tensor]:
-        """A call of the denoiser with blank latents and prompts."""
-        outline = self.model.family.spec(self.model.location, PRECISIONS[precision])
-        text, noisy = outline.blank_text(rows), torch.zeros(rows, *self.model.latent_shape, device="meta")
+        """A forward pass of the denoiser on blank latents and prompts."""
+        spec = self.model.family.spec(self.model.location, PRECISIONS[precision])
+        text, noisy = spec.blank_text(rows), torch.zeros(rows, *self.model.latent_shape, device="meta")
         for value in text.values():
             value.requires_grad_(self.work.trains_text_encoders and value.is_floating_point())
         time = torch.zeros(rows, device="meta")
         return lambda: self.model.family.network(network, text)(noisy, time)
 
     def _count_autoencoder(self, precision: str, way: str, tiles: bool, count: int) -> int:
-        """The autoencoder's own peak, encoding or decoding."""
-        outline = self.model.family.spec(self.model.location, PRECISIONS[precision])
-        network: Any = outline.autoencoder.instantiate()
+        """The peak of the autoencoder itself, encoding or decoding."""
+        spec = self.model.family.spec(self.model.location, PRECISIONS[precision])
+        network: Any = spec.autoencoder.instantiate()
         side = self.model.resolution
         if tiles:
             tiled(network, side // 2)
         channels, height, width = self.model.latent_shape
         shape = (count, 3, side, side) if way == "encode" else (count, channels, height, width)
-        given = torch.zeros(shape, dtype=outline.autoencoder.dtype, device="meta")
+        given = torch.zeros(shape, dtype=spec.autoencoder.dtype, device="meta")
         call = network.encode if way == "encode" else network.decode
         return forward_peak_bytes(network, lambda: call(given), device=self.device)
 
 
 class ModelSizes(NamedTuple):
-    """Bytes of a model's parts; `linear` counts the numbers that can lie in few bits, `trained` those that learn."""
+    """Bytes of a model's components; `linear_parameters` (quantisable) and `trained_parameters` are counts."""
 
     denoiser: int
     linear_parameters: int
@@ -267,7 +259,7 @@ class ModelSizes(NamedTuple):
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
-    """What a run of this precision computes in, where that is not fp32."""
+    """The autocast dtype of a run's precision; None for fp32."""
     return None if precision == "fp32" else PRECISIONS[precision]
 
 
@@ -275,7 +267,7 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
 
 
 class Saving(NamedTuple):
-    """One way to need less: what it is and costs, whether a choice has it, and the choice with it and without."""
+    """A way to need less memory: its name and cost, whether settings have it, and how to enable and disable it."""
 
     name: str
     cost: str
@@ -286,37 +278,39 @@ class Saving(NamedTuple):
 
 
 def _setting_saving(
-    name: str, price: str, setting: str, with_it: Any, without: Any, *, free: bool = False
+    name: str, cost: str, setting: str, with_it: Any, without: Any, *, always_keep: bool = False
 ) -> Saving:
-    """A measure that is one setting of a choice."""
+    """A saving that is one field of `MemorySettings`."""
     return Saving(
         name,
-        price,
+        cost,
         lambda choice: getattr(choice, setting) == with_it,
         lambda choice: replace(choice, **{setting: with_it}),
         lambda choice: replace(choice, **{setting: without}),
-        free,
+        always_keep,
     )
 
 
 def _placement_saving(
-    name: str, price: str, setting: str, with_it: Any, without: Any, **others: Any
+    name: str, cost: str, setting: str, with_it: Any, without: Any, **others: Any
 ) -> Saving:
-    """A measure of how the model is held; `others` are settings that it ends."""
+    """A saving that is one field of the model's placement; `others` are fields that it resets."""
 
     def put(choice: MemorySettings, value: Any) -> MemorySettings:
         return replace(choice, measures=replace(choice.measures, **{setting: value, **others}))
 
     return Saving(
         name,
-        price,
+        cost,
         lambda choice: getattr(choice.measures, setting) == with_it,
         lambda choice: put(choice, with_it),
         lambda choice: put(choice, without),
     )
 
 
-BF16 = _setting_saving("bf16", "none where the processor has it", "precision", "bf16", "fp32", free=True)
+BF16 = _setting_saving(
+    "bf16", "none where the processor has it", "precision", "bf16", "fp32", always_keep=True
+)
 EIGHT_BIT_OPTIMIZER = _setting_saving(
     "8-bit optimiser", "its state is rounded", "optimizer", "adamw8bit", "adamw"
 )
@@ -324,9 +318,9 @@ GRADIENT_CHECKPOINTING = _setting_saving(
     "gradient checkpointing", "a third more time", "checkpointing", True, False
 )
 SINGLE_IMAGE_SAMPLING = _placement_saving(
-    "drawing one picture at a time", "slower previews", "one_by_one", True, False
+    "sampling one image at a time", "slower previews", "one_by_one", True, False
 )
-VAE_TILING = _placement_saving("the autoencoder on tiles", "faint seams are possible", "tiling", True, False)
+VAE_TILING = _placement_saving("VAE tiling", "faint seams are possible", "tiling", True, False)
 TEXT_ON_CPU = _placement_saving(
     "text encoders on the CPU", "slower, once a prompt", "text_on_cpu", True, False
 )
@@ -357,7 +351,7 @@ SAVINGS = (
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What was chosen for a device of `size` GiB and why: each measure with the phase that did not fit without it."""
+    """The settings for a device of `size` GiB, and for each saving the phases that would not fit without it."""
 
     settings: MemorySettings
     size: float
@@ -367,7 +361,7 @@ class MemoryPlan:
     hint: str = ""
 
     def lines(self) -> list[str]:
-        """A small table for a person."""
+        """The plan as a small table."""
         peak = max(phase.total_bytes for phase in self.phases.values())
         rows = [
             f"Memory of the device: {self.size:g} GiB, of which tensors can have {self.usable_bytes / GIB:.1f} "
@@ -379,7 +373,7 @@ class MemoryPlan:
 
 
 def format_phases(phases: Mapping[str, Phase]) -> list[str]:
-    """The phases' bytes, a line each."""
+    """A table of the phases in GiB, one line each."""
     lines = [f"  {'phase':<16} {'GiB':>7} {'weights, states':>16} {'computing':>10}"]
     for name, phase in phases.items():
         figures = phase.total_bytes / GIB, phase.resident_bytes / GIB, phase.transient_bytes / GIB
@@ -387,53 +381,55 @@ def format_phases(phases: Mapping[str, Phase]) -> list[str]:
     return lines
 
 
-def plan_memory(account: MemoryEstimator, size: float, start: MemorySettings, *, library: bool) -> MemoryPlan:
-    """The cheapest choice from `start` on that fits a device of `size` GiB; what `start` has is kept.
+def plan_memory(
+    estimator: MemoryEstimator, size: float, start: MemorySettings, *, library: bool
+) -> MemoryPlan:
+    """The cheapest settings, starting from `start`, with which the run fits a device of `size` GiB.
 
-    `library` says whether bitsandbytes and a GPU are there. Raises `UserError`, in one sentence with the nearest
-    remedy, where nothing fits.
+    Savings that `start` has are kept. `library` says whether bitsandbytes can be used. Raises `UserError` with the
+    nearest remedy where nothing fits.
     """
-    usable = account.usable_bytes(size)
-    allowed = applicable_savings(account.work, start, library=library)
-    choice = find_cheapest(account, usable, start, allowed)
-    missing = ""
+    usable = estimator.usable_bytes(size)
+    allowed = applicable_savings(estimator.work, start, library=library)
+    choice = find_cheapest(estimator, usable, start, allowed)
+    hint = ""
     if not library and (choice is None or choice.measures.offload):
         others = [
-            measure
-            for measure in applicable_savings(account.work, start, library=True)
-            if measure not in CPU_OFFLOAD
+            saving
+            for saving in applicable_savings(estimator.work, start, library=True)
+            if saving not in CPU_OFFLOAD
         ]
-        if find_cheapest(account, usable, start, others) is not None:
-            missing = f"With bitsandbytes and a GPU it would fit in fewer bits: {INSTALL}"
+        if find_cheapest(estimator, usable, start, others) is not None:
+            hint = f"With bitsandbytes and a GPU it would fit in fewer bits: {INSTALL}"
     if choice is None:
-        raise UserError(_describe_misfit(account, size, start, allowed, missing))
-    reasons = _explain_savings(account, usable, start, choice)
-    return MemoryPlan(choice, size, usable, account.phases(choice), reasons, missing)
+        raise UserError(_describe_misfit(estimator, size, start, allowed, hint))
+    reasons = _explain_savings(estimator, usable, start, choice)
+    return MemoryPlan(choice, size, usable, estimator.phases(choice), reasons, hint)
 
 
 def fit_to_memory(
     model: Backbone, work: Workload, size: float, start: MemorySettings
 ) -> tuple[Backbone, MemorySettings]:
-    """The model, not loaded yet, held so that the work fits its device of `size` GiB; says what was chosen and why."""
+    """Plan for the model's device of `size` GiB, print the plan, and return the (unloaded) model with its settings."""
     on_gpu = model.device.type == "cuda"
-    account = MemoryEstimator(model, work, device=model.device.type)
-    found = plan_memory(account, size, start, library=on_gpu and has_bitsandbytes())
-    for line in found.lines():
+    estimator = MemoryEstimator(model, work, device=model.device.type)
+    plan = plan_memory(estimator, size, start, library=on_gpu and has_bitsandbytes())
+    for line in plan.lines():
         notify(line)
-    choice = found.settings
-    held = Backbone(
+    choice = plan.settings
+    placed = Backbone(
         model.location, model.family, device=model.device, dtype=choice.dtype, measures=choice.measures
     )
-    return held, choice
+    return placed, choice
 
 
-def peak_bytes(account: MemoryEstimator, choice: MemorySettings) -> int:
-    """Bytes of the phase that needs most."""
-    return max(phase.total_bytes for phase in account.phases(choice).values())
+def peak_bytes(estimator: MemoryEstimator, choice: MemorySettings) -> int:
+    """Bytes of the largest phase."""
+    return max(phase.total_bytes for phase in estimator.phases(choice).values())
 
 
 def applicable_savings(work: Workload, start: MemorySettings, *, library: bool) -> list[Saving]:
-    """The measures that there are for this work, cheapest first."""
+    """The savings that apply to this workload, cheapest first."""
     frozen = work.supports_compressed_base and not work.full_finetuning
     apply = {
         TEXT_ON_CPU: not work.trains_text_encoders,
@@ -445,69 +441,72 @@ def applicable_savings(work: Workload, start: MemorySettings, *, library: bool) 
         **dict.fromkeys(QUANTIZATION, frozen and library and not start.measures.offload),
         **dict.fromkeys(CPU_OFFLOAD, frozen and not start.measures.quantize),
     }
-    return [measure for measure in SAVINGS if apply.get(measure, True)]
+    return [saving for saving in SAVINGS if apply.get(saving, True)]
 
 
 def find_cheapest(
-    account: MemoryEstimator, usable: float, start: MemorySettings, measures: Iterable[Saving]
+    estimator: MemoryEstimator, usable: float, start: MemorySettings, savings: Iterable[Saving]
 ) -> MemorySettings | None:
-    """Measure after measure until all phases fit, then those dropped again that are not needed, dearest first."""
-    choice, taken = start, list[Saving]()
-    for measure in measures:
-        if peak_bytes(account, choice) <= usable:
+    """Enable savings in order until every phase fits, then disable those that are unnecessary, most expensive first.
+
+    None where the run does not fit with all of them.
+    """
+    choice, enabled = start, list[Saving]()
+    for saving in savings:
+        if peak_bytes(estimator, choice) <= usable:
             break
-        if not measure.is_enabled(choice):
-            choice = measure.enable(choice)
-            taken.append(measure)
-    if peak_bytes(account, choice) > usable:
+        if not saving.is_enabled(choice):
+            choice = saving.enable(choice)
+            enabled.append(saving)
+    if peak_bytes(estimator, choice) > usable:
         return None
-    for measure in reversed(taken):
-        if measure.is_enabled(choice) and not measure.always_keep:
-            less = measure.disable(choice)
-            choice = less if peak_bytes(account, less) <= usable else choice
+    for saving in reversed(enabled):
+        if saving.is_enabled(choice) and not saving.always_keep:
+            without = saving.disable(choice)
+            choice = without if peak_bytes(estimator, without) <= usable else choice
     return choice
 
 
 def _explain_savings(
-    account: MemoryEstimator, usable: float, start: MemorySettings, choice: MemorySettings
+    estimator: MemoryEstimator, usable: float, start: MemorySettings, choice: MemorySettings
 ) -> dict[str, str]:
-    """What each measure of the choice is there for: what would not fit without it."""
+    """For each saving that was added: the phases that would not fit without it, and its cost."""
     reasons = {}
-    for measure in SAVINGS:
-        if not measure.is_enabled(choice) or measure.is_enabled(start):
+    for saving in SAVINGS:
+        if not saving.is_enabled(choice) or saving.is_enabled(start):
             continue
-        phases = account.phases(measure.disable(choice))
+        phases = estimator.phases(saving.disable(choice))
         over = [
-            f"{name} would need {one.total_bytes / GIB:.2f}"
-            for name, one in phases.items()
-            if one.total_bytes > usable
+            f"{name} would need {phase.total_bytes / GIB:.2f}"
+            for name, phase in phases.items()
+            if phase.total_bytes > usable
         ]
         why = f"without it {' and '.join(over)}; " if over else ""
-        reasons[measure.name] = f"{why}price: {measure.cost}"
+        reasons[saving.name] = f"{why}cost: {saving.cost}"
     return reasons
 
 
 def _describe_misfit(
-    account: MemoryEstimator, size: float, start: MemorySettings, allowed: Iterable[Saving], missing: str
+    estimator: MemoryEstimator, size: float, start: MemorySettings, allowed: Iterable[Saving], hint: str
 ) -> str:
-    """Why nothing fits, and what would."""
+    """The message for a run that does not fit with every saving, and the remedies."""
     choices = [start]
-    for measure in allowed:
-        choices.append(measure.enable(choices[-1]))
-    choice = min(choices, key=lambda one: peak_bytes(account, one))
-    phases, least = account.phases(choice), peak_bytes(account, choice)
+    for saving in allowed:
+        choices.append(saving.enable(choices[-1]))
+    choice = min(choices, key=lambda settings: peak_bytes(estimator, settings))
+    phases, least = estimator.phases(choice), peak_bytes(estimator, choice)
     most = max(phases, key=lambda name: phases[name].total_bytes)
-    larger = next((one for one in DEVICE_SIZES if account.usable_bytes(one) >= least), None)
+    larger = next((gib for gib in DEVICE_SIZES if estimator.usable_bytes(gib) >= least), None)
     remedies = [
-        *([f"install bitsandbytes ({INSTALL})"] if missing else []),
-        *(["train an adapter instead of all weights"] if account.work.full_finetuning else []),
-        *(["lower --train_batch_size"] if account.work.batch_size > 2 else []),
+        *([f"install bitsandbytes ({INSTALL})"] if hint else []),
+        *(["train an adapter instead of all weights"] if estimator.work.full_finetuning else []),
+        *(["lower --train_batch_size"] if estimator.work.batch_size > 2 else []),
         *([f"take a device of {larger} GiB"] if larger is not None else []),
     ]
     remedy = ", or ".join(remedies) or "choose a smaller model"
     return (
-        f"{account.model.location.name} does not fit {size:g} GiB: with every measure that there is, {most} needs "
-        f"{least / GIB:.1f} GiB, and tensors can have {account.usable_bytes(size) / GIB:.1f}. "
+        f"{estimator.model.location.name} does not fit {size:g} GiB: with every saving enabled, {most} needs "
+        f"{least / GIB:.1f} GiB, and tensors can have {estimator.usable_bytes(size) / GIB:.1f}. "
         f"{remedy[0].upper()}{remedy[1:]}."
     )
 
@@ -520,5 +519,5 @@ def has_bitsandbytes() -> bool:
 
 
 def precision_name(model: Backbone) -> str:
-    """The name of a model's working precision."""
+    """The name of the model's working precision."""
     return next(name for name, dtype in PRECISIONS.items() if dtype is model.dtype)

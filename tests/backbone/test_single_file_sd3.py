@@ -281,7 +281,7 @@ def test_a_tensor_too_few_or_too_many_is_a_clear_mistake(
 def test_weights_of_few_bits_in_another_form_are_refused(tmp_path: Path, checkpoint: Tensors) -> None:
     name = f"{UNET}joint_blocks.0.x_block.mlp.fc1.weight.absmax"
     write_tensors(tmp_path / "sd3.safetensors", {**checkpoint, name: torch.zeros(4)})
-    with pytest.raises(UserError, match=r"few bits.*Take its version in fp16, bf16 or fp8"):
+    with pytest.raises(UserError, match=r"quantised.*Take its version in fp16, bf16 or fp8"):
         opened(tmp_path / "sd3.safetensors")
 
 

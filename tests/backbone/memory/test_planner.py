@@ -204,7 +204,7 @@ def test_a_quantised_base_is_counted_by_its_bits(account: MemoryEstimator) -> No
 
 @pytest.mark.slow
 def test_full_weights_are_in_fp32_with_gradients_and_two_moments(whole: MemoryEstimator) -> None:
-    learning = whole.phases(MemorySettings("bf16", True))["learning"]
+    learning = whole.phases(MemorySettings("bf16", True))["training"]
     assert learning.resident_bytes == pytest.approx(859_520_964 * 12, rel=0.001)
     assert learning.transient_bytes > 4 * 859_520_964
 
@@ -230,7 +230,7 @@ def test_where_all_fits_nothing_is_taken(account: MemoryEstimator) -> None:
 
 def test_a_plan_says_what_it_chose_and_why(account: MemoryEstimator) -> None:
     text = "\n".join(plan_memory(account, 3, MemorySettings("bf16"), library=False).lines())
-    assert "drawing one picture at a time: without it showing would need" in text
+    assert "sampling one image at a time: without it previews would need" in text
     assert "3 GiB" in text
 
 

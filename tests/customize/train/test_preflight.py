@@ -102,8 +102,8 @@ def test_memory_follows_from_shapes(tiny: Backbone) -> None:
     found = estimate(tiny, settings, 3)
     network = UNet2DConditionModel.from_config(tiny.location.config("unet"))
     weights = 4 * sum(value.numel() for value in network.parameters())
-    learning = found.phases["learning"].total_bytes
-    assert weights + found.activations < learning < 2 * (weights + found.activations)
+    training = found.phases["training"].total_bytes
+    assert weights + found.activations < training < 2 * (weights + found.activations)
     assert found.step_seconds is not None
     assert found.step_seconds > 0
     assert any("GiB" in sentence for sentence in found.sentences())
@@ -122,7 +122,7 @@ def test_check_estimates_a_transformer_and_plans_for_a_gpu(subject: Path, tmp_pa
     asked = ["check", "--images", str(subject), "--model", str(model)]
     done = CliRunner().invoke(app, asked)
     assert done.exit_code == 0, done.output
-    assert "learning" in done.output and "A step took" in done.output
+    assert "training" in done.output and "A step took" in done.output
     planned = CliRunner().invoke(app, [*asked, "--vram", "8"])
     assert planned.exit_code == 0, planned.output
     assert "8 GiB" in planned.output
