@@ -45,8 +45,8 @@ from backbone.io.files import read_json, write_json, write_text
 from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png, split_rows
 from backbone.models.model import Backbone
 from backbone.world.concepts import TRAINING_PLACES, concept_scenes
-from backbone.world.render import font_path, render
-from backbone.world.words import article, vocabulary
+from backbone.world.render import find_font, render
+from backbone.world.words import choose_article, load_vocabulary
 from benchmarks.customize_script import spelled
 from benchmarks.judge import FACTS, FOLDER, Judge, Verdict, load_judge, shows, top
 from benchmarks.moji import per_cent
@@ -114,7 +114,7 @@ class Trial:
     @property
     def noun(self) -> str:
         """The noun of its class."""
-        return vocabulary().classes[self.concept]
+        return load_vocabulary().classes[self.concept]
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def main(
         )
     if known:
         chosen = [trial for trial in chosen if finished(trial, out)]
-    font_path()
+    find_font()
     counts = dict.fromkeys(KINDS, others) | {"places": count}
     eye = load_judge(judge)
     results = []
@@ -201,7 +201,7 @@ def main(
 
 def trials(asked: Table, concepts: Sequence[str] | None, *, flags: str, seed: int) -> list[Trial]:
     """What a table is of. Raises `UserError` for a concept that the world has not."""
-    known = vocabulary().development_concepts
+    known = load_vocabulary().development_concepts
     usual = {"methods": SOME, "rates": ("peacock",), "script-rates": ("peacock",)}.get(asked, tuple(known))
     for concept in concepts or ():
         if concept not in known:
@@ -328,7 +328,7 @@ def finished(trial: Trial, out: Path) -> bool:
 def pictures_of(concept: str, out: Path) -> Path:
     """The folder of a concept's five training pictures."""
     folder = out / "pictures" / concept.replace(" ", "-")
-    number = list(vocabulary().development_concepts).index(concept)
+    number = list(load_vocabulary().development_concepts).index(concept)
     for k, scene in enumerate(concept_scenes(concept, first_seed=1_900_000 + 10 * number)):
         if not (folder / f"{k}.png").exists():
             save_png(folder / f"{k}.png", render(scene).image)
@@ -337,7 +337,7 @@ def pictures_of(concept: str, out: Path) -> Path:
 
 def questions(kind: Kind, noun: str, called: str) -> list[Question]:
     """What is asked of each kind, about a thing that is called so; of the class under its own name."""
-    words = vocabulary()
+    words = load_vocabulary()
     places = [place for place in words.places if place not in TRAINING_PLACES]
     match kind:
         case "places":
@@ -352,7 +352,7 @@ def questions(kind: Kind, noun: str, called: str) -> list[Question]:
                 Question(f"{style} a {called} {places[k]}", style) for k, style in enumerate(words.styles)
             ]
         case "class":
-            return [Question(f"{article(noun)} {noun} {place}", noun) for place in places]
+            return [Question(f"{choose_article(noun)} {noun} {place}", noun) for place in places]
 
 
 def after(trial: Trial, kind: Kind, out: Path) -> Path:

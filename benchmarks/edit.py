@@ -45,9 +45,9 @@ from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png
 from backbone.media.transforms import mask_to_tensor, to_image, to_tensor
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
-from backbone.world.render import font_path, render
+from backbone.world.render import find_font, render
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
-from backbone.world.words import Thing, vocabulary
+from backbone.world.words import Thing, load_vocabulary
 from benchmarks.judge import FOLDER, GREY_STYLES, NONE, TWO_DIFFERENT, Judge, Verdict, load_judge, shows, top
 from benchmarks.moji import per_cent
 from edit.inversion.inversion import Inversion, Method, invert, read_inversion
@@ -92,7 +92,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/edit"),
 ) -> None:
     """Edits, judges, and writes the tables and the sheet."""
-    font_path()
+    find_font()
     judges = load_judge(judge, device=device)
     known = attempts()
     chosen = methods or list(known)
@@ -182,7 +182,7 @@ def make_cases(count: int) -> Iterator[Case]:
 
 def make_case(kind: str, seed: int) -> Case | None:
     """The edit of this kind that a seed makes; None where its scene does not suit."""
-    words, random = vocabulary(), Random(f"{seed}/edit")
+    words, random = load_vocabulary(), Random(f"{seed}/edit")
     scene = sample_scene(seed)
     if kind == "one of two":
         if len(scene.things) != 2:

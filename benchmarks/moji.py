@@ -38,9 +38,9 @@ from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png, split_r
 from backbone.media.transforms import crop_square
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
-from backbone.world.render import font_path, render
+from backbone.world.render import find_font, render
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
-from backbone.world.textures import texture
+from backbone.world.textures import draw_texture
 from benchmarks.judge import (
     FACTS,
     FOLDER,
@@ -300,7 +300,7 @@ def judged(scenes: Sequence[Scene], verdicts: Sequence[Verdict]) -> list[Row]:
 def true_pictures(scenes: Sequence[Scene]) -> list[Image.Image]:
     """The scenes as rendered; none, with a sentence, where the font is missing."""
     try:
-        font_path()
+        find_font()
     except UserError as error:
         notify(f"{error} Until then the columns of true pictures stay empty.")
         return []
@@ -324,7 +324,7 @@ def autoencoder_figures(
             chosen = torch.tensor([(scene.style or "") == style for scene in scenes])
             note(f"scenes, {style.removesuffix(' of') or 'plain'}", each[chosen])
     seeds = range(BENCHMARK_SEEDS[0], BENCHMARK_SEEDS[0] + TEXTURES)
-    note("textures", decibels(model, [Image.fromarray(texture(seed)) for seed in seeds]))
+    note("textures", decibels(model, [Image.fromarray(draw_texture(seed)) for seed in seeds]))
     if photographs is not None:
         note(
             "photographs",

@@ -21,7 +21,7 @@ from backbone.evaluation import image_metrics as measure
 from backbone.io.console import progress, run_app
 from backbone.io.files import read_json, write_json, write_text
 from backbone.models.model import Backbone
-from backbone.world.render import font_path
+from backbone.world.render import find_font
 from benchmarks.edit import make_cases, number
 from edit.inversion.inversion import invert, replayed
 
@@ -38,7 +38,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/edit"),
 ) -> None:
     """Inverts, walks back, and writes the table."""
-    font_path()
+    find_font()
     backbone = Backbone.open(model, device=device, precision=precision)
     facts = {
         "model": model, "fingerprint": backbone.fingerprint, "steps": steps, "guidance": guidance,

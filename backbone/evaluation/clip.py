@@ -21,7 +21,7 @@ from torch import Tensor
 
 from backbone.io.console import UserError
 from backbone.io.files import read_json
-from backbone.world.words import article, vocabulary
+from backbone.world.words import choose_article, load_vocabulary
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
@@ -265,10 +265,10 @@ def embed_classes(scorer: Scorer, candidates: Sequence[str]) -> Tensor:
 
 
 def _class_prompts(noun: str) -> Iterator[str]:
-    named = f"{article(noun)} {noun}"
+    named = f"{choose_article(noun)} {noun}"
     for template in CLASS_TEMPLATES:
         yield template.format(named)
-    for place in vocabulary().places:
+    for place in load_vocabulary().places:
         yield f"{named} {place}"
 
 

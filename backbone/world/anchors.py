@@ -1,4 +1,4 @@
-"""Where a hat sits and where the eyes are, for every noun; a guess from the silhouette for any other glyph."""
+"""Where accessories attach to each noun's glyph; estimated from the silhouette for any other glyph."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class AccessoryAnchor:
-    """Places as parts of the glyph's width and height; widths as parts of its longest side."""
+    """Positions as fractions of the glyph's width and height, widths as fractions of its longest side."""
 
     hat_x: float
     hat_y: float
@@ -56,7 +56,7 @@ SQUARES: dict[str, tuple[int, int, int, int, int, int]] = {
 
 
 def find_anchor(noun: str, glyph: Image.Image) -> AccessoryAnchor:
-    """The anchor of a noun; for an unknown one the top of the silhouette."""
+    """The anchor of a noun; estimated from the silhouette for an unknown one."""
     if noun not in SQUARES:
         return guess_anchor(glyph)
     hat_x, hat_y, hat_width, eyes_x, eyes_y, eyes_width = (part / 100 for part in SQUARES[noun])
@@ -73,7 +73,7 @@ def find_anchor(noun: str, glyph: Image.Image) -> AccessoryAnchor:
 
 
 def guess_anchor(glyph: Image.Image) -> AccessoryAnchor:
-    """The middle of the silhouette's uppermost tenth carries the hat; the eyes lie a little below."""
+    """Estimate an anchor: a hat on the middle of the silhouette's top tenth, eyes a little below."""
     alpha = np.asarray(glyph.getchannel("A"), dtype=np.float32)
     tenth = alpha[: max(1, len(alpha) // 10)].sum(0)
     x = float((tenth * np.arange(len(tenth))).sum() / max(tenth.sum(), 1) / len(tenth))

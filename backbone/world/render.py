@@ -1,4 +1,4 @@
-"""Drawing a scene: 128 × 128 pictures, the mask of every thing, a few milliseconds each."""
+"""Rendering scenes: images of 128 × 128 pixels with a mask of every thing, a few milliseconds each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from backbone.io.console import UserError
 from backbone.world.anchors import AccessoryAnchor, find_anchor
 from backbone.world.scene import Scene
 from backbone.world.styles import STYLES
-from backbone.world.words import Thing, vocabulary
+from backbone.world.words import Thing, load_vocabulary
 
 SIZE = 128  # pixels a side
 SUPERSAMPLING = 2  # places are drawn this many times larger, then reduced, for smooth edges
@@ -33,17 +33,14 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Rendering:
-    """A picture (RGB) and one mask (L, 0 or 255 with soft edges) for each thing, accessories included."""
+    """An image (RGB) and for each thing a mask (L, 0…255, soft edges, accessories included)."""
 
     image: Image.Image
     masks: tuple[Image.Image, ...]
 
 
 def render(scene: Scene) -> Rendering:
-    """Draws a scene.
-
-    Raises `UserError` when the emoji font is missing.
-    """
+    """Render a scene. Raises `UserError` if the emoji font is missing."""
     canvas, horizon = draw_place(scene)
     masks = []
     for figure in place_figures(scene, horizon):
@@ -55,8 +52,8 @@ def render(scene: Scene) -> Rendering:
     return Rendering(picture, tuple(masks))
 
 
-def font_path() -> Path:
-    """Where the emoji font is, or a `UserError` that says how to get it."""
+def find_font() -> Path:
+    """Find the emoji font; `UserError` with how to install it if it is missing."""
     for candidate in (os.environ.get(FONT_VARIABLE), *FONT_PATHS):
         if candidate and Path(candidate).is_file():
             return Path(candidate)
@@ -67,14 +64,14 @@ def font_path() -> Path:
 
 
 @lru_cache(maxsize=512)
-def glyph(character: str) -> Image.Image:
-    """A glyph as RGBA, cropped to what is drawn."""
-    font = ImageFont.truetype(str(font_path()), 109)
+def load_glyph(character: str) -> Image.Image:
+    """A glyph as RGBA, cropped to its bounding box."""
+    font = ImageFont.truetype(str(find_font()), 109)
     image = Image.new("RGBA", (176, 176), (0, 0, 0, 0))
     ImageDraw.Draw(image).text((16, 16), character, font=font, embedded_color=True)
     box = image.getbbox()
     if box is None:
-        raise UserError(f"The font {font_path()} has no glyph for {character!r}. Install a newer one.")
+        raise UserError(f"The font {find_font()} has no glyph for {character!r}. Install a newer one.")
     return image.crop(box)
 
 
@@ -83,7 +80,7 @@ def glyph(character: str) -> Image.Image:
 
 @dataclass(frozen=True)
 class Figure:
-    """A thing and where it stands: longest side, middle of its foot (both in pixels), mirrored, with a shadow."""
+    """A thing and its position: longest side, x of its middle and y of its foot (pixels), mirroring, shadow opacity."""
 
     thing: Thing
     size: float
@@ -94,7 +91,7 @@ class Figure:
 
 
 def place_figures(scene: Scene, horizon: float) -> list[Figure]:
-    """Where every thing of a scene stands."""
+    """Sample the position of every thing of a scene."""
     random = scene.random("layout")
     shadow = 0.0 if scene.place in FLOATING else random.uniform(0.22, 0.42)
     floating = scene.place in FLOATING
@@ -117,7 +114,7 @@ def place_figures(scene: Scene, horizon: float) -> list[Figure]:
 
 
 def draw_figure(canvas: Image.Image, figure: Figure) -> tuple[Image.Image, Image.Image]:
-    """Puts a figure and its shadow on the canvas; also gives its mask."""
+    """Draw a figure and its shadow on the canvas; returns (canvas, mask)."""
     sprite, left, top = draw_sprite(figure)
     if figure.shadow:
         width = figure.size * 0.8
@@ -139,9 +136,9 @@ def draw_figure(canvas: Image.Image, figure: Figure) -> tuple[Image.Image, Image
 
 def draw_sprite(figure: Figure) -> tuple[Image.Image, int, int]:
     """The coloured, mirrored sprite with its accessory, and the pixel of its upper left corner."""
-    words = vocabulary()
+    words = load_vocabulary()
     thing = figure.thing
-    body = glyph(words.glyph(thing.noun))
+    body = load_glyph(words.glyph(thing.noun))
     anchor = find_anchor(thing.noun, body)
     if thing.colour:
         body = recolour_glyph(thing.noun, thing.colour)
@@ -165,8 +162,8 @@ def draw_accessory(
     size: tuple[int, int],
     longest: float,
 ) -> None:
-    """Draws an accessory onto a sprite: sunglasses over the eyes, the rest on top of the head."""
-    item = glyph(vocabulary().accessories[accessory])
+    """Draw an accessory onto a sprite: sunglasses over the eyes, the others on top of the head."""
+    item = load_glyph(load_vocabulary().accessories[accessory])
     over_eyes = accessory == "sunglasses"
     width = (anchor.eyes_width if over_eyes else anchor.hat_width) * longest * (1.08 if over_eyes else 1.0)
     scale = width / item.width
@@ -181,9 +178,9 @@ def draw_accessory(
 
 @lru_cache(maxsize=2048)
 def recolour_glyph(noun: str, colour: str) -> Image.Image:
-    """A glyph in another colour that keeps its shading: its hue is replaced, whites and darks stay nearly so."""
-    body = glyph(vocabulary().glyph(noun))
-    hue = vocabulary().colours[colour]
+    """Replace a glyph's hue, keeping its shading; whites and darks stay nearly so."""
+    body = load_glyph(load_vocabulary().glyph(noun))
+    hue = load_vocabulary().colours[colour]
     pixels = np.asarray(body.convert("RGB").convert("HSV"), dtype=np.float32) / 255
     alpha = np.asarray(body.getchannel("A"), dtype=np.float32) / 255
     saturation, value = pixels[..., 1], pixels[..., 2]
@@ -205,7 +202,7 @@ def recolour_glyph(noun: str, colour: str) -> Image.Image:
 
 
 def draw_place(scene: Scene) -> tuple[Image.Image, float]:
-    """The empty place (RGBA, 128 × 128) and the height of its horizon in pixels."""
+    """Draw the empty place (RGBA, 128 × 128); returns (canvas, y of the horizon in pixels)."""
     random = scene.random(f"place/{scene.place}")
     horizon = random.uniform(62, 84)
     canvas = PLACES[scene.place](random, horizon)
@@ -213,7 +210,7 @@ def draw_place(scene: Scene) -> tuple[Image.Image, float]:
 
 
 def draw_gradient(top: Colour, bottom: Colour, random: Random, *, shift: int = 14) -> Image.Image:
-    """A vertical gradient between two colours, each a little shifted."""
+    """A vertical gradient between two colours, each jittered by up to about `shift`."""
     ends = np.array(
         [jitter_colour(top, random, shift), jitter_colour(bottom, random, shift)], dtype=np.float32
     )
@@ -224,7 +221,7 @@ def draw_gradient(top: Colour, bottom: Colour, random: Random, *, shift: int = 1
 
 
 def draw_ground(canvas: Image.Image, top: Colour, bottom: Colour, horizon: float, random: Random) -> None:
-    """Fills what lies below the horizon, with a gentle slope."""
+    """Fill the area below the horizon with a gradient, slightly sloped."""
     side = SIZE * SUPERSAMPLING
     earth = draw_gradient(top, bottom, random).resize((side, side))
     mask = Image.new("L", (side, side), 0)
@@ -238,7 +235,7 @@ def draw_ground(canvas: Image.Image, top: Colour, bottom: Colour, horizon: float
 
 
 def jitter_colour(colour: Colour, random: Random, by: int) -> Colour:
-    """A colour moved a little, mostly in brightness."""
+    """Jitter a colour, mostly in brightness."""
     light = random.uniform(-by, by)
     red, green, blue = (
         min(255, max(0, round(part + light + random.uniform(-by / 2, by / 2)))) for part in colour
@@ -253,8 +250,8 @@ def downsample(canvas: Image.Image) -> Image.Image:
 def paste_glyph(
     canvas: Image.Image, character: str, height: float, x: float, foot: float, mirrored: bool
 ) -> None:
-    """Puts a glyph that belongs to the place (a tree, the moon) on the reduced canvas; sizes in pixels."""
-    item = glyph(character)
+    """Paste a glyph that belongs to the place (a tree, the moon) on the downsampled canvas; sizes in pixels."""
+    item = load_glyph(character)
     scale = height / item.height
     item = item.resize((max(1, round(item.width * scale)), max(1, round(height))), Image.Resampling.LANCZOS)
     if mirrored:
@@ -265,14 +262,14 @@ def paste_glyph(
 
 
 def sample_edge_x(random: Random) -> float:
-    """An x near the left or the right edge, in pixels."""
+    """Sample an x near the left or right edge, in pixels."""
     return random.uniform(4, 26) if random.random() < 0.5 else random.uniform(102, 124)
 
 
 def draw_dots(
     canvas: Image.Image, random: Random, *, count: int, below: float, sizes: tuple[float, float]
 ) -> None:
-    """White dots: stars or snow flakes above a height, in pixels."""
+    """Draw white dots, stars or snowflakes, above a height in pixels."""
     pen = ImageDraw.Draw(canvas)
     for _ in range(count):
         x, y = random.uniform(0, SIZE) * SUPERSAMPLING, random.uniform(0, below) * SUPERSAMPLING
@@ -281,7 +278,7 @@ def draw_dots(
 
 
 def draw_clouds(canvas: Image.Image, random: Random, horizon: float) -> None:
-    """Up to two soft clouds."""
+    """Draw up to two soft clouds."""
     pen = ImageDraw.Draw(canvas)
     for _ in range(random.choice((0, 0, 1, 2))):
         x, y = random.uniform(10, 118) * SUPERSAMPLING, random.uniform(10, horizon - 26) * SUPERSAMPLING
@@ -297,7 +294,7 @@ def draw_clouds(canvas: Image.Image, random: Random, horizon: float) -> None:
             )
 
 
-def park(random: Random, horizon: float) -> Image.Image:
+def draw_park(random: Random, horizon: float) -> Image.Image:
     canvas = draw_gradient((126, 192, 244), (200, 230, 250), random)
     draw_clouds(canvas, random, horizon)
     draw_ground(canvas, (122, 194, 88), (84, 160, 60), horizon, random)
@@ -323,7 +320,7 @@ def park(random: Random, horizon: float) -> Image.Image:
     return small
 
 
-def desert(random: Random, horizon: float) -> Image.Image:
+def draw_desert(random: Random, horizon: float) -> Image.Image:
     canvas = draw_gradient((250, 206, 138), (252, 226, 178), random)
     if random.random() < 0.5:
         x, y, radius = (
@@ -354,7 +351,7 @@ def desert(random: Random, horizon: float) -> Image.Image:
     return small
 
 
-def beach(random: Random, horizon: float) -> Image.Image:
+def draw_beach(random: Random, horizon: float) -> Image.Image:
     canvas = draw_gradient((116, 192, 246), (196, 230, 250), random)
     draw_clouds(canvas, random, horizon)
     sea = horizon - random.uniform(12, 20)
@@ -373,7 +370,7 @@ def beach(random: Random, horizon: float) -> Image.Image:
     return small
 
 
-def snow(random: Random, horizon: float) -> Image.Image:
+def draw_snow(random: Random, horizon: float) -> Image.Image:
     canvas = draw_gradient((150, 176, 208), (206, 220, 236), random)
     draw_ground(canvas, (240, 244, 250), (226, 234, 246), horizon, random)
     small = downsample(canvas)
@@ -391,7 +388,7 @@ def snow(random: Random, horizon: float) -> Image.Image:
     return downsample(flakes)
 
 
-def night(random: Random, horizon: float) -> Image.Image:
+def draw_night(random: Random, horizon: float) -> Image.Image:
     canvas = draw_gradient((8, 10, 40), (32, 36, 92), random, shift=8)
     draw_dots(canvas, random, count=random.randint(12, 22), below=horizon - 4, sizes=(0.4, 0.9))
     draw_ground(canvas, (20, 44, 34), (10, 24, 20), horizon, random)
@@ -401,7 +398,7 @@ def night(random: Random, horizon: float) -> Image.Image:
     return small
 
 
-def sunset(random: Random, horizon: float) -> Image.Image:
+def draw_sunset(random: Random, horizon: float) -> Image.Image:
     canvas = draw_gradient((92, 42, 116), (250, 132, 74), random)
     x, radius = random.uniform(20, 108) * SUPERSAMPLING, random.uniform(12, 18) * SUPERSAMPLING
     y = horizon * SUPERSAMPLING - random.uniform(0, 4) * SUPERSAMPLING
@@ -410,7 +407,7 @@ def sunset(random: Random, horizon: float) -> Image.Image:
     return downsample(canvas)
 
 
-def city(random: Random, horizon: float) -> Image.Image:
+def draw_city(random: Random, horizon: float) -> Image.Image:
     canvas = draw_gradient((150, 184, 214), (214, 222, 232), random)
     pen = ImageDraw.Draw(canvas)
     x = random.uniform(-12, 0)
@@ -447,7 +444,7 @@ def city(random: Random, horizon: float) -> Image.Image:
     return downsample(canvas)
 
 
-def wooden_table(random: Random, horizon: float) -> Image.Image:
+def draw_wooden_table(random: Random, horizon: float) -> Image.Image:
     canvas = draw_gradient((226, 212, 196), (206, 192, 174), random)
     draw_ground(canvas, (172, 114, 66), (140, 88, 46), horizon, random)
     pen = ImageDraw.Draw(canvas)
@@ -462,7 +459,7 @@ def wooden_table(random: Random, horizon: float) -> Image.Image:
     return downsample(canvas)
 
 
-def under_the_sea(random: Random, horizon: float) -> Image.Image:
+def draw_under_the_sea(random: Random, horizon: float) -> Image.Image:
     canvas = draw_gradient((48, 156, 222), (12, 56, 122), random)
     pen = ImageDraw.Draw(canvas)
     for _ in range(random.randint(5, 10)):
@@ -487,7 +484,7 @@ def under_the_sea(random: Random, horizon: float) -> Image.Image:
     return small
 
 
-def space(random: Random, horizon: float) -> Image.Image:
+def draw_space(random: Random, horizon: float) -> Image.Image:
     canvas = draw_gradient((10, 8, 30), (26, 14, 50), random, shift=7)
     draw_dots(canvas, random, count=random.randint(26, 44), below=128, sizes=(0.4, 1.0))
     small = downsample(canvas)
@@ -498,7 +495,7 @@ def space(random: Random, horizon: float) -> Image.Image:
     return small
 
 
-def forest(random: Random, horizon: float) -> Image.Image:
+def draw_forest(random: Random, horizon: float) -> Image.Image:
     canvas = draw_gradient((88, 132, 112), (120, 160, 128), random)
     draw_ground(canvas, (64, 100, 52), (40, 70, 34), horizon, random)
     small = downsample(canvas)
@@ -510,27 +507,27 @@ def forest(random: Random, horizon: float) -> Image.Image:
     return small
 
 
-def white(random: Random, horizon: float) -> Image.Image:
+def draw_white(random: Random, horizon: float) -> Image.Image:
     del random, horizon
     return Image.new("RGBA", (SIZE, SIZE), (253, 253, 253, 255))
 
 
 PLACES: dict[str, Callable[[Random, float], Image.Image]] = {
-    "in a park": park,
-    "in the desert": desert,
-    "on the beach": beach,
-    "in the snow": snow,
-    "at night": night,
-    "at sunset": sunset,
-    "in the city": city,
-    "on a wooden table": wooden_table,
-    "under the sea": under_the_sea,
-    "in space": space,
-    "in a forest": forest,
-    "on a white background": white,
+    "in a park": draw_park,
+    "in the desert": draw_desert,
+    "on the beach": draw_beach,
+    "in the snow": draw_snow,
+    "at night": draw_night,
+    "at sunset": draw_sunset,
+    "in the city": draw_city,
+    "on a wooden table": draw_wooden_table,
+    "under the sea": draw_under_the_sea,
+    "in space": draw_space,
+    "in a forest": draw_forest,
+    "on a white background": draw_white,
 }
 
 
 def to_array(image: Image.Image) -> NDArray[np.uint8]:
-    """A picture as uint8 [H, W, 3]."""
+    """An image as uint8 [H, W, 3]."""
     return np.asarray(image.convert("RGB"), dtype=np.uint8)

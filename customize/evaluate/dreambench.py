@@ -26,7 +26,7 @@ from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import crop_square
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
-from backbone.world.words import vocabulary
+from backbone.world.words import load_vocabulary
 from customize.evaluate.metrics import Scorers, protocol
 from customize.settings import Settings, read_settings
 
@@ -62,7 +62,7 @@ def read_prompts(path: Path) -> Prompts:
 
 def own_prompts() -> tuple[str, ...]:
     """25 prompts that the embedded model can understand: its places, colours, accessories and styles."""
-    words = vocabulary()
+    words = load_vocabulary()
     places = [f"a {{}} {place}" for place in words.places]
     looks = [f"a {colour} {{}} {words.places[k]}" for k, colour in enumerate(list(words.colours)[:4])]
     worn = [f"a {{}} wearing {worn} {words.places[k + 4]}" for k, worn in enumerate(words.accessories)]

@@ -207,9 +207,9 @@ def guess(model: Backbone, pictures: list[ImageRecord], images: str) -> str:
     Raises `UserError` where the name says nothing and the model has no scorer.
     """
     from backbone.evaluation.clip import classify_subject, load_scorer
-    from backbone.world.words import vocabulary
+    from backbone.world.words import load_vocabulary
 
-    nouns = tuple(vocabulary().nouns)
+    nouns = tuple(load_vocabulary().nouns)
     for word in re.split(r"[^a-z]+", run_name(images).lower()):
         if word in nouns:
             notify(f"The name of {images} says that it shows a {word}. --class says otherwise.")

@@ -34,7 +34,7 @@ from backbone.media.transforms import to_image
 from backbone.models.model import Backbone
 from backbone.world.render import render
 from backbone.world.scene import Scene, is_fair, sample_scene
-from backbone.world.words import Thing, vocabulary
+from backbone.world.words import Thing, load_vocabulary
 from benchmarks.judge import Judge, Verdict, prepared
 from benchmarks.moji import QUESTIONS
 
@@ -137,7 +137,7 @@ def near_misses(scene: Scene) -> tuple[str, ...]:
 
 def another(noun: str) -> str:
     """A thing that this one is not: always the same, and each is another's."""
-    nouns = list(vocabulary().nouns)
+    nouns = list(load_vocabulary().nouns)
     return nouns[(nouns.index(noun) + len(nouns) // 3) % len(nouns)]
 
 

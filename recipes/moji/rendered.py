@@ -19,7 +19,7 @@ from torch import Tensor
 
 from backbone.diffusion.noise import generator
 from backbone.io.files import atomic_write, content_hash
-from backbone.world.render import font_path, render, to_array
+from backbone.world.render import find_font, render, to_array
 from backbone.world.scene import Scene
 from backbone.world.textures import Pixels
 from recipes.moji.autoencoder import SCALING_FACTOR, to_tensor
@@ -34,7 +34,7 @@ def rendered(workdir: Path, name: str, scenes: Sequence[Scene], *, workers: int 
     """
     path = workdir / "pictures" / f"{name}-{len(scenes)}.npy"
     if not path.exists():
-        font_path()
+        find_font()
         with ProcessPoolExecutor(workers) as pool:
             _save(path, np.stack(list(pool.map(picture, scenes, chunksize=50))))
     return _open(path)

@@ -46,7 +46,7 @@ from backbone.training.loop import Average, load_checkpoint, save_checkpoint, tr
 from backbone.world.render import SIZE, place_figures
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from backbone.world.textures import Pixels
-from backbone.world.words import paraphrase, vocabulary, write_caption
+from backbone.world.words import load_vocabulary, paraphrase, write_caption
 from recipes.moji.autoencoder import to_tensor
 from recipes.moji.logbook import Logbook
 from recipes.moji.muon import Muon
@@ -222,7 +222,7 @@ class Lessons:
     def __init__(self, shards: Sequence[Pixels], decoded: Pixels | None, *, device: str) -> None:
         self.shards, self.decoded, self.device = list(shards), decoded, device
         self.scenes = [sample_scene(seed) for seed in range(sum(map(len, self.shards)))]
-        words = vocabulary()
+        words = load_vocabulary()
         nouns, colours, accessories = (list(part) for part in (words.nouns, words.colours, words.accessories))
         self.nouns = np.full((len(self.scenes), 2), -1)
         self.figures = np.zeros((len(self.scenes), 2, 3), dtype=np.float32)
@@ -314,7 +314,7 @@ def said(scene: Scene, place: str | None, random: Random) -> str:
 
 def one_fact_wrong(scene: Scene, random: Random) -> Scene:
     """The scene with another noun (mostly), colour, accessory, number or style: a caption to be refused."""
-    words = vocabulary()
+    words = load_vocabulary()
     first, *others = scene.things
     kind = random.choices(("noun", "colour", "accessory", "number", "style"), (5, 2, 2, 1, 1))[0]
     if kind == "accessory" and (others or scene.pair):
@@ -360,7 +360,7 @@ class Heads(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        words = vocabulary()
+        words = load_vocabulary()
         self.nouns = len(words.nouns)
         self.noun = nn.Linear(width, self.nouns)
         self.colour = nn.Linear(width, 1 + len(words.colours))
@@ -450,7 +450,7 @@ class Examination:
             to_picture += [
                 captions[best] == own for own, best in zip(captions, scores.argmax(0).tolist(), strict=True)
             ]
-        nouns = list(vocabulary().nouns)
+        nouns = list(load_vocabulary().nouns)
         vectors = embed_classes(scorer, nouns)
         plain = scorer.embed_images([Image.fromarray(picture) for picture in self.plain_pictures])
         guesses = [rank_classes(scorer, image[None], nouns, vectors)[0][0] for image in plain]

@@ -24,7 +24,7 @@ from transformers import CLIPTokenizer
 
 from backbone.training.loop import Average, train, warm_cosine
 from backbone.world.scene import Scene, sample_scene
-from backbone.world.words import paraphrase, vocabulary, write_caption
+from backbone.world.words import load_vocabulary, paraphrase, write_caption
 from recipes.moji.denoiser import build_text_encoder
 
 SEEN_POSITIONS = 8  # end and padding positions that are asked in each caption
@@ -80,7 +80,7 @@ def main(
 
 def answers() -> dict[str, list[str]]:
     """The questions with everything that may be answered."""
-    words = vocabulary()
+    words = load_vocabulary()
     nouns = list(words.nouns)
     return {
         "noun": nouns,

@@ -17,7 +17,7 @@ from backbone.io.console import UserError
 from backbone.io.files import write_json, write_tensors
 from backbone.models.model import Backbone
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
-from backbone.world.words import Thing, vocabulary
+from backbone.world.words import Thing, load_vocabulary
 from benchmarks.judge import (
     FACTS,
     NONE,
@@ -109,7 +109,7 @@ def test_no_pictures_have_no_verdicts(judge: Judge) -> None:
 
 
 def test_the_judge_knows_the_nouns_and_the_concepts_and_no_other_glyph() -> None:
-    words = vocabulary()
+    words = load_vocabulary()
     known = label_lists()["glyphs"]
     assert set(known) == {*words.nouns, *words.development_concepts, *words.demo_concept}
     assert len(known) == len(set(known)) == 84
@@ -200,7 +200,7 @@ def test_benchmark_scenes_are_fair_held_out_and_always_the_same() -> None:
     scenes = benchmark_scenes(300)
     assert scenes == benchmark_scenes(301)[:300]
     assert all(is_fair(scene) and scene.seed in BENCHMARK_SEEDS for scene in scenes)
-    assert {thing.noun for scene in scenes for thing in scene.things} <= set(vocabulary().nouns)
+    assert {thing.noun for scene in scenes for thing in scene.things} <= set(load_vocabulary().nouns)
 
 
 def test_a_perfect_model_passes_every_question() -> None:
