@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 from random import Random
 
-NO_STYLE = ""
 PLACE_WORDS: dict[str, tuple[str, ...]] = {
     "in a park": ("in the park", "on the grass", "on a green lawn"),
     "in the desert": ("in a desert", "in a sandy desert", "among cacti"),
