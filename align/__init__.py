@@ -1,1 +1,16 @@
-"""Tunes a model to preferences: pairs, scorers, DPO. Being built; see `cli`."""
+"""Tunes a model to preferences: pairs of images, scorers, Diffusion-DPO and its relatives, reward gradients."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__: str
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            from backbone import __version__
+
+            return __version__
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,8 @@
-"""The command `align`: draw pictures, choose between them, train on the choices, compare."""
+"""The command `align`: draw images, choose between them, train on the choices, compare."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, cast, get_args
@@ -9,42 +10,64 @@ from typing import Annotated, Literal, cast, get_args
 import typer
 
 from align.train import cli as train_cli
-from backbone.io.console import UserError, notify, run_app
+from backbone.io import flags
+from backbone.io.commands import command_group, print_json
+from backbone.io.console import UserError, is_main_rank, notify, run_app
+from backbone.io.files import read_json
+from backbone.io.flags import option
+from backbone.io.prompts import Prompt, prompts_of
 
-app = typer.Typer(
-    help="Tune a diffusion model to preferences: yours, or a scorer's.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"token_normalize_func": train_cli.hyphens},
-)
+app = command_group("Tune a diffusion model to preferences: yours, or a scorer's.")
 
+LABELLING = "Labelling"  # a section of the help
+PAIRS = "Pairs"
 Rule = Literal[
     "best-worst", "all", "own", "same-noise", "best-near"
 ]  # `align.collect.rank` has what they pair
 RULES = get_args(Rule)
-Sampler = Literal["ddim", "heun", "ancestral"]
-Folder = Annotated[Path, typer.Argument(help="A folder of align sample.")]
-Source = Annotated[str, typer.Argument(help=train_cli.SOURCE_HELP)]
+SOURCE_HELP = (
+    "A folder of align sample, chosen/ and rejected/ (w/ and l/), .jsonl or .parquet, or a dataset's id."
+)
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of align sample.")]
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP)]
 Scorers = Annotated[
     list[str],
-    typer.Option("--scorer", help="moji, a CLIP folder, like:PICTURES, or a file.py; repeatable."),
+    option(
+        "--scorer",
+        help="moji, a CLIP folder, like:IMAGES, or a file.py; repeatable.",
+        panel=flags.SCORING,
+    ),
 ]
-Steps = Annotated[
-    int | None, typer.Option("--steps", "--num-inference-steps", min=1, show_default="by model")
+Out = Annotated[
+    Path,
+    option("--out", "--output-dir", help="The folder to write, or to go on with.", panel=flags.OUTPUT),
 ]
-Guidance = Annotated[
-    float | None,
-    typer.Option("--guidance", "--guidance-scale", min=0, help="1: none.", show_default="by model"),
+User = Annotated[
+    str | None,
+    option("--user", help="Only this person's choices.", panel=flags.DATA, show_default="everybody's"),
 ]
-GuidanceStart = Annotated[
-    float,
-    typer.Option("--guidance-start", min=0, max=1, help="The share of the steps before guidance begins."),
+Limit = Annotated[
+    int | None,
+    option(
+        "--limit",
+        "--max-train-samples",
+        min=1,
+        help="Only the first so many rows; a dataset is then streamed.",
+        panel=flags.DATA,
+        show_default="all",
+    ),
 ]
-GuidanceStop = Annotated[
-    float, typer.Option("--guidance-stop", min=0, max=1, help="The share of the steps after which it ends.")
+Split = Annotated[
+    str, option("--split", "--dataset-split-name", help="Of a dataset on the hub.", panel=flags.DATA)
 ]
+SkipBad = Annotated[
+    bool, option("--skip-bad", help="Leave bad records out instead of stopping.", panel=flags.DATA)
+]
+Labeller = Annotated[
+    str,
+    option("--user", help="Who chooses; align train --user then trains on one person.", panel=LABELLING),
+]
+Port = Annotated[int, option("--port", min=0, max=65535, help="Of the page; 0: a free one.", panel=LABELLING)]
 
 
 def main() -> None:
@@ -54,70 +77,81 @@ def main() -> None:
 
 @app.command()
 def sample(
-    prompts: Annotated[
-        Path, typer.Option("--prompts", help="A prompt on each line, or JSON lines with prompt and category.")
-    ],
-    out: Annotated[Path, typer.Option(help="The folder to write, or to go on with.")],
-    per_prompt: Annotated[int, typer.Option("--per-prompt", min=1, help="Pictures of each prompt.")] = 4,
-    model: train_cli.Model = None,
-    concept: train_cli.Concepts = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    guidance_start: GuidanceStart = 0.0,
-    guidance_stop: GuidanceStop = 1.0,
+    ctx: typer.Context,
+    prompts: flags.Prompts,
+    out: Out,
+    count: flags.Count = 4,
+    negative: flags.Negative = "",
+    width: flags.Width = None,
+    height: flags.Height = None,
+    resolution: flags.Resolution = None,
+    concept: flags.Concepts = None,
+    scale: flags.Scale = 1.0,
+    checkpoint: flags.WhichCheckpoint = None,
+    steps: flags.Steps = None,
+    guidance: flags.Guidance = None,
+    guidance_start: flags.GuidanceStart = 0.0,
+    guidance_stop: flags.GuidanceStop = 1.0,
     redraw: Annotated[
         float,
-        typer.Option(
+        option(
+            "--redraw",
             min=0,
             max=1,
-            help="After the first, a prompt's pictures are that one noised again and drawn anew in this share of the "
+            help="After the first, a prompt's images are that one noised again and drawn anew in this share of the "
             "steps: one layout, other details. 0: each from its own noise.",
+            panel=flags.SAMPLING,
         ),
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Picture (i, j) depends on the seed, i and j only.")] = 0,
-    negative: Annotated[
-        str, typer.Option("--negative", "--negative-prompt", help="What to stay away from.")
-    ] = "",
-    sampler: Annotated[Sampler, typer.Option(help="How noise is walked down.")] = "ddim",
-    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn together.")] = 8,
-    precision: train_cli.Precision = None,
-    device: train_cli.Device = None,
+    sampler: flags.SamplerName = "ddim",
+    seed: flags.ImageSeed = 0,
+    batch: flags.Batch = 8,
+    model: flags.ConceptsModel = None,
+    precision: flags.Precision = None,
+    device: flags.Device = None,
+    as_json: flags.Json = False,
 ) -> None:
-    """Draw several pictures of each prompt, to choose between."""
-    from align.pairs.prompts import read_prompts
+    """Draw several images of each prompt, to choose between."""
+    from backbone.adapters.concept import checkpoint as folder_of
     from backbone.adapters.concept import read_concept
 
-    asked = read_prompts(prompts)
-    for folder in concept or []:
+    asked = once(prompts_of(prompts))
+    if not concept:
+        flags.refuse_given(ctx, "scale", "checkpoint", because="without --concept")
+    learned = [folder_of(folder, checkpoint) for folder in concept or []]
+    for folder in learned:
         read_concept(folder)  # mistakes are answered before torch is imported
     from align.collect.sample import Drawing, sample_pairs
+    from align.pairs.records import SAMPLES
 
+    wide, high = flags.size_of(width, height, resolution)
     drawn = sample_pairs(
         asked,
         out,
         model=model,
-        concepts=concept or [],
-        per_prompt=per_prompt,
+        concepts=learned,
+        scale=scale,
+        per_prompt=count,
         drawing=Drawing(
-            steps, guidance, seed, sampler, negative, batch, guidance_start, guidance_stop, redraw
+            steps, guidance, seed, sampler, negative, batch, guidance_start, guidance_stop, redraw, wide, high
         ),
         device=device or "auto",
         precision=precision or "auto",
     )
-    whole = len(asked) * per_prompt
-    notify(f"{whole} pictures of {len(asked)} prompts in {out} ({drawn} new). Next: align label {out}")
+    whole = len(asked) * count
+    notify(f"{whole} images of {len(asked)} prompts in {out} ({drawn} new). Next: align label {out}")
+    if as_json and is_main_rank():
+        print_json({"folder": out, "images": whole, "new": drawn, **read_json(out / SAMPLES)})
 
 
 @app.command()
 def label(
     folder: Folder,
-    user: Annotated[
-        str, typer.Option(help="Who chooses; align train --user then trains on one person.")
-    ] = "",
-    seed: Annotated[int, typer.Option(help="Of the order and the sides.")] = 0,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 0,
+    user: Labeller = "",
+    port: Port = 0,
+    seed: Annotated[int, option("--seed", help="Of the order and the sides.", panel=LABELLING)] = 0,
 ) -> None:
-    """Choose between pictures on a page in your browser: blind, with the arrow keys."""
+    """Choose between images on a page in your browser: blind, with the arrow keys."""
     from align.collect.label.server import serve
     from align.collect.label.session import Session, alone, pairs_to_label
     from align.pairs.samples import read_samples
@@ -144,28 +178,39 @@ def rank(
     scorer: Scorers = ["moji"],  # noqa: B006 (typer copies it)
     weight: Annotated[
         list[float] | None,
-        typer.Option("--weight", help="One for each scorer, in their order.", show_default="1 each"),
+        option(
+            "--weight",
+            help="One for each scorer, in their order.",
+            panel=flags.SCORING,
+            show_default="1 each",
+        ),
     ] = None,
     pareto: Annotated[
-        bool, typer.Option("--pareto", help="Keep only pairs on whose order all scorers agree.")
+        bool,
+        option("--pareto", help="Keep only pairs on whose order all scorers agree.", panel=PAIRS),
     ] = False,
     rules: Annotated[
         list[str],
-        typer.Option(
+        option(
             "--pairs",
-            metavar="[" + "|".join(RULES) + "]",
-            help="Of each prompt the best and the worst picture, all pairs, all without near misses (own), or near "
-            "misses: each with the prompt's own picture from the same noise, or with its best ones. Repeatable.",
+            metavar="RULE",
+            help="best-worst: of each prompt the best and the worst image; all: all pairs; own: all without near "
+            "misses; same-noise: each near miss with the prompt's own image from the same noise; best-near: with its "
+            "best ones. Repeatable.",
+            panel=PAIRS,
         ),
     ] = ["best-worst"],  # noqa: B006 (typer copies it)
     margin: Annotated[
         float,
-        typer.Option(
-            "--margin", min=0, help="The least difference; of several scorers, in their standard deviations."
+        option(
+            "--margin",
+            min=0,
+            help="The least difference; of several scorers, in their standard deviations.",
+            panel=PAIRS,
         ),
     ] = 0.0,
 ) -> None:
-    """Let scorers choose: pairs of each prompt's pictures, the better-scored one preferred."""
+    """Let scorers choose: pairs of each prompt's images, the better-scored one preferred."""
     from align.pairs.samples import read_samples
 
     for rule in rules:
@@ -183,15 +228,23 @@ def rank(
 @app.command()
 def check(
     source: Source,
-    user: train_cli.User = None,
-    limit: train_cli.Limit = None,
-    split: train_cli.Split = "train",
+    user: User = None,
+    limit: Limit = None,
+    split: Split = "train",
     model: Annotated[
         str | None,
-        typer.Option("--model", help="Also whether this model drew them.", show_default="not asked"),
+        option(
+            "--model",
+            "--pretrained-model-name-or-path",
+            metavar="MODEL",
+            help="Also whether this model drew them.",
+            panel=flags.MODEL,
+            show_default="not asked",
+        ),
     ] = None,
+    as_json: flags.Json = False,
 ) -> None:
-    """Open every picture of a source of pairs and list all that is wrong, a line each."""
+    """Open every image of a source of pairs and list all that is wrong, a line each."""
     from align.pairs.read import read
     from align.pairs.records import check as check_pairs
     from align.pairs.records import counted, held_out, refuse_another_model
@@ -204,18 +257,32 @@ def check(
     learn, out = held_out(found.records, share=0.1, seed=0)
     notify(f"{found.source} holds {counted(found.records)}; {found.passed_over} more have no label.")
     notify(f"With --held-out 0.1 it would train on {counted(learn)} and hold out {counted(out)}.")
+    if as_json:
+        print_json(
+            {
+                "source": found.source,
+                "records": len(found.records),
+                "pairs": len(found.pairs),
+                "without_label": found.passed_over,
+                "train": len(learn),
+                "held_out": len(out),
+            }
+        )
 
 
 @app.command()
 def export(
     source: Source,
     out: Annotated[
-        Path, typer.Argument(help="FILE.parquet (Pick-a-Pic's columns) or FILE.jsonl (pictures beside it).")
+        Path,
+        typer.Argument(
+            metavar="FILE", help="FILE.parquet (Pick-a-Pic's columns) or FILE.jsonl (images beside it)."
+        ),
     ],
-    user: train_cli.User = None,
-    limit: train_cli.Limit = None,
-    split: train_cli.Split = "train",
-    skip_bad: train_cli.SkipBad = False,
+    user: User = None,
+    limit: Limit = None,
+    split: Split = "train",
+    skip_bad: SkipBad = False,
 ) -> None:
     """Write pairs from any source for other tools; a source is never changed."""
     from align.pairs.export import write_lines, write_parquet
@@ -239,114 +306,173 @@ def export(
 def evaluate(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder of align train.")],
     source: Annotated[
-        str | None, typer.Argument(help=train_cli.SOURCE_HELP, show_default="the run's own held-out pairs")
+        str | None,
+        typer.Argument(metavar="SOURCE", help=SOURCE_HELP, show_default="the run's own held-out pairs"),
     ] = None,
-    draws: Annotated[int, typer.Option(min=1, help="Noise draws of each pair.")] = 8,
-    skip_bad: train_cli.SkipBad = False,
+    draws: Annotated[
+        int, option("--draws", min=1, help="Noise draws of each pair.", panel=flags.SCORING)
+    ] = 8,
+    skip_bad: SkipBad = False,
+    as_json: flags.Json = False,
 ) -> None:
-    """Measure how often a run tells preferred pictures apart, at fixed draws, with a bootstrap interval."""
+    """Measure how often a run tells preferred images apart, at fixed draws, with a bootstrap interval."""
     from align.settings import read_settings
 
     settings = read_settings(run_folder)  # mistakes are answered before torch is imported
+    from align.settings import EVALUATION
     from align.train.evaluate import evaluate_taste
 
-    typer.echo(evaluate_taste(run_folder, settings, source=source, draws=draws, skip_bad=skip_bad))
+    said = evaluate_taste(run_folder, settings, source=source, draws=draws, skip_bad=skip_bad)
+    if as_json:
+        print_json(read_json(run_folder / EVALUATION))
+    else:
+        typer.echo(said)
 
 
 @app.command()
 def compare(
-    base: Annotated[str, typer.Argument(help="moji, another model, or a run folder.")],
-    tuned: Annotated[str, typer.Argument(help="A run folder of align train, or another model.")],
-    prompts: Annotated[
-        Path, typer.Option("--prompts", help="A prompt on each line, or JSON lines with prompt and category.")
+    ctx: typer.Context,
+    base: Annotated[str, typer.Argument(metavar="BASE", help="moji, another model, or a run folder.")],
+    tuned: Annotated[
+        str, typer.Argument(metavar="TUNED", help="A run folder of align train, or another model.")
     ],
-    per_prompt: Annotated[int, typer.Option("--per-prompt", min=1, help="Pictures of each prompt.")] = 2,
-    scorer: Scorers = ["moji"],  # noqa: B006 (typer copies it)
+    prompts: flags.Prompts,
+    count: flags.Count = 2,
+    negative: flags.Negative = "",
+    width: flags.Width = None,
+    height: flags.Height = None,
+    resolution: flags.Resolution = None,
     scale: Annotated[
-        list[float] | None,
-        typer.Option(
-            "--scale", help="Also the tuned side at this strength; repeatable.", show_default="none"
+        list[float],
+        option(
+            "--scale",
+            "--lora-scale",
+            "--network-mul",
+            help="Strength of the tuned side's training. Repeated: further sides, the first is the one that counts.",
+            panel=flags.CONCEPTS,
         ),
-    ] = None,
+    ] = [1.0],  # noqa: B006 (typer copies it)
+    scorer: Scorers = ["moji"],  # noqa: B006 (typer copies it)
     tie: Annotated[
-        float, typer.Option("--tie", min=0, help="Scores that differ by no more than this are even.")
+        float,
+        option("--tie", min=0, help="Scores that differ by no more than this are even.", panel=flags.SCORING),
     ] = 0.0,
     blind: Annotated[
-        bool, typer.Option("--blind", help="Then choose yourself, on the page of align label.")
+        bool, option("--blind", help="Then choose yourself, on the page of align label.", panel=LABELLING)
     ] = False,
-    user: Annotated[str, typer.Option(help="Who chooses, with --blind.")] = "",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one, with --blind.")] = 0,
-    steps: Steps = None,
-    guidance: Guidance = None,
+    user: Annotated[str, option("--user", help="Who chooses, with --blind.", panel=LABELLING)] = "",
+    port: Port = 0,
+    steps: flags.Steps = None,
+    guidance: flags.Guidance = None,
+    guidance_start: flags.GuidanceStart = 0.0,
+    guidance_stop: flags.GuidanceStop = 1.0,
     tuned_guidance: Annotated[
         float | None,
-        typer.Option("--tuned-guidance", min=0, help="Of the tuned side.", show_default="--guidance"),
+        option(
+            "--tuned-guidance",
+            min=0,
+            help="Of the tuned side.",
+            panel=flags.SAMPLING,
+            show_default="--guidance",
+        ),
     ] = None,
-    tuned_scale: Annotated[
-        float, typer.Option("--tuned-scale", min=0, help="How strongly the tuned side's training works.")
-    ] = 1.0,
-    guidance_start: GuidanceStart = 0.0,
-    guidance_stop: GuidanceStop = 1.0,
     tuned_guidance_start: Annotated[
         float | None,
-        typer.Option(
-            "--tuned-guidance-start", min=0, max=1, help="Of the tuned side.", show_default="--guidance-start"
+        option(
+            "--tuned-guidance-start",
+            min=0,
+            max=1,
+            help="Of the tuned side.",
+            panel=flags.SAMPLING,
+            show_default="--guidance-start",
         ),
     ] = None,
     tuned_guidance_stop: Annotated[
         float | None,
-        typer.Option(
-            "--tuned-guidance-stop", min=0, max=1, help="Of the tuned side.", show_default="--guidance-stop"
+        option(
+            "--tuned-guidance-stop",
+            min=0,
+            max=1,
+            help="Of the tuned side.",
+            panel=flags.SAMPLING,
+            show_default="--guidance-stop",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Both sides begin with the same noise.")] = 0,
-    negative: Annotated[
-        str, typer.Option("--negative", "--negative-prompt", help="What to stay away from.")
-    ] = "",
-    sampler: Annotated[Sampler, typer.Option(help="How noise is walked down.")] = "ddim",
-    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn together.")] = 8,
-    out: Annotated[Path, typer.Option(help="The folder to write, or to go on with.")] = Path("compare"),
-    precision: train_cli.Precision = None,
-    device: train_cli.Device = None,
+    sampler: flags.SamplerName = "ddim",
+    seed: Annotated[
+        int, option("--seed", help="Both sides begin with the same noise.", panel=flags.SAMPLING)
+    ] = 0,
+    batch: flags.Batch = 8,
+    precision: flags.Precision = None,
+    device: flags.Device = None,
+    out: Out = Path("compare"),
+    as_json: flags.Json = False,
 ) -> None:
     """Draw the same prompts from the same noise with two models, and count wins, with intervals."""
-    from align.pairs.prompts import read_prompts
-
-    asked = read_prompts(prompts)  # mistakes are answered before torch is imported
+    if not blind:
+        flags.refuse_given(ctx, "user", "port", because="without --blind")
+    asked = once(prompts_of(prompts))  # mistakes are answered before torch is imported
     from align.collect.sample import Drawing
-    from align.compare.compare import compare_models
+    from align.compare.compare import RESULT, compare_models
     from align.compare.report import summary
     from align.compare.sides import Side
 
+    wide, high = flags.size_of(width, height, resolution)
     start = guidance_start if tuned_guidance_start is None else tuned_guidance_start
     stop = guidance_stop if tuned_guidance_stop is None else tuned_guidance_stop
     result = compare_models(
         Side.of(base),
-        replace(Side.of(tuned), scale=tuned_scale, guidance=tuned_guidance, guided=(start, stop)),
+        replace(Side.of(tuned), scale=scale[0], guidance=tuned_guidance, guided=(start, stop)),
         asked,
         out,
-        per_prompt=per_prompt,
-        drawing=Drawing(steps, guidance, seed, sampler, negative, batch, guidance_start, guidance_stop),
+        per_prompt=count,
+        drawing=Drawing(
+            steps,
+            guidance,
+            seed,
+            sampler,
+            negative,
+            batch,
+            guidance_start,
+            guidance_stop,
+            width=wide,
+            height=high,
+        ),
         scorers=scorer,
-        scales=scale or (),
+        scales=scale[1:],
         tie=tie,
         device=device or "auto",
         precision=precision or "auto",
     )
-    typer.echo(summary(result))
-    notify(f"{out}/report.html shows pictures side by side.")
+    found = read_json(out / RESULT)
+    if not as_json:
+        typer.echo(summary(result))
+    notify(f"{out}/report.html shows images side by side.")
     if blind:
         from align.collect.label.server import serve
         from align.collect.label.session import Asked, Session, alone
         from align.compare.blind import blind_pairs, blind_summary, save_blind
 
         with alone(out):
-            pairs = [Asked(*names) for names in blind_pairs(asked, per_prompt, tuned_scale)]
+            pairs = [Asked(*names) for names in blind_pairs(asked, count, scale[0])]
             serve(Session(out, pairs, seed=seed, user=user), port=port)
-        typer.echo(blind_summary(save_blind(out)))
+        choices = save_blind(out)
+        found["blind"] = choices
+        if not as_json:
+            typer.echo(blind_summary(choices))
+    if as_json:
+        print_json(found)
 
 
-app.command(name="train")(train_cli.train)
+def once(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Each prompt once: a pair's images are told apart by prompt and sample."""
+    found: dict[str, Prompt] = {}
+    for prompt in prompts:
+        found.setdefault(prompt.text, prompt)
+    return list(found.values())
+
+
+train_cli.register(app)
 
 if __name__ == "__main__":
     main()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from backbone.io import options
 from backbone.io.console import UserError
 from backbone.io.files import read_json
+from backbone.io.options import Option, build, effective
+from backbone.training.settings import WEIGHTINGS, TrainingSettings
 
 FILE = "settings.json"
 LOG = "log.jsonl"
@@ -20,127 +21,304 @@ REPORT = "report.html"
 EVALUATION = "evaluation.json"
 ROUNDS = "rounds"  # of a run with --online: a folder of `align sample` each
 REWARDS = "rewards.jsonl"  # of a run with --online: a line each round
+SOURCE_HELP = (
+    "A folder of align sample, chosen/ and rejected/ (w/ and l/), .jsonl or .parquet, or a dataset's id."
+)
 PAIR_LOSSES = ("dpo", "ipo", "hinge", "kto", "mapo", "dspo", "sft")
 REWARD_LOSSES = ("draft", "ddpo")  # of a scorer's numbers, with --online alone
 LOSSES = (*PAIR_LOSSES, *REWARD_LOSSES)
 REFERENCES = ("bank", "live", "copy")
-WEIGHTINGS = (
-    "none",
-    "min-snr",
-    "debiased",
-)  # `align.objectives.preference.LEVEL_WEIGHTS` has their functions
 BETAS = {  # where 2000 is too much
     "mapo": 500.0,  # its authors'
     "ipo": 200.0,  # it asks for a margin of 1/β, and at 2000 has it at once
 }
-BY_MODEL = (  # what `align` in a model's `limner.json` may say, so that a repeating command always does
-    "beta",
-    "loss_weighting",
-    "least_noise",
-    "safeguard",
-    "steps",
-    "batch",
-    "learning_rate",
-    "rank",
-    "lora_alpha",
-    "lora_layers",
-)
-FLAGS = {"batch": "train_batch_size", "loss": "loss_type", "beta": "beta_dpo"}
+OF_PAIRS = {"loss": PAIR_LOSSES}
+OFFLINE = {"online": ("",)}
+A_LORA = {"full": (False,)}
+COMPARES = ("dpo", "ipo", "hinge", "mapo", "dspo", "sft")  # the two images of a pair
+IN_ROUNDS = {"online": (), "loss": (*PAIR_LOSSES, "ddpo")}
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(TrainingSettings):
     """The settings of `align train`. A run is a function of these, the preferences and the model.
 
     `beta` means the same for every loss (`align.objectives.losses`). `loss_weighting` weighs errors by their noise
     level before the loss compares them, and no level below the share `least_noise` of the noise path is trained on.
-    With `random_crop` = N a draw cuts all pictures of a record at one of N places instead of the centre.
+    With `random_crop` = N a draw cuts all images of a record at one of N places instead of the centre.
 
     `reference` is `bank` (the base's errors at `draws` fixed draws of each pair, computed at the first visit and read
     afterwards), `live` (computed each time, with the new adapter off) or `copy` (computed each time, by a frozen
     second network). `batch` counts pairs.
 
     With `online`, a scorer's name, there are no `pairs`: in each of `rounds` the model draws `prompts`, `per_prompt`
-    pictures of each, and learns from how the scorer ranks them; `draft` and `ddpo` learn from its numbers instead,
-    and then `batch` counts pictures.
+    images of each, and learns from how the scorer ranks them; `draft` and `ddpo` learn from its numbers instead,
+    and then `batch` counts images.
     """
 
-    pairs: str
-    model: str = "moji"
-    concepts: tuple[str, ...] = ()
-    user: str = ""
-    limit: int = 0
-    split: str = "train"
-    ties: str = "drop"
-    held_out: float = 0.1
-    skip_bad: bool = False
-    any_model: bool = False
-    loss: str = "dpo"
-    beta: float = 2000.0
-    label_smoothing: float = 0.0
-    sft_weight: float = 0.0
-    safeguard: float = -1.0
-    mapo_weight: float = 0.1
-    dspo_pull: float = 1.0
-    full: bool = False
-    reference: str = "bank"
-    draws: int = 16
-    prompt_dropout: float = 0.1
-    flip: bool = False
-    random_crop: int = 0
-    loss_weighting: str = "none"
-    least_noise: float = 0.0
-    steps: int = 300
-    batch: int = 4
-    micro_batch: int = 0
-    gradient_checkpointing: bool = False
-    learning_rate: float = 1e-4
-    lr_warmup_steps: int = 20
+    pairs: Annotated[str, Option(SOURCE_HELP, "Data", argument=True, metavar="PAIRS")] = ""
+    concepts: Annotated[
+        tuple[str, ...],
+        Option(
+            "A run folder of customize or align train to build on; repeatable.",
+            "Data",
+            flag="concept",
+            metavar="RUN",
+        ),
+    ] = ()
+    user: Annotated[
+        str,
+        Option("Only this person's choices.", "Data", default_text="everybody's", needs=OFFLINE),
+    ] = ""
+    limit: Annotated[
+        int,
+        Option(
+            "Only the first so many rows; a dataset is then streamed.",
+            "Data",
+            default_text="all",
+            needs=OFFLINE,
+            min=1,
+        ),
+    ] = 0
+    split: Annotated[str, Option("Of a dataset on the hub.", "Data", needs=OFFLINE)] = "train"
+    skip_bad: Annotated[bool, Option("Leave bad records out instead of stopping.", "Data", needs=OFFLINE)] = (
+        False
+    )
+    any_model: Annotated[
+        bool, Option("Learn from images that another model drew.", "Data", needs=OFFLINE)
+    ] = False
+    held_out: Annotated[
+        float, Option("Share of the prompts to judge by.", "Data", needs=OF_PAIRS, min=0, max=1)
+    ] = 0.1
+    flip: Annotated[
+        bool,
+        Option("Mirrored pairs too.", "Data", aliases=("random-flip",), needs=OF_PAIRS),
+    ] = False
+    random_crop: Annotated[
+        int,
+        Option(
+            "Cut both images of a pair at one of so many places.",
+            "Data",
+            default_text="at the centre",
+            needs=OF_PAIRS,
+            min=0,
+        ),
+    ] = 0
+    prompt_dropout: Annotated[
+        float,
+        Option(
+            "Share of the draws without their prompt.",
+            "Data",
+            aliases=("proportion-empty-prompts",),
+            needs=OF_PAIRS,
+            min=0,
+            max=1,
+        ),
+    ] = 0.1
+    loss: Annotated[
+        str,
+        Option(
+            "draft (reward gradients) and ddpo (policy gradients) are with --online alone.",
+            "Preference",
+            aliases=("loss-type",),
+            choices=LOSSES,
+        ),
+    ] = "dpo"
+    beta: Annotated[
+        float,
+        Option(
+            "How far the model may leave the base; means the same for every loss.",
+            "Preference",
+            aliases=("beta-dpo",),
+            by_model=True,
+            default_text="by model; 2000, mapo 500, ipo 200",
+            needs={"loss": ("dpo", "ipo", "hinge", "kto", "mapo", "dspo")},
+            min=0,
+        ),
+    ] = 2000.0
+    ties: Annotated[
+        str,
+        Option(
+            "Leave ties out, or pull them level.",
+            "Preference",
+            choices=("drop", "model"),
+            needs=OF_PAIRS,
+        ),
+    ] = "drop"
+    label_smoothing: Annotated[
+        float,
+        Option(
+            "The share of wrong labels.",
+            "Preference",
+            needs={"loss": ("dpo", "ipo", "hinge", "mapo", "sft")},
+            min=0,
+            max=0.5,
+        ),
+    ] = 0.0
+    sft_weight: Annotated[
+        float,
+        Option("Adds so much of the winners' error.", "Preference", needs={"loss": COMPARES}, min=0),
+    ] = 0.0
+    safeguard: Annotated[
+        float,
+        Option(
+            "Diffusion-SDPO's μ; below 0: off.",
+            "Preference",
+            by_model=True,
+            needs={"loss": ("dpo", "ipo", "hinge", "mapo", "dspo")},
+            max=1,
+        ),
+    ] = -1.0
+    mapo_weight: Annotated[
+        float, Option("Of MaPO's margin.", "Preference", needs={"loss": ("mapo",)}, min=0)
+    ] = 0.1
+    dspo_pull: Annotated[
+        float, Option("Of DSPO's pull towards the base.", "Preference", needs={"loss": ("dspo",)}, min=0)
+    ] = 1.0
+    reference: Annotated[
+        str,
+        Option(
+            "The base's errors: banked at fixed draws, asked each time, or of a copy.",
+            "Preference",
+            choices=REFERENCES,
+            default_text="bank; dspo and --online: live",
+            needs=OF_PAIRS,
+        ),
+    ] = "bank"
+    draws: Annotated[int, Option("Noise draws of each pair.", "Preference", needs=OF_PAIRS, min=1)] = 16
+    least_noise: Annotated[
+        float,
+        Option(
+            "Train above this share of the noise path.",
+            "Preference",
+            by_model=True,
+            needs=OF_PAIRS,
+            min=0,
+            max=1,
+        ),
+    ] = 0.0
+    online: Annotated[
+        str,
+        Option(
+            "Draw, let this scorer rank, train, again.",
+            "Online",
+            default_text="off",
+            metavar="SCORER",
+        ),
+    ] = ""
+    prompts: Annotated[
+        str, Option("What to draw: a prompt on each line.", "Online", needs={"online": ()}, metavar="FILE")
+    ] = ""
+    rounds: Annotated[int, Option("Of drawing and training.", "Online", needs=IN_ROUNDS, min=1)] = 4
+    per_prompt: Annotated[
+        int, Option("Images of each prompt in a round.", "Online", needs=IN_ROUNDS, min=2)
+    ] = 4
+    reward_steps: Annotated[
+        int, Option("draft: K, the last steps that learn.", "Online", needs={"loss": ("draft",)}, min=1)
+    ] = 1
+    clip_range: Annotated[
+        float, Option("ddpo: of the ratio.", "Online", needs={"loss": ("ddpo",)}, min=0)
+    ] = 1e-4
+    sample_steps: Annotated[
+        int,
+        Option("Sampler steps.", "Online", default_text="by model", needs={"online": ()}, min=1),
+    ] = 0
+    guidance: Annotated[
+        float,
+        Option(
+            "Guidance scale; 1: none.",
+            "Online",
+            aliases=("guidance-scale",),
+            default_text="by model",
+            needs={"online": ()},
+            min=0,
+        ),
+    ] = -1.0
+    full: Annotated[bool, Option("All weights of the denoiser instead of a LoRA.", "Method")] = False
+    steps: Annotated[
+        int, Option("Optimiser steps.", "Training", aliases=("max-train-steps",), by_model=True, min=1)
+    ] = 300
+    batch: Annotated[
+        int, Option("Pairs a step.", "Training", aliases=("train-batch-size",), by_model=True, min=1)
+    ] = 4
+    micro_batch: Annotated[
+        int, Option("Pairs at once.", "Training", default_text="the whole batch", min=1)
+    ] = 0
     lr_scheduler: str = "constant"
-    rank: int = 16
-    lora_alpha: float = 16.0
-    lora_layers: str = "attention"
-    weight_decay: float = 1e-2
-    max_grad_norm: float = 1.0
-    evaluation_steps: int = 50
-    evaluation_draws: int = 4
-    winner_tolerance: float = 0.05
-    on_winner_rise: str = "warn"
-    checkpointing_steps: int = 50
-    online: str = ""
-    prompts: str = ""
-    rounds: int = 4
-    per_prompt: int = 4
-    reward_steps: int = 1
-    clip_range: float = 1e-4
-    sample_steps: int = 0
-    guidance: float = -1.0
-    precision: str = "auto"
-    device: str = "auto"
-    quantize: str = ""
-    cpu_offload: float = 0.0
-    vae_tiling: bool = False
-    text_on_cpu: bool = False
-    one_by_one: bool = False
-    seed: int = 0
+    rank: Annotated[
+        int,
+        Option("Of the adapter.", "Adapter", aliases=("network-dim",), by_model=True, needs=A_LORA, min=1),
+    ] = 16
+    lora_alpha: Annotated[
+        float,
+        Option(
+            "The adapter works with strength α/rank.",
+            "Adapter",
+            aliases=("network-alpha",),
+            by_model=True,
+            default_text="the rank",
+            needs=A_LORA,
+        ),
+    ] = 16.0
+    lora_layers: Annotated[
+        str,
+        Option(
+            "Layers that get an adapter: attention or all.",
+            "Adapter",
+            by_model=True,
+            needs=A_LORA,
+            metavar="LAYERS",
+        ),
+    ] = "attention"
+    loss_weighting: Annotated[
+        str,
+        Option(
+            "Weight of the errors per timestep.", "Loss", by_model=True, choices=WEIGHTINGS, needs=OF_PAIRS
+        ),
+    ] = "none"
+    evaluation_steps: Annotated[
+        int,
+        Option(
+            "Evaluate every so many steps; --online: after each round.",
+            "Evaluation",
+            aliases=("evaluate-every",),
+            needs=OFFLINE,
+            min=1,
+        ),
+    ] = 50
+    evaluation_draws: Annotated[
+        int, Option("Noise draws of each pair that is judged.", "Evaluation", needs=OF_PAIRS, min=1)
+    ] = 4
+    winner_tolerance: Annotated[
+        float, Option("How far winners' error may rise.", "Evaluation", needs=OF_PAIRS, min=0)
+    ] = 0.05
+    on_winner_rise: Annotated[
+        str, Option("Beyond that.", "Evaluation", choices=("warn", "stop"), needs=OF_PAIRS)
+    ] = "warn"
+    gradient_checkpointing: Annotated[
+        bool, Option("Less memory, a third more time.", "Memory", needs=OF_PAIRS)
+    ] = False
+    checkpointing_steps: Annotated[
+        int,
+        Option(
+            "A checkpoint every so many steps; --online: after each round.",
+            "Output",
+            aliases=("save-every-n-steps",),
+            needs=(OFFLINE, {"loss": REWARD_LOSSES}),
+            min=1,
+        ),
+    ] = 50
 
     def __post_init__(self) -> None:
-        _one_of("loss", self.loss, LOSSES)
-        _one_of("reference", self.reference, REFERENCES)
-        _one_of("ties", self.ties, ("drop", "model"))
-        _one_of("on_winner_rise", self.on_winner_rise, ("warn", "stop"))
-        _one_of("loss_weighting", self.loss_weighting, WEIGHTINGS)
-        _one_of("lr_scheduler", self.lr_scheduler, ("constant", "cosine"))
-        if not 0 <= self.held_out < 1:
-            raise UserError(f"--held-out is a share of the prompts below 1, not {self.held_out}.")
-        if not 0 <= self.least_noise < 1:
+        super().__post_init__()
+        if self.held_out == 1:
             raise UserError(
-                f"--least-noise is a share of the noise path below 1, not {self.least_noise}. Leave it out for all."
+                "With --held-out 1 nothing is left to learn from. Give a share of the prompts below 1."
             )
-        if not 0 <= self.label_smoothing <= 0.5:
-            raise UserError(f"--label-smoothing is between 0 and 0.5, not {self.label_smoothing}.")
-        if self.safeguard > 1:
-            raise UserError(f"--safeguard is Diffusion-SDPO's μ, between 0 and 1, not {self.safeguard}.")
+        if self.least_noise == 1:
+            raise UserError(
+                "With --least-noise 1 no noise is left to train at. Give a share of the path below 1."
+            )
         if self.full and self.reference == "live":
             raise UserError(
                 "With --full the base is gone once training begins. Use --reference bank or copy."
@@ -155,7 +333,7 @@ class Settings:
             raise UserError(f"{self.loss} cannot say what a tie is. Use --ties drop.")
         if self.safeguard >= 0 and self.loss == "kto":
             raise UserError(
-                "The safeguard holds a pair's loser back; KTO knows no pairs. Use another --loss-type."
+                "The safeguard holds a pair's loser back; KTO knows no pairs. Use another --loss."
             )
         self._check_online()
 
@@ -170,7 +348,7 @@ class Settings:
             raise UserError(
                 "--online trains a LoRA: its reference is the adapter switched off. Leave out --full."
             )
-        if self.reference != "live":
+        if self.reference != "live" and self.loss in PAIR_LOSSES:
             raise UserError("--online asks the base at every round's new pairs. Leave out --reference.")
         if self.steps < self.rounds:
             raise UserError(f"{self.steps} steps do not fill {self.rounds} rounds. Lower --rounds.")
@@ -184,7 +362,8 @@ class Settings:
 def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
     """The settings of a run: what the user asked for over what works with the model.
 
-    That is `align` in `limner.json`, and `draft` there for what reward gradients want otherwise.
+    That is `align` in `limner.json`, and `draft` there for what reward gradients want otherwise. Raises `UserError` for
+    what is not known and what contradicts itself.
     """
     from_model = {
         "rank": usual.get("rank", 16),
@@ -206,7 +385,7 @@ def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
         merged.setdefault("reference", "live")  # a round's pairs are seldom visited twice
         merged.setdefault("sample_steps", int(usual.get("steps", 0)))
         merged.setdefault("guidance", float(usual.get("guidance", -1)))
-    return Settings(**merged)
+    return build(Settings, effective(Settings, merged, asked))
 
 
 def read_settings(run: Path) -> Settings:
@@ -214,34 +393,14 @@ def read_settings(run: Path) -> Settings:
     path = run / FILE
     if not path.is_file():
         raise UserError(f"{run} is not a run of `align train` ({FILE} is missing). Name another folder.")
-    said: dict[str, Any] = read_json(path).get("settings", {})
     try:
-        return Settings(**{**said, "concepts": tuple(said.get("concepts", ()))})
-    except TypeError as error:
+        return build(Settings, read_json(path).get("settings", {}))
+    except UserError as error:
         raise UserError(
-            f"{path} was not written by this version of `align train` ({error}). Start the run anew."
+            f"{path} was not written by this version of `align train`: {error} Start the run anew."
         ) from error
 
 
 def as_command(settings: Settings, out: Path) -> str:
     """The command that repeats a run, whatever is usual for its model by then."""
-    words = ["align train", *([shlex.quote(settings.pairs)] if settings.pairs else [])]
-    usual = Settings(pairs="")
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        flag = "--" + FLAGS.get(field.name, field.name).replace("_", "-")
-        usually = field.name not in BY_MODEL and value == getattr(usual, field.name)
-        if field.name == "pairs" or usually:
-            continue
-        if field.name == "concepts":
-            words += [f"--concept {shlex.quote(concept)}" for concept in value]
-        elif isinstance(value, bool):
-            words.append(flag)
-        else:
-            words.append(f"{flag} {shlex.quote(str(value))}")
-    return " ".join([*words, f"--out {shlex.quote(str(out))}"])
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UserError(f"There is no {name.replace('_', ' ')} {value}. Choose one of {', '.join(known)}.")
+    return options.as_command("align train", settings, out=out)

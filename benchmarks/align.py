@@ -209,7 +209,7 @@ class Script:
         noise = torch.randn((half, *latents.shape[1:]), generator=self.random).to(latents).repeat(2, 1, 1, 1)
         index = torch.randint(0, len(model.path.levels), (half,), generator=self.random).repeat(2)
         level = model.path.levels[index]
-        a, b = level.over(latents)
+        a, b = level.broadcast_like(latents)
         batch = Batch(
             a * latents + b * noise,
             noise if model.path.prediction_type == "epsilon" else a * noise - b * latents,

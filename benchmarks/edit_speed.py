@@ -39,7 +39,7 @@ from backbone.families.base import Text
 from backbone.io.console import run_app
 from backbone.io.files import write_json, write_text
 from backbone.media.transforms import to_image, to_tensor
-from backbone.models.cache import encoded_prompts
+from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from backbone.training.attention import quick_to_train
 from benchmarks.shapes import folder_of, peak_gib, said_by
@@ -168,13 +168,13 @@ def direct_reference(
 ) -> Tensor:
     """The source's and the target's latents [2, C, H, W] by the reference's four passes."""
     shown_, _ = prepared(model, image)
-    ladder = model.ladder(steps)
+    schedule = model.schedule(steps)
     clean = model.encode(to_tensor(shown_)[None]).mean
-    states = inverted(clean, model.predictor(encoded_prompts(model, [SOURCE])), ladder)
+    states = inverted(clean, model.predictor(encode_prompts_cached(model, [SOURCE])), schedule)
     text = four_rows(model, target)
     predict = model.predictor(text)
     offsets = []
-    for number, (here, there) in enumerate(pairwise(ladder)):  # what guidance misses of the trajectory
+    for number, (here, there) in enumerate(pairwise(schedule)):  # what guidance misses of the trajectory
         both = states[number].expand(2, *clean.shape[1:])
         stepped = deterministic_step(
             both, guided(predict(torch.cat([both, both]), here), guidance), here, there
@@ -184,7 +184,7 @@ def direct_reference(
     for editing in (False, True):  # the reconstruction only stores the maps
         now = states[0].repeat(2, 1, 1, 1)
         with materialised(model.denoiser, edit):
-            for number, (here, there) in enumerate(pairwise(ladder)):
+            for number, (here, there) in enumerate(pairwise(schedule)):
                 edit.begin(number, editing=editing)
                 now = deterministic_step(
                     now, guided(predict(torch.cat([now, now]), here), guidance), here, there
@@ -205,14 +205,14 @@ def null_text_reference(
     """The latents [2, C, H, W] by null-text inversion, ten inner iterations a step, then the edit."""
     with torch.no_grad():
         shown_, _ = prepared(model, image)
-        ladder = model.ladder(steps)
+        schedule = model.schedule(steps)
         clean = model.encode(to_tensor(shown_)[None]).mean
-        said, empty = (encoded_prompts(model, [prompt]) for prompt in (SOURCE, ""))
+        said, empty = (encode_prompts_cached(model, [prompt]) for prompt in (SOURCE, ""))
         conditional = model.predictor(said)
-        states = inverted(clean, conditional, ladder)
+        states = inverted(clean, conditional, schedule)
     now, embedding, found = states[0], empty["hidden"], []
     with weight_gradients(model.denoiser) if weights == "trained" else nullcontext():
-        for number, (here, there) in enumerate(pairwise(ladder)):
+        for number, (here, there) in enumerate(pairwise(schedule)):
             with torch.no_grad():
                 answer = conditional(now, here)
             moving = embedding.detach().clone().requires_grad_(True)
@@ -238,7 +238,7 @@ def null_text_reference(
         now = states[0].repeat(2, 1, 1, 1)
         text, edit = four_rows(model, target), Edit.of(model, target, steps)
         with materialised(model.denoiser, edit):
-            for number, (here, there) in enumerate(pairwise(ladder)):
+            for number, (here, there) in enumerate(pairwise(schedule)):
                 edit.begin(number, editing=True)
                 hidden = torch.cat([found[number].expand(2, -1, -1), text["hidden"][2:]])
                 predict = model.predictor({**text, "hidden": hidden})
@@ -250,7 +250,7 @@ def null_text_reference(
 
 def four_rows(model: Backbone, target: str) -> Text:
     """Without a prompt twice, then the source and the target."""
-    return encoded_prompts(model, ["", "", SOURCE, target])
+    return encode_prompts_cached(model, ["", "", SOURCE, target])
 
 
 def guided(estimate: Estimate, guidance: float) -> Estimate:

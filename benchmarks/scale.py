@@ -241,9 +241,9 @@ def report(cluster: Cluster, costs: Costs, sizes: Sizes, *, draws: int, width: i
         f"| the data set | {RAW / 1e9:.0f} GB |",
         f"| latents, {sizes.latents / 1024:.0f} KiB a pair | {PAIRS * sizes.latents / 1e9:.0f} GB |",
         f"| prompts' states, fp32 ({width} × 77 numbers each) | {PROMPTS * width * 77 * 4 / 1e9:.0f} GB |",
-        f"| the bank, {draws} draws | {PAIRS * draws * BANK_BYTES / 1e6:.0f} MB |",
+        f"| cached base errors, {draws} noise samples | {PAIRS * draws * BANK_BYTES / 1e6:.0f} MB |",
         "",
-        f"| draws × visits | steps | {' | '.join(f'{way}, hours' for way in WAYS)} | cached | bank | "
+        f"| noise samples × visits | steps | {' | '.join(f'{way}, hours' for way in WAYS)} | cached | bank | "
         f"{' | '.join(f'{way}: busy longest' for way in WAYS)} |",
         "|" + "---|" * 10,
     ]

@@ -1,39 +1,24 @@
-"""The command `customize`: example pictures, training, sampling, checking pictures."""
+"""The command `customize`: example images, training, sampling, checking images."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from backbone.io.console import UserError, notify, run_app
+from backbone.io import flags
+from backbone.io.commands import command_group, print_json
+from backbone.io.console import UserError, is_main_rank, notify, run_app
+from backbone.io.files import read_json
+from backbone.io.flags import Device, Model, Precision, option
+from backbone.io.options import command, refuse_idle
+from backbone.training.settings import PANELS, refuse_beside_resume
 from customize.formats import cli as files_cli
+from customize.settings import Settings, Subject, TrainOptions, read_settings, read_subject, resolved
 
-app = typer.Typer(
-    help="Teach a diffusion model a new concept from a handful of pictures.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-)
-
-Sampler = Literal["ddim", "heun", "ancestral"]
-Method = Literal["lora", "full", "textual-inversion", "pivotal", "custom-diffusion"]
-Adapter = Literal["lora", "dora", "loha", "lokr"]
-Prior = Literal["base", "class-images", "off"]
-Mask = Literal["files", "auto"]
-Optimizer = Literal["adamw", "adamw8bit", "prodigy"]
-Reports = Literal["jsonl", "tensorboard"]
-Weighting = Literal["none", "min-snr", "debiased"]
-Quantized = Literal["8bit", "nf4"]
-MODEL_HELP = "moji, sd15, sdxl, sd3, flux, a diffusers folder, a checkpoint file (.safetensors), or a hub id."
-Model = Annotated[str | None, typer.Option("--model", "--pretrained_model_name_or_path", help=MODEL_HELP)]
-Precision = Annotated[
-    str | None,
-    typer.Option("--precision", "--mixed_precision", help="auto, fp32, bf16 or fp16.", show_default="auto"),
-]
-Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or mps.", show_default="auto")]
+app = command_group("Teach a diffusion model a new concept from a handful of images.")
 
 
 def main() -> None:
@@ -43,464 +28,213 @@ def main() -> None:
 
 @app.command()
 def example(
-    folder: Annotated[Path, typer.Argument(help="The folder to write; made when it is not there.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="The folder to write; made when it is not there.")
+    ],
 ) -> None:
-    """Write the packaged pictures of one particular dog."""
-    from customize.data.example import write_example
+    """Write five images of one particular dog, and what the other commands can be tried with."""
+    from customize.data.example import EXTRAS, write_example
 
-    written = write_example(folder)
-    notify(f'{len(written)} pictures in {folder}. Next: customize train --images {folder} --token "[V]"')
+    images, extras = write_example(folder)
+    notify(f"{len(images)} images of a dog in {folder}; {folder / EXTRAS} has {_listed(extras)}.")
+    notify(f'Next: customize train --images {folder} --token "[V]"')
 
 
 @app.command()
 def check(
     images: Annotated[
-        str, typer.Option("--images", "--instance_data_dir", help="A folder of pictures, or a dataset.")
+        str,
+        option(
+            "--images",
+            "--instance-data-dir",
+            "--train-data-dir",
+            metavar="FOLDER",
+            help="A folder of images, or a dataset.",
+            panel=flags.DATA,
+        ),
     ],
     model: Model = None,
     precision: Precision = None,
     device: Device = None,
     vram: Annotated[
         float | None,
-        typer.Option(
-            "--vram", min=0.1, help="Plan for a GPU with so many GiB.", show_default="what the run needs here"
+        option(
+            "--vram",
+            min=0.1,
+            help="Plan for a GPU with so many GiB.",
+            panel=flags.MODEL,
+            show_default="what the run needs here",
         ),
     ] = None,
+    as_json: flags.Json = False,
 ) -> None:
-    """Open every picture, list all bad ones, and say what may go wrong and what the run will need."""
-    from backbone.media.pictures import check_images as check_pictures
+    """Open every image, list all bad ones, and say what may go wrong and what the run will need."""
+    from backbone.media.pictures import check_images as check_images
     from backbone.media.pictures import list_images
 
-    pictures = list_images(images)
-    check_pictures(pictures)
-    captions = sum(picture.caption is not None for picture in pictures)
-    notify(f"{len(pictures)} pictures in {images} can be read ({captions} with captions).")
+    found = list_images(images)
+    check_images(found)
+    captions = sum(image.caption is not None for image in found)
+    notify(f"{len(found)} images in {images} can be read ({captions} with captions).")
     from backbone.models.model import Backbone
-    from customize.settings import resolved
     from customize.train.preflight import estimate, warnings_about
 
     opened = Backbone.open(model or "moji", device=device or "auto", precision=precision or "auto")
-    for warning in warnings_about(pictures, resolution=opened.resolution):
+    warnings = warnings_about(found, resolution=opened.resolution)
+    for warning in warnings:
         notify(f"Warning: {warning}")
-    settings = resolved(opened, {}, images=images, token="[V]", class_noun="")
+    settings = resolved({"images": images, "token": "[V]", "class_noun": ""}, opened.defaults)
+    needs: dict[str, Any] = {}
     if vram is not None:
         from customize.train.memory import foreseen
 
-        for sentence in foreseen(opened, settings, len(pictures), vram):
-            notify(sentence)
-        return
-    for sentence in estimate(opened, settings, len(pictures)).sentences():
+        sentences = foreseen(opened, settings, len(found), vram)
+        needs["plan"] = sentences
+    else:
+        expected = estimate(opened, settings, len(found))
+        sentences = expected.sentences()
+        needs = {"peak_bytes": expected.peak, "steps": expected.steps, "step_seconds": expected.step_seconds}
+    for sentence in sentences:
         notify(sentence)
+    if as_json:
+        print_json({"images": len(found), "captions": captions, "warnings": warnings, **needs})
 
 
-@app.command()
-def train(
-    images: Annotated[
-        str | None,
-        typer.Option(
-            "--images",
-            "--instance_data_dir",
-            help="A folder of pictures, a dataset's id, or folders as kohya's.",
-        ),
-    ] = None,
-    token: Annotated[
-        str, typer.Option("--token", "--trigger_word", help="What you will write in prompts for the subject.")
-    ] = "[V]",
-    class_noun: Annotated[
-        str | None,
-        typer.Option(
-            "--class", help="What the subject is, in a word (dog).", show_default="guessed from the pictures"
-        ),
-    ] = None,
-    concept: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--concept",
-            help="One more subject, as FOLDER:TOKEN:CLASS; repeatable.",
-            show_default="none",
-        ),
-    ] = None,
-    model: Model = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The run folder.", show_default="runs/NAME-OF-PICTURES")
-    ] = None,
-    resume: Annotated[
-        Path | None, typer.Option("--resume", "--resume_from_checkpoint", help="Go on with this run folder.")
-    ] = None,
-    method: Annotated[
-        Method | None,
-        typer.Option(
-            "--method",
-            help="What is trained; pivotal: a word, then an adapter; custom-diffusion: cross-attention and a word.",
-            show_default="lora",
-        ),
-    ] = None,
-    steps: Annotated[
-        str | None,
-        typer.Option(
-            "--steps",
-            "--max_train_steps",
-            show_default="by model",
-            help="Optimiser steps; auto: until nothing improves.",
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
-    learning_rate: Annotated[
-        float | None, typer.Option("--learning_rate", min=0, show_default="by model")
-    ] = None,
-    lr_scheduler: Annotated[
-        str | None, typer.Option("--lr_scheduler", help="cosine or constant.", show_default="cosine")
-    ] = None,
-    lr_warmup_steps: Annotated[
-        int | None, typer.Option("--lr_warmup_steps", min=0, show_default="20")
-    ] = None,
-    batch: Annotated[
-        int | None,
-        typer.Option("--train_batch_size", min=1, show_default="by model", help="Pictures a step."),
-    ] = None,
-    rank: Annotated[
-        int | None, typer.Option("--rank", "--network_dim", min=1, show_default="by model")
-    ] = None,
-    lora_alpha: Annotated[
-        float | None,
-        typer.Option("--lora_alpha", "--network_alpha", show_default="the rank", help="Strength, α/rank."),
-    ] = None,
-    lora_dropout: Annotated[
-        float | None, typer.Option("--lora_dropout", min=0, max=0.99, show_default="0")
-    ] = None,
-    lora_layers: Annotated[
-        str | None, typer.Option("--lora_layers", help="attention or all.", show_default="by model")
-    ] = None,
-    adapter: Annotated[
-        Adapter | None, typer.Option("--adapter", help="The adapter's kind.", show_default="lora")
-    ] = None,
-    use_dora: Annotated[bool, typer.Option("--use_dora", help="The same as --adapter dora.")] = False,
-    rank_pattern: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--rank_pattern", help="Layers of another rank, as attn2=8; repeatable.", show_default="none"
-        ),
-    ] = None,
-    train_text_encoder: Annotated[
-        bool, typer.Option("--train_text_encoder", help="The adapter on the text encoders too.")
-    ] = False,
-    text_encoder_lr: Annotated[
-        float | None, typer.Option("--text_encoder_lr", min=0, show_default="1e-4")
-    ] = None,
-    num_vectors: Annotated[
-        int | None,
-        typer.Option("--num_vectors", min=1, max=32, help="Rows of the token's own word.", show_default="1"),
-    ] = None,
-    initializer_token: Annotated[
-        str | None,
-        typer.Option("--initializer_token", help="Where a word begins.", show_default="the class"),
-    ] = None,
-    words_learning_rate: Annotated[
-        float | None, typer.Option("--words_learning_rate", min=0, show_default="5e-3")
-    ] = None,
-    instance_prompt: Annotated[
-        str | None,
-        typer.Option(
-            "--instance_prompt",
-            help="What pictures without a caption show.",
-            show_default="a {token} {class}",
-        ),
-    ] = None,
-    class_prompt: Annotated[str | None, typer.Option("--class_prompt", show_default="a {class}")] = None,
-    token_words: Annotated[
-        str | None,
-        typer.Option("--token_words", help="The rare words behind the token.", show_default="found"),
-    ] = None,
-    prior: Annotated[
-        Prior | None,
-        typer.Option(
-            "--prior",
-            help="How the class is preserved: the base's answers, pictures that the base draws, or not at all.",
-            show_default="base",
-        ),
-    ] = None,
-    with_prior_preservation: Annotated[
-        bool, typer.Option("--with_prior_preservation", help="The same as --prior class-images.")
-    ] = False,
-    num_class_images: Annotated[
-        int | None,
-        typer.Option("--num_class_images", min=1, help="With --prior class-images.", show_default="48"),
-    ] = None,
-    prior_loss_weight: Annotated[
-        float | None,
-        typer.Option("--prior_loss_weight", min=0, help="0: no prior preservation.", show_default="1"),
-    ] = None,
-    flip: Annotated[
-        bool | None, typer.Option("--flip/--no-flip", help="Mirrored pictures too.", show_default="by model")
-    ] = None,
-    aspect_buckets: Annotated[
-        bool,
-        typer.Option(
-            "--aspect_buckets", "--enable_bucket", help="Pictures keep their shape (1:2 to 2:1), uncropped."
-        ),
-    ] = False,
-    mask: Annotated[
-        Mask | None,
-        typer.Option(
-            "--mask",
-            help="auto: for pictures without a mask file, where the model sees the class.",
-            show_default="files",
-        ),
-    ] = None,
-    checkpointing_steps: Annotated[
-        int | None, typer.Option("--checkpointing_steps", min=1, show_default="100")
-    ] = None,
-    validation_steps: Annotated[
-        int | None,
-        typer.Option("--validation_steps", min=1, help="A preview sheet every so often.", show_default="500"),
-    ] = None,
-    evaluation_steps: Annotated[
-        int | None,
-        typer.Option(
-            "--evaluate-every",
-            "--evaluation_steps",
-            min=0,
-            help="0: never.",
-            show_default="125; with --steps auto 50",
-        ),
-    ] = None,
-    patience: Annotated[
-        int | None,
-        typer.Option(
-            "--patience", min=0, help="Stop after so many evaluations without a better one.", show_default="0"
-        ),
-    ] = None,
-    scorer: Annotated[
-        str | None,
-        typer.Option(
-            "--scorer", help="A folder of CLIP or DINO that measures.", show_default="the model's own"
-        ),
-    ] = None,
-    validation_prompt: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--validation_prompt",
-            help="A prompt of the sheet, repeatable; {} is the subject.",
-            show_default="eight",
-        ),
-    ] = None,
-    gradient_accumulation_steps: Annotated[
-        int | None, typer.Option("--gradient_accumulation_steps", min=1, show_default="1")
-    ] = None,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient_checkpointing", help="Less memory, a third more time.")
-    ] = False,
-    optimizer: Annotated[Optimizer | None, typer.Option("--optimizer", show_default="adamw")] = None,
-    use_8bit_adam: Annotated[
-        bool, typer.Option("--use_8bit_adam", help="The same as --optimizer adamw8bit.")
-    ] = False,
-    ema_decay: Annotated[
-        float | None,
-        typer.Option("--ema_decay", min=0, max=0.99999, help="Keep an average.", show_default="0, none"),
-    ] = None,
-    loss_weighting: Annotated[
-        Weighting | None,
-        typer.Option("--loss_weighting", help="The weight of noise levels.", show_default="by model"),
-    ] = None,
-    snr_gamma: Annotated[
-        float | None,
-        typer.Option("--snr_gamma", min=0, help="Min-SNR weighting with this γ.", show_default="off"),
-    ] = None,
-    noise_offset: Annotated[float | None, typer.Option("--noise_offset", min=0, show_default="0")] = None,
-    max_grad_norm: Annotated[float | None, typer.Option("--max_grad_norm", min=0, show_default="1")] = None,
-    report_to: Annotated[
-        Reports | None,
-        typer.Option("--report_to", help="Curves for TensorBoard beside the log.", show_default="jsonl"),
-    ] = None,
-    push_to_hub: Annotated[
-        bool, typer.Option("--push_to_hub", "--push-to-hub", help="Upload the finished run to the hub.")
-    ] = False,
-    hub_model_id: Annotated[
-        str | None, typer.Option("--hub_model_id", help="Where to.", show_default="the run's name")
-    ] = None,
-    precision: Precision = None,
-    device: Device = None,
-    vram: Annotated[
-        float | None,
-        typer.Option(
-            "--vram",
-            min=0.1,
-            help="The device's memory in GiB: says what it takes to fit, and does it, or refuses.",
-            show_default="not looked at",
-        ),
-    ] = None,
-    quantize: Annotated[
-        Quantized | None,
-        typer.Option(
-            "--quantize", help="The frozen base in fewer bits (bitsandbytes, a GPU).", show_default="no"
-        ),
-    ] = None,
-    cpu_offload: Annotated[
-        float | None,
-        typer.Option(
-            "--cpu_offload",
-            min=0,
-            max=1,
-            help="The base's share in the CPU's memory.",
-            show_default="0",
-        ),
-    ] = None,
-    vae_tiling: Annotated[bool, typer.Option("--vae_tiling", help="The autoencoder on tiles.")] = False,
-    text_on_cpu: Annotated[bool, typer.Option("--text_on_cpu", help="Text encoders on the CPU.")] = False,
-    one_by_one: Annotated[bool, typer.Option("--one_by_one", help="Draw one picture at a time.")] = False,
-) -> None:
-    """Teach the model a subject from a few pictures (DreamBooth with LoRA)."""
-    from backbone.media.pictures import check_images as check_pictures
-    from backbone.media.pictures import list_images
-
-    if resume is not None:
-        from customize.settings import read_settings
-
-        read_settings(resume)  # mistakes are answered before torch is imported
+@command(app, Settings, TrainOptions, panels=PANELS)
+def train(asked: dict[str, Any], run: TrainOptions) -> None:
+    """Teach the model a subject from a few images (DreamBooth with LoRA)."""
+    if run.resume is not None:
+        refuse_beside_resume(Settings, asked, run)
+        read_settings(run.resume)  # mistakes are answered before torch is imported
         from customize.train.run import resume_concept
 
-        finished = resume_concept(resume)
-    elif images is None and not concept:
-        raise UserError(
-            "Say where the pictures are: --images FOLDER (customize example dog/ writes some to try)."
-        )
+        finished = resume_concept(run.resume)
     else:
-        from customize.data.folders import is_concepts, read_subjects
-        from customize.settings import Subject, read_subject
+        said = asked
+        subjects, asked = subjects_of(said)
+        named = {"images": "", "token": "", "class_noun": "", "subject": [one.flag() for one in subjects[1:]]}
+        refuse_idle(resolved({**named, **asked}, {}), said)  # before torch is imported, as contradictions
+        from backbone.media.pictures import check_images as check_pictures
+        from backbone.media.pictures import list_images
 
-        subjects: list[Subject] = []
-        prompts: dict[str, str] = {}
-        if images is not None and is_concepts(images):
-            subjects, prompts = read_subjects(images)
-            for subject in subjects:
-                notify(f"{subject.images}: {subject.token} {subject.class_noun}, all subjects equally often.")
-        elif images is not None:
-            subjects = [Subject(images, token, class_noun or "", token_words or "")]
-        subjects += [read_subject(flag) for flag in concept or []]
-        asked: dict[str, Any] = {
-            **prompts,
-            "model": model,
-            **step_count(steps),
-            "seed": seed,
-            "method": method,
-            "adapter": "dora" if use_dora else adapter,
-            "rank_pattern": tuple(rank_pattern or ()),
-            "train_text_encoder": train_text_encoder or None,
-            "text_encoder_lr": text_encoder_lr,
-            "num_vectors": num_vectors,
-            "initializer_token": initializer_token,
-            "words_learning_rate": words_learning_rate,
-            "prior": "class-images" if with_prior_preservation else prior,
-            "num_class_images": num_class_images,
-            "gradient_accumulation_steps": gradient_accumulation_steps,
-            "gradient_checkpointing": gradient_checkpointing or None,
-            "optimizer": "adamw8bit" if use_8bit_adam else optimizer,
-            "ema_decay": ema_decay,
-            "loss_weighting": "min-snr" if snr_gamma else loss_weighting,
-            "snr_gamma": snr_gamma or None,
-            "noise_offset": noise_offset,
-            "learning_rate": learning_rate,
-            "lr_scheduler": lr_scheduler,
-            "lr_warmup_steps": lr_warmup_steps,
-            "batch": batch,
-            "rank": rank,
-            "lora_alpha": lora_alpha,
-            "lora_dropout": lora_dropout,
-            "lora_layers": lora_layers,
-            **({} if instance_prompt is None else {"instance_prompt": instance_prompt}),
-            "class_prompt": class_prompt,
-            "prior_loss_weight": prior_loss_weight,
-            "flip": flip,
-            "aspect_buckets": aspect_buckets or None,
-            "mask": mask,
-            "checkpointing_steps": checkpointing_steps,
-            "validation_steps": validation_steps,
-            "evaluation_steps": evaluation_steps,
-            **({} if patience is None else {"patience": patience}),
-            "scorer": scorer,
-            "report_to": report_to,
-            "push_to_hub": push_to_hub or None,
-            "hub_model_id": hub_model_id,
-            "sheet_prompts": tuple(validation_prompt or ()),
-            "max_grad_norm": max_grad_norm,
-            "precision": precision,
-            "device": device,
-            "vram": vram,
-            "quantize": quantize,
-            "cpu_offload": cpu_offload,
-            "vae_tiling": vae_tiling or None,
-            "text_on_cpu": text_on_cpu or None,
-            "one_by_one": one_by_one or None,
-        }
-        asked = {name: value for name, value in asked.items() if value is not None}
+        columns = {name: asked.get(name) or None for name in ("caption_column", "image_column")}
         for subject in subjects:
-            check_pictures(list_images(subject.images))  # mistakes are answered before torch is imported
+            check_pictures(list_images(subject.images, **columns))
         from customize.train.run import train_concept
 
-        finished = train_concept(asked, subjects, out=out)
-        token = subjects[0].token
+        finished = train_concept(asked, subjects, out=run.out, vram=run.vram)
+    token = read_settings(finished).token
     notify(
         f'{finished}/sheet.png shows it. Next: customize sample "a {token} … in the snow" --concept {finished}'
     )
 
 
-def step_count(asked: str | None) -> dict[str, int]:
-    """What `--steps` asks for: a number, or `auto`; `UserError` for anything else."""
-    if asked is None:
-        return {}
-    if asked == "auto":
-        return {"patience": 3}
-    if not asked.isdigit() or int(asked) < 1:
-        raise UserError(f"--steps {asked} is neither a number of steps nor auto. Give one of them.")
-    return {"steps": int(asked)}
+def subjects_of(asked: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]]:
+    """What is to be learned, and the settings with what a layout of other trainers says beside it.
+
+    Raises `UserError` where nothing is named, or a flag says otherwise than the layout.
+    """
+    from customize.data.folders import is_concepts, read_subjects
+
+    rest = dict(asked)
+    images, token = rest.pop("images", None), rest.pop("token", None)
+    noun, words = rest.pop("class_noun", ""), rest.pop("token_words", "")
+    more = [read_subject(flag) for flag in rest.pop("subject", ())]
+    if images is None:
+        if not more:
+            raise UserError(
+                "Say where the images are: --images FOLDER (customize example dog/ writes some to try)."
+            )
+        for name, value in (("token", token), ("class", noun), ("token-words", words)):
+            if value:
+                raise UserError(
+                    f"--{name} belongs to --images, which is not there. Add it, or leave that out."
+                )
+        return more, rest
+    if not is_concepts(images):
+        return [Subject(images, token or "[V]", noun, words), *more], rest
+    found, prompts = read_subjects(images)
+    for flag, value, own in (
+        ("--token", token, found[0].token),
+        ("--class", noun, found[0].class_noun),
+        ("--token-words", words, found[0].token_words),
+    ):
+        if value and (value != own or len(found) > 1):
+            raise UserError(
+                f"{images} says what its subjects are called, so {flag} has no effect. Leave it out."
+            )
+    for subject in found:
+        notify(f"{subject.images}: {subject.token} {subject.class_noun}, all subjects equally often.")
+    if "class_images" in prompts and rest.get("prior") != "class-images":
+        notify(f"The class_data_dir of {images} is for --prior class-images, and is left aside.")
+        del prompts["class_images"]
+    return [*found, *more], {**prompts, **rest}
 
 
 @app.command()
 def sample(
-    prompts: Annotated[list[str], typer.Argument(help="What to draw; a concept's token names its subject.")],
-    concept: Annotated[
-        list[Path] | None,
-        typer.Option("--concept", help="A run folder of customize train; repeatable.", show_default="none"),
+    ctx: typer.Context,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="PROMPTS",
+            help="Words, or files with a prompt on each line; a concept's token names its subject.",
+            show_default="those of --prompts",
+        ),
     ] = None,
-    model: Model = None,
-    count: Annotated[
-        int, typer.Option("--count", "--num_images_per_prompt", min=1, help="Pictures of each prompt.")
-    ] = 1,
-    steps: Annotated[
-        int | None, typer.Option("--steps", "--num_inference_steps", min=1, show_default="by model")
+    prompts: Annotated[
+        list[str] | None,
+        option(
+            "--prompts",
+            "--prompt",
+            "--validation-prompt",
+            "--from-file",
+            help="The same as an option; repeatable.",
+            panel=flags.DRAWING,
+            show_default="none",
+        ),
     ] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option("--guidance", "--guidance_scale", min=0, help="1: none.", show_default="by model"),
-    ] = None,
-    guidance_start: Annotated[
-        float,
-        typer.Option("--guidance_start", min=0, max=1, help="The share of the steps before guidance begins."),
-    ] = 0.0,
-    guidance_stop: Annotated[
-        float,
-        typer.Option("--guidance_stop", min=0, max=1, help="The share of the steps after which it ends."),
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Picture (i, j) depends on the seed, i and j only.")] = 0,
-    negative: Annotated[
-        str, typer.Option("--negative", "--negative_prompt", help="What to stay away from.")
-    ] = "",
-    sampler: Annotated[Sampler, typer.Option(help="How noise is walked down.")] = "ddim",
-    scale: Annotated[float, typer.Option("--scale", help="How strongly the concepts work.")] = 1.0,
-    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("samples"),
+    count: flags.Count = 1,
+    negative: flags.Negative = "",
+    width: flags.Width = None,
+    height: flags.Height = None,
+    resolution: flags.Resolution = None,
+    concept: flags.Concepts = None,
+    scale: flags.Scale = 1.0,
+    checkpoint: flags.WhichCheckpoint = None,
+    steps: flags.Steps = None,
+    guidance: flags.Guidance = None,
+    guidance_start: flags.GuidanceStart = 0.0,
+    guidance_stop: flags.GuidanceStop = 1.0,
+    sampler: flags.SamplerName = "ddim",
+    seed: flags.ImageSeed = 0,
+    batch: flags.Batch = 8,
+    model: flags.ConceptsModel = None,
     precision: Precision = None,
     device: Device = None,
+    out: Annotated[
+        Path, option("--out", "--output-dir", "--outdir", help="The folder to write.", panel=flags.OUTPUT)
+    ] = Path("samples"),
+    as_json: flags.Json = False,
 ) -> None:
-    """Draw pictures from prompts, with concepts or without."""
+    """Draw images from prompts, with concepts or without."""
+    from backbone.adapters.concept import checkpoint as folder_of
     from backbone.adapters.concept import read_concept, resolve_placeholder_tokens
+    from backbone.io.prompts import prompts_of
 
-    learned = [read_concept(folder) for folder in concept or []]
-    for prompt in [*prompts, negative]:
+    asked = [prompt.text for prompt in prompts_of([*(words or []), *(prompts or [])])]
+    if not asked:
+        raise UserError('There is nothing to draw. Give words, as in: customize sample "a dog in the snow".')
+    if not concept:
+        flags.refuse_given(ctx, "scale", "checkpoint", because="without --concept")
+    size = flags.size_of(width, height, resolution)
+    learned = [read_concept(folder_of(folder, checkpoint)) for folder in concept or []]
+    for prompt in [*asked, negative]:
         resolve_placeholder_tokens(prompt, learned)  # mistakes are answered before torch is imported
-    from customize.sample import draw
+    from customize.sample import RECORD, draw
 
     sheet = draw(
-        prompts,
+        asked,
         concepts=learned,
         model=model,
         count=count,
@@ -511,62 +245,108 @@ def sample(
         sampler=sampler,
         guided=(guidance_start, guidance_stop),
         scale=scale,
+        size=size,
+        batch=batch,
         out=out,
         precision=precision or "auto",
         device=device or "auto",
     )
-    notify(f"{len(prompts) * count} pictures in {out}; {sheet} shows them all.")
+    notify(f"{len(asked) * count} images in {out}; {sheet} shows them all.")
+    if as_json and is_main_rank():
+        print_json({"folder": out, "sheet": sheet, **read_json(out / RECORD)})
 
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run folder of customize train.")],
-    pictures: Annotated[
+    ctx: typer.Context,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder of customize train.")],
+    images: Annotated[
         Path | None,
-        typer.Option("--pictures", help="Compare these pNN-sNN.png instead of drawing.", show_default="none"),
+        option(
+            "--images",
+            metavar="FOLDER",
+            help="Compare these pNN-sNN.png instead of drawing.",
+            panel=flags.DRAWING,
+            show_default="none",
+        ),
     ] = None,
     prompts: Annotated[
-        Path | None,
-        typer.Option(
-            "--prompts", help="A prompts_and_classes.txt of google/dreambooth.", show_default="moji's world"
+        list[str] | None,
+        option(
+            "--prompts",
+            "--prompt",
+            help="Words with {} for the subject, a file with such a prompt on each line, or google/dreambooth's "
+            "prompts_and_classes.txt; repeatable.",
+            panel=flags.DRAWING,
+            show_default="25 of moji's world",
         ),
     ] = None,
     living: Annotated[
-        bool, typer.Option("--living/--thing", help="Which of that file's two lists of prompts.")
+        bool,
+        option(
+            "--living/--thing",
+            help="Which of the two lists of prompts_and_classes.txt.",
+            panel=flags.DRAWING,
+        ),
     ] = False,
-    per_prompt: Annotated[int, typer.Option("--per-prompt", min=1, help="Pictures of each prompt.")] = 4,
+    count: flags.Count = 4,
+    seed: flags.ImageSeed = 0,
     scorer: Annotated[
         Path | None,
-        typer.Option("--scorer", help="A folder of CLIP or DINO.", show_default="the model's own"),
+        option(
+            "--scorer",
+            metavar="FOLDER",
+            help="A folder of CLIP or DINO.",
+            panel=flags.SCORING,
+            show_default="the model's own",
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the pictures.")] = 0,
     out: Annotated[
-        Path | None, typer.Option(help="Where the table goes.", show_default="RUN/dreambench")
+        Path | None,
+        option(
+            "--out",
+            "--output-dir",
+            help="Where the table goes.",
+            panel=flags.OUTPUT,
+            show_default="RUN/dreambench",
+        ),
     ] = None,
+    as_json: flags.Json = False,
 ) -> None:
     """Measure a run by the DreamBench protocol: likeness, obedience, class, variety."""
-    from customize.settings import read_settings
-
     read_settings(run)  # mistakes are answered before torch is imported
-    from customize.evaluate.dreambench import evaluate_pictures, evaluate_run, own_prompts, read_prompts
+    from customize.evaluate.dreambench import (
+        TABLE,
+        evaluate_pictures,
+        evaluate_run,
+        is_lists,
+        own_prompts,
+        templates,
+    )
 
-    if prompts is None:
-        asked = own_prompts()
-    else:
-        lists = read_prompts(prompts)
-        asked = lists.living if living else lists.things
+    if not any(is_lists(given) for given in prompts or []):
+        flags.refuse_given(ctx, "living", because="without a prompts_and_classes.txt")
+    if images is not None:
+        flags.refuse_given(ctx, "seed", because="on images that are drawn already")
+    asked = templates(prompts, living=living) if prompts else own_prompts()
     folder = out or run / "dreambench"
-    if pictures is None:
-        found = evaluate_run(run, prompts=asked, per_prompt=per_prompt, scorer=scorer, seed=seed, out=folder)
+    if images is None:
+        found = evaluate_run(run, prompts=asked, per_prompt=count, scorer=scorer, seed=seed, out=folder)
     else:
-        found = evaluate_pictures(
-            pictures, run, prompts=asked, per_prompt=per_prompt, scorer=scorer, out=folder
-        )
-    typer.echo(found["text"])
-    notify(f"{folder}/sheet.png shows the pictures.")
+        found = evaluate_pictures(images, run, prompts=asked, per_prompt=count, scorer=scorer, out=folder)
+    if as_json:
+        print_json({"folder": folder, **read_json(folder / TABLE)})
+    else:
+        typer.echo(found["text"])
+    notify(f"{folder}/sheet.png shows the images.")
 
 
 files_cli.register(app)  # export, import, info, merge, extract, resize
+
+
+def _listed(files: list[Path]) -> str:
+    names = [file.name for file in files]
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 if __name__ == "__main__":

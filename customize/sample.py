@@ -17,9 +17,19 @@ from backbone.io.files import write_json
 from backbone.io.run_folder import package_versions
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.models.model import Backbone
-from backbone.models.sample import ALL_STEPS, Request, Sampler, refuse_no_share, sample, share_said
+from backbone.models.sample import (
+    ALL_STEPS,
+    MODELS_OWN,
+    Request,
+    Sampler,
+    Size,
+    check_guidance_interval,
+    describe_guidance_interval,
+    latent_size,
+    sample,
+)
 
-BATCH = 8  # pictures drawn together
+RECORD = "samples.json"
 
 
 def draw(
@@ -35,26 +45,32 @@ def draw(
     sampler: Sampler = "ddim",
     guided: tuple[float, float] = ALL_STEPS,
     scale: float = 1.0,
+    size: Size = MODELS_OWN,
+    batch: int = 8,
     out: Path = Path("samples"),
     precision: str = "auto",
     device: str = "auto",
 ) -> Path:
     """Writes `p00-s00.png` … (prompt number, sample number), `samples.json` and `sheet.png`; gives the sheet's path.
 
-    Raises `UserError` for a token that no concept owns, or a concept of another model, before any weights load.
+    `size` is (width, height) in pixels, and `batch` pictures are drawn together.
+
+    Raises `UserError` for a token that no concept owns, a concept of another model, or a size that the model cannot
+    draw, before any weights load.
     """
-    refuse_no_share(guided)
+    check_guidance_interval(guided)
     name = model or (concepts[0].model if concepts else "moji")
     processes.init_process(device)
     said = [resolve_placeholder_tokens(prompt, concepts) for prompt in prompts]
     avoided = resolve_placeholder_tokens(negative, concepts)
     backbone = Backbone.open(name, device=device, precision=precision)
+    latent_size(backbone, size)
     load_concepts(backbone, concepts, scale=scale)
     steps = steps or int(backbone.defaults["steps"])
     guidance = float(backbone.defaults["guidance"]) if guidance is None else guidance
     requests = [Request(prompt, (i, j), avoided) for i, prompt in enumerate(said) for j in range(count)]
     began = time.perf_counter()
-    own = processes.split_items(requests, batch=BATCH)
+    own = processes.split_items(requests, batch=batch)
     with progress(len(own), "drawing") as bar:
         drawn = sample(
             backbone,
@@ -63,8 +79,9 @@ def draw(
             guidance=guidance,
             seed=seed,
             sampler=sampler,
-            batch=BATCH,
+            batch=batch,
             guided=guided,
+            size=size,
         )
         for request, picture in zip(own, drawn, strict=True):
             i, j = request.key
@@ -83,10 +100,13 @@ def draw(
             "seed": seed,
             "negative": negative,
             "scale": scale,
+            **({} if size == MODELS_OWN else {"width": size[0], "height": size[1]}),
             "seconds": round(time.perf_counter() - began, 2),
             "versions": package_versions(),
         }
-        note = f"{name}, {steps} steps, guidance {guidance:g}{share_said(guided)}, seed {seed}"
+        note = (
+            f"{name}, {steps} steps, guidance {guidance:g}{describe_guidance_interval(guided)}, seed {seed}"
+        )
         describe(out, requests, prompts, facts, note=note, columns=count if count > 1 else 4)
     processes.end_process()
     return out / "sheet.png"
@@ -111,7 +131,7 @@ def describe(
         }
         for request in requests
     ]
-    write_json(out / "samples.json", {**facts, "pictures": records})
+    write_json(out / RECORD, {**facts, "pictures": records})
     cells = []
     for request in requests:
         with Image.open(out / name_of(request)) as picture:

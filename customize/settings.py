@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from backbone.io.console import UserError
 from backbone.io.files import read_json
-from backbone.models.model import Backbone
+from backbone.io.options import Option, as_command, build, effective
+from backbone.training.settings import RunOptions, TrainingSettings
 
 FILE = "settings.json"
 SHEET = "sheet.png"
+SHEET = "sheet.png"
 INSTANCE_PROMPT = "a {token} {class}"
-LISTS = ("sheet_prompts", "rank_pattern", "concept")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Subject:
         return tidy(template.replace("{token}", self.token).replace("{class}", self.class_noun))
 
     def flag(self) -> str:
-        """As `--concept` takes it."""
+        """As `--subject` takes it."""
         return ":".join(part for part in (self.images, self.token, self.class_noun, self.token_words) if part)
 
 
@@ -45,169 +46,27 @@ def read_subject(flag: str) -> Subject:
     drive = flag[:2] if re.match(r"[A-Za-z]:[\\/]", flag) else ""  # of a path on Windows
     parts = flag.removeprefix(drive).split(":")
     if len(parts) not in (3, 4) or not all(part.strip() for part in parts):
-        raise UserError(f"--concept {flag} is not FOLDER:TOKEN:CLASS, like cat/:[W]:cat. Write it so.")
+        raise UserError(f"--subject {flag} is not FOLDER:TOKEN:CLASS, like cat/:[W]:cat. Write it so.")
     return Subject(drive + parts[0], *parts[1:])
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The settings of `customize train`. A run is a function of these, the pictures and the model."""
-
-    images: str
-    token: str
-    class_noun: str
-    model: str = "moji"
-    instance_prompt: str = INSTANCE_PROMPT
-    class_prompt: str = "a {class}"
-    token_words: str = ""
-    concept: tuple[str, ...] = ()  # further subjects, as `Subject.flag` writes them
-    method: str = "lora"
-    steps: int = 400
-    batch: int = 6
-    gradient_accumulation_steps: int = 1
-    gradient_checkpointing: bool = False
-    prior: str = "base"
-    prior_batch: int = 2
-    prior_loss_weight: float = 1.0
-    prior_draws: int = 64
-    num_class_images: int = 48
-    learning_rate: float = 1e-3
-    lr_warmup_steps: int = 20
-    lr_scheduler: str = "cosine"
-    optimizer: str = "adamw"
-    ema_decay: float = 0.0
-    adapter: str = "lora"
-    rank: int = 16
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
-    lora_layers: str = "all"
-    rank_pattern: tuple[str, ...] = ()
-    train_text_encoder: bool = False
-    text_encoder_lr: float = 1e-4
-    num_vectors: int = 1
-    initializer_token: str = ""
-    words_learning_rate: float = 5e-3
-    words_share: float = 0.4
-    loss_weighting: str = "none"
-    snr_gamma: float = 5.0
-    noise_offset: float = 0.0
-    flip: bool = False
-    aspect_buckets: bool = False
-    mask: str = "files"
-    weight_decay: float = 1e-2
-    max_grad_norm: float = 1.0
-    precision: str = "auto"
-    device: str = "auto"
-    quantize: str = ""
-    cpu_offload: float = 0.0
-    vae_tiling: bool = False
-    text_on_cpu: bool = False
-    one_by_one: bool = False
-    seed: int = 0
-    checkpointing_steps: int = 100
-    validation_steps: int = 500
-    evaluation_steps: int = 125
-    patience: int = 0
-    scorer: str = ""
-    report_to: str = "jsonl"
-    push_to_hub: bool = False
-    hub_model_id: str = ""
-    sheet_prompts: tuple[str, ...] = ()
-    sample_steps: int = 25
-    guidance: float = 4.0
-
-    def subjects(self) -> list[Subject]:
-        """Everything that is learned, the first one in front."""
-        first = Subject(self.images, self.token, self.class_noun, self.token_words)
-        return [first, *(read_subject(flag) for flag in self.concept)]
-
-    def ranks(self) -> dict[str, int]:
-        """The layers with a rank of their own, from `PATTERN=RANK`; `UserError` for anything else."""
-        found = {}
-        for entry in self.rank_pattern:
-            pattern, _, rank = entry.rpartition("=")
-            if not pattern or not rank.isdigit() or int(rank) < 1:
-                raise UserError(f"--rank_pattern {entry} is not PATTERN=RANK, like attn2=8. Write it so.")
-            found[pattern] = int(rank)
-        return found
-
-    def called(self) -> str:
-        """How a prompt calls the first subject: `[V] dog`."""
-        return self.subjects()[0].called()
-
-
-def read_settings(run: Path) -> Settings:
-    """The settings of a run folder; `UserError` when it has none or they are of another version."""
-    path = run / FILE
-    if not path.is_file():
-        raise UserError(f"{run} is not a run of `customize train` ({FILE} is missing). Name another folder.")
-    said: dict[str, Any] = read_json(path)["settings"]
-    try:
-        lists = {name: tuple(said.get(name, ())) for name in LISTS}
-        return Settings(**{**said, **lists})
-    except TypeError as error:
-        raise UserError(f"{path} was written by another version ({error}). Start the run anew.") from error
-
-
-def as_flags(settings: Settings, out: Path) -> str:
-    """The command that repeats a run."""
-    flags = ["customize train", f"--images {_quoted(settings.images)}", f"--token {_quoted(settings.token)}"]
-    names = {"class_noun": "class", "batch": "train_batch_size", "steps": "max_train_steps"}
-    usual = Settings(images="", token="", class_noun="")
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if field.name in ("images", "token", *LISTS):
-            continue
-        if field.name == "flip":
-            flags.append("--flip" if value else "--no-flip")
-        elif isinstance(value, bool):
-            flags += [f"--{field.name}"] if value else []
-        elif value != getattr(usual, field.name) or field.name in ("class_noun", "steps", "seed"):
-            flags.append(f"--{names.get(field.name, field.name)} {_quoted(str(value))}")
-    flags += [f"--concept {_quoted(flag)}" for flag in settings.concept]
-    flags += [f"--rank_pattern {_quoted(pattern)}" for pattern in settings.rank_pattern]
-    flags += [f"--validation_prompt {_quoted(prompt)}" for prompt in settings.sheet_prompts]
-    return " ".join([*flags, f"--out {_quoted(str(out))}"])
-
-
-def tidy(prompt: str) -> str:
-    """One space between words; `an` before a vowel, `a` before a bracketed token."""
-    return " ".join(prompt.split())
-
-
-def _quoted(text: str) -> str:
-    import shlex
-
-    return shlex.quote(text)
-
-
-def resolved(model: Backbone, asked: dict[str, Any], *, images: str, token: str, class_noun: str) -> Settings:
-    """The settings that a run will use: what the user asked for over what works with the model."""
-    usual = model.defaults
-    rates = METHOD_RATES | {"lora": usual["learning_rate"]} | usual.get("learning_rates", {})
-    from_model = {
-        "steps": usual["train_steps"] * (2 if asked.get("patience") else 1),  # room to stop in
-        "learning_rate": rates.get(asked.get("method") or "lora", usual["learning_rate"]),
-        "rank": usual["rank"],
-        "batch": usual["batch"],
-        "flip": usual.get("flip", False),
-        "sample_steps": usual["steps"],
-        "guidance": usual["guidance"],
-        "sheet_prompts": tuple(usual.get("sheet_prompts", SHEET_PROMPTS)),
-        "lora_layers": usual.get("lora_layers", "attention"),
-        "prior_batch": usual.get("prior_batch", 1),
-        "loss_weighting": usual.get("loss_weighting", "none"),
-        "evaluation_steps": 50 if asked.get("patience") else 125,
-    }
-    wanted = {key: value for key, value in asked.items() if value is not None and value != ()}
-    merged = {**from_model, **wanted}
-    merged.setdefault("lora_alpha", float(merged["rank"]))
-    return Settings(**merged, images=images, token=token, class_noun=class_noun)
-
-
+METHODS = {  # what each trains; which classes do it: `customize.methods.registry`
+    "lora": "an adapter on the denoiser (DreamBooth with LoRA, DoRA, LoHa or LoKr)",
+    "full": "all of the denoiser's weights (DreamBooth)",
+    "textual-inversion": "a word of its own, nothing else",
+    "pivotal": "a word of its own first, then an adapter",
+    "custom-diffusion": "the cross-attention's keys and values, and a word of its own",
+}
+OWN_WORDS = (
+    "textual-inversion",
+    "pivotal",
+    "custom-diffusion",
+)  # in which the token has embeddings of its own
+WITH_ADAPTER = {"method": ("lora", "pivotal")}
+WITH_WORDS = {"method": OWN_WORDS}
+MOVES_DENOISER = {"method": ("lora", "full", "pivotal", "custom-diffusion")}  # so a class has to be preserved
 METHOD_RATES = {"full": 5e-6, "custom-diffusion": 1e-5}  # where the weights themselves move: as published
-
-
+PATIENCE = 3  # evaluations, with --steps auto
 SHEET_PROMPTS = (
     "a photo of a {} in the snow",
     "a photo of a {} on the beach",
@@ -218,3 +77,474 @@ SHEET_PROMPTS = (
     "a pencil sketch of a {}",
     "a photo of a {} on a wooden table",
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(TrainingSettings):
+    """The settings of `customize train`. A run is a function of these, the images and the model."""
+
+    images: Annotated[
+        str,
+        Option(
+            "A folder of images, a dataset's id, or folders as kohya's.",
+            "Data",
+            aliases=("instance-data-dir", "train-data-dir", "dataset-name", "concepts-list"),
+            metavar="FOLDER",
+        ),
+    ]
+    token: Annotated[
+        str,
+        Option(
+            "What you will write in prompts for the subject.",
+            "Concept",
+            aliases=("trigger-word", "placeholder-token", "modifier-token"),
+            default_text="[V]",
+            metavar="TOKEN",
+        ),
+    ]
+    class_noun: Annotated[
+        str,
+        Option(
+            "What the subject is, in a word (dog).",
+            "Concept",
+            flag="class",
+            default_text="guessed from the images",
+            metavar="NOUN",
+        ),
+    ]
+    subject: Annotated[
+        tuple[str, ...],
+        Option("One more subject; repeatable.", "Concept", metavar="FOLDER:TOKEN:CLASS"),
+    ] = ()
+    token_words: Annotated[
+        str,
+        Option(
+            "The rare words behind the token.",
+            "Concept",
+            default_text="found",
+            needs={"method": ("lora", "full")},
+        ),
+    ] = ""
+    instance_prompt: Annotated[str, Option("What images without a caption show.", "Concept")] = (
+        INSTANCE_PROMPT
+    )
+    class_prompt: Annotated[
+        str,
+        Option(
+            "What the class is called in prompts.",
+            "Concept",
+            needs=({"prior": ("base", "class-images"), **MOVES_DENOISER}, {"mask": ("auto",)}),
+        ),
+    ] = "a {class}"
+    caption_column: Annotated[
+        str,
+        Option(
+            "The column or key of the metadata that holds the caption.",
+            "Data",
+            default_text="text, prompt or caption",
+            metavar="NAME",
+        ),
+    ] = ""
+    image_column: Annotated[
+        str,
+        Option(
+            "The one that holds the image or its file.",
+            "Data",
+            default_text="file_name or image",
+            metavar="NAME",
+        ),
+    ] = ""
+    resolution: Annotated[
+        int,
+        Option("Train on images of so many pixels a side.", "Data", default_text="the model's own", min=1),
+    ] = 0
+    aspect_buckets: Annotated[
+        bool,
+        Option("Images keep their shape (1:2 to 2:1), uncropped.", "Data", aliases=("enable-bucket",)),
+    ] = False
+    mask: Annotated[
+        str,
+        Option(
+            "auto: for images without a mask file, where the model sees the class.",
+            "Data",
+            choices=("files", "auto"),
+        ),
+    ] = "files"
+    method: Annotated[
+        str,
+        Option(
+            "What is trained; pivotal: a word, then an adapter; custom-diffusion: cross-attention and a word.",
+            "Method",
+            choices=tuple(METHODS),
+        ),
+    ] = "lora"
+    train_text_encoder: Annotated[
+        bool, Option("The adapter on the text encoders too.", "Method", needs=WITH_ADAPTER)
+    ] = False
+    text_encoder_lr: Annotated[
+        float,
+        Option("Learning rate of the text encoders.", "Method", needs={"train_text_encoder": ()}, min=0),
+    ] = 1e-4
+    num_vectors: Annotated[
+        int, Option("Embedding vectors per token.", "Method", needs=WITH_WORDS, min=1, max=32)
+    ] = 1
+    initializer_token: Annotated[
+        str, Option("Where a word begins.", "Method", default_text="the class", needs=WITH_WORDS)
+    ] = ""
+    words_learning_rate: Annotated[
+        float, Option("Learning rate of the token's embedding.", "Method", needs=WITH_WORDS, min=0)
+    ] = 5e-3
+    words_share: Annotated[
+        float,
+        Option(
+            "pivotal: the share of the steps that train the word.",
+            "Method",
+            needs={"method": ("pivotal",)},
+            min=0,
+            max=1,
+        ),
+    ] = 0.4
+    learning_rate: Annotated[
+        float,
+        Option(
+            "Of the optimiser, after the warm-up.",
+            "Training",
+            aliases=("unet-lr",),
+            by_model=True,
+            needs=MOVES_DENOISER,
+            min=0,
+        ),
+    ] = 1e-3
+    steps: Annotated[
+        int,
+        Option(
+            "Optimiser steps; auto: until nothing improves.",
+            "Training",
+            aliases=("max-train-steps",),
+            by_model=True,
+            min=1,
+            words={"auto": {"patience": PATIENCE}},
+            metavar="INTEGER|auto",
+        ),
+    ] = 400
+    batch: int = 6
+    gradient_accumulation_steps: Annotated[
+        int, Option("Batches whose gradients make one step.", "Training", min=1)
+    ] = 1
+    optimizer: Annotated[
+        str,
+        Option(
+            "prodigy finds the step size itself; learning rates are then factors of it, usually 1.",
+            "Training",
+            aliases=("optimizer-type",),
+            choices=("adamw", "adamw8bit", "prodigy"),
+            switches={"use-8bit-adam": "adamw8bit"},
+        ),
+    ] = "adamw"
+    ema_decay: Annotated[
+        float, Option("Keep an average of the weights.", "Training", min=0, max=0.99999, default_text="no")
+    ] = 0.0
+    adapter: Annotated[
+        str,
+        Option(
+            "The adapter's kind.",
+            "Adapter",
+            choices=("lora", "dora", "loha", "lokr"),
+            switches={"use-dora": "dora"},
+            needs=WITH_ADAPTER,
+        ),
+    ] = "lora"
+    rank: Annotated[
+        int,
+        Option(
+            "Of the adapter.",
+            "Adapter",
+            aliases=("network-dim",),
+            by_model=True,
+            needs=WITH_ADAPTER,
+            min=1,
+        ),
+    ] = 16
+    lora_alpha: Annotated[
+        float,
+        Option(
+            "The adapter works with strength α/rank.",
+            "Adapter",
+            aliases=("network-alpha",),
+            by_model=True,
+            default_text="the rank",
+            needs=WITH_ADAPTER,
+        ),
+    ] = 16.0
+    lora_dropout: Annotated[
+        float,
+        Option(
+            "Share of the adapter that is left out at a step.",
+            "Adapter",
+            aliases=("network-dropout",),
+            needs=WITH_ADAPTER,
+            min=0,
+            max=0.99,
+        ),
+    ] = 0.0
+    lora_layers: Annotated[
+        str,
+        Option(
+            "Layers that get an adapter: attention or all.",
+            "Adapter",
+            by_model=True,
+            needs=WITH_ADAPTER,
+            metavar="LAYERS",
+        ),
+    ] = "all"
+    rank_pattern: Annotated[
+        tuple[str, ...],
+        Option(
+            "Layers of another rank, as attn2=8; repeatable.",
+            "Adapter",
+            needs=WITH_ADAPTER,
+            metavar="PATTERN=RANK",
+        ),
+    ] = ()
+    prior: Annotated[
+        str,
+        Option(
+            "How the class is preserved: by the base's predictions, by class images, or not at all.",
+            "Loss",
+            choices=("base", "class-images", "off"),
+            switches={"with-prior-preservation": "class-images"},
+            needs=MOVES_DENOISER,
+        ),
+    ] = "base"
+    prior_loss_weight: Annotated[
+        float,
+        Option(
+            "Of prior preservation; 0: none.",
+            "Loss",
+            needs={"prior": ("base", "class-images"), **MOVES_DENOISER},
+            min=0,
+        ),
+    ] = 1.0
+    prior_batch: Annotated[
+        int,
+        Option(
+            "Images of the class beside each batch.",
+            "Loss",
+            by_model=True,
+            needs={"prior": ("base", "class-images"), "prior_loss_weight": (), **MOVES_DENOISER},
+            min=0,
+        ),
+    ] = 2
+    prior_draws: Annotated[
+        int,
+        Option(
+            "Predictions of the base that are kept.",
+            "Loss",
+            needs={"prior": ("base",), "prior_loss_weight": (), **MOVES_DENOISER},
+            min=1,
+        ),
+    ] = 64
+    class_images: Annotated[
+        tuple[str, ...],
+        Option(
+            "Class images of your own instead of drawn ones; one for each subject.",
+            "Loss",
+            aliases=("class-data-dir", "reg-data-dir"),
+            needs={"prior": ("class-images",), "prior_loss_weight": (), **MOVES_DENOISER},
+            implies={"prior": "class-images"},
+            metavar="FOLDER",
+        ),
+    ] = ()
+    num_class_images: Annotated[
+        int,
+        Option(
+            "Class images; those that a folder lacks are drawn.",
+            "Loss",
+            default_text="48, or all of the folder",
+            needs={"prior": ("class-images",), "prior_loss_weight": (), **MOVES_DENOISER},
+            min=1,
+        ),
+    ] = 0
+    class_batch: Annotated[
+        int,
+        Option(
+            "Class images that are drawn together.",
+            "Loss",
+            aliases=("sample-batch-size",),
+            needs={
+                "prior": ("class-images",),
+                "prior_loss_weight": (),
+                **MOVES_DENOISER,
+                "one_by_one": (False,),
+            },
+            min=1,
+        ),
+    ] = 8
+    snr_gamma: Annotated[
+        float,
+        Option(
+            "γ of min-SNR weighting.",
+            "Loss",
+            aliases=("min-snr-gamma",),
+            needs={"loss_weighting": ("min-snr",)},
+            implies={"loss_weighting": "min-snr"},
+            min=0,
+        ),
+    ] = 5.0
+    noise_offset: Annotated[
+        float, Option("So much of one value for a whole channel in the noise.", "Loss", min=0)
+    ] = 0.0
+    evaluation_steps: Annotated[
+        int,
+        Option(
+            "Evaluate every so many steps; 0: never.",
+            "Evaluation",
+            aliases=("evaluate-every",),
+            default_text="125; with --steps auto 50",
+            min=0,
+        ),
+    ] = 125
+    patience: Annotated[
+        int,
+        Option(
+            "Stop after so many evaluations without a better one; 0: never.",
+            "Evaluation",
+            needs={"evaluation_steps": ()},
+            min=0,
+        ),
+    ] = 0
+    scorer: Annotated[
+        str,
+        Option(
+            "A folder of CLIP or DINO that measures.",
+            "Evaluation",
+            default_text="the model's own",
+            needs={"evaluation_steps": ()},
+            metavar="FOLDER",
+        ),
+    ] = ""
+    validation_steps: Annotated[int, Option("A preview sheet every so many steps.", "Evaluation", min=1)] = (
+        500
+    )
+    sheet_prompts: Annotated[
+        tuple[str, ...],
+        Option(
+            "A prompt of the sheet; {} is the subject; repeatable.",
+            "Evaluation",
+            flag="validation-prompt",
+            by_model=True,
+            metavar="PROMPT",
+        ),
+    ] = ()
+    report_to: Annotated[
+        str,
+        Option(
+            "tensorboard: curves for it beside the log.",
+            "Output",
+            aliases=("log-with",),
+            choices=("jsonl", "tensorboard"),
+        ),
+    ] = "jsonl"
+    push_to_hub: Annotated[bool, Option("Upload the finished run to the hub.", "Output")] = False
+    hub_model_id: Annotated[
+        str,
+        Option(
+            "Where to.",
+            "Output",
+            default_text="the run's name",
+            needs={"push_to_hub": ()},
+            metavar="ORG/NAME",
+        ),
+    ] = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.ranks()
+        named = len(self.subjects())
+        if self.class_images and len(self.class_images) != named:
+            raise UserError(
+                f"--class-images names {len(self.class_images)} folders for {named} subjects. Give each one its own."
+            )
+
+    def subjects(self) -> list[Subject]:
+        """Everything that is learned, the first one in front."""
+        first = Subject(self.images, self.token, self.class_noun, self.token_words)
+        return [first, *(read_subject(flag) for flag in self.subject)]
+
+    def ranks(self) -> dict[str, int]:
+        """The layers with a rank of their own, from `PATTERN=RANK`; `UserError` for anything else."""
+        found = {}
+        for entry in self.rank_pattern:
+            pattern, _, rank = entry.rpartition("=")
+            if not pattern or not rank.isdigit() or int(rank) < 1:
+                raise UserError(f"--rank-pattern {entry} is not PATTERN=RANK, like attn2=8. Write it so.")
+            found[pattern] = int(rank)
+        return found
+
+    def called(self) -> str:
+        """How a prompt calls the first subject: `[V] dog`."""
+        return self.subjects()[0].called()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(RunOptions):
+    """What `customize train` is told beside the settings."""
+
+    center_crop: Annotated[
+        bool,
+        Option("images are cut at their centre, as always", "Data", hidden=True),
+    ] = True
+
+    def __post_init__(self) -> None:
+        if not self.center_crop:
+            raise UserError("Images are cut at their centre. Leave out --no-center-crop.")
+
+
+def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
+    """The settings of a run: what the user asked for over what works with the model (`usual`, of its `limner.json`).
+
+    Raises `UserError` for what is not known.
+    """
+    asked = {name: value for name, value in asked.items() if value is not None and value != ()}
+    method, patient = asked.get("method", "lora"), bool(asked.get("patience"))
+    rates = METHOD_RATES | usual.get("learning_rates", {})
+    from_model = {
+        "steps": usual.get("train_steps", Settings.steps) * (2 if patient else 1),  # room to stop in
+        "learning_rate": rates.get(method, usual.get("learning_rate", Settings.learning_rate)),
+        "rank": usual.get("rank", Settings.rank),
+        "batch": usual.get("batch", Settings.batch),
+        "flip": usual.get("flip", False),
+        "sample_steps": usual.get("steps", Settings.sample_steps),
+        "guidance": usual.get("guidance", Settings.guidance),
+        "sheet_prompts": tuple(usual.get("sheet_prompts", SHEET_PROMPTS)),
+        "lora_layers": usual.get("lora_layers", "attention"),
+        "prior_batch": usual.get("prior_batch", 1),
+        "loss_weighting": usual.get("loss_weighting", "none"),
+        "evaluation_steps": 50 if patient else Settings.evaluation_steps,
+    }
+    if asked.get("optimizer") == "prodigy":  # which finds the step size; rates are factors of it
+        from_model |= {"learning_rate": 1.0, "text_encoder_lr": 1.0, "words_learning_rate": 1.0}
+    merged = {**from_model, **asked}
+    merged.setdefault("lora_alpha", float(merged["rank"]))
+    return build(Settings, effective(Settings, merged, asked))
+
+
+def read_settings(run: Path) -> Settings:
+    """The settings of a run folder; `UserError` when it has none or they are of another version."""
+    path = run / FILE
+    if not path.is_file():
+        raise UserError(f"{run} is not a run of `customize train` ({FILE} is missing). Name another folder.")
+    try:
+        return build(Settings, read_json(path).get("settings", {}))
+    except UserError as error:
+        raise UserError(f"{path} was written by another version: {error} Start the run anew.") from error
+
+
+def as_flags(settings: Settings, out: Path) -> str:
+    """The command that repeats a run."""
+    return as_command("customize train", settings, out=out)
+
+
+def tidy(prompt: str) -> str:
+    """One space between words; `an` before a vowel, `a` before a bracketed token."""
+    return " ".join(prompt.split())

@@ -28,13 +28,17 @@ _HOMES = {
     "sdedit": "edit.methods.sdedit",
     "flow_edit": "edit.methods.flow_edit",
     "remove": "edit.methods.remove",
-    "lead": "edit.methods.compose",
-    "between": "edit.methods.interpolate",
+    "compose": "edit.methods.compose",
+    "interpolate": "edit.methods.interpolate",
 }
 __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from backbone import __version__
+
+        return __version__
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

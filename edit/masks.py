@@ -13,7 +13,7 @@ from torch import Tensor
 from backbone.io.console import UserError
 from backbone.media.decode import open_rgb
 from backbone.media.transforms import mask_to_tensor
-from backbone.models.cache import encoded_prompts
+from backbone.models.cache import encode_prompts_cached
 from edit.inversion.inversion import Inversion
 from edit.pictures import fitted
 
@@ -37,9 +37,9 @@ def differences(
     prompts = list(dict.fromkeys(prompt for pair in pairs for prompt in pair))
     rungs = torch.tensor(sorted({first + int(share * (steps - first)) for share in SHARES}))
     states = inversion.states.float()[rungs.to(inversion.states.device)]
-    levels = inversion.ladder[rungs.to(inversion.ladder.a.device).repeat_interleave(len(prompts))]
+    levels = inversion.schedule[rungs.to(inversion.schedule.a.device).repeat_interleave(len(prompts))]
     text = {name: value.repeat(len(rungs), *[1] * (value.ndim - 1))
-            for name, value in encoded_prompts(model, prompts).items()}  # fmt: skip
+            for name, value in encode_prompts_cached(model, prompts).items()}  # fmt: skip
     rows = states.repeat_interleave(len(prompts), 0)
     noise = model.predictor(text)(rows, levels).noise.unflatten(0, (len(rungs), len(prompts)))
     found = []

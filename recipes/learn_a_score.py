@@ -28,9 +28,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from backbone.diffusion.losses import denoising_score_matching, variance
-from backbone.diffusion.noise import Level, Predict, add_noise, normal_like, predictor, ve
+from backbone.diffusion.noise import Level, Predict, add_noise, predictor, randn_like, ve
 from backbone.diffusion.samplers import heun, langevin, reverse_sde, trajectory
-from backbone.diffusion.schedules import karras_ladder
+from backbone.diffusion.schedules import karras_schedule
 
 SIGMA_MIN, SIGMA_MAX = 0.02, 8.0
 BLOB_SHARE, BLOB_CENTRE, BLOB_DEVIATION = 0.2, (1.9, -1.7), 0.15
@@ -48,7 +48,7 @@ def main(
     predict = learn(steps, generator=generator, report=lambda line: print(line, flush=True))
 
     data, fresh = spiral_and_blob(points, generator), spiral_and_blob(points, generator)
-    gaussian = data.mean(0) + normal_like(data, generator) @ torch.linalg.cholesky(data.T.cov()).T
+    gaussian = data.mean(0) + randn_like(data, generator) @ torch.linalg.cholesky(data.T.cov()).T
     drawn = {name: sampler(predict, points, generator) for name, sampler in SAMPLERS.items()}
     rows = {
         name: measured(found, fresh, generator)
@@ -105,12 +105,12 @@ def learn(
     total = 0.0
     for step in range(1, steps + 1):
         clean = spiral_and_blob(batch, generator)
-        noise = normal_like(clean, generator)
+        noise = randn_like(clean, generator)
         sigma = SIGMA_MIN * (SIGMA_MAX / SIGMA_MIN) ** torch.rand(batch, generator=generator)
         level = ve(sigma)
         said = network(add_noise(clean, noise, level), sigma)
         loss = denoising_score_matching(
-            said, clean, noise=noise, level=level, kind="score", weight=variance(level)
+            said, clean, noise=noise, level=level, prediction_type="score", weight=variance(level)
         )
         optimizer.zero_grad()
         loss.mean().backward()
@@ -139,9 +139,9 @@ def spiral_and_blob(count: int, generator: torch.Generator) -> Tensor:
 
 def by_langevin(predict: Predict, count: int, generator: torch.Generator) -> Tensor:
     """Fourteen noise levels, forty moves on each."""
-    rungs = torch.logspace(math.log10(SIGMA_MAX), math.log10(SIGMA_MIN), 14)
-    ladder = ve(torch.cat([rungs, torch.zeros(1)]))
-    return langevin(start(count, generator), predict, ladder, generator=generator, moves=40)
+    levels = torch.logspace(math.log10(SIGMA_MAX), math.log10(SIGMA_MIN), 14)
+    schedule = ve(torch.cat([levels, torch.zeros(1)]))
+    return langevin(start(count, generator), predict, schedule, generator=generator, moves=40)
 
 
 def by_reverse_sde(predict: Predict, count: int, generator: torch.Generator) -> Tensor:
@@ -155,7 +155,7 @@ def by_ode(predict: Predict, count: int, generator: torch.Generator) -> Tensor:
 
 
 def path(steps: int) -> Level:
-    return karras_ladder(steps, SIGMA_MIN, SIGMA_MAX)
+    return karras_schedule(steps, SIGMA_MIN, SIGMA_MAX)
 
 
 def start(count: int, generator: torch.Generator) -> Tensor:
@@ -256,7 +256,7 @@ def scatter(points: Tensor, colour: tuple[int, ...] = INK) -> Image.Image:
 def field(data: Tensor, predict: Predict, sigma: float, generator: torch.Generator) -> Image.Image:
     """Noisy data, and arrows along σ·s: the longer, the surer the network is of noise, up to a grid's cell."""
     level = ve(sigma)
-    panel = scatter(add_noise(data, normal_like(data, generator), level), FAINT)
+    panel = scatter(add_noise(data, randn_like(data, generator), level), FAINT)
     pen = ImageDraw.Draw(panel)
     cells = 18
     axis = (torch.arange(cells) + 0.5) * (2 * REACH / cells) - REACH
@@ -273,9 +273,11 @@ def paths(predict: Predict, generator: torch.Generator) -> Image.Image:
     """Sixty paths from noise to data, each state divided by √(1 + σ²)."""
     panel = Image.new("RGB", (SIDE, SIDE), (248, 248, 246))
     pen = ImageDraw.Draw(panel, "RGBA")
-    ladder = path(150)
-    states = trajectory(start(60, generator), predict, ladder)
-    scaled = torch.stack([x * float(rung.b**2 + 1) ** -0.5 for x, rung in zip(states, ladder, strict=True)])
+    schedule = path(150)
+    states = trajectory(start(60, generator), predict, schedule)
+    scaled = torch.stack(
+        [x * float(level.b**2 + 1) ** -0.5 for x, level in zip(states, schedule, strict=True)]
+    )
     for line in scaled.unbind(1):
         pen.line(list(on_panel(line)), fill=(*WARM, 150), width=3, joint="curve")
     for x, y in on_panel(scaled[-1]):

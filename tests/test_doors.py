@@ -1,24 +1,51 @@
-"""The three console scripts answer at once and say what they can do."""
+"""The four console scripts answer at once, say what they can do, and understand the same words."""
 
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.main
+from typer.testing import CliRunner
 
-SCRIPTS = ("customize", "edit", "align")
+import align.cli
+import customize.cli
+import edit.cli
+import limner.cli
+from backbone import __version__
+from backbone.io.commands import hyphens, typed
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = {"customize": customize.cli.app, "edit": edit.cli.app, "align": align.cli.app}
+SCRIPTS = (*PROGRAMS, "limner")
 HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "datasets", "numpy", "PIL")
+ON_THE_INDEX = {
+    "bitsandbytes",
+    "prodigyopt",
+    "protobuf",
+    "pyyaml",
+    "sentencepiece",
+    "tensorboard",
+    "tomli",
+    "torch",
+}
 
 scripts = pytest.mark.parametrize("script", SCRIPTS)
 
 
-def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True)
+def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env={**os.environ, **environment}
+    )
 
 
 def path_of(script: str) -> Path:
@@ -27,6 +54,36 @@ def path_of(script: str) -> Path:
     found = [path for path in (folder / script, folder / f"{script}.exe") if path.is_file()]
     assert found, f'{script} is not installed in {folder}. Run pip install -e ".[test]".'
     return found[0]
+
+
+def commands() -> Iterator[tuple[str, Any]]:
+    """`customize sample` and all others, with typer's command."""
+    for program, app in PROGRAMS.items():
+        for name, command in typer.main.get_group(app).commands.items():
+            yield f"{program} {name}", command
+
+
+COMMANDS = dict(commands())
+every_command = pytest.mark.parametrize("name", COMMANDS)
+
+
+def help_of(name: str, columns: int = 80) -> str:
+    """What `--help` of a command prints at this width."""
+    program, command = name.split()
+    result = CliRunner().invoke(PROGRAMS[program], [command, "--help"], env={"COLUMNS": str(columns)})
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def context_of(name: str) -> Any:
+    """The context in which the command's words are read."""
+    program, command = name.split()
+    group = typer.main.get_group(PROGRAMS[program])
+    parent = typer.Context(group, info_name=program, **group.context_settings)
+    return typer.Context(COMMANDS[name], info_name=command, parent=parent)
+
+
+# The scripts -------------------------------------------------------------------------------------------------
 
 
 @scripts
@@ -53,4 +110,189 @@ def test_help_imports_none_of_the_heavy_libraries(script: str) -> None:
     done = run(sys.executable, "-X", "importtime", path_of(script), "--help")
     imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
     assert "typer" in imported
-    assert imported.isdisjoint(HEAVY)
+    assert imported.isdisjoint((*HEAVY, "rich", "pydantic"))
+
+
+@scripts
+def test_a_program_is_also_a_module_and_says_its_version(script: str) -> None:
+    done = run(sys.executable, "-m", script, "--version")
+    assert (done.stdout, done.returncode) == (f"limner {__version__}\n", 0), done.stderr
+
+
+@scripts
+def test_the_shell_completes_what_was_begun(script: str) -> None:
+    begun = {"limner": "customize exa", "customize": "exa", "edit": "inv", "align": "samp"}[script]
+    words = f"{script} {begun}"
+    done = run(
+        *(
+            sys.executable,
+            "-c",
+            f"import sys; sys.argv = ['{script}']; from {script}.cli import main; main()",
+        ),
+        **{
+            f"_{script.upper()}_COMPLETE": "complete_bash",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(words.count(" ")),
+        },
+    )
+    expected = {"edit": {"invert", "invert-and-replace"}, "align": {"sample"}}.get(script, {"example"})
+    assert set(done.stdout.split()) == expected, done.stderr
+
+
+@scripts
+def test_completion_can_be_installed(script: str) -> None:
+    app = import_module(f"{script}.cli").app
+    shown = CliRunner().invoke(app, ["--help"]).stdout
+    assert "--install-completion" in shown and "--show-completion" in shown
+
+
+@pytest.mark.parametrize("package", [*SCRIPTS, "backbone"])
+def test_a_package_has_a_version_and_says_that_it_is_typed(package: str) -> None:
+    module = import_module(package)
+    assert module.__version__ == __version__
+    assert (ROOT / package / "py.typed").is_file()
+    with pytest.raises(AttributeError, match="no attribute"):
+        getattr(module, "nothing_of_this_name")  # noqa: B009
+
+
+# limner ------------------------------------------------------------------------------------------------------
+
+
+@every_command
+def test_limner_has_every_command_of_the_three_programs(name: str) -> None:
+    program, command = name.split()
+    through = CliRunner().invoke(limner.cli.app, [program, command, "--help"], env={"COLUMNS": "80"})
+    assert through.exit_code == 0, through.output
+    _, found, usual = (text.split("\n\n", 1)[1] for text in ("\n\n", through.stdout, help_of(name)))
+    assert found == usual
+
+
+def test_limner_says_of_a_program_what_the_program_says_of_itself() -> None:
+    shown = " ".join(CliRunner().invoke(limner.cli.app, ["--help"]).stdout.split())
+    for app in PROGRAMS.values():
+        assert str(app.info.help) in shown
+
+
+def test_what_was_typed_is_the_program_s_own_line_through_either_door(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for words in (["limner", "edit", "sdedit", "a.png"], ["edit", "sdedit", "a.png"]):
+        monkeypatch.setattr(sys, "argv", words)
+        assert typed("edit") == ["edit", "sdedit", "a.png"]
+
+
+# The help of every command -----------------------------------------------------------------------------------
+
+
+@every_command
+def test_no_name_is_cut_off_at_eighty_columns(name: str) -> None:
+    lines = help_of(name).splitlines()
+    assert max(map(len, lines)) <= 80
+    shown = [line.split()[0].split("/")[0] for line in lines if line.startswith("  --")]
+    assert shown == [
+        one for one in shown if one in {flag for p in COMMANDS[name].params for flag in p.opts} | {"--help"}
+    ]
+    for param in COMMANDS[name].params:
+        if param.param_type_name == "option" and not param.hidden:
+            assert shown.count(next(flag for flag in param.opts if flag.startswith("--"))) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if not name.endswith("train")])
+def test_every_option_has_a_text_and_a_panel(name: str) -> None:
+    bare = [
+        param.name
+        for param in COMMANDS[name].params
+        if not param.help or (param.param_type_name == "option" and not param.rich_help_panel)
+    ]
+    assert bare == []
+
+
+@every_command
+def test_hyphens_and_underscores_are_read_alike(name: str) -> None:
+    command, ctx = COMMANDS[name], context_of(name)
+    for param in command.params:
+        if param.param_type_name != "option":
+            continue
+        for flag in (*param.opts, *param.secondary_opts):
+            for spelling in (flag, "--" + flag[2:].replace("-", "_")):
+                words = [spelling] if param.is_flag else [spelling, "1"]
+                read, rest, _ = command.make_parser(ctx).parse_args(list(words))
+                assert param.name in read and rest == [], spelling
+
+
+@every_command
+def test_help_shows_hyphens(name: str) -> None:
+    if not name.endswith("train"):
+        assert all(
+            flag == hyphens(flag)
+            for param in COMMANDS[name].params
+            for flag in param.opts[:1]
+            if flag[:1] == "-"
+        )
+        assert re.findall(r"^  --\w*_", help_of(name), flags=re.MULTILINE) == []
+
+
+# One vocabulary ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "spelling", "parameter"),
+    [
+        ("customize sample", "--num_images_per_prompt", "count"),
+        ("customize sample", "--num_inference_steps", "steps"),
+        ("customize sample", "--guidance_scale", "guidance"),
+        ("customize sample", "--negative_prompt", "negative"),
+        ("customize sample", "--pretrained_model_name_or_path", "model"),
+        ("customize sample", "--mixed_precision", "precision"),
+        ("customize sample", "--output_dir", "out"),
+        ("customize sample", "--sample_batch_size", "batch"),
+        ("customize sample", "--lora_scale", "scale"),
+        ("customize sample", "--validation_prompt", "prompts"),
+        ("customize sample", "--from_file", "prompts"),
+        ("customize check", "--instance_data_dir", "images"),
+        ("customize check", "--train_data_dir", "images"),
+        ("customize export", "--save_precision", "precision"),
+        ("customize resize", "--new_rank", "rank"),
+        ("edit sdedit", "--mask_image", "mask"),
+        ("edit sdedit", "--num_images_per_prompt", "count"),
+        ("edit invert-and-replace", "--source_prompt", "source"),
+        ("edit invert-and-replace", "--target_prompt", "targets"),
+        ("align sample", "--num_images_per_prompt", "count"),
+        ("align compare", "--num_inference_steps", "steps"),
+    ],
+)
+def test_other_tools_spellings_are_understood_and_not_shown(name: str, spelling: str, parameter: str) -> None:
+    command, ctx = COMMANDS[name], context_of(name)
+    read, _, _ = command.make_parser(ctx).parse_args([spelling, "1"])
+    assert parameter in read
+    assert spelling not in help_of(name) and hyphens(spelling) not in help_of(name)
+
+
+@pytest.mark.parametrize(
+    ("flag", "names"),
+    [
+        ("--count", ("customize sample", "customize evaluate", "edit sdedit", "edit remove", "align sample",
+                     "align compare", "edit interpolate")),
+        ("--prompts", ("customize sample", "customize evaluate", "edit sdedit", "edit invert", "edit remove",
+                       "edit interpolate", "align sample", "align compare")),
+        ("--concept", ("customize sample", "align sample", *(f"edit {name}" for name in (
+            "invert", "invert-and-replace", "sdedit", "flow-edit", "remove", "compose", "interpolate")))),
+        ("--scale", ("customize sample", "align sample", "align compare", "edit sdedit", "edit interpolate")),
+        ("--resolution", ("customize sample", "align sample", "align compare")),
+        ("--batch", ("customize sample", "align sample", "align compare")),
+        ("--json", ("customize check", "customize info", "customize evaluate", "customize sample", "align check",
+                    "align evaluate", "align sample", "align compare")),
+    ],
+)  # fmt: skip
+def test_one_thing_has_one_name(flag: str, names: tuple[str, ...]) -> None:
+    for name in names:
+        assert any(flag in param.opts for param in COMMANDS[name].params), name
+
+
+def test_no_message_names_a_package_that_is_not_on_the_index() -> None:
+    named = set()
+    for package in (*PROGRAMS, "limner", "backbone"):
+        for path in (ROOT / package).rglob("*.py"):
+            for words in re.findall(r"pip install ([\w \[\]'-]+)", path.read_text(encoding="utf-8")):
+                named |= {word for word in words.split() if not word.startswith("-")}
+    assert named and {name for name in named if not name.startswith("limner")} <= ON_THE_INDEX

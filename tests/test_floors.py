@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 METHODS = ("customize", "edit", "align")
-PACKAGES = ("backbone", *METHODS, "recipes", "benchmarks")
+PACKAGES = ("backbone", *METHODS, "limner", "recipes", "benchmarks")  # limner: a door to the three methods
 NUMBERS = "backbone.diffusion"  # torch and the standard library only
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "datasets"}
 # The rooms of each package from the ground up: a room imports from rooms of lower floors only.
@@ -109,9 +109,11 @@ def upward_between_packages(tree: Tree) -> list[str]:
                 allowed = {"torch", *sys.stdlib_module_names}
                 forbidden = not target.startswith(NUMBERS) and top not in allowed
             elif package == "backbone":
-                forbidden = top in {*METHODS, "recipes", "benchmarks", "tests"}
+                forbidden = top in {*METHODS, "limner", "recipes", "benchmarks", "tests"}
             elif package in METHODS:
-                forbidden = top in {*METHODS, "recipes", "benchmarks", "tests"} - {package}
+                forbidden = top in {*METHODS, "limner", "recipes", "benchmarks", "tests"} - {package}
+            elif package == "limner":
+                forbidden = top in {"recipes", "benchmarks", "tests"}
             else:
                 forbidden = top == "tests" or (package == "benchmarks" and top == "recipes")
             if forbidden:
@@ -240,6 +242,8 @@ def test_help_answers_without_the_heavy_libraries(name: str) -> None:
         ("backbone/io/files.py", "from recipes.moji import x", "backbone.io.files imports recipes.moji"),
         ("align/losses.py", "from customize.losses import x", "align.losses imports customize.losses"),
         ("edit/words.py", "from benchmarks import pie", "edit.words imports benchmarks"),
+        ("edit/words.py", "from limner import cli", "edit.words imports limner"),
+        ("limner/cli.py", "import recipes.small", "limner.cli imports recipes.small"),
         ("recipes/small.py", "import tests.backbone", "recipes.small imports tests.backbone"),
         ("benchmarks/pie.py", "from recipes import small", "benchmarks.pie imports recipes"),
     ],
@@ -258,6 +262,7 @@ def test_what_the_floors_allow_is_not_complained_about(tmp_path: Path) -> None:
             "backbone/diffusion/samplers.py": "from backbone.diffusion.noise import Level",
             "backbone/models/model.py": "import diffusers\nfrom backbone.diffusion import noise, samplers",
             "edit/words.py": "import edit.blend\nfrom backbone.diffusion.samplers import step",
+            "limner/cli.py": "from edit import words\nimport backbone.models.model",
             "benchmarks/pie.py": "import edit.words, align.losses",
             "recipes/small.py": "from benchmarks import pie",
         },

@@ -16,7 +16,7 @@ from backbone.adapters.lora import LORA_WEIGHTS
 from backbone.models.cache import VARIABLE
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("backbone", "customize", "edit", "align")
+PACKAGES = ("backbone", "customize", "edit", "align", "limner")
 WEIGHTS_LIMIT = 80e6  # bytes
 
 # Found by every Python that has its folder on the path, before anything else runs.
@@ -105,7 +105,7 @@ def offline(wheel: Path, tmp_path: Path) -> Offline:
     return Offline(tmp_path, python_path=(tmp_path / "unpacked",))
 
 
-def test_the_wheel_holds_the_four_packages_and_nothing_else(names: set[str]) -> None:
+def test_the_wheel_holds_the_five_packages_and_nothing_else(names: set[str]) -> None:
     folders = {name.split("/")[0] for name in names}
     assert {name for name in folders if not name.endswith(".dist-info")} == set(PACKAGES)
 
@@ -119,6 +119,8 @@ def test_the_wheel_holds_the_four_packages_and_nothing_else(names: set[str]) -> 
         ("backbone/families/configs", "*.json"),
         ("backbone/world", "vocabulary.json"),
         ("customize/examples", "*.png"),
+        ("customize/examples", "*.txt"),
+        *((package, "py.typed") for package in PACKAGES),
     ],
 )
 def test_the_wheel_holds_every_file_that_is_needed(names: set[str], folder: str, pattern: str) -> None:
@@ -152,8 +154,8 @@ def test_an_unpacked_wheel_is_found_instead_of_the_source(offline: Offline) -> N
 
 
 def test_the_doors_of_an_unpacked_wheel_open(offline: Offline) -> None:
-    for package in ("customize", "edit", "align"):
-        assert "Usage" in offline.run(sys.executable, "-m", f"{package}.cli", "--help").stdout
+    for package in ("customize", "edit", "align", "limner"):
+        assert "Usage" in offline.run(sys.executable, "-m", package, "--help").stdout
 
 
 def test_an_unpacked_wheel_runs_the_main_job_without_a_network(offline: Offline) -> None:

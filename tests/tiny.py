@@ -32,6 +32,8 @@ from transformers import (
     T5Tokenizer,
 )
 
+from backbone.models.locate import EMBEDDED
+
 WORDS = ("a", "dog", "cat", "in", "the", "snow", "red")
 RARE = ("bcd", "fgh", "jkl", "mnp", "qrs")
 
@@ -40,18 +42,7 @@ def tiny_pipeline(folder: Path, *, seed: int = 0, prediction_type: str = "epsilo
     """Writes a whole pipeline with random weights: 64 × 64 pictures, 8 × 8 latents of 4 channels."""
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=2,
-        norm_num_groups=8,
-    )
+    unet = tiny_unet()
     vae, text = tiny_autoencoder(), CLIPTextModel(clip_settings(tokenizer))
     scheduler = DDIMScheduler(
         beta_start=0.00085,
@@ -210,6 +201,25 @@ def tiny_pixart(folder: Path) -> Path:
     return with_defaults(folder)
 
 
+def tiny_moji(folder: Path) -> Path:
+    """`moji` with a small random denoiser and autoencoder, and few steps of everything; its words and scorer stay."""
+    torch.manual_seed(0)
+    folder.mkdir(parents=True)
+    for part in EMBEDDED.iterdir():
+        if part.name not in ("unet", "vae", "limner.json"):
+            (folder / part.name).symlink_to(part)
+    tiny_unet(sample_size=16, in_channels=8, out_channels=8, cross_attention_dim=256).save_pretrained(
+        folder / "unet"
+    )
+    tiny_autoencoder(latent_channels=8, sample_size=128).save_pretrained(folder / "vae")
+    defaults = json.loads((EMBEDDED / "limner.json").read_text())
+    few = {"steps": 2, "train_steps": 2, "rank": 2, "batch": 1, "prior_batch": 1}
+    defaults["sheet_prompts"] = defaults["sheet_prompts"][:2]
+    defaults["draft"] |= {"steps": 1, "batch": 1, "reward_steps": 1, "sample_steps": 2}
+    (folder / "limner.json").write_text(json.dumps(defaults | few))
+    return folder
+
+
 # What they are made of --------------------------------------------------------------------------------------
 
 
@@ -218,6 +228,23 @@ def with_defaults(folder: Path) -> Path:
     defaults = {"steps": 3, "guidance": 2.0, "train_steps": 4, "learning_rate": 1e-3, "rank": 2, "batch": 2}
     (folder / "limner.json").write_text(json.dumps(defaults))
     return folder
+
+
+def tiny_unet(**settings: Any) -> Any:
+    """Of the Stable Diffusion family: 8 × 8 latents of 4 channels, text of width 16."""
+    usual: dict[str, Any] = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "layers_per_block": 1,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 16,
+        "attention_head_dim": 2,
+        "norm_num_groups": 8,
+    }
+    return UNet2DConditionModel(**usual | settings)
 
 
 def tiny_autoencoder(**settings: Any) -> Any:

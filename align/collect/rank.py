@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from align.collect.scorers import open_judge, together
-from align.pairs.prompts import Prompt, without_tokens
+from align.pairs.prompts import without_tokens
 from align.pairs.records import RANKING, SAMPLES, SCORES
 from align.pairs.samples import picture_name, read_samples, shot, shots
 from backbone.io.console import UserError, progress
 from backbone.io.files import read_json, write_json, write_text
+from backbone.io.prompts import Prompt
 from backbone.media.decode import open_rgb
 from backbone.media.pictures import ImageRecord, check_images
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from PIL import Image
 
-from align.pairs.prompts import Prompt
 from align.pairs.records import SAMPLES
 from align.pairs.samples import FORMAT, picture_name, shot, shots
 from backbone.adapters.apply import load_concepts
@@ -20,6 +19,7 @@ from backbone.adapters.concept import Concept, read_concept, resolve_placeholder
 from backbone.distributed import processes
 from backbone.io.console import UserError, progress
 from backbone.io.files import content_hash, read_json, write_json
+from backbone.io.prompts import Prompt
 from backbone.io.run_folder import package_versions
 from backbone.media.sheet import save_png
 from backbone.media.transforms import to_image
@@ -28,11 +28,13 @@ from backbone.models.sample import (
     ALL_STEPS,
     Request,
     Sampler,
-    refuse_no_share,
+    Size,
+    check_guidance_interval,
+    count_skipped_steps,
+    describe_guidance_interval,
+    latent_size,
     sample,
     sample_latents,
-    share_said,
-    steps_before,
 )
 
 
@@ -54,11 +56,18 @@ class Drawing:
     guidance_start: float = 0.0
     guidance_stop: float = 1.0
     redraw: float = 0.0
+    width: int | None = None
+    height: int | None = None
 
     def __post_init__(self) -> None:
-        refuse_no_share(self.guided)
+        check_guidance_interval(self.guided)
         if self.redraw and self.steps is not None:
-            steps_before(self.redraw, self.steps)
+            count_skipped_steps(self.redraw, self.steps)
+
+    @property
+    def size(self) -> Size:
+        """(width, height) in pixels."""
+        return self.width, self.height
 
     @property
     def guided(self) -> tuple[float, float]:
@@ -66,20 +75,22 @@ class Drawing:
         return self.guidance_start, self.guidance_stop
 
     def facts(self) -> dict[str, Any]:
-        """What the pictures depend on; guidance in all steps goes without saying, and so does noise of their own."""
+        """What the pictures depend on; what is as usual goes without saying."""
         silent = {"batch"}
         if self.guided == ALL_STEPS:
             silent |= {"guidance_start", "guidance_stop"}
         if not self.redraw:
             silent |= {"redraw"}
+        silent |= {side for side in ("width", "height") if getattr(self, side) is None}
         return {name: value for name, value in asdict(self).items() if name not in silent}
 
     def said(self) -> str:
         """How strong the guidance is, and when, in words."""
-        return f"{self.guidance:g}{share_said(self.guided)}"
+        return f"{self.guidance:g}{describe_guidance_interval(self.guided)}"
 
     def settled(self, model: Backbone) -> Drawing:
-        """With the model's defaults filled in."""
+        """With the model's defaults filled in; `UserError` for a size that it cannot draw."""
+        latent_size(model, self.size)
         usual = model.defaults
         steps = int(usual["steps"]) if self.steps is None else self.steps
         guidance = float(usual["guidance"]) if self.guidance is None else self.guidance
@@ -95,12 +106,15 @@ def sample_pairs(
     *,
     model: str | None,
     concepts: Sequence[Path] = (),
+    scale: float = 1.0,
     per_prompt: int = 4,
     drawing: Drawing = USUAL,
     device: str = "auto",
     precision: str = "auto",
 ) -> int:
     """Draws the pictures that `out` still lacks and gives their number; picture (i, j) depends on seed, i and j only.
+
+    The concepts work `scale` times as strong.
 
     Raises `UserError` when the folder was begun with other settings: its pictures could not be told from these.
     """
@@ -115,7 +129,7 @@ def sample_pairs(
         model or (learned[0].model if learned else "moji"), device=device, precision=precision
     )
     drawing = drawing.settled(backbone)
-    facts = _facts(backbone, learned, prompts, per_prompt, drawing)
+    facts = _facts(backbone, learned, scale, prompts, per_prompt, drawing)
     with processes.main_process_first():
         _claim(out, facts)
     missing = [
@@ -126,7 +140,7 @@ def sample_pairs(
     ]
     processes.barrier()  # now every process knows what is missing
     if missing:
-        load_concepts(backbone, learned)
+        load_concepts(backbone, learned, scale=scale)
         own = processes.split_items(missing, batch=drawing.batch)
         with progress(len(own), "drawing") as bar:
             drawn = draw(backbone, prompts, own, drawing, learned, per_prompt=per_prompt)
@@ -167,6 +181,7 @@ def draw(
         "sampler": drawing.sampler,
         "batch": drawing.batch,
         "guided": drawing.guided,
+        "size": drawing.size,
     }
     if not drawing.redraw:
         return sample(model, requests, **how)
@@ -202,15 +217,21 @@ def _redrawn(
 
 
 def _facts(
-    model: Backbone, concepts: Sequence[Concept], prompts: Sequence[Prompt], per_prompt: int, drawing: Drawing
+    model: Backbone,
+    concepts: Sequence[Concept],
+    scale: float,
+    prompts: Sequence[Prompt],
+    per_prompt: int,
+    drawing: Drawing,
 ) -> dict[str, Any]:
     """What a folder's pictures depend on."""
+    strength = {} if scale == 1 else {"scale": scale}
     return {
         "format": FORMAT,
         "model": model.location.name,
         "fingerprint": model.fingerprint,
         "concepts": [
-            said | {"weights": content_hash(concept.weights_path) if concept.weights else ""}
+            {**said, **strength, "weights": content_hash(concept.weights_path) if concept.weights else ""}
             for concept, said in zip(concepts, summarize_concepts(concepts), strict=True)
         ],
         "drawing": drawing.facts(),

@@ -56,7 +56,7 @@ def takes_gradients(name: str) -> None:
     if Path(name).suffix == ".py" or name.startswith(LIKE) or (Path(name).expanduser() / HEAD).is_file():
         raise UserError(
             f"draft climbs the gradient of a CLIP model's likeness of picture and prompt; {name} is another kind of "
-            "scorer. Use --loss-type ddpo, or moji, or a CLIP model's folder."
+            "scorer. Use --loss ddpo, or moji, or a CLIP model's folder."
         )
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from align.compare.sides import BASE, picture_name, tuned_folder
 from align.pairs.choices import CHOICES, Choice, consistency, effective, read_choices
-from align.pairs.prompts import Prompt
 from backbone.evaluation.statistics import Interval, wilson_interval
 from backbone.io.files import write_json
+from backbone.io.prompts import Prompt
 
 BLIND = "blind.json"
 

@@ -22,18 +22,20 @@ from align.collect.sample import USUAL, Drawing, draw
 from align.collect.scorers import open_judge, open_scorer
 from align.compare.report import report
 from align.compare.sides import BASE, Side, Wins, picture_name, taught_by, tuned_folder
-from align.pairs.prompts import Prompt, by_category, without_tokens
+from align.pairs.prompts import by_category, without_tokens
 from backbone.adapters.apply import check_concept_fits, load_concepts
 from backbone.adapters.concept import Concept, read_concept, summarize_concepts
 from backbone.evaluation.clip import diversity
 from backbone.evaluation.statistics import cluster_bootstrap, wilson_interval
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import content_hash, read_json, write_json
+from backbone.io.prompts import Prompt
 from backbone.io.report import write_report
 from backbone.io.run_folder import package_versions
 from backbone.media.decode import open_rgb
 from backbone.media.sheet import save_png
 from backbone.models.model import Backbone
+from backbone.models.sample import latent_size
 
 RESULT = "compare.json"
 REPORT = "report.html"
@@ -64,13 +66,13 @@ def compare_models(
         BASE: base,
         **{tuned_folder(scale): dataclasses.replace(tuned, scale=scale) for scale in [tuned.scale, *scales]},
     }
-    varied = "--scale" if scales else "--tuned-scale" if tuned.scale != 1 else ""
+    varied = bool(scales) or tuned.scale != 1
     if varied and len(tuned.concepts) > 1:
         raise UserError(
-            f"{tuned.name} was trained on top of a concept, so its strength is not one number. Leave out {varied}."
+            f"{tuned.name} was trained on top of a concept, so its strength is not one number. Leave out --scale."
         )
     if varied and not tuned.concepts:
-        raise UserError(f"{tuned.name} is a whole model, so it has no strength to vary. Leave out {varied}.")
+        raise UserError(f"{tuned.name} is a whole model, so it has no strength to vary. Leave out --scale.")
     judges = {name: open_judge(name) for name in dict.fromkeys(scorers)}
     known = sorted(taught_by(tuned) & set(scorers))
     if known:
@@ -159,6 +161,7 @@ def _draw_all(
     learned = {name: [read_concept(folder) for folder in side.concepts] for name, side in sides.items()}
     drawing = drawing.settled(models[BASE])
     for name, side in sides.items():  # mistakes are answered before any weights load
+        latent_size(models[name], drawing.size)
         for concept in learned[name]:
             check_concept_fits(concept, models[name])
         _claim(out / name, models[name], learned[name], side, prompts, side.drawn(drawing))

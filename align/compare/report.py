@@ -11,8 +11,8 @@ from torch import Tensor
 
 from align.collect.sample import Drawing
 from align.compare.sides import BASE, Side, picture_name
-from align.pairs.prompts import Prompt
 from backbone.evaluation.statistics import Interval
+from backbone.io.prompts import Prompt
 from backbone.io.report import heading, paragraph, table
 from backbone.io.report import image_figure as shown
 from backbone.media.decode import open_rgb

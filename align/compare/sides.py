@@ -24,7 +24,7 @@ BASE = "base"
 class Side:
     """One of the two that are compared: a model, with concepts on it, so many times as strong.
 
-    `guidance` and `guided`, the share of the steps that follow it, are this side's own where they are not the
+    `guidance` and `guided_predictor`, the share of the steps that follow it, are this side's own where they are not the
     drawing's: training can move the best ones.
     """
 

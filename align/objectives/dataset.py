@@ -33,7 +33,7 @@ from backbone.io.console import UserError, progress
 from backbone.io.files import content_hash
 from backbone.media.pictures import ImageRecord
 from backbone.media.transforms import CROPS, CropPosition
-from backbone.models.cache import encoded, encoded_prompts
+from backbone.models.cache import encode_images_cached, encode_prompts_cached
 from backbone.models.model import Backbone
 from backbone.training.base_predictions import stratified_levels
 
@@ -115,7 +115,7 @@ def prepare(
     latents = _means(model, views, flip=False)
     mirrored = _means(model, views, flip=True) if settings.flip else None
     with processes.main_process_first():
-        text = encoded_prompts(model, list(prompts))
+        text = encode_prompts_cached(model, list(prompts))
     model.free("autoencoder", "text_encoder")
     return Material(latents, mirrored, text, items[: len(train)], items[len(train) :]).to(model.device)
 
@@ -144,10 +144,10 @@ def _said(prompt: str, concepts: Sequence[Concept]) -> str:
 
 def _means(model: Backbone, views: Sequence[tuple[ImageRecord, CropPosition]], *, flip: bool) -> Tensor:
     means = []
-    processes.warm_cache(lambda view: encoded(model, [view[0]], flip=flip, crop=view[1]), views)
+    processes.warm_cache(lambda view: encode_images_cached(model, [view[0]], flip=flip, crop=view[1]), views)
     with progress(len(views), "encoding" + (" mirrored" if flip else "")) as bar:
         for picture, place in views:
-            means.append(encoded(model, [picture], flip=flip, crop=place)[0].mean.float())
+            means.append(encode_images_cached(model, [picture], flip=flip, crop=place)[0].mean.float())
             bar.advance(images=1)
     return torch.cat(means)
 
@@ -290,7 +290,7 @@ def records_of(found: Preferences, settings: Settings) -> list[Record]:
         return list(as_singles(found))
     if not found.pairs:
         raise UserError(
-            f"{found.source} judges single pictures, and {settings.loss} compares pairs. Use --loss-type kto."
+            f"{found.source} judges single pictures, and {settings.loss} compares pairs. Use --loss kto."
         )
     ties = settings.ties == "model"
     return [pair for pair in found.pairs if isinstance(pair, Pair) and (ties or not pair.is_tie)]

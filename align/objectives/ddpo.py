@@ -11,7 +11,7 @@ from torch import Tensor
 
 from align.collect.scorers import Judge, open_judge
 from align.objectives.reward import RewardTraining
-from backbone.diffusion.noise import Estimate, Level, Predict, generator, normal_like
+from backbone.diffusion.noise import Estimate, Level, Predict, generator, randn_like
 from backbone.diffusion.samplers import ancestral_step
 from backbone.distributed import processes
 from backbone.media.transforms import to_image
@@ -36,7 +36,7 @@ class PolicyGradients(RewardTraining):
         super().__post_init__()
 
     def losses(self, step: int) -> Iterator[Tensor]:
-        """The clipped loss of `batch` walks, the gradient of one rung of the ladder after another."""
+        """The clipped loss of `batch` trajectories, the gradient of one step after another."""
         number, place = divmod(step - 1, self.settings.steps // self.settings.rounds)
         if self.round != number and number < self.settings.rounds:
             self.walks, self.round = self.collect(number), number
@@ -48,8 +48,8 @@ class PolicyGradients(RewardTraining):
         parts = self._micro()
         for part in parts:
             scale = len(part) * len(parts) * processes.world_size() / batch
-            for rung in range(len(self.ladder) - 1):
-                if is_random(self.ladder[rung], self.ladder[rung + 1]):
+            for rung in range(len(self.schedule) - 1):
+                if is_random(self.schedule[rung], self.schedule[rung + 1]):
                     yield self.loss(rung, [rows[row] for row in part]) * scale
 
     def loss(self, rung: int, rows: Sequence[int]) -> Tensor:
@@ -58,7 +58,7 @@ class PolicyGradients(RewardTraining):
         chosen = torch.tensor(list(rows), device=walks.states.device)
         noisy, then = walks.states[rung, chosen], walks.states[rung + 1, chosen]
         predict = self.predictor([walks.prompts[row] for row in rows])
-        here, there = self.ladder[rung], self.ladder[rung + 1]
+        here, there = self.schedule[rung], self.schedule[rung + 1]
         now = log_probability(then, noisy, predict(noisy, here), here, there)
         ratio = (now - walks.log_probability[rung, chosen]).exp()
         return clipped(ratio, walks.advantage[chosen], self.settings.clip_range).mean()
@@ -70,7 +70,7 @@ class PolicyGradients(RewardTraining):
         Each process draws some of them, and all get all.
         """
         keys = [(i, j) for i in range(len(self.prompts)) for j in range(self.settings.per_prompt)]
-        device, rungs = self.model.device, len(self.ladder)
+        device, rungs = self.model.device, len(self.schedule)
         states = torch.zeros(rungs, len(keys), *self.model.latent_shape, device=device)
         chances = torch.zeros(rungs - 1, len(keys), device=device)
         rewards = torch.zeros(len(keys))
@@ -80,7 +80,7 @@ class PolicyGradients(RewardTraining):
             randoms = [generator(self.settings.seed, "round", number, i, j) for i, j in some]
             names = [(1 + i, number * self.settings.per_prompt + j) for i, j in some]
             states[:, here], chances[:, here] = stochastic_walk(
-                self.start(names), predict, self.ladder, randoms
+                self.start(names), predict, self.schedule, randoms
             )
             pictures = [to_image(one) for one in self.model.decode(states[-1, here]).cpu()]
             rewards[here] = self.judge(pictures, [self.prompts[i].text for i, _ in some])
@@ -95,13 +95,13 @@ class PolicyGradients(RewardTraining):
 
 
 def stochastic_walk(
-    noisy: Tensor, predict: Predict, ladder: Level, randoms: Sequence[torch.Generator]
+    noisy: Tensor, predict: Predict, schedule: Level, randoms: Sequence[torch.Generator]
 ) -> tuple[Tensor, Tensor]:
     """Ancestral sampling with its record: states [S + 1, B, C, H, W] and log-probabilities of the steps [S, B]."""
     states, chances = [noisy], []
-    for here, there in pairwise(ladder):
+    for here, there in pairwise(schedule):
         estimate = predict(noisy, here)
-        after = ancestral_step(noisy, estimate, here, there, noise=normal_like(noisy, randoms))
+        after = ancestral_step(noisy, estimate, here, there, noise=randn_like(noisy, randoms))
         chances.append(
             log_probability(after, noisy, estimate, here, there)
             if is_random(here, there)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from align.collect.scorers import open_scorer, takes_gradients
 from align.objectives.reward import RewardTraining
-from backbone.diffusion.samplers import walk
+from backbone.diffusion.samplers import ddim
 from backbone.distributed import processes
 from backbone.evaluation.clip import Scorer
 
@@ -42,10 +42,10 @@ class RewardGradients(RewardTraining):
     def rewards(self, numbers: Sequence[int], keys: Sequence[tuple[int, int]]) -> Tensor:
         """Rewards [B] of pictures of these prompts, with the gradient of the walk's last K steps (algorithm 1)."""
         predict = self.predictor(numbers)
-        here = max(0, len(self.ladder) - 1 - self.settings.reward_steps)
+        here = max(0, len(self.schedule) - 1 - self.settings.reward_steps)
         with torch.no_grad():
-            noisy = walk(self.start(keys), predict, self.ladder[: here + 1])
-        clean = walk(noisy, predict, self.ladder[here:])
+            noisy = ddim(self.start(keys), predict, self.schedule[: here + 1])
+        clean = ddim(noisy, predict, self.schedule[here:])
         pictures = self.model.decode_with_gradients(clean)
         return self.reward(pictures, [self.prompts[number].text for number in numbers])
 

@@ -41,7 +41,7 @@ from align.settings import Settings
 from backbone.adapters.concept import Concept
 from backbone.adapters.lora import LORA_WEIGHTS, activate_adapters, add_lora, save_lora, use_adapters
 from backbone.diffusion.losses import debiased, min_snr, uniform
-from backbone.diffusion.noise import Kind, Level, generator
+from backbone.diffusion.noise import Level, PredictionType, generator
 from backbone.distributed import processes
 from backbone.io.console import UserError, progress
 from backbone.io.files import content_hash, write_tensors
@@ -58,9 +58,9 @@ from backbone.training.optimizer import make_schedule
 ADAPTER = "taste"
 CHECKPOINT = "checkpoint.safetensors"
 CHANGED = "weights_change.safetensors"  # of a full run: how far the denoiser's weights moved
-LEVEL_WEIGHTS: dict[str, Callable[[Level, Kind], Tensor]] = {
+LEVEL_WEIGHTS: dict[str, Callable[[Level, PredictionType], Tensor]] = {
     "none": lambda level, kind: uniform(level),
-    "min-snr": lambda level, kind: min_snr(level, kind=kind),
+    "min-snr": lambda level, kind: min_snr(level, prediction_type=kind),
     "debiased": debiased,
 }
 WATCHED = 64  # training records whose banked draws are compared with fresh ones
@@ -134,7 +134,7 @@ class PreferenceTraining:
                 self.losses,
                 self.parameters,
                 optimizer=self.optimizer,
-                schedule=make_schedule(
+                lr_schedule=make_schedule(
                     self.settings.lr_scheduler,
                     steps=self.settings.steps,
                     warmup=self.settings.lr_warmup_steps,

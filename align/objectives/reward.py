@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from align.objectives.preference import ADAPTER, CHECKPOINT, new_adapter, share_of
-from align.pairs.prompts import Prompt
 from align.settings import Settings
 from backbone.adapters.concept import Concept, resolve_placeholder_tokens
 from backbone.adapters.lora import LORA_WEIGHTS, save_lora
 from backbone.diffusion.noise import Predict
 from backbone.distributed import processes
 from backbone.families.base import Text
-from backbone.models.cache import encoded_prompts
+from backbone.io.prompts import Prompt
+from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from backbone.models.sample import initial_noise
 from backbone.training.attention import quick_to_train
@@ -58,13 +58,13 @@ class RewardTraining(ABC):
             for prompt in self.prompts
         ]
         with processes.main_process_first():
-            self.text = encoded_prompts(self.model, [*said, ""])
+            self.text = encode_prompts_cached(self.model, [*said, ""])
         self.model.free("text_encoder")
         self.parameters = new_adapter(self.model, settings, self.base)
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
-        self.ladder = self.model.ladder(settings.sample_steps)
+        self.schedule = self.model.schedule(settings.sample_steps)
         self.done = 0
 
     def steps(self) -> Iterator[Report]:
@@ -74,7 +74,7 @@ class RewardTraining(ABC):
                 self.losses,
                 self.parameters,
                 optimizer=self.optimizer,
-                schedule=make_schedule(
+                lr_schedule=make_schedule(
                     self.settings.lr_scheduler,
                     steps=self.settings.steps,
                     warmup=self.settings.lr_warmup_steps,
@@ -122,7 +122,7 @@ class RewardTraining(ABC):
     def start(self, keys: Sequence[tuple[int, int]]) -> Tensor:
         """The noise [B, C, H, W] from which a picture is drawn, one for each key."""
         noise = torch.stack([initial_noise(self.model, self.settings.seed, *key) for key in keys])
-        first = self.ladder[0]
+        first = self.schedule[0]
         return noise.to(self.model.device) * float((first.a**2 + first.b**2).sqrt())
 
     def _rows(self, numbers: Sequence[int]) -> Text:

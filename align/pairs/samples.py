@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from align.pairs.prompts import Prompt
 from align.pairs.records import SAMPLES
 from backbone.io.console import UserError
 from backbone.io.files import read_json
+from backbone.io.prompts import Prompt
 
 FORMAT = 1
 PICTURES = "pictures"

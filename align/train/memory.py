@@ -12,7 +12,7 @@ from backbone.adapters.lora import add_lora
 from backbone.io.console import UserError
 from backbone.memory.planner import MemorySettings, Workload, fit_to_memory, precision_name
 from backbone.models.model import Backbone
-from backbone.models.placement import measures_of
+from backbone.models.placement import get_placement
 
 
 def work_of(model: Backbone, settings: Settings, pictures: int, prompts: int) -> Workload:
@@ -44,9 +44,9 @@ def work_of(model: Backbone, settings: Settings, pictures: int, prompts: int) ->
 
 def choice_of(model: Backbone, settings: Settings) -> MemorySettings:
     """How the settings as they are hold the run in memory."""
-    measures = measures_of(settings)
+    placement = get_placement(settings)
     return MemorySettings(
-        precision_name(model), settings.gradient_checkpointing, measures=measures, fixed_optimizer=True
+        precision_name(model), settings.gradient_checkpointing, placement=placement, fixed_optimizer=True
     )
 
 

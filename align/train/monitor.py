@@ -60,6 +60,6 @@ class Watch:
             return ""
         return (
             f"the preferred pictures' error has risen by {rise:.1%}, so the model is being spoiled although it may "
-            "still tell pictures apart. Lower --learning-rate, raise --beta-dpo, or add --safeguard 0.9 or "
+            "still tell pictures apart. Lower --learning-rate, raise --beta, or add --safeguard 0.9 or "
             "--sft-weight 0.5."
         )

@@ -20,7 +20,6 @@ from align.collect.sample import Drawing, draw
 from align.collect.scorers import open_judge, takes_gradients
 from align.objectives.dataset import Material, prepare, records_of
 from align.objectives.preference import PreferenceTraining, share_of
-from align.pairs.prompts import Prompt, read_prompts
 from align.pairs.read import read
 from align.pairs.records import RANKING, SAMPLES, SCORES, Record, check, counted, held_out
 from align.pairs.samples import FORMAT, picture_name
@@ -46,10 +45,30 @@ from backbone.adapters.concept import Concept, read_concept, summarize_concepts
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import append_jsonl, read_json, read_jsonl, write_json
+from backbone.io.prompts import Prompt, read_prompts
 from backbone.io.report import command, heading, line_plot, paragraph, plot_row, table, write_report
-from backbone.io.run_folder import catch_interrupts, package_versions, trim_log
+from backbone.io.run_folder import (
+    catch_interrupts,
+    clear_failed_try,
+    package_versions,
+    refuse_taken,
+    trim_log,
+)
 from backbone.media.sheet import save_png
 from backbone.models.model import Backbone
+from backbone.models.placement import get_placement
+
+DRAWN_BY = (
+    "model",
+    "concepts",
+    "prompts",
+    "per_prompt",
+    "sample_steps",
+    "guidance",
+    "seed",
+    "precision",
+    "online",
+)
 
 
 def train_online(asked: dict[str, Any], *, out: Path | None) -> Path:
@@ -60,10 +79,7 @@ def train_online(asked: dict[str, Any], *, out: Path | None) -> Path:
     """
     processes.init_process(asked.get("device", "auto"))
     run = out or Path("runs") / f"{Path(asked['prompts']).stem}-online"
-    if (run / FILE).exists():
-        raise UserError(
-            f"{run} already holds a run. Continue it with --resume {run}, or choose another --out."
-        )
+    refuse_taken(run)
     model = Backbone.open(
         asked.get("model", "moji"),
         device=asked.get("device", "auto"),
@@ -75,19 +91,44 @@ def train_online(asked: dict[str, Any], *, out: Path | None) -> Path:
     open_judge(settings.online)
     for folder in settings.concepts:
         check_concept_fits(read_concept(folder), model)
+    model = _placed(settings)
     share_of(settings)
+    refuse_other_images(run, settings)
     processes.barrier()  # now every process has seen that the folder is free
     if processes.is_main_process():
+        clear_failed_try(run)
         write_record(run, settings)
     return carry_on(run, settings, model)
+
+
+def refuse_other_images(run: Path, settings: Settings) -> None:
+    """`UserError` where a try that saved no step drew images by other settings: they are kept, and not learned from."""
+    if not (run / FILE).is_file() or not any((run / ROUNDS).glob("*/pictures/*.png")):
+        return
+    before = read_settings(run)
+    for name in DRAWN_BY:
+        if getattr(before, name) != getattr(settings, name):
+            raise UserError(
+                f"{run} holds images that were drawn with another {name.replace('_', ' ')}. Continue with --resume "
+                f"{run}, or choose another --out."
+            )
 
 
 def resume_online(run: Path) -> Path:
     """Goes on with a run that was stopped."""
     settings = read_settings(run)
     processes.init_process(settings.device)
-    model = Backbone.open(settings.model, device=settings.device, precision=settings.precision)
-    return carry_on(run, settings, model)
+    return carry_on(run, settings, _placed(settings))
+
+
+def _placed(settings: Settings) -> Backbone:
+    """The model of these settings, as they hold it in memory."""
+    return Backbone.open(
+        settings.model,
+        device=settings.device,
+        precision=settings.precision,
+        placement=get_placement(settings),
+    )
 
 
 def carry_on(run: Path, settings: Settings, model: Backbone) -> Path:

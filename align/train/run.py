@@ -26,9 +26,15 @@ from backbone.adapters.concept import Concept, read_concept
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import append_jsonl, write_json
-from backbone.io.run_folder import catch_interrupts, package_versions, trim_log
+from backbone.io.run_folder import (
+    catch_interrupts,
+    clear_failed_try,
+    package_versions,
+    refuse_taken,
+    trim_log,
+)
 from backbone.models.model import Backbone
-from backbone.models.placement import measures_of
+from backbone.models.placement import get_placement
 from backbone.training.loop import Report
 
 
@@ -43,10 +49,7 @@ def train_taste(
     began = time.perf_counter()
     processes.init_process(asked.get("device", "auto"))
     run = out or Path("runs") / run_name(asked["pairs"])
-    if (run / FILE).exists():
-        raise UserError(
-            f"{run} already holds a run. Continue it with --resume {run}, or choose another --out."
-        )
+    refuse_taken(run)
     model = Backbone.open(
         asked.get("model", "moji"),
         device=asked.get("device", "auto"),
@@ -56,7 +59,10 @@ def train_taste(
     _refuse_strangers(found, settings, model)
     records = records_of(found, settings)
     model = Backbone.open(
-        settings.model, device=settings.device, precision=settings.precision, measures=measures_of(settings)
+        settings.model,
+        device=settings.device,
+        precision=settings.precision,
+        placement=get_placement(settings),
     )
     if vram is not None:
         from align.train.memory import budgeted
@@ -67,6 +73,7 @@ def train_taste(
     share_of(settings)
     processes.barrier()  # now every process has seen that the folder is free
     if processes.is_main_process():
+        clear_failed_try(run)
         write_record(run, settings)
     return carry_on(run, settings, model, records, began=began)
 
@@ -78,7 +85,10 @@ def resume_taste(run: Path) -> Path:
     processes.init_process(settings.device)
     found = check(_read_again(settings), skip_bad=settings.skip_bad)
     model = Backbone.open(
-        settings.model, device=settings.device, precision=settings.precision, measures=measures_of(settings)
+        settings.model,
+        device=settings.device,
+        precision=settings.precision,
+        placement=get_placement(settings),
     )
     _refuse_strangers(found, settings, model)
     return carry_on(run, settings, model, records_of(found, settings), began=began)

@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from backbone.io.console import UserError
+from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash, read_json, write_json
 
 CONCEPT_FILE = "concept.json"
+BEST = "best"  # in a run folder: the checkpoint that its evaluations found best
 FORMAT = 1
 PLACEHOLDER = re.compile(r"\[[^\[\]\s]+\]|<[^<>\s]+>")
 CONSONANTS = "[bcdfghjklmnpqrstvwxz]{3,4}"
@@ -69,6 +70,24 @@ def read_concept(folder: str | Path) -> Concept:
         raise UserError(f"{path} is damaged ({error}). Train the concept again.") from error
 
 
+def checkpoint(run: str | Path, which: str | None = None) -> Path:
+    """The folder of a run's concept: `best/` in it where the run kept its best checkpoint, or the run itself (`last`).
+
+    `which` is best, last, or None for the best where there is one, which is then said. Raises `UserError` where the
+    best is asked for and there is none.
+    """
+    folder = Path(run) / BEST
+    if (folder / CONCEPT_FILE).is_file():
+        if which is None:
+            notify(
+                f"{run}: its best checkpoint is used (--checkpoint last: the weights after the last step)."
+            )
+        return Path(run) if which == "last" else folder
+    if which == "best":
+        raise UserError(f"{run} kept no best checkpoint. Give --checkpoint last, or leave it out.")
+    return Path(run)
+
+
 def resolve_placeholder_tokens(prompt: str, concepts: Sequence[Concept], *, runs: Path = Path("runs")) -> str:
     """Replace each placeholder token of the concepts by the words that the model reads for it.
 
@@ -115,7 +134,7 @@ def choose_rare_words(
     words = [token.removesuffix("</w>").removeprefix("▁") for token in candidates[:RARE_WORD_POOL]]
     words = [word for word in words if word not in set(taken)]
     if len(words) < count:
-        raise UserError("This model's tokenizer has no rare words of its own. Give some with --token_words.")
+        raise UserError("This model's tokenizer has no rare words of its own. Give some with --token-words.")
     words.sort(key=lambda word: content_hash(f"{key}/{word}".encode()))
     return " ".join(words[:count])
 

@@ -90,7 +90,7 @@ def embed_tokens(encoder: TextEncoder, text: str, *, count: int) -> dict[str, Te
     for slot in encoder.slots:
         ids = slot.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
-            raise UserError(f"“{text}” has no words to begin with. Give others with --initializer_token.")
+            raise UserError(f"“{text}” has no words to begin with. Give others with --initializer-token.")
         repeated = torch.tensor([ids[k % len(ids)] for k in range(count)], device=slot.model.device)
         embeddings[slot.name] = slot.model.get_input_embeddings()(repeated[None])[0].detach().float()
     return embeddings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from backbone.diffusion.noise import Kind, Level, _at_least_float32, _unknown, target
+from backbone.diffusion.noise import Level, PredictionType, _at_least_float32, _unknown, target
 
 
 def denoising_score_matching(
@@ -14,7 +14,7 @@ def denoising_score_matching(
     *,
     noise: Tensor,
     level: Level,
-    kind: Kind,
+    prediction_type: PredictionType,
     weight: Tensor | None = None,
 ) -> Tensor:
     """The loss that trains them all [B]: weight · mean over C, H, W of (prediction − target)².
@@ -22,7 +22,7 @@ def denoising_score_matching(
     Vincent 2011 (J_DSM); Song & Ermon 2019, eqs. 5–6. `weight` is [] or [B], 1 if left out; `uniform`,
     `variance` and `min_snr` make some. Half precision is compared in float32.
     """
-    error = _at_least_float32(prediction) - _at_least_float32(target(clean, noise, level, kind))
+    error = _at_least_float32(prediction) - _at_least_float32(target(clean, noise, level, prediction_type))
     loss = error.square().flatten(1).mean(1)
     return loss if weight is None else weight.to(loss) * loss
 
@@ -37,13 +37,13 @@ def variance(level: Level) -> Tensor:
     return level.b**2
 
 
-def min_snr(level: Level, gamma: float = 5.0, kind: Kind = "epsilon") -> Tensor:
-    """The weight that gives the error in x0 the weight min(SNR, γ), expressed for a loss of this kind.
+def min_snr(level: Level, gamma: float = 5.0, prediction_type: PredictionType = "epsilon") -> Tensor:
+    """The weight that gives the error in x0 the weight min(SNR, γ), expressed for a loss of this prediction type.
 
     Hang et al. 2023 (Min-SNR-γ): min(SNR, γ) times (∂x̂0/∂prediction)². Finite at both ends.
     """
     a2, b2 = level.a**2, level.b**2
-    match kind:
+    match prediction_type:
         case "sample":
             return (a2 / b2).clamp(max=gamma)
         case "epsilon":
@@ -54,18 +54,18 @@ def min_snr(level: Level, gamma: float = 5.0, kind: Kind = "epsilon") -> Tensor:
             return torch.minimum(a2, gamma * b2) / (level.a + level.b) ** 2
         case "score":
             return b2 * (gamma * b2 / a2).clamp(max=1)
-    raise _unknown(kind)
+    raise _unknown(prediction_type)
 
 
-def debiased(level: Level, kind: Kind = "epsilon", *, most: float = 10.0) -> Tensor:
-    """The weight 1/√SNR of the error in ε, at most `most`, expressed for a loss of this kind.
+def debiased(level: Level, prediction_type: PredictionType = "epsilon", *, most: float = 10.0) -> Tensor:
+    """The weight 1/√SNR of the error in ε, at most `most`, expressed for a loss of this prediction type.
 
     Yu et al. 2023 (debiased estimation loss): noisy levels, where a small error in ε is a large one in the picture,
     count more.
     """
     a, b = level.a, level.b
     weight = (b / a).clamp(max=most)
-    match kind:
+    match prediction_type:
         case "epsilon":
             return weight
         case "sample":
@@ -76,4 +76,4 @@ def debiased(level: Level, kind: Kind = "epsilon", *, most: float = 10.0) -> Ten
             return weight * (a / (a + b)) ** 2
         case "score":
             return weight * b**2
-    raise _unknown(kind)
+    raise _unknown(prediction_type)

@@ -2,17 +2,17 @@
 
     x = a·x0 + b·ε          ε ~ N(0, I)
 
-| path                       | a       | b         | what the network is told |
+| path                       | a       | b         | the network's time       |
 |----------------------------|---------|-----------|--------------------------|
 | variance preserving (`vp`) | √ᾱ      | √(1 − ᾱ)  | the timestep             |
 | variance exploding (`ve`)  | 1       | σ         | σ                        |
 | rectified flow (`flow`)    | 1 − t   | t         | t, or 1000·t             |
 
-A noise level is the pair (a, b). A network may speak of ε, x0, v, u (flow velocity) or the score; `estimate`
-turns what it said into both halves (x̂0, ε̂), `target` says what it should have said,
-`denoising_score_matching` is the difference that trains it. Nothing here knows which family it serves.
+A noise level is the pair (a, b). A network may predict ε, x0, v, u (flow velocity) or the score; `estimate`
+converts its prediction to both halves (x̂0, ε̂), `target` is what it should predict, and
+`losses.denoising_score_matching` is the difference that trains it. Nothing here depends on the model family.
 
-Letters: B batch, C/H/W latent, S steps (a ladder of S steps has S + 1 rungs).
+Letters: B batch, C/H/W latent, S steps (a schedule of S steps has S + 1 levels).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-Kind = Literal["epsilon", "sample", "v_prediction", "flow", "score"]
+PredictionType = Literal["epsilon", "sample", "v_prediction", "flow", "score"]
 """What a network predicts, in diffusers' words: ε, x0, v = a·ε − b·x0, u = ε − x0, or s = ∇log p(x)."""
 
 Randomness: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
@@ -38,11 +38,11 @@ class SingularLevel(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Level:
-    """A noise level, x = a·x0 + b·ε: one for all samples [], one for each [B], or a ladder [S + 1].
+    """A noise level, x = a·x0 + b·ε: one for all samples [], one for each [B], or a schedule [S + 1].
 
     a      what is left of the clean sample
     b      standard deviation of the noise (clean samples have about unit variance)
-    time   what the network is told at this level: a timestep, a sigma; None where no network listens
+    time   what the network is conditioned on at this level: a timestep, a sigma; None where no network is used
     """
 
     a: Tensor
@@ -59,11 +59,11 @@ class Level:
         if self.a.ndim > 1:
             raise ValueError(f"a level is [], [B] or [S + 1], not {tuple(self.a.shape)}.")
 
-    def over(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def broadcast_like(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(a, b) shaped to broadcast against x [B, ...], with x's device and dtype."""
         if self.a.ndim == 1 and self.a.shape[0] != x.shape[0]:
             raise ValueError(f"{self.a.shape[0]} levels for {x.shape[0]} samples: one each is needed.")
-        return over(self.a, x), over(self.b, x)
+        return broadcast_like(self.a, x), broadcast_like(self.b, x)
 
     @property
     def snr(self) -> Tensor:
@@ -90,7 +90,7 @@ class Level:
         return (self[i] for i in range(len(self)))
 
     def flip(self) -> Level:
-        """The same ladder walked the other way."""
+        """The same schedule in the other direction."""
         return Level(self.a.flip(0), self.b.flip(0), None if self.time is None else self.time.flip(0))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Level:
@@ -101,13 +101,13 @@ class Level:
             None if self.time is None else self.time.to(device=device),
         )
 
-    def told(self, time: Tensor | None) -> Level:
-        """The same (a, b), while the network is told another time."""
+    def with_time(self, time: Tensor | None) -> Level:
+        """The same (a, b) with another time for the network."""
         return replace(self, time=time)
 
 
-Ladder = Level
-"""A Level whose tensors are [S + 1]: rung 0 is where a walk starts, rung S where it ends."""
+Schedule = Level
+"""A Level whose tensors are [S + 1]: level 0 is where sampling starts, level S where it ends."""
 
 
 class Estimate(NamedTuple):
@@ -142,13 +142,13 @@ def flow(t: Tensor | float, time: Tensor | None = None) -> Level:
     return Level(1 - t, t, t if time is None else time)
 
 
-def over(number: Tensor, x: Tensor) -> Tensor:
+def broadcast_like(number: Tensor, x: Tensor) -> Tensor:
     """A number [], or one for each sample [B], shaped to broadcast against x [B, ...], in its dtype."""
     shape = number.shape + (1,) * (x.ndim - 1) if number.ndim else number.shape
     return number.to(x.dtype).to(x.device).reshape(shape)
 
 
-def in_sigma_space(level: Level) -> Level:
+def to_sigma_space(level: Level) -> Level:
     """The same levels for the state x/a, i.e. VE with the same times; raises `SingularLevel` at a = 0."""
     _require(level.a, "x/a", "a = 0")
     return ve(level.sigma, level.time)
@@ -156,29 +156,31 @@ def in_sigma_space(level: Level) -> Level:
 
 def add_noise(clean: Tensor, noise: Tensor, level: Level) -> Tensor:
     """x = a·x0 + b·ε [B, ...]."""
-    a, b = level.over(clean)
+    a, b = level.broadcast_like(clean)
     return a * clean + b * noise
 
 
-# What a prediction means ------------------------------------------------------------------------------------
+# Predictions ----------------------------------------------------------------------------------------------------
 
 
-def estimate(prediction: Tensor, noisy: Tensor, level: Level, kind: Kind) -> Estimate:
-    """Both halves of what a network said about `noisy` [B, ...].
+def estimate(prediction: Tensor, noisy: Tensor, level: Level, prediction_type: PredictionType) -> Estimate:
+    """Both halves (x̂0, ε̂) of a network's prediction at `noisy` [B, ...].
 
     v and u are read natively, so they hold at both ends. Neither ε nor the score tells x0 at a = 0, and x0
     does not tell ε at b = 0: those raise `SingularLevel`.
     """
-    return Estimate(_clean(prediction, noisy, level, kind), _noise(prediction, noisy, level, kind))
+    return Estimate(
+        _clean(prediction, noisy, level, prediction_type), _noise(prediction, noisy, level, prediction_type)
+    )
 
 
-def target(clean: Tensor, noise: Tensor, level: Level, kind: Kind) -> Tensor:
-    """What a network of this kind should say when asked about a·clean + b·noise [B, ...].
+def target(clean: Tensor, noise: Tensor, level: Level, prediction_type: PredictionType) -> Tensor:
+    """The training target of a network of this prediction type at a·clean + b·noise [B, ...].
 
     Raises `SingularLevel` for the score at b = 0.
     """
-    a, b = level.over(clean)
-    match kind:
+    a, b = level.broadcast_like(clean)
+    match prediction_type:
         case "epsilon":
             return noise
         case "sample":
@@ -189,22 +191,24 @@ def target(clean: Tensor, noise: Tensor, level: Level, kind: Kind) -> Tensor:
             return noise - clean
         case "score":
             return _score(noise, level)
-    raise _unknown(kind)
+    raise _unknown(prediction_type)
 
 
-def convert(prediction: Tensor, noisy: Tensor, level: Level, source_kind: Kind, target_kind: Kind) -> Tensor:
-    """The same statement about `noisy` as another kind [B, ...]; only the halves it takes are computed."""
-    if source_kind == target_kind:
+def convert(
+    prediction: Tensor, noisy: Tensor, level: Level, source_type: PredictionType, target_type: PredictionType
+) -> Tensor:
+    """A prediction at `noisy` as another prediction type [B, ...]; only the halves it needs are computed."""
+    if source_type == target_type:
         return prediction
-    match target_kind:
+    match target_type:
         case "epsilon":
-            return _noise(prediction, noisy, level, source_kind)
+            return _noise(prediction, noisy, level, source_type)
         case "sample":
-            return _clean(prediction, noisy, level, source_kind)
+            return _clean(prediction, noisy, level, source_type)
         case "score":
-            return _score(_noise(prediction, noisy, level, source_kind), level)
+            return _score(_noise(prediction, noisy, level, source_type), level)
         case _:
-            return target(*estimate(prediction, noisy, level, source_kind), level, target_kind)
+            return target(*estimate(prediction, noisy, level, source_type), level, target_type)
 
 
 def score(estimate: Estimate, level: Level) -> Tensor:
@@ -230,38 +234,38 @@ def tweedie_ve(noisy: Tensor, score: Tensor, sigma: Tensor | float) -> Tensor:
 # Predicting -------------------------------------------------------------------------------------------------
 
 
-def predictor(network: Callable[[Tensor, Tensor], Tensor], kind: Kind) -> Predict:
+def predictor(network: Callable[[Tensor, Tensor], Tensor], prediction_type: PredictionType) -> Predict:
     """A network (noisy [B, ...], time) → prediction [B, ...] as a `Predict`."""
 
     def predict(noisy: Tensor, level: Level) -> Estimate:
         if level.time is None:
-            raise ValueError(
-                "the network must be told a time, and this level has none: build it with time=..."
-            )
-        return estimate(network(noisy, level.time.to(noisy.device)), noisy, level, kind)
+            raise ValueError("the network needs a time, and this level has none: build it with time=...")
+        return estimate(network(noisy, level.time.to(noisy.device)), noisy, level, prediction_type)
 
     return predict
 
 
-def at_unit_variance(predict: Predict) -> Predict:
-    """Lets a VP network be asked on any path: the state is scaled to a² + b² = 1 first, as EDM's c_in does.
+def scale_to_unit_variance(predict: Predict) -> Predict:
+    """Lets a VP network serve any path: the state is scaled to a² + b² = 1 first, as EDM's c_in does.
 
     Both halves of an estimate are the same on every scale, so they need no scaling back.
     """
 
     def ask(noisy: Tensor, level: Level) -> Estimate:
         scale = (level.a**2 + level.b**2).rsqrt()
-        return predict(over(scale, noisy) * noisy, Level(scale * level.a, scale * level.b, level.time))
+        return predict(
+            broadcast_like(scale, noisy) * noisy, Level(scale * level.a, scale * level.b, level.time)
+        )
 
     return ask
 
 
-def guided(predict_conditional: Predict, predict_unconditional: Predict, scale: float) -> Predict:
+def guided_predictor(predict_conditional: Predict, predict_unconditional: Predict, scale: float) -> Predict:
     """Classifier-free guidance: unconditional + scale·(conditional − unconditional).
 
     Ho & Salimans 2022, eq. 6, with scale = 1 + w as diffusers counts it. Both halves are guided alike, which
-    is the same as guiding the raw prediction since each half is affine in it. At scale 1 the unconditional is
-    never asked.
+    is the same as guiding the raw prediction since each half is affine in it. At scale 1 the unconditional
+    is never evaluated.
     """
     if scale == 1:
         return predict_conditional
@@ -273,30 +277,27 @@ def guided(predict_conditional: Predict, predict_unconditional: Predict, scale: 
 
 
 def guide(conditional: Estimate, unconditional: Estimate, scale: float) -> Estimate:
-    """unconditional + scale·(conditional − unconditional), of both halves: what `guided` does with two answers."""
+    """unconditional + scale·(conditional − unconditional), of both halves: as in `guided_predictor`."""
     return Estimate(*(u + scale * (c - u) for c, u in zip(conditional, unconditional, strict=True)))
 
 
-def normal_like(x: Tensor, generator: Randomness = None) -> Tensor:
+def randn_like(x: Tensor, generator: Randomness = None) -> Tensor:
     """ε ~ N(0, I) with x's shape, device and dtype, drawn on the generator's device."""
     if generator is None or isinstance(generator, torch.Generator):
         where = x.device if generator is None else generator.device
         return torch.randn(x.shape, generator=generator, device=where, dtype=x.dtype).to(x.device)
     if len(generator) != len(x):
         raise ValueError(f"{len(generator)} generators for {len(x)} samples: one each is needed.")
-    return torch.stack([normal_like(sample, g) for sample, g in zip(x, generator, strict=True)])
-
-
-# Learning ---------------------------------------------------------------------------------------------------
+    return torch.stack([randn_like(sample, g) for sample, g in zip(x, generator, strict=True)])
 
 
 # Helpers ----------------------------------------------------------------------------------------------------
 
 
-def _clean(prediction: Tensor, noisy: Tensor, level: Level, kind: Kind) -> Tensor:
-    """x̂0, each kind from its own definition and x = a·x0 + b·ε."""
-    a, b = level.over(noisy)
-    match kind:
+def _clean(prediction: Tensor, noisy: Tensor, level: Level, prediction_type: PredictionType) -> Tensor:
+    """x̂0, each prediction type from its own definition and x = a·x0 + b·ε."""
+    a, b = level.broadcast_like(noisy)
+    match prediction_type:
         case "epsilon":
             _require(level.a, "x0 from ε", "a = 0")
             return (noisy - b * prediction) / a
@@ -309,13 +310,13 @@ def _clean(prediction: Tensor, noisy: Tensor, level: Level, kind: Kind) -> Tenso
         case "score":
             _require(level.a, "x0 from the score", "a = 0")
             return (noisy + b**2 * prediction) / a
-    raise _unknown(kind)
+    raise _unknown(prediction_type)
 
 
-def _noise(prediction: Tensor, noisy: Tensor, level: Level, kind: Kind) -> Tensor:
-    """ε̂, each kind from its own definition and x = a·x0 + b·ε."""
-    a, b = level.over(noisy)
-    match kind:
+def _noise(prediction: Tensor, noisy: Tensor, level: Level, prediction_type: PredictionType) -> Tensor:
+    """ε̂, each prediction type from its own definition and x = a·x0 + b·ε."""
+    a, b = level.broadcast_like(noisy)
+    match prediction_type:
         case "epsilon":
             return prediction
         case "sample":
@@ -327,13 +328,13 @@ def _noise(prediction: Tensor, noisy: Tensor, level: Level, kind: Kind) -> Tenso
             return (noisy + a * prediction) / (a + b)
         case "score":
             return -b * prediction
-    raise _unknown(kind)
+    raise _unknown(prediction_type)
 
 
 def _score(noise: Tensor, level: Level) -> Tensor:
     """s = −ε/b; the clean half is not needed."""
     _require(level.b, "the score", "b = 0")
-    return -noise / level.over(noise)[1]
+    return -noise / level.broadcast_like(noise)[1]
 
 
 def _require(part: Tensor, what: str, where: str) -> None:
@@ -343,8 +344,10 @@ def _require(part: Tensor, what: str, where: str) -> None:
         )
 
 
-def _unknown(kind: str) -> ValueError:
-    return ValueError(f"no kind of prediction is called {kind!r}. Known are {', '.join(get_args(Kind))}.")
+def _unknown(prediction_type: str) -> ValueError:
+    return ValueError(
+        f"no prediction type is called {prediction_type!r}. Known are {', '.join(get_args(PredictionType))}."
+    )
 
 
 def _tensor(value: Tensor | float) -> Tensor:

@@ -1,20 +1,20 @@
-"""Walking a ladder of noise levels: the samplers, as functions over (a, b) that know no model family.
+"""Samplers over a schedule of noise levels, as functions of (a, b) that know no model family.
 
-Every sampler starts with a state at `ladder[0]` and gives the state at `ladder[-1]`, both [B, C, H, W] or any
-[B, ...]. `predict` is asked once a step (Heun: twice) and answers with both halves. In them the
+Every sampler starts with a state at `schedule[0]` and gives the state at `schedule[-1]`, both [B, C, H, W] or any
+[B, ...]. `predict` is called once a step (Heun: twice) and gives both halves. In them the
 probability-flow ODE (Song et al. 2021, eq. 13) reads the same on every path: dx = x̂0·da + ε̂·db.
 
 | sampler               | what it follows                        | order    | random |
 |-----------------------|----------------------------------------|----------|--------|
-| `walk`, `invert`      | the ODE, either way (DDIM, flow Euler) | 1        | no     |
+| `ddim`, `invert`      | the ODE, either way (DDIM, flow Euler) | 1        | no     |
 | `heun`                | the ODE                                | 2        | no     |
 | `ancestral`           | the posterior chain (DDPM)             | weak 1   | yes    |
 | `reverse_sde`         | the reverse SDE (Euler–Maruyama)       | weak 1   | yes    |
 | `langevin`            | each level's density, one by one       | –        | yes    |
 | `predictor_corrector` | ancestral steps, each then corrected   | –        | yes    |
 
-The stochastic ones only walk down. `generator` is one torch.Generator, or one for each sample; gradients are
-recorded unless the caller says otherwise.
+The stochastic ones only go from noisy to clean. `generator` is one torch.Generator, or one for each sample; gradients
+are recorded unless the caller says otherwise.
 """
 
 from __future__ import annotations
@@ -28,70 +28,70 @@ from torch import Tensor
 
 from backbone.diffusion.noise import (
     Estimate,
-    Ladder,
     Level,
     Predict,
     Randomness,
+    Schedule,
     add_noise,
-    normal_like,
-    over,
+    broadcast_like,
+    randn_like,
 )
 
-# The deterministic walk -------------------------------------------------------------------------------------
+# Deterministic --------------------------------------------------------------------------------------------------
 
 
 def deterministic_step(noisy: Tensor, estimate: Estimate, here: Level, there: Level) -> Tensor:
     """The state at `there` [B, ...]: x' = a'·x̂0 + b'·ε̂. On VP it is DDIM, on a flow the Euler step.
 
-    Song, Meng & Ermon 2021, eq. 12 with σ = 0. The estimate says all that is needed, so that an edited one is
-    followed; `noisy` and `here` are arguments because every step here has the same four.
+    Song, Meng & Ermon 2021, eq. 12 with σ = 0. Only the estimate is read, so an edited one is followed;
+    `noisy` and `here` are arguments so that every step has the same four.
     """
     return add_noise(estimate.clean, estimate.noise, there)
 
 
-def trajectory(noisy: Tensor, predict: Predict, ladder: Ladder) -> Iterator[Tensor]:
-    """Each state of `walk`, S + 1 of them: the one given first, the one at `ladder[-1]` last."""
+def trajectory(noisy: Tensor, predict: Predict, schedule: Schedule) -> Iterator[Tensor]:
+    """Each state of `ddim`, S + 1 of them: the one given first, the one at `schedule[-1]` last."""
     yield noisy
-    for here, there in pairwise(ladder):
-        noisy = deterministic_step(noisy, predict(noisy, told_the_noisier(here, there)), here, there)
+    for here, there in pairwise(schedule):
+        noisy = deterministic_step(noisy, predict(noisy, with_noisier_time(here, there)), here, there)
         yield noisy
 
 
-def walk(noisy: Tensor, predict: Predict, ladder: Ladder) -> Tensor:
-    """The state at `ladder[-1]` by deterministic steps; down the ladder this samples, up it inverts.
+def ddim(noisy: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
+    """The state at `schedule[-1]` by deterministic steps: towards clean it samples, towards noise it inverts.
 
-    In either direction the network is told the time of the step's noisier end, as diffusers' DDIMScheduler
+    In either direction the network is conditioned on the time of the step's noisier end, as diffusers' DDIMScheduler
     and DDIMInverseScheduler do.
     """
-    (last,) = deque(trajectory(noisy, predict, ladder), maxlen=1)
+    (last,) = deque(trajectory(noisy, predict, schedule), maxlen=1)
     return last
 
 
-def invert(clean: Tensor, predict: Predict, ladder: Ladder) -> Tensor:
-    """The noisy state at `ladder[0]` that `walk` takes back to about `clean`, on the same ladder.
+def invert(clean: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
+    """The noisy state at `schedule[0]` that `ddim` takes back to about `clean`, on the same schedule.
 
-    Out and back is exact for the same predictions, not for a network that is asked again.
+    Out and back is exact for the same predictions, not for a network that is evaluated again.
     """
-    return walk(clean, predict, ladder.flip())
+    return ddim(clean, predict, schedule.flip())
 
 
-def told_the_noisier(here: Level, there: Level) -> Level:
+def with_noisier_time(here: Level, there: Level) -> Level:
     """`here` with the time of the step's noisier end; on the way down that is `here` itself."""
     if here.time is None or there.time is None:
         return here
-    return here.told(torch.where(here.b * there.a >= there.b * here.a, here.time, there.time))
+    return here.with_time(torch.where(here.b * there.a >= there.b * here.a, here.time, there.time))
 
 
-def heun(noisy: Tensor, predict: Predict, ladder: Ladder) -> Tensor:
-    """The state at `ladder[-1]` by Heun's second-order steps along the path itself, down or up.
+def heun(noisy: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
+    """The state at `schedule[-1]` by Heun's second-order steps along the path itself, down or up.
 
     x' = x + (a' − a)·mean x̂0 + (b' − b)·mean ε̂, the means over both ends of the step. On VE this is Karras
     et al. 2022, algorithm 1; on a flow it is Heun's rule for the velocity. A step onto b = 0 is
-    deterministic, as there, and on the way up each end is asked with its own time. For a VP network in σ
-    space, as HeunDiscreteScheduler walks it: scale the state by 1/a, and pass `at_unit_variance(predict)` and
-    `in_sigma_space(ladder)`.
+    deterministic, as there, and towards noise each end is evaluated at its own time. For a VP network in σ
+    space, as HeunDiscreteScheduler works: scale the state by 1/a, and pass `scale_to_unit_variance(predict)` and
+    `to_sigma_space(schedule)`.
     """
-    for here, there in pairwise(ladder):
+    for here, there in pairwise(schedule):
         first = predict(noisy, here)
         ahead = deterministic_step(noisy, first, here, there)
         noisy = ahead if _is_clean(there) else heun_step(noisy, first, predict(ahead, there), here, there)
@@ -100,7 +100,7 @@ def heun(noisy: Tensor, predict: Predict, ladder: Ladder) -> Tensor:
 
 def heun_step(noisy: Tensor, first: Estimate, second: Estimate, here: Level, there: Level) -> Tensor:
     """The state at `there` [B, ...] from the estimates at both ends of the step."""
-    (a, b), (a_there, b_there) = here.over(noisy), there.over(noisy)
+    (a, b), (a_there, b_there) = here.broadcast_like(noisy), there.broadcast_like(noisy)
     clean, noise = (first.clean + second.clean) / 2, (first.noise + second.noise) / 2
     return noisy + (a_there - a) * clean + (b_there - b) * noise
 
@@ -109,12 +109,12 @@ def heun_step(noisy: Tensor, first: Estimate, second: Estimate, here: Level, the
 
 
 def ancestral(
-    noisy: Tensor, predict: Predict, ladder: Ladder, *, generator: Randomness = None, eta: float = 1.0
+    noisy: Tensor, predict: Predict, schedule: Schedule, *, generator: Randomness = None, eta: float = 1.0
 ) -> Tensor:
-    """The state at `ladder[-1]` by ancestral steps: DDPM on VP, Euler ancestral on VE, `walk` at eta 0."""
-    _must_fall(ladder)
-    for here, there in pairwise(ladder):
-        fresh = normal_like(noisy, generator)
+    """The state at `schedule[-1]` by ancestral steps: DDPM on VP, Euler ancestral on VE, `ddim` at eta 0."""
+    _must_fall(schedule)
+    for here, there in pairwise(schedule):
+        fresh = randn_like(noisy, generator)
         noisy = ancestral_step(noisy, predict(noisy, here), here, there, noise=fresh, eta=eta)
     return noisy
 
@@ -130,21 +130,23 @@ def ancestral_step(
     """
     up = (eta * there.b * _added(here, there).sqrt() / here.b).minimum(there.b)
     down = (there.b**2 - up**2).clamp(min=0).sqrt()
-    return add_noise(estimate.clean, estimate.noise, Level(there.a, down)) + over(up, noisy) * noise
+    return add_noise(estimate.clean, estimate.noise, Level(there.a, down)) + broadcast_like(up, noisy) * noise
 
 
-def reverse_sde(noisy: Tensor, predict: Predict, ladder: Ladder, *, generator: Randomness = None) -> Tensor:
-    """The state at `ladder[-1]` by Euler–Maruyama steps of the reverse SDE (Song et al. 2021, eq. 6).
+def reverse_sde(
+    noisy: Tensor, predict: Predict, schedule: Schedule, *, generator: Randomness = None
+) -> Tensor:
+    """The state at `schedule[-1]` by Euler–Maruyama steps of the reverse SDE (Song et al. 2021, eq. 6).
 
     A step onto b = 0 is deterministic, since noise added there would stay in the sample.
     """
-    _must_fall(ladder)
-    for here, there in pairwise(ladder):
+    _must_fall(schedule)
+    for here, there in pairwise(schedule):
         estimate = predict(noisy, here)
         if _is_clean(there):
             noisy = deterministic_step(noisy, estimate, here, there)
         else:
-            noisy = reverse_sde_step(noisy, estimate, here, there, noise=normal_like(noisy, generator))
+            noisy = reverse_sde_step(noisy, estimate, here, there, noise=randn_like(noisy, generator))
     return noisy
 
 
@@ -158,7 +160,7 @@ def reverse_sde_step(
     (flow at t = 1).
     """
     ahead = deterministic_step(noisy, estimate, here, there)
-    return langevin_move(ahead, estimate, here, step=_added(here, there), noise=noise)
+    return langevin_step(ahead, estimate, here, step=_added(here, there), noise=noise)
 
 
 # Langevin ---------------------------------------------------------------------------------------------------
@@ -167,57 +169,61 @@ def reverse_sde_step(
 def langevin(
     noisy: Tensor,
     predict: Predict,
-    ladder: Ladder,
+    schedule: Schedule,
     *,
     generator: Randomness = None,
     moves: int = 100,
     step_size: float = 0.2,
 ) -> Tensor:
-    """Annealed Langevin dynamics: `moves` of x ← x + ½α·s + √α·z at every rung, α = step_size·b².
+    """Annealed Langevin dynamics: `moves` of x ← x + ½α·s + √α·z at every level, α = step_size·b².
 
-    Song & Ermon 2019, algorithm 1; step_size is their ε/σ_L², without a unit. Between rungs the state stays
-    as it is, so the ladder should be VE, or finely spaced. A last rung at b = 0 is reached by one
-    deterministic (denoising) step. Each rung is left with a bias of order step_size/4 in the variance.
+    Song & Ermon 2019, algorithm 1; step_size is their ε/σ_L², without a unit. Between levels the state stays
+    as it is, so the schedule should be VE, or finely spaced. A last level at b = 0 is reached by one
+    deterministic (denoising) step. Each level is left with a bias of order step_size/4 in the variance.
     """
-    _must_fall(ladder)
-    rungs = [rung for rung in ladder if not _is_clean(rung)]
-    for here in rungs:
+    _must_fall(schedule)
+    levels = [level for level in schedule if not _is_clean(level)]
+    for here in levels:
         for _ in range(moves):
-            fresh = normal_like(noisy, generator)
-            noisy = langevin_move(noisy, predict(noisy, here), here, step=step_size * here.b**2, noise=fresh)
-    if _is_clean(ladder[-1]):
-        noisy = deterministic_step(noisy, predict(noisy, rungs[-1]), rungs[-1], ladder[-1])
+            fresh = randn_like(noisy, generator)
+            noisy = langevin_step(noisy, predict(noisy, here), here, step=step_size * here.b**2, noise=fresh)
+    if _is_clean(schedule[-1]):
+        noisy = deterministic_step(noisy, predict(noisy, levels[-1]), levels[-1], schedule[-1])
     return noisy
 
 
-def langevin_move(noisy: Tensor, estimate: Estimate, level: Level, *, step: Tensor, noise: Tensor) -> Tensor:
+def langevin_step(noisy: Tensor, estimate: Estimate, level: Level, *, step: Tensor, noise: Tensor) -> Tensor:
     """Another state at this level [B, ...]: x + ½α·s + √α·noise, α = `step` (Song & Ermon 2019, eq. 4)."""
-    return noisy - over(step / (2 * level.b), noisy) * estimate.noise + over(step.sqrt(), noisy) * noise
+    return (
+        noisy
+        - broadcast_like(step / (2 * level.b), noisy) * estimate.noise
+        + broadcast_like(step.sqrt(), noisy) * noise
+    )
 
 
 def predictor_corrector(
     noisy: Tensor,
     predict: Predict,
-    ladder: Ladder,
+    schedule: Schedule,
     *,
     generator: Randomness = None,
     corrections: int = 1,
     signal_to_noise: float = 0.16,
 ) -> Tensor:
-    """The state at `ladder[-1]`: an ancestral step to each rung, then Langevin moves on it unless b = 0.
+    """The state at `schedule[-1]`: an ancestral step to each level, then Langevin moves on it unless b = 0.
 
     Song et al. 2021, algorithm 1, with the corrector of algorithm 4: α/2 = 2·(r·‖z‖/‖s‖)², r =
     `signal_to_noise`. The norms are means over the batch, as in the authors' code, so a sample depends on its
     neighbours here. The bias of the corrections shrinks with r, not with more steps.
     """
-    _must_fall(ladder)
-    for here, there in pairwise(ladder):
-        fresh = normal_like(noisy, generator)
+    _must_fall(schedule)
+    for here, there in pairwise(schedule):
+        fresh = randn_like(noisy, generator)
         noisy = ancestral_step(noisy, predict(noisy, here), here, there, noise=fresh)
         for _ in range(0 if _is_clean(there) else corrections):
-            estimate, fresh = predict(noisy, there), normal_like(noisy, generator)
+            estimate, fresh = predict(noisy, there), randn_like(noisy, generator)
             ratio = there.b.to(noisy) * _mean_norm(fresh) / _mean_norm(estimate.noise)  # ‖z‖/‖s‖, s = −ε̂/b
-            noisy = langevin_move(
+            noisy = langevin_step(
                 noisy, estimate, there, step=4 * (signal_to_noise * ratio) ** 2, noise=fresh
             )
     return noisy
@@ -235,11 +241,11 @@ def _is_clean(level: Level) -> bool:
     return bool((level.b == 0).all())
 
 
-def _must_fall(ladder: Ladder) -> None:
-    a, b = ladder.a, ladder.b
+def _must_fall(schedule: Schedule) -> None:
+    a, b = schedule.a, schedule.b
     if bool((b[:-1] == 0).any()) or bool((b[1:] * a[:-1] > b[:-1] * a[1:]).any()):
         raise ValueError(
-            "a stochastic sampler needs a ladder whose noise falls at every rung. Flip it, or use `walk`."
+            "a stochastic sampler needs a schedule whose noise falls at every level. Flip it, or use `ddim`."
         )
 
 

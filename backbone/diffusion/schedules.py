@@ -1,7 +1,7 @@
-"""Ladders: which noise levels a sampler visits, from the noisiest rung down to the clean one, and a flow is trained at.
+"""Noise schedules: the levels that a sampler visits, noisy to clean, and those that a flow is trained at.
 
-A ladder of S steps is a `Level` with tensors [S + 1], in float64 on the CPU; `level.over(x)` casts each rung
-to its state. Timesteps, betas and shifts are diffusers', number for number, so a scheduler's settings can be
+A schedule of S steps is a `Level` with tensors [S + 1], in float64 on the CPU; each level is cast to the
+state that it meets. Timesteps, betas and shifts are diffusers', number for number, so a scheduler's settings can be
 read off its `scheduler_config.json`.
 """
 
@@ -14,24 +14,24 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from backbone.diffusion.noise import Ladder, Level, flow, ve, vp
+from backbone.diffusion.noise import Level, Schedule, flow, ve, vp
 
 Spacing = Literal["leading", "trailing", "linspace"]
-Schedule = Literal["scaled_linear", "linear", "squaredcos_cap_v2"]
+BetaSchedule = Literal["scaled_linear", "linear", "squaredcos_cap_v2"]
 
 
-def vp_ladder(
+def vp_schedule(
     alphas_cumprod: Tensor,
     steps: int,
     spacing: Spacing = "leading",
     steps_offset: int = 0,
     final: Literal["one", "first"] = "one",
-) -> Ladder:
+) -> Schedule:
     """S steps over a trained schedule ᾱ [train steps], to ᾱ = 1 or to the schedule's first ᾱ.
 
     `final` is diffusers' `set_alpha_to_one`: "one" where that is true. The network is told integer timesteps,
-    and the last rung's is 0. DDIMScheduler itself steps by train steps // S whatever the spacing: the two
-    agree for leading, and for trailing where S divides the train steps; elsewhere this ladder's rungs join
+    and the last level's is 0. DDIMScheduler itself steps by train steps // S whatever the spacing: the two
+    agree for leading, and for trailing where S divides the train steps; elsewhere this schedule's levels join
     and the scheduler's do not.
     """
     train_steps = len(alphas_cumprod)
@@ -46,22 +46,22 @@ def vp_ladder(
     return vp(torch.cat([alphas[timesteps], last]), time=torch.cat([timesteps, timesteps.new_zeros(1)]))
 
 
-def flow_ladder(
+def flow_schedule(
     steps: int,
     shift: float = 1.0,
     *,
     mu: float | None = None,
     lowest: float | None = None,
     train_steps: int = 1000,
-) -> Ladder:
+) -> Schedule:
     """S steps of a rectified flow from t = 1 to t = 0; the network is told train_steps·t.
 
-    FlowMatchEulerDiscreteScheduler's rungs. `shift` moves them towards the noisy end (Esser et al. 2024, eq.
-    23); with `mu`, the dynamic shift exp(mu) takes its place. `lowest` is the last rung before t = 0, before
+    FlowMatchEulerDiscreteScheduler's levels. `shift` moves them towards the noisy end (Esser et al. 2024, eq.
+    23); with `mu`, the dynamic shift exp(mu) takes its place. `lowest` is the last level before t = 0, before
     shifting: the scheduler's own smallest level if left out, 1/S as FLUX's pipeline asks for.
     """
     if steps < 1:
-        raise ValueError(f"a ladder has at least one step, not {steps}.")
+        raise ValueError(f"a schedule has at least one step, not {steps}.")
     if mu is not None:
         shift, smallest = math.exp(mu), 1 / train_steps
     else:  # the scheduler shifts its smallest level when it is built, and every level again here
@@ -71,7 +71,7 @@ def flow_ladder(
     return flow(t, time=(train_steps * t).float())
 
 
-def flow_levels(
+def logit_normal_levels(
     count: int = 1000,
     shift: float = 1.0,
     *,
@@ -90,27 +90,27 @@ def flow_levels(
     return flow(t, time=(train_steps * t).float())
 
 
-def karras_ladder(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Ladder:
+def karras_schedule(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Schedule:
     """S steps of VE from sigma_max over sigma_min to 0 (Karras et al. 2022, eq. 5); the network is told σ."""
     if steps < 1 or not 0 < sigma_min <= sigma_max:
         raise ValueError(
-            "a Karras ladder needs steps ≥ 1 and 0 < sigma_min ≤ sigma_max, "
+            "a Karras schedule needs steps ≥ 1 and 0 < sigma_min ≤ sigma_max, "
             f"not {steps}, {sigma_min}, {sigma_max}."
         )
     ramp = torch.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), steps, dtype=torch.float64)
     return ve(torch.cat([ramp**rho, ramp.new_zeros(1)]))
 
 
-def upto(ladder: Ladder, strength: float) -> Ladder:
+def truncate_schedule(schedule: Schedule, strength: float) -> Schedule:
     """The lowest int(S·strength) steps: where SDEdit puts a picture with fresh noise, and walks down from.
 
     Meng et al. 2022, algorithm 1, with diffusers' img2img meaning of `strength` in [0, 1]: 1 is the whole
-    ladder, 0 its last rung alone, where the picture stays as it is.
+    schedule, 0 its last level alone, where the picture stays as it is.
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength lies between 0 and 1, not at {strength}.")
-    steps = len(ladder) - 1
-    return ladder[steps - int(steps * strength) :]
+    steps = len(schedule) - 1
+    return schedule[steps - int(steps * strength) :]
 
 
 def spaced_timesteps(
@@ -118,21 +118,21 @@ def spaced_timesteps(
 ) -> Tensor:
     """Integer timesteps [S], the noisiest first (Lin et al. 2024, table 2); the offset only for leading."""
     if not 1 <= steps <= train_steps:
-        raise ValueError(f"a ladder takes 1 to {train_steps} steps, the number trained with, not {steps}.")
-    rungs = torch.arange(steps)
+        raise ValueError(f"a schedule takes 1 to {train_steps} steps, the number trained with, not {steps}.")
+    levels = torch.arange(steps)
     match spacing:
         case "leading":
-            return rungs.flip(0) * (train_steps // steps) + steps_offset
+            return levels.flip(0) * (train_steps // steps) + steps_offset
         case "trailing":
             stride = train_steps - (train_steps - train_steps / steps)  # as numpy.arange rounds it
-            return (train_steps - rungs.double() * stride).round().long() - 1
+            return (train_steps - levels.double() * stride).round().long() - 1
         case "linspace":
-            return (rungs.double() * ((train_steps - 1) / max(steps - 1, 1))).round().long().flip(0)
+            return (levels.double() * ((train_steps - 1) / max(steps - 1, 1))).round().long().flip(0)
     raise ValueError(f"no spacing is called {spacing!r}. Known are leading, trailing and linspace.")
 
 
 def alphas_cumprod(
-    schedule: Schedule = "scaled_linear",
+    beta_schedule: BetaSchedule = "scaled_linear",
     start: float = 0.00085,
     end: float = 0.012,
     train_steps: int = 1000,
@@ -142,7 +142,7 @@ def alphas_cumprod(
     `start` and `end` are the first and last β: linear (Ho et al. 2020), linear in √β (Rombach et al. 2022).
     The cosine (Nichol & Dhariwal 2021, eq. 17, β ≤ 0.999) has none.
     """
-    match schedule:
+    match beta_schedule:
         case "linear":
             betas = torch.linspace(start, end, train_steps, dtype=torch.float32)
         case "scaled_linear":
@@ -155,7 +155,7 @@ def alphas_cumprod(
             betas = torch.tensor([min(1 - ratio, 0.999) for ratio in ratios], dtype=torch.float32)
         case _:
             raise ValueError(
-                f"no schedule is called {schedule!r}. Known are scaled_linear, linear and squaredcos_cap_v2."
+                f"no schedule is called {beta_schedule!r}. Known are scaled_linear, linear and squaredcos_cap_v2."
             )
     return torch.cumprod(1 - betas, 0)
 

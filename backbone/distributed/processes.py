@@ -135,7 +135,7 @@ def share_of_step(micros: int, rows: int) -> Share:
         return Share(slice(index * per_process, (index + 1) * per_process), slice(None), 1)
     if rows < count:
         raise UserError(
-            f"A step of {micros} × {rows} cannot be shared by {count} processes. Raise --train_batch_size (it counts "
+            f"A step of {micros} × {rows} cannot be shared by {count} processes. Raise --batch (it counts "
             f"what all processes do together) to {count} or a multiple of it, or start fewer processes."
         )
     return Share(slice(None), slice(index, None, count), count)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbone.diffusion.noise import Kind, Ladder, Level
+from backbone.diffusion.noise import Level, PredictionType, Schedule
 from backbone.families.location import Location
 from backbone.io.files import Header
 
@@ -152,6 +152,10 @@ class Family(Protocol):
         """(C, H, W) of a latent at the model's own resolution."""
         ...
 
+    def longest_side(self, location: Location) -> int | None:
+        """The most latents a side that the network has places for; None where it takes any."""
+        ...
+
     def sampling_defaults(self, location: Location) -> dict[str, Any]:
         """Sampling settings that differ from the project's defaults: `steps`, `guidance` …"""
         ...
@@ -185,12 +189,12 @@ class NoisePath:
 
     prediction_type  what the network predicts
     levels           [T], clean to noisy; training drew uniformly among them
-    ladder           (steps S, latent size (H, W)) → the schedule [S + 1], noisy to clean
+    schedule         (steps S, latent size (H, W)) → levels [S + 1], noisy to clean
     """
 
-    prediction_type: Kind
+    prediction_type: PredictionType
     levels: Level
-    ladder: Callable[[int, tuple[int, int]], Ladder]
+    schedule: Callable[[int, tuple[int, int]], Schedule]
 
 
 @dataclass(frozen=True)

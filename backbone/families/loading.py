@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer, T5EncoderModel, T5Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from backbone.diffusion.noise import Kind, Ladder, vp
+from backbone.diffusion.noise import PredictionType, Schedule, vp
 from backbone.diffusion.schedules import (
     alphas_cumprod,
-    flow_ladder,
-    flow_levels,
-    vp_ladder,
+    flow_schedule,
+    logit_normal_levels,
+    vp_schedule,
     zero_terminal_snr,
 )
 from backbone.families.base import NoisePath, TextEncoderSlot
@@ -279,8 +279,8 @@ def vp_path(location: Location) -> NoisePath:
     by_alpha = name in ("", "DDIMScheduler", "PNDMScheduler", "DDPMScheduler")
     final = "one" if config["set_alpha_to_one"] or not by_alpha else "first"
 
-    def ladder(steps: int, size: tuple[int, int]) -> Ladder:
-        return vp_ladder(
+    def schedule(steps: int, size: tuple[int, int]) -> Schedule:
+        return vp_schedule(
             alpha_bar,
             steps,
             spacing=config["timestep_spacing"],
@@ -288,8 +288,8 @@ def vp_path(location: Location) -> NoisePath:
             final=final,  # type: ignore[arg-type]
         )
 
-    kind = cast(Kind, config["prediction_type"])
-    return NoisePath(kind, vp(alpha_bar, torch.arange(train_steps)), ladder)
+    kind = cast(PredictionType, config["prediction_type"])
+    return NoisePath(kind, vp(alpha_bar, torch.arange(train_steps)), schedule)
 
 
 def flow_path(
@@ -329,8 +329,8 @@ def flow_path(
         slope = (config["max_shift"] - config["base_shift"]) / (many - few)
         return float(config["base_shift"] + slope * (tokens - few))
 
-    def ladder(steps: int, size: tuple[int, int]) -> Ladder:
-        return flow_ladder(
+    def schedule(steps: int, size: tuple[int, int]) -> Schedule:
+        return flow_schedule(
             steps,
             config["shift"],
             mu=dynamic(size),
@@ -340,4 +340,4 @@ def flow_path(
 
     mu = dynamic(size)
     shift = float(config["shift"]) if mu is None else math.exp(mu)
-    return NoisePath("flow", flow_levels(FLOW_QUANTILES, shift, train_steps=train_steps), ladder)
+    return NoisePath("flow", logit_normal_levels(FLOW_QUANTILES, shift, train_steps=train_steps), schedule)

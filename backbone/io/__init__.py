@@ -1,1 +1,1 @@
-"""Files, console output, run folders, HTML reports."""
+"""Files, console output, run folders, HTML reports; command options and their help."""

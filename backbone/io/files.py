@@ -42,7 +42,12 @@ def write_json(path: str | Path, value: Any) -> None:
     Paths become strings, dataclasses objects, one-element tensors numbers, NaN and infinities null. Raises `TypeError`
     for anything else that JSON does not know.
     """
-    write_text(path, json.dumps(_to_json(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json_text(value) + "\n")
+
+
+def json_text(value: Any) -> str:
+    """The indented JSON that `write_json` writes."""
+    return json.dumps(_to_json(value), indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def read_json(path: str | Path) -> Any:

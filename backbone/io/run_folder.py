@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import sys
 import time
@@ -15,11 +16,34 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 
-from backbone.io.console import notify
+from backbone.io.console import UserError, notify
 from backbone.io.files import read_jsonl, write_text
 
 FORWARDED_SIGNAL_SECONDS = 2.0  # seconds
+CHECKPOINT = "checkpoint.safetensors"
+SAVED = (CHECKPOINT, "concept.json", "best/concept.json")  # with any of these a folder holds a run
+LEFT_BEHIND = ("log.jsonl", "evaluations.jsonl", "rewards.jsonl", "previews", "evaluations", "tensorboard")
 PACKAGES = ("limner", "torch", "diffusers", "transformers", "peft", "accelerate")
+
+
+def refuse_taken(run: Path) -> None:
+    """`UserError` for a folder that holds a run: one of which a step has been saved, or a finished one.
+
+    Settings alone do not take it, so that a command that failed can be repeated, corrected.
+    """
+    if any((run / name).exists() for name in SAVED):
+        raise UserError(
+            f"{run} already holds a run. Continue it with --resume {run}, or choose another --out."
+        )
+
+
+def clear_failed_try(run: Path) -> None:
+    """Removes what a try left behind that never saved a step: it would be taken for this run's."""
+    for path in (run / name for name in LEFT_BEHIND):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -29,6 +29,7 @@ IMAGE_SUFFIXES = frozenset(
     | {".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm", ".heic", ".heif"}
 )
 MASK_SUFFIX = ".mask.png"
+METADATA = ("metadata.jsonl", "metadata.csv")
 CAPTION_COLUMNS = ("text", "prompt", "caption")
 
 
@@ -88,6 +89,7 @@ def list_images(
     """
     path = Path(source).expanduser()
     columns = _Columns(caption_column, image_column)
+    named = caption_column or image_column
     if path.is_dir():
         if _is_dataset_folder(path):
             return _list_table(_load_saved(path), str(source), columns)
@@ -96,6 +98,11 @@ def list_images(
             if subfolder.is_dir():
                 pictures += _list_folder(subfolder, columns)
         if pictures:
+            folders = [path, *(folder for folder in _list_visible(path) if folder.is_dir())]
+            if named and not any((folder / name).is_file() for folder in folders for name in METADATA):
+                raise UserError(
+                    f"{path} has no {' or '.join(METADATA)}, so it has no column {named!r}. Write one, or name none."
+                )
             return pictures
         if tables := [file for file in _list_visible(path) if file.suffix.lower() == ".parquet"]:
             return _list_table(_load_parquet(tables), str(source), columns)
@@ -108,6 +115,8 @@ def list_images(
                 f"{path} is a {path.suffix} file, neither an image nor a folder of images. "
                 "Give a folder with .jpg or .png files in it."
             )
+        if named:
+            raise UserError(f"{path} is a single picture, so it has no column {named!r}. Name no column.")
         return [ImageRecord(path, *_find_caption_and_mask(path))]
     if _could_be_dataset(str(source), path):
         return _list_table(_load_from_hub(str(source)), str(source), columns)
@@ -197,7 +206,7 @@ def _list_folder(folder: Path, columns: _Columns) -> list[ImageRecord]:
 
 def _read_metadata_captions(folder: Path, columns: _Columns) -> dict[str, str | None]:
     """File name (relative, `/` between folders) → caption, from metadata.jsonl or metadata.csv."""
-    present = [folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()]
+    present = [folder / name for name in METADATA if (folder / name).is_file()]
     if len(present) > 1:
         raise UserError(f"{folder} holds both metadata.jsonl and metadata.csv. Keep one of them.")
     captions: dict[str, str | None] = {}

@@ -20,7 +20,14 @@ from backbone.distributed.device import PRECISIONS
 from backbone.io.console import UserError, notify
 from backbone.memory.count import StepBytes, forward_peak_bytes, tensor_bytes, training_step_bytes
 from backbone.models.model import Backbone
-from backbone.models.placement import INSTALL, KINDS, Measures, lendable, quantizable, tiled
+from backbone.models.placement import (
+    INSTALL,
+    KINDS,
+    Placement,
+    enable_tiling,
+    find_offloadable_layers,
+    find_quantizable_layers,
+)
 
 GIB = 2**30
 CUDA_CONTEXT_BYTES = {"cuda": 0.6 * GIB}  # assumed, not measured: a process's share before its first tensor
@@ -66,7 +73,7 @@ class MemorySettings:
     precision: str = "fp32"
     checkpointing: bool = False
     optimizer: str = "adamw"
-    measures: Measures = field(default_factory=Measures)
+    placement: Placement = field(default_factory=Placement)
     fixed_optimizer: bool = False
 
     @property
@@ -78,11 +85,11 @@ class MemorySettings:
         return {
             "precision": self.precision,
             "gradient_checkpointing": self.checkpointing,
-            "quantize": self.measures.quantize,
-            "cpu_offload": self.measures.offload,
-            "vae_tiling": self.measures.tiling,
-            "text_on_cpu": self.measures.text_on_cpu,
-            "one_by_one": self.measures.one_by_one,
+            "quantize": self.placement.quantize,
+            "cpu_offload": self.placement.offload,
+            "vae_tiling": self.placement.tiling,
+            "text_on_cpu": self.placement.text_on_cpu,
+            "one_by_one": self.placement.one_by_one,
         }
 
 
@@ -115,14 +122,14 @@ class MemoryEstimator:
 
     def phases(self, choice: MemorySettings) -> dict[str, Phase]:
         """The phases of the run, in order."""
-        work, precision, measures = self.work, choice.precision, choice.measures
+        work, precision, placement = self.work, choice.precision, choice.placement
         sizes = self.model_sizes(precision)
-        text_encoders = 0 if measures.text_on_cpu else sizes.text_encoders
+        text_encoders = 0 if placement.text_on_cpu else sizes.text_encoders
         denoisers = self.denoiser_bytes(choice) * (1 + work.extra_denoisers)
-        batch = 1 if measures.one_by_one else SAMPLING_BATCH
+        batch = 1 if placement.one_by_one else SAMPLING_BATCH
 
         # Images are encoded one at a time.
-        encode = self.autoencoder_bytes(precision, "encode", measures.tiling, 1)
+        encode = self.autoencoder_bytes(precision, "encode", placement.tiling, 1)
         phases = {"encoding": Phase(sizes.autoencoder + text_encoders, encode)}
         if work.queries_base:
             resident = denoisers + self.cached_bytes
@@ -141,32 +148,32 @@ class MemoryEstimator:
         if work.draws_previews:
             resident += sizes.autoencoder + text_encoders * (not work.trains_text_encoders)
             sampling = self.forward_bytes(precision, 2 * batch)  # classifier-free guidance
-            decoding = self.autoencoder_bytes(precision, "decode", measures.tiling, batch)
+            decoding = self.autoencoder_bytes(precision, "decode", placement.tiling, batch)
             transient = max(sampling, decoding) + self.unpacked_layer_bytes(choice)
             phases["previews"] = Phase(resident, transient)
         return phases
 
     def denoiser_bytes(self, choice: MemorySettings) -> int:
         """Bytes of the denoiser's weights on the device, quantised or without the offloaded layers."""
-        parts, measures = self.model_sizes(choice.precision), choice.measures
-        if measures.quantize:
+        parts, placement = self.model_sizes(choice.precision), choice.placement
+        if placement.quantize:
             width = choice.dtype.itemsize
             return round(
                 parts.denoiser
                 - parts.linear_parameters * width
-                + parts.linear_parameters * KINDS[measures.quantize]
+                + parts.linear_parameters * KINDS[placement.quantize]
             )
-        return parts.denoiser - (round(self.offloaded_bytes(choice)) if measures.offload else 0)
+        return parts.denoiser - (round(self.offloaded_bytes(choice)) if placement.offload else 0)
 
     def offloaded_bytes(self, choice: MemorySettings) -> float:
         """Bytes of the denoiser's layers in CPU memory."""
         network = self.meta_denoiser(choice.precision)
-        layers = lendable(network, choice.measures.offload)
+        layers = find_offloadable_layers(network, choice.placement.offload)
         return float(sum(tensor_bytes(layer.parameters()) for layer in layers))
 
     def unpacked_layer_bytes(self, choice: MemorySettings) -> int:
         """Bytes of dequantised or uploaded weights while a layer computes: twice the largest layer."""
-        if not (choice.measures.quantize or choice.measures.offload):
+        if not (choice.placement.quantize or choice.placement.offload):
             return 0
         return 2 * self.model_sizes(choice.precision).largest_layer
 
@@ -193,9 +200,9 @@ class MemoryEstimator:
     def _measure_model(self, precision: str) -> ModelSizes:
         network = self.meta_denoiser(precision)
         denoiser = tensor_bytes(network.parameters())
-        linear = [layer.weight.numel() for layer in quantizable(network).values()]
+        linear = [layer.weight.numel() for layer in find_quantizable_layers(network).values()]
         spec = self.model.family.spec(self.model.location, PRECISIONS[precision])
-        layers = [tensor_bytes(layer.parameters()) for layer in lendable(network)]
+        layers = [tensor_bytes(layer.parameters()) for layer in find_offloadable_layers(network)]
         text = sum(tensor_bytes(part.instantiate().parameters()) for part in spec.text_encoders.values())
         autoencoder = tensor_bytes(spec.autoencoder.instantiate().parameters())
         trained = sum(value.numel() for value in self.meta_trainable(precision)[1])
@@ -239,7 +246,7 @@ class MemoryEstimator:
         network: Any = spec.autoencoder.instantiate()
         side = self.model.resolution
         if tiles:
-            tiled(network, side // 2)
+            enable_tiling(network, side // 2)
         channels, height, width = self.model.latent_shape
         shape = (count, 3, side, side) if way == "encode" else (count, channels, height, width)
         given = torch.zeros(shape, dtype=spec.autoencoder.dtype, device="meta")
@@ -297,12 +304,12 @@ def _placement_saving(
     """A saving that is one field of the model's placement; `others` are fields that it resets."""
 
     def put(choice: MemorySettings, value: Any) -> MemorySettings:
-        return replace(choice, measures=replace(choice.measures, **{setting: value, **others}))
+        return replace(choice, placement=replace(choice.placement, **{setting: value, **others}))
 
     return Saving(
         name,
         cost,
-        lambda choice: getattr(choice.measures, setting) == with_it,
+        lambda choice: getattr(choice.placement, setting) == with_it,
         lambda choice: put(choice, with_it),
         lambda choice: put(choice, without),
     )
@@ -393,7 +400,7 @@ def plan_memory(
     allowed = applicable_savings(estimator.work, start, library=library)
     choice = find_cheapest(estimator, usable, start, allowed)
     hint = ""
-    if not library and (choice is None or choice.measures.offload):
+    if not library and (choice is None or choice.placement.offload):
         others = [
             saving
             for saving in applicable_savings(estimator.work, start, library=True)
@@ -418,7 +425,12 @@ def fit_to_memory(
         notify(line)
     choice = plan.settings
     placed = Backbone(
-        model.location, model.family, device=model.device, dtype=choice.dtype, measures=choice.measures
+        model.location,
+        model.family,
+        device=model.device,
+        dtype=choice.dtype,
+        placement=choice.placement,
+        resolution=model.asked_resolution,
     )
     return placed, choice
 
@@ -438,8 +450,8 @@ def applicable_savings(work: Workload, start: MemorySettings, *, library: bool) 
         and not start.fixed_optimizer
         and start.optimizer == "adamw",
         BF16: start.precision == "fp32",
-        **dict.fromkeys(QUANTIZATION, frozen and library and not start.measures.offload),
-        **dict.fromkeys(CPU_OFFLOAD, frozen and not start.measures.quantize),
+        **dict.fromkeys(QUANTIZATION, frozen and library and not start.placement.offload),
+        **dict.fromkeys(CPU_OFFLOAD, frozen and not start.placement.quantize),
     }
     return [saving for saving in SAVINGS if apply.get(saving, True)]
 
@@ -500,7 +512,7 @@ def _describe_misfit(
     remedies = [
         *([f"install bitsandbytes ({INSTALL})"] if hint else []),
         *(["train an adapter instead of all weights"] if estimator.work.full_finetuning else []),
-        *(["lower --train_batch_size"] if estimator.work.batch_size > 2 else []),
+        *(["lower --batch"] if estimator.work.batch_size > 2 else []),
         *([f"take a device of {larger} GiB"] if larger is not None else []),
     ]
     remedy = ", or ".join(remedies) or "choose a smaller model"

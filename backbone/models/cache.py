@@ -1,4 +1,4 @@
-"""What was computed once is remembered on disk, keyed by the content that it came from, never by position."""
+"""The disk cache of latents and text embeddings, keyed by content hash, never by position."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def cache_folder() -> Path:
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "limner"
 
 
-def remembered(kind: str, key: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors that `compute` gives, read from disk when they were computed before.
+def load_or_compute(kind: str, key: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Read tensors from the cache, or call `compute` and write them there.
 
     A damaged cache file is computed anew; a cache that cannot be written is done without.
     """
@@ -47,7 +47,7 @@ def remembered(kind: str, key: str, compute: Callable[[], Mapping[str, Tensor]])
     return tensors
 
 
-def encoded(
+def encode_images_cached(
     model: Backbone,
     pictures: Sequence[ImageRecord],
     *,
@@ -55,7 +55,7 @@ def encoded(
     sizes: Sequence[tuple[int, int]] | None = None,
     crop: CropPosition = CROPS["center"],
 ) -> list[Posterior]:
-    """The posteriors [1, C, H, W] of pictures, each encoded once for all time.
+    """Encode images to posteriors [1, C, H, W], each once: later calls read the cache.
 
     Pictures are cropped to squares of the model's resolution, or to `sizes` (W, H), one for each, at `crop`.
     """
@@ -66,8 +66,8 @@ def encoded(
     ]
 
 
-def encoded_prompts(model: Backbone, prompts: Sequence[str]) -> Text:
-    """The `Text` of prompts, each encoded once for all time; the text encoder loads only for new ones."""
+def encode_prompts_cached(model: Backbone, prompts: Sequence[str]) -> Text:
+    """Encode prompts to `Text`, each once: later calls read the cache and load no text encoder."""
     single = [_encoded_prompt(model, prompt) for prompt in prompts]
     return {name: torch.cat([text[name] for text in single]).to(model.device) for name in single[0]}
 
@@ -76,14 +76,14 @@ def _encoded_prompt(model: Backbone, prompt: str) -> Text:
     if model.text_learned:
         return model.encode_prompts([prompt])
     key = content_hash(f"{model.fingerprint}\n{prompt}\n{model.dtype}\n{TEXT}".encode())
-    return remembered("text", key, lambda: model.encode_prompts([prompt]))
+    return load_or_compute("text", key, lambda: model.encode_prompts([prompt]))
 
 
 def _encoded_one(
     model: Backbone, picture: ImageRecord, flip: bool, size: tuple[int, int], crop: CropPosition
 ) -> Posterior:
     cut = () if crop == CROPS["center"] else (crop,)
-    tiles = ("tiles",) if model.measures.tiling else ()  # which change an encoding a little
+    tiles = ("tiles",) if model.placement.tiling else ()  # which change an encoding a little
     facts = (model.fingerprint, content_hash(picture.read()), size, flip, model.dtype, *cut, *tiles)
     key = content_hash("\n".join(map(str, facts)).encode())
 
@@ -92,5 +92,5 @@ def _encoded_one(
         found = model.encode((image.flip(-1) if flip else image)[None])
         return {"mean": found.mean, "std": found.std}
 
-    tensors = remembered("latents", key, compute)
+    tensors = load_or_compute("latents", key, compute)
     return Posterior(tensors["mean"].to(model.device), tensors["std"].to(model.device))

@@ -1,8 +1,8 @@
-"""`Backbone`: a latent diffusion model of any family, as the methods see it.
+"""`Backbone`: a latent diffusion model of any family.
 
     model = Backbone.open("moji")
     text = model.encode_prompts(["a dog in the snow"])
-    latents = walk(noise, model.predictor(text), model.ladder(25))
+    latents = ddim(noise, model.predictor(text), model.schedule(25))
     pictures = model.decode(latents)
 
 Parts load when first used and can be freed again, so a training run never holds the encoders and the denoiser together.
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from backbone.diffusion.noise import Estimate, Ladder, Level, Predict, estimate, guide
+from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, estimate, guide
 from backbone.distributed.device import best_device, resolve_dtype
 from backbone.families import checkpoint as single_file
 from backbone.families.base import Family, NoisePath, Text, TextEncoder
@@ -27,20 +27,20 @@ from backbone.families.registry import families
 from backbone.io.console import UserError
 from backbone.io.files import content_hash, read_json
 from backbone.models.locate import locate
-from backbone.models.placement import Measures, held, tiled
+from backbone.models.placement import Placement, enable_tiling, place_denoiser
 
 PARTS = ("denoiser", "autoencoder", "text_encoder")
 DECODED_AT_ONCE = 512 * 512  # pixels
 
 
 class Posterior(NamedTuple):
-    """What the encoder says: mean and standard deviation [B, C, H, W] of latents of about unit variance."""
+    """The encoder's posterior: mean and standard deviation [B, C, H, W] of latents of about unit variance."""
 
     mean: Tensor
     std: Tensor
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Latents drawn from it."""
+        """Sample latents [B, C, H, W]."""
         noise = torch.randn(self.mean.shape, generator=generator, dtype=torch.float32).to(self.mean.device)
         return self.mean + self.std * noise
 
@@ -55,13 +55,15 @@ class Backbone:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        measures: Measures | None = None,
+        placement: Placement | None = None,
+        resolution: int = 0,
     ) -> None:
         self.location = location
         self.family = family
         self.device = device
         self.dtype = dtype
-        self.measures = measures or Measures()
+        self.placement = placement or Placement()
+        self.asked_resolution = resolution
         self.text_learned = False  # new words or adapters: what is remembered of prompts no longer holds
 
     @classmethod
@@ -71,16 +73,18 @@ class Backbone:
         *,
         device: str = "auto",
         precision: str = "auto",
-        measures: Measures | None = None,
+        placement: Placement | None = None,
+        resolution: int = 0,
     ) -> Backbone:
         """Finds a model: a name (`moji`, `sd15` …), a diffusers folder, a checkpoint file, or a hub id.
 
         Loads no weights yet.
 
         `precision` is fp32, bf16, fp16 or auto: bf16 where the processor has it, else fp16 on a GPU and fp32 on a CPU.
-        `measures` hold it in less memory.
+        `placement` saves memory. It works at `resolution` pixels a side, 0: at its own.
 
-        Raises `UserError` when there is no such model, or when its family is not served.
+        Raises `UserError` when there is no such model, when its family is not served, or when it cannot work at that
+        resolution.
         """
         location = locate(model)
         found = location.index.get("_class_name", "")
@@ -88,7 +92,11 @@ class Backbone:
             if found in family.pipeline_classes:
                 place = torch.device(best_device() if device == "auto" else device)
                 dtype = resolve_dtype(precision, place)
-                return cls(location, family, device=place, dtype=dtype, measures=measures)
+                opened = cls(
+                    location, family, device=place, dtype=dtype, placement=placement, resolution=resolution
+                )
+                opened.refuse_resolution()
+                return opened
         served = ", ".join(family.name for family in families())
         raise UserError(
             f"{location.name} is a {found or 'model of unknown kind'}; this version works with {served}."
@@ -98,20 +106,20 @@ class Backbone:
     def denoiser(self) -> nn.Module:
         """The network that predicts, in the working precision, its weights frozen."""
         loaded = self.family.denoiser(self.location, self.dtype).eval().requires_grad_(False)
-        return held(loaded, self.measures, self.device)
+        return place_denoiser(loaded, self.placement, self.device)
 
     @cached_property
     def autoencoder(self) -> nn.Module:
         """Pictures to latents and back."""
         loaded = self.family.autoencoder(self.location, self.dtype).eval().requires_grad_(False)
-        if self.measures.tiling:
-            tiled(loaded, self.resolution // 2)
+        if self.placement.tiling:
+            enable_tiling(loaded, self.resolution // 2)
         return loaded.to(self.device)
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
         """Prompts to `Text`. Small encoders are in fp32 whatever the precision: they run once."""
-        device = torch.device("cpu") if self.measures.text_on_cpu else self.device
+        device = torch.device("cpu") if self.placement.text_on_cpu else self.device
         return self.family.text_encoder(self.location, self.dtype).to(device)
 
     @cached_property
@@ -121,7 +129,7 @@ class Backbone:
 
     @cached_property
     def defaults(self) -> dict[str, Any]:
-        """What works well with this model: the `limner.json` beside it, or what works with its family."""
+        """Recommended settings: the `limner.json` beside the model over those of its family."""
         usual = {
             "steps": 30,
             "guidance": 7.5,
@@ -158,7 +166,7 @@ class Backbone:
         return content_hash("\n".join(parts).encode())
 
     def free(self, *parts: str) -> None:
-        """Lets go of parts; they load again when used. Text encoders that have learned something stay."""
+        """Unload parts; they load again when used. Text encoders with learned embeddings or adapters stay."""
         for part in parts:
             assert part in PARTS
             if part != "text_encoder" or not self.text_learned:
@@ -178,13 +186,40 @@ class Backbone:
 
     @cached_property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of a latent at the model's own resolution."""
-        return self.family.latent_shape(self.location)
+        """(C, H, W) of a latent at the resolution at which the model works: its own, or the one that was asked for."""
+        channels, *own = self.family.latent_shape(self.location)
+        height, width = [self.asked_resolution // self.factor] * 2 if self.asked_resolution else own
+        return channels, height, width
 
     @property
     def resolution(self) -> int:
-        """Pixels a side of the pictures that the model was trained on."""
+        """Pixels a side of the pictures that the model works on."""
         return self.latent_shape[1] * self.factor
+
+    @property
+    def own_resolution(self) -> int:
+        """Pixels a side of the pictures that the model was trained on."""
+        return self.family.latent_shape(self.location)[1] * self.factor
+
+    def refuse_resolution(self) -> None:
+        """`UserError` for a resolution at which the model cannot work."""
+        asked, step = self.asked_resolution, min(64, self.own_resolution // 4)
+        if asked % step:
+            near = max(step, round(asked / step) * step)
+            raise UserError(
+                f"{self.location.name} halves its latents again and again, so --resolution {asked} has to be a "
+                f"multiple of {step}. The nearest is {near}."
+            )
+        if not asked or "transformer" not in self.location.index:
+            return
+        config = self.location.config("transformer")
+        places = config.get("pos_embed_max_size")  # positions a side that were learned
+        if places and asked > places * int(config["patch_size"]) * self.factor:
+            most = places * int(config["patch_size"]) * self.factor
+            raise UserError(
+                f"{self.location.name} has positions for {most} pixels a side, and --resolution {asked} needs more. "
+                f"Ask for {most} or less."
+            )
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Posterior:
@@ -203,7 +238,7 @@ class Backbone:
         return torch.cat([self.decode_with_gradients(some) for some in portions])
 
     def decode_with_gradients(self, latents: Tensor) -> Tensor:
-        """The same, for who wants to know how the pictures depend on the latents."""
+        """Decode with gradients through the decoder."""
         dtype = next(self.autoencoder.parameters()).dtype
         scale, shift = self._scale_and_shift
         latents = (latents.to(self.device).float() / scale + shift).to(dtype)
@@ -214,11 +249,11 @@ class Backbone:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Text:
-        """Prompts to what the network wants to know of them."""
+        """Encode prompts to the network's conditioning."""
         return {name: value.to(self.device) for name, value in self.text_encoder(prompts).items()}
 
     def predictor(self, text: Text) -> Predict:
-        """The model's prediction for one prompt a sample."""
+        """Bind the prompts, one a sample: (noisy, level) → Estimate."""
         network, kind = self.family.network(self.denoiser, text), self.path.prediction_type
 
         def predict(noisy: Tensor, level: Level) -> Estimate:
@@ -230,10 +265,10 @@ class Backbone:
         return predict
 
     def guided_predictor(self, text: Text, empty: Text, guidance: float) -> Predict:
-        """The same with guidance.
+        """Bind the prompts with guidance.
 
-        Both prompts in one call of twice the batch (Ho & Salimans 2022); a network that was distilled to follow the
-        guidance is told it and asked once, whatever `empty` says.
+        Classifier-free guidance in one call of twice the batch (Ho & Salimans 2022); a guidance-distilled network is
+        conditioned on the scale and called once, whatever `empty` is.
         """
         told = self.family.embed_guidance(self.denoiser, text, guidance)
         if told is not None or guidance == 1:
@@ -247,14 +282,14 @@ class Backbone:
 
         return predict
 
-    def ladder(self, steps: int, *, size: tuple[int, int] | None = None) -> Ladder:
-        """The noise levels of a sampler with S steps, noisy to clean, as the model's own scheduler places them.
+    def schedule(self, steps: int, *, size: tuple[int, int] | None = None) -> Schedule:
+        """The noise schedule [S + 1] of a sampler with S steps, noisy to clean, as the model's own scheduler spaces it.
 
         Some schedulers place them by the latents' size (H, W), which is the model's own if left out.
         """
         _, *own = self.latent_shape
         height, width = size or own
-        return self.path.ladder(steps, (height, width)).to(self.device)
+        return self.path.schedule(steps, (height, width)).to(self.device)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Half precision for what is trained in fp32 on top of a half-precision base; nothing in fp32."""

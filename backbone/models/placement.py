@@ -1,4 +1,4 @@
-"""How a model is held where memory is scarce: its frozen base in 8 or 4 bits, layers lent from the CPU's memory, tiles.
+"""Low-memory placement of a frozen model: 8-bit or NF4 weights, CPU-offloaded layers, a tiled autoencoder.
 
 The base of an adapter is only read, so it may lie in NF4 (Dettmers et al. 2023, section 3) or in 8 bits (Dettmers et
 al. 2022), as bitsandbytes stores them, or stay in the CPU's memory and be copied for the moment in which a layer
@@ -27,8 +27,8 @@ INSTALL = "pip install bitsandbytes"
 
 
 @dataclass(frozen=True)
-class Measures:
-    """What is done to hold a model in less memory.
+class Placement:
+    """Where and in which precision the parts of a model lie.
 
     quantize     `8bit` or `nf4`: the linear layers of the frozen denoiser
     offload      share 0…1 of the denoiser's layers, by bytes, that lie in the CPU's memory
@@ -58,9 +58,9 @@ class Measures:
             )
 
 
-def measures_of(settings: Any) -> Measures:
+def get_placement(settings: Any) -> Placement:
     """What the settings of a run say: `quantize`, `cpu_offload`, `vae_tiling`, `text_on_cpu`, `one_by_one`."""
-    return Measures(
+    return Placement(
         settings.quantize,
         settings.cpu_offload,
         settings.vae_tiling,
@@ -69,19 +69,19 @@ def measures_of(settings: Any) -> Measures:
     )
 
 
-def held(denoiser: nn.Module, measures: Measures, device: torch.device) -> nn.Module:
-    """A loaded, frozen denoiser on its device, as the measures say; cut up where the launcher asked for that."""
+def place_denoiser(denoiser: nn.Module, placement: Placement, device: torch.device) -> nn.Module:
+    """A loaded, frozen denoiser on its device, as `placement` says; sharded where the launcher asked for that."""
     if processes.is_sharded():
         return shard(denoiser, device)
-    if measures.quantize:
-        quantized(denoiser, measures.quantize)
-    if measures.offload:
-        for layer in lendable(denoiser, measures.offload):
-            lend(layer, pinned=device.type == "cuda")
+    if placement.quantize:
+        quantize(denoiser, placement.quantize)
+    if placement.offload:
+        for layer in find_offloadable_layers(denoiser, placement.offload):
+            offload(layer, pinned=device.type == "cuda")
     return nn.Module.to(denoiser, device)
 
 
-def tiled(autoencoder: nn.Module, side: int) -> None:
+def enable_tiling(autoencoder: nn.Module, side: int) -> None:
     """Makes a diffusers autoencoder work on tiles of at most so many pixels a side, one picture at a time."""
     network = cast(Any, autoencoder)
     factor = 2 ** (len(network.config.block_out_channels) - 1)
@@ -94,7 +94,7 @@ def tiled(autoencoder: nn.Module, side: int) -> None:
 # 8 and 4 bits -----------------------------------------------------------------------------------------------
 
 
-def quantizable(denoiser: nn.Module) -> dict[str, nn.Linear]:
+def find_quantizable_layers(denoiser: nn.Module) -> dict[str, nn.Linear]:
     """The layers that lie in fewer bits: the linear ones of the blocks, by name."""
     return {
         name: layer
@@ -103,7 +103,7 @@ def quantizable(denoiser: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def quantized(denoiser: nn.Module, kind: str) -> None:
+def quantize(denoiser: nn.Module, kind: str) -> None:
     """Puts bitsandbytes' layers in the place of linear ones; their weights shrink when they are moved to the device.
 
     Raises `UserError` where bitsandbytes is missing.
@@ -112,7 +112,7 @@ def quantized(denoiser: nn.Module, kind: str) -> None:
         import bitsandbytes as bnb
     except ImportError as error:
         raise UserError(f"A base of {kind} needs bitsandbytes. Run: {INSTALL}") from error
-    for name, layer in quantizable(denoiser).items():
+    for name, layer in find_quantizable_layers(denoiser).items():
         size, has_bias = (layer.in_features, layer.out_features), layer.bias is not None
         if kind == "nf4":
             new = bnb.nn.Linear4bit(
@@ -135,7 +135,7 @@ def quantized(denoiser: nn.Module, kind: str) -> None:
 # Layers lent from the CPU's memory --------------------------------------------------------------------------
 
 
-def lendable(denoiser: nn.Module, share: float = 1.0) -> list[nn.Module]:
+def find_offloadable_layers(denoiser: nn.Module, share: float = 1.0) -> list[nn.Module]:
     """The layers whose weights stay in the CPU's memory: the largest of the blocks, to at least this share of them."""
     layers = [
         layer
@@ -153,16 +153,16 @@ def lendable(denoiser: nn.Module, share: float = 1.0) -> list[nn.Module]:
     return chosen
 
 
-def lend(layer: nn.Module, *, pinned: bool = False) -> None:
+def offload(layer: nn.Module, *, pinned: bool = False) -> None:
     """From now on the layer's frozen weights stay where they are and are copied to its input's device at each use."""
     layer.requires_grad_(False)
     if pinned:
         for value in layer.parameters():
             value.data = value.data.pin_memory()
-    layer.__class__ = LentLinear if isinstance(layer, nn.Linear) else LentConv2d
+    layer.__class__ = OffloadedLinear if isinstance(layer, nn.Linear) else OffloadedConv2d
 
 
-class _Lent:
+class _Offloaded:
     """What lent layers share: they stay when their network is moved."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -173,7 +173,7 @@ class _Lent:
         return cast(Tensor, _Use.apply(x, self))  # type: ignore[no-untyped-call]
 
 
-class LentLinear(_Lent, nn.Linear):
+class OffloadedLinear(_Offloaded, nn.Linear):
     """A linear layer whose weights lie elsewhere."""
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -183,7 +183,7 @@ class LentLinear(_Lent, nn.Linear):
         return gradient @ weight
 
 
-class LentConv2d(_Lent, nn.Conv2d):
+class OffloadedConv2d(_Offloaded, nn.Conv2d):
     """A convolution whose weights lie elsewhere."""
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,29 +1,32 @@
-"""Pictures from prompts. Picture (i, j) depends on the seed, i and j, not on the batch that it was drawn in."""
+"""Text-to-image sampling. Image (i, j) depends on the seed, i and j alone, not on the batch that it was sampled in."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from backbone.diffusion.noise import Estimate, Ladder, Level, Predict, add_noise, generator
-from backbone.diffusion.samplers import ancestral, heun, walk
+from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, add_noise, generator
+from backbone.diffusion.samplers import ancestral, ddim, heun
 from backbone.io.console import UserError
 from backbone.media.transforms import to_image
-from backbone.models.cache import encoded_prompts
+from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 
 Sampler = Literal["ddim", "heun", "ancestral"]
 ALL_STEPS = (0.0, 1.0)
+Size: TypeAlias = tuple[int | None, int | None]
+"""(width, height) in pixels; None for the model's own."""
+MODELS_OWN: Size = (None, None)
 
 
 @dataclass(frozen=True)
 class Request:
-    """A picture to draw: the prompt in the model's words, and the key of its noise (prompt number, sample number)."""
+    """An image to sample: the prompt with its placeholder tokens resolved, and its noise key (prompt, sample)."""
 
     prompt: str
     key: tuple[int, int]
@@ -41,8 +44,9 @@ def sample(
     sampler: Sampler = "ddim",
     batch: int = 8,
     guided: tuple[float, float] = ALL_STEPS,
+    size: Size = MODELS_OWN,
 ) -> Iterator[Image]:
-    """Draws the requested pictures, in order.
+    """Sample the requested images, in order, with `size` (width, height) in pixels.
 
     `guided` is the share of the steps, from noisy to clean, that follow the guidance; the others follow the prompt
     alone, at half the price (Kynkäänniemi et al. 2024).
@@ -56,6 +60,7 @@ def sample(
         sampler=sampler,
         batch=batch,
         guided=guided,
+        size=size,
     ):
         for picture in model.decode(latents).cpu():
             yield to_image(picture)
@@ -72,35 +77,39 @@ def sample_latents(
     sampler: Sampler = "ddim",
     batch: int = 8,
     guided: tuple[float, float] = ALL_STEPS,
+    size: Size = MODELS_OWN,
     clean: Tensor | None = None,
     share: float = 1.0,
 ) -> Iterator[Tensor]:
-    """The same as latents, a batch [B, C, H, W] at a time.
+    """Sample latents, a batch [B, C, H, W] at a time.
 
-    With `clean`, latents [R, C, H, W], one a request, each picture begins with these, noised with the noise of its own
-    key, and takes the last `share` of the steps alone, as SDEdit does (Meng et al. 2022, algorithm 1, with a fresh
-    prompt): another picture with their layout, of which a smaller share keeps more.
+    With `clean`, latents [R, C, H, W] one a request, each sample starts from these, noised by the noise of its own key,
+    and takes the last `share` of the steps only: SDEdit (Meng et al. 2022, algorithm 1). A smaller share keeps more of
+    their layout.
     """
-    ladder, batch = model.ladder(steps), 1 if model.measures.one_by_one else batch
-    rest = ladder if clean is None else ladder[steps_before(share, steps) :]
+    places = latent_size(model, size)
+    schedule, batch = model.schedule(steps, size=places), 1 if model.placement.one_by_one else batch
+    rest = schedule if clean is None else schedule[count_skipped_steps(share, steps) :]
     for first in range(0, len(requests), batch):
         some = requests[first : first + batch]
-        text = encoded_prompts(model, [request.prompt for request in some])
-        empty = encoded_prompts(model, [request.negative for request in some])
-        noise = torch.stack([initial_noise(model, seed, *request.key) for request in some]).to(model.device)
+        text = encode_prompts_cached(model, [request.prompt for request in some])
+        empty = encode_prompts_cached(model, [request.negative for request in some])
+        noise = torch.stack([initial_noise(model, seed, *request.key, places) for request in some]).to(
+            model.device
+        )
         if clean is None:
-            start = noise * float((ladder.a[0] ** 2 + ladder.b[0] ** 2).sqrt())
+            start = noise * float((schedule.a[0] ** 2 + schedule.b[0] ** 2).sqrt())
         else:
             start = add_noise(clean[first : first + batch].to(model.device), noise, rest[0])
         predict = model.guided_predictor(text, empty, guidance)
         if guided != ALL_STEPS:
-            predict = within(guided, predict, model.predictor(text), ladder)
+            predict = limit_guidance(guided, predict, model.predictor(text), schedule)
         randoms = [generator(seed, *request.key, "steps") for request in some]
-        yield walker(sampler, randoms)(start, predict, rest)
+        yield get_sampler(sampler, randoms)(start, predict, rest)
 
 
-def steps_before(share: float, steps: int) -> int:
-    """How many of a ladder's steps a redrawing by this share leaves out; `UserError` where none would be left."""
+def count_skipped_steps(share: float, steps: int) -> int:
+    """Count the steps that SDEdit with this share skips; `UserError` where no step would be left."""
     if not 0 < share <= 1:
         raise UserError(f"{share:g} is no share of the steps to draw anew. Give one above 0, at most 1.")
     skipped = steps - round(share * steps)
@@ -111,12 +120,14 @@ def steps_before(share: float, steps: int) -> int:
     return skipped
 
 
-def within(share: tuple[float, float], inside: Predict, outside: Predict, ladder: Ladder) -> Predict:
-    """`inside` at the levels of this share of a ladder's steps, counted from its noisy end, `outside` at the others."""
+def limit_guidance(
+    share: tuple[float, float], inside: Predict, outside: Predict, schedule: Schedule
+) -> Predict:
+    """`inside` at the levels of this share of a schedule's steps, from its noisy end, `outside` at the others."""
     start, stop = share
-    steps = len(ladder) - 1
-    noisiest = ladder.b[round(start * steps)]
-    cleanest = ladder.b[round(stop * steps)] if stop < 1 else -1.0
+    steps = len(schedule) - 1
+    noisiest = schedule.b[round(start * steps)]
+    cleanest = schedule.b[round(stop * steps)] if stop < 1 else -1.0
 
     def predict(noisy: Tensor, level: Level) -> Estimate:
         chosen = inside if cleanest < level.b.max() <= noisiest else outside
@@ -125,14 +136,14 @@ def within(share: tuple[float, float], inside: Predict, outside: Predict, ladder
     return predict
 
 
-def share_said(share: tuple[float, float]) -> str:
-    """The share in words, to stand behind the guidance; nothing for all steps."""
+def describe_guidance_interval(share: tuple[float, float]) -> str:
+    """The guidance interval in words, to follow the guidance scale; empty for all steps."""
     start, stop = share
     return "" if share == ALL_STEPS else f" from {start:.0%} to {stop:.0%} of the steps"
 
 
-def refuse_no_share(share: tuple[float, float]) -> None:
-    """`UserError` for what is no share of the steps."""
+def check_guidance_interval(share: tuple[float, float]) -> None:
+    """Raise `UserError` unless 0 <= start < stop <= 1."""
     start, stop = share
     if not 0 <= start < stop <= 1:
         raise UserError(
@@ -141,20 +152,49 @@ def refuse_no_share(share: tuple[float, float]) -> None:
         )
 
 
-def walker(
+def get_sampler(
     sampler: Sampler, randoms: Sequence[torch.Generator]
-) -> Callable[[Tensor, Predict, Ladder], Tensor]:
-    """The sampler of this name; fresh noise, where it needs some, comes from one generator for each picture."""
+) -> Callable[[Tensor, Predict, Schedule], Tensor]:
+    """Get a sampler by its name; fresh noise comes from one generator for each sample."""
     match sampler:
         case "ddim":
-            return walk
+            return ddim
         case "heun":
             return heun
         case "ancestral":
-            return lambda noisy, predict, ladder: ancestral(noisy, predict, ladder, generator=randoms)
+            return lambda noisy, predict, schedule: ancestral(noisy, predict, schedule, generator=randoms)
     raise UserError(f"There is no sampler {sampler}. Choose one of {', '.join(get_args(Sampler))}.")
 
 
-def initial_noise(model: Backbone, seed: int, i: int, j: int) -> Tensor:
-    """ε [C, H, W] of picture (i, j)."""
-    return torch.randn(model.latent_shape, generator=generator(seed, i, j))
+def initial_noise(
+    model: Backbone, seed: int, i: int, j: int, places: tuple[int, int] | None = None
+) -> Tensor:
+    """ε [C, H, W] of picture (i, j), with the latents' size (H, W) where it is not the model's own."""
+    channels, *own = model.latent_shape
+    return torch.randn((channels, *(places or own)), generator=generator(seed, i, j))
+
+
+def latent_size(model: Backbone, size: Size) -> tuple[int, int]:
+    """The latents' size (H, W) of pictures of `size` (width, height) in pixels.
+
+    Raises `UserError` for sides that are no multiples of two latents, or longer than the network has places for.
+    """
+    _, *own = model.latent_shape
+    unit, longest = 2 * model.factor, model.family.longest_side(model.location)
+    sides = []
+    for name, pixels, latents in zip(("height", "width"), reversed(size), own, strict=True):
+        usual = latents * model.factor
+        side = usual if pixels is None else pixels
+        if side != usual and side % unit:
+            below = max(unit, side // unit * unit)
+            raise UserError(
+                f"{model.location.name} draws sides of multiples of {unit} pixels, and the {name} is {side}. "
+                f"Give {below} or {below + unit}."
+            )
+        if longest is not None and side > longest * model.factor:
+            raise UserError(
+                f"{model.location.name} has places for {longest * model.factor} pixels a side at most, and the {name} "
+                f"is {side}. Give less."
+            )
+        sides.append(side // model.factor)
+    return sides[0], sides[1]

@@ -1,1 +1,1 @@
-"""The training loop, its optimiser, attention that is fast backwards, cached predictions of the frozen base."""
+"""The training loop, its settings, its optimiser, fast attention backwards, cached predictions of the frozen base."""

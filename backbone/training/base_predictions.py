@@ -15,7 +15,7 @@ from torch import Tensor
 from backbone.diffusion.noise import add_noise, generator
 from backbone.families.base import Text
 from backbone.io.files import content_hash
-from backbone.models.cache import remembered
+from backbone.models.cache import load_or_compute
 from backbone.models.model import Backbone, Posterior
 
 
@@ -42,15 +42,15 @@ def bank_of(
     facts = (
         model.fingerprint,
         model.dtype,
-        *([model.measures.quantize] if model.measures.quantize else []),  # another base
+        *([model.placement.quantize] if model.placement.quantize else []),  # another base
         draws,
         seed,
         _hash(means),
         *(_hash(value) for value in text.values()),
     )
     key = content_hash("\n".join(map(str, facts)).encode())
-    batch = 1 if model.measures.one_by_one else batch
-    return Bank(**remembered("bank", key, lambda: _ask(model, posteriors, text, draws, seed, batch)))
+    batch = 1 if model.placement.one_by_one else batch
+    return Bank(**load_or_compute("bank", key, lambda: _ask(model, posteriors, text, draws, seed, batch)))
 
 
 def stratified_levels(count: int, total: int, random: torch.Generator) -> Tensor:

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
 
-Schedule = Callable[[int], float]
+LRSchedule = Callable[[int], float]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def train(
     parameters: Mapping[str, Tensor],
     *,
     optimizer: Optimizer,
-    schedule: Schedule,
+    lr_schedule: LRSchedule,
     steps: int,
     done: int = 0,
     clip: float = 1.0,
@@ -54,7 +54,7 @@ def train(
 
     `losses(step)` yields the scalar losses of one step, one for each micro-batch (their gradients are averaged);
     `reduce` then replaces the gradients and the loss by their means over processes;
-    `schedule(step)` gives the learning rate's factor; `clip` bounds the gradient's norm.
+    `lr_schedule(step)` gives the learning rate's factor; `clip` bounds the gradient's norm.
 
     Raises `UserError` at the first loss or gradient that is not finite, before it reaches the weights.
     """
@@ -79,10 +79,10 @@ def train(
         if not math.isfinite(loss_now) or not math.isfinite(norm):
             raise UserError(
                 f"Training stopped at step {step}: the loss is {loss_now} and its gradient {norm}. "
-                "Lower --learning_rate; the last checkpoint holds finite weights."
+                "Lower --learning-rate; the last checkpoint holds finite weights."
             )
         for group, base in zip(optimizer.param_groups, bases, strict=True):
-            group["lr"] = base * schedule(step)
+            group["lr"] = base * lr_schedule(step)
         optimizer.step()
         if average is not None:
             average.update(step)
@@ -92,7 +92,7 @@ def train(
         yield Report(step, loss_now, norm, rate, time.perf_counter() - began)
 
 
-def warm_cosine(steps: int, *, warmup: int = 0, floor: float = 0.0) -> Schedule:
+def warm_cosine(steps: int, *, warmup: int = 0, floor: float = 0.0) -> LRSchedule:
     """Linear warm-up, then half a cosine down to `floor` at `steps` (Loshchilov & Hutter 2017, eq. 5)."""
 
     def factor(step: int) -> float:
@@ -104,7 +104,7 @@ def warm_cosine(steps: int, *, warmup: int = 0, floor: float = 0.0) -> Schedule:
     return factor
 
 
-def warm_stable_decay(steps: int, *, warmup: int = 0, decay: int = 0) -> Schedule:
+def warm_stable_decay(steps: int, *, warmup: int = 0, decay: int = 0) -> LRSchedule:
     """Linear warm-up, constant, and linearly down to zero over the last `decay` steps (Hu et al. 2024, "MiniCPM", §4).
 
     The weights before the decay are as good a start as any for going on, so a run need not know its end in advance.
@@ -116,7 +116,7 @@ def warm_stable_decay(steps: int, *, warmup: int = 0, decay: int = 0) -> Schedul
     return factor
 
 
-def warm_constant(*, warmup: int = 0) -> Schedule:
+def warm_constant(*, warmup: int = 0) -> LRSchedule:
     """Linear warm-up, then constant."""
     return lambda step: min(1.0, step / max(warmup, 1))
 

@@ -10,13 +10,13 @@ from torch.optim import Optimizer
 
 from backbone.io.console import UserError
 from backbone.training.loop import (
-    Schedule,
+    LRSchedule,
     warm_constant,
     warm_cosine,
 )
 
 
-def make_schedule(name: str, *, steps: int, warmup: int) -> Schedule:
+def make_schedule(name: str, *, steps: int, warmup: int) -> LRSchedule:
     """The learning rate's schedule by its name: a factor of the rate for every step."""
     match name:
         case "cosine":
@@ -47,9 +47,8 @@ def make_optimizer(name: str, every: Sequence[Any], *, weight_decay: float) -> O
                 from prodigyopt import Prodigy
             except ImportError as error:
                 raise UserError("prodigy needs prodigyopt. Run: pip install prodigyopt") from error
-            ones = [{**group, "lr": 1.0} for group in groups]
             prodigy = Prodigy(
-                ones,
+                groups,
                 weight_decay=weight_decay,
                 use_bias_correction=True,
                 safeguard_warmup=True,

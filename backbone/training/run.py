@@ -23,7 +23,7 @@ def log_to_tensorboard(run: Path, *, wanted: bool, done: int) -> Iterator[Callab
     try:
         from torch.utils.tensorboard.writer import SummaryWriter
     except ImportError as error:
-        raise UserError("--report_to tensorboard needs its package. Run: pip install tensorboard") from error
+        raise UserError("--report-to tensorboard needs its package. Run: pip install tensorboard") from error
     with SummaryWriter(str(run / "tensorboard"), purge_step=done + 1, flush_secs=10) as writer:
 
         def note(report: Report) -> None:

@@ -13,17 +13,18 @@ from backbone.distributed import processes
 from backbone.families.base import Text
 from backbone.io.console import UserError
 from backbone.io.files import content_hash
-from backbone.media.pictures import ImageRecord
+from backbone.media.pictures import ImageRecord, list_images
 from backbone.media.transforms import bucket_sizes, crop_and_resize, mask_to_tensor, nearest_bucket
-from backbone.models.cache import encoded, encoded_prompts, remembered
+from backbone.models.cache import encode_images_cached, encode_prompts_cached, load_or_compute
 from backbone.models.model import Backbone, Posterior
 from backbone.models.sample import Request, sample_latents
 from backbone.training.base_predictions import Bank, bank_of
 from customize.data.masks import mask_seen
-from customize.methods.registry import OWN_WORDS, changes_denoiser
-from customize.settings import Settings
+from customize.methods.registry import changes_denoiser
+from customize.settings import OWN_WORDS, Settings
 
 CLASS_STEPS = 20  # of the sampler that draws the class
+CLASS_IMAGES = 48  # where neither a number nor a folder is given
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Material:
     masks          where each picture counts [1, H, W] in 0…1, or None
     buckets        the posteriors of one size, which can share a batch
     class_prompts  one for each subject
-    drawn          latents of the classes as the base draws them [G × K, C, H, W], or None
+    drawn          latents of class images [K, C, H, W], drawn by the base or the user's own, or None
+    drawn_classes  which class prompt each of them is about [K], or None
     text           `prompts` and then `class_prompts` encoded, or None while the text side itself is trained
     """
 
@@ -59,6 +61,7 @@ class Material:
     class_prompts: list[str]
     drawn: Tensor | None
     text: Text | None
+    drawn_classes: Tensor | None = None
 
     @property
     def has_prior(self) -> bool:
@@ -97,18 +100,20 @@ def prepare(model: Backbone, groups: Sequence[Group], settings: Settings) -> Mat
             owners += [number] * len(group.pictures)
     classes = [group.class_prompt for group in groups]
     with processes.main_process_first():
-        class_text = encoded_prompts(model, classes)
-        text = None if trains_text(settings) else encoded_prompts(model, [*prompts, *classes])
-        empty = encoded_prompts(model, [""]) if settings.mask == "auto" else {}
+        class_text = encode_prompts_cached(model, classes)
+        text = None if trains_text(settings) else encode_prompts_cached(model, [*prompts, *classes])
+        empty = encode_prompts_cached(model, [""]) if settings.mask == "auto" else {}
     buckets = buckets_of(posteriors)
-    drawn = None
+    drawn = drawn_classes = None
     if preserves(settings) and settings.prior == "class-images":
         if len({posterior.mean.shape for posterior in posteriors}) > 1:
             raise UserError(
-                "Class pictures are square, and with --aspect_buckets the subject's are not. Use --prior base."
+                "Class pictures are square, and with --aspect-buckets the subject's are not. Use --prior base."
             )
         with processes.main_process_first():
-            drawn = torch.cat([class_latents(model, prompt, settings) for prompt in classes])
+            each = [class_latents(model, prompt, settings, number) for number, prompt in enumerate(classes)]
+        drawn = torch.cat(each)
+        drawn_classes = torch.cat([torch.full((len(one),), number) for number, one in enumerate(each)])
     model.free("autoencoder", "text_encoder")
     if preserves(settings) and settings.prior == "base":
         with processes.main_process_first():
@@ -118,19 +123,21 @@ def prepare(model: Backbone, groups: Sequence[Group], settings: Settings) -> Mat
             masks = found_masks(model, masks, posteriors, class_text, empty, owners)
     share = torch.tensor([1 / owners.count(owner) for owner in owners])
     at_latents = sized(masks, [posterior.mean.shape[-2:] for posterior in posteriors])
-    return Material(posteriors, prompts, names, share, at_latents, buckets, classes, drawn, text)
+    return Material(
+        posteriors, prompts, names, share, at_latents, buckets, classes, drawn, text, drawn_classes
+    )
 
 
 def encoded_together(
     model: Backbone, pictures: Sequence[ImageRecord], *, flip: bool, sizes: Sequence[tuple[int, int]] | None
 ) -> list[Posterior]:
-    """`encoded`, after each process has encoded its part of the pictures."""
+    """`encode_images_cached`, after each process has encoded its part of the pictures."""
 
     def encode(row: int) -> None:
-        encoded(model, [pictures[row]], flip=flip, sizes=sizes and [sizes[row]])
+        encode_images_cached(model, [pictures[row]], flip=flip, sizes=sizes and [sizes[row]])
 
     processes.warm_cache(encode, range(len(pictures)))
-    return encoded(model, pictures, flip=flip, sizes=sizes)
+    return encode_images_cached(model, pictures, flip=flip, sizes=sizes)
 
 
 def found_masks(
@@ -228,15 +235,37 @@ def sized(masks: Sequence[Tensor | None], sizes: Sequence[Sequence[int]]) -> lis
     return found
 
 
-def class_latents(model: Backbone, class_prompt: str, settings: Settings) -> Tensor:
+def class_latents(model: Backbone, class_prompt: str, settings: Settings, subject: int) -> Tensor:
+    """Latents of a subject's class images [K, C, H, W]: the user's own, and what is missing as the base draws it.
+
+    What is drawn is remembered and never decoded. Own images come in the order of their names.
+    """
+    own: list[Tensor] = []
+    if settings.class_images:
+        found = list_images(settings.class_images[subject])[: settings.num_class_images or None]
+        own = [posterior.mean for posterior in encode_images_cached(model, found)]
+    missing = (settings.num_class_images or (0 if own else CLASS_IMAGES)) - len(own)
+    drawn = [drawn_latents(model, class_prompt, settings, missing)] if missing else []
+    return torch.cat([*(latent.float().cpu() for latent in own), *drawn])
+
+
+def drawn_latents(model: Backbone, class_prompt: str, settings: Settings, count: int) -> Tensor:
     """Latents of the class as the base draws it [K, C, H, W], drawn once and remembered; never decoded."""
-    count, guidance = settings.num_class_images, settings.guidance
-    facts = (model.fingerprint, class_prompt, count, CLASS_STEPS, guidance, settings.seed, model.dtype)
+    guidance = settings.guidance
+    at = (model.latent_shape,) if model.asked_resolution else ()
+    facts = (model.fingerprint, class_prompt, count, CLASS_STEPS, guidance, settings.seed, model.dtype, *at)
 
     def draw() -> dict[str, Tensor]:
         requests = [Request(class_prompt, (k, 0)) for k in range(count)]
-        parts = sample_latents(model, requests, steps=CLASS_STEPS, guidance=guidance, seed=settings.seed)
+        parts = sample_latents(
+            model,
+            requests,
+            steps=CLASS_STEPS,
+            guidance=guidance,
+            seed=settings.seed,
+            batch=settings.class_batch,
+        )
         return {"latents": torch.cat([part.float().cpu() for part in parts])}
 
     key = content_hash("\n".join(map(str, facts)).encode())
-    return remembered("class", key, draw)["latents"]
+    return load_or_compute("class", key, draw)["latents"]

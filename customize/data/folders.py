@@ -60,8 +60,8 @@ def read_concepts(path: str | Path) -> list[ConceptFolder]:
     )
 
 
-def read_subjects(path: str | Path) -> tuple[list[Subject], dict[str, str]]:
-    """What `customize train` makes of such a source: its subjects, and the prompts that it asks for.
+def read_subjects(path: str | Path) -> tuple[list[Subject], dict[str, Any]]:
+    """What `customize train` makes of such a source: its subjects, and the prompts and class images it asks for.
 
     The words of the source are both what people write and what the model reads. Every subject is drawn equally often,
     which is what people choose the repeats for. Raises `UserError` where a token or class is missing or prompts differ.
@@ -73,7 +73,7 @@ def read_subjects(path: str | Path) -> tuple[list[Subject], dict[str, str]]:
                 f"{entry.folder} does not say its token and its class. Name both: a folder “10_sks dog”, or a "
                 "concepts_list.json whose instance_prompt is “a sks dog” and class_prompt “a dog”."
             )
-    asked: dict[str, str] = {}
+    asked: dict[str, Any] = {}
     templates = {entry.instance_prompt or INSTANCE_PROMPT for entry in found}
     if len(templates) > 1:
         raise UserError(
@@ -81,6 +81,13 @@ def read_subjects(path: str | Path) -> tuple[list[Subject], dict[str, str]]:
         )
     if templates != {INSTANCE_PROMPT}:
         asked["instance_prompt"] = templates.pop()
+    folders = [str(entry.class_folder) for entry in found if entry.class_folder is not None]
+    if folders and len(folders) < len(found):
+        raise UserError(
+            f"Some entries of {path} have a class_data_dir and others have none. Give one to all, or to none."
+        )
+    if folders:
+        asked["class_images"] = tuple(folders)
     subjects = [
         Subject(str(entry.folder), entry.token_words, entry.class_noun, entry.token_words) for entry in found
     ]

@@ -22,7 +22,7 @@ from backbone.io.files import content_hash
 from backbone.media.pictures import ImageRecord
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import crop_and_resize
-from backbone.models.cache import remembered
+from backbone.models.cache import load_or_compute
 from backbone.models.model import Backbone, Posterior
 
 SHARES = (0.2, 0.4, 0.6)  # of the levels, from clean to noisy
@@ -39,7 +39,7 @@ def mask_seen(model: Backbone, posterior: Posterior, text: Text, empty: Text) ->
     parts = [content_hash(value.detach().float().cpu().contiguous().numpy().tobytes()) for value in known]
     facts = [model.fingerprint, str(model.dtype), str(SHARES), str(DRAWS), *parts]
     key = content_hash("\n".join(facts).encode())
-    found = remembered("where", key, lambda: {"where": differences(model, posterior, text, empty)})
+    found = load_or_compute("where", key, lambda: {"where": differences(model, posterior, text, empty)})
     return grown(above(found["where"]))
 
 

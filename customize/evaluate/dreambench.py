@@ -6,6 +6,7 @@ world; pictures are drawn from a run, or were drawn by anybody into a folder of 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from backbone.evaluation.clip import prior_drift
 from backbone.evaluation.statistics import bootstrap_mean
 from backbone.io.console import UserError, progress
 from backbone.io.files import write_json, write_text
+from backbone.io.prompts import prompts_of
 from backbone.media.decode import open_rgb
 from backbone.media.pictures import list_images
 from backbone.media.sheet import Cell, draw_sheet, save_png
@@ -30,6 +32,7 @@ from backbone.world.words import load_vocabulary
 from customize.evaluate.metrics import Scorers, protocol
 from customize.settings import Settings, read_settings
 
+TABLE = "table.json"
 LIST = re.compile(r"prompt_list\s*=\s*\[(.*?)\]", re.DOTALL)
 ENTRY = re.compile(r"""^\s*(['"])(?P<text>.*?)\1\s*\.format""", re.MULTILINE)
 
@@ -60,6 +63,34 @@ def read_prompts(path: Path) -> Prompts:
     return Prompts(lists[0], lists[1], classes)
 
 
+def is_lists(given: str) -> bool:
+    """Whether this names a file in google/dreambooth's format, rather than words or a file of prompts."""
+    return os.path.isfile(given) and "prompt_list" in Path(given).read_text(
+        encoding="utf-8", errors="replace"
+    )
+
+
+def templates(given: Sequence[str], *, living: bool = False) -> tuple[str, ...]:
+    """Prompts with `{}` for the subject: words, files with one on each line, or google/dreambooth's two lists.
+
+    Of the two lists that for things is taken, or the one for `living` beings. Raises `UserError` for a prompt without
+    {}.
+    """
+    found: list[str] = []
+    for words in given:
+        if is_lists(words):
+            lists = read_prompts(Path(words))
+            found += lists.living if living else lists.things
+        else:
+            found += [prompt.text for prompt in prompts_of([words])]
+    for prompt in found:
+        if "{}" not in prompt:
+            raise UserError(
+                f"The prompt “{prompt}” has no {{}} where the subject stands. Write “a {{}} in the snow”."
+            )
+    return tuple(found)
+
+
 def own_prompts() -> tuple[str, ...]:
     """25 prompts that the embedded model can understand: its places, colours, accessories and styles."""
     words = load_vocabulary()
@@ -75,7 +106,12 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Draws a run's pictures, compares them, and writes `table.md`, `table.json` and `sheet.png`."""
     settings, concept = read_settings(run), read_concept(run)
-    model = Backbone.open(settings.model, device=settings.device, precision=settings.precision)
+    model = Backbone.open(
+        settings.model,
+        device=settings.device,
+        precision=settings.precision,
+        resolution=settings.resolution,
+    )
     judge = scorers_of(scorer, model)
     requests = [
         Request(resolve_placeholder_tokens(prompt.format(settings.called()), [concept]), (i, j))
@@ -110,7 +146,7 @@ def evaluate_pictures(
     if missing:
         raise UserError(
             f"{folder} lacks {missing[0]} and {len(missing) - 1} more of {len(names)} pictures. "
-            "Draw all of them, or give other --prompts or --per-prompt."
+            "Draw all of them, or give other --prompts or --count."
         )
     pictures = [open_rgb(folder / name) for name in names]
     found = measured(judge, settings, concept, pictures, prompts, per_prompt)
@@ -153,7 +189,7 @@ def written(
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "table.md", "\n".join([*lines, ""]))
     figures = {name: {"mean": m, "low": low, "high": high} for name, (m, low, high) in found.items()}
-    write_json(out / "table.json", {"figures": figures, "prompts": list(prompts), "per_prompt": per_prompt})
+    write_json(out / TABLE, {"figures": figures, "prompts": list(prompts), "per_prompt": per_prompt})
     cells = [
         Cell(picture, prompts[k // per_prompt].format(settings.called()))
         for k, picture in enumerate(pictures)

@@ -2,46 +2,95 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from backbone.io import flags
+from backbone.io.commands import print_json
 from backbone.io.console import UserError, notify
+from backbone.io.flags import OUTPUT, option
 
+ADAPTERS = "Files of adapters"  # the commands' section in the help
+RESULT = "Result"  # a section of their options
 Target = Literal["diffusers", "kohya", "comfyui"]
 Base = Literal["sd1", "sd2", "sdxl"]
 Precision = Literal["fp32", "bf16", "fp16"]
-Out = Annotated[Path, typer.Option("--out", help="The file or folder to write.")]
-Rank = Annotated[int | None, typer.Option("--rank", "--network_dim", min=1, help="The rank of the result.")]
+File = Annotated[Path, typer.Argument(metavar="FILE", help="A run folder or an adapter's file.")]
+Out = Annotated[
+    Path, option("--out", "--output-dir", "--save-to", help="The file or folder to write.", panel=OUTPUT)
+]
+Rank = Annotated[
+    int | None,
+    option(
+        "--rank",
+        "--network-dim",
+        "--new-rank",
+        min=1,
+        help="The rank of the result.",
+        panel=RESULT,
+        show_default="exact",
+    ),
+]
 Energy = Annotated[
     float | None,
-    typer.Option("--energy", min=0.01, max=1, help="The share of each layer's change to keep, 0…1."),
+    option(
+        "--energy",
+        min=0.01,
+        max=1,
+        help="The share of each layer's change to keep.",
+        panel=RESULT,
+        show_default="--rank says",
+    ),
 ]
 
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to `customize`."""
-    app.command("export")(export)
-    app.command("import")(import_)
-    for command in (info, merge, extract, resize):
-        app.command()(command)
+    commands: dict[str, Callable[..., None]] = {
+        "export": export,
+        "import": import_,
+        "info": info,
+        "merge": merge,
+        "extract": extract,
+        "resize": resize,
+    }
+    for name, command in commands.items():
+        app.command(name, rich_help_panel=ADAPTERS)(command)
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder of customize train, or any adapter's file.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run folder of customize train, or any adapter's file.")
+    ],
     out: Out,
-    to: Annotated[Target, typer.Option("--to", help="Whose form.")] = "diffusers",
+    to: Annotated[Target, option("--to", help="Whose form.", panel=RESULT)] = "diffusers",
     base: Annotated[
         Base | None,
-        typer.Option("--base", help="The family of the model.", show_default="told from the layers"),
+        option("--base", help="The family of the model.", panel=RESULT, show_default="told from the layers"),
+    ] = None,
+    precision: Annotated[
+        Precision | None,
+        option(
+            "--precision",
+            "--save-precision",
+            help="Of the weights.",
+            panel=RESULT,
+            show_default="as they are",
+        ),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", help="The base, for DoRA in ComfyUI's form.", show_default="the run's"),
-    ] = None,
-    precision: Annotated[
-        Precision | None, typer.Option("--precision", help="Of the weights.", show_default="as they are")
+        option(
+            "--model",
+            "--pretrained-model-name-or-path",
+            metavar="MODEL",
+            help="The base, for DoRA in ComfyUI's form.",
+            panel=flags.MODEL,
+            show_default="the run's",
+        ),
     ] = None,
 ) -> None:
     """Write an adapter for diffusers, kohya's tools (also A1111, Forge) or ComfyUI, and verify it."""
@@ -52,24 +101,45 @@ def export(
 
 
 def import_(
-    file: Annotated[Path, typer.Argument(help="A LoRA, LoHa, LoKr or DoRA of any of these tools.")],
-    out: Annotated[
-        Path, typer.Option("--out", help="A new run folder, or a file that ends in .safetensors.")
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A LoRA, LoHa, LoKr or DoRA of any of these tools.")
     ],
-    model: Annotated[
-        str | None,
-        typer.Option("--model", help="The model that it is for.", show_default="what the file says"),
-    ] = None,
+    out: Annotated[
+        Path,
+        option(
+            "--out",
+            "--output-dir",
+            help="A new run folder, or a file that ends in .safetensors.",
+            panel=OUTPUT,
+        ),
+    ],
     token: Annotated[
-        str, typer.Option("--token", help="What you will write in prompts for it.", show_default="[V]")
+        str, option("--token", "--trigger-word", help="What you will write in prompts for it.", panel=RESULT)
     ] = "[V]",
     token_words: Annotated[
         str | None,
-        typer.Option(
-            "--token_words", help="The words it was trained with.", show_default="what the file says"
+        option(
+            "--token-words",
+            help="The words it was trained with.",
+            panel=RESULT,
+            show_default="what the file says",
         ),
     ] = None,
-    class_noun: Annotated[str, typer.Option("--class", help="What it shows, in a word.")] = "",
+    class_noun: Annotated[
+        str,
+        option("--class", help="What it shows, in a word.", panel=RESULT, show_default="what the file says"),
+    ] = "",
+    model: Annotated[
+        str | None,
+        option(
+            "--model",
+            "--pretrained-model-name-or-path",
+            metavar="MODEL",
+            help="The model that it is for.",
+            panel=flags.MODEL,
+            show_default="what the file says",
+        ),
+    ] = None,
 ) -> None:
     """Read an adapter that another tool wrote: into a run folder to sample from, or into a file of ours."""
     from customize.formats.convert import import_adapter
@@ -79,22 +149,36 @@ def import_(
     )
 
 
-def info(
-    file: Annotated[Path, typer.Argument(help="A run folder or an adapter's file.")],
-) -> None:
+def info(file: File, as_json: flags.Json = False) -> None:
     """Say what an adapter is: its form, rank, alpha, layers, base, size, and what its header says."""
-    from customize.formats.convert import describe
+    from customize.formats.convert import describe, facts_of
 
-    typer.echo(describe(file))
+    facts = facts_of(file)
+    if as_json:
+        print_json(facts)
+    else:
+        typer.echo(describe(facts))
 
 
 def merge(
-    adapters: Annotated[list[str], typer.Argument(help="Run folders or files, as A:0.8 B:0.5.")],
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="ADAPTERS", help="Run folders or files, as A:0.8 B:0.5.")
+    ],
     out: Out,
     rank: Rank = None,
-    bake: Annotated[bool, typer.Option("--bake", help="Into a whole pipeline (a diffusers folder).")] = False,
+    bake: Annotated[
+        bool, option("--bake", help="Into a whole pipeline (a diffusers folder).", panel=RESULT)
+    ] = False,
     model: Annotated[
-        str | None, typer.Option("--model", help="With --bake: the model.", show_default="the run's")
+        str | None,
+        option(
+            "--model",
+            "--pretrained-model-name-or-path",
+            metavar="MODEL",
+            help="With --bake: the model.",
+            panel=flags.MODEL,
+            show_default="the run's",
+        ),
     ] = None,
 ) -> None:
     """Add adapters up: exactly, or at a rank, or baked into a whole model."""
@@ -117,6 +201,8 @@ def merge(
                     f"Write “{words}” in prompts, where {token} stood in prompts with --concept {part.source}."
                 )
         return
+    if model is not None:
+        raise UserError("--model has no effect without --bake. Leave it out.")
     moved: Any = {}
     if rank is None:
         result, moved = merging.merged(parts), merging.moved_together(parts)
@@ -131,8 +217,10 @@ def merge(
 
 
 def extract(
-    tuned: Annotated[str, typer.Argument(help="The changed model: a folder or a checkpoint file.")],
-    base: Annotated[str, typer.Argument(help="The model that it came from.")],
+    tuned: Annotated[
+        str, typer.Argument(metavar="TUNED", help="The changed model: a folder or a checkpoint file.")
+    ],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The model that it came from.")],
     out: Out,
     rank: Rank = None,
     energy: Energy = None,
@@ -151,7 +239,7 @@ def extract(
 
 
 def resize(
-    file: Annotated[Path, typer.Argument(help="A run folder or an adapter's file.")],
+    file: File,
     out: Out,
     rank: Rank = None,
     energy: Energy = None,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,7 +132,7 @@ def import_adapter(
     )
     if not words:
         raise UserError(
-            f"{file} does not say its trigger words. Give them with --token_words, as --token_words sks."
+            f"{file} does not say its trigger words. Give them with --token-words, as --token-words sks."
         )
     opened = Backbone.open(place, device="cpu", precision="fp32")
     refuse_misfit(
@@ -158,35 +159,56 @@ def import_adapter(
     return f'{out}: {len(adapter.layers)} layers. Next: customize sample "a {token} …" --concept {out}'
 
 
-def describe(source: Path) -> str:
-    """What an adapter is, in lines for a person."""
+def facts_of(source: Path) -> dict[str, Any]:
+    """What an adapter is: its form, kinds, base, ranks, layers, the norms of its changes, and its header."""
     path = adapter_file(source)
     adapter = read_adapter(path)
-    layers = adapter.layers
-    squares = {name: layer.squared_norm() for name, layer in layers.items()}
-    counts = components(layers)
-    lines = [
-        f"file       {path} ({path.stat().st_size / 1e6:.1f} MB)",
-        f"form       {adapter.form}",
-        f"kind       {', '.join(adapter.kinds)}",
-        f"base       {BASES[adapter.base]}",
-        f"rank       {_counted(Counter(layer.rank for layer in layers.values()))}",
-        f"alpha      {_counted(Counter(layer.alpha for layer in layers.values()))}",
-        f"layers     {', '.join(f'{name} {count}' for name, count in counts.items())}",
-        f"precision  {_precision(adapter)}",
-    ]
-    for component in counts:
-        inside = sum(value for name, value in squares.items() if name.startswith(component + "."))
-        lines.append(f"‖ΔW‖       {component} {inside**0.5:.4g}")
-    largest = sorted(squares, key=lambda name: -squares[name])[:SHOWN]
-    lines += ["largest changes", *(f"  {squares[name] ** 0.5:.4g}  {name}" for name in largest)]
-    said = {
-        key: value
-        for key, value in sorted(adapter.header.items())
-        if key not in ("format", "lora_adapter_metadata")
+    squares = {name: layer.squared_norm() for name, layer in adapter.layers.items()}
+    counts = components(adapter.layers)
+    inside = {
+        component: sum(value for name, value in squares.items() if name.startswith(component + "."))
+        for component in counts
     }
-    if said:
-        lines += ["header", *(f"  {key}: {_short(value)}" for key, value in said.items())]
+    largest = sorted(squares, key=lambda name: -squares[name])[:SHOWN]
+    return {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "form": adapter.form,
+        "kinds": list(adapter.kinds),
+        "base": BASES[adapter.base],
+        "ranks": _counted(layer.rank for layer in adapter.layers.values()),
+        "alphas": _counted(layer.alpha for layer in adapter.layers.values()),
+        "layers": dict(counts),
+        "precisions": _precisions(adapter),
+        "norms": {component: value**0.5 for component, value in inside.items()},
+        "largest_changes": {name: squares[name] ** 0.5 for name in largest},
+        "header": {
+            key: value
+            for key, value in sorted(adapter.header.items())
+            if key not in ("format", "lora_adapter_metadata")
+        },
+    }
+
+
+def describe(facts: Mapping[str, Any]) -> str:
+    """What `facts_of` found, in lines for a person."""
+    lines = [
+        f"file       {facts['file']} ({facts['bytes'] / 1e6:.1f} MB)",
+        f"form       {facts['form']}",
+        f"kind       {', '.join(facts['kinds'])}",
+        f"base       {facts['base']}",
+        f"rank       {_common(facts['ranks'])}",
+        f"alpha      {_common(facts['alphas'])}",
+        f"layers     {', '.join(f'{name} {count}' for name, count in facts['layers'].items())}",
+        f"precision  {', '.join(facts['precisions'])}",
+    ]
+    lines += [f"‖ΔW‖       {component} {norm:.4g}" for component, norm in facts["norms"].items()]
+    lines += [
+        "largest changes",
+        *(f"  {norm:.4g}  {name}" for name, norm in facts["largest_changes"].items()),
+    ]
+    if facts["header"]:
+        lines += ["header", *(f"  {key}: {_short(value)}" for key, value in facts["header"].items())]
     return "\n".join(lines)
 
 
@@ -198,20 +220,25 @@ def checked_target(out: Path) -> None:
         raise UserError(f"{out} is a folder. Name a file in it.")
 
 
-def _counted(values: Counter[int] | Counter[float]) -> str:
+def _counted(values: Iterable[float]) -> list[dict[str, float]]:
+    """Each value with the number of layers that have it, the commonest first."""
+    return [{"value": value, "layers": count} for value, count in Counter(values).most_common()]
+
+
+def _common(values: Sequence[Mapping[str, float]]) -> str:
     if len(values) == 1:
-        return f"{next(iter(values)):g}"
-    common = ", ".join(f"{value:g} ({count} layers)" for value, count in values.most_common(4))
-    return common + (" …" if len(values) > 4 else "")
+        return f"{values[0]['value']:g}"
+    shown = ", ".join(f"{one['value']:g} ({one['layers']} layers)" for one in values[:4])
+    return shown + (" …" if len(values) > 4 else "")
 
 
-def _precision(adapter: Adapter) -> str:
+def _precisions(adapter: Adapter) -> list[str]:
     found = {
         str(value.dtype).removeprefix("torch.")
         for layer in adapter.layers.values()
         for value in layer.factors.values()
     }
-    return ", ".join(sorted(found))
+    return sorted(found)
 
 
 def _short(value: str) -> str:

@@ -107,5 +107,5 @@ def refuse_other_encoders(model: Backbone) -> None:
         if not set(TEXT_LAYERS) & set(names):
             raise UserError(
                 f"The {side.name} of {model.location.name} is a {type(side.model).__name__}, which carries no adapter "
-                "here or in diffusers. Leave out --train_text_encoder."
+                "here or in diffusers. Leave out --train-text-encoder."
             )

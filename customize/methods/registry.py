@@ -16,7 +16,7 @@ from backbone.models.model import Backbone
 from customize.methods.lora import Adapter, TextAdapter
 from customize.methods.textual_inversion import Words
 from customize.methods.weights import CROSS_ATTENTION, Weights
-from customize.settings import Settings
+from customize.settings import METHODS, Settings
 
 
 class Piece(Protocol):
@@ -51,20 +51,6 @@ def pieces(model: Backbone, settings: Settings) -> list[Any]:
         case "custom-diffusion":  # Kumari et al. 2023: keys and values of the cross-attention, and a word
             return [Words(model, settings), Weights(model, settings, pattern=CROSS_ATTENTION)]
     raise UserError(f"There is no method {settings.method}. Choose one of {', '.join(METHODS)}.")
-
-
-METHODS = {
-    "lora": "an adapter on the denoiser (DreamBooth with LoRA, DoRA, LoHa or LoKr)",
-    "full": "all of the denoiser's weights (DreamBooth)",
-    "textual-inversion": "a word of its own, nothing else",
-    "pivotal": "a word of its own first, then an adapter",
-    "custom-diffusion": "the cross-attention's keys and values, and a word of its own",
-}
-OWN_WORDS = (
-    "textual-inversion",
-    "pivotal",
-    "custom-diffusion",
-)  # methods in which the token has rows of its own
 
 
 def changes_denoiser(settings: Settings) -> bool:

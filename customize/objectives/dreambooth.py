@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from backbone.diffusion.losses import debiased, min_snr
-from backbone.diffusion.noise import Kind, Level, add_noise, generator, target
+from backbone.diffusion.noise import Level, PredictionType, add_noise, generator, target
 from backbone.distributed import processes
 from backbone.families.base import Text
 from backbone.io.console import UserError
@@ -74,7 +74,7 @@ class Training:
                 self.losses,
                 self.parameters,
                 optimizer=self.optimizer,
-                schedule=make_schedule(
+                lr_schedule=make_schedule(
                     self.settings.lr_scheduler,
                     steps=self.settings.steps,
                     warmup=self.settings.lr_warmup_steps,
@@ -132,7 +132,7 @@ class Training:
         culprits = [names[row] if row < len(names) else f"“{prompts[row - len(names)]}”" for row in bad]
         raise UserError(
             f"Training stopped at step {step}: the loss is not finite at {', '.join(dict.fromkeys(culprits))}. "
-            "Lower --learning_rate or choose --precision fp32; the last checkpoint holds finite weights."
+            "Lower --learning-rate or choose --precision fp32; the last checkpoint holds finite weights."
         )
 
     def bucket(self, random: torch.Generator) -> Bucket:
@@ -173,7 +173,7 @@ class Training:
             index, wanted = bucket.bank.level[draw], bucket.bank.prediction[draw].to(noisy)
             about = bucket.classes[draw]
         else:
-            assert material.drawn is not None
+            assert material.drawn is not None and material.drawn_classes is not None
             draw = torch.randint(len(material.drawn), (count,), generator=random)
             clean = material.drawn[draw].to(self.model.device)
             noise = torch.randn(clean.shape, generator=random).to(clean)
@@ -181,7 +181,7 @@ class Training:
             level = self.model.path.levels[index]
             noisy = add_noise(clean, noise, level)
             wanted = target(clean, noise, level, self.model.path.prediction_type)
-            about = draw // self.settings.num_class_images
+            about = material.drawn_classes[draw]
         share = self.settings.prior_loss_weight * self.settings.batch / count  # λ, over fewer pictures
         weight = torch.full((count, 1, *noisy.shape[-2:]), share)
         return Batch(noisy, index, wanted, weight), len(material.prompts) + about
@@ -262,14 +262,14 @@ def share_of(settings: Settings) -> processes.Share:
     share = processes.share_of_step(settings.gradient_accumulation_steps, settings.batch)
     if settings.lora_dropout and share.scale > 1:
         raise UserError(
-            "--lora_dropout leaves out parts of a whole batch, so that a batch cannot be cut up for "
-            f"{share.scale} processes. Add --gradient_accumulation_steps {share.scale} with a smaller "
-            "--train_batch_size, or leave out the dropout."
+            "--lora-dropout leaves out parts of a whole batch, so that a batch cannot be cut up for "
+            f"{share.scale} processes. Add --gradient-accumulation-steps {share.scale} with a smaller "
+            "--batch, or leave out the dropout."
         )
     return share
 
 
-def weighting(level: Level, kind: Kind, settings: Settings) -> Tensor:
+def weighting(level: Level, kind: PredictionType, settings: Settings) -> Tensor:
     """The weight of each sample's error [B], by its noise level."""
     match settings.loss_weighting:
         case "none":

@@ -11,8 +11,7 @@ from backbone.io.console import UserError
 from backbone.io.files import read_header
 from backbone.models.model import Backbone
 from customize.data.dataset import preserves
-from customize.methods.registry import METHODS, OWN_WORDS
-from customize.settings import SHEET, Settings, as_flags
+from customize.settings import METHODS, OWN_WORDS, SHEET, Settings, as_flags
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PRIVATE = ["checkpoint.safetensors", "tensorboard/*", ".*"]  # of use to nobody else

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from PIL.Image import Image
 
-from backbone.adapters.concept import Concept, resolve_placeholder_tokens
+from backbone.adapters.concept import BEST, Concept, resolve_placeholder_tokens
 from backbone.diffusion.noise import add_noise, generator, target
 from backbone.distributed import processes
 from backbone.distributed.processes import is_main_process, is_participant
@@ -36,7 +36,6 @@ from customize.objectives.dreambooth import Training, weighting
 from customize.settings import Settings, as_flags
 
 EVALUATIONS = "evaluations.jsonl"
-BEST = "best"
 REPORT = "report.html"
 STRIPS = "evaluations"
 RULE = (

@@ -21,7 +21,7 @@ from backbone.memory.planner import (
     precision_name,
 )
 from backbone.models.model import Backbone
-from backbone.models.placement import measures_of
+from backbone.models.placement import get_placement
 from customize.data.dataset import preserves, trains_text
 from customize.methods.weights import CROSS_ATTENTION
 from customize.settings import Settings
@@ -76,9 +76,9 @@ def chosen(denoiser: nn.Module, pattern: str) -> list[Tensor]:
 
 def choice_of(model: Backbone, settings: Settings) -> MemorySettings:
     """How the settings as they are hold the run in memory."""
-    measures = measures_of(settings)
+    placement = get_placement(settings)
     return MemorySettings(
-        precision_name(model), settings.gradient_checkpointing, settings.optimizer, measures
+        precision_name(model), settings.gradient_checkpointing, settings.optimizer, placement
     )
 
 

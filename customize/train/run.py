@@ -14,18 +14,24 @@ from backbone.adapters.embeddings import vector_token_names
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import append_jsonl, content_hash, write_json, write_text
-from backbone.io.run_folder import catch_interrupts, package_versions, run_name, trim_log
+from backbone.io.run_folder import (
+    catch_interrupts,
+    clear_failed_try,
+    package_versions,
+    refuse_taken,
+    run_name,
+    trim_log,
+)
 from backbone.media.pictures import ImageRecord, check_images, list_images
 from backbone.media.transforms import crop_square
 from backbone.models.model import Backbone
-from backbone.models.placement import measures_of
+from backbone.models.placement import get_placement
 from backbone.training.run import log_to_tensorboard
 from customize.data.dataset import Group, prepare
 from customize.data.masks import save_masks
 from customize.methods.lora import refuse_other_encoders
-from customize.methods.registry import METHODS, OWN_WORDS
 from customize.objectives.dreambooth import Training, share_of
-from customize.settings import FILE, SHEET, Settings, Subject, as_flags, read_settings, resolved
+from customize.settings import FILE, OWN_WORDS, SHEET, Settings, Subject, as_flags, read_settings, resolved
 from customize.train.card import card, push, readme
 from customize.train.evaluation import Previews, Watch
 
@@ -33,43 +39,55 @@ LOG = "log.jsonl"
 MASKS = "masks.png"
 
 
-def train_concept(asked: dict[str, Any], subjects: Sequence[Subject], *, out: Path | None) -> Path:
+def train_concept(
+    asked: dict[str, Any], subjects: Sequence[Subject], *, out: Path | None, vram: float | None = None
+) -> Path:
     """Trains a new concept and gives its run folder. `asked` holds what the user set; the rest comes from the model.
+
+    `vram` is in GiB.
 
     A class that is empty is guessed, words that are empty are found. Raises `UserError` for bad pictures, all
     of them listed, a bad token, or a run folder that is taken.
     """
     began = time.perf_counter()
     processes.init_process(asked.get("device") or "auto")
-    pictures = [list_images(subject.images) for subject in subjects]
-    check_images([picture for folder in pictures for picture in folder])
+    pictures = _pictures_of(subjects, asked.get("caption_column", ""), asked.get("image_column", ""))
     run = out or Path("runs") / run_name(subjects[0].images)
-    if (run / FILE).exists():
-        raise UserError(
-            f"{run} already holds a run. Continue it with --resume {run}, or choose another --out."
-        )
+    refuse_taken(run)
+    for folder in asked.get("class_images", ()):
+        check_images(list_images(folder))
     model = Backbone.open(
         asked.get("model", "moji"),
         device=asked.get("device", "auto"),
         precision=asked.get("precision", "auto"),
+        resolution=asked.get("resolution", 0),
     )
     nouns = [
         subject.class_noun or guess(model, folder, subject.images)
         for subject, folder in zip(subjects, pictures, strict=True)
     ]
     first = subjects[0]
-    asked, size = {name: value for name, value in asked.items() if name != "vram"}, asked.get("vram")
-    settings = resolved(model, asked, images=first.images, token=first.token, class_noun=nouns[0])
-    if settings.method not in METHODS:
-        raise UserError(f"There is no method {settings.method}. Choose one of {', '.join(METHODS)}.")
+    named = {
+        "images": first.images,
+        "token": first.token,
+        "class_noun": nouns[0],
+        "subject": tuple(subject.flag() for subject in subjects[1:]),
+    }
+    if first.token_words:
+        named["token_words"] = first.token_words
+    settings = resolved(asked | named, model.defaults)
     model = Backbone.open(
-        settings.model, device=settings.device, precision=settings.precision, measures=measures_of(settings)
+        settings.model,
+        device=settings.device,
+        precision=settings.precision,
+        placement=get_placement(settings),
+        resolution=settings.resolution,
     )
-    if size is not None:
+    if vram is not None:
         from customize.train.memory import budgeted
 
         processes.require_whole_model("--vram counts for a process alone; it")
-        model, settings = budgeted(model, settings, sum(map(len, pictures)), size)
+        model, settings = budgeted(model, settings, sum(map(len, pictures)), vram)
     vocabulary = model.text_encoder.tokenizer.get_vocab()
     if settings.train_text_encoder:
         refuse_other_encoders(model)
@@ -86,11 +104,12 @@ def train_concept(asked: dict[str, Any], subjects: Sequence[Subject], *, out: Pa
             words = choose_rare_words(vocabulary, key, taken=[other.token_words for other in found])
         found.append(dataclasses.replace(subject, class_noun=noun, token_words=words))
     settings = dataclasses.replace(
-        settings, token_words=found[0].token_words, concept=tuple(subject.flag() for subject in found[1:])
+        settings, token_words=found[0].token_words, subject=tuple(subject.flag() for subject in found[1:])
     )
     share_of(settings)
     processes.barrier()  # now every process has seen that the folder is free
     if processes.is_main_process():
+        clear_failed_try(run)
         write_record(run, settings, timings={})
     return carry_on(run, settings, model, pictures, began=began)
 
@@ -99,12 +118,27 @@ def resume_concept(run: Path) -> Path:
     """Goes on with a run that was stopped; the weights come out as if it had not been."""
     settings = read_settings(run)
     processes.init_process(settings.device)
-    pictures = [list_images(subject.images) for subject in settings.subjects()]
-    check_images([picture for folder in pictures for picture in folder])
+    pictures = _pictures_of(settings.subjects(), settings.caption_column, settings.image_column)
     model = Backbone.open(
-        settings.model, device=settings.device, precision=settings.precision, measures=measures_of(settings)
+        settings.model,
+        device=settings.device,
+        precision=settings.precision,
+        placement=get_placement(settings),
+        resolution=settings.resolution,
     )
     return carry_on(run, settings, model, pictures, began=time.perf_counter())
+
+
+def _pictures_of(
+    subjects: Sequence[Subject], caption_column: str, image_column: str
+) -> list[list[ImageRecord]]:
+    """The images of each subject; `UserError` that lists all which cannot be used."""
+    found = [
+        list_images(subject.images, caption_column=caption_column or None, image_column=image_column or None)
+        for subject in subjects
+    ]
+    check_images([picture for folder in found for picture in folder])
+    return found
 
 
 def carry_on(

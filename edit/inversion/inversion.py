@@ -31,13 +31,13 @@ from PIL import Image
 from torch import Tensor
 
 from backbone.adapters.concept import Concept
-from backbone.diffusion.noise import Estimate, Ladder, Level, Predict, generator
+from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, generator
 from backbone.diffusion.samplers import deterministic_step
 from backbone.families.base import Text
 from backbone.io.console import UserError
 from backbone.io.files import content_hash, read_tensors, write_tensors
 from backbone.media.transforms import to_image, to_tensor
-from backbone.models.cache import encoded_prompts
+from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from edit.inversion.null_text import null_texts
 from edit.inversion.trajectories import (
@@ -74,7 +74,7 @@ class Inversion:
     model: Backbone
     method: Method
     prompt: str
-    ladder: Ladder
+    schedule: Schedule
     states: Tensor
     picture: Tensor
     identity: str
@@ -88,7 +88,7 @@ class Inversion:
     @property
     def steps(self) -> int:
         """S."""
-        return len(self.ladder) - 1
+        return len(self.schedule) - 1
 
     @property
     def clean(self) -> Tensor:
@@ -107,10 +107,10 @@ class Inversion:
 
     def step(self, number: int, before: Tensor | None, now: Tensor, estimate: Estimate) -> Tensor:
         """The states [B, C, H, W] at rung `number + 1`, from those at `number` and, for `reversible`, those before."""
-        here, there = self.ladder[number], self.ladder[number + 1]
+        here, there = self.schedule[number], self.schedule[number + 1]
         if self.method == "reversible":
             assert before is not None
-            return leap(before, now, estimate, self.ladder[number - 1], here, there)
+            return leap(before, now, estimate, self.schedule[number - 1], here, there)
         if self.noise is not None:
             return corrected_step(now, estimate, here, there, self.noise[number].expand_as(now))
         return deterministic_step(now, estimate, here, there)
@@ -122,7 +122,7 @@ class Inversion:
         ever wider from step to step.
         """
         if self.method == "reversible":
-            return deterministic_step(now, estimate, self.ladder[number], self.ladder[number + 1])
+            return deterministic_step(now, estimate, self.schedule[number], self.schedule[number + 1])
         return self.step(number, None, now, estimate)
 
     def empty(self, number: int, usual: Text) -> Text:
@@ -136,10 +136,10 @@ class Inversion:
         tensors = {
             "states": self.states,
             "picture": to_bytes(self.picture),
-            "a": self.ladder.a,
-            "b": self.ladder.b,
+            "a": self.schedule.a,
+            "b": self.schedule.b,
         }
-        optional = {"time": self.ladder.time, "noise": self.noise, "empties": self.empties}
+        optional = {"time": self.schedule.time, "noise": self.noise, "empties": self.empties}
         tensors |= {name: value for name, value in optional.items() if value is not None}
         said = {name: getattr(self, name) for name in SAID}
         metadata = {"limner_inversion": FORMAT, "said": json.dumps({**said, "facts": dict(self.facts)})}
@@ -160,6 +160,7 @@ def invert(
     seed: int = 0,
     iterations: int = 10,
     concepts: Sequence[Concept] = (),
+    scale: float = 1.0,
 ) -> Inversion:
     """Inverts a picture that shows what the prompt says (in the model's words).
 
@@ -179,31 +180,31 @@ def invert(
         )
     guidance = float(model.defaults["guidance"]) if guidance is None else guidance
     shown, facts = prepared(model, image)
-    ladder = ladder_of(model, steps, shown)
+    schedule = ladder_of(model, steps, shown)
     picture = to_tensor(shown)
     clean = model.encode(picture[None]).mean
-    text = encoded_prompts(model, [prompt])
+    text = encode_prompts_cached(model, [prompt])
     predict = Counted(model.predictor(text))
     noise = empties = None
     with torch.no_grad():
         match method:
             case "edit-friendly":
-                states = independent(clean, ladder, generator=generator(seed, "edit-friendly"))
-                noise = corrections(states, predict, ladder)[:, 0]
+                states = independent(clean, schedule, generator=generator(seed, "edit-friendly"))
+                noise = corrections(states, predict, schedule)[:, 0]
             case "renoise":
-                states = renoised(clean, predict, ladder)
+                states = renoised(clean, predict, schedule)
             case "reversible":
-                states = leapt(clean.double(), predict, ladder)
+                states = leapt(clean.double(), predict, schedule)
             case _:
-                states = inverted(clean, predict, ladder)
+                states = inverted(clean, predict, schedule)
     asked = predict.rows
     if method == "null-text":
         empties, more = null_texts(
             model,
             states,
-            ladder,
+            schedule,
             conditional=predict,
-            empty=encoded_prompts(model, [""]),
+            empty=encode_prompts_cached(model, [""]),
             guidance=guidance,
             iterations=iterations,
         )
@@ -212,10 +213,10 @@ def invert(
         model=model,
         method=method,
         prompt=prompt,
-        ladder=ladder,
+        schedule=schedule,
         states=states[:, 0],
         picture=to_tensor(shown),
-        identity=identity(model, concepts),
+        identity=identity(model, concepts, scale=scale),
         evaluations=asked,
         seed=seed,
         noise=noise,
@@ -231,8 +232,8 @@ def replayed(inversion: Inversion, *, guidance: float = 1.0) -> Tensor:
 
     At guidance 1 this is what the method's exactness means; above it, how much guidance drives it off.
     """
-    model, ladder = inversion.model, inversion.ladder
-    text, empty = (encoded_prompts(model, [prompt]) for prompt in (inversion.prompt, ""))
+    model, schedule = inversion.model, inversion.schedule
+    text, empty = (encode_prompts_cached(model, [prompt]) for prompt in (inversion.prompt, ""))
     if inversion.method == "negative-prompt":
         guidance = 1.0  # guided by its own prompt it is not guided
     first = inversion.start(1.0)
@@ -240,27 +241,29 @@ def replayed(inversion: Inversion, *, guidance: float = 1.0) -> Tensor:
     assert now is not None
     for number in range(first, inversion.steps):
         predict = model.guided_predictor(text, inversion.empty(number, empty), guidance)
-        before, now = now, inversion.step(number, before, now, predict(now, ladder[number]))
+        before, now = now, inversion.step(number, before, now, predict(now, schedule[number]))
     return now[0]
 
 
-def read_inversion(path: str | Path, model: Backbone, *, concepts: Sequence[Concept] = ()) -> Inversion:
+def read_inversion(
+    path: str | Path, model: Backbone, *, concepts: Sequence[Concept] = (), scale: float = 1.0
+) -> Inversion:
     """An inversion from its file; `UserError` for another kind of file, or one of another model or other concepts."""
     tensors, metadata = read_tensors(path)
     if metadata.get("limner_inversion") != FORMAT:
         raise UserError(f"{path} is no inversion that this version reads. Make one with `edit invert`.")
     said = json.loads(metadata["said"])
-    if said["identity"] != identity(model, concepts):
+    if said["identity"] != identity(model, concepts, scale=scale):
         raise UserError(
-            f"{path} was made with {metadata['model']}, other weights or other concepts than are given now. "
-            "Give the --model and --concept that it was made with, or invert the picture again."
+            f"{path} was made with {metadata['model']}, other weights, concepts or another scale than are given "
+            "now. Give the --model, --concept and --scale that it was made with, or invert the picture again."
         )
-    ladder = Level(tensors["a"], tensors["b"], tensors.get("time"))
+    schedule = Level(tensors["a"], tensors["b"], tensors.get("time"))
     on: dict[str, Any] = {
         name: tensors[name].to(model.device) for name in ("states", "noise", "empties") if name in tensors
     }
     picture = tensors["picture"].float().div(127.5).sub(1)
-    return Inversion(model=model, ladder=ladder.to(model.device), picture=picture, **on, **said)
+    return Inversion(model=model, schedule=schedule.to(model.device), picture=picture, **on, **said)
 
 
 def prompt_of(metadata: Mapping[str, str]) -> str:
@@ -285,11 +288,11 @@ class Counted:
         return self.predict(noisy, level)
 
 
-def ladder_of(model: Backbone, steps: int, picture: Image.Image | None = None) -> Ladder:
+def ladder_of(model: Backbone, steps: int, picture: Image.Image | None = None) -> Schedule:
     """The model's ladder of S steps for a picture; `UserError` for a number of steps that it does not have."""
     size = None if picture is None else (picture.height // model.factor, picture.width // model.factor)
     try:
-        return model.ladder(steps, size=size)
+        return model.schedule(steps, size=size)
     except ValueError as error:
         raise UserError(f"{model.location.name} cannot be walked in {steps} steps: {error}") from error
 
@@ -315,7 +318,7 @@ def told(model: Backbone, text: Text, source_guidance: float, guidance: float) -
 
 def is_told(model: Backbone) -> bool:
     """Whether the network is told its guidance, and so never asked without the prompt."""
-    return model.family.embed_guidance(model.denoiser, encoded_prompts(model, [""]), 1.0) is not None
+    return model.family.embed_guidance(model.denoiser, encode_prompts_cached(model, [""]), 1.0) is not None
 
 
 def refuse_negative(model: Backbone, negative: str) -> None:
@@ -327,9 +330,11 @@ def refuse_negative(model: Backbone, negative: str) -> None:
         )
 
 
-def identity(model: Backbone, concepts: Sequence[Concept] = ()) -> str:
-    """Tells a model wearing concepts from all others, from the contents of the files."""
+def identity(model: Backbone, concepts: Sequence[Concept] = (), *, scale: float = 1.0) -> str:
+    """Tells a model wearing concepts, `scale` times as strong, from all others, from the contents of the files."""
     parts = [model.fingerprint]
+    if concepts and scale != 1:
+        parts.append(f"scale {scale:g}")
     for concept in concepts:
         for name in (concept.weights, concept.words, concept.changed):
             if name:

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from backbone.diffusion.noise import Estimate, Ladder, Predict, guide
+from backbone.diffusion.noise import Estimate, Predict, Schedule, guide
 from backbone.diffusion.samplers import deterministic_step
 from backbone.families.base import Text
 from backbone.models.model import Backbone
@@ -20,7 +20,7 @@ TOLERANCE = 1e-5
 def null_texts(
     model: Backbone,
     states: Tensor,
-    ladder: Ladder,
+    schedule: Schedule,
     *,
     conditional: Predict,
     empty: Text,
@@ -35,10 +35,10 @@ def null_texts(
     behind it. Kept is the best embedding that was tried, the warm one included. The denoiser's weights take no
     gradient, and its conditional prediction is asked once a step.
     """
-    steps = len(ladder) - 1
+    steps = len(schedule) - 1
     now, embedding, asked, found = states[0], empty["hidden"].clone(), 0, []
     with quick_to_train(model.denoiser):
-        for number, (here, there) in enumerate(pairwise(ladder)):
+        for number, (here, there) in enumerate(pairwise(schedule)):
             with torch.no_grad():
                 said = conditional(now, here)
             asked += len(now)

@@ -20,27 +20,27 @@ from torch import Tensor
 
 from backbone.diffusion.noise import (
     Estimate,
-    Ladder,
     Level,
     Predict,
     Randomness,
+    Schedule,
     add_noise,
-    normal_like,
-    over,
+    broadcast_like,
+    randn_like,
 )
-from backbone.diffusion.samplers import ancestral_step, deterministic_step, told_the_noisier, trajectory
+from backbone.diffusion.samplers import ancestral_step, deterministic_step, trajectory, with_noisier_time
 
 
-def inverted(clean: Tensor, predict: Predict, ladder: Ladder) -> Tensor:
+def inverted(clean: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
     """DDIM inversion (Song, Meng & Ermon 2021, section 4.3); on a flow, Euler's steps upward. S evaluations."""
-    return torch.stack(list(trajectory(clean, predict, ladder.flip()))).flip(0)
+    return torch.stack(list(trajectory(clean, predict, schedule.flip()))).flip(0)
 
 
 # Fixed points -----------------------------------------------------------------------------------------------
 
 
 def renoised(
-    clean: Tensor, predict: Predict, ladder: Ladder, *, rounds: int = 4, tolerance: float = 1e-4
+    clean: Tensor, predict: Predict, schedule: Schedule, *, rounds: int = 4, tolerance: float = 1e-4
 ) -> Tensor:
     """Each state the one from which a deterministic step leads back to the state before it.
 
@@ -51,15 +51,15 @@ def renoised(
     mean square); 2 to 2 + rounds evaluations a step.
     """
     states = [clean]
-    for here, there in pairwise(ladder.flip()):
+    for here, there in pairwise(schedule.flip()):
         reached = states[-1]
 
         def miss_of(x: Tensor, goal: Tensor = reached, here: Level = here, there: Level = there) -> Tensor:
             return goal - deterministic_step(x, predict(x, there), there, here)
 
-        x = deterministic_step(reached, predict(reached, told_the_noisier(here, there)), here, there)
+        x = deterministic_step(reached, predict(reached, with_noisier_time(here, there)), here, there)
         miss = miss_of(x)
-        far = over((there.a + there.b) / (here.a + here.b), x) * torch.ones_like(_size(miss))
+        far = broadcast_like((there.a + there.b) / (here.a + here.b), x) * torch.ones_like(_size(miss))
         for _ in range(rounds):
             if bool((_size(miss) < tolerance).all()):
                 break
@@ -82,18 +82,18 @@ def _size(miss: Tensor) -> Tensor:
 # The reversible rule ----------------------------------------------------------------------------------------
 
 
-def leapt(clean: Tensor, predict: Predict, ladder: Ladder) -> Tensor:
+def leapt(clean: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
     """The first step up by Euler's rule, all others by `leap`: walking down with `leap` retraces it. S evaluations.
 
     The states should be float64, so that what rounding there is does not grow along the way.
     """
-    levels = list(ladder.flip())
-    first = predict(clean, told_the_noisier(levels[0], levels[1]))
+    levels = list(schedule.flip())
+    first = predict(clean, with_noisier_time(levels[0], levels[1]))
     states = [clean, deterministic_step(clean, first, levels[0], levels[1])]
     for before, here, there in zip(levels, levels[1:], levels[2:], strict=False):
         now = states[-1]
         if _tau(before) == _tau(here):  # a ladder that ends with the same rung twice: the first step was none
-            estimate = predict(now, told_the_noisier(here, there))
+            estimate = predict(now, with_noisier_time(here, there))
             states.append(deterministic_step(now, estimate, here, there))
         else:
             states.append(leap(states[-2], now, predict(now, here), before, here, there))
@@ -116,11 +116,11 @@ def leap(
     p, q = (second / first) ** 2, second * (first + second) / first
     velocity = estimate.noise - estimate.clean
     straight = (
-        over(p, now) * before / over(previous.a + previous.b, now)
-        + over(1 - p, now) * now / over(here.a + here.b, now)
-        + over(q, now) * velocity
+        broadcast_like(p, now) * before / broadcast_like(previous.a + previous.b, now)
+        + broadcast_like(1 - p, now) * now / broadcast_like(here.a + here.b, now)
+        + broadcast_like(q, now) * velocity
     )
-    return over(there.a + there.b, now) * straight
+    return broadcast_like(there.a + there.b, now) * straight
 
 
 def _tau(level: Level) -> Tensor:
@@ -130,14 +130,14 @@ def _tau(level: Level) -> Tensor:
 # Noise maps -------------------------------------------------------------------------------------------------
 
 
-def independent(clean: Tensor, ladder: Ladder, *, generator: Randomness = None) -> Tensor:
+def independent(clean: Tensor, schedule: Schedule, *, generator: Randomness = None) -> Tensor:
     """The clean latent with its own fresh noise at every rung but the last, which it is (Huberman-Spiegelglas et al.
     2024, eq. 6): noisier maps than a chain has, hence the name edit-friendly. No evaluation."""
-    noisy = [add_noise(clean, normal_like(clean, generator), rung) for rung in ladder[:-1]]
+    noisy = [add_noise(clean, randn_like(clean, generator), rung) for rung in schedule[:-1]]
     return torch.stack([*noisy, clean])
 
 
-def corrections(states: Tensor, predict: Predict, ladder: Ladder) -> Tensor:
+def corrections(states: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
     """What an ancestral step lacks at each rung to arrive at the next state [S, B, ...]. S evaluations.
 
     σ·z of Huberman-Spiegelglas et al. 2024, eq. 5: with it the steps retrace the states exactly, whatever σ is, also
@@ -146,7 +146,7 @@ def corrections(states: Tensor, predict: Predict, ladder: Ladder) -> Tensor:
     return torch.stack(
         [
             state_there - corrected_step(state, predict(state, here), here, there, torch.zeros_like(state))
-            for (state, state_there), (here, there) in zip(pairwise(states), pairwise(ladder), strict=True)
+            for (state, state_there), (here, there) in zip(pairwise(states), pairwise(schedule), strict=True)
         ]
     )
 

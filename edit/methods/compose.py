@@ -10,7 +10,7 @@ from torch import Tensor
 
 from backbone.diffusion.noise import Estimate
 from backbone.diffusion.samplers import deterministic_step
-from backbone.models.cache import encoded_prompts
+from backbone.models.cache import encode_prompts_cached
 from edit import checks
 from edit.inversion.inversion import Inversion
 from edit.masks import latent_mask, mask_of
@@ -18,7 +18,7 @@ from edit.methods.sdedit import Drawn, spaced
 
 
 @torch.no_grad()
-def lead(
+def compose(
     inversion: Inversion,
     toward: Sequence[tuple[str, float]],
     *,
@@ -37,9 +37,11 @@ def lead(
     """
     checks.prompts([prompt for prompt, _ in toward], "prompt to lead to")
     checks.share("strength", strength)
-    model, ladder, states = inversion.model, inversion.ladder, inversion.states.float()
+    model, schedule, states = inversion.model, inversion.schedule, inversion.states.float()
     weights = torch.tensor([weight for _, weight in toward], device=states.device)[:, None, None, None]
-    text = encoded_prompts(model, [inversion.prompt, inversion.prompt, "", *(prompt for prompt, _ in toward)])
+    text = encode_prompts_cached(
+        model, [inversion.prompt, inversion.prompt, "", *(prompt for prompt, _ in toward)]
+    )
     predict = model.predictor(text)
     first = inversion.start(strength)
     now, asked, found, kept = states[first], 0, [], spaced(first, inversion.steps, frames)
@@ -49,7 +51,7 @@ def lead(
         whole = mask_of(mask, shown=(width, height), original=inversion.facts.get("size"))
         places = latent_mask(whole, states.shape[-2:]).to(states)
     for number in range(first, inversion.steps):
-        here, there = ladder[number], ladder[number + 1]
+        here, there = schedule[number], schedule[number + 1]
         rows = torch.cat([states[number][None], now.expand(2 + len(toward), *now.shape)])
         said = predict(rows, here)
         asked += len(rows)

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from backbone.diffusion.noise import Estimate, Level, generator, guide, over
-from backbone.diffusion.schedules import upto
+from backbone.diffusion.noise import Estimate, Level, broadcast_like, generator, guide
+from backbone.diffusion.schedules import truncate_schedule
 from backbone.media.transforms import to_tensor
-from backbone.models.cache import encoded_prompts
+from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from edit import checks
 from edit.inversion.inversion import ladder_of, told
@@ -57,7 +57,7 @@ def flow_edit(
     )
     checks.not_negative("source guidance", source_guidance)
     shown, facts = prepared(model, image)
-    ladder = upto(ladder_of(model, steps, shown), strength)
+    schedule = truncate_schedule(ladder_of(model, steps, shown), strength)
     picture = to_tensor(shown)
     clean = model.encode(picture[None]).mean
     places = None
@@ -66,13 +66,13 @@ def flow_edit(
         places = latent_mask(whole, clean.shape[-2:]).to(clean)
     count = len(targets)
     order = list(range(1 + count))  # which state each row of a call sees: the source's, or a target's
-    text = encoded_prompts(model, [source, *targets])
+    text = encode_prompts_cached(model, [source, *targets])
     with_guidance = told(model, text, source_guidance, guidance)
     if with_guidance is not None:
         text, source_guidance, guidance = with_guidance, 1.0, 1.0
     else:
         free = ([0] if source_guidance != 1 else []) + (order[1:] if guidance != 1 else [])
-        empty = encoded_prompts(model, [""])
+        empty = encode_prompts_cached(model, [""])
         text = {
             name: torch.cat([value, empty[name].expand(len(free), *value.shape[1:])])
             for name, value in text.items()
@@ -80,20 +80,20 @@ def flow_edit(
         order += free
     predict = model.predictor(text)
     edited, found, asked = clean.repeat(count, 1, 1, 1), [], 0
-    kept = spaced(0, len(ladder) - 1, frames)
-    for number, (here, there) in enumerate(pairwise(ladder)):
+    kept = spaced(0, len(schedule) - 1, frames)
+    for number, (here, there) in enumerate(pairwise(schedule)):
         moved = torch.zeros_like(edited)
         for draw in range(draws):
             random = generator(seed, number, draw, "flow edit")
             noise = torch.randn(clean.shape, generator=random).to(clean)
-            tau = over(_tau(here), clean)
+            tau = broadcast_like(_tau(here), clean)
             noised = (1 - tau) * clean + tau * noise
             both = torch.cat([noised, noised + (edited - clean)])
-            said = predict(over(here.a + here.b, both) * both[order], here)
+            said = predict(broadcast_like(here.a + here.b, both) * both[order], here)
             asked += len(order)
             velocity = [_velocity(half) for half in _guided(said, count, source_guidance, guidance)]
             moved += (velocity[1] - velocity[0]) / draws
-        edited = edited + over(_tau(there) - _tau(here), edited) * moved
+        edited = edited + broadcast_like(_tau(there) - _tau(here), edited) * moved
         if places is not None:
             edited = torch.where(places > 0, edited, clean)
         if number in kept:

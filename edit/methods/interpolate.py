@@ -11,12 +11,12 @@ from torch import Tensor
 from backbone.diffusion.noise import Estimate
 from backbone.diffusion.samplers import deterministic_step
 from backbone.io.console import UserError
-from backbone.models.cache import encoded_prompts
+from backbone.models.cache import encode_prompts_cached
 from edit.inversion.inversion import Inversion
 
 
 @torch.no_grad()
-def between(
+def interpolate(
     first: Inversion, second: Inversion, *, count: int = 7, progress: Callable[[], Any] = lambda: None
 ) -> tuple[Tensor, int]:
     """Latents [K, C, H, W] from the first picture to the second, both included, and the evaluations that they took.
@@ -29,16 +29,16 @@ def between(
     """
     if first.identity != second.identity:
         raise UserError("The two inversions are of different models. Invert both pictures with the same one.")
-    if first.states.shape != second.states.shape or not torch.equal(first.ladder.a, second.ladder.a):
+    if first.states.shape != second.states.shape or not torch.equal(first.schedule.a, second.schedule.a):
         raise UserError(
             "The two inversions differ in size or in steps. Invert pictures of the same shape with the same --steps."
         )
     if count < 3:
         raise UserError(f"{count} pictures leave none in between. Ask for three or more.")
-    model, ladder = first.model, first.ladder
+    model, schedule = first.model, first.schedule
     ends = torch.stack([first.states, second.states]).float()  # [2, S + 1, C, H, W]
     weight = torch.linspace(0, 1, count, device=ends.device)[1:-1]
-    texts = encoded_prompts(model, [first.prompt, second.prompt])
+    texts = encode_prompts_cached(model, [first.prompt, second.prompt])
     mixed = {
         name: torch.cat([value, torch.stack([_between(value[0], value[1], float(w)) for w in weight])])
         for name, value in texts.items()
@@ -48,7 +48,7 @@ def between(
     share = weight[:, None, None, None]
     asked = 0
     for number in range(first.steps):
-        here, there = ladder[number], ladder[number + 1]
+        here, there = schedule[number], schedule[number + 1]
         rows = torch.cat([ends[:, number], now])
         said = predict(rows, here)
         asked += len(rows)

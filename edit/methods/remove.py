@@ -12,7 +12,7 @@ from torch import Tensor
 
 from backbone.diffusion.noise import add_noise, generator
 from backbone.diffusion.samplers import deterministic_step
-from backbone.models.cache import encoded_prompts
+from backbone.models.cache import encode_prompts_cached
 from edit import checks
 from edit.attention.alignment import heard_prompt, require
 from edit.inversion.inversion import Inversion, refuse_negative, rows_of
@@ -52,7 +52,7 @@ def remove(
     """
     checks.share("strength", strength)
     checks.share("threshold", threshold)
-    model, ladder, states = inversion.model, inversion.ladder, inversion.states.float()
+    model, schedule, states = inversion.model, inversion.schedule, inversion.states.float()
     refuse_negative(model, negative)
     guidance = (
         float(model.defaults["guidance"]) if guidance is None else checks.not_negative("guidance", guidance)
@@ -67,19 +67,21 @@ def remove(
         places, asked = place_of(inversion, word, threshold=threshold)
     places = _grown(places, grow)
     said = without(inversion.prompt, word) if prompt is None else prompt
-    text, empty = (encoded_prompts(model, [words] * count) for words in (said, negative))
+    text, empty = (encode_prompts_cached(model, [words] * count) for words in (said, negative))
     predict, each = model.guided_predictor(text, empty, guidance), rows_of(model, text, guidance)
     first = inversion.start(strength)
     shape = states.shape[1:]
     noise = torch.stack(
         [torch.randn(shape, generator=generator(seed, k, "remove")) for k in range(count)]
     ).to(states)
-    inside = add_noise(inversion.clean.expand_as(noise), noise, ladder[first]) if strength < 1 else noise
-    scale = (ladder.a[first] ** 2 + ladder.b[first] ** 2).sqrt() if strength == 1 else ladder.a.new_ones(())
+    inside = add_noise(inversion.clean.expand_as(noise), noise, schedule[first]) if strength < 1 else noise
+    scale = (
+        (schedule.a[first] ** 2 + schedule.b[first] ** 2).sqrt() if strength == 1 else schedule.a.new_ones(())
+    )
     now = torch.where(places > 0, inside * scale.to(inside), states[first])
     found, kept = [], spaced(first, inversion.steps, frames)
     for number in range(first, inversion.steps):
-        here, there = ladder[number], ladder[number + 1]
+        here, there = schedule[number], schedule[number + 1]
         estimate = predict(now, here)
         asked += count * each
         now = torch.where(places > 0, deterministic_step(now, estimate, here, there), states[number + 1])

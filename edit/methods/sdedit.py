@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from backbone.diffusion.noise import Estimate, Ladder, Predict, add_noise, generator
+from backbone.diffusion.noise import Estimate, Predict, Schedule, add_noise, generator
 from backbone.diffusion.samplers import deterministic_step
-from backbone.diffusion.schedules import upto
+from backbone.diffusion.schedules import truncate_schedule
 from backbone.media.transforms import to_image, to_tensor
-from backbone.models.cache import encoded_prompts
+from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from edit import checks
 from edit.inversion.inversion import ladder_of, refuse_negative, rows_of
@@ -92,7 +92,7 @@ def sdedit(
         float(model.defaults["guidance"]) if guidance is None else checks.not_negative("guidance", guidance)
     )
     shown, facts = prepared(model, image)
-    ladder = upto(ladder_of(model, steps, shown), strength)
+    schedule = truncate_schedule(ladder_of(model, steps, shown), strength)
     picture = to_tensor(shown)
     clean = model.encode(picture[None]).mean
     places = None
@@ -102,12 +102,12 @@ def sdedit(
     noise = torch.stack(
         [torch.randn(clean.shape[1:], generator=generator(seed, k, "sdedit")) for k in range(count)]
     )
-    text, empty = (encoded_prompts(model, [words] * count) for words in (prompt, negative))
+    text, empty = (encode_prompts_cached(model, [words] * count) for words in (prompt, negative))
     predict = model.guided_predictor(text, empty, guidance)
     latents, estimates = filled(
-        clean, noise.to(clean), predict, ladder, places=places, frames=frames, progress=progress
+        clean, noise.to(clean), predict, schedule, places=places, frames=frames, progress=progress
     )
-    asked = (len(ladder) - 1) * count * rows_of(model, text, guidance)
+    asked = (len(schedule) - 1) * count * rows_of(model, text, guidance)
     return Drawn(model, picture, clean[0], latents, places, estimates, asked, facts)
 
 
@@ -115,7 +115,7 @@ def filled(
     clean: Tensor,
     noise: Tensor,
     predict: Predict,
-    ladder: Ladder,
+    schedule: Schedule,
     *,
     places: Tensor | None = None,
     frames: int = 0,
@@ -126,14 +126,14 @@ def filled(
     Where `places` [H, W] is 0 the state is, at every rung, the clean latent with the same noise [N, C, H, W].
     """
     clean = clean.expand_as(noise)
-    now, kept, found = clean, spaced(0, len(ladder) - 1, frames), []
-    if len(ladder) > 1:
-        now = add_noise(clean, noise, ladder[0])
-    for number, (here, there) in enumerate(pairwise(ladder)):
+    now, kept, found = clean, spaced(0, len(schedule) - 1, frames), []
+    if len(schedule) > 1:
+        now = add_noise(clean, noise, schedule[0])
+    for number, (here, there) in enumerate(pairwise(schedule)):
         estimate: Estimate = predict(now, here)
         now = deterministic_step(now, estimate, here, there)
         if places is not None:
-            last = number == len(ladder) - 2
+            last = number == len(schedule) - 2
             now = torch.where(places > 0, now, clean if last else add_noise(clean, noise, there))
         if number in kept:
             found.append(estimate.clean.float())

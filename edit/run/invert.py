@@ -14,7 +14,7 @@ from edit.methods.prompt_to_prompt.regions import blended_words, told_apart
 from edit.methods.prompt_to_prompt.settings import AUTO
 from edit.run.open import inverted, open_model, settings_of
 
-BEGIN = ("model", "concepts", "precision", "device", "inversion")
+BEGIN = ("model", "concepts", "scale", "precision", "device", "inversion")
 SETTINGS = (
     "control", "guidance", "negative", "weights", "windows", "swaps", "blend", "keep", "mask", "cross",
     "self_attention", "threshold", "strength", "heatmaps",

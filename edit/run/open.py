@@ -20,10 +20,11 @@ FRAMES = 12
 
 @dataclass(frozen=True)
 class Opened:
-    """A model with the concepts that it wears, and how it was opened."""
+    """A model with the concepts that it wears, `scale` times as strong, and how it was opened."""
 
     model: Backbone
     concepts: tuple[Concept, ...]
+    scale: float = 1.0
 
     def said(self, prompt: str) -> str:
         """A person's prompt in the model's words."""
@@ -35,9 +36,10 @@ class Opened:
             "model": self.model.location.name,
             "fingerprint": self.model.fingerprint,
             "concepts": summarize_concepts(self.concepts),
+            "scale": self.scale,
             "device": str(self.model.device),
             "precision": next(name for name, dtype in PRECISIONS.items() if dtype is self.model.dtype),
-            "identity": identity(self.model, self.concepts),
+            "identity": identity(self.model, self.concepts, scale=self.scale),
         }
 
 
@@ -45,6 +47,7 @@ def open_model(
     *,
     model: str | None = None,
     concepts: Sequence[str] = (),
+    scale: float = 1.0,
     precision: str | None = None,
     device: str | None = None,
     inversion: str | None = None,
@@ -58,8 +61,8 @@ def open_model(
     if learned:
         from backbone.adapters.apply import load_concepts  # and peft with it, which takes a while
 
-        load_concepts(opened, learned)
-    return Opened(opened, learned)
+        load_concepts(opened, learned, scale=scale)
+    return Opened(opened, learned, scale)
 
 
 def inverted(
@@ -76,7 +79,7 @@ def inverted(
 ) -> Inversion:
     """The inversion of a file, or of a picture with its prompt."""
     if inversion is not None:
-        found = read_inversion(inversion, opened.model, concepts=opened.concepts)
+        found = read_inversion(inversion, opened.model, concepts=opened.concepts, scale=opened.scale)
         if source is not None and opened.said(source) != found.prompt:
             raise UserError(f"{inversion} is of “{found.prompt}”, not of “{source}”. Leave --source out.")
         return found
@@ -86,7 +89,7 @@ def inverted(
     notify(f"Inverting {image} ({method}, {steps} steps) …")
     return invert(
         opened.model, image, opened.said(prompt), method=cast(Any, method), steps=steps, guidance=guidance, seed=seed,
-        iterations=iterations, concepts=opened.concepts,
+        iterations=iterations, concepts=opened.concepts, scale=opened.scale,
     )  # fmt: skip
 
 

@@ -32,16 +32,16 @@ from backbone.models.model import Backbone
 from edit import checks
 from edit.inversion.inversion import Inversion, identity
 from edit.masks import as_mask
-from edit.methods.compose import lead
+from edit.methods.compose import compose
 from edit.methods.flow_edit import flow_edit
-from edit.methods.interpolate import between
+from edit.methods.interpolate import interpolate
 from edit.methods.prompt_to_prompt.edit import Edited, align_all, aligned, possible, replace
 from edit.methods.remove import remove, without
 from edit.methods.sdedit import Drawn, sdedit
 from edit.run.open import FRAMES, Opened, inverted, open_model, settings_of
 from edit.run.report import INVERSION, RECORD, Result, beside, heat, publish
 
-OPENING = ("model", "concepts", "precision", "device")
+OPENING = ("model", "concepts", "scale", "precision", "device")
 JUDGING = ("metrics", "scorer")
 FILES = ("image", "inversion", "mask", "first", "second")
 
@@ -125,7 +125,8 @@ def replay(record: Path, *, out: Path | None) -> Path:
             )
     device = str(wishes.get("device") or "auto")
     learned = [read_concept(folder) for folder in wishes.get("concepts", ())]
-    if identity(Backbone.open(said["model"], device=device), learned) != said["identity"]:
+    scale = float(wishes.get("scale", 1.0))
+    if identity(Backbone.open(said["model"], device=device), learned, scale=scale) != said["identity"]:
         raise UserError(
             f"{said['model']} or a concept has other weights than when {path} was written. Put the old ones back."
         )
@@ -255,7 +256,7 @@ def run_remove(
     return of_drawn(drawn, [seen] * count, title, made=found if inversion is None else None)
 
 
-def run_lead(
+def run_compose(
     opened: Opened,
     *,
     toward: Sequence[Sequence[Any]],
@@ -268,18 +269,18 @@ def run_lead(
     seed: int = 0,
     film: bool = False,
 ) -> Done:
-    """`edit lead`."""
+    """`edit compose`."""
     found = inverted(opened, image, source, inversion, steps=steps, seed=seed)
-    with progress(found.steps - found.start(checks.share("strength", strength)), "leading") as bar:
-        drawn = lead(
+    with progress(found.steps - found.start(checks.share("strength", strength)), "composing") as bar:
+        drawn = compose(
             found, [(opened.said(prompt), float(weight)) for prompt, weight in toward], strength=strength, mask=mask,
             frames=FRAMES if film else 0, progress=bar.advance,
         )  # fmt: skip
     caption = ", ".join(f"{prompt} × {float(weight):g}" for prompt, weight in toward)
-    return of_drawn(drawn, [caption], f"led: {caption}", made=found if inversion is None else None)
+    return of_drawn(drawn, [caption], f"composed: {caption}", made=found if inversion is None else None)
 
 
-def run_between(
+def run_interpolate(
     opened: Opened,
     *,
     first: str,
@@ -290,13 +291,13 @@ def run_between(
     steps: int = 50,
     seed: int = 0,
 ) -> Done:
-    """`edit between`."""
+    """`edit interpolate`."""
     ends = [
         inverted(opened, image, prompt, steps=steps, seed=seed)
         for image, prompt in ((first, first_prompt), (second, second_prompt))
     ]
-    with progress(steps, "between") as bar:
-        latents, asked = between(*ends, count=count, progress=bar.advance)
+    with progress(steps, "interpolating") as bar:
+        latents, asked = interpolate(*ends, count=count, progress=bar.advance)
     pictures = list(opened.model.decode(latents))
     images = [to_image(picture) for picture in pictures]
     return Done(
@@ -315,8 +316,8 @@ COMMANDS: Mapping[str, Callable[..., Done]] = {
     "sdedit": run_sdedit,
     "flow-edit": run_flow_edit,
     "remove": run_remove,
-    "lead": run_lead,
-    "between": run_between,
+    "compose": run_compose,
+    "interpolate": run_interpolate,
 }
 
 

@@ -204,7 +204,7 @@ def drawn_and_ranked(
         raise UserError(f"{folder} has the pictures of other prompts. Choose another --out.")
     drawing = once(
         steps / "sampling.json", folder / SAMPLES,
-        "sample", "--prompts", prompts, "--per-prompt", per_prompt, "--model", model, "--out", folder,
+        "sample", "--prompts", prompts, "--count", per_prompt, "--model", model, "--out", folder,
         *STEPS,
     )  # fmt: skip
     ranking = once(
@@ -300,8 +300,8 @@ def compared(
             shutil.copytree(there, out / side)
     flags = [word for scorer in scorers for word in ("--scorer", scorer)]
     align(
-        "compare", model, run, "--prompts", prompts, "--per-prompt", per_prompt, *flags, "--seed", seed, *STEPS,
-        *guidance, "--tuned-scale", scale, "--out", out,
+        "compare", model, run, "--prompts", prompts, "--count", per_prompt, *flags, "--seed", seed, *STEPS,
+        *guidance, "--scale", scale, "--out", out,
     )  # fmt: skip
     result = read_json(out / "compare.json")
     keys = [(i, j) for i in range(len(chosen)) for j in range(per_prompt)]

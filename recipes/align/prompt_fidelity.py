@@ -51,14 +51,17 @@ from recipes.align.journey import (
 
 Kind = Literal["hard", "crowded"]
 KINDS: dict[Kind, Callable[[Scene], bool]] = {"hard": hard, "crowded": crowded}
-WITHOUT = ("--safeguard", "-1")
+BETA = ("--beta", 2000)
+WITHOUT = (*BETA, "--safeguard", "-1")
 LOSSES = {
-    "sdpo": ("dpo", "--safeguard", "0.5"),  # Diffusion-SDPO is DPO with its safeguard
-    "mapo": ("mapo", *WITHOUT, "--beta-dpo", "500"),  # as its authors have it
-    "ipo": ("ipo", *WITHOUT, "--beta-dpo", "200"),  # at 2000 it stands still
+    "sdpo": ("dpo", *BETA, "--safeguard", "0.5"),  # Diffusion-SDPO is DPO with its safeguard
+    "mapo": ("mapo", *WITHOUT, "--beta", 500),  # as its authors have it
+    "ipo": ("ipo", *WITHOUT, "--beta", 200),  # at 2000 it stands still
+    "kto": ("kto", *BETA),  # knows no pairs
+    "sft": ("sft",),  # knows no reference
 }
 BUDGET = (
-    "--steps", 900, "--train-batch-size", 8, "--learning-rate", 1e-4, "--lr-scheduler", "cosine", "--beta-dpo", 2000,
+    "--steps", 900, "--train-batch-size", 8, "--learning-rate", 1e-4, "--lr-scheduler", "cosine",
     "--evaluation-steps", 300,
 )  # fmt: skip
 

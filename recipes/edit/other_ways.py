@@ -9,9 +9,9 @@ from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import to_image
 from backbone.models.model import Backbone
 from edit.inversion.inversion import invert
-from edit.methods.compose import lead
+from edit.methods.compose import compose
 from edit.methods.flow_edit import flow_edit
-from edit.methods.interpolate import between
+from edit.methods.interpolate import interpolate
 from edit.methods.remove import remove
 from recipes.edit import OUT, picture_to_edit
 
@@ -28,13 +28,13 @@ def main(model: str = "moji", *, steps: int = 50) -> None:
     direct = flow_edit(backbone, images[0], prompts[0], ["a dog in a park"], steps=steps)
 
     # %% Towards one prompt, away from another
-    led = lead(first, [("a watercolor of a cat", 3.0), ("a photo of a cat", -1.0)])
+    led = compose(first, [("a watercolor of a cat", 3.0), ("a photo of a cat", -1.0)])
 
     # %% Without the cat
     removed = remove(first, "cat")
 
     # %% From one picture to the other
-    latents, _ = between(first, second, count=5)
+    latents, _ = interpolate(first, second, count=5)
     way = [to_image(picture) for picture in backbone.decode(latents)]
 
     # %% Side by side

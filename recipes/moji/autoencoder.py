@@ -88,9 +88,15 @@ def main(
     if done >= steps:
         export(model, average, workdir, held_out, rescale=not decoder_only)
     logbook = Logbook(batch=batch)
-    schedule = warm_cosine(steps, warmup=min(200, steps // 10), floor=0.02)
+    lr_schedule = warm_cosine(steps, warmup=min(200, steps // 10), floor=0.02)
     for report in train(
-        losses, parameters, optimizer=optimizer, schedule=schedule, steps=steps, done=done, average=average
+        losses,
+        parameters,
+        optimizer=optimizer,
+        lr_schedule=lr_schedule,
+        steps=steps,
+        done=done,
+        average=average,
     ):
         logbook.note(report)
         last = report.step == steps or logbook.minutes > minutes

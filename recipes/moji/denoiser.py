@@ -197,7 +197,7 @@ class Training:
             losses,
             self.parameters,
             optimizer=self.optimizer,
-            schedule=warm_stable_decay(plan.steps, warmup=300, decay=plan.decay),
+            lr_schedule=warm_stable_decay(plan.steps, warmup=300, decay=plan.decay),
             steps=plan.steps,
             done=self.done,
             average=self.average,
@@ -260,7 +260,7 @@ def train_denoiser(rank: int, plan: Plan) -> None:
             predicted = unet(noisy, index, text).sample
         weight = min_snr(level, 5.0) / level.a.clamp(min=0.08)
         error = denoising_score_matching(
-            predicted, clean, noise=noise, level=level, kind="epsilon", weight=weight
+            predicted, clean, noise=noise, level=level, prediction_type="epsilon", weight=weight
         )
         yield error.mean()
 

@@ -121,7 +121,7 @@ def train_flow(rank: int, plan: Plan) -> None:
                 encoder_hidden_states=with_absent(hidden, 1),
                 pooled_projections=pooled,
             ).sample
-        error = denoising_score_matching(velocity, clean, noise=noise, level=level, kind="flow")
+        error = denoising_score_matching(velocity, clean, noise=noise, level=level, prediction_type="flow")
         yield error.mean()
 
     training.run(losses, rank)

@@ -120,8 +120,8 @@ def main(
         yield judged_loss(logits, {head: value.to(device) for head, value in truth.items()})
 
     logbook = Logbook(batch=batch)
-    schedule = warm_cosine(steps, warmup=min(150, steps // 5), floor=0.01)
-    for report in train(losses, kept, optimizer=optimizer, schedule=schedule, steps=steps, done=done,
+    lr_schedule = warm_cosine(steps, warmup=min(150, steps // 5), floor=0.01)
+    for report in train(losses, kept, optimizer=optimizer, lr_schedule=lr_schedule, steps=steps, done=done,
                         average=average, clip=5.0):  # fmt: skip
         logbook.note(report)
         last = report.step == steps or logbook.minutes > minutes

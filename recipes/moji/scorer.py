@@ -115,8 +115,8 @@ def main(
         yield contrast + help_weight * heads.loss(guesses, lesson)
 
     logbook = Logbook(batch=batch)
-    schedule = warm_cosine(steps, warmup=min(200, steps // 5), floor=0.01)
-    for report in train(losses, parameters, optimizer=optimizer, schedule=schedule, steps=steps, done=done,
+    lr_schedule = warm_cosine(steps, warmup=min(200, steps // 5), floor=0.01)
+    for report in train(losses, parameters, optimizer=optimizer, lr_schedule=lr_schedule, steps=steps, done=done,
                         average=average):  # fmt: skip
         logbook.note(report)
         last = report.step == steps or logbook.minutes > minutes

@@ -67,9 +67,9 @@ def main(
         right.append(sum(correct) / len(correct))
         yield total
 
-    schedule = warm_cosine(steps, warmup=100, floor=0.02)
+    lr_schedule = warm_cosine(steps, warmup=100, floor=0.02)
     for report in train(
-        losses, parameters, optimizer=optimizer, schedule=schedule, steps=steps, average=average
+        losses, parameters, optimizer=optimizer, lr_schedule=lr_schedule, steps=steps, average=average
     ):
         if report.step % 50 == 0:
             facts = {"step": report.step, "loss": round(report.loss, 4), "right": round(right[-1], 3)}

@@ -156,12 +156,12 @@ def taking_steps(way: Way, rank: int, steps: int) -> Iterator[float]:
             predicted = unet(noisy, index, text).sample
         weight = min_snr(level, 5.0) / level.a.clamp(min=0.08)
         error = denoising_score_matching(
-            predicted, clean, noise=noise, level=level, kind="epsilon", weight=weight
+            predicted, clean, noise=noise, level=level, prediction_type="epsilon", weight=weight
         )
         yield error.mean()
 
     reports = train(
-        losses, dict(unet.named_parameters()), optimizer=optimizer, schedule=lambda step: 1.0, steps=steps,
+        losses, dict(unet.named_parameters()), optimizer=optimizer, lr_schedule=lambda step: 1.0, steps=steps,
         reduce=average_in_place,
     )  # fmt: skip
     with quick_to_train(unet) if way.plain_attention else nullcontext():

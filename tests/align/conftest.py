@@ -103,7 +103,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, prompts: 
     """A folder of `align sample`: 5 prompts, 2 pictures each."""
     folder = tmp_path_factory.mktemp("drawn") / "pairs"
     model = ("--model", tiny_folder, "--precision", "fp32", "--device", "cpu")
-    align("sample", "--prompts", prompts, "--per-prompt", 2, "--out", folder, "--steps", 2, *model)
+    align("sample", "--prompts", prompts, "--count", 2, "--out", folder, "--steps", 2, *model)
     return folder
 
 

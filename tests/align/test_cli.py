@@ -20,6 +20,7 @@ from align.train.memory import budgeted
 from backbone.adapters.concept import read_concept
 from backbone.io.console import UserError
 from backbone.io.files import read_json
+from backbone.io.options import fields_of
 from backbone.media.decode import open_rgb
 from backbone.models.model import Backbone
 from tests.align.conftest import BRIGHT, FIVE, TRAIN, align, picture, refused, write_lines
@@ -31,7 +32,7 @@ def test_sampling_again_draws_nothing_new(drawn: Path, tiny_folder: Path, prompt
     before = {path: path.stat().st_mtime_ns for path in drawn.glob("pictures/*.png")}
     assert len(before) == 10
     model = ("--model", tiny_folder, "--precision", "fp32", "--device", "cpu")
-    align("sample", "--prompts", prompts, "--per-prompt", 2, "--out", drawn, "--steps", 2, *model)
+    align("sample", "--prompts", prompts, "--count", 2, "--out", drawn, "--steps", 2, *model)
     assert {path: path.stat().st_mtime_ns for path in drawn.glob("pictures/*.png")} == before
 
 
@@ -40,7 +41,7 @@ def test_a_lost_picture_is_drawn_again_bit_for_bit(drawn: Path, tiny_folder: Pat
     before = path.read_bytes()
     path.unlink()
     model = ("--model", tiny_folder, "--precision", "fp32", "--device", "cpu")
-    align("sample", "--prompts", prompts, "--per-prompt", 2, "--out", drawn, "--steps", 2, *model)
+    align("sample", "--prompts", prompts, "--count", 2, "--out", drawn, "--steps", 2, *model)
     assert path.read_bytes() == before
 
 
@@ -86,8 +87,10 @@ def test_a_comparison_counts_wins_and_shows_pictures(
     run: Path, tiny_folder: Path, prompts: Path, bright: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "compare"
-    same = ("--prompts", prompts, "--per-prompt", 2, "--steps", 2, "--device", "cpu", "--precision", "fp32")
-    said = align("compare", tiny_folder, run, *same, "--scorer", bright, "--scale", 0.0, "--out", out)
+    same = ("--prompts", prompts, "--count", 2, "--steps", 2, "--device", "cpu", "--precision", "fp32")
+    said = align(
+        "compare", tiny_folder, run, *same, "--scorer", bright, "--scale", 1, "--scale", 0, "--out", out
+    )
     result = read_json(out / "compare.json")
     wins = result["wins"][str(bright)]
     assert wins["tuned"]["wins"] + wins["tuned"]["ties"] + wins["tuned"]["losses"] == 10
@@ -98,14 +101,16 @@ def test_a_comparison_counts_wins_and_shows_pictures(
     assert set(result["diversity"]) == {"base", "tuned", "tuned-0"}
     assert f"{bright}: tuned wins" in said
     assert (out / "report.html").read_text().count("<img") == len(FIVE)
-    again = align("compare", tiny_folder, run, *same, "--scorer", bright, "--scale", 0.0, "--out", out)
+    again = align(
+        "compare", tiny_folder, run, *same, "--scorer", bright, "--scale", 1, "--scale", 0, "--out", out
+    )
     assert again.splitlines()[0] == said.splitlines()[0]
-    align("compare", tiny_folder, run, *same, "--scorer", bright, "--tuned-scale", 0.0, "--out", out)
+    align("compare", tiny_folder, run, *same, "--scorer", bright, "--scale", 0, "--out", out)
     weak = read_json(out / "compare.json")
     assert weak["wins"][str(bright)] == {"tuned-0": wins["tuned-0"]}, "the same pictures, and no others"
     assert set(weak["categories"][str(bright)]) == {"a", "the"}
-    assert "no strength to vary. Leave out --tuned-scale" in refused(
-        "compare", run, tiny_folder, *same, "--tuned-scale", 0.5, "--out", tmp_path / "other"
+    assert "no strength to vary. Leave out --scale" in refused(
+        "compare", run, tiny_folder, *same, "--scale", 0.5, "--out", tmp_path / "other"
     )
 
 
@@ -157,7 +162,7 @@ def test_near_misses_are_drawn_from_the_prompt_s_own_noise_and_meet_it(
     lines = [{"prompt": "a red dog", "near": ["a red dog", "a dog"]}, {"prompt": "a cat"}]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     model = ("--model", tiny_folder, "--precision", "fp32", "--device", "cpu", "--steps", 2)
-    align("sample", "--prompts", prompts, "--per-prompt", 1, "--out", folder, *model)
+    align("sample", "--prompts", prompts, "--count", 1, "--out", folder, *model)
     own, same, other = (open_rgb(folder / picture_name(0, j)).tobytes() for j in range(3))
     assert same == own  # who says the same thing draws the same picture
     assert other != own
@@ -174,7 +179,7 @@ def test_pictures_drawn_anew_share_the_first_one_s_layout(
 ) -> None:
     """The less is drawn anew, the nearer they stay; the first one is nobody's, and a lost one comes back as it was."""
     model = ("--model", tiny_folder, "--precision", "fp32", "--device", "cpu", "--prompts", prompts)
-    two = (*model, "--per-prompt", 2, "--steps", 10)
+    two = (*model, "--count", 2, "--steps", 10)
     distances = []
     for share in (0.1, 0.5, 1):
         folder = tmp_path / f"{share}"
@@ -203,7 +208,7 @@ def test_a_near_miss_of_a_picture_drawn_anew_starts_where_that_does(
         json.dumps({"prompt": "a red dog", "near": ["a red dog", "a red dog", "a dog"]}) + "\n"
     )
     model = ("--model", tiny_folder, "--precision", "fp32", "--device", "cpu", "--steps", 4)
-    align("sample", "--prompts", prompts, "--per-prompt", 3, "--redraw", 0.5, "--out", folder, *model)
+    align("sample", "--prompts", prompts, "--count", 3, "--redraw", 0.5, "--out", folder, *model)
     pictures = [open_rgb(folder / picture_name(0, j)).tobytes() for j in range(6)]
     assert pictures[3:5] == pictures[:2]  # who says the same thing draws the same picture
     assert len(set(pictures)) == 4
@@ -254,7 +259,7 @@ def test_a_reward_trains_without_pairs(
     out = tmp_path / "run"
     where = ("--model", tiny_folder, "--precision", "fp32", "--device", "cpu", "--prompts", prompts)
     how = ("--online", bright, "--rounds", 2, "--per-prompt", 2, "--sample-steps", 2, "--loss-type", loss)
-    align("train", "--out", out, *where, *how, *TRAIN)
+    align("train", "--out", out, *where, *how, "--steps", 4, "--train-batch-size", 2, "--rank", 2)
     assert read_concept(out).weights
     assert read_json(out / "summary.json")["kind"] == "reward"
     assert "trained without pairs" in refused("evaluate", out)
@@ -359,7 +364,7 @@ def test_a_taken_run_folder_is_kept(run: Path, ranked: Path, tiny_folder: Path) 
 def test_pictures_drawn_in_another_way_are_not_mixed(drawn: Path, tiny_folder: Path, prompts: Path) -> None:
     model = ("--model", tiny_folder, "--precision", "fp32", "--device", "cpu")
     said = refused(
-        "sample", "--prompts", prompts, "--per-prompt", 2, "--out", drawn, "--steps", 2, "--seed", 9, *model
+        "sample", "--prompts", prompts, "--count", 2, "--out", drawn, "--steps", 2, "--seed", 9, *model
     )
     assert "another drawing" in said
 
@@ -385,10 +390,55 @@ def test_every_setting_can_be_said_on_the_command_line() -> None:
 
     import typer
 
-    from align.settings import FLAGS, Settings
+    from align.settings import Settings
 
     command = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
     known = {option for parameter in command.params for option in parameter.opts}
     for field in dataclasses.fields(Settings):
-        flag = {"concepts": "concept", "pairs": "source"}.get(field.name, FLAGS.get(field.name, field.name))
-        assert {flag, "--" + flag.replace("_", "-")} & known, field.name
+        flag = fields_of(Settings)[field.name].flag
+        assert {field.name, flag} & known, field.name
+
+
+# Results as JSON ----------------------------------------------------------------------------------------------
+
+
+def test_results_are_json_and_nothing_else_is_on_stdout(
+    run: Path, ranked: Path, tiny_folder: Path, prompts: Path, bright: Path, tmp_path: Path
+) -> None:
+    checked = json.loads(align("check", ranked, "--json"))
+    assert checked["records"] == checked["pairs"] == checked["train"] + checked["held_out"] > 0
+    evaluated = json.loads(align("evaluate", run, "--draws", 1, "--json"))
+    assert evaluated["source"] == "held out" and "value" in evaluated["accuracy"]
+    model = ("--steps", 2, "--precision", "fp32", "--device", "cpu")
+    words = ("--prompts", "a red dog", "--prompts", "the cat", "--prompts", "a red dog", "--count", 1)
+    out = tmp_path / "drawn"
+    drawn = json.loads(align("sample", *words, "--model", tiny_folder, *model, "--out", out, "--json"))
+    assert (drawn["images"], drawn["new"]) == (2, 2), "a prompt that is given twice is drawn once"
+    assert [one["prompt"] for one in drawn["prompts"]] == ["a red dog", "the cat"]
+    sides = ("compare", tiny_folder, run, *words, *model, "--scorer", bright, "--out", tmp_path / "c")
+    compared = json.loads(align(*sides, "--json"))
+    assert compared["wins"][str(bright)]["tuned"]["gain"]["value"] is not None
+    assert compared == {**read_json(tmp_path / "c" / "compare.json")}
+
+
+def test_a_comparison_in_another_size_and_with_words_for_prompts(
+    run: Path, tiny_folder: Path, bright: Path, tmp_path: Path
+) -> None:
+    how = ("--prompts", "a red dog", "--count", 1, "--steps", 2, "--device", "cpu", "--precision", "fp32")
+    sides = ("compare", tiny_folder, run, *how, "--scorer", bright)
+    align(*sides, "--width", 96, "--out", tmp_path / "c")
+    assert open_rgb(tmp_path / "c/base/p00000-s00.png").size == (96, 64)
+    assert "drawn in another way" in refused(*sides, "--out", tmp_path / "c")
+    assert "the width is 90" in refused(*sides, "--width", 90, "--out", tmp_path / "d")
+    assert "--user has no effect without --blind" in refused(*sides, "--user", "me", "--out", tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_folder_knows_how_strong_its_concepts_were(run: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    how = ("--prompts", "a red dog", "--count", 1, "--steps", 2, "--device", "cpu", "--precision", "fp32")
+    ours = ("sample", *how, "--concept", run, "--out", tmp_path / "drawn")
+    align(*ours, "--scale", 0.5)
+    assert "another concepts" in refused(*ours)
+    assert "--scale has no effect without --concept" in refused(
+        "sample", *how, "--scale", 2, "--out", tmp_path / "d"
+    )

@@ -11,7 +11,6 @@ from typing import Any
 from unittest.mock import patch
 
 from align.collect.sample import Drawing, sample_pairs
-from align.pairs.prompts import read_prompts
 from align.pairs.read import read
 from align.pairs.records import check
 from align.settings import LOG
@@ -21,6 +20,7 @@ from align.train.run import train_taste
 from backbone.distributed import processes
 from backbone.io.console import UserError
 from backbone.io.files import append_jsonl
+from backbone.io.prompts import read_prompts
 from backbone.models.cache import VARIABLE
 
 CASES: dict[str, dict[str, Any]] = {

@@ -309,7 +309,7 @@ def test_the_autoencoder_of_xl_stays_in_fp32_unless_it_was_repaired(
 
 def test_a_flow_is_converted_at_its_noisiest_end(folders: dict[str, Path]) -> None:
     model = opened(folders["sd3"])
-    noise, top = torch.randn(2, *model.latent_shape), model.ladder(4)[0]
+    noise, top = torch.randn(2, *model.latent_shape), model.schedule(4)[0]
     assert float(top.a) == 0 and float(top.b) == 1
     found = model.predictor(model.encode_prompts([PROMPT, ""]))(noise, top)
     torch.testing.assert_close(found.noise, noise)
@@ -328,8 +328,8 @@ def test_a_flow_shifts_its_ladder_by_the_picture_s_size(
     mu = calculate_shift(size[0] * size[1] // 4)
     sigmas = torch.linspace(1, longest, 6).tolist() if longest < 1 else None
     scheduler.set_timesteps(None if sigmas else 6, sigmas=sigmas, mu=mu)
-    torch.testing.assert_close(model.ladder(6, size=size).b.float(), scheduler.sigmas)
-    assert not torch.allclose(model.ladder(6).b.float(), scheduler.sigmas)
+    torch.testing.assert_close(model.schedule(6, size=size).b.float(), scheduler.sigmas)
+    assert not torch.allclose(model.schedule(6).b.float(), scheduler.sigmas)
 
 
 def test_guidance_is_told_to_a_network_that_was_distilled_for_it(folders: dict[str, Path]) -> None:

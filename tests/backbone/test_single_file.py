@@ -68,7 +68,7 @@ def test_it_has_the_folder_s_shape_path_and_defaults(file: Path, tiny: Backbone,
     assert single.autoencoder_config == tiny.autoencoder_config
     assert single.defaults == tiny.defaults
     assert single.path.prediction_type == tiny.path.prediction_type
-    assert torch.equal(single.ladder(4).a, tiny.ladder(4).a)
+    assert torch.equal(single.schedule(4).a, tiny.schedule(4).a)
 
 
 def test_a_version_2_text_encoder_is_the_same_too(tmp_path: Path, tiny_folder: Path, tiny: Backbone) -> None:
@@ -342,7 +342,7 @@ def assert_same_model(one: Backbone, other: Backbone) -> None:
     latents = posteriors[1].mean
     assert torch.equal(one.decode(latents), other.decode(latents))
     with torch.no_grad():
-        level = other.ladder(4)[1]
+        level = other.schedule(4)[1]
         predictions = [
             model.predictor(text)(latents, level) for model, text in zip((one, other), texts, strict=True)
         ]

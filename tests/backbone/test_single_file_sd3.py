@@ -341,7 +341,7 @@ def assert_same_model(one: Backbone, other: Backbone) -> None:
         assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
     assert (one.latent_shape, one.defaults) == (other.latent_shape, other.defaults)
     assert one.path.prediction_type == other.path.prediction_type == "flow"
-    assert torch.equal(one.ladder(4).b, other.ladder(4).b)
+    assert torch.equal(one.schedule(4).b, other.schedule(4).b)
     assert torch.equal(one.path.levels.b, other.path.levels.b)
     texts = [model.encode_prompts(PROMPTS) for model in (one, other)]
     for name in ("hidden", "pooled"):
@@ -350,7 +350,7 @@ def assert_same_model(one: Backbone, other: Backbone) -> None:
     latents = [model.encode(some_pictures(other)).mean for model in (one, other)]
     torch.testing.assert_close(*latents, rtol=0, atol=1e-5)
     torch.testing.assert_close(*(model.decode(latents[1]) for model in (one, other)), rtol=0, atol=1e-5)
-    level = other.ladder(4)[1]
+    level = other.schedule(4)[1]
     with torch.no_grad():
         said = [
             model.predictor({name: value[:2] for name, value in text.items()})(latents[1], level).noise

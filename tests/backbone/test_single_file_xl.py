@@ -80,8 +80,8 @@ def test_a_single_file_is_the_same_model_as_the_folder(file: Path, folder: Path)
         assert all(torch.equal(value, wanted[name]) for name, value in ours.state_dict().items())
     posteriors = [model.encode(some_pictures(other)).mean for model in (one, other)]
     torch.testing.assert_close(*posteriors, rtol=0, atol=1e-6)
-    latents, level = posteriors[1][:1], other.ladder(4)[1]
-    assert torch.equal(one.ladder(4).b, other.ladder(4).b)
+    latents, level = posteriors[1][:1], other.schedule(4)[1]
+    assert torch.equal(one.schedule(4).b, other.schedule(4).b)
     with torch.no_grad():
         said = [
             model.predictor({name: value[:1] for name, value in text.items()})(latents, level).noise

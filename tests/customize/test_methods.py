@@ -20,9 +20,8 @@ from backbone.io.files import read_tensors
 from backbone.media.pictures import list_images
 from backbone.models.model import Backbone
 from customize.data.dataset import Group, prepare
-from customize.methods.registry import METHODS, OWN_WORDS
 from customize.objectives.dreambooth import Training
-from customize.settings import Settings
+from customize.settings import METHODS, OWN_WORDS, Settings
 
 ALL = [
     ("lora", "lora"),

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -117,10 +118,10 @@ def pixels(path: Path) -> np.ndarray:
 
 def test_dropout_needs_whole_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "world_size", lambda: 2)
-    asked = Settings("", "", "", batch=4, lora_dropout=0.1)
-    with pytest.raises(UserError, match="--gradient_accumulation_steps 2"):
+    asked = Settings(images="", token="", class_noun="", batch=4, lora_dropout=0.1)
+    with pytest.raises(UserError, match="--gradient-accumulation-steps 2"):
         share_of(asked)
-    assert share_of(Settings("", "", "", batch=2, gradient_accumulation_steps=2, lora_dropout=0.1)).scale == 1
+    assert share_of(replace(asked, batch=2, gradient_accumulation_steps=2)).scale == 1
 
 
 def started_alike(folder: Path, times: int) -> None:

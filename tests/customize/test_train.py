@@ -163,14 +163,14 @@ def test_two_subjects_are_learned_at_once_and_resumed(
     other = tmp_path / "other"
     other.mkdir()
     Image.new("RGB", (70, 64), "green").save(other / "a.png")
-    flags = ["--images", str(subject), "--concept", "other:[W]:cat", "--model", str(tiny_folder)]
+    flags = ["--images", str(subject), "--subject", "other:[W]:cat", "--model", str(tiny_folder)]
     customize(*TRAIN, *flags, "--steps", "2", "--out", "two")
     concept = json.loads((tmp_path / "two" / "concept.json").read_text())
     assert list(concept["tokens"]) == ["[V]", "[W]"]
     assert len(set(concept["tokens"].values())) == 2
     customize("sample", "a [V] dog", "a [W] cat", "--concept", "two", "--steps", "2")
     customize("train", "--resume", "two")
-    done = customize(*TRAIN, "--images", str(subject), "--concept", "other:[V]:cat", check=False)
+    done = customize(*TRAIN, "--images", str(subject), "--subject", "other:[V]:cat", check=False)
     assert done.returncode == 2
     assert "its own" in done.stderr
 
@@ -255,3 +255,29 @@ def test_the_example_is_written_once_and_spares_what_lies_there(customize: Comma
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     assert customize("example", "mine", check=False).returncode == 2
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_a_run_from_own_class_images_repeats_from_its_record(
+    customize: Command, tmp_path: Path, subject: Path, tiny_folder: Path
+) -> None:
+    flags = ["--images", str(subject), "--model", str(tiny_folder), "--class_data_dir", str(subject)]
+    customize(*TRAIN, *flags, "--num_class_images", "4", "--resolution", "48", "--steps", "2", "--out", "one")
+    kept = json.loads((tmp_path / "one" / "settings.json").read_text())["settings"]
+    assert (kept["prior"], kept["class_images"], kept["resolution"]) == ("class-images", [str(subject)], 48)
+    customize("train", "--config", "one/settings.json", "--out", "two")
+    again = json.loads((tmp_path / "two" / "settings.json").read_text())["settings"]
+    assert again == kept
+    one, other = (read_tensors(tmp_path / name / LORA_WEIGHTS)[0] for name in ("one", "two"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_folder_is_taken_once_a_step_is_saved_and_not_by_a_failed_try(
+    customize: Command, tmp_path: Path, subject: Path, tiny_folder: Path
+) -> None:
+    flags = [*TRAIN, "--images", str(subject), "--model", str(tiny_folder), "--prior", "off", "--out", "run"]
+    failed = customize(*flags, "--steps", "9", "--learning-rate", "1e30", check=False)
+    assert failed.returncode == 2 and "--learning-rate" in failed.stderr
+    assert (tmp_path / "run" / "log.jsonl").is_file()
+    customize(*flags, "--steps", "2")
+    assert [line["step"] for line in read_jsonl(tmp_path / "run" / "log.jsonl")] == [1, 2]
+    assert "--resume run" in customize(*flags, "--steps", "2", check=False).stderr

@@ -110,5 +110,5 @@ def test_a_model_that_is_no_folder_gives_all_its_text_encoders(folder: Path) -> 
 
 def test_an_encoder_that_is_no_clip_carries_no_adapter(tmp_path: Path) -> None:
     model = Backbone.open(str(tiny_pixart(tmp_path / "pixart")), device="cpu", precision="fp32")
-    with pytest.raises(UserError, match=r"text_encoder of .* is a T5EncoderModel.*--train_text_encoder"):
+    with pytest.raises(UserError, match=r"text_encoder of .* is a T5EncoderModel.*--train-text-encoder"):
         refuse_other_encoders(model)

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from backbone.diffusion.noise import Kind, Level, flow, vp
-from backbone.diffusion.schedules import Spacing, alphas_cumprod, flow_ladder, vp_ladder
+from backbone.diffusion.noise import Level, PredictionType, flow, vp
+from backbone.diffusion.schedules import Spacing, alphas_cumprod, flow_schedule, vp_schedule
 from backbone.families.base import NoisePath
 from backbone.models.model import Backbone
 
@@ -23,19 +23,19 @@ PATHS = (
 )
 
 
-def tiny_on(folder: Path, kind: Kind, spacing: str, offset: int, final: str) -> Backbone:
-    """The tiny pipeline, its network read as one that predicts `kind` on another ladder."""
+def tiny_on(folder: Path, kind: PredictionType, spacing: str, offset: int, final: str) -> Backbone:
+    """The tiny pipeline, its network read as one that predicts `kind` on another schedule."""
     model = Backbone.open(str(folder), device="cpu", precision="fp32")
     alphas = alphas_cumprod()
 
-    def ladder(steps: int, size: tuple[int, int]) -> Level:
+    def schedule(steps: int, size: tuple[int, int]) -> Level:
         if kind == "flow":
-            return flow_ladder(steps)
+            return flow_schedule(steps)
         chosen: Spacing = spacing  # type: ignore[assignment]
-        return vp_ladder(alphas, steps, chosen, offset, final="one" if final == "one" else "first")
+        return vp_schedule(alphas, steps, chosen, offset, final="one" if final == "one" else "first")
 
     levels = flow(alphas) if kind == "flow" else vp(alphas)
-    model.__dict__["path"] = NoisePath(kind, levels, ladder)
+    model.__dict__["path"] = NoisePath(kind, levels, schedule)
     return model
 
 

@@ -14,9 +14,9 @@ from backbone.io.console import UserError
 from backbone.media.transforms import to_tensor
 from backbone.models.model import Backbone
 from edit.inversion.inversion import Inversion, invert
-from edit.methods.compose import lead
+from edit.methods.compose import compose
 from edit.methods.flow_edit import flow_edit
-from edit.methods.interpolate import between, slerp
+from edit.methods.interpolate import interpolate, slerp
 from edit.methods.remove import place_of, remove, without
 from edit.methods.sdedit import sdedit
 from tests.edit.methods.prompt_to_prompt.test_edit import SOURCE, STEPS, TARGET, deviation, left_half
@@ -117,12 +117,12 @@ def test_flow_edit_follows_the_two_velocities(tiny: Backbone) -> None:
     from backbone.diffusion.noise import generator
 
     drawn = flow_edit(tiny, photo(), SOURCE, [TARGET], steps=2, strength=0.5, guidance=1.0)
-    clean, ladder = latent_of(tiny, photo())[None], tiny.ladder(2)[1:]
+    clean, schedule = latent_of(tiny, photo())[None], tiny.schedule(2)[1:]
     noise = torch.randn(clean.shape, generator=generator(0, 0, 0, "flow edit"))
-    tau = ladder.b / (ladder.a + ladder.b)
-    noised = ((1 - tau[0]) * clean + tau[0] * noise) * (ladder.a[0] + ladder.b[0])
+    tau = schedule.b / (schedule.a + schedule.b)
+    noised = ((1 - tau[0]) * clean + tau[0] * noise) * (schedule.a[0] + schedule.b[0])
     source, target = (
-        tiny.predictor(tiny.encode_prompts([p]))(noised.float(), ladder[0]) for p in (SOURCE, TARGET)
+        tiny.predictor(tiny.encode_prompts([p]))(noised.float(), schedule[0]) for p in (SOURCE, TARGET)
     )
     move = (target.noise - target.clean) - (source.noise - source.clean)
     assert deviation(drawn.latents, (clean + (tau[1] - tau[0]) * move).float()) < 1e-4
@@ -132,25 +132,25 @@ def test_flow_edit_follows_the_two_velocities(tiny: Backbone) -> None:
 
 
 def test_leading_nowhere_leaves_the_picture_exactly(inversion: Inversion) -> None:
-    still = lead(inversion, [("a red dog", 0.0)], strength=1.0)
+    still = compose(inversion, [("a red dog", 0.0)], strength=1.0)
     assert deviation(still.latents[0], inversion.clean) < 1e-5
     assert still.evaluations == STEPS * 4
 
 
 def test_leading_further_changes_more_and_away_is_another_way(inversion: Inversion) -> None:
-    latents = [lead(inversion, [("a red dog", w)]).latents[0] for w in (1.0, 3.0, -1.0)]
+    latents = [compose(inversion, [("a red dog", w)]).latents[0] for w in (1.0, 3.0, -1.0)]
     near, far = (deviation(latent, inversion.clean) for latent in latents[:2])
     assert 1e-4 < near < far
     assert deviation(latents[2], latents[0]) > 1e-4
 
 
 def test_leading_stays_inside_a_mask_and_wants_a_prompt(inversion: Inversion) -> None:
-    led = lead(inversion, [("a red dog", 2.0)], mask=left_half())
+    led = compose(inversion, [("a red dog", 2.0)], mask=left_half())
     assert torch.equal(led.latents[0][..., 4:], inversion.clean[..., 4:])
     with pytest.raises(UserError, match="no prompt to lead to"):
-        lead(inversion, [])
+        compose(inversion, [])
     with pytest.raises(UserError, match="empty"):
-        lead(inversion, [(" ", 1.0)])
+        compose(inversion, [(" ", 1.0)])
 
 
 # Removing
@@ -203,18 +203,18 @@ def test_a_word_that_is_not_there_cannot_be_removed(inversion: Inversion) -> Non
 
 def test_the_ends_of_an_interpolation_are_the_pictures_themselves(tiny: Backbone) -> None:
     first, second = (invert(tiny, photo(seed=k), p, steps=3) for k, p in enumerate((SOURCE, TARGET)))
-    latents, asked = between(first, second, count=4)
+    latents, asked = interpolate(first, second, count=4)
     assert torch.equal(latents[0], first.clean) and torch.equal(latents[3], second.clean)
     assert asked == 3 * (2 + 2)
-    same, _ = between(first, first, count=3)
+    same, _ = interpolate(first, first, count=3)
     assert deviation(same[1], first.clean) < 1e-4, "between a picture and itself there is nothing else"
 
 
 def test_inversions_that_do_not_fit_are_refused(tiny: Backbone, inversion: Inversion) -> None:
     with pytest.raises(UserError, match="size or in steps"):
-        between(inversion, invert(tiny, photo(120, 60), SOURCE, steps=STEPS))
+        interpolate(inversion, invert(tiny, photo(120, 60), SOURCE, steps=STEPS))
     with pytest.raises(UserError, match="three or more"):
-        between(inversion, inversion, count=2)
+        interpolate(inversion, inversion, count=2)
 
 
 def test_the_great_circle() -> None:

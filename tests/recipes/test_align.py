@@ -13,12 +13,12 @@ from typing import cast
 import pytest
 from PIL import Image
 
-from align.pairs.prompts import read_prompts
 from align.pairs.records import normal
 from align.pairs.samples import picture_name
 from backbone.evaluation.statistics import Interval
 from backbone.io.console import UserError
 from backbone.io.files import write_json
+from backbone.io.prompts import read_prompts
 from backbone.world.render import render
 from backbone.world.scene import Scene
 from backbone.world.words import Thing, load_vocabulary

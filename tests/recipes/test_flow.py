@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from backbone.diffusion.samplers import walk
+from backbone.diffusion.samplers import ddim
 from backbone.families.sd3.family import T5_TOKENS, use_repeated_zero_token
 from backbone.models.locate import EMBEDDED
 from backbone.models.model import Backbone
@@ -82,7 +82,7 @@ def test_diffusers_and_our_backbone_load_the_folder_and_draw_the_same(folder: Pa
         height=128, width=128,
     ).images  # fmt: skip
     text, empty = model.encode_prompts(["a dog in the snow"]), model.encode_prompts([""])
-    ours = walk(noise, model.guided_predictor(text, empty, 4.0), model.ladder(3))
+    ours = ddim(noise, model.guided_predictor(text, empty, 4.0), model.schedule(3))
     assert torch.allclose(ours, theirs, atol=1e-3 * float(theirs.abs().max()))
 
 

@@ -102,6 +102,9 @@ class Flux:
         side = int(config.get("sample_size", 1024)) // 2 ** (len(config["block_out_channels"]) - 1)
         return int(config["latent_channels"]), side, side
 
+    def longest_side(self, location: Location) -> None:
+        return None
+
     def sampling_defaults(self, location: Location) -> dict[str, Any]:
         dev, schnell = {"steps": 28, "guidance": 3.5}, {"steps": 4, "guidance": 1.0}
         return dev if has_guidance_embedding(location) else schnell

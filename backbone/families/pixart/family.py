@@ -68,6 +68,9 @@ class PixArt:
         side = int(location.config("transformer")["sample_size"])
         return int(location.config("vae")["latent_channels"]), side, side
 
+    def longest_side(self, location: Location) -> None:
+        return None
+
     def sampling_defaults(self, location: Location) -> dict[str, Any]:
         return {"steps": 20, "guidance": 4.5}
 

@@ -17,7 +17,7 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from backbone.diffusion.noise import Kind
+from backbone.diffusion.noise import PredictionType
 from backbone.families.checkpoint import AUTOENCODER, UNET, config_mismatch, unet_and_latent_channels
 from backbone.families.location import Location, hub_file
 from backbone.io.console import UserError, notify
@@ -69,7 +69,7 @@ def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
     return (*beside, *(PUBLISHED_CONFIGS / name for name in published))
 
 
-def read_prediction_type(header: Header) -> tuple[Kind | None, int]:
+def read_prediction_type(header: Header) -> tuple[PredictionType | None, int]:
     """The prediction type and the resolution in pixels that the file declares; None and 512 if it declares none.
 
     Read from ModelSpec metadata (kohya, ComfyUI), or from a tensor named `v_pred`.
@@ -84,7 +84,7 @@ def read_prediction_type(header: Header) -> tuple[Kind | None, int]:
     return None, 512
 
 
-def guess_prediction_type(path: Path) -> tuple[Kind, int]:
+def guess_prediction_type(path: Path) -> tuple[PredictionType, int]:
     """Guess both from the name of a Stable Diffusion 2 file: v-prediction at 768, unless it says base or 512."""
     return ("epsilon", 512) if re.search("512|base", path.stem.lower()) else ("v_prediction", 768)
 

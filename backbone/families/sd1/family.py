@@ -70,6 +70,9 @@ class StableDiffusion:
         side = int(location.config("unet")["sample_size"])
         return int(location.config("vae")["latent_channels"]), side, side
 
+    def longest_side(self, location: Location) -> None:
+        return None
+
     def sampling_defaults(self, location: Location) -> dict[str, Any]:
         return {}
 

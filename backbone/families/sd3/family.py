@@ -106,6 +106,11 @@ class StableDiffusion3:
         side = int(location.config("transformer")["sample_size"])
         return int(location.config("vae")["latent_channels"]), side, side
 
+    def longest_side(self, location: Location) -> int | None:
+        config = location.config("transformer")
+        places = config.get("pos_embed_max_size")
+        return None if places is None else int(places) * int(config["patch_size"])
+
     def sampling_defaults(self, location: Location) -> dict[str, Any]:
         return {"steps": 28, "guidance": 4.5}
 

@@ -26,7 +26,7 @@ from backbone.diffusion.noise import Estimate, guide
 from backbone.families.base import TextEncoder
 from backbone.io.console import UserError
 from backbone.media.transforms import to_image
-from backbone.models.cache import encoded_prompts
+from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from edit.attention.alignment import (
     Alignment,
@@ -207,8 +207,8 @@ class _Edit:
     def run(self, progress: Callable[[], Any]) -> Edited:
         """The walk from the first rung to the clean one."""
         inversion, settings, first = self.inversion, self.settings, self.first
-        self.text = encoded_prompts(self.model, [inversion.prompt, *self.targets])
-        self.usual = encoded_prompts(self.model, [settings.negative])
+        self.text = encode_prompts_cached(self.model, [inversion.prompt, *self.targets])
+        self.usual = encode_prompts_cached(self.model, [settings.negative])
         if inversion.method == "negative-prompt":
             self.usual = {name: value[:1] for name, value in self.text.items()}
         self.told = told(
@@ -278,7 +278,7 @@ class _Edit:
         Rows: the source (while it is needed), the targets, then those without a prompt, of the source only if it is
         walked and guidance changes it, and of nobody where the network is told the guidance.
         """
-        level = self.inversion.ladder[number]
+        level = self.inversion.schedule[number]
         empty = self.inversion.empty(number, self.usual)
         drop = 1 if number > self.last else 0
         said = now[drop:]

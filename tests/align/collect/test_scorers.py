@@ -12,10 +12,10 @@ from PIL import Image
 
 from align.collect.rank import Ranked, Rule, matched, met, preferred, rank
 from align.collect.scorers import open_judge, together
-from align.pairs.prompts import Prompt
 from align.pairs.samples import picture_name, shot
 from backbone.io.console import UserError
 from backbone.io.files import read_jsonl, write_json
+from backbone.io.prompts import Prompt
 
 RED, BLUE = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
 

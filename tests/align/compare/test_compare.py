@@ -13,11 +13,11 @@ from align.compare.blind import blind_pairs, blind_result, blind_summary, save_b
 from align.compare.compare import versus
 from align.compare.sides import Side, taught_by
 from align.pairs.choices import CHOICES, Choice, append
-from align.pairs.prompts import Prompt
 from align.settings import Settings
 from backbone.adapters.concept import Concept
 from backbone.io.console import UserError
 from backbone.io.files import read_json, write_json
+from backbone.io.prompts import Prompt
 from tests.align.conftest import align, refused
 
 KEYS = [(0, 0), (0, 1), (1, 0), (1, 1)]
@@ -114,7 +114,7 @@ def test_a_blind_comparison_from_the_door(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(server, "serve", answers_everything)
-    how = ("--prompts", prompts, "--per-prompt", 1, "--steps", 2, "--device", "cpu", "--precision", "fp32")
+    how = ("--prompts", prompts, "--count", 1, "--steps", 2, "--device", "cpu", "--precision", "fp32")
     said = align("compare", tiny_folder, run, *how, "--scorer", bright, "--out", tmp_path / "c", "--blind")
     assert "blind: tuned wins" in said and "of 5 pictures" in said
 
@@ -130,7 +130,7 @@ def test_training_on_top_of_a_run_and_comparing_with_it(
     out = tmp_path / "second"
     where = ("--model", tiny_folder, "--precision", "fp32", "--device", "cpu", "--held-out", 0.3)
     align("train", ranked, "--concept", run, "--out", out, *where, "--steps", 2, "--rank", 2, "--draws", 2)
-    how = ("--prompts", prompts, "--per-prompt", 1, "--steps", 2, "--device", "cpu", "--precision", "fp32")
+    how = ("--prompts", prompts, "--count", 1, "--steps", 2, "--device", "cpu", "--precision", "fp32")
     said = align("compare", run, out, *how, "--scorer", bright, "--out", tmp_path / "c")
     assert "tuned wins" in said
     assert "accuracy" in align("evaluate", out, "--draws", 1)
@@ -178,7 +178,7 @@ def test_each_side_can_have_its_own_guidance(
     run: Path, tiny_folder: Path, prompts: Path, bright: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "c"
-    how = ("--prompts", prompts, "--per-prompt", 1, "--steps", 2, "--device", "cpu", "--precision", "fp32")
+    how = ("--prompts", prompts, "--count", 1, "--steps", 2, "--device", "cpu", "--precision", "fp32")
     align(
         "compare", tiny_folder, run, *how, "--scorer", bright, "--guidance", 3, "--tuned-guidance", 1.5, "--out", out
     )  # fmt: skip
@@ -192,7 +192,7 @@ def test_a_side_can_follow_its_guidance_in_some_steps_only(
     run: Path, tiny_folder: Path, prompts: Path, bright: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "c"
-    how = ("--prompts", prompts, "--per-prompt", 1, "--steps", 2, "--device", "cpu", "--precision", "fp32")
+    how = ("--prompts", prompts, "--count", 1, "--steps", 2, "--device", "cpu", "--precision", "fp32")
     asked = ("compare", tiny_folder, run, *how, "--scorer", bright, "--guidance", 3, "--out", out)
     align(*asked, "--tuned-guidance-start", 0.5)
     drawn = {side: read_json(out / side / "drawn.json")["drawing"] for side in ("base", "tuned")}

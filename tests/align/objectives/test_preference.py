@@ -21,10 +21,11 @@ from align.objectives.preference import LEVEL_WEIGHTS, PreferenceTraining
 from align.objectives.reference import Bank, bank_path
 from align.pairs.read import read
 from align.pairs.records import as_singles, check, held_out
-from align.settings import BY_MODEL, Settings, as_command, resolved
+from align.settings import Settings, as_command, resolved
 from backbone.adapters.lora import load_lora, use_adapters
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
+from backbone.io.options import fields_of
 from backbone.models.model import Backbone
 from recipes.moji.denoiser import DEFAULTS
 from tests.tiny import tiny_pipeline, tiny_stable_diffusion_3, tiny_stable_diffusion_xl
@@ -154,7 +155,7 @@ def test_both_pictures_of_a_pair_are_mirrored_or_neither(tiny: Backbone, pairs_f
     item = ready.train[0]
     batch = batch_of(tiny, ready, draws, [item] * 16, list(range(16)))
     level = tiny.path.levels[batch.index]
-    a, b = level.over(batch.noisy)
+    a, b = level.broadcast_like(batch.noisy)
     clean = (batch.noisy - b * batch.target) / a
     mirrored = [draws.mirrors(item, k) for k in range(16)]
     assert 0 < sum(mirrored) < 16
@@ -531,14 +532,14 @@ def test_the_gap_between_visited_and_fresh_draws_grows_when_few_draws_are_learne
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"loss": "ppo"}, "no loss ppo"),
+        ({"loss": "ppo"}, "loss is ppo"),
         ({"full": True, "reference": "live"}, "base is gone"),
         ({"reference": "copy"}, "adapter off"),
         ({"loss": "dspo"}, "predictions"),
         ({"loss": "kto", "ties": "model"}, "tie"),
         ({"held_out": 1.0}, "below 1"),
-        ({"label_smoothing": 0.7}, "between 0 and 0.5"),
-        ({"safeguard": 2.0}, "between 0 and 1"),
+        ({"label_smoothing": 0.7}, "at most 0.5"),
+        ({"safeguard": 2.0}, "at most 1"),
         ({"loss_weighting": "heavy"}, "none, min-snr, debiased"),
         ({"least_noise": 1.0}, "below 1"),
     ],
@@ -559,9 +560,8 @@ def test_the_repeating_command_names_what_was_chosen() -> None:
         Settings(pairs="my pairs", loss="ipo", beta=500.0, full=True, concepts=("a", "b")), Path("out")
     )
     assert command == (
-        "align train 'my pairs' --concept a --concept b --loss-type ipo --beta-dpo 500.0 --safeguard -1.0 --full "
-        "--loss-weighting none --least-noise 0.0 --steps 300 --train-batch-size 4 --learning-rate 0.0001 --rank 16 "
-        "--lora-alpha 16.0 --lora-layers attention --out out"
+        "align train 'my pairs' --steps 300 --batch 4 --learning-rate 0.0001 --loss-weighting none --concept a "
+        "--concept b --loss ipo --beta 500.0 --safeguard -1.0 --least-noise 0.0 --full --out out"
     )
 
 
@@ -584,7 +584,7 @@ def test_the_embedded_model_says_how_it_is_aligned() -> None:
     assert usual["align"] == DEFAULTS["align"]
     found = resolved({"pairs": "p"}, usual)
     for name, value in usual["align"].items():
-        assert getattr(found, name) == value and name in BY_MODEL
+        assert getattr(found, name) == value and fields_of(Settings)[name].option.by_model
     assert usual["draft"] == DEFAULTS["draft"]
     found = resolved({"pairs": "", "loss": "draft", "online": "moji", "prompts": "p.txt"}, usual)
     assert all(getattr(found, name) == value for name, value in usual["draft"].items())

@@ -23,12 +23,12 @@ from align.objectives.ddpo import (
     stochastic_walk,
 )
 from align.objectives.draft import RewardGradients, embedded
-from align.pairs.prompts import Prompt
 from align.settings import Settings
 from backbone.diffusion.noise import Estimate, Level, generator, ve
 from backbone.diffusion.samplers import ancestral, ancestral_step
-from backbone.diffusion.schedules import karras_ladder
+from backbone.diffusion.schedules import karras_schedule
 from backbone.io.console import UserError
+from backbone.io.prompts import Prompt
 from backbone.models.model import Backbone
 
 PROMPTS = [Prompt("a red dog"), Prompt("a cat in the snow")]
@@ -71,19 +71,19 @@ def policy(tiny: Backbone, tmp_path: Path) -> PolicyGradients:
 
 def denoise(noisy: Tensor, level: Level) -> Estimate:
     """The best answer about clean samples of unit variance."""
-    a, b = level.over(noisy)
+    a, b = level.broadcast_like(noisy)
     clean = a * noisy / (a * a + b * b)
     return Estimate(clean, (noisy - a * clean) / b)
 
 
 def test_a_recorded_walk_is_the_ancestral_sampler_s() -> None:
-    ladder = karras_ladder(6, sigma_min=0.02, sigma_max=8.0)
+    schedule = karras_schedule(6, sigma_min=0.02, sigma_max=8.0)
     start = torch.randn(3, 4, 2, 2, generator=generator(0)) * 8
-    states, chances = stochastic_walk(start, denoise, ladder, [generator(1, row) for row in range(3)])
-    plain = ancestral(start, denoise, ladder, generator=[generator(1, row) for row in range(3)])
+    states, chances = stochastic_walk(start, denoise, schedule, [generator(1, row) for row in range(3)])
+    plain = ancestral(start, denoise, schedule, generator=[generator(1, row) for row in range(3)])
     assert torch.equal(states[-1], plain)
-    assert states.shape == (len(ladder), 3, 4, 2, 2) and chances.shape == (len(ladder) - 1, 3)
-    if not is_random(ladder[-2], ladder[-1]):
+    assert states.shape == (len(schedule), 3, 4, 2, 2) and chances.shape == (len(schedule) - 1, 3)
+    if not is_random(schedule[-2], schedule[-1]):
         assert torch.equal(chances[-1], torch.zeros(3))
 
 
@@ -131,8 +131,8 @@ def test_a_step_makes_better_pictures_more_likely(policy: PolicyGradients) -> No
     assert any(not torch.equal(a, b) for a, b in zip(before, policy.parameters.values(), strict=True))
     walks, gain = policy.walks, 0.0
     with torch.no_grad():
-        for rung in range(len(policy.ladder) - 1):
-            here, there = policy.ladder[rung], policy.ladder[rung + 1]
+        for rung in range(len(policy.schedule) - 1):
+            here, there = policy.schedule[rung], policy.schedule[rung + 1]
             if not is_random(here, there):
                 continue
             noisy, then = walks.states[rung], walks.states[rung + 1]

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from align.pairs.prompts import Prompt, by_category, read_prompts, without_tokens
+from align.pairs.prompts import by_category, without_tokens
 from backbone.io.console import UserError
+from backbone.io.prompts import Prompt, read_prompts
 
 DOG = [{"tokens": {"[V]": "bcd"}, "class": "dog", "folder": "runs/dog"}]
 

@@ -11,20 +11,20 @@ from torch import Tensor
 from backbone.diffusion.losses import denoising_score_matching, min_snr, uniform, variance
 from backbone.diffusion.noise import (
     Estimate,
-    Kind,
     Level,
+    PredictionType,
     SingularLevel,
     add_noise,
-    at_unit_variance,
     convert,
     estimate,
     flow,
-    guided,
-    in_sigma_space,
-    normal_like,
+    guided_predictor,
     predictor,
+    randn_like,
+    scale_to_unit_variance,
     score,
     target,
+    to_sigma_space,
     tweedie,
     tweedie_ve,
     tweedie_vp,
@@ -33,7 +33,7 @@ from backbone.diffusion.noise import (
 )
 from tests.backbone.mixture import THREE_MODES
 
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS: tuple[PredictionType, ...] = get_args(PredictionType)
 INSIDE = torch.tensor([0.01, 0.2, 0.5, 0.9, 0.99], dtype=torch.float64)
 PATHS = {"vp": vp(INSIDE), "ve": ve(0.01 + 80 * INSIDE**3), "flow": flow(INSIDE)}
 paths = pytest.mark.parametrize("level", PATHS.values(), ids=PATHS.keys())
@@ -69,10 +69,14 @@ def test_snr_sigma_and_log_snr_say_the_same(level: Level) -> None:
 
 
 def test_a_ladder_counts_slices_flips_and_moves() -> None:
-    ladder = vp(torch.tensor([0.1, 0.5, 1.0]), time=torch.tensor([900, 400, 0]))
-    assert len(ladder) == 3 and [int(rung.time) for rung in ladder if rung.time is not None] == [900, 400, 0]
-    assert_equal(ladder[1:].flip().a, ladder.a[[2, 1]])
-    cast = ladder.to("cpu", torch.bfloat16)
+    schedule = vp(torch.tensor([0.1, 0.5, 1.0]), time=torch.tensor([900, 400, 0]))
+    assert len(schedule) == 3 and [int(level.time) for level in schedule if level.time is not None] == [
+        900,
+        400,
+        0,
+    ]
+    assert_equal(schedule[1:].flip().a, schedule.a[[2, 1]])
+    cast = schedule.to("cpu", torch.bfloat16)
     assert cast.a.dtype is torch.bfloat16 and cast.time is not None and cast.time.dtype is torch.int64
 
 
@@ -100,7 +104,9 @@ def test_a_level_that_fits_nothing_is_refused() -> None:
 @paths
 @pytest.mark.parametrize("source", KINDS)
 @pytest.mark.parametrize("other", KINDS)
-def test_converting_there_and_back_returns_the_prediction(level: Level, source: Kind, other: Kind) -> None:
+def test_converting_there_and_back_returns_the_prediction(
+    level: Level, source: PredictionType, other: PredictionType
+) -> None:
     prediction, noisy = tensors(2)
     there = convert(prediction, noisy, level, source, other)
     assert_equal(convert(there, noisy, level, other, source), prediction)
@@ -108,7 +114,7 @@ def test_converting_there_and_back_returns_the_prediction(level: Level, source: 
 
 @paths
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_target_is_estimated_as_the_truth(level: Level, kind: Kind) -> None:
+def test_the_target_is_estimated_as_the_truth(level: Level, kind: PredictionType) -> None:
     x0, eps = tensors(2)
     found = estimate(target(x0, eps, level, kind), add_noise(x0, eps, level), level, kind)
     assert_equal(found.clean, x0)
@@ -117,14 +123,14 @@ def test_the_target_is_estimated_as_the_truth(level: Level, kind: Kind) -> None:
 
 @paths
 @pytest.mark.parametrize("kind", KINDS)
-def test_both_halves_of_any_prediction_make_up_the_noisy_state(level: Level, kind: Kind) -> None:
+def test_both_halves_of_any_prediction_make_up_the_noisy_state(level: Level, kind: PredictionType) -> None:
     prediction, noisy = tensors(2)
     assert_equal(add_noise(*estimate(prediction, noisy, level, kind), level), noisy)
 
 
 @paths
 @pytest.mark.parametrize("kind", KINDS)
-def test_converting_goes_through_both_halves(level: Level, kind: Kind) -> None:
+def test_converting_goes_through_both_halves(level: Level, kind: PredictionType) -> None:
     prediction, noisy = tensors(2)
     halves = estimate(prediction, noisy, level, "v_prediction")
     assert_equal(convert(prediction, noisy, level, "v_prediction", kind), target(*halves, level, kind))
@@ -132,7 +138,7 @@ def test_converting_goes_through_both_halves(level: Level, kind: Kind) -> None:
 
 @pytest.mark.parametrize("end", [vp(0.0), vp(1.0), flow(1.0), flow(0.0)], ids=["a=0", "b=0", "t=1", "t=0"])
 @pytest.mark.parametrize("kind", ["v_prediction", "flow"])
-def test_v_and_flow_are_read_natively_at_both_ends(end: Level, kind: Kind) -> None:
+def test_v_and_flow_are_read_natively_at_both_ends(end: Level, kind: PredictionType) -> None:
     x0, eps = tensors(2)
     found = estimate(target(x0, eps, end, kind), add_noise(x0, eps, end), end, kind)
     assert_equal(found.clean, x0)
@@ -150,7 +156,7 @@ def test_what_divides_by_zero_raises() -> None:
         with pytest.raises(SingularLevel):
             tweedie(noisy, prediction, noise_alone)
         with pytest.raises(SingularLevel):
-            in_sigma_space(noise_alone)
+            to_sigma_space(noise_alone)
     for clean_alone in (vp(1.0), ve(0.0), flow(0.0)):
         with pytest.raises(SingularLevel, match="b = 0"):
             estimate(prediction, noisy, clean_alone, "sample")
@@ -184,18 +190,18 @@ def test_an_unknown_kind_is_named() -> None:
 
 @paths
 def test_the_score_is_the_gradient_of_the_log_density(level: Level) -> None:
-    rung = level[2]
+    level = level[2]
     x = torch.randn(5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
-    (gradient,) = torch.autograd.grad(THREE_MODES.log_density(x, rung).sum(), x)
-    assert_equal(score(THREE_MODES.predict(x, rung), rung), gradient)
+    (gradient,) = torch.autograd.grad(THREE_MODES.log_density(x, level).sum(), x)
+    assert_equal(score(THREE_MODES.predict(x, level), level), gradient)
 
 
 @paths
 def test_tweedie_turns_the_score_into_the_posterior_mean(level: Level) -> None:
-    rung = level[1]
+    level = level[1]
     x = torch.randn(5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    exact = THREE_MODES.predict(x, rung)
-    assert_equal(tweedie(x, score(exact, rung), rung), exact.clean)
+    exact = THREE_MODES.predict(x, level)
+    assert_equal(tweedie(x, score(exact, level), level), exact.clean)
 
 
 def test_the_three_forms_of_tweedie_agree() -> None:
@@ -212,7 +218,7 @@ def test_the_three_forms_of_tweedie_agree() -> None:
 def test_guidance_extrapolates_the_raw_prediction() -> None:
     noisy, conditional, unconditional = tensors(3)
     level = PATHS["vp"]
-    asked = guided(
+    asked = guided_predictor(
         lambda x, at: estimate(conditional, x, at, "epsilon"),
         lambda x, at: estimate(unconditional, x, at, "epsilon"),
         7.5,
@@ -229,14 +235,14 @@ def test_guidance_of_one_never_asks_the_unconditional() -> None:
     x = torch.zeros(5, 2, dtype=torch.float64)
     level = vp(0.5)
     expected = THREE_MODES.predict(x, level).noise
-    assert_equal(guided(THREE_MODES.predict, forbidden, 1.0)(x, level).noise, expected)
+    assert_equal(guided_predictor(THREE_MODES.predict, forbidden, 1.0)(x, level).noise, expected)
 
 
-def test_a_network_is_told_the_level_s_time() -> None:
+def test_a_network_is_conditioned_on_the_level_s_time() -> None:
     noisy, _ = tensors(2)
     predict = predictor(lambda x, time: x * time, "epsilon")
     assert_equal(predict(noisy, vp(0.5, time=torch.tensor(7))).noise, 7 * noisy)
-    with pytest.raises(ValueError, match="told a time"):
+    with pytest.raises(ValueError, match="time"):
         predict(noisy, vp(0.5))
 
 
@@ -244,7 +250,7 @@ def test_a_network_is_told_the_level_s_time() -> None:
 def test_an_estimate_is_the_same_on_every_scale(level: Level) -> None:
     x = torch.randn(5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     direct = THREE_MODES.predict(x, level[1])
-    scaled = at_unit_variance(THREE_MODES.predict)(x, level[1])
+    scaled = scale_to_unit_variance(THREE_MODES.predict)(x, level[1])
     assert_equal(scaled.clean, direct.clean)
     assert_equal(scaled.noise, direct.noise)
 
@@ -253,10 +259,10 @@ def test_fresh_noise_for_a_sample_does_not_depend_on_its_neighbours() -> None:
     def seeded(*seeds: int) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    batch = normal_like(torch.empty(3, 2, 4), seeded(1, 2, 3))
-    assert torch.equal(batch[1:2], normal_like(torch.empty(1, 2, 4), seeded(2)))
+    batch = randn_like(torch.empty(3, 2, 4), seeded(1, 2, 3))
+    assert torch.equal(batch[1:2], randn_like(torch.empty(1, 2, 4), seeded(2)))
     with pytest.raises(ValueError, match="2 generators for 3 samples"):
-        normal_like(torch.empty(3, 2), seeded(1, 2))
+        randn_like(torch.empty(3, 2), seeded(1, 2))
 
 
 # Learning
@@ -267,42 +273,54 @@ def test_the_loss_by_hand() -> None:
     noise = torch.tensor([[[0.5, 0.5]], [[1.0, 1.0]]])
     level = vp(torch.tensor([0.36, 0.64]))
     prediction = torch.tensor([[[0.5, 1.5]], [[4.0, 1.0]]])
-    loss = denoising_score_matching(prediction, clean, noise=noise, level=level, kind="epsilon")
+    loss = denoising_score_matching(prediction, clean, noise=noise, level=level, prediction_type="epsilon")
     torch.testing.assert_close(loss, torch.tensor([0.5, 4.5]))
     weighted = denoising_score_matching(
-        prediction, clean, noise=noise, level=level, kind="epsilon", weight=torch.tensor([2.0, 0.0])
+        prediction,
+        clean,
+        noise=noise,
+        level=level,
+        prediction_type="epsilon",
+        weight=torch.tensor([2.0, 0.0]),
     )
     torch.testing.assert_close(weighted, torch.tensor([1.0, 0.0]))
-    v = denoising_score_matching(torch.zeros(2, 1, 2), clean, noise=noise, level=level, kind="v_prediction")
+    v = denoising_score_matching(
+        torch.zeros(2, 1, 2), clean, noise=noise, level=level, prediction_type="v_prediction"
+    )
     # v is 0.6·(½, ½) − 0.8·(1, 2) = (−0.5, −1.3), and 0.8·(1, 1) − 0.6·(0, −1) = (0.8, 1.4)
     torch.testing.assert_close(v, torch.tensor([0.97, 1.3]))
 
 
 def test_the_loss_of_a_half_precision_network_is_compared_in_float32() -> None:
     x0, eps = (x.bfloat16() for x in tensors(2))
-    assert denoising_score_matching(x0, x0, noise=eps, level=vp(0.5), kind="flow").dtype is torch.float32
+    assert (
+        denoising_score_matching(x0, x0, noise=eps, level=vp(0.5), prediction_type="flow").dtype
+        is torch.float32
+    )
 
 
 @paths
 def test_denoising_score_matching_is_least_for_the_true_score(level: Level) -> None:
     generator = torch.Generator().manual_seed(0)
     clean = THREE_MODES.sample(20000, generator)
-    noise = normal_like(clean, generator)
-    for rung in level[1:4]:
-        noisy = add_noise(clean, noise, rung)
-        exact = score(THREE_MODES.predict(noisy, rung), rung)
+    noise = randn_like(clean, generator)
+    for here in level[1:4]:
+        noisy = add_noise(clean, noise, here)
+        exact = score(THREE_MODES.predict(noisy, here), here)
 
-        def loss(prediction: Tensor, rung: Level = rung) -> float:
-            per_sample = denoising_score_matching(prediction, clean, noise=noise, level=rung, kind="score")
+        def loss(prediction: Tensor, level: Level = here) -> float:
+            per_sample = denoising_score_matching(
+                prediction, clean, noise=noise, level=level, prediction_type="score"
+            )
             return float(per_sample.mean())
 
         assert loss(exact) < loss(1.1 * exact) and loss(exact) < loss(0.9 * exact)
-        assert loss(exact) < loss(exact + 0.1 / rung.b)
+        assert loss(exact) < loss(exact + 0.1 / here.b)
 
 
 @paths
 @pytest.mark.parametrize("kind", KINDS)
-def test_min_snr_weighs_the_error_in_x0_alike_for_every_kind(level: Level, kind: Kind) -> None:
+def test_min_snr_weighs_the_error_in_x0_alike_for_every_kind(level: Level, kind: PredictionType) -> None:
     noisy, prediction, error = tensors(3)
     wrong = (
         estimate(prediction + error, noisy, level, kind).clean
@@ -321,9 +339,9 @@ def test_min_snr_as_the_paper_prints_it() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_are_finite_at_both_ends(kind: Kind) -> None:
+def test_weights_are_finite_at_both_ends(kind: PredictionType) -> None:
     for ends in (vp(torch.tensor([0.0, 1.0])), flow(torch.tensor([1.0, 0.0]))):
-        for weight in (min_snr(ends, kind=kind), uniform(ends), variance(ends)):
+        for weight in (min_snr(ends, prediction_type=kind), uniform(ends), variance(ends)):
             assert weight.shape == (2,) and bool(weight.isfinite().all())
 
 

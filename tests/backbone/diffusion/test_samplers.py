@@ -21,35 +21,35 @@ from torch import Tensor
 
 from backbone.diffusion.noise import (
     Estimate,
-    Kind,
-    Ladder,
     Level,
     Predict,
+    PredictionType,
+    Schedule,
     add_noise,
-    at_unit_variance,
     estimate,
     flow,
-    in_sigma_space,
-    normal_like,
     predictor,
+    randn_like,
+    scale_to_unit_variance,
+    to_sigma_space,
     ve,
     vp,
 )
 from backbone.diffusion.samplers import (
     ancestral,
     ancestral_step,
+    ddim,
     deterministic_step,
     heun,
     invert,
     langevin,
-    langevin_move,
+    langevin_step,
     predictor_corrector,
     reverse_sde,
     reverse_sde_step,
     trajectory,
-    walk,
 )
-from backbone.diffusion.schedules import Spacing, alphas_cumprod, flow_ladder, karras_ladder, vp_ladder
+from backbone.diffusion.schedules import Spacing, alphas_cumprod, flow_schedule, karras_schedule, vp_schedule
 from tests.backbone.mixture import THREE_MODES, Mixture
 
 
@@ -67,20 +67,20 @@ def evenly(first: float, last: float, steps: int) -> Tensor:
 
 
 # From pure noise all the way to clean samples.
-WHOLE: dict[str, Callable[[int], Ladder]] = {
+WHOLE: dict[str, Callable[[int], Schedule]] = {
     "vp": lambda steps: circle(evenly(math.pi / 2, 0, steps)),
-    "ve": lambda steps: karras_ladder(steps, 0.01, 80.0),
-    "flow": lambda steps: flow_ladder(steps, lowest=1 / steps),
+    "ve": lambda steps: karras_schedule(steps, 0.01, 80.0),
+    "flow": lambda steps: flow_schedule(steps, lowest=1 / steps),
 }
 # For measuring orders. They stop at b = 0.3: further down, the few samples on the ridge between two modes
 # that a coarse walk sends to the other mode are most of the error, and the slope needs far finer steps.
-INNER: dict[str, Callable[[int], Ladder]] = {
+INNER: dict[str, Callable[[int], Schedule]] = {
     "vp": lambda steps: circle(evenly(1.5, 0.3, steps)),
     "ve": lambda steps: ve(evenly(10 ** (1 / 3), 0.3 ** (1 / 3), steps) ** 3),
     "flow": lambda steps: flow(evenly(1.0, 0.3, steps)),
 }
-whole = pytest.mark.parametrize("ladder", WHOLE.values(), ids=WHOLE.keys())
-inner = pytest.mark.parametrize("ladder", INNER.values(), ids=INNER.keys())
+whole = pytest.mark.parametrize("schedule", WHOLE.values(), ids=WHOLE.keys())
+inner = pytest.mark.parametrize("schedule", INNER.values(), ids=INNER.keys())
 
 
 # The mixture comes out
@@ -90,27 +90,27 @@ inner = pytest.mark.parametrize("ladder", INNER.values(), ids=INNER.keys())
 @pytest.mark.parametrize(
     "sampler, steps",
     [
-        (walk, 100),
+        (ddim, 100),
         (heun, 40),
-        (lambda x, predict, ladder: ancestral(x, predict, ladder, generator=generator(1)), 100),
-        (lambda x, predict, ladder: ancestral(x, predict, ladder, generator=generator(1), eta=0.5), 100),
-        (lambda x, predict, ladder: reverse_sde(x, predict, ladder, generator=generator(1)), 100),
-        (lambda x, predict, ladder: predictor_corrector(x, predict, ladder, generator=generator(1)), 60),
+        (lambda x, predict, schedule: ancestral(x, predict, schedule, generator=generator(1)), 100),
+        (lambda x, predict, schedule: ancestral(x, predict, schedule, generator=generator(1), eta=0.5), 100),
+        (lambda x, predict, schedule: reverse_sde(x, predict, schedule, generator=generator(1)), 100),
+        (lambda x, predict, schedule: predictor_corrector(x, predict, schedule, generator=generator(1)), 60),
     ],
     ids=["deterministic", "heun", "ancestral", "half ancestral", "reverse SDE", "predictor-corrector"],
 )
 def test_a_sampler_reproduces_the_moments_and_the_mode_weights(
-    sampler: Callable[[Tensor, Predict, Ladder], Tensor], steps: int, ladder: Callable[[int], Ladder]
+    sampler: Callable[[Tensor, Predict, Schedule], Tensor], steps: int, schedule: Callable[[int], Schedule]
 ) -> None:
-    rungs = ladder(steps)
+    levels = schedule(steps)
     noise = torch.randn(4000, 2, generator=generator(), dtype=torch.float64)
-    assert_like(THREE_MODES, sampler(rungs.b[0] * noise, THREE_MODES.predict, rungs))
+    assert_like(THREE_MODES, sampler(levels.b[0] * noise, THREE_MODES.predict, levels))
 
 
 def test_annealed_langevin_reproduces_the_moments_and_the_mode_weights() -> None:
-    rungs = ve(torch.logspace(0.5, -1, 16, dtype=torch.float64))
+    levels = ve(torch.logspace(0.5, -1, 16, dtype=torch.float64))
     noise = torch.randn(4000, 2, generator=generator(), dtype=torch.float64)
-    found = langevin(3 * noise, THREE_MODES.predict, rungs, generator=generator(1), moves=60)
+    found = langevin(3 * noise, THREE_MODES.predict, levels, generator=generator(1), moves=60)
     assert_like(THREE_MODES, found)
 
 
@@ -129,7 +129,7 @@ def test_langevin_s_stationary_variance_is_the_one_that_its_step_size_implies(st
     level, wanted = ve(0.5), GAUSSIAN_VARIANCE + 0.25  # of x at this level
     step = step_size * level.b**2
     slope, shift, push = affine(
-        lambda x, fresh: langevin_move(x, gaussian(x, level), level, step=step, noise=fresh)
+        lambda x, fresh: langevin_step(x, gaussian(x, level), level, step=step, noise=fresh)
     )
     mean, variance = shift / (1 - slope), push**2 / (1 - slope**2)
     assert mean == pytest.approx(GAUSSIAN_MEAN, rel=1e-9)
@@ -148,24 +148,24 @@ def assert_like(mixture: Mixture, found: Tensor) -> None:
 
 
 @inner
-@pytest.mark.parametrize("sampler, order", [(walk, 1), (heun, 2)], ids=["deterministic", "heun"])
+@pytest.mark.parametrize("sampler, order", [(ddim, 1), (heun, 2)], ids=["deterministic", "heun"])
 def test_the_order_of_a_deterministic_sampler(
-    sampler: Callable[[Tensor, Predict, Ladder], Tensor], order: int, ladder: Callable[[int], Ladder]
+    sampler: Callable[[Tensor, Predict, Schedule], Tensor], order: int, schedule: Callable[[int], Schedule]
 ) -> None:
-    x, exact = walked_finely(ladder)
+    x, exact = walked_finely(schedule)
     errors = [
-        float((sampler(x, THREE_MODES.predict, ladder(steps)) - exact).norm(dim=1).mean())
+        float((sampler(x, THREE_MODES.predict, schedule(steps)) - exact).norm(dim=1).mean())
         for steps in (32, 64, 128)
     ]
     assert measured_order(errors) == pytest.approx(order, abs=0.1)
 
 
 @inner
-def test_walking_up_has_order_one_too(ladder: Callable[[int], Ladder]) -> None:
-    x = states_at(ladder(1)[-1])
-    exact = heun(x, THREE_MODES.predict, ladder(1024).flip())
+def test_walking_up_has_order_one_too(schedule: Callable[[int], Schedule]) -> None:
+    x = states_at(schedule(1)[-1])
+    exact = heun(x, THREE_MODES.predict, schedule(1024).flip())
     errors = [
-        float((invert(x, THREE_MODES.predict, ladder(steps)) - exact).norm(dim=1).mean())
+        float((invert(x, THREE_MODES.predict, schedule(steps)) - exact).norm(dim=1).mean())
         for steps in (32, 64, 128)
     ]
     assert measured_order(errors) == pytest.approx(1, abs=0.1)
@@ -174,17 +174,17 @@ def test_walking_up_has_order_one_too(ladder: Callable[[int], Ladder]) -> None:
 @inner
 @pytest.mark.parametrize("step", [ancestral_step, reverse_sde_step], ids=["ancestral", "reverse SDE"])
 def test_the_weak_order_of_a_stochastic_sampler_is_one(
-    step: Callable[..., Tensor], ladder: Callable[[int], Ladder]
+    step: Callable[..., Tensor], schedule: Callable[[int], Schedule]
 ) -> None:
     """On Gaussian data a step is affine: the chain's mean and variance follow exactly, without sampling."""
     mean_errors, variance_errors = [], []
     for steps in (128, 256, 512):
-        rungs = ladder(steps)
-        mean, variance = gaussian_moments(rungs[0])
-        for here, there in pairwise(rungs):
+        levels = schedule(steps)
+        mean, variance = gaussian_moments(levels[0])
+        for here, there in pairwise(levels):
             slope, shift, push = affine(partial(stepped, step, here, there))
             mean, variance = slope * mean + shift, slope**2 * variance + push**2
-        exact_mean, exact_variance = gaussian_moments(rungs[-1])
+        exact_mean, exact_variance = gaussian_moments(levels[-1])
         mean_errors.append(abs(mean - exact_mean))
         variance_errors.append(abs(variance - exact_variance))
     assert measured_order(variance_errors) == pytest.approx(1, abs=0.2)
@@ -219,14 +219,14 @@ def affine(step: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, float, floa
 def states_at(level: Level) -> Tensor:
     """Samples of the mixture at this level [100, 2]."""
     clean = THREE_MODES.sample(100, generator())
-    return add_noise(clean, normal_like(clean, generator(1)), level)
+    return add_noise(clean, randn_like(clean, generator(1)), level)
 
 
 @cache
-def walked_finely(ladder: Callable[[int], Ladder]) -> tuple[Tensor, Tensor]:
-    """States at the noisy end of the ladder, and where the ODE takes them [100, 2]."""
-    x = states_at(ladder(1)[0])
-    return x, heun(x, THREE_MODES.predict, ladder(1024))
+def walked_finely(schedule: Callable[[int], Schedule]) -> tuple[Tensor, Tensor]:
+    """States at the noisy end of the schedule, and where the ODE takes them [100, 2]."""
+    x = states_at(schedule(1)[0])
+    return x, heun(x, THREE_MODES.predict, schedule(1024))
 
 
 def measured_order(errors: list[float]) -> float:
@@ -238,7 +238,7 @@ def measured_order(errors: list[float]) -> float:
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
-def test_a_step_up_and_down_with_the_same_prediction_returns_the_latent(kind: Kind) -> None:
+def test_a_step_up_and_down_with_the_same_prediction_returns_the_latent(kind: PredictionType) -> None:
     latent, prediction = (torch.randn(2, 4, 8, 8, generator=generator(), dtype=torch.float64) for _ in "ab")
     low, high = vp(0.95), vp(0.6)
     said = estimate(prediction, latent, low, kind)
@@ -249,9 +249,9 @@ def test_a_step_up_and_down_with_the_same_prediction_returns_the_latent(kind: Ki
 
 def test_inverting_then_sampling_returns_the_latent() -> None:
     latent = THREE_MODES.sample(500, generator())
-    ladder = flow(evenly(1.0, 0.0, 400))
-    noisy = invert(latent, THREE_MODES.predict, ladder)
-    assert float((walk(noisy, THREE_MODES.predict, ladder) - latent).norm(dim=1).mean()) < 0.02
+    schedule = flow(evenly(1.0, 0.0, 400))
+    noisy = invert(latent, THREE_MODES.predict, schedule)
+    assert float((ddim(noisy, THREE_MODES.predict, schedule) - latent).norm(dim=1).mean()) < 0.02
     assert noisy.mean().abs() < 0.1 and noisy.std() == pytest.approx(1, abs=0.05)
 
 
@@ -262,25 +262,27 @@ def test_in_both_directions_the_network_hears_the_time_of_the_noisier_end() -> N
         heard.append(int(time))
         return noisy
 
-    ladder = vp_ladder(alphas_cumprod(), 4, steps_offset=1, final="first")
-    walk(torch.ones(1, 2), predictor(network, "epsilon"), ladder)
-    invert(torch.ones(1, 2), predictor(network, "epsilon"), ladder)
+    schedule = vp_schedule(alphas_cumprod(), 4, steps_offset=1, final="first")
+    ddim(torch.ones(1, 2), predictor(network, "epsilon"), schedule)
+    invert(torch.ones(1, 2), predictor(network, "epsilon"), schedule)
     assert heard == [751, 501, 251, 1, 1, 251, 501, 751]
 
 
 def test_a_trajectory_shows_every_state_of_the_walk() -> None:
     x = torch.randn(3, 2, generator=generator(), dtype=torch.float64)
-    ladder = flow_ladder(5)
-    states = list(trajectory(x, THREE_MODES.predict, ladder))
+    schedule = flow_schedule(5)
+    states = list(trajectory(x, THREE_MODES.predict, schedule))
     assert len(states) == 6 and states[0] is x
-    assert torch.equal(states[-1], walk(x, THREE_MODES.predict, ladder))
+    assert torch.equal(states[-1], ddim(x, THREE_MODES.predict, schedule))
 
 
 @whole
-def test_ancestral_steps_without_noise_are_the_deterministic_walk(ladder: Callable[[int], Ladder]) -> None:
+def test_ancestral_steps_without_noise_are_the_deterministic_walk(
+    schedule: Callable[[int], Schedule],
+) -> None:
     x = torch.randn(3, 2, generator=generator(), dtype=torch.float64)
-    still = ancestral(x, THREE_MODES.predict, ladder(9), generator=generator(), eta=0.0)
-    torch.testing.assert_close(still, walk(x, THREE_MODES.predict, ladder(9)))
+    still = ancestral(x, THREE_MODES.predict, schedule(9), generator=generator(), eta=0.0)
+    torch.testing.assert_close(still, ddim(x, THREE_MODES.predict, schedule(9)))
 
 
 def test_an_ancestral_step_draws_from_ddpm_s_posterior() -> None:
@@ -310,34 +312,34 @@ def test_a_small_reverse_sde_step_has_the_drift_and_the_diffusion_of_the_vp_sde(
 def test_the_corrector_s_step_follows_from_the_signal_to_noise_ratio() -> None:
     """Song et al. 2021, algorithm 4: x ← x + ε·s + √(2ε)·z with ε = 2·(r‖z‖/‖s‖)²."""
     x = torch.randn(1, 16, generator=generator(), dtype=torch.float64)
-    ladder = ve(torch.tensor([2.0, 1.5], dtype=torch.float64))
+    schedule = ve(torch.tensor([2.0, 1.5], dtype=torch.float64))
 
     def predict(noisy: Tensor, level: Level) -> Estimate:
         return estimate(-torch.tanh(noisy), noisy, level, "score")
 
     same = generator(1)
-    fresh, again = normal_like(x, same), normal_like(x, same)
-    there = ancestral_step(x, predict(x, ladder[0]), ladder[0], ladder[1], noise=fresh)
+    fresh, again = randn_like(x, same), randn_like(x, same)
+    there = ancestral_step(x, predict(x, schedule[0]), schedule[0], schedule[1], noise=fresh)
     s = -torch.tanh(there)
     step = 2 * (0.3 * again.norm() / s.norm()) ** 2
-    found = predictor_corrector(x, predict, ladder, generator=generator(1), signal_to_noise=0.3)
+    found = predictor_corrector(x, predict, schedule, generator=generator(1), signal_to_noise=0.3)
     torch.testing.assert_close(found, there + step * s + (2 * step).sqrt() * again)
 
 
 def test_a_sample_with_its_own_generator_does_not_depend_on_its_neighbours() -> None:
     x = torch.randn(3, 2, generator=generator(), dtype=torch.float64)
-    ladder = flow_ladder(6)
+    schedule = flow_schedule(6)
     for sampler in (ancestral, reverse_sde, langevin):
-        together = sampler(x, THREE_MODES.predict, ladder[1:], generator=[generator(i) for i in range(3)])
-        alone = sampler(x[1:2], THREE_MODES.predict, ladder[1:], generator=[generator(1)])
+        together = sampler(x, THREE_MODES.predict, schedule[1:], generator=[generator(i) for i in range(3)])
+        alone = sampler(x[1:2], THREE_MODES.predict, schedule[1:], generator=[generator(1)])
         torch.testing.assert_close(together[1:2], alone)
 
 
 def test_stochastic_samplers_refuse_to_walk_up() -> None:
     x = torch.zeros(1, 2, dtype=torch.float64)
     for sampler in (ancestral, reverse_sde, langevin, predictor_corrector):
-        with pytest.raises(ValueError, match="falls at every rung"):
-            sampler(x, THREE_MODES.predict, flow_ladder(4).flip())
+        with pytest.raises(ValueError, match="falls at every level"):
+            sampler(x, THREE_MODES.predict, flow_schedule(4).flip())
 
 
 def test_a_state_keeps_its_dtype() -> None:
@@ -345,8 +347,8 @@ def test_a_state_keeps_its_dtype() -> None:
         return estimate(torch.tanh(noisy), noisy, level, "flow")
 
     x = torch.randn(2, 4, 8, 8, generator=generator())
-    for sampler in (walk, heun, ancestral, reverse_sde, langevin, predictor_corrector):
-        assert sampler(x, predict, flow_ladder(3)).dtype is torch.float32
+    for sampler in (ddim, heun, ancestral, reverse_sde, langevin, predictor_corrector):
+        assert sampler(x, predict, flow_schedule(3)).dtype is torch.float32
 
 
 # Parity with diffusers
@@ -372,7 +374,7 @@ def network(noisy: Tensor, time: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "spacing, offset, one", [("leading", 1, False), ("leading", 0, True), ("trailing", 0, False)]
 )
-def test_walking_down_is_ddim(kind: Kind, spacing: Spacing, offset: int, one: bool) -> None:
+def test_walking_down_is_ddim(kind: PredictionType, spacing: Spacing, offset: int, one: bool) -> None:
     scheduler = scheduled(
         DDIMScheduler,
         **SETTINGS,
@@ -385,13 +387,13 @@ def test_walking_down_is_ddim(kind: Kind, spacing: Spacing, offset: int, one: bo
     theirs = LATENT
     for time in scheduler.timesteps:
         theirs = scheduler.step(network(theirs, time), time, theirs).prev_sample
-    ladder = vp_ladder(alphas_cumprod(), 20, spacing, offset, final="one" if one else "first")
-    assert_parity(walk(LATENT, predictor(network, kind), ladder), theirs)
+    schedule = vp_schedule(alphas_cumprod(), 20, spacing, offset, final="one" if one else "first")
+    assert_parity(ddim(LATENT, predictor(network, kind), schedule), theirs)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("spacing, offset", [("leading", 1), ("trailing", 0)])
-def test_walking_up_is_ddim_inversion(kind: Kind, spacing: Spacing, offset: int) -> None:
+def test_walking_up_is_ddim_inversion(kind: PredictionType, spacing: Spacing, offset: int) -> None:
     scheduler = scheduled(
         DDIMInverseScheduler,
         **SETTINGS,
@@ -404,8 +406,8 @@ def test_walking_up_is_ddim_inversion(kind: Kind, spacing: Spacing, offset: int)
     theirs = LATENT
     for time in scheduler.timesteps:
         theirs = scheduler.step(network(theirs, time), time, theirs).prev_sample
-    ladder = vp_ladder(alphas_cumprod(), 20, spacing, offset, final="first")
-    assert_parity(invert(LATENT, predictor(network, kind), ladder), theirs)
+    schedule = vp_schedule(alphas_cumprod(), 20, spacing, offset, final="first")
+    assert_parity(invert(LATENT, predictor(network, kind), schedule), theirs)
 
 
 def test_an_ancestral_walk_is_ddim_with_eta_one() -> None:
@@ -415,10 +417,10 @@ def test_an_ancestral_walk_is_ddim_with_eta_one() -> None:
     theirs, same = LATENT, generator(7)
     for time in scheduler.timesteps:
         theirs = scheduler.step(
-            network(theirs, time), time, theirs, eta=1.0, variance_noise=normal_like(theirs, same)
+            network(theirs, time), time, theirs, eta=1.0, variance_noise=randn_like(theirs, same)
         ).prev_sample
-    ladder = vp_ladder(alphas_cumprod(), 20, steps_offset=1, final="first")
-    assert_parity(ancestral(LATENT, predictor(network, "epsilon"), ladder, generator=generator(7)), theirs)
+    schedule = vp_schedule(alphas_cumprod(), 20, steps_offset=1, final="first")
+    assert_parity(ancestral(LATENT, predictor(network, "epsilon"), schedule, generator=generator(7)), theirs)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -427,11 +429,11 @@ def test_walking_a_flow_is_flow_match_euler(shift: float) -> None:
     theirs = LATENT
     for time in scheduler.timesteps:
         theirs = scheduler.step(network(theirs, time), time, theirs).prev_sample
-    assert_parity(walk(LATENT, predictor(network, "flow"), flow_ladder(20, shift)), theirs)
+    assert_parity(ddim(LATENT, predictor(network, "flow"), flow_schedule(20, shift)), theirs)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_an_ancestral_walk_is_euler_ancestral(kind: Kind) -> None:
+def test_an_ancestral_walk_is_euler_ancestral(kind: PredictionType) -> None:
     scheduler = scheduled(
         EulerAncestralDiscreteScheduler,
         **SETTINGS,
@@ -443,20 +445,20 @@ def test_an_ancestral_walk_is_euler_ancestral(kind: Kind) -> None:
     for time in scheduler.timesteps:
         said = network(scheduler.scale_model_input(theirs, time), time)
         theirs = scheduler.step(said, time, theirs, generator=same).prev_sample
-    ladder = vp_ladder(alphas_cumprod(), 20, steps_offset=1)
+    schedule = vp_schedule(alphas_cumprod(), 20, steps_offset=1)
     ours = ancestral(
         LATENT * scheduler.init_noise_sigma,
-        at_unit_variance(predictor(network, kind)),
-        in_sigma_space(ladder),
+        scale_to_unit_variance(predictor(network, kind)),
+        to_sigma_space(schedule),
         generator=generator(7),
     )
     assert_parity(ours, theirs)
-    # the step does not depend on the scale of the state, so the VP ladder itself gives the same pictures
-    assert_parity(ancestral(LATENT, predictor(network, kind), ladder, generator=generator(7)), theirs)
+    # the step does not depend on the scale of the state, so the VP schedule itself gives the same pictures
+    assert_parity(ancestral(LATENT, predictor(network, kind), schedule, generator=generator(7)), theirs)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_heun_in_sigma_space_is_heun_discrete(kind: Kind) -> None:
+def test_heun_in_sigma_space_is_heun_discrete(kind: PredictionType) -> None:
     scheduler = scheduled(
         HeunDiscreteScheduler, **SETTINGS, timestep_spacing="leading", steps_offset=1, prediction_type=kind
     )
@@ -464,8 +466,10 @@ def test_heun_in_sigma_space_is_heun_discrete(kind: Kind) -> None:
     for time in scheduler.timesteps:
         said = network(scheduler.scale_model_input(theirs, time), time)
         theirs = scheduler.step(said, time, theirs).prev_sample
-    ladder = in_sigma_space(vp_ladder(alphas_cumprod(), 20, steps_offset=1))
-    ours = heun(LATENT * scheduler.init_noise_sigma, at_unit_variance(predictor(network, kind)), ladder)
+    schedule = to_sigma_space(vp_schedule(alphas_cumprod(), 20, steps_offset=1))
+    ours = heun(
+        LATENT * scheduler.init_noise_sigma, scale_to_unit_variance(predictor(network, kind)), schedule
+    )
     assert_parity(ours, theirs)
 
 

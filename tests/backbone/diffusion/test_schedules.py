@@ -1,4 +1,4 @@
-"""Ladders against diffusers' schedulers, number for number, and by hand."""
+"""Noise schedules against diffusers' schedulers, number for number, and by hand."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
 from backbone.diffusion.schedules import (
-    Schedule,
+    BetaSchedule,
     Spacing,
     alphas_cumprod,
-    flow_ladder,
-    flow_levels,
-    karras_ladder,
+    flow_schedule,
+    karras_schedule,
+    logit_normal_levels,
     spaced_timesteps,
-    upto,
-    vp_ladder,
+    truncate_schedule,
+    vp_schedule,
     zero_terminal_snr,
 )
 
@@ -34,11 +34,11 @@ def test_timesteps_are_diffusers_for_every_number_of_steps(spacing: Spacing, ste
         assert len(ours) == steps and torch.equal(ours, scheduler.timesteps[:steps]), steps
 
 
-@pytest.mark.parametrize("schedule", get_args(Schedule))
+@pytest.mark.parametrize("beta_schedule", get_args(BetaSchedule))
 @pytest.mark.parametrize("start, end", [(0.00085, 0.012), (0.0001, 0.02)])
-def test_alphas_are_diffusers_bit_for_bit(schedule: Schedule, start: float, end: float) -> None:
-    scheduler = scheduler_of(DDIMScheduler, beta_schedule=schedule, beta_start=start, beta_end=end)
-    assert torch.equal(alphas_cumprod(schedule, start, end), scheduler.alphas_cumprod)
+def test_alphas_are_diffusers_bit_for_bit(beta_schedule: BetaSchedule, start: float, end: float) -> None:
+    scheduler = scheduler_of(DDIMScheduler, beta_schedule=beta_schedule, beta_start=start, beta_end=end)
+    assert torch.equal(alphas_cumprod(beta_schedule, start, end), scheduler.alphas_cumprod)
 
 
 def test_zero_terminal_snr_is_diffusers() -> None:
@@ -51,11 +51,11 @@ def test_zero_terminal_snr_is_diffusers() -> None:
 
 def test_a_vp_ladder_by_hand() -> None:
     alphas = torch.tensor([0.9, 0.8, 0.6, 0.4, 0.2, 0.1])
-    ladder = vp_ladder(alphas, 3, spacing="leading", steps_offset=1, final="first")
-    assert ladder.time is not None and ladder.time.tolist() == [5, 3, 1, 0]
-    torch.testing.assert_close(ladder.a**2, torch.tensor([0.1, 0.4, 0.8, 0.9]).double())
-    torch.testing.assert_close(ladder.a**2 + ladder.b**2, torch.ones(4).double())
-    clean = vp_ladder(alphas, 3, spacing="leading", steps_offset=1)[-1]
+    schedule = vp_schedule(alphas, 3, spacing="leading", steps_offset=1, final="first")
+    assert schedule.time is not None and schedule.time.tolist() == [5, 3, 1, 0]
+    torch.testing.assert_close(schedule.a**2, torch.tensor([0.1, 0.4, 0.8, 0.9]).double())
+    torch.testing.assert_close(schedule.a**2 + schedule.b**2, torch.ones(4).double())
+    clean = vp_schedule(alphas, 3, spacing="leading", steps_offset=1)[-1]
     assert clean.a == 1 and clean.b == 0
 
 
@@ -64,28 +64,28 @@ def test_a_vp_ladder_by_hand() -> None:
 def test_a_flow_ladder_is_diffusers(shift: float, steps: int) -> None:
     scheduler = scheduler_of(FlowMatchEulerDiscreteScheduler, shift=shift)
     scheduler.set_timesteps(steps)
-    ladder = flow_ladder(steps, shift)
-    assert ladder.time is not None and ladder.time[-1] == 0
-    torch.testing.assert_close(ladder.b.float(), scheduler.sigmas)
-    torch.testing.assert_close(ladder.time[:-1], scheduler.timesteps)
-    torch.testing.assert_close(ladder.a + ladder.b, torch.ones(steps + 1).double())
+    schedule = flow_schedule(steps, shift)
+    assert schedule.time is not None and schedule.time[-1] == 0
+    torch.testing.assert_close(schedule.b.float(), scheduler.sigmas)
+    torch.testing.assert_close(schedule.time[:-1], scheduler.timesteps)
+    torch.testing.assert_close(schedule.a + schedule.b, torch.ones(steps + 1).double())
 
 
 @pytest.mark.parametrize("mu", [0.5, 1.15])
 def test_a_dynamically_shifted_flow_ladder_is_diffusers(mu: float) -> None:
     scheduler = scheduler_of(FlowMatchEulerDiscreteScheduler, use_dynamic_shifting=True)
     scheduler.set_timesteps(7, mu=mu)
-    torch.testing.assert_close(flow_ladder(7, mu=mu).b.float(), scheduler.sigmas)
+    torch.testing.assert_close(flow_schedule(7, mu=mu).b.float(), scheduler.sigmas)
     scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / 7, 7).tolist(), mu=mu)  # as FLUX's pipeline calls it
-    torch.testing.assert_close(flow_ladder(7, mu=mu, lowest=1 / 7).b.float(), scheduler.sigmas)
+    torch.testing.assert_close(flow_schedule(7, mu=mu, lowest=1 / 7).b.float(), scheduler.sigmas)
 
 
 def test_flow_levels_are_quantiles_of_a_shifted_logit_normal() -> None:
-    levels = flow_levels(1001)
+    levels = logit_normal_levels(1001)
     assert float(levels.b[500]) == pytest.approx(0.5)
     assert float((levels.b < torch.tensor(1.0).sigmoid()).double().mean()) == pytest.approx(0.8413, abs=1e-3)
     torch.testing.assert_close(levels.a + levels.b, torch.ones(1001).double())
-    shifted = flow_levels(1001, 3.0)
+    shifted = logit_normal_levels(1001, 3.0)
     assert float(shifted.b[500]) == pytest.approx(0.75)  # 3·½ / (1 + 2·½)
     assert bool((shifted.b.diff() > 0).all()) and float(shifted.b[0]) > 0 and float(shifted.b[-1]) < 1
     assert shifted.time is not None and float(shifted.time[500]) == pytest.approx(750)
@@ -101,19 +101,19 @@ def test_a_karras_ladder_is_diffusers() -> None:
     )
     scheduler.set_timesteps(12)
     sigmas = scheduler.sigmas
-    ladder = karras_ladder(12, float(sigmas[-2]), float(sigmas[0]))
-    torch.testing.assert_close(ladder.b.float(), sigmas, rtol=1e-5, atol=1e-6)
-    assert ladder.time is not None and torch.equal(ladder.time, ladder.b)
+    schedule = karras_schedule(12, float(sigmas[-2]), float(sigmas[0]))
+    torch.testing.assert_close(schedule.b.float(), sigmas, rtol=1e-5, atol=1e-6)
+    assert schedule.time is not None and torch.equal(schedule.time, schedule.b)
 
 
 @pytest.mark.parametrize(
     "strength, steps", [(1.0, 50), (0.8, 40), (0.58, 28), (0.5, 25), (0.02, 1), (0.0, 0)]
 )
 def test_strength_counts_steps_as_img2img_does(strength: float, steps: int) -> None:
-    ladder = vp_ladder(alphas_cumprod(), 50, steps_offset=1, final="first")
-    part = upto(ladder, strength)
+    schedule = vp_schedule(alphas_cumprod(), 50, steps_offset=1, final="first")
+    part = truncate_schedule(schedule, strength)
     assert len(part) == steps + 1
-    assert torch.equal(part.a, ladder.a[50 - steps :])
+    assert torch.equal(part.a, schedule.a[50 - steps :])
 
 
 def test_ladders_that_cannot_be_are_refused() -> None:
@@ -122,10 +122,10 @@ def test_ladders_that_cannot_be_are_refused() -> None:
         (lambda: spaced_timesteps(0), "1 to 1000 steps"),
         (lambda: spaced_timesteps(10, "even"), "Known are leading"),  # type: ignore[arg-type]
         (lambda: alphas_cumprod("cosine"), "Known are scaled_linear"),  # type: ignore[arg-type]
-        (lambda: vp_ladder(alphas_cumprod(), 1000, steps_offset=1), "reach timestep 1000"),
-        (lambda: flow_ladder(0), "at least one step"),
-        (lambda: karras_ladder(10, 2.0, 1.0), "sigma_min"),
-        (lambda: upto(flow_ladder(4), 1.2), "between 0 and 1"),
+        (lambda: vp_schedule(alphas_cumprod(), 1000, steps_offset=1), "reach timestep 1000"),
+        (lambda: flow_schedule(0), "at least one step"),
+        (lambda: karras_schedule(10, 2.0, 1.0), "sigma_min"),
+        (lambda: truncate_schedule(flow_schedule(4), 1.2), "between 0 and 1"),
     ]
     for call, words in refused:
         with pytest.raises(ValueError, match=words):

@@ -28,7 +28,7 @@ from backbone.io.console import UserError
 from backbone.io.files import append_jsonl, read_jsonl, read_tensors
 from backbone.models.cache import VARIABLE
 from backbone.models.model import Backbone
-from backbone.models.placement import Measures
+from backbone.models.placement import Placement
 from customize.sample import draw
 from customize.settings import Subject
 from customize.train.run import train_concept
@@ -147,7 +147,7 @@ def measured(rank: int, folder: Path) -> None:
     every = sum(value.numel() for value in whole.denoiser.parameters())
     text = whole.encode_prompts(["a dog"])
     noisy = torch.randn(1, *whole.latent_shape, generator=torch.Generator().manual_seed(rank))
-    level = whole.ladder(4)[0]
+    level = whole.schedule(4)[0]
     with torch.no_grad():
         first, second = (model.predictor(text)(noisy, level).noise for model in (cut, whole))
     distance = float((first - second).abs().max())
@@ -228,5 +228,5 @@ def test_inner_blocks_are_cut_before_the_blocks_that_hold_them() -> None:
 def test_alone_nothing_is_cut_up(monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert not processes.is_sharded() and processes.is_participant()
-    model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32", measures=Measures(offload=1.0))
+    model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32", placement=Placement(offload=1.0))
     assert next(model.denoiser.parameters()).__class__ is nn.Parameter

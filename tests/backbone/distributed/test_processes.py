@@ -56,7 +56,7 @@ def test_whole_micro_batches_are_dealt_out_where_they_come_out_even(monkeypatch:
 
 def test_a_step_with_too_few_rows_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     of(monkeypatch, 0, 2)
-    with pytest.raises(UserError, match=r"1 × 1 cannot be shared by 2 processes\. Raise --train_batch_size"):
+    with pytest.raises(UserError, match=r"1 × 1 cannot be shared by 2 processes\. Raise --batch"):
         processes.share_of_step(1, 1)
 
 
@@ -99,7 +99,7 @@ def fit(*, fails: bool = False) -> tuple[Tensor, list[float]]:
         losses,
         {"w": weight},
         optimizer=optimizer,
-        schedule=warm_constant(),
+        lr_schedule=warm_constant(),
         steps=3,
         reduce=processes.gradient_averaging(),
     )

@@ -26,7 +26,7 @@ def learn(rank: int, folder: Path) -> None:
         losses,
         {"w": weight},
         optimizer=optimizer,
-        schedule=warm_constant(),
+        lr_schedule=warm_constant(),
         steps=9,
         clip=1e9,
         reduce=average_in_place,

@@ -30,7 +30,7 @@ from backbone.memory.planner import (
     precision_name,
 )
 from backbone.models.model import Backbone
-from backbone.models.placement import KINDS, Measures
+from backbone.models.placement import KINDS, Placement
 from backbone.training.attention import quick_to_train
 from tests import tiny
 
@@ -187,7 +187,7 @@ def test_more_of_the_base_elsewhere_leaves_less_of_it(models: dict[str, Backbone
     for model in models.values():
         account = MemoryEstimator(model, lora(model))
         left = [
-            account.denoiser_bytes(MemorySettings(measures=Measures(offload=share)))
+            account.denoiser_bytes(MemorySettings(placement=Placement(offload=share)))
             for share in (0, 0.25, 0.5, 1)
         ]
         assert left == sorted(left, reverse=True) and left[-1] < left[0] / 2
@@ -195,7 +195,7 @@ def test_more_of_the_base_elsewhere_leaves_less_of_it(models: dict[str, Backbone
 
 def test_a_quantised_base_is_counted_by_its_bits(account: MemoryEstimator) -> None:
     parts = account.model_sizes("bf16")
-    base = account.denoiser_bytes(MemorySettings("bf16", measures=Measures(quantize="nf4")))
+    base = account.denoiser_bytes(MemorySettings("bf16", placement=Placement(quantize="nf4")))
     assert base == round(
         parts.denoiser - 2 * parts.linear_parameters + KINDS["nf4"] * parts.linear_parameters
     )
@@ -239,10 +239,12 @@ def test_without_the_library_the_base_stays_whole_and_the_plan_says_what_is_miss
 ) -> None:
     for size in (2.5, 2.75, 3.0, 3.25):
         without = plan_memory(account, size, MemorySettings("bf16"), library=False)
-        assert not without.settings.measures.quantize
-        if without.settings.measures.offload:
+        assert not without.settings.placement.quantize
+        if without.settings.placement.offload:
             assert "bitsandbytes" in without.hint
-            assert plan_memory(account, size, MemorySettings("bf16"), library=True).settings.measures.quantize
+            assert plan_memory(
+                account, size, MemorySettings("bf16"), library=True
+            ).settings.placement.quantize
             break
     else:
         pytest.fail("no size at which a part of the base had to go")
@@ -260,7 +262,7 @@ def test_all_weights_where_they_do_not_fit_are_refused_for_an_adapter(whole: Mem
 
 
 def test_what_the_user_chose_stays(account: MemoryEstimator) -> None:
-    start = MemorySettings("bf16", measures=Measures(quantize="nf4"))
+    start = MemorySettings("bf16", placement=Placement(quantize="nf4"))
     assert plan_memory(account, 80, start, library=False).settings == start
 
 

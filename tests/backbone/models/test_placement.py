@@ -11,7 +11,14 @@ from torch import nn
 from backbone.adapters.lora import add_lora
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
-from backbone.models.placement import Measures, held, lend, lendable, quantizable, tiled
+from backbone.models.placement import (
+    Placement,
+    enable_tiling,
+    find_offloadable_layers,
+    find_quantizable_layers,
+    offload,
+    place_denoiser,
+)
 from tests.tiny import tiny_autoencoder, tiny_flux
 
 CPU = torch.device("cpu")
@@ -25,7 +32,7 @@ def test_a_lent_layer_answers_and_passes_gradients_as_before(layer: nn.Module) -
     x = torch.randn(shape, requires_grad=True)
     before = layer(x)
     (wanted,) = torch.autograd.grad(before.square().sum(), x)
-    lend(layer)
+    offload(layer)
     after = layer(x)
     (found,) = torch.autograd.grad(after.square().sum(), x)
     torch.testing.assert_close(after, before)
@@ -34,7 +41,7 @@ def test_a_lent_layer_answers_and_passes_gradients_as_before(layer: nn.Module) -
 
 def test_a_lent_layer_stays_where_it_is_and_keeps_nothing_for_the_gradient() -> None:
     network = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 2)])})
-    held(network, Measures(offload=1.0), torch.device("meta"))
+    place_denoiser(network, Placement(offload=1.0), torch.device("meta"))
     assert all(value.device == CPU for value in network.parameters())
     kept: list[torch.Tensor] = []
 
@@ -51,15 +58,15 @@ def test_a_lent_layer_stays_where_it_is_and_keeps_nothing_for_the_gradient() -> 
 def test_the_largest_layers_are_lent_first() -> None:
     layers = [nn.Linear(4, 4), nn.Linear(8, 8), nn.Linear(2, 2)]
     network = nn.ModuleDict({"blocks": nn.ModuleList(layers), "outside": nn.Linear(99, 99)})
-    assert lendable(network, 0.5) == [layers[1]]
-    assert lendable(network, 0.9) == layers[1::-1]
-    assert set(lendable(network)) == set(layers)
+    assert find_offloadable_layers(network, 0.5) == [layers[1]]
+    assert find_offloadable_layers(network, 0.9) == layers[1::-1]
+    assert set(find_offloadable_layers(network)) == set(layers)
 
 
 def test_a_denoiser_that_is_lent_learns_as_the_whole_one(tiny_folder: Path) -> None:
     gradients = []
-    for measures in (Measures(), Measures(offload=0.5)):
-        model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32", measures=measures)
+    for placement in (Placement(), Placement(offload=0.5)):
+        model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32", placement=placement)
         lora = add_lora(model.denoiser, "one", rank=2, alpha=2, targets=("to_q", "to_out.0"))
         for number, value in enumerate(lora.values()):
             random = torch.Generator().manual_seed(number)
@@ -76,9 +83,9 @@ def test_tiles_are_taken_where_a_picture_is_larger() -> None:
     autoencoder = tiny_autoencoder().eval()
     pictures = torch.rand(2, 3, 64, 64) * 2 - 1
     whole = autoencoder.encode(pictures).latent_dist.mean
-    tiled(autoencoder, 64)
+    enable_tiling(autoencoder, 64)
     torch.testing.assert_close(autoencoder.encode(pictures).latent_dist.mean, whole)
-    tiled(autoencoder, 32)
+    enable_tiling(autoencoder, 32)
     parts = autoencoder.encode(pictures).latent_dist.mean
     assert parts.shape == whole.shape and not torch.equal(parts, whole)
     assert autoencoder.decode(parts).sample.shape == pictures.shape
@@ -89,9 +96,9 @@ def test_a_base_in_few_bits_is_near_the_whole_one_and_carries_an_adapter(kind: s
     pytest.importorskip("bitsandbytes")
     folder = tiny_flux(tmp_path / "flux")
     model = Backbone.open(str(folder), device="cpu", precision="fp32")
-    names = list(quantizable(model.denoiser))
+    names = list(find_quantizable_layers(model.denoiser))
     assert "transformer_blocks.0.attn.to_q" in names and "x_embedder" not in names
-    small = Backbone.open(str(folder), device="cpu", precision="fp32", measures=Measures(quantize=kind))
+    small = Backbone.open(str(folder), device="cpu", precision="fp32", placement=Placement(quantize=kind))
     text = model.encode_prompts(["a dog in the snow"])
     noisy, time = torch.randn(1, *model.latent_shape), torch.tensor([500.0])
     whole, rounded = (one.family.network(one.denoiser, text)(noisy, time).detach() for one in (model, small))
@@ -104,14 +111,14 @@ def test_a_base_in_few_bits_is_near_the_whole_one_and_carries_an_adapter(kind: s
 
 def test_measures_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(UserError, match="Choose one"):
-        Measures(quantize="nf4", offload=0.5)
+        Placement(quantize="nf4", offload=0.5)
     with pytest.raises(UserError, match="8bit or nf4"):
-        Measures(quantize="int3")
+        Placement(quantize="int3")
     with pytest.raises(UserError, match="between 0 and 1"):
-        Measures(offload=2)
+        Placement(offload=2)
 
 
 def test_without_the_library_few_bits_are_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     with pytest.raises(UserError, match="pip install bitsandbytes"):
-        held(nn.Linear(2, 2), Measures(quantize="nf4"), CPU)
+        place_denoiser(nn.Linear(2, 2), Placement(quantize="nf4"), CPU)

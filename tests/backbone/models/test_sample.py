@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from backbone.diffusion.noise import Estimate, Level
-from backbone.diffusion.samplers import heun, walk
-from backbone.diffusion.schedules import karras_ladder
+from backbone.diffusion.samplers import ddim, heun
+from backbone.diffusion.schedules import karras_schedule
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from backbone.models.sample import (
     Request,
+    check_guidance_interval,
+    count_skipped_steps,
     initial_noise,
-    refuse_no_share,
+    latent_size,
+    limit_guidance,
     sample_latents,
-    steps_before,
-    within,
 )
 from tests.tiny import tiny_flux, tiny_pipeline, tiny_stable_diffusion_3, tiny_stable_diffusion_xl
 
@@ -42,15 +43,17 @@ def marked(said: list[str], mark: str) -> object:
 )
 def test_a_share_of_the_steps_follows_the_guidance(share: tuple[float, float], expected: str) -> None:
     said: list[str] = []
-    ladder = karras_ladder(10, 0.01, 10.0)
-    walk(torch.ones(1, 2), within(share, marked(said, "#"), marked(said, "."), ladder), ladder)  # type: ignore[arg-type]
+    schedule = karras_schedule(10, 0.01, 10.0)
+    predict = limit_guidance(share, marked(said, "#"), marked(said, "."), schedule)  # type: ignore[arg-type]
+    ddim(torch.ones(1, 2), predict, schedule)
     assert "".join(said) == expected
 
 
 def test_both_looks_of_a_step_of_heun_follow_their_own_levels() -> None:
     said: list[str] = []
-    ladder = karras_ladder(4, 0.01, 10.0)
-    heun(torch.ones(1, 2), within((0.5, 1.0), marked(said, "#"), marked(said, "."), ladder), ladder)  # type: ignore[arg-type]
+    schedule = karras_schedule(4, 0.01, 10.0)
+    predict = limit_guidance((0.5, 1.0), marked(said, "#"), marked(said, "."), schedule)  # type: ignore[arg-type]
+    heun(torch.ones(1, 2), predict, schedule)
     assert "".join(said).startswith("...##") and set(said[3:]) == {"#"}
 
 
@@ -58,10 +61,10 @@ def test_what_is_drawn_is_the_prompt_s_way_and_then_the_guided_one(tiny: Backbon
     (ours,) = sample_latents(tiny, ASKED, steps=4, guidance=3.0, seed=5, guided=(0.5, 1.0))
     text = tiny.encode_prompts([request.prompt for request in ASKED])
     empty = tiny.encode_prompts(["", ""])
-    ladder = tiny.ladder(4)
+    schedule = tiny.schedule(4)
     noisy = torch.stack([initial_noise(tiny, 5, *request.key) for request in ASKED])
-    half = walk(noisy, tiny.predictor(text), ladder[:3])
-    expected = walk(half, tiny.guided_predictor(text, empty, 3.0), ladder[2:])
+    half = ddim(noisy, tiny.predictor(text), schedule[:3])
+    expected = ddim(half, tiny.guided_predictor(text, empty, 3.0), schedule[2:])
     assert torch.allclose(ours, expected, atol=1e-5)
     (always,) = sample_latents(tiny, ASKED, steps=4, guidance=3.0, seed=5)
     (said,) = sample_latents(tiny, ASKED, steps=4, guidance=3.0, seed=5, guided=(0.0, 1.0))
@@ -82,24 +85,54 @@ def test_what_is_drawn_anew_is_the_picture_noised_and_walked_down(
     how: dict[str, Any] = {"steps": 4, "guidance": 3.0, "seed": 5}
     (ours,) = sample_latents(tiny, ASKED, clean=clean, share=0.5, **how)
     text = tiny.encode_prompts([request.prompt for request in ASKED])
-    rest = tiny.ladder(4)[2:]
+    rest = tiny.schedule(4)[2:]
     noise = torch.stack([initial_noise(tiny, 5, *request.key) for request in ASKED])
     start = rest.a[0].float() * clean + rest.b[0].float() * noise
-    expected = walk(start, tiny.guided_predictor(text, tiny.encode_prompts(["", ""]), 3.0), rest)
+    expected = ddim(start, tiny.guided_predictor(text, tiny.encode_prompts(["", ""]), 3.0), rest)
     assert torch.allclose(ours, expected, atol=1e-5)
     alone = torch.cat(list(sample_latents(tiny, ASKED, clean=clean, share=0.5, batch=1, **how)))
     assert torch.allclose(ours, alone, atol=1e-4)
 
 
 def test_a_share_that_leaves_no_step_is_refused() -> None:
-    assert [steps_before(share, 10) for share in (0.1, 0.75, 1.0)] == [9, 2, 0]
+    assert [count_skipped_steps(share, 10) for share in (0.1, 0.75, 1.0)] == [9, 2, 0]
     with pytest.raises(UserError, match="is none"):
-        steps_before(0.04, 10)
+        count_skipped_steps(0.04, 10)
     with pytest.raises(UserError, match="no share"):
-        steps_before(1.5, 10)
+        count_skipped_steps(1.5, 10)
 
 
 @pytest.mark.parametrize("share", [(0.5, 0.5), (0.7, 0.2), (-0.1, 1.0), (0.0, 1.1)])
 def test_what_is_no_share_is_refused(share: tuple[float, float]) -> None:
     with pytest.raises(UserError, match="no share"):
-        refuse_no_share(share)
+        check_guidance_interval(share)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [tiny_pipeline, tiny_stable_diffusion_xl, tiny_stable_diffusion_3, tiny_flux],
+    ids=lambda b: b.__name__,
+)
+def test_every_family_draws_other_sizes(tmp_path: Path, build: Callable[..., Path]) -> None:
+    model = Backbone.open(str(build(tmp_path / "model")), device="cpu", precision="fp32")
+    wide, high = model.resolution + 2 * model.factor, model.resolution
+    (drawn,) = sample_latents(model, ASKED[:1], steps=2, guidance=2.0, seed=0, size=(wide, None))
+    assert drawn.shape[-2:] == (high // model.factor, wide // model.factor)
+    assert bool(drawn.isfinite().all())
+    own, usual = (
+        sample_latents(model, ASKED[:1], steps=2, guidance=2.0, seed=0, size=size)
+        for size in ((high, high), (None, None))
+    )
+    assert torch.equal(next(own), next(usual))
+
+
+def test_a_size_that_the_model_cannot_draw_is_refused_with_the_reason(tmp_path: Path, tiny: Backbone) -> None:
+    with pytest.raises(UserError, match=r"multiples of 16 pixels, and the width is 65\. Give 64 or 80"):
+        latent_size(tiny, (65, None))
+    model = Backbone.open(str(tiny_stable_diffusion_3(tmp_path)), device="cpu", precision="fp32")
+    most = model.family.longest_side(model.location)
+    assert most is not None
+    with pytest.raises(
+        UserError, match=f"places for {most * model.factor} pixels a side at most, and the height"
+    ):
+        latent_size(model, (None, (most + 2) * model.factor))

@@ -38,7 +38,7 @@ class Bowl:
             self.losses,
             self.parameters,
             optimizer=self.optimizer,
-            schedule=warm_cosine(60),
+            lr_schedule=warm_cosine(60),
             steps=steps,
             done=done,
             average=self.average,
@@ -97,7 +97,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights() -> None
         yield bowl.parameters["w"].sum() * float("nan")
 
     with pytest.raises(UserError, match="step 1"):
-        next(train(broken, bowl.parameters, optimizer=bowl.optimizer, schedule=warm_constant(), steps=1))
+        next(train(broken, bowl.parameters, optimizer=bowl.optimizer, lr_schedule=warm_constant(), steps=1))
     assert torch.equal(bowl.parameters["w"], before)
 
 
@@ -112,7 +112,9 @@ def test_micro_batches_give_the_gradient_of_their_mean() -> None:
 
         optimizer = torch.optim.SGD([parameter], lr=1e-3)
         list(
-            train(losses, {"p": parameter}, optimizer=optimizer, schedule=warm_constant(), steps=1, clip=1e9)
+            train(
+                losses, {"p": parameter}, optimizer=optimizer, lr_schedule=warm_constant(), steps=1, clip=1e9
+            )
         )
         return parameter.detach()
 

@@ -20,7 +20,6 @@ from backbone.media.pictures import list_images
 from backbone.models.cache import VARIABLE
 from backbone.models.locate import EMBEDDED
 from backbone.models.model import Backbone
-from customize.cli import step_count
 from customize.evaluate.dreambench import own_prompts, read_prompts
 from customize.evaluate.metrics import Evaluator, Figures, Patience, Scorers, mean_likeness, protocol, rating
 from customize.settings import Settings
@@ -108,14 +107,6 @@ def test_our_own_prompts_are_twenty_five_different_ones() -> None:
     assert all(prompt.count("{}") == 1 for prompt in own_prompts())
 
 
-def test_steps_are_a_number_or_auto() -> None:
-    assert step_count("30") == {"steps": 30}
-    assert step_count("auto") == {"patience": 3}
-    assert step_count(None) == {}
-    with pytest.raises(UserError, match="auto"):
-        step_count("many")
-
-
 def test_a_report_shows_text_as_text(tmp_path: Path) -> None:
     parts = [table(("a",), [("<script>",)]), line_plot("c", {"x": [(0, 1.0), (1, 2.0)]}, marked=1)]
     write_report(tmp_path / "r.html", "<b>", parts)
@@ -192,12 +183,10 @@ def test_a_run_is_evaluated_reported_and_measured_from_outside(
     assert "All 4 steps were taken" in page
     (tmp_path / "prompts.txt").write_text(FILE)
     table_text = customize(
-        "evaluate", str(run), "--prompts", "prompts.txt", "--per-prompt", "2", "--scorer", scorer
+        "evaluate", str(run), "--prompts", "prompts.txt", "--count", "2", "--scorer", scorer
     )
     assert "PRES of the base" in table_text
     assert "CLIP-I of real pictures" in (run / "dreambench" / "table.md").read_text()
     dino = str(tiny_eye(tmp_path / "dino", "dinov2"))
-    table_text = customize(
-        "evaluate", str(run), "--prompts", "prompts.txt", "--per-prompt", "1", "--scorer", dino
-    )
+    table_text = customize("evaluate", str(run), "--prompts", "prompts.txt", "--count", "1", "--scorer", dino)
     assert "DINO of real pictures" in table_text and "CLIP" not in table_text

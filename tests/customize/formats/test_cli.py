@@ -102,7 +102,7 @@ def test_an_import_that_does_not_fit_its_model_is_refused(tmp_path: Path, tiny_f
 
 def test_an_import_without_a_trigger_word_asks_for_it(run: Path, tmp_path: Path, tiny_folder: Path) -> None:
     write_adapter(tmp_path / "bare.safetensors", read_adapter(run), "kohya")
-    with pytest.raises(UserError, match="--token_words"):
+    with pytest.raises(UserError, match="--token-words"):
         import_adapter(tmp_path / "bare.safetensors", tmp_path / "again", model=str(tiny_folder))
 
 

@@ -15,7 +15,7 @@ from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
 from backbone.media.pictures import list_images
 from backbone.media.transforms import crop_square, to_tensor
-from backbone.models.cache import cache_folder, encoded, encoded_prompts
+from backbone.models.cache import cache_folder, encode_images_cached, encode_prompts_cached
 from backbone.models.model import Backbone, Posterior
 from backbone.training.base_predictions import bank_of, stratified_levels
 from customize.data.dataset import Bucket, Group, Material, prepare
@@ -74,12 +74,12 @@ def test_preservation_keeps_the_class_nearer_to_what_it_was(tiny_folder: Path, s
         model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
         asked = settings(subject, prior_loss_weight=weight)
         ready = material(model, subject, asked)
-        fresh = bank_of(model, ready.posteriors, encoded_prompts(model, ["a dog"]), draws=16, seed=99)
+        fresh = bank_of(model, ready.posteriors, encode_prompts_cached(model, ["a dog"]), draws=16, seed=99)
         for _ in Training(model, ready, asked).steps():
             pass
         text = {
             name: value.expand(16, *value.shape[1:])
-            for name, value in encoded_prompts(model, ["a dog"]).items()
+            for name, value in encode_prompts_cached(model, ["a dog"]).items()
         }
         time = model.path.levels.time
         assert time is not None
@@ -132,10 +132,10 @@ def test_the_encoders_are_freed_before_training(tiny: Backbone, subject: Path) -
 
 
 def test_latents_are_remembered_by_content_not_by_name(tiny: Backbone, subject: Path, tmp_path: Path) -> None:
-    first = encoded(tiny, list_images(subject))
+    first = encode_images_cached(tiny, list_images(subject))
     files = set((cache_folder() / "latents").rglob("*.safetensors"))
     (subject / "0.png").rename(subject / "9.png")  # now last in order
-    again = encoded(tiny, list_images(subject))
+    again = encode_images_cached(tiny, list_images(subject))
     assert set((cache_folder() / "latents").rglob("*.safetensors")) == files
     assert torch.equal(again[2].mean, first[0].mean)
     assert torch.equal(again[0].mean, first[1].mean)
@@ -175,7 +175,7 @@ def test_no_shuffling_of_a_folder_ever_pairs_a_wrong_caption_or_picture(
                 (folder / f"{gone}.png").unlink()
                 (folder / f"{gone}.txt").unlink()
         found = list_images(folder)
-        for picture, posterior in zip(found, encoded(tiny, found), strict=True):
+        for picture, posterior in zip(found, encode_images_cached(tiny, found), strict=True):
             shade = picture.open().getpixel((0, 0))
             assert picture.caption == f"a bcd dog in {shade}"
             with torch.no_grad():
@@ -184,11 +184,11 @@ def test_no_shuffling_of_a_folder_ever_pairs_a_wrong_caption_or_picture(
 
 
 def test_a_damaged_cache_is_computed_anew(tiny: Backbone, subject: Path) -> None:
-    first = encoded(tiny, list_images(subject))
+    first = encode_images_cached(tiny, list_images(subject))
     for path in (cache_folder() / "latents").rglob("*.safetensors"):
         path.unlink()  # `first` may still be mapped onto the old file
         path.write_bytes(b"broken")
-    assert torch.equal(encoded(tiny, list_images(subject))[0].mean, first[0].mean)
+    assert torch.equal(encode_images_cached(tiny, list_images(subject))[0].mean, first[0].mean)
 
 
 def test_one_level_falls_in_every_stratum() -> None:

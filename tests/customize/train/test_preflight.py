@@ -98,7 +98,7 @@ def test_every_fault_gets_its_warning_and_good_pictures_none(tmp_path: Path) -> 
 
 
 def test_memory_follows_from_shapes(tiny: Backbone) -> None:
-    settings = resolved(tiny, {}, images="x", token="[V]", class_noun="dog")
+    settings = resolved({"images": "x", "token": "[V]", "class_noun": "dog"}, tiny.defaults)
     found = estimate(tiny, settings, 3)
     network = UNet2DConditionModel.from_config(tiny.location.config("unet"))
     weights = 4 * sum(value.numel() for value in network.parameters())
@@ -111,7 +111,7 @@ def test_memory_follows_from_shapes(tiny: Backbone) -> None:
 
 def test_a_large_model_is_not_timed(tiny: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "SMALL_MODEL", 10)
-    settings = resolved(tiny, {}, images="x", token="[V]", class_noun="dog")
+    settings = resolved({"images": "x", "token": "[V]", "class_noun": "dog"}, tiny.defaults)
     found = estimate(tiny, settings, 3)
     assert found.step_seconds is None
     assert any("unknown" in sentence for sentence in found.sentences())
@@ -137,11 +137,11 @@ def test_a_run_with_every_measure_of_a_cpu_trains_and_goes_on(
     asked = {
         "model": str(tiny_folder), "device": "cpu", "precision": "fp32", "steps": 2, "gradient_checkpointing": True,
         "cpu_offload": 0.5, "vae_tiling": True, "text_on_cpu": True, "one_by_one": True, "sheet_prompts": ("a {}",),
-        "vram": 4.0, "prior_draws": 2,
+        "prior_draws": 2,
     }  # fmt: skip
     one = Subject(images=str(subject), token="[V]", class_noun="dog", token_words="fgh")
-    run = train_concept(asked, [one], out=tmp_path / "run")
+    run = train_concept(asked, [one], out=tmp_path / "run", vram=4.0)
     kept = read_settings(run)
     assert (kept.cpu_offload, kept.vae_tiling, kept.text_on_cpu, kept.one_by_one) == (0.5, True, True, True)
-    assert "--cpu_offload 0.5" in (run / "README.md").read_text()
+    assert "--cpu-offload 0.5" in (run / "README.md").read_text()
     assert resume_concept(run) == run

@@ -106,15 +106,20 @@ def test_null_texts_leave_no_gradient_and_no_processor_behind(tiny: Backbone) ->
 
 def test_a_null_text_step_that_already_lands_stops_at_once(tiny: Backbone) -> None:
     """At guidance 1 the embedding has no say, so nothing is tried once the walk is where it should be."""
-    ladder = tiny.ladder(3)
+    schedule = tiny.schedule(3)
     text = tiny.encode_prompts([PROMPT])
     predict = tiny.predictor(text)
     states = [torch.randn(1, *tiny.latent_shape, generator=torch.Generator().manual_seed(0))]
     from backbone.diffusion.samplers import trajectory
 
-    states = list(trajectory(states[0], predict, ladder))
+    states = list(trajectory(states[0], predict, schedule))
     _, asked = null_texts(
-        tiny, torch.stack(states), ladder, conditional=predict, empty=tiny.encode_prompts([""]), guidance=1.0
+        tiny,
+        torch.stack(states),
+        schedule,
+        conditional=predict,
+        empty=tiny.encode_prompts([""]),
+        guidance=1.0,
     )
     assert asked == 3 * 2
 
@@ -147,7 +152,7 @@ def test_the_file_gives_everything_back(tiny: Backbone, tmp_path: Path, method: 
             torch.equal(first, second) and first.dtype == second.dtype
         )
     for name in ("a", "b", "time"):
-        assert torch.equal(getattr(inversion.ladder, name), getattr(again.ladder, name))
+        assert torch.equal(getattr(inversion.schedule, name), getattr(again.schedule, name))
     for name in ("method", "prompt", "identity", "evaluations", "seed", "guidance"):
         assert getattr(inversion, name) == getattr(again, name)
     assert miss(again.picture, inversion.picture) < 1e-6

@@ -8,9 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from backbone.diffusion.noise import Estimate, Kind, Ladder, Level, convert, estimate, predictor, vp
-from backbone.diffusion.samplers import walk
-from backbone.diffusion.schedules import alphas_cumprod, flow_ladder, vp_ladder
+from backbone.diffusion.noise import (
+    Estimate,
+    Level,
+    PredictionType,
+    Schedule,
+    convert,
+    estimate,
+    predictor,
+    vp,
+)
+from backbone.diffusion.samplers import ddim
+from backbone.diffusion.schedules import alphas_cumprod, flow_schedule, vp_schedule
 from edit.inversion.trajectories import (
     corrected_step,
     corrections,
@@ -24,15 +33,15 @@ from tests.backbone.mixture import THREE_MODES
 
 ALPHAS = alphas_cumprod().double()
 LADDERS = {
-    "leading": vp_ladder(ALPHAS, 20, "leading", 0, final="one"),
-    "leading offset": vp_ladder(ALPHAS, 20, "leading", 1, final="first"),
-    "trailing": vp_ladder(ALPHAS, 20, "trailing", final="first"),
-    "linspace": vp_ladder(ALPHAS, 20, "linspace", final="one"),
-    "linspace, its last rung twice": vp_ladder(ALPHAS, 20, "linspace", final="first"),
-    "flow": flow_ladder(20),
-    "shifted flow": flow_ladder(20, shift=3.0),
+    "leading": vp_schedule(ALPHAS, 20, "leading", 0, final="one"),
+    "leading offset": vp_schedule(ALPHAS, 20, "leading", 1, final="first"),
+    "trailing": vp_schedule(ALPHAS, 20, "trailing", final="first"),
+    "linspace": vp_schedule(ALPHAS, 20, "linspace", final="one"),
+    "linspace, its last rung twice": vp_schedule(ALPHAS, 20, "linspace", final="first"),
+    "flow": flow_schedule(20),
+    "shifted flow": flow_schedule(20, shift=3.0),
 }
-ladders = pytest.mark.parametrize("ladder", LADDERS.values(), ids=LADDERS)
+schedules = pytest.mark.parametrize("schedule", LADDERS.values(), ids=LADDERS)
 
 
 def samples(count: int = 64) -> Tensor:
@@ -43,47 +52,47 @@ def deviation(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).square().mean().sqrt())
 
 
-def replayed(states: Tensor, ladder: Ladder) -> Tensor:
+def replayed(states: Tensor, schedule: Schedule) -> Tensor:
     """The leaps down again from the two noisiest states."""
     down = [states[0], states[1]]
-    for before, here, there in zip(ladder, ladder[1:], ladder[2:], strict=False):
+    for before, here, there in zip(schedule, schedule[1:], schedule[2:], strict=False):
         down.append(leap(down[-2], down[-1], THREE_MODES.predict(down[-1], here), before, here, there))
     return torch.stack(down)
 
 
-@ladders
-def test_every_trajectory_begins_at_the_noisy_rung_and_ends_at_the_clean_latent(ladder: Ladder) -> None:
+@schedules
+def test_every_trajectory_begins_at_the_noisy_rung_and_ends_at_the_clean_latent(schedule: Schedule) -> None:
     clean, predict = samples(), THREE_MODES.predict
     noise = torch.Generator().manual_seed(1)
     for states in (
-        inverted(clean, predict, ladder),
-        renoised(clean, predict, ladder),
-        leapt(clean, predict, ladder),
-        independent(clean, ladder, generator=noise),
+        inverted(clean, predict, schedule),
+        renoised(clean, predict, schedule),
+        leapt(clean, predict, schedule),
+        independent(clean, schedule, generator=noise),
     ):
         assert states.shape == (21, 64, 2)
         assert torch.equal(states[-1], clean)
         assert float(states[0].std()) > 0.7
 
 
-@ladders
-def test_leaps_lead_back_exactly(ladder: Ladder) -> None:
+@schedules
+def test_leaps_lead_back_exactly(schedule: Schedule) -> None:
     clean = samples()
-    states = leapt(clean, THREE_MODES.predict, ladder)
-    assert torch.allclose(replayed(states, ladder), states, rtol=0, atol=1e-9)
+    states = leapt(clean, THREE_MODES.predict, schedule)
+    assert torch.allclose(replayed(states, schedule), states, rtol=0, atol=1e-9)
 
 
 def test_a_leap_undoes_itself() -> None:
     random = torch.Generator().manual_seed(0)
     before, now, clean, noise = torch.randn(4, 8, 2, generator=random, dtype=torch.float64)
-    ladder = LADDERS["leading offset"]
-    levels = ladder[3], ladder[4], ladder[5]
+    schedule = LADDERS["leading offset"]
+    levels = schedule[3], schedule[4], schedule[5]
     after = leap(before, now, Estimate(clean, noise), *levels)
     assert torch.allclose(leap(after, now, Estimate(clean, noise), *levels[::-1]), before, atol=1e-12)
 
 
 def test_leaps_are_of_second_order() -> None:
-    """Half the step, a quarter of the error, on a ladder as smooth as the rule asks for."""
+    """Half the step, a quarter of the error, on a schedule as smooth as the rule asks for."""
     clean = samples(256)
 
     def arrival(steps: int) -> Tensor:
@@ -96,16 +105,16 @@ def test_leaps_are_of_second_order() -> None:
     assert coarse / fine == pytest.approx(4, rel=0.3)
 
 
-@ladders
-def test_noise_maps_lead_back_exactly(ladder: Ladder) -> None:
+@schedules
+def test_noise_maps_lead_back_exactly(schedule: Schedule) -> None:
     def predict(noisy: Tensor, level: Level) -> Estimate:
         return Estimate(*(half.float() for half in THREE_MODES.predict(noisy, level)))
 
     clean = samples().float()
-    states = independent(clean, ladder, generator=torch.Generator().manual_seed(1))
-    found = corrections(states, predict, ladder)
+    states = independent(clean, schedule, generator=torch.Generator().manual_seed(1))
+    found = corrections(states, predict, schedule)
     now = states[0]
-    for number, (here, there) in enumerate(pairwise(ladder)):
+    for number, (here, there) in enumerate(pairwise(schedule)):
         now = corrected_step(now, predict(now, here), here, there, found[number])
         assert torch.allclose(now, states[number + 1], rtol=0, atol=1e-5)
 
@@ -117,27 +126,27 @@ def test_states_with_noise_of_their_own_have_the_levels_variance() -> None:
 
 
 FINE = {
-    "leading": vp_ladder(ALPHAS, 50, "leading", 1, final="first"),
-    "trailing": vp_ladder(ALPHAS, 50, "trailing", final="one"),
-    "flow": flow_ladder(50),
+    "leading": vp_schedule(ALPHAS, 50, "leading", 1, final="first"),
+    "trailing": vp_schedule(ALPHAS, 50, "trailing", final="one"),
+    "flow": flow_schedule(50),
 }
 
 
-@pytest.mark.parametrize("ladder", FINE.values(), ids=FINE)
-def test_fixed_points_lead_back_far_better_than_plain_inversion(ladder: Ladder) -> None:
+@pytest.mark.parametrize("schedule", FINE.values(), ids=FINE)
+def test_fixed_points_lead_back_far_better_than_plain_inversion(schedule: Schedule) -> None:
     clean, predict = samples(), THREE_MODES.predict
-    plain = deviation(walk(inverted(clean, predict, ladder)[0], predict, ladder), clean)
-    few = deviation(walk(renoised(clean, predict, ladder, rounds=4)[0], predict, ladder), clean)
+    plain = deviation(ddim(inverted(clean, predict, schedule)[0], predict, schedule), clean)
+    few = deviation(ddim(renoised(clean, predict, schedule, rounds=4)[0], predict, schedule), clean)
     many = deviation(
-        walk(renoised(clean, predict, ladder, rounds=60, tolerance=1e-9)[0], predict, ladder), clean
+        ddim(renoised(clean, predict, schedule, rounds=60, tolerance=1e-9)[0], predict, schedule), clean
     )
     assert few < plain / 2
     assert many < plain / 1000
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow", "sample"])
-def test_what_the_network_speaks_of_does_not_matter(kind: Kind) -> None:
-    ladder = LADDERS["leading offset"]
+def test_what_the_network_speaks_of_does_not_matter(kind: PredictionType) -> None:
+    schedule = LADDERS["leading offset"]
     clean = samples()
 
     def network(noisy: Tensor, time: Tensor) -> Tensor:
@@ -153,5 +162,5 @@ def test_what_the_network_speaks_of_does_not_matter(kind: Kind) -> None:
         )
 
     for way in (inverted, renoised, leapt):
-        states = way(clean, predictor(network, kind), ladder)
-        assert torch.allclose(states, way(clean, exact, ladder))
+        states = way(clean, predictor(network, kind), schedule)
+        assert torch.allclose(states, way(clean, exact, schedule))

@@ -91,7 +91,7 @@ def test_an_inversion_serves_any_number_of_edits(edit: Edit, capsys: pytest.Capt
     assert record("a")["of_them_for_the_inversion"] == 2
     assert not Path("a/inversion.safetensors").exists()
     assert edit("remove", *file, "--remove", "cat", "--out", "b") == 0
-    assert edit("lead", *file, "--toward", "a red cat=2", "--away", "snow=1", "--out", "c") == 0
+    assert edit("compose", *file, "--toward", "a red cat=2", "--away", "snow=1", "--out", "c") == 0
     assert record("c")["settings"]["toward"] == [["a red cat", 2.0], ["snow", -1.0]]
     assert edit("invert-and-replace", *file, "--source", "a dog", "--target", "a cat") == 2
     assert "Leave --source out" in capsys.readouterr().err
@@ -116,7 +116,17 @@ def test_other_commands_write_run_folders_that_can_be_repeated(edit: Edit) -> No
             "2",
         ),
         "fe": ("flow-edit", "photo.png", *WORDS, "--trajectory"),
-        "bt": ("between", "photo.png", "other.png", "--prompt", "a cat", "--prompt", "a dog", "--count", "3"),
+        "bt": (
+            "interpolate",
+            "photo.png",
+            "other.png",
+            "--prompts",
+            "a cat",
+            "--prompts",
+            "a dog",
+            "--count",
+            "3",
+        ),
         "mc": ("invert-and-replace", "photo.png", *WORDS, "--control", "masactrl"),
     }
     for name, command in commands.items():
@@ -150,6 +160,50 @@ def test_a_concept_is_worn_and_its_token_understood(
     assert "bcd dog" in record("worn")["alignment"][0]
     assert edit("invert-and-replace", "photo.png", *words) == 2
     assert "No given concept owns the token [V]" in capsys.readouterr().err
+
+
+def test_words_may_stand_in_files(edit: Edit) -> None:
+    Path("cat.txt").write_text("a cat in the snow\n")
+    Path("targets.txt").write_text("a dog in the snow\na red cat in the snow\n")
+    assert (
+        edit(
+            "invert-and-replace", "photo.png", "--source", "cat.txt", "--target", "targets.txt", "--out", "a"
+        )
+        == 0
+    )
+    assert record("a")["settings"]["source"] == "a cat in the snow"
+    assert record("a")["settings"]["targets"] == ["a dog in the snow", "a red cat in the snow"]
+    Path("both.txt").write_text("a cat\na dog\n")
+    assert (
+        edit("interpolate", "photo.png", "photo.png", "--prompts", "both.txt", "--count", "3", "--out", "b")
+        == 0
+    )
+    assert record("b")["settings"]["second_prompt"] == "a dog"
+
+
+def test_a_concept_s_strength_is_part_of_an_edit_and_of_an_inversion(
+    edit: Edit, tiny: Backbone, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_lora(tiny.denoiser, "x", rank=2, alpha=4.0, targets=("to_q", "to_v"))
+    for value in lora_parameters(tiny.denoiser, "x").values():
+        value.data.fill_(0.3)
+    for folder in ("dog", "dog/best"):
+        save_lora(Path(folder, "weights.safetensors"), tiny.denoiser, "x")
+        name, owned = str(tiny.location.name), {"[V]": "bcd"}
+        Concept("lora", name, tiny.fingerprint, owned, "dog", "weights.safetensors").write(Path(folder))
+    worn = ("--concept", "dog", "--scale", "0.5")
+    assert edit("sdedit", "photo.png", "--prompt", "a [V] dog", *worn, "--out", "half") == 0
+    assert "its best checkpoint is used" in capsys.readouterr().err
+    assert (record("half")["scale"], record("half")["settings"]["concepts"]) == (0.5, ["dog/best"])
+    assert edit("replay", "half", "--out", "again") == 0
+    assert Image.open("half/edit_0.png").tobytes() == Image.open("again/edit_0.png").tobytes()
+    assert edit("sdedit", "photo.png", "--prompt", "a [V] dog", *worn[:2], "--out", "whole") == 0
+    assert Image.open("half/edit_0.png").tobytes() != Image.open("whole/edit_0.png").tobytes()
+    assert edit("invert", "photo.png", "--source", "a [V] dog", *worn) == 0
+    made = ("invert-and-replace", "--inversion", "photo.safetensors", "--target", "a red [V] dog")
+    assert edit(*made, *worn[:2]) == 2
+    assert "another scale" in capsys.readouterr().err
+    assert edit(*made, *worn) == 0
 
 
 def test_a_dry_run_prints_what_becomes_of_the_words_and_writes_nothing(
@@ -192,9 +246,13 @@ def test_a_dry_run_prints_what_becomes_of_the_words_and_writes_nothing(
         (("sdedit", "photo.png", "--prompt", "a", "--out", "full"), "full is not empty"),
         (("remove", "photo.png", "--source", "a cat"), "Neither a word to remove nor a mask"),
         (("remove", "photo.png", "--source", "a cat", "--remove", "dog"), "not in the prompt"),
-        (("lead", "photo.png", "--source", "a cat"), "no prompt to lead to"),
-        (("between", "photo.png", "photo.png", "--prompt", "a"), "1 prompts are given for two pictures"),
+        (("compose", "photo.png", "--source", "a cat"), "no prompt to compose with"),
+        (("interpolate", "photo.png", "photo.png", "--prompts", "a"), "1 prompts are given for two images"),
         (("replay", "nowhere"), "nowhere does not exist"),
+        (("sdedit", "photo.png", "--prompt", "nowhere.txt"), "nowhere.txt does not exist"),
+        (("sdedit", "photo.png", "--prompt", "a", "--scale", "2"), "--scale has no effect without --concept"),
+        (("invert-and-replace", "photo.png", *WORDS, "--iterations", "2"), "--iterations has no effect"),
+        (("invert", "photo.png", "--source", "a cat", "--guidance", "2"), "--guidance has no effect"),
         (("replay", "other.json"), "no record of an edit"),
     ],
 )

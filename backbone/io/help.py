@@ -1,0 +1,113 @@
+"""`--help` in panels, without rich, whose import takes longer than all the rest of an answer.
+
+Every option is shown by its first name, whole at any width; other spellings of it are understood and not shown. A
+command or a group asks for it by its class: `typer.Typer(cls=Group, rich_markup_mode=None)` and
+`app.command(cls=Command)`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import textwrap
+from collections.abc import Iterable
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+WIDEST = 100  # columns; longer lines are hard to read
+NAMES = 34  # columns for an option's name and what it takes; a longer one has its text on the lines below
+SHORT_CHOICES = 16  # characters of choices that stand behind the name; more are listed in the text
+KINDS = {"str": "TEXT", "int": "INTEGER", "float": "NUMBER"}
+ENDS = {
+    "Arguments": -1,
+    "Model": 1,
+    "Output": 2,
+    "Other": 3,
+}  # panels that stand first or last; the others as they come
+SAID_DEFAULT = re.compile(r"\[default: \(([^()]*)\)")  # as typer writes a default that is said in words
+
+
+class Command(TyperCommand):
+    """A command whose help comes in panels."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        formatter.write(page(self, ctx))
+
+
+class Group(TyperGroup):
+    """Several commands; their help comes in the same form."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """`--help` with False in place of nothing: typer imports pydantic, slow, to say that nothing is no bool."""
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.default = False
+        return option
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        formatter.write(page(self, ctx))
+
+
+def page(command: Any, ctx: Any) -> str:
+    """The help of a command or a group: usage, what it is for, then a panel after the other."""
+    columns = min(int(os.environ.get("COLUMNS") or shutil.get_terminal_size().columns), WIDEST)
+    usage = " ".join([ctx.command_path, *command.collect_usage_pieces(ctx)])
+    about = [textwrap.fill(" ".join(part.split()), columns) for part in (command.help or "").split("\n\n")]
+    panels: dict[str, list[tuple[str, str]]] = {}
+    for name in command.list_commands(ctx) if isinstance(command, TyperGroup) else ():
+        if name in getattr(command, "elsewhere", ()):
+            panels.setdefault("Commands", []).append((name, command.elsewhere[name].help))
+            continue
+        inner = command.get_command(ctx, name)
+        if inner is not None and not inner.hidden:
+            panel = getattr(inner, "rich_help_panel", None) or "Commands"
+            panels.setdefault(panel, []).append((name, inner.get_short_help_str(limit=200)))
+    for parameter in command.get_params(ctx):
+        row = row_of(parameter, ctx)
+        if row is not None:
+            usual = "Arguments" if parameter.param_type_name == "argument" else "Other"
+            panels.setdefault(getattr(parameter, "rich_help_panel", None) or usual, []).append(row)
+    ordered = sorted(panels.items(), key=lambda panel: ENDS.get(panel[0], 0))
+    shown = [panel_of(title, rows, columns) for title, rows in ordered]
+    return "\n".join([f"Usage: {usage}\n", *(f"{part}\n" for part in about if part), *shown])
+
+
+def row_of(parameter: Any, ctx: Any) -> tuple[str, str] | None:
+    """An option's or an argument's first name with what it takes, and its text; None for a hidden one."""
+    record = parameter.get_help_record(ctx)  # all names with typer's `<int>` behind them, and the text
+    if record is None or parameter.hidden:
+        return None
+    text = SAID_DEFAULT.sub(r"[default: \1", record[1])
+    if parameter.param_type_name == "argument":
+        return parameter.metavar or parameter.name.upper(), text
+    first = next((name for name in parameter.opts if name.startswith("--")), parameter.opts[0])
+    names = "/".join([first, *parameter.secondary_opts[:1]])
+    if parameter.is_flag:
+        return names, text
+    if parameter.metavar:
+        return f"{names} {parameter.metavar}", text
+    takes = record[0][len(", ".join(parameter.opts)) :].strip(" <>").removesuffix(" range")
+    takes = takes.removeprefix("list[").removesuffix("]")
+    if "|" not in takes:
+        return f"{names} {KINDS.get(takes, takes.upper())}", text
+    if len(takes) <= SHORT_CHOICES:
+        return f"{names} {takes}", text
+    text, bracket, more = text.partition("  [")
+    return f"{names} NAME", f"{text} One of {takes.replace('|', ', ')}.{bracket}{more}"
+
+
+def panel_of(title: str, rows: Iterable[tuple[str, str]], columns: int) -> str:
+    """A heading, then a row each: the name in the left column, the text in the right one."""
+    rule = "─" * max(0, columns - len(title) - 4)
+    lines = [f"{typer.style(f'── {title}', bold=True)} {rule}"]
+    for name, text in rows:
+        wrapped = textwrap.wrap(text, max(20, columns - NAMES), break_on_hyphens=False) or [""]
+        if len(name) + 2 >= NAMES:
+            lines.append(f"  {name}")
+        else:
+            lines.append(f"  {name:<{NAMES - 2}}{wrapped.pop(0)}".rstrip())
+        lines += [" " * NAMES + line for line in wrapped]
+    return "\n".join(lines) + "\n"

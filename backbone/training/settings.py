@@ -1,0 +1,166 @@
+"""The settings that every training has, each said once: its default, its help, its place, its other spellings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+from backbone.io.console import UserError
+from backbone.io.options import Option, check_values, fields_of
+
+PANELS = (  # as `--help` shows them
+    *("Data", "Concept", "Preference", "Online", "Method", "Training", "Adapter", "Loss", "Evaluation"),
+    *("Memory", "Output"),
+)
+WEIGHTINGS = ("none", "min-snr", "debiased")
+SCHEDULES = ("cosine", "constant")
+MODEL_HELP = "moji, sd15, sdxl, sd3, flux, a diffusers folder, a checkpoint file (.safetensors), or a hub id."
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """What `customize train` and `align train` are both told. A subclass says the defaults that it wants otherwise.
+
+    Raises `UserError`, naming the argument, for a value that its Option does not allow.
+    """
+
+    model: Annotated[str, Option(MODEL_HELP, "Data", aliases=("pretrained-model-name-or-path",))] = "moji"
+    flip: Annotated[
+        bool,
+        Option("Mirrored images too.", "Data", aliases=("random-flip", "flip-aug"), by_model=True),
+    ] = False
+    steps: Annotated[int, Option("Optimiser steps.", "Training", aliases=("max-train-steps",), min=1)] = 400
+    batch: Annotated[
+        int, Option("Images a step.", "Training", aliases=("train-batch-size",), by_model=True, min=1)
+    ] = 4
+    learning_rate: Annotated[
+        float, Option("Of the optimiser, after the warm-up.", "Training", by_model=True, min=0)
+    ] = 1e-4
+    lr_scheduler: Annotated[
+        str, Option("The learning rate's course after the warm-up.", "Training", choices=SCHEDULES)
+    ] = "cosine"
+    lr_warmup_steps: Annotated[int, Option("Steps in which the learning rate rises.", "Training", min=0)] = 20
+    weight_decay: Annotated[float, Option("Of AdamW.", "Training", aliases=("adam-weight-decay",), min=0)] = (
+        1e-2
+    )
+    max_grad_norm: Annotated[
+        float, Option("Longer gradients are cut to this length; 0: never.", "Training", min=0)
+    ] = 1.0
+    seed: Annotated[int, Option("Everything random follows from it.", "Training")] = 0
+    rank: Annotated[
+        int, Option("Of the adapter.", "Adapter", aliases=("network-dim",), by_model=True, min=1)
+    ] = 16
+    lora_alpha: Annotated[
+        float,
+        Option(
+            "The adapter works with strength α/rank.",
+            "Adapter",
+            aliases=("network-alpha",),
+            by_model=True,
+            default_text="the rank",
+        ),
+    ] = 16.0
+    lora_layers: Annotated[
+        str,
+        Option("Layers that get an adapter: attention or all.", "Adapter", by_model=True, metavar="LAYERS"),
+    ] = "attention"
+    loss_weighting: Annotated[
+        str, Option("Loss weight per timestep.", "Loss", by_model=True, choices=WEIGHTINGS)
+    ] = "none"
+    evaluation_steps: Annotated[
+        int,
+        Option("Evaluate every so many steps.", "Evaluation", aliases=("evaluate-every",), min=1),
+    ] = 50
+    sample_steps: Annotated[
+        int, Option("Sampler steps of the images that it draws.", "Evaluation", by_model=True, min=1)
+    ] = 25
+    guidance: Annotated[
+        float,
+        Option(
+            "Guidance scale of the images that it draws; 1: none.",
+            "Evaluation",
+            aliases=("guidance-scale",),
+            by_model=True,
+            min=0,
+        ),
+    ] = 4.0
+    precision: Annotated[
+        str,
+        Option(
+            "Of the frozen base; what is trained is fp32.",
+            "Memory",
+            aliases=("mixed-precision",),
+            choices=("auto", "fp32", "bf16", "fp16"),
+            words={"no": {"precision": "fp32"}},
+        ),
+    ] = "auto"
+    device: Annotated[str, Option("auto, cpu, cuda, cuda:1 or mps.", "Memory", metavar="DEVICE")] = "auto"
+    gradient_checkpointing: Annotated[bool, Option("Less memory, a third more time.", "Memory")] = False
+    quantize: Annotated[
+        str,
+        Option(
+            "The frozen base in fewer bits (bitsandbytes, a GPU).",
+            "Memory",
+            choices=("8bit", "nf4"),
+            default_text="no",
+        ),
+    ] = ""
+    cpu_offload: Annotated[
+        float,
+        Option("Share of the base that stays in the CPU's memory.", "Memory", min=0, max=1),
+    ] = 0.0
+    vae_tiling: Annotated[bool, Option("The autoencoder works on tiles.", "Memory")] = False
+    text_on_cpu: Annotated[bool, Option("Text encoders on the CPU.", "Memory")] = False
+    one_by_one: Annotated[bool, Option("Draw one image at a time.", "Memory")] = False
+    checkpointing_steps: Annotated[
+        int,
+        Option("A checkpoint every so many steps.", "Output", aliases=("save-every-n-steps",), min=1),
+    ] = 100
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What a training command is told beside the settings, and does not keep with them."""
+
+    out: Annotated[
+        Path | None,
+        Option(
+            "The run folder.",
+            "Output",
+            aliases=("output-dir",),
+            metavar="FOLDER",
+            default_text="runs/ and the data's name",
+        ),
+    ] = None
+    resume: Annotated[
+        Path | None,
+        Option("Go on with this run folder.", "Output", aliases=("resume-from-checkpoint",), metavar="RUN"),
+    ] = None
+    vram: Annotated[
+        float | None,
+        Option(
+            "The device's memory in GiB: says what it takes to fit, and does it, or refuses.",
+            "Memory",
+            min=0.1,
+            default_text="not looked at",
+        ),
+    ] = None
+
+
+def refuse_beside_resume(settings: type, asked: Mapping[str, Any], run: RunOptions) -> None:
+    """`UserError` for anything that is said beside `--resume`, which goes on with the run's own settings."""
+    known = fields_of(settings) | fields_of(type(run))
+    others = [
+        one.name for one in fields(run) if getattr(run, one.name) != one.default and one.name != "resume"
+    ]
+    for name in [*asked, *others]:
+        said = known[name].option.metavar if known[name].option.argument else known[name].flag
+        raise UserError(
+            f"--resume {run.resume} goes on with that run's own settings, so {said} has no effect. Leave out one of "
+            "the two."
+        )

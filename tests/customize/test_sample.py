@@ -1,0 +1,214 @@
+"""`customize sample` and `example` from the shell's side: prompts, sizes, checkpoints, JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from backbone.adapters.concept import BEST, Concept, read_concept
+from backbone.adapters.lora import LORA_WEIGHTS
+from backbone.io.console import UserError
+from backbone.io.prompts import one_prompt, prompts_of, read_prompts
+from backbone.media.decode import open_rgb
+from backbone.media.pictures import list_images
+from backbone.models.model import Backbone
+from customize.cli import app
+from customize.data.folders import is_concepts
+from customize.formats.write import write_adapter
+from tests.customize.adapters import modules_of, random_adapter, whole_pipeline
+
+ROOT = Path(__file__).parents[2]
+
+
+def invoked(*arguments: object) -> Any:
+    """A command in this process: its exit code, stdout, stderr, and the exception of a mistake."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(*arguments: object) -> str:
+    """Runs a command that is a mistake; gives the sentence that answers it."""
+    done = invoked(*arguments)
+    assert isinstance(done.exception, UserError), done.output
+    return str(done.exception)
+
+
+@pytest.fixture
+def quick(tiny_folder: Path) -> tuple[object, ...]:
+    """Flags for the tiny model and two steps."""
+    return ("--model", tiny_folder, "--precision", "fp32", "--device", "cpu", "--steps", 2)
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_folder: Path) -> Path:
+    """A run with a last and a best checkpoint, whose adapters differ."""
+    folder = tmp_path / "run"
+    modules = modules_of(whole_pipeline(tiny_folder))
+    chosen = {name: module for name, module in modules.items() if "attn2.to_q" in name}
+    fingerprint = Backbone.open(str(tiny_folder)).fingerprint
+    for seed, place in enumerate((folder, folder / BEST)):
+        place.mkdir()
+        write_adapter(place / LORA_WEIGHTS, random_adapter(chosen, seed=seed), "own", header={})
+        Concept("lora", str(tiny_folder), fingerprint, {"[V]": "bcd"}, "dog", LORA_WEIGHTS).write(place)
+    return folder
+
+
+# Prompts -----------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_words_or_files_as_arguments_or_by_their_option(tmp_path: Path, quick: Any) -> None:
+    (tmp_path / "prompts.txt").write_text("# two of them\na cat\nnight\ta dog at night\n")
+    out = tmp_path / "out"
+    done = invoked(
+        "sample", "a red dog", tmp_path / "prompts.txt", "--prompts", "a dog", *quick, "--out", out
+    )
+    assert done.exit_code == 0, done.output
+    record = json.loads((out / "samples.json").read_text())
+    assert [one["prompt"] for one in record["pictures"]] == ["a red dog", "a cat", "a dog at night", "a dog"]
+
+
+def test_words_are_no_file_unless_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("dog").mkdir()
+    Path("cat").write_text("a cat in the snow\n")
+    assert [prompt.text for prompt in prompts_of(["dog", "cat", "x" * 5000])] == [
+        "dog",
+        "a cat in the snow",
+        "x" * 5000,
+    ]
+    with pytest.raises(UserError, match=r"nowhere\.txt does not exist"):
+        prompts_of(["nowhere.txt"])
+    with pytest.raises(UserError, match="prompt is empty"):
+        prompts_of([" "])
+    Path("two.txt").write_text("a\nb\n")
+    with pytest.raises(UserError, match=r"two\.txt holds 2 prompts, and --source takes one"):
+        one_prompt("two.txt", "--source")
+    assert one_prompt("cat", "--source") == "a cat in the snow"
+
+
+def test_nothing_to_draw_is_a_mistake(tmp_path: Path) -> None:
+    assert "nothing to draw" in refused("sample", "--out", tmp_path / "out")
+
+
+# Sizes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "size"),
+    [
+        (("--width", 96, "--height", 64), (96, 64)),
+        (("--height", 96), (64, 96)),
+        (("--resolution", 96), (96, 96)),
+    ],
+)
+def test_images_are_drawn_in_the_asked_size(
+    tmp_path: Path, quick: Any, flags: tuple[object, ...], size: tuple[int, int]
+) -> None:
+    out = tmp_path / "out"
+    assert invoked("sample", "a dog", *quick, *flags, "--out", out).exit_code == 0
+    with Image.open(out / "p00-s00.png") as image:
+        assert image.size == size
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (("--width", 100), "multiples of 16 pixels, and the width is 100. Give 96 or 112"),
+        (("--resolution", 96, "--width", 64), "width and height in one"),
+        (("--height", 8), "the height is 8. Give 16 or 32"),
+        (("--scale", 0.5), "--scale has no effect without --concept"),
+        (("--checkpoint", "last"), "--checkpoint has no effect without --concept"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_before_anything_is_written(
+    tmp_path: Path, quick: Any, flags: tuple[object, ...], complaint: str
+) -> None:
+    assert complaint in refused("sample", "a dog", *quick, *flags, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# Checkpoints -------------------------------------------------------------------------------------------------
+
+
+def test_the_best_checkpoint_is_drawn_and_said_and_the_last_one_if_asked(
+    run: Path, tmp_path: Path, quick: Any
+) -> None:
+    def drawn(*flags: object) -> tuple[bytes, str]:
+        out = tmp_path / "-".join(map(str, ["out", *flags]))
+        done = invoked("sample", "a [V] dog", "--concept", run, *flags, *quick, "--scale", 3, "--out", out)
+        assert done.exit_code == 0, done.output
+        return open_rgb(out / "p00-s00.png").tobytes(), done.stderr
+
+    usual, said = drawn()
+    best, silent = drawn("--checkpoint", "best")
+    last, _ = drawn("--checkpoint", "last")
+    assert usual == best != last
+    assert said.count("its best checkpoint is used (--checkpoint last") == 1
+    assert "its best checkpoint" not in silent
+    (run / BEST / "concept.json").unlink()
+    alone, silent = drawn("--seed", 0)
+    assert alone == last and "its best checkpoint" not in silent
+    assert "kept no best checkpoint" in refused(
+        "sample", "a [V] dog", "--concept", run, "--checkpoint", "best"
+    )
+
+
+# JSON --------------------------------------------------------------------------------------------------------
+
+
+def test_stdout_is_json_and_nothing_else(
+    run: Path, subject: Path, tmp_path: Path, tiny_folder: Path, quick: Any
+) -> None:
+    model = ("--model", tiny_folder, "--precision", "fp32", "--device", "cpu")
+    checked = json.loads(invoked("check", "--images", subject, *model, "--json").stdout)
+    assert (checked["images"], checked["captions"]) == (3, 0)
+    assert checked["peak_bytes"] > 0 and isinstance(checked["warnings"], list)
+    planned = json.loads(invoked("check", "--images", subject, *model, "--vram", 8, "--json").stdout)
+    assert planned["plan"]
+    known = json.loads(invoked("info", run, "--json").stdout)
+    assert known["kinds"] == ["lora"] and known["layers"]["unet"] > 0
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-m", "customize", "sample", "a dog", *map(str, quick), "--out", str(out), "--json"],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    sampled = json.loads(done.stdout)
+    assert (sampled["folder"], sampled["sheet"]) == (str(out), str(out / "sheet.png"))
+    assert [one["file"] for one in sampled["pictures"]] == ["p00-s00.png"]
+    assert "1 images in" in done.stderr
+
+
+def test_a_mistake_leaves_stdout_empty(tmp_path: Path) -> None:
+    done = invoked("info", tmp_path / "nowhere", "--json")
+    assert isinstance(done.exception, (UserError, OSError)) and done.stdout == ""
+
+
+# The example -------------------------------------------------------------------------------------------------
+
+
+def test_the_example_is_a_subject_with_what_else_can_be_tried_beside_it(tmp_path: Path) -> None:
+    folder = tmp_path / "dog"
+    for _ in range(2):  # a second time it is there already
+        assert invoked("example", folder).exit_code == 0
+    assert [picture.path.name for picture in list_images(folder)] == [f"dog-{k}.png" for k in range(1, 6)]
+    assert not is_concepts(folder)
+    extras = folder / "example"
+    assert open_rgb(extras / "scene.png").size == (128, 128)
+    assert one_prompt(str(extras / "scene.txt"), "--source") == "a cat in a park"
+    drawn, held_out = (
+        {p.text for p in read_prompts(extras / name)} for name in ("prompts.txt", "heldout.txt")
+    )
+    assert len(drawn) == 24 and len(held_out) == 12 and drawn.isdisjoint(held_out)
+    (folder / "mine.txt").touch()
+    assert "not empty" in refused("example", folder)
+
+
+def test_a_best_checkpoint_is_a_concept_like_any_other(run: Path) -> None:
+    assert read_concept(run / BEST).tokens == {"[V]": "bcd"}

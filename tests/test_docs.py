@@ -1,0 +1,267 @@
+"""What README.md and docs/ print is run, page by page: shell blocks and Python blocks, with the files that they name.
+
+Each page has an empty folder of its own and runs its blocks in order, so that a block finds what an earlier one wrote.
+Only this differs from what is printed: `moji` is replaced by a model with a small random denoiser and autoencoder, the
+numbers in `LARGEST` are lowered, and what `ADDED` says is added. A block that cannot run here is marked
+`<!-- not run: why -->`, and its commands are parsed instead.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from backbone.models import locate
+from tests.tiny import tiny_moji
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+}
+PROGRAMS = ("customize", "edit", "align", "limner")
+
+# A number printed behind one of these flags, or after `steps=` and the like in Python, is lowered to this.
+LARGEST = {
+    "--steps": 2,
+    "--num-inference-steps": 2,
+    "--count": 3,
+    "--iterations": 2,
+    "--evaluation-steps": 2,
+    "--rank": 4,
+    "--batch": 2,
+}
+# What a command is given beside what is printed, unless it is printed or the command does not have it.
+ADDED = {
+    "customize train": ("--evaluation-steps", "0"),  # validation takes longer than two steps of training
+    "customize evaluate": ("--count", "1"),
+    "customize sample": ("--steps", "2"),
+    "align sample": ("--steps", "2"),
+    "align compare": ("--steps", "2", "--count", "1"),
+    "edit": ("--steps", "2"),
+}
+# The README's first command installs; .ci/run and the test of the wheel do that.
+INSTALLS = (["python3", "-m", "venv"], ["pip", "install"])
+
+BLOCK = re.compile(
+    r"^(?:<!-- (?P<marker>[^\n]*) -->\n+)?```(?P<language>sh|python)\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    page: str
+    line: int
+    language: str
+    text: str
+    marker: str | None
+
+    @property
+    def runs(self) -> bool:
+        return not (self.marker or "").startswith("not run: ")
+
+
+def blocks_of(page: str) -> list[Block]:
+    """The shell and Python blocks of a page, in order."""
+    text = PAGES[page].read_text(encoding="utf-8")
+    return [
+        Block(page, text.count("\n", 0, found.start()) + 1, found["language"], found["text"], found["marker"])
+        for found in BLOCK.finditer(text)
+    ]
+
+
+def calls_of(block: Block) -> list[list[str]]:
+    """The commands of a shell block as words; a program's folder is left out."""
+    lines = block.text.replace("\\\n", " ").splitlines()
+    calls = [shlex.split(call, comments=True) for line in lines for call in line.split("&&")]
+    return [[Path(words[0]).name or words[0], *words[1:]] for words in calls if words]
+
+
+def own_call(words: list[str]) -> list[str] | None:
+    """The call of one of our programs in these words, also when `accelerate launch` starts it."""
+    if words[0] in PROGRAMS:
+        return words
+    if words[:2] == ["accelerate", "launch"] and "-m" in words:
+        module, *rest = words[words.index("-m") + 1 :]
+        return [module.removesuffix(".cli"), *rest]
+    return None
+
+
+def command_of(words: list[str]) -> tuple[Any, str, list[str]]:
+    """The click command that a call means, its full name, and its arguments."""
+    program, *rest = words
+    command: Any = typer.main.get_group(importlib.import_module(f"{program}.cli").app)
+    names = [program]
+    while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
+        names.append(rest.pop(0))
+        context = command.make_context(names[-2], [], resilient_parsing=True)
+        found = command.get_command(context, names[-1])
+        assert found is not None, f"There is no command {' '.join(names)}."
+        command = found
+    return command, " ".join(names), rest
+
+
+def lowered(words: list[str]) -> list[str]:
+    """The call with the numbers of `LARGEST` instead of larger ones, and with what `ADDED` says."""
+    changed = list(words)
+    for place, (flag, value) in enumerate(pairwise(words), start=1):
+        if flag in LARGEST and value.isdigit():
+            changed[place] = str(min(int(value), LARGEST[flag]))
+    command, name, _ = command_of(words)
+    known = {option for parameter in command.params for option in parameter.opts}
+    more = iter(ADDED.get(name, ADDED.get(words[0], ())))
+    for flag, value in zip(more, more, strict=True):
+        if flag in known and flag not in words:
+            changed += [flag, value]
+    return changed
+
+
+CALLS = [
+    words
+    for page in PAGES
+    for block in blocks_of(page)
+    if block.language == "sh"
+    for words in calls_of(block)
+]
+ABOUT_BENCHMARKS = ("docs/moji.md", "docs/scale.md", "docs/reproducing.md")
+OTHERS = ("python3", "pip", ".", "python", "pre-commit")  # what a block that does not run may also call
+
+
+@pytest.fixture(scope="session")
+def small_moji(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_moji(tmp_path_factory.mktemp("models") / "moji")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_moji: Path) -> Path:
+    """An empty folder in which `moji` is the small model."""
+    monkeypatch.setitem(locate.OWN, "moji", small_moji)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(block.runs for block in blocks_of(page))])
+def test_the_blocks_of_a_page_run_in_order(page: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks_of(page):
+        if not block.runs:
+            continue
+        try:
+            if block.language == "python":
+                exec(compile(with_fewer_steps(block.text), f"{page}:{block.line}", "exec"), names)
+            else:
+                for words in calls_of(block):
+                    call(words, monkeypatch)
+        except (Exception, SystemExit) as error:
+            raise AssertionError(f"{page}, line {block.line}: {error}") from error
+    CHECKS.get(page, bool)(names)
+
+
+def check_the_tutorial(names: dict[str, Any]) -> None:
+    """The samplers find the circle of radius 2, and inversion leads back."""
+    for way in ("by_ode", "by_sde", "by_langevin"):
+        assert abs(float(names[way].norm(dim=1).mean()) - 2) < 0.1, way
+    there_and_back = names["ddim"](names["noise"], names["predict"], names["fine"])
+    assert float((there_and_back - names["points"]).norm(dim=1).mean()) < 0.1
+
+
+def check_the_lowest_floor(names: dict[str, Any]) -> None:
+    """What the comment says: a standard deviation close to 1."""
+    assert abs(float(names["clean"].std()) - 1) < 0.05
+
+
+CHECKS = {"docs/score-to-sampler.md": check_the_tutorial, "docs/how-it-works.md": check_the_lowest_floor}
+
+
+@pytest.mark.parametrize("words", CALLS, ids=" ".join)
+def test_every_call_is_understood_as_it_is_printed(words: list[str]) -> None:
+    own = own_call(words)
+    if own is not None:
+        command, name, arguments = command_of(own)
+        command.make_context(name, list(arguments)).close()
+    elif words[:2] == ["python", "-m"]:
+        module, *arguments = words[2:]
+        found = importlib.util.find_spec(module)
+        assert found and found.origin
+        source = Path(found.origin).read_text(encoding="utf-8")
+        for flag in (word for word in arguments if word.startswith("--")):
+            assert flag in source or flag.removeprefix("--").replace("-", "_") in source, flag
+    else:
+        assert words[0] in OTHERS
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_flag_that_a_page_names_exists(page: str) -> None:
+    text = PAGES[page].read_text(encoding="utf-8")
+    text = re.sub(
+        r"`(python3?\s+-m|pip\s|apt-get)[^`]*`", "", text
+    )  # recipes and other programs have their own
+    text = re.sub(r"^(python3? -m|pip |accelerate launch .*? -m).*$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"accelerate launch .*? -m ", "", text)
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    named = {flag.replace("_", "-") for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", text)}
+    known = known_flags() | {"--help", "--version", "--install-completion", "--strict"}
+    if page in ABOUT_BENCHMARKS:
+        known |= flags_of_benchmarks()
+    assert named <= known, named - known
+
+
+def flags_of_benchmarks() -> set[str]:
+    """What the commands in benchmarks/ and recipes/ take, by their annotated parameters."""
+    sources = [
+        path.read_text(encoding="utf-8")
+        for name in ("benchmarks", "recipes")
+        for path in (ROOT / name).rglob("*.py")
+    ]
+    return {
+        f"--{name.replace('_', '-')}"
+        for text in sources
+        for name in re.findall(r"^    (\w+): Annotated", text, re.MULTILINE)
+    }
+
+
+def known_flags() -> set[str]:
+    """Every spelling of every option of our commands, with hyphens."""
+    apps = [
+        typer.main.get_group(importlib.import_module(f"{name}.cli").app)
+        for name in ("customize", "edit", "align")
+    ]
+    parameters = [
+        parameter for app in apps for command in app.commands.values() for parameter in command.params
+    ]
+    flags = {flag for parameter in parameters for flag in (*parameter.opts, *parameter.secondary_opts)}
+    return {flag.replace("_", "-") for flag in flags}
+
+
+def call(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs one of our commands in this process; it must end with status 0."""
+    if any(words[: len(install)] == install for install in INSTALLS):
+        return
+    assert words[0] in PROGRAMS, f"{words[0]} is not ours: mark the block as not run."
+    words = lowered(words)
+    monkeypatch.setattr(sys, "argv", words)
+    group = typer.main.get_group(importlib.import_module(f"{words[0]}.cli").app)
+    status = group.main(args=words[1:], prog_name=words[0], standalone_mode=False)
+    assert not status, f"{shlex.join(words)} ended with status {status}."
+
+
+def with_fewer_steps(code: str) -> str:
+    """Python with the numbers of `LARGEST` after `steps=` and the like."""
+    largest = {flag.removeprefix("--").replace("-", "_"): number for flag, number in LARGEST.items()}
+    return re.sub(
+        rf"\b({'|'.join(largest)})=(\d+)\b",
+        lambda found: f"{found[1]}={min(int(found[2]), largest[found[1]])}",
+        code,
+    )
