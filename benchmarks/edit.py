@@ -52,10 +52,10 @@ from benchmarks.judge import FOLDER, GREY_STYLES, NONE, TWO_DIFFERENT, Judge, Ve
 from benchmarks.moji import per_cent
 from edit.inversion.inversion import Inversion, Method, invert, read_inversion
 from edit.methods.flow_edit import flow_edit
-from edit.methods.prompt_to_prompt.edit import replace as prompt_to_prompt
-from edit.methods.prompt_to_prompt.settings import PRESETS
+from edit.methods.prompt_to_prompt.replace import replace as prompt_to_prompt
+from edit.methods.prompt_to_prompt.settings import PRESETS, ReplaceSettings
 from edit.methods.sdedit import sdedit
-from edit.run.run import scorer_of
+from edit.run.figures import find_scorer
 
 KINDS = (
     *("noun", "colour", "accessory added", "accessory removed"),
@@ -65,12 +65,12 @@ WEIGHTS = (0.25, 1.0, 3.0)
 STRENGTHS = (0.3, 0.45, 0.6, 0.75, 0.9)
 DEFAULT = "the default"
 RIVALS = ("DDIM + P2P", "null-text + P2P", "DDIM, our settings", "null-text, our settings")
-PUBLISHED: Mapping[str, Any] = {"cross": 0.8, "self_attention": 0.4, "threshold": 0.3, "blend_from": 0.2}
+PUBLISHED = ReplaceSettings(cross=0.8, self_attention=0.4, threshold=0.3, blend_from=0.2)
 CONTROLS = ("no edit", "resample")
-IDENTITY: Mapping[str, tuple[Method, Mapping[str, Any]]] = {
-    "the default": ("direct", {}),
-    "direct + P2P, no blend": ("direct", {"cross": 0.8, "self_attention": 0.4, "blend": ()}),
-    "plain DDIM": ("ddim", {"cross": 0.0, "self_attention": 0.0, "blend": ()}),
+IDENTITY: Mapping[str, tuple[Method, ReplaceSettings]] = {
+    "the default": ("direct", ReplaceSettings()),
+    "direct + P2P, no blend": ("direct", ReplaceSettings(cross=0.8, self_attention=0.4, blend=())),
+    "plain DDIM": ("ddim", ReplaceSettings(cross=0.0, self_attention=0.0, blend=())),
 }
 SAME_STATES: tuple[Method, ...] = ("direct", "ddim", "negative-prompt")  # DDIM inversion's
 TOGETHER = 10  # scenes of one call, where a method can draw several at once
@@ -105,10 +105,11 @@ def main(
     work = Work(out, backbone, Asked(steps, guidance))
     for name in chosen:
         work.edit(name, cases, known[name])
-    for name, (method, wishes) in IDENTITY.items():
-        work.edit(f"identity, {name}", same, one_by_one(with_words(method, guidance=7.5, **wishes)))
+    for name, (method, settings) in IDENTITY.items():
+        attempt = with_words(method, replace(settings, guidance=7.5))
+        work.edit(f"identity, {name}", same, one_by_one(attempt))
     present = [name for name in known if work.has(name, cases)]
-    rows = measured(work, cases, present, judges, scorer_of(backbone))
+    rows = measured(work, cases, present, judges, find_scorer(backbone))
     summary = summarised(rows, present)
     compared = [c for rival in RIVALS if (c := paired(rows, DEFAULT, rival)) is not None]
     facts = {
@@ -349,17 +350,17 @@ def attempts() -> dict[str, TryAll]:
     """Every method by name; one that cannot reweight gives None there."""
     found: dict[str, Try] = {
         DEFAULT: with_words("direct"),
-        "direct + P2P": with_words("direct", **PUBLISHED),
-        "DDIM + P2P": with_words("ddim", **PUBLISHED),
-        "null-text + P2P": with_words("null-text", **PUBLISHED),
+        "direct + P2P": with_words("direct", PUBLISHED),
+        "DDIM + P2P": with_words("ddim", PUBLISHED),
+        "null-text + P2P": with_words("null-text", PUBLISHED),
         "DDIM, our settings": with_words("ddim"),
         "null-text, our settings": with_words("null-text"),
         "negative-prompt": with_words("negative-prompt"),
         "edit-friendly": with_words("edit-friendly"),
         "renoise": with_words("renoise"),
         "reversible": with_words("reversible"),
-        "masactrl": with_words("direct", **PRESETS["masactrl"]),
-        "plug-and-play": with_words("direct", **PRESETS["plug-and-play"]),
+        "masactrl": with_words("direct", PRESETS["masactrl"]),
+        "plug-and-play": with_words("direct", PRESETS["plug-and-play"]),
         "flow-edit": flowing,
     }
     found |= {f"SDEdit {strength:g}": noised(strength) for strength in STRENGTHS}
@@ -367,22 +368,23 @@ def attempts() -> dict[str, TryAll]:
     return {**{name: one_by_one(attempt) for name, attempt in found.items()}, "resample": resampled}
 
 
-def with_words(method: Method, **wishes: Any) -> Try:
+def with_words(method: Method, settings: ReplaceSettings | None = None) -> Try:
     """Inversion by a method, then `edit.replace`."""
+    own = settings or ReplaceSettings()
 
     def attempt(work: Work, case: Case) -> Attempt | None:
-        if case.kind == "reweight" and "attention" in wishes:
+        if case.kind == "reweight" and not own.carries_words:
             return None
-        settings = {"guidance": work.asked.guidance, **wishes}
-        if "blend_from" in wishes:
-            settings["blend"] = published_words(case)
+        chosen = own if own.guidance is not None else replace(own, guidance=work.asked.guidance)
+        if own == PUBLISHED:
+            chosen = replace(chosen, blend=published_words(case))
         inversion, seconds = work.inverted(case, method)
         began = time.perf_counter()
-        pictures, evaluations = [], inversion.evaluations
+        pictures, evaluations = [], inversion.nfe
         for more in weighted(case):
-            edited = prompt_to_prompt(inversion, case.target, **{**settings, **more})
-            pictures += edited.pictures
-            evaluations += edited.evaluations
+            edited = prompt_to_prompt(inversion, case.target, replace(chosen, **more))
+            pictures += edited.images
+            evaluations += edited.nfe
         seconds += time.perf_counter() - began
         return Attempt(pictures, seconds / len(pictures), evaluations / len(pictures))
 
@@ -417,7 +419,7 @@ def noised(strength: float) -> Try:
             work.model, render(case.before).image, case.target, strength=strength, steps=work.asked.steps,
             guidance=work.asked.guidance, seed=case.before.seed,
         )  # fmt: skip
-        return Attempt(drawn.pictures, time.perf_counter() - began, drawn.evaluations)
+        return Attempt(drawn.images, time.perf_counter() - began, drawn.nfe)
 
     return attempt
 
@@ -431,7 +433,7 @@ def flowing(work: Work, case: Case) -> Attempt | None:
         work.model, render(case.before).image, case.source, [case.target], steps=work.asked.steps,
         guidance=work.asked.guidance, seed=case.before.seed,
     )  # fmt: skip
-    return Attempt(drawn.pictures, time.perf_counter() - began, drawn.evaluations)
+    return Attempt(drawn.images, time.perf_counter() - began, drawn.nfe)
 
 
 def untouched(work: Work, case: Case) -> Attempt | None:

@@ -43,13 +43,14 @@ from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from backbone.training.attention import quick_to_train
 from benchmarks.shapes import folder_of, peak_gib, said_by
-from edit.attention.alignment import align, inside, read_prompt
-from edit.attention.control import Control, cross
-from edit.attention.install import controlled
+from edit.attention.alignment import align, read_prompt, steps_inside
+from edit.attention.control import Control, cross_of
+from edit.attention.install import control_attention
 from edit.inversion.inversion import invert
-from edit.inversion.trajectories import inverted
-from edit.methods.prompt_to_prompt.edit import replace
-from edit.pictures import prepared
+from edit.inversion.trajectories import invert_ddim
+from edit.methods.prompt_to_prompt.replace import replace
+from edit.methods.prompt_to_prompt.settings import ReplaceSettings
+from edit.pictures import encode_image
 
 SOURCE, TARGETS = (
     "a cat in a park",
@@ -117,10 +118,9 @@ def whole_edits(model: Backbone, steps: int) -> dict[str, Callable[[], Any]]:
 
     def ours(count: int) -> list[Image.Image]:
         inversion = invert(model, image, SOURCE, steps=steps)
-        edited = replace(
-            inversion, TARGETS[:count], cross=CROSS, self_attention=SELF, guidance=guidance, blend=()
-        )
-        return edited.pictures
+        settings = ReplaceSettings(cross=CROSS, self_attention=SELF, guidance=guidance, blend=())
+        edited = replace(inversion, TARGETS[:count], settings)
+        return edited.images
 
     return {
         "ours": lambda: ours(1),
@@ -167,10 +167,9 @@ def direct_reference(
     model: Backbone, image: Image.Image, target: str, *, steps: int, guidance: float
 ) -> Tensor:
     """The source's and the target's latents [2, C, H, W] by the reference's four passes."""
-    shown_, _ = prepared(model, image)
     schedule = model.schedule(steps)
-    clean = model.encode(to_tensor(shown_)[None]).mean
-    states = inverted(clean, model.predictor(encode_prompts_cached(model, [SOURCE])), schedule)
+    clean = encode_image(model, image).latent
+    states = invert_ddim(clean, model.predictor(encode_prompts_cached(model, [SOURCE])), schedule)
     text = four_rows(model, target)
     predict = model.predictor(text)
     offsets = []
@@ -204,12 +203,11 @@ def null_text_reference(
 ) -> Tensor:
     """The latents [2, C, H, W] by null-text inversion, ten inner iterations a step, then the edit."""
     with torch.no_grad():
-        shown_, _ = prepared(model, image)
         schedule = model.schedule(steps)
-        clean = model.encode(to_tensor(shown_)[None]).mean
+        clean = encode_image(model, image).latent
         said, empty = (encode_prompts_cached(model, [prompt]) for prompt in (SOURCE, ""))
         conditional = model.predictor(said)
-        states = inverted(clean, conditional, schedule)
+        states = invert_ddim(clean, conditional, schedule)
     now, embedding, found = states[0], empty["hidden"], []
     with weight_gradients(model.denoiser) if weights == "trained" else nullcontext():
         for number, (here, there) in enumerate(pairwise(schedule)):
@@ -280,8 +278,8 @@ class Edit:
         """The edit of SOURCE into a target."""
         tokenizer = model.text_encoder.tokenizer
         alignment = align(read_prompt(tokenizer, SOURCE), read_prompt(tokenizer, target))
-        mapping, taken = alignment.mapping.to(model.device), alignment.taken.to(model.device)
-        return cls(mapping, taken, inside(steps, (0.0, CROSS)), inside(steps, (0.0, SELF)))
+        mapping, taken = alignment.mapping.to(model.device), alignment.from_source.to(model.device)
+        return cls(mapping, taken, steps_inside(steps, (0.0, CROSS)), steps_inside(steps, (0.0, SELF)))
 
     def begin(self, step: int, *, editing: bool) -> None:
         """A step begins: what the last one stored is added up."""
@@ -374,12 +372,12 @@ def composed(
     def edited(targets: int) -> Callable[[], None]:
         ones = torch.ones(targets, 77, device=device)
         control = Control(
-            targets, cross=cross(torch.eye(77, device=device).expand(targets, 77, 77), ones, ones, ones)
+            targets, cross=cross_of(torch.eye(77, device=device).expand(targets, 77, 77), ones, ones, ones)
         )
         control.self_attention = "layout"
 
         def step() -> None:
-            with torch.no_grad(), controlled(unet, control):
+            with torch.no_grad(), control_attention(unet, control):
                 call(1 + 2 * targets)
 
         return step
@@ -471,7 +469,7 @@ def rows_of_sides(steps: int) -> dict[str, int]:
 
 def opened(steps: int) -> int:
     """In how many steps a window of cross-attention is open."""
-    return int(inside(steps, (0.0, CROSS)).sum())
+    return int(steps_inside(steps, (0.0, CROSS)).sum())
 
 
 def peaks(chosen: Sequence[str], model: str, device: str, precision: str) -> dict[str, float]:

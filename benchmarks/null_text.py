@@ -23,7 +23,7 @@ from backbone.io.files import read_json, write_json, write_text
 from backbone.models.model import Backbone
 from backbone.world.render import find_font
 from benchmarks.edit import make_cases, number
-from edit.inversion.inversion import invert, replayed
+from edit.inversion.inversion import invert, reconstruct
 
 ITERATIONS = (0, 2, 10)
 
@@ -57,11 +57,11 @@ def main(
                     backbone, picture, case.source, method="null-text", steps=steps, guidance=guidance,
                     iterations=iterations,
                 )  # fmt: skip
-                back = backbone.decode(replayed(inversion, guidance=guidance)[None].float())[0]
-                row[f"psnr_db_{iterations}"] = measure.psnr(inversion.picture, back.cpu())
-                row[f"evaluations_{iterations}"] = inversion.evaluations
+                back = backbone.decode(reconstruct(inversion, guidance=guidance)[None].float())[0]
+                row[f"psnr_db_{iterations}"] = measure.psnr(inversion.image, back.cpu())
+                row[f"evaluations_{iterations}"] = inversion.nfe
             around = backbone.decode(inversion.clean[None])[0]
-            rows.append({**row, "autoencoder_psnr_db": measure.psnr(inversion.picture, around.cpu())})
+            rows.append({**row, "autoencoder_psnr_db": measure.psnr(inversion.image, around.cpu())})
             write_json(file, {**facts, "rows": rows})
             bar.advance(images=1)
     text = markdown(facts, rows[:scenes])

@@ -1,11 +1,11 @@
-"""Changes what the words say of a picture and nothing else: inversion, prompt-to-prompt, SDEdit.
+"""Changes what the words say of an image and nothing else: inversion, prompt-to-prompt, SDEdit.
 
     import edit
     from backbone.models.model import Backbone
 
     inversion = edit.invert(Backbone.open("moji"), "cat.png", "a cat in a park")
-    edited = edit.replace(inversion, "a dog in a park")
-    edited.pictures[0].save("dog.png")
+    result = edit.replace(inversion, "a dog in a park", edit.ReplaceSettings(keep=["park"]))
+    result.images[0].save("dog.png")
 
 The names load what they need when they are first used, so that `edit --help` imports no torch.
 """
@@ -13,25 +13,46 @@ The names load what they need when they are first used, so that `edit --help` im
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_HOMES = {
-    "Inversion": "edit.inversion.inversion",
-    "invert": "edit.inversion.inversion",
-    "read_inversion": "edit.inversion.inversion",
-    "replayed": "edit.inversion.inversion",
-    "Drawn": "edit.methods.sdedit",
-    "Edited": "edit.methods.prompt_to_prompt.edit",
-    "PRESETS": "edit.methods.prompt_to_prompt.settings",
-    "Settings": "edit.methods.prompt_to_prompt.settings",
-    "replace": "edit.methods.prompt_to_prompt.edit",
-    "sdedit": "edit.methods.sdedit",
-    "flow_edit": "edit.methods.flow_edit",
-    "remove": "edit.methods.remove",
-    "compose": "edit.methods.compose",
-    "interpolate": "edit.methods.interpolate",
+if TYPE_CHECKING:
+    from edit.inversion.inversion import Inversion, invert, read_inversion, reconstruct
+    from edit.methods.compose import compose
+    from edit.methods.flow_edit import flow_edit
+    from edit.methods.interpolate import interpolate
+    from edit.methods.prompt_to_prompt.replace import replace
+    from edit.methods.prompt_to_prompt.settings import PRESETS, ReplaceSettings
+    from edit.methods.remove import remove
+    from edit.methods.sdedit import sdedit
+    from edit.result import Result
+
+__all__ = [
+    "PRESETS",
+    "Inversion",
+    "ReplaceSettings",
+    "Result",
+    "compose",
+    "flow_edit",
+    "interpolate",
+    "invert",
+    "read_inversion",
+    "reconstruct",
+    "remove",
+    "replace",
+    "sdedit",
+]
+
+_MODULES = {
+    "edit.inversion.inversion": ("Inversion", "invert", "read_inversion", "reconstruct"),
+    "edit.methods.compose": ("compose",),
+    "edit.methods.flow_edit": ("flow_edit",),
+    "edit.methods.interpolate": ("interpolate",),
+    "edit.methods.prompt_to_prompt.replace": ("replace",),
+    "edit.methods.prompt_to_prompt.settings": ("PRESETS", "ReplaceSettings"),
+    "edit.methods.remove": ("remove",),
+    "edit.methods.sdedit": ("sdedit",),
+    "edit.result": ("Result",),
 }
-__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
@@ -39,9 +60,10 @@ def __getattr__(name: str) -> Any:
         from backbone import __version__
 
         return __version__
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -7,7 +7,7 @@ import inspect
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 import typer
 
@@ -17,6 +17,9 @@ from backbone.io.console import UserError, notify, run_app
 from backbone.io.flags import option
 from backbone.io.prompts import one_prompt, prompts_of
 from edit import checks
+
+if TYPE_CHECKING:
+    from edit.pictures import SourceImage
 
 app = command_group("Change what the words say of an image, and nothing else.")
 
@@ -219,7 +222,7 @@ def invert(
     **shared: Any,
 ) -> None:
     """Write an image's inversion into a file, from which any number of edits can begin."""
-    readable(image)
+    opened = readable(image)
     prompt = checks.prompt(one_prompt(prompt, "--source"), "source prompt")
     tokens_owned(shared["concepts"], [prompt])
     file = out or Path(f"{Path(image).stem}.safetensors")
@@ -230,7 +233,7 @@ def invert(
     from edit.run.invert import write_inversion
 
     asked: dict[str, Any] = {"method": method, "check": check, "iterations": iterations, "guidance": guidance}
-    for line in write_inversion(file, image, prompt, **asked, **shared):
+    for line in write_inversion(file, opened, prompt, **asked, **shared):
         notify(line)
     notify(f'{file} is written. Next: edit invert-and-replace --inversion {file} --target "…"')
 
@@ -402,11 +405,11 @@ def sdedit(
     **shared: Any,
 ) -> None:
     """Noise an image, a stroke painting or a masked part, and denoise it towards a prompt."""
-    readable(image)
+    opened = readable(image)
     prompt = checks.prompt(one_prompt(prompt, "--prompt"), "prompt")
     checks.share("--strength", strength)
     tokens_owned(shared["concepts"], [prompt, shared["negative"]])
-    wishes = {"image": image, "prompt": prompt, "strength": strength, "mask": mask, "count": count, **shared}
+    wishes = {"image": opened, "prompt": prompt, "strength": strength, "mask": mask, "count": count, **shared}
     finish("sdedit", wishes)
 
 
@@ -427,13 +430,13 @@ def flow_edit(
     **shared: Any,
 ) -> None:
     """Move an image from one prompt to another without inverting it (FlowEdit, on every noise path)."""
-    readable(image)
+    opened = readable(image)
     source = checks.prompt(one_prompt(source, "--source"), "source prompt")
     targets = in_words(targets, "target prompt")
     checks.share("--strength", strength)
     tokens_owned(shared["concepts"], [source, *targets])
     wishes = {
-        "image": image, "source": source, "targets": targets, "strength": strength, "mask": mask, "draws": draws,
+        "image": opened, "source": source, "targets": targets, "strength": strength, "mask": mask, "draws": draws,
         "guidance": guidance, "source_guidance": source_guidance, **shared,
     }  # fmt: skip
     finish("flow-edit", wishes)
@@ -561,11 +564,10 @@ def interpolate(
     both = in_words(prompts, "prompt")
     if len(both) != 2:
         raise UserError(f"{len(both)} prompts are given for two images. Give --prompts twice.")
-    for path in (first, second):
-        readable(path)
+    ends = [readable(path) for path in (first, second)]
     tokens_owned(shared["concepts"], both)
     wishes = {
-        "first": first, "second": second, "first_prompt": both[0], "second_prompt": both[1], "count": count,
+        "first": ends[0], "second": ends[1], "first_prompt": both[0], "second_prompt": both[1], "count": count,
         "out": out, **shared,
     }  # fmt: skip
     finish("interpolate", wishes)
@@ -604,9 +606,9 @@ def begins(wishes: dict[str, Any], prompts: list[str], *, dry: bool = False) -> 
             raise UserError("What the image shows is not said. Give --source “a cat in a park”.")
         checks.prompt(source, "source prompt")
         if image is not None:
-            readable(image)
+            wishes["image"] = readable(image)
     if mask is not None:
-        readable(mask)
+        wishes["mask"] = readable(mask)
     tokens_owned(wishes["concepts"], [source or "", *prompts])
 
 
@@ -616,11 +618,11 @@ def in_words(given: list[str], what: str) -> list[str]:
     return [prompt.text for prompt in prompts_of(given)]
 
 
-def readable(image: str) -> None:
-    """`UserError` for an image that cannot be read."""
-    from backbone.media.decode import open_rgb
+def readable(image: str) -> SourceImage:
+    """The image, read once for all; `UserError` if it cannot be."""
+    from edit.pictures import read_image
 
-    open_rgb(image, at_least=64)
+    return read_image(image)
 
 
 def refuse_useless(ctx: typer.Context, asked: Mapping[str, Any]) -> None:

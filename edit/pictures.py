@@ -1,35 +1,79 @@
-"""Pictures and masks in the sizes that a model works in."""
+"""The image to edit: read and checked once, and brought to the size that a model works in. No heavy imports."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from PIL import Image
 
 from backbone.io.files import content_hash
 from backbone.media.decode import open_rgb
-from backbone.media.transforms import working_size
-from backbone.models.model import Backbone
+from backbone.media.transforms import crop_and_resize, to_tensor, working_size
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from backbone.models.model import Backbone
 
 
-def prepared(model: Backbone, image: Image.Image | str | Path) -> tuple[Image.Image, dict[str, Any]]:
-    """The picture as the model is shown it, and facts about where it came from: name, size, content hash.
+@dataclass(frozen=True, eq=False)
+class SourceImage:
+    """An image or mask that has been read.
 
-    Its shape is kept, up to 2 : 1, at about the model's own number of pixels.
+    image    RGB, upright
+    name     the path, "" of an image that came from memory
+    content  hash of the file, or of the pixels
     """
+
+    image: Image.Image
+    name: str
+    content: str
+
+
+ImageLike: TypeAlias = Image.Image | str | Path | SourceImage
+"""What the methods take for an image: from memory, a path, or one that has been read."""
+
+
+def read_image(image: ImageLike) -> SourceImage:
+    """Reads an image once; what has been read is given back as it is. `BadPicture` (a `UserError`) as `open_rgb`."""
+    if isinstance(image, SourceImage):
+        return image
     if isinstance(image, Image.Image):
-        opened, name, digest = image.convert("RGB"), "", content_hash(image.convert("RGB").tobytes())
-    else:
-        opened, name, digest = open_rgb(image), str(image), content_hash(Path(image))
-    size = working_size(opened.size, area=model.resolution**2, unit=2 * model.factor)
-    return fitted(opened, size), {"name": name, "size": list(opened.size), "content": digest}
+        rgb = image.convert("RGB")
+        return SourceImage(rgb, "", content_hash(rgb.tobytes()))
+    return SourceImage(open_rgb(image), str(image), content_hash(Path(image)))
 
 
-def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The largest part of this shape at the centre, resized (Lanczos)."""
-    scale = min(image.width / size[0], image.height / size[1])
-    width, height = size[0] * scale, size[1] * scale
-    left, top = (image.width - width) / 2, (image.height - height) / 2
-    box = (left, top, left + width, top + height)
-    return image.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """An image as a model sees it.
+
+    pixels  [3, 8H, 8W] in −1…1
+    latent  [1, C, H, W], the posterior's mean
+    facts   where it came from: name, size (width, height), content hash
+    """
+
+    pixels: Tensor
+    latent: Tensor
+    facts: Mapping[str, Any]
+
+
+def encode_image(model: Backbone, image: ImageLike) -> EncodedImage:
+    """An image at about the model's own number of pixels, in its own shape up to 2 : 1, and its latent."""
+    source = read_image(image)
+    size = working_size(source.image.size, area=model.resolution**2, unit=2 * model.factor)
+    pixels = to_tensor(crop_and_resize(source.image, size))
+    facts = {"name": source.name, "size": list(source.image.size), "content": source.content}
+    return EncodedImage(pixels, model.encode(pixels[None]).mean, facts)
+
+
+def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
+    """Images of one size in a row."""
+    width, height = images[0].size
+    row = Image.new("RGB", (width * len(images), height))
+    for number, image in enumerate(images):
+        row.paste(image, (number * width, 0))
+    return row

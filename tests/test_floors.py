@@ -37,8 +37,10 @@ ROOMS = {
     ),
     "edit": (
         ("checks", "pictures", "attention"),
+        ("sampling",),
         ("inversion",),
         ("masks",),
+        ("result",),
         ("methods",),
         ("run",),
         ("cli",),

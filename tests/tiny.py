@@ -215,7 +215,7 @@ def tiny_moji(folder: Path) -> Path:
     defaults = json.loads((EMBEDDED / "limner.json").read_text())
     few = {"steps": 2, "train_steps": 2, "rank": 2, "batch": 1, "prior_batch": 1}
     defaults["sheet_prompts"] = defaults["sheet_prompts"][:2]
-    defaults["draft"] |= {"steps": 1, "batch": 1, "reward_steps": 1, "sample_steps": 2}
+    defaults["draft"] |= {"steps": 4, "batch": 1, "reward_steps": 1, "sample_steps": 2}
     (folder / "limner.json").write_text(json.dumps(defaults | few))
     return folder
 

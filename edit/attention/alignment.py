@@ -1,24 +1,25 @@
 """Two prompts laid side by side, token by token: what was kept, replaced, added, removed.
 
-Prompt-to-prompt (Hertz et al. 2022) carries attention from a source prompt's tokens to a target prompt's. The
-carrying is data, all of it for one pair of prompts and positions T of the encoded prompts:
+Prompt-to-prompt (Hertz et al. 2022) carries attention from a source prompt's tokens to a target prompt's. How is data,
+all of it for one pair of prompts and positions T of the encoded prompts:
 
-    mapping  M [T_source, T_target]  column j: from which source tokens target token j takes its attention
-    taken    a [T_target]            1 where it takes it, 0 for inserted tokens, which keep their own
-    weight   e [T_target]            how strongly a word counts, 1 unless asked
-    window   α [S, T_target]         1 at the steps where the attention is taken
+    mapping      M [T_source, T_target]  column j: from which source tokens target token j takes its attention
+    from_source  a [T_target]            1 where it takes it, 0 for inserted tokens, which keep their own
+    weight       e [T_target]            how strongly a word counts, 1 unless set
+    window       α [S, T_target]         1 at the steps where the attention is taken from the source
 
 Replacing, refining and reweighting are not modes to choose: replaced words have shares in M, inserted ones have
 a = 0, weighted ones e ≠ 1, in any combination. Words are what the tokenizer says they are, never `split(" ")`, with
-punctuation apart. Where a model reads a prompt with several tokenizers, one behind the other (`TextSegment`), a word's
-tokens are those of all of them, and each takes attention from its own kind.
+punctuation apart. Where a model reads a prompt with several tokenizers, one behind the other (`Stretch`), a word's
+tokens are those of all of them, and each takes attention from its own change.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor
 from backbone.families.base import TextSegment
 from backbone.io.console import UserError
 
-Kind = Literal["kept", "replaced", "added", "removed"]
+Change = Literal["kept", "replaced", "added", "removed"]
 Window = tuple[float, float]
 """From where to where on the way down, as shares of the steps: (0, 0.8) is the first four fifths."""
 
@@ -55,7 +56,7 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class TokenizedPrompt:
     """An encoded prompt: its words, and the sections that its tokens lie in."""
 
     text: str
@@ -70,36 +71,36 @@ class Prompt:
     def find(self, phrase: str) -> tuple[Word, ...]:
         """The words of every place where the phrase (one word or more) stands; empty where it does not."""
         wanted = "".join(phrase.lower().split())
-        found: list[Word] = []
+        matches: list[Word] = []
         for start in range(len(self.words)):
-            said = ""
+            text = ""
             for end in range(start, len(self.words)):
-                said += self.words[end].text
-                if said == wanted:
-                    found += self.words[start : end + 1]
-                if len(said) >= len(wanted):
+                text += self.words[end].text
+                if text == wanted:
+                    matches += self.words[start : end + 1]
+                if len(text) >= len(wanted):
                     break
-        return tuple(dict.fromkeys(found))
+        return tuple(dict.fromkeys(matches))
 
 
 @dataclass(frozen=True)
-class Run:
-    """Consecutive words that share a fate; one side is empty where words were added or removed."""
+class Span:
+    """Consecutive words with one change; one side is empty where words were added or removed."""
 
-    kind: Kind
+    change: Change
     source: tuple[Word, ...]
     target: tuple[Word, ...]
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """A source and a target prompt as runs of words, in reading order."""
+    """A source and a target prompt as spans of words, in reading order."""
 
-    source: Prompt
-    target: Prompt
-    runs: tuple[Run, ...]
+    source: TokenizedPrompt
+    target: TokenizedPrompt
+    spans: tuple[Span, ...]
 
-    @property
+    @cached_property
     def mapping(self) -> Tensor:
         """M [T_source, T_target]: entry (i, j) is the share of source token i's attention that target token j takes.
 
@@ -108,95 +109,94 @@ class Alignment:
         what stands at its own position.
         """
         mapping = torch.zeros(self.source.length, self.target.length)
+        # Section by section: what one tokenizer cut takes attention from its own kind only
         for source, target in zip(self.source.sections, self.target.sections, strict=True):
-            for run in self.runs:
-                for old, new in _shares(run):
-                    before, after = _within(source, old), _within(target, new)
+            for span in self.spans:
+                for old, new in _token_pairs(span):
+                    before, after = _positions_in(source, old), _positions_in(target, new)
                     if len(before) == len(after):
                         mapping[before, after] = 1
                     elif before and after:
                         mapping[torch.tensor(before)[:, None], torch.tensor(after)] = 1 / len(after)
+            # End-of-text tokens take each other's attention, unless a prompt was cut off before its own
             if source.end < source.last and target.end < target.last:
                 mapping[source.end, target.end] = 1
+            # Begin-of-text tokens and the padding that both prompts have stand where they stood
             padding = range(max(source.end, target.end) + 1, source.last)
             for position in (*range(source.first, source.words), *padding):
                 mapping[position, position] = 1
         return mapping
 
-    @property
-    def taken(self) -> Tensor:
-        """a [T_target]: 1 where attention is taken from the source, 0 where a token keeps its own."""
+    @cached_property
+    def from_source(self) -> Tensor:
+        """a [T_target]: 1 where a token takes the source's attention, 0 where it keeps its own."""
         return (self.mapping != 0).any(0).float()
 
-    def changed(self) -> Iterator[Run]:
-        """The runs that are not the same in both prompts."""
-        return (run for run in self.runs if run.kind != "kept")
+    def changes(self) -> Iterator[Span]:
+        """The spans that are not the same in both prompts."""
+        return (span for span in self.spans if span.change != "kept")
 
-    def places(self, phrase: str) -> tuple[tuple[Word, ...], tuple[Word, ...]]:
+    def find_both(self, phrase: str) -> tuple[tuple[Word, ...], tuple[Word, ...]]:
         """The words that a phrase names in the source and in the target.
 
         A word that stands in one prompt alone brings what took its place, or whose place it took, in the other. Both
         are empty where the phrase stands in neither.
         """
         source, target = self.source.find(phrase), self.target.find(phrase)
-        for run in self.runs:
-            if run.kind == "replaced" and not target and set(run.source) & set(source):
-                return source, run.target
-            if run.kind == "replaced" and not source and set(run.target) & set(target):
-                return run.source, target
+        for span in self.spans:
+            if span.change == "replaced" and not target and set(span.source) & set(source):
+                return source, span.target
+            if span.change == "replaced" and not source and set(span.target) & set(target):
+                return span.source, target
         return source, target
 
     def __str__(self) -> str:
         """Three lines: the source's words, what became of them, the target's words."""
-        rows = [["source", "", "target"]]
-        for run in self.runs:
-            prompts = ((self.source, run.source), (self.target, run.target))
-            counts = [len(_within(prompt.sections[0], _positions(side))) for prompt, side in prompts]
-            tokens = (
-                f" ({counts[0]}→{counts[1]} tokens)"
-                if run.kind == "replaced" and counts[0] != counts[1]
-                else ""
-            )
-            rows.append(
-                [_said(run.source), "" if run.kind == "kept" else run.kind + tokens, _said(run.target)]
-            )
-        widths = [max(map(len, row)) for row in rows]
-        lines = zip(
-            *([cell.ljust(width) for cell in row] for row, width in zip(rows, widths, strict=True)),
-            strict=True,
-        )
-        return "\n".join(" │ ".join(line).rstrip() for line in lines)
+        columns = [["source", "", "target"]]  # of the table, three cells each
+        for span in self.spans:
+            label = "" if span.change == "kept" else str(span.change)
+            if span.change == "replaced":
+                before = len(_positions_in(self.source.sections[0], _positions(span.source)))
+                after = len(_positions_in(self.target.sections[0], _positions(span.target)))
+                label += f" ({before}→{after} tokens)" if before != after else ""
+            columns.append([_text_of(span.source), label, _text_of(span.target)])
+        widths = [max(map(len, column)) for column in columns]
+        padded = [
+            [cell.ljust(width) for cell in column] for column, width in zip(columns, widths, strict=True)
+        ]
+        return "\n".join(" │ ".join(line).rstrip() for line in zip(*padded, strict=True))
 
 
-def read_prompt(tokenizer: Any, text: str) -> Prompt:
+def read_prompt(tokenizer: Any, text: str) -> TokenizedPrompt:
     """A prompt as a tokenizer of `transformers` cuts it, padded and truncated to its model's length.
 
     Raises `UserError` for a prompt without words.
     """
-    return heard_prompt([TextSegment(tokenizer, tokenizer.model_max_length)], text)
+    return tokenize_prompt([TextSegment(tokenizer, tokenizer.model_max_length)], text)
 
 
-def heard_prompt(stretches: Sequence[TextSegment], text: str) -> Prompt:
-    """A prompt as a model hears it, whose text tokens are these stretches one behind the other.
+def tokenize_prompt(stretches: Sequence[TextSegment], text: str) -> TokenizedPrompt:
+    """A prompt as tokenized for a model whose text tokens are these stretches, one behind the other.
 
     The first tokenizer says what the words are; what the others cut belongs to the word that it covers most of.
 
     Raises `UserError` for a prompt without words.
     """
     cuts: list[_Cut] = []
-    sections, first = [], 0
+    sections: list[Section] = []
     for stretch in stretches:
-        section, found = _heard(stretch, text, first)
-        cuts = _joined_to(cuts, found)
+        section, own = _tokenize_section(stretch, text, sections[-1].last if sections else 0)
+        cuts = _merge_tokenizers(cuts, own)
         sections.append(section)
-        first = section.last
     if not cuts:
         raise UserError("A prompt is empty. Say in words what the picture shows and what it should show.")
     words = tuple(Word(cut.text, tuple(cut.positions)) for cut in cuts)
-    return Prompt(text, words, tuple(sections))
+    return TokenizedPrompt(text, words, tuple(sections))
 
 
-def align(source: Prompt, target: Prompt, *, swaps: Sequence[tuple[str, str]] = ()) -> Alignment:
+def align(
+    source: TokenizedPrompt, target: TokenizedPrompt, *, swaps: Sequence[tuple[str, str]] = ()
+) -> Alignment:
     """The alignment that keeps the most words, in order, and among those has the fewest changes.
 
     Words between two kept ones take each other's place: one by one where both prompts have as many there, else all
@@ -207,31 +207,45 @@ def align(source: Prompt, target: Prompt, *, swaps: Sequence[tuple[str, str]] = 
     """
     first, second = _units(source, [swap[0] for swap in swaps]), _units(target, [swap[1] for swap in swaps])
     matches = _common([key for _, key in first], [key for _, key in second])
-    met = {first[i][1] for i, _ in matches}
+    _check_matches(source, target, swaps, matched={first[i][1] for i, _ in matches})
+    spans: list[Span] = []
+    i = j = 0
+    for i_next, j_next in [*matches, (len(first), len(second))]:
+        # The words between the last match and this one took each other's place, or were added or removed
+        spans += _spans_between(
+            [word for words, _ in first[i:i_next] for word in words],
+            [word for words, _ in second[j:j_next] for word in words],
+        )
+        # The match itself; behind the last one there is none
+        if i_next < len(first):
+            change: Change = "kept" if isinstance(first[i_next][1], str) else "replaced"
+            spans.append(Span(change, first[i_next][0], second[j_next][0]))
+        i, j = i_next + 1, j_next + 1
+    return Alignment(source, target, tuple(_merge_kept(spans)))
+
+
+def _check_matches(
+    source: TokenizedPrompt,
+    target: TokenizedPrompt,
+    swaps: Sequence[tuple[str, str]],
+    *,
+    matched: Set[str | tuple[str, int]],
+) -> None:
+    """`UserError` for a swap that is not among the matched keys, and for prompts that share no word."""
     for number, (old, new) in enumerate(swaps):
-        if ("swap", number) not in met:
+        if ("swap", number) not in matched:
             raise UserError(
                 f"“{old}” cannot be swapped for “{new}”: other swaps stand in another order. Leave one of them out."
             )
-    shared = any(character.isalnum() for key in met if isinstance(key, str) for character in key)
+    shared = any(character.isalnum() for key in matched if isinstance(key, str) for character in key)
     if not shared and not swaps:
         raise UserError(
             f"The prompts “{source.text}” and “{target.text}” share no words, so nothing says what should stay. "
             "Describe the picture in both and change only the words that should change."
         )
-    runs: list[Run] = []
-    i = j = 0
-    for i_next, j_next in [*matches, (len(first), len(second))]:
-        runs += _between([word for words, _ in first[i:i_next] for word in words],
-                         [word for words, _ in second[j:j_next] for word in words])  # fmt: skip
-        if i_next < len(first):
-            kind: Kind = "kept" if isinstance(first[i_next][1], str) else "replaced"
-            runs.append(Run(kind, first[i_next][0], second[j_next][0]))
-        i, j = i_next + 1, j_next + 1
-    return Alignment(source, target, tuple(_joined(runs)))
 
 
-def require(prompts: Sequence[Prompt], phrase: str) -> None:
+def require(prompts: Sequence[TokenizedPrompt], phrase: str) -> None:
     """Raises `UserError` for a phrase that stands in none of the prompts, and names the nearest word that does."""
     if any(prompt.find(phrase) for prompt in prompts):
         return
@@ -242,37 +256,39 @@ def require(prompts: Sequence[Prompt], phrase: str) -> None:
     raise UserError(f"The word “{phrase}” is not in {where} “{prompts[0].text}”. {remedy}")
 
 
-def weights(prompt: Prompt, asked: Mapping[str, float]) -> Tensor:
-    """e [T]: what was asked for at the words' tokens, 1 elsewhere. Phrases that are not in the prompt do nothing."""
-    found = torch.ones(prompt.length)
-    for phrase, weight in asked.items():
+def token_weights(prompt: TokenizedPrompt, weights: Mapping[str, float]) -> Tensor:
+    """e [T]: a phrase's weight at its tokens, 1 elsewhere. Phrases that are not in the prompt do nothing."""
+    e = torch.ones(prompt.length)
+    for phrase, weight in weights.items():
         for word in prompt.find(phrase):
-            found[list(word.positions)] = weight
-    return found
+            e[list(word.positions)] = weight
+    return e
 
 
-def window(prompt: Prompt, steps: int, usual: Window, asked: Mapping[str, Window]) -> Tensor:
-    """α [S, T]: 1 at the steps inside a token's window, 0 outside; words may have windows of their own."""
-    found = inside(steps, usual)[:, None].repeat(1, prompt.length)
-    for phrase, own in asked.items():
+def token_windows(
+    prompt: TokenizedPrompt, steps: int, default: Window, windows: Mapping[str, Window]
+) -> Tensor:
+    """α [S, T]: 1 at the steps inside a token's window, 0 outside; phrases may have windows of their own."""
+    alpha = steps_inside(steps, default)[:, None].repeat(1, prompt.length)
+    for phrase, window in windows.items():
         for word in prompt.find(phrase):
-            found[:, list(word.positions)] = inside(steps, own)[:, None]
-    return found
+            alpha[:, list(word.positions)] = steps_inside(steps, window)[:, None]
+    return alpha
 
 
-def inside(steps: int, window: Window) -> Tensor:
+def steps_inside(steps: int, window: Window) -> Tensor:
     """[S]: 1 at the steps that begin inside the window, 0 at the others."""
     start, end = window
     share = torch.arange(steps, dtype=torch.float64) / steps
     return ((share >= start - 1e-9) & (share < end - 1e-9)).float()
 
 
-def columns(words: Sequence[Word], length: int) -> Tensor:
+def token_mask(words: Sequence[Word], length: int) -> Tensor:
     """[T]: 1 at the tokens of these words."""
-    found = torch.zeros(length)
+    mask = torch.zeros(length)
     for word in words:
-        found[list(word.positions)] = 1
-    return found
+        mask[list(word.positions)] = 1
+    return mask
 
 
 # Helpers ----------------------------------------------------------------------------------------------------
@@ -288,29 +304,31 @@ class _Cut:
     positions: list[int]
 
 
-def _heard(stretch: TextSegment, prompt: str, first: int) -> tuple[Section, list[_Cut]]:
+def _tokenize_section(stretch: TextSegment, prompt: str, first: int) -> tuple[Section, list[_Cut]]:
     """One stretch of a prompt, whose tokens stand at `first` and behind."""
     last = first + stretch.tokens
+    empty = Section(first, last, last, last)
     if stretch.tokenizer is None:
-        return Section(first, last, last, last), []
+        return empty, []
     text = stretch.preprocess(prompt)
     encoding = stretch.tokenizer(
         text, padding="max_length", truncation=True, max_length=stretch.tokens, verbose=False,
         return_offsets_mapping=True,
     )  # fmt: skip
     cuts: list[_Cut] = []
-    number = None
+    number = None  # of the tokenizer's word that the last cut is of
     waiting: list[int] = []  # tokens of spaces, which belong to the word behind them
     for position, (word, (start, end)) in enumerate(
         zip(encoding.word_ids(), encoding["offset_mapping"], strict=True), first
     ):
-        if word is None:
+        if word is None:  # begin, end, padding
             continue
         waiting.append(position)
+        # Some tokenizers count the space before a word as the word's; a token of nothing else waits for the next one
         start += len(text[start:end]) - len(text[start:end].lstrip())
         if start >= end:
             continue
-        if word != number or (start >= cuts[-1].end and _parted(text, start)):
+        if word != number or (start >= cuts[-1].end and _is_word_boundary(text, start)):
             cuts.append(_Cut("", start, end, []))
         number = word
         cuts[-1].positions += waiting
@@ -318,14 +336,14 @@ def _heard(stretch: TextSegment, prompt: str, first: int) -> tuple[Section, list
     for cut in cuts:
         cut.text = text[cut.start : cut.end].lower()
     if not cuts:
-        return Section(first, last, last, last), []
+        return empty, []
     return Section(first, cuts[0].positions[0], cuts[-1].positions[-1] + 1, last), cuts
 
 
-def _parted(text: str, at: int) -> bool:
+def _is_word_boundary(text: str, at: int) -> bool:
     """Whether a word ends before this character though no space does it: between letters and punctuation.
 
-    Tokenizers of T5's kind cut at spaces alone. What follows an apostrophe inside a word stays with it ("dog", "'s").
+    Tokenizers of T5's change cut at spaces alone. What follows an apostrophe inside a word stays with it ("dog", "'s").
     """
     before = text[at - 1 : at]
     if before in ("'", "’") and text[max(at - 2, 0) : at - 1].isalnum():
@@ -333,7 +351,7 @@ def _parted(text: str, at: int) -> bool:
     return bool(before.strip()) and before.isalnum() != text[at].isalnum()
 
 
-def _joined_to(words: list[_Cut], others: list[_Cut]) -> list[_Cut]:
+def _merge_tokenizers(words: list[_Cut], others: list[_Cut]) -> list[_Cut]:
     """The words with the tokens of what another tokenizer cut; what covers none of them is a word of its own."""
     alone = []
     for other in others:
@@ -345,16 +363,16 @@ def _joined_to(words: list[_Cut], others: list[_Cut]) -> list[_Cut]:
     return [*words, *alone]
 
 
-def _within(section: Section, positions: Sequence[int]) -> list[int]:
+def _positions_in(section: Section, positions: Sequence[int]) -> list[int]:
     """Those of the positions that lie in a section."""
     return [position for position in positions if section.first <= position < section.last]
 
 
 _Unit = tuple[tuple[Word, ...], str | tuple[str, int]]
-"""Words that are aligned as one, and the key that they are told by."""
+"""Words that are aligned as one, and the key by which they match: their text, or the number of a swap."""
 
 
-def _units(prompt: Prompt, phrases: Sequence[str]) -> list[_Unit]:
+def _units(prompt: TokenizedPrompt, phrases: Sequence[str]) -> list[_Unit]:
     """The words of a prompt, each phrase's first place as one unit."""
     units: list[_Unit] = [((word,), word.text) for word in prompt.words]
     for number, phrase in enumerate(phrases):
@@ -367,13 +385,13 @@ def _units(prompt: Prompt, phrases: Sequence[str]) -> list[_Unit]:
     return units
 
 
-def _first_place(prompt: Prompt, phrase: str) -> tuple[Word, ...]:
-    found = prompt.find(phrase)
-    wanted, said = "".join(phrase.lower().split()), ""
-    for count, word in enumerate(found, start=1):
-        said += word.text
-        if said == wanted:
-            return found[:count]
+def _first_place(prompt: TokenizedPrompt, phrase: str) -> tuple[Word, ...]:
+    matches = prompt.find(phrase)
+    wanted, text = "".join(phrase.lower().split()), ""
+    for count, word in enumerate(matches, start=1):
+        text += word.text
+        if text == wanted:
+            return matches[:count]
     raise AssertionError(phrase)
 
 
@@ -382,59 +400,62 @@ def _common(first: Sequence[Any], second: Sequence[Any]) -> list[tuple[int, int]
 
     Needleman & Wunsch 1970 with gaps that cost once however long they are; a swap outweighs all words.
     """
+    # best[i, j, inside a gap] = ((matches, −gaps), move) of the best alignment of first[i:] and second[j:], and its
+    # first move: match both, skip one of the first, skip one of the second, or be done
+    done, match, skip_first, skip_second = range(4)
     best: dict[tuple[int, int, bool], tuple[tuple[int, int], int]] = {}
     for i in range(len(first), -1, -1):
         for j in range(len(second), -1, -1):
             for inside in (False, True):
                 options = []
                 if i == len(first) and j == len(second):
-                    options.append(((0, 0), 0))
+                    options.append(((0, 0), done))
                 if i < len(first) and j < len(second) and first[i] == second[j]:
-                    (count, breaks), _ = best[i + 1, j + 1, False]
-                    options.append(((count + (1 if isinstance(first[i], str) else 1000), breaks), 1))
-                for move, (k, m) in ((2, (i + 1, j)), (3, (i, j + 1))):
+                    (count, gaps), _ = best[i + 1, j + 1, False]
+                    options.append(((count + (1 if isinstance(first[i], str) else 1000), gaps), match))
+                for move, (k, m) in ((skip_first, (i + 1, j)), (skip_second, (i, j + 1))):
                     if k <= len(first) and m <= len(second):
-                        (count, breaks), _ = best[k, m, True]
-                        options.append(((count, breaks - (not inside)), move))
+                        (count, gaps), _ = best[k, m, True]
+                        options.append(((count, gaps - (not inside)), move))
                 best[i, j, inside] = max(options, key=lambda option: option[0])
     pairs, i, j, inside = [], 0, 0, False
-    while (move := best[i, j, inside][1]) != 0:
-        if move == 1:
+    while (move := best[i, j, inside][1]) != done:
+        if move == match:
             pairs.append((i, j))
-        i, j, inside = i + (move != 3), j + (move != 2), move != 1
+        i, j, inside = i + (move != skip_second), j + (move != skip_first), move != match
     return pairs
 
 
-def _between(source: list[Word], target: list[Word]) -> list[Run]:
-    """The runs for the words between two kept ones."""
+def _spans_between(source: list[Word], target: list[Word]) -> list[Span]:
+    """The spans for the words between two kept ones."""
     if source and len(source) == len(target):
-        return [Run("replaced", (old,), (new,)) for old, new in zip(source, target, strict=True)]
-    kind: Kind = "replaced" if source and target else "removed" if source else "added"
-    return [Run(kind, tuple(source), tuple(target))] if source or target else []
+        return [Span("replaced", (old,), (new,)) for old, new in zip(source, target, strict=True)]
+    change: Change = "replaced" if source and target else "removed" if source else "added"
+    return [Span(change, tuple(source), tuple(target))] if source or target else []
 
 
-def _joined(runs: Sequence[Run]) -> list[Run]:
-    """The same with neighbouring kept words in one run."""
-    joined: list[Run] = []
-    for run in runs:
-        if joined and run.kind == joined[-1].kind == "kept":
-            joined[-1] = Run("kept", joined[-1].source + run.source, joined[-1].target + run.target)
+def _merge_kept(spans: Sequence[Span]) -> list[Span]:
+    """The same with neighbouring kept words in one span."""
+    joined: list[Span] = []
+    for span in spans:
+        if joined and span.change == joined[-1].change == "kept":
+            joined[-1] = Span("kept", joined[-1].source + span.source, joined[-1].target + span.target)
         else:
-            joined.append(run)
+            joined.append(span)
     return joined
 
 
-def _shares(run: Run) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+def _token_pairs(span: Span) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Token positions that take each other's attention: (source's, target's)."""
-    if run.kind == "kept":
-        yield from ((old.positions, new.positions) for old, new in zip(run.source, run.target, strict=True))
-    elif run.kind == "replaced":
-        yield tuple(_positions(run.source)), tuple(_positions(run.target))
+    if span.change == "kept":
+        yield from ((old.positions, new.positions) for old, new in zip(span.source, span.target, strict=True))
+    elif span.change == "replaced":
+        yield tuple(_positions(span.source)), tuple(_positions(span.target))
 
 
 def _positions(words: Sequence[Word]) -> list[int]:
     return [position for word in words for position in word.positions]
 
 
-def _said(words: Sequence[Word]) -> str:
+def _text_of(words: Sequence[Word]) -> str:
     return " ".join(word.text for word in words)

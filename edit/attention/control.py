@@ -1,4 +1,4 @@
-"""What attention control is told: source, targets, and which layers and steps it reaches."""
+"""What attention control does in one call of the denoiser: data that the attention processors read."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ SelfAttention = Literal["own", "layout", "contents"]
 
 
 Reach = Literal["prompted", "all"]
-"""Which rows of a target take the source's self-attention: the one with a prompt, or the one without it too."""
+"""Which rows of a target take the source's self-attention: the conditional one, or the unconditional one too."""
 
 
-MAP_TOKENS = 256  # maps are read at the resolution nearest to 16 × 16, where words are places
+MAP_TOKENS = 256  # maps are read at the resolution nearest to 16 × 16, where words have places
 
 
 UNET = AttentionLayout()
@@ -29,13 +29,13 @@ UNET = AttentionLayout()
 
 @dataclass(frozen=True, eq=False)
 class Cross:
-    """What the targets' cross-attention is made of.
+    """The targets' cross-attention maps, P = P_source·(M·diag c) + P_target·diag d.
 
-    taken  M·diag(c) [N, T_source, T_target]
-    own    d [N, T_target]; None where it is zero everywhere
+    from_source  M·diag(c) [N, T_source, T_target]
+    own          d [N, T_target]; None where it is zero everywhere
     """
 
-    taken: Tensor
+    from_source: Tensor
     own: Tensor | None
 
 
@@ -43,13 +43,16 @@ class Cross:
 class Control:
     """What the processors read: set it before a call of the denoiser.
 
-    cross            None leaves cross-attention as it is
-    self_attention   changed only in layers of at most `self_tokens` queries (None: of any number), whose names begin
-                     with one of `layers`
-    reach            which rows of a target that concerns
-    obeying          which targets that concerns [N]; all if None
-    features         whose residual features the targets have in the block that `controlled` finds for them
-    maps             where attention maps are gathered, or None
+    The rows of a call are the source, its N `targets`, and the unconditional rows: the source's own, if there is one,
+    and the targets'.
+
+    cross                None leaves cross-attention as it is
+    self_attention       changed only in layers of at most `self_tokens` queries (None: of any number), whose names
+                         begin with one of `layers`
+    reach                for which rows of a target
+    controlled_targets   for which targets [N]; all if None
+    features             whose residual features the targets have in the block that `features_of` finds
+    maps                 where attention maps are gathered, or None
     """
 
     targets: int
@@ -58,7 +61,7 @@ class Control:
     self_tokens: int | None = UNET.max_map_queries
     layers: tuple[str, ...] = ("",)
     reach: Reach = "prompted"
-    obeying: Sequence[bool] | None = None
+    controlled_targets: Sequence[bool] | None = None
     features: Literal["own", "source"] = "own"
     maps: Maps | None = None
 
@@ -67,30 +70,36 @@ class Control:
         coarse = self.self_tokens is None or tokens <= self.self_tokens
         return self.self_attention != "own" and coarse and name.startswith(self.layers)
 
-    def origins(self, rows: int, obeying: Sequence[bool] | None = None) -> tuple[list[int], list[int]]:
-        """Which rows are asked for themselves, and for each row the index of the one among them that it takes.
+    def source_index_map(
+        self, rows: int, controlled_targets: Sequence[bool] | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Which of the B = `rows` rows anyone reads, and the gather index [B] from every row to the one that it reads.
 
-        Rows of targets that are not `obeying` take themselves.
+        A row reads queries, keys, values or features; rows of targets that are not controlled read their own.
         """
-        taken = [0] * (1 + self.targets) + list(range(1 + self.targets, rows))
-        free = rows - 1 - self.targets
-        if (
-            self.reach == "all" and free >= self.targets > 0
-        ):  # the source's own unconditional row comes first, if any
-            taken[-self.targets :] = [0 if free == self.targets else 1 + self.targets] * self.targets
-        for n, obeys in enumerate(obeying or ()):
-            if not obeys:
-                taken[1 + n] = 1 + n
-                if free:
-                    taken[n - self.targets] = rows + n - self.targets
-        asked = sorted(set(taken))
-        return asked, [asked.index(row) for row in taken]
+        # Each target reads the source's row, all others their own
+        reads = [0] * (1 + self.targets) + list(range(1 + self.targets, rows))
+        unconditional = rows - 1 - self.targets
+        if self.reach == "all" and unconditional >= self.targets > 0:
+            # So do the targets' unconditional rows, the last ones: the source's unconditional row where there is one
+            source = 0 if unconditional == self.targets else 1 + self.targets
+            reads[-self.targets :] = [source] * self.targets
+        for n, controlled in enumerate(controlled_targets or ()):
+            if not controlled:
+                reads[1 + n] = 1 + n
+                if unconditional:
+                    reads[n - self.targets] = rows + n - self.targets
+        needed = sorted(set(reads))
+        return needed, [needed.index(row) for row in reads]
 
 
-def cross(mapping: Tensor, taken: Tensor, weight: Tensor, window: Tensor) -> Cross | None:
-    """The edit of one step from M [N, T_source, T_target], a, e and α [N, T_target]; None where nothing changes."""
-    c = window * taken * weight
-    d = window * (1 - taken) * weight + 1 - window
+def cross_of(mapping: Tensor, from_source: Tensor, weight: Tensor, window: Tensor) -> Cross | None:
+    """One step's cross-attention from M [N, T_source, T_target], a, e and α [N, T_target]; None if it is the targets'.
+
+    c = α·a·e        d = α·(1 − a)·e + 1 − α
+    """
+    c = window * from_source * weight
+    d = window * (1 - from_source) * weight + 1 - window
     if not c.any() and bool((d == 1).all()):
         return None
     return Cross(mapping * c[:, None], d if d.any() else None)
@@ -150,16 +159,16 @@ def grid(latent: tuple[int, int], tokens: int) -> tuple[int, int] | None:
     return (height, width) if height * width == tokens else None
 
 
-def read_columns(look: Callable[[Tensor], Tensor], query: Tensor, columns: Tensor) -> Tensor:
-    """What of a map [R, queries, keys] falls on the keys that each of `columns` [R, W, keys] adds up, mean over heads.
+def read_columns(attend: Callable[[Tensor], Tensor], query: Tensor, columns: Tensor) -> Tensor:
+    """The maps [R, queries, W] of chosen words: the share of a query's attention at the keys of `columns` [R, W, keys].
 
-    `look` is the map's product with values [R, heads, keys, D]. The values are one-hot, as many words at a time as a
-    head of the queries [B, heads, queries, D] is wide, padded to its width: narrower ones would make some devices
-    materialise the whole map. Gives [R, queries, W].
+    A map times a one-hot value is a column of the map, so attention itself reads it: `attend` is the map's product
+    with values [R, heads, keys, D]. As many words at a time as a head of the queries [B, heads, queries, D] is wide,
+    padded to its width, since narrower values would make some devices materialise the whole map. Mean over heads.
     """
     heads, width = query.shape[1], query.shape[-1]
-    found = []
+    portions = []
     for some in columns.to(query).split(width, dim=1):
         one_hot = F.pad(some.transpose(1, 2), (0, width - some.shape[1]))[:, None]
-        found.append(look(one_hot.expand(-1, heads, -1, -1))[..., : some.shape[1]].mean(1))
-    return torch.cat(found, -1)
+        portions.append(attend(one_hot.expand(-1, heads, -1, -1))[..., : some.shape[1]].mean(1))
+    return torch.cat(portions, -1)

@@ -1,8 +1,8 @@
 """Attention control as data: what an edit changes in a denoiser's attention, without a materialised map.
 
-Rows of a call stand in one order: the source first, then N targets, then rows that nothing is done to (those without
-a prompt). Prompt-to-prompt (Hertz et al. 2022) replaces a target's map P_t by one made from the source's, and every
-such change is linear in the map, so it can be made on the side of V, where scaled-dot-product attention stays fast:
+Rows of a call stand in one order: the source first, then N targets, then the unconditional rows. Prompt-to-prompt
+(Hertz et al. 2022) replaces a target's map P_t by one made from the source's, and every such change is linear in the
+map, so it can be made on the side of V, where scaled-dot-product attention stays fast:
 
     self-attention   SDPA(q_s, k_s, V_t)
     cross-attention  SDPA(q_s, k_s, (M·diag c)·V_t) + SDPA(q_t, k_t, diag(d)·V_t)
@@ -14,8 +14,8 @@ a mask or a heat map asks for are read through a V of one-hot columns, padded to
 only.
 
     control = Control(targets=1)
-    with controlled(denoiser, control):
-        control.cross = cross(mapping, taken, weight, window)   # and predict; None: nothing is changed
+    with control_attention(denoiser, control):
+        control.cross = cross_of(mapping, from_source, weight, window)   # and predict; None: nothing is changed
 
 Layers over text and picture jointly are in `edit.attention.joint`.
 """
@@ -34,25 +34,27 @@ from backbone.families.base import AttentionLayout
 from backbone.io.console import UserError
 from edit.attention.control import UNET, Control
 from edit.attention.joint import JointProcessor
-from edit.attention.separate import Processor, _take_features, features_of
+from edit.attention.separate import Processor, features_of, gather_features
 
 
 @contextmanager
-def controlled(denoiser: nn.Module, control: Control, attention: AttentionLayout = UNET) -> Iterator[None]:
-    """Inside the `with`, the denoiser's attention obeys `control`; afterwards it is what it was, also after an error.
+def control_attention(
+    denoiser: nn.Module, control: Control, attention: AttentionLayout = UNET
+) -> Iterator[None]:
+    """Inside the `with`, the denoiser computes attention as `control` says; afterwards, also after an error, as before.
 
-    `attention` is what its family says of it. Raises `UserError` for a denoiser whose attention is computed in another
+    `attention` describes it for its family. Raises `UserError` for a denoiser whose attention is computed in another
     way than plainly.
     """
     network = cast(Any, denoiser)
     before = dict(getattr(network, "attn_processors", {}))
-    strange = {
+    foreign = {
         type(p).__name__
         for p in before.values()
         if type(p) not in attention.joint_inputs and not isinstance(p, (AttnProcessor, AttnProcessor2_0))
     }
-    if strange or not before:
-        what = f"is computed by {', '.join(sorted(strange))}" if strange else "cannot be reached"
+    if foreign or not before:
+        what = f"is computed by {', '.join(sorted(foreign))}" if foreign else "cannot be reached"
         raise UserError(
             f"The attention of this model {what}, which cannot be edited. Take the model without it."
         )
@@ -68,12 +70,9 @@ def controlled(denoiser: nn.Module, control: Control, attention: AttentionLayout
         )
         convolution = features_of(network)
         if convolution is not None:
-            hook = convolution.register_forward_hook(partial(_take_features, control))
+            hook = convolution.register_forward_hook(partial(gather_features, control))
         yield
     finally:
         if hook is not None:
             hook.remove()
         network.set_attn_processor(dict(before))
-
-
-# The three kinds of attention -------------------------------------------------------------------------------

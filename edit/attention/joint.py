@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 class JointProcessor:
     """Computes one layer over text and picture jointly as `control` says, and as before where it says nothing.
 
-    `read` is the family's: a call of the layer → `JointAttentionInputs`. The second layer of a block that has two,
-    over the picture alone, comes here too.
+    `read` is the family's: a call of the layer → `Streams`. The second layer of a block that has two, over the picture
+    alone, comes here too.
     """
 
     def __init__(
@@ -56,62 +56,70 @@ class JointProcessor:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        *told: Any,
+        *more: Any,
     ) -> Any:
         control = self.control
-        call = (hidden_states, encoder_hidden_states, attention_mask, *told)
+        call = (hidden_states, encoder_hidden_states, attention_mask, *more)
         if control.self_attention == "own" and control.cross is None and control.maps is None:
             return self.plain(attn, *call)
         streams = self.read(attn, *call)
         query, key, value = streams.query, streams.key, streams.value
-        picture, words = streams.image, streams.text.stop > streams.text.start
+        picture, has_words = streams.image, streams.text.stop > streams.text.start
         places = picture.stop - picture.start
+        # The source's layout (queries and keys) or contents (keys and values), in the picture's part alone
         if control.reaches(self.name, places):
-            asked, taken = control.origins(len(query), control.obeying)
-            source = [asked[row] for row in taken]
-            key = _taken(key, picture, source)
+            needed, gather = control.source_index_map(len(query), control.controlled_targets)
+            source = [needed[index] for index in gather]
+            key = _gather_picture(key, picture, source)
             if control.self_attention == "layout":
-                query = _taken(query, picture, source)
+                query = _gather_picture(query, picture, source)
             else:
-                value = _taken(value, picture, source)
-        if control.maps is not None and words and control.maps.wants(places):
-            rows = slice(1 + control.targets)
-            look = partial(streams.attend, query[rows, :, picture], key[rows])
-            columns = F.pad(control.maps.columns, _around(streams))
-            control.maps.add(read_columns(look, query, columns))
-        if control.cross is None or not words:
+                value = _gather_picture(value, picture, source)
+        # Maps are read from the attention that there is now
+        if control.maps is not None and has_words and control.maps.wants(places):
+            read = slice(1 + control.targets)
+            attend = partial(streams.attend, query[read, :, picture], key[read])
+            columns = F.pad(control.maps.columns, _keys_around_words(streams))
+            control.maps.add(read_columns(attend, query, columns))
+        if control.cross is None or not has_words:
             return streams.project_output(streams.attend(query, key, value))
-        return streams.project_output(_with_words(streams, query, key, value, control.targets, control.cross))
+        return streams.project_output(_cross(streams, query, key, value, control.targets, control.cross))
 
 
-def _with_words(
+def _cross(
     streams: JointAttentionInputs, query: Tensor, key: Tensor, value: Tensor, targets: int, cross: Cross
 ) -> Tensor:
-    """What is attended to [B, heads, tokens, D], the targets' pictures looking at words as `cross` says."""
-    some, picture, text = slice(1, 1 + targets), streams.image, streams.text
+    """Attention [B, heads, tokens, D] in which the targets' pictures look at words as `cross` says.
+
+    SDPA(q, k, [V_p; diag(d)·V_w]) + SDPA(q_s, k_s, [0; (M·diag c)·V_w])
+    """
+    of_targets, picture, text = slice(1, 1 + targets), streams.image, streams.text
     others = [0, *range(1 + targets, len(query))]
-    out = torch.empty_like(query)
-    out[others] = streams.attend(query[others], key[others], value[others])
-    out[some, :, text] = streams.attend(query[some, :, text], key[some], value[some])
-    said = value[some, :, text]
-    own = value[some].clone()
-    own[:, :, text] = 0 if cross.own is None else cross.own.to(value.dtype)[:, None, :, None] * said
-    taken = torch.zeros_like(own)
-    taken[:, :, text] = cross.taken.to(value.dtype)[:, None] @ said
-    lead_query, lead_key = (x[:1].expand(targets, *x.shape[1:]) for x in (query[:, :, picture], key))
-    out[some, :, picture] = streams.attend(query[some, :, picture], key[some], own) + streams.attend(
-        lead_query, lead_key, taken
+    attended = torch.empty_like(query)
+    # All other rows, and the queries of the targets' words, are left as they are
+    attended[others] = streams.attend(query[others], key[others], value[others])
+    attended[of_targets, :, text] = streams.attend(
+        query[of_targets, :, text], key[of_targets], value[of_targets]
     )
-    return out
+    words = value[of_targets, :, text]  # V_w
+    own = value[of_targets].clone()
+    own[:, :, text] = 0 if cross.own is None else cross.own.to(value.dtype)[:, None, :, None] * words
+    mixed = torch.zeros_like(own)
+    mixed[:, :, text] = cross.from_source.to(value.dtype)[:, None] @ words
+    query_source, key_source = (x[:1].expand(targets, *x.shape[1:]) for x in (query[:, :, picture], key))
+    attended[of_targets, :, picture] = streams.attend(
+        query[of_targets, :, picture], key[of_targets], own
+    ) + streams.attend(query_source, key_source, mixed)
+    return attended
 
 
-def _taken(x: Tensor, picture: slice, source: list[int]) -> Tensor:
+def _gather_picture(x: Tensor, picture: slice, source: list[int]) -> Tensor:
     """[B, heads, tokens, D] with the picture's part of each row from the row that `source` names for it."""
-    changed = x.clone()
-    changed[:, :, picture] = x[source][:, :, picture]
-    return changed
+    gathered = x.clone()
+    gathered[:, :, picture] = x[source][:, :, picture]
+    return gathered
 
 
-def _around(streams: JointAttentionInputs) -> tuple[int, int]:
+def _keys_around_words(streams: JointAttentionInputs) -> tuple[int, int]:
     """How many keys stand before the words, and how many behind them."""
     return streams.text.start, streams.key.shape[2] - streams.text.stop

@@ -34,30 +34,31 @@ class Processor:
         if encoder_hidden_states is None:
             if control.reaches(self.name, layer.tokens):
                 attend = _source_layout if control.self_attention == "layout" else _source_contents
-                return layer.finish(attend(layer, *control.origins(len(hidden_states), control.obeying)))
+                index_map = control.source_index_map(len(hidden_states), control.controlled_targets)
+                return layer.project(attend(layer, *index_map))
         else:
             maps = control.maps if control.maps is not None and control.maps.wants(layer.tokens) else None
             if control.cross is not None or maps is not None:
-                return layer.finish(_cross(layer, control.targets, control.cross, maps))
+                return layer.project(_cross(layer, control.targets, control.cross, maps))
         return cast(Tensor, self.plain(attn, hidden_states, encoder_hidden_states, attention_mask, temb))
 
 
-def _source_layout(layer: _Layer, asked: list[int], taken: list[int]) -> Tensor:
+def _source_layout(layer: _Layer, needed: list[int], gather: list[int]) -> Tensor:
     """Every target looks where the source looks: SDPA(q_s, k_s, V_t). The targets' queries and keys are not made."""
-    lead = layer.hidden[asked]
-    query, key = layer.query(lead)[taken], layer.key(lead)[taken]
-    return layer.sdpa(query, key, layer.value(layer.hidden), _rows(layer.mask, asked, taken))
+    hidden = layer.hidden[needed]
+    query, key = layer.query(hidden)[gather], layer.key(hidden)[gather]
+    return layer.sdpa(query, key, layer.value(layer.hidden), _gather_mask(layer.mask, needed, gather))
 
 
-def _source_contents(layer: _Layer, asked: list[int], taken: list[int]) -> Tensor:
+def _source_contents(layer: _Layer, needed: list[int], gather: list[int]) -> Tensor:
     """Every target finds the source's contents: SDPA(q_t, k_s, V_s)."""
-    lead = layer.hidden[asked]
-    key, value = layer.key(lead)[taken], layer.value(lead)[taken]
-    return layer.sdpa(layer.query(layer.hidden), key, value, _rows(layer.mask, asked, taken))
+    hidden = layer.hidden[needed]
+    key, value = layer.key(hidden)[gather], layer.value(hidden)[gather]
+    return layer.sdpa(layer.query(layer.hidden), key, value, _gather_mask(layer.mask, needed, gather))
 
 
-def _rows(mask: Tensor | None, asked: list[int], taken: list[int]) -> Tensor | None:
-    return None if mask is None else mask[asked][taken]
+def _gather_mask(mask: Tensor | None, needed: list[int], gather: list[int]) -> Tensor | None:
+    return None if mask is None else mask[needed][gather]
 
 
 def features_of(network: Any) -> nn.Module | None:
@@ -72,49 +73,58 @@ def features_of(network: Any) -> nn.Module | None:
     return cast(nn.Module, inner[min(1, len(inner) - 1)].conv2) if inner else None
 
 
-def _take_features(control: Control, module: nn.Module, given: Any, output: Tensor) -> Tensor | None:
-    """The features of the rows that `control` says, or what they were."""
+def gather_features(control: Control, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+    """A forward hook: the features [B, C, h, w], the targets' being the source's; None leaves them as they are."""
     if control.features == "own":
         return None
-    asked, taken = control.origins(len(output))
-    return output[asked][taken]
+    needed, gather = control.source_index_map(len(output))
+    return output[needed][gather]
 
 
 def _cross(layer: _Layer, targets: int, cross: Cross | None, maps: Maps | None) -> Tensor:
-    """The targets' cross-attention from the source's map and their own."""
+    """The targets' cross-attention from the source's map and their own [B, heads, queries, D], and maps read from it.
+
+        SDPA(q_s, k_s, (M·diag c)·V_t) + SDPA(q_t, k_t, diag(d)·V_t)
+
+    The first term is computed for all rows, the source and the unconditional rows having their own queries, keys and
+    values in it; the second is left out where d = 0, and with it the targets' queries and keys.
+    """
     text, value = layer.text, layer.value(layer.text)
-    some = slice(1, 1 + targets)
-    own_needed = cross is None or cross.own is not None or maps is not None
-    if own_needed:
+    of_targets, read = slice(1, 1 + targets), slice(1 + targets)
+    if cross is not None and cross.own is None and maps is None:
+        # The targets' own queries and keys are not needed, so they are not made
+        mask = layer.mask
+        query_source = layer.query(_without_targets(layer.hidden, targets))
+        key_source = layer.key(_without_targets(text, targets))
+    else:
         query, key, mask = layer.query(layer.hidden), layer.key(text), layer.mask
         if maps is not None:
-            rows = slice(1 + targets)
-            look = partial(layer.sdpa, query[rows], key[rows], mask=None if mask is None else mask[rows])
-            maps.add(read_columns(look, query, maps.columns))
+            read_mask = None if mask is None else mask[read]
+            attend = partial(layer.sdpa, query[read], key[read], mask=read_mask)
+            maps.add(read_columns(attend, query, maps.columns))
         if cross is None:
             return layer.sdpa(query, key, value, mask)
-        lead_query, lead_key = _lead(query, targets), _lead(key, targets)
-    else:
-        mask = layer.mask
-        lead_query, lead_key = layer.query(_lead(layer.hidden, targets)), layer.key(_lead(text, targets))
-    assert cross is not None
-    mixed = cross.taken.to(value.dtype)[:, None] @ value[some]
+        query_source, key_source = _without_targets(query, targets), _without_targets(key, targets)
+    # (M·diag c)·V_t for the targets, V for the others
+    mixed = cross.from_source.to(value.dtype)[:, None] @ value[of_targets]
     values = torch.cat([value[:1], mixed, value[1 + targets :]])
-    lead_mask = None if mask is None else _spread(_lead(mask, targets), targets)
-    out = layer.sdpa(_spread(lead_query, targets), _spread(lead_key, targets), values, lead_mask)
+    mask_source = None if mask is None else _repeat_source(_without_targets(mask, targets), targets)
+    query_source, key_source = _repeat_source(query_source, targets), _repeat_source(key_source, targets)
+    attended = layer.sdpa(query_source, key_source, values, mask_source)
     if cross.own is None:
-        return out
-    kept = cross.own.to(value.dtype)[:, None, :, None] * value[some]
-    own = layer.sdpa(query[some], key[some], kept, None if mask is None else mask[some])
-    return torch.cat([out[:1], out[some] + own, out[1 + targets :]])
+        return attended
+    # diag(d)·V_t
+    kept = cross.own.to(value.dtype)[:, None, :, None] * value[of_targets]
+    own = layer.sdpa(query[of_targets], key[of_targets], kept, None if mask is None else mask[of_targets])
+    return torch.cat([attended[:1], attended[of_targets] + own, attended[1 + targets :]])
 
 
-def _lead(x: Tensor, targets: int) -> Tensor:
-    """The rows without the targets'."""
+def _without_targets(x: Tensor, targets: int) -> Tensor:
+    """The rows of the source and those behind the targets."""
     return torch.cat([x[:1], x[1 + targets :]])
 
 
-def _spread(x: Tensor, targets: int) -> Tensor:
+def _repeat_source(x: Tensor, targets: int) -> Tensor:
     """Rows without the targets' → all rows, the targets' being the source's."""
     return torch.cat([x[:1].expand(1 + targets, *x.shape[1:]), x[1:]])
 
@@ -184,8 +194,8 @@ class _Layer:
     def sdpa(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.attn.scale)
 
-    def finish(self, attended: Tensor) -> Tensor:
-        """Heads side by side, the output projection, the residual, and the shape that came in."""
+    def project(self, attended: Tensor) -> Tensor:
+        """The output projection over the heads side by side, the residual, and the shape that came in."""
         x = attended.transpose(1, 2).flatten(2)
         x = self.attn.to_out[1](self.attn.to_out[0](x))
         if len(self.shape) == 4:

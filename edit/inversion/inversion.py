@@ -1,18 +1,18 @@
-"""An inversion: a picture as a trajectory of latents, from which edits of it begin.
+"""An inversion: an image as a trajectory of latents, from which edits of it begin.
 
     inversion = invert(model, "photo.png", "a cat in a park")
     inversion.write("cat.safetensors")
     inversion = read_inversion("cat.safetensors", model)
 
-| method            | trajectory           | an edit's source row         | evaluations of S steps       |
-|-------------------|----------------------|------------------------------|------------------------------|
-| `direct`          | DDIM inversion       | the trajectory itself        | S                            |
-| `ddim`            | DDIM inversion       | walked with guidance         | S                            |
-| `null-text`       | DDIM inversion       | walked, embeddings optimised | up to S·(2 + iterations + 1) |
-| `negative-prompt` | DDIM inversion       | walked, guided by itself     | S                            |
-| `edit-friendly`   | fresh noise, rungwise | the trajectory itself       | S                            |
-| `renoise`         | fixed points         | the trajectory itself        | 3·S to (2 + rounds)·S        |
-| `reversible`      | a two-step rule      | the trajectory itself        | S                            |
+| method            | trajectory                        | an edit's source row          | NFE of S steps               |
+|-------------------|-----------------------------------|-------------------------------|------------------------------|
+| `direct`          | DDIM inversion                    | the trajectory itself         | S                            |
+| `ddim`            | DDIM inversion                    | sampled with guidance         | S                            |
+| `null-text`       | DDIM inversion                    | sampled, embeddings optimised | up to S·(2 + iterations + 1) |
+| `negative-prompt` | DDIM inversion                    | sampled, guided by itself     | S                            |
+| `edit-friendly`   | independent noise at every level  | the trajectory itself         | S                            |
+| `renoise`         | implicit inversion (fixed points) | the trajectory itself         | 3·S to (2 + rounds)·S        |
+| `reversible`      | a two-step rule                   | the trajectory itself         | S                            |
 
 Overwriting the source row by its stored trajectory equals adding Direct Inversion's offset (Ju et al. 2024,
 algorithm 1) at no cost: its unconditional prediction is never needed.
@@ -27,48 +27,51 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from backbone.adapters.concept import Concept
-from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, generator
+from backbone.diffusion.noise import Estimate, Level, Schedule, generator
 from backbone.diffusion.samplers import deterministic_step
 from backbone.families.base import Text
 from backbone.io.console import UserError
-from backbone.io.files import content_hash, read_tensors, write_tensors
-from backbone.media.transforms import to_image, to_tensor
+from backbone.io.files import content_hash, read_metadata, read_tensors, write_tensors
+from backbone.media.transforms import to_image
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
-from edit.inversion.null_text import null_texts
+from edit import checks
+from edit.inversion.null_text import optimize_null_texts
 from edit.inversion.trajectories import (
     corrected_step,
     corrections,
-    independent,
-    inverted,
-    leap,
-    leapt,
-    renoised,
+    invert_ddim,
+    invert_implicit,
+    invert_two_step,
+    noise_independently,
+    two_step,
 )
-from edit.pictures import prepared
+from edit.pictures import EncodedImage, ImageLike, encode_image
+from edit.sampling import CountNFE, guidance_of, is_guidance_distilled, schedule_of
 
 Method = Literal["direct", "ddim", "null-text", "negative-prompt", "edit-friendly", "renoise", "reversible"]
 METHODS: tuple[Method, ...] = get_args(Method)
-WALKED: tuple[Method, ...] = ("ddim", "null-text", "negative-prompt")
-FORMAT = "1"
+SAMPLED: tuple[Method, ...] = ("ddim", "null-text", "negative-prompt")
+FORMAT = "2"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Inversion:
-    """A picture's way to noise under one model.
+    """An image's trajectory to noise under one model.
 
-    prompt      what the model was told that the picture shows, in its own words
+    prompt      what the image shows, in the model's words
+    schedule    the noise levels [S + 1], noisiest first
     states      [S + 1, C, H, W], noisiest first; float64 for `reversible`, else float32
-    picture     [3, 8H, 8W] in −1…1, as the autoencoder was shown it
+    image       [3, 8H, 8W] in −1…1, as the autoencoder was shown it
+    identity    of the model with the concepts that it had loaded (`identify`)
+    nfe         what it took: samples that the denoiser evaluated
     noise       what each ancestral step lacks [S, C, H, W] (`edit-friendly`), else None
     empties     the embeddings of "no prompt" [S, T, D] (`null-text`), else None
     guidance    what `empties` were optimised for
-    identity    of the model with the concepts that it wore
-    facts       of the picture that it came from: name, size, content hash
+    facts       of the image: name, size, content hash
     """
 
     model: Backbone
@@ -76,9 +79,9 @@ class Inversion:
     prompt: str
     schedule: Schedule
     states: Tensor
-    picture: Tensor
+    image: Tensor
     identity: str
-    evaluations: int
+    nfe: int
     seed: int = 0
     noise: Tensor | None = None
     empties: Tensor | None = None
@@ -92,31 +95,36 @@ class Inversion:
 
     @property
     def clean(self) -> Tensor:
-        """The picture's latent [C, H, W]."""
+        """The image's latent [C, H, W]."""
         return self.states[-1].float()
 
     @property
+    def encoded(self) -> EncodedImage:
+        """The image and its latent [1, C, H, W], as the methods without an inversion have them."""
+        return EncodedImage(self.image, self.clean[None], self.facts)
+
+    @property
     def overwrites(self) -> bool:
-        """Whether an edit's source row is the stored trajectory; elsewhere it is walked like the targets."""
-        return self.method not in WALKED
+        """Whether an edit's source row is the stored trajectory; elsewhere it is sampled like the targets."""
+        return self.method not in SAMPLED
 
     def start(self, strength: float) -> int:
-        """The rung at which an edit of this strength begins: 0 of `strength` 1, S of 0."""
+        """The step at which an edit of this strength begins: 0 at `strength` 1, S at 0."""
         first = self.steps - int(self.steps * strength + 1e-9)
         return max(first, 1) if self.method == "reversible" else first
 
     def step(self, number: int, before: Tensor | None, now: Tensor, estimate: Estimate) -> Tensor:
-        """The states [B, C, H, W] at rung `number + 1`, from those at `number` and, for `reversible`, those before."""
+        """The states [B, C, H, W] after a step, from those before it and, for `reversible`, those before them."""
         here, there = self.schedule[number], self.schedule[number + 1]
         if self.method == "reversible":
             assert before is not None
-            return leap(before, now, estimate, self.schedule[number - 1], here, there)
+            return two_step(before, now, estimate, self.schedule[number - 1], here, there)
         if self.noise is not None:
             return corrected_step(now, estimate, here, there, self.noise[number].expand_as(now))
         return deterministic_step(now, estimate, here, there)
 
-    def step_of_targets(self, number: int, now: Tensor, estimate: Estimate) -> Tensor:
-        """An edit's states [B, C, H, W] at rung `number + 1`.
+    def step_targets(self, number: int, now: Tensor, estimate: Estimate) -> Tensor:
+        """An edit's states [B, C, H, W] after a step.
 
         Targets of `reversible` go by DDIM's rule: the two-step rule damps nothing, so what guidance changes would swing
         ever wider from step to step.
@@ -125,33 +133,37 @@ class Inversion:
             return deterministic_step(now, estimate, self.schedule[number], self.schedule[number + 1])
         return self.step(number, None, now, estimate)
 
-    def empty(self, number: int, usual: Text) -> Text:
-        """What stands for "no prompt" at a step [1, ...]."""
+    def unconditional(self, number: int, default: Text) -> Text:
+        """The encoded "no prompt" [1, ...] of a step."""
         if self.empties is None:
-            return usual
-        return {**usual, "hidden": self.empties[number][None]}
+            return default
+        return {**default, "hidden": self.empties[number][None]}
 
     def write(self, path: str | Path) -> None:
         """Writes everything into one safetensors file."""
         tensors = {
             "states": self.states,
-            "picture": to_bytes(self.picture),
+            "image": _to_bytes(self.image),
             "a": self.schedule.a,
             "b": self.schedule.b,
         }
         optional = {"time": self.schedule.time, "noise": self.noise, "empties": self.empties}
         tensors |= {name: value for name, value in optional.items() if value is not None}
-        said = {name: getattr(self, name) for name in SAID}
-        metadata = {"limner_inversion": FORMAT, "said": json.dumps({**said, "facts": dict(self.facts)})}
+        fields = {name: getattr(self, name) for name in WRITTEN}
+        metadata = {"limner_inversion": FORMAT, "fields": json.dumps({**fields, "facts": dict(self.facts)})}
         write_tensors(path, tensors, {**metadata, "model": self.model.location.name})
 
+    def __repr__(self) -> str:
+        name = self.facts.get("name") or "an image"
+        return f"Inversion({name}, {self.prompt!r}, {self.method}, {self.steps} steps, NFE {self.nfe})"
 
-SAID = ("method", "prompt", "identity", "evaluations", "seed", "guidance")
+
+WRITTEN = ("method", "prompt", "identity", "nfe", "seed", "guidance")
 
 
 def invert(
     model: Backbone,
-    image: Image.Image | str | Path,
+    image: ImageLike,
     prompt: str,
     *,
     method: Method = "direct",
@@ -159,76 +171,75 @@ def invert(
     guidance: float | None = None,
     seed: int = 0,
     iterations: int = 10,
-    concepts: Sequence[Concept] = (),
-    scale: float = 1.0,
+    identity: str | None = None,
 ) -> Inversion:
-    """Inverts a picture that shows what the prompt says (in the model's words).
+    """Inverts an image that shows what the prompt says (in the model's words).
 
-    `guidance` and `iterations` (Adam's, a step) are for null-text alone, `seed` for edit-friendly alone; `concepts`
-    are those that the model wears. The picture keeps its shape, up to 2 : 1, at about the model's own number of pixels.
+    `guidance` and `iterations` (Adam's, a step) are for null-text alone, `seed` for edit-friendly alone. `identity` is
+    that of the model with the concepts that were loaded into it (`identify`); without any it is the model's own. The
+    image keeps its shape, up to 2 : 1, at about the model's own number of pixels.
 
-    Raises `UserError` for a picture that cannot be read, an empty prompt, or a method or number of steps that is not.
+    Raises `UserError` for an image that cannot be read, an empty prompt, or a method or number of steps that is not.
     """
     if method not in METHODS:
         raise UserError(f"There is no inversion called {method}. Choose one of {', '.join(METHODS)}.")
-    if not prompt.strip():
-        raise UserError("The source prompt is empty. Say in words what the picture shows.")
-    if method == "null-text" and is_told(model):
+    checks.prompt(prompt, "source prompt")
+    if method == "null-text" and is_guidance_distilled(model):
         raise UserError(
-            f"{model.location.name} is told its guidance and has no prediction without a prompt, which null-text would "
-            "optimise. Choose --method direct."
+            f"{model.location.name} is guidance-distilled and has no prediction without a prompt, which "
+            "null-text would optimise. Choose --method direct."
         )
-    guidance = float(model.defaults["guidance"]) if guidance is None else guidance
-    shown, facts = prepared(model, image)
-    schedule = ladder_of(model, steps, shown)
-    picture = to_tensor(shown)
-    clean = model.encode(picture[None]).mean
-    text = encode_prompts_cached(model, [prompt])
-    predict = Counted(model.predictor(text))
+    encoded = encode_image(model, image)
+    schedule = schedule_of(model, steps, encoded.latent)
+    predict = CountNFE(model.predictor(encode_prompts_cached(model, [prompt])))
     noise = empties = None
     with torch.no_grad():
         match method:
             case "edit-friendly":
-                states = independent(clean, schedule, generator=generator(seed, "edit-friendly"))
+                states = noise_independently(
+                    encoded.latent, schedule, generator=generator(seed, "edit-friendly")
+                )
                 noise = corrections(states, predict, schedule)[:, 0]
             case "renoise":
-                states = renoised(clean, predict, schedule)
+                states = invert_implicit(encoded.latent, predict, schedule)
             case "reversible":
-                states = leapt(clean.double(), predict, schedule)
+                states = invert_two_step(encoded.latent.double(), predict, schedule)
             case _:
-                states = inverted(clean, predict, schedule)
-    asked = predict.rows
+                states = invert_ddim(encoded.latent, predict, schedule)
+    nfe, made_for = predict.nfe, None
     if method == "null-text":
-        empties, more = null_texts(
+        made_for = guidance_of(model, guidance)
+        empty = encode_prompts_cached(model, [""])
+        empties, more = optimize_null_texts(
             model,
             states,
             schedule,
             conditional=predict,
-            empty=encode_prompts_cached(model, [""]),
-            guidance=guidance,
+            empty=empty,
+            guidance=made_for,
             iterations=iterations,
         )
-        asked += more
+        nfe += more
     return Inversion(
         model=model,
         method=method,
         prompt=prompt,
         schedule=schedule,
         states=states[:, 0],
-        picture=to_tensor(shown),
-        identity=identity(model, concepts, scale=scale),
-        evaluations=asked,
+        image=encoded.pixels,
+        identity=identity or identify(model),
+        nfe=nfe,
         seed=seed,
         noise=noise,
         empties=empties,
-        guidance=guidance if method == "null-text" else None,
-        facts=facts,
+        guidance=made_for,
+        facts=encoded.facts,
     )
 
 
 @torch.no_grad()
-def replayed(inversion: Inversion, *, guidance: float = 1.0) -> Tensor:
-    """The latent [C, H, W] where a walk down from the noisiest state arrives, nothing overwritten.
+def reconstruct(inversion: Inversion, *, guidance: float = 1.0) -> Tensor:
+    """The latent [C, H, W] that sampling from the noisiest state arrives at, nothing overwritten.
 
     At guidance 1 this is what the method's exactness means; above it, how much guidance drives it off.
     """
@@ -237,101 +248,41 @@ def replayed(inversion: Inversion, *, guidance: float = 1.0) -> Tensor:
     if inversion.method == "negative-prompt":
         guidance = 1.0  # guided by its own prompt it is not guided
     first = inversion.start(1.0)
-    before, now = (inversion.states[rung][None] if rung >= 0 else None for rung in (first - 1, first))
-    assert now is not None
+    before = inversion.states[first - 1][None] if first > 0 else None
+    now = inversion.states[first][None]
     for number in range(first, inversion.steps):
-        predict = model.guided_predictor(text, inversion.empty(number, empty), guidance)
+        predict = model.guided_predictor(text, inversion.unconditional(number, empty), guidance)
         before, now = now, inversion.step(number, before, now, predict(now, schedule[number]))
     return now[0]
 
 
-def read_inversion(
-    path: str | Path, model: Backbone, *, concepts: Sequence[Concept] = (), scale: float = 1.0
-) -> Inversion:
-    """An inversion from its file; `UserError` for another kind of file, or one of another model or other concepts."""
+def read_inversion(path: str | Path, model: Backbone, *, identity: str | None = None) -> Inversion:
+    """An inversion from its file. `identity` is as in `invert`.
+
+    Raises `UserError` for another kind of file, or an inversion with another model or other concepts.
+    """
     tensors, metadata = read_tensors(path)
-    if metadata.get("limner_inversion") != FORMAT:
-        raise UserError(f"{path} is no inversion that this version reads. Make one with `edit invert`.")
-    said = json.loads(metadata["said"])
-    if said["identity"] != identity(model, concepts, scale=scale):
+    fields = _fields(path, metadata)
+    if fields["identity"] != (identity or identify(model)):
         raise UserError(
             f"{path} was made with {metadata['model']}, other weights, concepts or another scale than are given "
-            "now. Give the --model, --concept and --scale that it was made with, or invert the picture again."
+            "now. Give the --model, --concept and --scale that it was made with, or invert the image again."
         )
-    schedule = Level(tensors["a"], tensors["b"], tensors.get("time"))
-    on: dict[str, Any] = {
+    schedule = Level(tensors["a"], tensors["b"], tensors.get("time")).to(model.device)
+    on_device: dict[str, Any] = {
         name: tensors[name].to(model.device) for name in ("states", "noise", "empties") if name in tensors
     }
-    picture = tensors["picture"].float().div(127.5).sub(1)
-    return Inversion(model=model, schedule=schedule.to(model.device), picture=picture, **on, **said)
+    image = tensors["image"].float().div(127.5).sub(1)
+    return Inversion(model=model, schedule=schedule, image=image, **on_device, **fields)
 
 
-def prompt_of(metadata: Mapping[str, str]) -> str:
-    """The prompt of an inversion's file, from its metadata; `UserError` for another kind of file."""
-    if metadata.get("limner_inversion") != FORMAT:
-        raise UserError("This is no inversion that this version reads. Make one with `edit invert`.")
-    return str(json.loads(metadata["said"])["prompt"])
+def read_source_prompt(path: str | Path) -> str:
+    """The prompt of an inversion's file, from its header alone; `UserError` for another kind of file."""
+    return str(_fields(path, read_metadata(path))["prompt"])
 
 
-# Helpers ----------------------------------------------------------------------------------------------------
-
-
-class Counted:
-    """A `Predict` that counts the samples that the denoiser was asked about."""
-
-    def __init__(self, predict: Predict) -> None:
-        self.predict = predict
-        self.rows = 0
-
-    def __call__(self, noisy: Tensor, level: Level) -> Estimate:
-        self.rows += len(noisy)
-        return self.predict(noisy, level)
-
-
-def ladder_of(model: Backbone, steps: int, picture: Image.Image | None = None) -> Schedule:
-    """The model's ladder of S steps for a picture; `UserError` for a number of steps that it does not have."""
-    size = None if picture is None else (picture.height // model.factor, picture.width // model.factor)
-    try:
-        return model.schedule(steps, size=size)
-    except ValueError as error:
-        raise UserError(f"{model.location.name} cannot be walked in {steps} steps: {error}") from error
-
-
-def rows_of(model: Backbone, text: Text, guidance: float) -> int:
-    """How many samples the denoiser is asked about for one guided prediction: two, or one where one is enough."""
-    return (
-        1 if guidance == 1 or model.family.embed_guidance(model.denoiser, text, guidance) is not None else 2
-    )
-
-
-def told(model: Backbone, text: Text, source_guidance: float, guidance: float) -> Text | None:
-    """The prompts, the source's first, each with its guidance, for a network that is told it; None for all others."""
-    halves = []
-    for rows, strength in ((slice(0, 1), source_guidance), (slice(1, None), guidance)):
-        some = {name: value[rows] for name, value in text.items()}
-        one = model.family.embed_guidance(model.denoiser, some, strength)
-        if one is None:
-            return None
-        halves.append(one)
-    return {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
-
-
-def is_told(model: Backbone) -> bool:
-    """Whether the network is told its guidance, and so never asked without the prompt."""
-    return model.family.embed_guidance(model.denoiser, encode_prompts_cached(model, [""]), 1.0) is not None
-
-
-def refuse_negative(model: Backbone, negative: str) -> None:
-    """`UserError` for a negative prompt where the network is asked once, with the prompt alone."""
-    if negative and is_told(model):
-        raise UserError(
-            f"{model.location.name} is asked with the prompt alone, so it cannot stay away from “{negative}”. "
-            "Leave --negative out."
-        )
-
-
-def identity(model: Backbone, concepts: Sequence[Concept] = (), *, scale: float = 1.0) -> str:
-    """Tells a model wearing concepts, `scale` times as strong, from all others, from the contents of the files."""
+def identify(model: Backbone, concepts: Sequence[Concept] = (), *, scale: float = 1.0) -> str:
+    """Tells a model with concepts loaded at a `scale` from all others, by the contents of the files."""
     parts = [model.fingerprint]
     if concepts and scale != 1:
         parts.append(f"scale {scale:g}")
@@ -342,8 +293,15 @@ def identity(model: Backbone, concepts: Sequence[Concept] = (), *, scale: float 
     return content_hash("\n".join(parts).encode())
 
 
-def to_bytes(picture: Tensor) -> Tensor:
+def _fields(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if metadata.get("limner_inversion") != FORMAT:
+        raise UserError(f"{path} is no inversion that this version reads. Make one with `edit invert`.")
+    fields: dict[str, Any] = json.loads(metadata["fields"])
+    return fields
+
+
+def _to_bytes(image: Tensor) -> Tensor:
     """[3, H, W] in −1…1 as uint8."""
     import numpy as np
 
-    return torch.from_numpy(np.array(to_image(picture))).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(to_image(image))).permute(2, 0, 1).contiguous()

@@ -1,14 +1,14 @@
-"""Ways from a clean latent up to noise that can be walked down again: trajectories, and their steps.
+"""Trajectories from a clean latent up to noise that can be sampled down again, and their steps.
 
-A trajectory is [S + 1, B, ...], one state for each rung of a ladder, noisiest first as the ladder. Everything asks a
-`Predict` and knows no model.
+A trajectory is [S + 1, B, ...], one state for each level of a schedule, noisiest first as the schedule. Everything
+calls a `Predict` and knows no model.
 
-| trajectory    | what its states are                                | down again                                  |
-|---------------|----------------------------------------------------|---------------------------------------------|
-| `inverted`    | the ODE walked up (DDIM inversion)                 | about, by `deterministic_step`              |
-| `renoised`    | the states that deterministic steps lead back from | as exact as its fixed points are found      |
-| `leapt`       | a two-step rule that is its own inverse            | exact but for rounding, by `leap`           |
-| `independent` | the clean latent with fresh noise at every rung    | exact, by `corrected_step` with `corrections` |
+| trajectory             | what its states are                                       | down again                    |
+|------------------------|-----------------------------------------------------------|-------------------------------|
+| `invert_ddim`          | the ODE integrated upward (DDIM inversion)                | about, by `deterministic_step` |
+| `invert_implicit`      | fixed points: a deterministic step leads to the one below | as exact as they are found    |
+| `invert_two_step`      | a two-step rule that is its own inverse                   | but for rounding, by `two_step` |
+| `noise_independently`  | the clean latent with fresh noise at every level          | exact, by `corrected_step`    |
 """
 
 from __future__ import annotations
@@ -31,59 +31,66 @@ from backbone.diffusion.noise import (
 from backbone.diffusion.samplers import ancestral_step, deterministic_step, trajectory, with_noisier_time
 
 
-def inverted(clean: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
-    """DDIM inversion (Song, Meng & Ermon 2021, section 4.3); on a flow, Euler's steps upward. S evaluations."""
+def invert_ddim(clean: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
+    """DDIM inversion (Song, Meng & Ermon 2021, section 4.3); on a flow, Euler's steps upward. NFE: S."""
     return torch.stack(list(trajectory(clean, predict, schedule.flip()))).flip(0)
 
 
 # Fixed points -----------------------------------------------------------------------------------------------
 
 
-def renoised(
+def invert_implicit(
     clean: Tensor, predict: Predict, schedule: Schedule, *, rounds: int = 4, tolerance: float = 1e-4
 ) -> Tensor:
-    """Each state the one from which a deterministic step leads back to the state before it.
+    """Implicit inversion: each noisier state is solved for, so that its deterministic step lands on the current one.
 
-    Garibi et al. 2024 (ReNoise, eq. 6), Pan et al. 2023 (AIDI): x moves by what its step misses. How far follows from
-    how the miss changed with the last move (Barzilai & Borwein 1988, eq. 6); the first move believes the velocity
-    u = ε̂ − x̂0 of (1 − τ)·x0 + τ·ε, which has no singular level: (a + b)/(a' + b') times the miss. A sample whose miss
-    did not shrink goes back. At most `rounds` moves a step, until every sample misses by less than `tolerance` (root
-    mean square); 2 to 2 + rounds evaluations a step.
+    Garibi et al. 2024 (ReNoise, eq. 6), Pan et al. 2023 (AIDI): fixed-point iteration x ← x + far·residual, where the
+    residual is what the step from x misses the current state by. At most `rounds` iterations a step, until every
+    sample's residual is below `tolerance` (root mean square). NFE: 2 to 2 + rounds a step.
     """
     states = [clean]
     for here, there in pairwise(schedule.flip()):
-        reached = states[-1]
+        current = states[-1]
 
-        def miss_of(x: Tensor, goal: Tensor = reached, here: Level = here, there: Level = there) -> Tensor:
+        def residual_of(
+            x: Tensor, goal: Tensor = current, here: Level = here, there: Level = there
+        ) -> Tensor:
             return goal - deterministic_step(x, predict(x, there), there, here)
 
-        x = deterministic_step(reached, predict(reached, with_noisier_time(here, there)), here, there)
-        miss = miss_of(x)
-        far = broadcast_like((there.a + there.b) / (here.a + here.b), x) * torch.ones_like(_size(miss))
+        # The initial guess is DDIM inversion's
+        x = deterministic_step(current, predict(current, with_noisier_time(here, there)), here, there)
+        residual = residual_of(x)
+        # Step length: (a + b)/(a' + b'), what the residual would need if the velocity u = ε̂ − x̂0 of
+        # (1 − τ)·x0 + τ·ε stayed the same; no level is singular in it
+        far = broadcast_like((there.a + there.b) / (here.a + here.b), x) * torch.ones_like(_rms(residual))
         for _ in range(rounds):
-            if bool((_size(miss) < tolerance).all()):
+            if bool((_rms(residual) < tolerance).all()):
                 break
-            further = x + far * miss
-            left = miss_of(further)
-            better = _size(left) < _size(miss)
-            less = _size(miss - left).square().clamp(min=1e-30)
-            secant = (far * miss * (miss - left)).mean(tuple(range(1, miss.ndim)), keepdim=True) / less
+            moved = x + far * residual
+            moved_residual = residual_of(moved)
+            better = _rms(moved_residual) < _rms(residual)
+            # Then the secant's: how far the residual changed with the last move (Barzilai & Borwein 1988, eq. 6)
+            change = _rms(residual - moved_residual).square().clamp(min=1e-30)
+            secant = (far * residual * (residual - moved_residual)).mean(
+                tuple(range(1, residual.ndim)), keepdim=True
+            ) / change
             far = torch.where(secant > 0, secant, far / 2)
-            x, miss = torch.where(better, further, x), torch.where(better, left, miss)
+            # A sample whose residual did not shrink goes back
+            x, residual = torch.where(better, moved, x), torch.where(better, moved_residual, residual)
         states.append(x)
     return torch.stack(states).flip(0)
 
 
-def _size(miss: Tensor) -> Tensor:
+def _rms(x: Tensor) -> Tensor:
     """Root mean square of each sample [B, 1, ...]."""
-    return miss.square().mean(tuple(range(1, miss.ndim)), keepdim=True).sqrt()
+    return x.square().mean(tuple(range(1, x.ndim)), keepdim=True).sqrt()
 
 
 # The reversible rule ----------------------------------------------------------------------------------------
 
 
-def leapt(clean: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
-    """The first step up by Euler's rule, all others by `leap`: walking down with `leap` retraces it. S evaluations.
+def invert_two_step(clean: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
+    """The first step up by Euler's rule, all others by `two_step`, which retraces them on the way down. NFE: S.
 
     The states should be float64, so that what rounding there is does not grow along the way.
     """
@@ -92,15 +99,17 @@ def leapt(clean: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
     states = [clean, deterministic_step(clean, first, levels[0], levels[1])]
     for before, here, there in zip(levels, levels[1:], levels[2:], strict=False):
         now = states[-1]
-        if _tau(before) == _tau(here):  # a ladder that ends with the same rung twice: the first step was none
+        if _tau(before) == _tau(
+            here
+        ):  # a schedule that ends with the same level twice: the first step was none
             estimate = predict(now, with_noisier_time(here, there))
             states.append(deterministic_step(now, estimate, here, there))
         else:
-            states.append(leap(states[-2], now, predict(now, here), before, here, there))
+            states.append(two_step(states[-2], now, predict(now, here), before, here, there))
     return torch.stack(states).flip(0)
 
 
-def leap(
+def two_step(
     before: Tensor, now: Tensor, estimate: Estimate, previous: Level, here: Level, there: Level
 ) -> Tensor:
     """The state at `there` from those at `previous` and `here` and the prediction `here`; its own inverse.
@@ -130,15 +139,15 @@ def _tau(level: Level) -> Tensor:
 # Noise maps -------------------------------------------------------------------------------------------------
 
 
-def independent(clean: Tensor, schedule: Schedule, *, generator: Randomness = None) -> Tensor:
-    """The clean latent with its own fresh noise at every rung but the last, which it is (Huberman-Spiegelglas et al.
-    2024, eq. 6): noisier maps than a chain has, hence the name edit-friendly. No evaluation."""
-    noisy = [add_noise(clean, randn_like(clean, generator), rung) for rung in schedule[:-1]]
+def noise_independently(clean: Tensor, schedule: Schedule, *, generator: Randomness = None) -> Tensor:
+    """The clean latent with its own fresh noise at every level but the last, which it is (Huberman-Spiegelglas et al.
+    2024, eq. 6): noisier maps than a chain has, hence the name edit-friendly. NFE: 0."""
+    noisy = [add_noise(clean, randn_like(clean, generator), level) for level in schedule[:-1]]
     return torch.stack([*noisy, clean])
 
 
 def corrections(states: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
-    """What an ancestral step lacks at each rung to arrive at the next state [S, B, ...]. S evaluations.
+    """What an ancestral step lacks at each level to arrive at the next state [S, B, ...]. NFE: S.
 
     σ·z of Huberman-Spiegelglas et al. 2024, eq. 5: with it the steps retrace the states exactly, whatever σ is, also
     where σ is 0.

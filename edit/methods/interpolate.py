@@ -1,4 +1,4 @@
-"""Pictures between two pictures: their noise interpolated on the sphere, their prompts in a line."""
+"""Images between two images: their noise interpolated on the sphere, their prompts in a line."""
 
 from __future__ import annotations
 
@@ -8,59 +8,67 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from backbone.diffusion.noise import Estimate
+from backbone.diffusion.noise import broadcast_like
 from backbone.diffusion.samplers import deterministic_step
 from backbone.io.console import UserError
 from backbone.models.cache import encode_prompts_cached
 from edit.inversion.inversion import Inversion
+from edit.result import Result
 
 
 @torch.no_grad()
 def interpolate(
     first: Inversion, second: Inversion, *, count: int = 7, progress: Callable[[], Any] = lambda: None
-) -> tuple[Tensor, int]:
-    """Latents [K, C, H, W] from the first picture to the second, both included, and the evaluations that they took.
+) -> Result:
+    """K = `count` images from the first image to the second, both included.
 
     The noisiest states are interpolated by `slerp` (Song, Meng & Ermon 2021, section 5.3), the prompts' encodings
     linearly, and so is what each end's deterministic step misses of its trajectory, which is added to the steps in
-    between: the ends are then the pictures' own latents exactly.
+    between: the ends are then the images' own latents exactly. NFE: K a step.
 
-    Raises `UserError` for inversions of different models, steps or sizes, or fewer than three pictures.
+    Raises `UserError` for inversions of different models, steps or sizes, or fewer than three images.
     """
     if first.identity != second.identity:
-        raise UserError("The two inversions are of different models. Invert both pictures with the same one.")
+        raise UserError("The two inversions are of different models. Invert both images with the same one.")
     if first.states.shape != second.states.shape or not torch.equal(first.schedule.a, second.schedule.a):
         raise UserError(
-            "The two inversions differ in size or in steps. Invert pictures of the same shape with the same --steps."
+            "The two inversions differ in size or in steps. Invert images of the same shape with the same --steps."
         )
     if count < 3:
-        raise UserError(f"{count} pictures leave none in between. Ask for three or more.")
+        raise UserError(f"{count} images leave none in between. Ask for three or more.")
     model, schedule = first.model, first.schedule
     ends = torch.stack([first.states, second.states]).float()  # [2, S + 1, C, H, W]
-    weight = torch.linspace(0, 1, count, device=ends.device)[1:-1]
-    texts = encode_prompts_cached(model, [first.prompt, second.prompt])
-    mixed = {
-        name: torch.cat([value, torch.stack([_between(value[0], value[1], float(w)) for w in weight])])
-        for name, value in texts.items()
+    share = torch.linspace(0, 1, count, device=ends.device)[1:-1]  # of the second image [K − 2]
+    # Rows: the two ends on their trajectories, then the images in between
+    text = {
+        name: torch.cat([value, torch.stack([_mix(value[0], value[1], float(one)) for one in share])])
+        for name, value in encode_prompts_cached(model, [first.prompt, second.prompt]).items()
     }
-    predict = model.predictor(mixed)
-    now = torch.stack([slerp(ends[0, 0], ends[1, 0], float(w)) for w in weight])
-    share = weight[:, None, None, None]
-    asked = 0
-    for number in range(first.steps):
-        here, there = schedule[number], schedule[number + 1]
-        rows = torch.cat([ends[:, number], now])
-        said = predict(rows, here)
-        asked += len(rows)
-        stepped = deterministic_step(rows, Estimate(*said), here, there)
-        missed = ends[:, number + 1] - stepped[:2]
-        now = stepped[2:] + (1 - share) * missed[:1] + share * missed[1:]
+    predict, nfe = model.predictor(text), 0
+    now = torch.stack([slerp(ends[0, 0], ends[1, 0], float(one)) for one in share])
+    for step in range(first.steps):
+        here, there = schedule[step], schedule[step + 1]
+        rows = torch.cat([ends[:, step], now])
+        stepped = deterministic_step(rows, predict(rows, here), here, there)
+        nfe += len(rows)
+        offset = ends[:, step + 1] - stepped[:2]
+        second_share = broadcast_like(share, now)
+        now = stepped[2:] + (1 - second_share) * offset[:1] + second_share * offset[1:]
         progress()
-    return torch.cat([ends[:1, -1], now, ends[1:, -1]]), asked
+    latents = torch.cat([ends[:1, -1], now, ends[1:, -1]])
+    return Result(
+        model=model,
+        prompts=(first.prompt, *(f"{k}/{count - 1}" for k in range(1, count - 1)), second.prompt),
+        encoded=first.encoded,
+        latents=latents,
+        nfe=nfe,
+        facts={"second_image": dict(second.facts)},
+        inversions=(first, second),
+    )
 
 
-def _between(first: Tensor, second: Tensor, share: float) -> Tensor:
-    """Encodings in a line; of masks, what either prompt says."""
+def _mix(first: Tensor, second: Tensor, share: float) -> Tensor:
+    """Encodings interpolated linearly; of attention masks, the tokens of either prompt."""
     if not first.is_floating_point():
         return torch.maximum(first, second)
     return torch.lerp(first, second, share)

@@ -1,10 +1,11 @@
-"""How an edit begins: the model with its concepts, the picture's inversion, and settings in the model's words."""
+"""How an edit begins: the model with its concepts, the image's inversion, and settings in the model's words."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 from backbone.adapters.concept import Concept, read_concept, resolve_placeholder_tokens, summarize_concepts
 from backbone.distributed.device import PRECISIONS
@@ -12,22 +13,29 @@ from backbone.io.console import UserError, notify
 from backbone.io.files import read_metadata
 from backbone.models.model import Backbone
 from edit import checks
-from edit.inversion.inversion import Inversion, identity, invert, read_inversion
-from edit.methods.prompt_to_prompt.settings import PRESETS, Settings, over, usual
+from edit.inversion.inversion import Inversion, Method, identify, invert, read_inversion
+from edit.methods.prompt_to_prompt.settings import PRESETS, ReplaceSettings
+from edit.pictures import ImageLike
 
 FRAMES = 12
+OPENING = ("model", "concepts", "scale", "precision", "device")
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A model with the concepts that it wears, `scale` times as strong, and how it was opened."""
+class ModelWithConcepts:
+    """A model and the concepts that were loaded into it, at a `scale`."""
 
     model: Backbone
-    concepts: tuple[Concept, ...]
+    concepts: tuple[Concept, ...] = ()
     scale: float = 1.0
 
-    def said(self, prompt: str) -> str:
-        """A person's prompt in the model's words."""
+    @cached_property
+    def identity(self) -> str:
+        """Tells it from all others."""
+        return identify(self.model, self.concepts, scale=self.scale)
+
+    def resolve(self, prompt: str) -> str:
+        """A person's prompt in the model's words: placeholder tokens replaced by what they stand for."""
         return resolve_placeholder_tokens(prompt, self.concepts)
 
     def facts(self) -> dict[str, Any]:
@@ -39,11 +47,11 @@ class Opened:
             "scale": self.scale,
             "device": str(self.model.device),
             "precision": next(name for name, dtype in PRECISIONS.items() if dtype is self.model.dtype),
-            "identity": identity(self.model, self.concepts, scale=self.scale),
+            "identity": self.identity,
         }
 
 
-def open_model(
+def load_model(
     *,
     model: str | None = None,
     concepts: Sequence[str] = (),
@@ -51,71 +59,81 @@ def open_model(
     precision: str | None = None,
     device: str | None = None,
     inversion: str | None = None,
-) -> Opened:
+) -> ModelWithConcepts:
     """The model with its concepts; without a name the one that the inversion or the first concept was made with."""
-    learned = tuple(read_concept(folder) for folder in concepts)
-    name = model or (learned[0].model if learned else None)
+    read = tuple(read_concept(folder) for folder in concepts)
+    name = model or (read[0].model if read else None)
     if name is None and inversion is not None:
         name = read_metadata(inversion).get("model")
-    opened = Backbone.open(name or "moji", device=device or "auto", precision=precision or "auto")
-    if learned:
+    backbone = Backbone.open(name or "moji", device=device or "auto", precision=precision or "auto")
+    if read:
         from backbone.adapters.apply import load_concepts  # and peft with it, which takes a while
 
-        load_concepts(opened, learned, scale=scale)
-    return Opened(opened, learned, scale)
+        load_concepts(backbone, read, scale=scale)
+    return ModelWithConcepts(backbone, read, scale)
 
 
-def inverted(
-    opened: Opened,
-    image: str | None,
-    source: str | None,
-    inversion: str | None = None,
-    *,
-    method: str = "direct",
-    steps: int = 50,
-    guidance: float | None = None,
-    seed: int = 0,
-    iterations: int = 0,
-) -> Inversion:
-    """The inversion of a file, or of a picture with its prompt."""
-    if inversion is not None:
-        found = read_inversion(inversion, opened.model, concepts=opened.concepts, scale=opened.scale)
-        if source is not None and opened.said(source) != found.prompt:
-            raise UserError(f"{inversion} is of “{found.prompt}”, not of “{source}”. Leave --source out.")
-        return found
-    if image is None:
-        raise UserError("There is nothing to edit. Give a picture, or an inversion with --inversion FILE.")
-    prompt = checks.prompt(source or "", "source prompt")
-    notify(f"Inverting {image} ({method}, {steps} steps) …")
-    return invert(
-        opened.model, image, opened.said(prompt), method=cast(Any, method), steps=steps, guidance=guidance, seed=seed,
-        iterations=iterations, concepts=opened.concepts, scale=opened.scale,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Start:
+    """What an edit begins from: an inversion's file; or an image, what it shows, and how to invert it."""
+
+    image: ImageLike | None = None
+    source: str | None = None
+    inversion: str | None = None
+    method: Method = "direct"
+    steps: int = 50
+    seed: int = 0
+    iterations: int = 10
+
+    def open(self, loaded: ModelWithConcepts, *, guidance: float | None = None) -> Inversion:
+        """Reads or makes the inversion; `guidance` is null-text's. `UserError` if it is of another prompt."""
+        if self.inversion is not None:
+            inversion = read_inversion(self.inversion, loaded.model, identity=loaded.identity)
+            if self.source is not None and loaded.resolve(self.source) != inversion.prompt:
+                raise UserError(
+                    f"{self.inversion} is of “{inversion.prompt}”, not of “{self.source}”. Leave --source out."
+                )
+            return inversion
+        if self.image is None:
+            raise UserError("There is nothing to edit. Give an image, or an inversion with --inversion FILE.")
+        prompt = checks.prompt(self.source or "", "source prompt")
+        notify(f"Inverting {getattr(self.image, 'name', self.image)} ({self.method}, {self.steps} steps) …")
+        return invert(
+            loaded.model, self.image, loaded.resolve(prompt), method=self.method, steps=self.steps, guidance=guidance,
+            seed=self.seed, iterations=self.iterations, identity=loaded.identity,
+        )  # fmt: skip
 
 
-def settings_of(
-    opened: Opened, *, control: str = "prompt-to-prompt", film: bool = False, **asked: Any
-) -> Settings:
+START = tuple(Start.__dataclass_fields__)
+
+
+def pick(wishes: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Those of the wishes that have these names."""
+    return {name: wishes[name] for name in names if name in wishes}
+
+
+def replace_settings(
+    loaded: ModelWithConcepts, *, control: str = "prompt-to-prompt", film: bool = False, **asked: Any
+) -> ReplaceSettings:
     """What `edit invert-and-replace` was asked for, in the model's words, over the settings of its kind of control.
 
     None stands for what was not asked. Raises `UserError` for a control that is not.
     """
     if control not in PRESETS:
         raise UserError(f"There is no control {control}. Choose one of {', '.join(PRESETS)}.")
-    wishes = over(usual(opened.model), PRESETS[control])
-    wishes = over(wishes, {name: value for name, value in asked.items() if value is not None})
+    changes = {name: value for name, value in asked.items() if value is not None}
     for name in ("blend", "keep", "heatmaps"):
-        if name in wishes:
-            wishes[name] = tuple(opened.said(word) for word in wishes[name])
-    for name in ("weights", "windows"):
-        if name in wishes:
-            wishes[name] = {opened.said(word): value for word, value in wishes[name].items()}
-    if "windows" in wishes:
-        wishes["windows"] = {
-            word: (float(first), float(last)) for word, (first, last) in wishes["windows"].items()
+        if name in changes:
+            changes[name] = tuple(loaded.resolve(word) for word in changes[name])
+    if "weights" in changes:
+        changes["weights"] = {loaded.resolve(word): weight for word, weight in changes["weights"].items()}
+    if "windows" in changes:
+        changes["windows"] = {
+            loaded.resolve(word): (float(first), float(last))
+            for word, (first, last) in changes["windows"].items()
         }
-    if "swaps" in wishes:
-        wishes["swaps"] = tuple((opened.said(old), opened.said(new)) for old, new in wishes["swaps"])
-    if "negative" in wishes:
-        wishes["negative"] = opened.said(wishes["negative"])
-    return Settings(**wishes, frames=FRAMES if film else 0)
+    if "swaps" in changes:
+        changes["swaps"] = tuple((loaded.resolve(old), loaded.resolve(new)) for old, new in changes["swaps"])
+    if "negative" in changes:
+        changes["negative"] = loaded.resolve(changes["negative"])
+    return replace(PRESETS[control], frames=FRAMES if film else 0, **changes).resolve(loaded.model)

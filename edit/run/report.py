@@ -1,11 +1,10 @@
-"""What an edit leaves behind: pictures, the sheet, heat maps, a film, the report, and the record that repeats it."""
+"""What an edit leaves behind: images, the sheet, heat maps, a film, the report, and the record that repeats it."""
 
 from __future__ import annotations
 
 import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ from backbone.io.report import command, heading, image_figure, paragraph, table,
 from backbone.io.run_folder import package_versions
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import mask_to_tensor
+from edit.masks import mask_to_image
+from edit.result import Result
 
 RECORD = "run.json"
 REPORT = "report.html"
@@ -33,89 +34,123 @@ TITLES = {
 }
 
 
-@dataclass(frozen=True)
-class Result:
-    """An edit, ready to be written.
+def publish(
+    folder: Path,
+    result: Result,
+    *,
+    frames: Sequence[Image.Image],
+    figures: Sequence[Mapping[str, float | None]],
+    counts: Mapping[str, Any],
+    record: Mapping[str, Any],
+) -> None:
+    """Writes everything that a run folder holds.
 
-    source          the picture as the model was shown it
-    edits           with their captions
-    reconstruction  what an edit that changes nothing would give, if the method has one
-    masks           where each edit was let differ [mode L], None for everywhere
-    heatmaps        word → one picture for the source (if it says the word) and each edit
-    frames          of the film
-    alignments      printed ones, one for each edit
-    measured        figures of each edit; `facts` and `counts` are of the whole run
+    `figures` are of each edit, none if they were not measured; `counts` are of the run; `record` says what was run,
+    with which model and files.
     """
-
-    title: str
-    source: Image.Image
-    edits: Sequence[Image.Image]
-    captions: Sequence[str]
-    facts: Mapping[str, Any]
-    counts: Mapping[str, Any]
-    measured: Sequence[Mapping[str, float | None]] = ()
-    reconstruction: Image.Image | None = None
-    masks: Sequence[Image.Image | None] = ()
-    heatmaps: Mapping[str, Sequence[Cell]] = field(default_factory=dict)
-    frames: Sequence[Image.Image] = ()
-    alignments: Sequence[str] = ()
-
-
-def publish(folder: Path, result: Result, *, name: str, wishes: Mapping[str, Any], said: str) -> None:
-    """Writes everything that a run folder holds; `said` is the command that was typed, if one was."""
+    images, masks = result.images, mask_images(result)
     save_png(folder / "source.png", result.source)
-    for number, (edit, caption) in enumerate(zip(result.edits, result.captions, strict=True)):
-        save_png(folder / f"edit_{number}.png", edit, text={"prompt": caption})
-    if result.reconstruction is not None:
+    for number, (image, prompt) in enumerate(zip(images, result.prompts, strict=True)):
+        save_png(folder / f"edit_{number}.png", image, text={"prompt": prompt})
+    if result.trajectory is not None:
         save_png(folder / "reconstruction.png", result.reconstruction)
-    for number, mask in enumerate(result.masks):
-        if mask is not None:
-            save_png(folder / f"mask_{number}.png", mask)
-    drawn = page(result)
-    save_png(folder / "sheet.png", drawn)
-    maps = {word: draw_sheet([list(cells)], cell=160) for word, cells in result.heatmaps.items()}
-    for word, strip in maps.items():
+    for number, mask in enumerate(masks):
+        save_png(folder / f"mask_{number}.png", mask)
+    page = draw_result_sheet(result, images, masks)
+    save_png(folder / "sheet.png", page)
+    strips = draw_heatmaps(result, images)
+    for word, strip in strips.items():
         save_png(folder / f"heatmap_{slug(word)}.png", strip)
-    if result.frames:
-        write_bytes(folder / "trajectory.gif", film(result.frames))
-    again = f"edit replay {folder / RECORD}"
+    if frames:
+        write_bytes(folder / "trajectory.gif", encode_gif(frames))
+    edits = [
+        {"file": f"edit_{number}.png", "prompt": prompt, **(figures[number] if figures else {})}
+        for number, prompt in enumerate(result.prompts)
+    ]
+    alignments = [str(alignment) for alignment in result.alignments]
+    entries = {"edits": edits, "alignment": alignments, "versions": package_versions()}
     write_json(
-        folder / RECORD,
-        {
-            "command": name,
-            "said": said,
-            "settings": dict(wishes),
-            **result.facts,
-            **result.counts,
-            "edits": [
-                {
-                    "file": f"edit_{k}.png",
-                    "prompt": caption,
-                    **(result.measured[k] if result.measured else {}),
-                }
-                for k, caption in enumerate(result.captions)
-            ],
-            "alignment": list(result.alignments),
-            "versions": package_versions(),
-        },
+        folder / RECORD, {**record, "image": dict(result.encoded.facts), **result.facts, **counts, **entries}
     )
-    report(folder / REPORT, result, drawn, maps, again=again)
-    write_text(folder / "README.md", readme(result, again=again, said=said))
+    again = f"edit replay {folder / RECORD}"
+    parts = [image_figure(page, "source, reconstruction, edits, masks and differences")]
+    parts += figures_table(result.prompts, figures) if figures else []
+    rows = [(name.replace("_", " "), "–" if value is None else value) for name, value in counts.items()]
+    parts += [heading("The run"), table(("", ""), rows)]
+    if alignments:
+        parts += [heading("What became of the words"), *(command(text) for text in alignments)]
+    if strips:
+        parts += [heading("Where words look"), *(image_figure(strip, word) for word, strip in strips.items())]
+    write_report(folder / REPORT, result.title, [*parts, heading("Again"), command(again)])
+    write_text(folder / "README.md", readme(result, again=again, said=record["said"]))
 
 
-def page(result: Result) -> Image.Image:
-    """The sheet: source, reconstruction and edits; below, where they were let differ, and how far they do."""
+def mask_images(result: Result) -> list[Image.Image]:
+    """Where each edit was allowed to differ [mode L]; none if everywhere."""
+    masks = [] if result.masks is None else list(result.masks)
+    return [mask_to_image(mask, result.source.size) for mask in masks]
+
+
+def draw_result_sheet(
+    result: Result, images: Sequence[Image.Image], masks: Sequence[Image.Image]
+) -> Image.Image:
+    """Source, reconstruction and edits; below, where they were allowed to differ, and how far they do."""
     lead: list[Cell | Image.Image | None] = [Cell(result.source, "source")]
-    if result.reconstruction is not None:
+    if result.trajectory is not None:
         lead.append(Cell(result.reconstruction, "reconstruction"))
-    rows = [[*lead, *(Cell(e, c) for e, c in zip(result.edits, result.captions, strict=True))]]
     blank: list[Cell | Image.Image | None] = [None] * len(lead)
-    if any(mask is not None for mask in result.masks):
-        rows.append([*blank, *(None if mask is None else Cell(mask, "mask") for mask in result.masks)])
-    rows.append(
-        [*blank, *(Cell(difference(result.source, e), "difference to the source") for e in result.edits)]
+    rows = [[*lead, *(Cell(image, prompt) for image, prompt in zip(images, result.prompts, strict=True))]]
+    if masks:
+        rows.append([*blank, *(Cell(mask, "mask") for mask in masks)])
+    apart = [Cell(difference(result.source, image), "difference to the source") for image in images]
+    return draw_sheet([*rows, [*blank, *apart]], title=result.title, cell=192)
+
+
+def draw_heatmaps(result: Result, images: Sequence[Image.Image]) -> dict[str, Image.Image]:
+    """Every word's maps, laid over the images whose prompts have it."""
+    shown, captions = [result.source, *images], ["source", *result.prompts]
+    return {
+        word: draw_sheet(
+            [
+                [
+                    Cell(overlay_heatmap(places, image), caption)
+                    for places, image, caption in zip(maps, shown, captions, strict=True)
+                    if bool(places.any())
+                ]
+            ],
+            cell=160,
+        )
+        for word, maps in result.heatmaps.items()
+    }
+
+
+def overlay_heatmap(places: Tensor, image: Image.Image) -> Image.Image:
+    """A map [h, w] laid over an image: bright where it is strong, the image darkened where it is weak."""
+    share = places.detach().float().cpu()
+    share = (share / max(float(share.max()), 1e-12)).clamp(0, 1)
+    size = (image.height, image.width)
+    strength = F.interpolate(share[None, None], size, mode="bilinear", align_corners=False)[0, 0].clamp(0, 1)
+    grey = mask_to_tensor(image.convert("L"))[0]
+    channels = (
+        0.25 * grey + 0.75 * (1.6 * strength).clamp(0, 1),
+        0.25 * grey + 0.75 * (2.2 * strength - 0.8).clamp(0, 1),
+        0.25 * grey + 0.75 * (0.35 * (1 - strength)),
     )
-    return draw_sheet(rows, title=result.title, cell=192)
+    return Image.fromarray((torch.stack(channels, -1).clamp(0, 1) * 255).round().byte().numpy())
+
+
+def figures_table(prompts: Sequence[str], figures: Sequence[Mapping[str, float | None]]) -> list[str]:
+    """The figures of every edit, those that there are, as parts of the report."""
+    names = [name for name in TITLES if any(one.get(name) is not None for one in figures)]
+    rows = [
+        (prompt, *("–" if (value := one.get(name)) is None else value for name in names))
+        for prompt, one in zip(prompts, figures, strict=True)
+    ]
+    note = (
+        "The background is what lies outside the mask, measured over its own pixels. A structure distance and a "
+        "scorer's similarity compare with those of the same scorer only."
+    )
+    return [heading("Figures"), table(("edit", *(TITLES[name] for name in names)), rows), paragraph(note)]
 
 
 def difference(first: Image.Image, second: Image.Image) -> Image.Image:
@@ -123,7 +158,7 @@ def difference(first: Image.Image, second: Image.Image) -> Image.Image:
     return ImageChops.difference(first.convert("RGB"), second.convert("RGB"))
 
 
-def film(frames: Sequence[Image.Image]) -> bytes:
+def encode_gif(frames: Sequence[Image.Image]) -> bytes:
     """An animated GIF that shows its last frame longest."""
     buffer = io.BytesIO()
     lasting = [120] * (len(frames) - 1) + [1500]
@@ -131,51 +166,12 @@ def film(frames: Sequence[Image.Image]) -> bytes:
     return buffer.getvalue()
 
 
-def beside(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Pictures of one size in a row."""
-    width, height = pictures[0].size
-    row = Image.new("RGB", (width * len(pictures), height))
-    for number, one in enumerate(pictures):
-        row.paste(one, (number * width, 0))
-    return row
-
-
-def report(
-    path: Path, result: Result, drawn: Image.Image, maps: Mapping[str, Image.Image], *, again: str
-) -> None:
-    """`report.html`: the sheet, the figures, the alignment and the heat maps on one page."""
-    parts = [image_figure(drawn, "source, reconstruction, edits, masks and differences")]
-    if result.measured:
-        names = [n for n in TITLES if any(m.get(n) is not None for m in result.measured)]
-        rows = [
-            (caption, *("–" if (value := m.get(n)) is None else value for n in names))
-            for caption, m in zip(result.captions, result.measured, strict=True)
-        ]
-        parts += [heading("Figures"), table(("edit", *(TITLES[n] for n in names)), rows)]
-        parts.append(
-            paragraph(
-                "The background is what lies outside the mask, measured over its own pixels. A structure distance and "
-                "a scorer's likeness compare with those of the same scorer only."
-            )
-        )
-    counts = [
-        (name.replace("_", " "), "–" if value is None else value) for name, value in result.counts.items()
-    ]
-    parts += [heading("The run"), table(("", ""), counts)]
-    if result.alignments:
-        parts += [heading("What became of the words"), *(command(text) for text in result.alignments)]
-    if maps:
-        parts += [heading("Where words look"), *(image_figure(strip, word) for word, strip in maps.items())]
-    parts += [heading("Again"), command(again)]
-    write_report(path, result.title, parts)
-
-
 def readme(result: Result, *, again: str, said: str) -> str:
     """The run's README.md."""
     lines = [f"# {result.title}", "", "The command that repeats this run:", "", f"    {again}", ""]
     if said:
         lines += ["What was typed:", "", f"    {said}", ""]
-    lines += [f"- `edit_{number}.png`: {caption}" for number, caption in enumerate(result.captions)]
+    lines += [f"- `edit_{number}.png`: {prompt}" for number, prompt in enumerate(result.prompts)]
     lines += [
         "- `sheet.png`, `report.html`: everything side by side, with figures",
         f"- `{RECORD}`: settings, versions, figures",
@@ -187,20 +183,3 @@ def readme(result: Result, *, again: str, said: str) -> str:
 def slug(word: str) -> str:
     """A word as part of a file's name."""
     return re.sub(r"[^\w-]+", "-", word).strip("-") or "word"
-
-
-def heat(places: Tensor, over: Image.Image, greatest: float) -> Image.Image:
-    """A map [h, w] laid over a picture: bright where it is strong, the picture darkened where it is weak."""
-    share = (places.detach().float().cpu() / max(greatest, 1e-12)).clamp(0, 1)
-    large = F.interpolate(share[None, None], (over.height, over.width), mode="bilinear", align_corners=False)[
-        0, 0
-    ]
-    picture = mask_to_tensor(over.convert("L"))[0]
-    strength = large.clamp(0, 1)
-    channels = (
-        0.25 * picture + 0.75 * (1.6 * strength).clamp(0, 1),
-        0.25 * picture + 0.75 * (2.2 * strength - 0.8).clamp(0, 1),
-        0.25 * picture + 0.75 * (0.35 * (1 - strength)),
-    )
-    pixels = (torch.stack(channels, -1).clamp(0, 1) * 255).round().byte().numpy()
-    return Image.fromarray(pixels)

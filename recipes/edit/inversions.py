@@ -12,7 +12,7 @@ import time
 
 from backbone.evaluation.image_metrics import psnr
 from backbone.models.model import Backbone
-from edit.inversion.inversion import METHODS, invert, replayed
+from edit.inversion.inversion import METHODS, invert, reconstruct
 from recipes.edit import picture_to_edit
 
 
@@ -25,16 +25,16 @@ def main(model: str = "moji", *, steps: int = 20) -> None:
 
     # %% Invert by every method and walk down again
     guidance = float(backbone.defaults["guidance"])
-    print(f"{'method':16} {'evaluations':>11} {'seconds':>8} {'error':>9} {'dB':>6} {'dB guided':>9}")
+    print(f"{'method':16} {'NFE':>5} {'seconds':>8} {'error':>9} {'dB':>6} {'dB guided':>9}")
     for method in METHODS:
         began = time.perf_counter()
         inversion = invert(backbone, image, source, method=method, steps=steps, guidance=guidance)
         seconds = time.perf_counter() - began
-        plain, led = (replayed(inversion, guidance=scale).float() for scale in (1.0, guidance))
+        plain, led = (reconstruct(inversion, guidance=scale).float() for scale in (1.0, guidance))
         error = float((plain - inversion.clean).abs().max())
-        decibels = [psnr(inversion.picture, backbone.decode(latent[None])[0]) for latent in (plain, led)]
+        decibels = [psnr(inversion.image, backbone.decode(latent[None])[0]) for latent in (plain, led)]
         print(
-            f"{method:16} {inversion.evaluations:11d} {seconds:8.1f} {error:9.1e} {decibels[0]:6.1f} {decibels[1]:9.1f}"
+            f"{method:16} {inversion.nfe:5d} {seconds:8.1f} {error:9.1e} {decibels[0]:6.1f} {decibels[1]:9.1f}"
         )
 
 

@@ -26,14 +26,14 @@ def main(model: str = "moji", *, steps: int = 50) -> None:
     cells = [Cell(image, "source")]
     for strength in (0.3, 0.5, 0.7, 0.9):
         drawn = sdedit(backbone, image, target, strength=strength, steps=steps)
-        cells.append(Cell(drawn.pictures[0], f"strength {strength:g}"))
+        cells.append(Cell(drawn.images[0], f"strength {strength:g}"))
 
     # %% The middle alone (white: may change)
     mask = Image.new("L", image.size)
     width, height = image.size
     ImageDraw.Draw(mask).ellipse((width // 5, height // 5, width * 4 // 5, height * 19 // 20), fill=255)
     inside = sdedit(backbone, image, target, strength=0.9, steps=steps, mask=mask)
-    cells += [Cell(mask, "mask"), Cell(inside.pictures[0], "inside the mask")]
+    cells += [Cell(mask, "mask"), Cell(inside.images[0], "inside the mask")]
     save_png(OUT / "sdedit.png", draw_sheet([cells]))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.models.model import Backbone
 from edit.inversion.inversion import invert
-from edit.methods.prompt_to_prompt.edit import replace
+from edit.methods.prompt_to_prompt.replace import replace
 from edit.methods.prompt_to_prompt.settings import PRESETS
 from recipes.edit import OUT, picture_to_edit
 
@@ -24,14 +24,14 @@ def main(model: str = "moji", *, steps: int = 50) -> None:
     inversion = invert(backbone, image, source, steps=steps)
 
     # %% Contents kept, layout free; then layout kept, look free
-    bent = replace(inversion, "two cats in a park", **PRESETS["masactrl"])
-    restyled = replace(inversion, "a watercolor of a cat in a park", **PRESETS["plug-and-play"])
+    bent = replace(inversion, "two cats in a park", PRESETS["masactrl"])
+    restyled = replace(inversion, "a watercolor of a cat in a park", PRESETS["plug-and-play"])
 
     # %% Side by side
     cells = [
         Cell(image, "source"),
-        Cell(bent.pictures[0], "masactrl"),
-        Cell(restyled.pictures[0], "plug-and-play"),
+        Cell(bent.images[0], "masactrl"),
+        Cell(restyled.images[0], "plug-and-play"),
     ]
     save_png(OUT / "other-control.png", draw_sheet([cells]))
 

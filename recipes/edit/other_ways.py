@@ -1,4 +1,4 @@
-"""FlowEdit, leading towards and away from prompts, removing, and the pictures between two pictures.
+"""FlowEdit, composing with prompts, removing, and the pictures between two pictures.
 
 python -m recipes.edit.other_ways          one or two minutes on two cores; build/recipes/edit/other-ways.png
 """
@@ -6,7 +6,6 @@ python -m recipes.edit.other_ways          one or two minutes on two cores; buil
 from __future__ import annotations
 
 from backbone.media.sheet import Cell, draw_sheet, save_png
-from backbone.media.transforms import to_image
 from backbone.models.model import Backbone
 from edit.inversion.inversion import invert
 from edit.methods.compose import compose
@@ -28,18 +27,17 @@ def main(model: str = "moji", *, steps: int = 50) -> None:
     direct = flow_edit(backbone, images[0], prompts[0], ["a dog in a park"], steps=steps)
 
     # %% Towards one prompt, away from another
-    led = compose(first, [("a watercolor of a cat", 3.0), ("a photo of a cat", -1.0)])
+    composed = compose(first, [("a watercolor of a cat", 3.0), ("a photo of a cat", -1.0)])
 
     # %% Without the cat
     removed = remove(first, "cat")
 
     # %% From one picture to the other
-    latents, _ = interpolate(first, second, count=5)
-    way = [to_image(picture) for picture in backbone.decode(latents)]
+    way = interpolate(first, second, count=5).images
 
     # %% Side by side
-    named = {"FlowEdit: a dog": direct, "led to watercolor": led, "without the cat": removed}
-    above = [Cell(images[0], "source"), *(Cell(drawn.pictures[0], name) for name, drawn in named.items())]
+    named = {"FlowEdit: a dog": direct, "composed with watercolor": composed, "without the cat": removed}
+    above = [Cell(images[0], "source"), *(Cell(drawn.images[0], name) for name, drawn in named.items())]
     below = [Cell(picture, f"{k}/4") for k, picture in enumerate(way)]
     rows = [above, below]
     save_png(OUT / "other-ways.png", draw_sheet(rows))

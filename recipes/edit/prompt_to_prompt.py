@@ -8,11 +8,11 @@ It should show the source, its reconstruction, three edits that keep the place, 
 from __future__ import annotations
 
 from backbone.media.sheet import Cell, draw_sheet, save_png
-from backbone.media.transforms import to_image
 from backbone.models.model import Backbone
 from edit.inversion.inversion import invert
-from edit.methods.prompt_to_prompt.edit import replace
-from edit.run.report import heat
+from edit.methods.prompt_to_prompt.replace import replace
+from edit.methods.prompt_to_prompt.settings import ReplaceSettings
+from edit.run.report import overlay_heatmap
 from recipes.edit import OUT, picture_to_edit
 
 
@@ -25,23 +25,23 @@ def main(model: str = "moji", *, steps: int = 50) -> None:
 
     # %% Its inversion: any number of edits begin here
     inversion = invert(backbone, image, source, steps=steps)
-    print(inversion.evaluations, "evaluations")
+    print(inversion.nfe, "NFE")
 
     # %% Three targets at once; the alignment says what became of the words
     targets = ["a dog in a park", "a red cat in a park", "a cat in the snow"]
-    edited = replace(inversion, targets, heatmaps=["cat"])
+    edited = replace(inversion, targets, ReplaceSettings(heatmaps=["cat"]))
     for alignment in edited.alignments:
         print(alignment, end="\n\n")
 
     # %% The same words, one of them stronger
-    stronger = replace(inversion, source, weights={"park": 3.0}, cross=1.0)
+    stronger = replace(inversion, source, ReplaceSettings(weights={"park": 3.0}, cross=1.0))
 
     # %% Everything side by side
     place = edited.heatmaps["cat"][0]
-    shown = to_image(inversion.picture)
+    shown = edited.source
     cells = [Cell(shown, "source"), Cell(edited.reconstruction, "reconstruction")]
-    cells += [Cell(picture, target) for picture, target in zip(edited.pictures, targets, strict=True)]
-    cells += [Cell(stronger.pictures[0], "park × 3"), Cell(heat(place, shown, float(place.max())), "cat")]
+    cells += [Cell(picture, target) for picture, target in zip(edited.images, targets, strict=True)]
+    cells += [Cell(stronger.images[0], "park × 3"), Cell(overlay_heatmap(place, shown), "cat")]
     save_png(OUT / "prompt-to-prompt.png", draw_sheet([cells]))
 
 

@@ -23,7 +23,8 @@ from benchmarks.edit_speed import (
     timed,
 )
 from edit.inversion.inversion import invert
-from edit.methods.prompt_to_prompt.edit import replace
+from edit.methods.prompt_to_prompt.replace import replace
+from edit.methods.prompt_to_prompt.settings import ReplaceSettings
 
 STEPS = 4
 
@@ -53,14 +54,11 @@ def test_direct_inversion_as_published_and_ours_give_the_same_edit(
     ours = replace(
         invert(tiny, image, SOURCE, steps=STEPS),
         target,
-        cross=CROSS,
-        self_attention=SELF,
-        guidance=4.0,
-        blend=(),
+        ReplaceSettings(cross=CROSS, self_attention=SELF, guidance=4.0, blend=()),
     )
     assert sum(rows) < 0.35 * 13 * STEPS
     assert torch.allclose(reference[1], ours.latents[0], atol=1e-3)
-    assert torch.allclose(reference[0], ours.source, atol=1e-3)
+    assert torch.allclose(reference[0], ours.source_latent, atol=1e-3)
 
 
 @pytest.mark.parametrize("weights", ["trained", "frozen"])
@@ -76,7 +74,11 @@ def test_null_text_as_published_takes_its_evaluations_and_leaves_nothing_behind(
 def test_our_own_rows_are_counted_rightly(tiny: Backbone, rows: list[int]) -> None:
     for count, name in ((1, "ours"), (4, "ours, four targets")):
         rows.clear()
-        replace(invert(tiny, picture_of(tiny), SOURCE, steps=5), TARGETS[:count], cross=CROSS, blend=())
+        replace(
+            invert(tiny, picture_of(tiny), SOURCE, steps=5),
+            TARGETS[:count],
+            ReplaceSettings(cross=CROSS, blend=()),
+        )
         assert sum(rows) == rows_of_sides(5)[name]
 
 

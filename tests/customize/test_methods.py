@@ -185,7 +185,7 @@ def test_class_pictures_are_drawn_once_and_their_latents_kept(
     first, _ = begun(tiny, subject, asked)
     assert first.material.drawn is not None
     assert first.material.drawn.shape == (3, *tiny.latent_shape)
-    monkeypatch.setattr("customize.objectives.dreambooth.sample_latents", None)  # a second drawing would fail
+    monkeypatch.setattr("customize.data.dataset.sample_latents", None)  # a second drawing would fail
     again = prepare(tiny, [Group(list_images(subject), ["a bcd dog"] * 3, "a dog")], asked)
     assert again.drawn is not None
     assert torch.equal(again.drawn, first.material.drawn)

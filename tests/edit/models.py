@@ -1,4 +1,4 @@
-"""The random tiny pipeline on other noise paths and ladders, and a picture to edit."""
+"""The random tiny pipeline on other noise paths and schedules, and a picture to edit."""
 
 from __future__ import annotations
 

@@ -15,23 +15,23 @@ from torch import Tensor
 
 from backbone.families.base import TextSegment
 from backbone.io.console import UserError
-from edit.attention.alignment import align, heard_prompt
+from edit.attention.alignment import align, tokenize_prompt
 from edit.cli import main
-from edit.inversion.inversion import METHODS, Inversion, Method, invert, replayed
+from edit.inversion.inversion import METHODS, Inversion, Method, invert, reconstruct
 from edit.methods.flow_edit import flow_edit
-from edit.methods.prompt_to_prompt.edit import replace
-from edit.methods.prompt_to_prompt.settings import PRESETS
-from edit.methods.remove import place_of, remove
+from edit.methods.prompt_to_prompt.replace import replace
+from edit.methods.prompt_to_prompt.settings import PRESETS, ReplaceSettings
+from edit.methods.remove import locate_word, remove
 from edit.methods.sdedit import sdedit
 from tests.edit.attention.test_joint import Found, wearing_a_lora
 from tests.edit.conftest import FAMILIES, TRANSFORMERS, Open
-from tests.edit.methods.prompt_to_prompt.test_edit import left_half
+from tests.edit.methods.prompt_to_prompt.test_replace import left_half
 from tests.edit.models import photo
 from tests.tiny import tiny_t5_tokenizer, tiny_tokenizer
 
 SOURCE, TARGET, OTHER = "a cat in the snow", "a dog in the snow", "a red cat in the snow"
 STEPS = 3
-EVERYWHERE: dict[str, Any] = {"blend": ()}
+EVERYWHERE = ReplaceSettings(blend=())
 TOLD = ("flux-dev", "flux-schnell")  # asked once a step, with the prompt alone
 
 every = pytest.mark.parametrize("name", FAMILIES)
@@ -58,9 +58,10 @@ def test_the_source_row_is_the_stored_trajectory_at_any_guidance(
 ) -> None:
     inversion = inverted(name)
     for guidance in (1.0, 6.0):
-        edited = replace(inversion, [TARGET, OTHER], guidance=guidance, heatmaps=("snow",))
-        assert torch.equal(edited.path[:, 0], inversion.states)
-        assert torch.equal(edited.source, inversion.clean)
+        edited = replace(inversion, [TARGET, OTHER], ReplaceSettings(guidance=guidance, heatmaps=("snow",)))
+        assert edited.trajectory is not None
+        assert torch.equal(edited.trajectory[:, 0], inversion.states)
+        assert torch.equal(edited.source_latent, inversion.clean)
 
 
 @every
@@ -68,10 +69,12 @@ def test_an_edit_without_words_or_injection_is_the_plain_guided_walk(
     inverted: Callable[..., Inversion], name: str
 ) -> None:
     inversion = inverted(name)
-    edited = replace(inversion, SOURCE, guidance=6.0, cross=0.0, self_attention=0.0, blend=())
-    assert deviation(edited.latents[0], replayed(inversion, guidance=6.0)) < 1e-4
+    edited = replace(
+        inversion, SOURCE, ReplaceSettings(guidance=6.0, cross=0.0, self_attention=0.0, blend=())
+    )
+    assert deviation(edited.latents[0], reconstruct(inversion, guidance=6.0)) < 1e-4
     if name != "flux-schnell":  # which knows but one guidance
-        assert deviation(edited.latents[0], replayed(inversion, guidance=1.0)) > 1e-3
+        assert deviation(edited.latents[0], reconstruct(inversion, guidance=1.0)) > 1e-3
 
 
 @each
@@ -84,7 +87,7 @@ def test_words_and_layout_each_change_the_way(inverted: Callable[..., Inversion]
         {"cross": 1.0, "self_attention": 1.0},
         {"cross": 1.0, "self_attention": 1.0, "weights": {"dog": 3.0}},
     ]
-    found = [replace(inversion, TARGET, **wishes, **EVERYWHERE).latents for wishes in asked]
+    found = [replace(inversion, TARGET, ReplaceSettings(**wishes, blend=())).latents for wishes in asked]
     for n, one in enumerate(found):
         assert all(deviation(one, other) > 1e-6 for other in found[:n])
 
@@ -92,19 +95,24 @@ def test_words_and_layout_each_change_the_way(inverted: Callable[..., Inversion]
 @each
 def test_several_targets_are_each_what_they_are_alone(inverted: Callable[..., Inversion], name: str) -> None:
     inversion = inverted(name)
-    together = replace(inversion, [TARGET, OTHER], threshold=0.6)
+    together = replace(inversion, [TARGET, OTHER], ReplaceSettings(threshold=0.6))
     for n, target in enumerate((TARGET, OTHER)):
-        assert deviation(together.latents[n], replace(inversion, target, threshold=0.6).latents[0]) < 1e-4
+        assert (
+            deviation(
+                together.latents[n], replace(inversion, target, ReplaceSettings(threshold=0.6)).latents[0]
+            )
+            < 1e-4
+        )
 
 
 @each
 def test_an_edit_changes_only_where_it_may(inverted: Callable[..., Inversion], name: str) -> None:
     """Inside the user's mask, and in the place that the attention finds for the words."""
     inversion = inverted(name)
-    edited = replace(inversion, TARGET, mask=left_half(), **EVERYWHERE)
+    edited = replace(inversion, TARGET, ReplaceSettings(mask=left_half(), blend=()))
     assert torch.equal(edited.latents[0][..., 4:], inversion.clean[..., 4:])
     assert deviation(edited.latents[0][..., :4], inversion.clean[..., :4]) > 1e-4
-    edited = replace(inversion, TARGET, blend=("dog",), threshold=0.999)
+    edited = replace(inversion, TARGET, ReplaceSettings(blend=("dog",), threshold=0.999))
     assert edited.masks is not None
     kept = edited.masks[0] == 0
     assert 0 < kept.sum() < kept.numel()
@@ -115,8 +123,8 @@ def test_an_edit_changes_only_where_it_may(inverted: Callable[..., Inversion], n
 @each
 def test_a_picture_that_is_not_square_is_edited_in_its_own_shape(family: Open, name: str) -> None:
     inversion = invert(family(name), photo(120, 60), SOURCE, steps=STEPS)
-    edited = replace(inversion, TARGET, heatmaps=("snow",))
-    assert edited.pictures[0].size == (96, 48) and torch.equal(edited.source, inversion.clean)
+    edited = replace(inversion, TARGET, ReplaceSettings(heatmaps=("snow",)))
+    assert edited.images[0].size == (96, 48) and torch.equal(edited.source_latent, inversion.clean)
     _, height, width = edited.heatmaps["snow"].shape
     assert width == 2 * height
 
@@ -125,10 +133,10 @@ def test_a_picture_that_is_not_square_is_edited_in_its_own_shape(family: Open, n
 def test_a_lora_is_worn_through_inversion_and_edit(
     family: Open, inverted: Callable[..., Inversion], name: str
 ) -> None:
-    plain = replace(inverted(name), TARGET, **EVERYWHERE)
+    plain = replace(inverted(name), TARGET, EVERYWHERE)
     inversion = invert(wearing_a_lora(family(name)), photo(), SOURCE, steps=STEPS)
-    worn = replace(inversion, TARGET, **EVERYWHERE)
-    assert torch.equal(worn.source, inversion.clean)
+    worn = replace(inversion, TARGET, EVERYWHERE)
+    assert torch.equal(worn.source_latent, inversion.clean)
     assert deviation(worn.latents, plain.latents) > 1e-3
 
 
@@ -138,9 +146,9 @@ def test_the_model_is_bit_for_bit_as_before_after_an_edit_and_after_an_error(
 ) -> None:
     inversion = inverted(name)
     network = cast(Any, inversion.model.denoiser)
-    processors, before = dict(network.attn_processors), replayed(inversion, guidance=3.0)
+    processors, before = dict(network.attn_processors), reconstruct(inversion, guidance=3.0)
     weights = {key: value.clone() for key, value in network.state_dict().items()}
-    replace(inversion, TARGET, **PRESETS["masactrl"])
+    replace(inversion, TARGET, PRESETS["masactrl"])
 
     def stop() -> None:
         raise RuntimeError
@@ -150,17 +158,17 @@ def test_the_model_is_bit_for_bit_as_before_after_an_edit_and_after_an_error(
     assert all(network.attn_processors[key] is value for key, value in processors.items())
     assert not any(module._forward_hooks for module in network.modules())
     assert all(torch.equal(value, weights[key]) for key, value in network.state_dict().items())
-    assert torch.equal(replayed(inversion, guidance=3.0), before)
+    assert torch.equal(reconstruct(inversion, guidance=3.0), before)
 
 
 @every
 def test_what_an_edit_costs(inverted: Callable[..., Inversion], name: str) -> None:
     """One row for the source and two for each target, or one where the network is told the guidance."""
     inversion = inverted(name, steps=5)
-    edited = replace(inversion, [TARGET, OTHER], cross=0.6, self_attention=0.0, **EVERYWHERE)
+    edited = replace(inversion, [TARGET, OTHER], ReplaceSettings(cross=0.6, self_attention=0.0, blend=()))
     each = 1 if name in TOLD else 2
-    assert inversion.evaluations == 5
-    assert edited.evaluations == 3 * (1 + 2 * each) + 2 * 2 * each
+    assert inversion.nfe == 5
+    assert edited.nfe == 3 * (1 + 2 * each) + 2 * 2 * each
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -173,21 +181,22 @@ def test_every_inversion_is_edited_or_refused(family: Open, name: str, method: M
             invert(model, photo(), SOURCE, method=method, steps=2)
         return
     inversion = invert(model, photo(), SOURCE, method=method, steps=2, guidance=3.0, iterations=1)
-    edited = replace(inversion, TARGET, guidance=3.0, **EVERYWHERE)
+    edited = replace(inversion, TARGET, ReplaceSettings(guidance=3.0, blend=()))
     if inversion.overwrites:
-        assert torch.equal(edited.path[:, 0], inversion.states[inversion.start(1.0) :])
+        assert edited.trajectory is not None
+        assert torch.equal(edited.trajectory[:, 0], inversion.states[inversion.start(1.0) :])
     else:
-        assert deviation(edited.source, replayed(inversion, guidance=3.0)) < 1e-4
+        assert deviation(edited.source_latent, reconstruct(inversion, guidance=3.0)) < 1e-4
     if method in ("edit-friendly", "reversible"):
-        assert deviation(replayed(inversion).float(), inversion.clean) < 1e-4
+        assert deviation(reconstruct(inversion).float(), inversion.clean) < 1e-4
 
 
 @transformers
 def test_a_whole_edit_of_a_transformer_materialises_no_attention_matrix(family: Open, name: str) -> None:
     inversion = invert(family(name), photo(160, 96), SOURCE, steps=2)
     replace(inversion, TARGET)  # prompts are encoded before the count begins
-    with Found(heard_prompt(inversion.model.text_encoder.segments, SOURCE).length) as counted:
-        replace(inversion, TARGET, weights={"dog": 2.0}, heatmaps=("snow",))
+    with Found(tokenize_prompt(inversion.model.text_encoder.segments, SOURCE).length) as counted:
+        replace(inversion, TARGET, ReplaceSettings(weights={"dog": 2.0}, heatmaps=("snow",)))
     assert counted.found == []
 
 
@@ -196,20 +205,20 @@ def test_controls_that_a_transformer_has_and_one_that_it_has_not(
     inverted: Callable[..., Inversion], name: str
 ) -> None:
     inversion = inverted(name, steps=5)
-    plain = replace(inversion, "red", cross=0.0, self_attention=0.0, **EVERYWHERE)
-    assert deviation(replace(inversion, "red", **PRESETS["masactrl"]).latents, plain.latents) > 1e-6
+    plain = replace(inversion, "red", ReplaceSettings(cross=0.0, self_attention=0.0, blend=()))
+    assert deviation(replace(inversion, "red", PRESETS["masactrl"]).latents, plain.latents) > 1e-6
     with pytest.raises(UserError, match="plug-and-play takes the features of a UNet"):
-        replace(inversion, "red", **PRESETS["plug-and-play"])
+        replace(inversion, "red", PRESETS["plug-and-play"])
 
 
 @each
 def test_a_word_s_place_is_found_and_only_it_is_filled(inverted: Callable[..., Inversion], name: str) -> None:
     inversion = inverted(name, steps=5)
-    places, asked = place_of(inversion, "cat", threshold=0.999)
+    places, asked = locate_word(inversion, "cat", threshold=0.999)
     assert asked > 0 and 0 < places.sum() < places.numel()
     kept = remove(inversion, "cat", threshold=0.999)
-    assert kept.mask is not None
-    outside = kept.mask == 0
+    assert kept.masks is not None
+    outside = kept.masks[0] == 0
     assert torch.equal(kept.latents[0][:, outside], inversion.clean[:, outside])
     assert deviation(kept.latents[0][:, ~outside], inversion.clean[:, ~outside]) > 1e-3
 
@@ -234,13 +243,14 @@ def test_a_negative_prompt_that_nobody_would_hear_is_refused(
     family: Open, inverted: Callable[..., Inversion], name: str
 ) -> None:
     inversion = inverted(name)
-    for ask in (
-        lambda: replace(inversion, TARGET, negative="red"),
+    calls: list[Callable[[], object]] = [
+        lambda: replace(inversion, TARGET, ReplaceSettings(negative="red")),
         lambda: remove(inversion, "cat", negative="red"),
         lambda: sdedit(family(name), photo(), TARGET, negative="red"),
-    ):
+    ]
+    for call in calls:
         with pytest.raises(UserError, match="Leave --negative out"):
-            ask()
+            call()
 
 
 # Words of several tokenizers --------------------------------------------------------------------------------
@@ -251,12 +261,12 @@ CLIP, T5 = TextSegment(tiny_tokenizer(), 77), TextSegment(tiny_t5_tokenizer(), 4
 
 def test_punctuation_stands_apart_where_the_tokenizer_cuts_at_spaces_alone() -> None:
     for text in ("A hat, in  the dog's SNOW!!", " a (red) cat. "):
-        read = [[word.text for word in heard_prompt([one], text).words] for one in (CLIP, T5)]
+        read = [[word.text for word in tokenize_prompt([one], text).words] for one in (CLIP, T5)]
         assert read[0] == read[1]
 
 
 def test_a_word_has_its_tokens_of_every_tokenizer_and_padding_stays_padding() -> None:
-    read = heard_prompt([CLIP, T5, TextSegment(None, 5)], "a cat in the hat")
+    read = tokenize_prompt([CLIP, T5, TextSegment(None, 5)], "a cat in the hat")
     assert read.length == 122
     assert [word.positions for word in read.words[:2]] == [(1, 77), (2, 78)]
     assert read.words[4].positions == (5, 6, 7, 81, 82, 83, 84)
@@ -270,7 +280,9 @@ def test_a_word_has_its_tokens_of_every_tokenizer_and_padding_stays_padding() ->
 
 
 def test_each_tokenizer_s_tokens_take_attention_from_their_own_kind() -> None:
-    source, target = (heard_prompt([CLIP, T5], text) for text in ("a cat in the snow", "red hat in the snow"))
+    source, target = (
+        tokenize_prompt([CLIP, T5], text) for text in ("a cat in the snow", "red hat in the snow")
+    )
     mapping = align(source, target).mapping
     assert not mapping[:77, 77:].any() and not mapping[77:, :77].any()
     hat = target.words[1].positions
@@ -283,13 +295,13 @@ def test_each_tokenizer_s_tokens_take_attention_from_their_own_kind() -> None:
 
 
 def test_the_first_word_that_was_added_is_nobody_s_where_no_token_begins_a_prompt() -> None:
-    added = align(*(heard_prompt([T5], text) for text in ("cat in the snow", "red cat in the snow")))
-    assert added.taken[0] == 0 and added.mapping[0, 1] == 1
+    added = align(*(tokenize_prompt([T5], text) for text in ("cat in the snow", "red cat in the snow")))
+    assert added.from_source[0] == 0 and added.mapping[0, 1] == 1
 
 
 def test_what_one_tokenizer_cut_off_is_still_a_word_of_another() -> None:
     text = "a cat in the snow " * 3
-    read = heard_prompt([TextSegment(tiny_tokenizer(), 8), T5], text)
+    read = tokenize_prompt([TextSegment(tiny_tokenizer(), 8), T5], text)
     assert [word.text for word in read.words] == text.split()
     assert read.words[0].positions == (1, 8) and read.words[-1].positions == (22,)
 
@@ -344,8 +356,8 @@ def test_every_command_works_on_every_family(
         "sd": ("sdedit", "photo.png", "--prompt", "a dog", "--strength", "0.5", "--mask", "mask.png"),
         "fe": ("flow-edit", "photo.png", "--source", SOURCE, "--target", TARGET),
         "rm": ("remove", *file, "--remove", "cat"),
-        "ld": ("lead", *file, "--toward", "a red cat=2"),
-        "bt": ("between", "photo.png", "other.png", "--prompt", SOURCE, "--prompt", TARGET, "--count", "3"),
+        "ld": ("compose", *file, "--toward", "a red cat=2"),
+        "bt": ("interpolate", "photo.png", "other.png", "--prompt", SOURCE, "--prompt", TARGET, "--count", "3"),
     }  # fmt: skip
     for out, command in commands.items():
         assert edit(name, *command, "--out", out) == 0, capsys.readouterr().err

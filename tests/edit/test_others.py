@@ -1,4 +1,4 @@
-"""The methods beside prompt-to-prompt: SDEdit, FlowEdit, leading, removing, interpolating."""
+"""The methods beside prompt-to-prompt: SDEdit, FlowEdit, composing, removing, interpolating."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from edit.inversion.inversion import Inversion, invert
 from edit.methods.compose import compose
 from edit.methods.flow_edit import flow_edit
 from edit.methods.interpolate import interpolate, slerp
-from edit.methods.remove import place_of, remove, without
+from edit.methods.remove import locate_word, remove, without
 from edit.methods.sdedit import sdedit
-from tests.edit.methods.prompt_to_prompt.test_edit import SOURCE, STEPS, TARGET, deviation, left_half
+from tests.edit.methods.prompt_to_prompt.test_replace import SOURCE, STEPS, TARGET, deviation, left_half
 from tests.edit.models import PATHS, photo, tiny_on
 
 paths = pytest.mark.parametrize("path", PATHS, ids=lambda path: "-".join(map(str, path)))
@@ -57,8 +57,8 @@ def test_noising_a_masked_part_leaves_the_rest_of_the_latent(tiny: Backbone) -> 
     drawn = sdedit(tiny, photo(), SOURCE, steps=4, mask=left_half(), count=2, frames=2)
     assert torch.equal(drawn.latents[1][..., 4:], latent_of(tiny, photo())[..., 4:])
     assert deviation(drawn.latents[1][..., :4], latent_of(tiny, photo())[..., :4]) > 1e-2
-    assert drawn.estimates.shape[:2] == (2, 2)
-    assert drawn.evaluations == 2 * 2 * int(4 * 0.6)
+    assert drawn.estimates is not None and drawn.estimates.shape[:2] == (2, 2)
+    assert drawn.nfe == 2 * 2 * int(4 * 0.6)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_noising_a_masked_part_leaves_the_rest_of_the_latent(tiny: Backbone) -> 
     [
         ({"prompt": " "}, "empty"),
         ({"strength": 1.2}, "between 0 and 1"),
-        ({"steps": 0}, "cannot be walked"),
+        ({"steps": 0}, "cannot sample in"),
         ({"mask": Image.new("L", (5, 5))}, "5 × 5 pixels"),
         ({"image": "nowhere.png"}, "does not exist"),
         ({"guidance": -2.0}, "negative"),
@@ -105,7 +105,7 @@ def test_flow_edit_counts_its_rows(tiny: Backbone) -> None:
             guidance=guidance,
             source_guidance=own,
             draws=2,
-        ).evaluations
+        ).nfe
         for guidance in (1.0, 3.0)
         for own in (1.0, 2.0)
     }
@@ -128,26 +128,26 @@ def test_flow_edit_follows_the_two_velocities(tiny: Backbone) -> None:
     assert deviation(drawn.latents, (clean + (tau[1] - tau[0]) * move).float()) < 1e-4
 
 
-# Leading
+# Composing
 
 
-def test_leading_nowhere_leaves_the_picture_exactly(inversion: Inversion) -> None:
+def test_composing_with_no_weight_leaves_the_picture_exactly(inversion: Inversion) -> None:
     still = compose(inversion, [("a red dog", 0.0)], strength=1.0)
     assert deviation(still.latents[0], inversion.clean) < 1e-5
-    assert still.evaluations == STEPS * 4
+    assert still.nfe == STEPS * 4
 
 
-def test_leading_further_changes_more_and_away_is_another_way(inversion: Inversion) -> None:
+def test_composing_further_changes_more_and_away_is_another_way(inversion: Inversion) -> None:
     latents = [compose(inversion, [("a red dog", w)]).latents[0] for w in (1.0, 3.0, -1.0)]
     near, far = (deviation(latent, inversion.clean) for latent in latents[:2])
     assert 1e-4 < near < far
     assert deviation(latents[2], latents[0]) > 1e-4
 
 
-def test_leading_stays_inside_a_mask_and_wants_a_prompt(inversion: Inversion) -> None:
+def test_composing_stays_inside_a_mask_and_wants_a_prompt(inversion: Inversion) -> None:
     led = compose(inversion, [("a red dog", 2.0)], mask=left_half())
     assert torch.equal(led.latents[0][..., 4:], inversion.clean[..., 4:])
-    with pytest.raises(UserError, match="no prompt to lead to"):
+    with pytest.raises(UserError, match="no prompt to compose with"):
         compose(inversion, [])
     with pytest.raises(UserError, match="empty"):
         compose(inversion, [(" ", 1.0)])
@@ -160,18 +160,18 @@ def test_removing_leaves_everything_else_exactly(inversion: Inversion) -> None:
     removed = remove(inversion, mask=left_half(), prompt="the snow", count=2, grow=0)
     assert torch.equal(removed.latents[..., 4:], inversion.clean[..., 4:].expand(2, -1, -1, -1))
     assert deviation(removed.latents[0][..., :4], removed.latents[1][..., :4]) > 1e-2
-    assert removed.evaluations == STEPS * 2 * 2
+    assert removed.nfe == STEPS * 2 * 2
 
 
-def test_the_place_of_a_word_is_where_the_prompt_without_it_differs(inversion: Inversion) -> None:
-    everywhere, _ = place_of(inversion, "cat", threshold=0.0)
-    narrow, asked = place_of(inversion, "cat", threshold=0.95)
+def test_the_locate_word_a_word_is_where_the_prompt_without_it_differs(inversion: Inversion) -> None:
+    everywhere, _ = locate_word(inversion, "cat", threshold=0.0)
+    narrow, asked = locate_word(inversion, "cat", threshold=0.95)
     assert everywhere.all() and 0 < narrow.sum() < narrow.numel()
     assert asked > 0
     removed = remove(inversion, "cat", threshold=0.95, grow=0)
     kept = narrow == 0
     assert torch.equal(removed.latents[0][:, kept], inversion.clean[:, kept])
-    assert removed.evaluations == asked + 2 * STEPS
+    assert removed.nfe == asked + 2 * STEPS
 
 
 @pytest.mark.parametrize(
@@ -203,11 +203,13 @@ def test_a_word_that_is_not_there_cannot_be_removed(inversion: Inversion) -> Non
 
 def test_the_ends_of_an_interpolation_are_the_pictures_themselves(tiny: Backbone) -> None:
     first, second = (invert(tiny, photo(seed=k), p, steps=3) for k, p in enumerate((SOURCE, TARGET)))
-    latents, asked = interpolate(first, second, count=4)
-    assert torch.equal(latents[0], first.clean) and torch.equal(latents[3], second.clean)
-    assert asked == 3 * (2 + 2)
-    same, _ = interpolate(first, first, count=3)
-    assert deviation(same[1], first.clean) < 1e-4, "between a picture and itself there is nothing else"
+    result = interpolate(first, second, count=4)
+    assert torch.equal(result.latents[0], first.clean) and torch.equal(result.latents[3], second.clean)
+    assert result.nfe == 3 * (2 + 2)
+    same = interpolate(first, first, count=3)
+    assert deviation(same.latents[1], first.clean) < 1e-4, (
+        "between a picture and itself there is nothing else"
+    )
 
 
 def test_inversions_that_do_not_fit_are_refused(tiny: Backbone, inversion: Inversion) -> None:

@@ -1,1 +1,1 @@
-"""Prompt-to-prompt: an edited prompt drawn with the attention of the source."""
+"""Prompt-to-prompt: a target prompt sampled with the attention of the source."""

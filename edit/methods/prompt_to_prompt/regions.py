@@ -1,20 +1,19 @@
-"""Where an edit may change the image: regions of the words that differ."""
+"""Where each target of an edit may differ from the source."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edit.attention.alignment import (
-    Alignment,
-    Prompt,
-    Run,
-    Word,
-)
-from edit.methods.prompt_to_prompt.settings import AUTO
+from edit.attention.alignment import Alignment, Word, token_mask
+from edit.attention.control import Maps
+from edit.inversion.inversion import Inversion
+from edit.masks import difference_maps, load_latent_mask
+from edit.methods.prompt_to_prompt.settings import AUTO, ReplaceSettings
 
 EVERYWHERE = frozenset([  # words that say how a picture is made, and so have no place in it
     "style", "art", "painting", "drawing", "sketch", "sketched", "watercolor", "watercolour", "photo", "photograph",
@@ -33,8 +32,101 @@ COLOURS = frozenset([  # words that change how a thing looks and leave its shape
 ARTICLES = frozenset(["a", "an"])  # which follow the word behind them
 
 
-def places_of(maps: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
-    """Maps [B, 1, h, w] as places [B, H, W]: where they exceed `threshold` times their greatest value."""
+class Regions:
+    """Where each of N targets may differ from the source.
+
+    Three things say so, each only if asked for: the user's mask; where the two prompts are predicted differently
+    (`difference_maps`); and where attention goes to the words to blend and to keep, in the source and in the target.
+
+    columns  [1 + N, 2·N + K, T]: the tokens whose attention maps are read, in the source's prompt and each target's.
+             The first 2·N rows are the words to blend and to keep of each target, then K heat maps; None without any
+    named    [2·N], which of the first rows have words
+    """
+
+    def __init__(
+        self, inversion: Inversion, alignments: Sequence[Alignment], settings: ReplaceSettings
+    ) -> None:
+        self.inversion, self.alignments, self.settings = inversion, alignments, settings
+        self.count = len(alignments)
+        self.size = (inversion.states.shape[-2], inversion.states.shape[-1])
+        self.device = inversion.model.device
+        self.drawn = load_latent_mask(settings.mask, inversion.encoded)
+        self.columns = self._columns()
+        nothing = torch.zeros(2 * self.count, dtype=torch.bool)
+        self.named = nothing if self.columns is None else self.columns.any(-1).any(0)[: 2 * self.count]
+        # Pairs of prompts to compare, and how differently they are predicted [H, W], by the number of the target
+        self.pairs = self._pairs()
+        self.differences: dict[int, Tensor] = {}
+
+    def compare_predictions(self, first: int) -> int:
+        """Finds where the prompts are predicted differently, from step `first` on. Gives the NFE."""
+        if not self.pairs or first == self.inversion.steps:
+            return 0
+        maps, nfe = difference_maps(self.inversion, list(self.pairs.values()), first=first)
+        self.differences = dict(zip(self.pairs, maps, strict=True))
+        return nfe
+
+    def masks(self, maps: Maps | None) -> Tensor | None:
+        """Where each target may differ [N, H, W], 0 or 1; None if everywhere.
+
+        As long as named words have no `maps` yet, only the user's mask counts.
+        """
+        named = bool(self.named.any())
+        if (named and maps is None) or (not named and not self.differences):
+            return None if self.drawn is None else self.drawn.expand(self.count, -1, -1)
+        return torch.stack([self._mask(n, None if maps is None else maps.read()) for n in range(self.count)])
+
+    def _mask(self, n: int, read: Tensor | None) -> Tensor:
+        threshold = self.settings.threshold
+        blends, keeps = (bool(self.named[2 * n + k]) for k in (0, 1))
+        mask = torch.zeros(self.size, device=self.device, dtype=torch.bool)
+        # Where the prompts differ or a word to blend stands, in either image; everywhere if neither is asked for
+        if n in self.differences:
+            mask = mask | (self.differences[n] > threshold)
+        if blends:
+            assert read is not None
+            grown = F.max_pool2d(read[[0, 1 + n], 2 * n : 2 * n + 1], 3, stride=1, padding=1)
+            mask = mask | threshold_maps(grown, self.size, threshold).any(0)
+        if n not in self.differences and not blends:
+            mask = ~mask
+        # Not where a word to keep stands
+        if keeps:
+            assert read is not None
+            kept = threshold_maps(read[[0, 1 + n], 2 * n + 1 : 2 * n + 2], self.size, threshold)
+            mask = mask & ~kept.any(0)
+        # And inside the user's mask
+        return mask.float() if self.drawn is None else mask * self.drawn
+
+    def heatmaps(self, maps: Maps) -> dict[str, Tensor]:
+        """Word → [1 + N, h, w]."""
+        read = maps.read()[:, 2 * self.count :]
+        return {phrase: read[:, k].cpu() for k, phrase in enumerate(self.settings.heatmaps)}
+
+    def _columns(self) -> Tensor | None:
+        settings, length = self.settings, self.alignments[0].source.length
+        columns = torch.zeros(1 + self.count, 2 * self.count + len(settings.heatmaps), length)
+        for n, alignment in enumerate(self.alignments):
+            named = (blended_words(alignment, settings.blend), _words(alignment, settings.keep))
+            for row, (source, target) in enumerate(named, start=2 * n):
+                columns[0, row], columns[1 + n, row] = token_mask(source, length), token_mask(target, length)
+        prompts = [self.alignments[0].source, *(alignment.target for alignment in self.alignments)]
+        for row, phrase in enumerate(settings.heatmaps, start=2 * self.count):
+            for number, prompt in enumerate(prompts):
+                columns[number, row] = token_mask(prompt.find(phrase), length)
+        return columns if columns.any() else None
+
+    def _pairs(self) -> dict[int, tuple[str, str]]:
+        pairs = {}
+        for n, alignment in enumerate(self.alignments):
+            if AUTO in self.settings.blend and not _contains(alignment, AUTO):
+                pair = prompts_to_compare(alignment, self.settings.weights)
+                if pair is not None:
+                    pairs[n] = pair
+        return pairs
+
+
+def threshold_maps(maps: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
+    """Where maps [B, 1, h, w] exceed `threshold` times their greatest value [B, H, W]."""
     large = F.interpolate(maps, size, mode="bilinear", align_corners=False)[:, 0]
     greatest = large.amax((1, 2), keepdim=True)
     return (large > threshold * greatest) & (greatest > 0)
@@ -42,42 +134,36 @@ def places_of(maps: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
 
 def blended_words(alignment: Alignment, phrases: Sequence[str]) -> tuple[list[Word], list[Word]]:
     """The words of the source and the target that were named, in whose place an edit may happen."""
-    return _places(alignment, [phrase for phrase in phrases if phrase != AUTO or _says(alignment, AUTO)])
+    return _words(alignment, [phrase for phrase in phrases if phrase != AUTO or _contains(alignment, AUTO)])
 
 
-def told_apart(alignment: Alignment, weighted: Mapping[str, float]) -> tuple[str, str] | None:
+def prompts_to_compare(alignment: Alignment, weights: Mapping[str, float]) -> tuple[str, str] | None:
     """Two prompts that differ in what the edit changes: the source and the target; of the same prompt with other
     weights, the prompt without the weighted words. None where a word that differs says how it is all made."""
-    if any(_is_everywhere(run) for run in alignment.changed()):
+    if any(word.text in EVERYWHERE for span in alignment.changes() for word in (*span.source, *span.target)):
         return None
     source, target = alignment.source.text, alignment.target.text
-    if source != target or not weighted:
+    if source != target or not weights:
         return source, target
     rest = target
-    for phrase in weighted:
+    for phrase in weights:
         rest = re.sub(rf"\b{re.escape(phrase)}\b", " ", rest, flags=re.IGNORECASE)
     rest = " ".join(rest.split())
     return None if rest == target else (rest, target)
 
 
-def _places(alignment: Alignment, phrases: Sequence[str]) -> tuple[list[Word], list[Word]]:
-    """The words that phrases name in the source and the target."""
-    pairs = [alignment.places(phrase) for phrase in phrases]
-    return [word for old, _ in pairs for word in old], [word for _, new in pairs for word in new]
-
-
 def only_colours(alignment: Alignment) -> bool:
-    """Whether something is said otherwise, and nothing but colours."""
-    words = {
-        word.text.lower() for run in alignment.changed() for word in (*run.source, *run.target)
-    } - ARTICLES
+    """Whether something differs, and nothing but colours."""
+    changed = {word.text.lower() for span in alignment.changes() for word in (*span.source, *span.target)}
+    words = changed - ARTICLES
     return bool(words) and words <= COLOURS
 
 
-def _is_everywhere(run: Run) -> bool:
-    return any(word.text in EVERYWHERE for word in (*run.source, *run.target))
+def _words(alignment: Alignment, phrases: Sequence[str]) -> tuple[list[Word], list[Word]]:
+    """The words that phrases name in the source and the target."""
+    pairs = [alignment.find_both(phrase) for phrase in phrases]
+    return [word for old, _ in pairs for word in old], [word for _, new in pairs for word in new]
 
 
-def _says(alignment: Alignment, phrase: str) -> bool:
-    prompts: tuple[Prompt, ...] = (alignment.source, alignment.target)
-    return any(prompt.find(phrase) for prompt in prompts)
+def _contains(alignment: Alignment, phrase: str) -> bool:
+    return any(prompt.find(phrase) for prompt in (alignment.source, alignment.target))

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from align.collect.scorers import takes_gradients
-from align.objectives import reward as module
 from align.objectives.ddpo import (
     PolicyGradients,
     advantages,
@@ -53,7 +52,7 @@ def brightness(pictures: Tensor, prompts: Sequence[str]) -> Tensor:
 
 @pytest.fixture
 def climbing(tiny: Backbone, monkeypatch: pytest.MonkeyPatch) -> RewardGradients:
-    monkeypatch.setattr(module, "open_reward", lambda name: brightness)
+    monkeypatch.setattr("align.objectives.draft.open_reward", lambda name: brightness)
     return RewardGradients(tiny, PROMPTS, settings())
 
 

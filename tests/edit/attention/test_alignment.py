@@ -12,21 +12,21 @@ import torch
 from backbone.io.console import UserError
 from edit.attention.alignment import (
     Alignment,
-    Prompt,
+    TokenizedPrompt,
     align,
-    columns,
-    inside,
     read_prompt,
     require,
-    weights,
-    window,
+    steps_inside,
+    token_mask,
+    token_weights,
+    token_windows,
 )
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER: Any = tiny_tokenizer()  # a, dog, cat, in, the, snow, red are one token each; "hat" is three
 
 
-def prompt(text: str) -> Prompt:
+def prompt(text: str) -> TokenizedPrompt:
     return read_prompt(TOKENIZER, text)
 
 
@@ -36,8 +36,12 @@ def aligned(source: str, target: str, *swaps: tuple[str, str]) -> Alignment:
 
 def fates(alignment: Alignment) -> list[tuple[str, str, str]]:
     return [
-        (run.kind, " ".join(word.text for word in run.source), " ".join(word.text for word in run.target))
-        for run in alignment.runs
+        (
+            span.change,
+            " ".join(word.text for word in span.source),
+            " ".join(word.text for word in span.target),
+        )
+        for span in alignment.spans
     ]
 
 
@@ -53,8 +57,8 @@ def test_words_are_the_tokenizers_with_punctuation_apart_and_every_token_in_one_
 def test_a_prompt_laid_beside_itself_maps_every_token_to_itself() -> None:
     alignment = aligned("a red hat, in the snow", "a red hat, in the snow")
     assert torch.equal(alignment.mapping, torch.eye(77))
-    assert torch.equal(alignment.taken, torch.ones(77))
-    assert list(alignment.changed()) == []
+    assert torch.equal(alignment.from_source, torch.ones(77))
+    assert list(alignment.changes()) == []
 
 
 def test_a_replaced_word_takes_the_old_words_place_and_the_rest_stays() -> None:
@@ -87,16 +91,16 @@ def test_many_tokens_give_all_their_attention_to_one() -> None:
 def test_an_inserted_word_keeps_its_own_attention_and_shifts_nothing() -> None:
     alignment = aligned("a cat in the snow", "a red cat in the snow")
     assert fates(alignment)[1] == ("added", "", "red")
-    assert alignment.taken[2] == 0
+    assert alignment.from_source[2] == 0
     assert alignment.mapping[2, 3] == 1, "cat, one position later"
-    assert alignment.taken.sum() == 76
+    assert alignment.from_source.sum() == 76
 
 
 def test_a_removed_word_gives_its_attention_to_nobody() -> None:
     alignment = aligned("a red cat in the snow", "a cat in the snow")
     assert fates(alignment)[1] == ("removed", "red", "")
     assert alignment.mapping[2].sum() == 0
-    assert alignment.taken[alignment.target.sections[0].end + 1] == 0, (
+    assert alignment.from_source[alignment.target.sections[0].end + 1] == 0, (
         "padding that stands where the source ended keeps its own"
     )
 
@@ -149,15 +153,15 @@ def test_attention_is_neither_made_nor_lost_where_no_word_is_added_or_removed() 
         mapping = alignment.mapping
         given = {
             position
-            for run in alignment.runs
-            if run.target
-            for word in run.source
+            for span in alignment.spans
+            if span.target
+            for word in span.source
             for position in word.positions
         }
         for position in given:
             tokens = mapping[:, mapping[position] > 0].sum(1)
             assert tokens[position] == pytest.approx(1.0, abs=1e-5)
-        assert ((alignment.taken == 0) == (mapping.sum(0) == 0)).all()
+        assert ((alignment.from_source == 0) == (mapping.sum(0) == 0)).all()
 
 
 def test_turning_an_alignment_around_turns_its_fates_around() -> None:
@@ -166,7 +170,7 @@ def test_turning_an_alignment_around_turns_its_fates_around() -> None:
         aligned("a red dog in snow", "a cat in the snow"),
     )
     turned = {"kept": "kept", "replaced": "replaced", "added": "removed", "removed": "added"}
-    assert [(turned[kind], new, old) for kind, old, new in fates(there)] == fates(back)
+    assert [(turned[change], new, old) for change, old, new in fates(there)] == fates(back)
 
 
 def test_a_swap_is_made_whatever_stands_around_it() -> None:
@@ -185,10 +189,10 @@ def test_a_swap_of_several_words_goes_as_one() -> None:
 def test_a_word_brings_what_took_its_place() -> None:
     alignment = aligned("a cat in the snow", "a dog in the snow")
     for word in ("cat", "dog"):
-        source, target = alignment.places(word)
+        source, target = alignment.find_both(word)
         assert ([w.text for w in source], [w.text for w in target]) == (["cat"], ["dog"])
-    assert [w.text for w in alignment.places("snow")[1]] == ["snow"]
-    assert alignment.places("ship") == ((), ())
+    assert [w.text for w in alignment.find_both("snow")[1]] == ["snow"]
+    assert alignment.find_both("ship") == ((), ())
 
 
 def test_a_phrase_is_found_wherever_it_stands() -> None:
@@ -209,21 +213,21 @@ def test_the_printed_alignment_shows_both_prompts_and_what_became_of_the_words()
 
 def test_weights_stand_at_the_words_tokens_alone() -> None:
     read = prompt("a red hat in the snow")
-    found = weights(read, {"hat": 2.0, "ship": 5.0})
+    found = token_weights(read, {"hat": 2.0, "ship": 5.0})
     assert found[list(read.words[2].positions)].tolist() == [2, 2, 2]
     assert found.sum() == 77 + 3
 
 
 def test_a_window_covers_its_share_of_the_steps() -> None:
-    assert inside(10, (0.0, 0.8)).tolist() == [1] * 8 + [0] * 2
-    assert inside(50, (0.2, 0.4)).sum() == 10
-    assert inside(10, (0.0, 0.0)).sum() == 0
-    assert inside(3, (0.0, 1.0)).sum() == 3
+    assert steps_inside(10, (0.0, 0.8)).tolist() == [1] * 8 + [0] * 2
+    assert steps_inside(50, (0.2, 0.4)).sum() == 10
+    assert steps_inside(10, (0.0, 0.0)).sum() == 0
+    assert steps_inside(3, (0.0, 1.0)).sum() == 3
 
 
 def test_words_may_have_windows_of_their_own() -> None:
     read = prompt("a cat in the snow")
-    found = window(read, 10, (0.0, 0.8), {"cat": (0.0, 0.2)})
+    found = token_windows(read, 10, (0.0, 0.8), {"cat": (0.0, 0.2)})
     assert found.shape == (10, 77)
     assert found[:, 2].sum() == 2
     assert found[:, 3].sum() == 8
@@ -231,7 +235,7 @@ def test_words_may_have_windows_of_their_own() -> None:
 
 def test_columns_mark_the_tokens_of_words() -> None:
     read = prompt("a hat")
-    assert columns(read.find("hat"), 77).nonzero().flatten().tolist() == [2, 3, 4]
+    assert token_mask(read.find("hat"), 77).nonzero().flatten().tolist() == [2, 3, 4]
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from backbone.adapters.lora import add_lora, lora_parameters
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
-from edit.attention.control import Control, Cross, Maps, Reach, cross, grid
-from edit.attention.install import controlled
+from edit.attention.control import Control, Cross, Maps, Reach, cross_of, grid
+from edit.attention.install import control_attention
 from edit.attention.separate import Processor
 
 TOKENS = 11
@@ -133,7 +133,7 @@ def test_edited_cross_attention_is_the_formula(
     layers = wrapped(layers) if lora else layers
     x, text = rows(layers, targets, free)
     data = CASES[case](*given(targets, steps_in=0.5))
-    control = Control(targets, cross=cross(*data))
+    control = Control(targets, cross=cross_of(*data))
     said = Processor(control, layers.words.processor)(layers.words, x, text)
     whole = edited_maps(maps_of(layers.words, x, text), targets, *data)
     assert torch.allclose(said, applied(layers.words, whole, text), atol=1e-5)
@@ -165,14 +165,16 @@ def test_a_target_that_does_not_obey_has_its_own_self_attention(
     layers: Layers, reach: Reach, free: int
 ) -> None:
     x, _ = rows(layers, 3, free)
-    control = Control(3, self_attention="layout", reach=reach, obeying=(True, False, True))
+    control = Control(3, self_attention="layout", reach=reach, controlled_targets=(True, False, True))
     said = Processor(control, layers.alone.processor)(layers.alone, x)
-    all_obey = Processor(replace(control, obeying=None), layers.alone.processor)(layers.alone, x)
+    all_controlled = Processor(replace(control, controlled_targets=None), layers.alone.processor)(
+        layers.alone, x
+    )
     none_obeys = Processor(Control(3), layers.alone.processor)(layers.alone, x)
     own = [2, len(x) - 2] if free else [2]  # the second target's row, and its row without a prompt
     others = [row for row in range(len(x)) if row not in own]
     assert torch.allclose(said[own], none_obeys[own], atol=1e-5)
-    assert torch.allclose(said[others], all_obey[others], atol=1e-5)
+    assert torch.allclose(said[others], all_controlled[others], atol=1e-5)
     assert not torch.allclose(said[1], none_obeys[1], atol=1e-3)
 
 
@@ -208,7 +210,7 @@ def test_maps_of_words_are_the_columns_of_the_whole_map(layers: Layers, words: i
     """Also for more words than a head is wide."""
     x, text = rows(layers, 2, 1)
     columns = (torch.rand(3, words, TOKENS, generator=seeded(3)) < 0.3).float()
-    control = Control(2, cross=cross(*given(2)), maps=Maps(columns, (3, 5)))
+    control = Control(2, cross=cross_of(*given(2)), maps=Maps(columns, (3, 5)))
     processor = Processor(control, layers.words.processor)
     with_maps = processor(layers.words, x, text)
     assert control.maps is not None
@@ -224,7 +226,7 @@ def test_an_attention_mask_is_followed(layers: Layers) -> None:
     mask = torch.zeros(3, 1, TOKENS)
     mask[:, :, 7:] = -10_000.0
     data = CASES["windows"](*given(1, steps_in=0.5))
-    said = Processor(Control(1, cross=cross(*data)), layers.words.processor)(layers.words, x, text, mask)
+    said = Processor(Control(1, cross=cross_of(*data)), layers.words.processor)(layers.words, x, text, mask)
     attn: Any = layers.words
     scores = attn.to_q(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) @ attn.to_k(text).unflatten(
         -1, (attn.heads, -1)
@@ -239,7 +241,7 @@ def test_an_attention_mask_is_followed(layers: Layers) -> None:
 def test_no_map_is_materialised_where_none_is_asked_for(data: Callable[..., Any]) -> None:
     layers = Layers(64, 2, text=20).eval().requires_grad_(False)
     x, text = rows(layers, 2, 2, queries=96)
-    control = Control(2, cross=cross(*data(*given(2, steps_in=0.5))), self_attention="layout")
+    control = Control(2, cross=cross_of(*data(*given(2, steps_in=0.5))), self_attention="layout")
     with Found(96, TOKENS) as across:
         Processor(control, layers.words.processor)(layers.words, x, text)
     with Found(96, 96) as alone:
@@ -266,9 +268,9 @@ def test_the_counter_finds_a_map_that_is_materialised() -> None:
 
 def test_a_term_that_is_zero_is_left_out() -> None:
     mapping, taken, weight, window = given(2)
-    whole = cross(mapping, torch.ones_like(taken), weight, torch.ones_like(window))
+    whole = cross_of(mapping, torch.ones_like(taken), weight, torch.ones_like(window))
     assert isinstance(whole, Cross) and whole.own is None
-    assert cross(mapping, taken, weight, torch.zeros_like(window)) is None
+    assert cross_of(mapping, taken, weight, torch.zeros_like(window)) is None
 
 
 def said(model: Backbone, control: Control | None = None) -> Tensor:
@@ -279,13 +281,13 @@ def said(model: Backbone, control: Control | None = None) -> Tensor:
     with torch.no_grad():
         if control is None:
             return model.family.network(model.denoiser, text)(noisy, torch.tensor(500))
-        with controlled(model.denoiser, control):
+        with control_attention(model.denoiser, control):
             return model.family.network(model.denoiser, text)(noisy, torch.tensor(500))
 
 
 def whole_cross(targets: int) -> Cross | None:
     ones = torch.ones(targets, 77)
-    return cross(torch.eye(77).expand(targets, 77, 77), ones, ones, ones)
+    return cross_of(torch.eye(77).expand(targets, 77, 77), ones, ones, ones)
 
 
 def test_a_control_that_asks_for_nothing_changes_nothing(tiny: Backbone) -> None:
@@ -310,7 +312,7 @@ def test_the_model_is_bit_for_bit_as_before_after_an_edit_and_after_an_error(tin
     before, weights = said(tiny), {name: value.clone() for name, value in denoiser.state_dict().items()}
     processors = dict(denoiser.attn_processors)
     said(tiny, Control(1, cross=whole_cross(1), self_attention="contents"))
-    with pytest.raises(RuntimeError), controlled(denoiser, Control(1)):
+    with pytest.raises(RuntimeError), control_attention(denoiser, Control(1)):
         raise RuntimeError
     with pytest.raises(RuntimeError, match=r"must match|size"):  # an edit of fewer tokens than the prompt has
         said(tiny, Control(1, cross=Cross(torch.ones(1, 5, 5), None)))
@@ -326,7 +328,10 @@ def test_attention_that_is_not_plain_is_refused(tiny: Backbone) -> None:
     names = itertools.islice(plain, 1)
     denoiser.set_attn_processor({**plain, next(names): IPAdapterAttnProcessor2_0(16, 16)})
     try:
-        with pytest.raises(UserError, match="IPAdapterAttnProcessor2_0"), controlled(denoiser, Control(1)):
+        with (
+            pytest.raises(UserError, match="IPAdapterAttnProcessor2_0"),
+            control_attention(denoiser, Control(1)),
+        ):
             raise AssertionError
     finally:
         denoiser.set_attn_processor(plain)

@@ -16,8 +16,8 @@ from backbone.adapters.lora import activate_adapters, add_lora, lora_parameters
 from backbone.families.base import Text
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
-from edit.attention.control import Control, Cross, Maps, cross
-from edit.attention.install import controlled
+from edit.attention.control import Control, Cross, Maps, cross_of
+from edit.attention.install import control_attention
 from tests.edit.conftest import TRANSFORMERS, Open
 
 PROMPTS = ["a cat in the snow", "a red cat in the snow", "a dog in the snow", ""]
@@ -181,7 +181,7 @@ class Asked:
     def by(self, control: Control) -> Tensor:
         """The prediction under a control."""
         attention = self.model.family.attention(self.model.denoiser, self.text)
-        with controlled(self.model.denoiser, control, attention):
+        with control_attention(self.model.denoiser, control, attention):
             return self.plainly()
 
     def written_out(self, name: str, edit: Edit) -> Tensor:
@@ -266,7 +266,7 @@ def test_an_edited_transformer_is_the_formula_on_whole_maps(
     model = wearing_a_lora(family(name)) if lora else family(name)
     question = asked(model)
     words = given(question.words, case) if case else None
-    control = question.control(cross=cross(*words) if words else None, self_attention=whose)
+    control = question.control(cross=cross_of(*words) if words else None, self_attention=whose)
     found, expected = question.by(control), question.written_out(name, Edit(words, whose))
     assert deviation(found, expected) < 1e-5
     assert deviation(found[1:3], question.plainly()[1:3]) > 1e-4, "and something is changed"
@@ -279,7 +279,7 @@ def test_maps_of_words_are_columns_of_the_whole_maps(family: Open, name: str) ->
     words = given(question.words, "windows")
     random = torch.Generator().manual_seed(3)
     columns = (torch.rand(1 + TARGETS, 20, question.words, generator=random) < 0.3).float()
-    control = question.control(cross=cross(*words), self_attention="layout")
+    control = question.control(cross=cross_of(*words), self_attention="layout")
     unread = question.by(control)
     control.maps = Maps(columns, SIZE, most=None)
     assert deviation(question.by(control), unread) < 1e-6
@@ -306,7 +306,7 @@ def test_attention_is_taken_in_the_named_layers_alone(family: Open, name: str) -
 def test_rows_outside_the_edit_predict_what_they_predicted(family: Open, name: str) -> None:
     question = asked(family(name))
     control = question.control(
-        cross=cross(*given(question.words, "windows")), self_attention="layout", reach="prompted"
+        cross=cross_of(*given(question.words, "windows")), self_attention="layout", reach="prompted"
     )
     assert deviation(question.by(control)[[0, 3]], question.plainly()[[0, 3]]) < 1e-6
 
@@ -320,7 +320,9 @@ def test_the_network_is_bit_for_bit_as_before_after_an_edit_and_after_an_error(
     processors, before = dict(network.attn_processors), question.plainly()
     weights = {key: value.clone() for key, value in network.state_dict().items()}
     assert torch.equal(question.by(question.control()), before), "a control that asks for nothing"
-    question.by(question.control(cross=cross(*given(question.words, "replace")), self_attention="contents"))
+    question.by(
+        question.control(cross=cross_of(*given(question.words, "replace")), self_attention="contents")
+    )
     with pytest.raises(RuntimeError, match=r"must match|size"):  # an edit of fewer tokens than there are
         question.by(question.control(cross=Cross(torch.ones(TARGETS, 5, 5), None)))
     after = network.attn_processors
@@ -352,7 +354,7 @@ def test_no_map_is_materialised_not_even_to_read_words(family: Open, name: str) 
     words = given(question.words, "windows")
     for whose in ("own", "layout", "contents"):
         maps = Maps(torch.ones(1 + TARGETS, 3, question.words), SIZE, most=None)
-        control = question.control(cross=cross(*words), self_attention=whose, maps=maps)
+        control = question.control(cross=cross_of(*words), self_attention=whose, maps=maps)
         with Found(question.words) as counted:
             question.by(control)
         assert counted.found == []
@@ -364,5 +366,8 @@ def test_no_map_is_materialised_not_even_to_read_words(family: Open, name: str) 
 def test_attention_of_another_kind_is_refused(family: Open) -> None:
     """A family's layers are understood by the class of their processors and by nothing else."""
     model = family("sd3")
-    with pytest.raises(UserError, match="JointAttnProcessor2_0"), controlled(model.denoiser, Control(1)):
+    with (
+        pytest.raises(UserError, match="JointAttnProcessor2_0"),
+        control_attention(model.denoiser, Control(1)),
+    ):
         raise AssertionError

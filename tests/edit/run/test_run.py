@@ -17,7 +17,7 @@ from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from edit import checks
 from edit.cli import main
-from tests.edit.methods.prompt_to_prompt.test_edit import left_half
+from tests.edit.methods.prompt_to_prompt.test_replace import left_half
 from tests.edit.models import photo
 
 Edit = Callable[..., int]
@@ -56,7 +56,7 @@ def test_an_edit_leaves_everything_that_it_should(edit: Edit, capsys: pytest.Cap
     }
     said = record("runs/edit-photo")
     looks = 2 * 3  # three prompts at both rungs, for the places where they differ
-    assert said["denoiser_evaluations"] == said["of_them_for_the_inversion"] + looks + 2 * 5 == 18
+    assert said["nfe"] == said["nfe_of_inversion"] + looks + 2 * 5 == 18
     assert said["reconstruction_psnr_db"] == said["autoencoder_psnr_db"]
     assert [one["prompt"] for one in said["edits"]] == ["a dog in the snow", "a red cat in the snow"]
     assert said["edits"][0]["psnr_db"] > 0 and "seconds" in said and "peak_memory_mb" in said
@@ -85,10 +85,10 @@ def test_an_edit_is_repeated_exactly_and_only_with_the_same_picture(
 def test_an_inversion_serves_any_number_of_edits(edit: Edit, capsys: pytest.CaptureFixture[str]) -> None:
     assert edit("invert", "photo.png", "--prompt", "a cat in the snow", "--check") == 0
     err = capsys.readouterr().err
-    assert "The autoencoder alone gives the picture back" in err and "guidance 1:" in err
+    assert "The autoencoder alone" in err and "guidance 1:" in err
     file = ("--inversion", "photo.safetensors")
     assert edit("invert-and-replace", *file, "--target", "a dog in the snow", "--out", "a") == 0
-    assert record("a")["of_them_for_the_inversion"] == 2
+    assert record("a")["nfe_of_inversion"] == 2
     assert not Path("a/inversion.safetensors").exists()
     assert edit("remove", *file, "--remove", "cat", "--out", "b") == 0
     assert edit("compose", *file, "--toward", "a red cat=2", "--away", "snow=1", "--out", "c") == 0
@@ -211,7 +211,7 @@ def test_a_dry_run_prints_what_becomes_of_the_words_and_writes_nothing(
 ) -> None:
     assert edit("invert-and-replace", *WORDS, "--dry-run") == 0
     out = capsys.readouterr().out
-    assert "replaced" in out and "where the model sees the two prompts differently" in out
+    assert "replaced" in out and "predicts the two prompts differently" in out
     assert [path.name for path in Path().iterdir()] == ["photo.png"]
 
 
@@ -234,7 +234,7 @@ def test_a_dry_run_prints_what_becomes_of_the_words_and_writes_nothing(
         (("invert-and-replace", "photo.png", *WORDS, "--blend", "snwo"), "Did you mean “snow”"),
         (
             ("invert-and-replace", "photo.png", *WORDS, "--mask", "wide.png"),
-            "20 × 10 pixels and the picture 64 × 64",
+            "20 × 10 pixels",
         ),
         (("invert-and-replace", "photo.png", *WORDS, "--inversion", "x"), "both given"),
         (("invert-and-replace", "--inversion", "x", "--target", "a"), "x does not exist"),
@@ -273,6 +273,33 @@ def test_mistakes_are_answered_in_a_sentence_and_leave_nothing(
     err = capsys.readouterr().err.strip().splitlines()
     assert err[-1].startswith("Error: ") and complaint in err[-1], err
     assert sorted(Path().rglob("*")) == before
+
+
+def test_every_image_is_read_once_and_the_model_opened_once(
+    edit: Edit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from backbone.media.decode import open_rgb
+
+    read: list[str] = []
+    opened: list[str] = []
+    open_model = Backbone.open
+
+    def reading(path: str | Path) -> Image.Image:
+        read.append(str(path))
+        return open_rgb(path)
+
+    def opening(model: str, **how: Any) -> Backbone:
+        opened.append(model)
+        return open_model(model, **how)
+
+    monkeypatch.setattr("edit.pictures.open_rgb", reading)
+    monkeypatch.setattr(Backbone, "open", opening)
+    left_half().save("mask.png")
+    assert edit("sdedit", "photo.png", "--prompt", "a dog", "--mask", "mask.png", "--out", "one") == 0
+    assert (read, len(opened)) == (["photo.png", "mask.png"], 1)
+    assert edit("replay", "one", "--out", "two") == 0
+    assert (read[2:], len(opened)) == (["photo.png", "mask.png"], 2)
+    assert record("one")["files"].keys() == {"photo.png", "mask.png"}
 
 
 def test_what_options_say() -> None:

@@ -14,15 +14,15 @@ from backbone.adapters.lora import activate_adapters, add_lora, lora_parameters
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from edit.attention.alignment import align, read_prompt
-from edit.inversion.inversion import Inversion, Method, invert, replayed
-from edit.methods.prompt_to_prompt.edit import Edited, replace
-from edit.methods.prompt_to_prompt.regions import only_colours, told_apart
-from edit.methods.prompt_to_prompt.settings import PRESETS
+from edit.inversion.inversion import Inversion, Method, invert, reconstruct
+from edit.methods.prompt_to_prompt.regions import only_colours, prompts_to_compare
+from edit.methods.prompt_to_prompt.replace import replace
+from edit.methods.prompt_to_prompt.settings import PRESETS, ReplaceSettings
 from tests.edit.models import PATHS, photo, tiny_on
 
 SOURCE, TARGET = "a cat in the snow", "a dog in the snow"
 STEPS = 5
-EVERYWHERE: dict[str, Any] = {"blend": ()}
+EVERYWHERE = ReplaceSettings(blend=())
 
 paths = pytest.mark.parametrize("path", PATHS, ids=lambda path: "-".join(map(str, path)))
 
@@ -47,16 +47,17 @@ def test_the_source_row_is_the_trajectory_at_any_guidance(tiny_folder: Any, path
     model = tiny_on(tiny_folder, *path)
     inversion = invert(model, photo(), SOURCE, steps=STEPS)
     for guidance in (1.0, 7.5):
-        edited = replace(inversion, TARGET, guidance=guidance, **EVERYWHERE)
-        assert torch.equal(edited.path[:, 0], inversion.states)
-        assert torch.equal(edited.source, inversion.clean)
+        edited = replace(inversion, TARGET, ReplaceSettings(guidance=guidance, blend=()))
+        assert edited.trajectory is not None
+        assert torch.equal(edited.trajectory[:, 0], inversion.states)
+        assert torch.equal(edited.source_latent, inversion.clean)
 
 
 @pytest.mark.parametrize("method", ["renoise", "edit-friendly", "reversible"])
 def test_other_exact_methods_overwrite_the_source_row_too(tiny: Backbone, method: Method) -> None:
     inversion = invert(tiny, photo(), SOURCE, steps=STEPS, method=method)
-    edited = replace(inversion, TARGET, **EVERYWHERE)
-    assert torch.equal(edited.source, inversion.clean)
+    edited = replace(inversion, TARGET, EVERYWHERE)
+    assert torch.equal(edited.source_latent, inversion.clean)
 
 
 def test_a_guided_target_does_not_swing_away_from_a_reversible_trajectory(tiny: Backbone) -> None:
@@ -65,7 +66,9 @@ def test_a_guided_target_does_not_swing_away_from_a_reversible_trajectory(tiny: 
     methods: tuple[Method, ...] = ("direct", "reversible")
     for method in methods:
         inversion = invert(tiny, photo(), SOURCE, steps=30, method=method)
-        edited = replace(inversion, TARGET, guidance=15.0, cross=0.0, self_attention=0.0, **EVERYWHERE)
+        edited = replace(
+            inversion, TARGET, ReplaceSettings(guidance=15.0, cross=0.0, self_attention=0.0, blend=())
+        )
         size[method] = float(deviation(edited.latents[0], inversion.clean))
     assert size["reversible"] < 1.5 * size["direct"]
 
@@ -74,14 +77,16 @@ def test_a_guided_target_does_not_swing_away_from_a_reversible_trajectory(tiny: 
 def test_methods_that_walk_arrive_where_their_replay_does(tiny: Backbone, method: Method) -> None:
     inversion = invert(tiny, photo(), SOURCE, steps=3, method=method, guidance=3.0, iterations=1)
     wishes: dict[str, Any] = {} if method == "null-text" else {"guidance": 3.0}
-    edited = replace(inversion, TARGET, **wishes, **EVERYWHERE)
-    assert deviation(edited.source, replayed(inversion, guidance=3.0)) < 1e-4
+    edited = replace(inversion, TARGET, ReplaceSettings(**wishes, blend=()))
+    assert deviation(edited.source_latent, reconstruct(inversion, guidance=3.0)) < 1e-4
 
 
 def test_an_edit_that_changes_no_word_is_the_guided_walk(inversion: Inversion) -> None:
     """The check that can fail: nothing is overwritten in the target's row."""
-    edited = replace(inversion, SOURCE, guidance=7.5, cross=0.0, self_attention=0.0, **EVERYWHERE)
-    assert deviation(edited.latents[0], replayed(inversion, guidance=7.5)) < 1e-4
+    edited = replace(
+        inversion, SOURCE, ReplaceSettings(guidance=7.5, cross=0.0, self_attention=0.0, blend=())
+    )
+    assert deviation(edited.latents[0], reconstruct(inversion, guidance=7.5)) < 1e-4
     assert deviation(edited.latents[0], inversion.clean) > 1e-2
 
 
@@ -89,16 +94,18 @@ def test_attention_of_a_source_that_says_the_same_changes_nothing_unguided(inver
     """At first: later the two rows stand elsewhere, since the source's is put back on its trajectory."""
 
     def first(share: float) -> Tensor:
-        wishes = {"guidance": 1.0, "cross": share, "self_attention": share, **EVERYWHERE}
-        return replace(inversion, SOURCE, **wishes).path[1, 1]
+        settings = ReplaceSettings(guidance=1.0, cross=share, self_attention=share, blend=())
+        trajectory = replace(inversion, SOURCE, settings).trajectory
+        assert trajectory is not None
+        return trajectory[1, 1]
 
     assert deviation(first(1.0), first(0.0)) < 1e-5
 
 
 def test_the_words_change_the_picture_and_windows_say_how_much(inversion: Inversion) -> None:
     def latent(cross: float, self_attention: float) -> Tensor:
-        wishes = {"cross": cross, "self_attention": self_attention, **EVERYWHERE}
-        return replace(inversion, TARGET, **wishes).latents[0]
+        settings = ReplaceSettings(cross=cross, self_attention=self_attention, blend=())
+        return replace(inversion, TARGET, settings).latents[0]
 
     assert deviation(latent(1.0, 1.0), latent(0.0, 0.0)) > 1e-3
     assert deviation(latent(1.0, 0.0), latent(0.0, 0.0)) > 1e-4
@@ -109,19 +116,17 @@ def test_several_targets_are_each_what_they_are_alone(inversion: Inversion) -> N
     together = replace(inversion, targets)
     for n, target in enumerate(targets):
         assert deviation(together.latents[n], replace(inversion, target).latents[0]) < 1e-4
-    assert len(together.pictures) == 2
+    assert len(together.images) == 2
 
 
 @pytest.mark.parametrize("targets", [1, 3])
 def test_an_edit_asks_for_one_row_and_two_for_each_target(tiny: Backbone, targets: int) -> None:
     inversion = invert(tiny, photo(), SOURCE, steps=10)
-    edited = replace(inversion, [TARGET] * targets, cross=0.8, self_attention=0.4, **EVERYWHERE)
-    assert inversion.evaluations == 10
-    assert edited.evaluations == 8 * (1 + 2 * targets) + 2 * 2 * targets, (
-        "no source row once no window is open"
-    )
-    unguided = replace(inversion, [TARGET] * targets, guidance=1.0, cross=0.8, **EVERYWHERE)
-    assert unguided.evaluations == 8 * (1 + targets) + 2 * targets
+    edited = replace(inversion, [TARGET] * targets, ReplaceSettings(cross=0.8, self_attention=0.4, blend=()))
+    assert inversion.nfe == 10
+    assert edited.nfe == 8 * (1 + 2 * targets) + 2 * 2 * targets, "no source row once no window is open"
+    unguided = replace(inversion, [TARGET] * targets, ReplaceSettings(guidance=1.0, cross=0.8, blend=()))
+    assert unguided.nfe == 8 * (1 + targets) + 2 * targets
 
 
 def test_a_model_says_until_when_the_sources_attention_is_taken_unless_it_is_asked_for(
@@ -129,8 +134,8 @@ def test_a_model_says_until_when_the_sources_attention_is_taken_unless_it_is_ask
 ) -> None:
     inversion = invert(tiny, photo(), SOURCE, steps=10)
     tiny.__dict__["defaults"] = {**tiny.defaults, "edit": {"cross": 0.0, "self_attention": 0.2}}
-    assert replace(inversion, TARGET, **EVERYWHERE).evaluations == 2 * 3 + 8 * 2
-    assert replace(inversion, TARGET, cross=0.5, **EVERYWHERE).evaluations == 5 * 3 + 5 * 2
+    assert replace(inversion, TARGET, EVERYWHERE).nfe == 2 * 3 + 8 * 2
+    assert replace(inversion, TARGET, ReplaceSettings(cross=0.5, blend=())).nfe == 5 * 3 + 5 * 2
 
 
 def test_a_target_of_another_colour_alone_may_keep_the_source_s_layout_for_longer(tiny: Backbone) -> None:
@@ -138,14 +143,14 @@ def test_a_target_of_another_colour_alone_may_keep_the_source_s_layout_for_longe
     coloured = SOURCE.replace("cat", "red cat")
     shares = {"cross": 0.0, "self_attention": 0.2, "colour_self_attention": 0.5}
     tiny.__dict__["defaults"] = {**tiny.defaults, "edit": shares}
-    both = replace(inversion, [coloured, TARGET], **EVERYWHERE)
-    assert both.evaluations == 5 * 5 + 5 * 4
+    both = replace(inversion, [coloured, TARGET], EVERYWHERE)
+    assert both.nfe == 5 * 5 + 5 * 4
     for number, target in enumerate([coloured, TARGET]):
-        alone = replace(inversion, target, **EVERYWHERE)
-        assert alone.evaluations == (5 * 3 + 5 * 2, 2 * 3 + 8 * 2)[number]
+        alone = replace(inversion, target, EVERYWHERE)
+        assert alone.nfe == (5 * 3 + 5 * 2, 2 * 3 + 8 * 2)[number]
         assert deviation(alone.latents[0], both.latents[number]) < 1e-4
-    asked = replace(inversion, coloured, self_attention=0.2, **EVERYWHERE)
-    assert asked.evaluations == 2 * 3 + 8 * 2
+    asked = replace(inversion, coloured, ReplaceSettings(self_attention=0.2, blend=()))
+    assert asked.nfe == 2 * 3 + 8 * 2
 
 
 @pytest.mark.parametrize(
@@ -165,7 +170,7 @@ def test_a_target_says_nothing_but_colours_otherwise(source: str, target: str, a
 
 
 def test_outside_the_mask_the_latent_is_the_pictures_own(inversion: Inversion) -> None:
-    edited = replace(inversion, TARGET, mask=left_half(), **EVERYWHERE)
+    edited = replace(inversion, TARGET, ReplaceSettings(mask=left_half(), blend=()))
     assert edited.masks is not None and edited.masks[0].mean() == 0.5
     assert torch.equal(edited.latents[0][..., 4:], inversion.clean[..., 4:])
     assert deviation(edited.latents[0][..., :4], inversion.clean[..., :4]) > 1e-3
@@ -175,7 +180,7 @@ def test_outside_the_mask_the_latent_is_the_pictures_own(inversion: Inversion) -
 def test_outside_the_places_of_words_the_latent_is_the_pictures_own(
     inversion: Inversion, blend: str, threshold: float
 ) -> None:
-    edited = replace(inversion, TARGET, blend=(blend,), threshold=threshold)
+    edited = replace(inversion, TARGET, ReplaceSettings(blend=(blend,), threshold=threshold))
     assert edited.masks is not None
     kept = edited.masks[0] == 0
     assert 0 < kept.sum() < kept.numel()
@@ -184,7 +189,7 @@ def test_outside_the_places_of_words_the_latent_is_the_pictures_own(
 
 def test_words_to_keep_and_a_mask_narrow_the_place(inversion: Inversion) -> None:
     def mask(**wishes: Any) -> Tensor:
-        found = replace(inversion, TARGET, **wishes).masks
+        found = replace(inversion, TARGET, ReplaceSettings(**wishes)).masks
         assert found is not None
         return found[0]
 
@@ -222,17 +227,17 @@ def test_an_edit_happens_where_the_prompts_differ_unless_that_says_how_it_is_dra
 ) -> None:
     tokenizer = tiny.text_encoder.tokenizer
     alignment = align(read_prompt(tokenizer, source), read_prompt(tokenizer, target))
-    assert told_apart(alignment, weighted) == expected
+    assert prompts_to_compare(alignment, weighted) == expected
 
 
 def test_where_nothing_differs_nothing_changes_at_any_guidance(inversion: Inversion) -> None:
-    edited = replace(inversion, SOURCE, guidance=9.0)
+    edited = replace(inversion, SOURCE, ReplaceSettings(guidance=9.0))
     assert torch.equal(edited.latents[0], inversion.clean)
 
 
 def test_weights_reach_the_picture(inversion: Inversion) -> None:
     latents = [
-        replace(inversion, SOURCE, weights={"cat": weight}, cross=1.0, **EVERYWHERE).latents[0]
+        replace(inversion, SOURCE, ReplaceSettings(weights={"cat": weight}, cross=1.0, blend=())).latents[0]
         for weight in (1.0, 2.0, 4.0)
     ]
     assert 1e-5 < deviation(latents[1], latents[0]) < deviation(latents[2], latents[0])
@@ -240,13 +245,18 @@ def test_weights_reach_the_picture(inversion: Inversion) -> None:
 
 def test_strength_0_leaves_the_picture_and_less_strength_changes_less(tiny: Backbone) -> None:
     inversion = invert(tiny, photo(), SOURCE, steps=10)
-    latents = [replace(inversion, TARGET, strength=s, **EVERYWHERE).latents[0] for s in (0.0, 0.3, 1.0)]
+    latents = [
+        replace(inversion, TARGET, ReplaceSettings(strength=s, blend=())).latents[0] for s in (0.0, 0.3, 1.0)
+    ]
     assert torch.equal(latents[0], inversion.clean)
     assert deviation(latents[1], inversion.clean) < deviation(latents[2], inversion.clean)
 
 
 def test_heat_maps_are_read_and_change_nothing(inversion: Inversion) -> None:
-    plain, edited = replace(inversion, TARGET), replace(inversion, TARGET, heatmaps=("snow", "dog"))
+    plain, edited = (
+        replace(inversion, TARGET),
+        replace(inversion, TARGET, ReplaceSettings(heatmaps=("snow", "dog"))),
+    )
     assert edited.heatmaps["snow"].shape[0] == 2 and edited.heatmaps["snow"].ndim == 3
     assert not edited.heatmaps["dog"][0].any(), "the source does not say it"
     assert edited.heatmaps["dog"][1].any()
@@ -258,28 +268,28 @@ def test_heat_maps_are_read_and_change_nothing(inversion: Inversion) -> None:
 def test_presets_hold_the_picture_without_its_words(tiny: Backbone, preset: str, method: Method) -> None:
     """Even prompts that share no word; and they change what a plain guided walk gives."""
     inversion = invert(tiny, photo(), SOURCE, steps=STEPS, method=method)
-    edited = replace(inversion, "red", **PRESETS[preset])
-    plain = replace(inversion, "red", cross=0.0, self_attention=0.0, **EVERYWHERE)
+    edited = replace(inversion, "red", PRESETS[preset])
+    plain = replace(inversion, "red", ReplaceSettings(cross=0.0, self_attention=0.0, blend=()))
     assert deviation(edited.latents, plain.latents) > 1e-3
     assert edited.masks is None
 
 
 def test_a_picture_that_is_not_square_is_edited_in_its_own_shape(tiny: Backbone) -> None:
     inversion = invert(tiny, photo(120, 60), SOURCE, steps=3)
-    edited = replace(inversion, TARGET, heatmaps=("snow",))
-    assert edited.pictures[0].size == edited.reconstruction.size == (96, 48)
+    edited = replace(inversion, TARGET, ReplaceSettings(heatmaps=("snow",)))
+    assert edited.images[0].size == edited.reconstruction.size == (96, 48)
     assert edited.heatmaps["snow"].shape[-2] < edited.heatmaps["snow"].shape[-1]
 
 
 def test_a_lora_is_worn_through_inversion_and_edit(tiny: Backbone) -> None:
-    plain = replace(invert(tiny, photo(), SOURCE, steps=3), TARGET, **EVERYWHERE)
+    plain = replace(invert(tiny, photo(), SOURCE, steps=3), TARGET, EVERYWHERE)
     add_lora(tiny.denoiser, "subject", rank=2, alpha=4.0, targets=("to_q", "to_k", "to_v", "to_out.0"))
     for value in lora_parameters(tiny.denoiser, "subject").values():
         value.data = torch.randn(value.shape, generator=torch.Generator().manual_seed(1)) / 2
     activate_adapters(tiny.denoiser, ["subject"])
     inversion = invert(tiny, photo(), SOURCE, steps=3)
-    worn = replace(inversion, TARGET, **EVERYWHERE)
-    assert torch.equal(worn.source, inversion.clean)
+    worn = replace(inversion, TARGET, EVERYWHERE)
+    assert torch.equal(worn.source_latent, inversion.clean)
     assert deviation(worn.latents, plain.latents) > 1e-3
 
 
@@ -287,7 +297,7 @@ def test_the_model_is_as_before_after_an_edit_and_after_an_error(inversion: Inve
     denoiser = cast(Any, inversion.model.denoiser)
     processors, hooks = dict(denoiser.attn_processors), [m._forward_hooks for m in denoiser.modules()]
     weights = {name: value.clone() for name, value in denoiser.state_dict().items()}
-    replace(inversion, TARGET, **PRESETS["plug-and-play"])
+    replace(inversion, TARGET, PRESETS["plug-and-play"])
 
     def stop() -> None:
         raise RuntimeError
@@ -314,17 +324,17 @@ class Softmax(TorchDispatchMode):
 
 def test_a_whole_edit_materialises_no_attention_matrix(inversion: Inversion) -> None:
     inversion.model.text_encoder  # noqa: B018 (loaded, and prompts encoded, before the count begins)
-    replace(inversion, TARGET, **EVERYWHERE)
+    replace(inversion, TARGET, EVERYWHERE)
     with Softmax() as counted:
-        replace(inversion, TARGET, cross=0.6, weights={"dog": 2.0}, **EVERYWHERE)
+        replace(inversion, TARGET, ReplaceSettings(cross=0.6, weights={"dog": 2.0}, blend=()))
         replace(inversion, TARGET)
     assert counted.found == []
 
 
 def test_frames_show_the_way(inversion: Inversion) -> None:
-    edited: Edited = replace(inversion, [TARGET, SOURCE], frames=3)
-    assert edited.estimates.shape[:2] == (3, 2)
-    assert replace(inversion, TARGET).estimates.shape[0] == 0
+    edited = replace(inversion, [TARGET, SOURCE], ReplaceSettings(frames=3))
+    assert edited.estimates is not None and edited.estimates.shape[:2] == (3, 2)
+    assert replace(inversion, TARGET).estimates is None
 
 
 @pytest.mark.parametrize(
@@ -339,7 +349,7 @@ def test_frames_show_the_way(inversion: Inversion) -> None:
         (TARGET, {"cross": 1.5}, "between 0 and 1"),
         (TARGET, {"strength": -0.1}, "between 0 and 1"),
         (TARGET, {"guidance": -1.0}, "negative"),
-        (TARGET, {"mask": Image.new("L", (20, 10))}, "20 × 10 pixels and the picture 64 × 64"),
+        (TARGET, {"mask": Image.new("L", (20, 10))}, "20 × 10 pixels"),
         (TARGET, {"swaps": (("ship", "dog"),)}, "not in the prompt"),
         ([], {}, "no target"),
     ],
@@ -348,19 +358,19 @@ def test_mistakes_are_answered(
     inversion: Inversion, target: str, wishes: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(UserError, match=complaint):
-        replace(inversion, target, **wishes)
+        replace(inversion, target, ReplaceSettings(**wishes))
 
 
 def test_a_null_text_inversion_is_edited_with_its_own_guidance(tiny: Backbone) -> None:
     inversion = invert(tiny, photo(), SOURCE, method="null-text", steps=2, guidance=3.0, iterations=1)
-    assert replace(inversion, TARGET).guidance == 3.0
+    assert replace(inversion, TARGET).facts["guidance"] == 3.0
     with pytest.raises(UserError, match="made for guidance 3, not 5"):
-        replace(inversion, TARGET, guidance=5.0)
+        replace(inversion, TARGET, ReplaceSettings(guidance=5.0))
 
 
 def test_around_an_edit_the_picture_is_what_the_autoencoder_alone_makes_of_it(inversion: Inversion) -> None:
     """Half a latent beyond the mask and further, whatever the decoder makes of the edit."""
-    edited = replace(inversion, TARGET, mask=left_half(), guidance=9.0, **EVERYWHERE)
+    edited = replace(inversion, TARGET, ReplaceSettings(mask=left_half(), guidance=9.0, blend=()))
     alone, inside = inversion.model.decode(torch.cat([inversion.clean[None], edited.latents]))
     assert torch.equal(edited.decoded[0], alone)
     assert torch.equal(edited.decoded[1][..., 36:], alone[..., 36:])

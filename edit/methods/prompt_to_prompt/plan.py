@@ -1,0 +1,88 @@
+"""What attention control does at each step of an edit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from edit.attention.alignment import Alignment, steps_inside, token_weights, token_windows
+from edit.attention.control import Control, Cross, SelfAttention, cross_of
+from edit.methods.prompt_to_prompt.regions import only_colours
+from edit.methods.prompt_to_prompt.settings import ReplaceSettings
+
+
+@dataclass(frozen=True, eq=False)
+class ControlPlan:
+    """For each of S steps and N targets.
+
+    attention   what of the source's self-attention is taken
+    cross       [S], the targets' cross-attention; None where it is their own
+    controlled  [S, N], which targets have the source's self-attention
+    features    [S], whether the targets have the source's residual features
+    """
+
+    attention: SelfAttention
+    cross: Sequence[Cross | None]
+    controlled: Sequence[tuple[bool, ...]]
+    features: Sequence[bool]
+
+    def apply(self, control: Control, step: int) -> None:
+        """Sets what the processors read at a step."""
+        control.cross = self.cross[step]
+        control.controlled_targets = self.controlled[step]
+        control.self_attention = self.attention if any(self.controlled[step]) else "own"
+        control.features = "source" if self.features[step] else "own"
+
+    def last_step(self) -> int:
+        """The last step at which a target takes anything from the source; −1 if none does."""
+        taking = [
+            step
+            for step, parts in enumerate(
+                zip(self.cross, map(any, self.controlled), self.features, strict=True)
+            )
+            if any(parts)
+        ]
+        return max(taking, default=-1)
+
+
+def plan_control(
+    alignments: Sequence[Alignment], settings: ReplaceSettings, steps: int, device: torch.device
+) -> ControlPlan:
+    """The plan of S steps for the alignments of N targets; `settings` are resolved."""
+    controlled = []
+    for alignment in alignments:
+        until = settings.self_attention
+        if settings.colour_self_attention is not None and only_colours(alignment):
+            until = settings.colour_self_attention
+        assert until is not None, "settings are resolved"
+        window = (until, 1.0) if settings.attention == "contents" else (0.0, until)
+        controlled.append(steps_inside(steps, window).bool().tolist())
+    return ControlPlan(
+        attention=settings.attention,
+        cross=_cross_attention(alignments, settings, steps, device),
+        controlled=list(zip(*controlled, strict=True)),
+        features=steps_inside(steps, (0.0, settings.features)).bool().tolist(),
+    )
+
+
+def _cross_attention(
+    alignments: Sequence[Alignment], settings: ReplaceSettings, steps: int, device: torch.device
+) -> list[Cross | None]:
+    """[S]; equal steps share one."""
+    assert settings.cross is not None, "settings are resolved"
+    targets = [alignment.target for alignment in alignments]
+    # M [N, T_source, T_target], a and e [N, T_target], α [S, N, T_target]
+    mapping = torch.stack([alignment.mapping for alignment in alignments]).to(device)
+    from_source = torch.stack([alignment.from_source for alignment in alignments]).to(device)
+    weight = torch.stack([token_weights(target, settings.weights) for target in targets]).to(device)
+    default = (0.0, settings.cross)
+    window = torch.stack([token_windows(target, steps, default, settings.windows) for target in targets], 1)
+    planned: list[Cross | None] = []
+    for step in range(steps):
+        same = step > 0 and torch.equal(window[step], window[step - 1])
+        planned.append(
+            planned[-1] if same else cross_of(mapping, from_source, weight, window[step].to(device))
+        )
+    return planned

@@ -1,0 +1,211 @@
+"""Prompt-to-prompt over an inversion: several target prompts at once, in one batch with the source.
+
+    result = replace(inversion, ["a dog in a park", "a red cat in a park"], ReplaceSettings(blend=["cat"]))
+
+A step predicts the source with its prompt (one row) and every target with and without its own (two rows each); the
+targets' attention is made from the source's while their windows last (Hertz et al. 2022, algorithm 1). The source's row
+is then overwritten by the stored trajectory (`edit.inversion.inversion`), so its unconditional prediction is never
+needed, and once no window is open the row itself is left out: S steps with N targets take at most S·(1 + 2·N) NFE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backbone.diffusion.noise import Estimate
+from backbone.families.base import AttentionLayout, Text
+from backbone.io.console import UserError
+from backbone.models.cache import encode_prompts_cached
+from backbone.models.model import Backbone
+from edit.attention.alignment import Alignment, Span, align, require, tokenize_prompt
+from edit.attention.control import Control, Maps
+from edit.attention.install import control_attention
+from edit.attention.separate import features_of
+from edit.inversion.inversion import Inversion
+from edit.methods.prompt_to_prompt.plan import plan_control
+from edit.methods.prompt_to_prompt.regions import Regions
+from edit.methods.prompt_to_prompt.settings import AUTO, ReplaceSettings
+from edit.result import Result
+from edit.sampling import Frames, SourceAndTargets, refuse_negative, select
+
+
+@torch.no_grad()
+def replace(
+    inversion: Inversion,
+    targets: str | Sequence[str],
+    settings: ReplaceSettings | None = None,
+    *,
+    alignments: Sequence[Alignment] | None = None,
+    progress: Callable[[], Any] = lambda: None,
+) -> Result:
+    """Edits the image of an inversion towards one target prompt, or several at once, in the model's words.
+
+    `alignments` are those of `align_prompts`, if they are known already; `progress` is called after every step.
+
+    Raises `UserError` for prompts that share no words with the source's, words that no prompt has, a mask of another
+    size, and what the model cannot do.
+    """
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    model, steps = inversion.model, inversion.steps
+    settings = (settings or ReplaceSettings()).resolve(model)
+    check_supported(model, settings)
+    if alignments is None:
+        alignments = align_prompts(model, inversion.prompt, targets, settings)
+    first = inversion.start(settings.strength)
+    if settings.heatmaps and first == steps:
+        raise UserError(
+            "Nothing is sampled at this strength, so no attention can be read. Leave --heatmap out."
+        )
+    plan = plan_control(alignments, settings, steps, model.device)
+    regions = Regions(inversion, alignments, settings)
+    text = encode_prompts_cached(model, [inversion.prompt, *targets])
+    empty = _unconditional_text(inversion, settings, text)
+    guidance = _guidance(inversion, settings)
+    predict = SourceAndTargets(
+        model, text, source_guidance=guidance if _source_is_guided(inversion) else 1.0, guidance=guidance
+    )
+    # Every row begins at the state of the trajectory at that step
+    now = inversion.states[first][None].repeat_interleave(1 + len(targets), 0)
+    attention = model.family.attention(model.denoiser, text)
+    control = _control(settings, regions, attention)
+    maps = control.maps
+    # The source's row is needed as long as the targets take something from it, and until maps were read once
+    last_with_source = steps - 1
+    if inversion.overwrites:
+        read_once = -1 if maps is None else min(int(settings.blend_from * steps), steps - 1)
+        last_with_source = max(plan.last_step(), read_once)
+    # Where the targets may differ, as far as that is known before the first step
+    nfe = regions.compare_predictions(first)
+    masks = regions.masks(None)
+    trajectory, kept = [now], Frames(first, steps, settings.frames)
+    with ExitStack() as controlling:
+        controlling.enter_context(control_attention(model.denoiser, control, attention))
+        for step in range(first, steps):
+            with_source = step <= last_with_source
+            if not with_source:
+                controlling.close()  # from here on the denoiser attends as it always does
+            plan.apply(control, step)
+            estimate = predict(
+                now, inversion.schedule[step], inversion.unconditional(step, empty), with_source=with_source
+            )
+            now = _step(inversion, step, now, estimate)
+            if maps is not None and with_source:
+                # The maps are means over the steps so far, so the place of a word becomes clearer step by step
+                maps.settle()
+                if regions.named.any() and step >= settings.blend_from * steps:
+                    masks = regions.masks(maps)
+            if masks is not None:
+                now = _blend(now, masks)
+            trajectory.append(now)
+            kept.add(step, estimate.clean[-len(targets) :])
+            progress()
+    return Result(
+        model=model,
+        prompts=targets,
+        encoded=inversion.encoded,
+        latents=now[1:].float(),
+        nfe=nfe + predict.nfe,
+        masks=masks,
+        estimates=kept.stack(),
+        facts={"inversion_method": inversion.method, "guidance": guidance},
+        inversions=(inversion,),
+        trajectory=torch.stack(trajectory),
+        alignments=tuple(alignments),
+        heatmaps=regions.heatmaps(maps) if maps is not None and settings.heatmaps else {},
+    )
+
+
+def check_supported(model: Backbone, settings: ReplaceSettings) -> None:
+    """`UserError` for features of a model that has none, and for a negative prompt that has no prediction."""
+    if settings.features and features_of(model.denoiser) is None:
+        raise UserError(
+            f"plug-and-play takes the features of a UNet, and the denoiser of {model.location.name} is none. "
+            "Choose --control prompt-to-prompt or masactrl."
+        )
+    refuse_negative(model, settings.negative)
+
+
+def align_prompts(
+    model: Backbone, source: str, targets: Sequence[str], settings: ReplaceSettings
+) -> tuple[Alignment, ...]:
+    """The alignment of the source prompt with each target; `settings` are resolved.
+
+    Raises `UserError` without targets, for words that no prompt has, and for prompts that share none where it matters.
+    """
+    if not targets:
+        raise UserError("There is no target prompt. Say what the image should show.")
+    stretches = model.text_encoder.segments
+    first, *others = (tokenize_prompt(stretches, prompt) for prompt in (source, *targets))
+    for word in [*settings.weights, *settings.windows]:
+        require(others, word)
+    for word in [*(word for word in settings.blend if word != AUTO), *settings.keep, *settings.heatmaps]:
+        require([first, *others], word)
+    for old, new in settings.swaps:
+        require([first], old)
+        require(others, new)
+    if not settings.carries_words:  # nothing depends on which word became which: one span says as much
+        return tuple(Alignment(first, one, (Span("replaced", first.words, one.words),)) for one in others)
+    return tuple(
+        align(first, one, swaps=[swap for swap in settings.swaps if one.find(swap[1])]) for one in others
+    )
+
+
+# Helpers ----------------------------------------------------------------------------------------------------
+
+
+def _control(settings: ReplaceSettings, regions: Regions, attention: AttentionLayout) -> Control:
+    """Attention control before the first step, of the layers that `attention` has."""
+    maps = None
+    if regions.columns is not None:
+        maps = Maps(regions.columns.to(regions.device), regions.size, most=attention.max_map_queries)
+    return Control(
+        regions.count,
+        self_tokens=attention.max_map_queries,
+        layers=attention.detail_layers if settings.layers == "late" else ("",),
+        reach=settings.reach,
+        maps=maps,
+    )
+
+
+def _source_is_guided(inversion: Inversion) -> bool:
+    """Whether the source's row is sampled with guidance that changes it (guided by its own prompt it is not)."""
+    return not inversion.overwrites and inversion.method != "negative-prompt"
+
+
+def _guidance(inversion: Inversion, settings: ReplaceSettings) -> float:
+    """The targets' guidance: what was asked for, else what the inversion was made for, else the model's usual one."""
+    made_for, asked = inversion.guidance, settings.guidance
+    if made_for is not None and asked is not None and asked != made_for:
+        raise UserError(
+            f"This null-text inversion was made for guidance {made_for:g}, not {asked:g}. "
+            f"Leave --guidance out, or invert again with it."
+        )
+    usual = float(inversion.model.defaults["guidance"]) if made_for is None else made_for
+    return usual if asked is None else asked
+
+
+def _unconditional_text(inversion: Inversion, settings: ReplaceSettings, text: Text) -> Text:
+    """The encoded prompt [1, ...] of unconditional rows: the negative one; by negative-prompt inversion the source."""
+    if inversion.method == "negative-prompt":
+        return {name: value[:1] for name, value in text.items()}
+    return encode_prompts_cached(inversion.model, [settings.negative])
+
+
+def _step(inversion: Inversion, step: int, now: Tensor, estimate: Estimate) -> Tensor:
+    """The next states [1 + N, ...]: the source's from the trajectory, or sampled as the targets are."""
+    if not inversion.overwrites:
+        return inversion.step_targets(step, now, estimate)
+    targets = now[1:]
+    there = inversion.step_targets(step, targets, select(estimate, slice(-len(targets), None)))
+    return torch.cat([inversion.states[step + 1][None].to(there), there])
+
+
+def _blend(now: Tensor, masks: Tensor) -> Tensor:
+    """Local blend (Hertz et al. 2022, section 3.2): outside its mask [N, H, W] a target is the source [1 + N, ...]."""
+    inside = masks.to(now).reshape(len(masks), *[1] * (now.ndim - 3), *masks.shape[1:])
+    return torch.cat([now[:1], now[:1] + inside * (now[1:] - now[:1])])

@@ -1,0 +1,111 @@
+"""What every method gives back."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from backbone.media.sheet import Cell, draw_sheet
+from backbone.media.transforms import to_image
+from backbone.models.model import Backbone
+from edit.attention.alignment import Alignment
+from edit.inversion.inversion import Inversion
+from edit.masks import composite
+from edit.pictures import EncodedImage, side_by_side
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Result:
+    """N edits of an image. A notebook shows them beside it.
+
+    prompts      what each edit should show
+    encoded      the image and its latent
+    latents      the edits' [N, C, H, W]
+    nfe          number of function evaluations: samples that the denoiser evaluated, inversions not counted
+    masks        [N, H, W], 1 where each edit was allowed to differ in the end; None if everywhere
+    estimates    [F, N, C, H, W], what the edits were estimated to become, along the way; None if not asked for
+    facts        what else a method has to say for the record
+    inversions   from which the edits began
+    title        what was done, in a command's words
+
+    Of `edit.replace` alone:
+
+    trajectory   [S' + 1, 1 + N, C, H, W], the source's and the targets' states from where the edit began
+    alignments   of the source's prompt with each target
+    heatmaps     word → [1 + N, h, w], its share of each place's attention in the source and the targets
+    """
+
+    model: Backbone
+    prompts: tuple[str, ...]
+    encoded: EncodedImage
+    latents: Tensor
+    nfe: int
+    masks: Tensor | None = None
+    estimates: Tensor | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    inversions: tuple[Inversion, ...] = ()
+    title: str = ""
+    trajectory: Tensor | None = None
+    alignments: tuple[Alignment, ...] = ()
+    heatmaps: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def images(self) -> list[Image.Image]:
+        """The edits, in the order of the prompts."""
+        return [to_image(image) for image in self.decoded[1:]]
+
+    @property
+    def source(self) -> Image.Image:
+        """The image that was edited, as the autoencoder was shown it."""
+        return to_image(self.encoded.pixels)
+
+    @property
+    def reconstruction(self) -> Image.Image:
+        """What an edit that changes nothing gives."""
+        return to_image(self.decoded[0])
+
+    @property
+    def clean(self) -> Tensor:
+        """The image's latent [C, H, W]."""
+        return self.encoded.latent[0]
+
+    @property
+    def source_latent(self) -> Tensor:
+        """The latent of an edit that changes nothing [C, H, W]: `clean`, or where the source's row arrived."""
+        return self.clean if self.trajectory is None else self.trajectory[-1, 0].float()
+
+    @cached_property
+    def decoded(self) -> Tensor:
+        """The reconstruction and the edits [1 + N, 3, 8H, 8W] in −1…1, the edits where they were allowed to differ."""
+        source, *edits = self.model.decode(torch.cat([self.source_latent[None], self.latents]))
+        return torch.cat([source[None], composite(torch.stack(edits), source, self.masks)])
+
+    @cached_property
+    def autoencoded(self) -> Tensor:
+        """What the autoencoder alone makes of the image [3, 8H, 8W]: the bound of every reconstruction."""
+        if torch.equal(self.source_latent, self.clean):
+            return self.decoded[0]
+        return self.model.decode(self.clean[None])[0]
+
+    def frames(self) -> list[Image.Image]:
+        """The film: what the edits were estimated to become, side by side."""
+        rows = [] if self.estimates is None else list(self.estimates)
+        return [side_by_side([to_image(image) for image in self.model.decode(row)]) for row in rows]
+
+    def __repr__(self) -> str:
+        width, height = self.source.size
+        prompts = ", ".join(map(repr, self.prompts))
+        return f"Result({prompts}; {width} × {height}, NFE {self.nfe})"
+
+    def _repr_png_(self) -> bytes:
+        cells = [Cell(image, prompt) for image, prompt in zip(self.images, self.prompts, strict=True)]
+        buffer = io.BytesIO()
+        draw_sheet([[Cell(self.source, "source"), *cells]], title=self.title).save(buffer, "PNG")
+        return buffer.getvalue()

@@ -1,0 +1,198 @@
+"""What each command does: a function of a model and JSON-able wishes to a `Result`, its prompts as they were typed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from PIL import Image
+
+from backbone.io.console import UserError, notify, progress
+from edit import checks
+from edit.methods.compose import compose
+from edit.methods.flow_edit import flow_edit
+from edit.methods.interpolate import interpolate
+from edit.methods.prompt_to_prompt.replace import align_prompts, check_supported
+from edit.methods.prompt_to_prompt.replace import replace as replace_words
+from edit.methods.remove import remove, without
+from edit.methods.sdedit import sdedit
+from edit.pictures import ImageLike
+from edit.result import Result
+from edit.run.open import FRAMES, START, ModelWithConcepts, Start, pick, replace_settings
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command by its parts.
+
+    run         (model, wishes …) → result; with `from_start` (model, start, other wishes …)
+    compared    whether it says something to measure the edits against the image
+    frames      of its film
+    """
+
+    run: Callable[..., Result]
+    from_start: bool = False
+    compared: bool = True
+    frames: Callable[[Result], Sequence[Image.Image]] = Result.frames
+
+    def __call__(self, loaded: ModelWithConcepts, wishes: Mapping[str, Any]) -> Result:
+        """Runs it; `TypeError` for wishes that it does not know."""
+        if not self.from_start:
+            return self.run(loaded, **wishes)
+        rest = {name: value for name, value in wishes.items() if name not in START}
+        return self.run(loaded, Start(**pick(wishes, START)), **rest)
+
+
+def run_replace(
+    loaded: ModelWithConcepts, start: Start, *, targets: Sequence[str], **settings: Any
+) -> Result:
+    """`edit invert-and-replace`; `settings` are those of `replace_settings`."""
+    targets = checks.prompts(targets, "target prompt")
+    resolved = [loaded.resolve(target) for target in targets]
+    asked = replace_settings(loaded, **settings)
+    check_supported(loaded.model, asked)
+    # A mistake in the words is found before an inversion is made
+    inversion = None if start.inversion is None else start.open(loaded)
+    if inversion is None:
+        prompt = loaded.resolve(checks.prompt(start.source or "", "source prompt"))
+    else:
+        prompt = inversion.prompt
+    alignments = align_prompts(loaded.model, prompt, resolved, asked)
+    if inversion is None:
+        inversion = start.open(loaded, guidance=asked.guidance)
+    for target, alignment in zip(targets, alignments, strict=True):
+        notify(f"→ {target}\n{alignment}" if len(targets) > 1 else str(alignment))
+    with progress(inversion.steps - inversion.start(asked.strength), "editing") as bar:
+        result = replace_words(inversion, resolved, asked, alignments=alignments, progress=bar.advance)
+    return replace(result, prompts=targets, title=start.source or inversion.prompt)
+
+
+def run_sdedit(
+    loaded: ModelWithConcepts,
+    *,
+    image: ImageLike,
+    prompt: str,
+    strength: float = 0.6,
+    steps: int = 50,
+    **settings: Any,
+) -> Result:
+    """`edit sdedit`."""
+    with progress(int(steps * checks.share("strength", strength)), "sampling") as bar:
+        result = sdedit(
+            loaded.model, image, loaded.resolve(prompt), strength=strength, steps=steps, progress=bar.advance,
+            **_settings(loaded, **settings),
+        )  # fmt: skip
+    return replace(
+        result, prompts=(prompt,) * len(result.prompts), title=f"SDEdit: {prompt}, strength {strength:g}"
+    )
+
+
+def run_flow_edit(
+    loaded: ModelWithConcepts,
+    *,
+    image: ImageLike,
+    source: str,
+    targets: Sequence[str],
+    strength: float = 0.66,
+    steps: int = 50,
+    **settings: Any,
+) -> Result:
+    """`edit flow-edit`."""
+    with progress(int(steps * checks.share("strength", strength)), "editing") as bar:
+        result = flow_edit(
+            loaded.model, image, loaded.resolve(source), [loaded.resolve(target) for target in targets],
+            strength=strength, steps=steps, progress=bar.advance, **_settings(loaded, **settings),
+        )  # fmt: skip
+    return replace(result, prompts=tuple(targets), title=f"FlowEdit: {source}")
+
+
+def run_remove(
+    loaded: ModelWithConcepts,
+    start: Start,
+    *,
+    word: str = "",
+    prompt: str | None = None,
+    mask: ImageLike | None = None,
+    strength: float = 1.0,
+    **settings: Any,
+) -> Result:
+    """`edit remove`."""
+    if not word.strip() and mask is None:
+        raise UserError("Neither a word to remove nor a mask is given. Say --remove WORD, or --mask PNG.")
+    inversion = start.open(loaded)
+    with progress(inversion.steps - inversion.start(checks.share("strength", strength)), "removing") as bar:
+        result = remove(
+            inversion, loaded.resolve(word), prompt=None if prompt is None else loaded.resolve(prompt), mask=mask,
+            strength=strength, seed=start.seed, progress=bar.advance, **_settings(loaded, **settings),
+        )  # fmt: skip
+    source = start.source or inversion.prompt
+    seen = without(source, word) if prompt is None else prompt
+    title = f"without {word or 'what the mask covers'}: {source}"
+    return replace(result, prompts=(seen,) * len(result.prompts), title=title)
+
+
+def run_compose(
+    loaded: ModelWithConcepts,
+    start: Start,
+    *,
+    toward: Sequence[Sequence[Any]],
+    strength: float = 0.7,
+    **settings: Any,
+) -> Result:
+    """`edit compose`."""
+    weighted = [(str(prompt), float(weight)) for prompt, weight in toward]
+    resolved = [(loaded.resolve(prompt), weight) for prompt, weight in weighted]
+    inversion = start.open(loaded)
+    with progress(inversion.steps - inversion.start(checks.share("strength", strength)), "composing") as bar:
+        result = compose(
+            inversion, resolved, strength=strength, progress=bar.advance, **_settings(loaded, **settings)
+        )
+    caption = ", ".join(f"{prompt} × {weight:g}" for prompt, weight in weighted)
+    return replace(result, prompts=(caption,), title=f"composed: {caption}")
+
+
+def run_interpolate(
+    loaded: ModelWithConcepts,
+    *,
+    first: ImageLike,
+    second: ImageLike,
+    first_prompt: str,
+    second_prompt: str,
+    count: int = 7,
+    **starting: Any,
+) -> Result:
+    """`edit interpolate`."""
+    ends = [
+        Start(image, prompt, **starting).open(loaded)
+        for image, prompt in ((first, first_prompt), (second, second_prompt))
+    ]
+    with progress(ends[0].steps, "interpolating") as bar:
+        result = interpolate(ends[0], ends[1], count=count, progress=bar.advance)
+    prompts = (first_prompt, *result.prompts[1:-1], second_prompt)
+    return replace(result, prompts=prompts, title=f"from {first_prompt} to {second_prompt}")
+
+
+def there_and_back(result: Result) -> list[Image.Image]:
+    """A film of the images themselves, in a loop."""
+    images = result.images
+    return [*images, *images[-2:0:-1]]
+
+
+COMMANDS: Mapping[str, Command] = {
+    "invert-and-replace": Command(run_replace, from_start=True),
+    "sdedit": Command(run_sdedit),
+    "flow-edit": Command(run_flow_edit),
+    "remove": Command(run_remove, from_start=True),
+    "compose": Command(run_compose, from_start=True),
+    "interpolate": Command(run_interpolate, compared=False, frames=there_and_back),
+}
+
+
+def _settings(
+    loaded: ModelWithConcepts, *, film: bool = False, negative: str | None = None, **settings: Any
+) -> dict[str, Any]:
+    """A method's own settings from a command's."""
+    if negative is not None:
+        settings["negative"] = loaded.resolve(negative)
+    return {**settings, "frames": FRAMES if film else 0}

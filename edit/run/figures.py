@@ -1,0 +1,66 @@
+"""What can be measured of a result: its cost, its exactness, and each edit beside the image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backbone.evaluation import image_metrics
+from backbone.evaluation.clip import Scorer, load_scorer
+from backbone.io.run_folder import peak_memory
+from backbone.media.transforms import mask_to_tensor, to_tensor
+from backbone.models.model import Backbone
+from edit.masks import mask_to_image
+from edit.result import Result
+
+Figures = dict[str, float | None]
+
+
+def figures_of_run(result: Result) -> dict[str, Any]:
+    """NFE, and how well the image is reconstructed beside the autoencoder's bound."""
+    own = {"autoencoder_psnr_db": image_metrics.psnr(result.encoded.pixels, result.autoencoded)}
+    if result.trajectory is not None:
+        own = {"reconstruction_psnr_db": image_metrics.psnr(result.encoded.pixels, result.decoded[0]), **own}
+    if not result.inversions:
+        return {"nfe": result.nfe, **own}
+    inverting = sum(inversion.nfe for inversion in result.inversions)
+    steps = result.inversions[0].steps
+    return {"nfe": result.nfe + inverting, "nfe_of_inversion": inverting, "steps": steps, **own}
+
+
+def measure_edits(result: Result, scorer: Scorer | None) -> list[Figures]:
+    """The figures of every edit."""
+    source = result.source
+    masks = [None] * len(result.latents) if result.masks is None else list(result.masks)
+    return [
+        image_metrics.measure_edit(
+            to_tensor(source),
+            edit.cpu(),
+            changed=None if mask is None else mask_to_tensor(mask_to_image(mask, source.size))[0],
+            scorer=scorer,
+            target=prompt,
+        )
+        for edit, mask, prompt in zip(result.decoded[1:], masks, result.prompts, strict=True)
+    ]
+
+
+def find_scorer(model: Backbone, folder: str | None = None) -> Scorer | None:
+    """The scorer of a folder, or the model's own; None where there is neither."""
+    place = Path(folder) if folder else model.location.local("scorer")
+    return None if place is None else load_scorer(place)
+
+
+def reset_peak_memory() -> None:
+    """Begins to measure."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory_mb() -> float | None:
+    """The most memory that this process has had, in MB: on the GPU where there is one."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 1e6, 1)
+    most = peak_memory()
+    return None if most is None else round(most / 1e6, 1)

@@ -1,0 +1,154 @@
+"""What the methods share when they sample: the schedule, guidance and its cost, estimates kept along the way."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, guide
+from backbone.families.base import Text
+from backbone.io.console import UserError
+from backbone.models.cache import encode_prompts_cached
+from backbone.models.model import Backbone
+from edit import checks
+
+
+def schedule_of(model: Backbone, steps: int, latent: Tensor) -> Schedule:
+    """The model's schedule of S steps [S + 1] for a latent [..., H, W]; `UserError` if it has none of so many."""
+    try:
+        return model.schedule(steps, size=(latent.shape[-2], latent.shape[-1]))
+    except ValueError as error:
+        raise UserError(f"{model.location.name} cannot sample in {steps} steps: {error}") from error
+
+
+def evenly_spaced(first: int, last: int, count: int) -> set[int]:
+    """`count` of the steps from `first` to `last` − 1, evenly spaced."""
+    if count < 1 or last <= first:
+        return set()
+    return {first + round((last - 1 - first) * k / max(count - 1, 1)) for k in range(count)}
+
+
+class Frames:
+    """Keeps `count` of the estimates of the steps `first` to `last` − 1, evenly spaced: the frames of a film."""
+
+    def __init__(self, first: int, last: int, count: int) -> None:
+        self.steps = evenly_spaced(first, last, count)
+        self.kept: list[Tensor] = []
+
+    def add(self, step: int, clean: Tensor) -> None:
+        """Keeps the estimates x̂0 [N, ...] of a step if it is one of those."""
+        if step in self.steps:
+            self.kept.append(clean.float())
+
+    def stack(self) -> Tensor | None:
+        """[F, N, ...]; None if none were kept."""
+        return torch.stack(self.kept) if self.kept else None
+
+
+# Guidance ---------------------------------------------------------------------------------------------------
+
+
+def guidance_of(model: Backbone, guidance: float | None) -> float:
+    """The guidance scale, the model's usual one for None; `UserError` if it is negative."""
+    if guidance is None:
+        return float(model.defaults["guidance"])
+    return checks.not_negative("guidance", guidance)
+
+
+def is_guidance_distilled(model: Backbone) -> bool:
+    """Whether guidance is part of the network's conditioning, so that there is no unconditional prediction."""
+    return model.family.embed_guidance(model.denoiser, encode_prompts_cached(model, [""]), 1.0) is not None
+
+
+def refuse_negative(model: Backbone, negative: str) -> None:
+    """`UserError` for a negative prompt where the network is guidance-distilled."""
+    if negative and is_guidance_distilled(model):
+        raise UserError(
+            f"{model.location.name} is guidance-distilled: there is no prediction that could stay away from "
+            f"“{negative}”. Leave --negative out."
+        )
+
+
+def nfe_of(model: Backbone, text: Text, guidance: float) -> int:
+    """NFE of one guided prediction of one sample: two, or one where one is enough."""
+    return (
+        1 if guidance == 1 or model.family.embed_guidance(model.denoiser, text, guidance) is not None else 2
+    )
+
+
+def select(estimate: Estimate, rows: slice) -> Estimate:
+    """Some rows of a prediction."""
+    return Estimate(estimate.clean[rows], estimate.noise[rows])
+
+
+class CountNFE:
+    """A `Predict` that counts the samples that the denoiser evaluated."""
+
+    def __init__(self, predict: Predict) -> None:
+        self.predict = predict
+        self.nfe = 0
+
+    def __call__(self, noisy: Tensor, level: Level) -> Estimate:
+        self.nfe += len(noisy)
+        return self.predict(noisy, level)
+
+
+class SourceAndTargets:
+    """Predictions of a source and N targets in one batch, the source and the targets each with their own guidance.
+
+    The rows of a call are the source, the targets, then the unconditional rows of those whose guidance is not 1
+    (Ho & Salimans 2022). There are no unconditional rows where the network is guidance-distilled.
+    """
+
+    def __init__(self, model: Backbone, text: Text, *, source_guidance: float, guidance: float) -> None:
+        """`text` [1 + N, ...] are the encoded prompts, the source's first."""
+        self.model = model
+        self.text = text
+        self.source_guidance = source_guidance
+        self.guidance = guidance
+        self.nfe = 0
+        embedded = embed_guidance(model, text, source_guidance, guidance)
+        if embedded is not None:
+            self.text, self.source_guidance, self.guidance = embedded, 1.0, 1.0
+
+    def __call__(self, noisy: Tensor, level: Level, empty: Text, *, with_source: bool = True) -> Estimate:
+        """Guided predictions of states [1 + N, ...], the source's and the targets', or for the targets alone [N, ...].
+
+        `empty` [1, ...] is the encoded prompt of the unconditional rows.
+        """
+        first = 0 if with_source else 1
+        states, text = noisy[first:], {name: value[first:] for name, value in self.text.items()}
+        guidance = [self.source_guidance, *[self.guidance] * (len(noisy) - 1)][first:]
+        guided = [row for row, scale in enumerate(guidance) if scale != 1]
+        rows = states
+        if guided:
+            rows = torch.cat([states, states[guided]])
+            text = {
+                name: torch.cat([value, empty[name].expand(len(guided), *value.shape[1:])])
+                for name, value in text.items()
+            }
+        answer = self.model.predictor(text)(rows, level)
+        self.nfe += len(rows)
+        # Rows in their order: the source, guided by its own scale, then the targets, all of them or none
+        parts, unconditional = [], len(states)
+        groups = ([slice(0, 1)] if with_source else []) + [slice(1 - first, len(states))]
+        for group in groups:
+            part = select(answer, group)
+            size, scale = len(part.clean), guidance[group.start]
+            if scale != 1:
+                part = guide(part, select(answer, slice(unconditional, unconditional + size)), scale)
+                unconditional += size
+            parts.append(part)
+        return Estimate(torch.cat([one.clean for one in parts]), torch.cat([one.noise for one in parts]))
+
+
+def embed_guidance(model: Backbone, text: Text, source_guidance: float, guidance: float) -> Text | None:
+    """Prompts [1 + N, ...], the source's first, with their guidance, for a guidance-distilled network; else None."""
+    parts = []
+    for rows, scale in ((slice(0, 1), source_guidance), (slice(1, None), guidance)):
+        some = {name: value[rows] for name, value in text.items()}
+        embedded = model.family.embed_guidance(model.denoiser, some, scale)
+        if embedded is None:
+            return None
+        parts.append(embedded)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
