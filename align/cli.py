@@ -12,7 +12,7 @@ import typer
 from align.train import cli as train_cli
 from backbone.io import flags
 from backbone.io.commands import command_group, print_json
-from backbone.io.console import UserError, run, say, speaks
+from backbone.io.console import UserError, is_main_rank, notify, run_app
 from backbone.io.files import read_json
 from backbone.io.flags import option
 from backbone.io.prompts import Prompt, prompts_of
@@ -72,7 +72,7 @@ Port = Annotated[int, option("--port", min=0, max=65535, help="Of the page; 0: a
 
 def main() -> None:
     """The console script."""
-    run(app)
+    run_app(app)
 
 
 @app.command()
@@ -139,8 +139,8 @@ def sample(
         precision=precision or "auto",
     )
     whole = len(asked) * count
-    say(f"{whole} images of {len(asked)} prompts in {out} ({drawn} new). Next: align label {out}")
-    if as_json and speaks():
+    notify(f"{whole} images of {len(asked)} prompts in {out} ({drawn} new). Next: align label {out}")
+    if as_json and is_main_rank():
         print_json({"folder": out, "images": whole, "new": drawn, **read_json(out / SAMPLES)})
 
 
@@ -167,7 +167,7 @@ def label(
         serve(session, port=port)
         agreement, repeats = session.agreement
         said = f" You agreed with yourself on {agreement} of {repeats} repeats." if repeats else ""
-        say(
+        notify(
             f"{session.answered} of {len(session.pairs)} pairs have an answer.{said} Next: align train {folder}"
         )
 
@@ -222,7 +222,7 @@ def rank(
     count = rank_folder(
         folder, scorer, weights=weight or (), rules=cast(list[Rule], rules), margin=margin, agree=pareto
     )
-    say(f"{count} pairs of {len(prompts)} prompts by {', '.join(scorer)}. Next: align train {folder}")
+    notify(f"{count} pairs of {len(prompts)} prompts by {', '.join(scorer)}. Next: align train {folder}")
 
 
 @app.command()
@@ -255,8 +255,8 @@ def check(
 
         refuse_another_model(found, model, Backbone.open(model).fingerprint)
     learn, out = held_out(found.records, share=0.1, seed=0)
-    say(f"{found.source} holds {counted(found.records)}; {found.passed_over} more have no label.")
-    say(f"With --held-out 0.1 it would train on {counted(learn)} and hold out {counted(out)}.")
+    notify(f"{found.source} holds {counted(found.records)}; {found.passed_over} more have no label.")
+    notify(f"With --held-out 0.1 it would train on {counted(learn)} and hold out {counted(out)}.")
     if as_json:
         print_json(
             {
@@ -299,7 +299,7 @@ def export(
         raise UserError(f"{out} is the source itself. Choose another name.")
     found = check_pairs(read(source, user=user, limit=limit, split=split), skip_bad=skip_bad)
     write(found, out)
-    say(f"{counted(found.records)} in {out}.")
+    notify(f"{counted(found.records)} in {out}.")
 
 
 @app.command()
@@ -447,7 +447,7 @@ def compare(
     found = read_json(out / RESULT)
     if not as_json:
         typer.echo(summary(result))
-    say(f"{out}/report.html shows images side by side.")
+    notify(f"{out}/report.html shows images side by side.")
     if blind:
         from align.collect.label.server import serve
         from align.collect.label.session import Asked, Session, alone

@@ -47,10 +47,10 @@ from align.objectives.reference import CachedReference
 from align.pairs.read import read
 from align.pairs.records import Pair, check
 from align.settings import Settings
-from backbone.adapters.lora import adapters_off
+from backbone.adapters.lora import disable_adapters
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import generator
-from backbone.io.console import UserError, run, say
+from backbone.io.console import UserError, notify, run_app
 from backbone.io.files import write_json, write_text
 from backbone.models.model import Backbone
 from backbone.training.run import take_steps
@@ -94,7 +94,7 @@ def steps(
         training = ours(parts, batch)
         script = Script(parts, training, pictures)
         difference = parity(training)
-        say(
+        notify(
             f"parity: loss {difference.here:.3f} differs by {difference.loss:.1e}, "
             f"gradients by {difference.gradient:.1e} of their largest entry"
         )
@@ -103,7 +103,7 @@ def steps(
         for number in range(warm + 1):
             for kind in KINDS:
                 elapsed = timed(partial(one_step, kind, training, script), device, clock=CLOCKS_OF[clock])
-                say(f"{number}/{warm} {kind}: {elapsed:.2f} s")
+                notify(f"{number}/{warm} {kind}: {elapsed:.2f} s")
                 if number:
                     seconds[kind].append(elapsed)
             elapsed = timed(script.encode_once, device, clock=CLOCKS_OF[clock])
@@ -233,7 +233,7 @@ class Script:
         said = self.ask(batch)
         errors = (said - batch.target).square().mean((1, 2, 3))
         winner, loser = errors.chunk(2)
-        with torch.no_grad(), adapters_off(self.parts.model.denoiser):
+        with torch.no_grad(), disable_adapters(self.parts.model.denoiser):
             reference = (self.ask(batch) - batch.target).square().mean((1, 2, 3))
         reference_winner, reference_loser = reference.chunk(2)
         logits = (reference_winner - reference_loser) - (winner - loser)
@@ -420,4 +420,4 @@ def markdown(facts: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run(app)
+    run_app(app)

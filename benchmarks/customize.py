@@ -39,14 +39,14 @@ import typer
 from PIL import Image
 
 from backbone.adapters.concept import read_concept
-from backbone.evaluation.statistics import wilson
-from backbone.io.console import UserError, run, say
+from backbone.evaluation.statistics import wilson_interval
+from backbone.io.console import UserError, notify, run_app
 from backbone.io.files import read_json, write_json, write_text
-from backbone.media.sheet import GREEN, RED, Cell, in_rows, save_png, sheet
+from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png, split_rows
 from backbone.models.model import Backbone
-from backbone.world.concepts import TRAINING_PLACES, concept_pictures
-from backbone.world.render import font_path, render
-from backbone.world.words import article, vocabulary
+from backbone.world.concepts import TRAINING_PLACES, concept_scenes
+from backbone.world.render import find_font, render
+from backbone.world.words import choose_article, load_vocabulary
 from benchmarks.customize_script import spelled
 from benchmarks.judge import FACTS, FOLDER, Judge, Verdict, load_judge, shows, top
 from benchmarks.moji import per_cent
@@ -114,7 +114,7 @@ class Trial:
     @property
     def noun(self) -> str:
         """The noun of its class."""
-        return vocabulary().classes[self.concept]
+        return load_vocabulary().classes[self.concept]
 
 
 @dataclass(frozen=True)
@@ -177,14 +177,14 @@ def main(
         )
     if known:
         chosen = [trial for trial in chosen if finished(trial, out)]
-    font_path()
+    find_font()
     counts = dict.fromkeys(KINDS, others) | {"places": count}
     eye = load_judge(judge)
     results = []
     for trial in made(chosen, out, counts, model, script):
         results.append(judged(trial, out, eye))
         show(out, trial, eye)
-        say(f"{trial.name}: {', '.join(f'{k} {per_cent(t.share)}' for k, t in results[-1].after.items())}")
+        notify(f"{trial.name}: {', '.join(f'{k} {per_cent(t.share)}' for k, t in results[-1].after.items())}")
     results.sort(key=lambda result: chosen.index(result.trial))
     text = table(results) if asked == "concepts" else comparison(results)
     facts = {
@@ -201,7 +201,7 @@ def main(
 
 def trials(asked: Table, concepts: Sequence[str] | None, *, flags: str, seed: int) -> list[Trial]:
     """What a table is of. Raises `UserError` for a concept that the world has not."""
-    known = vocabulary().development_concepts
+    known = load_vocabulary().development_concepts
     usual = {"methods": SOME, "rates": ("peacock",), "script-rates": ("peacock",)}.get(asked, tuple(known))
     for concept in concepts or ():
         if concept not in known:
@@ -292,7 +292,7 @@ def train_by_script(trial: Trial, out: Path, model: str, script: Path | None) ->
     words = read_concept(out / "runs" / Trial(trial.concept, DEFAULT, "", trial.seed).name).tokens[TOKEN]
     backbone = Backbone.open(model, device="cpu")
     asked: dict[str, object] = {
-        "pretrained_model_name_or_path": backbone.location.place, "instance_data_dir": pictures_of(trial.concept, out),
+        "pretrained_model_name_or_path": backbone.location.source, "instance_data_dir": pictures_of(trial.concept, out),
         "instance_prompt": f"a {words} {trial.noun}", "class_data_dir": drawn, "class_prompt": f"a {trial.noun}",
         "num_class_images": CLASS_PICTURES, "output_dir": work, "seed": trial.seed,
         "resolution": backbone.resolution,
@@ -328,8 +328,8 @@ def finished(trial: Trial, out: Path) -> bool:
 def pictures_of(concept: str, out: Path) -> Path:
     """The folder of a concept's five training pictures."""
     folder = out / "pictures" / concept.replace(" ", "-")
-    number = list(vocabulary().development_concepts).index(concept)
-    for k, scene in enumerate(concept_pictures(concept, first_seed=1_900_000 + 10 * number)):
+    number = list(load_vocabulary().development_concepts).index(concept)
+    for k, scene in enumerate(concept_scenes(concept, first_seed=1_900_000 + 10 * number)):
         if not (folder / f"{k}.png").exists():
             save_png(folder / f"{k}.png", render(scene).image)
     return folder
@@ -337,7 +337,7 @@ def pictures_of(concept: str, out: Path) -> Path:
 
 def questions(kind: Kind, noun: str, called: str) -> list[Question]:
     """What is asked of each kind, about a thing that is called so; of the class under its own name."""
-    words = vocabulary()
+    words = load_vocabulary()
     places = [place for place in words.places if place not in TRAINING_PLACES]
     match kind:
         case "places":
@@ -352,7 +352,7 @@ def questions(kind: Kind, noun: str, called: str) -> list[Question]:
                 Question(f"{style} a {called} {places[k]}", style) for k, style in enumerate(words.styles)
             ]
         case "class":
-            return [Question(f"{article(noun)} {noun} {place}", noun) for place in places]
+            return [Question(f"{choose_article(noun)} {noun} {place}", noun) for place in places]
 
 
 def after(trial: Trial, kind: Kind, out: Path) -> Path:
@@ -442,7 +442,8 @@ def show(out: Path, trial: Trial, judge: Judge) -> None:
     note = "Asked: seen. Green: the judge sees the concept's glyph (the class's noun at the end) and what was asked."
     title = f"{trial.concept}, {trial.method}"
     save_png(
-        out / "sheets" / f"{trial.name}.png", sheet(in_rows(cells, 11), title=title, note=note, cell=112)
+        out / "sheets" / f"{trial.name}.png",
+        draw_sheet(split_rows(cells, 11), title=title, note=note, cell=112),
     )
 
 
@@ -509,7 +510,7 @@ def table(results: Sequence[Result]) -> str:
         right, n = totals(found)
         before, of_before = totals(known)
         low, high = over_concepts([here / all_ for here, all_ in found])
-        _, *own = wilson(right, n)
+        _, *own = wilson_interval(right, n)
         lines.append(
             f"| {figure.name} | {per_cent(right / n)} | {interval(*own)} | {interval(low, high)} | {n} | "
             f"{per_cent(before / of_before) if of_before else '–'} |"
@@ -584,4 +585,4 @@ def interval(low: float, high: float) -> str:
 
 
 if __name__ == "__main__":
-    run(lambda: typer.run(main))
+    run_app(lambda: typer.run(main))

@@ -37,9 +37,9 @@ from PIL import Image
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from backbone.io.console import UserError, run, say
+from backbone.io.console import UserError, notify, run_app
 from backbone.io.files import write_bytes, write_json, write_text
-from backbone.media.pictures import read_folder
+from backbone.media.pictures import list_images
 from backbone.media.transforms import to_tensor
 from backbone.models.model import Backbone
 from backbone.training.run import take_steps
@@ -95,7 +95,7 @@ def compare(
                 flags += ["--script", str(script), *(["--prior"] if suffix else [])]
                 name = f"{who}{suffix}"
                 found[name] = said_by("benchmarks.customize_script", "side", who, model, folder, *flags)
-                say(f"{name}: {found[name]['seconds']:.3f} s a step, {found[name]['gib']:.2f} GiB")
+                notify(f"{name}: {found[name]['seconds']:.3f} s a step, {found[name]['gib']:.2f} GiB")
     command = f"python -m benchmarks.customize_script compare train_dreambooth_lora.py --shape {shape} --steps {steps}"
     facts = {
         "command": f"{command} --precision {precision} --clock {clock}", "shape": shape, "steps": steps,
@@ -144,7 +144,7 @@ def run_script(
     """The file itself."""
     backbone = Backbone.open(model, device="cpu")
     asked: dict[str, object] = {
-        "pretrained_model_name_or_path": backbone.location.place, "instance_data_dir": place / "subject",
+        "pretrained_model_name_or_path": backbone.location.source, "instance_data_dir": place / "subject",
         "instance_prompt": PROMPT, "output_dir": out, "resolution": backbone.resolution, "train_batch_size": 1,
         "rank": 4, "max_train_steps": steps, "seed": 0,
         "mixed_precision": "no" if precision == "fp32" else precision,
@@ -174,7 +174,7 @@ def run_restated(model: str, *, steps: int, precision: str, prior: bool) -> None
 def run_here(model: str, place: Path, out: Path, *, steps: int, precision: str, prior: bool) -> None:
     """What `customize train` does from the pictures to the file, but for drawing."""
     backbone = Backbone.open(model, device="cpu", precision=precision)
-    pictures = read_folder(str(place / "subject"))
+    pictures = list_images(str(place / "subject"))
     settings = replace(
         settings_for(1), steps=steps, prior="base" if prior else "off", prior_draws=DRAWS, model=model
     )
@@ -287,4 +287,4 @@ def markdown(facts: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run(app)
+    run_app(app)

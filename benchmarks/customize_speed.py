@@ -41,10 +41,10 @@ import typer
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from backbone.adapters.lora import adapters_off
+from backbone.adapters.lora import disable_adapters
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import generator
-from backbone.io.console import UserError, run, say
+from backbone.io.console import UserError, notify, run_app
 from backbone.io.files import write_json, write_text
 from backbone.media.transforms import to_tensor
 from backbone.models.model import Backbone, Posterior
@@ -94,7 +94,7 @@ def main(
         theirs = as_scripts_load(model, device, precision)
         bench = Bench.of(opened(model, device, precision), batch, theirs)
         same = parity(bench.training)
-        say(
+        notify(
             f"parity: loss differs by {same.loss:.1e}, gradients by {same.gradient:.1e} of their largest entry"
         )
         acts = bench.acts()
@@ -102,7 +102,7 @@ def main(
         for number in range(warm + 1):
             for name, act in acts.items():
                 elapsed = timed(act, device, clock=CLOCKS_OF[clock])
-                say(f"{number}/{warm} {name}: {elapsed:.3f} s")
+                notify(f"{number}/{warm} {name}: {elapsed:.3f} s")
                 if number:
                     seconds[name].append(elapsed)
     median = {name: statistics.median(values) for name, values in seconds.items()}
@@ -265,7 +265,7 @@ class Script:
         noisy = torch.zeros(2 * CLASS_BATCH, *model.latent_shape, device=model.device)
         class_prompt = self.conditions[-1:].repeat(len(noisy))
         middle = times(model)[torch.full((len(noisy),), len(times(model)) // 2)]
-        with adapters_off(model.denoiser):
+        with disable_adapters(model.denoiser):
             said, unsaid = ask(model, noisy, middle, class_prompt).chunk(2)
         unsaid + GUIDANCE * (said - unsaid)
 
@@ -469,4 +469,4 @@ def markdown(facts: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_app(main)

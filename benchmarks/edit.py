@@ -37,17 +37,17 @@ from PIL import Image, ImageChops, ImageFilter
 
 from backbone.evaluation import image_metrics as measure
 from backbone.evaluation.clip import Scorer
-from backbone.evaluation.statistics import interval, wilson
-from backbone.io.console import UserError, progress, run, say
+from backbone.evaluation.statistics import bootstrap_mean, wilson_interval
+from backbone.io.console import UserError, notify, progress, run_app
 from backbone.io.files import read_json, write_json, write_text
 from backbone.media.decode import open_rgb
-from backbone.media.sheet import GREEN, RED, Cell, save_png, sheet
+from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png
 from backbone.media.transforms import mask_to_tensor, to_image, to_tensor
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
-from backbone.world.render import font_path, render
-from backbone.world.scene import BENCHMARK_SEEDS, Scene, fair, sample_scene
-from backbone.world.words import Thing, vocabulary
+from backbone.world.render import find_font, render
+from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
+from backbone.world.words import Thing, load_vocabulary
 from benchmarks.judge import FOLDER, GREY_STYLES, NONE, TWO_DIFFERENT, Judge, Verdict, load_judge, shows, top
 from benchmarks.moji import per_cent
 from edit.inversion.inversion import Inversion, Method, invert, read_inversion
@@ -92,7 +92,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/edit"),
 ) -> None:
     """Edits, judges, and writes the tables and the sheet."""
-    font_path()
+    find_font()
     judges = load_judge(judge, device=device)
     known = attempts()
     chosen = methods or list(known)
@@ -183,7 +183,7 @@ def make_cases(count: int) -> Iterator[Case]:
 
 def make_case(kind: str, seed: int) -> Case | None:
     """The edit of this kind that a seed makes; None where its scene does not suit."""
-    words, random = vocabulary(), Random(f"{seed}/edit")
+    words, random = load_vocabulary(), Random(f"{seed}/edit")
     scene = sample_scene(seed)
     if kind == "one of two":
         if len(scene.things) != 2:
@@ -230,7 +230,7 @@ def _other(random: Random, among: Sequence[str] | Mapping[str, Any], than: Seque
 
 
 def _fair(case: Case) -> Case | None:
-    return case if fair(case.before) and fair(case.after) else None
+    return case if is_fair(case.before) and is_fair(case.after) else None
 
 
 def _half(value: int) -> int:
@@ -492,7 +492,7 @@ def row_of(
     """Everything that is recorded of one attempt."""
     before, after = to_tensor(source), to_tensor(sized(tried.pictures[-1], source))
     mask = None if changed is None else mask_to_tensor(changed)[0]
-    figures = measure.figures(before, after, changed=mask, scorer=scorer, target=case.target)
+    figures = measure.measure_edit(before, after, changed=mask, scorer=scorer, target=case.target)
     return {
         "method": name,
         "number": number,
@@ -550,7 +550,7 @@ def bound_of(model: Backbone, source: Image.Image, changed: Image.Image | None) 
     picture = to_tensor(source)
     mask = None if changed is None else mask_to_tensor(changed)[0]
     around = model.decode(model.encode(picture[None]).mean)[0].cpu()
-    return measure.background(picture, around, mask)["background_psnr_db"]
+    return measure.background_metrics(picture, around, mask)["background_psnr_db"]
 
 
 def identity_edits(work: Work, cases: Sequence[Case]) -> dict[str, float | None]:
@@ -569,7 +569,7 @@ def identity_edits(work: Work, cases: Sequence[Case]) -> dict[str, float | None]
                 found[name].append(measure.psnr(picture, to_tensor(sized(tried.pictures[0], source))))
         around = to_image(work.model.decode(work.model.encode(picture[None]).mean)[0])
         found["the autoencoder alone"].append(measure.psnr(picture, to_tensor(around)))
-    return {name: measure.mean(values) for name, values in found.items()}
+    return {name: measure.mean_of_defined(values) for name, values in found.items()}
 
 
 def summarised(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[dict[str, Any]]:
@@ -593,8 +593,10 @@ def summarised(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> lis
                 continue
             right = sum(row["success"] for row in some)
             line = {"method": method, "kind": kind, "n": len(some), "success": right / len(some)}
-            _, line["low"], line["high"] = wilson(right, len(some))
-            found.append({**line, **{name: measure.mean([row.get(name) for row in some]) for name in names}})
+            _, line["low"], line["high"] = wilson_interval(right, len(some))
+            found.append(
+                {**line, **{name: measure.mean_of_defined([row.get(name) for row in some]) for name in names}}
+            )
     return found
 
 
@@ -606,13 +608,13 @@ def paired(rows: Sequence[Mapping[str, Any]], ours: str, theirs: str) -> dict[st
         return None
     found: dict[str, Any] = {"ours": ours, "theirs": theirs, "n": len(both)}
     success = [float(sides[0][k]["success"]) - float(sides[1][k]["success"]) for k in both]
-    found["success"] = interval(success)
+    found["success"] = bootstrap_mean(success)
     decibels = [
         sides[0][k]["background_psnr_db"] - sides[1][k]["background_psnr_db"]
         for k in both
         if sides[0][k]["kind"] in PRESERVED and sides[0][k]["background_psnr_db"] is not None
     ]
-    found["background_psnr_db"] = interval(decibels) if decibels else None
+    found["background_psnr_db"] = bootstrap_mean(decibels) if decibels else None
     return found
 
 
@@ -685,9 +687,9 @@ def save_sheet(
     note = "Every scene in order, none chosen. Green: the judge sees what the target says."
     if len(methods) <= FEW:
         lines = [left + right for left, right in zip(lines[::2], lines[1::2], strict=True)]
-    save_png(path, sheet(lines, title="MojiEdit", note=note, cell=128))
+    save_png(path, draw_sheet(lines, title="MojiEdit", note=note, cell=128))
 
 
 if __name__ == "__main__":
-    say("MojiEdit")
-    run(lambda: typer.run(main))
+    notify("MojiEdit")
+    run_app(lambda: typer.run(main))

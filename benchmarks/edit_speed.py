@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, guide
 from backbone.diffusion.samplers import deterministic_step
-from backbone.io.console import run
+from backbone.io.console import run_app
 from backbone.io.files import write_json, write_text
 from backbone.media.transforms import to_image, to_tensor
 from backbone.models.cache import encode_prompts_cached
@@ -146,7 +146,7 @@ def load_as_pipelines_do(model: Backbone) -> None:
         ("autoencoder", AutoencoderKL, "vae"),
     ):
         network = cast(Any, kind).from_pretrained(
-            model.location.place, subfolder=part, torch_dtype=model.dtype
+            model.location.source, subfolder=part, torch_dtype=model.dtype
         )
         model.__dict__[name] = network.to(model.device).eval().requires_grad_(False)
 
@@ -505,4 +505,4 @@ def markdown(facts: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run(lambda: typer.run(main))
+    run_app(lambda: typer.run(main))

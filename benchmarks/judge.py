@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from backbone.io.console import UserError
 from backbone.io.files import read_json, read_tensors
-from backbone.world.words import vocabulary
+from backbone.world.words import load_vocabulary
 
 FOLDER = Path(__file__).with_name("judge")
 WEIGHTS, FACTS = "judge.safetensors", "judge.json"
@@ -117,7 +117,7 @@ def load_judge(folder: str | Path = FOLDER, *, device: torch.device | str = "cpu
 
 def label_lists() -> dict[str, list[str]]:
     """The labels of every head; the glyphs are the nouns, the development concepts and the demo's."""
-    words = vocabulary()
+    words = load_vocabulary()
     return {
         "glyphs": [*words.nouns, *words.development_concepts, *words.demo_concept],
         "place": list(words.places),

@@ -29,18 +29,18 @@ import typer
 from PIL import Image
 from torch import Tensor
 
-from backbone.evaluation.image_metrics import batch_psnr
-from backbone.evaluation.statistics import wilson
-from backbone.io.console import UserError, progress, run, say
+from backbone.evaluation.image_metrics import psnr_8_bit
+from backbone.evaluation.statistics import wilson_interval
+from backbone.io.console import UserError, notify, progress, run_app
 from backbone.io.files import append_jsonl, read_json, write_bytes, write_json, write_text
-from backbone.media.pictures import read_folder
-from backbone.media.sheet import GREEN, RED, Cell, in_rows, save_png, sheet
-from backbone.media.transforms import square
+from backbone.media.pictures import list_images
+from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png, split_rows
+from backbone.media.transforms import crop_square
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
-from backbone.world.render import font_path, render
-from backbone.world.scene import BENCHMARK_SEEDS, Scene, fair, sample_scene
-from backbone.world.textures import texture
+from backbone.world.render import find_font, render
+from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
+from backbone.world.textures import draw_texture
 from benchmarks.judge import (
     FACTS,
     FOLDER,
@@ -203,7 +203,7 @@ def pictures_of(model: Backbone, scenes: Sequence[Scene], setting: Setting) -> l
 def benchmark_scenes(count: int) -> list[Scene]:
     """The first fair scenes among the benchmark's seeds."""
     every = (sample_scene(seed) for seed in BENCHMARK_SEEDS)
-    return list(itertools.islice(filter(fair, every), count))
+    return list(itertools.islice(filter(is_fair, every), count))
 
 
 # --- what the judge says ------------------------------------------------------------------------------------
@@ -288,7 +288,9 @@ def judged(scenes: Sequence[Scene], verdicts: Sequence[Verdict]) -> list[Row]:
             for scene, seen in zip(scenes, verdicts, strict=True)
             if question.asked(scene)
         ]
-        rows.append(Row(question.name, sum(passed), len(passed), *wilson(sum(passed), len(passed))[1:]))
+        rows.append(
+            Row(question.name, sum(passed), len(passed), *wilson_interval(sum(passed), len(passed))[1:])
+        )
     return rows
 
 
@@ -298,9 +300,9 @@ def judged(scenes: Sequence[Scene], verdicts: Sequence[Verdict]) -> list[Row]:
 def true_pictures(scenes: Sequence[Scene]) -> list[Image.Image]:
     """The scenes as rendered; none, with a sentence, where the font is missing."""
     try:
-        font_path()
+        find_font()
     except UserError as error:
-        say(f"{error} Until then the columns of true pictures stay empty.")
+        notify(f"{error} Until then the columns of true pictures stay empty.")
         return []
     return [render(scene).image for scene in scenes]
 
@@ -322,10 +324,11 @@ def autoencoder_figures(
             chosen = torch.tensor([(scene.style or "") == style for scene in scenes])
             note(f"scenes, {style.removesuffix(' of') or 'plain'}", each[chosen])
     seeds = range(BENCHMARK_SEEDS[0], BENCHMARK_SEEDS[0] + TEXTURES)
-    note("textures", decibels(model, [Image.fromarray(texture(seed)) for seed in seeds]))
+    note("textures", decibels(model, [Image.fromarray(draw_texture(seed)) for seed in seeds]))
     if photographs is not None:
         note(
-            "photographs", decibels(model, [square(photo.open(), 128) for photo in read_folder(photographs)])
+            "photographs",
+            decibels(model, [crop_square(photo.open(), 128) for photo in list_images(photographs)]),
         )
     return figures
 
@@ -335,7 +338,7 @@ def decibels(model: Backbone, images: Sequence[Image.Image], *, batch: int = 20)
     parts = []
     for first in range(0, len(images), batch):
         clean = prepared(images[first : first + batch])
-        parts.append(batch_psnr(model.decode(model.encode(clean).mean).cpu(), clean))
+        parts.append(psnr_8_bit(model.decode(model.encode(clean).mean).cpu(), clean))
     return torch.cat(parts)
 
 
@@ -424,8 +427,8 @@ def save_sheet(
         asked = {thing.noun for thing in scene.things}
         right = seen.two_glyphs == asked if len(asked) == 2 else seen.glyph in asked
         cells.append(Cell(picture, scene.caption(), GREEN if right else RED))
-    save_png(path, sheet(in_rows(cells, 8), title=title, note=note, cell=128))
+    save_png(path, draw_sheet(split_rows(cells, 8), title=title, note=note, cell=128))
 
 
 if __name__ == "__main__":
-    run(lambda: typer.run(main))
+    run_app(lambda: typer.run(main))

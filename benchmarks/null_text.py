@@ -18,10 +18,10 @@ import torch
 import typer
 
 from backbone.evaluation import image_metrics as measure
-from backbone.io.console import progress, run
+from backbone.io.console import progress, run_app
 from backbone.io.files import read_json, write_json, write_text
 from backbone.models.model import Backbone
-from backbone.world.render import font_path
+from backbone.world.render import find_font
 from benchmarks.edit import make_cases, number
 from edit.inversion.inversion import invert, reconstruct
 
@@ -38,7 +38,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/edit"),
 ) -> None:
     """Inverts, walks back, and writes the table."""
-    font_path()
+    find_font()
     backbone = Backbone.open(model, device=device, precision=precision)
     facts = {
         "model": model, "fingerprint": backbone.fingerprint, "steps": steps, "guidance": guidance,
@@ -82,12 +82,14 @@ def markdown(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str
     for iterations in ITERATIONS:
         now = [float(row[f"psnr_db_{iterations}"]) for row in rows]
         worse = "–" if before is None else str(sum(a < b - 0.1 for a, b in zip(now, before, strict=True)))
-        asked = measure.mean([row[f"evaluations_{iterations}"] for row in rows])
-        lines.append(f"| {iterations} | {number(measure.mean(now))} | {worse} | {number(asked, 0)} |")
+        asked = measure.mean_of_defined([row[f"evaluations_{iterations}"] for row in rows])
+        lines.append(
+            f"| {iterations} | {number(measure.mean_of_defined(now))} | {worse} | {number(asked, 0)} |"
+        )
         before = now
-    bound = measure.mean([row["autoencoder_psnr_db"] for row in rows])
+    bound = measure.mean_of_defined([row["autoencoder_psnr_db"] for row in rows])
     return "\n".join([*lines, f"| the autoencoder alone | {number(bound)} | | |", ""])
 
 
 if __name__ == "__main__":
-    run(lambda: typer.run(main))
+    run_app(lambda: typer.run(main))

@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
 
-from backbone.io.console import UserError, run
+from backbone.io.console import UserError, run_app
 from backbone.io.files import read_json, write_text
 
 PAIRS, PROMPTS, RAW = 851_293, 58_960, 335_326_416_759
@@ -291,4 +291,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(app)
+    run_app(app)

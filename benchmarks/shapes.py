@@ -30,7 +30,7 @@ from backbone.families import checkpoint as single_file
 from backbone.io.console import UserError
 from backbone.io.files import read_json, write_json, write_text
 from backbone.io.run_folder import peak_memory
-from backbone.media.transforms import square, to_tensor
+from backbone.media.transforms import crop_square, to_tensor
 from backbone.models.model import Backbone
 
 CONFIGS = Path(single_file.__file__).with_name("configs") / "stable-diffusion-1"
@@ -147,7 +147,7 @@ def as_scripts_load(model: str, device: str, precision: str) -> Parts:
     backbone = Backbone.open(model, device=device, precision=precision)
     encode = encoding_in(backbone, backbone.dtype)
     autoencoder, denoiser = (
-        kind.from_pretrained(backbone.location.place, subfolder=part).requires_grad_(False)
+        kind.from_pretrained(backbone.location.source, subfolder=part).requires_grad_(False)
         for kind, part in ((AutoencoderKL, "vae"), (UNet2DConditionModel, "unet"))
     )
     for network in (autoencoder, denoiser):
@@ -162,7 +162,7 @@ def as_scripts_load(model: str, device: str, precision: str) -> Parts:
 def encoding_in(backbone: Backbone, dtype: torch.dtype) -> Encode:
     """Prompts → `Conditions`, by the model's encoders cast to a precision, as scripts cast them."""
     encoders = backbone.family.text_encoder(backbone.location, dtype).to(backbone.device)
-    for side in encoders.sides:
+    for side in encoders.slots:
         side.model.to(dtype)
 
     @torch.no_grad()
@@ -193,7 +193,9 @@ def encode_pictures(parts: Parts, pictures: Sequence[bytes], random: torch.Gener
     side, vae = parts.model.resolution, cast(Any, parts.autoencoder)
     own = next(vae.parameters())
     opened = [Image.open(io.BytesIO(content)).convert("RGB") for content in pictures]
-    found = vae.encode(torch.stack([to_tensor(square(image, side)) for image in opened]).to(own)).latent_dist
+    found = vae.encode(
+        torch.stack([to_tensor(crop_square(image, side)) for image in opened]).to(own)
+    ).latent_dist
     noise = torch.randn(found.mean.shape, generator=random).to(found.mean)
     drawn: Tensor = (found.mean + found.std * noise) * vae.config.scaling_factor
     return drawn.float()

@@ -10,7 +10,7 @@ import typer
 
 from backbone.io import flags
 from backbone.io.commands import command_group, print_json
-from backbone.io.console import UserError, run, say, speaks
+from backbone.io.console import UserError, is_main_rank, notify, run_app
 from backbone.io.files import read_json
 from backbone.io.flags import Device, Model, Precision, option
 from backbone.io.options import command, refuse_idle
@@ -23,7 +23,7 @@ app = command_group("Teach a diffusion model a new concept from a handful of ima
 
 def main() -> None:
     """The console script."""
-    run(app)
+    run_app(app)
 
 
 @app.command()
@@ -36,8 +36,8 @@ def example(
     from customize.data.example import EXTRAS, write_example
 
     images, extras = write_example(folder)
-    say(f"{len(images)} images of a dog in {folder}; {folder / EXTRAS} has {_listed(extras)}.")
-    say(f'Next: customize train --images {folder} --token "[V]"')
+    notify(f"{len(images)} images of a dog in {folder}; {folder / EXTRAS} has {_listed(extras)}.")
+    notify(f'Next: customize train --images {folder} --token "[V]"')
 
 
 @app.command()
@@ -69,20 +69,20 @@ def check(
     as_json: flags.Json = False,
 ) -> None:
     """Open every image, list all bad ones, and say what may go wrong and what the run will need."""
-    from backbone.media.pictures import check as check_images
-    from backbone.media.pictures import read_folder
+    from backbone.media.pictures import check_images as check_images
+    from backbone.media.pictures import list_images
 
-    found = read_folder(images)
+    found = list_images(images)
     check_images(found)
     captions = sum(image.caption is not None for image in found)
-    say(f"{len(found)} images in {images} can be read ({captions} with captions).")
+    notify(f"{len(found)} images in {images} can be read ({captions} with captions).")
     from backbone.models.model import Backbone
     from customize.train.preflight import estimate, warnings_about
 
     opened = Backbone.open(model or "moji", device=device or "auto", precision=precision or "auto")
     warnings = warnings_about(found, resolution=opened.resolution)
     for warning in warnings:
-        say(f"Warning: {warning}")
+        notify(f"Warning: {warning}")
     settings = resolved({"images": images, "token": "[V]", "class_noun": ""}, opened.defaults)
     needs: dict[str, Any] = {}
     if vram is not None:
@@ -95,7 +95,7 @@ def check(
         sentences = expected.sentences()
         needs = {"peak_bytes": expected.peak, "steps": expected.steps, "step_seconds": expected.step_seconds}
     for sentence in sentences:
-        say(sentence)
+        notify(sentence)
     if as_json:
         print_json({"images": len(found), "captions": captions, "warnings": warnings, **needs})
 
@@ -114,17 +114,17 @@ def train(asked: dict[str, Any], run: TrainOptions) -> None:
         subjects, asked = subjects_of(said)
         named = {"images": "", "token": "", "class_noun": "", "subject": [one.flag() for one in subjects[1:]]}
         refuse_idle(resolved({**named, **asked}, {}), said)  # before torch is imported, as contradictions
-        from backbone.media.pictures import check as check_pictures
-        from backbone.media.pictures import read_folder
+        from backbone.media.pictures import check_images as check_pictures
+        from backbone.media.pictures import list_images
 
         columns = {name: asked.get(name) or None for name in ("caption_column", "image_column")}
         for subject in subjects:
-            check_pictures(read_folder(subject.images, **columns))
+            check_pictures(list_images(subject.images, **columns))
         from customize.train.run import train_concept
 
         finished = train_concept(asked, subjects, out=run.out, vram=run.vram)
     token = read_settings(finished).token
-    say(
+    notify(
         f'{finished}/sheet.png shows it. Next: customize sample "a {token} … in the snow" --concept {finished}'
     )
 
@@ -164,9 +164,9 @@ def subjects_of(asked: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]
                 f"{images} says what its subjects are called, so {flag} has no effect. Leave it out."
             )
     for subject in found:
-        say(f"{subject.images}: {subject.token} {subject.class_noun}, all subjects equally often.")
+        notify(f"{subject.images}: {subject.token} {subject.class_noun}, all subjects equally often.")
     if "class_images" in prompts and rest.get("prior") != "class-images":
-        say(f"The class_data_dir of {images} is for --prior class-images, and is left aside.")
+        notify(f"The class_data_dir of {images} is for --prior class-images, and is left aside.")
         del prompts["class_images"]
     return [*found, *more], {**prompts, **rest}
 
@@ -219,7 +219,7 @@ def sample(
 ) -> None:
     """Draw images from prompts, with concepts or without."""
     from backbone.adapters.concept import checkpoint as folder_of
-    from backbone.adapters.concept import read_concept, spoken
+    from backbone.adapters.concept import read_concept, resolve_placeholder_tokens
     from backbone.io.prompts import prompts_of
 
     asked = [prompt.text for prompt in prompts_of([*(words or []), *(prompts or [])])]
@@ -230,7 +230,7 @@ def sample(
     size = flags.size_of(width, height, resolution)
     learned = [read_concept(folder_of(folder, checkpoint)) for folder in concept or []]
     for prompt in [*asked, negative]:
-        spoken(prompt, learned)  # mistakes are answered before torch is imported
+        resolve_placeholder_tokens(prompt, learned)  # mistakes are answered before torch is imported
     from customize.sample import RECORD, draw
 
     sheet = draw(
@@ -251,8 +251,8 @@ def sample(
         precision=precision or "auto",
         device=device or "auto",
     )
-    say(f"{len(asked) * count} images in {out}; {sheet} shows them all.")
-    if as_json and speaks():
+    notify(f"{len(asked) * count} images in {out}; {sheet} shows them all.")
+    if as_json and is_main_rank():
         print_json({"folder": out, "sheet": sheet, **read_json(out / RECORD)})
 
 
@@ -338,7 +338,7 @@ def evaluate(
         print_json({"folder": folder, **read_json(folder / TABLE)})
     else:
         typer.echo(found["text"])
-    say(f"{folder}/sheet.png shows the images.")
+    notify(f"{folder}/sheet.png shows the images.")
 
 
 files_cli.register(app)  # export, import, info, merge, extract, resize

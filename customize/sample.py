@@ -9,13 +9,13 @@ from typing import Any
 
 from PIL import Image
 
-from backbone.adapters.apply import put_on
-from backbone.adapters.concept import Concept, described, spoken
+from backbone.adapters.apply import load_concepts
+from backbone.adapters.concept import Concept, resolve_placeholder_tokens, summarize_concepts
 from backbone.distributed import processes
 from backbone.io.console import progress
 from backbone.io.files import write_json
-from backbone.io.run_folder import versions
-from backbone.media.sheet import Cell, in_rows, save_png, sheet
+from backbone.io.run_folder import package_versions
+from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.models.model import Backbone
 from backbone.models.sample import (
     ALL_STEPS,
@@ -60,17 +60,17 @@ def draw(
     """
     check_guidance_interval(guided)
     name = model or (concepts[0].model if concepts else "moji")
-    processes.join(device)
-    said = [spoken(prompt, concepts) for prompt in prompts]
-    avoided = spoken(negative, concepts)
+    processes.init_process(device)
+    said = [resolve_placeholder_tokens(prompt, concepts) for prompt in prompts]
+    avoided = resolve_placeholder_tokens(negative, concepts)
     backbone = Backbone.open(name, device=device, precision=precision)
     latent_size(backbone, size)
-    put_on(backbone, concepts, scale=scale)
+    load_concepts(backbone, concepts, scale=scale)
     steps = steps or int(backbone.defaults["steps"])
     guidance = float(backbone.defaults["guidance"]) if guidance is None else guidance
     requests = [Request(prompt, (i, j), avoided) for i, prompt in enumerate(said) for j in range(count)]
     began = time.perf_counter()
-    own = processes.spread(requests, batch=batch)
+    own = processes.split_items(requests, batch=batch)
     with progress(len(own), "drawing") as bar:
         drawn = sample(
             backbone,
@@ -89,10 +89,10 @@ def draw(
             save_png(out / name_of(request), picture, text=text)
             bar.advance(images=1)
     processes.barrier()  # now all pictures are there
-    if processes.is_writer():
+    if processes.is_main_process():
         facts = {
             "model": name,
-            "concepts": described(concepts),
+            "concepts": summarize_concepts(concepts),
             "steps": steps,
             "guidance": guidance,
             "guided": list(guided),
@@ -102,13 +102,13 @@ def draw(
             "scale": scale,
             **({} if size == MODELS_OWN else {"width": size[0], "height": size[1]}),
             "seconds": round(time.perf_counter() - began, 2),
-            "versions": versions(),
+            "versions": package_versions(),
         }
         note = (
             f"{name}, {steps} steps, guidance {guidance:g}{describe_guidance_interval(guided)}, seed {seed}"
         )
         describe(out, requests, prompts, facts, note=note, columns=count if count > 1 else 4)
-    processes.leave()
+    processes.end_process()
     return out / "sheet.png"
 
 
@@ -136,7 +136,7 @@ def describe(
     for request in requests:
         with Image.open(out / name_of(request)) as picture:
             cells.append(Cell(picture.convert("RGB"), prompts[request.key[0]]))
-    save_png(out / "sheet.png", sheet(in_rows(cells, columns), note=note))
+    save_png(out / "sheet.png", draw_sheet(split_rows(cells, columns), note=note))
 
 
 def name_of(request: Request) -> str:

@@ -13,7 +13,7 @@ import typer
 
 from backbone.io import flags
 from backbone.io.commands import command_group, typed
-from backbone.io.console import UserError, run, say
+from backbone.io.console import UserError, notify, run_app
 from backbone.io.flags import option
 from backbone.io.prompts import one_prompt, prompts_of
 from edit import checks
@@ -175,7 +175,7 @@ def command(name: str, *blocks: Mapping[str, tuple[Any, Any]]) -> Callable[[Func
 
 def main() -> None:
     """The console script."""
-    run(app)
+    run_app(app)
 
 
 @command("invert", SAMPLED, OPENING)
@@ -234,8 +234,8 @@ def invert(
 
     asked: dict[str, Any] = {"method": method, "check": check, "iterations": iterations, "guidance": guidance}
     for line in write_inversion(file, opened, prompt, **asked, **shared):
-        say(line)
-    say(f'{file} is written. Next: edit invert-and-replace --inversion {file} --target "…"')
+        notify(line)
+    notify(f'{file} is written. Next: edit invert-and-replace --inversion {file} --target "…"')
 
 
 @command("invert-and-replace", SAMPLED, GUIDED, OPENING, JUDGED)
@@ -583,7 +583,7 @@ def replay(
         raise UserError(f"{record} does not exist. Name the run.json of an edit, or its folder.")
     from edit.run.run import replay as again
 
-    say(f"{again(record, out=out)}/sheet.png shows it again.")
+    notify(f"{again(record, out=out)}/sheet.png shows it again.")
 
 
 # What is checked before torch is imported -------------------------------------------------------------------
@@ -653,11 +653,11 @@ def chosen(concepts: list[Path] | None, checkpoint: flags.Checkpoint | None) -> 
 
 def tokens_owned(concepts: list[str], prompts: list[str]) -> None:
     """`UserError` for a token in the prompts that no concept owns."""
-    from backbone.adapters.concept import read_concept, spoken
+    from backbone.adapters.concept import read_concept, resolve_placeholder_tokens
 
     learned = [read_concept(folder) for folder in concepts]
     for prompt in prompts:
-        spoken(prompt, learned)
+        resolve_placeholder_tokens(prompt, learned)
 
 
 def finish(name: str, wishes: dict[str, Any]) -> None:
@@ -666,7 +666,7 @@ def finish(name: str, wishes: dict[str, Any]) -> None:
 
     out = wishes.pop("out")
     folder = perform(name, wishes, out=out, said=shlex.join(typed("edit")))
-    say(f"{folder}/sheet.png shows it; {folder}/report.html measures it.")
+    notify(f"{folder}/sheet.png shows it; {folder}/report.html measures it.")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from backbone.io.console import UserError
-from backbone.media.transforms import fitted, mask_to_tensor
+from backbone.media.transforms import crop_and_resize, mask_to_tensor
 from backbone.models.cache import encode_prompts_cached
 from edit.inversion.inversion import Inversion
 from edit.pictures import EncodedImage, ImageLike, read_image
@@ -65,7 +65,7 @@ def load_latent_mask(mask: ImageLike | None, image: EncodedImage) -> Tensor | No
         raise UserError(
             f"The mask is {drawn.width} × {drawn.height} pixels and the image {sizes}. Draw it on the image."
         )
-    drawn = drawn if drawn.size == shown else fitted(drawn, shown)
+    drawn = drawn if drawn.size == shown else crop_and_resize(drawn, shown)
     # 1 where at least half of the place is white
     share = F.interpolate(mask_to_tensor(drawn)[None], tuple(image.latent.shape[-2:]), mode="area")[0, 0]
     return (share >= 0.5).float().to(image.latent)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from backbone.io.files import content_hash
 from backbone.media.decode import open_rgb
-from backbone.media.transforms import fitted, to_tensor, working_size
+from backbone.media.transforms import crop_and_resize, to_tensor, working_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +65,7 @@ def encode_image(model: Backbone, image: ImageLike) -> EncodedImage:
     """An image at about the model's own number of pixels, in its own shape up to 2 : 1, and its latent."""
     source = read_image(image)
     size = working_size(source.image.size, area=model.resolution**2, unit=2 * model.factor)
-    pixels = to_tensor(fitted(source.image, size))
+    pixels = to_tensor(crop_and_resize(source.image, size))
     facts = {"name": source.name, "size": list(source.image.size), "content": source.content}
     return EncodedImage(pixels, model.encode(pixels[None]).mean, facts)
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from backbone.media.sheet import Cell, sheet
+from backbone.media.sheet import Cell, draw_sheet
 from backbone.media.transforms import to_image
 from backbone.models.model import Backbone
 from edit.attention.alignment import Alignment
@@ -107,5 +107,5 @@ class Result:
     def _repr_png_(self) -> bytes:
         cells = [Cell(image, prompt) for image, prompt in zip(self.images, self.prompts, strict=True)]
         buffer = io.BytesIO()
-        sheet([[Cell(self.source, "source"), *cells]], title=self.title).save(buffer, "PNG")
+        draw_sheet([[Cell(self.source, "source"), *cells]], title=self.title).save(buffer, "PNG")
         return buffer.getvalue()

@@ -57,7 +57,7 @@ def guidance_of(model: Backbone, guidance: float | None) -> float:
 
 def is_guidance_distilled(model: Backbone) -> bool:
     """Whether guidance is part of the network's conditioning, so that there is no unconditional prediction."""
-    return model.family.distilled(model.denoiser, encode_prompts_cached(model, [""]), 1.0) is not None
+    return model.family.embed_guidance(model.denoiser, encode_prompts_cached(model, [""]), 1.0) is not None
 
 
 def refuse_negative(model: Backbone, negative: str) -> None:
@@ -71,7 +71,9 @@ def refuse_negative(model: Backbone, negative: str) -> None:
 
 def nfe_of(model: Backbone, text: Conditions, guidance: float) -> int:
     """NFE of one guided prediction of one sample: two, or one where one is enough."""
-    return 1 if guidance == 1 or model.family.distilled(model.denoiser, text, guidance) is not None else 2
+    return (
+        1 if guidance == 1 or model.family.embed_guidance(model.denoiser, text, guidance) is not None else 2
+    )
 
 
 def select(estimate: Estimate, rows: slice) -> Estimate:
@@ -145,7 +147,7 @@ def embed_guidance(
     """Prompts [1 + N, ...], the source's first, with their guidance, for a guidance-distilled network; else None."""
     parts = []
     for rows, scale in ((slice(0, 1), source_guidance), (slice(1, None), guidance)):
-        embedded = model.family.distilled(model.denoiser, text[rows], scale)
+        embedded = model.family.embed_guidance(model.denoiser, text[rows], scale)
         if embedded is None:
             return None
         parts.append(embedded)

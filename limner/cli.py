@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from backbone.io.commands import Elsewhere, Programs, command_group
-from backbone.io.console import run
+from backbone.io.console import run_app
 
 
 class Limner(Programs):
@@ -26,4 +26,4 @@ app = command_group("Personalise, edit and align text-to-image diffusion models.
 
 def main() -> None:
     """The console script."""
-    run(app)
+    run_app(app)

@@ -52,10 +52,10 @@ def subject(tmp_path: Path) -> Path:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out what draws new scenes where the emoji font is missing: installed users need no font."""
     from backbone.io.console import UserError
-    from backbone.world.render import font_path
+    from backbone.world.render import find_font
 
     try:
-        font_path()
+        find_font()
     except UserError:
         without = [item for item in items if item.get_closest_marker("font") is None]
         config.hook.pytest_deselected(items=[item for item in items if item not in without])

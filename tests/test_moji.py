@@ -11,14 +11,14 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from backbone.adapters.concept import rare_words
+from backbone.adapters.concept import choose_rare_words
 from backbone.diffusion.noise import add_noise
 from backbone.media.transforms import to_tensor
 from backbone.models.locate import EMBEDDED
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from backbone.world.scene import sample_scene
-from backbone.world.words import Thing, plural, vocabulary
+from backbone.world.words import Thing, load_vocabulary, pluralize
 from tests.parity import by_both
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures" / "scenes").glob("*.png"))
@@ -66,8 +66,8 @@ def test_the_network_predicts_noise_far_better_than_nothing(moji: Backbone, scen
 
 
 def test_every_word_of_the_world_is_one_token(moji: Backbone) -> None:
-    words = vocabulary()
-    for word in (*words.nouns, *map(plural, words.nouns), *words.colours):
+    words = load_vocabulary()
+    for word in (*words.nouns, *map(pluralize, words.nouns), *words.colours):
         assert len(moji.text_encoder.tokenizer(word)["input_ids"]) == 3, word
 
 
@@ -89,9 +89,9 @@ def test_pooled_outputs_of_two_captions_differ(moji: Backbone) -> None:
 def test_rare_words_are_single_tokens_that_no_caption_uses(moji: Backbone) -> None:
     tokenizer = moji.text_encoder.tokenizer
     for key in range(20):
-        word = rare_words(tokenizer.get_vocab(), str(key))
+        word = choose_rare_words(tokenizer.get_vocab(), str(key))
         assert len(tokenizer(word)["input_ids"]) == 3
-        assert word not in {*vocabulary().nouns, *vocabulary().colours}
+        assert word not in {*load_vocabulary().nouns, *load_vocabulary().colours}
 
 
 def test_its_files_are_small_and_safe() -> None:
@@ -118,14 +118,14 @@ def test_the_first_picture_is_a_picture(moji: Backbone) -> None:
 
 
 def test_the_scorer_names_the_thing_of_most_plain_scenes() -> None:
-    from backbone.evaluation.clip import guess_class, load_scorer
+    from backbone.evaluation.clip import classify_subject, load_scorer
 
     scorer = load_scorer(EMBEDDED / "scorer")
     right = []
     for path in FIXTURES:
         scene = sample_scene(int(path.stem))
         if scene.things == (Thing(scene.things[0].noun),) and not scene.style:
-            ranked = guess_class(scorer, [Image.open(path)], tuple(vocabulary().nouns))
+            ranked = classify_subject(scorer, [Image.open(path)], tuple(load_vocabulary().nouns))
             right.append(ranked[0][0] == scene.things[0].noun)
     assert len(right) >= 4
     assert sum(right) / len(right) >= 0.7

@@ -10,8 +10,8 @@ from backbone.io.files import read_json
 from backbone.models.locate import EMBEDDED, OWN
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
-from backbone.world.scene import BENCHMARK_SEEDS, fair, sample_scene
-from backbone.world.words import vocabulary
+from backbone.world.scene import BENCHMARK_SEEDS, is_fair, sample_scene
+from backbone.world.words import load_vocabulary
 from tests.parity import by_both
 
 FOLDER = OWN["moji-flow"]
@@ -38,7 +38,7 @@ def test_it_draws_what_it_is_asked_for(flow: Backbone) -> None:
     wanted = [
         scene
         for scene in map(sample_scene, range(BENCHMARK_SEEDS.start, BENCHMARK_SEEDS.start + 60))
-        if fair(scene) and scene.style is None and len(scene.things) == 1 and not scene.things[0].small
+        if is_fair(scene) and scene.style is None and len(scene.things) == 1 and not scene.things[0].small
     ][:6]
     pictures = sample(
         flow,
@@ -47,7 +47,7 @@ def test_it_draws_what_it_is_asked_for(flow: Backbone) -> None:
         guidance=4.0,
         seed=0,
     )
-    nouns = sorted(vocabulary().nouns)
+    nouns = sorted(load_vocabulary().nouns)
     said = scorer.embed_texts([f"a {noun}" for noun in nouns])
     order = (scorer.embed_images(list(pictures)) @ said.T).argsort(1, descending=True)
     seen = [

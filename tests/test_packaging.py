@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from backbone.adapters.lora import WEIGHTS
+from backbone.adapters.lora import LORA_WEIGHTS
 from backbone.models.cache import VARIABLE
 
 ROOT = Path(__file__).parents[1]
@@ -181,7 +181,7 @@ def test_an_installed_wheel_runs_the_main_job_without_a_network(wheel: Path, tmp
 
 
 def assert_the_main_job_is_done(offline: Offline, *, pictures: int) -> None:
-    assert (offline.folder / "runs" / "dog" / WEIGHTS).stat().st_size > 0
+    assert (offline.folder / "runs" / "dog" / LORA_WEIGHTS).stat().st_size > 0
     for name in [*(f"p{number:02d}-s00.png" for number in range(pictures)), "sheet.png"]:
         with Image.open(offline.folder / "pictures" / name) as picture:
             picture.load()

@@ -20,7 +20,7 @@ from backbone.io.console import UserError, progress
 from backbone.io.files import read_json, write_json, write_text
 from backbone.io.prompts import Prompt
 from backbone.media.decode import open_rgb
-from backbone.media.pictures import Picture, check
+from backbone.media.pictures import ImageRecord, check_images
 
 Rule = Literal["best-worst", "all", "own", "same-noise", "best-near"]
 Match: TypeAlias = tuple[int, int]
@@ -57,7 +57,7 @@ def rank(
     began = time.perf_counter()
     prompts, pictures = read_samples(folder)
     files = [(i, name) for i, names in enumerate(pictures) for name in names]
-    check(Picture(folder / name) for _, name in files)
+    check_images(ImageRecord(folder / name) for _, name in files)
     concepts = read_json(folder / SAMPLES).get("concepts", [])
     read = [replace(prompt, text=without_tokens(prompt.text, concepts)) for prompt in prompts]
     found = {scorer: scores_of(folder, scorer, read, files) for scorer in dict.fromkeys(scorers)}

@@ -14,13 +14,13 @@ from PIL import Image
 
 from align.pairs.records import SAMPLES
 from align.pairs.samples import FORMAT, picture_name, shot, shots
-from backbone.adapters.apply import put_on
-from backbone.adapters.concept import Concept, described, read_concept, spoken
+from backbone.adapters.apply import load_concepts
+from backbone.adapters.concept import Concept, read_concept, resolve_placeholder_tokens, summarize_concepts
 from backbone.distributed import processes
 from backbone.io.console import UserError, progress
 from backbone.io.files import content_hash, read_json, write_json
 from backbone.io.prompts import Prompt
-from backbone.io.run_folder import versions
+from backbone.io.run_folder import package_versions
 from backbone.media.sheet import save_png
 from backbone.media.transforms import to_image
 from backbone.models.model import Backbone
@@ -119,18 +119,18 @@ def sample_pairs(
     Raises `UserError` when the folder was begun with other settings: its pictures could not be told from these.
     """
     began = time.perf_counter()
-    processes.join(device)
+    processes.init_process(device)
     learned = [read_concept(folder) for folder in concepts]
     said = [text for prompt in prompts for text in (prompt.text, *prompt.near)]
     for prompt in [*said, drawing.negative]:
         if learned:
-            spoken(prompt, learned)
+            resolve_placeholder_tokens(prompt, learned)
     backbone = Backbone.open(
         model or (learned[0].model if learned else "moji"), device=device, precision=precision
     )
     drawing = drawing.settled(backbone)
     facts = _facts(backbone, learned, scale, prompts, per_prompt, drawing)
-    with processes.writer_first():
+    with processes.main_process_first():
         _claim(out, facts)
     missing = [
         (i, j)
@@ -140,8 +140,8 @@ def sample_pairs(
     ]
     processes.barrier()  # now every process knows what is missing
     if missing:
-        put_on(backbone, learned, scale=scale)
-        own = processes.spread(missing, batch=drawing.batch)
+        load_concepts(backbone, learned, scale=scale)
+        own = processes.split_items(missing, batch=drawing.batch)
         with progress(len(own), "drawing") as bar:
             drawn = draw(backbone, prompts, own, drawing, learned, per_prompt=per_prompt)
             for (i, j), picture in zip(own, drawn, strict=True):
@@ -153,10 +153,10 @@ def sample_pairs(
                 save_png(out / picture_name(i, j), picture, text=text)
                 bar.advance(images=1)
     processes.barrier()  # now all pictures are there
-    if processes.is_writer():
+    if processes.is_main_process():
         seconds = read_json(out / SAMPLES).get("seconds", 0.0) + time.perf_counter() - began
-        write_json(out / SAMPLES, {**facts, "seconds": round(seconds, 2), "versions": versions()})
-    processes.leave()
+        write_json(out / SAMPLES, {**facts, "seconds": round(seconds, 2), "versions": package_versions()})
+    processes.end_process()
     return len(missing)
 
 
@@ -232,7 +232,7 @@ def _facts(
         "fingerprint": model.fingerprint,
         "concepts": [
             {**said, **strength, "weights": content_hash(concept.weights_path) if concept.weights else ""}
-            for concept, said in zip(concepts, described(concepts), strict=True)
+            for concept, said in zip(concepts, summarize_concepts(concepts), strict=True)
         ],
         "drawing": drawing.facts(),
         "per_prompt": per_prompt,
@@ -263,4 +263,4 @@ def _claim(out: Path, facts: dict[str, Any]) -> None:
 
 
 def _said(prompt: str, concepts: Sequence[Concept]) -> str:
-    return spoken(prompt, concepts) if concepts else prompt
+    return resolve_placeholder_tokens(prompt, concepts) if concepts else prompt

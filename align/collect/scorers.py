@@ -28,7 +28,7 @@ from torch import Tensor
 from backbone.evaluation.clip import Scorer, load_scorer, text_scores
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors
-from backbone.media.pictures import check, read_folder
+from backbone.media.pictures import check_images, list_images
 from backbone.models.locate import EMBEDDED
 
 Judge: TypeAlias = Callable[[Sequence[Image], Sequence[str]], Tensor]
@@ -94,8 +94,8 @@ def _likeness(scorer: Scorer) -> Judge:
 
 
 def _alike(scorer: Scorer, folder: str) -> Judge:
-    own = read_folder(folder)
-    check(own)
+    own = list_images(folder)
+    check_images(own)
     real = scorer.embed_images([picture.open() for picture in own])
 
     def judge(pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 from align.compare.sides import BASE, picture_name, tuned_folder
 from align.pairs.choices import CHOICES, Choice, consistency, effective, read_choices
-from backbone.evaluation.statistics import Interval, wilson
+from backbone.evaluation.statistics import Interval, wilson_interval
 from backbone.io.files import write_json
 from backbone.io.prompts import Prompt
 
@@ -37,13 +37,13 @@ def blind_result(folder: Path) -> dict[str, Any]:
     even = sum(choice.preferred is None for choice in first)
     agreed = consistency(choices)
     return {
-        "rate": wilson(wins + 0.5 * even, len(first))._asdict(),
+        "rate": wilson_interval(wins + 0.5 * even, len(first))._asdict(),
         "wins": wins,
         "ties": sum(choice.verdict == "tie" for choice in first),
         "both_bad": sum(choice.verdict == "both_bad" for choice in first),
         "losses": len(first) - wins - even,
         "agreed_with_themselves": {
-            "of_repeats": agreed.repeats, **wilson(agreed.agreed, agreed.repeats)._asdict()
+            "of_repeats": agreed.repeats, **wilson_interval(agreed.agreed, agreed.repeats)._asdict()
         },
     }  # fmt: skip
 

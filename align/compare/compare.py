@@ -23,15 +23,15 @@ from align.collect.scorers import open_judge, open_scorer
 from align.compare.report import report
 from align.compare.sides import BASE, Side, Wins, picture_name, taught_by, tuned_folder
 from align.pairs.prompts import by_category, without_tokens
-from backbone.adapters.apply import put_on, refuse_another_model
-from backbone.adapters.concept import Concept, described, read_concept
+from backbone.adapters.apply import check_concept_fits, load_concepts
+from backbone.adapters.concept import Concept, read_concept, summarize_concepts
 from backbone.evaluation.clip import diversity
-from backbone.evaluation.statistics import bootstrap, wilson
-from backbone.io.console import UserError, progress, say
+from backbone.evaluation.statistics import cluster_bootstrap, wilson_interval
+from backbone.io.console import UserError, notify, progress
 from backbone.io.files import content_hash, read_json, write_json
 from backbone.io.prompts import Prompt
 from backbone.io.report import write_report
-from backbone.io.run_folder import versions
+from backbone.io.run_folder import package_versions
 from backbone.media.decode import open_rgb
 from backbone.media.sheet import save_png
 from backbone.models.model import Backbone
@@ -76,13 +76,13 @@ def compare_models(
     judges = {name: open_judge(name) for name in dict.fromkeys(scorers)}
     known = sorted(taught_by(tuned) & set(scorers))
     if known:
-        say(
+        notify(
             f"{', '.join(known)} also chose what {tuned.name} was trained on. Judge by another scorer as well."
         )
     keys = [(i, j) for i in range(len(prompts)) for j in range(per_prompt)]
     drawing = _draw_all(out, sides, prompts, keys, drawing, device=device, precision=precision)
     drawn = time.perf_counter()
-    facts = described([read_concept(folder) for side in sides.values() for folder in side.concepts])
+    facts = summarize_concepts([read_concept(folder) for side in sides.values() for folder in side.concepts])
     texts = [without_tokens(prompts[i].text, facts) for i, _ in keys]
     pictures = {name: [open_rgb(out / picture_name(name, *key)) for key in keys] for name in sides}
     scores = {
@@ -116,7 +116,7 @@ def compare_models(
         },
         "diversity": variety,
         "seconds": {"draw": round(drawn - began, 2), "judge": round(time.perf_counter() - drawn, 2)},
-        "versions": versions(),
+        "versions": package_versions(),
     }
     write_json(out / RESULT, result)
     parts = report(out, result, prompts, keys, scores)
@@ -134,8 +134,8 @@ def versus(base: Tensor, tuned: Tensor, keys: Sequence[tuple[int, int]], *, tie:
     clusters: dict[int, list[float]] = {}
     for (i, _), value in zip(keys, difference.tolist(), strict=True):
         clusters.setdefault(i, []).append(value)
-    rate = wilson(wins + 0.5 * even, len(keys))
-    return Wins(rate, wins, even, losses, bootstrap(list(clusters.values())))
+    rate = wilson_interval(wins + 0.5 * even, len(keys))
+    return Wins(rate, wins, even, losses, cluster_bootstrap(list(clusters.values())))
 
 
 # Blind, by a person -----------------------------------------------------------------------------------------
@@ -163,14 +163,14 @@ def _draw_all(
     for name, side in sides.items():  # mistakes are answered before any weights load
         latent_size(models[name], drawing.size)
         for concept in learned[name]:
-            refuse_another_model(concept, models[name])
+            check_concept_fits(concept, models[name])
         _claim(out / name, models[name], learned[name], side, prompts, side.drawn(drawing))
     for name, side in sides.items():
         model = models.pop(name)
         missing = [key for key in keys if not (out / picture_name(name, *key)).exists()]
         if not missing:
             continue
-        put_on(model, learned[name], scale=side.scale)
+        load_concepts(model, learned[name], scale=side.scale)
         with progress(len(missing), f"drawing {name}") as bar:
             for key, picture in zip(
                 missing, draw(model, prompts, missing, side.drawn(drawing), learned[name]), strict=True
@@ -191,7 +191,7 @@ def _claim(
     """Begins a side's folder, or makes sure that its pictures were drawn in this way."""
     facts: dict[str, Any] = {
         "model": model.fingerprint,
-        "concepts": described(concepts),
+        "concepts": summarize_concepts(concepts),
         "weights": [content_hash(concept.weights_path) for concept in concepts if concept.weights],
         "scale": side.scale,
         "prompts": [prompt.text for prompt in prompts],

@@ -14,9 +14,9 @@ from align.compare.sides import BASE, Side, picture_name
 from backbone.evaluation.statistics import Interval
 from backbone.io.prompts import Prompt
 from backbone.io.report import heading, paragraph, table
-from backbone.io.report import picture as shown
+from backbone.io.report import image_figure as shown
 from backbone.media.decode import open_rgb
-from backbone.media.sheet import GREEN, Cell, sheet
+from backbone.media.sheet import GREEN, Cell, draw_sheet
 
 SHOWN = 24  # prompts whose pictures the report shows
 
@@ -115,7 +115,7 @@ def _side_by_side(
             )
             for name, value in values.items()
         ]
-        yield shown(sheet([cells]), prompts[i].text)
+        yield shown(draw_sheet([cells]), prompts[i].text)
 
 
 def _counts(wins: Mapping[str, Any]) -> tuple[str, str, str]:

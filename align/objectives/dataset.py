@@ -26,14 +26,14 @@ from align.pairs.records import (
     normal,
 )
 from align.settings import Settings
-from backbone.adapters.concept import Concept, spoken
+from backbone.adapters.concept import Concept, resolve_placeholder_tokens
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Level, add_noise, generator, target
 from backbone.distributed import processes
 from backbone.io.console import UserError, progress
 from backbone.io.files import content_hash
-from backbone.media.pictures import Picture
-from backbone.media.transforms import CROPS, Place
+from backbone.media.pictures import ImageRecord
+from backbone.media.transforms import CROPS, CropPosition
 from backbone.models.cache import encode_images_cached, encode_prompts_cached
 from backbone.models.model import Backbone
 from backbone.training.base_predictions import stratified_levels
@@ -101,11 +101,11 @@ def prepare(
     hashes = {where: content_hash(picture.read()) for where, picture in pictures.items()}
     keys = [_key(record, hashes) for record in records]
     prompts = {"": 0}
-    rows: dict[tuple[str, Place], int] = {}
+    rows: dict[tuple[str, CropPosition], int] = {}
     for record in records:
         prompts.setdefault(_said(record.prompt, concepts), len(prompts))
 
-    def cut(record: Record, place: Place) -> tuple[int, ...]:
+    def cut(record: Record, place: CropPosition) -> tuple[int, ...]:
         """The rows of a record's pictures at this place."""
         return tuple(rows.setdefault((_where(picture), place), len(rows)) for picture in record.pictures)
 
@@ -122,7 +122,7 @@ def prepare(
     views = [(pictures[where], place) for where, place in rows]
     latents = _means(model, views, flip=False)
     mirrored = _means(model, views, flip=True) if settings.flip else None
-    with processes.writer_first():
+    with processes.main_process_first():
         conditions = encode_prompts_cached(model, list(prompts))
     model.free("autoencoder", "text_encoder")
     return PreferenceData(latents, mirrored, conditions, items[: len(train)], items[len(train) :]).to(
@@ -136,25 +136,25 @@ def _key(record: Record, hashes: Mapping[str, str]) -> str:
     return content_hash("\n".join(contents).encode())
 
 
-def _place(seed: int, key: str, number: int) -> Place:
+def _place(seed: int, key: str, number: int) -> CropPosition:
     """Where a record's pictures are cut for the n-th of its random crops, the same for all of them."""
     across, down = torch.rand(2, generator=generator(seed, "crop", key, number)).tolist()
     return round(across, 4), round(down, 4)
 
 
-def _where(picture: Picture) -> str:
+def _where(picture: ImageRecord) -> str:
     """A picture's name: its file's, or its table's, row and column."""
     return str(picture.path)
 
 
 def _said(prompt: str, concepts: Sequence[Concept]) -> str:
     """The prompt in the model's words; brackets that are no concept's stay as they are."""
-    return spoken(prompt, concepts) if concepts else prompt
+    return resolve_placeholder_tokens(prompt, concepts) if concepts else prompt
 
 
-def _means(model: Backbone, views: Sequence[tuple[Picture, Place]], *, flip: bool) -> Tensor:
+def _means(model: Backbone, views: Sequence[tuple[ImageRecord, CropPosition]], *, flip: bool) -> Tensor:
     means = []
-    processes.prepared(lambda view: encode_images_cached(model, [view[0]], flip=flip, crop=view[1]), views)
+    processes.warm_cache(lambda view: encode_images_cached(model, [view[0]], flip=flip, crop=view[1]), views)
     with progress(len(views), "encoding" + (" mirrored" if flip else "")) as bar:
         for picture, place in views:
             means.append(encode_images_cached(model, [picture], flip=flip, crop=place)[0].mean.float())

@@ -48,7 +48,7 @@ class PolicyGradients(RewardTraining):
         rows = [self.order[n % len(self.order)] for n in range(place * batch, (place + 1) * batch)]
         parts = self._micro()
         for part in parts:
-            scale = len(part) * len(parts) * processes.world() / batch
+            scale = len(part) * len(parts) * processes.world_size() / batch
             for rung in range(len(self.schedule) - 1):
                 if is_random(self.schedule[rung], self.schedule[rung + 1]):
                     yield self.loss(rung, [rows[row] for row in part]) * scale
@@ -75,7 +75,7 @@ class PolicyGradients(RewardTraining):
         states = torch.zeros(rungs, len(keys), *self.model.latent_shape, device=device)
         chances = torch.zeros(rungs - 1, len(keys), device=device)
         rewards = torch.zeros(len(keys))
-        for first in range(0, len(keys), 8)[processes.rank() :: processes.world()]:
+        for first in range(0, len(keys), 8)[processes.rank() :: processes.world_size()]:
             some, here = keys[first : first + 8], slice(first, first + 8)
             predict = self.predictor([i for i, _ in some])
             randoms = [generator(self.settings.seed, "round", number, i, j) for i, j in some]
@@ -85,7 +85,7 @@ class PolicyGradients(RewardTraining):
             )
             pictures = [to_image(one) for one in self.model.decode(states[-1, here]).cpu()]
             rewards[here] = self.judge(pictures, [self.prompts[i].text for i, _ in some])
-        processes.collect([states, chances, rewards])
+        processes.sum_in_place([states, chances, rewards])
         self.figures = {"reward": float(rewards.mean())}
         better = advantages(rewards.view(len(self.prompts), -1)).flatten().to(self.model.device)
         return Trajectories(states, chances, better, [i for i, _ in keys])

@@ -36,8 +36,8 @@ class RewardGradients(RewardTraining):
             numbers = [places[row] % count for row in part]
             reward = self.rewards(numbers, [(step, row) for row in part])
             rewards.append(reward.detach())
-            yield -reward.mean() * (len(part) * len(parts) * processes.world() / batch)
-        self.figures = {"reward": float(processes.mean(torch.cat(rewards)))}
+            yield -reward.mean() * (len(part) * len(parts) * processes.world_size() / batch)
+        self.figures = {"reward": float(processes.reduce_mean(torch.cat(rewards)))}
 
     def rewards(self, numbers: Sequence[int], keys: Sequence[tuple[int, int]]) -> Tensor:
         """Rewards [B] of pictures of these prompts, with the gradient of the walk's last K steps (algorithm 1)."""
@@ -68,12 +68,12 @@ def open_reward(name: str) -> Reward:
 
 def embedded(scorer: Scorer, pictures: Tensor) -> Tensor:
     """Unit vectors [B, D] of square pictures [B, 3, H, W] in −1…1, with gradients."""
-    size = (scorer.side, scorer.side)
+    size = (scorer.crop_size, scorer.crop_size)
     if pictures.shape[-2:] != size:
         pictures = F.interpolate(pictures, size, mode="bicubic", antialias=True)
     mean, deviation = (
         torch.tensor(value, device=pictures.device)[None, :, None, None]
-        for value in (scorer.mean, scorer.deviation)
+        for value in (scorer.mean, scorer.std)
     )
     network: Any = scorer.model
     features = (

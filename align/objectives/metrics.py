@@ -19,7 +19,7 @@ from align.objectives.dataset import Item, NoiseSamples, PreferenceData, batch_o
 from align.objectives.losses import accuracy
 from align.objectives.reference import LiveReference
 from align.settings import Settings
-from backbone.evaluation.statistics import Interval, bootstrap
+from backbone.evaluation.statistics import Interval, cluster_bootstrap
 from backbone.models.model import Backbone
 
 QUARTILES = 4
@@ -93,7 +93,7 @@ def figures(items: Sequence[Item], samples: NoiseSamples, errors: Tensor, refere
     wanted, unwanted = _sides(items, errors - reference)
     scale = float(reference.mean()) if reference.numel() else 1.0
     return Figures(
-        accuracy=bootstrap([right[number].tolist() for number in judged]),
+        accuracy=cluster_bootstrap([right[number].tolist() for number in judged]),
         by_level=tuple(_mean(right[judged][quarter[judged] == q]) for q in range(QUARTILES)),
         winner_change=_mean(wanted) / scale,
         loser_change=_mean(unwanted) / scale,

@@ -39,7 +39,7 @@ from align.objectives.reference import (
 )
 from align.settings import Settings
 from backbone.adapters.concept import Concept
-from backbone.adapters.lora import WEIGHTS, activate, add_lora, only, save_lora
+from backbone.adapters.lora import LORA_WEIGHTS, activate_adapters, add_lora, save_lora, use_adapters
 from backbone.diffusion.losses import debiased, min_snr, uniform
 from backbone.diffusion.noise import Level, PredictionType, generator
 from backbone.distributed import processes
@@ -63,8 +63,8 @@ GAP_RECORDS = 64  # training records whose seen noise samples are compared with 
 class PreferenceTraining(Objective):
     """Preference optimisation of a model on pairs or single images that were judged.
 
-    `base` names the adapters that belong to where training began (`backbone.adapters.apply.put_on`), `concepts` the run
-    folders that they came from.
+    `base` names the adapters that belong to where training began (`backbone.adapters.apply.load_concepts`), and
+    `concepts` the run folders that they came from.
     """
 
     model: Backbone
@@ -112,7 +112,7 @@ class PreferenceTraining(Objective):
             self.evaluations = {
                 name: make_evaluation(self.model, data, items, self.live, settings, samples)
                 for name, (samples, items) in asked.items()
-                if processes.takes_part()
+                if processes.is_participant()
             }
         if (
             settings.full
@@ -149,9 +149,9 @@ class PreferenceTraining(Objective):
         for part in parts:
             loss, figures = self.loss(part)
             gathered.append(figures)
-            yield loss.mean() * (len(part) * len(parts) * processes.world() / self.settings.batch)
+            yield loss.mean() * (len(part) * len(parts) * processes.world_size() / self.settings.batch)
         self.figures = {
-            name: float(processes.mean(torch.cat([figures[name] for figures in gathered])))
+            name: float(processes.reduce_mean(torch.cat([figures[name] for figures in gathered])))
             for name in gathered[0]
         }
 
@@ -189,7 +189,7 @@ class PreferenceTraining(Objective):
                 reference = weight * mean_squares(theirs)
                 drift = weight * (residual[0] - theirs[0]).square().flatten(1).mean(1)
         whole = (
-            processes.mean if self.share.scale > 1 else torch.mean
+            processes.reduce_mean if self.share.scale > 1 else torch.mean
         )  # other processes have the rest of the batch
         return PairBatch(errors, batch.preference.to(errors.device), reference, drift, whole)
 
@@ -239,8 +239,8 @@ class PreferenceTraining(Objective):
     def write(self, run: Path, header: dict[str, str]) -> dict[str, str]:
         """Writes what was learned; gives the fields of `Concept` that name the files."""
         if not self.settings.full:
-            save_lora(run / WEIGHTS, self.model.denoiser, ADAPTER, metadata=header)
-            return {"weights": WEIGHTS}
+            save_lora(run / LORA_WEIGHTS, self.model.denoiser, ADAPTER, metadata=header)
+            return {"weights": LORA_WEIGHTS}
         moved = {
             name: (value.detach().cpu() - self.start[name]).bfloat16()
             for name, value in self.parameters.items()
@@ -272,7 +272,7 @@ class PreferenceTraining(Objective):
 
     def _adapter(self) -> nn.Module:
         self.parameters = new_adapter(self.model, self.settings, self.base)
-        self._as_reference = partial(only, self.model.denoiser, list(self.base))
+        self._as_reference = partial(use_adapters, self.model.denoiser, list(self.base))
         return self.model.denoiser
 
     def _full_weights(self) -> nn.Module:
@@ -306,7 +306,7 @@ class PreferenceTraining(Objective):
                 settings.micro_batch,
             ),  # which noise samples share a batch, to the last bit of their errors
             records,
-            *([processes.world()] if self.share.scale > 1 else []),
+            *([processes.world_size()] if self.share.scale > 1 else []),
         )
         group = len(self.data.train[0].pictures)
         return open_cached_reference(
@@ -370,7 +370,7 @@ def new_adapter(model: Backbone, settings: Settings, base: Sequence[str]) -> dic
         targets=layers,
         seed=settings.seed,
     )
-    activate(model.denoiser, [*base, ADAPTER])
+    activate_adapters(model.denoiser, [*base, ADAPTER])
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     return parameters
@@ -385,9 +385,9 @@ def micro_batches(chosen: RecordSamples, settings: Settings) -> list[list[tuple[
 def share_of(settings: Settings) -> processes.Share:
     """What this process does of a step. Raises `UserError` for a batch that these processes cannot share."""
     if settings.full or settings.online:
-        processes.refuse_shards("--full" if settings.full else "--online")
+        processes.require_whole_model("--full" if settings.full else "--online")
     parts = micro_batches([(0, 0)] * settings.batch, settings)
-    return processes.share(len(parts), min(len(part) for part in parts))
+    return processes.share_of_step(len(parts), min(len(part) for part in parts))
 
 
 def _contents(concept: Concept) -> str:

@@ -70,7 +70,7 @@ class CachedReference:
         """Errors [G, B]; unknown ones are computed now, in one batch."""
         rows, ks = (torch.tensor(part) for part in zip(*chosen, strict=True))
         missing = torch.isnan(self.values[rows, ks, 0]).nonzero().flatten().tolist()
-        together = processes.sharded() and processes.any_of(bool(missing))
+        together = processes.is_sharded() and processes.any_process(bool(missing))
         asked = missing or ([0] if together else [])  # a sharded model is evaluated by all or none
         if asked:
             found = self.live.errors(batch if len(asked) == len(batch) else batch.part(asked), chosen)
@@ -86,17 +86,17 @@ class CachedReference:
 
     def merge(self) -> None:
         """Takes over what the other processes of this run have found; each takes samples of its own."""
-        if processes.world() > 1:
+        if processes.world_size() > 1:
             known = self.values.nan_to_num(nan=-1.0, posinf=torch.inf)  # errors are not negative
-            known = processes.largest(known)
+            known = processes.reduce_max(known)
             self.values = known.where(known >= 0, torch.nan)
-            new = int(processes.total([self.new])[0])
-            self.new = new if processes.is_writer() else 0
+            new = int(processes.reduce_sum([self.new])[0])
+            self.new = new if processes.is_main_process() else 0
 
     def save(self) -> None:
         """Keeps what is new, of all processes; a cache that cannot be written is done without."""
         self.merge()
-        if not self.new or not processes.is_writer():
+        if not self.new or not processes.is_main_process():
             return
         try:
             write_tensors(reference_path(self.key), {"errors": self.values}, {"kind": "reference errors"})

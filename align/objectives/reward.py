@@ -22,8 +22,8 @@ from torch import Tensor
 
 from align.objectives.preference import ADAPTER, new_adapter, share_of
 from align.settings import Settings
-from backbone.adapters.concept import Concept, spoken
-from backbone.adapters.lora import WEIGHTS, save_lora
+from backbone.adapters.concept import Concept, resolve_placeholder_tokens
+from backbone.adapters.lora import LORA_WEIGHTS, save_lora
 from backbone.diffusion.noise import Predict
 from backbone.distributed import processes
 from backbone.io.prompts import Prompt
@@ -52,9 +52,10 @@ class RewardTraining(Objective):
         settings = self.settings
         self.share = share_of(settings)
         said = [
-            spoken(prompt.text, self.concepts) if self.concepts else prompt.text for prompt in self.prompts
+            resolve_placeholder_tokens(prompt.text, self.concepts) if self.concepts else prompt.text
+            for prompt in self.prompts
         ]
-        with processes.writer_first():
+        with processes.main_process_first():
             self.conditions = encode_prompts_cached(self.model, [*said, ""])
         self.model.free("text_encoder")
         self.parameters = new_adapter(self.model, settings, self.base)
@@ -74,8 +75,8 @@ class RewardTraining(Objective):
 
     def write(self, run: Path, header: dict[str, str]) -> dict[str, str]:
         """Writes the LoRA; gives the fields of `Concept` that name the files."""
-        save_lora(run / WEIGHTS, self.model.denoiser, ADAPTER, metadata=header)
-        return {"weights": WEIGHTS}
+        save_lora(run / LORA_WEIGHTS, self.model.denoiser, ADAPTER, metadata=header)
+        return {"weights": LORA_WEIGHTS}
 
     def predictor(self, numbers: Sequence[int]) -> Predict:
         """The model's guided prediction for these prompts, one a sample."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from align.pairs.records import Pair, Preferences, Record, normal
 from backbone.io.console import UserError
-from backbone.io.files import content_hash, replacing, write_bytes, write_text
-from backbone.media.pictures import Picture
+from backbone.io.files import atomic_write, content_hash, write_bytes, write_text
+from backbone.media.pictures import ImageRecord
 
 ROWS_A_GROUP = 100  # pictures of so many rows are in memory at once
 
@@ -37,7 +37,7 @@ def write_parquet(found: Preferences, path: Path) -> Path:
         "__index_level_0__": whole,
     }  # fmt: skip
     schema = pyarrow.schema(types)
-    with replacing(path) as temporary, pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
+    with atomic_write(path) as temporary, pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
         rows = list(_rows_in_groups(found))
         for group in rows:
             writer.write_table(pyarrow.Table.from_pylist(group, schema=schema))
@@ -109,7 +109,7 @@ def _line(record: Record, names: list[str]) -> dict[str, Any]:
     return {"prompt": record.prompt, **pictures, "user": record.user}
 
 
-def _stored(picture: Picture, folder: Path) -> str:
+def _stored(picture: ImageRecord, folder: Path) -> str:
     """Writes a picture under its content's name and gives that, relative to the lines."""
     content = picture.read()
     ending = {b"\x89PNG": ".png", b"\xff\xd8\xff\xe0": ".jpg", b"RIFF": ".webp"}.get(content[:4])

@@ -24,7 +24,7 @@ from align.pairs.records import RANKING, SAMPLES, Pair, Preferences, Single
 from align.pairs.tables import DatasetTable, ParquetTable, _hub_table, _saved_table
 from backbone.io.console import UserError
 from backbone.io.files import read_json
-from backbone.media.pictures import Picture, Row, read_folder
+from backbone.media.pictures import DatasetRow, ImageRecord, list_images
 
 PROMPT_COLUMNS = ("prompt", "caption", "text")
 FOLDER_PAIRS = (("chosen", "rejected"), ("w", "l"))
@@ -35,7 +35,7 @@ def read(
 ) -> Preferences:
     """The preferences of a source; `user` keeps one person's, `limit` the first so many rows.
 
-    Opens no picture; `check` does. `UserError`: no such source, or one that no door fits.
+    Opens no picture; `check_images` does. `UserError`: no such source, or one that no door fits.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -104,7 +104,7 @@ def _from_samples(folder: Path, limit: int | None) -> Preferences:
 def _from_two_folders(folder: Path, better: str, worse: str, limit: int | None) -> Preferences:
     found = Preferences(str(folder))
     first, second = (
-        {_stem(picture): picture for picture in read_folder(folder / side)} for side in (better, worse)
+        {_stem(picture): picture for picture in list_images(folder / side)} for side in (better, worse)
     )
     for stem, winner in list(first.items())[:limit]:
         if stem not in second:
@@ -123,7 +123,7 @@ def _from_two_folders(folder: Path, better: str, worse: str, limit: int | None) 
     return found
 
 
-def _stem(picture: Picture) -> str:
+def _stem(picture: ImageRecord) -> str:
     return picture.path.stem
 
 
@@ -172,10 +172,10 @@ def _objects(path: Path, found: Preferences) -> Iterator[dict[str, Any]]:
             found.problems.append(f"line {number} of {path} is not a JSON object")
 
 
-def _picture_at(value: Any, folder: Path) -> Picture | None:
+def _picture_at(value: Any, folder: Path) -> ImageRecord | None:
     if not isinstance(value, str) or not value:
         return None
-    return Picture(folder / value.replace("\\", "/"))
+    return ImageRecord(folder / value.replace("\\", "/"))
 
 
 def _add_choice(found: Preferences, choice: Choice, folder: Path) -> None:
@@ -186,8 +186,8 @@ def _add_choice(found: Preferences, choice: Choice, folder: Path) -> None:
     found.pairs.append(
         Pair(
             choice.prompt,
-            Picture(folder / choice.left),
-            Picture(folder / choice.right),
+            ImageRecord(folder / choice.left),
+            ImageRecord(folder / choice.right),
             label,
             f"choice {choice.number} of {folder / CHOICES}",
             choice.user,
@@ -230,8 +230,10 @@ def _from_table(table: ParquetTable | DatasetTable, source: str, limit: int | No
             break
         where = f"row {index} of {source}"
 
-        def at(column: Any, index: int = index) -> Picture:
-            return Picture(Path(source) / f"{index:06d}-{column}", row=Row(table, str(column), index))
+        def at(column: Any, index: int = index) -> ImageRecord:
+            return ImageRecord(
+                Path(source) / f"{index:06d}-{column}", row=DatasetRow(table, str(column), index)
+            )
 
         _add_row(found, {**row, **{name: name for name in pictures}}, where, at)
     return found
@@ -241,9 +243,9 @@ def _from_table(table: ParquetTable | DatasetTable, source: str, limit: int | No
 
 
 def _add_row(
-    found: Preferences, row: Mapping[str, Any], where: str, picture: Callable[[Any], Picture | None]
+    found: Preferences, row: Mapping[str, Any], where: str, picture: Callable[[Any], ImageRecord | None]
 ) -> None:
-    """Reads one row; `picture` turns what stands in a picture's column into a `Picture`."""
+    """Reads one row; `picture` turns what stands in a picture's column into an `ImageRecord`."""
     prompt = next((row[name] for name in PROMPT_COLUMNS if isinstance(row.get(name), str)), "")
     prompt = " ".join(prompt.split())
     user = str(row.get("user_id") if row.get("user_id") is not None else row.get("user") or "")

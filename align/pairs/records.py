@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 
 from backbone.io.console import UserError
 from backbone.io.files import content_hash
-from backbone.media.decode import BadPicture
-from backbone.media.pictures import Picture
+from backbone.media.decode import BadImageError
+from backbone.media.pictures import ImageRecord
 
 SAMPLES = "samples.json"
 
@@ -28,15 +28,15 @@ class Pair:
     """Two pictures of one prompt. `label` is the probability that the first is better: 1, 0, or ½ for a tie."""
 
     prompt: str
-    first: Picture
-    second: Picture
+    first: ImageRecord
+    second: ImageRecord
     label: float
     name: str  # how a message calls it: “row 12 of pairs.parquet”
     user: str = ""
     both_bad: bool = False  # a tie in which neither is wanted
 
     @property
-    def pictures(self) -> tuple[Picture, Picture]:
+    def pictures(self) -> tuple[ImageRecord, ImageRecord]:
         """Both."""
         return self.first, self.second
 
@@ -58,13 +58,13 @@ class Single:
     """One picture of a prompt that was judged by itself."""
 
     prompt: str
-    picture: Picture
+    picture: ImageRecord
     good: bool
     name: str
     user: str = ""
 
     @property
-    def pictures(self) -> tuple[Picture]:
+    def pictures(self) -> tuple[ImageRecord]:
         """The picture."""
         return (self.picture,)
 
@@ -171,7 +171,7 @@ def _reasons(record: Record) -> Iterator[str]:
     for picture in record.pictures:
         try:
             sizes.append(picture.open(at_least=64).size)
-        except BadPicture as error:
+        except BadImageError as error:
             yield f"names a picture that {error.reason} ({error.name})"
         except OSError as error:
             yield f"names a picture that cannot be read ({error})"

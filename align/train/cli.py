@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from align.settings import SOURCE_HELP, Settings, read_settings, resolved
-from backbone.io.console import UserError, say
+from backbone.io.console import UserError, notify
 from backbone.io.options import command, hyphens, refuse_idle
 from backbone.training.settings import MODEL_HELP, PANELS, RunOptions, refuse_beside_resume
 
@@ -81,7 +81,7 @@ def train(asked: dict[str, Any], run: RunOptions) -> None:
 
         rows = {name: asked[name] for name in ("user", "limit", "split") if name in asked}
         found = check_pairs(read(source, **rows), skip_bad=asked.get("skip_bad", False))
-        say(f"{found.source} holds {counted(found.records)}.")
+        notify(f"{found.source} holds {counted(found.records)}.")
         from align.train.run import train_taste
 
         finished = train_taste(asked, found, out=run.out, vram=run.vram)
@@ -102,4 +102,4 @@ def _resumed(run: Path, asked: dict[str, Any], said: RunOptions) -> Path:
 
 
 def _done(run: Path) -> None:
-    say(f"{run}/report.html says how it went. Next: align compare moji {run} --prompts FILE")
+    notify(f"{run}/report.html says how it went. Next: align compare moji {run} --prompts FILE")

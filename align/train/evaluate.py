@@ -19,10 +19,10 @@ from align.pairs.records import (
     held_out,
 )
 from align.settings import EVALUATION, ROUNDS, Settings
-from backbone.adapters.apply import change_weights, put_on
-from backbone.adapters.apply import refuse_another_model as refuse_another_concept
+from backbone.adapters.apply import add_weight_differences, load_concepts
+from backbone.adapters.apply import check_concept_fits as refuse_another_concept
 from backbone.adapters.concept import read_concept
-from backbone.adapters.lora import only
+from backbone.adapters.lora import use_adapters
 from backbone.io.console import UserError
 from backbone.io.files import write_json
 from backbone.models.model import Backbone
@@ -53,15 +53,17 @@ def evaluate_taste(
     refuse_another_concept(concept, model)
     below = [read_concept(folder) for folder in settings.concepts]
     data = prepare(model, [], records, settings, below)
-    names = put_on(model, [*below, concept] if concept.weights else below)
+    names = load_concepts(model, [*below, concept] if concept.weights else below)
     live = LiveReference(
-        model, model.denoiser, partial(only, model.denoiser, names[: len(names) - bool(concept.weights)])
+        model,
+        model.denoiser,
+        partial(use_adapters, model.denoiser, names[: len(names) - bool(concept.weights)]),
     )
     asked = dataclasses.replace(settings, evaluation_draws=draws)
     evaluation = make_evaluation(model, data, data.held_out, live, asked, "held-out")
     if concept.changed:
         model.denoiser.float()  # differences are small
-        change_weights(model, concept)
+        add_weight_differences(model, concept)
     with torch.no_grad():
         figures = evaluation(model.denoiser)
     write_json(

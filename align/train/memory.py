@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from align.settings import Settings
 from backbone.adapters.lora import add_lora
 from backbone.io.console import UserError
-from backbone.memory.planner import Choice, Work, precision_of, within
+from backbone.memory.planner import MemorySettings, Workload, fit_to_memory, precision_name
 from backbone.models.model import Backbone
 from backbone.models.placement import get_placement
 
 
-def work_of(model: Backbone, settings: Settings, pictures: int, prompts: int) -> Work:
-    """The run's `Work`, for so many pictures and prompts; `UserError` for layers that the family does not know."""
+def work_of(model: Backbone, settings: Settings, pictures: int, prompts: int) -> Workload:
+    """The run's `Workload`, for so many pictures and prompts; `UserError` for layers that the family does not know."""
     layers = model.family.lora_targets.get(settings.lora_layers)
     if layers is None:
         known = ", ".join(model.family.lora_targets)
@@ -30,23 +30,23 @@ def work_of(model: Backbone, settings: Settings, pictures: int, prompts: int) ->
         ).values()
 
     at_once = settings.micro_batch or settings.batch
-    return Work(
+    return Workload(
         trains,
-        rows=at_once * (2 if settings.by_pairs else 1),
-        full=settings.full,
-        plain=not settings.concepts,
-        asks=False,  # the reference is asked with a step's own rows, and keeps nothing
-        kept=(pictures * (2 if settings.flip else 1), prompts + 1),
-        copies=int(settings.reference == "copy"),
-        shows=bool(settings.online),
+        batch_size=at_once * (2 if settings.by_pairs else 1),
+        full_finetuning=settings.full,
+        supports_compressed_base=not settings.concepts,
+        queries_base=False,  # the reference is asked with a step's own rows, and keeps nothing
+        cached_counts=(pictures * (2 if settings.flip else 1), prompts + 1),
+        extra_denoisers=int(settings.reference == "copy"),
+        draws_previews=bool(settings.online),
     )
 
 
-def choice_of(model: Backbone, settings: Settings) -> Choice:
+def choice_of(model: Backbone, settings: Settings) -> MemorySettings:
     """How the settings as they are hold the run in memory."""
     placement = get_placement(settings)
-    return Choice(
-        precision_of(model), settings.gradient_checkpointing, placement=placement, fixed_optimizer=True
+    return MemorySettings(
+        precision_name(model), settings.gradient_checkpointing, placement=placement, fixed_optimizer=True
     )
 
 
@@ -58,5 +58,5 @@ def budgeted(
     Raises `UserError` where nothing fits.
     """
     work = work_of(model, settings, pictures, prompts)
-    smaller, found = within(model, work, size, choice_of(model, settings))
+    smaller, found = fit_to_memory(model, work, size, choice_of(model, settings))
     return smaller, replace(settings, **found.settings())

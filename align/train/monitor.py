@@ -9,7 +9,7 @@ from align.objectives.preference import PreferenceTraining
 from align.objectives.reference import CachedReference
 from align.settings import EVALUATIONS, Settings
 from backbone.distributed import processes
-from backbone.io.console import say
+from backbone.io.console import notify
 from backbone.io.files import append_jsonl, read_jsonl
 from backbone.io.run_folder import trim_log
 
@@ -23,10 +23,10 @@ class Validation:
 
     def __init__(self, run: Path, training: PreferenceTraining, settings: Settings) -> None:
         self.path, self.training, self.settings = run / EVALUATIONS, training, settings
-        if processes.is_writer():
+        if processes.is_main_process():
             trim_log(self.path, training.done)
         processes.barrier()  # now every process reads what was kept
-        known = processes.takes_part() and self.path.exists()
+        known = processes.is_participant() and self.path.exists()
         self.seen = read_jsonl(self.path) if known else []
         self.complaint = self._complaint(self.seen[-1]) if self.seen else ""
 
@@ -42,12 +42,12 @@ class Validation:
     def _evaluate(self, step: int) -> None:
         if isinstance(self.training.reference, CachedReference):
             self.training.reference.merge()
-        if not processes.takes_part():
+        if not processes.is_participant():
             return
         if any(line["step"] == step for line in self.seen):
             return  # before the run was stopped
         found, gap = self.training.evaluate(), self.training.gap()
-        if not processes.is_writer():
+        if not processes.is_main_process():
             return
         line: dict[str, Any] = {"step": step, "bank_gap": gap}
         line |= {name: figures.as_json() for name, figures in found.items()}
@@ -55,7 +55,7 @@ class Validation:
         self.seen = read_jsonl(self.path)
         before, self.complaint = self.complaint, self._complaint(self.seen[-1])
         if self.complaint and not before and self.settings.on_winner_rise == "warn":
-            say(f"Step {step}: {self.complaint}")
+            notify(f"Step {step}: {self.complaint}")
 
     def _complaint(self, line: dict[str, Any]) -> str:
         figures = line.get("held-out") or line.get("training")

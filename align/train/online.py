@@ -37,15 +37,15 @@ from align.settings import (
 from align.train.monitor import Validation
 from align.train.report import smoothed_log, write_summary
 from align.train.run import write_concept, write_record
-from backbone.adapters.apply import put_on, refuse_another_model
-from backbone.adapters.concept import Concept, described, read_concept
+from backbone.adapters.apply import check_concept_fits, load_concepts
+from backbone.adapters.concept import Concept, read_concept, summarize_concepts
 from backbone.conditions.conditions import Conditions
 from backbone.distributed import processes
-from backbone.io.console import UserError, progress, say
+from backbone.io.console import UserError, notify, progress
 from backbone.io.files import append_jsonl, read_json, read_jsonl, write_json
 from backbone.io.prompts import Prompt, read_prompts
-from backbone.io.report import command, curve, curves, heading, paragraph, table, write_report
-from backbone.io.run_folder import clear_failed_try, refuse_taken, stopping, versions
+from backbone.io.report import command, heading, line_plot, paragraph, plot_row, table, write_report
+from backbone.io.run_folder import catch_interrupts, clear_failed_try, package_versions, refuse_taken
 from backbone.media.sheet import save_png
 from backbone.models.model import Backbone
 from backbone.models.placement import get_placement
@@ -70,7 +70,7 @@ def train_online(asked: dict[str, Any], *, out: Path | None) -> Path:
     Raises `UserError`, before any weights load, for a run folder that is taken, a scorer that is none, and settings
     that contradict each other.
     """
-    processes.join(asked.get("device", "auto"))
+    processes.init_process(asked.get("device", "auto"))
     run = out or Path("runs") / f"{Path(asked['prompts']).stem}-online"
     refuse_taken(run)
     model = Backbone.open(
@@ -83,12 +83,12 @@ def train_online(asked: dict[str, Any], *, out: Path | None) -> Path:
         takes_gradients(settings.online)
     open_judge(settings.online)
     for folder in settings.concepts:
-        refuse_another_model(read_concept(folder), model)
+        check_concept_fits(read_concept(folder), model)
     model = _placed(settings)
     share_of(settings)
     refuse_other_images(run, settings)
     processes.barrier()  # now every process has seen that the folder is free
-    if processes.is_writer():
+    if processes.is_main_process():
         clear_failed_try(run)
         write_record(run, settings)
     return carry_on(run, settings, model)
@@ -110,7 +110,7 @@ def refuse_other_images(run: Path, settings: Settings) -> None:
 def resume_online(run: Path) -> Path:
     """Goes on with a run that was stopped."""
     settings = read_settings(run)
-    processes.join(settings.device)
+    processes.init_process(settings.device)
     return carry_on(run, settings, _placed(settings))
 
 
@@ -128,7 +128,7 @@ def carry_on(run: Path, settings: Settings, model: Backbone) -> Path:
     """Trains from the last checkpoint, if there is one, to the finished folder."""
     prompts = read_prompts(Path(settings.prompts))
     concepts = [read_concept(folder) for folder in settings.concepts]
-    base = put_on(model, concepts)
+    base = load_concepts(model, concepts)
     if settings.loss in REWARD_LOSSES:
         return _by_reward(run, settings, model, prompts, concepts, base)
     return _by_pairs(run, settings, model, prompts, concepts, base)
@@ -149,11 +149,11 @@ def _by_pairs(
     training = PreferenceTraining(model, _nothing(model), settings, base, concepts)
     training.resume(run)
     validate = Every(0, Validation(run, training, settings))  # before the first round and after each
-    writes = processes.is_writer()
+    writes = processes.is_main_process()
     learn: list[Record] = []
     out: list[Record] = []
     spent = {"draw and rank": 0.0, "train": 0.0}
-    with stopping() as stop:
+    with catch_interrupts() as stop:
         for number in range(_round(training.done, settings), settings.rounds):
             # Draw: images of every prompt, by the policy as it is now.
             started = time.perf_counter()
@@ -176,14 +176,14 @@ def _by_pairs(
             spent["train"] += time.perf_counter() - started
             if stopped:
                 break
-    training.live.nfe = int(processes.total([training.live.nfe])[0])
+    training.live.nfe = int(processes.reduce_sum([training.live.nfe])[0])
     if not writes:
-        processes.leave()
+        processes.end_process()
         return run
     write_concept(run, settings, model, training.write(run, _header(settings)))
     seconds = {"prepare": spent["draw and rank"], "train": spent["train"], "all": time.perf_counter() - began}
     write_summary(run, training, learn, out, concepts, seconds)
-    processes.leave()
+    processes.end_process()
     return run
 
 
@@ -201,17 +201,19 @@ def _draw_round(
     keys = [(i, j) for i in range(len(prompts)) for j in range(settings.per_prompt)]
     missing = [key for key in keys if not (folder / picture_name(*key)).exists()]
     processes.barrier()  # now every process knows what is missing
-    own = processes.dealt(missing, batch=drawing.batch)  # to the last bit, for what is learned from them
+    own = processes.split_batches(
+        missing, batch=drawing.batch
+    )  # to the last bit, for what is learned from them
     with progress(len(own), "drawing") as bar:
         for key, picture in zip(own, draw(model, prompts, own, drawing, concepts), strict=True):
             save_png(folder / picture_name(*key), picture, text={"prompt": prompts[key[0]].text})
             bar.advance(1, images=1)
             if stop:
                 break
-    if processes.any_of(bool(stop)):
+    if processes.any_process(bool(stop)):
         run = folder.parents[1]
         raise KeyboardInterrupt(f"Stopped while drawing. Continue with: align train --resume {run}")
-    if not processes.is_writer():
+    if not processes.is_main_process():
         return
     facts = {
         "format": FORMAT,
@@ -231,7 +233,7 @@ def _round_records(folder: Path, settings: Settings) -> tuple[list[Record], list
     )
     if not learn:
         raise UserError(f"{folder} leaves nothing to learn from. Lower --held-out, or give more prompts.")
-    say(f"Learning from {counted(learn)}; held out: {counted(out)}.")
+    notify(f"Learning from {counted(learn)}; held out: {counted(out)}.")
     return learn, out
 
 
@@ -269,8 +271,8 @@ def _by_reward(
     training = kind(model, prompts, settings, base, concepts)
     training.resume(run)
     drive(training, run, command="align train", label=settings.loss)
-    if not processes.is_writer():
-        processes.leave()
+    if not processes.is_main_process():
+        processes.end_process()
         return run
     write_concept(run, settings, model, training.write(run, _header(settings)))
     log = read_jsonl(run / LOG)
@@ -283,28 +285,28 @@ def _by_reward(
         "scorer": settings.online,
         "model": settings.model,
         "fingerprint": model.fingerprint,
-        "concepts": described(concepts),
+        "concepts": summarize_concepts(concepts),
         "reward": {"first tenth of the steps": first, "last tenth": last},
         "steps": training.done,
         "seconds": seconds,
         "settings": settings,
-        "versions": versions(),
+        "versions": package_versions(),
     }
     write_json(run / SUMMARY, summary)
     drawn = [
-        curve("Reward", {"reward": [(line["step"], line["reward"]) for line in log]}),
-        curve("Loss", {"loss": [(line["step"], line["loss"]) for line in smoothed_log(log)]}),
+        line_plot("Reward", {"reward": [(line["step"], line["reward"]) for line in log]}),
+        line_plot("Loss", {"loss": [(line["step"], line["loss"]) for line in smoothed_log(log)]}),
     ]
     parts = [
         paragraph(f"{settings.steps} steps in {seconds:.0f} s on {len(prompts)} prompts."),
-        curves(drawn),
+        plot_row(drawn),
         table(("", "mean reward"), [("first tenth of the steps", first), ("last tenth", last)]),
         paragraph("The scorer that trained a model does not judge it: compare with another one."),
         heading("Again"),
         command(as_command(settings, run)),
     ]
     write_report(run / REPORT, f"{run.name}: {settings.loss} on {settings.model} by {settings.online}", parts)
-    processes.leave()
+    processes.end_process()
     return run
 
 

@@ -23,10 +23,10 @@ from align.settings import (
     Settings,
     as_command,
 )
-from backbone.adapters.concept import Concept, described
+from backbone.adapters.concept import Concept, summarize_concepts
 from backbone.io.files import read_jsonl, write_json
-from backbone.io.report import command, curve, curves, heading, paragraph, table, write_report
-from backbone.io.run_folder import versions
+from backbone.io.report import command, heading, line_plot, paragraph, plot_row, table, write_report
+from backbone.io.run_folder import package_versions
 from backbone.training.run import LOG
 
 
@@ -48,7 +48,7 @@ def write_summary(
         "beta": settings.beta,
         "model": settings.model,
         "fingerprint": training.model.fingerprint,
-        "concepts": described(concepts),
+        "concepts": summarize_concepts(concepts),
         "data": {
             "source": settings.pairs,
             "training": counted(learn),
@@ -68,7 +68,7 @@ def write_summary(
         "of_steps": settings.steps,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "settings": settings,
-        "versions": versions(),
+        "versions": package_versions(),
     }
     write_json(run / SUMMARY, summary)
     write_report(
@@ -94,10 +94,12 @@ def report(run: Path, summary: dict[str, Any], settings: Settings) -> list[str]:
     ]
     if summary["rewards"]:
         rewards = [(line["round"], line["reward"]) for line in summary["rewards"]]
-        drawn.append(curve("Mean score of each round's pictures", {"score": rewards}))
+        drawn.append(line_plot("Mean score of each round's pictures", {"score": rewards}))
     gap = [(line["step"], _number(line["bank_gap"])) for line in evaluations]
-    drawn.append(curve("Seen/unseen-noise gap: accuracy at seen minus unseen noise", {"gap": gap}, level=0.0))
-    drawn.append(curve("Loss", {"loss": [(line["step"], line["loss"]) for line in smoothed_log(log)]}))
+    drawn.append(
+        line_plot("Seen/unseen-noise gap: accuracy at seen minus unseen noise", {"gap": gap}, level=0.0)
+    )
+    drawn.append(line_plot("Loss", {"loss": [(line["step"], line["loss"]) for line in smoothed_log(log)]}))
     chosen = dataclasses.asdict(settings).items()
     return [
         paragraph(f"{steps}, {seconds['train']:.0f} s of training, {seconds['all']:.0f} s in all."),
@@ -121,7 +123,7 @@ def report(run: Path, summary: dict[str, Any], settings: Settings) -> list[str]:
             "for no change, at noise that training never sees. Errors are relative to where training began: "
             "a winners' error above zero means that preferred pictures have become less likely."
         ),
-        curves(drawn),
+        plot_row(drawn),
         heading("Again"),
         command(as_command(settings, run)),
         table(
@@ -147,8 +149,8 @@ def _curves(name: str, seen: list[dict[str, Any]], key: str) -> list[str]:
         "losers": along(lambda figures: figures["loser_change"]),
     }
     return [
-        curve(f"Accuracy, {name}", accuracy, level=0.5),
-        curve(f"Change of error, {name}", changes, level=0.0),
+        line_plot(f"Accuracy, {name}", accuracy, level=0.5),
+        line_plot(f"Change of error, {name}", changes, level=0.0),
     ]
 
 

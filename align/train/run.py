@@ -19,13 +19,13 @@ from align.pairs.records import (
 from align.settings import FILE, Settings, as_command, read_settings, resolved
 from align.train.monitor import Validation
 from align.train.report import write_summary
-from backbone.adapters.apply import put_on
-from backbone.adapters.apply import refuse_another_model as refuse_another_concept
+from backbone.adapters.apply import check_concept_fits as refuse_another_concept
+from backbone.adapters.apply import load_concepts
 from backbone.adapters.concept import Concept, read_concept
 from backbone.distributed import processes
-from backbone.io.console import UserError, say
+from backbone.io.console import UserError, notify
 from backbone.io.files import write_json
-from backbone.io.run_folder import clear_failed_try, refuse_taken, versions
+from backbone.io.run_folder import clear_failed_try, package_versions, refuse_taken
 from backbone.models.model import Backbone
 from backbone.models.placement import get_placement
 from backbone.training.run import Every, drive
@@ -40,7 +40,7 @@ def train_taste(
     that contradict each other.
     """
     began = time.perf_counter()
-    processes.join(asked.get("device", "auto"))
+    processes.init_process(asked.get("device", "auto"))
     run = out or Path("runs") / run_name(asked["pairs"])
     refuse_taken(run)
     model = Backbone.open(
@@ -60,12 +60,12 @@ def train_taste(
     if vram is not None:
         from align.train.memory import budgeted
 
-        processes.refuse_shards("--vram counts for a process alone; it")
+        processes.require_whole_model("--vram counts for a process alone; it")
         pictures, prompts = sum(len(one.pictures) for one in records), len({one.prompt for one in records})
         model, settings = budgeted(model, settings, pictures, prompts, vram)
     share_of(settings)
     processes.barrier()  # now every process has seen that the folder is free
-    if processes.is_writer():
+    if processes.is_main_process():
         clear_failed_try(run)
         write_record(run, settings)
     return carry_on(run, settings, model, records, began=began)
@@ -75,7 +75,7 @@ def resume_taste(run: Path) -> Path:
     """Goes on with a run that was stopped; the weights come out as if it had not been."""
     began = time.perf_counter()
     settings = read_settings(run)
-    processes.join(settings.device)
+    processes.init_process(settings.device)
     found = check(_read_again(settings), skip_bad=settings.skip_bad)
     model = Backbone.open(
         settings.model,
@@ -92,9 +92,9 @@ def carry_on(run: Path, settings: Settings, model: Backbone, records: list[Recor
     learn, out = held_out(records, share=settings.held_out, seed=settings.seed)
     if not learn:
         raise UserError(f"{settings.pairs} leaves nothing to learn from. Lower --held-out.")
-    say(f"Learning from {counted(learn)}; held out: {counted(out)}.")
+    notify(f"Learning from {counted(learn)}; held out: {counted(out)}.")
     concepts = [read_concept(folder) for folder in settings.concepts]
-    base = put_on(model, concepts)
+    base = load_concepts(model, concepts)
     data = prepare(model, learn, out, settings, concepts)
     training = PreferenceTraining(model, data, settings, base, concepts)
     training.resume(run)
@@ -102,9 +102,9 @@ def carry_on(run: Path, settings: Settings, model: Backbone, records: list[Recor
     validate = Every(settings.evaluation_steps, Validation(run, training, settings))
     drive(training, run, command="align train", validate=validate)
     trained = time.perf_counter()
-    training.live.nfe = int(processes.total([training.live.nfe])[0])
-    if not processes.is_writer():
-        processes.leave()
+    training.live.nfe = int(processes.reduce_sum([training.live.nfe])[0])
+    if not processes.is_main_process():
+        processes.end_process()
         return run
     header = {
         "base_model": settings.model,
@@ -115,7 +115,7 @@ def carry_on(run: Path, settings: Settings, model: Backbone, records: list[Recor
     write_concept(run, settings, model, files)
     seconds = {"prepare": prepared - began, "train": trained - prepared, "all": time.perf_counter() - began}
     write_summary(run, training, learn, out, concepts, seconds)
-    processes.leave()
+    processes.end_process()
     return run
 
 
@@ -129,7 +129,8 @@ def write_concept(run: Path, settings: Settings, model: Backbone, files: dict[st
 def write_record(run: Path, settings: Settings) -> None:
     """Writes the run's `settings.json`: what was resolved, how to repeat it, and with which versions."""
     write_json(
-        run / FILE, {"settings": settings, "command": as_command(settings, run), "versions": versions()}
+        run / FILE,
+        {"settings": settings, "command": as_command(settings, run), "versions": package_versions()},
     )
 
 

@@ -1,1 +1,1 @@
-"""What is learned beside a frozen model: low-rank adapters, embeddings, and the concept folder that holds them."""
+"""Trained parameters beside a frozen model: low-rank adapters, token embeddings, and the concept folder."""

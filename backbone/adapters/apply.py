@@ -1,4 +1,4 @@
-"""Concepts put on a model, from run folders: their adapters, their words, and the weights that they change."""
+"""Load concepts from run folders into a model: adapters, token embeddings, weight differences."""
 
 from __future__ import annotations
 
@@ -7,63 +7,65 @@ from collections.abc import Sequence
 import torch
 
 from backbone.adapters.concept import Concept
-from backbone.adapters.embeddings import load_words
-from backbone.adapters.lora import activate, carries_text, load_lora
-from backbone.distributed.processes import refuse_shards
+from backbone.adapters.embeddings import load_embeddings
+from backbone.adapters.lora import activate_adapters, has_text_encoder_weights, load_lora
+from backbone.distributed.processes import require_whole_model
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors
 from backbone.models.model import Backbone
 
 
-def put_on(model: Backbone, concepts: Sequence[Concept], *, scale: float = 1.0) -> list[str]:
-    """Puts concepts on a model, their changes `scale` times as strong; gives the adapters' names.
+def load_concepts(model: Backbone, concepts: Sequence[Concept], *, scale: float = 1.0) -> list[str]:
+    """Load concepts into a model and return the names of their adapters.
 
-    Several adapters add up; so do several changes of the denoiser's own weights.
+    `scale` multiplies adapters (LoRA scale) and weight differences; those of several concepts add up.
 
     Raises `UserError` for a concept of another model, before anything is changed.
     """
     for concept in concepts:
-        refuse_another_model(concept, model)
+        check_concept_fits(concept, model)
     names = []
     for number, concept in enumerate(concepts):
         if concept.changed:
-            change_weights(model, concept, scale=scale)
+            add_weight_differences(model, concept, scale=scale)
         if concept.words:
             for token, words in concept.tokens.items():
-                if words.split()[:1] != [token]:  # rare words of the model's own, in a merge of runs
+                if words.split()[:1] != [
+                    token
+                ]:  # a merged run also has tokens that stand for the model's own words
                     continue
-                load_words(concept.folder / concept.words, model.text_encoder, token)
+                load_embeddings(concept.folder / concept.words, model.text_encoder, token)
             model.text_learned = True
         if concept.weights:
             names.append(f"concept_{number}")
-            with_text = carries_text(concept.weights_path)
-            text = {side.name: side.model for side in model.text_encoder.sides} if with_text else {}
-            load_lora(concept.weights_path, model.denoiser, names[-1], scale=scale, text=text)
+            with_text = has_text_encoder_weights(concept.weights_path)
+            text = {slot.name: slot.model for slot in model.text_encoder.slots} if with_text else {}
+            load_lora(concept.weights_path, model.denoiser, names[-1], scale=scale, text_encoders=text)
             model.text_learned |= with_text
     if names:
-        activate(model.denoiser, names)
+        activate_adapters(model.denoiser, names)
         if model.text_learned:
-            for side in model.text_encoder.sides:
-                activate(side.model, names)
+            for slot in model.text_encoder.slots:
+                activate_adapters(slot.model, names)
     return names
 
 
 @torch.no_grad()
-def change_weights(model: Backbone, concept: Concept, *, scale: float = 1.0) -> None:
-    """Adds to the denoiser's weights the differences that a concept's file holds, `scale` times."""
+def add_weight_differences(model: Backbone, concept: Concept, *, scale: float = 1.0) -> None:
+    """Add `scale` times the weight differences of a concept to the denoiser's weights."""
     path = concept.folder / concept.changed
     differences, _ = read_tensors(path)
-    own = dict(model.denoiser.named_parameters())
-    if any(name not in own or own[name].shape != value.shape for name, value in differences.items()):
+    weights = dict(model.denoiser.named_parameters())
+    if any(name not in weights or weights[name].shape != value.shape for name, value in differences.items()):
         raise UserError(f"{path} was made for another model. Give the --model that it was trained on.")
     for name, value in differences.items():
-        own[name].add_(scale * value.to(own[name].device, torch.float32))
+        weights[name].add_(scale * value.to(weights[name].device, torch.float32))
 
 
-def refuse_another_model(concept: Concept, model: Backbone) -> None:
-    """`UserError` when a concept was trained on other weights than the model's, or changes weights that are cut up."""
+def check_concept_fits(concept: Concept, model: Backbone) -> None:
+    """Raise `UserError` if a concept was trained on other weights, or would change weights that are sharded."""
     if concept.changed:
-        refuse_shards(f"{concept.folder} changes the base's own weights, which")
+        require_whole_model(f"{concept.folder} changes the base's own weights, which")
     if concept.fingerprint != model.fingerprint:
         raise UserError(
             f"{concept.folder} was trained on {concept.model} with other weights than {model.location.name} has. "

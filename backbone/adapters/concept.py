@@ -1,7 +1,7 @@
-"""A concept: what a run has learned, in files that all three commands read.
+"""A concept: what a training run learned, as a run folder that all three commands load.
 
-A concept owns tokens that people write, like `[V]`, and each stands for rare words of the model's tokenizer. `spoken`
-turns a person's prompt into the words that the model reads.
+A concept owns placeholder tokens like `[V]`, each of which stands for rare words of the model's tokenizer;
+`resolve_placeholder_tokens` replaces them in a prompt.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from backbone.io.console import UserError, say
+from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash, read_json, write_json
 
-FILE = "concept.json"
+CONCEPT_FILE = "concept.json"
 BEST = "best"  # in a run folder: the checkpoint that its evaluations found best
 FORMAT = 1
 PLACEHOLDER = re.compile(r"\[[^\[\]\s]+\]|<[^<>\s]+>")
 CONSONANTS = "[bcdfghjklmnpqrstvwxz]{3,4}"
+RARE_WORD_POOL = 256  # how many of the tokenizer's rarest words a concept's are chosen from
 RARE = re.compile(rf"({CONSONANTS})</w>|▁({CONSONANTS})")  # as CLIP's and T5's tokenizers mark a whole word
-POOL = 256  # a concept's words are drawn from this many of the tokenizer's rarest
 
 
 @dataclass(frozen=True)
 class Concept:
-    """What `concept.json` says. `tokens` maps what people write to what the model reads.
+    """The contents of `concept.json`. `tokens` maps placeholder tokens to the words that the model reads.
 
-    Its files, each empty where the method has none: `weights`, an adapter; `words`, rows of a token's own; `changed`,
-    weights of the denoiser that replace the base's.
+    Its files, each "" where the method has none: `weights`, an adapter; `words`, embedding vectors per token;
+    `changed`, differences from the base denoiser's weights.
     """
 
     kind: str
@@ -44,28 +44,28 @@ class Concept:
 
     @property
     def weights_path(self) -> Path:
-        """The adapter's file."""
+        """The path of the adapter."""
         return self.folder / self.weights
 
     def write(self, folder: Path) -> None:
-        """Writes `concept.json` into a run folder."""
+        """Write `concept.json` into a run folder."""
         fields = {key: value for key, value in asdict(self).items() if key != "folder"}
-        write_json(folder / FILE, {"format": FORMAT, **fields})
+        write_json(folder / CONCEPT_FILE, {"format": FORMAT, **fields})
 
 
 def read_concept(folder: str | Path) -> Concept:
-    """The concept of a run folder; `UserError` when there is none."""
+    """Read the concept of a run folder, or of its `concept.json`; `UserError` if there is none."""
     folder = Path(folder)
-    path = folder / FILE if folder.is_dir() else folder
-    if not path.is_file() or path.name != FILE:
+    path = folder / CONCEPT_FILE if folder.is_dir() else folder
+    if not path.is_file() or path.name != CONCEPT_FILE:
         raise UserError(
-            f"{folder} holds no concept ({FILE} is missing). Name a run folder of `customize train`."
+            f"{folder} holds no concept ({CONCEPT_FILE} is missing). Name a run folder of `customize train`."
         )
-    said = read_json(path)
-    if not isinstance(said, dict) or said.get("format") != FORMAT:
+    fields = read_json(path)
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise UserError(f"{path} is not a concept that this version reads. Train it again, or update Limner.")
     try:
-        return Concept(**{key: value for key, value in said.items() if key != "format"}, folder=path.parent)
+        return Concept(**{key: value for key, value in fields.items() if key != "format"}, folder=path.parent)
     except TypeError as error:
         raise UserError(f"{path} is damaged ({error}). Train the concept again.") from error
 
@@ -77,54 +77,61 @@ def checkpoint(run: str | Path, which: str | None = None) -> Path:
     best is asked for and there is none.
     """
     folder = Path(run) / BEST
-    if (folder / FILE).is_file():
+    if (folder / CONCEPT_FILE).is_file():
         if which is None:
-            say(f"{run}: its best checkpoint is used (--checkpoint last: the weights after the last step).")
+            notify(
+                f"{run}: its best checkpoint is used (--checkpoint last: the weights after the last step)."
+            )
         return Path(run) if which == "last" else folder
     if which == "best":
         raise UserError(f"{run} kept no best checkpoint. Give --checkpoint last, or leave it out.")
     return Path(run)
 
 
-def spoken(prompt: str, concepts: Sequence[Concept], *, runs: Path = Path("runs")) -> str:
-    """The prompt in the model's words: every token that a concept owns replaced by its rare words.
+def resolve_placeholder_tokens(prompt: str, concepts: Sequence[Concept], *, runs: Path = Path("runs")) -> str:
+    """Replace each placeholder token of the concepts by the words that the model reads for it.
 
-    Raises `UserError` for a token that no given concept owns, naming the newest run that has it.
+    Raises `UserError` for a placeholder that none of the concepts owns, naming the newest run in `runs` that does.
     """
-    owned = {token: words for concept in concepts for token, words in concept.tokens.items()}
-    for token, words in sorted(owned.items(), key=lambda pair: -len(pair[0])):
+    tokens = {token: words for concept in concepts for token, words in concept.tokens.items()}
+    for token, words in sorted(tokens.items(), key=lambda pair: -len(pair[0])):  # [VV] before [V]
         prompt = prompt.replace(token, words)
-    own = {
-        word for words in owned.values() for word in words.split()
-    }  # a learned word is called like its token
-    known = {token: run for run, concept in runs_by_age(runs) for token in concept.tokens}
-    strangers = [*PLACEHOLDER.findall(prompt), *(token for token in known if _says(prompt, token))]
-    for token in [token for token in strangers if token not in own]:
-        remedy = f"Add --concept {known[token]}." if token in known else "Train it first, or leave it out."
+    # Textual inversion adds the token itself to the tokenizer, so a resolved prompt may still hold it.
+    resolved = {word for words in tokens.values() for word in words.split()}
+    trained = {token: run for run, concept in list_concept_runs(runs) for token in concept.tokens}
+    candidates = [*PLACEHOLDER.findall(prompt), *(token for token in trained if _mentions(prompt, token))]
+    for token in [token for token in candidates if token not in resolved]:
+        remedy = (
+            f"Add --concept {trained[token]}." if token in trained else "Train it first, or leave it out."
+        )
         raise UserError(f"No given concept owns the token {token} in the prompt “{prompt}”. {remedy}")
     return prompt
 
 
-def runs_by_age(runs: Path) -> list[tuple[Path, Concept]]:
-    """The finished runs in a folder, oldest first."""
-    found = []
-    for path in sorted(runs.glob(f"*/{FILE}"), key=lambda path: path.stat().st_mtime):
+def list_concept_runs(runs: Path) -> list[tuple[Path, Concept]]:
+    """List the finished runs in a folder with their concepts, oldest first."""
+    finished = []
+    for path in sorted(runs.glob(f"*/{CONCEPT_FILE}"), key=lambda path: path.stat().st_mtime):
         try:
-            found.append((path.parent, read_concept(path.parent)))
+            finished.append((path.parent, read_concept(path.parent)))
         except UserError:
             continue
-    return found
+    return finished
 
 
-def rare_words(vocabulary: Mapping[str, int], key: str, *, count: int = 1, taken: Iterable[str] = ()) -> str:
-    """Words that mean nothing to a model: single tokens of three or four consonants, among the tokenizer's rarest.
+def choose_rare_words(
+    vocabulary: Mapping[str, int], key: str, *, count: int = 1, taken: Iterable[str] = ()
+) -> str:
+    """Choose rare-token identifiers (Ruiz et al. 2023, § 3.2): single tokens of 3 or 4 consonants with a weak prior.
 
-    `key` (the contents of the pictures, say) chooses among them, so that two concepts seldom share one. Byte-pair
-    vocabularies are ordered by frequency, so the rarest are those with the highest ids.
+    `key` (the hash of the training images, say) seeds the choice, so that two concepts seldom share one. BPE ids are
+    ordered by frequency: the rarest tokens have the highest ids. `taken` words are left out.
+
+    Raises `UserError` if the vocabulary has fewer than `count`.
     """
     candidates = [token for token in vocabulary if RARE.fullmatch(token)]
     candidates.sort(key=lambda token: -vocabulary[token])
-    words = [token.removesuffix("</w>").removeprefix("▁") for token in candidates[:POOL]]
+    words = [token.removesuffix("</w>").removeprefix("▁") for token in candidates[:RARE_WORD_POOL]]
     words = [word for word in words if word not in set(taken)]
     if len(words) < count:
         raise UserError("This model's tokenizer has no rare words of its own. Give some with --token-words.")
@@ -133,7 +140,7 @@ def rare_words(vocabulary: Mapping[str, int], key: str, *, count: int = 1, taken
 
 
 def check_token(token: str, vocabulary: Mapping[str, int]) -> None:
-    """Refuses a token that cannot be told from ordinary words of a prompt."""
+    """Raise `UserError` for a placeholder of several words, or one that is an ordinary word of the vocabulary."""
     if not token.strip() or " " in token.strip():
         raise UserError(f"The token “{token}” must be one word, like [V] or <dog>.")
     whole = (f"{token.lower()}</w>", f"▁{token.lower()}")
@@ -141,12 +148,12 @@ def check_token(token: str, vocabulary: Mapping[str, int]) -> None:
         raise UserError(f"The token “{token}” is an ordinary word for this model. Choose one like [{token}].")
 
 
-def _says(prompt: str, token: str) -> bool:
+def _mentions(prompt: str, token: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(token)}(?!\w)", prompt) is not None
 
 
-def described(concepts: Sequence[Concept]) -> list[dict[str, Any]]:
-    """What a record of a run says about its concepts."""
+def summarize_concepts(concepts: Sequence[Concept]) -> list[dict[str, Any]]:
+    """The concepts of a run as its JSON record lists them."""
     return [
         {"folder": str(concept.folder), "tokens": concept.tokens, "class": concept.class_noun}
         for concept in concepts

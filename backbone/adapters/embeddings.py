@@ -1,7 +1,7 @@
-"""New words for a text encoder: rows of their own beside its frozen table of token embeddings.
+"""Textual inversion embeddings (Gal et al. 2023): new tokens beside a text encoder's frozen embedding table.
 
-Gal et al. 2023 (textual inversion) find a word whose embedding draws a subject. Here only the new rows exist as
-trainable tensors, so every old word stays bit for bit what it was, and taking the new ones away leaves nothing behind.
+Only the new vectors exist as trainable tensors, so every old token stays bit for bit what it was, and dropping the new
+ones restores the encoder.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from backbone.families.base import TextEncoder
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
 
-FILE = "learned_embeds.safetensors"
+EMBEDDINGS_FILE = "learned_embeds.safetensors"
 
 
-class Widened(nn.Module):
-    """A frozen embedding table [N, D], and learned rows behind it."""
+class ExtendedEmbedding(nn.Module):
+    """A frozen embedding table [N, D] followed by trainable rows."""
 
     def __init__(self, table: nn.Embedding) -> None:
         super().__init__()
@@ -32,11 +32,11 @@ class Widened(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The table, without the new rows."""
+        """The frozen table [N, D] alone."""
         return self.table.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Token ids [B, T] to embeddings [B, T, D]."""
+        """Token ids [B, T] → embeddings [B, T, D]."""
         count = self.table.num_embeddings
         old = self.table(ids.clamp(max=count - 1))
         if not len(self.rows):
@@ -45,95 +45,98 @@ class Widened(nn.Module):
         return torch.where((ids < count)[..., None], old, new)
 
 
-def new_words(encoder: TextEncoder, rows: Mapping[str, Tensor], *, words: Sequence[str]) -> dict[str, Tensor]:
-    """Teaches an encoder words, each a row of the tensors [W, D] in `rows`, one tensor for each of its `sides`.
+def add_tokens(
+    encoder: TextEncoder, rows: Mapping[str, Tensor], *, tokens: Sequence[str]
+) -> dict[str, Tensor]:
+    """Add tokens to every text encoder, with initial embeddings `rows`: for each slot's name a tensor [tokens, D].
 
-    Gives the rows as fp32 leaf tensors by side, ready to be trained. Raises `UserError` for a word that it has already,
-    or for rows of another width.
+    Returns the new embeddings by slot name, as fp32 leaf parameters. Raises `UserError` for a token that the tokenizer
+    knows already, or for embeddings of another width.
     """
     learned: dict[str, Tensor] = {}
-    for side in encoder.sides:
-        values = rows[side.name]
-        table = cast(nn.Embedding | Widened, side.model.get_input_embeddings())
+    for slot in encoder.slots:
+        values = rows[slot.name]
+        table = cast(nn.Embedding | ExtendedEmbedding, slot.model.get_input_embeddings())
         width = table.weight.shape[1]
-        if values.shape != (len(words), width):
+        if values.shape != (len(tokens), width):
             raise UserError(
-                f"The learned words are {tuple(values.shape)} numbers and this model's {side.name} has words of "
-                f"{width}. Give the --model that they were learned on."
+                f"The learned embeddings have the shape {tuple(values.shape)} and those of this model's {slot.name} "
+                f"the width {width}. Give the --model that they were learned on."
             )
-        start = table.table.num_embeddings if isinstance(table, Widened) else table.num_embeddings
-        before = start + sum(len(part) for part in table.rows) if isinstance(table, Widened) else start
-        added = side.tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
-        ids = side.tokenizer.convert_tokens_to_ids(list(words))
-        if added != len(words) or ids != list(range(before, before + len(words))):
+        next_id = table.table.num_embeddings if isinstance(table, ExtendedEmbedding) else table.num_embeddings
+        if isinstance(table, ExtendedEmbedding):
+            next_id += sum(len(earlier) for earlier in table.rows)
+        added = slot.tokenizer.add_tokens([AddedToken(word, normalized=False) for word in tokens])
+        ids = slot.tokenizer.convert_tokens_to_ids(list(tokens))
+        if added != len(tokens) or ids != list(range(next_id, next_id + len(tokens))):
             raise UserError(
-                f"This model knows one of the words {', '.join(words)} already. Choose another token."
+                f"This model knows one of the tokens {', '.join(tokens)} already. Choose another token."
             )
-        if not isinstance(table, Widened):
-            table = Widened(table)
-            side.model.set_input_embeddings(table)
+        if not isinstance(table, ExtendedEmbedding):
+            table = ExtendedEmbedding(table)
+            slot.model.set_input_embeddings(table)
         parameter = nn.Parameter(values.detach().clone().float().to(table.weight.device), requires_grad=False)
         table.rows.append(parameter)
-        learned[side.name] = parameter
+        learned[slot.name] = parameter
     return learned
 
 
-def rows_of(encoder: TextEncoder, text: str, *, count: int) -> dict[str, Tensor]:
-    """The embeddings of a text's tokens, repeated or cut to `count` rows [count, D], for every side.
+def embed_tokens(encoder: TextEncoder, text: str, *, count: int) -> dict[str, Tensor]:
+    """The embeddings of a text's tokens by slot name, repeated or cut to `count` rows [count, D].
 
     Raises `UserError` for a text without tokens.
     """
-    found = {}
-    for side in encoder.sides:
-        ids = side.tokenizer(text, add_special_tokens=False)["input_ids"]
+    embeddings = {}
+    for slot in encoder.slots:
+        ids = slot.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
             raise UserError(f"“{text}” has no words to begin with. Give others with --initializer-token.")
-        chosen = torch.tensor([ids[k % len(ids)] for k in range(count)], device=side.model.device)
-        found[side.name] = side.model.get_input_embeddings()(chosen[None])[0].detach().float()
-    return found
+        repeated = torch.tensor([ids[k % len(ids)] for k in range(count)], device=slot.model.device)
+        embeddings[slot.name] = slot.model.get_input_embeddings()(repeated[None])[0].detach().float()
+    return embeddings
 
 
-def words_of(token: str, count: int) -> list[str]:
-    """How a token's vectors are called, as diffusers calls them: `[V]`, `[V]_1`, `[V]_2` …"""
+def vector_token_names(token: str, count: int) -> list[str]:
+    """The tokenizer's names of a token's vectors, as diffusers has them: `[V]`, `[V]_1`, `[V]_2` …"""
     return [token, *(f"{token}_{k}" for k in range(1, count))]
 
 
-def save_words(path: Path, rows: Mapping[str, Mapping[str, Tensor]], *, metadata: Mapping[str, str]) -> None:
-    """Writes learned words, the rows of each token by side.
+def save_embeddings(
+    path: Path, rows: Mapping[str, Mapping[str, Tensor]], *, metadata: Mapping[str, str]
+) -> None:
+    """Write the embedding vectors of each token, by token and slot name.
 
-    With one text encoder it is a file that diffusers' `load_textual_inversion` reads; with several, a token's rows of
-    each are called `token/side`.
+    With one text encoder, diffusers' `load_textual_inversion` reads the file; with several, keys are `token/slot`.
     """
     tensors = {
-        token if len(sides) == 1 else f"{token}/{side}": value.detach()
-        for token, sides in rows.items()
-        for side, value in sides.items()
+        token if len(by_slot) == 1 else f"{token}/{slot}": vectors.detach()
+        for token, by_slot in rows.items()
+        for slot, vectors in by_slot.items()
     }
     write_tensors(path, tensors, dict(metadata))
 
 
-def words_by_side(tensors: Mapping[str, Tensor], token: str) -> dict[str, Tensor]:
-    """One token's rows [W, D] of each text encoder, from the tensors of a file that `save_words` wrote."""
-    own = {
-        name.removeprefix(f"{token}/"): rows for name, rows in tensors.items() if name.startswith(f"{token}/")
-    }
-    return own or {"text_encoder": tensors[token]}
+def split_by_encoder(tensors: Mapping[str, Tensor], token: str) -> dict[str, Tensor]:
+    """A token's embeddings [W, D] by slot name, from the tensors of a file that `save_embeddings` wrote."""
+    prefix = f"{token}/"
+    by_slot = {name.removeprefix(prefix): rows for name, rows in tensors.items() if name.startswith(prefix)}
+    return by_slot or {"text_encoder": tensors[token]}
 
 
-def load_words(path: Path, encoder: TextEncoder, token: str) -> dict[str, Tensor]:
-    """Teaches an encoder the words of a file for one token; gives their rows by side.
+def load_embeddings(path: Path, encoder: TextEncoder, token: str) -> dict[str, Tensor]:
+    """Add a token with the embeddings of a file to every text encoder; returns them by slot name.
 
-    Raises `UserError` when the file holds none for this token.
+    Raises `UserError` if the file holds none for this token.
     """
     tensors, _ = read_tensors(path)
-    names = [side.name for side in encoder.sides]
+    names = [slot.name for slot in encoder.slots]
     keys = [token] if len(names) == 1 else [f"{token}/{name}" for name in names]
     if any(key not in tensors for key in keys):
         raise UserError(
-            f"{path} holds no words for {token} and this model. Give the --model it was learned on."
+            f"{path} holds no embeddings for {token} and this model. Give the --model it was learned on."
         )
     rows = {
         name: tensors[key].reshape(-1, tensors[key].shape[-1]) for name, key in zip(names, keys, strict=True)
     }
     count = len(next(iter(rows.values())))
-    return new_words(encoder, rows, words=words_of(token, count))
+    return add_tokens(encoder, rows, tokens=vector_token_names(token, count))

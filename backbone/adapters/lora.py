@@ -1,8 +1,7 @@
-"""Adapters on peft: fp32 trainables over a base of any precision, one context that switches them off and restores.
+"""Low-rank adapters on peft: fp32 trainable tensors over a base of any precision, LoRA files as diffusers reads them.
 
-Four kinds, all a low-rank change of chosen layers: LoRA (Hu et al. 2022), DoRA (Liu et al. 2024: magnitude and
-direction apart), LoHa and LoKr (Yeh et al. 2024: Hadamard and Kronecker products). One file holds an adapter of the
-denoiser and, where it has one, of the text encoders.
+Four types: LoRA (Hu et al. 2022), DoRA (Liu et al. 2024, magnitude and direction apart), LoHa and LoKr (Yeh et al.
+2024, Hadamard and Kronecker products). One file holds the adapter of the denoiser and of the text encoders, if any.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from torch import Tensor, nn
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
 
-Kind = Literal["lora", "dora", "loha", "lokr"]
+AdapterType = Literal["lora", "dora", "loha", "lokr"]
 
-WEIGHTS = "pytorch_lora_weights.safetensors"
-OTHER_WEIGHTS = "adapter_weights.safetensors"  # LoHa and LoKr, which diffusers' loader refuses
-DENOISERS = ("unet.", "transformer.")  # a file's names of the denoiser's layers begin so
-MARKS = ("lora_", "hada_", "lokr_")
-KINDS: tuple[Kind, ...] = get_args(Kind)
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+LYCORIS_WEIGHTS = "adapter_weights.safetensors"  # LoHa and LoKr, which diffusers' loader refuses
+DENOISER_PREFIXES = ("unet.", "transformer.")  # a file's names of the denoiser's layers begin so
+PARAMETER_PREFIXES = ("lora_", "hada_", "lokr_")
+ADAPTER_TYPES: tuple[AdapterType, ...] = get_args(AdapterType)
 
 
 def add_lora(
@@ -47,17 +46,24 @@ def add_lora(
     targets: Sequence[str],
     dropout: float = 0.0,
     seed: int = 0,
-    kind: Kind = "lora",
-    ranks: Mapping[str, int] | None = None,
+    adapter_type: AdapterType = "lora",
+    rank_pattern: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
-    """Puts an adapter on the target layers and gives its trainable tensors by name, all fp32.
+    """Add an adapter to the target layers and return its trainable tensors by name, all fp32.
 
-    `ranks` gives layers whose names match a pattern a rank of their own, α/rank staying what it is. The new adapter
-    changes nothing until it is trained: one of its factors is zero. Equal seeds give equal tensors.
+    `rank_pattern` gives layers that match a pattern another rank at the same α/rank, as in peft. A new adapter changes
+    nothing until it is trained: one of its factors is zero. Equal seeds give equal tensors.
 
-    Raises `UserError` when no layer of the model is a target.
+    Raises `UserError` if no layer of the model is a target.
     """
-    config = _config(kind, rank=rank, alpha=alpha, targets=targets, dropout=dropout, ranks=ranks or {})
+    config = _peft_config(
+        adapter_type,
+        rank=rank,
+        alpha=alpha,
+        targets=targets,
+        dropout=dropout,
+        rank_pattern=rank_pattern or {},
+    )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         torch.manual_seed(seed)
@@ -75,17 +81,19 @@ def add_lora(
 
 
 def lora_parameters(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The tensors of one adapter."""
-    return {key: value for key, value in model.named_parameters() if _belongs(key, name)}
+    """The tensors of one adapter, by name."""
+    return {key: value for key, value in model.named_parameters() if _is_adapter_parameter(key, name)}
 
 
-def _belongs(key: str, name: str) -> bool:
-    return any(mark in key for mark in MARKS) and (f".{name}." in key or key.endswith(f".{name}"))
+def _is_adapter_parameter(key: str, name: str) -> bool:
+    return any(mark in key for mark in PARAMETER_PREFIXES) and (
+        f".{name}." in key or key.endswith(f".{name}")
+    )
 
 
 @contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The base model inside the `with`; afterwards every adapter is on again, trainable exactly where it was before."""
+def disable_adapters(model: nn.Module) -> Iterator[None]:
+    """Run the base model inside the `with`; afterwards adapters are active and trainable exactly as before."""
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
     was_off = [layer.disable_adapters for layer in layers]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -101,15 +109,15 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def only(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Exactly these adapters inside the `with`, none for no name; afterwards those from before.
+def use_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Activate exactly these adapters (none for no names) inside the `with`; afterwards those from before.
 
-    Nothing's `requires_grad` changes, so an adapter in training may be left out for a while.
+    `requires_grad` does not change, so an adapter in training may be left out for a while.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
     before = [layer._active_adapter for layer in layers]
     for layer in layers:
-        layer._active_adapter = [name for name in names if _has(layer, name)]
+        layer._active_adapter = [name for name in names if _has_adapter(layer, name)]
     try:
         yield
     finally:
@@ -123,20 +131,20 @@ def save_lora(
     name: str,
     *,
     metadata: Mapping[str, str] | None = None,
-    text: Mapping[str, nn.Module] | None = None,
+    text_encoders: Mapping[str, nn.Module] | None = None,
 ) -> None:
-    """Writes an adapter as diffusers' `load_lora_weights` reads it, rank and alpha in the file's header.
+    """Write an adapter as diffusers' `load_lora_weights` reads it, rank and alpha in the file's metadata.
 
-    `text` holds the text encoders that carry the same adapter, by their names in the diffusers layout.
+    `text_encoders` are those that carry the same adapter, by their names in the diffusers layout.
     """
     tensors: dict[str, Tensor] = {}
     settings: dict[str, Any] = {}
-    for prefix, module in {denoiser_prefix(model): model, **_prefixed(text)}.items():
+    for prefix, module in {denoiser_prefix(model): model, **_prefix_encoders(text_encoders)}.items():
         if name not in getattr(module, "peft_config", {}):
             continue
         state = get_peft_model_state_dict(cast(Any, module), adapter_name=name)
         tensors |= {prefix + key: value for key, value in state.items()}
-        settings |= {prefix + key: value for key, value in _settings(module, name).items()}
+        settings |= {prefix + key: value for key, value in _peft_metadata(module, name).items()}
     header = {"format": "pt", "lora_adapter_metadata": json.dumps(settings), **(metadata or {})}
     write_tensors(path, tensors, header)
 
@@ -147,17 +155,17 @@ def load_lora(
     name: str,
     *,
     scale: float = 1.0,
-    text: Mapping[str, nn.Module] | None = None,
+    text_encoders: Mapping[str, nn.Module] | None = None,
 ) -> None:
-    """Puts a saved adapter on the model, `scale` times as strong.
+    """Load a saved adapter into the model, its α multiplied by `scale`.
 
-    Raises `UserError` when the file was made for another model.
+    Raises `UserError` if the file was made for another model.
     """
     tensors, header = read_tensors(path)
     if "lora_adapter_metadata" not in header:
         raise UserError(f"{path} does not say its rank and alpha. Use a file that `customize train` wrote.")
-    said = json.loads(header["lora_adapter_metadata"])
-    parts = {denoiser_prefix(model): model, **_prefixed(text)}
+    metadata = json.loads(header["lora_adapter_metadata"])
+    parts = {denoiser_prefix(model): model, **_prefix_encoders(text_encoders)}
     if any(not key.startswith(tuple(parts)) for key in tensors):
         raise UserError(
             f"{path} was made for another model than this one. Give the --model that it was trained on."
@@ -165,53 +173,53 @@ def load_lora(
     for prefix, module in parts.items():
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if state:
-            settings = {key.removeprefix(prefix): v for key, v in said.items() if key.startswith(prefix)}
-            _load_one(path, module, name, state, settings, scale)
+            settings = {key.removeprefix(prefix): v for key, v in metadata.items() if key.startswith(prefix)}
+            _load_into(path, module, name, state, settings, scale)
 
 
-def activate(model: nn.Module, names: Sequence[str]) -> None:
-    """Makes exactly these adapters work, added together."""
+def activate_adapters(model: nn.Module, names: Sequence[str]) -> None:
+    """Activate exactly these adapters, frozen; their changes add up."""
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):
-            layer.set_adapter([name for name in names if _has(layer, name)])
+            layer.set_adapter([name for name in names if _has_adapter(layer, name)])
     for name in names:
         for parameter in lora_parameters(model, name).values():
             parameter.requires_grad_(False)
 
 
 def denoiser_prefix(model: nn.Module) -> str:
-    """How diffusers calls a denoiser of this build: a UNet, or else a transformer."""
-    return DENOISERS[0] if hasattr(model, "down_blocks") else DENOISERS[1]
+    """The prefix of the denoiser's keys in a diffusers LoRA file: `unet.` or `transformer.`."""
+    return DENOISER_PREFIXES[0] if hasattr(model, "down_blocks") else DENOISER_PREFIXES[1]
 
 
-def carries_text(path: Path) -> bool:
-    """Whether an adapter file also changes text encoders."""
-    return any(not key.startswith(DENOISERS) for key in read_tensors(path)[0])
+def has_text_encoder_weights(path: Path) -> bool:
+    """Whether an adapter file also adapts text encoders."""
+    return any(not key.startswith(DENOISER_PREFIXES) for key in read_tensors(path)[0])
 
 
-def _has(layer: Any, name: str) -> bool:
+def _has_adapter(layer: Any, name: str) -> bool:
     return any(name in getattr(layer, kind) for kind in layer.adapter_layer_names if hasattr(layer, kind))
 
 
-def _prefixed(text: Mapping[str, nn.Module] | None) -> dict[str, nn.Module]:
+def _prefix_encoders(text: Mapping[str, nn.Module] | None) -> dict[str, nn.Module]:
     return {f"{side}.": module for side, module in (text or {}).items()}
 
 
-def _load_one(
+def _load_into(
     path: Path, model: nn.Module, name: str, state: dict[str, Tensor], settings: dict[str, Any], scale: float
 ) -> None:
-    """Puts the part of an adapter that one network carries on it."""
-    config = _config(
-        _kind(settings),
+    """Load the part of an adapter that belongs to one network."""
+    config = _peft_config(
+        _adapter_type(settings),
         rank=settings["r"],
         alpha=settings.get("lora_alpha", settings.get("alpha", settings["r"])) * scale,
         targets=settings["target_modules"],
         dropout=settings.get("lora_dropout", 0.0),
-        ranks=settings.get("rank_pattern") or {},
+        rank_pattern=settings.get("rank_pattern") or {},
     )
     if "alpha_pattern" in settings:  # other tools let rank and alpha differ on their own
         config.alpha_pattern = {layer: alpha * scale for layer, alpha in settings["alpha_pattern"].items()}
-    state = {_level(model, key): value for key, value in state.items()}
+    state = {_match_text_model_level(model, key): value for key, value in state.items()}
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     with warnings.catch_warnings():  # a second adapter is what we want here
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
@@ -221,8 +229,8 @@ def _load_one(
             raise UserError(
                 f"{path} was made for another model than this one. Give the --model that it was trained on."
             ) from error
-    own = get_peft_model_state_dict(cast(Any, model), adapter_name=name)
-    if shapes != {key: tuple(value.shape) for key, value in own.items()}:
+    expected = get_peft_model_state_dict(cast(Any, model), adapter_name=name)
+    if shapes != {key: tuple(value.shape) for key, value in expected.items()}:
         raise UserError(
             f"{path} was made for another model than this one. Give the --model that it was trained on."
         )
@@ -232,43 +240,47 @@ def _load_one(
         parameter.requires_grad_(False)
 
 
-def _level(model: nn.Module, key: str) -> str:
-    """A key of CLIP's with its level `text_model`, or without it, as the installed transformers builds the model."""
+def _match_text_model_level(model: nn.Module, key: str) -> str:
+    """Add or remove CLIP's level `text_model.` in a key, as the installed transformers names it."""
     plain = key.removeprefix("text_model.")
     return f"text_model.{plain}" if hasattr(model, "text_model") and "text_projection" not in key else plain
 
 
-def _config(
-    kind: Kind, *, rank: int, alpha: float, targets: Sequence[str], dropout: float, ranks: Mapping[str, int]
+def _peft_config(
+    adapter_type: AdapterType,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    dropout: float,
+    rank_pattern: Mapping[str, int],
 ) -> Any:
-    """peft's settings of an adapter; layers of another rank keep its ratio of alpha to rank."""
-    pattern = dict(ranks)
-    alphas = {layer: alpha * own / rank for layer, own in pattern.items()}
+    """peft's config of an adapter; layers of another rank keep the ratio of alpha to rank."""
     shared: dict[str, Any] = {
         "r": rank,
         "target_modules": list(targets),
-        "rank_pattern": pattern,
-        "alpha_pattern": alphas,
+        "rank_pattern": dict(rank_pattern),
+        "alpha_pattern": {layer: alpha * layer_rank / rank for layer, layer_rank in rank_pattern.items()},
     }
-    match kind:
+    match adapter_type:
         case "lora" | "dora":
             return LoraConfig(
-                **shared, lora_alpha=cast(int, alpha), lora_dropout=dropout, use_dora=kind == "dora"
+                **shared, lora_alpha=cast(int, alpha), lora_dropout=dropout, use_dora=adapter_type == "dora"
             )
         case "loha":
             return LoHaConfig(**shared, alpha=cast(int, alpha), module_dropout=dropout)
         case "lokr":
             return LoKrConfig(**shared, alpha=cast(int, alpha), module_dropout=dropout)
-    raise UserError(f"There is no adapter called {kind}. Choose one of {', '.join(KINDS)}.")
+    raise UserError(f"There is no adapter called {adapter_type}. Choose one of {', '.join(ADAPTER_TYPES)}.")
 
 
-def _kind(settings: Mapping[str, Any]) -> Kind:
-    """The kind of a saved adapter."""
-    return cast(Kind, settings.get("kind", "dora" if settings.get("use_dora") else "lora"))
+def _adapter_type(settings: Mapping[str, Any]) -> AdapterType:
+    """The type of a saved adapter."""
+    return cast(AdapterType, settings.get("kind", "dora" if settings.get("use_dora") else "lora"))
 
 
-def _settings(model: nn.Module, name: str) -> dict[str, Any]:
-    """What the file's header says of an adapter, as diffusers reads it for LoRA."""
+def _peft_metadata(model: nn.Module, name: str) -> dict[str, Any]:
+    """The adapter's settings for the file's metadata, as diffusers reads them for LoRA."""
     config = cast(Any, model).peft_config[name]
     settings: dict[str, Any] = {
         "r": config.r,

@@ -1,4 +1,4 @@
-"""Which device and which precision."""
+"""The default device and the working precision."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def best_device() -> str:
-    """cuda, mps or cpu."""
+    """The fastest device that torch sees: cuda, mps or cpu."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def chosen_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The working precision; `auto` is the fastest one that is safe on the device."""
+def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of a precision's name; `auto` is the fastest one that is safe on the device."""
     if precision != "auto":
         if precision not in PRECISIONS:
             raise UserError(f"There is no precision {precision}. Choose auto, {', '.join(PRECISIONS)}.")

@@ -1,10 +1,10 @@
-"""The denoiser's frozen weights cut up over the processes of a run: each holds a part and borrows the rest (FSDP).
+"""Fully sharded frozen weights (FSDP2; Zhao et al. 2023): each process holds a shard of the denoiser.
 
-Zhao et al. 2023 (PyTorch FSDP), in torch's second edition: before a block computes, the processes put its weights
-together, and let go of the others' parts afterwards. What is trained, an adapter or words, stays whole in every
-process, so losses, averages of gradients, checkpoints and files are those of a run whose base is not cut up.
+Before a block computes, its weights are all-gathered, and freed afterwards. What is trained (an adapter, token
+embeddings) is added later and stays replicated, so losses, gradient averages, checkpoints and files are those of an
+unsharded run.
 
-A network that is cut up answers all processes at once or none: whoever asks it, all ask it, equally often.
+A forward pass of a sharded network is a collective: all processes must call it, equally often.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from backbone.distributed import processes
 from backbone.io.console import UserError
 
 
-def cut(denoiser: nn.Module, device: torch.device) -> nn.Module:
-    """The loaded, frozen denoiser on its device, cut up over all processes, block by block; what remains at last.
+def shard(denoiser: nn.Module, device: torch.device) -> nn.Module:
+    """Shard the frozen denoiser over all processes: each repeated block, then the rest.
 
-    Adapters that are put on it later stay whole. Raises `UserError` where torch has no FSDP.
+    Adapters that are added later are replicated. Raises `UserError` below torch 2.6.
     """
     try:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
     except ImportError as error:
-        raise UserError("Weights are cut up by torch 2.6 or later. Run: pip install -U torch") from error
+        raise UserError("Sharding (FSDP) needs torch 2.6 or later. Run: pip install -U torch") from error
     for value in denoiser.parameters():
-        value.data = value.data.contiguous()  # the only layout that can be cut
-    mesh = init_device_mesh(device.type, (processes.world(),))
-    for block in blocks(denoiser):
+        value.data = value.data.contiguous()  # channels_last cannot be sharded
+    mesh = init_device_mesh(device.type, (processes.world_size(),))
+    for block in repeated_blocks(denoiser):
         fully_shard(block, mesh=mesh)
     fully_shard(denoiser, mesh=mesh)
     return denoiser
 
 
-def blocks(denoiser: nn.Module) -> Iterator[nn.Module]:
-    """The layers that repeat, inner ones before those that they are a part of."""
+def repeated_blocks(denoiser: nn.Module) -> Iterator[nn.Module]:
+    """Yield the entries of every `…blocks` ModuleList, inner lists before those that contain them."""
     lists = [
         layers
         for name, layers in denoiser.named_modules()

@@ -1,8 +1,8 @@
-"""A run in several processes, as `accelerate launch` or torchrun starts them: who writes, who does what.
+"""Data-parallel runs, as `accelerate launch` or torchrun start them: splitting work, collectives, the main process.
 
-Every process takes the same steps on the same weights, computes its own part of each step, and the gradients are
-averaged, so a run comes out as one process would have made it at the same settings: the batch is a step's, not a
-process's. One process, the writer, writes and speaks. Alone, everything here does nothing.
+Every process takes the same steps on the same weights, computes its share of each batch, and gradients are averaged.
+The batch size is that of a step, not of a process, so a run gives what one process would have given with the same
+settings. Only the main process writes files and prints. In a single process everything here is the identity.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from torch import Tensor
 from backbone.io.console import UserError
 
 Item = TypeVar("Item")
-PATIENCE = timedelta(hours=12)  # how long processes wait for the writer's pictures and evaluations
-AT_ONCE = 1 << 24  # numbers in a message
-WORLDS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+COLLECTIVE_TIMEOUT = timedelta(hours=12)  # the others wait while the main process samples and evaluates
+BUCKET_ELEMENTS = 1 << 24  # elements of one all-reduce
+WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
-# Being one of several ----------------------------------------------------------------------------------------
+# The process group -------------------------------------------------------------------------------------------
 
 
-def join(device: str) -> None:
-    """Takes this process's place among those that were launched together; alone it does nothing.
+def init_process(device: str) -> None:
+    """Join the process group of the launcher, if there is one.
 
-    `device` is what the user asked for. Each process gets a GPU of its own, or they share the CPU.
+    `device` is the user's `--device`. Each process gets its own GPU, or all share the CPU.
 
-    Raises `UserError` for a launch that cannot work.
+    Raises `UserError` for a launch configuration that cannot work.
     """
     if dist.is_initialized():
         return
-    launched = max(int(os.environ.get(name, "1")) for name in WORLDS)
+    launched = max(int(os.environ.get(name, "1")) for name in WORLD_SIZE_VARIABLES)
     if launched == 1:
         if _launcher_started_one_of_several():
-            _start_all(device)
+            _relaunch_with_torchrun(device)
         return
     for name in ("DEEPSPEED", "MEGATRON_LM"):
-        if _launcher_said(name):
+        if _launcher_uses(name):
             raise UserError(
                 f"The launcher was configured for {name.replace('_', '-')}, which brings a training loop of its own. "
-                "To cut up the base over the processes, launch it with recipes/accelerate/fsdp.yaml."
+                "To shard the base over the processes, launch it with recipes/accelerate/fsdp.yaml."
             )
     if ":" in device:
         raise UserError(f"Each process takes a device of its own. Leave out --device {device}.")
@@ -57,63 +57,63 @@ def join(device: str) -> None:
     from backbone.distributed.device import best_device
 
     on_cpu = (best_device() if device == "auto" else device) == "cpu"
-    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
+    state = PartialState(cpu=on_cpu, timeout=COLLECTIVE_TIMEOUT)
     if state.num_processes != launched:
         raise UserError(f"{launched} processes cannot share this machine's device. Add --device cpu.")
 
 
-def leave() -> None:
-    """Waits for the others at a run's good end, and lets go of them."""
+def end_process() -> None:
+    """Wait for the other processes at the end of a successful run, and leave the process group."""
     if dist.is_initialized():
         barrier()
         dist.destroy_process_group()
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """The index of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
-    """How many processes there are."""
+def world_size() -> int:
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_writer() -> bool:
-    """Whether this process writes files and speaks."""
+def is_main_process() -> bool:
+    """Whether this process, rank 0, writes files and prints."""
     return rank() == 0
 
 
 # A sharded model (`backbone.distributed.fsdp`) --------------------------------------------------------------------
 
 
-def sharded() -> bool:
-    """Whether the launcher asked for FSDP: every process holds a part of the denoiser, and all ask it together."""
-    return world() > 1 and _launcher_said("FSDP")
+def is_sharded() -> bool:
+    """Whether the launcher asked for FSDP: each process holds a shard of the denoiser, and all call it together."""
+    return world_size() > 1 and _launcher_uses("FSDP")
 
 
-def takes_part() -> bool:
-    """Whether this process helps to compute what the writer alone needs: the writer, or all with a model cut up."""
-    return is_writer() or sharded()
+def is_participant() -> bool:
+    """Whether this process helps to compute what only the main process needs: every process calls a sharded model."""
+    return is_main_process() or is_sharded()
 
 
-def refuse_shards(what: str) -> None:
-    """`UserError` for what cannot be done to a model that is cut up; `what` begins the sentence."""
-    if sharded():
+def require_whole_model(what: str) -> None:
+    """Raise `UserError` if the denoiser is sharded; `what` is the subject of the sentence."""
+    if is_sharded():
         raise UserError(
             f"{what} needs the whole model in every process, and the launcher asked for FSDP. Launch it with "
             "recipes/accelerate/gpus.yaml."
         )
 
 
-# Parts of the work -------------------------------------------------------------------------------------------
+# Splitting work ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one process does of a step: some of its micro-batches whole, or some rows of each.
+    """The part of an optimiser step that one process computes: some of its micro-batches, or some rows of each.
 
-    The mean over processes of `scale` × the sum over own rows is then the sum over all rows.
+    The mean over processes of `scale` × the sum over a process's rows is the sum over all rows.
     """
 
     micros: slice
@@ -121,138 +121,141 @@ class Share:
     scale: int
 
 
-def share(micros: int, rows: int) -> Share:
+def share_of_step(micros: int, rows: int) -> Share:
     """This process's share of a step of `micros` micro-batches of at least `rows` rows each.
 
-    Whole micro-batches where they can be dealt out evenly; a batch that stays whole gives the same bits as in one
-    process, one that is cut up the same numbers up to rounding.
+    Whole micro-batches where they divide evenly: each then gives the same bits as in one process. Split rows give the
+    same numbers up to rounding.
 
-    Raises `UserError` where there is not a row for every process.
+    Raises `UserError` where there are fewer rows than processes.
     """
-    own, count = rank(), world()
+    index, count = rank(), world_size()
     if micros % count == 0:
-        each = micros // count
-        return Share(slice(own * each, (own + 1) * each), slice(None), 1)
+        per_process = micros // count
+        return Share(slice(index * per_process, (index + 1) * per_process), slice(None), 1)
     if rows < count:
         raise UserError(
             f"A step of {micros} × {rows} cannot be shared by {count} processes. Raise --batch (it counts "
             f"what all processes do together) to {count} or a multiple of it, or start fewer processes."
         )
-    return Share(slice(None), slice(own, None, count), count)
+    return Share(slice(None), slice(index, None, count), count)
 
 
-def dealt(items: Sequence[Item], *, batch: int) -> list[Item]:
-    """This process's part of what is done `batch` at a time, in the very batches of one process."""
+def split_batches(items: Sequence[Item], *, batch: int) -> list[Item]:
+    """This process's items, in the same batches of `batch` as a single process would make.
+
+    With a sharded model every process gets equally many batches, the last one repeated where they do not divide.
+    """
     starts = list(range(0, len(items), batch))
-    if sharded() and starts:  # all ask equally often; what is done twice comes out alike
-        starts += [starts[-1]] * (-len(starts) % world())
-    starts = starts[rank() :: world()]
+    if is_sharded() and starts:
+        starts += [starts[-1]] * (-len(starts) % world_size())
+    starts = starts[rank() :: world_size()]
     return [item for start in starts for item in items[start : start + batch]]
 
 
-def spread(items: Sequence[Item], *, batch: int) -> list[Item]:
-    """The same where there are batches enough for everybody; otherwise in smaller ones."""
-    return dealt(items, batch=min(batch, max(1, -(-len(items) // world()))))
+def split_items(items: Sequence[Item], *, batch: int) -> list[Item]:
+    """Like `split_batches`, in smaller batches where there would be fewer batches than processes."""
+    return split_batches(items, batch=min(batch, max(1, -(-len(items) // world_size()))))
 
 
-def prepared(work: Callable[[Item], object], items: Sequence[Item]) -> None:
-    """Does work whose results are remembered on disk, each process its part; nothing is done here alone.
+def warm_cache(work: Callable[[Item], object], items: Sequence[Item]) -> None:
+    """Warm the disk cache in parallel: each process computes its share, then all wait.
 
-    Afterwards every process finds all of them there.
+    `work` must cache its results on disk. A single process computes nothing here.
     """
-    if world() == 1:
+    if world_size() == 1:
         return
-    for item in spread(items, batch=1):
+    for item in split_items(items, batch=1):
         work(item)
     barrier()
 
 
 @contextmanager
-def writer_first() -> Iterator[None]:
-    """The writer goes through the `with` before the others do, who find on disk what it left there.
+def main_process_first() -> Iterator[None]:
+    """Run the body on the main process before the others, which then read from disk what it cached.
 
-    With a model that is cut up they go together: what one of them lacks, all do.
+    With a sharded model all run it together, for each of its calls needs them all.
     """
-    if not takes_part():
+    if not is_participant():
         barrier()
     yield
-    if takes_part():
+    if is_participant():
         barrier()
 
 
-# Agreeing ----------------------------------------------------------------------------------------------------
+# Collectives -------------------------------------------------------------------------------------------------
 
 
 def barrier() -> None:
-    """Waits until every process is here."""
-    any_of(False)
+    """Wait until every process is here."""
+    any_process(False)
 
 
-def average(tensors: Sequence[Tensor]) -> None:
-    """Replaces every tensor by its mean over the processes, bit for bit the same in each; alone it changes nothing.
+def average_in_place(tensors: Sequence[Tensor]) -> None:
+    """Replace every tensor by its mean over the processes, bit for bit the same in each.
 
-    They are of one type and on one device; the messages have about AT_ONCE numbers.
+    The tensors have one dtype and device; they are reduced in buckets of about BUCKET_ELEMENTS.
     """
     if not dist.is_initialized():
         return
-    count, part, size = world(), [], 0
+    count, bucket, size = world_size(), [], 0
     for tensor in tensors:
-        part.append(tensor)
+        bucket.append(tensor)
         size += tensor.numel()
-        if size >= AT_ONCE:
-            _average_together(part, count)
-            part, size = [], 0
-    if part:
-        _average_together(part, count)
+        if size >= BUCKET_ELEMENTS:
+            _average_bucket(bucket, count)
+            bucket, size = [], 0
+    if bucket:
+        _average_bucket(bucket, count)
 
 
-def collect(tensors: Sequence[Tensor]) -> None:
-    """Fills every tensor with what each process wrote into a part of its own, zeros before."""
+def sum_in_place(tensors: Sequence[Tensor]) -> None:
+    """Replace every tensor by its sum over the processes: a gather where each filled its own rows of zeros."""
     if dist.is_initialized():
         for tensor in tensors:
-            found = tensor.to(_carrier())
-            _all_reduce(found)
-            tensor.copy_(found)
+            summed = tensor.to(_communication_device())
+            _all_reduce(summed)
+            tensor.copy_(summed)
 
 
-def averaging() -> Callable[[Sequence[Tensor]], None] | None:
-    """`average` for the training loop, or None alone."""
-    return average if world() > 1 else None
+def gradient_averaging() -> Callable[[Sequence[Tensor]], None] | None:
+    """`average_in_place` for the training loop, or None in a single process."""
+    return average_in_place if world_size() > 1 else None
 
 
-def any_of(flag: bool) -> bool:
-    """Whether the flag is set in any process, so that all of them do the same."""
-    return total([float(flag)])[0] > 0
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in any process, so that all take the same branch."""
+    return reduce_sum([float(flag)])[0] > 0
 
 
-def total(numbers: Sequence[float]) -> list[float]:
-    """The sums over the processes."""
+def reduce_sum(numbers: Sequence[float]) -> list[float]:
+    """The sum of each number over the processes."""
     if not dist.is_initialized():
         return list(numbers)
-    sums = torch.tensor(numbers, dtype=torch.float64, device=_carrier())
+    sums = torch.tensor(numbers, dtype=torch.float64, device=_communication_device())
     _all_reduce(sums)
     return [float(value) for value in sums]
 
 
-def mean(values: Tensor) -> Tensor:
-    """The mean [] over the values of all processes, without gradient."""
+def reduce_mean(values: Tensor) -> Tensor:
+    """The mean [] over the values of all processes, detached."""
     values = values.detach()
     if not dist.is_initialized():
         return values.mean()
-    whole, count = total([float(values.sum(dtype=torch.float64)), values.numel()])
+    whole, count = reduce_sum([float(values.sum(dtype=torch.float64)), values.numel()])
     return torch.tensor(whole / count, dtype=values.dtype, device=values.device)
 
 
-def largest(tensor: Tensor) -> Tensor:
-    """The element-wise maximum over the processes, where `tensor` was."""
+def reduce_max(tensor: Tensor) -> Tensor:
+    """The element-wise maximum over the processes, on `tensor`'s device."""
     if not dist.is_initialized():
         return tensor
-    found = tensor.to(_carrier(), copy=True)
-    _all_reduce(found, dist.ReduceOp.MAX)
-    return found.to(tensor.device)
+    largest = tensor.to(_communication_device(), copy=True)
+    _all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.to(tensor.device)
 
 
-def _average_together(tensors: Sequence[Tensor], count: int) -> None:
+def _average_bucket(tensors: Sequence[Tensor], count: int) -> None:
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     _all_reduce(flat)
     flat /= count
@@ -265,37 +268,37 @@ def _all_reduce(tensor: Tensor, operation: Any = dist.ReduceOp.SUM) -> None:
         dist.all_reduce(tensor, operation)
     except RuntimeError as error:
         raise UserError(
-            f"Process {rank()} cannot reach another process of this run, which has ended or was stopped; what it "
-            f"said last tells why ({str(error).splitlines()[0]}). What was saved can be resumed."
+            f"Process {rank()} cannot reach another process of this run, which has ended or was stopped; its last "
+            f"message tells why ({str(error).splitlines()[0]}). What was saved can be resumed."
         ) from error
 
 
-def _carrier() -> torch.device:
-    """Where a message's numbers must lie."""
+def _communication_device() -> torch.device:
+    """The device of the tensors that the backend reduces: cuda for nccl, else cpu."""
     return torch.device("cuda" if "nccl" in dist.get_backend() else "cpu")
 
 
 # Launchers ---------------------------------------------------------------------------------------------------
 
 
-def _launcher_said(name: str) -> bool:
-    """Whether accelerate's configuration asks for it, as its launcher tells in the environment."""
+def _launcher_uses(name: str) -> bool:
+    """Whether accelerate's configuration enables a plugin, which its launcher puts in the environment."""
     return os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"
 
 
 def _launcher_started_one_of_several() -> bool:
-    """`accelerate launch --num_processes 2` on a CPU, without MPI, starts a single process and tells it an address."""
+    """Whether accelerate started one process of several: on a CPU without MPI it sets an address and no world size."""
     named = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"}
-    return named <= set(os.environ) and not {*WORLDS, "LOCAL_RANK"} & set(os.environ)
+    return named <= set(os.environ) and not {*WORLD_SIZE_VARIABLES, "LOCAL_RANK"} & set(os.environ)
 
 
-def _start_all(device: str) -> None:
-    """Becomes torchrun for as many processes as `accelerate launch` was asked for, with this process's command."""
+def _relaunch_with_torchrun(device: str) -> None:
+    """Replace this process by torchrun with its command, for the `--num_processes` of `accelerate launch`."""
     from backbone.distributed.device import best_device
 
-    count = _asked_of_accelerate()
+    count = _read_num_processes()
     if count == 1:
-        return  # the address is somebody else's
+        return  # the address in the environment is not accelerate's
     on_cpu = (best_device() if device == "auto" else device) == "cpu"
     if count == 0 or not on_cpu:
         raise UserError(
@@ -308,24 +311,24 @@ def _start_all(device: str) -> None:
     os.execve(sys.executable, command, environment)
 
 
-def _asked_of_accelerate() -> int:
-    """`--num_processes` of the `accelerate launch` that started this process, or of its configuration; 0 if unknown."""
+def _read_num_processes() -> int:
+    """`--num_processes` of the parent `accelerate launch`, or of its configuration file; 0 if unknown."""
     import psutil
     from accelerate.commands.config import load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
     try:
-        words = psutil.Process().parent().cmdline()
+        command = psutil.Process().parent().cmdline()
     except (psutil.Error, AttributeError):
         return 0
-    if "launch" not in words:
+    if "launch" not in command:
         return 0
-    asked, _ = launch_command_parser().parse_known_args(words[words.index("launch") + 1 :])
-    if (asked.num_machines or 1) > 1:
+    arguments, _ = launch_command_parser().parse_known_args(command[command.index("launch") + 1 :])
+    if (arguments.num_machines or 1) > 1:
         return 0
-    if asked.num_processes is not None:
-        return int(asked.num_processes)
+    if arguments.num_processes is not None:
+        return int(arguments.num_processes)
     try:
-        return int(load_config_from_file(asked.config_file).num_processes)
+        return int(load_config_from_file(arguments.config_file).num_processes)
     except (OSError, ValueError, TypeError):
         return 0

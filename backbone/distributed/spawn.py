@@ -1,7 +1,7 @@
-"""A function in several processes of this machine, which `backbone.distributed.processes` then connects.
+"""Spawn worker processes on this machine, connected by torch's `gloo` backend.
 
-On a CPU one process for each core is faster than one process with as many threads, since small operations spend their
-time waiting at barriers; torch's `gloo` carries the gradients.
+On a CPU one process per core is faster than one process with as many threads, since small operations spend their time
+waiting at barriers.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch.multiprocessing.spawn import spawn
 
 
 def run_workers(function: Callable[..., None], arguments: tuple[Any, ...], *, processes: int) -> None:
-    """Calls `function(rank, *arguments)` in every process; with one process, here.
+    """Call `function(rank, *arguments)` in every process; a single process is the calling one.
 
-    Each of several CPU processes gets one thread. An error in one of them ends all.
+    Each spawned process has one thread. An error in one of them ends all.
     """
     if processes == 1:
         function(0, *arguments)

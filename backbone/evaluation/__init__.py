@@ -1,1 +1,1 @@
-"""Measuring images and claims: CLIP-like scorers, image metrics, intervals."""
+"""Evaluation: CLIP and DINO scores, image metrics, confidence intervals."""

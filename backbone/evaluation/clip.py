@@ -1,9 +1,9 @@
-"""What a CLIP model thinks of pictures: likeness to pictures and to texts, spread, and a guess of the class.
+"""CLIP and DINO metrics: image and prompt similarity, diversity, prior preservation, zero-shot classification.
 
-Works with any CLIP folder in transformers' format (Radford et al. 2021); the embedded scorer is a small one
-that knows `moji`'s world. Likeness between pictures can also be asked of an `Eye`, which reads no text: DINO
-or DINOv2. Pictures are prepared with Pillow alone. The figures are functions of unit vectors, so that each
-picture and each text is embedded once; figures of two scorers cannot be compared with each other.
+Works with any CLIP folder in transformers' format (Radford et al. 2021); the embedded scorer is a small one trained on
+`moji`'s world. A `VisionEncoder` (DINO, DINOv2) gives image similarity only. Images are preprocessed with Pillow alone.
+Metrics are functions of unit vectors, so that each image and text is embedded once; values of two scorers cannot be
+compared.
 """
 
 from __future__ import annotations
@@ -21,46 +21,52 @@ from torch import Tensor
 
 from backbone.io.console import UserError
 from backbone.io.files import read_json
-from backbone.world.words import article, vocabulary
+from backbone.world.words import choose_article, load_vocabulary
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
 
 Item = TypeVar("Item")
-EYES = ("vit", "dinov2", "dinov2_with_registers")  # transformers' names of DINO and its followers
+VISION_MODEL_TYPES = (
+    "vit",
+    "dinov2",
+    "dinov2_with_registers",
+)  # transformers' names of DINO and its followers
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CLASS_TEMPLATES = ("{}", "a photo of {}", "a picture of {}")
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """A CLIP model, its tokenizer, and how it wants pictures: side in pixels, mean and deviation."""
+    """A CLIP model, its tokenizer, and its image preprocessing.
+
+    shortest_edge  pixels that the shortest side is resized to before the centre crop of `crop_size`; None: `crop_size`
+    """
 
     model: CLIPModel
     tokenizer: CLIPTokenizer
-    side: int = 128
+    crop_size: int = 128
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    deviation: tuple[float, ...] = (0.5, 0.5, 0.5)
-    shortest: int | None = None  # what the shortest side is scaled to before the cut; the side when left out
-    likeness = "CLIP-I"
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    shortest_edge: int | None = None
+    similarity_name = "CLIP-I"
 
     @torch.no_grad()
     def embed_images(self, images: Sequence[Image.Image], *, batch: int = 64) -> Tensor:
-        """Unit vectors [B, D], float32, one for each picture; [0, D] for none."""
-        parts = [self._image_vectors(self.prepare(chunk)) for chunk in _chunks(images, batch)]
+        """Unit vectors [B, D], float32, one per image; [0, D] for none."""
+        parts = [self._image_vectors(self.preprocess(chunk)) for chunk in _chunks(images, batch)]
         return torch.cat(parts) if parts else self._none()
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str], *, batch: int = 256) -> Tensor:
-        """Unit vectors [B, D], float32, one for each text; what exceeds the model's positions is cut off."""
+        """Unit vectors [B, D], float32, one per text; texts are truncated to the model's positions."""
         parts = [self._text_vectors(list(chunk)) for chunk in _chunks(texts, batch)]
         return torch.cat(parts) if parts else self._none()
 
-    def prepare(self, images: Sequence[Image.Image]) -> Tensor:
-        """Pictures as the vision tower takes them [B, 3, side, side]: shortest side scaled (bicubic), cut at
-        the centre, normalised."""
-        return prepared(images, self).to(self.model.device, self.model.dtype)
+    def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
+        """Images → [B, 3, S, S] on the model's device: resized (bicubic), cropped to S = `crop_size`, normalised."""
+        return preprocess(images, self).to(self.model.device, self.model.dtype)
 
     def _image_vectors(self, prepared: Tensor) -> Tensor:
         return F.normalize(self.model.get_image_features(prepared).pooler_output.float(), dim=-1)
@@ -82,24 +88,24 @@ class Scorer:
 
 
 @dataclass(frozen=True)
-class Eye:
-    """A vision transformer that reads no text, and how it wants pictures: DINO (Caron et al. 2021) or DINOv2.
+class VisionEncoder:
+    """A vision transformer without text, DINO (Caron et al. 2021) or DINOv2, and its image preprocessing.
 
-    A picture's vector is the last state of its class token, as in the DINO figure of Ruiz et al. 2023 (§ 4.1).
+    An image's vector is the last hidden state of the class token, as in the DINO metric of Ruiz et al. 2023 (§ 4.1).
     """
 
     model: Any
-    side: int = 224
+    crop_size: int = 224
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    deviation: tuple[float, ...] = (0.229, 0.224, 0.225)
-    shortest: int | None = None
-    likeness = "DINO"
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    shortest_edge: int | None = None
+    similarity_name = "DINO"
 
     @torch.no_grad()
     def embed_images(self, images: Sequence[Image.Image], *, batch: int = 64) -> Tensor:
-        """Unit vectors [B, D], float32, one for each picture; [0, D] for none."""
+        """Unit vectors [B, D], float32, one per image; [0, D] for none."""
         parts = [
-            self.model(prepared(some, self).to(self.model.device, self.model.dtype)).last_hidden_state[:, 0]
+            self.model(preprocess(some, self).to(self.model.device, self.model.dtype)).last_hidden_state[:, 0]
             for some in _chunks(images, batch)
         ]
         if not parts:
@@ -107,74 +113,79 @@ class Eye:
         return F.normalize(torch.cat(parts).float(), dim=-1)
 
 
-def prepared(images: Sequence[Image.Image], eye: Scorer | Eye) -> Tensor:
-    """Pictures [B, 3, side, side], float32: shortest side scaled (bicubic), cut at the centre, normalised."""
+def preprocess(images: Sequence[Image.Image], encoder: Scorer | VisionEncoder) -> Tensor:
+    """Images → float32 [B, 3, crop_size, crop_size]: shortest side resized (bicubic), centre-cropped, normalised."""
     squares = np.stack(
-        [np.asarray(_square(image, eye.side, eye.shortest), dtype=np.float32) for image in images]
+        [
+            np.asarray(_center_crop(image, encoder.crop_size, encoder.shortest_edge), dtype=np.float32)
+            for image in images
+        ]
     )
-    mean, deviation = (np.array(value, dtype=np.float32) for value in (eye.mean, eye.deviation))
-    normal = (squares / np.float32(255) - mean) / deviation
+    mean, std = (np.array(value, dtype=np.float32) for value in (encoder.mean, encoder.std))
+    normal = (squares / np.float32(255) - mean) / std
     return torch.from_numpy(normal).permute(0, 3, 1, 2).contiguous()
 
 
-def load_eye(path: str | Path, *, device: torch.device | str = "cpu") -> Scorer | Eye:
-    """What measures likeness, from a local folder: a scorer, or a DINO that reads no text; in float32.
+def load_image_encoder(path: str | Path, *, device: torch.device | str = "cpu") -> Scorer | VisionEncoder:
+    """Load a CLIP scorer or a DINO from a local folder, in float32.
 
-    Raises `UserError` when the folder holds neither, or no safetensors; nothing is ever fetched.
+    Raises `UserError` if the folder holds neither, or no safetensors; nothing is downloaded.
     """
     from transformers import AutoModel, ViTModel
 
     folder = Path(path)
-    kind = _kind(folder)
+    kind = _read_model_type(folder)
     if kind == "clip":
         return load_scorer(folder, device=device)
-    if kind not in EYES:
+    if kind not in VISION_MODEL_TYPES:
         raise UserError(
             f"{folder} holds a model of type {kind!r}, neither CLIP nor DINO. Name a folder of one of them."
         )
-    _weights(folder)
-    usual: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
+    _check_weights(folder)
+    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
     if kind == "vit":  # DINO's has no pooler
-        model: Any = ViTModel.from_pretrained(folder, add_pooling_layer=False, **usual)
+        model: Any = ViTModel.from_pretrained(folder, add_pooling_layer=False, **options)
     else:
-        model = AutoModel.from_pretrained(folder, trust_remote_code=False, **usual)
+        model = AutoModel.from_pretrained(folder, trust_remote_code=False, **options)
     model = model.to(device).eval().requires_grad_(False)
-    side = model.config.image_size if kind == "vit" else Eye.side  # the others read pictures of any size
-    return Eye(model, **_preparation(folder, side, Eye.mean, Eye.deviation))
+    side = (
+        model.config.image_size if kind == "vit" else VisionEncoder.crop_size
+    )  # the others read pictures of any size
+    return VisionEncoder(model, **_read_preprocessor(folder, side, VisionEncoder.mean, VisionEncoder.std))
 
 
 def load_scorer(path: str | Path, *, device: torch.device | str = "cpu") -> Scorer:
-    """A scorer from a local folder (config, safetensors, tokenizer, preprocessor), in float32.
+    """Load a CLIP scorer from a local folder (config, safetensors, tokenizer, preprocessor), in float32.
 
-    Raises `UserError` when the folder is no CLIP model or holds no safetensors; nothing is ever fetched.
+    Raises `UserError` if the folder is no CLIP model or holds no safetensors; nothing is downloaded.
     """
     from transformers import CLIPModel, CLIPTokenizer
 
     folder = Path(path)
-    kind = _kind(folder)
+    kind = _read_model_type(folder)
     if kind != "clip":
         raise UserError(
             f"{folder} holds a model of type {kind!r}, not a CLIP model. Name a folder of a CLIP model."
         )
-    _weights(folder)
+    _check_weights(folder)
     model: Any = CLIPModel.from_pretrained(
         folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
     )
     model = model.to(device).eval().requires_grad_(False)
     tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     side = model.config.vision_config.image_size
-    return Scorer(model, tokenizer, **_preparation(folder, side, CLIP_MEAN, CLIP_DEVIATION))
+    return Scorer(model, tokenizer, **_read_preprocessor(folder, side, CLIP_MEAN, CLIP_STD))
 
 
-def _kind(folder: Path) -> Any:
-    """Of which kind a folder's model is; `UserError` where there is none."""
+def _read_model_type(folder: Path) -> Any:
+    """The `model_type` of a folder's config; `UserError` if there is none."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no scorer (config.json is missing). Name a folder of a CLIP model.")
     return read_json(folder / "config.json").get("model_type")
 
 
-def _weights(folder: Path) -> None:
-    """Raises `UserError` for a folder without safetensors; stops transformers' progress bars."""
+def _check_weights(folder: Path) -> None:
+    """Raise `UserError` for a folder without safetensors; disable transformers' progress bars."""
     from transformers.utils import logging
 
     if not any(folder.glob("*.safetensors")):
@@ -185,116 +196,109 @@ def _weights(folder: Path) -> None:
 
 
 def clip_i(generated: Tensor, real: Tensor) -> float:
-    """CLIP-I: mean cosine of all pairs of a generated [B, D] and a real picture [R, D] (Ruiz et al. 2023)."""
+    """CLIP-I: mean cosine over all pairs of generated [B, D] and real images [R, D] (Ruiz et al. 2023, § 4.1)."""
     return float((generated @ real.T).mean())
 
 
 def text_scores(images: Tensor, texts: Tensor) -> Tensor:
-    """The cosine [B] of each picture [B, D] with its own text [B, D]."""
+    """The cosine [B] of each image [B, D] with its own text [B, D]; CLIP-T is their mean (Ruiz et al. 2023, § 4.1)."""
     return (images * texts).sum(-1)
 
 
-def clip_t(images: Tensor, texts: Tensor) -> float:
-    """CLIP-T: mean cosine of pictures [B, D] with their own prompts [B, D] (Ruiz et al. 2023, § 4.1)."""
-    return float(text_scores(images, texts).mean())
-
-
 def diversity(images: Tensor) -> float:
-    """Mean cosine distance, 1 − cos, over all pairs of pictures [B, D] of one prompt: 0 when all look alike.
+    """Mean cosine distance, 1 − cos, over all pairs of images [B, D] of one prompt; 0 if all are alike.
 
-    It stands for the DIV of Ruiz et al. 2023 (§ 4.3), which averages LPIPS instead: this one is a distance of
-    embeddings, not of pixels' features, and the two have different scales.
-
-    Raises `UserError` for fewer than two pictures.
+    Stands for the DIV of Ruiz et al. 2023 (§ 4.3), which averages LPIPS: this is a distance of embeddings, and the two
+    have different scales. Raises `UserError` for fewer than two images.
     """
     count = len(images)
     if count < 2:
         raise UserError(
-            f"Diversity compares pictures with each other, and there is {count}. Generate two or more."
+            f"Diversity compares images with each other, and there is {count}. Generate two or more."
         )
     across = (images @ images.T).sum() - images.square().sum()
     return float(1 - across / (count * (count - 1)))
 
 
 def prior_drift(class_images: Tensor, subject: Tensor) -> float:
-    """PRES: mean cosine between generated pictures of the class [B, D] and the subject's own pictures [R, D].
+    """PRES: mean cosine between generated images of the class [B, D] and real images of the subject [R, D].
 
     Lower is better: it rises as the class forgets everything but the subject (Ruiz et al. 2023, § 4.3).
     """
     return clip_i(class_images, subject)
 
 
-def guess_class(
+def classify_subject(
     scorer: Scorer, images: Sequence[Image.Image], candidates: Sequence[str]
 ) -> list[tuple[str, float]]:
-    """The likely class nouns of pictures that all show one subject, with probabilities, most likely first.
+    """Class nouns with probabilities, most likely first, of images that all show one subject.
 
-    Zero-shot classification with an ensemble of prompts (Radford et al. 2021, § 3.1.4). The prompts of every
-    candidate stand in the same places, so that what a picture's place adds to each candidate cancels.
+    Zero-shot classification with a prompt ensemble (Radford et al. 2021, § 3.1.4). All candidates share the prompts,
+    one for each place of the world among them, so that the effect of the background cancels.
     """
     if not images or not candidates:
         raise UserError(
-            "A class is guessed from pictures and candidate nouns, and one of them is empty. Give both."
+            "A class is guessed from images and candidate nouns, and one of them is empty. Give both."
         )
-    return ranked(scorer, scorer.embed_images(images), candidates, class_vectors(scorer, candidates))
+    return rank_classes(scorer, scorer.embed_images(images), candidates, embed_classes(scorer, candidates))
 
 
-def ranked(
+def rank_classes(
     scorer: Scorer, images: Tensor, candidates: Sequence[str], vectors: Tensor
 ) -> list[tuple[str, float]]:
-    """`guess_class` of pictures [B, D] and candidates [N, D] that are embedded already."""
+    """`classify_subject` of image vectors [B, D] and class vectors [N, D]."""
     logits = scorer.model.logit_scale.detach().float().exp() * (images @ vectors.T).mean(0)
     pairs = zip(candidates, logits.softmax(0).tolist(), strict=True)
     return sorted(pairs, key=lambda pair: -pair[1])
 
 
-def class_vectors(scorer: Scorer, candidates: Sequence[str]) -> Tensor:
-    """A unit vector for every noun [N, D]: the mean over templates, and over `a {noun}` in every place."""
+def embed_classes(scorer: Scorer, candidates: Sequence[str]) -> Tensor:
+    """A unit vector per class noun [N, D]: the mean over its prompts."""
     prompts = [list(_class_prompts(noun)) for noun in candidates]
     vectors = scorer.embed_texts([prompt for group in prompts for prompt in group])
     return F.normalize(vectors.unflatten(0, (len(prompts), -1)).mean(1), dim=-1)
 
 
 def _class_prompts(noun: str) -> Iterator[str]:
-    named = f"{article(noun)} {noun}"
+    named = f"{choose_article(noun)} {noun}"
     for template in CLASS_TEMPLATES:
         yield template.format(named)
-    for place in vocabulary().places:
+    for place in load_vocabulary().places:
         yield f"{named} {place}"
 
 
-def _square(image: Image.Image, side: int, shortest: int | None) -> Image.Image:
+def _center_crop(image: Image.Image, crop_size: int, shortest_edge: int | None) -> Image.Image:
     image = image.convert("RGB")
-    scale = (shortest or side) / min(image.size)
-    width, height = (max(side, round(length * scale)) for length in image.size)
+    scale = (shortest_edge or crop_size) / min(image.size)
+    width, height = (max(crop_size, round(length * scale)) for length in image.size)
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - side) // 2, (height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+    left, top = (width - crop_size) // 2, (height - crop_size) // 2
+    return image.crop((left, top, left + crop_size, top + crop_size))
 
 
-def _preparation(
-    folder: Path, side: int, mean: Sequence[float], deviation: Sequence[float]
+def _read_preprocessor(
+    folder: Path, side: int, mean: Sequence[float], std: Sequence[float]
 ) -> dict[str, Any]:
-    """Sides, mean and deviation from `preprocessor_config.json`, and these where it says nothing."""
+    """Sizes, mean and standard deviation from `preprocessor_config.json`, by default those given."""
     path = folder / "preprocessor_config.json"
     settings = read_json(path) if path.is_file() else {}
-    shortest = _side(settings.get("size"), side)
+    shortest = _size_in_pixels(settings.get("size"), side)
     crop = settings.get("crop_size") if settings.get("do_center_crop", True) else None
-    cut = _side(crop, shortest)
+    crop_size = _size_in_pixels(crop, shortest)
     return {
-        "side": cut,
+        "crop_size": crop_size,
         "mean": tuple(settings.get("image_mean", mean)),
-        "deviation": tuple(settings.get("image_std", deviation)),
-        "shortest": max(cut, shortest),
+        "std": tuple(settings.get("image_std", std)),
+        "shortest_edge": max(crop_size, shortest),
     }
 
 
-def _side(size: Any, usual: int) -> int:
-    """A side in pixels, however transformers wrote it down."""
+def _size_in_pixels(size: Any, default: int) -> int:
+    """A size in pixels in any of transformers' notations."""
     if isinstance(size, dict):
         size = size.get("shortest_edge", size.get("height"))
-    return int(size or usual)
+    return int(size or default)
 
 
 def _chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:

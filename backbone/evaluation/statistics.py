@@ -1,4 +1,4 @@
-"""Intervals for shares and means: Wilson's, and the bootstrap over clusters. Plain numbers in, plain numbers out."""
+"""95 % confidence intervals: Wilson's for proportions, the cluster bootstrap for means. Plain numbers in and out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
 
 
 class Interval(NamedTuple):
-    """A figure with its 95 % interval."""
+    """An estimate with its 95 % confidence interval."""
 
     value: float
     low: float
@@ -20,8 +20,8 @@ class Interval(NamedTuple):
         return f"{self.value:.1%} ({self.low:.1%} to {self.high:.1%})"
 
 
-def wilson(successes: float, trials: int) -> Interval:
-    """A share with Wilson's score interval (Wilson 1927); half successes count. Without trials ½, from 0 to 1."""
+def wilson_interval(successes: float, trials: int) -> Interval:
+    """A proportion with Wilson's score interval (Wilson 1927); a tie may count ½. Without trials: ½, from 0 to 1."""
     if trials == 0:
         return Interval(0.5, 0.0, 1.0)
     share, z2 = successes / trials, Z95 * Z95
@@ -30,11 +30,11 @@ def wilson(successes: float, trials: int) -> Interval:
     return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
-def bootstrap(clusters: Sequence[Sequence[float]], *, seed: int = 0, rounds: int = 2000) -> Interval:
-    """The mean over all values with a percentile interval; whole clusters are drawn (Efron & Tibshirani 1993, ch. 13).
+def cluster_bootstrap(clusters: Sequence[Sequence[float]], *, seed: int = 0, rounds: int = 2000) -> Interval:
+    """The mean over all values with a percentile interval, resampling whole clusters (Efron & Tibshirani 1993, ch. 13).
 
-    Values of one cluster (draws of one pair, samples of one prompt) belong together, so that more of them alone do
-    not narrow the interval. NaN without values.
+    Values of one cluster (noise samples of one pair, images of one prompt) are dependent: more of them alone do not
+    narrow the interval. NaN without values.
     """
     import numpy as np
 
@@ -50,6 +50,6 @@ def bootstrap(clusters: Sequence[Sequence[float]], *, seed: int = 0, rounds: int
     return Interval(float(sums.sum() / counts.sum()), float(low), float(high))
 
 
-def interval(values: Sequence[float], *, seed: int = 0) -> Interval:
-    """The mean of values that belong to nobody, with its percentile bootstrap interval; NaN without values."""
-    return bootstrap([[value] for value in values], seed=seed)
+def bootstrap_mean(values: Sequence[float], *, seed: int = 0) -> Interval:
+    """The mean of independent values with its percentile bootstrap interval; NaN without values."""
+    return cluster_bootstrap([[value] for value in values], seed=seed)

@@ -1,7 +1,7 @@
-"""What differs from one model family to the next, one small file each.
+"""The interface of a model family: everything that differs between Stable Diffusion, SDXL, SD3, FLUX and PixArt.
 
-A family knows how its parts are stored, how its text is encoded, how its network is called, and on which noise path it
-was trained. Everything else in the project asks a `Family` and never asks which one it is.
+A family loads its components, encodes prompts, calls its denoiser, and knows its noise path. The rest of the project
+uses a `Family` through this protocol and never asks which one it is.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Network = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Side:
-    """One text encoder of a family: its name in the diffusers layout, its tokenizer and its transformer."""
+class TextEncoderSlot:
+    """A text encoder of a pipeline: its name in the diffusers layout (`text_encoder_2`), tokenizer and model."""
 
     name: str
     tokenizer: Any
@@ -34,116 +34,116 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """One of the stretches that the network's text tokens consist of: how a prompt is cut there, and padded.
+class TextSegment:
+    """A segment of the text sequence that the network attends to: the tokens of one tokenizer.
 
-    tokenizer  which cuts it; None where nothing is said (zeros in the place of an encoder that is missing)
-    tokens     how many there are, with padding
-    heard      the prompt as this tokenizer is given it
+    tokenizer   None for a segment of zeros, where an encoder is missing
+    tokens      its length with padding
+    preprocess  prompt → what the tokenizer is given
     """
 
     tokenizer: Any
     tokens: int
-    heard: Callable[[str], str] = str
+    preprocess: Callable[[str], str] = str
 
 
 class TextEncoder(Protocol):
-    """The text side of a family, loaded. `tokenizer` is the first side's."""
+    """The loaded text encoders of a model. `tokenizer` is that of the first slot."""
 
     tokenizer: Any
 
     @property
-    def sides(self) -> tuple[Side, ...]:
-        """Every encoder that can learn words or carry an adapter."""
+    def slots(self) -> tuple[TextEncoderSlot, ...]:
+        """The encoders that may learn tokens or carry an adapter."""
         ...
 
     @property
-    def stretches(self) -> tuple[Stretch, ...]:
-        """Which token of a prompt stands where in what the network attends to, one stretch behind the other."""
+    def segments(self) -> tuple[TextSegment, ...]:
+        """The segments of the text sequence that the network attends to, in order."""
         ...
 
     def __call__(self, prompts: Sequence[str]) -> Text:
-        """Encodes prompts; differentiable in what is trained."""
+        """Encode prompts; differentiable with respect to trained weights."""
         ...
 
     def to(self, device: torch.device) -> TextEncoder:
-        """Moves to a device."""
+        """Move every encoder to a device."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
-class Streams:
-    """One call of an attention layer over text and picture jointly, up to the product.
+class JointAttentionInputs:
+    """One call of a joint text-image attention layer (MMDiT), up to the attention product.
 
-    query, key, value  [B, heads, tokens, D]: the text's tokens and the picture's, one behind the other
-    text               where the text's are; nowhere in a layer over the picture alone
-    finish             what was attended to [B, heads, tokens, D] → what the layer answers
-    bias               what is added to the score of each key, [1, tokens], if anything is
+    query, key, value  [B, heads, tokens, D], text and image tokens concatenated
+    text               the slice of the text tokens; empty in a layer over image tokens alone
+    project_output     attention output [B, heads, tokens, D] → what the layer returns
+    bias               added to the logits of each key, [1, tokens], or None
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
     text: slice
-    finish: Callable[[Tensor], Any]
+    project_output: Callable[[Tensor], Any]
     bias: Tensor | None = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The product over all of this call's keys, whatever was made of them: [B, heads, queries, D]."""
+        """Scaled dot-product attention with this call's bias → [B, heads, queries, D]."""
         return F.scaled_dot_product_attention(query, key, value, attn_mask=self.bias)
 
     @property
-    def picture(self) -> slice:
-        """Where the picture's tokens are: all that are not the text's, row by row."""
+    def image(self) -> slice:
+        """The slice of the image tokens, in row-major order: all that are not text."""
         return (
             slice(0, self.text.start) if self.text.start > 0 else slice(self.text.stop, self.query.shape[2])
         )
 
 
 @dataclass(frozen=True)
-class Attention:
-    """What there is to know of a denoiser's attention for who changes it (`edit`).
+class AttentionLayout:
+    """The denoiser's attention layers, for code that controls attention (`edit`).
 
-    joint   of layers over text and picture jointly, by the class of their processors: a processor's call → `Streams`.
-            Layers over the picture alone and from the picture to the text are diffusers' `Attention` everywhere
-    coarse  the most queries of a layer that says where things are; None where all layers have one resolution
-    late    how the names of the layers begin that draw the details
+    joint_inputs     for joint text-image layers, by processor class: a processor's call → `JointAttentionInputs`;
+                     self- and cross-attention layers are diffusers' `Attention` in every family
+    max_map_queries  layers with at most so many queries give attention maps; None where all have one resolution
+    detail_layers    name prefixes of the layers that draw details
     """
 
-    joint: Mapping[type, Callable[..., Streams]] = field(default_factory=dict)
-    coarse: int | None = 1024
-    late: tuple[str, ...] = ("up_blocks.",)
+    joint_inputs: Mapping[type, Callable[..., JointAttentionInputs]] = field(default_factory=dict)
+    max_map_queries: int | None = 1024
+    detail_layers: tuple[str, ...] = ("up_blocks.",)
 
 
 class Family(Protocol):
-    """One family of models, as the rest of the project sees it."""
+    """A model family, as the rest of the project sees it."""
 
     name: ClassVar[str]
-    names: ClassVar[dict[str, str]]  # short names of published models, and the hub ids that they stand for
-    pipelines: ClassVar[tuple[str, ...]]  # diffusers' pipeline classes that this file serves
+    hub_ids: ClassVar[dict[str, str]]  # short names of published models, and the hub ids that they stand for
+    pipeline_classes: ClassVar[tuple[str, ...]]  # diffusers' pipeline classes that this file serves
     lora_targets: ClassVar[dict[str, tuple[str, ...]]]  # named sets of layers, as peft's `target_modules`
 
-    def single_file(self, header: Header) -> tuple[Path, ...] | None:
-        """The `settings` of a checkpoint in one file, told by its header; None if it is not of this family.
+    def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
+        """The `settings` folders of a single-file checkpoint, recognised by its header; None for another family's file.
 
-        `UserError` if it is of this family and lacks a part.
+        Raises `UserError` for a file of this family that lacks a component.
         """
         ...
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        """The network that predicts."""
+        """Load the UNet or transformer."""
         ...
 
     def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        """The autoencoder; kept in fp32 where half precision overflows."""
+        """Load the VAE; in fp32 where half precision overflows."""
         ...
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> TextEncoder:
-        """The text side. The working precision is for encoders of billions of parameters; smaller ones are in fp32."""
+        """Load the text encoders: those of billions of parameters in `dtype`, smaller ones in fp32."""
         ...
 
-    def outline(self, location: Location, dtype: torch.dtype) -> Outline:
-        """The model by its settings alone, each part in the precision that it has where the working one is `dtype`."""
+    def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:
+        """Describe the model by its configs alone, each component in the precision it has when loaded with `dtype`."""
         ...
 
     def latent_shape(self, location: Location) -> tuple[int, ...]:
@@ -154,12 +154,12 @@ class Family(Protocol):
         """The most latents a side that the network has places for; None where it takes any."""
         ...
 
-    def defaults(self, location: Location) -> dict[str, Any]:
-        """What works well with the family's models, where it is not what works with most: `steps`, `guidance` …"""
+    def sampling_defaults(self, location: Location) -> dict[str, Any]:
+        """Sampling settings that differ from the project's defaults: `steps`, `guidance` …"""
         ...
 
     def path(self, location: Location) -> NoisePath:
-        """The noise path and what the network predicts on it."""
+        """The noise path that the model was trained on, and its prediction type."""
         ...
 
     def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
@@ -169,11 +169,13 @@ class Family(Protocol):
         """
         ...
 
-    def attention(self, denoiser: nn.Module, conditions: Conditions) -> Attention:
+    def attention(self, denoiser: nn.Module, conditions: Conditions) -> AttentionLayout:
         """The denoiser's attention layers, as they are called with such conditions."""
         ...
 
-    def distilled(self, denoiser: nn.Module, conditions: Conditions, guidance: float) -> Conditions | None:
+    def embed_guidance(
+        self, denoiser: nn.Module, conditions: Conditions, guidance: float
+    ) -> Conditions | None:
         """The conditions with the guidance scale among them, for a guidance-distilled network.
 
         None where guidance takes a second call with an empty prompt (Ho & Salimans 2022).
@@ -183,7 +185,7 @@ class Family(Protocol):
 
 @dataclass(frozen=True)
 class NoisePath:
-    """A noise path: the levels that the model was trained at, and the noise schedule of a sampler.
+    """The noise levels that a model was trained on, and its sampling schedule.
 
     prediction_type  what the network predicts
     levels           [T], clean to noisy: a uniform choice among them is what training drew from
@@ -196,14 +198,14 @@ class NoisePath:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A network that is not loaded: how it is built, and the precision in which it will be held."""
+class ModuleSpec:
+    """A module that is not loaded: how to construct it, and its dtype."""
 
     build: Callable[[], nn.Module]
     dtype: torch.dtype
 
-    def bare(self, device: str = "meta") -> nn.Module:
-        """The network with weights as they come, frozen; on `meta` it has no storage."""
+    def instantiate(self, device: str = "meta") -> nn.Module:
+        """Construct the frozen module with random weights; on `meta` it has no storage."""
         with torch.device(device):
             network = self.build()
         nn.Module.to(network, self.dtype)
@@ -212,29 +214,33 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Outline:
+class ModelSpec:
     """A model's parts, and the shapes of one encoded prompt, without the batch dimension."""
 
-    denoiser: Part
-    autoencoder: Part
-    encoders: Mapping[str, Part]
-    text: Mapping[str, tuple[int, ...]]
+    denoiser: ModuleSpec
+    autoencoder: ModuleSpec
+    text_encoders: Mapping[str, ModuleSpec]
+    text_shapes: Mapping[str, tuple[int, ...]]
 
-    def blank(self, rows: int, device: str = "meta") -> Conditions:
+    def blank_text(self, rows: int, device: str = "meta") -> Conditions:
         """So many conditions of zeros; a mask of tokens is of whole numbers."""
-        return Conditions({name: _zeros(name, (rows, *shape), device) for name, shape in self.text.items()})
+        return Conditions(
+            {name: _zeros(name, (rows, *shape), device) for name, shape in self.text_shapes.items()}
+        )
 
 
-def network(kind: Any, location: Location, part: str, dtype: torch.dtype) -> Part:
-    """A network of diffusers."""
+def diffusers_spec(kind: Any, location: Location, part: str, dtype: torch.dtype) -> ModuleSpec:
+    """The spec of a diffusers model (`kind` is its class), from its config."""
     config = location.config(part)
-    return Part(lambda: cast(nn.Module, kind.from_config(config)), dtype)
+    return ModuleSpec(lambda: cast(nn.Module, kind.from_config(config)), dtype)
 
 
-def encoder(kind: Any, location: Location, part: str, dtype: torch.dtype = torch.float32) -> Part:
-    """A text encoder of transformers."""
+def transformers_spec(
+    kind: Any, location: Location, part: str, dtype: torch.dtype = torch.float32
+) -> ModuleSpec:
+    """The spec of a transformers text encoder (`kind` is its class), from its config."""
     config = location.config(part)
-    return Part(lambda: cast(nn.Module, kind(kind.config_class.from_dict(config))), dtype)
+    return ModuleSpec(lambda: cast(nn.Module, kind(kind.config_class.from_dict(config))), dtype)
 
 
 def _zeros(name: str, shape: tuple[int, ...], device: str) -> Tensor:

@@ -1,7 +1,7 @@
-"""Checkpoints in one safetensors file, in the layout of the original code, as model sites offer them.
+"""Single-file checkpoints (safetensors) in the layout of the original repositories, as model sites offer them.
 
-What belongs to one family (which files are its, what its settings are) is in the family's own file; here is what they
-share: reading a part by diffusers' converters, the fingerprint, and what to say of a file that is of no family.
+Which files belong to a family, and their configs, is in the family's own `checkpoint.py`. Shared here: loading a
+component through diffusers' converters, the fingerprint, and what an unknown file seems to be.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from backbone.families.location import Location
 from backbone.io.console import UserError
 from backbone.io.files import Header, content_hash, read_json, read_tensors
 
-SETTINGS = (
+CONFIG_FILES = (
     *("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"),
     *("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "tokenizer/vocab.json"),
     *("text_encoder_2/config.json", "tokenizer_2/tokenizer.json", "tokenizer_2/tokenizer_config.json"),
@@ -31,23 +31,23 @@ SETTINGS = (
 )
 UNET, AUTOENCODER = "model.diffusion_model.", "first_stage_model."
 WINDOWS, WINDOW_BYTES = 64, 1 << 14
-RIDERS = r"^\w+\.(loss|model_ema)\."  # what training left beside an autoencoder
-WHOLE = "Take the model's full version: one file with UNet, text encoder and autoencoder (VAE)."
-FOLDER = "It is not read from a single file: name the model's diffusers folder or hub id."
-STRANGERS = (
+TRAINING_LEFTOVERS = r"^\w+\.(loss|model_ema)\."  # what training left beside an autoencoder
+TAKE_FULL_VERSION = "Take the model's full version: one file with UNet, text encoder and autoencoder (VAE)."
+NAME_DIFFUSERS_FOLDER = "It is not read from a single file: name the model's diffusers folder or hub id."
+UNKNOWN_FILES = (
     (
         r"(\.|_)(lora_(up|down|A|B)|lora\.(up|down)|hada_w[12]|lokr_w[12])",
-        "a LoRA or a relative of it, which changes a model and is none",
+        "a LoRA or another adapter, which changes a model and is none",
         "Name the model that it was made for.",
     ),
     (r"^control(_model|net_cond_embedding)\.", "a ControlNet", "Name the model that it was made for."),
     (r"^(emb_params|string_to_param|clip_[lg])$", "an embedding", "Name the model that it was made for."),
     (r"motion_modules\.", "an AnimateDiff motion module", "Name the model that it was made for."),
-    (r"^conditioner\.embedders\.", "a part of Stable Diffusion XL, or its refiner", FOLDER),
-    (r"joint_blocks\.", "a part of Stable Diffusion 3, or a relative of it", FOLDER),
+    (r"^conditioner\.embedders\.", "a part of Stable Diffusion XL, or its refiner", NAME_DIFFUSERS_FOLDER),
+    (r"joint_blocks\.", "a part of Stable Diffusion 3, or a derivative of it", NAME_DIFFUSERS_FOLDER),
     (
         r"double_blocks\.",
-        "a part of FLUX.1, or a relative of it (as FLUX.2 and Chroma are)",
+        "a part of FLUX.1, or a derivative of it (like FLUX.2 or Chroma)",
         "Name a whole FLUX.1, or another model.",
     ),
     (
@@ -55,35 +55,41 @@ STRANGERS = (
         "one part of a diffusers model",
         "Name the folder above, the one with model_index.json.",
     ),
-    (r"^((first_stage_model|vae)\.)?(en|de)coder\.(down|up)\.", "an autoencoder (VAE) alone", WHOLE),
+    (
+        r"^((first_stage_model|vae)\.)?(en|de)coder\.(down|up)\.",
+        "an autoencoder (VAE) alone",
+        TAKE_FULL_VERSION,
+    ),
     (
         r"^(model\.diffusion_model\.)?label_emb\.",
-        "a Stable Diffusion whose UNet is told more than a time and a prompt (as SDXL's and unCLIP's are)",
+        "a Stable Diffusion whose UNet takes more conditions than a time and a prompt (like SDXL's or unCLIP's)",
         "Name another model.",
     ),
     (
         r"^(model\.diffusion_model\.)?input_blocks\.",
         "a Stable Diffusion checkpoint without its text encoder or its autoencoder",
-        WHOLE,
+        TAKE_FULL_VERSION,
     ),
 )
 
 
-def load_part(kind: Any, location: Location, part: str, *, prefix: str, dtype: torch.dtype) -> Any:
-    """A part that diffusers converts (`unet`, `vae`), from the tensors whose names begin with `prefix`.
+def load_single_file_part(
+    kind: Any, location: Location, part: str, *, prefix: str, dtype: torch.dtype
+) -> Any:
+    """Load a component that diffusers converts (`unet`, `vae`) from the tensors whose names begin with `prefix`.
 
-    Plain weights are read, as diffusers does, where a file also holds an average over training (`model_ema`).
-    Raises `UserError` when the tensors do not fit the part's settings.
+    Where a file also holds an EMA (`model_ema`), the plain weights are loaded, as diffusers does. Raises `UserError` if
+    the tensors do not fit the component's config.
     """
     settings = location.local(f"{part}/config.json")
     assert settings is not None
-    tensors, _ = read_tensors(location.place, prefix=prefix)
-    tensors = {name: tensor for name, tensor in tensors.items() if not re.match(RIDERS, name)}
+    tensors, _ = read_tensors(location.source, prefix=prefix)
+    tensors = {name: tensor for name, tensor in tensors.items() if not re.match(TRAINING_LEFTOVERS, name)}
     with init_empty_weights():
-        wanted = kind.from_config(location.config(part)).state_dict()
-    if shapes(tensors.values()) != shapes(wanted.values()):
-        raise misfit(location, part)
-    with without_warnings("diffusers.models.modeling_utils"):  # that no module was to be kept in fp32
+        expected = kind.from_config(location.config(part)).state_dict()
+    if count_shapes(tensors.values()) != count_shapes(expected.values()):
+        raise config_mismatch(location, part)
+    with silence_warnings("diffusers.models.modeling_utils"):  # it warns that no module is kept in fp32
         return kind.from_single_file(
             tensors,
             config=str(settings.parents[1]),
@@ -94,8 +100,8 @@ def load_part(kind: Any, location: Location, part: str, *, prefix: str, dtype: t
 
 
 @contextmanager
-def without_warnings(name: str) -> Iterator[None]:
-    """One logger says nothing below an error."""
+def silence_warnings(name: str) -> Iterator[None]:
+    """Raise one logger's level to ERROR inside the body."""
     logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -105,34 +111,33 @@ def without_warnings(name: str) -> Iterator[None]:
         logger.setLevel(before)
 
 
-def misfit(location: Location, part: str) -> UserError:
-    """The mistake of a file whose part is not built as the settings say."""
+def config_mismatch(location: Location, part: str) -> UserError:
+    """The `UserError` for a file whose component does not fit its config."""
     return UserError(
-        f"The {part} in {location.place} is not built as {location.local(f'{part}/config.json')} says. "
+        f"The {part} in {location.source} is not built as {location.local(f'{part}/config.json')} says. "
         f"Put the {part}/config.json of this model beside the file."
     )
 
 
-def shapes(tensors: Iterable[torch.Tensor]) -> Counter[tuple[int, ...]]:
-    """How often each shape occurs; a 1 × 1 convolution counts as the matrix that it is."""
+def count_shapes(tensors: Iterable[torch.Tensor]) -> Counter[tuple[int, ...]]:
+    """Count how often each shape occurs; a 1 × 1 convolution counts as a matrix."""
     return Counter(tuple(tensor.shape[: 2 if set(tensor.shape[2:]) == {1} else None]) for tensor in tensors)
 
 
 def fingerprint(location: Location) -> str:
-    """Tells files from one another by samples from end to end, and by the settings that they are read with."""
-    parts = [sampled(Path(location.place))]
-    for name in SETTINGS:
+    """Identify a file by samples of its contents and by the configs that it is loaded with."""
+    parts = [hash_samples(Path(location.source))]
+    for name in CONFIG_FILES:
         path = location.local(name)
         if path is not None:
-            said = (
-                json.dumps(read_json(path), sort_keys=True) if path.suffix == ".json" else content_hash(path)
-            )
-            parts.append(f"{name}:{said}")
+            is_json = path.suffix == ".json"
+            content = json.dumps(read_json(path), sort_keys=True) if is_json else content_hash(path)
+            parts.append(f"{name}:{content}")
     return content_hash("\n".join(parts).encode())
 
 
-def sampled(path: Path) -> str:
-    """The size of a file and the hash of windows spread evenly over it: a merge may leave both ends as they were."""
+def hash_samples(path: Path) -> str:
+    """The size of a file and a hash of WINDOWS windows spread evenly over it: a merge may leave both ends unchanged."""
     size = path.stat().st_size
     last = max(0, size - WINDOW_BYTES)
     with path.open("rb") as file:
@@ -143,21 +148,21 @@ def sampled(path: Path) -> str:
     return f"{size}:{content_hash(b''.join(windows))}"
 
 
-def channels(header: Header) -> tuple[int | None, int | None]:
-    """The channels that a UNet takes, and those of its autoencoder's latents; None for what the file does not have."""
+def unet_and_latent_channels(header: Header) -> tuple[int | None, int | None]:
+    """The input channels of the UNet and the latent channels of the autoencoder; None for a missing component."""
     kernels = (UNET + "input_blocks.0.0.weight", AUTOENCODER + "decoder.conv_in.weight")
     takes, latents = (header.shapes.get(name, ()) for name in kernels)
     return (takes[1] if len(takes) == 4 else None), (latents[1] if len(latents) == 4 else None)
 
 
-def stranger(header: Header) -> str:
-    """What a file of no family seems to be, and the remedy."""
-    takes, latents = channels(header)
+def describe_unknown_file(header: Header) -> str:
+    """What a file of no known family seems to be, and the remedy."""
+    takes, latents = unet_and_latent_channels(header)
     if takes is not None and latents is not None and takes != latents:
         what = f"its UNet takes {takes} channels and a latent has {latents}, as for inpainting"
         return f"{header.path} seems to be a model for another task ({what}). Name the model that it was made from."
-    for pattern, what, remedy in STRANGERS:
+    for pattern, what, remedy in UNKNOWN_FILES:
         if any(re.search(pattern, name) for name in header.shapes):
             return f"{header.path} seems to be {what}. {remedy}"
-    some = ", ".join(sorted(header.shapes)[:3]) or "nothing"
-    return f"{header.path} is no checkpoint of a known layout (it holds {some}). Name another model."
+    first_names = ", ".join(sorted(header.shapes)[:3]) or "nothing"
+    return f"{header.path} is no checkpoint of a known layout (it holds {first_names}). Name another model."

@@ -1,4 +1,4 @@
-"""What families share: loading the parts of a diffusers folder or hub id, reading prompts, both kinds of noise path."""
+"""Shared by families: loading components of a diffusers folder or hub id, joint attention, tokenising, noise paths."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from backbone.diffusion.schedules import (
     vp_schedule,
     zero_terminal_snr,
 )
-from backbone.families.base import NoisePath, Side
+from backbone.families.base import NoisePath, TextEncoderSlot
 from backbone.families.location import Location
-from backbone.io.console import UserError, say
+from backbone.io.console import UserError, notify
 from backbone.io.files import read_header, read_tensors
 
-OTHER_FLOWS = (
+UNSUPPORTED_FLOW_SETTINGS = (
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
     *("invert_sigmas", "shift_terminal", "stochastic_sampling"),
 )
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-PORTION = 2**25  # entries: 128 MiB in fp32
-LEVELS = 1000  # of a continuous density: so many quantiles stand for it
+CHUNK_ELEMENTS = 2**25  # 128 MiB in fp32
+FLOW_QUANTILES = 1000  # quantiles that stand for a flow's continuous density of levels
 
 # Loading ----------------------------------------------------------------------------------------------------
 
 
-def load(kind: Any, location: Location, part: str, **options: Any) -> Any:
-    """One part of a diffusers folder or hub id, safetensors only; `UserError` where it is missing or damaged."""
+def load_pretrained(kind: Any, location: Location, part: str, **options: Any) -> Any:
+    """Load one component of a diffusers folder or hub id, safetensors only; `UserError` if it is missing or damaged."""
     folder = location.folder
     if folder is not None and not (folder / part).is_dir():
         raise UserError(
@@ -49,12 +49,12 @@ def load(kind: Any, location: Location, part: str, **options: Any) -> Any:
     transformers_logging.disable_progress_bar()
     try:
         return kind.from_pretrained(
-            location.place, subfolder=part, local_files_only=folder is not None, **options
+            location.source, subfolder=part, local_files_only=folder is not None, **options
         )
     except OSError as error:
-        first = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"The {part} of {location.name} could not be loaded ({first}). Check the model."
+            f"The {part} of {location.name} could not be loaded ({reason}). Check the model."
         ) from error
 
 
@@ -65,31 +65,31 @@ def load_network(
     dtype: torch.dtype,
     memory_format: torch.memory_format = torch.preserve_format,
 ) -> nn.Module:
-    """A denoiser or an autoencoder; `UserError` where the part is one of another class."""
-    found = location.config(part).get("_class_name", kind.__name__)
-    if found not in (
+    """Load a denoiser or autoencoder; `UserError` if the component is of another class."""
+    class_name = location.config(part).get("_class_name", kind.__name__)
+    if class_name not in (
         kind.__name__,
         "Transformer2DModel",
-    ):  # as the first transformers of diffusers were all called
+    ):  # the latter in old configs of any transformer
         raise UserError(
-            f"The {part} of {location.name} is a {found}, and a {kind.__name__} is needed. "
+            f"The {part} of {location.name} is a {class_name}, and a {kind.__name__} is needed. "
             "Name a whole model of one family."
         )
-    network = cast_while_read(kind, location, part, dtype, memory_format)
+    network = load_casting(kind, location, part, dtype, memory_format)
     if network is None:
-        network = cast(nn.Module, load(kind, location, part, torch_dtype=dtype))
+        network = cast(nn.Module, load_pretrained(kind, location, part, torch_dtype=dtype))
         if memory_format is not torch.preserve_format:
             network = network.to(memory_format=memory_format)  # type: ignore[call-overload]
     return network
 
 
-def cast_while_read(
+def load_casting(
     kind: Any, location: Location, part: str, dtype: torch.dtype, memory_format: torch.memory_format
 ) -> nn.Module | None:
-    """A network whose weights are cast as they are read, some at a time; None where that is not so simple.
+    """Load a network in chunks, casting each to `dtype` as it is read; None where diffusers must load it.
 
-    Read as a whole, the file would be in memory beside its copy. A part that keeps some weights in fp32, has several
-    files or names its tensors in an older way is left to diffusers.
+    Read whole, the file would be in memory beside its copy. Networks that keep some weights in fp32, have several files
+    or older tensor names are left to diffusers.
     """
     file = location.local(f"{part}/{WEIGHTS}")
     if file is None or getattr(kind, "_keep_in_fp32_modules", None):
@@ -99,7 +99,7 @@ def cast_while_read(
     shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     if read_header(file).shapes != shapes:
         return None
-    for names in _in_portions(shapes):
+    for names in _split_by_size(shapes):
         tensors, _ = read_tensors(file, names=names)
         for name, tensor in tensors.items():
             tensors[name] = tensor.to(
@@ -107,171 +107,171 @@ def cast_while_read(
                 memory_format=memory_format if tensor.ndim == 4 else torch.preserve_format,
             )
         network.load_state_dict(tensors, strict=False, assign=True)
-        del tensor, tensors  # and with them what was read of the file
+        del tensor, tensors  # frees what was read of the file
     return network.eval()
 
 
-def _in_portions(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
-    """Names of tensors with PORTION entries together, or of one that has more."""
+def _split_by_size(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
+    """Yield lists of tensor names that together have about CHUNK_ELEMENTS elements."""
     names: list[str] = []
-    entries = 0
+    elements = 0
     for name, shape in shapes.items():
-        entries += math.prod(shape)
+        elements += math.prod(shape)
         names.append(name)
-        if entries >= PORTION:
+        if elements >= CHUNK_ELEMENTS:
             yield names
-            names, entries = [], 0
+            names, elements = [], 0
     yield names
 
 
 def load_autoencoder(kind: Any, location: Location, dtype: torch.dtype) -> nn.Module:
-    """The autoencoder, in fp32 where its settings say that fp16 overflows."""
+    """Load the autoencoder, in fp32 where its config says that fp16 overflows."""
     return load_network(kind, location, "vae", autoencoder_dtype(location, dtype), torch.channels_last)
 
 
 def autoencoder_dtype(location: Location, dtype: torch.dtype) -> torch.dtype:
-    """The working precision, or fp32 where the autoencoder's settings say that fp16 overflows."""
+    """`dtype`, or fp32 where the autoencoder's config says that fp16 overflows (`force_upcast`)."""
     overflows = dtype is torch.float16 and location.config("vae").get("force_upcast", True)
     return torch.float32 if overflows else dtype
 
 
-def has(location: Location, part: str) -> bool:
-    """Whether the model's index names this part, for parts that a model may lack."""
+def has_part(location: Location, part: str) -> bool:
+    """Whether model_index.json lists an optional component."""
     entry = location.index.get(part)
     return entry is not None and entry[0] is not None
 
 
-def load_clip(kind: Any, location: Location, number: str = "") -> Side:
-    """A CLIP text encoder and its tokenizer, `text_encoder_2` and `tokenizer_2` for the number "_2"; fp32."""
-    tokenizer = load(CLIPTokenizer, location, f"tokenizer{number}")
-    model = load(kind, location, f"text_encoder{number}", dtype=torch.float32)
-    end_of_prompt(model, tokenizer)
-    return Side(f"text_encoder{number}", tokenizer, model)
+def load_clip(kind: Any, location: Location, number: str = "") -> TextEncoderSlot:
+    """Load a CLIP text encoder in fp32 with its tokenizer; number "_2" means `text_encoder_2` and `tokenizer_2`."""
+    tokenizer = load_pretrained(CLIPTokenizer, location, f"tokenizer{number}")
+    model = load_pretrained(kind, location, f"text_encoder{number}", dtype=torch.float32)
+    set_eos_token(model, tokenizer)
+    return TextEncoderSlot(f"text_encoder{number}", tokenizer, model)
 
 
-def end_of_prompt(model: Any, tokenizer: Any) -> None:
-    """Tells a CLIP its tokenizer's end, where old settings say 2: transformers then takes the highest id for it."""
+def set_eos_token(model: Any, tokenizer: Any) -> None:
+    """Give a CLIP its tokenizer's end token where an old config has 2: transformers would pool at the highest id."""
     inner = getattr(model, "text_model", model)
     if inner.eos_token_id == 2:
         inner.eos_token_id = tokenizer.eos_token_id
 
 
-def load_t5(location: Location, number: str, dtype: torch.dtype) -> Side:
-    """A T5 text encoder and its tokenizer. Being large it is in the working precision."""
+def load_t5(location: Location, number: str, dtype: torch.dtype) -> TextEncoderSlot:
+    """Load a T5 text encoder in `dtype` with its tokenizer."""
     try:
-        tokenizer = load(T5Tokenizer, location, f"tokenizer{number}")
+        tokenizer = load_pretrained(T5Tokenizer, location, f"tokenizer{number}")
     except (ValueError, ImportError) as error:
         raise UserError(
             f"The tokenizer{number} of {location.name} could not be read ({str(error).splitlines()[0]}). "
             "If it is a spiece.model alone, run: pip install sentencepiece protobuf"
         ) from error
-    return Side(
+    return TextEncoderSlot(
         f"text_encoder{number}",
         tokenizer,
-        load(T5EncoderModel, location, f"text_encoder{number}", dtype=dtype),
+        load_pretrained(T5EncoderModel, location, f"text_encoder{number}", dtype=dtype),
     )
 
 
 # Attention --------------------------------------------------------------------------------------------------
 
 
-def heads(attn: Any, hidden: Tensor) -> list[Tensor]:
-    """Queries, keys and values [B, heads, tokens, D] of the picture's tokens [B, tokens, C], or of a whole sequence."""
+def project_qkv(attn: Any, hidden: Tensor) -> list[Tensor]:
+    """Query, key and value [B, heads, tokens, D] of image tokens [B, tokens, C], or of a whole sequence."""
     return [
-        _normed(attn.norm_q, _split(attn.to_q(hidden), attn.heads)),
-        _normed(attn.norm_k, _split(attn.to_k(hidden), attn.heads)),
-        _split(attn.to_v(hidden), attn.heads),
+        _apply_norm(attn.norm_q, _split_heads(attn.to_q(hidden), attn.heads)),
+        _apply_norm(attn.norm_k, _split_heads(attn.to_k(hidden), attn.heads)),
+        _split_heads(attn.to_v(hidden), attn.heads),
     ]
 
 
-def text_heads(attn: Any, said: Tensor) -> list[Tensor]:
-    """The same of the text's tokens, which have weights of their own."""
+def project_text_qkv(attn: Any, hidden: Tensor) -> list[Tensor]:
+    """Query, key and value of text tokens [B, tokens, C], by the layer's separate text projections."""
     return [
-        _normed(attn.norm_added_q, _split(attn.add_q_proj(said), attn.heads)),
-        _normed(attn.norm_added_k, _split(attn.add_k_proj(said), attn.heads)),
-        _split(attn.add_v_proj(said), attn.heads),
+        _apply_norm(attn.norm_added_q, _split_heads(attn.add_q_proj(hidden), attn.heads)),
+        _apply_norm(attn.norm_added_k, _split_heads(attn.add_k_proj(hidden), attn.heads)),
+        _split_heads(attn.add_v_proj(hidden), attn.heads),
     ]
 
 
-def _split(x: Tensor, heads: int) -> Tensor:
+def _split_heads(x: Tensor, heads: int) -> Tensor:
     return cast(Tensor, x.unflatten(-1, (heads, -1)).transpose(1, 2))
 
 
-def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:
+def _apply_norm(norm: nn.Module | None, x: Tensor) -> Tensor:
     return x if norm is None else cast(Tensor, norm(x))
 
 
-def later_half(blocks: nn.ModuleList, name: str) -> tuple[str, ...]:
-    """How the names of the layers in the later half of equal blocks begin."""
+def later_half_prefixes(blocks: nn.ModuleList, name: str) -> tuple[str, ...]:
+    """Name prefixes of the later half of a list of equal blocks."""
     return tuple(f"{name}.{number}." for number in range(len(blocks) // 2, len(blocks)))
 
 
 # Prompts ----------------------------------------------------------------------------------------------------
 
 
-class Encoders:
-    """The text side of a family with several encoders: see `TextEncoder`. Those in `silent` learn nothing."""
+class MultiTextEncoder:
+    """Several text encoders as one `TextEncoder`; those in `frozen` neither learn tokens nor carry adapters."""
 
-    def __init__(self, sides: Sequence[Side], silent: Sequence[Side] = ()) -> None:
-        self.sides = tuple(sides)
-        self.every = (*sides, *silent)
-        self.tokenizer = self.sides[0].tokenizer
-        for side in self.every:
-            side.model.eval().requires_grad_(False)
+    def __init__(self, slots: Sequence[TextEncoderSlot], frozen: Sequence[TextEncoderSlot] = ()) -> None:
+        self.slots = tuple(slots)
+        self.all_slots = (*slots, *frozen)
+        self.tokenizer = self.slots[0].tokenizer
+        for slot in self.all_slots:
+            slot.model.eval().requires_grad_(False)
 
     def to(self, device: torch.device) -> Any:
-        for side in self.every:
-            side.model.to(device)
+        for slot in self.all_slots:
+            slot.model.to(device)
         return self
 
 
-def token_ids(side: Side, prompts: Sequence[str], length: int | None = None) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask` [B, T], cut or padded to the length that the encoder reads."""
-    encoded = side.tokenizer(
+def tokenize(slot: TextEncoderSlot, prompts: Sequence[str], length: int | None = None) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` [B, T], truncated or padded to `length` (the tokenizer's own if None)."""
+    encoded = slot.tokenizer(
         list(prompts),
         padding="max_length",
         truncation=True,
-        max_length=length or side.tokenizer.model_max_length,
+        max_length=length or slot.tokenizer.model_max_length,
         return_tensors="pt",
     )
-    device = side.model.device
+    device = slot.model.device
     return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
-def say_what_is_cut(side: Side, prompts: Sequence[str], length: int | None = None) -> None:
-    """Says of every prompt that is too long for an encoder what will not be seen, once."""
-    length = length or side.tokenizer.model_max_length
+def warn_truncation(slot: TextEncoderSlot, prompts: Sequence[str], length: int | None = None) -> None:
+    """Warn of each prompt that is longer than the encoder reads, once per prompt, quoting what is dropped."""
+    length = length or slot.tokenizer.model_max_length
     for prompt in prompts:
-        tokens = side.tokenizer(prompt, verbose=False)["input_ids"]
+        tokens = slot.tokenizer(prompt, verbose=False)["input_ids"]
         if len(tokens) > length:
-            lost = side.tokenizer.decode(tokens[length - 1 : -1])
-            _say_once(
-                f"The prompt has {len(tokens)} tokens and this model reads {length}: it will not see “{lost}”."
+            dropped = slot.tokenizer.decode(tokens[length - 1 : -1])
+            _notify_once(
+                f"The prompt has {len(tokens)} tokens and this model reads {length}: it will not see “{dropped}”."
             )
 
 
 @cache
-def _say_once(text: str) -> None:
-    say(text)
+def _notify_once(text: str) -> None:
+    notify(text)
 
 
 # Noise paths ------------------------------------------------------------------------------------------------
 
 
 def vp_path(location: Location) -> NoisePath:
-    """The path of a model that was trained on a schedule of βs, from the settings of its scheduler.
+    """The noise path of a model trained on a β schedule, from its scheduler's config.
 
-    Schedulers that walk in σ (Euler's, DPM-Solver …) end at σ = 0 whatever `set_alpha_to_one` says.
+    Schedulers that sample in σ (Euler, DPM-Solver …) end at σ = 0 whatever `set_alpha_to_one` says.
     """
     from diffusers import DDIMScheduler
 
-    said = location.config("scheduler")
-    name = said.get("_class_name", "")
+    scheduler = location.config("scheduler")
+    name = scheduler.get("_class_name", "")
     if "FlowMatch" in name or name.startswith("EDM"):
         raise UserError(
             f"The scheduler of {location.name} is a {name}, which is not of its family. Restore scheduler/."
         )
-    config = dict(DDIMScheduler.from_config(said).config)
+    config = dict(DDIMScheduler.from_config(scheduler).config)
     train_steps = int(config["num_train_timesteps"])
     alpha_bar = alphas_cumprod(config["beta_schedule"], config["beta_start"], config["beta_end"], train_steps)
     if config["rescale_betas_zero_snr"]:
@@ -299,18 +299,19 @@ def flow_path(
     patch: int = 2,
     lowest: Callable[[int], float] | None = None,
 ) -> NoisePath:
-    """The path of a rectified flow, from the settings of its FlowMatchEulerDiscreteScheduler.
+    """The noise path of a rectified flow, from its FlowMatchEulerDiscreteScheduler's config.
 
-    `size` (H, W) is that of the model's own latents and `patch` × `patch` of them are a token: where the settings ask
-    for dynamic shifting, the shift follows from the number of tokens. `lowest(S)` is the last rung above 0 before
-    shifting, the scheduler's own if left out.
+    `size` (H, W) is that of the model's own latents, of which `patch` × `patch` make a token: dynamic shifting depends
+    on the number of tokens. `lowest(S)` is the last level above 0 before shifting; None takes the scheduler's own.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    said = location.config("scheduler")
-    name = said.get("_class_name", "")
-    config = dict(FlowMatchEulerDiscreteScheduler.from_config(said).config) if "FlowMatch" in name else {}
-    strange = [setting for setting in OTHER_FLOWS if config.get(setting)]
+    scheduler = location.config("scheduler")
+    name = scheduler.get("_class_name", "")
+    config = (
+        dict(FlowMatchEulerDiscreteScheduler.from_config(scheduler).config) if "FlowMatch" in name else {}
+    )
+    strange = [setting for setting in UNSUPPORTED_FLOW_SETTINGS if config.get(setting)]
     if not config or strange or config["time_shift_type"] != "exponential":
         what = ", ".join(strange) or config.get("time_shift_type") or name or "of unknown kind"
         raise UserError(
@@ -320,7 +321,7 @@ def flow_path(
     train_steps = int(config["num_train_timesteps"])
 
     def dynamic(size: tuple[int, int]) -> float | None:
-        """log of the shift for latents of this size; None where the shift is the same for all."""
+        """log of the shift for latents of this size, linear in the number of tokens; None without dynamic shifting."""
         if not config["use_dynamic_shifting"]:
             return None
         tokens = (size[0] // patch) * (size[1] // patch)
@@ -339,4 +340,4 @@ def flow_path(
 
     mu = dynamic(size)
     shift = float(config["shift"]) if mu is None else math.exp(mu)
-    return NoisePath("flow", logit_normal_levels(LEVELS, shift, train_steps=train_steps), schedule)
+    return NoisePath("flow", logit_normal_levels(FLOW_QUANTILES, shift, train_steps=train_steps), schedule)

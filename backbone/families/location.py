@@ -1,57 +1,54 @@
-"""Where a model is: a diffusers folder, a checkpoint file, or a repository of the hub."""
+"""Model locations: a diffusers folder, a single checkpoint file, or a repository on the hub."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True)
 class Location:
-    """Where a model is: a diffusers folder, a hub id, or a single checkpoint file; `index` is its model_index.json.
+    """Where a model is loaded from: a diffusers folder, a hub id or a single checkpoint file (`source`).
 
-    A single file holds weights alone. Its settings are in `settings`: folders laid out as diffusers', the first that
-    has a file wins.
+    `index` is its model_index.json. A single file holds weights alone; `settings` are the folders where its configs and
+    tokenizers are looked up, laid out as diffusers', the first that has a file wins.
     """
 
     name: str
-    place: str
+    source: str
     index: dict[str, Any]
     settings: tuple[Path, ...] = ()
 
     @property
     def folder(self) -> Path | None:
         """The diffusers folder on this machine, or None."""
-        return Path(self.place) if Path(self.place).is_dir() else None
+        return Path(self.source) if Path(self.source).is_dir() else None
 
     @property
     def file(self) -> Path | None:
         """The single checkpoint file, or None."""
-        return Path(self.place) if self.settings else None
+        return Path(self.source) if self.settings else None
 
     def local(self, name: str) -> Path | None:
-        """What has this name in the diffusers layout (`tokenizer`, `unet/config.json`), where it is on this machine."""
+        """The local path of a file or folder of the diffusers layout (`tokenizer`, `unet/config.json`), or None."""
         roots = (self.folder,) if self.folder else self.settings
         return next((root / name for root in roots if (root / name).exists()), None)
 
     def config(self, part: str) -> dict[str, Any]:
-        """The settings of a part (`unet`, `vae`, `scheduler` …), without its weights; `UserError` if it has none."""
+        """Read the config of a component (`unet`, `vae`, `scheduler` …); `UserError` if it has none."""
         name = f"{part}/{'scheduler_config' if part == 'scheduler' else 'config'}.json"
-        path = self.local(name) if self.folder or self.file else hub_file(self.place, name)
+        path = self.local(name) if self.folder or self.file else hub_file(self.source, name)
         if path is None:
             raise UserError(f"{self.name} has no {name}. Save or download the model again.")
         return cast("dict[str, Any]", read_json(path))
 
 
 def hub_file(repository: str, name: str) -> Path:
-    """A file of a model on the hub, from the cache or fetched; `UserError` where it cannot be had."""
+    """Download a file of a hub repository, or take it from the cache; `UserError` if neither works."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

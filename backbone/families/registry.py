@@ -1,16 +1,12 @@
-"""The families that this version serves."""
+"""The supported model families."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 from backbone.families.base import Family
 
 
 def families() -> list[Family]:
-    """Every family of this version: a new one is a file of its own and a line here."""
+    """Every supported family; a new one is a folder beside these and a line here."""
     from backbone.families.flux.family import Flux
     from backbone.families.pixart.family import PixArt
     from backbone.families.sd1.family import StableDiffusion

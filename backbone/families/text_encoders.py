@@ -1,7 +1,7 @@
-"""What Stable Diffusion 3 and FLUX.1 share in one checkpoint file: their text encoders, and when a file is whole.
+"""Shared by Stable Diffusion 3's and FLUX.1's single-file checkpoints: text encoders, and whether the file is complete.
 
-Stability AI's files and ComfyUI's hold the encoders as transformers names them, below `text_encoders.clip_l.`,
-`text_encoders.clip_g.` and `text_encoders.t5xxl.`. Weights of 8 bits are read, with a scale beside them or without.
+Stability AI's and ComfyUI's files hold the encoders under transformers' names below `text_encoders.clip_l.`,
+`text_encoders.clip_g.` and `text_encoders.t5xxl.`. fp8 weights are read, with a scale beside them or without.
 """
 
 from __future__ import annotations
@@ -17,46 +17,46 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from backbone.families import loading as parts
-from backbone.families.base import Side
-from backbone.families.checkpoint import AUTOENCODER, UNET, load_part, misfit
+from backbone.families import loading
+from backbone.families.base import TextEncoderSlot
+from backbone.families.checkpoint import AUTOENCODER, UNET, config_mismatch, load_single_file_part
 from backbone.families.location import Location
-from backbone.families.sdxl.checkpoint import clip_side
+from backbone.families.sdxl.checkpoint import build_clip
 from backbone.io.console import UserError
 from backbone.io.files import Header, read_header, read_tensors
 
 CLIP_L, CLIP_G, T5 = (f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl"))
-CALLED = {CLIP_L: "text encoder CLIP-L", CLIP_G: "text encoder CLIP-G", T5: "text encoder T5"}
+ENCODER_LABELS = {CLIP_L: "text encoder CLIP-L", CLIP_G: "text encoder CLIP-G", T5: "text encoder T5"}
 PROJECTION = "text_projection.weight"
 SHARED, TIED = "shared.weight", "encoder.embed_tokens.weight"  # T5's table of tokens has two names
-EIGHT_BITS = r"(^|\.)(scale_weight|scale_input|scaled_fp8)$"  # what lies beside scaled weights
-OTHER_BITS = r"\.(absmax|quant_map|nested_absmax|weight_scale|comfy_quant)$|\.quant_state\."
+FP8_SCALES = r"(^|\.)(scale_weight|scale_input|scaled_fp8)$"  # what lies beside scaled weights
+UNSUPPORTED_QUANTIZATION = r"\.(absmax|quant_map|nested_absmax|weight_scale|comfy_quant)$|\.quant_state\."
 
 
 def transformer_prefix(header: Header, name: str) -> str | None:
-    """What stands before the names of a transformer that has a tensor of this name; None if the file has none."""
+    """The prefix of the transformer's tensors, found by one of its names; None if the file has no transformer."""
     return next((prefix for prefix in (UNET, "") if prefix + name in header.shapes), None)
 
 
 def autoencoder_prefix(header: Header) -> str | None:
-    """What stands before the names of the autoencoder; None if the file has none."""
+    """The prefix of the autoencoder's tensors; None if the file has none."""
     prefixes = (AUTOENCODER, "vae.")
     return next((prefix for prefix in prefixes if f"{prefix}decoder.conv_in.weight" in header.shapes), None)
 
 
-def holds(header: Header, prefix: str) -> bool:
-    """Whether the file has a part."""
+def has_tensors(header: Header, prefix: str) -> bool:
+    """Whether the file has tensors below a prefix."""
     return any(name.startswith(prefix) for name in header.shapes)
 
 
-def demand(
-    header: Header, what: str, *, encoders: Sequence[str], takes: int, patch: int, remedy: str
+def require_complete(
+    header: Header, what: str, *, encoders: Sequence[str], in_channels: int, patch: int, remedy: str
 ) -> None:
-    """`UserError` for a file that is not a whole model or is one for another task.
+    """Raise `UserError` for a file that lacks a component, is for another task, or has an unsupported quantisation.
 
-    takes  channels of what the transformer takes; latents have as many, times the `patch` that one token stands for
+    in_channels  of the transformer; as many as the latents have, times the `patch` latents in a token
     """
-    missing = [CALLED[prefix] for prefix in encoders if not holds(header, prefix)]
+    missing = [ENCODER_LABELS[prefix] for prefix in encoders if not has_tensors(header, prefix)]
     autoencoder = autoencoder_prefix(header)
     if autoencoder is None:
         missing.append("autoencoder (VAE)")
@@ -64,15 +64,15 @@ def demand(
         listed = " and ".join([*[", ".join(missing[:-1])] * (len(missing) > 1), missing[-1]])
         raise UserError(f"{header.path} holds {what} without its {listed}. {remedy}")
     latents = header.shapes[f"{autoencoder}decoder.conv_in.weight"][1] * patch
-    if takes != latents:
+    if in_channels != latents:
         raise UserError(
-            f"{header.path} seems to be a model for another task (its transformer takes {takes} channels and a latent "
-            f"has {latents}, as for inpainting). Name the model that it was made from."
+            f"{header.path} seems to be a model for another task (its transformer takes {in_channels} channels and a "
+            f"latent has {latents}, as for inpainting). Name the model that it was made from."
         )
-    odd = next((name for name in header.shapes if re.search(OTHER_BITS, name)), None)
-    if odd is not None:
+    quantized = next((name for name in header.shapes if re.search(UNSUPPORTED_QUANTIZATION, name)), None)
+    if quantized is not None:
         raise UserError(
-            f"{header.path} holds weights of few bits in a form that is not read here (it has {odd}). "
+            f"{header.path} is quantised in a format that is not supported (it has {quantized}). "
             "Take its version in fp16, bf16 or fp8."
         )
 
@@ -80,86 +80,88 @@ def demand(
 # Reading ----------------------------------------------------------------------------------------------------
 
 
-def weights(location: Location, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`, without it; those of 8 bits times the scale beside them."""
-    tensors, _ = read_tensors(location.place, prefix=prefix)
-    found = {}
+def read_weights(location: Location, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Read the tensors below `prefix`, without it, as `dtype`; fp8 weights are multiplied by the scale beside them."""
+    tensors, _ = read_tensors(location.source, prefix=prefix)
+    weights = {}
     for name, tensor in tensors.items():
-        if re.search(EIGHT_BITS, name):
+        if re.search(FP8_SCALES, name):
             continue
         scale = tensors.get(re.sub(r"\.weight$", ".scale_weight", name)) if name.endswith(".weight") else None
         if scale is not None:
             tensor = tensor.to(torch.float32) * scale.to(torch.float32)
-        found[name.removeprefix(prefix)] = tensor.to(dtype)
-    return found
+        weights[name.removeprefix(prefix)] = tensor.to(dtype)
+    return weights
 
 
-def filled(kind: Any, location: Location, part: str, tensors: dict[str, Tensor]) -> nn.Module:
-    """A network of diffusers by its settings, with these tensors; `UserError` where they do not fit together."""
+def build_network(kind: Any, location: Location, part: str, tensors: dict[str, Tensor]) -> nn.Module:
+    """Build a diffusers network from its config with these tensors; `UserError` where they do not fit."""
     with init_empty_weights():
         model: nn.Module = kind.from_config(location.config(part))
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
-        raise misfit(location, part) from error
+        raise config_mismatch(location, part) from error
     return model
 
 
-def autoencoder(location: Location, dtype: torch.dtype) -> nn.Module:
-    """The autoencoder, in fp32 where its settings say that fp16 overflows."""
-    prefix = autoencoder_prefix(read_header(location.place))
+def load_autoencoder(location: Location, dtype: torch.dtype) -> nn.Module:
+    """Load the autoencoder, in fp32 where its config says that fp16 overflows."""
+    prefix = autoencoder_prefix(read_header(location.source))
     assert prefix is not None
-    kept = parts.autoencoder_dtype(location, dtype)
-    model = load_part(AutoencoderKL, location, "vae", prefix=prefix, dtype=kept)
+    dtype = loading.autoencoder_dtype(location, dtype)
+    model = load_single_file_part(AutoencoderKL, location, "vae", prefix=prefix, dtype=dtype)
     return model.to(memory_format=torch.channels_last)  # type: ignore[no-any-return]
 
 
-def clip(kind: Any, location: Location, number: str, tensors: dict[str, Tensor], *, pads_with: str) -> Side:
-    """A CLIP text encoder and its tokenizer, fp32; `tensors` as `weights` gives them."""
+def load_clip(
+    kind: Any, location: Location, number: str, tensors: dict[str, Tensor], *, pads_with: str
+) -> TextEncoderSlot:
+    """Load a CLIP text encoder in fp32 with its tokenizer; `tensors` as `read_weights` returns them."""
     named = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
-    return clip_side(kind, location, number, named, pads_with=pads_with)
+    return build_clip(kind, location, number, named, pads_with=pads_with)
 
 
-def t5(location: Location, number: str, dtype: torch.dtype) -> Side:
-    """T5 and the tokenizer that lies beside the file. Being large it is in the working precision.
+def load_t5(location: Location, number: str, dtype: torch.dtype) -> TextEncoderSlot:
+    """Load T5 in `dtype`, with the tokenizer that lies beside the file.
 
-    Raises `UserError` where the tokenizer is missing, or the encoder is not built as its settings say.
+    Raises `UserError` where the tokenizer is missing, or the tensors do not fit the encoder's config.
     """
     part = f"text_encoder{number}"
     config = T5Config.from_dict(location.config(part))
-    tokenizer = t5_tokenizer(location, number, config.vocab_size)
-    tensors = weights(location, T5, dtype)
+    tokenizer = load_t5_tokenizer(location, number, config.vocab_size)
+    tensors = read_weights(location, T5, dtype)
     tensors.setdefault(TIED, tensors.get(SHARED, torch.empty(0)))
     with init_empty_weights():
-        wanted = T5EncoderModel(config).state_dict()
+        expected = T5EncoderModel(config).state_dict()
     if {name: value.shape for name, value in tensors.items()} != {
-        name: value.shape for name, value in wanted.items()
+        name: value.shape for name, value in expected.items()
     }:
-        raise misfit(location, part)
+        raise config_mismatch(location, part)
     transformers_logging.disable_progress_bar()
     model = T5EncoderModel.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
-    return Side(part, tokenizer, model)
+    return TextEncoderSlot(part, tokenizer, model)
 
 
-def t5_tokenizer(location: Location, number: str, known: int) -> Any:
-    """T5's tokenizer beside the file; `UserError` where there is none, or it has more tokens than are `known`."""
+def load_t5_tokenizer(location: Location, number: str, vocab_size: int) -> Any:
+    """Load T5's tokenizer from beside the file; `UserError` if there is none or it exceeds `vocab_size` tokens."""
     name = f"tokenizer{number}"
-    found = location.local(name)
-    if found is None:
+    folder = location.local(name)
+    if folder is None:
         raise UserError(
-            f"{location.place} carries no tokenizer for its T5, as no checkpoint does. "
+            f"{location.source} carries no tokenizer for its T5, as no checkpoint does. "
             f"Put the {name}/ folder of this model (with its tokenizer.json) beside the file."
         )
     try:
-        tokenizer = T5Tokenizer.from_pretrained(str(found), local_files_only=True)
+        tokenizer = T5Tokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(
-            f"{found} is not a whole T5 tokenizer ({str(error).strip().splitlines()[0]}). "
+            f"{folder} is not a whole T5 tokenizer ({str(error).strip().splitlines()[0]}). "
             "Restore it, or if it is a spiece.model alone, run: pip install sentencepiece protobuf"
         ) from error
-    if len(tokenizer) > known:
+    if len(tokenizer) > vocab_size:
         raise UserError(
-            f"The {name} has {len(tokenizer)} tokens and {location.place} knows {known}. "
+            f"The {name} has {len(tokenizer)} tokens and {location.source} knows {vocab_size}. "
             f"Put the {name}/ folder of this model beside the file."
         )
     return tokenizer

@@ -1,1 +1,1 @@
-"""Files, the console, run folders, reports; the options of commands and their help."""
+"""Files, console output, run folders, HTML reports; command options and their help."""

@@ -1,7 +1,7 @@
-"""What the command line says and how it ends: user errors, exit codes, the progress display.
+"""Console scripts: user errors, exit codes, messages, the progress bar.
 
-Everything here speaks on stderr, so that stdout stays free for results. The module imports only the standard
-library; rich is imported when a progress bar is really drawn.
+All output goes to stderr, so that stdout stays free for results. The module imports only the standard library; rich is
+imported when a progress bar is drawn.
 """
 
 from __future__ import annotations
@@ -16,47 +16,47 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NoReturn
 
-FAILED = 2
-INTERRUPTED = 130
-SECONDS_FOR_THE_FIRST = 5.0
-OBJECTS_BEFORE_A_LOOK = 200_000
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+MAIN_PROCESS_GRACE_SECONDS = 5.0
+GC_THRESHOLD = 200_000
 
 
 class UserError(Exception):
     """A mistake that the user can repair: the message says what is wrong, where, and the nearest remedy."""
 
 
-def run(app: Callable[[], Any]) -> NoReturn:
-    """Runs a typer application as a console script and ends the process.
+def run_app(app: Callable[[], Any]) -> NoReturn:
+    """Run a typer application as a console script and end the process.
 
-    Exit codes: 0 done; 2 for a UserError, a file that is missing, forbidden or does not fit on the disk, and
-    (by typer) wrong usage; 130 after Ctrl-C. Mistakes are answered by their sentence alone;
-    LIMNER_TRACEBACK=1 shows the traceback. Other exceptions are ours to repair and keep their traceback.
+    Exit codes: 0 success; 2 for a `UserError`, a file that is missing, forbidden or does not fit on the disk, and (by
+    typer) wrong usage; 130 after Ctrl-C. User errors print their message alone; LIMNER_TRACEBACK=1 shows the traceback.
+    Other exceptions are bugs and keep their traceback.
 
-    A KeyboardInterrupt that carries a message ends with it: `raise KeyboardInterrupt("Saved step 120 in …")`.
+    A KeyboardInterrupt that carries a message prints it: `raise KeyboardInterrupt("Saved step 120 in …")`.
 
-    Python looks for cyclic garbage after every 700 new objects, which takes a quarter of the time in which torch and
-    diffusers are imported (their classes and functions are there to stay); here it looks after OBJECTS_BEFORE_A_LOOK.
+    Python collects cyclic garbage after every 700 new objects, which takes a quarter of the time of importing torch and
+    diffusers, whose objects stay alive; the threshold is raised to GC_THRESHOLD.
     """
-    gc.set_threshold(OBJECTS_BEFORE_A_LOOK, 20, 100)
+    gc.set_threshold(GC_THRESHOLD, 20, 100)
     try:
         app()
     except KeyboardInterrupt as interrupt:
-        _end(str(interrupt) or "Stopped.", INTERRUPTED)
-    except SystemExit as leaving:  # typer turns Ctrl-C into exit code 130 and says nothing
-        if leaving.code == INTERRUPTED:
-            _end(_interrupt_message(leaving) or "Stopped.", INTERRUPTED)
+        _exit(str(interrupt) or "Stopped.", EXIT_INTERRUPTED)
+    except SystemExit as exit_:  # typer turns Ctrl-C into exit code 130 and prints nothing
+        if exit_.code == EXIT_INTERRUPTED:
+            _exit(_interrupt_message(exit_) or "Stopped.", EXIT_INTERRUPTED)
         raise
     except (UserError, OSError) as error:
-        message = sentence(error)
+        message = error_message(error)
         if message is None or os.environ.get("LIMNER_TRACEBACK") == "1":
             raise
-        _end(f"Error: {message}", FAILED)
+        _exit(f"Error: {message}", EXIT_USER_ERROR)
     sys.exit(0)
 
 
-def sentence(error: UserError | OSError) -> str | None:
-    """The sentence for a mistake; None for an OSError that names no file and is not a full disk."""
+def error_message(error: UserError | OSError) -> str | None:
+    """The message of a user error or OSError; None for an OSError that names no file and is not a full disk."""
     if isinstance(error, UserError):
         return str(error)
     path = error.filename2 if error.filename2 is not None else error.filename
@@ -70,38 +70,38 @@ def sentence(error: UserError | OSError) -> str | None:
         return f"{where} does not exist. Check the spelling{start}."
     if isinstance(error, PermissionError) or error.errno == errno.EROFS:
         remedy = "Change its permissions, or choose another place."
-        return f"{where} may not be read or written ({_lower(error)}). {remedy}"
-    return f"{where} cannot be used ({_lower(error)}). Choose another path."
+        return f"{where} may not be read or written ({_reason(error)}). {remedy}"
+    return f"{where} cannot be used ({_reason(error)}). Choose another path."
 
 
-def say(text: str) -> None:
-    """Prints a line on stderr, above the progress bar if one is running; of several processes the first one does."""
-    if speaks():
+def notify(text: str) -> None:
+    """Print a line on stderr, above a running progress bar; only on the main process."""
+    if is_main_rank():
         print(text, file=sys.stderr, flush=True)
 
 
-def speaks() -> bool:
-    """Whether this process is the first of those that a launcher started together, or alone."""
+def is_main_rank() -> bool:
+    """Whether this process has rank 0 or is alone, by the launcher's environment."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
-def progress(total: int | None, description: str, *, done: int = 0) -> Iterator[Bar]:
+def progress(total: int | None, description: str, *, done: int = 0) -> Iterator[ProgressBar]:
     """A progress display on stderr: `with progress(400, "training") as bar:`, then `bar.advance(loss=…)`.
 
-    On a terminal: bar, n/total, figures, images/s, elapsed, time left. Elsewhere a plain line every ten
-    seconds and a last one. `total` None: length unknown. `done`: steps behind us already (a resumed run);
-    they count for n/total and not for the rates.
+    On a terminal: bar, n/total, metrics, images/s, elapsed, time left. Elsewhere a line every ten seconds and a last
+    one. `total` None: length unknown. `done`: steps that a resumed run took earlier, which count for n/total and
+    not for the rates.
     """
-    bar = Bar(total, done=done)
-    with _surface()(bar, description) as show:
+    bar = ProgressBar(total, done=done)
+    with _choose_display()(bar, description) as show:
         bar.show = show
         show()
         yield bar
 
 
-class Bar:
-    """Counts steps and images, remembers the newest figures, and measures rates over the last half minute."""
+class ProgressBar:
+    """Counts steps and images, keeps the latest metrics, and measures rates over the last WINDOW_SECONDS."""
 
     WINDOW_SECONDS = 30.0
 
@@ -111,18 +111,17 @@ class Bar:
         self.total = total
         self.done = done
         self.images = 0
-        self.figures: dict[str, float | str] = {}
+        self.metrics: dict[str, float | str] = {}
         self.clock = clock
         self.start = clock()
         self.show: Callable[[], None] = lambda: None
         self._marks = deque([(self.start, done, 0)])  # (time, steps, images), oldest first
 
-    def advance(self, steps: int = 1, *, images: int = 0, **figures: float | str) -> None:
-        """`steps` further steps are done, in which `images` images were worked on. Figures are shown by
-        name."""
+    def advance(self, steps: int = 1, *, images: int = 0, **metrics: float | str) -> None:
+        """Count `steps` steps in which `images` images were processed, and update the metrics shown."""
         self.done += steps
         self.images += images
-        self.figures.update(figures)
+        self.metrics.update(metrics)
         now = self.clock()
         self._marks.append((now, self.done, self.images))
         while len(self._marks) > 2 and now - self._marks[1][0] >= self.WINDOW_SECONDS:
@@ -131,44 +130,44 @@ class Bar:
 
     @property
     def images_per_second(self) -> float | None:
-        """Recent rate, None before the first image."""
+        """The recent rate; None before the first image."""
         (then, _, before), (now, _, after) = self._marks[0], self._marks[-1]
         return (after - before) / (now - then) if after > before and now > then else None
 
     @property
     def seconds_left(self) -> float | None:
-        """At the recent pace; None while nothing has been measured or the total is unknown."""
+        """At the recent rate; None while nothing has been measured or the total is unknown."""
         (then, before, _), (now, after, _) = self._marks[0], self._marks[-1]
         if self.total is None or after <= before:
             return None
         return max(0, self.total - self.done) * (now - then) / (after - before)
 
     @property
-    def count(self) -> str:
+    def progress_text(self) -> str:
         return f"{self.done}" if self.total is None else f"{self.done}/{self.total}"
 
     @property
-    def reading(self) -> str:
-        """The figures and the rate, e.g. `loss 0.0813 · 5.2 images/s`."""
-        parts = [f"{name.replace('_', ' ')} {_figure(value)}" for name, value in self.figures.items()]
+    def metrics_text(self) -> str:
+        """The metrics and the rate, e.g. `loss 0.0813 · 5.2 images/s`."""
+        parts = [f"{name.replace('_', ' ')} {_format_metric(value)}" for name, value in self.metrics.items()]
         rate = self.images_per_second
         return " · ".join(parts + ([f"{rate:.3g} images/s"] if rate is not None else []))
 
 
-def _surface() -> Callable[[Bar, str], AbstractContextManager[Callable[[], None]]]:
-    if not speaks():
-        return _nowhere
+def _choose_display() -> Callable[[ProgressBar, str], AbstractContextManager[Callable[[], None]]]:
+    if not is_main_rank():
+        return _display_nothing
     drawable = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-    return _on_terminal if drawable else _in_lines
+    return _display_bar if drawable else _display_lines
 
 
 @contextmanager
-def _nowhere(bar: Bar, description: str) -> Iterator[Callable[[], None]]:
+def _display_nothing(bar: ProgressBar, description: str) -> Iterator[Callable[[], None]]:
     yield lambda: None
 
 
 @contextmanager
-def _on_terminal(bar: Bar, description: str) -> Iterator[Callable[[], None]]:
+def _display_bar(bar: ProgressBar, description: str) -> Iterator[Callable[[], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -182,7 +181,7 @@ def _on_terminal(bar: Bar, description: str) -> Iterator[Callable[[], None]]:
     )
     with Progress(*columns, console=Console(stderr=True)) as display:
         task = display.add_task(
-            description, total=bar.total, completed=bar.done, count=bar.count, reading="", left=""
+            description, total=bar.total, completed=bar.done, count=bar.progress_text, reading="", left=""
         )
 
         def show() -> None:
@@ -190,62 +189,70 @@ def _on_terminal(bar: Bar, description: str) -> Iterator[Callable[[], None]]:
             display.update(
                 task,
                 completed=bar.done,
-                count=bar.count,
-                reading=bar.reading,
-                left=f"{_clock(left)} left" if left else "",
+                count=bar.progress_text,
+                reading=bar.metrics_text,
+                left=f"{_format_time(left)} left" if left else "",
             )
 
         yield show
 
 
 @contextmanager
-def _in_lines(bar: Bar, description: str) -> Iterator[Callable[[], None]]:
+def _display_lines(bar: ProgressBar, description: str) -> Iterator[Callable[[], None]]:
     every_seconds = 10.0
-    said_at, said_count = bar.start, ""
+    printed_at, printed_count = bar.start, ""
 
     def line(*ending: str) -> None:
-        nonlocal said_at, said_count
-        said_at, said_count = bar.clock(), bar.count
-        parts = [f"{description} {bar.count}", bar.reading, _clock(said_at - bar.start), *ending]
-        say(" · ".join(part for part in parts if part))
+        nonlocal printed_at, printed_count
+        printed_at, printed_count = bar.clock(), bar.progress_text
+        parts = [
+            f"{description} {bar.progress_text}",
+            bar.metrics_text,
+            _format_time(printed_at - bar.start),
+            *ending,
+        ]
+        notify(" · ".join(part for part in parts if part))
 
     def show() -> None:
-        if bar.clock() - said_at >= every_seconds:
+        if bar.clock() - printed_at >= every_seconds:
             left = bar.seconds_left
-            line(*([f"{_clock(left)} left"] if left else []))
+            line(*([f"{_format_time(left)} left"] if left else []))
 
     yield show
-    if bar.count != said_count:
+    if bar.progress_text != printed_count:
         line()
 
 
-def _figure(value: float | str) -> str:
+def _format_metric(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
 
 
-def _clock(seconds: float) -> str:
+def _format_time(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
-def _lower(error: OSError) -> str:
+def _reason(error: OSError) -> str:
     return (error.strerror or type(error).__name__).lower()
 
 
 def _interrupt_message(error: BaseException) -> str:
-    """The message of the KeyboardInterrupt from which this exception came, or nothing."""
+    """The message of the KeyboardInterrupt in an exception's chain, or ""."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, KeyboardInterrupt):
         cause = cause.__cause__ or cause.__context__
     return str(cause) if cause is not None else ""
 
 
-def _end(message: str, code: int) -> NoReturn:
-    """Of several processes that end alike one speaks: the launcher ends the others while they wait for it."""
-    if not speaks() and code == FAILED:
-        time.sleep(SECONDS_FOR_THE_FIRST)
+def _exit(message: str, code: int) -> NoReturn:
+    """Print a message and exit.
+
+    When several processes fail alike, the others wait for the main one to print: the launcher then ends them.
+    """
+    if not is_main_rank() and code == EXIT_USER_ERROR:
+        time.sleep(MAIN_PROCESS_GRACE_SECONDS)
         message = f"Process {os.environ.get('RANK')}: {message}"
-    if speaks() or code == FAILED:
+    if is_main_rank() or code == EXIT_USER_ERROR:
         print(message, file=sys.stderr, flush=True)
     raise SystemExit(code) from None

@@ -1,8 +1,7 @@
-"""Files that are whole or not there: atomic writes, safetensors, JSON lines, run folders, content hashes.
+"""Atomic file writes, safetensors, JSON and JSON lines, folders, content hashes.
 
-Every writer makes missing parent folders, writes a temporary file beside the destination, flushes it to the
-disk and renames it: a reader sees the old content or the new one, and an interrupted write leaves nothing
-behind.
+Every writer creates missing parent folders, writes a temporary file beside the destination, fsyncs and renames it: a
+reader sees the old content or the new one, and an interrupted write leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -27,29 +26,32 @@ PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Writes a file atomically. OSError names `path` when the disk is full."""
-    with replacing(path) as temporary:
+    """Write a file atomically. An `OSError` (a full disk) names `path`."""
+    with atomic_write(path) as temporary:
         temporary.write_bytes(content)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes UTF-8 with newlines as they are, atomically."""
+    """Write UTF-8 text atomically, newlines unchanged."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes indented JSON atomically. Paths become strings, dataclasses objects, tensors of one element
-    numbers, and NaN and infinities null, for which JSON has no word. TypeError for anything else."""
+    """Write indented JSON atomically.
+
+    Paths become strings, dataclasses objects, one-element tensors numbers, NaN and infinities null. Raises `TypeError`
+    for anything else that JSON does not know.
+    """
     write_text(path, json_text(value) + "\n")
 
 
 def json_text(value: Any) -> str:
     """The indented JSON that `write_json` writes."""
-    return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+    return json.dumps(_to_json(value), indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def read_json(path: str | Path) -> Any:
-    """The value in a JSON file. UserError if the file is damaged, FileNotFoundError if it is missing."""
+    """Read a JSON file. Raises `UserError` if it is damaged, `FileNotFoundError` if it is missing."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -59,14 +61,17 @@ def read_json(path: str | Path) -> Any:
 def write_tensors(
     path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes named tensors and string metadata as safetensors, atomically. Tensors may share memory and lie
-    on any device; each is stored whole and contiguous. UserError if the file cannot be written."""
+    """Write named tensors and string metadata as safetensors, atomically.
+
+    Tensors may share memory and be on any device; each is stored whole and contiguous. Raises `UserError` if the file
+    cannot be written.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         try:
-            save_file(_separate(tensors), temporary, metadata=dict(metadata or {}))
+            save_file(_unshare(tensors), temporary, metadata=dict(metadata or {}))
         except SafetensorError as error:
             raise UserError(f"{path} could not be written ({error}). Is the disk full?") from error
 
@@ -74,28 +79,30 @@ def write_tensors(
 def read_tensors(
     path: str | Path, *, device: str = "cpu", prefix: str = "", names: Collection[str] | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of a safetensors file by name, all, those whose names begin with `prefix` or the `names`, and the
-    string metadata. UserError for a damaged file and for any other format: a pickle can run code when it is opened,
-    so none is ever read. FileNotFoundError if it is missing."""
+    """Read (tensors by name, string metadata) of a safetensors file: the `names`, or all that begin with `prefix`.
+
+    Raises `UserError` for a damaged file and for any other format (a pickle can run code when it is opened, so none is
+    ever read), `FileNotFoundError` if it is missing.
+    """
     from safetensors import SafetensorError, safe_open
 
-    path = _safetensors_path(path)
+    path = _check_safetensors_path(path)
     try:
         with safe_open(path, framework="pt", device=device) as file:
             if names is None:
                 names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (no mapping)
             return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except SafetensorError as error:
-        _refuse(path, error)
+        _raise_unreadable(path, error)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The string metadata alone, from a safetensors file's header; raises like `read_tensors`."""
+    """Read the string metadata of a safetensors file; raises as `read_tensors` does."""
     return read_header(path).metadata
 
 
 class Header(NamedTuple):
-    """What a safetensors file says of itself before its first tensor."""
+    """The header of a safetensors file: tensor shapes by name, and the string metadata."""
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
@@ -103,23 +110,25 @@ class Header(NamedTuple):
 
 
 def read_header(path: str | Path) -> Header:
-    """Names and shapes of the tensors, none of which is read, and the metadata; raises like `read_tensors`."""
+    """Read a safetensors header without its tensors; raises as `read_tensors` does."""
     from safetensors import SafetensorError, safe_open
 
-    path = _safetensors_path(path)
+    path = _check_safetensors_path(path)
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys()
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
             return Header(path, shapes, dict(file.metadata() or {}))
     except SafetensorError as error:
-        _refuse(path, error)
+        _raise_unreadable(path, error)
 
 
 def append_jsonl(path: str | Path, record: Mapping[str, Any]) -> None:
-    """Adds one JSON object as one line, in a single write. A line that a crash cut off is closed first, so
-    that it costs only itself. Values as in `write_json`."""
-    line = json.dumps(_plain(dict(record)), ensure_ascii=False, allow_nan=False) + "\n"
+    """Append one JSON object as a line, in a single write; values as in `write_json`.
+
+    A line that a crash truncated is terminated first, so that only that line is lost.
+    """
+    line = json.dumps(_to_json(dict(record)), ensure_ascii=False, allow_nan=False) + "\n"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
@@ -130,8 +139,7 @@ def append_jsonl(path: str | Path, record: Mapping[str, Any]) -> None:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file, without lines that a crash cut off. FileNotFoundError if it is
-    missing."""
+    """Read the objects of a JSON-lines file, skipping lines that a crash truncated."""
     records = []
     for line in Path(path).read_bytes().splitlines():
         try:
@@ -143,8 +151,8 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def fresh_folder(path: str | Path) -> Path:
-    """Makes and returns a new folder: `path`, or `path-2`, `path-3` … if that is taken."""
+def make_numbered_folder(path: str | Path) -> Path:
+    """Create a new folder: `path`, or `path-2`, `path-3` … where that exists. Returns its path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     number = 1
@@ -158,8 +166,8 @@ def fresh_folder(path: str | Path) -> Path:
             return candidate
 
 
-def empty_folder(path: str | Path) -> Path:
-    """Makes the folder that the user named, or takes it if it is empty. UserError if something lies there."""
+def make_empty_folder(path: str | Path) -> Path:
+    """Create a folder, or accept an empty one. Raises `UserError` for a file or a folder with contents."""
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file, not a folder. Name another folder.")
@@ -170,7 +178,7 @@ def empty_folder(path: str | Path) -> Path:
 
 
 def content_hash(content: bytes | str | Path) -> str:
-    """SHA-256 in 64 hexadecimal digits, of bytes, or of the file at a path."""
+    """SHA-256 (64 hex digits) of bytes, or of the file at a path."""
     if isinstance(content, bytes):
         return hashlib.sha256(content).hexdigest()
     digest = hashlib.sha256()
@@ -181,10 +189,12 @@ def content_hash(content: bytes | str | Path) -> str:
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path` to write to; on leaving, flushed and renamed to `path`. If the
-    body raises, the temporary file is removed and `path` stays as it was. A symbolic link keeps pointing
-    where it did. UserError if `path` is a folder."""
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on a clean exit it is fsynced and renamed to `path`.
+
+    If the body raises, the temporary file is removed and `path` is unchanged. A symbolic link is followed. Raises
+    `UserError` if `path` is a folder.
+    """
     destination = Path(os.path.realpath(path))
     if destination.is_dir():
         raise UserError(f"{path} is a folder, so no file can be written there. Name a file in it.")
@@ -221,37 +231,37 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _to_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_to_json(item) for item in value]
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Path):
         return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: _to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if hasattr(value, "item") and getattr(value, "size", None) is not None:  # a tensor or a numpy scalar
-        return _plain(value.item())
+        return _to_json(value.item())
     return value
 
 
-def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors, detached, contiguous, on the CPU; those that share memory with an earlier one copied."""
+def _unshare(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Detach, move to the CPU and make contiguous; copy tensors that share memory, which safetensors refuses."""
     separate: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
-        memory = tensor.untyped_storage().data_ptr()
-        if memory in seen or tensor.untyped_storage().nbytes() != tensor.nbytes:
+        address = tensor.untyped_storage().data_ptr()
+        if address in seen or tensor.untyped_storage().nbytes() != tensor.nbytes:
             tensor = tensor.clone()
-        seen.add(memory)
+        seen.add(address)
         separate[name] = tensor
     return separate
 
 
-def _safetensors_path(path: str | Path) -> Path:
+def _check_safetensors_path(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise UserError(
@@ -265,7 +275,8 @@ def _safetensors_path(path: str | Path) -> Path:
     return path
 
 
-def _refuse(path: Path, error: Exception) -> NoReturn:
+def _raise_unreadable(path: Path, error: Exception) -> NoReturn:
+    """Raise a `UserError` that says what the file is instead of safetensors."""
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith(b"version https://git-lfs"):

@@ -1,4 +1,4 @@
-"""What every kind of run folder needs: a polite end, a log without lost steps, the versions it was made with."""
+"""Helpers of every run: graceful interruption, the step log, package versions, peak memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 
-from backbone.io.console import UserError, say
+from backbone.io.console import UserError, notify
 from backbone.io.files import read_jsonl, write_text
 
-PASSED_ON_WITHIN = 2.0  # seconds
+FORWARDED_SIGNAL_SECONDS = 2.0  # seconds
 CHECKPOINT = "checkpoint.safetensors"
 SAVED = (CHECKPOINT, "concept.json", "best/concept.json")  # with any of these a folder holds a run
 LEFT_BEHIND = ("log.jsonl", "evaluations.jsonl", "rewards.jsonl", "previews", "evaluations", "tensorboard")
@@ -50,80 +50,79 @@ _stopping: list[list[int]] = []  # the lists of the `stopping` contexts that are
 
 
 @contextmanager
-def stopping() -> Iterator[list[int]]:
-    """A list that is empty until Ctrl-C or SIGTERM comes; the second one interrupts at once.
+def catch_interrupts() -> Iterator[list[int]]:
+    """Yield a list that stays empty until Ctrl-C or SIGTERM arrives; a second signal raises `KeyboardInterrupt`.
 
-    Inside another `stopping` it is that one's list.
+    Inside another `catch_interrupts` it is that one's list.
 
-    A launcher of several processes passes on the signal that the terminal has sent them already, so there the second
-    one counts when it comes later than that.
+    A launcher of several processes forwards a signal that the terminal has already sent to each of them: there a
+    second one counts only after FORWARDED_SIGNAL_SECONDS.
     """
     if _stopping:
         yield _stopping[-1]
         return
     caught: list[int] = []
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    again = 0.0  # when another signal counts
+    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    next_counts_at = 0.0
 
-    def remember(number: int, frame: FrameType | None) -> None:
-        nonlocal again
-        if caught and time.monotonic() >= again:
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal next_counts_at
+        if caught and time.monotonic() >= next_counts_at:
             raise KeyboardInterrupt
         if caught:
             return
-        again = time.monotonic() + (PASSED_ON_WITHIN if several else 0.0)
+        next_counts_at = time.monotonic() + (FORWARDED_SIGNAL_SECONDS if distributed else 0.0)
         caught.append(number)
-        say("Saving, then stopping …")
+        notify("Saving, then stopping …")
 
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     _stopping.append(caught)
     try:
         yield caught
     finally:
         _stopping.pop()
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def trim_log(path: Path, done: int) -> None:
-    """Forgets log lines of steps that will be taken again."""
+    """Drop the log lines of steps after `done`, which a resumed run takes again."""
     if not path.exists():
         return
     kept = [json.dumps(line) + "\n" for line in read_jsonl(path) if line["step"] <= done]
-    write_text(path, "".join(kept))  # at once, so that a kill leaves the old log or the new one
+    write_text(path, "".join(kept))  # atomic: a kill leaves the old log or the new one
 
 
-def versions() -> dict[str, str]:
-    """Of Python and the packages that matter."""
-    found = {"python": platform.python_version()}
+def package_versions() -> dict[str, str]:
+    """The versions of Python and of PACKAGES, those that are installed."""
+    versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def peak_memory() -> int | None:
-    """The most bytes that this process has had in memory; None where the system does not say.
+    """The peak resident set of this process in bytes; None where the system does not say.
 
-    On Linux from the process's own status: the kernel's `ru_maxrss` of a new program begins with what the process that
-    started it had.
+    On Linux from /proc: `ru_maxrss` of a new program starts at the peak of the process that started it.
     """
     status = Path("/proc/self/status")
     if status.is_file():
-        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))
-        if found:
-            return 1024 * int(found[1])
+        high_water_mark = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))
+        if high_water_mark:
+            return 1024 * int(high_water_mark[1])
     try:
         import resource
     except ImportError:  # Windows
         return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # bytes on macOS, KiB elsewhere
 
 
 def run_name(images: str) -> str:
-    """A run's name from its pictures: the folder's, or the file's without its ending."""
+    """A run's default name: that of its image folder, or of its image file without the suffix."""
     path = Path(images).expanduser().resolve()
     return (path.stem if path.is_file() else path.name) or "run"

@@ -9,29 +9,23 @@ import struct
 import threading
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from backbone.io.console import UserError
 
-if TYPE_CHECKING:
-    pass
-
-
-LARGEST_PIXELS = 400_000_000
-
-
-HALVED_PIXELS = (
-    178_000_000  # a JPEG above this is decoded at half its size at most: at 400 it would take 1.6 GB
+MAX_PIXELS = 400_000_000
+MAX_FULL_SIZE_PIXELS = (
+    178_000_000  # a larger JPEG is decoded at half its size: at 400 MP it would take 1.6 GB
 )
 
 
-class BadPicture(UserError):
-    """A picture that cannot be used: `reason` continues the sentence that begins with its name."""
+class BadImageError(UserError):
+    """An image that cannot be used. `reason` is the predicate of a sentence whose subject is `name`."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"{name} {reason}. Replace or remove it.")
@@ -40,31 +34,30 @@ class BadPicture(UserError):
 
 
 def open_rgb(path: str | Path, *, at_least: int | None = None) -> Image.Image:
-    """The picture in a file: RGB, 8 bits, sRGB, upright (EXIF), the first frame, transparency laid on white.
+    """Decode an image file to 8-bit sRGB: first frame, EXIF orientation applied, transparency blended onto white.
 
-    16-bit values are scaled, an embedded ICC profile is applied (CMYK too). `at_least`: the shorter side that
-    will be needed; a JPEG is then decoded at ½, ¼ or ⅛ of its size where twice that remains, which is much
-    faster. Without it, a JPEG of more than 178 megapixels comes at half its size.
-    BadPicture if the file is missing, forbidden, empty, damaged, no picture, or larger than 400 megapixels.
+    16-bit values are scaled and an embedded ICC profile is applied (CMYK too). `at_least` is the shorter side that
+    will be needed, in pixels: a JPEG is then decoded at ½, ¼ or ⅛ of its size (libjpeg's draft mode) where twice
+    `at_least` remains, which is much faster. Without it, a JPEG of more than 178 megapixels comes at half its size.
+
+    Raises `BadImageError` for a file that is missing, forbidden, empty, damaged, no image, or above 400 megapixels.
     """
     path = Path(path)
     if path.is_dir():
-        raise BadPicture(str(path), "is a folder with a picture's name")
+        raise BadImageError(str(path), "is a folder with a picture's name")
     try:
         with path.open("rb") as file:
-            return _decode(file, str(path), at_least)
+            return decode(file, str(path), at_least)
     except FileNotFoundError as error:
-        near = _nearest(path)
-        raise BadPicture(
-            str(path), "does not exist" + (f" (nearest: {near.name})" if near else "")
+        near = nearest_path(path)
+        raise BadImageError(
+            str(path), "does not exist" + (f" (nearest name: {near.name})" if near else "")
         ) from error
     except PermissionError as error:
-        raise BadPicture(str(path), "may not be read (permission denied)") from error
+        raise BadImageError(str(path), "may not be read (permission denied)") from error
 
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "MPO", "PPM", "AVIF", "JPEG2000")
-
-
 _DECODER_ERRORS = (
     OSError,
     SyntaxError,
@@ -79,63 +72,50 @@ _DECODER_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
+_EXIF_ERRORS = (SyntaxError, ValueError, TypeError, KeyError, IndexError, OSError, struct.error)
+_pillow_limit = threading.RLock()
 
 
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-_ORIENTATION = 0x0112
-
-
-_size_limit = threading.RLock()
-
-
-def _decode(file: IO[bytes], name: str, at_least: int | None) -> Image.Image:
+def decode(file: IO[bytes], name: str, at_least: int | None) -> Image.Image:
+    """`open_rgb` of an open file; `name` is what error messages call it."""
     start = file.read(512)
     if not start:
-        raise BadPicture(name, "is empty (0 bytes)")
+        raise BadImageError(name, "is empty (0 bytes)")
     try:
-        with _any_size():
-            image = Image.open(file, formats=_formats())
+        with _without_pillow_limit():
+            image = Image.open(file, formats=_readable_formats())
         width, height = image.size
-        if width * height > LARGEST_PIXELS:
-            reason = f"has {width} × {height} pixels; {LARGEST_PIXELS // 10**6} megapixels are the most"
-            raise BadPicture(name, reason)
+        if width * height > MAX_PIXELS:
+            reason = f"has {width} × {height} pixels; {MAX_PIXELS // 10**6} megapixels are the most"
+            raise BadImageError(name, reason)
         if at_least is not None:
             image.draft(None, (2 * at_least, 2 * at_least))
-        elif width * height > HALVED_PIXELS:
+        elif width * height > MAX_FULL_SIZE_PIXELS:
             image.draft(None, (width // 2, height // 2))
         image.load()
-        rgb = _on_white_rgb(image)
-        turn = _UPRIGHT.get(_orientation(image))
-        return rgb if turn is None else rgb.transpose(turn)
+        # In place, pixels are turned before the EXIF block is rewritten, where a damaged tag may raise.
+        with suppress(*_EXIF_ERRORS):
+            ImageOps.exif_transpose(image, in_place=True)
+        return _flatten_on_white(image)
     except MemoryError as error:
-        raise BadPicture(name, "needs more memory than there is") from error
+        raise BadImageError(name, "needs more memory than there is") from error
     except _DECODER_ERRORS as error:
-        raise BadPicture(name, _why(start, error)) from error
+        raise BadImageError(name, _describe_error(start, error)) from error
 
 
-def _on_white_rgb(image: Image.Image) -> Image.Image:
+def _flatten_on_white(image: Image.Image) -> Image.Image:
     profile = image.info.get("icc_profile")
-    image = _eight_bits(image)
+    image = _to_8_bit(image)
     if not image.has_transparency_data:
-        return _srgb(image, profile)
-    layered = image.convert("RGBA")
-    page = Image.new("RGB", image.size, "white")
-    page.paste(_srgb(layered.convert("RGB"), profile), mask=layered.getchannel("A"))
-    return page
+        return _to_srgb(image, profile)
+    rgba = image.convert("RGBA")
+    background = Image.new("RGB", image.size, "white")
+    background.paste(_to_srgb(rgba.convert("RGB"), profile), mask=rgba.getchannel("A"))
+    return background
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16- and 32-bit grey as mode L, full scale to full scale; other modes as they are."""
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Map 16-bit, 32-bit and float grey to mode L, full scale to full scale; other modes pass through."""
     if not (image.mode.startswith("I") or image.mode == "F"):
         return image
     import numpy as np
@@ -150,9 +130,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(np.uint8))
 
 
-def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """RGB through the embedded profile; without one, or with one that is broken or for other channels,
-    plainly."""
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Convert to RGB through the embedded ICC profile, or plainly if it is missing, broken or for other channels."""
     if not profile:
         return image.convert("RGB")
     try:
@@ -176,18 +155,10 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     return converted
 
 
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1…8; 1 where the EXIF block is absent or damaged."""
-    try:
-        return int(image.getexif().get(_ORIENTATION, 1))
-    except (SyntaxError, ValueError, TypeError, KeyError, IndexError, OSError, struct.error):
-        return 1
-
-
 @contextmanager
-def _any_size() -> Iterator[None]:
-    """Pillow's own limit is a global that warns at 89 megapixels; ours is a sentence at 400."""
-    with _size_limit:
+def _without_pillow_limit() -> Iterator[None]:
+    """Lift Pillow's decompression-bomb limit: a global that warns at 89 megapixels, where MAX_PIXELS is an error."""
+    with _pillow_limit:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             yield
@@ -196,12 +167,12 @@ def _any_size() -> Iterator[None]:
 
 
 @lru_cache(maxsize=1)
-def _formats() -> tuple[str, ...]:
+def _readable_formats() -> tuple[str, ...]:
     Image.init()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def _why(start: bytes, error: BaseException) -> str:
+def _describe_error(start: bytes, error: BaseException) -> str:
     if start.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the picture (run `git lfs pull`)"
     if start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"heif", b"mif1", b"msf1", b"hevc"):
@@ -216,8 +187,8 @@ def _why(start: bytes, error: BaseException) -> str:
     return "is not a picture in a format that is read"
 
 
-def _nearest(path: Path) -> Path | None:
-    """What lies beside a missing path under almost its name."""
+def nearest_path(path: Path) -> Path | None:
+    """The file beside a missing path whose name is most similar, or None."""
     try:
         names = os.listdir(path.parent)
     except OSError:

@@ -1,9 +1,8 @@
-"""Pictures from the user's disk: found, opened upright in 8-bit sRGB, checked all at once, cut square.
+"""Image sources: list the images of a folder or dataset with their captions and masks, and check that all decode.
 
-A source is a folder of pictures (captions in `name.txt` beside `name.jpg`, in `metadata.jsonl` or in
-`metadata.csv`; masks in `name.mask.png`, white = train), one picture, a Parquet file, a folder written by
-`datasets`, or the id of a dataset. Reading the list opens no picture, so that `check` can report all bad ones
-together.
+A source is a folder of images (captions in `name.txt` beside `name.jpg`, in `metadata.jsonl` or in `metadata.csv`;
+masks in `name.mask.png`, white = train), a single image, a Parquet file, a folder saved by `datasets`, or a dataset id
+on the hub. `list_images` decodes nothing, so that `check_images` can report all unusable files at once.
 """
 
 from __future__ import annotations
@@ -18,52 +17,49 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
 from backbone.io.console import UserError
-from backbone.media.decode import BadPicture, _decode, _nearest, open_rgb
+from backbone.media.decode import BadImageError, decode, nearest_path, open_rgb
 
-if TYPE_CHECKING:
-    pass
-
-SUFFIXES = frozenset(
+IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp"}
     | {".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm", ".heic", ".heif"}
 )
-MASK_ENDING = ".mask.png"
+MASK_SUFFIX = ".mask.png"
 METADATA = ("metadata.jsonl", "metadata.csv")
 CAPTION_COLUMNS = ("text", "prompt", "caption")
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture: where it lies and what is known about it. Nothing has been opened yet."""
+class ImageRecord:
+    """An image that has not been decoded yet: its path, caption and mask."""
 
-    path: Path  # of the file; for a dataset's row a name that no file has, like `org/name/000012`
+    path: Path  # for a dataset's row a made-up name: `org/name/000012`
     caption: str | None = None
     mask: Path | None = None  # white = train
-    row: Row | None = None  # where the bytes come from instead of `path`
+    row: DatasetRow | None = None  # holds the bytes instead of `path`
 
     def read(self) -> bytes:
-        """The encoded bytes, as they are stored: what a cache hashes."""
+        """The encoded bytes as stored; caches are keyed by their hash."""
         return self.path.read_bytes() if self.row is None else self.row.read()
 
     def open(self, *, at_least: int | None = None) -> Image.Image:
-        """The picture as `open_rgb` gives it."""
+        """Decode as `open_rgb` does."""
         if self.row is None:
             return open_rgb(self.path, at_least=at_least)
-        return _decode(io.BytesIO(self.read()), str(self.path), at_least)
+        return decode(io.BytesIO(self.read()), str(self.path), at_least)
 
     def open_mask(self) -> Image.Image | None:
-        """The mask, upright, mode L, white = train; None without one."""
+        """The mask (mode L, EXIF orientation applied, white = train); None without one."""
         return None if self.mask is None else open_rgb(self.mask).convert("L")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row of a `datasets` table whose image column holds encoded bytes (or the path of a file)."""
+class DatasetRow:
+    """A row of a `datasets` table whose image column holds encoded bytes or a file path."""
 
     table: Any
     column: str
@@ -74,95 +70,92 @@ class Row:
         if isinstance(value, Mapping):
             value = value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
         if not isinstance(value, bytes):
-            raise UserError(f"Row {self.index} has no picture in its column {self.column!r}. Remove the row.")
+            raise UserError(f"Row {self.index} has no image in its column {self.column!r}. Remove the row.")
         return value
 
 
-def read_folder(
+def list_images(
     source: str | Path, *, caption_column: str | None = None, image_column: str | None = None
-) -> list[Picture]:
-    """The pictures of a source in natural order (2.jpg before 10.jpg), or in a table's own order.
+) -> list[ImageRecord]:
+    """List the images of a source in natural order (2.jpg before 10.jpg), or in a table's own order.
 
-    Files without an image suffix and hidden ones are passed over; a file with such a suffix counts, whatever
-    it holds. If a folder holds no picture itself, those in its subfolders are taken (kohya's `10_sks dog/`).
-    Captions come from metadata first, then from `.txt` files. `caption_column` and `image_column` name
-    columns of a table whose names differ from text, prompt or caption and file_name or image. UserError:
-    nothing there, no picture in it, captions that cannot be read, a dataset that cannot be loaded.
+    Hidden files and files without an image suffix are skipped; a file with such a suffix counts, whatever it holds.
+    A folder without images of its own stands for those of its subfolders (kohya's `10_sks dog/`). Captions come from
+    metadata first, then from `.txt` files. `caption_column` and `image_column` name columns that are not called text,
+    prompt or caption, and file_name or image.
+
+    Raises `UserError` for a source that does not exist or has no images, unreadable captions, or a dataset that
+    cannot be loaded.
     """
     path = Path(source).expanduser()
     columns = _Columns(caption_column, image_column)
     named = caption_column or image_column
     if path.is_dir():
         if _is_dataset_folder(path):
-            return _table_pictures(_load_saved(path), str(source), columns)
-        pictures = _folder_pictures(path, columns)
-        for subfolder in [] if pictures else _visible(path):
+            return _list_table(_load_saved(path), str(source), columns)
+        pictures = _list_folder(path, columns)
+        for subfolder in [] if pictures else _list_visible(path):
             if subfolder.is_dir():
-                pictures += _folder_pictures(subfolder, columns)
+                pictures += _list_folder(subfolder, columns)
         if pictures:
-            folders = [path, *(folder for folder in _visible(path) if folder.is_dir())]
+            folders = [path, *(folder for folder in _list_visible(path) if folder.is_dir())]
             if named and not any((folder / name).is_file() for folder in folders for name in METADATA):
                 raise UserError(
                     f"{path} has no {' or '.join(METADATA)}, so it has no column {named!r}. Write one, or name none."
                 )
             return pictures
-        if tables := [file for file in _visible(path) if file.suffix.lower() == ".parquet"]:
-            return _table_pictures(_load_parquet(tables), str(source), columns)
-        raise UserError(_nothing_in(path))
+        if tables := [file for file in _list_visible(path) if file.suffix.lower() == ".parquet"]:
+            return _list_table(_load_parquet(tables), str(source), columns)
+        raise UserError(_describe_empty_folder(path))
     if path.exists():
         if path.suffix.lower() == ".parquet":
-            return _table_pictures(_load_parquet([path]), str(source), columns)
-        if path.suffix.lower() not in SUFFIXES and path.suffix:
+            return _list_table(_load_parquet([path]), str(source), columns)
+        if path.suffix.lower() not in IMAGE_SUFFIXES and path.suffix:
             raise UserError(
-                f"{path} is a {path.suffix} file, neither a picture nor a folder of pictures. "
+                f"{path} is a {path.suffix} file, neither an image nor a folder of images. "
                 "Give a folder with .jpg or .png files in it."
             )
         if named:
             raise UserError(f"{path} is a single picture, so it has no column {named!r}. Name no column.")
-        return [Picture(path, *_beside(path))]
+        return [ImageRecord(path, *_find_caption_and_mask(path))]
     if _could_be_dataset(str(source), path):
-        return _table_pictures(_load_from_hub(str(source)), str(source), columns)
-    near = _nearest(path)
-    remedy = f"Did you mean {near}?" if near else "Give a folder of pictures, or a dataset's id (org/name)."
+        return _list_table(_load_from_hub(str(source)), str(source), columns)
+    near = nearest_path(path)
+    remedy = f"Did you mean {near}?" if near else "Give a folder of images, or a dataset id (org/name)."
     raise UserError(f"{path} does not exist. {remedy}")
 
 
-def check(pictures: Iterable[Picture]) -> None:
-    """Opens every picture and mask. One UserError lists all that cannot be used, a line each with its
-    reason."""
+def check_images(pictures: Iterable[ImageRecord]) -> None:
+    """Decode every image and mask once; one `UserError` lists all that cannot be used, a line each with the reason."""
     bad: list[tuple[str, str]] = []
     count = 0
     for picture in pictures:
         count += 1
         try:
             size = picture.open(at_least=64).size
-        except BadPicture as error:
+        except BadImageError as error:
             bad.append((error.name, error.reason))
             continue
         try:
             mask = picture.open_mask()
             if mask is not None:
-                _fits(mask.size, size, picture)
-        except BadPicture as error:
+                _check_mask_shape(mask.size, size, picture)
+        except BadImageError as error:
             bad.append((error.name, error.reason))
     if bad:
         lines = "\n".join(f"  {name} {reason}" for name, reason in bad)
-        heading = (
-            f"{len(bad)} of {count} pictures cannot be used" if count > 1 else "The picture cannot be used"
-        )
+        heading = f"{len(bad)} of {count} images cannot be used" if count > 1 else "The image cannot be used"
         raise UserError(
             f"{heading}:\n{lines}\nReplace or remove {'it' if len(bad) == 1 else 'them'}, then run again."
         )
 
 
-# Decoding. Order matters: profile and 16-bit scaling before RGB, alpha before orientation is lost.
-
-
-def _fits(mask: tuple[int, int], picture: tuple[int, int], of: Picture) -> None:
-    (mask_width, mask_height), (width, height) = mask, picture
+def _check_mask_shape(mask_size: tuple[int, int], image_size: tuple[int, int], record: ImageRecord) -> None:
+    """Raise `BadImageError` where aspect ratios differ by more than 2 %."""
+    (mask_width, mask_height), (width, height) = mask_size, image_size
     if abs(mask_width * height - width * mask_height) > 0.02 * mask_width * height:
-        reason = f"is a mask of {mask_width} × {mask_height}, another shape than its picture {of.path.name}"
-        raise BadPicture(str(of.mask), reason)
+        reason = f"is a mask of {mask_width} × {mask_height}, another aspect ratio than its image {record.path.name}"
+        raise BadImageError(str(record.mask), reason)
 
 
 # Folders.
@@ -174,52 +167,56 @@ class _Columns:
     image: str | None
 
     def find(self, wanted: str, names: Sequence[str], where: str) -> str | None:
-        """The caption or image column among `names`; UserError if the one that was asked for is not there."""
-        asked, usual = {
+        """The caption or image column among `names`, or None; `UserError` if a requested column is missing."""
+        requested, defaults = {
             "caption": (self.caption, CAPTION_COLUMNS),
             "image": (self.image, ("file_name", "image")),
         }[wanted]
-        if asked is not None and asked not in names:
+        if requested is not None and requested not in names:
             raise UserError(
-                f"{where} has no column {asked!r}; it has {', '.join(map(repr, names))}. Name one of them."
+                f"{where} has no column {requested!r}; it has {', '.join(map(repr, names))}. Name one of them."
             )
-        return asked or next((name for name in usual if name in names), None)
+        return requested or next((name for name in defaults if name in names), None)
 
 
-def _folder_pictures(folder: Path, columns: _Columns) -> list[Picture]:
-    captions = _metadata_captions(folder, columns)
-    files = {_key(file.name): file for file in _visible(folder) if file.suffix.lower() in SUFFIXES}
-    masks = {key: file for key, file in files.items() if key.endswith(MASK_ENDING)}
+def _list_folder(folder: Path, columns: _Columns) -> list[ImageRecord]:
+    captions = _read_metadata_captions(folder, columns)
+    files = {
+        _normalize_name(file.name): file
+        for file in _list_visible(folder)
+        if file.suffix.lower() in IMAGE_SUFFIXES
+    }
+    masks = {key: file for key, file in files.items() if key.endswith(MASK_SUFFIX)}
     paths = {key: file for key, file in files.items() if key not in masks}
-    stems = {_key(file.stem) for file in paths.values()}
+    stems = {_normalize_name(file.stem) for file in paths.values()}
     for key, mask in masks.items():
-        if (stem := key.removesuffix(MASK_ENDING)) not in stems:
-            raise UserError(f"{mask} is a mask, but no picture {stem}.* lies beside it. Rename or remove it.")
+        if (stem := key.removesuffix(MASK_SUFFIX)) not in stems:
+            raise UserError(
+                f"{mask} is a mask, but there is no image {stem}.* beside it. Rename or remove it."
+            )
     for name in captions:
-        paths.setdefault(_key(name), folder / name)
-    by_key = {_key(name): caption for name, caption in captions.items()}
+        paths.setdefault(_normalize_name(name), folder / name)
+    by_key = {_normalize_name(name): caption for name, caption in captions.items()}
     pictures = []
-    for key, path in sorted(paths.items(), key=lambda item: _natural(item[0])):
-        beside, mask_beside = _beside(path)
-        pictures.append(Picture(path, by_key.get(key) or beside, mask_beside))
+    for key, path in sorted(paths.items(), key=lambda item: _natural_sort_key(item[0])):
+        caption, mask_path = _find_caption_and_mask(path)
+        pictures.append(ImageRecord(path, by_key.get(key) or caption, mask_path))
     return pictures
 
 
-def _metadata_captions(folder: Path, columns: _Columns) -> dict[str, str | None]:
+def _read_metadata_captions(folder: Path, columns: _Columns) -> dict[str, str | None]:
     """File name (relative, `/` between folders) → caption, from metadata.jsonl or metadata.csv."""
     present = [folder / name for name in METADATA if (folder / name).is_file()]
     if len(present) > 1:
         raise UserError(f"{folder} holds both metadata.jsonl and metadata.csv. Keep one of them.")
     captions: dict[str, str | None] = {}
     for metadata in present:
-        for line, entry in _entries(metadata):
+        for line, entry in _read_metadata(metadata):
             where = f"Line {line} of {metadata}"
             name_column = columns.find("image", list(entry), where)
             name = entry.get(name_column) if name_column else None
             if not isinstance(name, str) or not name:
-                raise UserError(
-                    f'{where} names no picture. Write it as {{"file_name": "1.jpg", "text": "…"}}.'
-                )
+                raise UserError(f'{where} names no image. Write it as {{"file_name": "1.jpg", "text": "…"}}.')
             caption_column = columns.find("caption", list(entry), where)
             caption = entry.get(caption_column) if caption_column else None
             if caption is not None and not isinstance(caption, str):
@@ -228,13 +225,13 @@ def _metadata_captions(folder: Path, columns: _Columns) -> dict[str, str | None]
             if os.path.isabs(name) or name.startswith(".."):
                 raise UserError(f"{where} names {name}, which lies outside the folder. Use names inside it.")
             if name in captions:
-                raise UserError(f"{where} names {name} a second time. Keep one line for each picture.")
-            captions[name] = _one_line(caption)
+                raise UserError(f"{where} names {name} a second time. Keep one line for each image.")
+            captions[name] = _join_lines(caption)
     return captions
 
 
-def _entries(metadata: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    text = _text(metadata)
+def _read_metadata(metadata: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    text = _read_text(metadata)
     if metadata.suffix == ".csv":
         table = csv.DictReader(io.StringIO(text, newline=""))
         for row in table:
@@ -252,47 +249,47 @@ def _entries(metadata: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, entry
 
 
-def _beside(path: Path) -> tuple[str | None, Path | None]:
-    """The caption and the mask that lie beside a picture."""
-    text, mask = path.with_suffix(".txt"), path.with_name(path.stem + MASK_ENDING)
-    caption = _one_line(_text(text)) if text.is_file() else None
+def _find_caption_and_mask(path: Path) -> tuple[str | None, Path | None]:
+    """The caption in `name.txt` and the mask `name.mask.png` of `name.jpg`, each None if missing."""
+    text, mask = path.with_suffix(".txt"), path.with_name(path.stem + MASK_SUFFIX)
+    caption = _join_lines(_read_text(text)) if text.is_file() else None
     return caption, mask if mask.is_file() else None
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text. Save it as UTF-8.") from error
 
 
-def _one_line(caption: str | None) -> str | None:
+def _join_lines(caption: str | None) -> str | None:
     return " ".join(caption.split()) or None if caption else None
 
 
-def _visible(folder: Path) -> list[Path]:
-    """What lies in a folder and is not hidden, in natural order."""
+def _list_visible(folder: Path) -> list[Path]:
+    """The entries of a folder that are not hidden, in natural order."""
     return sorted(
         (path for path in folder.iterdir() if not path.name.startswith(".")),
-        key=lambda path: _natural(path.name),
+        key=lambda path: _natural_sort_key(path.name),
     )
 
 
-def _key(name: str) -> str:
-    """One spelling for names that file systems write in two (é as one character or two)."""
+def _normalize_name(name: str) -> str:
+    """NFC, for file systems differ in how they spell é: as one character or two."""
     return unicodedata.normalize("NFC", name)
 
 
-def _natural(name: str) -> tuple[list[str | int], str]:
+def _natural_sort_key(name: str) -> tuple[list[str | int], str]:
     parts = re.split(r"(\d+)", name.casefold())
     return [int(part) if index % 2 else part for index, part in enumerate(parts)], name
 
 
-def _nothing_in(folder: Path) -> str:
-    kinds = Counter(path.suffix.lower() or "other" for path in _visible(folder) if path.is_file())
-    found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4))
+def _describe_empty_folder(folder: Path) -> str:
+    kinds = Counter(path.suffix.lower() or "other" for path in _list_visible(folder) if path.is_file())
+    contents = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4))
     return (
-        f"{folder} holds no pictures{f' (only {found})' if found else '; it is empty'}. "
+        f"{folder} holds no images{f' (only {contents})' if contents else '; it is empty'}. "
         "Put .jpg, .png or .webp files there, or give another folder."
     )
 
@@ -310,7 +307,7 @@ def _could_be_dataset(source: str, path: Path) -> bool:
 
 
 def _load_saved(path: Path) -> Any:
-    datasets = _datasets()
+    datasets = _import_datasets()
     try:
         return datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:
@@ -318,7 +315,7 @@ def _load_saved(path: Path) -> Any:
 
 
 def _load_parquet(files: Sequence[Path]) -> Any:
-    datasets = _datasets()
+    datasets = _import_datasets()
     try:
         return datasets.load_dataset("parquet", data_files=[str(file) for file in files])
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -328,18 +325,18 @@ def _load_parquet(files: Sequence[Path]) -> Any:
 
 
 def _load_from_hub(source: str) -> Any:
-    datasets = _datasets()
+    datasets = _import_datasets()
     try:
         return datasets.load_dataset(source)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"{source} is no folder here, and no dataset of that name was loaded ({_first_line(error)}). "
-            "Check the spelling, or give a folder of pictures."
+            "Check the spelling, or give a folder of images."
         ) from error
 
 
-def _table_pictures(table: Any, source: str, columns: _Columns) -> list[Picture]:
-    datasets = _datasets()
+def _list_table(table: Any, source: str, columns: _Columns) -> list[ImageRecord]:
+    datasets = _import_datasets()
     if isinstance(table, dict):  # splits
         table = table["train"] if "train" in table else next(iter(table.values()))
     names = list(table.column_names)
@@ -348,25 +345,25 @@ def _table_pictures(table: Any, source: str, columns: _Columns) -> list[Picture]
     )
     if image_column is None:
         raise UserError(
-            f"{source} has no column of pictures; it has {', '.join(names)}. Name one with image_column."
+            f"{source} has no image column; it has {', '.join(names)}. Name one with image_column."
         )
     if isinstance(table.features[image_column], datasets.Image):
         table = table.cast_column(image_column, datasets.Image(decode=False))
     caption_column = columns.find("caption", names, source)
     captions = list(table[caption_column]) if caption_column else [None] * len(table)
     if not captions:
-        raise UserError(f"{source} has no rows. Give another dataset or a folder of pictures.")
+        raise UserError(f"{source} has no rows. Give another dataset or a folder of images.")
     return [
-        Picture(
+        ImageRecord(
             Path(source) / f"{index:06d}",
-            _one_line(caption) if isinstance(caption, str) else None,
-            row=Row(table, image_column, index),
+            _join_lines(caption) if isinstance(caption, str) else None,
+            row=DatasetRow(table, image_column, index),
         )
         for index, caption in enumerate(captions)
     ]
 
 
-def _datasets() -> Any:
+def _import_datasets() -> Any:
     import datasets
 
     return datasets

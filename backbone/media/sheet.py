@@ -1,7 +1,7 @@
-"""Contact sheets: rows of pictures with captions, titles and coloured frames on one light page.
+"""Contact sheets: rows of images with captions, titles and coloured frames on one page.
 
-Only Pillow's built-in font is used, so a sheet is the same on every machine; it covers ASCII, and what lies
-beyond is spelled with ASCII letters. For other scripts pass `font`, the path of a TrueType file.
+Pillow's built-in font makes a sheet the same on every machine. It covers ASCII; other characters are transliterated.
+For other scripts pass `font`, the path of a TrueType file.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 @dataclass(frozen=True)
 class Cell:
-    """A picture with a caption below and, if a colour is named, a frame around it."""
+    """An image with a caption below and, if a colour is given, a frame around it."""
 
     image: Image.Image
     caption: str = ""
     frame: str | None = None
 
 
-def sheet(
+def draw_sheet(
     rows: Sequence[Sequence[Cell | Image.Image | None]],
     *,
     title: str = "",
@@ -45,18 +45,17 @@ def sheet(
     cell: int = 192,
     font: str | Path | None = None,
 ) -> Image.Image:
-    """The page, RGB. Pictures are fitted into `cell` × `cell` pixels in their own shape; None leaves a place
-    free.
+    """Draw a page (RGB). Images are resized to fit `cell` × `cell` pixels; None leaves a cell empty.
 
-    `title` and `note` head the page, `row_titles` stand above the rows they belong to ("" for none),
-    `column_titles` above the first row. Rows may differ in length.
+    `title` and `note` head the page, `row_titles` stand above their rows ("" for none), `column_titles` above the
+    first row. Rows may differ in length.
     """
     assert any(rows), "a sheet needs a picture"
     assert len(row_titles) <= len(rows), "more row titles than rows"
-    type_ = _Type(font)
+    type_ = _Typeface(font)
     columns = max(len(row) for row in rows)
     width = 2 * MARGIN + columns * cell + (columns - 1) * GAP
-    blocks: list[_Block] = _heading(type_, title, note, width - 2 * MARGIN)
+    blocks: list[_Block] = _heading_blocks(type_, title, note, width - 2 * MARGIN)
     for number, row in enumerate(rows):
         row_title = row_titles[number] if number < len(row_titles) else ""
         if blocks:
@@ -80,17 +79,16 @@ def sheet(
     return page
 
 
-def in_rows(
+def split_rows(
     cells: Iterable[Cell | Image.Image | None], columns: int
 ) -> list[list[Cell | Image.Image | None]]:
-    """Cells in reading order as rows of `columns`, the last one shorter."""
+    """Split cells into rows of `columns`; the last row may be shorter."""
     cells = list(cells)
     return [cells[start : start + columns] for start in range(0, len(cells), columns)]
 
 
 def save_png(path: str | Path, image: Image.Image, *, text: Mapping[str, str] | None = None) -> None:
-    """Writes a PNG atomically, `text` as its text chunks (UTF-8), which `Image.open(path).text` gives
-    back."""
+    """Write a PNG atomically with `text` in its iTXt chunks (UTF-8), which `Image.open(path).text` reads."""
     info = PngInfo()
     for key, value in (text or {}).items():
         info.add_itxt(key, value)
@@ -99,7 +97,7 @@ def save_png(path: str | Path, image: Image.Image, *, text: Mapping[str, str] | 
     write_bytes(path, buffer.getvalue())
 
 
-# Blocks: what stands below one another on the page.
+# A page is a column of blocks.
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ class _Block:
             page.paste(piece.content, (left, upper))
 
 
-def _heading(type_: _Type, title: str, note: str, width: int) -> list[_Block]:
+def _heading_blocks(type_: _Typeface, title: str, note: str, width: int) -> list[_Block]:
     blocks = []
     if title:
         blocks.append(_text_block(type_, type_.wrap(title, "title", width), "title", INK))
@@ -141,13 +139,15 @@ def _heading(type_: _Type, title: str, note: str, width: int) -> list[_Block]:
     return blocks
 
 
-def _text_block(type_: _Type, lines: Sequence[str], style: str, colour: str) -> _Block:
+def _text_block(type_: _Typeface, lines: Sequence[str], style: str, colour: str) -> _Block:
     step = type_.line_height(style)
     pieces = [_Piece(0, step * number, line, type_.font(style), colour) for number, line in enumerate(lines)]
     return _Block(step * len(lines), pieces)
 
 
-def _column_block(type_: _Type, texts: Sequence[Sequence[str]], style: str, colour: str, cell: int) -> _Block:
+def _column_block(
+    type_: _Typeface, texts: Sequence[Sequence[str]], style: str, colour: str, cell: int
+) -> _Block:
     step = type_.line_height(style)
     pieces = [
         _Piece(column * (cell + GAP), step * number, line, type_.font(style), colour)
@@ -158,19 +158,19 @@ def _column_block(type_: _Type, texts: Sequence[Sequence[str]], style: str, colo
 
 
 def _picture_block(cells: Sequence[Cell | None], side: int) -> _Block:
-    fitted = [_fit(cell.image, side) if cell else None for cell in cells]
-    height = max((image.height for image in fitted if image), default=0)
+    resized = [_resize_to_cell(cell.image, side) if cell else None for cell in cells]
+    height = max((image.height for image in resized if image), default=0)
     pieces = [
         _Piece(
             column * (side + GAP) + (side - image.width) // 2, height - image.height, image, colour=cell.frame
         )
-        for column, (cell, image) in enumerate(zip(cells, fitted, strict=True))
+        for column, (cell, image) in enumerate(zip(cells, resized, strict=True))
         if cell and image
     ]
     return _Block(height, pieces)
 
 
-def _fit(image: Image.Image, side: int) -> Image.Image:
+def _resize_to_cell(image: Image.Image, side: int) -> Image.Image:
     if image.has_transparency_data:
         layered = image.convert("RGBA")
         image = Image.new("RGB", image.size, "white")
@@ -181,10 +181,10 @@ def _fit(image: Image.Image, side: int) -> Image.Image:
     return image.convert("RGB").resize(size, filter_, reducing_gap=3.0)
 
 
-# Type.
+# Fonts.
 
 _SIZES = {"title": 26, "section": 16, "note": 14, "caption": 13}
-_SPELLINGS = {
+_TRANSLITERATIONS = {
     "–": "-", "—": "-", "−": "-", "×": "x", "→": "->", "←": "<-", "≥": ">=", "≤": "<=",
     "≈": "~", "√": "sqrt ", "ß": "ss", "æ": "ae", "Æ": "Ae", "œ": "oe", "ø": "o", "Ø": "O",
     "ł": "l", "Ł": "L", "đ": "d", "ı": "i", "µ": "u", "μ": "mu", "α": "alpha", "β": "beta",
@@ -193,8 +193,8 @@ _SPELLINGS = {
 }  # fmt: skip
 
 
-class _Type:
-    """Fonts by style, and what fits into a width."""
+class _Typeface:
+    """Fonts by style, and line breaking."""
 
     def __init__(self, path: str | Path | None) -> None:
         self.path = path
@@ -221,7 +221,7 @@ class _Type:
         """At most `most` lines no wider than `width` pixels; a longer text ends in an ellipsis."""
         font = self.font(style)
         lines: list[str] = []
-        for paragraph in self.spelled(text).splitlines():
+        for paragraph in self.transliterate(text).splitlines():
             line = ""
             for word in paragraph.split():
                 longer = f"{line} {word}".strip()
@@ -230,7 +230,7 @@ class _Type:
                     continue
                 if line:
                     lines.append(line)
-                *full, line = _pieces(word, font, width)
+                *full, line = _break_word(word, font, width)
                 lines += full
             lines.append(line)
         if len(lines) <= most:
@@ -240,15 +240,19 @@ class _Type:
             last = last[:-1]
         return [*lines[: most - 1], last.rstrip() + "…"]
 
-    def spelled(self, text: str) -> str:
-        """The text in characters that the font has."""
-        return text if self._missing is None else "".join(self._spell(character) for character in text)
+    def transliterate(self, text: str) -> str:
+        """Transliterate characters that the font lacks."""
+        return (
+            text
+            if self._missing is None
+            else "".join(self._transliterate_character(character) for character in text)
+        )
 
-    def _spell(self, character: str) -> str:
+    def _transliterate_character(self, character: str) -> str:
         if character.isspace() or character.isascii() or self._has(character):
             return character
-        if character in _SPELLINGS:
-            return _SPELLINGS[character]
+        if character in _TRANSLITERATIONS:
+            return _TRANSLITERATIONS[character]
         plain = "".join(part for part in unicodedata.normalize("NFKD", character) if part.isascii())
         return plain or ("" if unicodedata.category(character) in ("Mn", "Cf") else "?")
 
@@ -256,8 +260,8 @@ class _Type:
         return bytes(self.font("caption").getmask(character)) != self._missing
 
 
-def _pieces(word: str, font: _Font, width: int) -> list[str]:
-    """A word broken where it is wider than the line."""
+def _break_word(word: str, font: _Font, width: int) -> list[str]:
+    """Break a word that is wider than the line."""
     pieces = [""]
     for character in word:
         if pieces[-1] and font.getlength(pieces[-1] + character) > width:

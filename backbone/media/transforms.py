@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
+import torch
 from PIL import Image
 
 from backbone.io.console import UserError
 
-if TYPE_CHECKING:
-    import torch
-import torch
+CropPosition: TypeAlias = tuple[float, float]
+"""The share of what is cropped away that lies left of the crop and above it, 0…1 each."""
 
-Place: TypeAlias = tuple[float, float]
-
-
-CROPS: dict[str, Place] = {
+MAX_ASPECT_RATIO = 2.0  # longer images are cropped to it
+CROPS: dict[str, CropPosition] = {
     "center": (0.5, 0.5),
     "top": (0.5, 0.0),
     "bottom": (0.5, 1.0),
@@ -26,30 +24,34 @@ CROPS: dict[str, Place] = {
 }
 
 
-def square(image: Image.Image, size: int, *, crop: str = "center") -> Image.Image:
-    """The largest square at `crop` (a key of CROPS), resized to size × size with Lanczos in one pass."""
-    return fitted(image, (size, size), crop=crop)
+def crop_square(image: Image.Image, size: int, *, crop: str = "center") -> Image.Image:
+    """Crop the largest square at `crop` (a key of CROPS) and resize it to size × size, Lanczos, in one pass."""
+    return crop_and_resize(image, (size, size), crop=crop)
 
 
-def fitted(image: Image.Image, size: tuple[int, int], *, crop: str | Place = "center") -> Image.Image:
-    """The largest part of this shape (W, H) at `crop`, resized to it with Lanczos in one pass.
+def crop_and_resize(
+    image: Image.Image, size: tuple[int, int], *, crop: str | CropPosition = "center"
+) -> Image.Image:
+    """Crop the largest region of the aspect ratio of `size` (W, H) and resize it to `size`, Lanczos, in one pass.
 
-    `crop` is a key of CROPS, or says how much of what is cut off lies left of the part and above it, 0…1 each.
+    `crop` is a key of CROPS or a `CropPosition`; `UserError` for an unknown key.
     """
     if isinstance(crop, str) and crop not in CROPS:
         raise UserError(f"There is no crop named {crop!r}. Use one of {', '.join(CROPS)}.")
-    place = CROPS[crop] if isinstance(crop, str) else crop
-    scale = min(own / wanted for own, wanted in zip(image.size, size, strict=True))
-    sides = (size[0] * scale, size[1] * scale)
-    left, top = ((own - side) * part for own, side, part in zip(image.size, sides, place, strict=True))
-    box = (left, top, min(left + sides[0], image.width), min(top + sides[1], image.height))
+    position = CROPS[crop] if isinstance(crop, str) else crop
+    scale = min(have / want for have, want in zip(image.size, size, strict=True))
+    box_size = (size[0] * scale, size[1] * scale)
+    left, top = (
+        (have - keep) * share for have, keep, share in zip(image.size, box_size, position, strict=True)
+    )
+    box = (left, top, min(left + box_size[0], image.width), min(top + box_size[1], image.height))
     return image.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
 
 
 def bucket_sizes(resolution: int) -> list[tuple[int, int]]:
-    """Sizes (W, H) for pictures that are not cropped square: of the resolution's area or less, sides at most 1 : 2.
+    """Aspect-ratio buckets (W, H): areas of at most resolution², ratios from 1:2 to 2:1, as in NovelAI's bucketing.
 
-    Sides are multiples of 64 (for small models, of a quarter of the resolution), as in NovelAI's aspect buckets.
+    Sides are multiples of 64 pixels (for small models, of a quarter of the resolution).
     """
     step = min(64, resolution // 4)
     sizes = {(resolution, resolution)}
@@ -59,49 +61,43 @@ def bucket_sizes(resolution: int) -> list[tuple[int, int]]:
     return sorted(sizes)
 
 
-def nearest_size(size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Which of the sizes (W, H) has the shape nearest to this one's; of two alike the larger."""
-    shape = math.log(size[0] / size[1])
-    return min(sizes, key=lambda one: (round(abs(math.log(one[0] / one[1]) - shape), 9), -one[0] * one[1]))
+def nearest_bucket(size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The bucket (W, H) whose log aspect ratio is nearest to that of `size`; among equals the largest."""
+    log_ratio = math.log(size[0] / size[1])
+    return min(sizes, key=lambda wh: (round(abs(math.log(wh[0] / wh[1]) - log_ratio), 9), -wh[0] * wh[1]))
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
-    """An RGB picture as float32 [3, H, W] in −1…1."""
+    """An RGB image → float32 [3, H, W] in [−1, 1]."""
     import numpy as np
-    import torch
 
     assert image.mode == "RGB", f"expected RGB, got {image.mode}"
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(127.5).sub(1.0).contiguous()
 
 
 def to_image(tensor: torch.Tensor) -> Image.Image:
-    """[3, H, W] in −1…1, any dtype and device, as an RGB picture, rounded and clipped: the inverse of
-    `to_tensor`. UserError for values that are not numbers: what a half-precision decoder gives when it
-    overflows."""
-    import torch
+    """[3, H, W] in [−1, 1], any dtype and device → an RGB image, rounded and clipped: the inverse of `to_tensor`.
 
+    Raises `UserError` for NaN, which a half-precision autoencoder gives when it overflows.
+    """
     assert tensor.shape[:-2] == (3,), f"expected [3, H, W], got {list(tensor.shape)}"
     values = tensor.detach().float().cpu()
     if torch.isnan(values).any():
-        raise UserError("The decoded picture holds values that are not numbers. Decode it in fp32 or bf16.")
+        raise UserError("The decoded image holds NaN: the autoencoder overflowed. Decode it in fp32 or bf16.")
     bytes_ = values.add(1.0).mul(127.5).round().clamp(0, 255).byte()
     return Image.fromarray(bytes_.permute(1, 2, 0).contiguous().numpy())
 
 
 def mask_to_tensor(mask: Image.Image) -> torch.Tensor:
-    """A mask (mode L) as float32 [1, H, W] in 0…1, 1 = train."""
+    """A mask (mode L) → float32 [1, H, W] in [0, 1], 1 = train."""
     import numpy as np
-    import torch
 
     assert mask.mode == "L", f"expected L, got {mask.mode}"
     return torch.from_numpy(np.array(mask)).float().div(255.0)[None]
 
 
-WIDEST = 2.0  # a picture longer than this is cropped to it
-
-
 def working_size(size: tuple[int, int], *, area: int, unit: int) -> tuple[int, int]:
-    """(width, height) near a picture's shape and an area in pixels, both multiples of `unit`."""
-    ratio = min(max(size[0] / size[1], 1 / WIDEST), WIDEST)
+    """The size (W, H) nearest to the aspect ratio of `size` and to `area` pixels, both sides multiples of `unit`."""
+    ratio = min(max(size[0] / size[1], 1 / MAX_ASPECT_RATIO), MAX_ASPECT_RATIO)
     width, height = (area * ratio) ** 0.5, (area / ratio) ** 0.5
     return max(unit, round(width / unit) * unit), max(unit, round(height / unit) * unit)

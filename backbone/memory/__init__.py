@@ -1,1 +1,1 @@
-"""How much memory a run needs, and what to change so that it fits."""
+"""Memory planning: count what a run needs, and find the cheapest settings with which it fits a device."""

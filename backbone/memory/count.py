@@ -1,10 +1,10 @@
-"""The bytes of a training step, counted without computing: networks on torch's `meta` device have shapes alone.
+"""Count the bytes of a forward or training pass without computing it, on torch's `meta` device.
 
-`saved` is what a forward pass keeps for its backward pass; `peak` the most that is alive at any moment of both, weights
-not counted, gradients counted. A step on a device with storage is counted in the same way, so that the two can be
-compared. What the `meta` device lacks is put in its place: autocast, by the lists of the device that is meant, and
-fused attention, which keeps its operands, its answer and one number a query (Dao et al. 2022, algorithm 1) where the
-`meta` device would take the plain product of matrices. Workspaces of single kernels are not counted.
+`saved` is what the forward pass keeps for the backward pass; `peak` the most that is alive at any moment of both,
+gradients counted, weights not. A pass on a device with storage is counted in the same way, so that the two can be
+compared. What `meta` lacks is emulated: autocast, by the op lists of the intended device, and fused attention, which
+saves its operands, its output and one number per query (Dao et al. 2022, algorithm 1) where `meta` would materialise
+the attention matrix. Kernel workspaces are not counted.
 """
 
 from __future__ import annotations
@@ -24,103 +24,107 @@ from torch.utils.checkpoint import checkpoint
 from backbone.training.attention import quick_to_train
 
 Forward = Callable[[], Tensor]
-LOWER = frozenset(
+AUTOCAST_LOWER = frozenset(
     {F.linear, F.conv2d, torch.conv2d, torch.matmul, torch.bmm, torch.baddbmm, torch.Tensor.matmul}
     | {torch.Tensor.__matmul__, F.scaled_dot_product_attention}
 )
-RAISED = {  # what autocast computes in fp32, by device
+AUTOCAST_FP32 = {  # what autocast computes in fp32, by device
     "cuda": frozenset(
         {F.layer_norm, F.group_norm, torch.layer_norm, torch.group_norm, F.rms_norm, F.softmax, torch.softmax}
         | {torch.Tensor.softmax, torch.pow, torch.Tensor.pow, torch.exp, torch.rsqrt, torch.Tensor.rsqrt}
     ),
     "cpu": frozenset[Any](),
 }
-HALVES = (torch.float16, torch.bfloat16)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
-class Step(NamedTuple):
-    """Bytes of one step: kept from forward to backward, and alive at the most."""
+class StepBytes(NamedTuple):
+    """Bytes of a training step: saved for the backward pass, and the peak."""
 
     saved: int
     peak: int
 
 
-def step_bytes(
+def training_step_bytes(
     network: nn.Module,
     forward: Forward,
     *,
     device: str = "cuda",
     autocast: torch.dtype | None = None,
     checkpointing: bool = False,
-) -> Step:
-    """Counts a step of `forward`, which asks `network` and gives a prediction; all gradients are dropped again.
+) -> StepBytes:
+    """Count a forward and backward pass; `forward` calls `network` and returns a prediction. Gradients are dropped.
 
-    `device` and `autocast` are those of the run that is counted. A network with storage is counted as it computes.
+    `device` and `autocast` are those of the run. A network with storage is counted as it computes.
     """
-    own = {value.untyped_storage()._cdata for value in network.parameters()}
+    weights = {value.untyped_storage()._cdata for value in network.parameters()}
     with quick_to_train(network, device=device), _checkpointed(network, device, autocast, checkpointing):
-        saved = _saved(forward, own, lambda: _like(network, device, autocast))
-        with Alive(own) as alive:
-            with _like(network, device, autocast):
+        saved = _count_saved(forward, weights, lambda: _emulate(network, device, autocast))
+        with LiveStorageTracker(weights) as alive:
+            with _emulate(network, device, autocast):
                 loss = forward().float().square().mean()
             loss.backward()
     network.zero_grad(set_to_none=True)
-    return Step(saved, alive.peak)
+    return StepBytes(saved, alive.peak)
 
 
 @torch.no_grad()
-def asked_bytes(
+def forward_peak_bytes(
     network: nn.Module,
-    ask: Callable[[], object],
+    call: Callable[[], object],
     *,
     device: str = "cuda",
     autocast: torch.dtype | None = None,
 ) -> int:
-    """The most bytes alive while `network` is asked without gradients, its weights not counted."""
-    own = {value.untyped_storage()._cdata for value in network.parameters()}
-    with quick_to_train(network, device=device), _like(network, device, autocast), Alive(own) as alive:
-        ask()
+    """The peak bytes of a call without gradients, the network's weights not counted."""
+    weights = {value.untyped_storage()._cdata for value in network.parameters()}
+    with (
+        quick_to_train(network, device=device),
+        _emulate(network, device, autocast),
+        LiveStorageTracker(weights) as alive,
+    ):
+        call()
     return int(alive.peak)
 
 
-def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Together, without storage or with."""
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """The total bytes of tensors, on `meta` too."""
     return sum(value.numel() * value.element_size() for value in tensors)
 
 
-class Alive(TorchDispatchMode):
-    """Inside, follows every storage that an operation makes until the last tensor on it is gone."""
+class LiveStorageTracker(TorchDispatchMode):
+    """Tracks every storage that operations create inside, until its last tensor is freed."""
 
-    def __init__(self, own: set[int]) -> None:
+    def __init__(self, weights: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.own = own
-        self.now = self.peak = 0
+        self.ignored = weights
+        self.live = self.peak = 0
         self._known: dict[int, tuple[int, weakref.ref[Any]]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for one in made if isinstance(made, (tuple, list)) else (made,):
-            if isinstance(one, Tensor):
-                self._follow(one.untyped_storage())
-        return made
+        outputs = func(*args, **(kwargs or {}))
+        for output in outputs if isinstance(outputs, (tuple, list)) else (outputs,):
+            if isinstance(output, Tensor):
+                self._track(output.untyped_storage())
+        return outputs
 
-    def _follow(self, storage: Any) -> None:
+    def _track(self, storage: Any) -> None:
         key = storage._cdata
-        if key in self._known or key in self.own:
+        if key in self._known or key in self.ignored:
             return
         size = storage.nbytes()
-        self._known[key] = size, weakref.ref(storage, lambda _: self._forget(key))
-        self.now += size
-        self.peak = max(self.peak, self.now)
+        self._known[key] = size, weakref.ref(storage, lambda _: self._untrack(key))
+        self.live += size
+        self.peak = max(self.peak, self.live)
 
-    def _forget(self, key: int) -> None:
-        self.now -= self._known.pop(key)[0]
+    def _untrack(self, key: int) -> None:
+        self.live -= self._known.pop(key)[0]
 
 
-class AsOn(TorchFunctionMode):
-    """Inside, networks on `meta` keep what they would on a device, under autocast to `lower` or without."""
+class MetaDeviceEmulation(TorchFunctionMode):
+    """Makes networks on `meta` keep what they would keep on a device, with autocast to `lower` if given."""
 
     def __init__(self, device: str, lower: torch.dtype | None) -> None:
         super().__init__()
@@ -132,38 +136,38 @@ class AsOn(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self.lower is not None:
-            wanted = self.lower if func in LOWER else None
-            wanted = torch.float32 if func in RAISED[self.device] else wanted
-            if wanted is not None:
-                args = tuple(self._in(wanted, value) for value in args)
-                kwargs = {name: self._in(wanted, value) for name, value in kwargs.items()}
+            dtype = self.lower if func in AUTOCAST_LOWER else None
+            dtype = torch.float32 if func in AUTOCAST_FP32[self.device] else dtype
+            if dtype is not None:
+                args = tuple(self._autocast(dtype, value) for value in args)
+                kwargs = {name: self._autocast(dtype, value) for name, value in kwargs.items()}
         if func is F.scaled_dot_product_attention:
-            return attended(*args, **kwargs)
+            return emulate_fused_attention(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _in(self, dtype: torch.dtype, value: Any) -> Any:
-        """A tensor as autocast hands it on; what is trained is cast once."""
+    def _autocast(self, dtype: torch.dtype, value: Any) -> Any:
+        """Cast a tensor as autocast does; leaves that require gradients are cast once and cached."""
         if (
             not isinstance(value, Tensor)
             or value.dtype is dtype
-            or value.dtype not in (torch.float32, *HALVES)
+            or value.dtype not in (torch.float32, *HALF_DTYPES)
         ):
             return value
-        if not (value.is_leaf and value.requires_grad and dtype in HALVES):
+        if not (value.is_leaf and value.requires_grad and dtype in HALF_DTYPES):
             return value.to(dtype)
         if id(value) not in self._cast:
             self._cast[id(value)] = value.to(dtype)
         return self._cast[id(value)]
 
 
-def attended(
+def emulate_fused_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
 ) -> Tensor:
-    """The shape of fused attention's answer [B, heads, tokens, D]; it keeps for its backward pass what that keeps."""
-    return cast(Tensor, _Fused.apply(query, key, value, attn_mask))  # type: ignore[no-untyped-call]
+    """The shape of fused attention's output [B, heads, tokens, D], saving for backward what the kernel saves."""
+    return cast(Tensor, _FusedAttention.apply(query, key, value, attn_mask))  # type: ignore[no-untyped-call]
 
 
-class _Fused(torch.autograd.Function):
+class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         batch, heads, tokens, _ = query.shape
@@ -181,28 +185,28 @@ class _Fused(torch.autograd.Function):
 # Helpers ----------------------------------------------------------------------------------------------------
 
 
-def _saved(forward: Forward, own: set[int], like: Callable[[], AbstractContextManager[Any]]) -> int:
-    """Bytes that a forward pass keeps, each storage once."""
+def _count_saved(forward: Forward, weights: set[int], like: Callable[[], AbstractContextManager[Any]]) -> int:
+    """Bytes that a forward pass saves for the backward pass, each storage once."""
     seen: dict[int, int] = {}
     kept: list[Any] = []
 
-    def remember(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own and storage._cdata not in seen:
+        if storage._cdata not in weights and storage._cdata not in seen:
             seen[storage._cdata] = storage.nbytes()
             kept.append(storage)  # so that its address is not given to another
         return tensor
 
-    with like(), torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        said = forward()
-        said.float().square().mean()
+    with like(), torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        prediction = forward()
+        prediction.float().square().mean()
     return sum(seen.values())
 
 
-def _like(network: nn.Module, device: str, autocast: torch.dtype | None) -> AbstractContextManager[Any]:
-    """As the device computes: its own autocast where there is storage, else what stands in for it."""
+def _emulate(network: nn.Module, device: str, autocast: torch.dtype | None) -> AbstractContextManager[Any]:
+    """The device's autocast where there is storage, else its emulation."""
     if next(network.parameters()).device.type == "meta":
-        return AsOn(device, autocast)
+        return MetaDeviceEmulation(device, autocast)
     return nullcontext() if autocast is None else torch.autocast(device, autocast)
 
 
@@ -210,19 +214,19 @@ def _like(network: nn.Module, device: str, autocast: torch.dtype | None) -> Abst
 def _checkpointed(
     network: nn.Module, device: str, autocast: torch.dtype | None, checkpointing: bool
 ) -> Iterator[None]:
-    """With gradient checkpointing inside, or without; a pass that is taken again is counted as the first one was."""
+    """Enable gradient checkpointing inside, if asked; a recomputed pass is counted like the first one."""
     if not checkpointing:
         yield
         return
-    bare = next(network.parameters()).device.type == "meta"
+    on_meta = next(network.parameters()).device.type == "meta"
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        return nullcontext(), AsOn(device, autocast) if bare else nullcontext()
+        return nullcontext(), MetaDeviceEmulation(device, autocast) if on_meta else nullcontext()
 
-    def again(module: Any, *inputs: Any) -> Any:
+    def recompute(module: Any, *inputs: Any) -> Any:
         return checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts)
 
-    cast(Any, network).enable_gradient_checkpointing(again)
+    cast(Any, network).enable_gradient_checkpointing(recompute)
     try:
         yield
     finally:

@@ -1,9 +1,9 @@
-"""Whether a training run fits in a device's memory, and the cheapest set of measures that makes it fit.
+"""Memory planner: whether a training run fits a device, and the cheapest savings that make it fit.
 
-A run goes through phases that are never in memory together: pictures are encoded, prompts are encoded (both kinds of
-encoder are let go of afterwards), the untouched base is asked, the denoiser learns, pictures are shown. Each phase's
-bytes are counted from the model's settings alone (`backbone.memory.count`); no weights are loaded. Measures are taken
-in the order of their price, and those that turn out not to be needed are dropped again.
+A run has phases that are never in memory together: images are encoded, prompts are encoded (the encoders are freed
+afterwards), predictions of the frozen base are cached, the denoiser is trained, previews are sampled. The bytes of each
+are counted from the model's configs alone (`backbone.memory.count`), without weights. Savings are enabled in the order
+of their cost until every phase fits; then those that turn out to be unnecessary are disabled again.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from backbone.distributed.device import PRECISIONS
-from backbone.io.console import UserError, say
-from backbone.memory.count import Step, asked_bytes, bytes_of, step_bytes
+from backbone.io.console import UserError, notify
+from backbone.memory.count import StepBytes, forward_peak_bytes, tensor_bytes, training_step_bytes
 from backbone.models.model import Backbone
 from backbone.models.placement import (
     INSTALL,
@@ -31,49 +31,45 @@ from backbone.models.placement import (
 )
 
 GIB = 2**30
-CONTEXT = {"cuda": 0.6 * GIB}
-"""Assumed, not measured: what a process takes on a GPU before its first tensor."""
-FRAGMENTS = 0.05  # assumed: the share of a device that its allocator cannot use
-STATES = {
-    "adamw": 8.0,
-    "adamw8bit": 2.1,
-    "prodigy": 16.0,
-}  # bytes of an optimiser's state for a trained number
-SIZES = (8, 12, 16, 24, 32, 40, 48, 80, 141)  # GiB of devices that are sold
-AT_ONCE = 8  # pictures that are drawn, or asked about, in one call
-OFFLOADS = (0.25, 0.5, 0.75, 1.0)
+CUDA_CONTEXT_BYTES = {"cuda": 0.6 * GIB}  # assumed, not measured: a process's share before its first tensor
+FRAGMENTATION = 0.05  # assumed: the share of a device that its allocator cannot use
+OPTIMIZER_STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "prodigy": 16.0}  # per trained parameter
+DEVICE_SIZES = (8, 12, 16, 24, 32, 40, 48, 80, 141)  # GiB of common GPUs
+SAMPLING_BATCH = 8  # images sampled, or base predictions computed, in one call
+OFFLOAD_SHARES = (0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a run asks of memory, besides the model's size.
+class Workload:
+    """What a run asks of memory besides the model's size.
 
-    trains      (a bare denoiser) → the tensors of it that learn, put there if they are new
-    rows        noisy latents in a pass that learns
-    full        whether the denoiser's own weights learn, and so are in fp32
-    plain       whether a base in few bits, or one that lies elsewhere, can carry what learns
-    text_learns whether the text encoders are needed at every step
-    asks        whether the untouched base is asked beforehand
-    kept        latents, and prompts, that stay on the device
-    copies      further denoisers in memory (a frozen reference)
-    shows       whether pictures are drawn while what learns is in memory
+    add_trainable             meta denoiser → its trained tensors, added if they are new (an adapter)
+    batch_size                noisy latents in a training pass
+    full_finetuning           whether the denoiser's own weights are trained, and so in fp32
+    supports_compressed_base  whether what is trained works on a quantised or CPU-offloaded base
+    trains_text_encoders      whether the text encoders are needed at every step
+    queries_base              whether predictions of the frozen base are cached beforehand
+    cached_counts             latents and prompts that stay on the device
+    extra_denoisers           further denoisers in memory (a frozen reference)
+    has_ema                   whether an fp32 moving average of the trained tensors is kept
+    draws_previews            whether images are sampled while the optimiser's state is in memory
     """
 
-    trains: Callable[[nn.Module], Iterable[Tensor]]
-    rows: int
-    full: bool = False
-    plain: bool = True
-    text_learns: bool = False
-    asks: bool = True
-    kept: tuple[int, int] = (0, 0)
-    copies: int = 0
-    averaged: bool = False
-    shows: bool = True
+    add_trainable: Callable[[nn.Module], Iterable[Tensor]]
+    batch_size: int
+    full_finetuning: bool = False
+    supports_compressed_base: bool = True
+    trains_text_encoders: bool = False
+    queries_base: bool = True
+    cached_counts: tuple[int, int] = (0, 0)
+    extra_denoisers: int = 0
+    has_ema: bool = False
+    draws_previews: bool = True
 
 
 @dataclass(frozen=True)
-class Choice:
-    """How a run is held in memory."""
+class MemorySettings:
+    """The settings of a run that decide its memory."""
 
     precision: str = "fp32"
     checkpointing: bool = False
@@ -86,323 +82,349 @@ class Choice:
         return PRECISIONS[self.precision]
 
     def settings(self) -> dict[str, Any]:
-        """As the settings of a run call it, but for the optimiser."""
-        held = self.placement
+        """These settings under their names in a run's settings, without the optimiser."""
         return {
             "precision": self.precision,
             "gradient_checkpointing": self.checkpointing,
-            "quantize": held.quantize,
-            "cpu_offload": held.offload,
-            "vae_tiling": held.tiling,
-            "text_on_cpu": held.text_on_cpu,
-            "one_by_one": held.one_by_one,
+            "quantize": self.placement.quantize,
+            "cpu_offload": self.placement.offload,
+            "vae_tiling": self.placement.tiling,
+            "text_on_cpu": self.placement.text_on_cpu,
+            "one_by_one": self.placement.one_by_one,
         }
 
 
 class Phase(NamedTuple):
-    """Bytes of a phase: those that lie there all the time, and those of its computations at their peak."""
+    """Bytes of a phase: resident throughout, and the peak of its temporary tensors."""
 
-    resident: int
-    computing: int
+    resident_bytes: int
+    transient_bytes: int
 
     @property
-    def bytes(self) -> int:
-        return self.resident + self.computing
+    def total_bytes(self) -> int:
+        return self.resident_bytes + self.transient_bytes
 
 
-class Account:
-    """The bytes of a run's phases, for any choice; what has been counted once is remembered.
+class MemoryEstimator:
+    """Counts the bytes of a run's phases for any settings, each count cached.
 
-    `device` is that of the run, cuda or cpu, whatever this machine has.
+    `device` is the type of the run's device, cuda or cpu, whatever this machine has.
     """
 
-    def __init__(self, model: Backbone, work: Work, *, device: str = "cuda") -> None:
+    def __init__(self, model: Backbone, work: Workload, *, device: str = "cuda") -> None:
         self.model, self.work = model, work
         self.device = "cpu" if device == "cpu" else "cuda"
-        self.bare = lru_cache(self._bare)
-        self.learner = lru_cache(self._learner)
-        self.step = lru_cache(self._step)
-        self.asked = lru_cache(self._asked)
-        self.pictures = lru_cache(self._pictures)
-        self.parts = lru_cache(self._parts)
+        self.meta_denoiser = lru_cache(self._build_meta_denoiser)
+        self.meta_trainable = lru_cache(self._build_meta_trainable)
+        self.step_bytes = lru_cache(self._count_step)
+        self.forward_bytes = lru_cache(self._count_forward)
+        self.autoencoder_bytes = lru_cache(self._count_autoencoder)
+        self.model_sizes = lru_cache(self._measure_model)
 
-    def phases(self, choice: Choice) -> dict[str, Phase]:
-        """Every phase of the run, in order."""
-        work, placement, parts = self.work, choice.placement, self.parts(choice.precision)
-        text = 0 if placement.text_on_cpu else parts.text
-        cached = self.cached_bytes
-        base = self.base(choice) * (1 + work.copies)
-        learns = parts.trained
-        states = round(learns * STATES[choice.optimizer]) + 4 * learns * work.averaged
-        held = base + (0 if work.full else 4 * learns) + states + cached + text * work.text_learns
-        one = placement.one_by_one
-        found = {
-            "encoding": Phase(
-                parts.autoencoder + text,
-                self.pictures(choice.precision, "encode", placement.tiling, 1),
-            )
-        }
-        if work.asks:
-            rows = 1 if one else AT_ONCE
-            found["asking the base"] = Phase(base + cached, self.asked(choice.precision, rows))
-        step = self.step(choice.precision, choice.checkpointing)
-        updating = 4 * learns + 4 * learns  # gradients, and the optimiser's own of the same size for a moment
-        found["learning"] = Phase(held, max(step.peak, updating) + self.working(choice))
-        if work.shows:
-            count = 1 if one else AT_ONCE
-            shown = held + parts.autoencoder + text * (not work.text_learns)
-            drawing = self.asked(choice.precision, 2 * count)  # with a prompt and without
-            decoding = self.pictures(choice.precision, "decode", placement.tiling, count)
-            found["showing"] = Phase(shown, max(drawing, decoding) + self.working(choice))
-        return found
+    def phases(self, choice: MemorySettings) -> dict[str, Phase]:
+        """The phases of the run, in order."""
+        work, precision, placement = self.work, choice.precision, choice.placement
+        sizes = self.model_sizes(precision)
+        text_encoders = 0 if placement.text_on_cpu else sizes.text_encoders
+        denoisers = self.denoiser_bytes(choice) * (1 + work.extra_denoisers)
+        batch = 1 if placement.one_by_one else SAMPLING_BATCH
 
-    def base(self, choice: Choice) -> int:
-        """Bytes of the denoiser's own weights on the device."""
-        parts, placement = self.parts(choice.precision), choice.placement
+        # Images are encoded one at a time.
+        encode = self.autoencoder_bytes(precision, "encode", placement.tiling, 1)
+        phases = {"encoding": Phase(sizes.autoencoder + text_encoders, encode)}
+        if work.queries_base:
+            resident = denoisers + self.cached_bytes
+            phases["base predictions"] = Phase(resident, self.forward_bytes(precision, batch))
+
+        # Trained tensors, their optimiser state and their average are fp32; full weights are the denoiser's own.
+        trained = 4 * sizes.trained_parameters
+        state = round(sizes.trained_parameters * OPTIMIZER_STATE_BYTES[choice.optimizer])
+        resident = denoisers + self.cached_bytes + state + trained * work.has_ema
+        resident += 0 if work.full_finetuning else trained
+        resident += text_encoders * work.trains_text_encoders
+        step = self.step_bytes(precision, choice.checkpointing)
+        update = 2 * trained  # gradients, and temporaries of the optimiser of the same size
+        phases["training"] = Phase(resident, max(step.peak, update) + self.unpacked_layer_bytes(choice))
+
+        if work.draws_previews:
+            resident += sizes.autoencoder + text_encoders * (not work.trains_text_encoders)
+            sampling = self.forward_bytes(precision, 2 * batch)  # classifier-free guidance
+            decoding = self.autoencoder_bytes(precision, "decode", placement.tiling, batch)
+            transient = max(sampling, decoding) + self.unpacked_layer_bytes(choice)
+            phases["previews"] = Phase(resident, transient)
+        return phases
+
+    def denoiser_bytes(self, choice: MemorySettings) -> int:
+        """Bytes of the denoiser's weights on the device, quantised or without the offloaded layers."""
+        parts, placement = self.model_sizes(choice.precision), choice.placement
         if placement.quantize:
             width = choice.dtype.itemsize
-            return round(parts.denoiser - parts.linear * width + parts.linear * KINDS[placement.quantize])
-        return parts.denoiser - (round(self.lent(choice)) if placement.offload else 0)
+            return round(
+                parts.denoiser
+                - parts.linear_parameters * width
+                + parts.linear_parameters * KINDS[placement.quantize]
+            )
+        return parts.denoiser - (round(self.offloaded_bytes(choice)) if placement.offload else 0)
 
-    def lent(self, choice: Choice) -> float:
-        """Bytes of the denoiser that lie in the CPU's memory."""
-        network = self.bare(choice.precision)
+    def offloaded_bytes(self, choice: MemorySettings) -> float:
+        """Bytes of the denoiser's layers in CPU memory."""
+        network = self.meta_denoiser(choice.precision)
         layers = find_offloadable_layers(network, choice.placement.offload)
-        return float(sum(bytes_of(layer.parameters()) for layer in layers))
+        return float(sum(tensor_bytes(layer.parameters()) for layer in layers))
 
-    def working(self, choice: Choice) -> int:
-        """Bytes of a layer that is unpacked, or lent, for the moment in which it computes."""
+    def unpacked_layer_bytes(self, choice: MemorySettings) -> int:
+        """Bytes of dequantised or uploaded weights while a layer computes: twice the largest layer."""
         if not (choice.placement.quantize or choice.placement.offload):
             return 0
-        return 2 * self.parts(choice.precision).largest
+        return 2 * self.model_sizes(choice.precision).largest_layer
 
     @cached_property
     def cached_bytes(self) -> int:
         """Bytes of encoded pictures and prompts that stay on the device, fp32."""
-        latents, prompts = self.work.kept
-        one = self.model.family.outline(self.model.location, torch.float32).blank(1)
-        return 4 * math.prod(self.model.latent_shape) * latents + bytes_of(one.tensors()) * prompts
+        latents, prompts = self.work.cached_counts
+        one = self.model.family.spec(self.model.location, torch.float32).blank_text(1)
+        return 4 * math.prod(self.model.latent_shape) * latents + tensor_bytes(one.tensors()) * prompts
 
-    def usable(self, size: float) -> float:
-        """Bytes of a device of `size` GiB that tensors can have."""
-        return size * GIB * (1 - FRAGMENTS) - CONTEXT.get(self.device, 0.0)
+    def usable_bytes(self, size: float) -> float:
+        """Bytes that tensors can have on a device of `size` GiB."""
+        return size * GIB * (1 - FRAGMENTATION) - CUDA_CONTEXT_BYTES.get(self.device, 0.0)
 
     # Counting ------------------------------------------------------------------------------------------------
 
-    def _bare(self, precision: str) -> nn.Module:
-        """The denoiser without storage, in the precision that its weights have in this run."""
-        outline = self.model.family.outline(self.model.location, PRECISIONS[precision])
-        network = outline.denoiser.bare()
-        return nn.Module.to(network, torch.float32) if self.work.full else network
+    def _build_meta_denoiser(self, precision: str) -> nn.Module:
+        """The denoiser on `meta`, in the precision of its weights in this run."""
+        spec = self.model.family.spec(self.model.location, PRECISIONS[precision])
+        network = spec.denoiser.instantiate()
+        return nn.Module.to(network, torch.float32) if self.work.full_finetuning else network
 
-    def _parts(self, precision: str) -> Parts:
-        network = self.bare(precision)
-        own = bytes_of(network.parameters())
+    def _measure_model(self, precision: str) -> ModelSizes:
+        network = self.meta_denoiser(precision)
+        denoiser = tensor_bytes(network.parameters())
         linear = [layer.weight.numel() for layer in find_quantizable_layers(network).values()]
-        outline = self.model.family.outline(self.model.location, PRECISIONS[precision])
-        layers = [bytes_of(layer.parameters()) for layer in find_offloadable_layers(network)]
-        text = sum(bytes_of(part.bare().parameters()) for part in outline.encoders.values())
-        autoencoder = bytes_of(outline.autoencoder.bare().parameters())
-        trained = sum(value.numel() for value in self.learner(precision)[1])
-        return Parts(own, sum(linear), max(layers, default=0), autoencoder, text, trained)
+        spec = self.model.family.spec(self.model.location, PRECISIONS[precision])
+        layers = [tensor_bytes(layer.parameters()) for layer in find_offloadable_layers(network)]
+        text = sum(tensor_bytes(part.instantiate().parameters()) for part in spec.text_encoders.values())
+        autoencoder = tensor_bytes(spec.autoencoder.instantiate().parameters())
+        trained = sum(value.numel() for value in self.meta_trainable(precision)[1])
+        return ModelSizes(denoiser, sum(linear), max(layers, default=0), autoencoder, text, trained)
 
-    def _learner(self, precision: str) -> tuple[nn.Module, list[Tensor]]:
-        """A bare denoiser with what learns on it."""
-        outline = self.model.family.outline(self.model.location, PRECISIONS[precision])
-        network = outline.denoiser.bare()
-        if self.work.full:
+    def _build_meta_trainable(self, precision: str) -> tuple[nn.Module, list[Tensor]]:
+        """The denoiser on `meta` and its trained tensors."""
+        spec = self.model.family.spec(self.model.location, PRECISIONS[precision])
+        network = spec.denoiser.instantiate()
+        if self.work.full_finetuning:
             nn.Module.to(network, torch.float32)
-        return network, list(self.work.trains(network))
+        return network, list(self.work.add_trainable(network))
 
-    def _step(self, precision: str, checkpointing: bool) -> Step:
-        network = self.learner(precision)[0]
-        return step_bytes(
+    def _count_step(self, precision: str, checkpointing: bool) -> StepBytes:
+        network = self.meta_trainable(precision)[0]
+        return training_step_bytes(
             network,
-            self.question(network, precision, self.work.rows),
+            self.make_forward(network, precision, self.work.batch_size),
             device=self.device,
-            autocast=autocast(precision),
+            autocast=autocast_dtype(precision),
             checkpointing=checkpointing,
         )
 
-    def _asked(self, precision: str, rows: int) -> int:
-        network = self.learner(precision)[0]
-        ask = self.question(network, precision, rows)
-        return asked_bytes(network, ask, device=self.device, autocast=autocast(precision))
+    def _count_forward(self, precision: str, rows: int) -> int:
+        network = self.meta_trainable(precision)[0]
+        forward = self.make_forward(network, precision, rows)
+        return forward_peak_bytes(network, forward, device=self.device, autocast=autocast_dtype(precision))
 
-    def question(self, network: nn.Module, precision: str, rows: int) -> Callable[[], Tensor]:
+    def make_forward(self, network: nn.Module, precision: str, rows: int) -> Callable[[], Tensor]:
         """A call of the denoiser with blank latents and prompts."""
-        outline = self.model.family.outline(self.model.location, PRECISIONS[precision])
-        conditions = outline.blank(rows)
+        spec = self.model.family.spec(self.model.location, PRECISIONS[precision])
+        conditions = spec.blank_text(rows)
         noisy = torch.zeros(rows, *self.model.latent_shape, device="meta")
         for value in conditions.tensors():
-            value.requires_grad_(self.work.text_learns and value.is_floating_point())
+            value.requires_grad_(self.work.trains_text_encoders and value.is_floating_point())
         time = torch.zeros(rows, device="meta")
         return lambda: self.model.family.network(network, conditions)(noisy, time)
 
-    def _pictures(self, precision: str, way: str, tiles: bool, count: int) -> int:
-        """The autoencoder's own peak, encoding or decoding."""
-        outline = self.model.family.outline(self.model.location, PRECISIONS[precision])
-        network: Any = outline.autoencoder.bare()
+    def _count_autoencoder(self, precision: str, way: str, tiles: bool, count: int) -> int:
+        """The peak of the autoencoder itself, encoding or decoding."""
+        spec = self.model.family.spec(self.model.location, PRECISIONS[precision])
+        network: Any = spec.autoencoder.instantiate()
         side = self.model.resolution
         if tiles:
             enable_tiling(network, side // 2)
         shape = (3, side, side) if way == "encode" else self.model.latent_shape
-        given = torch.zeros(count, *shape, dtype=outline.autoencoder.dtype, device="meta")
+        given = torch.zeros(count, *shape, dtype=spec.autoencoder.dtype, device="meta")
         call = network.encode if way == "encode" else network.decode
-        return asked_bytes(network, lambda: call(given), device=self.device)
+        return forward_peak_bytes(network, lambda: call(given), device=self.device)
 
 
-class Parts(NamedTuple):
-    """Bytes of a model's parts; `linear` counts the numbers that can lie in few bits, `trained` those that learn."""
+class ModelSizes(NamedTuple):
+    """Bytes of a model's components; `linear_parameters` (quantisable) and `trained_parameters` are counts."""
 
     denoiser: int
-    linear: int
-    largest: int
+    linear_parameters: int
+    largest_layer: int
     autoencoder: int
-    text: int
-    trained: int
+    text_encoders: int
+    trained_parameters: int
 
 
-def autocast(precision: str) -> torch.dtype | None:
-    """What a run of this precision computes in, where that is not fp32."""
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """The autocast dtype of a run's precision; None for fp32."""
     return None if precision == "fp32" else PRECISIONS[precision]
 
 
 # Choosing ---------------------------------------------------------------------------------------------------
 
 
-class Measure(NamedTuple):
-    """One way to need less: what it is and costs, whether a choice has it, and the choice with it and without."""
+class Saving(NamedTuple):
+    """A way to need less memory: its name and cost, whether settings have it, and how to enable and disable it."""
 
     name: str
-    price: str
-    has: Callable[[Choice], bool]
-    take: Callable[[Choice], Choice]
-    drop: Callable[[Choice], Choice]
-    free: bool = False  # taken once, it stays: without it nothing is better
+    cost: str
+    is_enabled: Callable[[MemorySettings], bool]
+    enable: Callable[[MemorySettings], MemorySettings]
+    disable: Callable[[MemorySettings], MemorySettings]
+    always_keep: bool = False  # taken once, it stays: without it nothing is better
 
 
-def _setting(
-    name: str, price: str, setting: str, with_it: Any, without: Any, *, free: bool = False
-) -> Measure:
-    """A measure that is one setting of a choice."""
-    return Measure(
+def _setting_saving(
+    name: str, cost: str, setting: str, with_it: Any, without: Any, *, always_keep: bool = False
+) -> Saving:
+    """A saving that is one field of `MemorySettings`."""
+    return Saving(
         name,
-        price,
+        cost,
         lambda choice: getattr(choice, setting) == with_it,
         lambda choice: replace(choice, **{setting: with_it}),
         lambda choice: replace(choice, **{setting: without}),
-        free,
+        always_keep,
     )
 
 
-def _holding(name: str, price: str, setting: str, with_it: Any, without: Any, **others: Any) -> Measure:
-    """A measure of how the model is held; `others` are settings that it ends."""
+def _placement_saving(
+    name: str, cost: str, setting: str, with_it: Any, without: Any, **others: Any
+) -> Saving:
+    """A saving that is one field of the model's placement; `others` are fields that it resets."""
 
-    def put(choice: Choice, value: Any) -> Choice:
+    def put(choice: MemorySettings, value: Any) -> MemorySettings:
         return replace(choice, placement=replace(choice.placement, **{setting: value, **others}))
 
-    return Measure(
+    return Saving(
         name,
-        price,
+        cost,
         lambda choice: getattr(choice.placement, setting) == with_it,
         lambda choice: put(choice, with_it),
         lambda choice: put(choice, without),
     )
 
 
-BF16 = _setting("bf16", "none where the processor has it", "precision", "bf16", "fp32", free=True)
-SMALL_STATES = _setting("8-bit optimiser", "its state is rounded", "optimizer", "adamw8bit", "adamw")
-CHECKPOINTING = _setting("gradient checkpointing", "a third more time", "checkpointing", True, False)
-ONE_BY_ONE = _holding("drawing one picture at a time", "slower previews", "one_by_one", True, False)
-TILES = _holding("the autoencoder on tiles", "faint seams are possible", "tiling", True, False)
-TEXT_ON_CPU = _holding("text encoders on the CPU", "slower, once a prompt", "text_on_cpu", True, False)
-FEW_BITS = (
-    _holding("base in 8 bits", "the base is rounded; slower", "quantize", "8bit", ""),
-    _holding("base in NF4", "the base is rounded more; slower", "quantize", "nf4", ""),
+BF16 = _setting_saving(
+    "bf16", "none where the processor has it", "precision", "bf16", "fp32", always_keep=True
 )
-LENT = tuple(
-    _holding(
+EIGHT_BIT_OPTIMIZER = _setting_saving(
+    "8-bit optimiser", "its state is rounded", "optimizer", "adamw8bit", "adamw"
+)
+GRADIENT_CHECKPOINTING = _setting_saving(
+    "gradient checkpointing", "a third more time", "checkpointing", True, False
+)
+SINGLE_IMAGE_SAMPLING = _placement_saving(
+    "sampling one image at a time", "slower previews", "one_by_one", True, False
+)
+VAE_TILING = _placement_saving("VAE tiling", "faint seams are possible", "tiling", True, False)
+TEXT_ON_CPU = _placement_saving(
+    "text encoders on the CPU", "slower, once a prompt", "text_on_cpu", True, False
+)
+QUANTIZATION = (
+    _placement_saving("base in 8 bits", "the base is rounded; slower", "quantize", "8bit", ""),
+    _placement_saving("base in NF4", "the base is rounded more; slower", "quantize", "nf4", ""),
+)
+CPU_OFFLOAD = tuple(
+    _placement_saving(
         f"{share:.0%} of the base in the CPU's memory",
         "much slower",
-        *("offload", share, share - OFFLOADS[0]),
+        *("offload", share, share - OFFLOAD_SHARES[0]),
         quantize="",
     )
-    for share in OFFLOADS
+    for share in OFFLOAD_SHARES
 )
-MEASURES = (
+SAVINGS = (
     BF16,
-    ONE_BY_ONE,
-    TILES,
+    SINGLE_IMAGE_SAMPLING,
+    VAE_TILING,
     TEXT_ON_CPU,
-    SMALL_STATES,
-    CHECKPOINTING,
-    *FEW_BITS,
-    *LENT,
+    EIGHT_BIT_OPTIMIZER,
+    GRADIENT_CHECKPOINTING,
+    *QUANTIZATION,
+    *CPU_OFFLOAD,
 )  # cheapest first
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What was chosen for a device of `size` GiB and why: each measure with the phase that did not fit without it."""
+class MemoryPlan:
+    """The settings for a device of `size` GiB, and for each saving the phases that would not fit without it."""
 
-    choice: Choice
+    settings: MemorySettings
     size: float
-    usable: float
+    usable_bytes: float
     phases: Mapping[str, Phase]
     reasons: Mapping[str, str]
-    missing: str = ""
+    hint: str = ""
 
     def lines(self) -> list[str]:
-        """A small table for a person."""
-        peak = max(phase.bytes for phase in self.phases.values())
+        """The plan as a small table."""
+        peak = max(phase.total_bytes for phase in self.phases.values())
         rows = [
-            f"Memory of the device: {self.size:g} GiB, of which tensors can have {self.usable / GIB:.1f} "
+            f"Memory of the device: {self.size:g} GiB, of which tensors can have {self.usable_bytes / GIB:.1f} "
             f"(assumed); the run needs {peak / GIB:.2f}.",
-            *table(self.phases),
+            *format_phases(self.phases),
             *(f"  {name}: {why}" for name, why in self.reasons.items()),
         ]
-        return [*rows, *([self.missing] if self.missing else [])]
+        return [*rows, *([self.hint] if self.hint else [])]
 
 
-def table(phases: Mapping[str, Phase]) -> list[str]:
-    """The phases' bytes, a line each."""
+def format_phases(phases: Mapping[str, Phase]) -> list[str]:
+    """A table of the phases in GiB, one line each."""
     lines = [f"  {'phase':<16} {'GiB':>7} {'weights, states':>16} {'computing':>10}"]
     for name, phase in phases.items():
-        figures = phase.bytes / GIB, phase.resident / GIB, phase.computing / GIB
+        figures = phase.total_bytes / GIB, phase.resident_bytes / GIB, phase.transient_bytes / GIB
         lines.append(f"  {name:<16} {figures[0]:>7.2f} {figures[1]:>16.2f} {figures[2]:>10.2f}")
     return lines
 
 
-def plan(account: Account, size: float, start: Choice, *, library: bool) -> Plan:
-    """The cheapest choice from `start` on that fits a device of `size` GiB; what `start` has is kept.
+def plan_memory(
+    estimator: MemoryEstimator, size: float, start: MemorySettings, *, library: bool
+) -> MemoryPlan:
+    """The cheapest settings, starting from `start`, with which the run fits a device of `size` GiB.
 
-    `library` says whether bitsandbytes and a GPU are there. Raises `UserError`, in one sentence with the nearest
-    remedy, where nothing fits.
+    Savings that `start` has are kept. `library` says whether bitsandbytes can be used. Raises `UserError` with the
+    nearest remedy where nothing fits.
     """
-    usable = account.usable(size)
-    allowed = applying(account.work, start, library=library)
-    choice = cheapest(account, usable, start, allowed)
-    missing = ""
+    usable = estimator.usable_bytes(size)
+    allowed = applicable_savings(estimator.work, start, library=library)
+    choice = find_cheapest(estimator, usable, start, allowed)
+    hint = ""
     if not library and (choice is None or choice.placement.offload):
-        others = [measure for measure in applying(account.work, start, library=True) if measure not in LENT]
-        if cheapest(account, usable, start, others) is not None:
-            missing = f"With bitsandbytes and a GPU it would fit in fewer bits: {INSTALL}"
+        others = [
+            saving
+            for saving in applicable_savings(estimator.work, start, library=True)
+            if saving not in CPU_OFFLOAD
+        ]
+        if find_cheapest(estimator, usable, start, others) is not None:
+            hint = f"With bitsandbytes and a GPU it would fit in fewer bits: {INSTALL}"
     if choice is None:
-        raise UserError(_refusal(account, size, start, allowed, missing))
-    reasons = _reasons(account, usable, start, choice)
-    return Plan(choice, size, usable, account.phases(choice), reasons, missing)
+        raise UserError(_describe_misfit(estimator, size, start, allowed, hint))
+    reasons = _explain_savings(estimator, usable, start, choice)
+    return MemoryPlan(choice, size, usable, estimator.phases(choice), reasons, hint)
 
 
-def within(model: Backbone, work: Work, size: float, start: Choice) -> tuple[Backbone, Choice]:
-    """The model, not loaded yet, held so that the work fits its device of `size` GiB; says what was chosen and why."""
+def fit_to_memory(
+    model: Backbone, work: Workload, size: float, start: MemorySettings
+) -> tuple[Backbone, MemorySettings]:
+    """Plan for the model's device of `size` GiB, print the plan, and return the (unloaded) model with its settings."""
     on_gpu = model.device.type == "cuda"
-    account = Account(model, work, device=model.device.type)
-    found = plan(account, size, start, library=on_gpu and has_library())
-    for line in found.lines():
-        say(line)
-    choice = found.choice
-    held = Backbone(
+    estimator = MemoryEstimator(model, work, device=model.device.type)
+    plan = plan_memory(estimator, size, start, library=on_gpu and has_bitsandbytes())
+    for line in plan.lines():
+        notify(line)
+    choice = plan.settings
+    placed = Backbone(
         model.location,
         model.family,
         device=model.device,
@@ -410,90 +432,104 @@ def within(model: Backbone, work: Work, size: float, start: Choice) -> tuple[Bac
         placement=choice.placement,
         resolution=model.asked_resolution,
     )
-    return held, choice
+    return placed, choice
 
 
-def needed(account: Account, choice: Choice) -> int:
-    """Bytes of the phase that needs most."""
-    return max(phase.bytes for phase in account.phases(choice).values())
+def peak_bytes(estimator: MemoryEstimator, choice: MemorySettings) -> int:
+    """Bytes of the largest phase."""
+    return max(phase.total_bytes for phase in estimator.phases(choice).values())
 
 
-def applying(work: Work, start: Choice, *, library: bool) -> list[Measure]:
-    """The measures that there are for this work, cheapest first."""
-    frozen = work.plain and not work.full
+def applicable_savings(work: Workload, start: MemorySettings, *, library: bool) -> list[Saving]:
+    """The savings that apply to this workload, cheapest first."""
+    frozen = work.supports_compressed_base and not work.full_finetuning
     apply = {
-        TEXT_ON_CPU: not work.text_learns,
-        SMALL_STATES: library and work.full and not start.fixed_optimizer and start.optimizer == "adamw",
+        TEXT_ON_CPU: not work.trains_text_encoders,
+        EIGHT_BIT_OPTIMIZER: library
+        and work.full_finetuning
+        and not start.fixed_optimizer
+        and start.optimizer == "adamw",
         BF16: start.precision == "fp32",
-        **dict.fromkeys(FEW_BITS, frozen and library and not start.placement.offload),
-        **dict.fromkeys(LENT, frozen and not start.placement.quantize),
+        **dict.fromkeys(QUANTIZATION, frozen and library and not start.placement.offload),
+        **dict.fromkeys(CPU_OFFLOAD, frozen and not start.placement.quantize),
     }
-    return [measure for measure in MEASURES if apply.get(measure, True)]
+    return [saving for saving in SAVINGS if apply.get(saving, True)]
 
 
-def cheapest(account: Account, usable: float, start: Choice, placement: Iterable[Measure]) -> Choice | None:
-    """Measure after measure until all phases fit, then those dropped again that are not needed, dearest first."""
-    choice, taken = start, list[Measure]()
-    for measure in placement:
-        if needed(account, choice) <= usable:
+def find_cheapest(
+    estimator: MemoryEstimator, usable: float, start: MemorySettings, savings: Iterable[Saving]
+) -> MemorySettings | None:
+    """Enable savings in order until every phase fits, then disable those that are unnecessary, most expensive first.
+
+    None where the run does not fit with all of them.
+    """
+    choice, enabled = start, list[Saving]()
+    for saving in savings:
+        if peak_bytes(estimator, choice) <= usable:
             break
-        if not measure.has(choice):
-            choice = measure.take(choice)
-            taken.append(measure)
-    if needed(account, choice) > usable:
+        if not saving.is_enabled(choice):
+            choice = saving.enable(choice)
+            enabled.append(saving)
+    if peak_bytes(estimator, choice) > usable:
         return None
-    for measure in reversed(taken):
-        if measure.has(choice) and not measure.free:
-            less = measure.drop(choice)
-            choice = less if needed(account, less) <= usable else choice
+    for saving in reversed(enabled):
+        if saving.is_enabled(choice) and not saving.always_keep:
+            without = saving.disable(choice)
+            choice = without if peak_bytes(estimator, without) <= usable else choice
     return choice
 
 
-def _reasons(account: Account, usable: float, start: Choice, choice: Choice) -> dict[str, str]:
-    """What each measure of the choice is there for: what would not fit without it."""
+def _explain_savings(
+    estimator: MemoryEstimator, usable: float, start: MemorySettings, choice: MemorySettings
+) -> dict[str, str]:
+    """For each saving that was added: the phases that would not fit without it, and its cost."""
     reasons = {}
-    for measure in MEASURES:
-        if not measure.has(choice) or measure.has(start):
+    for saving in SAVINGS:
+        if not saving.is_enabled(choice) or saving.is_enabled(start):
             continue
-        phases = account.phases(measure.drop(choice))
+        phases = estimator.phases(saving.disable(choice))
         over = [
-            f"{name} would need {one.bytes / GIB:.2f}" for name, one in phases.items() if one.bytes > usable
+            f"{name} would need {phase.total_bytes / GIB:.2f}"
+            for name, phase in phases.items()
+            if phase.total_bytes > usable
         ]
         why = f"without it {' and '.join(over)}; " if over else ""
-        reasons[measure.name] = f"{why}price: {measure.price}"
+        reasons[saving.name] = f"{why}cost: {saving.cost}"
     return reasons
 
 
-def _refusal(account: Account, size: float, start: Choice, allowed: Iterable[Measure], missing: str) -> str:
-    """Why nothing fits, and what would."""
+def _describe_misfit(
+    estimator: MemoryEstimator, size: float, start: MemorySettings, allowed: Iterable[Saving], hint: str
+) -> str:
+    """The message for a run that does not fit with every saving, and the remedies."""
     choices = [start]
-    for measure in allowed:
-        choices.append(measure.take(choices[-1]))
-    choice = min(choices, key=lambda one: needed(account, one))
-    phases, least = account.phases(choice), needed(account, choice)
-    most = max(phases, key=lambda name: phases[name].bytes)
-    larger = next((one for one in SIZES if account.usable(one) >= least), None)
+    for saving in allowed:
+        choices.append(saving.enable(choices[-1]))
+    choice = min(choices, key=lambda settings: peak_bytes(estimator, settings))
+    phases, least = estimator.phases(choice), peak_bytes(estimator, choice)
+    most = max(phases, key=lambda name: phases[name].total_bytes)
+    larger = next((gib for gib in DEVICE_SIZES if estimator.usable_bytes(gib) >= least), None)
     remedies = [
-        *([f"install bitsandbytes ({INSTALL})"] if missing else []),
-        *(["train an adapter instead of all weights"] if account.work.full else []),
-        *(["lower --batch"] if account.work.rows > 2 else []),
+        *([f"install bitsandbytes ({INSTALL})"] if hint else []),
+        *(["train an adapter instead of all weights"] if estimator.work.full_finetuning else []),
+        *(["lower --batch"] if estimator.work.batch_size > 2 else []),
         *([f"take a device of {larger} GiB"] if larger is not None else []),
     ]
     remedy = ", or ".join(remedies) or "choose a smaller model"
     return (
-        f"{account.model.location.name} does not fit {size:g} GiB: with every measure that there is, {most} needs "
-        f"{least / GIB:.1f} GiB, and tensors can have {account.usable(size) / GIB:.1f}. "
+        f"{estimator.model.location.name} does not fit {size:g} GiB: with every saving enabled, {most} needs "
+        f"{least / GIB:.1f} GiB, and tensors can have {estimator.usable_bytes(size) / GIB:.1f}. "
         f"{remedy[0].upper()}{remedy[1:]}."
     )
 
 
-def has_library() -> bool:
+def has_bitsandbytes() -> bool:
     """Whether bitsandbytes is installed."""
     from importlib.util import find_spec
 
     return find_spec("bitsandbytes") is not None
 
 
-def precision_of(model: Backbone) -> str:
-    """The name of a model's working precision."""
+def precision_name(model: Backbone) -> str:
+    """The name of the model's working precision."""
     return next(name for name, dtype in PRECISIONS.items() if dtype is model.dtype)

@@ -11,8 +11,8 @@ from torch import Tensor
 from backbone.conditions.conditions import Conditions, Text
 from backbone.io.console import UserError
 from backbone.io.files import content_hash, read_tensors, write_tensors
-from backbone.media.pictures import Picture
-from backbone.media.transforms import CROPS, Place, fitted, to_tensor
+from backbone.media.pictures import ImageRecord
+from backbone.media.transforms import CROPS, CropPosition, crop_and_resize, to_tensor
 from backbone.models.model import Backbone, Posterior
 
 VARIABLE = "LIMNER_CACHE"
@@ -48,11 +48,11 @@ def load_or_compute(kind: str, key: str, compute: Callable[[], Mapping[str, Tens
 
 def encode_images_cached(
     model: Backbone,
-    pictures: Sequence[Picture],
+    pictures: Sequence[ImageRecord],
     *,
     flip: bool = False,
     sizes: Sequence[tuple[int, int]] | None = None,
-    crop: Place = CROPS["center"],
+    crop: CropPosition = CROPS["center"],
 ) -> list[Posterior]:
     """Encode images to posteriors [1, C, H, W], each once: later calls read the cache.
 
@@ -78,7 +78,7 @@ def _encoded_prompt(model: Backbone, prompt: str) -> Text:
 
 
 def _encoded_one(
-    model: Backbone, picture: Picture, flip: bool, size: tuple[int, int], crop: Place
+    model: Backbone, picture: ImageRecord, flip: bool, size: tuple[int, int], crop: CropPosition
 ) -> Posterior:
     cut = () if crop == CROPS["center"] else (crop,)
     tiles = ("tiles",) if model.placement.tiling else ()  # which change an encoding a little
@@ -86,7 +86,7 @@ def _encoded_one(
     key = content_hash("\n".join(map(str, facts)).encode())
 
     def compute() -> dict[str, Tensor]:
-        image = to_tensor(fitted(picture.open(at_least=max(size)), size, crop=crop))
+        image = to_tensor(crop_and_resize(picture.open(at_least=max(size)), size, crop=crop))
         found = model.encode((image.flip(-1) if flip else image)[None])
         return {"mean": found.mean, "std": found.std}
 

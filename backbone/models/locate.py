@@ -47,15 +47,15 @@ def locate(model: str) -> Location:
 
 def known_names() -> dict[str, str]:
     """Short names, and the folders or hub ids that they stand for."""
-    published = {name: place for family in families() for name, place in family.names.items()}
+    published = {name: place for family in families() for name, place in family.hub_ids.items()}
     return {**{name: str(folder) for name, folder in OWN.items()}, **published}
 
 
 def _single_file(name: str, path: Path) -> Location:
     header = read_header(path)
     for family in families():
-        settings = family.single_file(header)
+        settings = family.match_checkpoint(header)
         if settings is not None:
-            return Location(name, str(path), {"_class_name": family.pipelines[0]}, settings)
+            return Location(name, str(path), {"_class_name": family.pipeline_classes[0]}, settings)
     served = ", ".join(family.name for family in families())
-    raise UserError(f"{single_file.stranger(header)} This version works with {served}.")
+    raise UserError(f"{single_file.describe_unknown_file(header)} This version works with {served}.")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, estimate, guide
-from backbone.distributed.device import best_device, chosen_dtype
+from backbone.distributed.device import best_device, resolve_dtype
 from backbone.families import checkpoint as single_file
 from backbone.families.base import Family, NoisePath, TextEncoder
 from backbone.families.location import Location
@@ -90,9 +90,9 @@ class Backbone:
         location = locate(model)
         found = location.index.get("_class_name", "")
         for family in families():
-            if found in family.pipelines:
+            if found in family.pipeline_classes:
                 place = torch.device(best_device() if device == "auto" else device)
-                dtype = chosen_dtype(precision, place)
+                dtype = resolve_dtype(precision, place)
                 opened = cls(
                     location, family, device=place, dtype=dtype, placement=placement, resolution=resolution
                 )
@@ -140,7 +140,7 @@ class Backbone:
             "batch": 1,
         }
         file = self.location.local("limner.json")
-        return usual | self.family.defaults(self.location) | (read_json(file) if file else {})
+        return usual | self.family.sampling_defaults(self.location) | (read_json(file) if file else {})
 
     @cached_property
     def fingerprint(self) -> str:
@@ -152,7 +152,7 @@ class Backbone:
             return single_file.fingerprint(self.location)
         folder = self.location.folder
         if folder is None:
-            return content_hash(self.location.place.encode())
+            return content_hash(self.location.source.encode())
         parts = []
         own = {"model_index.json", *self.location.index}
         for path in sorted(folder.rglob("*")):
@@ -293,7 +293,7 @@ class Backbone:
         Classifier-free guidance in one call of twice the batch (Ho & Salimans 2022); a guidance-distilled network is
         conditioned on the scale and called once, whatever `empty` is.
         """
-        distilled = self.family.distilled(self.denoiser, conditions, guidance)
+        distilled = self.family.embed_guidance(self.denoiser, conditions, guidance)
         if distilled is not None or guidance == 1:
             return self.predictor(conditions if distilled is None else distilled)
         both = self.predictor(Conditions.cat([conditions, empty]))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
 from backbone.distributed import processes
-from backbone.distributed.fsdp import cut
+from backbone.distributed.fsdp import shard
 from backbone.io.console import UserError
 
 BLOCKS = re.compile(r"(^|_)blocks?\.")  # the layers of a denoiser that repeat: nearly all of its weights
@@ -53,7 +53,9 @@ class Placement:
         if self.quantize and self.offload:
             raise UserError("A quantised base is not offloaded as well. Choose one of the two.")
         if self.quantize or self.offload or self.one_by_one:
-            processes.refuse_shards("A base that is quantised, lent from the CPU or asked picture by picture")
+            processes.require_whole_model(
+                "A base that is quantised, lent from the CPU or asked picture by picture"
+            )
 
 
 def get_placement(settings: Any) -> Placement:
@@ -69,8 +71,8 @@ def get_placement(settings: Any) -> Placement:
 
 def place_denoiser(denoiser: nn.Module, placement: Placement, device: torch.device) -> nn.Module:
     """A loaded, frozen denoiser on its device, as `placement` says; sharded where the launcher asked for that."""
-    if processes.sharded():
-        return cut(denoiser, device)
+    if processes.is_sharded():
+        return shard(denoiser, device)
     if placement.quantize:
         quantize(denoiser, placement.quantize)
     if placement.offload:

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from backbone.distributed import processes
-from backbone.io.console import UserError, progress, say
+from backbone.io.console import UserError, notify, progress
 from backbone.io.files import append_jsonl
-from backbone.io.run_folder import stopping, trim_log
+from backbone.io.run_folder import catch_interrupts, trim_log
 from backbone.training.loop import Average, Report, load_checkpoint, save_checkpoint, train
 from backbone.training.optimizer import make_schedule
 
@@ -82,7 +82,7 @@ class Objective(ABC):
 
     def save(self, run: Path) -> None:
         """Writes the checkpoint from which `resume` goes on bit for bit."""
-        if processes.is_writer():
+        if processes.is_main_process():
             save_checkpoint(
                 run / CHECKPOINT,
                 step=self.done,
@@ -133,12 +133,12 @@ def drive(
 
     Raises `KeyboardInterrupt`, with how to go on, when a signal has come: after a checkpoint.
     """
-    settings, writes = objective.settings, processes.is_writer()
+    settings, writes = objective.settings, processes.is_main_process()
     last = settings.steps if until is None else until
     if writes:
         trim_log(run / LOG, objective.done)
     with (
-        stopping() as stop,
+        catch_interrupts() as stop,
         log_to_tensorboard(run, wanted=tensorboard, done=objective.done) as note,
         progress(last, label, done=objective.done) as bar,
     ):
@@ -156,7 +156,7 @@ def drive(
                 1, images=objective.images, loss=report.loss, learning_rate=report.learning_rate, **shown
             )
             # How good the model is by now; not when somebody waits for the end. All processes take the same way.
-            halted = processes.any_of(bool(stop)) and not finished
+            halted = processes.any_process(bool(stop)) and not finished
             early = False
             if validate and (finished or validate.due(step)) and not halted:
                 early = _stops(validate.call(step), step, aloud=not finished)
@@ -190,7 +190,7 @@ def take_steps(objective: Objective, *, until: int | None = None) -> Iterator[Re
             done=objective.done,
             clip=settings.max_grad_norm,
             average=objective.average,
-            reduce=processes.averaging(),
+            reduce=processes.gradient_averaging(),
         ):
             objective.done = report.step
             yield report
@@ -198,9 +198,9 @@ def take_steps(objective: Objective, *, until: int | None = None) -> Iterator[Re
 
 def _stops(reason: str, step: int, *, aloud: bool = True) -> bool:
     """Whether any process has a reason to stop here; says it."""
-    stops = processes.any_of(bool(reason))
+    stops = processes.any_process(bool(reason))
     if reason and aloud:
-        say(f"Stopped at step {step}: {reason}")
+        notify(f"Stopped at step {step}: {reason}")
     return stops
 
 
@@ -210,7 +210,7 @@ def log_to_tensorboard(run: Path, *, wanted: bool, done: int) -> Iterator[Callab
 
     What TensorBoard has of steps after `done`, from before the run was stopped, is struck out.
     """
-    if not wanted or not processes.is_writer():
+    if not wanted or not processes.is_main_process():
         yield lambda report: None
         return
     try:

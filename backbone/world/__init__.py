@@ -1,5 +1,5 @@
-"""The rendered world that `moji` knows: emoji glyphs standing in drawn places, described by a sentence.
+"""The synthetic world that `moji` was trained on: emoji glyphs in drawn places, described by captions.
 
-`words` is the vocabulary and its sentences, `scene` the value that a picture is made from, `render` the drawing,
-`styles` the four filters. Rendering needs the Noto Color Emoji font; using the trained model does not.
+`words` has the vocabulary and captions, `scene` the value that is rendered, `render` the drawing, `styles` the
+four image filters. Rendering needs the Noto Color Emoji font; using the trained model does not.
 """

@@ -1,4 +1,4 @@
-"""Where a hat sits and where the eyes are, for every noun; a guess from the silhouette for any other glyph."""
+"""Where accessories attach to each noun's glyph; estimated from the silhouette for any other glyph."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from PIL import Image
 
 
 @dataclass(frozen=True)
-class Anchor:
-    """Places as parts of the glyph's width and height; widths as parts of its longest side."""
+class AccessoryAnchor:
+    """Positions as fractions of the glyph's width and height, widths as fractions of its longest side."""
 
     hat_x: float
     hat_y: float
@@ -55,10 +55,10 @@ SQUARES: dict[str, tuple[int, int, int, int, int, int]] = {
 }  # fmt: skip
 
 
-def anchor_of(noun: str, glyph: Image.Image) -> Anchor:
-    """The anchor of a noun; for an unknown one the top of the silhouette."""
+def find_anchor(noun: str, glyph: Image.Image) -> AccessoryAnchor:
+    """The anchor of a noun; estimated from the silhouette for an unknown one."""
     if noun not in SQUARES:
-        return guessed(glyph)
+        return guess_anchor(glyph)
     hat_x, hat_y, hat_width, eyes_x, eyes_y, eyes_width = (part / 100 for part in SQUARES[noun])
     longest = max(glyph.size)
     width, height = glyph.width / longest, glyph.height / longest
@@ -69,12 +69,12 @@ def anchor_of(noun: str, glyph: Image.Image) -> Anchor:
     def down(y: float) -> float:
         return (y - (1 - height)) / height
 
-    return Anchor(across(hat_x), down(hat_y), hat_width, across(eyes_x), down(eyes_y), eyes_width)
+    return AccessoryAnchor(across(hat_x), down(hat_y), hat_width, across(eyes_x), down(eyes_y), eyes_width)
 
 
-def guessed(glyph: Image.Image) -> Anchor:
-    """The middle of the silhouette's uppermost tenth carries the hat; the eyes lie a little below."""
+def guess_anchor(glyph: Image.Image) -> AccessoryAnchor:
+    """Estimate an anchor: a hat on the middle of the silhouette's top tenth, eyes a little below."""
     alpha = np.asarray(glyph.getchannel("A"), dtype=np.float32)
     tenth = alpha[: max(1, len(alpha) // 10)].sum(0)
     x = float((tenth * np.arange(len(tenth))).sum() / max(tenth.sum(), 1) / len(tenth))
-    return Anchor(x, 0.06, 0.36, x, 0.26, 0.34)
+    return AccessoryAnchor(x, 0.06, 0.36, x, 0.26, 0.34)

@@ -1,4 +1,4 @@
-"""Rendered images of one glyph in several places, as a user would photograph one thing."""
+"""Training scenes of a concept: one glyph in several places, as a user would photograph one subject."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ TRAINING_PLACES = (
 )
 
 
-def concept_pictures(noun: str, *, first_seed: int = BENCHMARK_SEEDS.start) -> list[Scene]:
-    """A concept's five training scenes: plain renders in five places; benchmarks ask for the other seven."""
+def concept_scenes(noun: str, *, first_seed: int = BENCHMARK_SEEDS.start) -> list[Scene]:
+    """A concept's five training scenes, without style, in TRAINING_PLACES; benchmarks use the other seven places."""
     return [Scene((Thing(noun),), place, seed=first_seed + k) for k, place in enumerate(TRAINING_PLACES)]

@@ -1,4 +1,4 @@
-"""Drawing a scene: 128 × 128 pictures, the mask of every thing, a few milliseconds each."""
+"""Rendering scenes: images of 128 × 128 pixels with a mask of every thing, a few milliseconds each."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from backbone.io.console import UserError
-from backbone.world.anchors import Anchor, anchor_of
+from backbone.world.anchors import AccessoryAnchor, find_anchor
 from backbone.world.scene import Scene
 from backbone.world.styles import STYLES
-from backbone.world.words import Thing, vocabulary
+from backbone.world.words import Thing, load_vocabulary
 
 SIZE = 128  # pixels a side
-FINE = 2  # places are drawn this many times larger, then reduced, for smooth edges
+SUPERSAMPLING = 2  # places are drawn this many times larger, then reduced, for smooth edges
 FONT_PATHS = (
     "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
     "/usr/share/fonts/noto/NotoColorEmoji.ttf",
@@ -33,21 +33,18 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Rendering:
-    """A picture (RGB) and one mask (L, 0 or 255 with soft edges) for each thing, accessories included."""
+    """An image (RGB) and for each thing a mask (L, 0…255, soft edges, accessories included)."""
 
     image: Image.Image
     masks: tuple[Image.Image, ...]
 
 
 def render(scene: Scene) -> Rendering:
-    """Draws a scene.
-
-    Raises `UserError` when the emoji font is missing.
-    """
+    """Render a scene. Raises `UserError` if the emoji font is missing."""
     canvas, horizon = draw_place(scene)
     masks = []
-    for figure in layout(scene, horizon):
-        canvas, mask = stand(canvas, figure)
+    for figure in place_figures(scene, horizon):
+        canvas, mask = draw_figure(canvas, figure)
         masks.append(mask)
     picture = canvas.convert("RGB")
     if scene.style:
@@ -55,8 +52,8 @@ def render(scene: Scene) -> Rendering:
     return Rendering(picture, tuple(masks))
 
 
-def font_path() -> Path:
-    """Where the emoji font is, or a `UserError` that says how to get it."""
+def find_font() -> Path:
+    """Find the emoji font; `UserError` with how to install it if it is missing."""
     for candidate in (os.environ.get(FONT_VARIABLE), *FONT_PATHS):
         if candidate and Path(candidate).is_file():
             return Path(candidate)
@@ -67,14 +64,14 @@ def font_path() -> Path:
 
 
 @lru_cache(maxsize=512)
-def glyph(character: str) -> Image.Image:
-    """A glyph as RGBA, cropped to what is drawn."""
-    font = ImageFont.truetype(str(font_path()), 109)
+def load_glyph(character: str) -> Image.Image:
+    """A glyph as RGBA, cropped to its bounding box."""
+    font = ImageFont.truetype(str(find_font()), 109)
     image = Image.new("RGBA", (176, 176), (0, 0, 0, 0))
     ImageDraw.Draw(image).text((16, 16), character, font=font, embedded_color=True)
     box = image.getbbox()
     if box is None:
-        raise UserError(f"The font {font_path()} has no glyph for {character!r}. Install a newer one.")
+        raise UserError(f"The font {find_font()} has no glyph for {character!r}. Install a newer one.")
     return image.crop(box)
 
 
@@ -83,7 +80,7 @@ def glyph(character: str) -> Image.Image:
 
 @dataclass(frozen=True)
 class Figure:
-    """A thing and where it stands: longest side, middle of its foot (both in pixels), mirrored, with a shadow."""
+    """A thing and its position: longest side, x of its middle and y of its foot (pixels), mirroring, shadow opacity."""
 
     thing: Thing
     size: float
@@ -93,8 +90,8 @@ class Figure:
     shadow: float
 
 
-def layout(scene: Scene, horizon: float) -> list[Figure]:
-    """Where every thing of a scene stands."""
+def place_figures(scene: Scene, horizon: float) -> list[Figure]:
+    """Sample the position of every thing of a scene."""
     random = scene.random("layout")
     shadow = 0.0 if scene.place in FLOATING else random.uniform(0.22, 0.42)
     floating = scene.place in FLOATING
@@ -116,9 +113,9 @@ def layout(scene: Scene, horizon: float) -> list[Figure]:
     return figures
 
 
-def stand(canvas: Image.Image, figure: Figure) -> tuple[Image.Image, Image.Image]:
-    """Puts a figure and its shadow on the canvas; also gives its mask."""
-    sprite, left, top = dressed(figure)
+def draw_figure(canvas: Image.Image, figure: Figure) -> tuple[Image.Image, Image.Image]:
+    """Draw a figure and its shadow on the canvas; returns (canvas, mask)."""
+    sprite, left, top = draw_sprite(figure)
     if figure.shadow:
         width = figure.size * 0.8
         dark = Image.new("L", canvas.size, 0)
@@ -137,31 +134,36 @@ def stand(canvas: Image.Image, figure: Figure) -> tuple[Image.Image, Image.Image
     return canvas, layer.getchannel("A")
 
 
-def dressed(figure: Figure) -> tuple[Image.Image, int, int]:
+def draw_sprite(figure: Figure) -> tuple[Image.Image, int, int]:
     """The coloured, mirrored sprite with its accessory, and the pixel of its upper left corner."""
-    words = vocabulary()
+    words = load_vocabulary()
     thing = figure.thing
-    body = glyph(words.glyph(thing.noun))
-    anchor = anchor_of(thing.noun, body)
+    body = load_glyph(words.glyph(thing.noun))
+    anchor = find_anchor(thing.noun, body)
     if thing.colour:
-        body = tinted(thing.noun, thing.colour)
+        body = recolour_glyph(thing.noun, thing.colour)
     scale = figure.size / max(body.size)
     size = (max(1, round(body.width * scale)), max(1, round(body.height * scale)))
     margin = round(figure.size * 0.45)
     sprite = Image.new("RGBA", (size[0] + 2 * margin, size[1] + margin), (0, 0, 0, 0))
     sprite.paste(body.resize(size, Image.Resampling.LANCZOS), (margin, margin))
     if thing.accessory:
-        wear(sprite, thing.accessory, anchor, margin, size, figure.size)
+        draw_accessory(sprite, thing.accessory, anchor, margin, size, figure.size)
     if figure.mirrored:
         sprite = ImageOps.mirror(sprite)
     return sprite, round(figure.x - sprite.width / 2), round(figure.foot - sprite.height)
 
 
-def wear(
-    sprite: Image.Image, accessory: str, anchor: Anchor, margin: int, size: tuple[int, int], longest: float
+def draw_accessory(
+    sprite: Image.Image,
+    accessory: str,
+    anchor: AccessoryAnchor,
+    margin: int,
+    size: tuple[int, int],
+    longest: float,
 ) -> None:
-    """Draws an accessory onto a sprite: sunglasses over the eyes, the rest on top of the head."""
-    item = glyph(vocabulary().accessories[accessory])
+    """Draw an accessory onto a sprite: sunglasses over the eyes, the others on top of the head."""
+    item = load_glyph(load_vocabulary().accessories[accessory])
     over_eyes = accessory == "sunglasses"
     width = (anchor.eyes_width if over_eyes else anchor.hat_width) * longest * (1.08 if over_eyes else 1.0)
     scale = width / item.width
@@ -175,10 +177,10 @@ def wear(
 
 
 @lru_cache(maxsize=2048)
-def tinted(noun: str, colour: str) -> Image.Image:
-    """A glyph in another colour that keeps its shading: its hue is replaced, whites and darks stay nearly so."""
-    body = glyph(vocabulary().glyph(noun))
-    hue = vocabulary().colours[colour]
+def recolour_glyph(noun: str, colour: str) -> Image.Image:
+    """Replace a glyph's hue, keeping its shading; whites and darks stay nearly so."""
+    body = load_glyph(load_vocabulary().glyph(noun))
+    hue = load_vocabulary().colours[colour]
     pixels = np.asarray(body.convert("RGB").convert("HSV"), dtype=np.float32) / 255
     alpha = np.asarray(body.getchannel("A"), dtype=np.float32) / 255
     saturation, value = pixels[..., 1], pixels[..., 2]
@@ -200,29 +202,31 @@ def tinted(noun: str, colour: str) -> Image.Image:
 
 
 def draw_place(scene: Scene) -> tuple[Image.Image, float]:
-    """The empty place (RGBA, 128 × 128) and the height of its horizon in pixels."""
+    """Draw the empty place (RGBA, 128 × 128); returns (canvas, y of the horizon in pixels)."""
     random = scene.random(f"place/{scene.place}")
     horizon = random.uniform(62, 84)
     canvas = PLACES[scene.place](random, horizon)
     return canvas, horizon
 
 
-def backdrop(top: Colour, bottom: Colour, random: Random, *, shift: int = 14) -> Image.Image:
-    """A vertical gradient between two colours, each a little shifted."""
-    ends = np.array([shifted(top, random, shift), shifted(bottom, random, shift)], dtype=np.float32)
-    rows = np.linspace(0, 1, SIZE * FINE, dtype=np.float32)[:, None]
+def draw_gradient(top: Colour, bottom: Colour, random: Random, *, shift: int = 14) -> Image.Image:
+    """A vertical gradient between two colours, each jittered by up to about `shift`."""
+    ends = np.array(
+        [jitter_colour(top, random, shift), jitter_colour(bottom, random, shift)], dtype=np.float32
+    )
+    rows = np.linspace(0, 1, SIZE * SUPERSAMPLING, dtype=np.float32)[:, None]
     column = ends[0] * (1 - rows) + ends[1] * rows
-    pixels = np.broadcast_to(column[:, None, :], (SIZE * FINE, SIZE * FINE, 3))
+    pixels = np.broadcast_to(column[:, None, :], (SIZE * SUPERSAMPLING, SIZE * SUPERSAMPLING, 3))
     return Image.fromarray(np.ascontiguousarray(pixels.round().astype(np.uint8)), "RGB")
 
 
-def ground(canvas: Image.Image, top: Colour, bottom: Colour, horizon: float, random: Random) -> None:
-    """Fills what lies below the horizon, with a gentle slope."""
-    side = SIZE * FINE
-    earth = backdrop(top, bottom, random).resize((side, side))
+def draw_ground(canvas: Image.Image, top: Colour, bottom: Colour, horizon: float, random: Random) -> None:
+    """Fill the area below the horizon with a gradient, slightly sloped."""
+    side = SIZE * SUPERSAMPLING
+    earth = draw_gradient(top, bottom, random).resize((side, side))
     mask = Image.new("L", (side, side), 0)
-    slope = random.uniform(-3, 3) * FINE
-    line = horizon * FINE
+    slope = random.uniform(-3, 3) * SUPERSAMPLING
+    line = horizon * SUPERSAMPLING
     ImageDraw.Draw(mask).polygon([(0, line - slope), (side, line + slope), (side, side), (0, side)], fill=255)
     squeezed = earth.resize((side, max(1, side - round(line) + 8)))
     filled = Image.new("RGB", (side, side), earth.getpixel((0, 0)))
@@ -230,8 +234,8 @@ def ground(canvas: Image.Image, top: Colour, bottom: Colour, horizon: float, ran
     canvas.paste(filled, mask=mask)
 
 
-def shifted(colour: Colour, random: Random, by: int) -> Colour:
-    """A colour moved a little, mostly in brightness."""
+def jitter_colour(colour: Colour, random: Random, by: int) -> Colour:
+    """Jitter a colour, mostly in brightness."""
     light = random.uniform(-by, by)
     red, green, blue = (
         min(255, max(0, round(part + light + random.uniform(-by / 2, by / 2)))) for part in colour
@@ -239,15 +243,15 @@ def shifted(colour: Colour, random: Random, by: int) -> Colour:
     return red, green, blue
 
 
-def reduced(canvas: Image.Image) -> Image.Image:
-    return canvas.reduce(FINE).convert("RGBA")
+def downsample(canvas: Image.Image) -> Image.Image:
+    return canvas.reduce(SUPERSAMPLING).convert("RGBA")
 
 
-def decorate(
+def paste_glyph(
     canvas: Image.Image, character: str, height: float, x: float, foot: float, mirrored: bool
 ) -> None:
-    """Puts a glyph that belongs to the place (a tree, the moon) on the reduced canvas; sizes in pixels."""
-    item = glyph(character)
+    """Paste a glyph that belongs to the place (a tree, the moon) on the downsampled canvas; sizes in pixels."""
+    item = load_glyph(character)
     scale = height / item.height
     item = item.resize((max(1, round(item.width * scale)), max(1, round(height))), Image.Resampling.LANCZOS)
     if mirrored:
@@ -257,32 +261,32 @@ def decorate(
     canvas.alpha_composite(layer)
 
 
-def at_a_side(random: Random) -> float:
-    """An x near the left or the right edge, in pixels."""
+def sample_edge_x(random: Random) -> float:
+    """Sample an x near the left or right edge, in pixels."""
     return random.uniform(4, 26) if random.random() < 0.5 else random.uniform(102, 124)
 
 
-def dots(
+def draw_dots(
     canvas: Image.Image, random: Random, *, count: int, below: float, sizes: tuple[float, float]
 ) -> None:
-    """White dots: stars or snow flakes above a height, in pixels."""
+    """Draw white dots, stars or snowflakes, above a height in pixels."""
     pen = ImageDraw.Draw(canvas)
     for _ in range(count):
-        x, y = random.uniform(0, SIZE) * FINE, random.uniform(0, below) * FINE
-        radius = random.uniform(*sizes) * FINE
+        x, y = random.uniform(0, SIZE) * SUPERSAMPLING, random.uniform(0, below) * SUPERSAMPLING
+        radius = random.uniform(*sizes) * SUPERSAMPLING
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=(250, 250, 245))
 
 
-def clouds(canvas: Image.Image, random: Random, horizon: float) -> None:
-    """Up to two soft clouds."""
+def draw_clouds(canvas: Image.Image, random: Random, horizon: float) -> None:
+    """Draw up to two soft clouds."""
     pen = ImageDraw.Draw(canvas)
     for _ in range(random.choice((0, 0, 1, 2))):
-        x, y = random.uniform(10, 118) * FINE, random.uniform(10, horizon - 26) * FINE
+        x, y = random.uniform(10, 118) * SUPERSAMPLING, random.uniform(10, horizon - 26) * SUPERSAMPLING
         for _ in range(4):
             dx, dy, radius = (
-                random.uniform(-11, 11) * FINE,
-                random.uniform(-2, 2) * FINE,
-                random.uniform(4, 7) * FINE,
+                random.uniform(-11, 11) * SUPERSAMPLING,
+                random.uniform(-2, 2) * SUPERSAMPLING,
+                random.uniform(4, 7) * SUPERSAMPLING,
             )
             pen.ellipse(
                 (x + dx - radius * 1.3, y + dy - radius, x + dx + radius * 1.3, y + dy + radius),
@@ -290,217 +294,240 @@ def clouds(canvas: Image.Image, random: Random, horizon: float) -> None:
             )
 
 
-def park(random: Random, horizon: float) -> Image.Image:
-    canvas = backdrop((126, 192, 244), (200, 230, 250), random)
-    clouds(canvas, random, horizon)
-    ground(canvas, (122, 194, 88), (84, 160, 60), horizon, random)
+def draw_park(random: Random, horizon: float) -> Image.Image:
+    canvas = draw_gradient((126, 192, 244), (200, 230, 250), random)
+    draw_clouds(canvas, random, horizon)
+    draw_ground(canvas, (122, 194, 88), (84, 160, 60), horizon, random)
     pen = ImageDraw.Draw(canvas)
     for _ in range(random.randint(3, 8)):
-        x, y = random.uniform(0, 128) * FINE, random.uniform(horizon + 8, 126) * FINE
+        x, y = random.uniform(0, 128) * SUPERSAMPLING, random.uniform(horizon + 8, 126) * SUPERSAMPLING
         for lean in (-2, 0, 2):
-            pen.line((x, y, x + lean * FINE, y - 4 * FINE), fill=(64, 138, 48), width=FINE)
-    small = reduced(canvas)
+            pen.line(
+                (x, y, x + lean * SUPERSAMPLING, y - 4 * SUPERSAMPLING),
+                fill=(64, 138, 48),
+                width=SUPERSAMPLING,
+            )
+    small = downsample(canvas)
     for _ in range(random.choice((1, 1, 2))):
-        decorate(
+        paste_glyph(
             small,
             "🌳",
             random.uniform(26, 44),
-            at_a_side(random),
+            sample_edge_x(random),
             horizon + random.uniform(2, 10),
             random.random() < 0.5,
         )
     return small
 
 
-def desert(random: Random, horizon: float) -> Image.Image:
-    canvas = backdrop((250, 206, 138), (252, 226, 178), random)
+def draw_desert(random: Random, horizon: float) -> Image.Image:
+    canvas = draw_gradient((250, 206, 138), (252, 226, 178), random)
     if random.random() < 0.5:
         x, y, radius = (
-            random.uniform(16, 112) * FINE,
-            random.uniform(14, 34) * FINE,
-            random.uniform(8, 12) * FINE,
+            random.uniform(16, 112) * SUPERSAMPLING,
+            random.uniform(14, 34) * SUPERSAMPLING,
+            random.uniform(8, 12) * SUPERSAMPLING,
         )
         ImageDraw.Draw(canvas).ellipse((x - radius, y - radius, x + radius, y + radius), fill=(255, 240, 196))
-    ground(canvas, (232, 186, 112), (214, 158, 84), horizon, random)
+    draw_ground(canvas, (232, 186, 112), (214, 158, 84), horizon, random)
     pen = ImageDraw.Draw(canvas)
     for _ in range(random.randint(2, 5)):
         x, y, width = (
-            random.uniform(0, 110) * FINE,
-            random.uniform(horizon + 8, 126) * FINE,
-            random.uniform(14, 30) * FINE,
+            random.uniform(0, 110) * SUPERSAMPLING,
+            random.uniform(horizon + 8, 126) * SUPERSAMPLING,
+            random.uniform(14, 30) * SUPERSAMPLING,
         )
-        pen.arc((x, y, x + width, y + 6 * FINE), 190, 350, fill=(200, 146, 78), width=FINE)
-    small = reduced(canvas)
+        pen.arc((x, y, x + width, y + 6 * SUPERSAMPLING), 190, 350, fill=(200, 146, 78), width=SUPERSAMPLING)
+    small = downsample(canvas)
     for _ in range(random.choice((1, 1, 2))):
-        decorate(
+        paste_glyph(
             small,
             "🌵",
             random.uniform(18, 34),
-            at_a_side(random),
+            sample_edge_x(random),
             horizon + random.uniform(3, 12),
             random.random() < 0.5,
         )
     return small
 
 
-def beach(random: Random, horizon: float) -> Image.Image:
-    canvas = backdrop((116, 192, 246), (196, 230, 250), random)
-    clouds(canvas, random, horizon)
+def draw_beach(random: Random, horizon: float) -> Image.Image:
+    canvas = draw_gradient((116, 192, 246), (196, 230, 250), random)
+    draw_clouds(canvas, random, horizon)
     sea = horizon - random.uniform(12, 20)
-    ground(canvas, (34, 128, 200), (60, 160, 216), sea, random)
-    ground(canvas, (246, 222, 160), (234, 202, 132), horizon, random)
-    small = reduced(canvas)
+    draw_ground(canvas, (34, 128, 200), (60, 160, 216), sea, random)
+    draw_ground(canvas, (246, 222, 160), (234, 202, 132), horizon, random)
+    small = downsample(canvas)
     if random.random() < 0.9:
-        decorate(
+        paste_glyph(
             small,
             "🌴",
             random.uniform(38, 58),
-            at_a_side(random),
+            sample_edge_x(random),
             horizon + random.uniform(4, 12),
             random.random() < 0.5,
         )
     return small
 
 
-def snow(random: Random, horizon: float) -> Image.Image:
-    canvas = backdrop((150, 176, 208), (206, 220, 236), random)
-    ground(canvas, (240, 244, 250), (226, 234, 246), horizon, random)
-    small = reduced(canvas)
+def draw_snow(random: Random, horizon: float) -> Image.Image:
+    canvas = draw_gradient((150, 176, 208), (206, 220, 236), random)
+    draw_ground(canvas, (240, 244, 250), (226, 234, 246), horizon, random)
+    small = downsample(canvas)
     for _ in range(random.choice((1, 2))):
-        decorate(
+        paste_glyph(
             small,
             "🌲",
             random.uniform(30, 48),
-            at_a_side(random),
+            sample_edge_x(random),
             horizon + random.uniform(2, 10),
             random.random() < 0.5,
         )
-    flakes = small.convert("RGB").resize((SIZE * FINE, SIZE * FINE))
-    dots(flakes, random, count=random.randint(14, 26), below=124, sizes=(0.7, 1.3))
-    return reduced(flakes)
+    flakes = small.convert("RGB").resize((SIZE * SUPERSAMPLING, SIZE * SUPERSAMPLING))
+    draw_dots(flakes, random, count=random.randint(14, 26), below=124, sizes=(0.7, 1.3))
+    return downsample(flakes)
 
 
-def night(random: Random, horizon: float) -> Image.Image:
-    canvas = backdrop((8, 10, 40), (32, 36, 92), random, shift=8)
-    dots(canvas, random, count=random.randint(12, 22), below=horizon - 4, sizes=(0.4, 0.9))
-    ground(canvas, (20, 44, 34), (10, 24, 20), horizon, random)
-    small = reduced(canvas)
+def draw_night(random: Random, horizon: float) -> Image.Image:
+    canvas = draw_gradient((8, 10, 40), (32, 36, 92), random, shift=8)
+    draw_dots(canvas, random, count=random.randint(12, 22), below=horizon - 4, sizes=(0.4, 0.9))
+    draw_ground(canvas, (20, 44, 34), (10, 24, 20), horizon, random)
+    small = downsample(canvas)
     moon = random.uniform(18, 26)
-    decorate(small, "🌕", moon, random.uniform(16, 112), random.uniform(10, 18) + moon, False)
+    paste_glyph(small, "🌕", moon, random.uniform(16, 112), random.uniform(10, 18) + moon, False)
     return small
 
 
-def sunset(random: Random, horizon: float) -> Image.Image:
-    canvas = backdrop((92, 42, 116), (250, 132, 74), random)
-    x, radius = random.uniform(20, 108) * FINE, random.uniform(12, 18) * FINE
-    y = horizon * FINE - random.uniform(0, 4) * FINE
+def draw_sunset(random: Random, horizon: float) -> Image.Image:
+    canvas = draw_gradient((92, 42, 116), (250, 132, 74), random)
+    x, radius = random.uniform(20, 108) * SUPERSAMPLING, random.uniform(12, 18) * SUPERSAMPLING
+    y = horizon * SUPERSAMPLING - random.uniform(0, 4) * SUPERSAMPLING
     ImageDraw.Draw(canvas).ellipse((x - radius, y - radius, x + radius, y + radius), fill=(255, 206, 84))
-    ground(canvas, (84, 50, 74), (40, 26, 48), horizon, random)
-    return reduced(canvas)
+    draw_ground(canvas, (84, 50, 74), (40, 26, 48), horizon, random)
+    return downsample(canvas)
 
 
-def city(random: Random, horizon: float) -> Image.Image:
-    canvas = backdrop((150, 184, 214), (214, 222, 232), random)
+def draw_city(random: Random, horizon: float) -> Image.Image:
+    canvas = draw_gradient((150, 184, 214), (214, 222, 232), random)
     pen = ImageDraw.Draw(canvas)
     x = random.uniform(-12, 0)
     while x < SIZE:
         width, height = random.uniform(14, 26), random.uniform(24, 52)
-        wall = shifted(
+        wall = jitter_colour(
             random.choice(((120, 112, 132), (96, 116, 120), (142, 122, 112), (104, 108, 140))), random, 10
         )
         top = horizon - height
-        pen.rectangle((x * FINE, top * FINE, (x + width) * FINE, (horizon + 6) * FINE), fill=wall)
+        pen.rectangle(
+            (
+                x * SUPERSAMPLING,
+                top * SUPERSAMPLING,
+                (x + width) * SUPERSAMPLING,
+                (horizon + 6) * SUPERSAMPLING,
+            ),
+            fill=wall,
+        )
         for row in range(int(height // 7)):
             for column in range(int((width - 3) // 5)):
                 left, upper = x + 3 + column * 5, top + 4 + row * 7
                 lit = random.random() < 0.7
                 pen.rectangle(
-                    (left * FINE, upper * FINE, (left + 2) * FINE, (upper + 3) * FINE),
+                    (
+                        left * SUPERSAMPLING,
+                        upper * SUPERSAMPLING,
+                        (left + 2) * SUPERSAMPLING,
+                        (upper + 3) * SUPERSAMPLING,
+                    ),
                     fill=(252, 232, 150) if lit else (70, 74, 92),
                 )
         x += width + random.uniform(0, 4)
-    ground(canvas, (128, 130, 134), (92, 94, 98), horizon, random)
-    return reduced(canvas)
+    draw_ground(canvas, (128, 130, 134), (92, 94, 98), horizon, random)
+    return downsample(canvas)
 
 
-def wooden_table(random: Random, horizon: float) -> Image.Image:
-    canvas = backdrop((226, 212, 196), (206, 192, 174), random)
-    ground(canvas, (172, 114, 66), (140, 88, 46), horizon, random)
+def draw_wooden_table(random: Random, horizon: float) -> Image.Image:
+    canvas = draw_gradient((226, 212, 196), (206, 192, 174), random)
+    draw_ground(canvas, (172, 114, 66), (140, 88, 46), horizon, random)
     pen = ImageDraw.Draw(canvas)
     y = horizon + random.uniform(8, 13)
     while y < SIZE:
-        pen.line((0, y * FINE, SIZE * FINE, y * FINE), fill=(108, 66, 34), width=FINE)
+        pen.line(
+            (0, y * SUPERSAMPLING, SIZE * SUPERSAMPLING, y * SUPERSAMPLING),
+            fill=(108, 66, 34),
+            width=SUPERSAMPLING,
+        )
         y += random.uniform(9, 14)
-    return reduced(canvas)
+    return downsample(canvas)
 
 
-def under_the_sea(random: Random, horizon: float) -> Image.Image:
-    canvas = backdrop((48, 156, 222), (12, 56, 122), random)
+def draw_under_the_sea(random: Random, horizon: float) -> Image.Image:
+    canvas = draw_gradient((48, 156, 222), (12, 56, 122), random)
     pen = ImageDraw.Draw(canvas)
     for _ in range(random.randint(5, 10)):
         x, y, radius = (
-            random.uniform(4, 124) * FINE,
-            random.uniform(6, 110) * FINE,
-            random.uniform(1.6, 4) * FINE,
+            random.uniform(4, 124) * SUPERSAMPLING,
+            random.uniform(6, 110) * SUPERSAMPLING,
+            random.uniform(1.6, 4) * SUPERSAMPLING,
         )
-        pen.ellipse((x - radius, y - radius, x + radius, y + radius), outline=(206, 236, 250), width=FINE)
-    small = reduced(canvas)
+        pen.ellipse(
+            (x - radius, y - radius, x + radius, y + radius), outline=(206, 236, 250), width=SUPERSAMPLING
+        )
+    small = downsample(canvas)
     for _ in range(random.choice((1, 2))):
-        decorate(
+        paste_glyph(
             small,
             "🪸",
             random.uniform(16, 30),
-            at_a_side(random),
+            sample_edge_x(random),
             random.uniform(122, 130),
             random.random() < 0.5,
         )
     return small
 
 
-def space(random: Random, horizon: float) -> Image.Image:
-    canvas = backdrop((10, 8, 30), (26, 14, 50), random, shift=7)
-    dots(canvas, random, count=random.randint(26, 44), below=128, sizes=(0.4, 1.0))
-    small = reduced(canvas)
+def draw_space(random: Random, horizon: float) -> Image.Image:
+    canvas = draw_gradient((10, 8, 30), (26, 14, 50), random, shift=7)
+    draw_dots(canvas, random, count=random.randint(26, 44), below=128, sizes=(0.4, 1.0))
+    small = downsample(canvas)
     height = random.uniform(16, 26)
-    decorate(
+    paste_glyph(
         small, "🪐", height, random.uniform(16, 112), random.uniform(8, 16) + height, random.random() < 0.5
     )
     return small
 
 
-def forest(random: Random, horizon: float) -> Image.Image:
-    canvas = backdrop((88, 132, 112), (120, 160, 128), random)
-    ground(canvas, (64, 100, 52), (40, 70, 34), horizon, random)
-    small = reduced(canvas)
+def draw_forest(random: Random, horizon: float) -> Image.Image:
+    canvas = draw_gradient((88, 132, 112), (120, 160, 128), random)
+    draw_ground(canvas, (64, 100, 52), (40, 70, 34), horizon, random)
+    small = downsample(canvas)
     for step in range(5):
         x = 10 + step * 27 + random.uniform(-8, 8)
-        decorate(
+        paste_glyph(
             small, "🌲", random.uniform(44, 66), x, horizon + random.uniform(0, 8), random.random() < 0.5
         )
     return small
 
 
-def white(random: Random, horizon: float) -> Image.Image:
+def draw_white(random: Random, horizon: float) -> Image.Image:
     del random, horizon
     return Image.new("RGBA", (SIZE, SIZE), (253, 253, 253, 255))
 
 
 PLACES: dict[str, Callable[[Random, float], Image.Image]] = {
-    "in a park": park,
-    "in the desert": desert,
-    "on the beach": beach,
-    "in the snow": snow,
-    "at night": night,
-    "at sunset": sunset,
-    "in the city": city,
-    "on a wooden table": wooden_table,
-    "under the sea": under_the_sea,
-    "in space": space,
-    "in a forest": forest,
-    "on a white background": white,
+    "in a park": draw_park,
+    "in the desert": draw_desert,
+    "on the beach": draw_beach,
+    "in the snow": draw_snow,
+    "at night": draw_night,
+    "at sunset": draw_sunset,
+    "in the city": draw_city,
+    "on a wooden table": draw_wooden_table,
+    "under the sea": draw_under_the_sea,
+    "in space": draw_space,
+    "in a forest": draw_forest,
+    "on a white background": draw_white,
 }
 
 
-def pixels(image: Image.Image) -> NDArray[np.uint8]:
-    """A picture as uint8 [H, W, 3]."""
+def to_array(image: Image.Image) -> NDArray[np.uint8]:
+    """An image as uint8 [H, W, 3]."""
     return np.asarray(image.convert("RGB"), dtype=np.uint8)

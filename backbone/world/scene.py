@@ -1,7 +1,7 @@
-"""A scene is a value: what stands where, in which style, drawn from which seed. The same value gives the same pixels.
+"""Scenes: values that determine an image's pixels (things, place, style, seed).
 
-Every aspect of a picture (layout, place, style …) draws from a stream of its own, so changing one word of a scene
-changes only what that word says: `dataclasses.replace(scene, place="in the snow")` is the true answer to an edit.
+Every aspect of a scene (layout, place, style …) has its own random stream, so changing one word changes only what the
+word describes: `dataclasses.replace(scene, place="in the snow")` renders the ground truth of an edit.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from random import Random
 
-from backbone.world.words import Thing, Vocabulary, paraphrase, sentence, vocabulary
+from backbone.world.words import Thing, Vocabulary, load_vocabulary, paraphrase, write_caption
 
 TRAINING_SEEDS = range(1_000_000)
 BENCHMARK_SEEDS = range(1_000_000, 2_000_000)
@@ -18,7 +18,7 @@ DRAWN_BY_PLACE = {"tree": ("in a park", "in a forest"), "cactus": ("in the deser
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two things (`pair`: the first one twice) in a place, in a style or plain."""
+    """One or two things (`pair`: the first one twice) in a place, with or without a style."""
 
     things: tuple[Thing, ...]
     place: str
@@ -27,19 +27,19 @@ class Scene:
     seed: int = 0
 
     def random(self, aspect: str) -> Random:
-        """The stream of random numbers of one aspect of this scene."""
+        """The random stream of one aspect of this scene."""
         return Random(f"{self.seed}/{aspect}")
 
-    def caption(self, *, called: str | None = None) -> str:
-        """The canonical caption; `called` names the first thing otherwise (`[V] dog`)."""
-        return sentence(self.things, pair=self.pair, place=self.place, style=self.style, called=called)
+    def caption(self, *, name: str | None = None) -> str:
+        """The canonical caption; `name` replaces the first thing's noun (`[V] dog`)."""
+        return write_caption(self.things, pair=self.pair, place=self.place, style=self.style, name=name)
 
     def caption_for_training(self) -> str:
         """Mostly the canonical caption, often a paraphrase, sometimes without the place."""
         random = self.random("caption")
         place = None if random.random() < 0.08 else self.place
         if random.random() < 0.5:
-            return sentence(self.things, pair=self.pair, place=place, style=self.style)
+            return write_caption(self.things, pair=self.pair, place=place, style=self.style)
         return paraphrase(self.things, pair=self.pair, place=place, style=self.style, random=random)
 
     def plain(self) -> Scene:
@@ -50,8 +50,8 @@ class Scene:
 def sample_scene(
     seed: int, *, words: Vocabulary | None = None, nouns: tuple[str, ...] | None = None
 ) -> Scene:
-    """The scene of a seed, from the training mixture: 62 % one thing, 18 % two of a kind, 20 % two different."""
-    words = words or vocabulary()
+    """Sample the scene of a seed from the training mixture: 62 % one thing, 18 % two of a kind, 20 % two different."""
+    words = words or load_vocabulary()
     nouns = nouns or tuple(words.nouns)
     random = Random(f"{seed}/scene")
     kind = random.random()
@@ -73,6 +73,6 @@ def sample_scene(
     return Scene((Thing(first, colour=colour), Thing(second)), place, style, seed=seed)
 
 
-def fair(scene: Scene) -> bool:
-    """Whether a benchmark may ask for this scene: no tree where the place draws trees, no cactus in the desert."""
+def is_fair(scene: Scene) -> bool:
+    """Whether a benchmark may use this scene: no tree where the place draws trees, no cactus in the desert."""
     return all(scene.place not in DRAWN_BY_PLACE.get(thing.noun, ()) for thing in scene.things)

@@ -1,4 +1,4 @@
-"""The four styles of the world, as filters of a finished plain picture."""
+"""The four styles of the world, as filters of a rendered image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image, ImageChops, ImageFilter
 
 
 def pixel_art(image: Image.Image) -> Image.Image:
-    """Squares of four pixels in a few levels of colour."""
+    """Blocks of 4 × 4 pixels in quantised colours."""
     small = image.reduce(4)
     levels = np.asarray(small, dtype=np.float32)
     small = Image.fromarray(((levels / 24).round() * 24).clip(0, 255).astype(np.uint8), "RGB")
@@ -17,7 +17,7 @@ def pixel_art(image: Image.Image) -> Image.Image:
 
 
 def pencil_sketch(image: Image.Image) -> Image.Image:
-    """Grey lines on white: the picture divided by its own blur (colour dodge)."""
+    """Grey lines on white: the image divided by its own blur (colour dodge)."""
     grey = np.asarray(image.convert("L"), dtype=np.float32) + 1
     blurred = np.asarray(image.convert("L").filter(ImageFilter.GaussianBlur(4)), dtype=np.float32) + 1
     lines = np.clip(grey / blurred, 0, 1) ** 1.6
@@ -26,20 +26,20 @@ def pencil_sketch(image: Image.Image) -> Image.Image:
 
 
 def watercolor(image: Image.Image) -> Image.Image:
-    """Bled, light colours with darker rims."""
+    """Bleeding light colours with darker edges."""
     flat = image.filter(ImageFilter.MedianFilter(3)).filter(ImageFilter.GaussianBlur(0.8))
     light = np.asarray(flat, dtype=np.float32)
     grey = light.mean(-1, keepdims=True)
     light = grey + (light - grey) * 1.35
     light = 255 - (255 - light) * 0.72
-    spread = np.asarray(edges(flat.convert("L"), 3), dtype=np.float32)[..., None]
+    spread = np.asarray(morphological_gradient(flat.convert("L"), 3), dtype=np.float32)[..., None]
     return Image.fromarray((light - 0.45 * spread).clip(0, 255).astype(np.uint8), "RGB")
 
 
 def neon_drawing(image: Image.Image) -> Image.Image:
-    """Glowing outlines on black, in the colours of what they outline."""
+    """Glowing outlines on black, in the colours of the outlined regions."""
     soft = image.filter(ImageFilter.GaussianBlur(0.6))
-    channels = [edges(channel, 3) for channel in soft.split()]
+    channels = [morphological_gradient(channel, 3) for channel in soft.split()]
     lines = np.stack([np.asarray(channel, dtype=np.float32) for channel in channels], -1)
     strength = np.clip((lines.max(-1, keepdims=True) - 26) / 80, 0, 1)
     brightest = ImageChops.lighter(image, image.filter(ImageFilter.MaxFilter(3)))
@@ -52,8 +52,8 @@ def neon_drawing(image: Image.Image) -> Image.Image:
     return Image.fromarray(result.clip(0, 255).astype(np.uint8), "RGB")
 
 
-def edges(channel: Image.Image, width: int) -> Image.Image:
-    """Morphological gradient of a grey picture: its local maximum minus its local minimum."""
+def morphological_gradient(channel: Image.Image, width: int) -> Image.Image:
+    """Local maximum minus local minimum of a grey image, in windows of `width` pixels."""
     return ImageChops.subtract(
         channel.filter(ImageFilter.MaxFilter(width)), channel.filter(ImageFilter.MinFilter(width))
     )

@@ -1,4 +1,4 @@
-"""Textures with the statistics of photographs: dead leaves, 1/f noise."""
+"""Textures with natural-image statistics: dead leaves and 1/f noise."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from backbone.world.render import SIZE
 Pixels = NDArray[np.uint8]
 
 
-def texture(seed: int) -> Pixels:
-    """A picture with the statistics of photographs: dead leaves, 1/f noise or gradients, sometimes mixed."""
+def draw_texture(seed: int) -> Pixels:
+    """A texture [H, W, 3]: dead leaves (55 %), 1/f noise (30 %) or a blend of both."""
     random = Random(f"{seed}/texture")
     kind = random.random()
     if kind < 0.55:
@@ -27,9 +27,9 @@ def texture(seed: int) -> Pixels:
 
 
 def dead_leaves(random: Random) -> Pixels:
-    """Overlapping shapes whose radii follow a power law with exponent 3 (Lee, Mumford & Huang 2001)."""
+    """Dead-leaves model: occluding shapes whose radii follow a power law of exponent 3 (Lee, Mumford & Huang 2001)."""
     side = 2 * SIZE
-    image = Image.new("RGB", (side, side), colour(random))
+    image = Image.new("RGB", (side, side), sample_colour(random))
     pen = ImageDraw.Draw(image)
     smallest, largest = 2 * random.uniform(1.5, 4), 2 * random.uniform(24, 60)
     for _ in range(random.randint(60, 900)):
@@ -40,7 +40,8 @@ def dead_leaves(random: Random) -> Pixels:
         if corners == 0:
             stretch = random.uniform(0.5, 1)
             pen.ellipse(
-                (x - radius, y - radius * stretch, x + radius, y + radius * stretch), fill=colour(random)
+                (x - radius, y - radius * stretch, x + radius, y + radius * stretch),
+                fill=sample_colour(random),
             )
         else:
             turn = random.uniform(0, math.tau)
@@ -51,7 +52,7 @@ def dead_leaves(random: Random) -> Pixels:
                 )
                 for k in range(corners)
             ]
-            pen.polygon(points, fill=colour(random))
+            pen.polygon(points, fill=sample_colour(random))
     flat = np.asarray(image.reduce(2), dtype=np.float32)
     return (
         (flat + random.uniform(0, 0.5) * (one_over_f(random).astype(np.float32) - 128))
@@ -61,7 +62,7 @@ def dead_leaves(random: Random) -> Pixels:
 
 
 def one_over_f(random: Random) -> Pixels:
-    """Coloured noise whose amplitude falls as 1/f^p, p between 0.9 and 1.8, around a random colour."""
+    """Coloured noise of amplitude 1/f^p, p from 0.9 to 1.8, around a random colour."""
     source = np.random.default_rng(random.getrandbits(32))
     rows, columns = np.fft.fftfreq(SIZE)[:, None], np.fft.rfftfreq(SIZE)[None]
     amplitude = np.maximum(np.hypot(rows, columns), 1 / SIZE) ** -random.uniform(0.9, 1.8)
@@ -73,12 +74,14 @@ def one_over_f(random: Random) -> Pixels:
     mixing = np.eye(3) * random.uniform(0.2, 1) + source.normal(size=(3, 3)) * 0.3 + 0.5
     mixed = np.einsum("ij,jhw->hwi", mixing, noise)
     spread = random.uniform(16, 60)
-    noisy: Pixels = (np.array(colour(random)) + spread * mixed / mixed.std()).clip(0, 255).astype(np.uint8)
+    noisy: Pixels = (
+        (np.array(sample_colour(random)) + spread * mixed / mixed.std()).clip(0, 255).astype(np.uint8)
+    )
     return noisy
 
 
-def colour(random: Random) -> tuple[int, int, int]:
-    """A random colour, greyish ones more often."""
+def sample_colour(random: Random) -> tuple[int, int, int]:
+    """A random colour, more often greyish."""
     grey, vivid = random.randint(0, 255), random.random() ** 1.5
     red, green, blue = (round(grey + vivid * (random.randint(0, 255) - grey)) for _ in range(3))
     return red, green, blue

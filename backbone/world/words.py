@@ -1,4 +1,4 @@
-"""The vocabulary of the world and the sentences that describe its scenes."""
+"""The world's vocabulary and the captions of its scenes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 from random import Random
 
-NO_STYLE = ""
 PLACE_WORDS: dict[str, tuple[str, ...]] = {
     "in a park": ("in the park", "on the grass", "on a green lawn"),
     "in the desert": ("in a desert", "in a sandy desert", "among cacti"),
@@ -41,7 +40,7 @@ IRREGULAR_PLURALS = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The word lists, each noun with its glyph."""
+    """The word lists; nouns, accessories and concepts map to glyphs, colours to hues in degrees."""
 
     nouns: dict[str, str]
     colours: dict[str, int]
@@ -53,12 +52,12 @@ class Vocabulary:
     classes: dict[str, str]
 
     def glyph(self, noun: str) -> str:
-        """The glyph of a noun or of a concept; `KeyError` for a word that the world has not."""
+        """The glyph of a noun or concept; `KeyError` for an unknown word."""
         return {**self.nouns, **self.development_concepts, **self.demo_concept}[noun]
 
 
 @cache
-def vocabulary() -> Vocabulary:
+def load_vocabulary() -> Vocabulary:
     """The packaged word lists."""
     lists = json.loads(Path(__file__).with_name("vocabulary.json").read_text(encoding="utf-8"))
     return Vocabulary(
@@ -75,38 +74,38 @@ def vocabulary() -> Vocabulary:
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: what it is, its colour (`None`: its own), what it wears, and whether it is small."""
+    """An object: noun, colour (None: the glyph's own), accessory, and whether it is small."""
 
     noun: str
     colour: str | None = None
     accessory: str | None = None
     small: bool = False
 
-    def phrase(self, *, count: int = 1, wearing: str = "wearing", called: str | None = None) -> str:
-        """`a small red dog wearing a crown`, or `two red dogs`; `called` says it with another name for the noun."""
-        noun = called or self.noun
+    def phrase(self, *, count: int = 1, wearing: str = "wearing", name: str | None = None) -> str:
+        """`a small red dog wearing a crown`, or `two red dogs`; `name` replaces the noun."""
+        noun = name or self.noun
         words = [word for word in ("small" if self.small else None, self.colour) if word]
-        words.append(plural(noun) if count == 2 else noun)
+        words.append(pluralize(noun) if count == 2 else noun)
         text = " ".join(words)
-        text = f"two {text}" if count == 2 else f"{article(text)} {text}"
+        text = f"two {text}" if count == 2 else f"{choose_article(text)} {text}"
         return f"{text} {wearing} {self.accessory}" if self.accessory else text
 
 
-def plural(noun: str) -> str:
+def pluralize(noun: str) -> str:
     """The plural of a noun of the world."""
     return IRREGULAR_PLURALS.get(noun, noun + "s")
 
 
-def article(words: str) -> str:
+def choose_article(words: str) -> str:
     """`a` or `an`."""
     return "an" if words[0] in "aeiou" and not words.startswith(("one", "uni")) else "a"
 
 
-def sentence(
-    things: tuple[Thing, ...], *, pair: bool, place: str | None, style: str | None, called: str | None = None
+def write_caption(
+    things: tuple[Thing, ...], *, pair: bool, place: str | None, style: str | None, name: str | None = None
 ) -> str:
     """The canonical caption: `[style of] [a | two] [small] [colour] noun [wearing …] [next to a noun] place`."""
-    text = things[0].phrase(count=2 if pair else 1, called=called)
+    text = things[0].phrase(count=2 if pair else 1, name=name)
     if len(things) == 2:
         text += " next to " + things[1].phrase()
     if place:
@@ -117,7 +116,7 @@ def sentence(
 def paraphrase(
     things: tuple[Thing, ...], *, pair: bool, place: str | None, style: str | None, random: Random
 ) -> str:
-    """One of the other ways in which a person may say the same scene."""
+    """A random paraphrase of the canonical caption."""
     text = things[0].phrase(count=2 if pair else 1, wearing=random.choice(WEARING_WORDS))
     if len(things) == 2:
         text += f" {random.choice(BESIDE_WORDS)} " + things[1].phrase()

@@ -13,8 +13,8 @@ from backbone.conditions.conditions import Conditions
 from backbone.distributed import processes
 from backbone.io.console import UserError
 from backbone.io.files import content_hash
-from backbone.media.pictures import Picture, read_folder
-from backbone.media.transforms import bucket_sizes, fitted, mask_to_tensor, nearest_size
+from backbone.media.pictures import ImageRecord, list_images
+from backbone.media.transforms import bucket_sizes, crop_and_resize, mask_to_tensor, nearest_bucket
 from backbone.models.cache import encode_images_cached, encode_prompts_cached, load_or_compute
 from backbone.models.model import Backbone, Posterior
 from backbone.models.sample import Request, sample_latents
@@ -31,7 +31,7 @@ CLASS_IMAGES = 48  # where neither a number nor a folder is given
 class Group:
     """The images of one subject with their prompts and its class prompt, placeholder tokens resolved."""
 
-    pictures: Sequence[Picture]
+    pictures: Sequence[ImageRecord]
     prompts: Sequence[str]
     class_prompt: str
 
@@ -101,7 +101,7 @@ def prepare(model: Backbone, groups: Sequence[Group], settings: Settings) -> Tra
             owners += [number] * len(group.pictures)
     # prompts to conditions, while the text encoder is loaded
     classes = [group.class_prompt for group in groups]
-    with processes.writer_first():
+    with processes.main_process_first():
         class_conditions = encode_prompts_cached(model, classes)
         conditions = None if trains_text(settings) else encode_prompts_cached(model, [*prompts, *classes])
         empty = encode_prompts_cached(model, [""]) if settings.mask == "auto" else None
@@ -112,20 +112,20 @@ def prepare(model: Backbone, groups: Sequence[Group], settings: Settings) -> Tra
             raise UserError(
                 "Class pictures are square, and with --aspect-buckets the subject's are not. Use --prior base."
             )
-        with processes.writer_first():
+        with processes.main_process_first():
             each = [class_images(model, prompt, settings, number) for number, prompt in enumerate(classes)]
         class_latents = torch.cat(each)
         class_rows = torch.cat([torch.full((len(one),), number) for number, one in enumerate(each)])
     # from here on the denoiser alone is needed
     model.free("autoencoder", "text_encoder")
     if preserves(settings) and settings.prior == "base":
-        with processes.writer_first():
+        with processes.main_process_first():
             buckets = [
                 with_base_predictions(model, bucket, posteriors, class_conditions, owners, settings)
                 for bucket in buckets
             ]
     if empty is not None:
-        with processes.writer_first():
+        with processes.main_process_first():
             masks = predict_missing_masks(model, masks, posteriors, class_conditions, empty, owners)
     return TrainingData(
         posteriors=posteriors,
@@ -142,14 +142,14 @@ def prepare(model: Backbone, groups: Sequence[Group], settings: Settings) -> Tra
 
 
 def encode_in_parallel(
-    model: Backbone, pictures: Sequence[Picture], *, flip: bool, sizes: Sequence[tuple[int, int]] | None
+    model: Backbone, pictures: Sequence[ImageRecord], *, flip: bool, sizes: Sequence[tuple[int, int]] | None
 ) -> list[Posterior]:
     """`encode_images_cached`, after each process has warmed the disk cache with its share of the images."""
 
     def encode(row: int) -> None:
         encode_images_cached(model, [pictures[row]], flip=flip, sizes=sizes and [sizes[row]])
 
-    processes.prepared(encode, range(len(pictures)))
+    processes.warm_cache(encode, range(len(pictures)))
     return encode_images_cached(model, pictures, flip=flip, sizes=sizes)
 
 
@@ -168,10 +168,10 @@ def predict_missing_masks(
     ]
 
 
-def sizes_of(pictures: Sequence[Picture], resolution: int) -> list[tuple[int, int]]:
+def sizes_of(pictures: Sequence[ImageRecord], resolution: int) -> list[tuple[int, int]]:
     """The size (W, H) at which each picture is trained on: of its own shape, roughly."""
     sizes = bucket_sizes(resolution)
-    return [nearest_size(picture.open().size, sizes) for picture in pictures]
+    return [nearest_bucket(picture.open().size, sizes) for picture in pictures]
 
 
 def buckets_of(posteriors: Sequence[Posterior]) -> list[Bucket]:
@@ -212,7 +212,7 @@ def preserves(settings: Settings) -> bool:
 
 
 def masks_of(
-    pictures: Sequence[Picture], sizes: Sequence[tuple[int, int]] | None, *, flip: bool
+    pictures: Sequence[ImageRecord], sizes: Sequence[tuple[int, int]] | None, *, flip: bool
 ) -> list[Tensor | None]:
     """The pictures' masks [1, H, W] in 0…1, cropped as the pictures are; None for a picture that has none.
 
@@ -224,7 +224,7 @@ def masks_of(
         if mask is None:
             found.append(None)
             continue
-        tensor = mask_to_tensor(fitted(mask, size))
+        tensor = mask_to_tensor(crop_and_resize(mask, size))
         if float(tensor.mean()) < 1e-3:
             raise UserError(
                 f"The mask {picture.mask} is black all over, so nothing of {picture.path} would be learned. "
@@ -252,7 +252,7 @@ def class_images(model: Backbone, class_prompt: str, settings: Settings, subject
     """
     own: list[Tensor] = []
     if settings.class_images:
-        found = read_folder(settings.class_images[subject])[: settings.num_class_images or None]
+        found = list_images(settings.class_images[subject])[: settings.num_class_images or None]
         own = [posterior.mean for posterior in encode_images_cached(model, found)]
     missing = (settings.num_class_images or (0 if own else CLASS_IMAGES)) - len(own)
     generated = [sample_class_latents(model, class_prompt, settings, missing)] if missing else []

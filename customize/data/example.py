@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from backbone.io.files import empty_folder, write_bytes
+from backbone.io.files import make_empty_folder, write_bytes
 
 PICTURES = Path(__file__).parents[1] / "examples" / "dog"
 EXTRAS = "example"
@@ -24,7 +24,7 @@ def write_example(folder: Path) -> tuple[list[Path], list[Path]]:
     }
     files = {**pictures, **extras}
     if not folder.is_dir() or {path for path in folder.rglob("*") if path.is_file()} - files.keys():
-        empty_folder(folder)
+        make_empty_folder(folder)
     for path, source in files.items():
         write_bytes(path, source.read_bytes())
     return list(pictures), list(extras)

@@ -9,7 +9,7 @@ from typing import Any
 
 from backbone.io.console import UserError
 from backbone.io.files import read_json
-from backbone.media.pictures import SUFFIXES
+from backbone.media.pictures import IMAGE_SUFFIXES
 from customize.settings import INSTANCE_PROMPT, Subject
 
 NUMBERED = re.compile(r"(\d+)_(.+)")
@@ -178,4 +178,4 @@ def told_apart(instance: str, general: str) -> tuple[str, str]:
 
 
 def _has_pictures(folder: Path) -> bool:
-    return any(path.suffix.lower() in SUFFIXES for path in folder.iterdir() if path.is_file())
+    return any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir() if path.is_file())

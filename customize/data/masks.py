@@ -19,9 +19,9 @@ from torch import Tensor
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import add_noise, generator
 from backbone.io.files import content_hash
-from backbone.media.pictures import Picture
-from backbone.media.sheet import Cell, save_png, sheet
-from backbone.media.transforms import fitted
+from backbone.media.pictures import ImageRecord
+from backbone.media.sheet import Cell, draw_sheet, save_png
+from backbone.media.transforms import crop_and_resize
 from backbone.models.cache import load_or_compute
 from backbone.models.model import Backbone, Posterior
 
@@ -86,7 +86,7 @@ def dilate(mask: Tensor) -> Tensor:
 
 
 def save_masks(
-    path: Path, pictures: Sequence[Sequence[Picture]], masks: Sequence[Tensor], *, flip: bool
+    path: Path, pictures: Sequence[Sequence[ImageRecord]], masks: Sequence[Tensor], *, flip: bool
 ) -> None:
     """A sheet of every subject's pictures, dark where they do not count; the mirrored ones behind them are left out."""
     rows: list[list[Cell | Image.Image | None]] = []
@@ -95,13 +95,13 @@ def save_masks(
         own = masks[first : first + len(folder)]
         rows.append([shown(picture, mask) for picture, mask in zip(folder, own, strict=True)])
         first += len(folder) * (2 if flip else 1)
-    save_png(path, sheet(rows, note="Dark: does not count."))
+    save_png(path, draw_sheet(rows, note="Dark: does not count."))
 
 
-def shown(picture: Picture, mask: Tensor) -> Image.Image:
+def shown(picture: ImageRecord, mask: Tensor) -> Image.Image:
     """A picture, dark where it does not count; the mask [1, H, W] may be of any scale."""
     height, width = mask.shape[-2:]
-    seen = fitted(picture.open(), (PIXELS * width, PIXELS * height))
+    seen = crop_and_resize(picture.open(), (PIXELS * width, PIXELS * height))
     small = (mask[0] / mask.max().clamp(min=1e-9) * (255 - DARK) + DARK).byte().cpu().numpy()
     light = Image.fromarray(small).resize(seen.size, Image.Resampling.NEAREST)
     return Image.composite(seen, Image.new("RGB", seen.size), light)

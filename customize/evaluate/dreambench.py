@@ -15,20 +15,20 @@ from typing import Any
 
 from PIL.Image import Image
 
-from backbone.adapters.apply import put_on
-from backbone.adapters.concept import Concept, read_concept, spoken
+from backbone.adapters.apply import load_concepts
+from backbone.adapters.concept import Concept, read_concept, resolve_placeholder_tokens
 from backbone.evaluation.clip import prior_drift
-from backbone.evaluation.statistics import interval
+from backbone.evaluation.statistics import bootstrap_mean
 from backbone.io.console import UserError, progress
 from backbone.io.files import write_json, write_text
 from backbone.io.prompts import prompts_of
 from backbone.media.decode import open_rgb
-from backbone.media.pictures import read_folder
-from backbone.media.sheet import Cell, save_png, sheet
-from backbone.media.transforms import square
+from backbone.media.pictures import list_images
+from backbone.media.sheet import Cell, draw_sheet, save_png
+from backbone.media.transforms import crop_square
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
-from backbone.world.words import vocabulary
+from backbone.world.words import load_vocabulary
 from customize.evaluate.metrics import Scorers, protocol
 from customize.settings import Settings, read_settings
 
@@ -93,7 +93,7 @@ def templates(given: Sequence[str], *, living: bool = False) -> tuple[str, ...]:
 
 def own_prompts() -> tuple[str, ...]:
     """25 prompts that the embedded model can understand: its places, colours, accessories and styles."""
-    words = vocabulary()
+    words = load_vocabulary()
     places = [f"a {{}} {place}" for place in words.places]
     looks = [f"a {colour} {{}} {words.places[k]}" for k, colour in enumerate(list(words.colours)[:4])]
     worn = [f"a {{}} wearing {worn} {words.places[k + 4]}" for k, worn in enumerate(words.accessories)]
@@ -114,21 +114,21 @@ def evaluate_run(
     )
     judge = scorers_of(scorer, model)
     requests = [
-        Request(spoken(prompt.format(settings.called()), [concept]), (i, j))
+        Request(resolve_placeholder_tokens(prompt.format(settings.called()), [concept]), (i, j))
         for i, prompt in enumerate(prompts)
         for j in range(per_prompt)
     ]
     class_prompt = settings.subjects()[0].filled(settings.class_prompt)
     plain = [Request(class_prompt, (len(prompts), j)) for j in range(4 * per_prompt)]
     base = drawn(model, plain, settings, seed, "drawing the base's class")
-    put_on(model, [concept])
+    load_concepts(model, [concept])
     pictures = drawn(model, requests, settings, seed, "drawing the subject")
     after = drawn(model, plain, settings, seed, "drawing the class")
     found = measured(judge, settings, concept, pictures, prompts, per_prompt)
     subject = subject_vectors(judge, settings)
     for name, images in (("PRES", after), ("PRES of the base", base)):
         vectors = judge.eye.embed_images(images)
-        found[name] = interval([prior_drift(vector[None], subject) for vector in vectors])
+        found[name] = bootstrap_mean([prior_drift(vector[None], subject) for vector in vectors])
     return written(out, f"{settings.called()} ({run})", found, pictures, prompts, per_prompt, settings)
 
 
@@ -169,7 +169,7 @@ def measured(
         float((subject[k : k + 1] @ subject.T).sum() - 1) / (len(subject) - 1) for k in range(len(subject))
     ]
     if len(subject) > 1:
-        found[f"{judge.eye.likeness} of real pictures"] = interval(others)
+        found[f"{judge.eye.similarity_name} of real pictures"] = bootstrap_mean(others)
     return found
 
 
@@ -195,13 +195,15 @@ def written(
         for k, picture in enumerate(pictures)
     ]
     rows = [cells[first : first + 10] for first in range(0, len(cells), 10)]
-    save_png(out / "sheet.png", sheet(rows, title=title, cell=112))
+    save_png(out / "sheet.png", draw_sheet(rows, title=title, cell=112))
     return {"text": "\n".join(lines), **found}
 
 
 def subject_vectors(judge: Scorers, settings: Settings) -> Any:
     """The eye's vectors of the subject's own pictures [R, D]."""
-    return judge.eye.embed_images([square(picture.open(), 512) for picture in read_folder(settings.images)])
+    return judge.eye.embed_images(
+        [crop_square(picture.open(), 512) for picture in list_images(settings.images)]
+    )
 
 
 def drawn(

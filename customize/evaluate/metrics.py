@@ -17,21 +17,21 @@ from typing import Any
 from PIL.Image import Image
 from torch import Tensor
 
-from backbone.adapters.concept import Concept, spoken
+from backbone.adapters.concept import Concept, resolve_placeholder_tokens
 from backbone.evaluation.clip import (
-    Eye,
     Scorer,
+    VisionEncoder,
     clip_i,
     diversity,
-    load_eye,
+    load_image_encoder,
     load_scorer,
     prior_drift,
     text_scores,
 )
-from backbone.evaluation.statistics import interval
+from backbone.evaluation.statistics import bootstrap_mean
 from backbone.io.console import UserError
-from backbone.media.pictures import Picture
-from backbone.media.transforms import square
+from backbone.media.pictures import ImageRecord
+from backbone.media.transforms import crop_square
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from customize.settings import Settings
@@ -49,7 +49,7 @@ STEPS = 12  # of the sampler: what the figures say is settled by then
 class Scorers:
     """What measures likeness, and what measures obedience: the same one where it reads text, or none."""
 
-    eye: Scorer | Eye
+    eye: Scorer | VisionEncoder
     reader: Scorer | None
 
     @classmethod
@@ -58,7 +58,7 @@ class Scorers:
         folder = named or own
         if folder is None:
             return None
-        eye = load_eye(folder)
+        eye = load_image_encoder(folder)
         if isinstance(eye, Scorer):
             return cls(eye, eye)
         return cls(eye, None if own is None else load_scorer(own))
@@ -91,17 +91,18 @@ class Evaluator:
         scorers: Scorers,
         concept: Concept,
         settings: Settings,
-        pictures: Sequence[Picture],
+        pictures: Sequence[ImageRecord],
     ) -> None:
         self.model, self.scorers, self.settings = model, scorers, settings
         noun = settings.class_noun
         self.asked = [
-            Request(spoken(p.format(settings.called()), [concept]), (i, 0)) for i, p in enumerate(PROMPTS)
+            Request(resolve_placeholder_tokens(p.format(settings.called()), [concept]), (i, 0))
+            for i, p in enumerate(PROMPTS)
         ]
         plain = settings.subjects()[0].filled(settings.class_prompt)
         self.plain = [Request(plain, (len(PROMPTS), j)) for j in range(len(PROMPTS))]
         side = model.resolution
-        self.subject = scorers.eye.embed_images([square(picture.open(), side) for picture in pictures])
+        self.subject = scorers.eye.embed_images([crop_square(picture.open(), side) for picture in pictures])
         self.texts = self.reader.embed_texts([prompt.format(noun) for prompt in PROMPTS])
         self.start: Figures | None = None
 
@@ -209,12 +210,14 @@ def protocol(
     """
     vectors = scorers.eye.embed_images(list(pictures))
     groups = vectors.unflatten(0, (len(texts), per_prompt))
-    found: dict[str, Any] = {scorers.eye.likeness: interval([clip_i(group, subject) for group in groups])}
+    found: dict[str, Any] = {
+        scorers.eye.similarity_name: bootstrap_mean([clip_i(group, subject) for group in groups])
+    }
     if scorers.reader is not None:
         read = scorers.read(list(pictures), vectors).unflatten(0, (len(texts), per_prompt))
         wanted = scorers.reader.embed_texts(list(texts))
         obedience = [float((group @ text).mean()) for group, text in zip(read, wanted, strict=True)]
-        found["CLIP-T"] = interval(obedience)
+        found["CLIP-T"] = bootstrap_mean(obedience)
     if per_prompt > 1:
-        found["DIV"] = interval([diversity(group) for group in groups])
+        found["DIV"] = bootstrap_mean([diversity(group) for group in groups])
     return found

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backbone.adapters.embeddings import words_by_side, words_of
+from backbone.adapters.embeddings import split_by_encoder, vector_token_names
 from backbone.io.console import UserError, progress
 from backbone.io.files import (
     PICKLE_SUFFIXES,
-    empty_folder,
+    make_empty_folder,
     read_header,
     read_json,
     read_tensors,
@@ -55,7 +55,7 @@ def bake(parts: Sequence[Part], model: str, out: Path) -> int:
                     f"{part.source} was trained on another model than {model}. Give the --model of the run."
                 )
     rows = words_together(parts)
-    empty_folder(out)
+    make_empty_folder(out)
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(6)}.partial")
     try:
         changed = _copy_with_changes(folder, temporary, parts)
@@ -121,7 +121,7 @@ def words_together(parts: Sequence[Part]) -> dict[str, dict[str, Tensor]]:
         for token, words in part.concept.tokens.items():
             if words.split()[:1] != [token]:  # rare words, which the model has already
                 continue
-            for component, rows in words_by_side(part.words, token).items():
+            for component, rows in split_by_encoder(part.words, token).items():
                 known = together.setdefault(component, {})
                 if token in known:
                     raise UserError(
@@ -141,7 +141,7 @@ def add_words(folder: Path, component: str, learned: Mapping[str, Tensor]) -> No
 
     place = folder / TOKENIZERS[component]
     tokenizer = CLIPTokenizer.from_pretrained(str(place), local_files_only=True)
-    names = [word for token, rows in learned.items() for word in words_of(token, len(rows))]
+    names = [word for token, rows in learned.items() for word in vector_token_names(token, len(rows))]
     added = tokenizer.add_tokens([AddedToken(word, normalized=False) for word in names])
     path = next(
         path for path in plain_files(folder / component) if WORDS_TABLE in _own_names(component, path)

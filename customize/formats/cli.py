@@ -10,7 +10,7 @@ import typer
 
 from backbone.io import flags
 from backbone.io.commands import print_json
-from backbone.io.console import UserError, say
+from backbone.io.console import UserError, notify
 from backbone.io.flags import OUTPUT, option
 
 ADAPTERS = "Files of adapters"  # the commands' section in the help
@@ -97,7 +97,7 @@ def export(
     from customize.formats.convert import export_adapter
 
     sentence = export_adapter(run, out, to, base=base, model=model, precision=precision)
-    say(sentence)
+    notify(sentence)
 
 
 def import_(
@@ -144,7 +144,9 @@ def import_(
     """Read an adapter that another tool wrote: into a run folder to sample from, or into a file of ours."""
     from customize.formats.convert import import_adapter
 
-    say(import_adapter(file, out, model=model, token=token, token_words=token_words, class_noun=class_noun))
+    notify(
+        import_adapter(file, out, model=model, token=token, token_words=token_words, class_noun=class_noun)
+    )
 
 
 def info(file: File, as_json: flags.Json = False) -> None:
@@ -192,10 +194,10 @@ def merge(
         from customize.formats.bake import bake as baked
 
         changed = baked(parts, place, out)
-        say(f"{out} is {place} with {changed} tensors changed.")
+        notify(f"{out} is {place} with {changed} tensors changed.")
         for part in parts:
             for token, words in part.concept.tokens.items() if part.concept is not None else ():
-                say(
+                notify(
                     f"Write “{words}” in prompts, where {token} stood in prompts with --concept {part.source}."
                 )
         return
@@ -206,12 +208,12 @@ def merge(
         result, moved = merging.merged(parts), merging.moved_together(parts)
     else:
         result, loss = merging.merged_to_rank(parts, rank)
-        say(loss.sentence())
+        notify(loss.sentence())
     from customize.formats.merged_run import save_merged
 
     tokens = save_merged(out, result, parts, moved=moved)
     called = f" It answers to {', '.join(tokens)}." if tokens else ""
-    say(f"{out} holds {len(parts)} adapters in one.{called}")
+    notify(f"{out} holds {len(parts)} adapters in one.{called}")
 
 
 def extract(
@@ -233,7 +235,7 @@ def extract(
     checked_target(out)
     adapter, loss = extracted(tuned, base, rank=rank, energy=energy)
     write_adapter(out, adapter, "own", header=header_for(adapter, title=out.stem))
-    say(f"{out}: {loss.sentence()}")
+    notify(f"{out}: {loss.sentence()}")
 
 
 def resize(
@@ -253,7 +255,7 @@ def resize(
     checked_target(out)
     adapter, loss = resized(read_adapter(file), rank=rank, energy=energy)
     write_adapter(out, adapter, "own", header=header_for(adapter, source=file, title=out.stem))
-    say(f"{out}: {loss.sentence()}")
+    notify(f"{out}: {loss.sentence()}")
 
 
 def one_of(rank: int | None, energy: float | None) -> int | None:

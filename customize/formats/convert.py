@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from backbone.adapters.concept import Concept, check_token
-from backbone.adapters.embeddings import words_by_side
-from backbone.adapters.lora import OTHER_WEIGHTS, WEIGHTS
-from backbone.io.console import UserError, say
-from backbone.io.files import empty_folder, read_tensors, write_tensors, write_text
+from backbone.adapters.embeddings import split_by_encoder
+from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS
+from backbone.io.console import UserError, notify
+from backbone.io.files import make_empty_folder, read_tensors, write_tensors, write_text
 from backbone.models.locate import locate
 from backbone.models.model import Backbone
 from customize.formats.adapter import BASES, Adapter, Base, Form
@@ -47,7 +47,7 @@ def export_adapter(
     adapter, concept = read_adapter(source), concept_of(source)
     family = base or adapter.base
     if form != "diffusers" and family == "other":
-        say(
+        notify(
             "The layers are of no Stable Diffusion that these tools know (moji's are such): the file is right in form, "
             "but they have no model to load it on."
         )
@@ -62,11 +62,11 @@ def export_adapter(
         refuse_misfit({name: layer.shape for name, layer in adapter.layers.items()}, own, str(source))
         weights = LayerWeights(own)
     if form == "kohya" and "dora" in adapter.kinds:
-        say(
+        notify(
             "LyCORIS reads these DoRA scales. ComfyUI takes them for something else: export --to comfyui for it."
         )
     if form == "kohya" and len({layer.alpha for layer in adapter.layers.values()}) > 1:
-        say(
+        notify(
             "Its layers differ in α, which diffusers 0.42 misreads in kohya's form: export --to diffusers for it."
         )
     worst = write_adapter(
@@ -80,7 +80,7 @@ def export_adapter(
     )
     if concept is not None and concept.words:
         for path in export_words(concept, out, form):
-            say(f"Its words are not in {out}: load {path} beside it as an embedding.")
+            notify(f"Its words are not in {out}: load {path} beside it as an embedding.")
     return (
         f"{out} in {form}'s form: {len(adapter.layers)} layers, read back and compared "
         f"(largest relative difference of a layer's change {worst:.0e})."
@@ -96,7 +96,7 @@ def export_words(concept: Concept, out: Path, form: Form) -> list[Path]:
     tensors, _ = read_tensors(stored)
     found = []
     for token in concept.tokens:
-        sides = words_by_side(tensors, token)
+        sides = split_by_encoder(tensors, token)
         if form == "diffusers" or not set(sides) <= set(ENCODERS) or len(sides) == 1:
             return [stored]
         path = out.with_name(f"{out.stem}-{re.sub(r'[^A-Za-z0-9]', '', token) or 'word'}.safetensors")
@@ -139,8 +139,8 @@ def import_adapter(
         {name: layer.shape for name, layer in adapter.layers.items()}, Weights(opened.location), str(file)
     )
     check_token(token, opened.text_encoder.tokenizer.get_vocab())
-    empty_folder(out)
-    name = WEIGHTS if set(adapter.kinds) <= {"lora", "dora"} else OTHER_WEIGHTS
+    make_empty_folder(out)
+    name = LORA_WEIGHTS if set(adapter.kinds) <= {"lora", "dora"} else LYCORIS_WEIGHTS
     write_adapter(out / name, adapter, "own", header=header)
     write_text(
         out / "README.md",

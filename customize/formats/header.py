@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from backbone.adapters.concept import FILE as CONCEPT
+from backbone.adapters.concept import CONCEPT_FILE as CONCEPT
 from backbone.adapters.concept import Concept, read_concept
 from backbone.io.files import read_json
 from customize.formats.adapter import Adapter, Base

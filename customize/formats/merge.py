@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from backbone.adapters.concept import Concept
-from backbone.io.console import UserError, progress, say
+from backbone.io.console import UserError, notify, progress
 from backbone.io.files import read_tensors
 from backbone.models.locate import locate
 from customize.formats.adapter import BASES, Adapter, Base
@@ -282,7 +282,7 @@ def extract(
             f"{tuned} and {base} are built differently ({what}). Give a model and the one it came from."
         )
     for component in sorted(lacking):
-        say(f"Only one of {tuned} and {base} has all of {component}; what is not in both is left out.")
+        notify(f"Only one of {tuned} and {base} has all of {component}; what is not in both is left out.")
     found: dict[str, Cut] = {}
     outside = 0.0
     with progress(len(shared), "extracting") as bar:

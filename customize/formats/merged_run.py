@@ -9,11 +9,11 @@ from pathlib import Path
 from torch import Tensor
 
 from backbone.adapters.concept import Concept
-from backbone.adapters.embeddings import FILE as WORDS
-from backbone.adapters.embeddings import words_of
-from backbone.adapters.lora import OTHER_WEIGHTS, WEIGHTS
-from backbone.io.console import UserError, say
-from backbone.io.files import empty_folder, write_tensors, write_text
+from backbone.adapters.embeddings import EMBEDDINGS_FILE as WORDS
+from backbone.adapters.embeddings import vector_token_names
+from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS
+from backbone.io.console import UserError, notify
+from backbone.io.files import make_empty_folder, write_tensors, write_text
 from customize.formats.adapter import Adapter
 from customize.formats.header import header_for
 from customize.formats.merge import Part
@@ -37,7 +37,7 @@ def save_merged(
         if moved or not adapter.layers:
             raise UserError(f"Whole weights do not fit into {out}. Add --rank for a LoRA of them, or --bake.")
         if any(part.words for part in parts):
-            say(f"Learned words are not in {out}: they stay in the {WORDS} of their runs.")
+            notify(f"Learned words are not in {out}: they stay in the {WORDS} of their runs.")
         write_adapter(out, adapter, "own", header=header)
         return tokens
     concept = next((part.concept for part in parts if part.concept is not None), None)
@@ -46,10 +46,10 @@ def save_merged(
             f"None of the merged files is a run, so {out} would not know its model. Let --out end in .safetensors."
         )
     words = merged_words(parts, renamed)
-    empty_folder(out)
+    make_empty_folder(out)
     fields = {"weights": "", "words": WORDS if words else "", "changed": CHANGED if moved else ""}
     if adapter.layers:
-        fields["weights"] = WEIGHTS if set(adapter.kinds) <= {"lora", "dora"} else OTHER_WEIGHTS
+        fields["weights"] = LORA_WEIGHTS if set(adapter.kinds) <= {"lora", "dora"} else LYCORIS_WEIGHTS
         write_adapter(out / fields["weights"], adapter, "own", header=header)
     if words:
         write_tensors(out / WORDS, words)
@@ -84,15 +84,15 @@ def joined_tokens(concepts: Sequence[Concept]) -> list[dict[str, tuple[str, str]
         for token, words in concept.tokens.items():
             learned = words.split()[:1] == [token]
             if words in taken.values() and not learned:
-                say(
+                notify(
                     f"“{words}” stands for more than one subject in this merge: a prompt cannot tell them apart."
                 )
             name, number = token, 2
             while name in taken and (learned or taken[name] != words):
                 name, number = _numbered(token, number), number + 1
             if name != token:
-                say(f"{token} is taken: that of {concept.folder} is {name} from now on.")
-            own[token] = (name, " ".join(words_of(name, len(words.split()))) if learned else words)
+                notify(f"{token} is taken: that of {concept.folder} is {name} from now on.")
+            own[token] = (name, " ".join(vector_token_names(name, len(words.split()))) if learned else words)
             taken[name] = own[token][1]
         joined.append(own)
     return joined

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backbone.adapters.concept import FILE as CONCEPT
+from backbone.adapters.concept import CONCEPT_FILE as CONCEPT
 from backbone.adapters.concept import read_concept
-from backbone.adapters.lora import OTHER_WEIGHTS, WEIGHTS
+from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors
 from customize.formats.adapter import _UNET_TOPS, HEADER, Adapter
@@ -128,11 +128,11 @@ def adapter_file(path: str | Path) -> Path:
             f"{path} holds no adapter: it was trained with --method {concept.kind}. Put it into a whole model with "
             "`customize merge --bake`."
         )
-    for name in (WEIGHTS, OTHER_WEIGHTS):
+    for name in (LORA_WEIGHTS, LYCORIS_WEIGHTS):
         if (path / name).is_file():
             return path / name
     raise UserError(
-        f"{path} holds no adapter ({WEIGHTS} is missing). Name a run folder or a .safetensors file."
+        f"{path} holds no adapter ({LORA_WEIGHTS} is missing). Name a run folder or a .safetensors file."
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from backbone.io.console import UserError
-from backbone.io.files import replacing, write_tensors
+from backbone.io.files import atomic_write, write_tensors
 from customize.formats.adapter import BASES, HEADER, Adapter, Base, Form
 from customize.formats.factors import Layer, row_norms
 from customize.formats.layer_names import (
@@ -61,7 +61,7 @@ def write_adapter(
     said = {**(header or {}), **own_header}
     if form in ("kohya", "comfyui"):
         said["modelspec.hash_sha256"] = weights_hash(tensors)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         write_tensors(temporary, tensors, {"format": "pt", **said})
         back = read_adapter(temporary)
         worst, where = difference(adapter, back)

@@ -9,7 +9,7 @@ from typing import cast
 
 from torch import Tensor
 
-from backbone.adapters.lora import OTHER_WEIGHTS, WEIGHTS, Kind, add_lora, save_lora
+from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS, AdapterType, add_lora, save_lora
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from customize.settings import Settings
@@ -46,8 +46,8 @@ class Adapter:
             targets=layers,
             dropout=settings.lora_dropout,
             seed=settings.seed,
-            kind=cast(Kind, settings.adapter),
-            ranks=settings.ranks(),
+            adapter_type=cast(AdapterType, settings.adapter),
+            rank_pattern=settings.ranks(),
         )
 
     @property
@@ -55,9 +55,9 @@ class Adapter:
         return self.settings.learning_rate
 
     def save(self, run: Path, header: Mapping[str, str]) -> dict[str, str]:
-        name = WEIGHTS if self.settings.adapter in ("lora", "dora") else OTHER_WEIGHTS
-        text = {side.name: side.model for side in self.model.text_encoder.sides} if self.with_text else {}
-        save_lora(run / name, self.model.denoiser, ADAPTER, metadata=header, text=text)
+        name = LORA_WEIGHTS if self.settings.adapter in ("lora", "dora") else LYCORIS_WEIGHTS
+        text = {side.name: side.model for side in self.model.text_encoder.slots} if self.with_text else {}
+        save_lora(run / name, self.model.denoiser, ADAPTER, metadata=header, text_encoders=text)
         return {"weights": name}
 
     @property
@@ -79,7 +79,7 @@ class TextAdapter:
     def __post_init__(self) -> None:
         self.parameters = {}
         refuse_other_encoders(self.model)
-        for side in self.model.text_encoder.sides:
+        for side in self.model.text_encoder.slots:
             tensors = add_lora(
                 side.model,
                 ADAPTER,
@@ -102,7 +102,7 @@ class TextAdapter:
 
 def refuse_other_encoders(model: Backbone) -> None:
     """`UserError` for text encoders that carry no adapter: those that are no CLIP."""
-    for side in model.text_encoder.sides:
+    for side in model.text_encoder.slots:
         names = (name.rpartition(".")[2] for name, _ in side.model.named_modules())
         if not set(TEXT_LAYERS) & set(names):
             raise UserError(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from backbone.adapters.embeddings import FILE as WORDS
-from backbone.adapters.embeddings import new_words, rows_of, save_words, words_of
+from backbone.adapters.embeddings import EMBEDDINGS_FILE as WORDS
+from backbone.adapters.embeddings import add_tokens, embed_tokens, save_embeddings, vector_token_names
 from backbone.models.model import Backbone
 from customize.settings import Settings
 
@@ -30,8 +30,8 @@ class Words:
         self.rows, self.parameters = {}, {}
         for subject in settings.subjects():
             first = settings.initializer_token or subject.class_noun
-            start = rows_of(encoder, first, count=settings.num_vectors)
-            rows = new_words(encoder, start, words=words_of(subject.token, settings.num_vectors))
+            start = embed_tokens(encoder, first, count=settings.num_vectors)
+            rows = add_tokens(encoder, start, tokens=vector_token_names(subject.token, settings.num_vectors))
             self.rows[subject.token] = rows
             self.parameters |= {
                 f"words.{subject.token}.{side}": value.requires_grad_(True) for side, value in rows.items()
@@ -43,5 +43,5 @@ class Words:
         return self.settings.words_learning_rate
 
     def save(self, run: Path, header: Mapping[str, str]) -> dict[str, str]:
-        save_words(run / WORDS, self.rows, metadata=header)
+        save_embeddings(run / WORDS, self.rows, metadata=header)
         return {"words": WORDS}

@@ -229,10 +229,10 @@ class DreamBooth(Objective):
 def share_of(settings: Settings) -> processes.Share:
     """What this process does of a step. Raises `UserError` for settings that these processes cannot share."""
     if settings.method in ("full", "custom-diffusion"):
-        processes.refuse_shards(f"--method {settings.method}")
+        processes.require_whole_model(f"--method {settings.method}")
     if settings.adapter == "dora":
-        processes.refuse_shards("DoRA, which measures the base's weights,")
-    share = processes.share(settings.gradient_accumulation_steps, settings.batch)
+        processes.require_whole_model("DoRA, which measures the base's weights,")
+    share = processes.share_of_step(settings.gradient_accumulation_steps, settings.batch)
     if settings.lora_dropout and share.scale > 1:
         raise UserError(
             "--lora-dropout leaves out parts of a whole batch, so that a batch cannot be split over "

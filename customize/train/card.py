@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from backbone.adapters.embeddings import FILE as WORDS
+from backbone.adapters.embeddings import EMBEDDINGS_FILE as WORDS
 from backbone.io.console import UserError
 from backbone.io.files import read_header
 from backbone.models.model import Backbone
@@ -19,7 +19,7 @@ PRIVATE = ["checkpoint.safetensors", "tensorboard/*", ".*"]  # of use to nobody 
 
 def card(settings: Settings, model: Backbone) -> str:
     """The head of a model card, as the hub reads it: base, library, tags, the prompt to write, a picture."""
-    place = model.location.place
+    place = model.location.source
     adapter = settings.method in ("lora", "pivotal")
     tags = ["text-to-image", "diffusers", "dreambooth", settings.adapter if adapter else settings.method]
     first = settings.subjects()[0]

@@ -10,17 +10,26 @@ from pathlib import Path
 import torch
 from PIL.Image import Image
 
-from backbone.adapters.concept import BEST, Concept, spoken
+from backbone.adapters.concept import BEST, Concept, resolve_placeholder_tokens
 from backbone.diffusion.losses import denoising_score_matching
 from backbone.diffusion.noise import add_noise, generator
 from backbone.distributed import processes
-from backbone.distributed.processes import is_writer, takes_part
-from backbone.io.console import say
+from backbone.distributed.processes import is_main_process, is_participant
+from backbone.io.console import notify
 from backbone.io.files import append_jsonl, read_jsonl, write_text
-from backbone.io.report import command, curve, curves, heading, paragraph, picture, table, write_report
-from backbone.media.pictures import Picture
-from backbone.media.sheet import Cell, in_rows, save_png, sheet
-from backbone.media.transforms import square
+from backbone.io.report import (
+    command,
+    heading,
+    image_figure,
+    line_plot,
+    paragraph,
+    plot_row,
+    table,
+    write_report,
+)
+from backbone.media.pictures import ImageRecord
+from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
+from backbone.media.transforms import crop_square
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from customize.evaluate.metrics import PROMPTS, Evaluator, Figures, Patience, Scorers
@@ -43,14 +52,14 @@ class Validation:
     """
 
     def __init__(
-        self, run: Path, training: DreamBooth, concept: Concept, pictures: Sequence[Picture]
+        self, run: Path, training: DreamBooth, concept: Concept, pictures: Sequence[ImageRecord]
     ) -> None:
         self.run, self.training, self.concept = run, training, concept
         settings, model = training.settings, training.model
         own = model.location.local("scorer")
         self.evaluator = None
         self.patience = Patience(settings.patience or settings.steps)
-        scorers = Scorers.of(settings.scorer, own) if settings.evaluation_steps and takes_part() else None
+        scorers = Scorers.of(settings.scorer, own) if settings.evaluation_steps and is_participant() else None
         if scorers is not None:
             self.evaluator = Evaluator(model, scorers, concept, settings, pictures)
             self._remember()
@@ -64,7 +73,7 @@ class Validation:
             with self.training.averaged():
                 figures, drawn = self.evaluator.measure(step, fixed_loss(self.training))
             best = self.patience.note(figures)
-            if is_writer():
+            if is_main_process():
                 self._keep(figures, drawn, best=best and step > 0)
         if settings.patience and self.patience.exhausted:
             return f"{settings.patience} evaluations without a better rating."
@@ -93,21 +102,23 @@ class Validation:
             if stopped
             else f"All {settings.steps} steps were taken."
         )
-        say(f"The best of {len(history)} evaluations is step {best.step}, in {self.run / BEST}. {why}")
+        notify(f"The best of {len(history)} evaluations is step {best.step}, in {self.run / BEST}. {why}")
         names = ("subject", "prompt", "preservation", "diversity", "loss", "rating")
-        likeness = f"{self.evaluator.scorers.eye.likeness} with the subject"
+        likeness = f"{self.evaluator.scorers.eye.similarity_name} with the subject"
         titles = (likeness, "CLIP-T", "PRES (lower is better)", "DIV", "loss", "rating")
         drawn = [
-            curve(title, {title: [(f.step, getattr(f, name)) for f in history]}, marked=best.step)
+            line_plot(title, {title: [(f.step, getattr(f, name)) for f in history]}, marked=best.step)
             for name, title in zip(names, titles, strict=True)
         ]
         log = read_jsonl(self.run / "log.jsonl")
         drawn.append(
-            curve("training loss (mean of 20)", {"": smoothed([(x["step"], x["loss"]) for x in log])})
+            line_plot("training loss (mean of 20)", {"": smoothed([(x["step"], x["loss"]) for x in log])})
         )
         rows = [(f.step, *(float(getattr(f, name)) for name in names)) for f in history]
         strips = [
-            picture(self.run / STRIPS / f"step-{f.step:06d}.png", f"step {f.step}, rating {f.rating:.2f}")
+            image_figure(
+                self.run / STRIPS / f"step-{f.step:06d}.png", f"step {f.step}, rating {f.rating:.2f}"
+            )
             for f in history
         ]
         write_report(
@@ -115,7 +126,7 @@ class Validation:
             settings.called(),
             [
                 paragraph(f"{why} {RULE}"),
-                curves(drawn),
+                plot_row(drawn),
                 heading("Evaluations"),
                 table(("step", *titles), rows),
                 heading("The same noise along training"),
@@ -136,14 +147,14 @@ class Validation:
         if not path.exists() or self.evaluator is None:
             return
         kept = [line for line in read_jsonl(path) if line["step"] <= self.training.done]
-        if is_writer():
+        if is_main_process():
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.patience.history = [Figures(**line) for line in kept]
         self.evaluator.start = self.patience.history[0] if kept else None
 
     def _strip(self, figures: Figures, drawn: Sequence[Image]) -> None:
         path = self.run / STRIPS / f"step-{figures.step:06d}.png"
-        save_png(path, sheet([[Cell(image) for image in drawn]], cell=112))
+        save_png(path, draw_sheet([[Cell(image) for image in drawn]], cell=112))
 
 
 def smoothed(points: Sequence[tuple[float, float]], *, window: int = 20) -> list[tuple[float, float]]:
@@ -194,14 +205,17 @@ class Previews:
             prompt.replace("{}", names[number % len(names)])
             for number, prompt in enumerate(settings.sheet_prompts)
         ]
-        self.requests = [Request(spoken(prompt, [concept]), (i, 0)) for i, prompt in enumerate(self.prompts)]
+        self.requests = [
+            Request(resolve_placeholder_tokens(prompt, [concept]), (i, 0))
+            for i, prompt in enumerate(self.prompts)
+        ]
 
-    def save(self, path: Path, *, count: int, pictures: list[Picture] | None = None) -> list[str]:
+    def save(self, path: Path, *, count: int, pictures: list[ImageRecord] | None = None) -> list[str]:
         """Writes a sheet of the first `count` prompts, the subject's pictures above them; gives the prompts.
 
         Of several processes the writer does, and the others draw along where the model is sharded.
         """
-        if not processes.takes_part():
+        if not processes.is_participant():
             return []
         drawn: list[Image] = list(
             sample(
@@ -212,13 +226,13 @@ class Previews:
                 seed=self.settings.seed,
             )
         )
-        own = [square(picture.open(), self.model.resolution) for picture in (pictures or [])[:8]]
+        own = [crop_square(picture.open(), self.model.resolution) for picture in (pictures or [])[:8]]
         cells = [Cell(picture, prompt) for picture, prompt in zip(drawn, self.prompts, strict=False)]
-        rows = ([list(own)] if own else []) + in_rows(cells, 4)
+        rows = ([list(own)] if own else []) + split_rows(cells, 4)
         titles = ["The subject", "What the model draws now"] if own else []
         settings = self.settings
         how = f"{settings.sample_steps} steps, guidance {settings.guidance:g}, seed {settings.seed}"
         note = f"{settings.model}, {how}"
-        if processes.is_writer():
-            save_png(path, sheet(rows, title=self.settings.called(), note=note, row_titles=titles))
+        if processes.is_main_process():
+            save_png(path, draw_sheet(rows, title=self.settings.called(), note=note, row_titles=titles))
         return self.prompts[:count]

@@ -9,9 +9,17 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from backbone.adapters.lora import Kind, add_lora
+from backbone.adapters.lora import AdapterType, add_lora
 from backbone.io.console import UserError
-from backbone.memory.planner import Account, Choice, Work, has_library, plan, precision_of, within
+from backbone.memory.planner import (
+    MemoryEstimator,
+    MemorySettings,
+    Workload,
+    fit_to_memory,
+    has_bitsandbytes,
+    plan_memory,
+    precision_name,
+)
 from backbone.models.model import Backbone
 from backbone.models.placement import get_placement
 from customize.data.dataset import preserves, trains_text
@@ -19,8 +27,8 @@ from customize.methods.weights import CROSS_ATTENTION
 from customize.settings import Settings
 
 
-def work_of(model: Backbone, settings: Settings, pictures: int) -> Work:
-    """The run's `Work`, for so many pictures; `UserError` for a set of layers that the family does not know."""
+def work_of(model: Backbone, settings: Settings, pictures: int) -> Workload:
+    """The run's `Workload`, for so many pictures; `UserError` for a set of layers that the family does not know."""
     layers = model.family.lora_targets.get(settings.lora_layers)
     if layers is None:
         known = ", ".join(model.family.lora_targets)
@@ -38,21 +46,22 @@ def work_of(model: Backbone, settings: Settings, pictures: int) -> Work:
             rank=settings.rank,
             alpha=settings.lora_alpha,
             targets=layers,
-            kind=cast(Kind, settings.adapter),
-            ranks=settings.ranks(),
+            adapter_type=cast(AdapterType, settings.adapter),
+            rank_pattern=settings.ranks(),
         ).values()
 
     seen = pictures * (2 if settings.flip else 1)
     prior = settings.prior_batch if preserves(settings) else 0
-    return Work(
+    return Workload(
         trains,
-        rows=settings.batch + prior,
-        full=settings.method == "full",
-        plain=settings.adapter == "lora" and settings.method not in ("full", "custom-diffusion"),
-        text_learns=trains_text(settings),
-        asks=preserves(settings) and settings.prior == "base",
-        kept=(2 * seen, seen + len(settings.subjects())),  # mean and deviation
-        averaged=bool(settings.ema_decay),
+        batch_size=settings.batch + prior,
+        full_finetuning=settings.method == "full",
+        supports_compressed_base=settings.adapter == "lora"
+        and settings.method not in ("full", "custom-diffusion"),
+        trains_text_encoders=trains_text(settings),
+        queries_base=preserves(settings) and settings.prior == "base",
+        cached_counts=(2 * seen, seen + len(settings.subjects())),  # mean and deviation
+        has_ema=bool(settings.ema_decay),
     )
 
 
@@ -65,10 +74,12 @@ def chosen(denoiser: nn.Module, pattern: str) -> list[Tensor]:
     return found
 
 
-def choice_of(model: Backbone, settings: Settings) -> Choice:
+def choice_of(model: Backbone, settings: Settings) -> MemorySettings:
     """How the settings as they are hold the run in memory."""
     placement = get_placement(settings)
-    return Choice(precision_of(model), settings.gradient_checkpointing, settings.optimizer, placement)
+    return MemorySettings(
+        precision_name(model), settings.gradient_checkpointing, settings.optimizer, placement
+    )
 
 
 def budgeted(model: Backbone, settings: Settings, pictures: int, size: float) -> tuple[Backbone, Settings]:
@@ -77,14 +88,14 @@ def budgeted(model: Backbone, settings: Settings, pictures: int, size: float) ->
     Raises `UserError` where nothing fits.
     """
     work = work_of(model, settings, pictures)
-    smaller, found = within(model, work, size, choice_of(model, settings))
+    smaller, found = fit_to_memory(model, work, size, choice_of(model, settings))
     return smaller, replace(settings, **found.settings(), optimizer=found.optimizer)
 
 
 def foreseen(model: Backbone, settings: Settings, pictures: int, size: float) -> list[str]:
     """What the planner would choose on a GPU of `size` GiB, here or elsewhere; `UserError` where nothing fits."""
-    account = Account(model, work_of(model, settings, pictures), device="cuda")
+    account = MemoryEstimator(model, work_of(model, settings, pictures), device="cuda")
     start = choice_of(model, settings)
     if settings.precision == "auto":
         start = replace(start, precision="bf16")
-    return plan(account, size, start, library=has_library()).lines()
+    return plan_memory(account, size, start, library=has_bitsandbytes()).lines()

@@ -1,6 +1,6 @@
 """What can be told before a run: pictures that will not teach well, and how much memory and time the run takes.
 
-Warnings are said; only pictures that cannot be read are errors (`backbone.media.pictures.check`).
+Warnings are said; only pictures that cannot be read are errors (`backbone.media.pictures.check_images`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from backbone.media.pictures import Picture
-from backbone.memory.planner import GIB, Account, Phase, table
+from backbone.media.pictures import ImageRecord
+from backbone.memory.planner import GIB, MemoryEstimator, Phase, format_phases
 from customize.train.memory import choice_of, work_of
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Look:
     sharpness: float
 
 
-def look(picture: Picture) -> Look:
+def look(picture: ImageRecord) -> Look:
     """Opens a picture once and measures it."""
     image = picture.open()
     return Look(
@@ -54,7 +54,7 @@ def look(picture: Picture) -> Look:
     )
 
 
-def warnings_about(pictures: Sequence[Picture], *, resolution: int) -> list[str]:
+def warnings_about(pictures: Sequence[ImageRecord], *, resolution: int) -> list[str]:
     """A sentence for everything that may spoil a run at `resolution` pixels a side."""
     looks = [look(picture) for picture in pictures]
     found: list[str] = []
@@ -144,15 +144,15 @@ class Estimate:
     @property
     def peak(self) -> int:
         """Bytes of the phase that needs most."""
-        return max(phase.bytes for phase in self.phases.values())
+        return max(phase.total_bytes for phase in self.phases.values())
 
     def sentences(self) -> list[str]:
         """What a person wants to know of it."""
-        most = max(self.phases, key=lambda name: self.phases[name].bytes)
+        most = max(self.phases, key=lambda name: self.phases[name].total_bytes)
         said = [
             f"The default run keeps about {self.peak / GIB:.2g} GiB of tensors at its peak, while {most} "
             f"(activations {self.activations / GIB:.2g} GiB); Python and its libraries take their own beside.",
-            *table(self.phases),
+            *format_phases(self.phases),
         ]
         if self.step_seconds is None:
             said.append("How long it takes is unknown: a step is timed here for small models only.")
@@ -167,10 +167,10 @@ class Estimate:
 
 def estimate(model: Backbone, settings: Settings, pictures: int) -> Estimate:
     """The memory of a run from settings alone (nothing is loaded), and a timed step if the model is small."""
-    account = Account(model, work_of(model, settings, pictures), device=model.device.type)
+    account = MemoryEstimator(model, work_of(model, settings, pictures), device=model.device.type)
     choice = choice_of(model, settings)
-    step = account.step(choice.precision, choice.checkpointing)
-    small = account.parts(choice.precision).denoiser <= SMALL_MODEL * choice.dtype.itemsize
+    step = account.step_bytes(choice.precision, choice.checkpointing)
+    small = account.model_sizes(choice.precision).denoiser <= SMALL_MODEL * choice.dtype.itemsize
     seconds = timed_step(model, settings, pictures) if small else None
     return Estimate(account.phases(choice), step.saved, seconds, settings.steps)
 
@@ -183,19 +183,19 @@ def timed_step(model: Backbone, settings: Settings, pictures: int) -> float:
     from backbone.training.attention import quick_to_train
 
     device, work = model.device.type, work_of(model, settings, pictures)
-    outline = model.family.outline(model.location, model.dtype)
-    network = outline.denoiser.bare(device)
-    trained = list(work.trains(network))
-    conditions = outline.blank(work.rows, device)
+    outline = model.family.spec(model.location, model.dtype)
+    network = outline.denoiser.instantiate(device)
+    trained = list(work.add_trainable(network))
+    conditions = outline.blank_text(work.batch_size, device)
     if not trained:  # the words learn
         trained = [value.requires_grad_(True) for value in conditions.tensors() if value.is_floating_point()]
-    noisy = torch.zeros(work.rows, *model.latent_shape, device=device)
+    noisy = torch.zeros(work.batch_size, *model.latent_shape, device=device)
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     seconds = 0.0
     for _ in range(2):
         began = time.perf_counter()
         with quick_to_train(network):
-            cleanest = torch.zeros(work.rows, dtype=torch.long)
+            cleanest = torch.zeros(work.batch_size, dtype=torch.long)
             prediction = model.predict(noisy, cleanest, conditions, denoiser=network)
         squared_error(prediction, noisy).mean().backward()
         optimizer.step()

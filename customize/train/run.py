@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from backbone.adapters.concept import Concept, check_token, rare_words, spoken
-from backbone.adapters.embeddings import words_of
+from backbone.adapters.concept import Concept, check_token, choose_rare_words, resolve_placeholder_tokens
+from backbone.adapters.embeddings import vector_token_names
 from backbone.distributed import processes
-from backbone.io.console import UserError, say
+from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash, write_json, write_text
-from backbone.io.run_folder import clear_failed_try, refuse_taken, run_name, versions
-from backbone.media.pictures import Picture, check, read_folder
-from backbone.media.transforms import square
+from backbone.io.run_folder import clear_failed_try, package_versions, refuse_taken, run_name
+from backbone.media.pictures import ImageRecord, check_images, list_images
+from backbone.media.transforms import crop_square
 from backbone.models.model import Backbone
 from backbone.models.placement import get_placement
 from backbone.training.run import Every, drive
@@ -42,12 +42,12 @@ def train_concept(
     of them listed, a bad token, or a run folder that is taken.
     """
     began = time.perf_counter()
-    processes.join(asked.get("device") or "auto")
+    processes.init_process(asked.get("device") or "auto")
     pictures = _pictures_of(subjects, asked.get("caption_column", ""), asked.get("image_column", ""))
     run = out or Path("runs") / run_name(subjects[0].images)
     refuse_taken(run)
     for folder in asked.get("class_images", ()):
-        check(read_folder(folder))
+        check_images(list_images(folder))
     model = Backbone.open(
         asked.get("model", "moji"),
         device=asked.get("device", "auto"),
@@ -78,7 +78,7 @@ def train_concept(
     if vram is not None:
         from customize.train.memory import budgeted
 
-        processes.refuse_shards("--vram counts for a process alone; it")
+        processes.require_whole_model("--vram counts for a process alone; it")
         model, settings = budgeted(model, settings, sum(map(len, pictures)), vram)
     vocabulary = model.text_encoder.tokenizer.get_vocab()
     if settings.train_text_encoder:
@@ -90,17 +90,17 @@ def train_concept(
             raise UserError(f"Two subjects have the token {subject.token}. Give each its own.")
         words = subject.token_words
         if settings.method in OWN_WORDS:
-            words = " ".join(words_of(subject.token, settings.num_vectors))
+            words = " ".join(vector_token_names(subject.token, settings.num_vectors))
         elif not words:
             key = "".join(content_hash(picture.read()) for picture in folder)
-            words = rare_words(vocabulary, key, taken=[other.token_words for other in found])
+            words = choose_rare_words(vocabulary, key, taken=[other.token_words for other in found])
         found.append(dataclasses.replace(subject, class_noun=noun, token_words=words))
     settings = dataclasses.replace(
         settings, token_words=found[0].token_words, subject=tuple(subject.flag() for subject in found[1:])
     )
     share_of(settings)
     processes.barrier()  # now every process has seen that the folder is free
-    if processes.is_writer():
+    if processes.is_main_process():
         clear_failed_try(run)
         write_record(run, settings, timings={})
     return carry_on(run, settings, model, pictures, began=began)
@@ -109,7 +109,7 @@ def train_concept(
 def resume_concept(run: Path) -> Path:
     """Goes on with a run that was stopped; the weights come out as if it had not been."""
     settings = read_settings(run)
-    processes.join(settings.device)
+    processes.init_process(settings.device)
     pictures = _pictures_of(settings.subjects(), settings.caption_column, settings.image_column)
     model = Backbone.open(
         settings.model,
@@ -121,18 +121,20 @@ def resume_concept(run: Path) -> Path:
     return carry_on(run, settings, model, pictures, began=time.perf_counter())
 
 
-def _pictures_of(subjects: Sequence[Subject], caption_column: str, image_column: str) -> list[list[Picture]]:
+def _pictures_of(
+    subjects: Sequence[Subject], caption_column: str, image_column: str
+) -> list[list[ImageRecord]]:
     """The images of each subject; `UserError` that lists all which cannot be used."""
     found = [
-        read_folder(subject.images, caption_column=caption_column or None, image_column=image_column or None)
+        list_images(subject.images, caption_column=caption_column or None, image_column=image_column or None)
         for subject in subjects
     ]
-    check([picture for folder in found for picture in folder])
+    check_images([picture for folder in found for picture in folder])
     return found
 
 
 def carry_on(
-    run: Path, settings: Settings, model: Backbone, pictures: Sequence[list[Picture]], *, began: float
+    run: Path, settings: Settings, model: Backbone, pictures: Sequence[list[ImageRecord]], *, began: float
 ) -> Path:
     """Trains from the last checkpoint, if there is one, to the finished folder."""
     subjects = settings.subjects()
@@ -146,17 +148,20 @@ def carry_on(
     groups = []
     for subject, folder in zip(subjects, pictures, strict=True):
         instance = subject.filled(settings.instance_prompt)
-        prompts = [spoken(captioned(picture, instance, subject.token), [concept]) for picture in folder]
+        prompts = [
+            resolve_placeholder_tokens(captioned(picture, instance, subject.token), [concept])
+            for picture in folder
+        ]
         groups.append(Group(folder, prompts, subject.filled(settings.class_prompt)))
         what = (
             f"gets {settings.num_vectors} new words of its own"
             if settings.method in OWN_WORDS
             else f"stands for “{subject.token_words}”"
         )
-        say(f"{len(folder)} pictures of “{subject.called()}”; {subject.token} {what}.")
+        notify(f"{len(folder)} pictures of “{subject.called()}”; {subject.token} {what}.")
     training = DreamBooth(model, prepare(model, groups, settings), settings)
     training.resume(run)
-    writes = processes.is_writer()
+    writes = processes.is_main_process()
     if writes and settings.mask == "auto":
         save_masks(run / MASKS, pictures, training.data.masks or [], flip=settings.flip)
     prepared = time.perf_counter()
@@ -189,7 +194,7 @@ def carry_on(
             run / SHEET, count=8, pictures=[picture for folder in pictures for picture in folder]
         )
     if not writes:
-        processes.leave()
+        processes.end_process()
         return run
     ended = time.perf_counter()
     timings = {
@@ -202,23 +207,23 @@ def carry_on(
     write_record(run, settings, timings=seconds)
     write_text(run / "README.md", card(settings, model) + readme(run, settings, shown, seconds))
     if settings.push_to_hub:
-        say(f"Uploaded to {push(run, settings.hub_model_id or run.name)}.")
-    processes.leave()
+        notify(f"Uploaded to {push(run, settings.hub_model_id or run.name)}.")
+    processes.end_process()
     return run
 
 
-def guess(model: Backbone, pictures: list[Picture], images: str) -> str:
+def guess(model: Backbone, pictures: list[ImageRecord], images: str) -> str:
     """The class of the subject, said aloud: from the name of its folder if that is a noun, else by the scorer.
 
     Raises `UserError` where the name says nothing and the model has no scorer.
     """
-    from backbone.evaluation.clip import guess_class, load_scorer
-    from backbone.world.words import vocabulary
+    from backbone.evaluation.clip import classify_subject, load_scorer
+    from backbone.world.words import load_vocabulary
 
-    nouns = tuple(vocabulary().nouns)
+    nouns = tuple(load_vocabulary().nouns)
     for word in re.split(r"[^a-z]+", run_name(images).lower()):
         if word in nouns:
-            say(f"The name of {images} says that it shows a {word}. --class says otherwise.")
+            notify(f"The name of {images} says that it shows a {word}. --class says otherwise.")
             return word
     folder = model.location.local("scorer")
     if folder is None:
@@ -226,14 +231,14 @@ def guess(model: Backbone, pictures: list[Picture], images: str) -> str:
             f"Say what the pictures show with --class (as --class dog): {model.location.name} cannot guess it."
         )
     scorer = load_scorer(folder)
-    ranked = guess_class(scorer, [square(picture.open(), 128) for picture in pictures], nouns)
+    ranked = classify_subject(scorer, [crop_square(picture.open(), 128) for picture in pictures], nouns)
     best, second = ranked[0], ranked[1]
     seems = f"{best[0]} ({best[1]:.0%}; next {second[0]}, {second[1]:.0%})"
-    say(f"The pictures seem to show a {seems}. --class says otherwise.")
+    notify(f"The pictures seem to show a {seems}. --class says otherwise.")
     return str(best[0])
 
 
-def captioned(picture: Picture, instance: str, token: str) -> str:
+def captioned(picture: ImageRecord, instance: str, token: str) -> str:
     """The training prompt of a picture: its own caption where it has one, the token put in front if it lacks it."""
     if not picture.caption:
         return instance
@@ -244,5 +249,6 @@ def write_record(run: Path, settings: Settings, *, timings: dict[str, float]) ->
     """Writes the run's `settings.json`: what was resolved, how to repeat it, and with which versions."""
     command = as_flags(settings, run)
     write_json(
-        run / FILE, {"settings": settings, "command": command, "versions": versions(), "timings": timings}
+        run / FILE,
+        {"settings": settings, "command": command, "versions": package_versions(), "timings": timings},
     )

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from backbone.families.base import Stretch
+from backbone.families.base import TextSegment
 from backbone.io.console import UserError
 
 Change = Literal["kept", "replaced", "added", "removed"]
@@ -172,10 +172,10 @@ def read_prompt(tokenizer: Any, text: str) -> TokenizedPrompt:
 
     Raises `UserError` for a prompt without words.
     """
-    return tokenize_prompt([Stretch(tokenizer, tokenizer.model_max_length)], text)
+    return tokenize_prompt([TextSegment(tokenizer, tokenizer.model_max_length)], text)
 
 
-def tokenize_prompt(stretches: Sequence[Stretch], text: str) -> TokenizedPrompt:
+def tokenize_prompt(stretches: Sequence[TextSegment], text: str) -> TokenizedPrompt:
     """A prompt as tokenized for a model whose text tokens are these stretches, one behind the other.
 
     The first tokenizer says what the words are; what the others cut belongs to the word that it covers most of.
@@ -304,13 +304,13 @@ class _Cut:
     positions: list[int]
 
 
-def _tokenize_section(stretch: Stretch, prompt: str, first: int) -> tuple[Section, list[_Cut]]:
+def _tokenize_section(stretch: TextSegment, prompt: str, first: int) -> tuple[Section, list[_Cut]]:
     """One stretch of a prompt, whose tokens stand at `first` and behind."""
     last = first + stretch.tokens
     empty = Section(first, last, last, last)
     if stretch.tokenizer is None:
         return empty, []
-    text = stretch.heard(prompt)
+    text = stretch.preprocess(prompt)
     encoding = stretch.tokenizer(
         text, padding="max_length", truncation=True, max_length=stretch.tokens, verbose=False,
         return_offsets_mapping=True,

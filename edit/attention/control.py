@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbone.families.base import Attention
+from backbone.families.base import AttentionLayout
 
 SelfAttention = Literal["own", "layout", "contents"]
 """Whose self-attention a target has: its own; the source's queries and keys; the source's keys and values."""
@@ -24,7 +24,7 @@ Reach = Literal["prompted", "all"]
 MAP_TOKENS = 256  # maps are read at the resolution nearest to 16 × 16, where words have places
 
 
-UNET = Attention()
+UNET = AttentionLayout()
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ class Control:
     targets: int
     cross: Cross | None = None
     self_attention: SelfAttention = "own"
-    self_tokens: int | None = UNET.coarse
+    self_tokens: int | None = UNET.max_map_queries
     layers: tuple[str, ...] = ("",)
     reach: Reach = "prompted"
     controlled_targets: Sequence[bool] | None = None
@@ -113,7 +113,9 @@ class Maps:
     most     the most queries of a layer that is read; None for any number
     """
 
-    def __init__(self, columns: Tensor, latent: tuple[int, int], *, most: int | None = UNET.coarse) -> None:
+    def __init__(
+        self, columns: Tensor, latent: tuple[int, int], *, most: int | None = UNET.max_map_queries
+    ) -> None:
         self.columns = columns
         self.latent = latent
         self.most = most

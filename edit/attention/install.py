@@ -30,7 +30,7 @@ from typing import Any, cast
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 
-from backbone.families.base import Attention
+from backbone.families.base import AttentionLayout
 from backbone.io.console import UserError
 from edit.attention.control import UNET, Control
 from edit.attention.joint import JointProcessor
@@ -38,7 +38,9 @@ from edit.attention.separate import Processor, features_of, gather_features
 
 
 @contextmanager
-def control_attention(denoiser: nn.Module, control: Control, attention: Attention = UNET) -> Iterator[None]:
+def control_attention(
+    denoiser: nn.Module, control: Control, attention: AttentionLayout = UNET
+) -> Iterator[None]:
     """Inside the `with`, the denoiser computes attention as `control` says; afterwards, also after an error, as before.
 
     `attention` describes it for its family. Raises `UserError` for a denoiser whose attention is computed in another
@@ -49,7 +51,7 @@ def control_attention(denoiser: nn.Module, control: Control, attention: Attentio
     foreign = {
         type(p).__name__
         for p in before.values()
-        if type(p) not in attention.joint and not isinstance(p, (AttnProcessor, AttnProcessor2_0))
+        if type(p) not in attention.joint_inputs and not isinstance(p, (AttnProcessor, AttnProcessor2_0))
     }
     if foreign or not before:
         what = f"is computed by {', '.join(sorted(foreign))}" if foreign else "cannot be reached"
@@ -60,8 +62,8 @@ def control_attention(denoiser: nn.Module, control: Control, attention: Attentio
     try:
         network.set_attn_processor(
             {
-                name: JointProcessor(control, plain, name, attention.joint[type(plain)])
-                if type(plain) in attention.joint
+                name: JointProcessor(control, plain, name, attention.joint_inputs[type(plain)])
+                if type(plain) in attention.joint_inputs
                 else Processor(control, plain, name)
                 for name, plain in before.items()
             }

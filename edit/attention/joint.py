@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbone.families.base import Streams
+from backbone.families.base import JointAttentionInputs
 from edit.attention.control import read_columns
 
 if TYPE_CHECKING:
@@ -42,7 +42,9 @@ class JointProcessor:
     alone, comes here too.
     """
 
-    def __init__(self, control: Control, plain: Any, name: str, read: Callable[..., Streams]) -> None:
+    def __init__(
+        self, control: Control, plain: Any, name: str, read: Callable[..., JointAttentionInputs]
+    ) -> None:
         self.control = control
         self.plain = plain
         self.name = name
@@ -62,7 +64,7 @@ class JointProcessor:
             return self.plain(attn, *call)
         streams = self.read(attn, *call)
         query, key, value = streams.query, streams.key, streams.value
-        picture, has_words = streams.picture, streams.text.stop > streams.text.start
+        picture, has_words = streams.image, streams.text.stop > streams.text.start
         places = picture.stop - picture.start
         # The source's layout (queries and keys) or contents (keys and values), in the picture's part alone
         if control.reaches(self.name, places):
@@ -80,16 +82,18 @@ class JointProcessor:
             columns = F.pad(control.maps.columns, _keys_around_words(streams))
             control.maps.add(read_columns(attend, query, columns))
         if control.cross is None or not has_words:
-            return streams.finish(streams.attend(query, key, value))
-        return streams.finish(_cross(streams, query, key, value, control.targets, control.cross))
+            return streams.project_output(streams.attend(query, key, value))
+        return streams.project_output(_cross(streams, query, key, value, control.targets, control.cross))
 
 
-def _cross(streams: Streams, query: Tensor, key: Tensor, value: Tensor, targets: int, cross: Cross) -> Tensor:
+def _cross(
+    streams: JointAttentionInputs, query: Tensor, key: Tensor, value: Tensor, targets: int, cross: Cross
+) -> Tensor:
     """Attention [B, heads, tokens, D] in which the targets' pictures look at words as `cross` says.
 
     SDPA(q, k, [V_p; diag(d)·V_w]) + SDPA(q_s, k_s, [0; (M·diag c)·V_w])
     """
-    of_targets, picture, text = slice(1, 1 + targets), streams.picture, streams.text
+    of_targets, picture, text = slice(1, 1 + targets), streams.image, streams.text
     others = [0, *range(1 + targets, len(query))]
     attended = torch.empty_like(query)
     # All other rows, and the queries of the targets' words, are left as they are
@@ -116,6 +120,6 @@ def _gather_picture(x: Tensor, picture: slice, source: list[int]) -> Tensor:
     return gathered
 
 
-def _keys_around_words(streams: Streams) -> tuple[int, int]:
+def _keys_around_words(streams: JointAttentionInputs) -> tuple[int, int]:
     """How many keys stand before the words, and how many behind them."""
     return streams.text.start, streams.key.shape[2] - streams.text.stop

@@ -104,7 +104,7 @@ def locate_word(inversion: Inversion, word: str, *, threshold: float = 0.25) -> 
 
     That is where leaving the word out of the prompt changes the predictions (`edit.masks`).
     """
-    require([tokenize_prompt(inversion.model.text_encoder.stretches, inversion.prompt)], word)
+    require([tokenize_prompt(inversion.model.text_encoder.segments, inversion.prompt)], word)
     maps, nfe = difference_maps(inversion, [(inversion.prompt, without(inversion.prompt, word))])
     return (maps[0] > threshold).float(), nfe
 

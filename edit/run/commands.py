@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from backbone.io.console import UserError, progress, say
+from backbone.io.console import UserError, notify, progress
 from edit import checks
 from edit.methods.compose import compose
 from edit.methods.flow_edit import flow_edit
@@ -62,7 +62,7 @@ def run_replace(
     if inversion is None:
         inversion = start.open(loaded, guidance=asked.guidance)
     for target, alignment in zip(targets, alignments, strict=True):
-        say(f"→ {target}\n{alignment}" if len(targets) > 1 else str(alignment))
+        notify(f"→ {target}\n{alignment}" if len(targets) > 1 else str(alignment))
     with progress(inversion.steps - inversion.start(asked.strength), "editing") as bar:
         result = replace_words(inversion, resolved, asked, alignments=alignments, progress=bar.advance)
     return replace(result, prompts=targets, title=start.source or inversion.prompt)

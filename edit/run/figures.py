@@ -35,7 +35,7 @@ def measure_edits(result: Result, scorer: Scorer | None) -> list[Figures]:
     source = result.source
     masks = [None] * len(result.latents) if result.masks is None else list(result.masks)
     return [
-        image_metrics.figures(
+        image_metrics.measure_edit(
             to_tensor(source),
             edit.cpu(),
             changed=None if mask is None else mask_to_tensor(mask_to_image(mask, source.size))[0],

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from backbone.adapters.concept import Concept, described, read_concept, spoken
+from backbone.adapters.concept import Concept, read_concept, resolve_placeholder_tokens, summarize_concepts
 from backbone.distributed.device import PRECISIONS
-from backbone.io.console import UserError, say
+from backbone.io.console import UserError, notify
 from backbone.io.files import read_metadata
 from backbone.models.model import Backbone
 from edit import checks
@@ -36,14 +36,14 @@ class ModelWithConcepts:
 
     def resolve(self, prompt: str) -> str:
         """A person's prompt in the model's words: placeholder tokens replaced by what they stand for."""
-        return spoken(prompt, self.concepts)
+        return resolve_placeholder_tokens(prompt, self.concepts)
 
     def facts(self) -> dict[str, Any]:
         """For the record."""
         return {
             "model": self.model.location.name,
             "fingerprint": self.model.fingerprint,
-            "concepts": described(self.concepts),
+            "concepts": summarize_concepts(self.concepts),
             "scale": self.scale,
             "device": str(self.model.device),
             "precision": next(name for name, dtype in PRECISIONS.items() if dtype is self.model.dtype),
@@ -67,9 +67,9 @@ def load_model(
         name = read_metadata(inversion).get("model")
     backbone = Backbone.open(name or "moji", device=device or "auto", precision=precision or "auto")
     if read:
-        from backbone.adapters.apply import put_on  # and peft with it, which takes a while
+        from backbone.adapters.apply import load_concepts  # and peft with it, which takes a while
 
-        put_on(backbone, read, scale=scale)
+        load_concepts(backbone, read, scale=scale)
     return ModelWithConcepts(backbone, read, scale)
 
 
@@ -97,7 +97,7 @@ class Start:
         if self.image is None:
             raise UserError("There is nothing to edit. Give an image, or an inversion with --inversion FILE.")
         prompt = checks.prompt(self.source or "", "source prompt")
-        say(f"Inverting {getattr(self.image, 'name', self.image)} ({self.method}, {self.steps} steps) …")
+        notify(f"Inverting {getattr(self.image, 'name', self.image)} ({self.method}, {self.steps} steps) …")
         return invert(
             loaded.model, self.image, loaded.resolve(prompt), method=self.method, steps=self.steps, guidance=guidance,
             seed=self.seed, iterations=self.iterations, identity=loaded.identity,

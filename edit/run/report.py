@@ -14,9 +14,9 @@ from PIL import Image, ImageChops
 from torch import Tensor
 
 from backbone.io.files import write_bytes, write_json, write_text
-from backbone.io.report import command, heading, paragraph, picture, table, write_report
-from backbone.io.run_folder import versions
-from backbone.media.sheet import Cell, save_png, sheet
+from backbone.io.report import command, heading, image_figure, paragraph, table, write_report
+from backbone.io.run_folder import package_versions
+from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import mask_to_tensor
 from edit.masks import mask_to_image
 from edit.result import Result
@@ -56,7 +56,7 @@ def publish(
         save_png(folder / "reconstruction.png", result.reconstruction)
     for number, mask in enumerate(masks):
         save_png(folder / f"mask_{number}.png", mask)
-    page = draw_sheet(result, images, masks)
+    page = draw_result_sheet(result, images, masks)
     save_png(folder / "sheet.png", page)
     strips = draw_heatmaps(result, images)
     for word, strip in strips.items():
@@ -68,19 +68,19 @@ def publish(
         for number, prompt in enumerate(result.prompts)
     ]
     alignments = [str(alignment) for alignment in result.alignments]
-    entries = {"edits": edits, "alignment": alignments, "versions": versions()}
+    entries = {"edits": edits, "alignment": alignments, "versions": package_versions()}
     write_json(
         folder / RECORD, {**record, "image": dict(result.encoded.facts), **result.facts, **counts, **entries}
     )
     again = f"edit replay {folder / RECORD}"
-    parts = [picture(page, "source, reconstruction, edits, masks and differences")]
+    parts = [image_figure(page, "source, reconstruction, edits, masks and differences")]
     parts += figures_table(result.prompts, figures) if figures else []
     rows = [(name.replace("_", " "), "–" if value is None else value) for name, value in counts.items()]
     parts += [heading("The run"), table(("", ""), rows)]
     if alignments:
         parts += [heading("What became of the words"), *(command(text) for text in alignments)]
     if strips:
-        parts += [heading("Where words look"), *(picture(strip, word) for word, strip in strips.items())]
+        parts += [heading("Where words look"), *(image_figure(strip, word) for word, strip in strips.items())]
     write_report(folder / REPORT, result.title, [*parts, heading("Again"), command(again)])
     write_text(folder / "README.md", readme(result, again=again, said=record["said"]))
 
@@ -91,7 +91,9 @@ def mask_images(result: Result) -> list[Image.Image]:
     return [mask_to_image(mask, result.source.size) for mask in masks]
 
 
-def draw_sheet(result: Result, images: Sequence[Image.Image], masks: Sequence[Image.Image]) -> Image.Image:
+def draw_result_sheet(
+    result: Result, images: Sequence[Image.Image], masks: Sequence[Image.Image]
+) -> Image.Image:
     """Source, reconstruction and edits; below, where they were allowed to differ, and how far they do."""
     lead: list[Cell | Image.Image | None] = [Cell(result.source, "source")]
     if result.trajectory is not None:
@@ -101,14 +103,14 @@ def draw_sheet(result: Result, images: Sequence[Image.Image], masks: Sequence[Im
     if masks:
         rows.append([*blank, *(Cell(mask, "mask") for mask in masks)])
     apart = [Cell(difference(result.source, image), "difference to the source") for image in images]
-    return sheet([*rows, [*blank, *apart]], title=result.title, cell=192)
+    return draw_sheet([*rows, [*blank, *apart]], title=result.title, cell=192)
 
 
 def draw_heatmaps(result: Result, images: Sequence[Image.Image]) -> dict[str, Image.Image]:
     """Every word's maps, laid over the images whose prompts have it."""
     shown, captions = [result.source, *images], ["source", *result.prompts]
     return {
-        word: sheet(
+        word: draw_sheet(
             [
                 [
                     Cell(overlay_heatmap(places, image), caption)

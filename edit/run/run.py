@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError
-from backbone.io.files import content_hash, empty_folder, fresh_folder, read_json
+from backbone.io.files import content_hash, make_empty_folder, make_numbered_folder, read_json
 from edit.pictures import read_image
 from edit.run.commands import COMMANDS
 from edit.run.figures import figures_of_run, find_scorer, measure_edits, peak_memory_mb, reset_peak_memory
@@ -101,7 +101,7 @@ def _run(
         if command.compared and wishes.get("metrics", True):
             figures = measure_edits(result, find_scorer(loaded.model, wishes.get("scorer")))
         counts = {**figures_of_run(result), "seconds": round(time.perf_counter() - began, 3)}
-    folder = out or fresh_folder(Path("runs") / f"edit-{Path(next(iter(files), name)).stem}")
+    folder = out or make_numbered_folder(Path("runs") / f"edit-{Path(next(iter(files), name)).stem}")
     if len(result.inversions) == 1 and wishes.get("inversion") is None:
         result.inversions[0].write(folder / INVERSION)  # made for this edit, it serves further ones
     publish(
@@ -119,7 +119,7 @@ def _run(
 def _claim(out: Path | None) -> Iterator[None]:
     """Takes the folder that was named; after a mistake it is gone again."""
     if out is not None:
-        empty_folder(out)
+        make_empty_folder(out)
     try:
         yield
     except UserError:

@@ -27,14 +27,14 @@ from align.compare.sides import picture_name, tuned_folder
 from align.pairs.records import RANKING, SAMPLES, SCORES, normal
 from align.pairs.samples import read_samples
 from align.settings import FILE, SUMMARY
-from backbone.evaluation.statistics import Interval, bootstrap, wilson
-from backbone.io.console import UserError, say
+from backbone.evaluation.statistics import Interval, cluster_bootstrap, wilson_interval
+from backbone.io.console import UserError, notify
 from backbone.io.files import read_json, read_jsonl, write_json, write_text
 from backbone.media.transforms import to_image
 from backbone.models.model import Backbone
 from backbone.world.render import render
-from backbone.world.scene import Scene, fair, sample_scene
-from backbone.world.words import Thing, vocabulary
+from backbone.world.scene import Scene, is_fair, sample_scene
+from backbone.world.words import Thing, load_vocabulary
 from benchmarks.judge import Judge, Verdict, prepared
 from benchmarks.moji import QUESTIONS
 
@@ -81,7 +81,7 @@ def scenes(
     def new() -> Iterator[Scene]:
         for scene in map(sample_scene, seeds):
             said = normal(scene.caption())
-            if fair(scene) and wanted(scene) and said not in taken:
+            if is_fair(scene) and wanted(scene) and said not in taken:
                 taken.add(said)
                 yield scene
 
@@ -137,7 +137,7 @@ def near_misses(scene: Scene) -> tuple[str, ...]:
 
 def another(noun: str) -> str:
     """A thing that this one is not: always the same, and each is another's."""
-    nouns = list(vocabulary().nouns)
+    nouns = list(load_vocabulary().nouns)
     return nouns[(nouns.index(noun) + len(nouns) // 3) % len(nouns)]
 
 
@@ -153,7 +153,7 @@ def write_prompts(path: Path, chosen: Sequence[Scene], *, near: bool = False) ->
 def align(*arguments: object) -> None:
     """The real command in a process of its own."""
     words = [str(argument) for argument in arguments]
-    say("align " + " ".join(words))
+    notify("align " + " ".join(words))
     subprocess.run([sys.executable, "-m", "align.cli", *words], check=True)
 
 
@@ -272,9 +272,9 @@ def order_of(folder: Path, chosen: Sequence[Scene], judge: Judge) -> Order:
     pairs = [(right[pair["chosen"]], right[pair["rejected"]]) for pair in read_jsonl(folder / RANKING)]
     return Order(
         n=sum(map(len, own)),
-        right=bootstrap([[right[name] for name in names] for names in own]),
+        right=cluster_bootstrap([[right[name] for name in names] for names in own]),
         any_right=sum(max(right[name] for name in names) for names in own) / len(own),
-        agreement=bootstrap(met),
+        agreement=cluster_bootstrap(met),
         best=sum(best) / len(best),
         worst=sum(worst) / len(worst),
         pairs=len(pairs),
@@ -314,9 +314,9 @@ def compared(
     spread = result["diversity"]
     return Found(
         n=len(keys),
-        base=wilson(sum(right["base"]), len(keys)),
-        tuned=wilson(sum(right[tuned]), len(keys)),
-        difference=bootstrap(clusters),
+        base=wilson_interval(sum(right["base"]), len(keys)),
+        tuned=wilson_interval(sum(right[tuned]), len(keys)),
+        difference=cluster_bootstrap(clusters),
         wins={scorer: Interval(**sides[tuned]["rate"]) for scorer, sides in result["wins"].items()},
         diversity=spread[tuned] / spread["base"] if spread else float("nan"),
         of_right=kept(
@@ -367,8 +367,8 @@ def truth(chosen: Sequence[Scene], judge: Judge, name: str, out: Path) -> str:
     before, after = (sum(each.values()) / len(each) for each in (theirs, varieties(pictures, keys)))
     parts = ", ".join(f"{count} right: {sum(v) / len(v):.3f}" for count, v in sorted(by_count.items()))
     return (
-        f"True pictures through the autoencoder: {wilson(sum(right), len(right))} all right, diversity {after:.3f}, "
-        f"{after / before:.2f} of the base's {before:.3f} (of two pictures {parts})."
+        f"True pictures through the autoencoder: {wilson_interval(sum(right), len(right))} all right, "
+        f"diversity {after:.3f}, {after / before:.2f} of the base's {before:.3f} (of two pictures {parts})."
     )
 
 

@@ -26,7 +26,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from backbone.io.console import run, say
+from backbone.io.console import notify, run_app
 from backbone.io.files import write_json, write_text
 from backbone.world.scene import Scene
 from benchmarks.judge import load_judge
@@ -113,7 +113,7 @@ def main(
         margin=margin,
     )
     order = order_of(folder, learn, judge)
-    say(str(order))
+    notify(str(order))
     write_json(out / "order.json", order)
     if only_rank:
         return
@@ -145,8 +145,8 @@ def main(
         write_text(out / "table.md", f"{table(rows)}\n\n{order}\n")
         write_json(out / "table.json", {"rows": rows, "flags": flags, "pairs": pairs, "held_out": held_out})
     print(table(rows))
-    say(f"{out}/table.md holds the table.")
+    notify(f"{out}/table.md holds the table.")
 
 
 if __name__ == "__main__":
-    run(lambda: typer.run(main))
+    run_app(lambda: typer.run(main))

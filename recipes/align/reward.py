@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from backbone.io.console import run, say
+from backbone.io.console import notify, run_app
 from backbone.io.files import write_json, write_text
 from benchmarks.judge import load_judge
 from recipes.align.journey import (
@@ -93,8 +93,8 @@ def main(
             out / "table.json", {"rows": rows, "flags": flags, "prompts": prompts, "held_out": held_out}
         )
     print("\n\n".join([table(rows), *bounds]))
-    say(f"{out}/table.md holds the table.")
+    notify(f"{out}/table.md holds the table.")
 
 
 if __name__ == "__main__":
-    run(lambda: typer.run(main))
+    run_app(lambda: typer.run(main))

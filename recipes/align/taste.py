@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from backbone.io.console import UserError, run, say
+from backbone.io.console import UserError, notify, run_app
 from backbone.io.files import write_json, write_text
 from benchmarks.judge import load_judge
 from recipes.align.journey import (
@@ -86,8 +86,8 @@ def main(
         write_text(out / "table.md", table(rows))
         write_json(out / "table.json", {"rows": rows, "flags": flags, "loss": loss, "held_out": held_out})
     print(table(rows))
-    say(f"{out}/table.md holds the table.")
+    notify(f"{out}/table.md holds the table.")
 
 
 if __name__ == "__main__":
-    run(lambda: typer.run(main))
+    run_app(lambda: typer.run(main))

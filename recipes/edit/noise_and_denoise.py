@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from PIL import Image, ImageDraw
 
-from backbone.media.sheet import Cell, save_png, sheet
+from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.models.model import Backbone
 from edit.methods.sdedit import sdedit
 from recipes.edit import OUT, picture_to_edit
@@ -34,7 +34,7 @@ def main(model: str = "moji", *, steps: int = 50) -> None:
     ImageDraw.Draw(mask).ellipse((width // 5, height // 5, width * 4 // 5, height * 19 // 20), fill=255)
     inside = sdedit(backbone, image, target, strength=0.9, steps=steps, mask=mask)
     cells += [Cell(mask, "mask"), Cell(inside.images[0], "inside the mask")]
-    save_png(OUT / "sdedit.png", sheet([cells]))
+    save_png(OUT / "sdedit.png", draw_sheet([cells]))
 
 
 if __name__ == "__main__":

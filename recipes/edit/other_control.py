@@ -7,7 +7,7 @@ MasaCtrl finds the source's contents in a new layout; plug-and-play keeps the la
 
 from __future__ import annotations
 
-from backbone.media.sheet import Cell, save_png, sheet
+from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.models.model import Backbone
 from edit.inversion.inversion import invert
 from edit.methods.prompt_to_prompt.replace import replace
@@ -33,7 +33,7 @@ def main(model: str = "moji", *, steps: int = 50) -> None:
         Cell(bent.images[0], "masactrl"),
         Cell(restyled.images[0], "plug-and-play"),
     ]
-    save_png(OUT / "other-control.png", sheet([cells]))
+    save_png(OUT / "other-control.png", draw_sheet([cells]))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ python -m recipes.edit.other_ways          one or two minutes on two cores; buil
 
 from __future__ import annotations
 
-from backbone.media.sheet import Cell, save_png, sheet
+from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.models.model import Backbone
 from edit.inversion.inversion import invert
 from edit.methods.compose import compose
@@ -40,7 +40,7 @@ def main(model: str = "moji", *, steps: int = 50) -> None:
     above = [Cell(images[0], "source"), *(Cell(drawn.images[0], name) for name, drawn in named.items())]
     below = [Cell(picture, f"{k}/4") for k, picture in enumerate(way)]
     rows = [above, below]
-    save_png(OUT / "other-ways.png", sheet(rows))
+    save_png(OUT / "other-ways.png", draw_sheet(rows))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ It should show the source, its reconstruction, three edits that keep the place, 
 
 from __future__ import annotations
 
-from backbone.media.sheet import Cell, save_png, sheet
+from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.models.model import Backbone
 from edit.inversion.inversion import invert
 from edit.methods.prompt_to_prompt.replace import replace
@@ -42,7 +42,7 @@ def main(model: str = "moji", *, steps: int = 50) -> None:
     cells = [Cell(shown, "source"), Cell(edited.reconstruction, "reconstruction")]
     cells += [Cell(picture, target) for picture, target in zip(edited.images, targets, strict=True)]
     cells += [Cell(stronger.images[0], "park × 3"), Cell(overlay_heatmap(place, shown), "cat")]
-    save_png(OUT / "prompt-to-prompt.png", sheet([cells]))
+    save_png(OUT / "prompt-to-prompt.png", draw_sheet([cells]))
 
 
 if __name__ == "__main__":

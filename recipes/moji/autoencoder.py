@@ -23,7 +23,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from backbone.diffusion.noise import generator
-from backbone.evaluation.image_metrics import batch_psnr
+from backbone.evaluation.image_metrics import psnr_8_bit
 from backbone.training.loop import Average, load_checkpoint, save_checkpoint, train, warm_cosine
 from backbone.world.textures import Pixels
 from recipes.moji.logbook import Logbook
@@ -175,7 +175,7 @@ def export(model: AutoencoderKL, average: Average, workdir: Path, held_out: Tens
         scaled(averaged, mean.mean((0, 2, 3)), mean.std((0, 2, 3)))
     averaged.cpu().save_pretrained(workdir / "vae")
     facts = {
-        "held_out_psnr_db": round(float(batch_psnr(decoded, held_out).mean()), 2),
+        "held_out_psnr_db": round(float(psnr_8_bit(decoded, held_out).mean()), 2),
         "latent_std": [round(value, 2) for value in deviations],
         "posterior_std": [round(value, 3) for value in posterior_std.mean((0, 2, 3)).tolist()],
     }

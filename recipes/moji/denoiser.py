@@ -30,8 +30,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from backbone.diffusion.losses import denoising_score_matching, min_snr
 from backbone.diffusion.noise import add_noise, generator, vp
-from backbone.distributed.processes import any_of
-from backbone.distributed.processes import average as average_over_processes
+from backbone.distributed.processes import any_process
+from backbone.distributed.processes import average_in_place as average_over_processes
 from backbone.distributed.spawn import run_workers
 from backbone.io.files import read_json, read_tensors, write_bytes, write_json, write_tensors, write_text
 from backbone.training.attention import quick_to_train
@@ -205,7 +205,7 @@ class Training:
         )
         for report in stepping:
             logbook.note(report, aloud=rank == 0)
-            last = report.step == plan.steps or any_of(logbook.minutes > plan.minutes)
+            last = report.step == plan.steps or any_process(logbook.minutes > plan.minutes)
             if (report.step % 250 == 0 or last) and rank == 0:
                 self.save(report.step)
             if last:

@@ -12,9 +12,9 @@ import typer
 
 from backbone.io.files import write_text
 from backbone.media.sheet import save_png
-from backbone.world.concepts import FIRST_SEED, concept_pictures
+from backbone.world.concepts import FIRST_SEED, concept_scenes
 from backbone.world.render import render
-from backbone.world.scene import BENCHMARK_SEEDS, Scene, fair, sample_scene
+from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from backbone.world.words import Thing
 
 SCENE = Scene((Thing("cat"),), "in a park", seed=BENCHMARK_SEEDS.start + 304)
@@ -27,7 +27,7 @@ def prompts() -> list[str]:
     seed, found = PROMPT_SEED, dict[str, None]()
     while len(found) < PROMPTS + HELD_OUT:
         scene = sample_scene(seed)
-        if len(scene.things) == 1 and not scene.pair and scene.style is None and fair(scene):
+        if len(scene.things) == 1 and not scene.pair and scene.style is None and is_fair(scene):
             found[scene.caption()] = None
         seed += 1
     return list(found)
@@ -35,7 +35,7 @@ def prompts() -> list[str]:
 
 def main(out: Annotated[Path, typer.Option()] = Path("customize/examples")) -> None:
     """Renders the five pictures, in all of which the dog looks the same way, and the scene; writes the prompts."""
-    for number, scene in enumerate(concept_pictures("poodle", first_seed=FIRST_SEED), start=1):
+    for number, scene in enumerate(concept_scenes("poodle", first_seed=FIRST_SEED), start=1):
         save_png(out / "dog" / f"dog-{number}.png", render(scene).image)
     extras, captions = out / "extras", prompts()
     save_png(extras / "scene.png", render(SCENE).image)

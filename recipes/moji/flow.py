@@ -9,8 +9,8 @@ The network predicts the velocity ε − x0 of x = (1 − t)·x0 + t·ε, at log
 Of the two text encoders the first is `moji`'s, as it is; the second, smaller one is trained along. There is no T5:
 the pipeline puts 256 zeros in its tokens' place. The text has no positions in this network, so tokens that begin alike
 stay alike, and training carries one for all of them, whose attention weight counts 256 times: the same function for a
-third of the work (`ZerosOnce`). Prompts are cut at 32 tokens, of which the longest caption of the world needs fewer.
-Continues from its last checkpoint, as `recipes.moji.denoiser` does.
+third of the work (`RepeatedZeroTokenProcessor`). Prompts are cut at 32 tokens, of which the longest caption of the
+world needs fewer. Continues from its last checkpoint, as `recipes.moji.denoiser` does.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from backbone.diffusion.losses import denoising_score_matching
 from backbone.diffusion.noise import add_noise, flow, generator
 from backbone.distributed.spawn import run_workers
-from backbone.families.sd3.family import zeros_once
+from backbone.families.sd3.family import use_repeated_zero_token
 from backbone.io.files import read_json, read_tensors, write_json, write_text
 from backbone.models.locate import EMBEDDED
 from recipes.moji.denoiser import DEFAULTS as OF_MOJI
@@ -100,7 +100,7 @@ def train_flow(rank: int, plan: Plan) -> None:
     """One process of the training; the first one saves and reports."""
     torch.manual_seed(plan.seed)
     network = build_transformer().to(plan.device)
-    zeros_once(network)
+    use_repeated_zero_token(network)
     first, second = first_encoder().eval().requires_grad_(False), build_second_encoder(tokenizer_of(EMBEDDED))
     for encoder in (first, second):
         nn.Module.to(encoder, plan.device)

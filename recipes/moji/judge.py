@@ -28,9 +28,9 @@ from torch import Tensor
 
 from backbone.io.files import content_hash, write_json, write_tensors
 from backbone.training.loop import Average, load_checkpoint, save_checkpoint, train, warm_cosine
-from backbone.world.scene import BENCHMARK_SEEDS, Scene, fair, sample_scene
+from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from backbone.world.textures import Pixels
-from backbone.world.words import Thing, vocabulary
+from backbone.world.words import Thing, load_vocabulary
 from benchmarks.judge import (
     FACTS,
     GREY_STYLES,
@@ -156,7 +156,7 @@ def scene_of(seed: int, *, styled: float = 0.0) -> Scene:
 
     Of the plain ones the share `styled` gets a style too, mostly those in which a glyph is hard to see.
     """
-    words = vocabulary()
+    words = load_vocabulary()
     scene = sample_scene(seed, nouns=tuple(label_lists()["glyphs"]))
     if len(scene.things) == 1 and not scene.pair:
         random = scene.random("judge")
@@ -168,7 +168,7 @@ def scene_of(seed: int, *, styled: float = 0.0) -> Scene:
         scene = replace(scene, things=(thing,))
     if scene.style is None and scene.random("judge's style").random() < styled:
         scene = replace(scene, style=scene.random("which style").choice([*words.styles, *HARD_STYLES]))
-    return scene if fair(scene) else replace(scene, place="on a white background")
+    return scene if is_fair(scene) else replace(scene, place="on a white background")
 
 
 def answers(scene: Scene) -> dict[str, str | frozenset[str] | None]:

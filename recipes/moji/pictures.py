@@ -15,9 +15,9 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from backbone.world.render import font_path, pixels, render
+from backbone.world.render import find_font, render, to_array
 from backbone.world.scene import TRAINING_SEEDS, sample_scene
-from backbone.world.textures import Pixels, texture
+from backbone.world.textures import Pixels, draw_texture
 
 SHARD = 2000
 
@@ -29,7 +29,7 @@ def main(
     workers: Annotated[int, typer.Option(help="Processes.")] = 2,
 ) -> None:
     """Renders scenes and textures into shards."""
-    font_path()
+    find_font()
     assert scenes <= len(TRAINING_SEEDS)
     (workdir / "pictures").mkdir(parents=True, exist_ok=True)
     jobs = [("scenes", first) for first in range(0, scenes, SHARD)]
@@ -51,11 +51,11 @@ def write_shard(job: tuple[Path, str, int]) -> str:
     seeds = range(first, first + SHARD)
     if kind == "scenes":
         values = [sample_scene(seed) for seed in seeds]
-        batch = np.stack([pixels(render(scene).image) for scene in values])
+        batch = np.stack([to_array(render(scene).image) for scene in values])
         captions = [[scene.caption(), scene.caption_for_training()] for scene in values]
         path.with_suffix(".json").write_text(json.dumps(captions))
     else:
-        batch = np.stack([texture(seed) for seed in seeds])
+        batch = np.stack([draw_texture(seed) for seed in seeds])
     partial = path.with_name(path.name + ".partial.npy")
     np.save(partial, batch)
     partial.rename(path)

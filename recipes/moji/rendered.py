@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from backbone.diffusion.noise import generator
-from backbone.io.files import content_hash, replacing
-from backbone.world.render import font_path, pixels, render
+from backbone.io.files import atomic_write, content_hash
+from backbone.world.render import find_font, render, to_array
 from backbone.world.scene import Scene
 from backbone.world.textures import Pixels
 from recipes.moji.autoencoder import SCALING_FACTOR, to_tensor
@@ -34,7 +34,7 @@ def rendered(workdir: Path, name: str, scenes: Sequence[Scene], *, workers: int 
     """
     path = workdir / "pictures" / f"{name}-{len(scenes)}.npy"
     if not path.exists():
-        font_path()
+        find_font()
         with ProcessPoolExecutor(workers) as pool:
             _save(path, np.stack(list(pool.map(picture, scenes, chunksize=50))))
     return _open(path)
@@ -42,7 +42,7 @@ def rendered(workdir: Path, name: str, scenes: Sequence[Scene], *, workers: int 
 
 def picture(scene: Scene) -> Pixels:
     """A scene as uint8 [128, 128, 3]."""
-    return pixels(render(scene).image)
+    return to_array(render(scene).image)
 
 
 def round_trips(
@@ -125,7 +125,7 @@ def roughened(pictures: Tensor, random: Random) -> Tensor:
 
 
 def _save(path: Path, array: NDArray[np.uint8]) -> None:
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.save(file, array)
 
 

@@ -40,13 +40,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from backbone.evaluation.clip import Scorer, class_vectors, load_scorer, ranked
+from backbone.evaluation.clip import Scorer, embed_classes, load_scorer, rank_classes
 from backbone.io.files import write_json
 from backbone.training.loop import Average, load_checkpoint, save_checkpoint, train, warm_cosine
-from backbone.world.render import SIZE, layout
-from backbone.world.scene import BENCHMARK_SEEDS, Scene, fair, sample_scene
+from backbone.world.render import SIZE, place_figures
+from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from backbone.world.textures import Pixels
-from backbone.world.words import paraphrase, sentence, vocabulary
+from backbone.world.words import load_vocabulary, paraphrase, write_caption
 from recipes.moji.autoencoder import to_tensor
 from recipes.moji.logbook import Logbook
 from recipes.moji.muon import Muon
@@ -222,7 +222,7 @@ class Lessons:
     def __init__(self, shards: Sequence[Pixels], decoded: Pixels | None, *, device: str) -> None:
         self.shards, self.decoded, self.device = list(shards), decoded, device
         self.scenes = [sample_scene(seed) for seed in range(sum(map(len, self.shards)))]
-        words = vocabulary()
+        words = load_vocabulary()
         nouns, colours, accessories = (list(part) for part in (words.nouns, words.colours, words.accessories))
         self.nouns = np.full((len(self.scenes), 2), -1)
         self.figures = np.zeros((len(self.scenes), 2, 3), dtype=np.float32)
@@ -297,7 +297,7 @@ def figures(scene: Scene) -> list[tuple[str, float, float, float]]:
     """Noun, middle (x, y) and radius in pixels of every figure of a scene, without drawing it."""
     things = scene.things * 2 if scene.pair else scene.things
     return [(thing.noun, figure.x, figure.foot - figure.size / 2, figure.size / 2)
-            for thing, figure in zip(things, layout(scene, horizon(scene)), strict=True)]  # fmt: skip
+            for thing, figure in zip(things, place_figures(scene, horizon(scene)), strict=True)]  # fmt: skip
 
 
 def horizon(scene: Scene) -> float:
@@ -308,13 +308,13 @@ def horizon(scene: Scene) -> float:
 def said(scene: Scene, place: str | None, random: Random) -> str:
     """The canonical caption or a paraphrase."""
     if random.random() < 0.4:
-        return sentence(scene.things, pair=scene.pair, place=place, style=scene.style)
+        return write_caption(scene.things, pair=scene.pair, place=place, style=scene.style)
     return paraphrase(scene.things, pair=scene.pair, place=place, style=scene.style, random=random)
 
 
 def one_fact_wrong(scene: Scene, random: Random) -> Scene:
     """The scene with another noun (mostly), colour, accessory, number or style: a caption to be refused."""
-    words = vocabulary()
+    words = load_vocabulary()
     first, *others = scene.things
     kind = random.choices(("noun", "colour", "accessory", "number", "style"), (5, 2, 2, 1, 1))[0]
     if kind == "accessory" and (others or scene.pair):
@@ -360,7 +360,7 @@ class Heads(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        words = vocabulary()
+        words = load_vocabulary()
         self.nouns = len(words.nouns)
         self.noun = nn.Linear(width, self.nouns)
         self.colour = nn.Linear(width, 1 + len(words.colours))
@@ -426,7 +426,7 @@ class Examination:
         plain: list[Scene] = []
         while len(plain) < 400:
             scene = next(drawn)
-            if is_plain(scene) and fair(scene):
+            if is_plain(scene) and is_fair(scene):
                 plain.append(scene)
         return cls(
             rendered(workdir, "scorer-held-out", scenes),
@@ -450,10 +450,10 @@ class Examination:
             to_picture += [
                 captions[best] == own for own, best in zip(captions, scores.argmax(0).tolist(), strict=True)
             ]
-        nouns = list(vocabulary().nouns)
-        vectors = class_vectors(scorer, nouns)
+        nouns = list(load_vocabulary().nouns)
+        vectors = embed_classes(scorer, nouns)
         plain = scorer.embed_images([Image.fromarray(picture) for picture in self.plain_pictures])
-        guesses = [ranked(scorer, image[None], nouns, vectors)[0][0] for image in plain]
+        guesses = [rank_classes(scorer, image[None], nouns, vectors)[0][0] for image in plain]
         hits = [guess == noun for guess, noun in zip(guesses, self.plain_nouns, strict=True)]
         return {
             "caption_among_100": round(float(np.mean(to_text)), 4),

@@ -24,7 +24,7 @@ from transformers import CLIPTokenizer
 
 from backbone.training.loop import Average, train, warm_cosine
 from backbone.world.scene import Scene, sample_scene
-from backbone.world.words import paraphrase, sentence, vocabulary
+from backbone.world.words import load_vocabulary, paraphrase, write_caption
 from recipes.moji.denoiser import build_text_encoder
 
 SEEN_POSITIONS = 8  # end and padding positions that are asked in each caption
@@ -80,7 +80,7 @@ def main(
 
 def answers() -> dict[str, list[str]]:
     """The questions with everything that may be answered."""
-    words = vocabulary()
+    words = load_vocabulary()
     nouns = list(words.nouns)
     return {
         "noun": nouns,
@@ -99,7 +99,7 @@ def caption_with_facts(random: Random) -> tuple[str, dict[str, str]]:
     scene = sample_scene(random.randrange(1_000_000))
     place = None if random.random() < 0.08 else scene.place
     if random.random() < 0.5:
-        text = sentence(scene.things, pair=scene.pair, place=place, style=scene.style)
+        text = write_caption(scene.things, pair=scene.pair, place=place, style=scene.style)
     else:
         text = paraphrase(scene.things, pair=scene.pair, place=place, style=scene.style, random=random)
     return text, facts_of(scene, place)

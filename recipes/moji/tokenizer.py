@@ -24,7 +24,7 @@ from tokenizers import pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
 from backbone.world.scene import sample_scene
-from backbone.world.words import plural, vocabulary
+from backbone.world.words import load_vocabulary, pluralize
 
 POSITIONS = 77
 RARE = 256
@@ -58,8 +58,8 @@ def main(
     made.save_pretrained(folder)
     (folder / "vocab.json").write_text(json.dumps(ids, ensure_ascii=False))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in pairs) + "\n")
-    words = vocabulary()
-    names = [*words.nouns, *map(plural, words.nouns), *words.colours]
+    words = load_vocabulary()
+    names = [*words.nouns, *map(pluralize, words.nouns), *words.colours]
     split = [name for name in names if len(made(name)["input_ids"]) > 3]
     rare = [word for word in rare_words() if len(made(word)["input_ids"]) == 3]
     print(
@@ -73,8 +73,8 @@ def corpus(captions: int) -> Iterator[str]:
         scene = sample_scene(seed)
         yield scene.caption()
         yield scene.caption_for_training()
-    for noun in vocabulary().nouns:
-        yield f"{noun} {plural(noun)} " * 60
+    for noun in load_vocabulary().nouns:
+        yield f"{noun} {pluralize(noun)} " * 60
     yield from english()
     for word in rare_words():
         yield (word + " ") * 400

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from backbone.diffusion.losses import denoising_score_matching, min_snr
 from backbone.diffusion.noise import add_noise, generator, vp
-from backbone.distributed.processes import average
+from backbone.distributed.processes import average_in_place
 from backbone.distributed.spawn import run_workers
-from backbone.io.console import progress, run
+from backbone.io.console import progress, run_app
 from backbone.io.files import write_text
 from backbone.training.attention import quick_to_train
 from backbone.training.loop import train
@@ -162,7 +162,7 @@ def taking_steps(way: Way, rank: int, steps: int) -> Iterator[float]:
 
     reports = train(
         losses, dict(unet.named_parameters()), optimizer=optimizer, lr_schedule=lambda step: 1.0, steps=steps,
-        reduce=average,
+        reduce=average_in_place,
     )  # fmt: skip
     with quick_to_train(unet) if way.plain_attention else nullcontext():
         began = time.perf_counter()
@@ -198,4 +198,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--measure"]:
         measure(sys.argv[2])
     else:
-        run(lambda: typer.run(main))
+        run_app(lambda: typer.run(main))

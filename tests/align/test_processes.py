@@ -12,7 +12,7 @@ from PIL import Image
 
 from align.settings import EVALUATIONS, REWARDS, SUMMARY
 from align.train.run import resume_taste
-from backbone.adapters.lora import WEIGHTS
+from backbone.adapters.lora import LORA_WEIGHTS
 from backbone.distributed.spawn import run_workers
 from backbone.io.files import read_json, read_jsonl, read_tensors
 from backbone.models.cache import VARIABLE
@@ -209,5 +209,5 @@ def test_accelerate_launches_two_processes_that_draw_and_learn_what_one_does(
             *few,
             *where,
         )
-    assert max(apart(tmp_path / "run-1" / WEIGHTS, tmp_path / "run-2" / WEIGHTS).values()) < 1e-5
+    assert max(apart(tmp_path / "run-1" / LORA_WEIGHTS, tmp_path / "run-2" / LORA_WEIGHTS).values()) < 1e-5
     drawn_alike(tmp_path / "drawn-1", tmp_path / "drawn-2", 20)

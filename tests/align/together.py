@@ -101,7 +101,7 @@ def online(folder: Path, model: Path, prompts: Path, scorer: Path) -> None:
 
 def cold(rank: int, folder: Path, model: Path, pairs: Path, times: int) -> None:
     """Two runs that know nothing of each other start together, again and again, each time with one empty cache."""
-    with patch.object(processes, "rank", lambda: 0), patch.object(processes, "world", lambda: 1):
+    with patch.object(processes, "rank", lambda: 0), patch.object(processes, "world_size", lambda: 1):
         for number in range(times):
             os.environ[VARIABLE] = str(folder / f"cold-{number}")
             processes.barrier()
@@ -112,7 +112,7 @@ def cold(rank: int, folder: Path, model: Path, pairs: Path, times: int) -> None:
 def worker(rank: int, folder: Path, model: Path, pairs: Path, prompts: Path) -> None:
     """One of two processes: all cases in the folder `two`, and a run that cannot be shared."""
     os.environ.update({VARIABLE: str(folder / "cache"), "RANK": str(rank), "WORLD_SIZE": "2"})
-    with patch.object(processes, "leave", processes.barrier):
+    with patch.object(processes, "end_process", processes.barrier):
         everything(folder / "two", model, pairs, prompts)
         for name in ("resumed", "half-way"):
             interrupted(folder / "two", model, pairs, name)
@@ -126,12 +126,12 @@ def worker(rank: int, folder: Path, model: Path, pairs: Path, prompts: Path) -> 
 def online_worker(rank: int, folder: Path, model: Path, prompts: Path, scorer: Path) -> None:
     """One of two processes that learn from a scorer."""
     os.environ.update({VARIABLE: str(folder / "cache"), "RANK": str(rank), "WORLD_SIZE": "2"})
-    with patch.object(processes, "leave", processes.barrier):
+    with patch.object(processes, "end_process", processes.barrier):
         online(folder / "two", model, prompts, scorer)
 
 
 def cold_worker(rank: int, folder: Path, model: Path, pairs: Path, times: int) -> None:
     """One of two processes: cold starts alone."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
-    with patch.object(processes, "leave", processes.barrier):
+    with patch.object(processes, "end_process", processes.barrier):
         cold(rank, folder, model, pairs, times)

@@ -24,10 +24,10 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch import Tensor
 
-from backbone.adapters.apply import put_on
-from backbone.adapters.concept import rare_words, read_concept
-from backbone.adapters.embeddings import new_words, rows_of
-from backbone.adapters.lora import WEIGHTS
+from backbone.adapters.apply import load_concepts
+from backbone.adapters.concept import choose_rare_words, read_concept
+from backbone.adapters.embeddings import add_tokens, embed_tokens
+from backbone.adapters.lora import LORA_WEIGHTS
 from backbone.diffusion.noise import SingularLevel, estimate
 from backbone.families import loading as parts
 from backbone.families.flux import family as flux
@@ -138,7 +138,7 @@ CASES = [
         FluxPipeline,
         partial(said_by_flux, tokens=512),
         asked=BOTH,
-        theirs=flux.packed,
+        theirs=flux.pack_latents,
         words=("pooled",),
     ),
     Case(
@@ -147,7 +147,7 @@ CASES = [
         FluxPipeline,
         partial(said_by_flux, tokens=256),
         said={"max_sequence_length": 256},
-        theirs=flux.packed,
+        theirs=flux.pack_latents,
         words=("pooled",),
     ),
     Case(
@@ -178,8 +178,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_weights_and_buffers_are_those_that_diffusers_loads(
     case: Case, precision: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "PORTION", 1000)
-    monkeypatch.delattr(parts, "load")
+    monkeypatch.setattr(parts, "CHUNK_ELEMENTS", 1000)
+    monkeypatch.delattr(parts, "load_pretrained")
     model = Backbone.open(str(folders[case.name]), device="cpu", precision=precision)
     denoiser = "unet" if (folders[case.name] / "unet").exists() else "transformer"
     for part, ours in ((denoiser, model.denoiser), ("vae", model.autoencoder)):
@@ -246,7 +246,7 @@ def test_training_exports_an_adapter_that_diffusers_loads(
     run = trained(folders[case.name], subject, tmp_path / "run", **case.asked)
     model, pipeline = opened(folders[case.name]), loaded(case, folders)
     before = predicted(model)
-    put_on(model, [read_concept(run)], scale=SCALE)
+    load_concepts(model, [read_concept(run)], scale=SCALE)
     ours = predicted(model)
     assert float((ours - before).abs().max()) > 1e-3
     wear(pipeline, run)
@@ -260,7 +260,7 @@ def test_training_exports_an_adapter_that_diffusers_loads(
 def test_a_new_word_begins_as_the_one_that_it_was_made_from(case: Case, folders: dict[str, Path]) -> None:
     encoder = opened(folders[case.name]).text_encoder
     before = encoder([PROMPT, "a red cat"])
-    new_words(encoder, rows_of(encoder, "dog", count=1), words=["[V]"])
+    add_tokens(encoder, embed_tokens(encoder, "dog", count=1), tokens=["[V]"])
     after, learned = encoder([PROMPT, "a red cat"]), encoder([PROMPT.replace("dog", "[V]"), "a red cat"])
     for name in before:
         assert torch.equal(after[name], before[name])
@@ -349,18 +349,18 @@ def test_guidance_is_told_to_a_network_that_was_distilled_for_it(folders: dict[s
 
 def test_packing_latents_is_undone_by_unpacking() -> None:
     latents = torch.randn(2, 16, 6, 10)
-    assert flux.packed(latents).shape == (2, 15, 64)
-    assert torch.equal(flux.unpacked(flux.packed(latents), 6, 10), latents)
+    assert flux.pack_latents(latents).shape == (2, 15, 64)
+    assert torch.equal(flux.unpack_latents(flux.pack_latents(latents), 6, 10), latents)
 
 
 def test_t5_has_rare_words_too(folders: dict[str, Path]) -> None:
     vocabulary = opened(folders["pixart"]).text_encoder.tokenizer.get_vocab()
-    assert rare_words(vocabulary, "key") in tiny.RARE
+    assert choose_rare_words(vocabulary, "key") in tiny.RARE
 
 
 def test_small_letters_leave_learned_words_alone() -> None:
-    assert pixart.small("A [V] Dog", ["[V]"]) == "a [V] dog"
-    assert pixart.small("A [V] Dog", []) == "a [v] dog"
+    assert pixart.lowercase_except("A [V] Dog", ["[V]"]) == "a [V] dog"
+    assert pixart.lowercase_except("A [V] Dog", []) == "a [v] dog"
 
 
 # What it refuses --------------------------------------------------------------------------------------------
@@ -442,10 +442,10 @@ def trained(folder: Path, subject: Path, run: Path, **asked: Any) -> Path:
 def wear(pipeline: Any, run: Path) -> None:
     """Puts a run's adapter on diffusers' pipeline, by peft itself where the pipeline has no loader of its own."""
     if hasattr(pipeline, "load_lora_weights"):
-        pipeline.load_lora_weights(str(run), weight_name=WEIGHTS, adapter_name="dog")
+        pipeline.load_lora_weights(str(run), weight_name=LORA_WEIGHTS, adapter_name="dog")
         pipeline.set_adapters("dog", SCALE)
         return
-    tensors, header = read_tensors(run / WEIGHTS)
+    tensors, header = read_tensors(run / LORA_WEIGHTS)
     said = {
         key.removeprefix("transformer."): value
         for key, value in json.loads(header["lora_adapter_metadata"]).items()

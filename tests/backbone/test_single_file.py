@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from backbone.families.sd1 import checkpoint as stable_diffusion_file
-from backbone.families.sd1.checkpoint import PUBLISHED, tokenizer_of, transformers_names
+from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS, convert_to_transformers, load_tokenizer
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
 from backbone.models.locate import locate
@@ -136,7 +136,7 @@ def test_the_fingerprint_follows_weights_and_settings_and_not_the_name(
 
 @pytest.mark.parametrize("part", SIZES)
 def test_the_published_settings_have_the_published_sizes(part: str) -> None:
-    config = json.loads((PUBLISHED / part / "config.json").read_text())
+    config = json.loads((PUBLISHED_CONFIGS / part / "config.json").read_text())
     with init_empty_weights():
         if part.endswith("text_encoder"):
             model: Any = CLIPTextModel(CLIPTextConfig.from_dict(config))
@@ -182,7 +182,7 @@ def test_openclip_s_names_become_those_that_diffusers_gives_them(tiny_folder: Pa
     text = part_of(tiny_folder, "text_encoder")
     checkpoint = text_of_version_2(text, layers=2)
     theirs = convert_open_clip_checkpoint(CLIPTextModel, checkpoint)
-    ours = transformers_names(checkpoint, layers=2)
+    ours = convert_to_transformers(checkpoint, layers=2)
     assert ours.keys() == text.keys()
     for name, tensor in ours.items():
         assert torch.equal(theirs[f"text_model.{name}"], tensor)
@@ -199,8 +199,8 @@ def test_the_tokenizer_is_clip_s_own_where_none_lies_beside_the_file(
     location = locate(str(tmp_path / "sd.safetensors"))
     prompt, like = "A dog in the snow", {"padding": "max_length", "max_length": 77}
     theirs = tiny.text_encoder.tokenizer(prompt, **like)["input_ids"]
-    assert tokenizer_of(location, pads_with="<|endoftext|>")(prompt, **like)["input_ids"] == theirs
-    assert tokenizer_of(location, pads_with="!")(prompt, **like)["input_ids"][-1] == 0  # as OpenCLIP pads
+    assert load_tokenizer(location, pads_with="<|endoftext|>")(prompt, **like)["input_ids"] == theirs
+    assert load_tokenizer(location, pads_with="!")(prompt, **like)["input_ids"][-1] == 0  # as OpenCLIP pads
 
 
 def test_a_file_without_a_tokenizer_beside_it_or_on_this_machine_says_where_to_put_one(

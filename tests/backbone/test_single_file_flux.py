@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import T5EncoderModel
 
 from backbone.families.flux import checkpoint as flux_file
-from backbone.families.sd1.checkpoint import PUBLISHED
+from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
 from backbone.io.console import UserError
 from backbone.io.files import read_json, write_tensors
 from tests.backbone.test_single_file import _no_network, part_of  # noqa: F401 (a fixture)
@@ -62,14 +62,14 @@ def test_a_single_file_is_the_same_model_as_the_folder(folder: Path, tmp_path: P
     one, other = opened(file), opened(folder)
     assert_same_model(one, other)
     text = other.encode_prompts(["a dog"])
-    told = [model.family.distilled(model.denoiser, text, 3.5) for model in (one, other)]
+    told = [model.family.embed_guidance(model.denoiser, text, 3.5) for model in (one, other)]
     assert [value is not None and value.guidance is not None for value in told] == [folder.name == "dev"] * 2
     assert one.defaults["guidance"] == other.defaults["guidance"]
 
 
 def test_its_names_become_those_that_diffusers_gives_them() -> None:
     checkpoint = names_of_width(3072)  # the only one that diffusers' converter knows
-    ours = flux_file.diffusers_names(dict(checkpoint))
+    ours = flux_file.convert_to_diffusers(dict(checkpoint))
     theirs = convert_flux_transformer_checkpoint_to_diffusers(dict(checkpoint))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
@@ -78,7 +78,7 @@ def test_its_names_become_those_that_diffusers_gives_them() -> None:
 @pytest.mark.parametrize("part", SIZES)
 def test_the_published_settings_have_the_published_sizes(part: str) -> None:
     kind, size = SIZES[part]
-    assert parameters(kind, read_json(PUBLISHED / part / "config.json")) == size
+    assert parameters(kind, read_json(PUBLISHED_CONFIGS / part / "config.json")) == size
 
 
 @pytest.mark.parametrize(("told", "steps", "tokens"), [(True, 28, 512), (False, 4, 256)])
@@ -95,7 +95,7 @@ def test_published_checkpoints_are_told_by_their_headers(
     assert model.autoencoder_config["shift_factor"] == 0.1159
     assert model.location.config("text_encoder")["hidden_size"] == 768
     assert model.defaults["steps"] == steps
-    assert model.family.outline(model.location, model.dtype).text["hidden"] == (tokens, 4096)
+    assert model.family.spec(model.location, model.dtype).text_shapes["hidden"] == (tokens, 4096)
     shift = float(torch.tensor(1.15).exp()) if told else 1.0  # at 1024² pixels
     median = model.path.levels.b.median()
     expected = torch.tensor(shift / (1 + shift), dtype=median.dtype)
@@ -140,7 +140,7 @@ def test_a_flux_for_another_task_is_told_for_what_it_is(tmp_path: Path) -> None:
 def test_a_relative_of_flux_is_not_taken_for_one(tmp_path: Path) -> None:
     chroma = {name: value for name, value in few_tensors().items() if "vector_in" not in name}
     write_tensors(tmp_path / "chroma.safetensors", chroma)
-    with pytest.raises(UserError, match=r"a relative of it \(as FLUX.2 and Chroma are\)"):
+    with pytest.raises(UserError, match=r"a derivative of it \(like FLUX.2 or Chroma\)"):
         opened(tmp_path / "chroma.safetensors")
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from backbone.families.checkpoint import fingerprint
-from backbone.families.sd1.checkpoint import PUBLISHED
-from backbone.io.console import UserError, run
+from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
+from backbone.io.console import UserError, run_app
 from backbone.io.files import read_json, write_tensors
 from backbone.models.model import Backbone
 from customize.cli import app
@@ -85,7 +85,7 @@ def test_without_t5_a_file_is_the_same_model_as_a_folder_without_it(
     (tmp_path / "file").mkdir()
     one = opened(written(tmp_path / "file" / "sd3.safetensors", fewer, settings=folder))
     assert_same_model(one, opened(without))
-    assert "text_encoder_3" not in one.family.outline(one.location, one.dtype).encoders
+    assert "text_encoder_3" not in one.family.spec(one.location, one.dtype).text_encoders
     assert one.encode_prompts(PROMPTS).text["hidden"][:, 77:].abs().max() == 0
 
 
@@ -130,7 +130,7 @@ def test_half_precision_keeps_the_clips_and_the_autoencoder_safe(file: Path) -> 
     model = Backbone.open(str(file), device="cpu", precision="fp16")
     assert next(model.denoiser.parameters()).dtype is torch.float16
     assert next(model.autoencoder.parameters()).dtype is torch.float32
-    assert {next(side.model.parameters()).dtype for side in model.text_encoder.sides} == {torch.float32}
+    assert {next(side.model.parameters()).dtype for side in model.text_encoder.slots} == {torch.float32}
     assert model.text_encoder.t5.model.shared.weight.dtype is torch.float16  # type: ignore[attr-defined]
 
 
@@ -144,7 +144,7 @@ def test_the_fingerprint_follows_the_transformer_s_settings(file: Path) -> None:
 @pytest.mark.parametrize("part", SIZES)
 def test_the_published_settings_have_the_published_sizes(part: str) -> None:
     kind, size = SIZES[part]
-    assert parameters(kind, read_json(PUBLISHED / part / "config.json")) == size
+    assert parameters(kind, read_json(PUBLISHED_CONFIGS / part / "config.json")) == size
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_a_tensor_too_few_or_too_many_is_a_clear_mistake(
 def test_weights_of_few_bits_in_another_form_are_refused(tmp_path: Path, checkpoint: Tensors) -> None:
     name = f"{UNET}joint_blocks.0.x_block.mlp.fc1.weight.absmax"
     write_tensors(tmp_path / "sd3.safetensors", {**checkpoint, name: torch.zeros(4)})
-    with pytest.raises(UserError, match=r"few bits.*Take its version in fp16, bf16 or fp8"):
+    with pytest.raises(UserError, match=r"quantised.*Take its version in fp16, bf16 or fp8"):
         opened(tmp_path / "sd3.safetensors")
 
 
@@ -328,7 +328,7 @@ def said_by_the_door(
     monkeypatch.setattr(sys, "argv", ["customize", *arguments])
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # typer replaces it
     with pytest.raises(SystemExit) as leaving:
-        run(app)
+        run_app(app)
     assert leaving.value.code == 2
     return capsys.readouterr().err
 

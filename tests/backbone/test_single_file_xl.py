@@ -14,7 +14,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from backbone.families.sd1.checkpoint import PUBLISHED
+from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
 from backbone.io.console import UserError
 from backbone.io.files import write_tensors
 from backbone.models.model import Backbone
@@ -96,7 +96,9 @@ def test_the_published_settings_have_the_published_sizes() -> None:
         ("text_encoder_2", CLIPTextModelWithProjection, 694_659_840),
     )
     for part, kind, size in published:
-        config: Any = json.loads((PUBLISHED / "stable-diffusion-xl" / part / "config.json").read_text())
+        config: Any = json.loads(
+            (PUBLISHED_CONFIGS / "stable-diffusion-xl" / part / "config.json").read_text()
+        )
         with init_empty_weights():
             model = kind(CLIPTextConfig.from_dict(config)) if "text" in part else kind.from_config(config)
         assert sum(value.numel() for value in model.parameters()) == size

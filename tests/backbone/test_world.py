@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from backbone.world.scene import Scene, fair, sample_scene
-from backbone.world.words import Thing, article, plural, vocabulary
+from backbone.world.scene import Scene, is_fair, sample_scene
+from backbone.world.words import Thing, choose_article, load_vocabulary, pluralize
 
 PLAIN = Scene((Thing("dog"),), "in the snow", seed=5)
 
@@ -20,7 +20,7 @@ def test_a_seed_gives_the_same_scene() -> None:
 
 
 def test_no_concept_occurs_in_training_scenes() -> None:
-    words = vocabulary()
+    words = load_vocabulary()
     kept_apart = {*words.development_concepts, *words.demo_concept}
     seen = {thing.noun for seed in range(3000) for thing in sample_scene(seed).things}
     assert seen == set(words.nouns)
@@ -51,7 +51,7 @@ def test_the_canonical_caption_says_the_scene(scene: Scene, caption: str) -> Non
 
 
 def test_a_concept_is_called_by_its_token() -> None:
-    assert PLAIN.caption(called="[V] dog") == "a [V] dog in the snow"
+    assert PLAIN.caption(name="[V] dog") == "a [V] dog in the snow"
 
 
 def test_paraphrases_name_the_same_things() -> None:
@@ -59,13 +59,13 @@ def test_paraphrases_name_the_same_things() -> None:
         scene = sample_scene(seed)
         said = scene.caption_for_training()
         noun = scene.things[0].noun
-        assert (plural(noun) if scene.pair else noun) in said
+        assert (pluralize(noun) if scene.pair else noun) in said
         assert scene.things[0].colour is None or scene.things[0].colour in said
 
 
 def test_articles_and_plurals_are_english() -> None:
-    assert [article(word) for word in ("owl", "dog", "unicorn")] == ["an", "a", "a"]
-    assert [plural(word) for word in ("butterfly", "snowman", "fox", "dog")] == [
+    assert [choose_article(word) for word in ("owl", "dog", "unicorn")] == ["an", "a", "a"]
+    assert [pluralize(word) for word in ("butterfly", "snowman", "fox", "dog")] == [
         "butterflies",
         "snowmen",
         "foxes",
@@ -74,14 +74,14 @@ def test_articles_and_plurals_are_english() -> None:
 
 
 def test_no_benchmark_asks_for_a_tree_where_trees_are_drawn() -> None:
-    assert not fair(Scene((Thing("tree"),), "in a forest"))
-    assert fair(Scene((Thing("tree"),), "in the snow"))
+    assert not is_fair(Scene((Thing("tree"),), "in a forest"))
+    assert is_fair(Scene((Thing("tree"),), "in the snow"))
 
 
 def drawn(scene: Scene) -> np.ndarray:
-    from backbone.world.render import pixels, render
+    from backbone.world.render import render, to_array
 
-    return pixels(render(scene).image)
+    return to_array(render(scene).image)
 
 
 @pytest.mark.font
@@ -114,7 +114,7 @@ def test_another_place_keeps_the_thing_where_it_stands() -> None:
 
 @pytest.mark.font
 def test_every_place_style_and_accessory_draws() -> None:
-    words = vocabulary()
+    words = load_vocabulary()
     for place in words.places:
         assert drawn(replace(PLAIN, place=place)).std() > 5
     for style in words.styles:
@@ -141,7 +141,7 @@ def test_a_missing_font_is_one_clear_sentence(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(render, "FONT_PATHS", ())
     monkeypatch.delenv(render.FONT_VARIABLE, raising=False)
     with pytest.raises(UserError, match="fonts-noto-color-emoji"):
-        render.font_path()
+        render.find_font()
 
 
 def test_pixel_art_is_made_of_squares() -> None:

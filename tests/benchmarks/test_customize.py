@@ -13,7 +13,7 @@ from PIL import Image
 
 from backbone.io.console import UserError
 from backbone.world.concepts import TRAINING_PLACES
-from backbone.world.words import vocabulary
+from backbone.world.words import load_vocabulary
 from benchmarks import customize as bench
 from benchmarks.customize import (
     DEFAULT,
@@ -88,7 +88,7 @@ def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str,
 
 
 def test_every_prompt_is_in_the_world_s_own_words() -> None:
-    words = vocabulary()
+    words = load_vocabulary()
     asked = {kind: questions(kind, "elephant", "[V] elephant") for kind in KINDS}
     assert [len(asked[kind]) for kind in KINDS] == [7, 5, 4, 7]
     assert asked["places"][0].prompt == "a [V] elephant in a park"

@@ -15,7 +15,7 @@ import torch
 from backbone.io.console import UserError
 from backbone.io.files import write_json, write_tensors
 from backbone.models.model import Backbone
-from backbone.world.scene import BENCHMARK_SEEDS, fair
+from backbone.world.scene import BENCHMARK_SEEDS, is_fair
 from benchmarks import edit as benchmark
 from benchmarks.edit import KINDS, Case, make_cases, paired, succeeded
 from benchmarks.judge import FACTS, TWO_DIFFERENT, WEIGHTS, Network, Verdict, label_lists
@@ -54,7 +54,7 @@ def test_every_kind_comes_in_turn_from_seeds_that_nothing_was_trained_on() -> No
     assert [case.kind for case in cases] == list(KINDS) * 3
     assert len({case.before.seed for case in cases}) == 24
     for case in cases:
-        assert case.before.seed in BENCHMARK_SEEDS and fair(case.before) and fair(case.after)
+        assert case.before.seed in BENCHMARK_SEEDS and is_fair(case.before) and is_fair(case.after)
         assert (case.source == case.target) is (case.kind == "reweight")
 
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from backbone.evaluation.statistics import wilson
+from backbone.evaluation.statistics import wilson_interval
 from backbone.io.console import UserError
 from backbone.io.files import write_json, write_tensors
 from backbone.models.model import Backbone
-from backbone.world.scene import BENCHMARK_SEEDS, Scene, fair, sample_scene
-from backbone.world.words import Thing, vocabulary
+from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
+from backbone.world.words import Thing, load_vocabulary
 from benchmarks.judge import (
     FACTS,
     NONE,
@@ -109,7 +109,7 @@ def test_no_pictures_have_no_verdicts(judge: Judge) -> None:
 
 
 def test_the_judge_knows_the_nouns_and_the_concepts_and_no_other_glyph() -> None:
-    words = vocabulary()
+    words = load_vocabulary()
     known = label_lists()["glyphs"]
     assert set(known) == {*words.nouns, *words.development_concepts, *words.demo_concept}
     assert len(known) == len(set(known)) == 84
@@ -149,7 +149,7 @@ def test_weights_and_labels_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 def test_the_judge_trains_on_none_of_the_benchmarks_questions() -> None:
     scenes = [scene_of(seed) for seed in range(400_000, 401_000)]
-    assert all(fair(scene) for scene in scenes)
+    assert all(is_fair(scene) for scene in scenes)
     nouns = {thing.noun for scene in scenes for thing in scene.things}
     assert nouns == set(label_lists()["glyphs"])
 
@@ -199,8 +199,8 @@ def test_an_unknown_label_pulls_at_nothing() -> None:
 def test_benchmark_scenes_are_fair_held_out_and_always_the_same() -> None:
     scenes = benchmark_scenes(300)
     assert scenes == benchmark_scenes(301)[:300]
-    assert all(fair(scene) and scene.seed in BENCHMARK_SEEDS for scene in scenes)
-    assert {thing.noun for scene in scenes for thing in scene.things} <= set(vocabulary().nouns)
+    assert all(is_fair(scene) and scene.seed in BENCHMARK_SEEDS for scene in scenes)
+    assert {thing.noun for scene in scenes for thing in scene.things} <= set(load_vocabulary().nouns)
 
 
 def test_a_perfect_model_passes_every_question() -> None:
@@ -236,7 +236,7 @@ def test_the_table_prints_every_row_also_an_empty_one() -> None:
         "psnr_db": {"textures": {"db": 24.5, "n": 2}},
         "seconds_per_picture": {"one at a time": 1.25}, "machine": "cpu",
     }  # fmt: skip
-    rows = [Row("noun", 3, 4, *wilson(3, 4)[1:]), Row("colour", 0, 0, *wilson(0, 0)[1:])]
+    rows = [Row("noun", 3, 4, *wilson_interval(3, 4)[1:]), Row("colour", 0, 0, *wilson_interval(0, 0)[1:])]
     table = markdown(facts, rows, None)
     assert "| noun | 75.0 % | 30.1–95.4 % | 4 | – |" in table
     assert "| colour | – | 0.0–100.0 % | 0 | – |" in table

@@ -9,15 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from backbone.adapters.apply import put_on
-from backbone.adapters.concept import Concept, spoken
-from backbone.adapters.embeddings import FILE as WORDS
-from backbone.adapters.embeddings import new_words, rows_of, words_of
+from backbone.adapters.apply import load_concepts
+from backbone.adapters.concept import Concept, resolve_placeholder_tokens
+from backbone.adapters.embeddings import EMBEDDINGS_FILE as WORDS
+from backbone.adapters.embeddings import add_tokens, embed_tokens, vector_token_names
 from backbone.diffusion.losses import debiased
 from backbone.diffusion.noise import generator, vp
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors
-from backbone.media.pictures import read_folder
+from backbone.media.pictures import list_images
 from backbone.models.model import Backbone
 from backbone.training.run import take_steps
 from customize.data.dataset import Group, prepare
@@ -58,10 +58,10 @@ def settings(subject: Path, **changes: object) -> Settings:
 def begun(model: Backbone, subject: Path, asked: Settings) -> tuple[DreamBooth, Concept]:
     """A training that has not taken a step yet, and the concept that it will become."""
     own = asked.method in OWN_WORDS
-    words = " ".join(words_of("[V]", asked.num_vectors)) if own else asked.token_words
+    words = " ".join(vector_token_names("[V]", asked.num_vectors)) if own else asked.token_words
     concept = Concept(asked.method, "tiny", model.fingerprint, {"[V]": words}, "dog")
-    pictures = read_folder(subject)
-    prompts = [spoken("a [V] dog", [concept]) for _ in pictures]
+    pictures = list_images(subject)
+    prompts = [resolve_placeholder_tokens("a [V] dog", [concept]) for _ in pictures]
     return DreamBooth(model, prepare(model, [Group(pictures, prompts, "a dog")], asked), asked), concept
 
 
@@ -83,15 +83,15 @@ def test_a_concept_says_from_its_files_what_its_training_said(
 ) -> None:
     model = fresh(tiny_folder)
     training, concept = begun(model, subject, settings(subject, method=method, adapter=adapter))
-    before = said(model, spoken("a [V] dog in the snow", [concept]))
+    before = said(model, resolve_placeholder_tokens("a [V] dog in the snow", [concept]))
     reports = list(take_steps(training))
     assert [report.step for report in reports] == [1, 2, 3, 4]
-    prompt = spoken("a [V] dog in the snow", [concept])
+    prompt = resolve_placeholder_tokens("a [V] dog in the snow", [concept])
     trained = said(model, prompt)
     assert not torch.allclose(before, trained, atol=1e-6)
     learned = replace(concept, **training.write(tmp_path, {}), folder=tmp_path)
     other = fresh(tiny_folder)
-    put_on(other, [learned])
+    load_concepts(other, [learned])
     torch.testing.assert_close(said(other, prompt), trained, atol=2e-4, rtol=1e-3)
 
 
@@ -102,7 +102,7 @@ def test_only_what_the_method_names_moves(
     model = fresh(tiny_folder)
     training, _ = begun(model, subject, settings(subject, method=method, adapter=adapter))
     mine = {id(value) for value in training.parameters.values()}
-    everything = [*model.denoiser.named_parameters(), *model.text_encoder.sides[0].model.named_parameters()]
+    everything = [*model.denoiser.named_parameters(), *model.text_encoder.slots[0].model.named_parameters()]
     before = {name: value.detach().clone() for name, value in everything}
     for _ in take_steps(training):
         pass
@@ -114,18 +114,18 @@ def test_only_what_the_method_names_moves(
 
 def test_a_new_word_begins_as_the_class_and_old_words_stay_bit_for_bit(tiny: Backbone) -> None:
     old = tiny.encode_prompts(["a dog in the snow"]).text["hidden"]
-    rows = rows_of(tiny.text_encoder, "dog", count=2)
-    new_words(tiny.text_encoder, rows, words=words_of("[V]", 2))
+    rows = embed_tokens(tiny.text_encoder, "dog", count=2)
+    add_tokens(tiny.text_encoder, rows, tokens=vector_token_names("[V]", 2))
     assert torch.equal(tiny.encode_prompts(["a dog in the snow"]).text["hidden"], old)
     assert torch.equal(tiny.encode_prompts(["a [V] in the snow"]).text["hidden"], old)
     assert not torch.equal(tiny.encode_prompts(["a [V] [V]_1 in the snow"]).text["hidden"], old)
 
 
 def test_a_word_that_the_model_has_is_refused(tiny: Backbone) -> None:
-    rows = rows_of(tiny.text_encoder, "dog", count=1)
-    new_words(tiny.text_encoder, rows, words=["[V]"])
+    rows = embed_tokens(tiny.text_encoder, "dog", count=1)
+    add_tokens(tiny.text_encoder, rows, tokens=["[V]"])
     with pytest.raises(UserError, match="already"):
-        new_words(tiny.text_encoder, rows, words=["[V]"])
+        add_tokens(tiny.text_encoder, rows, tokens=["[V]"])
 
 
 def test_learned_words_are_read_by_diffusers(tiny_folder: Path, subject: Path, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_learned_words_are_read_by_diffusers(tiny_folder: Path, subject: Path, t
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, local_files_only=True)
     pipeline.load_textual_inversion(str(tmp_path / WORDS))
     prompt = "a [V] dog in the snow"
-    written_out = spoken(prompt, [concept])
+    written_out = resolve_placeholder_tokens(prompt, [concept])
     theirs, _ = pipeline.encode_prompt(written_out, "cpu", 1, False)
     ours = model.encode_prompts([written_out]).text["hidden"]
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -187,7 +187,7 @@ def test_class_pictures_are_drawn_once_and_their_latents_kept(
     assert first.data.class_latents is not None
     assert first.data.class_latents.shape == (3, *tiny.latent_shape)
     monkeypatch.setattr("customize.data.dataset.sample_latents", None)  # a second drawing would fail
-    again = prepare(tiny, [Group(read_folder(subject), ["a bcd dog"] * 3, "a dog")], asked)
+    again = prepare(tiny, [Group(list_images(subject), ["a bcd dog"] * 3, "a dog")], asked)
     assert again.class_latents is not None
     assert torch.equal(again.class_latents, first.data.class_latents)
     assert torch.isfinite(next(first.losses(1)))
@@ -203,7 +203,7 @@ def test_what_a_mask_hides_is_not_learned(tiny: Backbone, subject: Path) -> None
     half.paste(255, (0, 0, 32, 64))
     for path in sorted(subject.glob("*.png")):
         half.save(path.with_name(f"{path.stem}.mask.png"))
-    pictures = read_folder(subject)
+    pictures = list_images(subject)
     assert all(picture.mask is not None for picture in pictures)
     asked = settings(subject, prior="off")
     material = prepare(tiny, [Group(pictures, ["a bcd dog"] * len(pictures), "a dog")], asked)
@@ -233,7 +233,7 @@ def test_the_debiased_weight_is_one_over_the_root_of_snr() -> None:
 
 
 def test_every_subject_is_drawn_as_often_with_its_own_prompts(tiny: Backbone, subject: Path) -> None:
-    pictures = read_folder(subject)
+    pictures = list_images(subject)
     asked = settings(subject, batch=64, prior_batch=32)
     groups = [
         Group(pictures, ["a bcd dog"] * len(pictures), "a dog"),
@@ -259,7 +259,7 @@ def test_pictures_keep_their_shapes_in_buckets(tiny: Backbone, subject: Path) ->
         picture.paste("blue", (0, 0, size[0] // 2, size[1]))
         picture.save(subject / f"{name}.png")
     Image.new("L", (200, 100), 255).save(subject / "wide.mask.png")
-    pictures = read_folder(subject)
+    pictures = list_images(subject)
     asked = settings(subject, aspect_buckets=True, batch=3, steps=12)
     prompts = [f"a bcd dog {picture.path.stem}" for picture in pictures]
     training = DreamBooth(tiny, prepare(tiny, [Group(pictures, prompts, "a dog")], asked), asked)

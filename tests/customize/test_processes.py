@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from backbone.adapters.lora import WEIGHTS
+from backbone.adapters.lora import LORA_WEIGHTS
 from backbone.distributed import processes
 from backbone.distributed.spawn import run_workers
 from backbone.io.console import UserError
@@ -118,7 +118,7 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def test_dropout_needs_whole_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "world", lambda: 2)
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
     asked = Settings(images="", token="", class_noun="", batch=4, lora_dropout=0.1)
     with pytest.raises(UserError, match="--gradient-accumulation-steps 2"):
         share_of(asked)
@@ -179,7 +179,7 @@ def test_accelerate_launches_two_processes_that_learn_what_one_does(
         "--cpu", "-m", "customize.cli", *asked, "--out", "one", cache=tmp_path / "cache", cwd=tmp_path
     )
     assert alone.wait(timeout=600) == 0
-    assert max(apart(tmp_path / "one" / WEIGHTS, tmp_path / "two" / WEIGHTS).values()) < 1e-5
+    assert max(apart(tmp_path / "one" / LORA_WEIGHTS, tmp_path / "two" / LORA_WEIGHTS).values()) < 1e-5
     drawn = launch(
         *FLAGS[how], "-m", "customize.cli", "sample", "a [V] dog", "a dog", "--concept", "two", "--steps", "2",
         cache=tmp_path / "cache", cwd=tmp_path,

@@ -14,11 +14,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from backbone.adapters.concept import BEST, Concept, read_concept
-from backbone.adapters.lora import WEIGHTS
+from backbone.adapters.lora import LORA_WEIGHTS
 from backbone.io.console import UserError
 from backbone.io.prompts import one_prompt, prompts_of, read_prompts
 from backbone.media.decode import open_rgb
-from backbone.media.pictures import read_folder
+from backbone.media.pictures import list_images
 from backbone.models.model import Backbone
 from customize.cli import app
 from customize.data.folders import is_concepts
@@ -55,8 +55,8 @@ def run(tmp_path: Path, tiny_folder: Path) -> Path:
     fingerprint = Backbone.open(str(tiny_folder)).fingerprint
     for seed, place in enumerate((folder, folder / BEST)):
         place.mkdir()
-        write_adapter(place / WEIGHTS, random_adapter(chosen, seed=seed), "own", header={})
-        Concept("lora", str(tiny_folder), fingerprint, {"[V]": "bcd"}, "dog", WEIGHTS).write(place)
+        write_adapter(place / LORA_WEIGHTS, random_adapter(chosen, seed=seed), "own", header={})
+        Concept("lora", str(tiny_folder), fingerprint, {"[V]": "bcd"}, "dog", LORA_WEIGHTS).write(place)
     return folder
 
 
@@ -197,7 +197,7 @@ def test_the_example_is_a_subject_with_what_else_can_be_tried_beside_it(tmp_path
     folder = tmp_path / "dog"
     for _ in range(2):  # a second time it is there already
         assert invoked("example", folder).exit_code == 0
-    assert [picture.path.name for picture in read_folder(folder)] == [f"dog-{k}.png" for k in range(1, 6)]
+    assert [picture.path.name for picture in list_images(folder)] == [f"dog-{k}.png" for k in range(1, 6)]
     assert not is_concepts(folder)
     extras = folder / "example"
     assert open_rgb(extras / "scene.png").size == (128, 128)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from backbone.adapters.lora import WEIGHTS
+from backbone.adapters.lora import LORA_WEIGHTS
 from backbone.io.files import read_jsonl, read_tensors
 from backbone.models.cache import VARIABLE
 from backbone.training.loop import Report
@@ -59,7 +59,7 @@ def test_a_run_leaves_everything_that_it_should(
     customize(*TRAIN, "--images", str(subject), "--model", str(tiny_folder), "--validation_steps", "2")
     run = tmp_path / "runs" / "subject"
     assert {path.name for path in run.iterdir()} == {
-        WEIGHTS,
+        LORA_WEIGHTS,
         "concept.json",
         "settings.json",
         "log.jsonl",
@@ -117,9 +117,9 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
     _, said = stopped.communicate(timeout=60)
     assert stopped.returncode == 130, said
     assert "customize train --resume parts" in said
-    assert not (tmp_path / "parts" / WEIGHTS).exists()
+    assert not (tmp_path / "parts" / LORA_WEIGHTS).exists()
     customize("train", "--resume", "parts")
-    one, other = (read_tensors(tmp_path / name / WEIGHTS)[0] for name in ("whole", "parts"))
+    one, other = (read_tensors(tmp_path / name / LORA_WEIGHTS)[0] for name in ("whole", "parts"))
     assert set(one) == set(other)
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert [line["step"] for line in read_jsonl(log)] == list(range(1, 61))
@@ -151,7 +151,7 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_like_one_that_was_not(
         assert process.returncode == -signal.SIGKILL, said.decode()
         arguments = ["train", "--resume", "parts"]
     customize("train", "--resume", "parts")
-    one, other = (read_tensors(tmp_path / name / WEIGHTS)[0] for name in ("whole", "parts"))
+    one, other = (read_tensors(tmp_path / name / LORA_WEIGHTS)[0] for name in ("whole", "parts"))
     assert set(one) == set(other)
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert [line["step"] for line in read_jsonl(log)] == list(range(1, 20 * kills + 1))
@@ -228,11 +228,11 @@ def test_a_run_folder_is_never_overwritten(
 ) -> None:
     flags = [*TRAIN, "--images", str(subject), "--model", str(tiny_folder), "--steps", "1", "--out", "run"]
     customize(*flags)
-    before = (tmp_path / "run" / WEIGHTS).read_bytes()
+    before = (tmp_path / "run" / LORA_WEIGHTS).read_bytes()
     done = customize(*flags, check=False)
     assert done.returncode == 2
     assert "--resume run" in done.stderr
-    assert (tmp_path / "run" / WEIGHTS).read_bytes() == before
+    assert (tmp_path / "run" / LORA_WEIGHTS).read_bytes() == before
 
 
 def test_a_concept_of_another_model_is_refused(
@@ -267,7 +267,7 @@ def test_a_run_from_own_class_images_repeats_from_its_record(
     customize("train", "--config", "one/settings.json", "--out", "two")
     again = json.loads((tmp_path / "two" / "settings.json").read_text())["settings"]
     assert again == kept
-    one, other = (read_tensors(tmp_path / name / WEIGHTS)[0] for name in ("one", "two"))
+    one, other = (read_tensors(tmp_path / name / LORA_WEIGHTS)[0] for name in ("one", "two"))
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
 from backbone.adapters.concept import Concept, read_concept
-from backbone.adapters.embeddings import FILE, save_words
+from backbone.adapters.embeddings import EMBEDDINGS_FILE, save_embeddings
 from backbone.families.location import Location
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors
@@ -46,8 +46,8 @@ def run(tmp_path: Path, folder: Path, rows: dict[str, Tensor]) -> Path:
     """A run folder that holds words alone."""
     place = tmp_path / "run"
     place.mkdir()
-    save_words(place / FILE, {"[V]": rows}, metadata={})
-    Concept("textual-inversion", str(folder), "", {"[V]": "[V]"}, "dog", words=FILE).write(place)
+    save_embeddings(place / EMBEDDINGS_FILE, {"[V]": rows}, metadata={})
+    Concept("textual-inversion", str(folder), "", {"[V]": "[V]"}, "dog", words=EMBEDDINGS_FILE).write(place)
     return place
 
 
@@ -62,13 +62,13 @@ def test_the_lines_of_a_run_s_readme_give_each_encoder_its_rows(
     run: Path, folder: Path, rows: dict[str, Tensor]
 ) -> None:
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True)
-    exec("\n".join(load_words_in_diffusers(run / FILE)), {"pipeline": pipeline})
+    exec("\n".join(load_words_in_diffusers(run / EMBEDDINGS_FILE)), {"pipeline": pipeline})
     assert_known(pipeline, rows)
 
 
 def test_one_encoder_s_words_are_loaded_as_one_file(tmp_path: Path, rows: dict[str, Tensor]) -> None:
-    path = tmp_path / FILE
-    save_words(path, {"[V]": {"text_encoder": rows["text_encoder"]}}, metadata={})
+    path = tmp_path / EMBEDDINGS_FILE
+    save_embeddings(path, {"[V]": {"text_encoder": rows["text_encoder"]}}, metadata={})
     assert load_words_in_diffusers(path) == [f'pipeline.load_textual_inversion("{path}")']
 
 
@@ -87,7 +87,9 @@ def test_other_tools_get_a_file_with_their_names_for_the_encoders(
     assert path.name == "dog-V.safetensors"
     torch.testing.assert_close(found["clip_l"], rows["text_encoder"])
     torch.testing.assert_close(found["clip_g"], rows["text_encoder_2"])
-    assert export_words(read_concept(run), tmp_path / "dog.safetensors", "diffusers") == [run / FILE]
+    assert export_words(read_concept(run), tmp_path / "dog.safetensors", "diffusers") == [
+        run / EMBEDDINGS_FILE
+    ]
 
 
 def test_a_merge_renames_the_token_and_not_the_encoder(run: Path, rows: dict[str, Tensor]) -> None:

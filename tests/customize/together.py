@@ -65,7 +65,7 @@ def everything(folder: Path, model: Path, pictures: Path) -> None:
 
 def cold(rank: int, folder: Path, model: Path, pictures: Path, times: int) -> None:
     """Two runs that know nothing of each other start together, again and again, each time with one empty cache."""
-    with patch.object(processes, "rank", lambda: 0), patch.object(processes, "world", lambda: 1):
+    with patch.object(processes, "rank", lambda: 0), patch.object(processes, "world_size", lambda: 1):
         for number in range(times):
             os.environ[VARIABLE] = str(folder / f"cold-{number}")
             processes.barrier()
@@ -78,7 +78,7 @@ def worker(rank: int, folder: Path, model: Path, pictures: Path) -> None:
     """One of two processes: all cases in the folder `two`, and a run that cannot be shared."""
     os.environ.update({VARIABLE: str(folder / "cache"), "RANK": str(rank), "WORLD_SIZE": "2"})
     stay: Callable[[], None] = processes.barrier
-    with patch.object(processes, "leave", stay):
+    with patch.object(processes, "end_process", stay):
         everything(folder / "two", model, pictures)
         for name in ("resumed", "half-way"):
             interrupted(folder / "two", model, pictures, name)
@@ -92,5 +92,5 @@ def worker(rank: int, folder: Path, model: Path, pictures: Path) -> None:
 def cold_worker(rank: int, folder: Path, model: Path, pictures: Path, times: int) -> None:
     """One of two processes: cold starts alone."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
-    with patch.object(processes, "leave", processes.barrier):
+    with patch.object(processes, "end_process", processes.barrier):
         cold(rank, folder, model, pictures, times)

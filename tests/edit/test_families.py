@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from backbone.families.base import Stretch
+from backbone.families.base import TextSegment
 from backbone.io.console import UserError
 from edit.attention.alignment import align, tokenize_prompt
 from edit.cli import main
@@ -195,7 +195,7 @@ def test_every_inversion_is_edited_or_refused(family: Open, name: str, method: M
 def test_a_whole_edit_of_a_transformer_materialises_no_attention_matrix(family: Open, name: str) -> None:
     inversion = invert(family(name), photo(160, 96), SOURCE, steps=2)
     replace(inversion, TARGET)  # prompts are encoded before the count begins
-    with Found(tokenize_prompt(inversion.model.text_encoder.stretches, SOURCE).length) as counted:
+    with Found(tokenize_prompt(inversion.model.text_encoder.segments, SOURCE).length) as counted:
         replace(inversion, TARGET, ReplaceSettings(weights={"dog": 2.0}, heatmaps=("snow",)))
     assert counted.found == []
 
@@ -256,7 +256,7 @@ def test_a_negative_prompt_that_nobody_would_hear_is_refused(
 # Words of several tokenizers --------------------------------------------------------------------------------
 
 
-CLIP, T5 = Stretch(tiny_tokenizer(), 77), Stretch(tiny_t5_tokenizer(), 40)
+CLIP, T5 = TextSegment(tiny_tokenizer(), 77), TextSegment(tiny_t5_tokenizer(), 40)
 
 
 def test_punctuation_stands_apart_where_the_tokenizer_cuts_at_spaces_alone() -> None:
@@ -266,7 +266,7 @@ def test_punctuation_stands_apart_where_the_tokenizer_cuts_at_spaces_alone() -> 
 
 
 def test_a_word_has_its_tokens_of_every_tokenizer_and_padding_stays_padding() -> None:
-    read = tokenize_prompt([CLIP, T5, Stretch(None, 5)], "a cat in the hat")
+    read = tokenize_prompt([CLIP, T5, TextSegment(None, 5)], "a cat in the hat")
     assert read.length == 122
     assert [word.positions for word in read.words[:2]] == [(1, 77), (2, 78)]
     assert read.words[4].positions == (5, 6, 7, 81, 82, 83, 84)
@@ -301,7 +301,7 @@ def test_the_first_word_that_was_added_is_nobody_s_where_no_token_begins_a_promp
 
 def test_what_one_tokenizer_cut_off_is_still_a_word_of_another() -> None:
     text = "a cat in the snow " * 3
-    read = tokenize_prompt([Stretch(tiny_tokenizer(), 8), T5], text)
+    read = tokenize_prompt([TextSegment(tiny_tokenizer(), 8), T5], text)
     assert [word.text for word in read.words] == text.split()
     assert read.words[0].positions == (1, 8) and read.words[-1].positions == (22,)
 

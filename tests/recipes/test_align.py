@@ -21,7 +21,7 @@ from backbone.io.files import write_json
 from backbone.io.prompts import read_prompts
 from backbone.world.render import render
 from backbone.world.scene import Scene
-from backbone.world.words import Thing, vocabulary
+from backbone.world.words import Thing, load_vocabulary
 from benchmarks.judge import ONE, TWO_DIFFERENT, Judge, Verdict, load_judge
 from recipes.align import journey
 from recipes.align.journey import (
@@ -62,7 +62,7 @@ def test_held_out_prompts_are_other_sentences() -> None:
 
 def test_prompts_are_written_with_their_categories(tmp_path: Path) -> None:
     chosen = scenes(TRAINING_PROMPTS, 100, hard)
-    assert {kind(scene) for scene in chosen} == set(vocabulary().accessories)
+    assert {kind(scene) for scene in chosen} == set(load_vocabulary().accessories)
     path = write_prompts(tmp_path / "prompts.jsonl", chosen)
     assert [prompt.text for prompt in read_prompts(path)] == [scene.caption() for scene in chosen]
     assert all(scene.style is None for scene in scenes(TRAINING_PROMPTS, 100, plain))
@@ -188,7 +188,7 @@ def test_near_misses_say_less_or_give_the_colour_away_or_name_another_thing() ->
 
 
 def test_every_noun_is_another_s_other() -> None:
-    nouns = vocabulary().nouns
+    nouns = load_vocabulary().nouns
     assert sorted(map(another, nouns)) == sorted(nouns)
     assert all(another(noun) != noun for noun in nouns)
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from backbone.diffusion.samplers import ddim
-from backbone.families.sd3.family import T5_TOKENS, zeros_once
+from backbone.families.sd3.family import T5_TOKENS, use_repeated_zero_token
 from backbone.models.locate import EMBEDDED
 from backbone.models.model import Backbone
 from backbone.world.scene import sample_scene
@@ -60,7 +60,7 @@ def test_one_token_counted_often_is_as_good_as_the_pipeline_s_many() -> None:
         return said
 
     many, few = velocity(T5_TOKENS), velocity(1)
-    zeros_once(network)
+    use_repeated_zero_token(network)
     counted = velocity(1)
     assert (counted - many).abs().max() < 1e-4 * many.abs().max()
     assert (few - many).abs().max() > 1e-2 * many.abs().max()  # so the count matters

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from backbone.world.render import draw_place
 from backbone.world.scene import Scene, sample_scene
-from backbone.world.words import Thing, vocabulary
+from backbone.world.words import Thing, load_vocabulary
 from recipes.moji.rendered import moved, roughened
 from recipes.moji.scorer import (
     Heads,
@@ -53,7 +53,7 @@ def test_a_wrong_caption_is_wrong_in_one_fact_of_the_same_place() -> None:
         assert wrong.caption() != scene.caption()
         facts = [wrong.things != scene.things, wrong.pair != scene.pair, wrong.style != scene.style]
         assert facts.count(True) == 1
-        assert {thing.noun for thing in wrong.things} <= set(vocabulary().nouns)
+        assert {thing.noun for thing in wrong.things} <= set(load_vocabulary().nouns)
 
 
 def test_own_captions_suit_and_so_do_those_that_leave_the_place_out() -> None:

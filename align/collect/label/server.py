@@ -24,7 +24,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from align.collect.label.session import Session, Stale
-from backbone.io.console import UserError, say
+from backbone.io.console import UserError, notify
 
 PAGE = Path(__file__).with_name("page.html")
 HOSTS = ("127.0.0.1", "localhost")
@@ -130,7 +130,7 @@ def serve(session: Session, *, port: int = 0, token: str | None = None) -> None:
             ) from error
         port = listening.getsockname()[1]
         app = label_app(session, token=token, port=port)
-        say(f"Open http://127.0.0.1:{port}/{token}/ (Ctrl-C ends; every choice is kept as it is made).")
+        notify(f"Open http://127.0.0.1:{port}/{token}/ (Ctrl-C ends; every choice is kept as it is made).")
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False, lifespan="off"))
         server.run(sockets=[listening])
 

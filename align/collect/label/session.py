@@ -18,7 +18,7 @@ from itertools import combinations
 from pathlib import Path
 
 from align.pairs.choices import CHOICES, VERDICTS, Choice, Undo, append, consistency, effective, read_choices
-from backbone.evaluation.statistics import Interval, wilson
+from backbone.evaluation.statistics import Interval, wilson_interval
 from backbone.io.console import UserError
 
 REPEATS = 0.1  # of all questions
@@ -119,7 +119,7 @@ class Session:
     def agreement(self) -> tuple[Interval, int]:
         """How often the labeller agreed with themselves, and on how many repeats."""
         found = consistency(self.choices)
-        return wilson(found.agreed, found.repeats), found.repeats
+        return wilson_interval(found.agreed, found.repeats), found.repeats
 
     def _next(self) -> tuple[Asked | None, bool]:
         done = {choice.pair for choice in self.choices if not choice.repeat}

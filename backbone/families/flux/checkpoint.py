@@ -1,8 +1,8 @@
-"""FLUX.1 in one checkpoint file: which files those are, their settings, transformer and text encoder CLIP.
+"""Single-file FLUX.1 checkpoints: recognition, configs, transformer and CLIP.
 
-Settings are looked for as those of Stable Diffusion 1.x are (`stable_diffusion_file`); the published ones lie in
-`configs/flux`, those of which `dev` and `schnell` have their own in `configs/flux-dev` and `configs/flux-schnell`.
-diffusers' own converter knows one width only, so the transformer's names are translated here.
+Configs are looked up as for Stable Diffusion 1 (`sd1/checkpoint.py`); the published ones are in `configs/flux`, and
+those that differ between dev and schnell in `configs/flux-dev` and `configs/flux-schnell`. diffusers' converter knows
+one width only, so keys are converted here.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from backbone.families import text_encoders as text_encoders_file
-from backbone.families.base import Side
-from backbone.families.checkpoint import UNET, misfit
+from backbone.families import text_encoders
+from backbone.families.base import TextEncoderSlot
+from backbone.families.checkpoint import UNET, config_mismatch
 from backbone.families.location import Location
-from backbone.families.sd1.checkpoint import PUBLISHED
-from backbone.families.text_encoders import CLIP_L, PROJECTION, T5, clip, filled, weights
+from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
+from backbone.families.text_encoders import CLIP_L, PROJECTION, T5, build_network, load_clip, read_weights
 from backbone.io.files import Header
 
 REMEDY = (
     "Take a file that includes them, as ComfyUI's full checkpoints do, or name the model's diffusers folder or "
     "hub id."
 )
-PATCH = 4  # latents in a token
-NAMES = (
+LATENTS_PER_TOKEN = 4  # latents in a token
+KEY_PATTERNS = (
     (r"^time_in\.", "time_text_embed.timestep_embedder."),
     (r"^guidance_in\.", "time_text_embed.guidance_embedder."),
     (r"^vector_in\.", "time_text_embed.text_embedder."),
@@ -54,78 +54,82 @@ NAMES = (
     (r"\.txt_mlp\.2\.", ".ff_context.net.2."),
     (r"\.linear2\.", ".proj_out."),
 )
-TOGETHER = {  # several layers in one
+FUSED_LAYERS = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
     "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
 }
 
 
-def settings_of(header: Header) -> tuple[Path, ...] | None:
-    """The folders of the settings of a FLUX.1 checkpoint, or None for any other file.
+def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
+    """The config folders of a FLUX.1 checkpoint, or None for any other file.
 
-    Raises `UserError` for one that lacks a part, as the files of the transformer alone do.
+    Raises `UserError` for a file that lacks a component, like those of the transformer alone.
     """
-    prefix = text_encoders_file.transformer_prefix(header, "img_in.weight")
+    prefix = text_encoders.transformer_prefix(header, "img_in.weight")
     marks = ("vector_in.in_layer.weight", "double_blocks.0.img_mod.lin.weight")
     if prefix is None or any(prefix + mark not in header.shapes for mark in marks):
         return None
-    text_encoders_file.demand(
+    text_encoders.require_complete(
         header,
         "the transformer of a FLUX.1",
         encoders=(CLIP_L, T5),
-        takes=header.shapes[f"{prefix}img_in.weight"][1],
-        patch=PATCH,
+        in_channels=header.shapes[f"{prefix}img_in.weight"][1],
+        patch=LATENTS_PER_TOKEN,
         remedy=REMEDY,
     )
-    told = f"{prefix}guidance_in.in_layer.weight" in header.shapes
-    published = ["flux-dev" if told else "flux-schnell", "flux", "stable-diffusion-1"]  # the last for CLIP
-    return (header.path.with_suffix(""), header.path.parent, *(PUBLISHED / name for name in published))
+    is_dev = f"{prefix}guidance_in.in_layer.weight" in header.shapes
+    published = ["flux-dev" if is_dev else "flux-schnell", "flux", "stable-diffusion-1"]  # the last for CLIP
+    return (
+        header.path.with_suffix(""),
+        header.path.parent,
+        *(PUBLISHED_CONFIGS / name for name in published),
+    )
 
 
-def transformer(location: Location, dtype: torch.dtype) -> nn.Module:
-    """The transformer; `UserError` where it does not fit its settings."""
+def load_transformer(location: Location, dtype: torch.dtype) -> nn.Module:
+    """Load the transformer; `UserError` where it does not fit its config."""
     try:
-        named = diffusers_names(weights(location, UNET, dtype))
+        tensors = convert_to_diffusers(read_weights(location, UNET, dtype))
     except (KeyError, ValueError) as error:
-        raise misfit(location, "transformer") from error
-    return filled(FluxTransformer2DModel, location, "transformer", named)
+        raise config_mismatch(location, "transformer") from error
+    return build_network(FluxTransformer2DModel, location, "transformer", tensors)
 
 
-def diffusers_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The transformer's tensors under the names that diffusers gives them, each layer by itself.
+def convert_to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the transformer's tensors to diffusers' keys, splitting fused layers.
 
-    The last modulation is scale and shift there, and shift and scale in the original.
+    diffusers' last modulation is (scale, shift), the original's (shift, scale).
     """
     width = len(tensors["img_in.weight"])
-    found = {}
+    converted = {}
     for name, tensor in tensors.items():
         layer, _, kind = name.rpartition(".")
         block, parts = next(
-            ((layer.removesuffix(end), parts) for end, parts in TOGETHER.items() if layer.endswith(end)),
+            ((layer.removesuffix(end), parts) for end, parts in FUSED_LAYERS.items() if layer.endswith(end)),
             ("", ()),
         )
         if parts:
             rows = [width * number for number in range(1, len(parts))]
             for part, values in zip(parts, tensor.tensor_split(rows), strict=True):
-                found[renamed(f"{block}{part}.{kind}")] = values
+                converted[rename_key(f"{block}{part}.{kind}")] = values
         elif layer == "final_layer.adaLN_modulation.1":
             shift, scale = tensor.chunk(2)
-            found[renamed(name)] = torch.cat([scale, shift])
+            converted[rename_key(name)] = torch.cat([scale, shift])
         else:
-            found[renamed(name)] = tensor
-    return found
+            converted[rename_key(name)] = tensor
+    return converted
 
 
-def renamed(name: str) -> str:
+def rename_key(name: str) -> str:
     """`double_blocks.0.img_mod.lin.bias` → `transformer_blocks.0.norm1.linear.bias`, and so on."""
-    for original, ours in NAMES:
-        name = re.sub(original, ours, name)
+    for pattern, replacement in KEY_PATTERNS:
+        name = re.sub(pattern, replacement, name)
     return name
 
 
-def clip_l(location: Location) -> Side:
-    """CLIP with its tokenizer, fp32; the projection that some files have is not FLUX.1's."""
-    tensors = weights(location, CLIP_L, torch.float32)
+def load_clip_l(location: Location) -> TextEncoderSlot:
+    """Load CLIP-L in fp32 with its tokenizer; FLUX.1 has no use for the text projection of some files."""
+    tensors = read_weights(location, CLIP_L, torch.float32)
     tensors.pop(PROJECTION, None)
-    return clip(CLIPTextModel, location, "", tensors, pads_with="<|endoftext|>")
+    return load_clip(CLIPTextModel, location, "", tensors, pads_with="<|endoftext|>")

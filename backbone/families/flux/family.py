@@ -1,8 +1,8 @@
-"""FLUX.1: a transformer over text and picture jointly on packed latents, CLIP and T5, a rectified flow.
+"""FLUX.1: a joint text-image transformer on packed latents, CLIP and T5, a rectified flow.
 
-Its published weights are distilled and need no second call without a prompt: `dev` is told the guidance that it is to
-imitate (Meng et al. 2023), `schnell` knows but one. Latents are [B, 16, H, W] everywhere else; here 2 × 2 of them are
-packed into a token.
+The published weights are guidance-distilled and need no second call without a prompt: dev takes the guidance scale as
+an input (Meng et al. 2023), schnell has a fixed one. Latents are [B, 16, H, W] everywhere else; the network packs
+2 × 2 of them into a token.
 """
 
 from __future__ import annotations
@@ -21,75 +21,76 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, T5EncoderModel
 
 from backbone.conditions.conditions import Conditions, Text
-from backbone.families import loading as parts
-from backbone.families import text_encoders as text_encoders_file
+from backbone.families import loading, text_encoders
 from backbone.families.base import (
-    Attention,
+    AttentionLayout,
+    JointAttentionInputs,
+    ModelSpec,
     Network,
     NoisePath,
-    Outline,
-    Side,
-    Streams,
-    Stretch,
-    encoder,
-    network,
+    TextEncoderSlot,
+    TextSegment,
+    diffusers_spec,
+    transformers_spec,
 )
-from backbone.families.flux import checkpoint as flux_file
+from backbone.families.flux import checkpoint
 from backbone.families.location import Location
 from backbone.io.files import Header
 
 T5_TOKENS, T5_TOKENS_SCHNELL = 512, 256
 JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-TRAINING_GUIDANCE = 1.0  # what a network that takes a guidance is told where nobody asks for one
+TRAINING_GUIDANCE = 1.0  # the input of a guidance embedding where no guidance is asked for
 
 
 class Flux:
-    """The family's file: see `Family`."""
+    """Implements `Family`."""
 
     name: ClassVar[str] = "FLUX.1"
-    names: ClassVar[dict[str, str]] = {
+    hub_ids: ClassVar[dict[str, str]] = {
         "flux": "black-forest-labs/FLUX.1-dev",
         "flux-schnell": "black-forest-labs/FLUX.1-schnell",
     }
-    pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": JOINT,
         "all": (
             *(*JOINT, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
             "proj_mlp",
-            *(f"single_transformer_blocks.{n}.proj_out" for n in range(38)),  # not the network's own
+            *(f"single_transformer_blocks.{n}.proj_out" for n in range(38)),  # but not the final `proj_out`
         ),
     }
 
-    def single_file(self, header: Header) -> tuple[Path, ...] | None:
-        return flux_file.settings_of(header)
+    def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
+        return checkpoint.match_checkpoint(header)
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
         if location.file is not None:
-            return flux_file.transformer(location, dtype)
-        return parts.load_network(FluxTransformer2DModel, location, "transformer", dtype)
+            return checkpoint.load_transformer(location, dtype)
+        return loading.load_network(FluxTransformer2DModel, location, "transformer", dtype)
 
     def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
         if location.file is not None:
-            return text_encoders_file.autoencoder(location, dtype)
-        return parts.load_autoencoder(AutoencoderKL, location, dtype)
+            return text_encoders.load_autoencoder(location, dtype)
+        return loading.load_autoencoder(AutoencoderKL, location, dtype)
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> ClipAndT5:
         if location.file is not None:
-            clip, t5 = flux_file.clip_l(location), text_encoders_file.t5(location, "_2", dtype)
+            clip, t5 = checkpoint.load_clip_l(location), text_encoders.load_t5(location, "_2", dtype)
         else:
-            clip, t5 = parts.load_clip(CLIPTextModel, location), parts.load_t5(location, "_2", dtype)
-        return ClipAndT5(clip, t5, tokens=T5_TOKENS if takes_guidance(location) else T5_TOKENS_SCHNELL)
+            clip, t5 = loading.load_clip(CLIPTextModel, location), loading.load_t5(location, "_2", dtype)
+        return ClipAndT5(
+            clip, t5, tokens=T5_TOKENS if has_guidance_embedding(location) else T5_TOKENS_SCHNELL
+        )
 
-    def outline(self, location: Location, dtype: torch.dtype) -> Outline:
+    def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:
         config = location.config("transformer")
-        tokens = T5_TOKENS if takes_guidance(location) else T5_TOKENS_SCHNELL
-        return Outline(
-            network(FluxTransformer2DModel, location, "transformer", dtype),
-            network(AutoencoderKL, location, "vae", parts.autoencoder_dtype(location, dtype)),
+        tokens = T5_TOKENS if has_guidance_embedding(location) else T5_TOKENS_SCHNELL
+        return ModelSpec(
+            diffusers_spec(FluxTransformer2DModel, location, "transformer", dtype),
+            diffusers_spec(AutoencoderKL, location, "vae", loading.autoencoder_dtype(location, dtype)),
             {
-                "text_encoder": encoder(CLIPTextModel, location, "text_encoder"),
-                "text_encoder_2": encoder(T5EncoderModel, location, "text_encoder_2", dtype),
+                "text_encoder": transformers_spec(CLIPTextModel, location, "text_encoder"),
+                "text_encoder_2": transformers_spec(T5EncoderModel, location, "text_encoder_2", dtype),
             },
             {
                 "hidden": (tokens, int(config["joint_attention_dim"])),
@@ -105,116 +106,127 @@ class Flux:
     def longest_side(self, location: Location) -> None:
         return None
 
-    def defaults(self, location: Location) -> dict[str, Any]:
+    def sampling_defaults(self, location: Location) -> dict[str, Any]:
         dev, schnell = {"steps": 28, "guidance": 3.5}, {"steps": 4, "guidance": 1.0}
-        return dev if takes_guidance(location) else schnell
+        return dev if has_guidance_embedding(location) else schnell
 
     def path(self, location: Location) -> NoisePath:
         height, width = self.latent_shape(location)[-2:]
-        return parts.flow_path(location, size=(height, width), lowest=lambda steps: 1 / steps)
+        return loading.flow_path(location, size=(height, width), lowest=lambda steps: 1 / steps)
 
     def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
         network = cast(Any, denoiser)
         dtype = cast(torch.dtype, denoiser.dtype)
-        told = network.config.guidance_embeds
+        takes_guidance = network.config.guidance_embeds
 
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
             count, _, height, width = noisy.shape
             guidance = conditions.guidance
             if guidance is None:
                 guidance = noisy.new_full((count,), TRAINING_GUIDANCE)
-            said = network(
-                hidden_states=packed(noisy).to(dtype),
+            output = network(
+                hidden_states=pack_latents(noisy).to(dtype),
                 timestep=time.expand(count) / 1000,
-                guidance=guidance.to(noisy.device) if told else None,
+                guidance=guidance.to(noisy.device) if takes_guidance else None,
                 encoder_hidden_states=conditions.text["hidden"].to(dtype),
                 pooled_projections=conditions.text["pooled"].to(dtype),
                 txt_ids=torch.zeros(conditions.text["hidden"].shape[1], 3, dtype=dtype, device=noisy.device),
-                img_ids=places(height // 2, width // 2).to(noisy.device, dtype),
+                img_ids=latent_image_ids(height // 2, width // 2).to(noisy.device, dtype),
             )
-            return unpacked(said.sample, height, width)
+            return unpack_latents(output.sample, height, width)
 
         return predict
 
-    def attention(self, denoiser: nn.Module, conditions: Conditions) -> Attention:
-        read = partial(streams, words=conditions.text["hidden"].shape[1])
-        return Attention({FluxAttnProcessor: read}, coarse=None, late=("single_transformer_blocks.",))
+    def attention(self, denoiser: nn.Module, conditions: Conditions) -> AttentionLayout:
+        read = partial(joint_attention_inputs, text_tokens=conditions.text["hidden"].shape[1])
+        return AttentionLayout(
+            {FluxAttnProcessor: read}, max_map_queries=None, detail_layers=("single_transformer_blocks.",)
+        )
 
-    def distilled(self, denoiser: nn.Module, conditions: Conditions, guidance: float) -> Conditions:
+    def embed_guidance(self, denoiser: nn.Module, conditions: Conditions, guidance: float) -> Conditions:
         if not cast(Any, denoiser).config.guidance_embeds:
             return conditions
         scale = conditions.text["pooled"].new_full((len(conditions),), guidance)
         return replace(conditions, guidance=scale)
 
 
-class ClipAndT5(parts.Encoders):
-    """T5's tokens, and CLIP's pooled output. Only CLIP learns words or carries an adapter, as diffusers loads them."""
+class ClipAndT5(loading.MultiTextEncoder):
+    """T5's hidden states and CLIP's pooled output.
 
-    def __init__(self, clip: Side, t5: Side, *, tokens: int) -> None:
+    Only CLIP learns tokens or carries an adapter, as diffusers loads them.
+    """
+
+    def __init__(self, clip: TextEncoderSlot, t5: TextEncoderSlot, *, tokens: int) -> None:
         super().__init__([clip], [t5])
         self.t5, self.tokens = t5, tokens
 
     @property
-    def stretches(self) -> tuple[Stretch, ...]:
-        """T5's alone: CLIP's words are heard together, in the pooled output."""
-        return (Stretch(self.t5.tokenizer, self.tokens),)
+    def segments(self) -> tuple[TextSegment, ...]:
+        """T5's alone: CLIP enters through its pooled output."""
+        return (TextSegment(self.t5.tokenizer, self.tokens),)
 
     def __call__(self, prompts: Sequence[str]) -> Text:
-        """hidden [B, T, D], pooled [B, P]. What T5 does not read of a prompt is said."""
-        parts.say_what_is_cut(self.t5, prompts, self.tokens)
-        (clip,) = self.sides
-        ids = parts.token_ids(self.t5, prompts, self.tokens)["input_ids"]
+        """hidden [B, T, D], pooled [B, P]; warns of what T5 truncates."""
+        loading.warn_truncation(self.t5, prompts, self.tokens)
+        (clip,) = self.slots
+        ids = loading.tokenize(self.t5, prompts, self.tokens)["input_ids"]
         return {
             "hidden": self.t5.model(ids).last_hidden_state.float(),
-            "pooled": clip.model(parts.token_ids(clip, prompts)["input_ids"]).pooler_output.float(),
+            "pooled": clip.model(loading.tokenize(clip, prompts)["input_ids"]).pooler_output.float(),
         }
 
 
-def takes_guidance(location: Location) -> bool:
-    """Whether the network is told a guidance, as `dev` is and `schnell` is not."""
+def has_guidance_embedding(location: Location) -> bool:
+    """Whether the network takes a guidance scale, as dev does and schnell does not."""
     return bool(location.config("transformer").get("guidance_embeds"))
 
 
-def streams(
-    attn: Any, hidden: Tensor, said: Tensor | None = None, mask: None = None, turns: Any = None, *, words: int
-) -> Streams:
-    """A call of a layer: the text's tokens, then the picture's, turned by where they stand (`turns`).
+def joint_attention_inputs(
+    attn: Any,
+    hidden: Tensor,
+    text_hidden: Tensor | None = None,
+    mask: None = None,
+    rotary: Any = None,
+    *,
+    text_tokens: int,
+) -> JointAttentionInputs:
+    """One call of an attention layer: text tokens, then image tokens, with rotary embeddings applied.
 
-    In a double block both come with weights of their own, in a single block they are one sequence with the text's
-    `words` tokens first.
+    In a double block `hidden` holds the image tokens and `text_hidden` the text's, each with its own projections. In a
+    single block `hidden` is the concatenated sequence, its first `text_tokens` the text's.
     """
     assert mask is None
-    own = parts.heads(attn, hidden)
-    if said is not None:
-        own = [torch.cat(pair, dim=2) for pair in zip(parts.text_heads(attn, said), own, strict=True)]
-    query, key, value = own
-    query, key = (apply_rotary_emb(x, turns) for x in (query, key))
+    qkv = loading.project_qkv(attn, hidden)
+    if text_hidden is not None:
+        text_qkv = loading.project_text_qkv(attn, text_hidden)
+        qkv = [torch.cat(pair, dim=2) for pair in zip(text_qkv, qkv, strict=True)]
+    query, key, value = qkv
+    query, key = (apply_rotary_emb(x, rotary) for x in (query, key))
 
-    def finish(attended: Tensor) -> Any:
+    def project_output(attended: Tensor) -> Any:
         x = attended.transpose(1, 2).flatten(2)
-        if said is None:
+        if text_hidden is None:  # a single block projects behind its attention
             return x
-        return attn.to_out[1](attn.to_out[0](x[:, words:].contiguous())), attn.to_add_out(
-            x[:, :words].contiguous()
-        )
+        text, image = x[:, :text_tokens].contiguous(), x[:, text_tokens:].contiguous()
+        return attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text)
 
-    return Streams(query, key, value, text=slice(0, words), finish=finish)
+    return JointAttentionInputs(query, key, value, text=slice(0, text_tokens), project_output=project_output)
 
 
-def packed(latents: Tensor) -> Tensor:
-    """[B, C, H, W] → [B, H/2 · W/2, 4C]; H and W are even."""
+def pack_latents(latents: Tensor) -> Tensor:
+    """[B, C, H, W] → tokens [B, H/2 · W/2, 4C]; H and W are even."""
     count, channels, height, width = latents.shape
     blocks = latents.reshape(count, channels, height // 2, 2, width // 2, 2)
     return blocks.permute(0, 2, 4, 1, 3, 5).reshape(count, -1, 4 * channels)
 
 
-def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `packed` for latents of H × W."""
+def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `pack_latents` for latents of H × W."""
     blocks = tokens.reshape(len(tokens), height // 2, width // 2, -1, 2, 2)
     return blocks.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, height, width)
 
 
-def places(rows: int, columns: int) -> Tensor:
-    """Where each token stands [rows · columns, 3]: 0, its row, its column."""
+def latent_image_ids(rows: int, columns: int) -> Tensor:
+    """The rotary position of each token [rows · columns, 3]: 0, its row, its column."""
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     return torch.stack([torch.zeros_like(row), row, column], dim=-1).reshape(-1, 3)

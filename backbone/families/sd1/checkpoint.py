@@ -1,9 +1,9 @@
-"""Stable Diffusion 1.x and 2.x in one checkpoint file: which files those are, their settings, text encoder, tokenizer.
+"""Single-file Stable Diffusion 1.x and 2.x checkpoints: recognition, configs, text encoder, tokenizer.
 
-A checkpoint carries weights and nothing else. Its settings are looked for in a folder of its own name beside it
-(`NAME/` for `NAME.safetensors`), then beside it, then among the published ones in `configs/`; all are laid out as a
-diffusers folder: `unet/config.json`, `vae/config.json`, `text_encoder/config.json`, `scheduler/scheduler_config.json`,
-`tokenizer/`. So a file of another architecture works with its settings beside it.
+A checkpoint holds weights and nothing else. Its configs are looked up in the folder of its own name (`NAME/` beside
+`NAME.safetensors`), then beside it, then among the published ones in `configs/`, all in the diffusers layout:
+`unet/config.json`, `vae/config.json`, `text_encoder/config.json`, `scheduler/scheduler_config.json`, `tokenizer/`. So
+a file of another architecture works with its configs beside it.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from backbone.diffusion.noise import PredictionType
-from backbone.families.checkpoint import AUTOENCODER, UNET, channels, misfit
+from backbone.families.checkpoint import AUTOENCODER, UNET, config_mismatch, unet_and_latent_channels
 from backbone.families.location import Location, hub_file
-from backbone.io.console import UserError, say
+from backbone.io.console import UserError, notify
 from backbone.io.files import Header, read_tensors
 
-PUBLISHED = Path(__file__).parents[1] / "configs"
+PUBLISHED_CONFIGS = Path(__file__).parents[1] / "configs"
 TOKENIZER = "openai/clip-vit-large-patch14"
-TEXT = "cond_stage_model."
+TEXT_PREFIX = "cond_stage_model."
 PREFIXES = {"unet": UNET, "vae": AUTOENCODER}
-OPENCLIP = TEXT + "model."  # version 2; version 1 has transformers' names
-FROM_OPENCLIP = (
+OPENCLIP_PREFIX = TEXT_PREFIX + "model."  # version 2; version 1 has transformers' names
+OPENCLIP_KEY_PATTERNS = (
     (r"^token_embedding\.", "embeddings.token_embedding."),
     (r"^positional_embedding$", "embeddings.position_embedding.weight"),
     (r"^ln_final\.", "final_layer_norm."),
@@ -38,34 +38,41 @@ FROM_OPENCLIP = (
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
     (r"\.attn\.", ".self_attn."),
 )
-UNUSED = r"(^|\.)(position_ids|logit_scale|text_projection(\.weight)?|attn_mask)$"
+UNUSED_KEYS = r"(^|\.)(position_ids|logit_scale|text_projection(\.weight)?|attn_mask)$"
 
 
-def settings_of(header: Header) -> tuple[Path, ...] | None:
-    """The folders of the settings of a Stable Diffusion 1.x or 2.x checkpoint, or None for any other file."""
-    takes, latents = channels(header)
-    text = any(name.startswith(TEXT) for name in header.shapes)
-    if not text or takes is None or takes != latents or UNET + "label_emb.0.0.weight" in header.shapes:
+def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
+    """The config folders of a Stable Diffusion 1.x or 2.x checkpoint, or None for any other file."""
+    in_channels, latent_channels = unet_and_latent_channels(header)
+    text = any(name.startswith(TEXT_PREFIX) for name in header.shapes)
+    if (
+        not text
+        or in_channels is None
+        or in_channels != latent_channels
+        or UNET + "label_emb.0.0.weight" in header.shapes
+    ):
         return None
     beside = (header.path.with_suffix(""), header.path.parent)
-    second = any(name.startswith(OPENCLIP) for name in header.shapes)
-    kind, side = told(header)
+    is_version_2 = any(name.startswith(OPENCLIP_PREFIX) for name in header.shapes)
+    kind, resolution = read_prediction_type(header)
     if kind is None:
-        kind, side = guessed(header.path) if second else ("epsilon", 512)
-        if second and not any((folder / "scheduler" / "scheduler_config.json").exists() for folder in beside):
-            say(
-                f"{header.path} does not say what it predicts; by its name it should be {kind} at {side} pixels. "
+        kind, resolution = guess_prediction_type(header.path) if is_version_2 else ("epsilon", 512)
+        if is_version_2 and not any(
+            (folder / "scheduler" / "scheduler_config.json").exists() for folder in beside
+        ):
+            notify(
+                f"{header.path} does not say what it predicts; by its name it should be {kind} at {resolution} pixels. "
                 "If it draws noise, put its scheduler/scheduler_config.json and unet/config.json beside it."
             )
-    published = ["velocity"] * (kind == "v_prediction") + ["768"] * (second and side == 768)
-    published += ["stable-diffusion-2"] * second + ["stable-diffusion-1"]
-    return (*beside, *(PUBLISHED / name for name in published))
+    published = ["velocity"] * (kind == "v_prediction") + ["768"] * (is_version_2 and resolution == 768)
+    published += ["stable-diffusion-2"] * is_version_2 + ["stable-diffusion-1"]
+    return (*beside, *(PUBLISHED_CONFIGS / name for name in published))
 
 
-def told(header: Header) -> tuple[PredictionType | None, int]:
-    """What the network predicts and at how many pixels a side, where the file says so.
+def read_prediction_type(header: Header) -> tuple[PredictionType | None, int]:
+    """The prediction type and the resolution in pixels that the file declares; None and 512 if it declares none.
 
-    In the terms of the metadata standard ModelSpec (kohya, ComfyUI), or by a tensor named `v_pred`.
+    Read from ModelSpec metadata (kohya, ComfyUI), or from a tensor named `v_pred`.
     """
     architecture = header.metadata.get("modelspec.architecture", "")  # as stable-diffusion-v2-768-v
     kind = header.metadata.get("modelspec.prediction_type", "")
@@ -77,75 +84,76 @@ def told(header: Header) -> tuple[PredictionType | None, int]:
     return None, 512
 
 
-def guessed(path: Path) -> tuple[PredictionType, int]:
-    """The same by the name of a Stable Diffusion 2 file: the one for 768 pixels, unless it says base or 512."""
+def guess_prediction_type(path: Path) -> tuple[PredictionType, int]:
+    """Guess both from the name of a Stable Diffusion 2 file: v-prediction at 768, unless it says base or 512."""
     return ("epsilon", 512) if re.search("512|base", path.stem.lower()) else ("v_prediction", 768)
 
 
-def text_side(location: Location, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The tokenizer and the CLIP text encoder; `UserError` where one is missing or they do not fit together."""
+def load_text_encoder(location: Location, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Load (tokenizer, CLIP text encoder); `UserError` where one is missing or they do not fit together."""
     config = CLIPTextConfig.from_dict(location.config("text_encoder"))
     with init_empty_weights():
         model = CLIPTextModel(config)
-    tensors, _ = read_tensors(location.place, prefix=TEXT)
+    tensors, _ = read_tensors(location.source, prefix=TEXT_PREFIX)
     level = "text_model." if hasattr(model, "text_model") else ""  # gone in transformers 5.6
     named = {
         level + name: tensor.to(dtype)
-        for name, tensor in transformers_names(tensors, layers=config.num_hidden_layers).items()
+        for name, tensor in convert_to_transformers(tensors, layers=config.num_hidden_layers).items()
     }
     try:
         model.load_state_dict(named, assign=True)
     except RuntimeError as error:
-        raise misfit(location, "text_encoder") from error
-    tokenizer = tokenizer_of(location, pads_with="!" if any(map(of_openclip, tensors)) else "<|endoftext|>")
+        raise config_mismatch(location, "text_encoder") from error
+    tokenizer = load_tokenizer(location, pads_with="!" if any(map(is_openclip, tensors)) else "<|endoftext|>")
     if len(tokenizer) > config.vocab_size:
         raise UserError(
-            f"The tokenizer has {len(tokenizer)} tokens and {location.place} knows {config.vocab_size}. "
+            f"The tokenizer has {len(tokenizer)} tokens and {location.source} knows {config.vocab_size}. "
             "Put the tokenizer/ folder of this model beside the file."
         )
     return tokenizer, model
 
 
-def transformers_names(tensors: dict[str, Tensor], *, layers: int) -> dict[str, Tensor]:
-    """The text encoder's tensors under the names that transformers gives them, without its level `text_model`.
+def convert_to_transformers(tensors: dict[str, Tensor], *, layers: int) -> dict[str, Tensor]:
+    """Rename the text encoder's tensors to transformers' keys, without the level `text_model`.
 
-    Of OpenCLIP's layers the last is left out: Stable Diffusion 2 reads the last but one.
+    OpenCLIP's last layer is dropped: Stable Diffusion 2 reads the last but one.
     """
     named = {}
     for name, tensor in tensors.items():
-        if not of_openclip(name):
-            named[name.removeprefix(TEXT + "transformer.").removeprefix("text_model.")] = tensor
+        if not is_openclip(name):
+            named[name.removeprefix(TEXT_PREFIX + "transformer.").removeprefix("text_model.")] = tensor
             continue
-        name = name.removeprefix(OPENCLIP)
-        for pattern, replacement in FROM_OPENCLIP:
+        name = name.removeprefix(OPENCLIP_PREFIX)
+        for pattern, replacement in OPENCLIP_KEY_PATTERNS:
             name = re.sub(pattern, replacement, name)
         if name.startswith(f"encoder.layers.{layers}."):
             continue
-        if "in_proj_" in name:  # queries, keys and values in one
+        if "in_proj_" in name:  # query, key and value fused
             for letter, part in zip("qkv", tensor.chunk(3), strict=True):
                 named[name.replace("in_proj_", f"{letter}_proj.")] = part
         else:
             named[name] = tensor
-    return {name: tensor for name, tensor in named.items() if not re.search(UNUSED, name)}
+    return {name: tensor for name, tensor in named.items() if not re.search(UNUSED_KEYS, name)}
 
 
-def of_openclip(name: str) -> bool:
-    return name.startswith(OPENCLIP)
+def is_openclip(name: str) -> bool:
+    """Whether a key is OpenCLIP's (version 2) rather than transformers' (version 1)."""
+    return name.startswith(OPENCLIP_PREFIX)
 
 
-def tokenizer_of(location: Location, *, pads_with: str, folder: str = "tokenizer") -> Any:
-    """The tokenizer beside the file, or CLIP's own, which every published Stable Diffusion uses."""
-    found = location.local(folder)
-    if found is not None:
+def load_tokenizer(location: Location, *, pads_with: str, folder: str = "tokenizer") -> Any:
+    """Load the tokenizer beside the file, or CLIP's own, which every published Stable Diffusion uses."""
+    path = location.local(folder)
+    if path is not None:
         try:
-            return CLIPTokenizer.from_pretrained(str(found), local_files_only=True)
+            return CLIPTokenizer.from_pretrained(str(path), local_files_only=True)
         except (OSError, ValueError) as error:
-            raise UserError(f"{found} is not a whole CLIP tokenizer ({error}). Restore it.") from error
+            raise UserError(f"{path} is not a whole CLIP tokenizer ({error}). Restore it.") from error
     try:
         vocabulary, merges = (hub_file(TOKENIZER, name) for name in ("vocab.json", "merges.txt"))
     except UserError as error:
         raise UserError(
-            f"{location.place} carries no tokenizer, as no checkpoint does, and {TOKENIZER} could not be fetched. "
+            f"{location.source} carries no tokenizer, as no checkpoint does, and {TOKENIZER} could not be fetched. "
             f"Put a tokenizer/ folder (of any Stable Diffusion) beside the file, or connect once."
         ) from error
     return CLIPTokenizer(vocab=str(vocabulary), merges=str(merges), pad_token=pads_with, model_max_length=77)

@@ -13,28 +13,28 @@ from transformers import CLIPTextModel
 
 from backbone.conditions.conditions import Conditions, Text
 from backbone.families import checkpoint as single_file
-from backbone.families import loading as parts
+from backbone.families import loading
 from backbone.families.base import (
-    Attention,
+    AttentionLayout,
+    ModelSpec,
     Network,
     NoisePath,
-    Outline,
-    Side,
-    Stretch,
-    encoder,
-    network,
+    TextEncoderSlot,
+    TextSegment,
+    diffusers_spec,
+    transformers_spec,
 )
 from backbone.families.location import Location
-from backbone.families.sd1 import checkpoint as stable_diffusion_file
+from backbone.families.sd1 import checkpoint
 from backbone.io.files import Header
 
 
 class StableDiffusion:
-    """The family's file: see `Family`."""
+    """Implements `Family`."""
 
     name: ClassVar[str] = "Stable Diffusion"
-    names: ClassVar[dict[str, str]] = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
-    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
+    hub_ids: ClassVar[dict[str, str]] = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": ("to_q", "to_k", "to_v", "to_out.0"),
         "all": (
@@ -43,26 +43,26 @@ class StableDiffusion:
         ),
     }
 
-    def single_file(self, header: Header) -> tuple[Path, ...] | None:
-        return stable_diffusion_file.settings_of(header)
+    def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
+        return checkpoint.match_checkpoint(header)
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        return _network(UNet2DConditionModel, location, "unet", dtype)
+        return _load_network(UNet2DConditionModel, location, "unet", dtype)
 
     def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        return _network(AutoencoderKL, location, "vae", parts.autoencoder_dtype(location, dtype))
+        return _load_network(AutoencoderKL, location, "vae", loading.autoencoder_dtype(location, dtype))
 
-    def text_encoder(self, location: Location, dtype: torch.dtype) -> ClipText:
+    def text_encoder(self, location: Location, dtype: torch.dtype) -> ClipTextEncoder:
         if location.file is not None:
-            return ClipText(*stable_diffusion_file.text_side(location, torch.float32))
-        side = parts.load_clip(CLIPTextModel, location)
-        return ClipText(side.tokenizer, side.model)
+            return ClipTextEncoder(*checkpoint.load_text_encoder(location, torch.float32))
+        slot = loading.load_clip(CLIPTextModel, location)
+        return ClipTextEncoder(slot.tokenizer, slot.model)
 
-    def outline(self, location: Location, dtype: torch.dtype) -> Outline:
-        return Outline(
-            network(UNet2DConditionModel, location, "unet", dtype),
-            network(AutoencoderKL, location, "vae", parts.autoencoder_dtype(location, dtype)),
-            {"text_encoder": encoder(CLIPTextModel, location, "text_encoder")},
+    def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:
+        return ModelSpec(
+            diffusers_spec(UNet2DConditionModel, location, "unet", dtype),
+            diffusers_spec(AutoencoderKL, location, "vae", loading.autoencoder_dtype(location, dtype)),
+            {"text_encoder": transformers_spec(CLIPTextModel, location, "text_encoder")},
             {"hidden": (77, int(location.config("unet")["cross_attention_dim"]))},
         )
 
@@ -73,11 +73,11 @@ class StableDiffusion:
     def longest_side(self, location: Location) -> None:
         return None
 
-    def defaults(self, location: Location) -> dict[str, Any]:
+    def sampling_defaults(self, location: Location) -> dict[str, Any]:
         return {}
 
     def path(self, location: Location) -> NoisePath:
-        return parts.vp_path(location)
+        return loading.vp_path(location)
 
     def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
         dtype = cast(torch.dtype, denoiser.dtype)
@@ -88,44 +88,44 @@ class StableDiffusion:
 
         return predict
 
-    def attention(self, denoiser: nn.Module, conditions: Conditions) -> Attention:
-        return Attention()
+    def attention(self, denoiser: nn.Module, conditions: Conditions) -> AttentionLayout:
+        return AttentionLayout()
 
-    def distilled(self, denoiser: nn.Module, conditions: Conditions, guidance: float) -> None:
+    def embed_guidance(self, denoiser: nn.Module, conditions: Conditions, guidance: float) -> None:
         return None
 
 
-class ClipText:
-    """CLIP's text encoder: the last hidden states of 77 positions."""
+class ClipTextEncoder:
+    """CLIP's last hidden states at 77 positions."""
 
     def __init__(self, tokenizer: Any, model: Any) -> None:
         self.tokenizer = tokenizer
         self.model = model.eval().requires_grad_(False)
 
     @property
-    def sides(self) -> tuple[Side, ...]:
-        return (Side("text_encoder", self.tokenizer, self.model),)
+    def slots(self) -> tuple[TextEncoderSlot, ...]:
+        return (TextEncoderSlot("text_encoder", self.tokenizer, self.model),)
 
     @property
-    def stretches(self) -> tuple[Stretch, ...]:
-        return (Stretch(self.tokenizer, self.tokenizer.model_max_length),)
+    def segments(self) -> tuple[TextSegment, ...]:
+        return (TextSegment(self.tokenizer, self.tokenizer.model_max_length),)
 
-    def to(self, device: torch.device) -> ClipText:
+    def to(self, device: torch.device) -> ClipTextEncoder:
         self.model.to(device)
         return self
 
     def __call__(self, prompts: Sequence[str]) -> Text:
-        """hidden [B, 77, D]. A prompt that is too long is cut, and said so."""
-        (side,) = self.sides
-        parts.say_what_is_cut(side, prompts)
-        ids = parts.token_ids(side, prompts)["input_ids"]
+        """hidden [B, 77, D]; warns of truncated prompts."""
+        (slot,) = self.slots
+        loading.warn_truncation(slot, prompts)
+        ids = loading.tokenize(slot, prompts)["input_ids"]
         return {"hidden": self.model(ids).last_hidden_state.float()}
 
 
-def _network(kind: Any, location: Location, part: str, dtype: torch.dtype) -> nn.Module:
-    """The denoiser or the autoencoder, from wherever the model is."""
+def _load_network(kind: Any, location: Location, part: str, dtype: torch.dtype) -> nn.Module:
+    """Load the UNet or the VAE from a folder, the hub or a single file."""
     if location.file is None:
-        return parts.load_network(kind, location, part, dtype, torch.channels_last)
-    prefix = stable_diffusion_file.PREFIXES[part]
-    model = single_file.load_part(kind, location, part, prefix=prefix, dtype=dtype)
+        return loading.load_network(kind, location, part, dtype, torch.channels_last)
+    prefix = checkpoint.PREFIXES[part]
+    model = single_file.load_single_file_part(kind, location, part, prefix=prefix, dtype=dtype)
     return cast(nn.Module, model.to(memory_format=torch.channels_last))

@@ -1,7 +1,7 @@
-"""Stable Diffusion 3 and 3.5 in one checkpoint file: which files those are, their settings, transformer, encoders.
+"""Single-file Stable Diffusion 3 and 3.5 checkpoints: recognition, configs, transformer and text encoders.
 
-Settings are looked for as those of Stable Diffusion 1.x are (`stable_diffusion_file`); the published ones lie in
-`configs/stable-diffusion-3` and, for the transformers of 3.5, in folders beside it.
+Configs are looked up as for Stable Diffusion 1 (`sd1/checkpoint.py`); the published ones are in
+`configs/stable-diffusion-3`, those of 3.5's transformers in folders beside it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,20 @@ from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoi
 from torch import nn
 from transformers import CLIPTextModelWithProjection
 
-from backbone.families import text_encoders as text_encoders_file
-from backbone.families.base import Side
-from backbone.families.checkpoint import UNET, misfit
+from backbone.families import text_encoders
+from backbone.families.base import TextEncoderSlot
+from backbone.families.checkpoint import UNET, config_mismatch
 from backbone.families.location import Location
-from backbone.families.sd1.checkpoint import PUBLISHED
-from backbone.families.text_encoders import CLIP_G, CLIP_L, PROJECTION, T5, clip, filled, weights
+from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
+from backbone.families.text_encoders import (
+    CLIP_G,
+    CLIP_L,
+    PROJECTION,
+    T5,
+    build_network,
+    load_clip,
+    read_weights,
+)
 from backbone.io.files import Header, read_header
 
 REMEDY = (
@@ -28,20 +36,20 @@ REMEDY = (
 )
 
 
-def settings_of(header: Header) -> tuple[Path, ...] | None:
-    """The folders of the settings of a Stable Diffusion 3 checkpoint, or None for any other file.
+def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
+    """The config folders of a Stable Diffusion 3 checkpoint, or None for any other file.
 
-    Raises `UserError` for one that lacks a part; T5 may be missing.
+    Raises `UserError` for a file that lacks a component; T5 may be missing.
     """
     kernel = "x_embedder.proj.weight"
-    prefix = text_encoders_file.transformer_prefix(header, kernel)
+    prefix = text_encoders.transformer_prefix(header, kernel)
     if prefix is None or f"{prefix}joint_blocks.0.x_block.attn.qkv.weight" not in header.shapes:
         return None
-    text_encoders_file.demand(
+    text_encoders.require_complete(
         header,
         "the transformer of a Stable Diffusion 3",
         encoders=(CLIP_L, CLIP_G),
-        takes=header.shapes[prefix + kernel][1],
+        in_channels=header.shapes[prefix + kernel][1],
         patch=1,
         remedy=REMEDY,
     )
@@ -55,32 +63,34 @@ def settings_of(header: Header) -> tuple[Path, ...] | None:
         "stable-diffusion-xl",
         "stable-diffusion-1",
     ]  # the last two for the CLIPs
-    return (header.path.with_suffix(""), header.path.parent, *(PUBLISHED / name for name in published))
+    return (
+        header.path.with_suffix(""),
+        header.path.parent,
+        *(PUBLISHED_CONFIGS / name for name in published),
+    )
 
 
-def transformer(location: Location, dtype: torch.dtype) -> nn.Module:
-    """The transformer, by diffusers' converter; `UserError` where it does not fit its settings."""
-    tensors = weights(location, UNET, dtype)
+def load_transformer(location: Location, dtype: torch.dtype) -> nn.Module:
+    """Load the transformer through diffusers' converter; `UserError` where it does not fit its config."""
+    tensors = read_weights(location, UNET, dtype)
     try:
-        named = convert_sd3_transformer_checkpoint_to_diffusers(
-            tensors
-        )  # takes what it knows out of `tensors`
+        converted = convert_sd3_transformer_checkpoint_to_diffusers(tensors)  # pops what it knows
     except (KeyError, IndexError, ValueError) as error:
-        raise misfit(location, "transformer") from error
-    return filled(SD3Transformer2DModel, location, "transformer", named | tensors)
+        raise config_mismatch(location, "transformer") from error
+    return build_network(SD3Transformer2DModel, location, "transformer", converted | tensors)
 
 
 def has_t5(location: Location) -> bool:
-    """Whether the file holds the third text encoder."""
-    return text_encoders_file.holds(read_header(location.place), T5)
+    """Whether the file holds T5, the third text encoder."""
+    return text_encoders.has_tensors(read_header(location.source), T5)
 
 
-def clips(location: Location) -> tuple[Side, Side]:
-    """Both CLIPs with their tokenizers, fp32. The first one's pooled output is not projected."""
-    first, second = (weights(location, prefix, torch.float32) for prefix in (CLIP_L, CLIP_G))
+def load_clips(location: Location) -> tuple[TextEncoderSlot, TextEncoderSlot]:
+    """Load both CLIPs in fp32 with their tokenizers. The first one's pooled output is not projected."""
+    first, second = (read_weights(location, prefix, torch.float32) for prefix in (CLIP_L, CLIP_G))
     first[PROJECTION] = torch.eye(int(location.config("text_encoder")["hidden_size"]))
     kind = CLIPTextModelWithProjection
     return (
-        clip(kind, location, "", first, pads_with="<|endoftext|>"),
-        clip(kind, location, "_2", second, pads_with="!"),
+        load_clip(kind, location, "", first, pads_with="<|endoftext|>"),
+        load_clip(kind, location, "_2", second, pads_with="!"),
     )

@@ -1,6 +1,6 @@
-"""Stable Diffusion XL in one checkpoint file: which files those are, their settings, both text encoders.
+"""Single-file Stable Diffusion XL checkpoints: recognition, configs, both text encoders.
 
-Settings are looked for as those of Stable Diffusion 1.x are (`stable_diffusion_file`); the published ones lie in
+Configs are looked up as for Stable Diffusion 1 (`sd1/checkpoint.py`); the published ones are in
 `configs/stable-diffusion-xl`, and the first text encoder is Stable Diffusion 1's.
 """
 
@@ -15,56 +15,63 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from backbone.families import loading as parts
-from backbone.families.base import Side
-from backbone.families.checkpoint import channels, misfit
+from backbone.families import loading
+from backbone.families.base import TextEncoderSlot
+from backbone.families.checkpoint import config_mismatch, unet_and_latent_channels
 from backbone.families.location import Location
-from backbone.families.sd1.checkpoint import FROM_OPENCLIP, PUBLISHED, UNUSED, tokenizer_of
+from backbone.families.sd1.checkpoint import (
+    OPENCLIP_KEY_PATTERNS,
+    PUBLISHED_CONFIGS,
+    UNUSED_KEYS,
+    load_tokenizer,
+)
 from backbone.io.console import UserError
 from backbone.io.files import Header, read_tensors
 
 FIRST, SECOND = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 
 
-def settings_of(header: Header) -> tuple[Path, ...] | None:
-    """The folders of the settings of a Stable Diffusion XL checkpoint, or None for any other file."""
-    takes, latents = channels(header)
-    whole = all(any(name.startswith(prefix) for name in header.shapes) for prefix in (FIRST, SECOND))
-    if not whole or takes is None or takes != latents:
+def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
+    """The config folders of a Stable Diffusion XL checkpoint, or None for any other file."""
+    in_channels, latent_channels = unet_and_latent_channels(header)
+    has_encoders = all(any(name.startswith(prefix) for name in header.shapes) for prefix in (FIRST, SECOND))
+    if not has_encoders or in_channels is None or in_channels != latent_channels:
         return None
     beside = (header.path.with_suffix(""), header.path.parent)
-    said = header.metadata.get("modelspec.prediction_type", "")
-    published = ["velocity"] * (said.startswith("v") or "v_pred" in header.shapes)
+    prediction_type = header.metadata.get("modelspec.prediction_type", "")
+    published = ["velocity"] * (prediction_type.startswith("v") or "v_pred" in header.shapes)
     return (
         *beside,
-        *(PUBLISHED / name for name in (*published, "stable-diffusion-xl", "stable-diffusion-1")),
+        *(PUBLISHED_CONFIGS / name for name in (*published, "stable-diffusion-xl", "stable-diffusion-1")),
     )
 
 
-def text_sides(location: Location) -> tuple[Side, Side]:
-    """Both text encoders with their tokenizers, fp32; `UserError` where one is missing or they do not fit together."""
-    first, second = (read_tensors(location.place, prefix=prefix)[0] for prefix in (FIRST, SECOND))
+def load_text_encoders(location: Location) -> tuple[TextEncoderSlot, TextEncoderSlot]:
+    """Load both text encoders in fp32 with their tokenizers; `UserError` where one is missing or does not fit."""
+    first, second = (read_tensors(location.source, prefix=prefix)[0] for prefix in (FIRST, SECOND))
     named = {
         re.sub(r"^(text_model\.)?", "", name.removeprefix(FIRST)): tensor for name, tensor in first.items()
     }
     ending, exclamation = "<|endoftext|>", "!"
     return (
-        clip_side(CLIPTextModel, location, "", named, pads_with=ending),
-        clip_side(CLIPTextModelWithProjection, location, "_2", of_openclip(second), pads_with=exclamation),
+        build_clip(CLIPTextModel, location, "", named, pads_with=ending),
+        build_clip(
+            CLIPTextModelWithProjection, location, "_2", convert_openclip(second), pads_with=exclamation
+        ),
     )
 
 
-def of_openclip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """OpenCLIP's tensors under the names that transformers gives them, all layers and the projection among them."""
+def convert_openclip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename OpenCLIP's tensors to transformers' keys, with all layers and the text projection."""
     named = {}
     for name, tensor in tensors.items():
         name = name.removeprefix(SECOND)
         if name == "text_projection":
             named["text_projection.weight"] = tensor.T.contiguous()
             continue
-        for pattern, replacement in FROM_OPENCLIP:
+        for pattern, replacement in OPENCLIP_KEY_PATTERNS:
             name = re.sub(pattern, replacement, name)
-        if "in_proj_" in name:  # queries, keys and values in one
+        if "in_proj_" in name:  # query, key and value fused
             for letter, part in zip("qkv", tensor.chunk(3), strict=True):
                 named[name.replace("in_proj_", f"{letter}_proj.")] = part
         else:
@@ -72,10 +79,10 @@ def of_openclip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
-def clip_side(
+def build_clip(
     kind: Any, location: Location, number: str, tensors: dict[str, Tensor], *, pads_with: str
-) -> Side:
-    """A text encoder and its tokenizer, fp32, from tensors named as transformers names them, without its level."""
+) -> TextEncoderSlot:
+    """Build a CLIP text encoder in fp32 with its tokenizer; `tensors` have transformers' keys without `text_model.`."""
     part = f"text_encoder{number}"
     config = CLIPTextConfig.from_dict(location.config(part))
     with init_empty_weights():
@@ -84,17 +91,17 @@ def clip_side(
     named = {
         (name if name.startswith("text_projection") else level + name): tensor.to(torch.float32)
         for name, tensor in tensors.items()
-        if name == "text_projection.weight" or not re.search(UNUSED, name)
+        if name == "text_projection.weight" or not re.search(UNUSED_KEYS, name)
     }
     try:
         model.load_state_dict(named, assign=True)
     except RuntimeError as error:
-        raise misfit(location, part) from error
-    tokenizer = tokenizer_of(location, pads_with=pads_with, folder=f"tokenizer{number}")
+        raise config_mismatch(location, part) from error
+    tokenizer = load_tokenizer(location, pads_with=pads_with, folder=f"tokenizer{number}")
     if len(tokenizer) > config.vocab_size:
         raise UserError(
-            f"The tokenizer{number} has {len(tokenizer)} tokens and {location.place} knows {config.vocab_size}. "
+            f"The tokenizer{number} has {len(tokenizer)} tokens and {location.source} knows {config.vocab_size}. "
             f"Put the tokenizer{number}/ folder of this model beside the file."
         )
-    parts.end_of_prompt(model, tokenizer)
-    return Side(part, tokenizer, model)
+    loading.set_eos_token(model, tokenizer)
+    return TextEncoderSlot(part, tokenizer, model)

@@ -1,6 +1,6 @@
-"""Stable Diffusion XL: a larger variance-preserving UNet, two CLIP text encoders, and the picture's size as an input.
+"""Stable Diffusion XL: a larger variance-preserving UNet, two CLIP text encoders, and the image size as a condition.
 
-Podell et al. 2023: section 2.1 the network, 2.2 the sizes that it is told.
+Podell et al. 2023: § 2.1 for the network, § 2.2 for the size conditions.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from backbone.conditions.conditions import Conditions, Text
 from backbone.families import checkpoint as single_file
-from backbone.families import loading as parts
+from backbone.families import loading
 from backbone.families.base import (
-    Attention,
+    AttentionLayout,
+    ModelSpec,
     Network,
     NoisePath,
-    Outline,
-    Side,
-    Stretch,
-    encoder,
-    network,
+    TextEncoderSlot,
+    TextSegment,
+    diffusers_spec,
+    transformers_spec,
 )
 from backbone.families.location import Location
-from backbone.families.sdxl import checkpoint as stable_diffusion_xl_file
+from backbone.families.sdxl import checkpoint
 from backbone.io.console import UserError
 from backbone.io.files import Header
 
-PIXELS = 8  # a side of what a latent stands for
+VAE_SCALE_FACTOR = 8  # pixels per latent and side
 
 
 class StableDiffusionXL:
-    """The family's file: see `Family`."""
+    """Implements `Family`."""
 
     name: ClassVar[str] = "Stable Diffusion XL"
-    names: ClassVar[dict[str, str]] = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
-    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPipeline",)
+    hub_ids: ClassVar[dict[str, str]] = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPipeline",)
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": ("to_q", "to_k", "to_v", "to_out.0"),
         "all": (
@@ -49,51 +49,51 @@ class StableDiffusionXL:
         ),
     }
 
-    def single_file(self, header: Header) -> tuple[Path, ...] | None:
-        return stable_diffusion_xl_file.settings_of(header)
+    def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
+        return checkpoint.match_checkpoint(header)
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
         if location.config("unet").get("addition_embed_type") != "text_time":
             raise UserError(
-                f"The unet of {location.name} is not told the size of the picture, so it is none of Stable Diffusion "
-                "XL. Name a whole model of one family."
+                f"The unet of {location.name} does not take the image size as a condition, so it is not Stable "
+                "Diffusion XL's. Name a whole model of one family."
             )
         if location.file is None:
-            return parts.load_network(UNet2DConditionModel, location, "unet", dtype, torch.channels_last)
-        model: nn.Module = single_file.load_part(
+            return loading.load_network(UNet2DConditionModel, location, "unet", dtype, torch.channels_last)
+        model: nn.Module = single_file.load_single_file_part(
             UNet2DConditionModel, location, "unet", prefix=single_file.UNET, dtype=dtype
         )
         return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
     def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        """In fp32, except for the one that was repaired for half precision (`force_upcast` false)."""
+        """Load the VAE in fp32, except for one that was fixed for half precision (`force_upcast` false)."""
         if location.config("vae").get("force_upcast", True):
             dtype = torch.float32
         if location.file is not None:
-            model: nn.Module = single_file.load_part(
+            model: nn.Module = single_file.load_single_file_part(
                 AutoencoderKL, location, "vae", prefix=single_file.AUTOENCODER, dtype=dtype
             )
             return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-        return parts.load_autoencoder(AutoencoderKL, location, dtype)
+        return loading.load_autoencoder(AutoencoderKL, location, dtype)
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> TwoClips:
         if location.file is not None:
-            return TwoClips(stable_diffusion_xl_file.text_sides(location), zeros=True)
+            return TwoClips(checkpoint.load_text_encoders(location), zeros=True)
         sides = (
-            parts.load_clip(CLIPTextModel, location),
-            parts.load_clip(CLIPTextModelWithProjection, location, "_2"),
+            loading.load_clip(CLIPTextModel, location),
+            loading.load_clip(CLIPTextModelWithProjection, location, "_2"),
         )
         return TwoClips(sides, zeros=bool(location.index.get("force_zeros_for_empty_prompt", True)))
 
-    def outline(self, location: Location, dtype: torch.dtype) -> Outline:
+    def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:
         config, upcast = location.config("unet"), location.config("vae").get("force_upcast", True)
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        return Outline(
-            network(UNet2DConditionModel, location, "unet", dtype),
-            network(AutoencoderKL, location, "vae", torch.float32 if upcast else dtype),
+        return ModelSpec(
+            diffusers_spec(UNet2DConditionModel, location, "unet", dtype),
+            diffusers_spec(AutoencoderKL, location, "vae", torch.float32 if upcast else dtype),
             {
-                "text_encoder": encoder(CLIPTextModel, location, "text_encoder"),
-                "text_encoder_2": encoder(CLIPTextModelWithProjection, location, "text_encoder_2"),
+                "text_encoder": transformers_spec(CLIPTextModel, location, "text_encoder"),
+                "text_encoder_2": transformers_spec(CLIPTextModelWithProjection, location, "text_encoder_2"),
             },
             {"hidden": (77, int(config["cross_attention_dim"])), "pooled": (int(pooled),)},
         )
@@ -105,18 +105,18 @@ class StableDiffusionXL:
     def longest_side(self, location: Location) -> None:
         return None
 
-    def defaults(self, location: Location) -> dict[str, Any]:
+    def sampling_defaults(self, location: Location) -> dict[str, Any]:
         return {"guidance": 5.0}
 
     def path(self, location: Location) -> NoisePath:
-        return parts.vp_path(location)
+        return loading.vp_path(location)
 
     def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
         dtype = cast(torch.dtype, denoiser.dtype)
 
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
             count, _, height, width = noisy.shape
-            size = (height * PIXELS, width * PIXELS)
+            size = (height * VAE_SCALE_FACTOR, width * VAE_SCALE_FACTOR)
             sizes = torch.tensor(
                 [[*size, 0, 0, *size]], dtype=dtype, device=noisy.device
             )  # whole, not cropped
@@ -127,38 +127,38 @@ class StableDiffusionXL:
 
         return predict
 
-    def attention(self, denoiser: nn.Module, conditions: Conditions) -> Attention:
-        return Attention()
+    def attention(self, denoiser: nn.Module, conditions: Conditions) -> AttentionLayout:
+        return AttentionLayout()
 
-    def distilled(self, denoiser: nn.Module, conditions: Conditions, guidance: float) -> None:
+    def embed_guidance(self, denoiser: nn.Module, conditions: Conditions, guidance: float) -> None:
         return None
 
 
-class TwoClips(parts.Encoders):
-    """Both encoders' last hidden states but one, side by side, and the second one's pooled output.
+class TwoClips(loading.MultiTextEncoder):
+    """Both encoders' last-but-one hidden states concatenated, and the second one's pooled output.
 
-    Where the model was trained so (`zeros`), no prompt is zeros and not the encoding of "".
+    With `zeros` (`force_zeros_for_empty_prompt`) an empty prompt is zeros and not the encoding of "".
     """
 
-    def __init__(self, sides: Sequence[Side], *, zeros: bool) -> None:
+    def __init__(self, sides: Sequence[TextEncoderSlot], *, zeros: bool) -> None:
         super().__init__(sides)
         self.zeros = zeros
 
     @property
-    def stretches(self) -> tuple[Stretch, ...]:
-        """Both cut alike; the second pads with another token."""
-        return (Stretch(self.tokenizer, self.tokenizer.model_max_length),)
+    def segments(self) -> tuple[TextSegment, ...]:
+        """Both tokenise alike; the second pads with another token."""
+        return (TextSegment(self.tokenizer, self.tokenizer.model_max_length),)
 
     def __call__(self, prompts: Sequence[str]) -> Text:
-        """hidden [B, 77, D₁ + D₂], pooled [B, P]. A prompt that is too long is cut, and said so."""
-        parts.say_what_is_cut(self.sides[0], prompts)
-        said = [
-            side.model(parts.token_ids(side, prompts)["input_ids"], output_hidden_states=True)
-            for side in self.sides
+        """hidden [B, 77, D₁ + D₂], pooled [B, P]; warns of truncated prompts."""
+        loading.warn_truncation(self.slots[0], prompts)
+        outputs = [
+            slot.model(loading.tokenize(slot, prompts)["input_ids"], output_hidden_states=True)
+            for slot in self.slots
         ]
-        hidden = torch.cat([one.hidden_states[-2] for one in said], dim=-1).float()
-        pooled = said[-1].text_embeds.float()
+        hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1).float()
+        pooled = outputs[-1].text_embeds.float()
         if self.zeros:
-            given = torch.tensor([bool(prompt) for prompt in prompts], device=hidden.device)
-            hidden, pooled = hidden * given[:, None, None], pooled * given[:, None]
+            non_empty = torch.tensor([bool(prompt) for prompt in prompts], device=hidden.device)
+            hidden, pooled = hidden * non_empty[:, None, None], pooled * non_empty[:, None]
         return {"hidden": hidden, "pooled": pooled}

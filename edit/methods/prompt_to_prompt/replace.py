@@ -19,7 +19,7 @@ from torch import Tensor
 
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate
-from backbone.families.base import Attention
+from backbone.families.base import AttentionLayout
 from backbone.io.console import UserError
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
@@ -140,7 +140,7 @@ def align_prompts(
     """
     if not targets:
         raise UserError("There is no target prompt. Say what the image should show.")
-    stretches = model.text_encoder.stretches
+    stretches = model.text_encoder.segments
     first, *others = (tokenize_prompt(stretches, prompt) for prompt in (source, *targets))
     for word in [*settings.weights, *settings.windows]:
         require(others, word)
@@ -159,15 +159,15 @@ def align_prompts(
 # Helpers ----------------------------------------------------------------------------------------------------
 
 
-def _control(settings: ReplaceSettings, regions: Regions, attention: Attention) -> Control:
+def _control(settings: ReplaceSettings, regions: Regions, attention: AttentionLayout) -> Control:
     """Attention control before the first step, of the layers that `attention` has."""
     maps = None
     if regions.columns is not None:
-        maps = Maps(regions.columns.to(regions.device), regions.size, most=attention.coarse)
+        maps = Maps(regions.columns.to(regions.device), regions.size, most=attention.max_map_queries)
     return Control(
         regions.count,
-        self_tokens=attention.coarse,
-        layers=attention.late if settings.layers == "late" else ("",),
+        self_tokens=attention.max_map_queries,
+        layers=attention.detail_layers if settings.layers == "late" else ("",),
         reach=settings.reach,
         maps=maps,
     )

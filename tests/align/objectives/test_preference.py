@@ -30,7 +30,7 @@ from align.objectives.reference import CachedReference, reference_path
 from align.pairs.read import read
 from align.pairs.records import as_singles, check, held_out
 from align.settings import Settings, as_command, resolved
-from backbone.adapters.lora import load_lora, only
+from backbone.adapters.lora import load_lora, use_adapters
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
 from backbone.io.options import fields_of
@@ -370,7 +370,7 @@ def test_the_loss_of_a_step_is_the_loss_of_its_errors(tiny_folder: Path, pairs_f
             [k for _, k in chosen],
         )
         now = mean_squares(residuals(run.model, run.model.denoiser, batch))
-        with only(run.model.denoiser, []):
+        with use_adapters(run.model.denoiser, []):
             before = mean_squares(residuals(run.model, run.model.denoiser, batch))
     torch.testing.assert_close(loss, dpo(PairErrors(*now, *before), run.settings.beta))
 
@@ -468,7 +468,7 @@ def test_a_new_adapter_on_a_concept_is_measured_against_the_concept(
     with torch.no_grad():
         (first,) = run.losses(1)
         batch = batch_of(model, run.data, run.samples, run.data.train[:1], [0])
-        with only(model.denoiser, []):
+        with use_adapters(model.denoiser, []):
             base = residuals(model, model.denoiser, batch)
         reference = run.live.residuals(batch)
     assert float(first) == pytest.approx(math.log(2), abs=1e-4)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from align.collect.scorers import takes_gradients
-from align.objectives import draft as module
 from align.objectives.ddpo import (
     PolicyGradients,
     advantages,
@@ -54,7 +53,7 @@ def brightness(pictures: Tensor, prompts: Sequence[str]) -> Tensor:
 
 @pytest.fixture
 def climbing(tiny: Backbone, monkeypatch: pytest.MonkeyPatch) -> RewardGradients:
-    monkeypatch.setattr(module, "open_reward", lambda name: brightness)
+    monkeypatch.setattr("align.objectives.draft.open_reward", lambda name: brightness)
     return RewardGradients(tiny, PROMPTS, settings())
 
 
@@ -186,7 +185,9 @@ def test_a_scorer_sees_tensors_as_it_sees_pictures() -> None:
     from backbone.media.transforms import to_tensor
 
     scorer = open_scorer("moji")
-    pixels = np.random.default_rng(0).integers(0, 255, (scorer.side, scorer.side, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(
+        0, 255, (scorer.crop_size, scorer.crop_size, 3), dtype=np.uint8
+    )
     image = Image.fromarray(pixels)
     ours = embedded(scorer, to_tensor(image)[None])
     torch.testing.assert_close(ours, scorer.embed_images([image]), atol=1e-5, rtol=1e-4)

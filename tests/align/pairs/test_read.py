@@ -258,9 +258,9 @@ def test_more_prompts_do_not_move_the_others() -> None:
 
 
 def picture_record() -> Any:
-    from backbone.media.pictures import Picture
+    from backbone.media.pictures import ImageRecord
 
-    return Picture(Path("none.png"))
+    return ImageRecord(Path("none.png"))
 
 
 def test_one_prompt_cannot_be_held_out(pairs_file: Path) -> None:

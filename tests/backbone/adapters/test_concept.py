@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from backbone.adapters.concept import Concept, check_token, rare_words, read_concept, spoken
+from backbone.adapters.concept import (
+    Concept,
+    check_token,
+    choose_rare_words,
+    read_concept,
+    resolve_placeholder_tokens,
+)
 from backbone.io.console import UserError
 from tests.tiny import RARE, tiny_tokenizer
 
@@ -17,12 +23,12 @@ def concept(token: str = "[V]", words: str = "bcd") -> Concept:
 
 
 def test_a_token_becomes_its_words_wherever_it_stands() -> None:
-    assert spoken("a [V] dog and [V]", [concept()]) == "a bcd dog and bcd"
+    assert resolve_placeholder_tokens("a [V] dog and [V]", [concept()]) == "a bcd dog and bcd"
 
 
 def test_two_concepts_keep_their_own_words() -> None:
     both = [concept("[V]", "bcd"), concept("[V2]", "fgh")]
-    assert spoken("a [V] dog beside a [V2] cat", both) == "a bcd dog beside a fgh cat"
+    assert resolve_placeholder_tokens("a [V] dog beside a [V2] cat", both) == "a bcd dog beside a fgh cat"
 
 
 def test_a_token_without_an_owner_names_the_newest_run_that_has_it(tmp_path: Path) -> None:
@@ -31,20 +37,20 @@ def test_a_token_without_an_owner_names_the_newest_run_that_has_it(tmp_path: Pat
         concept().write(tmp_path / name)
         os.utime(tmp_path / name / "concept.json", (10_000 - age, 10_000 - age))
     with pytest.raises(UserError, match=r"--concept .*new"):
-        spoken("a [V] dog", [], runs=tmp_path)
+        resolve_placeholder_tokens("a [V] dog", [], runs=tmp_path)
 
 
 def test_a_plain_word_that_a_run_owns_is_recognised_too(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     concept("sks").write(tmp_path / "run")
     with pytest.raises(UserError, match="sks"):
-        spoken("a sks dog", [], runs=tmp_path)
-    assert spoken("a dog with asks", [], runs=tmp_path) == "a dog with asks"
+        resolve_placeholder_tokens("a sks dog", [], runs=tmp_path)
+    assert resolve_placeholder_tokens("a dog with asks", [], runs=tmp_path) == "a dog with asks"
 
 
 def test_a_token_that_no_run_has_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Train it first"):
-        spoken("a <thing> dog", [], runs=tmp_path)
+        resolve_placeholder_tokens("a <thing> dog", [], runs=tmp_path)
 
 
 def test_a_concept_comes_back_from_its_file(tmp_path: Path) -> None:
@@ -60,10 +66,10 @@ def test_a_folder_without_a_concept_is_a_clear_mistake(tmp_path: Path) -> None:
 
 def test_rare_words_are_single_tokens_and_follow_from_the_key() -> None:
     vocabulary = tiny_tokenizer().get_vocab()
-    words = {rare_words(vocabulary, str(key)) for key in range(40)}
+    words = {choose_rare_words(vocabulary, str(key)) for key in range(40)}
     assert words == set(RARE)
-    assert rare_words(vocabulary, "x") == rare_words(vocabulary, "x")
-    assert rare_words(vocabulary, "x", taken=RARE[:-1]) == RARE[-1]
+    assert choose_rare_words(vocabulary, "x") == choose_rare_words(vocabulary, "x")
+    assert choose_rare_words(vocabulary, "x", taken=RARE[:-1]) == RARE[-1]
 
 
 def test_an_ordinary_word_cannot_be_a_token() -> None:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from backbone.adapters.lora import (
-    WEIGHTS,
-    activate,
-    adapters_off,
+    LORA_WEIGHTS,
+    activate_adapters,
     add_lora,
+    disable_adapters,
     load_lora,
     lora_parameters,
     save_lora,
@@ -60,7 +60,7 @@ def test_switched_off_adapters_give_the_base_and_come_back_bit_for_bit(tiny: Bac
     parameters = trained(tiny)
     adapted = said(tiny)
     flags = {key: p.requires_grad for key, p in tiny.denoiser.named_parameters()}
-    with adapters_off(tiny.denoiser):
+    with disable_adapters(tiny.denoiser):
         assert torch.equal(said(tiny), base)
     assert torch.equal(said(tiny), adapted)
     assert not torch.equal(adapted, base)
@@ -71,7 +71,7 @@ def test_switched_off_adapters_give_the_base_and_come_back_bit_for_bit(tiny: Bac
 def test_they_come_back_after_an_error_too(tiny: Backbone) -> None:
     trained(tiny)
     adapted = said(tiny)
-    with pytest.raises(RuntimeError), adapters_off(tiny.denoiser):
+    with pytest.raises(RuntimeError), disable_adapters(tiny.denoiser):
         raise RuntimeError
     assert torch.equal(said(tiny), adapted)
 
@@ -82,7 +82,7 @@ def test_a_saved_adapter_loads_in_diffusers_and_gives_the_same_prediction(
     from diffusers import StableDiffusionPipeline
 
     trained(tiny)
-    save_lora(tmp_path / WEIGHTS, tiny.denoiser, "one")
+    save_lora(tmp_path / LORA_WEIGHTS, tiny.denoiser, "one")
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, local_files_only=True)
     pipeline.load_lora_weights(tmp_path)
     random = torch.Generator().manual_seed(0)
@@ -97,9 +97,9 @@ def test_saving_and_loading_gives_the_same_prediction(
     tmp_path: Path, tiny_folder: Path, tiny: Backbone
 ) -> None:
     trained(tiny)
-    save_lora(tmp_path / WEIGHTS, tiny.denoiser, "one")
+    save_lora(tmp_path / LORA_WEIGHTS, tiny.denoiser, "one")
     again = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
-    load_lora(tmp_path / WEIGHTS, again.denoiser, "other")
+    load_lora(tmp_path / LORA_WEIGHTS, again.denoiser, "other")
     assert torch.equal(said(again), said(tiny))
 
 
@@ -107,22 +107,22 @@ def test_strength_scales_the_change_and_two_adapters_add(
     tmp_path: Path, tiny_folder: Path, tiny: Backbone
 ) -> None:
     trained(tiny)
-    save_lora(tmp_path / WEIGHTS, tiny.denoiser, "one")
+    save_lora(tmp_path / LORA_WEIGHTS, tiny.denoiser, "one")
     halves = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
     for name in ("left", "right"):
-        load_lora(tmp_path / WEIGHTS, halves.denoiser, name, scale=0.5)
-    activate(halves.denoiser, ["left", "right"])
+        load_lora(tmp_path / LORA_WEIGHTS, halves.denoiser, name, scale=0.5)
+    activate_adapters(halves.denoiser, ["left", "right"])
     assert torch.allclose(said(halves), said(tiny), atol=1e-4)
     assert len(lora_parameters(halves.denoiser, "left")) == len(lora_parameters(halves.denoiser, "right")) > 0
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path, tiny_folder: Path, tiny: Backbone) -> None:
     add_lora(tiny.denoiser, "one", rank=2, alpha=4.0, targets=("to_q",))
-    save_lora(tmp_path / WEIGHTS, tiny.denoiser, "one")
+    save_lora(tmp_path / LORA_WEIGHTS, tiny.denoiser, "one")
     from backbone.io.files import read_tensors, write_tensors
 
-    tensors, header = read_tensors(tmp_path / WEIGHTS)
-    write_tensors(tmp_path / WEIGHTS, {key: value[..., :-1] for key, value in tensors.items()}, header)
+    tensors, header = read_tensors(tmp_path / LORA_WEIGHTS)
+    write_tensors(tmp_path / LORA_WEIGHTS, {key: value[..., :-1] for key, value in tensors.items()}, header)
     again = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
     with pytest.raises(UserError, match="another model"):
-        load_lora(tmp_path / WEIGHTS, again.denoiser, "one")
+        load_lora(tmp_path / LORA_WEIGHTS, again.denoiser, "one")

@@ -1,4 +1,4 @@
-"""A base that is cut up over two processes (FSDP) learns what one process does, in half of the memory for weights."""
+"""A base that is sharded over two processes (FSDP) learns what one process does, in half of the memory for weights."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def worker(rank: int, folder: Path) -> None:
     """One of two processes that a launcher with FSDP has started."""
     launched = {"ACCELERATE_USE_FSDP": "true", "RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {VARIABLE: str(folder / "cache"), **launched}
-    with patch.object(processes, "leave", processes.barrier):
+    with patch.object(processes, "end_process", processes.barrier):
         everything(folder, "two")
         measured(rank, folder)
         for number, (said, asked) in enumerate(REFUSED.items()):
@@ -140,7 +140,7 @@ def worker(rank: int, folder: Path) -> None:
 def measured(rank: int, folder: Path) -> None:
     """Writes how many of the base's numbers this process holds, and how far its prediction is from the whole one's."""
     cut = Backbone.open(str(folder / "sd3"), device="cpu", precision="fp32")
-    with patch.object(processes, "sharded", lambda: False):
+    with patch.object(processes, "is_sharded", lambda: False):
         whole = Backbone.open(str(folder / "sd3"), device="cpu", precision="fp32")
         whole.denoiser  # noqa: B018 (loads)
     own = sum(value.to_local().numel() for value in cut.denoiser.parameters())  # type: ignore[attr-defined]
@@ -222,11 +222,11 @@ def test_inner_blocks_are_cut_before_the_blocks_that_hold_them() -> None:
     network.down_blocks = nn.ModuleList([nn.Module()])
     network.down_blocks[0].transformer_blocks = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])
     inner = list(network.down_blocks[0].transformer_blocks)
-    assert list(shards.blocks(network)) == [*inner, network.down_blocks[0]]
+    assert list(shards.repeated_blocks(network)) == [*inner, network.down_blocks[0]]
 
 
 def test_alone_nothing_is_cut_up(monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert not processes.sharded() and processes.takes_part()
+    assert not processes.is_sharded() and processes.is_participant()
     model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32", placement=Placement(offload=1.0))
     assert next(model.denoiser.parameters()).__class__ is nn.Parameter

@@ -18,14 +18,14 @@ from backbone.distributed.spawn import run_workers
 from backbone.io import console
 from backbone.io.console import UserError
 from backbone.io.files import read_json, read_tensors, write_json, write_tensors
-from backbone.io.run_folder import PASSED_ON_WITHIN, stopping
+from backbone.io.run_folder import FORWARDED_SIGNAL_SECONDS, catch_interrupts
 from backbone.training.loop import train, warm_constant
 
 
 def of(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:
     """Makes this process one of several, as far as dealing out is concerned."""
     monkeypatch.setattr(processes, "rank", lambda: rank)
-    monkeypatch.setattr(processes, "world", lambda: world)
+    monkeypatch.setattr(processes, "world_size", lambda: world)
 
 
 # Dealing out --------------------------------------------------------------------------------------------------
@@ -42,7 +42,7 @@ def test_the_shares_of_a_step_make_up_the_step(
     means = []
     for rank in range(world):
         of(monkeypatch, rank, world)
-        own = processes.share(micros, rows)
+        own = processes.share_of_step(micros, rows)
         seen[own.micros, own.rows] += 1
         means.append(torch.stack([one[own.rows].sum() * own.scale for one in values[own.micros]]).mean())
     assert bool((seen == 1).all())
@@ -51,13 +51,13 @@ def test_the_shares_of_a_step_make_up_the_step(
 
 def test_whole_micro_batches_are_dealt_out_where_they_come_out_even(monkeypatch: pytest.MonkeyPatch) -> None:
     of(monkeypatch, 1, 2)
-    assert processes.share(4, 1) == processes.Share(slice(2, 4), slice(None), 1)
+    assert processes.share_of_step(4, 1) == processes.Share(slice(2, 4), slice(None), 1)
 
 
 def test_a_step_with_too_few_rows_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     of(monkeypatch, 0, 2)
     with pytest.raises(UserError, match=r"1 × 1 cannot be shared by 2 processes\. Raise --batch"):
-        processes.share(1, 1)
+        processes.share_of_step(1, 1)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 8, 15, 16, 17, 40])
@@ -66,7 +66,7 @@ def test_every_item_is_done_by_one_process(monkeypatch: pytest.MonkeyPatch, coun
     found: list[int] = []
     for rank in range(world):
         of(monkeypatch, rank, world)
-        found += processes.spread(range(count), batch=8)
+        found += processes.split_items(range(count), batch=8)
     assert sorted(found) == list(range(count))
 
 
@@ -74,7 +74,7 @@ def test_where_there_are_enough_the_batches_are_those_of_one_process(monkeypatch
     parts = []
     for rank in range(2):
         of(monkeypatch, rank, 2)
-        own = processes.spread(range(20), batch=8)
+        own = processes.split_items(range(20), batch=8)
         parts += [tuple(own[first : first + 8]) for first in range(0, len(own), 8)]
     assert sorted(parts) == [tuple(range(8)), tuple(range(8, 16)), tuple(range(16, 20))]
 
@@ -87,7 +87,7 @@ DATA = torch.tensor([[1.0, 2.0], [3.0, -4.0], [0.5, 0.5], [-2.0, 1.0], [4.0, 0.0
 def fit(*, fails: bool = False) -> tuple[Tensor, list[float]]:
     """Three steps over six rows, whoever does them; rank 1 may meet a NaN in its second step."""
     weight = torch.nn.Parameter(torch.zeros(2))
-    own = processes.share(1, len(DATA))
+    own = processes.share_of_step(1, len(DATA))
 
     def losses(step: int) -> Iterator[Tensor]:
         each = (DATA[own.rows] @ weight - step).square()
@@ -101,7 +101,7 @@ def fit(*, fails: bool = False) -> tuple[Tensor, list[float]]:
         optimizer=optimizer,
         lr_schedule=warm_constant(),
         steps=3,
-        reduce=processes.averaging(),
+        reduce=processes.gradient_averaging(),
     )
     said = []
     with pytest.raises(UserError, match="step 2") if fails else nullcontext():
@@ -111,26 +111,26 @@ def fit(*, fails: bool = False) -> tuple[Tensor, list[float]]:
 
 
 def work_together(rank: int, folder: Path) -> None:
-    processes.AT_ONCE = 3  # so that a message holds less than all of it
+    processes.BUCKET_ELEMENTS = 3  # so that a message holds less than all of it
     many = [torch.full((2,), float(rank + k)) for k in range(5)]
-    processes.average(many)
+    processes.average_in_place(many)
     halves = torch.zeros(4)
     halves[2 * rank : 2 * rank + 2] = rank + 1.0
-    processes.collect([halves])
-    with processes.writer_first():
+    processes.sum_in_place([halves])
+    with processes.main_process_first():
         if rank == 0:
             time.sleep(0.2)
             write_json(folder / "first.json", {})
         there = (folder / "first.json").exists()
     done: list[int] = []
-    processes.prepared(done.append, range(5))
+    processes.warm_cache(done.append, range(5))
     weight, said = fit()
     safe, before = fit(fails=True)
     facts = {
-        "any": [processes.any_of(rank == 1), processes.any_of(False)],
-        "total": processes.total([rank, 10.0]),
-        "mean": float(processes.mean(torch.arange(1 + rank, dtype=torch.float32))),
-        "writer": [processes.is_writer(), there],
+        "any": [processes.any_process(rank == 1), processes.any_process(False)],
+        "total": processes.reduce_sum([rank, 10.0]),
+        "mean": float(processes.reduce_mean(torch.arange(1 + rank, dtype=torch.float32))),
+        "writer": [processes.is_main_process(), there],
         "done": done,
         "said": said,
         "steps before the NaN": len(before) // 2,
@@ -139,7 +139,7 @@ def work_together(rank: int, folder: Path) -> None:
     tensors = {
         "many": torch.cat(many),
         "halves": halves,
-        "most": processes.largest(torch.tensor([float(rank), -float(rank)])),
+        "most": processes.reduce_max(torch.tensor([float(rank), -float(rank)])),
         "weight": weight,
         "safe": safe,
     }
@@ -180,14 +180,14 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all_before_it_reaches_th
 
 def test_alone_nothing_waits_and_nothing_changes() -> None:
     tensor = torch.ones(3)
-    processes.average([tensor])
-    processes.collect([tensor])
-    with processes.writer_first():
+    processes.average_in_place([tensor])
+    processes.sum_in_place([tensor])
+    with processes.main_process_first():
         processes.barrier()
-    processes.leave()
-    assert torch.equal(tensor, torch.ones(3)) and processes.is_writer()
-    assert processes.averaging() is None and not processes.any_of(False)
-    assert processes.spread([1, 2, 3], batch=2) == [1, 2, 3]
+    processes.end_process()
+    assert torch.equal(tensor, torch.ones(3)) and processes.is_main_process()
+    assert processes.gradient_averaging() is None and not processes.any_process(False)
+    assert processes.split_items([1, 2, 3], batch=2) == [1, 2, 3]
 
 
 # Launchers, voices, signals -----------------------------------------------------------------------------------
@@ -200,13 +200,13 @@ def test_engines_that_split_the_model_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
     with pytest.raises(UserError, match=said):
-        processes.join("cpu")
+        processes.init_process("cpu")
 
 
 def test_processes_cannot_all_have_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="Leave out --device cuda:0"):
-        processes.join("cuda:0")
+        processes.init_process("cuda:0")
 
 
 def test_a_launcher_that_started_too_few_for_an_unknown_reason_is_told(
@@ -214,14 +214,14 @@ def test_a_launcher_that_started_too_few_for_an_unknown_reason_is_told(
 ) -> None:
     for name, value in {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    for name in (*processes.WORLDS, "LOCAL_RANK"):
+    for name in (*processes.WORLD_SIZE_VARIABLES, "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(processes, "_asked_of_accelerate", lambda: 0)
+    monkeypatch.setattr(processes, "_read_num_processes", lambda: 0)
     with pytest.raises(UserError, match="--multi_gpu"):
-        processes.join("cpu")
-    monkeypatch.setattr(processes, "_asked_of_accelerate", lambda: 1)
-    processes.join("cpu")
-    assert processes.world() == 1
+        processes.init_process("cpu")
+    monkeypatch.setattr(processes, "_read_num_processes", lambda: 1)
+    processes.init_process("cpu")
+    assert processes.world_size() == 1
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpus", "fsdp", "machines"])
@@ -240,7 +240,7 @@ def test_of_several_processes_one_speaks(
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        console.say(f"process {rank}")
+        console.notify(f"process {rank}")
         with console.progress(1, f"bar {rank}") as bar:
             bar.advance()
     said = capsys.readouterr().err
@@ -260,9 +260,9 @@ def test_a_mistake_of_one_process_alone_is_said_after_the_first_had_its_turn(
         raise UserError("The disk of this machine is missing.")
 
     with pytest.raises(SystemExit) as ended:
-        console.run(app)
+        console.run_app(app)
     assert ended.value.code == 2
-    assert waited == [console.SECONDS_FOR_THE_FIRST]
+    assert waited == [console.MAIN_PROCESS_GRACE_SECONDS]
     assert capsys.readouterr().err == "Process 1: Error: The disk of this machine is missing.\n"
 
 
@@ -272,10 +272,10 @@ def test_a_signal_that_the_launcher_passes_on_again_is_not_a_second_one(
     monkeypatch.setenv("WORLD_SIZE", "2")
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    with stopping() as stop:
+    with catch_interrupts() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         assert stop == [signal.SIGINT]
-        now += PASSED_ON_WITHIN
+        now += FORWARDED_SIGNAL_SECONDS
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backbone.distributed.processes import any_of, average
+from backbone.distributed.processes import any_process, average_in_place
 from backbone.distributed.spawn import run_workers
 from backbone.io.files import read_tensors, write_tensors
 from backbone.training.loop import train, warm_constant
@@ -29,9 +29,9 @@ def learn(rank: int, folder: Path) -> None:
         lr_schedule=warm_constant(),
         steps=9,
         clip=1e9,
-        reduce=average,
+        reduce=average_in_place,
     ):
-        if any_of(rank == 1 and report.step == 5):
+        if any_process(rank == 1 and report.step == 5):
             break
     write_tensors(folder / f"{rank}.safetensors", {"w": weight, "steps": torch.tensor(report.step)})
 
@@ -49,6 +49,6 @@ def test_two_processes_take_the_step_of_their_mean_gradient_and_stop_together(tm
 
 def test_alone_nothing_is_averaged() -> None:
     tensor = torch.ones(3)
-    average([tensor])
+    average_in_place([tensor])
     assert torch.equal(tensor, torch.ones(3))
-    assert not any_of(False)
+    assert not any_process(False)

@@ -12,17 +12,16 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from backbone.evaluation.clip import (
-    Eye,
     Scorer,
-    class_vectors,
+    VisionEncoder,
+    classify_subject,
     clip_i,
-    clip_t,
     diversity,
-    guess_class,
-    load_eye,
+    embed_classes,
+    load_image_encoder,
     load_scorer,
     prior_drift,
-    ranked,
+    rank_classes,
     text_scores,
 )
 from backbone.io.console import UserError
@@ -57,7 +56,7 @@ def scorer() -> Scorer:
         patch_size=8,
     )
     config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16)
-    return Scorer(CLIPModel(config).eval(), tokenizer, side=32)
+    return Scorer(CLIPModel(config).eval(), tokenizer, crop_size=32)
 
 
 @pytest.fixture
@@ -104,8 +103,8 @@ def test_nothing_embeds_to_no_rows(scorer: Scorer) -> None:
 def test_a_picture_is_scaled_to_its_shortest_side_and_cut_at_the_centre(scorer: Scorer) -> None:
     wide = Image.new("RGB", (96, 32), (255, 255, 255))
     wide.paste((0, 0, 0), (32, 0, 64, 32))
-    assert scorer.prepare([wide]).unique().tolist() == [-1.0]
-    assert scorer.prepare([Image.new("L", (320, 200), 255)]).unique().tolist() == [1.0]
+    assert scorer.preprocess([wide]).unique().tolist() == [-1.0]
+    assert scorer.preprocess([Image.new("L", (320, 200), 255)]).unique().tolist() == [1.0]
 
 
 def test_identical_pictures_have_clip_i_one(scorer: Scorer, images: Images) -> None:
@@ -120,7 +119,7 @@ def test_figures_of_known_vectors() -> None:
     assert clip_i(torch.cat([east, north]), east) == pytest.approx(0.5)
     assert diversity(torch.cat([east, north])) == pytest.approx(1)
     assert diversity(torch.cat([east, west])) == pytest.approx(2)
-    assert clip_t(torch.cat([east, north]), torch.cat([east, west])) == pytest.approx(0.5)
+    assert text_scores(torch.cat([east, north]), torch.cat([east, west])).mean() == pytest.approx(0.5)
     assert text_scores(torch.cat([east, north]), torch.cat([west, north])).tolist() == [-1, 1]
 
 
@@ -135,7 +134,7 @@ def test_diversity_needs_two_pictures() -> None:
 
 
 def test_a_guess_is_a_distribution_over_the_candidates_best_first(scorer: Scorer, images: Images) -> None:
-    guess = guess_class(scorer, images, ("dog", "cat", "snow"))
+    guess = classify_subject(scorer, images, ("dog", "cat", "snow"))
     assert {noun for noun, _ in guess} == {"dog", "cat", "snow"}
     shares = [share for _, share in guess]
     assert sum(shares) == pytest.approx(1, abs=1e-5)
@@ -145,31 +144,31 @@ def test_a_guess_is_a_distribution_over_the_candidates_best_first(scorer: Scorer
 def test_a_guess_does_not_depend_on_the_order_of_pictures_or_candidates(
     scorer: Scorer, images: Images
 ) -> None:
-    there = dict(guess_class(scorer, images, ("dog", "cat")))
-    back = dict(guess_class(scorer, images[::-1], ("cat", "dog")))
+    there = dict(classify_subject(scorer, images, ("dog", "cat")))
+    back = dict(classify_subject(scorer, images[::-1], ("cat", "dog")))
     assert there == pytest.approx(back, abs=1e-4)
 
 
 def test_what_a_picture_shares_with_every_candidate_cancels(scorer: Scorer) -> None:
     candidates = ("dog", "cat", "snow")
-    vectors = class_vectors(scorer, candidates)
+    vectors = embed_classes(scorer, candidates)
     # a direction in which all candidates lie equally far, as a place does
     place = torch.linalg.lstsq(vectors, torch.ones(3, 1)).solution[:, 0]
     image = F.normalize(torch.arange(16.0), dim=0)[None]
-    before, after = (dict(ranked(scorer, seen, candidates, vectors)) for seen in (image, image + place))
+    before, after = (dict(rank_classes(scorer, seen, candidates, vectors)) for seen in (image, image + place))
     assert before == pytest.approx(after, abs=1e-4)
 
 
 def test_a_picture_of_a_class_is_guessed_to_be_of_it(scorer: Scorer) -> None:
     candidates = ("dog", "cat", "snow")
-    vectors = class_vectors(scorer, candidates)
+    vectors = embed_classes(scorer, candidates)
     for noun, vector in zip(candidates, vectors, strict=True):
-        assert ranked(scorer, vector[None], candidates, vectors)[0][0] == noun
+        assert rank_classes(scorer, vector[None], candidates, vectors)[0][0] == noun
 
 
 def test_a_guess_without_pictures_says_so(scorer: Scorer) -> None:
     with pytest.raises(UserError, match="Give both"):
-        guess_class(scorer, [], ("dog",))
+        classify_subject(scorer, [], ("dog",))
 
 
 def saved(scorer: Scorer, folder: Path) -> Path:
@@ -216,14 +215,12 @@ def test_pickled_weights_are_never_read(scorer: Scorer, tmp_path: Path) -> None:
 def test_an_eye_sees_a_picture_as_its_model_s_class_token_does(
     kind: str, images: Images, tmp_path: Path
 ) -> None:
-    eye = load_eye(tiny_eye(tmp_path, kind))
-    assert isinstance(eye, Eye) and eye.likeness == "DINO"
+    eye = load_image_encoder(tiny_eye(tmp_path, kind))
+    assert isinstance(eye, VisionEncoder) and eye.similarity_name == "DINO"
     vectors = eye.embed_images(images, batch=2)
     assert vectors.shape == (5, 32) and torch.allclose(vectors.norm(dim=-1), torch.ones(5))
     colour = (255, 0, 51)
-    flat = [
-        (value / 255 - mean) / std for value, mean, std in zip(colour, eye.mean, eye.deviation, strict=True)
-    ]
+    flat = [(value / 255 - mean) / std for value, mean, std in zip(colour, eye.mean, eye.std, strict=True)]
     with torch.no_grad():
         said = eye.model(torch.tensor(flat)[None, :, None, None].expand(1, 3, 32, 32)).last_hidden_state[:, 0]
     seen = eye.embed_images([Image.new("RGB", (50, 32), colour)])
@@ -235,7 +232,7 @@ def test_an_eye_sees_a_picture_as_its_model_s_class_token_does(
 
 def test_an_eye_scales_further_than_it_cuts(tmp_path: Path) -> None:
     """Shortest side 40, the middle 32 of it: a frame of four pixels is not seen."""
-    eye = load_eye(tiny_eye(tmp_path, "dinov2"))
+    eye = load_image_encoder(tiny_eye(tmp_path, "dinov2"))
     inner = np.random.default_rng(1).integers(0, 255, (40, 40, 3), dtype=np.uint8)
     framed = inner.copy()
     framed[:4] = framed[-4:] = 0
@@ -245,14 +242,14 @@ def test_an_eye_scales_further_than_it_cuts(tmp_path: Path) -> None:
 
 
 def test_a_clip_folder_is_an_eye_that_reads(scorer: Scorer, tmp_path: Path) -> None:
-    found = load_eye(saved(scorer, tmp_path))
-    assert isinstance(found, Scorer) and found.likeness == "CLIP-I"
+    found = load_image_encoder(saved(scorer, tmp_path))
+    assert isinstance(found, Scorer) and found.similarity_name == "CLIP-I"
 
 
 def test_what_is_neither_is_refused_as_an_eye(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", {"model_type": "bert"})
     with pytest.raises(UserError, match="neither CLIP nor DINO"):
-        load_eye(tmp_path)
+        load_image_encoder(tmp_path)
     write_json(tmp_path / "config.json", {"model_type": "dinov2"})
     with pytest.raises(UserError, match="no safetensors"):
-        load_eye(tmp_path)
+        load_image_encoder(tmp_path)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from backbone.evaluation.statistics import bootstrap, interval, wilson
+from backbone.evaluation.statistics import bootstrap_mean, cluster_bootstrap, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -20,26 +20,26 @@ from backbone.evaluation.statistics import bootstrap, interval, wilson
     ],
 )
 def test_wilson_intervals_are_those_of_the_literature(right: int, n: int, low: float, high: float) -> None:
-    assert wilson(right, n)[1:] == pytest.approx((low, high), abs=5e-5)
+    assert wilson_interval(right, n)[1:] == pytest.approx((low, high), abs=5e-5)
 
 
 def test_a_wilson_interval_mirrors_and_holds_its_share() -> None:
     for right in range(21):
-        _, low, high = wilson(right, 20)
+        _, low, high = wilson_interval(right, 20)
         assert 0 <= low <= right / 20 <= high <= 1
-        assert wilson(20 - right, 20)[1:] == pytest.approx((1 - high, 1 - low))
+        assert wilson_interval(20 - right, 20)[1:] == pytest.approx((1 - high, 1 - low))
 
 
 def test_nothing_is_known_without_trials() -> None:
-    assert wilson(0, 0) == (0.5, 0.0, 1.0)
-    assert math.isnan(bootstrap([]).value)
+    assert wilson_interval(0, 0) == (0.5, 0.0, 1.0)
+    assert math.isnan(cluster_bootstrap([]).value)
 
 
 def test_a_bootstrap_covers_the_truth_nineteen_times_in_twenty() -> None:
     random = np.random.default_rng(0)
     covered = 0
     for trial in range(200):
-        found = bootstrap(random.normal(1.0, 1.0, (60, 1)).tolist(), seed=trial, rounds=400)
+        found = cluster_bootstrap(random.normal(1.0, 1.0, (60, 1)).tolist(), seed=trial, rounds=400)
         covered += found.low <= 1.0 <= found.high
     assert 180 <= covered <= 199
 
@@ -47,19 +47,19 @@ def test_a_bootstrap_covers_the_truth_nineteen_times_in_twenty() -> None:
 def test_repeating_values_within_a_cluster_does_not_narrow_the_interval() -> None:
     random = np.random.default_rng(1)
     values = random.normal(0.0, 1.0, 50)
-    once = bootstrap([[float(value)] for value in values])
-    often = bootstrap([[float(value)] * 10 for value in values])
+    once = cluster_bootstrap([[float(value)] for value in values])
+    often = cluster_bootstrap([[float(value)] * 10 for value in values])
     assert often.high - often.low == pytest.approx(once.high - once.low)
 
 
 def test_an_interval_reads_as_a_sentence() -> None:
-    assert str(wilson(50, 100)) == "50.0% (40.4% to 59.6%)"
+    assert str(wilson_interval(50, 100)) == "50.0% (40.4% to 59.6%)"
 
 
 def test_an_interval_holds_its_mean_and_is_wider_for_fewer() -> None:
     values = [0.1, 0.5, 0.9, 0.4]
-    mean, low, high = interval(values)
-    _, lower, higher = interval(values * 20)
+    mean, low, high = bootstrap_mean(values)
+    _, lower, higher = bootstrap_mean(values * 20)
     assert mean == pytest.approx(0.475)
     assert low < mean < high
     assert higher - lower < high - low

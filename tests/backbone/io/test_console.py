@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from backbone.io.console import Bar, UserError, progress, run, say
+from backbone.io.console import ProgressBar, UserError, notify, progress, run_app
 
 ROOT = Path(__file__).parents[3]
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 def ending(app: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> tuple[object, str]:
     """The exit code and stderr of a run."""
     with pytest.raises(SystemExit) as leaving:
-        run(app)
+        run_app(app)
     return leaving.value.code, capsys.readouterr().err
 
 
@@ -99,9 +99,9 @@ def test_our_own_faults_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) ->
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        run(command(faulty, monkeypatch))
+        run_app(command(faulty, monkeypatch))
     with pytest.raises(OSError, match="something else"):
-        run(lambda: (_ for _ in ()).throw(OSError("something else")).__next__())
+        run_app(lambda: (_ for _ in ()).throw(OSError("something else")).__next__())
 
 
 def test_the_traceback_is_shown_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,15 +110,15 @@ def test_the_traceback_is_shown_on_request(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setenv("LIMNER_TRACEBACK", "1")
     with pytest.raises(UserError):
-        run(command(body, monkeypatch))
+        run_app(command(body, monkeypatch))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 def test_a_real_ctrl_c_prints_no_traceback() -> None:
     script = (
-        "import signal, time, typer\nfrom backbone.io.console import run\napp = typer.Typer()\n"
+        "import signal, time, typer\nfrom backbone.io.console import run_app\napp = typer.Typer()\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where the tests run in the background
-        "@app.command()\ndef wait() -> None:\n    print('ready', flush=True)\n    time.sleep(30)\nrun(app)\n"
+        "@app.command()\ndef wait() -> None:\n    print('ready', flush=True)\n    time.sleep(30)\nrun_app(app)\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -147,7 +147,7 @@ def test_away_from_a_terminal_progress_is_sparse_lines(capsys: pytest.CaptureFix
         for step in range(50):
             bar.advance(images=4, loss=1 / (step + 1))
             if step == 20:
-                say("a word in between")
+                notify("a word in between")
     between, final = capsys.readouterr().err.splitlines()
     assert between == "a word in between"
     assert final.startswith("training 50/50 · loss 0.02 · ")
@@ -169,7 +169,7 @@ def test_long_progress_speaks_every_ten_seconds(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
-    monkeypatch.setattr(Bar.__init__, "__kwdefaults__", {"done": 0, "clock": lambda: now})
+    monkeypatch.setattr(ProgressBar.__init__, "__kwdefaults__", {"done": 0, "clock": lambda: now})
     with progress(100, "training") as bar:
         for _ in range(100):
             now += 0.5
@@ -181,7 +181,7 @@ def test_long_progress_speaks_every_ten_seconds(
 
 def test_rates_forget_a_slow_start_and_a_resumed_run_does_not_count_what_lies_behind() -> None:
     now = 0.0
-    bar = Bar(1000, done=400, clock=lambda: now)
+    bar = ProgressBar(1000, done=400, clock=lambda: now)
     assert bar.images_per_second is None
     assert bar.seconds_left is None
     now = 100.0  # a slow first step
@@ -189,7 +189,7 @@ def test_rates_forget_a_slow_start_and_a_resumed_run_does_not_count_what_lies_be
     for _ in range(99):
         now += 1.0
         bar.advance(images=5)
-    assert bar.count == "500/1000"
+    assert bar.progress_text == "500/1000"
     assert bar.images_per_second == pytest.approx(5.0)
     assert bar.seconds_left == pytest.approx(500.0)
 
@@ -199,10 +199,10 @@ def test_on_a_terminal_progress_is_a_bar_with_figures_and_brackets_stay_as_they_
     import pty
 
     script = (
-        "import time\nfrom backbone.io.console import progress, say\n"
+        "import time\nfrom backbone.io.console import notify, progress\n"
         "with progress(3, 'learning [red] [V]') as bar:\n"
         "    for step in range(3):\n        time.sleep(0.01)\n        bar.advance(images=1, loss=0.25)\n"
-        "    say('between')\n"
+        "    notify('between')\n"
     )
     parent, child = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}

@@ -16,14 +16,14 @@ import torch
 from backbone.io.console import UserError
 from backbone.io.files import (
     append_jsonl,
+    atomic_write,
     content_hash,
-    empty_folder,
-    fresh_folder,
+    make_empty_folder,
+    make_numbered_folder,
     read_json,
     read_jsonl,
     read_metadata,
     read_tensors,
-    replacing,
     write_bytes,
     write_json,
     write_tensors,
@@ -50,7 +50,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> 
     write_text(path, "old")
 
     def interrupted() -> None:
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text("half")
             raise KeyboardInterrupt
 
@@ -62,7 +62,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> 
 
 def test_a_full_disk_is_reported_with_the_name_of_the_file(tmp_path: Path) -> None:
     def full() -> None:
-        with replacing(tmp_path / "x.txt"):
+        with atomic_write(tmp_path / "x.txt"):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match="No space") as caught:
@@ -213,19 +213,19 @@ def test_a_line_that_a_crash_cut_off_costs_only_itself(tmp_path: Path) -> None:
 
 
 def test_fresh_folders_never_collide(tmp_path: Path) -> None:
-    made = [fresh_folder(tmp_path / "runs" / "dog") for _ in range(3)]
+    made = [make_numbered_folder(tmp_path / "runs" / "dog") for _ in range(3)]
     assert [folder.name for folder in made] == ["dog", "dog-2", "dog-3"]
     assert all(folder.is_dir() for folder in made)
 
 
 def test_a_folder_that_the_user_names_must_be_empty(tmp_path: Path) -> None:
-    assert empty_folder(tmp_path / "new" / "run").is_dir()
-    assert empty_folder(tmp_path / "new" / "run") == tmp_path / "new" / "run"
+    assert make_empty_folder(tmp_path / "new" / "run").is_dir()
+    assert make_empty_folder(tmp_path / "new" / "run") == tmp_path / "new" / "run"
     with pytest.raises(UserError, match="not empty"):
-        empty_folder(tmp_path / "new")
+        make_empty_folder(tmp_path / "new")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
-        empty_folder(tmp_path / "file")
+        make_empty_folder(tmp_path / "file")
 
 
 def test_the_hash_is_that_of_the_content_not_of_the_name(tmp_path: Path) -> None:

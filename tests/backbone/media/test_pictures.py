@@ -16,14 +16,14 @@ import torch
 from PIL import Image, ImageCms
 
 from backbone.io.console import UserError
-from backbone.media.decode import BadPicture, open_rgb
-from backbone.media.pictures import Picture, check, read_folder
+from backbone.media.decode import BadImageError, open_rgb
+from backbone.media.pictures import ImageRecord, check_images, list_images
 from backbone.media.transforms import (
     bucket_sizes,
-    fitted,
+    crop_and_resize,
+    crop_square,
     mask_to_tensor,
-    nearest_size,
-    square,
+    nearest_bucket,
     to_image,
     to_tensor,
 )
@@ -51,7 +51,7 @@ def difference(first: Image.Image, second: Image.Image) -> float:
 
 
 def reason(path: Path) -> str:
-    with pytest.raises(BadPicture) as caught:
+    with pytest.raises(BadImageError) as caught:
         open_rgb(path)
     assert str(path) in str(caught.value)
     return caught.value.reason
@@ -197,13 +197,13 @@ def test_decoding_small_gives_the_same_square_as_decoding_whole(tmp_path: Path) 
     small, whole = open_rgb(path, at_least=64), open_rgb(path)
     assert min(small.size) == 150
     assert whole.size == (800, 600)
-    assert difference(square(small, 64), square(whole, 64)) < 1.5
+    assert difference(crop_square(small, 64), crop_square(whole, 64)) < 1.5
 
 
 def test_a_jpeg_too_large_to_hold_comes_at_half_its_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("backbone.media.decode.HALVED_PIXELS", 80 * 60 - 1)
+    monkeypatch.setattr("backbone.media.decode.MAX_FULL_SIZE_PIXELS", 80 * 60 - 1)
     assert open_rgb(write(tmp_path / "x.jpg", scene(80, 60))).size == (40, 30)
     assert open_rgb(write(tmp_path / "x.png", scene(80, 60))).size == (80, 60)
 
@@ -284,7 +284,7 @@ def test_a_forbidden_file_is_refused_with_its_reason(tmp_path: Path, monkeypatch
 
 def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
     write(tmp_path / "dog 1.jpg")
-    assert reason(tmp_path / "dog1.jpg") == "does not exist (nearest: dog 1.jpg)"
+    assert reason(tmp_path / "dog1.jpg") == "does not exist (nearest name: dog 1.jpg)"
 
 
 def test_check_lists_every_bad_file_at_once(tmp_path: Path) -> None:
@@ -294,9 +294,9 @@ def test_check_lists_every_bad_file_at_once(tmp_path: Path) -> None:
         make(tmp_path / name)
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(UserError) as caught:
-        check(read_folder(tmp_path))
+        check_images(list_images(tmp_path))
     heading, *lines, remedy = str(caught.value).splitlines()
-    assert heading == f"{len(BAD) + 1} of {len(BAD) + 3} pictures cannot be used:"
+    assert heading == f"{len(BAD) + 1} of {len(BAD) + 3} images cannot be used:"
     assert remedy == "Replace or remove them, then run again."
     assert len(lines) == len(BAD) + 1
     for name, (_, why) in BAD.items():
@@ -306,7 +306,7 @@ def test_check_lists_every_bad_file_at_once(tmp_path: Path) -> None:
 def test_check_is_content_with_good_pictures(tmp_path: Path) -> None:
     write(tmp_path / "a.jpg")
     write(tmp_path / "a.mask.png", Image.new("L", (96, 64), 255))
-    check(read_folder(tmp_path))
+    check_images(list_images(tmp_path))
 
 
 # Folders
@@ -317,7 +317,7 @@ def test_pictures_come_in_natural_order_and_other_files_are_passed_over(tmp_path
         write(tmp_path / name, format="PNG")
     for name in ("Thumbs.db", ".DS_Store", "notes.txt", "settings.json", "clip.mov", "README"):
         (tmp_path / name).write_bytes(b"\xff\0 anything")
-    assert [picture.path.name for picture in read_folder(tmp_path)] == [
+    assert [picture.path.name for picture in list_images(tmp_path)] == [
         "1 déjà vu.jpeg",
         "2.JPG",
         "10.png",
@@ -330,7 +330,7 @@ def test_captions_lie_beside_their_pictures(tmp_path: Path) -> None:
         write(tmp_path / name)
     (tmp_path / "a.txt").write_bytes("\ufeffa [V] dog,\r\n on  grass\n".encode())
     (tmp_path / "c.txt").write_text(" \n")
-    assert [picture.caption for picture in read_folder(tmp_path)] == ["a [V] dog, on grass", None, None]
+    assert [picture.caption for picture in list_images(tmp_path)] == ["a [V] dog, on grass", None, None]
 
 
 @pytest.mark.parametrize("column", ["text", "prompt", "caption"])
@@ -342,7 +342,7 @@ def test_captions_come_from_metadata_before_text_files(tmp_path: Path, column: s
     lines = [{"file_name": "1.png", column: "from metadata"}, {"file_name": "./sub/3.png", column: "three"}]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     found = {
-        picture.path.relative_to(tmp_path).as_posix(): picture.caption for picture in read_folder(tmp_path)
+        picture.path.relative_to(tmp_path).as_posix(): picture.caption for picture in list_images(tmp_path)
     }
     assert found == {"1.png": "from metadata", "2.png": "from the text file", "sub/3.png": "three"}
 
@@ -350,18 +350,18 @@ def test_captions_come_from_metadata_before_text_files(tmp_path: Path, column: s
 def test_metadata_may_be_a_csv_with_columns_of_any_name(tmp_path: Path) -> None:
     write(tmp_path / "1.png")
     (tmp_path / "metadata.csv").write_text('bild,words\n1.png,"a dog, ""sitting"",\non grass"\n')
-    (picture,) = read_folder(tmp_path, image_column="bild", caption_column="words")
+    (picture,) = list_images(tmp_path, image_column="bild", caption_column="words")
     assert picture.caption == 'a dog, "sitting", on grass'
     with pytest.raises(UserError, match=r"no column 'wrds'; it has 'bild', 'words'"):
-        read_folder(tmp_path, image_column="bild", caption_column="wrds")
+        list_images(tmp_path, image_column="bild", caption_column="wrds")
 
 
 def test_names_in_metadata_match_whatever_their_unicode_form(tmp_path: Path) -> None:
     write(tmp_path / "cafe\u0301.png")
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "caf\u00e9.png", "text": "a cup"}))
-    (picture,) = read_folder(tmp_path)
+    (picture,) = list_images(tmp_path)
     assert picture.caption == "a cup"
-    check([picture])
+    check_images([picture])
 
 
 @pytest.mark.parametrize(
@@ -369,7 +369,7 @@ def test_names_in_metadata_match_whatever_their_unicode_form(tmp_path: Path) -> 
     [
         ('{"file_name": "1.png"}\n{"file_name": ', "Line 2 of .* is not JSON"),
         ('["1.png"]', "Line 1 of .* is not a JSON object"),
-        ('{"text": "a dog"}', "Line 1 of .* names no picture"),
+        ('{"text": "a dog"}', "Line 1 of .* names no image"),
         ('{"file_name": "1.png", "text": 7}', "caption that is not text"),
         ('{"file_name": "../1.png"}', "outside the folder"),
         ('{"file_name": "/etc/1.png"}', "outside the folder"),
@@ -380,23 +380,23 @@ def test_faulty_metadata_is_named_with_its_line(tmp_path: Path, content: str, co
     write(tmp_path / "1.png")
     (tmp_path / "metadata.jsonl").write_text(content)
     with pytest.raises(UserError, match=complaint):
-        read_folder(tmp_path)
+        list_images(tmp_path)
 
 
 def test_captions_in_another_encoding_are_refused_by_name(tmp_path: Path) -> None:
     write(tmp_path / "1.png")
     (tmp_path / "1.txt").write_bytes("naïve".encode("latin-1"))
     with pytest.raises(UserError, match=r"1\.txt is not UTF-8"):
-        read_folder(tmp_path)
+        list_images(tmp_path)
 
 
 def test_a_picture_that_only_metadata_knows_is_among_the_bad_ones(tmp_path: Path) -> None:
     write(tmp_path / "dog1.png")
     (tmp_path / "bad.png").touch()
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "dog2.png", "text": "a dog"}')
-    with pytest.raises(UserError, match="2 of 3 pictures") as caught:
-        check(read_folder(tmp_path))
-    assert "dog2.png does not exist (nearest: dog1.png)" in str(caught.value)
+    with pytest.raises(UserError, match="2 of 3 images") as caught:
+        check_images(list_images(tmp_path))
+    assert "dog2.png does not exist (nearest name: dog1.png)" in str(caught.value)
 
 
 def test_masks_lie_beside_their_pictures_and_are_no_pictures(tmp_path: Path) -> None:
@@ -405,7 +405,7 @@ def test_masks_lie_beside_their_pictures_and_are_no_pictures(tmp_path: Path) -> 
     white.paste(1, (0, 0, 24, 32))
     write(tmp_path / "a.mask.png", white)
     write(tmp_path / "b.jpg")
-    first, second = read_folder(tmp_path)
+    first, second = list_images(tmp_path)
     assert second.open_mask() is None
     mask = first.open_mask()
     assert mask is not None
@@ -418,11 +418,11 @@ def test_masks_lie_beside_their_pictures_and_are_no_pictures(tmp_path: Path) -> 
 def test_a_mask_without_picture_or_of_another_shape_is_an_error(tmp_path: Path) -> None:
     write(tmp_path / "a.jpg")
     write(tmp_path / "a.mask.png", Image.new("L", (32, 48)))
-    with pytest.raises(UserError, match=r"a mask of 32 × 48, another shape than its picture a\.jpg"):
-        check(read_folder(tmp_path))
+    with pytest.raises(UserError, match=r"a mask of 32 × 48, another aspect ratio than its image a\.jpg"):
+        check_images(list_images(tmp_path))
     write(tmp_path / "c.mask.png")
-    with pytest.raises(UserError, match=r"c\.mask\.png is a mask, but no picture"):
-        read_folder(tmp_path)
+    with pytest.raises(UserError, match=r"c\.mask\.png is a mask, but there is no image"):
+        list_images(tmp_path)
 
 
 def test_subfolders_are_read_only_where_the_folder_has_no_pictures_itself(tmp_path: Path) -> None:
@@ -430,29 +430,29 @@ def test_subfolders_are_read_only_where_the_folder_has_no_pictures_itself(tmp_pa
     write(tmp_path / "2_dog" / "1.png")
     (tmp_path / "2_dog" / "1.txt").write_text("a dog")
     write(tmp_path / ".cache" / "1.png")
-    found = [(picture.path.parent.name, picture.caption) for picture in read_folder(tmp_path)]
+    found = [(picture.path.parent.name, picture.caption) for picture in list_images(tmp_path)]
     assert found == [("2_dog", "a dog"), ("10_sks dog", None)]
     write(tmp_path / "0.png")
-    assert [picture.path.name for picture in read_folder(tmp_path)] == ["0.png"]
+    assert [picture.path.name for picture in list_images(tmp_path)] == ["0.png"]
 
 
 def test_one_picture_is_a_source_too(tmp_path: Path) -> None:
     path = write(tmp_path / "dog 1.png")
     (tmp_path / "dog 1.txt").write_text("a dog")
-    (picture,) = read_folder(path)
-    assert picture == Picture(path, "a dog")
+    (picture,) = list_images(path)
+    assert picture == ImageRecord(path, "a dog")
     assert picture.read() == path.read_bytes()
 
 
 def test_sources_without_pictures_say_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="it is empty"):
-        read_folder(tmp_path)
+        list_images(tmp_path)
     for name in ("a.txt", "b.txt", "c.mov"):
         (tmp_path / name).touch()
-    with pytest.raises(UserError, match=r"holds no pictures \(only 2 \.txt, 1 \.mov\)"):
-        read_folder(tmp_path)
-    with pytest.raises(UserError, match=r"is a \.txt file, neither a picture nor a folder"):
-        read_folder(tmp_path / "a.txt")
+    with pytest.raises(UserError, match=r"holds no images \(only 2 \.txt, 1 \.mov\)"):
+        list_images(tmp_path)
+    with pytest.raises(UserError, match=r"is a \.txt file, neither an image nor a folder"):
+        list_images(tmp_path / "a.txt")
 
 
 def test_a_mistyped_folder_is_not_looked_for_on_the_network(
@@ -461,9 +461,9 @@ def test_a_mistyped_folder_is_not_looked_for_on_the_network(
     write(tmp_path / "photos" / "dogs" / "1.png")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"photos.dog does not exist\. Did you mean photos.dogs\?"):
-        read_folder("photos/dog")
+        list_images("photos/dog")
     with pytest.raises(UserError, match=r"cats does not exist\. Give a folder"):
-        read_folder("cats")
+        list_images("cats")
 
 
 # Tables
@@ -484,13 +484,13 @@ def test_a_saved_dataset_is_read_by_its_image_column_and_its_bad_rows_are_listed
     tmp_path: Path, table: Any
 ) -> None:
     table.save_to_disk(str(tmp_path / "saved"))
-    first, second = read_folder(tmp_path / "saved")
+    first, second = list_images(tmp_path / "saved")
     assert (first.caption, second.caption) == ("a dog", None)
     assert difference(first.open(), scene()) == 0
-    with pytest.raises(UserError, match=r"1 of 2 pictures(.|\n)*000001 is text"):
-        check([first, second])
+    with pytest.raises(UserError, match=r"1 of 2 images(.|\n)*000001 is text"):
+        check_images([first, second])
     with pytest.raises(UserError, match=r"no column 'img'; it has 'picture', 'prompt'"):
-        read_folder(tmp_path / "saved", image_column="img")
+        list_images(tmp_path / "saved", image_column="img")
 
 
 def test_an_id_is_loaded_by_the_datasets_library_and_failing_that_is_one_sentence(
@@ -500,7 +500,7 @@ def test_an_id_is_loaded_by_the_datasets_library_and_failing_that_is_one_sentenc
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", lambda name: {"test": table, "train": table.select([0])})
-    (picture,) = read_folder("somebody/dogs")
+    (picture,) = list_images("somebody/dogs")
     assert difference(picture.open(), scene()) == 0
 
     def unreachable(name: str) -> None:
@@ -508,7 +508,7 @@ def test_an_id_is_loaded_by_the_datasets_library_and_failing_that_is_one_sentenc
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(UserError, match=r"somebody/dogs is no folder here, and no dataset .*Couldn't reach"):
-        read_folder("somebody/dogs")
+        list_images("somebody/dogs")
 
 
 def test_a_parquet_file_with_raw_bytes_is_a_table_too(
@@ -522,11 +522,11 @@ def test_a_parquet_file_with_raw_bytes_is_a_table_too(
     rows = datasets.Dataset.from_dict({"jpg_0": [buffer.getvalue()], "caption": ["a dog"]})
     rows.to_parquet(str(tmp_path / "train.parquet"))
     for source in (tmp_path, tmp_path / "train.parquet"):
-        (picture,) = read_folder(source, image_column="jpg_0")
+        (picture,) = list_images(source, image_column="jpg_0")
         assert picture.caption == "a dog"
         assert difference(picture.open(), scene()) == 0
-    with pytest.raises(UserError, match="no column of pictures; it has jpg_0, caption"):
-        read_folder(tmp_path)
+    with pytest.raises(UserError, match="no image column; it has jpg_0, caption"):
+        list_images(tmp_path)
 
 
 # Squares and tensors
@@ -534,11 +534,11 @@ def test_a_parquet_file_with_raw_bytes_is_a_table_too(
 
 @pytest.mark.parametrize("size", [(50, 30), (30, 50), (30, 30), (1, 1), (300, 2)])
 def test_a_square_is_square_and_of_the_size_asked_for(size: tuple[int, int]) -> None:
-    assert square(scene(*size), 16).size == (16, 16)
+    assert crop_square(scene(*size), 16).size == (16, 16)
 
 
 def test_a_square_of_its_own_size_is_the_picture_itself() -> None:
-    assert difference(square(scene(32, 32), 32), scene(32, 32)) == 0
+    assert difference(crop_square(scene(32, 32), 32), scene(32, 32)) == 0
 
 
 def test_the_crop_keeps_the_named_part() -> None:
@@ -546,12 +546,12 @@ def test_the_crop_keeps_the_named_part() -> None:
     wide.paste("#ff0000", (0, 0, 10, 10))
     wide.paste("#0000ff", (20, 0, 30, 10))
     for crop, colour in {"left": (255, 0, 0), "center": (0, 255, 0), "right": (0, 0, 255)}.items():
-        assert square(wide, 10, crop=crop).getcolors() == [(100, colour)]
-    assert square(wide.transpose(Image.Transpose.ROTATE_270), 10, crop="top").getcolors() == [
+        assert crop_square(wide, 10, crop=crop).getcolors() == [(100, colour)]
+    assert crop_square(wide.transpose(Image.Transpose.ROTATE_270), 10, crop="top").getcolors() == [
         (100, (255, 0, 0))
     ]
     with pytest.raises(UserError, match="no crop named 'centre'"):
-        square(wide, 10, crop="centre")
+        crop_square(wide, 10, crop="centre")
 
 
 def test_tensors_run_from_minus_one_to_one_and_back_without_loss() -> None:
@@ -569,7 +569,7 @@ def test_tensors_run_from_minus_one_to_one_and_back_without_loss() -> None:
 def test_values_outside_the_range_are_clipped_and_not_numbers_are_refused() -> None:
     tensor = torch.tensor([-5.0, 0.0, float("inf")]).reshape(3, 1, 1)
     assert to_image(tensor).getpixel((0, 0)) == (0, 128, 255)
-    with pytest.raises(UserError, match="not numbers"):
+    with pytest.raises(UserError, match="NaN"):
         to_image(tensor * float("nan"))
 
 
@@ -629,12 +629,12 @@ def test_buckets_have_the_resolutions_area_at_most_and_sides_of_one_to_two() -> 
     [((1000, 1000), (512, 512)), ((4000, 3000), (576, 448)), ((300, 600), (320, 640)), ((9, 90), (320, 640))],
 )
 def test_a_picture_goes_to_the_bucket_of_its_shape(size: tuple[int, int], nearest: tuple[int, int]) -> None:
-    assert nearest_size(size, bucket_sizes(512)) == nearest
+    assert nearest_bucket(size, bucket_sizes(512)) == nearest
 
 
 def test_fitting_crops_what_is_too_much_and_nothing_else() -> None:
     picture = Image.new("RGB", (300, 100), "red")
     picture.paste("blue", (100, 0, 200, 100))
-    middle = fitted(picture, (50, 50))
+    middle = crop_and_resize(picture, (50, 50))
     assert middle.getpixel((9, 25)) == middle.getpixel((40, 25)) == (0, 0, 255)  # edges blend a little
-    assert fitted(picture, (60, 20)).getpixel((5, 5)) == (255, 0, 0)
+    assert crop_and_resize(picture, (60, 20)).getpixel((5, 5)) == (255, 0, 0)

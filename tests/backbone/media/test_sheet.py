@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from backbone.io.console import UserError
-from backbone.media.sheet import GREEN, PAGE, Cell, in_rows, save_png, sheet
+from backbone.media.sheet import GREEN, PAGE, Cell, draw_sheet, save_png, split_rows
 
 COLOURS = ["#ff0000", "#00ff00", "#0000ff", "#ffff00", "#ff00ff"]
 
@@ -30,14 +30,14 @@ def size(box: tuple[int, int, int, int] | None) -> tuple[int, int]:
 
 
 def test_every_picture_is_shown_whole_and_none_covers_another() -> None:
-    page = sheet(
+    page = draw_sheet(
         [[plain(colour) for colour in COLOURS[:3]], [plain(colour) for colour in COLOURS[3:]]], cell=60
     )
     assert [size(area(page, colour)) for colour in COLOURS] == [(60, 60)] * 5
 
 
 def test_pictures_keep_their_shape_and_stand_on_one_line() -> None:
-    page = sheet([[plain(COLOURS[0], 80, 40), plain(COLOURS[1], 30, 60), plain(COLOURS[2])]], cell=60)
+    page = draw_sheet([[plain(COLOURS[0], 80, 40), plain(COLOURS[1], 30, 60), plain(COLOURS[2])]], cell=60)
     wide, tall, even = (area(page, colour) for colour in COLOURS[:3])
     assert (size(wide), size(tall), size(even)) == ((60, 30), (30, 60), (60, 60))
     assert wide is not None
@@ -48,14 +48,14 @@ def test_pictures_keep_their_shape_and_stand_on_one_line() -> None:
 
 def test_a_picture_of_the_cells_size_is_not_resampled() -> None:
     values = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
-    page = np.asarray(sheet([[Image.fromarray(values)]], cell=32))
+    page = np.asarray(draw_sheet([[Image.fromarray(values)]], cell=32))
     top = (page.shape[0] - 32) // 2
     assert (page[top : top + 32, top : top + 32] == values).all()
 
 
 def test_words_make_room_and_leave_the_pictures_as_they_are() -> None:
-    bare = sheet([[plain(COLOURS[0])]], cell=100)
-    told = sheet(
+    bare = draw_sheet([[plain(COLOURS[0])]], cell=100)
+    told = draw_sheet(
         [[Cell(plain(COLOURS[0]), "a [V] dog wearing a crown in a park")]],
         title="dog",
         note="seed 0",
@@ -70,25 +70,26 @@ def test_words_make_room_and_leave_the_pictures_as_they_are() -> None:
 
 def test_longer_captions_take_more_lines_up_to_five() -> None:
     heights = [
-        sheet([[Cell(plain(COLOURS[0]), "word " * count)]], cell=100).height for count in (1, 6, 9, 30, 300)
+        draw_sheet([[Cell(plain(COLOURS[0]), "word " * count)]], cell=100).height
+        for count in (1, 6, 9, 30, 300)
     ]
     assert heights == sorted(heights)
     assert heights[0] < heights[1] < heights[3]
     assert heights[3] == heights[4]
-    unbroken = sheet([[Cell(plain(COLOURS[0]), "w" * 300)]], cell=100)
+    unbroken = draw_sheet([[Cell(plain(COLOURS[0]), "w" * 300)]], cell=100)
     margin = np.asarray(unbroken)[:, -20:]
     assert (margin == margin[0, 0]).all()
 
 
 def test_a_frame_surrounds_its_picture() -> None:
-    page = sheet([[Cell(plain(COLOURS[0]), frame=GREEN), plain(COLOURS[1])]], cell=60)
+    page = draw_sheet([[Cell(plain(COLOURS[0]), frame=GREEN), plain(COLOURS[1])]], cell=60)
     picture, frame = area(page, COLOURS[0]), area(page, GREEN)
     assert picture is not None
     assert frame == (picture[0] - 4, picture[1] - 4, picture[2] + 4, picture[3] + 4)
 
 
 def test_a_place_can_stay_free_and_rows_may_differ_in_length() -> None:
-    page = sheet([[None, plain(COLOURS[0])], [plain(COLOURS[1])]], cell=60)
+    page = draw_sheet([[None, plain(COLOURS[0])], [plain(COLOURS[1])]], cell=60)
     right, left = area(page, COLOURS[0]), area(page, COLOURS[1])
     assert right is not None
     assert left is not None
@@ -97,7 +98,7 @@ def test_a_place_can_stay_free_and_rows_may_differ_in_length() -> None:
 
 
 def test_transparent_and_grey_pictures_are_shown_on_white() -> None:
-    page = sheet(
+    page = draw_sheet(
         [[Image.new("RGBA", (8, 8), (255, 0, 0, 0)), Image.new("L", (8, 8), 7), Image.new("1", (8, 8), 1)]]
     )
     assert size(area(page, "#ffffff"))[0] > 300
@@ -106,7 +107,7 @@ def test_transparent_and_grey_pictures_are_shown_on_white() -> None:
 
 def test_letters_that_the_font_lacks_are_spelled_with_those_it_has() -> None:
     def said(caption: str) -> bytes:
-        return sheet([[Cell(plain(COLOURS[0]), caption)]], cell=200).tobytes()
+        return draw_sheet([[Cell(plain(COLOURS[0]), caption)]], cell=200).tobytes()
 
     assert said("naïve café") == said("naive cafe")
     assert said("2 × 3 – σ → x") == said("2 x 3 - sigma -> x")
@@ -116,16 +117,16 @@ def test_letters_that_the_font_lacks_are_spelled_with_those_it_has() -> None:
 def test_a_font_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.ttf").write_text("no font")
     with pytest.raises(UserError, match=r"x\.ttf is not a font"):
-        sheet([[plain(COLOURS[0])]], font=tmp_path / "x.ttf")
+        draw_sheet([[plain(COLOURS[0])]], font=tmp_path / "x.ttf")
 
 
 def test_cells_fall_into_rows_in_reading_order() -> None:
     cells = [plain(colour) for colour in COLOURS]
-    assert in_rows(cells, 2) == [cells[0:2], cells[2:4], cells[4:]]
+    assert split_rows(cells, 2) == [cells[0:2], cells[2:4], cells[4:]]
 
 
 def test_a_saved_sheet_is_the_same_bytes_again_and_carries_its_text(tmp_path: Path) -> None:
-    page = sheet([[Cell(plain(COLOURS[0]), "a dog")]], title="dog")
+    page = draw_sheet([[Cell(plain(COLOURS[0]), "a dog")]], title="dog")
     for name in ("a.png", "b.png"):
         save_png(tmp_path / "deep" / name, page, text={"prompt": "naïve 犬", "seed": "0"})
     assert (tmp_path / "deep" / "a.png").read_bytes() == (tmp_path / "deep" / "b.png").read_bytes()

@@ -15,19 +15,19 @@ from backbone.adapters.lora import add_lora
 from backbone.families import checkpoint as single_file
 from backbone.io.console import UserError
 from backbone.io.files import read_json, write_json
-from backbone.memory.count import Step, step_bytes
+from backbone.memory.count import StepBytes, training_step_bytes
 from backbone.memory.planner import (
     GIB,
-    MEASURES,
-    Account,
-    Choice,
+    SAVINGS,
+    MemoryEstimator,
+    MemorySettings,
     Phase,
-    Work,
-    applying,
-    cheapest,
-    needed,
-    plan,
-    precision_of,
+    Workload,
+    applicable_savings,
+    find_cheapest,
+    peak_bytes,
+    plan_memory,
+    precision_name,
 )
 from backbone.models.model import Backbone
 from backbone.models.placement import KINDS, Placement
@@ -63,26 +63,30 @@ def sd15(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
     return Backbone.open(str(folder), device="cpu", precision="fp32")
 
 
-def lora(model: Backbone, rows: int = 1, rank: int = 4, **more: object) -> Work:
+def lora(model: Backbone, rows: int = 1, rank: int = 4, **more: object) -> Workload:
     targets = model.family.lora_targets["attention"]
 
     def trains(denoiser: nn.Module) -> list[torch.Tensor]:
         return list(add_lora(denoiser, "planned", rank=rank, alpha=rank, targets=targets).values())
 
-    return replace(Work(trains, rows), **more)  # type: ignore[arg-type]
+    return replace(Workload(trains, rows), **more)  # type: ignore[arg-type]
 
 
-def full(model: Backbone, rows: int = 1) -> Work:
-    return Work(lambda denoiser: [v.requires_grad_(True) for v in denoiser.parameters()], rows, full=True)
+def full(model: Backbone, rows: int = 1) -> Workload:
+    return Workload(
+        lambda denoiser: [v.requires_grad_(True) for v in denoiser.parameters()], rows, full_finetuning=True
+    )
 
 
-def counted(model: Backbone, device: str, dtype: torch.dtype, *, checkpointing: bool, rows: int = 3) -> Step:
+def counted(
+    model: Backbone, device: str, dtype: torch.dtype, *, checkpointing: bool, rows: int = 3
+) -> StepBytes:
     """A step of the CPU's, with storage or without."""
-    outline = model.family.outline(model.location, dtype)
-    network, text = outline.denoiser.bare(device), outline.blank(rows, device)
-    lora(model).trains(network)
+    outline = model.family.spec(model.location, dtype)
+    network, text = outline.denoiser.instantiate(device), outline.blank_text(rows, device)
+    lora(model).add_trainable(network)
     noisy, time = torch.zeros(rows, *model.latent_shape, device=device), torch.zeros(rows, device=device)
-    return step_bytes(
+    return training_step_bytes(
         network,
         lambda: model.family.network(network, text)(noisy, time),
         device="cpu",
@@ -92,15 +96,15 @@ def counted(model: Backbone, device: str, dtype: torch.dtype, *, checkpointing: 
 
 
 @pytest.fixture(scope="module")
-def account(sd15: Backbone) -> Account:
+def account(sd15: Backbone) -> MemoryEstimator:
     """A LoRA, one row a step."""
-    return Account(sd15, lora(sd15))
+    return MemoryEstimator(sd15, lora(sd15))
 
 
 @pytest.fixture(scope="module")
-def whole(sd15: Backbone) -> Account:
+def whole(sd15: Backbone) -> MemoryEstimator:
     """All weights."""
-    return Account(sd15, full(sd15))
+    return MemoryEstimator(sd15, full(sd15))
 
 
 # Counting ---------------------------------------------------------------------------------------------------
@@ -121,15 +125,15 @@ def test_what_is_counted_without_storage_is_what_a_real_step_keeps(
 def test_the_peak_is_the_allocator_s_own(models: dict[str, Backbone]) -> None:
     """torch's profiler sees every allocation, those inside of operations too."""
     model = models["sd"]
-    network = model.family.outline(model.location, torch.float32).denoiser.bare("cpu")
-    parameters = lora(model).trains(network)
-    text = model.family.outline(model.location, torch.float32).blank(4, "cpu")
+    network = model.family.spec(model.location, torch.float32).denoiser.instantiate("cpu")
+    parameters = lora(model).add_trainable(network)
+    text = model.family.spec(model.location, torch.float32).blank_text(4, "cpu")
     noisy = torch.zeros(4, *model.latent_shape)
 
     def forward() -> torch.Tensor:
         return model.family.network(network, text)(noisy, torch.zeros(4))
 
-    found = step_bytes(network, forward, device="cpu")
+    found = training_step_bytes(network, forward, device="cpu")
     activities = [ProfilerActivity.CPU]
     with quick_to_train(network), profile(activities=activities, profile_memory=True) as seen:
         forward().float().square().mean().backward()
@@ -143,17 +147,17 @@ def test_the_peak_is_the_allocator_s_own(models: dict[str, Backbone]) -> None:
     assert found.peak == pytest.approx(most, rel=0.02)
 
 
-def test_published_figures_of_stable_diffusion(sd15: Backbone, account: Account) -> None:
+def test_published_figures_of_stable_diffusion(sd15: Backbone, account: MemoryEstimator) -> None:
     """A LoRA of rank 4 on attention at 512²: 1.486 GiB kept in fp32, 0.744 where all of it is bf16."""
-    assert account.parts("fp32").denoiser == 4 * 859_520_964
-    assert account.parts("bf16").text == 4 * 123_060_480
-    assert account.step("fp32", False).saved / GIB == pytest.approx(1.486, abs=0.001)
-    network, _ = Account(sd15, lora(sd15)).learner("bf16")
+    assert account.model_sizes("fp32").denoiser == 4 * 859_520_964
+    assert account.model_sizes("bf16").text_encoders == 4 * 123_060_480
+    assert account.step_bytes("fp32", False).saved / GIB == pytest.approx(1.486, abs=0.001)
+    network, _ = MemoryEstimator(sd15, lora(sd15)).meta_trainable("bf16")
     for value in network.parameters():
         value.data = value.data.to(torch.bfloat16)
-    plain = step_bytes(network, account.question(network, "bf16", 1))
+    plain = training_step_bytes(network, account.make_forward(network, "bf16", 1))
     assert plain.saved / GIB == pytest.approx(0.744, abs=0.001)
-    assert plain.saved < account.step("bf16", False).saved < account.step("fp32", False).saved
+    assert plain.saved < account.step_bytes("bf16", False).saved < account.step_bytes("fp32", False).saved
 
 
 # Monotony ---------------------------------------------------------------------------------------------------
@@ -161,99 +165,110 @@ def test_published_figures_of_stable_diffusion(sd15: Backbone, account: Account)
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_more_rows_need_more_and_checkpointing_less(models: dict[str, Backbone], name: str) -> None:
-    one, four = (Account(models[name], lora(models[name], rows)) for rows in (1, 4))
-    assert four.step("fp32", False).saved == pytest.approx(4 * one.step("fp32", False).saved, rel=0.15)
+    one, four = (MemoryEstimator(models[name], lora(models[name], rows)) for rows in (1, 4))
+    assert four.step_bytes("fp32", False).saved == pytest.approx(
+        4 * one.step_bytes("fp32", False).saved, rel=0.15
+    )
     for account in (one, four):
-        plain, again = account.step("fp32", False), account.step("fp32", True)
+        plain, again = account.step_bytes("fp32", False), account.step_bytes("fp32", True)
         assert again.saved < plain.saved / 2
         assert again.peak < plain.peak
 
 
 @pytest.mark.slow
-def test_every_measure_needs_no_more_than_its_absence(account: Account) -> None:
-    for measure in MEASURES:
+def test_every_measure_needs_no_more_than_its_absence(account: MemoryEstimator) -> None:
+    for measure in SAVINGS:
         if measure.name != "8-bit optimiser":
-            with_it = measure.take(Choice())
-            assert needed(account, with_it) <= needed(account, measure.drop(with_it)), measure.name
+            with_it = measure.enable(MemorySettings())
+            assert peak_bytes(account, with_it) <= peak_bytes(account, measure.disable(with_it)), measure.name
 
 
 def test_more_of_the_base_elsewhere_leaves_less_of_it(models: dict[str, Backbone]) -> None:
     for model in models.values():
-        account = Account(model, lora(model))
-        left = [account.base(Choice(placement=Placement(offload=share))) for share in (0, 0.25, 0.5, 1)]
+        account = MemoryEstimator(model, lora(model))
+        left = [
+            account.denoiser_bytes(MemorySettings(placement=Placement(offload=share)))
+            for share in (0, 0.25, 0.5, 1)
+        ]
         assert left == sorted(left, reverse=True) and left[-1] < left[0] / 2
 
 
-def test_a_quantised_base_is_counted_by_its_bits(account: Account) -> None:
-    parts = account.parts("bf16")
-    base = account.base(Choice("bf16", placement=Placement(quantize="nf4")))
-    assert base == round(parts.denoiser - 2 * parts.linear + KINDS["nf4"] * parts.linear)
-    assert 0.3 < parts.linear / 859_520_964 < 0.6
+def test_a_quantised_base_is_counted_by_its_bits(account: MemoryEstimator) -> None:
+    parts = account.model_sizes("bf16")
+    base = account.denoiser_bytes(MemorySettings("bf16", placement=Placement(quantize="nf4")))
+    assert base == round(
+        parts.denoiser - 2 * parts.linear_parameters + KINDS["nf4"] * parts.linear_parameters
+    )
+    assert 0.3 < parts.linear_parameters / 859_520_964 < 0.6
 
 
 @pytest.mark.slow
-def test_full_weights_are_in_fp32_with_gradients_and_two_moments(whole: Account) -> None:
-    learning = whole.phases(Choice("bf16", True))["learning"]
-    assert learning.resident == pytest.approx(859_520_964 * 12, rel=0.001)
-    assert learning.computing > 4 * 859_520_964
+def test_full_weights_are_in_fp32_with_gradients_and_two_moments(whole: MemoryEstimator) -> None:
+    learning = whole.phases(MemorySettings("bf16", True))["training"]
+    assert learning.resident_bytes == pytest.approx(859_520_964 * 12, rel=0.001)
+    assert learning.transient_bytes > 4 * 859_520_964
 
 
 # Choosing ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [2.5, 3, 4, 5, 6, 8])
-def test_what_is_chosen_fits_and_nothing_of_it_can_be_left_out(account: Account, size: float) -> None:
-    usable, start = account.usable(size), Choice("bf16")
-    choice = cheapest(account, usable, start, applying(account.work, start, library=True))
+def test_what_is_chosen_fits_and_nothing_of_it_can_be_left_out(account: MemoryEstimator, size: float) -> None:
+    usable, start = account.usable_bytes(size), MemorySettings("bf16")
+    choice = find_cheapest(account, usable, start, applicable_savings(account.work, start, library=True))
     assert choice is not None
-    assert needed(account, choice) <= usable
-    for measure in MEASURES:
-        if measure.has(choice) and not measure.free:
-            assert needed(account, measure.drop(choice)) > usable, measure.name
+    assert peak_bytes(account, choice) <= usable
+    for measure in SAVINGS:
+        if measure.is_enabled(choice) and not measure.always_keep:
+            assert peak_bytes(account, measure.disable(choice)) > usable, measure.name
 
 
-def test_where_all_fits_nothing_is_taken(account: Account) -> None:
-    found = plan(account, 80, Choice("bf16"), library=True)
-    assert found.choice == Choice("bf16") and not found.reasons
+def test_where_all_fits_nothing_is_taken(account: MemoryEstimator) -> None:
+    found = plan_memory(account, 80, MemorySettings("bf16"), library=True)
+    assert found.settings == MemorySettings("bf16") and not found.reasons
 
 
-def test_a_plan_says_what_it_chose_and_why(account: Account) -> None:
-    text = "\n".join(plan(account, 3, Choice("bf16"), library=False).lines())
-    assert "drawing one picture at a time: without it showing would need" in text
+def test_a_plan_says_what_it_chose_and_why(account: MemoryEstimator) -> None:
+    text = "\n".join(plan_memory(account, 3, MemorySettings("bf16"), library=False).lines())
+    assert "sampling one image at a time: without it previews would need" in text
     assert "3 GiB" in text
 
 
-def test_without_the_library_the_base_stays_whole_and_the_plan_says_what_is_missing(account: Account) -> None:
+def test_without_the_library_the_base_stays_whole_and_the_plan_says_what_is_missing(
+    account: MemoryEstimator,
+) -> None:
     for size in (2.5, 2.75, 3.0, 3.25):
-        without = plan(account, size, Choice("bf16"), library=False)
-        assert not without.choice.placement.quantize
-        if without.choice.placement.offload:
-            assert "bitsandbytes" in without.missing
-            assert plan(account, size, Choice("bf16"), library=True).choice.placement.quantize
+        without = plan_memory(account, size, MemorySettings("bf16"), library=False)
+        assert not without.settings.placement.quantize
+        if without.settings.placement.offload:
+            assert "bitsandbytes" in without.hint
+            assert plan_memory(
+                account, size, MemorySettings("bf16"), library=True
+            ).settings.placement.quantize
             break
     else:
         pytest.fail("no size at which a part of the base had to go")
 
 
-def test_what_does_not_fit_is_refused_with_the_nearest_remedy(account: Account) -> None:
+def test_what_does_not_fit_is_refused_with_the_nearest_remedy(account: MemoryEstimator) -> None:
     with pytest.raises(UserError, match=r"does not fit 1 GiB.*a device of 8 GiB"):
-        plan(account, 1, Choice("bf16"), library=True)
+        plan_memory(account, 1, MemorySettings("bf16"), library=True)
 
 
 @pytest.mark.slow
-def test_all_weights_where_they_do_not_fit_are_refused_for_an_adapter(whole: Account) -> None:
+def test_all_weights_where_they_do_not_fit_are_refused_for_an_adapter(whole: MemoryEstimator) -> None:
     with pytest.raises(UserError, match=r"[Tt]rain an adapter instead of all weights"):
-        plan(whole, 8, Choice("bf16"), library=True)
+        plan_memory(whole, 8, MemorySettings("bf16"), library=True)
 
 
-def test_what_the_user_chose_stays(account: Account) -> None:
-    start = Choice("bf16", placement=Placement(quantize="nf4"))
-    assert plan(account, 80, start, library=False).choice == start
+def test_what_the_user_chose_stays(account: MemoryEstimator) -> None:
+    start = MemorySettings("bf16", placement=Placement(quantize="nf4"))
+    assert plan_memory(account, 80, start, library=False).settings == start
 
 
 def test_phases_are_sums() -> None:
-    assert Phase(3, 4).bytes == 7
+    assert Phase(3, 4).total_bytes == 7
 
 
 def test_precisions_have_their_names(models: dict[str, Backbone]) -> None:
-    assert precision_of(models["sd"]) == "fp32"
+    assert precision_name(models["sd"]) == "fp32"

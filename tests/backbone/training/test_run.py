@@ -1,4 +1,4 @@
-"""What surrounds the loop: the log, checkpoints, validation, early stopping, and a polite end."""
+"""What surrounds the loop: the log, checkpoints, validation, early catch_interrupts, and a polite end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from backbone.diffusion.noise import generator
 from backbone.io.files import read_jsonl
-from backbone.io.run_folder import stopping
+from backbone.io.run_folder import catch_interrupts
 from backbone.training.run import CHECKPOINT, LOG, Every, Objective, drive
 
 
@@ -141,8 +141,8 @@ def test_rounds_are_driven_one_after_the_other(tmp_path: Path) -> None:
 
 
 def test_a_signal_inside_two_contexts_is_seen_by_both() -> None:
-    with stopping() as outer:
-        with stopping() as inner:
+    with catch_interrupts() as outer:
+        with catch_interrupts() as inner:
             signal.raise_signal(signal.SIGTERM)
             assert inner
         assert outer

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from backbone.conditions.conditions import Conditions
 from backbone.families.base import Network
-from backbone.media.pictures import read_folder
+from backbone.media.pictures import list_images
 from backbone.media.transforms import to_tensor
 from backbone.models.model import Backbone, Posterior
 from backbone.world.render import render
@@ -89,11 +89,11 @@ def test_the_mask_is_where_the_class_changes_the_prediction(
 def test_pictures_with_a_mask_file_keep_it(
     tiny: Backbone, subject: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pictures = read_folder(str(subject))
+    pictures = list_images(str(subject))
     half = Image.new("L", pictures[0].open().size)
     half.paste(255, (0, 0, half.width // 2, half.height))
     half.save(subject / f"{Path(str(pictures[0].path)).stem}.mask.png")
-    pictures = read_folder(str(subject))
+    pictures = list_images(str(subject))
     region = torch.zeros(tiny.latent_shape[1:])
     region[:2, :2] = 1
     seeing(tiny, region, monkeypatch)

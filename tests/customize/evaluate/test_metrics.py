@@ -15,8 +15,8 @@ from PIL import Image
 from backbone.adapters.concept import Concept
 from backbone.io.console import UserError
 from backbone.io.files import read_jsonl
-from backbone.io.report import curve, table, write_report
-from backbone.media.pictures import read_folder
+from backbone.io.report import line_plot, table, write_report
+from backbone.media.pictures import list_images
 from backbone.models.cache import VARIABLE
 from backbone.models.locate import EMBEDDED
 from backbone.models.model import Backbone
@@ -108,7 +108,7 @@ def test_our_own_prompts_are_twenty_five_different_ones() -> None:
 
 
 def test_a_report_shows_text_as_text(tmp_path: Path) -> None:
-    parts = [table(("a",), [("<script>",)]), curve("c", {"x": [(0, 1.0), (1, 2.0)]}, marked=1)]
+    parts = [table(("a",), [("<script>",)]), line_plot("c", {"x": [(0, 1.0), (1, 2.0)]}, marked=1)]
     write_report(tmp_path / "r.html", "<b>", parts)
     page = (tmp_path / "r.html").read_text()
     assert "<script>" not in page
@@ -143,7 +143,7 @@ def test_a_run_whose_obedience_nothing_can_measure_is_refused(tmp_path: Path, ti
     settings = Settings(images="", token="[V]", class_noun="dog")
     assert scorers is not None
     with pytest.raises(UserError, match="Name a CLIP folder"):
-        Evaluator(tiny, scorers, concept, settings, read_folder(one_picture(tmp_path)))
+        Evaluator(tiny, scorers, concept, settings, list_images(one_picture(tmp_path)))
 
 
 def one_picture(folder: Path) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from backbone.adapters.concept import Concept, read_concept
-from backbone.adapters.lora import WEIGHTS
+from backbone.adapters.lora import LORA_WEIGHTS
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from customize.cli import app
@@ -30,9 +30,11 @@ def run(tmp_path: Path, tiny_folder: Path) -> Path:
     folder.mkdir()
     modules = modules_of(whole_pipeline(tiny_folder))
     chosen = {name: module for name, module in modules.items() if "attn" in name or "conv1" in name}
-    write_adapter(folder / WEIGHTS, random_adapter(chosen), "own", header={"base_model": str(tiny_folder)})
+    write_adapter(
+        folder / LORA_WEIGHTS, random_adapter(chosen), "own", header={"base_model": str(tiny_folder)}
+    )
     fingerprint = Backbone.open(str(tiny_folder)).fingerprint
-    Concept("lora", str(tiny_folder), fingerprint, {"[V]": "bcd"}, "dog", WEIGHTS).write(folder)
+    Concept("lora", str(tiny_folder), fingerprint, {"[V]": "bcd"}, "dog", LORA_WEIGHTS).write(folder)
     return folder
 
 

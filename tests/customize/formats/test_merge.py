@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from backbone.adapters.apply import put_on
+from backbone.adapters.apply import load_concepts
 from backbone.adapters.concept import Concept, read_concept
-from backbone.adapters.lora import WEIGHTS, load_lora
+from backbone.adapters.lora import LORA_WEIGHTS, load_lora
 from backbone.io.console import UserError
 from backbone.io.files import read_json, read_tensors, write_tensors
 from backbone.models.model import Backbone
@@ -59,9 +59,9 @@ def run(tmp_path: Path, tiny_folder: Path, some: dict[str, nn.Module]) -> Make:
         folder = tmp_path / name
         folder.mkdir()
         chosen = {key: module for key, module in some.items() if key.startswith("unet.") and mark in key}
-        write_adapter(folder / WEIGHTS, random_adapter(chosen, seed=seed, alphas=(2.0, 3.0)), "own")
+        write_adapter(folder / LORA_WEIGHTS, random_adapter(chosen, seed=seed, alphas=(2.0, 3.0)), "own")
         fingerprint = Backbone.open(str(tiny_folder)).fingerprint
-        Concept("lora", str(tiny_folder), fingerprint, {token: words}, "dog", WEIGHTS).write(folder)
+        Concept("lora", str(tiny_folder), fingerprint, {token: words}, "dog", LORA_WEIGHTS).write(folder)
         return folder
 
     return make
@@ -329,7 +329,7 @@ def test_learned_words_of_two_runs_live_on_in_their_merge(
     tokens = save_merged(tmp_path / "abc", merged(parts), parts)
     assert tokens == {"[V]": "[V] [V]_1", "[V2]": "[V2] [V2]_1", "[W]": "fgh"}
     model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
-    put_on(model, [read_concept(tmp_path / "abc")])
+    load_concepts(model, [read_concept(tmp_path / "abc")])
     ids = model.text_encoder.tokenizer("[V2] [V2]_1", add_special_tokens=False)["input_ids"]
-    learned = model.text_encoder.sides[0].model.get_input_embeddings()(torch.tensor([ids]))[0]
+    learned = model.text_encoder.slots[0].model.get_input_embeddings()(torch.tensor([ids]))[0]
     torch.testing.assert_close(learned, rows[1])

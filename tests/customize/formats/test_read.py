@@ -123,7 +123,7 @@ def test_our_loader_takes_ranks_and_alphas_of_each_layer(
     write_adapter(tmp_path / "a.safetensors", adapter, "own")
     loaded, defined = whole_pipeline(tiny_folder), whole_pipeline(tiny_folder)
     text = {"text_encoder": loaded.text_encoder}
-    load_lora(tmp_path / "a.safetensors", loaded.unet, "a", text=text)
+    load_lora(tmp_path / "a.safetensors", loaded.unet, "a", text_encoders=text)
     put_into(defined, adapter)
     assert (outputs(loaded) - outputs(defined)).abs().max() < 1e-5
 

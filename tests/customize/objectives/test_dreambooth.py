@@ -14,8 +14,8 @@ from PIL import Image
 from backbone.diffusion.losses import squared_error
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
-from backbone.media.pictures import read_folder
-from backbone.media.transforms import square, to_tensor
+from backbone.media.pictures import list_images
+from backbone.media.transforms import crop_square, to_tensor
 from backbone.models.cache import cache_folder, encode_images_cached, encode_prompts_cached
 from backbone.models.model import Backbone, Posterior
 from backbone.training.base_predictions import base_predictions, stratified_levels
@@ -43,7 +43,7 @@ def settings(subject: Path, **changes: object) -> Settings:
 
 
 def dataset(model: Backbone, subject: Path, asked: Settings) -> TrainingData:
-    pictures = read_folder(subject)
+    pictures = list_images(subject)
     return prepare(model, [Group(pictures, ["a bcd dog"] * len(pictures), "a dog")], asked)
 
 
@@ -118,7 +118,7 @@ def test_a_loss_that_is_not_finite_names_its_picture_and_step(tiny: Backbone, su
     posteriors = [*ready.posteriors]
     posteriors[1] = Posterior(broken.mean * float("nan"), broken.std)
     training = DreamBooth(tiny, replace(ready, posteriors=posteriors), asked)
-    with pytest.raises(UserError, match=re.escape(f"not finite at {read_folder(subject)[1].path}.")) as said:
+    with pytest.raises(UserError, match=re.escape(f"not finite at {list_images(subject)[1].path}.")) as said:
         for _ in take_steps(training):
             pass
     assert f"at step {training.done + 1}:" in str(said.value)
@@ -131,10 +131,10 @@ def test_the_encoders_are_freed_before_training(tiny: Backbone, subject: Path) -
 
 
 def test_latents_are_remembered_by_content_not_by_name(tiny: Backbone, subject: Path, tmp_path: Path) -> None:
-    first = encode_images_cached(tiny, read_folder(subject))
+    first = encode_images_cached(tiny, list_images(subject))
     files = set((cache_folder() / "latents").rglob("*.safetensors"))
     (subject / "0.png").rename(subject / "9.png")  # now last in order
-    again = encode_images_cached(tiny, read_folder(subject))
+    again = encode_images_cached(tiny, list_images(subject))
     assert set((cache_folder() / "latents").rglob("*.safetensors")) == files
     assert torch.equal(again[2].mean, first[0].mean)
     assert torch.equal(again[0].mean, first[1].mean)
@@ -173,21 +173,21 @@ def test_no_shuffling_of_a_folder_ever_pairs_a_wrong_caption_or_picture(
                 gone = random.choice(names)
                 (folder / f"{gone}.png").unlink()
                 (folder / f"{gone}.txt").unlink()
-        found = read_folder(folder)
+        found = list_images(folder)
         for picture, posterior in zip(found, encode_images_cached(tiny, found), strict=True):
             shade = picture.open().getpixel((0, 0))
             assert picture.caption == f"a bcd dog in {shade}"
             with torch.no_grad():
-                fresh = tiny.encode(to_tensor(square(picture.open(), tiny.resolution))[None])
+                fresh = tiny.encode(to_tensor(crop_square(picture.open(), tiny.resolution))[None])
             assert torch.allclose(posterior.mean, fresh.mean, atol=1e-5)
 
 
 def test_a_damaged_cache_is_computed_anew(tiny: Backbone, subject: Path) -> None:
-    first = encode_images_cached(tiny, read_folder(subject))
+    first = encode_images_cached(tiny, list_images(subject))
     for path in (cache_folder() / "latents").rglob("*.safetensors"):
         path.unlink()  # `first` may still be mapped onto the old file
         path.write_bytes(b"broken")
-    assert torch.equal(encode_images_cached(tiny, read_folder(subject))[0].mean, first[0].mean)
+    assert torch.equal(encode_images_cached(tiny, list_images(subject))[0].mean, first[0].mean)
 
 
 def test_one_level_falls_in_every_stratum() -> None:

@@ -11,7 +11,7 @@ from PIL import Image, ImageEnhance, ImageFilter
 from typer.testing import CliRunner
 
 from backbone.io.console import UserError
-from backbone.media.pictures import read_folder
+from backbone.media.pictures import list_images
 from backbone.models.model import Backbone
 from customize.cli import app
 from customize.settings import Subject, read_settings, resolved
@@ -61,7 +61,7 @@ def test_copies_and_mirror_images_are_grouped(tmp_path: Path) -> None:
     scene(0).resize((120, 120)).save(tmp_path / "b.jpg")
     scene(0).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "c.png")
     scene(1).save(tmp_path / "d.png")
-    looks = [look(picture) for picture in read_folder(tmp_path)]
+    looks = [look(picture) for picture in list_images(tmp_path)]
     assert near_duplicates(looks) == [["a.png", "b.jpg", "c.png"]]
 
 
@@ -81,12 +81,12 @@ def test_every_fault_gets_its_warning_and_good_pictures_none(tmp_path: Path) -> 
     good.mkdir()
     for seed in range(3):
         scene(seed).save(good / f"{seed}.png")
-    assert warnings_about(read_folder(good), resolution=128) == []
+    assert warnings_about(list_images(good), resolution=128) == []
     scene(0).save(good / "copy.png")
     scene(4, (60, 300)).save(good / "narrow.png")
     scene(5).filter(ImageFilter.GaussianBlur(4)).save(good / "soft.png")
     (good / "0.txt").write_text("a dog")
-    said = "\n".join(warnings_about(read_folder(good), resolution=128))
+    said = "\n".join(warnings_about(list_images(good), resolution=128))
     for words in (
         "0.png, copy.png are almost the same",
         "narrow.png is 60 × 300",
@@ -102,8 +102,8 @@ def test_memory_follows_from_shapes(tiny: Backbone) -> None:
     found = estimate(tiny, settings, 3)
     network = UNet2DConditionModel.from_config(tiny.location.config("unet"))
     weights = 4 * sum(value.numel() for value in network.parameters())
-    learning = found.phases["learning"].bytes
-    assert weights + found.activations < learning < 2 * (weights + found.activations)
+    training = found.phases["training"].total_bytes
+    assert weights + found.activations < training < 2 * (weights + found.activations)
     assert found.step_seconds is not None
     assert found.step_seconds > 0
     assert any("GiB" in sentence for sentence in found.sentences())
@@ -122,7 +122,7 @@ def test_check_estimates_a_transformer_and_plans_for_a_gpu(subject: Path, tmp_pa
     asked = ["check", "--images", str(subject), "--model", str(model)]
     done = CliRunner().invoke(app, asked)
     assert done.exit_code == 0, done.output
-    assert "learning" in done.output and "A step took" in done.output
+    assert "training" in done.output and "A step took" in done.output
     planned = CliRunner().invoke(app, [*asked, "--vram", "8"])
     assert planned.exit_code == 0, planned.output
     assert "8 GiB" in planned.output

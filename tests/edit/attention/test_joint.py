@@ -12,7 +12,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from backbone.adapters.lora import activate, add_lora, lora_parameters
+from backbone.adapters.lora import activate_adapters, add_lora, lora_parameters
 from backbone.conditions.conditions import Conditions
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
@@ -212,7 +212,7 @@ def wearing_a_lora(model: Backbone) -> Backbone:
     for value in lora_parameters(model.denoiser, "other").values():
         value.data = torch.randn(value.shape, generator=torch.Generator().manual_seed(2)) / 2
         value.requires_grad_(False)
-    activate(model.denoiser, ["other"])
+    activate_adapters(model.denoiser, ["other"])
     return model
 
 
@@ -293,7 +293,7 @@ def test_maps_of_words_are_columns_of_the_whole_maps(family: Open, name: str) ->
 @every
 def test_attention_is_taken_in_the_named_layers_alone(family: Open, name: str) -> None:
     question = asked(family(name))
-    late = question.model.family.attention(question.model.denoiser, question.text).late
+    late = question.model.family.attention(question.model.denoiser, question.text).detail_layers
     found = [
         question.by(question.control(self_attention="layout", layers=layers))
         for layers in (("",), late, ("nowhere.",))

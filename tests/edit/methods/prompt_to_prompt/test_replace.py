@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from backbone.adapters.lora import activate, add_lora, lora_parameters
+from backbone.adapters.lora import activate_adapters, add_lora, lora_parameters
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from edit.attention.alignment import align, read_prompt
@@ -286,7 +286,7 @@ def test_a_lora_is_worn_through_inversion_and_edit(tiny: Backbone) -> None:
     add_lora(tiny.denoiser, "subject", rank=2, alpha=4.0, targets=("to_q", "to_k", "to_v", "to_out.0"))
     for value in lora_parameters(tiny.denoiser, "subject").values():
         value.data = torch.randn(value.shape, generator=torch.Generator().manual_seed(1)) / 2
-    activate(tiny.denoiser, ["subject"])
+    activate_adapters(tiny.denoiser, ["subject"])
     inversion = invert(tiny, photo(), SOURCE, steps=3)
     worn = replace(inversion, TARGET, EVERYWHERE)
     assert torch.equal(worn.source_latent, inversion.clean)
