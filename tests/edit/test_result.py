@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 import edit
+from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level
 from backbone.diffusion.schedules import flow_schedule
 from backbone.io.console import UserError
@@ -80,8 +81,8 @@ def clips(monkeypatch: pytest.MonkeyPatch) -> list[Inversion]:
     def predict(noisy: Tensor, level: Level) -> Estimate:
         return Estimate(noisy / 2, noisy.flip(-1))
 
-    def encoded(model: Backbone, prompts: list[str]) -> dict[str, Tensor]:
-        return {"hidden": torch.zeros(len(prompts), 2, 3)}
+    def encoded(model: Backbone, prompts: list[str]) -> Conditions:
+        return Conditions({"hidden": torch.zeros(len(prompts), 2, 3)})
 
     for method in ("compose", "interpolate"):
         monkeypatch.setattr(f"edit.methods.{method}.encode_prompts_cached", encoded)
