@@ -21,7 +21,7 @@ app = typer.Typer(
 )
 
 Rule = Literal[
-    "best-worst", "all", "own", "same-noise", "best-near"
+    "best-worst", "all", "own", "same-noise", "best-hard-negative"
 ]  # `align.collect.rank` has what they pair
 RULES = get_args(Rule)
 Sampler = Literal["ddim", "heun", "ancestral"]
@@ -90,7 +90,7 @@ def sample(
     asked = read_prompts(prompts)
     for folder in concept or []:
         read_concept(folder)  # mistakes are answered before torch is imported
-    from align.collect.sample import Drawing, sample_pairs
+    from align.collect.sample import SamplingSettings, sample_pairs
 
     drawn = sample_pairs(
         asked,
@@ -98,7 +98,7 @@ def sample(
         model=model,
         concepts=concept or [],
         per_prompt=per_prompt,
-        drawing=Drawing(
+        sampling=SamplingSettings(
             steps, guidance, seed, sampler, negative, batch, guidance_start, guidance_stop, redraw
         ),
         device=device or "auto",
@@ -119,14 +119,14 @@ def label(
 ) -> None:
     """Choose between pictures on a page in your browser: blind, with the arrow keys."""
     from align.collect.label.server import serve
-    from align.collect.label.session import Session, alone, pairs_to_label
+    from align.collect.label.session import Session, list_label_pairs, lock_folder
     from align.pairs.samples import read_samples
 
     prompts, pictures = read_samples(folder)
-    with alone(folder):
+    with lock_folder(folder):
         session = Session(
             folder,
-            pairs_to_label([prompt.text for prompt in prompts], pictures, seed=seed),
+            list_label_pairs([prompt.text for prompt in prompts], pictures, seed=seed),
             seed=seed,
             user=user,
         )
@@ -154,7 +154,7 @@ def rank(
         typer.Option(
             "--pairs",
             metavar="[" + "|".join(RULES) + "]",
-            help="Of each prompt the best and the worst picture, all pairs, all without near misses (own), or near "
+            help="Of each prompt the best and the worst picture, all pairs, all without hard negatives (own), or near "
             "misses: each with the prompt's own picture from the same noise, or with its best ones. Repeatable.",
         ),
     ] = ["best-worst"],  # noqa: B006 (typer copies it)
@@ -172,7 +172,7 @@ def rank(
         if rule not in RULES:
             raise UserError(f"There is no rule {rule} for --pairs. Choose one of {', '.join(RULES)}.")
     prompts, _ = read_samples(folder)  # mistakes are answered before torch is imported
-    from align.collect.rank import rank as rank_folder
+    from align.collect.rank import rank_samples as rank_folder
 
     count = rank_folder(
         folder, scorer, weights=weight or (), rules=cast(list[Rule], rules), margin=margin, agree=pareto
@@ -192,18 +192,20 @@ def check(
     ] = None,
 ) -> None:
     """Open every picture of a source of pairs and list all that is wrong, a line each."""
-    from align.pairs.read import read
-    from align.pairs.records import check as check_pairs
-    from align.pairs.records import counted, held_out, refuse_another_model
+    from align.pairs.read import read_preferences
+    from align.pairs.records import check_preferences as check_pairs
+    from align.pairs.records import describe_records, refuse_another_model, split_held_out
 
-    found = check_pairs(read(source, user=user, limit=limit, split=split))
+    found = check_pairs(read_preferences(source, user=user, limit=limit, split=split))
     if model is not None:
         from backbone.models.model import Backbone
 
         refuse_another_model(found, model, Backbone.open(model).fingerprint)
-    learn, out = held_out(found.records, share=0.1, seed=0)
-    say(f"{found.source} holds {counted(found.records)}; {found.passed_over} more have no label.")
-    say(f"With --held-out 0.1 it would train on {counted(learn)} and hold out {counted(out)}.")
+    learn, out = split_held_out(found.records, share=0.1, seed=0)
+    say(f"{found.source} holds {describe_records(found.records)}; {found.skipped} more have no label.")
+    say(
+        f"With --held-out 0.1 it would train on {describe_records(learn)} and hold out {describe_records(out)}."
+    )
 
 
 @app.command()
@@ -218,21 +220,21 @@ def export(
     skip_bad: train_cli.SkipBad = False,
 ) -> None:
     """Write pairs from any source for other tools; a source is never changed."""
-    from align.pairs.export import write_lines, write_parquet
-    from align.pairs.read import read
-    from align.pairs.records import check as check_pairs
-    from align.pairs.records import counted
+    from align.pairs.export import write_jsonl, write_parquet
+    from align.pairs.read import read_preferences
+    from align.pairs.records import check_preferences as check_pairs
+    from align.pairs.records import describe_records
 
-    write = {".parquet": write_parquet, ".jsonl": write_lines}.get(out.suffix.lower())
+    write = {".parquet": write_parquet, ".jsonl": write_jsonl}.get(out.suffix.lower())
     if write is None:
         raise UserError(
             f"{out} would be a {out.suffix or 'file without an ending'}. Name a .parquet or a .jsonl file."
         )
     if out.exists() and out.resolve() == Path(source).expanduser().resolve():
         raise UserError(f"{out} is the source itself. Choose another name.")
-    found = check_pairs(read(source, user=user, limit=limit, split=split), skip_bad=skip_bad)
+    found = check_pairs(read_preferences(source, user=user, limit=limit, split=split), skip_bad=skip_bad)
     write(found, out)
-    say(f"{counted(found.records)} in {out}.")
+    say(f"{describe_records(found.records)} in {out}.")
 
 
 @app.command()
@@ -313,37 +315,39 @@ def compare(
     from align.pairs.prompts import read_prompts
 
     asked = read_prompts(prompts)  # mistakes are answered before torch is imported
-    from align.collect.sample import Drawing
+    from align.collect.sample import SamplingSettings
     from align.compare.compare import compare_models
-    from align.compare.report import summary
+    from align.compare.report import format_summary
     from align.compare.sides import Side
 
     start = guidance_start if tuned_guidance_start is None else tuned_guidance_start
     stop = guidance_stop if tuned_guidance_stop is None else tuned_guidance_stop
     result = compare_models(
-        Side.of(base),
-        replace(Side.of(tuned), scale=tuned_scale, guidance=tuned_guidance, guided=(start, stop)),
+        Side.from_name(base),
+        replace(Side.from_name(tuned), scale=tuned_scale, guidance=tuned_guidance, guided=(start, stop)),
         asked,
         out,
         per_prompt=per_prompt,
-        drawing=Drawing(steps, guidance, seed, sampler, negative, batch, guidance_start, guidance_stop),
+        sampling=SamplingSettings(
+            steps, guidance, seed, sampler, negative, batch, guidance_start, guidance_stop
+        ),
         scorers=scorer,
         scales=scale or (),
         tie=tie,
         device=device or "auto",
         precision=precision or "auto",
     )
-    typer.echo(summary(result))
+    typer.echo(format_summary(result))
     say(f"{out}/report.html shows pictures side by side.")
     if blind:
         from align.collect.label.server import serve
-        from align.collect.label.session import Asked, Session, alone
-        from align.compare.blind import blind_pairs, blind_summary, save_blind
+        from align.collect.label.session import LabelPair, Session, lock_folder
+        from align.compare.blind import format_blind_result, iterate_blind_pairs, write_blind_result
 
-        with alone(out):
-            pairs = [Asked(*names) for names in blind_pairs(asked, per_prompt, tuned_scale)]
+        with lock_folder(out):
+            pairs = [LabelPair(*names) for names in iterate_blind_pairs(asked, per_prompt, tuned_scale)]
             serve(Session(out, pairs, seed=seed, user=user), port=port)
-        typer.echo(blind_summary(save_blind(out)))
+        typer.echo(format_blind_result(write_blind_result(out)))
 
 
 app.command(name="train")(train_cli.train)

@@ -44,8 +44,8 @@ from torch import Tensor, nn
 from align.objectives.dataset import Batch, Item, Material, batch_of, prepare
 from align.objectives.preference import PreferenceTraining
 from align.objectives.reference import Bank
-from align.pairs.read import read
-from align.pairs.records import Pair, check
+from align.pairs.read import read_preferences
+from align.pairs.records import Pair, check_preferences
 from align.settings import Settings
 from backbone.adapters.lora import adapters_off
 from backbone.diffusion.noise import generator
@@ -159,7 +159,7 @@ def whole(
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/align"),
 ) -> None:
     """Whole runs of `moji`, caches empty: the script's steps, then ours with the bank, encoding counted."""
-    found = check(read(pairs))
+    found = check_preferences(read_preferences(pairs))
     chosen = [pair.ordered for pair in found.pairs if not pair.is_tie]
     settings = settings_for(batch, draws=draws, steps=steps, precision=precision, device=device)
     script_seconds = whole_script(chosen, settings)

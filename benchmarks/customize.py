@@ -8,7 +8,8 @@
 
 Every concept is a glyph that the base has never seen. Its five training pictures are plain renders in five places; the
 real commands `customize train` and `customize sample` then draw it in the other seven, wearing each of five things, in
-each of four styles, and draw its class without the token. The judge names the glyph among all that it knows, and the
+each of four styles, and draw its class without the token. The classifier names the glyph among all that it knows,
+and the
 place, the accessory, the style. Beside it stands the base model without training, asked with the same words from the
 same noise. Wilson 95 % intervals over the pictures, and a bootstrap over concepts, which differ more than pictures do.
 
@@ -17,8 +18,8 @@ pictures, drawn by `customize sample`, which is faster than its own way), our ra
 rate that is best for it among those of `script-rates`; its weights come in by `customize import`. Its seconds are of
 training alone; “as many seconds” are as many steps as are left of our run's time once the class pictures are drawn.
 
-Runs and pictures that `--out` holds are not made again, and verdicts always are, from the pictures on disk: a better
-judge renews the tables in a minute, with `--known` also those of work in progress. Several processes can share one
+Runs and pictures that `--out` holds are not made again, and predictions always are, from the pictures on disk: a better
+classifier renews the tables in a minute, with `--known` also those of work in progress. Several processes can share one
 `--out`. Use another for other flags.
 """
 
@@ -47,8 +48,16 @@ from backbone.models.model import Backbone
 from backbone.world.concepts import TRAINING_PLACES, concept_pictures
 from backbone.world.render import font_path, render
 from backbone.world.words import article, vocabulary
+from benchmarks.classifier import (
+    FACTS,
+    FOLDER,
+    Classifier,
+    Prediction,
+    is_top_glyph,
+    load_classifier,
+    most_likely,
+)
 from benchmarks.customize_script import spelled
-from benchmarks.judge import FACTS, FOLDER, Judge, Verdict, load_judge, shows, top
 from benchmarks.moji import per_cent
 
 TOKEN = "[V]"
@@ -119,7 +128,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, and what the judge should see in its pictures: a label of the question's own head."""
+    """A prompt, and what the classifier should see in its pictures: a label of the question's own head."""
 
     prompt: str
     wanted: str
@@ -127,7 +136,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Tally:
-    """Of n pictures: in how many the judge sees what was asked for, the concept's glyph, and both."""
+    """Of n pictures: in how many the classifier sees what was asked for, the concept's glyph, and both."""
 
     right: int
     glyph: int
@@ -166,10 +175,10 @@ def main(
     known: Annotated[
         bool, typer.Option("--known", help="Only what --out has all pictures of; trains nothing.")
     ] = False,
-    judge: Annotated[Path, typer.Option(help="The judge's folder.")] = FOLDER,
+    classifier: Annotated[Path, typer.Option(help="The classifier's folder.")] = FOLDER,
     out: Annotated[Path, typer.Option(help="Where results go.")] = Path("build/benchmarks/customize"),
 ) -> None:
-    """Trains and draws what is missing, judges everything, and writes the table."""
+    """Trains and samples what is missing, classifies every image, and writes the table."""
     chosen = trials(asked, concepts, flags=flags, seed=seed)
     if asked.startswith("script") and not known and not (script and script.is_file()):
         raise UserError(
@@ -179,10 +188,10 @@ def main(
         chosen = [trial for trial in chosen if finished(trial, out)]
     font_path()
     counts = dict.fromkeys(KINDS, others) | {"places": count}
-    eye = load_judge(judge)
+    eye = load_classifier(classifier)
     results = []
     for trial in made(chosen, out, counts, model, script):
-        results.append(judged(trial, out, eye))
+        results.append(classify_trial(trial, out, eye))
         show(out, trial, eye)
         say(f"{trial.name}: {', '.join(f'{k} {per_cent(t.share)}' for k, t in results[-1].after.items())}")
     results.sort(key=lambda result: chosen.index(result.trial))
@@ -190,7 +199,7 @@ def main(
     facts = {
         "model": model,
         "flags": flags,
-        "judge": read_json(judge / FACTS).get("step"),
+        "classifier": read_json(classifier / FACTS).get("step"),
         "results": [asdict(result) for result in results],
     }
     name = "table" if asked == "concepts" else asked
@@ -381,10 +390,10 @@ def customize(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "customize.cli", *arguments], check=True)
 
 
-# What the judge says ----------------------------------------------------------------------------------------
+# What the classifier says ----------------------------------------------------------------------------------------
 
 
-def judged(trial: Trial, out: Path, judge: Judge) -> Result:
+def classify_trial(trial: Trial, out: Path, classifier: Classifier) -> Result:
     """A trial by its files."""
     folder = out / "runs" / trial.name
     learned = read_concept(folder)
@@ -392,8 +401,8 @@ def judged(trial: Trial, out: Path, judge: Judge) -> Result:
     before = {kind: base(trial, kind, out) for kind in KINDS}
     return Result(
         trial,
-        {kind: tally(trial, kind, after(trial, kind, out), judge) for kind in KINDS},
-        {kind: tally(trial, kind, path, judge) for kind, path in before.items() if path.exists()},
+        {kind: tally(trial, kind, after(trial, kind, out), classifier) for kind in KINDS},
+        {kind: tally(trial, kind, path, classifier) for kind, path in before.items() if path.exists()},
         read_json(folder / SECONDS)
         if trial.by_script
         else read_json(folder / "settings.json")["timings"]["all"],
@@ -401,45 +410,51 @@ def judged(trial: Trial, out: Path, judge: Judge) -> Result:
     )
 
 
-def tally(trial: Trial, kind: Kind, folder: Path, judge: Judge) -> Tally:
-    """What the judge says of one folder of pictures."""
-    asked, seen = looked_at(trial, kind, folder, judge)
-    right = [READ[kind](verdict) == question.wanted for question, verdict in zip(asked, seen, strict=True)]
-    glyph = [shows(verdict, trial.concept) for verdict in seen]
+def tally(trial: Trial, kind: Kind, folder: Path, classifier: Classifier) -> Tally:
+    """What the classifier says of one folder of pictures."""
+    asked, seen = looked_at(trial, kind, folder, classifier)
+    right = [
+        READ[kind](prediction) == question.wanted for question, prediction in zip(asked, seen, strict=True)
+    ]
+    glyph = [is_top_glyph(prediction, trial.concept) for prediction in seen]
     both = sum(one and other for one, other in zip(right, glyph, strict=True))
     return Tally(sum(right), sum(glyph), len(seen), both)
 
 
-def looked_at(trial: Trial, kind: Kind, folder: Path, judge: Judge) -> tuple[list[Question], list[Verdict]]:
-    """The question and the verdict of every picture in a folder."""
+def looked_at(
+    trial: Trial, kind: Kind, folder: Path, classifier: Classifier
+) -> tuple[list[Question], list[Prediction]]:
+    """The question and the prediction of every picture in a folder."""
     every = questions(kind, trial.noun, f"{TOKEN} {trial.noun}")
     paths = sorted(folder.glob("p??-s??.png"))
     asked = [every[int(path.name[1:3])] for path in paths]
-    return asked, judge.verdicts([Image.open(path).convert("RGB") for path in paths])
+    return asked, classifier.classify([Image.open(path).convert("RGB") for path in paths])
 
 
-READ: dict[str, Callable[[Verdict], str]] = {
-    "places": lambda verdict: top(verdict.place),
-    "accessories": lambda verdict: top(verdict.accessory),
-    "styles": lambda verdict: top(verdict.style),
-    "class": lambda verdict: verdict.glyph,
+READ: dict[str, Callable[[Prediction], str]] = {
+    "places": lambda prediction: most_likely(prediction.place),
+    "accessories": lambda prediction: most_likely(prediction.accessory),
+    "styles": lambda prediction: most_likely(prediction.style),
+    "class": lambda prediction: prediction.glyph,
 }
 
 
-def show(out: Path, trial: Trial, judge: Judge) -> None:
-    """A sheet of all pictures with the concept, framed by what the judge said."""
+def show(out: Path, trial: Trial, classifier: Classifier) -> None:
+    """A sheet of all pictures with the concept, framed by what the classifier said."""
     cells: list[Cell | Image.Image | None] = []
     for kind in KINDS:
         folder = after(trial, kind, out)
         paths = sorted(folder.glob("p??-s??.png"))
-        for path, question, verdict in zip(paths, *looked_at(trial, kind, folder, judge), strict=True):
-            read = READ[kind](verdict)
-            right = read == question.wanted and (kind == "class" or shows(verdict, trial.concept))
-            said = verdict.glyph if kind == "class" else f"{verdict.glyph}, {read}"
+        for path, question, prediction in zip(
+            paths, *looked_at(trial, kind, folder, classifier), strict=True
+        ):
+            read = READ[kind](prediction)
+            right = read == question.wanted and (kind == "class" or is_top_glyph(prediction, trial.concept))
+            said = prediction.glyph if kind == "class" else f"{prediction.glyph}, {read}"
             cells.append(
                 Cell(Image.open(path).convert("RGB"), f"{question.wanted}: {said}", GREEN if right else RED)
             )
-    note = "Asked: seen. Green: the judge sees the concept's glyph (the class's noun at the end) and what was asked."
+    note = "Asked: seen. Green: the classifier sees the concept's glyph (the class at the end) and what was asked."
     title = f"{trial.concept}, {trial.method}"
     save_png(
         out / "sheets" / f"{trial.name}.png", sheet(in_rows(cells, 11), title=title, note=note, cell=112)

@@ -5,17 +5,19 @@
 
 Modelled on PIE-Bench (Ju et al. 2024), with what it lacks: every scene is rendered before and after its edit, from
 seeds that nothing was trained on, so the true answer and the true mask are known. Kinds of edits: noun, colour,
-accessory added, accessory removed, place, style, one noun of two, reweight. Success is the judge's verdict, with
+accessory added, accessory removed, place, style, one noun of two, reweight. Success is the classifier's
+prediction, with
 Wilson 95 % intervals; the control `resample` draws the target prompt freely and says what the base model can draw at
 all, `no edit` hands the source back. The background is what the true edit leaves as it was; of place edits it is the
-thing, style edits are measured by structure alone, and a reweight succeeds when the judge's probability of the colour
+thing, style edits are measured by structure alone, and a reweight succeeds when the classifier's probability of
+the colour
 rises over the weights ¼, 1 and 3. Background figures come over the background's own pixels and as PIE-Bench's code
 takes them (`backbone.evaluation.image_metrics`). “The default” is `edit.replace` as it comes; “+ P2P” are inversions
 with prompt-to-prompt as published (Hertz et al. 2022: cross-attention for 0.8, self-attention for 0.4 of the steps, a
 local blend at the words of the edited thing, threshold 0.3), “our settings” the same inversions with the default's.
-Needs the emoji font and the judge. Writes `table.md`, `table.json`, `rows.jsonl` and `sheet.png`.
+Needs the emoji font and the classifier. Writes `table.md`, `table.json`, `rows.jsonl` and `sheet.png`.
 
-Pictures that `--out` holds are not made again, and figures always are, from the pictures on disk: a better judge
+Pictures that `--out` holds are not made again, and figures always are, from the pictures on disk: a better classifier
 renews the tables without an edit. Several processes can share one `--out` with other `--methods`; the tables are of
 all that lies there. After a change of the code that edits, take another `--out`.
 """
@@ -48,7 +50,17 @@ from backbone.models.sample import Request, sample
 from backbone.world.render import font_path, render
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, fair, sample_scene
 from backbone.world.words import Thing, vocabulary
-from benchmarks.judge import FOLDER, GREY_STYLES, NONE, TWO_DIFFERENT, Judge, Verdict, load_judge, shows, top
+from benchmarks.classifier import (
+    FOLDER,
+    GREY_STYLES,
+    NONE,
+    TWO_DIFFERENT,
+    Classifier,
+    Prediction,
+    is_top_glyph,
+    load_classifier,
+    most_likely,
+)
 from benchmarks.moji import per_cent
 from edit.inversion.inversion import Inversion, Method, invert, read_inversion
 from edit.methods.flow_edit import flow_edit
@@ -86,14 +98,14 @@ def main(
     steps: Annotated[int, typer.Option(help="Of every walk.")] = 50,
     guidance: Annotated[float | None, typer.Option(help="Of the targets.", show_default="by model")] = None,
     identity: Annotated[int, typer.Option(help="Scenes of the identity edit; 0: none.")] = 20,
-    judge: Annotated[Path, typer.Option(help="The judge's folder.")] = FOLDER,
+    classifier: Annotated[Path, typer.Option(help="The classifier's folder.")] = FOLDER,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/edit"),
 ) -> None:
-    """Edits, judges, and writes the tables and the sheet."""
+    """Edits, classifies, and writes the tables and the sheet."""
     font_path()
-    judges = load_judge(judge, device=device)
+    classifier_model = load_classifier(classifier, device=device)
     known = attempts()
     chosen = methods or list(known)
     for name in chosen:
@@ -108,7 +120,7 @@ def main(
     for name, (method, wishes) in IDENTITY.items():
         work.edit(f"identity, {name}", same, one_by_one(with_words(method, guidance=7.5, **wishes)))
     present = [name for name in known if work.has(name, cases)]
-    rows = measured(work, cases, present, judges, scorer_of(backbone))
+    rows = measured(work, cases, present, classifier_model, scorer_of(backbone))
     summary = summarised(rows, present)
     compared = [c for rival in RIVALS if (c := paired(rows, DEFAULT, rival)) is not None]
     facts = {
@@ -459,7 +471,7 @@ def resampled(work: Work, cases: Sequence[Case]) -> Iterator[Attempt | None]:
 
 
 def measured(
-    work: Work, cases: Sequence[Case], methods: Sequence[str], judge: Judge, scorer: Scorer | None
+    work: Work, cases: Sequence[Case], methods: Sequence[str], classifier: Classifier, scorer: Scorer | None
 ) -> list[dict[str, Any]]:
     """The rows of every attempt that was kept."""
     rows = []
@@ -470,7 +482,7 @@ def measured(
             for name in methods:
                 tried = work.read(name, number, case)
                 if tried is not None:
-                    row = row_of(name, number, case, tried, judge, scorer, source, truth, changed)
+                    row = row_of(name, number, case, tried, classifier, scorer, source, truth, changed)
                     rows.append({**row, "autoencoder_background_psnr_db": bound})
             bar.advance(images=1)
     return rows
@@ -481,7 +493,7 @@ def row_of(
     number: int,
     case: Case,
     tried: Attempt,
-    judge: Judge,
+    classifier: Classifier,
     scorer: Scorer | None,
     source: Image.Image,
     truth: Image.Image,
@@ -498,7 +510,7 @@ def row_of(
         "seed": case.before.seed,
         "source": case.source,
         "target": case.target,
-        "success": succeeded(case, judge.verdicts(tried.pictures)),
+        "success": succeeded(case, classifier.classify(tried.pictures)),
         "psnr_to_the_true_edit_db": None
         if case.kind == "reweight"
         else measure.psnr(to_tensor(truth), after),
@@ -515,31 +527,33 @@ def sized(picture: Image.Image, source: Image.Image) -> Image.Image:
     return picture.resize(source.size, Image.Resampling.BICUBIC)
 
 
-def succeeded(case: Case, seen: Sequence[Verdict]) -> bool:
-    """Whether the judge sees in the picture what the target says; of a reweight, whether the colour grows."""
-    thing, verdict = case.after.things[case.thing or 0], seen[-1]
+def succeeded(case: Case, seen: Sequence[Prediction]) -> bool:
+    """Whether the classifier sees in the picture what the target says; of a reweight, whether the colour grows."""
+    thing, prediction = case.after.things[case.thing or 0], seen[-1]
     if case.kind == "reweight":
         shares = [one.colour[cast(str, thing.colour)] for one in seen]
         return all(later > earlier for earlier, later in pairwise(shares))
-    right = has_things(case.after.things, verdict)
+    right = has_things(case.after.things, prediction)
     match case.kind:
         case "colour":
-            return right and top(verdict.colour) == thing.colour
+            return right and most_likely(prediction.colour) == thing.colour
         case "accessory added" | "accessory removed":
-            return right and top(verdict.accessory) == (thing.accessory or NONE)
+            return right and most_likely(prediction.accessory) == (thing.accessory or NONE)
         case "place":
-            return right and top(verdict.place) == case.after.place
+            return right and most_likely(prediction.place) == case.after.place
         case "style":
-            return right and top(verdict.style) == case.after.style
+            return right and most_likely(prediction.style) == case.after.style
         case _:
             return right
 
 
-def has_things(things: Sequence[Thing], verdict: Verdict) -> bool:
-    """Whether the judge sees these things: the one on top, or both."""
+def has_things(things: Sequence[Thing], prediction: Prediction) -> bool:
+    """Whether the classifier sees these things: the one on top, or both."""
     if len(things) == 1:
-        return shows(verdict, things[0].noun)
-    return top(verdict.count) == TWO_DIFFERENT and verdict.two_glyphs == {thing.noun for thing in things}
+        return is_top_glyph(prediction, things[0].noun)
+    return most_likely(prediction.count) == TWO_DIFFERENT and prediction.two_glyphs == {
+        thing.noun for thing in things
+    }
 
 
 @torch.no_grad()
@@ -663,11 +677,11 @@ def save_sheet(
     rows: Sequence[Mapping[str, Any]],
     methods: Sequence[str],
 ) -> None:
-    """The first scenes, none chosen: source, true edit, every method, framed by what the judge said.
+    """The first scenes, none chosen: source, true edit, every method, framed by what the classifier said.
 
     Of few methods two scenes stand in a row.
     """
-    verdicts = {(row["method"], row["number"]): row["success"] for row in rows}
+    predictions = {(row["method"], row["number"]): row["success"] for row in rows}
     lines: list[list[Cell | Image.Image | None]] = []
     for k, case in enumerate(cases[:SHEET]):
         source, truth, _ = case.rendered()
@@ -677,10 +691,10 @@ def save_sheet(
         ]
         for name in methods:
             tried = work.read(name, k, case)
-            frame = GREEN if verdicts.get((name, k)) else RED
+            frame = GREEN if predictions.get((name, k)) else RED
             line.append(None if tried is None else Cell(tried.pictures[-1], name, frame))
         lines.append(line)
-    note = "Every scene in order, none chosen. Green: the judge sees what the target says."
+    note = "Every scene in order, none chosen. Green: the classifier sees what the target says."
     if len(methods) <= FEW:
         lines = [left + right for left, right in zip(lines[::2], lines[1::2], strict=True)]
     save_png(path, sheet(lines, title="MojiEdit", note=note, cell=128))

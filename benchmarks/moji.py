@@ -1,16 +1,19 @@
-"""How well a model draws the world of `moji`: 300 held-out prompts, read by the judge.
+"""How well a model draws the world of `moji`: 300 held-out prompts, read by the classifier.
 
     python -m benchmarks.moji                                 some minutes on two cores
     python -m benchmarks.moji --also 25:1 --also 25:2.5 --also 25:6 --also 15:4      a sweep of steps:guidance
     python -m benchmarks.moji --beside older/ --beside newer/                        other weights, same prompts
 
 Prompts are the canonical captions of scenes that no part was trained on (seeds from 1,000,000). Every share has its
-Wilson 95 % interval. The column of true pictures is the same judge on the same scenes as rendered: what a perfect model
+Wilson 95 % interval. The column of true pictures is the same classifier on the same scenes as rendered: what a
+perfect model
 would get; it needs the emoji font and stays empty without it, as do the autoencoder's figures on scenes. PSNR is the
 mean of the pictures' decibels. A sweep uses other prompts than the table, so a setting can be chosen by it. Pictures
-stay in `pictures/` and are not drawn again; verdicts are always given anew. Writes `table.md`, `table.json`,
-`verdicts.jsonl`, `sheet.png` (64 prompts), `without-guidance.png` (the same 64), and `worst.png`: the pictures in which
-the judge finds what was asked for least. With `--card` the figures and the worst pictures go into the model's own card.
+stay in `pictures/` and are not drawn again; predictions are always given anew. Writes `table.md`, `table.json`,
+`predictions.jsonl`, `sheet.png` (64 prompts), `without-guidance.png` (the same 64), and `worst.png`: the pictures
+in which
+the classifier finds what was asked for least. With `--card` the figures and the worst pictures go into the model's
+own card.
 """
 
 from __future__ import annotations
@@ -41,19 +44,19 @@ from backbone.models.sample import Request, sample
 from backbone.world.render import font_path, render
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, fair, sample_scene
 from backbone.world.textures import texture
-from benchmarks.judge import (
+from benchmarks.classifier import (
     FACTS,
     FOLDER,
     GREY_STYLES,
     NONE,
     TWO_DIFFERENT,
     TWO_OF_A_KIND,
+    Prediction,
     Reading,
-    Verdict,
-    load_judge,
-    prepared,
-    shows,
-    top,
+    is_top_glyph,
+    load_classifier,
+    most_likely,
+    prepare_images,
 )
 
 TEXTURES = 200
@@ -70,30 +73,35 @@ def main(
     also_prompts: Annotated[int, typer.Option(help="How many prompts the sweep uses.")] = 150,
     beside: Annotated[list[str] | None, typer.Option(help="Other models, on the table's prompts.")] = None,
     batch: Annotated[int, typer.Option(help="Pictures drawn together.")] = 10,
-    judge: Annotated[Path, typer.Option(help="The judge's folder.")] = FOLDER,
+    classifier: Annotated[Path, typer.Option(help="The classifier's folder.")] = FOLDER,
     photographs: Annotated[Path | None, typer.Option(help="Also measure the autoencoder on these.")] = None,
     card: Annotated[bool, typer.Option(help="Renew the figures in the model's README.md.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/moji"),
 ) -> None:
-    """Draws, judges, and writes the tables and the sheets."""
+    """Samples, classifies, and writes the tables and the sheets."""
     settings = [setting_of(text) for text in also or []]
-    judges = load_judge(judge)
+    classifier_model = load_classifier(classifier)
     backbone = Backbone.open(model, device=device)
     gallery = Gallery(out / "pictures", batch)
     main_setting = Setting(steps, guidance)
     scenes = benchmark_scenes(prompts)
     pictures = gallery.pictures(backbone, scenes, main_setting)
-    verdicts = judges.verdicts(pictures)
+    predictions = classifier_model.classify(pictures)
     truth = true_pictures(scenes)
-    reference = judged(scenes, judges.verdicts(truth)) if truth else None
-    results = judged(scenes, verdicts)
+    reference = score_predictions(scenes, classifier_model.classify(truth)) if truth else None
+    results = score_predictions(scenes, predictions)
     others = {}
     for name in beside or []:
         other = Backbone.open(name, device=device)
-        others[name] = judged(scenes, judges.verdicts(gallery.pictures(other, scenes, main_setting)))
+        others[name] = score_predictions(
+            scenes, classifier_model.classify(gallery.pictures(other, scenes, main_setting))
+        )
     more = benchmark_scenes(prompts + also_prompts)[prompts:] if settings else []
-    sweep = {each: judged(more, judges.verdicts(gallery.pictures(backbone, more, each))) for each in settings}
+    sweep = {
+        each: score_predictions(more, classifier_model.classify(gallery.pictures(backbone, more, each)))
+        for each in settings
+    }
     without = gallery.pictures(backbone, scenes[:SHEET], Setting(steps, 1.0))
     exact = Backbone.open(model, device=device, precision="fp32")
     facts: dict[str, Any] = {
@@ -107,7 +115,7 @@ def main(
         },
         "psnr_db": autoencoder_figures(exact, scenes, truth, photographs),
         "seconds_per_picture": seconds_of(backbone, scenes[:batch], main_setting),
-        "judge": read_json(judge / FACTS).get("held_out"),
+        "classifier": read_json(classifier / FACTS).get("held_out"),
         "machine": f"{device}, {backbone.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }  # fmt: skip
     write_json(out / "table.json", facts)
@@ -119,23 +127,25 @@ def main(
         table += side_by_side(named, f"{len(more)} other prompts", "steps, guidance")
     write_text(out / "table.md", table)
     title = f"{model}, {steps} steps"
-    save_sheet(out / "sheet.png", scenes[:SHEET], pictures, verdicts, title=f"{title}, guidance {guidance:g}")
     save_sheet(
-        out / "without-guidance.png", scenes[:SHEET], without, judges.verdicts(without),
+        out / "sheet.png", scenes[:SHEET], pictures, predictions, title=f"{title}, guidance {guidance:g}"
+    )
+    save_sheet(
+        out / "without-guidance.png", scenes[:SHEET], without, classifier_model.classify(without),
         title=f"{title}, without guidance",
     )  # fmt: skip
-    worst = sorted(range(len(scenes)), key=lambda k: likeness(scenes[k], verdicts[k]))[:WORST]
+    worst = sorted(range(len(scenes)), key=lambda k: likeness(scenes[k], predictions[k]))[:WORST]
     save_sheet(
-        out / "worst.png", [scenes[k] for k in worst], [pictures[k] for k in worst], [verdicts[k] for k in worst],
+        out / "worst.png", [scenes[k] for k in worst], [pictures[k] for k in worst], [predictions[k] for k in worst],
         title=f"{title}, guidance {guidance:g}: the {WORST} worst of {len(scenes)}",
-        note="Those to whose things, place, colour, accessory and style together the judge gives least.",
+        note="Those to whose things, place, colour, accessory and style together the classifier gives least.",
     )  # fmt: skip
     if card and backbone.location.folder is not None:
         write_card(backbone.location.folder, main_table, out / "worst.png")
-    (out / "verdicts.jsonl").unlink(missing_ok=True)
-    for scene, verdict in zip(scenes, verdicts, strict=True):
-        seen = {head: top(reading) for head, reading in asdict(verdict).items()}
-        append_jsonl(out / "verdicts.jsonl", {"seed": scene.seed, "prompt": scene.caption(), **seen})
+    (out / "predictions.jsonl").unlink(missing_ok=True)
+    for scene, prediction in zip(scenes, predictions, strict=True):
+        seen = {head: most_likely(reading) for head, reading in asdict(prediction).items()}
+        append_jsonl(out / "predictions.jsonl", {"seed": scene.seed, "prompt": scene.caption(), **seen})
     print(table)
 
 
@@ -206,7 +216,7 @@ def benchmark_scenes(count: int) -> list[Scene]:
     return list(itertools.islice(filter(fair, every), count))
 
 
-# --- what the judge says ------------------------------------------------------------------------------------
+# --- what the classifier says ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -215,7 +225,7 @@ class Question:
 
     name: str
     asked: Callable[[Scene], bool]
-    passed: Callable[[Scene, Verdict], bool]
+    passed: Callable[[Scene, Prediction], bool]
 
 
 @dataclass(frozen=True)
@@ -237,12 +247,12 @@ def one_kind(scene: Scene) -> bool:
     return len(scene.things) == 1
 
 
-def has_noun(scene: Scene, verdict: Verdict) -> bool:
-    return shows(verdict, scene.things[0].noun)
+def has_noun(scene: Scene, prediction: Prediction) -> bool:
+    return is_top_glyph(prediction, scene.things[0].noun)
 
 
-def has_place(scene: Scene, verdict: Verdict) -> bool:
-    return top(verdict.place) == scene.place
+def has_place(scene: Scene, prediction: Prediction) -> bool:
+    return most_likely(prediction.place) == scene.place
 
 
 QUESTIONS = (
@@ -254,38 +264,41 @@ QUESTIONS = (
     Question(
         "colour",
         lambda scene: scene.things[0].colour is not None and scene.style not in GREY_STYLES,
-        lambda scene, seen: top(seen.colour) == scene.things[0].colour,
+        lambda scene, seen: most_likely(seen.colour) == scene.things[0].colour,
     ),
     Question(
         "accessory",
         lambda scene: scene.things[0].accessory is not None,
-        lambda scene, seen: top(seen.accessory) == scene.things[0].accessory,
+        lambda scene, seen: most_likely(seen.accessory) == scene.things[0].accessory,
     ),
     Question(
-        "style", lambda scene: scene.style is not None, lambda scene, seen: top(seen.style) == scene.style
+        "style",
+        lambda scene: scene.style is not None,
+        lambda scene, seen: most_likely(seen.style) == scene.style,
     ),
     Question(
         "two of a kind",
         lambda scene: scene.pair,
-        lambda scene, seen: top(seen.count) == TWO_OF_A_KIND and has_noun(scene, seen),
+        lambda scene, seen: most_likely(seen.count) == TWO_OF_A_KIND and has_noun(scene, seen),
     ),
     Question(
         "two different, both right",
         lambda scene: len(scene.things) == 2,
         lambda scene, seen: (
-            top(seen.count) == TWO_DIFFERENT and seen.two_glyphs == {thing.noun for thing in scene.things}
+            most_likely(seen.count) == TWO_DIFFERENT
+            and seen.two_glyphs == {thing.noun for thing in scene.things}
         ),
     ),
 )
 
 
-def judged(scenes: Sequence[Scene], verdicts: Sequence[Verdict]) -> list[Row]:
+def score_predictions(scenes: Sequence[Scene], predictions: Sequence[Prediction]) -> list[Row]:
     """A row for every question."""
     rows = []
     for question in QUESTIONS:
         passed = [
             question.passed(scene, seen)
-            for scene, seen in zip(scenes, verdicts, strict=True)
+            for scene, seen in zip(scenes, predictions, strict=True)
             if question.asked(scene)
         ]
         rows.append(Row(question.name, sum(passed), len(passed), *wilson(sum(passed), len(passed))[1:]))
@@ -334,7 +347,7 @@ def decibels(model: Backbone, images: Sequence[Image.Image], *, batch: int = 20)
     """PSNR [B] of each picture against its own round trip through the latents' means."""
     parts = []
     for first in range(0, len(images), batch):
-        clean = prepared(images[first : first + batch])
+        clean = prepare_images(images[first : first + batch])
         parts.append(batch_psnr(model.decode(model.encode(clean).mean).cpu(), clean))
     return torch.cat(parts)
 
@@ -356,8 +369,8 @@ def seconds_of(model: Backbone, scenes: Sequence[Scene], setting: Setting) -> di
     }
 
 
-def likeness(scene: Scene, seen: Verdict) -> float:
-    """log of the probability that the judge gives to all that was asked for, its heads taken as independent."""
+def likeness(scene: Scene, seen: Prediction) -> float:
+    """log of the probability that the classifier gives to all that was asked for, its heads taken as independent."""
     thing = scene.things[0]
     asked: list[tuple[Reading, str | None]] = [(seen.place, scene.place), (seen.style, scene.style or NONE)]
     asked += [(seen.glyphs, each.noun) for each in scene.things]
@@ -373,7 +386,7 @@ def markdown(facts: dict[str, Any], rows: Sequence[Row], reference: Sequence[Row
         f"`{facts['model']}`: {facts['prompts']} held-out prompts, {facts['steps']} steps, "
         f"guidance {facts['guidance']:g}",
         "",
-        "| judged | right | 95 % | n | true pictures |",
+        "| attribute | right | 95 % | n | true pictures |",
         "|---|---|---|---|---|",
     ]
     for number, row in enumerate(rows):
@@ -396,7 +409,7 @@ def side_by_side(columns: Mapping[str, Sequence[Row]], prompts: str, what: str) 
         "",
         f"The same by {what}, {prompts}:",
         "",
-        f"| judged | {' | '.join(columns)} | n |",
+        f"| attribute | {' | '.join(columns)} | n |",
         "|---" * (len(columns) + 2) + "|",
     ]
     for rows in zip(*columns.values(), strict=True):
@@ -413,14 +426,14 @@ def save_sheet(
     path: Path,
     scenes: Sequence[Scene],
     pictures: Sequence[Image.Image],
-    verdicts: Sequence[Verdict],
+    predictions: Sequence[Prediction],
     *,
     title: str,
-    note: str = "Every prompt in order, none chosen. Green: the judge sees the things that were asked for.",
+    note: str = "Every prompt in order, none chosen. Green: the classifier sees the things that were asked for.",
 ) -> None:
-    """These scenes' pictures; a red frame where the judge misses a thing that was asked for."""
+    """These scenes' pictures; a red frame where the classifier misses a thing that was asked for."""
     cells: list[Cell | Image.Image | None] = []
-    for scene, picture, seen in zip(scenes, pictures, verdicts, strict=False):
+    for scene, picture, seen in zip(scenes, pictures, predictions, strict=False):
         asked = {thing.noun for thing in scene.things}
         right = seen.two_glyphs == asked if len(asked) == 2 else seen.glyph in asked
         cells.append(Cell(picture, scene.caption(), GREEN if right else RED))

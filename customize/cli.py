@@ -365,12 +365,12 @@ def train(
             "Say where the pictures are: --images FOLDER (customize example dog/ writes some to try)."
         )
     else:
-        from customize.data.folders import is_concepts, read_subjects
+        from customize.data.folders import is_concept_source, read_subjects
         from customize.settings import Subject, read_subject
 
         subjects: list[Subject] = []
         prompts: dict[str, str] = {}
-        if images is not None and is_concepts(images):
+        if images is not None and is_concept_source(images):
             subjects, prompts = read_subjects(images)
             for subject in subjects:
                 say(f"{subject.images}: {subject.token} {subject.class_noun}, all subjects equally often.")
@@ -497,9 +497,9 @@ def sample(
     learned = [read_concept(folder) for folder in concept or []]
     for prompt in [*prompts, negative]:
         spoken(prompt, learned)  # mistakes are answered before torch is imported
-    from customize.sample import draw
+    from customize.sample import sample_to_folder
 
-    sheet = draw(
+    sheet = sample_to_folder(
         prompts,
         concepts=learned,
         model=model,
@@ -548,10 +548,10 @@ def evaluate(
     from customize.settings import read_settings
 
     read_settings(run)  # mistakes are answered before torch is imported
-    from customize.evaluate.dreambench import evaluate_pictures, evaluate_run, own_prompts, read_prompts
+    from customize.evaluate.dreambench import evaluate_images, evaluate_run, moji_prompts, read_prompts
 
     if prompts is None:
-        asked = own_prompts()
+        asked = moji_prompts()
     else:
         lists = read_prompts(prompts)
         asked = lists.living if living else lists.things
@@ -559,7 +559,7 @@ def evaluate(
     if pictures is None:
         found = evaluate_run(run, prompts=asked, per_prompt=per_prompt, scorer=scorer, seed=seed, out=folder)
     else:
-        found = evaluate_pictures(
+        found = evaluate_images(
             pictures, run, prompts=asked, per_prompt=per_prompt, scorer=scorer, out=folder
         )
     typer.echo(found["text"])

@@ -19,10 +19,10 @@ from backbone.media.sheet import Cell, in_rows, save_png, sheet
 from backbone.models.model import Backbone
 from backbone.models.sample import ALL_STEPS, Request, Sampler, refuse_no_share, sample, share_said
 
-BATCH = 8  # pictures drawn together
+BATCH_SIZE = 8  # pictures drawn together
 
 
-def draw(
+def sample_to_folder(
     prompts: Sequence[str],
     *,
     concepts: Sequence[Concept] = (),
@@ -54,7 +54,7 @@ def draw(
     guidance = float(backbone.defaults["guidance"]) if guidance is None else guidance
     requests = [Request(prompt, (i, j), avoided) for i, prompt in enumerate(said) for j in range(count)]
     began = time.perf_counter()
-    own = processes.spread(requests, batch=BATCH)
+    own = processes.spread(requests, batch=BATCH_SIZE)
     with progress(len(own), "drawing") as bar:
         drawn = sample(
             backbone,
@@ -63,13 +63,13 @@ def draw(
             guidance=guidance,
             seed=seed,
             sampler=sampler,
-            batch=BATCH,
+            batch=BATCH_SIZE,
             guided=guided,
         )
         for request, picture in zip(own, drawn, strict=True):
             i, j = request.key
             text = {"prompt": prompts[i], "seed": str(seed), "sample": str(j)}
-            save_png(out / name_of(request), picture, text=text)
+            save_png(out / image_name(request), picture, text=text)
             bar.advance(images=1)
     processes.barrier()  # now all pictures are there
     if processes.is_writer():
@@ -87,12 +87,12 @@ def draw(
             "versions": versions(),
         }
         note = f"{name}, {steps} steps, guidance {guidance:g}{share_said(guided)}, seed {seed}"
-        describe(out, requests, prompts, facts, note=note, columns=count if count > 1 else 4)
+        write_index(out, requests, prompts, facts, note=note, columns=count if count > 1 else 4)
     processes.leave()
     return out / "sheet.png"
 
 
-def describe(
+def write_index(
     out: Path,
     requests: Sequence[Request],
     prompts: Sequence[str],
@@ -104,7 +104,7 @@ def describe(
     """Writes `samples.json` and, from the pictures in the folder, `sheet.png`."""
     records = [
         {
-            "file": name_of(request),
+            "file": image_name(request),
             "prompt": prompts[request.key[0]],
             "model_reads": request.prompt,
             "sample": request.key[1],
@@ -114,12 +114,12 @@ def describe(
     write_json(out / "samples.json", {**facts, "pictures": records})
     cells = []
     for request in requests:
-        with Image.open(out / name_of(request)) as picture:
+        with Image.open(out / image_name(request)) as picture:
             cells.append(Cell(picture.convert("RGB"), prompts[request.key[0]]))
     save_png(out / "sheet.png", sheet(in_rows(cells, columns), note=note))
 
 
-def name_of(request: Request) -> str:
+def image_name(request: Request) -> str:
     """The file of a picture: `p00-s00.png`."""
     i, j = request.key
     return f"p{i:02d}-s{j:02d}.png"

@@ -14,7 +14,7 @@ from PIL import Image
 
 from align.pairs.prompts import Prompt
 from align.pairs.records import SAMPLES
-from align.pairs.samples import FORMAT, picture_name, shot, shots
+from align.pairs.samples import FORMAT, count_images, image_name, prompt_and_noise
 from backbone.adapters.apply import put_on
 from backbone.adapters.concept import Concept, described, read_concept, spoken
 from backbone.distributed import processes
@@ -37,7 +37,7 @@ from backbone.models.sample import (
 
 
 @dataclass(frozen=True)
-class Drawing:
+class SamplingSettings:
     """How pictures are drawn; None where the model's own default serves.
 
     `guidance_start` and `guidance_stop` are the share of the steps, noisy to clean, that follow the guidance. With
@@ -65,7 +65,7 @@ class Drawing:
         """The share of the steps that follow the guidance."""
         return self.guidance_start, self.guidance_stop
 
-    def facts(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """What the pictures depend on; guidance in all steps goes without saying, and so does noise of their own."""
         silent = {"batch"}
         if self.guided == ALL_STEPS:
@@ -74,11 +74,11 @@ class Drawing:
             silent |= {"redraw"}
         return {name: value for name, value in asdict(self).items() if name not in silent}
 
-    def said(self) -> str:
+    def describe_guidance(self) -> str:
         """How strong the guidance is, and when, in words."""
         return f"{self.guidance:g}{share_said(self.guided)}"
 
-    def settled(self, model: Backbone) -> Drawing:
+    def resolve(self, model: Backbone) -> SamplingSettings:
         """With the model's defaults filled in."""
         usual = model.defaults
         steps = int(usual["steps"]) if self.steps is None else self.steps
@@ -86,7 +86,7 @@ class Drawing:
         return replace(self, steps=steps, guidance=guidance)
 
 
-USUAL = Drawing()
+DEFAULT_SAMPLING = SamplingSettings()
 
 
 def sample_pairs(
@@ -96,7 +96,7 @@ def sample_pairs(
     model: str | None,
     concepts: Sequence[Path] = (),
     per_prompt: int = 4,
-    drawing: Drawing = USUAL,
+    sampling: SamplingSettings = DEFAULT_SAMPLING,
     device: str = "auto",
     precision: str = "auto",
 ) -> int:
@@ -107,36 +107,36 @@ def sample_pairs(
     began = time.perf_counter()
     processes.join(device)
     learned = [read_concept(folder) for folder in concepts]
-    said = [text for prompt in prompts for text in (prompt.text, *prompt.near)]
-    for prompt in [*said, drawing.negative]:
+    said = [text for prompt in prompts for text in (prompt.text, *prompt.hard_negatives)]
+    for prompt in [*said, sampling.negative]:
         if learned:
             spoken(prompt, learned)
     backbone = Backbone.open(
         model or (learned[0].model if learned else "moji"), device=device, precision=precision
     )
-    drawing = drawing.settled(backbone)
-    facts = _facts(backbone, learned, prompts, per_prompt, drawing)
+    sampling = sampling.resolve(backbone)
+    facts = _describe_folder(backbone, learned, prompts, per_prompt, sampling)
     with processes.writer_first():
-        _claim(out, facts)
+        _claim_folder(out, facts)
     missing = [
         (i, j)
         for i in range(len(prompts))
-        for j in range(shots(prompts[i], per_prompt))
-        if not (out / picture_name(i, j)).exists()
+        for j in range(count_images(prompts[i], per_prompt))
+        if not (out / image_name(i, j)).exists()
     ]
     processes.barrier()  # now every process knows what is missing
     if missing:
         put_on(backbone, learned)
-        own = processes.spread(missing, batch=drawing.batch)
+        own = processes.spread(missing, batch=sampling.batch)
         with progress(len(own), "drawing") as bar:
-            drawn = draw(backbone, prompts, own, drawing, learned, per_prompt=per_prompt)
+            drawn = sample_images(backbone, prompts, own, sampling, learned, per_prompt=per_prompt)
             for (i, j), picture in zip(own, drawn, strict=True):
                 text = {
-                    "prompt": shot(prompts[i], j, per_prompt)[0],
-                    "seed": str(drawing.seed),
+                    "prompt": prompt_and_noise(prompts[i], j, per_prompt)[0],
+                    "seed": str(sampling.seed),
                     "sample": str(j),
                 }
-                save_png(out / picture_name(i, j), picture, text=text)
+                save_png(out / image_name(i, j), picture, text=text)
                 bar.advance(images=1)
     processes.barrier()  # now all pictures are there
     if processes.is_writer():
@@ -146,35 +146,35 @@ def sample_pairs(
     return len(missing)
 
 
-def draw(
+def sample_images(
     model: Backbone,
     prompts: Sequence[Prompt],
     keys: Sequence[tuple[int, int]],
-    drawing: Drawing,
+    sampling: SamplingSettings,
     concepts: Sequence[Concept] = (),
     *,
     per_prompt: int = sys.maxsize,
 ) -> Iterator[Image.Image]:
-    """The pictures (prompt number, sample number), in order; samples from `per_prompt` on are near misses."""
-    negative = _said(drawing.negative, concepts)
-    asked = [(i, *shot(prompts[i], j, per_prompt)) for i, j in keys]
-    requests = [Request(_said(text, concepts), (i, noise), negative) for i, text, noise in asked]
-    assert drawing.steps is not None and drawing.guidance is not None
+    """The pictures (prompt number, sample number), in order; samples from `per_prompt` on are hard negatives."""
+    negative = _expand_tokens(sampling.negative, concepts)
+    asked = [(i, *prompt_and_noise(prompts[i], j, per_prompt)) for i, j in keys]
+    requests = [Request(_expand_tokens(text, concepts), (i, noise), negative) for i, text, noise in asked]
+    assert sampling.steps is not None and sampling.guidance is not None
     how: dict[str, Any] = {
-        "steps": drawing.steps,
-        "guidance": drawing.guidance,
-        "seed": drawing.seed,
-        "sampler": drawing.sampler,
-        "batch": drawing.batch,
-        "guided": drawing.guided,
+        "steps": sampling.steps,
+        "guidance": sampling.guidance,
+        "seed": sampling.seed,
+        "sampler": sampling.sampler,
+        "batch": sampling.batch,
+        "guided": sampling.guided,
     }
-    if not drawing.redraw:
+    if not sampling.redraw:
         return sample(model, requests, **how)
-    firsts = {i: Request(_said(prompts[i].text, concepts), (i, 0), negative) for i, _ in keys}
-    return _redrawn(model, requests, firsts, drawing.redraw, how)
+    firsts = {i: Request(_expand_tokens(prompts[i].text, concepts), (i, 0), negative) for i, _ in keys}
+    return _sample_variations(model, requests, firsts, sampling.redraw, how)
 
 
-def _redrawn(
+def _sample_variations(
     model: Backbone,
     requests: Sequence[Request],
     firsts: Mapping[int, Request],
@@ -201,8 +201,12 @@ def _redrawn(
                 yield to_image(picture)
 
 
-def _facts(
-    model: Backbone, concepts: Sequence[Concept], prompts: Sequence[Prompt], per_prompt: int, drawing: Drawing
+def _describe_folder(
+    model: Backbone,
+    concepts: Sequence[Concept],
+    prompts: Sequence[Prompt],
+    per_prompt: int,
+    sampling: SamplingSettings,
 ) -> dict[str, Any]:
     """What a folder's pictures depend on."""
     return {
@@ -213,18 +217,18 @@ def _facts(
             said | {"weights": content_hash(concept.weights_path) if concept.weights else ""}
             for concept, said in zip(concepts, described(concepts), strict=True)
         ],
-        "drawing": drawing.facts(),
+        "sampling": sampling.as_json(),
         "per_prompt": per_prompt,
-        "prompts": [_described(prompt) for prompt in prompts],
+        "prompts": [_prompt_fields(prompt) for prompt in prompts],
     }
 
 
-def _described(prompt: Prompt) -> dict[str, Any]:
-    near = {"near": list(prompt.near)} if prompt.near else {}
+def _prompt_fields(prompt: Prompt) -> dict[str, Any]:
+    near = {"hard_negatives": list(prompt.hard_negatives)} if prompt.hard_negatives else {}
     return {"prompt": prompt.text, "category": prompt.category, **near}
 
 
-def _claim(out: Path, facts: dict[str, Any]) -> None:
+def _claim_folder(out: Path, facts: dict[str, Any]) -> None:
     """Begins a folder, or makes sure that it was begun with the same facts."""
     path = out / SAMPLES
     if not path.exists():
@@ -241,5 +245,5 @@ def _claim(out: Path, facts: dict[str, Any]) -> None:
             )
 
 
-def _said(prompt: str, concepts: Sequence[Concept]) -> str:
+def _expand_tokens(prompt: str, concepts: Sequence[Concept]) -> str:
     return spoken(prompt, concepts) if concepts else prompt

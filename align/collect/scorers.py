@@ -31,36 +31,40 @@ from backbone.io.files import read_tensors
 from backbone.media.pictures import check, read_folder
 from backbone.models.locate import EMBEDDED
 
-Judge: TypeAlias = Callable[[Sequence[Image], Sequence[str]], Tensor]
+ImageScorer: TypeAlias = Callable[[Sequence[Image], Sequence[str]], Tensor]
 """(B pictures, B prompts) → scores [B], float32 on the CPU."""
 
-HEAD = "aesthetic.safetensors"
-LIKE = "like:"
+AESTHETIC_HEAD = "aesthetic.safetensors"
+SUBJECT_PREFIX = "like:"
 
 
-def open_judge(name: str) -> Judge:
+def open_scorer(name: str) -> ImageScorer:
     """The judge of this name; `UserError` where there is none."""
-    if name.startswith(LIKE):
-        pictures, _, scorer_name = name.removeprefix(LIKE).partition(":")
-        return _alike(open_scorer(scorer_name or "moji"), pictures)
+    if name.startswith(SUBJECT_PREFIX):
+        pictures, _, scorer_name = name.removeprefix(SUBJECT_PREFIX).partition(":")
+        return _subject_fidelity_scorer(load_clip_scorer(scorer_name or "moji"), pictures)
     path = Path(name).expanduser()
     if path.suffix == ".py":
-        return _from_file(path)
-    scorer = open_scorer(name)
-    head = path / HEAD
-    return _aesthetic(scorer, head) if head.is_file() else _likeness(scorer)
+        return _python_scorer(path)
+    scorer = load_clip_scorer(name)
+    head = path / AESTHETIC_HEAD
+    return _aesthetic_scorer(scorer, head) if head.is_file() else _prompt_fidelity_scorer(scorer)
 
 
-def takes_gradients(name: str) -> None:
+def refuse_not_differentiable(name: str) -> None:
     """`UserError` unless this judge is a network that compares pictures with prompts."""
-    if Path(name).suffix == ".py" or name.startswith(LIKE) or (Path(name).expanduser() / HEAD).is_file():
+    if (
+        Path(name).suffix == ".py"
+        or name.startswith(SUBJECT_PREFIX)
+        or (Path(name).expanduser() / AESTHETIC_HEAD).is_file()
+    ):
         raise UserError(
             f"draft climbs the gradient of a CLIP model's likeness of picture and prompt; {name} is another kind of "
             "scorer. Use --loss-type ddpo, or moji, or a CLIP model's folder."
         )
 
 
-def open_scorer(name: str) -> Scorer:
+def load_clip_scorer(name: str) -> Scorer:
     """The CLIP model behind a judge's name, for embeddings; `UserError` where there is none."""
     if name == "moji":
         return load_scorer(EMBEDDED / "scorer")
@@ -72,7 +76,7 @@ def open_scorer(name: str) -> Scorer:
     return load_scorer(folder)
 
 
-def together(scores: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def combine_scores(scores: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """The weighted sum [B] of several judges' scores [B], each first brought to mean 0 and deviation 1."""
     if len(scores) != len(weights):
         raise UserError(f"{len(weights)} weights for {len(scores)} scorers: one each is needed.")
@@ -84,7 +88,7 @@ def together(scores: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     ).sum(0)
 
 
-def _likeness(scorer: Scorer) -> Judge:
+def _prompt_fidelity_scorer(scorer: Scorer) -> ImageScorer:
     def judge(pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor:
         unique = list(dict.fromkeys(prompts))
         texts = scorer.embed_texts(unique)[[unique.index(prompt) for prompt in prompts]]
@@ -93,7 +97,7 @@ def _likeness(scorer: Scorer) -> Judge:
     return judge
 
 
-def _alike(scorer: Scorer, folder: str) -> Judge:
+def _subject_fidelity_scorer(scorer: Scorer, folder: str) -> ImageScorer:
     own = read_folder(folder)
     check(own)
     real = scorer.embed_images([picture.open() for picture in own])
@@ -104,7 +108,7 @@ def _alike(scorer: Scorer, folder: str) -> Judge:
     return judge
 
 
-def _aesthetic(scorer: Scorer, path: Path) -> Judge:
+def _aesthetic_scorer(scorer: Scorer, path: Path) -> ImageScorer:
     tensors, _ = read_tensors(path)
     if set(tensors) != {"weight", "bias"} or tensors["weight"].ndim != 2:
         raise UserError(f"{path} is not a linear head: it needs weight [1, D] and bias [1].")
@@ -121,7 +125,7 @@ def _aesthetic(scorer: Scorer, path: Path) -> Judge:
     return judge
 
 
-def _from_file(path: Path) -> Judge:
+def _python_scorer(path: Path) -> ImageScorer:
     """The function `score` of the user's own file, which is run."""
     if not path.is_file():
         raise UserError(f"There is no file {path}. Check the spelling.")

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from align.compare.sides import BASE, picture_name, tuned_folder
-from align.pairs.choices import CHOICES, Choice, consistency, effective, read_choices
+from align.compare.sides import BASE, side_image_name, tuned_side_name
+from align.pairs.choices import CHOICES, Choice, measure_consistency, read_choices, replay
 from align.pairs.prompts import Prompt
 from backbone.evaluation.statistics import Interval, wilson
 from backbone.io.files import write_json
@@ -15,7 +15,7 @@ from backbone.io.files import write_json
 BLIND = "blind.json"
 
 
-def blind_pairs(
+def iterate_blind_pairs(
     prompts: Sequence[Prompt], per_prompt: int, tuned_scale: float = 1.0
 ) -> Iterator[tuple[str, str, str, str]]:
     """(pair's name, prompt, base's file, tuned's file) of every picture that can be compared, for the page."""
@@ -24,18 +24,18 @@ def blind_pairs(
             yield (
                 f"p{i:05d}-s{j:02d}",
                 prompt.text,
-                picture_name(BASE, i, j),
-                picture_name(tuned_folder(tuned_scale), i, j),
+                side_image_name(BASE, i, j),
+                side_image_name(tuned_side_name(tuned_scale), i, j),
             )
 
 
-def blind_result(folder: Path) -> dict[str, Any]:
+def summarize_choices(folder: Path) -> dict[str, Any]:
     """What the person said so far: the tuned side's win rate over the pairs that were not skipped."""
-    choices = effective(read_choices(folder / CHOICES))
+    choices = replay(read_choices(folder / CHOICES))
     first = [choice for choice in choices if not choice.repeat and choice.verdict != "skip"]
     wins = sum(_is_tuned(choice) for choice in first)
     even = sum(choice.preferred is None for choice in first)
-    agreed = consistency(choices)
+    agreed = measure_consistency(choices)
     return {
         "rate": wilson(wins + 0.5 * even, len(first))._asdict(),
         "wins": wins,
@@ -48,14 +48,14 @@ def blind_result(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def save_blind(folder: Path) -> dict[str, Any]:
+def write_blind_result(folder: Path) -> dict[str, Any]:
     """Writes `blind.json` beside the comparison, and gives what it says."""
-    found = blind_result(folder)
+    found = summarize_choices(folder)
     write_json(folder / BLIND, found)
     return found
 
 
-def blind_summary(found: Mapping[str, Any]) -> str:
+def format_blind_result(found: Mapping[str, Any]) -> str:
     """What the person said, for people."""
     asked = found["wins"] + found["ties"] + found["both_bad"] + found["losses"]
     agreed = found["agreed_with_themselves"]

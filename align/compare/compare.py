@@ -18,11 +18,11 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from align.collect.sample import USUAL, Drawing, draw
-from align.collect.scorers import open_judge, open_scorer
-from align.compare.report import report
-from align.compare.sides import BASE, Side, Wins, picture_name, taught_by, tuned_folder
-from align.pairs.prompts import Prompt, by_category, without_tokens
+from align.collect.sample import DEFAULT_SAMPLING, SamplingSettings, sample_images
+from align.collect.scorers import load_clip_scorer, open_scorer
+from align.compare.report import build_report
+from align.compare.sides import BASE, Side, WinRate, find_training_scorers, side_image_name, tuned_side_name
+from align.pairs.prompts import Prompt, group_by_category, strip_tokens
 from backbone.adapters.apply import put_on, refuse_another_model
 from backbone.adapters.concept import Concept, described, read_concept
 from backbone.evaluation.clip import diversity
@@ -46,7 +46,7 @@ def compare_models(
     out: Path,
     *,
     per_prompt: int = 1,
-    drawing: Drawing = USUAL,
+    sampling: SamplingSettings = DEFAULT_SAMPLING,
     scorers: Sequence[str] = ("moji",),
     scales: Sequence[float] = (),
     tie: float = 0.0,
@@ -62,7 +62,10 @@ def compare_models(
     began = time.perf_counter()
     sides = {
         BASE: base,
-        **{tuned_folder(scale): dataclasses.replace(tuned, scale=scale) for scale in [tuned.scale, *scales]},
+        **{
+            tuned_side_name(scale): dataclasses.replace(tuned, scale=scale)
+            for scale in [tuned.scale, *scales]
+        },
     }
     varied = "--scale" if scales else "--tuned-scale" if tuned.scale != 1 else ""
     if varied and len(tuned.concepts) > 1:
@@ -71,35 +74,35 @@ def compare_models(
         )
     if varied and not tuned.concepts:
         raise UserError(f"{tuned.name} is a whole model, so it has no strength to vary. Leave out {varied}.")
-    judges = {name: open_judge(name) for name in dict.fromkeys(scorers)}
-    known = sorted(taught_by(tuned) & set(scorers))
+    judges = {name: open_scorer(name) for name in dict.fromkeys(scorers)}
+    known = sorted(find_training_scorers(tuned) & set(scorers))
     if known:
         say(
             f"{', '.join(known)} also chose what {tuned.name} was trained on. Judge by another scorer as well."
         )
     keys = [(i, j) for i in range(len(prompts)) for j in range(per_prompt)]
-    drawing = _draw_all(out, sides, prompts, keys, drawing, device=device, precision=precision)
+    sampling = _sample_sides(out, sides, prompts, keys, sampling, device=device, precision=precision)
     drawn = time.perf_counter()
     facts = described([read_concept(folder) for side in sides.values() for folder in side.concepts])
-    texts = [without_tokens(prompts[i].text, facts) for i, _ in keys]
-    pictures = {name: [open_rgb(out / picture_name(name, *key)) for key in keys] for name in sides}
+    texts = [strip_tokens(prompts[i].text, facts) for i, _ in keys]
+    pictures = {name: [open_rgb(out / side_image_name(name, *key)) for key in keys] for name in sides}
     scores = {
-        scorer: {name: _judged(judge, pictures[name], texts) for name in sides}
+        scorer: {name: _score_in_batches(judge, pictures[name], texts) for name in sides}
         for scorer, judge in judges.items()
     }
-    variety = {name: _variety(pictures[name], keys) for name in sides} if per_prompt > 1 else {}
-    main = tuned_folder(tuned.scale)
+    variety = {name: _mean_diversity(pictures[name], keys) for name in sides} if per_prompt > 1 else {}
+    main = tuned_side_name(tuned.scale)
     result = {
         "base": base,
         "tuned": tuned,
-        "drawing": drawing,
+        "sampling": sampling,
         "per_prompt": per_prompt,
         "prompts": len(prompts),
         "tie": tie,
         "trained_on": known,
         "wins": {
             scorer: {
-                name: versus(by_side[BASE], by_side[name], keys, tie=tie).as_json()
+                name: count_wins(by_side[BASE], by_side[name], keys, tie=tie).as_json()
                 for name in sides
                 if name != BASE
             }
@@ -107,8 +110,8 @@ def compare_models(
         },
         "categories": {
             scorer: {
-                category: versus(*_rows(by_side, main, keys, numbers), tie=tie).as_json()
-                for category, numbers in by_category(prompts).items()
+                category: count_wins(*_select_rows(by_side, main, keys, numbers), tie=tie).as_json()
+                for category, numbers in group_by_category(prompts).items()
             }
             for scorer, by_side in scores.items()
         },
@@ -117,12 +120,12 @@ def compare_models(
         "versions": versions(),
     }
     write_json(out / RESULT, result)
-    parts = report(out, result, prompts, keys, scores)
+    parts = build_report(out, result, prompts, keys, scores)
     write_report(out / REPORT, f"{tuned.name} against {base.name}", parts)
     return result
 
 
-def versus(base: Tensor, tuned: Tensor, keys: Sequence[tuple[int, int]], *, tie: float = 0.0) -> Wins:
+def count_wins(base: Tensor, tuned: Tensor, keys: Sequence[tuple[int, int]], *, tie: float = 0.0) -> WinRate:
     """The wins of the second scores [B] over the first; `keys` say which prompt each picture is of."""
     difference = (tuned - base).double()
     ties = difference.abs() <= tie
@@ -133,7 +136,7 @@ def versus(base: Tensor, tuned: Tensor, keys: Sequence[tuple[int, int]], *, tie:
     for (i, _), value in zip(keys, difference.tolist(), strict=True):
         clusters.setdefault(i, []).append(value)
     rate = wilson(wins + 0.5 * even, len(keys))
-    return Wins(rate, wins, even, losses, bootstrap(list(clusters.values())))
+    return WinRate(rate, wins, even, losses, bootstrap(list(clusters.values())))
 
 
 # Blind, by a person -----------------------------------------------------------------------------------------
@@ -142,48 +145,50 @@ def versus(base: Tensor, tuned: Tensor, keys: Sequence[tuple[int, int]], *, tie:
 # Drawing and judging ----------------------------------------------------------------------------------------
 
 
-def _draw_all(
+def _sample_sides(
     out: Path,
     sides: Mapping[str, Side],
     prompts: Sequence[Prompt],
     keys: Sequence[tuple[int, int]],
-    drawing: Drawing,
+    sampling: SamplingSettings,
     *,
     device: str,
     precision: str,
-) -> Drawing:
+) -> SamplingSettings:
     """Draws what is missing of every side; gives the drawing with the base model's defaults filled in."""
     models = {
         name: Backbone.open(side.model, device=device, precision=precision) for name, side in sides.items()
     }
     learned = {name: [read_concept(folder) for folder in side.concepts] for name, side in sides.items()}
-    drawing = drawing.settled(models[BASE])
+    sampling = sampling.resolve(models[BASE])
     for name, side in sides.items():  # mistakes are answered before any weights load
         for concept in learned[name]:
             refuse_another_model(concept, models[name])
-        _claim(out / name, models[name], learned[name], side, prompts, side.drawn(drawing))
+        _claim_folder(out / name, models[name], learned[name], side, prompts, side.override(sampling))
     for name, side in sides.items():
         model = models.pop(name)
-        missing = [key for key in keys if not (out / picture_name(name, *key)).exists()]
+        missing = [key for key in keys if not (out / side_image_name(name, *key)).exists()]
         if not missing:
             continue
         put_on(model, learned[name], scale=side.scale)
         with progress(len(missing), f"drawing {name}") as bar:
             for key, picture in zip(
-                missing, draw(model, prompts, missing, side.drawn(drawing), learned[name]), strict=True
+                missing,
+                sample_images(model, prompts, missing, side.override(sampling), learned[name]),
+                strict=True,
             ):
-                save_png(out / picture_name(name, *key), picture, text={"prompt": prompts[key[0]].text})
+                save_png(out / side_image_name(name, *key), picture, text={"prompt": prompts[key[0]].text})
                 bar.advance(images=1)
-    return drawing
+    return sampling
 
 
-def _claim(
+def _claim_folder(
     folder: Path,
     model: Backbone,
     concepts: Sequence[Concept],
     side: Side,
     prompts: Sequence[Prompt],
-    drawing: Drawing,
+    sampling: SamplingSettings,
 ) -> None:
     """Begins a side's folder, or makes sure that its pictures were drawn in this way."""
     facts: dict[str, Any] = {
@@ -192,7 +197,7 @@ def _claim(
         "weights": [content_hash(concept.weights_path) for concept in concepts if concept.weights],
         "scale": side.scale,
         "prompts": [prompt.text for prompt in prompts],
-        "drawing": drawing.facts(),
+        "sampling": sampling.as_json(),
     }
     path = folder / "drawn.json"
     if path.exists() and read_json(path) != json.loads(json.dumps(facts)):
@@ -200,7 +205,9 @@ def _claim(
     write_json(path, facts)
 
 
-def _judged(judge: Any, pictures: Sequence[Image], texts: Sequence[str], *, batch: int = 32) -> Tensor:
+def _score_in_batches(
+    judge: Any, pictures: Sequence[Image], texts: Sequence[str], *, batch: int = 32
+) -> Tensor:
     return torch.cat(
         [
             judge(pictures[first : first + batch], texts[first : first + batch])
@@ -209,22 +216,22 @@ def _judged(judge: Any, pictures: Sequence[Image], texts: Sequence[str], *, batc
     )
 
 
-def varieties(pictures: Sequence[Image], keys: Sequence[tuple[int, int]]) -> dict[int, float]:
+def measure_diversity(pictures: Sequence[Image], keys: Sequence[tuple[int, int]]) -> dict[int, float]:
     """For each prompt number the mean cosine distance between its pictures, by the embedded scorer."""
-    vectors = open_scorer("moji").embed_images(pictures)
+    vectors = load_clip_scorer("moji").embed_images(pictures)
     rows: dict[int, list[int]] = {}
     for row, (i, _) in enumerate(keys):
         rows.setdefault(i, []).append(row)
     return {i: diversity(vectors[own]) for i, own in rows.items()}
 
 
-def _variety(pictures: Sequence[Image], keys: Sequence[tuple[int, int]]) -> float:
+def _mean_diversity(pictures: Sequence[Image], keys: Sequence[tuple[int, int]]) -> float:
     """The mean over prompts."""
-    each = varieties(pictures, keys).values()
+    each = measure_diversity(pictures, keys).values()
     return sum(each) / len(each)
 
 
-def _rows(
+def _select_rows(
     by_side: Mapping[str, Tensor], tuned: str, keys: Sequence[tuple[int, int]], numbers: Sequence[int]
 ) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
     chosen = [row for row, (i, _) in enumerate(keys) if i in set(numbers)]

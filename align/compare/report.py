@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from align.collect.sample import Drawing
-from align.compare.sides import BASE, Side, picture_name
+from align.collect.sample import SamplingSettings
+from align.compare.sides import BASE, Side, side_image_name
 from align.pairs.prompts import Prompt
 from backbone.evaluation.statistics import Interval
 from backbone.io.report import heading, paragraph, table
@@ -18,10 +18,10 @@ from backbone.io.report import picture as shown
 from backbone.media.decode import open_rgb
 from backbone.media.sheet import GREEN, Cell, sheet
 
-SHOWN = 24  # prompts whose pictures the report shows
+PROMPTS_SHOWN = 24  # prompts whose pictures the report shows
 
 
-def summary(result: Mapping[str, Any]) -> str:
+def format_summary(result: Mapping[str, Any]) -> str:
     """What was found, a line for each judge and strength, for people."""
     lines = []
     for scorer, by_side in result["wins"].items():
@@ -29,7 +29,7 @@ def summary(result: Mapping[str, Any]) -> str:
             rate = Interval(**wins["rate"])
             lines.append(
                 f"{scorer}: {name} wins {rate} of {wins['wins'] + wins['ties'] + wins['losses']} pictures against "
-                f"{BASE} ({wins['ties']} ties), mean gain {_gain(wins)}"
+                f"{BASE} ({wins['ties']} ties), mean gain {_format_gain(wins)}"
             )
     if result["diversity"]:
         before = result["diversity"][BASE]
@@ -39,7 +39,7 @@ def summary(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def report(
+def build_report(
     out: Path,
     result: Mapping[str, Any],
     prompts: Sequence[Prompt],
@@ -47,12 +47,12 @@ def report(
     scores: Mapping[str, Mapping[str, Tensor]],
 ) -> list[str]:
     """The parts of the comparison's `report.html`."""
-    drawing: Drawing = result["drawing"]
+    sampling: SamplingSettings = result["sampling"]
     tuned: Side = result["tuned"]
-    own = tuned.drawn(drawing).said()
-    other = "" if own == drawing.said() else f" (the tuned side {own})"
+    own = tuned.override(sampling).describe_guidance()
+    other = "" if own == sampling.describe_guidance() else f" (the tuned side {own})"
     every = [
-        (scorer, name, str(Interval(**wins["rate"])), *_counts(wins), _gain(wins))
+        (scorer, name, str(Interval(**wins["rate"])), *_format_counts(wins), _format_gain(wins))
         for scorer, by_side in result["wins"].items()
         for name, wins in by_side.items()
     ]
@@ -60,7 +60,8 @@ def report(
     parts = [
         paragraph(
             f"{len(prompts)} prompts, {result['per_prompt']} pictures of each from the same noise; "
-            f"{drawing.sampler}, {drawing.steps} steps, guidance {drawing.said()}{other}, seed {drawing.seed}."
+            f"{sampling.sampler}, {sampling.steps} steps, guidance {sampling.describe_guidance()}{other}, "
+            f"seed {sampling.seed}."
         ),
         *(
             [paragraph(f"{', '.join(result['trained_on'])} also chose what the tuned model was trained on.")]
@@ -85,7 +86,7 @@ def report(
     for scorer, groups in result["categories"].items():
         if len(groups) > 1:
             rows = [
-                (name or "none", str(Interval(**wins["rate"])), *_counts(wins), _gain(wins))
+                (name or "none", str(Interval(**wins["rate"])), *_format_counts(wins), _format_gain(wins))
                 for name, wins in groups.items()
             ]
             parts += [heading(f"By category, {scorer}"), table(("category", *titles), rows)]
@@ -103,13 +104,13 @@ def _side_by_side(
     yield heading("Side by side")
     yield paragraph(f"A green frame: the better one for {scorer}.")
     for row, (i, j) in enumerate(keys):
-        if j or i >= SHOWN:
+        if j or i >= PROMPTS_SHOWN:
             continue
         values = {name: float(scores[row]) for name, scores in by_side.items()}
         best = max(values.values()) if len(set(values.values())) > 1 else None
         cells = [
             Cell(
-                open_rgb(out / picture_name(name, i, j)),
+                open_rgb(out / side_image_name(name, i, j)),
                 f"{name}, {value:.3f}",
                 GREEN if value == best else None,
             )
@@ -118,11 +119,11 @@ def _side_by_side(
         yield shown(sheet([cells]), prompts[i].text)
 
 
-def _counts(wins: Mapping[str, Any]) -> tuple[str, str, str]:
+def _format_counts(wins: Mapping[str, Any]) -> tuple[str, str, str]:
     return str(wins["wins"]), str(wins["ties"]), str(wins["losses"])
 
 
-def _gain(wins: Mapping[str, Any]) -> str:
+def _format_gain(wins: Mapping[str, Any]) -> str:
     gain = wins["gain"]
     if math.isnan(gain["value"]):
         return "–"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.collect.sample import Drawing
+from align.collect.sample import SamplingSettings
 from align.pairs.records import SCORES
 from align.settings import read_settings
 from backbone.adapters.concept import read_concept
@@ -35,14 +35,14 @@ class Side:
     guidance: float | None = None
     guided: tuple[float, float] | None = None
 
-    def drawn(self, drawing: Drawing) -> Drawing:
+    def override(self, sampling: SamplingSettings) -> SamplingSettings:
         """How this side is drawn."""
-        guidance = drawing.guidance if self.guidance is None else self.guidance
-        start, stop = self.guided or drawing.guided
-        return dataclasses.replace(drawing, guidance=guidance, guidance_start=start, guidance_stop=stop)
+        guidance = sampling.guidance if self.guidance is None else self.guidance
+        start, stop = self.guided or sampling.guided
+        return dataclasses.replace(sampling, guidance=guidance, guidance_start=start, guidance_stop=stop)
 
     @classmethod
-    def of(cls, name: str, model: str | None = None) -> Side:
+    def from_name(cls, name: str, model: str | None = None) -> Side:
         """A run folder (with the model, and the concepts, that it was trained on), or a model's name."""
         folder = Path(name)
         if not (folder / "concept.json").is_file():
@@ -52,7 +52,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Wins:
+class WinRate:
     """What a judge said of n pairs of pictures: the share that the tuned model won, ties counted half."""
 
     rate: Interval
@@ -66,7 +66,7 @@ class Wins:
         return {**dataclasses.asdict(self), "rate": self.rate._asdict(), "gain": self.gain._asdict()}
 
 
-def taught_by(side: Side) -> set[str]:
+def find_training_scorers(side: Side) -> set[str]:
     """The scorers that chose what a run was trained on, as far as its records say."""
     if not side.concepts or not (side.concepts[-1] / EVALUATIONS).is_file():
         return set()
@@ -80,11 +80,11 @@ def taught_by(side: Side) -> set[str]:
     return {settings.online, *ranked} - {""}
 
 
-def picture_name(side: str, i: int, j: int) -> str:
+def side_image_name(side: str, i: int, j: int) -> str:
     """The file of a side's sample j of prompt i, relative to the folder."""
     return f"{side}/p{i:05d}-s{j:02d}.png"
 
 
-def tuned_folder(scale: float) -> str:
+def tuned_side_name(scale: float) -> str:
     """The folder of the tuned side at a strength, and its name in the results."""
     return "tuned" if scale == 1 else f"tuned-{scale:g}"

@@ -52,7 +52,7 @@ class Undo:
     time: str = ""
 
 
-def append(path: Path, entry: Choice | Undo) -> None:
+def append_entry(path: Path, entry: Choice | Undo) -> None:
     """Adds a line and returns when it is on the disk."""
     append_jsonl(path, asdict(entry))
     with path.open("rb+") as file:
@@ -62,11 +62,13 @@ def append(path: Path, entry: Choice | Undo) -> None:
 def read_choices(path: Path) -> list[Choice | Undo]:
     """Every line of the record, oldest first; lines that a crash cut off and strangers are passed over."""
     return (
-        [entry for line in read_jsonl(path) if (entry := _entry(line)) is not None] if path.exists() else []
+        [entry for line in read_jsonl(path) if (entry := _parse_entry(line)) is not None]
+        if path.exists()
+        else []
     )
 
 
-def effective(entries: Iterable[Choice | Undo]) -> list[Choice]:
+def replay(entries: Iterable[Choice | Undo]) -> list[Choice]:
     """The choices that count, oldest first: those not taken back; of a pair answered twice, the last answer."""
     standing: dict[int, Choice] = {}
     for entry in entries:
@@ -86,7 +88,7 @@ class Consistency:
     repeats: int
 
 
-def consistency(choices: Sequence[Choice]) -> Consistency:
+def measure_consistency(choices: Sequence[Choice]) -> Consistency:
     """Of repeats whose pair has an answer too, neither of them a skip: the same picture, or none, both times."""
     first = {choice.pair: choice for choice in choices if not choice.repeat}
     again = [
@@ -99,7 +101,7 @@ def consistency(choices: Sequence[Choice]) -> Consistency:
     return Consistency(sum(before.preferred == after.preferred for before, after in again), len(again))
 
 
-def _entry(line: dict[str, Any]) -> Choice | Undo | None:
+def _parse_entry(line: dict[str, Any]) -> Choice | Undo | None:
     try:
         return Undo(**line) if "undo" in line else Choice(**line)
     except TypeError:

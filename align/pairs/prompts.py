@@ -1,4 +1,4 @@
-"""Prompt files: a prompt on each line, or JSON lines with a `prompt` and perhaps a `category` and `near` misses."""
+"""Prompt files: a prompt on each line, or JSON lines with a `prompt` and perhaps a `category` and `hard_negatives`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from backbone.io.console import UserError
 
 @dataclass(frozen=True)
 class Prompt:
-    """What to draw, the group that it is counted in, and near misses: prompts whose pictures compete with its own.
+    """What to draw, the group that it is counted in, and hard negatives: prompts whose pictures compete with its own.
 
-    “a horse in a park” is a near miss of “a horse wearing a crown in a park”: drawn from the same noise, its picture
+    “a horse in a park” is a hard negative of “a horse wearing a crown in a park”: drawn from the same noise, its
+    picture
     differs by the crown alone.
     """
 
     text: str
     category: str = ""
-    near: tuple[str, ...] = ()
+    hard_negatives: tuple[str, ...] = ()
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -40,7 +41,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("#"):
             continue
-        prompt = _from_json(line) if path.suffix.lower() == ".jsonl" else _from_text(line)
+        prompt = _parse_json(line) if path.suffix.lower() == ".jsonl" else _parse_text(line)
         if prompt is None:
             bad.append(f"  line {number} holds no prompt")
         else:
@@ -52,7 +53,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     return list(found.values())
 
 
-def without_tokens(text: str, concepts: Iterable[Mapping[str, Any]]) -> str:
+def strip_tokens(text: str, concepts: Iterable[Mapping[str, Any]]) -> str:
     """A prompt as somebody reads it who does not know the concepts: “a [V] dog” is “a dog”, and so is “a [V]”.
 
     `concepts` is what a record says of them: their tokens and the class.
@@ -65,7 +66,7 @@ def without_tokens(text: str, concepts: Iterable[Mapping[str, Any]]) -> str:
     return " ".join(text.split())
 
 
-def by_category(prompts: Sequence[Prompt]) -> dict[str, list[int]]:
+def group_by_category(prompts: Sequence[Prompt]) -> dict[str, list[int]]:
     """The numbers of the prompts in each category, in order of appearance."""
     groups: dict[str, list[int]] = {}
     for number, prompt in enumerate(prompts):
@@ -73,13 +74,13 @@ def by_category(prompts: Sequence[Prompt]) -> dict[str, list[int]]:
     return groups
 
 
-def _from_text(line: str) -> Prompt | None:
+def _parse_text(line: str) -> Prompt | None:
     category, tab, text = line.rpartition("\t")
     text = " ".join(text.split())
     return Prompt(text, category.strip() if tab else "") if text else None
 
 
-def _from_json(line: str) -> Prompt | None:
+def _parse_json(line: str) -> Prompt | None:
     try:
         value = json.loads(line)
     except json.JSONDecodeError:
@@ -87,7 +88,7 @@ def _from_json(line: str) -> Prompt | None:
     text = value.get("prompt") if isinstance(value, dict) else None
     if not isinstance(text, str) or not text.strip():
         return None
-    near = value.get("near") or []
+    near = value.get("hard_negatives") or []
     if not isinstance(near, list) or not all(isinstance(one, str) and one.strip() for one in near):
         return None
     tidy = tuple(" ".join(one.split()) for one in near)

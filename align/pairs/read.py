@@ -19,18 +19,18 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from align.pairs.choices import CHOICES, Choice, effective, read_choices
+from align.pairs.choices import CHOICES, Choice, read_choices, replay
 from align.pairs.records import RANKING, SAMPLES, Pair, Preferences, Single
-from align.pairs.tables import DatasetTable, ParquetTable, _hub_table, _saved_table
+from align.pairs.tables import DatasetTable, ParquetTable, load_hub_table, load_saved_table
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.media.pictures import Picture, Row, read_folder
 
 PROMPT_COLUMNS = ("prompt", "caption", "text")
-FOLDER_PAIRS = (("chosen", "rejected"), ("w", "l"))
+PAIRED_FOLDERS = (("chosen", "rejected"), ("w", "l"))
 
 
-def read(
+def read_preferences(
     source: str | Path, *, user: str | None = None, limit: int | None = None, split: str = "train"
 ) -> Preferences:
     """The preferences of a source; `user` keeps one person's, `limit` the first so many rows.
@@ -43,7 +43,7 @@ def read(
     elif path.is_file():
         found = _read_file(path, limit)
     elif re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", str(source)) and not path.parent.exists():
-        found = _from_table(_hub_table(str(source), split, limit), str(source), limit)
+        found = _read_table(load_hub_table(str(source), split, limit), str(source), limit)
     else:
         raise UserError(
             f"{path} does not exist. Give pairs: a folder, a .jsonl or .parquet file, or a dataset."
@@ -70,25 +70,25 @@ def _keep_user(found: Preferences, user: str) -> None:
 
 def _read_folder(folder: Path, limit: int | None) -> Preferences:
     if (folder / SAMPLES).is_file():
-        return _from_samples(folder, limit)
-    for better, worse in FOLDER_PAIRS:
+        return _read_samples_folder(folder, limit)
+    for better, worse in PAIRED_FOLDERS:
         if (folder / better).is_dir() and (folder / worse).is_dir():
-            return _from_two_folders(folder, better, worse, limit)
+            return _read_two_folders(folder, better, worse, limit)
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        return _from_table(_saved_table(folder), str(folder), limit)
+        return _read_table(load_saved_table(folder), str(folder), limit)
     tables = sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet"))
     if tables:
-        return _from_table(ParquetTable(tables), str(folder), limit)
+        return _read_table(ParquetTable(tables), str(folder), limit)
     lines = sorted(folder.glob("*.jsonl"))
     if len(lines) == 1:
-        return _from_lines(lines[0], limit)
+        return _read_lines(lines[0], limit)
     raise UserError(
         f"{folder} holds no pairs: neither samples.json, nor chosen/ and rejected/, w/ and l/, one .jsonl or .parquet "
         "files. Make some with `align sample`."
     )
 
 
-def _from_samples(folder: Path, limit: int | None) -> Preferences:
+def _read_samples_folder(folder: Path, limit: int | None) -> Preferences:
     present = [folder / name for name in (CHOICES, RANKING) if (folder / name).is_file()]
     if len(present) > 1:
         raise UserError(
@@ -98,10 +98,10 @@ def _from_samples(folder: Path, limit: int | None) -> Preferences:
         raise UserError(
             f"{folder} holds pictures and no preferences yet. Run `align label {folder}` or `align rank {folder}`."
         )
-    return _from_lines(present[0], limit)
+    return _read_lines(present[0], limit)
 
 
-def _from_two_folders(folder: Path, better: str, worse: str, limit: int | None) -> Preferences:
+def _read_two_folders(folder: Path, better: str, worse: str, limit: int | None) -> Preferences:
     found = Preferences(str(folder))
     first, second = (
         {_stem(picture): picture for picture in read_folder(folder / side)} for side in (better, worse)
@@ -133,29 +133,29 @@ def _stem(picture: Picture) -> str:
 def _read_file(path: Path, limit: int | None) -> Preferences:
     match path.suffix.lower():
         case ".jsonl":
-            return _from_lines(path, limit)
+            return _read_lines(path, limit)
         case ".parquet":
-            return _from_table(ParquetTable([path]), str(path), limit)
+            return _read_table(ParquetTable([path]), str(path), limit)
     raise UserError(
         f"{path} is a {path.suffix or 'file without an ending'}; pairs are a folder, .jsonl or .parquet."
     )
 
 
-def _from_lines(path: Path, limit: int | None) -> Preferences:
-    found = Preferences(str(path), made_by=_made_by(path.parent))
+def _read_lines(path: Path, limit: int | None) -> Preferences:
+    found = Preferences(str(path), provenance=_read_provenance(path.parent))
     if path.name == CHOICES:
-        choices = effective(read_choices(path))
+        choices = replay(read_choices(path))
         for choice in [choice for choice in choices if not choice.repeat][:limit]:
             _add_choice(found, choice, path.parent)
         return found
-    for number, line in enumerate(_objects(path, found), start=1):
+    for number, line in enumerate(_iterate_objects(path, found), start=1):
         if limit is not None and number > limit:
             break
-        _add_row(found, line, f"line {number} of {path}", lambda value: _picture_at(value, path.parent))
+        _add_row(found, line, f"line {number} of {path}", lambda value: _picture_from(value, path.parent))
     return found
 
 
-def _objects(path: Path, found: Preferences) -> Iterator[dict[str, Any]]:
+def _iterate_objects(path: Path, found: Preferences) -> Iterator[dict[str, Any]]:
     import json
 
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
@@ -172,7 +172,7 @@ def _objects(path: Path, found: Preferences) -> Iterator[dict[str, Any]]:
             found.problems.append(f"line {number} of {path} is not a JSON object")
 
 
-def _picture_at(value: Any, folder: Path) -> Picture | None:
+def _picture_from(value: Any, folder: Path) -> Picture | None:
     if not isinstance(value, str) or not value:
         return None
     return Picture(folder / value.replace("\\", "/"))
@@ -180,7 +180,7 @@ def _picture_at(value: Any, folder: Path) -> Picture | None:
 
 def _add_choice(found: Preferences, choice: Choice, folder: Path) -> None:
     if choice.verdict == "skip":
-        found.passed_over += 1
+        found.skipped += 1
         return
     label = {"left": 1.0, "right": 0.0}.get(choice.verdict, 0.5)
     found.pairs.append(
@@ -196,7 +196,7 @@ def _add_choice(found: Preferences, choice: Choice, folder: Path) -> None:
     )
 
 
-def _made_by(folder: Path) -> dict[str, Any]:
+def _read_provenance(folder: Path) -> dict[str, Any]:
     path = folder / SAMPLES
     if not path.is_file():
         return {}
@@ -207,7 +207,7 @@ def _made_by(folder: Path) -> dict[str, Any]:
 # Tables -----------------------------------------------------------------------------------------------------
 
 
-def _from_table(table: ParquetTable | DatasetTable, source: str, limit: int | None) -> Preferences:
+def _read_table(table: ParquetTable | DatasetTable, source: str, limit: int | None) -> Preferences:
     names = table.column_names
     heavy = {"jpg_0", "jpg_1", "chosen", "rejected", "image", "image_0", "image_1"}
     pictures = {name for name in names if name in heavy}
@@ -248,7 +248,7 @@ def _add_row(
     prompt = " ".join(prompt.split())
     user = str(row.get("user_id") if row.get("user_id") is not None else row.get("user") or "")
     if row.get("has_label") is False or row.get("are_different") is False:
-        found.passed_over += 1
+        found.skipped += 1
         return
     pair_names = next(
         (
@@ -259,7 +259,7 @@ def _add_row(
         None,
     )
     if pair_names is not None:
-        label = _pair_label(row)
+        label = _parse_pair_label(row)
         pictures = [picture(row[name]) for name in pair_names]
         if label is None:
             said = f"label_0 = {row.get('label_0')}, label_1 = {row.get('label_1')}"
@@ -278,7 +278,7 @@ def _add_row(
             found.pairs.append(Pair(prompt, better, worse, label, where, user))
         return
     name = next((name for name in ("image", "file_name") if name in row), None)
-    good = _single_label(row.get("label"))
+    good = _parse_single_label(row.get("label"))
     one = picture(row[name]) if name else None
     if one is None:
         found.problems.append(f"{where} names no picture")
@@ -288,7 +288,7 @@ def _add_row(
         found.singles.append(Single(prompt, one, good, where, user))
 
 
-def _pair_label(row: Mapping[str, Any]) -> float | None:
+def _parse_pair_label(row: Mapping[str, Any]) -> float | None:
     """label_0 of a row, None where the two labels are no choice and no tie."""
     first, second = row.get("label_0"), row.get("label_1")
     if not isinstance(first, (int, float)) or first not in (0, 0.5, 1):
@@ -298,7 +298,7 @@ def _pair_label(row: Mapping[str, Any]) -> float | None:
     return float(first)
 
 
-def _single_label(label: Any) -> bool | None:
+def _parse_single_label(label: Any) -> bool | None:
     if isinstance(label, str):
         return {"good": True, "bad": False, "1": True, "0": False}.get(label.strip().lower())
     known = {1.0: True, 0.0: False, -1.0: False}

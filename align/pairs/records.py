@@ -20,7 +20,7 @@ RANKING = "ranking.jsonl"
 SCORES = "scores.json"
 
 
-SHOWN_PROBLEMS = 20
+PROBLEMS_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,10 @@ class Preferences:
     pairs: list[Pair] = field(default_factory=list)
     singles: list[Single] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    passed_over: int = 0  # rows without a label, skipped pairs
-    made_by: dict[str, Any] = field(default_factory=dict)  # what a folder of `align sample` says of its model
+    skipped: int = 0  # rows without a label, skipped pairs
+    provenance: dict[str, Any] = field(
+        default_factory=dict
+    )  # what a folder of `align sample` says of its model
 
     @property
     def records(self) -> list[Record]:
@@ -89,7 +91,7 @@ class Preferences:
         return [*self.pairs, *self.singles]
 
 
-def check(found: Preferences, *, skip_bad: bool = False) -> Preferences:
+def check_preferences(found: Preferences, *, skip_bad: bool = False) -> Preferences:
     """Opens every picture; one `UserError` lists all that is wrong, a line each.
 
     With `skip_bad` the bad records are left out instead, and only an empty or useless rest is an error.
@@ -97,7 +99,7 @@ def check(found: Preferences, *, skip_bad: bool = False) -> Preferences:
     problems = list(found.problems)
     good: list[Record] = []
     for record in found.records:
-        reasons = list(_reasons(record))
+        reasons = list(_find_problems(record))
         problems += [f"{record.name} {reason}" for reason in reasons]
         if not reasons:
             good.append(record)
@@ -107,29 +109,31 @@ def check(found: Preferences, *, skip_bad: bool = False) -> Preferences:
         singles=[record for record in good if isinstance(record, Single)],
         problems=problems,
     )
-    whole = list(_reasons_for_all(kept))
+    whole = list(_find_general_problems(kept))
     if whole or (problems and not skip_bad):
-        raise UserError(_listing(found, problems, whole))
+        raise UserError(_format_problems(found, problems, whole))
     return kept
 
 
 def refuse_another_model(found: Preferences, model: str, fingerprint: str) -> None:
     """`UserError` when a pairs folder was drawn by other weights than those that are to be trained."""
-    made = found.made_by.get("fingerprint")
+    made = found.provenance.get("fingerprint")
     if made is not None and made != fingerprint:
         raise UserError(
-            f"{found.source} was drawn by {found.made_by.get('model')} with other weights than {model} has. Train "
+            f"{found.source} was drawn by {found.provenance.get('model')} with other weights than {model} has. Train "
             "that model, or pass --any-model to learn from another model's pictures."
         )
 
 
-def held_out(records: Sequence[Record], *, share: float, seed: int) -> tuple[list[Record], list[Record]]:
+def split_held_out(
+    records: Sequence[Record], *, share: float, seed: int
+) -> tuple[list[Record], list[Record]]:
     """(training, held-out) records; no prompt is in both. About `share` of the prompts are held out.
 
     A prompt's side depends on its words and the seed alone, so more records of other prompts do not move it. At
     least one prompt is held out where there are two and the share is not 0.
     """
-    prompts = {normal(record.prompt) for record in records}
+    prompts = {normalize_prompt(record.prompt) for record in records}
     drawn = {prompt: int(content_hash(f"{seed}/{prompt}".encode())[:13], 16) / 16**13 for prompt in prompts}
     out = {prompt for prompt, number in drawn.items() if number < share}
     if share and len(prompts) > 1:
@@ -140,12 +144,12 @@ def held_out(records: Sequence[Record], *, share: float, seed: int) -> tuple[lis
     elif len(prompts) < 2:
         out = set()
     return (
-        [record for record in records if normal(record.prompt) not in out],
-        [record for record in records if normal(record.prompt) in out],
+        [record for record in records if normalize_prompt(record.prompt) not in out],
+        [record for record in records if normalize_prompt(record.prompt) in out],
     )
 
 
-def as_singles(found: Preferences) -> list[Single]:
+def to_singles(found: Preferences) -> list[Single]:
     """The same as judged single pictures: winners good, losers bad, both of a “both bad” bad; ties say nothing."""
     singles = list(found.singles)
     for pair in found.pairs:
@@ -159,12 +163,12 @@ def as_singles(found: Preferences) -> list[Single]:
     return singles
 
 
-def normal(prompt: str) -> str:
+def normalize_prompt(prompt: str) -> str:
     """A prompt without what does not make it another one: case, spaces, a full stop at the end."""
     return " ".join(prompt.lower().split()).rstrip(" .")
 
 
-def _reasons(record: Record) -> Iterator[str]:
+def _find_problems(record: Record) -> Iterator[str]:
     if not record.prompt.strip():
         yield "has no prompt"
     sizes = []
@@ -177,21 +181,21 @@ def _reasons(record: Record) -> Iterator[str]:
             yield f"names a picture that cannot be read ({error})"
         except UserError as error:
             yield f"has no usable picture ({error})"
-    if len(sizes) == 2 and not _same_shape(*sizes):
+    if len(sizes) == 2 and not _is_same_size(*sizes):
         (width, height), (other_width, other_height) = sizes
         yield f"has pictures of different sizes, {width} × {height} and {other_width} × {other_height}"
     if isinstance(record, Pair) and len(sizes) == 2 and record.first.path == record.second.path:
         yield "has the same picture twice"
 
 
-def _same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
+def _is_same_size(one: tuple[int, int], other: tuple[int, int]) -> bool:
     """Whether two sizes are one, up to what a decoder rounds when it opens a JPEG reduced."""
     return all(abs(a - b) <= 1 for a, b in zip(one, other, strict=True))
 
 
-def _reasons_for_all(found: Preferences) -> Iterator[str]:
+def _find_general_problems(found: Preferences) -> Iterator[str]:
     if not found.records:
-        waiting = f" ({found.passed_over} are not labelled yet)" if found.passed_over else ""
+        waiting = f" ({found.skipped} are not labelled yet)" if found.skipped else ""
         yield f"{found.source} holds no usable pair{waiting}. Choose with `align label`, or rank with `align rank`."
     elif found.pairs and not found.singles and all(pair.is_tie for pair in found.pairs):
         yield f"All {len(found.pairs)} pairs of {found.source} are ties, so nothing is preferred. Choose in some."
@@ -200,30 +204,30 @@ def _reasons_for_all(found: Preferences) -> Iterator[str]:
         yield f"Every picture of {found.source} is labelled {said}, so nothing is preferred. Label some {other}."
 
 
-def _listing(found: Preferences, problems: Sequence[str], whole: Sequence[str]) -> str:
+def _format_problems(found: Preferences, problems: Sequence[str], whole: Sequence[str]) -> str:
     if not problems:
         return "\n".join(whole)
     count = len(found.records)
-    shown = [f"  {problem}" for problem in problems[:SHOWN_PROBLEMS]]
-    if len(problems) > SHOWN_PROBLEMS:
-        shown.append(f"  and {len(problems) - SHOWN_PROBLEMS} more")
-    much = f"{len(problems)} {_plural('problem', len(problems))} in {count} {_plural('record', count)}"
+    shown = [f"  {problem}" for problem in problems[:PROBLEMS_SHOWN]]
+    if len(problems) > PROBLEMS_SHOWN:
+        shown.append(f"  and {len(problems) - PROBLEMS_SHOWN} more")
+    much = f"{len(problems)} {_pluralize('problem', len(problems))} in {count} {_pluralize('record', count)}"
     heading = f"{found.source} has {much}:"
     remedy = "Repair or remove them, or leave them out with --skip-bad."
     return "\n".join([heading, *shown, *whole, remedy])
 
 
-def _plural(noun: str, count: int) -> str:
+def _pluralize(noun: str, count: int) -> str:
     return noun if count == 1 else noun + "s"
 
 
-def pair_key(pair: Pair) -> str:
+def hash_pair(pair: Pair) -> str:
     """A pair by its contents: prompt and both pictures, in their order."""
     parts = [pair.prompt, *(content_hash(picture.read()) for picture in pair.pictures)]
     return content_hash("\n".join(parts).encode())
 
 
-def counted(records: Iterable[Record]) -> str:
+def describe_records(records: Iterable[Record]) -> str:
     """“120 pairs (4 ties) of 40 prompts”, for people."""
     records = list(records)
     pairs = [record for record in records if isinstance(record, Pair)]
@@ -232,10 +236,10 @@ def counted(records: Iterable[Record]) -> str:
     said = []
     if pairs:
         said.append(
-            f"{len(pairs)} {_plural('pair', len(pairs))}"
-            + (f" ({ties} {_plural('tie', ties)})" if ties else "")
+            f"{len(pairs)} {_pluralize('pair', len(pairs))}"
+            + (f" ({ties} {_pluralize('tie', ties)})" if ties else "")
         )
     if singles:
-        said.append(f"{singles} judged {_plural('picture', singles)}")
-    prompts = len({normal(record.prompt) for record in records})
-    return f"{' and '.join(said) or 'nothing'} of {prompts} {_plural('prompt', prompts)}"
+        said.append(f"{singles} judged {_pluralize('picture', singles)}")
+    prompts = len({normalize_prompt(record.prompt) for record in records})
+    return f"{' and '.join(said) or 'nothing'} of {prompts} {_pluralize('prompt', prompts)}"

@@ -13,24 +13,24 @@ FORMAT = 1
 PICTURES = "pictures"
 
 
-def picture_name(i: int, j: int) -> str:
+def image_name(i: int, j: int) -> str:
     """The file of sample j of prompt i, relative to the folder."""
     return f"{PICTURES}/p{i:05d}-s{j:02d}.png"
 
 
-def shots(prompt: Prompt, per_prompt: int) -> int:
-    """How many pictures compete for a prompt: its own, and one of each near miss."""
-    return per_prompt + len(prompt.near)
+def count_images(prompt: Prompt, per_prompt: int) -> int:
+    """How many pictures compete for a prompt: its own, and one of each hard negative."""
+    return per_prompt + len(prompt.hard_negatives)
 
 
-def shot(prompt: Prompt, j: int, per_prompt: int) -> tuple[str, int]:
+def prompt_and_noise(prompt: Prompt, j: int, per_prompt: int) -> tuple[str, int]:
     """What picture j of a prompt shows, and which sample's noise it is drawn from.
 
-    Behind the prompt's own pictures 0 … per_prompt − 1 stand its near misses, from the noise of those in turn.
+    Behind the prompt's own pictures 0 … per_prompt − 1 stand its hard negatives, from the noise of those in turn.
     """
     if j < per_prompt:
         return prompt.text, j
-    return prompt.near[j - per_prompt], (j - per_prompt) % per_prompt
+    return prompt.hard_negatives[j - per_prompt], (j - per_prompt) % per_prompt
 
 
 def read_samples(folder: Path) -> tuple[list[Prompt], list[list[str]]]:
@@ -47,14 +47,14 @@ def read_samples(folder: Path) -> tuple[list[Prompt], list[list[str]]]:
     if not isinstance(said, dict) or said.get("format") != FORMAT:
         raise UserError(f"{path} is not a list of samples that this version reads. Draw them again.")
     prompts = [
-        Prompt(str(entry["prompt"]), str(entry.get("category", "")), tuple(entry.get("near", ())))
+        Prompt(str(entry["prompt"]), str(entry.get("category", "")), tuple(entry.get("hard_negatives", ())))
         for entry in said["prompts"]
     ]
     pictures = [
         [
             name
-            for j in range(shots(prompts[i], int(said["per_prompt"])))
-            if (folder / (name := picture_name(i, j))).exists()
+            for j in range(count_images(prompts[i], int(said["per_prompt"])))
+            if (folder / (name := image_name(i, j))).exists()
         ]
         for i in range(len(prompts))
     ]

@@ -84,7 +84,7 @@ class DatasetTable:
         return self.table[index]
 
 
-def _saved_table(folder: Path) -> DatasetTable:
+def load_saved_table(folder: Path) -> DatasetTable:
     import datasets
 
     try:
@@ -94,7 +94,7 @@ def _saved_table(folder: Path) -> DatasetTable:
     return DatasetTable(table["train"] if isinstance(table, dict) else table)
 
 
-def _hub_table(source: str, split: str, limit: int | None) -> DatasetTable:
+def load_hub_table(source: str, split: str, limit: int | None) -> DatasetTable:
     """A dataset of the hub; with a limit only its first rows are fetched."""
     import datasets
 

@@ -369,12 +369,12 @@ def train(
             raise UserError(
                 "Say what to learn from: align train PAIRS (see align train --help), or --online SCORER."
             )
-        from align.pairs.read import read
-        from align.pairs.records import check as check_pairs
-        from align.pairs.records import counted
+        from align.pairs.read import read_preferences
+        from align.pairs.records import check_preferences as check_pairs
+        from align.pairs.records import describe_records
 
-        found = check_pairs(read(source, user=user, limit=limit, split=split), skip_bad=skip_bad)
-        say(f"{found.source} holds {counted(found.records)}.")
+        found = check_pairs(read_preferences(source, user=user, limit=limit, split=split), skip_bad=skip_bad)
+        say(f"{found.source} holds {describe_records(found.records)}.")
         from align.train.run import train_taste
 
         finished = train_taste(asked, found, out=out, vram=vram)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from backbone.io.files import empty_folder, write_bytes
 
-PICTURES = Path(__file__).parents[1] / "examples" / "dog"
+EXAMPLE_FOLDER = Path(__file__).parents[1] / "examples" / "dog"
 
 
 def write_example(folder: Path) -> list[Path]:
     """Writes the pictures into a folder that is new, empty, or already holds them; gives their paths."""
-    sources = sorted(PICTURES.glob("*.png"))
+    sources = sorted(EXAMPLE_FOLDER.glob("*.png"))
     names = {source.name for source in sources}
     if not folder.is_dir() or {path.name for path in folder.iterdir()} - names:
         empty_folder(folder)

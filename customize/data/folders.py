@@ -12,8 +12,8 @@ from backbone.io.files import read_json
 from backbone.media.pictures import SUFFIXES
 from customize.settings import INSTANCE_PROMPT, Subject
 
-NUMBERED = re.compile(r"(\d+)_(.+)")
-SMALL_WORDS = frozenset({"a", "an", "the"})
+KOHYA_FOLDER = re.compile(r"(\d+)_(.+)")
+ARTICLES = frozenset({"a", "an", "the"})
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,16 @@ def read_concepts(path: str | Path) -> list[ConceptFolder]:
     """
     path = Path(path).expanduser()
     if path.is_file() and path.suffix.lower() == ".json":
-        return _listed(path)
+        return _read_list(path)
     if path.is_dir():
-        if NUMBERED.fullmatch(path.name) and _has_pictures(path):
-            return [_of_folder(path)]
+        if KOHYA_FOLDER.fullmatch(path.name) and _has_images(path):
+            return [_parse_folder(path)]
         if (path / "concepts_list.json").is_file():
-            return _listed(path / "concepts_list.json")
+            return _read_list(path / "concepts_list.json")
         inner = sorted(
-            folder for folder in path.iterdir() if folder.is_dir() and NUMBERED.fullmatch(folder.name)
+            folder for folder in path.iterdir() if folder.is_dir() and KOHYA_FOLDER.fullmatch(folder.name)
         )
-        found = [_of_folder(folder) for folder in inner if _has_pictures(folder)]
+        found = [_parse_folder(folder) for folder in inner if _has_images(folder)]
         if found:
             return found
     elif not path.exists():
@@ -87,22 +87,22 @@ def read_subjects(path: str | Path) -> tuple[list[Subject], dict[str, str]]:
     return subjects, asked
 
 
-def is_concepts(path: str | Path) -> bool:
+def is_concept_source(path: str | Path) -> bool:
     """Whether `read_concepts` would find a layout of these there, so that a plain folder stays a plain folder."""
     path = Path(path).expanduser()
     if path.is_file():
         return path.name == "concepts_list.json"
     if not path.is_dir():
         return False
-    if NUMBERED.fullmatch(path.name) and _has_pictures(path):
+    if KOHYA_FOLDER.fullmatch(path.name) and _has_images(path):
         return True
-    inner = [folder for folder in path.iterdir() if folder.is_dir() and NUMBERED.fullmatch(folder.name)]
-    return (path / "concepts_list.json").is_file() or any(_has_pictures(folder) for folder in inner)
+    inner = [folder for folder in path.iterdir() if folder.is_dir() and KOHYA_FOLDER.fullmatch(folder.name)]
+    return (path / "concepts_list.json").is_file() or any(_has_images(folder) for folder in inner)
 
 
-def _of_folder(folder: Path) -> ConceptFolder:
+def _parse_folder(folder: Path) -> ConceptFolder:
     """`10_sks dog` counts its pictures ten times; the first word is the token, the rest the class."""
-    found = NUMBERED.fullmatch(folder.name)
+    found = KOHYA_FOLDER.fullmatch(folder.name)
     assert found is not None
     repeats, words = int(found[1]), found[2].replace("_", " ").split()
     if repeats < 1:
@@ -110,16 +110,17 @@ def _of_folder(folder: Path) -> ConceptFolder:
     return ConceptFolder(folder, repeats, words[0], " ".join(words[1:]))
 
 
-def _listed(path: Path) -> list[ConceptFolder]:
+def _read_list(path: Path) -> list[ConceptFolder]:
     entries: Any = read_json(path)
     if not isinstance(entries, list) or not entries:
         raise UserError(f'{path} is not a list of concepts. Write it as [{{"instance_data_dir": …}}, …].')
     return [
-        _of_entry(entry, f"Entry {number} of {path}", path.parent) for number, entry in enumerate(entries, 1)
+        _parse_entry(entry, f"Entry {number} of {path}", path.parent)
+        for number, entry in enumerate(entries, 1)
     ]
 
 
-def _of_entry(entry: Any, where: str, beside: Path) -> ConceptFolder:
+def _parse_entry(entry: Any, where: str, beside: Path) -> ConceptFolder:
     if not isinstance(entry, dict):
         raise UserError(f"{where} is not an object. Write it in {{…}}.")
     texts: dict[str, str] = {}
@@ -134,7 +135,7 @@ def _of_entry(entry: Any, where: str, beside: Path) -> ConceptFolder:
     folder = beside / Path(texts["instance_data_dir"]).expanduser()
     if not folder.is_dir():
         raise UserError(f"{where} names {folder}, which is not a folder. Correct its instance_data_dir.")
-    token, noun = told_apart(texts["instance_prompt"], texts["class_prompt"])
+    token, noun = find_token_and_class(texts["instance_prompt"], texts["class_prompt"])
     prompt = texts["instance_prompt"]
     if token:
         prompt = prompt.replace(token, "{token}", 1)
@@ -144,7 +145,7 @@ def _of_entry(entry: Any, where: str, beside: Path) -> ConceptFolder:
     return ConceptFolder(folder, 1, token, noun, prompt, texts["class_prompt"] or None, classes)
 
 
-def told_apart(instance: str, general: str) -> tuple[str, str]:
+def find_token_and_class(instance: str, general: str) -> tuple[str, str]:
     """The token and the class from a prompt of the subject and one of its class.
 
     “photo of zwx dog” and “photo of a dog” give zwx and dog: the words that only the first has, and those that follow
@@ -154,9 +155,7 @@ def told_apart(instance: str, general: str) -> tuple[str, str]:
         return "", ""
     common = {word.lower().strip(",.") for word in general.split()}
     words = instance.split()
-    own = [
-        number for number, word in enumerate(words) if word.lower().strip(",.") not in common | SMALL_WORDS
-    ]
+    own = [number for number, word in enumerate(words) if word.lower().strip(",.") not in common | ARTICLES]
     if not own:
         return "", ""
     last = own[0]
@@ -164,11 +163,11 @@ def told_apart(instance: str, general: str) -> tuple[str, str]:
         last += 1
     noun = []
     for word in words[last + 1 :]:
-        if word.lower().strip(",.") not in common - SMALL_WORDS:
+        if word.lower().strip(",.") not in common - ARTICLES:
             break
         noun.append(word.strip(",."))
     return " ".join(words[own[0] : last + 1]).strip(",."), " ".join(noun)
 
 
-def _has_pictures(folder: Path) -> bool:
+def _has_images(folder: Path) -> bool:
     return any(path.suffix.lower() in SUFFIXES for path in folder.iterdir() if path.is_file())

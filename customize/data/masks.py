@@ -25,34 +25,34 @@ from backbone.media.transforms import fitted
 from backbone.models.cache import remembered
 from backbone.models.model import Backbone, Posterior
 
-SHARES = (0.2, 0.4, 0.6)  # of the levels, from clean to noisy
-DRAWS = 2  # of noise at each of them
+NOISE_FRACTIONS = (0.2, 0.4, 0.6)  # of the levels, from clean to noisy
+SAMPLES_PER_LEVEL = 2  # of noise at each of them
 PIXELS, DARK = 8, 60  # of the sheet: pixels a latent, and how light what does not count is, of 255
 
 
-def mask_seen(model: Backbone, posterior: Posterior, text: Text, empty: Text) -> Tensor:
+def predict_mask(model: Backbone, posterior: Posterior, text: Text, empty: Text) -> Tensor:
     """A picture's mask [1, H, W] of zeros and ones at the latents' size, from the class prompt and an empty one.
 
     Both are [1, ...]. Found once for all time. Call it while no adapter is active.
     """
     known = [posterior.mean, *text.values(), *empty.values()]
     parts = [content_hash(value.detach().float().cpu().contiguous().numpy().tobytes()) for value in known]
-    facts = [model.fingerprint, str(model.dtype), str(SHARES), str(DRAWS), *parts]
+    facts = [model.fingerprint, str(model.dtype), str(NOISE_FRACTIONS), str(SAMPLES_PER_LEVEL), *parts]
     key = content_hash("\n".join(facts).encode())
-    found = remembered("where", key, lambda: {"where": differences(model, posterior, text, empty)})
-    return grown(above(found["where"]))
+    found = remembered("where", key, lambda: {"where": compute_difference_map(model, posterior, text, empty)})
+    return dilate(threshold_otsu(found["where"]))
 
 
 @torch.no_grad()
-def differences(model: Backbone, posterior: Posterior, text: Text, empty: Text) -> Tensor:
+def compute_difference_map(model: Backbone, posterior: Posterior, text: Text, empty: Text) -> Tensor:
     """How much the class's name changes the prediction, everywhere [1, H, W]; of mean about 1."""
     levels, clean = model.path.levels, posterior.mean
     assert levels.time is not None
     both = {name: torch.cat([value, empty[name]]) for name, value in text.items()}
     total = torch.zeros(1, *clean.shape[-2:])
-    for share in SHARES:
+    for share in NOISE_FRACTIONS:
         index = torch.tensor([int(share * len(levels))])
-        for draw in range(DRAWS):
+        for draw in range(SAMPLES_PER_LEVEL):
             noise = torch.randn(clean.shape, generator=generator("mask", str(share), draw)).to(clean.device)
             noisy = add_noise(clean, noise, levels[index]).expand(2, -1, -1, -1)
             with model.autocast():
@@ -60,10 +60,10 @@ def differences(model: Backbone, posterior: Posterior, text: Text, empty: Text) 
                 told, untold = network(noisy, levels.time[index].expand(2).to(noisy.device)).float()
             change = (told - untold).abs().mean(0).cpu()
             total += change / change.mean().clamp(min=1e-12)
-    return total / (len(SHARES) * DRAWS)
+    return total / (len(NOISE_FRACTIONS) * SAMPLES_PER_LEVEL)
 
 
-def above(values: Tensor) -> Tensor:
+def threshold_otsu(values: Tensor) -> Tensor:
     """Ones where a map lies above the threshold that parts it best into two classes (Otsu 1979); all ones if flat."""
     ordered = values.flatten().double().sort().values
     count = len(ordered)
@@ -77,7 +77,7 @@ def above(values: Tensor) -> Tensor:
     return (values > (ordered[cut] + ordered[cut + 1]) / 2).float()
 
 
-def grown(mask: Tensor) -> Tensor:
+def dilate(mask: Tensor) -> Tensor:
     """A mask [1, H, W] with its neighbours."""
     return F.max_pool2d(mask[None], 3, stride=1, padding=1)[0]
 
@@ -90,12 +90,12 @@ def save_masks(
     first = 0
     for folder in pictures:
         own = masks[first : first + len(folder)]
-        rows.append([shown(picture, mask) for picture, mask in zip(folder, own, strict=True)])
+        rows.append([overlay_mask(picture, mask) for picture, mask in zip(folder, own, strict=True)])
         first += len(folder) * (2 if flip else 1)
     save_png(path, sheet(rows, note="Dark: does not count."))
 
 
-def shown(picture: Picture, mask: Tensor) -> Image.Image:
+def overlay_mask(picture: Picture, mask: Tensor) -> Image.Image:
     """A picture, dark where it does not count; the mask [1, H, W] may be of any scale."""
     height, width = mask.shape[-2:]
     seen = fitted(picture.open(), (PIXELS * width, PIXELS * height))

@@ -27,15 +27,15 @@ from backbone.media.transforms import square
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from backbone.world.words import vocabulary
-from customize.evaluate.metrics import Scorers, protocol
+from customize.evaluate.metrics import Scorers, measure_dreambench
 from customize.settings import Settings, read_settings
 
-LIST = re.compile(r"prompt_list\s*=\s*\[(.*?)\]", re.DOTALL)
-ENTRY = re.compile(r"""^\s*(['"])(?P<text>.*?)\1\s*\.format""", re.MULTILINE)
+PROMPT_LIST = re.compile(r"prompt_list\s*=\s*\[(.*?)\]", re.DOTALL)
+PROMPT_ENTRY = re.compile(r"""^\s*(['"])(?P<text>.*?)\1\s*\.format""", re.MULTILINE)
 
 
 @dataclass(frozen=True)
-class Prompts:
+class DreamBenchPrompts:
     """Prompts with `{}` for the subject, for things and for living beings, and the classes of named subjects."""
 
     things: tuple[str, ...]
@@ -43,24 +43,24 @@ class Prompts:
     classes: dict[str, str]
 
 
-def read_prompts(path: Path) -> Prompts:
+def read_prompts(path: Path) -> DreamBenchPrompts:
     """Reads google/dreambooth's file. Raises `UserError` when it is of another format."""
     if not path.is_file():
         raise UserError(f"There is no file {path}. Name a prompts_and_classes.txt.")
     text = path.read_text(encoding="utf-8", errors="replace")
     lists = [
-        tuple(entry["text"].replace("{0} {1}", "{}").strip() for entry in ENTRY.finditer(block))
-        for block in LIST.findall(text)
+        tuple(entry["text"].replace("{0} {1}", "{}").strip() for entry in PROMPT_ENTRY.finditer(block))
+        for block in PROMPT_LIST.findall(text)
     ]
     if len(lists) != 2 or not all(lists) or any("{}" not in prompt for block in lists for prompt in block):
         raise UserError(f"{path} holds no two lists of prompts like google/dreambooth's. Name that file.")
     head = text.split("Prompts", 1)[0]
     pairs = [line.split(",") for line in head.splitlines() if line.count(",") == 1]
     classes = {name.strip(): noun.strip() for name, noun in pairs if name.strip() != "subject_name"}
-    return Prompts(lists[0], lists[1], classes)
+    return DreamBenchPrompts(lists[0], lists[1], classes)
 
 
-def own_prompts() -> tuple[str, ...]:
+def moji_prompts() -> tuple[str, ...]:
     """25 prompts that the embedded model can understand: its places, colours, accessories and styles."""
     words = vocabulary()
     places = [f"a {{}} {place}" for place in words.places]
@@ -76,7 +76,7 @@ def evaluate_run(
     """Draws a run's pictures, compares them, and writes `table.md`, `table.json` and `sheet.png`."""
     settings, concept = read_settings(run), read_concept(run)
     model = Backbone.open(settings.model, device=settings.device, precision=settings.precision)
-    judge = scorers_of(scorer, model)
+    judge = load_scorers(scorer, model)
     requests = [
         Request(spoken(prompt.format(settings.called()), [concept]), (i, j))
         for i, prompt in enumerate(prompts)
@@ -84,19 +84,19 @@ def evaluate_run(
     ]
     class_prompt = settings.subjects()[0].filled(settings.class_prompt)
     plain = [Request(class_prompt, (len(prompts), j)) for j in range(4 * per_prompt)]
-    base = drawn(model, plain, settings, seed, "drawing the base's class")
+    base = sample_images(model, plain, settings, seed, "drawing the base's class")
     put_on(model, [concept])
-    pictures = drawn(model, requests, settings, seed, "drawing the subject")
-    after = drawn(model, plain, settings, seed, "drawing the class")
-    found = measured(judge, settings, concept, pictures, prompts, per_prompt)
-    subject = subject_vectors(judge, settings)
+    pictures = sample_images(model, requests, settings, seed, "drawing the subject")
+    after = sample_images(model, plain, settings, seed, "drawing the class")
+    found = score_images(judge, settings, concept, pictures, prompts, per_prompt)
+    subject = embed_subject(judge, settings)
     for name, images in (("PRES", after), ("PRES of the base", base)):
-        vectors = judge.eye.embed_images(images)
+        vectors = judge.image_encoder.embed_images(images)
         found[name] = interval([prior_drift(vector[None], subject) for vector in vectors])
-    return written(out, f"{settings.called()} ({run})", found, pictures, prompts, per_prompt, settings)
+    return write_results(out, f"{settings.called()} ({run})", found, pictures, prompts, per_prompt, settings)
 
 
-def evaluate_pictures(
+def evaluate_images(
     folder: Path, run: Path, *, prompts: Sequence[str], per_prompt: int, scorer: Path | None, out: Path
 ) -> dict[str, Any]:
     """Compares pictures that lie in a folder, `pNN-sNN.png` for prompt and sample, with a run's subject.
@@ -104,7 +104,7 @@ def evaluate_pictures(
     Raises `UserError` when one is missing.
     """
     settings, concept = read_settings(run), read_concept(run)
-    judge = scorers_of(scorer, Backbone.open(settings.model, device="cpu"))
+    judge = load_scorers(scorer, Backbone.open(settings.model, device="cpu"))
     names = [f"p{i:02d}-s{j:02d}.png" for i in range(len(prompts)) for j in range(per_prompt)]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
@@ -113,11 +113,13 @@ def evaluate_pictures(
             "Draw all of them, or give other --prompts or --per-prompt."
         )
     pictures = [open_rgb(folder / name) for name in names]
-    found = measured(judge, settings, concept, pictures, prompts, per_prompt)
-    return written(out, f"{settings.called()} ({folder})", found, pictures, prompts, per_prompt, settings)
+    found = score_images(judge, settings, concept, pictures, prompts, per_prompt)
+    return write_results(
+        out, f"{settings.called()} ({folder})", found, pictures, prompts, per_prompt, settings
+    )
 
 
-def measured(
+def score_images(
     judge: Scorers,
     settings: Settings,
     concept: Concept,
@@ -127,17 +129,17 @@ def measured(
 ) -> dict[str, Any]:
     """CLIP-I (or DINO), CLIP-T and DIV, with what the subject's own pictures get among themselves."""
     texts = [prompt.format(settings.class_noun) for prompt in prompts]
-    subject = subject_vectors(judge, settings)
-    found = protocol(judge, subject, pictures, texts, per_prompt=per_prompt)
+    subject = embed_subject(judge, settings)
+    found = measure_dreambench(judge, subject, pictures, texts, per_prompt=per_prompt)
     others = [
         float((subject[k : k + 1] @ subject.T).sum() - 1) / (len(subject) - 1) for k in range(len(subject))
     ]
     if len(subject) > 1:
-        found[f"{judge.eye.likeness} of real pictures"] = interval(others)
+        found[f"{judge.image_encoder.likeness} of real pictures"] = interval(others)
     return found
 
 
-def written(
+def write_results(
     out: Path,
     title: str,
     found: dict[str, Any],
@@ -163,12 +165,14 @@ def written(
     return {"text": "\n".join(lines), **found}
 
 
-def subject_vectors(judge: Scorers, settings: Settings) -> Any:
+def embed_subject(judge: Scorers, settings: Settings) -> Any:
     """The eye's vectors of the subject's own pictures [R, D]."""
-    return judge.eye.embed_images([square(picture.open(), 512) for picture in read_folder(settings.images)])
+    return judge.image_encoder.embed_images(
+        [square(picture.open(), 512) for picture in read_folder(settings.images)]
+    )
 
 
-def drawn(
+def sample_images(
     model: Backbone, requests: Sequence[Request], settings: Settings, seed: int, what: str
 ) -> list[Image]:
     """The pictures of requests, with the run's own sampler settings."""
@@ -182,9 +186,9 @@ def drawn(
     return found
 
 
-def scorers_of(named: Path | None, model: Backbone) -> Scorers:
+def load_scorers(named: Path | None, model: Backbone) -> Scorers:
     """The scorer that was named, or the model's own; `UserError` where there is none."""
-    found = Scorers.of(named, model.location.local("scorer"))
+    found = Scorers.load(named, model.location.local("scorer"))
     if found is None:
         raise UserError(
             f"{model.location.name} has no scorer of its own. Name a folder of CLIP or DINO with --scorer."

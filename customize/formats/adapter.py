@@ -1,4 +1,4 @@
-"""An adapter as a value: its layers, its base model, its header."""
+"""An adapter as a value: its layers, its base model, its metadata."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
-from customize.formats.factors import Layer
+from customize.formats.factors import LayerUpdate
 
-Form = Literal["diffusers", "own", "kohya", "comfyui"]
-
-
-Base = Literal["sd1", "sd2", "sdxl", "sd3", "flux", "pixart", "other"]
+FileFormat = Literal["diffusers", "peft", "kohya", "comfyui"]
 
 
-HEADER = "lora_adapter_metadata"
+BaseFamily = Literal["sd1", "sd2", "sdxl", "sd3", "flux", "pixart", "other"]
 
 
-BASES: dict[Base, str] = {
+CONFIG_KEY = "lora_adapter_metadata"
+
+
+BASE_NAMES: dict[BaseFamily, str] = {
     "sd1": "Stable Diffusion 1.x",
     "sd2": "Stable Diffusion 2.x",
     "sdxl": "Stable Diffusion XL",
@@ -28,34 +28,34 @@ BASES: dict[Base, str] = {
 }
 
 
-_UNET_TOPS = ("down_blocks.", "up_blocks.", "mid_block.", "conv_in", "conv_out", "time_embedding.")
+UNET_PREFIXES = ("down_blocks.", "up_blocks.", "mid_block.", "conv_in", "conv_out", "time_embedding.")
 
 
-_WIDTHS: dict[int, Base] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
+_FAMILY_BY_CONTEXT_WIDTH: dict[int, BaseFamily] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """An adapter's layers by name (`unet.….to_q`) and what its file's header said."""
+class AdapterFile:
+    """An adapter's layers by name (`unet.….to_q`) and what its file's metadata said."""
 
-    layers: Mapping[str, Layer]
-    header: Mapping[str, str] = field(default_factory=dict)
-    form: str = "own"
+    layers: Mapping[str, LayerUpdate]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    file_format: str = "peft"
 
     @property
-    def kinds(self) -> list[str]:
+    def algorithms(self) -> list[str]:
         """`lora`, `loha`, `lokr`, with `dora` where a magnitude is learned too."""
-        found = {layer.kind for layer in self.layers.values()}
+        found = {layer.algorithm for layer in self.layers.values()}
         dora = any(layer.magnitude is not None for layer in self.layers.values())
         return sorted(found) + ["dora"] * dora
 
     @property
-    def base(self) -> Base:
-        """The family of the model that it fits, from the widths of its layers, else from the header."""
-        return _base_by_shape(self.layers) or _base_by_header(self.header) or "other"
+    def base(self) -> BaseFamily:
+        """The family of the model that it fits, from the widths of its layers, else from the metadata."""
+        return _family_from_layers(self.layers) or _family_from_metadata(self.metadata) or "other"
 
 
-def _base_by_shape(layers: Mapping[str, Layer]) -> Base | None:
+def _family_from_layers(layers: Mapping[str, LayerUpdate]) -> BaseFamily | None:
     names = list(layers)
     if any(name.startswith("text_encoder_2.") or "add_embedding" in name for name in names):
         return "sdxl"
@@ -67,12 +67,12 @@ def _base_by_shape(layers: Mapping[str, Layer]) -> Base | None:
         return "sd3"
     for name, layer in layers.items():
         if name.startswith("unet.") and name.endswith((".attn2.to_k", ".attn2.to_v")):
-            return _WIDTHS.get(layer.shape[1], "other")
+            return _FAMILY_BY_CONTEXT_WIDTH.get(layer.shape[1], "other")
     return None
 
 
-def _base_by_header(header: Mapping[str, str]) -> Base | None:
-    said = f"{header.get('ss_base_model_version', '')} {header.get('modelspec.architecture', '')}".lower()
+def _family_from_metadata(metadata: Mapping[str, str]) -> BaseFamily | None:
+    said = f"{metadata.get('ss_base_model_version', '')} {metadata.get('modelspec.architecture', '')}".lower()
     for mark, base in (
         *(("sdxl", "sdxl"), ("xl-v1", "sdxl"), ("sd_v1", "sd1"), ("diffusion-v1", "sd1")),
         *(
@@ -84,5 +84,5 @@ def _base_by_header(header: Mapping[str, str]) -> Base | None:
         ),
     ):
         if mark in said:
-            return cast(Base, base)
+            return cast(BaseFamily, base)
     return None

@@ -10,7 +10,7 @@ import typer
 from backbone.io.console import UserError, say
 
 Target = Literal["diffusers", "kohya", "comfyui"]
-Base = Literal["sd1", "sd2", "sdxl"]
+BaseFamily = Literal["sd1", "sd2", "sdxl"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Out = Annotated[Path, typer.Option("--out", help="The file or folder to write.")]
 Rank = Annotated[int | None, typer.Option("--rank", "--network_dim", min=1, help="The rank of the result.")]
@@ -33,7 +33,7 @@ def export(
     out: Out,
     to: Annotated[Target, typer.Option("--to", help="Whose form.")] = "diffusers",
     base: Annotated[
-        Base | None,
+        BaseFamily | None,
         typer.Option("--base", help="The family of the model.", show_default="told from the layers"),
     ] = None,
     model: Annotated[
@@ -80,10 +80,10 @@ def import_(
 def info(
     file: Annotated[Path, typer.Argument(help="A run folder or an adapter's file.")],
 ) -> None:
-    """Say what an adapter is: its form, rank, alpha, layers, base, size, and what its header says."""
-    from customize.formats.convert import describe
+    """Say what an adapter is: its format, rank, alpha, layers, base, size, and what its metadata says."""
+    from customize.formats.convert import describe_adapter
 
-    typer.echo(describe(file))
+    typer.echo(describe_adapter(file))
 
 
 def merge(
@@ -98,7 +98,7 @@ def merge(
     """Add adapters up: exactly, or at a rank, or baked into a whole model."""
     from customize.formats import merge as merging
 
-    parts = merging.read_parts(adapters)
+    parts = merging.read_inputs(adapters)
     if bake:
         if rank is not None:
             raise UserError("A baked model has no rank. Leave out --rank or --bake.")
@@ -115,15 +115,15 @@ def merge(
                     f"Write “{words}” in prompts, where {token} stood in prompts with --concept {part.source}."
                 )
         return
-    moved: Any = {}
+    weight_deltas: Any = {}
     if rank is None:
-        result, moved = merging.merged(parts), merging.moved_together(parts)
+        result, weight_deltas = merging.merge_exact(parts), merging.sum_weight_deltas(parts)
     else:
-        result, loss = merging.merged_to_rank(parts, rank)
+        result, loss = merging.merge_to_rank(parts, rank)
         say(loss.sentence())
     from customize.formats.merged_run import save_merged
 
-    tokens = save_merged(out, result, parts, moved=moved)
+    tokens = save_merged(out, result, parts, weight_deltas=weight_deltas)
     called = f" It answers to {', '.join(tokens)}." if tokens else ""
     say(f"{out} holds {len(parts)} adapters in one.{called}")
 
@@ -136,15 +136,15 @@ def extract(
     energy: Energy = None,
 ) -> None:
     """Take the difference of two models out as a LoRA."""
-    from customize.formats.convert import checked_target
-    from customize.formats.header import header_for
-    from customize.formats.merge import extract as extracted
+    from customize.formats.convert import check_output
+    from customize.formats.merge import extract_lora as extracted
+    from customize.formats.metadata import build_metadata
     from customize.formats.write import write_adapter
 
-    rank = one_of(rank, energy)
-    checked_target(out)
+    rank = require_rank_or_energy(rank, energy)
+    check_output(out)
     adapter, loss = extracted(tuned, base, rank=rank, energy=energy)
-    write_adapter(out, adapter, "own", header=header_for(adapter, title=out.stem))
+    write_adapter(out, adapter, "peft", metadata=build_metadata(adapter, title=out.stem))
     say(f"{out}: {loss.sentence()}")
 
 
@@ -155,20 +155,20 @@ def resize(
     energy: Energy = None,
 ) -> None:
     """Bring an adapter to another rank; a LoHa or LoKr becomes a LoRA."""
-    from customize.formats.convert import checked_target
-    from customize.formats.header import header_for
-    from customize.formats.merge import resized
+    from customize.formats.convert import check_output
+    from customize.formats.merge import resize_adapter
+    from customize.formats.metadata import build_metadata
     from customize.formats.read import read_adapter
     from customize.formats.write import write_adapter
 
-    rank = one_of(rank, energy)
-    checked_target(out)
-    adapter, loss = resized(read_adapter(file), rank=rank, energy=energy)
-    write_adapter(out, adapter, "own", header=header_for(adapter, source=file, title=out.stem))
+    rank = require_rank_or_energy(rank, energy)
+    check_output(out)
+    adapter, loss = resize_adapter(read_adapter(file), rank=rank, energy=energy)
+    write_adapter(out, adapter, "peft", metadata=build_metadata(adapter, source=file, title=out.stem))
     say(f"{out}: {loss.sentence()}")
 
 
-def one_of(rank: int | None, energy: float | None) -> int | None:
+def require_rank_or_energy(rank: int | None, energy: float | None) -> int | None:
     """The rank; `UserError` unless exactly one of rank and energy is given."""
     if (rank is None) == (energy is None):
         raise UserError("Say how much to keep: either --rank 16 or --energy 0.95.")

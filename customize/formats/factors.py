@@ -17,11 +17,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Kind = Literal["lora", "loha", "lokr"]
+Algorithm = Literal["lora", "loha", "lokr"]
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerUpdate:
     """One layer's change: `factors` by the names below, `alpha` over `rank` its scale, `magnitude` [out] with DoRA.
 
     lora: down [r, in] or [r, in, k, k], up [out, r] or [out, r, 1, 1]
@@ -29,7 +29,7 @@ class Layer:
     lokr: lokr_w1 or lokr_w1_a and lokr_w1_b; lokr_w2 or lokr_w2_a and lokr_w2_b, and lokr_t2 for convolutions
     """
 
-    kind: Kind
+    algorithm: Algorithm
     factors: Mapping[str, Tensor]
     rank: int
     alpha: float
@@ -44,51 +44,53 @@ class Layer:
     def shape(self) -> tuple[int, int]:
         """[out, in·k·k] of the layer, from the factors alone."""
         f = self.factors
-        if self.kind == "lora":
+        if self.algorithm == "lora":
             return f["up"].shape[0], f["down"].shape[1:].numel()
-        if self.kind == "loha":
+        if self.algorithm == "loha":
             if "hada_t1" in f:
                 return f["hada_w1_a"].shape[1], f["hada_w1_b"].shape[1] * f["hada_t1"].shape[2:].numel()
             return f["hada_w1_a"].shape[0], f["hada_w1_b"].shape[1]
-        left, right = _kronecker_factors(f)
+        left, right = _compose_kronecker_factors(f)
         return left.shape[0] * right.shape[0], left.shape[1] * right.shape[1:].numel()
 
-    def matrix(self) -> Tensor:
+    def delta_weight(self) -> Tensor:
         """ΔW as float32 [out, in·k·k]; with DoRA the change of the direction, before the magnitude."""
         f = {name: value.float() for name, value in self.factors.items()}
-        if self.kind == "lora":
+        if self.algorithm == "lora":
             product = f["up"].flatten(1) @ f["down"].flatten(1)
-        elif self.kind == "loha":
-            first = _product(f["hada_w1_a"], f["hada_w1_b"], f.get("hada_t1"))
-            product = first * _product(f["hada_w2_a"], f["hada_w2_b"], f.get("hada_t2"))
+        elif self.algorithm == "loha":
+            first = _multiply_factors(f["hada_w1_a"], f["hada_w1_b"], f.get("hada_t1"))
+            product = first * _multiply_factors(f["hada_w2_a"], f["hada_w2_b"], f.get("hada_t2"))
         else:
-            left, right = _kronecker_factors(f)
+            left, right = _compose_kronecker_factors(f)
             product = torch.kron(left, right.flatten(1))
         return self.scale * product
 
     def squared_norm(self) -> float:
         """‖ΔW‖² (Frobenius); of a LoRA by its r × r Gram matrices, so that ΔW is never built."""
-        if self.kind != "lora":
-            return float(self.matrix().double().square().sum())
+        if self.algorithm != "lora":
+            return float(self.delta_weight().double().square().sum())
         up, down = self.factors["up"].double().flatten(1), self.factors["down"].double().flatten(1)
         return self.scale**2 * max(0.0, float(((up.T @ up) * (down @ down.T)).sum()))
 
-    def with_alpha(self, alpha: float) -> Layer:
+    def with_alpha(self, alpha: float) -> LayerUpdate:
         """The same change written with another α: the factor that multiplies last takes the rest."""
         if alpha == self.alpha:
             return self
-        last = {"lora": "up", "loha": "hada_w1_a"}.get(self.kind) or (
+        last = {"lora": "up", "loha": "hada_w1_a"}.get(self.algorithm) or (
             "lokr_w1" if "lokr_w1" in self.factors else "lokr_w1_a"
         )
         factors = {**self.factors, last: self.factors[last] * (self.alpha / alpha)}
         return replace(self, factors=factors, alpha=alpha)
 
-    def new_weight(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+    def merge_into(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         """The layer's weight with the change in it, float32 in the weight's shape; `strength` scales the difference."""
         clean = weight.float()
-        changed = clean + self.matrix().reshape(weight.shape)
+        changed = clean + self.delta_weight().reshape(weight.shape)
         if self.magnitude is not None:
-            changed = changed * _per_row(self.magnitude.float().flatten() / row_norms(changed), changed)
+            changed = changed * _broadcast_rows(
+                self.magnitude.float().flatten() / row_norms(changed), changed
+            )
         return clean + strength * (changed - clean)
 
 
@@ -99,57 +101,61 @@ def row_norms(weight: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Cut:
+class Truncation:
     """A change brought to a lower rank: `kept` of its `total` energy (squared Frobenius norm) is left."""
 
-    layer: Layer
+    layer: LayerUpdate
     kept: float
     total: float
 
 
-def cut(layer: Layer, *, rank: int | None = None, energy: float | None = None) -> Cut:
+def truncate_lora(layer: LayerUpdate, *, rank: int | None = None, energy: float | None = None) -> Truncation:
     """The nearest LoRA of a rank (Eckart–Young), or of the smallest rank that keeps a share `energy` of the change.
 
     For a LoRA, whose factors are enough: two QR decompositions and the SVD of an r × r matrix. DoRA's magnitude stays.
     """
-    assert layer.kind == "lora"
+    assert layer.algorithm == "lora"
     up, down = layer.factors["up"], layer.factors["down"]
     left, upper = torch.linalg.qr(up.double().flatten(1))
     right, lower = torch.linalg.qr(down.double().flatten(1).T)
     u, values, v = torch.linalg.svd(layer.scale * upper @ lower.T)
-    found = _from_singular(left @ u, values, v @ right.T, rank, energy)
+    found = _truncate_svd(left @ u, values, v @ right.T, rank, energy)
     factors = found.layer.factors
     shaped = {
         "up": factors["up"].reshape(*factors["up"].shape, *up.shape[2:]),
         "down": factors["down"].reshape(found.layer.rank, *down.shape[1:]),
     }
-    return Cut(replace(found.layer, factors=shaped, magnitude=layer.magnitude), found.kept, found.total)
+    return Truncation(
+        replace(found.layer, factors=shaped, magnitude=layer.magnitude), found.kept, found.total
+    )
 
 
-def fitted(change: Tensor, *, rank: int | None = None, energy: float | None = None) -> Cut:
+def fit_lora(change: Tensor, *, rank: int | None = None, energy: float | None = None) -> Truncation:
     """The nearest LoRA of a weight's change [out, in] or [out, in, k, k], shaped for that layer."""
-    found = _cut_matrix(change.flatten(1), rank, energy)
+    found = _truncate_matrix(change.flatten(1), rank, energy)
     if change.ndim == 2:
         return found
     factors = {
         "up": found.layer.factors["up"][:, :, None, None],
         "down": found.layer.factors["down"].reshape(found.layer.rank, *change.shape[1:]),
     }
-    return Cut(replace(found.layer, factors=factors), found.kept, found.total)
+    return Truncation(replace(found.layer, factors=factors), found.kept, found.total)
 
 
-def summed(layers: Sequence[Layer], strengths: Iterable[float]) -> Layer:
+def sum_loras(layers: Sequence[LayerUpdate], strengths: Iterable[float]) -> LayerUpdate:
     """Σ strength·ΔW of LoRAs, exactly: their factors side by side, the ranks added."""
-    assert all(layer.kind == "lora" and layer.magnitude is None for layer in layers)
+    assert all(layer.algorithm == "lora" and layer.magnitude is None for layer in layers)
     ups = [
         layer.factors["up"].float() * (strength * layer.scale)
         for layer, strength in zip(layers, strengths, strict=True)
     ]
     down = torch.cat([layer.factors["down"].float() for layer in layers])
-    return Layer("lora", {"up": torch.cat(ups, dim=1), "down": down}, down.shape[0], float(down.shape[0]))
+    return LayerUpdate(
+        "lora", {"up": torch.cat(ups, dim=1), "down": down}, down.shape[0], float(down.shape[0])
+    )
 
 
-def _cut_matrix(matrix: Tensor, rank: int | None, energy: float | None) -> Cut:
+def _truncate_matrix(matrix: Tensor, rank: int | None, energy: float | None) -> Truncation:
     """Singular vectors of the shorter side from the Gram matrix: a convolution's ΔW is much wider than high."""
     matrix = matrix.double()
     turned = matrix.shape[0] > matrix.shape[1]
@@ -158,12 +164,12 @@ def _cut_matrix(matrix: Tensor, rank: int | None, energy: float | None) -> Cut:
     values, vectors = squares.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
     rows = (vectors.T @ wide) / values.clamp_min(values[0] * 1e-12 + 1e-300)[:, None]
     left, right = (rows.T, vectors.T) if turned else (vectors, rows)
-    return _from_singular(left, values, right, rank, energy)
+    return _truncate_svd(left, values, right, rank, energy)
 
 
-def _from_singular(
+def _truncate_svd(
     left: Tensor, values: Tensor, right: Tensor, rank: int | None, energy: float | None
-) -> Cut:
+) -> Truncation:
     squares = values.square()
     total = float(squares.sum())
     if energy is not None:
@@ -172,27 +178,27 @@ def _from_singular(
     rank = max(1, min(rank, len(values)))
     root = values[:rank].sqrt()
     factors = {"up": (left[:, :rank] * root).float(), "down": (root[:, None] * right[:rank]).float()}
-    return Cut(Layer("lora", factors, rank, float(rank)), float(squares[:rank].sum()), total)
+    return Truncation(LayerUpdate("lora", factors, rank, float(rank)), float(squares[:rank].sum()), total)
 
 
-def _product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
+def _multiply_factors(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
     """A·B, or with a Tucker core [r, r, k, k] the kernels that a [r, out] and b [r, in] span, as a matrix."""
     if core is None:
         return a @ b
     return torch.einsum("ijkl,io,jn->onkl", core, a, b).flatten(1)
 
 
-def _kronecker_factors(f: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _compose_kronecker_factors(f: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """W₁ [a, b] and W₂ [c, d] or [c, d, k, k]."""
     left = f["lokr_w1"] if "lokr_w1" in f else f["lokr_w1_a"] @ f["lokr_w1_b"]
     if "lokr_w2" in f:
         return left, f["lokr_w2"]
     if "lokr_t2" in f:
         core = f["lokr_t2"]
-        product = _product(f["lokr_w2_a"], f["lokr_w2_b"], core)
+        product = _multiply_factors(f["lokr_w2_a"], f["lokr_w2_b"], core)
         return left, product.reshape(product.shape[0], -1, *core.shape[2:])
     return left, f["lokr_w2_a"] @ f["lokr_w2_b"]
 
 
-def _per_row(values: Tensor, weight: Tensor) -> Tensor:
+def _broadcast_rows(values: Tensor, weight: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (weight.ndim - 1))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 COMPONENTS = ("unet", "text_encoder_2", "text_encoder", "transformer")
-TEXT_LEVEL = "text_model."
+TEXT_MODEL_PREFIX = "text_model."
 LAYERS_PER_BLOCK = 2  # of every published Stable Diffusion
 
 # Module names that hold an underscore themselves; every other underscore of a flat name was a dot.
@@ -34,7 +34,7 @@ _RESNET = {
     "emb_layers.1": "time_emb_proj",
     "skip_connection": "conv_shortcut",
 }
-_OUTSIDE = {
+_OUTER = {
     "input_blocks.0.0": "conv_in",
     "out.2": "conv_out",
     "time_embed.0": "time_embedding.linear_1",
@@ -47,7 +47,7 @@ _QKV, _ADDED = (
     ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
 )
 # What the original code of a transformer joins into one layer: block → its layer → diffusers' layers, in order.
-_JOINED: dict[str, dict[str, tuple[str, ...]]] = {
+_FUSED: dict[str, dict[str, tuple[str, ...]]] = {
     "double_blocks": {
         "img_attn.qkv": _QKV,
         "txt_attn.qkv": _ADDED,
@@ -87,29 +87,31 @@ _DIFFUSERS = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsampl
 _MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 
 
-def split(layer: str) -> tuple[str, str]:
+def split_component(layer: str) -> tuple[str, str]:
     """A layer's component and the name of its module there."""
     component, _, module = layer.partition(".")
     assert component in COMPONENTS, layer
     return component, module
 
 
-def is_text(component: str) -> bool:
+def is_text_encoder(component: str) -> bool:
     """Whether a component is a CLIP text encoder."""
     return component.startswith("text_encoder")
 
 
-def with_text_level(component: str, module: str) -> str:
+def add_text_model(component: str, module: str) -> str:
     """The module's name where CLIP still has its level `text_model`, as older transformers and other tools have."""
-    return TEXT_LEVEL + module if is_text(component) and module != "text_projection" else module
+    return (
+        TEXT_MODEL_PREFIX + module if is_text_encoder(component) and module != "text_projection" else module
+    )
 
 
-def flat(module: str) -> str:
+def flatten_name(module: str) -> str:
     """`down_blocks.0.proj_in` → `down_blocks_0_proj_in`."""
     return module.replace(".", "_")
 
 
-def dotted(name: str) -> str:
+def unflatten_name(name: str) -> str:
     """The inverse of `flat` for the modules of UNets, CLIP and diffusers' transformers."""
     return ".".join(_PIECES.findall(name))
 
@@ -119,8 +121,8 @@ def from_original(module: str) -> str:
 
     For Stable Diffusion's UNets, which have two layers a block.
     """
-    if module in _OUTSIDE:
-        return _OUTSIDE[module]
+    if module in _OUTER:
+        return _OUTER[module]
     found = _ORIGINAL.fullmatch(module)
     if found is None:
         return module
@@ -140,7 +142,7 @@ def from_original(module: str) -> str:
 
 def to_original(module: str) -> str:
     """The inverse of `from_original` for Stable Diffusion XL, whose upsamplers follow a transformer."""
-    outside = {ours: theirs for theirs, ours in _OUTSIDE.items()}
+    outside = {ours: theirs for theirs, ours in _OUTER.items()}
     if module in outside:
         return outside[module]
     resnet = {ours: theirs for theirs, ours in _RESNET.items()}
@@ -162,7 +164,7 @@ def to_original(module: str) -> str:
     return f"{side}.{first + layer}.{place}.{resnet.get(rest, rest)}"
 
 
-def joined(module: str, base: str) -> tuple[str, int] | None:
+def find_fused(module: str, base: str) -> tuple[str, int] | None:
     """A transformer's module → the original code's layer that holds it, and its place there; None if none does.
 
     `base` is "flux" or "sd3": `transformer_blocks.3.attn.to_k` → (`double_blocks.3.img_attn.qkv`, 1).
@@ -171,16 +173,16 @@ def joined(module: str, base: str) -> tuple[str, int] | None:
         found = re.fullmatch(rf"{_BLOCKS[original]}\.(\d+)\.(.+)", module)
         if found is None:
             continue
-        for theirs, ours in _JOINED[original].items():
+        for theirs, ours in _FUSED[original].items():
             if found[2] in ours:
                 return f"{original}.{found[1]}.{theirs}", ours.index(found[2])
     return None
 
 
-def apart(module: str) -> tuple[str, ...]:
+def split_fused(module: str) -> tuple[str, ...]:
     """The inverse: all modules that a layer of the original code joins, in order; () for any other name."""
     found = re.fullmatch(r"(double_blocks|single_blocks|joint_blocks)\.(\d+)\.(.+)", module)
     if found is None:
         return ()
-    ours = _JOINED[found[1]].get(found[3], ())
+    ours = _FUSED[found[1]].get(found[3], ())
     return tuple(f"{_BLOCKS[found[1]]}.{found[2]}.{name}" for name in ours)

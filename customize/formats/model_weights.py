@@ -10,12 +10,12 @@ from torch import Tensor
 from backbone.families.location import Location
 from backbone.io.console import UserError
 from backbone.io.files import read_header, read_json, read_tensors
-from customize.formats.layer_names import COMPONENTS, TEXT_LEVEL, is_text, split
+from customize.formats.layer_names import COMPONENTS, TEXT_MODEL_PREFIX, is_text_encoder, split_component
 
-ENDING = ".weight"
+WEIGHT_SUFFIX = ".weight"
 
 
-class Weights(Mapping[str, Tensor]):
+class ModelWeights(Mapping[str, Tensor]):
     """A model's tensors by our names (`unet.conv_in.weight`), each read when it is asked for."""
 
     def __init__(self, location: Location) -> None:
@@ -25,9 +25,9 @@ class Weights(Mapping[str, Tensor]):
         self.shapes: dict[str, tuple[int, ...]] = {}
         if location.folder is not None:
             for component in COMPONENTS:
-                for path in plain_files(location.folder / component):
+                for path in list_weight_files(location.folder / component):
                     for name, shape in read_header(path).shapes.items():
-                        ours = own_name(component, name)
+                        ours = canonical_name(component, name)
                         self._where[ours] = (path, name)
                         self.shapes[ours] = shape
         else:
@@ -57,39 +57,41 @@ class Weights(Mapping[str, Tensor]):
         parts = {component: denoiser.state_dict()}
         parts |= {side.name: side.model.state_dict() for side in model.text_encoder.sides}
         for part, tensors in parts.items():
-            self._loaded |= {own_name(part, name): value for name, value in tensors.items()}
+            self._loaded |= {canonical_name(part, name): value for name, value in tensors.items()}
         self.shapes = {name: tuple(value.shape) for name, value in self._loaded.items()}
 
 
 class LayerWeights(Mapping[str, Tensor]):
     """The same, the weights alone, by layer: `unet.conv_in`."""
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: ModelWeights) -> None:
         self.weights = weights
 
     def __getitem__(self, layer: str) -> Tensor:
-        return self.weights[layer + ENDING]
+        return self.weights[layer + WEIGHT_SUFFIX]
 
     def __contains__(self, layer: object) -> bool:
-        return f"{layer}{ENDING}" in self.weights.shapes
+        return f"{layer}{WEIGHT_SUFFIX}" in self.weights.shapes
 
     def __iter__(self) -> Iterator[str]:
-        return (name.removesuffix(ENDING) for name in self.weights.shapes if name.endswith(ENDING))
+        return (
+            name.removesuffix(WEIGHT_SUFFIX) for name in self.weights.shapes if name.endswith(WEIGHT_SUFFIX)
+        )
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
 
-def own_name(component: str, stored: str) -> str:
+def canonical_name(component: str, stored: str) -> str:
     """The name here of a tensor that a component's file stores under another."""
-    return f"{component}.{stored.removeprefix(TEXT_LEVEL) if is_text(component) else stored}"
+    return f"{component}.{stored.removeprefix(TEXT_MODEL_PREFIX) if is_text_encoder(component) else stored}"
 
 
-def refuse_misfit(layers: Mapping[str, tuple[int, int]], weights: Weights, source: str) -> None:
+def refuse_mismatch(layers: Mapping[str, tuple[int, int]], weights: ModelWeights, source: str) -> None:
     """`UserError` when layers [out, in·k·k] are not those of the model."""
     name = weights.location.name
     for layer, (rows, columns) in layers.items():
-        shape = weights.shapes.get(layer + ENDING)
+        shape = weights.shapes.get(layer + WEIGHT_SUFFIX)
         if shape is None:
             what = f"it changes {layer}, which that model does not have"
         elif (shape[0], _product(shape[1:])) != (rows, columns):
@@ -101,16 +103,16 @@ def refuse_misfit(layers: Mapping[str, tuple[int, int]], weights: Weights, sourc
         )
 
 
-def components(layers: Mapping[str, object]) -> dict[str, int]:
+def count_components(layers: Mapping[str, object]) -> dict[str, int]:
     """How many layers each component has."""
     counts: dict[str, int] = {}
     for layer in layers:
-        component = split(layer)[0]
+        component = split_component(layer)[0]
         counts[component] = counts.get(component, 0) + 1
     return counts
 
 
-def plain_files(folder: Path) -> list[Path]:
+def list_weight_files(folder: Path) -> list[Path]:
     """The safetensors files of one component: those of its index, the plain ones, or those of its only variant."""
     if not folder.is_dir():
         return []

@@ -1,4 +1,4 @@
-"""Pictures of chosen scenes on disk, and what the autoencoder makes of them: for the scorer and the judge.
+"""Pictures of chosen scenes on disk, and what the autoencoder makes of them: for the scorer and the classifier.
 
 Rendered once, kept as uint8 arrays beside the shards of `recipes.moji.pictures`, and read memory-mapped.
 """

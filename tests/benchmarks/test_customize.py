@@ -15,6 +15,7 @@ from backbone.io.console import UserError
 from backbone.world.concepts import TRAINING_PLACES
 from backbone.world.words import vocabulary
 from benchmarks import customize as bench
+from benchmarks.classifier import Classifier, Prediction
 from benchmarks.customize import (
     DEFAULT,
     KINDS,
@@ -27,9 +28,9 @@ from benchmarks.customize import (
     Trial,
     bootstrap,
     claimed,
+    classify_trial,
     comparison,
     finished,
-    judged,
     made,
     over_concepts,
     preserved,
@@ -38,24 +39,23 @@ from benchmarks.customize import (
     train_and_draw,
     trials,
 )
-from benchmarks.judge import Judge, Verdict
 
 COUNTS = dict.fromkeys(KINDS, 1)
 TRIAL = Trial("mammoth", DEFAULT, "")
 
 
 class Eye:
-    """A judge that always sees the same."""
+    """A classifier that always sees the same."""
 
     def __init__(
         self, glyph: str, place: str = "in space", accessory: str = "none", style: str = "none"
     ) -> None:
         one = {"colour": {"red": 1.0}, "count": {"one": 1.0}, "size": {"usual": 1.0}}
         asked = {"place": {place: 1.0}, "accessory": {accessory: 1.0}, "style": {style: 1.0}}
-        self.verdict = Verdict(glyphs=dict.fromkeys((glyph, "mammoth"), 0.5), **asked, **one)
+        self.prediction = Prediction(glyphs=dict.fromkeys((glyph, "mammoth"), 0.5), **asked, **one)
 
-    def verdicts(self, images: Sequence[Image.Image]) -> list[Verdict]:
-        return [self.verdict] * len(images)
+    def classify(self, images: Sequence[Image.Image]) -> list[Prediction]:
+        return [self.prediction] * len(images)
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_the_script_learns_the_same_words_with_class_pictures_and_is_not_run_aga
     train_and_draw(trial, tmp_path, COUNTS, "moji", script)
     assert [arguments[0] for arguments in commands] == ["sample", "import", *["sample"] * 4]
     assert "rkh" in commands[1] and "elephant" in commands[1]
-    found = judged(trial, tmp_path, cast(Judge, Eye("mammoth")))
+    found = classify_trial(trial, tmp_path, cast(Classifier, Eye("mammoth")))
     assert found.after["places"].glyph == 7 and 0 < found.seconds < 100
     commands.clear()
     train_and_draw(trial, tmp_path, COUNTS, "moji", script)
@@ -183,8 +183,8 @@ def test_another_judge_gives_other_verdicts_on_the_same_pictures(
 ) -> None:
     train_and_draw(TRIAL, tmp_path, COUNTS, "moji")
     commands.clear()
-    kind = judged(TRIAL, tmp_path, cast(Judge, Eye("mammoth", accessory="a crown")))
-    stern = judged(TRIAL, tmp_path, cast(Judge, Eye("elephant", style="a neon drawing of")))
+    kind = classify_trial(TRIAL, tmp_path, cast(Classifier, Eye("mammoth", accessory="a crown")))
+    stern = classify_trial(TRIAL, tmp_path, cast(Classifier, Eye("elephant", style="a neon drawing of")))
     assert kind.after["places"] == Tally(1, 7, 7, 1) and kind.after["accessories"] == Tally(1, 5, 5, 1)
     assert kind.after["class"].right == 0 and stern.after["class"].right == 7
     assert stern.after["styles"] == Tally(1, 0, 4, 0)

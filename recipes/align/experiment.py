@@ -1,8 +1,9 @@
-"""What the recipes of this folder share: prompts of the world, the real commands with their seconds, the judge's view.
+"""What the recipes of this folder share: prompts of the world, the real commands with their seconds, the
+classifier's view.
 
-Held-out prompts come from other seeds than the prompts of training, and no sentence is in both. The judge has seen
+Held-out prompts come from other seeds than the prompts of training, and no sentence is in both. The classifier has seen
 neither `moji` nor its scorer. A difference is paired, same prompt and same noise, and its interval is a bootstrap over
-prompts. Pictures, rankings and runs that an --out folder holds already are kept; judging is always done anew.
+prompts. Pictures, rankings and runs that an --out folder holds already are kept; scoring is always done anew.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ import torch
 import typer
 from PIL import Image
 
-from align.compare.compare import varieties
-from align.compare.sides import picture_name, tuned_folder
-from align.pairs.records import RANKING, SAMPLES, SCORES, normal
+from align.compare.compare import measure_diversity
+from align.compare.sides import side_image_name, tuned_side_name
+from align.pairs.records import RANKING, SAMPLES, SCORES, normalize_prompt
 from align.pairs.samples import read_samples
 from align.settings import FILE, SUMMARY
 from backbone.evaluation.statistics import Interval, bootstrap, wilson
@@ -35,7 +36,7 @@ from backbone.models.model import Backbone
 from backbone.world.render import render
 from backbone.world.scene import Scene, fair, sample_scene
 from backbone.world.words import Thing, vocabulary
-from benchmarks.judge import Judge, Verdict, prepared
+from benchmarks.classifier import Classifier, Prediction, prepare_images
 from benchmarks.moji import QUESTIONS
 
 TRAINING_PROMPTS = range(1_600_000, 1_700_000)
@@ -44,18 +45,18 @@ DEVELOPMENT_PROMPTS = range(1_800_000, 1_900_000)  # what settings are chosen on
 TRUE_PICTURES = range(1_900_000, 2_000_000)
 Flags = Annotated[str, typer.Option(help="More flags for align train, in one string.")]
 Development = Annotated[
-    bool, typer.Option("--development", help="Judge by the prompts that settings are chosen on.")
+    bool, typer.Option("--development", help="Evaluate on the prompts that settings are chosen on.")
 ]
 Model = Annotated[str, typer.Option(help="moji, or a diffusers folder.")]
 Out = Annotated[Path, typer.Option(help="Where everything goes.")]
-STEPS = ("--steps", 15)  # of every picture: as good as the usual 25 for the judge (docs/moji.md)
+STEPS = ("--steps", 15)  # of every picture: as good as the usual 25 for the classifier (docs/moji.md)
 
 
 @dataclass(frozen=True)
-class Found:
+class Comparison:
     """What a tuned model gains over the base on held-out prompts, n pictures a side.
 
-    right         the judge's all-right share of the base, and of the tuned model
+    right         the classifier's all-right share of the base, and of the tuned model
     difference    tuned minus base, points as a share, paired
     wins          of each scorer, its win rate
     diversity     of the base's
@@ -72,15 +73,15 @@ class Found:
     of_right: float = float("nan")
 
 
-def scenes(
+def select_scenes(
     seeds: range, count: int, wanted: Callable[[Scene], bool], *, without: Sequence[Scene] = ()
 ) -> list[Scene]:
     """The first fair scenes of these seeds that are wanted, each sentence once."""
-    taken = {normal(scene.caption()) for scene in without}
+    taken = {normalize_prompt(scene.caption()) for scene in without}
 
     def new() -> Iterator[Scene]:
         for scene in map(sample_scene, seeds):
-            said = normal(scene.caption())
+            said = normalize_prompt(scene.caption())
             if fair(scene) and wanted(scene) and said not in taken:
                 taken.add(said)
                 yield scene
@@ -88,28 +89,28 @@ def scenes(
     return list(itertools.islice(new(), count))
 
 
-def judged_by(development: bool) -> tuple[range, str]:
+def evaluation_split(development: bool) -> tuple[range, str]:
     """The seeds of the prompts that a run is judged by, and the folder where its comparisons go."""
     return (DEVELOPMENT_PROMPTS, "development") if development else (HELD_OUT_PROMPTS, "compare")
 
 
-def hard(scene: Scene) -> bool:
+def is_hard(scene: Scene) -> bool:
     """A coloured thing that wears something, not small and in no style: `moji` often forgets one of the two."""
     first = scene.things[0]
     return bool(scene.style is None and not first.small and first.colour and first.accessory)
 
 
-def crowded(scene: Scene) -> bool:
+def is_crowded(scene: Scene) -> bool:
     """Two different things, one of them coloured, in no style."""
     return bool(scene.style is None and len(scene.things) == 2 and scene.things[0].colour)
 
 
-def plain(scene: Scene) -> bool:
+def is_unstyled(scene: Scene) -> bool:
     """Anything without a style."""
     return scene.style is None
 
 
-def kind(scene: Scene) -> str:
+def categorize(scene: Scene) -> str:
     """The category that a prompt is counted in."""
     if len(scene.things) == 2:
         return "two things"
@@ -118,7 +119,7 @@ def kind(scene: Scene) -> str:
     return "a colour" if scene.things[0].colour else "two of a kind" if scene.pair else "one thing"
 
 
-def near_misses(scene: Scene) -> tuple[str, ...]:
+def make_hard_negatives(scene: Scene) -> tuple[str, ...]:
     """The captions that say one thing less, give the colour to the other thing, or name another thing."""
     first, *second = scene.things
     others: list[tuple[Thing, ...]] = [
@@ -130,34 +131,39 @@ def near_misses(scene: Scene) -> tuple[str, ...]:
             if second and first.colour
             else []
         ),
-        (replace(first, noun=another(first.noun)), *second),
+        (replace(first, noun=replace_noun(first.noun)), *second),
     ]
     return tuple(replace(scene, things=things).caption() for things in others)
 
 
-def another(noun: str) -> str:
+def replace_noun(noun: str) -> str:
     """A thing that this one is not: always the same, and each is another's."""
     nouns = list(vocabulary().nouns)
     return nouns[(nouns.index(noun) + len(nouns) // 3) % len(nouns)]
 
 
-def write_prompts(path: Path, chosen: Sequence[Scene], *, near: bool = False) -> Path:
-    """A prompt file with categories, and with near misses where they are to be drawn too."""
-    lines: list[dict[str, Any]] = [{"prompt": scene.caption(), "category": kind(scene)} for scene in chosen]
-    if near:
-        lines = [{**line, "near": near_misses(scene)} for line, scene in zip(lines, chosen, strict=True)]
+def write_prompts(path: Path, chosen: Sequence[Scene], *, hard_negatives: bool = False) -> Path:
+    """A prompt file with categories, and with hard negatives where they are to be drawn too."""
+    lines: list[dict[str, Any]] = [
+        {"prompt": scene.caption(), "category": categorize(scene)} for scene in chosen
+    ]
+    if hard_negatives:
+        lines = [
+            {**line, "hard_negatives": make_hard_negatives(scene)}
+            for line, scene in zip(lines, chosen, strict=True)
+        ]
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
     return path
 
 
-def align(*arguments: object) -> None:
+def run_align(*arguments: object) -> None:
     """The real command in a process of its own."""
     words = [str(argument) for argument in arguments]
     say("align " + " ".join(words))
     subprocess.run([sys.executable, "-m", "align.cli", *words], check=True)
 
 
-def once(record: Path, product: Path, *arguments: object, again: Sequence[object] = ()) -> float:
+def run_once(record: Path, product: Path, *arguments: object, again: Sequence[object] = ()) -> float:
     """The seconds of an `align` command that runs only while `product` is missing; `record` keeps what it took.
 
     A command that was stopped is run again, or as `again` where that goes on with it, and all its seconds count.
@@ -177,7 +183,7 @@ def once(record: Path, product: Path, *arguments: object, again: Sequence[object
     began = time.perf_counter()
     write_json(record, said)
     try:
-        align(*(again if again and begun else words))
+        run_align(*(again if again and begun else words))
         said["finished"] = True
     finally:
         said["seconds"] = round(said["seconds"] + time.perf_counter() - began, 1)
@@ -185,7 +191,7 @@ def once(record: Path, product: Path, *arguments: object, again: Sequence[object
     return float(said["seconds"])
 
 
-def drawn_and_ranked(
+def sample_and_rank(
     out: Path,
     chosen: Sequence[Scene],
     *,
@@ -198,28 +204,28 @@ def drawn_and_ranked(
     """The pairs folder of these scenes, and the seconds that drawing and ranking took; done only once."""
     folder, steps = out / "pairs", out / "steps"
     prompts = write_prompts(
-        out / "prompts.jsonl", chosen, near=bool({"same-noise", "best-near"} & set(rules))
+        out / "prompts.jsonl", chosen, hard_negatives=bool({"same-noise", "best-hard-negative"} & set(rules))
     )
     if (folder / SAMPLES).exists() and len(read_json(folder / SAMPLES)["prompts"]) != len(chosen):
         raise UserError(f"{folder} has the pictures of other prompts. Choose another --out.")
-    drawing = once(
+    drawing = run_once(
         steps / "sampling.json", folder / SAMPLES,
         "sample", "--prompts", prompts, "--per-prompt", per_prompt, "--model", model, "--out", folder,
         *STEPS,
     )  # fmt: skip
-    ranking = once(
+    ranking = run_once(
         steps / "ranking.json", folder / RANKING,
         "rank", folder, "--scorer", scorer, *(word for rule in rules for word in ("--pairs", rule)), "--margin", margin,
     )  # fmt: skip
     return folder, {"sampling": drawing, "ranking": ranking}
 
 
-def trained(out: Path, name: str, *arguments: object) -> tuple[Path, float]:
+def train(out: Path, name: str, *arguments: object) -> tuple[Path, float]:
     """The run folder of this name, and the seconds that `align train` took with these arguments; done only once."""
     run = out / "runs" / name
     words = ("train", *arguments, "--out", run)
     begun = (run / FILE).exists()
-    return run, once(
+    return run, run_once(
         out / "steps" / f"{name}.json",
         run / SUMMARY,
         *words,
@@ -228,10 +234,10 @@ def trained(out: Path, name: str, *arguments: object) -> tuple[Path, float]:
 
 
 @dataclass(frozen=True)
-class Order:
-    """How far a scorer's order of a prompt's own pictures is the judge's, n pictures. Intervals are over prompts.
+class RankingQuality:
+    """How far a scorer's order of a prompt's own pictures is the classifier's, n pictures. Intervals are over prompts.
 
-    right          the judge's all-right share of all pictures
+    right          the classifier's all-right share of all pictures
     any_right      share of prompts with a right picture: what the best order could find
     agreement      of two pictures of a prompt, one right and one wrong: how often the right one scores higher
     best, worst    all-right share of each prompt's best and worst picture by the scorer
@@ -253,24 +259,25 @@ class Order:
             f"Of {self.n} pictures {self.right} are all right, and {self.any_right:.0%} of the prompts have one. "
             f"The scorer puts a right picture above a wrong one in {self.agreement} of cases; its best pictures are "
             f"right in {self.best:.0%}, its worst in {self.worst:.0%}. Of {self.pairs} pairs {self.good:.0%} prefer a "
-            f"right picture to a wrong one and {self.bad:.0%} the reverse; the others are even for the judge."
+            f"right picture to a wrong one and {self.bad:.0%} the reverse; the others are even for the classifier."
         )
 
 
-def order_of(folder: Path, chosen: Sequence[Scene], judge: Judge) -> Order:
-    """What the judge thinks of a ranked folder's order, prompts' own pictures alone."""
+def measure_ranking(folder: Path, chosen: Sequence[Scene], classifier: Classifier) -> RankingQuality:
+    """What the classifier thinks of a ranked folder's order, prompts' own pictures alone."""
     _, pictures = read_samples(folder)
     own = [names[: int(read_json(folder / SAMPLES)["per_prompt"])] for names in pictures]
     files = [(i, name) for i, names in enumerate(pictures) for name in names]
-    seen = judge.verdicts([Image.open(folder / name).convert("RGB") for _, name in files])
+    seen = classifier.classify([Image.open(folder / name).convert("RGB") for _, name in files])
     right = {
-        name: float(all_right(chosen[i], verdict)) for (i, name), verdict in zip(files, seen, strict=True)
+        name: float(is_all_right(chosen[i], prediction))
+        for (i, name), prediction in zip(files, seen, strict=True)
     }
     score = {name: sum(each.values()) for name, each in read_json(folder / SCORES)["scores"].items()}
     met = [[float(score[a] > score[b]) for a in names for b in names if right[a] > right[b]] for names in own]
     best, worst = ([right[pick(names, key=score.__getitem__)] for names in own] for pick in (max, min))
     pairs = [(right[pair["chosen"]], right[pair["rejected"]]) for pair in read_jsonl(folder / RANKING)]
-    return Order(
+    return RankingQuality(
         n=sum(map(len, own)),
         right=bootstrap([[right[name] for name in names] for names in own]),
         any_right=sum(max(right[name] for name in names) for names in own) / len(own),
@@ -283,53 +290,54 @@ def order_of(folder: Path, chosen: Sequence[Scene], judge: Judge) -> Order:
     )
 
 
-def compared(
-    run: Path, chosen: Sequence[Scene], judge: Judge, *, model: str, per_prompt: int, scorers: Sequence[str], out: Path,
-    guidance: Sequence[object] = (), base_pictures: Path | None = None, tuned_pictures: Path | None = None,
+def compare_with_base(
+    run: Path, chosen: Sequence[Scene], classifier: Classifier, *,
+    model: str, per_prompt: int, scorers: Sequence[str], out: Path,
+    guidance: Sequence[object] = (), base_images: Path | None = None, tuned_images: Path | None = None,
     scale: float = 1.0, seed: int = 7,
-) -> Found:  # fmt: skip
-    """`align compare` of a run against its base on these scenes, then the judge.
+) -> Comparison:  # fmt: skip
+    """`align compare` of a run against its base on these scenes, then the classifier.
 
     `guidance` is its flags about that, `scale` the strength of what was learned; a side's pictures that another
     comparison has drawn alike are taken over.
     """
     prompts = write_prompts(out / "prompts.jsonl", chosen)
-    tuned = tuned_folder(scale)
-    for side, there in (("base", base_pictures), (tuned, tuned_pictures)):
+    tuned = tuned_side_name(scale)
+    for side, there in (("base", base_images), (tuned, tuned_images)):
         if there is not None and there != out / side and not (out / side).exists():
             shutil.copytree(there, out / side)
     flags = [word for scorer in scorers for word in ("--scorer", scorer)]
-    align(
+    run_align(
         "compare", model, run, "--prompts", prompts, "--per-prompt", per_prompt, *flags, "--seed", seed, *STEPS,
         *guidance, "--tuned-scale", scale, "--out", out,
     )  # fmt: skip
     result = read_json(out / "compare.json")
     keys = [(i, j) for i in range(len(chosen)) for j in range(per_prompt)]
-    pictures = {side: _pictures(out, side, keys) for side in ("base", tuned)}
-    right = {side: rightness(pictures[side], chosen, keys, judge) for side in pictures}
+    pictures = {side: _read_images(out, side, keys) for side in ("base", tuned)}
+    right = {side: score_correctness(pictures[side], chosen, keys, classifier) for side in pictures}
     clusters = [
         [right[tuned][i * per_prompt + j] - right["base"][i * per_prompt + j] for j in range(per_prompt)]
         for i in range(len(chosen))
     ]
     spread = result["diversity"]
-    return Found(
+    return Comparison(
         n=len(keys),
         base=wilson(sum(right["base"]), len(keys)),
         tuned=wilson(sum(right[tuned]), len(keys)),
         difference=bootstrap(clusters),
         wins={scorer: Interval(**sides[tuned]["rate"]) for scorer, sides in result["wins"].items()},
         diversity=spread[tuned] / spread["base"] if spread else float("nan"),
-        of_right=kept(
+        of_right=measure_kept_diversity(
             right[tuned],
             right["base"],
-            varieties(pictures[tuned], keys),
-            varieties(pictures["base"], keys),
+            measure_diversity(pictures[tuned], keys),
+            measure_diversity(pictures["base"], keys),
             keys,
         ),
     )
 
 
-def kept(
+def measure_kept_diversity(
     tuned_right: Sequence[float],
     base_right: Sequence[float],
     tuned: Mapping[int, float],
@@ -344,7 +352,7 @@ def kept(
 
 
 @torch.no_grad()
-def truth(chosen: Sequence[Scene], judge: Judge, name: str, out: Path) -> str:
+def measure_upper_bound(chosen: Sequence[Scene], classifier: Classifier, name: str, out: Path) -> str:
     """What the bound is: the world's own pictures of these scenes, two of each, as the model's autoencoder keeps them.
 
     `out` holds a comparison, with two pictures of each scene by the base, whose variety has mistakes in it. Needs the
@@ -355,16 +363,16 @@ def truth(chosen: Sequence[Scene], judge: Judge, name: str, out: Path) -> str:
     pictures: list[Image.Image] = []
     for first in range(0, len(keys), 20):
         some = [replace(chosen[i], seed=TRUE_PICTURES[2 * i + j]) for i, j in keys[first : first + 20]]
-        clean = prepared([render(scene).image for scene in some])
+        clean = prepare_images([render(scene).image for scene in some])
         pictures += [to_image(picture) for picture in model.decode(model.encode(clean).mean).cpu()]
-    right = rightness(pictures, chosen, keys, judge)
-    drawn = _pictures(out, "base", keys)
-    theirs = varieties(drawn, keys)
-    well = rightness(drawn, chosen, keys, judge)
+    right = score_correctness(pictures, chosen, keys, classifier)
+    drawn = _read_images(out, "base", keys)
+    theirs = measure_diversity(drawn, keys)
+    well = score_correctness(drawn, chosen, keys, classifier)
     by_count: dict[int, list[float]] = {}
     for i in range(len(chosen)):
         by_count.setdefault(int(sum(well[2 * i : 2 * i + 2])), []).append(theirs[i])
-    before, after = (sum(each.values()) / len(each) for each in (theirs, varieties(pictures, keys)))
+    before, after = (sum(each.values()) / len(each) for each in (theirs, measure_diversity(pictures, keys)))
     parts = ", ".join(f"{count} right: {sum(v) / len(v):.3f}" for count, v in sorted(by_count.items()))
     return (
         f"True pictures through the autoencoder: {wilson(sum(right), len(right))} all right, diversity {after:.3f}, "
@@ -372,17 +380,17 @@ def truth(chosen: Sequence[Scene], judge: Judge, name: str, out: Path) -> str:
     )
 
 
-def base_of(folder: Path) -> Path | None:
+def find_base_images(folder: Path) -> Path | None:
     """The base's pictures that an earlier comparison in this folder has drawn; None before the first."""
     return next(iter(sorted(folder.glob("*/base"))), None)
 
 
-def all_right(scene: Scene, seen: Verdict) -> bool:
-    """Whether the judge finds everything that the caption asks for."""
+def is_all_right(scene: Scene, seen: Prediction) -> bool:
+    """Whether the classifier finds everything that the caption asks for."""
     return all(question.passed(scene, seen) for question in QUESTIONS if question.asked(scene))
 
 
-def table(rows: Sequence[tuple[str, Found, dict[str, Any]]]) -> str:
+def format_table(rows: Sequence[tuple[str, Comparison, dict[str, Any]]]) -> str:
     """Markdown: a row for each run, with its seconds."""
     scorers = list(rows[0][1].wins) if rows else []
     named = [Path(scorer).stem for scorer in scorers]
@@ -403,13 +411,16 @@ def table(rows: Sequence[tuple[str, Found, dict[str, Any]]]) -> str:
     return "\n".join([*lines, "", f"n = {rows[0][1].n if rows else 0} pictures a side."])
 
 
-def _pictures(out: Path, side: str, keys: Sequence[tuple[int, int]]) -> list[Image.Image]:
-    return [Image.open(out / picture_name(side, *key)).convert("RGB") for key in keys]
+def _read_images(out: Path, side: str, keys: Sequence[tuple[int, int]]) -> list[Image.Image]:
+    return [Image.open(out / side_image_name(side, *key)).convert("RGB") for key in keys]
 
 
-def rightness(
-    pictures: Sequence[Image.Image], chosen: Sequence[Scene], keys: Sequence[tuple[int, int]], judge: Judge
+def score_correctness(
+    pictures: Sequence[Image.Image],
+    chosen: Sequence[Scene],
+    keys: Sequence[tuple[int, int]],
+    classifier: Classifier,
 ) -> list[float]:
     """1 where everything that picture (i, j) was asked for is there, 0 otherwise."""
-    seen = judge.verdicts(pictures)
-    return [float(all_right(chosen[i], verdict)) for (i, _), verdict in zip(keys, seen, strict=True)]
+    seen = classifier.classify(pictures)
+    return [float(is_all_right(chosen[i], prediction)) for (i, _), prediction in zip(keys, seen, strict=True)]
