@@ -1,4 +1,4 @@
-"""`customize sample`: prompts and concepts to a folder of pictures."""
+"""`customize sample`: sample images of prompts, with concepts applied, into a folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from backbone.media.sheet import Cell, in_rows, save_png, sheet
 from backbone.models.model import Backbone
 from backbone.models.sample import ALL_STEPS, Request, Sampler, refuse_no_share, sample, share_said
 
-BATCH_SIZE = 8  # pictures drawn together
+BATCH_SIZE = 8  # images sampled together
 
 
 def sample_to_folder(
@@ -39,26 +39,29 @@ def sample_to_folder(
     precision: str = "auto",
     device: str = "auto",
 ) -> Path:
-    """Writes `p00-s00.png` … (prompt number, sample number), `samples.json` and `sheet.png`; gives the sheet's path.
+    """Write `p00-s00.png` … (prompt number, sample number), `samples.json` and `sheet.png`; returns the sheet's path.
 
-    Raises `UserError` for a token that no concept owns, or a concept of another model, before any weights load.
+    Image (i, j) depends on the seed, i and j alone, and several processes share the work. Raises `UserError`, before
+    any weights load, for a token that no concept has, or a concept of another model.
     """
     refuse_no_share(guided)
     name = model or (concepts[0].model if concepts else "moji")
     processes.join(device)
-    said = [spoken(prompt, concepts) for prompt in prompts]
-    avoided = spoken(negative, concepts)
+    expanded = [spoken(prompt, concepts) for prompt in prompts]
+    expanded_negative = spoken(negative, concepts)
     backbone = Backbone.open(name, device=device, precision=precision)
     put_on(backbone, concepts, scale=scale)
     steps = steps or int(backbone.defaults["steps"])
     guidance = float(backbone.defaults["guidance"]) if guidance is None else guidance
-    requests = [Request(prompt, (i, j), avoided) for i, prompt in enumerate(said) for j in range(count)]
+    requests = [
+        Request(prompt, (i, j), expanded_negative) for i, prompt in enumerate(expanded) for j in range(count)
+    ]
     began = time.perf_counter()
-    own = processes.spread(requests, batch=BATCH_SIZE)
-    with progress(len(own), "drawing") as bar:
-        drawn = sample(
+    share = processes.spread(requests, batch=BATCH_SIZE)  # this process's part of the requests
+    with progress(len(share), "drawing") as bar:
+        images = sample(
             backbone,
-            own,
+            share,
             steps=steps,
             guidance=guidance,
             seed=seed,
@@ -66,14 +69,14 @@ def sample_to_folder(
             batch=BATCH_SIZE,
             guided=guided,
         )
-        for request, picture in zip(own, drawn, strict=True):
+        for request, image in zip(share, images, strict=True):
             i, j = request.key
             text = {"prompt": prompts[i], "seed": str(seed), "sample": str(j)}
-            save_png(out / image_name(request), picture, text=text)
+            save_png(out / image_name(request), image, text=text)
             bar.advance(images=1)
     processes.barrier()  # now all pictures are there
     if processes.is_writer():
-        facts = {
+        record = {
             "model": name,
             "concepts": described(concepts),
             "steps": steps,
@@ -87,7 +90,7 @@ def sample_to_folder(
             "versions": versions(),
         }
         note = f"{name}, {steps} steps, guidance {guidance:g}{share_said(guided)}, seed {seed}"
-        write_index(out, requests, prompts, facts, note=note, columns=count if count > 1 else 4)
+        write_index(out, requests, prompts, record, note=note, columns=count if count > 1 else 4)
     processes.leave()
     return out / "sheet.png"
 
@@ -96,13 +99,13 @@ def write_index(
     out: Path,
     requests: Sequence[Request],
     prompts: Sequence[str],
-    facts: Mapping[str, Any],
+    record: Mapping[str, Any],
     *,
     note: str,
     columns: int,
 ) -> None:
-    """Writes `samples.json` and, from the pictures in the folder, `sheet.png`."""
-    records = [
+    """Write `samples.json` (the `record` and a list of the images) and a `sheet.png` of the images in the folder."""
+    entries = [
         {
             "file": image_name(request),
             "prompt": prompts[request.key[0]],
@@ -111,15 +114,15 @@ def write_index(
         }
         for request in requests
     ]
-    write_json(out / "samples.json", {**facts, "pictures": records})
+    write_json(out / "samples.json", {**record, "pictures": entries})
     cells = []
     for request in requests:
-        with Image.open(out / image_name(request)) as picture:
-            cells.append(Cell(picture.convert("RGB"), prompts[request.key[0]]))
+        with Image.open(out / image_name(request)) as image:
+            cells.append(Cell(image.convert("RGB"), prompts[request.key[0]]))
     save_png(out / "sheet.png", sheet(in_rows(cells, columns), note=note))
 
 
 def image_name(request: Request) -> str:
-    """The file of a picture: `p00-s00.png`."""
+    """File name of a request's image: `p00-s00.png`."""
     i, j = request.key
     return f"p{i:02d}-s{j:02d}.png"

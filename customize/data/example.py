@@ -1,4 +1,4 @@
-"""The packaged example: five pictures of one particular dog, which `moji` has never seen."""
+"""The packaged example: five images of one particular dog, which `moji` has never seen."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ EXAMPLE_FOLDER = Path(__file__).parents[1] / "examples" / "dog"
 
 
 def write_example(folder: Path) -> list[Path]:
-    """Writes the pictures into a folder that is new, empty, or already holds them; gives their paths."""
+    """Copy the images into a folder that is new, empty, or already holds them; returns their paths."""
     sources = sorted(EXAMPLE_FOLDER.glob("*.png"))
     names = {source.name for source in sources}
     if not folder.is_dir() or {path.name for path in folder.iterdir()} - names:

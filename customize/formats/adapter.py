@@ -1,22 +1,16 @@
-"""An adapter as a value: its layers, its base model, its metadata."""
+"""An adapter read from a file: the weight update of each layer, the base model it fits, the file's metadata."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal
 
 from customize.formats.factors import LayerUpdate
 
 FileFormat = Literal["diffusers", "peft", "kohya", "comfyui"]
-
-
 BaseFamily = Literal["sd1", "sd2", "sdxl", "sd3", "flux", "pixart", "other"]
-
-
-CONFIG_KEY = "lora_adapter_metadata"
-
-
+CONFIG_KEY = "lora_adapter_metadata"  # diffusers' metadata entry for the peft configuration, as JSON
 BASE_NAMES: dict[BaseFamily, str] = {
     "sd1": "Stable Diffusion 1.x",
     "sd2": "Stable Diffusion 2.x",
@@ -24,19 +18,29 @@ BASE_NAMES: dict[BaseFamily, str] = {
     "sd3": "Stable Diffusion 3",
     "flux": "FLUX",
     "pixart": "PixArt",
-    "other": "a model of another build",
+    "other": "another architecture",
 }
-
-
-UNET_PREFIXES = ("down_blocks.", "up_blocks.", "mid_block.", "conv_in", "conv_out", "time_embedding.")
-
-
+# Width of the text states [B, T, width] that a UNet's cross-attention takes.
 _FAMILY_BY_CONTEXT_WIDTH: dict[int, BaseFamily] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
+
+
+# What kohya's and ModelSpec's version strings contain; the first match counts.
+_FAMILY_BY_SUBSTRING: tuple[tuple[str, BaseFamily], ...] = (
+    ("sdxl", "sdxl"),
+    ("xl-v1", "sdxl"),
+    ("sd_v1", "sd1"),
+    ("diffusion-v1", "sd1"),
+    ("sd_v2", "sd2"),
+    ("diffusion-v2", "sd2"),
+    ("sd3", "sd3"),
+    ("diffusion-3", "sd3"),
+    ("flux", "flux"),
+)
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter's layers by name (`unet.….to_q`) and what its file's metadata said."""
+    """Layer name (`unet.….to_q`) → weight update, the file's metadata, and a description of its format."""
 
     layers: Mapping[str, LayerUpdate]
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -44,14 +48,14 @@ class AdapterFile:
 
     @property
     def algorithms(self) -> list[str]:
-        """`lora`, `loha`, `lokr`, with `dora` where a magnitude is learned too."""
-        found = {layer.algorithm for layer in self.layers.values()}
-        dora = any(layer.magnitude is not None for layer in self.layers.values())
-        return sorted(found) + ["dora"] * dora
+        """Which of `lora`, `loha`, `lokr` the layers use, sorted; `dora` last where a magnitude is learned."""
+        algorithms = {layer.algorithm for layer in self.layers.values()}
+        has_dora = any(layer.magnitude is not None for layer in self.layers.values())
+        return sorted(algorithms) + ["dora"] * has_dora
 
     @property
     def base(self) -> BaseFamily:
-        """The family of the model that it fits, from the widths of its layers, else from the metadata."""
+        """Family of the base model: from layer names and widths, else from the metadata, else `other`."""
         return _family_from_layers(self.layers) or _family_from_metadata(self.metadata) or "other"
 
 
@@ -72,17 +76,5 @@ def _family_from_layers(layers: Mapping[str, LayerUpdate]) -> BaseFamily | None:
 
 
 def _family_from_metadata(metadata: Mapping[str, str]) -> BaseFamily | None:
-    said = f"{metadata.get('ss_base_model_version', '')} {metadata.get('modelspec.architecture', '')}".lower()
-    for mark, base in (
-        *(("sdxl", "sdxl"), ("xl-v1", "sdxl"), ("sd_v1", "sd1"), ("diffusion-v1", "sd1")),
-        *(
-            ("sd_v2", "sd2"),
-            ("diffusion-v2", "sd2"),
-            ("sd3", "sd3"),
-            ("diffusion-3", "sd3"),
-            ("flux", "flux"),
-        ),
-    ):
-        if mark in said:
-            return cast(BaseFamily, base)
-    return None
+    text = f"{metadata.get('ss_base_model_version', '')} {metadata.get('modelspec.architecture', '')}".lower()
+    return next((family for substring, family in _FAMILY_BY_SUBSTRING if substring in text), None)

@@ -105,9 +105,9 @@ def merge(
         place = model or next((part.concept.model for part in parts if part.concept is not None), None)
         if place is None:
             raise UserError("None of these files says which model it is for. Name one with --model.")
-        from customize.formats.bake import bake as baked
+        from customize.formats.bake import bake as bake_into_model
 
-        changed = baked(parts, place, out)
+        changed = bake_into_model(parts, place, out)
         say(f"{out} is {place} with {changed} tensors changed.")
         for part in parts:
             for token, words in part.concept.tokens.items() if part.concept is not None else ():
@@ -119,8 +119,8 @@ def merge(
     if rank is None:
         result, weight_deltas = merging.merge_exact(parts), merging.sum_weight_deltas(parts)
     else:
-        result, loss = merging.merge_to_rank(parts, rank)
-        say(loss.sentence())
+        result, reduction = merging.merge_to_rank(parts, rank)
+        say(str(reduction))
     from customize.formats.merged_run import save_merged
 
     tokens = save_merged(out, result, parts, weight_deltas=weight_deltas)
@@ -137,15 +137,15 @@ def extract(
 ) -> None:
     """Take the difference of two models out as a LoRA."""
     from customize.formats.convert import check_output
-    from customize.formats.merge import extract_lora as extracted
+    from customize.formats.merge import extract_lora
     from customize.formats.metadata import build_metadata
     from customize.formats.write import write_adapter
 
     rank = require_rank_or_energy(rank, energy)
     check_output(out)
-    adapter, loss = extracted(tuned, base, rank=rank, energy=energy)
+    adapter, reduction = extract_lora(tuned, base, rank=rank, energy=energy)
     write_adapter(out, adapter, "peft", metadata=build_metadata(adapter, title=out.stem))
-    say(f"{out}: {loss.sentence()}")
+    say(f"{out}: {reduction}")
 
 
 def resize(
@@ -163,9 +163,9 @@ def resize(
 
     rank = require_rank_or_energy(rank, energy)
     check_output(out)
-    adapter, loss = resize_adapter(read_adapter(file), rank=rank, energy=energy)
+    adapter, reduction = resize_adapter(read_adapter(file), rank=rank, energy=energy)
     write_adapter(out, adapter, "peft", metadata=build_metadata(adapter, source=file, title=out.stem))
-    say(f"{out}: {loss.sentence()}")
+    say(f"{out}: {reduction}")
 
 
 def require_rank_or_energy(rank: int | None, energy: float | None) -> int | None:

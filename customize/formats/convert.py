@@ -1,4 +1,4 @@
-"""An adapter from one tool to another: `customize export`, `customize import` and `customize info`."""
+"""Convert adapters between tools: `customize export`, `customize import` and `customize info`."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from customize.formats.write import write_adapter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KOHYA_ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-LAYERS_SHOWN = 8  # layers that `describe` lists
-VALUE_WIDTH = 100  # characters of a metadata entry that it shows
+LAYERS_SHOWN = 8  # layers that `describe_adapter` lists
+VALUE_WIDTH = 100  # characters of a metadata value that it shows
 
 
 def export_adapter(
@@ -38,7 +38,7 @@ def export_adapter(
     model: str | None = None,
     precision: str | None = None,
 ) -> str:
-    """Writes the adapter of a run folder or file in a tool's format, verified; gives the sentence that says so.
+    """Write the adapter of a run folder or file in a tool's format and verify it; returns a sentence to print.
 
     Raises `UserError` for what the format cannot hold.
     """
@@ -53,14 +53,16 @@ def export_adapter(
         )
     weights: Mapping[str, Tensor] | None = None
     if file_format == "comfyui" and "dora" in adapter.algorithms:
-        place = model or (concept.model if concept else None)
-        if place is None:
+        model_name = model or (concept.model if concept else None)
+        if model_name is None:
             raise UserError(
                 "DoRA in ComfyUI's format depends on the base's weights. Name it with --model, or export --to kohya."
             )
-        own = ModelWeights(locate(place))
-        refuse_mismatch({name: layer.shape for name, layer in adapter.layers.items()}, own, str(source))
-        weights = LayerWeights(own)
+        base_weights = ModelWeights(locate(model_name))
+        refuse_mismatch(
+            {name: layer.shape for name, layer in adapter.layers.items()}, base_weights, str(source)
+        )
+        weights = LayerWeights(base_weights)
     if file_format == "kohya" and "dora" in adapter.algorithms:
         say(
             "LyCORIS reads these DoRA scales. ComfyUI takes them for something else: export --to comfyui for it."
@@ -88,21 +90,22 @@ def export_adapter(
 
 
 def export_embeddings(concept: Concept, out: Path, file_format: FileFormat) -> list[Path]:
-    """The files of a concept's learned words for a tool; those of several text encoders are written beside `out`.
+    """Paths of a concept's embedding files for a tool; where a model has several text encoders, written beside `out`.
 
-    kohya's tools and ComfyUI call the encoders `clip_l` and `clip_g` there; a token has a file of its own.
+    kohya's tools and ComfyUI name the encoders `clip_l` and `clip_g` and read one file per token.
     """
-    stored = concept.folder / concept.words
-    tensors, _ = read_tensors(stored)
-    found = []
+    embeddings = concept.folder / concept.words
+    tensors, _ = read_tensors(embeddings)
+    paths = []
     for token in concept.tokens:
-        sides = words_by_side(tensors, token)
-        if file_format == "diffusers" or not set(sides) <= set(KOHYA_ENCODERS) or len(sides) == 1:
-            return [stored]
+        by_encoder = words_by_side(tensors, token)
+        if file_format == "diffusers" or not set(by_encoder) <= set(KOHYA_ENCODERS) or len(by_encoder) == 1:
+            return [embeddings]
         path = out.with_name(f"{out.stem}-{re.sub(r'[^A-Za-z0-9]', '', token) or 'word'}.safetensors")
-        write_tensors(path, {KOHYA_ENCODERS[side]: rows for side, rows in sides.items()}, {"token": token})
-        found.append(path)
-    return found
+        tensors_by_encoder = {KOHYA_ENCODERS[encoder]: rows for encoder, rows in by_encoder.items()}
+        write_tensors(path, tensors_by_encoder, {"token": token})
+        paths.append(path)
+    return paths
 
 
 def import_adapter(
@@ -114,18 +117,18 @@ def import_adapter(
     token_words: str | None = None,
     class_noun: str = "",
 ) -> str:
-    """Writes another tool's adapter as ours, into a run folder or a file; gives the sentence that says so.
+    """Write another tool's adapter to a run folder, or to a .safetensors file; returns a sentence to print.
 
-    A run folder needs the model, whose layers must be those of the adapter, and the words that it was trained with.
-    Raises `UserError` where these are not known or do not fit, before anything is written.
+    A run folder needs the base model, which must have the adapter's layers, and the trigger words.
+    Raises `UserError`, before anything is written, where these are unknown or do not fit.
     """
     adapter = read_adapter(file)
     metadata = build_metadata(adapter, source=file, title=out.stem)
     if out.suffix == ".safetensors":
         worst = write_adapter(out, adapter, "peft", metadata=metadata)
         return f"{out}: {len(adapter.layers)} layers (largest relative difference {worst:.0e})."
-    place = model or adapter.metadata.get("base_model")
-    if place is None:
+    model_name = model or adapter.metadata.get("base_model")
+    if model_name is None:
         raise UserError(f"{file} does not say which model it is for. Name it with --model.")
     words = (
         token_words
@@ -136,7 +139,7 @@ def import_adapter(
         raise UserError(
             f"{file} does not say its trigger words. Give them with --token_words, as --token_words sks."
         )
-    opened = Backbone.open(place, device="cpu", precision="fp32")
+    opened = Backbone.open(model_name, device="cpu", precision="fp32")
     refuse_mismatch(
         {name: layer.shape for name, layer in adapter.layers.items()},
         ModelWeights(opened.location),
@@ -144,36 +147,36 @@ def import_adapter(
     )
     check_token(token, opened.text_encoder.tokenizer.get_vocab())
     empty_folder(out)
-    name = WEIGHTS if set(adapter.algorithms) <= {"lora", "dora"} else OTHER_WEIGHTS
-    write_adapter(out / name, adapter, "peft", metadata=metadata)
+    weights_file = WEIGHTS if set(adapter.algorithms) <= {"lora", "dora"} else OTHER_WEIGHTS
+    write_adapter(out / weights_file, adapter, "peft", metadata=metadata)
     write_text(
         out / "README.md",
-        f"# {out.name}\n\nImported from `{file.name}` for `{place}`.\n\n"
+        f"# {out.name}\n\nImported from `{file.name}` for `{model_name}`.\n\n"
         f"Write `{token}` in a prompt; the model reads “{words}”.\n",
     )
     Concept(
         kind="lora",
-        model=place,
+        model=model_name,
         fingerprint=opened.fingerprint,
         tokens={token: words},
         class_noun=class_noun or adapter.metadata.get("limner_class", ""),
-        weights=name,
+        weights=weights_file,
         folder=out,
     ).write(out)
     return f'{out}: {len(adapter.layers)} layers. Next: customize sample "a {token} …" --concept {out}'
 
 
 def describe_adapter(source: Path) -> str:
-    """What an adapter is, in lines for a person."""
+    """Format, algorithm, base, rank, α, layers, dtype, ‖ΔW‖ and metadata of an adapter, as lines of text."""
     path = find_adapter_file(source)
     adapter = read_adapter(path)
     layers = adapter.layers
-    squares = {name: layer.squared_norm() for name, layer in layers.items()}
+    energies = {name: layer.squared_norm() for name, layer in layers.items()}
     counts = count_components(layers)
     lines = [
         f"file       {path} ({path.stat().st_size / 1e6:.1f} MB)",
-        f"format       {adapter.file_format}",
-        f"kind       {', '.join(adapter.algorithms)}",
+        f"format     {adapter.file_format}",
+        f"algorithm  {', '.join(adapter.algorithms)}",
         f"base       {BASE_NAMES[adapter.base]}",
         f"rank       {_format_counts(Counter(layer.rank for layer in layers.values()))}",
         f"alpha      {_format_counts(Counter(layer.alpha for layer in layers.values()))}",
@@ -181,22 +184,22 @@ def describe_adapter(source: Path) -> str:
         f"precision  {_list_dtypes(adapter)}",
     ]
     for component in counts:
-        inside = sum(value for name, value in squares.items() if name.startswith(component + "."))
-        lines.append(f"‖ΔW‖       {component} {inside**0.5:.4g}")
-    largest = sorted(squares, key=lambda name: -squares[name])[:LAYERS_SHOWN]
-    lines += ["largest changes", *(f"  {squares[name] ** 0.5:.4g}  {name}" for name in largest)]
-    said = {
+        energy = sum(value for name, value in energies.items() if name.startswith(component + "."))
+        lines.append(f"‖ΔW‖       {component} {energy**0.5:.4g}")
+    largest = sorted(energies, key=lambda name: -energies[name])[:LAYERS_SHOWN]
+    lines += ["largest ‖ΔW‖", *(f"  {energies[name] ** 0.5:.4g}  {name}" for name in largest)]
+    metadata = {
         key: value
         for key, value in sorted(adapter.metadata.items())
         if key not in ("format", "lora_adapter_metadata")
     }
-    if said:
-        lines += ["metadata", *(f"  {key}: {_shorten(value)}" for key, value in said.items())]
+    if metadata:
+        lines += ["metadata", *(f"  {key}: {_shorten(value)}" for key, value in metadata.items())]
     return "\n".join(lines)
 
 
 def check_output(out: Path) -> None:
-    """`UserError` for a place that no adapter's file can be written to, before any work is done."""
+    """Raise `UserError` unless `out` can become an adapter's file; called before any work is done."""
     if out.suffix != ".safetensors":
         raise UserError(f"{out} must end in .safetensors. Name the file to write so.")
     if out.is_dir():
@@ -211,12 +214,12 @@ def _format_counts(values: Counter[int] | Counter[float]) -> str:
 
 
 def _list_dtypes(adapter: AdapterFile) -> str:
-    found = {
+    dtypes = {
         str(value.dtype).removeprefix("torch.")
         for layer in adapter.layers.values()
         for value in layer.factors.values()
     }
-    return ", ".join(sorted(found))
+    return ", ".join(sorted(dtypes))
 
 
 def _shorten(value: str) -> str:

@@ -1,7 +1,9 @@
-"""The weights of a model by layer, as an adapter names its layers, without building the model."""
+"""Read a model's weights by the names that adapters use, without building the model."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -16,7 +18,7 @@ WEIGHT_SUFFIX = ".weight"
 
 
 class ModelWeights(Mapping[str, Tensor]):
-    """A model's tensors by our names (`unet.conv_in.weight`), each read when it is asked for."""
+    """A model's tensors by canonical name (`unet.conv_in.weight`), each read from its file on access."""
 
     def __init__(self, location: Location) -> None:
         self.location = location
@@ -27,9 +29,9 @@ class ModelWeights(Mapping[str, Tensor]):
             for component in COMPONENTS:
                 for path in list_weight_files(location.folder / component):
                     for name, shape in read_header(path).shapes.items():
-                        ours = canonical_name(component, name)
-                        self._where[ours] = (path, name)
-                        self.shapes[ours] = shape
+                        canonical = canonical_name(component, name)
+                        self._where[canonical] = (path, name)
+                        self.shapes[canonical] = shape
         else:
             self._load()
         if not self.shapes:
@@ -48,7 +50,7 @@ class ModelWeights(Mapping[str, Tensor]):
         return len(self.shapes)
 
     def _load(self) -> None:
-        """A checkpoint file or a model of the hub: the parts are loaded as for sampling."""
+        """Load a checkpoint file or a hub model as for sampling, and keep its state dicts."""
         from backbone.models.model import Backbone
 
         model = Backbone.open(self.location.name, device="cpu", precision="fp32")
@@ -62,7 +64,7 @@ class ModelWeights(Mapping[str, Tensor]):
 
 
 class LayerWeights(Mapping[str, Tensor]):
-    """The same, the weights alone, by layer: `unet.conv_in`."""
+    """View of `ModelWeights` by layer name (`unet.conv_in`): the `.weight` tensors alone."""
 
     def __init__(self, weights: ModelWeights) -> None:
         self.weights = weights
@@ -83,19 +85,19 @@ class LayerWeights(Mapping[str, Tensor]):
 
 
 def canonical_name(component: str, stored: str) -> str:
-    """The name here of a tensor that a component's file stores under another."""
+    """`component.name` of a stored tensor, without CLIP's level `text_model`."""
     return f"{component}.{stored.removeprefix(TEXT_MODEL_PREFIX) if is_text_encoder(component) else stored}"
 
 
 def refuse_mismatch(layers: Mapping[str, tuple[int, int]], weights: ModelWeights, source: str) -> None:
-    """`UserError` when layers [out, in·k·k] are not those of the model."""
+    """Raise `UserError` unless the model has all these layers, of these shapes [out, in·k·k]."""
     name = weights.location.name
     for layer, (rows, columns) in layers.items():
         shape = weights.shapes.get(layer + WEIGHT_SUFFIX)
         if shape is None:
             what = f"it changes {layer}, which that model does not have"
-        elif (shape[0], _product(shape[1:])) != (rows, columns):
-            what = f"{layer} is {rows} × {columns} there and {shape[0]} × {_product(shape[1:])} in the model"
+        elif (shape[0], math.prod(shape[1:])) != (rows, columns):
+            what = f"{layer} is {rows} × {columns} there and {shape[0]} × {math.prod(shape[1:])} in the model"
         else:
             continue
         raise UserError(
@@ -104,16 +106,12 @@ def refuse_mismatch(layers: Mapping[str, tuple[int, int]], weights: ModelWeights
 
 
 def count_components(layers: Mapping[str, object]) -> dict[str, int]:
-    """How many layers each component has."""
-    counts: dict[str, int] = {}
-    for layer in layers:
-        component = split_component(layer)[0]
-        counts[component] = counts.get(component, 0) + 1
-    return counts
+    """Component → number of its layers."""
+    return dict(Counter(split_component(layer)[0] for layer in layers))
 
 
 def list_weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of one component: those of its index, the plain ones, or those of its only variant."""
+    """safetensors files of a component's folder: those of its index, or the one with the plainest name."""
     if not folder.is_dir():
         return []
     for index in sorted(folder.glob("*.safetensors.index.json"), key=lambda path: len(path.name)):
@@ -123,10 +121,3 @@ def list_weight_files(folder: Path) -> list[Path]:
             raise UserError(f"{index} is damaged ({error}). Download the model again.") from error
     files = sorted(folder.glob("*.safetensors"), key=lambda path: (path.name.count("."), path.name))
     return files[:1]
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

@@ -1,19 +1,19 @@
-"""Adapter files of diffusers, kohya's sd-scripts, LyCORIS and ComfyUI, read into one format and written from it.
+"""Read LoRA, LoHa, LoKr and DoRA files of diffusers, kohya's sd-scripts, LyCORIS and ComfyUI into an `AdapterFile`.
 
     adapter = read_adapter("dog.safetensors")
     write_adapter("dog-kohya.safetensors", adapter, "kohya", metadata={...})
 
-| format | keys | strength | DoRA | LoHa, LoKr |
+| format | keys | α | DoRA | LoHa, LoKr |
 |---|---|---|---|---|
 | diffusers | `unet.….lora_A.weight`, peft's names | r and α in the metadata | `lora_magnitude_vector` [out] | refused |
-| own | the same, and peft's `hada_…`, `lokr_…` | the same | the same | peft's names |
+| peft | the same, and peft's `hada_…`, `lokr_…` | the same | the same | peft's names |
 | kohya | `lora_unet_….lora_down.weight` | `.alpha` | `dora_scale` [out, 1] | LyCORIS' names |
 | comfyui | the same | `.alpha` | `dora_scale`, rescaled | LyCORIS' names |
 
-kohya names SDXL's blocks by the numbers of the original code, and joins queries, keys and values of SD3 and FLUX as
-that code does; ComfyUI's format always has diffusers' names, `transformer.…` with its dots.
-ComfyUI divides a row that DoRA rescales by ‖W‖ where Liu et al. 2024 divide by ‖W + ΔW‖, so its file needs the base.
-Every file is read back before it gets its name, and each layer's ΔW compared.
+kohya names SDXL's blocks by the numbers of the original code and fuses queries, keys and values of SD3 and FLUX as
+that code does; ComfyUI's format always has diffusers' names, `transformer.…` with its dots. ComfyUI divides a row that
+DoRA rescales by ‖W‖ where Liu et al. 2024 divide by ‖W + ΔW‖, so writing its file needs the base weights.
+`write_adapter` reads every file back and compares ΔW layer by layer before the file gets its name.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from backbone.adapters.concept import read_concept
 from backbone.adapters.lora import OTHER_WEIGHTS, WEIGHTS
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors
-from customize.formats.adapter import CONFIG_KEY, UNET_PREFIXES, AdapterFile
+from customize.formats.adapter import CONFIG_KEY, AdapterFile
 from customize.formats.factors import Algorithm, LayerUpdate
 from customize.formats.layer_names import (
     COMPONENTS,
@@ -45,7 +45,8 @@ from customize.formats.layer_names import (
     unflatten_name,
 )
 
-# How a tensor's name ends, and which factor of a layer it is.
+UNET_PREFIXES = ("down_blocks.", "up_blocks.", "mid_block.", "conv_in", "conv_out", "time_embedding.")
+# Suffix of a tensor's key → which factor of the layer it holds.
 _FACTOR_BY_SUFFIX = {
     ".lora_A.weight": "down",
     ".lora_B.weight": "up",
@@ -91,34 +92,33 @@ _KOHYA_PREFIXES = (
 
 
 def read_adapter(path: str | Path) -> AdapterFile:
-    """The adapter in a file or a run folder, whichever tool wrote it.
+    """Read the adapter of a file or a run folder, whichever tool wrote it.
 
-    Raises `UserError` where there is none, where its layers are not whole, or where it holds what is not read here.
+    Raises `UserError` where there is none, where a layer lacks factors, or for tensors that belong to no known format.
     """
     path = find_adapter_file(path)
     tensors, metadata = read_tensors(path)
     if not tensors:
         raise UserError(f"{path} holds no tensors. Give the file of a LoRA.")
-    parts, unknown = _group_by_layer(tensors)
-    if not any(
-        key in group for group in parts.values() for kind in _REQUIRED_FACTORS.values() for key in kind[0]
-    ):
-        some = ", ".join(sorted(tensors)[:2])
-        raise UserError(f"{path} holds no LoRA (but {some} …). Give a LoRA, LoHa or LoKr in safetensors.")
+    groups, unknown = _group_by_layer(tensors)
+    known_factors = {factor for factor_sets in _REQUIRED_FACTORS.values() for factor in factor_sets[0]}
+    if not any(known_factors & set(group) for group in groups.values()):
+        examples = ", ".join(sorted(tensors)[:2])
+        raise UserError(f"{path} holds no LoRA (but {examples} …). Give a LoRA, LoHa or LoKr in safetensors.")
     if unknown:
         raise UserError(
             f"{path} holds {len(unknown)} tensors of a kind that is not read here, as {sorted(unknown)[0]}. "
             "Export it again as LoRA, LoHa or LoKr alone."
         )
-    said = _PeftConfig(metadata, path)
+    config = _PeftConfig(metadata, path)
     layers: dict[str, LayerUpdate] = {}
-    for name, group in parts.items():
-        layers |= _split_fused_layer(name, _build_layer(name, group, said, path), path)
+    for name, group in groups.items():
+        layers |= _split_fused_layer(name, _build_layer(name, group, config, path), path)
     return AdapterFile(layers, metadata, _describe_format(tensors))
 
 
 def find_adapter_file(path: str | Path) -> Path:
-    """The weights of a run folder, or the file itself; `UserError` where a folder holds no adapter."""
+    """Path of a run folder's adapter weights, or the file itself; `UserError` where a folder holds no adapter."""
     path = Path(path)
     if not path.is_dir():
         return path
@@ -138,28 +138,22 @@ def find_adapter_file(path: str | Path) -> Path:
     )
 
 
-# Writing.
-
-
-# Reading.
-
-
 def _group_by_layer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """Layer → factor → tensor, and the names that belong to no layer."""
-    parts: dict[str, dict[str, Tensor]] = {}
+    """Layer name → factor → tensor, and the keys that belong to no layer."""
+    groups: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for key, value in tensors.items():
-        ending = next((ending for ending in _FACTOR_BY_SUFFIX if key.endswith(ending)), None)
-        name = _canonical_layer_name(key.removesuffix(ending)) if ending else None
-        if ending is None or name is None:
+        suffix = next((suffix for suffix in _FACTOR_BY_SUFFIX if key.endswith(suffix)), None)
+        name = _canonical_layer_name(key.removesuffix(suffix)) if suffix else None
+        if suffix is None or name is None:
             unknown.append(key)
         else:
-            parts.setdefault(name, {})[_FACTOR_BY_SUFFIX[ending]] = value
-    return parts, unknown
+            groups.setdefault(name, {})[_FACTOR_BY_SUFFIX[suffix]] = value
+    return groups, unknown
 
 
 def _canonical_layer_name(stem: str) -> str | None:
-    """Our name of a layer, from any tool's; None for a name that no tool gives."""
+    """Name of a layer as used here (component, then diffusers' module name), from any tool's; None if none fits."""
     for prefix, component in _KOHYA_PREFIXES:
         if stem.startswith(prefix):
             return _qualify_module(component, unflatten_name(stem.removeprefix(prefix)))
@@ -173,29 +167,30 @@ def _canonical_layer_name(stem: str) -> str | None:
 
 
 def _split_fused_layer(name: str, layer: LayerUpdate, path: Path) -> dict[str, LayerUpdate]:
-    """A layer under the name here; one that the original code joins, as the layers that it is of.
+    """Split a fused layer of SD3 or FLUX (`qkv`) into diffusers' layers; any other layer is returned under its name.
 
-    What changes nothing is left out, and of each part the columns that do.
+    Parts that are not updated are dropped, and of the others the rank dimensions that do not contribute.
     """
     component, module = split_component(name)
-    ours = split_fused(module)
-    if component != "transformer" or not ours:
+    targets = split_fused(module)
+    if component != "transformer" or not targets:
         return {name: layer}
-    if len(ours) == 1:
-        return {f"transformer.{ours[0]}": layer}
+    if len(targets) == 1:
+        return {f"transformer.{targets[0]}": layer}
     if layer.algorithm != "lora":
         raise UserError(
-            f"{path} joins layers into {name} as a {layer.algorithm}, which cannot be taken apart. Use a LoRA."
+            f"{path} fuses layers into {name} as a {layer.algorithm}, which cannot be split. Use a LoRA."
         )
+    # Queries, keys and values are as high as the layer is wide; a fourth part (FLUX's MLP) takes the remaining rows.
     rows, width = layer.shape
-    heights = [width] * 3 + [rows - 3 * width] * (len(ours) - 3)
+    heights = [width] * 3 + [rows - 3 * width] * (len(targets) - 3)
     if sum(heights) != rows or min(heights) <= 0:
         raise UserError(
             f"{name} in {path} is {rows} × {width}, which no published model has. Check the file."
         )
-    found: dict[str, LayerUpdate] = {}
+    layers: dict[str, LayerUpdate] = {}
     bounds = torch.tensor([0, *heights]).cumsum(0).tolist()
-    for part, start, end in zip(ours, bounds, bounds[1:], strict=False):
+    for target, start, end in zip(targets, bounds, bounds[1:], strict=False):
         up = layer.factors["up"][start:end]
         used = (up != 0).any(dim=0)
         if not bool(used.any()):
@@ -203,11 +198,12 @@ def _split_fused_layer(name: str, layer: LayerUpdate, path: Path) -> dict[str, L
         factors = {"down": layer.factors["down"][used], "up": up[:, used]}
         rank = int(used.sum())
         magnitude = None if layer.magnitude is None else layer.magnitude.flatten()[start:end]
-        found[f"transformer.{part}"] = LayerUpdate("lora", factors, rank, layer.scale * rank, magnitude)
-    return found
+        layers[f"transformer.{target}"] = LayerUpdate("lora", factors, rank, layer.scale * rank, magnitude)
+    return layers
 
 
 def _qualify_module(component: str, module: str) -> str:
+    """`component.module` with diffusers' module name, whichever of the known conventions `module` follows."""
     if component == "unet" and split_fused(module):
         return f"transformer.{module}"
     if component == "unet":
@@ -221,7 +217,7 @@ def _qualify_module(component: str, module: str) -> str:
 
 
 class _PeftConfig:
-    """What the metadata says of ranks and strengths, for forms whose tensors do not."""
+    """peft's configuration in the metadata: r and α per layer, for formats whose tensors do not carry them."""
 
     def __init__(self, metadata: Mapping[str, str], path: Path) -> None:
         try:
@@ -230,18 +226,19 @@ class _PeftConfig:
             raise UserError(f"The metadata of {path} is damaged ({error}). Export the file again.") from error
 
     def rank(self, layer: str) -> int | None:
-        found = self._value(layer, "rank_pattern", ("r",))
-        return None if found is None else int(found)
+        value = self._value(layer, "rank_pattern", ("r",))
+        return None if value is None else int(value)
 
     def alpha(self, layer: str, rank: int) -> float | None:
-        """α such that α/rank is the strength."""
-        found = self._value(layer, "alpha_pattern", ("lora_alpha", "alpha"))
-        if found is None:
+        """α such that ΔW is scaled by α/rank; rsLoRA's α/√rank is converted."""
+        value = self._value(layer, "alpha_pattern", ("lora_alpha", "alpha"))
+        if value is None:
             return None
-        rooted = self.settings.get(f"{split_component(layer)[0]}.use_rslora", False)
-        return float(found) * (rank**0.5 if rooted else 1.0)
+        use_rslora = self.settings.get(f"{split_component(layer)[0]}.use_rslora", False)
+        return float(value) * (rank**0.5 if use_rslora else 1.0)
 
     def _value(self, layer: str, pattern: str, keys: Iterable[str]) -> Any:
+        """A layer's entry in `pattern` (peft matches suffixes and regular expressions), else the first default."""
         component, module = split_component(layer)
         for name in (module, add_text_model(component, module)):
             for expression, value in (self.settings.get(f"{component}.{pattern}") or {}).items():
@@ -252,30 +249,35 @@ class _PeftConfig:
         )
 
 
-def _build_layer(name: str, group: dict[str, Tensor], said: _PeftConfig, path: Path) -> LayerUpdate:
+def _build_layer(name: str, group: dict[str, Tensor], config: _PeftConfig, path: Path) -> LayerUpdate:
+    """One layer from its tensors by factor. Raises `UserError` for missing factors or ranks that disagree."""
     factors = {factor: value for factor, value in group.items() if factor not in ("alpha", "magnitude")}
-    kind = _detect_algorithm(factors)
-    if kind is None:
-        have = ", ".join(sorted(group))
+    algorithm = _detect_algorithm(factors)
+    if algorithm is None:
+        present = ", ".join(sorted(group))
         raise UserError(
-            f"The layer {name} in {path} is not whole (it has {have}). Download or export it again."
+            f"The layer {name} in {path} is not whole (it has {present}). Download or export it again."
         )
-    if "mid" in factors:  # LoCon's small kernel between two 1 × 1 convolutions: one kernel does the same
+    if (
+        "mid" in factors
+    ):  # LoCon's kernel between two 1 × 1 convolutions: multiplied into `down` it is the same
         kernel, down = factors.pop("mid"), factors["down"].flatten(1)
         factors["down"] = torch.einsum("rskl,sn->rnkl", kernel.float(), down.float())
-    rank = _infer_rank(kind, factors)
-    if rank is None:  # a whole LoKr: only the metadata knows the rank, and LyCORIS then counts α as the rank
-        rank = said.rank(name) or 1
-        alpha = said.alpha(name, rank)
+    rank = _infer_rank(algorithm, factors)
+    if rank is None:  # an unfactorised LoKr: only the metadata knows r, and LyCORIS then takes α for it
+        rank = config.rank(name) or 1
+        alpha = config.alpha(name, rank)
         return LayerUpdate(
-            kind, factors, rank, float(rank) if alpha is None else alpha, _read_magnitude(group)
+            algorithm, factors, rank, float(rank) if alpha is None else alpha, _read_magnitude(group)
         )
-    if kind == "lora" and factors["up"].shape[1] != rank:
+    if algorithm == "lora" and factors["up"].shape[1] != rank:
         raise UserError(
             f"The factors of {name} in {path} have ranks {rank} and {factors['up'].shape[1]}. Export the file again."
         )
-    alpha = float(group["alpha"]) if "alpha" in group else said.alpha(name, rank)
-    layer = LayerUpdate(kind, factors, rank, float(rank) if alpha is None else alpha, _read_magnitude(group))
+    alpha = float(group["alpha"]) if "alpha" in group else config.alpha(name, rank)
+    layer = LayerUpdate(
+        algorithm, factors, rank, float(rank) if alpha is None else alpha, _read_magnitude(group)
+    )
     if layer.magnitude is not None and len(layer.magnitude) != layer.shape[0]:
         raise UserError(
             f"The DoRA scales of {name} in {path} run over the layer's inputs, as old LyCORIS wrote them, and are not "
@@ -285,15 +287,17 @@ def _build_layer(name: str, group: dict[str, Tensor], said: _PeftConfig, path: P
 
 
 def _detect_algorithm(factors: Mapping[str, Tensor]) -> Algorithm | None:
-    own = set(factors) - {"mid", "hada_t1", "hada_t2", "lokr_t2"}
-    for kind, possible in _REQUIRED_FACTORS.items():
-        if any(own == set(names) for names in possible):
-            return kind
+    """Which algorithm these factors are of; None where they are incomplete or mixed."""
+    required = set(factors) - {"mid", "hada_t1", "hada_t2", "lokr_t2"}  # without the optional ones
+    for algorithm, factor_sets in _REQUIRED_FACTORS.items():
+        if any(required == set(names) for names in factor_sets):
+            return algorithm
     return None
 
 
-def _infer_rank(kind: Algorithm, factors: Mapping[str, Tensor]) -> int | None:
-    key = {"lora": "down", "loha": "hada_w1_b"}.get(kind)
+def _infer_rank(algorithm: Algorithm, factors: Mapping[str, Tensor]) -> int | None:
+    """r from the factors' shapes; None for a LoKr stored unfactorised."""
+    key = {"lora": "down", "loha": "hada_w1_b"}.get(algorithm)
     if key is None:
         key = next((name for name in ("lokr_w1_b", "lokr_w2_b") if name in factors), None)
     return None if key is None else factors[key].shape[0]
@@ -304,14 +308,14 @@ def _read_magnitude(group: Mapping[str, Tensor]) -> Tensor | None:
 
 
 def _describe_format(tensors: Mapping[str, Tensor]) -> str:
-    """Whose way of naming this is, in a word or two."""
+    """Which tool's naming the keys follow, for people."""
     names = list(tensors)
-    lycoris = any(".hada_" in name or ".lokr_" in name for name in names)
+    is_lycoris = any(".hada_" in name or ".lokr_" in name for name in names)
     if any(name.startswith(tuple(prefix for prefix, _ in _KOHYA_PREFIXES)) for name in names):
         blocks = "original" if any("put_blocks_" in name for name in names) else "diffusers'"
-        return f"{'LyCORIS' if lycoris else 'kohya'} ({blocks} block names)"
+        return f"{'LyCORIS' if is_lycoris else 'kohya'} ({blocks} block names)"
     if any("lora_A" in name for name in names):
         return "diffusers (peft)"
     if any(name.startswith("transformer.") and ".lora_down." in name for name in names):
         return "ComfyUI (diffusers' names)"
-    return "peft" if lycoris else "diffusers (before peft)"
+    return "peft" if is_lycoris else "diffusers (before peft)"

@@ -73,14 +73,14 @@ def figures(
 
 def test_a_model_before_training_is_rated_zero_and_a_perfect_one_one() -> None:
     start = figures()
-    assert rate_checkpoint(start, start=start, most=0.9) == 0
-    assert rate_checkpoint(figures(subject_fidelity=0.9), start=start, most=0.9) == 1
+    assert rate_checkpoint(start, baseline=start, ceiling=0.9) == 0
+    assert rate_checkpoint(figures(subject_fidelity=0.9), baseline=start, ceiling=0.9) == 1
 
 
 def test_likeness_without_obedience_is_worth_less() -> None:
     start = figures()
-    both = rate_checkpoint(figures(subject_fidelity=0.8), start=start, most=0.9)
-    copied = rate_checkpoint(figures(subject_fidelity=0.8, prompt_fidelity=0.1), start=start, most=0.9)
+    both = rate_checkpoint(figures(subject_fidelity=0.8), baseline=start, ceiling=0.9)
+    copied = rate_checkpoint(figures(subject_fidelity=0.8, prompt_fidelity=0.1), baseline=start, ceiling=0.9)
     assert copied < 0.6 * both
     assert both == pytest.approx(2 * 0.8 / 1.8)
 

@@ -60,7 +60,7 @@ def test_info_says_what_an_adapter_is(run: Path, tmp_path: Path) -> None:
     said = customize("info", tmp_path / "a.safetensors")
     for words in (
         "kohya (diffusers' block names)",
-        "kind       lora",
+        "algorithm  lora",
         "alpha      3",
         "unet",
         "ss_network_dim",

@@ -84,7 +84,7 @@ def test_a_merge_at_full_rank_loses_nothing_and_at_a_lower_one_what_it_says(run:
     parts = read_inputs([str(run("a", seed=1)), str(run("b", seed=2))])
     exact = merge_exact(parts)
     same, loss = merge_to_rank(parts, 8)
-    assert loss.share == pytest.approx(1, abs=1e-6)
+    assert loss.energy_kept == pytest.approx(1, abs=1e-6)
     assert compare_updates(exact, same)[0] < 1e-3
     low, loss = merge_to_rank(parts, 2)
     lost = sum(
@@ -140,7 +140,7 @@ def test_the_norm_needs_no_product(some: dict[str, nn.Module]) -> None:
 def test_resizing_by_energy_keeps_that_share_in_every_layer(some: dict[str, nn.Module]) -> None:
     adapter = random_adapter(some)
     small, loss = resize_adapter(adapter, energy=0.8)
-    assert loss.share >= 0.8
+    assert loss.energy_kept >= 0.8
     for name, layer in small.layers.items():
         assert layer.squared_norm() >= 0.8 * adapter.layers[name].squared_norm() * (1 - 1e-6)
     assert loss.lowest < loss.highest
@@ -204,7 +204,7 @@ def test_whole_weights_are_baked_and_merged_as_differences(
     lora, loss = merge_to_rank([part], 1)
     assert set(lora.layers) == {"unet.conv_in"}
     assert loss.outside == pytest.approx(16 * 0.25**2)
-    assert loss.share < 1
+    assert loss.energy_kept < 1
     save_merged(tmp_path / "both", merge_exact([part]), [part], weight_deltas=sum_weight_deltas([part]))
     assert read_concept(tmp_path / "both").changed
 
@@ -231,7 +231,7 @@ def test_extracting_what_was_baked_gives_the_adapter_back(
     adapter = random_adapter(some)
     bake([MergeInput(Path("a"), 1.0, adapter)], str(tiny_folder), tmp_path / "baked")
     found, loss = extract_lora(str(tmp_path / "baked"), str(tiny_folder), rank=4)
-    assert loss.share == pytest.approx(1, abs=1e-5)
+    assert loss.energy_kept == pytest.approx(1, abs=1e-5)
     assert compare_updates(adapter, found)[0] < 1e-3
     shapes = {name: layer.factors["down"].shape[1:] for name, layer in adapter.layers.items()}
     assert {name: layer.factors["down"].shape[1:] for name, layer in found.layers.items()} == shapes
@@ -241,7 +241,7 @@ def test_extraction_says_how_much_it_explains(tiny_folder: Path, tmp_path: Path)
     other = tiny_pipeline(tmp_path / "other", seed=1)
     _, low = extract_lora(str(other), str(tiny_folder), rank=1)
     found, high = extract_lora(str(other), str(tiny_folder), rank=8)
-    assert 0 < low.share < high.share < 1
+    assert 0 < low.energy_kept < high.energy_kept < 1
     assert high.outside > 0
     write_adapter(tmp_path / "e.safetensors", found, "diffusers")
 
