@@ -151,27 +151,29 @@ def _parse_entry(entry: Any, where: str, beside: Path) -> ConceptFolder:
 
 
 def find_token_and_class(instance_prompt: str, class_prompt: str) -> tuple[str, str]:
-    """The token and the class from a prompt of the subject and one of its class.
+    """(token, class) from an instance prompt and a class prompt; empty where these do not show them.
 
-    “photo of zwx dog” and “photo of a dog” give zwx and dog: the words that only the first has, and those that follow
-    them there and are in both. Both are empty where the prompts do not tell.
+    “photo of zwx dog” and “photo of a dog” give (zwx, dog): the token is the words that only the instance prompt has,
+    the class the shared words that follow them.
     """
-    if not general.strip():
+    if not class_prompt.strip():
         return "", ""
-    common = {word.lower().strip(",.") for word in general.split()}
-    words = instance.split()
-    own = [number for number, word in enumerate(words) if word.lower().strip(",.") not in common | ARTICLES]
-    if not own:
+    shared = {word.lower().strip(",.") for word in class_prompt.split()}
+    words = instance_prompt.split()
+    unshared = [
+        number for number, word in enumerate(words) if word.lower().strip(",.") not in shared | ARTICLES
+    ]
+    if not unshared:
         return "", ""
-    last = own[0]
-    while last + 1 in own:
+    first = last = unshared[0]
+    while last + 1 in unshared:
         last += 1
     noun = []
     for word in words[last + 1 :]:
-        if word.lower().strip(",.") not in common - ARTICLES:
+        if word.lower().strip(",.") not in shared - ARTICLES:
             break
         noun.append(word.strip(",."))
-    return " ".join(words[own[0] : last + 1]).strip(",."), " ".join(noun)
+    return " ".join(words[first : last + 1]).strip(",."), " ".join(noun)
 
 
 def _has_images(folder: Path) -> bool:
