@@ -1,4 +1,4 @@
-"""The report of a comparison: figures and images side by side."""
+"""The report of a comparison: win rates, diversity, and images side by side."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROMPTS_SHOWN = 24  # prompts whose pictures the report shows
 
 
 def format_summary(result: Mapping[str, Any]) -> str:
-    """What was found, a line for each judge and strength, for people."""
+    """Summary of a result for people: a line for each scorer and LoRA scale, and one for diversity."""
     lines = []
     for scorer, by_side in result["wins"].items():
         for name, wins in by_side.items():
@@ -46,12 +46,12 @@ def build_report(
     keys: Sequence[tuple[int, int]],
     scores: Mapping[str, Mapping[str, Tensor]],
 ) -> list[str]:
-    """The parts of the comparison's `report.html`."""
+    """Build the parts of the comparison's `report.html`."""
     sampling: SamplingSettings = result["sampling"]
     tuned: Side = result["tuned"]
-    own = tuned.override(sampling).describe_guidance()
-    other = "" if own == sampling.describe_guidance() else f" (the tuned side {own})"
-    every = [
+    guidance, tuned_guidance = sampling.describe_guidance(), tuned.override(sampling).describe_guidance()
+    difference = "" if tuned_guidance == guidance else f" (the tuned side {tuned_guidance})"
+    rows = [
         (scorer, name, str(Interval(**wins["rate"])), *_format_counts(wins), _format_gain(wins))
         for scorer, by_side in result["wins"].items()
         for name, wins in by_side.items()
@@ -60,7 +60,7 @@ def build_report(
     parts = [
         paragraph(
             f"{len(prompts)} prompts, {result['per_prompt']} pictures of each from the same noise; "
-            f"{sampling.sampler}, {sampling.steps} steps, guidance {sampling.describe_guidance()}{other}, "
+            f"{sampling.sampler}, {sampling.steps} steps, guidance {guidance}{difference}, "
             f"seed {sampling.seed}."
         ),
         *(
@@ -69,7 +69,7 @@ def build_report(
             else []
         ),
         heading("How often is the tuned picture better?"),
-        table(("judge", "side", *titles), every),
+        table(("scorer", "side", *titles), rows),
         paragraph(
             f"Ties (a difference of at most {result['tie']:g}) count half. The win rate's interval is Wilson's over "
             "pictures, the gain's a bootstrap over prompts."
@@ -85,11 +85,11 @@ def build_report(
         parts.append(table(("side", "mean cosine distance", "of the base's"), spread))
     for scorer, groups in result["categories"].items():
         if len(groups) > 1:
-            rows = [
+            category_rows = [
                 (name or "none", str(Interval(**wins["rate"])), *_format_counts(wins), _format_gain(wins))
                 for name, wins in groups.items()
             ]
-            parts += [heading(f"By category, {scorer}"), table(("category", *titles), rows)]
+            parts += [heading(f"By category, {scorer}"), table(("category", *titles), category_rows)]
     return [*parts, *_side_by_side(out, prompts, keys, scores)]
 
 
@@ -99,7 +99,7 @@ def _side_by_side(
     keys: Sequence[tuple[int, int]],
     scores: Mapping[str, Mapping[str, Tensor]],
 ) -> Iterator[str]:
-    """The first picture of the first prompts from every side, the better one framed."""
+    """Sheets of the first image of the first prompts from every side, the better one framed."""
     scorer, by_side = next(iter(scores.items()))
     yield heading("Side by side")
     yield paragraph(f"A green frame: the better one for {scorer}.")

@@ -13,11 +13,10 @@ from backbone.io.console import UserError
 
 @dataclass(frozen=True)
 class Prompt:
-    """What to draw, the group that it is counted in, and hard negatives: prompts whose pictures compete with its own.
+    """A prompt, its category in statistics, and hard negatives: prompts whose images compete with its own.
 
-    “a horse in a park” is a hard negative of “a horse wearing a crown in a park”: drawn from the same noise, its
-    picture
-    differs by the crown alone.
+    “a horse in a park” is a hard negative of “a horse wearing a crown in a park”: sampled from the same noise, its
+    image differs by the crown alone.
     """
 
     text: str
@@ -26,9 +25,9 @@ class Prompt:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a file, in order, each once. Lines that begin with # and empty ones are passed over.
+    """Read the prompts of a file, in order, without duplicates. Empty lines and those that begin with # are skipped.
 
-    In a .txt file, what stands before a tab is the prompt's category. `UserError` lists every bad line.
+    In a .txt file a category may stand before the prompt, followed by a tab. Raises `UserError` with every bad line.
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder. Name a file with a prompt on each line.")
@@ -36,27 +35,28 @@ def read_prompts(path: Path) -> list[Prompt]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text. Save it as UTF-8.") from error
-    found: dict[str, Prompt] = {}
-    bad = []
+    prompts: dict[str, Prompt] = {}
+    bad_lines = []
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("#"):
             continue
         prompt = _parse_json(line) if path.suffix.lower() == ".jsonl" else _parse_text(line)
         if prompt is None:
-            bad.append(f"  line {number} holds no prompt")
+            bad_lines.append(f"  line {number} holds no prompt")
         else:
-            found.setdefault(prompt.text, prompt)
-    if bad:
-        raise UserError("\n".join([f"{path} has {len(bad)} bad lines:", *bad[:20], "Repair or remove them."]))
-    if not found:
+            prompts.setdefault(prompt.text, prompt)
+    if bad_lines:
+        heading = f"{path} has {len(bad_lines)} bad lines:"
+        raise UserError("\n".join([heading, *bad_lines[:20], "Repair or remove them."]))
+    if not prompts:
         raise UserError(f"{path} holds no prompts. Write one on each line.")
-    return list(found.values())
+    return list(prompts.values())
 
 
 def strip_tokens(text: str, concepts: Iterable[Mapping[str, Any]]) -> str:
-    """A prompt as somebody reads it who does not know the concepts: “a [V] dog” is “a dog”, and so is “a [V]”.
+    """Replace concept tokens by the class noun, for scorers that do not know them: “a [V] dog” or “a [V]” → “a dog”.
 
-    `concepts` is what a record says of them: their tokens and the class.
+    `concepts` have `tokens` and `class`, as a run's record describes them.
     """
     for concept in concepts:
         noun = str(concept.get("class") or "")
@@ -67,7 +67,7 @@ def strip_tokens(text: str, concepts: Iterable[Mapping[str, Any]]) -> str:
 
 
 def group_by_category(prompts: Sequence[Prompt]) -> dict[str, list[int]]:
-    """The numbers of the prompts in each category, in order of appearance."""
+    """Category → indices of its prompts, in order of appearance."""
     groups: dict[str, list[int]] = {}
     for number, prompt in enumerate(prompts):
         groups.setdefault(prompt.category, []).append(number)
@@ -88,8 +88,8 @@ def _parse_json(line: str) -> Prompt | None:
     text = value.get("prompt") if isinstance(value, dict) else None
     if not isinstance(text, str) or not text.strip():
         return None
-    near = value.get("hard_negatives") or []
-    if not isinstance(near, list) or not all(isinstance(one, str) and one.strip() for one in near):
+    negatives = value.get("hard_negatives") or []
+    if not isinstance(negatives, list) or not all(isinstance(n, str) and n.strip() for n in negatives):
         return None
-    tidy = tuple(" ".join(one.split()) for one in near)
-    return Prompt(" ".join(text.split()), str(value.get("category") or ""), tidy)
+    hard_negatives = tuple(" ".join(negative.split()) for negative in negatives)
+    return Prompt(" ".join(text.split()), str(value.get("category") or ""), hard_negatives)

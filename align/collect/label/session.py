@@ -1,8 +1,7 @@
-"""What the labeller is asked next, and what they have answered: a function of the folder, the seed and the record.
+"""A labelling session: the next question and the answers so far, determined by the folder, the seed and the log.
 
-Pairs come in a fixed random order, blind and with random sides. About one question in ten repeats an earlier pair,
-with its own sides and without saying so, to estimate how far the labeller agrees with themselves: nobody's model can
-be expected to agree with them more than that.
+Pairs come in a fixed random order, blind, with random sides. About one question in ten is a hidden repeat of an earlier
+pair, with sides of its own, to estimate the labeller's consistency: no model can be expected to agree with them more.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ from align.pairs.choices import (
 from backbone.evaluation.statistics import Interval, wilson
 from backbone.io.console import UserError
 
-REPEAT_SHARE = 0.1  # of all questions
-REPEAT_DISTANCE = 5  # so many questions at least lie between a pair and its repeat
+REPEAT_SHARE = 0.1  # probability that a question is a hidden repeat
+REPEAT_DISTANCE = 5  # least number of questions between a pair and its repeat
 
 
 @dataclass(frozen=True)
 class LabelPair:
-    """A pair of one prompt's pictures, files relative to the folder."""
+    """Two images of one prompt to choose between, files relative to the folder."""
 
     name: str
     prompt: str
@@ -46,7 +45,7 @@ class LabelPair:
 
 @dataclass(frozen=True)
 class Question:
-    """What is shown: number `number` of all questions so far, with its sides."""
+    """The pair that is shown as question `number`, and its sides."""
 
     number: int
     pair: LabelPair
@@ -60,8 +59,8 @@ class StaleAnswer(Exception):
 
 
 class Session:
-    """One labeller's work on a folder. Everything is read from the record at the start, and each answer is on the
-    disk before the next question is given."""
+    """One labeller's work on a folder. State is read from the log at the start, and each answer is on disk before the
+    next question is given."""
 
     def __init__(self, folder: Path, pairs: Sequence[LabelPair], *, seed: int = 0, user: str = "") -> None:
         if not pairs:
@@ -87,7 +86,7 @@ class Session:
         return Question(self.next_number, pair, left, right, repeat)
 
     def answer(self, number: int, verdict: str) -> None:
-        """Writes an answer down. `Stale` unless `number` is the open question's; ValueError for an unknown verdict."""
+        """Log an answer. Raises `StaleAnswer` unless `number` is the open question's, ValueError for a bad verdict."""
         question = self.question
         if verdict not in VERDICTS:
             raise ValueError(f"no verdict is called {verdict!r}")
@@ -111,7 +110,7 @@ class Session:
         self.shown_at = time.monotonic()
 
     def undo(self, number: int) -> None:
-        """Takes the last answer back, so that its pair is asked again. `Stale` unless `number` is the open one's."""
+        """Retract the last answer; its pair is asked again. Raises `StaleAnswer` unless `number` is the open one's."""
         if number != self.next_number or not self.choices:
             raise StaleAnswer
         append_entry(self.path, Undo(self.choices[-1].number, _now()))
@@ -121,14 +120,14 @@ class Session:
 
     @property
     def answered(self) -> int:
-        """Pairs with an answer."""
+        """Number of pairs with an answer."""
         return len({choice.pair for choice in self.choices if not choice.repeat})
 
     @property
     def agreement(self) -> tuple[Interval, int]:
-        """How often the labeller agreed with themselves, and on how many repeats."""
-        found = measure_consistency(self.choices)
-        return wilson(found.agreed, found.repeats), found.repeats
+        """(self-agreement with Wilson interval, number of repeats)."""
+        consistency = measure_consistency(self.choices)
+        return wilson(consistency.agreed, consistency.repeats), consistency.repeats
 
     def _next(self) -> tuple[LabelPair | None, bool]:
         done = {choice.pair for choice in self.choices if not choice.repeat}
@@ -148,16 +147,16 @@ class Session:
         return left[0], False
 
     def _random(self, what: str) -> random.Random:
-        """Randomness of the open question: the same again after a restart, and after an undo."""
+        """Random generator of the open question: the same after a restart, and after an undo."""
         return random.Random(f"{self.seed}/{len(self.choices)}/{what}")
 
 
 def list_label_pairs(
     prompts: Sequence[str], pictures: Sequence[Sequence[str]], *, seed: int = 0
 ) -> list[LabelPair]:
-    """Every pair of pictures of each prompt, in the order in which they are asked.
+    """All pairs of images of each prompt, in the order in which they are asked.
 
-    First one round of pairs that share no picture over all prompts, in random order, then the next: whoever stops
+    In rounds: in the first no two pairs share an image, over all prompts in random order, then the next. Whoever stops
     early has seen every prompt about equally often.
     """
     rounds: dict[int, list[LabelPair]] = {}
@@ -179,7 +178,7 @@ def list_label_pairs(
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Keeps a second process from labelling the same folder at the same time; `UserError` for that one."""
+    """Hold a lock on a folder while it is labelled; raises `UserError` where another process holds it."""
     path = folder / ".labelling"
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
     try:
@@ -203,7 +202,7 @@ def _lock(descriptor: int, folder: Path) -> None:
 
 
 def _disjoint_first(names: Sequence[str]) -> list[tuple[str, str]]:
-    """All pairs of names, those of the first round without a common name: 01 23 …, then the rest."""
+    """All pairs of names, first those that share none (01, 23, …), then the rest."""
     first = list(zip(names[::2], names[1::2], strict=False))
     return first + [pair for pair in combinations(names, 2) if pair not in first]
 
