@@ -80,15 +80,15 @@ def main(
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/moji"),
 ) -> None:
     """Samples, classifies, and writes the tables and the sheets."""
-    settings = [setting_of(text) for text in also or []]
+    settings = [parse_setting(text) for text in also or []]
     classifier_model = load_classifier(classifier)
     backbone = Backbone.open(model, device=device)
     gallery = Gallery(out / "pictures", batch)
     main_setting = Setting(steps, guidance)
-    scenes = benchmark_scenes(prompts)
+    scenes = select_scenes(prompts)
     pictures = gallery.pictures(backbone, scenes, main_setting)
     predictions = classifier_model.classify(pictures)
-    truth = true_pictures(scenes)
+    truth = render_images(scenes)
     reference = score_predictions(scenes, classifier_model.classify(truth)) if truth else None
     results = score_predictions(scenes, predictions)
     others = {}
@@ -97,7 +97,7 @@ def main(
         others[name] = score_predictions(
             scenes, classifier_model.classify(gallery.pictures(other, scenes, main_setting))
         )
-    more = benchmark_scenes(prompts + also_prompts)[prompts:] if settings else []
+    more = select_scenes(prompts + also_prompts)[prompts:] if settings else []
     sweep = {
         each: score_predictions(more, classifier_model.classify(gallery.pictures(backbone, more, each)))
         for each in settings
@@ -113,18 +113,18 @@ def main(
             "prompts": len(more),
             **{str(each): [asdict(row) for row in rows] for each, rows in sweep.items()},
         },
-        "psnr_db": autoencoder_figures(exact, scenes, truth, photographs),
-        "seconds_per_picture": seconds_of(backbone, scenes[:batch], main_setting),
+        "psnr_db": measure_autoencoder(exact, scenes, truth, photographs),
+        "seconds_per_picture": time_sampling(backbone, scenes[:batch], main_setting),
         "classifier": read_json(classifier / FACTS).get("held_out"),
         "machine": f"{device}, {backbone.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }  # fmt: skip
     write_json(out / "table.json", facts)
-    table = main_table = markdown(facts, results, reference)
+    table = main_table = format_markdown(facts, results, reference)
     if others:
-        table += side_by_side({model: results, **others}, f"{len(scenes)} prompts of the table", "model")
+        table += format_columns({model: results, **others}, f"{len(scenes)} prompts of the table", "model")
     if sweep:
         named = {str(each): rows for each, rows in sweep.items()}
-        table += side_by_side(named, f"{len(more)} other prompts", "steps, guidance")
+        table += format_columns(named, f"{len(more)} other prompts", "steps, guidance")
     write_text(out / "table.md", table)
     title = f"{model}, {steps} steps"
     save_sheet(
@@ -134,7 +134,7 @@ def main(
         out / "without-guidance.png", scenes[:SHEET], without, classifier_model.classify(without),
         title=f"{title}, without guidance",
     )  # fmt: skip
-    worst = sorted(range(len(scenes)), key=lambda k: likeness(scenes[k], predictions[k]))[:WORST]
+    worst = sorted(range(len(scenes)), key=lambda k: log_likelihood(scenes[k], predictions[k]))[:WORST]
     save_sheet(
         out / "worst.png", [scenes[k] for k in worst], [pictures[k] for k in worst], [predictions[k] for k in worst],
         title=f"{title}, guidance {guidance:g}: the {WORST} worst of {len(scenes)}",
@@ -171,7 +171,7 @@ class Setting:
         return f"{self.steps}, {self.guidance:g}"
 
 
-def setting_of(text: str) -> Setting:
+def parse_setting(text: str) -> Setting:
     """`25:4` → 25 steps, guidance 4. Raises `UserError` for anything else."""
     try:
         steps, guidance = text.split(":")
@@ -195,14 +195,14 @@ class Gallery:
         with progress(len(missing), f"drawing ({setting})") as bar:
             for first in range(0, len(missing), self.batch):
                 some = missing[first : first + self.batch]
-                drawn = pictures_of(model, [scene for scene, _ in some], setting)
+                drawn = sample_images(model, [scene for scene, _ in some], setting)
                 for picture, (_, path) in zip(drawn, some, strict=True):
                     save_png(path, picture)
                 bar.advance(len(some), images=len(some))
         return [Image.open(path).convert("RGB") for path in paths]
 
 
-def pictures_of(model: Backbone, scenes: Sequence[Scene], setting: Setting) -> list[Image.Image]:
+def sample_images(model: Backbone, scenes: Sequence[Scene], setting: Setting) -> list[Image.Image]:
     """One picture of each scene's caption, from noise of the scene's seed, whatever stands in the batch beside it."""
     requests = [Request(scene.caption(), (scene.seed, 0)) for scene in scenes]
     return list(
@@ -210,7 +210,7 @@ def pictures_of(model: Backbone, scenes: Sequence[Scene], setting: Setting) -> l
     )
 
 
-def benchmark_scenes(count: int) -> list[Scene]:
+def select_scenes(count: int) -> list[Scene]:
     """The first fair scenes among the benchmark's seeds."""
     every = (sample_scene(seed) for seed in BENCHMARK_SEEDS)
     return list(itertools.islice(filter(fair, every), count))
@@ -243,7 +243,7 @@ class Row:
         return self.right / self.n if self.n else math.nan
 
 
-def one_kind(scene: Scene) -> bool:
+def is_one_kind(scene: Scene) -> bool:
     return len(scene.things) == 1
 
 
@@ -256,10 +256,10 @@ def has_place(scene: Scene, prediction: Prediction) -> bool:
 
 
 QUESTIONS = (
-    Question("noun", one_kind, has_noun),
+    Question("noun", is_one_kind, has_noun),
     Question("place", lambda scene: True, has_place),
     Question(
-        "noun and place", one_kind, lambda scene, seen: has_noun(scene, seen) and has_place(scene, seen)
+        "noun and place", is_one_kind, lambda scene, seen: has_noun(scene, seen) and has_place(scene, seen)
     ),
     Question(
         "colour",
@@ -308,7 +308,7 @@ def score_predictions(scenes: Sequence[Scene], predictions: Sequence[Prediction]
 # --- what else is measured ----------------------------------------------------------------------------------
 
 
-def true_pictures(scenes: Sequence[Scene]) -> list[Image.Image]:
+def render_images(scenes: Sequence[Scene]) -> list[Image.Image]:
     """The scenes as rendered; none, with a sentence, where the font is missing."""
     try:
         font_path()
@@ -319,7 +319,7 @@ def true_pictures(scenes: Sequence[Scene]) -> list[Image.Image]:
 
 
 @torch.no_grad()
-def autoencoder_figures(
+def measure_autoencoder(
     model: Backbone, scenes: Sequence[Scene], truth: Sequence[Image.Image], photographs: Path | None
 ) -> dict[str, dict[str, float]]:
     """Mean PSNR in dB with the number of pictures: of scenes, by style, of textures, of photographs."""
@@ -329,21 +329,22 @@ def autoencoder_figures(
         figures[name] = {"db": round(float(values.mean()), 2), "n": len(values)}
 
     if truth:
-        each = decibels(model, truth)
+        each = measure_psnr(model, truth)
         note("scenes", each)
         for style in sorted({scene.style or "" for scene in scenes}):
             chosen = torch.tensor([(scene.style or "") == style for scene in scenes])
             note(f"scenes, {style.removesuffix(' of') or 'plain'}", each[chosen])
     seeds = range(BENCHMARK_SEEDS[0], BENCHMARK_SEEDS[0] + TEXTURES)
-    note("textures", decibels(model, [Image.fromarray(texture(seed)) for seed in seeds]))
+    note("textures", measure_psnr(model, [Image.fromarray(texture(seed)) for seed in seeds]))
     if photographs is not None:
         note(
-            "photographs", decibels(model, [square(photo.open(), 128) for photo in read_folder(photographs)])
+            "photographs",
+            measure_psnr(model, [square(photo.open(), 128) for photo in read_folder(photographs)]),
         )
     return figures
 
 
-def decibels(model: Backbone, images: Sequence[Image.Image], *, batch: int = 20) -> Tensor:
+def measure_psnr(model: Backbone, images: Sequence[Image.Image], *, batch: int = 20) -> Tensor:
     """PSNR [B] of each picture against its own round trip through the latents' means."""
     parts = []
     for first in range(0, len(images), batch):
@@ -352,12 +353,12 @@ def decibels(model: Backbone, images: Sequence[Image.Image], *, batch: int = 20)
     return torch.cat(parts)
 
 
-def seconds_of(model: Backbone, scenes: Sequence[Scene], setting: Setting) -> dict[str, float]:
+def time_sampling(model: Backbone, scenes: Sequence[Scene], setting: Setting) -> dict[str, float]:
     """Seconds a picture takes: all of these together, and one at a time (median of four after a warm-up)."""
 
     def timed(some: Sequence[Scene]) -> float:
         began = time.perf_counter()
-        pictures_of(model, some, setting)
+        sample_images(model, some, setting)
         return (time.perf_counter() - began) / len(some)
 
     timed(scenes)
@@ -369,7 +370,7 @@ def seconds_of(model: Backbone, scenes: Sequence[Scene], setting: Setting) -> di
     }
 
 
-def likeness(scene: Scene, seen: Prediction) -> float:
+def log_likelihood(scene: Scene, seen: Prediction) -> float:
     """log of the probability that the classifier gives to all that was asked for, its heads taken as independent."""
     thing = scene.things[0]
     asked: list[tuple[Reading, str | None]] = [(seen.place, scene.place), (seen.style, scene.style or NONE)]
@@ -380,7 +381,7 @@ def likeness(scene: Scene, seen: Prediction) -> float:
     return sum(math.log(reading[label] + 1e-9) for reading, label in asked if label is not None)
 
 
-def markdown(facts: dict[str, Any], rows: Sequence[Row], reference: Sequence[Row] | None) -> str:
+def format_markdown(facts: dict[str, Any], rows: Sequence[Row], reference: Sequence[Row] | None) -> str:
     """The tables as Markdown."""
     lines = [
         f"`{facts['model']}`: {facts['prompts']} held-out prompts, {facts['steps']} steps, "
@@ -390,20 +391,20 @@ def markdown(facts: dict[str, Any], rows: Sequence[Row], reference: Sequence[Row
         "|---|---|---|---|---|",
     ]
     for number, row in enumerate(rows):
-        ceiling = per_cent(reference[number].share) if reference else "–"
-        interval = between(row)
-        lines.append(f"| {row.name} | {per_cent(row.share)} | {interval} | {row.n} | {ceiling} |")
+        ceiling = format_percent(reference[number].share) if reference else "–"
+        interval = format_interval(row)
+        lines.append(f"| {row.name} | {format_percent(row.share)} | {interval} | {row.n} | {ceiling} |")
     lines += ["", "| autoencoder | PSNR dB | n |", "|---|---|---|"]
     lines += [f"| {name} | {value['db']:.2f} | {value['n']} |" for name, value in facts["psnr_db"].items()]
     speeds = [f"{seconds:.2f} s {how}" for how, seconds in facts["seconds_per_picture"].items()]
     return "\n".join([*lines, "", f"A picture takes {', '.join(speeds)} ({facts['machine']}).", ""])
 
 
-def between(row: Row) -> str:
+def format_interval(row: Row) -> str:
     return f"{100 * row.low:.1f}–{100 * row.high:.1f} %"
 
 
-def side_by_side(columns: Mapping[str, Sequence[Row]], prompts: str, what: str) -> str:
+def format_columns(columns: Mapping[str, Sequence[Row]], prompts: str, what: str) -> str:
     """A table with a column for every model or setting."""
     lines = [
         "",
@@ -413,12 +414,12 @@ def side_by_side(columns: Mapping[str, Sequence[Row]], prompts: str, what: str) 
         "|---" * (len(columns) + 2) + "|",
     ]
     for rows in zip(*columns.values(), strict=True):
-        cells = [f"{per_cent(row.share)} ({between(row)})" for row in rows]
+        cells = [f"{format_percent(row.share)} ({format_interval(row)})" for row in rows]
         lines.append(f"| {rows[0].name} | {' | '.join(cells)} | {rows[0].n} |")
     return "\n".join([*lines, ""])
 
 
-def per_cent(share: float) -> str:
+def format_percent(share: float) -> str:
     return "–" if math.isnan(share) else f"{100 * share:.1f} %"
 
 

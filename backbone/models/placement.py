@@ -57,7 +57,7 @@ class Measures:
 
 
 def measures_of(settings: Any) -> Measures:
-    """What the settings of a run say: `quantize`, `cpu_offload`, `vae_tiling`, `text_on_cpu`, `one_by_one`."""
+    """What the settings of a run say: `quantize`, `cpu_offload`, `vae_tiling`, `text_on_cpu`, `for_each_case`."""
     return Measures(
         settings.quantize,
         settings.cpu_offload,

@@ -1,9 +1,8 @@
-"""What the recipes of this folder share: prompts of the world, the real commands with their seconds, the
-classifier's view.
+"""Shared by the recipes of this folder: prompt splits, the real commands with their run times, attribute accuracy.
 
-Held-out prompts come from other seeds than the prompts of training, and no sentence is in both. The classifier has seen
-neither `moji` nor its scorer. A difference is paired, same prompt and same noise, and its interval is a bootstrap over
-prompts. Pictures, rankings and runs that an --out folder holds already are kept; scoring is always done anew.
+Held-out prompts come from other seeds than training prompts, and no sentence is in both. The classifier was trained
+without `moji` and its scorer. Differences are paired (same prompt, same noise), with a bootstrap interval over prompts.
+Images, rankings and runs that an --out folder holds already are kept; classification is always repeated.
 """
 
 from __future__ import annotations
@@ -54,12 +53,12 @@ STEPS = ("--steps", 15)  # of every picture: as good as the usual 25 for the cla
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a tuned model gains over the base on held-out prompts, n pictures a side.
+    """A tuned model against its base on held-out prompts, n images a side.
 
-    right         the classifier's all-right share of the base, and of the tuned model
-    difference    tuned minus base, points as a share, paired
-    wins          of each scorer, its win rate
-    diversity     of the base's
+    base, tuned   share of images whose attributes are all right for the classifier
+    difference    tuned minus base, paired
+    wins          scorer → win rate of the tuned model
+    diversity     as a share of the base's
     of_right      the same over the prompts of which all pictures of both sides are right: how much of the variety is
                   lost that is none of mistakes
     """
@@ -76,26 +75,26 @@ class Comparison:
 def select_scenes(
     seeds: range, count: int, wanted: Callable[[Scene], bool], *, without: Sequence[Scene] = ()
 ) -> list[Scene]:
-    """The first fair scenes of these seeds that are wanted, each sentence once."""
+    """The first `count` fair scenes of these seeds for which `wanted` is true, each sentence once."""
     taken = {normalize_prompt(scene.caption()) for scene in without}
 
     def new() -> Iterator[Scene]:
         for scene in map(sample_scene, seeds):
-            said = normalize_prompt(scene.caption())
-            if fair(scene) and wanted(scene) and said not in taken:
-                taken.add(said)
+            caption = normalize_prompt(scene.caption())
+            if fair(scene) and wanted(scene) and caption not in taken:
+                taken.add(caption)
                 yield scene
 
     return list(itertools.islice(new(), count))
 
 
 def evaluation_split(development: bool) -> tuple[range, str]:
-    """The seeds of the prompts that a run is judged by, and the folder where its comparisons go."""
+    """(seeds of the evaluation prompts, name of the folder for comparisons)."""
     return (DEVELOPMENT_PROMPTS, "development") if development else (HELD_OUT_PROMPTS, "compare")
 
 
 def is_hard(scene: Scene) -> bool:
-    """A coloured thing that wears something, not small and in no style: `moji` often forgets one of the two."""
+    """A coloured thing that wears something, not small and in no style: `moji` often drops one of the two."""
     first = scene.things[0]
     return bool(scene.style is None and not first.small and first.colour and first.accessory)
 
@@ -111,7 +110,7 @@ def is_unstyled(scene: Scene) -> bool:
 
 
 def categorize(scene: Scene) -> str:
-    """The category that a prompt is counted in."""
+    """Category of a scene's prompt in statistics."""
     if len(scene.things) == 2:
         return "two things"
     if scene.things[0].accessory:
@@ -120,7 +119,7 @@ def categorize(scene: Scene) -> str:
 
 
 def make_hard_negatives(scene: Scene) -> tuple[str, ...]:
-    """The captions that say one thing less, give the colour to the other thing, or name another thing."""
+    """Captions with one attribute less, with the colour on the other thing, or with another noun."""
     first, *second = scene.things
     others: list[tuple[Thing, ...]] = [
         *([(replace(first, colour=None), *second)] if first.colour else []),
@@ -137,13 +136,13 @@ def make_hard_negatives(scene: Scene) -> tuple[str, ...]:
 
 
 def replace_noun(noun: str) -> str:
-    """A thing that this one is not: always the same, and each is another's."""
+    """Another noun: a fixed permutation without fixed points."""
     nouns = list(vocabulary().nouns)
     return nouns[(nouns.index(noun) + len(nouns) // 3) % len(nouns)]
 
 
 def write_prompts(path: Path, chosen: Sequence[Scene], *, hard_negatives: bool = False) -> Path:
-    """A prompt file with categories, and with hard negatives where they are to be drawn too."""
+    """Write a prompt file with categories, and hard negatives where these are to be sampled too."""
     lines: list[dict[str, Any]] = [
         {"prompt": scene.caption(), "category": categorize(scene)} for scene in chosen
     ]
@@ -157,38 +156,38 @@ def write_prompts(path: Path, chosen: Sequence[Scene], *, hard_negatives: bool =
 
 
 def run_align(*arguments: object) -> None:
-    """The real command in a process of its own."""
+    """Run the `align` command in its own process."""
     words = [str(argument) for argument in arguments]
     say("align " + " ".join(words))
     subprocess.run([sys.executable, "-m", "align.cli", *words], check=True)
 
 
 def run_once(record: Path, product: Path, *arguments: object, again: Sequence[object] = ()) -> float:
-    """The seconds of an `align` command that runs only while `product` is missing; `record` keeps what it took.
+    """Run an `align` command unless its `product` exists; returns its seconds, which the file `record` keeps.
 
-    A command that was stopped is run again, or as `again` where that goes on with it, and all its seconds count.
-    Raises `UserError` when the folder holds the same step with other arguments: its product would pass for this one's.
+    A command that was stopped is run again, or resumed as `again`, and its seconds add up. Raises `UserError` where
+    `record` is of other arguments, whose product would pass for this one's.
     """
     words = [str(argument) for argument in arguments]
-    said: dict[str, Any] = {"arguments": words, "seconds": 0.0, "finished": False}
+    step: dict[str, Any] = {"arguments": words, "seconds": 0.0, "finished": False}
     begun = record.exists()
     if begun:
-        said = read_json(record)
-    if said["arguments"] != words:
+        step = read_json(record)
+    if step["arguments"] != words:
         raise UserError(
-            f"{record} is of another run: align {' '.join(said['arguments'])}. Choose another --out."
+            f"{record} is of another run: align {' '.join(step['arguments'])}. Choose another --out."
         )
-    if said["finished"] and product.exists():
-        return float(said["seconds"])
+    if step["finished"] and product.exists():
+        return float(step["seconds"])
     began = time.perf_counter()
-    write_json(record, said)
+    write_json(record, step)
     try:
         run_align(*(again if again and begun else words))
-        said["finished"] = True
+        step["finished"] = True
     finally:
-        said["seconds"] = round(said["seconds"] + time.perf_counter() - began, 1)
-        write_json(record, said)
-    return float(said["seconds"])
+        step["seconds"] = round(step["seconds"] + time.perf_counter() - began, 1)
+        write_json(record, step)
+    return float(step["seconds"])
 
 
 def sample_and_rank(
@@ -201,7 +200,7 @@ def sample_and_rank(
     rules: Sequence[str] = ("best-worst",),
     margin: float = 0.0,
 ) -> tuple[Path, dict[str, float]]:
-    """The pairs folder of these scenes, and the seconds that drawing and ranking took; done only once."""
+    """Sample and rank images of these scenes, once; returns the folder, and the seconds of both steps."""
     folder, steps = out / "pairs", out / "steps"
     prompts = write_prompts(
         out / "prompts.jsonl", chosen, hard_negatives=bool({"same-noise", "best-hard-negative"} & set(rules))
@@ -221,7 +220,7 @@ def sample_and_rank(
 
 
 def train(out: Path, name: str, *arguments: object) -> tuple[Path, float]:
-    """The run folder of this name, and the seconds that `align train` took with these arguments; done only once."""
+    """Run `align train`, once; returns the run folder and the seconds."""
     run = out / "runs" / name
     words = ("train", *arguments, "--out", run)
     begun = (run / FILE).exists()
@@ -235,13 +234,14 @@ def train(out: Path, name: str, *arguments: object) -> tuple[Path, float]:
 
 @dataclass(frozen=True)
 class RankingQuality:
-    """How far a scorer's order of a prompt's own pictures is the classifier's, n pictures. Intervals are over prompts.
+    """Agreement of a scorer's ranking with the classifier, over a prompt's own images; intervals over prompts.
 
-    right          the classifier's all-right share of all pictures
-    any_right      share of prompts with a right picture: what the best order could find
-    agreement      of two pictures of a prompt, one right and one wrong: how often the right one scores higher
-    best, worst    all-right share of each prompt's best and worst picture by the scorer
-    good, bad      of the pairs that were made, the share whose chosen picture alone is right, and alone wrong
+    n              images
+    right          share of images whose attributes are all right for the classifier
+    any_right      share of prompts with a right image: the ceiling for best-of-n
+    agreement      how often a right image of a prompt scores higher than a wrong one (AUC)
+    best, worst    share right of each prompt's best and worst image by the scorer
+    good, bad      share of the pairs whose chosen image alone is right, and whose chosen image alone is wrong
     """
 
     n: int
@@ -264,24 +264,27 @@ class RankingQuality:
 
 
 def measure_ranking(folder: Path, chosen: Sequence[Scene], classifier: Classifier) -> RankingQuality:
-    """What the classifier thinks of a ranked folder's order, prompts' own pictures alone."""
+    """Compare a ranked folder's order with the classifier, on the prompts' own images."""
     _, pictures = read_samples(folder)
-    own = [names[: int(read_json(folder / SAMPLES)["per_prompt"])] for names in pictures]
+    own_images = [names[: int(read_json(folder / SAMPLES)["per_prompt"])] for names in pictures]
     files = [(i, name) for i, names in enumerate(pictures) for name in names]
-    seen = classifier.classify([Image.open(folder / name).convert("RGB") for _, name in files])
+    predictions = classifier.classify([Image.open(folder / name).convert("RGB") for _, name in files])
     right = {
         name: float(is_all_right(chosen[i], prediction))
-        for (i, name), prediction in zip(files, seen, strict=True)
+        for (i, name), prediction in zip(files, predictions, strict=True)
     }
-    score = {name: sum(each.values()) for name, each in read_json(folder / SCORES)["scores"].items()}
-    met = [[float(score[a] > score[b]) for a in names for b in names if right[a] > right[b]] for names in own]
-    best, worst = ([right[pick(names, key=score.__getitem__)] for names in own] for pick in (max, min))
+    score = {name: sum(scores.values()) for name, scores in read_json(folder / SCORES)["scores"].items()}
+    orders = [
+        [float(score[a] > score[b]) for a in names for b in names if right[a] > right[b]]
+        for names in own_images
+    ]
+    best, worst = ([right[pick(names, key=score.__getitem__)] for names in own_images] for pick in (max, min))
     pairs = [(right[pair["chosen"]], right[pair["rejected"]]) for pair in read_jsonl(folder / RANKING)]
     return RankingQuality(
-        n=sum(map(len, own)),
-        right=bootstrap([[right[name] for name in names] for names in own]),
-        any_right=sum(max(right[name] for name in names) for names in own) / len(own),
-        agreement=bootstrap(met),
+        n=sum(map(len, own_images)),
+        right=bootstrap([[right[name] for name in names] for names in own_images]),
+        any_right=sum(max(right[name] for name in names) for names in own_images) / len(own_images),
+        agreement=bootstrap(orders),
         best=sum(best) / len(best),
         worst=sum(worst) / len(worst),
         pairs=len(pairs),
@@ -296,7 +299,7 @@ def compare_with_base(
     guidance: Sequence[object] = (), base_images: Path | None = None, tuned_images: Path | None = None,
     scale: float = 1.0, seed: int = 7,
 ) -> Comparison:  # fmt: skip
-    """`align compare` of a run against its base on these scenes, then the classifier.
+    """Run `align compare` of a run against its base on these scenes, then classify both sides' images.
 
     `guidance` is its flags about that, `scale` the strength of what was learned; a side's pictures that another
     comparison has drawn alike are taken over.
@@ -344,7 +347,7 @@ def measure_kept_diversity(
     base: Mapping[int, float],
     keys: Sequence[tuple[int, int]],
 ) -> float:
-    """The tuned side's variety over the base's, of the prompts all of whose pictures are right on both sides."""
+    """Diversity of the tuned side over the base's, on prompts whose images are all right on both sides."""
     wrong = {i for (i, _), *both in zip(keys, tuned_right, base_right, strict=True) if not all(both)}
     good = sorted({i for i, _ in keys} - wrong)
     before = sum(base[i] for i in good)
@@ -381,17 +384,17 @@ def measure_upper_bound(chosen: Sequence[Scene], classifier: Classifier, name: s
 
 
 def find_base_images(folder: Path) -> Path | None:
-    """The base's pictures that an earlier comparison in this folder has drawn; None before the first."""
+    """Folder of the base's images of an earlier comparison; None before the first."""
     return next(iter(sorted(folder.glob("*/base"))), None)
 
 
 def is_all_right(scene: Scene, seen: Prediction) -> bool:
-    """Whether the classifier finds everything that the caption asks for."""
+    """Whether the classifier finds every attribute that the caption asks for."""
     return all(question.passed(scene, seen) for question in QUESTIONS if question.asked(scene))
 
 
 def format_table(rows: Sequence[tuple[str, Comparison, dict[str, Any]]]) -> str:
-    """Markdown: a row for each run, with its seconds."""
+    """Markdown table with a row for each run, and its seconds."""
     scorers = list(rows[0][1].wins) if rows else []
     named = [Path(scorer).stem for scorer in scorers]
     rates = [f"win rate, {name} (95 %)" for name in named]
@@ -421,6 +424,9 @@ def score_correctness(
     keys: Sequence[tuple[int, int]],
     classifier: Classifier,
 ) -> list[float]:
-    """1 where everything that picture (i, j) was asked for is there, 0 otherwise."""
-    seen = classifier.classify(pictures)
-    return [float(is_all_right(chosen[i], prediction)) for (i, _), prediction in zip(keys, seen, strict=True)]
+    """1 for each image (i, j) that shows every attribute of its scene, else 0."""
+    predictions = classifier.classify(pictures)
+    return [
+        float(is_all_right(chosen[i], prediction))
+        for (i, _), prediction in zip(keys, predictions, strict=True)
+    ]

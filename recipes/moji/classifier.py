@@ -49,7 +49,7 @@ from benchmarks.classifier import (
 from recipes.moji.autoencoder import to_tensor
 from recipes.moji.logbook import Logbook
 from recipes.moji.muon import Muon
-from recipes.moji.rendered import AUTOENCODER, has_autoencoder, moved, rendered, roughened, round_trips
+from recipes.moji.rendered import AUTOENCODER, has_autoencoder, rendered, roughen, round_trips, shift
 
 FIRST_SEED = 400_000
 HELD_OUT = BENCHMARK_SEEDS[100_000:102_000]
@@ -109,7 +109,7 @@ def main(
     if checkpoint.exists():
         done, _ = load_checkpoint(checkpoint, parameters=kept, optimizer=optimizer, average=average)
     cases = Cases.on_disk(workdir, scenes, decoded=decoded, decoded_share=decoded_share, device=device)
-    held_out = [scene_of(number) for number in HELD_OUT]
+    held_out = [make_scene(number) for number in HELD_OUT]
     examination = Examination(workdir, held_out, device)
 
     def losses(step: int) -> Iterator[Tensor]:
@@ -150,7 +150,7 @@ def classification_loss(logits: dict[str, Tensor], truth: dict[str, Tensor]) -> 
 # --- scenes -------------------------------------------------------------------------------------------------
 
 
-def scene_of(seed: int, *, styled: float = 0.0) -> Scene:
+def make_scene(seed: int, *, styled: float = 0.0) -> Scene:
     """The classifier's scene of a seed: any of its glyphs; a single thing is coloured or dressed more often than
     for the model. What a benchmark never asks for (a tree in a park) stands on white instead.
 
@@ -171,7 +171,7 @@ def scene_of(seed: int, *, styled: float = 0.0) -> Scene:
     return scene if fair(scene) else replace(scene, place="on a white background")
 
 
-def answers(scene: Scene) -> dict[str, str | frozenset[str] | None]:
+def true_labels(scene: Scene) -> dict[str, str | frozenset[str] | None]:
     """The right label of every head; for glyphs the set of them; None where a picture cannot show it."""
     thing: Thing = scene.things[0]
     kinds = frozenset(each.noun for each in scene.things)
@@ -200,13 +200,13 @@ class Cases:
         self.shards, self.decoded = list(shards), decoded
         self.decoded_share = decoded_share if decoded is not None else 0.0
         self.count = len(scenes)
-        self.truth = as_numbers(scenes)
+        self.truth = encode_labels(scenes)
 
     @classmethod
     def on_disk(cls, workdir: Path, count: int, *, decoded: int, decoded_share: float, device: str) -> Cases:
         """Renders and decodes what is missing."""
         assert count % SHARD == 0, f"scenes come in shards of {SHARD}"
-        scenes = [scene_of(seed, styled=STYLED) for seed in range(FIRST_SEED, FIRST_SEED + count)]
+        scenes = [make_scene(seed, styled=STYLED) for seed in range(FIRST_SEED, FIRST_SEED + count)]
         shards = [
             rendered(workdir, f"judge-styled-{FIRST_SEED + first}", scenes[first : first + SHARD])
             for first in range(0, count, SHARD)
@@ -230,21 +230,21 @@ class Cases:
                 index = random.randrange(self.count)
                 picture = self.shards[index // SHARD][index % SHARD]
             right, down = random.randint(-FARTHEST, FARTHEST), random.randint(-FARTHEST, FARTHEST)
-            pictures.append(moved(picture, right=right, down=down, mirrored=random.random() < 0.5))
+            pictures.append(shift(picture, right=right, down=down, mirrored=random.random() < 0.5))
             chosen.append(index)
-        return roughened(to_tensor(np.stack(pictures)), random), {
+        return roughen(to_tensor(np.stack(pictures)), random), {
             head: v[chosen] for head, v in self.truth.items()
         }
 
 
-def as_numbers(scenes: Sequence[Scene]) -> dict[str, Tensor]:
+def encode_labels(scenes: Sequence[Scene]) -> dict[str, Tensor]:
     """The answers as tensors: of glyphs the share of each [B, N], of other heads the label's number [B]."""
     labels = list_labels()
     number = {head: {name: index for index, name in enumerate(names)} for head, names in labels.items()}
     shares = torch.zeros(len(scenes), len(labels["glyphs"]))
     others: dict[str, list[int]] = {head: [] for head in labels if head != "glyphs"}
     for row, scene in enumerate(scenes):
-        right = answers(scene)
+        right = true_labels(scene)
         kinds = right.pop("glyphs")
         assert isinstance(kinds, frozenset)
         for kind in kinds:
@@ -277,17 +277,17 @@ class Examination:
             predictions = classifier.classify([Image.fromarray(picture) for picture in pictures])
             results[kind] = {
                 "pictures": len(pictures),
-                **accuracies(self.scenes[: len(predictions)], predictions),
+                **measure_accuracies(self.scenes[: len(predictions)], predictions),
             }
         return results
 
 
-def accuracies(scenes: Sequence[Scene], predictions: Sequence[Prediction]) -> dict[str, Any]:
+def measure_accuracies(scenes: Sequence[Scene], predictions: Sequence[Prediction]) -> dict[str, Any]:
     """Shares of right predictions per head, of glyphs also by number and style; and what is taken for what."""
     right: dict[str, list[bool]] = {}
     confused: Counter[tuple[str, str]] = Counter()
     for scene, prediction in zip(scenes, predictions, strict=True):
-        expected = answers(scene)
+        expected = true_labels(scene)
         kinds = expected.pop("glyphs")
         assert isinstance(kinds, frozenset)
         hit = prediction.two_glyphs == kinds if len(kinds) == 2 else prediction.glyph in kinds

@@ -39,14 +39,21 @@ from benchmarks.moji import (
     Gallery,
     Row,
     Setting,
-    benchmark_scenes,
-    likeness,
-    markdown,
+    format_markdown,
+    log_likelihood,
+    parse_setting,
     score_predictions,
-    setting_of,
+    select_scenes,
     write_card,
 )
-from recipes.moji.classifier import UNKNOWN, accuracies, answers, as_numbers, classification_loss, scene_of
+from recipes.moji.classifier import (
+    UNKNOWN,
+    classification_loss,
+    encode_labels,
+    make_scene,
+    measure_accuracies,
+    true_labels,
+)
 
 Images = list[Image.Image]
 
@@ -69,7 +76,7 @@ def images() -> Images:
 
 def certain(scene: Scene) -> Prediction:
     """What a perfect classifier says of a scene's picture."""
-    expected = answers(scene)
+    expected = true_labels(scene)
     kinds = expected.pop("glyphs")
     assert isinstance(kinds, frozenset)
     readings = {"glyphs": dict.fromkeys(sorted(kinds), 1 / len(kinds))}
@@ -152,7 +159,7 @@ def test_weights_and_labels_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_judge_trains_on_none_of_the_benchmarks_questions() -> None:
-    scenes = [scene_of(seed) for seed in range(400_000, 401_000)]
+    scenes = [make_scene(seed) for seed in range(400_000, 401_000)]
     assert all(fair(scene) for scene in scenes)
     nouns = {thing.noun for scene in scenes for thing in scene.things}
     assert nouns == set(list_labels()["glyphs"])
@@ -160,24 +167,24 @@ def test_the_judge_trains_on_none_of_the_benchmarks_questions() -> None:
 
 def test_answers_say_what_the_scene_says() -> None:
     dressed = Scene((Thing("dog", colour="red", accessory="a crown", small=True),), "in space", seed=1)
-    assert answers(dressed) == {
+    assert true_labels(dressed) == {
         "glyphs": {"dog"}, "place": "in space", "colour": "red", "accessory": "a crown", "style": NONE,
         "count": ONE, "size": "small",
     }  # fmt: skip
-    both = answers(Scene((Thing("dog"), Thing("cat")), "at night"))
+    both = true_labels(Scene((Thing("dog"), Thing("cat")), "at night"))
     assert (both["glyphs"], both["count"]) == (frozenset({"dog", "cat"}), TWO_DIFFERENT)
-    assert answers(Scene((Thing("dog"),), "at night", pair=True))["count"] == TWO_OF_A_KIND
+    assert true_labels(Scene((Thing("dog"),), "at night", pair=True))["count"] == TWO_OF_A_KIND
 
 
 def test_the_colour_of_a_pencil_sketch_is_not_asked_for() -> None:
     grey = Scene((Thing("dog", colour="red"),), "at night", "a pencil sketch of")
-    assert answers(grey)["colour"] is None
-    assert as_numbers([grey])["colour"].tolist() == [UNKNOWN]
+    assert true_labels(grey)["colour"] is None
+    assert encode_labels([grey])["colour"].tolist() == [UNKNOWN]
 
 
 def test_a_perfect_judge_has_no_loss_and_no_mistakes() -> None:
-    scenes = [scene_of(seed) for seed in range(400_000, 400_200)]
-    truth = as_numbers(scenes)
+    scenes = [make_scene(seed) for seed in range(400_000, 400_200)]
+    truth = encode_labels(scenes)
     assert truth["glyphs"].sum(1).tolist() == [1.0] * len(scenes)
     logits = {"glyphs": (truth["glyphs"] + 1e-9).log()}
     for head, names in list_labels().items():
@@ -185,7 +192,7 @@ def test_a_perfect_judge_has_no_loss_and_no_mistakes() -> None:
             logits[head] = 50 * torch.nn.functional.one_hot(truth[head].clamp(min=0), len(names)).float()
     entropy = -torch.special.xlogy(truth["glyphs"], truth["glyphs"]).sum(1).mean()
     assert float(classification_loss(logits, truth)) == pytest.approx(float(entropy), abs=1e-4)
-    shares = accuracies(scenes, [certain(scene) for scene in scenes])
+    shares = measure_accuracies(scenes, [certain(scene) for scene in scenes])
     assert set(shares["accuracy"].values()) == {1.0}
     assert shares["confused"] == []
 
@@ -201,21 +208,21 @@ def test_an_unknown_label_pulls_at_nothing() -> None:
 
 
 def test_benchmark_scenes_are_fair_held_out_and_always_the_same() -> None:
-    scenes = benchmark_scenes(300)
-    assert scenes == benchmark_scenes(301)[:300]
+    scenes = select_scenes(300)
+    assert scenes == select_scenes(301)[:300]
     assert all(fair(scene) and scene.seed in BENCHMARK_SEEDS for scene in scenes)
     assert {thing.noun for scene in scenes for thing in scene.things} <= set(vocabulary().nouns)
 
 
 def test_a_perfect_model_passes_every_question() -> None:
-    scenes = benchmark_scenes(300)
+    scenes = select_scenes(300)
     for row in score_predictions(scenes, [certain(scene) for scene in scenes]):
         assert row.n > 20
         assert row.right == row.n
 
 
 def test_pictures_of_other_scenes_pass_hardly_any_question() -> None:
-    scenes = benchmark_scenes(300)
+    scenes = select_scenes(300)
     rows = score_predictions(scenes, [certain(scene) for scene in scenes[1:] + scenes[:1]])
     assert all(row.share < 0.2 for row in rows if row.name != "style")
 
@@ -241,7 +248,7 @@ def test_the_table_prints_every_row_also_an_empty_one() -> None:
         "seconds_per_picture": {"one at a time": 1.25}, "machine": "cpu",
     }  # fmt: skip
     rows = [Row("noun", 3, 4, *wilson(3, 4)[1:]), Row("colour", 0, 0, *wilson(0, 0)[1:])]
-    table = markdown(facts, rows, None)
+    table = format_markdown(facts, rows, None)
     assert "| noun | 75.0 % | 30.1–95.4 % | 4 | – |" in table
     assert "| colour | – | 0.0–100.0 % | 0 | – |" in table
     assert "| textures | 24.50 | 2 |" in table
@@ -260,20 +267,20 @@ def test_the_worst_picture_is_the_one_that_shows_least_of_what_was_asked() -> No
     scene = Scene((Thing("cat", colour="red"),), "in space", None, seed=1)
     elsewhere = replace(scene, place="at night")
     other = replace(elsewhere, things=(Thing("dog", accessory="a crown"),))
-    whole, part, nothing = (likeness(scene, certain(shown)) for shown in (scene, elsewhere, other))
+    whole, part, nothing = (log_likelihood(scene, certain(shown)) for shown in (scene, elsewhere, other))
     assert whole > part > nothing
     assert whole == pytest.approx(0, abs=1e-6)
 
 
 def test_a_setting_is_read_from_steps_and_guidance() -> None:
-    assert setting_of("15:2.5") == Setting(15, 2.5)
+    assert parse_setting("15:2.5") == Setting(15, 2.5)
     for wrong in ("15", "a:b", "15:4:2"):
         with pytest.raises(UserError, match="STEPS:GUIDANCE"):
-            setting_of(wrong)
+            parse_setting(wrong)
 
 
 def test_the_gallery_draws_a_picture_once(tiny: Backbone, tmp_path: Path) -> None:
-    scenes, setting, gallery = benchmark_scenes(2), Setting(2, 1.0), Gallery(tmp_path, 2)
+    scenes, setting, gallery = select_scenes(2), Setting(2, 1.0), Gallery(tmp_path, 2)
     first = gallery.pictures(tiny, scenes, setting)
     gone, kept = sorted(tmp_path.rglob("*.png"))
     written = kept.stat().st_mtime_ns
@@ -284,8 +291,8 @@ def test_the_gallery_draws_a_picture_once(tiny: Backbone, tmp_path: Path) -> Non
 
 
 def test_training_scenes_of_the_judge_are_styled_more_often_and_otherwise_the_same() -> None:
-    plain = [scene_of(seed) for seed in range(400_000, 400_400)]
-    more = [scene_of(seed, styled=0.4) for seed in range(400_000, 400_400)]
+    plain = [make_scene(seed) for seed in range(400_000, 400_400)]
+    more = [make_scene(seed, styled=0.4) for seed in range(400_000, 400_400)]
     assert [scene.plain() for scene in more] == [scene.plain() for scene in plain]
     changed = [after for before, after in zip(plain, more, strict=True) if before.style != after.style]
     assert 0.2 < len(changed) / len(plain) < 0.36

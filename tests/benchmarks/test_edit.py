@@ -18,7 +18,7 @@ from backbone.models.model import Backbone
 from backbone.world.scene import BENCHMARK_SEEDS, fair
 from benchmarks import edit as benchmark
 from benchmarks.classifier import FACTS, TWO_DIFFERENT, WEIGHTS, Network, Prediction, list_labels
-from benchmarks.edit import KINDS, Case, make_cases, paired, succeeded
+from benchmarks.edit import KINDS, Case, compare_paired, is_success, make_cases
 
 
 def of_kind(kind: str) -> Case:
@@ -91,8 +91,8 @@ def test_outside_the_mask_the_true_edit_is_the_source() -> None:
 def test_the_true_edit_succeeds_and_the_source_does_not(kind: str) -> None:
     case = of_kind(kind)
     untouched = replace(case, after=case.before)
-    assert succeeded(case, [seen(case)])
-    assert not succeeded(case, [seen(untouched)])
+    assert is_success(case, [seen(case)])
+    assert not is_success(case, [seen(untouched)])
 
 
 def test_a_reweight_succeeds_when_the_colour_grows() -> None:
@@ -106,9 +106,9 @@ def test_a_reweight_succeeds_when_the_colour_grows() -> None:
             for share in shares
         ]
 
-    assert succeeded(case, with_shares(0.1, 0.5, 0.9))
-    assert not succeeded(case, with_shares(0.1, 0.1, 0.9))
-    assert not succeeded(case, with_shares(0.9, 0.5, 0.1))
+    assert is_success(case, with_shares(0.1, 0.5, 0.9))
+    assert not is_success(case, with_shares(0.1, 0.1, 0.9))
+    assert not is_success(case, with_shares(0.9, 0.5, 0.1))
 
 
 def test_pairs_are_compared_on_the_same_scenes() -> None:
@@ -122,11 +122,11 @@ def test_pairs_are_compared_on_the_same_scenes() -> None:
         }
 
     rows = [row("a", k, True, 20.0 + k) for k in range(4)] + [row("b", k, k < 2, 18.0 + k) for k in range(4)]
-    found = paired([*rows, row("a", 9, False, 0.0)], "a", "b")
+    found = compare_paired([*rows, row("a", 9, False, 0.0)], "a", "b")
     assert found is not None and found["n"] == 4
     assert found["success"][0] == 0.5
     assert found["background_psnr_db"] == (2.0, 2.0, 2.0)
-    assert paired(rows, "a", "c") is None
+    assert compare_paired(rows, "a", "c") is None
 
 
 @pytest.mark.font
@@ -170,12 +170,12 @@ def test_a_small_one_runs_through(
 
 
 def test_the_published_method_changes_the_edited_things_place() -> None:
-    assert benchmark.published_words(of_kind("place")) == benchmark.published_words(of_kind("style")) == ()
+    assert benchmark.blend_words(of_kind("place")) == benchmark.blend_words(of_kind("style")) == ()
     noun, colour = of_kind("noun"), of_kind("colour")
-    assert benchmark.published_words(noun) == (noun.before.things[0].noun, noun.after.things[0].noun)
-    assert benchmark.published_words(colour) == (colour.before.things[0].noun,)
+    assert benchmark.blend_words(noun) == (noun.before.things[0].noun, noun.after.things[0].noun)
+    assert benchmark.blend_words(colour) == (colour.before.things[0].noun,)
 
 
 def test_every_method_of_the_benchmark_has_a_name_once(tiny: Backbone) -> None:
-    names = list(benchmark.attempts())
+    names = list(benchmark.list_methods())
     assert names[0] == benchmark.DEFAULT and set(benchmark.RIVALS) | set(benchmark.CONTROLS) <= set(names)
