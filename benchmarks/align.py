@@ -1,4 +1,4 @@
-"""What a step of preference training costs here and in diffusers' script, both sides in one run.
+"""Cost of a step of preference training here and in diffusers' script, both sides in one run.
 
     python -m benchmarks.align steps                    SD 1.5's shape, 512², bf16, two cores: about half an hour
     python -m benchmarks.align steps --shape moji       the embedded model's: a minute
@@ -6,14 +6,14 @@
     python -m benchmarks.align whole PAIRS              whole runs of `moji` on these pairs, both ways
 
 The other side is a plain re-statement of what diffusers' `train_diffusion_dpo.py` does in a step: decode and encode
-both pictures, encode the prompt, ask the model, ask it again with the adapter off, go back. Its β is half of ours for
+both pictures, encode the prompt, predict, predict again with the adapter off, backward. Its β is half of ours for
 the same loss (`align.objectives.losses`). Parity comes first: on the same latents, noise and levels both sides have
 one loss and one gradient. Then steps of every kind are timed in turn, and totals are composed from them: for P pairs
 at K draws, each visited V times,
 
     script    P·K·V · script
     cached    P · encode + P·K·V · cached                       latents and text encoded once
-    bank      P · encode + P·K · cached + P·K·(V − 1) · bank    the base's errors kept, too
+    bank      P · encode + P·K · cached + P·K·(V − 1) · bank    the base model's errors cached, too
 
 Encoding is a step's own work at the script and is done once here. On a CPU our steps also compute attention in the way
 whose backward pass is faster (`backbone.training.attention`), for latents of up to 32 × 32; on SD 1.5's shape both
@@ -204,7 +204,7 @@ class Script:
         self.beta = training.settings.beta / 2  # theirs has no ½
 
     def step(self) -> float:
-        """One optimiser step; gives the loss, as the script logs it at every step."""
+        """One optimiser step; returns the loss, as the script logs it at every step."""
         model, training = self.parts.model, self.training
         latents, text = self.latents(), self.parts.encode(self.prompts)
         half = len(latents) // 2
@@ -278,7 +278,7 @@ def run_script(chosen: Sequence[Pair], settings: Settings) -> float:
 
 
 def build_training(parts: Parts, batch: int) -> PreferenceTraining:
-    """Our training with random latents and texts in its caches and a bank that knows every draw."""
+    """Our training with random latents and texts in its caches, and the base's error of every draw cached."""
     model = parts.model
     training = PreferenceTraining(model, empty_material(model), make_settings(batch))
     random = generator(0, "material")
@@ -309,7 +309,7 @@ def time_step(kind: str, training: PreferenceTraining, script: Script) -> None:
 
 
 def build_bank(training: PreferenceTraining) -> Bank:
-    """A bank that was filled before; what it holds costs no other time."""
+    """A filled cache of base errors, of random values: they cost the same time."""
     shape = (len(training.material.train), training.settings.draws, 2)
     return Bank(training.live, "", torch.ones(shape))
 

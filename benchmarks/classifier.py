@@ -1,9 +1,8 @@
-"""The classifier: a small ResNet of our own that names what a picture of `moji`'s world shows.
+"""The attribute classifier of the benchmarks: a small ResNet that names what an image of `moji`'s world shows.
 
-It is independent of everything that it is asked about: trained by `recipes.moji.classifier` on other scenes than
-the model
-and the scorer, without any text, and with the glyphs of the development concepts, since it must say whether
-the right one appears. Weights and labels lie in `benchmarks/classifier/`; `classifier.json` also holds its own
+It is independent of the models that it evaluates: trained by `recipes.moji.classifier` on other scenes than the model
+and the scorer, without any text, and with the glyphs of the development concepts, since it must tell whether the right
+one appears. Weights and labels lie in `benchmarks/classifier/`; `classifier.json` also holds its own
 accuracies, which bound what its predictions are worth.
 """
 
@@ -34,7 +33,7 @@ Reading = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the classifier sees in one picture: each head's labels with probabilities, most likely first.
+    """Class probabilities of one image: each head's labels with probabilities, most likely first.
 
     `glyphs` shares its probability among the things that are there: about ½ each for two different ones.
     """
@@ -49,12 +48,12 @@ class Prediction:
 
     @property
     def glyph(self) -> str:
-        """The glyph that it sees most of, among all that it knows."""
+        """The most likely glyph."""
         return most_likely(self.glyphs)
 
     @property
     def two_glyphs(self) -> frozenset[str]:
-        """The two glyphs that it sees most of."""
+        """The two most likely glyphs."""
         return frozenset(list(self.glyphs)[:2])
 
 
@@ -84,22 +83,22 @@ class Classifier:
 
     @torch.no_grad()
     def classify(self, images: Sequence[Image.Image], *, batch: int = 64) -> list[Prediction]:
-        """What it sees in each picture; pictures of another size are scaled to 128 × 128."""
-        found: list[Prediction] = []
+        """Classify images; those of another size are scaled to 128 × 128."""
+        predictions: list[Prediction] = []
         for first in range(0, len(images), batch):
             logits = self.network(prepare_images(images[first : first + batch]).to(self.network.device))
             shares = {head: value.float().softmax(-1).cpu() for head, value in logits.items()}
             for row in range(len(next(iter(shares.values())))):
-                found.append(
+                predictions.append(
                     Prediction(
                         **{head: sort_labels(self.labels[head], shares[head][row]) for head in self.labels}
                     )
                 )
-        return found
+        return predictions
 
 
 def load_classifier(folder: str | Path = FOLDER, *, device: torch.device | str = "cpu") -> Classifier:
-    """The trained classifier. Raises `UserError` when its files are missing or do not fit together."""
+    """Load the trained classifier. Raises `UserError` when its files are missing or do not fit together."""
     folder = Path(folder)
     if not (folder / WEIGHTS).is_file() or not (folder / FACTS).is_file():
         raise UserError(

@@ -8,10 +8,9 @@
 
 Every concept is a glyph that the base has never seen. Its five training pictures are plain renders in five places; the
 real commands `customize train` and `customize sample` then draw it in the other seven, wearing each of five things, in
-each of four styles, and draw its class without the token. The classifier names the glyph among all that it knows,
-and the
-place, the accessory, the style. Beside it stands the base model without training, asked with the same words from the
-same noise. Wilson 95 % intervals over the pictures, and a bootstrap over concepts, which differ more than pictures do.
+each of four styles, and draw its class without the token. The classifier names the glyph among all that it knows, the
+place, the accessory and the style. The baseline is the untrained base model, with the same words from the same noise.
+Wilson 95 % intervals over the pictures, and a bootstrap over concepts, which differ more than pictures do.
 
 `script` is diffusers' own file, run as it is on the same pictures and words with its prior preservation (100 class
 pictures, drawn by `customize sample`, which is faster than its own way), our rank, batch and schedule, and the learning
@@ -136,7 +135,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Tally:
-    """Of n pictures: in how many the classifier sees what was asked for, the concept's glyph, and both."""
+    """Of n images: in how many the classifier finds the attribute of the prompt, the concept's glyph, and both."""
 
     right: int
     glyph: int
@@ -150,11 +149,11 @@ class Tally:
 
 @dataclass(frozen=True)
 class Result:
-    """What one trial came to: of every kind of question, after training and at the base where it was asked."""
+    """Tallies of one trial by kind of question, after training and of the base model where it was sampled."""
 
     trial: Trial
-    tuned_folder: Mapping[str, Tally]
-    base_folder: Mapping[str, Tally]
+    after: Mapping[str, Tally]
+    base: Mapping[str, Tally]
     seconds: float
     megabytes: float
 
@@ -178,7 +177,7 @@ def main(
     classifier: Annotated[Path, typer.Option(help="The classifier's folder.")] = FOLDER,
     out: Annotated[Path, typer.Option(help="Where results go.")] = Path("build/benchmarks/customize"),
 ) -> None:
-    """Trains and samples what is missing, classifies every image, and writes the table."""
+    """Train and samples what is missing, classifies every image, and writes the table."""
     chosen = list_trials(asked, concepts, flags=flags, seed=seed)
     if asked.startswith("script") and not known and not (script and script.is_file()):
         raise UserError(
@@ -318,7 +317,8 @@ def train_by_script(trial: Trial, out: Path, model: str, script: Path | None) ->
     words = read_concept(out / "runs" / Trial(trial.concept, DEFAULT, "", trial.seed).name).tokens[TOKEN]
     backbone = Backbone.open(model, device="cpu")
     asked: dict[str, object] = {
-        "pretrained_model_name_or_path": backbone.location.place, "instance_data_dir": write_training_images(trial.concept, out),
+        "pretrained_model_name_or_path": backbone.location.place,
+        "instance_data_dir": write_training_images(trial.concept, out),
         "instance_prompt": f"a {words} {trial.noun}", "class_data_dir": drawn, "class_prompt": f"a {trial.noun}",
         "num_class_images": CLASS_PICTURES, "output_dir": work, "seed": trial.seed,
         "resolution": backbone.resolution,
@@ -364,7 +364,7 @@ def write_training_images(concept: str, out: Path) -> Path:
 
 
 def make_questions(kind: Kind, noun: str, called: str) -> list[Question]:
-    """What is asked of each kind, about a thing that is called so; of the class under its own name."""
+    """Prompts of a kind for a thing of this name, with the label that the classifier should find."""
     words = vocabulary()
     places = [place for place in words.places if place not in TRAINING_PLACES]
     match kind:
@@ -430,7 +430,7 @@ def classify_trial(trial: Trial, out: Path, classifier: Classifier) -> Result:
 
 
 def tally_folder(trial: Trial, kind: Kind, folder: Path, classifier: Classifier) -> Tally:
-    """What the classifier says of one folder of pictures."""
+    """Classify a folder of images and count."""
     asked, seen = classify_folder(trial, kind, folder, classifier)
     right = [
         READ[kind](prediction) == question.wanted for question, prediction in zip(asked, seen, strict=True)
@@ -545,7 +545,8 @@ def format_table(results: Sequence[Result]) -> str:
         low, high = concept_interval([here / all_ for here, all_ in found])
         _, *own = wilson(right, n)
         lines.append(
-            f"| {figure.name} | {format_percent(right / n)} | {format_interval(*own)} | {format_interval(low, high)} | {n} | "
+            f"| {figure.name} | {format_percent(right / n)} | {format_interval(*own)} | "
+            f"{format_interval(low, high)} | {n} | "
             f"{format_percent(before / of_before) if of_before else '–'} |"
         )
     kept, low, high = measure_preservation(results)

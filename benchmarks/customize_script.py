@@ -198,7 +198,7 @@ class InterpolationMode(Enum):
 
 
 def install_stand_in() -> None:
-    """Puts a module `torchvision.transforms` in place that has what the script uses."""
+    """Put a module `torchvision.transforms` in place that has what the script uses."""
     transforms = ModuleType("torchvision.transforms")
     made: dict[str, Any] = {
         "InterpolationMode": InterpolationMode, "Compose": compose, "Resize": resize, "CenterCrop": center_crop,

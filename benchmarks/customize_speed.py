@@ -8,7 +8,7 @@ The other side is a plain re-statement of what diffusers' `train_dreambooth_lora
 pictures, turn them upright, scale and crop them, encode them and draw from the posterior, encode the prompts, noise,
 ask the network with a LoRA of rank 4 on attention under autocast, mean squared error (and the half of the class
 pictures), backward, clip, AdamW, read the loss. Its best flags are there as well: the text encoded once, and bf16, in
-which both sides work unless told otherwise; the script's own default is fp32. It has a network of its own, loaded and
+which both sides work by default; the script's own default is fp32. It has a network of its own, loaded and
 laid out in memory as the script does it. Parity comes first: on the same latents, noise and levels both sides have one
 loss and one gradient. Then steps of every kind are timed in turn, and totals are composed from counted steps, not run:
 for a cold run of 800 steps with prior preservation at each one's defaults,
@@ -175,7 +175,7 @@ class Bench:
 
     @torch.no_grad()
     def bank(self) -> None:
-        """The untouched network asked about a batch of noised pictures."""
+        """Base predictions of a batch of noised latents, as prior preservation caches them."""
         model = self.parts.model
         bank = cast(Bank, self.with_prior.buckets[0].bank)
         text = {name: value[-1:] for name, value in cast(Text, self.with_prior.text).items()}
@@ -205,7 +205,7 @@ class Script:
         self.text = cast(Text, training.material.text)  # as if encoded before
 
     def step(self, *, prior: bool, text_once: bool) -> float:
-        """One optimiser step; gives the loss, as the script logs it at every step."""
+        """One optimiser step; returns the loss, as the script logs it at every step."""
         training, device = self.training, self.parts.model.device
         latents = self.latents([*self.pictures, *(self.class_pictures if prior else ())])
         noise = torch.randn(latents.shape, generator=self.random).to(latents)

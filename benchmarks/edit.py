@@ -5,17 +5,15 @@
 
 Modelled on PIE-Bench (Ju et al. 2024), with what it lacks: every scene is rendered before and after its edit, from
 seeds that nothing was trained on, so the true answer and the true mask are known. Kinds of edits: noun, colour,
-accessory added, accessory removed, place, style, one noun of two, reweight. Success is the classifier's
-prediction, with
-Wilson 95 % intervals; the control `resample` draws the target prompt freely and says what the base model can draw at
-all, `no edit` hands the source back. The background is what the true edit leaves as it was; of place edits it is the
-thing, style edits are measured by structure alone, and a reweight succeeds when the classifier's probability of
-the colour
-rises over the weights ¼, 1 and 3. Background figures come over the background's own pixels and as PIE-Bench's code
-takes them (`backbone.evaluation.image_metrics`). “The default” is `edit.replace` as it comes; “+ P2P” are inversions
-with prompt-to-prompt as published (Hertz et al. 2022: cross-attention for 0.8, self-attention for 0.4 of the steps, a
-local blend at the words of the edited thing, threshold 0.3), “our settings” the same inversions with the default's.
-Needs the emoji font and the classifier. Writes `table.md`, `table.json`, `rows.jsonl` and `sheet.png`.
+accessory added, accessory removed, place, style, one noun of two, reweight. Success is the classifier's prediction,
+with Wilson 95 % intervals; the control `resample` draws the target prompt freely and says what the base model can draw
+at all, `no edit` hands the source back. The background is what the true edit leaves as it was; of place edits it is the
+thing, style edits are measured by structure alone, and a reweight succeeds when the classifier's probability of the
+colour rises over the weights ¼, 1 and 3. Background metrics come over the background's own pixels and as PIE-Bench's
+code takes them (`backbone.evaluation.image_metrics`). “The default” is `edit.replace` as it comes; “+ P2P” are
+inversions with prompt-to-prompt as published (Hertz et al. 2022: cross-attention for 0.8, self-attention for 0.4 of the
+steps, a local blend at the words of the edited thing, threshold 0.3), “our settings” the same inversions with the
+default's. Needs the emoji font and the classifier. Writes `table.md`, `table.json`, `rows.jsonl` and `sheet.png`.
 
 Pictures that `--out` holds are not made again, and figures always are, from the pictures on disk: a better classifier
 renews the tables without an edit. Several processes can share one `--out` with other `--methods`; the tables are of
@@ -286,7 +284,7 @@ class Work:
     asked: Asked
 
     def edit(self, name: str, cases: Sequence[Case], attempt: TryAll) -> None:
-        """Makes what is missing of one method."""
+        """Make what is missing of one method."""
         missing = [k for k, case in enumerate(cases) if self.read(name, k, case) is None]
         with progress(len(cases), name, done=len(cases) - len(missing)) as bar:
             for first in range(0, len(missing), TOGETHER):
@@ -297,7 +295,7 @@ class Work:
                     bar.advance(images=1)
 
     def write(self, name: str, number: int, case: Case, tried: Attempt) -> None:
-        """Keeps an attempt."""
+        """Keep an attempt."""
         record = self.record(name, number)
         for k, picture in enumerate(tried.pictures):
             save_png(record.with_name(f"{record.stem}-{k}.png"), picture)

@@ -1,4 +1,4 @@
-"""How fast an edit is beside the references' own schedules of evaluations, both sides in one run.
+"""Speed of an edit against the references' schedules of network evaluations (NFE), both sides in one run.
 
     python -m benchmarks.edit_speed                            whole edits on moji, some minutes on two cores
     python -m benchmarks.edit_speed --shape sd15 --device cuda an SD 1.5-shaped UNet: steps timed, totals composed
@@ -146,7 +146,7 @@ def whole_edits(model: Backbone, steps: int) -> dict[str, Callable[[], Any]]:
 
 
 def load_as_pipelines_do(model: Backbone) -> None:
-    """Gives a model the denoiser and the autoencoder that diffusers' `from_pretrained` makes of its files."""
+    """Return a model the denoiser and the autoencoder that diffusers' `from_pretrained` makes of its files."""
     for name, kind, part in (
         ("denoiser", UNet2DConditionModel, "unet"),
         ("autoencoder", AutoencoderKL, "vae"),
@@ -465,7 +465,7 @@ def _wait() -> None:
 
 
 def count_rows(steps: int) -> dict[str, int]:
-    """Samples that the denoiser is asked about by one edit (forward; a null-text iteration also goes backward)."""
+    """Number of samples that the denoiser evaluates in one edit (a null-text iteration also goes backward)."""
     open_ = count_opened(steps)
 
     def ours(targets: int) -> int:

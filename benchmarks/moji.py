@@ -5,15 +5,13 @@
     python -m benchmarks.moji --beside older/ --beside newer/                        other weights, same prompts
 
 Prompts are the canonical captions of scenes that no part was trained on (seeds from 1,000,000). Every share has its
-Wilson 95 % interval. The column of true pictures is the same classifier on the same scenes as rendered: what a
-perfect model
-would get; it needs the emoji font and stays empty without it, as do the autoencoder's figures on scenes. PSNR is the
-mean of the pictures' decibels. A sweep uses other prompts than the table, so a setting can be chosen by it. Pictures
-stay in `pictures/` and are not drawn again; predictions are always given anew. Writes `table.md`, `table.json`,
-`predictions.jsonl`, `sheet.png` (64 prompts), `without-guidance.png` (the same 64), and `worst.png`: the pictures
-in which
-the classifier finds what was asked for least. With `--card` the figures and the worst pictures go into the model's
-own card.
+Wilson 95 % interval. The column of true pictures is the same classifier on the same scenes as rendered: what a perfect
+model would get; it needs the emoji font and stays empty without it, as do the autoencoder's metrics on scenes. PSNR is
+the mean of the pictures' decibels. A sweep uses other prompts than the table, so a setting can be chosen by it.
+Pictures stay in `pictures/` and are not drawn again; predictions are always given anew. Writes `table.md`,
+`table.json`, `predictions.jsonl`, `sheet.png` (64 prompts), `without-guidance.png` (the same 64), and `worst.png`: the
+images with the least likelihood of their prompt's attributes. With `--card` the metrics and the worst images go into
+the model's own card.
 """
 
 from __future__ import annotations
@@ -150,7 +148,7 @@ def main(
 
 
 def write_card(folder: Path, table: str, worst: Path) -> None:
-    """Puts the table and the worst pictures at the end of a model's `README.md`, in place of older ones."""
+    """Put the table and the worst pictures at the end of a model's `README.md`, in place of older ones."""
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     before = text.split(FIGURES)[0].rstrip()
@@ -371,7 +369,7 @@ def time_sampling(model: Backbone, scenes: Sequence[Scene], setting: Setting) ->
 
 
 def log_likelihood(scene: Scene, seen: Prediction) -> float:
-    """log of the probability that the classifier gives to all that was asked for, its heads taken as independent."""
+    """Log-likelihood of a scene's attributes by the classifier, its heads taken as independent."""
     thing = scene.things[0]
     asked: list[tuple[Reading, str | None]] = [(seen.place, scene.place), (seen.style, scene.style or NONE)]
     asked += [(seen.glyphs, each.noun) for each in scene.things]

@@ -1,10 +1,10 @@
-"""Null-text inversion: does more optimisation leave less error? The mean reconstruction at several inner iterations.
+"""Null-text inversion: PSNR of the reconstruction against the number of inner iterations.
 
     python -m benchmarks.null_text                   20 scenes of MojiEdit at 0, 2 and 10 iterations, 25 steps
     python -m benchmarks.null_text --scenes 4 --steps 10
 
-A scene is inverted, its embeddings of "no prompt" are optimised (Mokady et al. 2023), and the guided walk down is
-decoded and compared with the picture. 0 iterations are plain DDIM inversion walked back with guidance. Writes
+A scene is inverted, its unconditional embeddings are optimised (Mokady et al. 2023), and the guided sample is
+decoded and compared with the image. 0 iterations are plain DDIM inversion, sampled with guidance. Writes
 `null-text.md` and `null-text.json`; scenes that are already in `null-text.json` are not done again.
 """
 

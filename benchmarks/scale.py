@@ -8,11 +8,11 @@ GPU, or operations counted on torch's `meta` device and divided by an assumed ra
 assumption and a flag: reading, decoding, and the exchange of gradients.
 
 The simulation: every GPU takes the pairs of its share of a batch from a queue that its processor cores fill (reading is
-shared by all), learns, and waits for the others to exchange gradients. A pair's costs, by what is remembered:
+shared by all), learns, and waits for the others to exchange gradients. A pair's costs, by what is cached:
 
-    script   read and decode both files; encode; ask the reference; learn
-    cached   the first pass fills the caches: read, decode, encode. Then read latents; ask the reference; learn
-    bank     as cached, and the reference is asked at a draw's first visit alone
+    script   read and decode both files; encode; reference; learn
+    cached   the first pass fills the caches: read, decode, encode. Then read latents; reference; learn
+    bank     as cached, and the reference is evaluated at a draw's first visit alone
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
 
 @dataclass(frozen=True)
 class Costs:
-    """What a pair costs one GPU, in seconds: both pictures encoded; the reference asked; the model asked and taught."""
+    """GPU seconds of a pair: encoding both images; the reference's forward; the model's forward and backward."""
 
     encode: float
     ask: float
@@ -146,12 +146,12 @@ def simulate_passes(
 
 
 def sum_hours(found: list[tuple[int, Pass]]) -> float:
-    """Of all passes together."""
+    """Hours of all passes together."""
     return sum(number * one.seconds for number, one in found) / 3600
 
 
 def describe_saturation(found: list[tuple[int, Pass]]) -> str:
-    """What is busy longest over all passes, and its share of the time."""
+    """The resource that is busy longest over all passes, and its share of the time."""
     busy: dict[str, float] = {}
     for number, one in found:
         for name, seconds in one.busy.items():

@@ -1,4 +1,4 @@
-"""What the speed benchmarks share: models of a shape with random weights, pictures, times, peaks of memory.
+"""Shared by the speed benchmarks: models of a shape with random weights, random images, timing, peak memory.
 
 Random weights cost the same time as trained ones. Peak memory is of a process of its own.
 """
@@ -257,7 +257,7 @@ def processor_name() -> str:
 
 
 def write_section(page: Path, title: str, text: str) -> None:
-    """Puts a section of Markdown into a page, in the place of the one that has its title."""
+    """Put a section of Markdown into a page, in the place of the one that has its title."""
     before = page.read_text(encoding="utf-8") if page.is_file() else ""
     head, *sections = re.split(r"(?m)^## ", before)
     kept = dict(section.partition("\n")[::2] for section in sections) | {title: text}

@@ -131,12 +131,12 @@ def sample_pairs(
         with progress(len(share), "drawing") as bar:
             images = sample_images(backbone, prompts, share, sampling, loaded, per_prompt=per_prompt)
             for (i, j), image in zip(share, images, strict=True):
-                text = {
+                metadata = {
                     "prompt": prompt_and_noise(prompts[i], j, per_prompt)[0],
                     "seed": str(sampling.seed),
                     "sample": str(j),
                 }
-                save_png(out / image_name(i, j), image, text=text)
+                save_png(out / image_name(i, j), image, text=metadata)
                 bar.advance(images=1)
     processes.barrier()  # now all pictures are there
     if processes.is_writer():

@@ -21,7 +21,7 @@ Energy = Annotated[
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the commands to `customize`."""
+    """Add the commands to `customize`."""
     app.command("export")(export)
     app.command("import")(import_)
     for command in (info, merge, extract, resize):

@@ -1,12 +1,11 @@
-"""A stated taste, warm colours, learned from pairs: it can be measured without any model (mean red minus mean blue).
+"""A stated preference, warm colours, learned from pairs: measurable without any model (mean red minus mean blue).
 
     python -m recipes.align.preference                                     one run on 500 pairs
     python -m recipes.align.preference --pairs 50 --pairs 100 --pairs 200 --pairs 500       how many are enough: a curve
 
-Each prompt's warmer picture of four is preferred to its coldest. It should show: the tuned model's picture is the
-warmer one, from the same noise, on at least 80 % of held-out prompts, while the classifier's all-right share is
-not lower by
-more than 2 points at the 95 % bound (n is at least 1,000 pictures a side).
+The warmest of each prompt's four images is preferred to its coldest. It should show: from the same noise, the tuned
+model's image is the warmer one on at least 80 % of held-out prompts, while attribute accuracy drops by at most 2 points
+at the 95 % bound (n is at least 1,000 images a side).
 """
 
 from __future__ import annotations

@@ -1,21 +1,18 @@
-"""Pairs that the embedded scorer ranks make `moji` follow hard prompts better: the independent classifier counts it.
+"""Pairs ranked by the embedded scorer make `moji` follow hard prompts better, measured by the independent classifier.
 
     python -m recipes.align.prompt_fidelity            sampling and ranking, then each training; times in the table
     python -m recipes.align.prompt_fidelity --loss-type dpo --loss-type ipo --loss-type kto --loss-type mapo
         --loss-type sft --loss-type sdpo               the losses under one budget, on the same pairs
     python -m recipes.align.prompt_fidelity --prompts-of crowded --out build/recipes/crowded
 
-A hard prompt names a coloured thing that wears something. `moji` draws four pictures of each, and from the noise of
-three of them hard negatives: without the colour, without what is worn, of another thing. The embedded scorer says
-by the
-prompt which of two is the better one, of every picture and its hard negative and of every two pictures of the
-prompt, and
-they become a pair where their scores differ by more than the margin (`--pairs-of` says which meet). The kind of prompt
-and of pair, the margin, the settings and the guidance were chosen on training and development prompts
-(`benchmarks/results/align.md`). As pairs of hard negatives teach what guidance teaches, the tuned model is drawn with
-less of it: none in the first fifth of the steps, where it costs the variety. The base stands beside it twice: with its
-own guidance in all steps, which is best for it, and drawn the same way. It should
-show: the classifier's all-right share on held-out prompts rises by 8 points or more with an interval clear of zero, and
+A hard prompt names a coloured thing that wears something. `moji` samples four images of each and, from the noise of
+three of them, hard negatives: without the colour, without the accessory, of another thing. The embedded scorer ranks
+every image against its hard negative, and every two images of the prompt, and they become a pair where their scores
+differ by more than the margin (`--pairs-of` chooses the rules). Prompts, rules, margin, settings and guidance were
+chosen on training and development prompts (`benchmarks/results/align.md`). Hard negatives teach what guidance does, so
+the tuned model is sampled with less of it: none in the first fifth of the steps, where it costs diversity. The base is
+measured twice: with its own guidance in all steps, which is best for it, and with the tuned model's.
+It should show: attribute accuracy on held-out prompts rises by 8 points or more with an interval clear of zero, and
 diversity stays above 0.9 of the base's. --development evaluates on other prompts, on which settings are chosen.
 """
 
@@ -119,11 +116,11 @@ def main(
     rows: list[tuple[str, Comparison, dict[str, object]]] = []
     own: tuple[object, ...] = ("--tuned-guidance", guidance)
     both: tuple[object, ...] = ("--guidance", guidance)
-    said = f"at guidance {guidance:g}"
+    setting = f"at guidance {guidance:g}"
     if guidance_start:
         own += ("--tuned-guidance-start", guidance_start)
         both += ("--guidance-start", guidance_start)
-        said += f" from {guidance_start:.0%} of the steps on"
+        setting += f" from {guidance_start:.0%} of the steps on"
     base, alike = find_base_images(out / where), find_base_images(out / f"{where}-alike")
     for which in loss or ["sdpo"]:
         kind, *more = LOSSES.get(which, (which, *WITHOUT))
@@ -142,7 +139,7 @@ def main(
         tuned, place = place / "tuned", out / f"{where}-alike" / label
         found = against(out=place, base_images=alike, tuned_images=tuned, guidance=both)
         alike = alike or place / "base"
-        rows.append((f"{label}, both {said}", found, times))
+        rows.append((f"{label}, both {setting}", found, times))
         write_text(out / "table.md", f"{format_table(rows)}\n\n{order}\n")
         write_json(out / "table.json", {"rows": rows, "flags": flags, "pairs": pairs, "held_out": held_out})
     print(format_table(rows))

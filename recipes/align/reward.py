@@ -1,15 +1,13 @@
-"""The embedded scorer's own gradient makes `moji` follow hard prompts, without pairs; the independent classifier
-counts it.
+"""The gradient of the embedded scorer makes `moji` follow hard prompts, without pairs; measured by the classifier.
 
     python -m recipes.align.reward                     training and comparison; times in the table
 
-Prompts, scorer, classifier and held-out pictures are those of `recipes.align.prompt_fidelity`, and so is the
-question: 8
-points more pictures all right with 0.9 of the base's diversity. There a loss learns from how the scorer orders
-pictures; here DRaFT (Clark et al. 2024) climbs the scorer's number itself, through the decoder and the last steps of
-the sampler. A model that is trained on a scorer finds what that likes, so the scorer's win rate proves nothing here,
-and a second row asks whether prompts of any other kind have suffered. The steps, and the tuned model's strength and
-guidance, were chosen on development prompts (`benchmarks/results/align.md`); --development evaluates on these.
+Prompts, scorer, classifier and goal are those of `recipes.align.prompt_fidelity`: 8 points more images all right, at
+0.9 of the base's diversity. There a loss learns from how the scorer ranks images; here DRaFT (Clark et al. 2024)
+follows the gradient of the score itself, through the decoder and the last steps of the sampler. A model that is trained
+on a scorer exploits it, so the scorer's win rate proves nothing here, and a second row measures whether other prompts
+have suffered. The steps, and the tuned model's scale and guidance, were chosen on development prompts
+(`benchmarks/results/align.md`); --development evaluates on these.
 """
 
 from __future__ import annotations

@@ -65,10 +65,10 @@ def build_app(session: Session, *, token: str, port: int) -> Starlette:
         return Response(path.read_bytes(), media_type=kind)
 
     async def choose(request: Request) -> Response:
-        return await _post(request, lambda said: session.answer(_number(said), _verdict(said)))
+        return await _post(request, lambda body: session.answer(_number(body), _verdict(body)))
 
     async def undo(request: Request) -> Response:
-        return await _post(request, lambda said: session.undo(_number(said)))
+        return await _post(request, lambda body: session.undo(_number(body)))
 
     async def _post(request: Request, act: Callable[[dict[str, Any]], None]) -> Response:
         try:
@@ -160,23 +160,23 @@ async def _body(request: Request) -> dict[str, Any]:
         if len(content) > LARGEST_POST:
             raise ValueError("the post is too long")
     try:
-        said = json.loads(content)
+        body = json.loads(content)
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise ValueError("the post is not JSON") from None
-    if not isinstance(said, dict):
+    if not isinstance(body, dict):
         raise ValueError("the post is not a JSON object")
-    return said
+    return body
 
 
-def _number(said: dict[str, Any]) -> int:
-    number = said.get("number")
+def _number(body: dict[str, Any]) -> int:
+    number = body.get("number")
     if not isinstance(number, int):
         raise ValueError("the post names no question")
     return number
 
 
-def _verdict(said: dict[str, Any]) -> str:
-    verdict = said.get("verdict")
+def _verdict(body: dict[str, Any]) -> str:
+    verdict = body.get("verdict")
     if not isinstance(verdict, str):
         raise ValueError("the post says nothing")
     return verdict
