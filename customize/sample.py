@@ -57,23 +57,8 @@ def sample_to_folder(
         Request(prompt, (i, j), expanded_negative) for i, prompt in enumerate(expanded) for j in range(count)
     ]
     began = time.perf_counter()
-    share = processes.spread(requests, batch=BATCH_SIZE)  # this process's part of the requests
-    with progress(len(share), "drawing") as bar:
-        images = sample(
-            backbone,
-            share,
-            steps=steps,
-            guidance=guidance,
-            seed=seed,
-            sampler=sampler,
-            batch=BATCH_SIZE,
-            guided=guided,
-        )
-        for request, image in zip(share, images, strict=True):
-            i, j = request.key
-            text = {"prompt": prompts[i], "seed": str(seed), "sample": str(j)}
-            save_png(out / image_name(request), image, text=text)
-            bar.advance(images=1)
+    options = {"steps": steps, "guidance": guidance, "sampler": sampler, "guided": guided}
+    _write_images(backbone, requests, prompts, out, seed=seed, options=options)
     processes.barrier()  # now all pictures are there
     if processes.is_writer():
         record = {
@@ -93,6 +78,26 @@ def sample_to_folder(
         write_index(out, requests, prompts, record, note=note, columns=count if count > 1 else 4)
     processes.leave()
     return out / "sheet.png"
+
+
+def _write_images(
+    model: Backbone,
+    requests: Sequence[Request],
+    prompts: Sequence[str],
+    out: Path,
+    *,
+    seed: int,
+    options: Mapping[str, Any],
+) -> None:
+    """Sample this process's share of the requests and write the images, with prompt and seed in their metadata."""
+    share = processes.spread(requests, batch=BATCH_SIZE)
+    with progress(len(share), "drawing") as bar:
+        images = sample(model, share, seed=seed, batch=BATCH_SIZE, **options)
+        for request, image in zip(share, images, strict=True):
+            i, j = request.key
+            text = {"prompt": prompts[i], "seed": str(seed), "sample": str(j)}
+            save_png(out / image_name(request), image, text=text)
+            bar.advance(images=1)
 
 
 def write_index(

@@ -92,17 +92,7 @@ def compare_models(
         "prompts": len(prompts),
         "tie": tie,
         "trained_on": trained_on,
-        "wins": {
-            scorer: {
-                name: count_wins(by_side[BASE], by_side[name], keys, tie=tie).as_json()
-                for name in tuned_sides
-            }
-            for scorer, by_side in scores.items()
-        },
-        "categories": {
-            scorer: _count_by_category(by_side, tuned_side_name(tuned.scale), prompts, keys, tie=tie)
-            for scorer, by_side in scores.items()
-        },
+        **_count_all_wins(scores, list(tuned_sides), prompts, keys, tie=tie),
         "diversity": (
             {name: _mean_diversity(images[name], keys) for name in sides} if per_prompt > 1 else {}
         ),
@@ -225,6 +215,26 @@ def _mean_diversity(images: Sequence[Image], keys: Sequence[tuple[int, int]]) ->
     """Mean of `measure_diversity` over prompts."""
     values = measure_diversity(images, keys).values()
     return sum(values) / len(values)
+
+
+def _count_all_wins(
+    scores: Mapping[str, Mapping[str, Tensor]],
+    tuned: Sequence[str],
+    prompts: Sequence[Prompt],
+    keys: Sequence[tuple[int, int]],
+    *,
+    tie: float,
+) -> dict[str, Any]:
+    """Win rates of the tuned sides over the base by scorer, and those of the first by category of prompt too."""
+    wins = {
+        scorer: {name: count_wins(by_side[BASE], by_side[name], keys, tie=tie).as_json() for name in tuned}
+        for scorer, by_side in scores.items()
+    }
+    categories = {
+        scorer: _count_by_category(by_side, tuned[0], prompts, keys, tie=tie)
+        for scorer, by_side in scores.items()
+    }
+    return {"wins": wins, "categories": categories}
 
 
 def _count_by_category(
