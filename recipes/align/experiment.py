@@ -40,11 +40,11 @@ from benchmarks.moji import QUESTIONS
 
 TRAINING_PROMPTS = range(1_600_000, 1_700_000)
 HELD_OUT_PROMPTS = range(1_700_000, 1_800_000)
-DEVELOPMENT_PROMPTS = range(1_800_000, 1_900_000)  # what settings are chosen on
+DEVELOPMENT_PROMPTS = range(1_800_000, 1_900_000)  # what settings are scenes on
 TRUE_PICTURES = range(1_900_000, 2_000_000)
 Flags = Annotated[str, typer.Option(help="More flags for align train, in one string.")]
 Development = Annotated[
-    bool, typer.Option("--development", help="Evaluate on the prompts that settings are chosen on.")
+    bool, typer.Option("--development", help="Evaluate on the prompts that settings are scenes on.")
 ]
 Model = Annotated[str, typer.Option(help="moji, or a diffusers folder.")]
 Out = Annotated[Path, typer.Option(help="Where everything goes.")]
@@ -59,8 +59,7 @@ class Comparison:
     difference    tuned minus base, paired
     wins          scorer → win rate of the tuned model
     diversity     as a share of the base's
-    of_right      the same over the prompts of which all pictures of both sides are right: how much of the variety is
-                  lost that is none of mistakes
+    of_right      the same over prompts whose images are all right on both sides: diversity that is not mistakes
     """
 
     n: int
@@ -78,14 +77,14 @@ def select_scenes(
     """The first `count` fair scenes of these seeds for which `wanted` is true, each sentence once."""
     taken = {normalize_prompt(scene.caption()) for scene in without}
 
-    def new() -> Iterator[Scene]:
+    def iterate_new() -> Iterator[Scene]:
         for scene in map(sample_scene, seeds):
             caption = normalize_prompt(scene.caption())
             if fair(scene) and wanted(scene) and caption not in taken:
                 taken.add(caption)
                 yield scene
 
-    return list(itertools.islice(new(), count))
+    return list(itertools.islice(iterate_new(), count))
 
 
 def evaluation_split(development: bool) -> tuple[range, str]:
@@ -121,7 +120,7 @@ def categorize(scene: Scene) -> str:
 def make_hard_negatives(scene: Scene) -> tuple[str, ...]:
     """Captions with one attribute less, with the colour on the other thing, or with another noun."""
     first, *second = scene.things
-    others: list[tuple[Thing, ...]] = [
+    variants: list[tuple[Thing, ...]] = [
         *([(replace(first, colour=None), *second)] if first.colour else []),
         *([(replace(first, accessory=None), *second)] if first.accessory else []),
         *([(first,)] if second else []),
@@ -132,7 +131,7 @@ def make_hard_negatives(scene: Scene) -> tuple[str, ...]:
         ),
         (replace(first, noun=replace_noun(first.noun)), *second),
     ]
-    return tuple(replace(scene, things=things).caption() for things in others)
+    return tuple(replace(scene, things=things).caption() for things in variants)
 
 
 def replace_noun(noun: str) -> str:
@@ -141,15 +140,15 @@ def replace_noun(noun: str) -> str:
     return nouns[(nouns.index(noun) + len(nouns) // 3) % len(nouns)]
 
 
-def write_prompts(path: Path, chosen: Sequence[Scene], *, hard_negatives: bool = False) -> Path:
+def write_prompts(path: Path, scenes: Sequence[Scene], *, hard_negatives: bool = False) -> Path:
     """Write a prompt file with categories, and hard negatives where these are to be sampled too."""
     lines: list[dict[str, Any]] = [
-        {"prompt": scene.caption(), "category": categorize(scene)} for scene in chosen
+        {"prompt": scene.caption(), "category": categorize(scene)} for scene in scenes
     ]
     if hard_negatives:
         lines = [
             {**line, "hard_negatives": make_hard_negatives(scene)}
-            for line, scene in zip(lines, chosen, strict=True)
+            for line, scene in zip(lines, scenes, strict=True)
         ]
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
     return path
@@ -192,7 +191,7 @@ def run_once(record: Path, product: Path, *arguments: object, again: Sequence[ob
 
 def sample_and_rank(
     out: Path,
-    chosen: Sequence[Scene],
+    scenes: Sequence[Scene],
     *,
     model: str,
     per_prompt: int,
@@ -203,9 +202,9 @@ def sample_and_rank(
     """Sample and rank images of these scenes, once; returns the folder, and the seconds of both steps."""
     folder, steps = out / "pairs", out / "steps"
     prompts = write_prompts(
-        out / "prompts.jsonl", chosen, hard_negatives=bool({"same-noise", "best-hard-negative"} & set(rules))
+        out / "prompts.jsonl", scenes, hard_negatives=bool({"same-noise", "best-hard-negative"} & set(rules))
     )
-    if (folder / SAMPLES).exists() and len(read_json(folder / SAMPLES)["prompts"]) != len(chosen):
+    if (folder / SAMPLES).exists() and len(read_json(folder / SAMPLES)["prompts"]) != len(scenes):
         raise UserError(f"{folder} has the pictures of other prompts. Choose another --out.")
     drawing = run_once(
         steps / "sampling.json", folder / SAMPLES,
@@ -263,14 +262,14 @@ class RankingQuality:
         )
 
 
-def measure_ranking(folder: Path, chosen: Sequence[Scene], classifier: Classifier) -> RankingQuality:
+def measure_ranking(folder: Path, scenes: Sequence[Scene], classifier: Classifier) -> RankingQuality:
     """Compare a ranked folder's order with the classifier, on the prompts' own images."""
     _, pictures = read_samples(folder)
     own_images = [names[: int(read_json(folder / SAMPLES)["per_prompt"])] for names in pictures]
     files = [(i, name) for i, names in enumerate(pictures) for name in names]
     predictions = classifier.classify([Image.open(folder / name).convert("RGB") for _, name in files])
     right = {
-        name: float(is_all_right(chosen[i], prediction))
+        name: float(is_all_right(scenes[i], prediction))
         for (i, name), prediction in zip(files, predictions, strict=True)
     }
     score = {name: sum(scores.values()) for name, scores in read_json(folder / SCORES)["scores"].items()}
@@ -294,47 +293,49 @@ def measure_ranking(folder: Path, chosen: Sequence[Scene], classifier: Classifie
 
 
 def compare_with_base(
-    run: Path, chosen: Sequence[Scene], classifier: Classifier, *,
+    run: Path, scenes: Sequence[Scene], classifier: Classifier, *,
     model: str, per_prompt: int, scorers: Sequence[str], out: Path,
     guidance: Sequence[object] = (), base_images: Path | None = None, tuned_images: Path | None = None,
     scale: float = 1.0, seed: int = 7,
 ) -> Comparison:  # fmt: skip
     """Run `align compare` of a run against its base on these scenes, then classify both sides' images.
 
-    `guidance` is its flags about that, `scale` the strength of what was learned; a side's pictures that another
-    comparison has drawn alike are taken over.
+    guidance                     flags of `align compare` about guidance
+    scale                        LoRA scale of the tuned side
+    base_images, tuned_images    folders of images that another comparison sampled alike, to be copied
     """
-    prompts = write_prompts(out / "prompts.jsonl", chosen)
+    prompts = write_prompts(out / "prompts.jsonl", scenes)
     tuned = tuned_side_name(scale)
-    for side, there in (("base", base_images), (tuned, tuned_images)):
-        if there is not None and there != out / side and not (out / side).exists():
-            shutil.copytree(there, out / side)
+    for side, source in (("base", base_images), (tuned, tuned_images)):
+        if source is not None and source != out / side and not (out / side).exists():
+            shutil.copytree(source, out / side)
     flags = [word for scorer in scorers for word in ("--scorer", scorer)]
     run_align(
         "compare", model, run, "--prompts", prompts, "--per-prompt", per_prompt, *flags, "--seed", seed, *STEPS,
         *guidance, "--tuned-scale", scale, "--out", out,
     )  # fmt: skip
     result = read_json(out / "compare.json")
-    keys = [(i, j) for i in range(len(chosen)) for j in range(per_prompt)]
-    pictures = {side: _read_images(out, side, keys) for side in ("base", tuned)}
-    right = {side: score_correctness(pictures[side], chosen, keys, classifier) for side in pictures}
-    clusters = [
+    keys = [(i, j) for i in range(len(scenes)) for j in range(per_prompt)]
+    images = {side: _read_images(out, side, keys) for side in ("base", tuned)}
+    right = {side: score_correctness(images[side], scenes, keys, classifier) for side in images}
+    # Paired differences, grouped by prompt for the bootstrap.
+    differences = [
         [right[tuned][i * per_prompt + j] - right["base"][i * per_prompt + j] for j in range(per_prompt)]
-        for i in range(len(chosen))
+        for i in range(len(scenes))
     ]
-    spread = result["diversity"]
+    diversity = result["diversity"]
     return Comparison(
         n=len(keys),
         base=wilson(sum(right["base"]), len(keys)),
         tuned=wilson(sum(right[tuned]), len(keys)),
-        difference=bootstrap(clusters),
+        difference=bootstrap(differences),
         wins={scorer: Interval(**sides[tuned]["rate"]) for scorer, sides in result["wins"].items()},
-        diversity=spread[tuned] / spread["base"] if spread else float("nan"),
+        diversity=diversity[tuned] / diversity["base"] if diversity else float("nan"),
         of_right=measure_kept_diversity(
             right[tuned],
             right["base"],
-            measure_diversity(pictures[tuned], keys),
-            measure_diversity(pictures["base"], keys),
+            measure_diversity(images[tuned], keys),
+            measure_diversity(images["base"], keys),
             keys,
         ),
     )
@@ -355,28 +356,31 @@ def measure_kept_diversity(
 
 
 @torch.no_grad()
-def measure_upper_bound(chosen: Sequence[Scene], classifier: Classifier, name: str, out: Path) -> str:
-    """What the bound is: the world's own pictures of these scenes, two of each, as the model's autoencoder keeps them.
+def measure_upper_bound(scenes: Sequence[Scene], classifier: Classifier, name: str, out: Path) -> str:
+    """Accuracy and diversity of rendered images of these scenes, two of each, after the model's autoencoder.
 
-    `out` holds a comparison, with two pictures of each scene by the base, whose variety has mistakes in it. Needs the
+    `out` holds a comparison with two images of each scene by the base, whose diversity includes mistakes. Needs the
     emoji font.
     """
     model = Backbone.open(name)
-    keys = [(i, j) for i in range(len(chosen)) for j in range(2)]
-    pictures: list[Image.Image] = []
+    keys = [(i, j) for i in range(len(scenes)) for j in range(2)]
+    rendered: list[Image.Image] = []
     for first in range(0, len(keys), 20):
-        some = [replace(chosen[i], seed=TRUE_PICTURES[2 * i + j]) for i, j in keys[first : first + 20]]
-        clean = prepare_images([render(scene).image for scene in some])
-        pictures += [to_image(picture) for picture in model.decode(model.encode(clean).mean).cpu()]
-    right = score_correctness(pictures, chosen, keys, classifier)
-    drawn = _read_images(out, "base", keys)
-    theirs = measure_diversity(drawn, keys)
-    well = score_correctness(drawn, chosen, keys, classifier)
+        batch = [replace(scenes[i], seed=TRUE_PICTURES[2 * i + j]) for i, j in keys[first : first + 20]]
+        clean = prepare_images([render(scene).image for scene in batch])
+        rendered += [to_image(image) for image in model.decode(model.encode(clean).mean).cpu()]
+    right = score_correctness(rendered, scenes, keys, classifier)
+    base_images = _read_images(out, "base", keys)
+    base_right = score_correctness(base_images, scenes, keys, classifier)
+    base_diversity, true_diversity = (measure_diversity(images, keys) for images in (base_images, rendered))
+    # The base's diversity by the number of its two images that are right.
     by_count: dict[int, list[float]] = {}
-    for i in range(len(chosen)):
-        by_count.setdefault(int(sum(well[2 * i : 2 * i + 2])), []).append(theirs[i])
-    before, after = (sum(each.values()) / len(each) for each in (theirs, measure_diversity(pictures, keys)))
-    parts = ", ".join(f"{count} right: {sum(v) / len(v):.3f}" for count, v in sorted(by_count.items()))
+    for i in range(len(scenes)):
+        by_count.setdefault(int(sum(base_right[2 * i : 2 * i + 2])), []).append(base_diversity[i])
+    before, after = (sum(values.values()) / len(values) for values in (base_diversity, true_diversity))
+    parts = ", ".join(
+        f"{count} right: {sum(values) / len(values):.3f}" for count, values in sorted(by_count.items())
+    )
     return (
         f"True pictures through the autoencoder: {wilson(sum(right), len(right))} all right, diversity {after:.3f}, "
         f"{after / before:.2f} of the base's {before:.3f} (of two pictures {parts})."
@@ -388,26 +392,25 @@ def find_base_images(folder: Path) -> Path | None:
     return next(iter(sorted(folder.glob("*/base"))), None)
 
 
-def is_all_right(scene: Scene, seen: Prediction) -> bool:
+def is_all_right(scene: Scene, prediction: Prediction) -> bool:
     """Whether the classifier finds every attribute that the caption asks for."""
-    return all(question.passed(scene, seen) for question in QUESTIONS if question.asked(scene))
+    return all(question.passed(scene, prediction) for question in QUESTIONS if question.asked(scene))
 
 
 def format_table(rows: Sequence[tuple[str, Comparison, dict[str, Any]]]) -> str:
     """Markdown table with a row for each run, and its seconds."""
     scorers = list(rows[0][1].wins) if rows else []
-    named = [Path(scorer).stem for scorer in scorers]
-    rates = [f"win rate, {name} (95 %)" for name in named]
+    rates = [f"win rate, {Path(scorer).stem} (95 %)" for scorer in scorers]
     heads = ["run", "all right", "base", "difference (95 %)", *rates, "diversity", "of right ones"]
     times = list(rows[0][2]) if rows else []
     lines = ["| " + " | ".join([*heads, *times]) + " |", "|" + "---|" * (len(heads) + len(times))]
-    for name, found, seconds in rows:
-        change = found.difference
+    for name, comparison, seconds in rows:
+        change = comparison.difference
         cells = [
-            name, f"{found.tuned.value:.1%}", f"{found.base.value:.1%}",
+            name, f"{comparison.tuned.value:.1%}", f"{comparison.base.value:.1%}",
             f"{100 * change.value:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f}) points",
-            *(str(found.wins[scorer]) for scorer in scorers), f"{found.diversity:.2f}",
-            f"{found.of_right:.2f}",
+            *(str(comparison.wins[scorer]) for scorer in scorers), f"{comparison.diversity:.2f}",
+            f"{comparison.of_right:.2f}",
             *(f"{value:.0f} s" if isinstance(value, float) else str(value) for value in seconds.values()),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
@@ -419,14 +422,14 @@ def _read_images(out: Path, side: str, keys: Sequence[tuple[int, int]]) -> list[
 
 
 def score_correctness(
-    pictures: Sequence[Image.Image],
-    chosen: Sequence[Scene],
+    images: Sequence[Image.Image],
+    scenes: Sequence[Scene],
     keys: Sequence[tuple[int, int]],
     classifier: Classifier,
 ) -> list[float]:
     """1 for each image (i, j) that shows every attribute of its scene, else 0."""
-    predictions = classifier.classify(pictures)
+    predictions = classifier.classify(images)
     return [
-        float(is_all_right(chosen[i], prediction))
+        float(is_all_right(scenes[i], prediction))
         for (i, _), prediction in zip(keys, predictions, strict=True)
     ]

@@ -75,14 +75,14 @@ def main(
             *flags.split(),
         )
         place = out / where / run_folder.name
-        found = compare_with_base(
+        comparison = compare_with_base(
             run_folder, test, classifier, model=model, per_prompt=2, scorers=[str(WARM), "moji"], out=place,
             base_images=base,
         )  # fmt: skip
         base = base or place / "base"
         share = count / prompts  # of the drawing and the ranking, which all sizes have in common
         took = {name: share * value for name, value in seconds.items()}
-        rows.append((f"{count} pairs", found, {**took, "training": training}))
+        rows.append((f"{count} pairs", comparison, {**took, "training": training}))
         write_text(out / "table.md", format_table(rows))
         write_json(out / "table.json", {"rows": rows, "flags": flags, "loss": loss, "held_out": held_out})
     print(format_table(rows))

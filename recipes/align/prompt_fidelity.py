@@ -114,12 +114,12 @@ def main(
     if only_rank:
         return
     rows: list[tuple[str, Comparison, dict[str, object]]] = []
-    own: tuple[object, ...] = ("--tuned-guidance", guidance)
-    both: tuple[object, ...] = ("--guidance", guidance)
+    tuned_flags: tuple[object, ...] = ("--tuned-guidance", guidance)
+    both_flags: tuple[object, ...] = ("--guidance", guidance)
     setting = f"at guidance {guidance:g}"
     if guidance_start:
-        own += ("--tuned-guidance-start", guidance_start)
-        both += ("--guidance-start", guidance_start)
+        tuned_flags += ("--tuned-guidance-start", guidance_start)
+        both_flags += ("--guidance-start", guidance_start)
         setting += f" from {guidance_start:.0%} of the steps on"
     base, alike = find_base_images(out / where), find_base_images(out / f"{where}-alike")
     for which in loss or ["sdpo"]:
@@ -133,13 +133,13 @@ def main(
             compare_with_base, run_folder, test, classifier, model=model, per_prompt=2, scorers=["moji"]
         )
         place = out / where / label
-        found = against(out=place, base_images=base, guidance=own)
+        comparison = against(out=place, base_images=base, guidance=tuned_flags)
         base = base or place / "base"
-        rows.append((label, found, times))
+        rows.append((label, comparison, times))
         tuned, place = place / "tuned", out / f"{where}-alike" / label
-        found = against(out=place, base_images=alike, tuned_images=tuned, guidance=both)
+        comparison = against(out=place, base_images=alike, tuned_images=tuned, guidance=both_flags)
         alike = alike or place / "base"
-        rows.append((f"{label}, both {setting}", found, times))
+        rows.append((f"{label}, both {setting}", comparison, times))
         write_text(out / "table.md", f"{format_table(rows)}\n\n{order}\n")
         write_json(out / "table.json", {"rows": rows, "flags": flags, "pairs": pairs, "held_out": held_out})
     print(format_table(rows))

@@ -70,9 +70,9 @@ def main(
     """Trains, compares on hard prompts and on any, and writes the table."""
     classifier = load_classifier()
     learn = select_scenes(TRAINING_PROMPTS, prompts, is_hard)
-    asked = write_prompts(out / "prompts.jsonl", learn)
+    prompt_file = write_prompts(out / "prompts.jsonl", learn)
     run_folder, training = train(
-        out, name, "--online", scorer, "--loss-type", "draft", "--prompts", asked, "--model", model,
+        out, name, "--online", scorer, "--loss-type", "draft", "--prompts", prompt_file, "--model", model,
         "--steps", steps, "--learning-rate", learning_rate, *BUDGET, *flags.split(),
     )  # fmt: skip
     seeds, where = evaluation_split(development)
@@ -81,11 +81,11 @@ def main(
     for kind, wanted in KINDS.items():
         test = select_scenes(seeds, held_out, wanted, without=learn)
         pictures = out / f"{where}-{kind.split()[0]}"
-        found = compare_with_base(
+        comparison = compare_with_base(
             run_folder, test, classifier, model=model, per_prompt=2, scorers=["moji"], out=pictures / name,
             guidance=("--tuned-guidance", guidance), scale=scale, base_images=find_base_images(pictures),
         )  # fmt: skip
-        rows.append((f"{name}, {kind}", found, {"training": training}))
+        rows.append((f"{name}, {kind}", comparison, {"training": training}))
         if bound:
             bounds.append(f"{kind}: {measure_upper_bound(test, classifier, model, pictures / name)}")
         write_text(out / "table.md", "\n\n".join([format_table(rows), *bounds]) + "\n")
