@@ -172,9 +172,9 @@ def rank(
         if rule not in RULES:
             raise UserError(f"There is no rule {rule} for --pairs. Choose one of {', '.join(RULES)}.")
     prompts, _ = read_samples(folder)  # mistakes are answered before torch is imported
-    from align.collect.rank import rank_samples as rank_folder
+    from align.collect.rank import rank_samples
 
-    count = rank_folder(
+    count = rank_samples(
         folder, scorer, weights=weight or (), rules=cast(list[Rule], rules), margin=margin, agree=pareto
     )
     say(f"{count} pairs of {len(prompts)} prompts by {', '.join(scorer)}. Next: align train {folder}")
@@ -193,10 +193,9 @@ def check(
 ) -> None:
     """Open every picture of a source of pairs and list all that is wrong, a line each."""
     from align.pairs.read import read_preferences
-    from align.pairs.records import check_preferences as check_pairs
-    from align.pairs.records import describe_records, refuse_another_model, split_held_out
+    from align.pairs.records import check_preferences, describe_records, refuse_another_model, split_held_out
 
-    found = check_pairs(read_preferences(source, user=user, limit=limit, split=split))
+    found = check_preferences(read_preferences(source, user=user, limit=limit, split=split))
     if model is not None:
         from backbone.models.model import Backbone
 
@@ -222,8 +221,7 @@ def export(
     """Write pairs from any source for other tools; a source is never changed."""
     from align.pairs.export import write_jsonl, write_parquet
     from align.pairs.read import read_preferences
-    from align.pairs.records import check_preferences as check_pairs
-    from align.pairs.records import describe_records
+    from align.pairs.records import check_preferences, describe_records
 
     write = {".parquet": write_parquet, ".jsonl": write_jsonl}.get(out.suffix.lower())
     if write is None:
@@ -232,7 +230,9 @@ def export(
         )
     if out.exists() and out.resolve() == Path(source).expanduser().resolve():
         raise UserError(f"{out} is the source itself. Choose another name.")
-    found = check_pairs(read_preferences(source, user=user, limit=limit, split=split), skip_bad=skip_bad)
+    found = check_preferences(
+        read_preferences(source, user=user, limit=limit, split=split), skip_bad=skip_bad
+    )
     write(found, out)
     say(f"{describe_records(found.records)} in {out}.")
 

@@ -218,12 +218,6 @@ def _pluralize(noun: str, count: int) -> str:
     return noun if count == 1 else noun + "s"
 
 
-def hash_pair(pair: Pair) -> str:
-    """Hash of a pair's contents: the prompt and both encoded images, in their order."""
-    parts = [pair.prompt, *(content_hash(picture.read()) for picture in pair.pictures)]
-    return content_hash("\n".join(parts).encode())
-
-
 def describe_records(records: Iterable[Record]) -> str:
     """Describe records for people: “120 pairs (4 ties) of 40 prompts”."""
     records = list(records)

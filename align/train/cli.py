@@ -370,10 +370,11 @@ def train(
                 "Say what to learn from: align train PAIRS (see align train --help), or --online SCORER."
             )
         from align.pairs.read import read_preferences
-        from align.pairs.records import check_preferences as check_pairs
-        from align.pairs.records import describe_records
+        from align.pairs.records import check_preferences, describe_records
 
-        found = check_pairs(read_preferences(source, user=user, limit=limit, split=split), skip_bad=skip_bad)
+        found = check_preferences(
+            read_preferences(source, user=user, limit=limit, split=split), skip_bad=skip_bad
+        )
         say(f"{found.source} holds {describe_records(found.records)}.")
         from align.train.run import train_taste
 

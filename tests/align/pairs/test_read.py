@@ -21,7 +21,6 @@ from align.pairs.records import (
     Preferences,
     check_preferences,
     describe_records,
-    hash_pair,
     normalize_prompt,
     refuse_another_model,
     split_held_out,
@@ -181,6 +180,10 @@ def labelled_folder(tmp_path: Path) -> Path:
 # Choices ----------------------------------------------------------------------------------------------------
 
 
+def contents(pair: Pair) -> tuple[str, bytes, bytes]:
+    return pair.prompt, pair.first.read(), pair.second.read()
+
+
 def choice(number: int, pair: str, verdict: str, *, repeat: bool = False, flipped: bool = False) -> Choice:
     sides = ("b.png", "a.png") if flipped else ("a.png", "b.png")
     return Choice(number, pair, "a dog", *sides, verdict, repeat)
@@ -301,7 +304,7 @@ def test_what_is_exported_is_read_back(
     found = check_preferences(read_preferences(parquet(tmp_path / "train.parquet", pick_a_pic())))
     ending = "parquet" if write is write_parquet else "jsonl"
     again = check_preferences(read_preferences(write(found, tmp_path / "out" / f"pairs.{ending}")))
-    assert [hash_pair(pair) for pair in again.pairs] == [hash_pair(pair) for pair in found.pairs]
+    assert [contents(pair) for pair in again.pairs] == [contents(pair) for pair in found.pairs]
     assert [pair.label for pair in again.pairs] == [pair.label for pair in found.pairs]
     assert [pair.user for pair in again.pairs] == [pair.user for pair in found.pairs]
 
