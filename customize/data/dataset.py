@@ -19,7 +19,7 @@ from backbone.models.cache import encode_images_cached, encode_prompts_cached, l
 from backbone.models.model import Backbone, Posterior
 from backbone.models.sample import Request, sample_latents
 from backbone.training.base_predictions import Bank, bank_of
-from customize.data.masks import mask_seen
+from customize.data.masks import predict_mask
 from customize.methods.registry import changes_denoiser
 from customize.settings import OWN_WORDS, Settings
 
@@ -151,7 +151,7 @@ def found_masks(
     """The masks that came with the pictures, and for the others where the base sees the subject's class."""
     own = [{name: value[owner : owner + 1] for name, value in text.items()} for owner in owners]
     return [
-        mask_seen(model, posterior, said, empty) if mask is None else mask
+        predict_mask(model, posterior, said, empty) if mask is None else mask
         for mask, posterior, said in zip(masks, posteriors, own, strict=True)
     ]
 

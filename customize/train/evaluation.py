@@ -22,7 +22,7 @@ from backbone.media.sheet import Cell, in_rows, save_png, sheet
 from backbone.media.transforms import square
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
-from customize.evaluate.metrics import PROMPTS, Evaluator, Figures, Patience, Scorers
+from customize.evaluate.metrics import VALIDATION_PROMPTS, ConceptMetrics, EarlyStopping, Evaluator, Scorers
 from customize.objectives.dreambooth import Training, weighting
 from customize.settings import Settings, as_flags
 
@@ -46,8 +46,8 @@ class Watch:
         settings, model = training.settings, training.model
         own = model.location.local("scorer")
         self.evaluator = None
-        self.patience = Patience(settings.patience or settings.steps)
-        scorers = Scorers.of(settings.scorer, own) if settings.evaluation_steps and takes_part() else None
+        self.patience = EarlyStopping(settings.patience or settings.steps)
+        scorers = Scorers.load(settings.scorer, own) if settings.evaluation_steps and takes_part() else None
         if scorers is not None:
             self.evaluator = Evaluator(model, scorers, concept, settings, pictures)
             self._remember()
@@ -69,12 +69,12 @@ class Watch:
             return False
         with self.training.averaged():
             figures, drawn = self.evaluator.measure(step, fixed_loss(self.training))
-        best = self.patience.note(figures)
+        best = self.patience.update(figures)
         if is_writer():
             self._keep(figures, drawn, best=best and step > 0)
-        return bool(self.training.settings.patience) and self.patience.exhausted
+        return bool(self.training.settings.patience) and self.patience.should_stop
 
-    def _keep(self, figures: Figures, drawn: Sequence[Image], *, best: bool) -> None:
+    def _keep(self, figures: ConceptMetrics, drawn: Sequence[Image], *, best: bool) -> None:
         """Writes the figures and the pictures, and the weights if they are the best so far."""
         append_jsonl(self.run / EVALUATIONS, asdict(figures))
         self._strip(figures, drawn)
@@ -98,8 +98,8 @@ class Watch:
             else f"All {settings.steps} steps were taken."
         )
         say(f"The best of {len(history)} evaluations is step {best.step}, in {self.run / BEST}. {why}")
-        names = ("subject", "prompt", "preservation", "diversity", "loss", "rating")
-        likeness = f"{self.evaluator.scorers.eye.likeness} with the subject"
+        names = ("subject_fidelity", "prompt_fidelity", "prior_preservation", "diversity", "loss", "rating")
+        likeness = f"{self.evaluator.scorers.image_encoder.likeness} with the subject"
         titles = (likeness, "CLIP-T", "PRES (lower is better)", "DIV", "loss", "rating")
         drawn = [
             curve(title, {title: [(f.step, getattr(f, name)) for f in history]}, marked=best.step)
@@ -125,7 +125,7 @@ class Watch:
                 heading("The same noise along training"),
                 paragraph(
                     "First "
-                    + ", ".join(p.format(settings.called()) for p in PROMPTS)
+                    + ", ".join(p.format(settings.called()) for p in VALIDATION_PROMPTS)
                     + "; then the class alone."
                 ),
                 *strips,
@@ -142,10 +142,10 @@ class Watch:
         kept = [line for line in read_jsonl(path) if line["step"] <= self.training.done]
         if is_writer():
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.patience.history = [Figures(**line) for line in kept]
-        self.evaluator.start = self.patience.history[0] if kept else None
+        self.patience.history = [ConceptMetrics(**line) for line in kept]
+        self.evaluator.baseline = self.patience.history[0] if kept else None
 
-    def _strip(self, figures: Figures, drawn: Sequence[Image]) -> None:
+    def _strip(self, figures: ConceptMetrics, drawn: Sequence[Image]) -> None:
         path = self.run / STRIPS / f"step-{figures.step:06d}.png"
         save_png(path, sheet([[Cell(image) for image in drawn]], cell=112))
 

@@ -21,21 +21,21 @@ from backbone.world.render import render
 from backbone.world.scene import Scene
 from backbone.world.words import Thing
 from customize.data.dataset import Group, prepare
-from customize.data.masks import above, differences, grown, mask_seen, save_masks
+from customize.data.masks import compute_difference_map, dilate, predict_mask, save_masks, threshold_otsu
 from customize.settings import Settings, as_flags
 
 
 def test_otsu_s_threshold_parts_two_heaps_whatever_their_sizes() -> None:
     values = torch.tensor([[[1.0, 1.2, 0.9, 5.0], [1.1, 0.8, 1.0, 5.5]]])
-    assert above(values).tolist() == [[[0, 0, 0, 1], [0, 0, 0, 1]]]
-    assert torch.equal(above(100 * values + 7), above(values))
+    assert threshold_otsu(values).tolist() == [[[0, 0, 0, 1], [0, 0, 0, 1]]]
+    assert torch.equal(threshold_otsu(100 * values + 7), threshold_otsu(values))
     random = torch.Generator().manual_seed(0)
     heaps = torch.cat([torch.randn(900, generator=random), 8 + torch.randn(100, generator=random)])
-    assert torch.equal(above(heaps), (heaps > 4).float())
+    assert torch.equal(threshold_otsu(heaps), (heaps > 4).float())
 
 
 def test_where_nothing_stands_out_everything_counts() -> None:
-    assert above(torch.full((1, 4, 4), 3.0)).all()
+    assert threshold_otsu(torch.full((1, 4, 4), 3.0)).all()
 
 
 def test_a_mask_grows_by_one_on_every_side() -> None:
@@ -43,7 +43,7 @@ def test_a_mask_grows_by_one_on_every_side() -> None:
     mask[0, 2, 2] = 1
     wanted = torch.zeros(1, 5, 6)
     wanted[0, 1:4, 1:4] = 1
-    assert torch.equal(grown(mask), wanted)
+    assert torch.equal(dilate(mask), wanted)
 
 
 def seeing(model: Backbone, region: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -71,14 +71,16 @@ def test_the_mask_is_where_the_class_changes_the_prediction(
     asked = seeing(tiny, region, monkeypatch)
     picture = Posterior(torch.randn(1, channels, height, width), torch.zeros(1, channels, height, width))
     text, empty = {"hidden": torch.ones(1, 3, 4)}, {"hidden": torch.zeros(1, 3, 4)}
-    found = differences(tiny, picture, text, empty)
+    found = compute_difference_map(tiny, picture, text, empty)
     assert float(found.mean()) == pytest.approx(1)
-    assert torch.equal(above(found)[0], region)
-    assert torch.equal(mask_seen(tiny, picture, text, empty), grown(region[None]))
+    assert torch.equal(threshold_otsu(found)[0], region)
+    assert torch.equal(predict_mask(tiny, picture, text, empty), dilate(region[None]))
     asked.clear()
-    assert torch.equal(mask_seen(tiny, picture, text, empty), grown(region[None])) and not asked  # remembered
+    assert (
+        torch.equal(predict_mask(tiny, picture, text, empty), dilate(region[None])) and not asked
+    )  # remembered
     other = Posterior(picture.mean + 1, picture.std)
-    mask_seen(tiny, other, text, empty)
+    predict_mask(tiny, other, text, empty)
     assert asked == [2] * 6
 
 
@@ -98,7 +100,7 @@ def test_pictures_with_a_mask_file_keep_it(
     found = prepare(tiny, groups, settings).masks
     assert found is not None and len(found) == 2 * len(pictures)
     assert torch.equal(found[0] > 0, found[len(pictures)].flip(-1) > 0)  # the file's, mirrored
-    assert all(torch.equal(mask > 0, grown(region[None]) > 0) for mask in (found[1], found[-1]))
+    assert all(torch.equal(mask > 0, dilate(region[None]) > 0) for mask in (found[1], found[-1]))
     assert all(float(mask.mean()) == pytest.approx(1) for mask in found)
     assert prepare(tiny, groups, replace(settings, mask="files")).masks is not None
     save_masks(tmp_path / "masks.png", [pictures], found, flip=True)
@@ -114,6 +116,6 @@ def test_moji_sees_nearly_all_of_a_thing_and_little_else() -> None:
         shown = render(Scene((Thing("dog"),), place, seed=1_000_205))
         truth = torch.from_numpy(np.asarray(shown.masks[0], dtype=np.float32) / 255)[None]
         inside = F.adaptive_avg_pool2d(truth, model.latent_shape[1:]) > 0.3
-        found = mask_seen(model, model.encode(to_tensor(shown.image)[None]), text, empty) > 0
+        found = predict_mask(model, model.encode(to_tensor(shown.image)[None]), text, empty) > 0
         assert float((found & inside).sum() / inside.sum()) > 0.95
         assert float((found & ~inside).float().mean()) < 0.3
