@@ -22,7 +22,7 @@ app = command_group("Tune a diffusion model to preferences: yours, or a scorer's
 LABELLING = "Labelling"  # a section of the help
 PAIRS = "Pairs"
 Rule = Literal[
-    "best-worst", "all", "own", "same-noise", "best-near"
+    "best-worst", "all", "own", "same-noise", "best-hard-negative"
 ]  # `align.collect.rank` has what they pair
 RULES = get_args(Rule)
 SOURCE_HELP = (
@@ -121,7 +121,7 @@ def sample(
     learned = [folder_of(folder, checkpoint) for folder in concept or []]
     for folder in learned:
         read_concept(folder)  # mistakes are answered before torch is imported
-    from align.collect.sample import Drawing, sample_pairs
+    from align.collect.sample import SamplingSettings, sample_pairs
     from align.pairs.records import SAMPLES
 
     wide, high = flags.size_of(width, height, resolution)
@@ -132,7 +132,7 @@ def sample(
         concepts=learned,
         scale=scale,
         per_prompt=count,
-        drawing=Drawing(
+        sampling=SamplingSettings(
             steps, guidance, seed, sampler, negative, batch, guidance_start, guidance_stop, redraw, wide, high
         ),
         device=device or "auto",
@@ -153,14 +153,14 @@ def label(
 ) -> None:
     """Choose between images on a page in your browser: blind, with the arrow keys."""
     from align.collect.label.server import serve
-    from align.collect.label.session import Session, alone, pairs_to_label
+    from align.collect.label.session import Session, list_label_pairs, lock_folder
     from align.pairs.samples import read_samples
 
     prompts, pictures = read_samples(folder)
-    with alone(folder):
+    with lock_folder(folder):
         session = Session(
             folder,
-            pairs_to_label([prompt.text for prompt in prompts], pictures, seed=seed),
+            list_label_pairs([prompt.text for prompt in prompts], pictures, seed=seed),
             seed=seed,
             user=user,
         )
@@ -194,9 +194,9 @@ def rank(
         option(
             "--pairs",
             metavar="RULE",
-            help="best-worst: of each prompt the best and the worst image; all: all pairs; own: all without near "
-            "misses; same-noise: each near miss with the prompt's own image from the same noise; best-near: with its "
-            "best ones. Repeatable.",
+            help="best-worst: of each prompt the best and the worst image; all: all pairs; own: all without hard "
+            "negatives; same-noise: each hard negative with the prompt's own image from the same noise; "
+            "best-hard-negative: with its best ones. Repeatable.",
             panel=PAIRS,
         ),
     ] = ["best-worst"],  # noqa: B006 (typer copies it)
@@ -217,9 +217,9 @@ def rank(
         if rule not in RULES:
             raise UserError(f"There is no rule {rule} for --pairs. Choose one of {', '.join(RULES)}.")
     prompts, _ = read_samples(folder)  # mistakes are answered before torch is imported
-    from align.collect.rank import rank as rank_folder
+    from align.collect.rank import rank_samples
 
-    count = rank_folder(
+    count = rank_samples(
         folder, scorer, weights=weight or (), rules=cast(list[Rule], rules), margin=margin, agree=pareto
     )
     notify(f"{count} pairs of {len(prompts)} prompts by {', '.join(scorer)}. Next: align train {folder}")
@@ -245,25 +245,26 @@ def check(
     as_json: flags.Json = False,
 ) -> None:
     """Open every image of a source of pairs and list all that is wrong, a line each."""
-    from align.pairs.read import read
-    from align.pairs.records import check as check_pairs
-    from align.pairs.records import counted, held_out, refuse_another_model
+    from align.pairs.read import read_preferences
+    from align.pairs.records import check_preferences, describe_records, refuse_another_model, split_held_out
 
-    found = check_pairs(read(source, user=user, limit=limit, split=split))
+    found = check_preferences(read_preferences(source, user=user, limit=limit, split=split))
     if model is not None:
         from backbone.models.model import Backbone
 
         refuse_another_model(found, model, Backbone.open(model).fingerprint)
-    learn, out = held_out(found.records, share=0.1, seed=0)
-    notify(f"{found.source} holds {counted(found.records)}; {found.passed_over} more have no label.")
-    notify(f"With --held-out 0.1 it would train on {counted(learn)} and hold out {counted(out)}.")
+    learn, out = split_held_out(found.records, share=0.1, seed=0)
+    notify(f"{found.source} holds {describe_records(found.records)}; {found.skipped} more have no label.")
+    notify(
+        f"With --held-out 0.1 it would train on {describe_records(learn)} and hold out {describe_records(out)}."
+    )
     if as_json:
         print_json(
             {
                 "source": found.source,
                 "records": len(found.records),
                 "pairs": len(found.pairs),
-                "without_label": found.passed_over,
+                "without_label": found.skipped,
                 "train": len(learn),
                 "held_out": len(out),
             }
@@ -285,21 +286,22 @@ def export(
     skip_bad: SkipBad = False,
 ) -> None:
     """Write pairs from any source for other tools; a source is never changed."""
-    from align.pairs.export import write_lines, write_parquet
-    from align.pairs.read import read
-    from align.pairs.records import check as check_pairs
-    from align.pairs.records import counted
+    from align.pairs.export import write_jsonl, write_parquet
+    from align.pairs.read import read_preferences
+    from align.pairs.records import check_preferences, describe_records
 
-    write = {".parquet": write_parquet, ".jsonl": write_lines}.get(out.suffix.lower())
+    write = {".parquet": write_parquet, ".jsonl": write_jsonl}.get(out.suffix.lower())
     if write is None:
         raise UserError(
             f"{out} would be a {out.suffix or 'file without an ending'}. Name a .parquet or a .jsonl file."
         )
     if out.exists() and out.resolve() == Path(source).expanduser().resolve():
         raise UserError(f"{out} is the source itself. Choose another name.")
-    found = check_pairs(read(source, user=user, limit=limit, split=split), skip_bad=skip_bad)
+    found = check_preferences(
+        read_preferences(source, user=user, limit=limit, split=split), skip_bad=skip_bad
+    )
     write(found, out)
-    notify(f"{counted(found.records)} in {out}.")
+    notify(f"{describe_records(found.records)} in {out}.")
 
 
 @app.command()
@@ -412,21 +414,21 @@ def compare(
     if not blind:
         flags.refuse_given(ctx, "user", "port", because="without --blind")
     asked = once(prompts_of(prompts))  # mistakes are answered before torch is imported
-    from align.collect.sample import Drawing
+    from align.collect.sample import SamplingSettings
     from align.compare.compare import RESULT, compare_models
-    from align.compare.report import summary
+    from align.compare.report import format_summary
     from align.compare.sides import Side
 
     wide, high = flags.size_of(width, height, resolution)
     start = guidance_start if tuned_guidance_start is None else tuned_guidance_start
     stop = guidance_stop if tuned_guidance_stop is None else tuned_guidance_stop
     result = compare_models(
-        Side.of(base),
-        replace(Side.of(tuned), scale=scale[0], guidance=tuned_guidance, guided=(start, stop)),
+        Side.from_name(base),
+        replace(Side.from_name(tuned), scale=scale[0], guidance=tuned_guidance, guided=(start, stop)),
         asked,
         out,
         per_prompt=count,
-        drawing=Drawing(
+        sampling=SamplingSettings(
             steps,
             guidance,
             seed,
@@ -446,20 +448,20 @@ def compare(
     )
     found = read_json(out / RESULT)
     if not as_json:
-        typer.echo(summary(result))
+        typer.echo(format_summary(result))
     notify(f"{out}/report.html shows images side by side.")
     if blind:
         from align.collect.label.server import serve
-        from align.collect.label.session import Asked, Session, alone
-        from align.compare.blind import blind_pairs, blind_summary, save_blind
+        from align.collect.label.session import LabelPair, Session, lock_folder
+        from align.compare.blind import format_blind_result, iterate_blind_pairs, write_blind_result
 
-        with alone(out):
-            pairs = [Asked(*names) for names in blind_pairs(asked, count, scale[0])]
+        with lock_folder(out):
+            pairs = [LabelPair(*names) for names in iterate_blind_pairs(asked, count, scale[0])]
             serve(Session(out, pairs, seed=seed, user=user), port=port)
-        choices = save_blind(out)
+        choices = write_blind_result(out)
         found["blind"] = choices
         if not as_json:
-            typer.echo(blind_summary(choices))
+            typer.echo(format_blind_result(choices))
     if as_json:
         print_json(found)
 

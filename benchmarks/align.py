@@ -1,4 +1,4 @@
-"""What a step of preference training costs here and in diffusers' script, both sides in one run.
+"""Cost of a step of preference training here and in diffusers' script, both sides in one run.
 
     python -m benchmarks.align steps                    SD 1.5's shape, 512², bf16, two cores: about half an hour
     python -m benchmarks.align steps --shape moji       the embedded model's: a minute
@@ -6,14 +6,14 @@
     python -m benchmarks.align whole PAIRS              whole runs of `moji` on these pairs, both ways
 
 The other side is a plain re-statement of what diffusers' `train_diffusion_dpo.py` does in a step: decode and encode
-both pictures, encode the prompt, ask the model, ask it again with the adapter off, go back. Its β is half of ours for
+both pictures, encode the prompt, predict, predict again with the adapter off, backward. Its β is half of ours for
 the same loss (`align.objectives.losses`). Parity comes first: on the same latents, noise and levels both sides have
 one loss and one gradient. Then steps of every kind are timed in turn, and totals are composed from them: for P pairs
 at K draws, each visited V times,
 
     script    P·K·V · script
     cached    P · encode + P·K·V · cached                       latents and text encoded once
-    bank      P · encode + P·K · cached + P·K·(V − 1) · bank    the base's errors kept, too
+    bank      P · encode + P·K · cached + P·K·(V − 1) · bank    the base model's errors cached, too
 
 Encoding is a step's own work at the script and is done once here. On a CPU our steps also compute attention in the way
 whose backward pass is faster (`backbone.training.attention`), for latents of up to 32 × 32; on SD 1.5's shape both
@@ -44,8 +44,8 @@ from torch import Tensor, nn
 from align.objectives.dataset import Batch, Item, PreferenceData, batch_of, prepare
 from align.objectives.preference import PreferenceTraining
 from align.objectives.reference import CachedReference
-from align.pairs.read import read
-from align.pairs.records import Pair, check
+from align.pairs.read import read_preferences
+from align.pairs.records import Pair, check_preferences
 from align.settings import Settings
 from backbone.adapters.lora import disable_adapters
 from backbone.conditions.conditions import Conditions
@@ -59,15 +59,15 @@ from benchmarks.shapes import (
     CLOCKS_OF,
     ClockFlag,
     Parts,
-    as_scripts_load,
+    describe_machine,
     encode_pictures,
-    folder_of,
-    machine,
-    opened,
-    peak_gib,
-    random_pictures,
-    said_by,
-    timed,
+    load_like_script,
+    make_random_images,
+    open_parts,
+    read_peak_memory,
+    run_module,
+    time_call,
+    write_model_folder,
 )
 
 PAIRS, DRAWS, VISITS = 200, 8, (1, 2, 5, 10)
@@ -88,12 +88,12 @@ def steps(
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/align"),
 ) -> None:
     """Parity, then steps of every kind in turn, then the totals."""
-    with folder_of(shape) as model:
-        parts = opened(model, device, precision)
-        pictures = random_pictures(parts.model.resolution, 2 * batch)
-        training = ours(parts, batch)
+    with write_model_folder(shape) as model:
+        parts = open_parts(model, device, precision)
+        pictures = make_random_images(parts.model.resolution, 2 * batch)
+        training = build_training(parts, batch)
         script = Script(parts, training, pictures)
-        difference = parity(training)
+        difference = measure_parity(training)
         notify(
             f"parity: loss {difference.here:.3f} differs by {difference.loss:.1e}, "
             f"gradients by {difference.gradient:.1e} of their largest entry"
@@ -102,27 +102,29 @@ def steps(
         encoding = []
         for number in range(warm + 1):
             for kind in KINDS:
-                elapsed = timed(partial(one_step, kind, training, script), device, clock=CLOCKS_OF[clock])
+                elapsed = time_call(
+                    partial(time_step, kind, training, script), device, clock=CLOCKS_OF[clock]
+                )
                 notify(f"{number}/{warm} {kind}: {elapsed:.2f} s")
                 if number:
                     seconds[kind].append(elapsed)
-            elapsed = timed(script.encode_once, device, clock=CLOCKS_OF[clock])
+            elapsed = time_call(script.encode_once, device, clock=CLOCKS_OF[clock])
             if number:
                 encoding.append(elapsed)
         del parts, training, script
         gc.collect()
         flags = ["--batch", str(batch), "--device", device, "--precision", precision]
-        peaks = {kind: said_by("benchmarks.align", "peak", kind, model, *flags) for kind in IN_MEMORY}
+        peaks = {kind: run_module("benchmarks.align", "peak", kind, model, *flags) for kind in IN_MEMORY}
     median = {kind: statistics.median(values) / batch for kind, values in seconds.items()}
     facts: dict[str, Any] = {
         "shape": shape, "batch": batch, "warm_steps": warm, "precision": precision, "clock": clock,
         "parity": difference._asdict(),
         "seconds_per_pair": median, "all_seconds": seconds,
         "encode_seconds_per_pair": statistics.median(encoding) / batch,
-        "machine": machine(device), "peak_gib": peaks,
+        "machine": describe_machine(device), "peak_gib": peaks,
     }  # fmt: skip
-    facts["totals"] = totals(median, facts["encode_seconds_per_pair"])
-    table = markdown(facts)
+    facts["totals"] = sum_totals(median, facts["encode_seconds_per_pair"])
+    table = format_markdown(facts)
     write_json(out / f"steps-{shape}-{device}.json", facts)
     write_text(out / f"steps-{shape}-{device}.md", table)
     print(table)
@@ -134,20 +136,20 @@ def peak(kind: str, model: str, batch: int = 1, device: str = "cpu", precision: 
     if kind not in KINDS:
         raise UserError(f"There is no kind {kind}. Choose one of {'; '.join(KINDS)}.")
     if kind.startswith("script"):
-        parts = as_scripts_load(model, device, precision)
+        parts = load_like_script(model, device, precision)
     else:  # as a run does it: encode, let go of the encoders, load the denoiser
         backbone = Backbone.open(model, device=device, precision=precision)
         parts = Parts(backbone, backbone.autoencoder, backbone.encode_prompts)
-        for picture in random_pictures(backbone.resolution, 2 * batch):
+        for picture in make_random_images(backbone.resolution, 2 * batch):
             encode_pictures(parts, [picture], torch.Generator().manual_seed(0))
         backbone.encode_prompts(["a dog"])
         backbone.free("autoencoder", "text_encoder")
         parts = replace(parts, autoencoder=nn.Identity())
-    training = ours(parts, batch)
-    script = Script(parts, training, random_pictures(parts.model.resolution, 2 * batch))
+    training = build_training(parts, batch)
+    script = Script(parts, training, make_random_images(parts.model.resolution, 2 * batch))
     for _ in range(2):
-        one_step(kind, training, script)
-    print(json.dumps(peak_gib(device)))
+        time_step(kind, training, script)
+    print(json.dumps(read_peak_memory(device)))
 
 
 @app.command()
@@ -161,16 +163,16 @@ def whole(
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/align"),
 ) -> None:
     """Whole runs of `moji`, caches empty: the script's steps, then ours with the bank, encoding counted."""
-    found = check(read(pairs))
+    found = check_preferences(read_preferences(pairs))
     chosen = [pair.ordered for pair in found.pairs if not pair.is_tie]
-    settings = settings_for(batch, draws=draws, steps=steps, precision=precision, device=device)
-    script_seconds = whole_script(chosen, settings)
+    settings = make_settings(batch, draws=draws, steps=steps, precision=precision, device=device)
+    script_seconds = run_script(chosen, settings)
     with tempfile.TemporaryDirectory() as folder:
         before = os.environ.get("LIMNER_CACHE")
         os.environ["LIMNER_CACHE"] = folder  # nothing is remembered from before
         began = time.perf_counter()
         model = Backbone.open("moji", device=device, precision=precision)
-        training = PreferenceTraining(model, empty(model), settings)
+        training = PreferenceTraining(model, empty_material(model), settings)
         training.take(replace(prepare(model, chosen, [], settings), held_out=[]))
         for _ in take_steps(training):
             pass
@@ -204,7 +206,7 @@ class Script:
         self.beta = training.settings.beta / 2  # theirs has no ½
 
     def step(self) -> float:
-        """One optimiser step; gives the loss, as the script logs it at every step."""
+        """One optimiser step; returns the loss, as the script logs it at every step."""
         model, training = self.parts.model, self.training
         latents, conditions = self.latents(), self.parts.encode(self.prompts)
         half = len(latents) // 2
@@ -253,12 +255,12 @@ class Script:
         self.parts.encode(self.prompts)
 
 
-def whole_script(chosen: Sequence[Pair], settings: Settings) -> float:
+def run_script(chosen: Sequence[Pair], settings: Settings) -> float:
     """Seconds of a whole run as the script does it."""
     began = time.perf_counter()
-    parts = opened("moji", settings.device, settings.precision)
+    parts = open_parts("moji", settings.device, settings.precision)
     model = parts.model
-    training = PreferenceTraining(model, empty(model), settings)
+    training = PreferenceTraining(model, empty_material(model), settings)
     script = Script(parts, training, [])
     for step in range(settings.steps):
         places = [n % len(chosen) for n in range(step * settings.batch, (step + 1) * settings.batch)]
@@ -271,10 +273,10 @@ def whole_script(chosen: Sequence[Pair], settings: Settings) -> float:
 # Our side ---------------------------------------------------------------------------------------------------
 
 
-def ours(parts: Parts, batch: int) -> PreferenceTraining:
-    """Our training with random latents and texts in its caches and a cached reference that knows every noise sample."""
+def build_training(parts: Parts, batch: int) -> PreferenceTraining:
+    """Our training with random latents and texts cached, and the cached reference error of every noise sample."""
     model = parts.model
-    training = PreferenceTraining(model, empty(model), settings_for(batch))
+    training = PreferenceTraining(model, empty_material(model), make_settings(batch))
     random = generator(0, "material")
     config = cast(Any, model.denoiser).config
     latents = torch.randn(2 * batch, *model.latent_shape, generator=random)
@@ -287,7 +289,7 @@ def ours(parts: Parts, batch: int) -> PreferenceTraining:
     return training
 
 
-def one_step(kind: str, training: PreferenceTraining, script: Script) -> None:
+def time_step(kind: str, training: PreferenceTraining, script: Script) -> None:
     """An optimiser step of this kind."""
     denoiser = cast(Any, training.model.denoiser)
     saving = "checkpointing" in kind
@@ -303,7 +305,7 @@ def one_step(kind: str, training: PreferenceTraining, script: Script) -> None:
 
 
 def known_reference(training: PreferenceTraining) -> CachedReference:
-    """A bank that was filled before; what it holds costs no other time."""
+    """A filled cache of base errors, of random values: they cost the same time."""
     shape = (len(training.data.train), training.settings.draws, 2)
     return CachedReference(training.live, "", torch.ones(shape))
 
@@ -316,7 +318,7 @@ class Parity(NamedTuple):
     gradient: float
 
 
-def parity(training: PreferenceTraining, *, size: float = 1e-3) -> Parity:
+def measure_parity(training: PreferenceTraining, *, size: float = 1e-3) -> Parity:
     """Both sides on the same latents, noise and levels, the adapter moved off zero by noise of this size."""
     script = Script(Parts(training.model, nn.Identity(), lambda prompts: Conditions({})), training, [])
     before = {name: value.detach().clone() for name, value in training.parameters.items()}
@@ -339,7 +341,7 @@ def parity(training: PreferenceTraining, *, size: float = 1e-3) -> Parity:
     return Parity(found[0][0], abs(found[0][0] - found[1][0]), apart / largest)
 
 
-def settings_for(
+def make_settings(
     batch: int, *, draws: int = DRAWS, steps: int = 10**6, precision: str = "bf16", device: str = "cpu"
 ) -> Settings:
     """Diffusers' own choices, where it has some: LoRA of rank 8 on attention, AdamW, β 2500 there and 5000 here."""
@@ -349,7 +351,7 @@ def settings_for(
     )  # fmt: skip
 
 
-def empty(model: Backbone) -> PreferenceData:
+def empty_material(model: Backbone) -> PreferenceData:
     """No records yet."""
     return PreferenceData(torch.empty(0, *model.latent_shape), None, Conditions({}), [], [])
 
@@ -357,7 +359,7 @@ def empty(model: Backbone) -> PreferenceData:
 # Figures ----------------------------------------------------------------------------------------------------
 
 
-def totals(seconds: dict[str, float], encode: float) -> list[dict[str, float]]:
+def sum_totals(seconds: dict[str, float], encode: float) -> list[dict[str, float]]:
     """Seconds of 200 pairs at 8 draws, each visited V times, and how many times faster than the script."""
     rows = []
     for visits in VISITS:
@@ -384,7 +386,7 @@ def totals(seconds: dict[str, float], encode: float) -> list[dict[str, float]]:
     return rows
 
 
-def markdown(facts: dict[str, Any]) -> str:
+def format_markdown(facts: dict[str, Any]) -> str:
     """The tables as Markdown."""
     lines = [
         f"`{facts['shape']}`, {facts['precision']}, {facts['batch']} pairs a step, {facts['warm_steps']} warm steps of "

@@ -8,17 +8,17 @@
 
 Every concept is a glyph that the base has never seen. Its five training pictures are plain renders in five places; the
 real commands `customize train` and `customize sample` then draw it in the other seven, wearing each of five things, in
-each of four styles, and draw its class without the token. The judge names the glyph among all that it knows, and the
-place, the accessory, the style. Beside it stands the base model without training, asked with the same words from the
-same noise. Wilson 95 % intervals over the pictures, and a bootstrap over concepts, which differ more than pictures do.
+each of four styles, and draw its class without the token. The classifier names the glyph among all that it knows, the
+place, the accessory and the style. The baseline is the untrained base model, with the same words from the same noise.
+Wilson 95 % intervals over the pictures, and a bootstrap over concepts, which differ more than pictures do.
 
 `script` is diffusers' own file, run as it is on the same pictures and words with its prior preservation (100 class
 pictures, drawn by `customize sample`, which is faster than its own way), our rank, batch and schedule, and the learning
 rate that is best for it among those of `script-rates`; its weights come in by `customize import`. Its seconds are of
 training alone; “as many seconds” are as many steps as are left of our run's time once the class pictures are drawn.
 
-Runs and pictures that `--out` holds are not made again, and verdicts always are, from the pictures on disk: a better
-judge renews the tables in a minute, with `--known` also those of work in progress. Several processes can share one
+Runs and pictures that `--out` holds are not made again, and predictions always are, from the pictures on disk: a better
+classifier renews the tables in a minute, with `--known` also those of work in progress. Several processes can share one
 `--out`. Use another for other flags.
 """
 
@@ -47,9 +47,17 @@ from backbone.models.model import Backbone
 from backbone.world.concepts import TRAINING_PLACES, concept_scenes
 from backbone.world.render import find_font, render
 from backbone.world.words import choose_article, load_vocabulary
-from benchmarks.customize_script import spelled
-from benchmarks.judge import FACTS, FOLDER, Judge, Verdict, load_judge, shows, top
-from benchmarks.moji import per_cent
+from benchmarks.classifier import (
+    FACTS,
+    FOLDER,
+    Classifier,
+    Prediction,
+    is_top_glyph,
+    load_classifier,
+    most_likely,
+)
+from benchmarks.customize_script import to_flags
+from benchmarks.moji import format_percent
 
 TOKEN = "[V]"
 Kind = Literal["places", "accessories", "styles", "class"]
@@ -119,7 +127,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, and what the judge should see in its pictures: a label of the question's own head."""
+    """A prompt, and what the classifier should see in its pictures: a label of the question's own head."""
 
     prompt: str
     wanted: str
@@ -127,7 +135,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Tally:
-    """Of n pictures: in how many the judge sees what was asked for, the concept's glyph, and both."""
+    """Of n images: in how many the classifier finds the attribute of the prompt, the concept's glyph, and both."""
 
     right: int
     glyph: int
@@ -141,7 +149,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Result:
-    """What one trial came to: of every kind of question, after training and at the base where it was asked."""
+    """Tallies of one trial by kind of question, after training and of the base model where it was sampled."""
 
     trial: Trial
     after: Mapping[str, Tally]
@@ -166,31 +174,33 @@ def main(
     known: Annotated[
         bool, typer.Option("--known", help="Only what --out has all pictures of; trains nothing.")
     ] = False,
-    judge: Annotated[Path, typer.Option(help="The judge's folder.")] = FOLDER,
+    classifier: Annotated[Path, typer.Option(help="The classifier's folder.")] = FOLDER,
     out: Annotated[Path, typer.Option(help="Where results go.")] = Path("build/benchmarks/customize"),
 ) -> None:
-    """Trains and draws what is missing, judges everything, and writes the table."""
-    chosen = trials(asked, concepts, flags=flags, seed=seed)
+    """Train and samples what is missing, classifies every image, and writes the table."""
+    chosen = list_trials(asked, concepts, flags=flags, seed=seed)
     if asked.startswith("script") and not known and not (script and script.is_file()):
         raise UserError(
             "This table needs --script: examples/dreambooth/train_dreambooth_lora.py of diffusers."
         )
     if known:
-        chosen = [trial for trial in chosen if finished(trial, out)]
+        chosen = [trial for trial in chosen if is_finished(trial, out)]
     find_font()
     counts = dict.fromkeys(KINDS, others) | {"places": count}
-    eye = load_judge(judge)
+    eye = load_classifier(classifier)
     results = []
-    for trial in made(chosen, out, counts, model, script):
-        results.append(judged(trial, out, eye))
-        show(out, trial, eye)
-        notify(f"{trial.name}: {', '.join(f'{k} {per_cent(t.share)}' for k, t in results[-1].after.items())}")
+    for trial in run_trials(chosen, out, counts, model, script):
+        results.append(classify_trial(trial, out, eye))
+        save_sheet(out, trial, eye)
+        notify(
+            f"{trial.name}: {', '.join(f'{k} {format_percent(t.share)}' for k, t in results[-1].after.items())}"
+        )
     results.sort(key=lambda result: chosen.index(result.trial))
-    text = table(results) if asked == "concepts" else comparison(results)
+    text = format_table(results) if asked == "concepts" else format_comparison(results)
     facts = {
         "model": model,
         "flags": flags,
-        "judge": read_json(judge / FACTS).get("step"),
+        "classifier": read_json(classifier / FACTS).get("step"),
         "results": [asdict(result) for result in results],
     }
     name = "table" if asked == "concepts" else asked
@@ -199,7 +209,7 @@ def main(
     print(text)
 
 
-def trials(asked: Table, concepts: Sequence[str] | None, *, flags: str, seed: int) -> list[Trial]:
+def list_trials(asked: Table, concepts: Sequence[str] | None, *, flags: str, seed: int) -> list[Trial]:
     """What a table is of. Raises `UserError` for a concept that the world has not."""
     known = load_vocabulary().development_concepts
     usual = {"methods": SOME, "rates": ("peacock",), "script-rates": ("peacock",)}.get(asked, tuple(known))
@@ -216,14 +226,14 @@ def trials(asked: Table, concepts: Sequence[str] | None, *, flags: str, seed: in
 # Runs and pictures ------------------------------------------------------------------------------------------
 
 
-def made(
+def run_trials(
     wanted: Sequence[Trial], out: Path, counts: Mapping[Kind, int], model: str, script: Path | None = None
 ) -> Iterator[Trial]:
     """Every trial as soon as its run and pictures exist; those that another process works at come last."""
     left = list(wanted)
     while left:
         for trial in list(left):
-            with claimed(out / "claims" / trial.name) as mine:
+            with try_claim(out / "claims" / trial.name) as mine:
                 if not mine:
                     continue
                 train_and_draw(trial, out, counts, model, script)
@@ -234,10 +244,10 @@ def made(
 
 
 @contextmanager
-def claimed_by_all(path: Path) -> Iterator[None]:
+def wait_for_claim(path: Path) -> Iterator[None]:
     """Inside the `with`, nobody else works at this; waits for it."""
     while True:
-        with claimed(path) as mine:
+        with try_claim(path) as mine:
             if mine:
                 yield
                 return
@@ -245,7 +255,7 @@ def claimed_by_all(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def claimed(path: Path) -> Iterator[bool]:
+def try_claim(path: Path) -> Iterator[bool]:
     """Whether nobody else works at this; the claim ends with the `with`, or with the process."""
     import fcntl
 
@@ -268,15 +278,30 @@ def train_and_draw(
         train_by_script(trial, out, model, script)
     elif not (folder / "README.md").exists():  # which a run writes last
         shutil.rmtree(folder, ignore_errors=True)  # its time should be a whole one's
-        names = ["--images", str(pictures_of(trial.concept, out)), "--token", TOKEN, "--class", trial.noun]
+        names = [
+            "--images",
+            str(write_training_images(trial.concept, out)),
+            "--token",
+            TOKEN,
+            "--class",
+            trial.noun,
+        ]
         more = ["--model", model, "--seed", str(trial.seed), "--out", str(folder)]
-        customize("train", *names, *more, *trial.flags.split())
+        run_customize("train", *names, *more, *trial.flags.split())
     for kind in KINDS:
         called = "" if kind == "class" else f"{TOKEN} {trial.noun}"
-        draw(trial, kind, called, after(trial, kind, out), counts[kind], ["--concept", str(folder)], model)
+        draw(
+            trial,
+            kind,
+            called,
+            tuned_folder(trial, kind, out),
+            counts[kind],
+            ["--concept", str(folder)],
+            model,
+        )
         if kind == "class" or trial.method == DEFAULT:
             words = read_concept(folder).tokens[TOKEN]
-            draw(trial, kind, f"{words} {trial.noun}", base(trial, kind, out), counts[kind], [], model)
+            draw(trial, kind, f"{words} {trial.noun}", base_folder(trial, kind, out), counts[kind], [], model)
 
 
 def train_by_script(trial: Trial, out: Path, model: str, script: Path | None) -> None:
@@ -287,31 +312,34 @@ def train_by_script(trial: Trial, out: Path, model: str, script: Path | None) ->
     assert script is not None
     for path in (folder, work):
         shutil.rmtree(path, ignore_errors=True)
-    with claimed_by_all(out / "claims" / f"class {trial.noun}"):
-        drawn = class_pictures(trial.noun, out, model)
+    with wait_for_claim(out / "claims" / f"class {trial.noun}"):
+        drawn = sample_class(trial.noun, out, model)
     words = read_concept(out / "runs" / Trial(trial.concept, DEFAULT, "", trial.seed).name).tokens[TOKEN]
     backbone = Backbone.open(model, device="cpu")
     asked: dict[str, object] = {
-        "pretrained_model_name_or_path": backbone.location.source, "instance_data_dir": pictures_of(trial.concept, out),
+        "pretrained_model_name_or_path": backbone.location.source,
+        "instance_data_dir": write_training_images(trial.concept, out),
         "instance_prompt": f"a {words} {trial.noun}", "class_data_dir": drawn, "class_prompt": f"a {trial.noun}",
         "num_class_images": CLASS_PICTURES, "output_dir": work, "seed": trial.seed,
         "resolution": backbone.resolution,
     }  # fmt: skip
     command = [sys.executable, "-m", "benchmarks.customize_script", "alone", str(script), "--"]
     began = time.perf_counter()
-    subprocess.run([*command, "--with_prior_preservation", *spelled(asked), *trial.flags.split()], check=True)
+    subprocess.run(
+        [*command, "--with_prior_preservation", *to_flags(asked), *trial.flags.split()], check=True
+    )
     seconds = time.perf_counter() - began
     names = ["--token", TOKEN, "--token_words", words, "--class", trial.noun, "--model", model]
-    customize("import", str(work / "pytorch_lora_weights.safetensors"), "--out", str(folder), *names)
+    run_customize("import", str(work / "pytorch_lora_weights.safetensors"), "--out", str(folder), *names)
     write_json(folder / SECONDS, seconds)
 
 
-def class_pictures(noun: str, out: Path, model: str) -> Path:
+def sample_class(noun: str, out: Path, model: str) -> Path:
     """A folder of pictures of a class, as the base draws it, without its sheet."""
     folder, drawing = out / "classes" / noun.replace(" ", "-"), out / "classes" / "drawn"
     if not folder.exists():
         number = ["--count", str(CLASS_PICTURES), "--model", model]
-        customize("sample", f"a {noun}", *number, "--out", str(drawing / noun))
+        run_customize("sample", f"a {noun}", *number, "--out", str(drawing / noun))
         (drawing / noun / "pictures").mkdir()
         for path in sorted((drawing / noun).glob("p??-s*.png")):
             path.rename(path.parent / "pictures" / path.name)
@@ -319,13 +347,13 @@ def class_pictures(noun: str, out: Path, model: str) -> Path:
     return folder
 
 
-def finished(trial: Trial, out: Path) -> bool:
+def is_finished(trial: Trial, out: Path) -> bool:
     """Whether a trial's pictures are all there, and the base's that they are compared with."""
-    folders = [*(after(trial, kind, out) for kind in KINDS), base(trial, "class", out)]
+    folders = [*(tuned_folder(trial, kind, out) for kind in KINDS), base_folder(trial, "class", out)]
     return all((folder / "sheet.png").exists() for folder in folders)
 
 
-def pictures_of(concept: str, out: Path) -> Path:
+def write_training_images(concept: str, out: Path) -> Path:
     """The folder of a concept's five training pictures."""
     folder = out / "pictures" / concept.replace(" ", "-")
     number = list(load_vocabulary().development_concepts).index(concept)
@@ -335,8 +363,8 @@ def pictures_of(concept: str, out: Path) -> Path:
     return folder
 
 
-def questions(kind: Kind, noun: str, called: str) -> list[Question]:
-    """What is asked of each kind, about a thing that is called so; of the class under its own name."""
+def make_questions(kind: Kind, noun: str, called: str) -> list[Question]:
+    """Prompts of a kind for a thing of this name, with the label that the classifier should find."""
     words = load_vocabulary()
     places = [place for place in words.places if place not in TRAINING_PLACES]
     match kind:
@@ -355,12 +383,12 @@ def questions(kind: Kind, noun: str, called: str) -> list[Question]:
             return [Question(f"{choose_article(noun)} {noun} {place}", noun) for place in places]
 
 
-def after(trial: Trial, kind: Kind, out: Path) -> Path:
+def tuned_folder(trial: Trial, kind: Kind, out: Path) -> Path:
     """Where pictures with the concept lie."""
     return out / "after" / trial.name / kind
 
 
-def base(trial: Trial, kind: Kind, out: Path) -> Path:
+def base_folder(trial: Trial, kind: Kind, out: Path) -> Path:
     """Where the base's own pictures lie, the same ones for every method."""
     return out / "base" / Trial(trial.concept, DEFAULT, "", trial.seed).name / kind
 
@@ -369,31 +397,31 @@ def draw(
     trial: Trial, kind: Kind, called: str, folder: Path, count: int, more: Sequence[str], model: str
 ) -> None:
     """The pictures of a kind of question, by the real command, unless they are there."""
-    prompts = [question.prompt for question in questions(kind, trial.noun, called)]
+    prompts = [question.prompt for question in make_questions(kind, trial.noun, called)]
     if (folder / "sheet.png").exists():  # which is written last
         return
     numbers = ["--count", str(count), "--seed", str(trial.seed), "--model", model]
-    customize("sample", *prompts, *numbers, "--out", str(folder), *more)
+    run_customize("sample", *prompts, *numbers, "--out", str(folder), *more)
 
 
-def customize(*arguments: str) -> None:
+def run_customize(*arguments: str) -> None:
     """The real command in a process of its own."""
     subprocess.run([sys.executable, "-m", "customize.cli", *arguments], check=True)
 
 
-# What the judge says ----------------------------------------------------------------------------------------
+# What the classifier says ----------------------------------------------------------------------------------------
 
 
-def judged(trial: Trial, out: Path, judge: Judge) -> Result:
+def classify_trial(trial: Trial, out: Path, classifier: Classifier) -> Result:
     """A trial by its files."""
     folder = out / "runs" / trial.name
     learned = read_concept(folder)
     files = [folder / name for name in (learned.weights, learned.words, learned.changed) if name]
-    before = {kind: base(trial, kind, out) for kind in KINDS}
+    before = {kind: base_folder(trial, kind, out) for kind in KINDS}
     return Result(
         trial,
-        {kind: tally(trial, kind, after(trial, kind, out), judge) for kind in KINDS},
-        {kind: tally(trial, kind, path, judge) for kind, path in before.items() if path.exists()},
+        {kind: tally_folder(trial, kind, tuned_folder(trial, kind, out), classifier) for kind in KINDS},
+        {kind: tally_folder(trial, kind, path, classifier) for kind, path in before.items() if path.exists()},
         read_json(folder / SECONDS)
         if trial.by_script
         else read_json(folder / "settings.json")["timings"]["all"],
@@ -401,45 +429,51 @@ def judged(trial: Trial, out: Path, judge: Judge) -> Result:
     )
 
 
-def tally(trial: Trial, kind: Kind, folder: Path, judge: Judge) -> Tally:
-    """What the judge says of one folder of pictures."""
-    asked, seen = looked_at(trial, kind, folder, judge)
-    right = [READ[kind](verdict) == question.wanted for question, verdict in zip(asked, seen, strict=True)]
-    glyph = [shows(verdict, trial.concept) for verdict in seen]
+def tally_folder(trial: Trial, kind: Kind, folder: Path, classifier: Classifier) -> Tally:
+    """Classify a folder of images and count."""
+    asked, seen = classify_folder(trial, kind, folder, classifier)
+    right = [
+        READ[kind](prediction) == question.wanted for question, prediction in zip(asked, seen, strict=True)
+    ]
+    glyph = [is_top_glyph(prediction, trial.concept) for prediction in seen]
     both = sum(one and other for one, other in zip(right, glyph, strict=True))
     return Tally(sum(right), sum(glyph), len(seen), both)
 
 
-def looked_at(trial: Trial, kind: Kind, folder: Path, judge: Judge) -> tuple[list[Question], list[Verdict]]:
-    """The question and the verdict of every picture in a folder."""
-    every = questions(kind, trial.noun, f"{TOKEN} {trial.noun}")
+def classify_folder(
+    trial: Trial, kind: Kind, folder: Path, classifier: Classifier
+) -> tuple[list[Question], list[Prediction]]:
+    """The question and the prediction of every picture in a folder."""
+    every = make_questions(kind, trial.noun, f"{TOKEN} {trial.noun}")
     paths = sorted(folder.glob("p??-s??.png"))
     asked = [every[int(path.name[1:3])] for path in paths]
-    return asked, judge.verdicts([Image.open(path).convert("RGB") for path in paths])
+    return asked, classifier.classify([Image.open(path).convert("RGB") for path in paths])
 
 
-READ: dict[str, Callable[[Verdict], str]] = {
-    "places": lambda verdict: top(verdict.place),
-    "accessories": lambda verdict: top(verdict.accessory),
-    "styles": lambda verdict: top(verdict.style),
-    "class": lambda verdict: verdict.glyph,
+READ: dict[str, Callable[[Prediction], str]] = {
+    "places": lambda prediction: most_likely(prediction.place),
+    "accessories": lambda prediction: most_likely(prediction.accessory),
+    "styles": lambda prediction: most_likely(prediction.style),
+    "class": lambda prediction: prediction.glyph,
 }
 
 
-def show(out: Path, trial: Trial, judge: Judge) -> None:
-    """A sheet of all pictures with the concept, framed by what the judge said."""
+def save_sheet(out: Path, trial: Trial, classifier: Classifier) -> None:
+    """A sheet of all pictures with the concept, framed by what the classifier said."""
     cells: list[Cell | Image.Image | None] = []
     for kind in KINDS:
-        folder = after(trial, kind, out)
+        folder = tuned_folder(trial, kind, out)
         paths = sorted(folder.glob("p??-s??.png"))
-        for path, question, verdict in zip(paths, *looked_at(trial, kind, folder, judge), strict=True):
-            read = READ[kind](verdict)
-            right = read == question.wanted and (kind == "class" or shows(verdict, trial.concept))
-            said = verdict.glyph if kind == "class" else f"{verdict.glyph}, {read}"
+        for path, question, prediction in zip(
+            paths, *classify_folder(trial, kind, folder, classifier), strict=True
+        ):
+            read = READ[kind](prediction)
+            right = read == question.wanted and (kind == "class" or is_top_glyph(prediction, trial.concept))
+            said = prediction.glyph if kind == "class" else f"{prediction.glyph}, {read}"
             cells.append(
                 Cell(Image.open(path).convert("RGB"), f"{question.wanted}: {said}", GREEN if right else RED)
             )
-    note = "Asked: seen. Green: the judge sees the concept's glyph (the class's noun at the end) and what was asked."
+    note = "Asked: seen. Green: the classifier sees the concept's glyph (the class at the end) and what was asked."
     title = f"{trial.concept}, {trial.method}"
     save_png(
         out / "sheets" / f"{trial.name}.png",
@@ -458,47 +492,47 @@ class Figure:
     counted: Callable[[Mapping[str, Tally]], tuple[int, int] | None]
 
 
-def of(kind: str) -> Callable[[Mapping[str, Tally]], tuple[int, int] | None]:
+def count_of(kind: str) -> Callable[[Mapping[str, Tally]], tuple[int, int] | None]:
     """Right ones and all of a kind."""
     return lambda found: (found[kind].right, found[kind].n) if kind in found else None
 
 
-def glyphs(found: Mapping[str, Tally]) -> tuple[int, int] | None:
+def count_glyphs(found: Mapping[str, Tally]) -> tuple[int, int] | None:
     """Pictures in places that show the concept's glyph."""
     return (found["places"].glyph, found["places"].n) if "places" in found else None
 
 
-def glyphs_in_those(found: Mapping[str, Tally]) -> tuple[int, int] | None:
+def count_styled_glyphs(found: Mapping[str, Tally]) -> tuple[int, int] | None:
     """Pictures with an accessory or in a style that show the concept's glyph."""
     both = [found[kind] for kind in ("accessories", "styles") if kind in found]
     return (sum(t.glyph for t in both), sum(t.n for t in both)) if both else None
 
 
-def all_of_it(found: Mapping[str, Tally]) -> tuple[int, int] | None:
+def count_all_right(found: Mapping[str, Tally]) -> tuple[int, int] | None:
     """Pictures of the concept that show its glyph and what was asked for."""
     every = [found[kind] for kind in KINDS if kind in found and kind != "class"]
     return (sum(t.both for t in every), sum(t.n for t in every)) if every else None
 
 
-def asked_things(found: Mapping[str, Tally]) -> tuple[int, int] | None:
+def count_styles(found: Mapping[str, Tally]) -> tuple[int, int] | None:
     """Accessories and styles together."""
     both = [found[kind] for kind in ("accessories", "styles") if kind in found]
     return (sum(t.right for t in both), sum(t.n for t in both)) if both else None
 
 
 FIGURES = (
-    Figure("glyph", glyphs),
-    Figure("place", of("places")),
-    Figure("accessory or style", asked_things),
-    Figure("accessory", of("accessories")),
-    Figure("style", of("styles")),
-    Figure("glyph in those two", glyphs_in_those),
-    Figure("glyph and what was asked, of all", all_of_it),
-    Figure("class without the token", of("class")),
+    Figure("glyph", count_glyphs),
+    Figure("place", count_of("places")),
+    Figure("accessory or style", count_styles),
+    Figure("accessory", count_of("accessories")),
+    Figure("style", count_of("styles")),
+    Figure("glyph in those two", count_styled_glyphs),
+    Figure("glyph and what was asked, of all", count_all_right),
+    Figure("class without the token", count_of("class")),
 )
 
 
-def table(results: Sequence[Result]) -> str:
+def format_table(results: Sequence[Result]) -> str:
     """Markdown: all concepts with intervals beside the base, then a row for every concept."""
     lines = [
         f"| {len(results)} concepts | trained | 95 %, pictures | 95 %, over concepts | n | base, same words |",
@@ -507,29 +541,30 @@ def table(results: Sequence[Result]) -> str:
     for figure in FIGURES:
         found = [counted for result in results if (counted := figure.counted(result.after))]
         known = [counted for result in results if (counted := figure.counted(result.base))]
-        right, n = totals(found)
-        before, of_before = totals(known)
-        low, high = over_concepts([here / all_ for here, all_ in found])
+        right, n = sum_counts(found)
+        before, of_before = sum_counts(known)
+        low, high = concept_interval([here / all_ for here, all_ in found])
         _, *own = wilson_interval(right, n)
         lines.append(
-            f"| {figure.name} | {per_cent(right / n)} | {interval(*own)} | {interval(low, high)} | {n} | "
-            f"{per_cent(before / of_before) if of_before else '–'} |"
+            f"| {figure.name} | {format_percent(right / n)} | {format_interval(*own)} | "
+            f"{format_interval(low, high)} | {n} | "
+            f"{format_percent(before / of_before) if of_before else '–'} |"
         )
-    kept, low, high = preserved(results)
+    kept, low, high = measure_preservation(results)
     lines += [
-        f"| class kept, of what the base has | {per_cent(kept)} | | {interval(low, high)} | | |",
+        f"| class kept, of what the base has | {format_percent(kept)} | | {format_interval(low, high)} | | |",
         "",
         "| concept | " + " | ".join(figure.name for figure in FIGURES) + " | training |",
         "|---" * (len(FIGURES) + 2) + "|",
     ]
     lines += [
-        f"| {result.trial.concept} | {' | '.join(shares([result]))} | {result.seconds:.0f} s |"
+        f"| {result.trial.concept} | {' | '.join(format_shares([result]))} | {result.seconds:.0f} s |"
         for result in results
     ]
     return "\n".join([*lines, ""])
 
 
-def comparison(results: Sequence[Result]) -> str:
+def format_comparison(results: Sequence[Result]) -> str:
     """Markdown: a row for every way of learning, over the concepts that it has results of."""
     columns = [figure.name for figure in FIGURES]
     lines = [
@@ -540,33 +575,39 @@ def comparison(results: Sequence[Result]) -> str:
         own = [result for result in results if result.trial.method == method]
         seconds = float(np.median([result.seconds for result in own]))
         size = max(result.megabytes for result in own)
-        cells = [str(len(own)), *shares(own), per_cent(preserved(own)[0]), f"{seconds:.0f}", f"{size:.2f}"]
+        cells = [
+            str(len(own)),
+            *format_shares(own),
+            format_percent(measure_preservation(own)[0]),
+            f"{seconds:.0f}",
+            f"{size:.2f}",
+        ]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
-def shares(results: Sequence[Result]) -> list[str]:
+def format_shares(results: Sequence[Result]) -> list[str]:
     """Every figure over all pictures of these results."""
     cells = []
     for figure in FIGURES:
-        right, n = totals([counted for result in results if (counted := figure.counted(result.after))])
-        cells.append(per_cent(right / n) if n else "–")
+        right, n = sum_counts([counted for result in results if (counted := figure.counted(result.after))])
+        cells.append(format_percent(right / n) if n else "–")
     return cells
 
 
-def totals(pairs: Sequence[tuple[int, int]]) -> tuple[int, int]:
+def sum_counts(pairs: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """Sums of right ones and of all."""
     return sum(right for right, _ in pairs), sum(n for _, n in pairs)
 
 
-def preserved(results: Sequence[Result]) -> tuple[float, float, float]:
+def measure_preservation(results: Sequence[Result]) -> tuple[float, float, float]:
     """Class pictures that show the class, over those of the base; with the bootstrap's interval over concepts."""
     pairs = np.array([(result.after["class"].share, result.base["class"].share) for result in results])
     low, high = bootstrap(pairs, lambda some: some[:, 0].sum() / max(float(some[:, 1].sum()), 1e-9))
     return float(pairs[:, 0].sum() / max(float(pairs[:, 1].sum()), 1e-9)), low, high
 
 
-def over_concepts(values: Sequence[float]) -> tuple[float, float]:
+def concept_interval(values: Sequence[float]) -> tuple[float, float]:
     """The 95 % interval of the mean share when the concepts themselves are drawn anew."""
     return bootstrap(np.asarray(values), lambda some: float(some.mean()))
 
@@ -579,9 +620,9 @@ def bootstrap(rows: Any, statistic: Callable[[Any], float], *, draws: int = 4000
     return float(low), float(high)
 
 
-def interval(low: float, high: float) -> str:
+def format_interval(low: float, high: float) -> str:
     """`84.0–91.2 %`."""
-    return f"{per_cent(low).removesuffix(' %')}–{per_cent(high)}"
+    return f"{format_percent(low).removesuffix(' %')}–{format_percent(high)}"
 
 
 if __name__ == "__main__":

@@ -43,20 +43,20 @@ from backbone.media.pictures import list_images
 from backbone.media.transforms import to_tensor
 from backbone.models.model import Backbone
 from backbone.training.run import take_steps
-from benchmarks.customize_speed import CLASS_PROMPT, PICTURES, PROMPT, Script, material, settings_for
+from benchmarks.customize_speed import CLASS_PROMPT, PICTURES, PROMPT, Script, make_material, make_settings
 from benchmarks.shapes import (
     CLOCKS,
     CLOCKS_OF,
     Clock,
     ClockFlag,
     ResultsFlag,
-    as_scripts_load,
-    folder_of,
-    machine,
-    peak_gib,
-    put_section,
-    random_pictures,
-    said_by,
+    describe_machine,
+    load_like_script,
+    make_random_images,
+    read_peak_memory,
+    run_module,
+    write_model_folder,
+    write_section,
 )
 from customize.data.dataset import Group, prepare
 from customize.objectives.dreambooth import DreamBooth
@@ -84,33 +84,33 @@ def compare(
     if not script.is_file():
         raise UserError(f"There is no {script}. Fetch it from diffusers' repository: examples/dreambooth.")
     found: dict[str, Any] = {}
-    with folder_of(shape) as model, tempfile.TemporaryDirectory(prefix="limner-") as folder:
+    with write_model_folder(shape) as model, tempfile.TemporaryDirectory(prefix="limner-") as folder:
         place, side = Path(folder), Backbone.open(model, device="cpu").resolution
         for name, size in (("subject", round(1.25 * side)), ("class", side)):
-            for number, content in enumerate(random_pictures(size, PICTURES)):
+            for number, content in enumerate(make_random_images(size, PICTURES)):
                 write_bytes(place / name / f"{number}.jpg", content)
         for suffix in ("", ", prior"):
             for who in SIDES:
                 flags = ["--steps", str(steps), "--precision", precision, "--clock", clock]
                 flags += ["--script", str(script), *(["--prior"] if suffix else [])]
                 name = f"{who}{suffix}"
-                found[name] = said_by("benchmarks.customize_script", "side", who, model, folder, *flags)
+                found[name] = run_module("benchmarks.customize_script", "side", who, model, folder, *flags)
                 notify(f"{name}: {found[name]['seconds']:.3f} s a step, {found[name]['gib']:.2f} GiB")
     command = f"python -m benchmarks.customize_script compare train_dreambooth_lora.py --shape {shape} --steps {steps}"
     facts = {
         "command": f"{command} --precision {precision} --clock {clock}", "shape": shape, "steps": steps,
-        "precision": precision, "clock": clock, "machine": machine("cpu"), "sides": found,
+        "precision": precision, "clock": clock, "machine": describe_machine("cpu"), "sides": found,
     }  # fmt: skip
-    text = markdown(facts)
+    text = format_markdown(facts)
     write_json(out / f"{shape}.json", facts)
     write_text(out / f"{shape}.md", text)
     if results is not None:
-        put_section(results, f"`{shape}`, the script itself, 1 a step, cpu", text)
+        write_section(results, f"`{shape}`, the script itself, 1 a step, cpu", text)
     print(text)
 
 
 @app.command("side")
-def one_side(
+def run_side(
     side: Side, model: str, place: Path, steps: int = 6, precision: str = "bf16", clock: Clock = "wall",
     prior: bool = False, script: Path = Path(),
 ) -> None:  # fmt: skip
@@ -126,14 +126,14 @@ def one_side(
             run_here(model, place, Path(out), steps=steps, precision=precision, prior=prior)
     hook.remove()
     took = [after - before for before, after in pairwise(ends)]
-    print(json.dumps({"seconds": statistics.median(took), "all": took, "gib": peak_gib("cpu")}))
+    print(json.dumps({"seconds": statistics.median(took), "all": took, "gib": read_peak_memory("cpu")}))
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def alone(script: Path, flags: Annotated[list[str], typer.Argument(help="Its own.")]) -> None:
     """Runs the file with flags of its own, whatever torchvision is there."""
     if importlib.util.find_spec("torchvision") is None:
-        stand_in()
+        install_stand_in()
     sys.argv = [str(script), *flags]
     runpy.run_path(str(script), run_name="__main__")
 
@@ -155,18 +155,18 @@ def run_script(
             "class_prompt": CLASS_PROMPT,
             "num_class_images": PICTURES,
         }
-    alone(script, [*spelled(asked), *(["--with_prior_preservation"] if prior else [])])
+    alone(script, [*to_flags(asked), *(["--with_prior_preservation"] if prior else [])])
 
 
-def spelled(asked: Mapping[str, object]) -> list[str]:
+def to_flags(asked: Mapping[str, object]) -> list[str]:
     """Settings as the script's flags: `--name value`."""
     return [word for name, value in asked.items() for word in (f"--{name}", str(value))]
 
 
 def run_restated(model: str, *, steps: int, precision: str, prior: bool) -> None:
     """Loaded as the script loads, and then the statement of its step."""
-    parts = as_scripts_load(model, "cpu", precision)
-    statement = Script(parts, DreamBooth(parts.model, material(parts.model), settings_for(1)))
+    parts = load_like_script(model, "cpu", precision)
+    statement = Script(parts, DreamBooth(parts.model, make_material(parts.model), make_settings(1)))
     for _ in range(steps):
         statement.step(prior=prior, text_once=False)
 
@@ -176,7 +176,7 @@ def run_here(model: str, place: Path, out: Path, *, steps: int, precision: str, 
     backbone = Backbone.open(model, device="cpu", precision=precision)
     pictures = list_images(str(place / "subject"))
     settings = replace(
-        settings_for(1), steps=steps, prior="base" if prior else "off", prior_draws=DRAWS, model=model
+        make_settings(1), steps=steps, prior="base" if prior else "off", prior_draws=DRAWS, model=model
     )
     group = Group(pictures, [PROMPT] * len(pictures), CLASS_PROMPT)
     training = DreamBooth(backbone, prepare(backbone, [group], settings), settings)
@@ -198,8 +198,8 @@ class InterpolationMode(Enum):
     BICUBIC = Image.Resampling.BICUBIC
 
 
-def stand_in() -> None:
-    """Puts a module `torchvision.transforms` in place that has what the script uses."""
+def install_stand_in() -> None:
+    """Put a module `torchvision.transforms` in place that has what the script uses."""
     transforms = ModuleType("torchvision.transforms")
     made: dict[str, Any] = {
         "InterpolationMode": InterpolationMode, "Compose": compose, "Resize": resize, "CenterCrop": center_crop,
@@ -237,7 +237,7 @@ def resize(size: int, interpolation: InterpolationMode) -> Callable[[Image.Image
 
 def center_crop(size: int) -> Callable[[Image.Image], Image.Image]:
     """The square in the middle."""
-    return lambda image: cropped(image, (image.width - size) // 2, (image.height - size) // 2, size)
+    return lambda image: crop(image, (image.width - size) // 2, (image.height - size) // 2, size)
 
 
 def random_crop(size: int) -> Callable[[Image.Image], Image.Image]:
@@ -245,12 +245,12 @@ def random_crop(size: int) -> Callable[[Image.Image], Image.Image]:
 
     def act(image: Image.Image) -> Image.Image:
         left, top = (int(torch.randint(0, side - size + 1, ())) for side in image.size)
-        return cropped(image, left, top, size)
+        return crop(image, left, top, size)
 
     return act
 
 
-def cropped(image: Image.Image, left: int, top: int, size: int) -> Image.Image:
+def crop(image: Image.Image, left: int, top: int, size: int) -> Image.Image:
     """A square of a picture."""
     return image.crop((left, top, left + size, top + size))
 
@@ -263,7 +263,7 @@ def normalize(mean: Sequence[float], std: Sequence[float]) -> Callable[[Tensor],
 # Figures ----------------------------------------------------------------------------------------------------
 
 
-def markdown(facts: dict[str, Any]) -> str:
+def format_markdown(facts: dict[str, Any]) -> str:
     """The table as Markdown."""
     sides = facts["sides"]
     lines = [

@@ -8,7 +8,7 @@ The other side is a plain re-statement of what diffusers' `train_dreambooth_lora
 pictures, turn them upright, scale and crop them, encode them and draw from the posterior, encode the prompts, noise,
 ask the network with a LoRA of rank 4 on attention under autocast, mean squared error (and the half of the class
 pictures), backward, clip, AdamW, read the loss. Its best flags are there as well: the text encoded once, and bf16, in
-which both sides work unless told otherwise; the script's own default is fp32. It has a network of its own, loaded and
+which both sides work by default; the script's own default is fp32. It has a network of its own, loaded and
 laid out in memory as the script does it. Parity comes first: on the same latents, noise and levels both sides have one
 loss and one gradient. Then steps of every kind are timed in turn, and totals are composed from counted steps, not run:
 for a cold run of 800 steps with prior preservation at each one's defaults,
@@ -57,14 +57,14 @@ from benchmarks.shapes import (
     ClockFlag,
     Parts,
     ResultsFlag,
-    as_scripts_load,
+    describe_machine,
     encode_pictures,
-    folder_of,
-    machine,
-    opened,
-    put_section,
-    random_pictures,
-    timed,
+    load_like_script,
+    make_random_images,
+    open_parts,
+    time_call,
+    write_model_folder,
+    write_section,
 )
 from customize.data.dataset import Bucket, TrainingData
 from customize.objectives.dreambooth import Batch, DreamBooth
@@ -90,10 +90,10 @@ def main(
     ),
 ) -> None:
     """Parity, then steps of every kind in turn, then the totals."""
-    with folder_of(shape) as model:
-        theirs = as_scripts_load(model, device, precision)
-        bench = Bench.of(opened(model, device, precision), batch, theirs)
-        same = parity(bench.training)
+    with write_model_folder(shape) as model:
+        theirs = load_like_script(model, device, precision)
+        bench = Bench.of(open_parts(model, device, precision), batch, theirs)
+        same = measure_parity(bench.training)
         notify(
             f"parity: loss differs by {same.loss:.1e}, gradients by {same.gradient:.1e} of their largest entry"
         )
@@ -101,7 +101,7 @@ def main(
         seconds: dict[str, list[float]] = {name: [] for name in acts}
         for number in range(warm + 1):
             for name, act in acts.items():
-                elapsed = timed(act, device, clock=CLOCKS_OF[clock])
+                elapsed = time_call(act, device, clock=CLOCKS_OF[clock])
                 notify(f"{number}/{warm} {name}: {elapsed:.3f} s")
                 if number:
                     seconds[name].append(elapsed)
@@ -110,14 +110,14 @@ def main(
     facts: dict[str, Any] = {
         "command": " ".join(["python -m benchmarks.customize_speed", *flags, "--warm", str(warm), "--clock", clock]),
         "shape": shape, "batch": batch, "warm_steps": warm, "precision": precision, "clock": clock,
-        "machine": machine(device), "parity": same._asdict(), "seconds": median, "all_seconds": seconds,
-        "totals": totals(median),
+        "machine": describe_machine(device), "parity": same._asdict(), "seconds": median, "all_seconds": seconds,
+        "totals": sum_totals(median),
     }  # fmt: skip
-    text = markdown(facts)
+    text = format_markdown(facts)
     write_json(out / f"{shape}-{device}.json", facts)
     write_text(out / f"{shape}-{device}.md", text)
     if results is not None:
-        put_section(results, f"`{shape}`, {batch} a step, {device}", text)
+        write_section(results, f"`{shape}`, {batch} a step, {device}", text)
     print(text)
 
 
@@ -134,12 +134,14 @@ class Bench:
     @classmethod
     def of(cls, parts: Parts, batch: int, theirs: Parts | None = None) -> Bench:
         """Everything in place for steps of `batch` pictures; the script has parts of its own, or shares ours."""
-        with_prior = material(parts.model)
+        with_prior = make_material(parts.model)
         without = replace(with_prior, buckets=[Bucket(with_prior.buckets[0].rows)])
-        training = DreamBooth(parts.model, with_prior, settings_for(batch))
+        training = DreamBooth(parts.model, with_prior, make_settings(batch))
         script = Script(parts, training)
         if theirs is not None:
-            script = Script(theirs, DreamBooth(theirs.model, material(theirs.model), settings_for(batch)))
+            script = Script(
+                theirs, DreamBooth(theirs.model, make_material(theirs.model), make_settings(batch))
+            )
         return cls(parts, training, script, with_prior, without)
 
     def acts(self) -> dict[str, Callable[[], object]]:
@@ -195,14 +197,14 @@ class Script:
 
         self.parts, self.training = parts, training
         side, self.batch = parts.model.resolution, training.settings.batch
-        self.pictures = random_pictures(round(1.25 * side), self.batch)
-        self.class_pictures = random_pictures(side, self.batch)
+        self.pictures = make_random_images(round(1.25 * side), self.batch)
+        self.class_pictures = make_random_images(side, self.batch)
         self.random = torch.Generator().manual_seed(0)
         self.noise_scheduler: Any = DDPMScheduler.from_config(parts.model.location.config("scheduler"))
         self.conditions = cast(Conditions, training.data.conditions)  # as if encoded before
 
     def step(self, *, prior: bool, text_once: bool) -> float:
-        """One optimiser step; gives the loss, as the script logs it at every step."""
+        """One optimiser step; returns the loss, as the script logs it at every step."""
         training, device = self.training, self.parts.model.device
         latents = self.latents([*self.pictures, *(self.class_pictures if prior else ())])
         noise = torch.randn(latents.shape, generator=self.random).to(latents)
@@ -221,7 +223,7 @@ class Script:
     ) -> Tensor:
         """The mean squared error of the noise; with a prior, that of the second half besides."""
         noisy = self.noise_scheduler.add_noise(latents, noise, at)
-        said = ask(self.parts.model, noisy, at, conditions)
+        said = predict(self.parts.model, noisy, at, conditions)
         if not prior:
             return F.mse_loss(said, noise)
         (own, of_class), (wanted, of_class_wanted) = said.chunk(2), noise.chunk(2)
@@ -264,9 +266,9 @@ class Script:
         model = self.parts.model
         noisy = torch.zeros(2 * CLASS_BATCH, *model.latent_shape, device=model.device)
         class_prompt = self.conditions[-1:].repeat(len(noisy))
-        middle = times(model)[torch.full((len(noisy),), len(times(model)) // 2)]
+        middle = timesteps_of(model)[torch.full((len(noisy),), len(timesteps_of(model)) // 2)]
         with disable_adapters(model.denoiser):
-            said, unsaid = ask(model, noisy, middle, class_prompt).chunk(2)
+            said, unsaid = predict(model, noisy, middle, class_prompt).chunk(2)
         unsaid + GUIDANCE * (said - unsaid)
 
     @torch.no_grad()
@@ -277,14 +279,14 @@ class Script:
         vae.decode(latents / vae.config.scaling_factor)
 
 
-def ask(model: Backbone, noisy: Tensor, at: Tensor, conditions: Conditions) -> Tensor:
+def predict(model: Backbone, noisy: Tensor, at: Tensor, conditions: Conditions) -> Tensor:
     """The network's prediction under autocast, float32, as a script asks for it."""
     with model.autocast():
         said = model.family.network(model.denoiser, conditions)(noisy, at.to(noisy.device))
     return said.float()
 
 
-def times(model: Backbone) -> Tensor:
+def timesteps_of(model: Backbone) -> Tensor:
     """The time of every noise level, as the network takes it."""
     found = model.path.levels.time
     assert found is not None
@@ -294,7 +296,7 @@ def times(model: Backbone) -> Tensor:
 # Our side ---------------------------------------------------------------------------------------------------
 
 
-def settings_for(batch: int) -> Settings:
+def make_settings(batch: int) -> Settings:
     """The script's own choices where it has some: LoRA of rank 4 on attention, AdamW at 1e-4, no weights of levels."""
     return Settings(
         images="", token="[V]", class_noun="dog", batch=batch, prior_batch=batch, learning_rate=1e-4,
@@ -303,9 +305,9 @@ def settings_for(batch: int) -> Settings:
     )  # fmt: skip
 
 
-def material(model: Backbone) -> TrainingData:
+def make_material(model: Backbone) -> TrainingData:
     """Random latents, texts and answers of the base in the places of the remembered ones."""
-    random, draws = generator(0, "material"), settings_for(1).prior_draws
+    random, draws = generator(0, "material"), make_settings(1).prior_draws
     shape = model.latent_shape
 
     def normal(*size: int) -> Tensor:
@@ -339,14 +341,14 @@ class Bare:
             batch = Batch.cat([batch, training.prior_batch(material.buckets[0], random)])
         training.data = before
         self.noisy, self.wanted = batch.noisy.to(model.device), batch.target.to(model.device)
-        self.at = times(model)[batch.level].to(model.device)
+        self.at = timesteps_of(model)[batch.level].to(model.device)
         self.conditions = cast(Conditions, material.conditions)[batch.rows]
 
     def step(self) -> None:
         """Leaves nothing behind."""
         model = self.training.model
         with quick_to_train(model.denoiser):
-            said = ask(model, self.noisy, self.at, self.conditions)
+            said = predict(model, self.noisy, self.at, self.conditions)
             F.mse_loss(said, self.wanted).backward()
         for value in self.training.parameters.values():
             value.grad = None
@@ -363,7 +365,7 @@ class Parity(NamedTuple):
     gradient: float
 
 
-def parity(training: DreamBooth, *, size: float = 1e-3) -> Parity:
+def measure_parity(training: DreamBooth, *, size: float = 1e-3) -> Parity:
     """Both sides with class pictures on the same latents, noise and levels, the adapter moved off zero by `size`.
 
     Raises `UserError` for a model that does not predict the noise, which the script's loss is about.
@@ -375,7 +377,7 @@ def parity(training: DreamBooth, *, size: float = 1e-3) -> Parity:
     with torch.no_grad():
         for number, value in enumerate(training.parameters.values()):
             value.add_(size * torch.randn(value.shape, generator=generator(0, "parity", number)).to(value))
-    training.data = known = one_picture(before)
+    training.data = known = take_one_image(before)
     own = training.subject_batch(known.buckets[0], random := generator(0, "parity"))
     prior = training.prior_batch(known.buckets[0], random)  # their targets are the noise
     parameters = list(training.parameters.values())
@@ -390,7 +392,7 @@ def parity(training: DreamBooth, *, size: float = 1e-3) -> Parity:
     prompts = cast(Conditions, known.conditions)
     said = Conditions.cat([prompts[:1].repeat(count), prompts[-1:].repeat(count)])
     script = Script(Parts(model, torch.nn.Identity(), lambda prompts: Conditions({})), training)
-    there = script.loss(clean, noise, times(model)[index].long().to(model.device), said, prior=True)
+    there = script.loss(clean, noise, timesteps_of(model)[index].long().to(model.device), said, prior=True)
     theirs = torch.autograd.grad(there, parameters, allow_unused=True)
     training.data = before
     with torch.no_grad():
@@ -402,7 +404,7 @@ def parity(training: DreamBooth, *, size: float = 1e-3) -> Parity:
     return Parity(float(here.detach()), abs(float(here.detach()) - float(there.detach())), apart / largest)
 
 
-def one_picture(material: TrainingData) -> TrainingData:
+def take_one_image(material: TrainingData) -> TrainingData:
     """One picture of the subject and one of its class, both exactly known."""
     first, other = material.posteriors[0], material.posteriors[1]
     conditions = cast(Conditions, material.conditions)[[0, -1]]
@@ -418,10 +420,10 @@ def one_picture(material: TrainingData) -> TrainingData:
 # Figures ----------------------------------------------------------------------------------------------------
 
 
-def totals(seconds: dict[str, float]) -> dict[str, float]:
+def sum_totals(seconds: dict[str, float]) -> dict[str, float]:
     """Seconds of the cold run of 800 steps with prior preservation, by its parts, for both sides."""
     drawn = CLASS_PICTURES / CLASS_BATCH * (CLASS_STEPS * seconds["evaluation"] + seconds["decoding"])
-    draws = settings_for(1).prior_draws
+    draws = make_settings(1).prior_draws
     prepared = PICTURES * seconds["encoding"] + seconds["text"] + draws / BANK_BATCH * seconds["bank"]
     return {
         "script: class pictures": drawn,
@@ -432,7 +434,7 @@ def totals(seconds: dict[str, float]) -> dict[str, float]:
     }
 
 
-def markdown(facts: dict[str, Any]) -> str:
+def format_markdown(facts: dict[str, Any]) -> str:
     """The tables as Markdown."""
     seconds, whole = facts["seconds"], facts["totals"]
     lines = [

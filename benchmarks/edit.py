@@ -5,17 +5,17 @@
 
 Modelled on PIE-Bench (Ju et al. 2024), with what it lacks: every scene is rendered before and after its edit, from
 seeds that nothing was trained on, so the true answer and the true mask are known. Kinds of edits: noun, colour,
-accessory added, accessory removed, place, style, one noun of two, reweight. Success is the judge's verdict, with
-Wilson 95 % intervals; the control `resample` draws the target prompt freely and says what the base model can draw at
-all, `no edit` hands the source back. The background is what the true edit leaves as it was; of place edits it is the
-thing, style edits are measured by structure alone, and a reweight succeeds when the judge's probability of the colour
-rises over the weights ¼, 1 and 3. Background figures come over the background's own pixels and as PIE-Bench's code
-takes them (`backbone.evaluation.image_metrics`). “The default” is `edit.replace` as it comes; “+ P2P” are inversions
-with prompt-to-prompt as published (Hertz et al. 2022: cross-attention for 0.8, self-attention for 0.4 of the steps, a
-local blend at the words of the edited thing, threshold 0.3), “our settings” the same inversions with the default's.
-Needs the emoji font and the judge. Writes `table.md`, `table.json`, `rows.jsonl` and `sheet.png`.
+accessory added, accessory removed, place, style, one noun of two, reweight. Success is the classifier's prediction,
+with Wilson 95 % intervals; the control `resample` draws the target prompt freely and says what the base model can draw
+at all, `no edit` hands the source back. The background is what the true edit leaves as it was; of place edits it is the
+thing, style edits are measured by structure alone, and a reweight succeeds when the classifier's probability of the
+colour rises over the weights ¼, 1 and 3. Background metrics come over the background's own pixels and as PIE-Bench's
+code takes them (`backbone.evaluation.image_metrics`). “The default” is `edit.replace` as it comes; “+ P2P” are
+inversions with prompt-to-prompt as published (Hertz et al. 2022: cross-attention for 0.8, self-attention for 0.4 of the
+steps, a local blend at the words of the edited thing, threshold 0.3), “our settings” the same inversions with the
+default's. Needs the emoji font and the classifier. Writes `table.md`, `table.json`, `rows.jsonl` and `sheet.png`.
 
-Pictures that `--out` holds are not made again, and figures always are, from the pictures on disk: a better judge
+Pictures that `--out` holds are not made again, and figures always are, from the pictures on disk: a better classifier
 renews the tables without an edit. Several processes can share one `--out` with other `--methods`; the tables are of
 all that lies there. After a change of the code that edits, take another `--out`.
 """
@@ -48,8 +48,18 @@ from backbone.models.sample import Request, sample
 from backbone.world.render import find_font, render
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from backbone.world.words import Thing, load_vocabulary
-from benchmarks.judge import FOLDER, GREY_STYLES, NONE, TWO_DIFFERENT, Judge, Verdict, load_judge, shows, top
-from benchmarks.moji import per_cent
+from benchmarks.classifier import (
+    FOLDER,
+    GREY_STYLES,
+    NONE,
+    TWO_DIFFERENT,
+    Classifier,
+    Prediction,
+    is_top_glyph,
+    load_classifier,
+    most_likely,
+)
+from benchmarks.moji import format_percent
 from edit.inversion.inversion import Inversion, Method, invert, read_inversion
 from edit.methods.flow_edit import flow_edit
 from edit.methods.prompt_to_prompt.replace import replace as prompt_to_prompt
@@ -86,15 +96,15 @@ def main(
     steps: Annotated[int, typer.Option(help="Of every walk.")] = 50,
     guidance: Annotated[float | None, typer.Option(help="Of the targets.", show_default="by model")] = None,
     identity: Annotated[int, typer.Option(help="Scenes of the identity edit; 0: none.")] = 20,
-    judge: Annotated[Path, typer.Option(help="The judge's folder.")] = FOLDER,
+    classifier: Annotated[Path, typer.Option(help="The classifier's folder.")] = FOLDER,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/edit"),
 ) -> None:
-    """Edits, judges, and writes the tables and the sheet."""
+    """Edits, classifies, and writes the tables and the sheet."""
     find_font()
-    judges = load_judge(judge, device=device)
-    known = attempts()
+    classifier_model = load_classifier(classifier, device=device)
+    known = list_methods()
     chosen = methods or list(known)
     for name in chosen:
         if name not in known:
@@ -106,21 +116,21 @@ def main(
     for name in chosen:
         work.edit(name, cases, known[name])
     for name, (method, settings) in IDENTITY.items():
-        attempt = with_words(method, replace(settings, guidance=7.5))
-        work.edit(f"identity, {name}", same, one_by_one(attempt))
+        attempt = make_prompt_to_prompt(method, replace(settings, guidance=7.5))
+        work.edit(f"identity, {name}", same, for_each_case(attempt))
     present = [name for name in known if work.has(name, cases)]
-    rows = measured(work, cases, present, judges, find_scorer(backbone))
-    summary = summarised(rows, present)
-    compared = [c for rival in RIVALS if (c := paired(rows, DEFAULT, rival)) is not None]
+    rows = measure_all(work, cases, present, classifier_model, find_scorer(backbone))
+    summary = summarize(rows, present)
+    compared = [c for rival in RIVALS if (c := compare_paired(rows, DEFAULT, rival)) is not None]
     facts = {
         "model": model, "scenes": len(cases), "first_seed": FIRST_SEED, "steps": steps,
         "guidance": backbone.defaults["guidance"] if guidance is None else guidance,
-        "identity_edit": identity_edits(work, same),
+        "identity_edit": measure_identity_edits(work, same),
         "machine": f"{device}, {backbone.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }  # fmt: skip
     write_text(out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_json(out / "table.json", {**facts, "summary": summary, "paired": compared})
-    text = markdown(facts, summary, compared)
+    text = format_markdown(facts, summary, compared)
     write_text(out / "table.md", text)
     save_sheet(out / "sheet.png", work, cases, rows, present)
     print(text)
@@ -273,7 +283,7 @@ class Work:
     asked: Asked
 
     def edit(self, name: str, cases: Sequence[Case], attempt: TryAll) -> None:
-        """Makes what is missing of one method."""
+        """Make what is missing of one method."""
         missing = [k for k, case in enumerate(cases) if self.read(name, k, case) is None]
         with progress(len(cases), name, done=len(cases) - len(missing)) as bar:
             for first in range(0, len(missing), TOGETHER):
@@ -284,7 +294,7 @@ class Work:
                     bar.advance(images=1)
 
     def write(self, name: str, number: int, case: Case, tried: Attempt) -> None:
-        """Keeps an attempt."""
+        """Keep an attempt."""
         record = self.record(name, number)
         for k, picture in enumerate(tried.pictures):
             save_png(record.with_name(f"{record.stem}-{k}.png"), picture)
@@ -341,34 +351,34 @@ Try = Callable[[Work, Case], Attempt | None]
 TryAll = Callable[[Work, Sequence[Case]], Iterator[Attempt | None]]
 
 
-def one_by_one(attempt: Try) -> TryAll:
+def for_each_case(attempt: Try) -> TryAll:
     """A method that edits one picture at a time."""
     return lambda work, cases: (attempt(work, case) for case in cases)
 
 
-def attempts() -> dict[str, TryAll]:
+def list_methods() -> dict[str, TryAll]:
     """Every method by name; one that cannot reweight gives None there."""
     found: dict[str, Try] = {
-        DEFAULT: with_words("direct"),
-        "direct + P2P": with_words("direct", PUBLISHED),
-        "DDIM + P2P": with_words("ddim", PUBLISHED),
-        "null-text + P2P": with_words("null-text", PUBLISHED),
-        "DDIM, our settings": with_words("ddim"),
-        "null-text, our settings": with_words("null-text"),
-        "negative-prompt": with_words("negative-prompt"),
-        "edit-friendly": with_words("edit-friendly"),
-        "renoise": with_words("renoise"),
-        "reversible": with_words("reversible"),
-        "masactrl": with_words("direct", PRESETS["masactrl"]),
-        "plug-and-play": with_words("direct", PRESETS["plug-and-play"]),
-        "flow-edit": flowing,
+        DEFAULT: make_prompt_to_prompt("direct"),
+        "direct + P2P": make_prompt_to_prompt("direct", PUBLISHED),
+        "DDIM + P2P": make_prompt_to_prompt("ddim", PUBLISHED),
+        "null-text + P2P": make_prompt_to_prompt("null-text", PUBLISHED),
+        "DDIM, our settings": make_prompt_to_prompt("ddim"),
+        "null-text, our settings": make_prompt_to_prompt("null-text"),
+        "negative-prompt": make_prompt_to_prompt("negative-prompt"),
+        "edit-friendly": make_prompt_to_prompt("edit-friendly"),
+        "renoise": make_prompt_to_prompt("renoise"),
+        "reversible": make_prompt_to_prompt("reversible"),
+        "masactrl": make_prompt_to_prompt("direct", PRESETS["masactrl"]),
+        "plug-and-play": make_prompt_to_prompt("direct", PRESETS["plug-and-play"]),
+        "flow-edit": run_flow_edit,
     }
-    found |= {f"SDEdit {strength:g}": noised(strength) for strength in STRENGTHS}
-    found["no edit"] = untouched
-    return {**{name: one_by_one(attempt) for name, attempt in found.items()}, "resample": resampled}
+    found |= {f"SDEdit {strength:g}": make_sdedit(strength) for strength in STRENGTHS}
+    found["no edit"] = keep_source
+    return {**{name: for_each_case(attempt) for name, attempt in found.items()}, "resample": resample_targets}
 
 
-def with_words(method: Method, settings: ReplaceSettings | None = None) -> Try:
+def make_prompt_to_prompt(method: Method, settings: ReplaceSettings | None = None) -> Try:
     """Inversion by a method, then `edit.replace`."""
     own = settings or ReplaceSettings()
 
@@ -377,11 +387,11 @@ def with_words(method: Method, settings: ReplaceSettings | None = None) -> Try:
             return None
         chosen = own if own.guidance is not None else replace(own, guidance=work.asked.guidance)
         if own == PUBLISHED:
-            chosen = replace(chosen, blend=published_words(case))
+            chosen = replace(chosen, blend=blend_words(case))
         inversion, seconds = work.inverted(case, method)
         began = time.perf_counter()
         pictures, evaluations = [], inversion.nfe
-        for more in weighted(case):
+        for more in make_reweighting(case):
             edited = prompt_to_prompt(inversion, case.target, replace(chosen, **more))
             pictures += edited.images
             evaluations += edited.nfe
@@ -391,7 +401,7 @@ def with_words(method: Method, settings: ReplaceSettings | None = None) -> Try:
     return attempt
 
 
-def published_words(case: Case) -> tuple[str, ...]:
+def blend_words(case: Case) -> tuple[str, ...]:
     """The words whose place prompt-to-prompt lets change: the edited thing's, as PIE-Bench has it; of a place or a
     style none, which is everywhere."""
     if case.thing is None:
@@ -399,7 +409,7 @@ def published_words(case: Case) -> tuple[str, ...]:
     return tuple({scene.things[case.thing].noun: None for scene in (case.before, case.after)})
 
 
-def weighted(case: Case) -> list[dict[str, Any]]:
+def make_reweighting(case: Case) -> list[dict[str, Any]]:
     """The settings of each picture that a case asks for."""
     if case.kind != "reweight":
         return [{}]
@@ -408,7 +418,7 @@ def weighted(case: Case) -> list[dict[str, Any]]:
     return [{"weights": {colour: weight}, "cross": 1.0} for weight in WEIGHTS]
 
 
-def noised(strength: float) -> Try:
+def make_sdedit(strength: float) -> Try:
     """SDEdit at a strength."""
 
     def attempt(work: Work, case: Case) -> Attempt | None:
@@ -424,7 +434,7 @@ def noised(strength: float) -> Try:
     return attempt
 
 
-def flowing(work: Work, case: Case) -> Attempt | None:
+def run_flow_edit(work: Work, case: Case) -> Attempt | None:
     """FlowEdit."""
     if case.kind == "reweight":
         return None
@@ -436,12 +446,12 @@ def flowing(work: Work, case: Case) -> Attempt | None:
     return Attempt(drawn.images, time.perf_counter() - began, drawn.nfe)
 
 
-def untouched(work: Work, case: Case) -> Attempt | None:
+def keep_source(work: Work, case: Case) -> Attempt | None:
     """The source itself."""
     return None if case.kind == "reweight" else Attempt([render(case.before).image], 0.0, 0.0)
 
 
-def resampled(work: Work, cases: Sequence[Case]) -> Iterator[Attempt | None]:
+def resample_targets(work: Work, cases: Sequence[Case]) -> Iterator[Attempt | None]:
     """The target prompts drawn freely, in one batch: what the base model can draw at all."""
     model, asked = work.model, work.asked
     guidance = float(model.defaults["guidance"]) if asked.guidance is None else asked.guidance
@@ -460,37 +470,39 @@ def resampled(work: Work, cases: Sequence[Case]) -> Iterator[Attempt | None]:
 # --- measuring ------------------------------------------------------------------------------------------------
 
 
-def measured(
-    work: Work, cases: Sequence[Case], methods: Sequence[str], judge: Judge, scorer: Scorer | None
+def measure_all(
+    work: Work, cases: Sequence[Case], methods: Sequence[str], classifier: Classifier, scorer: Scorer | None
 ) -> list[dict[str, Any]]:
     """The rows of every attempt that was kept."""
     rows = []
     with progress(len(cases), "measuring") as bar:
         for number, case in enumerate(cases):
             source, truth, changed = case.rendered()
-            bound = bound_of(work.model, source, changed)
+            bound = measure_bound(work.model, source, changed)
             for name in methods:
                 tried = work.read(name, number, case)
                 if tried is not None:
-                    row = row_of(name, number, case, tried, judge, scorer, source, truth, changed)
+                    row = measure_attempt(
+                        name, number, case, tried, classifier, scorer, source, truth, changed
+                    )
                     rows.append({**row, "autoencoder_background_psnr_db": bound})
             bar.advance(images=1)
     return rows
 
 
-def row_of(
+def measure_attempt(
     name: str,
     number: int,
     case: Case,
     tried: Attempt,
-    judge: Judge,
+    classifier: Classifier,
     scorer: Scorer | None,
     source: Image.Image,
     truth: Image.Image,
     changed: Image.Image | None,
 ) -> dict[str, Any]:
     """Everything that is recorded of one attempt."""
-    before, after = to_tensor(source), to_tensor(sized(tried.pictures[-1], source))
+    before, after = to_tensor(source), to_tensor(resize_to(tried.pictures[-1], source))
     mask = None if changed is None else mask_to_tensor(changed)[0]
     figures = measure.measure_edit(before, after, changed=mask, scorer=scorer, target=case.target)
     return {
@@ -500,7 +512,7 @@ def row_of(
         "seed": case.before.seed,
         "source": case.source,
         "target": case.target,
-        "success": succeeded(case, judge.verdicts(tried.pictures)),
+        "success": is_success(case, classifier.classify(tried.pictures)),
         "psnr_to_the_true_edit_db": None
         if case.kind == "reweight"
         else measure.psnr(to_tensor(truth), after),
@@ -510,42 +522,44 @@ def row_of(
     }
 
 
-def sized(picture: Image.Image, source: Image.Image) -> Image.Image:
+def resize_to(picture: Image.Image, source: Image.Image) -> Image.Image:
     """A picture in the source's size: a model of another resolution gives it in its own."""
     if picture.size == source.size:
         return picture
     return picture.resize(source.size, Image.Resampling.BICUBIC)
 
 
-def succeeded(case: Case, seen: Sequence[Verdict]) -> bool:
-    """Whether the judge sees in the picture what the target says; of a reweight, whether the colour grows."""
-    thing, verdict = case.after.things[case.thing or 0], seen[-1]
+def is_success(case: Case, seen: Sequence[Prediction]) -> bool:
+    """Whether the classifier sees in the picture what the target says; of a reweight, whether the colour grows."""
+    thing, prediction = case.after.things[case.thing or 0], seen[-1]
     if case.kind == "reweight":
         shares = [one.colour[cast(str, thing.colour)] for one in seen]
         return all(later > earlier for earlier, later in pairwise(shares))
-    right = has_things(case.after.things, verdict)
+    right = has_things(case.after.things, prediction)
     match case.kind:
         case "colour":
-            return right and top(verdict.colour) == thing.colour
+            return right and most_likely(prediction.colour) == thing.colour
         case "accessory added" | "accessory removed":
-            return right and top(verdict.accessory) == (thing.accessory or NONE)
+            return right and most_likely(prediction.accessory) == (thing.accessory or NONE)
         case "place":
-            return right and top(verdict.place) == case.after.place
+            return right and most_likely(prediction.place) == case.after.place
         case "style":
-            return right and top(verdict.style) == case.after.style
+            return right and most_likely(prediction.style) == case.after.style
         case _:
             return right
 
 
-def has_things(things: Sequence[Thing], verdict: Verdict) -> bool:
-    """Whether the judge sees these things: the one on top, or both."""
+def has_things(things: Sequence[Thing], prediction: Prediction) -> bool:
+    """Whether the classifier sees these things: the one on top, or both."""
     if len(things) == 1:
-        return shows(verdict, things[0].noun)
-    return top(verdict.count) == TWO_DIFFERENT and verdict.two_glyphs == {thing.noun for thing in things}
+        return is_top_glyph(prediction, things[0].noun)
+    return most_likely(prediction.count) == TWO_DIFFERENT and prediction.two_glyphs == {
+        thing.noun for thing in things
+    }
 
 
 @torch.no_grad()
-def bound_of(model: Backbone, source: Image.Image, changed: Image.Image | None) -> float | None:
+def measure_bound(model: Backbone, source: Image.Image, changed: Image.Image | None) -> float | None:
     """The background's decibels that the autoencoder alone leaves."""
     picture = to_tensor(source)
     mask = None if changed is None else mask_to_tensor(changed)[0]
@@ -553,7 +567,7 @@ def bound_of(model: Backbone, source: Image.Image, changed: Image.Image | None) 
     return measure.background_metrics(picture, around, mask)["background_psnr_db"]
 
 
-def identity_edits(work: Work, cases: Sequence[Case]) -> dict[str, float | None]:
+def measure_identity_edits(work: Work, cases: Sequence[Case]) -> dict[str, float | None]:
     """Mean decibels of a target that says what the source says, at guidance 7.5, beside plain DDIM's and the bound.
 
     The default lets nothing change where nothing differs. Without a blend nothing is overwritten in a target's row, so
@@ -566,13 +580,13 @@ def identity_edits(work: Work, cases: Sequence[Case]) -> dict[str, float | None]
         for name in IDENTITY:
             tried = work.read(f"identity, {name}", number, case)
             if tried is not None:
-                found[name].append(measure.psnr(picture, to_tensor(sized(tried.pictures[0], source))))
+                found[name].append(measure.psnr(picture, to_tensor(resize_to(tried.pictures[0], source))))
         around = to_image(work.model.decode(work.model.encode(picture[None]).mean)[0])
         found["the autoencoder alone"].append(measure.psnr(picture, to_tensor(around)))
     return {name: measure.mean_of_defined(values) for name, values in found.items()}
 
 
-def summarised(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[dict[str, Any]]:
+def summarize(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[dict[str, Any]]:
     """A line for every method and kind, and for each method over all kinds."""
     found = []
     names = (
@@ -600,7 +614,7 @@ def summarised(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> lis
     return found
 
 
-def paired(rows: Sequence[Mapping[str, Any]], ours: str, theirs: str) -> dict[str, Any] | None:
+def compare_paired(rows: Sequence[Mapping[str, Any]], ours: str, theirs: str) -> dict[str, Any] | None:
     """Ours minus theirs on the same scenes, success and background dB, with 95 % bootstrap intervals over scenes."""
     sides = [{row["number"]: row for row in rows if row["method"] == name} for name in (ours, theirs)]
     both = sorted(set(sides[0]) & set(sides[1]))
@@ -621,7 +635,7 @@ def paired(rows: Sequence[Mapping[str, Any]], ours: str, theirs: str) -> dict[st
 # --- what is written ------------------------------------------------------------------------------------------
 
 
-def markdown(
+def format_markdown(
     facts: Mapping[str, Any], summary: Sequence[Mapping[str, Any]], compared: Sequence[Mapping[str, Any]]
 ) -> str:
     """The tables as Markdown."""
@@ -635,12 +649,12 @@ def markdown(
     ]
     for line in summary:
         cells = [
-            number(line["background_psnr_db"]), number(line["autoencoder_background_psnr_db"]),
-            number(line["background_pie_psnr_db"]), number(line["background_ssim"], 3),
-            number(line["structure_distance"], 2, times=1000), number(line["psnr_to_the_true_edit_db"]),
-            number(line["seconds"], 2), number(line["evaluations"], 0),
+            format_number(line["background_psnr_db"]), format_number(line["autoencoder_background_psnr_db"]),
+            format_number(line["background_pie_psnr_db"]), format_number(line["background_ssim"], 3),
+            format_number(line["structure_distance"], 2, times=1000), format_number(line["psnr_to_the_true_edit_db"]),
+            format_number(line["seconds"], 2), format_number(line["evaluations"], 0),
         ]  # fmt: skip
-        share = f"{per_cent(line['success'])} | {per_cent(line['low'])}–{per_cent(line['high'])}"
+        share = f"{format_percent(line['success'])} | {format_percent(line['low'])}–{format_percent(line['high'])}"
         lines.append(f"| {line['method']} | {line['kind']} | {line['n']} | {share} | {' | '.join(cells)} |")
     for one in compared:
         mean, low, high = one["success"]
@@ -651,12 +665,12 @@ def markdown(
         lines += ["", text + "."]
     same = facts["identity_edit"]
     if any(value is not None for value in same.values()):
-        said = ", ".join(f"{name} {number(value)} dB" for name, value in same.items())
+        said = ", ".join(f"{name} {format_number(value)} dB" for name, value in same.items())
         lines += ["", f"Identity edit at guidance 7.5, the target's row: {said}."]
     return "\n".join([*lines, ""])
 
 
-def number(value: float | None, digits: int = 1, *, times: float = 1.0) -> str:
+def format_number(value: float | None, digits: int = 1, *, times: float = 1.0) -> str:
     return "–" if value is None else f"{times * value:.{digits}f}"
 
 
@@ -667,11 +681,11 @@ def save_sheet(
     rows: Sequence[Mapping[str, Any]],
     methods: Sequence[str],
 ) -> None:
-    """The first scenes, none chosen: source, true edit, every method, framed by what the judge said.
+    """The first scenes, none chosen: source, true edit, every method, framed by what the classifier said.
 
     Of few methods two scenes stand in a row.
     """
-    verdicts = {(row["method"], row["number"]): row["success"] for row in rows}
+    predictions = {(row["method"], row["number"]): row["success"] for row in rows}
     lines: list[list[Cell | Image.Image | None]] = []
     for k, case in enumerate(cases[:SHEET]):
         source, truth, _ = case.rendered()
@@ -681,10 +695,10 @@ def save_sheet(
         ]
         for name in methods:
             tried = work.read(name, k, case)
-            frame = GREEN if verdicts.get((name, k)) else RED
+            frame = GREEN if predictions.get((name, k)) else RED
             line.append(None if tried is None else Cell(tried.pictures[-1], name, frame))
         lines.append(line)
-    note = "Every scene in order, none chosen. Green: the judge sees what the target says."
+    note = "Every scene in order, none chosen. Green: the classifier sees what the target says."
     if len(methods) <= FEW:
         lines = [left + right for left, right in zip(lines[::2], lines[1::2], strict=True)]
     save_png(path, draw_sheet(lines, title="MojiEdit", note=note, cell=128))

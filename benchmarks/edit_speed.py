@@ -1,4 +1,4 @@
-"""How fast an edit is beside the references' own schedules of evaluations, both sides in one run.
+"""Speed of an edit against the references' schedules of network evaluations (NFE), both sides in one run.
 
     python -m benchmarks.edit_speed                            whole edits on moji, some minutes on two cores
     python -m benchmarks.edit_speed --shape sd15 --device cuda an SD 1.5-shaped UNet: steps timed, totals composed
@@ -42,7 +42,7 @@ from backbone.media.transforms import to_image, to_tensor
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from backbone.training.attention import quick_to_train
-from benchmarks.shapes import folder_of, peak_gib, said_by
+from benchmarks.shapes import read_peak_memory, run_module, write_model_folder
 from edit.attention.alignment import align, read_prompt, steps_inside
 from edit.attention.control import Control, cross_of
 from edit.attention.install import control_attention
@@ -79,11 +79,13 @@ def main(
     """Times both sides and writes the table."""
     chosen = [name for name in SIDES if null_text or not name.startswith("null-text")]
     if shape == "sd15":
-        with folder_of(shape) as folder:
-            found = composed(folder, chosen, steps=steps, repeats=repeats, device=device, precision=precision)
+        with write_model_folder(shape) as folder:
+            found = compose_calls(
+                folder, chosen, steps=steps, repeats=repeats, device=device, precision=precision
+            )
             if memory:  # null-text's walk as they do and take gradients besides, which takes minutes here
                 walks = [name for name in chosen if not name.startswith("null-text")]
-                found["peak_memory_mb"] = peaks(walks, folder, device, precision)
+                found["peak_memory_mb"] = measure_peaks(walks, folder, device, precision)
     else:
         backbone = Backbone.open(model, device=device, precision=precision)
         if side is not None and not side.startswith("ours"):
@@ -91,20 +93,20 @@ def main(
         sides = whole_edits(backbone, steps)
         if side is not None:
             sides[side]()
-            print(json.dumps(peak_gib(device) * 2**30 / 1e6))
+            print(json.dumps(read_peak_memory(device) * 2**30 / 1e6))
             return
         found = {
-            "seconds": timed({name: sides[name] for name in chosen}, repeats),
-            "rows": rows_of_sides(steps),
+            "seconds": time_calls({name: sides[name] for name in chosen}, repeats),
+            "rows": count_rows(steps),
         }
         if memory:
-            found["peak_memory_mb"] = peaks(chosen, model, device, precision)
+            found["peak_memory_mb"] = measure_peaks(chosen, model, device, precision)
     facts = {
         "shape": shape, "steps": steps, "repeats": repeats,
         "machine": f"{device}, {precision}, {torch.get_num_threads()} threads, torch {torch.__version__}", **found,
     }  # fmt: skip
     write_json(out / f"speed-{shape}.json", facts)
-    text = markdown(facts)
+    text = format_markdown(facts)
     write_text(out / f"speed-{shape}.md", text)
     print(text)
 
@@ -114,7 +116,7 @@ def main(
 
 def whole_edits(model: Backbone, steps: int) -> dict[str, Callable[[], Any]]:
     """Every side as a call from a picture to an edited picture (four of them in the last)."""
-    image, guidance = picture_of(model), float(model.defaults["guidance"])
+    image, guidance = sample_image(model), float(model.defaults["guidance"])
 
     def ours(count: int) -> list[Image.Image]:
         inversion = invert(model, image, SOURCE, steps=steps)
@@ -125,22 +127,26 @@ def whole_edits(model: Backbone, steps: int) -> dict[str, Callable[[], Any]]:
     return {
         "ours": lambda: ours(1),
         "ours, four targets": lambda: ours(4),
-        "Direct + P2P": lambda: shown(
-            model, direct_reference(model, image, TARGETS[0], steps=steps, guidance=guidance)
+        "Direct + P2P": lambda: decode_images(
+            model, run_direct_reference(model, image, TARGETS[0], steps=steps, guidance=guidance)
         ),
-        "null-text + P2P": lambda: shown(
+        "null-text + P2P": lambda: decode_images(
             model,
-            null_text_reference(model, image, TARGETS[0], steps=steps, guidance=guidance, weights="trained"),
+            run_null_text_reference(
+                model, image, TARGETS[0], steps=steps, guidance=guidance, weights="trained"
+            ),
         ),
-        "null-text + P2P, frozen": lambda: shown(
+        "null-text + P2P, frozen": lambda: decode_images(
             model,
-            null_text_reference(model, image, TARGETS[0], steps=steps, guidance=guidance, weights="frozen"),
+            run_null_text_reference(
+                model, image, TARGETS[0], steps=steps, guidance=guidance, weights="frozen"
+            ),
         ),
     }
 
 
 def load_as_pipelines_do(model: Backbone) -> None:
-    """Gives a model the denoiser and the autoencoder that diffusers' `from_pretrained` makes of its files."""
+    """Return a model the denoiser and the autoencoder that diffusers' `from_pretrained` makes of its files."""
     for name, kind, part in (
         ("denoiser", UNet2DConditionModel, "unet"),
         ("autoencoder", AutoencoderKL, "vae"),
@@ -151,48 +157,48 @@ def load_as_pipelines_do(model: Backbone) -> None:
         model.__dict__[name] = network.to(model.device).eval().requires_grad_(False)
 
 
-def picture_of(model: Backbone) -> Image.Image:
+def sample_image(model: Backbone) -> Image.Image:
     """A smooth picture: what it shows has no say in the time."""
     small = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(0)) * 2 - 1
     side = model.resolution
     return to_image(torch.nn.functional.interpolate(small[None], (side, side), mode="bicubic")[0])
 
 
-def shown(model: Backbone, latents: Tensor) -> list[Image.Image]:
+def decode_images(model: Backbone, latents: Tensor) -> list[Image.Image]:
     return [to_image(picture) for picture in model.decode(latents)]
 
 
 @torch.no_grad()
-def direct_reference(
+def run_direct_reference(
     model: Backbone, image: Image.Image, target: str, *, steps: int, guidance: float
 ) -> Tensor:
     """The source's and the target's latents [2, C, H, W] by the reference's four passes."""
     schedule = model.schedule(steps)
     clean = encode_image(model, image).latent
     states = invert_ddim(clean, model.predictor(encode_prompts_cached(model, [SOURCE])), schedule)
-    text = four_rows(model, target)
+    text = encode_four_rows(model, target)
     predict = model.predictor(text)
     offsets = []
     for number, (here, there) in enumerate(pairwise(schedule)):  # what guidance misses of the trajectory
         both = states[number].expand(2, *clean.shape[1:])
         stepped = deterministic_step(
-            both, guided(predict(torch.cat([both, both]), here), guidance), here, there
+            both, apply_guidance(predict(torch.cat([both, both]), here), guidance), here, there
         )
         offsets.append(states[number + 1] - stepped[:1])
     edit = Edit.of(model, target, steps)
     for editing in (False, True):  # the reconstruction only stores the maps
         now = states[0].repeat(2, 1, 1, 1)
-        with materialised(model.denoiser, edit):
+        with materialise_attention(model.denoiser, edit):
             for number, (here, there) in enumerate(pairwise(schedule)):
                 edit.begin(number, editing=editing)
                 now = deterministic_step(
-                    now, guided(predict(torch.cat([now, now]), here), guidance), here, there
+                    now, apply_guidance(predict(torch.cat([now, now]), here), guidance), here, there
                 )
                 now = torch.cat([now[:1] + offsets[number], now[1:]])
     return now
 
 
-def null_text_reference(
+def run_null_text_reference(
     model: Backbone,
     image: Image.Image,
     target: str,
@@ -209,7 +215,7 @@ def null_text_reference(
         conditional = model.predictor(said)
         states = invert_ddim(clean, conditional, schedule)
     now, embedding, found = states[0], empty.text["hidden"], []
-    with weight_gradients(model.denoiser) if weights == "trained" else nullcontext():
+    with enable_weight_gradients(model.denoiser) if weights == "trained" else nullcontext():
         for number, (here, there) in enumerate(pairwise(schedule)):
             with torch.no_grad():
                 answer = conditional(now, here)
@@ -230,29 +236,29 @@ def null_text_reference(
                 hidden = torch.cat([embedding, said.text["hidden"]])
                 both = model.predictor(Conditions({**said.text, "hidden": hidden}))
                 now = deterministic_step(
-                    now, guided(both(torch.cat([now, now]), here), guidance), here, there
+                    now, apply_guidance(both(torch.cat([now, now]), here), guidance), here, there
                 )
     model.denoiser.zero_grad(set_to_none=True)
     with torch.no_grad():
         now = states[0].repeat(2, 1, 1, 1)
-        text, edit = four_rows(model, target), Edit.of(model, target, steps)
-        with materialised(model.denoiser, edit):
+        text, edit = encode_four_rows(model, target), Edit.of(model, target, steps)
+        with materialise_attention(model.denoiser, edit):
             for number, (here, there) in enumerate(pairwise(schedule)):
                 edit.begin(number, editing=True)
                 hidden = torch.cat([found[number].expand(2, -1, -1), text.text["hidden"][2:]])
                 predict = model.predictor(Conditions({**text.text, "hidden": hidden}))
                 now = deterministic_step(
-                    now, guided(predict(torch.cat([now, now]), here), guidance), here, there
+                    now, apply_guidance(predict(torch.cat([now, now]), here), guidance), here, there
                 )
     return now
 
 
-def four_rows(model: Backbone, target: str) -> Conditions:
+def encode_four_rows(model: Backbone, target: str) -> Conditions:
     """Without a prompt twice, then the source and the target."""
     return encode_prompts_cached(model, ["", "", SOURCE, target])
 
 
-def guided(estimate: Estimate, guidance: float) -> Estimate:
+def apply_guidance(estimate: Estimate, guidance: float) -> Estimate:
     """The second half of the rows guided by the first, which has no prompt."""
     (clean, clean_said), (noise, noise_said) = (half.chunk(2) for half in estimate)
     return guide(Estimate(clean_said, noise_said), Estimate(clean, noise), guidance)
@@ -328,7 +334,7 @@ class Materialising:
 
 
 @contextmanager
-def materialised(denoiser: nn.Module, edit: Edit) -> Iterator[None]:
+def materialise_attention(denoiser: nn.Module, edit: Edit) -> Iterator[None]:
     """Inside the `with`, all attention is made of whole matrices."""
     network = cast(Any, denoiser)
     before = dict(network.attn_processors)
@@ -340,7 +346,7 @@ def materialised(denoiser: nn.Module, edit: Edit) -> Iterator[None]:
 
 
 @contextmanager
-def weight_gradients(denoiser: nn.Module) -> Iterator[None]:
+def enable_weight_gradients(denoiser: nn.Module) -> Iterator[None]:
     """Inside the `with`, every weight takes a gradient, as in a pipeline that was never frozen."""
     before = {name: value.requires_grad for name, value in denoiser.named_parameters()}
     try:
@@ -354,14 +360,14 @@ def weight_gradients(denoiser: nn.Module) -> Iterator[None]:
 # --- steps of a large network, composed -----------------------------------------------------------------------
 
 
-def composed(
+def compose_calls(
     folder: str, chosen: Sequence[str], *, steps: int, repeats: int, device: str, precision: str
 ) -> dict[str, Any]:
     """Totals from the medians of warm steps of a model with the shape of SD 1.5 (or another), encoding and decoding."""
     model = Backbone.open(folder, device=device, precision="bf16" if precision == "auto" else precision)
     unet, dtype = cast(Any, model.denoiser), model.dtype
     width = unet.config.cross_attention_dim
-    picture = to_tensor(picture_of(model))[None]
+    picture = to_tensor(sample_image(model))[None]
     random = torch.Generator().manual_seed(0)
     time_ = torch.tensor(500, device=device)
 
@@ -392,14 +398,17 @@ def composed(
 
     def with_maps() -> None:
         edit = Edit(torch.eye(77, device=device), torch.ones(77, device=device), torch.ones(1), torch.ones(1))
-        with torch.no_grad(), materialised(unet, edit):
+        with torch.no_grad(), materialise_attention(unet, edit):
             edit.begin(0, editing=True)
             call(4)
 
     def inner(weights: Literal["trained", "frozen"]) -> Callable[[], None]:
         def step() -> None:
             text = torch.randn(1, 77, width, generator=random).to(device, dtype).requires_grad_(True)
-            with weight_gradients(unet) if weights == "trained" else nullcontext(), quick_to_train(unet):
+            with (
+                enable_weight_gradients(unet) if weights == "trained" else nullcontext(),
+                quick_to_train(unet),
+            ):
                 call(1, text=text).float().square().mean().backward()
             unet.zero_grad(set_to_none=True)
 
@@ -415,8 +424,8 @@ def composed(
     }  # fmt: skip
     if not any(name.startswith("null-text") for name in chosen):
         kinds = {name: call for name, call in kinds.items() if not name.startswith("inner")}
-    t = timed(kinds, repeats)
-    open_ = opened(steps)
+    t = time_calls(kinds, repeats)
+    open_ = count_opened(steps)
     shut = steps - open_
     walk = steps * (2 * t["1 row"] + t["2 rows"] + t["4 rows, whole matrices"])
     totals = {
@@ -429,13 +438,13 @@ def composed(
         totals["null-text + P2P, frozen"] = walk + steps * INNER * t["inner iteration, frozen"]
     for name in totals:
         totals[name] += t["encoding"] + t["decoding, 5" if "four" in name else "decoding, 2"]
-    return {"steps_seconds": t, "seconds": totals, "composed": True, "rows": rows_of_sides(steps)}
+    return {"steps_seconds": t, "seconds": totals, "composed": True, "rows": count_rows(steps)}
 
 
 # --- timing ---------------------------------------------------------------------------------------------------
 
 
-def timed(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def time_calls(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Median seconds of each call: one warm-up of each, then all of them in turn, `repeats` times."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
@@ -454,9 +463,9 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def rows_of_sides(steps: int) -> dict[str, int]:
-    """Samples that the denoiser is asked about by one edit (forward; a null-text iteration also goes backward)."""
-    open_ = opened(steps)
+def count_rows(steps: int) -> dict[str, int]:
+    """Number of samples that the denoiser evaluates in one edit (a null-text iteration also goes backward)."""
+    open_ = count_opened(steps)
 
     def ours(targets: int) -> int:
         return steps + open_ * (1 + 2 * targets) + (steps - open_) * 2 * targets
@@ -468,18 +477,18 @@ def rows_of_sides(steps: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-def opened(steps: int) -> int:
+def count_opened(steps: int) -> int:
     """In how many steps a window of cross-attention is open."""
     return int(steps_inside(steps, (0.0, CROSS)).sum())
 
 
-def peaks(chosen: Sequence[str], model: str, device: str, precision: str) -> dict[str, float]:
+def measure_peaks(chosen: Sequence[str], model: str, device: str, precision: str) -> dict[str, float]:
     """Each side's peak in MB, in a process of its own that edits in two steps: they show it as well as fifty."""
     flags = ["--model", model, "--steps", "2", "--device", device, "--precision", precision]
-    return {side: said_by("benchmarks.edit_speed", "--side", side, *flags) for side in chosen}
+    return {side: run_module("benchmarks.edit_speed", "--side", side, *flags) for side in chosen}
 
 
-def markdown(facts: dict[str, Any]) -> str:
+def format_markdown(facts: dict[str, Any]) -> str:
     """The table: seconds, how many times ours, rows, memory."""
     seconds, ours = facts["seconds"], facts["seconds"]["ours"]
     how = (

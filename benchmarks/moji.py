@@ -1,16 +1,17 @@
-"""How well a model draws the world of `moji`: 300 held-out prompts, read by the judge.
+"""How well a model draws the world of `moji`: 300 held-out prompts, read by the classifier.
 
     python -m benchmarks.moji                                 some minutes on two cores
     python -m benchmarks.moji --also 25:1 --also 25:2.5 --also 25:6 --also 15:4      a sweep of steps:guidance
     python -m benchmarks.moji --beside older/ --beside newer/                        other weights, same prompts
 
 Prompts are the canonical captions of scenes that no part was trained on (seeds from 1,000,000). Every share has its
-Wilson 95 % interval. The column of true pictures is the same judge on the same scenes as rendered: what a perfect model
-would get; it needs the emoji font and stays empty without it, as do the autoencoder's figures on scenes. PSNR is the
-mean of the pictures' decibels. A sweep uses other prompts than the table, so a setting can be chosen by it. Pictures
-stay in `pictures/` and are not drawn again; verdicts are always given anew. Writes `table.md`, `table.json`,
-`verdicts.jsonl`, `sheet.png` (64 prompts), `without-guidance.png` (the same 64), and `worst.png`: the pictures in which
-the judge finds what was asked for least. With `--card` the figures and the worst pictures go into the model's own card.
+Wilson 95 % interval. The column of true pictures is the same classifier on the same scenes as rendered: what a perfect
+model would get; it needs the emoji font and stays empty without it, as do the autoencoder's metrics on scenes. PSNR is
+the mean of the pictures' decibels. A sweep uses other prompts than the table, so a setting can be chosen by it.
+Pictures stay in `pictures/` and are not drawn again; predictions are always given anew. Writes `table.md`,
+`table.json`, `predictions.jsonl`, `sheet.png` (64 prompts), `without-guidance.png` (the same 64), and `worst.png`: the
+images with the least likelihood of their prompt's attributes. With `--card` the metrics and the worst images go into
+the model's own card.
 """
 
 from __future__ import annotations
@@ -41,19 +42,19 @@ from backbone.models.sample import Request, sample
 from backbone.world.render import find_font, render
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from backbone.world.textures import draw_texture
-from benchmarks.judge import (
+from benchmarks.classifier import (
     FACTS,
     FOLDER,
     GREY_STYLES,
     NONE,
     TWO_DIFFERENT,
     TWO_OF_A_KIND,
+    Prediction,
     Reading,
-    Verdict,
-    load_judge,
-    prepared,
-    shows,
-    top,
+    is_top_glyph,
+    load_classifier,
+    most_likely,
+    prepare_images,
 )
 
 TEXTURES = 200
@@ -70,30 +71,35 @@ def main(
     also_prompts: Annotated[int, typer.Option(help="How many prompts the sweep uses.")] = 150,
     beside: Annotated[list[str] | None, typer.Option(help="Other models, on the table's prompts.")] = None,
     batch: Annotated[int, typer.Option(help="Pictures drawn together.")] = 10,
-    judge: Annotated[Path, typer.Option(help="The judge's folder.")] = FOLDER,
+    classifier: Annotated[Path, typer.Option(help="The classifier's folder.")] = FOLDER,
     photographs: Annotated[Path | None, typer.Option(help="Also measure the autoencoder on these.")] = None,
     card: Annotated[bool, typer.Option(help="Renew the figures in the model's README.md.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/moji"),
 ) -> None:
-    """Draws, judges, and writes the tables and the sheets."""
-    settings = [setting_of(text) for text in also or []]
-    judges = load_judge(judge)
+    """Samples, classifies, and writes the tables and the sheets."""
+    settings = [parse_setting(text) for text in also or []]
+    classifier_model = load_classifier(classifier)
     backbone = Backbone.open(model, device=device)
     gallery = Gallery(out / "pictures", batch)
     main_setting = Setting(steps, guidance)
-    scenes = benchmark_scenes(prompts)
+    scenes = select_scenes(prompts)
     pictures = gallery.pictures(backbone, scenes, main_setting)
-    verdicts = judges.verdicts(pictures)
-    truth = true_pictures(scenes)
-    reference = judged(scenes, judges.verdicts(truth)) if truth else None
-    results = judged(scenes, verdicts)
+    predictions = classifier_model.classify(pictures)
+    truth = render_images(scenes)
+    reference = score_predictions(scenes, classifier_model.classify(truth)) if truth else None
+    results = score_predictions(scenes, predictions)
     others = {}
     for name in beside or []:
         other = Backbone.open(name, device=device)
-        others[name] = judged(scenes, judges.verdicts(gallery.pictures(other, scenes, main_setting)))
-    more = benchmark_scenes(prompts + also_prompts)[prompts:] if settings else []
-    sweep = {each: judged(more, judges.verdicts(gallery.pictures(backbone, more, each))) for each in settings}
+        others[name] = score_predictions(
+            scenes, classifier_model.classify(gallery.pictures(other, scenes, main_setting))
+        )
+    more = select_scenes(prompts + also_prompts)[prompts:] if settings else []
+    sweep = {
+        each: score_predictions(more, classifier_model.classify(gallery.pictures(backbone, more, each)))
+        for each in settings
+    }
     without = gallery.pictures(backbone, scenes[:SHEET], Setting(steps, 1.0))
     exact = Backbone.open(model, device=device, precision="fp32")
     facts: dict[str, Any] = {
@@ -105,42 +111,44 @@ def main(
             "prompts": len(more),
             **{str(each): [asdict(row) for row in rows] for each, rows in sweep.items()},
         },
-        "psnr_db": autoencoder_figures(exact, scenes, truth, photographs),
-        "seconds_per_picture": seconds_of(backbone, scenes[:batch], main_setting),
-        "judge": read_json(judge / FACTS).get("held_out"),
+        "psnr_db": measure_autoencoder(exact, scenes, truth, photographs),
+        "seconds_per_picture": time_sampling(backbone, scenes[:batch], main_setting),
+        "classifier": read_json(classifier / FACTS).get("held_out"),
         "machine": f"{device}, {backbone.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }  # fmt: skip
     write_json(out / "table.json", facts)
-    table = main_table = markdown(facts, results, reference)
+    table = main_table = format_markdown(facts, results, reference)
     if others:
-        table += side_by_side({model: results, **others}, f"{len(scenes)} prompts of the table", "model")
+        table += format_columns({model: results, **others}, f"{len(scenes)} prompts of the table", "model")
     if sweep:
         named = {str(each): rows for each, rows in sweep.items()}
-        table += side_by_side(named, f"{len(more)} other prompts", "steps, guidance")
+        table += format_columns(named, f"{len(more)} other prompts", "steps, guidance")
     write_text(out / "table.md", table)
     title = f"{model}, {steps} steps"
-    save_sheet(out / "sheet.png", scenes[:SHEET], pictures, verdicts, title=f"{title}, guidance {guidance:g}")
     save_sheet(
-        out / "without-guidance.png", scenes[:SHEET], without, judges.verdicts(without),
+        out / "sheet.png", scenes[:SHEET], pictures, predictions, title=f"{title}, guidance {guidance:g}"
+    )
+    save_sheet(
+        out / "without-guidance.png", scenes[:SHEET], without, classifier_model.classify(without),
         title=f"{title}, without guidance",
     )  # fmt: skip
-    worst = sorted(range(len(scenes)), key=lambda k: likeness(scenes[k], verdicts[k]))[:WORST]
+    worst = sorted(range(len(scenes)), key=lambda k: log_likelihood(scenes[k], predictions[k]))[:WORST]
     save_sheet(
-        out / "worst.png", [scenes[k] for k in worst], [pictures[k] for k in worst], [verdicts[k] for k in worst],
+        out / "worst.png", [scenes[k] for k in worst], [pictures[k] for k in worst], [predictions[k] for k in worst],
         title=f"{title}, guidance {guidance:g}: the {WORST} worst of {len(scenes)}",
-        note="Those to whose things, place, colour, accessory and style together the judge gives least.",
+        note="Those to whose things, place, colour, accessory and style together the classifier gives least.",
     )  # fmt: skip
     if card and backbone.location.folder is not None:
         write_card(backbone.location.folder, main_table, out / "worst.png")
-    (out / "verdicts.jsonl").unlink(missing_ok=True)
-    for scene, verdict in zip(scenes, verdicts, strict=True):
-        seen = {head: top(reading) for head, reading in asdict(verdict).items()}
-        append_jsonl(out / "verdicts.jsonl", {"seed": scene.seed, "prompt": scene.caption(), **seen})
+    (out / "predictions.jsonl").unlink(missing_ok=True)
+    for scene, prediction in zip(scenes, predictions, strict=True):
+        seen = {head: most_likely(reading) for head, reading in asdict(prediction).items()}
+        append_jsonl(out / "predictions.jsonl", {"seed": scene.seed, "prompt": scene.caption(), **seen})
     print(table)
 
 
 def write_card(folder: Path, table: str, worst: Path) -> None:
-    """Puts the table and the worst pictures at the end of a model's `README.md`, in place of older ones."""
+    """Put the table and the worst pictures at the end of a model's `README.md`, in place of older ones."""
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     before = text.split(FIGURES)[0].rstrip()
@@ -161,7 +169,7 @@ class Setting:
         return f"{self.steps}, {self.guidance:g}"
 
 
-def setting_of(text: str) -> Setting:
+def parse_setting(text: str) -> Setting:
     """`25:4` → 25 steps, guidance 4. Raises `UserError` for anything else."""
     try:
         steps, guidance = text.split(":")
@@ -185,14 +193,14 @@ class Gallery:
         with progress(len(missing), f"drawing ({setting})") as bar:
             for first in range(0, len(missing), self.batch):
                 some = missing[first : first + self.batch]
-                drawn = pictures_of(model, [scene for scene, _ in some], setting)
+                drawn = sample_images(model, [scene for scene, _ in some], setting)
                 for picture, (_, path) in zip(drawn, some, strict=True):
                     save_png(path, picture)
                 bar.advance(len(some), images=len(some))
         return [Image.open(path).convert("RGB") for path in paths]
 
 
-def pictures_of(model: Backbone, scenes: Sequence[Scene], setting: Setting) -> list[Image.Image]:
+def sample_images(model: Backbone, scenes: Sequence[Scene], setting: Setting) -> list[Image.Image]:
     """One picture of each scene's caption, from noise of the scene's seed, whatever stands in the batch beside it."""
     requests = [Request(scene.caption(), (scene.seed, 0)) for scene in scenes]
     return list(
@@ -200,13 +208,13 @@ def pictures_of(model: Backbone, scenes: Sequence[Scene], setting: Setting) -> l
     )
 
 
-def benchmark_scenes(count: int) -> list[Scene]:
+def select_scenes(count: int) -> list[Scene]:
     """The first fair scenes among the benchmark's seeds."""
     every = (sample_scene(seed) for seed in BENCHMARK_SEEDS)
     return list(itertools.islice(filter(is_fair, every), count))
 
 
-# --- what the judge says ------------------------------------------------------------------------------------
+# --- what the classifier says ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -215,7 +223,7 @@ class Question:
 
     name: str
     asked: Callable[[Scene], bool]
-    passed: Callable[[Scene, Verdict], bool]
+    passed: Callable[[Scene, Prediction], bool]
 
 
 @dataclass(frozen=True)
@@ -233,59 +241,62 @@ class Row:
         return self.right / self.n if self.n else math.nan
 
 
-def one_kind(scene: Scene) -> bool:
+def is_one_kind(scene: Scene) -> bool:
     return len(scene.things) == 1
 
 
-def has_noun(scene: Scene, verdict: Verdict) -> bool:
-    return shows(verdict, scene.things[0].noun)
+def has_noun(scene: Scene, prediction: Prediction) -> bool:
+    return is_top_glyph(prediction, scene.things[0].noun)
 
 
-def has_place(scene: Scene, verdict: Verdict) -> bool:
-    return top(verdict.place) == scene.place
+def has_place(scene: Scene, prediction: Prediction) -> bool:
+    return most_likely(prediction.place) == scene.place
 
 
 QUESTIONS = (
-    Question("noun", one_kind, has_noun),
+    Question("noun", is_one_kind, has_noun),
     Question("place", lambda scene: True, has_place),
     Question(
-        "noun and place", one_kind, lambda scene, seen: has_noun(scene, seen) and has_place(scene, seen)
+        "noun and place", is_one_kind, lambda scene, seen: has_noun(scene, seen) and has_place(scene, seen)
     ),
     Question(
         "colour",
         lambda scene: scene.things[0].colour is not None and scene.style not in GREY_STYLES,
-        lambda scene, seen: top(seen.colour) == scene.things[0].colour,
+        lambda scene, seen: most_likely(seen.colour) == scene.things[0].colour,
     ),
     Question(
         "accessory",
         lambda scene: scene.things[0].accessory is not None,
-        lambda scene, seen: top(seen.accessory) == scene.things[0].accessory,
+        lambda scene, seen: most_likely(seen.accessory) == scene.things[0].accessory,
     ),
     Question(
-        "style", lambda scene: scene.style is not None, lambda scene, seen: top(seen.style) == scene.style
+        "style",
+        lambda scene: scene.style is not None,
+        lambda scene, seen: most_likely(seen.style) == scene.style,
     ),
     Question(
         "two of a kind",
         lambda scene: scene.pair,
-        lambda scene, seen: top(seen.count) == TWO_OF_A_KIND and has_noun(scene, seen),
+        lambda scene, seen: most_likely(seen.count) == TWO_OF_A_KIND and has_noun(scene, seen),
     ),
     Question(
         "two different, both right",
         lambda scene: len(scene.things) == 2,
         lambda scene, seen: (
-            top(seen.count) == TWO_DIFFERENT and seen.two_glyphs == {thing.noun for thing in scene.things}
+            most_likely(seen.count) == TWO_DIFFERENT
+            and seen.two_glyphs == {thing.noun for thing in scene.things}
         ),
     ),
 )
 
 
-def judged(scenes: Sequence[Scene], verdicts: Sequence[Verdict]) -> list[Row]:
+def score_predictions(scenes: Sequence[Scene], predictions: Sequence[Prediction]) -> list[Row]:
     """A row for every question."""
     rows = []
     for question in QUESTIONS:
         passed = [
             question.passed(scene, seen)
-            for scene, seen in zip(scenes, verdicts, strict=True)
+            for scene, seen in zip(scenes, predictions, strict=True)
             if question.asked(scene)
         ]
         rows.append(
@@ -297,7 +308,7 @@ def judged(scenes: Sequence[Scene], verdicts: Sequence[Verdict]) -> list[Row]:
 # --- what else is measured ----------------------------------------------------------------------------------
 
 
-def true_pictures(scenes: Sequence[Scene]) -> list[Image.Image]:
+def render_images(scenes: Sequence[Scene]) -> list[Image.Image]:
     """The scenes as rendered; none, with a sentence, where the font is missing."""
     try:
         find_font()
@@ -308,7 +319,7 @@ def true_pictures(scenes: Sequence[Scene]) -> list[Image.Image]:
 
 
 @torch.no_grad()
-def autoencoder_figures(
+def measure_autoencoder(
     model: Backbone, scenes: Sequence[Scene], truth: Sequence[Image.Image], photographs: Path | None
 ) -> dict[str, dict[str, float]]:
     """Mean PSNR in dB with the number of pictures: of scenes, by style, of textures, of photographs."""
@@ -318,36 +329,36 @@ def autoencoder_figures(
         figures[name] = {"db": round(float(values.mean()), 2), "n": len(values)}
 
     if truth:
-        each = decibels(model, truth)
+        each = measure_psnr(model, truth)
         note("scenes", each)
         for style in sorted({scene.style or "" for scene in scenes}):
             chosen = torch.tensor([(scene.style or "") == style for scene in scenes])
             note(f"scenes, {style.removesuffix(' of') or 'plain'}", each[chosen])
     seeds = range(BENCHMARK_SEEDS[0], BENCHMARK_SEEDS[0] + TEXTURES)
-    note("textures", decibels(model, [Image.fromarray(draw_texture(seed)) for seed in seeds]))
+    note("textures", measure_psnr(model, [Image.fromarray(draw_texture(seed)) for seed in seeds]))
     if photographs is not None:
         note(
             "photographs",
-            decibels(model, [crop_square(photo.open(), 128) for photo in list_images(photographs)]),
+            measure_psnr(model, [crop_square(photo.open(), 128) for photo in list_images(photographs)]),
         )
     return figures
 
 
-def decibels(model: Backbone, images: Sequence[Image.Image], *, batch: int = 20) -> Tensor:
+def measure_psnr(model: Backbone, images: Sequence[Image.Image], *, batch: int = 20) -> Tensor:
     """PSNR [B] of each picture against its own round trip through the latents' means."""
     parts = []
     for first in range(0, len(images), batch):
-        clean = prepared(images[first : first + batch])
+        clean = prepare_images(images[first : first + batch])
         parts.append(psnr_8_bit(model.decode(model.encode(clean).mean).cpu(), clean))
     return torch.cat(parts)
 
 
-def seconds_of(model: Backbone, scenes: Sequence[Scene], setting: Setting) -> dict[str, float]:
+def time_sampling(model: Backbone, scenes: Sequence[Scene], setting: Setting) -> dict[str, float]:
     """Seconds a picture takes: all of these together, and one at a time (median of four after a warm-up)."""
 
     def timed(some: Sequence[Scene]) -> float:
         began = time.perf_counter()
-        pictures_of(model, some, setting)
+        sample_images(model, some, setting)
         return (time.perf_counter() - began) / len(some)
 
     timed(scenes)
@@ -359,8 +370,8 @@ def seconds_of(model: Backbone, scenes: Sequence[Scene], setting: Setting) -> di
     }
 
 
-def likeness(scene: Scene, seen: Verdict) -> float:
-    """log of the probability that the judge gives to all that was asked for, its heads taken as independent."""
+def log_likelihood(scene: Scene, seen: Prediction) -> float:
+    """Log-likelihood of a scene's attributes by the classifier, its heads taken as independent."""
     thing = scene.things[0]
     asked: list[tuple[Reading, str | None]] = [(seen.place, scene.place), (seen.style, scene.style or NONE)]
     asked += [(seen.glyphs, each.noun) for each in scene.things]
@@ -370,45 +381,45 @@ def likeness(scene: Scene, seen: Verdict) -> float:
     return sum(math.log(reading[label] + 1e-9) for reading, label in asked if label is not None)
 
 
-def markdown(facts: dict[str, Any], rows: Sequence[Row], reference: Sequence[Row] | None) -> str:
+def format_markdown(facts: dict[str, Any], rows: Sequence[Row], reference: Sequence[Row] | None) -> str:
     """The tables as Markdown."""
     lines = [
         f"`{facts['model']}`: {facts['prompts']} held-out prompts, {facts['steps']} steps, "
         f"guidance {facts['guidance']:g}",
         "",
-        "| judged | right | 95 % | n | true pictures |",
+        "| attribute | right | 95 % | n | true pictures |",
         "|---|---|---|---|---|",
     ]
     for number, row in enumerate(rows):
-        ceiling = per_cent(reference[number].share) if reference else "–"
-        interval = between(row)
-        lines.append(f"| {row.name} | {per_cent(row.share)} | {interval} | {row.n} | {ceiling} |")
+        ceiling = format_percent(reference[number].share) if reference else "–"
+        interval = format_interval(row)
+        lines.append(f"| {row.name} | {format_percent(row.share)} | {interval} | {row.n} | {ceiling} |")
     lines += ["", "| autoencoder | PSNR dB | n |", "|---|---|---|"]
     lines += [f"| {name} | {value['db']:.2f} | {value['n']} |" for name, value in facts["psnr_db"].items()]
     speeds = [f"{seconds:.2f} s {how}" for how, seconds in facts["seconds_per_picture"].items()]
     return "\n".join([*lines, "", f"A picture takes {', '.join(speeds)} ({facts['machine']}).", ""])
 
 
-def between(row: Row) -> str:
+def format_interval(row: Row) -> str:
     return f"{100 * row.low:.1f}–{100 * row.high:.1f} %"
 
 
-def side_by_side(columns: Mapping[str, Sequence[Row]], prompts: str, what: str) -> str:
+def format_columns(columns: Mapping[str, Sequence[Row]], prompts: str, what: str) -> str:
     """A table with a column for every model or setting."""
     lines = [
         "",
         f"The same by {what}, {prompts}:",
         "",
-        f"| judged | {' | '.join(columns)} | n |",
+        f"| attribute | {' | '.join(columns)} | n |",
         "|---" * (len(columns) + 2) + "|",
     ]
     for rows in zip(*columns.values(), strict=True):
-        cells = [f"{per_cent(row.share)} ({between(row)})" for row in rows]
+        cells = [f"{format_percent(row.share)} ({format_interval(row)})" for row in rows]
         lines.append(f"| {rows[0].name} | {' | '.join(cells)} | {rows[0].n} |")
     return "\n".join([*lines, ""])
 
 
-def per_cent(share: float) -> str:
+def format_percent(share: float) -> str:
     return "–" if math.isnan(share) else f"{100 * share:.1f} %"
 
 
@@ -416,14 +427,14 @@ def save_sheet(
     path: Path,
     scenes: Sequence[Scene],
     pictures: Sequence[Image.Image],
-    verdicts: Sequence[Verdict],
+    predictions: Sequence[Prediction],
     *,
     title: str,
-    note: str = "Every prompt in order, none chosen. Green: the judge sees the things that were asked for.",
+    note: str = "Every prompt in order, none chosen. Green: the classifier sees the things that were asked for.",
 ) -> None:
-    """These scenes' pictures; a red frame where the judge misses a thing that was asked for."""
+    """These scenes' pictures; a red frame where the classifier misses a thing that was asked for."""
     cells: list[Cell | Image.Image | None] = []
-    for scene, picture, seen in zip(scenes, pictures, verdicts, strict=False):
+    for scene, picture, seen in zip(scenes, pictures, predictions, strict=False):
         asked = {thing.noun for thing in scene.things}
         right = seen.two_glyphs == asked if len(asked) == 2 else seen.glyph in asked
         cells.append(Cell(picture, scene.caption(), GREEN if right else RED))

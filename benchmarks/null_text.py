@@ -1,10 +1,10 @@
-"""Null-text inversion: does more optimisation leave less error? The mean reconstruction at several inner iterations.
+"""Null-text inversion: PSNR of the reconstruction against the number of inner iterations.
 
     python -m benchmarks.null_text                   20 scenes of MojiEdit at 0, 2 and 10 iterations, 25 steps
     python -m benchmarks.null_text --scenes 4 --steps 10
 
-A scene is inverted, its embeddings of "no prompt" are optimised (Mokady et al. 2023), and the guided walk down is
-decoded and compared with the picture. 0 iterations are plain DDIM inversion walked back with guidance. Writes
+A scene is inverted, its unconditional embeddings are optimised (Mokady et al. 2023), and the guided sample is
+decoded and compared with the image. 0 iterations are plain DDIM inversion, sampled with guidance. Writes
 `null-text.md` and `null-text.json`; scenes that are already in `null-text.json` are not done again.
 """
 
@@ -22,7 +22,7 @@ from backbone.io.console import progress, run_app
 from backbone.io.files import read_json, write_json, write_text
 from backbone.models.model import Backbone
 from backbone.world.render import find_font
-from benchmarks.edit import make_cases, number
+from benchmarks.edit import format_number, make_cases
 from edit.inversion.inversion import invert, reconstruct
 
 ITERATIONS = (0, 2, 10)
@@ -64,12 +64,12 @@ def main(
             rows.append({**row, "autoencoder_psnr_db": measure.psnr(inversion.image, around.cpu())})
             write_json(file, {**facts, "rows": rows})
             bar.advance(images=1)
-    text = markdown(facts, rows[:scenes])
+    text = format_markdown(facts, rows[:scenes])
     write_text(out / "null-text.md", text)
     print(text)
 
 
-def markdown(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+def format_markdown(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     """The table: mean decibels, how many scenes got worse than with fewer iterations, evaluations."""
     lines = [
         f"`{facts['model']}`: {len(rows)} scenes, {facts['steps']} steps, guidance {facts['guidance']:g} "
@@ -84,11 +84,11 @@ def markdown(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str
         worse = "–" if before is None else str(sum(a < b - 0.1 for a, b in zip(now, before, strict=True)))
         asked = measure.mean_of_defined([row[f"evaluations_{iterations}"] for row in rows])
         lines.append(
-            f"| {iterations} | {number(measure.mean_of_defined(now))} | {worse} | {number(asked, 0)} |"
+            f"| {iterations} | {format_number(measure.mean_of_defined(now))} | {worse} | {format_number(asked, 0)} |"
         )
         before = now
     bound = measure.mean_of_defined([row["autoencoder_psnr_db"] for row in rows])
-    return "\n".join([*lines, f"| the autoencoder alone | {number(bound)} | | |", ""])
+    return "\n".join([*lines, f"| the autoencoder alone | {format_number(bound)} | | |", ""])
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ GPU, or operations counted on torch's `meta` device and divided by an assumed ra
 assumption and a flag: reading, decoding, and the exchange of gradients.
 
 The simulation: every GPU takes the pairs of its share of a batch from a queue that its processor cores fill (reading is
-shared by all), learns, and waits for the others to exchange gradients. A pair's costs, by what is remembered:
+shared by all), learns, and waits for the others to exchange gradients. A pair's costs, by what is cached:
 
-    script   read and decode both files; encode; ask the reference; learn
-    cached   the first pass fills the caches: read, decode, encode. Then read latents; ask the reference; learn
-    bank     as cached, and the reference is asked at a draw's first visit alone
+    script   read and decode both files; encode; reference; learn
+    cached   the first pass fills the caches: read, decode, encode. Then read latents; reference; learn
+    bank     as cached, and the reference is evaluated at a draw's first visit alone
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
 
 @dataclass(frozen=True)
 class Costs:
-    """What a pair costs one GPU, in seconds: both pictures encoded; the reference asked; the model asked and taught."""
+    """GPU seconds of a pair: encoding both images; the reference's forward; the model's forward and backward."""
 
     encode: float
     ask: float
@@ -86,14 +86,12 @@ class Pass(NamedTuple):
         return max(self.busy, key=lambda name: self.busy[name])
 
 
-def latent_bytes(side: int, channels: int, *, width: int) -> int:
+def count_latent_bytes(side: int, channels: int, *, width: int) -> int:
     """Bytes of one picture's latent of `side` × `side` numbers of so many bytes."""
     return channels * side * side * width
 
 
-def simulated(
-    cluster: Cluster, *, steps: int, pairs: int, read: float, decode: float, compute: float
-) -> Pass:
+def simulate(cluster: Cluster, *, steps: int, pairs: int, read: float, decode: float, compute: float) -> Pass:
     """`steps` steps of `pairs` pairs each over all GPUs, a queue between the processor cores and each GPU.
 
     A pair is `read` bytes, `decode` core-seconds and `compute` seconds of a GPU. A batch is begun when the queue has
@@ -119,7 +117,7 @@ def simulated(
     return Pass(free, busy)
 
 
-def passes(
+def simulate_passes(
     way: Way, cluster: Cluster, costs: Costs, sizes: Sizes, *, draws: int, visits: int, pairs: int = PAIRS
 ) -> list[tuple[int, Pass]]:
     """The passes of a run that visits each of a pair's draws so often: how many of a kind, and one of them.
@@ -130,44 +128,42 @@ def passes(
     count = draws * visits
     if way == "script":
         whole = costs.encode + costs.ask + costs.learn
-        one = simulated(
+        one = simulate(
             cluster, steps=steps, pairs=BATCH, read=sizes.raw, decode=cluster.decode, compute=whole
         )
         return [(count, one)]
     alone = replace(cluster, exchange=0.0)
-    fill = simulated(
+    fill = simulate(
         alone, steps=steps, pairs=BATCH, read=sizes.raw, decode=cluster.decode, compute=costs.encode
     )
     asking = draws if way == "bank" else count
     kinds = [(1, fill)]
     for number, compute in ((asking, costs.ask + costs.learn), (count - asking, costs.learn)):
         if number:
-            one = simulated(
-                cluster, steps=steps, pairs=BATCH, read=sizes.latents, decode=0.0, compute=compute
-            )
+            one = simulate(cluster, steps=steps, pairs=BATCH, read=sizes.latents, decode=0.0, compute=compute)
             kinds.append((number, one))
     return kinds
 
 
-def hours(found: list[tuple[int, Pass]]) -> float:
-    """Of all passes together."""
+def sum_hours(found: list[tuple[int, Pass]]) -> float:
+    """Hours of all passes together."""
     return sum(number * one.seconds for number, one in found) / 3600
 
 
-def saturates(found: list[tuple[int, Pass]]) -> str:
-    """What is busy longest over all passes, and its share of the time."""
+def describe_saturation(found: list[tuple[int, Pass]]) -> str:
+    """The resource that is busy longest over all passes, and its share of the time."""
     busy: dict[str, float] = {}
     for number, one in found:
         for name, seconds in one.busy.items():
             busy[name] = busy.get(name, 0.0) + number * seconds
     first = max(busy, key=lambda name: busy[name])
-    return f"{first} ({busy[first] / 36 / hours(found):.0f} %)"
+    return f"{first} ({busy[first] / 36 / sum_hours(found):.0f} %)"
 
 
 # Costs ------------------------------------------------------------------------------------------------------
 
 
-def timed(path: Path) -> Costs:
+def read_costs(path: Path) -> Costs:
     """Costs from a results file of `benchmarks.align steps`; `UserError` where it is none, or not of a GPU."""
     facts: dict[str, Any] = read_json(path)
     try:
@@ -181,9 +177,9 @@ def timed(path: Path) -> Costs:
     return Costs(encode, both - learn, learn, source)
 
 
-def counted(shape: str, rate: float) -> Costs:
+def estimate_costs(shape: str, rate: float) -> Costs:
     """Costs from operations counted without computing, at `rate` operations a second of a GPU."""
-    encode, forward, backward = (2 * count for count in operations(shape))
+    encode, forward, backward = (2 * count for count in count_operations(shape))
     source = (
         f"operations counted for {shape}, LoRA on attention: {encode / 1e12:.2f} TFLOP a pair to encode, "
         f"{forward / 1e12:.2f} to ask, {(forward + backward) / 1e12:.2f} to learn; {rate / 1e12:g} TFLOP/s assumed"
@@ -191,16 +187,16 @@ def counted(shape: str, rate: float) -> Costs:
     return Costs(encode / rate, forward / rate, (forward + backward) / rate, source)
 
 
-def operations(shape: str) -> tuple[int, int, int]:
+def count_operations(shape: str) -> tuple[int, int, int]:
     """Floating-point operations for one picture: the autoencoder's encoding, a forward and a LoRA's backward pass."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from torch.utils.flop_counter import FlopCounterMode
 
     from backbone.adapters.lora import add_lora
-    from benchmarks.shapes import shape_called
+    from benchmarks.shapes import find_shape
 
-    configs = shape_called(shape)
+    configs = find_shape(shape)
     with torch.device("meta"):
         autoencoder = AutoencoderKL.from_config(configs.autoencoder).requires_grad_(False)
         unet = UNet2DConditionModel.from_config(configs.unet).requires_grad_(False)
@@ -227,7 +223,7 @@ def operations(shape: str) -> tuple[int, int, int]:
 # Tables -----------------------------------------------------------------------------------------------------
 
 
-def report(cluster: Cluster, costs: Costs, sizes: Sizes, *, draws: int, width: int) -> str:
+def format_report(cluster: Cluster, costs: Costs, sizes: Sizes, *, draws: int, width: int) -> str:
     """The tables, as Markdown."""
     lines = [
         f"Costs: {costs.source}.",
@@ -248,15 +244,15 @@ def report(cluster: Cluster, costs: Costs, sizes: Sizes, *, draws: int, width: i
         "|" + "---|" * 10,
     ]
     for number, visits in ((1, 1), *((draws, visits) for visits in VISITS)):
-        found = [passes(way, cluster, costs, sizes, draws=number, visits=visits) for way in WAYS]
-        times = [hours(one) for one in found]
+        found = [simulate_passes(way, cluster, costs, sizes, draws=number, visits=visits) for way in WAYS]
+        times = [sum_hours(one) for one in found]
         steps = -(-PAIRS // BATCH) * number * visits
         cells = [
             f"{number} × {visits}",
             f"{steps:,}",
             *(f"{time:.1f}" for time in times),
             *(f"{times[0] / time:.2f}×" for time in times[1:]),
-            *(saturates(one) for one in found),
+            *(describe_saturation(one) for one in found),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
@@ -281,11 +277,11 @@ def main(
     out: Annotated[Path, typer.Option(help="Where the table goes.")] = Path("build/benchmarks/scale.md"),
 ) -> None:
     """Simulate and print the tables."""
-    costs = timed(steps) if steps else counted(shape, rate * 1e12)
+    costs = read_costs(steps) if steps else estimate_costs(shape, rate * 1e12)
     side, width = (128, 2048) if "sdxl" in costs.source else (64, 768)
     cluster = Cluster(gpus, read_rate * 1e9, cores, decode / 1000, exchange / 1000)
-    sizes = Sizes(RAW / PAIRS, 2 * latent_bytes(side, 4, width=2))
-    table = report(cluster, costs, sizes, draws=draws, width=width)
+    sizes = Sizes(RAW / PAIRS, 2 * count_latent_bytes(side, 4, width=2))
+    table = format_report(cluster, costs, sizes, draws=draws, width=width)
     write_text(out, table)
     print(table)
 

@@ -1,4 +1,4 @@
-"""What the speed benchmarks share: models of a shape with random weights, pictures, times, peaks of memory.
+"""Shared by the speed benchmarks: models of a shape with random weights, random images, timing, peak memory.
 
 Random weights cost the same time as trained ones. Peak memory is of a process of its own.
 """
@@ -65,7 +65,7 @@ class Shape:
     text: tuple[dict[str, Any], ...]
 
 
-def shape_called(name: str) -> Shape:
+def find_shape(name: str) -> Shape:
     """SD 1.5's shape, or SDXL's; `UserError` for another name."""
     unet, vae, text = (read_json(CONFIGS / part / "config.json") for part in ("unet", "vae", "text_encoder"))
     if name == "sd15":
@@ -95,7 +95,7 @@ def shape_called(name: str) -> Shape:
 
 
 @contextmanager
-def folder_of(shape: str) -> Iterator[str]:
+def write_model_folder(shape: str) -> Iterator[str]:
     """Inside the `with`, a model to open that has a shape: `moji` itself, or a folder with random weights in fp32.
 
     A process of its own makes the folder, so that the peak of this one is not of that.
@@ -103,7 +103,7 @@ def folder_of(shape: str) -> Iterator[str]:
     if shape == "moji":
         yield shape
         return
-    shape_called(shape)
+    find_shape(shape)
     with tempfile.TemporaryDirectory(prefix="limner-shape-") as folder:
         subprocess.run([sys.executable, "-m", "benchmarks.shapes", shape, folder], check=True)
         yield folder
@@ -114,7 +114,7 @@ def save_random(shape: str, folder: Path) -> None:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    configs, numbers = shape_called(shape), ("", "_2")
+    configs, numbers = find_shape(shape), ("", "_2")
     index: dict[str, Any] = {"_class_name": configs.pipeline, "scheduler": ["diffusers", "DDIMScheduler"]}
     parts: list[tuple[str, Any]] = [
         ("unet", UNet2DConditionModel.from_config(configs.unet)),
@@ -134,18 +134,18 @@ def save_random(shape: str, folder: Path) -> None:
     write_json(folder / "scheduler" / "scheduler_config.json", settings)
 
 
-def opened(model: str, device: str, precision: str) -> Parts:
+def open_parts(model: str, device: str, precision: str) -> Parts:
     """A model with what a script of diffusers has besides: all parts in the working precision."""
     backbone = Backbone.open(model, device=device, precision=precision)
-    return Parts(backbone, backbone.autoencoder, encoding_in(backbone, backbone.dtype))
+    return Parts(backbone, backbone.autoencoder, make_encoder(backbone, backbone.dtype))
 
 
-def as_scripts_load(model: str, device: str, precision: str) -> Parts:
+def load_like_script(model: str, device: str, precision: str) -> Parts:
     """The same, loaded in fp32, cast afterwards and left in its own order of memory, as diffusers' scripts do it."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     backbone = Backbone.open(model, device=device, precision=precision)
-    encode = encoding_in(backbone, backbone.dtype)
+    encode = make_encoder(backbone, backbone.dtype)
     autoencoder, denoiser = (
         kind.from_pretrained(backbone.location.source, subfolder=part).requires_grad_(False)
         for kind, part in ((AutoencoderKL, "vae"), (UNet2DConditionModel, "unet"))
@@ -159,7 +159,7 @@ def as_scripts_load(model: str, device: str, precision: str) -> Parts:
     return Parts(backbone, autoencoder, encode)
 
 
-def encoding_in(backbone: Backbone, dtype: torch.dtype) -> Encode:
+def make_encoder(backbone: Backbone, dtype: torch.dtype) -> Encode:
     """Prompts → `Conditions`, by the model's encoders cast to a precision, as scripts cast them."""
     encoders = backbone.family.text_encoder(backbone.location, dtype).to(backbone.device)
     for side in encoders.slots:
@@ -175,7 +175,7 @@ def encoding_in(backbone: Backbone, dtype: torch.dtype) -> Encode:
 # Pictures ---------------------------------------------------------------------------------------------------
 
 
-def random_pictures(side: int, count: int) -> list[bytes]:
+def make_random_images(side: int, count: int) -> list[bytes]:
     """JPEG files of smooth noise."""
     random = np.random.default_rng(0)
     files = []
@@ -204,7 +204,9 @@ def encode_pictures(parts: Parts, pictures: Sequence[bytes], random: torch.Gener
 # Time and memory --------------------------------------------------------------------------------------------
 
 
-def timed(act: Callable[[], object], device: str, *, clock: Callable[[], float] = time.perf_counter) -> float:
+def time_call(
+    act: Callable[[], object], device: str, *, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Seconds of a call."""
     if device == "cuda":
         torch.cuda.synchronize()
@@ -215,14 +217,14 @@ def timed(act: Callable[[], object], device: str, *, clock: Callable[[], float] 
     return clock() - began
 
 
-def peak_gib(device: str) -> float:
+def read_peak_memory(device: str) -> float:
     """Peak memory of this process in GiB: resident, or the GPU's."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return (peak_memory() or 0) / 2**30
 
 
-def said_by(module: str, *arguments: str) -> Any:
+def run_module(module: str, *arguments: str) -> Any:
     """The value that a command of a benchmark prints last as JSON, run in a process of its own.
 
     Raises `UserError` with the last line of its errors when it fails.
@@ -235,7 +237,7 @@ def said_by(module: str, *arguments: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def machine(device: str) -> str:
+def describe_machine(device: str) -> str:
     """What the figures were measured on, and with which versions."""
     import diffusers
     import peft
@@ -256,8 +258,8 @@ def processor_name() -> str:
     return name + (" with avx512_bf16" if any("avx512_bf16" in line for line in lines) else "")
 
 
-def put_section(page: Path, title: str, text: str) -> None:
-    """Puts a section of Markdown into a page, in the place of the one that has its title."""
+def write_section(page: Path, title: str, text: str) -> None:
+    """Put a section of Markdown into a page, in the place of the one that has its title."""
     before = page.read_text(encoding="utf-8") if page.is_file() else ""
     head, *sections = re.split(r"(?m)^## ", before)
     kept = dict(section.partition("\n")[::2] for section in sections) | {title: text}

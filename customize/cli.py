@@ -134,7 +134,7 @@ def subjects_of(asked: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]
 
     Raises `UserError` where nothing is named, or a flag says otherwise than the layout.
     """
-    from customize.data.folders import is_concepts, read_subjects
+    from customize.data.folders import is_concept_source, read_subjects
 
     rest = dict(asked)
     images, token = rest.pop("images", None), rest.pop("token", None)
@@ -151,7 +151,7 @@ def subjects_of(asked: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]
                     f"--{name} belongs to --images, which is not there. Add it, or leave that out."
                 )
         return more, rest
-    if not is_concepts(images):
+    if not is_concept_source(images):
         return [Subject(images, token or "[V]", noun, words), *more], rest
     found, prompts = read_subjects(images)
     for flag, value, own in (
@@ -231,9 +231,9 @@ def sample(
     learned = [read_concept(folder_of(folder, checkpoint)) for folder in concept or []]
     for prompt in [*asked, negative]:
         resolve_placeholder_tokens(prompt, learned)  # mistakes are answered before torch is imported
-    from customize.sample import RECORD, draw
+    from customize.sample import RECORD, sample_to_folder
 
-    sheet = draw(
+    sheet = sample_to_folder(
         asked,
         concepts=learned,
         model=model,
@@ -317,23 +317,23 @@ def evaluate(
     read_settings(run)  # mistakes are answered before torch is imported
     from customize.evaluate.dreambench import (
         TABLE,
-        evaluate_pictures,
+        evaluate_images,
         evaluate_run,
-        is_lists,
-        own_prompts,
-        templates,
+        is_prompt_lists,
+        moji_prompts,
+        read_templates,
     )
 
-    if not any(is_lists(given) for given in prompts or []):
+    if not any(is_prompt_lists(given) for given in prompts or []):
         flags.refuse_given(ctx, "living", because="without a prompts_and_classes.txt")
     if images is not None:
         flags.refuse_given(ctx, "seed", because="on images that are drawn already")
-    asked = templates(prompts, living=living) if prompts else own_prompts()
+    asked = read_templates(prompts, living=living) if prompts else moji_prompts()
     folder = out or run / "dreambench"
     if images is None:
         found = evaluate_run(run, prompts=asked, per_prompt=count, scorer=scorer, seed=seed, out=folder)
     else:
-        found = evaluate_pictures(images, run, prompts=asked, per_prompt=count, scorer=scorer, out=folder)
+        found = evaluate_images(images, run, prompts=asked, per_prompt=count, scorer=scorer, out=folder)
     if as_json:
         print_json({"folder": folder, **read_json(folder / TABLE)})
     else:

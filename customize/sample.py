@@ -1,4 +1,4 @@
-"""`customize sample`: prompts and concepts to a folder of pictures."""
+"""`customize sample`: sample images of prompts, with concepts applied, into a folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from backbone.models.sample import (
 RECORD = "samples.json"
 
 
-def draw(
+def sample_to_folder(
     prompts: Sequence[str],
     *,
     concepts: Sequence[Concept] = (),
@@ -51,46 +51,42 @@ def draw(
     precision: str = "auto",
     device: str = "auto",
 ) -> Path:
-    """Writes `p00-s00.png` … (prompt number, sample number), `samples.json` and `sheet.png`; gives the sheet's path.
+    """Write `p00-s00.png` … (prompt number, sample number), `samples.json` and `sheet.png`; returns the sheet's path.
 
-    `size` is (width, height) in pixels, and `batch` pictures are drawn together.
+    size    (width, height) in pixels
+    batch   images sampled together
 
-    Raises `UserError` for a token that no concept owns, a concept of another model, or a size that the model cannot
-    draw, before any weights load.
+    Image (i, j) depends on the seed, i and j alone, and several processes share the work. Raises `UserError`, before
+    any weights load, for a token that no concept has, a concept of another model, or a size that the model cannot
+    sample.
     """
     check_guidance_interval(guided)
     name = model or (concepts[0].model if concepts else "moji")
     processes.init_process(device)
-    said = [resolve_placeholder_tokens(prompt, concepts) for prompt in prompts]
-    avoided = resolve_placeholder_tokens(negative, concepts)
+    expanded = [resolve_placeholder_tokens(prompt, concepts) for prompt in prompts]
+    expanded_negative = resolve_placeholder_tokens(negative, concepts)
     backbone = Backbone.open(name, device=device, precision=precision)
     latent_size(backbone, size)
     load_concepts(backbone, concepts, scale=scale)
     steps = steps or int(backbone.defaults["steps"])
     guidance = float(backbone.defaults["guidance"]) if guidance is None else guidance
-    requests = [Request(prompt, (i, j), avoided) for i, prompt in enumerate(said) for j in range(count)]
+    requests = [
+        Request(prompt, (i, j), expanded_negative) for i, prompt in enumerate(expanded) for j in range(count)
+    ]
     began = time.perf_counter()
-    own = processes.split_items(requests, batch=batch)
-    with progress(len(own), "drawing") as bar:
-        drawn = sample(
-            backbone,
-            own,
-            steps=steps,
-            guidance=guidance,
-            seed=seed,
-            sampler=sampler,
-            batch=batch,
-            guided=guided,
-            size=size,
-        )
-        for request, picture in zip(own, drawn, strict=True):
-            i, j = request.key
-            text = {"prompt": prompts[i], "seed": str(seed), "sample": str(j)}
-            save_png(out / name_of(request), picture, text=text)
-            bar.advance(images=1)
+    options = {
+        "steps": steps,
+        "guidance": guidance,
+        "seed": seed,
+        "sampler": sampler,
+        "batch": batch,
+        "guided": guided,
+        "size": size,
+    }
+    _write_images(backbone, requests, prompts, out, options)
     processes.barrier()  # now all pictures are there
     if processes.is_main_process():
-        facts = {
+        record = {
             "model": name,
             "concepts": summarize_concepts(concepts),
             "steps": steps,
@@ -107,39 +103,60 @@ def draw(
         note = (
             f"{name}, {steps} steps, guidance {guidance:g}{describe_guidance_interval(guided)}, seed {seed}"
         )
-        describe(out, requests, prompts, facts, note=note, columns=count if count > 1 else 4)
+        write_index(out, requests, prompts, record, note=note, columns=count if count > 1 else 4)
     processes.end_process()
     return out / "sheet.png"
 
 
-def describe(
+def _write_images(
+    model: Backbone,
+    requests: Sequence[Request],
+    prompts: Sequence[str],
+    out: Path,
+    options: Mapping[str, Any],
+) -> None:
+    """Sample this process's share of the requests and write the images, with prompt and seed in their metadata.
+
+    `options` are keyword arguments of `sample`.
+    """
+    share = processes.split_items(requests, batch=options["batch"])
+    with progress(len(share), "drawing") as bar:
+        images = sample(model, share, **options)
+        for request, image in zip(share, images, strict=True):
+            i, j = request.key
+            text = {"prompt": prompts[i], "seed": str(options["seed"]), "sample": str(j)}
+            save_png(out / image_name(request), image, text=text)
+            bar.advance(images=1)
+
+
+def write_index(
     out: Path,
     requests: Sequence[Request],
     prompts: Sequence[str],
-    facts: Mapping[str, Any],
+    record: Mapping[str, Any],
     *,
     note: str,
     columns: int,
 ) -> None:
-    """Writes `samples.json` and, from the pictures in the folder, `sheet.png`."""
-    records = [
+    """Write `samples.json` (the `record` and a list of the images) and a `sheet.png` of the images in the folder."""
+    entries = [
         {
-            "file": name_of(request),
+            "file": image_name(request),
             "prompt": prompts[request.key[0]],
             "model_reads": request.prompt,
             "sample": request.key[1],
         }
         for request in requests
     ]
-    write_json(out / RECORD, {**facts, "pictures": records})
+    write_json(out / RECORD, {**record, "pictures": entries})
     cells = []
     for request in requests:
-        with Image.open(out / name_of(request)) as picture:
-            cells.append(Cell(picture.convert("RGB"), prompts[request.key[0]]))
+        with Image.open(out / image_name(request)) as image:
+            cells.append(Cell(image.convert("RGB"), prompts[request.key[0]]))
     save_png(out / "sheet.png", draw_sheet(split_rows(cells, columns), note=note))
 
 
-def name_of(request: Request) -> str:
-    """The file of a picture: `p00-s00.png`."""
+def image_name(request: Request) -> str:
+    """File name of a request's image: `p00-s00.png`."""
     i, j = request.key
     return f"p{i:02d}-s{j:02d}.png"

@@ -1,4 +1,4 @@
-"""Preferences from scorers: each prompt's pictures are scored, and pairs made of those that differ enough."""
+"""Make preferences with scorers: score the images of each prompt, and pair those that differ enough."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from align.collect.scorers import open_judge, together
-from align.pairs.prompts import without_tokens
+from align.collect.scorers import combine_scores, open_scorer
+from align.pairs.prompts import strip_tokens
 from align.pairs.records import RANKING, SAMPLES, SCORES
-from align.pairs.samples import picture_name, read_samples, shot, shots
+from align.pairs.samples import count_images, image_name, prompt_and_noise, read_samples
 from backbone.io.console import UserError, progress
 from backbone.io.files import read_json, write_json, write_text
 from backbone.io.prompts import Prompt
 from backbone.media.decode import open_rgb
 from backbone.media.pictures import ImageRecord, check_images
 
-Rule = Literal["best-worst", "all", "own", "same-noise", "best-near"]
-Match: TypeAlias = tuple[int, int]
-"""Rows of two pictures that are compared."""
+Rule = Literal["best-worst", "all", "own", "same-noise", "best-hard-negative"]
+RowPair: TypeAlias = tuple[int, int]
+"""Rows of two images that are compared."""
 
 
 @dataclass(frozen=True)
-class Ranked:
-    """A pair that the scorers made: two pictures of prompt i, the better one first, and by how much."""
+class RankedPair:
+    """Two images of prompt `prompt` in the order of their scores, and the difference of these."""
 
     prompt: int
     chosen: str
@@ -37,7 +37,7 @@ class Ranked:
     margin: float
 
 
-def rank(
+def rank_samples(
     folder: Path,
     scorers: Sequence[str],
     *,
@@ -46,129 +46,143 @@ def rank(
     margin: float = 0.0,
     agree: bool = False,
 ) -> int:
-    """Scores a pairs folder's pictures, writes `scores.json` and `ranking.jsonl`, and gives the number of pairs.
+    """Score a folder of `align sample`, write `scores.json` and `ranking.jsonl`; returns the number of pairs.
 
-    A rule pairs each prompt's best picture with its worst, or all of them, or all that are no near misses (`own`); or
-    each near miss with the prompt's own picture from the same noise, or with the prompt's best ones, whichever of the
-    two is better. What several rules pair is put together, each pair once. `margin` is the least
-    difference that makes a pair; of several scorers, in standard deviations of their weighted sum. With `agree` only
-    pairs on whose order all scorers agree are kept (a Pareto order).
+    rules     which images of a prompt are compared (the union of all, each pair once):
+              best-worst           its best and its worst
+              all                  every two
+              own                  every two that are no hard negatives
+              same-noise           each hard negative with the prompt's own image from the same noise
+              best-hard-negative   each hard negative with one of the prompt's best own images
+    margin    least difference of scores that makes a pair; of several scorers, of their combined standard scores
+    agree     keep only pairs on whose order all scorers agree (Pareto order)
+
+    Raises `UserError` where no pair is left.
     """
     began = time.perf_counter()
-    prompts, pictures = read_samples(folder)
-    files = [(i, name) for i, names in enumerate(pictures) for name in names]
+    prompts, images = read_samples(folder)
+    files = [(i, name) for i, names in enumerate(images) for name in names]
     check_images(ImageRecord(folder / name) for _, name in files)
     concepts = read_json(folder / SAMPLES).get("concepts", [])
-    read = [replace(prompt, text=without_tokens(prompt.text, concepts)) for prompt in prompts]
-    found = {scorer: scores_of(folder, scorer, read, files) for scorer in dict.fromkeys(scorers)}
-    each = list(found.values())
-    total = each[0] if len(each) == 1 else together(each, list(weights) or [1.0] * len(each))
-    matches = (match for rule in rules for match in met(rule, prompts, files, folder, total))
-    every = list({frozenset(match): match for match in matches}.values())
-    pairs = list(preferred(files, every, total, each if agree else [], margin=margin))
+    plain_prompts = [replace(prompt, text=strip_tokens(prompt.text, concepts)) for prompt in prompts]
+    scores = {scorer: score_images(folder, scorer, plain_prompts, files) for scorer in dict.fromkeys(scorers)}
+    single_scores = list(scores.values())
+    total = (
+        single_scores[0]
+        if len(single_scores) == 1
+        else combine_scores(single_scores, list(weights) or [1.0] * len(single_scores))
+    )
+    # Several rules may compare the same two images; the first mention counts.
+    row_pairs = (rows for rule in rules for rows in select_rows(rule, prompts, files, folder, total))
+    unique = list({frozenset(rows): rows for rows in row_pairs}.values())
+    pairs = list(order_pairs(files, unique, total, single_scores if agree else [], margin=margin))
     if not pairs:
         raise UserError(
             f"No two pictures of a prompt in {folder} differ by more than {margin:g}. Lower --margin, or draw more "
             "pictures of each prompt."
         )
-    seconds = round(time.perf_counter() - began, 2)
-    lines = {
-        name: {scorer: round(float(one[row]), 6) for scorer, one in found.items()}
+    by_file = {
+        name: {scorer: round(float(values[row]), 6) for scorer, values in scores.items()}
         for row, (_, name) in enumerate(files)
     }
-    write_json(folder / SCORES, {"scorers": list(found), "seconds": seconds, "scores": lines})
-    write_text(folder / RANKING, "".join(_line(pair, prompts) for pair in pairs))
+    seconds = round(time.perf_counter() - began, 2)
+    write_json(folder / SCORES, {"scorers": list(scores), "seconds": seconds, "scores": by_file})
+    write_text(folder / RANKING, "".join(_format_line(pair, prompts) for pair in pairs))
     return len(pairs)
 
 
-def scores_of(
+def score_images(
     folder: Path, scorer: str, prompts: Sequence[Prompt], files: Sequence[tuple[int, str]], *, batch: int = 32
 ) -> Tensor:
-    """A scorer's numbers [B] for the pictures (prompt number, file)."""
-    judge = open_judge(scorer)
+    """Scores [B] of the images (prompt index, file) for their prompts."""
+    score = open_scorer(scorer)
     parts = []
     with progress(len(files), f"scoring with {scorer}") as bar:
         for first in range(0, len(files), batch):
-            some = files[first : first + batch]
-            images = [open_rgb(folder / name) for _, name in some]
-            parts.append(judge(images, [prompts[i].text for i, _ in some]))
-            bar.advance(len(some), images=len(some))
+            chunk = files[first : first + batch]
+            images = [open_rgb(folder / name) for _, name in chunk]
+            parts.append(score(images, [prompts[i].text for i, _ in chunk]))
+            bar.advance(len(chunk), images=len(chunk))
     return torch.cat(parts)
 
 
-def met(
+def select_rows(
     rule: Rule, prompts: Sequence[Prompt], files: Sequence[tuple[int, str]], folder: Path, total: Tensor
-) -> Iterator[Match]:
-    """Rows of the pictures that meet by this rule; `UserError` where it needs near misses and there are none."""
+) -> Iterator[RowPair]:
+    """Yield the pairs of rows that a rule compares; `UserError` where it needs hard negatives and there are none."""
     if rule == "best-worst" or rule == "all":
-        return matched(range(len(files)), files, total, rule)
+        return pair_within_prompts(range(len(files)), files, total, rule)
     per_prompt = int(read_json(folder / SAMPLES)["per_prompt"])
     if rule == "own":
-        names = {picture_name(i, j) for i in range(len(prompts)) for j in range(per_prompt)}
-        return matched([row for row, (_, name) in enumerate(files) if name in names], files, total, "all")
-    if not any(prompt.near for prompt in prompts):
+        names = {image_name(i, j) for i in range(len(prompts)) for j in range(per_prompt)}
+        own_rows = [row for row, (_, name) in enumerate(files) if name in names]
+        return pair_within_prompts(own_rows, files, total, "all")
+    if not any(prompt.hard_negatives for prompt in prompts):
         raise UserError(
-            f"{folder} was drawn without near misses. Give some prompts a list `near`, or choose other --pairs."
+            f"{folder} was drawn without hard negatives. Give some prompts a list `hard_negatives`, or choose other "
+            "--pairs."
         )
     rows = {name: row for row, (_, name) in enumerate(files)}
     if rule == "same-noise":
-        return twins(prompts, rows, per_prompt)
-    return best_with_near(prompts, rows, per_prompt, total)
+        return pair_same_noise(prompts, rows, per_prompt)
+    return pair_best_with_negatives(prompts, rows, per_prompt, total)
 
 
-def matched(
-    chosen: Sequence[int], files: Sequence[tuple[int, str]], total: Tensor, rule: Rule = "best-worst"
-) -> Iterator[Match]:
-    """Of the chosen rows those of each prompt that meet: its best and its worst, or all, two and two."""
-    rows: dict[int, list[int]] = {}
-    for row in chosen:
-        rows.setdefault(files[row][0], []).append(row)
-    for own in rows.values():
-        ordered = sorted(own, key=lambda row: -float(total[row]))
+def pair_within_prompts(
+    rows: Sequence[int], files: Sequence[tuple[int, str]], total: Tensor, rule: Rule = "best-worst"
+) -> Iterator[RowPair]:
+    """Yield index pairs to compare for each prompt: (best, worst), or all combinations."""
+    by_prompt: dict[int, list[int]] = {}
+    for row in rows:
+        by_prompt.setdefault(files[row][0], []).append(row)
+    for prompt_rows in by_prompt.values():
+        ordered = sorted(prompt_rows, key=lambda row: -float(total[row]))
         yield from [(ordered[0], ordered[-1])] if rule == "best-worst" else combinations(ordered, 2)
 
 
-def twins(prompts: Sequence[Prompt], rows: Mapping[str, int], per_prompt: int) -> Iterator[Match]:
-    """Rows of each near miss and of the prompt's own picture from the same noise, where both are there."""
+def pair_same_noise(prompts: Sequence[Prompt], rows: Mapping[str, int], per_prompt: int) -> Iterator[RowPair]:
+    """Yield (own, hard negative) rows of images from the same noise; `rows` maps the files that exist to rows."""
     for i, prompt in enumerate(prompts):
-        for j in range(per_prompt, shots(prompt, per_prompt)):
-            own, near = picture_name(i, shot(prompt, j, per_prompt)[1]), picture_name(i, j)
-            if own in rows and near in rows:
-                yield rows[own], rows[near]
+        for j in range(per_prompt, count_images(prompt, per_prompt)):
+            _, noise = prompt_and_noise(prompt, j, per_prompt)
+            own, negative = image_name(i, noise), image_name(i, j)
+            if own in rows and negative in rows:
+                yield rows[own], rows[negative]
 
 
-def best_with_near(
+def pair_best_with_negatives(
     prompts: Sequence[Prompt], rows: Mapping[str, int], per_prompt: int, total: Tensor
-) -> Iterator[Match]:
-    """Rows of each prompt's best own pictures, as many as it has near misses, and of these in their order."""
+) -> Iterator[RowPair]:
+    """Yield (own, hard negative) rows: a prompt's best own images, best first, with its hard negatives in order."""
     for i, prompt in enumerate(prompts):
-        names = [picture_name(i, j) for j in range(shots(prompt, per_prompt))]
-        own, near = (
-            [rows[n] for n in some if n in rows] for some in (names[:per_prompt], names[per_prompt:])
+        names = [image_name(i, j) for j in range(count_images(prompt, per_prompt))]
+        own, negatives = (
+            [rows[name] for name in part if name in rows] for part in (names[:per_prompt], names[per_prompt:])
         )
-        yield from zip(sorted(own, key=lambda row: -float(total[row])), near, strict=False)
+        yield from zip(sorted(own, key=lambda row: -float(total[row])), negatives, strict=False)
 
 
-def preferred(
+def order_pairs(
     files: Sequence[tuple[int, str]],
-    matches: Sequence[Match],
+    row_pairs: Sequence[RowPair],
     total: Tensor,
-    each: Sequence[Tensor] = (),
+    single_scores: Sequence[Tensor] = (),
     *,
     margin: float = 0.0,
-) -> Iterator[Ranked]:
-    """The pairs of those that met: the better picture and the worse, where they differ by more than the margin.
+) -> Iterator[RankedPair]:
+    """Yield pairs as (better, worse) by `total`, where they differ by more than the margin.
 
-    `each` holds single scorers' numbers that must agree on a pair's order.
+    Each of `single_scores` must agree on the order.
     """
-    for match in matches:
-        better, worse = sorted(match, key=lambda row: -float(total[row]))
+    for rows in row_pairs:
+        better, worse = sorted(rows, key=lambda row: -float(total[row]))
         difference = float(total[better] - total[worse])
-        if difference > margin and all(float(one[better]) > float(one[worse]) for one in each):
-            yield Ranked(files[better][0], files[better][1], files[worse][1], difference)
+        has_agreement = all(float(scores[better]) > float(scores[worse]) for scores in single_scores)
+        if difference > margin and has_agreement:
+            yield RankedPair(files[better][0], files[better][1], files[worse][1], difference)
 
 
-def _line(pair: Ranked, prompts: Sequence[Prompt]) -> str:
+def _format_line(pair: RankedPair, prompts: Sequence[Prompt]) -> str:
     import json
 
     line = {"prompt": prompts[pair.prompt].text, "chosen": pair.chosen, "rejected": pair.rejected}

@@ -1,4 +1,4 @@
-"""Pictures to choose between: several of each prompt, in a folder that can be finished later and labelled or ranked."""
+"""`align sample`: several images of each prompt to choose between, in a folder that can be continued."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from align.pairs.records import SAMPLES
-from align.pairs.samples import FORMAT, picture_name, shot, shots
+from align.pairs.samples import FORMAT, count_images, image_name, prompt_and_noise
 from backbone.adapters.apply import load_concepts
 from backbone.adapters.concept import Concept, read_concept, resolve_placeholder_tokens, summarize_concepts
 from backbone.distributed import processes
@@ -39,12 +39,12 @@ from backbone.models.sample import (
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """How pictures are drawn; None where the model's own default serves.
+class SamplingSettings:
+    """How images are sampled; None for the model's default.
 
-    `guidance_start` and `guidance_stop` are the share of the steps, noisy to clean, that follow the guidance. With
-    `redraw` a prompt's samples from the second on are its first one, noised again and drawn anew in this share of the
-    steps: they have one layout, so that what differs is what there is to choose.
+    guidance_start, guidance_stop   guidance is applied between these shares of the steps, noisy to clean
+    redraw      SDEdit strength: a prompt's samples from the second on are its first one, noised to this share of the
+                steps and denoised again, so that they share one layout; 0 samples each from its own noise
     """
 
     steps: int | None = None
@@ -71,33 +71,33 @@ class Drawing:
 
     @property
     def guided(self) -> tuple[float, float]:
-        """The share of the steps that follow the guidance."""
+        """(start, stop): the share of the steps with guidance."""
         return self.guidance_start, self.guidance_stop
 
-    def facts(self) -> dict[str, Any]:
-        """What the pictures depend on; what is as usual goes without saying."""
-        silent = {"batch"}
+    def as_json(self) -> dict[str, Any]:
+        """Settings that images depend on, without guidance interval, `redraw` and size where they are the defaults."""
+        omitted = {"batch"}
         if self.guided == ALL_STEPS:
-            silent |= {"guidance_start", "guidance_stop"}
+            omitted |= {"guidance_start", "guidance_stop"}
         if not self.redraw:
-            silent |= {"redraw"}
-        silent |= {side for side in ("width", "height") if getattr(self, side) is None}
-        return {name: value for name, value in asdict(self).items() if name not in silent}
+            omitted |= {"redraw"}
+        omitted |= {side for side in ("width", "height") if getattr(self, side) is None}
+        return {name: value for name, value in asdict(self).items() if name not in omitted}
 
-    def said(self) -> str:
-        """How strong the guidance is, and when, in words."""
+    def describe_guidance(self) -> str:
+        """Guidance scale, and its interval where it is not all steps, for people."""
         return f"{self.guidance:g}{describe_guidance_interval(self.guided)}"
 
-    def settled(self, model: Backbone) -> Drawing:
-        """With the model's defaults filled in; `UserError` for a size that it cannot draw."""
+    def resolve(self, model: Backbone) -> SamplingSettings:
+        """Fill in the model's defaults; `UserError` for a size that it cannot sample."""
         latent_size(model, self.size)
-        usual = model.defaults
-        steps = int(usual["steps"]) if self.steps is None else self.steps
-        guidance = float(usual["guidance"]) if self.guidance is None else self.guidance
+        defaults = model.defaults
+        steps = int(defaults["steps"]) if self.steps is None else self.steps
+        guidance = float(defaults["guidance"]) if self.guidance is None else self.guidance
         return replace(self, steps=steps, guidance=guidance)
 
 
-USUAL = Drawing()
+DEFAULT_SAMPLING = SamplingSettings()
 
 
 def sample_pairs(
@@ -108,159 +108,177 @@ def sample_pairs(
     concepts: Sequence[Path] = (),
     scale: float = 1.0,
     per_prompt: int = 4,
-    drawing: Drawing = USUAL,
+    sampling: SamplingSettings = DEFAULT_SAMPLING,
     device: str = "auto",
     precision: str = "auto",
 ) -> int:
-    """Draws the pictures that `out` still lacks and gives their number; picture (i, j) depends on seed, i and j only.
+    """Sample the images that `out` still lacks; returns their number. Image (i, j) depends on the seed, i and j alone.
 
-    The concepts work `scale` times as strong.
+    scale   LoRA scale of the concepts
 
-    Raises `UserError` when the folder was begun with other settings: its pictures could not be told from these.
+    Several processes share the work. Raises `UserError` when the folder was begun with other settings, whose images
+    could not be told apart from these.
     """
     began = time.perf_counter()
     processes.init_process(device)
-    learned = [read_concept(folder) for folder in concepts]
-    said = [text for prompt in prompts for text in (prompt.text, *prompt.near)]
-    for prompt in [*said, drawing.negative]:
-        if learned:
-            resolve_placeholder_tokens(prompt, learned)
+    loaded = [read_concept(folder) for folder in concepts]
+    texts = [text for prompt in prompts for text in (prompt.text, *prompt.hard_negatives)]
+    for text in [*texts, sampling.negative]:
+        _expand_tokens(text, loaded)  # mistakes are answered before any weights load
     backbone = Backbone.open(
-        model or (learned[0].model if learned else "moji"), device=device, precision=precision
+        model or (loaded[0].model if loaded else "moji"), device=device, precision=precision
     )
-    drawing = drawing.settled(backbone)
-    facts = _facts(backbone, learned, scale, prompts, per_prompt, drawing)
+    sampling = sampling.resolve(backbone)
+    record = _describe_folder(backbone, loaded, scale, prompts, per_prompt, sampling)
     with processes.main_process_first():
-        _claim(out, facts)
+        _claim_folder(out, record)
     missing = [
         (i, j)
         for i in range(len(prompts))
-        for j in range(shots(prompts[i], per_prompt))
-        if not (out / picture_name(i, j)).exists()
+        for j in range(count_images(prompts[i], per_prompt))
+        if not (out / image_name(i, j)).exists()
     ]
     processes.barrier()  # now every process knows what is missing
     if missing:
-        load_concepts(backbone, learned, scale=scale)
-        own = processes.split_items(missing, batch=drawing.batch)
-        with progress(len(own), "drawing") as bar:
-            drawn = draw(backbone, prompts, own, drawing, learned, per_prompt=per_prompt)
-            for (i, j), picture in zip(own, drawn, strict=True):
-                text = {
-                    "prompt": shot(prompts[i], j, per_prompt)[0],
-                    "seed": str(drawing.seed),
+        load_concepts(backbone, loaded, scale=scale)
+        share = processes.split_items(missing, batch=sampling.batch)
+        with progress(len(share), "drawing") as bar:
+            images = sample_images(backbone, prompts, share, sampling, loaded, per_prompt=per_prompt)
+            for (i, j), image in zip(share, images, strict=True):
+                metadata = {
+                    "prompt": prompt_and_noise(prompts[i], j, per_prompt)[0],
+                    "seed": str(sampling.seed),
                     "sample": str(j),
                 }
-                save_png(out / picture_name(i, j), picture, text=text)
+                save_png(out / image_name(i, j), image, text=metadata)
                 bar.advance(images=1)
     processes.barrier()  # now all pictures are there
     if processes.is_main_process():
         seconds = read_json(out / SAMPLES).get("seconds", 0.0) + time.perf_counter() - began
-        write_json(out / SAMPLES, {**facts, "seconds": round(seconds, 2), "versions": package_versions()})
+        write_json(out / SAMPLES, {**record, "seconds": round(seconds, 2), "versions": package_versions()})
     processes.end_process()
     return len(missing)
 
 
-def draw(
+def sample_images(
     model: Backbone,
     prompts: Sequence[Prompt],
     keys: Sequence[tuple[int, int]],
-    drawing: Drawing,
+    sampling: SamplingSettings,
     concepts: Sequence[Concept] = (),
     *,
     per_prompt: int = sys.maxsize,
 ) -> Iterator[Image.Image]:
-    """The pictures (prompt number, sample number), in order; samples from `per_prompt` on are near misses."""
-    negative = _said(drawing.negative, concepts)
-    asked = [(i, *shot(prompts[i], j, per_prompt)) for i, j in keys]
-    requests = [Request(_said(text, concepts), (i, noise), negative) for i, text, noise in asked]
-    assert drawing.steps is not None and drawing.guidance is not None
-    how: dict[str, Any] = {
-        "steps": drawing.steps,
-        "guidance": drawing.guidance,
-        "seed": drawing.seed,
-        "sampler": drawing.sampler,
-        "batch": drawing.batch,
-        "guided": drawing.guided,
-        "size": drawing.size,
+    """Yield the images of `keys` (prompt index, sample index); samples from `per_prompt` on are hard negatives."""
+    negative = _expand_tokens(sampling.negative, concepts)
+    texts_and_noise = [(i, *prompt_and_noise(prompts[i], j, per_prompt)) for i, j in keys]
+    requests = [
+        Request(_expand_tokens(text, concepts), (i, noise), negative) for i, text, noise in texts_and_noise
+    ]
+    assert sampling.steps is not None and sampling.guidance is not None
+    options: dict[str, Any] = {
+        "steps": sampling.steps,
+        "guidance": sampling.guidance,
+        "seed": sampling.seed,
+        "sampler": sampling.sampler,
+        "batch": sampling.batch,
+        "guided": sampling.guided,
+        "size": sampling.size,
     }
-    if not drawing.redraw:
-        return sample(model, requests, **how)
-    firsts = {i: Request(_said(prompts[i].text, concepts), (i, 0), negative) for i, _ in keys}
-    return _redrawn(model, requests, firsts, drawing.redraw, how)
+    if not sampling.redraw:
+        return sample(model, requests, **options)
+    first_requests = {
+        i: Request(_expand_tokens(prompts[i].text, concepts), (i, 0), negative) for i, _ in keys
+    }
+    return _sample_variations(model, requests, first_requests, sampling.redraw, options)
 
 
-def _redrawn(
+def _sample_variations(
     model: Backbone,
     requests: Sequence[Request],
-    firsts: Mapping[int, Request],
-    share: float,
-    how: dict[str, Any],
+    first_requests: Mapping[int, Request],
+    strength: float,
+    options: dict[str, Any],
 ) -> Iterator[Image.Image]:
-    """Pictures of the requests, in order: those of noise 0 as ever, the others their prompt's first one drawn anew."""
-    numbers, size = list(firsts), how["batch"]
-    for begin in range(0, len(numbers), size):
-        here = set(numbers[begin : begin + size])
-        some = [request for request in requests if request.key[0] in here]
-        anew = [request for request in some if request.key[1]]
-        whole = list(
-            dict.fromkeys([firsts[request.key[0]] for request in anew] + [r for r in some if not r.key[1]])
+    """Yield the requests' images, in order: sample 0 of a prompt from noise, the others as SDEdit of that one.
+
+    first_requests   prompt index → the request of its sample 0, in the order of `requests`
+    strength         share of the steps that is noised and denoised again
+    options          keyword arguments of `sample_latents`
+    """
+    indices, size = list(first_requests), options["batch"]
+    for begin in range(0, len(indices), size):
+        batch_indices = set(indices[begin : begin + size])
+        batch = [request for request in requests if request.key[0] in batch_indices]
+        variations = [request for request in batch if request.key[1]]
+        # Sample 0 is needed as the start of variations even where it is not asked for itself.
+        starts = [first_requests[request.key[0]] for request in variations]
+        from_noise = list(dict.fromkeys(starts + [request for request in batch if not request.key[1]]))
+        latents = dict(
+            zip(from_noise, torch.cat(list(sample_latents(model, from_noise, **options))), strict=True)
         )
-        drawn = dict(zip(whole, torch.cat(list(sample_latents(model, whole, **how))), strict=True))
-        if anew:
-            clean = torch.stack([drawn[firsts[request.key[0]]] for request in anew])
-            latents = torch.cat(list(sample_latents(model, anew, clean=clean, share=share, **how)))
-            drawn |= dict(zip(anew, latents, strict=True))
-        for first in range(0, len(some), size):
-            part = torch.stack([drawn[request] for request in some[first : first + size]])
-            for picture in model.decode(part).cpu():
-                yield to_image(picture)
+        if variations:
+            clean = torch.stack([latents[start] for start in starts])
+            redrawn = torch.cat(
+                list(sample_latents(model, variations, clean=clean, share=strength, **options))
+            )
+            latents |= dict(zip(variations, redrawn, strict=True))
+        for first in range(0, len(batch), size):
+            chunk = torch.stack([latents[request] for request in batch[first : first + size]])
+            for image in model.decode(chunk).cpu():
+                yield to_image(image)
 
 
-def _facts(
+def _describe_folder(
     model: Backbone,
     concepts: Sequence[Concept],
     scale: float,
     prompts: Sequence[Prompt],
     per_prompt: int,
-    drawing: Drawing,
+    sampling: SamplingSettings,
 ) -> dict[str, Any]:
-    """What a folder's pictures depend on."""
+    """The record of a folder, for `samples.json`: everything that its images depend on."""
     strength = {} if scale == 1 else {"scale": scale}
     return {
         "format": FORMAT,
         "model": model.location.name,
         "fingerprint": model.fingerprint,
         "concepts": [
-            {**said, **strength, "weights": content_hash(concept.weights_path) if concept.weights else ""}
-            for concept, said in zip(concepts, summarize_concepts(concepts), strict=True)
+            {
+                **description,
+                **strength,
+                "weights": content_hash(concept.weights_path) if concept.weights else "",
+            }
+            for concept, description in zip(concepts, summarize_concepts(concepts), strict=True)
         ],
-        "drawing": drawing.facts(),
+        "sampling": sampling.as_json(),
         "per_prompt": per_prompt,
-        "prompts": [_described(prompt) for prompt in prompts],
+        "prompts": [_prompt_fields(prompt) for prompt in prompts],
     }
 
 
-def _described(prompt: Prompt) -> dict[str, Any]:
-    near = {"near": list(prompt.near)} if prompt.near else {}
-    return {"prompt": prompt.text, "category": prompt.category, **near}
+def _prompt_fields(prompt: Prompt) -> dict[str, Any]:
+    negatives = {"hard_negatives": list(prompt.hard_negatives)} if prompt.hard_negatives else {}
+    return {"prompt": prompt.text, "category": prompt.category, **negatives}
 
 
-def _claim(out: Path, facts: dict[str, Any]) -> None:
-    """Begins a folder, or makes sure that it was begun with the same facts."""
+def _claim_folder(out: Path, record: dict[str, Any]) -> None:
+    """Begin a folder with its record; `UserError` where it was begun with another one."""
     path = out / SAMPLES
     if not path.exists():
         if out.exists() and any(out.iterdir()):
             raise UserError(f"{out} is not empty and not a folder of `align sample`. Choose another --out.")
-        write_json(path, facts)
+        write_json(path, record)
         return
-    said = read_json(path)
-    for name, value in facts.items():
-        if not isinstance(said, dict) or said.get(name) != value:
+    stored = read_json(path)
+    for name, value in record.items():
+        if not isinstance(stored, dict) or stored.get(name) != value:
             raise UserError(
                 f"{out} was begun with another {name.replace('_', ' ')}. Choose another --out, or repeat what "
                 f"{path} says."
             )
 
 
-def _said(prompt: str, concepts: Sequence[Concept]) -> str:
+def _expand_tokens(prompt: str, concepts: Sequence[Concept]) -> str:
+    """Replace placeholder tokens by what the model reads; `UserError` for a token that no concept has."""
     return resolve_placeholder_tokens(prompt, concepts) if concepts else prompt

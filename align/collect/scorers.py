@@ -1,16 +1,17 @@
-"""Judges of pictures as plug-ins: (pictures, their prompts) → a number for each, higher is better.
+"""Image scorers: (images, their prompts) → a score for each, higher is better.
 
-| name                    | what judges                                                                          |
+| name                    | what it scores                                                                       |
 |-------------------------|--------------------------------------------------------------------------------------|
-| `moji`                  | the embedded CLIP: cosine of picture and prompt                                       |
-| a folder                | a CLIP model in transformers' format (CLIP, PickScore); with `aesthetic.safetensors`  |
-|                         | (`weight` [1, D], `bias` [1]) that head on its pictures alone                         |
-| `like:PICTURES`         | likeness to the pictures of a folder: CLIP-I, by the embedded CLIP, or by another as  |
-|                         | `like:PICTURES:FOLDER`                                                                |
-| FILE.py                 | your own: a function `score(pictures, prompts)` that gives a number for each          |
+| `moji`                  | prompt fidelity by the embedded CLIP: cosine of image and prompt                      |
+| a folder                | the same by a CLIP in transformers' format (CLIP, PickScore); with                    |
+|                         | `aesthetic.safetensors` (`weight` [1, D], `bias` [1]), that linear head on its images |
+| `like:PICTURES`         | subject fidelity: CLIP-I with the images of a folder, by the embedded CLIP, or by     |
+|                         | another as `like:PICTURES:FOLDER`                                                     |
+| FILE.py                 | your own function `score(pictures, prompts)`, which returns a number for each          |
 
-The numbers of two judges have different scales; `together` puts several of them on one. Likeness to a subject against
-prompts, pairs on which both agree, is how DreamBoothDPO (Ayupov et al. 2025) makes preferences of a customised model.
+Scores of two scorers have different scales; `combine_scores` standardises and adds them. Subject and prompt fidelity
+together, with pairs on which both agree, is how DreamBoothDPO (Ayupov et al. 2025) makes preferences of a customised
+model.
 """
 
 from __future__ import annotations
@@ -31,37 +32,41 @@ from backbone.io.files import read_tensors
 from backbone.media.pictures import check_images, list_images
 from backbone.models.locate import EMBEDDED
 
-Judge: TypeAlias = Callable[[Sequence[Image], Sequence[str]], Tensor]
-"""(B pictures, B prompts) → scores [B], float32 on the CPU."""
+ImageScorer: TypeAlias = Callable[[Sequence[Image], Sequence[str]], Tensor]
+"""(B images, B prompts) → scores [B], float32 on the CPU."""
 
-HEAD = "aesthetic.safetensors"
-LIKE = "like:"
+AESTHETIC_HEAD = "aesthetic.safetensors"
+SUBJECT_PREFIX = "like:"
 
 
-def open_judge(name: str) -> Judge:
-    """The judge of this name; `UserError` where there is none."""
-    if name.startswith(LIKE):
-        pictures, _, scorer_name = name.removeprefix(LIKE).partition(":")
-        return _alike(open_scorer(scorer_name or "moji"), pictures)
+def open_scorer(name: str) -> ImageScorer:
+    """Open the scorer of this name; `UserError` where there is none."""
+    if name.startswith(SUBJECT_PREFIX):
+        pictures, _, scorer_name = name.removeprefix(SUBJECT_PREFIX).partition(":")
+        return _subject_fidelity_scorer(load_clip_scorer(scorer_name or "moji"), pictures)
     path = Path(name).expanduser()
     if path.suffix == ".py":
-        return _from_file(path)
-    scorer = open_scorer(name)
-    head = path / HEAD
-    return _aesthetic(scorer, head) if head.is_file() else _likeness(scorer)
+        return _python_scorer(path)
+    scorer = load_clip_scorer(name)
+    head = path / AESTHETIC_HEAD
+    return _aesthetic_scorer(scorer, head) if head.is_file() else _prompt_fidelity_scorer(scorer)
 
 
-def takes_gradients(name: str) -> None:
-    """`UserError` unless this judge is a network that compares pictures with prompts."""
-    if Path(name).suffix == ".py" or name.startswith(LIKE) or (Path(name).expanduser() / HEAD).is_file():
+def refuse_not_differentiable(name: str) -> None:
+    """Raise `UserError` unless this scorer is a network that compares images with prompts."""
+    if (
+        Path(name).suffix == ".py"
+        or name.startswith(SUBJECT_PREFIX)
+        or (Path(name).expanduser() / AESTHETIC_HEAD).is_file()
+    ):
         raise UserError(
-            f"draft climbs the gradient of a CLIP model's likeness of picture and prompt; {name} is another kind of "
-            "scorer. Use --loss ddpo, or moji, or a CLIP model's folder."
+            f"draft follows the gradient of a CLIP's prompt score, and {name} is another kind of scorer. "
+            "Use --loss ddpo, or moji, or a CLIP model's folder."
         )
 
 
-def open_scorer(name: str) -> Scorer:
-    """The CLIP model behind a judge's name, for embeddings; `UserError` where there is none."""
+def load_clip_scorer(name: str) -> Scorer:
+    """Load the CLIP behind a scorer's name, for embeddings; `UserError` where there is none."""
     if name == "moji":
         return load_scorer(EMBEDDED / "scorer")
     folder = Path(name).expanduser()
@@ -72,8 +77,8 @@ def open_scorer(name: str) -> Scorer:
     return load_scorer(folder)
 
 
-def together(scores: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The weighted sum [B] of several judges' scores [B], each first brought to mean 0 and deviation 1."""
+def combine_scores(scores: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Weighted sum [B] of several scorers' scores [B], each standardised to mean 0 and deviation 1."""
     if len(scores) != len(weights):
         raise UserError(f"{len(weights)} weights for {len(scores)} scorers: one each is needed.")
     return torch.stack(
@@ -84,45 +89,49 @@ def together(scores: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     ).sum(0)
 
 
-def _likeness(scorer: Scorer) -> Judge:
-    def judge(pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+def _prompt_fidelity_scorer(scorer: Scorer) -> ImageScorer:
+    """CLIP score: cosine of image and prompt."""
+
+    def score(images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
         unique = list(dict.fromkeys(prompts))
         texts = scorer.embed_texts(unique)[[unique.index(prompt) for prompt in prompts]]
-        return text_scores(scorer.embed_images(pictures), texts).cpu()
+        return text_scores(scorer.embed_images(images), texts).cpu()
 
-    return judge
-
-
-def _alike(scorer: Scorer, folder: str) -> Judge:
-    own = list_images(folder)
-    check_images(own)
-    real = scorer.embed_images([picture.open() for picture in own])
-
-    def judge(pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor:
-        return (scorer.embed_images(pictures) @ real.T).mean(1).cpu()
-
-    return judge
+    return score
 
 
-def _aesthetic(scorer: Scorer, path: Path) -> Judge:
+def _subject_fidelity_scorer(scorer: Scorer, folder: str) -> ImageScorer:
+    """CLIP-I: mean cosine with the images of a folder."""
+    subject_images = list_images(folder)
+    check_images(subject_images)
+    subject = scorer.embed_images([image.open() for image in subject_images])
+
+    def score(images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        return (scorer.embed_images(images) @ subject.T).mean(1).cpu()
+
+    return score
+
+
+def _aesthetic_scorer(scorer: Scorer, path: Path) -> ImageScorer:
+    """A linear head on the image embeddings, as LAION's aesthetic predictor; the prompt is ignored."""
     tensors, _ = read_tensors(path)
     if set(tensors) != {"weight", "bias"} or tensors["weight"].ndim != 2:
         raise UserError(f"{path} is not a linear head: it needs weight [1, D] and bias [1].")
     weight, bias = tensors["weight"].float(), tensors["bias"].float()
 
-    def judge(pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor:
-        vectors = scorer.embed_images(pictures).cpu()
+    def score(images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        vectors = scorer.embed_images(images).cpu()
         if vectors.shape[1] != weight.shape[1]:
             raise UserError(
                 f"{path} is for vectors of {weight.shape[1]} numbers; this model's have {vectors.shape[1]}."
             )
         return (vectors @ weight.T + bias)[:, 0]
 
-    return judge
+    return score
 
 
-def _from_file(path: Path) -> Judge:
-    """The function `score` of the user's own file, which is run."""
+def _python_scorer(path: Path) -> ImageScorer:
+    """The function `score` of the user's own Python file, which is executed."""
     if not path.is_file():
         raise UserError(f"There is no file {path}. Check the spelling.")
     specification = importlib.util.spec_from_file_location(f"limner_scorer_{path.stem}", path)
@@ -135,12 +144,10 @@ def _from_file(path: Path) -> Judge:
             f"{path} has no function `score(pictures, prompts)`. Write one that gives a number for each."
         )
 
-    def judge(pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor:
-        numbers = [float(number) for number in function(list(pictures), list(prompts))]
-        if len(numbers) != len(pictures) or not all(math.isfinite(number) for number in numbers):
-            raise UserError(
-                f"{path}'s `score` must give a finite number for each of {len(pictures)} pictures."
-            )
+    def score(images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        numbers = [float(number) for number in function(list(images), list(prompts))]
+        if len(numbers) != len(images) or not all(math.isfinite(number) for number in numbers):
+            raise UserError(f"{path}'s `score` must give a finite number for each of {len(images)} pictures.")
         return torch.tensor(numbers)
 
-    return judge
+    return score

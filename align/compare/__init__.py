@@ -1,1 +1,1 @@
-"""Two models beside each other on the same prompts: wins by scorers, and by a person who chooses blindly."""
+"""Compare two models on the same prompts: win rates by scorers, and by a person in a blind test."""

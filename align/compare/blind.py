@@ -1,4 +1,4 @@
-"""Blind comparison: a person chooses without knowing which side is which."""
+"""Blind comparison by a person, who chooses without knowing which side is which."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from align.compare.sides import BASE, picture_name, tuned_folder
-from align.pairs.choices import CHOICES, Choice, consistency, effective, read_choices
+from align.compare.sides import BASE, side_image_name, tuned_side_name
+from align.pairs.choices import CHOICES, Choice, measure_consistency, read_choices, replay
 from backbone.evaluation.statistics import Interval, wilson_interval
 from backbone.io.files import write_json
 from backbone.io.prompts import Prompt
@@ -15,27 +15,27 @@ from backbone.io.prompts import Prompt
 BLIND = "blind.json"
 
 
-def blind_pairs(
+def iterate_blind_pairs(
     prompts: Sequence[Prompt], per_prompt: int, tuned_scale: float = 1.0
 ) -> Iterator[tuple[str, str, str, str]]:
-    """(pair's name, prompt, base's file, tuned's file) of every picture that can be compared, for the page."""
+    """Yield (pair name, prompt, base's file, tuned's file) of all images to compare on the labelling page."""
     for i, prompt in enumerate(prompts):
         for j in range(per_prompt):
             yield (
                 f"p{i:05d}-s{j:02d}",
                 prompt.text,
-                picture_name(BASE, i, j),
-                picture_name(tuned_folder(tuned_scale), i, j),
+                side_image_name(BASE, i, j),
+                side_image_name(tuned_side_name(tuned_scale), i, j),
             )
 
 
-def blind_result(folder: Path) -> dict[str, Any]:
-    """What the person said so far: the tuned side's win rate over the pairs that were not skipped."""
-    choices = effective(read_choices(folder / CHOICES))
+def summarize_choices(folder: Path) -> dict[str, Any]:
+    """Win rate of the tuned side over the pairs answered and not skipped so far, and the labeller's consistency."""
+    choices = replay(read_choices(folder / CHOICES))
     first = [choice for choice in choices if not choice.repeat and choice.verdict != "skip"]
     wins = sum(_is_tuned(choice) for choice in first)
     even = sum(choice.preferred is None for choice in first)
-    agreed = consistency(choices)
+    agreed = measure_consistency(choices)
     return {
         "rate": wilson_interval(wins + 0.5 * even, len(first))._asdict(),
         "wins": wins,
@@ -48,24 +48,24 @@ def blind_result(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def save_blind(folder: Path) -> dict[str, Any]:
-    """Writes `blind.json` beside the comparison, and gives what it says."""
-    found = blind_result(folder)
-    write_json(folder / BLIND, found)
-    return found
+def write_blind_result(folder: Path) -> dict[str, Any]:
+    """Write `summarize_choices` to `blind.json` in the comparison's folder, and return it."""
+    result = summarize_choices(folder)
+    write_json(folder / BLIND, result)
+    return result
 
 
-def blind_summary(found: Mapping[str, Any]) -> str:
-    """What the person said, for people."""
-    asked = found["wins"] + found["ties"] + found["both_bad"] + found["losses"]
-    agreed = found["agreed_with_themselves"]
-    again = Interval(agreed["value"], agreed["low"], agreed["high"])
-    said = (
-        f"; on {agreed['of_repeats']} repeats they agreed with themselves {again}"
+def format_blind_result(result: Mapping[str, Any]) -> str:
+    """One line for people."""
+    count = result["wins"] + result["ties"] + result["both_bad"] + result["losses"]
+    agreed = result["agreed_with_themselves"]
+    agreement = Interval(agreed["value"], agreed["low"], agreed["high"])
+    consistency = (
+        f"; on {agreed['of_repeats']} repeats they agreed with themselves {agreement}"
         if agreed["of_repeats"]
         else ""
     )
-    return f"blind: tuned wins {Interval(**found['rate'])} of {asked} pictures ({found['ties']} ties){said}"
+    return f"blind: tuned wins {Interval(**result['rate'])} of {count} pictures ({result['ties']} ties){consistency}"
 
 
 def _is_tuned(choice: Choice) -> bool:

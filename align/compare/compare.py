@@ -1,8 +1,8 @@
-"""Two models side by side: the same prompts, seeds, sampler and guidance, judged by scorers, or by a person blind.
+"""Compare two models on the same prompts, seeds, sampler and guidance, by scorers or blind by a person.
 
-A win is a picture of the tuned model that a judge puts above the base's picture from the same noise. Ties count half
-in the win rate and are stated. The interval is Wilson's, over pictures; judge a model by a scorer that it was not
-trained on, and look at diversity: a model that always draws one picture can win every comparison.
+A win is an image of the tuned model that a scorer puts above the base's image from the same noise. Ties count half in
+the win rate and are reported. The interval is Wilson's, over images. Use a scorer that the model was not trained on,
+and look at diversity: a model that always draws one image can win every comparison.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from align.collect.sample import USUAL, Drawing, draw
-from align.collect.scorers import open_judge, open_scorer
-from align.compare.report import report
-from align.compare.sides import BASE, Side, Wins, picture_name, taught_by, tuned_folder
-from align.pairs.prompts import by_category, without_tokens
+from align.collect.sample import DEFAULT_SAMPLING, SamplingSettings, sample_images
+from align.collect.scorers import ImageScorer, load_clip_scorer, open_scorer
+from align.compare.report import build_report
+from align.compare.sides import BASE, Side, WinRate, find_training_scorers, side_image_name, tuned_side_name
+from align.pairs.prompts import group_by_category, strip_tokens
 from backbone.adapters.apply import check_concept_fits, load_concepts
 from backbone.adapters.concept import Concept, read_concept, summarize_concepts
 from backbone.evaluation.clip import diversity
@@ -48,24 +48,95 @@ def compare_models(
     out: Path,
     *,
     per_prompt: int = 1,
-    drawing: Drawing = USUAL,
+    sampling: SamplingSettings = DEFAULT_SAMPLING,
     scorers: Sequence[str] = ("moji",),
     scales: Sequence[float] = (),
     tie: float = 0.0,
     device: str = "auto",
     precision: str = "auto",
 ) -> dict[str, Any]:
-    """Draws both sides, lets every scorer judge, writes `compare.json` and `report.html`, and gives what was found.
+    """Sample both sides, score them, write `compare.json` and `report.html`; returns the result.
 
-    `scales` are further strengths of the tuned side's concepts, each judged against the same base pictures. `tie` is
-    the difference of scores up to which two pictures are even. Pictures that are there already are kept, so that a
-    comparison that was stopped goes on; `UserError` when they were drawn in another way.
+    scales    further LoRA scales of the tuned side, each compared with the same base images
+    tie       difference of scores up to which two images are a tie
+
+    Images that exist already are kept, so that a comparison that was stopped goes on; raises `UserError` when they
+    were sampled with other settings.
     """
     began = time.perf_counter()
-    sides = {
-        BASE: base,
-        **{tuned_folder(scale): dataclasses.replace(tuned, scale=scale) for scale in [tuned.scale, *scales]},
+    _refuse_scales(tuned, scales)
+    tuned_sides = {
+        tuned_side_name(scale): dataclasses.replace(tuned, scale=scale) for scale in [tuned.scale, *scales]
     }
+    sides = {BASE: base, **tuned_sides}
+    score_functions = {name: open_scorer(name) for name in dict.fromkeys(scorers)}
+    trained_on = sorted(find_training_scorers(tuned) & set(scorers))
+    if trained_on:
+        notify(
+            f"{', '.join(trained_on)} also chose what {tuned.name} was trained on. Compare by another scorer as well."
+        )
+    keys = [(i, j) for i in range(len(prompts)) for j in range(per_prompt)]
+    sampling = _sample_sides(out, sides, prompts, keys, sampling, device=device, precision=precision)
+    sampled = time.perf_counter()
+    images = {name: [open_rgb(out / side_image_name(name, *key)) for key in keys] for name in sides}
+    # Scorers do not know the concepts, so they read the prompts with the class in place of a token.
+    concepts = summarize_concepts(
+        [read_concept(folder) for side in sides.values() for folder in side.concepts]
+    )
+    texts = [strip_tokens(prompts[i].text, concepts) for i, _ in keys]
+    scores = {
+        scorer: {name: _score_in_batches(score, images[name], texts) for name in sides}
+        for scorer, score in score_functions.items()
+    }
+    result = {
+        "base": base,
+        "tuned": tuned,
+        "sampling": sampling,
+        "per_prompt": per_prompt,
+        "prompts": len(prompts),
+        "tie": tie,
+        "trained_on": trained_on,
+        **_count_all_wins(scores, list(tuned_sides), prompts, keys, tie=tie),
+        "diversity": (
+            {name: _mean_diversity(images[name], keys) for name in sides} if per_prompt > 1 else {}
+        ),
+        "seconds": {
+            "sample": round(sampled - began, 2),
+            "score": round(time.perf_counter() - sampled, 2),
+        },
+        "versions": package_versions(),
+    }
+    write_json(out / RESULT, result)
+    parts = build_report(out, result, prompts, keys, scores)
+    write_report(out / REPORT, f"{tuned.name} against {base.name}", parts)
+    return result
+
+
+def count_wins(base: Tensor, tuned: Tensor, keys: Sequence[tuple[int, int]], *, tie: float = 0.0) -> WinRate:
+    """Win rate of scores `tuned` [B] over `base` [B]; `keys` (prompt index, sample index) group them by prompt."""
+    difference = (tuned - base).double()
+    ties = difference.abs() <= tie
+    wins = int(((difference > 0) & ~ties).sum())
+    losses = int(((difference < 0) & ~ties).sum())
+    even = int(ties.sum())
+    by_prompt: dict[int, list[float]] = {}
+    for (i, _), value in zip(keys, difference.tolist(), strict=True):
+        by_prompt.setdefault(i, []).append(value)
+    rate = wilson_interval(wins + 0.5 * even, len(keys))
+    return WinRate(rate, wins, even, losses, cluster_bootstrap(list(by_prompt.values())))
+
+
+def measure_diversity(images: Sequence[Image], keys: Sequence[tuple[int, int]]) -> dict[int, float]:
+    """Prompt index → mean cosine distance between its images, by the embedded CLIP."""
+    vectors = load_clip_scorer("moji").embed_images(images)
+    rows: dict[int, list[int]] = {}
+    for row, (i, _) in enumerate(keys):
+        rows.setdefault(i, []).append(row)
+    return {i: diversity(vectors[prompt_rows]) for i, prompt_rows in rows.items()}
+
+
+def _refuse_scales(tuned: Side, scales: Sequence[float]) -> None:
+    """Raise `UserError` where a scale is given for a side whose training has no single scale."""
     varied = bool(scales) or tuned.scale != 1
     if varied and len(tuned.concepts) > 1:
         raise UserError(
@@ -73,165 +144,118 @@ def compare_models(
         )
     if varied and not tuned.concepts:
         raise UserError(f"{tuned.name} is a whole model, so it has no strength to vary. Leave out --scale.")
-    judges = {name: open_judge(name) for name in dict.fromkeys(scorers)}
-    known = sorted(taught_by(tuned) & set(scorers))
-    if known:
-        notify(
-            f"{', '.join(known)} also chose what {tuned.name} was trained on. Judge by another scorer as well."
-        )
-    keys = [(i, j) for i in range(len(prompts)) for j in range(per_prompt)]
-    drawing = _draw_all(out, sides, prompts, keys, drawing, device=device, precision=precision)
-    drawn = time.perf_counter()
-    facts = summarize_concepts([read_concept(folder) for side in sides.values() for folder in side.concepts])
-    texts = [without_tokens(prompts[i].text, facts) for i, _ in keys]
-    pictures = {name: [open_rgb(out / picture_name(name, *key)) for key in keys] for name in sides}
-    scores = {
-        scorer: {name: _judged(judge, pictures[name], texts) for name in sides}
-        for scorer, judge in judges.items()
-    }
-    variety = {name: _variety(pictures[name], keys) for name in sides} if per_prompt > 1 else {}
-    main = tuned_folder(tuned.scale)
-    result = {
-        "base": base,
-        "tuned": tuned,
-        "drawing": drawing,
-        "per_prompt": per_prompt,
-        "prompts": len(prompts),
-        "tie": tie,
-        "trained_on": known,
-        "wins": {
-            scorer: {
-                name: versus(by_side[BASE], by_side[name], keys, tie=tie).as_json()
-                for name in sides
-                if name != BASE
-            }
-            for scorer, by_side in scores.items()
-        },
-        "categories": {
-            scorer: {
-                category: versus(*_rows(by_side, main, keys, numbers), tie=tie).as_json()
-                for category, numbers in by_category(prompts).items()
-            }
-            for scorer, by_side in scores.items()
-        },
-        "diversity": variety,
-        "seconds": {"draw": round(drawn - began, 2), "judge": round(time.perf_counter() - drawn, 2)},
-        "versions": package_versions(),
-    }
-    write_json(out / RESULT, result)
-    parts = report(out, result, prompts, keys, scores)
-    write_report(out / REPORT, f"{tuned.name} against {base.name}", parts)
-    return result
 
 
-def versus(base: Tensor, tuned: Tensor, keys: Sequence[tuple[int, int]], *, tie: float = 0.0) -> Wins:
-    """The wins of the second scores [B] over the first; `keys` say which prompt each picture is of."""
-    difference = (tuned - base).double()
-    ties = difference.abs() <= tie
-    wins = int(((difference > 0) & ~ties).sum())
-    losses = int(((difference < 0) & ~ties).sum())
-    even = int(ties.sum())
-    clusters: dict[int, list[float]] = {}
-    for (i, _), value in zip(keys, difference.tolist(), strict=True):
-        clusters.setdefault(i, []).append(value)
-    rate = wilson_interval(wins + 0.5 * even, len(keys))
-    return Wins(rate, wins, even, losses, cluster_bootstrap(list(clusters.values())))
-
-
-# Blind, by a person -----------------------------------------------------------------------------------------
-
-
-# Drawing and judging ----------------------------------------------------------------------------------------
-
-
-def _draw_all(
+def _sample_sides(
     out: Path,
     sides: Mapping[str, Side],
     prompts: Sequence[Prompt],
     keys: Sequence[tuple[int, int]],
-    drawing: Drawing,
+    sampling: SamplingSettings,
     *,
     device: str,
     precision: str,
-) -> Drawing:
-    """Draws what is missing of every side; gives the drawing with the base model's defaults filled in."""
+) -> SamplingSettings:
+    """Sample the missing images of every side; returns the settings with the base model's defaults filled in."""
     models = {
         name: Backbone.open(side.model, device=device, precision=precision) for name, side in sides.items()
     }
-    learned = {name: [read_concept(folder) for folder in side.concepts] for name, side in sides.items()}
-    drawing = drawing.settled(models[BASE])
+    concepts = {name: [read_concept(folder) for folder in side.concepts] for name, side in sides.items()}
+    sampling = sampling.resolve(models[BASE])
     for name, side in sides.items():  # mistakes are answered before any weights load
-        latent_size(models[name], drawing.size)
-        for concept in learned[name]:
+        latent_size(models[name], sampling.size)
+        for concept in concepts[name]:
             check_concept_fits(concept, models[name])
-        _claim(out / name, models[name], learned[name], side, prompts, side.drawn(drawing))
+        _claim_folder(out / name, models[name], concepts[name], side, prompts, side.override(sampling))
     for name, side in sides.items():
-        model = models.pop(name)
-        missing = [key for key in keys if not (out / picture_name(name, *key)).exists()]
+        model = models.pop(name)  # one model is in memory at a time
+        missing = [key for key in keys if not (out / side_image_name(name, *key)).exists()]
         if not missing:
             continue
-        load_concepts(model, learned[name], scale=side.scale)
+        load_concepts(model, concepts[name], scale=side.scale)
+        images = sample_images(model, prompts, missing, side.override(sampling), concepts[name])
         with progress(len(missing), f"drawing {name}") as bar:
-            for key, picture in zip(
-                missing, draw(model, prompts, missing, side.drawn(drawing), learned[name]), strict=True
-            ):
-                save_png(out / picture_name(name, *key), picture, text={"prompt": prompts[key[0]].text})
+            for key, image in zip(missing, images, strict=True):
+                save_png(out / side_image_name(name, *key), image, text={"prompt": prompts[key[0]].text})
                 bar.advance(images=1)
-    return drawing
+    return sampling
 
 
-def _claim(
+def _claim_folder(
     folder: Path,
     model: Backbone,
     concepts: Sequence[Concept],
     side: Side,
     prompts: Sequence[Prompt],
-    drawing: Drawing,
+    sampling: SamplingSettings,
 ) -> None:
-    """Begins a side's folder, or makes sure that its pictures were drawn in this way."""
-    facts: dict[str, Any] = {
+    """Begin a side's folder with a record of its settings; `UserError` where its images have other ones."""
+    record: dict[str, Any] = {
         "model": model.fingerprint,
         "concepts": summarize_concepts(concepts),
         "weights": [content_hash(concept.weights_path) for concept in concepts if concept.weights],
         "scale": side.scale,
         "prompts": [prompt.text for prompt in prompts],
-        "drawing": drawing.facts(),
+        "sampling": sampling.as_json(),
     }
     path = folder / "drawn.json"
-    if path.exists() and read_json(path) != json.loads(json.dumps(facts)):
+    if path.exists() and read_json(path) != json.loads(json.dumps(record)):
         raise UserError(f"{folder} holds pictures that were drawn in another way. Choose another --out.")
-    write_json(path, facts)
+    write_json(path, record)
 
 
-def _judged(judge: Any, pictures: Sequence[Image], texts: Sequence[str], *, batch: int = 32) -> Tensor:
+def _score_in_batches(
+    score: ImageScorer, images: Sequence[Image], texts: Sequence[str], *, batch: int = 32
+) -> Tensor:
+    """Scores [B] of images for their texts."""
     return torch.cat(
         [
-            judge(pictures[first : first + batch], texts[first : first + batch])
-            for first in range(0, len(pictures), batch)
+            score(images[first : first + batch], texts[first : first + batch])
+            for first in range(0, len(images), batch)
         ]
     )
 
 
-def varieties(pictures: Sequence[Image], keys: Sequence[tuple[int, int]]) -> dict[int, float]:
-    """For each prompt number the mean cosine distance between its pictures, by the embedded scorer."""
-    vectors = open_scorer("moji").embed_images(pictures)
-    rows: dict[int, list[int]] = {}
-    for row, (i, _) in enumerate(keys):
-        rows.setdefault(i, []).append(row)
-    return {i: diversity(vectors[own]) for i, own in rows.items()}
+def _mean_diversity(images: Sequence[Image], keys: Sequence[tuple[int, int]]) -> float:
+    """Mean of `measure_diversity` over prompts."""
+    values = measure_diversity(images, keys).values()
+    return sum(values) / len(values)
 
 
-def _variety(pictures: Sequence[Image], keys: Sequence[tuple[int, int]]) -> float:
-    """The mean over prompts."""
-    each = varieties(pictures, keys).values()
-    return sum(each) / len(each)
+def _count_all_wins(
+    scores: Mapping[str, Mapping[str, Tensor]],
+    tuned: Sequence[str],
+    prompts: Sequence[Prompt],
+    keys: Sequence[tuple[int, int]],
+    *,
+    tie: float,
+) -> dict[str, Any]:
+    """Win rates of the tuned sides over the base by scorer, and those of the first by category of prompt too."""
+    wins = {
+        scorer: {name: count_wins(by_side[BASE], by_side[name], keys, tie=tie).as_json() for name in tuned}
+        for scorer, by_side in scores.items()
+    }
+    categories = {
+        scorer: _count_by_category(by_side, tuned[0], prompts, keys, tie=tie)
+        for scorer, by_side in scores.items()
+    }
+    return {"wins": wins, "categories": categories}
 
 
-def _rows(
-    by_side: Mapping[str, Tensor], tuned: str, keys: Sequence[tuple[int, int]], numbers: Sequence[int]
-) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
-    chosen = [row for row, (i, _) in enumerate(keys) if i in set(numbers)]
-    return by_side[BASE][chosen], by_side[tuned][chosen], [keys[row] for row in chosen]
-
-
-# The report -------------------------------------------------------------------------------------------------
+def _count_by_category(
+    by_side: Mapping[str, Tensor],
+    tuned: str,
+    prompts: Sequence[Prompt],
+    keys: Sequence[tuple[int, int]],
+    *,
+    tie: float,
+) -> dict[str, Any]:
+    """Category → win rate of one scorer's scores over its prompts alone."""
+    wins = {}
+    for category, indices in group_by_category(prompts).items():
+        rows = [row for row, (i, _) in enumerate(keys) if i in set(indices)]
+        category_keys = [keys[row] for row in rows]
+        wins[category] = count_wins(
+            by_side[BASE][rows], by_side[tuned][rows], category_keys, tie=tie
+        ).as_json()
+    return wins

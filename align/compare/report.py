@@ -1,4 +1,4 @@
-"""The report of a comparison: figures and images side by side."""
+"""The report of a comparison: win rates, diversity, and images side by side."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from align.collect.sample import Drawing
-from align.compare.sides import BASE, Side, picture_name
+from align.collect.sample import SamplingSettings
+from align.compare.sides import BASE, Side, side_image_name
 from backbone.evaluation.statistics import Interval
 from backbone.io.prompts import Prompt
 from backbone.io.report import heading, paragraph, table
@@ -18,18 +18,18 @@ from backbone.io.report import image_figure as shown
 from backbone.media.decode import open_rgb
 from backbone.media.sheet import GREEN, Cell, draw_sheet
 
-SHOWN = 24  # prompts whose pictures the report shows
+PROMPTS_SHOWN = 24  # prompts whose pictures the report shows
 
 
-def summary(result: Mapping[str, Any]) -> str:
-    """What was found, a line for each judge and strength, for people."""
+def format_summary(result: Mapping[str, Any]) -> str:
+    """Summary of a result for people: a line for each scorer and LoRA scale, and one for diversity."""
     lines = []
     for scorer, by_side in result["wins"].items():
         for name, wins in by_side.items():
             rate = Interval(**wins["rate"])
             lines.append(
                 f"{scorer}: {name} wins {rate} of {wins['wins'] + wins['ties'] + wins['losses']} pictures against "
-                f"{BASE} ({wins['ties']} ties), mean gain {_gain(wins)}"
+                f"{BASE} ({wins['ties']} ties), mean gain {_format_gain(wins)}"
             )
     if result["diversity"]:
         before = result["diversity"][BASE]
@@ -39,20 +39,20 @@ def summary(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def report(
+def build_report(
     out: Path,
     result: Mapping[str, Any],
     prompts: Sequence[Prompt],
     keys: Sequence[tuple[int, int]],
     scores: Mapping[str, Mapping[str, Tensor]],
 ) -> list[str]:
-    """The parts of the comparison's `report.html`."""
-    drawing: Drawing = result["drawing"]
+    """Build the parts of the comparison's `report.html`."""
+    sampling: SamplingSettings = result["sampling"]
     tuned: Side = result["tuned"]
-    own = tuned.drawn(drawing).said()
-    other = "" if own == drawing.said() else f" (the tuned side {own})"
-    every = [
-        (scorer, name, str(Interval(**wins["rate"])), *_counts(wins), _gain(wins))
+    guidance, tuned_guidance = sampling.describe_guidance(), tuned.override(sampling).describe_guidance()
+    difference = "" if tuned_guidance == guidance else f" (the tuned side {tuned_guidance})"
+    rows = [
+        (scorer, name, str(Interval(**wins["rate"])), *_format_counts(wins), _format_gain(wins))
         for scorer, by_side in result["wins"].items()
         for name, wins in by_side.items()
     ]
@@ -60,7 +60,8 @@ def report(
     parts = [
         paragraph(
             f"{len(prompts)} prompts, {result['per_prompt']} pictures of each from the same noise; "
-            f"{drawing.sampler}, {drawing.steps} steps, guidance {drawing.said()}{other}, seed {drawing.seed}."
+            f"{sampling.sampler}, {sampling.steps} steps, guidance {guidance}{difference}, "
+            f"seed {sampling.seed}."
         ),
         *(
             [paragraph(f"{', '.join(result['trained_on'])} also chose what the tuned model was trained on.")]
@@ -68,7 +69,7 @@ def report(
             else []
         ),
         heading("How often is the tuned picture better?"),
-        table(("judge", "side", *titles), every),
+        table(("scorer", "side", *titles), rows),
         paragraph(
             f"Ties (a difference of at most {result['tie']:g}) count half. The win rate's interval is Wilson's over "
             "pictures, the gain's a bootstrap over prompts."
@@ -84,11 +85,11 @@ def report(
         parts.append(table(("side", "mean cosine distance", "of the base's"), spread))
     for scorer, groups in result["categories"].items():
         if len(groups) > 1:
-            rows = [
-                (name or "none", str(Interval(**wins["rate"])), *_counts(wins), _gain(wins))
+            category_rows = [
+                (name or "none", str(Interval(**wins["rate"])), *_format_counts(wins), _format_gain(wins))
                 for name, wins in groups.items()
             ]
-            parts += [heading(f"By category, {scorer}"), table(("category", *titles), rows)]
+            parts += [heading(f"By category, {scorer}"), table(("category", *titles), category_rows)]
     return [*parts, *_side_by_side(out, prompts, keys, scores)]
 
 
@@ -98,18 +99,18 @@ def _side_by_side(
     keys: Sequence[tuple[int, int]],
     scores: Mapping[str, Mapping[str, Tensor]],
 ) -> Iterator[str]:
-    """The first picture of the first prompts from every side, the better one framed."""
+    """Sheets of the first image of the first prompts from every side, the better one framed."""
     scorer, by_side = next(iter(scores.items()))
     yield heading("Side by side")
     yield paragraph(f"A green frame: the better one for {scorer}.")
     for row, (i, j) in enumerate(keys):
-        if j or i >= SHOWN:
+        if j or i >= PROMPTS_SHOWN:
             continue
         values = {name: float(scores[row]) for name, scores in by_side.items()}
         best = max(values.values()) if len(set(values.values())) > 1 else None
         cells = [
             Cell(
-                open_rgb(out / picture_name(name, i, j)),
+                open_rgb(out / side_image_name(name, i, j)),
                 f"{name}, {value:.3f}",
                 GREEN if value == best else None,
             )
@@ -118,11 +119,11 @@ def _side_by_side(
         yield shown(draw_sheet([cells]), prompts[i].text)
 
 
-def _counts(wins: Mapping[str, Any]) -> tuple[str, str, str]:
+def _format_counts(wins: Mapping[str, Any]) -> tuple[str, str, str]:
     return str(wins["wins"]), str(wins["ties"]), str(wins["losses"])
 
 
-def _gain(wins: Mapping[str, Any]) -> str:
+def _format_gain(wins: Mapping[str, Any]) -> str:
     gain = wins["gain"]
     if math.isnan(gain["value"]):
         return "–"

@@ -1,4 +1,4 @@
-"""The two sides of a comparison, and how their wins are counted."""
+"""The two sides of a comparison, the files of their images, and the win rate between them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.collect.sample import Drawing
+from align.collect.sample import SamplingSettings
 from align.pairs.records import SCORES
 from align.settings import read_settings
 from backbone.adapters.concept import read_concept
@@ -15,17 +15,14 @@ from backbone.evaluation.statistics import Interval
 from backbone.io.files import read_json
 
 EVALUATIONS = "evaluations.jsonl"  # of a run of align train
-
-
 BASE = "base"
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two that are compared: a model, with concepts on it, so many times as strong.
+    """A model with concepts applied at a LoRA scale.
 
-    `guidance` and `guided_predictor`, the share of the steps that follow it, are this side's own where they are not the
-    drawing's: training can move the best ones.
+    `guidance` and its interval `guided` override those of the comparison, since training can shift the best ones.
     """
 
     name: str
@@ -35,39 +32,39 @@ class Side:
     guidance: float | None = None
     guided: tuple[float, float] | None = None
 
-    def drawn(self, drawing: Drawing) -> Drawing:
-        """How this side is drawn."""
-        guidance = drawing.guidance if self.guidance is None else self.guidance
-        start, stop = self.guided or drawing.guided
-        return dataclasses.replace(drawing, guidance=guidance, guidance_start=start, guidance_stop=stop)
+    def override(self, sampling: SamplingSettings) -> SamplingSettings:
+        """The comparison's sampling settings with this side's guidance."""
+        guidance = sampling.guidance if self.guidance is None else self.guidance
+        start, stop = self.guided or sampling.guided
+        return dataclasses.replace(sampling, guidance=guidance, guidance_start=start, guidance_stop=stop)
 
     @classmethod
-    def of(cls, name: str, model: str | None = None) -> Side:
-        """A run folder (with the model, and the concepts, that it was trained on), or a model's name."""
+    def from_name(cls, name: str, model: str | None = None) -> Side:
+        """A side from a run folder (with the model and concepts that it was trained on), or from a model's name."""
         folder = Path(name)
         if not (folder / "concept.json").is_file():
             return cls(name, name)
-        below = read_settings(folder).concepts if (folder / EVALUATIONS).is_file() else ()
-        return cls(name, model or read_concept(folder).model, (*map(Path, below), folder))
+        trained_on = read_settings(folder).concepts if (folder / EVALUATIONS).is_file() else ()
+        return cls(name, model or read_concept(folder).model, (*map(Path, trained_on), folder))
 
 
 @dataclass(frozen=True)
-class Wins:
-    """What a judge said of n pairs of pictures: the share that the tuned model won, ties counted half."""
+class WinRate:
+    """Share of images that the tuned model won by one scorer, ties counted half, with the counts behind it."""
 
     rate: Interval
     wins: int
     ties: int
     losses: int
-    gain: Interval  # mean difference of scores, over prompts
+    gain: Interval  # mean difference of scores, bootstrapped over prompts
 
     def as_json(self) -> dict[str, Any]:
         """For compare.json."""
         return {**dataclasses.asdict(self), "rate": self.rate._asdict(), "gain": self.gain._asdict()}
 
 
-def taught_by(side: Side) -> set[str]:
-    """The scorers that chose what a run was trained on, as far as its records say."""
+def find_training_scorers(side: Side) -> set[str]:
+    """Names of the scorers that chose a run's training data, as far as its records say."""
     if not side.concepts or not (side.concepts[-1] / EVALUATIONS).is_file():
         return set()
     settings = read_settings(side.concepts[-1])
@@ -80,11 +77,11 @@ def taught_by(side: Side) -> set[str]:
     return {settings.online, *ranked} - {""}
 
 
-def picture_name(side: str, i: int, j: int) -> str:
-    """The file of a side's sample j of prompt i, relative to the folder."""
+def side_image_name(side: str, i: int, j: int) -> str:
+    """Path of a side's sample j of prompt i, relative to the comparison's folder."""
     return f"{side}/p{i:05d}-s{j:02d}.png"
 
 
-def tuned_folder(scale: float) -> str:
-    """The folder of the tuned side at a strength, and its name in the results."""
+def tuned_side_name(scale: float) -> str:
+    """Name of the tuned side at a LoRA scale, in the results and of its folder."""
     return "tuned" if scale == 1 else f"tuned-{scale:g}"

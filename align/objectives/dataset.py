@@ -16,14 +16,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from align.pairs.read import read
+from align.pairs.read import read_preferences
 from align.pairs.records import (
     Pair,
     Preferences,
     Record,
     Single,
-    as_singles,
-    normal,
+    normalize_prompt,
+    to_singles,
 )
 from align.settings import Settings
 from backbone.adapters.concept import Concept, resolve_placeholder_tokens
@@ -132,7 +132,7 @@ def prepare(
 
 def _key(record: Record, hashes: Mapping[str, str]) -> str:
     """A record by its contents."""
-    contents = [normal(record.prompt), *(hashes[_where(picture)] for picture in record.pictures)]
+    contents = [normalize_prompt(record.prompt), *(hashes[_where(picture)] for picture in record.pictures)]
     return content_hash("\n".join(contents).encode())
 
 
@@ -286,13 +286,13 @@ def mean_squares(residual: Tensor) -> Tensor:
 def _read_again(settings: Settings) -> Preferences:
     """The preferences that a run was trained on."""
     limit, user = settings.limit or None, settings.user or None
-    return read(settings.pairs, user=user, limit=limit, split=settings.split)
+    return read_preferences(settings.pairs, user=user, limit=limit, split=settings.split)
 
 
 def records_of(found: Preferences, settings: Settings) -> list[Record]:
     """What this loss learns from; `UserError` where the source holds none of it."""
     if not settings.by_pairs:
-        return list(as_singles(found))
+        return list(to_singles(found))
     if not found.pairs:
         raise UserError(
             f"{found.source} judges single pictures, and {settings.loss} compares pairs. Use --loss kto."

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from align.collect.scorers import Judge, open_judge
+from align.collect.scorers import ImageScorer, open_scorer
 from align.objectives.reward import RewardTraining
 from backbone.diffusion.noise import Estimate, Level, Predict, generator, randn_like
 from backbone.diffusion.samplers import ancestral_step
@@ -32,7 +32,7 @@ class PolicyGradients(RewardTraining):
     """DDPO: each of `rounds` draws `per_prompt` pictures of every prompt and scores them; then several steps learn."""
 
     def __post_init__(self) -> None:
-        self.judge: Judge = open_judge(self.settings.online)
+        self.judge: ImageScorer = open_scorer(self.settings.online)
         self.round = -1
         super().__post_init__()
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from align.collect.scorers import open_scorer, takes_gradients
+from align.collect.scorers import load_clip_scorer, refuse_not_differentiable
 from align.objectives.reward import RewardTraining
 from backbone.diffusion.samplers import ddim
 from backbone.distributed import processes
@@ -52,8 +52,8 @@ class RewardGradients(RewardTraining):
 
 def open_reward(name: str) -> Reward:
     """The scorer of this name as a function with gradients; `UserError` where it is none (a Python file)."""
-    takes_gradients(name)
-    scorer = open_scorer(name)
+    refuse_not_differentiable(name)
+    scorer = load_clip_scorer(name)
     texts: dict[str, Tensor] = {}
 
     def reward(pictures: Tensor, prompts: Sequence[str]) -> Tensor:

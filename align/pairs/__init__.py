@@ -1,1 +1,1 @@
-"""Preferences as data: prompts, pairs, single judgements, and the files and tables that they come from."""
+"""Preference data: prompts, pairs, single labelled images, and the files and tables that they are read from."""

@@ -1,7 +1,7 @@
-"""The labeller's record: an append-only file of choices, a line each, on the disk before the next pair is shown.
+"""The labeller's append-only log: one line per choice or undo, flushed to disk before the next pair is shown.
 
-A line is a choice or an undo. Nothing is ever rewritten: what counts is found by replaying the file, so that a
-process that is killed at any moment costs at most the choice that was being made.
+Lines are never rewritten; `replay` gives the choices that stand. A process that is killed at any moment costs at most
+the choice that was being made.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ VERDICTS: tuple[str, ...] = get_args(Verdict)
 
 @dataclass(frozen=True)
 class Choice:
-    """One answer: which pictures were shown on which side, and what was said.
+    """One answer: the images on either side and the verdict.
 
-    `pair` names the pair whichever side its pictures were on; `repeat` marks a pair that was shown before, hidden
-    among the new ones, to see whether the labeller agrees with themselves.
+    `pair` names the pair independently of the sides; `repeat` marks a pair that was shown before, hidden among the
+    new ones, to measure the labeller's consistency.
     """
 
     number: int
@@ -40,34 +40,36 @@ class Choice:
 
     @property
     def preferred(self) -> str | None:
-        """The file that was chosen; None for a tie, both bad, a skip."""
+        """File of the preferred image; None for a tie, both bad, or a skip."""
         return {"left": self.left, "right": self.right}.get(self.verdict)
 
 
 @dataclass(frozen=True)
 class Undo:
-    """Takes back the choice of this number."""
+    """Retracts the choice of this number."""
 
     undo: int
     time: str = ""
 
 
-def append(path: Path, entry: Choice | Undo) -> None:
-    """Adds a line and returns when it is on the disk."""
+def append_entry(path: Path, entry: Choice | Undo) -> None:
+    """Append a line and return once it is on disk (fsync)."""
     append_jsonl(path, asdict(entry))
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 
 def read_choices(path: Path) -> list[Choice | Undo]:
-    """Every line of the record, oldest first; lines that a crash cut off and strangers are passed over."""
+    """All entries, oldest first; lines that a crash truncated and unknown ones are skipped."""
     return (
-        [entry for line in read_jsonl(path) if (entry := _entry(line)) is not None] if path.exists() else []
+        [entry for line in read_jsonl(path) if (entry := _parse_entry(line)) is not None]
+        if path.exists()
+        else []
     )
 
 
-def effective(entries: Iterable[Choice | Undo]) -> list[Choice]:
-    """The choices that count, oldest first: those not taken back; of a pair answered twice, the last answer."""
+def replay(entries: Iterable[Choice | Undo]) -> list[Choice]:
+    """Choices that stand, oldest first: not retracted, and of a pair answered twice the last answer."""
     standing: dict[int, Choice] = {}
     for entry in entries:
         if isinstance(entry, Undo):
@@ -80,14 +82,14 @@ def effective(entries: Iterable[Choice | Undo]) -> list[Choice]:
 
 @dataclass(frozen=True)
 class Consistency:
-    """How often the labeller agreed with themselves on hidden repeats."""
+    """Agreement of a labeller with themselves: `agreed` of `repeats` hidden repeats."""
 
     agreed: int
     repeats: int
 
 
-def consistency(choices: Sequence[Choice]) -> Consistency:
-    """Of repeats whose pair has an answer too, neither of them a skip: the same picture, or none, both times."""
+def measure_consistency(choices: Sequence[Choice]) -> Consistency:
+    """Count repeats whose pair was answered too (neither a skip), and those with the same preferred image, or none."""
     first = {choice.pair: choice for choice in choices if not choice.repeat}
     again = [
         (first[choice.pair], choice)
@@ -99,7 +101,7 @@ def consistency(choices: Sequence[Choice]) -> Consistency:
     return Consistency(sum(before.preferred == after.preferred for before, after in again), len(again))
 
 
-def _entry(line: dict[str, Any]) -> Choice | Undo | None:
+def _parse_entry(line: dict[str, Any]) -> Choice | Undo | None:
     try:
         return Undo(**line) if "undo" in line else Choice(**line)
     except TypeError:

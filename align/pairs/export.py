@@ -1,4 +1,4 @@
-"""Preferences for other tools: Pick-a-Pic's Parquet columns, or JSON lines with the pictures beside them."""
+"""Export preferences: Parquet with Pick-a-Pic's columns, or JSON lines with the images beside them."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from align.pairs.records import Pair, Preferences, Record, normal
+from align.pairs.records import Pair, Preferences, Record, normalize_prompt
 from backbone.io.console import UserError
 from backbone.io.files import atomic_write, content_hash, write_bytes, write_text
 from backbone.media.pictures import ImageRecord
 
-ROWS_A_GROUP = 100  # pictures of so many rows are in memory at once
+ROWS_PER_GROUP = 100  # images of one row group are in memory at once
 
 
-def write_parquet(found: Preferences, path: Path) -> Path:
-    """Writes pairs with exactly Pick-a-Pic's columns, pictures as they are stored, ties as ½; gives `path`.
+def write_parquet(preferences: Preferences, path: Path) -> Path:
+    """Write pairs with exactly Pick-a-Pic's columns, images as they are encoded, ties as ½; returns `path`.
 
-    Single judgements have no column there: `UserError` where there are no pairs.
+    Single labelled images have no columns there: raises `UserError` where there are no pairs.
     """
     import pyarrow
     import pyarrow.parquet
 
-    if not found.pairs:
+    if not preferences.pairs:
         raise UserError(
-            f"{found.source} holds no pairs, and Pick-a-Pic's columns are of pairs. Export to .jsonl."
+            f"{preferences.source} holds no pairs, and Pick-a-Pic's columns are of pairs. Export to .jsonl."
         )
     binary, text, real, whole = pyarrow.binary(), pyarrow.string(), pyarrow.float64(), pyarrow.int64()
     types = {
@@ -38,35 +38,37 @@ def write_parquet(found: Preferences, path: Path) -> Path:
     }  # fmt: skip
     schema = pyarrow.schema(types)
     with atomic_write(path) as temporary, pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
-        rows = list(_rows_in_groups(found))
-        for group in rows:
+        for group in _iterate_row_groups(preferences):
             writer.write_table(pyarrow.Table.from_pylist(group, schema=schema))
     return path
 
 
-def write_lines(found: Preferences, path: Path) -> Path:
-    """Writes a JSON line for each record and the pictures into `NAME-pictures/` beside it; gives `path`."""
+def write_jsonl(preferences: Preferences, path: Path) -> Path:
+    """Write a JSON line per record, and the images into `NAME-pictures/` beside it; returns `path`."""
     import json
 
     folder = path.with_name(f"{path.stem}-pictures")
     lines = []
-    for record in found.records:
-        names = [_stored(picture, folder) for picture in record.pictures]
-        lines.append(json.dumps(_line(record, names), ensure_ascii=False) + "\n")
+    for record in preferences.records:
+        names = [_store_image(picture, folder) for picture in record.pictures]
+        lines.append(json.dumps(_record_fields(record, names), ensure_ascii=False) + "\n")
     write_text(path, "".join(lines))
     return path
 
 
-def _rows_in_groups(found: Preferences) -> Iterator[list[dict[str, Any]]]:
-    counts = Counter(normal(pair.prompt) for pair in found.pairs)
+def _iterate_row_groups(preferences: Preferences) -> Iterator[list[dict[str, Any]]]:
+    """Yield Pick-a-Pic rows in groups of `ROWS_PER_GROUP`, so that few images are in memory at once."""
+    counts = Counter(normalize_prompt(pair.prompt) for pair in preferences.pairs)
     now = datetime.now(timezone.utc).replace(tzinfo=None)
-    model = str(found.made_by.get("model", ""))
-    people = {user: number for number, user in enumerate(sorted({pair.user for pair in found.pairs}))}
-    for first in range(0, len(found.pairs), ROWS_A_GROUP):
+    model = str(preferences.provenance.get("model", ""))
+    user_numbers = {
+        user: number for number, user in enumerate(sorted({pair.user for pair in preferences.pairs}))
+    }
+    for first in range(0, len(preferences.pairs), ROWS_PER_GROUP):
         group = []
-        for index, pair in enumerate(found.pairs[first : first + ROWS_A_GROUP], start=first):
+        for index, pair in enumerate(preferences.pairs[first : first + ROWS_PER_GROUP], start=first):
             stored = [picture.read() for picture in pair.pictures]
-            uids = [_uid(content) for content in stored]
+            uids = [_image_uid(content) for content in stored]
             best = "tie" if pair.is_tie else uids[0 if pair.label > 0.5 else 1]
             group.append(
                 {
@@ -86,21 +88,22 @@ def _rows_in_groups(found: Preferences) -> Iterator[list[dict[str, Any]]]:
                     "model_0": model,
                     "model_1": model,
                     "ranking_id": index,
-                    "user_id": int(pair.user) if pair.user.isdecimal() else people[pair.user],
-                    "num_example_per_prompt": counts[normal(pair.prompt)],
+                    "user_id": int(pair.user) if pair.user.isdecimal() else user_numbers[pair.user],
+                    "num_example_per_prompt": counts[normalize_prompt(pair.prompt)],
                     "__index_level_0__": index,
                 }
             )
         yield group
 
 
-def _uid(content: bytes) -> str:
-    """A picture's identity in Pick-a-Pic's form (a UUID), from its contents."""
+def _image_uid(content: bytes) -> str:
+    """Pick-a-Pic's image id (a UUID), from the hash of the encoded image."""
     digest = content_hash(content)
     return "-".join((digest[:8], digest[8:12], digest[12:16], digest[16:20], digest[20:32]))
 
 
-def _line(record: Record, names: list[str]) -> dict[str, Any]:
+def _record_fields(record: Record, names: list[str]) -> dict[str, Any]:
+    """One JSON line of a record whose images are stored under `names`."""
     if isinstance(record, Pair):
         pictures: dict[str, Any] = {"image_0": names[0], "image_1": names[1]}
         pictures |= {"label_0": record.label, "label_1": 1 - record.label}
@@ -109,8 +112,8 @@ def _line(record: Record, names: list[str]) -> dict[str, Any]:
     return {"prompt": record.prompt, **pictures, "user": record.user}
 
 
-def _stored(picture: ImageRecord, folder: Path) -> str:
-    """Writes a picture under its content's name and gives that, relative to the lines."""
+def _store_image(picture: ImageRecord, folder: Path) -> str:
+    """Write an image under the hash of its content; returns its path relative to the JSON lines."""
     content = picture.read()
     ending = {b"\x89PNG": ".png", b"\xff\xd8\xff\xe0": ".jpg", b"RIFF": ".webp"}.get(content[:4])
     ending = ending or (".jpg" if content[:2] == b"\xff\xd8" else picture.path.suffix or ".png")

@@ -1,4 +1,4 @@
-"""Prompts as judges read them, and grouped by category."""
+"""Prompts as scorers read them, and grouped by category."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 from backbone.io.prompts import Prompt
 
 
-def without_tokens(text: str, concepts: Iterable[Mapping[str, Any]]) -> str:
-    """A prompt as somebody reads it who does not know the concepts: “a [V] dog” is “a dog”, and so is “a [V]”.
+def strip_tokens(text: str, concepts: Iterable[Mapping[str, Any]]) -> str:
+    """Replace concept tokens by the class noun, for scorers that do not know them: “a [V] dog” or “a [V]” → “a dog”.
 
-    `concepts` is what a record says of them: their tokens and the class.
+    `concepts` have `tokens` and `class`, as a run's record describes them.
     """
     for concept in concepts:
         noun = str(concept.get("class") or "")
@@ -21,8 +21,8 @@ def without_tokens(text: str, concepts: Iterable[Mapping[str, Any]]) -> str:
     return " ".join(text.split())
 
 
-def by_category(prompts: Sequence[Prompt]) -> dict[str, list[int]]:
-    """The numbers of the prompts in each category, in order of appearance."""
+def group_by_category(prompts: Sequence[Prompt]) -> dict[str, list[int]]:
+    """Category → indices of its prompts, in order of appearance."""
     groups: dict[str, list[int]] = {}
     for number, prompt in enumerate(prompts):
         groups.setdefault(prompt.category, []).append(number)

@@ -1,6 +1,6 @@
-"""Preferences from the user's disk: one record, many doors, all bad records reported together.
+"""Read preferences from folders, JSON lines, Parquet files and datasets; all bad records are reported together.
 
-| door                    | what it looks like                                                                     |
+| source                  | layout                                                                                 |
 |-------------------------|----------------------------------------------------------------------------------------|
 | a folder of `align`     | `samples.json`, with `choices.jsonl` (`align label`) or `ranking.jsonl` (`align rank`)  |
 | a JSON-lines file       | `prompt` with `chosen` and `rejected`, with `image_0`, `image_1` and `label_0`, or with |
@@ -8,61 +8,60 @@
 | two folders             | `chosen/` and `rejected/`, or `w/` and `l/`, pictures of equal names, captions beside   |
 | Parquet, or a dataset   | Pick-a-Pic's columns; `prompt`, `chosen` and `rejected`; or `image` and `label`         |
 
-Parquet files are read a row group at a time, so that a table larger than the memory can be walked. Nothing here
-imports torch, and nothing is ever written into a source.
+Parquet files are read one row group at a time, so a table may be larger than memory. Nothing here imports torch, and
+nothing is ever written into a source.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from align.pairs.choices import CHOICES, Choice, effective, read_choices
-from align.pairs.records import RANKING, SAMPLES, Pair, Preferences, Single
-from align.pairs.tables import DatasetTable, ParquetTable, _hub_table, _saved_table
+from align.pairs.choices import CHOICES, Choice, read_choices, replay
+from align.pairs.records import RANKING, SAMPLES, Pair, Preferences, Record, Single
+from align.pairs.tables import DatasetTable, ParquetTable, load_hub_table, load_saved_table
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.media.pictures import DatasetRow, ImageRecord, list_images
 
 PROMPT_COLUMNS = ("prompt", "caption", "text")
-FOLDER_PAIRS = (("chosen", "rejected"), ("w", "l"))
+PAIR_COLUMNS = (("jpg_0", "jpg_1"), ("image_0", "image_1"))
+PAIRED_FOLDERS = (("chosen", "rejected"), ("w", "l"))
 
 
-def read(
+def read_preferences(
     source: str | Path, *, user: str | None = None, limit: int | None = None, split: str = "train"
 ) -> Preferences:
-    """The preferences of a source; `user` keeps one person's, `limit` the first so many rows.
+    """Read the preferences of a source: those of one `user`, or of the first `limit` rows.
 
-    Opens no picture; `check_images` does. `UserError`: no such source, or one that no door fits.
+    Images are not opened; `check_preferences` does that. Raises `UserError` for a source that is missing or of no
+    known layout.
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        found = _read_folder(path, limit)
+        preferences = _read_folder(path, limit)
     elif path.is_file():
-        found = _read_file(path, limit)
+        preferences = _read_file(path, limit)
     elif re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", str(source)) and not path.parent.exists():
-        found = _from_table(_hub_table(str(source), split, limit), str(source), limit)
+        preferences = _read_table(load_hub_table(str(source), split, limit), str(source), limit)
     else:
         raise UserError(
             f"{path} does not exist. Give pairs: a folder, a .jsonl or .parquet file, or a dataset."
         )
     if user is not None:
-        _keep_user(found, user)
-    return found
+        _keep_user(preferences, user)
+    return preferences
 
 
-# What can be wrong ------------------------------------------------------------------------------------------
-
-
-def _keep_user(found: Preferences, user: str) -> None:
-    users = sorted({record.user for record in found.records if record.user})
+def _keep_user(preferences: Preferences, user: str) -> None:
+    users = sorted({record.user for record in preferences.records if record.user})
     if user not in users:
         known = f"It has {', '.join(users[:10])}" if users else "It names no users"
-        raise UserError(f"{found.source} has no choices by {user}. {known}.")
-    found.pairs = [pair for pair in found.pairs if pair.user == user]
-    found.singles = [single for single in found.singles if single.user == user]
+        raise UserError(f"{preferences.source} has no choices by {user}. {known}.")
+    preferences.pairs = [pair for pair in preferences.pairs if pair.user == user]
+    preferences.singles = [single for single in preferences.singles if single.user == user]
 
 
 # Folders ----------------------------------------------------------------------------------------------------
@@ -70,25 +69,25 @@ def _keep_user(found: Preferences, user: str) -> None:
 
 def _read_folder(folder: Path, limit: int | None) -> Preferences:
     if (folder / SAMPLES).is_file():
-        return _from_samples(folder, limit)
-    for better, worse in FOLDER_PAIRS:
+        return _read_samples_folder(folder, limit)
+    for better, worse in PAIRED_FOLDERS:
         if (folder / better).is_dir() and (folder / worse).is_dir():
-            return _from_two_folders(folder, better, worse, limit)
+            return _read_two_folders(folder, better, worse, limit)
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        return _from_table(_saved_table(folder), str(folder), limit)
+        return _read_table(load_saved_table(folder), str(folder), limit)
     tables = sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet"))
     if tables:
-        return _from_table(ParquetTable(tables), str(folder), limit)
+        return _read_table(ParquetTable(tables), str(folder), limit)
     lines = sorted(folder.glob("*.jsonl"))
     if len(lines) == 1:
-        return _from_lines(lines[0], limit)
+        return _read_lines(lines[0], limit)
     raise UserError(
         f"{folder} holds no pairs: neither samples.json, nor chosen/ and rejected/, w/ and l/, one .jsonl or .parquet "
         "files. Make some with `align sample`."
     )
 
 
-def _from_samples(folder: Path, limit: int | None) -> Preferences:
+def _read_samples_folder(folder: Path, limit: int | None) -> Preferences:
     present = [folder / name for name in (CHOICES, RANKING) if (folder / name).is_file()]
     if len(present) > 1:
         raise UserError(
@@ -98,29 +97,29 @@ def _from_samples(folder: Path, limit: int | None) -> Preferences:
         raise UserError(
             f"{folder} holds pictures and no preferences yet. Run `align label {folder}` or `align rank {folder}`."
         )
-    return _from_lines(present[0], limit)
+    return _read_lines(present[0], limit)
 
 
-def _from_two_folders(folder: Path, better: str, worse: str, limit: int | None) -> Preferences:
-    found = Preferences(str(folder))
+def _read_two_folders(folder: Path, better: str, worse: str, limit: int | None) -> Preferences:
+    preferences = Preferences(str(folder))
     first, second = (
         {_stem(picture): picture for picture in list_images(folder / side)} for side in (better, worse)
     )
     for stem, winner in list(first.items())[:limit]:
         if stem not in second:
-            found.problems.append(f"{winner.path} has no picture of that name in {worse}/")
+            preferences.problems.append(f"{winner.path} has no picture of that name in {worse}/")
             continue
         loser = second[stem]
-        found.pairs.append(
+        preferences.pairs.append(
             Pair(winner.caption or loser.caption or "", winner, loser, 1.0, f"{better}/{winner.path.name}")
         )
     if limit is None:
-        found.problems += [
+        preferences.problems += [
             f"{second[stem].path} has no picture of that name in {better}/"
             for stem in second
             if stem not in first
         ]
-    return found
+    return preferences
 
 
 def _stem(picture: ImageRecord) -> str:
@@ -133,29 +132,32 @@ def _stem(picture: ImageRecord) -> str:
 def _read_file(path: Path, limit: int | None) -> Preferences:
     match path.suffix.lower():
         case ".jsonl":
-            return _from_lines(path, limit)
+            return _read_lines(path, limit)
         case ".parquet":
-            return _from_table(ParquetTable([path]), str(path), limit)
+            return _read_table(ParquetTable([path]), str(path), limit)
     raise UserError(
         f"{path} is a {path.suffix or 'file without an ending'}; pairs are a folder, .jsonl or .parquet."
     )
 
 
-def _from_lines(path: Path, limit: int | None) -> Preferences:
-    found = Preferences(str(path), made_by=_made_by(path.parent))
+def _read_lines(path: Path, limit: int | None) -> Preferences:
+    preferences = Preferences(str(path), provenance=_read_provenance(path.parent))
     if path.name == CHOICES:
-        choices = effective(read_choices(path))
+        choices = replay(read_choices(path))
         for choice in [choice for choice in choices if not choice.repeat][:limit]:
-            _add_choice(found, choice, path.parent)
-        return found
-    for number, line in enumerate(_objects(path, found), start=1):
+            _add_choice(preferences, choice, path.parent)
+        return preferences
+    for number, line in enumerate(_iterate_objects(path, preferences), start=1):
         if limit is not None and number > limit:
             break
-        _add_row(found, line, f"line {number} of {path}", lambda value: _picture_at(value, path.parent))
-    return found
+        _add_row(
+            preferences, line, f"line {number} of {path}", lambda value: _picture_from(value, path.parent)
+        )
+    return preferences
 
 
-def _objects(path: Path, found: Preferences) -> Iterator[dict[str, Any]]:
+def _iterate_objects(path: Path, preferences: Preferences) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects of a file's lines; what is none becomes one of the problems."""
     import json
 
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
@@ -164,26 +166,26 @@ def _objects(path: Path, found: Preferences) -> Iterator[dict[str, Any]]:
         try:
             value = json.loads(line)
         except (json.JSONDecodeError, UnicodeDecodeError):
-            found.problems.append(f"line {number} of {path} is not JSON")
+            preferences.problems.append(f"line {number} of {path} is not JSON")
             continue
         if isinstance(value, dict):
             yield value
         else:
-            found.problems.append(f"line {number} of {path} is not a JSON object")
+            preferences.problems.append(f"line {number} of {path} is not a JSON object")
 
 
-def _picture_at(value: Any, folder: Path) -> ImageRecord | None:
+def _picture_from(value: Any, folder: Path) -> ImageRecord | None:
     if not isinstance(value, str) or not value:
         return None
     return ImageRecord(folder / value.replace("\\", "/"))
 
 
-def _add_choice(found: Preferences, choice: Choice, folder: Path) -> None:
+def _add_choice(preferences: Preferences, choice: Choice, folder: Path) -> None:
     if choice.verdict == "skip":
-        found.passed_over += 1
+        preferences.skipped += 1
         return
     label = {"left": 1.0, "right": 0.0}.get(choice.verdict, 0.5)
-    found.pairs.append(
+    preferences.pairs.append(
         Pair(
             choice.prompt,
             ImageRecord(folder / choice.left),
@@ -196,102 +198,123 @@ def _add_choice(found: Preferences, choice: Choice, folder: Path) -> None:
     )
 
 
-def _made_by(folder: Path) -> dict[str, Any]:
+def _read_provenance(folder: Path) -> dict[str, Any]:
+    """What `samples.json` says of the model that drew a folder's images; {} without one."""
     path = folder / SAMPLES
     if not path.is_file():
         return {}
-    said = read_json(path)
-    return said if isinstance(said, dict) else {}
+    record = read_json(path)
+    return record if isinstance(record, dict) else {}
 
 
 # Tables -----------------------------------------------------------------------------------------------------
 
 
-def _from_table(table: ParquetTable | DatasetTable, source: str, limit: int | None) -> Preferences:
+def _read_table(table: ParquetTable | DatasetTable, source: str, limit: int | None) -> Preferences:
     names = table.column_names
-    heavy = {"jpg_0", "jpg_1", "chosen", "rejected", "image", "image_0", "image_1"}
-    pictures = {name for name in names if name in heavy}
+    image_columns = {"jpg_0", "jpg_1", "chosen", "rejected", "image", "image_0", "image_1"}
+    pictures = {name for name in names if name in image_columns}
     has_prompt = any(name in names for name in PROMPT_COLUMNS)
-    complete = (
+    required = (
         {"jpg_0", "jpg_1", "label_0"},
         {"image_0", "image_1", "label_0"},
         {"chosen", "rejected"},
         {"image", "label"},
     )
-    if not has_prompt or not any(needed <= set(names) for needed in complete):
+    if not has_prompt or not any(needed <= set(names) for needed in required):
         raise UserError(
             f"{source} has the columns {', '.join(names)}. Pairs need caption with jpg_0, jpg_1, label_0 (Pick-a-Pic), "
             "prompt with chosen and rejected, or prompt with image and label."
         )
-    found = Preferences(source)
-    light = [name for name in names if name not in pictures]
-    for index, row in enumerate(table.values(light)):
+    preferences = Preferences(source)
+    other_columns = [name for name in names if name not in pictures]
+    for index, row in enumerate(table.values(other_columns)):
         if limit is not None and index >= limit:
             break
         where = f"row {index} of {source}"
 
-        def at(column: Any, index: int = index) -> ImageRecord:
+        def picture_at(column: Any, index: int = index) -> ImageRecord:
             return ImageRecord(
                 Path(source) / f"{index:06d}-{column}", row=DatasetRow(table, str(column), index)
             )
 
-        _add_row(found, {**row, **{name: name for name in pictures}}, where, at)
-    return found
+        _add_row(preferences, {**row, **{name: name for name in pictures}}, where, picture_at)
+    return preferences
 
 
 # A row of any of them ---------------------------------------------------------------------------------------
 
 
 def _add_row(
-    found: Preferences, row: Mapping[str, Any], where: str, picture: Callable[[Any], ImageRecord | None]
+    preferences: Preferences,
+    row: Mapping[str, Any],
+    where: str,
+    to_picture: Callable[[Any], ImageRecord | None],
 ) -> None:
-    """Reads one row; `picture` turns what stands in a picture's column into an `ImageRecord`."""
+    """Add one row as a pair or a single image, or its problem; `to_picture` reads an image column."""
     prompt = next((row[name] for name in PROMPT_COLUMNS if isinstance(row.get(name), str)), "")
     prompt = " ".join(prompt.split())
     user = str(row.get("user_id") if row.get("user_id") is not None else row.get("user") or "")
-    if row.get("has_label") is False or row.get("are_different") is False:
-        found.passed_over += 1
+    if row.get("has_label") is False or row.get("are_different") is False:  # Pick-a-Pic's unlabelled rows
+        preferences.skipped += 1
         return
-    pair_names = next(
-        (
-            names
-            for names in (("jpg_0", "jpg_1"), ("image_0", "image_1"))
-            if names[0] in row and names[1] in row
-        ),
-        None,
-    )
-    if pair_names is not None:
-        label = _pair_label(row)
-        pictures = [picture(row[name]) for name in pair_names]
-        if label is None:
-            said = f"label_0 = {row.get('label_0')}, label_1 = {row.get('label_1')}"
-            found.problems.append(f"{where} has labels that are no choice ({said})")
-        elif pictures[0] is None or pictures[1] is None:
-            found.problems.append(f"{where} names no picture")
-        else:
-            found.pairs.append(Pair(prompt, pictures[0], pictures[1], label, where, user))
-        return
-    if "chosen" in row and "rejected" in row:
-        better, worse = picture(row["chosen"]), picture(row["rejected"])
-        if better is None or worse is None:
-            found.problems.append(f"{where} names no picture")
-        else:
-            label = 0.5 if row.get("tie") is True else 1.0
-            found.pairs.append(Pair(prompt, better, worse, label, where, user))
-        return
-    name = next((name for name in ("image", "file_name") if name in row), None)
-    good = _single_label(row.get("label"))
-    one = picture(row[name]) if name else None
-    if one is None:
-        found.problems.append(f"{where} names no picture")
-    elif good is None:
-        found.problems.append(f"{where} has the label {row.get('label')!r}, which is neither good nor bad")
+    columns = next((names for names in PAIR_COLUMNS if names[0] in row and names[1] in row), None)
+    record: Record | str
+    if columns is not None:
+        pictures = [to_picture(row[name]) for name in columns]
+        record = _labelled_pair(row, pictures, prompt, where, user)
+    elif "chosen" in row and "rejected" in row:
+        pictures = [to_picture(row["chosen"]), to_picture(row["rejected"])]
+        record = _chosen_pair(row, pictures, prompt, where, user)
     else:
-        found.singles.append(Single(prompt, one, good, where, user))
+        column = next((name for name in ("image", "file_name") if name in row), None)
+        record = _labelled_single(row, to_picture(row[column]) if column else None, prompt, where, user)
+    if isinstance(record, str):
+        preferences.problems.append(record)
+    elif isinstance(record, Pair):
+        preferences.pairs.append(record)
+    else:
+        preferences.singles.append(record)
 
 
-def _pair_label(row: Mapping[str, Any]) -> float | None:
-    """label_0 of a row, None where the two labels are no choice and no tie."""
+def _labelled_pair(
+    row: Mapping[str, Any], pictures: Sequence[ImageRecord | None], prompt: str, where: str, user: str
+) -> Pair | str:
+    """A pair from `label_0` and `label_1` (Pick-a-Pic), or the problem with it."""
+    label = _parse_pair_label(row)
+    first, second = pictures
+    if label is None:
+        labels = f"label_0 = {row.get('label_0')}, label_1 = {row.get('label_1')}"
+        return f"{where} has labels that are no choice ({labels})"
+    if first is None or second is None:
+        return f"{where} names no picture"
+    return Pair(prompt, first, second, label, where, user)
+
+
+def _chosen_pair(
+    row: Mapping[str, Any], pictures: Sequence[ImageRecord | None], prompt: str, where: str, user: str
+) -> Pair | str:
+    """A pair from `chosen` and `rejected`, a tie where `tie` is true; or the problem with it."""
+    chosen, rejected = pictures
+    if chosen is None or rejected is None:
+        return f"{where} names no picture"
+    return Pair(prompt, chosen, rejected, 0.5 if row.get("tie") is True else 1.0, where, user)
+
+
+def _labelled_single(
+    row: Mapping[str, Any], picture: ImageRecord | None, prompt: str, where: str, user: str
+) -> Single | str:
+    """One image from `image` and `label`, or the problem with it."""
+    is_good = _parse_single_label(row.get("label"))
+    if picture is None:
+        return f"{where} names no picture"
+    if is_good is None:
+        return f"{where} has the label {row.get('label')!r}, which is neither good nor bad"
+    return Single(prompt, picture, is_good, where, user)
+
+
+def _parse_pair_label(row: Mapping[str, Any]) -> float | None:
+    """`label_0` as 0, ½ or 1; None where the two labels are neither a choice nor a tie."""
     first, second = row.get("label_0"), row.get("label_1")
     if not isinstance(first, (int, float)) or first not in (0, 0.5, 1):
         return None
@@ -300,7 +323,8 @@ def _pair_label(row: Mapping[str, Any]) -> float | None:
     return float(first)
 
 
-def _single_label(label: Any) -> bool | None:
+def _parse_single_label(label: Any) -> bool | None:
+    """True for good or 1, False for bad, 0 or −1, else None."""
     if isinstance(label, str):
         return {"good": True, "bad": False, "1": True, "0": False}.get(label.strip().lower())
     known = {1.0: True, 0.0: False, -1.0: False}

@@ -1,4 +1,4 @@
-"""Preference records: pairs and single judgements, what makes them valid, how some are held out."""
+"""Preference records: pairs and single labelled images, their validation, and the split that holds some out."""
 
 from __future__ import annotations
 
@@ -12,32 +12,26 @@ from backbone.media.decode import BadImageError
 from backbone.media.pictures import ImageRecord
 
 SAMPLES = "samples.json"
-
-
 RANKING = "ranking.jsonl"
-
-
 SCORES = "scores.json"
-
-
-SHOWN_PROBLEMS = 20
+PROBLEMS_SHOWN = 20
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two pictures of one prompt. `label` is the probability that the first is better: 1, 0, or ½ for a tie."""
+    """Two images of one prompt. `label` is the probability that the first is preferred: 1, 0, or ½ for a tie."""
 
     prompt: str
     first: ImageRecord
     second: ImageRecord
     label: float
-    name: str  # how a message calls it: “row 12 of pairs.parquet”
+    name: str  # for error messages: “row 12 of pairs.parquet”
     user: str = ""
     both_bad: bool = False  # a tie in which neither is wanted
 
     @property
     def pictures(self) -> tuple[ImageRecord, ImageRecord]:
-        """Both."""
+        """Both images."""
         return self.first, self.second
 
     @property
@@ -47,7 +41,7 @@ class Pair:
 
     @property
     def ordered(self) -> Pair:
-        """The same pair with the better picture first; a tie as it is."""
+        """The same pair with the preferred image first; a tie is unchanged."""
         if self.label >= 0.5:
             return self
         return replace(self, first=self.second, second=self.first, label=1 - self.label)
@@ -55,7 +49,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Single:
-    """One picture of a prompt that was judged by itself."""
+    """One image of a prompt, labelled good or bad by itself."""
 
     prompt: str
     picture: ImageRecord
@@ -65,7 +59,7 @@ class Single:
 
     @property
     def pictures(self) -> tuple[ImageRecord]:
-        """The picture."""
+        """The image, as a tuple of one."""
         return (self.picture,)
 
 
@@ -74,81 +68,83 @@ Record: TypeAlias = Pair | Single
 
 @dataclass
 class Preferences:
-    """What a source holds: records in its order, and what is wrong with it so far, a sentence each."""
+    """Records of a source, in its order, and the problems found so far, a sentence each."""
 
     source: str
     pairs: list[Pair] = field(default_factory=list)
     singles: list[Single] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    passed_over: int = 0  # rows without a label, skipped pairs
-    made_by: dict[str, Any] = field(default_factory=dict)  # what a folder of `align sample` says of its model
+    skipped: int = 0  # rows without a label, skipped pairs
+    provenance: dict[str, Any] = field(default_factory=dict)  # the model that drew a folder of `align sample`
 
     @property
     def records(self) -> list[Record]:
-        """Pairs, then single pictures."""
+        """Pairs, then single images."""
         return [*self.pairs, *self.singles]
 
 
-def check(found: Preferences, *, skip_bad: bool = False) -> Preferences:
-    """Opens every picture; one `UserError` lists all that is wrong, a line each.
+def check_preferences(preferences: Preferences, *, skip_bad: bool = False) -> Preferences:
+    """Open every image; raises one `UserError` that lists all problems, a line each.
 
-    With `skip_bad` the bad records are left out instead, and only an empty or useless rest is an error.
+    With `skip_bad` bad records are dropped instead, and it is an error only if nothing useful remains.
     """
-    problems = list(found.problems)
+    problems = list(preferences.problems)
     good: list[Record] = []
-    for record in found.records:
-        reasons = list(_reasons(record))
-        problems += [f"{record.name} {reason}" for reason in reasons]
-        if not reasons:
+    for record in preferences.records:
+        record_problems = list(_find_problems(record))
+        problems += [f"{record.name} {problem}" for problem in record_problems]
+        if not record_problems:
             good.append(record)
     kept = replace(
-        found,
+        preferences,
         pairs=[record for record in good if isinstance(record, Pair)],
         singles=[record for record in good if isinstance(record, Single)],
         problems=problems,
     )
-    whole = list(_reasons_for_all(kept))
-    if whole or (problems and not skip_bad):
-        raise UserError(_listing(found, problems, whole))
+    general_problems = list(_find_general_problems(kept))
+    if general_problems or (problems and not skip_bad):
+        raise UserError(_format_problems(preferences, problems, general_problems))
     return kept
 
 
-def refuse_another_model(found: Preferences, model: str, fingerprint: str) -> None:
-    """`UserError` when a pairs folder was drawn by other weights than those that are to be trained."""
-    made = found.made_by.get("fingerprint")
-    if made is not None and made != fingerprint:
+def refuse_another_model(preferences: Preferences, model: str, fingerprint: str) -> None:
+    """Raise `UserError` when a pairs folder was sampled from other weights than those that are to be trained."""
+    drawn_by = preferences.provenance
+    if drawn_by.get("fingerprint") not in (None, fingerprint):
         raise UserError(
-            f"{found.source} was drawn by {found.made_by.get('model')} with other weights than {model} has. Train "
-            "that model, or pass --any-model to learn from another model's pictures."
+            f"{preferences.source} was drawn by {drawn_by.get('model')} with other weights than {model} has. "
+            "Train that model, or pass --any-model to learn from another model's pictures."
         )
 
 
-def held_out(records: Sequence[Record], *, share: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """(training, held-out) records; no prompt is in both. About `share` of the prompts are held out.
+def split_held_out(
+    records: Sequence[Record], *, share: float, seed: int
+) -> tuple[list[Record], list[Record]]:
+    """Split into (training, held-out) records by prompt; about `share` of the prompts are held out.
 
-    A prompt's side depends on its words and the seed alone, so more records of other prompts do not move it. At
-    least one prompt is held out where there are two and the share is not 0.
+    A prompt's side is a hash of its words and the seed, so other prompts do not move it. At least one prompt is held
+    out, and one kept, where there are two and the share is not 0.
     """
-    prompts = {normal(record.prompt) for record in records}
-    drawn = {prompt: int(content_hash(f"{seed}/{prompt}".encode())[:13], 16) / 16**13 for prompt in prompts}
-    out = {prompt for prompt, number in drawn.items() if number < share}
+    prompts = {normalize_prompt(record.prompt) for record in records}
+    uniform = {prompt: int(content_hash(f"{seed}/{prompt}".encode())[:13], 16) / 16**13 for prompt in prompts}
+    held_out = {prompt for prompt, number in uniform.items() if number < share}
     if share and len(prompts) > 1:
-        if not out:
-            out = {min(drawn, key=lambda prompt: drawn[prompt])}
-        if len(out) == len(prompts):
-            out -= {max(drawn, key=lambda prompt: drawn[prompt])}
+        if not held_out:
+            held_out = {min(uniform, key=lambda prompt: uniform[prompt])}
+        if len(held_out) == len(prompts):
+            held_out -= {max(uniform, key=lambda prompt: uniform[prompt])}
     elif len(prompts) < 2:
-        out = set()
+        held_out = set()
     return (
-        [record for record in records if normal(record.prompt) not in out],
-        [record for record in records if normal(record.prompt) in out],
+        [record for record in records if normalize_prompt(record.prompt) not in held_out],
+        [record for record in records if normalize_prompt(record.prompt) in held_out],
     )
 
 
-def as_singles(found: Preferences) -> list[Single]:
-    """The same as judged single pictures: winners good, losers bad, both of a “both bad” bad; ties say nothing."""
-    singles = list(found.singles)
-    for pair in found.pairs:
+def to_singles(preferences: Preferences) -> list[Single]:
+    """Pairs as single labelled images: winners good, losers bad, “both bad” both bad; other ties are dropped."""
+    singles = list(preferences.singles)
+    for pair in preferences.pairs:
         if pair.is_tie and not pair.both_bad:
             continue
         better = pair.ordered
@@ -159,12 +155,13 @@ def as_singles(found: Preferences) -> list[Single]:
     return singles
 
 
-def normal(prompt: str) -> str:
-    """A prompt without what does not make it another one: case, spaces, a full stop at the end."""
+def normalize_prompt(prompt: str) -> str:
+    """Lower-case a prompt and strip extra spaces and a final full stop, to compare prompts."""
     return " ".join(prompt.lower().split()).rstrip(" .")
 
 
-def _reasons(record: Record) -> Iterator[str]:
+def _find_problems(record: Record) -> Iterator[str]:
+    """Yield what is wrong with one record; opens its images."""
     if not record.prompt.strip():
         yield "has no prompt"
     sizes = []
@@ -177,65 +174,63 @@ def _reasons(record: Record) -> Iterator[str]:
             yield f"names a picture that cannot be read ({error})"
         except UserError as error:
             yield f"has no usable picture ({error})"
-    if len(sizes) == 2 and not _same_shape(*sizes):
+    if len(sizes) == 2 and not _is_same_size(*sizes):
         (width, height), (other_width, other_height) = sizes
         yield f"has pictures of different sizes, {width} × {height} and {other_width} × {other_height}"
     if isinstance(record, Pair) and len(sizes) == 2 and record.first.path == record.second.path:
         yield "has the same picture twice"
 
 
-def _same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Whether two sizes are one, up to what a decoder rounds when it opens a JPEG reduced."""
-    return all(abs(a - b) <= 1 for a, b in zip(one, other, strict=True))
+def _is_same_size(first: tuple[int, int], second: tuple[int, int]) -> bool:
+    """Whether two sizes are equal, up to the rounding of a JPEG that is decoded at a reduced size."""
+    return all(abs(a - b) <= 1 for a, b in zip(first, second, strict=True))
 
 
-def _reasons_for_all(found: Preferences) -> Iterator[str]:
-    if not found.records:
-        waiting = f" ({found.passed_over} are not labelled yet)" if found.passed_over else ""
-        yield f"{found.source} holds no usable pair{waiting}. Choose with `align label`, or rank with `align rank`."
-    elif found.pairs and not found.singles and all(pair.is_tie for pair in found.pairs):
-        yield f"All {len(found.pairs)} pairs of {found.source} are ties, so nothing is preferred. Choose in some."
-    elif found.singles and not found.pairs and len({single.good for single in found.singles}) == 1:
-        said, other = ("good", "bad") if found.singles[0].good else ("bad", "good")
-        yield f"Every picture of {found.source} is labelled {said}, so nothing is preferred. Label some {other}."
+def _find_general_problems(preferences: Preferences) -> Iterator[str]:
+    """Yield what is wrong with the whole: no records, all ties, or one label only."""
+    source, pairs, singles = preferences.source, preferences.pairs, preferences.singles
+    if not preferences.records:
+        waiting = f" ({preferences.skipped} are not labelled yet)" if preferences.skipped else ""
+        yield f"{source} holds no usable pair{waiting}. Choose with `align label`, or rank with `align rank`."
+    elif pairs and not singles and all(pair.is_tie for pair in pairs):
+        yield f"All {len(pairs)} pairs of {source} are ties, so nothing is preferred. Choose in some."
+    elif singles and not pairs and len({single.good for single in singles}) == 1:
+        label, opposite = ("good", "bad") if singles[0].good else ("bad", "good")
+        yield f"Every picture of {source} is labelled {label}, so nothing is preferred. Label some {opposite}."
 
 
-def _listing(found: Preferences, problems: Sequence[str], whole: Sequence[str]) -> str:
+def _format_problems(preferences: Preferences, problems: Sequence[str], general: Sequence[str]) -> str:
     if not problems:
-        return "\n".join(whole)
-    count = len(found.records)
-    shown = [f"  {problem}" for problem in problems[:SHOWN_PROBLEMS]]
-    if len(problems) > SHOWN_PROBLEMS:
-        shown.append(f"  and {len(problems) - SHOWN_PROBLEMS} more")
-    much = f"{len(problems)} {_plural('problem', len(problems))} in {count} {_plural('record', count)}"
-    heading = f"{found.source} has {much}:"
+        return "\n".join(general)
+    count = len(preferences.records)
+    shown = [f"  {problem}" for problem in problems[:PROBLEMS_SHOWN]]
+    if len(problems) > PROBLEMS_SHOWN:
+        shown.append(f"  and {len(problems) - PROBLEMS_SHOWN} more")
+    counts = (
+        f"{len(problems)} {_pluralize('problem', len(problems))} in {count} {_pluralize('record', count)}"
+    )
+    heading = f"{preferences.source} has {counts}:"
     remedy = "Repair or remove them, or leave them out with --skip-bad."
-    return "\n".join([heading, *shown, *whole, remedy])
+    return "\n".join([heading, *shown, *general, remedy])
 
 
-def _plural(noun: str, count: int) -> str:
+def _pluralize(noun: str, count: int) -> str:
     return noun if count == 1 else noun + "s"
 
 
-def pair_key(pair: Pair) -> str:
-    """A pair by its contents: prompt and both pictures, in their order."""
-    parts = [pair.prompt, *(content_hash(picture.read()) for picture in pair.pictures)]
-    return content_hash("\n".join(parts).encode())
-
-
-def counted(records: Iterable[Record]) -> str:
-    """“120 pairs (4 ties) of 40 prompts”, for people."""
+def describe_records(records: Iterable[Record]) -> str:
+    """Describe records for people: “120 pairs (4 ties) of 40 prompts”."""
     records = list(records)
     pairs = [record for record in records if isinstance(record, Pair)]
     ties = sum(pair.is_tie for pair in pairs)
     singles = len(records) - len(pairs)
-    said = []
+    counts = []
     if pairs:
-        said.append(
-            f"{len(pairs)} {_plural('pair', len(pairs))}"
-            + (f" ({ties} {_plural('tie', ties)})" if ties else "")
+        counts.append(
+            f"{len(pairs)} {_pluralize('pair', len(pairs))}"
+            + (f" ({ties} {_pluralize('tie', ties)})" if ties else "")
         )
     if singles:
-        said.append(f"{singles} judged {_plural('picture', singles)}")
-    prompts = len({normal(record.prompt) for record in records})
-    return f"{' and '.join(said) or 'nothing'} of {prompts} {_plural('prompt', prompts)}"
+        counts.append(f"{singles} labelled {_pluralize('picture', singles)}")
+    prompts = len({normalize_prompt(record.prompt) for record in records})
+    return f"{' and '.join(counts) or 'nothing'} of {prompts} {_pluralize('prompt', prompts)}"

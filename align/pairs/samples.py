@@ -1,4 +1,4 @@
-"""What a folder of `align sample` holds: `samples.json` says how its pictures were drawn, `pictures/` has them."""
+"""The folder that `align sample` writes: `pictures/`, and `samples.json` with prompts and sampling settings."""
 
 from __future__ import annotations
 
@@ -13,48 +13,48 @@ FORMAT = 1
 PICTURES = "pictures"
 
 
-def picture_name(i: int, j: int) -> str:
-    """The file of sample j of prompt i, relative to the folder."""
+def image_name(i: int, j: int) -> str:
+    """Path of sample j of prompt i, relative to the folder."""
     return f"{PICTURES}/p{i:05d}-s{j:02d}.png"
 
 
-def shots(prompt: Prompt, per_prompt: int) -> int:
-    """How many pictures compete for a prompt: its own, and one of each near miss."""
-    return per_prompt + len(prompt.near)
+def count_images(prompt: Prompt, per_prompt: int) -> int:
+    """Number of images that compete for a prompt: `per_prompt` of its own, and one of each hard negative."""
+    return per_prompt + len(prompt.hard_negatives)
 
 
-def shot(prompt: Prompt, j: int, per_prompt: int) -> tuple[str, int]:
-    """What picture j of a prompt shows, and which sample's noise it is drawn from.
+def prompt_and_noise(prompt: Prompt, j: int, per_prompt: int) -> tuple[str, int]:
+    """(prompt text, noise index) of image j: j < per_prompt are the prompt's own, then come its hard negatives.
 
-    Behind the prompt's own pictures 0 … per_prompt − 1 stand its near misses, from the noise of those in turn.
+    Hard negatives reuse the noise of the prompt's own images in turn.
     """
     if j < per_prompt:
         return prompt.text, j
-    return prompt.near[j - per_prompt], (j - per_prompt) % per_prompt
+    return prompt.hard_negatives[j - per_prompt], (j - per_prompt) % per_prompt
 
 
 def read_samples(folder: Path) -> tuple[list[Prompt], list[list[str]]]:
-    """The prompts of a pairs folder and, for each, the pictures that are there already.
+    """Read a folder's prompts and, for each of them, the images that exist already.
 
-    `UserError` when the folder is none of `align sample`, or when no prompt has two pictures yet.
+    Raises `UserError` for a folder that `align sample` did not write, or where no prompt has two images yet.
     """
     path = folder / SAMPLES
     if not path.is_file():
         raise UserError(
             f"{folder} is not a folder of `align sample` ({SAMPLES} is missing). Name another one."
         )
-    said = read_json(path)
-    if not isinstance(said, dict) or said.get("format") != FORMAT:
+    record = read_json(path)
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UserError(f"{path} is not a list of samples that this version reads. Draw them again.")
     prompts = [
-        Prompt(str(entry["prompt"]), str(entry.get("category", "")), tuple(entry.get("near", ())))
-        for entry in said["prompts"]
+        Prompt(str(entry["prompt"]), str(entry.get("category", "")), tuple(entry.get("hard_negatives", ())))
+        for entry in record["prompts"]
     ]
     pictures = [
         [
             name
-            for j in range(shots(prompts[i], int(said["per_prompt"])))
-            if (folder / (name := picture_name(i, j))).exists()
+            for j in range(count_images(prompts[i], int(record["per_prompt"])))
+            if (folder / (name := image_name(i, j))).exists()
         ]
         for i in range(len(prompts))
     ]

@@ -1,4 +1,4 @@
-"""Preferences from tables: parquet files, saved datasets, the hub."""
+"""Tables of preferences: Parquet files, saved datasets, datasets of the hub."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from backbone.io.console import UserError
 
 
 class ParquetTable:
-    """Rows of local Parquet files; `table[i][column]` reads only that column of that row's group."""
+    """Rows of local Parquet files; `table[i][column]` reads only that column of that row's row group."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         import pyarrow
@@ -33,7 +33,7 @@ class ParquetTable:
         return sum(rows for _, _, rows in self.groups)
 
     def values(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Every row with these columns alone, in order."""
+        """Iterate over all rows, in order, with these columns alone."""
         for file, group, _ in self.groups:
             yield from file.read_row_group(group, columns=list(columns)).to_pylist()
 
@@ -41,7 +41,7 @@ class ParquetTable:
         return _TableRow(self, index)
 
     def cell(self, index: int, column: str) -> Any:
-        """One value; the row group's column is kept for its neighbours."""
+        """One value; the last row group of each column is kept in memory for the rows around it."""
         row = index
         for number, (file, group, rows) in enumerate(self.groups):
             if row < rows:
@@ -62,7 +62,7 @@ class _TableRow:
 
 
 class DatasetTable:
-    """The same over a table of `datasets`, pictures left encoded."""
+    """The interface of `ParquetTable` over a `datasets` table, with images left encoded."""
 
     def __init__(self, table: Any) -> None:
         import datasets
@@ -77,14 +77,14 @@ class DatasetTable:
         return len(self.table)
 
     def values(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Every row with these columns alone, in order."""
+        """Iterate over all rows, in order, with these columns alone."""
         yield from self.table.select_columns(list(columns))
 
     def __getitem__(self, index: int) -> Any:
         return self.table[index]
 
 
-def _saved_table(folder: Path) -> DatasetTable:
+def load_saved_table(folder: Path) -> DatasetTable:
     import datasets
 
     try:
@@ -94,8 +94,8 @@ def _saved_table(folder: Path) -> DatasetTable:
     return DatasetTable(table["train"] if isinstance(table, dict) else table)
 
 
-def _hub_table(source: str, split: str, limit: int | None) -> DatasetTable:
-    """A dataset of the hub; with a limit only its first rows are fetched."""
+def load_hub_table(source: str, split: str, limit: int | None) -> DatasetTable:
+    """Load a dataset of the hub; with a limit only its first rows are downloaded."""
     import datasets
 
     try:

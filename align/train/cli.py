@@ -75,13 +75,12 @@ def train(asked: dict[str, Any], run: RunOptions) -> None:
             raise UserError(
                 "Say what to learn from: align train PAIRS (see align train --help), or --online SCORER."
             )
-        from align.pairs.read import read
-        from align.pairs.records import check as check_pairs
-        from align.pairs.records import counted
+        from align.pairs.read import read_preferences
+        from align.pairs.records import check_preferences, describe_records
 
         rows = {name: asked[name] for name in ("user", "limit", "split") if name in asked}
-        found = check_pairs(read(source, **rows), skip_bad=asked.get("skip_bad", False))
-        notify(f"{found.source} holds {counted(found.records)}.")
+        found = check_preferences(read_preferences(source, **rows), skip_bad=asked.get("skip_bad", False))
+        notify(f"{found.source} holds {describe_records(found.records)}.")
         from align.train.run import train_taste
 
         finished = train_taste(asked, found, out=run.out, vram=run.vram)

@@ -12,11 +12,11 @@ import torch
 from align.objectives.dataset import _read_again, prepare, records_of
 from align.objectives.metrics import make_evaluation
 from align.objectives.reference import LiveReference
-from align.pairs.read import read
+from align.pairs.read import read_preferences
 from align.pairs.records import (
-    check,
-    counted,
-    held_out,
+    check_preferences,
+    describe_records,
+    split_held_out,
 )
 from align.settings import EVALUATION, ROUNDS, Settings
 from backbone.adapters.apply import add_weight_differences, load_concepts
@@ -41,12 +41,13 @@ def evaluate_taste(
         if not rounds:
             raise UserError(f"{run} was trained without pairs. Name some: align evaluate {run} PAIRS.")
         settings = dataclasses.replace(settings, pairs=str(rounds[-1]))
-    found = check(
-        _read_again(settings) if source is None else read(source), skip_bad=skip_bad or settings.skip_bad
+    found = check_preferences(
+        _read_again(settings) if source is None else read_preferences(source),
+        skip_bad=skip_bad or settings.skip_bad,
     )
     records = records_of(found, settings)
     if source is None:
-        _, records = held_out(records, share=settings.held_out, seed=settings.seed)
+        _, records = split_held_out(records, share=settings.held_out, seed=settings.seed)
     if not records:
         raise UserError(f"{source or settings.pairs} leaves nothing to judge by. Name other pairs.")
     model = Backbone.open(settings.model, device=settings.device, precision=settings.precision)
@@ -67,11 +68,12 @@ def evaluate_taste(
     with torch.no_grad():
         figures = evaluation(model.denoiser)
     write_json(
-        run / EVALUATION, {"source": source or "held out", "records": counted(records), **figures.as_json()}
+        run / EVALUATION,
+        {"source": source or "held out", "records": describe_records(records), **figures.as_json()},
     )
     levels = ", ".join("–" if math.isnan(share) else f"{share:.0%}" for share in figures.by_level)
     return (
-        f"accuracy {figures.accuracy} on {counted(records)}, {figures.draws} draws each\n"
+        f"accuracy {figures.accuracy} on {describe_records(records)}, {figures.draws} draws each\n"
         f"by noise, clean to noisy: {levels}\n"
         f"change of error: winners {figures.winner_change:+.2%}, losers {figures.loser_change:+.2%}"
     )

@@ -14,14 +14,22 @@ from typing import Any
 
 import torch
 
-from align.collect.rank import rank
-from align.collect.sample import Drawing, draw
-from align.collect.scorers import open_judge, takes_gradients
+from align.collect.rank import rank_samples
+from align.collect.sample import SamplingSettings, sample_images
+from align.collect.scorers import open_scorer, refuse_not_differentiable
 from align.objectives.dataset import PreferenceData, prepare, records_of
 from align.objectives.preference import PreferenceTraining, share_of
-from align.pairs.read import read
-from align.pairs.records import RANKING, SAMPLES, SCORES, Record, check, counted, held_out
-from align.pairs.samples import FORMAT, picture_name
+from align.pairs.read import read_preferences
+from align.pairs.records import (
+    RANKING,
+    SAMPLES,
+    SCORES,
+    Record,
+    check_preferences,
+    describe_records,
+    split_held_out,
+)
+from align.pairs.samples import FORMAT, image_name
 from align.settings import (
     FILE,
     REPORT,
@@ -80,8 +88,8 @@ def train_online(asked: dict[str, Any], *, out: Path | None) -> Path:
     )
     settings = resolved(asked, model.defaults)
     if settings.loss == "draft":
-        takes_gradients(settings.online)
-    open_judge(settings.online)
+        refuse_not_differentiable(settings.online)
+    open_scorer(settings.online)
     for folder in settings.concepts:
         check_concept_fits(read_concept(folder), model)
     model = _placed(settings)
@@ -161,7 +169,7 @@ def _by_pairs(
             _draw_round(folder, settings, model, prompts, concepts, number, stop)
             # Rank: a scorer's best and worst of a prompt become a pair.
             if writes and not (folder / RANKING).exists():
-                rank(folder, [settings.online])
+                rank_samples(folder, [settings.online])
             if writes:
                 append_reward(run, folder, settings, number)
             processes.barrier()  # now every process finds the pairs
@@ -197,16 +205,16 @@ def _draw_round(
     stop: list[int],
 ) -> None:
     """Draws what the round's folder still lacks, with the adapter as it is; round r's noise is its own."""
-    drawing = Drawing(settings.sample_steps, settings.guidance, settings.seed + 1 + number)
+    sampling = SamplingSettings(settings.sample_steps, settings.guidance, settings.seed + 1 + number)
     keys = [(i, j) for i in range(len(prompts)) for j in range(settings.per_prompt)]
-    missing = [key for key in keys if not (folder / picture_name(*key)).exists()]
+    missing = [key for key in keys if not (folder / image_name(*key)).exists()]
     processes.barrier()  # now every process knows what is missing
     own = processes.split_batches(
-        missing, batch=drawing.batch
+        missing, batch=sampling.batch
     )  # to the last bit, for what is learned from them
     with progress(len(own), "drawing") as bar:
-        for key, picture in zip(own, draw(model, prompts, own, drawing, concepts), strict=True):
-            save_png(folder / picture_name(*key), picture, text={"prompt": prompts[key[0]].text})
+        for key, picture in zip(own, sample_images(model, prompts, own, sampling, concepts), strict=True):
+            save_png(folder / image_name(*key), picture, text={"prompt": prompts[key[0]].text})
             bar.advance(1, images=1)
             if stop:
                 break
@@ -220,7 +228,7 @@ def _draw_round(
         "model": model.location.name,
         "fingerprint": model.fingerprint,
         "round": number,
-        "drawing": drawing,
+        "sampling": sampling,
         "per_prompt": settings.per_prompt,
         "prompts": [{"prompt": prompt.text, "category": prompt.category} for prompt in prompts],
     }
@@ -228,12 +236,14 @@ def _draw_round(
 
 
 def _round_records(folder: Path, settings: Settings) -> tuple[list[Record], list[Record]]:
-    learn, out = held_out(
-        records_of(check(read(folder)), settings), share=settings.held_out, seed=settings.seed
+    learn, out = split_held_out(
+        records_of(check_preferences(read_preferences(folder)), settings),
+        share=settings.held_out,
+        seed=settings.seed,
     )
     if not learn:
         raise UserError(f"{folder} leaves nothing to learn from. Lower --held-out, or give more prompts.")
-    notify(f"Learning from {counted(learn)}; held out: {counted(out)}.")
+    notify(f"Learning from {describe_records(learn)}; held out: {describe_records(out)}.")
     return learn, out
 
 

@@ -13,7 +13,7 @@ from align.objectives.preference import PreferenceTraining
 from align.objectives.reference import CachedReference
 from align.pairs.records import (
     Record,
-    counted,
+    describe_records,
 )
 from align.settings import (
     EVALUATIONS,
@@ -51,8 +51,8 @@ def write_summary(
         "concepts": summarize_concepts(concepts),
         "data": {
             "source": settings.pairs,
-            "training": counted(learn),
-            "held_out": counted(out),
+            "training": describe_records(learn),
+            "held_out": describe_records(out),
             "training_records": len(learn),
             "held_out_records": len(out),
         },

@@ -11,10 +11,10 @@ from align.objectives.preference import PreferenceTraining, share_of
 from align.pairs.records import (
     Preferences,
     Record,
-    check,
-    counted,
-    held_out,
+    check_preferences,
+    describe_records,
     refuse_another_model,
+    split_held_out,
 )
 from align.settings import FILE, Settings, as_command, read_settings, resolved
 from align.train.monitor import Validation
@@ -76,7 +76,7 @@ def resume_taste(run: Path) -> Path:
     began = time.perf_counter()
     settings = read_settings(run)
     processes.init_process(settings.device)
-    found = check(_read_again(settings), skip_bad=settings.skip_bad)
+    found = check_preferences(_read_again(settings), skip_bad=settings.skip_bad)
     model = Backbone.open(
         settings.model,
         device=settings.device,
@@ -89,10 +89,10 @@ def resume_taste(run: Path) -> Path:
 
 def carry_on(run: Path, settings: Settings, model: Backbone, records: list[Record], *, began: float) -> Path:
     """Trains from the last checkpoint, if there is one, to the finished folder."""
-    learn, out = held_out(records, share=settings.held_out, seed=settings.seed)
+    learn, out = split_held_out(records, share=settings.held_out, seed=settings.seed)
     if not learn:
         raise UserError(f"{settings.pairs} leaves nothing to learn from. Lower --held-out.")
-    notify(f"Learning from {counted(learn)}; held out: {counted(out)}.")
+    notify(f"Learning from {describe_records(learn)}; held out: {describe_records(out)}.")
     concepts = [read_concept(folder) for folder in settings.concepts]
     base = load_concepts(model, concepts)
     data = prepare(model, learn, out, settings, concepts)

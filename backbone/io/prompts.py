@@ -1,6 +1,6 @@
 """Prompts as people give them: words, or a file with a prompt on each line.
 
-In a `.jsonl` file a line has a `prompt`, and perhaps a `category` and `near` misses.
+In a `.jsonl` file a line has a `prompt`, and perhaps a `category` and `hard_negatives`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ SUFFIXES = (".txt", ".jsonl")
 
 @dataclass(frozen=True)
 class Prompt:
-    """What to draw, the group that it is counted in, and near misses: prompts whose images compete with its own.
+    """What to draw, the group that it is counted in, and hard negatives: prompts whose images compete with its own.
 
-    “a horse in a park” is a near miss of “a horse wearing a crown in a park”: drawn from the same noise, its image
-    differs by the crown alone.
+    “a horse in a park” is a hard negative of “a horse wearing a crown in a park”: sampled from the same noise, its
+    image differs by the crown alone.
     """
 
     text: str
     category: str = ""
-    near: tuple[str, ...] = ()
+    hard_negatives: tuple[str, ...] = ()
 
 
 def prompts_of(given: Sequence[str]) -> list[Prompt]:
@@ -103,8 +103,8 @@ def _from_json(line: str) -> Prompt | None:
     text = value.get("prompt") if isinstance(value, dict) else None
     if not isinstance(text, str) or not text.strip():
         return None
-    near = value.get("near") or []
-    if not isinstance(near, list) or not all(isinstance(one, str) and one.strip() for one in near):
+    negatives = value.get("hard_negatives") or []
+    if not isinstance(negatives, list) or not all(isinstance(n, str) and n.strip() for n in negatives):
         return None
-    tidy = tuple(" ".join(one.split()) for one in near)
-    return Prompt(" ".join(text.split()), str(value.get("category") or ""), tidy)
+    hard_negatives = tuple(" ".join(negative.split()) for negative in negatives)
+    return Prompt(" ".join(text.split()), str(value.get("category") or ""), hard_negatives)

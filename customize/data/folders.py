@@ -1,4 +1,4 @@
-"""Folders of pictures as other trainers lay them out: kohya's `10_sks dog/`, and `concepts_list.json`."""
+"""Read training images as other trainers lay them out: kohya's `10_sks dog/` folders, and `concepts_list.json`."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from backbone.io.files import read_json
 from backbone.media.pictures import IMAGE_SUFFIXES
 from customize.settings import INSTANCE_PROMPT, Subject
 
-NUMBERED = re.compile(r"(\d+)_(.+)")
-SMALL_WORDS = frozenset({"a", "an", "the"})
+KOHYA_FOLDER = re.compile(r"(\d+)_(.+)")
+ARTICLES = frozenset({"a", "an", "the"})
 
 
 @dataclass(frozen=True)
 class ConceptFolder:
-    """The pictures of one concept: how often each counts, the words for it, and what it is.
+    """Images of one concept, how often each is repeated, its token and its class.
 
-    `token_words` or `class_noun` is empty where the source does not say. The prompts, of which the first has {token}
-    and {class} in it, are None where it gives none; so is the folder of class pictures.
+    `token_words` or `class_noun` is empty where the source does not name it. `instance_prompt` has {token} and {class}
+    in it; the prompts and the folder of class images are None where the source gives none.
     """
 
     folder: Path
@@ -34,24 +34,24 @@ class ConceptFolder:
 
 
 def read_concepts(path: str | Path) -> list[ConceptFolder]:
-    """The concepts of a folder with subfolders like `10_sks dog`, of one such folder, or of a `concepts_list.json`.
+    """Read the concepts of a folder with subfolders like `10_sks dog`, of one such folder, or of `concepts_list.json`.
 
-    Raises `UserError` for a source that is neither.
+    Raises `UserError` for any other source.
     """
     path = Path(path).expanduser()
     if path.is_file() and path.suffix.lower() == ".json":
-        return _listed(path)
+        return _read_list(path)
     if path.is_dir():
-        if NUMBERED.fullmatch(path.name) and _has_pictures(path):
-            return [_of_folder(path)]
+        if KOHYA_FOLDER.fullmatch(path.name) and _has_images(path):
+            return [_parse_folder(path)]
         if (path / "concepts_list.json").is_file():
-            return _listed(path / "concepts_list.json")
-        inner = sorted(
-            folder for folder in path.iterdir() if folder.is_dir() and NUMBERED.fullmatch(folder.name)
+            return _read_list(path / "concepts_list.json")
+        subfolders = sorted(
+            folder for folder in path.iterdir() if folder.is_dir() and KOHYA_FOLDER.fullmatch(folder.name)
         )
-        found = [_of_folder(folder) for folder in inner if _has_pictures(folder)]
-        if found:
-            return found
+        concepts = [_parse_folder(folder) for folder in subfolders if _has_images(folder)]
+        if concepts:
+            return concepts
     elif not path.exists():
         raise FileNotFoundError(2, "No such file or directory", str(path))
     raise UserError(
@@ -61,72 +61,77 @@ def read_concepts(path: str | Path) -> list[ConceptFolder]:
 
 
 def read_subjects(path: str | Path) -> tuple[list[Subject], dict[str, Any]]:
-    """What `customize train` makes of such a source: its subjects, and the prompts and class images it asks for.
+    """Subjects for `customize train` from such a source, and settings that its prompts and class images imply.
 
-    The words of the source are both what people write and what the model reads. Every subject is drawn equally often,
-    which is what people choose the repeats for. Raises `UserError` where a token or class is missing or prompts differ.
+    The source's token is both what users write and what the model reads. Subjects are sampled equally often, which is
+    what repeats are used for. Raises `UserError` where a token or class is missing or the prompts differ.
     """
-    found = read_concepts(path)
-    for entry in found:
+    concepts = read_concepts(path)
+    for entry in concepts:
         if not entry.token_words or not entry.class_noun:
             raise UserError(
                 f"{entry.folder} does not say its token and its class. Name both: a folder “10_sks dog”, or a "
                 "concepts_list.json whose instance_prompt is “a sks dog” and class_prompt “a dog”."
             )
     asked: dict[str, Any] = {}
-    templates = {entry.instance_prompt or INSTANCE_PROMPT for entry in found}
+    templates = {entry.instance_prompt or INSTANCE_PROMPT for entry in concepts}
     if len(templates) > 1:
         raise UserError(
             f"The instance prompts of {path} differ in more than token and class. Train them one by one."
         )
     if templates != {INSTANCE_PROMPT}:
         asked["instance_prompt"] = templates.pop()
-    folders = [str(entry.class_folder) for entry in found if entry.class_folder is not None]
-    if folders and len(folders) < len(found):
+    folders = [str(entry.class_folder) for entry in concepts if entry.class_folder is not None]
+    if folders and len(folders) < len(concepts):
         raise UserError(
             f"Some entries of {path} have a class_data_dir and others have none. Give one to all, or to none."
         )
     if folders:
         asked["class_images"] = tuple(folders)
     subjects = [
-        Subject(str(entry.folder), entry.token_words, entry.class_noun, entry.token_words) for entry in found
+        Subject(str(entry.folder), entry.token_words, entry.class_noun, entry.token_words)
+        for entry in concepts
     ]
     return subjects, asked
 
 
-def is_concepts(path: str | Path) -> bool:
-    """Whether `read_concepts` would find a layout of these there, so that a plain folder stays a plain folder."""
+def is_concept_source(path: str | Path) -> bool:
+    """Whether a path has a layout that `read_concepts` reads, rather than being a plain folder of images."""
     path = Path(path).expanduser()
     if path.is_file():
         return path.name == "concepts_list.json"
     if not path.is_dir():
         return False
-    if NUMBERED.fullmatch(path.name) and _has_pictures(path):
+    if KOHYA_FOLDER.fullmatch(path.name) and _has_images(path):
         return True
-    inner = [folder for folder in path.iterdir() if folder.is_dir() and NUMBERED.fullmatch(folder.name)]
-    return (path / "concepts_list.json").is_file() or any(_has_pictures(folder) for folder in inner)
+    subfolders = [
+        folder for folder in path.iterdir() if folder.is_dir() and KOHYA_FOLDER.fullmatch(folder.name)
+    ]
+    return (path / "concepts_list.json").is_file() or any(_has_images(folder) for folder in subfolders)
 
 
-def _of_folder(folder: Path) -> ConceptFolder:
-    """`10_sks dog` counts its pictures ten times; the first word is the token, the rest the class."""
-    found = NUMBERED.fullmatch(folder.name)
-    assert found is not None
-    repeats, words = int(found[1]), found[2].replace("_", " ").split()
+def _parse_folder(folder: Path) -> ConceptFolder:
+    """`10_sks dog` → 10 repeats, token `sks`, class `dog`: the first word is the token, the rest the class."""
+    match = KOHYA_FOLDER.fullmatch(folder.name)
+    assert match is not None
+    repeats, words = int(match[1]), match[2].replace("_", " ").split()
     if repeats < 1:
         raise UserError(f"{folder} counts its pictures {repeats} times. Let its name begin with 1 or more.")
     return ConceptFolder(folder, repeats, words[0], " ".join(words[1:]))
 
 
-def _listed(path: Path) -> list[ConceptFolder]:
+def _read_list(path: Path) -> list[ConceptFolder]:
     entries: Any = read_json(path)
     if not isinstance(entries, list) or not entries:
         raise UserError(f'{path} is not a list of concepts. Write it as [{{"instance_data_dir": …}}, …].')
     return [
-        _of_entry(entry, f"Entry {number} of {path}", path.parent) for number, entry in enumerate(entries, 1)
+        _parse_entry(entry, f"Entry {number} of {path}", path.parent)
+        for number, entry in enumerate(entries, 1)
     ]
 
 
-def _of_entry(entry: Any, where: str, beside: Path) -> ConceptFolder:
+def _parse_entry(entry: Any, where: str, beside: Path) -> ConceptFolder:
+    """One object of a concepts_list.json; `where` names it in errors, and relative paths are relative to `beside`."""
     if not isinstance(entry, dict):
         raise UserError(f"{where} is not an object. Write it in {{…}}.")
     texts: dict[str, str] = {}
@@ -141,7 +146,8 @@ def _of_entry(entry: Any, where: str, beside: Path) -> ConceptFolder:
     folder = beside / Path(texts["instance_data_dir"]).expanduser()
     if not folder.is_dir():
         raise UserError(f"{where} names {folder}, which is not a folder. Correct its instance_data_dir.")
-    token, noun = told_apart(texts["instance_prompt"], texts["class_prompt"])
+    token, noun = find_token_and_class(texts["instance_prompt"], texts["class_prompt"])
+    # The token, and the class behind it, become placeholders.
     prompt = texts["instance_prompt"]
     if token:
         prompt = prompt.replace(token, "{token}", 1)
@@ -151,31 +157,31 @@ def _of_entry(entry: Any, where: str, beside: Path) -> ConceptFolder:
     return ConceptFolder(folder, 1, token, noun, prompt, texts["class_prompt"] or None, classes)
 
 
-def told_apart(instance: str, general: str) -> tuple[str, str]:
-    """The token and the class from a prompt of the subject and one of its class.
+def find_token_and_class(instance_prompt: str, class_prompt: str) -> tuple[str, str]:
+    """(token, class) from an instance prompt and a class prompt; empty where these do not show them.
 
-    “photo of zwx dog” and “photo of a dog” give zwx and dog: the words that only the first has, and those that follow
-    them there and are in both. Both are empty where the prompts do not tell.
+    “photo of zwx dog” and “photo of a dog” give (zwx, dog): the token is the words that only the instance prompt has,
+    the class the shared words that follow them.
     """
-    if not general.strip():
+    if not class_prompt.strip():
         return "", ""
-    common = {word.lower().strip(",.") for word in general.split()}
-    words = instance.split()
-    own = [
-        number for number, word in enumerate(words) if word.lower().strip(",.") not in common | SMALL_WORDS
+    shared = {word.lower().strip(",.") for word in class_prompt.split()}
+    words = instance_prompt.split()
+    unshared = [
+        number for number, word in enumerate(words) if word.lower().strip(",.") not in shared | ARTICLES
     ]
-    if not own:
+    if not unshared:
         return "", ""
-    last = own[0]
-    while last + 1 in own:
+    first = last = unshared[0]
+    while last + 1 in unshared:
         last += 1
     noun = []
     for word in words[last + 1 :]:
-        if word.lower().strip(",.") not in common - SMALL_WORDS:
+        if word.lower().strip(",.") not in shared - ARTICLES:
             break
         noun.append(word.strip(",."))
-    return " ".join(words[own[0] : last + 1]).strip(",."), " ".join(noun)
+    return " ".join(words[first : last + 1]).strip(",."), " ".join(noun)
 
 
-def _has_pictures(folder: Path) -> bool:
+def _has_images(folder: Path) -> bool:
     return any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir() if path.is_file())

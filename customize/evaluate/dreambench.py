@@ -1,7 +1,7 @@
-"""The DreamBench protocol (Ruiz et al. 2023): 25 prompts, four pictures each, compared with the subject and the words.
+"""The DreamBench protocol (Ruiz et al. 2023): 25 prompts, four images each, scored for subject and prompt fidelity.
 
-Prompts come from `prompts_and_classes.txt`, in the format of google/dreambooth, or are our own for the embedded model's
-world; pictures are drawn from a run, or were drawn by anybody into a folder of `pNN-sNN.png`.
+Prompts come from google/dreambooth's `prompts_and_classes.txt`, or suit the embedded model's world; images are sampled
+from a run, or read from a folder of `pNN-sNN.png`, whatever made them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
+from torch import Tensor
 
 from backbone.adapters.apply import load_concepts
-from backbone.adapters.concept import Concept, read_concept, resolve_placeholder_tokens
+from backbone.adapters.concept import read_concept, resolve_placeholder_tokens
 from backbone.evaluation.clip import prior_drift
 from backbone.evaluation.statistics import bootstrap_mean
 from backbone.io.console import UserError, progress
@@ -24,53 +25,53 @@ from backbone.io.files import write_json, write_text
 from backbone.io.prompts import prompts_of
 from backbone.media.decode import open_rgb
 from backbone.media.pictures import list_images
-from backbone.media.sheet import Cell, draw_sheet, save_png
+from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.media.transforms import crop_square
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from backbone.world.words import load_vocabulary
-from customize.evaluate.metrics import Scorers, protocol
+from customize.evaluate.metrics import Scorers, measure_dreambench
 from customize.settings import Settings, read_settings
 
 TABLE = "table.json"
-LIST = re.compile(r"prompt_list\s*=\s*\[(.*?)\]", re.DOTALL)
-ENTRY = re.compile(r"""^\s*(['"])(?P<text>.*?)\1\s*\.format""", re.MULTILINE)
+PROMPT_LIST = re.compile(r"prompt_list\s*=\s*\[(.*?)\]", re.DOTALL)
+PROMPT_ENTRY = re.compile(r"""^\s*(['"])(?P<text>.*?)\1\s*\.format""", re.MULTILINE)
 
 
 @dataclass(frozen=True)
-class Prompts:
-    """Prompts with `{}` for the subject, for things and for living beings, and the classes of named subjects."""
+class DreamBenchPrompts:
+    """DreamBench's prompts, `{}` for the subject: for objects and for live subjects; and subject name → class."""
 
     things: tuple[str, ...]
     living: tuple[str, ...]
     classes: dict[str, str]
 
 
-def read_prompts(path: Path) -> Prompts:
-    """Reads google/dreambooth's file. Raises `UserError` when it is of another format."""
+def read_prompts(path: Path) -> DreamBenchPrompts:
+    """Read google/dreambooth's prompts_and_classes.txt. Raises `UserError` for a file of another format."""
     if not path.is_file():
         raise UserError(f"There is no file {path}. Name a prompts_and_classes.txt.")
     text = path.read_text(encoding="utf-8", errors="replace")
     lists = [
-        tuple(entry["text"].replace("{0} {1}", "{}").strip() for entry in ENTRY.finditer(block))
-        for block in LIST.findall(text)
+        tuple(entry["text"].replace("{0} {1}", "{}").strip() for entry in PROMPT_ENTRY.finditer(block))
+        for block in PROMPT_LIST.findall(text)
     ]
     if len(lists) != 2 or not all(lists) or any("{}" not in prompt for block in lists for prompt in block):
         raise UserError(f"{path} holds no two lists of prompts like google/dreambooth's. Name that file.")
     head = text.split("Prompts", 1)[0]
     pairs = [line.split(",") for line in head.splitlines() if line.count(",") == 1]
     classes = {name.strip(): noun.strip() for name, noun in pairs if name.strip() != "subject_name"}
-    return Prompts(lists[0], lists[1], classes)
+    return DreamBenchPrompts(lists[0], lists[1], classes)
 
 
-def is_lists(given: str) -> bool:
+def is_prompt_lists(given: str) -> bool:
     """Whether this names a file in google/dreambooth's format, rather than words or a file of prompts."""
     return os.path.isfile(given) and "prompt_list" in Path(given).read_text(
         encoding="utf-8", errors="replace"
     )
 
 
-def templates(given: Sequence[str], *, living: bool = False) -> tuple[str, ...]:
+def read_templates(given: Sequence[str], *, living: bool = False) -> tuple[str, ...]:
     """Prompts with `{}` for the subject: words, files with one on each line, or google/dreambooth's two lists.
 
     Of the two lists that for things is taken, or the one for `living` beings. Raises `UserError` for a prompt without
@@ -78,7 +79,7 @@ def templates(given: Sequence[str], *, living: bool = False) -> tuple[str, ...]:
     """
     found: list[str] = []
     for words in given:
-        if is_lists(words):
+        if is_prompt_lists(words):
             lists = read_prompts(Path(words))
             found += lists.living if living else lists.things
         else:
@@ -91,8 +92,8 @@ def templates(given: Sequence[str], *, living: bool = False) -> tuple[str, ...]:
     return tuple(found)
 
 
-def own_prompts() -> tuple[str, ...]:
-    """25 prompts that the embedded model can understand: its places, colours, accessories and styles."""
+def moji_prompts() -> tuple[str, ...]:
+    """25 prompts within the vocabulary of `moji`: its places, colours, accessories and styles."""
     words = load_vocabulary()
     places = [f"a {{}} {place}" for place in words.places]
     looks = [f"a {colour} {{}} {words.places[k]}" for k, colour in enumerate(list(words.colours)[:4])]
@@ -104,7 +105,10 @@ def own_prompts() -> tuple[str, ...]:
 def evaluate_run(
     run: Path, *, prompts: Sequence[str], per_prompt: int, scorer: Path | None, seed: int, out: Path
 ) -> dict[str, Any]:
-    """Draws a run's pictures, compares them, and writes `table.md`, `table.json` and `sheet.png`."""
+    """Sample a run's images, measure them, and write `table.md`, `table.json` and `sheet.png`.
+
+    Returns the metrics by name, and the table under `text`. `prompts` have `{}` for the subject.
+    """
     settings, concept = read_settings(run), read_concept(run)
     model = Backbone.open(
         settings.model,
@@ -112,35 +116,37 @@ def evaluate_run(
         precision=settings.precision,
         resolution=settings.resolution,
     )
-    judge = scorers_of(scorer, model)
-    requests = [
+    scorers = load_scorers(scorer, model)
+    subject_requests = [
         Request(resolve_placeholder_tokens(prompt.format(settings.called()), [concept]), (i, j))
         for i, prompt in enumerate(prompts)
         for j in range(per_prompt)
     ]
     class_prompt = settings.subjects()[0].filled(settings.class_prompt)
-    plain = [Request(class_prompt, (len(prompts), j)) for j in range(4 * per_prompt)]
-    base = drawn(model, plain, settings, seed, "drawing the base's class")
+    class_requests = [Request(class_prompt, (len(prompts), j)) for j in range(4 * per_prompt)]
+    # The class before and after training, from the same noise: PRES of the base is what the run's compares with.
+    base_class_images = sample_images(model, class_requests, settings, seed, "drawing the base's class")
     load_concepts(model, [concept])
-    pictures = drawn(model, requests, settings, seed, "drawing the subject")
-    after = drawn(model, plain, settings, seed, "drawing the class")
-    found = measured(judge, settings, concept, pictures, prompts, per_prompt)
-    subject = subject_vectors(judge, settings)
-    for name, images in (("PRES", after), ("PRES of the base", base)):
-        vectors = judge.eye.embed_images(images)
-        found[name] = bootstrap_mean([prior_drift(vector[None], subject) for vector in vectors])
-    return written(out, f"{settings.called()} ({run})", found, pictures, prompts, per_prompt, settings)
+    images = sample_images(model, subject_requests, settings, seed, "drawing the subject")
+    class_images = sample_images(model, class_requests, settings, seed, "drawing the class")
+    metrics = score_images(scorers, settings, images, prompts, per_prompt)
+    subject = embed_subject(scorers, settings)
+    for name, drawn in (("PRES", class_images), ("PRES of the base", base_class_images)):
+        vectors = scorers.image_encoder.embed_images(drawn)
+        metrics[name] = bootstrap_mean([prior_drift(vector[None], subject) for vector in vectors])
+    return write_results(out, f"{settings.called()} ({run})", metrics, images, prompts, per_prompt, settings)
 
 
-def evaluate_pictures(
+def evaluate_images(
     folder: Path, run: Path, *, prompts: Sequence[str], per_prompt: int, scorer: Path | None, out: Path
 ) -> dict[str, Any]:
-    """Compares pictures that lie in a folder, `pNN-sNN.png` for prompt and sample, with a run's subject.
+    """Measure images that lie in a folder, `pNN-sNN.png` for prompt and sample, against a run's subject.
 
-    Raises `UserError` when one is missing.
+    Writes and returns what `evaluate_run` does, without PRES. Raises `UserError` when an image is missing.
     """
-    settings, concept = read_settings(run), read_concept(run)
-    judge = scorers_of(scorer, Backbone.open(settings.model, device="cpu"))
+    settings = read_settings(run)
+    read_concept(run)  # refuses a run that is not finished
+    scorers = load_scorers(scorer, Backbone.open(settings.model, device="cpu"))
     names = [f"p{i:02d}-s{j:02d}.png" for i in range(len(prompts)) for j in range(per_prompt)]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
@@ -148,83 +154,79 @@ def evaluate_pictures(
             f"{folder} lacks {missing[0]} and {len(missing) - 1} more of {len(names)} pictures. "
             "Draw all of them, or give other --prompts or --count."
         )
-    pictures = [open_rgb(folder / name) for name in names]
-    found = measured(judge, settings, concept, pictures, prompts, per_prompt)
-    return written(out, f"{settings.called()} ({folder})", found, pictures, prompts, per_prompt, settings)
-
-
-def measured(
-    judge: Scorers,
-    settings: Settings,
-    concept: Concept,
-    pictures: Sequence[Image],
-    prompts: Sequence[str],
-    per_prompt: int,
-) -> dict[str, Any]:
-    """CLIP-I (or DINO), CLIP-T and DIV, with what the subject's own pictures get among themselves."""
-    texts = [prompt.format(settings.class_noun) for prompt in prompts]
-    subject = subject_vectors(judge, settings)
-    found = protocol(judge, subject, pictures, texts, per_prompt=per_prompt)
-    others = [
-        float((subject[k : k + 1] @ subject.T).sum() - 1) / (len(subject) - 1) for k in range(len(subject))
-    ]
-    if len(subject) > 1:
-        found[f"{judge.eye.similarity_name} of real pictures"] = bootstrap_mean(others)
-    return found
-
-
-def written(
-    out: Path,
-    title: str,
-    found: dict[str, Any],
-    pictures: Sequence[Image],
-    prompts: Sequence[str],
-    per_prompt: int,
-    settings: Settings,
-) -> dict[str, Any]:
-    """Writes the results into a folder."""
-    lines = [f"# {title}", "", f"{len(prompts)} prompts, {per_prompt} pictures each", ""]
-    lines += ["| figure | mean | 95 % |", "|---|---|---|"]
-    lines += [f"| {name} | {mean:.3f} | {low:.3f}–{high:.3f} |" for name, (mean, low, high) in found.items()]
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "table.md", "\n".join([*lines, ""]))
-    figures = {name: {"mean": m, "low": low, "high": high} for name, (m, low, high) in found.items()}
-    write_json(out / TABLE, {"figures": figures, "prompts": list(prompts), "per_prompt": per_prompt})
-    cells = [
-        Cell(picture, prompts[k // per_prompt].format(settings.called()))
-        for k, picture in enumerate(pictures)
-    ]
-    rows = [cells[first : first + 10] for first in range(0, len(cells), 10)]
-    save_png(out / "sheet.png", draw_sheet(rows, title=title, cell=112))
-    return {"text": "\n".join(lines), **found}
-
-
-def subject_vectors(judge: Scorers, settings: Settings) -> Any:
-    """The eye's vectors of the subject's own pictures [R, D]."""
-    return judge.eye.embed_images(
-        [crop_square(picture.open(), 512) for picture in list_images(settings.images)]
+    images = [open_rgb(folder / name) for name in names]
+    metrics = score_images(scorers, settings, images, prompts, per_prompt)
+    return write_results(
+        out, f"{settings.called()} ({folder})", metrics, images, prompts, per_prompt, settings
     )
 
 
-def drawn(
-    model: Backbone, requests: Sequence[Request], settings: Settings, seed: int, what: str
+def score_images(
+    scorers: Scorers, settings: Settings, images: Sequence[Image], prompts: Sequence[str], per_prompt: int
+) -> dict[str, Any]:
+    """CLIP-I (or DINO), CLIP-T and DIV, and the subject fidelity of its own images among themselves as a ceiling."""
+    texts = [prompt.format(settings.class_noun) for prompt in prompts]
+    subject = embed_subject(scorers, settings)
+    metrics = measure_dreambench(scorers, subject, images, texts, per_prompt=per_prompt)
+    count = len(subject)
+    if count > 1:
+        # Mean cosine of each image with the others; its cosine with itself, 1, is taken off.
+        cosines = [float((vector @ subject.T).sum() - 1) / (count - 1) for vector in subject]
+        metrics[f"{scorers.image_encoder.similarity_name} of real pictures"] = bootstrap_mean(cosines)
+    return metrics
+
+
+def write_results(
+    out: Path,
+    title: str,
+    metrics: dict[str, Any],
+    images: Sequence[Image],
+    prompts: Sequence[str],
+    per_prompt: int,
+    settings: Settings,
+) -> dict[str, Any]:
+    """Write the table and the sheet into a folder; returns the metrics and, under `text`, the table."""
+    lines = [f"# {title}", "", f"{len(prompts)} prompts, {per_prompt} pictures each", ""]
+    lines += ["| metric | mean | 95 % |", "|---|---|---|"]
+    lines += [
+        f"| {name} | {mean:.3f} | {low:.3f}–{high:.3f} |" for name, (mean, low, high) in metrics.items()
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "table.md", "\n".join([*lines, ""]))
+    values = {name: {"mean": mean, "low": low, "high": high} for name, (mean, low, high) in metrics.items()}
+    write_json(out / TABLE, {"metrics": values, "prompts": list(prompts), "per_prompt": per_prompt})
+    cells = [
+        Cell(image, prompts[k // per_prompt].format(settings.called())) for k, image in enumerate(images)
+    ]
+    save_png(out / "sheet.png", draw_sheet(split_rows(cells, 10), title=title, cell=112))
+    return {"text": "\n".join(lines), **metrics}
+
+
+def embed_subject(scorers: Scorers, settings: Settings) -> Tensor:
+    """The image encoder's vectors of the subject's own images [R, D]."""
+    images = [crop_square(image.open(), 512) for image in list_images(settings.images)]
+    return scorers.image_encoder.embed_images(images)
+
+
+def sample_images(
+    model: Backbone, requests: Sequence[Request], settings: Settings, seed: int, label: str
 ) -> list[Image]:
-    """The pictures of requests, with the run's own sampler settings."""
-    found = []
-    with progress(len(requests), what) as bar:
-        for picture in sample(
+    """Sample requests with the run's steps and guidance; `label` is shown beside the progress bar."""
+    images = []
+    with progress(len(requests), label) as bar:
+        for image in sample(
             model, requests, steps=settings.sample_steps, guidance=settings.guidance, seed=seed
         ):
-            found.append(picture)
+            images.append(image)
             bar.advance(images=1)
-    return found
+    return images
 
 
-def scorers_of(named: Path | None, model: Backbone) -> Scorers:
-    """The scorer that was named, or the model's own; `UserError` where there is none."""
-    found = Scorers.of(named, model.location.local("scorer"))
-    if found is None:
+def load_scorers(chosen: Path | None, model: Backbone) -> Scorers:
+    """Load the scorer that the user chose, or the model's own; `UserError` where there is none."""
+    scorers = Scorers.load(chosen, model.location.local("scorer"))
+    if scorers is None:
         raise UserError(
             f"{model.location.name} has no scorer of its own. Name a folder of CLIP or DINO with --scorer."
         )
-    return found
+    return scorers

@@ -1,15 +1,14 @@
-"""How well a concept was learned: likeness to the subject, obedience to prompts, what became of the class, variety.
+"""How well a concept was learned: subject fidelity, prompt fidelity, prior preservation, diversity.
 
-The four figures of Ruiz et al. 2023 (§ 4) by a CLIP scorer: CLIP-I with the subject's pictures, CLIP-T with the
-prompts, PRES (likeness of the class's pictures to the subject; lower is better) and DIV (variety among pictures of one
-prompt). While a concept trains they are taken from fixed noise and fixed prompts, together with the denoising loss at
-fixed noise and levels, and the checkpoint with the best `rating` is kept. Likeness can be measured by another model
-than obedience: a DINO, which reads no text.
+The four metrics of Ruiz et al. 2023 (§ 4): CLIP-I with the subject's images, CLIP-T with the prompts, PRES (similarity
+of the class's images to the subject; lower is better) and DIV (diversity among images of one prompt). Validation
+during training uses the same noise and prompts every time, and the checkpoint with the best `rating` is kept. Subject
+fidelity may be measured by DINO, which reads no text, and prompt fidelity by CLIP.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,54 +35,54 @@ from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from customize.settings import Settings
 
-PROMPTS = (
+VALIDATION_PROMPTS = (
     "a {} in the snow",
     "a {} at night",
     "a {} on the beach",
     "a {} in the city",
 )
-STEPS = 12  # of the sampler: what the figures say is settled by then
+SAMPLING_STEPS = 12  # more steps do not change the ranking of checkpoints
 
 
 @dataclass(frozen=True)
 class Scorers:
-    """What measures likeness, and what measures obedience: the same one where it reads text, or none."""
+    """The image encoder for subject fidelity, and the CLIP for prompt fidelity: the same model, another, or none."""
 
-    eye: Scorer | VisionEncoder
-    reader: Scorer | None
+    image_encoder: Scorer | VisionEncoder
+    clip: Scorer | None
 
     @classmethod
-    def of(cls, named: str | Path | None, own: Path | None) -> Scorers | None:
-        """From the folder that was named, and the model's own; None where there is neither."""
-        folder = named or own
+    def load(cls, chosen: str | Path | None, default: Path | None) -> Scorers | None:
+        """Load the scorer that the user chose, and for prompts the model's own; None where there is neither."""
+        folder = chosen or default
         if folder is None:
             return None
-        eye = load_image_encoder(folder)
-        if isinstance(eye, Scorer):
-            return cls(eye, eye)
-        return cls(eye, None if own is None else load_scorer(own))
+        encoder = load_image_encoder(folder)
+        if isinstance(encoder, Scorer):
+            return cls(encoder, encoder)
+        return cls(encoder, None if default is None else load_scorer(default))
 
-    def read(self, pictures: Sequence[Image], seen: Tensor) -> Tensor:
-        """The reader's vectors [B, D] of pictures of which the eye's are known."""
-        assert self.reader is not None
-        return seen if self.reader is self.eye else self.reader.embed_images(pictures)
+    def embed_for_prompts(self, images: Sequence[Image], vectors: Tensor) -> Tensor:
+        """CLIP's vectors [B, D] of images; `vectors` are the image encoder's, reused where it is the same model."""
+        assert self.clip is not None
+        return vectors if self.clip is self.image_encoder else self.clip.embed_images(images)
 
 
 @dataclass(frozen=True)
-class Figures:
-    """One evaluation. The likenesses are cosines of the scorer; the loss is a mean over fixed draws."""
+class ConceptMetrics:
+    """Metrics of one validation: cosine similarities, and the denoising loss over fixed noise and levels."""
 
     step: int
-    subject: float  # CLIP-I or DINO with the subject's pictures
-    prompt: float  # CLIP-T with the prompts, the token read as the class
-    preservation: float  # PRES: the class's pictures and the subject's, lower is better
-    diversity: float  # DIV among the class's pictures
+    subject_fidelity: float  # CLIP-I or DINO with the subject's images
+    prompt_fidelity: float  # CLIP-T with the prompts, the token replaced by the class
+    prior_preservation: float  # PRES: the class's images with the subject's, lower is better
+    diversity: float  # DIV among the class's images
     loss: float
     rating: float
 
 
 class Evaluator:
-    """Measures a model in training, always on the same noise, prompts and draws."""
+    """Validates a model in training, always on the same noise and prompts."""
 
     def __init__(
         self,
@@ -91,133 +90,142 @@ class Evaluator:
         scorers: Scorers,
         concept: Concept,
         settings: Settings,
-        pictures: Sequence[ImageRecord],
+        images: Sequence[ImageRecord],
     ) -> None:
         self.model, self.scorers, self.settings = model, scorers, settings
         noun = settings.class_noun
-        self.asked = [
+        self.subject_requests = [
             Request(resolve_placeholder_tokens(p.format(settings.called()), [concept]), (i, 0))
-            for i, p in enumerate(PROMPTS)
+            for i, p in enumerate(VALIDATION_PROMPTS)
         ]
         plain = settings.subjects()[0].filled(settings.class_prompt)
-        self.plain = [Request(plain, (len(PROMPTS), j)) for j in range(len(PROMPTS))]
+        self.class_requests = [
+            Request(plain, (len(VALIDATION_PROMPTS), j)) for j in range(len(VALIDATION_PROMPTS))
+        ]
         side = model.resolution
-        self.subject = scorers.eye.embed_images([crop_square(picture.open(), side) for picture in pictures])
-        self.texts = self.reader.embed_texts([prompt.format(noun) for prompt in PROMPTS])
-        self.start: Figures | None = None
+        self.subject = scorers.image_encoder.embed_images(
+            [crop_square(image.open(), side) for image in images]
+        )
+        self.texts = self.clip.embed_texts([prompt.format(noun) for prompt in VALIDATION_PROMPTS])
+        self.baseline: ConceptMetrics | None = None
 
     @property
-    def reader(self) -> Scorer:
-        """What measures obedience; `UserError` where nothing here reads."""
-        if self.scorers.reader is None:
+    def clip(self) -> Scorer:
+        """The CLIP that measures prompt fidelity; `UserError` where no scorer reads text."""
+        if self.scorers.clip is None:
             raise UserError(
-                "The scorer that was named reads no text, and the model has none of its own, so that nothing says "
-                "whether prompts are obeyed. Name a CLIP folder with --scorer, or train with --evaluate-every 0."
+                "The scorer that was named reads no text, and the model has none of its own, so prompt fidelity cannot "
+                "be measured. Name a CLIP folder with --scorer, or train with --evaluate-every 0."
             )
-        return self.scorers.reader
+        return self.scorers.clip
 
-    def measure(self, step: int, loss: float) -> tuple[Figures, list[Image]]:
-        """The figures now, and the pictures that they come from: one for each prompt, then the class.
+    def measure(self, step: int, loss: float) -> tuple[ConceptMetrics, list[Image]]:
+        """Metrics of the current model, and the images they come from: one for each prompt, then the class's.
 
-        The first call measures where the model starts from, which `rating` is relative to.
+        The first call is the baseline that later ratings are relative to.
         """
-        drawn = list(
+        images = list(
             sample(
                 self.model,
-                [*self.asked, *self.plain],
-                steps=STEPS,
+                [*self.subject_requests, *self.class_requests],
+                steps=SAMPLING_STEPS,
                 guidance=self.settings.guidance,
                 seed=self.settings.seed,
             )
         )
-        vectors = self.scorers.eye.embed_images(drawn)
-        asked, plain = vectors[: len(self.asked)], vectors[len(self.asked) :]
-        read = self.scorers.read(drawn[: len(self.asked)], asked)
-        found = Figures(
+        count = len(self.subject_requests)
+        vectors = self.scorers.image_encoder.embed_images(images)
+        subject_vectors, class_vectors = vectors[:count], vectors[count:]
+        prompt_vectors = self.scorers.embed_for_prompts(images[:count], subject_vectors)
+        metrics = ConceptMetrics(
             step=step,
-            subject=clip_i(asked, self.subject),
-            prompt=float(text_scores(read, self.texts).mean()),
-            preservation=prior_drift(plain, self.subject),
-            diversity=diversity(plain),
+            subject_fidelity=clip_i(subject_vectors, self.subject),
+            prompt_fidelity=float(text_scores(prompt_vectors, self.texts).mean()),
+            prior_preservation=prior_drift(class_vectors, self.subject),
+            diversity=diversity(class_vectors),
             loss=loss,
             rating=0.0,
         )
-        self.start = self.start or found
-        return self.rated(found), drawn
+        self.baseline = self.baseline or metrics
+        return self.with_rating(metrics), images
 
-    def rated(self, figures: Figures) -> Figures:
-        """The same with its rating: see `rating`."""
-        assert self.start is not None
-        most = mean_likeness(self.subject)
-        value = rating(figures, start=self.start, most=most)
-        return replace(figures, rating=value)
+    def with_rating(self, metrics: ConceptMetrics) -> ConceptMetrics:
+        """The same metrics with their rating (`rate_checkpoint`)."""
+        assert self.baseline is not None
+        ceiling = mean_similarity(self.subject)
+        return replace(metrics, rating=rate_checkpoint(metrics, baseline=self.baseline, ceiling=ceiling))
 
 
-def rating(figures: Figures, *, start: Figures, most: float) -> float:
-    """The one number that chooses the best checkpoint, the harmonic mean of two shares:
+def rate_checkpoint(metrics: ConceptMetrics, *, baseline: ConceptMetrics, ceiling: float) -> float:
+    """Harmonic mean, 0…1, of two shares; it chooses the best checkpoint.
 
-    how far the likeness has come from where it started to that of the subject's pictures among themselves, and how much
-    of the obedience to prompts is left. 0 before training; 1 for a subject that is met and prompts followed as before.
+    gain   subject fidelity between the untrained model's (0) and that of the subject's images among themselves (1)
+    kept   prompt fidelity relative to the untrained model's
     """
-    gain = (figures.subject - start.subject) / max(most - start.subject, 1e-3)
-    kept = figures.prompt / max(start.prompt, 1e-3)
+    gain = (metrics.subject_fidelity - baseline.subject_fidelity) / max(
+        ceiling - baseline.subject_fidelity, 1e-3
+    )
+    kept = metrics.prompt_fidelity / max(baseline.prompt_fidelity, 1e-3)
     gain, kept = min(max(gain, 0.0), 1.0), min(max(kept, 0.0), 1.0)
     return 0.0 if gain + kept == 0 else 2 * gain * kept / (gain + kept)
 
 
-def mean_likeness(vectors: Tensor) -> float:
-    """The mean cosine among different pictures [R, D]; 1 for one picture."""
+def mean_similarity(vectors: Tensor) -> float:
+    """Mean cosine between different rows of unit vectors [R, D]; 1 for a single row."""
     count = len(vectors)
     if count < 2:
         return 1.0
     return float(((vectors @ vectors.T).sum() - count) / (count * (count - 1)))
 
 
-class Patience:
-    """Says when to stop: after so many evaluations without a better rating."""
+class EarlyStopping:
+    """Stops training after `patience` validations without a better rating."""
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
-        self.history: list[Figures] = []
+        self.history: list[ConceptMetrics] = []
 
     @property
-    def best(self) -> Figures:
-        """The evaluation with the highest rating, the earlier one of equals; the start only while it is alone."""
-        trained = [figures for figures in self.history if figures.step] or self.history
-        return max(trained, key=lambda figures: (figures.rating, -figures.step))
+    def best(self) -> ConceptMetrics:
+        """Metrics with the highest rating, the earliest of equals; the untrained model's only while they are alone."""
+        trained = [metrics for metrics in self.history if metrics.step] or self.history
+        return max(trained, key=lambda metrics: (metrics.rating, -metrics.step))
 
-    def note(self, figures: Figures) -> bool:
-        """Takes an evaluation; whether it is the best so far."""
-        self.history.append(figures)
-        return self.best is figures
+    def update(self, metrics: ConceptMetrics) -> bool:
+        """Add a validation; returns whether it is the best so far."""
+        self.history.append(metrics)
+        return self.best is metrics
 
     @property
-    def exhausted(self) -> bool:
-        """Whether it no longer improves."""
+    def should_stop(self) -> bool:
+        """Whether the last `patience` validations brought no better rating."""
         return len(self.history) - 1 - self.history.index(self.best) >= self.patience
 
 
-Draw = Callable[[Sequence[Request]], list[Image]]
-
-
-def protocol(
-    scorers: Scorers, subject: Tensor, pictures: Sequence[Image], texts: Sequence[str], *, per_prompt: int
+def measure_dreambench(
+    scorers: Scorers, subject: Tensor, images: Sequence[Image], texts: Sequence[str], *, per_prompt: int
 ) -> dict[str, Any]:
-    """The figures of the DreamBench protocol: pictures in the order of prompts, `per_prompt` of each.
+    """DreamBench metrics by name (CLIP-I or DINO, CLIP-T, DIV), each with a bootstrap interval over prompts.
 
-    `subject` holds the eye's vectors of the real pictures [R, D]; `texts` are the prompts with the class alone.
-    Intervals are over prompts, whose pictures belong together. Without a reader there is no CLIP-T.
+    subject    the image encoder's vectors of the subject's images [R, D]
+    images     in the order of prompts, `per_prompt` of each
+    texts      the prompts with the class in place of the token
+
+    CLIP-T is left out without a CLIP, and DIV for one image per prompt.
     """
-    vectors = scorers.eye.embed_images(list(pictures))
-    groups = vectors.unflatten(0, (len(texts), per_prompt))
-    found: dict[str, Any] = {
-        scorers.eye.similarity_name: bootstrap_mean([clip_i(group, subject) for group in groups])
+    shape = len(texts), per_prompt
+    vectors = scorers.image_encoder.embed_images(list(images))
+    groups = vectors.unflatten(0, shape)
+    metrics: dict[str, Any] = {
+        scorers.image_encoder.similarity_name: bootstrap_mean([clip_i(group, subject) for group in groups])
     }
-    if scorers.reader is not None:
-        read = scorers.read(list(pictures), vectors).unflatten(0, (len(texts), per_prompt))
-        wanted = scorers.reader.embed_texts(list(texts))
-        obedience = [float((group @ text).mean()) for group, text in zip(read, wanted, strict=True)]
-        found["CLIP-T"] = bootstrap_mean(obedience)
+    if scorers.clip is not None:
+        clip_groups = scorers.embed_for_prompts(list(images), vectors).unflatten(0, shape)
+        text_vectors = scorers.clip.embed_texts(list(texts))
+        cosines = [
+            float((group @ text).mean()) for group, text in zip(clip_groups, text_vectors, strict=True)
+        ]
+        metrics["CLIP-T"] = bootstrap_mean(cosines)
     if per_prompt > 1:
-        found["DIV"] = bootstrap_mean([diversity(group) for group in groups])
-    return found
+        metrics["DIV"] = bootstrap_mean([diversity(group) for group in groups])
+    return metrics

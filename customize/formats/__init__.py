@@ -1,1 +1,1 @@
-"""Adapter files of this and other programs: reading, writing, converting, merging, baking."""
+"""Adapter files of diffusers, peft, kohya, LyCORIS and ComfyUI: read, write, convert, merge, bake into a model."""

@@ -1,61 +1,65 @@
-"""An adapter as a value: its layers, its base model, its header."""
+"""An adapter read from a file: the weight update of each layer, the base model it fits, the file's metadata."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal
 
-from customize.formats.factors import Layer
+from customize.formats.factors import LayerUpdate
 
-Form = Literal["diffusers", "own", "kohya", "comfyui"]
-
-
-Base = Literal["sd1", "sd2", "sdxl", "sd3", "flux", "pixart", "other"]
-
-
-HEADER = "lora_adapter_metadata"
-
-
-BASES: dict[Base, str] = {
+FileFormat = Literal["diffusers", "peft", "kohya", "comfyui"]
+BaseFamily = Literal["sd1", "sd2", "sdxl", "sd3", "flux", "pixart", "other"]
+CONFIG_KEY = "lora_adapter_metadata"  # diffusers' metadata entry for the peft configuration, as JSON
+BASE_NAMES: dict[BaseFamily, str] = {
     "sd1": "Stable Diffusion 1.x",
     "sd2": "Stable Diffusion 2.x",
     "sdxl": "Stable Diffusion XL",
     "sd3": "Stable Diffusion 3",
     "flux": "FLUX",
     "pixart": "PixArt",
-    "other": "a model of another build",
+    "other": "another architecture",
 }
+# Width of the text states [B, T, width] that a UNet's cross-attention takes.
+_FAMILY_BY_CONTEXT_WIDTH: dict[int, BaseFamily] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 
 
-_UNET_TOPS = ("down_blocks.", "up_blocks.", "mid_block.", "conv_in", "conv_out", "time_embedding.")
-
-
-_WIDTHS: dict[int, Base] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
+# What kohya's and ModelSpec's version strings contain; the first match counts.
+_FAMILY_BY_SUBSTRING: tuple[tuple[str, BaseFamily], ...] = (
+    ("sdxl", "sdxl"),
+    ("xl-v1", "sdxl"),
+    ("sd_v1", "sd1"),
+    ("diffusion-v1", "sd1"),
+    ("sd_v2", "sd2"),
+    ("diffusion-v2", "sd2"),
+    ("sd3", "sd3"),
+    ("diffusion-3", "sd3"),
+    ("flux", "flux"),
+)
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """An adapter's layers by name (`unet.….to_q`) and what its file's header said."""
+class AdapterFile:
+    """Layer name (`unet.….to_q`) → weight update, the file's metadata, and a description of its format."""
 
-    layers: Mapping[str, Layer]
-    header: Mapping[str, str] = field(default_factory=dict)
-    form: str = "own"
-
-    @property
-    def kinds(self) -> list[str]:
-        """`lora`, `loha`, `lokr`, with `dora` where a magnitude is learned too."""
-        found = {layer.kind for layer in self.layers.values()}
-        dora = any(layer.magnitude is not None for layer in self.layers.values())
-        return sorted(found) + ["dora"] * dora
+    layers: Mapping[str, LayerUpdate]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    file_format: str = "peft"
 
     @property
-    def base(self) -> Base:
-        """The family of the model that it fits, from the widths of its layers, else from the header."""
-        return _base_by_shape(self.layers) or _base_by_header(self.header) or "other"
+    def algorithms(self) -> list[str]:
+        """Which of `lora`, `loha`, `lokr` the layers use, sorted; `dora` last where a magnitude is learned."""
+        algorithms = {layer.algorithm for layer in self.layers.values()}
+        has_dora = any(layer.magnitude is not None for layer in self.layers.values())
+        return sorted(algorithms) + ["dora"] * has_dora
+
+    @property
+    def base(self) -> BaseFamily:
+        """Family of the base model: from layer names and widths, else from the metadata, else `other`."""
+        return _family_from_layers(self.layers) or _family_from_metadata(self.metadata) or "other"
 
 
-def _base_by_shape(layers: Mapping[str, Layer]) -> Base | None:
+def _family_from_layers(layers: Mapping[str, LayerUpdate]) -> BaseFamily | None:
     names = list(layers)
     if any(name.startswith("text_encoder_2.") or "add_embedding" in name for name in names):
         return "sdxl"
@@ -67,22 +71,10 @@ def _base_by_shape(layers: Mapping[str, Layer]) -> Base | None:
         return "sd3"
     for name, layer in layers.items():
         if name.startswith("unet.") and name.endswith((".attn2.to_k", ".attn2.to_v")):
-            return _WIDTHS.get(layer.shape[1], "other")
+            return _FAMILY_BY_CONTEXT_WIDTH.get(layer.shape[1], "other")
     return None
 
 
-def _base_by_header(header: Mapping[str, str]) -> Base | None:
-    said = f"{header.get('ss_base_model_version', '')} {header.get('modelspec.architecture', '')}".lower()
-    for mark, base in (
-        *(("sdxl", "sdxl"), ("xl-v1", "sdxl"), ("sd_v1", "sd1"), ("diffusion-v1", "sd1")),
-        *(
-            ("sd_v2", "sd2"),
-            ("diffusion-v2", "sd2"),
-            ("sd3", "sd3"),
-            ("diffusion-3", "sd3"),
-            ("flux", "flux"),
-        ),
-    ):
-        if mark in said:
-            return cast(Base, base)
-    return None
+def _family_from_metadata(metadata: Mapping[str, str]) -> BaseFamily | None:
+    text = f"{metadata.get('ss_base_model_version', '')} {metadata.get('modelspec.architecture', '')}".lower()
+    return next((family for substring, family in _FAMILY_BY_SUBSTRING if substring in text), None)

@@ -16,7 +16,7 @@ from backbone.io.flags import OUTPUT, option
 ADAPTERS = "Files of adapters"  # the commands' section in the help
 RESULT = "Result"  # a section of their options
 Target = Literal["diffusers", "kohya", "comfyui"]
-Base = Literal["sd1", "sd2", "sdxl"]
+BaseFamily = Literal["sd1", "sd2", "sdxl"]
 Precision = Literal["fp32", "bf16", "fp16"]
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A run folder or an adapter's file.")]
 Out = Annotated[
@@ -48,7 +48,7 @@ Energy = Annotated[
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the commands to `customize`."""
+    """Add the commands to `customize`."""
     commands: dict[str, Callable[..., None]] = {
         "export": export,
         "import": import_,
@@ -68,7 +68,7 @@ def export(
     out: Out,
     to: Annotated[Target, option("--to", help="Whose form.", panel=RESULT)] = "diffusers",
     base: Annotated[
-        Base | None,
+        BaseFamily | None,
         option("--base", help="The family of the model.", panel=RESULT, show_default="told from the layers"),
     ] = None,
     precision: Annotated[
@@ -150,14 +150,14 @@ def import_(
 
 
 def info(file: File, as_json: flags.Json = False) -> None:
-    """Say what an adapter is: its form, rank, alpha, layers, base, size, and what its header says."""
-    from customize.formats.convert import describe, facts_of
+    """Say what an adapter is: its format, rank, alpha, layers, base, size, and what its metadata says."""
+    from customize.formats.convert import describe_adapter, inspect_adapter
 
-    facts = facts_of(file)
+    facts = inspect_adapter(file)
     if as_json:
         print_json(facts)
     else:
-        typer.echo(describe(facts))
+        typer.echo(describe_adapter(facts))
 
 
 def merge(
@@ -184,16 +184,16 @@ def merge(
     """Add adapters up: exactly, or at a rank, or baked into a whole model."""
     from customize.formats import merge as merging
 
-    parts = merging.read_parts(adapters)
+    parts = merging.read_inputs(adapters)
     if bake:
         if rank is not None:
             raise UserError("A baked model has no rank. Leave out --rank or --bake.")
         place = model or next((part.concept.model for part in parts if part.concept is not None), None)
         if place is None:
             raise UserError("None of these files says which model it is for. Name one with --model.")
-        from customize.formats.bake import bake as baked
+        from customize.formats.bake import bake as bake_into_model
 
-        changed = baked(parts, place, out)
+        changed = bake_into_model(parts, place, out)
         notify(f"{out} is {place} with {changed} tensors changed.")
         for part in parts:
             for token, words in part.concept.tokens.items() if part.concept is not None else ():
@@ -203,15 +203,15 @@ def merge(
         return
     if model is not None:
         raise UserError("--model has no effect without --bake. Leave it out.")
-    moved: Any = {}
+    weight_deltas: Any = {}
     if rank is None:
-        result, moved = merging.merged(parts), merging.moved_together(parts)
+        result, weight_deltas = merging.merge_exact(parts), merging.sum_weight_deltas(parts)
     else:
-        result, loss = merging.merged_to_rank(parts, rank)
-        notify(loss.sentence())
+        result, reduction = merging.merge_to_rank(parts, rank)
+        notify(str(reduction))
     from customize.formats.merged_run import save_merged
 
-    tokens = save_merged(out, result, parts, moved=moved)
+    tokens = save_merged(out, result, parts, weight_deltas=weight_deltas)
     called = f" It answers to {', '.join(tokens)}." if tokens else ""
     notify(f"{out} holds {len(parts)} adapters in one.{called}")
 
@@ -226,16 +226,16 @@ def extract(
     energy: Energy = None,
 ) -> None:
     """Take the difference of two models out as a LoRA."""
-    from customize.formats.convert import checked_target
-    from customize.formats.header import header_for
-    from customize.formats.merge import extract as extracted
+    from customize.formats.convert import check_output
+    from customize.formats.merge import extract_lora
+    from customize.formats.metadata import build_metadata
     from customize.formats.write import write_adapter
 
-    rank = one_of(rank, energy)
-    checked_target(out)
-    adapter, loss = extracted(tuned, base, rank=rank, energy=energy)
-    write_adapter(out, adapter, "own", header=header_for(adapter, title=out.stem))
-    notify(f"{out}: {loss.sentence()}")
+    rank = require_rank_or_energy(rank, energy)
+    check_output(out)
+    adapter, reduction = extract_lora(tuned, base, rank=rank, energy=energy)
+    write_adapter(out, adapter, "peft", metadata=build_metadata(adapter, title=out.stem))
+    notify(f"{out}: {reduction}")
 
 
 def resize(
@@ -245,20 +245,20 @@ def resize(
     energy: Energy = None,
 ) -> None:
     """Bring an adapter to another rank; a LoHa or LoKr becomes a LoRA."""
-    from customize.formats.convert import checked_target
-    from customize.formats.header import header_for
-    from customize.formats.merge import resized
+    from customize.formats.convert import check_output
+    from customize.formats.merge import resize_adapter
+    from customize.formats.metadata import build_metadata
     from customize.formats.read import read_adapter
     from customize.formats.write import write_adapter
 
-    rank = one_of(rank, energy)
-    checked_target(out)
-    adapter, loss = resized(read_adapter(file), rank=rank, energy=energy)
-    write_adapter(out, adapter, "own", header=header_for(adapter, source=file, title=out.stem))
-    notify(f"{out}: {loss.sentence()}")
+    rank = require_rank_or_energy(rank, energy)
+    check_output(out)
+    adapter, reduction = resize_adapter(read_adapter(file), rank=rank, energy=energy)
+    write_adapter(out, adapter, "peft", metadata=build_metadata(adapter, source=file, title=out.stem))
+    notify(f"{out}: {reduction}")
 
 
-def one_of(rank: int | None, energy: float | None) -> int | None:
+def require_rank_or_energy(rank: int | None, energy: float | None) -> int | None:
     """The rank; `UserError` unless exactly one of rank and energy is given."""
     if (rank is None) == (energy is None):
         raise UserError("Say how much to keep: either --rank 16 or --energy 0.95.")

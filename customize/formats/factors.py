@@ -1,11 +1,11 @@
-"""The change that an adapter makes to one layer, kept in its factors, and the algebra of such changes.
+"""Low-rank weight updates ΔW of one layer, stored as factors, and their algebra: merge, sum, truncate.
 
     LoRA  ΔW = (α/r)·B·A                      Hu et al. 2022, eq. 3
     LoHa  ΔW = (α/r)·(B₁·A₁) ⊙ (B₂·A₂)        Hyeon-Woo et al. 2022 (FedPara), eq. 4
     LoKr  ΔW = (α/r)·W₁ ⊗ W₂                  Yeh et al. 2024 (LyCORIS)
     DoRA  W' = m·(W + ΔW)/‖W + ΔW‖            Liu et al. 2024, eq. 5, the norm over a row [out]
 
-A convolution's change is read as the matrix [out, in·k·k].
+A convolution's ΔW [out, in, k, k] is treated as the matrix [out, in·k·k].
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Kind = Literal["lora", "loha", "lokr"]
+Algorithm = Literal["lora", "loha", "lokr"]
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One layer's change: `factors` by the names below, `alpha` over `rank` its scale, `magnitude` [out] with DoRA.
+class LayerUpdate:
+    """One layer's weight update: `factors` named as below, scaled by `alpha` / `rank`; `magnitude` [out] with DoRA.
 
     lora: down [r, in] or [r, in, k, k], up [out, r] or [out, r, 1, 1]
     loha: hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b, and hada_t1, hada_t2 for convolutions
     lokr: lokr_w1 or lokr_w1_a and lokr_w1_b; lokr_w2 or lokr_w2_a and lokr_w2_b, and lokr_t2 for convolutions
     """
 
-    kind: Kind
+    algorithm: Algorithm
     factors: Mapping[str, Tensor]
     rank: int
     alpha: float
@@ -37,133 +37,144 @@ class Layer:
 
     @property
     def scale(self) -> float:
-        """What the product of the factors is multiplied by."""
+        """α/r, which multiplies the product of the factors."""
         return self.alpha / self.rank
 
     @property
     def shape(self) -> tuple[int, int]:
-        """[out, in·k·k] of the layer, from the factors alone."""
+        """[out, in·k·k] of the layer, from the factors alone, without computing ΔW."""
         f = self.factors
-        if self.kind == "lora":
+        if self.algorithm == "lora":
             return f["up"].shape[0], f["down"].shape[1:].numel()
-        if self.kind == "loha":
+        if self.algorithm == "loha":
             if "hada_t1" in f:
                 return f["hada_w1_a"].shape[1], f["hada_w1_b"].shape[1] * f["hada_t1"].shape[2:].numel()
             return f["hada_w1_a"].shape[0], f["hada_w1_b"].shape[1]
-        left, right = _kronecker_factors(f)
+        left, right = _compose_kronecker_factors(f)
         return left.shape[0] * right.shape[0], left.shape[1] * right.shape[1:].numel()
 
-    def matrix(self) -> Tensor:
-        """ΔW as float32 [out, in·k·k]; with DoRA the change of the direction, before the magnitude."""
+    def delta_weight(self) -> Tensor:
+        """ΔW [out, in·k·k], float32; with DoRA the update of the direction, before the magnitude is applied."""
         f = {name: value.float() for name, value in self.factors.items()}
-        if self.kind == "lora":
+        if self.algorithm == "lora":
             product = f["up"].flatten(1) @ f["down"].flatten(1)
-        elif self.kind == "loha":
-            first = _product(f["hada_w1_a"], f["hada_w1_b"], f.get("hada_t1"))
-            product = first * _product(f["hada_w2_a"], f["hada_w2_b"], f.get("hada_t2"))
+        elif self.algorithm == "loha":
+            first = _multiply_factors(f["hada_w1_a"], f["hada_w1_b"], f.get("hada_t1"))
+            product = first * _multiply_factors(f["hada_w2_a"], f["hada_w2_b"], f.get("hada_t2"))
         else:
-            left, right = _kronecker_factors(f)
+            left, right = _compose_kronecker_factors(f)
             product = torch.kron(left, right.flatten(1))
         return self.scale * product
 
     def squared_norm(self) -> float:
-        """‖ΔW‖² (Frobenius); of a LoRA by its r × r Gram matrices, so that ΔW is never built."""
-        if self.kind != "lora":
-            return float(self.matrix().double().square().sum())
+        """‖ΔW‖² (Frobenius); of a LoRA from its r × r Gram matrices, so that ΔW is never computed."""
+        if self.algorithm != "lora":
+            return float(self.delta_weight().double().square().sum())
         up, down = self.factors["up"].double().flatten(1), self.factors["down"].double().flatten(1)
         return self.scale**2 * max(0.0, float(((up.T @ up) * (down @ down.T)).sum()))
 
-    def with_alpha(self, alpha: float) -> Layer:
-        """The same change written with another α: the factor that multiplies last takes the rest."""
+    def with_alpha(self, alpha: float) -> LayerUpdate:
+        """The same ΔW with another α: one factor is rescaled by the ratio."""
         if alpha == self.alpha:
             return self
-        last = {"lora": "up", "loha": "hada_w1_a"}.get(self.kind) or (
+        rescaled = {"lora": "up", "loha": "hada_w1_a"}.get(self.algorithm) or (
             "lokr_w1" if "lokr_w1" in self.factors else "lokr_w1_a"
         )
-        factors = {**self.factors, last: self.factors[last] * (self.alpha / alpha)}
+        factors = {**self.factors, rescaled: self.factors[rescaled] * (self.alpha / alpha)}
         return replace(self, factors=factors, alpha=alpha)
 
-    def new_weight(self, weight: Tensor, strength: float = 1.0) -> Tensor:
-        """The layer's weight with the change in it, float32 in the weight's shape; `strength` scales the difference."""
-        clean = weight.float()
-        changed = clean + self.matrix().reshape(weight.shape)
+    def merge_into(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        """W + strength·(W' − W), float32 in `weight`'s shape, where W' has the whole update (and DoRA's magnitude)."""
+        base = weight.float()
+        updated = base + self.delta_weight().reshape(weight.shape)
         if self.magnitude is not None:
-            changed = changed * _per_row(self.magnitude.float().flatten() / row_norms(changed), changed)
-        return clean + strength * (changed - clean)
+            updated = updated * _broadcast_rows(
+                self.magnitude.float().flatten() / row_norms(updated), updated
+            )
+        return base + strength * (updated - base)
 
 
 def row_norms(weight: Tensor) -> Tensor:
-    """[out]: the norm of what leads to each output."""
+    """Norm of each output row of a weight [out, …] → [out], at least the smallest normal float."""
     norms: Tensor = weight.float().flatten(1).norm(dim=1)
     return norms.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 @dataclass(frozen=True)
-class Cut:
-    """A change brought to a lower rank: `kept` of its `total` energy (squared Frobenius norm) is left."""
+class Truncation:
+    """A LoRA of lower rank: `kept` of the `total` energy (squared Frobenius norm of ΔW) remains."""
 
-    layer: Layer
+    layer: LayerUpdate
     kept: float
     total: float
 
 
-def cut(layer: Layer, *, rank: int | None = None, energy: float | None = None) -> Cut:
-    """The nearest LoRA of a rank (Eckart–Young), or of the smallest rank that keeps a share `energy` of the change.
+def truncate_lora(layer: LayerUpdate, *, rank: int | None = None, energy: float | None = None) -> Truncation:
+    """Best approximation of a LoRA by one of `rank` (Eckart–Young), or of the smallest rank that keeps `energy` (0…1).
 
-    For a LoRA, whose factors are enough: two QR decompositions and the SVD of an r × r matrix. DoRA's magnitude stays.
+    Works on the factors: two QR decompositions and the SVD of an r × r matrix. A DoRA magnitude is kept as it is.
     """
-    assert layer.kind == "lora"
+    assert layer.algorithm == "lora"
     up, down = layer.factors["up"], layer.factors["down"]
     left, upper = torch.linalg.qr(up.double().flatten(1))
     right, lower = torch.linalg.qr(down.double().flatten(1).T)
     u, values, v = torch.linalg.svd(layer.scale * upper @ lower.T)
-    found = _from_singular(left @ u, values, v @ right.T, rank, energy)
-    factors = found.layer.factors
-    shaped = {
+    truncation = _truncate_svd(left @ u, values, v @ right.T, rank, energy)
+    factors = truncation.layer.factors
+    # Back to the kernel shapes of a convolution, which `flatten` took away.
+    reshaped = {
         "up": factors["up"].reshape(*factors["up"].shape, *up.shape[2:]),
-        "down": factors["down"].reshape(found.layer.rank, *down.shape[1:]),
+        "down": factors["down"].reshape(truncation.layer.rank, *down.shape[1:]),
     }
-    return Cut(replace(found.layer, factors=shaped, magnitude=layer.magnitude), found.kept, found.total)
+    return Truncation(
+        replace(truncation.layer, factors=reshaped, magnitude=layer.magnitude),
+        truncation.kept,
+        truncation.total,
+    )
 
 
-def fitted(change: Tensor, *, rank: int | None = None, energy: float | None = None) -> Cut:
-    """The nearest LoRA of a weight's change [out, in] or [out, in, k, k], shaped for that layer."""
-    found = _cut_matrix(change.flatten(1), rank, energy)
+def fit_lora(change: Tensor, *, rank: int | None = None, energy: float | None = None) -> Truncation:
+    """Best LoRA approximation of a full ΔW [out, in] or [out, in, k, k], its factors shaped for that layer."""
+    truncation = _truncate_matrix(change.flatten(1), rank, energy)
     if change.ndim == 2:
-        return found
+        return truncation
+    layer = truncation.layer
     factors = {
-        "up": found.layer.factors["up"][:, :, None, None],
-        "down": found.layer.factors["down"].reshape(found.layer.rank, *change.shape[1:]),
+        "up": layer.factors["up"][:, :, None, None],
+        "down": layer.factors["down"].reshape(layer.rank, *change.shape[1:]),
     }
-    return Cut(replace(found.layer, factors=factors), found.kept, found.total)
+    return Truncation(replace(layer, factors=factors), truncation.kept, truncation.total)
 
 
-def summed(layers: Sequence[Layer], strengths: Iterable[float]) -> Layer:
-    """Σ strength·ΔW of LoRAs, exactly: their factors side by side, the ranks added."""
-    assert all(layer.kind == "lora" and layer.magnitude is None for layer in layers)
+def sum_loras(layers: Sequence[LayerUpdate], strengths: Iterable[float]) -> LayerUpdate:
+    """Σ strength·ΔW of LoRAs, exactly: the factors are concatenated, so the ranks add up."""
+    assert all(layer.algorithm == "lora" and layer.magnitude is None for layer in layers)
     ups = [
         layer.factors["up"].float() * (strength * layer.scale)
         for layer, strength in zip(layers, strengths, strict=True)
     ]
     down = torch.cat([layer.factors["down"].float() for layer in layers])
-    return Layer("lora", {"up": torch.cat(ups, dim=1), "down": down}, down.shape[0], float(down.shape[0]))
+    return LayerUpdate(
+        "lora", {"up": torch.cat(ups, dim=1), "down": down}, down.shape[0], float(down.shape[0])
+    )
 
 
-def _cut_matrix(matrix: Tensor, rank: int | None, energy: float | None) -> Cut:
-    """Singular vectors of the shorter side from the Gram matrix: a convolution's ΔW is much wider than high."""
+def _truncate_matrix(matrix: Tensor, rank: int | None, energy: float | None) -> Truncation:
+    """Truncated SVD of a matrix [m, n] by the Gram matrix of its shorter side: a convolution's ΔW is very wide."""
     matrix = matrix.double()
-    turned = matrix.shape[0] > matrix.shape[1]
-    wide = matrix.T if turned else matrix
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    wide = matrix.T if is_tall else matrix
     squares, vectors = torch.linalg.eigh(wide @ wide.T)
     values, vectors = squares.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
     rows = (vectors.T @ wide) / values.clamp_min(values[0] * 1e-12 + 1e-300)[:, None]
-    left, right = (rows.T, vectors.T) if turned else (vectors, rows)
-    return _from_singular(left, values, right, rank, energy)
+    left, right = (rows.T, vectors.T) if is_tall else (vectors, rows)
+    return _truncate_svd(left, values, right, rank, energy)
 
 
-def _from_singular(
+def _truncate_svd(
     left: Tensor, values: Tensor, right: Tensor, rank: int | None, energy: float | None
-) -> Cut:
+) -> Truncation:
+    """U [m, r], singular values [r] and Vᵀ [r, n] → a LoRA with √σ in each factor, so α = rank."""
     squares = values.square()
     total = float(squares.sum())
     if energy is not None:
@@ -172,27 +183,28 @@ def _from_singular(
     rank = max(1, min(rank, len(values)))
     root = values[:rank].sqrt()
     factors = {"up": (left[:, :rank] * root).float(), "down": (root[:, None] * right[:rank]).float()}
-    return Cut(Layer("lora", factors, rank, float(rank)), float(squares[:rank].sum()), total)
+    return Truncation(LayerUpdate("lora", factors, rank, float(rank)), float(squares[:rank].sum()), total)
 
 
-def _product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
-    """A·B, or with a Tucker core [r, r, k, k] the kernels that a [r, out] and b [r, in] span, as a matrix."""
+def _multiply_factors(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
+    """A·B [out, in], or with a Tucker core [r, r, k, k] the kernels [out, in·k·k] of a [r, out] and b [r, in]."""
     if core is None:
         return a @ b
     return torch.einsum("ijkl,io,jn->onkl", core, a, b).flatten(1)
 
 
-def _kronecker_factors(f: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """W₁ [a, b] and W₂ [c, d] or [c, d, k, k]."""
+def _compose_kronecker_factors(f: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """LoKr's W₁ [a, b] and W₂ [c, d] or [c, d, k, k], multiplied out where they are stored factorised."""
     left = f["lokr_w1"] if "lokr_w1" in f else f["lokr_w1_a"] @ f["lokr_w1_b"]
     if "lokr_w2" in f:
         return left, f["lokr_w2"]
     if "lokr_t2" in f:
         core = f["lokr_t2"]
-        product = _product(f["lokr_w2_a"], f["lokr_w2_b"], core)
+        product = _multiply_factors(f["lokr_w2_a"], f["lokr_w2_b"], core)
         return left, product.reshape(product.shape[0], -1, *core.shape[2:])
     return left, f["lokr_w2_a"] @ f["lokr_w2_b"]
 
 
-def _per_row(values: Tensor, weight: Tensor) -> Tensor:
+def _broadcast_rows(values: Tensor, weight: Tensor) -> Tensor:
+    """[out] → [out, 1, …] with as many dimensions as `weight`."""
     return values.reshape(-1, *[1] * (weight.ndim - 1))

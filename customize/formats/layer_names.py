@@ -1,7 +1,7 @@
-"""What other tools call a layer: kohya's underscores, the original code's block numbers and joined layers.
+"""Translate layer names between diffusers, kohya (underscores) and the original code (block numbers, fused layers).
 
-Here a layer is called as diffusers calls its module, with its component in front and CLIP's level `text_model` left
-out: `unet.down_blocks.0.attentions.0.proj_in`, `text_encoder.encoder.layers.3.mlp.fc1`.
+The canonical name is component and diffusers' module name, without CLIP's level `text_model`:
+`unet.down_blocks.0.attentions.0.proj_in`, `text_encoder.encoder.layers.3.mlp.fc1`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 COMPONENTS = ("unet", "text_encoder_2", "text_encoder", "transformer")
-TEXT_LEVEL = "text_model."
+TEXT_MODEL_PREFIX = "text_model."
 LAYERS_PER_BLOCK = 2  # of every published Stable Diffusion
 
 # Module names that hold an underscore themselves; every other underscore of a flat name was a dot.
@@ -34,7 +34,7 @@ _RESNET = {
     "emb_layers.1": "time_emb_proj",
     "skip_connection": "conv_shortcut",
 }
-_OUTSIDE = {
+_OUTER = {
     "input_blocks.0.0": "conv_in",
     "out.2": "conv_out",
     "time_embed.0": "time_embedding.linear_1",
@@ -46,8 +46,8 @@ _QKV, _ADDED = (
     ("attn.to_q", "attn.to_k", "attn.to_v"),
     ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
 )
-# What the original code of a transformer joins into one layer: block → its layer → diffusers' layers, in order.
-_JOINED: dict[str, dict[str, tuple[str, ...]]] = {
+# Fused layers of the original transformer code: block → its layer → diffusers' layers, in order of their rows.
+_FUSED: dict[str, dict[str, tuple[str, ...]]] = {
     "double_blocks": {
         "img_attn.qkv": _QKV,
         "txt_attn.qkv": _ADDED,
@@ -87,50 +87,53 @@ _DIFFUSERS = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsampl
 _MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 
 
-def split(layer: str) -> tuple[str, str]:
-    """A layer's component and the name of its module there."""
+def split_component(layer: str) -> tuple[str, str]:
+    """`unet.conv_in` → (`unet`, `conv_in`)."""
     component, _, module = layer.partition(".")
     assert component in COMPONENTS, layer
     return component, module
 
 
-def is_text(component: str) -> bool:
+def is_text_encoder(component: str) -> bool:
     """Whether a component is a CLIP text encoder."""
     return component.startswith("text_encoder")
 
 
-def with_text_level(component: str, module: str) -> str:
-    """The module's name where CLIP still has its level `text_model`, as older transformers and other tools have."""
-    return TEXT_LEVEL + module if is_text(component) and module != "text_projection" else module
+def add_text_model(component: str, module: str) -> str:
+    """Module name with CLIP's level `text_model`, which older transformers and other tools have."""
+    return (
+        TEXT_MODEL_PREFIX + module if is_text_encoder(component) and module != "text_projection" else module
+    )
 
 
-def flat(module: str) -> str:
+def flatten_name(module: str) -> str:
     """`down_blocks.0.proj_in` → `down_blocks_0_proj_in`."""
     return module.replace(".", "_")
 
 
-def dotted(name: str) -> str:
+def unflatten_name(name: str) -> str:
     """The inverse of `flat` for the modules of UNets, CLIP and diffusers' transformers."""
     return ".".join(_PIECES.findall(name))
 
 
 def from_original(module: str) -> str:
-    """A UNet module by diffusers' name, from the original code's; names of diffusers come back as they are.
+    """diffusers' name of a UNet module from the original code's; diffusers' names are returned unchanged.
 
-    For Stable Diffusion's UNets, which have two layers a block.
+    For Stable Diffusion's UNets, which have two layers per block.
     """
-    if module in _OUTSIDE:
-        return _OUTSIDE[module]
-    found = _ORIGINAL.fullmatch(module)
-    if found is None:
+    if module in _OUTER:
+        return _OUTER[module]
+    match = _ORIGINAL.fullmatch(module)
+    if match is None:
         return module
-    side, number, place, rest = found[1], int(found[2]), found[3], found[4]
+    side, number, place, rest = match[1], int(match[2]), match[3], match[4]
     if side == "middle_block":
         kind, index = ("attentions", 0) if number == 1 else ("resnets", number // 2)
         inner = rest if place is None else f"{place}.{rest}"
         return f"mid_block.{kind}.{index}.{_RESNET.get(inner, inner)}"
-    each = LAYERS_PER_BLOCK + 1
-    block, layer = divmod(number - 1, each) if side == "input_blocks" else divmod(number, each)
+    # input_blocks.0 is conv_in; then each block counts its layers and one resampling layer.
+    per_block = LAYERS_PER_BLOCK + 1
+    block, layer = divmod(number - 1, per_block) if side == "input_blocks" else divmod(number, per_block)
     way = "down" if side == "input_blocks" else "up"
     if rest in ("op", "conv"):
         return f"{way}_blocks.{block}.{way}samplers.0.conv"
@@ -140,19 +143,19 @@ def from_original(module: str) -> str:
 
 def to_original(module: str) -> str:
     """The inverse of `from_original` for Stable Diffusion XL, whose upsamplers follow a transformer."""
-    outside = {ours: theirs for theirs, ours in _OUTSIDE.items()}
-    if module in outside:
-        return outside[module]
-    resnet = {ours: theirs for theirs, ours in _RESNET.items()}
-    if found := _MIDDLE.fullmatch(module):
-        number = 1 if found[1] == "attentions" else 2 * int(found[2])
-        return f"middle_block.{number}.{resnet.get(found[3], found[3])}"
-    found = _DIFFUSERS.fullmatch(module)
-    if found is None:
+    outer = {diffusers: original for original, diffusers in _OUTER.items()}
+    if module in outer:
+        return outer[module]
+    resnet = {diffusers: original for original, diffusers in _RESNET.items()}
+    if match := _MIDDLE.fullmatch(module):
+        number = 1 if match[1] == "attentions" else 2 * int(match[2])
+        return f"middle_block.{number}.{resnet.get(match[3], match[3])}"
+    match = _DIFFUSERS.fullmatch(module)
+    if match is None:
         return module
-    way, block, kind, layer, rest = found[1], int(found[2]), found[3], int(found[4]), found[5]
-    each = LAYERS_PER_BLOCK + 1
-    first = 1 + block * each if way == "down" else block * each
+    way, block, kind, layer, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
+    per_block = LAYERS_PER_BLOCK + 1
+    first = 1 + block * per_block if way == "down" else block * per_block
     if kind == "downsamplers":
         return f"input_blocks.{first + LAYERS_PER_BLOCK}.0.op"
     if kind == "upsamplers":
@@ -162,25 +165,25 @@ def to_original(module: str) -> str:
     return f"{side}.{first + layer}.{place}.{resnet.get(rest, rest)}"
 
 
-def joined(module: str, base: str) -> tuple[str, int] | None:
-    """A transformer's module → the original code's layer that holds it, and its place there; None if none does.
+def find_fused(module: str, base: str) -> tuple[str, int] | None:
+    """diffusers' module → (the original code's fused layer, position in it); None where no fused layer holds it.
 
     `base` is "flux" or "sd3": `transformer_blocks.3.attn.to_k` → (`double_blocks.3.img_attn.qkv`, 1).
     """
     for original in _ORIGINAL_BLOCKS.get(base, ()):
-        found = re.fullmatch(rf"{_BLOCKS[original]}\.(\d+)\.(.+)", module)
-        if found is None:
+        match = re.fullmatch(rf"{_BLOCKS[original]}\.(\d+)\.(.+)", module)
+        if match is None:
             continue
-        for theirs, ours in _JOINED[original].items():
-            if found[2] in ours:
-                return f"{original}.{found[1]}.{theirs}", ours.index(found[2])
+        for fused, parts in _FUSED[original].items():
+            if match[2] in parts:
+                return f"{original}.{match[1]}.{fused}", parts.index(match[2])
     return None
 
 
-def apart(module: str) -> tuple[str, ...]:
-    """The inverse: all modules that a layer of the original code joins, in order; () for any other name."""
-    found = re.fullmatch(r"(double_blocks|single_blocks|joint_blocks)\.(\d+)\.(.+)", module)
-    if found is None:
+def split_fused(module: str) -> tuple[str, ...]:
+    """diffusers' modules that a fused layer of the original code holds, in order; () for any other name."""
+    match = re.fullmatch(r"(double_blocks|single_blocks|joint_blocks)\.(\d+)\.(.+)", module)
+    if match is None:
         return ()
-    ours = _JOINED[found[1]].get(found[3], ())
-    return tuple(f"{_BLOCKS[found[1]]}.{found[2]}.{name}" for name in ours)
+    parts = _FUSED[match[1]].get(match[3], ())
+    return tuple(f"{_BLOCKS[match[1]]}.{match[2]}.{part}" for part in parts)

@@ -1,4 +1,4 @@
-"""The file or run folder that a merge leaves: its adapter, and the concepts of the runs that went into it."""
+"""Write the result of a merge: an adapter file, or a run folder with the tokens of all runs that went into it."""
 
 from __future__ import annotations
 
@@ -14,117 +14,128 @@ from backbone.adapters.embeddings import vector_token_names
 from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS
 from backbone.io.console import UserError, notify
 from backbone.io.files import make_empty_folder, write_tensors, write_text
-from customize.formats.adapter import Adapter
-from customize.formats.header import header_for
-from customize.formats.merge import Part
+from customize.formats.adapter import AdapterFile
+from customize.formats.merge import MergeInput
+from customize.formats.metadata import build_metadata
 from customize.formats.write import write_adapter
 from customize.methods.weights import CHANGED
 
 
 def save_merged(
-    out: Path, adapter: Adapter, parts: Sequence[Part], *, moved: Mapping[str, Tensor] | None = None
+    out: Path,
+    adapter: AdapterFile,
+    parts: Sequence[MergeInput],
+    *,
+    weight_deltas: Mapping[str, Tensor] | None = None,
 ) -> dict[str, str]:
-    """Writes a merge: a file if `out` ends in .safetensors, else a run folder; gives the tokens that it answers to.
+    """Write a merge to a .safetensors file, else to a run folder; returns token → the words that the model reads.
 
-    A run folder keeps the concepts of the runs that were merged, their learned words, and the whole weights in `moved`.
-    Raises `UserError` where the place cannot hold the merge, before anything is written.
+    A run folder also holds the learned embeddings of all runs and the weights in `weight_deltas`.
+    Raises `UserError`, before anything is written, where `out` cannot hold the merge.
     """
-    whole = out.suffix != ".safetensors"
-    renamed = joined_tokens([part.concept for part in parts if part.concept is not None])
-    tokens = dict(pair for one in renamed for pair in one.values())
-    header = merged_header(adapter, parts, tokens, title=out.name if whole else out.stem)
-    if not whole:
-        if moved or not adapter.layers:
+    is_folder = out.suffix != ".safetensors"
+    renamed = resolve_tokens([part.concept for part in parts if part.concept is not None])
+    tokens = dict(token_and_words for renaming in renamed for token_and_words in renaming.values())
+    metadata = build_merged_metadata(adapter, parts, tokens, title=out.name if is_folder else out.stem)
+    if not is_folder:
+        if weight_deltas or not adapter.layers:
             raise UserError(f"Whole weights do not fit into {out}. Add --rank for a LoRA of them, or --bake.")
         if any(part.words for part in parts):
             notify(f"Learned words are not in {out}: they stay in the {WORDS} of their runs.")
-        write_adapter(out, adapter, "own", header=header)
+        write_adapter(out, adapter, "peft", metadata=metadata)
         return tokens
     concept = next((part.concept for part in parts if part.concept is not None), None)
     if concept is None:
         raise UserError(
             f"None of the merged files is a run, so {out} would not know its model. Let --out end in .safetensors."
         )
-    words = merged_words(parts, renamed)
+    words = rename_embeddings(parts, renamed)
     make_empty_folder(out)
-    fields = {"weights": "", "words": WORDS if words else "", "changed": CHANGED if moved else ""}
+    fields = {"weights": "", "words": WORDS if words else "", "changed": CHANGED if weight_deltas else ""}
     if adapter.layers:
-        fields["weights"] = LORA_WEIGHTS if set(adapter.kinds) <= {"lora", "dora"} else LYCORIS_WEIGHTS
-        write_adapter(out / fields["weights"], adapter, "own", header=header)
+        fields["weights"] = LORA_WEIGHTS if set(adapter.algorithms) <= {"lora", "dora"} else LYCORIS_WEIGHTS
+        write_adapter(out / fields["weights"], adapter, "peft", metadata=metadata)
     if words:
         write_tensors(out / WORDS, words)
-    if moved:
-        write_tensors(out / CHANGED, {name.removeprefix("unet."): value for name, value in moved.items()})
-    write_text(out / "README.md", _readme(out, parts, tokens, concept))
+    if weight_deltas:
+        write_tensors(
+            out / CHANGED, {name.removeprefix("unet."): value for name, value in weight_deltas.items()}
+        )
+    write_text(out / "README.md", _format_readme(out, parts, tokens, concept))
     replace(concept, kind="merged", tokens=tokens, folder=out, **fields).write(out)
     return tokens
 
 
-def merged_header(
-    adapter: Adapter, parts: Sequence[Part], tokens: Mapping[str, str], *, title: str
+def build_merged_metadata(
+    adapter: AdapterFile, parts: Sequence[MergeInput], tokens: Mapping[str, str], *, title: str
 ) -> dict[str, str]:
-    """What the merged file's header says."""
+    """Metadata of the merged file: that of the first run, all trigger phrases, and what was merged."""
     first = next((part for part in parts if part.concept is not None), parts[0])
-    header = header_for(adapter, source=first.source, title=title) if adapter.layers else {}
-    header.pop("modelspec.usage_hint", None)
-    header["modelspec.trigger_phrase"] = ", ".join(tokens.values())
-    header["modelspec.merged_from"] = ", ".join(f"{part.source.stem} × {part.strength:g}" for part in parts)
-    return header
+    metadata = build_metadata(adapter, source=first.source, title=title) if adapter.layers else {}
+    metadata.pop("modelspec.usage_hint", None)
+    metadata["modelspec.trigger_phrase"] = ", ".join(tokens.values())
+    metadata["modelspec.merged_from"] = ", ".join(f"{part.source.stem} × {part.strength:g}" for part in parts)
+    return metadata
 
 
-def joined_tokens(concepts: Sequence[Concept]) -> list[dict[str, tuple[str, str]]]:
-    """For each concept, its token → the token and words in the merge; one that is taken gets a number, said aloud.
+def resolve_tokens(concepts: Sequence[Concept]) -> list[dict[str, tuple[str, str]]]:
+    """For each concept: its token → (token, words) in the merge. A token that is taken gets a number, with a notice.
 
-    Rare words that two concepts share stay as they are, with a warning: a prompt cannot tell the two apart.
+    Rare words that two concepts share stay, with a warning: a prompt cannot tell the two subjects apart.
     """
-    joined: list[dict[str, tuple[str, str]]] = []
+    renamings: list[dict[str, tuple[str, str]]] = []
     taken: dict[str, str] = {}
     for concept in concepts:
-        own: dict[str, tuple[str, str]] = {}
+        renaming: dict[str, tuple[str, str]] = {}
         for token, words in concept.tokens.items():
-            learned = words.split()[:1] == [token]
-            if words in taken.values() and not learned:
+            is_learned = words.split()[:1] == [token]
+            if words in taken.values() and not is_learned:
                 notify(
                     f"“{words}” stands for more than one subject in this merge: a prompt cannot tell them apart."
                 )
             name, number = token, 2
-            while name in taken and (learned or taken[name] != words):
-                name, number = _numbered(token, number), number + 1
+            while name in taken and (is_learned or taken[name] != words):
+                name, number = _number_token(token, number), number + 1
             if name != token:
                 notify(f"{token} is taken: that of {concept.folder} is {name} from now on.")
-            own[token] = (name, " ".join(vector_token_names(name, len(words.split()))) if learned else words)
-            taken[name] = own[token][1]
-        joined.append(own)
-    return joined
+            renaming[token] = (
+                name,
+                " ".join(vector_token_names(name, len(words.split()))) if is_learned else words,
+            )
+            taken[name] = renaming[token][1]
+        renamings.append(renaming)
+    return renamings
 
 
-def merged_words(
-    parts: Sequence[Part], renamed: Sequence[Mapping[str, tuple[str, str]]]
+def rename_embeddings(
+    parts: Sequence[MergeInput], renamed: Sequence[Mapping[str, tuple[str, str]]]
 ) -> dict[str, Tensor]:
-    """The learned words of all runs under their tokens in the merge, as one file holds them."""
+    """The learned embeddings of all runs under their tokens in the merge, as one file stores them."""
     runs = [part for part in parts if part.concept is not None]
-    found: dict[str, Tensor] = {}
-    for part, new in zip(runs, renamed, strict=True):
+    embeddings: dict[str, Tensor] = {}
+    for part, renaming in zip(runs, renamed, strict=True):
         for name, value in part.words.items():
-            token = name if name in new else name.rpartition("/")[0]  # with a text encoder's name behind it
-            found[new[token][0] + name.removeprefix(token)] = value
-    return found
+            token = name if name in renaming else name.rpartition("/")[0]  # `token/text_encoder_2`
+            embeddings[renaming[token][0] + name.removeprefix(token)] = value
+    return embeddings
 
 
-def _numbered(token: str, number: int) -> str:
+def _number_token(token: str, number: int) -> str:
     """`[V]` → `[V2]`."""
     closes = token[-1:] in ("]", ">")
     return f"{token[:-1]}{number}{token[-1]}" if closes else f"{token}{number}"
 
 
-def _readme(run: Path, parts: Sequence[Part], tokens: Mapping[str, str], concept: Concept) -> str:
-    again = " ".join(f"{part.source}:{part.strength:g}" for part in parts)
+def _format_readme(
+    run: Path, parts: Sequence[MergeInput], tokens: Mapping[str, str], concept: Concept
+) -> str:
+    arguments = " ".join(f"{part.source}:{part.strength:g}" for part in parts)
     lines = [
         f"# {run.name}",
         "",
         f"Merged from {len(parts)} adapters on `{concept.model}`:",
         "",
-        f"    customize merge {again} --out {run}",
+        f"    customize merge {arguments} --out {run}",
         "",
         *(f"- `{token}` stands for “{words}”" for token, words in tokens.items()),
         "",

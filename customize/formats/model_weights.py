@@ -1,7 +1,9 @@
-"""The weights of a model by layer, as an adapter names its layers, without building the model."""
+"""Read a model's weights by the names that adapters use, without building the model."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -10,13 +12,13 @@ from torch import Tensor
 from backbone.families.location import Location
 from backbone.io.console import UserError
 from backbone.io.files import read_header, read_json, read_tensors
-from customize.formats.layer_names import COMPONENTS, TEXT_LEVEL, is_text, split
+from customize.formats.layer_names import COMPONENTS, TEXT_MODEL_PREFIX, is_text_encoder, split_component
 
-ENDING = ".weight"
+WEIGHT_SUFFIX = ".weight"
 
 
-class Weights(Mapping[str, Tensor]):
-    """A model's tensors by our names (`unet.conv_in.weight`), each read when it is asked for."""
+class ModelWeights(Mapping[str, Tensor]):
+    """A model's tensors by canonical name (`unet.conv_in.weight`), each read from its file on access."""
 
     def __init__(self, location: Location) -> None:
         self.location = location
@@ -25,11 +27,11 @@ class Weights(Mapping[str, Tensor]):
         self.shapes: dict[str, tuple[int, ...]] = {}
         if location.folder is not None:
             for component in COMPONENTS:
-                for path in plain_files(location.folder / component):
+                for path in list_weight_files(location.folder / component):
                     for name, shape in read_header(path).shapes.items():
-                        ours = own_name(component, name)
-                        self._where[ours] = (path, name)
-                        self.shapes[ours] = shape
+                        canonical = canonical_name(component, name)
+                        self._where[canonical] = (path, name)
+                        self.shapes[canonical] = shape
         else:
             self._load()
         if not self.shapes:
@@ -48,7 +50,7 @@ class Weights(Mapping[str, Tensor]):
         return len(self.shapes)
 
     def _load(self) -> None:
-        """A checkpoint file or a model of the hub: the parts are loaded as for sampling."""
+        """Load a checkpoint file or a hub model as for sampling, and keep its state dicts."""
         from backbone.models.model import Backbone
 
         model = Backbone.open(self.location.name, device="cpu", precision="fp32")
@@ -57,43 +59,45 @@ class Weights(Mapping[str, Tensor]):
         parts = {component: denoiser.state_dict()}
         parts |= {side.name: side.model.state_dict() for side in model.text_encoder.slots}
         for part, tensors in parts.items():
-            self._loaded |= {own_name(part, name): value for name, value in tensors.items()}
+            self._loaded |= {canonical_name(part, name): value for name, value in tensors.items()}
         self.shapes = {name: tuple(value.shape) for name, value in self._loaded.items()}
 
 
 class LayerWeights(Mapping[str, Tensor]):
-    """The same, the weights alone, by layer: `unet.conv_in`."""
+    """View of `ModelWeights` by layer name (`unet.conv_in`): the `.weight` tensors alone."""
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: ModelWeights) -> None:
         self.weights = weights
 
     def __getitem__(self, layer: str) -> Tensor:
-        return self.weights[layer + ENDING]
+        return self.weights[layer + WEIGHT_SUFFIX]
 
     def __contains__(self, layer: object) -> bool:
-        return f"{layer}{ENDING}" in self.weights.shapes
+        return f"{layer}{WEIGHT_SUFFIX}" in self.weights.shapes
 
     def __iter__(self) -> Iterator[str]:
-        return (name.removesuffix(ENDING) for name in self.weights.shapes if name.endswith(ENDING))
+        return (
+            name.removesuffix(WEIGHT_SUFFIX) for name in self.weights.shapes if name.endswith(WEIGHT_SUFFIX)
+        )
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
 
-def own_name(component: str, stored: str) -> str:
-    """The name here of a tensor that a component's file stores under another."""
-    return f"{component}.{stored.removeprefix(TEXT_LEVEL) if is_text(component) else stored}"
+def canonical_name(component: str, stored: str) -> str:
+    """`component.name` of a stored tensor, without CLIP's level `text_model`."""
+    return f"{component}.{stored.removeprefix(TEXT_MODEL_PREFIX) if is_text_encoder(component) else stored}"
 
 
-def refuse_misfit(layers: Mapping[str, tuple[int, int]], weights: Weights, source: str) -> None:
-    """`UserError` when layers [out, in·k·k] are not those of the model."""
+def refuse_mismatch(layers: Mapping[str, tuple[int, int]], weights: ModelWeights, source: str) -> None:
+    """Raise `UserError` unless the model has all these layers, of these shapes [out, in·k·k]."""
     name = weights.location.name
     for layer, (rows, columns) in layers.items():
-        shape = weights.shapes.get(layer + ENDING)
+        shape = weights.shapes.get(layer + WEIGHT_SUFFIX)
         if shape is None:
             what = f"it changes {layer}, which that model does not have"
-        elif (shape[0], _product(shape[1:])) != (rows, columns):
-            what = f"{layer} is {rows} × {columns} there and {shape[0]} × {_product(shape[1:])} in the model"
+        elif (shape[0], math.prod(shape[1:])) != (rows, columns):
+            what = f"{layer} is {rows} × {columns} there and {shape[0]} × {math.prod(shape[1:])} in the model"
         else:
             continue
         raise UserError(
@@ -101,17 +105,13 @@ def refuse_misfit(layers: Mapping[str, tuple[int, int]], weights: Weights, sourc
         )
 
 
-def components(layers: Mapping[str, object]) -> dict[str, int]:
-    """How many layers each component has."""
-    counts: dict[str, int] = {}
-    for layer in layers:
-        component = split(layer)[0]
-        counts[component] = counts.get(component, 0) + 1
-    return counts
+def count_components(layers: Mapping[str, object]) -> dict[str, int]:
+    """Component → number of its layers."""
+    return dict(Counter(split_component(layer)[0] for layer in layers))
 
 
-def plain_files(folder: Path) -> list[Path]:
-    """The safetensors files of one component: those of its index, the plain ones, or those of its only variant."""
+def list_weight_files(folder: Path) -> list[Path]:
+    """safetensors files of a component's folder: those of its index, or the one with the plainest name."""
     if not folder.is_dir():
         return []
     for index in sorted(folder.glob("*.safetensors.index.json"), key=lambda path: len(path.name)):
@@ -121,10 +121,3 @@ def plain_files(folder: Path) -> list[Path]:
             raise UserError(f"{index} is damaged ({error}). Download the model again.") from error
     files = sorted(folder.glob("*.safetensors"), key=lambda path: (path.name.count("."), path.name))
     return files[:1]
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

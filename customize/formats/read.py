@@ -1,19 +1,19 @@
-"""Adapter files of diffusers, kohya's sd-scripts, LyCORIS and ComfyUI, read into one form and written from it.
+"""Read LoRA, LoHa, LoKr and DoRA files of diffusers, kohya's sd-scripts, LyCORIS and ComfyUI into an `AdapterFile`.
 
     adapter = read_adapter("dog.safetensors")
-    write_adapter("dog-kohya.safetensors", adapter, "kohya", header={...})
+    write_adapter("dog-kohya.safetensors", adapter, "kohya", metadata={...})
 
-| form | keys | strength | DoRA | LoHa, LoKr |
+| format | keys | α | DoRA | LoHa, LoKr |
 |---|---|---|---|---|
-| diffusers | `unet.….lora_A.weight`, peft's names | r and α in the header | `lora_magnitude_vector` [out] | refused |
-| own | the same, and peft's `hada_…`, `lokr_…` | the same | the same | peft's names |
+| diffusers | `unet.….lora_A.weight`, peft's names | r and α in the metadata | `lora_magnitude_vector` [out] | refused |
+| peft | the same, and peft's `hada_…`, `lokr_…` | the same | the same | peft's names |
 | kohya | `lora_unet_….lora_down.weight` | `.alpha` | `dora_scale` [out, 1] | LyCORIS' names |
 | comfyui | the same | `.alpha` | `dora_scale`, rescaled | LyCORIS' names |
 
-kohya names SDXL's blocks by the numbers of the original code, and joins queries, keys and values of SD3 and FLUX as
-that code does; ComfyUI's form always has diffusers' names, `transformer.…` with its dots.
-ComfyUI divides a row that DoRA rescales by ‖W‖ where Liu et al. 2024 divide by ‖W + ΔW‖, so its file needs the base.
-Every file is read back before it gets its name, and each layer's ΔW compared.
+kohya names SDXL's blocks by the numbers of the original code and fuses queries, keys and values of SD3 and FLUX as
+that code does; ComfyUI's format always has diffusers' names, `transformer.…` with its dots. ComfyUI divides a row that
+DoRA rescales by ‖W‖ where Liu et al. 2024 divide by ‖W + ΔW‖, so writing its file needs the base weights.
+`write_adapter` reads every file back and compares ΔW layer by layer before the file gets its name.
 """
 
 from __future__ import annotations
@@ -32,21 +32,22 @@ from backbone.adapters.concept import read_concept
 from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors
-from customize.formats.adapter import _UNET_TOPS, HEADER, Adapter
-from customize.formats.factors import Kind, Layer
+from customize.formats.adapter import CONFIG_KEY, AdapterFile
+from customize.formats.factors import Algorithm, LayerUpdate
 from customize.formats.layer_names import (
     COMPONENTS,
-    TEXT_LEVEL,
-    apart,
-    dotted,
+    TEXT_MODEL_PREFIX,
+    add_text_model,
     from_original,
-    is_text,
-    split,
-    with_text_level,
+    is_text_encoder,
+    split_component,
+    split_fused,
+    unflatten_name,
 )
 
-# How a tensor's name ends, and which factor of a layer it is.
-_ENDINGS = {
+UNET_PREFIXES = ("down_blocks.", "up_blocks.", "mid_block.", "conv_in", "conv_out", "time_embedding.")
+# Suffix of a tensor's key → which factor of the layer it holds.
+_FACTOR_BY_SUFFIX = {
     ".lora_A.weight": "down",
     ".lora_B.weight": "up",
     ".lora_A.default.weight": "down",
@@ -71,7 +72,7 @@ _ENDINGS = {
     ".dora_scale": "magnitude",
     ".alpha": "alpha",
 }
-_NEEDED: dict[Kind, tuple[tuple[str, ...], ...]] = {
+_REQUIRED_FACTORS: dict[Algorithm, tuple[tuple[str, ...], ...]] = {
     "lora": (("down", "up"),),
     "loha": (("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),),
     "lokr": tuple(
@@ -80,7 +81,7 @@ _NEEDED: dict[Kind, tuple[tuple[str, ...], ...]] = {
         for right in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))
     ),
 }
-_KOHYA = (
+_KOHYA_PREFIXES = (
     ("lora_unet_", "unet"),
     ("lora_transformer_", "transformer"),
     ("lycoris_", "unet"),
@@ -90,33 +91,34 @@ _KOHYA = (
 )
 
 
-def read_adapter(path: str | Path) -> Adapter:
-    """The adapter in a file or a run folder, whichever tool wrote it.
+def read_adapter(path: str | Path) -> AdapterFile:
+    """Read the adapter of a file or a run folder, whichever tool wrote it.
 
-    Raises `UserError` where there is none, where its layers are not whole, or where it holds what is not read here.
+    Raises `UserError` where there is none, where a layer lacks factors, or for tensors that belong to no known format.
     """
-    path = adapter_file(path)
-    tensors, header = read_tensors(path)
+    path = find_adapter_file(path)
+    tensors, metadata = read_tensors(path)
     if not tensors:
         raise UserError(f"{path} holds no tensors. Give the file of a LoRA.")
-    parts, unknown = _grouped(tensors)
-    if not any(key in group for group in parts.values() for kind in _NEEDED.values() for key in kind[0]):
-        some = ", ".join(sorted(tensors)[:2])
-        raise UserError(f"{path} holds no LoRA (but {some} …). Give a LoRA, LoHa or LoKr in safetensors.")
+    groups, unknown = _group_by_layer(tensors)
+    known_factors = {factor for factor_sets in _REQUIRED_FACTORS.values() for factor in factor_sets[0]}
+    if not any(known_factors & set(group) for group in groups.values()):
+        examples = ", ".join(sorted(tensors)[:2])
+        raise UserError(f"{path} holds no LoRA (but {examples} …). Give a LoRA, LoHa or LoKr in safetensors.")
     if unknown:
         raise UserError(
             f"{path} holds {len(unknown)} tensors of a kind that is not read here, as {sorted(unknown)[0]}. "
             "Export it again as LoRA, LoHa or LoKr alone."
         )
-    said = _Said(header, path)
-    layers: dict[str, Layer] = {}
-    for name, group in parts.items():
-        layers |= _taken_apart(name, _layer(name, group, said, path), path)
-    return Adapter(layers, header, _form(tensors))
+    config = _PeftConfig(metadata, path)
+    layers: dict[str, LayerUpdate] = {}
+    for name, group in groups.items():
+        layers |= _split_fused_layer(name, _build_layer(name, group, config, path), path)
+    return AdapterFile(layers, metadata, _describe_format(tensors))
 
 
-def adapter_file(path: str | Path) -> Path:
-    """The weights of a run folder, or the file itself; `UserError` where a folder holds no adapter."""
+def find_adapter_file(path: str | Path) -> Path:
+    """Path of a run folder's adapter weights, or the file itself; `UserError` where a folder holds no adapter."""
     path = Path(path)
     if not path.is_dir():
         return path
@@ -136,64 +138,59 @@ def adapter_file(path: str | Path) -> Path:
     )
 
 
-# Writing.
-
-
-# Reading.
-
-
-def _grouped(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """Layer → factor → tensor, and the names that belong to no layer."""
-    parts: dict[str, dict[str, Tensor]] = {}
+def _group_by_layer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """Layer name → factor → tensor, and the keys that belong to no layer."""
+    groups: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for key, value in tensors.items():
-        ending = next((ending for ending in _ENDINGS if key.endswith(ending)), None)
-        name = _layer_name(key.removesuffix(ending)) if ending else None
-        if ending is None or name is None:
+        suffix = next((suffix for suffix in _FACTOR_BY_SUFFIX if key.endswith(suffix)), None)
+        name = _canonical_layer_name(key.removesuffix(suffix)) if suffix else None
+        if suffix is None or name is None:
             unknown.append(key)
         else:
-            parts.setdefault(name, {})[_ENDINGS[ending]] = value
-    return parts, unknown
+            groups.setdefault(name, {})[_FACTOR_BY_SUFFIX[suffix]] = value
+    return groups, unknown
 
 
-def _layer_name(stem: str) -> str | None:
-    """Our name of a layer, from any tool's; None for a name that no tool gives."""
-    for prefix, component in _KOHYA:
+def _canonical_layer_name(stem: str) -> str | None:
+    """Name of a layer as used here (component, then diffusers' module name), from any tool's; None if none fits."""
+    for prefix, component in _KOHYA_PREFIXES:
         if stem.startswith(prefix):
-            return _named(component, dotted(stem.removeprefix(prefix)))
+            return _qualify_module(component, unflatten_name(stem.removeprefix(prefix)))
     stem = stem.removeprefix("base_model.model.").replace(".processor.", ".")
     for component in COMPONENTS:
         if stem.startswith(component + "."):
-            return _named(component, stem.removeprefix(component + "."))
+            return _qualify_module(component, stem.removeprefix(component + "."))
     if stem.startswith("diffusion_model."):
-        return _named("unet", stem.removeprefix("diffusion_model."))
-    return _named("unet", stem) if stem.startswith(_UNET_TOPS) else None
+        return _qualify_module("unet", stem.removeprefix("diffusion_model."))
+    return _qualify_module("unet", stem) if stem.startswith(UNET_PREFIXES) else None
 
 
-def _taken_apart(name: str, layer: Layer, path: Path) -> dict[str, Layer]:
-    """A layer under the name here; one that the original code joins, as the layers that it is of.
+def _split_fused_layer(name: str, layer: LayerUpdate, path: Path) -> dict[str, LayerUpdate]:
+    """Split a fused layer of SD3 or FLUX (`qkv`) into diffusers' layers; any other layer is returned under its name.
 
-    What changes nothing is left out, and of each part the columns that do.
+    Parts that are not updated are dropped, and of the others the rank dimensions that do not contribute.
     """
-    component, module = split(name)
-    ours = apart(module)
-    if component != "transformer" or not ours:
+    component, module = split_component(name)
+    targets = split_fused(module)
+    if component != "transformer" or not targets:
         return {name: layer}
-    if len(ours) == 1:
-        return {f"transformer.{ours[0]}": layer}
-    if layer.kind != "lora":
+    if len(targets) == 1:
+        return {f"transformer.{targets[0]}": layer}
+    if layer.algorithm != "lora":
         raise UserError(
-            f"{path} joins layers into {name} as a {layer.kind}, which cannot be taken apart. Use a LoRA."
+            f"{path} fuses layers into {name} as a {layer.algorithm}, which cannot be split. Use a LoRA."
         )
+    # Queries, keys and values are as high as the layer is wide; a fourth part (FLUX's MLP) takes the remaining rows.
     rows, width = layer.shape
-    heights = [width] * 3 + [rows - 3 * width] * (len(ours) - 3)
+    heights = [width] * 3 + [rows - 3 * width] * (len(targets) - 3)
     if sum(heights) != rows or min(heights) <= 0:
         raise UserError(
             f"{name} in {path} is {rows} × {width}, which no published model has. Check the file."
         )
-    found: dict[str, Layer] = {}
+    layers: dict[str, LayerUpdate] = {}
     bounds = torch.tensor([0, *heights]).cumsum(0).tolist()
-    for part, start, end in zip(ours, bounds, bounds[1:], strict=False):
+    for target, start, end in zip(targets, bounds, bounds[1:], strict=False):
         up = layer.factors["up"][start:end]
         used = (up != 0).any(dim=0)
         if not bool(used.any()):
@@ -201,47 +198,49 @@ def _taken_apart(name: str, layer: Layer, path: Path) -> dict[str, Layer]:
         factors = {"down": layer.factors["down"][used], "up": up[:, used]}
         rank = int(used.sum())
         magnitude = None if layer.magnitude is None else layer.magnitude.flatten()[start:end]
-        found[f"transformer.{part}"] = Layer("lora", factors, rank, layer.scale * rank, magnitude)
-    return found
+        layers[f"transformer.{target}"] = LayerUpdate("lora", factors, rank, layer.scale * rank, magnitude)
+    return layers
 
 
-def _named(component: str, module: str) -> str:
-    if component == "unet" and apart(module):
+def _qualify_module(component: str, module: str) -> str:
+    """`component.module` with diffusers' module name, whichever of the known conventions `module` follows."""
+    if component == "unet" and split_fused(module):
         return f"transformer.{module}"
     if component == "unet":
         module = from_original(module)
-    if is_text(component):  # what diffusers once wrote: self_attn.to_q_lora.down.weight
-        module = module.removeprefix(TEXT_LEVEL)
+    if is_text_encoder(component):  # what diffusers once wrote: self_attn.to_q_lora.down.weight
+        module = module.removeprefix(TEXT_MODEL_PREFIX)
         module = re.sub(r"\.self_attn\.to_(q|k|v|out)$", r".self_attn.\1_proj", module)
     elif module.endswith(".to_out"):
         module += ".0"
     return f"{component}.{module}"
 
 
-class _Said:
-    """What the header says of ranks and strengths, for forms whose tensors do not."""
+class _PeftConfig:
+    """peft's configuration in the metadata: r and α per layer, for formats whose tensors do not carry them."""
 
-    def __init__(self, header: Mapping[str, str], path: Path) -> None:
+    def __init__(self, metadata: Mapping[str, str], path: Path) -> None:
         try:
-            self.settings: dict[str, Any] = json.loads(header.get(HEADER, "{}"))
+            self.settings: dict[str, Any] = json.loads(metadata.get(CONFIG_KEY, "{}"))
         except json.JSONDecodeError as error:
-            raise UserError(f"The header of {path} is damaged ({error}). Export the file again.") from error
+            raise UserError(f"The metadata of {path} is damaged ({error}). Export the file again.") from error
 
     def rank(self, layer: str) -> int | None:
-        found = self._value(layer, "rank_pattern", ("r",))
-        return None if found is None else int(found)
+        value = self._value(layer, "rank_pattern", ("r",))
+        return None if value is None else int(value)
 
     def alpha(self, layer: str, rank: int) -> float | None:
-        """α such that α/rank is the strength."""
-        found = self._value(layer, "alpha_pattern", ("lora_alpha", "alpha"))
-        if found is None:
+        """α such that ΔW is scaled by α/rank; rsLoRA's α/√rank is converted."""
+        value = self._value(layer, "alpha_pattern", ("lora_alpha", "alpha"))
+        if value is None:
             return None
-        rooted = self.settings.get(f"{split(layer)[0]}.use_rslora", False)
-        return float(found) * (rank**0.5 if rooted else 1.0)
+        use_rslora = self.settings.get(f"{split_component(layer)[0]}.use_rslora", False)
+        return float(value) * (rank**0.5 if use_rslora else 1.0)
 
     def _value(self, layer: str, pattern: str, keys: Iterable[str]) -> Any:
-        component, module = split(layer)
-        for name in (module, with_text_level(component, module)):
+        """A layer's entry in `pattern` (peft matches suffixes and regular expressions), else the first default."""
+        component, module = split_component(layer)
+        for name in (module, add_text_model(component, module)):
             for expression, value in (self.settings.get(f"{component}.{pattern}") or {}).items():
                 if re.fullmatch(rf"(.*\.)?({expression})", name):
                     return value
@@ -250,28 +249,35 @@ class _Said:
         )
 
 
-def _layer(name: str, group: dict[str, Tensor], said: _Said, path: Path) -> Layer:
+def _build_layer(name: str, group: dict[str, Tensor], config: _PeftConfig, path: Path) -> LayerUpdate:
+    """One layer from its tensors by factor. Raises `UserError` for missing factors or ranks that disagree."""
     factors = {factor: value for factor, value in group.items() if factor not in ("alpha", "magnitude")}
-    kind = _kind(factors)
-    if kind is None:
-        have = ", ".join(sorted(group))
+    algorithm = _detect_algorithm(factors)
+    if algorithm is None:
+        present = ", ".join(sorted(group))
         raise UserError(
-            f"The layer {name} in {path} is not whole (it has {have}). Download or export it again."
+            f"The layer {name} in {path} is not whole (it has {present}). Download or export it again."
         )
-    if "mid" in factors:  # LoCon's small kernel between two 1 × 1 convolutions: one kernel does the same
+    if (
+        "mid" in factors
+    ):  # LoCon's kernel between two 1 × 1 convolutions: multiplied into `down` it is the same
         kernel, down = factors.pop("mid"), factors["down"].flatten(1)
         factors["down"] = torch.einsum("rskl,sn->rnkl", kernel.float(), down.float())
-    rank = _rank(kind, factors)
-    if rank is None:  # a whole LoKr: only the header knows the rank, and LyCORIS then counts α as the rank
-        rank = said.rank(name) or 1
-        alpha = said.alpha(name, rank)
-        return Layer(kind, factors, rank, float(rank) if alpha is None else alpha, _magnitude(group))
-    if kind == "lora" and factors["up"].shape[1] != rank:
+    rank = _infer_rank(algorithm, factors)
+    if rank is None:  # an unfactorised LoKr: only the metadata knows r, and LyCORIS then takes α for it
+        rank = config.rank(name) or 1
+        alpha = config.alpha(name, rank)
+        return LayerUpdate(
+            algorithm, factors, rank, float(rank) if alpha is None else alpha, _read_magnitude(group)
+        )
+    if algorithm == "lora" and factors["up"].shape[1] != rank:
         raise UserError(
             f"The factors of {name} in {path} have ranks {rank} and {factors['up'].shape[1]}. Export the file again."
         )
-    alpha = float(group["alpha"]) if "alpha" in group else said.alpha(name, rank)
-    layer = Layer(kind, factors, rank, float(rank) if alpha is None else alpha, _magnitude(group))
+    alpha = float(group["alpha"]) if "alpha" in group else config.alpha(name, rank)
+    layer = LayerUpdate(
+        algorithm, factors, rank, float(rank) if alpha is None else alpha, _read_magnitude(group)
+    )
     if layer.magnitude is not None and len(layer.magnitude) != layer.shape[0]:
         raise UserError(
             f"The DoRA scales of {name} in {path} run over the layer's inputs, as old LyCORIS wrote them, and are not "
@@ -280,34 +286,36 @@ def _layer(name: str, group: dict[str, Tensor], said: _Said, path: Path) -> Laye
     return layer
 
 
-def _kind(factors: Mapping[str, Tensor]) -> Kind | None:
-    own = set(factors) - {"mid", "hada_t1", "hada_t2", "lokr_t2"}
-    for kind, possible in _NEEDED.items():
-        if any(own == set(names) for names in possible):
-            return kind
+def _detect_algorithm(factors: Mapping[str, Tensor]) -> Algorithm | None:
+    """Which algorithm these factors are of; None where they are incomplete or mixed."""
+    required = set(factors) - {"mid", "hada_t1", "hada_t2", "lokr_t2"}  # without the optional ones
+    for algorithm, factor_sets in _REQUIRED_FACTORS.items():
+        if any(required == set(names) for names in factor_sets):
+            return algorithm
     return None
 
 
-def _rank(kind: Kind, factors: Mapping[str, Tensor]) -> int | None:
-    key = {"lora": "down", "loha": "hada_w1_b"}.get(kind)
+def _infer_rank(algorithm: Algorithm, factors: Mapping[str, Tensor]) -> int | None:
+    """r from the factors' shapes; None for a LoKr stored unfactorised."""
+    key = {"lora": "down", "loha": "hada_w1_b"}.get(algorithm)
     if key is None:
         key = next((name for name in ("lokr_w1_b", "lokr_w2_b") if name in factors), None)
     return None if key is None else factors[key].shape[0]
 
 
-def _magnitude(group: Mapping[str, Tensor]) -> Tensor | None:
+def _read_magnitude(group: Mapping[str, Tensor]) -> Tensor | None:
     return group["magnitude"].flatten() if "magnitude" in group else None
 
 
-def _form(tensors: Mapping[str, Tensor]) -> str:
-    """Whose way of naming this is, in a word or two."""
+def _describe_format(tensors: Mapping[str, Tensor]) -> str:
+    """Which tool's naming the keys follow, for people."""
     names = list(tensors)
-    lycoris = any(".hada_" in name or ".lokr_" in name for name in names)
-    if any(name.startswith(tuple(prefix for prefix, _ in _KOHYA)) for name in names):
+    is_lycoris = any(".hada_" in name or ".lokr_" in name for name in names)
+    if any(name.startswith(tuple(prefix for prefix, _ in _KOHYA_PREFIXES)) for name in names):
         blocks = "original" if any("put_blocks_" in name for name in names) else "diffusers'"
-        return f"{'LyCORIS' if lycoris else 'kohya'} ({blocks} block names)"
+        return f"{'LyCORIS' if is_lycoris else 'kohya'} ({blocks} block names)"
     if any("lora_A" in name for name in names):
         return "diffusers (peft)"
     if any(name.startswith("transformer.") and ".lora_down." in name for name in names):
         return "ComfyUI (diffusers' names)"
-    return "peft" if lycoris else "diffusers (before peft)"
+    return "peft" if is_lycoris else "diffusers (before peft)"

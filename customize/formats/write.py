@@ -1,4 +1,4 @@
-"""Writing adapter files, verified against what is read back."""
+"""Write adapters in the formats of diffusers, peft, kohya and ComfyUI; every file is read back and compared."""
 
 from __future__ import annotations
 
@@ -16,58 +16,59 @@ from torch import Tensor
 
 from backbone.io.console import UserError
 from backbone.io.files import atomic_write, write_tensors
-from customize.formats.adapter import BASES, HEADER, Adapter, Base, Form
-from customize.formats.factors import Layer, row_norms
+from customize.formats.adapter import BASE_NAMES, CONFIG_KEY, AdapterFile, BaseFamily, FileFormat
+from customize.formats.factors import LayerUpdate, row_norms
 from customize.formats.layer_names import (
     COMPONENTS,
-    apart,
-    flat,
-    joined,
-    split,
+    add_text_model,
+    find_fused,
+    flatten_name,
+    split_component,
+    split_fused,
     to_original,
-    with_text_level,
 )
 from customize.formats.read import read_adapter
 
-SAME = 1e-5  # relative difference of ΔW that rounding in float32 may leave
+TOLERANCE = 1e-5  # relative difference of ΔW that rounding in float32 may leave
 
 
 def write_adapter(
     path: str | Path,
-    adapter: Adapter,
-    form: Form,
+    adapter: AdapterFile,
+    file_format: FileFormat,
     *,
-    header: Mapping[str, str] | None = None,
-    base: Base | None = None,
+    metadata: Mapping[str, str] | None = None,
+    base: BaseFamily | None = None,
     weights: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> float:
-    """Writes an adapter in a tool's form, reads it back and gives the largest relative difference of a layer's ΔW.
+    """Write an adapter in a tool's format and verify it; returns the largest relative error of a layer's ΔW.
 
-    `header` is added to what the form needs; `base` overrides the family told from the layers; `weights` are the base
-    model's by layer, needed for DoRA in ComfyUI's form; `dtype` is that of the factors, as they are by default.
+    metadata    entries to add to those that the format needs
+    base        family of the base model, instead of the one that the layers show
+    weights     base weights by layer name, needed for DoRA in ComfyUI's format
+    dtype       of the factors; unchanged by default
 
-    Raises `UserError` for what the form cannot hold, and when the file does not come back as it was; then nothing is
-    written.
+    Raises `UserError` for what the format cannot hold, or when the file read back differs; then nothing is written.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise UserError(f"{path} must end in .safetensors. Name the file to write so.")
-    tensors, own_header = state_dict(adapter, form, base=base, weights=weights)
+    tensors, format_metadata = to_state_dict(adapter, file_format, base=base, weights=weights)
     if dtype is not None:
         tensors = {
             name: value if name.endswith(".alpha") else value.to(dtype) for name, value in tensors.items()
         }
-    said = {**(header or {}), **own_header}
-    if form in ("kohya", "comfyui"):
-        said["modelspec.hash_sha256"] = weights_hash(tensors)
+    entries = {**(metadata or {}), **format_metadata}
+    if file_format in ("kohya", "comfyui"):
+        entries["modelspec.hash_sha256"] = hash_weights(tensors)
     with atomic_write(path) as temporary:
-        write_tensors(temporary, tensors, {"format": "pt", **said})
-        back = read_adapter(temporary)
-        worst, where = difference(adapter, back)
-        if worst < math.inf and form != "comfyui":  # whose DoRA scales mean something else
-            worst, where = max((worst, where), _magnitude_difference(adapter, back))
-        limit = SAME if dtype is None else 8 * torch.finfo(dtype).eps
+        write_tensors(temporary, tensors, {"format": "pt", **entries})
+        reread = read_adapter(temporary)
+        worst, where = compare_updates(adapter, reread)
+        if worst < math.inf and file_format != "comfyui":  # ComfyUI's DoRA scales are normalised differently
+            worst, where = max((worst, where), _compare_magnitudes(adapter, reread))
+        limit = TOLERANCE if dtype is None else 8 * torch.finfo(dtype).eps
         if not worst <= limit:
             raise UserError(
                 f"{path} was not written: read back, ΔW of {where} differs by {worst:.1e} of its size. "
@@ -76,56 +77,57 @@ def write_adapter(
     return worst
 
 
-def difference(first: Adapter, second: Adapter) -> tuple[float, str]:
-    """The largest ‖ΔW₁ − ΔW₂‖ / ‖ΔW₁‖ over all layers, and that layer; infinite where one lacks a layer."""
-    lacking = set(first.layers) ^ set(second.layers)
-    if lacking:
-        return math.inf, min(lacking)
+def compare_updates(first: AdapterFile, second: AdapterFile) -> tuple[float, str]:
+    """Largest ‖ΔW₁ − ΔW₂‖ / ‖ΔW₁‖ over all layers and the layer's name; infinite where a layer or shape differs."""
+    unshared = set(first.layers) ^ set(second.layers)
+    if unshared:
+        return math.inf, min(unshared)
     worst, where = 0.0, ""
     for name, layer in first.layers.items():
-        ours, theirs = layer.matrix(), second.layers[name].matrix()
-        if ours.shape != theirs.shape:
+        expected, actual = layer.delta_weight(), second.layers[name].delta_weight()
+        if expected.shape != actual.shape:
             return math.inf, name
-        size = float(ours.norm()) or 1.0
-        off = float((ours - theirs).norm()) / size
-        if not off <= worst:  # a NaN counts
-            worst, where = off, name
+        error = float((expected - actual).norm()) / (float(expected.norm()) or 1.0)
+        if not error <= worst:  # NaN counts as worse
+            worst, where = error, name
     return worst, where
 
 
-def _magnitude_difference(first: Adapter, second: Adapter) -> tuple[float, str]:
-    """The same of DoRA's magnitudes."""
+def _compare_magnitudes(first: AdapterFile, second: AdapterFile) -> tuple[float, str]:
+    """Largest relative difference of DoRA's magnitudes, and that layer."""
     worst, where = 0.0, ""
     for name, layer in first.layers.items():
-        ours, theirs = layer.magnitude, second.layers[name].magnitude
-        if (ours is None) != (theirs is None):
+        expected, actual = layer.magnitude, second.layers[name].magnitude
+        if (expected is None) != (actual is None):
             return math.inf, name
-        if ours is not None and theirs is not None:
-            off = float((ours.float() - theirs.float()).norm() / ours.float().norm().clamp_min(1e-30))
-            worst, where = max((worst, where), (off, name))
+        if expected is not None and actual is not None:
+            error = float(
+                (expected.float() - actual.float()).norm() / expected.float().norm().clamp_min(1e-30)
+            )
+            worst, where = max((worst, where), (error, name))
     return worst, where
 
 
-def state_dict(
-    adapter: Adapter,
-    form: Form,
+def to_state_dict(
+    adapter: AdapterFile,
+    file_format: FileFormat,
     *,
-    base: Base | None = None,
+    base: BaseFamily | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of an adapter in a tool's form, and the header entries without which they are not understood."""
-    if form in ("diffusers", "own"):
-        if form == "diffusers" and {"loha", "lokr"} & set(adapter.kinds):
+    """Tensors of an adapter under a tool's keys, and the metadata entries that are needed to read them."""
+    if file_format in ("diffusers", "peft"):
+        if file_format == "diffusers" and {"loha", "lokr"} & set(adapter.algorithms):
             raise UserError(
-                f"diffusers does not load a {adapter.kinds[0]} for this model. Export --to kohya, make a LoRA of it "
-                "with `customize resize`, or bake it into a pipeline with `customize merge --bake`."
+                f"diffusers does not load a {adapter.algorithms[0]} for this model. Export --to kohya, make a LoRA "
+                "of it with `customize resize`, or bake it into a pipeline with `customize merge --bake`."
             )
-        return _peft_state(adapter)
-    return _kohya_state(adapter, form, base or adapter.base, weights)
+        return _to_peft(adapter)
+    return _to_kohya(adapter, file_format, base or adapter.base, weights)
 
 
-def weights_hash(tensors: Mapping[str, Tensor]) -> str:
-    """ModelSpec's `hash_sha256`: of all that follows the header in a safetensors file with these tensors."""
+def hash_weights(tensors: Mapping[str, Tensor]) -> str:
+    """ModelSpec's `hash_sha256`: the SHA-256 of the tensor data of a safetensors file, without its header."""
     from safetensors.torch import save
 
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
@@ -133,38 +135,42 @@ def weights_hash(tensors: Mapping[str, Tensor]) -> str:
     return f"0x{hashlib.sha256(content[start:]).hexdigest()}"
 
 
-def _peft_state(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _to_peft(adapter: AdapterFile) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """peft's keys with diffusers' component prefixes, and peft's configuration as one metadata entry."""
     tensors: dict[str, Tensor] = {}
     settings: dict[str, Any] = {}
     for component in COMPONENTS:
         layers = {
-            split(name)[1]: layer for name, layer in adapter.layers.items() if split(name)[0] == component
+            split_component(name)[1]: layer
+            for name, layer in adapter.layers.items()
+            if split_component(name)[0] == component
         }
         for module, layer in layers.items():
-            stem = f"{component}.{with_text_level(component, module)}"
+            stem = f"{component}.{add_text_model(component, module)}"
             for factor, value in layer.factors.items():
                 name = {"down": "lora_A.weight", "up": "lora_B.weight"}.get(factor, factor)
                 tensors[f"{stem}.{name}"] = value
             if layer.magnitude is not None:
-                is_conv = layer.factors["up"].ndim == 4 if layer.kind == "lora" else False
+                is_conv = layer.factors["up"].ndim == 4 if layer.algorithm == "lora" else False
                 shape = (1, -1, 1, 1) if is_conv else (-1,)
                 tensors[f"{stem}.lora_magnitude_vector"] = layer.magnitude.reshape(shape)
         if layers:
-            settings |= {f"{component}.{key}": value for key, value in _peft_settings(layers).items()}
-    return tensors, {HEADER: json.dumps(settings)}
+            settings |= {f"{component}.{key}": value for key, value in _build_peft_config(layers).items()}
+    return tensors, {CONFIG_KEY: json.dumps(settings)}
 
 
-def _peft_settings(layers: Mapping[str, Layer]) -> dict[str, Any]:
-    """What peft's configuration says of these modules: the usual rank and α, and who differs."""
+def _build_peft_config(layers: Mapping[str, LayerUpdate]) -> dict[str, Any]:
+    """peft's configuration of these modules: the most common r and α, and the layers with others as patterns."""
     rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
     alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
-    kinds = {layer.kind for layer in layers.values()}
-    if len(kinds) > 1:
+    algorithms = {layer.algorithm for layer in layers.values()}
+    if len(algorithms) > 1:
         raise UserError(
-            "Layers of several kinds in one adapter have no form in peft. Make a LoRA of them with `customize resize`."
+            "peft has no format for layers of several algorithms in one adapter. Make a LoRA "
+            "of them with `customize resize`."
         )
-    kind = kinds.pop()
-    said: dict[str, Any] = {
+    algorithm = algorithms.pop()
+    config: dict[str, Any] = {
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": {name: layer.rank for name, layer in layers.items() if layer.rank != rank},
@@ -175,101 +181,109 @@ def _peft_settings(layers: Mapping[str, Layer]) -> dict[str, Any]:
         "use_dora": any(layer.magnitude is not None for layer in layers.values()),
         "init_lora_weights": True,
     }
-    return said if kind == "lora" else {**said, "kind": kind}
+    return config if algorithm == "lora" else {**config, "kind": algorithm}
 
 
-def _kohya_state(
-    adapter: Adapter, form: Form, base: Base, weights: Mapping[str, Tensor] | None
+def _to_kohya(
+    adapter: AdapterFile, file_format: FileFormat, base: BaseFamily, weights: Mapping[str, Tensor] | None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """kohya's keys, or ComfyUI's, which has dots and unfused layers for transformers."""
     tensors: dict[str, Tensor] = {}
-    original, several = form == "kohya" and base == "sdxl", base in ("sdxl", "sd3", "flux")
-    layers = adapter.layers if form == "comfyui" else _put_together(adapter.layers, base)
+    original, two_encoders = file_format == "kohya" and base == "sdxl", base in ("sdxl", "sd3", "flux")
+    layers = adapter.layers if file_format == "comfyui" else _fuse_layers(adapter.layers, base)
     for name, layer in layers.items():
-        dots = form == "comfyui" and name.startswith("transformer.")
-        stem = name if dots else kohya_name(name, original=original, two_encoders=several)
-        if layer.kind == "lokr" and "lokr_w1" in layer.factors and "lokr_w2" in layer.factors:
-            layer = replace(layer.with_alpha(float(layer.rank)), rank=1, alpha=1.0)  # LyCORIS ignores α there
+        keeps_dots = file_format == "comfyui" and name.startswith("transformer.")
+        stem = name if keeps_dots else to_kohya_name(name, original=original, two_encoders=two_encoders)
+        if layer.algorithm == "lokr" and "lokr_w1" in layer.factors and "lokr_w2" in layer.factors:
+            # LyCORIS ignores α for an unfactorised LoKr, so the scale goes into the factors.
+            layer = replace(layer.with_alpha(float(layer.rank)), rank=1, alpha=1.0)
         for factor, value in layer.factors.items():
-            ending = {"down": "lora_down.weight", "up": "lora_up.weight"}.get(factor, factor)
-            tensors[f"{stem}.{ending}"] = value
+            suffix = {"down": "lora_down.weight", "up": "lora_up.weight"}.get(factor, factor)
+            tensors[f"{stem}.{suffix}"] = value
         tensors[f"{stem}.alpha"] = torch.tensor(layer.alpha)
         if layer.magnitude is not None:
             scale = layer.magnitude.float().flatten()
-            if form == "comfyui":
+            if file_format == "comfyui":
                 if weights is None or name not in weights:
                     raise UserError(
-                        f"DoRA in ComfyUI's form depends on the base weights, and those of {name} are not at hand. "
+                        f"DoRA in ComfyUI's format depends on the base weights, and those of {name} are not at hand. "
                         "Give the --model that it was trained on."
                     )
                 weight = weights[name]
                 scale = (
                     scale
                     * row_norms(weight)
-                    / row_norms(weight.float() + layer.matrix().reshape(weight.shape))
+                    / row_norms(weight.float() + layer.delta_weight().reshape(weight.shape))
                 )
-            trailing = layer.factors["up"].ndim - 1 if layer.kind == "lora" else 1
+            trailing = layer.factors["up"].ndim - 1 if layer.algorithm == "lora" else 1
             tensors[f"{stem}.dora_scale"] = scale.reshape(-1, *[1] * trailing)
     return tensors, {}
 
 
-def _put_together(layers: Mapping[str, Layer], base: Base) -> dict[str, Layer]:
-    """The layers as the original code of SD3 and FLUX joins them: factors side by side, the rank their sum."""
-    found: dict[str, Layer] = {}
-    groups: dict[str, dict[int, Layer]] = {}
+def _fuse_layers(layers: Mapping[str, LayerUpdate], base: BaseFamily) -> dict[str, LayerUpdate]:
+    """Fuse the layers that the original code of SD3 and FLUX fuses (queries, keys and values into `qkv`)."""
+    fused: dict[str, LayerUpdate] = {}
+    groups: dict[str, dict[int, LayerUpdate]] = {}
     for name, layer in layers.items():
-        component, module = split(name)
+        component, module = split_component(name)
         if component != "transformer":
-            found[name] = layer
+            fused[name] = layer
             continue
-        place = joined(module, base)
+        place = find_fused(module, base)  # (fused layer, position in it)
         if place is None:
             raise UserError(
-                f"kohya's form has no name for {name} of {BASES[base]}. Export --to diffusers or comfyui."
+                f"kohya's format has no name for {name} of {BASE_NAMES[base]}. Export --to diffusers or comfyui."
             )
         groups.setdefault(place[0], {})[place[1]] = layer
     for original, group in groups.items():
-        of = len(apart(original))
-        found[f"transformer.{original}"] = group[0] if of == 1 else _side_by_side(original, group, of)
-    return found
+        count = len(split_fused(original))
+        fused[f"transformer.{original}"] = group[0] if count == 1 else _fuse_loras(original, group, count)
+    return fused
 
 
-def _side_by_side(name: str, group: Mapping[int, Layer], of: int) -> Layer:
-    """One LoRA over the outputs of `of` layers, of which those in `group` change: block by block."""
-    some = next(iter(group.values()))
-    whole = len(group) == of
-    if any(layer.kind != "lora" or (layer.magnitude is not None and not whole) for layer in group.values()):
+def _fuse_loras(name: str, group: Mapping[int, LayerUpdate], count: int) -> LayerUpdate:
+    """One LoRA for a fused layer of `count` parts, of which those in `group` (position → LoRA) are updated.
+
+    `up` is block diagonal [Σ rows, Σ r] and `down` is stacked [Σ r, in], so the ranks add up.
+    """
+    reference = next(iter(group.values()))
+    is_complete = len(group) == count
+    if any(
+        layer.algorithm != "lora" or (layer.magnitude is not None and not is_complete)
+        for layer in group.values()
+    ):
         raise UserError(
-            f"kohya's form joins layers into {name}, and of the kinds only a LoRA, or a DoRA of all of them, can be "
-            "joined. Export --to diffusers or comfyui."
+            f"kohya's format fuses layers into {name}, which only a LoRA, or a DoRA of all of them, allows. "
+            "Export --to diffusers or comfyui."
         )
-    width = some.shape[1]
-    rows = [group[place].shape[0] if place in group else width for place in range(of)]
-    if of == 4 and 3 not in group:  # FLUX's feed-forward layer, four times as wide
+    width = reference.shape[1]
+    rows = [group[place].shape[0] if place in group else width for place in range(count)]
+    if count == 4 and 3 not in group:  # FLUX's feed-forward layer, four times as wide
         rows[3] = 4 * width
     rank = sum(layer.rank for layer in group.values())
-    up = some.factors["up"].new_zeros(sum(rows), rank)
-    first = 0
+    up = reference.factors["up"].new_zeros(sum(rows), rank)
+    column = 0
     for place in sorted(group):
         layer = group[place]
-        above = sum(rows[:place])
-        block = layer.factors["up"] * (layer.scale / some.scale)
-        up[above : above + rows[place], first : first + layer.rank] = block
-        first += layer.rank
+        row = sum(rows[:place])
+        # The result has one scale, so each block takes the ratio of its own to it.
+        block = layer.factors["up"] * (layer.scale / reference.scale)
+        up[row : row + rows[place], column : column + layer.rank] = block
+        column += layer.rank
     down = torch.cat([group[place].factors["down"] for place in sorted(group)])
-    magnitudes = [group[place].magnitude for place in sorted(group)]
-    own = [value for value in magnitudes if value is not None]
-    if own and len(own) < of:
-        raise UserError(f"Some of the layers that {name} joins are DoRA and some not. Export --to diffusers.")
-    magnitude = torch.cat([value.flatten() for value in own]) if own else None
-    return Layer("lora", {"down": down, "up": up}, rank, some.scale * rank, magnitude)
+    magnitudes = [layer.magnitude for _, layer in sorted(group.items()) if layer.magnitude is not None]
+    if magnitudes and len(magnitudes) < count:
+        raise UserError(f"Some of the layers that {name} fuses are DoRA and some not. Export --to diffusers.")
+    magnitude = torch.cat([value.flatten() for value in magnitudes]) if magnitudes else None
+    return LayerUpdate("lora", {"down": down, "up": up}, rank, reference.scale * rank, magnitude)
 
 
-def kohya_name(layer: str, *, original: bool, two_encoders: bool) -> str:
+def to_kohya_name(layer: str, *, original: bool, two_encoders: bool) -> str:
     """`lora_unet_…`, `lora_te_…`, or `lora_te1_…` and `lora_te2_…` where a model has two text encoders."""
-    component, module = split(layer)
+    component, module = split_component(layer)
     if component == "transformer":
-        return "lora_unet_" + flat(module)
+        return "lora_unet_" + flatten_name(module)
     if component == "unet":
-        return "lora_unet_" + flat(to_original(module) if original else module)
+        return "lora_unet_" + flatten_name(to_original(module) if original else module)
     number = "2" if component == "text_encoder_2" else "1" if two_encoders else ""
-    return f"lora_te{number}_" + flat(with_text_level(component, module))
+    return f"lora_te{number}_" + flatten_name(add_text_model(component, module))

@@ -32,7 +32,7 @@ from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.media.transforms import crop_square
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
-from customize.evaluate.metrics import PROMPTS, Evaluator, Figures, Patience, Scorers
+from customize.evaluate.metrics import VALIDATION_PROMPTS, ConceptMetrics, EarlyStopping, Evaluator, Scorers
 from customize.objectives.dreambooth import DreamBooth, level_weight
 from customize.settings import Settings, as_flags
 
@@ -58,8 +58,10 @@ class Validation:
         settings, model = training.settings, training.model
         own = model.location.local("scorer")
         self.evaluator = None
-        self.patience = Patience(settings.patience or settings.steps)
-        scorers = Scorers.of(settings.scorer, own) if settings.evaluation_steps and is_participant() else None
+        self.patience = EarlyStopping(settings.patience or settings.steps)
+        scorers = (
+            Scorers.load(settings.scorer, own) if settings.evaluation_steps and is_participant() else None
+        )
         if scorers is not None:
             self.evaluator = Evaluator(model, scorers, concept, settings, pictures)
             self._remember()
@@ -72,14 +74,14 @@ class Validation:
         if not any(figures.step == step for figures in self.patience.history):
             with self.training.averaged():
                 figures, drawn = self.evaluator.measure(step, fixed_loss(self.training))
-            best = self.patience.note(figures)
+            best = self.patience.update(figures)
             if is_main_process():
                 self._keep(figures, drawn, best=best and step > 0)
-        if settings.patience and self.patience.exhausted:
+        if settings.patience and self.patience.should_stop:
             return f"{settings.patience} evaluations without a better rating."
         return ""
 
-    def _keep(self, figures: Figures, drawn: Sequence[Image], *, best: bool) -> None:
+    def _keep(self, figures: ConceptMetrics, drawn: Sequence[Image], *, best: bool) -> None:
         """Writes the figures and the pictures, and the weights if they are the best so far."""
         append_jsonl(self.run / EVALUATIONS, asdict(figures))
         self._strip(figures, drawn)
@@ -103,8 +105,8 @@ class Validation:
             else f"All {settings.steps} steps were taken."
         )
         notify(f"The best of {len(history)} evaluations is step {best.step}, in {self.run / BEST}. {why}")
-        names = ("subject", "prompt", "preservation", "diversity", "loss", "rating")
-        likeness = f"{self.evaluator.scorers.eye.similarity_name} with the subject"
+        names = ("subject_fidelity", "prompt_fidelity", "prior_preservation", "diversity", "loss", "rating")
+        likeness = f"{self.evaluator.scorers.image_encoder.similarity_name} with the subject"
         titles = (likeness, "CLIP-T", "PRES (lower is better)", "DIV", "loss", "rating")
         drawn = [
             line_plot(title, {title: [(f.step, getattr(f, name)) for f in history]}, marked=best.step)
@@ -132,7 +134,7 @@ class Validation:
                 heading("The same noise along training"),
                 paragraph(
                     "First "
-                    + ", ".join(p.format(settings.called()) for p in PROMPTS)
+                    + ", ".join(p.format(settings.called()) for p in VALIDATION_PROMPTS)
                     + "; then the class alone."
                 ),
                 *strips,
@@ -149,10 +151,10 @@ class Validation:
         kept = [line for line in read_jsonl(path) if line["step"] <= self.training.done]
         if is_main_process():
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.patience.history = [Figures(**line) for line in kept]
-        self.evaluator.start = self.patience.history[0] if kept else None
+        self.patience.history = [ConceptMetrics(**line) for line in kept]
+        self.evaluator.baseline = self.patience.history[0] if kept else None
 
-    def _strip(self, figures: Figures, drawn: Sequence[Image]) -> None:
+    def _strip(self, figures: ConceptMetrics, drawn: Sequence[Image]) -> None:
         path = self.run / STRIPS / f"step-{figures.step:06d}.png"
         save_png(path, draw_sheet([[Cell(image) for image in drawn]], cell=112))
 

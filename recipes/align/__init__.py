@@ -1,1 +1,1 @@
-"""Preference tuning on `moji`, measured: prompt fidelity, a taste, how many pairs are enough."""
+"""Preference tuning on `moji`, measured: prompt fidelity, a stated preference, how many pairs are enough."""

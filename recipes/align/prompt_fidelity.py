@@ -1,20 +1,19 @@
-"""Pairs that the embedded scorer ranks make `moji` follow hard prompts better: the independent judge counts it.
+"""Pairs ranked by the embedded scorer make `moji` follow hard prompts better, measured by the independent classifier.
 
     python -m recipes.align.prompt_fidelity            sampling and ranking, then each training; times in the table
     python -m recipes.align.prompt_fidelity --loss-type dpo --loss-type ipo --loss-type kto --loss-type mapo
         --loss-type sft --loss-type sdpo               the losses under one budget, on the same pairs
     python -m recipes.align.prompt_fidelity --prompts-of crowded --out build/recipes/crowded
 
-A hard prompt names a coloured thing that wears something. `moji` draws four pictures of each, and from the noise of
-three of them near misses: without the colour, without what is worn, of another thing. The embedded scorer says by the
-prompt which of two is the better one, of every picture and its near miss and of every two pictures of the prompt, and
-they become a pair where their scores differ by more than the margin (`--pairs-of` says which meet). The kind of prompt
-and of pair, the margin, the settings and the guidance were chosen on training and development prompts
-(`benchmarks/results/align.md`). As pairs of near misses teach what guidance teaches, the tuned model is drawn with
-less of it: none in the first fifth of the steps, where it costs the variety. The base stands beside it twice: with its
-own guidance in all steps, which is best for it, and drawn the same way. It should
-show: the judge's all-right share on held-out prompts rises by 8 points or more with an interval clear of zero, and
-diversity stays above 0.9 of the base's. --development judges by other prompts, on which settings are chosen.
+A hard prompt names a coloured thing that wears something. `moji` samples four images of each and, from the noise of
+three of them, hard negatives: without the colour, without the accessory, of another thing. The embedded scorer ranks
+every image against its hard negative, and every two images of the prompt, and they become a pair where their scores
+differ by more than the margin (`--pairs-of` chooses the rules). Prompts, rules, margin, settings and guidance were
+chosen on training and development prompts (`benchmarks/results/align.md`). Hard negatives teach what guidance does, so
+the tuned model is sampled with less of it: none in the first fifth of the steps, where it costs diversity. The base is
+measured twice: with its own guidance in all steps, which is best for it, and with the tuned model's.
+It should show: attribute accuracy on held-out prompts rises by 8 points or more with an interval clear of zero, and
+diversity stays above 0.9 of the base's. --development evaluates on other prompts, on which settings are chosen.
 """
 
 from __future__ import annotations
@@ -29,28 +28,28 @@ import typer
 from backbone.io.console import notify, run_app
 from backbone.io.files import write_json, write_text
 from backbone.world.scene import Scene
-from benchmarks.judge import load_judge
-from recipes.align.journey import (
+from benchmarks.classifier import load_classifier
+from recipes.align.experiment import (
     TRAINING_PROMPTS,
+    Comparison,
     Development,
     Flags,
-    Found,
     Model,
     Out,
-    base_of,
-    compared,
-    crowded,
-    drawn_and_ranked,
-    hard,
-    judged_by,
-    order_of,
-    scenes,
-    table,
-    trained,
+    compare_with_base,
+    evaluation_split,
+    find_base_images,
+    format_table,
+    is_crowded,
+    is_hard,
+    measure_ranking,
+    sample_and_rank,
+    select_scenes,
+    train,
 )
 
 Kind = Literal["hard", "crowded"]
-KINDS: dict[Kind, Callable[[Scene], bool]] = {"hard": hard, "crowded": crowded}
+KINDS: dict[Kind, Callable[[Scene], bool]] = {"hard": is_hard, "crowded": is_crowded}
 BETA = ("--beta", 2000)
 WITHOUT = (*BETA, "--safeguard", "-1")
 LOSSES = {
@@ -80,7 +79,7 @@ def main(
         list[str] | None,
         typer.Option("--loss-type", help="Repeatable; sdpo is dpo with the safeguard.", show_default="sdpo"),
     ] = None,
-    held_out: Annotated[int, typer.Option(min=2, help="Prompts to judge by, two pictures of each.")] = 300,
+    held_out: Annotated[int, typer.Option(min=2, help="Held-out prompts, two images of each.")] = 300,
     guidance: Annotated[
         float, typer.Option(min=0, help="Of the tuned model's pictures; the base's own stays as it is.")
     ] = 4.0,
@@ -98,12 +97,12 @@ def main(
     out: Out = Path("build/recipes/prompt_fidelity"),
 ) -> None:
     """Draws, ranks, trains once for each loss, compares, and writes the table."""
-    judge = load_judge()
+    classifier = load_classifier()
     wanted = KINDS[prompts_of]
-    learn = scenes(TRAINING_PROMPTS, pairs, wanted)
-    seeds, where = judged_by(development)
-    test = scenes(seeds, held_out, wanted, without=learn)
-    folder, seconds = drawn_and_ranked(
+    learn = select_scenes(TRAINING_PROMPTS, pairs, wanted)
+    seeds, where = evaluation_split(development)
+    test = select_scenes(seeds, held_out, wanted, without=learn)
+    folder, seconds = sample_and_rank(
         out,
         learn,
         model=model,
@@ -112,39 +111,41 @@ def main(
         rules=rules or ["same-noise", "own"],
         margin=margin,
     )
-    order = order_of(folder, learn, judge)
+    order = measure_ranking(folder, learn, classifier)
     notify(str(order))
     write_json(out / "order.json", order)
     if only_rank:
         return
-    rows: list[tuple[str, Found, dict[str, object]]] = []
-    own: tuple[object, ...] = ("--tuned-guidance", guidance)
-    both: tuple[object, ...] = ("--guidance", guidance)
-    said = f"at guidance {guidance:g}"
+    rows: list[tuple[str, Comparison, dict[str, object]]] = []
+    tuned_flags: tuple[object, ...] = ("--tuned-guidance", guidance)
+    both_flags: tuple[object, ...] = ("--guidance", guidance)
+    setting = f"at guidance {guidance:g}"
     if guidance_start:
-        own += ("--tuned-guidance-start", guidance_start)
-        both += ("--guidance-start", guidance_start)
-        said += f" from {guidance_start:.0%} of the steps on"
-    base, alike = base_of(out / where), base_of(out / f"{where}-alike")
+        tuned_flags += ("--tuned-guidance-start", guidance_start)
+        both_flags += ("--guidance-start", guidance_start)
+        setting += f" from {guidance_start:.0%} of the steps on"
+    base, alike = find_base_images(out / where), find_base_images(out / f"{where}-alike")
     for which in loss or ["sdpo"]:
         kind, *more = LOSSES.get(which, (which, *WITHOUT))
         label = f"{which}-{name}" if name else which
-        run_folder, training = trained(
+        run_folder, training = train(
             out, label, folder, "--model", model, "--loss-type", kind, *BUDGET, *more, *flags.split()
         )
         times: dict[str, object] = {**seconds, "training": training}
-        against = partial(compared, run_folder, test, judge, model=model, per_prompt=2, scorers=["moji"])
+        against = partial(
+            compare_with_base, run_folder, test, classifier, model=model, per_prompt=2, scorers=["moji"]
+        )
         place = out / where / label
-        found = against(out=place, base_pictures=base, guidance=own)
+        comparison = against(out=place, base_images=base, guidance=tuned_flags)
         base = base or place / "base"
-        rows.append((label, found, times))
+        rows.append((label, comparison, times))
         tuned, place = place / "tuned", out / f"{where}-alike" / label
-        found = against(out=place, base_pictures=alike, tuned_pictures=tuned, guidance=both)
+        comparison = against(out=place, base_images=alike, tuned_images=tuned, guidance=both_flags)
         alike = alike or place / "base"
-        rows.append((f"{label}, both {said}", found, times))
-        write_text(out / "table.md", f"{table(rows)}\n\n{order}\n")
+        rows.append((f"{label}, both {setting}", comparison, times))
+        write_text(out / "table.md", f"{format_table(rows)}\n\n{order}\n")
         write_json(out / "table.json", {"rows": rows, "flags": flags, "pairs": pairs, "held_out": held_out})
-    print(table(rows))
+    print(format_table(rows))
     notify(f"{out}/table.md holds the table.")
 
 

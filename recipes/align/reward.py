@@ -1,13 +1,13 @@
-"""The embedded scorer's own gradient makes `moji` follow hard prompts, without pairs; the independent judge counts it.
+"""The gradient of the embedded scorer makes `moji` follow hard prompts, without pairs; measured by the classifier.
 
     python -m recipes.align.reward                     training and comparison; times in the table
 
-Prompts, scorer, judge and held-out pictures are those of `recipes.align.prompt_fidelity`, and so is the question: 8
-points more pictures all right with 0.9 of the base's diversity. There a loss learns from how the scorer orders
-pictures; here DRaFT (Clark et al. 2024) climbs the scorer's number itself, through the decoder and the last steps of
-the sampler. A model that is trained on a scorer finds what that likes, so the scorer's win rate proves nothing here,
-and a second row asks whether prompts of any other kind have suffered. The steps, and the tuned model's strength and
-guidance, were chosen on development prompts (`benchmarks/results/align.md`); --development judges by these.
+Prompts, scorer, classifier and goal are those of `recipes.align.prompt_fidelity`: 8 points more images all right, at
+0.9 of the base's diversity. There a loss learns from how the scorer ranks images; here DRaFT (Clark et al. 2024)
+follows the gradient of the score itself, through the decoder and the last steps of the sampler. A model that is trained
+on a scorer exploits it, so the scorer's win rate proves nothing here, and a second row measures whether other prompts
+have suffered. The steps, and the tuned model's scale and guidance, were chosen on development prompts
+(`benchmarks/results/align.md`); --development evaluates on these.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ import typer
 
 from backbone.io.console import notify, run_app
 from backbone.io.files import write_json, write_text
-from benchmarks.judge import load_judge
-from recipes.align.journey import (
+from benchmarks.classifier import load_classifier
+from recipes.align.experiment import (
     STEPS,
     TRAINING_PROMPTS,
+    Comparison,
     Development,
     Flags,
-    Found,
     Model,
     Out,
-    base_of,
-    compared,
-    hard,
-    judged_by,
-    plain,
-    scenes,
-    table,
-    trained,
-    truth,
+    compare_with_base,
+    evaluation_split,
+    find_base_images,
+    format_table,
+    is_hard,
+    is_unstyled,
+    measure_upper_bound,
+    select_scenes,
+    train,
     write_prompts,
 )
 
 BUDGET = (
     "--train-batch-size", 8, "--lr-scheduler", "cosine", "--reward-steps", 5, "--sample-steps", STEPS[1],
 )  # fmt: skip
-KINDS = {"hard prompts": hard, "any prompts": plain}
+KINDS = {"hard prompts": is_hard, "any prompts": is_unstyled}
 
 
 def main(
@@ -52,7 +52,7 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Of eight pictures each.")] = 85,
     learning_rate: Annotated[float, typer.Option(min=0)] = 8e-4,
     held_out: Annotated[
-        int, typer.Option(min=2, help="Prompts of each kind to judge by, two pictures of each.")
+        int, typer.Option(min=2, help="Held-out prompts of each kind, two images of each.")
     ] = 300,
     scale: Annotated[float, typer.Option(min=0, help="How strongly the tuned model's training works.")] = 0.7,
     guidance: Annotated[
@@ -68,31 +68,31 @@ def main(
     out: Out = Path("build/recipes/reward"),
 ) -> None:
     """Trains, compares on hard prompts and on any, and writes the table."""
-    judge = load_judge()
-    learn = scenes(TRAINING_PROMPTS, prompts, hard)
-    asked = write_prompts(out / "prompts.jsonl", learn)
-    run_folder, training = trained(
-        out, name, "--online", scorer, "--loss-type", "draft", "--prompts", asked, "--model", model,
+    classifier = load_classifier()
+    learn = select_scenes(TRAINING_PROMPTS, prompts, is_hard)
+    prompt_file = write_prompts(out / "prompts.jsonl", learn)
+    run_folder, training = train(
+        out, name, "--online", scorer, "--loss-type", "draft", "--prompts", prompt_file, "--model", model,
         "--steps", steps, "--learning-rate", learning_rate, *BUDGET, *flags.split(),
     )  # fmt: skip
-    seeds, where = judged_by(development)
+    seeds, where = evaluation_split(development)
     bounds: list[str] = []
-    rows: list[tuple[str, Found, dict[str, object]]] = []
+    rows: list[tuple[str, Comparison, dict[str, object]]] = []
     for kind, wanted in KINDS.items():
-        test = scenes(seeds, held_out, wanted, without=learn)
+        test = select_scenes(seeds, held_out, wanted, without=learn)
         pictures = out / f"{where}-{kind.split()[0]}"
-        found = compared(
-            run_folder, test, judge, model=model, per_prompt=2, scorers=["moji"], out=pictures / name,
-            guidance=("--tuned-guidance", guidance), scale=scale, base_pictures=base_of(pictures),
+        comparison = compare_with_base(
+            run_folder, test, classifier, model=model, per_prompt=2, scorers=["moji"], out=pictures / name,
+            guidance=("--tuned-guidance", guidance), scale=scale, base_images=find_base_images(pictures),
         )  # fmt: skip
-        rows.append((f"{name}, {kind}", found, {"training": training}))
+        rows.append((f"{name}, {kind}", comparison, {"training": training}))
         if bound:
-            bounds.append(f"{kind}: {truth(test, judge, model, pictures / name)}")
-        write_text(out / "table.md", "\n\n".join([table(rows), *bounds]) + "\n")
+            bounds.append(f"{kind}: {measure_upper_bound(test, classifier, model, pictures / name)}")
+        write_text(out / "table.md", "\n\n".join([format_table(rows), *bounds]) + "\n")
         write_json(
             out / "table.json", {"rows": rows, "flags": flags, "prompts": prompts, "held_out": held_out}
         )
-    print("\n\n".join([table(rows), *bounds]))
+    print("\n\n".join([format_table(rows), *bounds]))
     notify(f"{out}/table.md holds the table.")
 
 

@@ -16,6 +16,6 @@ OUT = Path("build/recipes/edit")
 
 
 def picture_to_edit(model: Backbone, prompt: str, *, steps: int = 25, seed: int = 0) -> Image.Image:
-    """A picture that shows the prompt, drawn by the model itself, so that the scripts need no file."""
+    """Sample an image of the prompt to edit, so that the scripts need no file."""
     requests = [Request(prompt, (seed, 0))]
     return next(sample(model, requests, steps=steps, guidance=float(model.defaults["guidance"]), seed=seed))

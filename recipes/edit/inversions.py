@@ -1,9 +1,9 @@
-"""Every inversion of one picture: how exactly it leads back, without guidance and with it.
+"""Reconstruction error of every inversion method on one image, without guidance and with it.
 
     python -m recipes.edit.inversions          two minutes on two cores (null-text takes most of it); prints a table
 
-`edit-friendly` and `reversible` should lead back to 1e-5 unguided; guidance drives `ddim` off, `null-text` less and
-`negative-prompt` no further than without. `direct` overwrites the source's row in an edit; its own replay is `ddim`'s.
+`edit-friendly` and `reversible` should reconstruct to 1e-5 unguided; guidance makes `ddim` drift, `null-text` less, and
+`negative-prompt` not at all. `direct` overwrites the source's latents in an edit; its own reconstruction is `ddim`'s.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main(model: str = "moji", *, steps: int = 20) -> None:
     source = "a cat in a park"
     image = picture_to_edit(backbone, source)
 
-    # %% Invert by every method and walk down again
+    # %% Invert by every method and sample from the result
     guidance = float(backbone.defaults["guidance"])
     print(f"{'method':16} {'NFE':>5} {'seconds':>8} {'error':>9} {'dB':>6} {'dB guided':>9}")
     for method in METHODS:

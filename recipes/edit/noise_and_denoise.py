@@ -1,8 +1,8 @@
-"""SDEdit at several strengths, and of a masked part alone.
+"""SDEdit at several strengths, and within a mask.
 
     python -m recipes.edit.noise_and_denoise          under a minute on two cores; build/recipes/edit/sdedit.png
 
-Little strength keeps the picture, much of it follows the prompt; outside the mask nothing changes.
+Low strength keeps the image, high strength follows the prompt; outside the mask nothing changes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Mutual self-attention (MasaCtrl) and plug-and-play features: the same walk as prompt-to-prompt, other settings.
+"""Mutual self-attention (MasaCtrl) and plug-and-play features: prompt-to-prompt's sampling loop with other settings.
 
     python -m recipes.edit.other_control          under a minute on two cores; build/recipes/edit/other-control.png
 

@@ -1,4 +1,4 @@
-"""FlowEdit, composing with prompts, removing, and the pictures between two pictures.
+"""FlowEdit, composed guidance towards and away from prompts, removal, and interpolation between two images.
 
 python -m recipes.edit.other_ways          one or two minutes on two cores; build/recipes/edit/other-ways.png
 """

@@ -1,8 +1,8 @@
-"""Words replaced, added and weighted in one batch over one inversion, and where a word looks.
+"""Prompt-to-prompt: replace, refine and reweight words in one batch over one inversion, and a word's attention map.
 
     python -m recipes.edit.prompt_to_prompt          half a minute on two cores; build/recipes/edit/prompt-to-prompt.png
 
-It should show the source, its reconstruction, three edits that keep the place, and the place of "cat".
+It should show the source, its reconstruction, three edits that keep the layout, and the attention map of "cat".
 """
 
 from __future__ import annotations

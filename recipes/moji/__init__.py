@@ -7,6 +7,6 @@ python -m recipes.moji.autoencoder                 then, any time: --decoder-onl
 python -m recipes.moji.denoiser encode             the scenes' latents
 python -m recipes.moji.denoiser train --processes 2
 python -m recipes.moji.scorer
-python -m recipes.moji.judge                       for the benchmarks only
+python -m recipes.moji.classifier                       for the benchmarks only
 python -m recipes.moji.denoiser export --out backbone/moji
 """

@@ -101,11 +101,14 @@ def train_flow(rank: int, plan: Plan) -> None:
     torch.manual_seed(plan.seed)
     network = build_transformer().to(plan.device)
     use_repeated_zero_token(network)
-    first, second = first_encoder().eval().requires_grad_(False), build_second_encoder(tokenizer_of(EMBEDDED))
+    first, second = (
+        load_first_encoder().eval().requires_grad_(False),
+        build_second_encoder(load_tokenizer(EMBEDDED)),
+    )
     for encoder in (first, second):
         nn.Module.to(encoder, plan.device)
-    training = Training(plan, "flow", trained(network, second), inner_matrices(network))
-    data = Latents(plan.workdir, tokenizer_of(EMBEDDED), plan.device)
+    training = Training(plan, "flow", list_trained_parameters(network, second), list_inner_matrices(network))
+    data = Latents(plan.workdir, load_tokenizer(EMBEDDED), plan.device)
 
     def losses(step: int) -> Iterator[Tensor]:
         random = generator(plan.seed, step, rank)
@@ -114,11 +117,11 @@ def train_flow(rank: int, plan: Plan) -> None:
         level = flow(torch.randn(plan.batch, generator=random).sigmoid().to(plan.device))
         noise = torch.randn(clean.shape, generator=random).to(plan.device)
         with torch.autocast(clean.device.type, torch.bfloat16):
-            hidden, pooled = said_by(first, second, tokens[:, :TOKENS], trained_rows=plan.text_rows)
+            hidden, pooled = join_encodings(first, second, tokens[:, :TOKENS], trained_rows=plan.text_rows)
             velocity = network(
                 hidden_states=add_noise(clean, noise, level),
                 timestep=1000 * level.b,
-                encoder_hidden_states=with_absent(hidden, 1),
+                encoder_hidden_states=append_absent(hidden, 1),
                 pooled_projections=pooled,
             ).sample
         error = denoising_score_matching(velocity, clean, noise=noise, level=level, prediction_type="flow")
@@ -135,10 +138,10 @@ def export(
 ) -> None:
     """Writes an ordinary diffusers folder in fp16."""
     tensors, header = read_tensors(workdir / "flow.safetensors")
-    network, second = build_transformer(), build_second_encoder(tokenizer_of(EMBEDDED))
+    network, second = build_transformer(), build_second_encoder(load_tokenizer(EMBEDDED))
     kind = "average/" if averaged else "parameter/"
     with torch.no_grad():
-        for name, parameter in trained(network, second).items():
+        for name, parameter in list_trained_parameters(network, second).items():
             parameter.copy_(tensors[kind + name])
     write_pipeline(network, second, out, vae=workdir / "vae")
     write_text(out / "README.md", CARD.format(step=header["step"]))
@@ -155,10 +158,10 @@ def write_pipeline(
         transformer=network,
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0),
         vae=autoencoder,
-        text_encoder=first_encoder(),
-        tokenizer=tokenizer_of(EMBEDDED),
+        text_encoder=load_first_encoder(),
+        tokenizer=load_tokenizer(EMBEDDED),
         text_encoder_2=second,
-        tokenizer_2=tokenizer_of(EMBEDDED),
+        tokenizer_2=load_tokenizer(EMBEDDED),
         text_encoder_3=None,
         tokenizer_3=None,
     )
@@ -193,7 +196,7 @@ def build_transformer() -> SD3Transformer2DModel:
     )
 
 
-def tokenizer_of(folder: Path) -> CLIPTokenizer:
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
     """`moji`'s tokenizer, which cuts at 32 tokens."""
     found = CLIPTokenizer.from_pretrained(
         folder / "tokenizer", model_max_length=TOKENS, local_files_only=True
@@ -201,18 +204,18 @@ def tokenizer_of(folder: Path) -> CLIPTokenizer:
     return cast(CLIPTokenizer, found)
 
 
-def first_encoder() -> CLIPTextModelWithProjection:
+def load_first_encoder() -> CLIPTextModelWithProjection:
     """`moji`'s text encoder; its projection changes nothing."""
     known = CLIPTextModel.from_pretrained(EMBEDDED / "text_encoder", local_files_only=True)
     settings = known.config.to_dict() | {"projection_dim": WIDTHS[0]}
     encoder = CLIPTextModelWithProjection(CLIPTextConfig(**settings))
-    encoder.load_state_dict({f"text_model.{k}": v for k, v in plain_names(known).items()}, strict=False)
+    encoder.load_state_dict({f"text_model.{k}": v for k, v in rename_weights(known).items()}, strict=False)
     with torch.no_grad():
         encoder.text_projection.weight.copy_(torch.eye(WIDTHS[0]))
     return encoder
 
 
-def plain_names(encoder: CLIPTextModel) -> dict[str, Tensor]:
+def rename_weights(encoder: CLIPTextModel) -> dict[str, Tensor]:
     """Its weights by names that do not begin with `text_model.`, whichever way this version spells them."""
     return {name.removeprefix("text_model."): value for name, value in encoder.state_dict().items()}
 
@@ -234,13 +237,13 @@ def build_second_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjectio
     return CLIPTextModelWithProjection(settings)
 
 
-def trained(network: nn.Module, second: nn.Module) -> dict[str, nn.Parameter]:
+def list_trained_parameters(network: nn.Module, second: nn.Module) -> dict[str, nn.Parameter]:
     """All that is trained, by name."""
     parameters = {f"transformer.{name}": value for name, value in network.named_parameters()}
     return parameters | {f"text_encoder_2.{name}": value for name, value in second.named_parameters()}
 
 
-def inner_matrices(network: nn.Module) -> list[nn.Parameter]:
+def list_inner_matrices(network: nn.Module) -> list[nn.Parameter]:
     """The blocks' matrices but those of the adaptive norms, which begin at zero."""
     return [
         value
@@ -249,7 +252,7 @@ def inner_matrices(network: nn.Module) -> list[nn.Parameter]:
     ]
 
 
-def said_by(
+def join_encodings(
     first: CLIPTextModelWithProjection,
     second: CLIPTextModelWithProjection,
     tokens: Tensor,
@@ -274,7 +277,7 @@ def said_by(
 # --- one token for many -------------------------------------------------------------------------------------
 
 
-def with_absent(hidden: Tensor, count: int) -> Tensor:
+def append_absent(hidden: Tensor, count: int) -> Tensor:
     """Hidden states [B, T, D] with so many tokens of zeros behind them."""
     return torch.cat([hidden, hidden.new_zeros(len(hidden), count, hidden.shape[-1])], 1)
 

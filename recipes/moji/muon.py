@@ -40,7 +40,7 @@ class Muon(torch.optim.AdamW):
     def _step_matrices(self, group: dict[str, Any]) -> None:
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        owners = shared_out([work(parameter) for parameter in parameters], world)
+        owners = assign_shares([count_operations(parameter) for parameter in parameters], world)
         updates = []
         for parameter, owner in zip(parameters, owners, strict=True):
             state: dict[str, Any] = self.state[parameter]
@@ -53,7 +53,7 @@ class Muon(torch.optim.AdamW):
             scale = 0.2 * max(update.shape) ** 0.5
             mine = owner == rank
             updates.append(
-                scale * orthogonal(update) if mine else torch.zeros_like(update, dtype=torch.bfloat16)
+                scale * orthogonalize(update) if mine else torch.zeros_like(update, dtype=torch.bfloat16)
             )
         if world > 1:
             flat = torch.cat([update.flatten() for update in updates])
@@ -65,7 +65,7 @@ class Muon(torch.optim.AdamW):
             parameter.add_(as_tensor(update, parameter).to(parameter.dtype), alpha=-group["lr"])
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
+def orthogonalize(matrix: Tensor) -> Tensor:
     """The nearest semi-orthogonal matrix to one [M, N], roughly and in bfloat16: singular values brought near 1.
 
     Five steps of a quintic iteration, written for the small square Gram matrix, since all its factors are polynomials
@@ -101,14 +101,14 @@ def as_tensor(matrix: Tensor, like: Tensor) -> Tensor:
     return matrix.view(outputs, height, width, inputs).permute(0, 3, 1, 2)
 
 
-def work(parameter: Tensor) -> int:
+def count_operations(parameter: Tensor) -> int:
     """What orthogonalising a weight costs, in multiplications."""
     rows, columns = as_matrix(parameter).shape
     small, large = min(rows, columns), max(rows, columns)
     return 2 * small**2 * large + 4 * ITERATIONS * small**3
 
 
-def shared_out(costs: Sequence[int], processes: int) -> list[int]:
+def assign_shares(costs: Sequence[int], processes: int) -> list[int]:
     """Which process does which piece: the dearest first, each to whoever has least."""
     loads = [0] * processes
     owners = [0] * len(costs)

@@ -1,4 +1,4 @@
-"""Pictures of chosen scenes on disk, and what the autoencoder makes of them: for the scorer and the judge.
+"""Pictures of chosen scenes on disk, and what the autoencoder makes of them: for the scorer and the classifier.
 
 Rendered once, kept as uint8 arrays beside the shards of `recipes.moji.pictures`, and read memory-mapped.
 """
@@ -89,7 +89,7 @@ def has_autoencoder(workdir: Path) -> bool:
     return (workdir / AUTOENCODER).exists()
 
 
-def moved(picture: Pixels, *, right: int, down: int, mirrored: bool) -> Pixels:
+def shift(picture: Pixels, *, right: int, down: int, mirrored: bool) -> Pixels:
     """A picture [H, W, 3], mirrored or not, then shifted by whole pixels; its edges are repeated."""
     height, width = picture.shape[:2]
     rows = np.clip(np.arange(height) - down, 0, height - 1)
@@ -102,7 +102,7 @@ def moved(picture: Pixels, *, right: int, down: int, mirrored: bool) -> Pixels:
     return result
 
 
-def roughened(pictures: Tensor, random: Random) -> Tensor:
+def roughen(pictures: Tensor, random: Random) -> Tensor:
     """Pictures [B, 3, H, W] in −1…1 as a decoder might leave them: the first third somewhat blurred, every
     second one with faint noise, all a little brighter or darker."""
     source = torch.Generator().manual_seed(random.getrandbits(62))

@@ -51,7 +51,7 @@ from recipes.moji.autoencoder import to_tensor
 from recipes.moji.logbook import Logbook
 from recipes.moji.muon import Muon
 from recipes.moji.pictures import SHARD, load
-from recipes.moji.rendered import has_autoencoder, moved, rendered, roughened, round_trips
+from recipes.moji.rendered import has_autoencoder, rendered, roughen, round_trips, shift
 
 HELD_OUT = 2000  # the last shard of scenes is never trained on, as for the denoiser
 LARGEST_SCALE = 4.6052  # ln 100 (Radford et al. 2021, § 2.5)
@@ -92,7 +92,7 @@ def main(
     parameters = dict(model.named_parameters()) | {
         f"heads.{key}": value for key, value in heads.named_parameters()
     }
-    groups = decayed(parameters, matrix_rate)
+    groups = group_parameters(parameters, matrix_rate)
     optimizer = Muon(groups, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
     average = Average(parameters, decay=0.998)
     checkpoint = workdir / "scorer.safetensors"
@@ -110,7 +110,7 @@ def main(
             ids = tokenizer(lesson.captions + lesson.wrong, padding=True, return_tensors="pt")["input_ids"]
             texts = model.get_text_features(ids.to(device)).pooler_output
             guesses = heads(seen.pooler_output, seen.last_hidden_state[:, 1:])
-        logits = model.logit_scale.clamp(max=LARGEST_SCALE).exp() * unit(images) @ unit(texts).T
+        logits = model.logit_scale.clamp(max=LARGEST_SCALE).exp() * normalize(images) @ normalize(texts).T
         contrast = contrastive_loss(logits, lesson.right.to(device))
         yield contrast + help_weight * heads.loss(guesses, lesson)
 
@@ -169,7 +169,7 @@ def build(tokenizer: CLIPTokenizer, *, patch: int = 16) -> CLIPModel:
     return model
 
 
-def decayed(parameters: dict[str, nn.Parameter], matrix_rate: float) -> list[dict[str, Any]]:
+def group_parameters(parameters: dict[str, nn.Parameter], matrix_rate: float) -> list[dict[str, Any]]:
     """Optimiser groups: the towers' inner matrices for Muon; other matrices with weight decay; vectors and the
     temperature without."""
     inner = {name: value for name, value in parameters.items() if value.ndim == 2 and ".layers." in name}
@@ -182,7 +182,7 @@ def decayed(parameters: dict[str, nn.Parameter], matrix_rate: float) -> list[dic
     ]
 
 
-def unit(vectors: Tensor) -> Tensor:
+def normalize(vectors: Tensor) -> Tensor:
     return F.normalize(vectors.float(), dim=-1)
 
 
@@ -255,7 +255,7 @@ class Lessons:
         scenes = [self.scenes[index] for index in chosen]
         far = (-FARTHEST, FARTHEST)
         moves = [(random.randint(*far), random.randint(*far), random.random() < 0.5) for _ in chosen]
-        batch = np.stack([moved(self.picture(index, random), right=right, down=down, mirrored=mirrored)
+        batch = np.stack([shift(self.picture(index, random), right=right, down=down, mirrored=mirrored)
                           for index, (right, down, mirrored) in zip(chosen, moves, strict=True)])  # fmt: skip
         figures = self.figures[chosen].copy()
         mirrored = np.array([move[2] for move in moves])
@@ -263,11 +263,11 @@ class Lessons:
         figures[..., :2] += np.array([move[:2] for move in moves], dtype=np.float32)[:, None]
         named = [None if random.random() < 0.08 else scene.place for scene in scenes]
         return Lesson(
-            pictures=roughened(to_tensor(batch), random),
-            captions=[said(scene, place, random) for scene, place in zip(scenes, named, strict=True)],
-            wrong=[said(one_fact_wrong(scene, random), place, random)
+            pictures=roughen(to_tensor(batch), random),
+            captions=[make_caption(scene, place, random) for scene, place in zip(scenes, named, strict=True)],
+            wrong=[make_caption(change_one_fact(scene, random), place, random)
                    for scene, place in zip(scenes, named, strict=True) for _ in range(WRONG)],
-            right=suiting(scenes, named),
+            right=match_captions(scenes, named),
             nouns=torch.from_numpy(self.nouns[chosen]),
             colour=torch.from_numpy(self.colour[chosen]),
             accessory=torch.from_numpy(self.accessory[chosen]),
@@ -305,14 +305,14 @@ def horizon(scene: Scene) -> float:
     return scene.random(f"place/{scene.place}").uniform(62, 84)
 
 
-def said(scene: Scene, place: str | None, random: Random) -> str:
+def make_caption(scene: Scene, place: str | None, random: Random) -> str:
     """The canonical caption or a paraphrase."""
     if random.random() < 0.4:
         return write_caption(scene.things, pair=scene.pair, place=place, style=scene.style)
     return paraphrase(scene.things, pair=scene.pair, place=place, style=scene.style, random=random)
 
 
-def one_fact_wrong(scene: Scene, random: Random) -> Scene:
+def change_one_fact(scene: Scene, random: Random) -> Scene:
     """The scene with another noun (mostly), colour, accessory, number or style: a caption to be refused."""
     words = load_vocabulary()
     first, *others = scene.things
@@ -322,13 +322,13 @@ def one_fact_wrong(scene: Scene, random: Random) -> Scene:
     if kind == "number" and (others or first.accessory or first.small):
         kind = "noun"
     if kind == "style":
-        return replace(scene, style=another(scene.style, (None, *words.styles), random))
+        return replace(scene, style=choose_other(scene.style, (None, *words.styles), random))
     if kind == "number":
         return replace(scene, pair=not scene.pair)
     if kind == "colour":
-        changed = replace(first, colour=another(first.colour, (None, *words.colours), random))
+        changed = replace(first, colour=choose_other(first.colour, (None, *words.colours), random))
     elif kind == "accessory":
-        changed = replace(first, accessory=another(first.accessory, (None, *words.accessories), random))
+        changed = replace(first, accessory=choose_other(first.accessory, (None, *words.accessories), random))
     else:
         which = random.randrange(len(scene.things))
         taken = {thing.noun for thing in scene.things}
@@ -339,12 +339,12 @@ def one_fact_wrong(scene: Scene, random: Random) -> Scene:
     return replace(scene, things=(changed, *others))
 
 
-def another(value: str | None, values: Sequence[str | None], random: Random) -> str | None:
+def choose_other(value: str | None, values: Sequence[str | None], random: Random) -> str | None:
     """A value other than this one."""
     return random.choice([other for other in values if other != value])
 
 
-def suiting(scenes: Sequence[Scene], named: Sequence[str | None]) -> Tensor:
+def match_captions(scenes: Sequence[Scene], named: Sequence[str | None]) -> Tensor:
     """Which captions suit which pictures, bool [B pictures, B captions]: same things, number and style, and
     the caption's place is the picture's or is not said."""
     facts: dict[object, int] = {}

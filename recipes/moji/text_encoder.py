@@ -41,7 +41,7 @@ def main(
     torch.manual_seed(seed)
     tokenizer = CLIPTokenizer.from_pretrained(workdir / "tokenizer", local_files_only=True)
     encoder = build_text_encoder(tokenizer)
-    questions = {name: list(dict.fromkeys(values)) for name, values in answers().items()}
+    questions = {name: list(dict.fromkeys(values)) for name, values in list_answers().items()}
     heads = nn.ModuleDict({name: nn.Linear(256, len(values)) for name, values in questions.items()})
     parameters = dict(encoder.named_parameters()) | {f"heads.{k}": v for k, v in heads.named_parameters()}
     optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
@@ -78,7 +78,7 @@ def main(
     encoder.save_pretrained(workdir / "text_encoder")
 
 
-def answers() -> dict[str, list[str]]:
+def list_answers() -> dict[str, list[str]]:
     """The questions with everything that may be answered."""
     words = load_vocabulary()
     nouns = list(words.nouns)
@@ -102,10 +102,10 @@ def caption_with_facts(random: Random) -> tuple[str, dict[str, str]]:
         text = write_caption(scene.things, pair=scene.pair, place=place, style=scene.style)
     else:
         text = paraphrase(scene.things, pair=scene.pair, place=place, style=scene.style, random=random)
-    return text, facts_of(scene, place)
+    return text, scene_facts(scene, place)
 
 
-def facts_of(scene: Scene, place: str | None) -> dict[str, str]:
+def scene_facts(scene: Scene, place: str | None) -> dict[str, str]:
     """What a caption of the scene says, when it names this place."""
     first = scene.things[0]
     different = len(scene.things) == 2

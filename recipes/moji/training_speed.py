@@ -84,16 +84,16 @@ def main(
     with progress(rounds * len(WAYS), "measuring") as bar:
         for _ in range(rounds):
             for name, way in WAYS.items():
-                seconds[name].append(in_own_process(way, steps)[SECONDS])
+                seconds[name].append(run_in_process(way, steps)[SECONDS])
                 bar.advance(1)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    shares = in_own_process(WAYS["the recipe, one process"], steps, profiled=True)
+    shares = run_in_process(WAYS["the recipe, one process"], steps, profiled=True)
     text = markdown(medians, shares)
     write_text(out / "moji_training.md", text)
     print(text)
 
 
-def in_own_process(way: Way, steps: int, *, profiled: bool = False) -> dict[str, float]:
+def run_in_process(way: Way, steps: int, *, profiled: bool = False) -> dict[str, float]:
     """Measures in a new process with this way's allocator and threads: its seconds, or each operation's share."""
     environment = {key: value for key, value in os.environ.items() if key not in ALLOCATOR}
     environment |= {"OMP_NUM_THREADS": str(way.threads)} | (ALLOCATOR if way.allocator else {})
@@ -115,7 +115,7 @@ def measure(told: str) -> None:
 
 def worker(rank: int, way: Way, steps: int, profiled: bool) -> None:
     """One process of the training; the first one prints."""
-    stepping = taking_steps(way, rank, WARM_UP + steps)
+    stepping = iterate_steps(way, rank, WARM_UP + steps)
     for _ in range(WARM_UP):
         next(stepping)
     if not profiled:
@@ -130,7 +130,7 @@ def worker(rank: int, way: Way, steps: int, profiled: bool) -> None:
     print(json.dumps({name: value / whole for name, value in spent.items()}))
 
 
-def taking_steps(way: Way, rank: int, steps: int) -> Iterator[float]:
+def iterate_steps(way: Way, rank: int, steps: int) -> Iterator[float]:
     """The seconds of every step."""
     torch.manual_seed(0)
     memory = torch.channels_last if way.channels_last else torch.contiguous_format

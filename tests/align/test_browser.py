@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from align.pairs.choices import CHOICES, effective, read_choices
+from align.pairs.choices import CHOICES, read_choices, replay
 from tests.align.browser import Browser, Tab
 from tests.align.browser import started as browser_started
 from tests.align.test_label import folder_of
@@ -48,7 +48,7 @@ def address(folder: Path) -> Iterator[str]:
 
 
 def verdicts(folder: Path) -> list[str]:
-    return [choice.verdict for choice in effective(read_choices(folder / CHOICES))]
+    return [choice.verdict for choice in replay(read_choices(folder / CHOICES))]
 
 
 def ready(tab: Tab) -> None:

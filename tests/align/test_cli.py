@@ -13,8 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from align.cli import app
-from align.pairs.read import read
-from align.pairs.samples import picture_name
+from align.pairs.read import read_preferences
+from align.pairs.samples import image_name
 from align.settings import read_settings
 from align.train.memory import budgeted
 from backbone.adapters.concept import read_concept
@@ -47,7 +47,7 @@ def test_a_lost_picture_is_drawn_again_bit_for_bit(drawn: Path, tiny_folder: Pat
 
 def test_a_scorer_s_pairs_prefer_what_it_scores_higher(ranked: Path) -> None:
     scores = read_json(ranked / "scores.json")["scores"]
-    found = read(ranked)
+    found = read_preferences(ranked)
     assert 1 <= len(found.pairs) <= len(FIVE)
     for pair in found.pairs:
         better, worse = (next(iter(scores[f"pictures/{p.path.name}"].values())) for p in pair.pictures)
@@ -122,7 +122,7 @@ def test_a_comparison_counts_wins_and_shows_pictures(
 def test_an_export_holds_the_same_pairs(ranked: Path, tmp_path: Path, name: str) -> None:
     before = {path: path.read_bytes() for path in ranked.rglob("*") if path.is_file()}
     align("export", ranked, tmp_path / name)
-    one, other = read(ranked), read(tmp_path / name)
+    one, other = read_preferences(ranked), read_preferences(tmp_path / name)
     assert [pair.prompt for pair in one.pairs] == [pair.prompt for pair in other.pairs]
     assert [pair.ordered.first.read() for pair in one.pairs] == [p.ordered.first.read() for p in other.pairs]
     assert {path: path.read_bytes() for path in ranked.rglob("*") if path.is_file()} == before
@@ -163,18 +163,18 @@ def test_near_misses_are_drawn_from_the_prompt_s_own_noise_and_meet_it(
     tmp_path: Path, tiny_folder: Path, bright: Path, drawn: Path
 ) -> None:
     prompts, folder = tmp_path / "prompts.jsonl", tmp_path / "pairs"
-    lines = [{"prompt": "a red dog", "near": ["a red dog", "a dog"]}, {"prompt": "a cat"}]
+    lines = [{"prompt": "a red dog", "hard_negatives": ["a red dog", "a dog"]}, {"prompt": "a cat"}]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     model = ("--model", tiny_folder, "--precision", "fp32", "--device", "cpu", "--steps", 2)
     align("sample", "--prompts", prompts, "--count", 1, "--out", folder, *model)
-    own, same, other = (open_rgb(folder / picture_name(0, j)).tobytes() for j in range(3))
+    own, same, other = (open_rgb(folder / image_name(0, j)).tobytes() for j in range(3))
     assert same == own  # who says the same thing draws the same picture
     assert other != own
-    assert not (folder / picture_name(1, 1)).exists()
+    assert not (folder / image_name(1, 1)).exists()
     align("rank", folder, "--scorer", bright, "--pairs", "same-noise")
-    (pair,) = read(folder).pairs
+    (pair,) = read_preferences(folder).pairs
     assert {picture.path.name for picture in pair.pictures} == {"p00000-s00.png", "p00000-s02.png"}
-    assert "without near misses" in refused("rank", drawn, "--scorer", bright, "--pairs", "same-noise")
+    assert "without hard negatives" in refused("rank", drawn, "--scorer", bright, "--pairs", "same-noise")
     assert "no rule nearest" in refused("rank", drawn, "--scorer", bright, "--pairs", "nearest")
 
 
@@ -188,18 +188,18 @@ def test_pictures_drawn_anew_share_the_first_one_s_layout(
     for share in (0.1, 0.5, 1):
         folder = tmp_path / f"{share}"
         align("sample", *two, "--redraw", share, "--out", folder)
-        first, second = (np.asarray(open_rgb(folder / picture_name(0, j)), float) for j in (0, 1))
+        first, second = (np.asarray(open_rgb(folder / image_name(0, j)), float) for j in (0, 1))
         distances.append(float(np.abs(first - second).mean()))
     assert 0 < distances[0] < distances[1] < distances[2]
     align("sample", *two, "--out", tmp_path / "own")
-    alone = (tmp_path / "own" / picture_name(0, 0)).read_bytes()
-    assert (tmp_path / "0.5" / picture_name(0, 0)).read_bytes() == alone
-    before = (tmp_path / "0.5" / picture_name(3, 1)).read_bytes()
-    (tmp_path / "0.5" / picture_name(3, 1)).unlink()
+    alone = (tmp_path / "own" / image_name(0, 0)).read_bytes()
+    assert (tmp_path / "0.5" / image_name(0, 0)).read_bytes() == alone
+    before = (tmp_path / "0.5" / image_name(3, 1)).read_bytes()
+    (tmp_path / "0.5" / image_name(3, 1)).unlink()
     align("sample", *two, "--redraw", 0.5, "--out", tmp_path / "0.5")
-    assert (tmp_path / "0.5" / picture_name(3, 1)).read_bytes() == before
-    assert "another drawing" in refused("sample", *two, "--redraw", 0.6, "--out", tmp_path / "0.5")
-    assert "redraw" not in read_json(drawn / "samples.json")["drawing"]
+    assert (tmp_path / "0.5" / image_name(3, 1)).read_bytes() == before
+    assert "another sampling" in refused("sample", *two, "--redraw", 0.6, "--out", tmp_path / "0.5")
+    assert "redraw" not in read_json(drawn / "samples.json")["sampling"]
     few = (*model, "--steps", 2, "--redraw", 0.1, "--out", tmp_path / "few")
     assert "0.1 of 2 steps is none" in refused("sample", *few) and not (tmp_path / "few").exists()
 
@@ -209,11 +209,11 @@ def test_a_near_miss_of_a_picture_drawn_anew_starts_where_that_does(
 ) -> None:
     prompts, folder = tmp_path / "prompts.jsonl", tmp_path / "pairs"
     prompts.write_text(
-        json.dumps({"prompt": "a red dog", "near": ["a red dog", "a red dog", "a dog"]}) + "\n"
+        json.dumps({"prompt": "a red dog", "hard_negatives": ["a red dog", "a red dog", "a dog"]}) + "\n"
     )
     model = ("--model", tiny_folder, "--precision", "fp32", "--device", "cpu", "--steps", 4)
     align("sample", "--prompts", prompts, "--count", 3, "--redraw", 0.5, "--out", folder, *model)
-    pictures = [open_rgb(folder / picture_name(0, j)).tobytes() for j in range(6)]
+    pictures = [open_rgb(folder / image_name(0, j)).tobytes() for j in range(6)]
     assert pictures[3:5] == pictures[:2]  # who says the same thing draws the same picture
     assert len(set(pictures)) == 4
 
@@ -370,7 +370,7 @@ def test_pictures_drawn_in_another_way_are_not_mixed(drawn: Path, tiny_folder: P
     said = refused(
         "sample", "--prompts", prompts, "--count", 2, "--out", drawn, "--steps", 2, "--seed", 9, *model
     )
-    assert "another drawing" in said
+    assert "another sampling" in said
 
 
 def test_a_mistake_ends_the_script_with_exit_code_2_and_without_torch(tmp_path: Path) -> None:

@@ -16,10 +16,17 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from align.collect.label.server import label_app
-from align.collect.label.session import REPEATS, Asked, Session, Stale, alone, pairs_to_label
-from align.pairs.choices import CHOICES, Choice, effective, read_choices
-from align.pairs.read import read
+from align.collect.label.server import build_app
+from align.collect.label.session import (
+    REPEAT_SHARE,
+    LabelPair,
+    Session,
+    StaleAnswer,
+    list_label_pairs,
+    lock_folder,
+)
+from align.pairs.choices import CHOICES, Choice, read_choices, replay
+from align.pairs.read import read_preferences
 from backbone.io.console import UserError
 from backbone.io.files import write_json
 from tests.align.conftest import PROMPTS, picture
@@ -40,11 +47,11 @@ def folder_of(tmp_path: Path, prompts: int = 4, per_prompt: int = 2) -> Path:
     return folder
 
 
-def asked(folder: Path, *, seed: int = 0) -> list[Asked]:
+def asked(folder: Path, *, seed: int = 0) -> list[LabelPair]:
     from align.pairs.samples import read_samples
 
     prompts, pictures = read_samples(folder)
-    return pairs_to_label([prompt.text for prompt in prompts], pictures, seed=seed)
+    return list_label_pairs([prompt.text for prompt in prompts], pictures, seed=seed)
 
 
 @pytest.fixture
@@ -63,7 +70,7 @@ def client(session: Session) -> TestClient:
 
 
 def client_of(session: Session) -> TestClient:
-    app = label_app(session, token=TOKEN, port=PORT)
+    app = build_app(session, token=TOKEN, port=PORT)
     return TestClient(
         app, base_url=f"http://127.0.0.1:{PORT}", headers={"Origin": f"http://127.0.0.1:{PORT}"}
     )
@@ -114,10 +121,10 @@ def test_about_one_question_in_ten_is_an_earlier_one_again(tmp_path: Path) -> No
         last_seen[question.pair.name] = len(session.choices)
         session.answer(question.number, "left")
     repeats = sum(choice.repeat for choice in session.choices)
-    assert 0.5 * REPEATS < repeats / len(session.choices) < 2 * REPEATS
+    assert 0.5 * REPEAT_SHARE < repeats / len(session.choices) < 2 * REPEAT_SHARE
     assert session.answered == 150
     assert session.agreement[1] == repeats
-    assert len(read(folder).pairs) == 150
+    assert len(read_preferences(folder).pairs) == 150
 
 
 # What is kept -----------------------------------------------------------------------------------------------
@@ -146,7 +153,7 @@ def test_undo_asks_the_same_pair_again_with_the_same_sides(session: Session) -> 
     assert again is not None
     assert (again.pair, again.left, again.right) == (first.pair, first.left, first.right)
     session.answer(again.number, "right")
-    assert [choice.verdict for choice in effective(read_choices(session.path))] == ["right"]
+    assert [choice.verdict for choice in replay(read_choices(session.path))] == ["right"]
 
 
 def test_a_new_process_goes_on_where_the_old_one_was_killed(folder: Path, client: TestClient) -> None:
@@ -158,7 +165,7 @@ def test_a_new_process_goes_on_where_the_old_one_was_killed(folder: Path, client
     again = client_of(Session(folder, asked(folder)))
     assert state(again) == before
     assert choose(again, "tie").status_code == 200
-    assert [c.verdict for c in effective(read_choices(folder / CHOICES))] == ["left", "right", "tie"]
+    assert [c.verdict for c in replay(read_choices(folder / CHOICES))] == ["left", "right", "tie"]
 
 
 def test_a_second_window_cannot_answer_a_question_that_is_gone(client: TestClient, folder: Path) -> None:
@@ -174,7 +181,7 @@ def test_an_undo_makes_the_other_window_s_answer_stale(session: Session) -> None
     session.answer(session.next_number, "left")
     shown = session.next_number
     session.undo(shown)
-    with pytest.raises(Stale):
+    with pytest.raises(StaleAnswer):
         session.answer(shown, "left")
 
 
@@ -195,9 +202,9 @@ def test_what_is_done_says_how_far_one_agrees_with_oneself(tmp_path: Path) -> No
 
 
 def test_one_folder_is_labelled_by_one_process(folder: Path) -> None:
-    with alone(folder), pytest.raises(UserError, match="another `align`"), alone(folder):
+    with lock_folder(folder), pytest.raises(UserError, match="another `align`"), lock_folder(folder):
         pass
-    with alone(folder):
+    with lock_folder(folder):
         pass
 
 
@@ -216,7 +223,7 @@ def test_nothing_sent_names_a_file_or_tells_a_repeat(client: TestClient) -> None
 def test_the_picture_of_each_side_is_the_one_that_is_written_down(client: TestClient, folder: Path) -> None:
     left = client.get(f"/{TOKEN}/picture/0/left").content
     choose(client, "left")
-    (choice,) = effective(read_choices(folder / CHOICES))
+    (choice,) = replay(read_choices(folder / CHOICES))
     assert (folder / choice.left).read_bytes() == left
     assert choice.preferred == choice.left
 
@@ -338,7 +345,7 @@ def test_the_server_listens_on_this_machine_alone_and_survives_a_kill(tmp_path: 
         finally:
             process.send_signal(signal.SIGKILL)
             process.wait()
-    assert [choice.verdict for choice in effective(read_choices(folder / CHOICES))] == [
+    assert [choice.verdict for choice in replay(read_choices(folder / CHOICES))] == [
         "left", "tie", "right", "both_bad",
     ]  # fmt: skip
 

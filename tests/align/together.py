@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from align.collect.sample import Drawing, sample_pairs
-from align.pairs.read import read
-from align.pairs.records import check
+from align.collect.sample import SamplingSettings, sample_pairs
+from align.pairs.read import read_preferences
+from align.pairs.records import check_preferences
 from align.train import run as runs
 from align.train.online import train_online
 from align.train.run import train_taste
@@ -56,7 +56,7 @@ USUAL: dict[str, Any] = {
 def train(folder: Path, model: Path, pairs: Path, name: str, asked: Mapping[str, Any]) -> None:
     """A run of these settings in `folder / name`."""
     said = {**USUAL, "model": str(model), "pairs": str(pairs), **asked}
-    train_taste(said, check(read(str(pairs))), out=folder / name)
+    train_taste(said, check_preferences(read_preferences(str(pairs))), out=folder / name)
 
 
 def interrupted(folder: Path, model: Path, pairs: Path, name: str) -> None:
@@ -72,9 +72,9 @@ def interrupted(folder: Path, model: Path, pairs: Path, name: str) -> None:
 
 
 def sample(folder: Path, model: Path, prompts: Path) -> None:
-    drawing = Drawing(steps=2, batch=3)
+    sampling = SamplingSettings(steps=2, batch=3)
     asked = read_prompts(prompts)
-    sample_pairs(asked, folder / "drawn", model=str(model), drawing=drawing, precision="fp32", device="cpu")
+    sample_pairs(asked, folder / "drawn", model=str(model), sampling=sampling, precision="fp32", device="cpu")
 
 
 def everything(folder: Path, model: Path, pairs: Path, prompts: Path) -> None:

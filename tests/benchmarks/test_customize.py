@@ -15,6 +15,7 @@ from backbone.io.console import UserError
 from backbone.world.concepts import TRAINING_PLACES
 from backbone.world.words import load_vocabulary
 from benchmarks import customize as bench
+from benchmarks.classifier import Classifier, Prediction
 from benchmarks.customize import (
     DEFAULT,
     KINDS,
@@ -26,36 +27,35 @@ from benchmarks.customize import (
     Tally,
     Trial,
     bootstrap,
-    claimed,
-    comparison,
-    finished,
-    judged,
-    made,
-    over_concepts,
-    preserved,
-    questions,
-    table,
+    classify_trial,
+    concept_interval,
+    format_comparison,
+    format_table,
+    is_finished,
+    list_trials,
+    make_questions,
+    measure_preservation,
+    run_trials,
     train_and_draw,
-    trials,
+    try_claim,
 )
-from benchmarks.judge import Judge, Verdict
 
 COUNTS = dict.fromkeys(KINDS, 1)
 TRIAL = Trial("mammoth", DEFAULT, "")
 
 
 class Eye:
-    """A judge that always sees the same."""
+    """A classifier that always sees the same."""
 
     def __init__(
         self, glyph: str, place: str = "in space", accessory: str = "none", style: str = "none"
     ) -> None:
         one = {"colour": {"red": 1.0}, "count": {"one": 1.0}, "size": {"usual": 1.0}}
         asked = {"place": {place: 1.0}, "accessory": {accessory: 1.0}, "style": {style: 1.0}}
-        self.verdict = Verdict(glyphs=dict.fromkeys((glyph, "mammoth"), 0.5), **asked, **one)
+        self.prediction = Prediction(glyphs=dict.fromkeys((glyph, "mammoth"), 0.5), **asked, **one)
 
-    def verdicts(self, images: Sequence[Image.Image]) -> list[Verdict]:
-        return [self.verdict] * len(images)
+    def classify(self, images: Sequence[Image.Image]) -> list[Prediction]:
+        return [self.prediction] * len(images)
 
 
 @pytest.fixture
@@ -82,14 +82,14 @@ def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str,
             Image.new("RGB", (8, 8)).save(folder / f"p{number:02d}-s00.png")
         (folder / "sheet.png").touch()
 
-    monkeypatch.setattr(bench, "customize", customize)
-    monkeypatch.setattr(bench, "pictures_of", lambda concept, out: out / "pictures" / concept)
+    monkeypatch.setattr(bench, "run_customize", customize)
+    monkeypatch.setattr(bench, "write_training_images", lambda concept, out: out / "pictures" / concept)
     return ran
 
 
 def test_every_prompt_is_in_the_world_s_own_words() -> None:
     words = load_vocabulary()
-    asked = {kind: questions(kind, "elephant", "[V] elephant") for kind in KINDS}
+    asked = {kind: make_questions(kind, "elephant", "[V] elephant") for kind in KINDS}
     assert [len(asked[kind]) for kind in KINDS] == [7, 5, 4, 7]
     assert asked["places"][0].prompt == "a [V] elephant in a park"
     assert asked["accessories"][1].prompt == "a [V] elephant wearing a crown in the snow"
@@ -103,11 +103,11 @@ def test_every_prompt_is_in_the_world_s_own_words() -> None:
 
 def test_a_table_s_trials_have_folders_of_their_own() -> None:
     tables: tuple[Table, ...] = ("concepts", "methods", "rates")
-    every = [trial for asked in tables for trial in trials(asked, None, flags="", seed=0)]
+    every = [trial for asked in tables for trial in list_trials(asked, None, flags="", seed=0)]
     assert len({trial.name for trial in every}) == len(set(every)) == 12 + 4 * (len(METHODS) - 1) + len(RATES)
     assert all(name == name.strip("-") and " " not in name for name in (trial.name for trial in every))
     with pytest.raises(UserError, match="no concept dodo"):
-        trials("concepts", ["dodo"], flags="", seed=0)
+        list_trials("concepts", ["dodo"], flags="", seed=0)
 
 
 def test_what_is_on_disk_is_not_made_again(commands: list[tuple[str, ...]], tmp_path: Path) -> None:
@@ -136,11 +136,11 @@ def test_other_methods_share_the_base_s_pictures(commands: list[tuple[str, ...]]
 def test_work_in_progress_is_known_when_all_its_pictures_are(
     commands: list[tuple[str, ...]], tmp_path: Path
 ) -> None:
-    assert not finished(TRIAL, tmp_path)
+    assert not is_finished(TRIAL, tmp_path)
     train_and_draw(TRIAL, tmp_path, COUNTS, "moji")
-    assert finished(TRIAL, tmp_path)
+    assert is_finished(TRIAL, tmp_path)
     (tmp_path / "after" / TRIAL.name / "class" / "sheet.png").unlink()
-    assert not finished(TRIAL, tmp_path)
+    assert not is_finished(TRIAL, tmp_path)
 
 
 def test_the_script_learns_the_same_words_with_class_pictures_and_is_not_run_again(
@@ -163,7 +163,7 @@ def test_the_script_learns_the_same_words_with_class_pictures_and_is_not_run_aga
     train_and_draw(trial, tmp_path, COUNTS, "moji", script)
     assert [arguments[0] for arguments in commands] == ["sample", "import", *["sample"] * 4]
     assert "rkh" in commands[1] and "elephant" in commands[1]
-    found = judged(trial, tmp_path, cast(Judge, Eye("mammoth")))
+    found = classify_trial(trial, tmp_path, cast(Classifier, Eye("mammoth")))
     assert found.after["places"].glyph == 7 and 0 < found.seconds < 100
     commands.clear()
     train_and_draw(trial, tmp_path, COUNTS, "moji", script)
@@ -183,8 +183,8 @@ def test_another_judge_gives_other_verdicts_on_the_same_pictures(
 ) -> None:
     train_and_draw(TRIAL, tmp_path, COUNTS, "moji")
     commands.clear()
-    kind = judged(TRIAL, tmp_path, cast(Judge, Eye("mammoth", accessory="a crown")))
-    stern = judged(TRIAL, tmp_path, cast(Judge, Eye("elephant", style="a neon drawing of")))
+    kind = classify_trial(TRIAL, tmp_path, cast(Classifier, Eye("mammoth", accessory="a crown")))
+    stern = classify_trial(TRIAL, tmp_path, cast(Classifier, Eye("elephant", style="a neon drawing of")))
     assert kind.after["places"] == Tally(1, 7, 7, 1) and kind.after["accessories"] == Tally(1, 5, 5, 1)
     assert kind.after["class"].right == 0 and stern.after["class"].right == 7
     assert stern.after["styles"] == Tally(1, 0, 4, 0)
@@ -195,10 +195,10 @@ def test_a_concept_that_another_process_works_at_comes_last(
     commands: list[tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken, free = TRIAL, Trial("canoe", DEFAULT, "")
-    claim = claimed(tmp_path / "claims" / taken.name)
+    claim = try_claim(tmp_path / "claims" / taken.name)
     assert claim.__enter__()
     monkeypatch.setattr("time.sleep", lambda seconds: claim.__exit__(None, None, None))
-    assert list(made([taken, free], tmp_path, COUNTS, "moji")) == [free, taken]
+    assert list(run_trials([taken, free], tmp_path, COUNTS, "moji")) == [free, taken]
 
 
 def result(concept: str, after: int, base: int, *, method: str = DEFAULT) -> Result:
@@ -214,8 +214,8 @@ def result(concept: str, after: int, base: int, *, method: str = DEFAULT) -> Res
 
 def test_the_table_sums_over_pictures_and_compares_the_class_with_the_base() -> None:
     results = [result("mammoth", 9, 10), result("canoe", 3, 5)]
-    assert preserved(results)[0] == pytest.approx(12 / 15)
-    text = table(results)
+    assert measure_preservation(results)[0] == pytest.approx(12 / 15)
+    text = format_table(results)
     assert "| glyph | 60.0 % |" in text and "| class kept, of what the base has | 80.0 % |" in text
     assert "| canoe | 30.0 % |" in text and "| accessory or style | 60.0 % |" in text
     assert "| 40 | 75.0 % |" in text  # accessories and styles of both, and the base's
@@ -223,13 +223,13 @@ def test_the_table_sums_over_pictures_and_compares_the_class_with_the_base() -> 
 
 def test_the_comparison_has_a_row_for_every_way_and_its_own_number_of_concepts() -> None:
     results = [result("mammoth", 9, 10), result("canoe", 3, 5), result("canoe", 5, 5, method="DoRA")]
-    _, _, first, second = comparison(results).strip().splitlines()
+    _, _, first, second = format_comparison(results).strip().splitlines()
     assert first.startswith(f"| {DEFAULT} | 2 | 60.0 %") and first.endswith("| 80.0 % | 100 | 2.00 |")
     assert second.startswith("| DoRA | 1 | 50.0 %") and second.endswith("| 100.0 % | 100 | 2.00 |")
 
 
 def test_the_bootstrap_draws_concepts() -> None:
-    assert over_concepts([0.5] * 12) == (0.5, 0.5)
-    low, high = over_concepts([0.0, 1.0] * 50)
+    assert concept_interval([0.5] * 12) == (0.5, 0.5)
+    low, high = concept_interval([0.0, 1.0] * 50)
     assert 0.36 < low < 0.44 and 0.56 < high < 0.64  # ½ ± 1.96 · ½ / √100
     assert bootstrap(np.ones(3), lambda some: float(some.sum())) == (3.0, 3.0)

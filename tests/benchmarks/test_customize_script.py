@@ -15,15 +15,15 @@ from backbone.io.console import UserError
 from backbone.io.files import write_bytes
 from backbone.models.model import Backbone
 from benchmarks import shapes
-from benchmarks.customize_script import SIDES, Side, markdown, one_side, stand_in
+from benchmarks.customize_script import SIDES, Side, format_markdown, install_stand_in, run_side
 from benchmarks.shapes import (
     Shape,
-    as_scripts_load,
-    opened,
-    random_pictures,
-    said_by,
+    find_shape,
+    load_like_script,
+    make_random_images,
+    open_parts,
+    run_module,
     save_random,
-    shape_called,
 )
 
 SCRIPT = """
@@ -54,7 +54,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("torchvision", "torchvision.transforms"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     for name in ("subject", "class"):
-        for number, content in enumerate(random_pictures(20, 2)):
+        for number, content in enumerate(make_random_images(20, 2)):
             write_bytes(tmp_path / name / f"{number}.jpg", content)
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
     return tmp_path
@@ -65,7 +65,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_side_s_steps_are_counted_and_its_memory_is_read(
     tiny_folder: Path, place: Path, side: Side, prior: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one_side(
+    run_side(
         side, str(tiny_folder), place, steps=3, precision="fp32", prior=prior, script=place / "script.py"
     )
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -75,7 +75,7 @@ def test_a_side_s_steps_are_counted_and_its_memory_is_read(
 def test_the_stand_in_scales_crops_and_normalises(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("torchvision", "torchvision.transforms"):
         monkeypatch.setitem(sys.modules, name, None)
-    stand_in()
+    install_stand_in()
     transforms: Any = sys.modules["torchvision.transforms"]
     image = Image.new("RGB", (30, 20), (255, 0, 0))
     image.paste((0, 255, 0), (0, 0, 15, 20))
@@ -102,7 +102,7 @@ def test_a_random_model_of_a_shape_is_a_whole_model(
         return json.loads((tiny_folder / part / "config.json").read_text())  # type: ignore[no-any-return]
 
     words = {
-        **shape_called("sd15").text[0],
+        **find_shape("sd15").text[0],
         "hidden_size": 16,
         "intermediate_size": 32,
         "num_hidden_layers": 1,
@@ -110,9 +110,9 @@ def test_a_random_model_of_a_shape_is_a_whole_model(
     words |= {"num_attention_heads": 2}
     unet = {**small("unet"), "cross_attention_dim": 16}
     shape = Shape("StableDiffusionPipeline", unet, small("vae"), (words,))
-    monkeypatch.setattr(shapes, "shape_called", lambda name: shape)
+    monkeypatch.setattr(shapes, "find_shape", lambda name: shape)
     save_random("sd15", tmp_path)
-    parts, theirs = opened(str(tmp_path), "cpu", "fp32"), as_scripts_load(str(tmp_path), "cpu", "fp32")
+    parts, theirs = open_parts(str(tmp_path), "cpu", "fp32"), load_like_script(str(tmp_path), "cpu", "fp32")
     noisy = torch.randn(1, *parts.model.latent_shape)
     answers = []
     for side in (parts, theirs):
@@ -125,7 +125,7 @@ def test_a_random_model_of_a_shape_is_a_whole_model(
 
 def test_a_side_that_fails_is_named_with_its_last_line() -> None:
     with pytest.raises(UserError, match=r"customize_script side nobody .* failed"):
-        said_by("benchmarks.customize_script", "side", "nobody", "moji", ".")
+        run_module("benchmarks.customize_script", "side", "nobody", "moji", ".")
 
 
 def test_the_table_sets_every_side_beside_the_script() -> None:
@@ -137,4 +137,4 @@ def test_the_table_sets_every_side_beside_the_script() -> None:
     facts = {
         "command": "python -m", "precision": "bf16", "steps": 6, "clock": "wall", "machine": "none", "sides": sides,
     }  # fmt: skip
-    assert "| here | 3.000 | 0.33× | 1.33 | 0.33 |" in markdown(facts)
+    assert "| here | 3.000 | 0.33× | 1.33 | 0.33 |" in format_markdown(facts)

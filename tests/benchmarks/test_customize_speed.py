@@ -10,8 +10,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from backbone.models.model import Backbone
-from benchmarks.customize_speed import EVERY, KINDS, PICTURES, STEPS, Bare, Bench, markdown, parity, totals
-from benchmarks.shapes import Parts, put_section, random_pictures
+from benchmarks.customize_speed import (
+    EVERY,
+    KINDS,
+    PICTURES,
+    STEPS,
+    Bare,
+    Bench,
+    format_markdown,
+    measure_parity,
+    sum_totals,
+)
+from benchmarks.shapes import Parts, make_random_images, write_section
 
 ONCE = ("evaluation", "decoding", "encoding", "text", "bank")
 
@@ -37,7 +47,7 @@ def asked(tiny: Backbone, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bo
 
 def test_both_sides_have_one_loss_and_one_gradient(bench: Bench) -> None:
     before = weights(bench)
-    found = parity(bench.training, size=1e-2)
+    found = measure_parity(bench.training, size=1e-2)
     assert found.here > 0.1 and found.loss < 1e-3 and found.gradient < 1e-3
     assert all(torch.equal(value, before[name]) for name, value in bench.training.parameters.items())
     assert bench.training.data is bench.with_prior
@@ -110,7 +120,7 @@ def test_what_is_done_once_is_asked_without_gradients_and_without_the_adapter(
 
 def test_totals_are_composed_of_counted_steps() -> None:
     seconds = dict.fromkeys((*EVERY, *ONCE), 1.0) | {"script, prior": 3.0, "decoding": 2.0}
-    whole = totals(seconds)
+    whole = sum_totals(seconds)
     assert whole["script: class pictures"] == 50 * (50 + 2)
     assert whole["script"] == 50 * (50 + 2) + STEPS * 3
     assert whole["here"] == PICTURES + 1 + 64 / 8 + STEPS
@@ -121,22 +131,22 @@ def test_the_table_says_what_was_measured_and_a_page_keeps_its_other_sections(tm
     facts = {
         "command": "python -m benchmarks.customize_speed", "precision": "fp32", "batch": 1, "warm_steps": 1,
         "clock": "cpu", "machine": "none", "parity": {"here": 1.0, "loss": 0.0, "gradient": 0.0},
-        "seconds": seconds, "totals": totals(seconds),
+        "seconds": seconds, "totals": sum_totals(seconds),
     }  # fmt: skip
-    text = markdown(facts)
+    text = format_markdown(facts)
     assert "| here | 1.000 | 3.00× | 1.000 | 1.00× |" in text and "composed" in text
     assert "other work" in text
     page = tmp_path / "page.md"
     page.write_text("# Speed\n\nBoth sides.\n", encoding="utf-8")
-    put_section(page, "first", "one")
-    put_section(page, "second", "two")
-    put_section(page, "first", "three")
+    write_section(page, "first", "one")
+    write_section(page, "second", "two")
+    write_section(page, "first", "three")
     assert page.read_text() == "# Speed\n\nBoth sides.\n\n## first\n\nthree\n\n## second\n\ntwo\n"
 
 
 def test_pictures_are_read_and_cropped_to_the_model_s_size(bench: Bench) -> None:
     side = bench.parts.model.resolution
-    (content,) = random_pictures(2 * side, 1)
+    (content,) = make_random_images(2 * side, 1)
     tensor = bench.script.prepared(content, side)
     assert tensor.shape == (3, side, side) and tensor.min() >= -1 and tensor.max() <= 1
     assert tensor.std() > 0.1

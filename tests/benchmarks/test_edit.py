@@ -1,4 +1,4 @@
-"""MojiEdit: its cases are true edits, its judge is read rightly, and a small one runs through."""
+"""MojiEdit: its cases are true edits, its classifier is read rightly, and a small one runs through."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from backbone.io.files import write_json, write_tensors
 from backbone.models.model import Backbone
 from backbone.world.scene import BENCHMARK_SEEDS, is_fair
 from benchmarks import edit as benchmark
-from benchmarks.edit import KINDS, Case, make_cases, paired, succeeded
-from benchmarks.judge import FACTS, TWO_DIFFERENT, WEIGHTS, Network, Verdict, label_lists
+from benchmarks.classifier import FACTS, TWO_DIFFERENT, WEIGHTS, Network, Prediction, list_labels
+from benchmarks.edit import KINDS, Case, compare_paired, is_success, make_cases
 
 
 def of_kind(kind: str) -> Case:
@@ -27,15 +27,15 @@ def of_kind(kind: str) -> Case:
 
 def reading(label: str, head: str, *, share: float = 0.9) -> dict[str, float]:
     """A head that says this label first."""
-    return {label: share} | {other: 0.0 for other in label_lists()[head] if other != label}
+    return {label: share} | {other: 0.0 for other in list_labels()[head] if other != label}
 
 
-def seen(case: Case, **other: dict[str, float]) -> Verdict:
-    """What a perfect judge sees in the true edit."""
+def seen(case: Case, **other: dict[str, float]) -> Prediction:
+    """What a perfect classifier sees in the true edit."""
     scene, thing = case.after, case.after.things[case.thing or 0]
     nouns = [one.noun for one in scene.things]
     glyphs = {noun: 1 / len(nouns) for noun in nouns} | {
-        label: 0.0 for label in label_lists()["glyphs"] if label not in nouns
+        label: 0.0 for label in list_labels()["glyphs"] if label not in nouns
     }
     heads = {
         "glyphs": glyphs,
@@ -46,7 +46,7 @@ def seen(case: Case, **other: dict[str, float]) -> Verdict:
         "count": reading(TWO_DIFFERENT if len(nouns) == 2 else "one", "count"),
         "size": reading("usual", "size"),
     }
-    return Verdict(**{**heads, **other})
+    return Prediction(**{**heads, **other})
 
 
 def test_every_kind_comes_in_turn_from_seeds_that_nothing_was_trained_on() -> None:
@@ -91,8 +91,8 @@ def test_outside_the_mask_the_true_edit_is_the_source() -> None:
 def test_the_true_edit_succeeds_and_the_source_does_not(kind: str) -> None:
     case = of_kind(kind)
     untouched = replace(case, after=case.before)
-    assert succeeded(case, [seen(case)])
-    assert not succeeded(case, [seen(untouched)])
+    assert is_success(case, [seen(case)])
+    assert not is_success(case, [seen(untouched)])
 
 
 def test_a_reweight_succeeds_when_the_colour_grows() -> None:
@@ -100,15 +100,15 @@ def test_a_reweight_succeeds_when_the_colour_grows() -> None:
     colour = case.after.things[0].colour
     assert colour is not None
 
-    def with_shares(*shares: float) -> list[Verdict]:
+    def with_shares(*shares: float) -> list[Prediction]:
         return [
-            seen(case, colour={**dict.fromkeys(label_lists()["colour"], 0.0), colour: share})
+            seen(case, colour={**dict.fromkeys(list_labels()["colour"], 0.0), colour: share})
             for share in shares
         ]
 
-    assert succeeded(case, with_shares(0.1, 0.5, 0.9))
-    assert not succeeded(case, with_shares(0.1, 0.1, 0.9))
-    assert not succeeded(case, with_shares(0.9, 0.5, 0.1))
+    assert is_success(case, with_shares(0.1, 0.5, 0.9))
+    assert not is_success(case, with_shares(0.1, 0.1, 0.9))
+    assert not is_success(case, with_shares(0.9, 0.5, 0.1))
 
 
 def test_pairs_are_compared_on_the_same_scenes() -> None:
@@ -122,26 +122,26 @@ def test_pairs_are_compared_on_the_same_scenes() -> None:
         }
 
     rows = [row("a", k, True, 20.0 + k) for k in range(4)] + [row("b", k, k < 2, 18.0 + k) for k in range(4)]
-    found = paired([*rows, row("a", 9, False, 0.0)], "a", "b")
+    found = compare_paired([*rows, row("a", 9, False, 0.0)], "a", "b")
     assert found is not None and found["n"] == 4
     assert found["success"][0] == 0.5
     assert found["background_psnr_db"] == (2.0, 2.0, 2.0)
-    assert paired(rows, "a", "c") is None
+    assert compare_paired(rows, "a", "c") is None
 
 
 @pytest.mark.font
 def test_a_small_one_runs_through(
     tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    labels = label_lists()
+    labels = list_labels()
     torch.manual_seed(0)
     network = Network({head: len(names) for head, names in labels.items()})
     kept = {name: value for name, value in network.state_dict().items() if not name.endswith("_tracked")}
-    write_tensors(tmp_path / "judge" / WEIGHTS, kept)
-    write_json(tmp_path / "judge" / FACTS, {"labels": labels})
+    write_tensors(tmp_path / "classifier" / WEIGHTS, kept)
+    write_json(tmp_path / "classifier" / FACTS, {"labels": labels})
     wishes: dict[str, Any] = {
         "count": 8, "model": str(tiny_folder), "steps": 2, "guidance": 2.0, "identity": 1, "device": "cpu",
-        "precision": "fp32", "judge": tmp_path / "judge", "out": tmp_path / "out",
+        "precision": "fp32", "classifier": tmp_path / "classifier", "out": tmp_path / "out",
     }  # fmt: skip
     benchmark.main(methods=["the default", "DDIM + P2P", "no edit"], **wishes)
     assert "| the default | all | 8 |" in capsys.readouterr().out
@@ -170,12 +170,12 @@ def test_a_small_one_runs_through(
 
 
 def test_the_published_method_changes_the_edited_things_place() -> None:
-    assert benchmark.published_words(of_kind("place")) == benchmark.published_words(of_kind("style")) == ()
+    assert benchmark.blend_words(of_kind("place")) == benchmark.blend_words(of_kind("style")) == ()
     noun, colour = of_kind("noun"), of_kind("colour")
-    assert benchmark.published_words(noun) == (noun.before.things[0].noun, noun.after.things[0].noun)
-    assert benchmark.published_words(colour) == (colour.before.things[0].noun,)
+    assert benchmark.blend_words(noun) == (noun.before.things[0].noun, noun.after.things[0].noun)
+    assert benchmark.blend_words(colour) == (colour.before.things[0].noun,)
 
 
 def test_every_method_of_the_benchmark_has_a_name_once(tiny: Backbone) -> None:
-    names = list(benchmark.attempts())
+    names = list(benchmark.list_methods())
     assert names[0] == benchmark.DEFAULT and set(benchmark.RIVALS) | set(benchmark.CONTROLS) <= set(names)

@@ -15,12 +15,12 @@ from benchmarks.edit_speed import (
     SELF,
     SOURCE,
     TARGETS,
-    composed,
-    direct_reference,
-    null_text_reference,
-    picture_of,
-    rows_of_sides,
-    timed,
+    compose_calls,
+    count_rows,
+    run_direct_reference,
+    run_null_text_reference,
+    sample_image,
+    time_calls,
 )
 from edit.inversion.inversion import invert
 from edit.methods.prompt_to_prompt.replace import replace
@@ -47,9 +47,9 @@ def rows(tiny: Backbone, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_direct_inversion_as_published_and_ours_give_the_same_edit(
     tiny: Backbone, rows: list[int], target: str
 ) -> None:
-    image = picture_of(tiny)
-    reference = direct_reference(tiny, image, target, steps=STEPS, guidance=4.0)
-    assert sum(rows) == 13 * STEPS == rows_of_sides(STEPS)["Direct + P2P"]
+    image = sample_image(tiny)
+    reference = run_direct_reference(tiny, image, target, steps=STEPS, guidance=4.0)
+    assert sum(rows) == 13 * STEPS == count_rows(STEPS)["Direct + P2P"]
     rows.clear()
     ours = replace(
         invert(tiny, image, SOURCE, steps=STEPS),
@@ -65,9 +65,11 @@ def test_direct_inversion_as_published_and_ours_give_the_same_edit(
 def test_null_text_as_published_takes_its_evaluations_and_leaves_nothing_behind(
     tiny: Backbone, rows: list[int], weights: Any
 ) -> None:
-    latents = null_text_reference(tiny, picture_of(tiny), TARGETS[0], steps=2, guidance=4.0, weights=weights)
+    latents = run_null_text_reference(
+        tiny, sample_image(tiny), TARGETS[0], steps=2, guidance=4.0, weights=weights
+    )
     assert torch.isfinite(latents).all()
-    assert sum(rows) == rows_of_sides(2)["null-text + P2P"]
+    assert sum(rows) == count_rows(2)["null-text + P2P"]
     assert all(p.grad is None and not p.requires_grad for p in tiny.denoiser.parameters())
 
 
@@ -75,22 +77,22 @@ def test_our_own_rows_are_counted_rightly(tiny: Backbone, rows: list[int]) -> No
     for count, name in ((1, "ours"), (4, "ours, four targets")):
         rows.clear()
         replace(
-            invert(tiny, picture_of(tiny), SOURCE, steps=5),
+            invert(tiny, sample_image(tiny), SOURCE, steps=5),
             TARGETS[:count],
             ReplaceSettings(cross=CROSS, blend=()),
         )
-        assert sum(rows) == rows_of_sides(5)[name]
+        assert sum(rows) == count_rows(5)[name]
 
 
 def test_sides_are_timed_in_turn_and_the_first_time_does_not_count() -> None:
     calls: list[str] = []
-    found = timed({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
+    found = time_calls({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
     assert calls == ["a", "b"] * 3 and set(found) == {"a", "b"}
 
 
 def test_totals_are_composed_of_steps_and_the_autoencoder(tiny_folder: Path) -> None:
     chosen = ["ours", "Direct + P2P", "ours, four targets"]
-    found = composed(str(tiny_folder), chosen, steps=5, repeats=1, device="cpu", precision="fp32")
+    found = compose_calls(str(tiny_folder), chosen, steps=5, repeats=1, device="cpu", precision="fp32")
     t, total = found["steps_seconds"], found["seconds"]
     around = t["encoding"] + t["decoding, 2"]
     assert list(total) == chosen and "inner iteration" not in t
@@ -105,9 +107,9 @@ def test_the_table_compares_four_edits_with_four(monkeypatch: pytest.MonkeyPatch
         "steps": 50,
         "repeats": 1,
         "machine": "",
-        "rows": rows_of_sides(50),
+        "rows": count_rows(50),
         "seconds": {"ours": 2.0, "Direct + P2P": 8.0, "ours, four targets": 4.0},
     }
-    text = edit_speed.markdown(facts)
+    text = edit_speed.format_markdown(facts)
     assert "| Direct + P2P | 8.00 | 4.00 | 650 |" in text
     assert "take 8.00 × as long" in text and "| ours | 2.00 | 1.00 | 190 |" in text

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from recipes.moji.training_speed import WAYS, Way, markdown, taking_steps
+from recipes.moji.training_speed import WAYS, Way, iterate_steps, markdown
 
 
 def test_every_row_differs_from_the_recipe_in_one_thing() -> None:
@@ -17,7 +17,7 @@ def test_every_row_differs_from_the_recipe_in_one_thing() -> None:
 
 def test_steps_are_taken_and_timed() -> None:
     way = replace(Way(), batch=1)
-    seconds = list(taking_steps(way, 0, 2))
+    seconds = list(iterate_steps(way, 0, 2))
     assert len(seconds) == 2
     assert min(seconds) > 0
 

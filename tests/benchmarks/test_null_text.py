@@ -39,7 +39,7 @@ def test_the_table_counts_the_scenes_that_got_worse() -> None:
     ]
     for row in rows:
         row["autoencoder_psnr_db"] = 26.0
-    text = null_text.markdown(facts, rows)
+    text = null_text.format_markdown(facts, rows)
     assert (
         "| 0 | 20.0 | – | 0 |" in text and "| 2 | 20.5 | 1 | 2 |" in text and "| 10 | 23.0 | 0 | 10 |" in text
     )

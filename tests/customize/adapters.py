@@ -17,9 +17,9 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from customize.formats.adapter import Adapter
-from customize.formats.factors import Layer
-from customize.formats.layer_names import TEXT_LEVEL, is_text
+from customize.formats.adapter import AdapterFile
+from customize.formats.factors import LayerUpdate
+from customize.formats.layer_names import TEXT_MODEL_PREFIX, is_text_encoder
 from tests.tiny import tiny_tokenizer
 
 Choose = Callable[[str, nn.Module], bool]
@@ -79,27 +79,27 @@ def modules_of(pipeline: Any) -> dict[str, nn.Module]:
         part = getattr(pipeline, component, None)
         for name, module in part.named_modules() if part is not None else ():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
-                own = name.removeprefix(TEXT_LEVEL) if is_text(component) else name
+                own = name.removeprefix(TEXT_MODEL_PREFIX) if is_text_encoder(component) else name
                 found[f"{component}.{own}"] = module
     return found
 
 
 def random_adapter(
     modules: Mapping[str, nn.Module], *, seed: int = 0, dora: bool = False, alphas: tuple[float, ...] = (3.0,)
-) -> Adapter:
+) -> AdapterFile:
     """A LoRA on these modules with random factors, ranks 1 to 4, and α drawn from `alphas`."""
     random = torch.Generator().manual_seed(seed)
-    layers: dict[str, Layer] = {}
+    layers: dict[str, LayerUpdate] = {}
     for name, module in modules.items():
         rank = int(torch.randint(1, 5, (), generator=random))
         alpha = alphas[int(torch.randint(len(alphas), (), generator=random))]
         layers[name] = random_layer(module, rank, alpha, random, dora=dora)
-    return Adapter(layers)
+    return AdapterFile(layers)
 
 
 def random_layer(
     module: nn.Module, rank: int, alpha: float, random: torch.Generator, *, dora: bool = False
-) -> Layer:
+) -> LayerUpdate:
     """A LoRA layer with random factors that fits a module."""
     weight = module.weight
     assert isinstance(weight, Tensor)
@@ -109,17 +109,17 @@ def random_layer(
         "up": 0.1 * torch.randn(weight.shape[0], rank, *spatial, generator=random),
     }
     magnitude = 0.5 + torch.rand(weight.shape[0], generator=random) if dora else None
-    return Layer("lora", factors, rank, alpha, magnitude)
+    return LayerUpdate("lora", factors, rank, alpha, magnitude)
 
 
 @torch.no_grad()
-def put_into(pipeline: Any, adapter: Adapter, strength: float = 1.0) -> None:
+def put_into(pipeline: Any, adapter: AdapterFile, strength: float = 1.0) -> None:
     """Replaces the weights of a pipeline by changed ones: the definition that every reader must agree with."""
     modules = modules_of(pipeline)
     for name, layer in adapter.layers.items():
         weight = modules[name].weight
         assert isinstance(weight, Tensor)
-        weight.copy_(layer.new_weight(weight, strength))
+        weight.copy_(layer.merge_into(weight, strength))
 
 
 @torch.no_grad()

@@ -15,10 +15,10 @@ from backbone.families.pixart.family import PixArt
 from backbone.families.sd3.family import StableDiffusion3
 from backbone.io.console import UserError
 from backbone.io.files import read_header, read_tensors, write_tensors
-from customize.formats.adapter import Adapter
-from customize.formats.layer_names import apart, dotted, flat, joined
+from customize.formats.adapter import AdapterFile
+from customize.formats.layer_names import find_fused, flatten_name, split_fused, unflatten_name
 from customize.formats.read import read_adapter
-from customize.formats.write import difference, state_dict, write_adapter
+from customize.formats.write import compare_updates, to_state_dict, write_adapter
 from tests.customize.adapters import random_adapter, random_layer
 from tests.tiny import tiny_flux, tiny_pixart, tiny_stable_diffusion_3
 
@@ -62,27 +62,27 @@ def test_comfyui_s_form_has_diffusers_names(folders: Folders, tmp_path: Path, ba
     names = read_header(tmp_path / "a.safetensors").shapes
     stems = {name.removesuffix(".alpha") for name in names if name.endswith(".alpha")}
     assert stems == set(adapter.layers)
-    assert difference(adapter, read_adapter(tmp_path / "a.safetensors"))[0] < 1e-6
+    assert compare_updates(adapter, read_adapter(tmp_path / "a.safetensors"))[0] < 1e-6
 
 
 def test_a_joined_layer_changes_what_its_parts_change() -> None:
     random = torch.Generator().manual_seed(0)
     query, value = (random_layer(nn.Linear(6, 6), rank, 3.0, random) for rank in (2, 3))
     block = "transformer.single_transformer_blocks.4"
-    adapter = Adapter({f"{block}.attn.to_q": query, f"{block}.attn.to_v": value})
-    tensors, _ = state_dict(adapter, "kohya", base="flux")
+    adapter = AdapterFile({f"{block}.attn.to_q": query, f"{block}.attn.to_v": value})
+    tensors, _ = to_state_dict(adapter, "kohya", base="flux")
     stem = "lora_unet_single_blocks_4_linear1"
     up, down, alpha = (tensors[f"{stem}.{part}"] for part in ("lora_up.weight", "lora_down.weight", "alpha"))
     whole = up @ down * float(alpha) / len(down)
     nothing = torch.zeros(6, 6)
-    wanted = torch.cat([query.matrix(), nothing, value.matrix(), *[nothing] * 4])
+    wanted = torch.cat([query.delta_weight(), nothing, value.delta_weight(), *[nothing] * 4])
     torch.testing.assert_close(whole, wanted)
 
 
 def test_a_joined_layer_that_was_trained_as_one_is_taken_apart(tmp_path: Path) -> None:
     random = torch.Generator().manual_seed(0)
     layer = random_layer(nn.Linear(4, 12), 2, 1.0, random)
-    write_adapter(tmp_path / "a.safetensors", Adapter({"unet.conv_in": layer}), "kohya", base="sd1")
+    write_adapter(tmp_path / "a.safetensors", AdapterFile({"unet.conv_in": layer}), "kohya", base="sd1")
     tensors, _ = read_tensors(tmp_path / "a.safetensors")
     stem = "lora_unet_joint_blocks_0_x_block_attn_qkv"
     named = {name.replace("lora_unet_conv_in", stem): value for name, value in tensors.items()}
@@ -90,7 +90,9 @@ def test_a_joined_layer_that_was_trained_as_one_is_taken_apart(tmp_path: Path) -
     found = read_adapter(tmp_path / "b.safetensors")
     names = [f"transformer.transformer_blocks.0.attn.to_{letter}" for letter in "qkv"]
     assert list(found.layers) == names
-    torch.testing.assert_close(torch.cat([found.layers[name].matrix() for name in names]), layer.matrix())
+    torch.testing.assert_close(
+        torch.cat([found.layers[name].delta_weight() for name in names]), layer.delta_weight()
+    )
 
 
 def test_diffusers_reads_what_kohya_s_form_joins(folders: Folders, tmp_path: Path) -> None:
@@ -98,14 +100,14 @@ def test_diffusers_reads_what_kohya_s_form_joins(folders: Folders, tmp_path: Pat
         name: module for name, module in targets(folders, "flux").items() if ".transformer_blocks." in name
     }
     random = torch.Generator().manual_seed(0)
-    adapter = Adapter({name: random_layer(module, 2, 3.0, random) for name, module in chosen.items()})
+    adapter = AdapterFile({name: random_layer(module, 2, 3.0, random) for name, module in chosen.items()})
     write_adapter(tmp_path / "a.safetensors", adapter, "kohya", base="flux")
     theirs, ours = (FluxPipeline.from_pretrained(folders["flux"]) for _ in range(2))
     theirs.load_lora_weights(str(tmp_path), weight_name="a.safetensors")
     modules = dict(ours.transformer.named_modules())
     for name, layer in adapter.layers.items():
         weight = modules[name.removeprefix("transformer.")].weight
-        weight.data.copy_(layer.new_weight(weight.data))
+        weight.data.copy_(layer.merge_into(weight.data))
     said = [asked(pipeline.transformer) for pipeline in (theirs, ours)]
     torch.testing.assert_close(said[0], said[1], rtol=0, atol=1e-5)
     assert not torch.allclose(said[0], asked(FluxPipeline.from_pretrained(folders["flux"]).transformer))
@@ -121,9 +123,9 @@ def test_a_layer_that_kohya_has_no_name_for_is_a_clear_mistake(folders: Folders,
 def test_names_go_to_the_original_code_and_back(folders: Folders, base: str) -> None:
     for name in targets(folders, base):
         module = name.removeprefix("transformer.")
-        place = joined(module, base)
-        assert place is not None and apart(place[0])[place[1]] == module
-        assert dotted(flat(place[0])) == place[0]
+        place = find_fused(module, base)
+        assert place is not None and split_fused(place[0])[place[1]] == module
+        assert unflatten_name(flatten_name(place[0])) == place[0]
 
 
 # Helpers ----------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from backbone.media.decode import open_rgb
 from backbone.media.pictures import list_images
 from backbone.models.model import Backbone
 from customize.cli import app
-from customize.data.folders import is_concepts
+from customize.data.folders import is_concept_source
 from customize.formats.write import write_adapter
 from tests.customize.adapters import modules_of, random_adapter, whole_pipeline
 
@@ -55,7 +55,7 @@ def run(tmp_path: Path, tiny_folder: Path) -> Path:
     fingerprint = Backbone.open(str(tiny_folder)).fingerprint
     for seed, place in enumerate((folder, folder / BEST)):
         place.mkdir()
-        write_adapter(place / LORA_WEIGHTS, random_adapter(chosen, seed=seed), "own", header={})
+        write_adapter(place / LORA_WEIGHTS, random_adapter(chosen, seed=seed), "peft", metadata={})
         Concept("lora", str(tiny_folder), fingerprint, {"[V]": "bcd"}, "dog", LORA_WEIGHTS).write(place)
     return folder
 
@@ -173,7 +173,7 @@ def test_stdout_is_json_and_nothing_else(
     planned = json.loads(invoked("check", "--images", subject, *model, "--vram", 8, "--json").stdout)
     assert planned["plan"]
     known = json.loads(invoked("info", run, "--json").stdout)
-    assert known["kinds"] == ["lora"] and known["layers"]["unet"] > 0
+    assert known["algorithms"] == ["lora"] and known["layers"]["unet"] > 0
     out = tmp_path / "out"
     done = subprocess.run(
         [sys.executable, "-m", "customize", "sample", "a dog", *map(str, quick), "--out", str(out), "--json"],
@@ -198,7 +198,7 @@ def test_the_example_is_a_subject_with_what_else_can_be_tried_beside_it(tmp_path
     for _ in range(2):  # a second time it is there already
         assert invoked("example", folder).exit_code == 0
     assert [picture.path.name for picture in list_images(folder)] == [f"dog-{k}.png" for k in range(1, 6)]
-    assert not is_concepts(folder)
+    assert not is_concept_source(folder)
     extras = folder / "example"
     assert open_rgb(extras / "scene.png").size == (128, 128)
     assert one_prompt(str(extras / "scene.txt"), "--source") == "a cat in a park"

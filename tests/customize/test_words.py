@@ -17,10 +17,10 @@ from backbone.io.console import UserError
 from backbone.io.files import read_tensors
 from backbone.models.model import Backbone
 from customize.formats.bake import bake
-from customize.formats.convert import export_words
-from customize.formats.merge import read_part
-from customize.formats.merged_run import merged_words
-from customize.formats.model_weights import Weights
+from customize.formats.convert import export_embeddings
+from customize.formats.merge import read_input
+from customize.formats.merged_run import rename_embeddings
+from customize.formats.model_weights import ModelWeights
 from customize.methods.lora import refuse_other_encoders
 from customize.train.card import load_words_in_diffusers
 from tests.tiny import tiny_pixart, tiny_stable_diffusion_xl
@@ -75,32 +75,32 @@ def test_one_encoder_s_words_are_loaded_as_one_file(tmp_path: Path, rows: dict[s
 def test_both_encoders_words_are_baked(
     run: Path, folder: Path, rows: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    bake([read_part(run)], str(folder), tmp_path / "baked")
+    bake([read_input(run)], str(folder), tmp_path / "baked")
     assert_known(StableDiffusionXLPipeline.from_pretrained(tmp_path / "baked", local_files_only=True), rows)
 
 
 def test_other_tools_get_a_file_with_their_names_for_the_encoders(
     run: Path, rows: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    (path,) = export_words(read_concept(run), tmp_path / "dog.safetensors", "comfyui")
+    (path,) = export_embeddings(read_concept(run), tmp_path / "dog.safetensors", "comfyui")
     found, _ = read_tensors(path)
     assert path.name == "dog-V.safetensors"
     torch.testing.assert_close(found["clip_l"], rows["text_encoder"])
     torch.testing.assert_close(found["clip_g"], rows["text_encoder_2"])
-    assert export_words(read_concept(run), tmp_path / "dog.safetensors", "diffusers") == [
+    assert export_embeddings(read_concept(run), tmp_path / "dog.safetensors", "diffusers") == [
         run / EMBEDDINGS_FILE
     ]
 
 
 def test_a_merge_renames_the_token_and_not_the_encoder(run: Path, rows: dict[str, Tensor]) -> None:
-    found = merged_words([read_part(run)], [{"[V]": ("[V2]", "[V2]")}])
+    found = rename_embeddings([read_input(run)], [{"[V]": ("[V2]", "[V2]")}])
     assert set(found) == {"[V2]/text_encoder", "[V2]/text_encoder_2"}
     torch.testing.assert_close(found["[V2]/text_encoder_2"], rows["text_encoder_2"])
 
 
 def test_a_model_that_is_no_folder_gives_all_its_text_encoders(folder: Path) -> None:
-    local = Weights(Location(str(folder), str(folder), {}))
-    hub = Weights(Location(str(folder), "somebody/model", {}))
+    local = ModelWeights(Location(str(folder), str(folder), {}))
+    hub = ModelWeights(Location(str(folder), "somebody/model", {}))
     names = {name for name in local.shapes if name.startswith("text_encoder")}
     assert any(name.startswith("text_encoder_2.") for name in names)
     assert names <= set(hub.shapes)

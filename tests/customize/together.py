@@ -14,7 +14,7 @@ from backbone.distributed import processes
 from backbone.io.console import UserError
 from backbone.io.files import append_jsonl
 from backbone.models.cache import VARIABLE
-from customize.sample import draw
+from customize.sample import sample_to_folder
 from customize.settings import Subject
 from customize.train import run as runs
 
@@ -37,7 +37,7 @@ def train(folder: Path, model: Path, pictures: Path, name: str, asked: Mapping[s
 
 
 def sample(folder: Path, model: Path, *, count: int, out: str) -> None:
-    draw(
+    sample_to_folder(
         PROMPTS[1:], model=str(model), count=count, steps=2, out=folder / out, precision="fp32", device="cpu"
     )
 

@@ -15,14 +15,14 @@ from backbone.models.model import Backbone
 from backbone.world.scene import sample_scene
 from recipes.moji.flow import (
     TOKENS,
+    append_absent,
     build_second_encoder,
     build_transformer,
-    first_encoder,
-    inner_matrices,
-    said_by,
-    tokenizer_of,
-    trained,
-    with_absent,
+    join_encodings,
+    list_inner_matrices,
+    list_trained_parameters,
+    load_first_encoder,
+    load_tokenizer,
     write_pipeline,
 )
 
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for parameter in network.parameters():  # what begins at zero would hide mistakes
         torch.nn.init.normal_(parameter, std=0.05)
     out = tmp_path_factory.mktemp("flow") / "pipeline"
-    write_pipeline(network, build_second_encoder(tokenizer_of(EMBEDDED)), out, vae=EMBEDDED / "vae")
+    write_pipeline(network, build_second_encoder(load_tokenizer(EMBEDDED)), out, vae=EMBEDDED / "vae")
     return out
 
 
@@ -55,7 +55,7 @@ def test_one_token_counted_often_is_as_good_as_the_pipeline_s_many() -> None:
 
     def velocity(tokens: int) -> torch.Tensor:
         with torch.no_grad():
-            said = network(noisy, with_absent(hidden, tokens), pooled, torch.tensor([3.0, 700.0])).sample
+            said = network(noisy, append_absent(hidden, tokens), pooled, torch.tensor([3.0, 700.0])).sample
         assert isinstance(said, torch.Tensor)
         return said
 
@@ -67,7 +67,7 @@ def test_one_token_counted_often_is_as_good_as_the_pipeline_s_many() -> None:
 
 
 def test_no_caption_of_the_world_is_cut() -> None:
-    tokenizer = tokenizer_of(EMBEDDED)
+    tokenizer = load_tokenizer(EMBEDDED)
     captions = [sample_scene(seed).caption() for seed in range(3000)]
     assert max(len(ids) for ids in tokenizer(captions)["input_ids"]) < TOKENS
 
@@ -89,28 +89,28 @@ def test_diffusers_and_our_backbone_load_the_folder_and_draw_the_same(folder: Pa
 def test_training_reads_the_text_as_the_pipeline_does(folder: Path) -> None:
     model = Backbone.open(str(folder), device="cpu", precision="fp32")
     text = model.encode_prompts(["two red cats on the beach"])
-    tokenizer = tokenizer_of(EMBEDDED)
+    tokenizer = load_tokenizer(EMBEDDED)
     tokens = tokenizer("two red cats on the beach", padding="max_length", return_tensors="pt")["input_ids"]
     pipeline = opened(folder)
-    hidden, pooled = said_by(pipeline.text_encoder, pipeline.text_encoder_2, tokens, trained_rows=1)
-    assert torch.allclose(with_absent(hidden, 1), text.text["hidden"], atol=1e-5)
+    hidden, pooled = join_encodings(pipeline.text_encoder, pipeline.text_encoder_2, tokens, trained_rows=1)
+    assert torch.allclose(append_absent(hidden, 1), text.text["hidden"], atol=1e-5)
     assert torch.allclose(pooled, text.text["pooled"], atol=1e-5)
 
 
 def test_the_first_encoder_is_moji_s() -> None:
-    tokens = tokenizer_of(EMBEDDED)("a dog in the snow", padding="max_length", return_tensors="pt")[
+    tokens = load_tokenizer(EMBEDDED)("a dog in the snow", padding="max_length", return_tensors="pt")[
         "input_ids"
     ]
-    ours = first_encoder()(tokens).last_hidden_state
+    ours = load_first_encoder()(tokens).last_hidden_state
     theirs = Backbone.open("moji", device="cpu", precision="fp32").encode_prompts(["a dog in the snow"])
     longest = next(value for value in theirs.tensors() if value.ndim == 3)
     assert torch.allclose(ours, longest[:, :TOKENS], atol=1e-4)
 
 
 def test_every_trained_weight_is_stepped_once() -> None:
-    network, second = build_transformer(), build_second_encoder(tokenizer_of(EMBEDDED))
-    names = {id(value): name for name, value in trained(network, second).items()}
-    inner = [names[id(value)] for value in inner_matrices(network)]
+    network, second = build_transformer(), build_second_encoder(load_tokenizer(EMBEDDED))
+    names = {id(value): name for name, value in list_trained_parameters(network, second).items()}
+    inner = [names[id(value)] for value in list_inner_matrices(network)]
     assert len(inner) == len(set(inner))
     assert not any("norm" in name or "text_encoder" in name for name in inner)
     assert sum(value.numel() for value in network.parameters()) < 13e6

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from recipes.moji.muon import Muon, as_matrix, as_tensor, orthogonal, shared_out
+from recipes.moji.muon import Muon, as_matrix, as_tensor, assign_shares, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 40), (40, 8)])
 def test_all_singular_values_come_near_one(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    found = orthogonal(matrix).float()
+    found = orthogonalize(matrix).float()
     assert torch.linalg.svdvals(found).min() > 0.6
     assert torch.linalg.svdvals(found).max() < 1.25
     assert (left.T @ found @ right.T).diagonal().min() > 0.6  # the same singular vectors
@@ -47,7 +47,7 @@ def test_a_step_goes_down_and_leaves_other_groups_to_adamw() -> None:
 
 def test_every_piece_of_work_has_an_owner_and_loads_are_even() -> None:
     costs = [9, 7, 5, 4, 3, 2, 2]
-    owners = shared_out(costs, 2)
+    owners = assign_shares(costs, 2)
     loads = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == k) for k in range(2)]
     assert sum(loads) == sum(costs)
     assert abs(loads[0] - loads[1]) <= 2

@@ -13,18 +13,18 @@ import torch.nn.functional as F
 from backbone.world.render import draw_place
 from backbone.world.scene import Scene, sample_scene
 from backbone.world.words import Thing, load_vocabulary
-from recipes.moji.rendered import moved, roughened
+from recipes.moji.rendered import roughen, shift
 from recipes.moji.scorer import (
     Heads,
     build,
+    change_one_fact,
     contrastive_loss,
-    decayed,
     figures,
+    group_parameters,
     horizon,
-    one_fact_wrong,
+    make_caption,
+    match_captions,
     patch_nouns,
-    said,
-    suiting,
 )
 from tests.tiny import tiny_tokenizer
 
@@ -48,7 +48,7 @@ def test_every_figure_has_a_circle_in_the_picture() -> None:
 def test_a_wrong_caption_is_wrong_in_one_fact_of_the_same_place() -> None:
     random = Random(0)
     for scene in SCENES:
-        wrong = one_fact_wrong(scene, random)
+        wrong = change_one_fact(scene, random)
         assert wrong.place == scene.place
         assert wrong.caption() != scene.caption()
         facts = [wrong.things != scene.things, wrong.pair != scene.pair, wrong.style != scene.style]
@@ -60,13 +60,13 @@ def test_own_captions_suit_and_so_do_those_that_leave_the_place_out() -> None:
     dog, snow = Scene((Thing("dog"),), "in space", seed=1), Scene((Thing("dog"),), "in the snow", seed=2)
     cat = Scene((Thing("cat"),), "in space", seed=3)
     again = replace(dog, seed=9)
-    right = suiting([dog, snow, cat, again], ["in space", None, "in space", "in space"])
+    right = match_captions([dog, snow, cat, again], ["in space", None, "in space", "in space"])
     assert right.int().tolist() == [[1, 1, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0], [1, 1, 0, 1]]
 
 
 def test_a_caption_says_its_place_or_leaves_it_out() -> None:
     for scene in SCENES:
-        assert scene.place not in said(scene, None, Random(scene.seed))
+        assert scene.place not in make_caption(scene, None, Random(scene.seed))
 
 
 def test_sure_and_right_costs_nothing_and_sure_and_wrong_much() -> None:
@@ -102,7 +102,7 @@ def test_patches_are_named_by_the_circle_that_covers_them() -> None:
 def test_moving_a_picture_moves_its_pixels_and_repeats_its_edges(right: int, down: int) -> None:
     picture = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
     for source, mirrored in ((picture, False), (picture[:, ::-1], True)):
-        result = moved(picture, right=right, down=down, mirrored=mirrored)
+        result = shift(picture, right=right, down=down, mirrored=mirrored)
         assert (result[10 + down, 10 + right] == source[10, 10]).all()
         rows, columns = np.clip(np.arange(32) - down, 0, 31), np.clip(np.arange(32) - right, 0, 31)
         np.testing.assert_array_equal(result, source[rows][:, columns])
@@ -111,10 +111,10 @@ def test_moving_a_picture_moves_its_pixels_and_repeats_its_edges(right: int, dow
 def test_roughened_pictures_stay_pictures_and_depend_on_the_key_alone() -> None:
     pictures = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     before = pictures.clone()
-    result = roughened(pictures, Random(1))
+    result = roughen(pictures, Random(1))
     assert result.abs().max() <= 1
     assert (result - pictures).abs().mean() < 0.3
-    torch.testing.assert_close(result, roughened(pictures, Random(1)), rtol=0, atol=0)
+    torch.testing.assert_close(result, roughen(pictures, Random(1)), rtol=0, atol=0)
     torch.testing.assert_close(pictures, before, rtol=0, atol=0)
 
 
@@ -132,8 +132,8 @@ def test_the_scorer_knows_the_tokenizer_s_ids_and_fits_the_wheel() -> None:
 def test_every_parameter_is_trained_once_and_vectors_are_not_decayed() -> None:
     model = build(tiny_tokenizer())
     parameters = dict(model.named_parameters()) | dict(Heads(8).named_parameters())
-    inner, other, vectors = (group["params"] for group in decayed(parameters, 1e-3))
+    inner, other, vectors = (group["params"] for group in group_parameters(parameters, 1e-3))
     assert sorted(map(id, [*inner, *other, *vectors])) == sorted(map(id, parameters.values()))
-    assert decayed(parameters, 1e-3)[2]["weight_decay"] == 0.0
+    assert group_parameters(parameters, 1e-3)[2]["weight_decay"] == 0.0
     assert {id(value) for value in vectors} == {id(v) for v in parameters.values() if v.ndim <= 1}
     assert {id(value) for value in inner} <= {id(v) for n, v in parameters.items() if ".layers." in n}

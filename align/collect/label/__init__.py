@@ -1,1 +1,1 @@
-"""The page on which a person chooses between two pictures: what is asked next, the server, the page itself."""
+"""The labelling page on which a person chooses between two images: the session, the server, the page itself."""

@@ -23,7 +23,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from align.collect.label.session import Session, Stale
+from align.collect.label.session import Session, StaleAnswer
 from backbone.io.console import UserError, notify
 
 PAGE = Path(__file__).with_name("page.html")
@@ -38,7 +38,7 @@ HEADERS = {
 }
 
 
-def label_app(session: Session, *, token: str, port: int) -> Starlette:
+def build_app(session: Session, *, token: str, port: int) -> Starlette:
     """The application; everything lies below /TOKEN/, and every other address is unknown."""
 
     async def page(request: Request) -> Response:
@@ -65,15 +65,15 @@ def label_app(session: Session, *, token: str, port: int) -> Starlette:
         return Response(path.read_bytes(), media_type=kind)
 
     async def choose(request: Request) -> Response:
-        return await _post(request, lambda said: session.answer(_number(said), _verdict(said)))
+        return await _post(request, lambda body: session.answer(_number(body), _verdict(body)))
 
     async def undo(request: Request) -> Response:
-        return await _post(request, lambda said: session.undo(_number(said)))
+        return await _post(request, lambda body: session.undo(_number(body)))
 
     async def _post(request: Request, act: Callable[[dict[str, Any]], None]) -> Response:
         try:
             act(await _body(request))
-        except Stale:
+        except StaleAnswer:
             return JSONResponse(_state(session), 409)
         except ValueError as error:
             return PlainTextResponse(str(error), 400)
@@ -87,10 +87,10 @@ def label_app(session: Session, *, token: str, port: int) -> Starlette:
         Route(f"{below}/choose", choose, methods=["POST"]),
         Route(f"{below}/undo", undo, methods=["POST"]),
     ]
-    return Starlette(routes=routes, middleware=[Middleware(OnlyOurs, port=port)])
+    return Starlette(routes=routes, middleware=[Middleware(LocalOnly, port=port)])
 
 
-class OnlyOurs(BaseHTTPMiddleware):
+class LocalOnly(BaseHTTPMiddleware):
     """Refuses what does not come from this server's own page, and forbids browsers to keep or share anything."""
 
     def __init__(self, app: Any, *, port: int) -> None:
@@ -129,7 +129,7 @@ def serve(session: Session, *, port: int = 0, token: str | None = None) -> None:
                 f"Port {port} cannot be used ({error.strerror}). Choose another --port."
             ) from error
         port = listening.getsockname()[1]
-        app = label_app(session, token=token, port=port)
+        app = build_app(session, token=token, port=port)
         notify(f"Open http://127.0.0.1:{port}/{token}/ (Ctrl-C ends; every choice is kept as it is made).")
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False, lifespan="off"))
         server.run(sockets=[listening])
@@ -160,23 +160,23 @@ async def _body(request: Request) -> dict[str, Any]:
         if len(content) > LARGEST_POST:
             raise ValueError("the post is too long")
     try:
-        said = json.loads(content)
+        body = json.loads(content)
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise ValueError("the post is not JSON") from None
-    if not isinstance(said, dict):
+    if not isinstance(body, dict):
         raise ValueError("the post is not a JSON object")
-    return said
+    return body
 
 
-def _number(said: dict[str, Any]) -> int:
-    number = said.get("number")
+def _number(body: dict[str, Any]) -> int:
+    number = body.get("number")
     if not isinstance(number, int):
         raise ValueError("the post names no question")
     return number
 
 
-def _verdict(said: dict[str, Any]) -> str:
-    verdict = said.get("verdict")
+def _verdict(body: dict[str, Any]) -> str:
+    verdict = body.get("verdict")
     if not isinstance(verdict, str):
         raise ValueError("the post says nothing")
     return verdict

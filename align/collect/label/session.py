@@ -1,8 +1,7 @@
-"""What the labeller is asked next, and what they have answered: a function of the folder, the seed and the record.
+"""A labelling session: the next question and the answers so far, determined by the folder, the seed and the log.
 
-Pairs come in a fixed random order, blind and with random sides. About one question in ten repeats an earlier pair,
-with its own sides and without saying so, to estimate how far the labeller agrees with themselves: nobody's model can
-be expected to agree with them more than that.
+Pairs come in a fixed random order, blind, with random sides. About one question in ten is a hidden repeat of an earlier
+pair, with sides of its own, to estimate the labeller's consistency: no model can be expected to agree with them more.
 """
 
 from __future__ import annotations
@@ -17,17 +16,26 @@ from datetime import datetime, timezone
 from itertools import combinations
 from pathlib import Path
 
-from align.pairs.choices import CHOICES, VERDICTS, Choice, Undo, append, consistency, effective, read_choices
+from align.pairs.choices import (
+    CHOICES,
+    VERDICTS,
+    Choice,
+    Undo,
+    append_entry,
+    measure_consistency,
+    read_choices,
+    replay,
+)
 from backbone.evaluation.statistics import Interval, wilson_interval
 from backbone.io.console import UserError
 
-REPEATS = 0.1  # of all questions
-SETTLED = 5  # so many questions at least lie between a pair and its repeat
+REPEAT_SHARE = 0.1  # probability that a question is a hidden repeat
+REPEAT_DISTANCE = 5  # least number of questions between a pair and its repeat
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A pair of one prompt's pictures, files relative to the folder."""
+class LabelPair:
+    """Two images of one prompt to choose between, files relative to the folder."""
 
     name: str
     prompt: str
@@ -37,31 +45,31 @@ class Asked:
 
 @dataclass(frozen=True)
 class Question:
-    """What is shown: number `number` of all questions so far, with its sides."""
+    """The pair that is shown as question `number`, and its sides."""
 
     number: int
-    pair: Asked
+    pair: LabelPair
     left: str
     right: str
     repeat: bool
 
 
-class Stale(Exception):
+class StaleAnswer(Exception):
     """An answer to a question that is no longer the open one (a second window, a double click)."""
 
 
 class Session:
-    """One labeller's work on a folder. Everything is read from the record at the start, and each answer is on the
-    disk before the next question is given."""
+    """One labeller's work on a folder. State is read from the log at the start, and each answer is on disk before the
+    next question is given."""
 
-    def __init__(self, folder: Path, pairs: Sequence[Asked], *, seed: int = 0, user: str = "") -> None:
+    def __init__(self, folder: Path, pairs: Sequence[LabelPair], *, seed: int = 0, user: str = "") -> None:
         if not pairs:
             raise UserError(f"{folder} holds no two pictures of one prompt. Draw some with `align sample`.")
         self.folder, self.seed, self.user = folder, seed, user
         self.pairs = {pair.name: pair for pair in pairs}
         self.path = folder / CHOICES
         entries = read_choices(self.path)
-        self.choices = [choice for choice in effective(entries) if choice.pair in self.pairs]
+        self.choices = [choice for choice in replay(entries) if choice.pair in self.pairs]
         self.next_number = 1 + max(
             (entry.number for entry in entries if isinstance(entry, Choice)), default=-1
         )
@@ -78,12 +86,12 @@ class Session:
         return Question(self.next_number, pair, left, right, repeat)
 
     def answer(self, number: int, verdict: str) -> None:
-        """Writes an answer down. `Stale` unless `number` is the open question's; ValueError for an unknown verdict."""
+        """Log an answer. Raises `StaleAnswer` unless `number` is the open question's, ValueError for a bad verdict."""
         question = self.question
         if verdict not in VERDICTS:
             raise ValueError(f"no verdict is called {verdict!r}")
         if question is None or number != question.number:
-            raise Stale
+            raise StaleAnswer
         choice = Choice(
             number=number,
             pair=question.pair.name,
@@ -96,62 +104,62 @@ class Session:
             time=_now(),
             seconds=round(time.monotonic() - self.shown_at, 2),
         )
-        append(self.path, choice)
+        append_entry(self.path, choice)
         self.choices.append(choice)
         self.next_number += 1
         self.shown_at = time.monotonic()
 
     def undo(self, number: int) -> None:
-        """Takes the last answer back, so that its pair is asked again. `Stale` unless `number` is the open one's."""
+        """Retract the last answer; its pair is asked again. Raises `StaleAnswer` unless `number` is the open one's."""
         if number != self.next_number or not self.choices:
-            raise Stale
-        append(self.path, Undo(self.choices[-1].number, _now()))
+            raise StaleAnswer
+        append_entry(self.path, Undo(self.choices[-1].number, _now()))
         self.choices.pop()
         self.next_number += 1  # an answer in another window to the question before is stale
         self.shown_at = time.monotonic()
 
     @property
     def answered(self) -> int:
-        """Pairs with an answer."""
+        """Number of pairs with an answer."""
         return len({choice.pair for choice in self.choices if not choice.repeat})
 
     @property
     def agreement(self) -> tuple[Interval, int]:
-        """How often the labeller agreed with themselves, and on how many repeats."""
-        found = consistency(self.choices)
-        return wilson_interval(found.agreed, found.repeats), found.repeats
+        """(self-agreement with Wilson interval, number of repeats)."""
+        consistency = measure_consistency(self.choices)
+        return wilson_interval(consistency.agreed, consistency.repeats), consistency.repeats
 
-    def _next(self) -> tuple[Asked | None, bool]:
+    def _next(self) -> tuple[LabelPair | None, bool]:
         done = {choice.pair for choice in self.choices if not choice.repeat}
         left = [pair for name, pair in self.pairs.items() if name not in done]
         if not left:
             return None, False
         repeated = {choice.pair for choice in self.choices if choice.repeat}
-        settled = self.choices[: max(0, len(self.choices) - SETTLED)]
+        settled = self.choices[: max(0, len(self.choices) - REPEAT_DISTANCE)]
         old = [
             choice.pair
             for choice in settled
             if not choice.repeat and choice.verdict != "skip" and choice.pair not in repeated
         ]
         draw = self._random("repeat")
-        if old and draw.random() < REPEATS:
+        if old and draw.random() < REPEAT_SHARE:
             return self.pairs[draw.choice(old)], True
         return left[0], False
 
     def _random(self, what: str) -> random.Random:
-        """Randomness of the open question: the same again after a restart, and after an undo."""
+        """Random generator of the open question: the same after a restart, and after an undo."""
         return random.Random(f"{self.seed}/{len(self.choices)}/{what}")
 
 
-def pairs_to_label(
+def list_label_pairs(
     prompts: Sequence[str], pictures: Sequence[Sequence[str]], *, seed: int = 0
-) -> list[Asked]:
-    """Every pair of pictures of each prompt, in the order in which they are asked.
+) -> list[LabelPair]:
+    """All pairs of images of each prompt, in the order in which they are asked.
 
-    First one round of pairs that share no picture over all prompts, in random order, then the next: whoever stops
+    In rounds: in the first no two pairs share an image, over all prompts in random order, then the next. Whoever stops
     early has seen every prompt about equally often.
     """
-    rounds: dict[int, list[Asked]] = {}
+    rounds: dict[int, list[LabelPair]] = {}
     for prompt, names in zip(prompts, pictures, strict=True):
         shuffled = list(names)
         random.Random(f"{seed}/{prompt}").shuffle(shuffled)
@@ -160,7 +168,7 @@ def pairs_to_label(
             turn = max(seen.get(first, 0), seen.get(second, 0))
             seen[first] = seen[second] = turn + 1
             name = "+".join(sorted(Path(file).stem for file in (first, second)))
-            rounds.setdefault(turn, []).append(Asked(name, prompt, first, second))
+            rounds.setdefault(turn, []).append(LabelPair(name, prompt, first, second))
     ordered = []
     for turn in sorted(rounds):
         random.Random(f"{seed}/round {turn}").shuffle(rounds[turn])
@@ -169,8 +177,8 @@ def pairs_to_label(
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Keeps a second process from labelling the same folder at the same time; `UserError` for that one."""
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold a lock on a folder while it is labelled; raises `UserError` where another process holds it."""
     path = folder / ".labelling"
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
     try:
@@ -194,7 +202,7 @@ def _lock(descriptor: int, folder: Path) -> None:
 
 
 def _disjoint_first(names: Sequence[str]) -> list[tuple[str, str]]:
-    """All pairs of names, those of the first round without a common name: 01 23 …, then the rest."""
+    """All pairs of names, first those that share none (01, 23, …), then the rest."""
     first = list(zip(names[::2], names[1::2], strict=False))
     return first + [pair for pair in combinations(names, 2) if pair not in first]
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from align.collect.rank import Ranked, Rule, matched, met, preferred, rank
-from align.collect.scorers import open_judge, together
-from align.pairs.samples import picture_name, shot
+from align.collect.rank import RankedPair, Rule, order_pairs, pair_within_prompts, rank_samples, select_rows
+from align.collect.scorers import combine_scores, open_scorer
+from align.pairs.samples import image_name, prompt_and_noise
 from backbone.io.console import UserError
 from backbone.io.files import read_jsonl, write_json
 from backbone.io.prompts import Prompt
@@ -27,7 +27,7 @@ def scorer(folder: Path, body: str) -> str:
 
 
 def test_a_function_of_one_s_own_scores(tmp_path: Path) -> None:
-    judge = open_judge(
+    judge = open_scorer(
         scorer(tmp_path, "def score(images, prompts):\n    return [len(p) for p in prompts]\n")
     )
     assert judge([RED, BLUE], ["a", "abc"]).tolist() == [1.0, 3.0]
@@ -44,32 +44,32 @@ def test_a_function_of_one_s_own_scores(tmp_path: Path) -> None:
 )
 def test_a_function_that_is_none_is_named(tmp_path: Path, body: str, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
-        open_judge(scorer(tmp_path, body))([RED, BLUE], ["a", "b"])
+        open_scorer(scorer(tmp_path, body))([RED, BLUE], ["a", "b"])
 
 
 @pytest.mark.parametrize("name", ["nobody", "missing.py", "like:nowhere"])
 def test_a_scorer_that_is_not_there_is_a_mistake(name: str) -> None:
     with pytest.raises((UserError, FileNotFoundError)):
-        open_judge(name)
+        open_scorer(name)
 
 
 def test_likeness_prefers_the_pictures_that_it_was_given(tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     RED.save(tmp_path / "own" / "red.png")
-    scores = open_judge(f"like:{tmp_path / 'own'}")([RED, BLUE], ["", ""])
+    scores = open_scorer(f"like:{tmp_path / 'own'}")([RED, BLUE], ["", ""])
     assert float(scores[0]) == pytest.approx(1.0, abs=1e-4)
     assert scores[0] > scores[1]
 
 
 def test_scores_of_different_scales_are_brought_to_one() -> None:
     one, other = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([200.0, 100.0, 0.0])
-    assert together([one, other], [1.0, 1.0]).tolist() == pytest.approx([0.0, 0.0, 0.0], abs=1e-6)
-    assert together([one, other], [2.0, 1.0]).argmax() == 2
+    assert combine_scores([one, other], [1.0, 1.0]).tolist() == pytest.approx([0.0, 0.0, 0.0], abs=1e-6)
+    assert combine_scores([one, other], [2.0, 1.0]).argmax() == 2
     assert (
-        together([one, torch.ones(3)], [1.0, 5.0]).argmax() == 2
+        combine_scores([one, torch.ones(3)], [1.0, 5.0]).argmax() == 2
     )  # a scorer that sees no difference says nothing
     with pytest.raises(UserError, match="one each"):
-        together([one, other], [1.0])
+        combine_scores([one, other], [1.0])
 
 
 FILES = [(0, "a"), (0, "b"), (0, "c"), (1, "d"), (1, "e")]
@@ -77,9 +77,15 @@ FILES = [(0, "a"), (0, "b"), (0, "c"), (1, "d"), (1, "e")]
 
 def paired(
     total: torch.Tensor, each: Sequence[torch.Tensor] = (), *, rule: Rule = "best-worst", margin: float = 0.0
-) -> list[Ranked]:
+) -> list[RankedPair]:
     return list(
-        preferred(FILES, list(matched(range(len(FILES)), FILES, total, rule)), total, each, margin=margin)
+        order_pairs(
+            FILES,
+            list(pair_within_prompts(range(len(FILES)), FILES, total, rule)),
+            total,
+            each,
+            margin=margin,
+        )
     )
 
 
@@ -100,52 +106,52 @@ def test_only_pairs_on_which_all_agree() -> None:
 
 
 def test_a_near_miss_meets_the_prompt_s_own_picture_from_the_same_noise(tmp_path: Path) -> None:
-    prompts = [Prompt("a dog", near=("a cat", "an owl", "a cow")), Prompt("a fox")]
+    prompts = [Prompt("a dog", hard_negatives=("a cat", "an owl", "a cow")), Prompt("a fox")]
     write_json(tmp_path / "samples.json", {"per_prompt": 2})
-    assert [shot(prompts[0], j, 2) for j in range(5)] == [
+    assert [prompt_and_noise(prompts[0], j, 2) for j in range(5)] == [
         ("a dog", 0), ("a dog", 1), ("a cat", 0), ("an owl", 1), ("a cow", 0),
     ]  # fmt: skip
-    files = [(0, picture_name(0, j)) for j in (0, 1, 2, 3)] + [(1, picture_name(1, j)) for j in (0, 1)]
+    files = [(0, image_name(0, j)) for j in (0, 1, 2, 3)] + [(1, image_name(1, j)) for j in (0, 1)]
     total = torch.tensor([3.0, 1.0, 2.0, 4.0, 0.0, 9.0])
-    met_here = list(met("same-noise", prompts, files, tmp_path, total))
+    met_here = list(select_rows("same-noise", prompts, files, tmp_path, total))
     assert met_here == [(0, 2), (1, 3)]  # the fifth picture is not drawn yet
-    pairs = list(preferred(files, met_here, total))
+    pairs = list(order_pairs(files, met_here, total))
     assert [(pair.chosen, pair.rejected) for pair in pairs] == [
-        (picture_name(0, 0), picture_name(0, 2)),
-        (picture_name(0, 3), picture_name(0, 1)),  # the scorer has the last word
+        (image_name(0, 0), image_name(0, 2)),
+        (image_name(0, 3), image_name(0, 1)),  # the scorer has the last word
     ]
-    with pytest.raises(UserError, match="without near misses"):
-        met("same-noise", prompts[1:], files, tmp_path, total)
+    with pytest.raises(UserError, match="without hard negatives"):
+        select_rows("same-noise", prompts[1:], files, tmp_path, total)
 
 
 def test_near_misses_meet_the_prompt_s_best_pictures(tmp_path: Path) -> None:
     write_json(tmp_path / "samples.json", {"per_prompt": 3})
-    prompts = [Prompt("a dog", near=("a cat", "an owl")), Prompt("a horse")]
-    files = [(0, picture_name(0, j)) for j in range(5)] + [(1, picture_name(1, j)) for j in range(3)]
+    prompts = [Prompt("a dog", hard_negatives=("a cat", "an owl")), Prompt("a horse")]
+    files = [(0, image_name(0, j)) for j in range(5)] + [(1, image_name(1, j)) for j in range(3)]
     total = torch.tensor([1.0, 5.0, 3.0, 2.0, 4.0, 7.0, 8.0, 9.0])
-    found = list(met("best-near", prompts, files, tmp_path, total))
+    found = list(select_rows("best-hard-negative", prompts, files, tmp_path, total))
     assert found == [(1, 3), (2, 4)]
-    chosen = [(pair.chosen, pair.rejected) for pair in preferred(files, found, total)]
-    assert chosen[1] == (picture_name(0, 4), picture_name(0, 2))  # the scorer has the last word
-    with pytest.raises(UserError, match="without near misses"):
-        met("best-near", prompts[1:], files, tmp_path, total)
+    chosen = [(pair.chosen, pair.rejected) for pair in order_pairs(files, found, total)]
+    assert chosen[1] == (image_name(0, 4), image_name(0, 2))  # the scorer has the last word
+    with pytest.raises(UserError, match="without hard negatives"):
+        select_rows("best-hard-negative", prompts[1:], files, tmp_path, total)
 
 
 def test_several_rules_put_their_pairs_together_each_once(tmp_path: Path) -> None:
-    prompts = [{"prompt": "a dog", "category": "", "near": ["a cat"]}]
+    prompts = [{"prompt": "a dog", "category": "", "hard_negatives": ["a cat"]}]
     write_json(tmp_path / "samples.json", {"format": 1, "per_prompt": 3, "prompts": prompts})
     (tmp_path / "pictures").mkdir()
     for j, red in enumerate((255, 155, 55, 5)):
-        Image.new("RGB", (16, 16), (red, 0, 0)).save(tmp_path / picture_name(0, j))
+        Image.new("RGB", (16, 16), (red, 0, 0)).save(tmp_path / image_name(0, j))
     mine = scorer(
         tmp_path, "def score(images, prompts):\n    return [i.getpixel((0, 0))[0] for i in images]\n"
     )
 
     def pairs(*rules: Rule, margin: float = 0.0) -> set[tuple[int, int]]:
-        count = rank(tmp_path, [mine], rules=rules, margin=margin)
+        count = rank_samples(tmp_path, [mine], rules=rules, margin=margin)
         lines = read_jsonl(tmp_path / "ranking.jsonl")
         assert len(lines) == count
-        numbers = {picture_name(0, j): j for j in range(4)}
+        numbers = {image_name(0, j): j for j in range(4)}
         return {(numbers[line["chosen"]], numbers[line["rejected"]]) for line in lines}
 
     assert pairs("own") == {(0, 1), (0, 2), (1, 2)}

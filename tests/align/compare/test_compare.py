@@ -9,10 +9,15 @@ import torch
 
 from align.collect.label import server
 from align.collect.label.session import Session
-from align.compare.blind import blind_pairs, blind_result, blind_summary, save_blind
-from align.compare.compare import versus
-from align.compare.sides import Side, taught_by
-from align.pairs.choices import CHOICES, Choice, append
+from align.compare.blind import (
+    format_blind_result,
+    iterate_blind_pairs,
+    summarize_choices,
+    write_blind_result,
+)
+from align.compare.compare import count_wins
+from align.compare.sides import Side, find_training_scorers
+from align.pairs.choices import CHOICES, Choice, append_entry
 from align.settings import Settings
 from backbone.adapters.concept import Concept
 from backbone.io.console import UserError
@@ -24,19 +29,19 @@ KEYS = [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
 def test_ties_count_half_and_are_stated() -> None:
-    wins = versus(torch.tensor([1.0, 1.0, 1.0, 1.0]), torch.tensor([2.0, 0.5, 1.0, 1.0]), KEYS)
+    wins = count_wins(torch.tensor([1.0, 1.0, 1.0, 1.0]), torch.tensor([2.0, 0.5, 1.0, 1.0]), KEYS)
     assert (wins.wins, wins.ties, wins.losses) == (1, 2, 1)
     assert wins.rate.value == 0.5
     assert wins.gain.value == pytest.approx(0.125)
 
 
 def test_a_difference_within_the_tie_is_none() -> None:
-    wins = versus(torch.zeros(4), torch.tensor([0.1, 0.1, -0.1, 0.3]), KEYS, tie=0.15)
+    wins = count_wins(torch.zeros(4), torch.tensor([0.1, 0.1, -0.1, 0.3]), KEYS, tie=0.15)
     assert (wins.wins, wins.ties, wins.losses) == (1, 3, 0)
 
 
 def test_models_that_draw_the_same_are_even() -> None:
-    wins = versus(torch.ones(4), torch.ones(4), KEYS)
+    wins = count_wins(torch.ones(4), torch.ones(4), KEYS)
     assert wins.rate.value == 0.5 and wins.gain == (0.0, 0.0, 0.0)
 
 
@@ -46,9 +51,9 @@ def test_a_run_stands_on_the_concepts_that_it_was_trained_on(tmp_path: Path) -> 
         Concept("lora", "moji", "f", {}, "").write(folder)
     write_json(taste / "settings.json", {"settings": Settings(pairs="p", concepts=(str(below),))})
     (taste / "evaluations.jsonl").write_text("")
-    assert Side.of(str(taste)).concepts == (below, taste)
-    assert Side.of(str(below)).concepts == (below,)
-    assert Side.of("moji").concepts == ()
+    assert Side.from_name(str(taste)).concepts == (below, taste)
+    assert Side.from_name(str(below)).concepts == (below,)
+    assert Side.from_name("moji").concepts == ()
 
 
 def test_a_scorer_that_chose_the_pairs_is_named(tmp_path: Path) -> None:
@@ -57,27 +62,27 @@ def test_a_scorer_that_chose_the_pairs_is_named(tmp_path: Path) -> None:
     Concept("preference", "moji", "f", {}, "").write(taste)
     (taste / "evaluations.jsonl").write_text("")
     write_json(taste / "settings.json", {"settings": Settings(pairs=str(pairs))})
-    assert taught_by(Side.of(str(taste))) == set()
+    assert find_training_scorers(Side.from_name(str(taste))) == set()
     write_json(pairs / "scores.json", {"scorers": ["moji"], "scores": {}})
-    assert taught_by(Side.of(str(taste))) == {"moji"}
+    assert find_training_scorers(Side.from_name(str(taste))) == {"moji"}
     online = Settings(pairs="", online="mine.py", reference="live", prompts="p.txt")
     write_json(taste / "settings.json", {"settings": online})
-    assert taught_by(Side.of(str(taste))) == {"mine.py"}
-    assert taught_by(Side.of("moji")) == set()
+    assert find_training_scorers(Side.from_name(str(taste))) == {"mine.py"}
+    assert find_training_scorers(Side.from_name("moji")) == set()
 
 
 def test_a_person_s_choices_are_counted_for_the_tuned_side(tmp_path: Path) -> None:
-    pairs = list(blind_pairs([Prompt("a dog"), Prompt("a cat")], 2))
+    pairs = list(iterate_blind_pairs([Prompt("a dog"), Prompt("a cat")], 2))
     assert len(pairs) == 4
     for number, ((name, prompt, base, tuned), verdict) in enumerate(
         zip(pairs, ("left", "right", "tie", "both_bad"), strict=True)
     ):
         left, right = (tuned, base) if number % 2 == 0 else (base, tuned)
-        append(tmp_path / CHOICES, Choice(number, name, prompt, left, right, verdict))
-    found = blind_result(tmp_path)
+        append_entry(tmp_path / CHOICES, Choice(number, name, prompt, left, right, verdict))
+    found = summarize_choices(tmp_path)
     assert (found["wins"], found["losses"], found["ties"], found["both_bad"]) == (2, 0, 1, 1)
     assert found["rate"]["value"] == 0.75
-    assert "tuned wins 75.0%" in blind_summary(save_blind(tmp_path))
+    assert "tuned wins 75.0%" in format_blind_result(write_blind_result(tmp_path))
     assert read_json(tmp_path / "blind.json")["wins"] == 2
 
 
@@ -94,14 +99,14 @@ def test_labels_from_the_door_are_pairs_to_train_on(
 ) -> None:
     import shutil
 
-    from align.pairs.read import read
+    from align.pairs.read import read_preferences
 
     folder = tmp_path / "pairs"
     shutil.copytree(drawn, folder, ignore=shutil.ignore_patterns("ranking.jsonl", "scores.json"))
     assert "no preferences yet" in refused("check", folder)
     monkeypatch.setattr(server, "serve", answers_everything)
     align("label", folder, "--user", "ann")
-    assert len(read(folder, user="ann").pairs) == 5
+    assert len(read_preferences(folder, user="ann").pairs) == 5
     align("check", folder)
 
 
@@ -171,7 +176,7 @@ def test_a_comparison_that_was_drawn_in_another_way_is_not_gone_on_with(tmp_path
     from align.compare.compare import compare_models
 
     with pytest.raises(UserError, match="another --out"):
-        compare_models(Side.of("moji"), Side.of("moji"), [Prompt("a dog")], tmp_path)
+        compare_models(Side.from_name("moji"), Side.from_name("moji"), [Prompt("a dog")], tmp_path)
 
 
 def test_each_side_can_have_its_own_guidance(
@@ -182,7 +187,7 @@ def test_each_side_can_have_its_own_guidance(
     align(
         "compare", tiny_folder, run, *how, "--scorer", bright, "--guidance", 3, "--tuned-guidance", 1.5, "--out", out
     )  # fmt: skip
-    drawn = {side: read_json(out / side / "drawn.json")["drawing"]["guidance"] for side in ("base", "tuned")}
+    drawn = {side: read_json(out / side / "drawn.json")["sampling"]["guidance"] for side in ("base", "tuned")}
     assert drawn == {"base": 3.0, "tuned": 1.5}
     assert read_json(out / "compare.json")["tuned"]["guidance"] == 1.5
     assert "guidance 3 (the tuned side 1.5)" in (out / "report.html").read_text()
@@ -195,7 +200,7 @@ def test_a_side_can_follow_its_guidance_in_some_steps_only(
     how = ("--prompts", prompts, "--count", 1, "--steps", 2, "--device", "cpu", "--precision", "fp32")
     asked = ("compare", tiny_folder, run, *how, "--scorer", bright, "--guidance", 3, "--out", out)
     align(*asked, "--tuned-guidance-start", 0.5)
-    drawn = {side: read_json(out / side / "drawn.json")["drawing"] for side in ("base", "tuned")}
+    drawn = {side: read_json(out / side / "drawn.json")["sampling"] for side in ("base", "tuned")}
     assert "guidance_start" not in drawn["base"], "guidance in all steps goes without saying"
     assert (drawn["tuned"]["guidance_start"], drawn["tuned"]["guidance_stop"]) == (0.5, 1.0)
     assert "guidance 3 (the tuned side 3 from 50% to 100% of the steps)" in (out / "report.html").read_text()

@@ -27,8 +27,8 @@ from align.objectives.dataset import (
 from align.objectives.losses import PairErrors, dpo
 from align.objectives.preference import LEVEL_WEIGHTS, PreferenceTraining
 from align.objectives.reference import CachedReference, reference_path
-from align.pairs.read import read
-from align.pairs.records import as_singles, check, held_out
+from align.pairs.read import read_preferences
+from align.pairs.records import check_preferences, split_held_out, to_singles
 from align.settings import Settings, as_command, resolved
 from backbone.adapters.lora import load_lora, use_adapters
 from backbone.diffusion.noise import generator
@@ -60,9 +60,9 @@ def settings(**changes: Any) -> Settings:
 
 
 def data(model: Backbone, source: Path, asked: Settings) -> PreferenceData:
-    found = check(read(source))
-    records = found.pairs if asked.by_pairs else as_singles(found)
-    train, out = held_out(records, share=asked.held_out, seed=asked.seed)
+    found = check_preferences(read_preferences(source))
+    records = found.pairs if asked.by_pairs else to_singles(found)
+    train, out = split_held_out(records, share=asked.held_out, seed=asked.seed)
     return prepare(model, train, out, asked)
 
 
@@ -263,7 +263,7 @@ def test_every_pass_visits_every_record_once_at_one_draw(tiny_folder: Path, pair
 
 
 def test_the_better_picture_comes_first(tiny: Backbone, tmp_path: Path, pairs_file: Path) -> None:
-    found = check(read(pairs_file))
+    found = check_preferences(read_preferences(pairs_file))
     turned = [replace(pair, first=pair.second, second=pair.first, label=0.0) for pair in found.pairs]
     ready, other = prepare(tiny, found.pairs, [], settings()), prepare(tiny, turned, [], settings())
     for one, two in zip(ready.train, other.train, strict=True):
@@ -316,8 +316,8 @@ def test_sft_lowers_the_winners_error_and_the_safeguard_holds_the_loser_back(
 def test_a_tie_trains_towards_indifference_and_never_as_a_win(tiny_folder: Path, pairs_file: Path) -> None:
     model = opened(tiny_folder)
     asked = settings(ties="model", held_out=0.0)
-    pairs = [replace(pair, label=0.5) for pair in check(read(pairs_file)).pairs[:1]]
-    wins = check(read(pairs_file)).pairs[1:2]
+    pairs = [replace(pair, label=0.5) for pair in check_preferences(read_preferences(pairs_file)).pairs[:1]]
+    wins = check_preferences(read_preferences(pairs_file)).pairs[1:2]
     run = PreferenceTraining(model, prepare(model, [*pairs, *wins], [], asked), asked)
     with torch.no_grad():
         loss, _ = run.loss([(0, 0), (1, 0)])
@@ -334,7 +334,7 @@ def test_a_tie_trains_towards_indifference_and_never_as_a_win(tiny_folder: Path,
 
 def test_a_tie_adds_nothing_to_the_winners_error(tiny_folder: Path, pairs_file: Path) -> None:
     model = opened(tiny_folder)
-    found = check(read(pairs_file)).pairs
+    found = check_preferences(read_preferences(pairs_file)).pairs
     pairs = [replace(found[0], label=0.5), found[1]]
     losses = []
     for weight in (0.0, 2.0):

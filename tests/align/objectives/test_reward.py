@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from align.collect.scorers import takes_gradients
+from align.collect.scorers import refuse_not_differentiable
 from align.objectives.ddpo import (
     PolicyGradients,
     advantages,
@@ -173,18 +173,18 @@ def test_decoding_with_gradients_gives_the_same_pictures(tiny: Backbone) -> None
 def test_a_scorer_without_gradients_is_refused_for_draft(tmp_path: Path) -> None:
     for name in ("mine.py", "like:pictures"):
         with pytest.raises(UserError, match="ddpo"):
-            takes_gradients(name)
-    takes_gradients("moji")
+            refuse_not_differentiable(name)
+    refuse_not_differentiable("moji")
 
 
 def test_a_scorer_sees_tensors_as_it_sees_pictures() -> None:
     import numpy as np
     from PIL import Image
 
-    from align.collect.scorers import open_scorer
+    from align.collect.scorers import load_clip_scorer
     from backbone.media.transforms import to_tensor
 
-    scorer = open_scorer("moji")
+    scorer = load_clip_scorer("moji")
     pixels = np.random.default_rng(0).integers(
         0, 255, (scorer.crop_size, scorer.crop_size, 3), dtype=np.uint8
     )

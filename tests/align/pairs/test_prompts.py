@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from align.pairs.prompts import by_category, without_tokens
+from align.pairs.prompts import group_by_category, strip_tokens
 from backbone.io.console import UserError
 from backbone.io.prompts import Prompt, read_prompts
 
@@ -23,11 +23,11 @@ DOG = [{"tokens": {"[V]": "bcd"}, "class": "dog", "folder": "runs/dog"}]
     ],
 )
 def test_a_scorer_reads_the_class_where_the_prompt_has_a_token(prompt: str, read: str) -> None:
-    assert without_tokens(prompt, DOG) == read
+    assert strip_tokens(prompt, DOG) == read
 
 
 def test_a_concept_without_tokens_changes_no_prompt() -> None:
-    assert without_tokens("a [V] dog", [{"tokens": {}, "class": ""}]) == "a [V] dog"
+    assert strip_tokens("a [V] dog", [{"tokens": {}, "class": ""}]) == "a [V] dog"
 
 
 def test_lines_and_json_lines_say_the_same(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_lines_and_json_lines_say_the_same(tmp_path: Path) -> None:
     text.write_text("# a comment\nanimals\ta  dog\n\na cat\na cat\n")
     lines.write_text('{"prompt": "a dog", "category": "animals"}\n{"prompt": "a cat"}\n')
     assert read_prompts(text) == read_prompts(lines) == [Prompt("a dog", "animals"), Prompt("a cat")]
-    assert by_category(read_prompts(text)) == {"animals": [0], "": [1]}
+    assert group_by_category(read_prompts(text)) == {"animals": [0], "": [1]}
 
 
 def test_every_bad_line_is_named(tmp_path: Path) -> None:

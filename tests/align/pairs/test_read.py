@@ -12,20 +12,19 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from align.pairs.choices import CHOICES, Choice, Undo, append, consistency, effective, read_choices
-from align.pairs.export import write_lines as export_lines
+from align.pairs.choices import CHOICES, Choice, Undo, append_entry, measure_consistency, read_choices, replay
+from align.pairs.export import write_jsonl as export_lines
 from align.pairs.export import write_parquet
-from align.pairs.read import read
+from align.pairs.read import read_preferences
 from align.pairs.records import (
     Pair,
     Preferences,
-    as_singles,
-    check,
-    counted,
-    held_out,
-    normal,
-    pair_key,
+    check_preferences,
+    describe_records,
+    normalize_prompt,
     refuse_another_model,
+    split_held_out,
+    to_singles,
 )
 from backbone.io.console import UserError
 from backbone.io.files import write_json
@@ -61,12 +60,14 @@ def parquet(path: Path, rows: Rows, **options: Any) -> Path:
 
 
 def test_pick_a_pic_is_read_as_it_is(tmp_path: Path) -> None:
-    found = check(read(parquet(tmp_path / "train.parquet", pick_a_pic(), row_group_size=2)))
+    found = check_preferences(
+        read_preferences(parquet(tmp_path / "train.parquet", pick_a_pic(), row_group_size=2))
+    )
     assert [pair.label for pair in found.pairs] == [1.0, 1.0, 0.0, 0.5, 1.0]
     assert [pair.prompt for pair in found.pairs] == [*PROMPTS, PROMPTS[0]]
-    assert found.passed_over == 1
+    assert found.skipped == 1
     assert found.pairs[2].second.read() == encoded(5, "JPEG")
-    assert counted(found.pairs) == "5 pairs (1 tie) of 4 prompts"
+    assert describe_records(found.pairs) == "5 pairs (1 tie) of 4 prompts"
 
 
 def test_a_table_is_read_a_row_group_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +80,7 @@ def test_a_table_is_read_a_row_group_at_a_time(tmp_path: Path, monkeypatch: pyte
         return original(self, number, columns=columns)
 
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", watched)
-    found = read(path)
+    found = read_preferences(path)
     assert all({"jpg_0", "jpg_1"}.isdisjoint(columns) for columns in asked)
     asked.clear()
     for pair in found.pairs:
@@ -95,7 +96,7 @@ def test_prompt_chosen_rejected_are_read_from_a_table_of_structs(tmp_path: Path)
             "rejected": {"bytes": encoded(1), "path": None},
         }
     ]
-    (pair,) = check(read(parquet(tmp_path / "t.parquet", rows))).pairs
+    (pair,) = check_preferences(read_preferences(parquet(tmp_path / "t.parquet", rows))).pairs
     assert pair.label == 1.0 and pair.first.read() == encoded(0)
 
 
@@ -104,7 +105,7 @@ def test_a_saved_dataset_is_read(tmp_path: Path) -> None:
 
     rows = [{**row, "jpg_0": row["jpg_0"]} for row in pick_a_pic(3)]
     datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
-    found = check(read(tmp_path / "saved"))
+    found = check_preferences(read_preferences(tmp_path / "saved"))
     assert [pair.label for pair in found.pairs] == [1.0, 1.0]
     assert found.pairs[0].first.read() == encoded(0, "JPEG")
 
@@ -116,42 +117,42 @@ def test_two_folders_of_equal_names_are_pairs(tmp_path: Path, better: str, worse
         for number in range(2):
             picture(seed + number).save(tmp_path / side / f"{number}.png")
             (tmp_path / side / f"{number}.txt").write_text(PROMPTS[number])
-    found = check(read(tmp_path))
+    found = check_preferences(read_preferences(tmp_path))
     assert [pair.prompt for pair in found.pairs] == list(PROMPTS[:2])
     assert found.pairs[0].first.path == tmp_path / better / "0.png"
     (tmp_path / worse / "1.png").unlink()
     with pytest.raises(UserError, match=f"has no picture of that name in {worse}/"):
-        check(read(tmp_path))
+        check_preferences(read_preferences(tmp_path))
 
 
 def test_json_lines_are_read(pairs_file: Path) -> None:
-    found = check(read(pairs_file))
+    found = check_preferences(read_preferences(pairs_file))
     assert len(found.pairs) == 8
     assert {pair.label for pair in found.pairs} == {1.0}
-    assert len(read(pairs_file, limit=3).pairs) == 3
+    assert len(read_preferences(pairs_file, limit=3).pairs) == 3
 
 
-def test_judged_single_pictures_are_read(tmp_path: Path) -> None:
+def test_classifierd_single_pictures_are_read(tmp_path: Path) -> None:
     for number in range(3):
         picture(number).save(tmp_path / f"{number}.png")
     rows = [{"prompt": "a dog", "image": f"{number}.png", "label": number != 1} for number in range(3)]
-    found = check(read(write_lines(tmp_path / "kto.jsonl", rows)))
+    found = check_preferences(read_preferences(write_lines(tmp_path / "kto.jsonl", rows)))
     assert [single.good for single in found.singles] == [True, False, True]
     assert not found.pairs
 
 
 def test_one_person_s_choices_can_be_taken_alone(pairs_file: Path) -> None:
-    assert len(read(pairs_file, user="bob").pairs) == 2
+    assert len(read_preferences(pairs_file, user="bob").pairs) == 2
     with pytest.raises(UserError, match=r"no choices by eve\. It has ann, bob"):
-        read(pairs_file, user="eve")
+        read_preferences(pairs_file, user="eve")
 
 
 def test_a_labelled_folder_is_read_through_its_record(tmp_path: Path) -> None:
     folder = labelled_folder(tmp_path)
-    found = check(read(folder))
+    found = check_preferences(read_preferences(folder))
     assert [(pair.label, pair.both_bad) for pair in found.pairs] == [(1.0, False), (0.0, False), (0.5, True)]
-    assert found.passed_over == 1
-    assert found.made_by["fingerprint"] == "abc"
+    assert found.skipped == 1
+    assert found.provenance["fingerprint"] == "abc"
 
 
 def labelled_folder(tmp_path: Path) -> Path:
@@ -162,7 +163,7 @@ def labelled_folder(tmp_path: Path) -> Path:
         for side in "ab":
             picture(10 * number + (side == "b")).save(folder / "pictures" / f"{number}{side}.png")
     for number, verdict in enumerate(("left", "right", "both_bad", "skip")):
-        append(
+        append_entry(
             folder / CHOICES,
             Choice(
                 number,
@@ -179,6 +180,10 @@ def labelled_folder(tmp_path: Path) -> Path:
 # Choices ----------------------------------------------------------------------------------------------------
 
 
+def contents(pair: Pair) -> tuple[str, bytes, bytes]:
+    return pair.prompt, pair.first.read(), pair.second.read()
+
+
 def choice(number: int, pair: str, verdict: str, *, repeat: bool = False, flipped: bool = False) -> Choice:
     sides = ("b.png", "a.png") if flipped else ("a.png", "b.png")
     return Choice(number, pair, "a dog", *sides, verdict, repeat)
@@ -191,11 +196,11 @@ def test_what_was_taken_back_does_not_count() -> None:
         Undo(1),
         choice(2, "y", "right"),
     ]
-    assert [(c.pair, c.verdict) for c in effective(entries)] == [("x", "left"), ("y", "right")]
+    assert [(c.pair, c.verdict) for c in replay(entries)] == [("x", "left"), ("y", "right")]
 
 
 def test_of_two_answers_the_last_counts() -> None:
-    assert [c.verdict for c in effective([choice(0, "x", "left"), choice(1, "x", "tie")])] == ["tie"]
+    assert [c.verdict for c in replay([choice(0, "x", "left"), choice(1, "x", "tie")])] == ["tie"]
 
 
 def test_consistency_looks_at_pictures_not_at_sides() -> None:
@@ -207,42 +212,46 @@ def test_consistency_looks_at_pictures_not_at_sides() -> None:
         choice(4, "y", "right", repeat=True),  # the other one
         choice(5, "z", "skip", repeat=True),  # says nothing
     ]
-    assert consistency(choices).agreed == 1
-    assert consistency(choices).repeats == 2
+    assert measure_consistency(choices).agreed == 1
+    assert measure_consistency(choices).repeats == 2
 
 
 def test_a_line_that_a_crash_cut_off_costs_only_itself(tmp_path: Path) -> None:
     path = tmp_path / CHOICES
-    append(path, choice(0, "x", "left"))
+    append_entry(path, choice(0, "x", "left"))
     whole = path.read_bytes()
     path.write_bytes(whole + whole[: len(whole) // 2])
-    append(path, choice(1, "y", "right"))
-    assert [c.pair for c in effective(read_choices(path))] == ["x", "y"]
+    append_entry(path, choice(1, "y", "right"))
+    assert [c.pair for c in replay(read_choices(path))] == ["x", "y"]
 
 
 def test_a_repeat_is_not_a_second_pair(tmp_path: Path) -> None:
     folder = labelled_folder(tmp_path)
-    append(folder / CHOICES, Choice(9, "p0", PROMPTS[0], "pictures/0b.png", "pictures/0a.png", "right", True))
-    assert len(read(folder).pairs) == 3
+    append_entry(
+        folder / CHOICES, Choice(9, "p0", PROMPTS[0], "pictures/0b.png", "pictures/0a.png", "right", True)
+    )
+    assert len(read_preferences(folder).pairs) == 3
 
 
 # Held out ---------------------------------------------------------------------------------------------------
 
 
 def test_no_prompt_is_on_both_sides(pairs_file: Path) -> None:
-    found = read(pairs_file)
+    found = read_preferences(pairs_file)
     for seed in range(10):
-        train, out = held_out(found.pairs, share=0.3, seed=seed)
+        train, out = split_held_out(found.pairs, share=0.3, seed=seed)
         assert len(train) + len(out) == 8
         assert train and out
-        assert {normal(pair.prompt) for pair in train}.isdisjoint(normal(pair.prompt) for pair in out)
+        assert {normalize_prompt(pair.prompt) for pair in train}.isdisjoint(
+            normalize_prompt(pair.prompt) for pair in out
+        )
 
 
 def test_spelling_does_not_carry_a_prompt_across(pairs_file: Path) -> None:
-    (pair, *rest) = read(pairs_file).pairs
+    (pair, *rest) = read_preferences(pairs_file).pairs
     twin = Pair("  A red  DOG. ", pair.first, pair.second, 1.0, "twin")
     for seed in range(10):
-        train, _ = held_out([pair, twin, *rest], share=0.5, seed=seed)
+        train, _ = split_held_out([pair, twin, *rest], share=0.5, seed=seed)
         assert (pair in train) == (twin in train)
 
 
@@ -251,8 +260,8 @@ def test_more_prompts_do_not_move_the_others() -> None:
         one = picture_record()
         return [Pair(f"prompt {number}", one, one, 1.0, str(number)) for number in range(count)]
 
-    few = {record.prompt for record in held_out(records(40), share=0.2, seed=0)[1]}
-    many = {record.prompt for record in held_out(records(80), share=0.2, seed=0)[1]}
+    few = {record.prompt for record in split_held_out(records(40), share=0.2, seed=0)[1]}
+    many = {record.prompt for record in split_held_out(records(80), share=0.2, seed=0)[1]}
     assert few <= many
     assert 0.1 < len(many) / 80 < 0.3
 
@@ -264,20 +273,20 @@ def picture_record() -> Any:
 
 
 def test_one_prompt_cannot_be_held_out(pairs_file: Path) -> None:
-    same = [pair for pair in read(pairs_file).pairs if pair.prompt == PROMPTS[0]]
-    assert held_out(same, share=0.5, seed=0) == (same, [])
+    same = [pair for pair in read_preferences(pairs_file).pairs if pair.prompt == PROMPTS[0]]
+    assert split_held_out(same, share=0.5, seed=0) == (same, [])
 
 
 def test_nothing_is_held_out_when_none_is_asked_for(pairs_file: Path) -> None:
-    found = read(pairs_file)
-    assert held_out(found.pairs, share=0.0, seed=0)[1] == []
+    found = read_preferences(pairs_file)
+    assert split_held_out(found.pairs, share=0.0, seed=0)[1] == []
 
 
 # One record as another --------------------------------------------------------------------------------------
 
 
 def test_pairs_become_single_judgements_and_ties_say_nothing(tmp_path: Path) -> None:
-    singles = as_singles(read(labelled_folder(tmp_path)))
+    singles = to_singles(read_preferences(labelled_folder(tmp_path)))
     assert [(single.picture.path.name, single.good) for single in singles] == [
         ("0a.png", True),
         ("0b.png", False),
@@ -292,16 +301,18 @@ def test_pairs_become_single_judgements_and_ties_say_nothing(tmp_path: Path) -> 
 def test_what_is_exported_is_read_back(
     tmp_path: Path, pairs_file: Path, write: Callable[[Preferences, Path], Path]
 ) -> None:
-    found = check(read(parquet(tmp_path / "train.parquet", pick_a_pic())))
+    found = check_preferences(read_preferences(parquet(tmp_path / "train.parquet", pick_a_pic())))
     ending = "parquet" if write is write_parquet else "jsonl"
-    again = check(read(write(found, tmp_path / "out" / f"pairs.{ending}")))
-    assert [pair_key(pair) for pair in again.pairs] == [pair_key(pair) for pair in found.pairs]
+    again = check_preferences(read_preferences(write(found, tmp_path / "out" / f"pairs.{ending}")))
+    assert [contents(pair) for pair in again.pairs] == [contents(pair) for pair in found.pairs]
     assert [pair.label for pair in again.pairs] == [pair.label for pair in found.pairs]
     assert [pair.user for pair in again.pairs] == [pair.user for pair in found.pairs]
 
 
 def test_the_exported_columns_are_pick_a_pic_s(tmp_path: Path, pairs_file: Path) -> None:
-    table = pq.read_table(write_parquet(check(read(pairs_file)), tmp_path / "pairs.parquet"))
+    table = pq.read_table(
+        write_parquet(check_preferences(read_preferences(pairs_file)), tmp_path / "pairs.parquet")
+    )
     assert set(table.column_names) == {
         "are_different", "best_image_uid", "caption", "created_at", "has_label", "image_0_uid", "image_0_url",
         "image_1_uid", "image_1_url", "jpg_0", "jpg_1", "label_0", "label_1", "model_0", "model_1", "ranking_id",
@@ -315,9 +326,9 @@ def test_the_exported_columns_are_pick_a_pic_s(tmp_path: Path, pairs_file: Path)
 
 
 def test_an_export_to_lines_needs_no_source(tmp_path: Path, pairs_file: Path) -> None:
-    written = export_lines(check(read(pairs_file)), tmp_path / "out" / "pairs.jsonl")
+    written = export_lines(check_preferences(read_preferences(pairs_file)), tmp_path / "out" / "pairs.jsonl")
     shutil.rmtree(pairs_file.parent)
-    assert len(check(read(written)).pairs) == 8
+    assert len(check_preferences(read_preferences(written)).pairs) == 8
 
 
 # What is wrong ----------------------------------------------------------------------------------------------
@@ -334,7 +345,7 @@ def test_all_bad_records_are_reported_together(tmp_path: Path, pairs_file: Path)
     pairs_file.write_text("\n".join(lines))
     before = pairs_file.read_bytes()
     with pytest.raises(UserError) as caught:
-        check(read(pairs_file))
+        check_preferences(read_preferences(pairs_file))
     said = str(caught.value).splitlines()
     assert said[0].endswith("has 5 problems in 8 records:")
     assert "line 9" in said[1] and "is not JSON" in said[1]
@@ -343,50 +354,50 @@ def test_all_bad_records_are_reported_together(tmp_path: Path, pairs_file: Path)
     assert "line 3 " in said[4] and "different sizes, 80 × 64 and 64 × 64" in said[4]
     assert "line 4 " in said[5] and "has no prompt" in said[5]
     assert pairs_file.read_bytes() == before
-    assert len(check(read(pairs_file), skip_bad=True).pairs) == 4
+    assert len(check_preferences(read_preferences(pairs_file), skip_bad=True).pairs) == 4
 
 
 def test_nothing_but_ties_is_refused(tmp_path: Path) -> None:
     rows = [{**row, "label_0": 0.5, "label_1": 0.5} for row in pick_a_pic(3)]
     with pytest.raises(UserError, match=r"All 2 pairs .* are ties"):
-        check(read(parquet(tmp_path / "t.parquet", rows)))
+        check_preferences(read_preferences(parquet(tmp_path / "t.parquet", rows)))
 
 
 def test_one_label_only_is_refused(tmp_path: Path) -> None:
     picture(0).save(tmp_path / "0.png")
     rows: Rows = [{"prompt": "a dog", "image": "0.png", "label": 1}]
     with pytest.raises(UserError, match="labelled good, so nothing is preferred"):
-        check(read(write_lines(tmp_path / "kto.jsonl", rows)))
+        check_preferences(read_preferences(write_lines(tmp_path / "kto.jsonl", rows)))
 
 
 def test_a_table_without_the_columns_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has the columns a, caption\. Pairs need"):
-        read(parquet(tmp_path / "t.parquet", [{"a": 1, "caption": "x"}]))
+        read_preferences(parquet(tmp_path / "t.parquet", [{"a": 1, "caption": "x"}]))
 
 
 def test_labels_that_are_no_choice_are_named(tmp_path: Path) -> None:
     rows = pick_a_pic(3)
     rows[0]["label_1"] = 1.0
     with pytest.raises(UserError, match=r"row 0 .*label_0 = 1.0, label_1 = 1.0"):
-        check(read(parquet(tmp_path / "t.parquet", rows)))
+        check_preferences(read_preferences(parquet(tmp_path / "t.parquet", rows)))
 
 
 def test_a_folder_without_preferences_says_what_to_do(tmp_path: Path) -> None:
     write_json(tmp_path / "samples.json", {})
     with pytest.raises(UserError, match="align label"):
-        read(tmp_path)
+        read_preferences(tmp_path)
 
 
 def test_choices_and_a_ranking_must_be_told_apart(tmp_path: Path) -> None:
     folder = labelled_folder(tmp_path)
     (folder / "ranking.jsonl").write_text("")
     with pytest.raises(UserError, match="Name the one to learn from"):
-        read(folder)
-    assert len(read(folder / CHOICES).pairs) == 3
+        read_preferences(folder)
+    assert len(read_preferences(folder / CHOICES).pairs) == 3
 
 
 def test_pictures_of_another_model_are_refused(tmp_path: Path) -> None:
-    found = read(labelled_folder(tmp_path))
+    found = read_preferences(labelled_folder(tmp_path))
     refuse_another_model(found, "tiny", "abc")
     with pytest.raises(UserError, match="other weights than moji has"):
         refuse_another_model(found, "moji", "def")
@@ -397,4 +408,4 @@ def test_a_source_that_is_none_is_one_sentence(tmp_path: Path, name: str) -> Non
     if name != "nothing":
         (tmp_path / name).write_text("x")
     with pytest.raises(UserError, match=name):
-        read(tmp_path / name)
+        read_preferences(tmp_path / name)

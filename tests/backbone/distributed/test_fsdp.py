@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from align.pairs.read import read
-from align.pairs.records import check
+from align.pairs.read import read_preferences
+from align.pairs.records import check_preferences
 from align.train.online import train_online
 from align.train.run import resume_taste, train_taste
 from backbone.distributed import fsdp as shards
@@ -29,7 +29,7 @@ from backbone.models.cache import VARIABLE
 from backbone.models.model import Backbone
 from backbone.models.placement import Placement
 from backbone.training.run import LOG
-from customize.sample import draw
+from customize.sample import sample_to_folder
 from customize.settings import Subject
 from customize.train.run import train_concept
 from tests import tiny
@@ -87,13 +87,13 @@ def everything(folder: Path, count: str) -> None:
     """Concepts of four shapes, a taste that is stopped and goes on, pictures."""
     for name, asked in CONCEPTS.items():
         train(folder, count, name, asked)
-    found, out = check(read(str(folder / "pairs.jsonl"))), folder / count / "taste"
+    found, out = check_preferences(read_preferences(str(folder / "pairs.jsonl"))), folder / count / "taste"
     asked = {**PAIRS, "model": str(folder / "sd3"), "pairs": str(folder / "pairs.jsonl")}
     with patch("backbone.training.run.append_jsonl", stopping), suppress(KeyboardInterrupt):
         train_taste(asked, found, out=out)
     resume_taste(out)
     model = {"model": str(folder / "sd3"), "precision": "fp32", "device": "cpu"}
-    draw(PROMPTS[:3], count=3, steps=2, out=folder / count / "drawn", **model)  # type: ignore[arg-type]
+    sample_to_folder(PROMPTS[:3], count=3, steps=2, out=folder / count / "drawn", **model)  # type: ignore[arg-type]
 
 
 def train(folder: Path, count: str, name: str, asked: Mapping[str, Any], *, run: str = "") -> None:
@@ -126,7 +126,7 @@ def worker(rank: int, folder: Path) -> None:
                 partial(train, folder, "two", "sd3", asked, run=f"no{number}"),
             )
         asked = {**PAIRS, "model": str(folder / "sd3"), "pairs": str(folder / "pairs.jsonl")}
-        found = check(read(asked["pairs"]))
+        found = check_preferences(read_preferences(asked["pairs"]))
         out = folder / "two" / "no"
         full = partial(train_taste, {**asked, "full": True}, found, out=out)
         refused(folder / f"refused-{rank}.txt", "--full", full)

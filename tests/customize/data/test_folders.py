@@ -10,7 +10,13 @@ import pytest
 from PIL import Image
 
 from backbone.io.console import UserError
-from customize.data.folders import ConceptFolder, is_concepts, read_concepts, read_subjects, told_apart
+from customize.data.folders import (
+    ConceptFolder,
+    find_token_and_class,
+    is_concept_source,
+    read_concepts,
+    read_subjects,
+)
 from customize.settings import Subject
 
 
@@ -43,8 +49,8 @@ def test_a_name_of_one_word_has_no_class(tmp_path: Path) -> None:
 
 def test_a_plain_folder_is_not_taken_for_one_of_these(tmp_path: Path) -> None:
     folder = pictures_in(tmp_path / "dog")
-    assert not is_concepts(folder)
-    assert is_concepts(pictures_in(tmp_path / "x" / "2_sks dog").parent)
+    assert not is_concept_source(folder)
+    assert is_concept_source(pictures_in(tmp_path / "x" / "2_sks dog").parent)
     with pytest.raises(UserError, match="10_sks dog"):
         read_concepts(folder)
 
@@ -79,7 +85,7 @@ def test_a_list_of_concepts_is_read(tmp_path: Path) -> None:
 def test_token_and_class_are_told_from_two_prompts(
     instance: str, general: str, token: str, noun: str
 ) -> None:
-    assert told_apart(instance, general) == (token, noun)
+    assert find_token_and_class(instance, general) == (token, noun)
 
 
 @pytest.mark.parametrize(

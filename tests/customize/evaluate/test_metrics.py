@@ -20,8 +20,16 @@ from backbone.media.pictures import list_images
 from backbone.models.cache import VARIABLE
 from backbone.models.locate import EMBEDDED
 from backbone.models.model import Backbone
-from customize.evaluate.dreambench import own_prompts, read_prompts
-from customize.evaluate.metrics import Evaluator, Figures, Patience, Scorers, mean_likeness, protocol, rating
+from customize.evaluate.dreambench import moji_prompts, read_prompts
+from customize.evaluate.metrics import (
+    ConceptMetrics,
+    EarlyStopping,
+    Evaluator,
+    Scorers,
+    mean_similarity,
+    measure_dreambench,
+    rate_checkpoint,
+)
 from customize.settings import Settings
 from tests.tiny import tiny_eye
 
@@ -48,41 +56,49 @@ prompt_list = [
 """
 
 
-def figures(step: int = 0, *, subject: float = 0.4, prompt: float = 0.3, rated: float = 0.0) -> Figures:
-    return Figures(
-        step, subject=subject, prompt=prompt, preservation=0.4, diversity=0.5, loss=0.1, rating=rated
+def figures(
+    step: int = 0, *, subject_fidelity: float = 0.4, prompt_fidelity: float = 0.3, rated: float = 0.0
+) -> ConceptMetrics:
+    return ConceptMetrics(
+        step,
+        subject_fidelity=subject_fidelity,
+        prompt_fidelity=prompt_fidelity,
+        prior_preservation=0.4,
+        diversity=0.5,
+        loss=0.1,
+        rating=rated,
     )
 
 
 def test_a_model_before_training_is_rated_zero_and_a_perfect_one_one() -> None:
     start = figures()
-    assert rating(start, start=start, most=0.9) == 0
-    assert rating(figures(subject=0.9), start=start, most=0.9) == 1
+    assert rate_checkpoint(start, baseline=start, ceiling=0.9) == 0
+    assert rate_checkpoint(figures(subject_fidelity=0.9), baseline=start, ceiling=0.9) == 1
 
 
 def test_likeness_without_obedience_is_worth_less() -> None:
     start = figures()
-    both = rating(figures(subject=0.8), start=start, most=0.9)
-    copied = rating(figures(subject=0.8, prompt=0.1), start=start, most=0.9)
+    both = rate_checkpoint(figures(subject_fidelity=0.8), baseline=start, ceiling=0.9)
+    copied = rate_checkpoint(figures(subject_fidelity=0.8, prompt_fidelity=0.1), baseline=start, ceiling=0.9)
     assert copied < 0.6 * both
     assert both == pytest.approx(2 * 0.8 / 1.8)
 
 
 def test_patience_ends_after_so_many_without_a_better_one() -> None:
-    patience = Patience(2)
+    patience = EarlyStopping(2)
     best = []
     for step, value in enumerate([0.0, 0.5, 0.4, 0.5]):
-        best.append(patience.note(figures(step, rated=value)))
-        assert patience.exhausted == (step == 3)
+        best.append(patience.update(figures(step, rated=value)))
+        assert patience.should_stop == (step == 3)
     assert best == [True, True, False, False]
-    assert patience.exhausted
+    assert patience.should_stop
     assert patience.best.step == 1
 
 
 def test_the_likeness_of_pictures_among_themselves() -> None:
     vectors = F.normalize(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), dim=-1)
-    assert mean_likeness(vectors) == pytest.approx(0)
-    assert mean_likeness(vectors[:1]) == 1
+    assert mean_similarity(vectors) == pytest.approx(0)
+    assert mean_similarity(vectors[:1]) == 1
 
 
 def test_the_prompts_of_dreambooth_are_read(tmp_path: Path) -> None:
@@ -103,8 +119,8 @@ def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_our_own_prompts_are_twenty_five_different_ones() -> None:
-    assert len(set(own_prompts())) == 25
-    assert all(prompt.count("{}") == 1 for prompt in own_prompts())
+    assert len(set(moji_prompts())) == 25
+    assert all(prompt.count("{}") == 1 for prompt in moji_prompts())
 
 
 def test_a_report_shows_text_as_text(tmp_path: Path) -> None:
@@ -124,21 +140,21 @@ def test_likeness_by_dino_leaves_obedience_to_the_model_s_own_scorer(tmp_path: P
 
     def measured(scorers: Scorers | None) -> dict[str, float]:
         assert scorers is not None
-        subject = scorers.eye.embed_images(pictures[:1])
-        found = protocol(scorers, subject, pictures, texts, per_prompt=2)
+        subject = scorers.image_encoder.embed_images(pictures[:1])
+        found = measure_dreambench(scorers, subject, pictures, texts, per_prompt=2)
         return {name: figure.value for name, figure in found.items()}
 
     dino = tiny_eye(tmp_path, "dinov2")
-    alone, with_reader = measured(Scorers.of(dino, None)), measured(Scorers.of(dino, own))
-    clip = measured(Scorers.of(None, own))
+    alone, with_reader = measured(Scorers.load(dino, None)), measured(Scorers.load(dino, own))
+    clip = measured(Scorers.load(None, own))
     assert list(alone) == ["DINO", "DIV"] and list(with_reader) == ["DINO", "CLIP-T", "DIV"]
     assert list(clip) == ["CLIP-I", "CLIP-T", "DIV"] and clip["CLIP-I"] != alone["DINO"]
     assert with_reader["CLIP-T"] == pytest.approx(clip["CLIP-T"]) and with_reader["DIV"] == alone["DIV"]
-    assert Scorers.of(None, None) is None
+    assert Scorers.load(None, None) is None
 
 
 def test_a_run_whose_obedience_nothing_can_measure_is_refused(tmp_path: Path, tiny: Backbone) -> None:
-    scorers = Scorers.of(tiny_eye(tmp_path, "vit"), None)
+    scorers = Scorers.load(tiny_eye(tmp_path, "vit"), None)
     concept = Concept("lora", "", "", {"[V]": "rkh"}, "dog")
     settings = Settings(images="", token="[V]", class_noun="dog")
     assert scorers is not None

@@ -17,10 +17,10 @@ from backbone.adapters.lora import LORA_WEIGHTS
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from customize.cli import app
-from customize.formats.adapter import Adapter
+from customize.formats.adapter import AdapterFile
 from customize.formats.convert import import_adapter
 from customize.formats.read import read_adapter
-from customize.formats.write import difference, write_adapter
+from customize.formats.write import compare_updates, write_adapter
 from tests.customize.adapters import modules_of, random_adapter, random_layer, whole_pipeline
 
 
@@ -31,7 +31,7 @@ def run(tmp_path: Path, tiny_folder: Path) -> Path:
     modules = modules_of(whole_pipeline(tiny_folder))
     chosen = {name: module for name, module in modules.items() if "attn" in name or "conv1" in name}
     write_adapter(
-        folder / LORA_WEIGHTS, random_adapter(chosen), "own", header={"base_model": str(tiny_folder)}
+        folder / LORA_WEIGHTS, random_adapter(chosen), "peft", metadata={"base_model": str(tiny_folder)}
     )
     fingerprint = Backbone.open(str(tiny_folder)).fingerprint
     Concept("lora", str(tiny_folder), fingerprint, {"[V]": "bcd"}, "dog", LORA_WEIGHTS).write(folder)
@@ -46,12 +46,12 @@ def customize(*arguments: object) -> str:
 
 
 def test_export_import_and_back_is_the_same_adapter(run: Path, tmp_path: Path, tiny_folder: Path) -> None:
-    for form in ("diffusers", "kohya", "comfyui"):
-        file = tmp_path / f"{form}.safetensors"
-        assert "read back" in customize("export", run, "--to", form, "--out", file)
-        customize("import", file, "--out", tmp_path / f"from-{form}", "--model", tiny_folder)
-        again = tmp_path / f"from-{form}"
-        assert difference(read_adapter(run), read_adapter(again))[0] == 0
+    for file_format in ("diffusers", "kohya", "comfyui"):
+        file = tmp_path / f"{file_format}.safetensors"
+        assert "read back" in customize("export", run, "--to", file_format, "--out", file)
+        customize("import", file, "--out", tmp_path / f"from-{file_format}", "--model", tiny_folder)
+        again = tmp_path / f"from-{file_format}"
+        assert compare_updates(read_adapter(run), read_adapter(again))[0] == 0
         concept = read_concept(again)
         assert concept.tokens == {"[V]": "bcd"}
         assert concept.fingerprint == read_concept(run).fingerprint
@@ -62,7 +62,7 @@ def test_info_says_what_an_adapter_is(run: Path, tmp_path: Path) -> None:
     said = customize("info", tmp_path / "a.safetensors")
     for words in (
         "kohya (diffusers' block names)",
-        "kind       lora",
+        "algorithm  lora",
         "alpha      3",
         "unet",
         "ss_network_dim",
@@ -75,11 +75,11 @@ def test_merge_resize_and_extract_write_what_they_say(run: Path, tmp_path: Path,
     customize("merge", f"{run}:0.5", run, "--out", tmp_path / "twice")
     once, twice = read_adapter(run), read_adapter(tmp_path / "twice")
     name = next(iter(once.layers))
-    torch.testing.assert_close(twice.layers[name].matrix(), 1.5 * once.layers[name].matrix())
+    torch.testing.assert_close(twice.layers[name].delta_weight(), 1.5 * once.layers[name].delta_weight())
     assert "rank" in customize("resize", tmp_path / "twice", "--rank", 4, "--out", tmp_path / "r.safetensors")
     torch.testing.assert_close(
-        read_adapter(tmp_path / "r.safetensors").layers[name].matrix(),
-        twice.layers[name].matrix(),
+        read_adapter(tmp_path / "r.safetensors").layers[name].delta_weight(),
+        twice.layers[name].delta_weight(),
         atol=1e-5,
         rtol=1e-3,
     )
@@ -87,11 +87,11 @@ def test_merge_resize_and_extract_write_what_they_say(run: Path, tmp_path: Path,
     out = tmp_path / "e.safetensors"
     said = customize("extract", tmp_path / "baked", tiny_folder, "--rank", 4, "--out", out)
     assert "100.00%" in said
-    assert difference(once, read_adapter(out))[0] < 1e-3
+    assert compare_updates(once, read_adapter(out))[0] < 1e-3
 
 
 def test_an_import_that_does_not_fit_its_model_is_refused(tmp_path: Path, tiny_folder: Path) -> None:
-    wide = Adapter({"unet.conv_in": random_layer(nn.Conv2d(4, 320, 3), 2, 1.0, torch.Generator())})
+    wide = AdapterFile({"unet.conv_in": random_layer(nn.Conv2d(4, 320, 3), 2, 1.0, torch.Generator())})
     write_adapter(tmp_path / "wide.safetensors", wide, "kohya")
     with pytest.raises(UserError, match="another model"):
         import_adapter(

@@ -16,23 +16,23 @@ from backbone.adapters.lora import LORA_WEIGHTS, load_lora
 from backbone.io.console import UserError
 from backbone.io.files import read_json, read_tensors, write_tensors
 from backbone.models.model import Backbone
-from customize.formats.adapter import Adapter
+from customize.formats.adapter import AdapterFile
 from customize.formats.bake import bake
-from customize.formats.factors import Layer, cut, fitted, summed
+from customize.formats.factors import LayerUpdate, fit_lora, sum_loras, truncate_lora
 from customize.formats.merge import (
-    Part,
-    extract,
-    merged,
-    merged_to_rank,
-    moved_together,
-    read_part,
-    read_parts,
-    resized,
-    with_strength,
+    MergeInput,
+    extract_lora,
+    merge_exact,
+    merge_to_rank,
+    parse_strength,
+    read_input,
+    read_inputs,
+    resize_adapter,
+    sum_weight_deltas,
 )
-from customize.formats.merged_run import joined_tokens, save_merged
+from customize.formats.merged_run import resolve_tokens, save_merged
 from customize.formats.read import read_adapter
-from customize.formats.write import difference, write_adapter
+from customize.formats.write import compare_updates, write_adapter
 from tests.customize.adapters import (
     modules_of,
     outputs,
@@ -59,7 +59,7 @@ def run(tmp_path: Path, tiny_folder: Path, some: dict[str, nn.Module]) -> Make:
         folder = tmp_path / name
         folder.mkdir()
         chosen = {key: module for key, module in some.items() if key.startswith("unet.") and mark in key}
-        write_adapter(folder / LORA_WEIGHTS, random_adapter(chosen, seed=seed, alphas=(2.0, 3.0)), "own")
+        write_adapter(folder / LORA_WEIGHTS, random_adapter(chosen, seed=seed, alphas=(2.0, 3.0)), "peft")
         fingerprint = Backbone.open(str(tiny_folder)).fingerprint
         Concept("lora", str(tiny_folder), fingerprint, {token: words}, "dog", LORA_WEIGHTS).write(folder)
         return folder
@@ -68,29 +68,30 @@ def run(tmp_path: Path, tiny_folder: Path, some: dict[str, nn.Module]) -> Make:
 
 
 def test_a_linear_merge_is_the_weighted_sum(run: Make) -> None:
-    parts = read_parts([f"{run('a', seed=1)}:0.8", f"{run('b', seed=2, mark='attn')}:-0.5"])
-    whole = merged(parts)
+    parts = read_inputs([f"{run('a', seed=1)}:0.8", f"{run('b', seed=2, mark='attn')}:-0.5"])
+    whole = merge_exact(parts)
     for name, layer in whole.layers.items():
         expected = sum(
-            part.strength * part.adapter.layers[name].matrix()
+            part.strength * part.adapter.layers[name].delta_weight()
             for part in parts
             if name in part.adapter.layers
         )
-        torch.testing.assert_close(layer.matrix(), expected, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(layer.delta_weight(), expected, atol=1e-6, rtol=1e-5)
     assert len({layer.alpha for layer in whole.layers.values()}) == 1
 
 
 def test_a_merge_at_full_rank_loses_nothing_and_at_a_lower_one_what_it_says(run: Make) -> None:
-    parts = read_parts([str(run("a", seed=1)), str(run("b", seed=2))])
-    exact = merged(parts)
-    same, loss = merged_to_rank(parts, 8)
-    assert loss.share == pytest.approx(1, abs=1e-6)
-    assert difference(exact, same)[0] < 1e-3
-    low, loss = merged_to_rank(parts, 2)
+    parts = read_inputs([str(run("a", seed=1)), str(run("b", seed=2))])
+    exact = merge_exact(parts)
+    same, loss = merge_to_rank(parts, 8)
+    assert loss.energy_kept == pytest.approx(1, abs=1e-6)
+    assert compare_updates(exact, same)[0] < 1e-3
+    low, loss = merge_to_rank(parts, 2)
     lost = sum(
-        float((exact.layers[n].matrix() - low.layers[n].matrix()).square().sum()) for n in exact.layers
+        float((exact.layers[n].delta_weight() - low.layers[n].delta_weight()).square().sum())
+        for n in exact.layers
     )
-    total = sum(float(exact.layers[n].matrix().square().sum()) for n in exact.layers)
+    total = sum(float(exact.layers[n].delta_weight().square().sum()) for n in exact.layers)
     assert loss.error == pytest.approx((lost / total) ** 0.5, rel=1e-4)
     assert all(layer.rank <= 2 for layer in low.layers.values())
 
@@ -98,48 +99,48 @@ def test_a_merge_at_full_rank_loses_nothing_and_at_a_lower_one_what_it_says(run:
 def test_no_matrix_of_the_rank_is_nearer_than_a_cut(some: dict[str, nn.Module]) -> None:
     random = torch.Generator().manual_seed(0)
     layer = random_layer(nn.Conv2d(6, 9, 3), 5, 2.0, random)
-    found = cut(layer, rank=2)
-    values = torch.linalg.svdvals(layer.matrix().double())
+    found = truncate_lora(layer, rank=2)
+    values = torch.linalg.svdvals(layer.delta_weight().double())
     assert found.kept == pytest.approx(float(values[:2].square().sum()), rel=1e-5)
     assert found.total == pytest.approx(layer.squared_norm(), rel=1e-5)
     assert found.layer.factors["down"].shape == (2, 6, 3, 3)
     assert found.layer.factors["up"].shape == (9, 2, 1, 1)
-    whole = fitted(layer.matrix().reshape(9, 6, 3, 3), rank=2)
-    torch.testing.assert_close(whole.layer.matrix(), found.layer.matrix(), atol=1e-5, rtol=1e-4)
+    whole = fit_lora(layer.delta_weight().reshape(9, 6, 3, 3), rank=2)
+    torch.testing.assert_close(whole.layer.delta_weight(), found.layer.delta_weight(), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(7, 30), (30, 7), (5, 4, 3, 3), (40, 2, 3, 3)])
 def test_a_fit_of_full_rank_is_the_change_itself(shape: tuple[int, ...]) -> None:
     change = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    found = fitted(change, rank=99)
-    torch.testing.assert_close(found.layer.matrix(), change.flatten(1), atol=1e-5, rtol=1e-4)
+    found = fit_lora(change, rank=99)
+    torch.testing.assert_close(found.layer.delta_weight(), change.flatten(1), atol=1e-5, rtol=1e-4)
     assert found.kept == pytest.approx(found.total)
 
 
 def test_singular_values_by_hand() -> None:
-    found = fitted(torch.diag(torch.tensor([3.0, 4.0, 0.0])), energy=0.6)
+    found = fit_lora(torch.diag(torch.tensor([3.0, 4.0, 0.0])), energy=0.6)
     assert found.layer.rank == 1
     assert found.kept == pytest.approx(16)
     assert found.total == pytest.approx(25)
-    torch.testing.assert_close(found.layer.matrix(), torch.diag(torch.tensor([0.0, 4.0, 0.0])))
+    torch.testing.assert_close(found.layer.delta_weight(), torch.diag(torch.tensor([0.0, 4.0, 0.0])))
 
 
 def test_an_untrained_layer_is_cut_to_rank_one() -> None:
-    layer = Layer("lora", {"down": torch.randn(4, 6), "up": torch.zeros(5, 4)}, 4, 4.0)
-    found = cut(layer, energy=0.9)
+    layer = LayerUpdate("lora", {"down": torch.randn(4, 6), "up": torch.zeros(5, 4)}, 4, 4.0)
+    found = truncate_lora(layer, energy=0.9)
     assert found.layer.rank == 1
-    assert not found.layer.matrix().any()
+    assert not found.layer.delta_weight().any()
 
 
 def test_the_norm_needs_no_product(some: dict[str, nn.Module]) -> None:
     for layer in random_adapter(some).layers.values():
-        assert layer.squared_norm() == pytest.approx(float(layer.matrix().square().sum()), rel=1e-4)
+        assert layer.squared_norm() == pytest.approx(float(layer.delta_weight().square().sum()), rel=1e-4)
 
 
 def test_resizing_by_energy_keeps_that_share_in_every_layer(some: dict[str, nn.Module]) -> None:
     adapter = random_adapter(some)
-    small, loss = resized(adapter, energy=0.8)
-    assert loss.share >= 0.8
+    small, loss = resize_adapter(adapter, energy=0.8)
+    assert loss.energy_kept >= 0.8
     for name, layer in small.layers.items():
         assert layer.squared_norm() >= 0.8 * adapter.layers[name].squared_norm() * (1 - 1e-6)
     assert loss.lowest < loss.highest
@@ -147,17 +148,17 @@ def test_resizing_by_energy_keeps_that_share_in_every_layer(some: dict[str, nn.M
 
 def test_a_sum_of_one_is_itself() -> None:
     layer = random_layer(nn.Linear(5, 4), 3, 2.0, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(summed([layer], [1.0]).matrix(), layer.matrix())
+    torch.testing.assert_close(sum_loras([layer], [1.0]).delta_weight(), layer.delta_weight())
 
 
 # Baking and extracting.
 
 
 def test_a_baked_pipeline_draws_as_the_adapters_do(run: Make, tiny_folder: Path, tmp_path: Path) -> None:
-    parts = read_parts([f"{run('a', seed=1)}:0.7", f"{run('b', seed=2)}:0.4"])
+    parts = read_inputs([f"{run('a', seed=1)}:0.7", f"{run('b', seed=2)}:0.4"])
     bake(parts, str(tiny_folder), tmp_path / "baked")
     defined = whole_pipeline(tiny_folder)
-    put_into(defined, merged(parts))
+    put_into(defined, merge_exact(parts))
     assert (outputs(whole_pipeline(tmp_path / "baked")) - outputs(defined)).abs().max() < 1e-5
     assert not list(tmp_path.glob(".*"))
 
@@ -166,7 +167,7 @@ def test_dora_is_baked_by_its_definition(
     tiny_folder: Path, some: dict[str, nn.Module], tmp_path: Path
 ) -> None:
     adapter = random_adapter(some, dora=True)
-    bake([Part(Path("a"), 1.0, adapter)], str(tiny_folder), tmp_path / "baked")
+    bake([MergeInput(Path("a"), 1.0, adapter)], str(tiny_folder), tmp_path / "baked")
     defined = whole_pipeline(tiny_folder)
     put_into(defined, adapter)
     assert (outputs(whole_pipeline(tmp_path / "baked")) - outputs(defined)).abs().max() < 1e-5
@@ -179,7 +180,7 @@ def test_half_precision_weights_stay_half(
     pipeline = whole_pipeline(tiny_folder)
     pipeline.to(torch.float16)
     pipeline.save_pretrained(half)
-    bake([Part(Path("a"), 1.0, random_adapter(some))], str(half), tmp_path / "baked")
+    bake([MergeInput(Path("a"), 1.0, random_adapter(some))], str(half), tmp_path / "baked")
     tensors, _ = read_tensors(next((tmp_path / "baked" / "unet").glob("*.safetensors")))
     assert {value.dtype for value in tensors.values()} == {torch.float16}
 
@@ -191,7 +192,7 @@ def test_whole_weights_are_baked_and_merged_as_differences(
     moved = {"conv_in.weight": torch.full((16, 4, 3, 3), 0.25), "conv_in.bias": torch.full((16,), 0.5)}
     write_tensors(full / "moved.safetensors", moved)
     replace(read_concept(full), kind="full", weights="", changed="moved.safetensors").write(full)
-    part = read_part(full, 0.5)
+    part = read_input(full, 0.5)
     assert part.adapter.layers == {}
     bake([part], str(tiny_folder), tmp_path / "baked")
     before, after = (
@@ -200,11 +201,11 @@ def test_whole_weights_are_baked_and_merged_as_differences(
     )
     torch.testing.assert_close(after["conv_in.weight"], before["conv_in.weight"] + 0.125)
     torch.testing.assert_close(after["conv_in.bias"], before["conv_in.bias"] + 0.25)
-    lora, loss = merged_to_rank([part], 1)
+    lora, loss = merge_to_rank([part], 1)
     assert set(lora.layers) == {"unet.conv_in"}
     assert loss.outside == pytest.approx(16 * 0.25**2)
-    assert loss.share < 1
-    save_merged(tmp_path / "both", merged([part]), [part], moved=moved_together([part]))
+    assert loss.energy_kept < 1
+    save_merged(tmp_path / "both", merge_exact([part]), [part], weight_deltas=sum_weight_deltas([part]))
     assert read_concept(tmp_path / "both").changed
 
 
@@ -214,7 +215,7 @@ def test_learned_words_are_baked_into_the_tokenizer(run: Make, tiny_folder: Path
     write_tensors(folder / "learned_embeds.safetensors", {"[V]": rows})
     concept = replace(read_concept(folder), words="learned_embeds.safetensors", tokens={"[V]": "[V] [V]_1"})
     concept.write(folder)
-    bake([read_part(folder)], str(tiny_folder), tmp_path / "baked")
+    bake([read_input(folder)], str(tiny_folder), tmp_path / "baked")
     baked = whole_pipeline(tmp_path / "baked")
     ids = baked.tokenizer("a [V] [V]_1", add_special_tokens=False)["input_ids"]
     table = baked.text_encoder.get_input_embeddings().weight
@@ -228,26 +229,26 @@ def test_extracting_what_was_baked_gives_the_adapter_back(
     tiny_folder: Path, some: dict[str, nn.Module], tmp_path: Path
 ) -> None:
     adapter = random_adapter(some)
-    bake([Part(Path("a"), 1.0, adapter)], str(tiny_folder), tmp_path / "baked")
-    found, loss = extract(str(tmp_path / "baked"), str(tiny_folder), rank=4)
-    assert loss.share == pytest.approx(1, abs=1e-5)
-    assert difference(adapter, found)[0] < 1e-3
+    bake([MergeInput(Path("a"), 1.0, adapter)], str(tiny_folder), tmp_path / "baked")
+    found, loss = extract_lora(str(tmp_path / "baked"), str(tiny_folder), rank=4)
+    assert loss.energy_kept == pytest.approx(1, abs=1e-5)
+    assert compare_updates(adapter, found)[0] < 1e-3
     shapes = {name: layer.factors["down"].shape[1:] for name, layer in adapter.layers.items()}
     assert {name: layer.factors["down"].shape[1:] for name, layer in found.layers.items()} == shapes
 
 
 def test_extraction_says_how_much_it_explains(tiny_folder: Path, tmp_path: Path) -> None:
     other = tiny_pipeline(tmp_path / "other", seed=1)
-    _, low = extract(str(other), str(tiny_folder), rank=1)
-    found, high = extract(str(other), str(tiny_folder), rank=8)
-    assert 0 < low.share < high.share < 1
+    _, low = extract_lora(str(other), str(tiny_folder), rank=1)
+    found, high = extract_lora(str(other), str(tiny_folder), rank=8)
+    assert 0 < low.energy_kept < high.energy_kept < 1
     assert high.outside > 0
     write_adapter(tmp_path / "e.safetensors", found, "diffusers")
 
 
 def test_the_same_model_twice_has_nothing_to_extract(tiny_folder: Path) -> None:
     with pytest.raises(UserError, match="differs"):
-        extract(str(tiny_folder), str(tiny_folder), rank=2)
+        extract_lora(str(tiny_folder), str(tiny_folder), rank=2)
 
 
 # Runs.
@@ -256,14 +257,14 @@ def test_the_same_model_twice_has_nothing_to_extract(tiny_folder: Path) -> None:
 def test_a_merged_run_keeps_both_concepts_and_is_loaded_by_ours(
     run: Make, tmp_path: Path, tiny_folder: Path
 ) -> None:
-    parts = read_parts([str(run("a", seed=1)), str(run("b", seed=2, token="[W]", words="fgh"))])
-    tokens = save_merged(tmp_path / "ab", merged(parts), parts)
+    parts = read_inputs([str(run("a", seed=1)), str(run("b", seed=2, token="[W]", words="fgh"))])
+    tokens = save_merged(tmp_path / "ab", merge_exact(parts), parts)
     assert tokens == {"[V]": "bcd", "[W]": "fgh"}
     concept = read_concept(tmp_path / "ab")
     assert concept.tokens == tokens
     loaded, defined = whole_pipeline(tiny_folder), whole_pipeline(tiny_folder)
     load_lora(concept.weights_path, loaded.unet, "a")
-    put_into(defined, merged(parts))
+    put_into(defined, merge_exact(parts))
     assert (outputs(loaded) - outputs(defined)).abs().max() < 1e-5
 
 
@@ -271,10 +272,10 @@ def test_a_token_that_is_taken_gets_a_number(capsys: pytest.CaptureFixture[str])
     def concept(words: str) -> Concept:
         return Concept("lora", "moji", "x", {"[V]": words}, "dog")
 
-    first, second = joined_tokens([concept("bcd"), concept("fgh")])
+    first, second = resolve_tokens([concept("bcd"), concept("fgh")])
     assert (first, second) == ({"[V]": ("[V]", "bcd")}, {"[V]": ("[V2]", "fgh")})
     assert "[V2]" in capsys.readouterr().err
-    _, learned = joined_tokens([concept("[V] [V]_1"), concept("[V] [V]_1")])
+    _, learned = resolve_tokens([concept("[V] [V]_1"), concept("[V] [V]_1")])
     assert learned == {"[V]": ("[V2]", "[V2] [V2]_1")}
 
 
@@ -285,35 +286,35 @@ def test_runs_of_different_models_are_not_merged(run: Make) -> None:
     first, second = run("a"), run("b")
     replace(read_concept(second), fingerprint="other").write(second)
     with pytest.raises(UserError, match="different weights"):
-        read_parts([str(first), str(second)])
+        read_inputs([str(first), str(second)])
 
 
 def test_adapters_of_other_widths_are_not_merged(run: Make, tmp_path: Path) -> None:
     first = run("a", mark="conv_in")
-    wide = Adapter({"unet.conv_in": random_layer(nn.Conv2d(4, 20, 3), 2, 1.0, torch.Generator())})
+    wide = AdapterFile({"unet.conv_in": random_layer(nn.Conv2d(4, 20, 3), 2, 1.0, torch.Generator())})
     write_adapter(tmp_path / "wide.safetensors", wide, "kohya")
     with pytest.raises(UserError, match="16 × 36 in one and 20 × 36"):
-        read_parts([str(first), str(tmp_path / "wide.safetensors")])
+        read_inputs([str(first), str(tmp_path / "wide.safetensors")])
 
 
 def test_an_adapter_of_another_model_is_not_baked(run: Make, tmp_path: Path, tiny_folder: Path) -> None:
-    strange = Adapter({"unet.nowhere": random_layer(nn.Linear(4, 4), 2, 1.0, torch.Generator())})
+    strange = AdapterFile({"unet.nowhere": random_layer(nn.Linear(4, 4), 2, 1.0, torch.Generator())})
     with pytest.raises(UserError, match=r"unet\.nowhere"):
-        bake([Part(Path("s"), 1.0, strange)], str(tiny_folder), tmp_path / "baked")
+        bake([MergeInput(Path("s"), 1.0, strange)], str(tiny_folder), tmp_path / "baked")
     assert not (tmp_path / "baked").exists()
 
 
 def test_a_strength_is_what_follows_the_last_colon() -> None:
-    assert with_strength("runs/a:0.8") == (Path("runs/a"), 0.8)
-    assert with_strength("runs/a") == (Path("runs/a"), 1.0)
-    assert with_strength("c:/runs/a") == (Path("c:/runs/a"), 1.0)
+    assert parse_strength("runs/a:0.8") == (Path("runs/a"), 0.8)
+    assert parse_strength("runs/a") == (Path("runs/a"), 1.0)
+    assert parse_strength("c:/runs/a") == (Path("c:/runs/a"), 1.0)
     with pytest.raises(UserError, match=r"runs/dog:0\.8"):
-        with_strength("runs/a:nan")
+        parse_strength("runs/a:nan")
 
 
 def test_a_run_is_read_as_what_it_holds(run: Make) -> None:
     folder = run("a")
-    assert difference(read_part(folder).adapter, read_adapter(folder))[0] == 0
+    assert compare_updates(read_input(folder).adapter, read_adapter(folder))[0] == 0
 
 
 def test_learned_words_of_two_runs_live_on_in_their_merge(
@@ -325,8 +326,8 @@ def test_learned_words_of_two_runs_live_on_in_their_merge(
         write_tensors(folder / "learned_embeds.safetensors", {"[V]": values})
         concept = read_concept(folder)
         replace(concept, words="learned_embeds.safetensors", tokens={"[V]": "[V] [V]_1"}).write(folder)
-    parts = read_parts([str(folder) for folder in folders])
-    tokens = save_merged(tmp_path / "abc", merged(parts), parts)
+    parts = read_inputs([str(folder) for folder in folders])
+    tokens = save_merged(tmp_path / "abc", merge_exact(parts), parts)
     assert tokens == {"[V]": "[V] [V]_1", "[V2]": "[V2] [V2]_1", "[W]": "fgh"}
     model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
     load_concepts(model, [read_concept(tmp_path / "abc")])

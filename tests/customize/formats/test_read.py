@@ -16,12 +16,12 @@ from torch import nn
 from backbone.adapters.lora import add_lora, load_lora, save_lora
 from backbone.io.console import UserError
 from backbone.io.files import read_header, read_tensors, write_tensors
-from customize.formats.adapter import Adapter, Form
-from customize.formats.factors import Layer, row_norms
-from customize.formats.header import header_for
-from customize.formats.layer_names import dotted, flat, from_original, to_original
+from customize.formats.adapter import AdapterFile, FileFormat
+from customize.formats.factors import LayerUpdate, row_norms
+from customize.formats.layer_names import flatten_name, from_original, to_original, unflatten_name
+from customize.formats.metadata import build_metadata
 from customize.formats.read import read_adapter
-from customize.formats.write import difference, state_dict, write_adapter
+from customize.formats.write import compare_updates, to_state_dict, write_adapter
 from tests.customize.adapters import (
     modules_of,
     outputs,
@@ -32,7 +32,7 @@ from tests.customize.adapters import (
     whole_pipeline,
 )
 
-FORMS: tuple[Form, ...] = ("diffusers", "own", "kohya", "comfyui")
+FORMS: tuple[FileFormat, ...] = ("diffusers", "peft", "kohya", "comfyui")
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +41,17 @@ def some(tiny_folder: Path) -> dict[str, nn.Module]:
     return modules_of(whole_pipeline(tiny_folder))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("file_format", FORMS)
 @pytest.mark.parametrize("seed", range(4))
 def test_a_random_lora_comes_back_from_every_form(
-    form: Form, seed: int, some: dict[str, nn.Module], tmp_path: Path
+    file_format: FileFormat, seed: int, some: dict[str, nn.Module], tmp_path: Path
 ) -> None:
     random = torch.Generator().manual_seed(seed)
     chosen = {name: module for name, module in some.items() if torch.rand((), generator=random) < 0.4}
     adapter = random_adapter(chosen, seed=seed, alphas=(0.3, 1.0, 8.0))
-    write_adapter(tmp_path / "a.safetensors", adapter, form)
+    write_adapter(tmp_path / "a.safetensors", adapter, file_format)
     back = read_adapter(tmp_path / "a.safetensors")
-    assert difference(adapter, back)[0] == 0
+    assert compare_updates(adapter, back)[0] == 0
     for name, layer in adapter.layers.items():
         assert back.layers[name].rank == layer.rank
         assert back.layers[name].alpha == pytest.approx(layer.alpha)
@@ -59,18 +59,18 @@ def test_a_random_lora_comes_back_from_every_form(
 
 def test_a_chain_through_all_forms_changes_nothing(some: dict[str, nn.Module], tmp_path: Path) -> None:
     adapter = current = random_adapter(some, alphas=(2.0, 5.0))
-    for number, form in enumerate((*FORMS, *reversed(FORMS))):
-        write_adapter(tmp_path / f"{number}.safetensors", current, form)
+    for number, file_format in enumerate((*FORMS, *reversed(FORMS))):
+        write_adapter(tmp_path / f"{number}.safetensors", current, file_format)
         current = read_adapter(tmp_path / f"{number}.safetensors")
-    assert difference(adapter, current)[0] == 0
+    assert compare_updates(adapter, current)[0] == 0
 
 
-@pytest.mark.parametrize("form", ["diffusers", "kohya", "comfyui"])
+@pytest.mark.parametrize("file_format", ["diffusers", "kohya", "comfyui"])
 def test_diffusers_draws_with_an_export_as_the_definition_says(
-    form: Form, tiny_folder: Path, some: dict[str, nn.Module], tmp_path: Path
+    file_format: FileFormat, tiny_folder: Path, some: dict[str, nn.Module], tmp_path: Path
 ) -> None:
     adapter = random_adapter(_loadable(some), alphas=(3.0,))
-    write_adapter(tmp_path / "a.safetensors", adapter, form)
+    write_adapter(tmp_path / "a.safetensors", adapter, file_format)
     loaded, defined = whole_pipeline(tiny_folder), whole_pipeline(tiny_folder)
     before = outputs(loaded)
     loaded.load_lora_weights(tmp_path, weight_name="a.safetensors")
@@ -90,15 +90,17 @@ def test_diffusers_reads_one_alpha_for_each_layer_from_our_diffusers_form(
     assert (outputs(loaded) - outputs(defined)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("form", ["diffusers", "kohya", "comfyui"])
-def test_diffusers_reads_sdxl_with_both_text_encoders(form: Form, tmp_path: Path) -> None:
+@pytest.mark.parametrize("file_format", ["diffusers", "kohya", "comfyui"])
+def test_diffusers_reads_sdxl_with_both_text_encoders(file_format: FileFormat, tmp_path: Path) -> None:
     loaded, defined = tiny_xl(), tiny_xl()
     known = _loadable(modules_of(loaded))
-    if form == "comfyui":  # diffusers does not read this layer by diffusers' name from a file of this form
+    if (
+        file_format == "comfyui"
+    ):  # diffusers does not read this layer by diffusers' name from a file of this form
         known = {name: module for name, module in known.items() if "add_embedding" not in name}
     adapter = random_adapter(known, alphas=(3.0,))
     assert adapter.base == "sdxl"
-    write_adapter(tmp_path / "a.safetensors", adapter, form)
+    write_adapter(tmp_path / "a.safetensors", adapter, file_format)
     loaded.load_lora_weights(tmp_path, weight_name="a.safetensors")
     put_into(defined, adapter)
     assert (outputs(loaded) - outputs(defined)).abs().max() < 1e-5
@@ -120,7 +122,7 @@ def test_our_loader_takes_ranks_and_alphas_of_each_layer(
     tiny_folder: Path, some: dict[str, nn.Module], tmp_path: Path
 ) -> None:
     adapter = random_adapter(_loadable(some), alphas=(1.0, 4.0))
-    write_adapter(tmp_path / "a.safetensors", adapter, "own")
+    write_adapter(tmp_path / "a.safetensors", adapter, "peft")
     loaded, defined = whole_pipeline(tiny_folder), whole_pipeline(tiny_folder)
     text = {"text_encoder": loaded.text_encoder}
     load_lora(tmp_path / "a.safetensors", loaded.unet, "a", text_encoders=text)
@@ -158,17 +160,17 @@ def test_loha_and_lokr_go_into_lycoris_form_and_back(
     inject_adapter_in_model(config, unet, adapter_name="a")
     save_lora(tmp_path / "own.safetensors", unet, "a")
     adapter = read_adapter(tmp_path / "own.safetensors")
-    assert adapter.kinds == [kind]
+    assert adapter.algorithms == [kind]
     for name, module in unet.named_modules():  # peft's own ΔW
         if hasattr(module, "get_delta_weight"):
-            ours = adapter.layers[f"unet.{name}"].matrix()
+            ours = adapter.layers[f"unet.{name}"].delta_weight()
             torch.testing.assert_close(ours, module.get_delta_weight("a").detach().flatten(1))
     write_adapter(tmp_path / "kohya.safetensors", adapter, "kohya")
     names = read_header(tmp_path / "kohya.safetensors").shapes
     mark = "hada_w1_a" if kind == "loha" else "lokr_w1"
     assert all(name.startswith("lora_unet_") for name in names)
     assert any(mark in name for name in names)
-    assert difference(adapter, read_adapter(tmp_path / "kohya.safetensors"))[0] < 1e-6
+    assert compare_updates(adapter, read_adapter(tmp_path / "kohya.safetensors"))[0] < 1e-6
     with pytest.raises(UserError, match="kohya"):
         write_adapter(tmp_path / "no.safetensors", adapter, "diffusers")
     assert not (tmp_path / "no.safetensors").exists()
@@ -177,10 +179,10 @@ def test_loha_and_lokr_go_into_lycoris_form_and_back(
 def test_a_lokr_without_small_factors_keeps_its_strength_where_lycoris_ignores_alpha(tmp_path: Path) -> None:
     random = torch.Generator().manual_seed(0)
     whole = {"lokr_w1": torch.randn(2, 2, generator=random), "lokr_w2": torch.randn(4, 3, generator=random)}
-    adapter = Adapter({"unet.conv_in": Layer("lokr", whole, 4, 1.0)})
-    tensors, _ = state_dict(adapter, "kohya", base="sd1")
+    adapter = AdapterFile({"unet.conv_in": LayerUpdate("lokr", whole, 4, 1.0)})
+    tensors, _ = to_state_dict(adapter, "kohya", base="sd1")
     as_lycoris = torch.kron(tensors["lora_unet_conv_in.lokr_w1"], tensors["lora_unet_conv_in.lokr_w2"])
-    torch.testing.assert_close(as_lycoris, adapter.layers["unet.conv_in"].matrix())
+    torch.testing.assert_close(as_lycoris, adapter.layers["unet.conv_in"].delta_weight())
 
 
 def test_dora_goes_to_lycoris_as_it_is_and_to_comfyui_for_its_formula(tmp_path: Path) -> None:
@@ -188,29 +190,29 @@ def test_dora_goes_to_lycoris_as_it_is_and_to_comfyui_for_its_formula(tmp_path: 
     module = nn.Linear(6, 5)
     random = torch.Generator().manual_seed(0)
     layer = random_layer(module, 2, 1.0, random, dora=True)
-    adapter, weight = Adapter({"unet.conv_in": layer}), module.weight.detach()
-    lycoris, _ = state_dict(adapter, "kohya", base="sd1")
+    adapter, weight = AdapterFile({"unet.conv_in": layer}), module.weight.detach()
+    lycoris, _ = to_state_dict(adapter, "kohya", base="sd1")
     assert layer.magnitude is not None
     torch.testing.assert_close(lycoris["lora_unet_conv_in.dora_scale"], layer.magnitude[:, None])
-    comfy, _ = state_dict(adapter, "comfyui", base="sd1", weights={"unet.conv_in": weight})
+    comfy, _ = to_state_dict(adapter, "comfyui", base="sd1", weights={"unet.conv_in": weight})
     scale = comfy["lora_unet_conv_in.dora_scale"]
-    drawn = (weight + layer.matrix()) * (scale / row_norms(weight)[:, None])
-    torch.testing.assert_close(drawn, layer.new_weight(weight))
+    drawn = (weight + layer.delta_weight()) * (scale / row_norms(weight)[:, None])
+    torch.testing.assert_close(drawn, layer.merge_into(weight))
     with pytest.raises(UserError, match="--model"):
-        state_dict(adapter, "comfyui", base="sd1")
+        to_state_dict(adapter, "comfyui", base="sd1")
 
 
 def test_kohya_names_its_text_encoders_by_family(some: dict[str, nn.Module]) -> None:
     name = "text_encoder.encoder.layers.0.self_attn.q_proj"
     adapter = random_adapter({name: some[name]})
     for base, stem in (("sd1", "lora_te"), ("sdxl", "lora_te1")):
-        tensors, _ = state_dict(adapter, "kohya", base=base)  # type: ignore[arg-type]
+        tensors, _ = to_state_dict(adapter, "kohya", base=base)  # type: ignore[arg-type]
         assert f"{stem}_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight" in tensors
 
 
 def test_alpha_is_written_as_it_is(some: dict[str, nn.Module]) -> None:
     name = next(name for name in some if name.endswith("attn1.to_q"))
-    tensors, _ = state_dict(random_adapter({name: some[name]}, alphas=(0.3,)), "kohya")
+    tensors, _ = to_state_dict(random_adapter({name: some[name]}, alphas=(0.3,)), "kohya")
     (alpha,) = [value for key, value in tensors.items() if key.endswith(".alpha")]
     assert alpha.item() == pytest.approx(0.3)
 
@@ -219,11 +221,11 @@ def test_alpha_is_written_as_it_is(some: dict[str, nn.Module]) -> None:
 def test_every_layer_name_survives_underscores_and_the_original_block_numbers(config: str) -> None:
     for name, module in _shell(config).named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            assert dotted(flat(name)) == name
+            assert unflatten_name(flatten_name(name)) == name
             if config == "sdxl":
                 original = to_original(name)
                 assert original.startswith(("input_", "output_", "middle_", "time_", "label_", "out."))
-                assert from_original(dotted(flat(original))) == name
+                assert from_original(unflatten_name(flatten_name(original))) == name
 
 
 @pytest.mark.parametrize(
@@ -266,7 +268,7 @@ def test_a_file_of_diffusers_before_peft_is_read(tmp_path: Path) -> None:
         f"{block}.to_out.0",
         "text_encoder.encoder.layers.0.self_attn.q_proj",
     }
-    assert layers[f"{block}.to_q"].matrix().eq(2).all()
+    assert layers[f"{block}.to_q"].delta_weight().eq(2).all()
 
 
 def test_a_convolution_with_a_small_kernel_between_is_one_kernel(tmp_path: Path) -> None:
@@ -283,7 +285,9 @@ def test_a_convolution_with_a_small_kernel_between_is_one_kernel(tmp_path: Path)
             f"{stem}.alpha": torch.tensor(2.0),
         },
     )
-    kernel = read_adapter(tmp_path / "locon.safetensors").layers["unet.conv_in"].matrix().reshape(4, 3, 3, 3)
+    kernel = (
+        read_adapter(tmp_path / "locon.safetensors").layers["unet.conv_in"].delta_weight().reshape(4, 3, 3, 3)
+    )
     picture = torch.randn(1, 3, 6, 6, generator=random)
     torch.testing.assert_close(torch.conv2d(picture, kernel, padding=1), up(middle(down(picture))))
 
@@ -302,8 +306,8 @@ def test_the_header_says_what_kohyas_tools_look_for(some: dict[str, nn.Module], 
     adapter = replace(
         adapter, layers={name: replace(layer, rank=layer.rank) for name, layer in adapter.layers.items()}
     )
-    header = header_for(adapter, title="dog", base="sd1")
-    write_adapter(tmp_path / "a.safetensors", adapter, "kohya", header=header, base="sd1")
+    header = build_metadata(adapter, title="dog", base="sd1")
+    write_adapter(tmp_path / "a.safetensors", adapter, "kohya", metadata=header, base="sd1")
     said = read_header(tmp_path / "a.safetensors").metadata
     assert said["ss_network_module"] == "networks.lora"
     assert said["ss_base_model_version"] == "sd_v1"
@@ -367,7 +371,7 @@ def test_tensors_that_are_not_read_are_not_dropped_in_silence(tmp_path: Path) ->
 def test_an_export_that_does_not_come_back_is_not_written(
     some: dict[str, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("customize.formats.write.kohya_name", lambda name, **_: "lora_unet_conv_in")
+    monkeypatch.setattr("customize.formats.write.to_kohya_name", lambda name, **_: "lora_unet_conv_in")
     with pytest.raises(UserError, match="was not written"):
         write_adapter(tmp_path / "a.safetensors", random_adapter(some), "kohya")
     assert list(tmp_path.iterdir()) == []

@@ -1,9 +1,9 @@
-"""The judge: a small ResNet of our own that names what a picture of `moji`'s world shows.
+"""The attribute classifier of the benchmarks: a small ResNet that names what an image of `moji`'s world shows.
 
-It is independent of everything that it judges: trained by `recipes.moji.judge` on other scenes than the model
-and the scorer, without any text, and with the glyphs of the development concepts, since it must say whether
-the right one appears. Weights and labels lie in `benchmarks/judge/`; `judge.json` also holds its own
-accuracies, which bound what its verdicts are worth.
+It is independent of the models that it evaluates: trained by `recipes.moji.classifier` on other scenes than the model
+and the scorer, without any text, and with the glyphs of the development concepts, since it must tell whether the right
+one appears. Weights and labels lie in `benchmarks/classifier/`; `classifier.json` also holds its own
+accuracies, which bound what its predictions are worth.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from backbone.io.console import UserError
 from backbone.io.files import read_json, read_tensors
 from backbone.world.words import load_vocabulary
 
-FOLDER = Path(__file__).with_name("judge")
-WEIGHTS, FACTS = "judge.safetensors", "judge.json"
+FOLDER = Path(__file__).with_name("classifier")
+WEIGHTS, FACTS = "classifier.safetensors", "classifier.json"
 SIDE = 128  # pixels
 GREY_STYLES = ("a pencil sketch of",)  # in which no colour can be seen
 NONE = "none"
@@ -32,8 +32,8 @@ Reading = Mapping[str, float]
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What the judge sees in one picture: each head's labels with probabilities, most likely first.
+class Prediction:
+    """Class probabilities of one image: each head's labels with probabilities, most likely first.
 
     `glyphs` shares its probability among the things that are there: about ½ each for two different ones.
     """
@@ -48,57 +48,61 @@ class Verdict:
 
     @property
     def glyph(self) -> str:
-        """The glyph that it sees most of, among all that it knows."""
-        return top(self.glyphs)
+        """The most likely glyph."""
+        return most_likely(self.glyphs)
 
     @property
     def two_glyphs(self) -> frozenset[str]:
-        """The two glyphs that it sees most of."""
+        """The two most likely glyphs."""
         return frozenset(list(self.glyphs)[:2])
 
 
-def top(reading: Reading) -> str:
+def most_likely(reading: Reading) -> str:
     """The most likely label of a head."""
     return next(iter(reading))
 
 
-def shows(verdict: Verdict, glyph: str) -> bool:
+def is_top_glyph(prediction: Prediction, glyph: str) -> bool:
     """Whether this glyph is the top one among all glyphs, development concepts and the demo's included.
 
-    Raises `UserError` for a glyph that the judge does not know.
+    Raises `UserError` for a glyph that the classifier does not know.
     """
-    if glyph not in verdict.glyphs:
-        raise UserError(f"The judge does not know {glyph!r}. It knows: {', '.join(sorted(verdict.glyphs))}.")
-    return verdict.glyph == glyph
+    if glyph not in prediction.glyphs:
+        raise UserError(
+            f"The classifier does not know {glyph!r}. It knows: {', '.join(sorted(prediction.glyphs))}."
+        )
+    return prediction.glyph == glyph
 
 
 @dataclass(frozen=True)
-class Judge:
+class Classifier:
     """The network and the labels of each head, in the order of its logits."""
 
     network: Network
     labels: Mapping[str, Sequence[str]]
 
     @torch.no_grad()
-    def verdicts(self, images: Sequence[Image.Image], *, batch: int = 64) -> list[Verdict]:
-        """What it sees in each picture; pictures of another size are scaled to 128 × 128."""
-        found: list[Verdict] = []
+    def classify(self, images: Sequence[Image.Image], *, batch: int = 64) -> list[Prediction]:
+        """Classify images; those of another size are scaled to 128 × 128."""
+        predictions: list[Prediction] = []
         for first in range(0, len(images), batch):
-            logits = self.network(prepared(images[first : first + batch]).to(self.network.device))
+            logits = self.network(prepare_images(images[first : first + batch]).to(self.network.device))
             shares = {head: value.float().softmax(-1).cpu() for head, value in logits.items()}
             for row in range(len(next(iter(shares.values())))):
-                found.append(
-                    Verdict(**{head: ordered(self.labels[head], shares[head][row]) for head in self.labels})
+                predictions.append(
+                    Prediction(
+                        **{head: sort_labels(self.labels[head], shares[head][row]) for head in self.labels}
+                    )
                 )
-        return found
+        return predictions
 
 
-def load_judge(folder: str | Path = FOLDER, *, device: torch.device | str = "cpu") -> Judge:
-    """The trained judge. Raises `UserError` when its files are missing or do not fit together."""
+def load_classifier(folder: str | Path = FOLDER, *, device: torch.device | str = "cpu") -> Classifier:
+    """Load the trained classifier. Raises `UserError` when its files are missing or do not fit together."""
     folder = Path(folder)
     if not (folder / WEIGHTS).is_file() or not (folder / FACTS).is_file():
         raise UserError(
-            f"{folder} lacks {WEIGHTS} or {FACTS}. Train the judge with `python -m recipes.moji.judge`."
+            f"{folder} lacks {WEIGHTS} or {FACTS}. Train the classifier with `python -m recipes.moji.classifier`."
         )
     labels: dict[str, list[str]] = read_json(folder / FACTS)["labels"]
     tensors, _ = read_tensors(folder / WEIGHTS)
@@ -112,10 +116,10 @@ def load_judge(folder: str | Path = FOLDER, *, device: torch.device | str = "cpu
         )
     network.load_state_dict({name: value.float() for name, value in tensors.items()}, strict=False)
     network = network.to(device).eval().requires_grad_(False)
-    return Judge(network, labels)
+    return Classifier(network, labels)
 
 
-def label_lists() -> dict[str, list[str]]:
+def list_labels() -> dict[str, list[str]]:
     """The labels of every head; the glyphs are the nouns, the development concepts and the demo's."""
     words = load_vocabulary()
     return {
@@ -129,14 +133,14 @@ def label_lists() -> dict[str, list[str]]:
     }
 
 
-def prepared(images: Sequence[Image.Image]) -> Tensor:
+def prepare_images(images: Sequence[Image.Image]) -> Tensor:
     """Pictures as float32 [B, 3, 128, 128] in −1…1."""
     squares = [image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC) for image in images]
     batch = torch.from_numpy(np.stack([np.asarray(square, dtype=np.float32) for square in squares]))
     return (batch / 127.5 - 1).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
 
-def ordered(labels: Sequence[str], shares: Tensor) -> Reading:
+def sort_labels(labels: Sequence[str], shares: Tensor) -> Reading:
     """Labels with their probabilities [N], most likely first."""
     return dict(sorted(zip(labels, shares.tolist(), strict=True), key=lambda pair: -pair[1]))
 

@@ -1,11 +1,11 @@
-"""The judge of `moji`'s benchmarks: a small ResNet naming things, place, colour, accessory, style, number.
+"""The classifier of `moji`'s benchmarks: a small ResNet naming things, place, colour, accessory, style, number.
 
-    python -m recipes.moji.judge --steps 10000     on one core 1 h 30 min, after some minutes of preparation
+    python -m recipes.moji.classifier --steps 10000     on one core 1 h 30 min, after some minutes of preparation
 
 Its scenes are its own (seeds 400,000 to 999,999), drawn with more colours, accessories and styles than the model's;
 their glyphs are the nouns, the development concepts and the demo's, and no other. No text is involved. Some
 pictures also come as the autoencoder decodes them from slightly noisy latents, for that is what it will
-judge. Continues from its last checkpoint; writes the EMA weights and, beside them, labels and accuracies on
+classifier. Continues from its last checkpoint; writes the EMA weights and, beside them, labels and accuracies on
 held-out scenes, plain and decoded.
 """
 
@@ -31,7 +31,7 @@ from backbone.training.loop import Average, load_checkpoint, save_checkpoint, tr
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from backbone.world.textures import Pixels
 from backbone.world.words import Thing, load_vocabulary
-from benchmarks.judge import (
+from benchmarks.classifier import (
     FACTS,
     GREY_STYLES,
     NONE,
@@ -39,17 +39,17 @@ from benchmarks.judge import (
     TWO_DIFFERENT,
     TWO_OF_A_KIND,
     WEIGHTS,
-    Judge,
+    Classifier,
     Network,
-    Verdict,
-    label_lists,
-    load_judge,
-    top,
+    Prediction,
+    list_labels,
+    load_classifier,
+    most_likely,
 )
 from recipes.moji.autoencoder import to_tensor
 from recipes.moji.logbook import Logbook
 from recipes.moji.muon import Muon
-from recipes.moji.rendered import AUTOENCODER, has_autoencoder, moved, rendered, roughened, round_trips
+from recipes.moji.rendered import AUTOENCODER, has_autoencoder, rendered, roughen, round_trips, shift
 
 FIRST_SEED = 400_000
 HELD_OUT = BENCHMARK_SEEDS[100_000:102_000]
@@ -75,7 +75,7 @@ def main(
     batch: Annotated[int, typer.Option(help="Pictures a step.")] = 64,
     learning_rate: Annotated[float, typer.Option(help="Of all but the inner matrices.")] = 2e-3,
     matrix_rate: Annotated[float, typer.Option(help="Muon's, of the convolutions.")] = 3e-3,
-    start: Annotated[Path | None, typer.Option(help="A finished judge's folder, to begin from.")] = None,
+    start: Annotated[Path | None, typer.Option(help="A finished classifier's folder, to begin from.")] = None,
     scenes: Annotated[int, typer.Option(help="How many scenes to render.")] = 60_000,
     decoded: Annotated[
         int, typer.Option(help="How many of them also as the autoencoder decodes them.")
@@ -86,12 +86,12 @@ def main(
     seed: Annotated[int, typer.Option()] = 0,
     workdir: Annotated[Path, typer.Option(help="Where intermediate files go.")] = Path("build/moji"),
 ) -> None:
-    """Trains, or goes on training, and writes `judge/` in the work directory."""
+    """Trains, or goes on training, and writes `classifier/` in the work directory."""
     torch.manual_seed(seed)
-    labels = label_lists()
+    labels = list_labels()
     network = Network({head: len(names) for head, names in labels.items()})
     if start is not None:
-        network.load_state_dict(load_judge(start).network.state_dict())
+        network.load_state_dict(load_classifier(start).network.state_dict())
     network = network.to(device).train()
     parameters = dict(network.named_parameters())
     statistics = {name: value for name, value in network.named_buffers() if value.is_floating_point()}
@@ -104,12 +104,12 @@ def main(
     ]
     optimizer = Muon(groups, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.03)
     average = Average(kept, decay=0.998)
-    checkpoint = workdir / "judge.safetensors"
+    checkpoint = workdir / "classifier.safetensors"
     done = 0
     if checkpoint.exists():
         done, _ = load_checkpoint(checkpoint, parameters=kept, optimizer=optimizer, average=average)
     cases = Cases.on_disk(workdir, scenes, decoded=decoded, decoded_share=decoded_share, device=device)
-    held_out = [scene_of(number) for number in HELD_OUT]
+    held_out = [make_scene(number) for number in HELD_OUT]
     examination = Examination(workdir, held_out, device)
 
     def losses(step: int) -> Iterator[Tensor]:
@@ -117,7 +117,7 @@ def main(
         pictures = pictures.to(device).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device, torch.bfloat16):
             logits = network(pictures)
-        yield judged_loss(logits, {head: value.to(device) for head, value in truth.items()})
+        yield classification_loss(logits, {head: value.to(device) for head, value in truth.items()})
 
     logbook = Logbook(batch=batch)
     lr_schedule = warm_cosine(steps, warmup=min(150, steps // 5), floor=0.01)
@@ -136,7 +136,7 @@ def main(
         export(average, workdir, step=done, cases=cases, marks=examination)
 
 
-def judged_loss(logits: dict[str, Tensor], truth: dict[str, Tensor]) -> Tensor:
+def classification_loss(logits: dict[str, Tensor], truth: dict[str, Tensor]) -> Tensor:
     """The weighted sum of the heads' cross-entropies; the glyphs' target is the share [B, N] of each."""
     terms = []
     for head, value in logits.items():
@@ -150,14 +150,14 @@ def judged_loss(logits: dict[str, Tensor], truth: dict[str, Tensor]) -> Tensor:
 # --- scenes -------------------------------------------------------------------------------------------------
 
 
-def scene_of(seed: int, *, styled: float = 0.0) -> Scene:
-    """The judge's scene of a seed: any of its glyphs; a single thing is coloured or dressed more often than
+def make_scene(seed: int, *, styled: float = 0.0) -> Scene:
+    """The classifier's scene of a seed: any of its glyphs; a single thing is coloured or dressed more often than
     for the model. What a benchmark never asks for (a tree in a park) stands on white instead.
 
     Of the plain ones the share `styled` gets a style too, mostly those in which a glyph is hard to see.
     """
     words = load_vocabulary()
-    scene = sample_scene(seed, nouns=tuple(label_lists()["glyphs"]))
+    scene = sample_scene(seed, nouns=tuple(list_labels()["glyphs"]))
     if len(scene.things) == 1 and not scene.pair:
         random = scene.random("judge")
         (thing,) = scene.things
@@ -171,7 +171,7 @@ def scene_of(seed: int, *, styled: float = 0.0) -> Scene:
     return scene if is_fair(scene) else replace(scene, place="on a white background")
 
 
-def answers(scene: Scene) -> dict[str, str | frozenset[str] | None]:
+def true_labels(scene: Scene) -> dict[str, str | frozenset[str] | None]:
     """The right label of every head; for glyphs the set of them; None where a picture cannot show it."""
     thing: Thing = scene.things[0]
     kinds = frozenset(each.noun for each in scene.things)
@@ -200,13 +200,13 @@ class Cases:
         self.shards, self.decoded = list(shards), decoded
         self.decoded_share = decoded_share if decoded is not None else 0.0
         self.count = len(scenes)
-        self.truth = as_numbers(scenes)
+        self.truth = encode_labels(scenes)
 
     @classmethod
     def on_disk(cls, workdir: Path, count: int, *, decoded: int, decoded_share: float, device: str) -> Cases:
         """Renders and decodes what is missing."""
         assert count % SHARD == 0, f"scenes come in shards of {SHARD}"
-        scenes = [scene_of(seed, styled=STYLED) for seed in range(FIRST_SEED, FIRST_SEED + count)]
+        scenes = [make_scene(seed, styled=STYLED) for seed in range(FIRST_SEED, FIRST_SEED + count)]
         shards = [
             rendered(workdir, f"judge-styled-{FIRST_SEED + first}", scenes[first : first + SHARD])
             for first in range(0, count, SHARD)
@@ -230,21 +230,21 @@ class Cases:
                 index = random.randrange(self.count)
                 picture = self.shards[index // SHARD][index % SHARD]
             right, down = random.randint(-FARTHEST, FARTHEST), random.randint(-FARTHEST, FARTHEST)
-            pictures.append(moved(picture, right=right, down=down, mirrored=random.random() < 0.5))
+            pictures.append(shift(picture, right=right, down=down, mirrored=random.random() < 0.5))
             chosen.append(index)
-        return roughened(to_tensor(np.stack(pictures)), random), {
+        return roughen(to_tensor(np.stack(pictures)), random), {
             head: v[chosen] for head, v in self.truth.items()
         }
 
 
-def as_numbers(scenes: Sequence[Scene]) -> dict[str, Tensor]:
+def encode_labels(scenes: Sequence[Scene]) -> dict[str, Tensor]:
     """The answers as tensors: of glyphs the share of each [B, N], of other heads the label's number [B]."""
-    labels = label_lists()
+    labels = list_labels()
     number = {head: {name: index for index, name in enumerate(names)} for head, names in labels.items()}
     shares = torch.zeros(len(scenes), len(labels["glyphs"]))
     others: dict[str, list[int]] = {head: [] for head in labels if head != "glyphs"}
     for row, scene in enumerate(scenes):
-        right = answers(scene)
+        right = true_labels(scene)
         kinds = right.pop("glyphs")
         assert isinstance(kinds, frozenset)
         for kind in kinds:
@@ -258,7 +258,7 @@ def as_numbers(scenes: Sequence[Scene]) -> dict[str, Tensor]:
 
 
 class Examination:
-    """Held-out scenes, plain and as the autoencoder decodes them: accuracies of the judge on both."""
+    """Held-out scenes, plain and as the autoencoder decodes them: accuracies of the classifier on both."""
 
     def __init__(self, workdir: Path, scenes: Sequence[Scene], device: str) -> None:
         self.scenes = list(scenes)
@@ -270,36 +270,39 @@ class Examination:
                 workdir, f"judge-{HELD_OUT[0]}", half, latent_noise=0.0, device=device
             )
 
-    def __call__(self, judge: Judge) -> dict[str, Any]:
+    def __call__(self, classifier: Classifier) -> dict[str, Any]:
         """Of each kind of picture: how many, the accuracies, and the pairs of glyphs most often confused."""
         results = {}
         for kind, pictures in self.pictures.items():
-            verdicts = judge.verdicts([Image.fromarray(picture) for picture in pictures])
-            results[kind] = {"pictures": len(pictures), **accuracies(self.scenes[: len(verdicts)], verdicts)}
+            predictions = classifier.classify([Image.fromarray(picture) for picture in pictures])
+            results[kind] = {
+                "pictures": len(pictures),
+                **measure_accuracies(self.scenes[: len(predictions)], predictions),
+            }
         return results
 
 
-def accuracies(scenes: Sequence[Scene], verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """Shares of right verdicts per head, of glyphs also by number and style; and what is taken for what."""
+def measure_accuracies(scenes: Sequence[Scene], predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """Shares of right predictions per head, of glyphs also by number and style; and what is taken for what."""
     right: dict[str, list[bool]] = {}
     confused: Counter[tuple[str, str]] = Counter()
-    for scene, verdict in zip(scenes, verdicts, strict=True):
-        expected = answers(scene)
+    for scene, prediction in zip(scenes, predictions, strict=True):
+        expected = true_labels(scene)
         kinds = expected.pop("glyphs")
         assert isinstance(kinds, frozenset)
-        hit = verdict.two_glyphs == kinds if len(kinds) == 2 else verdict.glyph in kinds
+        hit = prediction.two_glyphs == kinds if len(kinds) == 2 else prediction.glyph in kinds
         right.setdefault("glyphs", []).append(hit)
         right.setdefault(f"glyphs, {expected['count']}", []).append(hit)
         right.setdefault(f"glyphs, style {expected['style']}", []).append(hit)
         if len(kinds) == 1 and not hit:
-            confused[next(iter(kinds)), verdict.glyph] += 1
+            confused[next(iter(kinds)), prediction.glyph] += 1
         for head, label in expected.items():
             if label is not None:
-                right.setdefault(head, []).append(top(getattr(verdict, head)) == label)
+                right.setdefault(head, []).append(most_likely(getattr(prediction, head)) == label)
         for head in ("colour", "accessory"):
             if expected[head] not in (None, NONE):
                 right.setdefault(f"{head}, where there is one", []).append(
-                    top(getattr(verdict, head)) == expected[head]
+                    most_likely(getattr(prediction, head)) == expected[head]
                 )
     shares = {name: round(float(np.mean(values)), 4) for name, values in sorted(right.items())}
     pairs = [
@@ -315,11 +318,11 @@ def accuracies(scenes: Sequence[Scene], verdicts: Sequence[Verdict]) -> dict[str
 @torch.no_grad()
 def export(average: Average, workdir: Path, *, step: int, cases: Cases, marks: Examination) -> None:
     """Writes the averaged weights (matrices in fp16), and labels and accuracies beside them."""
-    folder = workdir / "judge"
+    folder = workdir / "classifier"
     tensors = {name: value.half() if value.ndim > 1 else value for name, value in average.values.items()}
     write_tensors(folder / WEIGHTS, tensors, {"step": str(step)})
     facts: dict[str, Any] = {
-        "labels": label_lists(),
+        "labels": list_labels(),
         "step": step,
         "training_seeds": [FIRST_SEED, FIRST_SEED + cases.count - 1],
         "decoded_pictures": 0 if cases.decoded is None else len(cases.decoded),
@@ -328,7 +331,7 @@ def export(average: Average, workdir: Path, *, step: int, cases: Cases, marks: E
     if has_autoencoder(workdir):
         facts["autoencoder"] = content_hash(workdir / AUTOENCODER)
     write_json(folder / FACTS, facts)
-    facts["held_out"] = marks(load_judge(folder))
+    facts["held_out"] = marks(load_classifier(folder))
     write_json(folder / FACTS, facts)
     short = {kind: result["accuracy"] for kind, result in facts["held_out"].items()}
     print(json.dumps({"step": step, **short}), flush=True)
