@@ -33,7 +33,7 @@ ROOMS = {
         ("data", "formats"),
         ("objectives",),
         ("train",),
-        ("cli",),
+        ("api", "cli"),
     ),
     "edit": (
         ("checks", "pictures", "attention"),
@@ -48,7 +48,7 @@ ROOMS = {
         ("collect",),
         ("objectives", "compare"),
         ("train",),
-        ("cli",),
+        ("api", "cli"),
     ),
 }
 
