@@ -1,16 +1,25 @@
-"""Tunes a model to preferences: pairs of images, scorers, Diffusion-DPO and its relatives, reward gradients."""
+"""Tunes a model to preferences: pairs of images, scorers, Diffusion-DPO and its relatives, reward gradients.
+
+import align
+
+align.sample(["a dog in the snow", "a red cat"], out="samples")
+run = align.train("samples")        # after `align label samples`, or `align rank samples --scorer moji`
+align.compare("moji", run, prompts="heldout.txt", out="compare")
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-__version__: str
+from backbone.io.lazy import export_lazily
 
-if not TYPE_CHECKING:
+if TYPE_CHECKING:
+    from align.api import compare, sample, train
+    from backbone.io.run import Run
 
-    def __getattr__(name: str) -> Any:
-        if name == "__version__":
-            from backbone import __version__
+    __version__: str
 
-            return __version__
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = ["Run", "compare", "sample", "train"]
+__getattr__, __dir__ = export_lazily(
+    __name__, {"align.api": ("compare", "sample", "train"), "backbone.io.run": ("Run",)}
+)

@@ -1,20 +1,23 @@
-"""What every method shares: the noise algebra and its samplers below, models, adapters and training above."""
+"""What every method shares: the noise algebra and its samplers, model families, adapters, training.
+
+import backbone
+
+model = backbone.open("moji")
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-__version__: str
+from backbone.io.lazy import export_lazily
 
-if not TYPE_CHECKING:
+if TYPE_CHECKING:
+    from backbone.io.console import UserError
+    from backbone.models.model import Backbone, open
 
-    def __getattr__(name: str) -> Any:
-        """`__version__`, which is read from the installation when it is asked for."""
-        if name == "__version__":
-            from importlib.metadata import PackageNotFoundError, version
+    __version__: str
 
-            try:
-                return version("limner")
-            except PackageNotFoundError:  # a source tree that was never installed
-                return "0+unknown"
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = ["Backbone", "UserError", "open"]
+__getattr__, __dir__ = export_lazily(
+    __name__, {"backbone.models.model": ("Backbone", "open"), "backbone.io.console": ("UserError",)}
+)

@@ -1,16 +1,24 @@
-"""Teaches a model a new concept from a handful of images."""
+"""Teaches a model a new concept from a handful of images.
+
+import customize
+
+run = customize.train("dog/", token="[V]", class_noun="dog")
+customize.sample("a [V] dog in the snow", concept=run)
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-__version__: str
+from backbone.io.lazy import export_lazily
 
-if not TYPE_CHECKING:
+if TYPE_CHECKING:
+    from backbone.io.run import Run
+    from customize.api import evaluate, sample, train
 
-    def __getattr__(name: str) -> Any:
-        if name == "__version__":
-            from backbone import __version__
+    __version__: str
 
-            return __version__
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = ["Run", "evaluate", "sample", "train"]
+__getattr__, __dir__ = export_lazily(
+    __name__, {"customize.api": ("evaluate", "sample", "train"), "backbone.io.run": ("Run",)}
+)

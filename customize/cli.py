@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,10 +12,11 @@ from backbone.io.commands import command_group, print_json
 from backbone.io.console import UserError, is_main_rank, notify, run_app
 from backbone.io.files import read_json
 from backbone.io.flags import Device, Model, Precision, option
-from backbone.io.options import command, refuse_idle
+from backbone.io.options import command
 from backbone.training.settings import PANELS, refuse_beside_resume
 from customize.formats import cli as files_cli
-from customize.settings import Settings, Subject, TrainOptions, read_settings, read_subject, resolved
+from customize.settings import Settings, TrainOptions, read_settings, resolved
+from customize.train.start import start
 
 app = command_group("Teach a diffusion model a new concept from a handful of images.")
 
@@ -110,65 +110,11 @@ def train(asked: dict[str, Any], run: TrainOptions) -> None:
 
         finished = resume_concept(run.resume)
     else:
-        said = asked
-        subjects, asked = subjects_of(said)
-        named = {"images": "", "token": "", "class_noun": "", "subject": [one.flag() for one in subjects[1:]]}
-        refuse_idle(resolved({**named, **asked}, {}), said)  # before torch is imported, as contradictions
-        from backbone.media.pictures import check_images as check_pictures
-        from backbone.media.pictures import list_images
-
-        columns = {name: asked.get(name) or None for name in ("caption_column", "image_column")}
-        for subject in subjects:
-            check_pictures(list_images(subject.images, **columns))
-        from customize.train.run import train_concept
-
-        finished = train_concept(asked, subjects, out=run.out, vram=run.vram)
+        finished = start(asked, out=run.out, vram=run.vram)
     token = read_settings(finished).token
     notify(
         f'{finished}/sheet.png shows it. Next: customize sample "a {token} … in the snow" --concept {finished}'
     )
-
-
-def subjects_of(asked: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]]:
-    """What is to be learned, and the settings with what a layout of other trainers says beside it.
-
-    Raises `UserError` where nothing is named, or a flag says otherwise than the layout.
-    """
-    from customize.data.folders import is_concept_source, read_subjects
-
-    rest = dict(asked)
-    images, token = rest.pop("images", None), rest.pop("token", None)
-    noun, words = rest.pop("class_noun", ""), rest.pop("token_words", "")
-    more = [read_subject(flag) for flag in rest.pop("subject", ())]
-    if images is None:
-        if not more:
-            raise UserError(
-                "Say where the images are: --images FOLDER (customize example dog/ writes some to try)."
-            )
-        for name, value in (("token", token), ("class", noun), ("token-words", words)):
-            if value:
-                raise UserError(
-                    f"--{name} belongs to --images, which is not there. Add it, or leave that out."
-                )
-        return more, rest
-    if not is_concept_source(images):
-        return [Subject(images, token or "[V]", noun, words), *more], rest
-    found, prompts = read_subjects(images)
-    for flag, value, own in (
-        ("--token", token, found[0].token),
-        ("--class", noun, found[0].class_noun),
-        ("--token-words", words, found[0].token_words),
-    ):
-        if value and (value != own or len(found) > 1):
-            raise UserError(
-                f"{images} says what its subjects are called, so {flag} has no effect. Leave it out."
-            )
-    for subject in found:
-        notify(f"{subject.images}: {subject.token} {subject.class_noun}, all subjects equally often.")
-    if "class_images" in prompts and rest.get("prior") != "class-images":
-        notify(f"The class_data_dir of {images} is for --prior class-images, and is left aside.")
-        del prompts["class_images"]
-    return [*found, *more], {**prompts, **rest}
 
 
 @app.command()

@@ -33,7 +33,7 @@ ROOMS = {
         ("data", "formats"),
         ("objectives",),
         ("train",),
-        ("cli",),
+        ("api", "cli"),
     ),
     "edit": (
         ("checks", "pictures", "attention"),
@@ -50,7 +50,7 @@ ROOMS = {
         ("collect",),
         ("objectives", "compare"),
         ("train",),
-        ("cli",),
+        ("api", "cli"),
     ),
 }
 

@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from align.settings import SOURCE_HELP, Settings, read_settings, resolved
-from backbone.io.console import UserError, notify
-from backbone.io.options import command, hyphens, refuse_idle
+from align.settings import SOURCE_HELP, Settings, read_settings
+from align.train.start import start
+from backbone.io.console import notify
+from backbone.io.options import command, hyphens
 from backbone.training.settings import MODEL_HELP, PANELS, RunOptions, refuse_beside_resume
 
 __all__ = ["SOURCE_HELP", "hyphens"]  # for the other commands
@@ -53,38 +54,7 @@ def train(asked: dict[str, Any], run: RunOptions) -> None:
     if run.resume is not None:
         _done(_resumed(run.resume, asked, run))
         return
-    refuse_idle(resolved(asked, {}), asked)  # contradictions are answered before torch is imported
-    source, online = asked.get("pairs"), asked.get("online")
-    if online is not None:
-        if run.vram is not None:
-            raise UserError(
-                "--vram plans for pairs that are there. With --online name the measures yourself."
-            )
-        if source is not None:
-            raise UserError("--online draws its own pairs, so it takes no source. Leave out one of the two.")
-        if "prompts" not in asked:
-            raise UserError("--online needs prompts to draw. Add --prompts FILE.")
-        from backbone.io.prompts import read_prompts
-
-        read_prompts(Path(asked["prompts"]))
-        from align.train.online import train_online
-
-        finished = train_online(asked, out=run.out)
-    else:
-        if source is None:
-            raise UserError(
-                "Say what to learn from: align train PAIRS (see align train --help), or --online SCORER."
-            )
-        from align.pairs.read import read_preferences
-        from align.pairs.records import check_preferences, describe_records
-
-        rows = {name: asked[name] for name in ("user", "limit", "split") if name in asked}
-        found = check_preferences(read_preferences(source, **rows), skip_bad=asked.get("skip_bad", False))
-        notify(f"{found.source} holds {describe_records(found.records)}.")
-        from align.train.run import train_taste
-
-        finished = train_taste(asked, found, out=run.out, vram=run.vram)
-    _done(finished)
+    _done(start(asked, out=run.out, vram=run.vram))
 
 
 def _resumed(run: Path, asked: dict[str, Any], said: RunOptions) -> Path:

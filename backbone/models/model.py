@@ -67,6 +67,11 @@ class Backbone:
         self.asked_resolution = resolution
         self.text_learned = False  # new words or adapters: what is remembered of prompts no longer holds
 
+    def __repr__(self) -> str:
+        family, side = type(self.family).__name__, self.resolution
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"<{self.location.name}: {family}, {side} px, {dtype} on {self.device}>"
+
     @classmethod
     def open(
         cls,
@@ -325,3 +330,6 @@ class Backbone:
             Any, self.autoencoder
         ).config  # of the loaded one: old files leave out what has a default
         return float(config.get("scaling_factor") or 1.0), float(config.get("shift_factor") or 0.0)
+
+
+open = Backbone.open  # as `backbone.open("moji")`

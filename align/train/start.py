@@ -1,0 +1,51 @@
+"""The first steps of `align.train`, before torch is imported: mistakes in what was asked are answered here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from align.settings import resolved
+from backbone.io.console import UserError, notify
+from backbone.io.options import refuse_idle
+
+
+def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | None = None) -> Path:
+    """Train from settings as they were asked for, by field of `Settings`; gives the run folder.
+
+    `vram` is the device's memory in GiB to plan for. Raises `UserError` for settings that contradict each other and
+    for records that cannot be read, before any weights load.
+    """
+    asked = dict(asked)
+    refuse_idle(resolved(asked, {}), asked)  # contradictions are answered before torch is imported
+    source, online = asked.get("pairs"), asked.get("online")
+    if online is not None:
+        if vram is not None:
+            raise UserError(
+                "--vram plans for pairs that are there. With --online name the measures yourself."
+            )
+        if source is not None:
+            raise UserError("--online draws its own pairs, so it takes no source. Leave out one of the two.")
+        if "prompts" not in asked:
+            raise UserError("--online needs prompts to draw. Add --prompts FILE.")
+        from backbone.io.prompts import read_prompts
+
+        read_prompts(Path(asked["prompts"]))
+        from align.train.online import train_online
+
+        return train_online(asked, out=out)
+    else:
+        if source is None:
+            raise UserError(
+                "Say what to learn from: align train PAIRS (see align train --help), or --online SCORER."
+            )
+        from align.pairs.read import read_preferences
+        from align.pairs.records import check_preferences, describe_records
+
+        rows = {name: asked[name] for name in ("user", "limit", "split") if name in asked}
+        found = check_preferences(read_preferences(source, **rows), skip_bad=asked.get("skip_bad", False))
+        notify(f"{found.source} holds {describe_records(found.records)}.")
+        from align.train.run import train_taste
+
+        return train_taste(asked, found, out=out, vram=vram)

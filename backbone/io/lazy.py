@@ -1,0 +1,27 @@
+"""Names of a package that load their module when they are first used, so that `--help` imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+
+def export_lazily(
+    package: str, modules: Mapping[str, Sequence[str]]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """`__getattr__` and `__dir__` of a package that exports names of other modules, and `__version__`."""
+    home = {name: module for module, names in modules.items() for name in names}
+
+    def get(name: str) -> Any:
+        if name == "__version__":
+            try:
+                return version("limner")
+            except PackageNotFoundError:  # a source tree that was never installed
+                return "0+unknown"
+        if name not in home:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(home[name]), name)
+
+    return get, lambda: sorted([*home, "__version__"])

@@ -1,0 +1,37 @@
+"""Images with their prompts, as a notebook shows them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+
+from PIL import Image
+
+from backbone.media.sheet import Cell, draw_sheet, split_rows
+
+
+class Images(list[Image.Image]):
+    """A list of images that remembers their `prompts` and shows itself as a contact sheet."""
+
+    def __init__(self, images: Iterable[Image.Image], prompts: Sequence[str], title: str = "") -> None:
+        super().__init__(images)
+        if len(self) != len(prompts):
+            raise ValueError(f"{len(self)} images for {len(prompts)} prompts: one each is needed.")
+        self.prompts, self.title = list(prompts), title
+
+    def sheet(self, columns: int = 4) -> Image.Image:
+        """A contact sheet, `columns` images a row, each above its prompt."""
+        cells = [Cell(image, prompt) for image, prompt in zip(self, self.prompts, strict=True)]
+        return draw_sheet(split_rows(cells, columns), title=self.title)
+
+    def __repr__(self) -> str:
+        sizes = {image.size for image in self}
+        size = " of " + " × ".join(map(str, sizes.pop())) if len(sizes) == 1 else ""
+        return f"<{len(self)} images{size}: {', '.join(dict.fromkeys(self.prompts))[:80]}>"
+
+    def _repr_png_(self) -> bytes | None:
+        if not self:
+            return None
+        buffer = io.BytesIO()
+        self.sheet().save(buffer, "PNG")
+        return buffer.getvalue()

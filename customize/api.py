@@ -1,0 +1,132 @@
+"""What `import customize` offers: the commands as functions, for notebooks and scripts."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from backbone.adapters.concept import checkpoint as find_checkpoint
+from backbone.adapters.concept import read_concept
+from backbone.io.files import read_json
+from backbone.io.flags import size_of
+from backbone.io.prompts import prompts_of
+from backbone.io.run import Run
+from backbone.media.gallery import Images
+from backbone.models.sample import Sampler
+from customize.train.start import start
+
+
+def train(
+    images: str | Path,
+    *,
+    token: str = "[V]",
+    class_noun: str = "",
+    model: str | Path = "moji",
+    out: str | Path | None = None,
+    steps: int | None = None,
+    learning_rate: float | None = None,
+    rank: int | None = None,
+    seed: int = 0,
+    vram: float | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    **settings: Any,
+) -> Run:
+    """Teach a model one subject from a folder of images or a data set, as `customize train` does.
+
+    What is None comes from the model, and an empty class noun is guessed. `settings` are further fields of
+    `customize.settings.Settings`, by name: `method="pivotal"`, `prior="off"` … `vram` is in GiB. Raises `UserError`,
+    naming the argument, for what is not known, does not fit, or has no effect.
+    """
+    asked = {
+        "images": str(images),
+        "token": token,
+        "class_noun": class_noun,
+        "model": str(model),
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "rank": rank,
+        "seed": seed,
+        "device": device,
+        "precision": precision,
+        **settings,
+    }
+    known = {name: value for name, value in asked.items() if value is not None}
+    return Run(start(known, out=None if out is None else Path(out), vram=vram))
+
+
+def sample(
+    prompts: str | Sequence[str],
+    *,
+    concept: str | Path | Run | Sequence[str | Path | Run] = (),
+    model: str | Path | None = None,
+    count: int = 1,
+    steps: int | None = None,
+    guidance: float | None = None,
+    negative: str = "",
+    scale: float = 1.0,
+    sampler: Sampler = "ddim",
+    seed: int = 0,
+    width: int | None = None,
+    height: int | None = None,
+    resolution: int | None = None,
+    batch: int = 8,
+    out: str | Path | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+) -> Images:
+    """Sample `count` images of every prompt, with concepts (run folders) or without, as `customize sample` does.
+
+    `out` keeps the images in a folder; without it they are only returned. Image j of prompt i depends on the seed, i
+    and j. Raises `UserError` for a token that no concept owns, or a size that the model cannot draw.
+    """
+    from customize.sample import RECORD, sample_to_folder
+
+    folders = [concept] if isinstance(concept, (str, Path, Run)) else concept
+    asked = [one.text for one in prompts_of([prompts] if isinstance(prompts, str) else prompts)]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) if out is None else Path(out)
+        sheet = sample_to_folder(
+            asked,
+            concepts=[read_concept(find_checkpoint(str(one))) for one in folders],
+            model=None if model is None else str(model),
+            count=count,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            negative=negative,
+            sampler=sampler,
+            scale=scale,
+            size=size_of(width, height, resolution),
+            batch=batch,
+            out=folder,
+            precision=precision,
+            device=device,
+        )
+        record = read_json(sheet.with_name(RECORD))
+        return read_samples(folder, record)
+
+
+def read_samples(folder: Path, record: dict[str, Any]) -> Images:
+    """The images of a folder of `customize sample`, loaded."""
+    from PIL import Image
+
+    rows = record["pictures"]
+    images = [Image.open(folder / row["file"]).convert("RGB") for row in rows]
+    return Images(images, [row["prompt"] for row in rows], title=f"{record['model']}, seed {record['seed']}")
+
+
+def evaluate(
+    run: str | Path | Run, *, count: int = 4, seed: int = 0, out: str | Path | None = None
+) -> dict[str, Any]:
+    """Measure a run by the DreamBench protocol on prompts of its own, as `customize evaluate` does.
+
+    Subject fidelity, prompt fidelity, prior preservation and diversity; the table is in `RUN/dreambench` or `out`.
+    """
+    from customize.evaluate.dreambench import TABLE, evaluate_run, moji_prompts
+
+    folder = Path(str(run)) / "dreambench" if out is None else Path(out)
+    evaluate_run(Path(str(run)), prompts=moji_prompts(), per_prompt=count, scorer=None, seed=seed, out=folder)
+    return dict(read_json(folder / TABLE))
