@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from align.train.start import start
+from align.training.start import start
 from backbone.adapters.concept import checkpoint as find_checkpoint
 from backbone.io.prompts import prompts_of
 from backbone.io.run import Run
@@ -112,8 +112,8 @@ def compare(
     Gives what `compare.json` holds; `report.html` beside it shows the images side by side.
     """
     from align.collect.sample import SamplingSettings
-    from align.compare.compare import compare_models
-    from align.compare.sides import Side
+    from align.comparison.compare import compare_models
+    from align.comparison.sides import Side
 
     asked = list(
         {one.text: one for one in prompts_of([prompts] if isinstance(prompts, str) else prompts)}.values()

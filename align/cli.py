@@ -9,7 +9,7 @@ from typing import Annotated, Literal, cast, get_args
 
 import typer
 
-from align.train import cli as train_cli
+from align.training import cli as train_cli
 from backbone.io import flags
 from backbone.io.commands import command_group, print_json
 from backbone.io.console import UserError, is_main_rank, notify, run_app
@@ -322,7 +322,7 @@ def evaluate(
 
     settings = read_settings(run_folder)  # mistakes are answered before torch is imported
     from align.settings import EVALUATION
-    from align.train.evaluate import evaluate_taste
+    from align.training.evaluate import evaluate_taste
 
     said = evaluate_taste(run_folder, settings, source=source, draws=draws, skip_bad=skip_bad)
     if as_json:
@@ -415,9 +415,9 @@ def compare(
         flags.refuse_given(ctx, "user", "port", because="without --blind")
     asked = once(prompts_of(prompts))  # mistakes are answered before torch is imported
     from align.collect.sample import SamplingSettings
-    from align.compare.compare import RESULT, compare_models
-    from align.compare.report import format_summary
-    from align.compare.sides import Side
+    from align.comparison.compare import RESULT, compare_models
+    from align.comparison.report import format_summary
+    from align.comparison.sides import Side
 
     wide, high = flags.size_of(width, height, resolution)
     start = guidance_start if tuned_guidance_start is None else tuned_guidance_start
@@ -453,7 +453,7 @@ def compare(
     if blind:
         from align.collect.label.server import serve
         from align.collect.label.session import LabelPair, Session, lock_folder
-        from align.compare.blind import format_blind_result, iterate_blind_pairs, write_blind_result
+        from align.comparison.blind import format_blind_result, iterate_blind_pairs, write_blind_result
 
         with lock_folder(out):
             pairs = [LabelPair(*names) for names in iterate_blind_pairs(asked, count, scale[0])]

@@ -15,7 +15,7 @@ from backbone.io.prompts import prompts_of
 from backbone.io.run import Run
 from backbone.media.gallery import Images
 from backbone.models.sample import Sampler
-from customize.train.start import start
+from customize.training.start import start
 
 
 def train(
@@ -82,7 +82,7 @@ def sample(
     `out` keeps the images in a folder; without it they are only returned. Image j of prompt i depends on the seed, i
     and j. Raises `UserError` for a token that no concept owns, or a size that the model cannot draw.
     """
-    from customize.sample import RECORD, sample_to_folder
+    from customize.sampling import RECORD, sample_to_folder
 
     folders = [concept] if isinstance(concept, (str, Path, Run)) else concept
     asked = [one.text for one in prompts_of([prompts] if isinstance(prompts, str) else prompts)]
@@ -125,7 +125,7 @@ def evaluate(
 
     Subject fidelity, prompt fidelity, prior preservation and diversity; the table is in `RUN/dreambench` or `out`.
     """
-    from customize.evaluate.dreambench import TABLE, evaluate_run, moji_prompts
+    from customize.evaluation.dreambench import TABLE, evaluate_run, moji_prompts
 
     folder = Path(str(run)) / "dreambench" if out is None else Path(out)
     evaluate_run(Path(str(run)), prompts=moji_prompts(), per_prompt=count, scorer=None, seed=seed, out=folder)

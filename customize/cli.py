@@ -16,7 +16,7 @@ from backbone.io.options import command
 from backbone.training.settings import PANELS, refuse_beside_resume
 from customize.formats import cli as files_cli
 from customize.settings import Settings, TrainOptions, read_settings, resolved
-from customize.train.start import start
+from customize.training.start import start
 
 app = command_group("Teach a diffusion model a new concept from a handful of images.")
 
@@ -77,7 +77,7 @@ def check(
     captions = sum(image.caption is not None for image in found)
     notify(f"{len(found)} images in {images} can be read ({captions} with captions).")
     from backbone.models.model import Backbone
-    from customize.train.preflight import estimate, warnings_about
+    from customize.training.preflight import estimate, warnings_about
 
     opened = Backbone.open(model or "moji", device=device or "auto", precision=precision or "auto")
     warnings = warnings_about(found, resolution=opened.resolution)
@@ -86,7 +86,7 @@ def check(
     settings = resolved({"images": images, "token": "[V]", "class_noun": ""}, opened.defaults)
     needs: dict[str, Any] = {}
     if vram is not None:
-        from customize.train.memory import foreseen
+        from customize.training.memory import foreseen
 
         sentences = foreseen(opened, settings, len(found), vram)
         needs["plan"] = sentences
@@ -106,7 +106,7 @@ def train(asked: dict[str, Any], run: TrainOptions) -> None:
     if run.resume is not None:
         refuse_beside_resume(Settings, asked, run)
         read_settings(run.resume)  # mistakes are answered before torch is imported
-        from customize.train.run import resume_concept
+        from customize.training.run import resume_concept
 
         finished = resume_concept(run.resume)
     else:
@@ -177,7 +177,7 @@ def sample(
     learned = [read_concept(folder_of(folder, checkpoint)) for folder in concept or []]
     for prompt in [*asked, negative]:
         resolve_placeholder_tokens(prompt, learned)  # mistakes are answered before torch is imported
-    from customize.sample import RECORD, sample_to_folder
+    from customize.sampling import RECORD, sample_to_folder
 
     sheet = sample_to_folder(
         asked,
@@ -261,7 +261,7 @@ def evaluate(
 ) -> None:
     """Measure a run by the DreamBench protocol: likeness, obedience, class, variety."""
     read_settings(run)  # mistakes are answered before torch is imported
-    from customize.evaluate.dreambench import (
+    from customize.evaluation.dreambench import (
         TABLE,
         evaluate_images,
         evaluate_run,

@@ -28,11 +28,11 @@ ROOMS = {
         ("memory",),
     ),
     "customize": (
-        ("settings", "sample"),
-        ("methods", "evaluate"),
+        ("settings", "sampling"),
+        ("methods", "evaluation"),
         ("data", "formats"),
         ("objectives",),
-        ("train",),
+        ("training",),
         ("api", "cli"),
     ),
     "edit": (
@@ -48,8 +48,8 @@ ROOMS = {
     "align": (
         ("settings", "pairs"),
         ("collect",),
-        ("objectives", "compare"),
-        ("train",),
+        ("objectives", "comparison"),
+        ("training",),
         ("api", "cli"),
     ),
 }

@@ -22,8 +22,8 @@ import torch
 import typer
 from PIL import Image
 
-from align.compare.compare import measure_diversity
-from align.compare.sides import side_image_name, tuned_side_name
+from align.comparison.compare import measure_diversity
+from align.comparison.sides import side_image_name, tuned_side_name
 from align.pairs.records import RANKING, SAMPLES, SCORES, normalize_prompt
 from align.pairs.samples import read_samples
 from align.settings import FILE, SUMMARY

@@ -16,7 +16,7 @@ from align.cli import app
 from align.pairs.read import read_preferences
 from align.pairs.samples import image_name
 from align.settings import read_settings
-from align.train.memory import budgeted
+from align.training.memory import budgeted
 from backbone.adapters.concept import read_concept
 from backbone.io.console import UserError
 from backbone.io.files import read_json

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from align.settings import EVALUATIONS, REWARDS, SUMMARY
-from align.train.run import resume_taste
+from align.training.run import resume_taste
 from backbone.adapters.lora import LORA_WEIGHTS
 from backbone.distributed.spawn import run_workers
 from backbone.io.files import read_json, read_jsonl, read_tensors

@@ -13,9 +13,9 @@ from unittest.mock import patch
 from align.collect.sample import SamplingSettings, sample_pairs
 from align.pairs.read import read_preferences
 from align.pairs.records import check_preferences
-from align.train import run as runs
-from align.train.online import train_online
-from align.train.run import train_taste
+from align.training import run as runs
+from align.training.online import train_online
+from align.training.run import train_taste
 from backbone.distributed import processes
 from backbone.io.console import UserError
 from backbone.io.files import append_jsonl

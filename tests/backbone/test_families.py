@@ -37,7 +37,7 @@ from backbone.io.files import read_header, read_json, read_tensors, write_json, 
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, initial_noise, sample_latents
 from customize.settings import Subject
-from customize.train.run import train_concept
+from customize.training.run import train_concept
 from tests import tiny
 
 STEPS, GUIDANCE, PROMPT, SCALE = 20, 4.0, "a dog in the snow", 40.0

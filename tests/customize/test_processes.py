@@ -23,7 +23,7 @@ from backbone.models.cache import VARIABLE
 from backbone.training.run import CHECKPOINT
 from customize.objectives.dreambooth import share_of
 from customize.settings import Settings
-from customize.train.run import resume_concept
+from customize.training.run import resume_concept
 from tests.customize.together import CASES, cold_worker, everything, worker
 
 ACCELERATE = Path(__file__).parents[2] / "recipes" / "accelerate"

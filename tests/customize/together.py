@@ -14,9 +14,9 @@ from backbone.distributed import processes
 from backbone.io.console import UserError
 from backbone.io.files import append_jsonl
 from backbone.models.cache import VARIABLE
-from customize.sample import sample_to_folder
+from customize.sampling import sample_to_folder
 from customize.settings import Subject
-from customize.train import run as runs
+from customize.training import run as runs
 
 CASES: dict[str, dict[str, Any]] = {
     "rows": {"batch": 3, "steps": 4},

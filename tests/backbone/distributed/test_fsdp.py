@@ -18,8 +18,8 @@ from torch import nn
 
 from align.pairs.read import read_preferences
 from align.pairs.records import check_preferences
-from align.train.online import train_online
-from align.train.run import resume_taste, train_taste
+from align.training.online import train_online
+from align.training.run import resume_taste, train_taste
 from backbone.distributed import fsdp as shards
 from backbone.distributed import processes
 from backbone.distributed.spawn import run_workers
@@ -29,9 +29,9 @@ from backbone.models.cache import VARIABLE
 from backbone.models.model import Backbone
 from backbone.models.placement import Placement
 from backbone.training.run import LOG
-from customize.sample import sample_to_folder
+from customize.sampling import sample_to_folder
 from customize.settings import Subject
-from customize.train.run import train_concept
+from customize.training.run import train_concept
 from tests import tiny
 from tests.align.conftest import PROMPTS, picture, write_lines
 

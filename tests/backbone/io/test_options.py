@@ -310,7 +310,7 @@ def test_the_repeating_command_of_align_gives_the_same_settings(
 ) -> None:
     wanted = align.settings.resolved(asked, USUAL)
     line = align.settings.as_command(wanted, Path("runs/x"))
-    from align.train import cli
+    from align.training import cli
 
     heard = said_by(align.cli.app, line, monkeypatch, cli)
     assert align.settings.resolved(heard, USUAL) == wanted
@@ -318,7 +318,7 @@ def test_the_repeating_command_of_align_gives_the_same_settings(
 
 
 def test_the_record_of_a_run_is_a_file_of_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from align.train import cli
+    from align.training import cli
     from backbone.io.files import write_json
 
     path = tmp_path / "settings.json"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from align.compare.sides import BASE, side_image_name, tuned_side_name
+from align.comparison.sides import BASE, side_image_name, tuned_side_name
 from align.pairs.choices import CHOICES, Choice, measure_consistency, read_choices, replay
 from backbone.evaluation.statistics import Interval, wilson_interval
 from backbone.io.files import write_json

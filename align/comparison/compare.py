@@ -20,8 +20,15 @@ from torch import Tensor
 
 from align.collect.sample import DEFAULT_SAMPLING, SamplingSettings, sample_images
 from align.collect.scorers import ImageScorer, load_clip_scorer, open_scorer
-from align.compare.report import build_report
-from align.compare.sides import BASE, Side, WinRate, find_training_scorers, side_image_name, tuned_side_name
+from align.comparison.report import build_report
+from align.comparison.sides import (
+    BASE,
+    Side,
+    WinRate,
+    find_training_scorers,
+    side_image_name,
+    tuned_side_name,
+)
 from align.pairs.prompts import group_by_category, strip_tokens
 from backbone.adapters.apply import check_concept_fits, load_concepts
 from backbone.adapters.concept import Concept, read_concept, summarize_concepts

@@ -30,7 +30,7 @@ from backbone.media.transforms import crop_square
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from backbone.world.words import load_vocabulary
-from customize.evaluate.metrics import Scorers, measure_dreambench
+from customize.evaluation.metrics import Scorers, measure_dreambench
 from customize.settings import Settings, read_settings
 
 TABLE = "table.json"

@@ -17,7 +17,7 @@ from PIL import Image
 
 from backbone.media.pictures import ImageRecord
 from backbone.memory.planner import GIB, MemoryEstimator, Phase, format_phases
-from customize.train.memory import choice_of, work_of
+from customize.training.memory import choice_of, work_of
 
 if TYPE_CHECKING:
     from backbone.models.model import Backbone

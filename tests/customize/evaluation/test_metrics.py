@@ -20,8 +20,8 @@ from backbone.media.pictures import list_images
 from backbone.models.cache import VARIABLE
 from backbone.models.locate import EMBEDDED
 from backbone.models.model import Backbone
-from customize.evaluate.dreambench import moji_prompts, read_prompts
-from customize.evaluate.metrics import (
+from customize.evaluation.dreambench import moji_prompts, read_prompts
+from customize.evaluation.metrics import (
     ConceptMetrics,
     EarlyStopping,
     Evaluator,

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, constants
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from customize.settings import Settings
-from customize.train.card import card, push
+from customize.training.card import card, push
 
 
 class Hub(BaseHTTPRequestHandler):

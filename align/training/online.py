@@ -42,9 +42,9 @@ from align.settings import (
     read_settings,
     resolved,
 )
-from align.train.monitor import Validation
-from align.train.report import smoothed_log, write_summary
-from align.train.run import write_concept, write_record
+from align.training.monitor import Validation
+from align.training.report import smoothed_log, write_summary
+from align.training.run import write_concept, write_record
 from backbone.adapters.apply import check_concept_fits, load_concepts
 from backbone.adapters.concept import Concept, read_concept, summarize_concepts
 from backbone.conditions.conditions import Conditions

@@ -32,7 +32,7 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
         from backbone.io.prompts import read_prompts
 
         read_prompts(Path(asked["prompts"]))
-        from align.train.online import train_online
+        from align.training.online import train_online
 
         return train_online(asked, out=out)
     else:
@@ -46,6 +46,6 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
         rows = {name: asked[name] for name in ("user", "limit", "split") if name in asked}
         found = check_preferences(read_preferences(source, **rows), skip_bad=asked.get("skip_bad", False))
         notify(f"{found.source} holds {describe_records(found.records)}.")
-        from align.train.run import train_taste
+        from align.training.run import train_taste
 
         return train_taste(asked, found, out=out, vram=vram)

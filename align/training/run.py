@@ -17,8 +17,8 @@ from align.pairs.records import (
     split_held_out,
 )
 from align.settings import FILE, Settings, as_command, read_settings, resolved
-from align.train.monitor import Validation
-from align.train.report import write_summary
+from align.training.monitor import Validation
+from align.training.report import write_summary
 from backbone.adapters.apply import check_concept_fits as refuse_another_concept
 from backbone.adapters.apply import load_concepts
 from backbone.adapters.concept import Concept, read_concept
@@ -58,7 +58,7 @@ def train_taste(
         placement=get_placement(settings),
     )
     if vram is not None:
-        from align.train.memory import budgeted
+        from align.training.memory import budgeted
 
         processes.require_whole_model("--vram counts for a process alone; it")
         pictures, prompts = sum(len(one.pictures) for one in records), len({one.prompt for one in records})

@@ -15,8 +15,8 @@ from backbone.media.pictures import list_images
 from backbone.models.model import Backbone
 from customize.cli import app
 from customize.settings import Subject, read_settings, resolved
-from customize.train import preflight
-from customize.train.preflight import (
+from customize.training import preflight
+from customize.training.preflight import (
     estimate,
     look,
     near_duplicates,
@@ -24,7 +24,7 @@ from customize.train.preflight import (
     sharpness,
     warnings_about,
 )
-from customize.train.run import resume_concept, train_concept
+from customize.training.run import resume_concept, train_concept
 from tests.tiny import tiny_stable_diffusion_3
 
 

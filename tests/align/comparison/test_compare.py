@@ -9,14 +9,14 @@ import torch
 
 from align.collect.label import server
 from align.collect.label.session import Session
-from align.compare.blind import (
+from align.comparison.blind import (
     format_blind_result,
     iterate_blind_pairs,
     summarize_choices,
     write_blind_result,
 )
-from align.compare.compare import count_wins
-from align.compare.sides import Side, find_training_scorers
+from align.comparison.compare import count_wins
+from align.comparison.sides import Side, find_training_scorers
 from align.pairs.choices import CHOICES, Choice, append_entry
 from align.settings import Settings
 from backbone.adapters.concept import Concept
@@ -173,7 +173,7 @@ def test_a_scorer_that_is_none_is_refused_before_anything_is_drawn(
 
 def test_a_comparison_that_was_drawn_in_another_way_is_not_gone_on_with(tmp_path: Path) -> None:
     write_json(tmp_path / "base" / "drawn.json", {"model": "other"})
-    from align.compare.compare import compare_models
+    from align.comparison.compare import compare_models
 
     with pytest.raises(UserError, match="another --out"):
         compare_models(Side.from_name("moji"), Side.from_name("moji"), [Prompt("a dog")], tmp_path)

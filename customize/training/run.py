@@ -25,8 +25,8 @@ from customize.data.masks import save_masks
 from customize.methods.lora import refuse_other_encoders
 from customize.objectives.dreambooth import DreamBooth, share_of
 from customize.settings import FILE, OWN_WORDS, SHEET, Settings, Subject, as_flags, read_settings, resolved
-from customize.train.card import card, push, readme
-from customize.train.evaluation import Previews, Validation
+from customize.training.card import card, push, readme
+from customize.training.evaluation import Previews, Validation
 
 MASKS = "masks.png"
 
@@ -76,7 +76,7 @@ def train_concept(
         resolution=settings.resolution,
     )
     if vram is not None:
-        from customize.train.memory import budgeted
+        from customize.training.memory import budgeted
 
         processes.require_whole_model("--vram counts for a process alone; it")
         model, settings = budgeted(model, settings, sum(map(len, pictures)), vram)

@@ -30,7 +30,7 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
     columns = {name: settings.get(name) or None for name in ("caption_column", "image_column")}
     for subject in subjects:
         check_images(list_images(subject.images, **columns))
-    from customize.train.run import train_concept
+    from customize.training.run import train_concept
 
     return train_concept(settings, subjects, out=out, vram=vram)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from align.settings import SOURCE_HELP, Settings, read_settings
-from align.train.start import start
+from align.training.start import start
 from backbone.io.console import notify
 from backbone.io.options import command, hyphens
 from backbone.training.settings import MODEL_HELP, PANELS, RunOptions, refuse_beside_resume
@@ -62,10 +62,10 @@ def _resumed(run: Path, asked: dict[str, Any], said: RunOptions) -> Path:
     refuse_beside_resume(Settings, asked, said)
     settings = read_settings(run)  # mistakes are answered before torch is imported
     if settings.online:
-        from align.train.online import resume_online
+        from align.training.online import resume_online
 
         return resume_online(run)
-    from align.train.run import resume_taste
+    from align.training.run import resume_taste
 
     return resume_taste(run)
 

@@ -32,7 +32,7 @@ from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.media.transforms import crop_square
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
-from customize.evaluate.metrics import VALIDATION_PROMPTS, ConceptMetrics, EarlyStopping, Evaluator, Scorers
+from customize.evaluation.metrics import VALIDATION_PROMPTS, ConceptMetrics, EarlyStopping, Evaluator, Scorers
 from customize.objectives.dreambooth import DreamBooth, level_weight
 from customize.settings import Settings, as_flags
 

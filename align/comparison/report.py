@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from align.collect.sample import SamplingSettings
-from align.compare.sides import BASE, Side, side_image_name
+from align.comparison.sides import BASE, Side, side_image_name
 from backbone.evaluation.statistics import Interval
 from backbone.io.prompts import Prompt
 from backbone.io.report import heading, paragraph, table
