@@ -30,9 +30,10 @@ from backbone.attention import quick_to_train
 from backbone.console import progress, run
 from backbone.files import write_text
 from backbone.loop import generator, train
-from backbone.noise import add_noise, denoising_score_matching, min_snr, vp
+from backbone.noise import add_noise, denoising_score_matching, vp
 from backbone.processes import average
 from backbone.workers import run_workers
+from recipes.moji.autoencoder import CHANNELS
 from recipes.moji.denoiser import build_scheduler, build_unet, inner_weights, timestep_density
 from recipes.moji.muon import Muon
 
@@ -146,17 +147,14 @@ def taking_steps(way: Way, rank: int, steps: int) -> Iterator[float]:
 
     def losses(step: int) -> Iterator[Tensor]:
         random = generator(0, step, rank)
-        clean, noise = (torch.randn(way.batch, 8, 16, 16, generator=random) for _ in range(2))
+        clean, noise = (torch.randn(way.batch, CHANNELS, 16, 16, generator=random) for _ in range(2))
         text = torch.randn(way.batch, 77, 256, generator=random)
         index = torch.multinomial(density, way.batch, replacement=True, generator=random)
         level = vp(alpha_bar[index])
         noisy = add_noise(clean, noise, level).contiguous(memory_format=memory)
         with torch.autocast("cpu", torch.bfloat16, enabled=way.half):
             predicted = unet(noisy, index, text).sample
-        weight = min_snr(level, 5.0) / level.a.clamp(min=0.08)
-        error = denoising_score_matching(
-            predicted, clean, noise=noise, level=level, kind="epsilon", weight=weight
-        )
+        error = denoising_score_matching(predicted, clean, noise=noise, level=level, kind="v_prediction")
         yield error.mean()
 
     reports = train(
