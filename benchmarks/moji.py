@@ -111,6 +111,7 @@ def main(
             "prompts": len(more),
             **{str(each): [asdict(row) for row in rows] for each, rows in sweep.items()},
         },
+        "gradient": relative_gradient(pictures, truth),
         "psnr_db": measure_autoencoder(exact, scenes, truth, photographs),
         "seconds_per_picture": time_sampling(backbone, scenes[:batch], main_setting),
         "classifier": read_json(classifier / FACTS).get("held_out"),
@@ -318,6 +319,20 @@ def render_images(scenes: Sequence[Scene]) -> list[Image.Image]:
     return [render(scene).image for scene in scenes]
 
 
+def relative_gradient(pictures: Sequence[Image.Image], truth: Sequence[Image.Image]) -> float:
+    """Differences of neighbouring pixels, drawn over true: below 1 is smear, above it grain. nan without truth."""
+    if not truth:
+        return math.nan
+    drawn, true = (float(gradient(prepare_images(images))) for images in (pictures, truth))
+    return round(drawn / true, 3)
+
+
+def gradient(pictures: Tensor) -> Tensor:
+    """Mean absolute difference of neighbours, across and down, of pictures [B, 3, H, W]."""
+    across, down = pictures[..., 1:] - pictures[..., :-1], pictures[..., 1:, :] - pictures[..., :-1, :]
+    return across.abs().mean() + down.abs().mean()
+
+
 @torch.no_grad()
 def measure_autoencoder(
     model: Backbone, scenes: Sequence[Scene], truth: Sequence[Image.Image], photographs: Path | None
@@ -394,6 +409,8 @@ def format_markdown(facts: dict[str, Any], rows: Sequence[Row], reference: Seque
         ceiling = format_percent(reference[number].share) if reference else "–"
         interval = format_interval(row)
         lines.append(f"| {row.name} | {format_percent(row.share)} | {interval} | {row.n} | {ceiling} |")
+    if not math.isnan(facts["gradient"]):
+        lines += ["", f"Drawn pictures have {facts['gradient']:.2f} × the gradient of the true ones."]
     lines += ["", "| autoencoder | PSNR dB | n |", "|---|---|---|"]
     lines += [f"| {name} | {value['db']:.2f} | {value['n']} |" for name, value in facts["psnr_db"].items()]
     speeds = [f"{seconds:.2f} s {how}" for how, seconds in facts["seconds_per_picture"].items()]

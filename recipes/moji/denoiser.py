@@ -5,16 +5,20 @@
     OMP_NUM_THREADS=1 python -m recipes.moji.denoiser train --processes 2      28 pictures/s on two cores
     python -m recipes.moji.denoiser export                 the whole pipeline folder, fp16
 
-ε-prediction (Ho et al. 2020) with min-SNR-5 weights (Hang et al. 2023) over a: half way to the weight of the velocity's
-error, since with ε's alone the noisiest levels, where places and things are decided, learn nearly nothing in so short a
-training. Inner weights step by Muon (`recipes.moji.muon`): from the same checkpoint, 250 steps of it took the error on
-held-out scenes down 1.7 times as far as AdamW's, at 1.3 times the time. Half of the training begins with plain pictures
-of one thing, which teach the nouns; the share falls to none. Continues from its last checkpoint, or, for a longer run,
-from the last one before the learning rate fell (`denoiser-stable.safetensors`).
+v-prediction (Salimans & Ho 2022) with weight 1: with many latent channels ε-prediction has to carry the noise itself
+through a top level hardly wider than they are. With `--prediction epsilon` (Ho et al. 2020) the weights are min-SNR-5
+(Hang et al. 2023) over a: half way to the weight of the velocity's error, since with ε's alone the noisiest levels,
+where places and things are decided, learn nearly nothing in so short a training. Inner weights step by Muon
+(`recipes.moji.muon`): from the same checkpoint, 250 steps of it took the error on held-out scenes down 1.7 times as far
+as AdamW's, at 1.3 times the time. Half of the training begins with plain pictures of one thing, which teach the nouns;
+the share falls to none. `--begin-from` a pipeline of the same architecture keeps what that knows, whatever its latents
+(`recipes.moji.carried`). Continues from its last checkpoint, or, for a longer run, from the last one before the
+learning rate fell (`denoiser-stable.safetensors`).
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,20 +33,23 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from backbone.diffusion.losses import denoising_score_matching, min_snr
-from backbone.diffusion.noise import add_noise, generator, vp
+from backbone.diffusion.noise import PredictionType, add_noise, generator, vp
 from backbone.distributed.processes import any_process
 from backbone.distributed.processes import average_in_place as average_over_processes
 from backbone.distributed.spawn import run_workers
+from backbone.io.console import UserError
 from backbone.io.files import read_json, read_tensors, write_bytes, write_json, write_tensors, write_text
 from backbone.training.attention import quick_to_train
 from backbone.training.loop import Average, load_checkpoint, save_checkpoint, train, warm_stable_decay
 from backbone.world.scene import sample_scene
-from recipes.moji.autoencoder import SCALING_FACTOR, to_tensor
+from recipes.moji.autoencoder import CHANNELS, SCALING_FACTOR, precision, to_tensor
+from recipes.moji.carried import carry_over
 from recipes.moji.logbook import Logbook
 from recipes.moji.muon import Muon
 from recipes.moji.pictures import SHARD, load, load_captions
 
 HELD_OUT = 2000  # the last shard of scenes is never trained on
+CARRIED = 320  # pictures that a denoiser is carried over by
 EMPTY_SHARE = 0.1  # captions replaced by the empty one, for classifier-free guidance
 CARD = """# moji
 
@@ -131,6 +138,9 @@ class Plan:
     workdir: Path
     text_steps: int = 0
     optimizer: str = "muon"
+    prediction: str = "v_prediction"
+    begin_from: Path | None = None
+    warmup: int = 300
 
 
 @app.command("train")
@@ -145,16 +155,22 @@ def train_command(
     text_steps: Annotated[int, typer.Option(help="Freeze the text encoder after this step.")] = 6_000,
     simple_steps: SimpleSteps = 8_000,
     decay: Decay = 600,
+    warmup: Annotated[int, typer.Option(help="Over so many first steps the learning rate rises.")] = 300,
+    prediction: Annotated[str, typer.Option(help="v_prediction or epsilon.")] = "v_prediction",
+    begin_from: Annotated[
+        Path | None, typer.Option(help="A pipeline folder whose weights to begin with.")
+    ] = None,
     minutes: Minutes = 1e9,
     device: Device = "cpu",
     seed: int = 0,
     workdir: Workdir = Path("build/moji"),
 ) -> None:
     """Trains, or goes on training."""
+    kind_of(prediction)
     plan = Plan(
         steps=steps, batch=batch, learning_rate=learning_rate, optimizer=optimizer, matrix_rate=matrix_rate,
         text_rows=text_rows, text_steps=text_steps, simple_steps=simple_steps, decay=decay, minutes=minutes,
-        device=device, seed=seed, workdir=workdir,
+        device=device, seed=seed, workdir=workdir, prediction=prediction, begin_from=begin_from, warmup=warmup,
     )  # fmt: skip
     run_workers(train_denoiser, (plan,), processes=processes)
 
@@ -197,7 +213,7 @@ class Training:
             losses,
             self.parameters,
             optimizer=self.optimizer,
-            lr_schedule=warm_stable_decay(plan.steps, warmup=300, decay=plan.decay),
+            lr_schedule=warm_stable_decay(plan.steps, warmup=plan.warmup, decay=plan.decay),
             steps=plan.steps,
             done=self.done,
             average=self.average,
@@ -219,6 +235,7 @@ class Training:
             parameters=self.parameters,
             optimizer=self.optimizer,
             average=self.average,
+            facts={"prediction": self.plan.prediction},
         )
         if step <= self.plan.steps - self.plan.decay:
             write_bytes(self.plan.workdir / f"{self.name}-stable.safetensors", self.checkpoint.read_bytes())
@@ -227,20 +244,31 @@ class Training:
 def train_denoiser(rank: int, plan: Plan) -> None:
     """One process of the training; the first one saves and reports."""
     torch.manual_seed(plan.seed)
+    kind = kind_of(plan.prediction)
     tokenizer = CLIPTokenizer.from_pretrained(plan.workdir / "tokenizer")
-    unet = build_unet().to(plan.device, memory_format=torch.channels_last)
+    data = Latents(plan.workdir, tokenizer, plan.device)
+    unet = build_unet(data.mean.shape[1])
     text_encoder = build_text_encoder(tokenizer)
-    if (plan.workdir / "text_encoder").is_dir():  # its first lesson: recipes.moji.text_encoder
-        taught = CLIPTextModel.from_pretrained(plan.workdir / "text_encoder", local_files_only=True)
+    lessons = (plan.begin_from or plan.workdir) / "text_encoder"  # the first one: recipes.moji.text_encoder
+    if lessons.is_dir():
+        taught = CLIPTextModel.from_pretrained(lessons, local_files_only=True)
         text_encoder.load_state_dict(taught.state_dict())
+    alpha_bar = build_scheduler().alphas_cumprod
+    density = timestep_density(alpha_bar)
+    if plan.begin_from is not None and not (plan.workdir / "denoiser.safetensors").exists():
+        pictures, clean, tokens = data.some(CARRIED, plan.workdir)
+        with torch.no_grad():
+            text = torch.cat([text_encoder(some).last_hidden_state for some in tokens.split(16)])
+        carry_over(
+            unet, plan.begin_from, pictures, clean, text, alpha_bar=alpha_bar, density=density, kind=kind
+        )  # fmt: skip
+    unet = unet.to(plan.device, memory_format=torch.channels_last)
     nn.Module.to(text_encoder, plan.device)
     parameters = {f"unet.{key}": value for key, value in unet.named_parameters()}
     parameters |= {f"text_encoder.{key}": value for key, value in text_encoder.named_parameters()}
     inner = inner_weights(unet) if plan.optimizer == "muon" else []
     training = Training(plan, "denoiser", parameters, inner, slow=list(text_encoder.parameters()))
-    data = Latents(plan.workdir, tokenizer, plan.device)
-    alpha_bar = build_scheduler().alphas_cumprod.to(plan.device)
-    density = timestep_density(alpha_bar)
+    alpha_bar = alpha_bar.to(plan.device)
 
     def losses(step: int) -> Iterator[Tensor]:
         random = generator(plan.seed, step, rank)
@@ -250,7 +278,7 @@ def train_denoiser(rank: int, plan: Plan) -> None:
         noise = torch.randn(clean.shape, generator=random).to(plan.device)
         level = vp(alpha_bar[index])
         noisy = add_noise(clean, noise, level).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(noisy.device.type, torch.bfloat16):
+        with precision(noisy.device):
             rows = min(plan.text_rows, plan.batch) if step <= plan.text_steps else 0
             with torch.no_grad():
                 states = [text_encoder(tokens[rows:]).last_hidden_state] if rows < plan.batch else []
@@ -258,9 +286,9 @@ def train_denoiser(rank: int, plan: Plan) -> None:
                 states.insert(0, text_encoder(tokens[:rows]).last_hidden_state)
             text = torch.cat(states)
             predicted = unet(noisy, index, text).sample
-        weight = min_snr(level, 5.0) / level.a.clamp(min=0.08)
+        weight = min_snr(level, 5.0) / level.a.clamp(min=0.08) if kind == "epsilon" else None
         error = denoising_score_matching(
-            predicted, clean, noise=noise, level=level, prediction_type="epsilon", weight=weight
+            predicted, clean, noise=noise, level=level, prediction_type=kind, weight=weight
         )
         yield error.mean()
 
@@ -271,13 +299,14 @@ def train_denoiser(rank: int, plan: Plan) -> None:
 @app.command()
 def encode(
     batch: Annotated[int, typer.Option()] = 50,
+    shards: Annotated[int, typer.Option(help=f"How many, of {SHARD} scenes each.")] = 10**6,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     workdir: Annotated[Path, WORKDIR] = Path("build/moji"),
 ) -> None:
-    """Encodes all rendered scenes; finished shards are kept."""
+    """Encodes all rendered scenes, or the first of them; finished shards are kept."""
     vae = AutoencoderKL.from_pretrained(workdir / "vae").to(device, memory_format=torch.channels_last).eval()
     (workdir / "latents").mkdir(exist_ok=True)
-    for number, shard in enumerate(load(workdir, "scenes")):
+    for number, shard in enumerate(load(workdir, "scenes")[:shards]):
         path = workdir / "latents" / f"{number:03d}.safetensors"
         if path.exists():
             continue
@@ -285,7 +314,7 @@ def encode(
         for first in range(0, SHARD, batch):
             pictures = to_tensor(np.array(shard[first : first + batch])).to(device)
             pictures = pictures.contiguous(memory_format=torch.channels_last)
-            with torch.no_grad(), torch.autocast(pictures.device.type, torch.bfloat16):
+            with torch.no_grad(), precision(pictures.device):
                 posterior = vae.encode(pictures).latent_dist
             means.append(posterior.mean.float().cpu() * SCALING_FACTOR)
             deviations.append(posterior.std.float().cpu() * SCALING_FACTOR)
@@ -308,18 +337,19 @@ def export(
     tensors, header = read_tensors(workdir / "denoiser.safetensors")
     kind = "average/" if averaged else "parameter/"
     tokenizer = CLIPTokenizer.from_pretrained(workdir / "tokenizer")
-    unet, text_encoder = build_unet(), build_text_encoder(tokenizer)
+    vae = AutoencoderKL.from_pretrained(workdir / "vae")
+    unet, text_encoder = build_unet(vae.config.latent_channels), build_text_encoder(tokenizer)
     for name, model in (("unet", unet), ("text_encoder", text_encoder)):
         start = f"{kind}{name}."
         model.load_state_dict(
             {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
         )
     pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(workdir / "vae"),
+        vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=build_scheduler(),
+        scheduler=build_scheduler(json.loads(header["facts"]).get("prediction", "epsilon")),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -332,7 +362,7 @@ def export(
     write_json(out / "text_encoder" / "config.json", {**settings, "dtype": "float32"})
     for name in ("vocab.json", "merges.txt"):
         (out / "tokenizer" / name).write_bytes((workdir / "tokenizer" / name).read_bytes())
-    write_json(out / "limner.json", DEFAULTS)
+    write_json(out / "atelier.json", DEFAULTS)
     if (workdir / "scorer").is_dir():
         shutil.copytree(workdir / "scorer", out / "scorer", dirs_exist_ok=True)
     for path in out.rglob("*"):
@@ -361,7 +391,7 @@ class Latents:
         self.device = device
 
     def batch(self, count: int, simple_share: float, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Latents [B, 8, 16, 16] of unit deviation, drawn from their posteriors, and token ids [B, 77]."""
+        """Latents [B, C, 16, 16] of unit deviation, drawn from their posteriors, and token ids [B, 77]."""
         chosen = torch.randint(len(self.mean), (count,), generator=random)
         simple = self.simple[torch.randint(len(self.simple), (count,), generator=random)]
         chosen = torch.where(torch.rand(count, generator=random) < simple_share, simple, chosen)
@@ -370,6 +400,20 @@ class Latents:
         mean, std = self.mean[chosen].float(), self.std[chosen].float()
         clean = mean + std * torch.randn(mean.shape, generator=random)
         return clean.to(self.device), self.tokens[caption].long().to(self.device)
+
+    def some(self, count: int, workdir: Path) -> tuple[Tensor, Tensor, Tensor]:
+        """The first pictures [B, 3, 128, 128], their mean latents, and the ids of their canonical captions."""
+        pictures = to_tensor(np.array(load(workdir, "scenes")[0][:count]))
+        return pictures, self.mean[:count].float(), self.tokens[: 2 * count : 2].long()
+
+
+def kind_of(prediction: str) -> PredictionType:
+    """What the network predicts. Raises `UserError` for what it was not tried with."""
+    match prediction:
+        case "v_prediction" | "epsilon":
+            return prediction
+        case _:
+            raise UserError(f"--prediction is v_prediction or epsilon, not {prediction!r}.")
 
 
 def timestep_density(alpha_bar: Tensor) -> Tensor:
@@ -380,12 +424,12 @@ def timestep_density(alpha_bar: Tensor) -> Tensor:
     return 0.7 * normal / normal.sum() + 0.3 / len(normal)
 
 
-def build_unet() -> UNet2DConditionModel:
+def build_unet(channels: int = CHANNELS) -> UNet2DConditionModel:
     """26 M parameters, cross-attention at 16², 8² and 4²."""
     return UNet2DConditionModel(
         sample_size=16,
-        in_channels=8,
-        out_channels=8,
+        in_channels=channels,
+        out_channels=channels,
         down_block_types=("CrossAttnDownBlock2D",) * 3,
         up_block_types=("CrossAttnUpBlock2D",) * 3,
         block_out_channels=(64, 160, 320),
@@ -418,17 +462,17 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def build_scheduler() -> DDIMScheduler:
+def build_scheduler(prediction: str = "v_prediction") -> DDIMScheduler:
     """Stable Diffusion's noise schedule, every setting written out."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
         beta_end=0.012,
-        beta_schedule="scaled_linear",
+        beta_lr_schedule="scaled_linear",
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
-        prediction_type="epsilon",
+        prediction_type=prediction,
         timestep_spacing="leading",
     )
 

@@ -26,7 +26,7 @@ import torch
 import typer
 from torch import Tensor
 
-from backbone.diffusion.losses import denoising_score_matching, min_snr
+from backbone.diffusion.losses import denoising_score_matching
 from backbone.diffusion.noise import add_noise, generator, vp
 from backbone.distributed.processes import average_in_place
 from backbone.distributed.spawn import run_workers
@@ -34,6 +34,7 @@ from backbone.io.console import progress, run_app
 from backbone.io.files import write_text
 from backbone.training.attention import quick_to_train
 from backbone.training.loop import train
+from recipes.moji.autoencoder import CHANNELS
 from recipes.moji.denoiser import build_scheduler, build_unet, inner_weights, timestep_density
 from recipes.moji.muon import Muon
 
@@ -147,16 +148,15 @@ def iterate_steps(way: Way, rank: int, steps: int) -> Iterator[float]:
 
     def losses(step: int) -> Iterator[Tensor]:
         random = generator(0, step, rank)
-        clean, noise = (torch.randn(way.batch, 8, 16, 16, generator=random) for _ in range(2))
+        clean, noise = (torch.randn(way.batch, CHANNELS, 16, 16, generator=random) for _ in range(2))
         text = torch.randn(way.batch, 77, 256, generator=random)
         index = torch.multinomial(density, way.batch, replacement=True, generator=random)
         level = vp(alpha_bar[index])
         noisy = add_noise(clean, noise, level).contiguous(memory_format=memory)
         with torch.autocast("cpu", torch.bfloat16, enabled=way.half):
             predicted = unet(noisy, index, text).sample
-        weight = min_snr(level, 5.0) / level.a.clamp(min=0.08)
         error = denoising_score_matching(
-            predicted, clean, noise=noise, level=level, prediction_type="epsilon", weight=weight
+            predicted, clean, noise=noise, level=level, prediction_type="v_prediction"
         )
         yield error.mean()
 

@@ -243,7 +243,7 @@ def test_two_of_another_kind_are_not_two_of_a_kind() -> None:
 
 def test_the_table_prints_every_row_also_an_empty_one() -> None:
     facts = {
-        "model": "m", "prompts": 4, "steps": 25, "guidance": 3.0,
+        "model": "m", "prompts": 4, "steps": 25, "guidance": 3.0, "gradient": 0.93,
         "psnr_db": {"textures": {"db": 24.5, "n": 2}},
         "seconds_per_picture": {"one at a time": 1.25}, "machine": "cpu",
     }  # fmt: skip
@@ -252,6 +252,7 @@ def test_the_table_prints_every_row_also_an_empty_one() -> None:
     assert "| noun | 75.0 % | 30.1–95.4 % | 4 | – |" in table
     assert "| colour | – | 0.0–100.0 % | 0 | – |" in table
     assert "| textures | 24.50 | 2 |" in table
+    assert "0.93 × the gradient" in table
     assert math.isnan(rows[1].share)
     assert json.dumps(facts)
 
