@@ -1,6 +1,6 @@
 """What an autoencoder keeps of the world of `moji`, and how its latents look to a denoiser.
 
-    python -m benchmarks.autoencoder --vae backbone/moji/vae --vae recipes/moji/crisp/vae      two minutes each
+    python -m benchmarks.autoencoder --vae backbone/moji/vae --vae build/moji/vae      two minutes each
 
 On the 300 scenes of `benchmarks.moji`, rendered (so it needs the emoji font), on as many textures as there, and on
 photographs of your own with `--photographs`. PSNR is the mean of the pictures' decibels, decoded from the posterior's

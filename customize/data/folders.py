@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError
 from backbone.io.files import read_json
-from backbone.media.pictures import IMAGE_SUFFIXES
+from backbone.media.pictures import IMAGE_SUFFIXES, ImageRecord, check_images, list_images
 from customize.settings import INSTANCE_PROMPT, Subject
 
 KOHYA_FOLDER = re.compile(r"(\d+)_(.+)")
@@ -185,3 +186,13 @@ def find_token_and_class(instance_prompt: str, class_prompt: str) -> tuple[str, 
 
 def _has_images(folder: Path) -> bool:
     return any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir() if path.is_file())
+
+
+def read_images(
+    subjects: Sequence[Subject], caption_column: str = "", image_column: str = ""
+) -> list[list[ImageRecord]]:
+    """The images of each subject, checked once; `UserError` lists all that cannot be used."""
+    columns = {"caption_column": caption_column or None, "image_column": image_column or None}
+    folders = [list_images(subject.images, **columns) for subject in subjects]
+    check_images([image for folder in folders for image in folder])
+    return folders

@@ -21,6 +21,7 @@ from backbone.models.model import Backbone
 from backbone.models.placement import get_placement
 from backbone.training.run import Every, drive
 from customize.data.dataset import Group, prepare
+from customize.data.folders import read_images
 from customize.data.masks import save_masks
 from customize.methods.lora import refuse_other_encoders
 from customize.objectives.dreambooth import DreamBooth, share_of
@@ -32,18 +33,22 @@ MASKS = "masks.png"
 
 
 def train_concept(
-    asked: dict[str, Any], subjects: Sequence[Subject], *, out: Path | None, vram: float | None = None
+    asked: dict[str, Any],
+    subjects: Sequence[Subject],
+    *,
+    images: list[list[ImageRecord]] | None = None,
+    out: Path | None,
+    vram: float | None = None,
 ) -> Path:
-    """Trains a new concept and gives its run folder. `asked` holds what the user set; the rest comes from the model.
+    """Train a new concept and give its run folder. `asked` holds what the user set; the rest comes from the model.
 
-    `vram` is in GiB.
-
-    A class that is empty is guessed, words that are empty are found. Raises `UserError` for bad pictures, all
-    of them listed, a bad token, or a run folder that is taken.
+    `images` are each subject's, checked already; read here if left out. `vram` is in GiB. An empty class noun is
+    guessed, empty token words are chosen. Raises `UserError` for bad images, all of them listed, a bad token, or a run
+    folder that is taken.
     """
     began = time.perf_counter()
     processes.init_process(asked.get("device") or "auto")
-    pictures = _pictures_of(subjects, asked.get("caption_column", ""), asked.get("image_column", ""))
+    pictures = images or read_images(subjects, asked.get("caption_column", ""), asked.get("image_column", ""))
     run = out or Path("runs") / run_name(subjects[0].images)
     refuse_taken(run)
     for folder in asked.get("class_images", ()):
@@ -110,7 +115,7 @@ def resume_concept(run: Path) -> Path:
     """Goes on with a run that was stopped; the weights come out as if it had not been."""
     settings = read_settings(run)
     processes.init_process(settings.device)
-    pictures = _pictures_of(settings.subjects(), settings.caption_column, settings.image_column)
+    pictures = read_images(settings.subjects(), settings.caption_column, settings.image_column)
     model = Backbone.open(
         settings.model,
         device=settings.device,
@@ -119,18 +124,6 @@ def resume_concept(run: Path) -> Path:
         resolution=settings.resolution,
     )
     return carry_on(run, settings, model, pictures, began=time.perf_counter())
-
-
-def _pictures_of(
-    subjects: Sequence[Subject], caption_column: str, image_column: str
-) -> list[list[ImageRecord]]:
-    """The images of each subject; `UserError` that lists all which cannot be used."""
-    found = [
-        list_images(subject.images, caption_column=caption_column or None, image_column=image_column or None)
-        for subject in subjects
-    ]
-    check_images([picture for folder in found for picture in folder])
-    return found
 
 
 def carry_on(

@@ -25,14 +25,12 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
         "subject": [one.flag() for one in subjects[1:]],
     }
     refuse_idle(resolved({**placeholder, **settings}, {}), asked)
-    from backbone.media.pictures import check_images, list_images
+    from customize.data.folders import read_images
 
-    columns = {name: settings.get(name) or None for name in ("caption_column", "image_column")}
-    for subject in subjects:
-        check_images(list_images(subject.images, **columns))
+    images = read_images(subjects, settings.get("caption_column", ""), settings.get("image_column", ""))
     from customize.training.run import train_concept
 
-    return train_concept(settings, subjects, out=out, vram=vram)
+    return train_concept(settings, subjects, images=images, out=out, vram=vram)
 
 
 def subjects_of(asked: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]]:
