@@ -213,6 +213,8 @@ class Backbone:
 
     def refuse_resolution(self) -> None:
         """`UserError` for a resolution at which the model cannot work."""
+        if not self.asked_resolution:
+            return
         asked, step = self.asked_resolution, min(64, self.own_resolution // 4)
         if asked % step:
             near = max(step, round(asked / step) * step)
@@ -220,7 +222,7 @@ class Backbone:
                 f"{self.location.name} halves its latents again and again, so --resolution {asked} has to be a "
                 f"multiple of {step}. The nearest is {near}."
             )
-        if not asked or "transformer" not in self.location.index:
+        if "transformer" not in self.location.index:
             return
         config = self.location.config("transformer")
         places = config.get("pos_embed_max_size")  # positions a side that were learned

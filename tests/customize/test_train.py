@@ -78,7 +78,7 @@ def test_a_run_leaves_everything_that_it_should(
     sampled = customize(
         "sample", "a [V] dog in the snow", "a dog", "--concept", "runs/subject", "--count", "2", "--out", "o"
     )
-    assert "4 pictures" in sampled.stderr
+    assert "4 images" in sampled.stderr
     names = {path.name for path in (tmp_path / "o").iterdir()}
     assert names == {"p00-s00.png", "p00-s01.png", "p01-s00.png", "p01-s01.png", "sheet.png", "samples.json"}
     assert (
@@ -250,7 +250,7 @@ def test_a_concept_of_another_model_is_refused(
 def test_the_example_is_written_once_and_spares_what_lies_there(customize: Command, tmp_path: Path) -> None:
     customize("example", "dog/")
     customize("example", "dog/")
-    assert len(list((tmp_path / "dog").iterdir())) == 5
+    assert len(list((tmp_path / "dog").glob("*.png"))) == 5 and (tmp_path / "dog" / "example").is_dir()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     assert customize("example", "mine", check=False).returncode == 2

@@ -19,6 +19,7 @@ import align.cli
 import align.settings
 import customize.cli
 import customize.settings
+import customize.training.start
 from backbone.io.console import UserError
 from backbone.io.options import Option, as_command, build, command, fields_of, refuse_idle, spellings
 from backbone.training.settings import PANELS, RunOptions
@@ -273,7 +274,7 @@ USUAL = {
 
 
 def said_by(app: typer.Typer, line: str, monkeypatch: pytest.MonkeyPatch, module: Any) -> dict[str, Any]:
-    """What the `train` of an app is asked by a command line, without doing it."""
+    """What the `train` of an app is asked by a command line, without doing it: `module` is where it starts."""
     import shlex
 
     heard: list[dict[str, Any]] = []
@@ -297,7 +298,7 @@ def test_the_repeating_command_of_customize_gives_the_same_settings(
     named = {**DOG, "token_words": "", **words}
     wanted = customize.settings.resolved({**named, **asked}, USUAL)
     line = customize.settings.as_flags(wanted, Path("runs/x"))
-    heard = said_by(customize.cli.app, line, monkeypatch, customize.cli)
+    heard = said_by(customize.cli.app, line, monkeypatch, customize.training.start)
     subjects = {"images": wanted.images, "token": wanted.token, "class_noun": "dog", **words}
     assert customize.settings.resolved({**heard, **subjects}, USUAL) == wanted
     for part in ("--images 'my dog'", "--token '[V]'", "--class dog", "--out runs/x"):
@@ -310,22 +311,22 @@ def test_the_repeating_command_of_align_gives_the_same_settings(
 ) -> None:
     wanted = align.settings.resolved(asked, USUAL)
     line = align.settings.as_command(wanted, Path("runs/x"))
-    from align.training import cli
+    from align.training import start
 
-    heard = said_by(align.cli.app, line, monkeypatch, cli)
+    heard = said_by(align.cli.app, line, monkeypatch, start)
     assert align.settings.resolved(heard, USUAL) == wanted
     assert align.settings.resolved(heard, {}) == wanted  # whatever is usual by then
 
 
 def test_the_record_of_a_run_is_a_file_of_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from align.training import cli
+    from align.training import start
     from backbone.io.files import write_json
 
     path = tmp_path / "settings.json"
     for asked in ALIGN:
         wanted = align.settings.resolved(asked, USUAL)
         write_json(path, {"settings": wanted, "command": "align train", "versions": {}})
-        heard = said_by(align.cli.app, f"align train --config {path}", monkeypatch, cli)
+        heard = said_by(align.cli.app, f"align train --config {path}", monkeypatch, start)
         assert align.settings.resolved(heard, {}) == wanted
 
 
@@ -434,7 +435,7 @@ def test_every_option_is_whole_at_80_columns_with_a_text_and_a_panel(program: st
 def test_the_spellings_of_diffusers_and_kohya_are_understood(
     flags: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heard = said_by(customize.cli.app, f"customize train {flags}", monkeypatch, customize.cli)
+    heard = said_by(customize.cli.app, f"customize train {flags}", monkeypatch, customize.training.start)
     assert customize.settings.resolved({**DOG, "token_words": "", **heard}, USUAL)
 
 
