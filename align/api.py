@@ -8,7 +8,7 @@ from typing import Any
 
 from align.training.start import start
 from backbone.adapters.concept import checkpoint as find_checkpoint
-from backbone.io.prompts import prompts_of
+from backbone.io.prompts import prompts_of, unique_prompts
 from backbone.io.run import Run
 from backbone.models.sample import Sampler
 
@@ -37,9 +37,7 @@ def sample(
     """
     from align.collect.sample import SamplingSettings, sample_pairs
 
-    asked = list(
-        {one.text: one for one in prompts_of([prompts] if isinstance(prompts, str) else prompts)}.values()
-    )
+    asked = unique_prompts(prompts_of([prompts] if isinstance(prompts, str) else prompts))
     sample_pairs(
         asked,
         Path(out),
@@ -115,9 +113,7 @@ def compare(
     from align.comparison.compare import compare_models
     from align.comparison.sides import Side
 
-    asked = list(
-        {one.text: one for one in prompts_of([prompts] if isinstance(prompts, str) else prompts)}.values()
-    )
+    asked = unique_prompts(prompts_of([prompts] if isinstance(prompts, str) else prompts))
     return compare_models(
         Side.from_name(str(base)),
         Side.from_name(str(tuned)),

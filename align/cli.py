@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, cast, get_args
@@ -15,7 +14,7 @@ from backbone.io.commands import command_group, print_json
 from backbone.io.console import UserError, is_main_rank, notify, run_app
 from backbone.io.files import read_json
 from backbone.io.flags import option
-from backbone.io.prompts import Prompt, prompts_of
+from backbone.io.prompts import prompts_of, unique_prompts
 
 app = command_group("Tune a diffusion model to preferences: yours, or a scorer's.")
 
@@ -115,7 +114,7 @@ def sample(
     from backbone.adapters.concept import checkpoint as folder_of
     from backbone.adapters.concept import read_concept
 
-    asked = once(prompts_of(prompts))
+    asked = unique_prompts(prompts_of(prompts))
     if not concept:
         flags.refuse_given(ctx, "scale", "checkpoint", because="without --concept")
     learned = [folder_of(folder, checkpoint) for folder in concept or []]
@@ -413,7 +412,7 @@ def compare(
     """Draw the same prompts from the same noise with two models, and count wins, with intervals."""
     if not blind:
         flags.refuse_given(ctx, "user", "port", because="without --blind")
-    asked = once(prompts_of(prompts))  # mistakes are answered before torch is imported
+    asked = unique_prompts(prompts_of(prompts))  # mistakes are answered before torch is imported
     from align.collect.sample import SamplingSettings
     from align.comparison.compare import RESULT, compare_models
     from align.comparison.report import format_summary
@@ -464,14 +463,6 @@ def compare(
             typer.echo(format_blind_result(choices))
     if as_json:
         print_json(found)
-
-
-def once(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Each prompt once: a pair's images are told apart by prompt and sample."""
-    found: dict[str, Prompt] = {}
-    for prompt in prompts:
-        found.setdefault(prompt.text, prompt)
-    return list(found.values())
 
 
 train_cli.register(app)

@@ -12,8 +12,9 @@ The names load what they need when they are first used, so that `edit --help` im
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from backbone.io.lazy import export_lazily
 
 if TYPE_CHECKING:
     from edit.inversion.inversion import Inversion, invert, read_inversion, reconstruct
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from edit.methods.remove import remove
     from edit.methods.sdedit import sdedit
     from edit.result import Result
+
+    __version__: str
 
 __all__ = [
     "PRESETS",
@@ -54,17 +57,4 @@ _MODULES = {
     "edit.result": ("Result",),
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from backbone import __version__
-
-        return __version__
-    for module, names in _MODULES.items():
-        if name in names:
-            return getattr(import_module(module), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = export_lazily(__name__, _MODULES)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-__version__: str
+from backbone.io.lazy import export_lazily
 
-if not TYPE_CHECKING:
+if TYPE_CHECKING:
+    __version__: str
 
-    def __getattr__(name: str) -> Any:
-        if name == "__version__":
-            from backbone import __version__
-
-            return __version__
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = export_lazily(__name__, {})

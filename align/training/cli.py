@@ -1,47 +1,17 @@
-"""The command `align train`, and the options that several commands of `align` share."""
+"""The command `align train`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from align.settings import SOURCE_HELP, Settings, read_settings
+from align.settings import Settings, read_settings
 from align.training.start import start
 from backbone.io.console import notify
-from backbone.io.options import command, hyphens
-from backbone.training.settings import MODEL_HELP, PANELS, RunOptions, refuse_beside_resume
-
-__all__ = ["SOURCE_HELP", "hyphens"]  # for the other commands
-
-
-Model = Annotated[
-    str | None,
-    typer.Option("--model", "--pretrained-model-name-or-path", help=MODEL_HELP, show_default="moji"),
-]
-Concepts = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--concept", help="A run folder of customize or align train; repeatable.", show_default="none"
-    ),
-]
-Precision = Annotated[
-    str | None,
-    typer.Option("--precision", "--mixed-precision", help="auto, fp32, bf16 or fp16.", show_default="auto"),
-]
-Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or mps.", show_default="auto")]
-User = Annotated[
-    str | None, typer.Option("--user", help="Only this person's choices.", show_default="everybody's")
-]
-Limit = Annotated[
-    int | None,
-    typer.Option(
-        "--limit", min=1, help="Only the first so many rows; a dataset is then streamed.", show_default="all"
-    ),
-]
-Split = Annotated[str, typer.Option("--split", help="Of a dataset on the hub.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave bad records out instead of stopping.")]
+from backbone.io.options import command
+from backbone.training.settings import PANELS, RunOptions, refuse_beside_resume
 
 
 def register(app: typer.Typer) -> None:

@@ -49,6 +49,14 @@ def prompts_of(given: Sequence[str]) -> list[Prompt]:
     return found
 
 
+def unique_prompts(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Each prompt once, the first of its words: images of `align` are told apart by prompt and sample."""
+    unique: dict[str, Prompt] = {}
+    for prompt in prompts:
+        unique.setdefault(prompt.text, prompt)
+    return list(unique.values())
+
+
 def one_prompt(given: str, option: str) -> str:
     """The prompt in words or in a file, where one is wanted; `UserError` for a file with several."""
     if not given.strip():
