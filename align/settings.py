@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 from backbone.io import options
 from backbone.io.console import UserError
-from backbone.io.files import read_json
 from backbone.io.options import Option, build, effective
 from backbone.training.settings import WEIGHTINGS, TrainingSettings
 
@@ -392,12 +391,7 @@ def read_settings(run: Path) -> Settings:
     path = run / FILE
     if not path.is_file():
         raise UserError(f"{run} is not a run of `align train` ({FILE} is missing). Name another folder.")
-    try:
-        return build(Settings, read_json(path).get("settings", {}))
-    except UserError as error:
-        raise UserError(
-            f"{path} was not written by this version of `align train`: {error} Start the run anew."
-        ) from error
+    return options.read_settings(Settings, path)
 
 
 def as_command(settings: Settings, out: Path) -> str:

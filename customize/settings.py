@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from backbone.io.console import UserError
-from backbone.io.files import read_json
 from backbone.io.options import Option, as_command, build, effective
+from backbone.io.options import read_settings as read_record
 from backbone.training.settings import RunOptions, TrainingSettings
 
 FILE = "settings.json"
@@ -534,10 +534,10 @@ def read_settings(run: Path) -> Settings:
     path = run / FILE
     if not path.is_file():
         raise UserError(f"{run} is not a run of `customize train` ({FILE} is missing). Name another folder.")
-    try:
-        return build(Settings, read_json(path).get("settings", {}))
-    except UserError as error:
-        raise UserError(f"{path} was written by another version: {error} Start the run anew.") from error
+    settings = read_record(Settings, path)
+    if not all(subject.token.strip() for subject in settings.subjects()):
+        raise UserError(f"{path} is damaged (token is empty). Start the run anew.")
+    return settings
 
 
 def as_flags(settings: Settings, out: Path) -> str:

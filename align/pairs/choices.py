@@ -10,9 +10,10 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from backbone.io.files import append_jsonl, read_jsonl
+from backbone.io.records import read_as
 
 CHOICES = "choices.jsonl"
 Verdict = Literal["left", "right", "tie", "both_bad", "skip"]
@@ -32,7 +33,7 @@ class Choice:
     prompt: str
     left: str
     right: str
-    verdict: str
+    verdict: Verdict
     repeat: bool = False
     user: str = ""
     time: str = ""
@@ -60,12 +61,15 @@ def append_entry(path: Path, entry: Choice | Undo) -> None:
 
 
 def read_choices(path: Path) -> list[Choice | Undo]:
-    """All entries, oldest first; lines that a crash truncated and unknown ones are skipped."""
-    return (
-        [entry for line in read_jsonl(path) if (entry := _parse_entry(line)) is not None]
-        if path.exists()
-        else []
-    )
+    """All entries, oldest first; lines that a crash truncated are skipped.
+
+    Raises `UserError` for another kind of entry.
+    """
+    lines = read_jsonl(path) if path.exists() else []
+    return [
+        read_as(Undo if "undo" in line else Choice, line, f"entry {number} of {path}")
+        for number, line in enumerate(lines, start=1)
+    ]
 
 
 def replay(entries: Iterable[Choice | Undo]) -> list[Choice]:
@@ -99,10 +103,3 @@ def measure_consistency(choices: Sequence[Choice]) -> Consistency:
         and "skip" not in (choice.verdict, first[choice.pair].verdict)
     ]
     return Consistency(sum(before.preferred == after.preferred for before, after in again), len(again))
-
-
-def _parse_entry(line: dict[str, Any]) -> Choice | Undo | None:
-    try:
-        return Undo(**line) if "undo" in line else Choice(**line)
-    except TypeError:
-        return None

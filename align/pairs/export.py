@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -88,7 +89,9 @@ def _iterate_row_groups(preferences: Preferences) -> Iterator[list[dict[str, Any
                     "model_0": model,
                     "model_1": model,
                     "ranking_id": index,
-                    "user_id": int(pair.user) if pair.user.isdecimal() else user_numbers[pair.user],
+                    "user_id": int(pair.user)
+                    if re.fullmatch(r"\d{1,18}", pair.user)
+                    else user_numbers[pair.user],
                     "num_example_per_prompt": counts[normalize_prompt(pair.prompt)],
                     "__index_level_0__": index,
                 }

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from backbone.io.prompts import Prompt
+from backbone.io.records import read_as
 
 
 def strip_tokens(text: str, concepts: Iterable[Mapping[str, Any]]) -> str:
@@ -15,7 +16,8 @@ def strip_tokens(text: str, concepts: Iterable[Mapping[str, Any]]) -> str:
     """
     for concept in concepts:
         noun = str(concept.get("class") or "")
-        for token in sorted(concept.get("tokens", ()), key=len, reverse=True):
+        tokens = read_as(dict[str, str], concept.get("tokens", {}), "The record of the images", "tokens")
+        for token in sorted(filter(None, tokens), key=len, reverse=True):
             text = text.replace(f"{token} {noun}", noun) if noun else text
             text = text.replace(token, noun)
     return " ".join(text.split())

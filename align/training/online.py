@@ -25,6 +25,7 @@ from align.pairs.records import (
     SAMPLES,
     SCORES,
     Record,
+    Scores,
     check_preferences,
     describe_records,
     split_held_out,
@@ -252,7 +253,7 @@ def append_reward(run: Path, folder: Path, settings: Settings, number: int) -> N
     known = read_jsonl(run / REWARDS) if (run / REWARDS).exists() else []
     if any(line["round"] == number for line in known):
         return
-    scores = read_json(folder / SCORES)["scores"]
+    scores = read_json(folder / SCORES, Scores).scores
     values = [one[settings.online] for one in scores.values()]
     append_jsonl(run / REWARDS, {"round": number, "reward": sum(values) / len(values)})
 

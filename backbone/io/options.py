@@ -16,20 +16,21 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-import json
 import math
 import shlex
-import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import typer
 
 from backbone.io.console import UserError
+from backbone.io.files import read_json
 from backbone.io.help import Command
+from backbone.io.records import parse_json, read_as
+from backbone.io.run_folder import RunRecord
 
 CONFIG_HELP = "Settings from a file: .yaml, .toml or .json, or a run's settings.json; flags win over it."
 Made = TypeVar("Made")
@@ -313,8 +314,10 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no .yaml, .toml or .json file. Give --config one of these.")
     try:
         text = path.read_text(encoding="utf-8-sig")
-        data = json.loads(text) if kind == ".json" else _toml(text) if kind == ".toml" else _yaml(text)
-    except ValueError as error:  # also what is no UTF-8
+        if kind == ".json":
+            return read_as(dict[str, Any], parse_json(text, path), path)
+        data = _toml(text) if kind == ".toml" else _yaml(text)
+    except (ValueError, RecursionError) as error:  # also what is no UTF-8, and what is nested too deeply
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not {kind[1:].upper()} ({reason}). Repair it.") from error
     if not isinstance(data, dict):
@@ -323,10 +326,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def _toml(text: str) -> Any:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
+    import tomllib
+
     return tomllib.loads(text)
 
 
@@ -400,6 +401,23 @@ def check_values(settings: Any) -> None:
     """`UserError`, naming the argument, for a value in a made dataclass that its Option does not allow."""
     for one in fields_of(type(settings)).values():
         converted(one, getattr(settings, one.name), one.name)
+
+
+def read_settings(declared: Callable[..., Made], path: Path) -> Made:
+    """The settings of a run's `settings.json`, each in the range of its Option.
+
+    Raises `UserError`, with the file and the key, for what is of another type, out of range, unknown or missing.
+    """
+    record = read_json(path, RunRecord)
+    known = fields_of(cast(type, declared))
+    values = {
+        name: converted(known[name], value, name, path) if name in known else value
+        for name, value in record.settings.items()
+    }
+    try:
+        return build(declared, values)
+    except UserError as error:
+        raise UserError(f"{path} was not written by this version: {error} Start the run anew.") from error
 
 
 def build(declared: Callable[..., Made], values: Mapping[str, Any]) -> Made:

@@ -12,18 +12,29 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from backbone.io.console import UserError, notify
 from backbone.io.files import read_jsonl, write_text
+from backbone.io.records import read_as
 
 FORWARDED_SIGNAL_SECONDS = 2.0  # seconds
 CHECKPOINT = "checkpoint.safetensors"
 SAVED = (CHECKPOINT, "concept.json", "best/concept.json")  # with any of these a folder holds a run
 LEFT_BEHIND = ("log.jsonl", "evaluations.jsonl", "rewards.jsonl", "previews", "evaluations", "tensorboard")
 PACKAGES = ("limner", "torch", "diffusers", "transformers", "peft", "accelerate")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run's `settings.json`: what was resolved, and the command that repeats it."""
+
+    settings: dict[str, Any]
+    command: str = ""
 
 
 def refuse_taken(run: Path) -> None:
@@ -89,7 +100,8 @@ def trim_log(path: Path, done: int) -> None:
     """Drop the log lines of steps after `done`, which a resumed run takes again."""
     if not path.exists():
         return
-    kept = [json.dumps(line) + "\n" for line in read_jsonl(path) if line["step"] <= done]
+    lines = [(read_as(int, line.get("step"), path, "step"), line) for line in read_jsonl(path)]
+    kept = [json.dumps(line) + "\n" for step, line in lines if step <= done]
     write_text(path, "".join(kept))  # atomic: a kill leaves the old log or the new one
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from backbone.adapters.concept import CONCEPT_FILE as CONCEPT
 from backbone.adapters.concept import Concept, read_concept
 from backbone.io.files import read_json
+from backbone.io.run_folder import RunRecord
 from customize.formats.adapter import AdapterFile, BaseFamily
 
 KEPT_PREFIXES = ("ss_", "modelspec.", "limner_", "base_model")
@@ -139,7 +140,7 @@ def _training_metadata(source: Path | None, concept: Concept | None) -> dict[str
         entries["modelspec.usage_hint"] = f"Write “{phrase}” in the prompt."
     settings = source / "settings.json"
     if settings.is_file():
-        trained: dict[str, Any] = read_json(settings).get("settings", {})
+        trained: dict[str, Any] = read_json(settings, RunRecord).settings
         entries |= {name: str(trained[key]) for key, name in KOHYA_KEYS.items() if key in trained}
         if "steps" in trained:
             entries["ss_steps"] = str(trained["steps"])

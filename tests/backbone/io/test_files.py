@@ -199,7 +199,7 @@ def test_json_takes_what_our_settings_hold(tmp_path: Path) -> None:
 
 def test_damaged_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "s.json").write_bytes(b'{"a": 1')
-    with pytest.raises(UserError, match=r"s\.json is not readable JSON"):
+    with pytest.raises(UserError, match=r"s\.json is not JSON"):
         read_json(tmp_path / "s.json")
 
 
