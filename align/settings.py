@@ -202,6 +202,7 @@ class Settings(TrainingSettings):
             "Online",
             default_text="off",
             metavar="SCORER",
+            code=True,
         ),
     ] = ""
     prompts: Annotated[

@@ -445,7 +445,7 @@ class Settings(TrainingSettings):
             choices=("jsonl", "tensorboard"),
         ),
     ] = "jsonl"
-    push_to_hub: Annotated[bool, Option("Upload the finished run to the hub.", "Output")] = False
+    push_to_hub: Annotated[bool, Option("Upload the finished run to the hub, as private.", "Output")] = False
     hub_model_id: Annotated[
         str,
         Option(

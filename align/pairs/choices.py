@@ -10,8 +10,9 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+from backbone.io.console import UserError
 from backbone.io.files import append_jsonl, read_jsonl
 from backbone.io.records import read_as
 
@@ -33,7 +34,7 @@ class Choice:
     prompt: str
     left: str
     right: str
-    verdict: Verdict
+    verdict: str
     repeat: bool = False
     user: str = ""
     time: str = ""
@@ -66,10 +67,16 @@ def read_choices(path: Path) -> list[Choice | Undo]:
     Raises `UserError` for another kind of entry.
     """
     lines = read_jsonl(path) if path.exists() else []
-    return [
-        read_as(Undo if "undo" in line else Choice, line, f"entry {number} of {path}")
-        for number, line in enumerate(lines, start=1)
-    ]
+    return [_read_entry(line, f"entry {number} of {path}") for number, line in enumerate(lines, start=1)]
+
+
+def _read_entry(line: dict[str, Any], where: str) -> Choice | Undo:
+    if "undo" in line:
+        return read_as(Undo, line, where)
+    choice = read_as(Choice, line, where)
+    if choice.verdict not in VERDICTS:
+        raise UserError(f"{where} has no verdict that is known ({choice.verdict}). Remove the line.")
+    return choice
 
 
 def replay(entries: Iterable[Choice | Undo]) -> list[Choice]:

@@ -328,4 +328,4 @@ def _parse_single_label(label: Any) -> bool | None:
     """True for good or 1, False for bad, 0 or −1, else None."""
     if isinstance(label, str):
         return {"good": True, "bad": False, "1": True, "0": False}.get(label.strip().lower())
-    return {1: True, 0: False, -1: False}.get(label) if isinstance(label, (bool, int, float)) else None  # type: ignore[call-overload,no-any-return]
+    return {1.0: True, 0.0: False, -1.0: False}.get(label) if isinstance(label, (bool, int, float)) else None

@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast, overload
 
 from backbone.io.console import UserError
 from backbone.io.records import parse_json, read_as
@@ -96,7 +96,7 @@ def write_tensors(
         file.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in ordered:
             flat = tensor.detach().cpu().contiguous().reshape(-1)
-            file.write(memoryview(flat.view(torch.uint8).numpy()))
+            file.write(cast(Any, flat.view(torch.uint8).numpy()))
 
 
 def _safetensors_type(dtype: str) -> str:

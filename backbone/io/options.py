@@ -51,6 +51,7 @@ class Option:
     switches      flags without a value that stand for a value of this one
     words         values that stand for other settings
     argument      it is a plain word on the command line, without a flag before it
+    code          it may name a Python file, which will be run: never one that only a file of settings names
     """
 
     help: str
@@ -68,6 +69,7 @@ class Option:
     words: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     argument: bool = False
     hidden: bool = False
+    code: bool = False
     metavar: str = ""
 
 
@@ -294,6 +296,11 @@ def values_from_file(path: Path, known: Mapping[str, Field], flags: Mapping[str,
     for key, value in (data["settings"] if record else data).items():
         one = names.get(str(key).replace("-", "_"))
         if one is not None:
+            if one.option.code and is_code(value) and flags.get(one.name) != value:
+                raise UserError(
+                    f"{path} names the Python file {value}, which would be run. If you trust it, name it yourself: "
+                    f"{one.flag} {value}"
+                )
             said.read(one, value, str(key))
         elif hyphens(str(key)) in switches and isinstance(value, bool):
             one, meant = switches[hyphens(str(key))]
@@ -305,6 +312,11 @@ def values_from_file(path: Path, known: Mapping[str, Field], flags: Mapping[str,
         return dict(said.with_implied())
     every = {**{one.name: one.default for one in known.values()}, **said, **flags}
     return {name: value for name, value in said.items() if unmet(known[name], every) is None}
+
+
+def is_code(value: Any) -> bool:
+    """Whether a value is the name of a Python file."""
+    return isinstance(value, str) and Path(value).suffix == ".py"
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from backbone.io.console import UserError, notify
-from backbone.io.files import read_jsonl, write_text
+from backbone.io.files import read_jsonl, remove_abandoned, write_text
 from backbone.io.records import read_as
 
 FORWARDED_SIGNAL_SECONDS = 2.0  # seconds
@@ -46,6 +46,35 @@ def refuse_taken(run: Path) -> None:
         raise UserError(
             f"{run} already holds a run. Continue it with --resume {run}, or choose another --out."
         )
+
+
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Keep a folder for this process: of two that start in the same moment, the second gets a `UserError`.
+
+    The folder is made. Nothing is left in it: the lock is on the folder itself, and goes with the process. What killed
+    writers left behind is removed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"Another process is writing {folder}. Wait for it, or choose another --out."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        remove_abandoned(folder)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def clear_failed_try(run: Path) -> None:

@@ -105,10 +105,12 @@ def train_concept(
     )
     share_of(settings)
     processes.barrier()  # now every process has seen that the folder is free
-    if processes.is_main_process():
-        clear_failed_try(run)
-        write_record(run, settings, timings={})
-    return carry_on(run, settings, model, pictures, began=began)
+    with processes.hold_folder(run):
+        if processes.is_main_process():
+            refuse_taken(run)  # by a run that has been quicker
+            clear_failed_try(run)
+            write_record(run, settings, timings={})
+        return carry_on(run, settings, model, pictures, began=began)
 
 
 def resume_concept(run: Path) -> Path:
@@ -123,7 +125,8 @@ def resume_concept(run: Path) -> Path:
         placement=get_placement(settings),
         resolution=settings.resolution,
     )
-    return carry_on(run, settings, model, pictures, began=time.perf_counter())
+    with processes.hold_folder(run):
+        return carry_on(run, settings, model, pictures, began=time.perf_counter())
 
 
 def carry_on(
@@ -153,6 +156,8 @@ def carry_on(
         )
         notify(f"{len(folder)} pictures of “{subject.called()}”; {subject.token} {what}.")
     training = DreamBooth(model, prepare(model, groups, settings), settings)
+    images = "".join(content_hash(picture.read()) for folder in pictures for picture in folder)
+    training.sources = {"model": model.fingerprint, "images": content_hash(images.encode())}
     training.resume(run)
     writes = processes.is_main_process()
     if writes and settings.mask == "auto":
@@ -200,7 +205,7 @@ def carry_on(
     write_record(run, settings, timings=seconds)
     write_text(run / "README.md", card(settings, model) + readme(run, settings, shown, seconds))
     if settings.push_to_hub:
-        notify(f"Uploaded to {push(run, settings.hub_model_id or run.name)}.")
+        notify(f"Uploaded to {push(run, settings.hub_model_id or run.name)} (private, if it is new).")
     processes.end_process()
     return run
 
