@@ -55,7 +55,9 @@ class Undo:
 
 
 def append_entry(path: Path, entry: Choice | Undo) -> None:
-    """Append a line and return once it is on disk (fsync)."""
+    """Append a line and return once it is on disk (fsync). Raises `UserError` where the folder is gone."""
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent} is gone, so the choice was not kept. Put the folder back.")
     append_jsonl(path, asdict(entry))
     with path.open("rb+") as file:
         os.fsync(file.fileno())

@@ -29,11 +29,13 @@ def train(asked: dict[str, Any], run: RunOptions) -> None:
 
 def _resumed(run: Path, asked: dict[str, Any], said: RunOptions) -> Path:
     """Goes on with a run; `UserError` for anything that was said beside."""
-    settings = read_settings(run)  # mistakes are answered before torch is imported
     code = asked.get("online", "")
-    if is_code(code) and code == settings.online:  # a Python file is run when it is named here, and only then
-        asked = {name: value for name, value in asked.items() if name != "online"}
-    refuse_beside_resume(Settings, asked, said)
+    # A Python file is run when it is named here, and only then.
+    named = {"online"} if is_code(code) else set()
+    refuse_beside_resume(Settings, {name: asked[name] for name in asked if name not in named}, said)
+    settings = read_settings(run)  # mistakes are answered before torch is imported
+    if named and code != settings.online:
+        refuse_beside_resume(Settings, asked, said)
     if settings.online:
         from align.training.online import resume_online
 

@@ -13,8 +13,8 @@ import hashlib
 import json
 import math
 import os
+import platform
 import secrets
-import socket
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -285,7 +285,7 @@ def remove_abandoned(folder: Path, start: str = ".") -> None:
 @cache
 def _host() -> str:
     """Six letters that tell this machine, or container, from others."""
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:6]
 
 
 def _is_running(process: int) -> bool:
