@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -155,4 +155,4 @@ def _architecture_name(base: BaseFamily, concept: Concept | None) -> str:
 
 def _modification_date(source: Path) -> str:
     """ISO time at which the weights were written, so that exporting them twice gives the same file."""
-    return datetime.fromtimestamp(int(source.stat().st_mtime), tz=timezone.utc).isoformat()
+    return datetime.fromtimestamp(int(source.stat().st_mtime), tz=UTC).isoformat()
