@@ -173,7 +173,7 @@ def number_door(program: Any, place: Place, random: Random) -> bool:
         else {"pairs": "p"}
     )
     program.resolved({**place_holder, **asked}, {})
-    return number in ("nan", "inf", "-inf", "x", "", " ", "½", "1,5", "0x10")
+    return number in ("nan", "inf", "-inf", "x", "", " ", "½", "0x10")
 
 
 def concept_door(place: Place, random: Random) -> bool:
