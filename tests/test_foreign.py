@@ -28,7 +28,12 @@ from backbone.models.model import Backbone
 from customize.training.card import push
 from tests.align.conftest import picture, write_lines
 
-CANARY = "from pathlib import Path\nPath({!r}).write_text('ran')\n\ndef score(pictures, prompts):\n    return [0.0] * len(pictures)\n"
+CANARY = """
+from pathlib import Path
+Path({!r}).write_text("ran")
+def score(pictures, prompts):
+    return [0.0] * len(pictures)
+"""
 
 
 # Python files -----------------------------------------------------------------------------------------------
@@ -99,11 +104,17 @@ def test_a_concept_names_files_of_its_own_folder(tmp_path: Path, key: str, name:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"tokens": None}, "tokens is null"), ({"tokens": ["[V]"]}, "tokens is"), ({"tokens": {"[V]": 3}}, r"tokens\.\[V\] is 3"),
-        ({"tokens": {"": "bcd"}}, "a token is empty"), ({"model": 3}, "model is 3"), ({"weights": None}, "weights is null"),
-        ({"class_noun": 3}, "class_noun is 3"), ({"more": 1}, "the key more"), ({"folder": "/"}, "the key folder"),
+        ({"tokens": None}, "tokens is null"),
+        ({"tokens": ["[V]"]}, "tokens is"),
+        ({"tokens": {"[V]": 3}}, r"tokens\.\[V\] is 3"),
+        ({"tokens": {"": "bcd"}}, "a token is empty"),
+        ({"model": 3}, "model is 3"),
+        ({"weights": None}, "weights is null"),
+        ({"class_noun": 3}, "class_noun is 3"),
+        ({"more": 1}, "the key more"),
+        ({"folder": "/"}, "the key folder"),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_concept_is_named_with_its_key(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     Concept("lora", "moji", "f", {"[V]": "bcd"}, "dog", "w.safetensors").write(tmp_path)
     path = tmp_path / "concept.json"
@@ -202,12 +213,19 @@ def test_an_upload_is_private_and_telemetry_is_off(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"steps": -5}, "steps in .* is -5; it is at least 1"), ({"steps": "x"}, "steps in .* is x"), ({"steps": None}, "steps in"),
-        ({"batch": 0}, "batch in .* at least 1"), ({"checkpointing_steps": 0}, "checkpointing_steps in"),
-        ({"learning_rate": "x"}, "learning_rate in"), ({"sheet_prompts": [1]}, "sheet_prompts in"), ({"token": 5}, "token in"),
-        ({"token": ""}, "token is empty"), ({"token": " "}, "token is empty"), ({"more": 1}, "no setting more"),
+        ({"steps": -5}, "steps in .* is -5; it is at least 1"),
+        ({"steps": "x"}, "steps in .* is x"),
+        ({"steps": None}, "steps in"),
+        ({"batch": 0}, "batch in .* at least 1"),
+        ({"checkpointing_steps": 0}, "checkpointing_steps in"),
+        ({"learning_rate": "x"}, "learning_rate in"),
+        ({"sheet_prompts": [1]}, "sheet_prompts in"),
+        ({"token": 5}, "token in"),
+        ({"token": ""}, "token is empty"),
+        ({"token": " "}, "token is empty"),
+        ({"more": 1}, "no setting more"),
     ],
-)  # fmt: skip
+)
 def test_settings_of_a_run_are_in_the_range_of_their_options(
     tmp_path: Path, change: dict[str, Any], said: str
 ) -> None:
@@ -236,8 +254,8 @@ def test_a_device_that_is_not_there_is_a_sentence(tiny_folder: Path, device: str
 
 
 def test_of_two_runs_in_one_folder_the_second_is_refused(tmp_path: Path) -> None:
-    with hold_folder(tmp_path / "run"):
-        with pytest.raises(UserError, match="Another process is writing"), hold_folder(tmp_path / "run"):
-            pass
+    refused = pytest.raises(UserError, match="Another process is writing")
+    with hold_folder(tmp_path / "run"), refused, hold_folder(tmp_path / "run"):
+        pass
     with hold_folder(tmp_path / "run"):
         assert not list((tmp_path / "run").iterdir())
