@@ -64,7 +64,9 @@ def prepare(folder: Path) -> dict[str, Campaign]:
     ]
     (folder / "pairs" / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "prompts.txt").write_text("\n".join(prompts) + "\n")
-    bright = "import numpy\ndef score(images, prompts):\n    return [float(numpy.asarray(one).mean()) for one in images]\n"
+    bright = (
+        "import numpy\ndef score(images, prompts):\n    return [float(numpy.mean(one)) for one in images]\n"
+    )
     (folder / "bright.py").write_text(bright)
     learn = ("--steps", "40", "--checkpointing-steps", "2", "--model", model, *WHERE)
     customize = ("customize", "train", "--images", "images", "--token", "[V]", "--class", "dog", *learn)
