@@ -85,7 +85,7 @@ def sample_pairs(
 
 
 def resolve_sampling(sampling: Asked, model: Backbone, concepts: Sequence[Concept]) -> Asked:
-    """With the size of the concepts' training images and the model's defaults; `UserError` for a size it cannot sample."""
+    """With the size of the concepts' images and the model's defaults; `UserError` for a size it cannot sample."""
     sampling = sampling.at_resolution(trained_resolution(concepts)).with_defaults(model.defaults)
     latent_size(model, sampling.size)
     return sampling

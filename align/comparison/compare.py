@@ -60,8 +60,8 @@ def compare_models(
 ) -> dict[str, Any]:
     """Sample both sides, score them, write `compare.json` and `report.html`; returns the result.
 
-    The tuned side is compared at each of the scales with the same base images. Images that exist already are kept, so that a comparison that was stopped goes on; raises `UserError` when they
-    were sampled with other settings.
+    The tuned side is compared at each of the scales with the same base images. Images that exist already are kept, so
+    that a comparison that was stopped goes on; raises `UserError` when they were sampled with other settings.
     """
     began = time.perf_counter()
     _refuse_scales(tuned, asked.scale)

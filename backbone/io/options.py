@@ -26,7 +26,9 @@ import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from functools import cache
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
@@ -108,8 +110,9 @@ def _fields_of(declared: Hashable) -> dict[str, Field]:
     options: dict[str, Option] = {}
     hints: dict[str, Any] = {}
     for parent in reversed([one for one in declared.__mro__ if dataclasses.is_dataclass(one)]):
-        hints = get_type_hints(parent, include_extras=True)
-        for name, hint in hints.items():
+        own = _own_hints(parent)
+        hints |= own
+        for name, hint in own.items():
             for extra in getattr(hint, "__metadata__", ()):
                 if isinstance(extra, Option):
                     options[name] = extra
@@ -119,6 +122,15 @@ def _fields_of(declared: Hashable) -> dict[str, Field]:
         for name, default in defaults.items()
         if name in options
     }
+
+
+@cache
+def _own_hints(declared: Hashable) -> dict[str, Any]:
+    """The types of the fields that a class itself says, evaluated once for all classes that inherit them."""
+    assert isinstance(declared, type)
+    names = vars(import_module(declared.__module__))
+    alone = SimpleNamespace(__annotations__=inspect.get_annotations(declared))
+    return get_type_hints(alone, names, include_extras=True)
 
 
 def _kind_of(hint: Any) -> tuple[type, bool]:
@@ -174,12 +186,7 @@ def settled_command(
 
     # What is the command's own stands before what it shares with others
     known = fields_of(declared)
-    own = [
-        name
-        for each in declared.__mro__
-        for name in each.__dict__.get("__annotations__", {})
-        if name in known
-    ]
+    own = [name for each in declared.__mro__ for name in inspect.get_annotations(each) if name in known]
     return _registering(app, {name: known[name] for name in own}, panels, called, _settled_parameters)
 
 
@@ -234,7 +241,7 @@ def _parameters(fields: Sequence[Field], config_help: str = RUNS_CONFIG_HELP) ->
 
 
 def _settled_parameters(fields: Sequence[Field]) -> list[inspect.Parameter]:
-    """The same, where what has no default is required: a plain word on the command line, an option there or in a file."""
+    """The same, where what has no default is required: a plain word as such, an option here or in a file."""
     found = {one.name: one for one in _parameters(fields, CONFIG_HELP)}
     for one in fields:
         if one.default is MISSING and one.option.argument:
