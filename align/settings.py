@@ -380,9 +380,9 @@ class PairSampling(DrawingOptions):
         ),
     ] = 0.0
 
-    def as_json(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """What images depend on, `redraw` where there is some."""
-        return super().as_json() | ({"redraw": self.redraw} if self.redraw else {})
+        return super().facts() | ({"redraw": self.redraw} if self.redraw else {})
 
 
 @dataclass(frozen=True, kw_only=True)

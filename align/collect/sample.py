@@ -168,7 +168,7 @@ def _describe_folder(
             }
             for concept, description in zip(concepts, summarize_concepts(concepts), strict=True)
         ],
-        "sampling": asked.as_json(),
+        "sampling": asked.facts(),
         "per_prompt": asked.count,
         "prompts": [_prompt_fields(prompt) for prompt in prompts],
     }

@@ -193,7 +193,7 @@ def _claim_folder(
         "weights": [content_hash(concept.weights_path) for concept in concepts if concept.weights],
         "scale": side.scale,
         "prompts": [prompt.text for prompt in prompts],
-        "sampling": sampling.as_json(),
+        "sampling": sampling.facts(),
     }
     path = folder / "drawn.json"
     if path.exists() and read_json(path) != json.loads(json.dumps(record)):

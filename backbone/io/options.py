@@ -234,7 +234,9 @@ def _parameters(fields: Sequence[Field], config_help: str = RUNS_CONFIG_HELP) ->
     found = [_parameter(one.name, *_typed(one)) for one in fields]
     for one in fields:
         for switch in switches_of(one):
-            info = typer.Option("--" + hyphens(switch), hidden=True)
+            info = typer.Option(
+                "--" + hyphens(switch), help=one.option.help, rich_help_panel=one.option.panel, hidden=True
+            )
             found.append(_parameter(_switch(one, switch), bool | None, info))
     help_of = typer.Option("--config", help=config_help, metavar="FILE", rich_help_panel="Output")
     return [*found, _parameter("config", str | None, help_of)]
@@ -466,9 +468,13 @@ def _number(one: Field, value: Any, where: str) -> Any:
         words = "".join(f" or {word}" for word in option.words)
         what = "a whole number" if whole else "a number"
         raise UserError(f"{where} is {value}, which is not {what}{words}. Give one.") from error
-    if option.min is not None and number < option.min:
+    below = option.min is not None and number < option.min
+    above = option.max is not None and number > option.max
+    if (below or above) and option.min is not None and option.max is not None:
+        raise UserError(f"{where} is {value} and must lie between {option.min:g} and {option.max:g}.")
+    if option.min is not None and below:
         raise UserError(f"{where} is {value}; it is at least {option.min:g}.")
-    if option.max is not None and number > option.max:
+    if option.max is not None and above:
         raise UserError(f"{where} is {value}; it is at most {option.max:g}.")
     return number
 

@@ -119,7 +119,7 @@ class SamplingSettings:
             "size": self.size,
         }
 
-    def as_json(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """What images depend on, without guidance interval and size where they are the defaults."""
         width, height = self.size
         facts = {name: getattr(self, name) for name in ("steps", "guidance", "seed", "sampler", "negative")}

@@ -16,7 +16,6 @@ from backbone.adapters.concept import Concept
 from backbone.io.console import UserError
 from backbone.io.files import read_jsonl
 from backbone.io.report import line_plot, table, write_report
-from backbone.media.pictures import list_images
 from backbone.models.cache import VARIABLE
 from backbone.models.locate import EMBEDDED
 from backbone.models.model import Backbone
@@ -159,14 +158,7 @@ def test_a_run_whose_obedience_nothing_can_measure_is_refused(tmp_path: Path, ti
     settings = Settings(images="", token="[V]", class_noun="dog")
     assert scorers is not None
     with pytest.raises(UserError, match="Name a CLIP folder"):
-        Evaluator(tiny, scorers, concept, settings, list_images(one_picture(tmp_path)))
-
-
-def one_picture(folder: Path) -> str:
-    """A folder of one picture."""
-    (folder / "pictures").mkdir()
-    Image.new("RGB", (40, 40)).save(folder / "pictures" / "0.png")
-    return str(folder / "pictures")
+        Evaluator(tiny, scorers, concept, settings, [Image.new("RGB", (40, 40))])
 
 
 def test_a_run_is_evaluated_reported_and_measured_from_outside(
