@@ -8,7 +8,8 @@
     def train(asked: dict[str, Any]) -> None: ...
 
 `asked` holds what was said, by field; what was not said is not in it. A subclass that gives a field another default
-keeps the Option that its parent gave it. Where no default depends on the model, the function gets the settings made:
+keeps the Option that its parent gave it, and its `NEEDS` say of inherited fields when they have an effect. Where no
+default depends on the model, the function gets the settings made:
 
     @settled_command(app, SampleOptions)
     def sample(asked: SampleOptions) -> None: ...
@@ -116,6 +117,8 @@ def _fields_of(declared: Hashable) -> dict[str, Field]:
             for extra in getattr(hint, "__metadata__", ()):
                 if isinstance(extra, Option):
                     options[name] = extra
+        for name, needs in parent.__dict__.get("NEEDS", {}).items():
+            options[name] = dataclasses.replace(options[name], needs=needs)
     defaults = {one.name: one.default for one in dataclasses.fields(declared)}
     return {
         name: Field(name, *_kind_of(hints[name]), default, options[name])
@@ -129,7 +132,9 @@ def _own_hints(declared: Hashable) -> dict[str, Any]:
     """The types of the fields that a class itself says, evaluated once for all classes that inherit them."""
     assert isinstance(declared, type)
     names = vars(import_module(declared.__module__))
-    alone = SimpleNamespace(__annotations__=inspect.get_annotations(declared))
+    fields = {one.name for one in dataclasses.fields(declared)}  # type: ignore[arg-type]
+    said = inspect.get_annotations(declared)
+    alone = SimpleNamespace(__annotations__={name: said[name] for name in said if name in fields})
     return get_type_hints(alone, names, include_extras=True)
 
 
