@@ -83,7 +83,7 @@ class Objective(ABC):
         """Writes what was learned; gives the fields of `Concept` that name the files."""
 
     def save(self, run: Path) -> None:
-        """Writes the checkpoint from which `resume` goes on bit for bit; one that writes none leaves `saved` as it is."""
+        """Writes the checkpoint from which `resume` goes on bit for bit; where none is written, `saved` stays."""
         self.saved = self.done
         if processes.is_main_process():
             save_checkpoint(
