@@ -100,9 +100,8 @@ def prepare(
     for number, group in enumerate(groups):
         sizes = sizes_of(group.pictures, model.resolution) if settings.aspect_buckets else None
         flips = (False, True) if settings.flip else (False,)
-        encoded = encode_in_parallel(model, group.pictures, flips=flips, sizes=sizes, read=read)
-        for flip in flips:
-            posteriors += encoded[flip]
+        for flip, encoded in encode_in_parallel(model, group.pictures, flips, sizes, read).items():
+            posteriors += encoded
             masks += masks_of(group.pictures, sizes, flip=flip)
             prompts += group.prompts
             names += [str(picture.path) for picture in group.pictures]
@@ -152,10 +151,9 @@ def prepare(
 def encode_in_parallel(
     model: Backbone,
     pictures: Sequence[ImageRecord],
-    *,
     flips: Sequence[bool],
     sizes: Sequence[tuple[int, int]] | None,
-    read: ReadCrop = read_crop,
+    read: ReadCrop,
 ) -> dict[bool, list[Posterior]]:
     """The images encoded as they are and mirrored, as `flips` asks; of several processes each encodes its share.
 
