@@ -115,14 +115,7 @@ def prepare(
     buckets = buckets_of(posteriors)
     class_latents = class_rows = None
     if preserves(settings) and settings.prior == "class-images":
-        if len({posterior.mean.shape for posterior in posteriors}) > 1:
-            raise UserError(
-                "Class pictures are square, and with --aspect-buckets the subject's are not. Use --prior base."
-            )
-        with processes.main_process_first():
-            each = [class_images(model, prompt, settings, number) for number, prompt in enumerate(classes)]
-        class_latents = torch.cat(each)
-        class_rows = torch.cat([torch.full((len(one),), number) for number, one in enumerate(each)])
+        class_latents, class_rows = all_class_images(model, classes, settings, buckets)
     # from here on the denoiser alone is needed
     model.free("autoencoder", "text_encoder")
     if preserves(settings) and settings.prior == "base":
@@ -259,6 +252,19 @@ def at_latent_size(masks: Sequence[Tensor | None], sizes: Sequence[Sequence[int]
         small = F.adaptive_avg_pool2d(torch.ones(1, height, width) if mask is None else mask, (height, width))
         found.append(small / small.mean())
     return found
+
+
+def all_class_images(
+    model: Backbone, classes: Sequence[str], settings: Settings, buckets: Sequence[Bucket]
+) -> tuple[Tensor, Tensor]:
+    """Latents of all subjects' class images [K, C, H, W], and which class prompt each is under [K]."""
+    if len(buckets) > 1:
+        raise UserError(
+            "Class pictures are square, and with --aspect-buckets the subject's are not. Use --prior base."
+        )
+    with processes.main_process_first():
+        each = [class_images(model, prompt, settings, number) for number, prompt in enumerate(classes)]
+    return torch.cat(each), torch.cat([torch.full((len(one),), number) for number, one in enumerate(each)])
 
 
 def class_images(model: Backbone, class_prompt: str, settings: Settings, subject: int) -> Tensor:

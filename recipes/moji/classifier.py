@@ -103,7 +103,7 @@ def main(
         {"params": list(inner.values()), "lr": matrix_rate, "momentum": 0.95},
     ]
     optimizer = Muon(groups, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.03)
-    training = Training(workdir / "classifier.safetensors", kept, optimizer, decay=0.998)
+    training = Training(workdir / "classifier.safetensors", kept, optimizer, decay=0.998, batch=batch)
     cases = Cases.on_disk(workdir, scenes, decoded=decoded, decoded_share=decoded_share, device=device)
     held_out = [make_scene(number) for number in HELD_OUT]
     examination = Examination(workdir, held_out, device)
@@ -119,9 +119,7 @@ def main(
         export(training.average, workdir, step=step, cases=cases, marks=examination)
 
     lr_schedule = warm_cosine(steps, warmup=min(150, steps // 5), floor=0.01)
-    training.run(
-        losses, lr_schedule, steps=steps, batch=batch, minutes=minutes, every=500, clip=5.0, on_save=write
-    )
+    training.run(losses, lr_schedule, steps=steps, minutes=minutes, every=500, clip=5.0, on_save=write)
     if training.done >= steps:
         write(training.done)
 

@@ -196,7 +196,9 @@ class Training(training.Training):
         if inner:
             groups.append({"params": list(inner), "momentum": 0.95, "lr": plan.matrix_rate})
         optimizer = Muon(groups, lr=plan.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-        super().__init__(plan.workdir / f"{name}.safetensors", parameters, optimizer, decay=0.9985)
+        super().__init__(
+            plan.workdir / f"{name}.safetensors", parameters, optimizer, decay=0.9985, batch=plan.batch
+        )
         self.facts = {"prediction": plan.prediction}
 
     def follow(self, losses: Callable[[int], Iterator[Tensor]], rank: int) -> None:
@@ -206,7 +208,6 @@ class Training(training.Training):
             losses,
             warm_stable_decay(plan.steps, warmup=plan.warmup, decay=plan.decay),
             steps=plan.steps,
-            batch=plan.batch,
             minutes=plan.minutes,
             every=250,
             aloud=rank == 0,

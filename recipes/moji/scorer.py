@@ -94,7 +94,7 @@ def main(
     }
     groups = group_parameters(parameters, matrix_rate)
     optimizer = Muon(groups, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
-    training = Training(workdir / "scorer.safetensors", parameters, optimizer, decay=0.998)
+    training = Training(workdir / "scorer.safetensors", parameters, optimizer, decay=0.998, batch=batch)
     examination = Examination.on_disk(workdir)
     data = Lessons.on_disk(workdir, decoded=decoded, device=device)
 
@@ -116,7 +116,7 @@ def main(
         print(json.dumps({"step": step, **marks}), flush=True)
 
     lr_schedule = warm_cosine(steps, warmup=min(200, steps // 5), floor=0.01)
-    training.run(losses, lr_schedule, steps=steps, batch=batch, minutes=minutes, every=500, on_save=write)
+    training.run(losses, lr_schedule, steps=steps, minutes=minutes, every=500, on_save=write)
     if training.done >= steps:
         write(training.done)
 

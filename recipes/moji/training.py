@@ -16,13 +16,21 @@ from recipes.moji.logbook import Logbook
 class Training:
     """Weights with their optimiser and average, gone on with from the last checkpoint where there is one.
 
-    `kept` are the weights that are trained, and statistics that are averaged and stored with them.
+    `kept` are the weights that are trained, and statistics that are averaged and stored with them;
+    `batch` is how many images a step sees, for the pace.
     """
 
     def __init__(
-        self, checkpoint: Path, kept: Mapping[str, Tensor], optimizer: Optimizer, *, decay: float
+        self,
+        checkpoint: Path,
+        kept: Mapping[str, Tensor],
+        optimizer: Optimizer,
+        *,
+        decay: float,
+        batch: int,
     ) -> None:
         self.checkpoint, self.kept, self.optimizer = checkpoint, kept, optimizer
+        self.batch = batch
         self.average = Average(kept, decay=decay)
         self.facts: dict[str, str] = {}
         self.done = 0
@@ -37,7 +45,6 @@ class Training:
         lr_schedule: LRSchedule,
         *,
         steps: int,
-        batch: int,
         minutes: float,
         every: int,
         clip: float = 1.0,
@@ -48,7 +55,7 @@ class Training:
 
         Where `aloud`, it reports, and every so many steps and at last it saves and calls `on_save` with the step.
         """
-        logbook = Logbook(batch=batch)
+        logbook = Logbook(batch=self.batch)
         for report in train(
             losses,
             self.kept,
