@@ -98,14 +98,14 @@ def carry_on(
         class_noun=settings.class_noun,
         resolution=settings.resolution,
     )
-    # Every image is decoded once more than it was checked: for its latents, the evaluations and the sheet together
-    everything = [picture for folder in pictures for picture in folder]
-    measured = pictures[0][:KEPT] if settings.evaluation_steps else []
-    read, side = CropReader([*everything[:SHOWN], *measured]), (model.resolution, model.resolution)
     groups = [
         group_of(subject, folder, settings, concept)
         for subject, folder in zip(subjects, pictures, strict=True)
     ]
+    # Every image is decoded once more than it was checked: for its latents, the evaluations and the sheet together
+    everything = [picture for folder in pictures for picture in folder]
+    measured = pictures[0][:KEPT] if settings.evaluation_steps else []
+    read, side = CropReader([*everything[:SHOWN], *measured]), (model.resolution, model.resolution)
     training = DreamBooth(model, prepare(model, groups, settings, read=read), settings)
     training.resume(run)
     if processes.is_main_process() and settings.mask == "auto":
