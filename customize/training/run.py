@@ -11,7 +11,7 @@ from typing import Any
 from backbone.adapters.concept import Concept
 from backbone.distributed import processes
 from backbone.io.console import notify
-from backbone.io.files import write_json, write_text
+from backbone.io.files import content_hash, write_json, write_text
 from backbone.io.run_folder import clear_failed_try, package_versions, refuse_taken, run_name
 from backbone.media.crops import CropReader
 from backbone.media.pictures import ImageRecord, check_images, list_images
