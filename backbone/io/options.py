@@ -35,8 +35,7 @@ import typer
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.io.help import Command
-from backbone.io.records import parse_json, read_as
-from backbone.io.run_folder import RunRecord
+from backbone.io.records import RunRecord, parse_json, read_as
 
 SHORT_CHOICES = 48  # characters of choices that stand behind an option's name; more are listed in its text
 CONFIG_HELP = "Settings from a file: .yaml, .toml or .json; flags win over it."

@@ -28,6 +28,14 @@ NAMES = {
 }  # fmt: skip
 
 
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """A run's `settings.json`: what was resolved, and the command that repeats it."""
+
+    settings: dict[str, Any]
+    command: str = ""
+
+
 def parse_json(text: str | bytes, where: str | Path) -> Any:
     """The value of a JSON text in UTF-8, with or without its byte order mark.
 

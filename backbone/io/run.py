@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.files import read_json, read_jsonl
-from backbone.io.run_folder import RunRecord
+from backbone.io.records import RunRecord
 
 
 @dataclass(frozen=True, repr=False)

@@ -12,11 +12,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from backbone.io.console import UserError, notify
 from backbone.io.files import read_jsonl, remove_abandoned, write_text
@@ -27,14 +25,6 @@ CHECKPOINT = "checkpoint.safetensors"
 SAVED = (CHECKPOINT, "concept.json", "best/concept.json")  # with any of these a folder holds a run
 LEFT_BEHIND = ("log.jsonl", "evaluations.jsonl", "rewards.jsonl", "previews", "evaluations", "tensorboard")
 PACKAGES = ("limner", "torch", "diffusers", "transformers", "peft", "accelerate")
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """A run's `settings.json`: what was resolved, and the command that repeats it."""
-
-    settings: dict[str, Any]
-    command: str = ""
 
 
 def refuse_taken(run: Path) -> None:

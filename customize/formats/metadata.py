@@ -16,7 +16,7 @@ from torch import Tensor
 from backbone.adapters.concept import CONCEPT_FILE as CONCEPT
 from backbone.adapters.concept import Concept, read_concept
 from backbone.io.files import read_json
-from backbone.io.run_folder import RunRecord
+from backbone.io.records import RunRecord
 from customize.formats.adapter import AdapterFile, BaseFamily
 
 KEPT_PREFIXES = ("ss_", "modelspec.", "limner_", "base_model")
