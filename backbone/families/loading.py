@@ -234,6 +234,7 @@ class MultiTextEncoder:
 
 def tokenize(slot: TextEncoderSlot, prompts: Sequence[str], length: int | None = None) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask` [B, T], truncated or padded to `length` (the tokenizer's own if None)."""
+    _refuse_half_characters(prompts)
     encoded = slot.tokenizer(
         list(prompts),
         padding="max_length",
@@ -245,8 +246,18 @@ def tokenize(slot: TextEncoderSlot, prompts: Sequence[str], length: int | None =
     return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
+def _refuse_half_characters(prompts: Sequence[str]) -> None:
+    """`UserError` for words that are no text in UTF-8, as a terminal of another encoding sends them."""
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"The prompt {prompt[:60]!r} is no text in UTF-8. Write it anew.") from error
+
+
 def warn_truncation(slot: TextEncoderSlot, prompts: Sequence[str], length: int | None = None) -> None:
     """Warn of each prompt that is longer than the encoder reads, once per prompt, quoting what is dropped."""
+    _refuse_half_characters(prompts)
     length = length or slot.tokenizer.model_max_length
     for prompt in prompts:
         tokens = slot.tokenizer(prompt, verbose=False)["input_ids"]

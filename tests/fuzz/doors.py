@@ -5,6 +5,7 @@ A door returns whether its input was surely damaged, so that coming back at all 
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -141,7 +142,8 @@ class Place:
     def pictures(self) -> None:
         for i in range(2):
             for j in range(2):
-                shutil.copyfile(self.root / "image.png", self.write(f"pictures/p{i:05d}-s{j:02d}.png", b""))
+                path = self.write(f"pictures/p{i:05d}-s{j:02d}.png", b"")
+                self.image.rotate(90 * (2 * i + j)).save(path)
 
 
 def settings_door(program: Any, place: Place, random: Random) -> bool:
@@ -153,13 +155,12 @@ def settings_door(program: Any, place: Place, random: Random) -> bool:
 
 
 def config_door(program: Any, place: Place, random: Random) -> bool:
-    known = fields_of(program.Settings)
-    content, damaged = damaged_json(
-        place.record(f"{program.__name__.split('.')[0]}.json")["settings"], random
-    )
-    kind = random.choice((".json", ".yaml", ".toml"))
-    asked = values_from_file(place.write(f"c{kind}", content), known, {})
-    program.resolved(asked, {})
+    usual = {"steps": 3, "learning_rate": 1e-3, "seed": 1, "model": "moji", "gradient_checkpointing": True}
+    content, damaged = damaged_json(usual, random)
+    kind = random.choice((".json", ".json", ".yaml"))
+    asked = values_from_file(place.write(f"c{kind}", content), fields_of(program.Settings), {})
+    needed = {"images": "x", "token": "[V]", "class_noun": "dog"}
+    program.resolved({**(needed if program is customize.settings else {"pairs": "p"}), **asked}, {})
     return damaged and kind == ".json"
 
 
@@ -303,14 +304,10 @@ def parquet_door(place: Place, random: Random) -> bool:
     ))  # fmt: skip
     caption: Any = random.choice(("a dog", b"\xff\xfe", None, 3, "\0"))
     path = place.folder / "t.parquet"
-    rows = {
-        "jpg_0": [cell],
-        "jpg_1": [cell],
-        "image": [cell],
-        "caption": [caption],
-        "label_0": [1.0],
-        "text": [caption],
-    }
+    other = io.BytesIO()
+    place.image.rotate(90).save(other, "PNG")
+    rows = {"jpg_0": [cell], "jpg_1": [other.getvalue()], "image": [cell]}
+    rows |= {"caption": [caption], "text": [caption], "label_0": [1.0]}
     pyarrow.parquet.write_table(pyarrow.table(rows), path)
     if random.random() < 0.5:
         path.write_bytes(damaged_bytes(path.read_bytes(), random))
