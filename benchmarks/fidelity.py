@@ -7,8 +7,9 @@ The world of `moji` knows the true glyph of every noun. It is registered to the 
 by weighted least squares (the weights are the glyph's opacity), with a gain and an offset of each colour channel, since
 the picture need not have the very tint; a thing in a style is the glyph in that style. What is compared is the picture
 with itself where the registered glyph is laid over it, weighted over the glyph: SSIM (Wang et al. 2004), PSNR, and the
-correlation of their colours, which agrees best with an eye: SSIM likes whatever is flat. *Bound* is the same of the true rendering through the model's autoencoder, which a perfect denoiser would reach. Needs
-the emoji font. Writes `table.md`, `table.json`, and `sheet.png`: pictures from the least to the most faithful.
+correlation of their colours, which agrees best with an eye, since SSIM likes whatever is flat. *Bound* is the same of
+the true rendering through the model's autoencoder, which a perfect denoiser would reach. Needs the emoji font. Writes
+`fidelity.md`, `fidelity.json`, and `fidelity.png`: pictures from the least to the most faithful.
 """
 
 from __future__ import annotations
