@@ -257,6 +257,7 @@ class Settings(TrainingSettings):
             by_model=True,
             default_text="the rank",
             needs=A_LORA,
+            min=1e-6,
         ),
     ] = 16.0
     lora_layers: Annotated[

@@ -274,6 +274,7 @@ class Settings(TrainingSettings):
             by_model=True,
             default_text="the rank",
             needs=WITH_ADAPTER,
+            min=1e-6,
         ),
     ] = 16.0
     lora_dropout: Annotated[

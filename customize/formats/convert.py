@@ -5,22 +5,31 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from backbone.adapters.concept import Concept, check_token
 from backbone.adapters.embeddings import split_by_encoder
-from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS
+from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS, has_text_encoder_weights, load_lora
 from backbone.io.console import UserError, notify
 from backbone.io.files import make_empty_folder, read_tensors, write_tensors, write_text
 from backbone.models.locate import locate
 from backbone.models.model import Backbone
 from customize.formats.adapter import BASE_NAMES, AdapterFile, BaseFamily, FileFormat
+from customize.formats.factors import LayerUpdate
 from customize.formats.metadata import build_metadata, read_run_concept
-from customize.formats.model_weights import LayerWeights, ModelWeights, count_components, refuse_mismatch
+from customize.formats.model_weights import (
+    WEIGHT_SUFFIX,
+    LayerWeights,
+    ModelWeights,
+    count_components,
+    refuse_mismatch,
+)
 from customize.formats.read import find_adapter_file, read_adapter
 from customize.formats.write import write_adapter
 
@@ -46,6 +55,8 @@ def export_adapter(
     check_output(out)
     adapter, concept = read_adapter(source), read_run_concept(source)
     family = base or adapter.base
+    if family == "other" and (concept is not None or model is not None):
+        family = _family_of_model(model or cast(Concept, concept).model) or "other"
     if file_format != "diffusers" and family == "other":
         notify(
             "The layers are of no Stable Diffusion that these tools know (moji's are such): the file is right "
@@ -68,6 +79,21 @@ def export_adapter(
         notify(
             "LyCORIS reads these DoRA scales. ComfyUI takes them for something else: export --to comfyui for it."
         )
+    if file_format == "comfyui" and any(
+        name == "transformer.proj_out" and layer.alpha != layer.rank for name, layer in adapter.layers.items()
+    ):
+        notify(
+            "Its α of the last layer, proj_out, is misread by diffusers 0.42 in ComfyUI's format: export --to diffusers "
+            "for it."
+        )
+    outside = [
+        name for name in adapter.layers if name.startswith("transformer.") and "transformer_blocks." not in name
+    ]
+    if file_format == "kohya" and outside:
+        notify(
+            f"diffusers 0.42 leaves out {len(outside)} of its layers in kohya's format, those outside the blocks, as "
+            f"{outside[0]}: export --to diffusers for it."
+        )
     if file_format == "kohya" and len({layer.alpha for layer in adapter.layers.values()}) > 1:
         notify(
             "Its layers differ in α, which diffusers 0.42 misreads in kohya's format: export --to diffusers for it."
@@ -88,6 +114,15 @@ def export_adapter(
         f"{out} in {file_format}'s format: {len(adapter.layers)} layers, read back and compared "
         f"(largest relative difference of a layer's change {worst:.0e})."
     )
+
+
+def _family_of_model(model: str) -> BaseFamily | None:
+    """The family of a model by its pipeline's class; None where the model is not at hand or of another."""
+    try:
+        pipeline = str(locate(model).index.get("_class_name", ""))
+    except UserError:
+        return None
+    return {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux", "PixArtSigmaPipeline": "pixart"}.get(pipeline)  # type: ignore[return-value]
 
 
 def export_embeddings(concept: Concept, out: Path, file_format: FileFormat) -> list[Path]:
@@ -141,15 +176,19 @@ def import_adapter(
             f"{file} does not say its trigger words. Give them with --token-words, as --token-words sks."
         )
     opened = Backbone.open(model_name, device="cpu", precision="fp32")
-    refuse_mismatch(
-        {name: layer.shape for name, layer in adapter.layers.items()},
-        ModelWeights(opened.location),
-        str(file),
-    )
+    weights = ModelWeights(opened.location)
+    refuse_mismatch({name: layer.shape for name, layer in adapter.layers.items()}, weights, str(file))
+    adapter = fit_to_model(adapter, weights, file)
     check_token(token, opened.text_encoder.tokenizer.get_vocab())
-    make_empty_folder(out)
     weights_file = LORA_WEIGHTS if set(adapter.algorithms) <= {"lora", "dora"} else LYCORIS_WEIGHTS
-    write_adapter(out / weights_file, adapter, "peft", metadata=metadata)
+    with TemporaryDirectory() as scratch:  # what cannot be loaded again is refused before there is a run folder
+        written = Path(scratch) / weights_file
+        write_adapter(written, adapter, "peft", metadata=metadata)
+        slots = {slot.name: slot.model for slot in opened.text_encoder.slots}
+        with_text = has_text_encoder_weights(written)
+        load_lora(written, opened.denoiser, "import", text_encoders=slots if with_text else {})
+        make_empty_folder(out)
+        write_tensors(out / weights_file, *read_tensors(written))
     write_text(
         out / "README.md",
         f"# {out.name}\n\nImported from `{file.name}` for `{model_name}`.\n\n"
@@ -165,6 +204,32 @@ def import_adapter(
         folder=out,
     ).write(out)
     return f'{out}: {len(adapter.layers)} layers. Next: customize sample "a {token} …" --concept {out}'
+
+
+def fit_to_model(adapter: AdapterFile, weights: ModelWeights, file: Path) -> AdapterFile:
+    """The adapter in a form that a run holds on this model: factors shaped as its layers, one algorithm.
+
+    A matrix becomes a 1 × 1 kernel and the reverse; where peft has no form (a DoRA of a LoHa, several algorithms in one
+    network) a layer becomes the LoRA with the same ΔW. Raises `UserError` for DoRA over inputs, which no run holds.
+    """
+    over_inputs = [name for name, layer in adapter.layers.items() if layer.magnitude is not None and layer.magnitude.ndim == 2]
+    if over_inputs:
+        raise UserError(
+            f"The DoRA scales in {file} run over the inputs of layers ({over_inputs[0]} and {len(over_inputs) - 1} more), "
+            "which is right for OneTrainer and LyCORIS, but no run folder holds. Put it into a whole model with "
+            f"`customize merge {file} --bake`."
+        )
+    mixed = len({layer.algorithm for layer in adapter.layers.values()}) > 1
+    fitted: dict[str, LayerUpdate] = {}
+    converted = 0
+    for name, layer in adapter.layers.items():
+        shape = weights.shapes[name + WEIGHT_SUFFIX]
+        if layer.algorithm != "lora" and (layer.magnitude is not None or mixed):
+            layer, converted = layer.to_lora(shape[2:]), converted + 1
+        fitted[name] = layer.reshape(shape)
+    if converted:
+        notify(f"{converted} of {len(fitted)} layers are held as the LoRA with the same change: peft has no form for them.")
+    return replace(adapter, layers=fitted)
 
 
 def inspect_adapter(source: Path) -> dict[str, Any]:
