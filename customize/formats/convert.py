@@ -31,7 +31,7 @@ from customize.formats.model_weights import (
     refuse_mismatch,
 )
 from customize.formats.read import find_adapter_file, read_adapter
-from customize.formats.write import write_adapter
+from customize.formats.write import check_output, write_adapter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KOHYA_ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
@@ -161,6 +161,7 @@ def import_adapter(
     adapter = read_adapter(file)
     metadata = build_metadata(adapter, source=file, title=out.stem)
     if out.suffix == ".safetensors":
+        check_output(out)
         worst = write_adapter(out, adapter, "peft", metadata=metadata)
         return f"{out}: {len(adapter.layers)} layers (largest relative difference {worst:.0e})."
     model_name = model or adapter.metadata.get("base_model")
@@ -283,14 +284,6 @@ def describe_adapter(facts: Mapping[str, Any]) -> str:
     if facts["metadata"]:
         lines += ["metadata", *(f"  {key}: {_shorten(value)}" for key, value in facts["metadata"].items())]
     return "\n".join(lines)
-
-
-def check_output(out: Path) -> None:
-    """Raise `UserError` unless `out` can become an adapter's file; called before any work is done."""
-    if out.suffix != ".safetensors":
-        raise UserError(f"{out} must end in .safetensors. Name the file to write so.")
-    if out.is_dir():
-        raise UserError(f"{out} is a folder. Name a file in it.")
 
 
 def _count_values(values: Iterable[float]) -> list[dict[str, float]]:

@@ -54,8 +54,6 @@ def write_adapter(
     Raises `UserError` for what the format cannot hold, or when the file read back differs; then nothing is written.
     """
     path = Path(path)
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path} must end in .safetensors. Name the file to write so.")
     tensors, format_metadata = to_state_dict(adapter, file_format, base=base, weights=weights)
     if dtype is not None:
         tensors = {
@@ -80,6 +78,16 @@ def write_adapter(
                 "Leave out --precision, and report this if it stays."
             )
     return worst
+
+
+def check_output(out: Path) -> None:
+    """Raise `UserError` unless `out` can become a new adapter's file; called before any work is done."""
+    if out.suffix != ".safetensors":
+        raise UserError(f"{out} must end in .safetensors. Name the file to write so.")
+    if out.is_dir():
+        raise UserError(f"{out} is a folder. Name a file in it.")
+    if out.exists():
+        raise UserError(f"{out} exists already and is not overwritten. Name another file, or remove this one.")
 
 
 def compare_updates(first: AdapterFile, second: AdapterFile) -> tuple[float, str]:

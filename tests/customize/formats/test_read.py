@@ -18,9 +18,10 @@ from backbone.io.console import UserError
 from backbone.io.files import read_header, read_tensors, write_tensors
 from customize.formats.adapter import AdapterFile, FileFormat
 from customize.formats.factors import LayerUpdate, row_norms
-from customize.formats.layer_names import flatten_name, from_original, to_original, unflatten_name
+from customize.formats.layer_names import flatten_name, from_original, to_original
 from customize.formats.metadata import build_metadata
 from customize.formats.read import read_adapter
+from customize.formats.translate import Target, find
 from customize.formats.write import compare_updates, to_state_dict, write_adapter
 from tests.customize.adapters import (
     modules_of,
@@ -221,11 +222,12 @@ def test_alpha_is_written_as_it_is(some: dict[str, nn.Module]) -> None:
 def test_every_layer_name_survives_underscores_and_the_original_block_numbers(config: str) -> None:
     for name, module in _shell(config).named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            assert unflatten_name(flatten_name(name)) == name
+            assert find("unet", flatten_name(name)) == Target((name,))
             if config == "sdxl":
                 original = to_original(name)
                 assert original.startswith(("input_", "output_", "middle_", "time_", "label_", "out."))
-                assert from_original(unflatten_name(flatten_name(original))) == name
+                assert from_original(original) == name
+                assert find("unet", flatten_name(original)) == Target((name,))
 
 
 @pytest.mark.parametrize(
