@@ -63,6 +63,7 @@ def export_adapter(
             "in format, "
             "but they have no model to load it on."
         )
+    adapter = _shape_projections(adapter, family)
     weights: Mapping[str, Tensor] | None = None
     if file_format == "comfyui" and "dora" in adapter.algorithms:
         model_name = model or (concept.model if concept else None)
@@ -114,6 +115,18 @@ def export_adapter(
         f"{out} in {file_format}'s format: {len(adapter.layers)} layers, read back and compared "
         f"(largest relative difference of a layer's change {worst:.0e})."
     )
+
+
+def _shape_projections(adapter: AdapterFile, family: BaseFamily) -> AdapterFile:
+    """A UNet's `proj_in` and `proj_out` as the family has them: 1 × 1 convolutions in SD 1.x, linear in SD 2 and XL."""
+    if family not in ("sd1", "sd2", "sdxl"):
+        return adapter
+    ends = (1, 1) if family == "sd1" else ()
+    layers = {
+        name: layer.reshape((*layer.shape, *ends)) if re.search(r"attentions\.\d+\.proj_(in|out)$", name) else layer
+        for name, layer in adapter.layers.items()
+    }
+    return replace(adapter, layers=layers)
 
 
 def _family_of_model(model: str) -> BaseFamily | None:

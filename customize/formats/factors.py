@@ -178,6 +178,8 @@ def fit_lora(change: Tensor, *, rank: int | None = None, energy: float | None = 
 def sum_loras(layers: Sequence[LayerUpdate], strengths: Iterable[float]) -> LayerUpdate:
     """Σ strength·ΔW of LoRAs, exactly: the factors are concatenated, so the ranks add up."""
     assert all(layer.algorithm == "lora" and layer.magnitude is None for layer in layers)
+    largest = max((layer.factors["down"] for layer in layers), key=lambda down: down.ndim)
+    layers = [layer.reshape((layer.shape[0], *largest.shape[1:])) for layer in layers]
     ups = [
         layer.factors["up"].float() * (strength * layer.scale)
         for layer, strength in zip(layers, strengths, strict=True)

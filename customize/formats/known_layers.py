@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -41,25 +42,34 @@ def is_known(network: Network, module: str) -> bool:
 
 
 @cache
-def known_layers(network: Network) -> frozenset[str]:
-    """The generalised names of all linear layers and convolutions of a kind of network."""
-    return frozenset(generalize(name) for name in layer_names(network))
+def known_layers(network: Network) -> Mapping[str, tuple[int, ...] | None]:
+    """Generalised name of each linear layer and convolution of a kind of network → its kernel: () or (k, k).
+
+    None where the networks differ: `proj_in` is a 1 × 1 convolution in some UNets and a linear layer in others.
+    """
+    kernels: dict[str, set[tuple[int, ...]]] = {}
+    for name, module in _layers(network):
+        kernels.setdefault(generalize(name), set()).add(tuple(module.weight.shape[2:]))
+    return {name: found.pop() if len(found) == 1 else None for name, found in kernels.items()}
+
+
+def layer_names(network: Network) -> list[str]:
+    """The names of all linear layers and convolutions of networks of this kind, with the blocks that were built."""
+    return sorted({name for name, _ in _layers(network)})
 
 
 @cache
-def layer_names(network: Network) -> tuple[str, ...]:
-    """The names of all linear layers and convolutions of networks of this kind, with the blocks that were built."""
+def _layers(network: Network) -> list[tuple[str, Any]]:
     import torch
 
     with torch.device("meta"):
         models = _build(network)
-    found = {
-        name.removeprefix(TEXT_MODEL_PREFIX) if network == "clip" else name
+    return [
+        (name.removeprefix(TEXT_MODEL_PREFIX) if network == "clip" else name, module)
         for model in models
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv2d))
-    }
-    return tuple(sorted(found))
+    ]
 
 
 def _build(network: Network) -> list[nn.Module]:

@@ -76,7 +76,7 @@ _FACTOR_BY_SUFFIX = {
 }
 _BESIDE_FACTORS = ("alpha", "magnitude", "dora_scale")
 # Ends of tensors of other methods → what they are, for the sentence that refuses them.
-_OTHER_METHODS = {
+OTHER_METHODS = {
     (".diff", ".diff_b"): "whole differences of weights (LyCORIS' full)",
     (".w_norm", ".b_norm"): "differences of norms (LyCORIS' train_norm)",
     (".oft_blocks", ".oft_diag", ".oft_R.weight", ".boft"): "rotations (OFT)",
@@ -156,7 +156,7 @@ def _group_by_stem(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[
     if not unknown:
         return groups
     shown = ", ".join(sorted(unknown)[:SHOWN]) + (" …" if len(unknown) > SHOWN else "")
-    kinds = [what for ends, what in _OTHER_METHODS.items() if any(key.endswith(ends) for key in unknown)]
+    kinds = [what for ends, what in OTHER_METHODS.items() if any(key.endswith(ends) for key in unknown)]
     what = " and ".join(kinds) or "tensors of no kind that is known here"
     if any(set(group) - set(_BESIDE_FACTORS) for group in groups.values()):
         raise UserError(

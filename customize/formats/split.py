@@ -23,10 +23,13 @@ def split_layer(target: Target, layer: LayerUpdate, path: Path) -> dict[str, Lay
     Parts of a LoRA that are not updated are dropped, and of the others the rank dimensions that do not contribute.
     Raises `UserError` for a layer of no published form, and for updates that cannot be cut there.
     """
-    layer = _swap_halves(target, layer, path)
     count = len(target.layers)
+    if count > 1 or target.swap != "never":
+        layer = layer.reshape(layer.shape)  # always linear layers
+    layer = _swap_halves(target, layer, path)
     if count == 1:
-        return {target.layers[0]: layer}
+        kernel = target.kernels[0] if target.kernels else None
+        return {target.layers[0]: layer if kernel is None else _with_kernel(layer, kernel)}
     # All parts are as high as the layer is wide, but FLUX's fourth (its MLP), which takes the remaining rows.
     rows, width = layer.shape
     heights = [width] * min(count, 3) + [rows - 3 * width] * (count - 3)
@@ -47,6 +50,17 @@ def split_layer(target: Target, layer: LayerUpdate, path: Path) -> dict[str, Lay
             part = replace(part, factors=factors, rank=int(used.sum()), alpha=part.scale * int(used.sum()))
         layers[name] = part
     return layers
+
+
+def _with_kernel(layer: LayerUpdate, kernel: tuple[int, ...]) -> LayerUpdate:
+    """A LoRA's factors as a matrix for a linear layer and as kernels for a convolution, however they are stored."""
+    rows, columns = layer.shape
+    if layer.algorithm != "lora" or (layer.factors["down"].ndim == 4) == bool(kernel):
+        return layer
+    size = kernel[0] * kernel[1] if kernel else 1
+    if columns % size or (not kernel and layer.factors["down"].shape[2:].numel() != 1):
+        return layer  # of another shape than any known one: the model's own is compared where there is one
+    return layer.reshape((rows, columns // size, *kernel))
 
 
 def swap_halves(layer: LayerUpdate, refuse: Callable[[str], UserError]) -> LayerUpdate:

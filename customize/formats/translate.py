@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from customize.formats.known_layers import (
     Network,
     generalize,
     is_known,
+    known_layers,
     layer_names,
 )
 from customize.formats.layer_names import TEXT_MODEL_PREFIX, from_original, to_original
@@ -53,10 +54,14 @@ SHOWN = 3  # names that an error lists
 
 @dataclass(frozen=True)
 class Target:
-    """Where a stored layer belongs: diffusers' layers with their component, in order of the stored layer's rows."""
+    """Where a stored layer belongs: diffusers' layers with their component, in order of the stored layer's rows.
+
+    `kernels` of the layers: () of a linear one, (k, k), or None where models differ.
+    """
 
     layers: tuple[str, ...]
     swap: Swap = "never"
+    kernels: tuple[tuple[int, ...] | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ def translate(stems: Iterable[str], path: Path) -> Translation:
         target = find("clip", module) if "clip" in networks else None
         if target is not None:
             layers = tuple(f"{component or 'text_encoder'}.{layer}" for layer in target.layers)
-            found[stem] = Target(layers, target.swap)
+            found[stem] = replace(target, layers=layers)
         elif component in ("", "denoiser"):
             denoiser[stem] = module, networks
         else:
@@ -102,7 +107,7 @@ def translate(stems: Iterable[str], path: Path) -> Translation:
     network = max(DENOISERS, key=lambda network: len(explained[network]))
     component = "unet" if network == "unet" else "transformer"
     for stem, target in explained[network].items():
-        found[stem] = Target(tuple(f"{component}.{layer}" for layer in target.layers), target.swap)
+        found[stem] = replace(target, layers=tuple(f"{component}.{layer}" for layer in target.layers))
     unknown += [stem for stem in denoiser if stem not in explained[network]]
     if unknown:
         raise _unknown_names(path, unknown, network if explained[network] else None)
@@ -136,7 +141,8 @@ def find(network: Network, module: str) -> Target | None:
         if not is_known(network, layer):
             return None
         layers.append(layer)
-    return Target(tuple(layers), entry.swap)
+    kernels = tuple(known_layers(network)[generalize(layer)] for layer in layers)
+    return Target(tuple(layers), entry.swap, kernels)
 
 
 @cache

@@ -264,7 +264,8 @@ def _fuse_layers(layers: Mapping[str, LayerUpdate], base: BaseFamily) -> dict[st
                 "name the --base."
             )
         originals[place[1]] = place[0]
-        groups.setdefault(place[1], {})[place[2]] = layer
+        is_linear = place[1] != "x_embedder.proj"
+        groups.setdefault(place[1], {})[place[2]] = layer.reshape(layer.shape) if is_linear else layer
     for name, group in groups.items():
         original = originals[name]
         count = len(original.parts)
