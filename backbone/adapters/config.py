@@ -61,7 +61,11 @@ class AdapterConfig:
         names = {name.removeprefix(TEXT_MODEL) for name in layers}
         if isinstance(self.target_modules, str):
             expression = re.compile(self.target_modules)
-            return {name for name in names if expression.fullmatch(name) or expression.fullmatch(TEXT_MODEL + name)}
+            return {
+                name
+                for name in names
+                if expression.fullmatch(name) or expression.fullmatch(TEXT_MODEL + name)
+            }
         targets = {target.removeprefix(TEXT_MODEL) for target in self.target_modules or ()}
         ends = tuple(f".{target}" for target in targets - names)
         return {name for name in names if name in targets or f".{name}".endswith(ends)}

@@ -222,9 +222,7 @@ def has_text_encoder_weights(path: Path) -> bool:
     return any(not key.startswith(DENOISER_PREFIXES) for key in read_header(path).shapes)
 
 
-def match_ranks(
-    model: nn.Module, targets: Sequence[str], rank_pattern: Mapping[str, int]
-) -> dict[str, int]:
+def match_ranks(model: nn.Module, targets: Sequence[str], rank_pattern: Mapping[str, int]) -> dict[str, int]:
     """Layer → rank, for the targets whose name contains a pattern; the longest pattern decides.
 
     Raises `UserError` for a pattern that decides no layer's rank, or is no regular expression.
@@ -317,8 +315,11 @@ def _load_into(
     """Load the part of an adapter that belongs to one network: peft's layers with the file's factors."""
     ranks = {layer: _check_factors(path, layer, factors, config) for layer, factors in layers.items()}
     common = Counter(ranks.values()).most_common(1)[0][0]
+    adapter_type = config.adapter_type
+    if any("lora_magnitude_vector" in factors for factors in layers.values()):
+        adapter_type = "dora"
     peft_config = _peft_config(
-        config.adapter_type,
+        adapter_type,
         rank=common,
         alpha=float(common),
         targets="|".join(re.escape(layer) for layer in layers),
@@ -335,7 +336,7 @@ def _load_into(
     modules = dict(model.named_modules())
     for layer, factors in layers.items():
         module: Any = modules[layer]
-        if config.adapter_type in ("loha", "lokr"):
+        if adapter_type in ("loha", "lokr"):
             _replace_factors(path, layer, module, name, factors)
         else:
             _fill_factors(path, layer, module, name, factors)
@@ -384,7 +385,9 @@ def _fill_factors(path: Path, layer: str, module: Any, name: str, factors: Mappi
     """Fill a LoRA layer; a matrix also fills a 1 × 1 convolution and the reverse. Without a magnitude it is no DoRA."""
     for factor, value in factors.items():
         if factor == "lora_magnitude_vector":
-            parameter = module.lora_magnitude_vector[name].weight if name in module.lora_magnitude_vector else None
+            parameter = (
+                module.lora_magnitude_vector[name].weight if name in module.lora_magnitude_vector else None
+            )
             fits = parameter is not None and parameter.numel() == value.numel()
         else:
             parameter = getattr(module, factor)[name].weight

@@ -79,9 +79,13 @@ def _family_from_layers(layers: Mapping[str, LayerUpdate]) -> BaseFamily | None:
             if network != "unet" and all(is_known(network, name) for name in transformer)
         ]
         widths = {
-            layer.shape[1] for name, layer in layers.items() if re.search(r"transformer_blocks\.\d+\..*to_q$", name)
+            layer.shape[1]
+            for name, layer in layers.items()
+            if re.search(r"transformer_blocks\.\d+\..*to_q$", name)
         }
-        by_width = next((_TRANSFORMER_BY_WIDTH[width] for width in widths if width in _TRANSFORMER_BY_WIDTH), None)
+        by_width = next(
+            (_TRANSFORMER_BY_WIDTH[width] for width in widths if width in _TRANSFORMER_BY_WIDTH), None
+        )
         return cast(BaseFamily, possible[0]) if len(possible) == 1 else by_width
     for name, layer in layers.items():
         if name.startswith("unet.") and name.endswith((".attn2.to_k", ".attn2.to_v")):

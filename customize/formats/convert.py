@@ -84,17 +84,11 @@ def export_adapter(
         name == "transformer.proj_out" and layer.alpha != layer.rank for name, layer in adapter.layers.items()
     ):
         notify(
-            "Its α of the last layer, proj_out, is misread by diffusers 0.42 in ComfyUI's format: export --to diffusers "
-            "for it."
+            "Its α of the last layer, proj_out, is misread by diffusers 0.42 in ComfyUI's format: export --to "
+            "diffusers for it."
         )
-    outside = [
-        name for name in adapter.layers if name.startswith("transformer.") and "transformer_blocks." not in name
-    ]
-    if file_format == "kohya" and outside:
-        notify(
-            f"diffusers 0.42 leaves out {len(outside)} of its layers in kohya's format, those outside the blocks, as "
-            f"{outside[0]}: export --to diffusers for it."
-        )
+    if file_format == "kohya" and any(name.startswith("transformer.") for name in adapter.layers):
+        _say_what_diffusers_leaves_out(adapter, family)
     if file_format == "kohya" and len({layer.alpha for layer in adapter.layers.values()}) > 1:
         notify(
             "Its layers differ in α, which diffusers 0.42 misreads in kohya's format: export --to diffusers for it."
@@ -117,13 +111,33 @@ def export_adapter(
     )
 
 
+def _say_what_diffusers_leaves_out(adapter: AdapterFile, family: BaseFamily) -> None:
+    """Say which of a transformer's layers diffusers does not load from kohya's format, so that nobody waits for them."""
+    outside = [
+        name
+        for name in adapter.layers
+        if name.startswith("transformer.") and "transformer_blocks." not in name
+    ]
+    if family == "sd3":
+        notify(
+            "diffusers 0.42 does not know kohya's names of Stable Diffusion 3: export --to diffusers for it."
+        )
+    elif outside:
+        notify(
+            f"diffusers 0.42 leaves out {len(outside)} of its layers in kohya's format, those outside the blocks, "
+            f"as {outside[0]}: export --to diffusers for it."
+        )
+
+
 def _shape_projections(adapter: AdapterFile, family: BaseFamily) -> AdapterFile:
     """A UNet's `proj_in` and `proj_out` as the family has them: 1 × 1 convolutions in SD 1.x, linear in SD 2 and XL."""
     if family not in ("sd1", "sd2", "sdxl"):
         return adapter
     ends = (1, 1) if family == "sd1" else ()
     layers = {
-        name: layer.reshape((*layer.shape, *ends)) if re.search(r"attentions\.\d+\.proj_(in|out)$", name) else layer
+        name: layer.reshape((*layer.shape, *ends))
+        if re.search(r"attentions\.\d+\.proj_(in|out)$", name)
+        else layer
         for name, layer in adapter.layers.items()
     }
     return replace(adapter, layers=layers)
@@ -135,7 +149,9 @@ def _family_of_model(model: str) -> BaseFamily | None:
         pipeline = str(locate(model).index.get("_class_name", ""))
     except UserError:
         return None
-    return {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux", "PixArtSigmaPipeline": "pixart"}.get(pipeline)  # type: ignore[return-value]
+    return {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux", "PixArtSigmaPipeline": "pixart"}.get(
+        pipeline
+    )  # type: ignore[return-value]
 
 
 def export_embeddings(concept: Concept, out: Path, file_format: FileFormat) -> list[Path]:
@@ -195,7 +211,9 @@ def import_adapter(
     adapter = fit_to_model(adapter, weights, file)
     check_token(token, opened.text_encoder.tokenizer.get_vocab())
     weights_file = LORA_WEIGHTS if set(adapter.algorithms) <= {"lora", "dora"} else LYCORIS_WEIGHTS
-    with TemporaryDirectory() as scratch:  # what cannot be loaded again is refused before there is a run folder
+    with (
+        TemporaryDirectory() as scratch
+    ):  # what cannot be loaded again is refused before there is a run folder
         written = Path(scratch) / weights_file
         write_adapter(written, adapter, "peft", metadata=metadata)
         slots = {slot.name: slot.model for slot in opened.text_encoder.slots}
@@ -226,7 +244,11 @@ def fit_to_model(adapter: AdapterFile, weights: ModelWeights, file: Path) -> Ada
     A matrix becomes a 1 × 1 kernel and the reverse; where peft has no form (a DoRA of a LoHa, several algorithms in one
     network) a layer becomes the LoRA with the same ΔW. Raises `UserError` for DoRA over inputs, which no run holds.
     """
-    over_inputs = [name for name, layer in adapter.layers.items() if layer.magnitude is not None and layer.magnitude.ndim == 2]
+    over_inputs = [
+        name
+        for name, layer in adapter.layers.items()
+        if layer.magnitude is not None and layer.magnitude.ndim == 2
+    ]
     if over_inputs:
         raise UserError(
             f"The DoRA scales in {file} run over the inputs of layers ({over_inputs[0]} and {len(over_inputs) - 1} more), "
@@ -242,7 +264,9 @@ def fit_to_model(adapter: AdapterFile, weights: ModelWeights, file: Path) -> Ada
             layer, converted = layer.to_lora(shape[2:]), converted + 1
         fitted[name] = layer.reshape(shape)
     if converted:
-        notify(f"{converted} of {len(fitted)} layers are held as the LoRA with the same change: peft has no form for them.")
+        notify(
+            f"{converted} of {len(fitted)} layers are held as the LoRA with the same change: peft has no form for them."
+        )
     return replace(adapter, layers=fitted)
 
 

@@ -101,7 +101,7 @@ class LayerUpdate:
         return replace(fit_lora(change, rank=rank).layer, magnitude=self.magnitude)
 
     def reshape(self, weight: Sequence[int]) -> LayerUpdate:
-        """A LoRA's factors shaped for a weight [out, in] or [out, in, k, k] of the same size; other kinds as they are."""
+        """A LoRA's factors shaped for a weight [out, in] or [out, in, k, k] of that size; other kinds unchanged."""
         if self.algorithm != "lora":
             return self
         up, down = self.factors["up"], self.factors["down"]

@@ -1,4 +1,4 @@
-"""Names of the original transformer code (Black Forest Labs, Stability, PixArt, XLabs) and diffusers' names for them."""
+"""Layer names of the original transformer code (Black Forest Labs, Stability, PixArt, XLabs), and diffusers'."""
 
 from __future__ import annotations
 

@@ -210,12 +210,16 @@ def _build_layer(
     component, module = split_component(name)
     config = configs.get(component, configs.get(""))
     if configs and config is None:
-        raise UserError(f"The header of {path} does not say the rank and alpha of its {component}. Export it again.")
+        raise UserError(
+            f"The header of {path} does not say the rank and alpha of its {component}. Export it again."
+        )
     names = (module, add_text_model(component, module), stem.removeprefix(PEFT_PREFIX))
     said = config.layer_rank(*names) if config else None
     stored = _infer_rank(algorithm, factors)
     if stored is not None and said not in (None, stored):
-        raise UserError(f"{path} says rank {said} for {stem}, whose tensors have {stored}. Export the file again.")
+        raise UserError(
+            f"{path} says rank {said} for {stem}, whose tensors have {stored}. Export the file again."
+        )
     if algorithm == "lora" and factors["up"].shape[1] != stored:
         raise UserError(
             f"The factors of {stem} in {path} have ranks {stored} and {factors['up'].shape[1]}. Export the file again."
@@ -245,7 +249,9 @@ def _check_shapes(layer: LayerUpdate, stem: str, path: Path) -> None:
     try:
         shape = layer.on_meta().delta_weight().shape
     except (RuntimeError, IndexError) as error:
-        raise UserError(f"The factors of {stem} in {path} do not fit one another. Export the file again.") from error
+        raise UserError(
+            f"The factors of {stem} in {path} do not fit one another. Export the file again."
+        ) from error
     assert tuple(shape) == layer.shape
 
 

@@ -47,7 +47,9 @@ PREFIXES: dict[str, tuple[str, tuple[Network, ...]]] = {
     "text_encoders.clip_g.transformer.": ("text_encoder_2", ("clip",)),
 }
 PEFT_PREFIX = "base_model.model."  # of peft's own files, before or after the component, or without one
-_T5 = re.compile(r"^(?:lora_te3_|t5|text_encoders\.t5|text_encoder_3\.)|SelfAttention|DenseReluDense|EncDecAttention")
+_T5 = re.compile(
+    r"^(?:lora_te3_|t5|text_encoders\.t5|text_encoder_3\.)|SelfAttention|DenseReluDense|EncDecAttention"
+)
 _FLAT_NUMBER = re.compile(r"(blocks|resnets|attentions|downsamplers|upsamplers|layers)_(\d+)(?=_|$)")
 SHOWN = 3  # names that an error lists
 

@@ -61,7 +61,9 @@ def write_adapter(
         }
     for name, value in tensors.items():
         if not bool(torch.isfinite(value.float()).all()):
-            raise UserError(f"{path} was not written: {name} is not finite in that precision. Leave out --precision.")
+            raise UserError(
+                f"{path} was not written: {name} is not finite in that precision. Leave out --precision."
+            )
     entries = {**(metadata or {}), **format_metadata}
     if file_format in ("kohya", "comfyui"):
         entries["modelspec.hash_sha256"] = hash_weights(tensors)
@@ -87,16 +89,24 @@ def check_output(out: Path) -> None:
     if out.is_dir():
         raise UserError(f"{out} is a folder. Name a file in it.")
     if out.exists():
-        raise UserError(f"{out} exists already and is not overwritten. Name another file, or remove this one.")
+        raise UserError(
+            f"{out} exists already and is not overwritten. Name another file, or remove this one."
+        )
 
 
 def compare_updates(first: AdapterFile, second: AdapterFile) -> tuple[float, str]:
-    """Largest ‖ΔW₁ − ΔW₂‖ / ‖ΔW₁‖ over all layers and the layer's name; infinite where a layer or shape differs."""
-    unshared = set(first.layers) ^ set(second.layers)
+    """Largest ‖ΔW₁ − ΔW₂‖ / ‖ΔW₁‖ over all layers and the layer's name; infinite where a layer or shape differs.
+
+    A layer that is not changed may be left out.
+    """
+    either = {**first.layers, **second.layers}
+    shared = set(first.layers) & set(second.layers)
+    unshared = [name for name in either if name not in shared and either[name].squared_norm() > 0]
     if unshared:
         return math.inf, min(unshared)
     worst, where = 0.0, ""
-    for name, layer in first.layers.items():
+    for name in sorted(shared):
+        layer = first.layers[name]
         expected, actual = layer.delta_weight(), second.layers[name].delta_weight()
         if expected.shape != actual.shape:
             return math.inf, name
@@ -109,8 +119,8 @@ def compare_updates(first: AdapterFile, second: AdapterFile) -> tuple[float, str
 def _compare_magnitudes(first: AdapterFile, second: AdapterFile) -> tuple[float, str]:
     """Largest relative difference of DoRA's magnitudes, and that layer."""
     worst, where = 0.0, ""
-    for name, layer in first.layers.items():
-        expected, actual = layer.magnitude, second.layers[name].magnitude
+    for name in sorted(set(first.layers) & set(second.layers)):
+        expected, actual = first.layers[name].magnitude, second.layers[name].magnitude
         if (expected is None) != (actual is None):
             return math.inf, name
         if expected is not None and actual is not None and expected.shape != actual.shape:
@@ -166,7 +176,11 @@ def _to_peft(adapter: AdapterFile) -> tuple[dict[str, Tensor], dict[str, str]]:
                 name = {"down": "lora_A.weight", "up": "lora_B.weight"}.get(factor, factor)
                 tensors[f"{stem}.{name}"] = value
             if layer.magnitude is not None and (layer.magnitude.ndim == 2 or layer.algorithm != "lora"):
-                what = f"a DoRA of a {layer.algorithm}" if layer.algorithm != "lora" else "DoRA scales over inputs"
+                what = (
+                    f"a DoRA of a {layer.algorithm}"
+                    if layer.algorithm != "lora"
+                    else "DoRA scales over inputs"
+                )
                 raise UserError(
                     f"peft and diffusers have no format for {what}, as {component}.{module} has them. Export --to "
                     "kohya, or put the file into a whole model with `customize merge --bake`."
@@ -200,7 +214,9 @@ def _build_peft_config(layers: Mapping[str, LayerUpdate], start: str) -> dict[st
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": {start + name: layer.rank for name, layer in layers.items() if layer.rank != rank},
-        "alpha_pattern": {start + name: layer.alpha for name, layer in layers.items() if layer.alpha != alpha},
+        "alpha_pattern": {
+            start + name: layer.alpha for name, layer in layers.items() if layer.alpha != alpha
+        },
         "lora_dropout": 0.0,
         "target_modules": sorted(layers),
         "bias": "none",
@@ -229,7 +245,9 @@ def _to_kohya(
         tensors[f"{stem}.alpha"] = torch.tensor(layer.alpha)
         if layer.magnitude is not None:
             scale, over_inputs = layer.magnitude.float(), layer.magnitude.ndim == 2
-            if file_format == "comfyui" and not over_inputs:  # over inputs ComfyUI divides by ‖W + ΔW‖, as it should
+            if (
+                file_format == "comfyui" and not over_inputs
+            ):  # over inputs ComfyUI divides by ‖W + ΔW‖, as it should
                 if weights is None or name not in weights:
                     raise UserError(
                         f"DoRA in ComfyUI's format depends on the base weights, and those of {name} are not at hand. "

@@ -158,7 +158,9 @@ def test_a_rank_pattern_holds_for_every_layer_whose_name_contains_it(
         if "one" in getattr(module, "scaling", {}):
             assert module.scaling["one"] == 2  # type: ignore[index, union-attr]
     save_lora(tmp_path / LORA_WEIGHTS, tiny.denoiser, "one")
-    again = read_adapter_configs(tmp_path / LORA_WEIGHTS, read_header(tmp_path / LORA_WEIGHTS).metadata)["unet"]
+    again = read_adapter_configs(tmp_path / LORA_WEIGHTS, read_header(tmp_path / LORA_WEIGHTS).metadata)[
+        "unet"
+    ]
     for name, rank in ranks.items():
         assert again.layer_rank(name.partition(f".{mark}")[0]) == rank
 
@@ -167,7 +169,13 @@ def test_the_longest_rank_pattern_decides_and_one_that_decides_nothing_is_refuse
     ranks = match_ranks(tiny.denoiser, TARGETS, {"attn2": 4, "attn2.to_k": 2})
     assert {rank for name, rank in ranks.items() if name.endswith("attn2.to_k")} == {2}
     assert {rank for name, rank in ranks.items() if not name.endswith("attn2.to_k")} == {4}
-    for patterns in ({"attn3": 4}, {"conv1": 4}, {"attn": 4, "attn1": 2, "attn2": 2}, {"blocks.9": 4}, {"(": 4}):
+    for patterns in (
+        {"attn3": 4},
+        {"conv1": 4},
+        {"attn": 4, "attn1": 2, "attn2": 2},
+        {"blocks.9": 4},
+        {"(": 4},
+    ):
         with pytest.raises(UserError, match="rank pattern"):
             match_ranks(tiny.denoiser, TARGETS, patterns)
 

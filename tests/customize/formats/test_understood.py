@@ -23,14 +23,14 @@ def page() -> str:
     lines = [
         "# Other tools' adapter files",
         "",
-        "`customize import`, `export`, `info`, `merge` and `resize` read the files of diffusers, peft, kohya's sd-scripts,",
-        "LyCORIS, OneTrainer, SimpleTuner, XLabs and ComfyUI. This page is written by",
+        "`customize import`, `export`, `info`, `merge` and `resize` read the files of diffusers, peft, kohya's",
+        "sd-scripts, LyCORIS, OneTrainer, SimpleTuner, XLabs and ComfyUI. This page is written by",
         "`python -m tests.customize.formats.test_understood`.",
         "",
         "## Names of layers",
         "",
-        "A name is looked up among the layers of the networks themselves, with dots or underscores, in diffusers' names or",
-        "in those of the original code. A file with a name that no network has is refused, and the name is said.",
+        "A name is looked up among the layers of the networks themselves, with dots or underscores, in diffusers'",
+        "names or in those of the original code. A file with a name that no network has is refused, and the name said.",
         "",
         "| the name begins with | it is a layer of |",
         "| --- | --- |",
@@ -45,14 +45,22 @@ def page() -> str:
     for network, name in NETWORK_NAMES.items():
         originals = ", ".join(f"`{layer.name}`" for layer in original_layers(network))
         if network == "unet":
-            originals = "`input_blocks.…`, `middle_block.…`, `output_blocks.…`, `time_embed.…`, `label_emb.…`, `out.2`"
+            starts = (
+                "input_blocks.…",
+                "middle_block.…",
+                "output_blocks.…",
+                "time_embed.…",
+                "label_emb.…",
+                "out.2",
+            )
+            originals = ", ".join(f"`{start}`" for start in starts)
         lines.append(f"| {name} | {len(known_layers(network))} kinds | {originals or '–'} |")
     return "\n".join(
         [
             *lines,
             "",
-            "T5's layers are refused. Queries, keys and values that a file holds in one layer are split; LoHa and LoKr too, where",
-            "LoKr's blocks end at the edges.",
+            "T5's layers are refused. Queries, keys and values that a file holds in one layer are split; those of a LoKr",
+            "where its blocks end at the edges.",
             "",
             "## Kinds of factors",
             "",
@@ -60,13 +68,14 @@ def page() -> str:
             "| --- | --- | --- | --- |",
             "| LoRA, LoCon (also with `lora_mid`), as matrices or kernels | yes | yes | all |",
             "| DoRA, scales over outputs `[out, 1]` | yes | yes | all |",
-            "| DoRA, scales over inputs `[1, in]` (OneTrainer's default) | yes | refused: `merge --bake` is exact | kohya, comfyui |",
+            "| DoRA, scales over inputs `[1, in]` (OneTrainer's) | yes | refused: `merge --bake` it | kohya, comfyui |",
             "| LoHa, LoKr of any division and factorisation | yes | yes | kohya, comfyui |",
-            "| DoRA of a LoHa or LoKr; several kinds in one file | yes | as the LoRA with the same change | kohya, comfyui |",
+            "| DoRA of a LoHa or LoKr; several kinds in one file | yes | as a LoRA of equal change | kohya, comfyui |",
             "",
-            "α comes from the file's `.alpha` tensors, from its metadata, or from peft's `adapter_config.json` (rsLoRA, rank and",
-            "alpha patterns too). Where none says it, α = rank is assumed, and for peft's names that is said. An α of 0 is refused:",
-            "tools make different things of it. So are values that are not finite, layers that lack a factor, and these:",
+            "α comes from the file's `.alpha` tensors, from its metadata, or from peft's `adapter_config.json` (rsLoRA,",
+            "rank and alpha patterns too). Where none says it, α = rank is assumed, and for peft's names that is said.",
+            "An α of 0 is refused: tools make different things of it. So are values that are not finite, layers that",
+            "lack a factor, and these:",
             "",
             *(f"- {what}: `{'`, `'.join(ends)}`" for ends, what in OTHER_METHODS.items()),
             "",

@@ -36,8 +36,8 @@ from customize.formats.merge import read_input
 from customize.formats.read import read_adapter
 from tests.tiny import (
     tiny_flux,
-    tiny_pixart,
     tiny_pipeline,
+    tiny_pixart,
     tiny_stable_diffusion_3,
     tiny_stable_diffusion_xl,
 )
@@ -115,7 +115,9 @@ def test_diffusers_names_under_every_tool_s_prefix_are_the_family_s_layers(
     assert_read(tensors, truth, tmp_path)
 
 
-@pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model.", "", "transformer.", "lora_transformer_"])
+@pytest.mark.parametrize(
+    "prefix", ["lora_unet_", "diffusion_model.", "", "transformer.", "lora_transformer_"]
+)
 @pytest.mark.parametrize("family", ["flux", "sd3", "pixart"])
 def test_the_original_code_s_names_are_the_family_s_layers(
     family: str, prefix: str, models: dict[str, Tiny], tmp_path: Path
@@ -228,7 +230,10 @@ def kron_case(left: bool, right: bool, factor: int) -> Callable[[Tensor], tuple[
 
     def make(weight: Tensor) -> tuple[Tensors, Tensor]:
         rows, columns = len(weight), weight[0].numel()
-        up, across = next(n for n in (factor, 1) if rows % n == 0), next(n for n in (factor, 1) if columns % n == 0)
+        up, across = (
+            next(n for n in (factor, 1) if rows % n == 0),
+            next(n for n in (factor, 1) if columns % n == 0),
+        )
         shapes = {"lokr_w1": (up, across), "lokr_w2": (rows // up, columns // across)}
         tensors, whole = {}, []
         for (name, (height, width)), is_whole in zip(shapes.items(), (left, right), strict=True):
@@ -326,9 +331,7 @@ def test_what_is_imported_changes_the_model_exactly_as_the_format_says(
         factors, truth[module] = KINDS[kind](weight)
         tensors |= {f"lora_unet_{flat(module)}.{end}": value for end, value in factors.items()}
     write_tensors(tmp_path / "a.safetensors", tensors)
-    import_adapter(
-        tmp_path / "a.safetensors", tmp_path / "run", model=str(model.folder), token_words="bcd"
-    )
+    import_adapter(tmp_path / "a.safetensors", tmp_path / "run", model=str(model.folder), token_words="bcd")
     assert_effective(tmp_path / "run", model, truth)
 
 
@@ -349,8 +352,10 @@ def test_dora_over_inputs_is_exact_in_a_whole_model_and_refused_for_a_run(
     for module, weight in chosen.items():
         change = read.layers[f"unet.{module}"].merge_into(weight.detach()) - weight.detach()
         assert relative(change.flatten(1), truth[module]) < 1e-5
-    with pytest.raises(UserError, match="run over the inputs .* merge .*--bake"):
-        import_adapter(tmp_path / "a.safetensors", tmp_path / "run", model=str(model.folder), token_words="bcd")
+    with pytest.raises(UserError, match=r"run over the inputs .* merge .*--bake"):
+        import_adapter(
+            tmp_path / "a.safetensors", tmp_path / "run", model=str(model.folder), token_words="bcd"
+        )
     assert not (tmp_path / "run").exists()
     export_adapter(tmp_path / "a.safetensors", tmp_path / "k.safetensors", "kohya")
     stored, _ = read_tensors(tmp_path / "k.safetensors")
@@ -388,7 +393,9 @@ def test_lokr_of_fused_layers_that_cannot_be_cut_is_refused_with_the_reason(tmp_
 # peft's own files -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"rank_pattern": {"attn2.to_k": 2}}, {"use_dora": True}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_rslora": True}, {"rank_pattern": {"attn2.to_k": 2}}, {"use_dora": True}]
+)
 @pytest.mark.parametrize("whole", [True, False], ids=["folder", "file"])
 def test_peft_s_folder_is_read_with_its_strength(
     settings: dict[str, Any], whole: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -427,7 +434,10 @@ def test_a_peft_folder_whose_settings_say_something_else_is_refused(
     stem = "base_model.model.down_blocks.0.resnets.0.time_emb_proj"
     write_tensors(
         tmp_path / "adapter_model.safetensors",
-        {f"{stem}.lora_A.weight": factors["lora_down.weight"], f"{stem}.lora_B.weight": factors["lora_up.weight"]},
+        {
+            f"{stem}.lora_A.weight": factors["lora_down.weight"],
+            f"{stem}.lora_B.weight": factors["lora_up.weight"],
+        },
     )
     settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["time_emb_proj"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
@@ -482,11 +492,23 @@ HEADERS: list[tuple[Any, str]] = [
     ({}, "holds no settings"),
     ({"unet.lora_alpha": 1}, "unet.r is missing"),
     ({"unet.r": 2}, "unet.target_modules is missing"),
-    *(({"unet.r": wrong}, "unet.r is no whole number") for wrong in ("sixteen", None, 10**9, 0, -2, 2.5, True, [2])),
+    *(
+        ({"unet.r": wrong}, "unet.r is no whole number")
+        for wrong in ("sixteen", None, 10**9, 0, -2, 2.5, True, [2])
+    ),
     *(({"unet.lora_alpha": wrong}, "unet.lora_alpha is no finite") for wrong in ("x", 0, 1e300, [1], True)),
-    *(({"unet.target_modules": wrong}, "unet.target_modules is no list") for wrong in (7, [7], {"a": 1}, "(")),
-    *(({"unet.rank_pattern": wrong}, "unet.rank_pattern holds") for wrong in ([1], "x", {"a": "b"}, {"(": 2})),
-    *(({"unet.alpha_pattern": wrong}, "unet.alpha_pattern holds") for wrong in ("x", {"a": "b"}, {"a": None})),
+    *(
+        ({"unet.target_modules": wrong}, "unet.target_modules is no list")
+        for wrong in (7, [7], {"a": 1}, "(")
+    ),
+    *(
+        ({"unet.rank_pattern": wrong}, "unet.rank_pattern holds")
+        for wrong in ([1], "x", {"a": "b"}, {"(": 2})
+    ),
+    *(
+        ({"unet.alpha_pattern": wrong}, "unet.alpha_pattern holds")
+        for wrong in ("x", {"a": "b"}, {"a": None})
+    ),
     ({"unet.use_dora": "yes"}, "unet.use_dora is not true or false"),
     ({"unet.use_rslora": 1}, "unet.use_rslora is not true or false"),
     ({"unet.kind": "oft"}, "unet.kind is none of"),
@@ -555,19 +577,27 @@ def test_a_file_with_missing_tensors_is_refused_and_not_drawn_with(
     gone = {"one tensor": f"{layer}.lora_B", "one layer": layer, "all": ""}[cut]
     kept = {name: value for name, value in tensors.items() if not name.startswith(gone)}
     write_tensors(tmp_path / "cut.safetensors", kept, metadata)
-    said = {"one tensor": "is not whole", "one layer": "lacks the tensors of 1 layers", "all": "holds no tensors"}
+    said = {
+        "one tensor": "is not whole",
+        "one layer": "lacks the tensors of 1 layers",
+        "all": "holds no tensors",
+    }
     with pytest.raises(UserError, match=said[cut]):
         load_lora(tmp_path / "cut.safetensors", saved[1], "never")
 
 
 def test_an_alpha_of_zero_is_refused_and_any_shape_of_one_is_read(tmp_path: Path) -> None:
-    for alpha, scale in ((torch.tensor(4), 2.0), (torch.tensor([4.0]), 2.0), (torch.tensor(-4.0).bfloat16(), -2.0)):
+    for alpha, scale in (
+        (torch.tensor(4), 2.0),
+        (torch.tensor([4.0]), 2.0),
+        (torch.tensor(-4.0).bfloat16(), -2.0),
+    ):
         tensors = lora(torch.empty(4, 4))[0] | {"alpha": alpha}
         write_tensors(tmp_path / "a.safetensors", {f"lora_unet_conv_in.{k}": v for k, v in tensors.items()})
         assert read_adapter(tmp_path / "a.safetensors").layers["unet.conv_in"].scale == scale
     tensors["alpha"] = torch.tensor(0.0)
     write_tensors(tmp_path / "a.safetensors", {f"lora_unet_conv_in.{k}": v for k, v in tensors.items()})
-    with pytest.raises(UserError, match="α of lora_unet_conv_in in .* is 0"):
+    with pytest.raises(UserError, match=r"α of lora_unet_conv_in in .* is 0"):
         read_adapter(tmp_path / "a.safetensors")
 
 
@@ -628,7 +658,9 @@ def _originals(family: str, modules: set[str]) -> Iterator[tuple[str, tuple[str,
     qkv = ("attn.to_q", "attn.to_k", "attn.to_v")
     if family == "flux":
         names = ("img_in", "txt_in", "final_layer.linear", "final_layer.adaLN_modulation.1")
-        embeds = [f"{part}_in.{side}_layer" for part in ("time", "vector", "guidance") for side in ("in", "out")]
+        embeds = [
+            f"{part}_in.{side}_layer" for part in ("time", "vector", "guidance") for side in ("in", "out")
+        ]
         plain = ("img_attn.proj", "txt_attn.proj", "img_mlp.0", "img_mlp.2", "txt_mlp.0", "txt_mlp.2")
         double = [f"double_blocks.0.{name}" for name in (*plain, "img_mod.lin", "txt_mod.lin")]
         for name in (*names, *embeds, *double, "single_blocks.0.linear2", "single_blocks.0.modulation.lin"):
