@@ -112,7 +112,7 @@ def export_adapter(
 
 
 def _say_what_diffusers_leaves_out(adapter: AdapterFile, family: BaseFamily) -> None:
-    """Say which of a transformer's layers diffusers does not load from kohya's format, so that nobody waits for them."""
+    """Say which of a transformer's layers diffusers does not load from kohya's format."""
     outside = [
         name
         for name in adapter.layers
@@ -251,7 +251,7 @@ def fit_to_model(adapter: AdapterFile, weights: ModelWeights, file: Path) -> Ada
     ]
     if over_inputs:
         raise UserError(
-            f"The DoRA scales in {file} run over the inputs of layers ({over_inputs[0]} and {len(over_inputs) - 1} more), "
+            f"The DoRA scales in {file} run over the inputs of {len(over_inputs)} layers, as {over_inputs[0]}, "
             "which is right for OneTrainer and LyCORIS, but no run folder holds. Put it into a whole model with "
             f"`customize merge {file} --bake`."
         )
