@@ -404,7 +404,8 @@ def _replace_factors(path: Path, layer: str, module: Any, name: str, factors: Ma
     """Give a LoHa or LoKr layer the file's factors in place of peft's own, however they divide its weight."""
     weight = module.get_base_layer().weight
     for factor in module.adapter_layer_names:
-        getattr(module, factor).pop(name, None)
+        if name in getattr(module, factor):
+            del getattr(module, factor)[name]
     for factor, value in factors.items():
         kept = nn.Parameter(value.float().to(weight.device), requires_grad=False)
         getattr(module, factor)[name] = kept
