@@ -187,6 +187,11 @@ def load_lora(
         raise UserError(
             f"{path} does not say its rank and alpha. Use a file that `customize train` or `customize import` wrote."
         )
+    for component in configs:
+        if not any(key.startswith(f"{component}.") for key in tensors):
+            raise UserError(
+                f"{path} lacks all tensors of the {component} that its header names. Copy it again."
+            )
     parts = {denoiser_prefix(model): model, **_prefix_encoders(text_encoders)}
     foreign = next((key for key in tensors if not key.startswith(tuple(parts))), None)
     if foreign is not None:

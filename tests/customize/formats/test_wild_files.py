@@ -563,6 +563,17 @@ def test_values_that_are_not_finite_are_refused_at_every_door(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.safetensors"]
 
 
+def test_a_component_that_the_header_names_may_not_be_missing(
+    saved: tuple[Path, nn.Module], tmp_path: Path
+) -> None:
+    tensors, metadata = read_tensors(saved[0])
+    settings = json.loads(metadata[CONFIG_KEY])
+    text = {key.replace("unet.", "text_encoder."): value for key, value in settings.items()}
+    write_tensors(tmp_path / "cut.safetensors", tensors, {CONFIG_KEY: json.dumps(settings | text)})
+    with pytest.raises(UserError, match="lacks all tensors of the text_encoder"):
+        load_lora(tmp_path / "cut.safetensors", saved[1], "never")
+
+
 @pytest.mark.parametrize("cut", ["one tensor", "one layer", "all"])
 def test_a_file_with_missing_tensors_is_refused_and_not_drawn_with(
     cut: str, saved: tuple[Path, nn.Module], tmp_path: Path
