@@ -5,6 +5,7 @@ The truth is ΔW from the formats' formulas; "effective" is what `import` puts o
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -100,8 +101,10 @@ NAMINGS: dict[str, Callable[[str, str], str]] = {
 }
 
 
-@pytest.mark.parametrize("naming", NAMINGS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "naming"),
+    [(family, naming) for family in FAMILIES for naming in NAMINGS if family != "xl" or naming == "kohya"],
+)
 def test_diffusers_names_under_every_tool_s_prefix_are_the_family_s_layers(
     family: str, naming: str, models: dict[str, Tiny], tmp_path: Path
 ) -> None:
@@ -360,7 +363,7 @@ def test_dora_over_inputs_is_exact_in_a_whole_model_and_refused_for_a_run(
     export_adapter(tmp_path / "a.safetensors", tmp_path / "k.safetensors", "kohya")
     stored, _ = read_tensors(tmp_path / "k.safetensors")
     assert all(value.shape[0] == 1 for name, value in stored.items() if name.endswith("dora_scale"))
-    with pytest.raises(UserError, match="no format"):
+    with pytest.raises(UserError, match="no format|does not load a loha"):
         export_adapter(tmp_path / "a.safetensors", tmp_path / "d.safetensors", "diffusers")
 
 
@@ -396,18 +399,22 @@ def test_lokr_of_fused_layers_that_cannot_be_cut_is_refused_with_the_reason(tmp_
 @pytest.mark.parametrize(
     "settings", [{}, {"use_rslora": True}, {"rank_pattern": {"attn2.to_k": 2}}, {"use_dora": True}]
 )
-@pytest.mark.parametrize("whole", [True, False], ids=["folder", "file"])
 def test_peft_s_folder_is_read_with_its_strength(
-    settings: dict[str, Any], whole: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: dict[str, Any],
+    models: dict[str, Tiny],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    unet = Backbone.open(str(tiny_pipeline(tmp_path / "m")), device="cpu", precision="fp32").denoiser
+    unet = copy.deepcopy(models["sd"].denoiser)
     config = LoraConfig(r=4, lora_alpha=32, target_modules=["to_q", "to_k", "to_v", "to_out.0"], **settings)
     model: Any = get_peft_model(unet, config)  # type: ignore[arg-type]
     for name, parameter in model.named_parameters():
         if "lora_A" in name or "lora_B" in name:
             parameter.data = drawn(*parameter.shape)
     model.save_pretrained(tmp_path / "peft")
-    layers = read_adapter(tmp_path / "peft" / ("" if whole else "adapter_model.safetensors")).layers
+    layers = read_adapter(tmp_path / "peft").layers
+    file = read_adapter(tmp_path / "peft" / "adapter_model.safetensors").layers
+    assert {name: layer.scale for name, layer in file.items()} == {n: x.scale for n, x in layers.items()}
     changed = {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
@@ -645,7 +652,7 @@ def assert_read(tensors: Tensors, truth: Mapping[str, Tensor], place: Path) -> N
 
 def assert_effective(run: Path, model: Tiny, truth: Mapping[str, Tensor]) -> None:
     """What a run's adapter changes in the model is the truth, layer by layer."""
-    denoiser = Backbone.open(str(model.folder), device="cpu", precision="fp32").denoiser
+    denoiser = copy.deepcopy(model.denoiser)
     load_lora(read_concept(run).weights_path, denoiser, "a")
     found = {}
     for name, module in list(denoiser.named_modules()):
