@@ -363,7 +363,7 @@ def test_dora_over_inputs_is_exact_in_a_whole_model_and_refused_for_a_run(
     export_adapter(tmp_path / "a.safetensors", tmp_path / "k.safetensors", "kohya")
     stored, _ = read_tensors(tmp_path / "k.safetensors")
     assert all(value.shape[0] == 1 for name, value in stored.items() if name.endswith("dora_scale"))
-    with pytest.raises(UserError, match="no format|does not load a loha"):
+    with pytest.raises(UserError, match=r"no format|does not load a loha"):
         export_adapter(tmp_path / "a.safetensors", tmp_path / "d.safetensors", "diffusers")
 
 
