@@ -156,7 +156,7 @@ def test_a_rank_pattern_holds_for_every_layer_whose_name_contains_it(
     assert len(set(ranks.values())) == 2
     for module in tiny.denoiser.modules():
         if "one" in getattr(module, "scaling", {}):
-            assert module.scaling["one"] == 2  # type: ignore[index, union-attr]
+            assert module.scaling["one"] == 2  # type: ignore[index]
     save_lora(tmp_path / LORA_WEIGHTS, tiny.denoiser, "one")
     again = read_adapter_configs(tmp_path / LORA_WEIGHTS, read_header(tmp_path / LORA_WEIGHTS).metadata)[
         "unet"

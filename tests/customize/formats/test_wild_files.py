@@ -109,7 +109,8 @@ def test_diffusers_names_under_every_tool_s_prefix_are_the_family_s_layers(
     family: str, naming: str, models: dict[str, Tiny], tmp_path: Path
 ) -> None:
     model = models[family]
-    tensors, truth = {}, {}
+    tensors: Tensors = {}
+    truth: Tensors = {}
     for module, weight in model.weights.items():
         stem = NAMINGS[naming](model.component, module)
         factors, truth[f"{model.component}.{module}"] = lora(weight)
@@ -124,7 +125,8 @@ def test_diffusers_names_under_every_tool_s_prefix_are_the_family_s_layers(
 def test_the_original_code_s_names_are_the_family_s_layers(
     family: str, prefix: str, models: dict[str, Tiny], tmp_path: Path
 ) -> None:
-    tensors, truth = {}, {}
+    tensors: Tensors = {}
+    truth: Tensors = {}
     weights = models[family].weights
     for original, parts in originals(family, weights).items():
         whole = torch.cat([weights[part] for part in parts])
@@ -145,7 +147,8 @@ def test_the_original_code_s_names_are_the_family_s_layers(
 def test_sdxl_s_original_block_numbers_and_text_encoders_are_its_layers(
     style: str, models: dict[str, Tiny], tmp_path: Path
 ) -> None:
-    tensors, truth = {}, {}
+    tensors: Tensors = {}
+    truth: Tensors = {}
     for module, weight in models["xl"].weights.items():
         original = to_original(module)
         stem = f"lora_unet_{flat(original)}" if style == "kohya" else f"diffusion_model.{original}"
@@ -164,7 +167,8 @@ def test_sdxl_s_original_block_numbers_and_text_encoders_are_its_layers(
 
 
 def test_xlabs_processors_and_onetrainer_s_separate_parts_are_flux_s_layers(tmp_path: Path) -> None:
-    tensors, truth = {}, {}
+    tensors: Tensors = {}
+    truth: Tensors = {}
     block = "transformer.transformer_blocks.0.attn"
     for stem, names in {
         "double_blocks.0.processor.qkv_lora1": [f"{block}.to_q", f"{block}.to_k", f"{block}.to_v"],
@@ -195,12 +199,13 @@ def test_xlabs_processors_and_onetrainer_s_separate_parts_are_flux_s_layers(tmp_
 def test_names_that_no_model_has_are_refused_by_name(stems: list[str], said: str, tmp_path: Path) -> None:
     tensors = {f"{stem}.{end}": v for stem in stems for end, v in lora(torch.empty(4, 4))[0].items()}
     write_tensors(tmp_path / "new.safetensors", tensors)
-    for refused in (
+    doors: tuple[Callable[[], object], ...] = (
         lambda: export_adapter(tmp_path / "new.safetensors", tmp_path / "out.safetensors", "diffusers"),
         lambda: import_adapter(tmp_path / "new.safetensors", tmp_path / "out.safetensors", model=None),
-    ):
+    )
+    for door in doors:
         with pytest.raises(UserError, match=re.escape(said)):
-            refused()
+            door()
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -329,7 +334,8 @@ def test_what_is_imported_changes_the_model_exactly_as_the_format_says(
     family: str, kind: str, models: dict[str, Tiny], tmp_path: Path
 ) -> None:
     model = models[family]
-    tensors, truth = {}, {}
+    tensors: Tensors = {}
+    truth: Tensors = {}
     for module, weight in one_of_each_shape(model.weights).items():
         factors, truth[module] = KINDS[kind](weight)
         tensors |= {f"lora_unet_{flat(module)}.{end}": value for end, value in factors.items()}
@@ -346,7 +352,8 @@ def test_dora_over_inputs_is_exact_in_a_whole_model_and_refused_for_a_run(
     model = models["sd"]
     make = with_scale(lora if kind == "dora over inputs" else loha, "in")
     chosen = {name: w for name, w in model.weights.items() if square == (len(w) == w[0].numel())}
-    tensors, truth = {}, {}
+    tensors: Tensors = {}
+    truth: Tensors = {}
     for module, weight in chosen.items():
         factors, truth[module] = make(weight)
         tensors |= {f"lora_unet_{flat(module)}.{end}": value for end, value in factors.items()}
@@ -407,7 +414,7 @@ def test_peft_s_folder_is_read_with_its_strength(
 ) -> None:
     unet = copy.deepcopy(models["sd"].denoiser)
     config = LoraConfig(r=4, lora_alpha=32, target_modules=["to_q", "to_k", "to_v", "to_out.0"], **settings)
-    model: Any = get_peft_model(unet, config)  # type: ignore[arg-type]
+    model: Any = get_peft_model(unet, config)
     for name, parameter in model.named_parameters():
         if "lora_A" in name or "lora_B" in name:
             parameter.data = drawn(*parameter.shape)
@@ -462,7 +469,8 @@ def test_diffusers_loads_every_layer_of_the_export_with_its_change(
     family: str, models: dict[str, Tiny], tmp_path: Path
 ) -> None:
     model = models[family]
-    tensors, truth = {}, {}
+    tensors: Tensors = {}
+    truth: Tensors = {}
     for number, (module, weight) in enumerate(model.weights.items()):
         factors, truth[module] = lora(weight)
         factors["alpha"] = torch.tensor(2.0 + number % 3)
@@ -731,7 +739,7 @@ def _originals(family: str, modules: set[str]) -> Iterator[tuple[str, tuple[str,
             "mlp.fc2": ("ff.net.2",),
         },
     }[family]
-    found = {name: (module,) for name, module in outer.items()}
+    found: dict[str, tuple[str, ...]] = {name: (module,) for name, module in outer.items()}
     for block in range(2):
         start = f"{'joint_blocks' if family == 'sd3' else 'blocks'}.{block}."
         found |= {
