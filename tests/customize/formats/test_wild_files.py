@@ -29,11 +29,13 @@ from backbone.families.flux.checkpoint import rename_key
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
 from backbone.models.model import Backbone
-from customize.formats.convert import export_adapter, import_adapter
+from customize.formats.convert import export_adapter, fit_to_model, import_adapter
 from customize.formats.factors import LayerUpdate
 from customize.formats.layer_names import to_original
 from customize.formats.merge import read_input
+from customize.formats.model_weights import ModelWeights
 from customize.formats.read import read_adapter
+from customize.formats.write import write_adapter
 from tests.tiny import (
     tiny_flux,
     tiny_pipeline,
@@ -53,6 +55,7 @@ class Tiny:
     folder: Path
     denoiser: nn.Module
     component: str
+    stored: ModelWeights
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -75,8 +78,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tiny]:
     }
     made = {}
     for family, make in makers.items():
-        denoiser = Backbone.open(str(make(place / family)), device="cpu", precision="fp32").denoiser
-        made[family] = Tiny(place / family, denoiser, "unet" if family in ("sd", "xl") else "transformer")
+        opened = Backbone.open(str(make(place / family)), device="cpu", precision="fp32")
+        component = "unet" if family in ("sd", "xl") else "transformer"
+        made[family] = Tiny(place / family, opened.denoiser, component, ModelWeights(opened.location))
     return made
 
 
@@ -330,7 +334,7 @@ KINDS: dict[str, Callable[[Tensor], tuple[Tensors, Tensor]]] = {
     ("family", "kind"),
     [*(("sd", kind) for kind in KINDS), *(("flux", kind) for kind in ("lora", "dora over outputs", *LOKR))],
 )
-def test_what_is_imported_changes_the_model_exactly_as_the_format_says(
+def test_every_kind_changes_the_model_exactly_as_its_format_says(
     family: str, kind: str, models: dict[str, Tiny], tmp_path: Path
 ) -> None:
     model = models[family]
@@ -339,9 +343,28 @@ def test_what_is_imported_changes_the_model_exactly_as_the_format_says(
     for module, weight in one_of_each_shape(model.weights).items():
         factors, truth[module] = KINDS[kind](weight)
         tensors |= {f"lora_unet_{flat(module)}.{end}": value for end, value in factors.items()}
+    file = tmp_path / "a.safetensors"
+    write_tensors(file, tensors)
+    write_adapter(tmp_path / "b.safetensors", fit_to_model(read_adapter(file), model.stored, file), "peft")
+    assert_effective(tmp_path / "b.safetensors", model, truth)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("sd", "lora"), ("sd3", "lora"), ("flux", "lora"), ("pixart", "lora"), ("sd", "lokr 4 w1 w2")],
+)
+def test_an_import_into_a_run_changes_every_layer_exactly(
+    family: str, kind: str, models: dict[str, Tiny], tmp_path: Path
+) -> None:
+    model = models[family]
+    tensors: Tensors = {}
+    truth: Tensors = {}
+    for module, weight in model.weights.items():
+        factors, truth[module] = KINDS[kind](weight)
+        tensors |= {f"lora_{model.component}_{flat(module)}.{end}": value for end, value in factors.items()}
     write_tensors(tmp_path / "a.safetensors", tensors)
     import_adapter(tmp_path / "a.safetensors", tmp_path / "run", model=str(model.folder), token_words="bcd")
-    assert_effective(tmp_path / "run", model, truth)
+    assert_effective(read_concept(tmp_path / "run").weights_path, model, truth)
 
 
 @pytest.mark.parametrize("kind", ["dora over inputs", "dora of a loha over inputs"])
@@ -658,10 +681,10 @@ def assert_read(tensors: Tensors, truth: Mapping[str, Tensor], place: Path) -> N
     assert max(relative(layers[name].delta_weight(), truth[name]) for name in truth) < 1e-6
 
 
-def assert_effective(run: Path, model: Tiny, truth: Mapping[str, Tensor]) -> None:
-    """What a run's adapter changes in the model is the truth, layer by layer."""
+def assert_effective(path: Path, model: Tiny, truth: Mapping[str, Tensor]) -> None:
+    """What an adapter of ours changes in the model is the truth, layer by layer."""
     denoiser = copy.deepcopy(model.denoiser)
-    load_lora(read_concept(run).weights_path, denoiser, "a")
+    load_lora(path, denoiser, "a")
     found = {}
     for name, module in list(denoiser.named_modules()):
         if not hasattr(module, "get_delta_weight"):
