@@ -57,12 +57,7 @@ def export_adapter(
     family = base or adapter.base
     if family == "other" and (concept is not None or model is not None):
         family = _family_of_model(model or cast(Concept, concept).model) or "other"
-    if file_format != "diffusers" and family == "other":
-        notify(
-            "The layers are of no Stable Diffusion that these tools know (moji's are such): the file is right "
-            "in format, "
-            "but they have no model to load it on."
-        )
+    _say_what_tools_misread(adapter, file_format, family)
     adapter = _shape_projections(adapter, family)
     weights: Mapping[str, Tensor] | None = None
     if file_format == "comfyui" and "dora" in adapter.algorithms:
@@ -76,6 +71,32 @@ def export_adapter(
             {name: layer.shape for name, layer in adapter.layers.items()}, base_weights, str(source)
         )
         weights = LayerWeights(base_weights)
+    worst = write_adapter(
+        out,
+        adapter,
+        file_format,
+        metadata=build_metadata(adapter, source=source, title=out.stem, base=family),
+        base=family,
+        weights=weights,
+        dtype=DTYPES[precision] if precision else None,
+    )
+    if concept is not None and concept.words:
+        for path in export_embeddings(concept, out, file_format):
+            notify(f"Its words are not in {out}: load {path} beside it as an embedding.")
+    return (
+        f"{out} in {file_format}'s format: {len(adapter.layers)} layers, read back and compared "
+        f"(largest relative difference of a layer's change {worst:.0e})."
+    )
+
+
+def _say_what_tools_misread(adapter: AdapterFile, file_format: FileFormat, family: BaseFamily) -> None:
+    """Say which tools do not load this adapter in this format, or load it otherwise than it is meant."""
+    if file_format != "diffusers" and family == "other":
+        notify(
+            "The layers are of no Stable Diffusion that these tools know (moji's are such): the file is right "
+            "in format, "
+            "but they have no model to load it on."
+        )
     if file_format == "kohya" and "dora" in adapter.algorithms:
         notify(
             "LyCORIS reads these DoRA scales. ComfyUI takes them for something else: export --to comfyui for it."
@@ -93,22 +114,6 @@ def export_adapter(
         notify(
             "Its layers differ in α, which diffusers 0.42 misreads in kohya's format: export --to diffusers for it."
         )
-    worst = write_adapter(
-        out,
-        adapter,
-        file_format,
-        metadata=build_metadata(adapter, source=source, title=out.stem, base=family),
-        base=family,
-        weights=weights,
-        dtype=DTYPES[precision] if precision else None,
-    )
-    if concept is not None and concept.words:
-        for path in export_embeddings(concept, out, file_format):
-            notify(f"Its words are not in {out}: load {path} beside it as an embedding.")
-    return (
-        f"{out} in {file_format}'s format: {len(adapter.layers)} layers, read back and compared "
-        f"(largest relative difference of a layer's change {worst:.0e})."
-    )
 
 
 def _say_what_diffusers_leaves_out(adapter: AdapterFile, family: BaseFamily) -> None:
@@ -210,17 +215,7 @@ def import_adapter(
     refuse_mismatch({name: layer.shape for name, layer in adapter.layers.items()}, weights, str(file))
     adapter = fit_to_model(adapter, weights, file)
     check_token(token, opened.text_encoder.tokenizer.get_vocab())
-    weights_file = LORA_WEIGHTS if set(adapter.algorithms) <= {"lora", "dora"} else LYCORIS_WEIGHTS
-    with (
-        TemporaryDirectory() as scratch
-    ):  # what cannot be loaded again is refused before there is a run folder
-        written = Path(scratch) / weights_file
-        write_adapter(written, adapter, "peft", metadata=metadata)
-        slots = {slot.name: slot.model for slot in opened.text_encoder.slots}
-        with_text = has_text_encoder_weights(written)
-        load_lora(written, opened.denoiser, "import", text_encoders=slots if with_text else {})
-        make_empty_folder(out)
-        write_tensors(out / weights_file, *read_tensors(written))
+    weights_file = _write_loadable(out, adapter, opened, metadata)
     write_text(
         out / "README.md",
         f"# {out.name}\n\nImported from `{file.name}` for `{model_name}`.\n\n"
@@ -236,6 +231,20 @@ def import_adapter(
         folder=out,
     ).write(out)
     return f'{out}: {len(adapter.layers)} layers. Next: customize sample "a {token} …" --concept {out}'
+
+
+def _write_loadable(out: Path, adapter: AdapterFile, opened: Backbone, metadata: Mapping[str, str]) -> str:
+    """Write the adapter into a new folder after it has been loaded into the model once; returns the file's name."""
+    name = LORA_WEIGHTS if set(adapter.algorithms) <= {"lora", "dora"} else LYCORIS_WEIGHTS
+    with TemporaryDirectory() as scratch:
+        written = Path(scratch) / name
+        write_adapter(written, adapter, "peft", metadata=metadata)
+        slots = {slot.name: slot.model for slot in opened.text_encoder.slots}
+        with_text = has_text_encoder_weights(written)
+        load_lora(written, opened.denoiser, "import", text_encoders=slots if with_text else {})
+        make_empty_folder(out)
+        write_tensors(out / name, *read_tensors(written))
+    return name
 
 
 def fit_to_model(adapter: AdapterFile, weights: ModelWeights, file: Path) -> AdapterFile:

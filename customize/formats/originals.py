@@ -59,6 +59,7 @@ _XLABS: dict[str, tuple[str, ...]] = {  # layers that its processors add to
 }
 _SD3: dict[str, tuple[str, ...]] = {
     "x_embedder.proj": ("pos_embed.proj",),
+    "context_embedder": ("context_embedder",),
     "t_embedder.mlp.0": (f"{_TIME}.linear_1",),
     "t_embedder.mlp.2": (f"{_TIME}.linear_2",),
     "y_embedder.mlp.0": (f"{_TEXT}.linear_1",),
@@ -146,13 +147,6 @@ def find_original(module: str, network: str) -> tuple[OriginalLayer, str, int] |
     for name, parts in _ORIGINALS.get(network, {}).items():
         if general in parts:
             return OriginalLayer(name, parts, _swap(name)), name.replace("#", number), parts.index(general)
-    return network_unchanged(module, network)
-
-
-def network_unchanged(module: str, network: str) -> tuple[OriginalLayer, str, int] | None:
-    """Stable Diffusion 3's `context_embedder`, which is called so in the original code too."""
-    if network == "sd3" and module == "context_embedder":
-        return OriginalLayer(module, (module,)), module, 0
     return None
 
 
