@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backbone.io.console import UserError
+from backbone.io.console import UserError, notify
 from backbone.io.files import read_json
 from backbone.media.pictures import IMAGE_SUFFIXES, ImageRecord, check_images, list_images
 from customize.settings import INSTANCE_PROMPT, Subject
@@ -22,7 +22,7 @@ class ConceptFolder:
     """Images of one concept, how often each is repeated, its token and its class.
 
     `token_words` or `class_noun` is empty where the source does not name it. `instance_prompt` has {token} and {class}
-    in it; the prompts and the folder of class images are None where the source gives none.
+    in it, `class_prompt` {class}; the prompts and the folder of class images are None where the source gives none.
     """
 
     folder: Path
@@ -82,6 +82,11 @@ def read_subjects(path: str | Path) -> tuple[list[Subject], dict[str, Any]]:
         )
     if templates != {INSTANCE_PROMPT}:
         asked["instance_prompt"] = templates.pop()
+    classes = {entry.class_prompt for entry in concepts}
+    if len(classes) > 1:
+        notify(f"The class prompts of {path} differ in more than their class, and are left aside.")
+    elif classes != {None}:
+        asked["class_prompt"] = classes.pop()
     folders = [str(entry.class_folder) for entry in concepts if entry.class_folder is not None]
     if folders and len(folders) < len(concepts):
         raise UserError(
@@ -155,7 +160,8 @@ def _parse_entry(entry: Any, where: str, beside: Path) -> ConceptFolder:
         if noun:
             prompt = re.sub(rf"(\{{token\}}.*?)\b{re.escape(noun)}\b", r"\1{class}", prompt, count=1)
     classes = beside / Path(texts["class_data_dir"]).expanduser() if texts["class_data_dir"] else None
-    return ConceptFolder(folder, 1, token, noun, prompt, texts["class_prompt"] or None, classes)
+    general = re.sub(rf"\b{re.escape(noun)}\b", "{class}", texts["class_prompt"], count=1) if noun else ""
+    return ConceptFolder(folder, 1, token, noun, prompt, general or texts["class_prompt"] or None, classes)
 
 
 def find_token_and_class(instance_prompt: str, class_prompt: str) -> tuple[str, str]:

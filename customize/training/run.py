@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from backbone.adapters.concept import Concept, check_token, choose_rare_words, resolve_placeholder_tokens
-from backbone.adapters.embeddings import vector_token_names
+from backbone.adapters.concept import Concept
 from backbone.distributed import processes
-from backbone.io.console import UserError, notify
-from backbone.io.files import content_hash, write_json, write_text
+from backbone.io.console import notify
+from backbone.io.files import write_json, write_text
 from backbone.io.run_folder import clear_failed_try, package_versions, refuse_taken, run_name
+from backbone.media.crops import CropReader
 from backbone.media.pictures import ImageRecord, check_images, list_images
-from backbone.media.transforms import crop_square
 from backbone.models.model import Backbone
 from backbone.models.placement import get_placement
 from backbone.training.run import Every, drive
-from customize.data.dataset import Group, prepare
+from customize.data.dataset import prepare
 from customize.data.folders import read_images
 from customize.data.masks import save_masks
 from customize.methods.lora import refuse_other_encoders
 from customize.objectives.dreambooth import DreamBooth, share_of
-from customize.settings import FILE, OWN_WORDS, SHEET, Settings, Subject, as_flags, read_settings, resolved
+from customize.settings import FILE, SHEET, Settings, Subject, as_flags, read_settings, resolved
 from customize.training.card import card, push, readme
 from customize.training.evaluation import Previews, Validation
+from customize.training.memory import budgeted
+from customize.training.subjects import fields_of_subjects, group_of, with_nouns, with_words
 
 MASKS = "masks.png"
+SHOWN = 8  # of the subjects' own images, on the sheet
+KEPT = 64  # images whose crops are kept in memory for the evaluations; what is beyond is read anew
 
 
 def train_concept(
@@ -53,55 +55,19 @@ def train_concept(
     refuse_taken(run)
     for folder in asked.get("class_images", ()):
         check_images(list_images(folder))
-    model = Backbone.open(
-        asked.get("model", "moji"),
-        device=asked.get("device", "auto"),
-        precision=asked.get("precision", "auto"),
-        resolution=asked.get("resolution", 0),
-    )
-    nouns = [
-        subject.class_noun or guess(model, folder, subject.images)
-        for subject, folder in zip(subjects, pictures, strict=True)
-    ]
-    first = subjects[0]
-    named = {
-        "images": first.images,
-        "token": first.token,
-        "class_noun": nouns[0],
-        "subject": tuple(subject.flag() for subject in subjects[1:]),
-    }
-    if first.token_words:
-        named["token_words"] = first.token_words
-    settings = resolved(asked | named, model.defaults)
-    model = Backbone.open(
-        settings.model,
-        device=settings.device,
-        precision=settings.precision,
-        placement=get_placement(settings),
-        resolution=settings.resolution,
-    )
+    # First the model's configs, which say what is usual; then how it is held, which the settings say
+    place = {name: asked.get(name, "auto") for name in ("device", "precision")}
+    opened = Backbone.open(asked.get("model", "moji"), **place, resolution=asked.get("resolution", 0))
+    subjects = with_nouns(opened, subjects, pictures)
+    settings = resolved(asked | fields_of_subjects(subjects), opened.defaults)
+    model = open_model(settings)
     if vram is not None:
-        from customize.training.memory import budgeted
-
         processes.require_whole_model("--vram counts for a process alone; it")
         model, settings = budgeted(model, settings, sum(map(len, pictures)), vram)
-    vocabulary = model.text_encoder.tokenizer.get_vocab()
     if settings.train_text_encoder:
         refuse_other_encoders(model)
-    found: list[Subject] = []
-    for subject, noun, folder in zip(subjects, nouns, pictures, strict=True):
-        check_token(subject.token, vocabulary)
-        if any(subject.token == other.token for other in found):
-            raise UserError(f"Two subjects have the token {subject.token}. Give each its own.")
-        words = subject.token_words
-        if settings.method in OWN_WORDS:
-            words = " ".join(vector_token_names(subject.token, settings.num_vectors))
-        elif not words:
-            key = "".join(content_hash(picture.read()) for picture in folder)
-            words = choose_rare_words(vocabulary, key, taken=[other.token_words for other in found])
-        found.append(dataclasses.replace(subject, class_noun=noun, token_words=words))
     settings = dataclasses.replace(
-        settings, token_words=found[0].token_words, subject=tuple(subject.flag() for subject in found[1:])
+        settings, **fields_of_subjects(with_words(model, subjects, pictures, settings))
     )
     share_of(settings)
     processes.barrier()  # now every process has seen that the folder is free
@@ -116,14 +82,7 @@ def resume_concept(run: Path) -> Path:
     settings = read_settings(run)
     processes.init_process(settings.device)
     pictures = read_images(settings.subjects(), settings.caption_column, settings.image_column)
-    model = Backbone.open(
-        settings.model,
-        device=settings.device,
-        precision=settings.precision,
-        placement=get_placement(settings),
-        resolution=settings.resolution,
-    )
-    return carry_on(run, settings, model, pictures, began=time.perf_counter())
+    return carry_on(run, settings, open_model(settings), pictures, began=time.perf_counter())
 
 
 def carry_on(
@@ -137,29 +96,25 @@ def carry_on(
         fingerprint=model.fingerprint,
         tokens={subject.token: subject.token_words for subject in subjects},
         class_noun=settings.class_noun,
+        resolution=settings.resolution,
     )
-    groups = []
-    for subject, folder in zip(subjects, pictures, strict=True):
-        instance = subject.filled(settings.instance_prompt)
-        prompts = [
-            resolve_placeholder_tokens(captioned(picture, instance, subject.token), [concept])
-            for picture in folder
-        ]
-        groups.append(Group(folder, prompts, subject.filled(settings.class_prompt)))
-        what = (
-            f"gets {settings.num_vectors} new words of its own"
-            if settings.method in OWN_WORDS
-            else f"stands for “{subject.token_words}”"
-        )
-        notify(f"{len(folder)} pictures of “{subject.called()}”; {subject.token} {what}.")
-    training = DreamBooth(model, prepare(model, groups, settings), settings)
+    groups = [
+        group_of(subject, folder, settings, concept)
+        for subject, folder in zip(subjects, pictures, strict=True)
+    ]
+    # Every image is decoded once more than it was checked: for its latents, the evaluations and the sheet together
+    everything = [picture for folder in pictures for picture in folder]
+    measured = pictures[0][:KEPT] if settings.evaluation_steps else []
+    read, side = CropReader([*everything[:SHOWN], *measured]), (model.resolution, model.resolution)
+    training = DreamBooth(model, prepare(model, groups, settings, read=read), settings)
     training.resume(run)
-    writes = processes.is_main_process()
-    if writes and settings.mask == "auto":
+    if processes.is_main_process() and settings.mask == "auto":
         save_masks(run / MASKS, pictures, training.data.masks or [], flip=settings.flip)
+    shown = [read(picture, side) for picture in everything[:SHOWN]]
     prepared = time.perf_counter()
     previews = Previews(model, settings, concept)
-    validation = Validation(run, training, concept, pictures[0])
+    validation = Validation(run, training, concept, lambda: [read(picture, side) for picture in pictures[0]])
+    read.forget()
 
     def preview(step: int) -> None:
         with training.averaged():
@@ -173,69 +128,52 @@ def carry_on(
         preview=Every(settings.validation_steps, preview),
         tensorboard=settings.report_to == "tensorboard",
     )
-    trained = time.perf_counter()
-    if writes:
-        header = {
-            "limner_token": " ".join(subject.token for subject in subjects),
-            "limner_words": " ".join(subject.token_words for subject in subjects),
-            "base_model": settings.model,
-        }
-        dataclasses.replace(concept, **training.write(run, header)).write(run)
-        validation.report(settings)
+    times = {"prepare": prepared - began, "train": time.perf_counter() - prepared}
+    finish(run, training, concept, validation)
     with training.averaged():
-        shown = previews.save(
-            run / SHEET, count=8, pictures=[picture for folder in pictures for picture in folder]
-        )
-    if not writes:
-        processes.end_process()
-        return run
-    ended = time.perf_counter()
-    timings = {
-        "prepare": prepared - began,
-        "train": trained - prepared,
-        "show": ended - trained,
-        "all": ended - began,
-    }
-    seconds = {name: round(value, 2) for name, value in timings.items()}
-    write_record(run, settings, timings=seconds)
-    write_text(run / "README.md", card(settings, model) + readme(run, settings, shown, seconds))
-    if settings.push_to_hub:
-        notify(f"Uploaded to {push(run, settings.hub_model_id or run.name)}.")
+        prompts = previews.save(run / SHEET, count=8, subject=shown)
+    times |= {"show": time.perf_counter() - began - sum(times.values()), "all": time.perf_counter() - began}
+    if processes.is_main_process():
+        describe(run, settings, model, prompts, {name: round(value, 2) for name, value in times.items()})
     processes.end_process()
     return run
 
 
-def guess(model: Backbone, pictures: list[ImageRecord], images: str) -> str:
-    """The class of the subject, said aloud: from the name of its folder if that is a noun, else by the scorer.
-
-    Raises `UserError` where the name says nothing and the model has no scorer.
-    """
-    from backbone.evaluation.clip import classify_subject, load_scorer
-    from backbone.world.words import load_vocabulary
-
-    nouns = tuple(load_vocabulary().nouns)
-    for word in re.split(r"[^a-z]+", run_name(images).lower()):
-        if word in nouns:
-            notify(f"The name of {images} says that it shows a {word}. --class says otherwise.")
-            return word
-    folder = model.location.local("scorer")
-    if folder is None:
-        raise UserError(
-            f"Say what the pictures show with --class (as --class dog): {model.location.name} cannot guess it."
-        )
-    scorer = load_scorer(folder)
-    ranked = classify_subject(scorer, [crop_square(picture.open(), 128) for picture in pictures], nouns)
-    best, second = ranked[0], ranked[1]
-    seems = f"{best[0]} ({best[1]:.0%}; next {second[0]}, {second[1]:.0%})"
-    notify(f"The pictures seem to show a {seems}. --class says otherwise.")
-    return str(best[0])
+# The run's files ---------------------------------------------------------------------------------------------
 
 
-def captioned(picture: ImageRecord, instance: str, token: str) -> str:
-    """The training prompt of a picture: its own caption where it has one, the token put in front if it lacks it."""
-    if not picture.caption:
-        return instance
-    return picture.caption if token in picture.caption else f"{instance}, {picture.caption}"
+def open_model(settings: Settings) -> Backbone:
+    """The model of a run, held as its settings say."""
+    return Backbone.open(
+        settings.model,
+        device=settings.device,
+        precision=settings.precision,
+        placement=get_placement(settings),
+        resolution=settings.resolution,
+    )
+
+
+def finish(run: Path, training: DreamBooth, concept: Concept, validation: Validation) -> None:
+    """Writes what was learned, and the report of its evaluations."""
+    if not processes.is_main_process():
+        return
+    header = {
+        "limner_token": " ".join(concept.tokens),
+        "limner_words": " ".join(concept.tokens.values()),
+        "base_model": concept.model,
+    }
+    dataclasses.replace(concept, **training.write(run, header)).write(run)
+    validation.report(training.settings)
+
+
+def describe(
+    run: Path, settings: Settings, model: Backbone, prompts: list[str], seconds: dict[str, float]
+) -> None:
+    """Writes the run's record with its timings and its README, and uploads the folder where that is asked for."""
+    write_record(run, settings, timings=seconds)
+    write_text(run / "README.md", card(settings, model) + readme(run, settings, prompts, seconds))
+    if settings.push_to_hub:
+        notify(f"Uploaded to {push(run, settings.hub_model_id or run.name)}.")
 
 
 def write_record(run: Path, settings: Settings, *, timings: dict[str, float]) -> None:

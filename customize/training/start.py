@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError, notify
-from backbone.io.options import refuse_idle
-from customize.settings import Subject, read_subject, resolved
+from backbone.io.options import fields_of, refuse_idle, unmet
+from customize.settings import Settings, Subject, read_subject, resolved
 
 
 def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | None = None) -> Path:
@@ -69,7 +69,11 @@ def subjects_of(asked: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]
             )
     for subject in found:
         notify(f"{subject.images}: {subject.token} {subject.class_noun}, all subjects equally often.")
-    if "class_images" in prompts and rest.get("prior") != "class-images":
-        notify(f"The class_data_dir of {images} is for --prior class-images, and is left aside.")
-        del prompts["class_images"]
+    known = fields_of(Settings)
+    every = {name: one.default for name, one in known.items()} | rest
+    for name, key in (("class_images", "class_data_dir"), ("class_prompt", "class_prompt")):
+        if name in prompts and name not in rest and unmet(known[name], every) is not None:
+            said = " It is for --prior class-images." if name == "class_images" else ""
+            notify(f"The {key} of {images} has no effect with these settings, and is left aside.{said}")
+            del prompts[name]
     return [*found, *more], {**prompts, **rest}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,10 @@ def test_a_blind_comparison_from_the_door(
     how = ("--prompts", prompts, "--count", 1, "--steps", 2, "--device", "cpu", "--precision", "fp32")
     said = align("compare", tiny_folder, run, *how, "--scorer", bright, "--out", tmp_path / "c", "--blind")
     assert "blind: tuned wins" in said and "of 5 pictures" in said
+    both = ("--out", tmp_path / "c2", "--blind", "--json")
+    found = json.loads(align("compare", tiny_folder, run, *how, "--scorer", bright, *both))
+    stored = {name: read_json(tmp_path / "c2" / f"{name}.json") for name in ("compare", "blind")}
+    assert found == {**stored["compare"], "blind": stored["blind"]} and found["blind"]["rate"]["value"] >= 0
 
 
 def test_training_on_top_of_a_run_and_comparing_with_it(
@@ -174,9 +179,12 @@ def test_a_scorer_that_is_none_is_refused_before_anything_is_drawn(
 def test_a_comparison_that_was_drawn_in_another_way_is_not_gone_on_with(tmp_path: Path) -> None:
     write_json(tmp_path / "base" / "drawn.json", {"model": "other"})
     from align.comparison.compare import compare_models
+    from align.settings import ComparisonSettings
 
     with pytest.raises(UserError, match="another --out"):
-        compare_models(Side.from_name("moji"), Side.from_name("moji"), [Prompt("a dog")], tmp_path)
+        compare_models(
+            Side.from_name("moji"), Side.from_name("moji"), [Prompt("a dog")], tmp_path, ComparisonSettings()
+        )
 
 
 def test_each_side_can_have_its_own_guidance(

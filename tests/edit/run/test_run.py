@@ -31,8 +31,9 @@ def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> 
     photo().save("photo.png")
 
     def call(*arguments: str) -> int:
-        quick = ("--model", str(tiny_folder), "--precision", "fp32", "--device", "cpu", "--steps", "2")
-        more = () if arguments[0] == "replay" else quick
+        quick = ("--model", str(tiny_folder), "--precision", "fp32", "--device", "cpu")
+        steps = () if "--inversion" in arguments else ("--steps", "2")
+        more = () if arguments[0] == "replay" else (*quick, *steps)
         monkeypatch.setattr(sys, "argv", ["edit", *arguments, *more])
         with pytest.raises(SystemExit) as ended:
             main()
@@ -239,6 +240,11 @@ def test_a_dry_run_prints_what_becomes_of_the_words_and_writes_nothing(
         (("invert-and-replace", "photo.png", *WORDS, "--inversion", "x"), "both given"),
         (("invert-and-replace", "--inversion", "x", "--target", "a"), "x does not exist"),
         (("invert-and-replace", "--inversion", "no.safetensors", "--target", "a cat"), "no inversion"),
+        (
+            ("invert-and-replace", "--inversion", "x", "--target", "a", "--steps", "3"),
+            "--steps has no effect",
+        ),
+        (("compose", "--inversion", "x", "--toward", "a=1", "--seed", "3"), "--seed has no effect"),
         (("invert-and-replace", "photo.png", *WORDS, "--concept", "x"), "holds no concept"),
         (("invert", "photo.png", "--prompt", "a cat", "--out", "x.pt"), "does not end in .safetensors"),
         (("sdedit", "photo.png", "--prompt", ""), "prompt is empty"),
