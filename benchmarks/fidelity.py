@@ -38,11 +38,7 @@ from backbone.world.words import Thing
 from benchmarks.classifier import prepare_images
 from benchmarks.moji import Gallery, Setting, select_scenes
 
-SIZES = {
-    "small": range(26, 46, 2),
-    "one": range(52, 92, 3),
-    "two": range(38, 66, 3),
-}  # longest sides in pixels
+SIZES = {"small": range(26, 46, 2), "one": range(52, 92, 3), "two": range(38, 66, 3)}  # longest sides in pixels
 GAIN, OFFSET = (0.75, 1.25), 0.12  # how far a channel's tint may go
 LEAST_VISIBLE = 0.85  # share of a glyph's opacity that must lie inside the picture
 GROUND = (128, 128, 128)  # around a glyph when a style is applied to it
@@ -133,7 +129,9 @@ def measure(scene: Scene, picture: Tensor) -> Fidelity:
         kind = "two" if scene.pair or len(scene.things) == 2 else "small" if thing.small else "one"
         taken.append(register(picture, templates(thing, kind, scene.style), apart_from=taken))
     each = [compare(picture, fit) for fit in taken]
-    return Fidelity(sum(one.ssim for one in each) / len(each), sum(one.psnr_db for one in each) / len(each))
+    return Fidelity(
+        sum(one.ssim for one in each) / len(each), sum(one.psnr_db for one in each) / len(each)
+    )
 
 
 def register(picture: Tensor, choices: Sequence[Template], *, apart_from: Sequence[Fit] = ()) -> Fit:
@@ -227,9 +225,7 @@ def templates(thing: Thing, kind: str, style: str | None) -> list[Template]:
     return found
 
 
-def measure_all(
-    scenes: Sequence[Scene], pictures: Sequence[Image.Image] | Tensor, name: str
-) -> list[Fidelity]:
+def measure_all(scenes: Sequence[Scene], pictures: Sequence[Image.Image] | Tensor, name: str) -> list[Fidelity]:
     """Fidelity of each picture, of images or of a tensor [B, 3, 128, 128] in −1…1."""
     stacked = pictures if isinstance(pictures, Tensor) else prepare_images(pictures)
     found = []
@@ -272,9 +268,7 @@ def belongs(group: str, scene: Scene) -> bool:
             return True
 
 
-def row(
-    group: str, scenes: Sequence[Scene], drawn: Sequence[Fidelity], bound: Sequence[Fidelity]
-) -> dict[str, Any]:
+def row(group: str, scenes: Sequence[Scene], drawn: Sequence[Fidelity], bound: Sequence[Fidelity]) -> dict[str, Any]:
     """Means of a group with the bound; the ratio is of the mean SSIMs."""
     chosen = [k for k, scene in enumerate(scenes) if belongs(group, scene)]
 
@@ -289,9 +283,7 @@ def row(
     }  # fmt: skip
 
 
-def agreement(
-    grades: dict[str, float], scenes: Sequence[Scene], drawn: Sequence[Fidelity]
-) -> dict[str, float]:
+def agreement(grades: dict[str, float], scenes: Sequence[Scene], drawn: Sequence[Fidelity]) -> dict[str, float]:
     """Spearman's rank correlation of grades by eye (by seed) and SSIM, with the number of pictures."""
     from scipy.stats import spearmanr
 
@@ -319,10 +311,7 @@ def markdown(facts: dict[str, Any]) -> str:
     ]
     if "agreement" in facts:
         with_eye = facts["agreement"]
-        lines += [
-            "",
-            f"Rank correlation with grades by eye: {with_eye['spearman']:.2f} (n = {with_eye['n']}).",
-        ]
+        lines += ["", f"Rank correlation with grades by eye: {with_eye['spearman']:.2f} (n = {with_eye['n']})."]
     return "\n".join([*lines, ""])
 
 
