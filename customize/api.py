@@ -10,11 +10,10 @@ from typing import Any
 from backbone.adapters.concept import checkpoint as find_checkpoint
 from backbone.adapters.concept import read_concept
 from backbone.io.files import read_json
-from backbone.io.flags import size_of
 from backbone.io.prompts import prompts_of
 from backbone.io.run import Run
+from backbone.io.sampling import DrawingOptions, Sampler
 from backbone.media.gallery import Images
-from backbone.models.sample import Sampler
 from customize.training.start import start
 
 
@@ -86,25 +85,26 @@ def sample(
 
     folders = [concept] if isinstance(concept, (str, Path, Run)) else concept
     asked = [one.text for one in prompts_of([prompts] if isinstance(prompts, str) else prompts)]
+    settings = DrawingOptions(
+        model=None if model is None else str(model),
+        count=count,
+        steps=steps,
+        guidance=guidance,
+        negative=negative,
+        scale=scale,
+        sampler=sampler,
+        seed=seed,
+        width=width,
+        height=height,
+        resolution=resolution,
+        batch=batch,
+        device=device,
+        precision=precision,
+    )
+    concepts = [read_concept(find_checkpoint(str(one))) for one in folders]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if out is None else Path(out)
-        sheet = sample_to_folder(
-            asked,
-            concepts=[read_concept(find_checkpoint(str(one))) for one in folders],
-            model=None if model is None else str(model),
-            count=count,
-            steps=steps,
-            guidance=guidance,
-            seed=seed,
-            negative=negative,
-            sampler=sampler,
-            scale=scale,
-            size=size_of(width, height, resolution),
-            batch=batch,
-            out=folder,
-            precision=precision,
-            device=device,
-        )
+        sheet = sample_to_folder(asked, settings, folder, concepts=concepts)
         record = read_json(sheet.with_name(RECORD))
         return read_samples(folder, record)
 

@@ -30,7 +30,7 @@ class Concept:
     """The contents of `concept.json`. `tokens` maps placeholder tokens to the words that the model reads.
 
     Its files, each "" where the method has none: `weights`, an adapter; `words`, embedding vectors per token;
-    `changed`, differences from the base denoiser's weights.
+    `changed`, differences from the base denoiser's weights. `resolution` is that of its training images, 0 the model's.
     """
 
     kind: str
@@ -41,6 +41,7 @@ class Concept:
     weights: str = ""
     words: str = ""
     changed: str = ""
+    resolution: int = 0
     folder: Path = Path()
 
     @property
@@ -87,6 +88,15 @@ def checkpoint(run: str | Path, which: str | None = None) -> Path:
     if which == "best":
         raise UserError(f"{run} kept no best checkpoint. Give --checkpoint last, or leave it out.")
     return Path(run)
+
+
+def trained_resolution(concepts: Sequence[Concept]) -> int:
+    """The resolution that all of these were trained at; 0, the model's own, where there is no such one, which is said."""
+    sizes = sorted({concept.resolution for concept in concepts})
+    if len(sizes) > 1:
+        said = " and ".join(str(size or "the model's own") for size in sizes)
+        notify(f"The concepts were trained at different resolutions ({said}), so the model's own is used.")
+    return sizes[0] if len(sizes) == 1 else 0
 
 
 def resolve_placeholder_tokens(
