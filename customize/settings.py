@@ -38,7 +38,9 @@ class Subject:
         if self.class_noun:
             article = choose_article(self.class_noun.lower())
             template = re.sub(
-                r"\b(?:(A)|a)n? +(?=\{class\})", lambda found: f"{article.title() if found[1] else article} ", template
+                r"\b(?:(A)|a)n? +(?=\{class\})",
+                lambda found: f"{article.title() if found[1] else article} ",
+                template,
             )
         return tidy(template.replace("{token}", self.token).replace("{class}", self.class_noun))
 
@@ -51,6 +53,11 @@ def read_subject(flag: str) -> Subject:
     """A subject from FOLDER:TOKEN:CLASS, with :WORDS behind it or not; `UserError` for anything else."""
     drive = flag[:2] if re.match(r"[A-Za-z]:[\\/]", flag) else ""  # of a path on Windows
     parts = flag.removeprefix(drive).split(":")
+    for rest in (2, 3):  # a folder's own name may hold colons
+        folder = ":".join(parts[:-rest])
+        if ":" in folder and Path(drive + folder).expanduser().exists():
+            parts = [folder, *parts[-rest:]]
+            break
     if len(parts) not in (3, 4) or not all(part.strip() for part in parts):
         raise UserError(f"--subject {flag} is not FOLDER:TOKEN:CLASS, like cat/:[W]:cat. Write it so.")
     return Subject(drive + parts[0], *parts[1:])
@@ -535,13 +542,21 @@ def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
     return build(Settings, effective(Settings, merged, asked))
 
 
+def read_record(run: Path) -> dict[str, Any]:
+    """All that a run's `settings.json` says; `UserError` where it is none."""
+    record = read_json(run / FILE)
+    if not isinstance(record, dict):
+        raise UserError(f"{run / FILE} is damaged: it holds no settings. Start the run anew.")
+    return record
+
+
 def read_settings(run: Path) -> Settings:
     """The settings of a run folder; `UserError` when it has none or they are of another version."""
     path = run / FILE
     if not path.is_file():
         raise UserError(f"{run} is not a run of `customize train` ({FILE} is missing). Name another folder.")
     try:
-        return build(Settings, read_json(path).get("settings", {}))
+        return build(Settings, read_record(run).get("settings", {}))
     except UserError as error:
         raise UserError(f"{path} was written by another version: {error} Start the run anew.") from error
 

@@ -25,6 +25,7 @@ from peft import (
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
 
@@ -66,7 +67,7 @@ def add_lora(
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        torch.manual_seed(seed)
+        torch.manual_seed(seed if -(2**63) <= seed < 2**64 else generator(seed).initial_seed())
         try:
             inject_adapter_in_model(config, cast(Any, model), adapter_name=name)
         except ValueError as error:

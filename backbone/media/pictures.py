@@ -24,7 +24,7 @@ from PIL import Image
 
 from backbone.io.console import UserError, notify
 from backbone.io.hub import hub_answers
-from backbone.media.decode import BadImageError, decode, nearest_path, open_mask, open_rgb
+from backbone.media.decode import BadImageError, decode, nearest_path, open_mask, open_rgb, read_size
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp"}
@@ -32,7 +32,9 @@ IMAGE_SUFFIXES = frozenset(
 )
 CAPTION_SUFFIXES = (".txt", ".caption")
 MASK_STEM = re.compile(r"(.+)(?:\.mask|-masklabel)", re.IGNORECASE)  # ours, and OneTrainer's
-CONDITION_STEM = re.compile(r".+-condlabel", re.IGNORECASE)  # OneTrainer's images for a condition: no subject's
+CONDITION_STEM = re.compile(
+    r".+-condlabel", re.IGNORECASE
+)  # OneTrainer's images for a condition: no subject's
 PERHAPS_MASK = re.compile(r"(.+)[-_ ](?:mask|matte|seg)", re.IGNORECASE)
 SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -63,6 +65,10 @@ class ImageRecord:
         if self.row is None:
             return open_rgb(self.path, at_least=at_least)
         return decode(io.BytesIO(self.read()), str(self.path), at_least)
+
+    def read_size(self) -> tuple[int, int]:
+        """(width, height) as the file's header says, for an image that can be decoded."""
+        return read_size(io.BytesIO(self.read()))
 
     def open_mask(self) -> Image.Image | None:
         """The mask as `open_mask` reads it (mode L, white = train); None without one."""
@@ -239,7 +245,9 @@ def _with_companions(path: Path, beside: _Companions) -> ImageRecord:
     captions, masks = beside.captions.get(stem, []), beside.masks.get(stem, [])
     for what, files in (("caption", captions), ("mask", masks)):
         if len(files) > 1:
-            raise UserError(f"{files[0]} and {files[1].name} are both the {what} of {path.name}. Keep one of them.")
+            raise UserError(
+                f"{files[0]} and {files[1].name} are both the {what} of {path.name}. Keep one of them."
+            )
     caption = _join_lines(_read_text(captions[0])) if captions else None
     mask, caption_file = masks[0] if masks else None, captions[0] if captions else None
     return ImageRecord(path, caption, mask, caption_file=caption_file)

@@ -23,11 +23,12 @@ from customize.settings import CLASS_PROMPT, INSTANCE_PROMPT, Subject
 KOHYA_FOLDER = re.compile(r"(\d+)_(.+)")
 ARTICLES = frozenset({"a", "an", "the"})
 FUNCTION_WORDS = ARTICLES | frozenset(
-    "of in on at with by and or from to for as is are under over near next beside behind wearing holding sitting "
-    "standing lying running style photo picture image painting drawing my his her its their".split()
+    ["of", "in", "on", "at", "with", "by", "and", "or", "from", "to", "for", "as", "is", "are", "under", "over", "near", "next", "beside", "behind", "wearing", "holding", "sitting", "standing", "lying", "running", "style", "photo", "picture", "image", "painting", "drawing", "my", "his", "her", "its", "their"]
 )
-IDENTIFIER = re.compile(  # words that are no language's: in brackets, without vowels, in capitals, with digits
-    r"\[[^\[\]\s]+\]|<[^<>\s]+>|[b-df-hj-np-tv-xz]{2,6}|ohwx|olis|[A-Z]{2,6}|(?=\w*[A-Za-z])(?=\w*\d)\w+"
+IDENTIFIER = (
+    re.compile(  # words that are no language's: in brackets, without vowels, in capitals, with digits
+        r"\[[^\[\]\s]+\]|<[^<>\s]+>|[b-df-hj-np-tv-xz]{2,6}|ohwx|olis|[A-Z]{2,6}|(?=\w*[A-Za-z])(?=\w*\d)\w+"
+    )
 )
 NO_IDENTIFIER = re.compile(r"\d+(?:k|d|mm|cm|px|mp)|hd|uhd|hdr|dslr|raw|cgi?|bw|vr", re.IGNORECASE)
 
@@ -132,7 +133,9 @@ def _say_what_is_beside(path: Path, used: Sequence[Path]) -> None:
     """Says which images of a folder of concepts no concept uses."""
     if not path.is_dir() or path in used:
         return
-    beside = [f"{folder.name}/" for folder in sorted(path.iterdir()) if folder.is_dir() and folder not in used]
+    beside = [
+        f"{folder.name}/" for folder in sorted(path.iterdir()) if folder.is_dir() and folder not in used
+    ]
     loose = sum(file.suffix.lower() in IMAGE_SUFFIXES for file in path.iterdir() if file.is_file())
     parts = [name for name in beside if not name.startswith(".") and _has_images(path / name)]
     if loose:
@@ -228,7 +231,9 @@ def as_template(prompt: str, token: str, noun: str) -> str:
     return start + "{token}" + end
 
 
-def guess_token_and_class(instance_prompt: str, class_noun: str = "", class_prompt: str = "") -> tuple[str, str]:
+def guess_token_and_class(
+    instance_prompt: str, class_noun: str = "", class_prompt: str = ""
+) -> tuple[str, str]:
     """(token, class) of an instance prompt alone, as “a photo of sks dog” is meant; empty where it does not tell.
 
     The token is what the class prompt lacks, or the one word that looks like a rare identifier (sks, ohwx, TOK, [V],
@@ -260,7 +265,9 @@ def guess_token_and_class(instance_prompt: str, class_noun: str = "", class_prom
     else:
         return "", class_noun
     last = place  # of the words up to a preposition or a mark
-    while last + 1 < len(words) and words[last] == plain[last] and plain[last + 1].lower() not in FUNCTION_WORDS:
+    while (
+        last + 1 < len(words) and words[last] == plain[last] and plain[last + 1].lower() not in FUNCTION_WORDS
+    ):
         last += 1
     return plain[place], class_noun or " ".join(plain[place + 1 : last + 1])
 

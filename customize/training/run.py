@@ -3,29 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from backbone.adapters.concept import Concept, check_token, choose_rare_words, resolve_placeholder_tokens
 from backbone.adapters.embeddings import vector_token_names
 from backbone.distributed import processes
-from backbone.io.console import UserError, notify
-from backbone.io.files import content_hash, write_json, write_text
+from backbone.io.console import UserError, count_of, notify, notify_once
+from backbone.io.files import content_hash, read_metadata, write_json, write_text
 from backbone.io.run_folder import clear_failed_try, package_versions, refuse_taken, run_name
 from backbone.media.pictures import ImageRecord, check_images, list_images
 from backbone.media.transforms import crop_square
+from backbone.models.locate import is_path
 from backbone.models.model import Backbone
 from backbone.models.placement import get_placement
-from backbone.training.run import Every, drive
+from backbone.training.run import CHECKPOINT, Every, drive
+from customize.data.captions import describe_brackets, describe_truncated, write_prompt
 from customize.data.dataset import Group, prepare
 from customize.data.folders import read_images
 from customize.data.masks import save_masks
 from customize.methods.lora import refuse_other_encoders
 from customize.objectives.dreambooth import DreamBooth, share_of
-from customize.settings import FILE, OWN_WORDS, SHEET, Settings, Subject, as_flags, read_settings, resolved
+from customize.settings import (
+    FILE,
+    OWN_WORDS,
+    SHEET,
+    Settings,
+    Subject,
+    as_flags,
+    read_record,
+    read_settings,
+    resolved,
+)
 from customize.training.card import card, push, readme
 from customize.training.evaluation import Previews, Validation
 
@@ -59,12 +72,15 @@ def train_concept(
         precision=asked.get("precision", "auto"),
         resolution=asked.get("resolution", 0),
     )
+    if misfit := model.describe_misfit([picture.read_size() for folder in pictures for picture in folder]):
+        notify_once(misfit)
     nouns = [
         subject.class_noun or guess(model, folder, subject.images)
         for subject, folder in zip(subjects, pictures, strict=True)
     ]
     first = subjects[0]
     named = {
+        **({"model": os.path.abspath(model.location.source)} if is_path(asked.get("model", "moji")) else {}),
         "images": first.images,
         "token": first.token,
         "class_noun": nouns[0],
@@ -104,18 +120,29 @@ def train_concept(
         settings, token_words=found[0].token_words, subject=tuple(subject.flag() for subject in found[1:])
     )
     share_of(settings)
+    concept, groups = write_prompts(settings, model, pictures)
     processes.barrier()  # now every process has seen that the folder is free
     if processes.is_main_process():
         clear_failed_try(run)
-        write_record(run, settings, timings={})
-    return carry_on(run, settings, model, pictures, began=began)
+        write_record(run, settings, groups, timings={})
+    return carry_on(run, settings, model, concept, groups, began=began)
 
 
-def resume_concept(run: Path) -> Path:
-    """Goes on with a run that was stopped; the weights come out as if it had not been."""
-    settings = read_settings(run)
+def resume_concept(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
+    """Goes on with a run that was stopped; the weights come out as if it had not been.
+
+    `anew` are settings that change (`customize.training.start.RESUMED`): more steps, another learning rate, another device, a new place of the
+    images. The learning rate then follows the course of all steps, as if there had always been so many. Raises
+    `UserError` for steps that were taken already.
+    """
+    settings = dataclasses.replace(read_settings(run), **(anew or {}))
+    done = int(read_metadata(run / CHECKPOINT)["step"]) if (run / CHECKPOINT).exists() else 0
+    if anew and "steps" in anew and settings.steps <= done:
+        raise UserError(f"{run} has taken {done} steps already. Give --steps more than that.")
     processes.init_process(settings.device)
     pictures = read_images(settings.subjects(), settings.caption_column, settings.image_column)
+    for sentence in describe_changes(read_record(run).get("images"), pictures):
+        notify(sentence)
     model = Backbone.open(
         settings.model,
         device=settings.device,
@@ -123,13 +150,21 @@ def resume_concept(run: Path) -> Path:
         placement=get_placement(settings),
         resolution=settings.resolution,
     )
-    return carry_on(run, settings, model, pictures, began=time.perf_counter())
+    concept, groups = write_prompts(settings, model, pictures)
+    if anew:
+        notify(f"{run} goes on from step {done} to {settings.steps}.")
+        if processes.is_main_process():
+            write_record(run, settings, groups, timings={})
+    return carry_on(run, settings, model, concept, groups, began=time.perf_counter())
 
 
-def carry_on(
-    run: Path, settings: Settings, model: Backbone, pictures: Sequence[list[ImageRecord]], *, began: float
-) -> Path:
-    """Trains from the last checkpoint, if there is one, to the finished folder."""
+def write_prompts(
+    settings: Settings, model: Backbone, pictures: Sequence[list[ImageRecord]]
+) -> tuple[Concept, list[Group]]:
+    """The run's concept, and each subject's images with their training prompts; says what is odd about captions.
+
+    Raises `UserError` for an instance prompt or a prompt of the sheet with a token that is none of the run's.
+    """
     subjects = settings.subjects()
     concept = Concept(
         kind=settings.method,
@@ -138,20 +173,34 @@ def carry_on(
         tokens={subject.token: subject.token_words for subject in subjects},
         class_noun=settings.class_noun,
     )
+    for prompt in settings.sheet_prompts:
+        resolve_placeholder_tokens(prompt, [concept], runs=None)
     groups = []
     for subject, folder in zip(subjects, pictures, strict=True):
         instance = subject.filled(settings.instance_prompt)
-        prompts = [
-            resolve_placeholder_tokens(captioned(picture, instance, subject.token), [concept])
-            for picture in folder
-        ]
-        groups.append(Group(folder, prompts, subject.filled(settings.class_prompt)))
+        prompts = [write_prompt(picture, instance, subject.token, concept) for picture in folder]
+        captioned = [prompt for prompt, picture in zip(prompts, folder, strict=True) if picture.caption]
+        odd = [describe_brackets(captioned, concept)] if captioned else []
+        odd += describe_truncated(captioned, subject.token_words, subject.token, model.text_encoder)
+        for sentence in filter(None, odd):
+            notify(sentence)
+        groups.append(
+            Group(folder, [prompt.resolved for prompt in prompts], subject.filled(settings.class_prompt))
+        )
         what = (
-            f"gets {settings.num_vectors} new words of its own"
+            f"gets {count_of(settings.num_vectors, 'new word')} of its own"
             if settings.method in OWN_WORDS
             else f"stands for “{subject.token_words}”"
         )
-        notify(f"{len(folder)} pictures of “{subject.called()}”; {subject.token} {what}.")
+        notify(f"{count_of(len(folder), 'picture')} of “{subject.called()}”; {subject.token} {what}.")
+    return concept, groups
+
+
+def carry_on(
+    run: Path, settings: Settings, model: Backbone, concept: Concept, groups: Sequence[Group], *, began: float
+) -> Path:
+    """Trains from the last checkpoint, if there is one, to the finished folder."""
+    subjects, pictures = settings.subjects(), [list(group.pictures) for group in groups]
     training = DreamBooth(model, prepare(model, groups, settings), settings)
     training.resume(run)
     writes = processes.is_main_process()
@@ -197,7 +246,7 @@ def carry_on(
         "all": ended - began,
     }
     seconds = {name: round(value, 2) for name, value in timings.items()}
-    write_record(run, settings, timings=seconds)
+    write_record(run, settings, groups, timings=seconds)
     write_text(run / "README.md", card(settings, model) + readme(run, settings, shown, seconds))
     if settings.push_to_hub:
         notify(f"Uploaded to {push(run, settings.hub_model_id or run.name)}.")
@@ -231,17 +280,42 @@ def guess(model: Backbone, pictures: list[ImageRecord], images: str) -> str:
     return str(best[0])
 
 
-def captioned(picture: ImageRecord, instance: str, token: str) -> str:
-    """The training prompt of a picture: its own caption where it has one, the token put in front if it lacks it."""
-    if not picture.caption:
-        return instance
-    return picture.caption if token in picture.caption else f"{instance}, {picture.caption}"
+def write_record(
+    run: Path, settings: Settings, groups: Sequence[Group], *, timings: Mapping[str, float]
+) -> None:
+    """Writes the run's `settings.json`: what was resolved, how to repeat it, of which images, with which versions."""
+    record = {
+        "settings": settings,
+        "command": as_flags(settings, run),
+        "images": [hash_images(group.pictures) for group in groups],
+        "versions": package_versions(),
+        "timings": timings,
+    }
+    write_json(run / FILE, record)
 
 
-def write_record(run: Path, settings: Settings, *, timings: dict[str, float]) -> None:
-    """Writes the run's `settings.json`: what was resolved, how to repeat it, and with which versions."""
-    command = as_flags(settings, run)
-    write_json(
-        run / FILE,
-        {"settings": settings, "command": command, "versions": package_versions(), "timings": timings},
-    )
+def hash_images(pictures: Sequence[ImageRecord]) -> dict[str, str]:
+    """The beginning of the hash of each image's file, by its name in the folder."""
+    if not pictures:
+        return {}
+    common = os.path.commonpath([picture.path.parent for picture in pictures])
+    return {os.path.relpath(one.path, common): content_hash(one.read())[:16] for one in pictures}
+
+
+def describe_changes(kept: Any, pictures: Sequence[list[ImageRecord]]) -> list[str]:
+    """A sentence for each subject whose images are not those that its run began with; `kept` is what its record says."""
+    found = []
+    for before, folder in zip(kept if isinstance(kept, list) else [], pictures, strict=False):
+        now = hash_images(folder)
+        if not isinstance(before, dict) or before == now:
+            continue
+        parts = [
+            ("gone", sorted(before.keys() - now.keys())),
+            ("new", sorted(now.keys() - before.keys())),
+            ("changed", sorted(name for name in before.keys() & now.keys() if before[name] != now[name])),
+        ]
+        what = "; ".join(f"{word}: {', '.join(names[:5])}" for word, names in parts if names)
+        found.append(
+            f"The images are not those that the run began with ({what}). It goes on with those of now."
+        )
+    return found

@@ -10,9 +10,11 @@ from typing import Any
 from backbone.adapters.concept import mentions
 from backbone.io.console import UserError, notify
 from backbone.io.options import refuse_idle
+from backbone.io.run_folder import run_name
 from customize.settings import OWN_WORDS, Subject, read_subject, resolved
 
 DEFAULT_TOKEN = "[V]"
+RESUMED = ("steps", "learning_rate", "images", "device")  # what may be said anew beside --resume
 
 
 def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | None = None) -> Path:
@@ -34,6 +36,8 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
     images = read_images(subjects, settings.get("caption_column", ""), settings.get("image_column", ""))
     from customize.training.run import train_concept
 
+    if out is None and Path(asked.get("images", "")).expanduser().is_dir():  # not that of a folder in it
+        out = Path("runs") / run_name(asked["images"])
     return train_concept(settings, subjects, images=images, out=out, vram=vram)
 
 
@@ -88,9 +92,7 @@ def first_subjects(
     settings = {**prompts, **rest}
     first = subjects[0]
     if "instance_prompt" in settings:
-        settings["instance_prompt"] = as_template(
-            settings["instance_prompt"], first.token, first.class_noun
-        )
+        settings["instance_prompt"] = as_template(settings["instance_prompt"], first.token, first.class_noun)
     return subjects, settings
 
 
@@ -108,8 +110,12 @@ def name_subject(subject: Subject, rest: Mapping[str, Any]) -> Subject:
             "write {token} in its place."
         )
     own = rest.get("method", "lora") in OWN_WORDS  # which learns the token's meaning from nothing
-    notify(f"In the instance prompt “{prompt}” the token is {token}{f' and the class {noun}' if noun else ''}.")
-    return replace(subject, token=token, class_noun=noun, token_words=subject.token_words or ("" if own else token))
+    notify(
+        f"In the instance prompt “{prompt}” the token is {token}{f' and the class {noun}' if noun else ''}."
+    )
+    return replace(
+        subject, token=token, class_noun=noun, token_words=subject.token_words or ("" if own else token)
+    )
 
 
 def refuse_prompts(first: Subject, rest: Mapping[str, Any]) -> None:
