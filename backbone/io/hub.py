@@ -1,4 +1,4 @@
-"""The Hugging Face hub, asked once: without a connection its own client tries each file five times, for half a minute."""
+"""The hub, asked once: without a connection its own client tries each file five times, for half a minute."""
 
 from __future__ import annotations
 

@@ -84,6 +84,7 @@ def describe_truncated(
         late = place >= 0 and count(prompt.resolved[: place + len(words)]) > longest.tokens
         lost = f", the token {token} not among them" if late else ""
         found.append(
-            f"The caption in {prompt.source} has {tokens} tokens and the model reads {longest.tokens}{lost}. Shorten it."
+            f"The caption in {prompt.source} has {tokens} tokens and the model reads {longest.tokens}{lost}. "
+            "Shorten it."
         )
     return found

@@ -22,9 +22,14 @@ from customize.settings import CLASS_PROMPT, INSTANCE_PROMPT, Subject
 
 KOHYA_FOLDER = re.compile(r"(\d+)_(.+)")
 ARTICLES = frozenset({"a", "an", "the"})
-FUNCTION_WORDS = ARTICLES | frozenset(
-    ["of", "in", "on", "at", "with", "by", "and", "or", "from", "to", "for", "as", "is", "are", "under", "over", "near", "next", "beside", "behind", "wearing", "holding", "sitting", "standing", "lying", "running", "style", "photo", "picture", "image", "painting", "drawing", "my", "his", "her", "its", "their"]
-)
+FUNCTION_WORDS = frozenset(  # no tokens, and no part of a class
+    {
+        *ARTICLES, "of", "in", "on", "at", "with", "by", "and", "or", "from", "to", "for", "as", "is",
+        "are", "under", "over", "near", "next", "beside", "behind", "wearing", "holding", "sitting",
+        "standing", "lying", "running", "style", "photo", "picture", "image", "painting", "drawing", "my",
+        "his", "her", "its", "their",
+    }
+)  # fmt: skip
 IDENTIFIER = (
     re.compile(  # words that are no language's: in brackets, without vowels, in capitals, with digits
         r"\[[^\[\]\s]+\]|<[^<>\s]+>|[b-df-hj-np-tv-xz]{2,6}|ohwx|olis|[A-Z]{2,6}|(?=\w*[A-Za-z])(?=\w*\d)\w+"

@@ -90,7 +90,7 @@ def warnings_about(pictures: Sequence[ImageRecord], *, resolution: int) -> list[
 
 
 def caption_warnings(pictures: Sequence[ImageRecord], model: Backbone) -> list[str]:
-    """A sentence for each caption of which the model reads only the beginning; encoders load for long captions alone."""
+    """A sentence for each caption that is read in part only; text encoders load where one is long."""
     with_t5 = any("T5EncoderModel" in str(part) for part in model.location.index.values())
     long = [
         one for one in pictures if one.caption and len(one.caption.split()) > LONG * (4 if with_t5 else 1)

@@ -131,9 +131,9 @@ def train_concept(
 def resume_concept(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
     """Goes on with a run that was stopped; the weights come out as if it had not been.
 
-    `anew` are settings that change (`customize.training.start.RESUMED`): more steps, another learning rate, another device, a new place of the
-    images. The learning rate then follows the course of all steps, as if there had always been so many. Raises
-    `UserError` for steps that were taken already.
+    `anew` are settings that change (`customize.training.start.RESUMED`): more steps, another learning rate, another
+    device, a new place of the images. The learning rate then follows the course of all steps, as if there had always
+    been so many. Raises `UserError` for steps that were taken already.
     """
     settings = dataclasses.replace(read_settings(run), **(anew or {}))
     done = int(read_metadata(run / CHECKPOINT)["step"]) if (run / CHECKPOINT).exists() else 0
@@ -303,7 +303,7 @@ def hash_images(pictures: Sequence[ImageRecord]) -> dict[str, str]:
 
 
 def describe_changes(kept: Any, pictures: Sequence[list[ImageRecord]]) -> list[str]:
-    """A sentence for each subject whose images are not those that its run began with; `kept` is what its record says."""
+    """A sentence for each subject whose images are not those that its run began with, `kept` in its record."""
     found = []
     for before, folder in zip(kept if isinstance(kept, list) else [], pictures, strict=False):
         now = hash_images(folder)
