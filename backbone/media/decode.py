@@ -150,10 +150,10 @@ def _flatten_on_white(image: Image.Image) -> Image.Image:
     image = _to_8_bit(image)
     if not image.has_transparency_data:
         return _to_srgb(image, stored)
-    alpha = image.convert("RGBA").getchannel("A")
-    opaque = image.convert("L" if image.mode in ("L", "LA", "La") else "RGB")
+    rgba = image.convert("RGBA")
+    opaque = image.convert("L") if image.mode in ("L", "LA", "La") else rgba.convert("RGB")
     background = Image.new("RGB", image.size, "white")
-    background.paste(_to_srgb(opaque, stored), mask=alpha)
+    background.paste(_to_srgb(opaque, stored), mask=rgba.getchannel("A"))
     return background
 
 
