@@ -193,10 +193,11 @@ def take_steps(objective: Objective, *, until: int | None = None) -> Iterator[Re
     """The bare loop: trains from the steps that are done to the last, or `until` a step, a report each."""
     settings = objective.settings
     last = settings.steps if until is None else until
-    if settings.lr_warmup_steps > last > objective.done:
+    if objective.done == 0 and settings.lr_warmup_steps > settings.steps:
+        share = settings.steps / settings.lr_warmup_steps
         notify(
-            f"The warm-up takes {settings.lr_warmup_steps} steps and the run {last}: the learning rate reaches "
-            f"{last / settings.lr_warmup_steps:.2g} of what it is set to."
+            f"The warm-up takes {settings.lr_warmup_steps} steps and the run {settings.steps}: the learning rate "
+            f"reaches {share:.2g} of what it is set to."
         )
     with objective.learning():
         for report in train(

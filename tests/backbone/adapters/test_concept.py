@@ -45,6 +45,15 @@ def test_a_token_in_brackets_needs_no_space_and_words_are_not_replaced_again() -
     assert resolve_placeholder_tokens("a [V] and a bcd", chained) == "a bcd and a fgh"
 
 
+def test_other_programs_weights_are_said_to_be_text_and_their_loras_have_a_place(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert resolve_placeholder_tokens("a (red:1.3) dog", []) == "a (red:1.3) dog"
+    assert "“(red:1.3)” is read as plain text" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--concept RUN and --scale"):
+        resolve_placeholder_tokens("a dog <lora:x:1>", [])
+
+
 def test_two_concepts_keep_their_own_words() -> None:
     both = [concept("[V]", "bcd"), concept("[V2]", "fgh")]
     assert resolve_placeholder_tokens("a [V] dog beside a [V2] cat", both) == "a bcd dog beside a fgh cat"
