@@ -54,6 +54,7 @@ from backbone.io.files import append_jsonl, read_json, read_jsonl, write_json
 from backbone.io.prompts import Prompt, read_prompts
 from backbone.io.report import command, heading, line_plot, paragraph, plot_row, table, write_report
 from backbone.io.run_folder import catch_interrupts, clear_failed_try, package_versions, refuse_taken
+from backbone.io.sampling import SamplingSettings
 from backbone.media.sheet import save_png
 from backbone.models.model import Backbone
 from backbone.models.placement import get_placement

@@ -92,7 +92,7 @@ def checkpoint(run: str | Path, which: str | None = None) -> Path:
 
 
 def trained_resolution(concepts: Sequence[Concept]) -> int:
-    """The resolution that all of these were trained at; 0, the model's own, where there is no such one, which is said."""
+    """The resolution that all of these were trained at; 0, the model's own, where they differ, which is said."""
     sizes = sorted({concept.resolution for concept in concepts})
     if len(sizes) > 1:
         said = " and ".join(str(size or "the model's own") for size in sizes)

@@ -73,7 +73,7 @@ def catch_interrupts() -> Iterator[list[int]]:
             return
         next_counts_at = time.monotonic() + (FORWARDED_SIGNAL_SECONDS if distributed else 0.0)
         caught.append(number)
-        notify("Saving, then stopping …")
+        notify("Stopping after this step …")
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     _stopping.append(caught)

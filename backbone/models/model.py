@@ -214,7 +214,7 @@ class Backbone:
         return self.family.latent_shape(self.location)[1] * self.factor
 
     def describe_misfit(self, sizes: Sequence[tuple[int, int]]) -> str:
-        """A sentence where images of these sizes (width, height) are photographs and the model knows a toy world alone."""
+        """A sentence where images of these sizes (width, height) are photographs and the model is a toy; else ""."""
         large = [size for size in sizes if min(size) >= PHOTOGRAPH * self.own_resolution]
         if self.location.name not in OWN or 2 * len(large) < max(len(sizes), 1):
             return ""

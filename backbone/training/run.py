@@ -54,6 +54,7 @@ class Objective(ABC):
     average     their moving average, where one is kept
     figures     what the last step showed beside its loss, for the log
     done        steps that were taken
+    saved       the step of the last checkpoint, from which `resume` goes on
     """
 
     settings: RunSettings
@@ -62,6 +63,7 @@ class Objective(ABC):
     average: Average | None = None
     figures: dict[str, float]
     done: int = 0
+    saved: int = 0
 
     @property
     @abstractmethod
@@ -81,7 +83,8 @@ class Objective(ABC):
         """Writes what was learned; gives the fields of `Concept` that name the files."""
 
     def save(self, run: Path) -> None:
-        """Writes the checkpoint from which `resume` goes on bit for bit."""
+        """Writes the checkpoint from which `resume` goes on bit for bit; where none is written, `saved` stays."""
+        self.saved = self.done
         if processes.is_main_process():
             save_checkpoint(
                 run / CHECKPOINT,
@@ -100,6 +103,7 @@ class Objective(ABC):
                 optimizer=self.optimizer,
                 average=self.average,
             )
+            self.saved = self.done
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ def drive(
     must know by itself what an interrupted run has measured. `preview` draws what the model makes now. `command` is
     what goes on with a run, as `customize train`.
 
-    Raises `KeyboardInterrupt`, with how to go on, when a signal has come: after a checkpoint.
+    Raises `KeyboardInterrupt`, with how to go on and from which step, when a signal has come.
     """
     settings, writes = objective.settings, processes.is_main_process()
     last = settings.steps if until is None else until
@@ -164,10 +168,7 @@ def drive(
             if halted or finished or early or step % settings.checkpointing_steps == 0:
                 objective.save(run)
             if halted:
-                raise KeyboardInterrupt(
-                    f"Stopped and saved at step {step} of {settings.steps}. "
-                    f"Continue with: {command} --resume {run}"
-                )
+                raise KeyboardInterrupt(f"{_stopped(objective)} Continue with: {command} --resume {run}")
             if early:
                 return not finished
             if preview and preview.due(step) and not finished:
@@ -215,6 +216,15 @@ def take_steps(objective: Objective, *, until: int | None = None) -> Iterator[Re
         ):
             objective.done = report.step
             yield report
+
+
+def _stopped(objective: Objective) -> str:
+    """Where a run was stopped, and how much of it is kept."""
+    done, saved, steps = objective.done, objective.saved, objective.settings.steps
+    if saved == done:
+        return f"Stopped and saved at step {done} of {steps}."
+    kept = f"step {saved} is what was saved last" if saved else "nothing is saved before a round's end"
+    return f"Stopped at step {done} of {steps}; {kept}, so it goes on from there."
 
 
 def _stops(reason: str, step: int, *, aloud: bool = True) -> bool:

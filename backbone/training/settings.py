@@ -6,11 +6,13 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from backbone.io.console import UserError
-from backbone.io.options import Option, check_values, fields_of
+from backbone.io.files import read_json
+from backbone.io.options import Option, build, check_values, effective, fields_of
 
+FILE = "settings.json"
 PANELS = (  # as `--help` shows them
     *("Data", "Concept", "Preference", "Online", "Method", "Training", "Adapter", "Loss", "Evaluation"),
     *("Memory", "Output"),
@@ -157,15 +159,37 @@ class RunOptions:
     ] = None
 
 
+Made = TypeVar("Made", bound=TrainingSettings)
+
+
+def resolve(declared: type[Made], usual: Mapping[str, Any], asked: Mapping[str, Any]) -> Made:
+    """The settings of a run: what was asked for over what is usual for the model and the method.
+
+    Nothing is left of what is usual and has no effect beside the rest. Raises `UserError` for what is not known.
+    """
+    merged = {**usual, **asked}
+    merged.setdefault("lora_alpha", float(merged["rank"]))
+    return build(declared, effective(declared, merged, asked))
+
+
+def read_run_settings(declared: type[Made], run: Path, program: str) -> Made:
+    """The settings of a run folder of `program`; `UserError` when it has none or they are of another version."""
+    path = run / FILE
+    if not path.is_file():
+        raise UserError(f"{run} is not a run of `{program}` ({FILE} is missing). Name another folder.")
+    try:
+        return build(declared, read_json(path).get("settings", {}))
+    except UserError as error:
+        raise UserError(
+            f"{path} was not written by this version of `{program}`: {error} Start the run anew."
+        ) from error
+
+
 def refuse_beside_resume(
     settings: type, asked: Mapping[str, Any], run: RunOptions, *, allowed: Collection[str] = ()
 ) -> None:
     """`UserError` for anything but the `allowed` said beside `--resume`, which goes on with the run's own settings."""
-    if run.resume is not None and (
-        str(run.resume) == "latest"
-        or re.fullmatch(r"checkpoint-\d+", run.resume.name)
-        and not run.resume.exists()
-    ):
+    if run.resume is not None and re.fullmatch(r"latest|checkpoint-\d+", run.resume.name):
         raise UserError(
             f"--resume names a run folder, which goes on from its newest checkpoint, and {run.resume} is none. Write "
             f"--resume {run.out or 'runs/NAME'}."

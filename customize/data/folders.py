@@ -18,7 +18,7 @@ from backbone.media.pictures import (
     describe_unused,
     list_images,
 )
-from customize.settings import CLASS_PROMPT, INSTANCE_PROMPT, Subject
+from customize.settings import INSTANCE_PROMPT, Subject
 
 KOHYA_FOLDER = re.compile(r"(\d+)_(.+)")
 ARTICLES = frozenset({"a", "an", "the"})
@@ -43,7 +43,7 @@ class ConceptFolder:
     """Images of one concept, how often each is repeated, its token and its class.
 
     `token_words` or `class_noun` is empty where the source does not name it. `instance_prompt` has {token} and {class}
-    in it; the prompts and the folder of class images are None where the source gives none.
+    in it, `class_prompt` {class}; the prompts and the folder of class images are None where the source gives none.
     """
 
     folder: Path
@@ -106,14 +106,18 @@ def read_subjects(
                 "class_prompt “a dog”."
             )
     asked: dict[str, Any] = {}
-    for name, usual in (("instance_prompt", INSTANCE_PROMPT), ("class_prompt", CLASS_PROMPT)):
-        templates = {getattr(entry, name) or usual for entry in concepts}
-        if len(templates) > 1:
-            raise UserError(
-                f"The {name}s of {path} differ in more than token and class. Train them one by one."
-            )
-        if templates != {usual}:
-            asked[name] = templates.pop()
+    templates = {entry.instance_prompt or INSTANCE_PROMPT for entry in concepts}
+    if len(templates) > 1:
+        raise UserError(
+            f"The instance prompts of {path} differ in more than token and class. Train them one by one."
+        )
+    if templates != {INSTANCE_PROMPT}:
+        asked["instance_prompt"] = templates.pop()
+    classes = {entry.class_prompt for entry in concepts}
+    if len(classes) > 1:
+        notify(f"The class prompts of {path} differ in more than their class, and are left aside.")
+    elif classes != {None}:
+        asked["class_prompt"] = classes.pop()
     _say_what_is_beside(Path(path).expanduser(), [entry.folder for entry in concepts])
     folders = [str(entry.class_folder) for entry in concepts if entry.class_folder is not None]
     if folders and len(folders) < len(concepts):
@@ -215,10 +219,9 @@ def _parse_entry(entry: Any, where: str, beside: Path) -> ConceptFolder:
     if not token:
         token, noun = guess_token_and_class(prompt)
     classes = beside / Path(texts["class_data_dir"]).expanduser() if texts["class_data_dir"] else None
-    class_prompt = re.sub(word_pattern(noun), "{class}", texts["class_prompt"], count=1) if noun else ""
-    return ConceptFolder(
-        folder, 1, token, noun, as_template(prompt, token, noun), class_prompt or None, classes
-    )
+    general = re.sub(word_pattern(noun), "{class}", texts["class_prompt"], count=1) if noun else ""
+    general = general or texts["class_prompt"]
+    return ConceptFolder(folder, 1, token, noun, as_template(prompt, token, noun), general or None, classes)
 
 
 def as_template(prompt: str, token: str, noun: str) -> str:

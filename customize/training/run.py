@@ -14,8 +14,9 @@ from backbone.adapters.concept import Concept, check_token, choose_rare_words, r
 from backbone.adapters.embeddings import vector_token_names
 from backbone.distributed import processes
 from backbone.io.console import UserError, count_of, notify, notify_once
-from backbone.io.files import content_hash, read_metadata, write_json, write_text
+from backbone.io.files import content_hash, read_json, read_metadata, write_json, write_text
 from backbone.io.run_folder import clear_failed_try, package_versions, refuse_taken, run_name
+from backbone.media.crops import CropReader
 from backbone.media.pictures import ImageRecord, check_images, list_images
 from backbone.media.transforms import crop_square
 from backbone.models.locate import is_path
@@ -28,21 +29,14 @@ from customize.data.folders import read_images
 from customize.data.masks import save_masks
 from customize.methods.lora import refuse_other_encoders
 from customize.objectives.dreambooth import DreamBooth, share_of
-from customize.settings import (
-    FILE,
-    OWN_WORDS,
-    SHEET,
-    Settings,
-    Subject,
-    as_flags,
-    read_record,
-    read_settings,
-    resolved,
-)
+from customize.settings import FILE, OWN_WORDS, SHEET, Settings, Subject, as_flags, read_settings, resolved
 from customize.training.card import card, push, readme
 from customize.training.evaluation import Previews, Validation
+from customize.training.memory import budgeted
 
 MASKS = "masks.png"
+SHOWN = 8  # of the subjects' own images, on the sheet
+KEPT = 64  # images whose crops are kept in memory for the evaluations; what is beyond is read anew
 
 
 def train_concept(
@@ -66,58 +60,26 @@ def train_concept(
     refuse_taken(run)
     for folder in asked.get("class_images", ()):
         check_images(list_images(folder))
-    model = Backbone.open(
-        asked.get("model", "moji"),
-        device=asked.get("device", "auto"),
-        precision=asked.get("precision", "auto"),
-        resolution=asked.get("resolution", 0),
-    )
-    if misfit := model.describe_misfit([picture.read_size() for folder in pictures for picture in folder]):
+    # First the model's configs, which say what is usual; then how it is held, which the settings say
+    place = {name: asked.get(name, "auto") for name in ("device", "precision")}
+    opened = Backbone.open(asked.get("model", "moji"), **place, resolution=asked.get("resolution", 0))
+    if misfit := opened.describe_misfit([picture.read_size() for folder in pictures for picture in folder]):
         notify_once(misfit)
-    nouns = [
-        subject.class_noun or guess(model, folder, subject.images)
-        for subject, folder in zip(subjects, pictures, strict=True)
-    ]
-    first = subjects[0]
-    named = {
-        **({"model": os.path.abspath(model.location.source)} if is_path(asked.get("model", "moji")) else {}),
-        "images": first.images,
-        "token": first.token,
-        "class_noun": nouns[0],
-        "subject": tuple(subject.flag() for subject in subjects[1:]),
-    }
-    if first.token_words:
-        named["token_words"] = first.token_words
-    settings = resolved(asked | named, model.defaults)
-    model = Backbone.open(
-        settings.model,
-        device=settings.device,
-        precision=settings.precision,
-        placement=get_placement(settings),
-        resolution=settings.resolution,
-    )
+    if is_path(opened.location.name):
+        asked = {
+            **asked,
+            "model": os.path.abspath(opened.location.source),
+        }  # so that it is found from anywhere
+    subjects = with_nouns(opened, subjects, pictures)
+    settings = resolved(asked | fields_of_subjects(subjects), opened.defaults)
+    model = open_model(settings)
     if vram is not None:
-        from customize.training.memory import budgeted
-
         processes.require_whole_model("--vram counts for a process alone; it")
         model, settings = budgeted(model, settings, sum(map(len, pictures)), vram)
-    vocabulary = model.text_encoder.tokenizer.get_vocab()
     if settings.train_text_encoder:
         refuse_other_encoders(model)
-    found: list[Subject] = []
-    for subject, noun, folder in zip(subjects, nouns, pictures, strict=True):
-        check_token(subject.token, vocabulary)
-        if any(subject.token == other.token for other in found):
-            raise UserError(f"Two subjects have the token {subject.token}. Give each its own.")
-        words = subject.token_words
-        if settings.method in OWN_WORDS:
-            words = " ".join(vector_token_names(subject.token, settings.num_vectors))
-        elif not words:
-            key = "".join(content_hash(picture.read()) for picture in folder)
-            words = choose_rare_words(vocabulary, key, taken=[other.token_words for other in found])
-        found.append(dataclasses.replace(subject, class_noun=noun, token_words=words))
     settings = dataclasses.replace(
-        settings, token_words=found[0].token_words, subject=tuple(subject.flag() for subject in found[1:])
+        settings, **fields_of_subjects(with_words(model, subjects, pictures, settings))
     )
     share_of(settings)
     concept, groups = write_prompts(settings, model, pictures)
@@ -141,15 +103,9 @@ def resume_concept(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
         raise UserError(f"{run} has taken {done} steps already. Give --steps more than that.")
     processes.init_process(settings.device)
     pictures = read_images(settings.subjects(), settings.caption_column, settings.image_column)
-    for sentence in describe_changes(read_record(run).get("images"), pictures):
+    for sentence in describe_changes(read_json(run / FILE).get("images"), pictures):
         notify(sentence)
-    model = Backbone.open(
-        settings.model,
-        device=settings.device,
-        precision=settings.precision,
-        placement=get_placement(settings),
-        resolution=settings.resolution,
-    )
+    model = open_model(settings)
     concept, groups = write_prompts(settings, model, pictures)
     if anew:
         notify(f"{run} goes on from step {done} to {settings.steps}.")
@@ -161,7 +117,7 @@ def resume_concept(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
 def write_prompts(
     settings: Settings, model: Backbone, pictures: Sequence[list[ImageRecord]]
 ) -> tuple[Concept, list[Group]]:
-    """The run's concept, and each subject's images with their training prompts; says what is odd about captions.
+    """The run's concept, and each subject's images with their training prompts.
 
     Raises `UserError` for an instance prompt or a prompt of the sheet with a token that is none of the run's.
     """
@@ -172,43 +128,34 @@ def write_prompts(
         fingerprint=model.fingerprint,
         tokens={subject.token: subject.token_words for subject in subjects},
         class_noun=settings.class_noun,
+        resolution=settings.resolution,
     )
     for prompt in settings.sheet_prompts:
         resolve_placeholder_tokens(prompt, [concept], runs=None)
-    groups = []
-    for subject, folder in zip(subjects, pictures, strict=True):
-        instance = subject.filled(settings.instance_prompt)
-        prompts = [write_prompt(picture, instance, subject.token, concept) for picture in folder]
-        captioned = [prompt for prompt, picture in zip(prompts, folder, strict=True) if picture.caption]
-        odd = [describe_brackets(captioned, concept)] if captioned else []
-        odd += describe_truncated(captioned, subject.token_words, subject.token, model.text_encoder)
-        for sentence in filter(None, odd):
-            notify(sentence)
-        groups.append(
-            Group(folder, [prompt.resolved for prompt in prompts], subject.filled(settings.class_prompt))
-        )
-        what = (
-            f"gets {count_of(settings.num_vectors, 'new word')} of its own"
-            if settings.method in OWN_WORDS
-            else f"stands for “{subject.token_words}”"
-        )
-        notify(f"{count_of(len(folder), 'picture')} of “{subject.called()}”; {subject.token} {what}.")
-    return concept, groups
+    return concept, [
+        group_of(subject, folder, settings, concept, model)
+        for subject, folder in zip(subjects, pictures, strict=True)
+    ]
 
 
 def carry_on(
     run: Path, settings: Settings, model: Backbone, concept: Concept, groups: Sequence[Group], *, began: float
 ) -> Path:
     """Trains from the last checkpoint, if there is one, to the finished folder."""
-    subjects, pictures = settings.subjects(), [list(group.pictures) for group in groups]
-    training = DreamBooth(model, prepare(model, groups, settings), settings)
+    pictures = [list(group.pictures) for group in groups]
+    # Every image is decoded once more than it was checked: for its latents, the evaluations and the sheet together
+    everything = [picture for folder in pictures for picture in folder]
+    measured = pictures[0][:KEPT] if settings.evaluation_steps else []
+    read, side = CropReader([*everything[:SHOWN], *measured]), (model.resolution, model.resolution)
+    training = DreamBooth(model, prepare(model, groups, settings, read=read), settings)
     training.resume(run)
-    writes = processes.is_main_process()
-    if writes and settings.mask == "auto":
+    if processes.is_main_process() and settings.mask == "auto":
         save_masks(run / MASKS, pictures, training.data.masks or [], flip=settings.flip)
+    shown = [read(picture, side) for picture in everything[:SHOWN]]
     prepared = time.perf_counter()
     previews = Previews(model, settings, concept)
-    validation = Validation(run, training, concept, pictures[0])
+    validation = Validation(run, training, concept, lambda: [read(picture, side) for picture in pictures[0]])
+    read.forget()
 
     def preview(step: int) -> None:
         with training.averaged():
@@ -222,36 +169,85 @@ def carry_on(
         preview=Every(settings.validation_steps, preview),
         tensorboard=settings.report_to == "tensorboard",
     )
-    trained = time.perf_counter()
-    if writes:
-        header = {
-            "limner_token": " ".join(subject.token for subject in subjects),
-            "limner_words": " ".join(subject.token_words for subject in subjects),
-            "base_model": settings.model,
-        }
-        dataclasses.replace(concept, **training.write(run, header)).write(run)
-        validation.report(settings)
+    times = {"prepare": prepared - began, "train": time.perf_counter() - prepared}
+    finish(run, training, concept, validation)
     with training.averaged():
-        shown = previews.save(
-            run / SHEET, count=8, pictures=[picture for folder in pictures for picture in folder]
+        prompts = previews.save(run / SHEET, count=8, subject=shown)
+    times |= {"show": time.perf_counter() - began - sum(times.values()), "all": time.perf_counter() - began}
+    if processes.is_main_process():
+        describe(
+            run, settings, model, groups, prompts, {name: round(value, 2) for name, value in times.items()}
         )
-    if not writes:
-        processes.end_process()
-        return run
-    ended = time.perf_counter()
-    timings = {
-        "prepare": prepared - began,
-        "train": trained - prepared,
-        "show": ended - trained,
-        "all": ended - began,
-    }
-    seconds = {name: round(value, 2) for name, value in timings.items()}
-    write_record(run, settings, groups, timings=seconds)
-    write_text(run / "README.md", card(settings, model) + readme(run, settings, shown, seconds))
-    if settings.push_to_hub:
-        notify(f"Uploaded to {push(run, settings.hub_model_id or run.name)}.")
     processes.end_process()
     return run
+
+
+# The subjects ------------------------------------------------------------------------------------------------
+
+
+def with_nouns(
+    model: Backbone, subjects: Sequence[Subject], pictures: Sequence[list[ImageRecord]]
+) -> list[Subject]:
+    """The subjects, each with its class noun: its own, or a guess."""
+    return [
+        dataclasses.replace(subject, class_noun=subject.class_noun or guess(model, folder, subject.images))
+        for subject, folder in zip(subjects, pictures, strict=True)
+    ]
+
+
+def with_words(
+    model: Backbone, subjects: Sequence[Subject], pictures: Sequence[list[ImageRecord]], settings: Settings
+) -> list[Subject]:
+    """The subjects, each with the words that stand for its token; `UserError` for a bad token or one that is twice."""
+    vocabulary = model.text_encoder.tokenizer.get_vocab()
+    found: list[Subject] = []
+    for subject, folder in zip(subjects, pictures, strict=True):
+        check_token(subject.token, vocabulary)
+        if any(subject.token == other.token for other in found):
+            raise UserError(f"Two subjects have the token {subject.token}. Give each its own.")
+        words = subject.token_words
+        if settings.method in OWN_WORDS:
+            words = " ".join(vector_token_names(subject.token, settings.num_vectors))
+        elif not words:
+            key = "".join(content_hash(picture.read()) for picture in folder)
+            words = choose_rare_words(vocabulary, key, taken=[other.token_words for other in found])
+        found.append(dataclasses.replace(subject, token_words=words))
+    return found
+
+
+def fields_of_subjects(subjects: Sequence[Subject]) -> dict[str, Any]:
+    """The fields of `Settings` that say what is learned; without token words that are not chosen yet."""
+    first = subjects[0]
+    named: dict[str, Any] = {
+        "images": first.images,
+        "token": first.token,
+        "class_noun": first.class_noun,
+        "subject": tuple(subject.flag() for subject in subjects[1:]),
+    }
+    return named | ({"token_words": first.token_words} if first.token_words else {})
+
+
+def group_of(
+    subject: Subject, folder: list[ImageRecord], settings: Settings, concept: Concept, model: Backbone
+) -> Group:
+    """A subject's images with their prompts, as the model reads them.
+
+    Says what the token stands for, what captions hold that is no token, and which are read in part only.
+    """
+    instance = subject.filled(settings.instance_prompt)
+    prompts = [write_prompt(picture, instance, subject.token, concept) for picture in folder]
+    captioned = [prompt for prompt, picture in zip(prompts, folder, strict=True) if picture.caption]
+    odd = [describe_brackets(captioned, concept)] if captioned else []
+    odd += describe_truncated(captioned, subject.token_words, subject.token, model.text_encoder)
+    for sentence in filter(None, odd):
+        notify(sentence)
+    what = (
+        f"gets {count_of(settings.num_vectors, 'new word')} of its own"
+        if settings.method in OWN_WORDS
+        else f"stands for “{subject.token_words}”"
+    )
+    notify(f"{count_of(len(folder), 'picture')} of “{subject.called()}”; {subject.token} {what}.")
+    return Group(folder, [prompt.resolved for prompt in prompts], subject.filled(settings.class_prompt))
 
 
 def guess(model: Backbone, pictures: list[ImageRecord], images: str) -> str:
@@ -278,6 +274,48 @@ def guess(model: Backbone, pictures: list[ImageRecord], images: str) -> str:
     seems = f"{best[0]} ({best[1]:.0%}; next {second[0]}, {second[1]:.0%})"
     notify(f"The pictures seem to show a {seems}. --class says otherwise.")
     return str(best[0])
+
+
+# The run's files ---------------------------------------------------------------------------------------------
+
+
+def open_model(settings: Settings) -> Backbone:
+    """The model of a run, held as its settings say."""
+    return Backbone.open(
+        settings.model,
+        device=settings.device,
+        precision=settings.precision,
+        placement=get_placement(settings),
+        resolution=settings.resolution,
+    )
+
+
+def finish(run: Path, training: DreamBooth, concept: Concept, validation: Validation) -> None:
+    """Writes what was learned, and the report of its evaluations."""
+    if not processes.is_main_process():
+        return
+    header = {
+        "limner_token": " ".join(concept.tokens),
+        "limner_words": " ".join(concept.tokens.values()),
+        "base_model": concept.model,
+    }
+    dataclasses.replace(concept, **training.write(run, header)).write(run)
+    validation.report(training.settings)
+
+
+def describe(
+    run: Path,
+    settings: Settings,
+    model: Backbone,
+    groups: Sequence[Group],
+    prompts: list[str],
+    seconds: dict[str, float],
+) -> None:
+    """Writes the run's record with its timings and its README, and uploads the folder where that is asked for."""
+    write_record(run, settings, groups, timings=seconds)
+    write_text(run / "README.md", card(settings, model) + readme(run, settings, prompts, seconds))
+    if settings.push_to_hub:
+        notify(f"Uploaded to {push(run, settings.hub_model_id or run.name)}.")
 
 
 def write_record(

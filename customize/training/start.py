@@ -9,9 +9,9 @@ from typing import Any
 
 from backbone.adapters.concept import mentions
 from backbone.io.console import UserError, notify
-from backbone.io.options import refuse_idle
+from backbone.io.options import fields_of, refuse_idle, unmet
 from backbone.io.run_folder import run_name
-from customize.settings import OWN_WORDS, Subject, read_subject, resolved
+from customize.settings import OWN_WORDS, Settings, Subject, read_subject, resolved
 
 DEFAULT_TOKEN = "[V]"
 RESUMED = ("steps", "learning_rate", "images", "device")  # what may be said anew beside --resume
@@ -84,9 +84,13 @@ def first_subjects(
         subjects, prompts = read_subjects(images, token=token, class_noun=noun, token_words=words)
         for subject in subjects:
             notify(f"{subject.images}: {subject.token} {subject.class_noun}, all subjects equally often.")
-        if "class_images" in prompts and rest.get("prior") != "class-images":
-            notify(f"The class_data_dir of {images} is for --prior class-images, and is left aside.")
-            del prompts["class_images"]
+        known = fields_of(Settings)
+        every = {name: one.default for name, one in known.items()} | rest
+        for name, key in (("class_images", "class_data_dir"), ("class_prompt", "class_prompt")):
+            if name in prompts and name not in rest and unmet(known[name], every) is not None:
+                said = " It is for --prior class-images." if name == "class_images" else ""
+                notify(f"The {key} of {images} has no effect with these settings, and is left aside.{said}")
+                del prompts[name]
     else:
         subjects = [name_subject(Subject(images, token, noun, words), rest)]
     settings = {**prompts, **rest}

@@ -78,6 +78,27 @@ def test_a_run_that_a_signal_ends_is_saved_and_goes_on_bit_for_bit(tmp_path: Pat
     assert [line["step"] for line in read_jsonl(tmp_path / "broken" / LOG)] == [1, 2, 3, 4, 5, 6]
 
 
+class InRounds(Nearest):
+    """One whose state within a round of three steps is not kept."""
+
+    def save(self, run: Path) -> None:
+        if self.done % 3 == 0:
+            super().save(run)
+
+
+@pytest.mark.parametrize(
+    ("at", "said"), [(2, "nothing is saved"), (3, "saved at step 3"), (5, "step 3 is what was saved")]
+)
+def test_what_stops_within_a_round_says_from_where_it_goes_on(tmp_path: Path, at: int, said: str) -> None:
+    training = InRounds()
+    training.interrupts_at = at
+    with pytest.raises(KeyboardInterrupt, match=said):
+        drive(training, tmp_path, command="learn")
+    again = InRounds()
+    again.resume(tmp_path)
+    assert again.done == again.saved == at // 3 * 3
+
+
 def test_a_kill_costs_the_steps_since_the_last_checkpoint_alone(tmp_path: Path) -> None:
     whole, first, second = Nearest(), Nearest(), Nearest()
     drive(whole, tmp_path / "whole", command="learn")
