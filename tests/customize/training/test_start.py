@@ -130,7 +130,7 @@ def test_diffusers_own_call_trains_shows_and_says_one_word(
     Path("tiny").symlink_to(tiny_folder)
     asked = {**FEW, "images": "dog", "model": "tiny", "instance_prompt": SKS, "max_grad_norm": 0.0}
     run = start({**asked, "lora_alpha": 2.0}, out=Path("runs/r1"))
-    assert "sks stands for “sks”" in capsys.readouterr().err
+    assert "2 pictures of “sks dog”; sks stands for “sks”" in capsys.readouterr().err
     concept, settings = read_concept(run), read_settings(run)
     assert concept.tokens == {"sks": "sks"} and settings.called() == "sks dog"
     model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
@@ -156,6 +156,18 @@ def test_diffusers_own_call_trains_shows_and_says_one_word(
     assert (again.steps, again.learning_rate, again.images) == (4, 1e-5, str(moved))
     with pytest.raises(UserError, match="has taken 4 steps already"):
         resume_concept(run, {"steps": 4})
+
+
+def test_the_run_is_called_after_what_was_said(dog: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import customize.training.run
+
+    named: list[Any] = []
+    monkeypatch.setattr(customize.training.run, "train_concept", lambda *_, out, **__: named.append(out))
+    (dog.parent / "sets").mkdir()
+    dog.rename(dog.parent / "sets" / "10_ohwx cat")
+    for images in ("sets", "sets/10_ohwx cat"):
+        start({"images": images})
+    assert named == [Path("runs/sets"), Path("runs/10_ohwx cat")]
 
 
 @pytest.mark.parametrize("seed", [99999999999999999999, -(2**70), -1, 2**63])
