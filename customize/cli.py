@@ -25,11 +25,12 @@ from backbone.io.flags import (
     ModelOptions,
 )
 from backbone.io.options import Option, command, settled_command
+from backbone.io.run_folder import absolute
 from backbone.io.sampling import DrawingOptions
 from backbone.training.settings import PANELS, refuse_beside_resume
 from customize.formats import cli as files_cli
 from customize.settings import Settings, TrainOptions, read_settings, resolved
-from customize.training.start import RESUMED, absolute, start
+from customize.training.start import RESUMED, start
 
 app = command_group("Teach a diffusion model a new concept from a handful of images.")
 

@@ -330,7 +330,7 @@ def _natural_sort_key(name: str) -> tuple[list[str | int], str]:
 def _describe_empty_folder(folder: Path) -> str:
     kinds = Counter(path.suffix.lower() or "other" for path in _list_visible(folder) if path.is_file())
     contents = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4))
-    deeper = _count_images_below(folder)
+    deeper = _count_images_below(folder, levels=5)
     if deeper:
         names = [str(below.relative_to(folder)) for below in deeper]
         listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
@@ -363,8 +363,8 @@ def describe_unused(source: str | Path, pictures: Sequence[ImageRecord]) -> list
         kinds.setdefault(path.suffix.lower(), []).append(str(path.relative_to(root)))
     parts = [
         f"{count} image{'s' if count > 1 else ''} in {folder.relative_to(root)}/"
-        for folder, count in _count_images_below(root).items()
-        if folder not in folders
+        for folder, count in _count_images_below(root, levels=5).items()
+        if folder not in folders and folder != root
     ]
     for kind, names in kinds.items():
         parts += names if len(names) < 3 else [f"{len(names)} {kind or 'other'} files ({names[0]}, …)"]
@@ -381,13 +381,16 @@ def describe_unused(source: str | Path, pictures: Sequence[ImageRecord]) -> list
     return found
 
 
-def _count_images_below(folder: Path, *, levels: int = 4) -> dict[Path, int]:
-    """How many images lie in each of the folders below, `levels` deep, those with none left out."""
-    found = {}
-    for below in _list_visible(folder) if levels else []:
-        if below.is_dir() and below.name.lower() not in SYSTEM_FILES:
-            if count := sum(path.suffix.lower() in IMAGE_SUFFIXES for path in _list_visible(below)):
-                found[below] = count
+def _count_images_below(folder: Path, *, levels: int) -> dict[Path, int]:
+    """How many images lie in each of the folders below, `levels` deep; those with none, or forbidden, are left out."""
+    try:
+        visible = _list_visible(folder) if levels else []
+    except OSError:
+        return {}
+    images = sum(path.suffix.lower() in IMAGE_SUFFIXES for path in visible if not path.is_dir())
+    found = {folder: images} if images else {}
+    for below in visible:
+        if below.is_dir() and not below.is_symlink() and below.name.lower() not in SYSTEM_FILES:
             found |= _count_images_below(below, levels=levels - 1)
     return found
 

@@ -10,7 +10,7 @@ from typing import Any
 from backbone.adapters.concept import mentions
 from backbone.io.console import UserError, notify
 from backbone.io.options import fields_of, refuse_idle, unmet
-from backbone.io.run_folder import run_name
+from backbone.io.run_folder import absolute, run_name
 from customize.settings import OWN_WORDS, Settings, Subject, read_subject, resolved
 
 DEFAULT_TOKEN = "[V]"
@@ -135,9 +135,3 @@ def refuse_prompts(first: Subject, rest: Mapping[str, Any]) -> None:
         raise UserError(
             f"The class prompt “{general}” holds the token {first.token}, which is the subject's alone. Leave it out."
         )
-
-
-def absolute(path: str) -> str:
-    """An existing path with its whole name; everything else, as the id of a dataset, is left as it is."""
-    place = Path(path).expanduser()
-    return str(place.absolute()) if path and place.exists() else path
