@@ -47,6 +47,8 @@ def subjects_of(asked: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]
     Folders are made absolute, so that the run can be resumed from anywhere. Raises `UserError` where nothing is named,
     a flag says otherwise than the layout, or the instance prompt leaves open which word is the subject's.
     """
+    from customize.data.folders import as_template
+
     rest = dict(asked)
     images, token = rest.pop("images", None), rest.pop("token", None)
     noun, words = rest.pop("class_noun", ""), rest.pop("token_words", "")
@@ -65,6 +67,9 @@ def subjects_of(asked: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]
     else:
         found, rest = first_subjects(str(images), token or "", noun, words, rest)
     subjects = [replace(one, images=absolute(one.images)) for one in [*found, *more]]
+    if "instance_prompt" in rest:
+        first = subjects[0]
+        rest["instance_prompt"] = as_template(rest["instance_prompt"], first.token, first.class_noun)
     refuse_prompts(subjects[0], rest)
     if "scorer" in rest:
         rest["scorer"] = absolute(rest["scorer"])
@@ -76,8 +81,8 @@ def subjects_of(asked: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]
 def first_subjects(
     images: str, token: str, noun: str, words: str, rest: Mapping[str, Any]
 ) -> tuple[list[Subject], dict[str, Any]]:
-    """The subjects of `--images`, and the settings with what its layout says and the instance prompt as a template."""
-    from customize.data.folders import as_template, is_concept_source, read_subjects
+    """The subjects of `--images`, and the settings with what its layout says."""
+    from customize.data.folders import is_concept_source, read_subjects
 
     prompts: dict[str, Any] = {}
     if is_concept_source(images, token=token, class_noun=noun):
@@ -93,11 +98,7 @@ def first_subjects(
                 del prompts[name]
     else:
         subjects = [name_subject(Subject(images, token, noun, words), rest)]
-    settings = {**prompts, **rest}
-    first = subjects[0]
-    if "instance_prompt" in settings:
-        settings["instance_prompt"] = as_template(settings["instance_prompt"], first.token, first.class_noun)
-    return subjects, settings
+    return subjects, {**prompts, **rest}
 
 
 def name_subject(subject: Subject, rest: Mapping[str, Any]) -> Subject:

@@ -82,6 +82,8 @@ def test_the_instance_prompt_s_word_is_the_token_of_every_layout(dog: Path) -> N
     )
     filled = [one.filled(settings["instance_prompt"]) for one in both]
     assert filled == [SKS, "a photo of [W] cat"]
+    flag = {"subject": (f"{kohya}:sks:dog",), "instance_prompt": SKS}
+    assert subjects_of(flag)[1]["instance_prompt"] == "a photo of {token} {class}"
     entry = {"instance_data_dir": "10_sks dog", "instance_prompt": SKS, "class_prompt": "a photo of dog"}
     (dog.parent / "concepts_list.json").write_text(json.dumps([entry]))
     (subject,), settings = subjects_of({"images": dog.parent / "concepts_list.json"})
