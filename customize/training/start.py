@@ -36,8 +36,8 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
     images = read_images(subjects, settings.get("caption_column", ""), settings.get("image_column", ""))
     from customize.training.run import train_concept
 
-    if out is None and Path(asked.get("images", "")).expanduser().is_dir():  # not that of a folder in it
-        out = Path("runs") / run_name(asked["images"])
+    if out is None and "images" in asked and Path(asked["images"]).expanduser().is_dir():
+        out = Path("runs") / run_name(asked["images"])  # not the name of a folder in it
     return train_concept(settings, subjects, images=images, out=out, vram=vram)
 
 
