@@ -26,7 +26,7 @@ from backbone.io.flags import (
 )
 from backbone.io.options import Option, command, settled_command
 from backbone.io.run_folder import absolute
-from backbone.io.sampling import DrawingOptions
+from backbone.io.sampling import CountOption, DrawingOptions
 from backbone.training.settings import PANELS, refuse_beside_resume
 from customize.formats import cli as files_cli
 from customize.settings import Settings, TrainOptions, read_settings, resolved
@@ -179,7 +179,7 @@ def sample(asked: SampleOptions) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(JsonOptions):
+class EvaluateOptions(JsonOptions, CountOption):
     """What `customize evaluate` measures."""
 
     run: Annotated[Path, Option("A run folder of customize train.", DATA, argument=True, metavar="RUN")]
@@ -207,9 +207,7 @@ class EvaluateOptions(JsonOptions):
             needs={"prompts": ()},
         ),
     ] = False
-    count: Annotated[
-        int, Option("Images of each prompt.", DRAWING, aliases=("num-images-per-prompt",), min=1)
-    ] = 4
+    count: int = 4
     seed: Annotated[
         int,
         Option("Image j of prompt i depends on the seed, i and j only.", SAMPLING, needs={"images": (None,)}),

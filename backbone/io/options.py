@@ -132,7 +132,7 @@ def _own_hints(declared: Hashable) -> dict[str, Any]:
     """The types of the fields that a class itself says, evaluated once for all classes that inherit them."""
     assert isinstance(declared, type)
     names = vars(import_module(declared.__module__))
-    fields = {one.name for one in dataclasses.fields(declared)}  # type: ignore[arg-type]
+    fields = {one.name for one in dataclasses.fields(declared)}
     said = inspect.get_annotations(declared)
     alone = SimpleNamespace(__annotations__={name: said[name] for name in said if name in fields})
     return get_type_hints(alone, names, include_extras=True)

@@ -100,9 +100,8 @@ def prepare(
     for number, group in enumerate(groups):
         sizes = sizes_of(group.pictures, model.resolution) if settings.aspect_buckets else None
         flips = (False, True) if settings.flip else (False,)
-        encoded = encode_in_parallel(model, group.pictures, flips=flips, sizes=sizes, read=read)
-        for flip in flips:
-            posteriors += encoded[flip]
+        for flip, encoded in encode_in_parallel(model, group.pictures, flips, sizes, read).items():
+            posteriors += encoded
             masks += masks_of(group.pictures, sizes, flip=flip)
             prompts += group.prompts
             names += [str(picture.path) for picture in group.pictures]
@@ -116,14 +115,7 @@ def prepare(
     buckets = buckets_of(posteriors)
     class_latents = class_rows = None
     if preserves(settings) and settings.prior == "class-images":
-        if len({posterior.mean.shape for posterior in posteriors}) > 1:
-            raise UserError(
-                "Class pictures are square, and with --aspect-buckets the subject's are not. Use --prior base."
-            )
-        with processes.main_process_first():
-            each = [class_images(model, prompt, settings, number) for number, prompt in enumerate(classes)]
-        class_latents = torch.cat(each)
-        class_rows = torch.cat([torch.full((len(one),), number) for number, one in enumerate(each)])
+        class_latents, class_rows = all_class_images(model, classes, settings, buckets)
     # from here on the denoiser alone is needed
     model.free("autoencoder", "text_encoder")
     if preserves(settings) and settings.prior == "base":
@@ -152,10 +144,9 @@ def prepare(
 def encode_in_parallel(
     model: Backbone,
     pictures: Sequence[ImageRecord],
-    *,
     flips: Sequence[bool],
     sizes: Sequence[tuple[int, int]] | None,
-    read: ReadCrop = read_crop,
+    read: ReadCrop,
 ) -> dict[bool, list[Posterior]]:
     """The images encoded as they are and mirrored, as `flips` asks; of several processes each encodes its share.
 
@@ -261,6 +252,19 @@ def at_latent_size(masks: Sequence[Tensor | None], sizes: Sequence[Sequence[int]
         small = F.adaptive_avg_pool2d(torch.ones(1, height, width) if mask is None else mask, (height, width))
         found.append(small / small.mean())
     return found
+
+
+def all_class_images(
+    model: Backbone, classes: Sequence[str], settings: Settings, buckets: Sequence[Bucket]
+) -> tuple[Tensor, Tensor]:
+    """Latents of all subjects' class images [K, C, H, W], and which class prompt each is under [K]."""
+    if len(buckets) > 1:
+        raise UserError(
+            "Class pictures are square, and with --aspect-buckets the subject's are not. Use --prior base."
+        )
+    with processes.main_process_first():
+        each = [class_images(model, prompt, settings, number) for number, prompt in enumerate(classes)]
+    return torch.cat(each), torch.cat([torch.full((len(one),), number) for number, one in enumerate(each)])
 
 
 def class_images(model: Backbone, class_prompt: str, settings: Settings, subject: int) -> Tensor:

@@ -90,7 +90,7 @@ class InRounds(Nearest):
     ("at", "said"), [(2, "nothing is saved"), (3, "saved at step 3"), (5, "step 3 is what was saved")]
 )
 def test_what_stops_within_a_round_says_from_where_it_goes_on(tmp_path: Path, at: int, said: str) -> None:
-    training = InRounds()
+    training = InRounds(Settings(checkpointing_steps=1))
     training.interrupts_at = at
     with pytest.raises(KeyboardInterrupt, match=said):
         drive(training, tmp_path, command="learn")

@@ -18,8 +18,10 @@ from backbone.adapters.concept import Concept, trained_resolution
 from backbone.io.files import append_jsonl, read_json, read_jsonl
 from backbone.media import pictures
 from backbone.media.decode import open_rgb
+from backbone.models.locate import EMBEDDED
 from customize.cli import app
-from tests.customize.evaluation.test_metrics import EMBEDDED, FILE, tiny_eye
+from tests.customize.evaluation.test_metrics import FILE
+from tests.tiny import tiny_eye
 
 SCORER = str(EMBEDDED / "scorer")
 HERE = ("--precision", "fp32", "--device", "cpu")

@@ -240,6 +240,11 @@ def test_a_dry_run_prints_what_becomes_of_the_words_and_writes_nothing(
         (("invert-and-replace", "photo.png", *WORDS, "--inversion", "x"), "both given"),
         (("invert-and-replace", "--inversion", "x", "--target", "a"), "x does not exist"),
         (("invert-and-replace", "--inversion", "no.safetensors", "--target", "a cat"), "no inversion"),
+        (
+            ("invert-and-replace", "--inversion", "x", "--target", "a", "--steps", "3"),
+            "--steps has no effect",
+        ),
+        (("compose", "--inversion", "x", "--toward", "a=1", "--seed", "3"), "--seed has no effect"),
         (("invert-and-replace", "photo.png", *WORDS, "--concept", "x"), "holds no concept"),
         (("invert", "photo.png", "--prompt", "a cat", "--out", "x.pt"), "does not end in .safetensors"),
         (("sdedit", "photo.png", "--prompt", ""), "prompt is empty"),
