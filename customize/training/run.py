@@ -83,7 +83,7 @@ def train_concept(
     processes.barrier()  # now every process has seen that the folder is free
     if processes.is_main_process():
         clear_failed_try(run)
-        write_record(run, settings, groups, timings={})
+        write_record(run, settings, timings={}, images=[hash_images(folder) for folder in pictures])
     return carry_on(run, settings, model, concept, groups, began=began)
 
 
@@ -107,7 +107,7 @@ def resume_concept(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
     if anew:
         notify(f"{run} goes on from step {done} to {settings.steps}.")
         if processes.is_main_process():
-            write_record(run, settings, groups, timings={})
+            write_record(run, settings, timings={}, images=[hash_images(folder) for folder in pictures])
     return carry_on(run, settings, model, concept, groups, began=time.perf_counter())
 
 
@@ -172,9 +172,7 @@ def carry_on(
         prompts = previews.save(run / SHEET, count=8, subject=shown)
     times |= {"show": time.perf_counter() - began - sum(times.values()), "all": time.perf_counter() - began}
     if processes.is_main_process():
-        describe(
-            run, settings, model, groups, prompts, {name: round(value, 2) for name, value in times.items()}
-        )
+        describe(run, settings, model, prompts, {name: round(value, 2) for name, value in times.items()})
     processes.end_process()
     return run
 
@@ -210,25 +208,31 @@ def describe(
     run: Path,
     settings: Settings,
     model: Backbone,
-    groups: Sequence[Group],
     prompts: list[str],
     seconds: dict[str, float],
 ) -> None:
     """Writes the run's record with its timings and its README, and uploads the folder where that is asked for."""
-    write_record(run, settings, groups, timings=seconds)
+    write_record(run, settings, timings=seconds)
     write_text(run / "README.md", card(settings, model) + readme(run, settings, prompts, seconds))
     if settings.push_to_hub:
         notify(f"Uploaded to {push(run, settings.hub_model_id or run.name)}.")
 
 
 def write_record(
-    run: Path, settings: Settings, groups: Sequence[Group], *, timings: Mapping[str, float]
+    run: Path,
+    settings: Settings,
+    *,
+    timings: Mapping[str, float],
+    images: Sequence[Mapping[str, str]] | None = None,
 ) -> None:
-    """Writes the run's `settings.json`: what was resolved, how to repeat it, of which images, with which versions."""
+    """Writes the run's `settings.json`: what was resolved, how to repeat it, of which images, with which versions.
+
+    `images` are the hashes of each subject's; None leaves those that stand there.
+    """
     record = {
         "settings": settings,
         "command": as_flags(settings, run),
-        "images": [hash_images(group.pictures) for group in groups],
+        "images": read_json(run / FILE).get("images") if images is None else images,
         "versions": package_versions(),
         "timings": timings,
     }
