@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from backbone.adapters.concept import Concept
+from backbone.adapters.config import check_tensors
 from backbone.adapters.embeddings import load_embeddings
 from backbone.adapters.lora import activate_adapters, has_text_encoder_weights, load_lora
 from backbone.distributed.processes import require_whole_model
@@ -20,8 +22,10 @@ def load_concepts(model: Backbone, concepts: Sequence[Concept], *, scale: float 
 
     `scale` multiplies adapters (LoRA scale) and weight differences; those of several concepts add up.
 
-    Raises `UserError` for a concept of another model, before anything is changed.
+    Raises `UserError` for a concept of another model or a scale that is not finite, before anything is changed.
     """
+    if not math.isfinite(scale):
+        raise UserError(f"The scale of the concepts is {scale}, which is no strength. Give a finite number.")
     for concept in concepts:
         check_concept_fits(concept, model)
     names = []
@@ -55,6 +59,7 @@ def add_weight_differences(model: Backbone, concept: Concept, *, scale: float = 
     """Add `scale` times the weight differences of a concept to the denoiser's weights."""
     path = concept.folder / concept.changed
     differences, _ = read_tensors(path)
+    check_tensors(path, differences)
     weights = dict(model.denoiser.named_parameters())
     if any(name not in weights or weights[name].shape != value.shape for name, value in differences.items()):
         raise UserError(f"{path} was made for another model. Give the --model that it was trained on.")

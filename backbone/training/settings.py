@@ -63,6 +63,7 @@ class TrainingSettings:
             aliases=("network-alpha",),
             by_model=True,
             default_text="the rank",
+            min=1e-6,
         ),
     ] = 16.0
     lora_layers: Annotated[
