@@ -12,9 +12,11 @@ from backbone.io.console import UserError
 from backbone.io.options import Option, as_command
 from backbone.training.settings import FILE as FILE
 from backbone.training.settings import RunOptions, TrainingSettings, read_run_settings, resolve
+from backbone.world.words import choose_article
 
 SHEET = "sheet.png"
 INSTANCE_PROMPT = "a {token} {class}"
+CLASS_PROMPT = "a {class}"
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,14 @@ class Subject:
         return tidy(f"{self.token} {self.class_noun}")
 
     def filled(self, template: str) -> str:
-        """A prompt with the token and the class filled in."""
+        """A prompt with the token and the class filled in, “an” before a class that begins with a vowel."""
+        if self.class_noun:
+            article = choose_article(self.class_noun.lower())
+            template = re.sub(
+                r"\b(?:(A)|a)n? +(?=\{class\})",
+                lambda found: f"{article.title() if found[1] else article} ",
+                template,
+            )
         return tidy(template.replace("{token}", self.token).replace("{class}", self.class_noun))
 
     def flag(self) -> str:
@@ -43,6 +52,11 @@ def read_subject(flag: str) -> Subject:
     """A subject from FOLDER:TOKEN:CLASS, with :WORDS behind it or not; `UserError` for anything else."""
     drive = flag[:2] if re.match(r"[A-Za-z]:[\\/]", flag) else ""  # of a path on Windows
     parts = flag.removeprefix(drive).split(":")
+    for rest in (2, 3):  # a folder's own name may hold colons
+        folder = ":".join(parts[:-rest])
+        if ":" in folder and Path(drive + folder).expanduser().exists():
+            parts = [folder, *parts[-rest:]]
+            break
     if len(parts) not in (3, 4) or not all(part.strip() for part in parts):
         raise UserError(f"--subject {flag} is not FOLDER:TOKEN:CLASS, like cat/:[W]:cat. Write it so.")
     return Subject(drive + parts[0], *parts[1:])
@@ -135,7 +149,7 @@ class Settings(TrainingSettings):
             "Concept",
             needs=({"prior": ("base", "class-images"), **MOVES_DENOISER}, {"mask": ("auto",)}),
         ),
-    ] = "a {class}"
+    ] = CLASS_PROMPT
     caption_column: Annotated[
         str,
         Option(
@@ -510,5 +524,5 @@ def as_flags(settings: Settings, out: Path) -> str:
 
 
 def tidy(prompt: str) -> str:
-    """One space between words; `an` before a vowel, `a` before a bracketed token."""
+    """One space between words."""
     return " ".join(prompt.split())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from backbone.adapters.concept import word_pattern
 from backbone.io.prompts import Prompt
 from backbone.io.records import read_as
 
@@ -18,8 +20,8 @@ def strip_tokens(text: str, concepts: Iterable[Mapping[str, Any]]) -> str:
         noun = str(concept.get("class") or "")
         tokens = read_as(dict[str, str], concept.get("tokens", {}), "The record of the images", "tokens")
         for token in sorted(filter(None, tokens), key=len, reverse=True):
-            text = text.replace(f"{token} {noun}", noun) if noun else text
-            text = text.replace(token, noun)
+            with_noun = rf"{word_pattern(token)}(?: {word_pattern(noun)})?" if noun else word_pattern(token)
+            text = re.sub(with_noun, lambda _, noun=noun: noun, text)  # type: ignore[misc]
     return " ".join(text.split())
 
 

@@ -1,7 +1,7 @@
 """A concept: what a training run learned, as a run folder that all three commands load.
 
 A concept owns placeholder tokens like `[V]`, each of which stands for rare words of the model's tokenizer;
-`resolve_placeholder_tokens` replaces them in a prompt.
+`resolve_placeholder_tokens` replaces them in a prompt, where they stand as whole words.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
-from backbone.io.console import UserError, notify
+from backbone.io.console import UserError, notify, notify_once
 from backbone.io.files import content_hash, read_json, write_json
 from backbone.io.records import inside, read_as
 
@@ -21,6 +21,8 @@ CONCEPT_FILE = "concept.json"
 BEST = "best"  # in a run folder: the checkpoint that its evaluations found best
 FORMAT = 1
 PLACEHOLDER = re.compile(r"\[[^\[\]\s]+\]|<[^<>\s]+>")
+UNSPACED = "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff"  # letters of writing without spaces between words
+WEIGHTED = re.compile(r"\([^()]+:\s*\d*\.?\d+\)")  # (red:1.3), as other programs weigh words
 CONSONANTS = "[bcdfghjklmnpqrstvwxz]{3,4}"
 RARE_WORD_POOL = 256  # how many of the tokenizer's rarest words a concept's are chosen from
 RARE = re.compile(rf"({CONSONANTS})</w>|▁({CONSONANTS})")  # as CLIP's and T5's tokenizers mark a whole word
@@ -106,24 +108,54 @@ def trained_resolution(concepts: Sequence[Concept]) -> int:
     return sizes[0] if len(sizes) == 1 else 0
 
 
-def resolve_placeholder_tokens(prompt: str, concepts: Sequence[Concept], *, runs: Path = Path("runs")) -> str:
+def resolve_placeholder_tokens(
+    prompt: str, concepts: Sequence[Concept], *, runs: Path | None = Path("runs")
+) -> str:
     """Replace each placeholder token of the concepts by the words that the model reads for it.
 
     Raises `UserError` for a placeholder that none of the concepts owns, naming the newest run in `runs` that does.
     """
-    tokens = {token: words for concept in concepts for token, words in concept.tokens.items()}
-    for token, words in sorted(tokens.items(), key=lambda pair: -len(pair[0])):  # [VV] before [V]
-        prompt = prompt.replace(token, words)
+    resolved = replace_tokens(prompt, concepts)
+    if weighted := WEIGHTED.search(prompt):
+        notify_once(f"“{weighted[0]}” is read as plain text: weights of words are not understood in prompts.")
     # Textual inversion adds the token itself to the tokenizer, so a resolved prompt may still hold it.
-    resolved = {word for words in tokens.values() for word in words.split()}
-    trained = {token: run for run, concept in list_concept_runs(runs) for token in concept.tokens}
-    candidates = [*PLACEHOLDER.findall(prompt), *(token for token in trained if _mentions(prompt, token))]
-    for token in [token for token in candidates if token not in resolved]:
+    own = {word for concept in concepts for words in concept.tokens.values() for word in words.split()}
+    trained = {
+        token: run for run, concept in (list_concept_runs(runs) if runs else []) for token in concept.tokens
+    }
+    candidates = [*PLACEHOLDER.findall(resolved), *(token for token in trained if mentions(resolved, token))]
+    for token in [token for token in candidates if token not in own]:
         remedy = (
             f"Add --concept {trained[token]}." if token in trained else "Train it first, or leave it out."
         )
-        raise UserError(f"No given concept owns the token {token} in the prompt “{prompt}”. {remedy}")
-    return prompt
+        if token.startswith(("<lora:", "<lyco:")):
+            remedy = "A LoRA is given with --concept RUN and --scale here; customize import makes a run of its file."
+        raise UserError(f"No given concept owns the token {token} in the prompt “{resolved}”. {remedy}")
+    return resolved
+
+
+def replace_tokens(prompt: str, concepts: Sequence[Concept]) -> str:
+    """Replace the concepts' tokens by their words, whole words only; everything else is left as it is."""
+    words = {token: words for concept in concepts for token, words in concept.tokens.items()}
+    if not words:
+        return prompt
+    longest_first = sorted(words, key=len, reverse=True)  # [VV] before [V]
+    pattern = "|".join(f"({word_pattern(token)})" for token in longest_first)
+    return re.sub(pattern, lambda found: words[found[0]], prompt)
+
+
+def word_pattern(token: str) -> str:
+    """The pattern of a token as a whole word: `sks` is not in “desks”. Brackets need no space beside them, nor does
+    what is written without spaces (Chinese, Japanese, Korean)."""
+    letter = rf"[^\W{UNSPACED}]"
+    before = f"(?<!{letter})" if re.match(letter, token) else ""
+    after = f"(?!{letter})" if re.match(letter, token[-1:]) else ""
+    return f"{before}{re.escape(token)}{after}"
+
+
+def mentions(prompt: str, token: str) -> bool:
+    """Whether a prompt holds a token, as a whole word."""
+    return re.search(word_pattern(token), prompt) is not None
 
 
 def list_concept_runs(runs: Path) -> list[tuple[Path, Concept]]:
@@ -164,10 +196,6 @@ def check_token(token: str, vocabulary: Mapping[str, int]) -> None:
     whole = (f"{token.lower()}</w>", f"▁{token.lower()}")
     if token.isalpha() and any(word in vocabulary for word in whole) and not RARE.fullmatch(whole[0]):
         raise UserError(f"The token “{token}” is an ordinary word for this model. Choose one like [{token}].")
-
-
-def _mentions(prompt: str, token: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(token)}(?!\w)", prompt) is not None
 
 
 def summarize_concepts(concepts: Sequence[Concept]) -> list[dict[str, Any]]:

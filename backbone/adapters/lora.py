@@ -35,6 +35,7 @@ from backbone.adapters.config import (
     check_tensors,
     read_adapter_configs,
 )
+from backbone.diffusion.noise import generator
 from backbone.io.console import UserError, notify
 from backbone.io.files import read_header, read_tensors, write_tensors
 
@@ -71,7 +72,7 @@ def add_lora(
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        torch.manual_seed(seed)
+        torch.manual_seed(seed if -(2**63) <= seed < 2**64 else generator(seed).initial_seed())
         try:
             inject_adapter_in_model(config, cast(Any, model), adapter_name=name)
         except ValueError as error:

@@ -8,6 +8,7 @@ from typing import Any
 
 from backbone.io.console import UserError, notify
 from backbone.io.files import read_json
+from backbone.io.hub import hub_answers
 from backbone.io.records import read_as
 from backbone.io.weights import INDEX, REDIRECTIONS, check_weights, read_weight_index
 
@@ -129,9 +130,10 @@ def find_hub_file(repository: str, name: str, revision: str | None = None) -> Pa
     )
 
     try:
-        if revision is None and try_to_load_from_cache(repository, name) is None:
+        offline = not hub_answers(repository)
+        if not offline and revision is None and try_to_load_from_cache(repository, name) is None:
             notify(f"Fetching {repository} from the hub ({name} first).")
-        return Path(hf_hub_download(repository, name, revision=revision))
+        return Path(hf_hub_download(repository, name, revision=revision, local_files_only=offline))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             return None

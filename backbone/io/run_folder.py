@@ -153,6 +153,12 @@ def peak_memory() -> int | None:
     return peak if sys.platform == "darwin" else 1024 * peak  # bytes on macOS, KiB elsewhere
 
 
+def absolute(path: str) -> str:
+    """An existing path with its whole name; everything else, as the id of a dataset, is left as it is."""
+    place = Path(path).expanduser()
+    return str(place.absolute()) if path and place.exists() else path
+
+
 def run_name(images: str) -> str:
     """A run's default name: that of its image folder, or of its image file without the suffix."""
     path = Path(images).expanduser().resolve()

@@ -43,7 +43,8 @@ def locate(model: str) -> Location:
         return _single_file(model, path)
     if path.suffix.lower() in (".safetensors", ".ckpt"):
         raise UserError(f"There is no file {path}. Check the spelling, and the folder that it is named from.")
-    if model in names or (place.count("/") == 1 and not place.startswith((".", "/", "~"))):
+    is_id = place.count("/") == 1 and not place.startswith((".", "/", "~")) and not path.parent.exists()
+    if model in names or is_id:
         index = hub_file(place, "model_index.json")
         # The cache keeps each commit in a folder of that name: all other files come from the same one.
         return Location(model, place, read_index(index), revision=index.parent.name)
@@ -51,6 +52,11 @@ def locate(model: str) -> Location:
         f"There is no model {model}. Name one of {', '.join(names)}, a diffusers folder, "
         "a checkpoint file, or a hub id."
     )
+
+
+def is_path(model: str) -> bool:
+    """Whether `locate` would take this for a folder or file on this machine, rather than for a name or a hub id."""
+    return model not in known_names() and Path(model).expanduser().exists()
 
 
 def read_index(path: Path) -> dict[str, Any]:

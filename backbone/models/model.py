@@ -28,7 +28,7 @@ from backbone.families.registry import families
 from backbone.io.console import UserError
 from backbone.io.files import content_hash, read_json
 from backbone.io.records import read_as
-from backbone.models.locate import locate
+from backbone.models.locate import OWN, locate
 from backbone.models.placement import Placement, enable_tiling, place_denoiser
 
 PARTS = ("denoiser", "autoencoder", "text_encoder")
@@ -39,6 +39,7 @@ USUAL_TYPES: dict[str, Any] = {  # of `limner.json`; what goes into settings is 
     "learning_rates": dict[str, float],
     "sheet_prompts": list[str],
 }
+PHOTOGRAPH = 4  # times the sides that the embedded models draw, from which an image is taken for a photograph
 DECODED_AT_ONCE = 512 * 512  # pixels
 
 
@@ -109,6 +110,7 @@ class Backbone:
                 opened = cls(
                     location, family, device=place, dtype=dtype, placement=placement, resolution=resolution
                 )
+                opened.refuse_other_task()
                 opened.refuse_resolution()
                 return opened
         served = ", ".join(family.name for family in families())
@@ -222,6 +224,32 @@ class Backbone:
     def own_resolution(self) -> int:
         """Pixels a side of the pictures that the model was trained on."""
         return self.family.latent_shape(self.location)[1] * self.factor
+
+    def describe_misfit(self, sizes: Sequence[tuple[int, int]]) -> str:
+        """A sentence where images of these sizes (width, height) are photographs and the model is a toy; else ""."""
+        large = [size for size in sizes if min(size) >= PHOTOGRAPH * self.own_resolution]
+        if self.location.name not in OWN or 2 * len(large) < max(len(sizes), 1):
+            return ""
+        width, height = large[0]
+        return (
+            f"{width} × {height} pixels are a photograph's, and {self.location.name} knows only a toy world of "
+            f"{self.own_resolution} pixels a side. For photographs add: --model sd15 (or --model sdxl, on a GPU)."
+        )
+
+    def refuse_other_task(self) -> None:
+        """`UserError` for a denoiser that reads more than noisy latents: one for inpainting, depth, upscaling …"""
+        part = "transformer" if "transformer" in self.location.index else "unet"
+        if part not in self.location.index:
+            return  # a checkpoint file, which was looked at when it was recognised
+        reads = self.location.config(part).get("in_channels")
+        latents = int(self.autoencoder_config.get("latent_channels", 4))
+        if reads is None or int(reads) in (latents, 4 * latents):  # FLUX reads 2 × 2 latents as one
+            return
+        task = "an inpainting model" if int(reads) == 2 * latents + 1 else "a model for another task"
+        raise UserError(
+            f"The {part} of {self.location.name} reads {reads} channels and its latents have {latents}: it is {task}. "
+            "Name the text-to-image model that it was made from."
+        )
 
     def refuse_resolution(self) -> None:
         """`UserError` for a resolution at which the model cannot work."""

@@ -28,6 +28,10 @@ from backbone.io.records import parse_json, read_as
 LRSchedule = Callable[[int], float]
 
 
+class NotFiniteError(UserError):
+    """A loss or a gradient that is not finite, so that training has stopped."""
+
+
 @dataclass(frozen=True)
 class Report:
     """What one optimiser step did. `step` counts from 1; `seconds` is the time of this step."""
@@ -55,9 +59,9 @@ def train(
 
     `losses(step)` yields the scalar losses of one step, one for each micro-batch (their gradients are averaged);
     `reduce` then replaces the gradients and the loss by their means over processes;
-    `lr_schedule(step)` gives the learning rate's factor; `clip` bounds the gradient's norm.
+    `lr_schedule(step)` gives the learning rate's factor; `clip` bounds the gradient's norm (0: nothing does).
 
-    Raises `UserError` at the first loss or gradient that is not finite, before it reaches the weights.
+    Raises `NotFiniteError` at the first loss or gradient that is not finite, before it reaches the weights.
     """
     bases = [group["lr"] for group in optimizer.param_groups]
     for step in range(done + 1, steps + 1):
@@ -78,11 +82,11 @@ def train(
             shared = torch.tensor(loss_now, device=gradients[0].device)
             reduce([*gradients, shared])
             loss_now = float(shared)
-        norm = float(torch.nn.utils.clip_grad_norm_(trained, clip))
+        norm = float(torch.nn.utils.clip_grad_norm_(trained, clip or math.inf))
         if not math.isfinite(loss_now) or not math.isfinite(norm):
-            raise UserError(
+            raise NotFiniteError(
                 f"Training stopped at step {step}: the loss is {loss_now} and its gradient {norm}. "
-                "Lower --learning-rate; the last checkpoint holds finite weights."
+                "Lower --learning-rate."
             )
         # the step itself, at this step's learning rate
         for group, base in zip(optimizer.param_groups, bases, strict=True):

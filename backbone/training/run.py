@@ -21,9 +21,9 @@ from torch.optim import Optimizer
 
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify, progress
-from backbone.io.files import append_jsonl
+from backbone.io.files import append_jsonl, read_metadata
 from backbone.io.run_folder import catch_interrupts, trim_log
-from backbone.training.loop import Average, Report, load_checkpoint, save_checkpoint, train
+from backbone.training.loop import Average, NotFiniteError, Report, load_checkpoint, save_checkpoint, train
 from backbone.training.optimizer import make_schedule
 
 LOG = "log.jsonl"
@@ -157,7 +157,7 @@ def drive(
         done = objective.done
         if validate and done < last and validate.due(done) and _stops(validate.call(done), done):
             return True
-        for report in take_steps(objective, until=last):
+        for report in kept_on_failure(take_steps(objective, until=last), run):
             step, finished = report.step, report.step == last
             # What the step showed.
             if writes:
@@ -184,9 +184,30 @@ def drive(
     return False
 
 
+def kept_on_failure(reports: Iterator[Report], run: Path) -> Iterator[Report]:
+    """The same reports; a `NotFiniteError` says what there is to go on with."""
+    try:
+        yield from reports
+    except NotFiniteError as error:
+        kept = run / CHECKPOINT
+        saved = (
+            f"{kept} holds the finite weights of step {read_metadata(kept)['step']}." if kept.exists() else ""
+        )
+        raise UserError(
+            f"{error} {saved or 'No step was saved yet, so the folder can be used again.'}"
+        ) from error
+
+
 def take_steps(objective: Objective, *, until: int | None = None) -> Iterator[Report]:
     """The bare loop: trains from the steps that are done to the last, or `until` a step, a report each."""
     settings = objective.settings
+    last = settings.steps if until is None else until
+    if objective.done == 0 and settings.lr_warmup_steps > settings.steps:
+        share = settings.steps / settings.lr_warmup_steps
+        notify(
+            f"The warm-up takes {settings.lr_warmup_steps} steps and the run {settings.steps}: the learning rate "
+            f"reaches {share:.2g} of what it is set to."
+        )
     with objective.learning():
         for report in train(
             objective.losses,
@@ -195,7 +216,7 @@ def take_steps(objective: Objective, *, until: int | None = None) -> Iterator[Re
             lr_schedule=make_schedule(
                 settings.lr_scheduler, steps=settings.steps, warmup=settings.lr_warmup_steps
             ),
-            steps=settings.steps if until is None else until,
+            steps=last,
             done=objective.done,
             clip=settings.max_grad_norm,
             average=objective.average,

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from backbone.adapters.concept import Concept
+from backbone.adapters.concept import Concept, resolve_placeholder_tokens
 from backbone.distributed import processes
-from backbone.io.console import notify
-from backbone.io.files import content_hash, write_json, write_text
+from backbone.io.console import UserError, notify, notify_once
+from backbone.io.files import content_hash, read_json, read_metadata, write_json, write_text
 from backbone.io.run_folder import clear_failed_try, package_versions, refuse_taken, run_name
 from backbone.media.crops import CropReader
 from backbone.media.pictures import ImageRecord, check_images, list_images
+from backbone.models.locate import is_path
 from backbone.models.model import Backbone
 from backbone.models.placement import get_placement
-from backbone.training.run import Every, drive
-from customize.data.dataset import prepare
+from backbone.training.run import CHECKPOINT, Every, drive
+from customize.data.dataset import Group, prepare
 from customize.data.folders import read_images
 from customize.data.masks import save_masks
 from customize.methods.lora import refuse_other_encoders
@@ -58,6 +60,13 @@ def train_concept(
     # First the model's configs, which say what is usual; then how it is held, which the settings say
     place = {name: asked.get(name, "auto") for name in ("device", "precision")}
     opened = Backbone.open(asked.get("model", "moji"), **place, resolution=asked.get("resolution", 0))
+    if misfit := opened.describe_misfit([picture.read_size() for folder in pictures for picture in folder]):
+        notify_once(misfit)
+    if is_path(opened.location.name):
+        asked = {
+            **asked,
+            "model": os.path.abspath(opened.location.source),
+        }  # so that it is found from anywhere
     subjects = with_nouns(opened, subjects, pictures)
     settings = resolved(asked | fields_of_subjects(subjects), opened.defaults)
     model = open_model(settings)
@@ -70,28 +79,48 @@ def train_concept(
         settings, **fields_of_subjects(with_words(model, subjects, pictures, settings))
     )
     share_of(settings)
+    concept, groups = write_prompts(settings, model, pictures)
     processes.barrier()  # now every process has seen that the folder is free
     with processes.hold_folder(run):
         if processes.is_main_process():
             refuse_taken(run)  # by a run that has been quicker
             clear_failed_try(run)
-            write_record(run, settings, timings={})
-        return carry_on(run, settings, model, pictures, began=began)
+            write_record(run, settings, timings={}, images=[hash_images(folder) for folder in pictures])
+        return carry_on(run, settings, model, concept, groups, began=began)
 
 
-def resume_concept(run: Path) -> Path:
-    """Goes on with a run that was stopped; the weights come out as if it had not been."""
-    settings = read_settings(run)
+def resume_concept(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
+    """Goes on with a run that was stopped; the weights come out as if it had not been.
+
+    `anew` are settings that change (`customize.training.start.RESUMED`): more steps, another learning rate, another
+    device, a new place of the images. The learning rate then follows the course of all steps, as if there had always
+    been so many. Raises `UserError` for steps that were taken already.
+    """
+    settings = dataclasses.replace(read_settings(run), **(anew or {}))
+    done = int(read_metadata(run / CHECKPOINT)["step"]) if (run / CHECKPOINT).exists() else 0
+    if anew and "steps" in anew and settings.steps <= done:
+        raise UserError(f"{run} has taken {done} steps already. Give --steps more than that.")
     processes.init_process(settings.device)
     pictures = read_images(settings.subjects(), settings.caption_column, settings.image_column)
     with processes.hold_folder(run):
-        return carry_on(run, settings, open_model(settings), pictures, began=time.perf_counter())
+        for sentence in describe_changes(read_json(run / FILE).get("images"), pictures):
+            notify(sentence)
+        model = open_model(settings)
+        concept, groups = write_prompts(settings, model, pictures)
+        if anew:
+            notify(f"{run} goes on from step {done} to {settings.steps}.")
+            if processes.is_main_process():
+                write_record(run, settings, timings={}, images=[hash_images(folder) for folder in pictures])
+        return carry_on(run, settings, model, concept, groups, began=time.perf_counter())
 
 
-def carry_on(
-    run: Path, settings: Settings, model: Backbone, pictures: Sequence[list[ImageRecord]], *, began: float
-) -> Path:
-    """Trains from the last checkpoint, if there is one, to the finished folder."""
+def write_prompts(
+    settings: Settings, model: Backbone, pictures: Sequence[list[ImageRecord]]
+) -> tuple[Concept, list[Group]]:
+    """The run's concept, and each subject's images with their training prompts.
+
+    Raises `UserError` for an instance prompt or a prompt of the sheet with a token that is none of the run's.
+    """
     subjects = settings.subjects()
     concept = Concept(
         kind=settings.method,
@@ -101,17 +130,25 @@ def carry_on(
         class_noun=settings.class_noun,
         resolution=settings.resolution,
     )
-    groups = [
-        group_of(subject, folder, settings, concept)
+    for prompt in settings.sheet_prompts:
+        resolve_placeholder_tokens(prompt, [concept], runs=None)
+    return concept, [
+        group_of(subject, folder, settings, concept, model)
         for subject, folder in zip(subjects, pictures, strict=True)
     ]
+
+
+def carry_on(
+    run: Path, settings: Settings, model: Backbone, concept: Concept, groups: Sequence[Group], *, began: float
+) -> Path:
+    """Trains from the last checkpoint, if there is one, to the finished folder."""
+    pictures = [list(group.pictures) for group in groups]
     # Every image is decoded once more than it was checked: for its latents, the evaluations and the sheet together
     everything = [picture for folder in pictures for picture in folder]
     measured = pictures[0][:KEPT] if settings.evaluation_steps else []
     read, side = CropReader([*everything[:SHOWN], *measured]), (model.resolution, model.resolution)
     training = DreamBooth(model, prepare(model, groups, settings, read=read), settings)
-    images = "".join(content_hash(picture.read()) for picture in everything)
-    training.sources = {"model": model.fingerprint, "images": content_hash(images.encode())}
+    training.sources = {"model": model.fingerprint}
     training.resume(run)
     if processes.is_main_process() and settings.mask == "auto":
         save_masks(run / MASKS, pictures, training.data.masks or [], flip=settings.flip)
@@ -172,7 +209,11 @@ def finish(run: Path, training: DreamBooth, concept: Concept, validation: Valida
 
 
 def describe(
-    run: Path, settings: Settings, model: Backbone, prompts: list[str], seconds: dict[str, float]
+    run: Path,
+    settings: Settings,
+    model: Backbone,
+    prompts: list[str],
+    seconds: dict[str, float],
 ) -> None:
     """Writes the run's record with its timings and its README, and uploads the folder where that is asked for."""
     write_record(run, settings, timings=seconds)
@@ -181,10 +222,49 @@ def describe(
         notify(f"Uploaded to {push(run, settings.hub_model_id or run.name)} (private, if it is new).")
 
 
-def write_record(run: Path, settings: Settings, *, timings: dict[str, float]) -> None:
-    """Writes the run's `settings.json`: what was resolved, how to repeat it, and with which versions."""
-    command = as_flags(settings, run)
-    write_json(
-        run / FILE,
-        {"settings": settings, "command": command, "versions": package_versions(), "timings": timings},
-    )
+def write_record(
+    run: Path,
+    settings: Settings,
+    *,
+    timings: Mapping[str, float],
+    images: Sequence[Mapping[str, str]] | None = None,
+) -> None:
+    """Writes the run's `settings.json`: what was resolved, how to repeat it, of which images, with which versions.
+
+    `images` are the hashes of each subject's; None leaves those that stand there.
+    """
+    record = {
+        "settings": settings,
+        "command": as_flags(settings, run),
+        "images": read_json(run / FILE).get("images") if images is None else images,
+        "versions": package_versions(),
+        "timings": timings,
+    }
+    write_json(run / FILE, record)
+
+
+def hash_images(pictures: Sequence[ImageRecord]) -> dict[str, str]:
+    """The beginning of the hash of each image's file, by its name in the folder."""
+    if not pictures:
+        return {}
+    common = os.path.commonpath([picture.path.parent for picture in pictures])
+    return {os.path.relpath(one.path, common): content_hash(one.read())[:16] for one in pictures}
+
+
+def describe_changes(kept: Any, pictures: Sequence[list[ImageRecord]]) -> list[str]:
+    """A sentence for each subject whose images are not those that its run began with, `kept` in its record."""
+    found = []
+    for before, folder in zip(kept if isinstance(kept, list) else [], pictures, strict=False):
+        now = hash_images(folder)
+        if not isinstance(before, dict) or before == now:
+            continue
+        parts = [
+            ("gone", sorted(before.keys() - now.keys())),
+            ("new", sorted(now.keys() - before.keys())),
+            ("changed", sorted(name for name in before.keys() & now.keys() if before[name] != now[name])),
+        ]
+        what = "; ".join(f"{word}: {', '.join(names[:5])}" for word, names in parts if names)
+        found.append(
+            f"The images are not those that the run began with ({what}). It goes on with those of now."
+        )
+    return found

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from backbone.adapters.concept import mentions
 from backbone.io.console import UserError, notify
 from backbone.io.options import fields_of, refuse_idle, unmet
-from customize.settings import Settings, Subject, read_subject, resolved
+from backbone.io.run_folder import absolute, run_name
+from customize.settings import OWN_WORDS, Settings, Subject, read_subject, resolved
+
+DEFAULT_TOKEN = "[V]"
+RESUMED = ("steps", "learning_rate", "images", "device")  # what may be said anew beside --resume
 
 
 def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | None = None) -> Path:
@@ -30,15 +36,18 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
     images = read_images(subjects, settings.get("caption_column", ""), settings.get("image_column", ""))
     from customize.training.run import train_concept
 
+    if out is None and "images" in asked and Path(asked["images"]).expanduser().is_dir():
+        out = Path("runs") / run_name(asked["images"])  # not the name of a folder in it
     return train_concept(settings, subjects, images=images, out=out, vram=vram)
 
 
 def subjects_of(asked: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]]:
     """What is to be learned, and the settings with what a layout of other trainers says beside it.
 
-    Raises `UserError` where nothing is named, or a flag says otherwise than the layout.
+    Folders are made absolute, so that the run can be resumed from anywhere. Raises `UserError` where nothing is named,
+    a flag says otherwise than the layout, or the instance prompt leaves open which word is the subject's.
     """
-    from customize.data.folders import is_concept_source, read_subjects
+    from customize.data.folders import as_template
 
     rest = dict(asked)
     images, token = rest.pop("images", None), rest.pop("token", None)
@@ -54,26 +63,76 @@ def subjects_of(asked: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]
                 raise UserError(
                     f"--{name} belongs to --images, which is not there. Add it, or leave that out."
                 )
-        return more, rest
-    if not is_concept_source(images):
-        return [Subject(images, token or "[V]", noun, words), *more], rest
-    found, prompts = read_subjects(images)
-    for flag, value, own in (
-        ("--token", token, found[0].token),
-        ("--class", noun, found[0].class_noun),
-        ("--token-words", words, found[0].token_words),
-    ):
-        if value and (value != own or len(found) > 1):
-            raise UserError(
-                f"{images} says what its subjects are called, so {flag} has no effect. Leave it out."
-            )
-    for subject in found:
-        notify(f"{subject.images}: {subject.token} {subject.class_noun}, all subjects equally often.")
-    known = fields_of(Settings)
-    every = {name: one.default for name, one in known.items()} | rest
-    for name, key in (("class_images", "class_data_dir"), ("class_prompt", "class_prompt")):
-        if name in prompts and name not in rest and unmet(known[name], every) is not None:
-            said = " It is for --prior class-images." if name == "class_images" else ""
-            notify(f"The {key} of {images} has no effect with these settings, and is left aside.{said}")
-            del prompts[name]
-    return [*found, *more], {**prompts, **rest}
+        found: list[Subject] = []
+    else:
+        found, rest = first_subjects(str(images), token or "", noun, words, rest)
+    subjects = [replace(one, images=absolute(one.images)) for one in [*found, *more]]
+    if "instance_prompt" in rest:
+        first = subjects[0]
+        rest["instance_prompt"] = as_template(rest["instance_prompt"], first.token, first.class_noun)
+    refuse_prompts(subjects[0], rest)
+    if "scorer" in rest:
+        rest["scorer"] = absolute(rest["scorer"])
+    if "class_images" in rest:
+        rest["class_images"] = tuple(map(absolute, rest["class_images"]))
+    return subjects, rest
+
+
+def first_subjects(
+    images: str, token: str, noun: str, words: str, rest: Mapping[str, Any]
+) -> tuple[list[Subject], dict[str, Any]]:
+    """The subjects of `--images`, and the settings with what its layout says."""
+    from customize.data.folders import is_concept_source, read_subjects
+
+    prompts: dict[str, Any] = {}
+    if is_concept_source(images, token=token, class_noun=noun):
+        subjects, prompts = read_subjects(images, token=token, class_noun=noun, token_words=words)
+        for subject in subjects:
+            notify(f"{subject.images}: {subject.token} {subject.class_noun}, all subjects equally often.")
+        known = fields_of(Settings)
+        every = {name: one.default for name, one in known.items()} | rest
+        for name, key in (("class_images", "class_data_dir"), ("class_prompt", "class_prompt")):
+            if name in prompts and name not in rest and unmet(known[name], every) is not None:
+                said = " It is for --prior class-images." if name == "class_images" else ""
+                notify(f"The {key} of {images} has no effect with these settings, and is left aside.{said}")
+                del prompts[name]
+    else:
+        subjects = [name_subject(Subject(images, token, noun, words), rest)]
+    return subjects, {**prompts, **rest}
+
+
+def name_subject(subject: Subject, rest: Mapping[str, Any]) -> Subject:
+    """The subject with a token: the one that was given, the one that stands in the instance prompt, or [V]."""
+    from customize.data.folders import guess_token_and_class
+
+    prompt = rest.get("instance_prompt", "")
+    if subject.token or not prompt or "{token}" in prompt or mentions(prompt, DEFAULT_TOKEN):
+        return replace(subject, token=subject.token or DEFAULT_TOKEN)
+    token, noun = guess_token_and_class(prompt, subject.class_noun, rest.get("class_prompt", ""))
+    if not token:
+        raise UserError(
+            f"The instance prompt “{prompt}” does not show which word is the subject's. Name it with --token, or "
+            "write {token} in its place."
+        )
+    own = rest.get("method", "lora") in OWN_WORDS  # which learns the token's meaning from nothing
+    notify(
+        f"In the instance prompt “{prompt}” the token is {token}{f' and the class {noun}' if noun else ''}."
+    )
+    return replace(
+        subject, token=token, class_noun=noun, token_words=subject.token_words or ("" if own else token)
+    )
+
+
+def refuse_prompts(first: Subject, rest: Mapping[str, Any]) -> None:
+    """`UserError` for an instance prompt without the token, or a class prompt with it: they would teach nothing."""
+    prompt = rest.get("instance_prompt", "")
+    if prompt and "{token}" not in prompt:
+        raise UserError(
+            f"The instance prompt “{prompt}” lacks the token {first.token}. Write it in, as in “a photo of "
+            f"{first.called()}”, or {{token}} in its place."
+        )
+    general = rest.get("class_prompt", "")
+    if "{token}" in general or mentions(general, first.token):
+        raise UserError(
+            f"The class prompt “{general}” holds the token {first.token}, which is the subject's alone. Leave it out."
+        )

@@ -7,14 +7,15 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from backbone.adapters.concept import Concept, check_token, choose_rare_words, resolve_placeholder_tokens
+from backbone.adapters.concept import Concept, check_token, choose_rare_words
 from backbone.adapters.embeddings import vector_token_names
-from backbone.io.console import UserError, notify
+from backbone.io.console import UserError, count_of, notify
 from backbone.io.files import content_hash
 from backbone.io.run_folder import run_name
 from backbone.media.pictures import ImageRecord
 from backbone.media.transforms import crop_square
 from backbone.models.model import Backbone
+from customize.data.captions import describe_brackets, describe_truncated, write_prompt
 from customize.data.dataset import Group
 from customize.settings import OWN_WORDS, Settings, Subject
 
@@ -61,20 +62,27 @@ def fields_of_subjects(subjects: Sequence[Subject]) -> dict[str, Any]:
     return named | ({"token_words": first.token_words} if first.token_words else {})
 
 
-def group_of(subject: Subject, folder: list[ImageRecord], settings: Settings, concept: Concept) -> Group:
-    """A subject's images with their prompts, as the model reads them; says what the token stands for."""
+def group_of(
+    subject: Subject, folder: list[ImageRecord], settings: Settings, concept: Concept, model: Backbone
+) -> Group:
+    """A subject's images with their prompts, as the model reads them.
+
+    Says what the token stands for, what captions hold that is no token, and which are read in part only.
+    """
     instance = subject.filled(settings.instance_prompt)
-    prompts = [
-        resolve_placeholder_tokens(captioned(picture, instance, subject.token), [concept])
-        for picture in folder
-    ]
+    prompts = [write_prompt(picture, instance, subject.token, concept) for picture in folder]
+    captioned = [prompt for prompt, picture in zip(prompts, folder, strict=True) if picture.caption]
+    odd = [describe_brackets(captioned, concept)] if captioned else []
+    odd += describe_truncated(captioned, subject.token_words, subject.token, model.text_encoder)
+    for sentence in filter(None, odd):
+        notify(sentence)
     what = (
-        f"gets {settings.num_vectors} new words of its own"
+        f"gets {count_of(settings.num_vectors, 'new word')} of its own"
         if settings.method in OWN_WORDS
         else f"stands for “{subject.token_words}”"
     )
-    notify(f"{len(folder)} pictures of “{subject.called()}”; {subject.token} {what}.")
-    return Group(folder, prompts, subject.filled(settings.class_prompt))
+    notify(f"{count_of(len(folder), 'picture')} of “{subject.called()}”; {subject.token} {what}.")
+    return Group(folder, [prompt.resolved for prompt in prompts], subject.filled(settings.class_prompt))
 
 
 def guess(model: Backbone, pictures: list[ImageRecord], images: str) -> str:
@@ -101,10 +109,3 @@ def guess(model: Backbone, pictures: list[ImageRecord], images: str) -> str:
     seems = f"{best[0]} ({best[1]:.0%}; next {second[0]}, {second[1]:.0%})"
     notify(f"The pictures seem to show a {seems}. --class says otherwise.")
     return str(best[0])
-
-
-def captioned(picture: ImageRecord, instance: str, token: str) -> str:
-    """The training prompt of a picture: its own caption where it has one, the token put in front if it lacks it."""
-    if not picture.caption:
-        return instance
-    return picture.caption if token in picture.caption else f"{instance}, {picture.caption}"

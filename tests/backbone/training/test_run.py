@@ -117,6 +117,42 @@ def test_a_kill_costs_the_steps_since_the_last_checkpoint_alone(tmp_path: Path) 
     assert [line["step"] for line in read_jsonl(tmp_path / "broken" / LOG)] == [1, 2, 3, 4, 5, 6]
 
 
+class Exploding(Nearest):
+    """The same, whose loss is not finite from a step on."""
+
+    def losses(self, step: int) -> Iterator[Tensor]:
+        for loss in super().losses(step):
+            yield loss * (float("inf") if step >= self.explodes_at else 1.0)
+
+    explodes_at = 2
+
+
+def test_a_loss_that_is_not_finite_promises_only_what_was_saved(tmp_path: Path) -> None:
+    objective = Exploding()
+    with pytest.raises(UserError, match="No step was saved yet, so the folder can be used again"):
+        drive(objective, tmp_path / "early", command="learn")
+    late = Exploding()
+    late.explodes_at = 5
+    with pytest.raises(UserError, match=r"checkpoint\.safetensors holds the finite weights of step 4"):
+        drive(late, tmp_path / "late", command="learn")
+
+
+def test_a_bound_of_zero_on_gradients_is_none(tmp_path: Path) -> None:
+    free, wide, cut = (Nearest(Settings(max_grad_norm=bound)) for bound in (0.0, 1e9, 1e-9))
+    for name, objective in (("free", free), ("wide", wide), ("cut", cut)):
+        drive(objective, tmp_path / name, command="learn")
+    assert torch.equal(free.parameters["point"], wide.parameters["point"])
+    assert not torch.equal(free.parameters["point"], torch.ones(3))
+    norms = [line["gradient_norm"] for line in read_jsonl(tmp_path / "free" / LOG)]
+    assert all(norm > 0 for norm in norms)
+
+
+def test_a_warm_up_longer_than_the_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    drive(Nearest(Settings(lr_warmup_steps=100_000)), tmp_path, command="learn")
+    said = "The warm-up takes 100000 steps and the run 6: the learning rate reaches 6e-05"
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("every", "expected"), [(4, [0, 4, 6]), (0, [0, 6]), (3, [0, 3, 6])])
 def test_validation_comes_first_at_its_steps_and_last(
     tmp_path: Path, every: int, expected: list[int]
