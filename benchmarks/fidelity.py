@@ -182,7 +182,8 @@ def register(picture: Tensor, choice: Template, *, apart_from: Sequence[Fit] = (
 def picture_spectra(picture: Tensor) -> Tensor:
     """Spectra [7, …] of ones, of a picture [3, 128, 128], and of its square."""
     stack = torch.cat([torch.ones(1, SIZE, SIZE), picture, picture.square()])
-    return torch.fft.rfft2(stack, s=(PADDED, PADDED))
+    spectra: Tensor = torch.fft.rfft2(stack, s=(PADDED, PADDED))
+    return spectra
 
 
 def forbid(errors: Tensor, choice: Template, other: Fit, corner: tuple[int, int]) -> None:

@@ -73,8 +73,8 @@ def prepare(folder: Path) -> dict[str, Campaign]:
     run([*customize, "--out", "adapter"], folder)
     pairs = ("align", "train", "pairs/pairs.jsonl", *learn, "--evaluation-steps", "20")
     rounds = ("--rounds", "4", "--per-prompt", "2", "--sample-steps", "2", "--evaluation-steps", "20")
-    online = ("align", "train", "--online", "bright.py", "--prompts", "prompts.txt", "--steps", "12", *rounds)
-    online = (*online, "--model", model, *WHERE)
+    judged = ("--online", "bright.py", "--prompts", "prompts.txt", "--steps", "12", *rounds)
+    online = ("align", "train", *judged, "--model", model, *WHERE)
     edit = (
         "edit",
         "invert-and-replace",

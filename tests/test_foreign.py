@@ -96,7 +96,8 @@ def test_settings_from_a_file_run_no_python_either(sent: Path, canary: Path) -> 
 )
 def test_a_concept_names_files_of_its_own_folder(tmp_path: Path, key: str, name: str) -> None:
     (tmp_path / "run").mkdir()
-    Concept("lora", "moji", "f", {"[V]": "bcd"}, "dog", **{key: name}).write(tmp_path / "run")
+    named: dict[str, Any] = {key: name}
+    Concept("lora", "moji", "f", {"[V]": "bcd"}, "dog", **named).write(tmp_path / "run")
     with pytest.raises(UserError, match="outside the folder"):
         read_concept(tmp_path / "run")
 
@@ -124,7 +125,8 @@ def test_a_damaged_concept_is_named_with_its_key(tmp_path: Path, change: dict[st
 
 
 def test_a_concept_whose_file_is_missing_is_refused(tmp_path: Path, tiny: Backbone) -> None:
-    for named in ({"weights": "w.safetensors"}, {"words": "w.safetensors"}, {"changed": "w.safetensors"}):
+    for key in ("weights", "words", "changed"):
+        named: dict[str, Any] = {key: "w.safetensors"}
         concept = Concept("lora", "m", tiny.fingerprint, {"[V]": "bcd"}, "dog", folder=tmp_path, **named)
         with pytest.raises(UserError, match=r"w\.safetensors is missing"):
             check_concept_fits(concept, tiny)

@@ -90,7 +90,7 @@ def first_subjects(
         for subject in subjects:
             notify(f"{subject.images}: {subject.token} {subject.class_noun}, all subjects equally often.")
         known = fields_of(Settings)
-        every = {name: one.default for name, one in known.items()} | rest
+        every = {name: one.default for name, one in known.items()} | dict(rest)
         for name, key in (("class_images", "class_data_dir"), ("class_prompt", "class_prompt")):
             if name in prompts and name not in rest and unmet(known[name], every) is not None:
                 said = " It is for --prior class-images." if name == "class_images" else ""

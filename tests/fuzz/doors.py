@@ -39,8 +39,10 @@ from tests.tiny import tiny_pipeline
 
 Door = Callable[["Place", Random], bool]
 IMAGE_KINDS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-JSON_PARTS = ("model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json")
-JSON_PARTS += ("scheduler/scheduler_config.json", "limner.json", "tokenizer/tokenizer_config.json")
+JSON_PARTS = (
+    *("model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json"),
+    *("scheduler/scheduler_config.json", "limner.json", "tokenizer/tokenizer_config.json"),
+)
 WEIGHTS = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
 CONCEPT = {
     "format": 1, "kind": "lora", "model": "moji", "fingerprint": "f", "tokens": {"[V]": "bcd"}, "class_noun": "dog",

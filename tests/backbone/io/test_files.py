@@ -293,8 +293,12 @@ def test_equal_tensors_and_metadata_give_equal_bytes_that_safetensors_reads(tmp_
         torch.int64,
         torch.int32,
         torch.uint8,
+        torch.bool,
+        torch.int8,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+        torch.complex64,
     )
-    kinds += (torch.bool, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64)
     tensors = {f"{number:02d} {kind}": torch.ones(3, 2).to(kind) for number, kind in enumerate(kinds)}
     tensors |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4), "turned": torch.rand(4, 3).T}
     metadata = dict.fromkeys("zyxwvutsrqponm", "é\n\x7f\u2028/")
