@@ -368,7 +368,7 @@ def invert_and_replace(
         "swaps": [checks.swap(asked) for asked in swaps or []],
         "weights": dict(checks.valued(asked, "--reweight") for asked in weights or []),
         "windows": dict(checks.window(asked, "--window") for asked in windows or []),
-        "blend": None if not blend else [word for word in blend if word != "none"],
+        "blend": checks.blend(blend),
         "keep": keep or [],
         "mask": mask,
         "cross": cross,
@@ -630,7 +630,8 @@ def refuse_useless(ctx: typer.Context, asked: Mapping[str, Any]) -> None:
     if not asked["concepts"]:
         flags.refuse_given(ctx, "scale", "checkpoint", because="without --concept")
     if asked.get("inversion") is not None:
-        for name in ("method", "iterations"):
+        random = ctx.command.name == "remove"  # what fills the place has noise of its own
+        for name in ("method", "iterations", "steps", *(() if random else ("seed",))):
             if name in asked:
                 flags.refuse_given(ctx, name, because="on an --inversion that is made already")
     elif "iterations" in asked and asked["method"] != "null-text":

@@ -21,6 +21,11 @@ def schedule_of(model: Backbone, steps: int, latent: Tensor) -> Schedule:
         raise UserError(f"{model.location.name} cannot sample in {steps} steps: {error}") from error
 
 
+def as_strong_as_state(noise: Tensor, level: Level) -> Tensor:
+    """Noise [N, ...] as strong as a state at a level: what sampling begins with where nothing of an image is kept."""
+    return noise * (level.a**2 + level.b**2).sqrt().to(noise)
+
+
 def evenly_spaced(first: int, last: int, count: int) -> set[int]:
     """`count` of the steps from `first` to `last` − 1, evenly spaced."""
     if count < 1 or last <= first:

@@ -13,6 +13,7 @@ from edit import checks
 from edit.methods.compose import compose
 from edit.methods.flow_edit import flow_edit
 from edit.methods.interpolate import interpolate
+from edit.methods.prompt_to_prompt.regions import refuse_ambiguous_auto
 from edit.methods.prompt_to_prompt.replace import align_prompts, check_supported
 from edit.methods.prompt_to_prompt.replace import replace as replace_words
 from edit.methods.remove import remove, without
@@ -59,6 +60,7 @@ def run_replace(
     else:
         prompt = inversion.prompt
     alignments = align_prompts(loaded.model, prompt, resolved, asked)
+    refuse_ambiguous_auto(settings.get("blend") or (), alignments)
     if inversion is None:
         inversion = start.open(loaded, guidance=asked.guidance)
     for target, alignment in zip(targets, alignments, strict=True):

@@ -21,6 +21,7 @@ from edit.run.open import OPENING, ModelWithConcepts, load_model, pick
 from edit.run.report import INVERSION, RECORD, publish
 
 MEASURING = ("metrics", "scorer")
+OF_AN_INVERSION = ("method", "steps", "iterations")  # said by its file, where there is one
 FILES = ("image", "inversion", "mask", "first", "second")
 
 
@@ -85,6 +86,8 @@ def _run(
     given = {file: wishes[file] for file in FILES if wishes.get(file) is not None}
     images = {file: read_image(value) for file, value in given.items() if file != "inversion"}
     settings = {**wishes, **{file: image.name for file, image in images.items()}}
+    if wishes.get("inversion") is not None:
+        settings = {wish: value for wish, value in settings.items() if wish not in OF_AN_INVERSION}
     files = {
         str(settings[file]): images[file].content if file in images else content_hash(Path(given[file]))
         for file in given
