@@ -34,6 +34,7 @@ BETAS = {  # where 2000 is too much
 OF_PAIRS = {"loss": PAIR_LOSSES}
 OFFLINE = {"online": ("",)}
 A_LORA = {"full": (False,)}
+WITH_BETA = ("dpo", "ipo", "hinge", "kto", "mapo", "dspo")
 COMPARES = ("dpo", "ipo", "hinge", "mapo", "dspo", "sft")  # the two images of a pair
 IN_ROUNDS = {"online": (), "loss": (*PAIR_LOSSES, "ddpo")}
 
@@ -131,7 +132,7 @@ class Settings(TrainingSettings):
             aliases=("beta-dpo",),
             by_model=True,
             default_text="by model; 2000, mapo 500, ipo 200",
-            needs={"loss": ("dpo", "ipo", "hinge", "kto", "mapo", "dspo")},
+            needs={"loss": WITH_BETA},
             min=0,
         ),
     ] = 2000.0
@@ -314,6 +315,12 @@ class Settings(TrainingSettings):
             raise UserError(
                 "With --held-out 1 nothing is left to learn from. Give a share of the prompts below 1."
             )
+        if self.beta == 0 and self.loss in WITH_BETA:
+            raise UserError(
+                f"With --beta 0 {self.loss} compares nothing, so nothing would be learned. Give a positive --beta."
+            )
+        if self.lora_alpha == 0 and not self.full:
+            raise UserError("With --lora-alpha 0 the adapter does nothing. Give a positive --lora-alpha.")
         if self.least_noise == 1:
             raise UserError(
                 "With --least-noise 1 no noise is left to train at. Give a share of the path below 1."

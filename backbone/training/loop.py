@@ -38,6 +38,14 @@ class Report:
     seconds: float
 
 
+class Diverged(UserError):
+    """A loss or gradient that is not finite, at a step."""
+
+    def __init__(self, step: int, what: str, remedy: str = "Lower the learning rate.") -> None:
+        super().__init__(f"Training stopped at step {step}: {what}. {remedy}")
+        self.step, self.what = step, what
+
+
 def train(
     losses: Callable[[int], Iterator[Tensor]],
     parameters: Mapping[str, Tensor],
@@ -56,7 +64,7 @@ def train(
     `reduce` then replaces the gradients and the loss by their means over processes;
     `lr_schedule(step)` gives the learning rate's factor; `clip` bounds the gradient's norm.
 
-    Raises `UserError` at the first loss or gradient that is not finite, before it reaches the weights.
+    Raises `Diverged` at the first loss or gradient that is not finite, before it reaches the weights.
     """
     bases = [group["lr"] for group in optimizer.param_groups]
     for step in range(done + 1, steps + 1):
@@ -79,10 +87,7 @@ def train(
             loss_now = float(shared)
         norm = float(torch.nn.utils.clip_grad_norm_(trained, clip))
         if not math.isfinite(loss_now) or not math.isfinite(norm):
-            raise UserError(
-                f"Training stopped at step {step}: the loss is {loss_now} and its gradient {norm}. "
-                "Lower --learning-rate; the last checkpoint holds finite weights."
-            )
+            raise Diverged(step, f"the loss is {loss_now} and its gradient {norm}")
         # the step itself, at this step's learning rate
         for group, base in zip(optimizer.param_groups, bases, strict=True):
             group["lr"] = base * lr_schedule(step)

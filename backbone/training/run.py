@@ -22,7 +22,7 @@ from backbone.distributed import processes
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import append_jsonl
 from backbone.io.run_folder import catch_interrupts, trim_log
-from backbone.training.loop import Average, Report, load_checkpoint, save_checkpoint, train
+from backbone.training.loop import Average, Diverged, Report, load_checkpoint, save_checkpoint, train
 from backbone.training.optimizer import make_schedule
 
 LOG = "log.jsonl"
@@ -62,6 +62,7 @@ class Objective(ABC):
     average: Average | None = None
     figures: dict[str, float]
     done: int = 0
+    scales: tuple[str, ...] = ()  # options that scale the loss
 
     @property
     @abstractmethod
@@ -176,9 +177,12 @@ def drive(
 
 
 def take_steps(objective: Objective, *, until: int | None = None) -> Iterator[Report]:
-    """The bare loop: trains from the steps that are done to the last, or `until` a step, a report each."""
+    """The bare loop: trains from the steps that are done to the last, or `until` a step, a report each.
+
+    Raises `Diverged` where a loss or gradient is not finite; it says what to lower, and of a checkpoint if there is one.
+    """
     settings = objective.settings
-    with objective.learning():
+    with objective.learning(), _remedied(objective, objective.done):
         for report in train(
             objective.losses,
             objective.parameters,
@@ -194,6 +198,20 @@ def take_steps(objective: Objective, *, until: int | None = None) -> Iterator[Re
         ):
             objective.done = report.step
             yield report
+
+
+@contextmanager
+def _remedied(objective: Objective, saved: int) -> Iterator[None]:
+    """Says of what diverges inside which options to lower, and whether anything was `saved` before."""
+    try:
+        yield
+    except Diverged as error:
+        # Before the first step nothing was learned, so the rate at which it is learned is not why
+        rate = [] if error.step == 1 and objective.scales else ["--learning-rate"]
+        remedy = f"Lower {' or '.join([*rate, *objective.scales])}"
+        if saved or error.step > objective.settings.checkpointing_steps:
+            remedy += "; the last checkpoint holds finite weights"
+        raise Diverged(error.step, error.what, f"{remedy}.") from error
 
 
 def _stops(reason: str, step: int, *, aloud: bool = True) -> bool:

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import json
 import mimetypes
+import os
 import secrets
 import socket
+import sys
+import webbrowser
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -62,7 +65,10 @@ def build_app(session: Session, *, token: str, port: int) -> Starlette:
             return PlainTextResponse("not found", 404)
         path = session.folder / name
         kind = mimetypes.guess_type(path.name)[0] or "image/png"
-        return Response(path.read_bytes(), media_type=kind)
+        try:
+            return Response(path.read_bytes(), media_type=kind)
+        except OSError:  # removed since the page was opened
+            return PlainTextResponse("the picture cannot be read", 404)
 
     async def choose(request: Request) -> Response:
         return await _post(request, lambda body: session.answer(_number(body), _verdict(body)))
@@ -115,8 +121,11 @@ class LocalOnly(BaseHTTPMiddleware):
         return None
 
 
-def serve(session: Session, *, port: int = 0, token: str | None = None) -> None:
-    """Serves until Ctrl-C and says the address first. Port 0 takes a free one; `UserError` when a port is taken."""
+def serve(session: Session, *, port: int = 0, token: str | None = None, browser: bool = False) -> None:
+    """Serves until Ctrl-C, and says the address once it listens; `browser` opens it where there is a screen.
+
+    Port 0 takes a free one; `UserError` when a port is taken.
+    """
     import uvicorn
 
     token = token or secrets.token_urlsafe(16)
@@ -130,9 +139,20 @@ def serve(session: Session, *, port: int = 0, token: str | None = None) -> None:
             ) from error
         port = listening.getsockname()[1]
         app = build_app(session, token=token, port=port)
-        notify(f"Open http://127.0.0.1:{port}/{token}/ (Ctrl-C ends; every choice is kept as it is made).")
+        listening.listen()  # who comes from now on is answered as soon as the server runs
+        address = f"http://127.0.0.1:{port}/{token}/"
+        notify(f"Open {address} (Ctrl-C ends; every choice is kept as it is made).")
+        if browser and has_screen():
+            webbrowser.open(address)
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False, lifespan="off"))
         server.run(sockets=[listening])
+
+
+def has_screen() -> bool:
+    """Whether a browser can show a window here; `webbrowser` would take one that writes into the terminal."""
+    if sys.platform in ("win32", "darwin"):
+        return True
+    return any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
 
 
 def _state(session: Session) -> dict[str, Any]:
