@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from align.settings import ComparisonSettings, PairSampling
 from align.training.start import start
 from backbone.adapters.concept import checkpoint as find_checkpoint
+from backbone.adapters.concept import read_concept
 from backbone.io.prompts import prompts_of, unique_prompts
 from backbone.io.run import Run
-from backbone.models.sample import Sampler
+from backbone.io.sampling import Sampler
 
 
 def sample(
@@ -35,20 +37,24 @@ def sample(
     Prompts are words or files. A folder that was begun is gone on with. Raises `UserError` when it was begun with
     other settings.
     """
-    from align.collect.sample import SamplingSettings, sample_pairs
+    from align.collect.sample import sample_pairs
 
     asked = unique_prompts(prompts_of([prompts] if isinstance(prompts, str) else prompts))
-    sample_pairs(
-        asked,
-        Path(out),
+    settings = PairSampling(
+        count=count,
         model=None if model is None else str(model),
-        concepts=[find_checkpoint(str(folder)) for folder in concept],
+        steps=steps,
+        guidance=guidance,
+        negative=negative,
         scale=scale,
-        per_prompt=count,
-        sampling=SamplingSettings(steps, guidance, seed, sampler, negative, batch),
+        sampler=sampler,
+        seed=seed,
+        batch=batch,
         device=device,
         precision=precision,
     )
+    concepts = [read_concept(find_checkpoint(str(folder))) for folder in concept]
+    sample_pairs(asked, Path(out), settings, concepts=concepts)
     return Path(out)
 
 
@@ -109,19 +115,18 @@ def compare(
 
     Gives what `compare.json` holds; `report.html` beside it shows the images side by side.
     """
-    from align.collect.sample import SamplingSettings
     from align.comparison.compare import compare_models
     from align.comparison.sides import Side
 
     asked = unique_prompts(prompts_of([prompts] if isinstance(prompts, str) else prompts))
-    return compare_models(
-        Side.from_name(str(base)),
-        Side.from_name(str(tuned)),
-        asked,
-        Path(out),
-        per_prompt=count,
-        sampling=SamplingSettings(steps, guidance, seed, batch=batch),
-        scorers=scorers,
+    settings = ComparisonSettings(
+        count=count,
+        scorers=tuple(scorers),
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        batch=batch,
         device=device,
         precision=precision,
     )
+    return compare_models(Side.from_name(str(base)), Side.from_name(str(tuned)), asked, Path(out), settings)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 import typer
 
+from align.settings import ComparisonSettings, PairSampling
 from align.training import cli as train_cli
 from backbone.io import flags
 from backbone.io.commands import command_group, print_json
 from backbone.io.console import UserError, is_main_rank, notify, run_app
 from backbone.io.files import read_json
-from backbone.io.flags import option
-from backbone.io.prompts import prompts_of, unique_prompts
+from backbone.io.flags import CONCEPTS, DRAWING, OUTPUT, SAMPLING, SCORING, JsonOptions, option
+from backbone.io.options import Option, settled_command
+from backbone.io.prompts import Prompt, prompts_of, unique_prompts
 
 app = command_group("Tune a diffusion model to preferences: yours, or a scorer's.")
 
@@ -36,10 +38,6 @@ Scorers = Annotated[
         help="moji, a CLIP folder, like:IMAGES, or a file.py; repeatable.",
         panel=flags.SCORING,
     ),
-]
-Out = Annotated[
-    Path,
-    option("--out", "--output-dir", help="The folder to write, or to go on with.", panel=flags.OUTPUT),
 ]
 User = Annotated[
     str | None,
@@ -77,72 +75,45 @@ def main() -> None:
     run_app(app)
 
 
-@app.command()
-def sample(
-    ctx: typer.Context,
-    prompts: flags.Prompts,
-    out: Out,
-    count: flags.Count = 4,
-    negative: flags.Negative = "",
-    width: flags.Width = None,
-    height: flags.Height = None,
-    resolution: flags.Resolution = None,
-    concept: flags.Concepts = None,
-    scale: flags.Scale = 1.0,
-    checkpoint: flags.WhichCheckpoint = None,
-    steps: flags.Steps = None,
-    guidance: flags.Guidance = None,
-    guidance_start: flags.GuidanceStart = 0.0,
-    guidance_stop: flags.GuidanceStop = 1.0,
-    redraw: Annotated[
-        float,
-        option(
-            "--redraw",
-            min=0,
-            max=1,
-            help="After the first, a prompt's images are that one noised again and drawn anew in this share of the "
-            "steps: one layout, other details. 0: each from its own noise.",
-            panel=flags.SAMPLING,
-        ),
-    ] = 0.0,
-    sampler: flags.SamplerName = "ddim",
-    seed: flags.ImageSeed = 0,
-    batch: flags.Batch = 8,
-    model: flags.ConceptsModel = None,
-    precision: flags.Precision = None,
-    device: flags.Device = None,
-    as_json: flags.Json = False,
-) -> None:
-    """Draw several images of each prompt, to choose between."""
-    from backbone.adapters.concept import checkpoint as folder_of
-    from backbone.adapters.concept import read_concept
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions(JsonOptions):
+    """What is drawn, and where to."""
 
-    asked = unique_prompts(prompts_of(prompts))
-    if not concept:
-        flags.refuse_given(ctx, "scale", "checkpoint", because="without --concept")
-    learned = [folder_of(folder, checkpoint) for folder in concept or []]
-    for folder in learned:
-        read_concept(folder)  # mistakes are answered before torch is imported
-    from align.collect.sample import SamplingSettings, sample_pairs
+    prompts: Annotated[
+        tuple[str, ...],
+        Option(
+            "Words, or a file with a prompt on each line (.jsonl: with prompt and category); repeatable.",
+            DRAWING,
+            aliases=("prompt", "from-file"),
+            metavar="PROMPTS",
+        ),
+    ]
+    out: Annotated[
+        Path,
+        Option("The folder to write, or to go on with.", OUTPUT, aliases=("output-dir",), metavar="FOLDER"),
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions(PairSampling, PromptOptions):
+    """What `align sample` is told."""
+
+
+@settled_command(app, SampleOptions, panels=(DRAWING, CONCEPTS, SAMPLING))
+def sample(asked: SampleOptions) -> None:
+    """Draw several images of each prompt, to choose between."""
+    from backbone.adapters.concept import checkpoint, read_concept
+
+    prompts, out = unique_prompts(prompts_of(asked.prompts)), asked.out
+    # Mistakes are answered before torch is imported
+    concepts = [read_concept(checkpoint(run, asked.checkpoint)) for run in asked.concepts]
+    from align.collect.sample import sample_pairs
     from align.pairs.records import SAMPLES
 
-    wide, high = flags.size_of(width, height, resolution)
-    drawn = sample_pairs(
-        asked,
-        out,
-        model=model,
-        concepts=learned,
-        scale=scale,
-        per_prompt=count,
-        sampling=SamplingSettings(
-            steps, guidance, seed, sampler, negative, batch, guidance_start, guidance_stop, redraw, wide, high
-        ),
-        device=device or "auto",
-        precision=precision or "auto",
-    )
-    whole = len(asked) * count
-    notify(f"{whole} images of {len(asked)} prompts in {out} ({drawn} new). Next: align label {out}")
-    if as_json and is_main_rank():
+    drawn = sample_pairs(prompts, out, asked, concepts=concepts)
+    whole = len(prompts) * asked.count
+    notify(f"{whole} images of {len(prompts)} prompts in {out} ({drawn} new). Next: align label {out}")
+    if asked.as_json and is_main_rank():
         print_json({"folder": out, "images": whole, "new": drawn, **read_json(out / SAMPLES)})
 
 
@@ -343,140 +314,82 @@ def evaluate(
         typer.echo(said)
 
 
-@app.command()
-def compare(
-    ctx: typer.Context,
-    base: Annotated[str, typer.Argument(metavar="BASE", help="moji, another model, or a run folder.")],
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions(ComparisonSettings, PromptOptions):
+    """What `align compare` is told."""
+
+    base: Annotated[
+        str, Option("moji, another model, or a run folder.", DRAWING, argument=True, metavar="BASE")
+    ]
     tuned: Annotated[
-        str, typer.Argument(metavar="TUNED", help="A run folder of align train, or another model.")
-    ],
-    prompts: flags.Prompts,
-    count: flags.Count = 2,
-    negative: flags.Negative = "",
-    width: flags.Width = None,
-    height: flags.Height = None,
-    resolution: flags.Resolution = None,
-    scale: Annotated[
-        list[float],
-        option(
-            "--scale",
-            "--lora-scale",
-            "--network-mul",
-            help="Strength of the tuned side's training. Repeated: further sides, the first is the one that counts.",
-            panel=flags.CONCEPTS,
-        ),
-    ] = [1.0],  # noqa: B006 (typer copies it)
-    scorer: Scorers = ["moji"],  # noqa: B006 (typer copies it)
-    tie: Annotated[
-        float,
-        option("--tie", min=0, help="Scores that differ by no more than this are even.", panel=flags.SCORING),
-    ] = 0.0,
-    blind: Annotated[
-        bool, option("--blind", help="Then choose yourself, on the page of align label.", panel=LABELLING)
-    ] = False,
-    user: Annotated[str, option("--user", help="Who chooses, with --blind.", panel=LABELLING)] = "",
-    port: Port = 0,
-    browser: Browser = True,
-    steps: flags.Steps = None,
-    guidance: flags.Guidance = None,
-    guidance_start: flags.GuidanceStart = 0.0,
-    guidance_stop: flags.GuidanceStop = 1.0,
+        str,
+        Option("A run folder of align train, or another model.", DRAWING, argument=True, metavar="TUNED"),
+    ]
+    out: Annotated[
+        Path,
+        Option("The folder to write, or to go on with.", OUTPUT, aliases=("output-dir",), metavar="FOLDER"),
+    ] = Path("compare")
     tuned_guidance: Annotated[
-        float | None,
-        option(
-            "--tuned-guidance",
-            min=0,
-            help="Of the tuned side.",
-            panel=flags.SAMPLING,
-            show_default="--guidance",
-        ),
-    ] = None,
+        float | None, Option("Of the tuned side.", SAMPLING, default_text="--guidance", min=0)
+    ] = None
     tuned_guidance_start: Annotated[
-        float | None,
-        option(
-            "--tuned-guidance-start",
-            min=0,
-            max=1,
-            help="Of the tuned side.",
-            panel=flags.SAMPLING,
-            show_default="--guidance-start",
-        ),
-    ] = None,
+        float | None, Option("Of the tuned side.", SAMPLING, default_text="--guidance-start", min=0, max=1)
+    ] = None
     tuned_guidance_stop: Annotated[
-        float | None,
-        option(
-            "--tuned-guidance-stop",
-            min=0,
-            max=1,
-            help="Of the tuned side.",
-            panel=flags.SAMPLING,
-            show_default="--guidance-stop",
-        ),
-    ] = None,
-    sampler: flags.SamplerName = "ddim",
-    seed: Annotated[
-        int, option("--seed", help="Both sides begin with the same noise.", panel=flags.SAMPLING)
-    ] = 0,
-    batch: flags.Batch = 8,
-    precision: flags.Precision = None,
-    device: flags.Device = None,
-    out: Out = Path("compare"),
-    as_json: flags.Json = False,
-) -> None:
+        float | None, Option("Of the tuned side.", SAMPLING, default_text="--guidance-stop", min=0, max=1)
+    ] = None
+    blind: Annotated[bool, Option("Then choose yourself, on the page of align label.", LABELLING)] = False
+    user: Annotated[str, Option("Who chooses, with --blind.", LABELLING, needs={"blind": (True,)})] = ""
+    port: Annotated[
+        int, Option("Of the page; 0: a free one.", LABELLING, needs={"blind": (True,)}, min=0, max=65535)
+    ] = 0
+    browser: Annotated[
+        bool, Option("Open the page, where there is a screen.", LABELLING, needs={"blind": (True,)})
+    ] = True
+
+
+@settled_command(app, CompareOptions, panels=(DRAWING, SAMPLING, SCORING, LABELLING))
+def compare(asked: CompareOptions) -> None:
     """Draw the same prompts from the same noise with two models, and count wins, with intervals."""
-    if not blind:
-        flags.refuse_given(ctx, "user", "port", "browser", because="without --blind")
-    asked = unique_prompts(prompts_of(prompts))  # mistakes are answered before torch is imported
-    from align.collect.sample import SamplingSettings
+    prompts, out = unique_prompts(prompts_of(asked.prompts)), asked.out
     from align.comparison.compare import RESULT, compare_models
     from align.comparison.report import format_summary
     from align.comparison.sides import Side
 
-    wide, high = flags.size_of(width, height, resolution)
-    start = guidance_start if tuned_guidance_start is None else tuned_guidance_start
-    stop = guidance_stop if tuned_guidance_stop is None else tuned_guidance_stop
-    result = compare_models(
-        Side.from_name(base),
-        replace(Side.from_name(tuned), scale=scale[0], guidance=tuned_guidance, guided=(start, stop)),
-        asked,
-        out,
-        per_prompt=count,
-        sampling=SamplingSettings(
-            steps,
-            guidance,
-            seed,
-            sampler,
-            negative,
-            batch,
-            guidance_start,
-            guidance_stop,
-            width=wide,
-            height=high,
+    start, stop = asked.tuned_guidance_start, asked.tuned_guidance_stop
+    tuned = replace(
+        Side.from_name(asked.tuned),
+        guidance=asked.tuned_guidance,
+        guided=(
+            asked.guidance_start if start is None else start,
+            asked.guidance_stop if stop is None else stop,
         ),
-        scorers=scorer,
-        scales=scale[1:],
-        tie=tie,
-        device=device or "auto",
-        precision=precision or "auto",
     )
+    result = compare_models(Side.from_name(asked.base), tuned, prompts, out, asked)
     found = read_json(out / RESULT)
-    if not as_json:
+    if not asked.as_json:
         typer.echo(format_summary(result))
     notify(f"{out}/report.html shows images side by side.")
-    if blind:
-        from align.collect.label.server import serve
-        from align.collect.label.session import LabelPair, Session, lock_folder
-        from align.comparison.blind import format_blind_result, iterate_blind_pairs, write_blind_result
-
-        with lock_folder(out):
-            pairs = [LabelPair(*names) for names in iterate_blind_pairs(asked, count, scale[0])]
-            serve(Session(out, pairs, seed=seed, user=user), port=port, browser=browser)
-        choices = write_blind_result(out)
-        found["blind"] = choices
-        if not as_json:
-            typer.echo(format_blind_result(choices))
-    if as_json:
+    if asked.blind:
+        found["blind"] = _choose_blind(prompts, asked)
+    if asked.as_json:
         print_json(found)
+
+
+def _choose_blind(prompts: list[Prompt], asked: CompareOptions) -> dict[str, Any]:
+    """Serves the page on which a person compares the images, and gives what was chosen."""
+    from align.collect.label.server import serve
+    from align.collect.label.session import LabelPair, Session, lock_folder
+    from align.comparison.blind import format_blind_result, iterate_blind_pairs, write_blind_result
+
+    with lock_folder(asked.out):
+        pairs = [LabelPair(*names) for names in iterate_blind_pairs(prompts, asked.count, asked.scale[0])]
+        session = Session(asked.out, pairs, seed=asked.seed, user=asked.user)
+        serve(session, port=asked.port, browser=asked.browser)
+    choices = write_blind_result(asked.out)
+    if not asked.as_json:
+        typer.echo(format_blind_result(choices))
+    return choices
 
 
 train_cli.register(app)

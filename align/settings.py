@@ -10,7 +10,9 @@ from typing import Annotated, Any
 from backbone.io import options
 from backbone.io.console import UserError
 from backbone.io.files import read_json
+from backbone.io.flags import DRAWING, SAMPLING, SCORING, PlaceOptions
 from backbone.io.options import Option, build, effective
+from backbone.io.sampling import DrawingOptions, SamplingSettings
 from backbone.training.settings import WEIGHTINGS, TrainingSettings
 
 FILE = "settings.json"
@@ -363,6 +365,69 @@ class Settings(TrainingSettings):
     def by_pairs(self) -> bool:
         """Whether the loss looks at pairs rather than at single pictures."""
         return self.loss != "kto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSampling(DrawingOptions):
+    """How `align sample` draws several images of each prompt.
+
+    redraw   SDEdit strength: a prompt's samples from the second on are its first one, noised to this share of the
+             steps and denoised again, so that they share one layout; 0 samples each from its own noise
+    """
+
+    count: int = 4
+    redraw: Annotated[
+        float,
+        Option(
+            "After the first, a prompt's images are that one noised again and drawn anew in this share of the "
+            "steps: one layout, other details. 0: each from its own noise.",
+            SAMPLING,
+            min=0,
+            max=1,
+        ),
+    ] = 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """What images depend on, `redraw` where there is some."""
+        return super().as_json() | ({"redraw": self.redraw} if self.redraw else {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonSettings(SamplingSettings, PlaceOptions):
+    """How two models are compared: images, and what scores them.
+
+    scale   LoRA scales of the tuned side; the first is the one that counts, each further one is another side
+    tie     difference of scores up to which two images are a tie
+    """
+
+    seed: Annotated[int, Option("Both sides begin with the same noise.", SAMPLING)] = 0
+    count: Annotated[
+        int,
+        Option(
+            "Images of each prompt.",
+            DRAWING,
+            aliases=("num-images-per-prompt", "num-validation-images", "images-per-prompt"),
+            min=1,
+        ),
+    ] = 2
+    scale: Annotated[
+        tuple[float, ...],
+        Option(
+            "Strength of the tuned side's training. Repeated: further sides, the first is the one that counts.",
+            SAMPLING,
+            aliases=("lora-scale", "network-mul"),
+        ),
+    ] = (1.0,)
+    scorers: Annotated[
+        tuple[str, ...],
+        Option(
+            "moji, a CLIP folder, like:IMAGES, or a file.py; repeatable.",
+            SCORING,
+            flag="scorer",
+            metavar="SCORER",
+        ),
+    ] = ("moji",)
+    tie: Annotated[float, Option("Scores that differ by no more than this are even.", SCORING, min=0)] = 0.0
 
 
 def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:

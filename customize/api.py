@@ -10,18 +10,17 @@ from typing import Any
 from backbone.adapters.concept import checkpoint as find_checkpoint
 from backbone.adapters.concept import read_concept
 from backbone.io.files import read_json
-from backbone.io.flags import size_of
 from backbone.io.prompts import prompts_of
 from backbone.io.run import Run
+from backbone.io.sampling import DrawingOptions, Sampler
 from backbone.media.gallery import Images
-from backbone.models.sample import Sampler
 from customize.training.start import start
 
 
 def train(
     images: str | Path,
     *,
-    token: str = "[V]",
+    token: str | None = None,
     class_noun: str = "",
     model: str | Path = "moji",
     out: str | Path | None = None,
@@ -36,7 +35,7 @@ def train(
 ) -> Run:
     """Teach a model one subject from a folder of images or a data set, as `customize train` does.
 
-    What is None comes from the model, and an empty class noun is guessed. `settings` are further fields of
+    What is None comes from the model, the token is [V], and an empty class noun is guessed. `settings` are further fields of
     `customize.settings.Settings`, by name: `method="pivotal"`, `prior="off"` … `vram` is in GiB. Raises `UserError`,
     naming the argument, for what is not known, does not fit, or has no effect.
     """
@@ -86,25 +85,26 @@ def sample(
 
     folders = [concept] if isinstance(concept, (str, Path, Run)) else concept
     asked = [one.text for one in prompts_of([prompts] if isinstance(prompts, str) else prompts)]
+    settings = DrawingOptions(
+        model=None if model is None else str(model),
+        count=count,
+        steps=steps,
+        guidance=guidance,
+        negative=negative,
+        scale=scale,
+        sampler=sampler,
+        seed=seed,
+        width=width,
+        height=height,
+        resolution=resolution,
+        batch=batch,
+        device=device,
+        precision=precision,
+    )
+    concepts = [read_concept(find_checkpoint(str(one))) for one in folders]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if out is None else Path(out)
-        sheet = sample_to_folder(
-            asked,
-            concepts=[read_concept(find_checkpoint(str(one))) for one in folders],
-            model=None if model is None else str(model),
-            count=count,
-            steps=steps,
-            guidance=guidance,
-            seed=seed,
-            negative=negative,
-            sampler=sampler,
-            scale=scale,
-            size=size_of(width, height, resolution),
-            batch=batch,
-            out=folder,
-            precision=precision,
-            device=device,
-        )
+        sheet = sample_to_folder(asked, settings, folder, concepts=concepts)
         record = read_json(sheet.with_name(RECORD))
         return read_samples(folder, record)
 

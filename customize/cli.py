@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from backbone.io import flags
 from backbone.io.commands import command_group, print_json
 from backbone.io.console import UserError, is_main_rank, notify, run_app
 from backbone.io.files import read_json
-from backbone.io.flags import Device, Model, Precision, option
-from backbone.io.options import command
+from backbone.io.flags import (
+    CONCEPTS,
+    DATA,
+    DRAWING,
+    MODEL,
+    OUTPUT,
+    SAMPLING,
+    SCORING,
+    JsonOptions,
+    ModelOptions,
+)
+from backbone.io.options import Option, command, settled_command
+from backbone.io.sampling import DrawingOptions
 from backbone.training.settings import PANELS, refuse_beside_resume
 from customize.formats import cli as files_cli
 from customize.settings import Settings, TrainOptions, read_settings, resolved
@@ -40,63 +52,55 @@ def example(
     notify(f'Next: customize train --images {folder} --token "[V]"')
 
 
-@app.command()
-def check(
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions(ModelOptions, JsonOptions):
+    """What `customize check` looks at."""
+
     images: Annotated[
         str,
-        option(
-            "--images",
-            "--instance-data-dir",
-            "--train-data-dir",
+        Option(
+            "A folder of images, or a dataset.",
+            DATA,
+            aliases=("instance-data-dir", "train-data-dir"),
             metavar="FOLDER",
-            help="A folder of images, or a dataset.",
-            panel=flags.DATA,
         ),
-    ],
-    model: Model = None,
-    precision: Precision = None,
-    device: Device = None,
+    ]
     vram: Annotated[
         float | None,
-        option(
-            "--vram",
-            min=0.1,
-            help="Plan for a GPU with so many GiB.",
-            panel=flags.MODEL,
-            show_default="what the run needs here",
-        ),
-    ] = None,
-    as_json: flags.Json = False,
-) -> None:
-    """Open every image, list all bad ones, and say what may go wrong and what the run will need."""
-    from backbone.media.pictures import check_images as check_images
-    from backbone.media.pictures import list_images
+        Option("Plan for a GPU with so many GiB.", MODEL, default_text="what the run needs here", min=0.1),
+    ] = None
 
-    found = list_images(images)
+
+@settled_command(app, CheckOptions)
+def check(asked: CheckOptions) -> None:
+    """Open every image, list all bad ones, and say what may go wrong and what the run will need."""
+    from backbone.media.pictures import check_images, list_images
+
+    found = list_images(asked.images)
     check_images(found)
     captions = sum(image.caption is not None for image in found)
-    notify(f"{len(found)} images in {images} can be read ({captions} with captions).")
+    notify(f"{len(found)} images in {asked.images} can be read ({captions} with captions).")
     from backbone.models.model import Backbone
     from customize.training.preflight import estimate, warnings_about
 
-    opened = Backbone.open(model or "moji", device=device or "auto", precision=precision or "auto")
+    opened = Backbone.open(asked.model or "moji", device=asked.device, precision=asked.precision)
     warnings = warnings_about(found, resolution=opened.resolution)
     for warning in warnings:
         notify(f"Warning: {warning}")
-    settings = resolved({"images": images, "token": "[V]", "class_noun": ""}, opened.defaults)
+    settings = resolved({"images": asked.images, "token": "[V]", "class_noun": ""}, opened.defaults)
     needs: dict[str, Any] = {}
-    if vram is not None:
+    if asked.vram is not None:
         from customize.training.memory import foreseen
 
-        sentences = foreseen(opened, settings, len(found), vram)
-        needs["plan"] = sentences
+        sentences = foreseen(opened, settings, len(found), asked.vram)
+        needs = {"plan": sentences}
     else:
         expected = estimate(opened, settings, len(found))
         sentences = expected.sentences()
         needs = {"peak_bytes": expected.peak, "steps": expected.steps, "step_seconds": expected.step_seconds}
     for sentence in sentences:
         notify(sentence)
-    if as_json:
+    if asked.as_json:
         print_json({"images": len(found), "captions": captions, "warnings": warnings, **needs})
 
 
@@ -117,174 +121,137 @@ def train(asked: dict[str, Any], run: TrainOptions) -> None:
     )
 
 
-@app.command()
-def sample(
-    ctx: typer.Context,
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions(DrawingOptions, JsonOptions):
+    """What `customize sample` draws."""
+
     words: Annotated[
-        list[str] | None,
-        typer.Argument(
+        tuple[str, ...],
+        Option(
+            "Words, or files with a prompt on each line; a concept's token names its subject.",
+            DRAWING,
+            argument=True,
             metavar="PROMPTS",
-            help="Words, or files with a prompt on each line; a concept's token names its subject.",
-            show_default="those of --prompts",
+            default_text="those of --prompts",
         ),
-    ] = None,
+    ] = ()
     prompts: Annotated[
-        list[str] | None,
-        option(
-            "--prompts",
-            "--prompt",
-            "--validation-prompt",
-            "--from-file",
-            help="The same as an option; repeatable.",
-            panel=flags.DRAWING,
-            show_default="none",
+        tuple[str, ...],
+        Option(
+            "The same as an option; repeatable.",
+            DRAWING,
+            aliases=("prompt", "validation-prompt", "from-file"),
+            metavar="PROMPTS",
         ),
-    ] = None,
-    count: flags.Count = 1,
-    negative: flags.Negative = "",
-    width: flags.Width = None,
-    height: flags.Height = None,
-    resolution: flags.Resolution = None,
-    concept: flags.Concepts = None,
-    scale: flags.Scale = 1.0,
-    checkpoint: flags.WhichCheckpoint = None,
-    steps: flags.Steps = None,
-    guidance: flags.Guidance = None,
-    guidance_start: flags.GuidanceStart = 0.0,
-    guidance_stop: flags.GuidanceStop = 1.0,
-    sampler: flags.SamplerName = "ddim",
-    seed: flags.ImageSeed = 0,
-    batch: flags.Batch = 8,
-    model: flags.ConceptsModel = None,
-    precision: Precision = None,
-    device: Device = None,
+    ] = ()
     out: Annotated[
-        Path, option("--out", "--output-dir", "--outdir", help="The folder to write.", panel=flags.OUTPUT)
-    ] = Path("samples"),
-    as_json: flags.Json = False,
-) -> None:
+        Path,
+        Option("The folder to write.", OUTPUT, aliases=("output-dir", "outdir"), metavar="FOLDER"),
+    ] = Path("samples")
+
+
+@settled_command(app, SampleOptions, panels=(DRAWING, CONCEPTS, SAMPLING))
+def sample(asked: SampleOptions) -> None:
     """Draw images from prompts, with concepts or without."""
-    from backbone.adapters.concept import checkpoint as folder_of
-    from backbone.adapters.concept import read_concept, resolve_placeholder_tokens
+    from backbone.adapters.concept import checkpoint, read_concept, resolve_placeholder_tokens
     from backbone.io.prompts import prompts_of
 
-    asked = [prompt.text for prompt in prompts_of([*(words or []), *(prompts or [])])]
-    if not asked:
+    prompts = [prompt.text for prompt in prompts_of([*asked.words, *asked.prompts])]
+    if not prompts:
         raise UserError('There is nothing to draw. Give words, as in: customize sample "a dog in the snow".')
-    if not concept:
-        flags.refuse_given(ctx, "scale", "checkpoint", because="without --concept")
-    size = flags.size_of(width, height, resolution)
-    learned = [read_concept(folder_of(folder, checkpoint)) for folder in concept or []]
-    for prompt in [*asked, negative]:
-        resolve_placeholder_tokens(prompt, learned)  # mistakes are answered before torch is imported
+    concepts = [read_concept(checkpoint(run, asked.checkpoint)) for run in asked.concepts]
+    for prompt in [*prompts, asked.negative]:
+        resolve_placeholder_tokens(prompt, concepts)  # mistakes are answered before torch is imported
     from customize.sampling import RECORD, sample_to_folder
 
-    sheet = sample_to_folder(
-        asked,
-        concepts=learned,
-        model=model,
-        count=count,
-        steps=steps,
-        guidance=guidance,
-        seed=seed,
-        negative=negative,
-        sampler=sampler,
-        guided=(guidance_start, guidance_stop),
-        scale=scale,
-        size=size,
-        batch=batch,
-        out=out,
-        precision=precision or "auto",
-        device=device or "auto",
-    )
-    notify(f"{len(asked) * count} images in {out}; {sheet} shows them all.")
-    if as_json and is_main_rank():
-        print_json({"folder": out, "sheet": sheet, **read_json(out / RECORD)})
+    sheet = sample_to_folder(prompts, asked, asked.out, concepts=concepts)
+    notify(f"{len(prompts) * asked.count} images in {asked.out}; {sheet} shows them all.")
+    if asked.as_json and is_main_rank():
+        print_json({"folder": asked.out, "sheet": sheet, **read_json(asked.out / RECORD)})
 
 
-@app.command()
-def evaluate(
-    ctx: typer.Context,
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder of customize train.")],
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(JsonOptions):
+    """What `customize evaluate` measures."""
+
+    run: Annotated[Path, Option("A run folder of customize train.", DATA, argument=True, metavar="RUN")]
     images: Annotated[
         Path | None,
-        option(
-            "--images",
-            metavar="FOLDER",
-            help="Compare these pNN-sNN.png instead of drawing.",
-            panel=flags.DRAWING,
-            show_default="none",
-        ),
-    ] = None,
+        Option("Compare these pNN-sNN.png instead of drawing.", DRAWING, metavar="FOLDER"),
+    ] = None
     prompts: Annotated[
-        list[str] | None,
-        option(
-            "--prompts",
-            "--prompt",
-            help="Words with {} for the subject, a file with such a prompt on each line, or google/dreambooth's "
+        tuple[str, ...],
+        Option(
+            "Words with {} for the subject, a file with such a prompt on each line, or google/dreambooth's "
             "prompts_and_classes.txt; repeatable.",
-            panel=flags.DRAWING,
-            show_default="25 of moji's world",
+            DRAWING,
+            aliases=("prompt",),
+            metavar="PROMPTS",
+            default_text="25 of moji's world",
         ),
-    ] = None,
+    ] = ()
     living: Annotated[
         bool,
-        option(
-            "--living/--thing",
-            help="Which of the two lists of prompts_and_classes.txt.",
-            panel=flags.DRAWING,
+        Option(
+            "Of the two lists of prompts_and_classes.txt, that for living beings instead of things.",
+            DRAWING,
+            switches={"thing": False},
+            needs={"prompts": ()},
         ),
-    ] = False,
-    count: flags.Count = 4,
-    seed: flags.ImageSeed = 0,
+    ] = False
+    count: Annotated[
+        int, Option("Images of each prompt.", DRAWING, aliases=("num-images-per-prompt",), min=1)
+    ] = 4
+    seed: Annotated[
+        int,
+        Option("Image j of prompt i depends on the seed, i and j only.", SAMPLING, needs={"images": (None,)}),
+    ] = 0
     scorer: Annotated[
         Path | None,
-        option(
-            "--scorer",
-            metavar="FOLDER",
-            help="A folder of CLIP or DINO.",
-            panel=flags.SCORING,
-            show_default="the model's own",
-        ),
-    ] = None,
+        Option("A folder of CLIP or DINO.", SCORING, metavar="FOLDER", default_text="the model's own"),
+    ] = None
     out: Annotated[
         Path | None,
-        option(
-            "--out",
-            "--output-dir",
-            help="Where the table goes.",
-            panel=flags.OUTPUT,
-            show_default="RUN/dreambench",
+        Option(
+            "Where the table goes.",
+            OUTPUT,
+            aliases=("output-dir",),
+            metavar="FOLDER",
+            default_text="RUN/dreambench",
         ),
-    ] = None,
-    as_json: flags.Json = False,
-) -> None:
-    """Measure a run by the DreamBench protocol: likeness, obedience, class, variety."""
-    read_settings(run)  # mistakes are answered before torch is imported
-    from customize.evaluation.dreambench import (
-        TABLE,
-        evaluate_images,
-        evaluate_run,
-        is_prompt_lists,
-        moji_prompts,
-        read_templates,
-    )
+    ] = None
 
-    if not any(is_prompt_lists(given) for given in prompts or []):
-        flags.refuse_given(ctx, "living", because="without a prompts_and_classes.txt")
-    if images is not None:
-        flags.refuse_given(ctx, "seed", because="on images that are drawn already")
-    asked = read_templates(prompts, living=living) if prompts else moji_prompts()
-    folder = out or run / "dreambench"
-    if images is None:
-        found = evaluate_run(run, prompts=asked, per_prompt=count, scorer=scorer, seed=seed, out=folder)
+
+@settled_command(app, EvaluateOptions)
+def evaluate(asked: EvaluateOptions) -> None:
+    """Measure a run by the DreamBench protocol: likeness, obedience, class, variety."""
+    run, folder = asked.run, asked.out or asked.run / "dreambench"
+    read_settings(run)  # mistakes are answered before torch is imported
+    from customize.evaluation.dreambench import TABLE, evaluate_images, evaluate_run
+
+    prompts = _templates(asked)
+    if asked.images is None:
+        found = evaluate_run(
+            run, prompts=prompts, per_prompt=asked.count, scorer=asked.scorer, seed=asked.seed, out=folder
+        )
     else:
-        found = evaluate_images(images, run, prompts=asked, per_prompt=count, scorer=scorer, out=folder)
-    if as_json:
+        found = evaluate_images(
+            asked.images, run, prompts=prompts, per_prompt=asked.count, scorer=asked.scorer, out=folder
+        )
+    if asked.as_json:
         print_json({"folder": folder, **read_json(folder / TABLE)})
     else:
         typer.echo(found["text"])
     notify(f"{folder}/sheet.png shows the images.")
+
+
+def _templates(asked: EvaluateOptions) -> Sequence[str]:
+    """The prompts with `{}` for the subject; `UserError` for `--living` where no list is of living beings."""
+    from customize.evaluation.dreambench import is_prompt_lists, moji_prompts, read_templates
+
+    if asked.living and not any(is_prompt_lists(given) for given in asked.prompts):
+        raise UserError("--living has no effect without a prompts_and_classes.txt. Leave it out.")
+    return read_templates(asked.prompts, living=asked.living) if asked.prompts else moji_prompts()
 
 
 files_cli.register(app)  # export, import, info, merge, extract, resize

@@ -10,100 +10,65 @@ from typing import Any
 from PIL import Image
 
 from backbone.adapters.apply import load_concepts
-from backbone.adapters.concept import Concept, resolve_placeholder_tokens, summarize_concepts
+from backbone.adapters.concept import (
+    Concept,
+    resolve_placeholder_tokens,
+    summarize_concepts,
+    trained_resolution,
+)
 from backbone.distributed import processes
 from backbone.io.console import progress
 from backbone.io.files import write_json
 from backbone.io.run_folder import package_versions
+from backbone.io.sampling import DrawingOptions, SamplingSettings
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.models.model import Backbone
-from backbone.models.sample import (
-    ALL_STEPS,
-    MODELS_OWN,
-    Request,
-    Sampler,
-    Size,
-    check_guidance_interval,
-    describe_guidance_interval,
-    latent_size,
-    sample,
-)
+from backbone.models.sample import Request, latent_size, sample
 
 RECORD = "samples.json"
 
 
 def sample_to_folder(
     prompts: Sequence[str],
+    asked: DrawingOptions,
+    out: Path,
     *,
     concepts: Sequence[Concept] = (),
-    model: str | None = None,
-    count: int = 1,
-    steps: int | None = None,
-    guidance: float | None = None,
-    seed: int = 0,
-    negative: str = "",
-    sampler: Sampler = "ddim",
-    guided: tuple[float, float] = ALL_STEPS,
-    scale: float = 1.0,
-    size: Size = MODELS_OWN,
-    batch: int = 8,
-    out: Path = Path("samples"),
-    precision: str = "auto",
-    device: str = "auto",
 ) -> Path:
     """Write `p00-s00.png` … (prompt number, sample number), `samples.json` and `sheet.png`; returns the sheet's path.
 
-    size    (width, height) in pixels
-    batch   images sampled together
-
-    Image (i, j) depends on the seed, i and j alone, and several processes share the work. Raises `UserError`, before
-    any weights load, for a token that no concept has, a concept of another model, or a size that the model cannot
-    sample.
+    `concepts` are those that `asked` names, read already. Images are as large as the concepts' training images, where
+    no size is asked for. Image (i, j) depends on the seed, i and j alone, and several processes share the work. Raises
+    `UserError`, before any weights load, for a token that no concept has, a concept of another model, or a size that
+    the model cannot sample.
     """
-    check_guidance_interval(guided)
-    name = model or (concepts[0].model if concepts else "moji")
-    processes.init_process(device)
+    name = asked.model or (concepts[0].model if concepts else "moji")
+    processes.init_process(asked.device)
     expanded = [resolve_placeholder_tokens(prompt, concepts) for prompt in prompts]
-    expanded_negative = resolve_placeholder_tokens(negative, concepts)
-    backbone = Backbone.open(name, device=device, precision=precision)
-    latent_size(backbone, size)
-    load_concepts(backbone, concepts, scale=scale)
-    steps = steps or int(backbone.defaults["steps"])
-    guidance = float(backbone.defaults["guidance"]) if guidance is None else guidance
+    negative = resolve_placeholder_tokens(asked.negative, concepts)
+    backbone = Backbone.open(name, device=asked.device, precision=asked.precision)
+    asked = asked.at_resolution(trained_resolution(concepts)).with_defaults(backbone.defaults)
+    latent_size(backbone, asked.size)
+    load_concepts(backbone, concepts, scale=asked.scale)
     requests = [
-        Request(prompt, (i, j), expanded_negative) for i, prompt in enumerate(expanded) for j in range(count)
+        Request(prompt, (i, j), negative) for i, prompt in enumerate(expanded) for j in range(asked.count)
     ]
     began = time.perf_counter()
-    options = {
-        "steps": steps,
-        "guidance": guidance,
-        "seed": seed,
-        "sampler": sampler,
-        "batch": batch,
-        "guided": guided,
-        "size": size,
-    }
-    _write_images(backbone, requests, prompts, out, options)
+    _write_images(backbone, requests, prompts, out, asked)
     processes.barrier()  # now all pictures are there
     if processes.is_main_process():
         record = {
             "model": name,
             "concepts": summarize_concepts(concepts),
-            "steps": steps,
-            "guidance": guidance,
-            "guided": list(guided),
-            "sampler": sampler,
-            "seed": seed,
-            "negative": negative,
-            "scale": scale,
-            **({} if size == MODELS_OWN else {"width": size[0], "height": size[1]}),
+            **asked.as_json(),
+            "guided": list(asked.guided),
+            "scale": asked.scale,
             "seconds": round(time.perf_counter() - began, 2),
             "versions": package_versions(),
         }
-        note = (
-            f"{name}, {steps} steps, guidance {guidance:g}{describe_guidance_interval(guided)}, seed {seed}"
-        )
-        write_index(out, requests, prompts, record, note=note, columns=count if count > 1 else 4)
+        note = f"{name}, {asked.steps} steps, guidance {asked.describe_guidance()}, seed {asked.seed}"
+        columns = asked.count if asked.count > 1 else 4
+        write_index(out, requests, prompts, record, note=note, columns=columns)
     processes.end_process()
     return out / "sheet.png"
 
@@ -113,18 +78,15 @@ def _write_images(
     requests: Sequence[Request],
     prompts: Sequence[str],
     out: Path,
-    options: Mapping[str, Any],
+    settings: SamplingSettings,
 ) -> None:
-    """Sample this process's share of the requests and write the images, with prompt and seed in their metadata.
-
-    `options` are keyword arguments of `sample`.
-    """
-    share = processes.split_items(requests, batch=options["batch"])
+    """Sample this process's share of the requests and write the images, with prompt and seed in their metadata."""
+    share = processes.split_items(requests, batch=settings.batch)
     with progress(len(share), "drawing") as bar:
-        images = sample(model, share, **options)
+        images = sample(model, share, **settings.for_sampler())
         for request, image in zip(share, images, strict=True):
             i, j = request.key
-            text = {"prompt": prompts[i], "seed": str(options["seed"]), "sample": str(j)}
+            text = {"prompt": prompts[i], "seed": str(settings.seed), "sample": str(j)}
             save_png(out / image_name(request), image, text=text)
             bar.advance(images=1)
 

@@ -12,11 +12,12 @@ from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.io.options import Option, as_command, build, effective
 from backbone.training.settings import RunOptions, TrainingSettings
+from backbone.world.words import choose_article
 
 FILE = "settings.json"
 SHEET = "sheet.png"
-SHEET = "sheet.png"
 INSTANCE_PROMPT = "a {token} {class}"
+CLASS_PROMPT = "a {class}"
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,12 @@ class Subject:
         return tidy(f"{self.token} {self.class_noun}")
 
     def filled(self, template: str) -> str:
-        """A prompt with the token and the class filled in."""
+        """A prompt with the token and the class filled in, “an” before a class that begins with a vowel."""
+        if self.class_noun:
+            article = choose_article(self.class_noun.lower())
+            template = re.sub(
+                r"\b(?:(A)|a)n? +(?=\{class\})", lambda found: f"{article.title() if found[1] else article} ", template
+            )
         return tidy(template.replace("{token}", self.token).replace("{class}", self.class_noun))
 
     def flag(self) -> str:
@@ -135,7 +141,7 @@ class Settings(TrainingSettings):
             "Concept",
             needs=({"prior": ("base", "class-images"), **MOVES_DENOISER}, {"mask": ("auto",)}),
         ),
-    ] = "a {class}"
+    ] = CLASS_PROMPT
     caption_column: Annotated[
         str,
         Option(
@@ -546,5 +552,5 @@ def as_flags(settings: Settings, out: Path) -> str:
 
 
 def tidy(prompt: str) -> str:
-    """One space between words; `an` before a vowel, `a` before a bracketed token."""
+    """One space between words."""
     return " ".join(prompt.split())

@@ -13,7 +13,7 @@ from backbone.io.console import UserError
 from backbone.media.transforms import crop_and_resize, mask_to_tensor
 from backbone.models.cache import encode_prompts_cached
 from edit.inversion.inversion import Inversion
-from edit.pictures import EncodedImage, ImageLike, read_image
+from edit.pictures import EncodedImage, ImageLike, read_mask
 
 # Of the way down: late enough to see where a thing is, early enough to see what.
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -53,22 +53,25 @@ def difference_maps(
 def load_latent_mask(mask: ImageLike | None, image: EncodedImage) -> Tensor | None:
     """A drawn mask (white = may change) at the latent's size [H, W], 0 or 1, on its device; None without one.
 
-    It must have the size that the image had, or that in which the model is shown it; `UserError` otherwise.
+    It must have the size that the image had, or that in which the model is shown it, and something white in it;
+    `UserError` otherwise.
     """
     if mask is None:
         return None
     shown = (image.pixels.shape[-1], image.pixels.shape[-2])
     original = tuple(image.facts.get("size") or shown)
-    drawn = mask.convert("L") if isinstance(mask, Image.Image) else read_image(mask).image.convert("L")
+    drawn = read_mask(mask).image
     if drawn.size not in (shown, original):
         sizes = " or ".join(f"{width} × {height}" for width, height in dict.fromkeys([original, shown]))
         raise UserError(
             f"The mask is {drawn.width} × {drawn.height} pixels and the image {sizes}. Draw it on the image."
         )
     drawn = drawn if drawn.size == shown else crop_and_resize(drawn, shown)
-    # 1 where at least half of the place is white
-    share = F.interpolate(mask_to_tensor(drawn)[None], tuple(image.latent.shape[-2:]), mode="area")[0, 0]
-    return (share >= 0.5).float().to(image.latent)
+    # 1 where a place is at least half as white as the whitest around it: half white at the edge of what is filled, and
+    # along a line as much of a place as the line covers, however thin
+    share = F.interpolate(mask_to_tensor(drawn)[None], tuple(image.latent.shape[-2:]), mode="area")
+    whitest = F.max_pool2d(share, 3, stride=1, padding=1)
+    return ((share > 0) & (share >= whitest / 2))[0, 0].float().to(image.latent)
 
 
 def composite(edits: Tensor, around: Tensor, masks: Tensor | None) -> Tensor:

@@ -36,7 +36,7 @@ ROOMS = {
         ("api", "cli"),
     ),
     "edit": (
-        ("checks", "pictures", "attention"),
+        ("checks", "settings", "pictures", "attention"),
         ("sampling",),
         ("inversion",),
         ("masks",),

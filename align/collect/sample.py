@@ -5,149 +5,73 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 
 from align.pairs.records import SAMPLES
 from align.pairs.samples import FORMAT, count_images, image_name, prompt_and_noise
+from align.settings import PairSampling
 from backbone.adapters.apply import load_concepts
-from backbone.adapters.concept import Concept, read_concept, resolve_placeholder_tokens, summarize_concepts
+from backbone.adapters.concept import (
+    Concept,
+    resolve_placeholder_tokens,
+    summarize_concepts,
+    trained_resolution,
+)
 from backbone.distributed import processes
 from backbone.io.console import UserError, progress
 from backbone.io.files import content_hash, read_json, write_json
 from backbone.io.prompts import Prompt
 from backbone.io.run_folder import package_versions
+from backbone.io.sampling import SamplingSettings
 from backbone.media.sheet import save_png
 from backbone.media.transforms import to_image
 from backbone.models.model import Backbone
-from backbone.models.sample import (
-    ALL_STEPS,
-    Request,
-    Sampler,
-    Size,
-    check_guidance_interval,
-    count_skipped_steps,
-    describe_guidance_interval,
-    latent_size,
-    sample,
-    sample_latents,
-)
+from backbone.models.sample import Request, count_skipped_steps, latent_size, sample, sample_latents
 
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How images are sampled; None for the model's default.
-
-    guidance_start, guidance_stop   guidance is applied between these shares of the steps, noisy to clean
-    redraw      SDEdit strength: a prompt's samples from the second on are its first one, noised to this share of the
-                steps and denoised again, so that they share one layout; 0 samples each from its own noise
-    """
-
-    steps: int | None = None
-    guidance: float | None = None
-    seed: int = 0
-    sampler: Sampler = "ddim"
-    negative: str = ""
-    batch: int = 8
-    guidance_start: float = 0.0
-    guidance_stop: float = 1.0
-    redraw: float = 0.0
-    width: int | None = None
-    height: int | None = None
-
-    def __post_init__(self) -> None:
-        check_guidance_interval(self.guided)
-        if self.redraw and self.steps is not None:
-            count_skipped_steps(self.redraw, self.steps)
-
-    @property
-    def size(self) -> Size:
-        """(width, height) in pixels."""
-        return self.width, self.height
-
-    @property
-    def guided(self) -> tuple[float, float]:
-        """(start, stop): the share of the steps with guidance."""
-        return self.guidance_start, self.guidance_stop
-
-    def as_json(self) -> dict[str, Any]:
-        """Settings that images depend on, without guidance interval, `redraw` and size where they are the defaults."""
-        omitted = {"batch"}
-        if self.guided == ALL_STEPS:
-            omitted |= {"guidance_start", "guidance_stop"}
-        if not self.redraw:
-            omitted |= {"redraw"}
-        omitted |= {side for side in ("width", "height") if getattr(self, side) is None}
-        return {name: value for name, value in asdict(self).items() if name not in omitted}
-
-    def describe_guidance(self) -> str:
-        """Guidance scale, and its interval where it is not all steps, for people."""
-        return f"{self.guidance:g}{describe_guidance_interval(self.guided)}"
-
-    def resolve(self, model: Backbone) -> SamplingSettings:
-        """Fill in the model's defaults; `UserError` for a size that it cannot sample."""
-        latent_size(model, self.size)
-        defaults = model.defaults
-        steps = int(defaults["steps"]) if self.steps is None else self.steps
-        guidance = float(defaults["guidance"]) if self.guidance is None else self.guidance
-        return replace(self, steps=steps, guidance=guidance)
-
-
-DEFAULT_SAMPLING = SamplingSettings()
+Asked = TypeVar("Asked", bound=SamplingSettings)
 
 
 def sample_pairs(
-    prompts: Sequence[Prompt],
-    out: Path,
-    *,
-    model: str | None,
-    concepts: Sequence[Path] = (),
-    scale: float = 1.0,
-    per_prompt: int = 4,
-    sampling: SamplingSettings = DEFAULT_SAMPLING,
-    device: str = "auto",
-    precision: str = "auto",
+    prompts: Sequence[Prompt], out: Path, asked: PairSampling, *, concepts: Sequence[Concept] = ()
 ) -> int:
     """Sample the images that `out` still lacks; returns their number. Image (i, j) depends on the seed, i and j alone.
 
-    scale   LoRA scale of the concepts
-
-    Several processes share the work. Raises `UserError` when the folder was begun with other settings, whose images
-    could not be told apart from these.
+    `concepts` are those that `asked` names, read already. Several processes share the work. Raises `UserError` when the
+    folder was begun with other settings, whose images could not be told apart from these.
     """
     began = time.perf_counter()
-    processes.init_process(device)
-    loaded = [read_concept(folder) for folder in concepts]
+    processes.init_process(asked.device)
     texts = [text for prompt in prompts for text in (prompt.text, *prompt.hard_negatives)]
-    for text in [*texts, sampling.negative]:
-        _expand_tokens(text, loaded)  # mistakes are answered before any weights load
-    backbone = Backbone.open(
-        model or (loaded[0].model if loaded else "moji"), device=device, precision=precision
-    )
-    sampling = sampling.resolve(backbone)
-    record = _describe_folder(backbone, loaded, scale, prompts, per_prompt, sampling)
+    for text in [*texts, asked.negative]:
+        _expand_tokens(text, concepts)  # mistakes are answered before any weights load
+    name = asked.model or (concepts[0].model if concepts else "moji")
+    backbone = Backbone.open(name, device=asked.device, precision=asked.precision)
+    asked = resolve_sampling(asked, backbone, concepts)
+    if asked.redraw and asked.steps is not None:
+        count_skipped_steps(asked.redraw, asked.steps)
+    record = _describe_folder(backbone, concepts, prompts, asked)
     with processes.main_process_first():
         _claim_folder(out, record)
     missing = [
         (i, j)
         for i in range(len(prompts))
-        for j in range(count_images(prompts[i], per_prompt))
+        for j in range(count_images(prompts[i], asked.count))
         if not (out / image_name(i, j)).exists()
     ]
     processes.barrier()  # now every process knows what is missing
     if missing:
-        load_concepts(backbone, loaded, scale=scale)
-        share = processes.split_items(missing, batch=sampling.batch)
+        load_concepts(backbone, concepts, scale=asked.scale)
+        share = processes.split_items(missing, batch=asked.batch)
         with progress(len(share), "drawing") as bar:
-            images = sample_images(backbone, prompts, share, sampling, loaded, per_prompt=per_prompt)
+            images = sample_images(backbone, prompts, share, asked, concepts, per_prompt=asked.count)
             for (i, j), image in zip(share, images, strict=True):
                 metadata = {
-                    "prompt": prompt_and_noise(prompts[i], j, per_prompt)[0],
-                    "seed": str(sampling.seed),
+                    "prompt": prompt_and_noise(prompts[i], j, asked.count)[0],
+                    "seed": str(asked.seed),
                     "sample": str(j),
                 }
                 save_png(out / image_name(i, j), image, text=metadata)
@@ -158,6 +82,13 @@ def sample_pairs(
         write_json(out / SAMPLES, {**record, "seconds": round(seconds, 2), "versions": package_versions()})
     processes.end_process()
     return len(missing)
+
+
+def resolve_sampling(sampling: Asked, model: Backbone, concepts: Sequence[Concept]) -> Asked:
+    """With the size of the concepts' training images and the model's defaults; `UserError` for a size it cannot sample."""
+    sampling = sampling.at_resolution(trained_resolution(concepts)).with_defaults(model.defaults)
+    latent_size(model, sampling.size)
+    return sampling
 
 
 def sample_images(
@@ -175,17 +106,8 @@ def sample_images(
     requests = [
         Request(_expand_tokens(text, concepts), (i, noise), negative) for i, text, noise in texts_and_noise
     ]
-    assert sampling.steps is not None and sampling.guidance is not None
-    options: dict[str, Any] = {
-        "steps": sampling.steps,
-        "guidance": sampling.guidance,
-        "seed": sampling.seed,
-        "sampler": sampling.sampler,
-        "batch": sampling.batch,
-        "guided": sampling.guided,
-        "size": sampling.size,
-    }
-    if not sampling.redraw:
+    options = sampling.for_sampler()
+    if not isinstance(sampling, PairSampling) or not sampling.redraw:
         return sample(model, requests, **options)
     first_requests = {
         i: Request(_expand_tokens(prompts[i].text, concepts), (i, 0), negative) for i, _ in keys
@@ -230,15 +152,10 @@ def _sample_variations(
 
 
 def _describe_folder(
-    model: Backbone,
-    concepts: Sequence[Concept],
-    scale: float,
-    prompts: Sequence[Prompt],
-    per_prompt: int,
-    sampling: SamplingSettings,
+    model: Backbone, concepts: Sequence[Concept], prompts: Sequence[Prompt], asked: PairSampling
 ) -> dict[str, Any]:
     """The record of a folder, for `samples.json`: everything that its images depend on."""
-    strength = {} if scale == 1 else {"scale": scale}
+    strength = {} if asked.scale == 1 else {"scale": asked.scale}
     return {
         "format": FORMAT,
         "model": model.location.name,
@@ -251,8 +168,8 @@ def _describe_folder(
             }
             for concept, description in zip(concepts, summarize_concepts(concepts), strict=True)
         ],
-        "sampling": sampling.as_json(),
-        "per_prompt": per_prompt,
+        "sampling": asked.as_json(),
+        "per_prompt": asked.count,
         "prompts": [_prompt_fields(prompt) for prompt in prompts],
     }
 

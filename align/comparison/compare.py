@@ -18,7 +18,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from align.collect.sample import DEFAULT_SAMPLING, SamplingSettings, sample_images
+from align.collect.sample import resolve_sampling, sample_images
 from align.collect.scorers import ImageScorer, load_clip_scorer, open_scorer
 from align.comparison.report import build_report
 from align.comparison.sides import (
@@ -30,15 +30,18 @@ from align.comparison.sides import (
     tuned_side_name,
 )
 from align.pairs.prompts import group_by_category, strip_tokens
+from align.settings import ComparisonSettings
 from backbone.adapters.apply import check_concept_fits, load_concepts
 from backbone.adapters.concept import Concept, read_concept, summarize_concepts
 from backbone.evaluation.clip import diversity
 from backbone.evaluation.statistics import cluster_bootstrap, wilson_interval
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import content_hash, read_json, write_json
+from backbone.io.options import part
 from backbone.io.prompts import Prompt
 from backbone.io.report import write_report
 from backbone.io.run_folder import package_versions
+from backbone.io.sampling import SamplingSettings
 from backbone.media.decode import open_rgb
 from backbone.media.sheet import save_png
 from backbone.models.model import Backbone
@@ -53,37 +56,25 @@ def compare_models(
     tuned: Side,
     prompts: Sequence[Prompt],
     out: Path,
-    *,
-    per_prompt: int = 1,
-    sampling: SamplingSettings = DEFAULT_SAMPLING,
-    scorers: Sequence[str] = ("moji",),
-    scales: Sequence[float] = (),
-    tie: float = 0.0,
-    device: str = "auto",
-    precision: str = "auto",
+    asked: ComparisonSettings,
 ) -> dict[str, Any]:
     """Sample both sides, score them, write `compare.json` and `report.html`; returns the result.
 
-    scales    further LoRA scales of the tuned side, each compared with the same base images
-    tie       difference of scores up to which two images are a tie
-
-    Images that exist already are kept, so that a comparison that was stopped goes on; raises `UserError` when they
+    The tuned side is compared at each of the scales with the same base images. Images that exist already are kept, so that a comparison that was stopped goes on; raises `UserError` when they
     were sampled with other settings.
     """
     began = time.perf_counter()
-    _refuse_scales(tuned, scales)
-    tuned_sides = {
-        tuned_side_name(scale): dataclasses.replace(tuned, scale=scale) for scale in [tuned.scale, *scales]
-    }
+    _refuse_scales(tuned, asked.scale)
+    tuned_sides = {tuned_side_name(scale): dataclasses.replace(tuned, scale=scale) for scale in asked.scale}
     sides = {BASE: base, **tuned_sides}
-    score_functions = {name: open_scorer(name) for name in dict.fromkeys(scorers)}
-    trained_on = sorted(find_training_scorers(tuned) & set(scorers))
+    score_functions = {name: open_scorer(name) for name in dict.fromkeys(asked.scorers)}
+    trained_on = sorted(find_training_scorers(tuned) & set(asked.scorers))
     if trained_on:
         notify(
             f"{', '.join(trained_on)} also chose what {tuned.name} was trained on. Compare by another scorer as well."
         )
-    keys = [(i, j) for i in range(len(prompts)) for j in range(per_prompt)]
-    sampling = _sample_sides(out, sides, prompts, keys, sampling, device=device, precision=precision)
+    keys = [(i, j) for i in range(len(prompts)) for j in range(asked.count)]
+    sampling = _sample_sides(out, sides, prompts, keys, asked)
     sampled = time.perf_counter()
     images = {name: [open_rgb(out / side_image_name(name, *key)) for key in keys] for name in sides}
     # Scorers do not know the concepts, so they read the prompts with the class in place of a token.
@@ -97,15 +88,15 @@ def compare_models(
     }
     result = {
         "base": base,
-        "tuned": tuned,
+        "tuned": dataclasses.replace(tuned, scale=asked.scale[0]),
         "sampling": sampling,
-        "per_prompt": per_prompt,
+        "per_prompt": asked.count,
         "prompts": len(prompts),
-        "tie": tie,
+        "tie": asked.tie,
         "trained_on": trained_on,
-        **_count_all_wins(scores, list(tuned_sides), prompts, keys, tie=tie),
+        **_count_all_wins(scores, list(tuned_sides), prompts, keys, tie=asked.tie),
         "diversity": (
-            {name: _mean_diversity(images[name], keys) for name in sides} if per_prompt > 1 else {}
+            {name: _mean_diversity(images[name], keys) for name in sides} if asked.count > 1 else {}
         ),
         "seconds": {
             "sample": round(sampled - began, 2),
@@ -144,7 +135,7 @@ def measure_diversity(images: Sequence[Image], keys: Sequence[tuple[int, int]]) 
 
 def _refuse_scales(tuned: Side, scales: Sequence[float]) -> None:
     """Raise `UserError` where a scale is given for a side whose training has no single scale."""
-    varied = bool(scales) or tuned.scale != 1
+    varied = tuple(scales) != (1.0,)
     if varied and len(tuned.concepts) > 1:
         raise UserError(
             f"{tuned.name} was trained on top of a concept, so its strength is not one number. Leave out --scale."
@@ -158,17 +149,16 @@ def _sample_sides(
     sides: Mapping[str, Side],
     prompts: Sequence[Prompt],
     keys: Sequence[tuple[int, int]],
-    sampling: SamplingSettings,
-    *,
-    device: str,
-    precision: str,
+    asked: ComparisonSettings,
 ) -> SamplingSettings:
     """Sample the missing images of every side; returns the settings with the base model's defaults filled in."""
     models = {
-        name: Backbone.open(side.model, device=device, precision=precision) for name, side in sides.items()
+        name: Backbone.open(side.model, device=asked.device, precision=asked.precision)
+        for name, side in sides.items()
     }
     concepts = {name: [read_concept(folder) for folder in side.concepts] for name, side in sides.items()}
-    sampling = sampling.resolve(models[BASE])
+    tuned = next(name for name in sides if name != BASE)
+    sampling = resolve_sampling(part(SamplingSettings, asked), models[BASE], concepts[tuned])
     for name, side in sides.items():  # mistakes are answered before any weights load
         latent_size(models[name], sampling.size)
         for concept in concepts[name]:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.collect.sample import SamplingSettings
 from align.pairs.records import SCORES
 from align.settings import read_settings
 from backbone.adapters.concept import read_concept
 from backbone.evaluation.statistics import Interval
 from backbone.io.files import read_json
+from backbone.io.sampling import SamplingSettings
 
 EVALUATIONS = "evaluations.jsonl"  # of a run of align train
 BASE = "base"

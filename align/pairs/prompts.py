@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from backbone.adapters.concept import word_pattern
 from backbone.io.prompts import Prompt
 
 
@@ -16,8 +18,8 @@ def strip_tokens(text: str, concepts: Iterable[Mapping[str, Any]]) -> str:
     for concept in concepts:
         noun = str(concept.get("class") or "")
         for token in sorted(concept.get("tokens", ()), key=len, reverse=True):
-            text = text.replace(f"{token} {noun}", noun) if noun else text
-            text = text.replace(token, noun)
+            with_noun = rf"{word_pattern(token)}(?: {word_pattern(noun)})?" if noun else word_pattern(token)
+            text = re.sub(with_noun, lambda _, noun=noun: noun, text)  # type: ignore[misc]
     return " ".join(text.split())
 
 

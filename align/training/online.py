@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from align.collect.rank import rank_samples
-from align.collect.sample import SamplingSettings, sample_images
+from align.collect.sample import sample_images
 from align.collect.scorers import open_scorer, refuse_not_differentiable
 from align.objectives.dataset import PreferenceData, prepare, records_of
 from align.objectives.preference import PreferenceTraining, share_of
@@ -205,7 +205,9 @@ def _draw_round(
     stop: list[int],
 ) -> None:
     """Draws what the round's folder still lacks, with the adapter as it is; round r's noise is its own."""
-    sampling = SamplingSettings(settings.sample_steps, settings.guidance, settings.seed + 1 + number)
+    sampling = SamplingSettings(
+        steps=settings.sample_steps, guidance=settings.guidance, seed=settings.seed + 1 + number
+    )
     keys = [(i, j) for i in range(len(prompts)) for j in range(settings.per_prompt)]
     missing = [key for key in keys if not (folder / image_name(*key)).exists()]
     processes.barrier()  # now every process knows what is missing

@@ -1,7 +1,7 @@
 """A concept: what a training run learned, as a run folder that all three commands load.
 
 A concept owns placeholder tokens like `[V]`, each of which stands for rare words of the model's tokenizer;
-`resolve_placeholder_tokens` replaces them in a prompt.
+`resolve_placeholder_tokens` replaces them in a prompt, where they stand as whole words.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ CONCEPT_FILE = "concept.json"
 BEST = "best"  # in a run folder: the checkpoint that its evaluations found best
 FORMAT = 1
 PLACEHOLDER = re.compile(r"\[[^\[\]\s]+\]|<[^<>\s]+>")
+UNSPACED = "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff"  # letters of writing without spaces between words
 CONSONANTS = "[bcdfghjklmnpqrstvwxz]{3,4}"
 RARE_WORD_POOL = 256  # how many of the tokenizer's rarest words a concept's are chosen from
 RARE = re.compile(rf"({CONSONANTS})</w>|▁({CONSONANTS})")  # as CLIP's and T5's tokenizers mark a whole word
@@ -29,7 +30,7 @@ class Concept:
     """The contents of `concept.json`. `tokens` maps placeholder tokens to the words that the model reads.
 
     Its files, each "" where the method has none: `weights`, an adapter; `words`, embedding vectors per token;
-    `changed`, differences from the base denoiser's weights.
+    `changed`, differences from the base denoiser's weights. `resolution` is that of its training images, 0 the model's.
     """
 
     kind: str
@@ -40,6 +41,7 @@ class Concept:
     weights: str = ""
     words: str = ""
     changed: str = ""
+    resolution: int = 0
     folder: Path = Path()
 
     @property
@@ -88,24 +90,59 @@ def checkpoint(run: str | Path, which: str | None = None) -> Path:
     return Path(run)
 
 
-def resolve_placeholder_tokens(prompt: str, concepts: Sequence[Concept], *, runs: Path = Path("runs")) -> str:
+def trained_resolution(concepts: Sequence[Concept]) -> int:
+    """The resolution that all of these were trained at; 0, the model's own, where there is no such one, which is said."""
+    sizes = sorted({concept.resolution for concept in concepts})
+    if len(sizes) > 1:
+        said = " and ".join(str(size or "the model's own") for size in sizes)
+        notify(f"The concepts were trained at different resolutions ({said}), so the model's own is used.")
+    return sizes[0] if len(sizes) == 1 else 0
+
+
+def resolve_placeholder_tokens(
+    prompt: str, concepts: Sequence[Concept], *, runs: Path | None = Path("runs")
+) -> str:
     """Replace each placeholder token of the concepts by the words that the model reads for it.
 
     Raises `UserError` for a placeholder that none of the concepts owns, naming the newest run in `runs` that does.
     """
-    tokens = {token: words for concept in concepts for token, words in concept.tokens.items()}
-    for token, words in sorted(tokens.items(), key=lambda pair: -len(pair[0])):  # [VV] before [V]
-        prompt = prompt.replace(token, words)
+    resolved = replace_tokens(prompt, concepts)
     # Textual inversion adds the token itself to the tokenizer, so a resolved prompt may still hold it.
-    resolved = {word for words in tokens.values() for word in words.split()}
-    trained = {token: run for run, concept in list_concept_runs(runs) for token in concept.tokens}
-    candidates = [*PLACEHOLDER.findall(prompt), *(token for token in trained if _mentions(prompt, token))]
-    for token in [token for token in candidates if token not in resolved]:
+    own = {word for concept in concepts for words in concept.tokens.values() for word in words.split()}
+    trained = {
+        token: run for run, concept in (list_concept_runs(runs) if runs else []) for token in concept.tokens
+    }
+    candidates = [*PLACEHOLDER.findall(resolved), *(token for token in trained if mentions(resolved, token))]
+    for token in [token for token in candidates if token not in own]:
         remedy = (
             f"Add --concept {trained[token]}." if token in trained else "Train it first, or leave it out."
         )
-        raise UserError(f"No given concept owns the token {token} in the prompt “{prompt}”. {remedy}")
-    return prompt
+        raise UserError(f"No given concept owns the token {token} in the prompt “{resolved}”. {remedy}")
+    return resolved
+
+
+def replace_tokens(prompt: str, concepts: Sequence[Concept]) -> str:
+    """Replace the concepts' tokens by their words, whole words only; everything else is left as it is."""
+    words = {token: words for concept in concepts for token, words in concept.tokens.items()}
+    if not words:
+        return prompt
+    longest_first = sorted(words, key=len, reverse=True)  # [VV] before [V]
+    pattern = "|".join(f"({word_pattern(token)})" for token in longest_first)
+    return re.sub(pattern, lambda found: words[found[0]], prompt)
+
+
+def word_pattern(token: str) -> str:
+    """The pattern of a token as a whole word: `sks` is not in “desks”. Brackets need no space beside them, nor does
+    what is written without spaces (Chinese, Japanese, Korean)."""
+    letter = rf"[^\W{UNSPACED}]"
+    before = f"(?<!{letter})" if re.match(letter, token) else ""
+    after = f"(?!{letter})" if re.match(letter, token[-1:]) else ""
+    return f"{before}{re.escape(token)}{after}"
+
+
+def mentions(prompt: str, token: str) -> bool:
+    """Whether a prompt holds a token, as a whole word."""
+    return re.search(word_pattern(token), prompt) is not None
 
 
 def list_concept_runs(runs: Path) -> list[tuple[Path, Concept]]:
@@ -146,10 +183,6 @@ def check_token(token: str, vocabulary: Mapping[str, int]) -> None:
     whole = (f"{token.lower()}</w>", f"▁{token.lower()}")
     if token.isalpha() and any(word in vocabulary for word in whole) and not RARE.fullmatch(whole[0]):
         raise UserError(f"The token “{token}” is an ordinary word for this model. Choose one like [{token}].")
-
-
-def _mentions(prompt: str, token: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(token)}(?!\w)", prompt) is not None
 
 
 def summarize_concepts(concepts: Sequence[Concept]) -> list[dict[str, Any]]:

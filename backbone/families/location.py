@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from backbone.io.console import UserError
 from backbone.io.files import read_json
+from backbone.io.hub import hub_answers
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def hub_file(repository: str, name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(repository, name))
+        return Path(hf_hub_download(repository, name, local_files_only=not hub_answers(repository)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"The model {repository} is not on this machine and could not be fetched from the hub "

@@ -8,7 +8,10 @@
     def train(asked: dict[str, Any]) -> None: ...
 
 `asked` holds what was said, by field; what was not said is not in it. A subclass that gives a field another default
-keeps the Option that its parent gave it.
+keeps the Option that its parent gave it. Where no default depends on the model, the function gets the settings made:
+
+    @settled_command(app, SampleOptions)
+    def sample(asked: SampleOptions) -> None: ...
 """
 
 from __future__ import annotations
@@ -24,14 +27,16 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
 from backbone.io.console import UserError
 from backbone.io.help import Command
 
-CONFIG_HELP = "Settings from a file: .yaml, .toml or .json, or a run's settings.json; flags win over it."
+SHORT_CHOICES = 48  # characters of choices that stand behind an option's name; more are listed in its text
+CONFIG_HELP = "Settings from a file: .yaml, .toml or .json; flags win over it."
+RUNS_CONFIG_HELP = "Settings from a file: .yaml, .toml or .json, or a run's settings.json; flags win over it."
 Made = TypeVar("Made")
 
 
@@ -121,8 +126,11 @@ def _kind_of(hint: Any) -> tuple[type, bool]:
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
     if get_origin(hint) is tuple:
-        return get_args(hint)[0], True
-    return next((one for one in get_args(hint) if one is not type(None)), hint), False
+        return _kind_of(get_args(hint)[0])[0], True
+    if get_origin(hint) is Literal:
+        return str, False
+    inner = next((one for one in get_args(hint) if one is not type(None)), None)
+    return (hint, False) if inner is None else _kind_of(inner)
 
 
 # The command line --------------------------------------------------------------------------------------------
@@ -136,19 +144,63 @@ def command(
     The function gets what was asked of the first one's fields, as a dictionary, and the others made. `panels` is the
     order in which `--help` shows them. Raises `UserError`, when called, for values that do not fit.
     """
+
+    def called(function: Callable[..., None], asked: dict[str, Any]) -> None:
+        own, *more = (
+            {name: value for name, value in asked.items() if name in fields_of(each)}
+            for each in (declared, *others)
+        )
+        function(own, *(each(**values) for each, values in zip(others, more, strict=True)))
+
     known = {name: one for each in (declared, *others) for name, one in fields_of(each).items()}
+    return _registering(app, known, panels, called, _parameters)
+
+
+def settled_command(
+    app: typer.Typer, declared: type, *, panels: Sequence[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes a function a command that gets this dataclass made of what was asked.
+
+    Raises `UserError`, when called, for values that do not fit, are missing, or have no effect beside the others.
+    """
+
+    def called(function: Callable[..., None], asked: dict[str, Any]) -> None:
+        for one in fields_of(declared).values():
+            if one.default is MISSING and one.name not in asked:
+                raise UserError(f"{one.flag} is missing. Give it: {one.option.help}")
+        settings = build(declared, asked)
+        refuse_idle(settings, asked)
+        function(settings)
+
+    # What is the command's own stands before what it shares with others
+    known = fields_of(declared)
+    own = [
+        name
+        for each in declared.__mro__
+        for name in each.__dict__.get("__annotations__", {})
+        if name in known
+    ]
+    return _registering(app, {name: known[name] for name in own}, panels, called, _settled_parameters)
+
+
+def _registering(
+    app: typer.Typer,
+    known: Mapping[str, Field],
+    panels: Sequence[str],
+    called: Callable[[Callable[..., None], dict[str, Any]], None],
+    parameters: Callable[[Sequence[Field]], list[inspect.Parameter]],
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator that makes a function a command with these fields.
+
+    `called` hands it what was asked of them; `parameters` makes of them what typer reads.
+    """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         def door(config: str | None = None, **given: Any) -> None:
             asked = values_from_flags(given, known)
             if config is not None:
                 asked = {**values_from_file(Path(config), known, asked), **asked}
-            own = {name: value for name, value in asked.items() if name in fields_of(declared)}
-            made = (
-                each(**{name: value for name, value in asked.items() if name in fields_of(each)})
-                for each in others
-            )
-            function(own, *made)
+            called(function, asked)
 
         order = {panel: place for place, panel in enumerate(panels)}
 
@@ -158,7 +210,7 @@ def command(
 
         shown = sorted(known.values(), key=place)
         door.__doc__, door.__name__ = function.__doc__, function.__name__
-        door.__signature__ = inspect.Signature(_parameters(shown))  # type: ignore[attr-defined]
+        door.__signature__ = inspect.Signature(parameters(shown))  # type: ignore[attr-defined]
         app.command(cls=Command, context_settings={"token_normalize_func": hyphens})(door)
         return function
 
@@ -170,15 +222,30 @@ def hyphens(name: str) -> str:
     return name.replace("_", "-")
 
 
-def _parameters(fields: Sequence[Field]) -> list[inspect.Parameter]:
+def _parameters(fields: Sequence[Field], config_help: str = RUNS_CONFIG_HELP) -> list[inspect.Parameter]:
     """What typer reads: a parameter for every field, one for every switch, and `--config`."""
     found = [_parameter(one.name, *_typed(one)) for one in fields]
     for one in fields:
         for switch in switches_of(one):
             info = typer.Option("--" + hyphens(switch), hidden=True)
             found.append(_parameter(_switch(one, switch), bool | None, info))
-    help_of = typer.Option("--config", help=CONFIG_HELP, metavar="FILE", rich_help_panel="Output")
+    help_of = typer.Option("--config", help=config_help, metavar="FILE", rich_help_panel="Output")
     return [*found, _parameter("config", str | None, help_of)]
+
+
+def _settled_parameters(fields: Sequence[Field]) -> list[inspect.Parameter]:
+    """The same, where what has no default is required: a plain word on the command line, an option there or in a file."""
+    found = {one.name: one for one in _parameters(fields, CONFIG_HELP)}
+    for one in fields:
+        if one.default is MISSING and one.option.argument:
+            hint, info = get_args(found[one.name].annotation)
+            plain = next(part for part in get_args(hint) if part is not type(None))
+            found[one.name] = found[one.name].replace(
+                default=inspect.Parameter.empty, annotation=Annotated[plain, info]
+            )
+        elif one.default is MISSING:
+            found[one.name].annotation.__metadata__[0].help += " [required]"
+    return list(found.values())
 
 
 def _parameter(name: str, hint: Any, info: Any) -> inspect.Parameter:
@@ -191,15 +258,16 @@ def _typed(one: Field) -> tuple[Any, Any]:
     option = one.option
     text = help_text(one)
     if option.argument:
-        return str | None, typer.Argument(help=text, metavar=option.metavar, show_default=False)
+        info = typer.Argument(help=text, metavar=option.metavar, show_default=False)
+        return (list[str] | None if one.many else str | None), info
     names = [one.flag, *("--" + hyphens(name) for name in option.aliases)]
-    takes = option.metavar or "|".join(option.choices)
+    takes = option.metavar or ("NAME" if _many_choices(one) else "|".join(option.choices))
     about: dict[str, Any] = {
         "help": text, "rich_help_panel": option.panel, "hidden": option.hidden, "show_default": False,
     }  # fmt: skip
     if one.kind is bool:
         both = f"{one.flag}/--no-{one.flag[2:]}"
-        return bool | None, typer.Option(both if option.by_model else one.flag, *names[1:], **about)
+        return bool | None, typer.Option(both if _can_be_on(one) else one.flag, *names[1:], **about)
     about["metavar"] = takes or {int: "INTEGER", float: "NUMBER", Path: "PATH"}.get(one.kind, "TEXT")
     if option.choices:
         about["autocompletion"] = lambda incomplete: [
@@ -209,17 +277,28 @@ def _typed(one: Field) -> tuple[Any, Any]:
 
 
 def help_text(one: Field) -> str:
-    """An option's help, with its default where it has one."""
+    """An option's help, with its choices where they are many, and its default where it has one."""
     option, default = one.option, one.default
     said = option.default_text or ("by model" if option.by_model else "")
-    if not said and default not in (MISSING, None, "", (), False):
-        said = f"{default:g}" if isinstance(default, float) else str(default)
-    return f"{option.help} [default: {said}]" if said else option.help
+    if not said and not isinstance(default, bool) and default not in (MISSING, None, "", ()):
+        values = default if one.many else (default,)
+        said = ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+    text = f"{option.help} One of {', '.join(option.choices)}." if _many_choices(one) else option.help
+    return f"{text} [default: {said}]" if said else text
+
+
+def _many_choices(one: Field) -> bool:
+    return len("|".join(one.option.choices)) > SHORT_CHOICES and not one.option.metavar
+
+
+def _can_be_on(one: Field) -> bool:
+    """Whether a yes or no is, or can be, yes where nothing is said, so that `--no-…` is shown."""
+    return one.option.by_model or one.default is True
 
 
 def switches_of(one: Field) -> dict[str, Any]:
     """The hidden flags that stand for a value of this field, `--no-…` of a plain yes among them."""
-    plain = one.kind is bool and not one.option.by_model
+    plain = one.kind is bool and not _can_be_on(one)
     return {**one.option.switches, **({"no-" + one.flag[2:]: False} if plain else {})}
 
 
@@ -345,10 +424,16 @@ def converted(one: Field, value: Any, name: str, file: Path | None = None) -> An
     if type(value) is type(one.default) and value == one.default:
         return value  # also where it stands for something else, as 0 for all
     if one.many:
-        values = [value] if isinstance(value, str) else value
-        if not isinstance(values, (list, tuple)) or not all(isinstance(part, str) for part in values):
+        values = [value] if isinstance(value, (str, int, float, Path)) else value
+        fits = (int, float, str) if one.kind in (int, float) else (str, Path)
+        if not isinstance(values, (list, tuple)) or not all(isinstance(part, fits) for part in values):
             raise UserError(f"{where} is not a list of texts ({value!r}). Put each in quotes.")
-        return tuple(values)
+        return tuple(_converted_one(one, part, where) for part in values)
+    return _converted_one(one, value, where)
+
+
+def _converted_one(one: Field, value: Any, where: str) -> Any:
+    """One value, also of a field that holds many."""
     if one.kind is bool:
         if not isinstance(value, bool):
             raise UserError(f"{where} is {value!r}. Write true or false.")
@@ -412,6 +497,11 @@ def build(declared: Callable[..., Made], values: Mapping[str, Any]) -> Made:
         if one.default is MISSING and one.default_factory is MISSING and name not in values:
             raise UserError(f"The setting {name} is missing. Give it.")
     return declared(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+def part(declared: type[Made], settings: Any) -> Made:
+    """A dataclass with the values that other settings, which hold its fields among theirs, have for them."""
+    return declared(**{one.name: getattr(settings, one.name) for one in dataclasses.fields(declared)})  # type: ignore[arg-type]
 
 
 # Settings that have no effect --------------------------------------------------------------------------------

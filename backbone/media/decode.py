@@ -8,13 +8,13 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
 
 from backbone.io.console import UserError
 
@@ -43,11 +43,29 @@ def open_rgb(path: str | Path, *, at_least: int | None = None) -> Image.Image:
     Raises `BadImageError` for a file that is missing, forbidden, empty, damaged, no image, or above 400 megapixels.
     """
     path = Path(path)
-    if path.is_dir():
-        raise BadImageError(str(path), "is a folder with a picture's name")
+    with _open(path) as file:
+        return decode(file, str(path), at_least)
+
+
+def open_mask(path: str | Path) -> Image.Image:
+    """Decode a mask to mode L, EXIF orientation applied: white is what counts, and transparent ground is black.
+
+    Masks come in many encodings, so the values' full scale is the smallest of 1, 255 and 65535 that holds them, and a
+    palette of black and one colour is black and white. Colour profiles do not count. Raises `BadImageError` as
+    `open_rgb` does.
+    """
+    path = Path(path)
+    with _open(path) as file:
+        return decode_mask(file, str(path))
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[IO[bytes]]:
+    """Open an image file; `BadImageError` for one that cannot be opened."""
     try:
-        with path.open("rb") as file:
-            return decode(file, str(path), at_least)
+        if path.is_dir():
+            raise BadImageError(str(path), "is a folder with a picture's name")
+        file = path.open("rb")
     except FileNotFoundError as error:
         near = nearest_path(path)
         raise BadImageError(
@@ -55,6 +73,10 @@ def open_rgb(path: str | Path, *, at_least: int | None = None) -> Image.Image:
         ) from error
     except PermissionError as error:
         raise BadImageError(str(path), "may not be read (permission denied)") from error
+    except OSError as error:  # a link to itself, a name too long, a disk that fails
+        raise BadImageError(str(path), f"cannot be read ({(error.strerror or str(error)).lower()})") from error
+    with file:
+        yield file
 
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "MPO", "PPM", "AVIF", "JPEG2000")
@@ -78,6 +100,18 @@ _pillow_limit = threading.RLock()
 
 def decode(file: IO[bytes], name: str, at_least: int | None) -> Image.Image:
     """`open_rgb` of an open file; `name` is what error messages call it."""
+    return _decode(file, name, at_least, _flatten_on_white)
+
+
+def decode_mask(file: IO[bytes], name: str) -> Image.Image:
+    """`open_mask` of an open file."""
+    return _decode(file, name, None, mask_from_image)
+
+
+def _decode(
+    file: IO[bytes], name: str, at_least: int | None, finish: Callable[[Image.Image], Image.Image]
+) -> Image.Image:
+    """The first frame upright, as `finish` makes it from what the file stores."""
     start = file.read(512)
     if not start:
         raise BadImageError(name, "is empty (0 bytes)")
@@ -96,7 +130,7 @@ def decode(file: IO[bytes], name: str, at_least: int | None) -> Image.Image:
         # In place, pixels are turned before the EXIF block is rewritten, where a damaged tag may raise.
         with suppress(*_EXIF_ERRORS):
             ImageOps.exif_transpose(image, in_place=True)
-        return _flatten_on_white(image)
+        return finish(image)
     except MemoryError as error:
         raise BadImageError(name, "needs more memory than there is") from error
     except _DECODER_ERRORS as error:
@@ -104,14 +138,35 @@ def decode(file: IO[bytes], name: str, at_least: int | None) -> Image.Image:
 
 
 def _flatten_on_white(image: Image.Image) -> Image.Image:
-    profile = image.info.get("icc_profile")
+    stored = image.info
     image = _to_8_bit(image)
     if not image.has_transparency_data:
-        return _to_srgb(image, profile)
-    rgba = image.convert("RGBA")
+        return _to_srgb(image, stored)
+    alpha = image.convert("RGBA").getchannel("A")
+    opaque = image.convert("L" if image.mode in ("L", "LA", "La") else "RGB")
     background = Image.new("RGB", image.size, "white")
-    background.paste(_to_srgb(rgba.convert("RGB"), profile), mask=rgba.getchannel("A"))
+    background.paste(_to_srgb(opaque, stored), mask=alpha)
     return background
+
+
+def mask_from_image(image: Image.Image) -> Image.Image:
+    """An image in any mode as a mask (mode L): see `open_mask`."""
+    import numpy as np
+
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.float64)
+        if not (np.isfinite(values).all() and values.min() >= 0):
+            raise ValueError("a mask's values are 0 or more")
+    else:
+        values = np.asarray(image.convert("RGBA").convert("RGB").convert("L"), dtype=np.float64)
+        labels = len(np.unique(values)) == 2 and values.min() == 0
+        if labels and image.mode == "P":
+            values = values / values.max()
+    white = next((scale for scale in (1.0, 255.0, 65535.0) if values.max() <= scale), values.max())
+    values = values * (255 / white)
+    if image.has_transparency_data:
+        values = values * np.asarray(image.convert("RGBA").getchannel("A")) / 255
+    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
@@ -130,29 +185,56 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(np.uint8))
 
 
-def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Convert to RGB through the embedded ICC profile, or plainly if it is missing, broken or for other channels."""
+def _to_srgb(image: Image.Image, stored: Mapping[str | tuple[int, int], Any]) -> Image.Image:
+    """Convert to RGB through the embedded ICC profile, or plainly if it is missing, broken or for other channels.
+
+    A PNG may hold the exponent of its values alone (the gAMA chunk), which the profile or the sRGB chunk overrides.
+    """
+    profile = stored.get("icc_profile")
     if not profile:
-        return image.convert("RGB")
+        exponent = 0.45455 if "srgb" in stored else stored.get("gamma") or 0.45455
+        image = image.convert("RGB")
+        return image if abs(exponent / 0.45455 - 1) < 0.02 else image.point(_srgb_curve(exponent) * 3)
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         channels = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(source.profile.xcolor_space.strip())
         if channels == "RGB" and image.mode != "CMYK":
             image = image.convert("RGB")
-        if image.mode != channels or "sRGB" in (source.profile.profile_description or ""):
+        elif channels == "L" and image.mode == "1":
+            image = image.convert("L")
+        if image.mode != channels:
             return image.convert("RGB")
-        converted = ImageCms.profileToProfile(
-            image,
+        transform = ImageCms.buildTransform(
             source,
             ImageCms.createProfile("sRGB"),
+            image.mode,
+            "RGB",
             renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
-            outputMode="RGB",
             flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
         )
+        if image.mode == "RGB" and _leaves_as_is(transform):
+            return image
+        converted = ImageCms.applyTransform(image, transform)
     except (ImageCms.PyCMSError, OSError):
         return image.convert("RGB")
     assert converted is not None
     return converted
+
+
+def _srgb_curve(exponent: float) -> list[int]:
+    """The sRGB value of each of 256 values that are light to the power of `exponent` (IEC 61966-2-1)."""
+    light = [(value / 255) ** (1 / exponent) for value in range(256)]
+    return [round(255 * (12.92 * y if y <= 0.0031308 else 1.055 * y ** (1 / 2.4) - 0.055)) for y in light]
+
+
+def _leaves_as_is(transform: ImageCms.ImageCmsTransform) -> bool:
+    """Whether a transform of RGB is that of sRGB itself, up to rounding: names of profiles tell nothing."""
+    levels = range(0, 256, 15)
+    colours = bytes(value for red in levels for green in levels for blue in levels for value in (red, green, blue))
+    probe = Image.frombytes("RGB", (len(levels) ** 2, len(levels)), colours)
+    seen = ImageCms.applyTransform(probe, transform)
+    assert seen is not None
+    return max(high for _, high in ImageChops.difference(probe, seen).getextrema()) <= 1
 
 
 @contextmanager

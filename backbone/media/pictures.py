@@ -1,8 +1,9 @@
 """Image sources: list the images of a folder or dataset with their captions and masks, and check that all decode.
 
-A source is a folder of images (captions in `name.txt` beside `name.jpg`, in `metadata.jsonl` or in `metadata.csv`;
-masks in `name.mask.png`, white = train), a single image, a Parquet file, a folder saved by `datasets`, or a dataset id
-on the hub. `list_images` decodes nothing, so that `check_images` can report all unusable files at once.
+A source is a folder of images (captions in `name.txt` or `name.caption` beside `name.jpg`, in `metadata.jsonl` or in
+`metadata.csv`; masks in `name.mask.png` or OneTrainer's `name-masklabel.png`, white = train), a single image, a Parquet
+file, a folder saved by `datasets`, or a dataset id on the hub. `list_images` decodes nothing, so that `check_images` can
+report all unusable files at once; `describe_unused` says what a folder holds beside.
 """
 
 from __future__ import annotations
@@ -15,20 +16,25 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from backbone.io.console import UserError
-from backbone.media.decode import BadImageError, decode, nearest_path, open_rgb
+from backbone.io.console import UserError, notify
+from backbone.io.hub import hub_answers
+from backbone.media.decode import BadImageError, decode, nearest_path, open_mask, open_rgb
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp"}
     | {".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm", ".heic", ".heif"}
 )
-MASK_SUFFIX = ".mask.png"
+CAPTION_SUFFIXES = (".txt", ".caption")
+MASK_STEM = re.compile(r"(.+)(?:\.mask|-masklabel)", re.IGNORECASE)  # ours, and OneTrainer's
+CONDITION_STEM = re.compile(r".+-condlabel", re.IGNORECASE)  # OneTrainer's images for a condition: no subject's
+PERHAPS_MASK = re.compile(r"(.+)[-_ ](?:mask|matte|seg)", re.IGNORECASE)
+SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 METADATA = ("metadata.jsonl", "metadata.csv")
 CAPTION_COLUMNS = ("text", "prompt", "caption")
 
@@ -41,6 +47,12 @@ class ImageRecord:
     caption: str | None = None
     mask: Path | None = None  # white = train
     row: DatasetRow | None = None  # holds the bytes instead of `path`
+    caption_file: Path | None = field(default=None, compare=False)  # where the caption stands
+
+    @property
+    def caption_source(self) -> str:
+        """The file that a message about the caption names."""
+        return str(self.caption_file or self.path)
 
     def read(self) -> bytes:
         """The encoded bytes as stored; caches are keyed by their hash."""
@@ -53,8 +65,8 @@ class ImageRecord:
         return decode(io.BytesIO(self.read()), str(self.path), at_least)
 
     def open_mask(self) -> Image.Image | None:
-        """The mask (mode L, EXIF orientation applied, white = train); None without one."""
-        return None if self.mask is None else open_rgb(self.mask).convert("L")
+        """The mask as `open_mask` reads it (mode L, white = train); None without one."""
+        return None if self.mask is None else open_mask(self.mask)
 
 
 @dataclass(frozen=True)
@@ -82,7 +94,7 @@ def list_images(
     Hidden files and files without an image suffix are skipped; a file with such a suffix counts, whatever it holds.
     A folder without images of its own stands for those of its subfolders (kohya's `10_sks dog/`). Captions come from
     metadata first, then from `.txt` files. `caption_column` and `image_column` name columns that are not called text,
-    prompt or caption, and file_name or image.
+    prompt or caption, and file_name or image. What else a folder holds: `describe_unused`.
 
     Raises `UserError` for a source that does not exist or has no images, unreadable captions, or a dataset that
     cannot be loaded.
@@ -117,7 +129,7 @@ def list_images(
             )
         if named:
             raise UserError(f"{path} is a single picture, so it has no column {named!r}. Name no column.")
-        return [ImageRecord(path, *_find_caption_and_mask(path))]
+        return [_with_companions(path, _Companions(path.parent))]
     if _could_be_dataset(str(source), path):
         return _list_table(_load_from_hub(str(source)), str(source), columns)
     near = nearest_path(path)
@@ -180,36 +192,65 @@ class _Columns:
 
 
 def _list_folder(folder: Path, columns: _Columns) -> list[ImageRecord]:
-    captions = _read_metadata_captions(folder, columns)
-    files = {
-        _normalize_name(file.name): file
-        for file in _list_visible(folder)
-        if file.suffix.lower() in IMAGE_SUFFIXES
-    }
-    masks = {key: file for key, file in files.items() if key.endswith(MASK_SUFFIX)}
-    paths = {key: file for key, file in files.items() if key not in masks}
+    metadata = _read_metadata_captions(folder, columns)
+    beside = {folder: _Companions(folder)}
+    paths = {_normalize_name(file.name): file for file in beside[folder].images}
     stems = {_normalize_name(file.stem) for file in paths.values()}
-    for key, mask in masks.items():
-        if (stem := key.removesuffix(MASK_SUFFIX)) not in stems:
+    for stem, masks in beside[folder].masks.items():
+        if stem not in stems:
             raise UserError(
-                f"{mask} is a mask, but there is no image {stem}.* beside it. Rename or remove it."
+                f"{masks[0]} is a mask, but there is no image {stem}.* beside it. Rename or remove it."
             )
-    for name in captions:
+    for name in metadata:
         paths.setdefault(_normalize_name(name), folder / name)
-    by_key = {_normalize_name(name): caption for name, caption in captions.items()}
+    by_key = {_normalize_name(name): entry for name, entry in metadata.items()}
     pictures = []
     for key, path in sorted(paths.items(), key=lambda item: _natural_sort_key(item[0])):
-        caption, mask_path = _find_caption_and_mask(path)
-        pictures.append(ImageRecord(path, by_key.get(key) or caption, mask_path))
+        if path.parent not in beside:  # metadata may name images in subfolders
+            beside[path.parent] = _Companions(path.parent)
+        picture = _with_companions(path, beside[path.parent])
+        caption, file = by_key.get(key, (None, None))
+        pictures.append(replace(picture, caption=caption, caption_file=file) if caption else picture)
     return pictures
 
 
-def _read_metadata_captions(folder: Path, columns: _Columns) -> dict[str, str | None]:
-    """File name (relative, `/` between folders) → caption, from metadata.jsonl or metadata.csv."""
+class _Companions:
+    """A folder's images, and the captions and masks beside them by the stem of their image."""
+
+    def __init__(self, folder: Path) -> None:
+        self.images: list[Path] = []
+        self.captions: dict[str, list[Path]] = {}
+        self.masks: dict[str, list[Path]] = {}
+        for file in _list_visible(folder) if folder.is_dir() else []:
+            stem, suffix = _normalize_name(file.stem), file.suffix.lower()
+            if suffix in CAPTION_SUFFIXES and file.is_file():
+                self.captions.setdefault(stem, []).append(file)
+            elif suffix not in IMAGE_SUFFIXES or CONDITION_STEM.fullmatch(stem):
+                continue
+            elif mask := MASK_STEM.fullmatch(stem):
+                self.masks.setdefault(mask[1], []).append(file)
+            else:
+                self.images.append(file)
+
+
+def _with_companions(path: Path, beside: _Companions) -> ImageRecord:
+    """The record of an image with its caption and its mask; `UserError` where it has two of one kind."""
+    stem = _normalize_name(path.stem)
+    captions, masks = beside.captions.get(stem, []), beside.masks.get(stem, [])
+    for what, files in (("caption", captions), ("mask", masks)):
+        if len(files) > 1:
+            raise UserError(f"{files[0]} and {files[1].name} are both the {what} of {path.name}. Keep one of them.")
+    caption = _join_lines(_read_text(captions[0])) if captions else None
+    mask, caption_file = masks[0] if masks else None, captions[0] if captions else None
+    return ImageRecord(path, caption, mask, caption_file=caption_file)
+
+
+def _read_metadata_captions(folder: Path, columns: _Columns) -> dict[str, tuple[str | None, Path]]:
+    """File name (relative, `/` between folders) → caption and where it stands, from metadata.jsonl or metadata.csv."""
     present = [folder / name for name in METADATA if (folder / name).is_file()]
     if len(present) > 1:
         raise UserError(f"{folder} holds both metadata.jsonl and metadata.csv. Keep one of them.")
-    captions: dict[str, str | None] = {}
+    captions: dict[str, tuple[str | None, Path]] = {}
     for metadata in present:
         for line, entry in _read_metadata(metadata):
             where = f"Line {line} of {metadata}"
@@ -226,7 +267,7 @@ def _read_metadata_captions(folder: Path, columns: _Columns) -> dict[str, str | 
                 raise UserError(f"{where} names {name}, which lies outside the folder. Use names inside it.")
             if name in captions:
                 raise UserError(f"{where} names {name} a second time. Keep one line for each image.")
-            captions[name] = _join_lines(caption)
+            captions[name] = _join_lines(caption), metadata
     return captions
 
 
@@ -247,13 +288,6 @@ def _read_metadata(metadata: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not isinstance(entry, dict):
             raise UserError(f"Line {number} of {metadata} is not a JSON object. Write {{…}} on each line.")
         yield number, entry
-
-
-def _find_caption_and_mask(path: Path) -> tuple[str | None, Path | None]:
-    """The caption in `name.txt` and the mask `name.mask.png` of `name.jpg`, each None if missing."""
-    text, mask = path.with_suffix(".txt"), path.with_name(path.stem + MASK_SUFFIX)
-    caption = _join_lines(_read_text(text)) if text.is_file() else None
-    return caption, mask if mask.is_file() else None
 
 
 def _read_text(path: Path) -> str:
@@ -288,10 +322,66 @@ def _natural_sort_key(name: str) -> tuple[list[str | int], str]:
 def _describe_empty_folder(folder: Path) -> str:
     kinds = Counter(path.suffix.lower() or "other" for path in _list_visible(folder) if path.is_file())
     contents = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4))
+    deeper = _count_images_below(folder)
+    if deeper:
+        names = [str(below.relative_to(folder)) for below in deeper]
+        listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        return f"{folder} holds no images itself, but folders that hold some: {listed}. Give one of these."
+    empty = "" if any(_list_visible(folder)) else "; it is empty"
     return (
-        f"{folder} holds no images{f' (only {contents})' if contents else '; it is empty'}. "
+        f"{folder} holds no images{f' (only {contents})' if contents else empty}. "
         "Put .jpg, .png or .webp files there, or give another folder."
     )
+
+
+# What is not used.
+
+
+def describe_unused(source: str | Path, pictures: Sequence[ImageRecord]) -> list[str]:
+    """Sentences on what a folder holds beside its listed images: other files, subfolders, masks of doubtful names."""
+    root = Path(source).expanduser()
+    used = {path for one in pictures for path in (one.path, one.mask, one.caption_file) if path}
+    if not root.is_dir() or not pictures or pictures[0].row is not None:
+        return []
+    folders = sorted({root, *(path.parent for path in used)})
+    files = [
+        path
+        for folder in folders
+        for path in _list_visible(folder)
+        if path.is_file() and path not in used and path.name.lower() not in {*SYSTEM_FILES, *METADATA}
+    ]
+    kinds: dict[str, list[str]] = {}
+    for path in files:
+        kinds.setdefault(path.suffix.lower(), []).append(str(path.relative_to(root)))
+    parts = [
+        f"{count} image{'s' if count > 1 else ''} in {folder.relative_to(root)}/"
+        for folder, count in _count_images_below(root).items()
+        if folder not in folders
+    ]
+    for kind, names in kinds.items():
+        parts += names if len(names) < 3 else [f"{len(names)} {kind or 'other'} files ({names[0]}, …)"]
+    shown = ", ".join(parts[:8]) + (f" and {len(parts) - 8} more" if len(parts) > 8 else "")
+    found = [f"Not used in {root}: {shown}."] if parts else []
+    stems = {one.path.stem.casefold() for one in pictures}
+    for one in pictures:
+        match = PERHAPS_MASK.fullmatch(one.path.stem)
+        if match and match[1].casefold() in stems:
+            found.append(
+                f"{one.path.name} counts as an image of its own. If it is the mask of {match[1]}, name it "
+                f"{match[1]}.mask.png."
+            )
+    return found
+
+
+def _count_images_below(folder: Path, *, levels: int = 4) -> dict[Path, int]:
+    """How many images lie in each of the folders below, `levels` deep, those with none left out."""
+    found = {}
+    for below in _list_visible(folder) if levels else []:
+        if below.is_dir() and below.name.lower() not in SYSTEM_FILES:
+            if count := sum(path.suffix.lower() in IMAGE_SUFFIXES for path in _list_visible(below)):
+                found[below] = count
+            found |= _count_images_below(below, levels=levels - 1)
+    return found
 
 
 # Tables of the `datasets` library.
@@ -325,7 +415,11 @@ def _load_parquet(files: Sequence[Path]) -> Any:
 
 
 def _load_from_hub(source: str) -> Any:
+    """Load a dataset of the hub; from the cache alone where there is no connection."""
     datasets = _import_datasets()
+    notify(f"There is no folder {source}, so it is looked for as a dataset on the hub.")
+    offline = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = offline or not hub_answers(source, "dataset")
     try:
         return datasets.load_dataset(source)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
@@ -333,6 +427,8 @@ def _load_from_hub(source: str) -> Any:
             f"{source} is no folder here, and no dataset of that name was loaded ({_first_line(error)}). "
             "Check the spelling, or give a folder of images."
         ) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
 
 
 def _list_table(table: Any, source: str, columns: _Columns) -> list[ImageRecord]:

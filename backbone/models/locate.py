@@ -37,7 +37,8 @@ def locate(model: str) -> Location:
         return _single_file(model, path)
     if path.suffix.lower() in (".safetensors", ".ckpt"):
         raise UserError(f"There is no file {path}. Check the spelling, and the folder that it is named from.")
-    if model in names or (place.count("/") == 1 and not place.startswith((".", "/", "~"))):
+    is_id = place.count("/") == 1 and not place.startswith((".", "/", "~")) and not path.parent.exists()
+    if model in names or is_id:
         return Location(model, place, read_json(hub_file(place, "model_index.json")))
     raise UserError(
         f"There is no model {model}. Name one of {', '.join(names)}, a diffusers folder, "

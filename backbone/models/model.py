@@ -101,6 +101,7 @@ class Backbone:
                 opened = cls(
                     location, family, device=place, dtype=dtype, placement=placement, resolution=resolution
                 )
+                opened.refuse_other_task()
                 opened.refuse_resolution()
                 return opened
         served = ", ".join(family.name for family in families())
@@ -210,6 +211,21 @@ class Backbone:
     def own_resolution(self) -> int:
         """Pixels a side of the pictures that the model was trained on."""
         return self.family.latent_shape(self.location)[1] * self.factor
+
+    def refuse_other_task(self) -> None:
+        """`UserError` for a denoiser that reads more than noisy latents: one for inpainting, depth, upscaling …"""
+        part = "transformer" if "transformer" in self.location.index else "unet"
+        if part not in self.location.index:
+            return  # a checkpoint file, which was looked at when it was recognised
+        reads = self.location.config(part).get("in_channels")
+        latents = int(self.autoencoder_config.get("latent_channels", 4))
+        if reads is None or int(reads) in (latents, 4 * latents):  # FLUX reads 2 × 2 latents as one
+            return
+        task = "an inpainting model" if int(reads) == 2 * latents + 1 else "a model for another task"
+        raise UserError(
+            f"The {part} of {self.location.name} reads {reads} channels and its latents have {latents}: it is {task}. "
+            "Name the text-to-image model that it was made from."
+        )
 
     def refuse_resolution(self) -> None:
         """`UserError` for a resolution at which the model cannot work."""

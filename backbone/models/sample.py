@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import get_args
 
 import torch
 from PIL.Image import Image
@@ -13,15 +13,10 @@ from torch import Tensor
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, add_noise, generator
 from backbone.diffusion.samplers import ancestral, ddim, heun
 from backbone.io.console import UserError
+from backbone.io.sampling import ALL_STEPS, MODELS_OWN, Sampler, Size
 from backbone.media.transforms import to_image
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
-
-Sampler = Literal["ddim", "heun", "ancestral"]
-ALL_STEPS = (0.0, 1.0)
-Size: TypeAlias = tuple[int | None, int | None]
-"""(width, height) in pixels; None for the model's own."""
-MODELS_OWN: Size = (None, None)
 
 
 @dataclass(frozen=True)
@@ -134,22 +129,6 @@ def limit_guidance(
         return chosen(noisy, level)
 
     return predict
-
-
-def describe_guidance_interval(share: tuple[float, float]) -> str:
-    """The guidance interval in words, to follow the guidance scale; empty for all steps."""
-    start, stop = share
-    return "" if share == ALL_STEPS else f" from {start:.0%} to {stop:.0%} of the steps"
-
-
-def check_guidance_interval(share: tuple[float, float]) -> None:
-    """Raise `UserError` unless 0 <= start < stop <= 1."""
-    start, stop = share
-    if not 0 <= start < stop <= 1:
-        raise UserError(
-            f"Guidance from {start:g} to {stop:g} of the steps is no share of them. Let it begin at 0 or later, and "
-            "end behind that, at 1 or earlier."
-        )
 
 
 def get_sampler(

@@ -8,13 +8,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backbone.io.console import UserError
+from backbone.adapters.concept import word_pattern
+from backbone.io.console import UserError, notify
 from backbone.io.files import read_json
-from backbone.media.pictures import IMAGE_SUFFIXES, ImageRecord, check_images, list_images
-from customize.settings import INSTANCE_PROMPT, Subject
+from backbone.media.pictures import (
+    IMAGE_SUFFIXES,
+    ImageRecord,
+    check_images,
+    describe_unused,
+    list_images,
+)
+from customize.settings import CLASS_PROMPT, INSTANCE_PROMPT, Subject
 
 KOHYA_FOLDER = re.compile(r"(\d+)_(.+)")
 ARTICLES = frozenset({"a", "an", "the"})
+FUNCTION_WORDS = ARTICLES | frozenset(
+    "of in on at with by and or from to for as is are under over near next beside behind wearing holding sitting "
+    "standing lying running style photo picture image painting drawing my his her its their".split()
+)
+IDENTIFIER = re.compile(  # words that are no language's: in brackets, without vowels, in capitals, with digits
+    r"\[[^\[\]\s]+\]|<[^<>\s]+>|[b-df-hj-np-tv-xz]{2,6}|ohwx|olis|[A-Z]{2,6}|(?=\w*[A-Za-z])(?=\w*\d)\w+"
+)
+NO_IDENTIFIER = re.compile(r"\d+(?:k|d|mm|cm|px|mp)|hd|uhd|hdr|dslr|raw|cgi?|bw|vr", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -61,27 +76,39 @@ def read_concepts(path: str | Path) -> list[ConceptFolder]:
     )
 
 
-def read_subjects(path: str | Path) -> tuple[list[Subject], dict[str, Any]]:
+def read_subjects(
+    path: str | Path, *, token: str = "", class_noun: str = "", token_words: str = ""
+) -> tuple[list[Subject], dict[str, Any]]:
     """Subjects for `customize train` from such a source, and settings that its prompts and class images imply.
 
-    The source's token is both what users write and what the model reads. Subjects are sampled equally often, which is
-    what repeats are used for. Raises `UserError` where a token or class is missing or the prompts differ.
+    The source's token is both what users write and what the model reads; one that is given here wins over the
+    source's own, and so does a class. Subjects are sampled equally often, which is what repeats are used for. Raises
+    `UserError` where a token or class is missing, one is given for several subjects, or the prompts differ.
     """
     concepts = read_concepts(path)
-    for entry in concepts:
-        if not entry.token_words or not entry.class_noun:
+    for flag, value in (("--token", token), ("--class", class_noun), ("--token-words", token_words)):
+        if value and len(concepts) > 1:
             raise UserError(
-                f"{entry.folder} does not say its token and its class. Name both: a folder “10_sks dog”, or a "
-                "concepts_list.json whose instance_prompt is “a sks dog” and class_prompt “a dog”."
+                f"{path} holds {len(concepts)} subjects and says what they are called, so {flag} has no effect. "
+                "Leave it out, or train them one by one."
+            )
+    for entry in concepts:
+        if not (token or entry.token_words) or not (class_noun or entry.class_noun):
+            raise UserError(
+                f"{entry.folder} does not say its token and its class. Name both: with --token and --class, by a "
+                "folder “10_sks dog”, or by a concepts_list.json whose instance_prompt is “a sks dog” and "
+                "class_prompt “a dog”."
             )
     asked: dict[str, Any] = {}
-    templates = {entry.instance_prompt or INSTANCE_PROMPT for entry in concepts}
-    if len(templates) > 1:
-        raise UserError(
-            f"The instance prompts of {path} differ in more than token and class. Train them one by one."
-        )
-    if templates != {INSTANCE_PROMPT}:
-        asked["instance_prompt"] = templates.pop()
+    for name, usual in (("instance_prompt", INSTANCE_PROMPT), ("class_prompt", CLASS_PROMPT)):
+        templates = {getattr(entry, name) or usual for entry in concepts}
+        if len(templates) > 1:
+            raise UserError(
+                f"The {name}s of {path} differ in more than token and class. Train them one by one."
+            )
+        if templates != {usual}:
+            asked[name] = templates.pop()
+    _say_what_is_beside(Path(path).expanduser(), [entry.folder for entry in concepts])
     folders = [str(entry.class_folder) for entry in concepts if entry.class_folder is not None]
     if folders and len(folders) < len(concepts):
         raise UserError(
@@ -90,21 +117,48 @@ def read_subjects(path: str | Path) -> tuple[list[Subject], dict[str, Any]]:
     if folders:
         asked["class_images"] = tuple(folders)
     subjects = [
-        Subject(str(entry.folder), entry.token_words, entry.class_noun, entry.token_words)
+        Subject(
+            str(entry.folder),
+            token or entry.token_words,
+            class_noun or entry.class_noun,
+            token_words or ("" if token else entry.token_words),
+        )
         for entry in concepts
     ]
     return subjects, asked
 
 
-def is_concept_source(path: str | Path) -> bool:
-    """Whether a path has a layout that `read_concepts` reads, rather than being a plain folder of images."""
+def _say_what_is_beside(path: Path, used: Sequence[Path]) -> None:
+    """Says which images of a folder of concepts no concept uses."""
+    if not path.is_dir() or path in used:
+        return
+    beside = [f"{folder.name}/" for folder in sorted(path.iterdir()) if folder.is_dir() and folder not in used]
+    loose = sum(file.suffix.lower() in IMAGE_SUFFIXES for file in path.iterdir() if file.is_file())
+    parts = [name for name in beside if not name.startswith(".") and _has_images(path / name)]
+    if loose:
+        parts.insert(0, f"{loose} image{'s' if loose > 1 else ''} beside the numbered folders")
+    if parts:
+        notify(f"Not used in {path}: {', '.join(parts)}.")
+
+
+def is_concept_source(path: str | Path, *, token: str = "", class_noun: str = "") -> bool:
+    """Whether a path has a layout that `read_concepts` reads, rather than being a plain folder of images.
+
+    Where `token` and `class_noun` are given, a folder of images is plain whatever it is called; one of them is enough
+    where the folder's name has but a number and a word (`01_front`).
+    """
     path = Path(path).expanduser()
     if path.is_file():
         return path.name == "concepts_list.json"
     if not path.is_dir():
         return False
-    if KOHYA_FOLDER.fullmatch(path.name) and _has_images(path):
-        return True
+    if _has_images(path):
+        if token and class_noun:
+            return False
+        if KOHYA_FOLDER.fullmatch(path.name):
+            name = _parse_folder(path)
+            told = name.class_noun or IDENTIFIER.fullmatch(name.token_words)
+            return bool(name.class_noun or not token) and bool(told or not class_noun)
     subfolders = [
         folder for folder in path.iterdir() if folder.is_dir() and KOHYA_FOLDER.fullmatch(folder.name)
     ]
@@ -150,12 +204,65 @@ def _parse_entry(entry: Any, where: str, beside: Path) -> ConceptFolder:
     token, noun = find_token_and_class(texts["instance_prompt"], texts["class_prompt"])
     # The token, and the class behind it, become placeholders.
     prompt = texts["instance_prompt"]
-    if token:
-        prompt = prompt.replace(token, "{token}", 1)
-        if noun:
-            prompt = re.sub(rf"(\{{token\}}.*?)\b{re.escape(noun)}\b", r"\1{class}", prompt, count=1)
+    if not token:
+        token, noun = guess_token_and_class(prompt)
     classes = beside / Path(texts["class_data_dir"]).expanduser() if texts["class_data_dir"] else None
-    return ConceptFolder(folder, 1, token, noun, prompt, texts["class_prompt"] or None, classes)
+    class_prompt = re.sub(word_pattern(noun), "{class}", texts["class_prompt"], count=1) if noun else ""
+    return ConceptFolder(
+        folder, 1, token, noun, as_template(prompt, token, noun), class_prompt or None, classes
+    )
+
+
+def as_template(prompt: str, token: str, noun: str) -> str:
+    """An instance prompt with {token} in the place of its token, and {class} in that of the class behind it."""
+    if not token:
+        return prompt
+    start, found, end = prompt.partition("{token}")
+    if not found:
+        match = re.search(word_pattern(token), prompt)
+        if match is None:
+            return prompt
+        start, end = prompt[: match.start()], prompt[match.end() :]
+    if noun and "{class}" not in end:
+        end = re.sub(rf"\b{re.escape(noun)}\b", "{class}", end, count=1)
+    return start + "{token}" + end
+
+
+def guess_token_and_class(instance_prompt: str, class_noun: str = "", class_prompt: str = "") -> tuple[str, str]:
+    """(token, class) of an instance prompt alone, as “a photo of sks dog” is meant; empty where it does not tell.
+
+    The token is what the class prompt lacks, or the one word that looks like a rare identifier (sks, ohwx, TOK, [V],
+    <dog>, zwx2), else the word before the class. The class is what stands behind it up to a preposition or a comma.
+    """
+    if class_prompt and "{" not in class_prompt:
+        token, noun = find_token_and_class(instance_prompt, class_prompt)
+        if token and " " not in token:
+            return token, class_noun or noun
+    words = instance_prompt.split()
+    plain = [word.strip(",.;:!?") for word in words]
+    rare = [
+        number
+        for number, word in enumerate(plain)
+        if IDENTIFIER.fullmatch(word) and not NO_IDENTIFIER.fullmatch(word)
+    ]
+    noun_words = class_noun.lower().split()
+    before = [
+        number - 1
+        for number in range(1, len(words))
+        if noun_words and [word.lower() for word in plain[number : number + len(noun_words)]] == noun_words
+    ]
+    if len({plain[number] for number in rare}) == 1:
+        place = rare[0]
+    elif set(rare) & set(before):
+        place = min(set(rare) & set(before))
+    elif len(before) == 1 and not rare and plain[before[0]].lower() not in FUNCTION_WORDS:
+        place = before[0]
+    else:
+        return "", class_noun
+    last = place  # of the words up to a preposition or a mark
+    while last + 1 < len(words) and words[last] == plain[last] and plain[last + 1].lower() not in FUNCTION_WORDS:
+        last += 1
+    return plain[place], class_noun or " ".join(plain[place + 1 : last + 1])
 
 
 def find_token_and_class(instance_prompt: str, class_prompt: str) -> tuple[str, str]:
@@ -191,8 +298,14 @@ def _has_images(folder: Path) -> bool:
 def read_images(
     subjects: Sequence[Subject], caption_column: str = "", image_column: str = ""
 ) -> list[list[ImageRecord]]:
-    """The images of each subject, checked once; `UserError` lists all that cannot be used."""
+    """The images of each subject, checked once; says what lies unused beside them.
+
+    Raises `UserError` that lists all images that cannot be used.
+    """
     columns = {"caption_column": caption_column or None, "image_column": image_column or None}
     folders = [list_images(subject.images, **columns) for subject in subjects]
     check_images([image for folder in folders for image in folder])
+    for subject, folder in zip(subjects, folders, strict=True):
+        for sentence in describe_unused(subject.images, folder):
+            notify(sentence)
     return folders

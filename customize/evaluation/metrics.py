@@ -95,7 +95,7 @@ class Evaluator:
         self.model, self.scorers, self.settings = model, scorers, settings
         noun = settings.class_noun
         self.subject_requests = [
-            Request(resolve_placeholder_tokens(p.format(settings.called()), [concept]), (i, 0))
+            Request(resolve_placeholder_tokens(p.format(settings.called()), [concept], runs=None), (i, 0))
             for i, p in enumerate(VALIDATION_PROMPTS)
         ]
         plain = settings.subjects()[0].filled(settings.class_prompt)

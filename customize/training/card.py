@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from backbone.adapters.concept import word_pattern
 from backbone.adapters.embeddings import EMBEDDINGS_FILE as WORDS
 from backbone.io.console import UserError
 from backbone.io.files import read_header
@@ -44,9 +45,9 @@ def card(settings: Settings, model: Backbone) -> str:
 
 def push(run: Path, repository: str) -> str:
     """Uploads a run folder, without what only resuming needs; gives its address. Raises `UserError` where it cannot."""
-    import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.utils import httpx
 
     api = HfApi()
     try:
@@ -136,5 +137,7 @@ def in_diffusers(run: Path, settings: Settings, instance: str) -> list[str]:
         return ["For other programs, bake it into a pipeline: `customize merge --help`."]
     # diffusers itself writes out a word of several vectors, but only one in small letters
     itself = settings.method in OWN_WORDS and settings.token == settings.token.lower()
-    prompt = instance if itself else instance.replace(settings.token, settings.token_words)
+    prompt = instance if itself else re.sub(
+        word_pattern(settings.token), lambda _: settings.token_words, instance
+    )
     return ["In diffusers:", "", "```python", *lines, f'pipeline("{prompt}")', "```"]

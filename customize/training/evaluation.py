@@ -208,7 +208,7 @@ class Previews:
             for number, prompt in enumerate(settings.sheet_prompts)
         ]
         self.requests = [
-            Request(resolve_placeholder_tokens(prompt, [concept]), (i, 0))
+            Request(resolve_placeholder_tokens(prompt, [concept], runs=None), (i, 0))
             for i, prompt in enumerate(self.prompts)
         ]
 

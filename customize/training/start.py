@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from backbone.adapters.concept import mentions
 from backbone.io.console import UserError, notify
 from backbone.io.options import refuse_idle
-from customize.settings import Subject, read_subject, resolved
+from customize.settings import OWN_WORDS, Subject, read_subject, resolved
+
+DEFAULT_TOKEN = "[V]"
 
 
 def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | None = None) -> Path:
@@ -36,10 +40,9 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
 def subjects_of(asked: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]]:
     """What is to be learned, and the settings with what a layout of other trainers says beside it.
 
-    Raises `UserError` where nothing is named, or a flag says otherwise than the layout.
+    Folders are made absolute, so that the run can be resumed from anywhere. Raises `UserError` where nothing is named,
+    a flag says otherwise than the layout, or the instance prompt leaves open which word is the subject's.
     """
-    from customize.data.folders import is_concept_source, read_subjects
-
     rest = dict(asked)
     images, token = rest.pop("images", None), rest.pop("token", None)
     noun, words = rest.pop("class_noun", ""), rest.pop("token_words", "")
@@ -54,22 +57,77 @@ def subjects_of(asked: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]
                 raise UserError(
                     f"--{name} belongs to --images, which is not there. Add it, or leave that out."
                 )
-        return more, rest
-    if not is_concept_source(images):
-        return [Subject(images, token or "[V]", noun, words), *more], rest
-    found, prompts = read_subjects(images)
-    for flag, value, own in (
-        ("--token", token, found[0].token),
-        ("--class", noun, found[0].class_noun),
-        ("--token-words", words, found[0].token_words),
-    ):
-        if value and (value != own or len(found) > 1):
-            raise UserError(
-                f"{images} says what its subjects are called, so {flag} has no effect. Leave it out."
-            )
-    for subject in found:
-        notify(f"{subject.images}: {subject.token} {subject.class_noun}, all subjects equally often.")
-    if "class_images" in prompts and rest.get("prior") != "class-images":
-        notify(f"The class_data_dir of {images} is for --prior class-images, and is left aside.")
-        del prompts["class_images"]
-    return [*found, *more], {**prompts, **rest}
+        found: list[Subject] = []
+    else:
+        found, rest = first_subjects(str(images), token or "", noun, words, rest)
+    subjects = [replace(one, images=absolute(one.images)) for one in [*found, *more]]
+    refuse_prompts(subjects[0], rest)
+    if "scorer" in rest:
+        rest["scorer"] = absolute(rest["scorer"])
+    if "class_images" in rest:
+        rest["class_images"] = tuple(map(absolute, rest["class_images"]))
+    return subjects, rest
+
+
+def first_subjects(
+    images: str, token: str, noun: str, words: str, rest: Mapping[str, Any]
+) -> tuple[list[Subject], dict[str, Any]]:
+    """The subjects of `--images`, and the settings with what its layout says and the instance prompt as a template."""
+    from customize.data.folders import as_template, is_concept_source, read_subjects
+
+    prompts: dict[str, Any] = {}
+    if is_concept_source(images, token=token, class_noun=noun):
+        subjects, prompts = read_subjects(images, token=token, class_noun=noun, token_words=words)
+        for subject in subjects:
+            notify(f"{subject.images}: {subject.token} {subject.class_noun}, all subjects equally often.")
+        if "class_images" in prompts and rest.get("prior") != "class-images":
+            notify(f"The class_data_dir of {images} is for --prior class-images, and is left aside.")
+            del prompts["class_images"]
+    else:
+        subjects = [name_subject(Subject(images, token, noun, words), rest)]
+    settings = {**prompts, **rest}
+    first = subjects[0]
+    if "instance_prompt" in settings:
+        settings["instance_prompt"] = as_template(
+            settings["instance_prompt"], first.token, first.class_noun
+        )
+    return subjects, settings
+
+
+def name_subject(subject: Subject, rest: Mapping[str, Any]) -> Subject:
+    """The subject with a token: the one that was given, the one that stands in the instance prompt, or [V]."""
+    from customize.data.folders import guess_token_and_class
+
+    prompt = rest.get("instance_prompt", "")
+    if subject.token or not prompt or "{token}" in prompt or mentions(prompt, DEFAULT_TOKEN):
+        return replace(subject, token=subject.token or DEFAULT_TOKEN)
+    token, noun = guess_token_and_class(prompt, subject.class_noun, rest.get("class_prompt", ""))
+    if not token:
+        raise UserError(
+            f"The instance prompt “{prompt}” does not show which word is the subject's. Name it with --token, or "
+            "write {token} in its place."
+        )
+    own = rest.get("method", "lora") in OWN_WORDS  # which learns the token's meaning from nothing
+    notify(f"In the instance prompt “{prompt}” the token is {token}{f' and the class {noun}' if noun else ''}.")
+    return replace(subject, token=token, class_noun=noun, token_words=subject.token_words or ("" if own else token))
+
+
+def refuse_prompts(first: Subject, rest: Mapping[str, Any]) -> None:
+    """`UserError` for an instance prompt without the token, or a class prompt with it: they would teach nothing."""
+    prompt = rest.get("instance_prompt", "")
+    if prompt and "{token}" not in prompt:
+        raise UserError(
+            f"The instance prompt “{prompt}” lacks the token {first.token}. Write it in, as in “a photo of "
+            f"{first.called()}”, or {{token}} in its place."
+        )
+    general = rest.get("class_prompt", "")
+    if "{token}" in general or mentions(general, first.token):
+        raise UserError(
+            f"The class prompt “{general}” holds the token {first.token}, which is the subject's alone. Leave it out."
+        )
+
+
+def absolute(path: str) -> str:
+    """An existing path with its whole name; everything else, as the id of a dataset, is left as it is."""
+    place = Path(path).expanduser()
+    return str(place.absolute()) if path and place.exists() else path

@@ -24,15 +24,14 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def write_inversion(
-    file: Path, image: ImageLike, prompt: str, *, check: bool, guidance: float | None, **wishes: Any
-) -> list[str]:
-    """Inverts an image into a file, and gives what there is to say about it. `wishes` are a model's and a `Start`'s."""
+def write_inversion(file: Path, image: ImageLike, prompt: str, wishes: Mapping[str, Any]) -> list[str]:
+    """Inverts an image into a file, and gives what there is to say about it; what it is not asked for, `Start` says."""
     loaded = load_model(**pick(wishes, OPENING))
-    inversion = Start(image, prompt, **pick(wishes, START)).open(loaded, guidance=guidance)
+    start = Start(**{**pick(wishes, START), "image": image, "source": prompt})
+    inversion = start.open(loaded, guidance=wishes.get("guidance"))
     inversion.write(file)
     lines = [f"{inversion.nfe} evaluations of the denoiser (NFE)."]
-    return [*lines, *describe_exactness(inversion)] if check else lines
+    return [*lines, *describe_exactness(inversion)] if wishes.get("check") else lines
 
 
 def describe_exactness(inversion: Inversion) -> list[str]:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from align.collect.sample import SamplingSettings, sample_pairs
+from align.collect.sample import sample_pairs
 from align.pairs.read import read_preferences
 from align.pairs.records import check_preferences
+from align.settings import PairSampling
 from align.training import run as runs
 from align.training.online import train_online
 from align.training.run import train_taste
@@ -72,9 +73,8 @@ def interrupted(folder: Path, model: Path, pairs: Path, name: str) -> None:
 
 
 def sample(folder: Path, model: Path, prompts: Path) -> None:
-    sampling = SamplingSettings(steps=2, batch=3)
-    asked = read_prompts(prompts)
-    sample_pairs(asked, folder / "drawn", model=str(model), sampling=sampling, precision="fp32", device="cpu")
+    asked = PairSampling(model=str(model), steps=2, batch=3, precision="fp32", device="cpu")
+    sample_pairs(read_prompts(prompts), folder / "drawn", asked)
 
 
 def everything(folder: Path, model: Path, pairs: Path, prompts: Path) -> None:

@@ -13,6 +13,7 @@ from unittest.mock import patch
 from backbone.distributed import processes
 from backbone.io.console import UserError
 from backbone.io.files import append_jsonl
+from backbone.io.sampling import DrawingOptions
 from backbone.models.cache import VARIABLE
 from customize.sampling import sample_to_folder
 from customize.settings import Subject
@@ -37,9 +38,8 @@ def train(folder: Path, model: Path, pictures: Path, name: str, asked: Mapping[s
 
 
 def sample(folder: Path, model: Path, *, count: int, out: str) -> None:
-    sample_to_folder(
-        PROMPTS[1:], model=str(model), count=count, steps=2, out=folder / out, precision="fp32", device="cpu"
-    )
+    asked = DrawingOptions(model=str(model), count=count, steps=2, precision="fp32", device="cpu")
+    sample_to_folder(PROMPTS[1:], asked, folder / out)
 
 
 def interrupted(folder: Path, model: Path, pictures: Path, name: str) -> None:

@@ -174,9 +174,12 @@ def test_a_scorer_that_is_none_is_refused_before_anything_is_drawn(
 def test_a_comparison_that_was_drawn_in_another_way_is_not_gone_on_with(tmp_path: Path) -> None:
     write_json(tmp_path / "base" / "drawn.json", {"model": "other"})
     from align.comparison.compare import compare_models
+    from align.settings import ComparisonSettings
 
     with pytest.raises(UserError, match="another --out"):
-        compare_models(Side.from_name("moji"), Side.from_name("moji"), [Prompt("a dog")], tmp_path)
+        compare_models(
+            Side.from_name("moji"), Side.from_name("moji"), [Prompt("a dog")], tmp_path, ComparisonSettings()
+        )
 
 
 def test_each_side_can_have_its_own_guidance(

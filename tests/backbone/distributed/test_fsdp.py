@@ -25,6 +25,7 @@ from backbone.distributed import processes
 from backbone.distributed.spawn import run_workers
 from backbone.io.console import UserError
 from backbone.io.files import append_jsonl, read_jsonl, read_tensors
+from backbone.io.sampling import DrawingOptions
 from backbone.models.cache import VARIABLE
 from backbone.models.model import Backbone
 from backbone.models.placement import Placement
@@ -92,8 +93,8 @@ def everything(folder: Path, count: str) -> None:
     with patch("backbone.training.run.append_jsonl", stopping), suppress(KeyboardInterrupt):
         train_taste(asked, found, out=out)
     resume_taste(out)
-    model = {"model": str(folder / "sd3"), "precision": "fp32", "device": "cpu"}
-    sample_to_folder(PROMPTS[:3], count=3, steps=2, out=folder / count / "drawn", **model)  # type: ignore[arg-type]
+    drawn = DrawingOptions(model=str(folder / "sd3"), count=3, steps=2, precision="fp32", device="cpu")
+    sample_to_folder(PROMPTS[:3], drawn, folder / count / "drawn")
 
 
 def train(folder: Path, count: str, name: str, asked: Mapping[str, Any], *, run: str = "") -> None:

@@ -14,10 +14,10 @@ from backbone.diffusion.noise import Estimate, Level
 from backbone.diffusion.samplers import ddim, heun
 from backbone.diffusion.schedules import karras_schedule
 from backbone.io.console import UserError
+from backbone.io.sampling import check_guidance_interval
 from backbone.models.model import Backbone
 from backbone.models.sample import (
     Request,
-    check_guidance_interval,
     count_skipped_steps,
     initial_noise,
     latent_size,

@@ -1,0 +1,82 @@
+"""From captions to training prompts: the token put in, what is read as plain text, what the model will not see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from backbone.adapters.concept import PLACEHOLDER, Concept, mentions, replace_tokens, resolve_placeholder_tokens
+from backbone.media.pictures import ImageRecord
+
+if TYPE_CHECKING:
+    from backbone.families.base import TextEncoder
+
+LONG = 60  # words from which a caption may be longer than the 77 tokens that CLIP reads
+
+
+@dataclass(frozen=True)
+class TrainingPrompt:
+    """What an image is trained under.
+
+    written   with the token
+    resolved  with the words that the model reads in its place
+    source    the caption's file, or the image's
+    """
+
+    written: str
+    resolved: str
+    source: str
+
+
+def write_prompt(picture: ImageRecord, instance: str, token: str, concept: Concept) -> TrainingPrompt:
+    """The training prompt of an image: its caption, the instance prompt put in front if it lacks the token.
+
+    Brackets in a caption that are no token are text. Raises `UserError` for an instance prompt with a placeholder
+    that the concept does not own.
+    """
+    if not picture.caption:
+        resolved = resolve_placeholder_tokens(instance, [concept], runs=None)
+        return TrainingPrompt(instance, resolved, str(picture.path))
+    has_token = mentions(picture.caption, token)
+    written = picture.caption if has_token else f"{instance}, {picture.caption}"
+    return TrainingPrompt(written, replace_tokens(written, [concept]), picture.caption_source)
+
+
+def describe_brackets(prompts: Sequence[TrainingPrompt], concept: Concept) -> str:
+    """A sentence on what looks like a token in captions and is none; "" where there is nothing of the kind."""
+    found: dict[str, str] = {}
+    for prompt in prompts:
+        for word in PLACEHOLDER.findall(prompt.written):
+            if word not in concept.tokens:
+                found.setdefault(word, prompt.source)
+    if not found:
+        return ""
+    own = " and ".join(concept.tokens)
+    named = ", ".join(list(found)[:5])
+    return f"Captions hold {named} (first in {next(iter(found.values()))}), read as plain text; the token is {own}."
+
+
+def describe_truncated(
+    prompts: Sequence[TrainingPrompt], words: str, token: str, text_encoder: TextEncoder
+) -> list[str]:
+    """A sentence for each prompt of which the model reads only the beginning; `words` stand for the token."""
+    segments = [segment for segment in text_encoder.segments if segment.tokenizer is not None]
+    if not segments:
+        return []
+    longest = max(segments, key=lambda segment: segment.tokens)
+
+    def count(text: str) -> int:
+        return len(longest.tokenizer(longest.preprocess(text), verbose=False)["input_ids"])
+
+    found = []
+    for prompt in {prompt.source: prompt for prompt in prompts}.values():
+        tokens = count(prompt.resolved)
+        if tokens <= longest.tokens:
+            continue
+        end = prompt.resolved.find(words) + len(words)  # of the first time that it is named
+        lost = f", the token {token} not among them" if count(prompt.resolved[:end]) > longest.tokens else ""
+        found.append(
+            f"The caption in {prompt.source} has {tokens} tokens and the model reads {longest.tokens}{lost}. Shorten it."
+        )
+    return found

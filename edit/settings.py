@@ -1,0 +1,441 @@
+"""What each command of `edit` is told, each option declared once; where several share one, in a part of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+from backbone.io.flags import CONCEPTS, DRAWING, OUTPUT, SAMPLING, SCORING, ConceptOptions
+from backbone.io.options import Option
+
+# Sections of the help
+WORDS = "Words"
+WHERE = "Where it changes"
+HOW = "How it changes"
+INVERSION = "Inversion"
+PANELS = (WORDS, WHERE, HOW, INVERSION, DRAWING, SAMPLING, CONCEPTS, SCORING)
+
+Method = Literal["direct", "ddim", "null-text", "negative-prompt", "edit-friendly", "renoise", "reversible"]
+Way = Literal["prompt-to-prompt", "masactrl", "plug-and-play"]
+MADE_ANEW = {"inversion": (None,)}  # what an inversion's file has settled already
+SOURCE_HELP = "What the image shows, in words or in a file."
+STRENGTH_HELP = "Share of the way that is walked again."
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions(ConceptOptions):
+    """Of every command that samples: a model with concepts, and how many steps from which noise."""
+
+    steps: Annotated[
+        int, Option("Steps of the sampler.", SAMPLING, aliases=("num-inference-steps",), min=1)
+    ] = 50
+    seed: Annotated[int, Option("Everything random follows from it.", SAMPLING)] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceOptions:
+    """Of a command with classifier-free guidance."""
+
+    guidance: Annotated[
+        float | None,
+        Option(
+            "Classifier-free guidance; 1: none.",
+            SAMPLING,
+            aliases=("guidance-scale", "cfg-scale"),
+            default_text="by model",
+            min=0,
+        ),
+    ] = None
+    negative: Annotated[
+        str, Option("What to stay away from.", WORDS, aliases=("negative-prompt",), metavar="PROMPT")
+    ] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFolder:
+    """Of a command that writes a run folder."""
+
+    out: Annotated[
+        Path | None,
+        Option(
+            "The run folder to write.",
+            OUTPUT,
+            aliases=("output-dir",),
+            metavar="FOLDER",
+            default_text="runs/edit-NAME-OF-IMAGE",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(RunFolder):
+    """Of a command whose result is measured against the image."""
+
+    metrics: Annotated[bool, Option("Measure what stayed and what changed.", SCORING)] = True
+    scorer: Annotated[
+        str | None,
+        Option(
+            "A CLIP folder that measures.",
+            SCORING,
+            metavar="FOLDER",
+            default_text="the model's own",
+            needs={"metrics": (True,)},
+        ),
+    ] = None
+    film: Annotated[bool, Option("Also a film of the way, trajectory.gif.", OUTPUT, flag="trajectory")] = (
+        False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskOption:
+    """Of a command that may be kept to a part of the image."""
+
+    mask: Annotated[
+        str | None,
+        Option(
+            "An image of the same size; white: may change.",
+            WHERE,
+            aliases=("mask-image",),
+            metavar="IMAGE",
+            default_text="everywhere",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageArgument:
+    """Of a command that needs the image itself."""
+
+    image: Annotated[str, Option("The image.", WORDS, argument=True, metavar="IMAGE")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartOptions(StepOptions, ReportOptions, MaskOption):
+    """Of a command that begins from an image with its prompt, or from an inversion's file."""
+
+    image: Annotated[
+        str | None,
+        Option(
+            "The image; not with --inversion.", WORDS, argument=True, metavar="IMAGE", default_text="none"
+        ),
+    ] = None
+    source: Annotated[
+        str | None,
+        Option(
+            SOURCE_HELP,
+            WORDS,
+            aliases=("source-prompt",),
+            metavar="PROMPT",
+            default_text="the inversion's",
+        ),
+    ] = None
+    inversion: Annotated[
+        str | None,
+        Option("A file of edit invert.", INVERSION, metavar="FILE", default_text="made anew"),
+    ] = None
+    steps: Annotated[
+        int,
+        Option("Steps of the sampler.", SAMPLING, aliases=("num-inference-steps",), min=1, needs=MADE_ANEW),
+    ] = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathOptions(StartOptions):
+    """Of a command that follows the inversion's path, where nothing is random any more."""
+
+    seed: Annotated[int, Option("Everything random follows from it.", SAMPLING, needs=MADE_ANEW)] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetOptions:
+    """Of a command with several targets, done in one batch."""
+
+    targets: Annotated[
+        tuple[str, ...],
+        Option(
+            "What it should show, in words or in a file; repeatable, done in one batch.",
+            WORDS,
+            flag="target",
+            aliases=("target-prompt",),
+            metavar="PROMPT",
+        ),
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InversionOptions:
+    """How an image is inverted, where there is no file of its inversion."""
+
+    method: Annotated[
+        Method, Option("How the image is inverted.", INVERSION, choices=get_args(Method), needs=MADE_ANEW)
+    ] = "direct"
+    iterations: Annotated[
+        int,
+        Option(
+            "Of null-text, at every step.",
+            INVERSION,
+            min=0,
+            needs={"method": ("null-text",), **MADE_ANEW},
+        ),
+    ] = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class InvertOptions(StepOptions, ImageArgument):
+    """What `edit invert` is told."""
+
+    prompt: Annotated[
+        str,
+        Option(
+            SOURCE_HELP,
+            WORDS,
+            flag="source",
+            aliases=("source-prompt", "prompt", "prompts"),
+            metavar="PROMPT",
+        ),
+    ]
+    method: Annotated[Method, Option("How the image is inverted.", INVERSION, choices=get_args(Method))] = (
+        "direct"
+    )
+    iterations: Annotated[
+        int,
+        Option("Of null-text, at every step.", INVERSION, min=0, needs={"method": ("null-text",)}),
+    ] = 10
+    guidance: Annotated[
+        float | None,
+        Option(
+            "Of null-text: what the image will be edited with.",
+            INVERSION,
+            aliases=("guidance-scale", "cfg-scale"),
+            default_text="by model",
+            min=0,
+            needs={"method": ("null-text",)},
+        ),
+    ] = None
+    check: Annotated[bool, Option("Walk it down again and say how exact it is.", INVERSION)] = False
+    out: Annotated[
+        Path | None,
+        Option(
+            "The file to write.",
+            OUTPUT,
+            aliases=("output-dir",),
+            metavar="FILE",
+            default_text="NAME-OF-IMAGE.safetensors",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplaceOptions(PathOptions, InversionOptions, GuidanceOptions, TargetOptions):
+    """What `edit invert-and-replace` is told; None stands for what comes with the kind of control."""
+
+    swaps: Annotated[
+        tuple[str, ...],
+        Option(
+            "cat=tiger: words that take each other's place.",
+            WORDS,
+            flag="swap",
+            metavar="OLD=NEW",
+            default_text="found",
+        ),
+    ] = ()
+    weights: Annotated[
+        tuple[str, ...],
+        Option(
+            "silver=2: how strongly a target's word counts.",
+            WORDS,
+            flag="reweight",
+            metavar="WORD=X",
+            default_text="1",
+        ),
+    ] = ()
+    dry_run: Annotated[bool, Option("Print what becomes of the words, and end.", WORDS)] = False
+    blend: Annotated[
+        tuple[str, ...],
+        Option(
+            "Change only where this word stands; auto: the words that differ; none: everywhere.",
+            WHERE,
+            metavar="WORD",
+            default_text="by control",
+        ),
+    ] = ()
+    keep: Annotated[
+        tuple[str, ...], Option("Never change where this word stands.", WHERE, metavar="WORD")
+    ] = ()
+    threshold: Annotated[
+        float | None,
+        Option(
+            "Share of the greatest difference that lets a place change.",
+            WHERE,
+            default_text="0.25",
+            min=0,
+            max=1,
+        ),
+    ] = None
+    control: Annotated[
+        Way,
+        Option(
+            "What holds the image: masactrl for what bends, plug-and-play for a new look.",
+            HOW,
+            choices=get_args(Way),
+        ),
+    ] = "prompt-to-prompt"
+    cross: Annotated[
+        float | None,
+        Option(
+            "Share of the steps with the source's cross-attention.",
+            HOW,
+            aliases=("cross-replace-steps",),
+            default_text="0.8",
+            min=0,
+            max=1,
+        ),
+    ] = None
+    self_attention: Annotated[
+        float | None,
+        Option(
+            "Share of the steps with its self-attention.",
+            HOW,
+            flag="self",
+            aliases=("self-replace-steps",),
+            default_text="0.4",
+            min=0,
+            max=1,
+        ),
+    ] = None
+    windows: Annotated[
+        tuple[str, ...],
+        Option("cat=0.2:0.8: cross-attention's window of one word.", HOW, flag="window", metavar="WORD=A:B"),
+    ] = ()
+    strength: Annotated[float, Option(STRENGTH_HELP, HOW, min=0, max=1)] = 1.0
+    heatmaps: Annotated[
+        tuple[str, ...],
+        Option("Also where this word looks; repeatable.", OUTPUT, flag="heatmap", metavar="WORD"),
+    ] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountOption:
+    """Of a command that draws several images of one prompt."""
+
+    count: Annotated[int, Option("Images.", DRAWING, aliases=("num-images-per-prompt",), min=1)] = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SDEditOptions(StepOptions, GuidanceOptions, ReportOptions, MaskOption, CountOption, ImageArgument):
+    """What `edit sdedit` is told."""
+
+    prompt: Annotated[
+        str,
+        Option("What it should show, in words or in a file.", WORDS, aliases=("prompts",), metavar="PROMPT"),
+    ]
+    strength: Annotated[
+        float,
+        Option(
+            "Noise: 0 leaves the image, 1 forgets it (as in diffusers, not as in mflux).",
+            HOW,
+            min=0,
+            max=1,
+        ),
+    ] = 0.6
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowEditOptions(StepOptions, ReportOptions, MaskOption, TargetOptions, ImageArgument):
+    """What `edit flow-edit` is told."""
+
+    source: Annotated[str, Option(SOURCE_HELP, WORDS, aliases=("source-prompt",), metavar="PROMPT")]
+    strength: Annotated[float, Option("Share of the noise levels that are visited.", HOW, min=0, max=1)] = (
+        0.66
+    )
+    draws: Annotated[int, Option("Noises averaged at every step.", HOW, min=1)] = 1
+    guidance: Annotated[
+        float | None,
+        Option(
+            "Classifier-free guidance; 1: none.",
+            SAMPLING,
+            aliases=("guidance-scale", "cfg-scale"),
+            default_text="by model",
+            min=0,
+        ),
+    ] = None
+    source_guidance: Annotated[float, Option("Guidance of the source's prompt.", SAMPLING)] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoveOptions(StartOptions, GuidanceOptions, CountOption):
+    """What `edit remove` is told."""
+
+    word: Annotated[
+        str,
+        Option(
+            "The word of what to remove.", WORDS, flag="remove", metavar="WORD", default_text="the mask's"
+        ),
+    ] = ""
+    prompt: Annotated[
+        str | None,
+        Option(
+            "What to see instead, in words or in a file.",
+            WORDS,
+            aliases=("prompts",),
+            metavar="PROMPT",
+            default_text="the source without the word",
+        ),
+    ] = None
+    mask: Annotated[
+        str | None,
+        Option(
+            "An image of the same size; white: remove.",
+            WHERE,
+            aliases=("mask-image",),
+            metavar="IMAGE",
+            default_text="where the word stands",
+        ),
+    ] = None
+    threshold: Annotated[
+        float,
+        Option("Share of the greatest difference that makes a place.", WHERE, min=0, max=1),
+    ] = 0.25
+    strength: Annotated[float, Option("How anew the place is drawn.", HOW, min=0, max=1)] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComposeOptions(PathOptions):
+    """What `edit compose` is told."""
+
+    toward: Annotated[
+        tuple[str, ...],
+        Option("“a watercolor=3”: a prompt and its weight; repeatable.", WORDS, metavar="PROMPT=X"),
+    ] = ()
+    away: Annotated[tuple[str, ...], Option("The same, away from it.", WORDS, metavar="PROMPT=X")] = ()
+    strength: Annotated[float, Option(STRENGTH_HELP, HOW, min=0, max=1)] = 0.7
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterpolateOptions(StepOptions, RunFolder):
+    """What `edit interpolate` is told."""
+
+    first: Annotated[str, Option("The image to begin with.", WORDS, argument=True, metavar="FIRST")]
+    second: Annotated[str, Option("The image to end with.", WORDS, argument=True, metavar="SECOND")]
+    prompts: Annotated[
+        tuple[str, ...],
+        Option(
+            "What each shows, in words (give it twice) or in a file with two lines.",
+            WORDS,
+            aliases=("prompt",),
+            metavar="PROMPT",
+        ),
+    ]
+    count: Annotated[int, Option("Images, both ends included.", DRAWING, min=3)] = 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayOptions(RunFolder):
+    """What `edit replay` is told."""
+
+    record: Annotated[
+        Path,
+        Option("The run.json of an edit, or its folder.", WORDS, argument=True, metavar="RUN"),
+    ]
