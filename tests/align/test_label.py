@@ -22,6 +22,7 @@ from align.collect.label.session import (
     LabelPair,
     Session,
     StaleAnswer,
+    leave_out_unreadable,
     list_label_pairs,
     lock_folder,
 )
@@ -125,6 +126,45 @@ def test_about_one_question_in_ten_is_an_earlier_one_again(tmp_path: Path) -> No
     assert session.answered == 150
     assert session.agreement[1] == repeats
     assert len(read_preferences(folder).pairs) == 150
+
+
+def test_each_person_is_asked_everything(folder: Path) -> None:
+    for user in ("ann", "bob"):
+        session = Session(folder, asked(folder), user=user)
+        assert session.answered == 0
+        while (question := session.question) is not None:
+            session.answer(question.number, "left" if user == "ann" else "right")
+        assert Session(folder, asked(folder), user=user).answered == 4
+    assert len(read_preferences(folder).pairs) == 8
+    for user in ("ann", "bob"):
+        own = read_preferences(folder, user=user).pairs
+        assert len(own) == 4 and {pair.user for pair in own} == {user}
+
+
+def test_what_cannot_be_shown_is_named_and_not_asked(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from align.pairs.samples import read_samples
+
+    (folder / "pictures/p00001-s00.png").write_bytes(b"")
+    prompts, pictures = read_samples(folder)
+    shown = leave_out_unreadable(folder, pictures)
+    assert "p00001-s00.png is empty (0 bytes), so it is not asked about." in capsys.readouterr().err
+    pairs = list_label_pairs([prompt.text for prompt in prompts], shown)
+    assert len(pairs) == 3 and "p00001" not in "".join(pair.name for pair in pairs)
+    for path in folder.glob("pictures/*-s00.png"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(UserError, match="no two usable pictures"):
+        leave_out_unreadable(folder, pictures)
+
+
+def test_a_pair_whose_picture_is_gone_can_be_skipped(client: TestClient, folder: Path) -> None:
+    assert client.get(f"/{TOKEN}/picture/0/left").status_code == 200
+    for path in folder.glob("pictures/*.png"):
+        path.unlink()
+    assert client.get(f"/{TOKEN}/picture/0/left").status_code == 404
+    assert choose(client, "skip").status_code == 200
+    assert state(client)["answered"] == 1
 
 
 # What is kept -----------------------------------------------------------------------------------------------
