@@ -14,29 +14,27 @@ import re
 from collections.abc import Sequence
 
 DETERMINERS = frozenset(
-    "a an the one two three four five six some several many few his her its their my your our this that these those "
-    "another each every both no".split()
+    ["a", "an", "the", "one", "two", "three", "four", "five", "six", "some", "several", "many", "few", "his", "her", "its", "their", "my", "your", "our", "this", "that", "these", "those", "another", "each", "every", "both", "no"]
 )
 AND = frozenset(["and", "or", "&", ",", ";", "plus"])
-BESIDE = frozenset(["beside", "besides", "near", "with", "alongside", "by", "next to", "close to", "together with"])
+BESIDE = frozenset(
+    ["beside", "besides", "near", "with", "alongside", "by", "next to", "close to", "together with"]
+)
 PLACES = frozenset(
-    "in on at under over above below behind inside outside among between against across around through from into onto "
-    "along beneath underneath toward towards before after during off without for to".split()
+    ["in", "on", "at", "under", "over", "above", "below", "behind", "inside", "outside", "among", "between", "against", "across", "around", "through", "from", "into", "onto", "along", "beneath", "underneath", "toward", "towards", "before", "after", "during", "off", "without", "for", "to"]
 ) | {"in front of", "on top of"}
 OF = frozenset(["of"])
 WEARING = frozenset(["wearing", "wears", "holding", "holds", "carrying", "carries", "having", "has"])
 STOPS = frozenset([".", "!", "?", ":"])
 ADJECTIVES = frozenset(
-    "red orange yellow green blue purple violet pink brown black white grey gray golden gold silver turquoise teal cyan "
-    "dark light pale bright small big large tiny huge little tall short long old young new fluffy furry cute happy sad "
-    "angry beautiful pretty fat thin round wooden metal glass stone plastic".split()
+    ["red", "orange", "yellow", "green", "blue", "purple", "violet", "pink", "brown", "black", "white", "grey", "gray", "golden", "gold", "silver", "turquoise", "teal", "cyan", "dark", "light", "pale", "bright", "small", "big", "large", "tiny", "huge", "little", "tall", "short", "long", "old", "young", "new", "fluffy", "furry", "cute", "happy", "sad", "angry", "beautiful", "pretty", "fat", "thin", "round", "wooden", "metal", "glass", "stone", "plastic"]
 )
 WORN = frozenset(
-    "crown hat cap helmet hood scarf bow tie sunglasses glasses goggles mask collar coat jacket shirt dress shoes boots "
-    "gloves backpack ribbon necklace headphones eyes ears tail fur hair beard wings horns paws legs stripes spots "
-    "smile".split()
+    ["crown", "hat", "cap", "helmet", "hood", "scarf", "bow", "tie", "sunglasses", "glasses", "goggles", "mask", "collar", "coat", "jacket", "shirt", "dress", "shoes", "boots", "gloves", "backpack", "ribbon", "necklace", "headphones", "eyes", "ears", "tail", "fur", "hair", "beard", "wings", "horns", "paws", "legs", "stripes", "spots", "smile"]
 )
-VERBS = frozenset("sits stands lies runs walks sleeps plays eats jumps looks flies swims is are was were".split())
+VERBS = frozenset(
+    ["sits", "stands", "lies", "runs", "walks", "sleeps", "plays", "eats", "jumps", "looks", "flies", "swims", "is", "are", "was", "were"]
+)
 
 JOINING = AND | BESIDE | PLACES | OF | WEARING | VERBS | {"there", "that", "who", "which"}
 
@@ -111,7 +109,12 @@ def _begin_of_phrase(tokens: Sequence[str], noun: int) -> int:
 def _is_boundary(tokens: Sequence[str], place: int) -> bool:
     """Whether no phrase goes on to the left across this word."""
     word = tokens[place].lower()
-    if word in AND | BESIDE | PLACES | OF | WEARING | STOPS | VERBS or word in ("next", "top", "front", "that"):
+    if word in AND | BESIDE | PLACES | OF | WEARING | STOPS | VERBS or word in (
+        "next",
+        "top",
+        "front",
+        "that",
+    ):
         return True
     before = tokens[place - 1].lower() if place else ""
     # “a dog chasing cats” against “a sleeping cat”
@@ -122,7 +125,9 @@ def _ends_phrase(tokens: Sequence[str], place: int) -> bool:
     """Whether a phrase ends before this word."""
     word = tokens[place].lower()
     known = AND | BESIDE | PLACES | OF | WEARING | STOPS | VERBS | DETERMINERS
-    return word in known or word.endswith("ing") or word in ("next", "close", "together", "that", "who", "which")
+    return (
+        word in known or word.endswith("ing") or word in ("next", "close", "together", "that", "who", "which")
+    )
 
 
 def _end_of_modifiers(tokens: Sequence[str], end: int) -> int:

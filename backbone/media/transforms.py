@@ -55,9 +55,7 @@ def crop_box(
         keep = (float(width), min(width * high / wide, float(height)))
     else:
         keep = (min(height * wide / high, float(width)), float(height))
-    left, top = (
-        (have - kept) * share for have, kept, share in zip(size, keep, position, strict=True)
-    )
+    left, top = ((have - kept) * share for have, kept, share in zip(size, keep, position, strict=True))
     return left, top, min(left + keep[0], float(width)), min(top + keep[1], float(height))
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from backbone.io.files import read_json, write_json
 from align.pairs.choices import CHOICES, read_choices, replay
+from backbone.io.files import read_json, write_json
 from tests.align.browser import Browser, Tab
 from tests.align.browser import started as browser_started
 from tests.align.test_label import folder_of

@@ -393,7 +393,7 @@ def test_the_server_listens_on_this_machine_alone_and_survives_a_kill(tmp_path: 
 def started(folder: Path) -> tuple[subprocess.Popen[str], str]:
     """`align label` in a process of its own, and its address."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "align.cli", "label", str(folder)],
+        [sys.executable, "-m", "align.cli", "label", str(folder), "--no-browser"],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},

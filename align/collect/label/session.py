@@ -174,7 +174,9 @@ def leave_out_unreadable(folder: Path, pictures: Sequence[Sequence[str]]) -> lis
                     notify(f"{error.name} {error.reason}, so it is not asked about.")
                 bar.advance(images=1)
     if all(len(names) < 2 for names in kept):
-        raise UserError(f"{folder} holds no two usable pictures of one prompt. Draw them with `align sample`.")
+        raise UserError(
+            f"{folder} holds no two usable pictures of one prompt. Draw them with `align sample`."
+        )
     return kept
 
 
