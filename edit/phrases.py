@@ -13,28 +13,70 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-DETERMINERS = frozenset(
-    ["a", "an", "the", "one", "two", "three", "four", "five", "six", "some", "several", "many", "few", "his", "her", "its", "their", "my", "your", "our", "this", "that", "these", "those", "another", "each", "every", "both", "no"]
-)
+DETERMINERS = frozenset([
+    "a", "an", "the", "one", "two", "three", "four", "five", "six", "some", "several", "many", "few", "his",
+    "her", "its", "their", "my", "your", "our", "this", "that", "these", "those", "another", "each", "every",
+    "both", "no",
+])  # fmt: skip
 AND = frozenset(["and", "or", "&", ",", ";", "plus"])
-BESIDE = frozenset(
-    ["beside", "besides", "near", "with", "alongside", "by", "next to", "close to", "together with"]
-)
+BESIDE = frozenset([
+    "beside", "besides", "near", "with", "alongside", "by", "next to", "close to", "together with",
+])  # fmt: skip
 PLACES = frozenset(
-    ["in", "on", "at", "under", "over", "above", "below", "behind", "inside", "outside", "among", "between", "against", "across", "around", "through", "from", "into", "onto", "along", "beneath", "underneath", "toward", "towards", "before", "after", "during", "off", "without", "for", "to"]
+    [
+        "in",
+        "on",
+        "at",
+        "under",
+        "over",
+        "above",
+        "below",
+        "behind",
+        "inside",
+        "outside",
+        "among",
+        "between",
+        "against",
+        "across",
+        "around",
+        "through",
+        "from",
+        "into",
+        "onto",
+        "along",
+        "beneath",
+        "underneath",
+        "toward",
+        "towards",
+        "before",
+        "after",
+        "during",
+        "off",
+        "without",
+        "for",
+        "to",
+    ]
 ) | {"in front of", "on top of"}
 OF = frozenset(["of"])
 WEARING = frozenset(["wearing", "wears", "holding", "holds", "carrying", "carries", "having", "has"])
 STOPS = frozenset([".", "!", "?", ":"])
-ADJECTIVES = frozenset(
-    ["red", "orange", "yellow", "green", "blue", "purple", "violet", "pink", "brown", "black", "white", "grey", "gray", "golden", "gold", "silver", "turquoise", "teal", "cyan", "dark", "light", "pale", "bright", "small", "big", "large", "tiny", "huge", "little", "tall", "short", "long", "old", "young", "new", "fluffy", "furry", "cute", "happy", "sad", "angry", "beautiful", "pretty", "fat", "thin", "round", "wooden", "metal", "glass", "stone", "plastic"]
-)
-WORN = frozenset(
-    ["crown", "hat", "cap", "helmet", "hood", "scarf", "bow", "tie", "sunglasses", "glasses", "goggles", "mask", "collar", "coat", "jacket", "shirt", "dress", "shoes", "boots", "gloves", "backpack", "ribbon", "necklace", "headphones", "eyes", "ears", "tail", "fur", "hair", "beard", "wings", "horns", "paws", "legs", "stripes", "spots", "smile"]
-)
-VERBS = frozenset(
-    ["sits", "stands", "lies", "runs", "walks", "sleeps", "plays", "eats", "jumps", "looks", "flies", "swims", "is", "are", "was", "were"]
-)
+ADJECTIVES = frozenset([
+    "red", "orange", "yellow", "green", "blue", "purple", "violet", "pink", "brown", "black", "white", "grey",
+    "gray", "golden", "gold", "silver", "turquoise", "teal", "cyan", "dark", "light", "pale", "bright", "small",
+    "big", "large", "tiny", "huge", "little", "tall", "short", "long", "old", "young", "new", "fluffy", "furry",
+    "cute", "happy", "sad", "angry", "beautiful", "pretty", "fat", "thin", "round", "wooden", "metal", "glass",
+    "stone", "plastic",
+])  # fmt: skip
+WORN = frozenset([
+    "crown", "hat", "cap", "helmet", "hood", "scarf", "bow", "tie", "sunglasses", "glasses", "goggles", "mask",
+    "collar", "coat", "jacket", "shirt", "dress", "shoes", "boots", "gloves", "backpack", "ribbon", "necklace",
+    "headphones", "eyes", "ears", "tail", "fur", "hair", "beard", "wings", "horns", "paws", "legs", "stripes",
+    "spots", "smile",
+])  # fmt: skip
+VERBS = frozenset([
+    "sits", "stands", "lies", "runs", "walks", "sleeps", "plays", "eats", "jumps", "looks", "flies", "swims",
+    "is", "are", "was", "were",
+])  # fmt: skip
 
 JOINING = AND | BESIDE | PLACES | OF | WEARING | VERBS | {"there", "that", "who", "which"}
 

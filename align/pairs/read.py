@@ -112,7 +112,8 @@ def _read_two_folders(folder: Path, better: str, worse: str, limit: int | None) 
         loser = second[stem]
         if winner.caption and loser.caption and winner.caption != loser.caption:
             preferences.problems.append(
-                f"{better}/{stem} says “{winner.caption}” and {worse}/{stem} “{loser.caption}”, and a pair has one prompt"
+                f"{better}/{stem} says “{winner.caption}” and {worse}/{stem} “{loser.caption}”, "
+                "and a pair has one prompt"
             )
             continue
         preferences.pairs.append(

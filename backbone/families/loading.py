@@ -318,8 +318,8 @@ def _read_alphas_cumprod(name: str, config: Mapping[str, Any]) -> Tensor:
         alpha_bar = zero_terminal_snr(alpha_bar)
     if config["prediction_type"] == "epsilon" and not alpha_bar[-1] > 0:
         raise UserError(
-            f"The scheduler of {name} ends in noise alone (rescale_betas_zero_snr), where a prediction of ε says nothing "
-            "of the image. In scheduler/ set prediction_type to v_prediction if the model was trained so, else "
+            f"The scheduler of {name} ends in noise alone (rescale_betas_zero_snr), where a prediction of ε says "
+            "nothing of the image. In scheduler/ set prediction_type to v_prediction if the model was trained so, else "
             "rescale_betas_zero_snr to false."
         )
     return alpha_bar

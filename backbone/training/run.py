@@ -179,7 +179,7 @@ def drive(
 def take_steps(objective: Objective, *, until: int | None = None) -> Iterator[Report]:
     """The bare loop: trains from the steps that are done to the last, or `until` a step, a report each.
 
-    Raises `Diverged` where a loss or gradient is not finite; it says what to lower, and of a checkpoint if there is one.
+    Raises `Diverged` where a loss or gradient is not finite, with what to lower, and the checkpoint if there is one.
     """
     settings = objective.settings
     with objective.learning(), _remedied(objective, objective.done):

@@ -49,8 +49,8 @@ def sdedit(
     Meng et al. 2022, algorithm 1: fresh noise at the level that `strength` names, then deterministic steps. With a mask
     (white = may change), algorithm 3: at every step the rest is the image at that level, with the noise that it began
     with, so in the end it is the image's own latent. `strength` is diffusers': 0 leaves the image as it is, 1 begins
-    with noise alone, as diffusers' inpainting does, however noisy the first level of the schedule is. Image k depends on the seed and k alone. `frames` estimates are kept along the way; `progress` is called
-    after every step.
+    with noise alone, as diffusers' inpainting does, however noisy the first level of the schedule is. Image k depends
+    on the seed and k alone. `frames` estimates are kept along the way; `progress` is called after every step.
 
     Raises `UserError` for an empty prompt, a strength outside 0…1, a mask of another size, an unreadable image.
     """
