@@ -187,9 +187,6 @@ def with_concepts(asked: StepOptions, prompts: Sequence[str]) -> dict[str, Any]:
 
     Raises `UserError` for a mask that lets nothing change, a run without a concept, and a token in the prompts that no
     concept owns.
-    """The wishes, with the folders of the runs' chosen checkpoints as concepts, and with the mask read.
-
-    Raises `UserError` for a mask that lets nothing change, a run without a concept, and for a token in the prompts that no concept owns.
     """
     from backbone.adapters.concept import checkpoint, read_concept, resolve_placeholder_tokens
 

@@ -22,41 +22,11 @@ AND = frozenset(["and", "or", "&", ",", ";", "plus"])
 BESIDE = frozenset([
     "beside", "besides", "near", "with", "alongside", "by", "next to", "close to", "together with",
 ])  # fmt: skip
-PLACES = frozenset(
-    [
-        "in",
-        "on",
-        "at",
-        "under",
-        "over",
-        "above",
-        "below",
-        "behind",
-        "inside",
-        "outside",
-        "among",
-        "between",
-        "against",
-        "across",
-        "around",
-        "through",
-        "from",
-        "into",
-        "onto",
-        "along",
-        "beneath",
-        "underneath",
-        "toward",
-        "towards",
-        "before",
-        "after",
-        "during",
-        "off",
-        "without",
-        "for",
-        "to",
-    ]
-) | {"in front of", "on top of"}
+PLACES = frozenset([
+    "in", "on", "at", "under", "over", "above", "below", "behind", "inside", "outside", "among", "between",
+    "against", "across", "around", "through", "from", "into", "onto", "along", "beneath", "underneath", "toward",
+    "towards", "before", "after", "during", "off", "without", "for", "to", "in front of", "on top of",
+])  # fmt: skip
 OF = frozenset(["of"])
 WEARING = frozenset(["wearing", "wears", "holding", "holds", "carrying", "carries", "having", "has"])
 STOPS = frozenset([".", "!", "?", ":"])

@@ -22,10 +22,6 @@ def write_parquet(preferences: Preferences, path: Path) -> Path:
     Users that are no whole numbers of 64 bits make `user_id` a column of text, and pairs of which both images are bad
     add a column `both_bad`, since Pick-a-Pic has no word for either. Single labelled images have no columns there:
     raises `UserError` where there are no pairs.
-    """Write pairs with exactly Pick-a-Pic's columns, images as they are encoded, ties as ½; returns `path`.
-
-    Users that are no whole numbers of 64 bits make `user_id` a column of text, and pairs of which both images are bad
-    add a column `both_bad`, since Pick-a-Pic has no word for either. Single labelled images have no columns there: raises `UserError` where there are no pairs.
     """
     import pyarrow
     import pyarrow.parquet
