@@ -47,6 +47,11 @@ VERBS = frozenset([
     "sits", "stands", "lies", "runs", "walks", "sleeps", "plays", "eats", "jumps", "looks", "flies", "swims",
     "is", "are", "was", "were",
 ])  # fmt: skip
+NOUNS = frozenset([  # in -ing, and no verbs
+    "drawing", "painting", "rendering", "etching", "engraving", "building", "ceiling", "clothing", "earring",
+    "evening", "morning", "lightning", "pudding", "dumpling", "duckling", "railing", "string", "spring", "swing",
+    "thing", "wedding", "awning",
+])  # fmt: skip
 
 JOINING = AND | BESIDE | PLACES | OF | WEARING | VERBS | {"there", "that", "who", "which"}
 
@@ -67,6 +72,28 @@ def without(prompt: str, phrase: str) -> str:
     if not found:  # in a language without spaces, say
         return " ".join(re.sub(re.escape(phrase.strip()), " ", prompt, flags=re.IGNORECASE).split())
     return _join(tokens)
+
+
+def things(prompt: str) -> list[str]:
+    """The nouns of a prompt that name things: not what says where they are (“in a park”), nor how they are drawn."""
+    tokens, found = _cut(prompt), []
+    start = 0
+    while start < len(tokens):
+        length = _length_of_phrase(tokens, start)
+        if not length:
+            start += 1
+            continue
+        end = start + length
+        joined = _connector_before(tokens[:start])
+        placed = bool(joined) and _key(joined) in PLACES
+        if (
+            not placed
+            and _key(tokens[end : end + 1]) not in OF
+            and tokens[end - 1].lower() not in DETERMINERS
+        ):
+            found.append(tokens[end - 1])
+        start = end
+    return found
 
 
 def _take_out(tokens: list[str], first: int, last: int) -> list[str]:
@@ -95,7 +122,7 @@ def _takes_its_place(ahead: Sequence[str], behind: Sequence[str], following: Seq
     """Whether the thing behind the connector `behind` stands as well behind the connector `ahead`."""
     if not ahead or not following or _key(following[:1]) in PLACES | AND | OF:
         return False
-    if any(token.lower() in WEARING or token.lower().endswith("ing") for token in ahead):
+    if any(token.lower() in WEARING or _is_verb(token) for token in ahead):
         return _key(behind) in AND and _noun(following) in WORN
     if _key(behind) in AND:
         return _key(behind) != "," or following[0].lower() in DETERMINERS
@@ -130,16 +157,19 @@ def _is_boundary(tokens: Sequence[str], place: int) -> bool:
         return True
     before = tokens[place - 1].lower() if place else ""
     # “a dog chasing cats” against “a sleeping cat”
-    return word.endswith("ing") and bool(before) and before not in DETERMINERS | ADJECTIVES | AND
+    return _is_verb(word) and bool(before) and before not in DETERMINERS | ADJECTIVES | AND
+
+
+def _is_verb(word: str) -> bool:
+    """Whether a word is what a thing does: “sitting”."""
+    return len(word) > 4 and word.lower().endswith("ing") and word.lower() not in NOUNS
 
 
 def _ends_phrase(tokens: Sequence[str], place: int) -> bool:
     """Whether a phrase ends before this word."""
     word = tokens[place].lower()
     known = AND | BESIDE | PLACES | OF | WEARING | STOPS | VERBS | DETERMINERS
-    return (
-        word in known or word.endswith("ing") or word in ("next", "close", "together", "that", "who", "which")
-    )
+    return word in known or _is_verb(word) or word in ("next", "close", "together", "that", "who", "which")
 
 
 def _end_of_modifiers(tokens: Sequence[str], end: int) -> int:
@@ -147,9 +177,7 @@ def _end_of_modifiers(tokens: Sequence[str], end: int) -> int:
     first = end
     while end < len(tokens):
         word = tokens[end].lower()
-        if word in ("that", "who", "which") or (
-            word not in WEARING and (word in VERBS or word.endswith("ing"))
-        ):
+        if word in ("that", "who", "which") or (word not in WEARING and (word in VERBS or _is_verb(word))):
             end += 1  # “that”, “sitting”: where it does so is what is left
             continue
         worn = word in WEARING or word == "with" or (word == "and" and end > first)
@@ -192,7 +220,7 @@ def _connector_before(before: Sequence[str]) -> list[str]:
                 break
         else:
             place = len(before) - 1 - length
-            if before[place].lower().endswith("ing") and place and _is_boundary(before, place):
+            if _is_verb(before[place]) and place and _is_boundary(before, place):
                 length += 1
                 continue
             break

@@ -65,12 +65,16 @@ def is_guidance_distilled(model: Backbone) -> bool:
     return model.family.embed_guidance(model.denoiser, encode_prompts_cached(model, [""]), 1.0) is not None
 
 
-def refuse_negative(model: Backbone, negative: str) -> None:
-    """`UserError` for a negative prompt where the network is guidance-distilled."""
+def refuse_negative(model: Backbone, negative: str, guidance: float | None) -> None:
+    """`UserError` for a negative prompt without guidance, and where the network is guidance-distilled."""
     if negative and is_guidance_distilled(model):
         raise UserError(
             f"{model.location.name} is guidance-distilled: there is no prediction that could stay away from "
             f"“{negative}”. Leave --negative out."
+        )
+    if negative and guidance == 1:
+        raise UserError(
+            f"At guidance 1 nothing stays away from “{negative}”. Raise --guidance, or leave --negative out."
         )
 
 

@@ -55,8 +55,8 @@ def sdedit(
     Raises `UserError` for an empty prompt, a strength outside 0…1, a mask of another size, an unreadable image.
     """
     checks.prompt(prompt, "prompt")
-    refuse_negative(model, negative)
     guidance = guidance_of(model, guidance)
+    refuse_negative(model, negative, guidance)
     encoded = encode_image(model, image)
     clean = encoded.latent
     whole = schedule_of(model, steps, clean)

@@ -129,7 +129,7 @@ def check_supported(model: Backbone, settings: ReplaceSettings) -> None:
             f"plug-and-play takes the features of a UNet, and the denoiser of {model.location.name} is none. "
             "Choose --control prompt-to-prompt or masactrl."
         )
-    refuse_negative(model, settings.negative)
+    refuse_negative(model, settings.negative, settings.guidance)
 
 
 def align_prompts(
