@@ -11,6 +11,7 @@ from torch import Tensor
 
 from backbone.diffusion.noise import add_noise, generator
 from backbone.diffusion.samplers import deterministic_step
+from backbone.io.console import UserError
 from backbone.models.cache import encode_prompts_cached
 from edit import checks
 from edit.attention.alignment import require, tokenize_prompt
@@ -109,6 +110,7 @@ def locate_word(inversion: Inversion, word: str, *, threshold: float = THRESHOLD
 
     That is where leaving it out of the prompt changes the predictions (`difference_maps`) by more than `threshold` of
     the most, and not less than leaving out another thing does; drawn along the image's edges, with a margin around.
+    `UserError` where there is no such place, or no such word.
     """
     source = inversion.prompt
     require([tokenize_prompt(inversion.model.text_encoder.segments, source)], word)
@@ -122,6 +124,10 @@ def locate_word(inversion: Inversion, word: str, *, threshold: float = THRESHOLD
         own = own * (own > RIVALS * large[1:].amax(0))
     image = inversion.image.to(own)
     found = (align_to_edges(own, image, radius=size[0] * 5 // (4 * maps.shape[-2])) > threshold).float()
+    if not found.any():
+        raise UserError(
+            f"At threshold {threshold:g} “{word}” is found nowhere. Lower --threshold, or paint it in a --mask."
+        )
     margin = max(1, round(min(size) * MARGIN))
     return F.max_pool2d(found[None], 2 * margin + 1, stride=1, padding=margin)[0], nfe
 
