@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from align.collect.label.server import build_app
+from align.collect.label.server import build_app, serve
 from align.collect.label.session import (
     REPEAT_SHARE,
     LabelPair,
@@ -369,6 +369,33 @@ def test_the_page_asks_nobody_else_for_anything(client: TestClient) -> None:
 def test_a_picture_of_a_question_that_is_over_is_gone(client: TestClient) -> None:
     choose(client, "left")
     assert client.get(f"/{TOKEN}/picture/0/left").status_code == 410
+
+
+def test_the_page_is_opened_where_there_is_a_screen(
+    session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And when its address is said somebody listens there."""
+    opened: list[str] = []
+
+    class Server:
+        def __init__(self, config: object) -> None:
+            pass
+
+        def run(self, sockets: list[socket.socket]) -> None:
+            address = capsys.readouterr().err.split()[1]
+            port = int(address.split(":")[2].split("/")[0])
+            with socket.create_connection(("127.0.0.1", port), timeout=5):
+                assert opened in ([], [address])
+
+    monkeypatch.setattr("uvicorn.Server", Server)
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    monkeypatch.setattr("sys.platform", "linux")
+    for screen, wanted, times in ((":0", True, 1), (":0", False, 0), ("", True, 0)):
+        monkeypatch.setenv("DISPLAY", screen)
+        monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+        opened.clear()
+        serve(session, browser=wanted)
+        assert len(opened) == times
 
 
 # The real server --------------------------------------------------------------------------------------------

@@ -16,11 +16,13 @@ from backbone.io.console import UserError
 from backbone.media.transforms import to_tensor
 from backbone.models.model import Backbone
 from edit.inversion.inversion import Inversion, invert
+from edit.masks import align_to_edges, fill_smoothly
 from edit.methods.compose import compose
 from edit.methods.flow_edit import flow_edit
 from edit.methods.interpolate import interpolate, slerp
-from edit.masks import align_to_edges, fill_smoothly
 from edit.methods.remove import locate_word, remove
+from edit.methods.prompt_to_prompt.replace import replace as prompt_to_prompt
+from edit.methods.prompt_to_prompt.settings import ReplaceSettings
 from edit.methods.sdedit import sdedit
 from tests.edit.methods.prompt_to_prompt.test_replace import SOURCE, STEPS, TARGET, deviation, left_half
 from tests.edit.models import PATHS, photo, tiny_on
@@ -49,6 +51,28 @@ def test_without_strength_the_picture_stays_and_with_it_changes(tiny_folder: Pat
     assert deviation(latents[1], latents[2]) > 1e-3
 
 
+@paths
+@pytest.mark.parametrize("steps", [1, 2, 6])
+def test_at_strength_one_nothing_of_the_picture_is_left(tiny_folder: Path, path: Any, steps: int) -> None:
+    model = tiny_on(tiny_folder, *path)
+    one, other = (
+        sdedit(model, photo(seed=seed), SOURCE, strength=1.0, steps=steps).latents for seed in (0, 1)
+    )
+    assert torch.equal(one, other)
+
+
+def test_a_strength_that_is_no_step_is_refused(tiny: Backbone, inversion: Inversion) -> None:
+    for edit in (
+        lambda: sdedit(tiny, photo(), SOURCE, strength=0.3, steps=3),
+        lambda: flow_edit(tiny, photo(), SOURCE, [TARGET], strength=0.3, steps=3),
+        lambda: compose(inversion, [("a red dog", 1.0)], strength=0.1),
+        lambda: remove(inversion, "cat", strength=0.1),
+        lambda: prompt_to_prompt(inversion, TARGET, ReplaceSettings(strength=0.1)),
+    ):
+        with pytest.raises(UserError, match="is less than one of"):
+            edit()
+
+
 def test_a_noised_picture_depends_on_its_number_and_the_seed_alone(tiny: Backbone) -> None:
     three = sdedit(tiny, photo(), SOURCE, steps=4, count=3).latents
     assert deviation(three[0], sdedit(tiny, photo(), SOURCE, steps=4).latents[0]) < 1e-4
@@ -70,7 +94,9 @@ def test_noising_a_masked_part_leaves_the_rest_of_the_latent(tiny: Backbone) -> 
         ({"prompt": " "}, "empty"),
         ({"strength": 1.2}, "between 0 and 1"),
         ({"steps": 0}, "cannot sample in"),
-        ({"mask": Image.new("L", (5, 5))}, "5 × 5 pixels"),
+        ({"mask": Image.new("L", (5, 5), 255)}, "5 × 5 pixels"),
+        ({"mask": Image.new("L", (64, 64))}, "The mask lets nothing change"),
+        ({"negative": "red", "guidance": 1.0}, "At guidance 1 nothing stays away from “red”"),
         ({"image": "nowhere.png"}, "does not exist"),
         ({"guidance": -2.0}, "negative"),
     ],
@@ -205,7 +231,7 @@ def test_a_word_is_where_the_prompt_without_it_is_predicted_differently(inversio
 
 def test_a_place_of_another_thing_is_not_the_removed_one_s(tiny: Backbone) -> None:
     inversion = invert(tiny, photo(), "a cat in the snow", steps=STEPS)
-    alone, asked = locate_word(inversion, "cat", threshold=0.1)
+    _, asked = locate_word(inversion, "cat", threshold=0.1)
     beside = invert(tiny, photo(), "a cat and a red dog in the snow", steps=STEPS)
     both = [locate_word(beside, word, threshold=0.1) for word in ("cat", "dog")]
     assert all(nfe > asked for _, nfe in both)  # the other thing's prompt was compared as well
