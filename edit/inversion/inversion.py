@@ -185,7 +185,7 @@ def invert(
         raise UserError(f"There is no inversion called {method}. Choose one of {', '.join(METHODS)}.")
     checks.prompt(prompt, "source prompt")
     least = 3 if method == "reversible" else 2  # its rule takes two steps to begin with
-    if steps < least:
+    if 0 < steps < least:
         raise UserError(
             f"{steps} {'step is' if steps == 1 else 'steps are'} too few to invert an image by {method}. Take at least "
             f"{least}, better 20."

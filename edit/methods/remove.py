@@ -76,11 +76,11 @@ def remove(
     predict, each = model.guided_predictor(text, empty, guidance), nfe_of(model, text, guidance)
     random = [torch.randn(states.shape[1:], generator=generator(seed, k, "remove")) for k in range(count)]
     noise = torch.stack(random).to(states)
-    if strength < 1:
-        around = fill_smoothly(inversion.clean, inside)
-        filling = add_noise(around.expand_as(noise), noise, schedule[first])
-    else:
+    if strength == 1:
         filling = as_strong_as_state(noise, schedule[first])
+    else:
+        filling = fill_smoothly(inversion.clean, inside).expand_as(noise)
+        filling = add_noise(filling, noise, schedule[first]) if strength > 0 else filling
     now, kept = torch.where(inside > 0, filling, states[first]), Frames(first, inversion.steps, frames)
     control = Control(targets=0, hidden=inside)
     with control_attention(model.denoiser, control, model.family.attention(model.denoiser, text)):

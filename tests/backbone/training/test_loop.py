@@ -12,8 +12,8 @@ from torch import Tensor
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
 from backbone.training.loop import (
-    Diverged,
     Average,
+    Diverged,
     load_checkpoint,
     save_checkpoint,
     train,

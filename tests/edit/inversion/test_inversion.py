@@ -225,7 +225,7 @@ def test_a_picture_keeps_its_shape_and_stands_upright(tiny: Backbone, tmp_path: 
     assert to_image(inversion.image).size == (48, 96)
     assert inversion.states.shape[-2:] == (12, 6)
     assert inversion.facts["size"] == [100, 200]
-    assert miss(reconstruct(invert(tiny, image, PROMPT, steps=2, method="reversible")), torch.zeros(1)) < 100
+    assert miss(reconstruct(invert(tiny, image, PROMPT, steps=3, method="reversible")), torch.zeros(1)) < 100
 
 
 @pytest.mark.parametrize(
