@@ -401,13 +401,13 @@ class RemoveOptions(StartOptions, GuidanceOptions, CountOption):
     threshold: Annotated[
         float,
         Option("Share of the greatest difference that makes a place.", WHERE, min=0, max=1),
-    ] = 0.25
+    ] = 0.3
     strength: Annotated[
         float,
         Option(
             "How freely the place is drawn; 0: its surroundings continued, 1: all anew.", HOW, min=0, max=1
         ),
-    ] = 0.6
+    ] = 0.45
     guidance: Annotated[
         float,
         Option(

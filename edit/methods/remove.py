@@ -24,8 +24,7 @@ from edit.pictures import ImageLike
 from edit.result import Result
 from edit.sampling import Frames, as_strong_as_state, guidance_of, nfe_of, refuse_negative
 
-STRENGTH, GUIDANCE, THRESHOLD = 0.6, 1.0, 0.25
-RIVALS = 0.7  # a place is another thing's where that one's difference, times this, is the greater
+STRENGTH, GUIDANCE, THRESHOLD = 0.45, 1.0, 0.3
 MARGIN = (
     1 / 64
 )  # of the image's shorter side: how far a mask is grown around a thing, for its edge and its shadow
@@ -121,7 +120,7 @@ def locate_word(inversion: Inversion, word: str, *, threshold: float = THRESHOLD
     large = F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
     own = large[0]
     if others:
-        own = own * (own > RIVALS * large[1:].amax(0))
+        own = own * (own > large[1:].amax(0))
     image = inversion.image.to(own)
     found = (align_to_edges(own, image, radius=size[0] * 5 // (4 * maps.shape[-2])) > threshold).float()
     if not found.any():
