@@ -6,13 +6,23 @@ waiting at barriers.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import socket
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
+
+# Imported once, before the fork. The libraries' own modules, not their lazy packages.
+PRELOADED = [
+    "peft",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.models.unets.unet_2d_condition",
+    "diffusers.models.transformers",
+]
 
 
 def run_workers(function: Callable[..., None], arguments: tuple[Any, ...], *, processes: int) -> None:
@@ -26,12 +36,21 @@ def run_workers(function: Callable[..., None], arguments: tuple[Any, ...], *, pr
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    spawn(_worker, (function, arguments, processes, port), nprocs=processes)
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    call = (function, arguments, processes, port, dict(os.environ))
+    start_processes(_worker, call, nprocs=processes, start_method=method)  # type: ignore[no-untyped-call]
 
 
 def _worker(
-    rank: int, function: Callable[..., None], arguments: tuple[Any, ...], processes: int, port: int
+    rank: int,
+    function: Callable[..., None],
+    arguments: tuple[Any, ...],
+    processes: int,
+    port: int,
+    environment: dict[str, str],
 ) -> None:
+    os.environ.update(environment)  # the fork server has that of its own start
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
     try:

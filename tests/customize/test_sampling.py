@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from backbone.models.model import Backbone
 from customize.cli import app
 from customize.data.folders import is_concept_source
 from customize.formats.write import write_adapter
+from tests.commands import run_command
 from tests.customize.adapters import modules_of, random_adapter, whole_pipeline
 
 ROOT = Path(__file__).parents[2]
@@ -175,10 +173,7 @@ def test_stdout_is_json_and_nothing_else(
     known = json.loads(invoked("info", run, "--json").stdout)
     assert known["algorithms"] == ["lora"] and known["layers"]["unet"] > 0
     out = tmp_path / "out"
-    done = subprocess.run(
-        [sys.executable, "-m", "customize", "sample", "a dog", *map(str, quick), "--out", str(out), "--json"],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    done = run_command("customize", "sample", "a dog", *quick, "--out", out, "--json", cwd=tmp_path)
     sampled = json.loads(done.stdout)
     assert (sampled["folder"], sampled["sheet"]) == (str(out), str(out / "sheet.png"))
     assert [one["file"] for one in sampled["pictures"]] == ["p00-s00.png"]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +16,9 @@ from PIL import Image
 
 from backbone.adapters.lora import LORA_WEIGHTS
 from backbone.io.files import read_jsonl, read_tensors
-from backbone.models.cache import VARIABLE
 from backbone.training.loop import Report
 from backbone.training.run import log_to_tensorboard
+from tests.commands import Started, run_command
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 TRAIN = ("train", "--token", "[V]", "--class", "dog", "--precision", "fp32", "--device", "cpu")
@@ -31,26 +29,9 @@ def customize(tmp_path: Path) -> Command:
     """Runs `customize` in an empty folder."""
 
     def call(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "customize.cli", *arguments],
-            cwd=tmp_path,
-            text=True,
-            capture_output=True,
-            env=environment(),
-        )
-        assert not check or done.returncode == 0, done.stderr
-        return done
+        return run_command("customize", *arguments, cwd=tmp_path, check=check)
 
     return call
-
-
-def environment() -> dict[str, str]:
-    return {
-        **os.environ,
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "OMP_NUM_THREADS": "1",
-        VARIABLE: os.environ[VARIABLE],
-    }
 
 
 def test_a_run_leaves_everything_that_it_should(
@@ -102,19 +83,13 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
         "5",
     ]
     customize(*flags, "--out", "whole")
-    stopped = subprocess.Popen(
-        [sys.executable, "-m", "customize.cli", *flags, "--out", "parts"],
-        cwd=tmp_path,
-        env=environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    stopped = Started("customize", *flags, "--out", "parts", cwd=tmp_path)
     log = tmp_path / "parts" / "log.jsonl"
     deadline = time.time() + 60
     while time.time() < deadline and (not log.exists() or len(read_jsonl(log)) < 8):
         time.sleep(0.02)
     stopped.send_signal(signal.SIGTERM)
-    _, said = stopped.communicate(timeout=60)
+    _, said = stopped.communicate()
     assert stopped.returncode == 130, said
     assert "customize train --resume parts" in said
     assert not (tmp_path / "parts" / LORA_WEIGHTS).exists()
@@ -137,18 +112,13 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_like_one_that_was_not(
     arguments = [*asked, "--out", "parts"]
     for number in range(kills):
         wanted = 20 * number + random.randint(4, 19)  # a step that the run has not taken yet
-        process = subprocess.Popen(
-            [sys.executable, "-m", "customize.cli", *arguments],
-            cwd=tmp_path,
-            env=environment(),
-            stderr=subprocess.PIPE,
-        )
+        process = Started("customize", *arguments, cwd=tmp_path)
         while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < wanted):
             time.sleep(0.005)
         time.sleep(random.uniform(0, 0.1))  # also in the middle of a step, a line, a checkpoint
         process.kill()
-        _, said = process.communicate(timeout=60)
-        assert process.returncode == -signal.SIGKILL, said.decode()
+        _, said = process.communicate()
+        assert process.returncode == -signal.SIGKILL, said
         arguments = ["train", "--resume", "parts"]
     customize("train", "--resume", "parts")
     one, other = (read_tensors(tmp_path / name / LORA_WEIGHTS)[0] for name in ("whole", "parts"))

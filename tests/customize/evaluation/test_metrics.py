@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +14,6 @@ from backbone.io.console import UserError
 from backbone.io.files import read_jsonl
 from backbone.io.report import line_plot, table, write_report
 from backbone.media.pictures import list_images
-from backbone.models.cache import VARIABLE
 from backbone.models.locate import EMBEDDED
 from backbone.models.model import Backbone
 from customize.evaluation.dreambench import moji_prompts, read_prompts
@@ -31,6 +27,7 @@ from customize.evaluation.metrics import (
     rate_checkpoint,
 )
 from customize.settings import Settings
+from tests.commands import run_command
 from tests.tiny import tiny_eye
 
 FILE = """Classes
@@ -172,17 +169,8 @@ def one_picture(folder: Path) -> str:
 def test_a_run_is_evaluated_reported_and_measured_from_outside(
     tmp_path: Path, subject: Path, tiny_folder: Path
 ) -> None:
-    environment = {
-        **os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1",
-        VARIABLE: os.environ[VARIABLE],
-    }  # fmt: skip
-
     def customize(*arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "customize.cli", *arguments],
-            cwd=tmp_path, env=environment, text=True, capture_output=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        done = run_command("customize", *arguments, cwd=tmp_path)
         return done.stdout + done.stderr
 
     scorer = str(EMBEDDED / "scorer")

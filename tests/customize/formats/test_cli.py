@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +18,7 @@ from customize.formats.adapter import AdapterFile
 from customize.formats.convert import import_adapter
 from customize.formats.read import read_adapter
 from customize.formats.write import compare_updates, write_adapter
+from tests.commands import run_command
 from tests.customize.adapters import modules_of, random_adapter, random_layer, whole_pipeline
 
 
@@ -108,23 +106,8 @@ def test_an_import_without_a_trigger_word_asks_for_it(run: Path, tmp_path: Path,
 
 def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "customize.cli",
-            "export",
-            "broken.safetensors",
-            "--to",
-            "kohya",
-            "--out",
-            "o.safetensors",
-        ],
-        cwd=tmp_path,
-        text=True,
-        capture_output=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"},
-    )
+    words = ("export", "broken.safetensors", "--to", "kohya", "--out", "o.safetensors")
+    done = run_command("customize", *words, cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "broken.safetensors is not a whole safetensors file" in done.stderr
