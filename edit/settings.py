@@ -407,7 +407,7 @@ class RemoveOptions(StartOptions, GuidanceOptions, CountOption):
         Option(
             "How freely the place is drawn; 0: its surroundings continued, 1: all anew.", HOW, min=0, max=1
         ),
-    ] = 0.45
+    ] = 0.5
     guidance: Annotated[
         float,
         Option(
