@@ -25,9 +25,8 @@ from edit.result import Result
 from edit.sampling import Frames, as_strong_as_state, guidance_of, nfe_of, refuse_negative
 
 STRENGTH, GUIDANCE, THRESHOLD = 0.5, 1.0, 0.3
-MARGIN = (
-    1 / 64
-)  # of the image's shorter side: how far a mask is grown around a thing, for its edge and its shadow
+# Of the image's shorter side: how far a mask is grown around a thing, for its edge and its shadow
+MARGIN = 1 / 64
 
 
 @torch.no_grad()
