@@ -324,9 +324,6 @@ def bad_sources(folder: Path) -> dict[str, tuple[Path, str]]:
     return found
 
 
-@pytest.mark.parametrize(
-    "name", ["missing", "corrupt", "ties", "one label", "empty caption", "sizes", "columns"]
-)
 @pytest.mark.parametrize("loss", WITH_BETA)
 def test_what_would_learn_nothing_is_refused(tmp_path: Path, loss: str) -> None:
     assert f"With --beta 0 {loss} compares nothing" in refused("train", tmp_path, "--loss", loss, "--beta", 0)
@@ -353,6 +350,9 @@ def test_check_says_what_train_learns_from(
     assert "Learning from 2 pairs of 2 prompts; held out: 1 pair of 1 prompt." in done.stderr
 
 
+@pytest.mark.parametrize(
+    "name", ["missing", "corrupt", "ties", "one label", "empty caption", "sizes", "columns"]
+)
 def test_bad_pairs_are_refused_before_any_model_is_opened_and_never_touched(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -328,8 +328,7 @@ def edit(
             "fp32",
             "--device",
             "cpu",
-            "--steps",
-            "2",
+            *(() if "--inversion" in arguments else ("--steps", "2")),
         )
         monkeypatch.setattr(sys, "argv", ["edit", *arguments, *(() if arguments[0] == "replay" else quick)])
         with pytest.raises(SystemExit) as ended:

@@ -31,8 +31,9 @@ def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> 
     photo().save("photo.png")
 
     def call(*arguments: str) -> int:
-        quick = ("--model", str(tiny_folder), "--precision", "fp32", "--device", "cpu", "--steps", "2")
-        more = () if arguments[0] == "replay" else quick
+        quick = ("--model", str(tiny_folder), "--precision", "fp32", "--device", "cpu")
+        steps = () if "--inversion" in arguments else ("--steps", "2")
+        more = () if arguments[0] == "replay" else (*quick, *steps)
         monkeypatch.setattr(sys, "argv", ["edit", *arguments, *more])
         with pytest.raises(SystemExit) as ended:
             main()
@@ -234,7 +235,7 @@ def test_a_dry_run_prints_what_becomes_of_the_words_and_writes_nothing(
         (("invert-and-replace", "photo.png", "--source", "cat", "--target", "dog"), "share no words"),
         (
             ("invert-and-replace", "photo.png", *WORDS, "--cross", "2"),
-            "--cross is 2 and must lie between 0 and 1",
+            "--cross is 2; it is at most 1",
         ),
         (("invert-and-replace", "photo.png", *WORDS, "--reweight", "dog"), "not a word and a number"),
         (("invert-and-replace", "photo.png", *WORDS, "--window", "dog=a:b"), "not a word and its window"),
@@ -265,10 +266,15 @@ def test_a_dry_run_prints_what_becomes_of_the_words_and_writes_nothing(
         (("invert-and-replace", "photo.png", *WORDS, "--inversion", "x"), "both given"),
         (("invert-and-replace", "--inversion", "x", "--target", "a"), "x does not exist"),
         (("invert-and-replace", "--inversion", "no.safetensors", "--target", "a cat"), "no inversion"),
+        (
+            ("invert-and-replace", "--inversion", "x", "--target", "a", "--steps", "3"),
+            "--steps has no effect",
+        ),
+        (("compose", "--inversion", "x", "--toward", "a=1", "--seed", "3"), "--seed has no effect"),
         (("invert-and-replace", "photo.png", *WORDS, "--concept", "x"), "holds no concept"),
         (("invert", "photo.png", "--prompt", "a cat", "--out", "x.pt"), "does not end in .safetensors"),
         (("sdedit", "photo.png", "--prompt", ""), "prompt is empty"),
-        (("sdedit", "photo.png", "--prompt", "a", "--strength", "1.5"), "between 0 and 1"),
+        (("sdedit", "photo.png", "--prompt", "a", "--strength", "1.5"), "it is at most 1"),
         (("sdedit", "photo.png", "--prompt", "a", "--out", "full"), "full is not empty"),
         (("remove", "photo.png", "--source", "a cat"), "Neither a word to remove nor a mask"),
         (("remove", "photo.png", "--source", "a cat", "--remove", "dog"), "not in the prompt"),

@@ -371,7 +371,7 @@ def test_frames_show_the_way(inversion: Inversion) -> None:
         (TARGET, {"cross": 1.5}, "between 0 and 1"),
         (TARGET, {"strength": -0.1}, "between 0 and 1"),
         (TARGET, {"guidance": -1.0}, "negative"),
-        (TARGET, {"mask": Image.new("L", (20, 10))}, "20 × 10 pixels"),
+        (TARGET, {"mask": Image.new("L", (20, 10), 255)}, "20 × 10 pixels"),
         (TARGET, {"swaps": (("ship", "dog"),)}, "not in the prompt"),
         ([], {}, "no target"),
     ],
