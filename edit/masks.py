@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from backbone.diffusion.noise import add_noise, generator
 from backbone.io.console import UserError
 from backbone.media.transforms import crop_and_resize, mask_to_tensor
 from backbone.models.cache import encode_prompts_cached
@@ -48,6 +49,32 @@ def difference_maps(
         smooth = F.avg_pool2d(F.pad(apart.sum(0)[None, None], (1, 1, 1, 1), mode="replicate"), 3, stride=1)
         maps.append(smooth[0, 0] / smooth.amax().clamp(min=1e-12))
     return torch.stack(maps), len(states)
+
+
+@torch.no_grad()
+def evidence_maps(
+    inversion: Inversion, prompts: Sequence[str], *, seed: int = 0, draws: int = 2
+) -> tuple[Tensor, int]:
+    """How much worse each prompt explains each place than the source's does [N, H, W], and the NFE.
+
+    E‖ε̂ − ε‖² under the prompt, less that under the source's, over fresh noise at five steps: the diffusion classifier (Li
+    et al. 2023, eq. 4) place by place. A difference of predictions is also large where the rest is drawn otherwise;
+    this is large where the words that the prompt lacks explain what is there.
+    """
+    model, steps, clean = inversion.model, inversion.steps, inversion.clean
+    every = [inversion.prompt, *prompts]
+    predict = model.predictor(encode_prompts_cached(model, every))
+    maps, nfe = torch.zeros(len(prompts), *clean.shape[-2:]).to(clean), 0
+    for step in sorted({int(share * steps) for share in SHARES}):
+        level = inversion.schedule[step]
+        for draw in range(draws):
+            noise = torch.randn(clean.shape, generator=generator(seed, step, draw, "evidence")).to(clean)
+            noisy = add_noise(clean, noise, level).expand(len(every), *clean.shape)
+            error = (predict(noisy, level).noise - noise).square().mean(1)
+            nfe += len(every)
+            worse = error[1:] - error[:1]
+            maps = maps + worse / worse.abs().amax((1, 2), keepdim=True).clamp(min=1e-12)
+    return F.avg_pool2d(F.pad(maps[:, None], (1, 1, 1, 1), mode="replicate"), 3, stride=1)[:, 0], nfe
 
 
 def load_latent_mask(mask: ImageLike | None, image: EncodedImage) -> Tensor | None:

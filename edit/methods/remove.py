@@ -18,7 +18,7 @@ from edit.attention.alignment import require, tokenize_prompt
 from edit.attention.control import Control
 from edit.attention.install import control_attention
 from edit.inversion.inversion import Inversion
-from edit.masks import align_to_edges, difference_maps, fill_smoothly, load_pixel_mask
+from edit.masks import align_to_edges, difference_maps, evidence_maps, fill_smoothly, load_pixel_mask
 from edit.phrases import things, without
 from edit.pictures import ImageLike
 from edit.result import Result
@@ -107,21 +107,23 @@ def locate_word(inversion: Inversion, word: str, *, threshold: float = THRESHOLD
     """Where a thing of the source prompt stands in the image [8H, 8W], 0 or 1 in pixels, and the NFE.
 
     That is where leaving it out of the prompt changes the predictions (`difference_maps`) by more than `threshold` of
-    the most, and not less than leaving out another thing does; drawn along the image's edges, with a margin around.
+    the most, and where its words explain more than those of other things (`evidence_maps`); drawn along the image's
+    edges, with a margin around.
     `UserError` where there is no such place, or no such word.
     """
     source = inversion.prompt
     require([tokenize_prompt(inversion.model.text_encoder.segments, source)], word)
     rest = without(source, word)
     others = [without(source, thing) for thing in things(source) if thing in things(rest)]
-    maps, nfe = difference_maps(inversion, [(source, prompt) for prompt in (rest, *others)])
-    size = inversion.image.shape[-2:]
-    large = F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
-    own = large[0]
+    maps, nfe = difference_maps(inversion, [(source, rest)])
+    size, places = inversion.image.shape[-2:], maps.shape[-2]
+    own = F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0, 0]
     if others:
-        own = own * (own > large[1:].amax(0))
+        evidence, more = evidence_maps(inversion, [rest, *others])
+        large = F.interpolate(evidence[None], size, mode="bilinear", align_corners=False)[0]
+        own, nfe = own * (large[0] > large[1:].amax(0)), nfe + more
     image = inversion.image.to(own)
-    found = (align_to_edges(own, image, radius=size[0] * 5 // (4 * maps.shape[-2])) > threshold).float()
+    found = (align_to_edges(own, image, radius=size[0] * 5 // (4 * places)) > threshold).float()
     if not found.any():
         raise UserError(
             f"At threshold {threshold:g} “{word}” is found nowhere. Lower --threshold, or paint it in a --mask."

@@ -16,7 +16,7 @@ from backbone.io.console import UserError
 from backbone.media.transforms import to_tensor
 from backbone.models.model import Backbone
 from edit.inversion.inversion import Inversion, invert
-from edit.masks import align_to_edges, fill_smoothly
+from edit.masks import align_to_edges, evidence_maps, fill_smoothly
 from edit.methods.compose import compose
 from edit.methods.flow_edit import flow_edit
 from edit.methods.interpolate import interpolate, slerp
@@ -232,24 +232,35 @@ def test_a_word_is_where_the_prompt_without_it_is_predicted_differently(inversio
 def test_a_place_of_another_thing_is_not_the_removed_one_s(
     tiny: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Leaving out the cat changes the predictions where the dog is too, but less than leaving out the dog does."""
-    asked: list[Sequence[tuple[str, str]]] = []
+    """Leaving out the cat changes the predictions where the dog is too, which the dog's words explain."""
+    asked: list[Sequence[str]] = []
     cat, dog = torch.zeros(8, 8), torch.zeros(8, 8)
-    cat[:, :3], cat[:, 5:] = 1.0, 0.5
-    dog[:, :3], dog[:, 5:] = 0.2, 1.0
+    cat[:, :3] = dog[:, 5:] = 1.0
 
     def differences(inversion: Inversion, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, int]:
-        asked.append(pairs)
-        return torch.stack([cat, dog][: len(pairs)]), 5
+        return torch.ones(len(pairs), 8, 8) * (cat + dog), 5
+
+    def evidence(inversion: Inversion, prompts: Sequence[str]) -> tuple[Tensor, int]:
+        asked.append(prompts)
+        return torch.stack([cat, dog]), 7
 
     monkeypatch.setattr("edit.methods.remove.difference_maps", differences)
+    monkeypatch.setattr("edit.methods.remove.evidence_maps", evidence)
     flat = Image.new("RGB", (64, 64), "grey")
-    both = invert(tiny, flat, "a cat and a red dog in the snow", steps=STEPS)
-    places, _ = locate_word(both, "cat")
-    assert asked[0] == [(both.prompt, "a red dog in the snow"), (both.prompt, "a cat in the snow")]
+    places, nfe = locate_word(invert(tiny, flat, "a cat and a red dog in the snow", steps=STEPS), "cat")
+    assert asked == [["a red dog in the snow", "a cat in the snow"]] and nfe == 12
     assert bool(places[:, :16].all()) and not bool(places[:, 40:].any())
-    alone, _ = locate_word(invert(tiny, flat, "a cat in the snow", steps=STEPS), "cat")
-    assert len(asked[1]) == 1 and bool(alone[:, 48:].all())
+    alone, nfe = locate_word(invert(tiny, flat, "a cat in the snow", steps=STEPS), "cat")
+    assert len(asked) == 1 and nfe == 5 and bool(alone[:, 48:].all())
+
+
+def test_evidence_is_where_a_prompt_explains_the_picture_worse(tiny: Backbone) -> None:
+    inversion = invert(tiny, photo(), SOURCE, steps=10)
+    maps, nfe = evidence_maps(inversion, [SOURCE, TARGET])
+    assert maps.shape == (2, 8, 8) and nfe == 3 * 5 * 2
+    assert not bool(maps[0].any()) and bool(maps[1].any())
+    again, _ = evidence_maps(inversion, [SOURCE, TARGET])
+    assert torch.equal(maps, again)
 
 
 def test_nothing_but_a_mask_is_filled_without_words(inversion: Inversion) -> None:
