@@ -57,9 +57,9 @@ def evidence_maps(
 ) -> tuple[Tensor, int]:
     """How much worse each prompt explains each place than the source's does [N, H, W], and the NFE.
 
-    E‖ε̂ − ε‖² under the prompt, less that under the source's, over fresh noise at five steps: the diffusion classifier (Li
-    et al. 2023, eq. 4) place by place. A difference of predictions is also large where the rest is drawn otherwise;
-    this is large where the words that the prompt lacks explain what is there.
+    E‖ε̂ − ε‖² under the prompt, less that under the source's, over fresh noise at five steps: the diffusion classifier
+    (Li et al. 2023, eq. 4) place by place. A difference of predictions is also large where the rest is drawn
+    otherwise; this is large where the words that the prompt lacks explain what is there.
     """
     model, steps, clean = inversion.model, inversion.steps, inversion.clean
     every = [inversion.prompt, *prompts]
