@@ -32,7 +32,7 @@ def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> 
 
     def call(*arguments: str) -> int:
         quick = ("--model", str(tiny_folder), "--precision", "fp32", "--device", "cpu")
-        steps = () if "--inversion" in arguments else ("--steps", "2")
+        steps = () if {"--inversion", "--steps"} & set(arguments) else ("--steps", "2")
         more = () if arguments[0] == "replay" else (*quick, *steps)
         monkeypatch.setattr(sys, "argv", ["edit", *arguments, *more])
         with pytest.raises(SystemExit) as ended:
