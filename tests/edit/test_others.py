@@ -52,13 +52,13 @@ def test_without_strength_the_picture_stays_and_with_it_changes(tiny_folder: Pat
 
 
 @paths
-@pytest.mark.parametrize("steps", [1, 2, 6])
-def test_at_strength_one_nothing_of_the_picture_is_left(tiny_folder: Path, path: Any, steps: int) -> None:
+def test_at_strength_one_nothing_of_the_picture_is_left(tiny_folder: Path, path: Any) -> None:
     model = tiny_on(tiny_folder, *path)
-    one, other = (
-        sdedit(model, photo(seed=seed), SOURCE, strength=1.0, steps=steps).latents for seed in (0, 1)
-    )
-    assert torch.equal(one, other)
+    for steps in (1, 4):
+        one, other = (
+            sdedit(model, photo(seed=seed), SOURCE, strength=1.0, steps=steps).latents for seed in (0, 1)
+        )
+        assert torch.equal(one, other)
 
 
 def test_a_strength_that_is_no_step_is_refused(tiny: Backbone, inversion: Inversion) -> None:

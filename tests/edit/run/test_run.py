@@ -148,6 +148,16 @@ def test_other_commands_write_run_folders_that_can_be_repeated(edit: Edit) -> No
     assert (Path("sd/edit_1.png").exists(), Path("bt/trajectory.gif").exists()) == (True, True)
 
 
+def test_a_photograph_of_1200_by_900_is_edited_whole(edit: Edit) -> None:
+    photo(1200, 900).save("photo.png")
+    Image.new("L", (1200, 900), 255).save("mask.png")
+    asked = ("photo.png", "--mask", "mask.png", "--no-metrics", "--out")
+    assert edit("sdedit", *asked, "one", "--prompt", "a dog") == 0
+    assert edit("invert-and-replace", *asked, "two", *WORDS) == 0
+    assert edit("remove", *asked, "three", "--source", "a cat in the snow") == 0
+    assert Image.open("one/edit_0.png").size == Image.open("three/edit_0.png").size == (80, 48)
+
+
 def test_a_concept_is_worn_and_its_token_understood(
     edit: Edit, tiny: Backbone, capsys: pytest.CaptureFixture[str]
 ) -> None:
