@@ -181,7 +181,8 @@ def test_every_inversion_is_edited_or_refused(family: Open, name: str, method: M
         with pytest.raises(UserError, match="no prediction without a prompt"):
             invert(model, photo(), SOURCE, method=method, steps=2)
         return
-    inversion = invert(model, photo(), SOURCE, method=method, steps=2, guidance=3.0, iterations=1)
+    steps = 3 if method == "reversible" else 2
+    inversion = invert(model, photo(), SOURCE, method=method, steps=steps, guidance=3.0, iterations=1)
     edited = replace(inversion, TARGET, ReplaceSettings(guidance=3.0, blend=()))
     if inversion.overwrites:
         assert edited.trajectory is not None
