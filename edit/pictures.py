@@ -64,7 +64,7 @@ def read_mask(mask: ImageLike) -> SourceImage:
         grey, name, content = open_mask(mask), str(mask), content_hash(Path(mask))
     white = grey.point([0] * 128 + [255] * 128)
     if not white.getbbox():
-        brightest = int(grey.getextrema()[1])
+        brightest = max(grey.tobytes())
         found = f"its brightest place is {brightest} of 255" if brightest else "it is black everywhere"
         raise UserError(
             f"{name or 'The mask'} lets nothing change: {found}. Paint white what may change, on black or on nothing."

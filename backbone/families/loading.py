@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from backbone.diffusion.noise import PredictionType, Schedule, vp
 from backbone.diffusion.schedules import (
+    Spacing,
     alphas_cumprod,
     flow_schedule,
     logit_normal_levels,
@@ -289,7 +290,7 @@ def vp_path(location: Location) -> NoisePath:
 
     def schedule(steps: int, size: tuple[int, int]) -> Schedule:
         # Of a leading spacing a single step is the cleanest, which samples nothing: it begins at the end instead
-        spacing = "trailing" if steps == 1 else config["timestep_spacing"]
+        spacing: Spacing = "trailing" if steps == 1 else config["timestep_spacing"]
         offset = int(config["steps_offset"])
         return vp_schedule(alpha_bar, steps, spacing=spacing, steps_offset=offset, final=final)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,13 +62,14 @@ def test_at_strength_one_nothing_of_the_picture_is_left(tiny_folder: Path, path:
 
 
 def test_a_strength_that_is_no_step_is_refused(tiny: Backbone, inversion: Inversion) -> None:
-    for edit in (
+    edits: list[Callable[[], object]] = [
         lambda: sdedit(tiny, photo(), SOURCE, strength=0.3, steps=3),
         lambda: flow_edit(tiny, photo(), SOURCE, [TARGET], strength=0.3, steps=3),
         lambda: compose(inversion, [("a red dog", 1.0)], strength=0.1),
         lambda: remove(inversion, "cat", strength=0.1),
         lambda: prompt_to_prompt(inversion, TARGET, ReplaceSettings(strength=0.1)),
-    ):
+    ]
+    for edit in edits:
         with pytest.raises(UserError, match="is less than one of"):
             edit()
 

@@ -198,7 +198,8 @@ def test_what_is_hidden_is_found_by_no_query(layers: Layers) -> None:
     hidden[0, 0] = 1
     control = Control(1, hidden=hidden)
     visible = [key for key in range(15) if key not in (0, 5 + 2)]
-    assert control.visible_keys(15) is not None and control.visible_keys(15).tolist() == visible
+    found = control.visible_keys(15)
+    assert found is not None and found.tolist() == visible
     said = Processor(control, layers.alone.processor)(layers.alone, x)
     seen = x[:, visible]
     assert torch.allclose(said, applied(layers.alone, maps_of(layers.alone, x, seen), seen), atol=1e-5)
