@@ -53,11 +53,11 @@ def difference_maps(
 
 @torch.no_grad()
 def evidence_maps(
-    inversion: Inversion, prompts: Sequence[str], *, seed: int = 0, draws: int = 2
+    inversion: Inversion, prompts: Sequence[str], *, seed: int = 0, draws: int = 3
 ) -> tuple[Tensor, int]:
     """How much worse each prompt explains each place than the source's does [N, H, W], and the NFE.
 
-    E‖ε̂ − ε‖² under the prompt, less that under the source's, over fresh noise at five steps: the diffusion classifier
+    E‖ε̂ − ε‖² under the prompt, less that under the source's, over fresh noise at seven steps: the diffusion classifier
     (Li et al. 2023, eq. 4) place by place. A difference of predictions is also large where the rest is drawn
     otherwise; this is large where the words that the prompt lacks explain what is there.
     """
@@ -65,7 +65,7 @@ def evidence_maps(
     every = [inversion.prompt, *prompts]
     predict = model.predictor(encode_prompts_cached(model, every))
     maps, nfe = torch.zeros(len(prompts), *clean.shape[-2:]).to(clean), 0
-    for step in sorted({int(share * steps) for share in SHARES}):
+    for step in sorted({int(share * steps) for share in (*SHARES, 0.6, 0.7)}):
         level = inversion.schedule[step]
         for draw in range(draws):
             noise = torch.randn(clean.shape, generator=generator(seed, step, draw, "evidence")).to(clean)

@@ -258,7 +258,7 @@ def test_a_place_of_another_thing_is_not_the_removed_one_s(
 def test_evidence_is_where_a_prompt_explains_the_picture_worse(tiny: Backbone) -> None:
     inversion = invert(tiny, photo(), SOURCE, steps=10)
     maps, nfe = evidence_maps(inversion, [SOURCE, TARGET])
-    assert maps.shape == (2, 8, 8) and nfe == 3 * 5 * 2
+    assert maps.shape == (2, 8, 8) and nfe == 3 * 7 * 3
     assert not bool(maps[0].any()) and bool(maps[1].any())
     again, _ = evidence_maps(inversion, [SOURCE, TARGET])
     assert torch.equal(maps, again)
