@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from backbone.io import options
 from backbone.io.console import UserError
-from backbone.io.files import read_json
-from backbone.io.flags import DRAWING, SAMPLING, SCORING, PlaceOptions
-from backbone.io.options import Option, build, effective
-from backbone.io.sampling import DrawingOptions, SamplingSettings
-from backbone.training.settings import WEIGHTINGS, TrainingSettings
+from backbone.io.flags import SAMPLING, SCORING, PlaceOptions
+from backbone.io.options import Option
+from backbone.io.sampling import CountOption, DrawingOptions, SamplingSettings
+from backbone.training.settings import FILE as FILE
+from backbone.training.settings import WEIGHTINGS, TrainingSettings, read_run_settings, resolve
 
-FILE = "settings.json"
 EVALUATIONS = "evaluations.jsonl"
 SUMMARY = "summary.json"
 REPORT = "report.html"
@@ -57,6 +56,11 @@ class Settings(TrainingSettings):
     images of each, and learns from how the scorer ranks them; `draft` and `ddpo` learn from its numbers instead,
     and then `batch` counts images.
     """
+
+    NEEDS: ClassVar[Mapping[str, Any]] = {
+        **dict.fromkeys(("rank", "lora_alpha", "lora_layers"), A_LORA),
+        "gradient_checkpointing": OF_PAIRS,
+    }
 
     pairs: Annotated[str, Option(SOURCE_HELP, "Data", argument=True, metavar="PAIRS")] = ""
     concepts: Annotated[
@@ -247,31 +251,6 @@ class Settings(TrainingSettings):
         int, Option("Pairs at once.", "Training", default_text="the whole batch", min=1)
     ] = 0
     lr_scheduler: str = "constant"
-    rank: Annotated[
-        int,
-        Option("Of the adapter.", "Adapter", aliases=("network-dim",), by_model=True, needs=A_LORA, min=1),
-    ] = 16
-    lora_alpha: Annotated[
-        float,
-        Option(
-            "The adapter works with strength α/rank.",
-            "Adapter",
-            aliases=("network-alpha",),
-            by_model=True,
-            default_text="the rank",
-            needs=A_LORA,
-        ),
-    ] = 16.0
-    lora_layers: Annotated[
-        str,
-        Option(
-            "Layers that get an adapter: attention or all.",
-            "Adapter",
-            by_model=True,
-            needs=A_LORA,
-            metavar="LAYERS",
-        ),
-    ] = "attention"
     loss_weighting: Annotated[
         str,
         Option(
@@ -297,9 +276,6 @@ class Settings(TrainingSettings):
     on_winner_rise: Annotated[
         str, Option("Beyond that.", "Evaluation", choices=("warn", "stop"), needs=OF_PAIRS)
     ] = "warn"
-    gradient_checkpointing: Annotated[
-        bool, Option("Less memory, a third more time.", "Memory", needs=OF_PAIRS)
-    ] = False
     checkpointing_steps: Annotated[
         int,
         Option(
@@ -387,13 +363,13 @@ class PairSampling(DrawingOptions):
         ),
     ] = 0.0
 
-    def as_json(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """What images depend on, `redraw` where there is some."""
-        return super().as_json() | ({"redraw": self.redraw} if self.redraw else {})
+        return super().facts() | ({"redraw": self.redraw} if self.redraw else {})
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparisonSettings(SamplingSettings, PlaceOptions):
+class ComparisonSettings(SamplingSettings, PlaceOptions, CountOption):
     """How two models are compared: images, and what scores them.
 
     scale   LoRA scales of the tuned side; the first is the one that counts, each further one is another side
@@ -401,15 +377,7 @@ class ComparisonSettings(SamplingSettings, PlaceOptions):
     """
 
     seed: Annotated[int, Option("Both sides begin with the same noise.", SAMPLING)] = 0
-    count: Annotated[
-        int,
-        Option(
-            "Images of each prompt.",
-            DRAWING,
-            aliases=("num-images-per-prompt", "num-validation-images", "images-per-prompt"),
-            min=1,
-        ),
-    ] = 2
+    count: int = 2
     scale: Annotated[
         tuple[float, ...],
         Option(
@@ -447,8 +415,8 @@ def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
         from_model.pop("beta", None)  # which was chosen for another loss
     if asked.get("loss") == "kto":
         from_model.pop("safeguard", None)  # KTO knows no pairs
-    merged = {**from_model, **{name: value for name, value in asked.items() if value is not None}}
-    merged.setdefault("lora_alpha", float(merged["rank"]))
+    asked = {name: value for name, value in asked.items() if value is not None}
+    merged = {**from_model, **asked}
     merged.setdefault("beta", BETAS.get(merged.get("loss", "dpo"), 2000.0))
     if "reference" not in merged and merged.get("loss") == "dspo":
         merged["reference"] = "copy" if merged.get("full") else "live"
@@ -456,20 +424,12 @@ def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
         merged.setdefault("reference", "live")  # a round's pairs are seldom visited twice
         merged.setdefault("sample_steps", int(usual.get("steps", 0)))
         merged.setdefault("guidance", float(usual.get("guidance", -1)))
-    return build(Settings, effective(Settings, merged, asked))
+    return resolve(Settings, merged, asked)
 
 
 def read_settings(run: Path) -> Settings:
     """The settings of a run folder; `UserError` when it has none or they are of another version."""
-    path = run / FILE
-    if not path.is_file():
-        raise UserError(f"{run} is not a run of `align train` ({FILE} is missing). Name another folder.")
-    try:
-        return build(Settings, read_json(path).get("settings", {}))
-    except UserError as error:
-        raise UserError(
-            f"{path} was not written by this version of `align train`: {error} Start the run anew."
-        ) from error
+    return read_run_settings(Settings, run, "align train")
 
 
 def as_command(settings: Settings, out: Path) -> str:

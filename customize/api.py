@@ -35,9 +35,9 @@ def train(
 ) -> Run:
     """Teach a model one subject from a folder of images or a data set, as `customize train` does.
 
-    What is None comes from the model, the token is [V], and an empty class noun is guessed. `settings` are further fields of
-    `customize.settings.Settings`, by name: `method="pivotal"`, `prior="off"` … `vram` is in GiB. Raises `UserError`,
-    naming the argument, for what is not known, does not fit, or has no effect.
+    What is None comes from the model, the token is [V], and an empty class noun is guessed. `settings` are further
+    fields of `customize.settings.Settings`, by name: `method="pivotal"`, `prior="off"` … `vram` is in GiB. Raises
+    `UserError`, naming the argument, for what is not known, does not fit, or has no effect.
     """
     asked = {
         "images": str(images),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from backbone.io.commands import command_group, print_json
-from backbone.io.console import UserError, is_main_rank, notify, run_app
+from backbone.io.console import UserError, count_of, is_main_rank, notify, run_app
 from backbone.io.files import read_json
 from backbone.io.flags import (
     CONCEPTS,
@@ -24,11 +25,12 @@ from backbone.io.flags import (
     ModelOptions,
 )
 from backbone.io.options import Option, command, settled_command
-from backbone.io.sampling import DrawingOptions
+from backbone.io.run_folder import absolute
+from backbone.io.sampling import CountOption, DrawingOptions
 from backbone.training.settings import PANELS, refuse_beside_resume
 from customize.formats import cli as files_cli
 from customize.settings import Settings, TrainOptions, read_settings, resolved
-from customize.training.start import start
+from customize.training.start import RESUMED, start
 
 app = command_group("Teach a diffusion model a new concept from a handful of images.")
 
@@ -74,17 +76,21 @@ class CheckOptions(ModelOptions, JsonOptions):
 @settled_command(app, CheckOptions)
 def check(asked: CheckOptions) -> None:
     """Open every image, list all bad ones, and say what may go wrong and what the run will need."""
-    from backbone.media.pictures import check_images, list_images
+    from backbone.media.pictures import check_images, describe_unused, list_images
 
     found = list_images(asked.images)
     check_images(found)
     captions = sum(image.caption is not None for image in found)
-    notify(f"{len(found)} images in {asked.images} can be read ({captions} with captions).")
+    notify(f"{count_of(len(found), 'image')} in {asked.images} can be read ({captions} with captions).")
+    for sentence in describe_unused(asked.images, found):
+        notify(sentence)
     from backbone.models.model import Backbone
-    from customize.training.preflight import estimate, warnings_about
+    from customize.training.preflight import caption_warnings, estimate, warnings_about
 
     opened = Backbone.open(asked.model or "moji", device=asked.device, precision=asked.precision)
-    warnings = warnings_about(found, resolution=opened.resolution)
+    warnings = [*warnings_about(found, resolution=opened.resolution), *caption_warnings(found, opened)]
+    if misfit := opened.describe_misfit([image.read_size() for image in found]):
+        warnings.append(misfit)
     for warning in warnings:
         notify(f"Warning: {warning}")
     settings = resolved({"images": asked.images, "token": "[V]", "class_noun": ""}, opened.defaults)
@@ -108,16 +114,18 @@ def check(asked: CheckOptions) -> None:
 def train(asked: dict[str, Any], run: TrainOptions) -> None:
     """Teach the model a subject from a few images (DreamBooth with LoRA)."""
     if run.resume is not None:
-        refuse_beside_resume(Settings, asked, run)
+        refuse_beside_resume(Settings, asked, run, allowed=RESUMED)
         read_settings(run.resume)  # mistakes are answered before torch is imported
+        anew = {**asked, "images": absolute(asked["images"])} if "images" in asked else asked
         from customize.training.run import resume_concept
 
-        finished = resume_concept(run.resume)
+        finished = resume_concept(run.resume, anew)
     else:
         finished = start(asked, out=run.out, vram=run.vram)
     token = read_settings(finished).token
+    where = shlex.quote(str(finished))
     notify(
-        f'{finished}/sheet.png shows it. Next: customize sample "a {token} … in the snow" --concept {finished}'
+        f'{finished}/sheet.png shows it. Next: customize sample "a {token} … in the snow" --concept {where}'
     )
 
 
@@ -171,7 +179,7 @@ def sample(asked: SampleOptions) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(JsonOptions):
+class EvaluateOptions(JsonOptions, CountOption):
     """What `customize evaluate` measures."""
 
     run: Annotated[Path, Option("A run folder of customize train.", DATA, argument=True, metavar="RUN")]
@@ -199,9 +207,7 @@ class EvaluateOptions(JsonOptions):
             needs={"prompts": ()},
         ),
     ] = False
-    count: Annotated[
-        int, Option("Images of each prompt.", DRAWING, aliases=("num-images-per-prompt",), min=1)
-    ] = 4
+    count: int = 4
     seed: Annotated[
         int,
         Option("Image j of prompt i depends on the seed, i and j only.", SAMPLING, needs={"images": (None,)}),

@@ -60,7 +60,7 @@ def sample_to_folder(
         record = {
             "model": name,
             "concepts": summarize_concepts(concepts),
-            **asked.as_json(),
+            **asked.facts(),
             "guided": list(asked.guided),
             "scale": asked.scale,
             "seconds": round(time.perf_counter() - began, 2),

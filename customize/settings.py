@@ -6,15 +6,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from backbone.io.console import UserError
-from backbone.io.files import read_json
-from backbone.io.options import Option, as_command, build, effective
-from backbone.training.settings import RunOptions, TrainingSettings
+from backbone.io.options import Option, as_command
+from backbone.training.settings import FILE as FILE
+from backbone.training.settings import RunOptions, TrainingSettings, read_run_settings, resolve
 from backbone.world.words import choose_article
 
-FILE = "settings.json"
 SHEET = "sheet.png"
 INSTANCE_PROMPT = "a {token} {class}"
 CLASS_PROMPT = "a {class}"
@@ -38,7 +37,9 @@ class Subject:
         if self.class_noun:
             article = choose_article(self.class_noun.lower())
             template = re.sub(
-                r"\b(?:(A)|a)n? +(?=\{class\})", lambda found: f"{article.title() if found[1] else article} ", template
+                r"\b(?:(A)|a)n? +(?=\{class\})",
+                lambda found: f"{article.title() if found[1] else article} ",
+                template,
             )
         return tidy(template.replace("{token}", self.token).replace("{class}", self.class_noun))
 
@@ -51,6 +52,11 @@ def read_subject(flag: str) -> Subject:
     """A subject from FOLDER:TOKEN:CLASS, with :WORDS behind it or not; `UserError` for anything else."""
     drive = flag[:2] if re.match(r"[A-Za-z]:[\\/]", flag) else ""  # of a path on Windows
     parts = flag.removeprefix(drive).split(":")
+    for rest in (2, 3):  # a folder's own name may hold colons
+        folder = ":".join(parts[:-rest])
+        if ":" in folder and Path(drive + folder).expanduser().exists():
+            parts = [folder, *parts[-rest:]]
+            break
     if len(parts) not in (3, 4) or not all(part.strip() for part in parts):
         raise UserError(f"--subject {flag} is not FOLDER:TOKEN:CLASS, like cat/:[W]:cat. Write it so.")
     return Subject(drive + parts[0], *parts[1:])
@@ -88,6 +94,8 @@ SHEET_PROMPTS = (
 @dataclass(frozen=True, kw_only=True)
 class Settings(TrainingSettings):
     """The settings of `customize train`. A run is a function of these, the images and the model."""
+
+    NEEDS: ClassVar[Mapping[str, Any]] = dict.fromkeys(("rank", "lora_alpha", "lora_layers"), WITH_ADAPTER)
 
     images: Annotated[
         str,
@@ -260,28 +268,6 @@ class Settings(TrainingSettings):
             needs=WITH_ADAPTER,
         ),
     ] = "lora"
-    rank: Annotated[
-        int,
-        Option(
-            "Of the adapter.",
-            "Adapter",
-            aliases=("network-dim",),
-            by_model=True,
-            needs=WITH_ADAPTER,
-            min=1,
-        ),
-    ] = 16
-    lora_alpha: Annotated[
-        float,
-        Option(
-            "The adapter works with strength α/rank.",
-            "Adapter",
-            aliases=("network-alpha",),
-            by_model=True,
-            default_text="the rank",
-            needs=WITH_ADAPTER,
-        ),
-    ] = 16.0
     lora_dropout: Annotated[
         float,
         Option(
@@ -293,16 +279,7 @@ class Settings(TrainingSettings):
             max=0.99,
         ),
     ] = 0.0
-    lora_layers: Annotated[
-        str,
-        Option(
-            "Layers that get an adapter: attention or all.",
-            "Adapter",
-            by_model=True,
-            needs=WITH_ADAPTER,
-            metavar="LAYERS",
-        ),
-    ] = "all"
+    lora_layers: str = "all"
     rank_pattern: Annotated[
         tuple[str, ...],
         Option(
@@ -530,20 +507,12 @@ def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
     }
     if asked.get("optimizer") == "prodigy":  # which finds the step size; rates are factors of it
         from_model |= {"learning_rate": 1.0, "text_encoder_lr": 1.0, "words_learning_rate": 1.0}
-    merged = {**from_model, **asked}
-    merged.setdefault("lora_alpha", float(merged["rank"]))
-    return build(Settings, effective(Settings, merged, asked))
+    return resolve(Settings, from_model, asked)
 
 
 def read_settings(run: Path) -> Settings:
     """The settings of a run folder; `UserError` when it has none or they are of another version."""
-    path = run / FILE
-    if not path.is_file():
-        raise UserError(f"{run} is not a run of `customize train` ({FILE} is missing). Name another folder.")
-    try:
-        return build(Settings, read_json(path).get("settings", {}))
-    except UserError as error:
-        raise UserError(f"{path} was written by another version: {error} Start the run anew.") from error
+    return read_run_settings(Settings, run, "customize train")
 
 
 def as_flags(settings: Settings, out: Path) -> str:

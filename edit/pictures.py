@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from PIL import Image
 
-from backbone.io.console import UserError
+from backbone.io.console import UserError, notify_once
 from backbone.io.files import content_hash
 from backbone.media.decode import mask_from_image, open_mask, open_rgb
 from backbone.media.transforms import crop_and_resize, to_tensor, working_size
@@ -89,6 +89,8 @@ class EncodedImage:
 def encode_image(model: Backbone, image: ImageLike) -> EncodedImage:
     """An image at about the model's own number of pixels, in its own shape up to 2 : 1, and its latent."""
     source = read_image(image)
+    if misfit := model.describe_misfit([source.image.size]):
+        notify_once(misfit)
     size = working_size(source.image.size, area=model.resolution**2, unit=2 * model.factor)
     pixels = to_tensor(crop_and_resize(source.image, size))
     facts = {"name": source.name, "size": list(source.image.size), "content": source.content}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from backbone.io.flags import CONCEPTS, DRAWING, OUTPUT, SAMPLING, SCORING, ConceptOptions
 from backbone.io.options import Option
+from backbone.io.sampling import GuidanceOption
 
 # Sections of the help
 WORDS = "Words"
@@ -18,6 +20,7 @@ PANELS = (WORDS, WHERE, HOW, INVERSION, DRAWING, SAMPLING, CONCEPTS, SCORING)
 
 Method = Literal["direct", "ddim", "null-text", "negative-prompt", "edit-friendly", "renoise", "reversible"]
 Way = Literal["prompt-to-prompt", "masactrl", "plug-and-play"]
+OF_NULL_TEXT = {"method": ("null-text",)}
 MADE_ANEW = {"inversion": (None,)}  # what an inversion's file has settled already
 SOURCE_HELP = "What the image shows, in words or in a file."
 STRENGTH_HELP = "Share of the way that is walked again."
@@ -34,19 +37,9 @@ class StepOptions(ConceptOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuidanceOptions:
-    """Of a command with classifier-free guidance."""
+class GuidanceOptions(GuidanceOption):
+    """Of a command with classifier-free guidance against a prompt."""
 
-    guidance: Annotated[
-        float | None,
-        Option(
-            "Classifier-free guidance; 1: none.",
-            SAMPLING,
-            aliases=("guidance-scale", "cfg-scale"),
-            default_text="by model",
-            min=0,
-        ),
-    ] = None
     negative: Annotated[
         str, Option("What to stay away from.", WORDS, aliases=("negative-prompt",), metavar="PROMPT")
     ] = ""
@@ -115,6 +108,8 @@ class ImageArgument:
 class StartOptions(StepOptions, ReportOptions, MaskOption):
     """Of a command that begins from an image with its prompt, or from an inversion's file."""
 
+    NEEDS: ClassVar[Mapping[str, Any]] = {"steps": MADE_ANEW}
+
     image: Annotated[
         str | None,
         Option(
@@ -135,17 +130,13 @@ class StartOptions(StepOptions, ReportOptions, MaskOption):
         str | None,
         Option("A file of edit invert.", INVERSION, metavar="FILE", default_text="made anew"),
     ] = None
-    steps: Annotated[
-        int,
-        Option("Steps of the sampler.", SAMPLING, aliases=("num-inference-steps",), min=1, needs=MADE_ANEW),
-    ] = 50
 
 
 @dataclass(frozen=True, kw_only=True)
 class PathOptions(StartOptions):
     """Of a command that follows the inversion's path, where nothing is random any more."""
 
-    seed: Annotated[int, Option("Everything random follows from it.", SAMPLING, needs=MADE_ANEW)] = 0
+    NEEDS: ClassVar[Mapping[str, Any]] = {"seed": MADE_ANEW}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,24 +157,18 @@ class TargetOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class InversionOptions:
-    """How an image is inverted, where there is no file of its inversion."""
+    """How an image is inverted."""
 
-    method: Annotated[
-        Method, Option("How the image is inverted.", INVERSION, choices=get_args(Method), needs=MADE_ANEW)
-    ] = "direct"
-    iterations: Annotated[
-        int,
-        Option(
-            "Of null-text, at every step.",
-            INVERSION,
-            min=0,
-            needs={"method": ("null-text",), **MADE_ANEW},
-        ),
-    ] = 10
+    NEEDS: ClassVar[Mapping[str, Any]] = {"iterations": OF_NULL_TEXT}
+
+    method: Annotated[Method, Option("How the image is inverted.", INVERSION, choices=get_args(Method))] = (
+        "direct"
+    )
+    iterations: Annotated[int, Option("Of null-text, at every step.", INVERSION, min=0)] = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class InvertOptions(StepOptions, ImageArgument):
+class InvertOptions(StepOptions, InversionOptions, ImageArgument):
     """What `edit invert` is told."""
 
     prompt: Annotated[
@@ -196,13 +181,6 @@ class InvertOptions(StepOptions, ImageArgument):
             metavar="PROMPT",
         ),
     ]
-    method: Annotated[Method, Option("How the image is inverted.", INVERSION, choices=get_args(Method))] = (
-        "direct"
-    )
-    iterations: Annotated[
-        int,
-        Option("Of null-text, at every step.", INVERSION, min=0, needs={"method": ("null-text",)}),
-    ] = 10
     guidance: Annotated[
         float | None,
         Option(
@@ -211,7 +189,7 @@ class InvertOptions(StepOptions, ImageArgument):
             aliases=("guidance-scale", "cfg-scale"),
             default_text="by model",
             min=0,
-            needs={"method": ("null-text",)},
+            needs=OF_NULL_TEXT,
         ),
     ] = None
     check: Annotated[bool, Option("Walk it down again and say how exact it is.", INVERSION)] = False
@@ -230,6 +208,8 @@ class InvertOptions(StepOptions, ImageArgument):
 @dataclass(frozen=True, kw_only=True)
 class ReplaceOptions(PathOptions, InversionOptions, GuidanceOptions, TargetOptions):
     """What `edit invert-and-replace` is told; None stands for what comes with the kind of control."""
+
+    NEEDS: ClassVar[Mapping[str, Any]] = {"method": MADE_ANEW, "iterations": {**OF_NULL_TEXT, **MADE_ANEW}}
 
     swaps: Annotated[
         tuple[str, ...],
@@ -343,7 +323,7 @@ class SDEditOptions(StepOptions, GuidanceOptions, ReportOptions, MaskOption, Cou
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowEditOptions(StepOptions, ReportOptions, MaskOption, TargetOptions, ImageArgument):
+class FlowEditOptions(StepOptions, GuidanceOption, ReportOptions, MaskOption, TargetOptions, ImageArgument):
     """What `edit flow-edit` is told."""
 
     source: Annotated[str, Option(SOURCE_HELP, WORDS, aliases=("source-prompt",), metavar="PROMPT")]
@@ -351,16 +331,6 @@ class FlowEditOptions(StepOptions, ReportOptions, MaskOption, TargetOptions, Ima
         0.66
     )
     draws: Annotated[int, Option("Noises averaged at every step.", HOW, min=1)] = 1
-    guidance: Annotated[
-        float | None,
-        Option(
-            "Classifier-free guidance; 1: none.",
-            SAMPLING,
-            aliases=("guidance-scale", "cfg-scale"),
-            default_text="by model",
-            min=0,
-        ),
-    ] = None
     source_guidance: Annotated[float, Option("Guidance of the source's prompt.", SAMPLING)] = 1.0
 
 

@@ -129,10 +129,9 @@ def lowered(words: list[str]) -> list[str]:
         ):  # which takes three images at least
             changed[place] = str(min(int(value), LARGEST[flag]))
     more = iter(ADDED.get(name, ADDED.get(words[0], ())))
+    settled = {"--online", "--inversion"} & set(words)  # whose steps the small model says, or the file
     for flag, value in zip(more, more, strict=True):
-        if (
-            flag in known and flag not in words and "--online" not in words
-        ):  # whose steps the small model says
+        if flag in known and flag not in words and not settled:
             changed += [flag, value]
     return changed
 

@@ -85,7 +85,7 @@ def sample_pairs(
 
 
 def resolve_sampling(sampling: Asked, model: Backbone, concepts: Sequence[Concept]) -> Asked:
-    """With the size of the concepts' training images and the model's defaults; `UserError` for a size it cannot sample."""
+    """With the size of the concepts' images and the model's defaults; `UserError` for a size it cannot sample."""
     sampling = sampling.at_resolution(trained_resolution(concepts)).with_defaults(model.defaults)
     latent_size(model, sampling.size)
     return sampling
@@ -168,7 +168,7 @@ def _describe_folder(
             }
             for concept, description in zip(concepts, summarize_concepts(concepts), strict=True)
         ],
-        "sampling": asked.as_json(),
+        "sampling": asked.facts(),
         "per_prompt": asked.count,
         "prompts": [_prompt_fields(prompt) for prompt in prompts],
     }

@@ -60,8 +60,8 @@ def compare_models(
 ) -> dict[str, Any]:
     """Sample both sides, score them, write `compare.json` and `report.html`; returns the result.
 
-    The tuned side is compared at each of the scales with the same base images. Images that exist already are kept, so that a comparison that was stopped goes on; raises `UserError` when they
-    were sampled with other settings.
+    The tuned side is compared at each of the scales with the same base images. Images that exist already are kept, so
+    that a comparison that was stopped goes on; raises `UserError` when they were sampled with other settings.
     """
     began = time.perf_counter()
     _refuse_scales(tuned, asked.scale)
@@ -193,7 +193,7 @@ def _claim_folder(
         "weights": [content_hash(concept.weights_path) for concept in concepts if concept.weights],
         "scale": side.scale,
         "prompts": [prompt.text for prompt in prompts],
-        "sampling": sampling.as_json(),
+        "sampling": sampling.facts(),
     }
     path = folder / "drawn.json"
     if path.exists() and read_json(path) != json.loads(json.dumps(record)):

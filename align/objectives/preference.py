@@ -39,7 +39,14 @@ from align.objectives.reference import (
 )
 from align.settings import WITH_BETA, Settings
 from backbone.adapters.concept import Concept
-from backbone.adapters.lora import LORA_WEIGHTS, activate_adapters, add_lora, save_lora, use_adapters
+from backbone.adapters.lora import (
+    LORA_WEIGHTS,
+    activate_adapters,
+    add_lora,
+    save_lora,
+    say_idle_rank,
+    use_adapters,
+)
 from backbone.diffusion.losses import debiased, min_snr, uniform
 from backbone.diffusion.noise import Level, PredictionType, generator
 from backbone.distributed import processes
@@ -371,6 +378,7 @@ def new_adapter(model: Backbone, settings: Settings, base: Sequence[str]) -> dic
         targets=layers,
         seed=settings.seed,
     )
+    say_idle_rank(parameters, settings.rank)
     activate_adapters(model.denoiser, [*base, ADAPTER])
     for parameter in parameters.values():
         parameter.requires_grad_(True)

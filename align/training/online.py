@@ -7,6 +7,7 @@ optimisation); the reference stays the base, with the adapter off. `draft` and `
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,7 +55,9 @@ from backbone.io.files import append_jsonl, read_json, read_jsonl, write_json
 from backbone.io.prompts import Prompt, read_prompts
 from backbone.io.report import command, heading, line_plot, paragraph, plot_row, table, write_report
 from backbone.io.run_folder import catch_interrupts, clear_failed_try, package_versions, refuse_taken
+from backbone.io.sampling import SamplingSettings
 from backbone.media.sheet import save_png
+from backbone.models.locate import is_path
 from backbone.models.model import Backbone
 from backbone.models.placement import get_placement
 from backbone.training.run import LOG, Every, drive
@@ -86,6 +89,11 @@ def train_online(asked: dict[str, Any], *, out: Path | None) -> Path:
         device=asked.get("device", "auto"),
         precision=asked.get("precision", "auto"),
     )
+    if is_path(model.location.name):
+        asked = {
+            **asked,
+            "model": os.path.abspath(model.location.source),
+        }  # so that it is found from anywhere
     settings = resolved(asked, model.defaults)
     if settings.loss == "draft":
         refuse_not_differentiable(settings.online)

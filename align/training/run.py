@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from backbone.distributed import processes
 from backbone.io.console import UserError, notify
 from backbone.io.files import write_json
 from backbone.io.run_folder import clear_failed_try, package_versions, refuse_taken
+from backbone.models.locate import is_path
 from backbone.models.model import Backbone
 from backbone.models.placement import get_placement
 from backbone.training.run import Every, drive
@@ -48,6 +50,11 @@ def train_taste(
         device=asked.get("device", "auto"),
         precision=asked.get("precision", "auto"),
     )
+    if is_path(model.location.name):
+        asked = {
+            **asked,
+            "model": os.path.abspath(model.location.source),
+        }  # so that it is found from anywhere
     settings = resolved(asked, model.defaults)
     _refuse_strangers(found, settings, model)
     records = records_of(found, settings)

@@ -9,6 +9,7 @@ from typing import Any
 from align.settings import resolved
 from backbone.io.console import UserError, notify
 from backbone.io.options import refuse_idle
+from backbone.io.run_folder import absolute
 
 
 def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | None = None) -> Path:
@@ -18,6 +19,11 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
     for records that cannot be read, before any weights load.
     """
     asked = dict(asked)
+    for name in ("pairs", "prompts"):  # whole paths, so that the run can be resumed from anywhere
+        if name in asked:
+            asked[name] = absolute(str(asked[name]))
+    if "concepts" in asked:
+        asked["concepts"] = tuple(absolute(str(folder)) for folder in asked["concepts"])
     refuse_idle(resolved(asked, {}), asked)  # contradictions are answered before torch is imported
     source, online = asked.get("pairs"), asked.get("online")
     if online is not None:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from backbone.io.console import UserError, notify
+from backbone.io.console import UserError, notify, notify_once
 from backbone.io.files import content_hash, read_json, write_json
 
 CONCEPT_FILE = "concept.json"
@@ -20,6 +20,7 @@ BEST = "best"  # in a run folder: the checkpoint that its evaluations found best
 FORMAT = 1
 PLACEHOLDER = re.compile(r"\[[^\[\]\s]+\]|<[^<>\s]+>")
 UNSPACED = "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff"  # letters of writing without spaces between words
+WEIGHTED = re.compile(r"\([^()]+:\s*\d*\.?\d+\)")  # (red:1.3), as other programs weigh words
 CONSONANTS = "[bcdfghjklmnpqrstvwxz]{3,4}"
 RARE_WORD_POOL = 256  # how many of the tokenizer's rarest words a concept's are chosen from
 RARE = re.compile(rf"({CONSONANTS})</w>|▁({CONSONANTS})")  # as CLIP's and T5's tokenizers mark a whole word
@@ -91,7 +92,7 @@ def checkpoint(run: str | Path, which: str | None = None) -> Path:
 
 
 def trained_resolution(concepts: Sequence[Concept]) -> int:
-    """The resolution that all of these were trained at; 0, the model's own, where there is no such one, which is said."""
+    """The resolution that all of these were trained at; 0, the model's own, where they differ, which is said."""
     sizes = sorted({concept.resolution for concept in concepts})
     if len(sizes) > 1:
         said = " and ".join(str(size or "the model's own") for size in sizes)
@@ -107,6 +108,8 @@ def resolve_placeholder_tokens(
     Raises `UserError` for a placeholder that none of the concepts owns, naming the newest run in `runs` that does.
     """
     resolved = replace_tokens(prompt, concepts)
+    if weighted := WEIGHTED.search(prompt):
+        notify_once(f"“{weighted[0]}” is read as plain text: weights of words are not understood in prompts.")
     # Textual inversion adds the token itself to the tokenizer, so a resolved prompt may still hold it.
     own = {word for concept in concepts for words in concept.tokens.values() for word in words.split()}
     trained = {
@@ -117,6 +120,8 @@ def resolve_placeholder_tokens(
         remedy = (
             f"Add --concept {trained[token]}." if token in trained else "Train it first, or leave it out."
         )
+        if token.startswith(("<lora:", "<lyco:")):
+            remedy = "A LoRA is given with --concept RUN and --scale here; customize import makes a run of its file."
         raise UserError(f"No given concept owns the token {token} in the prompt “{resolved}”. {remedy}")
     return resolved
 

@@ -25,7 +25,8 @@ from peft import (
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from backbone.io.console import UserError
+from backbone.diffusion.noise import generator
+from backbone.io.console import UserError, notify_once
 from backbone.io.files import read_tensors, write_tensors
 
 AdapterType = Literal["lora", "dora", "loha", "lokr"]
@@ -66,7 +67,7 @@ def add_lora(
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        torch.manual_seed(seed)
+        torch.manual_seed(seed if -(2**63) <= seed < 2**64 else generator(seed).initial_seed())
         try:
             inject_adapter_in_model(config, cast(Any, model), adapter_name=name)
         except ValueError as error:
@@ -78,6 +79,19 @@ def add_lora(
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
     return trainable
+
+
+def say_idle_rank(parameters: Mapping[str, Tensor], rank: int) -> None:
+    """Says that a LoRA's rank is more than any of its layers is wide: a part of it can learn nothing."""
+    inputs = {key: value[0].numel() for key, value in parameters.items() if "lora_A" in key}
+    outputs = {
+        key.replace("lora_B", "lora_A"): len(value) for key, value in parameters.items() if "lora_B" in key
+    }
+    widths = [min(width, outputs[key]) for key, width in inputs.items() if key in outputs]
+    if widths and rank > max(widths):
+        notify_once(
+            f"Rank {rank} is more than any layer can use (the widest {max(widths)}), so a part of it is idle."
+        )
 
 
 def lora_parameters(model: nn.Module, name: str) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
 from typing import Any, Literal, cast
 
 import torch
@@ -24,7 +23,7 @@ from backbone.diffusion.schedules import (
 )
 from backbone.families.base import NoisePath, TextEncoderSlot
 from backbone.families.location import Location
-from backbone.io.console import UserError, notify
+from backbone.io.console import UserError, notify_once
 from backbone.io.files import read_header, read_tensors
 
 UNSUPPORTED_FLOW_SETTINGS = (
@@ -251,14 +250,9 @@ def warn_truncation(slot: TextEncoderSlot, prompts: Sequence[str], length: int |
         tokens = slot.tokenizer(prompt, verbose=False)["input_ids"]
         if len(tokens) > length:
             dropped = slot.tokenizer.decode(tokens[length - 1 : -1])
-            _notify_once(
+            notify_once(
                 f"The prompt has {len(tokens)} tokens and this model reads {length}: it will not see “{dropped}”."
             )
-
-
-@cache
-def _notify_once(text: str) -> None:
-    notify(text)
 
 
 # Noise paths ------------------------------------------------------------------------------------------------

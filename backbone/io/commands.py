@@ -3,7 +3,9 @@
     app = command_group("Change what the words say of an image, and nothing else.")
 
     @app.command()
-    def sdedit(image: Annotated[Path, typer.Argument(help="The image.")], steps: flags.Steps = None) -> None: ...
+    def example(folder: Annotated[Path, typer.Argument(help="The folder to write.")]) -> None: ...
+
+A command with many options, or with options that others have too, declares them as a dataclass (`backbone.io.options`).
 
 All doors understand hyphens and underscores alike, have `--version` and shell completion, and show their help in panels
 (`backbone.io.help`).

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from typing import Any, NoReturn
 
 EXIT_USER_ERROR = 2
@@ -78,6 +79,17 @@ def notify(text: str) -> None:
     """Print a line on stderr, above a running progress bar; only on the main process."""
     if is_main_rank():
         print(text, file=sys.stderr, flush=True)
+
+
+@cache
+def notify_once(text: str) -> None:
+    """`notify`, unless this very text was said before in this process."""
+    notify(text)
+
+
+def count_of(number: int, noun: str) -> str:
+    """“1 image”, “3 images”."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def is_main_rank() -> bool:

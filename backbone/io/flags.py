@@ -30,6 +30,17 @@ Checkpoint = Literal["best", "last"]
 WITH_CONCEPTS: dict[str, tuple[Any, ...]] = {"concepts": ()}
 
 
+def model_option(default_text: str) -> Option:
+    """Which model; where none is named, what `default_text` says."""
+    return Option(
+        MODEL_HELP,
+        MODEL,
+        aliases=("pretrained-model-name-or-path",),
+        metavar="MODEL",
+        default_text=default_text,
+    )
+
+
 def option(*names: str, help: str, panel: str, **settings: Any) -> Any:
     """An option in a section of the help, for a command whose options are its function's parameters."""
     return typer.Option(*names, help=help, rich_help_panel=panel, **settings)
@@ -70,32 +81,14 @@ class PlaceOptions:
 class ModelOptions(PlaceOptions):
     """Which model, and where it runs."""
 
-    model: Annotated[
-        str | None,
-        Option(
-            MODEL_HELP,
-            MODEL,
-            aliases=("pretrained-model-name-or-path",),
-            metavar="MODEL",
-            default_text="moji",
-        ),
-    ] = None
+    model: Annotated[str | None, model_option("moji")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConceptOptions(ModelOptions):
     """Which concepts are loaded into which model."""
 
-    model: Annotated[
-        str | None,
-        Option(
-            MODEL_HELP,
-            MODEL,
-            aliases=("pretrained-model-name-or-path",),
-            metavar="MODEL",
-            default_text="the concept's, else moji",
-        ),
-    ] = None
+    model: Annotated[str | None, model_option("the concept's, else moji")] = None
     concepts: Annotated[
         tuple[Path, ...],
         Option(

@@ -33,6 +33,10 @@ SAID_DEFAULT = re.compile(r"\[default: \(([^()]*)\)")  # as typer writes a defau
 class Command(TyperCommand):
     """A command whose help comes in panels."""
 
+    def get_help_option(self, ctx: Any) -> Any:
+        """The flag `--help`, off where it is not given."""
+        return _off(super().get_help_option(ctx))
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         formatter.write(page(self, ctx))
 
@@ -40,15 +44,19 @@ class Command(TyperCommand):
 class Group(TyperGroup):
     """Several commands; their help comes in the same form."""
 
-    def get_help_option(self, ctx: Any) -> Any:
-        """`--help` with False in place of nothing: typer imports pydantic, slow, to say that nothing is no bool."""
-        option = super().get_help_option(ctx)
-        if option is not None:
-            option.default = False
-        return option
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The flags of the group itself (`--help`, completion), off where they are not given."""
+        return [_off(param) for param in super().get_params(ctx)]
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         formatter.write(page(self, ctx))
+
+
+def _off(flag: Any) -> Any:
+    """A flag with False in place of nothing: typer imports pydantic, slow, to say that nothing is no bool."""
+    if flag is not None and flag.default is None:
+        flag.default = False
+    return flag
 
 
 def page(command: Any, ctx: Any) -> str:

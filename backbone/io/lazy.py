@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 
@@ -16,6 +15,8 @@ def export_lazily(
 
     def get(name: str) -> Any:
         if name == "__version__":
+            from importlib.metadata import PackageNotFoundError, version  # which imports half of `email`
+
             try:
                 return version("limner")
             except PackageNotFoundError:  # a source tree that was never installed

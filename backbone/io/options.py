@@ -8,7 +8,8 @@
     def train(asked: dict[str, Any]) -> None: ...
 
 `asked` holds what was said, by field; what was not said is not in it. A subclass that gives a field another default
-keeps the Option that its parent gave it. Where no default depends on the model, the function gets the settings made:
+keeps the Option that its parent gave it, and its `NEEDS` say of inherited fields when they have an effect. Where no
+default depends on the model, the function gets the settings made:
 
     @settled_command(app, SampleOptions)
     def sample(asked: SampleOptions) -> None: ...
@@ -26,7 +27,9 @@ import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from functools import cache
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
@@ -108,17 +111,31 @@ def _fields_of(declared: Hashable) -> dict[str, Field]:
     options: dict[str, Option] = {}
     hints: dict[str, Any] = {}
     for parent in reversed([one for one in declared.__mro__ if dataclasses.is_dataclass(one)]):
-        hints = get_type_hints(parent, include_extras=True)
-        for name, hint in hints.items():
+        own = _own_hints(parent)
+        hints |= own
+        for name, hint in own.items():
             for extra in getattr(hint, "__metadata__", ()):
                 if isinstance(extra, Option):
                     options[name] = extra
+        for name, needs in parent.__dict__.get("NEEDS", {}).items():
+            options[name] = dataclasses.replace(options[name], needs=needs)
     defaults = {one.name: one.default for one in dataclasses.fields(declared)}
     return {
         name: Field(name, *_kind_of(hints[name]), default, options[name])
         for name, default in defaults.items()
         if name in options
     }
+
+
+@cache
+def _own_hints(declared: Hashable) -> dict[str, Any]:
+    """The types of the fields that a class itself says, evaluated once for all classes that inherit them."""
+    assert isinstance(declared, type)
+    names = vars(import_module(declared.__module__))
+    fields = {one.name for one in dataclasses.fields(declared)}
+    said = inspect.get_annotations(declared)
+    alone = SimpleNamespace(__annotations__={name: said[name] for name in said if name in fields})
+    return get_type_hints(alone, names, include_extras=True)
 
 
 def _kind_of(hint: Any) -> tuple[type, bool]:
@@ -174,12 +191,7 @@ def settled_command(
 
     # What is the command's own stands before what it shares with others
     known = fields_of(declared)
-    own = [
-        name
-        for each in declared.__mro__
-        for name in each.__dict__.get("__annotations__", {})
-        if name in known
-    ]
+    own = [name for each in declared.__mro__ for name in inspect.get_annotations(each) if name in known]
     return _registering(app, {name: known[name] for name in own}, panels, called, _settled_parameters)
 
 
@@ -227,14 +239,16 @@ def _parameters(fields: Sequence[Field], config_help: str = RUNS_CONFIG_HELP) ->
     found = [_parameter(one.name, *_typed(one)) for one in fields]
     for one in fields:
         for switch in switches_of(one):
-            info = typer.Option("--" + hyphens(switch), hidden=True)
+            info = typer.Option(
+                "--" + hyphens(switch), help=one.option.help, rich_help_panel=one.option.panel, hidden=True
+            )
             found.append(_parameter(_switch(one, switch), bool | None, info))
     help_of = typer.Option("--config", help=config_help, metavar="FILE", rich_help_panel="Output")
     return [*found, _parameter("config", str | None, help_of)]
 
 
 def _settled_parameters(fields: Sequence[Field]) -> list[inspect.Parameter]:
-    """The same, where what has no default is required: a plain word on the command line, an option there or in a file."""
+    """The same, where what has no default is required: a plain word as such, an option here or in a file."""
     found = {one.name: one for one in _parameters(fields, CONFIG_HELP)}
     for one in fields:
         if one.default is MISSING and one.option.argument:
@@ -459,9 +473,13 @@ def _number(one: Field, value: Any, where: str) -> Any:
         words = "".join(f" or {word}" for word in option.words)
         what = "a whole number" if whole else "a number"
         raise UserError(f"{where} is {value}, which is not {what}{words}. Give one.") from error
-    if option.min is not None and number < option.min:
+    below = option.min is not None and number < option.min
+    above = option.max is not None and number > option.max
+    if (below or above) and option.min is not None and option.max is not None:
+        raise UserError(f"{where} is {value} and must lie between {option.min:g} and {option.max:g}.")
+    if option.min is not None and below:
         raise UserError(f"{where} is {value}; it is at least {option.min:g}.")
-    if option.max is not None and number > option.max:
+    if option.max is not None and above:
         raise UserError(f"{where} is {value}; it is at most {option.max:g}.")
     return number
 

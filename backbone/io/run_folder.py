@@ -73,7 +73,7 @@ def catch_interrupts() -> Iterator[list[int]]:
             return
         next_counts_at = time.monotonic() + (FORWARDED_SIGNAL_SECONDS if distributed else 0.0)
         caught.append(number)
-        notify("Saving, then stopping …")
+        notify("Stopping after this step …")
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     _stopping.append(caught)
@@ -120,6 +120,12 @@ def peak_memory() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # bytes on macOS, KiB elsewhere
+
+
+def absolute(path: str) -> str:
+    """An existing path with its whole name; everything else, as the id of a dataset, is left as it is."""
+    place = Path(path).expanduser()
+    return str(place.absolute()) if path and place.exists() else path
 
 
 def run_name(images: str) -> str:

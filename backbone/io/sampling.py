@@ -22,7 +22,38 @@ OWN_SIZE = "as the concept's images, else the model's own"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingSettings:
+class CountOption:
+    """How many images."""
+
+    count: Annotated[
+        int,
+        Option(
+            "Images of each prompt.",
+            DRAWING,
+            aliases=("num-images-per-prompt", "num-validation-images", "images-per-prompt"),
+            min=1,
+        ),
+    ] = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceOption:
+    """How strongly an image follows its prompt."""
+
+    guidance: Annotated[
+        float | None,
+        Option(
+            "Classifier-free guidance; 1: none.",
+            SAMPLING,
+            aliases=("guidance-scale", "cfg-scale"),
+            default_text="by model",
+            min=0,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings(GuidanceOption):
     """How images are sampled; None for the model's default.
 
     guidance_start, guidance_stop   guidance is applied between these shares of the steps, noisy to clean
@@ -46,16 +77,6 @@ class SamplingSettings:
             aliases=("num-inference-steps", "sample-steps"),
             default_text="by model",
             min=1,
-        ),
-    ] = None
-    guidance: Annotated[
-        float | None,
-        Option(
-            "Classifier-free guidance; 1: none.",
-            SAMPLING,
-            aliases=("guidance-scale", "cfg-scale"),
-            default_text="by model",
-            min=0,
         ),
     ] = None
     guidance_start: Annotated[
@@ -119,7 +140,7 @@ class SamplingSettings:
             "size": self.size,
         }
 
-    def as_json(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """What images depend on, without guidance interval and size where they are the defaults."""
         width, height = self.size
         facts = {name: getattr(self, name) for name in ("steps", "guidance", "seed", "sampler", "negative")}
@@ -134,18 +155,8 @@ class SamplingSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawingOptions(SamplingSettings, ConceptOptions):
+class DrawingOptions(SamplingSettings, ConceptOptions, CountOption):
     """How many images are sampled of each prompt, with which model and concepts, and how."""
-
-    count: Annotated[
-        int,
-        Option(
-            "Images of each prompt.",
-            DRAWING,
-            aliases=("num-images-per-prompt", "num-validation-images", "images-per-prompt"),
-            min=1,
-        ),
-    ] = 1
 
 
 def describe_guidance_interval(share: tuple[float, float]) -> str:

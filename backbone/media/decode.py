@@ -59,6 +59,12 @@ def open_mask(path: str | Path) -> Image.Image:
         return decode_mask(file, str(path))
 
 
+def read_size(file: IO[bytes]) -> tuple[int, int]:
+    """(width, height) as an image file's header says; nothing is decoded."""
+    with _without_pillow_limit():
+        return Image.open(file, formats=_readable_formats()).size
+
+
 @contextmanager
 def _open(path: Path) -> Iterator[IO[bytes]]:
     """Open an image file; `BadImageError` for one that cannot be opened."""
@@ -74,7 +80,9 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
     except PermissionError as error:
         raise BadImageError(str(path), "may not be read (permission denied)") from error
     except OSError as error:  # a link to itself, a name too long, a disk that fails
-        raise BadImageError(str(path), f"cannot be read ({(error.strerror or str(error)).lower()})") from error
+        raise BadImageError(
+            str(path), f"cannot be read ({(error.strerror or str(error)).lower()})"
+        ) from error
     with file:
         yield file
 
@@ -142,10 +150,10 @@ def _flatten_on_white(image: Image.Image) -> Image.Image:
     image = _to_8_bit(image)
     if not image.has_transparency_data:
         return _to_srgb(image, stored)
-    alpha = image.convert("RGBA").getchannel("A")
-    opaque = image.convert("L" if image.mode in ("L", "LA", "La") else "RGB")
+    rgba = image.convert("RGBA")
+    opaque = image.convert("L") if image.mode in ("L", "LA", "La") else rgba.convert("RGB")
     background = Image.new("RGB", image.size, "white")
-    background.paste(_to_srgb(opaque, stored), mask=alpha)
+    background.paste(_to_srgb(opaque, stored), mask=rgba.getchannel("A"))
     return background
 
 
@@ -230,11 +238,13 @@ def _srgb_curve(exponent: float) -> list[int]:
 def _leaves_as_is(transform: ImageCms.ImageCmsTransform) -> bool:
     """Whether a transform of RGB is that of sRGB itself, up to rounding: names of profiles tell nothing."""
     levels = range(0, 256, 15)
-    colours = bytes(value for red in levels for green in levels for blue in levels for value in (red, green, blue))
+    colours = bytes(
+        value for red in levels for green in levels for blue in levels for value in (red, green, blue)
+    )
     probe = Image.frombytes("RGB", (len(levels) ** 2, len(levels)), colours)
     seen = ImageCms.applyTransform(probe, transform)
     assert seen is not None
-    return max(high for _, high in ImageChops.difference(probe, seen).getextrema()) <= 1
+    return max(ImageChops.difference(probe, seen).tobytes()) <= 1
 
 
 @contextmanager

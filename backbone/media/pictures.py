@@ -1,9 +1,9 @@
 """Image sources: list the images of a folder or dataset with their captions and masks, and check that all decode.
 
 A source is a folder of images (captions in `name.txt` or `name.caption` beside `name.jpg`, in `metadata.jsonl` or in
-`metadata.csv`; masks in `name.mask.png` or OneTrainer's `name-masklabel.png`, white = train), a single image, a Parquet
-file, a folder saved by `datasets`, or a dataset id on the hub. `list_images` decodes nothing, so that `check_images` can
-report all unusable files at once; `describe_unused` says what a folder holds beside.
+`metadata.csv`; masks in `name.mask.png` or OneTrainer's `name-masklabel.png`, white = train), a single image, a
+Parquet file, a folder saved by `datasets`, or a dataset id on the hub. `list_images` decodes nothing, so that
+`check_images` can report all unusable files at once; `describe_unused` says what a folder holds beside.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from PIL import Image
 
 from backbone.io.console import UserError, notify
 from backbone.io.hub import hub_answers
-from backbone.media.decode import BadImageError, decode, nearest_path, open_mask, open_rgb
+from backbone.media.decode import BadImageError, decode, nearest_path, open_mask, open_rgb, read_size
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp"}
@@ -32,7 +32,9 @@ IMAGE_SUFFIXES = frozenset(
 )
 CAPTION_SUFFIXES = (".txt", ".caption")
 MASK_STEM = re.compile(r"(.+)(?:\.mask|-masklabel)", re.IGNORECASE)  # ours, and OneTrainer's
-CONDITION_STEM = re.compile(r".+-condlabel", re.IGNORECASE)  # OneTrainer's images for a condition: no subject's
+CONDITION_STEM = re.compile(
+    r".+-condlabel", re.IGNORECASE
+)  # OneTrainer's images for a condition: no subject's
 PERHAPS_MASK = re.compile(r"(.+)[-_ ](?:mask|matte|seg)", re.IGNORECASE)
 SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -63,6 +65,10 @@ class ImageRecord:
         if self.row is None:
             return open_rgb(self.path, at_least=at_least)
         return decode(io.BytesIO(self.read()), str(self.path), at_least)
+
+    def read_size(self) -> tuple[int, int]:
+        """(width, height) as the file's header says, for an image that can be decoded."""
+        return read_size(io.BytesIO(self.read()))
 
     def open_mask(self) -> Image.Image | None:
         """The mask as `open_mask` reads it (mode L, white = train); None without one."""
@@ -239,7 +245,9 @@ def _with_companions(path: Path, beside: _Companions) -> ImageRecord:
     captions, masks = beside.captions.get(stem, []), beside.masks.get(stem, [])
     for what, files in (("caption", captions), ("mask", masks)):
         if len(files) > 1:
-            raise UserError(f"{files[0]} and {files[1].name} are both the {what} of {path.name}. Keep one of them.")
+            raise UserError(
+                f"{files[0]} and {files[1].name} are both the {what} of {path.name}. Keep one of them."
+            )
     caption = _join_lines(_read_text(captions[0])) if captions else None
     mask, caption_file = masks[0] if masks else None, captions[0] if captions else None
     return ImageRecord(path, caption, mask, caption_file=caption_file)
@@ -322,7 +330,7 @@ def _natural_sort_key(name: str) -> tuple[list[str | int], str]:
 def _describe_empty_folder(folder: Path) -> str:
     kinds = Counter(path.suffix.lower() or "other" for path in _list_visible(folder) if path.is_file())
     contents = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4))
-    deeper = _count_images_below(folder)
+    deeper = _count_images_below(folder, levels=5)
     if deeper:
         names = [str(below.relative_to(folder)) for below in deeper]
         listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
@@ -355,8 +363,8 @@ def describe_unused(source: str | Path, pictures: Sequence[ImageRecord]) -> list
         kinds.setdefault(path.suffix.lower(), []).append(str(path.relative_to(root)))
     parts = [
         f"{count} image{'s' if count > 1 else ''} in {folder.relative_to(root)}/"
-        for folder, count in _count_images_below(root).items()
-        if folder not in folders
+        for folder, count in _count_images_below(root, levels=5).items()
+        if folder not in folders and folder != root
     ]
     for kind, names in kinds.items():
         parts += names if len(names) < 3 else [f"{len(names)} {kind or 'other'} files ({names[0]}, …)"]
@@ -373,13 +381,16 @@ def describe_unused(source: str | Path, pictures: Sequence[ImageRecord]) -> list
     return found
 
 
-def _count_images_below(folder: Path, *, levels: int = 4) -> dict[Path, int]:
-    """How many images lie in each of the folders below, `levels` deep, those with none left out."""
-    found = {}
-    for below in _list_visible(folder) if levels else []:
-        if below.is_dir() and below.name.lower() not in SYSTEM_FILES:
-            if count := sum(path.suffix.lower() in IMAGE_SUFFIXES for path in _list_visible(below)):
-                found[below] = count
+def _count_images_below(folder: Path, *, levels: int) -> dict[Path, int]:
+    """How many images lie in each of the folders below, `levels` deep; those with none, or forbidden, are left out."""
+    try:
+        visible = _list_visible(folder) if levels else []
+    except OSError:
+        return {}
+    images = sum(path.suffix.lower() in IMAGE_SUFFIXES for path in visible if not path.is_dir())
+    found = {folder: images} if images else {}
+    for below in visible:
+        if below.is_dir() and not below.is_symlink() and below.name.lower() not in SYSTEM_FILES:
             found |= _count_images_below(below, levels=levels - 1)
     return found
 

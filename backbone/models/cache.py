@@ -11,8 +11,9 @@ from torch import Tensor
 from backbone.conditions.conditions import Conditions, Text
 from backbone.io.console import UserError
 from backbone.io.files import content_hash, read_tensors, write_tensors
+from backbone.media.crops import ReadCrop, read_crop
 from backbone.media.pictures import ImageRecord
-from backbone.media.transforms import CROPS, CropPosition, crop_and_resize, to_tensor
+from backbone.media.transforms import CROPS, CropPosition, to_tensor
 from backbone.models.model import Backbone, Posterior
 
 VARIABLE = "LIMNER_CACHE"
@@ -53,15 +54,18 @@ def encode_images_cached(
     flip: bool = False,
     sizes: Sequence[tuple[int, int]] | None = None,
     crop: CropPosition = CROPS["center"],
+    read: ReadCrop = read_crop,
 ) -> list[Posterior]:
     """Encode images to posteriors [1, C, H, W], each once: later calls read the cache.
 
-    Pictures are cropped to squares of the model's resolution, or to `sizes` (W, H), one for each, at `crop`.
+    Pictures are cropped to squares of the model's resolution, or to `sizes` (W, H), one for each, at `crop`; `read`
+    does it, and is not asked for what the cache holds.
     """
     side = model.resolution
     each = sizes or [(side, side)] * len(pictures)
     return [
-        _encoded_one(model, picture, flip, size, crop) for picture, size in zip(pictures, each, strict=True)
+        _encoded_one(model, picture, flip, size, crop, read)
+        for picture, size in zip(pictures, each, strict=True)
     ]
 
 
@@ -78,7 +82,12 @@ def _encoded_prompt(model: Backbone, prompt: str) -> Text:
 
 
 def _encoded_one(
-    model: Backbone, picture: ImageRecord, flip: bool, size: tuple[int, int], crop: CropPosition
+    model: Backbone,
+    picture: ImageRecord,
+    flip: bool,
+    size: tuple[int, int],
+    crop: CropPosition,
+    read: ReadCrop,
 ) -> Posterior:
     cut = () if crop == CROPS["center"] else (crop,)
     tiles = ("tiles",) if model.placement.tiling else ()  # which change an encoding a little
@@ -86,7 +95,7 @@ def _encoded_one(
     key = content_hash("\n".join(map(str, facts)).encode())
 
     def compute() -> dict[str, Tensor]:
-        image = to_tensor(crop_and_resize(picture.open(at_least=max(size)), size, crop=crop))
+        image = to_tensor(read(picture, size, crop))
         found = model.encode((image.flip(-1) if flip else image)[None])
         return {"mean": found.mean, "std": found.std}
 

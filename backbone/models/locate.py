@@ -46,6 +46,11 @@ def locate(model: str) -> Location:
     )
 
 
+def is_path(model: str) -> bool:
+    """Whether `locate` would take this for a folder or file on this machine, rather than for a name or a hub id."""
+    return model not in known_names() and Path(model).expanduser().exists()
+
+
 def known_names() -> dict[str, str]:
     """Short names, and the folders or hub ids that they stand for."""
     published = {name: place for family in families() for name, place in family.hub_ids.items()}

@@ -27,10 +27,11 @@ from backbone.families.location import Location
 from backbone.families.registry import families
 from backbone.io.console import UserError
 from backbone.io.files import content_hash, read_json
-from backbone.models.locate import locate
+from backbone.models.locate import OWN, locate
 from backbone.models.placement import Placement, enable_tiling, place_denoiser
 
 PARTS = ("denoiser", "autoencoder", "text_encoder")
+PHOTOGRAPH = 4  # times the sides that the embedded models draw, from which an image is taken for a photograph
 DECODED_AT_ONCE = 512 * 512  # pixels
 
 
@@ -211,6 +212,17 @@ class Backbone:
     def own_resolution(self) -> int:
         """Pixels a side of the pictures that the model was trained on."""
         return self.family.latent_shape(self.location)[1] * self.factor
+
+    def describe_misfit(self, sizes: Sequence[tuple[int, int]]) -> str:
+        """A sentence where images of these sizes (width, height) are photographs and the model is a toy; else ""."""
+        large = [size for size in sizes if min(size) >= PHOTOGRAPH * self.own_resolution]
+        if self.location.name not in OWN or 2 * len(large) < max(len(sizes), 1):
+            return ""
+        width, height = large[0]
+        return (
+            f"{width} × {height} pixels are a photograph's, and {self.location.name} knows only a toy world of "
+            f"{self.own_resolution} pixels a side. For photographs add: --model sd15 (or --model sdxl, on a GPU)."
+        )
 
     def refuse_other_task(self) -> None:
         """`UserError` for a denoiser that reads more than noisy latents: one for inpainting, depth, upscaling …"""

@@ -27,6 +27,10 @@ from backbone.io.files import read_tensors, write_tensors
 LRSchedule = Callable[[int], float]
 
 
+class NotFiniteError(UserError):
+    """A loss or a gradient that is not finite, so that training has stopped."""
+
+
 @dataclass(frozen=True)
 class Report:
     """What one optimiser step did. `step` counts from 1; `seconds` is the time of this step."""
@@ -36,14 +40,6 @@ class Report:
     gradient_norm: float
     learning_rate: float
     seconds: float
-
-
-class Diverged(UserError):
-    """A loss or gradient that is not finite, at a step."""
-
-    def __init__(self, step: int, what: str, remedy: str = "Lower the learning rate.") -> None:
-        super().__init__(f"Training stopped at step {step}: {what}. {remedy}")
-        self.step, self.what = step, what
 
 
 def train(
@@ -57,14 +53,16 @@ def train(
     clip: float = 1.0,
     average: Average | None = None,
     reduce: Callable[[Sequence[Tensor]], None] | None = None,
+    scales: Sequence[str] = ("--learning-rate",),
 ) -> Iterator[Report]:
     """Trains from step `done + 1` to `steps`.
 
     `losses(step)` yields the scalar losses of one step, one for each micro-batch (their gradients are averaged);
     `reduce` then replaces the gradients and the loss by their means over processes;
-    `lr_schedule(step)` gives the learning rate's factor; `clip` bounds the gradient's norm.
+    `lr_schedule(step)` gives the learning rate's factor; `clip` bounds the gradient's norm (0: nothing does).
 
-    Raises `Diverged` at the first loss or gradient that is not finite, before it reaches the weights.
+    `scales` are options that may be too large; `NotFiniteError` names them at the first loss or gradient
+    that is not finite, before it reaches the weights.
     """
     bases = [group["lr"] for group in optimizer.param_groups]
     for step in range(done + 1, steps + 1):
@@ -85,9 +83,12 @@ def train(
             shared = torch.tensor(loss_now, device=gradients[0].device)
             reduce([*gradients, shared])
             loss_now = float(shared)
-        norm = float(torch.nn.utils.clip_grad_norm_(trained, clip))
+        norm = float(torch.nn.utils.clip_grad_norm_(trained, clip or math.inf))
         if not math.isfinite(loss_now) or not math.isfinite(norm):
-            raise Diverged(step, f"the loss is {loss_now} and its gradient {norm}")
+            raise NotFiniteError(
+                f"Training stopped at step {step}: the loss is {loss_now} and its gradient {norm}. "
+                f"Lower {' or '.join(scales)}."
+            )
         # the step itself, at this step's learning rate
         for group, base in zip(optimizer.param_groups, bases, strict=True):
             group["lr"] = base * lr_schedule(step)

@@ -20,9 +20,9 @@ from torch.optim import Optimizer
 
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify, progress
-from backbone.io.files import append_jsonl
+from backbone.io.files import append_jsonl, read_metadata
 from backbone.io.run_folder import catch_interrupts, trim_log
-from backbone.training.loop import Average, Diverged, Report, load_checkpoint, save_checkpoint, train
+from backbone.training.loop import Average, NotFiniteError, Report, load_checkpoint, save_checkpoint, train
 from backbone.training.optimizer import make_schedule
 
 LOG = "log.jsonl"
@@ -54,6 +54,7 @@ class Objective(ABC):
     average     their moving average, where one is kept
     figures     what the last step showed beside its loss, for the log
     done        steps that were taken
+    saved       the step of the last checkpoint, from which `resume` goes on
     """
 
     settings: RunSettings
@@ -62,7 +63,8 @@ class Objective(ABC):
     average: Average | None = None
     figures: dict[str, float]
     done: int = 0
-    scales: tuple[str, ...] = ()  # options that scale the loss
+    saved: int = 0
+    scales: tuple[str, ...] = ()  # options that scale the loss, beside the learning rate
 
     @property
     @abstractmethod
@@ -82,7 +84,8 @@ class Objective(ABC):
         """Writes what was learned; gives the fields of `Concept` that name the files."""
 
     def save(self, run: Path) -> None:
-        """Writes the checkpoint from which `resume` goes on bit for bit."""
+        """Writes the checkpoint from which `resume` goes on bit for bit; where none is written, `saved` stays."""
+        self.saved = self.done
         if processes.is_main_process():
             save_checkpoint(
                 run / CHECKPOINT,
@@ -101,6 +104,7 @@ class Objective(ABC):
                 optimizer=self.optimizer,
                 average=self.average,
             )
+            self.saved = self.done
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ def drive(
     must know by itself what an interrupted run has measured. `preview` draws what the model makes now. `command` is
     what goes on with a run, as `customize train`.
 
-    Raises `KeyboardInterrupt`, with how to go on, when a signal has come: after a checkpoint.
+    Raises `KeyboardInterrupt`, with how to go on and from which step, when a signal has come.
     """
     settings, writes = objective.settings, processes.is_main_process()
     last = settings.steps if until is None else until
@@ -146,7 +150,7 @@ def drive(
         done = objective.done
         if validate and done < last and validate.due(done) and _stops(validate.call(done), done):
             return True
-        for report in take_steps(objective, until=last):
+        for report in kept_on_failure(take_steps(objective, until=last), run):
             step, finished = report.step, report.step == last
             # What the step showed.
             if writes:
@@ -165,10 +169,7 @@ def drive(
             if halted or finished or early or step % settings.checkpointing_steps == 0:
                 objective.save(run)
             if halted:
-                raise KeyboardInterrupt(
-                    f"Stopped and saved at step {step} of {settings.steps}. "
-                    f"Continue with: {command} --resume {run}"
-                )
+                raise KeyboardInterrupt(f"{_stopped(objective)} Continue with: {command} --resume {run}")
             if early:
                 return not finished
             if preview and preview.due(step) and not finished:
@@ -176,13 +177,31 @@ def drive(
     return False
 
 
-def take_steps(objective: Objective, *, until: int | None = None) -> Iterator[Report]:
-    """The bare loop: trains from the steps that are done to the last, or `until` a step, a report each.
+def kept_on_failure(reports: Iterator[Report], run: Path) -> Iterator[Report]:
+    """The same reports; a `NotFiniteError` says what there is to go on with."""
+    try:
+        yield from reports
+    except NotFiniteError as error:
+        kept = run / CHECKPOINT
+        saved = (
+            f"{kept} holds the finite weights of step {read_metadata(kept)['step']}." if kept.exists() else ""
+        )
+        raise UserError(
+            f"{error} {saved or 'No step was saved yet, so the folder can be used again.'}"
+        ) from error
 
-    Raises `Diverged` where a loss or gradient is not finite, with what to lower, and the checkpoint if there is one.
-    """
+
+def take_steps(objective: Objective, *, until: int | None = None) -> Iterator[Report]:
+    """The bare loop: trains from the steps that are done to the last, or `until` a step, a report each."""
     settings = objective.settings
-    with objective.learning(), _remedied(objective, objective.done):
+    last = settings.steps if until is None else until
+    if objective.done == 0 and settings.lr_warmup_steps > settings.steps:
+        share = settings.steps / settings.lr_warmup_steps
+        notify(
+            f"The warm-up takes {settings.lr_warmup_steps} steps and the run {settings.steps}: the learning rate "
+            f"reaches {share:.2g} of what it is set to."
+        )
+    with objective.learning():
         for report in train(
             objective.losses,
             objective.parameters,
@@ -190,28 +209,24 @@ def take_steps(objective: Objective, *, until: int | None = None) -> Iterator[Re
             lr_schedule=make_schedule(
                 settings.lr_scheduler, steps=settings.steps, warmup=settings.lr_warmup_steps
             ),
-            steps=settings.steps if until is None else until,
+            steps=last,
             done=objective.done,
             clip=settings.max_grad_norm,
             average=objective.average,
             reduce=processes.gradient_averaging(),
+            scales=("--learning-rate", *objective.scales),
         ):
             objective.done = report.step
             yield report
 
 
-@contextmanager
-def _remedied(objective: Objective, saved: int) -> Iterator[None]:
-    """Says of what diverges inside which options to lower, and whether anything was `saved` before."""
-    try:
-        yield
-    except Diverged as error:
-        # Before the first step nothing was learned, so the rate at which it is learned is not why
-        rate = [] if error.step == 1 and objective.scales else ["--learning-rate"]
-        remedy = f"Lower {' or '.join([*rate, *objective.scales])}"
-        if saved or error.step > objective.settings.checkpointing_steps:
-            remedy += "; the last checkpoint holds finite weights"
-        raise Diverged(error.step, error.what, f"{remedy}.") from error
+def _stopped(objective: Objective) -> str:
+    """Where a run was stopped, and how much of it is kept."""
+    done, saved, steps = objective.done, objective.saved, objective.settings.steps
+    if saved == done:
+        return f"Stopped and saved at step {done} of {steps}."
+    kept = f"step {saved} is what was saved last" if saved else "nothing is saved before a round's end"
+    return f"Stopped at step {done} of {steps}; {kept}, so it goes on from there."
 
 
 def _stops(reason: str, step: int, *, aloud: bool = True) -> bool:

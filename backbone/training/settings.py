@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from backbone.io.console import UserError
-from backbone.io.options import Option, check_values, fields_of
+from backbone.io.files import read_json
+from backbone.io.options import Option, build, check_values, effective, fields_of
 
+FILE = "settings.json"
 PANELS = (  # as `--help` shows them
     *("Data", "Concept", "Preference", "Online", "Method", "Training", "Adapter", "Loss", "Evaluation"),
     *("Memory", "Output"),
@@ -121,6 +124,10 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.lora_alpha <= 0:
+            raise UserError(
+                f"lora_alpha is {self.lora_alpha:g}; the adapter works with strength α/rank, so α has to be above 0."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,15 +159,49 @@ class RunOptions:
     ] = None
 
 
-def refuse_beside_resume(settings: type, asked: Mapping[str, Any], run: RunOptions) -> None:
-    """`UserError` for anything that is said beside `--resume`, which goes on with the run's own settings."""
+Made = TypeVar("Made", bound=TrainingSettings)
+
+
+def resolve(declared: type[Made], usual: Mapping[str, Any], asked: Mapping[str, Any]) -> Made:
+    """The settings of a run: what was asked for over what is usual for the model and the method.
+
+    Nothing is left of what is usual and has no effect beside the rest. Raises `UserError` for what is not known.
+    """
+    merged = {**usual, **asked}
+    merged.setdefault("lora_alpha", float(merged["rank"]))
+    return build(declared, effective(declared, merged, asked))
+
+
+def read_run_settings(declared: type[Made], run: Path, program: str) -> Made:
+    """The settings of a run folder of `program`; `UserError` when it has none or they are of another version."""
+    path = run / FILE
+    if not path.is_file():
+        raise UserError(f"{run} is not a run of `{program}` ({FILE} is missing). Name another folder.")
+    try:
+        return build(declared, read_json(path).get("settings", {}))
+    except UserError as error:
+        raise UserError(
+            f"{path} was not written by this version of `{program}`: {error} Start the run anew."
+        ) from error
+
+
+def refuse_beside_resume(
+    settings: type, asked: Mapping[str, Any], run: RunOptions, *, allowed: Collection[str] = ()
+) -> None:
+    """`UserError` for anything but the `allowed` said beside `--resume`, which goes on with the run's own settings."""
+    if run.resume is not None and re.fullmatch(r"latest|checkpoint-\d+", run.resume.name):
+        raise UserError(
+            f"--resume names a run folder, which goes on from its newest checkpoint, and {run.resume} is none. Write "
+            f"--resume {run.out or 'runs/NAME'}."
+        )
     known = fields_of(settings) | fields_of(type(run))
     others = [
         one.name for one in fields(run) if getattr(run, one.name) != one.default and one.name != "resume"
     ]
-    for name in [*asked, *others]:
+    for name in [name for name in [*asked, *others] if name not in allowed]:
         said = known[name].option.metavar if known[name].option.argument else known[name].flag
         raise UserError(
             f"--resume {run.resume} goes on with that run's own settings, so {said} has no effect. Leave out one of "
             "the two."
+            + (f" What may be said anew: {', '.join(known[one].flag for one in allowed)}." if allowed else "")
         )

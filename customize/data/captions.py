@@ -6,13 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from backbone.adapters.concept import PLACEHOLDER, Concept, mentions, replace_tokens, resolve_placeholder_tokens
+from backbone.adapters.concept import (
+    PLACEHOLDER,
+    Concept,
+    mentions,
+    replace_tokens,
+    resolve_placeholder_tokens,
+)
 from backbone.media.pictures import ImageRecord
 
 if TYPE_CHECKING:
     from backbone.families.base import TextEncoder
 
-LONG = 60  # words from which a caption may be longer than the 77 tokens that CLIP reads
+LONG = 50  # words from which a caption may be longer than the 77 tokens that CLIP reads
 
 
 @dataclass(frozen=True)
@@ -74,9 +80,11 @@ def describe_truncated(
         tokens = count(prompt.resolved)
         if tokens <= longest.tokens:
             continue
-        end = prompt.resolved.find(words) + len(words)  # of the first time that it is named
-        lost = f", the token {token} not among them" if count(prompt.resolved[:end]) > longest.tokens else ""
+        place = prompt.resolved.find(words)  # of the first time that it is named
+        late = place >= 0 and count(prompt.resolved[: place + len(words)]) > longest.tokens
+        lost = f", the token {token} not among them" if late else ""
         found.append(
-            f"The caption in {prompt.source} has {tokens} tokens and the model reads {longest.tokens}{lost}. Shorten it."
+            f"The caption in {prompt.source} has {tokens} tokens and the model reads {longest.tokens}{lost}. "
+            "Shorten it."
         )
     return found

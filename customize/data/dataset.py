@@ -13,6 +13,7 @@ from backbone.conditions.conditions import Conditions
 from backbone.distributed import processes
 from backbone.io.console import UserError
 from backbone.io.files import content_hash
+from backbone.media.crops import ReadCrop, read_crop
 from backbone.media.pictures import ImageRecord, list_images
 from backbone.media.transforms import bucket_sizes, crop_and_resize, mask_to_tensor, nearest_bucket
 from backbone.models.cache import encode_images_cached, encode_prompts_cached, load_or_compute
@@ -83,8 +84,13 @@ class Bucket:
     classes: Tensor | None = None
 
 
-def prepare(model: Backbone, groups: Sequence[Group], settings: Settings) -> TrainingData:
-    """Encodes images and prompts and frees the encoders, then caches the base model's predictions for the prior."""
+def prepare(
+    model: Backbone, groups: Sequence[Group], settings: Settings, *, read: ReadCrop = read_crop
+) -> TrainingData:
+    """Encodes images and prompts and frees the encoders, then caches the base model's predictions for the prior.
+
+    `read` decodes an image and crops it.
+    """
     posteriors: list[Posterior] = []
     prompts: list[str] = []
     names: list[str] = []
@@ -93,8 +99,9 @@ def prepare(model: Backbone, groups: Sequence[Group], settings: Settings) -> Tra
     # images, and their mirror images, to posteriors; what belongs to one stands at the same place in every list
     for number, group in enumerate(groups):
         sizes = sizes_of(group.pictures, model.resolution) if settings.aspect_buckets else None
-        for flip in (False, True) if settings.flip else (False,):
-            posteriors += encode_in_parallel(model, group.pictures, flip=flip, sizes=sizes)
+        flips = (False, True) if settings.flip else (False,)
+        for flip, encoded in encode_in_parallel(model, group.pictures, flips, sizes, read).items():
+            posteriors += encoded
             masks += masks_of(group.pictures, sizes, flip=flip)
             prompts += group.prompts
             names += [str(picture.path) for picture in group.pictures]
@@ -108,14 +115,7 @@ def prepare(model: Backbone, groups: Sequence[Group], settings: Settings) -> Tra
     buckets = buckets_of(posteriors)
     class_latents = class_rows = None
     if preserves(settings) and settings.prior == "class-images":
-        if len({posterior.mean.shape for posterior in posteriors}) > 1:
-            raise UserError(
-                "Class pictures are square, and with --aspect-buckets the subject's are not. Use --prior base."
-            )
-        with processes.main_process_first():
-            each = [class_images(model, prompt, settings, number) for number, prompt in enumerate(classes)]
-        class_latents = torch.cat(each)
-        class_rows = torch.cat([torch.full((len(one),), number) for number, one in enumerate(each)])
+        class_latents, class_rows = all_class_images(model, classes, settings, buckets)
     # from here on the denoiser alone is needed
     model.free("autoencoder", "text_encoder")
     if preserves(settings) and settings.prior == "base":
@@ -142,15 +142,24 @@ def prepare(model: Backbone, groups: Sequence[Group], settings: Settings) -> Tra
 
 
 def encode_in_parallel(
-    model: Backbone, pictures: Sequence[ImageRecord], *, flip: bool, sizes: Sequence[tuple[int, int]] | None
-) -> list[Posterior]:
-    """`encode_images_cached`, after each process has warmed the disk cache with its share of the images."""
+    model: Backbone,
+    pictures: Sequence[ImageRecord],
+    flips: Sequence[bool],
+    sizes: Sequence[tuple[int, int]] | None,
+    read: ReadCrop,
+) -> dict[bool, list[Posterior]]:
+    """The images encoded as they are and mirrored, as `flips` asks; of several processes each encodes its share.
 
-    def encode(row: int) -> None:
-        encode_images_cached(model, [pictures[row]], flip=flip, sizes=sizes and [sizes[row]])
+    An image is encoded in all ways before the next one is read.
+    """
+
+    def encode(row: int) -> list[Posterior]:
+        one, size = [pictures[row]], sizes and [sizes[row]]
+        return [encode_images_cached(model, one, flip=flip, sizes=size, read=read)[0] for flip in flips]
 
     processes.warm_cache(encode, range(len(pictures)))
-    return encode_images_cached(model, pictures, flip=flip, sizes=sizes)
+    rows = [encode(row) for row in range(len(pictures))]
+    return {flip: [row[place] for row in rows] for place, flip in enumerate(flips)}
 
 
 def predict_missing_masks(
@@ -243,6 +252,19 @@ def at_latent_size(masks: Sequence[Tensor | None], sizes: Sequence[Sequence[int]
         small = F.adaptive_avg_pool2d(torch.ones(1, height, width) if mask is None else mask, (height, width))
         found.append(small / small.mean())
     return found
+
+
+def all_class_images(
+    model: Backbone, classes: Sequence[str], settings: Settings, buckets: Sequence[Bucket]
+) -> tuple[Tensor, Tensor]:
+    """Latents of all subjects' class images [K, C, H, W], and which class prompt each is under [K]."""
+    if len(buckets) > 1:
+        raise UserError(
+            "Class pictures are square, and with --aspect-buckets the subject's are not. Use --prior base."
+        )
+    with processes.main_process_first():
+        each = [class_images(model, prompt, settings, number) for number, prompt in enumerate(classes)]
+    return torch.cat(each), torch.cat([torch.full((len(one),), number) for number, one in enumerate(each)])
 
 
 def class_images(model: Backbone, class_prompt: str, settings: Settings, subject: int) -> Tensor:

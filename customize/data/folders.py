@@ -18,16 +18,22 @@ from backbone.media.pictures import (
     describe_unused,
     list_images,
 )
-from customize.settings import CLASS_PROMPT, INSTANCE_PROMPT, Subject
+from customize.settings import INSTANCE_PROMPT, Subject
 
 KOHYA_FOLDER = re.compile(r"(\d+)_(.+)")
 ARTICLES = frozenset({"a", "an", "the"})
-FUNCTION_WORDS = ARTICLES | frozenset(
-    "of in on at with by and or from to for as is are under over near next beside behind wearing holding sitting "
-    "standing lying running style photo picture image painting drawing my his her its their".split()
-)
-IDENTIFIER = re.compile(  # words that are no language's: in brackets, without vowels, in capitals, with digits
-    r"\[[^\[\]\s]+\]|<[^<>\s]+>|[b-df-hj-np-tv-xz]{2,6}|ohwx|olis|[A-Z]{2,6}|(?=\w*[A-Za-z])(?=\w*\d)\w+"
+FUNCTION_WORDS = frozenset(  # no tokens, and no part of a class
+    {
+        *ARTICLES, "of", "in", "on", "at", "with", "by", "and", "or", "from", "to", "for", "as", "is",
+        "are", "under", "over", "near", "next", "beside", "behind", "wearing", "holding", "sitting",
+        "standing", "lying", "running", "style", "photo", "picture", "image", "painting", "drawing", "my",
+        "his", "her", "its", "their",
+    }
+)  # fmt: skip
+IDENTIFIER = (
+    re.compile(  # words that are no language's: in brackets, without vowels, in capitals, with digits
+        r"\[[^\[\]\s]+\]|<[^<>\s]+>|[b-df-hj-np-tv-xz]{2,6}|ohwx|olis|[A-Z]{2,6}|(?=\w*[A-Za-z])(?=\w*\d)\w+"
+    )
 )
 NO_IDENTIFIER = re.compile(r"\d+(?:k|d|mm|cm|px|mp)|hd|uhd|hdr|dslr|raw|cgi?|bw|vr", re.IGNORECASE)
 
@@ -37,7 +43,7 @@ class ConceptFolder:
     """Images of one concept, how often each is repeated, its token and its class.
 
     `token_words` or `class_noun` is empty where the source does not name it. `instance_prompt` has {token} and {class}
-    in it; the prompts and the folder of class images are None where the source gives none.
+    in it, `class_prompt` {class}; the prompts and the folder of class images are None where the source gives none.
     """
 
     folder: Path
@@ -100,14 +106,18 @@ def read_subjects(
                 "class_prompt “a dog”."
             )
     asked: dict[str, Any] = {}
-    for name, usual in (("instance_prompt", INSTANCE_PROMPT), ("class_prompt", CLASS_PROMPT)):
-        templates = {getattr(entry, name) or usual for entry in concepts}
-        if len(templates) > 1:
-            raise UserError(
-                f"The {name}s of {path} differ in more than token and class. Train them one by one."
-            )
-        if templates != {usual}:
-            asked[name] = templates.pop()
+    templates = {entry.instance_prompt or INSTANCE_PROMPT for entry in concepts}
+    if len(templates) > 1:
+        raise UserError(
+            f"The instance prompts of {path} differ in more than token and class. Train them one by one."
+        )
+    if templates != {INSTANCE_PROMPT}:
+        asked["instance_prompt"] = templates.pop()
+    classes = {entry.class_prompt for entry in concepts}
+    if len(classes) > 1:
+        notify(f"The class prompts of {path} differ in more than their class, and are left aside.")
+    elif classes != {None}:
+        asked["class_prompt"] = classes.pop()
     _say_what_is_beside(Path(path).expanduser(), [entry.folder for entry in concepts])
     folders = [str(entry.class_folder) for entry in concepts if entry.class_folder is not None]
     if folders and len(folders) < len(concepts):
@@ -132,7 +142,9 @@ def _say_what_is_beside(path: Path, used: Sequence[Path]) -> None:
     """Says which images of a folder of concepts no concept uses."""
     if not path.is_dir() or path in used:
         return
-    beside = [f"{folder.name}/" for folder in sorted(path.iterdir()) if folder.is_dir() and folder not in used]
+    beside = [
+        f"{folder.name}/" for folder in sorted(path.iterdir()) if folder.is_dir() and folder not in used
+    ]
     loose = sum(file.suffix.lower() in IMAGE_SUFFIXES for file in path.iterdir() if file.is_file())
     parts = [name for name in beside if not name.startswith(".") and _has_images(path / name)]
     if loose:
@@ -207,10 +219,9 @@ def _parse_entry(entry: Any, where: str, beside: Path) -> ConceptFolder:
     if not token:
         token, noun = guess_token_and_class(prompt)
     classes = beside / Path(texts["class_data_dir"]).expanduser() if texts["class_data_dir"] else None
-    class_prompt = re.sub(word_pattern(noun), "{class}", texts["class_prompt"], count=1) if noun else ""
-    return ConceptFolder(
-        folder, 1, token, noun, as_template(prompt, token, noun), class_prompt or None, classes
-    )
+    general = re.sub(word_pattern(noun), "{class}", texts["class_prompt"], count=1) if noun else ""
+    general = general or texts["class_prompt"]
+    return ConceptFolder(folder, 1, token, noun, as_template(prompt, token, noun), general or None, classes)
 
 
 def as_template(prompt: str, token: str, noun: str) -> str:
@@ -228,7 +239,9 @@ def as_template(prompt: str, token: str, noun: str) -> str:
     return start + "{token}" + end
 
 
-def guess_token_and_class(instance_prompt: str, class_noun: str = "", class_prompt: str = "") -> tuple[str, str]:
+def guess_token_and_class(
+    instance_prompt: str, class_noun: str = "", class_prompt: str = ""
+) -> tuple[str, str]:
     """(token, class) of an instance prompt alone, as “a photo of sks dog” is meant; empty where it does not tell.
 
     The token is what the class prompt lacks, or the one word that looks like a rare identifier (sks, ohwx, TOK, [V],
@@ -260,7 +273,9 @@ def guess_token_and_class(instance_prompt: str, class_noun: str = "", class_prom
     else:
         return "", class_noun
     last = place  # of the words up to a preposition or a mark
-    while last + 1 < len(words) and words[last] == plain[last] and plain[last + 1].lower() not in FUNCTION_WORDS:
+    while (
+        last + 1 < len(words) and words[last] == plain[last] and plain[last + 1].lower() not in FUNCTION_WORDS
+    ):
         last += 1
     return plain[place], class_noun or " ".join(plain[place + 1 : last + 1])
 

@@ -29,8 +29,6 @@ from backbone.evaluation.clip import (
 )
 from backbone.evaluation.statistics import bootstrap_mean
 from backbone.io.console import UserError
-from backbone.media.pictures import ImageRecord
-from backbone.media.transforms import crop_square
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from customize.settings import Settings
@@ -82,7 +80,7 @@ class ConceptMetrics:
 
 
 class Evaluator:
-    """Validates a model in training, always on the same noise and prompts."""
+    """Validates a model in training, always on the same noise and prompts. `images` are the subject's own, cropped."""
 
     def __init__(
         self,
@@ -90,7 +88,7 @@ class Evaluator:
         scorers: Scorers,
         concept: Concept,
         settings: Settings,
-        images: Sequence[ImageRecord],
+        images: Sequence[Image],
     ) -> None:
         self.model, self.scorers, self.settings = model, scorers, settings
         noun = settings.class_noun
@@ -102,10 +100,7 @@ class Evaluator:
         self.class_requests = [
             Request(plain, (len(VALIDATION_PROMPTS), j)) for j in range(len(VALIDATION_PROMPTS))
         ]
-        side = model.resolution
-        self.subject = scorers.image_encoder.embed_images(
-            [crop_square(image.open(), side) for image in images]
-        )
+        self.subject = scorers.image_encoder.embed_images(list(images))
         self.texts = self.clip.embed_texts([prompt.format(noun) for prompt in VALIDATION_PROMPTS])
         self.baseline: ConceptMetrics | None = None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -51,7 +52,11 @@ def save_merged(
         )
     words = rename_embeddings(parts, renamed)
     make_empty_folder(out)
-    fields = {"weights": "", "words": WORDS if words else "", "changed": CHANGED if weight_deltas else ""}
+    fields: dict[str, Any] = {
+        "weights": "",
+        "words": WORDS if words else "",
+        "changed": CHANGED if weight_deltas else "",
+    }
     if adapter.layers:
         fields["weights"] = LORA_WEIGHTS if set(adapter.algorithms) <= {"lora", "dora"} else LYCORIS_WEIGHTS
         write_adapter(out / fields["weights"], adapter, "peft", metadata=metadata)

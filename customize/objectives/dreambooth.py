@@ -26,7 +26,7 @@ from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from backbone.training.attention import quick_to_train
 from backbone.training.base_predictions import stratified_levels
-from backbone.training.loop import Average
+from backbone.training.loop import Average, NotFiniteError
 from backbone.training.optimizer import make_optimizer
 from backbone.training.run import Objective
 from customize.data.dataset import Bucket, TrainingData
@@ -114,15 +114,15 @@ class DreamBooth(Objective):
         return errors.sum() * (self.share.scale / self.settings.batch)
 
     def refuse_infinite(self, errors: Tensor, rows: Tensor, step: int) -> None:
-        """`UserError` naming the images whose loss is not finite."""
+        """`NotFiniteError` naming the images whose loss is not finite."""
         bad = [int(row) for row, fine in zip(rows, errors.isfinite().tolist(), strict=True) if not fine]
         if not bad:
             return
         names, prompts = self.data.names, self.data.class_prompts
         culprits = [names[row] if row < len(names) else f"“{prompts[row - len(names)]}”" for row in bad]
-        raise UserError(
+        raise NotFiniteError(
             f"Training stopped at step {step}: the loss is not finite at {', '.join(dict.fromkeys(culprits))}. "
-            "Lower --learning-rate or choose --precision fp32; the last checkpoint holds finite weights."
+            "Lower --learning-rate or choose --precision fp32."
         )
 
     def draw_bucket(self, random: torch.Generator) -> Bucket:

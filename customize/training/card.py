@@ -47,7 +47,7 @@ def push(run: Path, repository: str) -> str:
     """Uploads a run folder, without what only resuming needs; gives its address. Raises `UserError` where it cannot."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-    from huggingface_hub.utils import httpx
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
     api = HfApi()
     try:
@@ -137,7 +137,7 @@ def in_diffusers(run: Path, settings: Settings, instance: str) -> list[str]:
         return ["For other programs, bake it into a pipeline: `customize merge --help`."]
     # diffusers itself writes out a word of several vectors, but only one in small letters
     itself = settings.method in OWN_WORDS and settings.token == settings.token.lower()
-    prompt = instance if itself else re.sub(
-        word_pattern(settings.token), lambda _: settings.token_words, instance
+    prompt = (
+        instance if itself else re.sub(word_pattern(settings.token), lambda _: settings.token_words, instance)
     )
     return ["In diffusers:", "", "```python", *lines, f'pipeline("{prompt}")', "```"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,9 +27,7 @@ from backbone.io.report import (
     table,
     write_report,
 )
-from backbone.media.pictures import ImageRecord
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
-from backbone.media.transforms import crop_square
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from customize.evaluation.metrics import VALIDATION_PROMPTS, ConceptMetrics, EarlyStopping, Evaluator, Scorers
@@ -48,11 +46,12 @@ RULE = (
 class Validation:
     """Evaluates a run as it trains, and keeps the best weights. Without a scorer, or when asked not to, nothing.
 
+    `read_subject` gives the subject's own images, cropped; it is only called where there is something to evaluate.
     Of several processes the writer evaluates; with a sharded model all do together, and the writer writes.
     """
 
     def __init__(
-        self, run: Path, training: DreamBooth, concept: Concept, pictures: Sequence[ImageRecord]
+        self, run: Path, training: DreamBooth, concept: Concept, read_subject: Callable[[], Sequence[Image]]
     ) -> None:
         self.run, self.training, self.concept = run, training, concept
         settings, model = training.settings, training.model
@@ -63,7 +62,7 @@ class Validation:
             Scorers.load(settings.scorer, own) if settings.evaluation_steps and is_participant() else None
         )
         if scorers is not None:
-            self.evaluator = Evaluator(model, scorers, concept, settings, pictures)
+            self.evaluator = Evaluator(model, scorers, concept, settings, read_subject())
             self._remember()
 
     def __call__(self, step: int) -> str:
@@ -212,8 +211,8 @@ class Previews:
             for i, prompt in enumerate(self.prompts)
         ]
 
-    def save(self, path: Path, *, count: int, pictures: list[ImageRecord] | None = None) -> list[str]:
-        """Writes a sheet of the first `count` prompts, the subject's pictures above them; gives the prompts.
+    def save(self, path: Path, *, count: int, subject: Sequence[Image] = ()) -> list[str]:
+        """Writes a sheet of the first `count` prompts, the subject's own images above them; gives the prompts.
 
         Of several processes the writer does, and the others draw along where the model is sharded.
         """
@@ -228,10 +227,9 @@ class Previews:
                 seed=self.settings.seed,
             )
         )
-        own = [crop_square(picture.open(), self.model.resolution) for picture in (pictures or [])[:8]]
         cells = [Cell(picture, prompt) for picture, prompt in zip(drawn, self.prompts, strict=False)]
-        rows = ([list(own)] if own else []) + split_rows(cells, 4)
-        titles = ["The subject", "What the model draws now"] if own else []
+        rows = ([list(subject)] if subject else []) + split_rows(cells, 4)
+        titles = ["The subject", "What the model draws now"] if subject else []
         settings = self.settings
         how = f"{settings.sample_steps} steps, guidance {settings.guidance:g}, seed {settings.seed}"
         note = f"{settings.model}, {how}"

@@ -17,6 +17,7 @@ from PIL import Image
 
 from backbone.media.pictures import ImageRecord
 from backbone.memory.planner import GIB, MemoryEstimator, Phase, format_phases
+from customize.data.captions import LONG, TrainingPrompt, describe_truncated
 from customize.training.memory import choice_of, work_of
 
 if TYPE_CHECKING:
@@ -86,6 +87,16 @@ def warnings_about(pictures: Sequence[ImageRecord], *, resolution: int) -> list[
             f"the middle loses up to {lost:.0%} of a picture."
         )
     return found
+
+
+def caption_warnings(pictures: Sequence[ImageRecord], model: Backbone) -> list[str]:
+    """A sentence for each caption that is read in part only; text encoders load where one is long."""
+    with_t5 = any("T5EncoderModel" in str(part) for part in model.location.index.values())
+    long = [
+        one for one in pictures if one.caption and len(one.caption.split()) > LONG * (4 if with_t5 else 1)
+    ]
+    prompts = [TrainingPrompt(one.caption or "", one.caption or "", one.caption_source) for one in long]
+    return describe_truncated(prompts, "[V]", "[V]", model.text_encoder) if prompts else []
 
 
 def perceptual_hash(image: Image.Image) -> NDArray[np.bool_]:

@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from backbone.adapters.concept import Concept, check_token, choose_rare_words, resolve_placeholder_tokens
-from backbone.adapters.embeddings import vector_token_names
+from backbone.adapters.concept import Concept, resolve_placeholder_tokens
 from backbone.distributed import processes
-from backbone.io.console import UserError, notify
-from backbone.io.files import content_hash, write_json, write_text
+from backbone.io.console import UserError, notify, notify_once
+from backbone.io.files import content_hash, read_json, read_metadata, write_json, write_text
 from backbone.io.run_folder import clear_failed_try, package_versions, refuse_taken, run_name
+from backbone.media.crops import CropReader
 from backbone.media.pictures import ImageRecord, check_images, list_images
-from backbone.media.transforms import crop_square
+from backbone.models.locate import is_path
 from backbone.models.model import Backbone
 from backbone.models.placement import get_placement
-from backbone.training.run import Every, drive
+from backbone.training.run import CHECKPOINT, Every, drive
 from customize.data.dataset import Group, prepare
 from customize.data.folders import read_images
 from customize.data.masks import save_masks
 from customize.methods.lora import refuse_other_encoders
 from customize.objectives.dreambooth import DreamBooth, share_of
-from customize.settings import FILE, OWN_WORDS, SHEET, Settings, Subject, as_flags, read_settings, resolved
+from customize.settings import FILE, SHEET, Settings, Subject, as_flags, read_settings, resolved
 from customize.training.card import card, push, readme
 from customize.training.evaluation import Previews, Validation
+from customize.training.memory import budgeted
+from customize.training.subjects import fields_of_subjects, group_of, with_nouns, with_words
 
 MASKS = "masks.png"
+SHOWN = 8  # of the subjects' own images, on the sheet
+KEPT = 64  # images whose crops are kept in memory for the evaluations; what is beyond is read anew
 
 
 def train_concept(
@@ -53,83 +57,67 @@ def train_concept(
     refuse_taken(run)
     for folder in asked.get("class_images", ()):
         check_images(list_images(folder))
-    model = Backbone.open(
-        asked.get("model", "moji"),
-        device=asked.get("device", "auto"),
-        precision=asked.get("precision", "auto"),
-        resolution=asked.get("resolution", 0),
-    )
-    nouns = [
-        subject.class_noun or guess(model, folder, subject.images)
-        for subject, folder in zip(subjects, pictures, strict=True)
-    ]
-    first = subjects[0]
-    named = {
-        "images": first.images,
-        "token": first.token,
-        "class_noun": nouns[0],
-        "subject": tuple(subject.flag() for subject in subjects[1:]),
-    }
-    if first.token_words:
-        named["token_words"] = first.token_words
-    settings = resolved(asked | named, model.defaults)
-    model = Backbone.open(
-        settings.model,
-        device=settings.device,
-        precision=settings.precision,
-        placement=get_placement(settings),
-        resolution=settings.resolution,
-    )
+    # First the model's configs, which say what is usual; then how it is held, which the settings say
+    place = {name: asked.get(name, "auto") for name in ("device", "precision")}
+    opened = Backbone.open(asked.get("model", "moji"), **place, resolution=asked.get("resolution", 0))
+    if misfit := opened.describe_misfit([picture.read_size() for folder in pictures for picture in folder]):
+        notify_once(misfit)
+    if is_path(opened.location.name):
+        asked = {
+            **asked,
+            "model": os.path.abspath(opened.location.source),
+        }  # so that it is found from anywhere
+    subjects = with_nouns(opened, subjects, pictures)
+    settings = resolved(asked | fields_of_subjects(subjects), opened.defaults)
+    model = open_model(settings)
     if vram is not None:
-        from customize.training.memory import budgeted
-
         processes.require_whole_model("--vram counts for a process alone; it")
         model, settings = budgeted(model, settings, sum(map(len, pictures)), vram)
-    vocabulary = model.text_encoder.tokenizer.get_vocab()
     if settings.train_text_encoder:
         refuse_other_encoders(model)
-    found: list[Subject] = []
-    for subject, noun, folder in zip(subjects, nouns, pictures, strict=True):
-        check_token(subject.token, vocabulary)
-        if any(subject.token == other.token for other in found):
-            raise UserError(f"Two subjects have the token {subject.token}. Give each its own.")
-        words = subject.token_words
-        if settings.method in OWN_WORDS:
-            words = " ".join(vector_token_names(subject.token, settings.num_vectors))
-        elif not words:
-            key = "".join(content_hash(picture.read()) for picture in folder)
-            words = choose_rare_words(vocabulary, key, taken=[other.token_words for other in found])
-        found.append(dataclasses.replace(subject, class_noun=noun, token_words=words))
     settings = dataclasses.replace(
-        settings, token_words=found[0].token_words, subject=tuple(subject.flag() for subject in found[1:])
+        settings, **fields_of_subjects(with_words(model, subjects, pictures, settings))
     )
     share_of(settings)
+    concept, groups = write_prompts(settings, model, pictures)
     processes.barrier()  # now every process has seen that the folder is free
     if processes.is_main_process():
         clear_failed_try(run)
-        write_record(run, settings, timings={})
-    return carry_on(run, settings, model, pictures, began=began)
+        write_record(run, settings, timings={}, images=[hash_images(folder) for folder in pictures])
+    return carry_on(run, settings, model, concept, groups, began=began)
 
 
-def resume_concept(run: Path) -> Path:
-    """Goes on with a run that was stopped; the weights come out as if it had not been."""
-    settings = read_settings(run)
+def resume_concept(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
+    """Goes on with a run that was stopped; the weights come out as if it had not been.
+
+    `anew` are settings that change (`customize.training.start.RESUMED`): more steps, another learning rate, another
+    device, a new place of the images. The learning rate then follows the course of all steps, as if there had always
+    been so many. Raises `UserError` for steps that were taken already.
+    """
+    settings = dataclasses.replace(read_settings(run), **(anew or {}))
+    done = int(read_metadata(run / CHECKPOINT)["step"]) if (run / CHECKPOINT).exists() else 0
+    if anew and "steps" in anew and settings.steps <= done:
+        raise UserError(f"{run} has taken {done} steps already. Give --steps more than that.")
     processes.init_process(settings.device)
     pictures = read_images(settings.subjects(), settings.caption_column, settings.image_column)
-    model = Backbone.open(
-        settings.model,
-        device=settings.device,
-        precision=settings.precision,
-        placement=get_placement(settings),
-        resolution=settings.resolution,
-    )
-    return carry_on(run, settings, model, pictures, began=time.perf_counter())
+    for sentence in describe_changes(read_json(run / FILE).get("images"), pictures):
+        notify(sentence)
+    model = open_model(settings)
+    concept, groups = write_prompts(settings, model, pictures)
+    if anew:
+        notify(f"{run} goes on from step {done} to {settings.steps}.")
+        if processes.is_main_process():
+            write_record(run, settings, timings={}, images=[hash_images(folder) for folder in pictures])
+    return carry_on(run, settings, model, concept, groups, began=time.perf_counter())
 
 
-def carry_on(
-    run: Path, settings: Settings, model: Backbone, pictures: Sequence[list[ImageRecord]], *, began: float
-) -> Path:
-    """Trains from the last checkpoint, if there is one, to the finished folder."""
+def write_prompts(
+    settings: Settings, model: Backbone, pictures: Sequence[list[ImageRecord]]
+) -> tuple[Concept, list[Group]]:
+    """The run's concept, and each subject's images with their training prompts.
+
+    Raises `UserError` for an instance prompt or a prompt of the sheet with a token that is none of the run's.
+    """
     subjects = settings.subjects()
     concept = Concept(
         kind=settings.method,
@@ -137,29 +125,34 @@ def carry_on(
         fingerprint=model.fingerprint,
         tokens={subject.token: subject.token_words for subject in subjects},
         class_noun=settings.class_noun,
+        resolution=settings.resolution,
     )
-    groups = []
-    for subject, folder in zip(subjects, pictures, strict=True):
-        instance = subject.filled(settings.instance_prompt)
-        prompts = [
-            resolve_placeholder_tokens(captioned(picture, instance, subject.token), [concept])
-            for picture in folder
-        ]
-        groups.append(Group(folder, prompts, subject.filled(settings.class_prompt)))
-        what = (
-            f"gets {settings.num_vectors} new words of its own"
-            if settings.method in OWN_WORDS
-            else f"stands for “{subject.token_words}”"
-        )
-        notify(f"{len(folder)} pictures of “{subject.called()}”; {subject.token} {what}.")
-    training = DreamBooth(model, prepare(model, groups, settings), settings)
+    for prompt in settings.sheet_prompts:
+        resolve_placeholder_tokens(prompt, [concept], runs=None)
+    return concept, [
+        group_of(subject, folder, settings, concept, model)
+        for subject, folder in zip(subjects, pictures, strict=True)
+    ]
+
+
+def carry_on(
+    run: Path, settings: Settings, model: Backbone, concept: Concept, groups: Sequence[Group], *, began: float
+) -> Path:
+    """Trains from the last checkpoint, if there is one, to the finished folder."""
+    pictures = [list(group.pictures) for group in groups]
+    # Every image is decoded once more than it was checked: for its latents, the evaluations and the sheet together
+    everything = [picture for folder in pictures for picture in folder]
+    measured = pictures[0][:KEPT] if settings.evaluation_steps else []
+    read, side = CropReader([*everything[:SHOWN], *measured]), (model.resolution, model.resolution)
+    training = DreamBooth(model, prepare(model, groups, settings, read=read), settings)
     training.resume(run)
-    writes = processes.is_main_process()
-    if writes and settings.mask == "auto":
+    if processes.is_main_process() and settings.mask == "auto":
         save_masks(run / MASKS, pictures, training.data.masks or [], flip=settings.flip)
+    shown = [read(picture, side) for picture in everything[:SHOWN]]
     prepared = time.perf_counter()
     previews = Previews(model, settings, concept)
-    validation = Validation(run, training, concept, pictures[0])
+    validation = Validation(run, training, concept, lambda: [read(picture, side) for picture in pictures[0]])
+    read.forget()
 
     def preview(step: int) -> None:
         with training.averaged():
@@ -173,75 +166,101 @@ def carry_on(
         preview=Every(settings.validation_steps, preview),
         tensorboard=settings.report_to == "tensorboard",
     )
-    trained = time.perf_counter()
-    if writes:
-        header = {
-            "limner_token": " ".join(subject.token for subject in subjects),
-            "limner_words": " ".join(subject.token_words for subject in subjects),
-            "base_model": settings.model,
-        }
-        dataclasses.replace(concept, **training.write(run, header)).write(run)
-        validation.report(settings)
+    times = {"prepare": prepared - began, "train": time.perf_counter() - prepared}
+    finish(run, training, concept, validation)
     with training.averaged():
-        shown = previews.save(
-            run / SHEET, count=8, pictures=[picture for folder in pictures for picture in folder]
-        )
-    if not writes:
-        processes.end_process()
-        return run
-    ended = time.perf_counter()
-    timings = {
-        "prepare": prepared - began,
-        "train": trained - prepared,
-        "show": ended - trained,
-        "all": ended - began,
-    }
-    seconds = {name: round(value, 2) for name, value in timings.items()}
-    write_record(run, settings, timings=seconds)
-    write_text(run / "README.md", card(settings, model) + readme(run, settings, shown, seconds))
-    if settings.push_to_hub:
-        notify(f"Uploaded to {push(run, settings.hub_model_id or run.name)}.")
+        prompts = previews.save(run / SHEET, count=8, subject=shown)
+    times |= {"show": time.perf_counter() - began - sum(times.values()), "all": time.perf_counter() - began}
+    if processes.is_main_process():
+        describe(run, settings, model, prompts, {name: round(value, 2) for name, value in times.items()})
     processes.end_process()
     return run
 
 
-def guess(model: Backbone, pictures: list[ImageRecord], images: str) -> str:
-    """The class of the subject, said aloud: from the name of its folder if that is a noun, else by the scorer.
-
-    Raises `UserError` where the name says nothing and the model has no scorer.
-    """
-    from backbone.evaluation.clip import classify_subject, load_scorer
-    from backbone.world.words import load_vocabulary
-
-    nouns = tuple(load_vocabulary().nouns)
-    for word in re.split(r"[^a-z]+", run_name(images).lower()):
-        if word in nouns:
-            notify(f"The name of {images} says that it shows a {word}. --class says otherwise.")
-            return word
-    folder = model.location.local("scorer")
-    if folder is None:
-        raise UserError(
-            f"Say what the pictures show with --class (as --class dog): {model.location.name} cannot guess it."
-        )
-    scorer = load_scorer(folder)
-    ranked = classify_subject(scorer, [crop_square(picture.open(), 128) for picture in pictures], nouns)
-    best, second = ranked[0], ranked[1]
-    seems = f"{best[0]} ({best[1]:.0%}; next {second[0]}, {second[1]:.0%})"
-    notify(f"The pictures seem to show a {seems}. --class says otherwise.")
-    return str(best[0])
+# The run's files ---------------------------------------------------------------------------------------------
 
 
-def captioned(picture: ImageRecord, instance: str, token: str) -> str:
-    """The training prompt of a picture: its own caption where it has one, the token put in front if it lacks it."""
-    if not picture.caption:
-        return instance
-    return picture.caption if token in picture.caption else f"{instance}, {picture.caption}"
-
-
-def write_record(run: Path, settings: Settings, *, timings: dict[str, float]) -> None:
-    """Writes the run's `settings.json`: what was resolved, how to repeat it, and with which versions."""
-    command = as_flags(settings, run)
-    write_json(
-        run / FILE,
-        {"settings": settings, "command": command, "versions": package_versions(), "timings": timings},
+def open_model(settings: Settings) -> Backbone:
+    """The model of a run, held as its settings say."""
+    return Backbone.open(
+        settings.model,
+        device=settings.device,
+        precision=settings.precision,
+        placement=get_placement(settings),
+        resolution=settings.resolution,
     )
+
+
+def finish(run: Path, training: DreamBooth, concept: Concept, validation: Validation) -> None:
+    """Writes what was learned, and the report of its evaluations."""
+    if not processes.is_main_process():
+        return
+    header = {
+        "limner_token": " ".join(concept.tokens),
+        "limner_words": " ".join(concept.tokens.values()),
+        "base_model": concept.model,
+    }
+    dataclasses.replace(concept, **training.write(run, header)).write(run)
+    validation.report(training.settings)
+
+
+def describe(
+    run: Path,
+    settings: Settings,
+    model: Backbone,
+    prompts: list[str],
+    seconds: dict[str, float],
+) -> None:
+    """Writes the run's record with its timings and its README, and uploads the folder where that is asked for."""
+    write_record(run, settings, timings=seconds)
+    write_text(run / "README.md", card(settings, model) + readme(run, settings, prompts, seconds))
+    if settings.push_to_hub:
+        notify(f"Uploaded to {push(run, settings.hub_model_id or run.name)}.")
+
+
+def write_record(
+    run: Path,
+    settings: Settings,
+    *,
+    timings: Mapping[str, float],
+    images: Sequence[Mapping[str, str]] | None = None,
+) -> None:
+    """Writes the run's `settings.json`: what was resolved, how to repeat it, of which images, with which versions.
+
+    `images` are the hashes of each subject's; None leaves those that stand there.
+    """
+    record = {
+        "settings": settings,
+        "command": as_flags(settings, run),
+        "images": read_json(run / FILE).get("images") if images is None else images,
+        "versions": package_versions(),
+        "timings": timings,
+    }
+    write_json(run / FILE, record)
+
+
+def hash_images(pictures: Sequence[ImageRecord]) -> dict[str, str]:
+    """The beginning of the hash of each image's file, by its name in the folder."""
+    if not pictures:
+        return {}
+    common = os.path.commonpath([picture.path.parent for picture in pictures])
+    return {os.path.relpath(one.path, common): content_hash(one.read())[:16] for one in pictures}
+
+
+def describe_changes(kept: Any, pictures: Sequence[list[ImageRecord]]) -> list[str]:
+    """A sentence for each subject whose images are not those that its run began with, `kept` in its record."""
+    found = []
+    for before, folder in zip(kept if isinstance(kept, list) else [], pictures, strict=False):
+        now = hash_images(folder)
+        if not isinstance(before, dict) or before == now:
+            continue
+        parts = [
+            ("gone", sorted(before.keys() - now.keys())),
+            ("new", sorted(now.keys() - before.keys())),
+            ("changed", sorted(name for name in before.keys() & now.keys() if before[name] != now[name])),
+        ]
+        what = "; ".join(f"{word}: {', '.join(names[:5])}" for word, names in parts if names)
+        found.append(
+            f"The images are not those that the run began with ({what}). It goes on with those of now."
+        )
+    return found

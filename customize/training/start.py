@@ -9,10 +9,12 @@ from typing import Any
 
 from backbone.adapters.concept import mentions
 from backbone.io.console import UserError, notify
-from backbone.io.options import refuse_idle
-from customize.settings import OWN_WORDS, Subject, read_subject, resolved
+from backbone.io.options import fields_of, refuse_idle, unmet
+from backbone.io.run_folder import absolute, run_name
+from customize.settings import OWN_WORDS, Settings, Subject, read_subject, resolved
 
 DEFAULT_TOKEN = "[V]"
+RESUMED = ("steps", "learning_rate", "images", "device")  # what may be said anew beside --resume
 
 
 def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | None = None) -> Path:
@@ -34,6 +36,8 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
     images = read_images(subjects, settings.get("caption_column", ""), settings.get("image_column", ""))
     from customize.training.run import train_concept
 
+    if out is None and "images" in asked and Path(asked["images"]).expanduser().is_dir():
+        out = Path("runs") / run_name(asked["images"])  # not the name of a folder in it
     return train_concept(settings, subjects, images=images, out=out, vram=vram)
 
 
@@ -43,6 +47,8 @@ def subjects_of(asked: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]
     Folders are made absolute, so that the run can be resumed from anywhere. Raises `UserError` where nothing is named,
     a flag says otherwise than the layout, or the instance prompt leaves open which word is the subject's.
     """
+    from customize.data.folders import as_template
+
     rest = dict(asked)
     images, token = rest.pop("images", None), rest.pop("token", None)
     noun, words = rest.pop("class_noun", ""), rest.pop("token_words", "")
@@ -61,6 +67,9 @@ def subjects_of(asked: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]
     else:
         found, rest = first_subjects(str(images), token or "", noun, words, rest)
     subjects = [replace(one, images=absolute(one.images)) for one in [*found, *more]]
+    if "instance_prompt" in rest:
+        first = subjects[0]
+        rest["instance_prompt"] = as_template(rest["instance_prompt"], first.token, first.class_noun)
     refuse_prompts(subjects[0], rest)
     if "scorer" in rest:
         rest["scorer"] = absolute(rest["scorer"])
@@ -72,26 +81,24 @@ def subjects_of(asked: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]
 def first_subjects(
     images: str, token: str, noun: str, words: str, rest: Mapping[str, Any]
 ) -> tuple[list[Subject], dict[str, Any]]:
-    """The subjects of `--images`, and the settings with what its layout says and the instance prompt as a template."""
-    from customize.data.folders import as_template, is_concept_source, read_subjects
+    """The subjects of `--images`, and the settings with what its layout says."""
+    from customize.data.folders import is_concept_source, read_subjects
 
     prompts: dict[str, Any] = {}
     if is_concept_source(images, token=token, class_noun=noun):
         subjects, prompts = read_subjects(images, token=token, class_noun=noun, token_words=words)
         for subject in subjects:
             notify(f"{subject.images}: {subject.token} {subject.class_noun}, all subjects equally often.")
-        if "class_images" in prompts and rest.get("prior") != "class-images":
-            notify(f"The class_data_dir of {images} is for --prior class-images, and is left aside.")
-            del prompts["class_images"]
+        known = fields_of(Settings)
+        every = {name: one.default for name, one in known.items()} | rest
+        for name, key in (("class_images", "class_data_dir"), ("class_prompt", "class_prompt")):
+            if name in prompts and name not in rest and unmet(known[name], every) is not None:
+                said = " It is for --prior class-images." if name == "class_images" else ""
+                notify(f"The {key} of {images} has no effect with these settings, and is left aside.{said}")
+                del prompts[name]
     else:
         subjects = [name_subject(Subject(images, token, noun, words), rest)]
-    settings = {**prompts, **rest}
-    first = subjects[0]
-    if "instance_prompt" in settings:
-        settings["instance_prompt"] = as_template(
-            settings["instance_prompt"], first.token, first.class_noun
-        )
-    return subjects, settings
+    return subjects, {**prompts, **rest}
 
 
 def name_subject(subject: Subject, rest: Mapping[str, Any]) -> Subject:
@@ -108,8 +115,12 @@ def name_subject(subject: Subject, rest: Mapping[str, Any]) -> Subject:
             "write {token} in its place."
         )
     own = rest.get("method", "lora") in OWN_WORDS  # which learns the token's meaning from nothing
-    notify(f"In the instance prompt “{prompt}” the token is {token}{f' and the class {noun}' if noun else ''}.")
-    return replace(subject, token=token, class_noun=noun, token_words=subject.token_words or ("" if own else token))
+    notify(
+        f"In the instance prompt “{prompt}” the token is {token}{f' and the class {noun}' if noun else ''}."
+    )
+    return replace(
+        subject, token=token, class_noun=noun, token_words=subject.token_words or ("" if own else token)
+    )
 
 
 def refuse_prompts(first: Subject, rest: Mapping[str, Any]) -> None:
@@ -125,9 +136,3 @@ def refuse_prompts(first: Subject, rest: Mapping[str, Any]) -> None:
         raise UserError(
             f"The class prompt “{general}” holds the token {first.token}, which is the subject's alone. Leave it out."
         )
-
-
-def absolute(path: str) -> str:
-    """An existing path with its whole name; everything else, as the id of a dataset, is left as it is."""
-    place = Path(path).expanduser()
-    return str(place.absolute()) if path and place.exists() else path

@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from backbone.io.files import content_hash, write_json, write_tensors
-from backbone.training.loop import Average, load_checkpoint, save_checkpoint, train, warm_cosine
+from backbone.training.loop import Average, warm_cosine
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from backbone.world.textures import Pixels
 from backbone.world.words import Thing, load_vocabulary
@@ -47,9 +47,9 @@ from benchmarks.classifier import (
     most_likely,
 )
 from recipes.moji.autoencoder import to_tensor
-from recipes.moji.logbook import Logbook
 from recipes.moji.muon import Muon
 from recipes.moji.rendered import AUTOENCODER, has_autoencoder, rendered, roughen, round_trips, shift
+from recipes.moji.training import Training
 
 FIRST_SEED = 400_000
 HELD_OUT = BENCHMARK_SEEDS[100_000:102_000]
@@ -103,11 +103,7 @@ def main(
         {"params": list(inner.values()), "lr": matrix_rate, "momentum": 0.95},
     ]
     optimizer = Muon(groups, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.03)
-    average = Average(kept, decay=0.998)
-    checkpoint = workdir / "classifier.safetensors"
-    done = 0
-    if checkpoint.exists():
-        done, _ = load_checkpoint(checkpoint, parameters=kept, optimizer=optimizer, average=average)
+    training = Training(workdir / "classifier.safetensors", kept, optimizer, decay=0.998, batch=batch)
     cases = Cases.on_disk(workdir, scenes, decoded=decoded, decoded_share=decoded_share, device=device)
     held_out = [make_scene(number) for number in HELD_OUT]
     examination = Examination(workdir, held_out, device)
@@ -119,21 +115,13 @@ def main(
             logits = network(pictures)
         yield classification_loss(logits, {head: value.to(device) for head, value in truth.items()})
 
-    logbook = Logbook(batch=batch)
+    def write(step: int) -> None:
+        export(training.average, workdir, step=step, cases=cases, marks=examination)
+
     lr_schedule = warm_cosine(steps, warmup=min(150, steps // 5), floor=0.01)
-    for report in train(losses, kept, optimizer=optimizer, lr_schedule=lr_schedule, steps=steps, done=done,
-                        average=average, clip=5.0):  # fmt: skip
-        logbook.note(report)
-        last = report.step == steps or logbook.minutes > minutes
-        if report.step % 500 == 0 or last:
-            save_checkpoint(
-                checkpoint, step=report.step, parameters=kept, optimizer=optimizer, average=average
-            )
-            export(average, workdir, step=report.step, cases=cases, marks=examination)
-        if last:
-            break
-    if done >= steps:
-        export(average, workdir, step=done, cases=cases, marks=examination)
+    training.run(losses, lr_schedule, steps=steps, minutes=minutes, every=500, clip=5.0, on_save=write)
+    if training.done >= steps:
+        write(training.done)
 
 
 def classification_loss(logits: dict[str, Tensor], truth: dict[str, Tensor]) -> Tensor:

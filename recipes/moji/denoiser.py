@@ -34,17 +34,15 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from backbone.diffusion.losses import denoising_score_matching, min_snr
 from backbone.diffusion.noise import PredictionType, add_noise, generator, vp
-from backbone.distributed.processes import any_process
-from backbone.distributed.processes import average_in_place as average_over_processes
 from backbone.distributed.spawn import run_workers
 from backbone.io.console import UserError
 from backbone.io.files import read_json, read_tensors, write_bytes, write_json, write_tensors, write_text
 from backbone.training.attention import quick_to_train
-from backbone.training.loop import Average, load_checkpoint, save_checkpoint, train, warm_stable_decay
+from backbone.training.loop import warm_stable_decay
 from backbone.world.scene import sample_scene
+from recipes.moji import training
 from recipes.moji.autoencoder import CHANNELS, SCALING_FACTOR, precision, to_tensor
 from recipes.moji.carried import carry_over
-from recipes.moji.logbook import Logbook
 from recipes.moji.muon import Muon
 from recipes.moji.pictures import SHARD, load, load_captions
 
@@ -175,8 +173,8 @@ def train_command(
     run_workers(train_denoiser, (plan,), processes=processes)
 
 
-class Training:
-    """Weights with their optimiser and average, gone on with from the last checkpoint `NAME.safetensors`."""
+class Training(training.Training):
+    """A plan's training, which goes on from the last checkpoint `NAME.safetensors`."""
 
     def __init__(
         self,
@@ -188,7 +186,7 @@ class Training:
         slow: Sequence[Tensor] = (),
     ) -> None:
         """`inner` weights are stepped by Muon, `slow` ones at half the learning rate."""
-        self.plan, self.name, self.parameters = plan, name, parameters
+        self.plan, self.name = plan, name
         special = {id(value) for value in (*inner, *slow)}
         groups: list[dict[str, Any]] = [
             {"params": [value for value in parameters.values() if id(value) not in special]}
@@ -197,46 +195,27 @@ class Training:
             groups.append({"params": list(slow), "lr": plan.learning_rate / 2})
         if inner:
             groups.append({"params": list(inner), "momentum": 0.95, "lr": plan.matrix_rate})
-        self.optimizer = Muon(groups, lr=plan.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-        self.average = Average(parameters, decay=0.9985)
-        self.checkpoint = plan.workdir / f"{name}.safetensors"
-        self.done = 0
-        if self.checkpoint.exists():
-            self.done, _ = load_checkpoint(
-                self.checkpoint, parameters=parameters, optimizer=self.optimizer, average=self.average
-            )
-
-    def run(self, losses: Callable[[int], Iterator[Tensor]], rank: int) -> None:
-        """Steps until the plan's end or its minutes are over; the first process reports and saves."""
-        plan, logbook = self.plan, Logbook(batch=self.plan.batch)
-        stepping = train(
-            losses,
-            self.parameters,
-            optimizer=self.optimizer,
-            lr_schedule=warm_stable_decay(plan.steps, warmup=plan.warmup, decay=plan.decay),
-            steps=plan.steps,
-            done=self.done,
-            average=self.average,
-            reduce=average_over_processes,
+        optimizer = Muon(groups, lr=plan.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        super().__init__(
+            plan.workdir / f"{name}.safetensors", parameters, optimizer, decay=0.9985, batch=plan.batch
         )
-        for report in stepping:
-            logbook.note(report, aloud=rank == 0)
-            last = report.step == plan.steps or any_process(logbook.minutes > plan.minutes)
-            if (report.step % 250 == 0 or last) and rank == 0:
-                self.save(report.step)
-            if last:
-                break
+        self.facts = {"prediction": plan.prediction}
+
+    def follow(self, losses: Callable[[int], Iterator[Tensor]], rank: int) -> None:
+        """Steps until the plan's end or its minutes are over; the first process reports and saves."""
+        plan = self.plan
+        self.run(
+            losses,
+            warm_stable_decay(plan.steps, warmup=plan.warmup, decay=plan.decay),
+            steps=plan.steps,
+            minutes=plan.minutes,
+            every=250,
+            aloud=rank == 0,
+        )
 
     def save(self, step: int) -> None:
         """Writes the checkpoint, and until the learning rate falls also the one where a longer run goes on."""
-        save_checkpoint(
-            self.checkpoint,
-            step=step,
-            parameters=self.parameters,
-            optimizer=self.optimizer,
-            average=self.average,
-            facts={"prediction": self.plan.prediction},
-        )
+        super().save(step)
         if step <= self.plan.steps - self.plan.decay:
             write_bytes(self.plan.workdir / f"{self.name}-stable.safetensors", self.checkpoint.read_bytes())
 
@@ -267,7 +246,7 @@ def train_denoiser(rank: int, plan: Plan) -> None:
     parameters = {f"unet.{key}": value for key, value in unet.named_parameters()}
     parameters |= {f"text_encoder.{key}": value for key, value in text_encoder.named_parameters()}
     inner = inner_weights(unet) if plan.optimizer == "muon" else []
-    training = Training(plan, "denoiser", parameters, inner, slow=list(text_encoder.parameters()))
+    denoising = Training(plan, "denoiser", parameters, inner, slow=list(text_encoder.parameters()))
     alpha_bar = alpha_bar.to(plan.device)
 
     def losses(step: int) -> Iterator[Tensor]:
@@ -293,7 +272,7 @@ def train_denoiser(rank: int, plan: Plan) -> None:
         yield error.mean()
 
     with quick_to_train(unet):  # flash attention's backward is slow on a CPU
-        training.run(losses, rank)
+        denoising.follow(losses, rank)
 
 
 @app.command()

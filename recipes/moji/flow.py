@@ -127,7 +127,7 @@ def train_flow(rank: int, plan: Plan) -> None:
         error = denoising_score_matching(velocity, clean, noise=noise, level=level, prediction_type="flow")
         yield error.mean()
 
-    training.run(losses, rank)
+    training.follow(losses, rank)
 
 
 @app.command()

@@ -42,16 +42,16 @@ from transformers.utils import logging
 
 from backbone.evaluation.clip import Scorer, embed_classes, load_scorer, rank_classes
 from backbone.io.files import write_json
-from backbone.training.loop import Average, load_checkpoint, save_checkpoint, train, warm_cosine
+from backbone.training.loop import Average, warm_cosine
 from backbone.world.render import SIZE, place_figures
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from backbone.world.textures import Pixels
 from backbone.world.words import load_vocabulary, paraphrase, write_caption
 from recipes.moji.autoencoder import to_tensor
-from recipes.moji.logbook import Logbook
 from recipes.moji.muon import Muon
 from recipes.moji.pictures import SHARD, load
 from recipes.moji.rendered import has_autoencoder, rendered, roughen, round_trips, shift
+from recipes.moji.training import Training
 
 HELD_OUT = 2000  # the last shard of scenes is never trained on, as for the denoiser
 LARGEST_SCALE = 4.6052  # ln 100 (Radford et al. 2021, § 2.5)
@@ -94,11 +94,7 @@ def main(
     }
     groups = group_parameters(parameters, matrix_rate)
     optimizer = Muon(groups, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
-    average = Average(parameters, decay=0.998)
-    checkpoint = workdir / "scorer.safetensors"
-    done = 0
-    if checkpoint.exists():
-        done, _ = load_checkpoint(checkpoint, parameters=parameters, optimizer=optimizer, average=average)
+    training = Training(workdir / "scorer.safetensors", parameters, optimizer, decay=0.998, batch=batch)
     examination = Examination.on_disk(workdir)
     data = Lessons.on_disk(workdir, decoded=decoded, device=device)
 
@@ -114,26 +110,15 @@ def main(
         contrast = contrastive_loss(logits, lesson.right.to(device))
         yield contrast + help_weight * heads.loss(guesses, lesson)
 
-    logbook = Logbook(batch=batch)
+    def write(step: int) -> None:
+        export(training.average, tokenizer, workdir, patch=patch)
+        marks = examination.marks(load_scorer(workdir / "scorer"))
+        print(json.dumps({"step": step, **marks}), flush=True)
+
     lr_schedule = warm_cosine(steps, warmup=min(200, steps // 5), floor=0.01)
-    for report in train(losses, parameters, optimizer=optimizer, lr_schedule=lr_schedule, steps=steps, done=done,
-                        average=average):  # fmt: skip
-        logbook.note(report)
-        last = report.step == steps or logbook.minutes > minutes
-        if report.step % 500 == 0 or last:
-            save_checkpoint(
-                checkpoint, step=report.step, parameters=parameters, optimizer=optimizer, average=average
-            )
-            export(average, tokenizer, workdir, patch=patch)
-            print(
-                json.dumps({"step": report.step, **examination.marks(load_scorer(workdir / "scorer"))}),
-                flush=True,
-            )
-        if last:
-            break
-    if done >= steps:
-        export(average, tokenizer, workdir, patch=patch)
-        print(json.dumps({"step": done, **examination.marks(load_scorer(workdir / "scorer"))}), flush=True)
+    training.run(losses, lr_schedule, steps=steps, minutes=minutes, every=500, on_save=write)
+    if training.done >= steps:
+        write(training.done)
 
 
 def build(tokenizer: CLIPTokenizer, *, patch: int = 16) -> CLIPModel:

@@ -32,7 +32,7 @@ def trained(plan: Plan) -> dict[str, Tensor]:
         given = torch.randn(5, 3, generator=torch.Generator().manual_seed(step))
         yield model(given).square().mean()
 
-    training.run(losses, 0)
+    training.follow(losses, 0)
     return model.state_dict()
 
 

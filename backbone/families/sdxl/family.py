@@ -18,10 +18,8 @@ from backbone.conditions.conditions import Conditions, Text
 from backbone.families import checkpoint as single_file
 from backbone.families import loading
 from backbone.families.base import (
-    AttentionLayout,
     ModelSpec,
     Network,
-    NoisePath,
     TextEncoderSlot,
     TextSegment,
     diffusers_spec,
@@ -29,25 +27,19 @@ from backbone.families.base import (
 )
 from backbone.families.location import Location
 from backbone.families.sdxl import checkpoint
+from backbone.families.unet import UNetFamily, load_part
 from backbone.io.console import UserError
 from backbone.io.files import Header
 
 VAE_SCALE_FACTOR = 8  # pixels per latent and side
 
 
-class StableDiffusionXL:
+class StableDiffusionXL(UNetFamily):
     """Implements `Family`."""
 
     name: ClassVar[str] = "Stable Diffusion XL"
     hub_ids: ClassVar[dict[str, str]] = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
     pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPipeline",)
-    lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
-        "attention": ("to_q", "to_k", "to_v", "to_out.0"),
-        "all": (
-            *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
-            *("conv1", "conv2", "conv_shortcut", "time_emb_proj"),
-        ),
-    }
 
     def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
         return checkpoint.match_checkpoint(header)
@@ -58,23 +50,13 @@ class StableDiffusionXL:
                 f"The unet of {location.name} does not take the image size as a condition, so it is not Stable "
                 "Diffusion XL's. Name a whole model of one family."
             )
-        if location.file is None:
-            return loading.load_network(UNet2DConditionModel, location, "unet", dtype, torch.channels_last)
-        model: nn.Module = single_file.load_single_file_part(
-            UNet2DConditionModel, location, "unet", prefix=single_file.UNET, dtype=dtype
-        )
-        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+        return load_part(UNet2DConditionModel, location, "unet", single_file.UNET, dtype)
 
     def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
         """Load the VAE in fp32, except for one that was fixed for half precision (`force_upcast` false)."""
         if location.config("vae").get("force_upcast", True):
             dtype = torch.float32
-        if location.file is not None:
-            model: nn.Module = single_file.load_single_file_part(
-                AutoencoderKL, location, "vae", prefix=single_file.AUTOENCODER, dtype=dtype
-            )
-            return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-        return loading.load_autoencoder(AutoencoderKL, location, dtype)
+        return load_part(AutoencoderKL, location, "vae", single_file.AUTOENCODER, dtype)
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> TwoClips:
         if location.file is not None:
@@ -98,18 +80,8 @@ class StableDiffusionXL:
             {"hidden": (77, int(config["cross_attention_dim"])), "pooled": (int(pooled),)},
         )
 
-    def latent_shape(self, location: Location) -> tuple[int, ...]:
-        side = int(location.config("unet")["sample_size"])
-        return int(location.config("vae")["latent_channels"]), side, side
-
-    def longest_side(self, location: Location) -> None:
-        return None
-
     def sampling_defaults(self, location: Location) -> dict[str, Any]:
         return {"guidance": 5.0}
-
-    def path(self, location: Location) -> NoisePath:
-        return loading.vp_path(location)
 
     def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
         dtype = cast(torch.dtype, denoiser.dtype)
@@ -126,12 +98,6 @@ class StableDiffusionXL:
             return cast(Tensor, denoiser(noisy, time, hidden, added_cond_kwargs=added).sample)
 
         return predict
-
-    def attention(self, denoiser: nn.Module, conditions: Conditions) -> AttentionLayout:
-        return AttentionLayout()
-
-    def embed_guidance(self, denoiser: nn.Module, conditions: Conditions, guidance: float) -> None:
-        return None
 
 
 class TwoClips(loading.MultiTextEncoder):

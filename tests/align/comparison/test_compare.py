@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,10 @@ def test_a_blind_comparison_from_the_door(
     how = ("--prompts", prompts, "--count", 1, "--steps", 2, "--device", "cpu", "--precision", "fp32")
     said = align("compare", tiny_folder, run, *how, "--scorer", bright, "--out", tmp_path / "c", "--blind")
     assert "blind: tuned wins" in said and "of 5 pictures" in said
+    both = ("--out", tmp_path / "c2", "--blind", "--json")
+    found = json.loads(align("compare", tiny_folder, run, *how, "--scorer", bright, *both))
+    stored = {name: read_json(tmp_path / "c2" / f"{name}.json") for name in ("compare", "blind")}
+    assert found == {**stored["compare"], "blind": stored["blind"]} and found["blind"]["rate"]["value"] >= 0
 
 
 def test_training_on_top_of_a_run_and_comparing_with_it(

@@ -95,16 +95,8 @@ def no_bank_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_what_diverges_says_what_to_lower(tiny_folder: Path, pairs_file: Path) -> None:
-    """β at the first step, when nothing was learned yet; either of them, and the checkpoint, after one was saved."""
-    first = training(tiny_folder, pairs_file, beta=1e36)
-    with pytest.raises(UserError, match=r"stopped at step 1: .* Lower --beta\.$"):
-        trained(first)
-    later = training(tiny_folder, pairs_file, checkpointing_steps=1, steps=2)
-    next(iter(take_steps(later)))
-    later.done = 1
-    next(iter(later.parameters.values())).data.fill_(float("nan"))
-    with pytest.raises(UserError, match=r"Lower --learning-rate or --beta; the last checkpoint holds finite"):
-        trained(later)
+    with pytest.raises(UserError, match=r"stopped at step 1: .* Lower --learning-rate or --beta"):
+        trained(training(tiny_folder, pairs_file, beta=1e36))
 
 
 # The start --------------------------------------------------------------------------------------------------

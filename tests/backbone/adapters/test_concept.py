@@ -26,6 +26,34 @@ def test_a_token_becomes_its_words_wherever_it_stands() -> None:
     assert resolve_placeholder_tokens("a [V] dog and [V]", [concept()]) == "a bcd dog and bcd"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "wanted"),
+    [
+        ("a sks dog, a dog asleep between two desks", "a jkw dog, a dog asleep between two desks"),
+        ("sks's dog, (sks), “sks”, sks-like", "jkw's dog, (jkw), “jkw”, jkw-like"),
+        ("sks2, asks, sks_dog, ßsks", "sks2, asks, sks_dog, ßsks"),
+        ("一只sks狗", "一只jkw狗"),
+    ],
+)
+def test_a_plain_token_counts_as_a_whole_word_only(prompt: str, wanted: str) -> None:
+    assert resolve_placeholder_tokens(prompt, [concept("sks", "jkw")]) == wanted
+
+
+def test_a_token_in_brackets_needs_no_space_and_words_are_not_replaced_again() -> None:
+    assert resolve_placeholder_tokens("my[V]dog", [concept()]) == "mybcddog"
+    chained = [concept("[V]", "bcd"), concept("bcd", "fgh")]
+    assert resolve_placeholder_tokens("a [V] and a bcd", chained) == "a bcd and a fgh"
+
+
+def test_other_programs_weights_are_said_to_be_text_and_their_loras_have_a_place(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert resolve_placeholder_tokens("a (red:1.3) dog", []) == "a (red:1.3) dog"
+    assert "“(red:1.3)” is read as plain text" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--concept RUN and --scale"):
+        resolve_placeholder_tokens("a dog <lora:x:1>", [])
+
+
 def test_two_concepts_keep_their_own_words() -> None:
     both = [concept("[V]", "bcd"), concept("[V2]", "fgh")]
     assert resolve_placeholder_tokens("a [V] dog beside a [V2] cat", both) == "a bcd dog beside a fgh cat"

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import pytest
 import typer
@@ -21,7 +21,16 @@ import customize.cli
 import customize.settings
 import customize.training.start
 from backbone.io.console import UserError
-from backbone.io.options import Option, as_command, build, command, fields_of, refuse_idle, spellings
+from backbone.io.options import (
+    Option,
+    as_command,
+    build,
+    command,
+    fields_of,
+    refuse_idle,
+    settled_command,
+    spellings,
+)
 from backbone.training.settings import PANELS, RunOptions
 
 ROOT = Path(__file__).parents[3]
@@ -484,3 +493,76 @@ def test_settings_may_be_changed_and_are_checked_again() -> None:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+
+
+# Commands that get their settings made -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """What two commands share."""
+
+    seed: Annotated[int, Option("Of the noise.", "Sampling")] = 0
+    scale: Annotated[tuple[float, ...], Option("Repeatable.", "Sampling", min=0)] = (1.0,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edited(Drawn):
+    """What one of them has too."""
+
+    NEEDS: ClassVar[dict[str, Any]] = {"seed": {"file": (None,)}}
+
+    image: Annotated[str, Option("Which.", "Data", argument=True, metavar="IMAGE")]
+    target: Annotated[tuple[str, ...], Option("What.", "Data")]
+    file: Annotated[str | None, Option("Instead.", "Data")] = None
+    kept: Annotated[bool, Option("Kept.", "Data")] = True
+
+
+def edited(*words: str) -> Edited:
+    """What the command gets for these words."""
+    app, got = typer.Typer(), list[Edited]()
+
+    @app.callback()
+    def group() -> None:
+        """Several commands."""
+
+    @settled_command(app, Edited)
+    def edit(asked: Edited) -> None:
+        """Edit."""
+        got.append(asked)
+
+    done = CliRunner().invoke(app, ["edit", *words])
+    if done.exception is not None:
+        raise done.exception
+    return got[0]
+
+
+def test_a_settled_command_gets_its_settings_made(tmp_path: Path) -> None:
+    assert edited("a.png", "--target", "x", "--target", "y", "--scale", "1", "--scale", "0.5") == Edited(
+        image="a.png", target=("x", "y"), scale=(1.0, 0.5)
+    )
+    (tmp_path / "look.yaml").write_text("target: [x]\nscale: 2\nkept: false\n")
+    assert edited("a.png", "--config", str(tmp_path / "look.yaml")) == Edited(
+        image="a.png", target=("x",), scale=(2.0,), kept=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (("a.png",), "--target is missing"),
+        (("a.png", "--target", "x", "--scale", "-1"), "at least 0"),
+        (("a.png", "--target", "x", "--scale", "much"), "not a number"),
+        (("a.png", "--target", "x", "--file", "f", "--seed", "3"), "--seed has no effect with --file"),
+    ],
+)
+def test_a_settled_command_refuses_what_is_missing_does_not_fit_or_has_no_effect(
+    words: tuple[str, ...], complaint: str
+) -> None:
+    with pytest.raises(UserError, match=complaint):
+        edited(*words)
+
+
+def test_a_settled_command_demands_its_plain_words() -> None:
+    with pytest.raises(SystemExit):
+        edited("--target", "x")

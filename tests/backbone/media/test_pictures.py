@@ -16,8 +16,8 @@ import torch
 from PIL import Image, ImageCms
 
 from backbone.io.console import UserError
-from backbone.media.decode import BadImageError, open_rgb
-from backbone.media.pictures import ImageRecord, check_images, list_images
+from backbone.media.decode import BadImageError, open_mask, open_rgb
+from backbone.media.pictures import ImageRecord, check_images, describe_unused, list_images
 from backbone.media.transforms import (
     CROPS,
     bucket_sizes,
@@ -182,6 +182,39 @@ def test_the_embedded_profile_of_an_rgb_picture_is_applied(tmp_path: Path) -> No
         assert open_rgb(path).getpixel((4, 4)) == (250, 10, 30)
 
 
+def srgb(light: Any) -> Any:
+    """IEC 61966-2-1: linear light 0…1 to values 0…255."""
+    return 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * np.power(light, 1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize("exponent", [1.0, 1.8, 2.2])
+@pytest.mark.parametrize("name", ["sRGB", "aRGB"])
+def test_a_profile_counts_by_its_curves_and_not_by_its_name(
+    tmp_path: Path, exponent: float, name: str
+) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    profile = profile_with_exponent(exponent).replace("sRGB".encode("utf-16-be"), name.encode("utf-16-be"))
+    path = write(tmp_path / "x.png", Image.fromarray(values), icc_profile=profile)
+    opened = np.asarray(open_rgb(path), dtype=float)
+    assert np.abs(opened - srgb((values / 255) ** exponent)).mean() < 1
+
+
+def test_a_grey_profile_counts_beside_transparency_and_a_png_s_own_exponent_does(tmp_path: Path) -> None:
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    expected = srgb(values / 255)[..., None].repeat(3, 2)
+    grey = Image.fromarray(values)
+    layered = Image.merge("LA", (grey, Image.new("L", grey.size, 255)))
+    for image in (grey, layered):
+        path = write(tmp_path / "grey.png", image, icc_profile=grey_profile_of_light())
+        assert np.abs(np.asarray(open_rgb(path), dtype=float) - expected).mean() < 1
+    for gamma, wanted in ((1.0, expected), (0.45455, np.stack([values] * 3, -1))):
+        content = write(tmp_path / "x.png", grey).read_bytes()
+        data = b"gAMA" + struct.pack(">I", round(gamma * 100_000))
+        chunk = struct.pack(">I", 4) + data + struct.pack(">I", zlib.crc32(data))
+        (tmp_path / "x.png").write_bytes(content[:33] + chunk + content[33:])
+        assert np.abs(np.asarray(open_rgb(tmp_path / "x.png"), dtype=float) - wanted).mean() < 1
+
+
 @pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
 def test_of_an_animation_the_first_frame_is_taken(tmp_path: Path, suffix: str) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("#ff0000", "#00ff00", "#0000ff")]
@@ -333,7 +366,20 @@ def test_captions_lie_beside_their_pictures(tmp_path: Path) -> None:
         write(tmp_path / name)
     (tmp_path / "a.txt").write_bytes("\ufeffa [V] dog,\r\n on  grass\n".encode())
     (tmp_path / "c.txt").write_text(" \n")
-    assert [picture.caption for picture in list_images(tmp_path)] == ["a [V] dog, on grass", None, None]
+    write(tmp_path / "d.png")
+    (tmp_path / "d.Caption").write_text("a [V] dog")
+    write(tmp_path / "e.png")
+    (tmp_path / "e.TXT").write_text("a dog")
+    assert [picture.caption for picture in list_images(tmp_path)] == [
+        "a [V] dog, on grass",
+        None,
+        None,
+        "a [V] dog",
+        "a dog",
+    ]
+    (tmp_path / "e.caption").write_text("another dog")
+    with pytest.raises(UserError, match=r"e\..* and e\..* are both the caption of e\.png"):
+        list_images(tmp_path)
 
 
 @pytest.mark.parametrize("column", ["text", "prompt", "caption"])
@@ -418,6 +464,96 @@ def test_masks_lie_beside_their_pictures_and_are_no_pictures(tmp_path: Path) -> 
     assert weights[..., 24:].eq(0).all()
 
 
+def disc() -> Any:
+    """White inside a circle [64, 64], bool; a little less than a fifth of the whole."""
+    y, x = np.mgrid[0:64, 0:64]
+    return (x - 32) ** 2 + (y - 32) ** 2 < 16**2
+
+
+def painted(encoding: str) -> Image.Image:
+    """The disc as a mask in one of the encodings in which programs and people leave them."""
+    inside = disc()
+    white = (255 * inside).astype(np.uint8)
+    match encoding:
+        case "white on transparent":
+            return Image.fromarray(np.stack([white, white, white, white], -1))
+        case "white everywhere, transparent outside":
+            return Image.fromarray(np.stack([np.full_like(white, 255)] * 3 + [white], -1))
+        case "grey and alpha":
+            return Image.merge("LA", (Image.new("L", (64, 64), 255), Image.fromarray(white)))
+        case "0 and 1":
+            return Image.fromarray(inside.astype(np.uint8))
+        case "1 bit":
+            return Image.fromarray(white).convert("1")
+        case "16 bits":
+            return Image.fromarray((65535 * inside).astype(np.uint16))
+        case "16 bits of 0 and 255":
+            return Image.fromarray((255 * inside).astype(np.uint16))
+        case "16 bits of 0 and 1":
+            return Image.fromarray(inside.astype(np.uint16))
+        case "float":
+            return Image.fromarray(inside.astype(np.float32))
+        case "RGB":
+            return Image.fromarray(white).convert("RGB")
+    image = Image.fromarray(inside.astype(np.uint8)).convert("P")
+    image.putdata(inside.astype(np.uint8).ravel().tolist())
+    image.putpalette([0, 0, 0, *{"white palette": (255, 255, 255), "red palette": (128, 0, 0)}[encoding]])
+    return image
+
+
+ENCODINGS = (
+    *("white on transparent", "white everywhere, transparent outside", "grey and alpha", "0 and 1", "1 bit"),
+    *(
+        "16 bits",
+        "16 bits of 0 and 255",
+        "16 bits of 0 and 1",
+        "float",
+        "RGB",
+        "white palette",
+        "red palette",
+    ),
+)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_mask_is_the_same_in_whatever_encoding_it_was_painted(tmp_path: Path, encoding: str) -> None:
+    suffix = ".tiff" if encoding == "float" else ".png"
+    path = write(tmp_path / f"1.mask{suffix}", painted(encoding))
+    mask = open_mask(path)
+    assert mask.mode == "L"
+    assert np.array_equal(np.asarray(mask), 255 * disc())
+    assert float(mask_to_tensor(mask).mean()) == pytest.approx(0.196, abs=0.01)
+
+
+def test_a_mask_s_greys_are_left_as_they_are_whatever_its_colour_profile(tmp_path: Path) -> None:
+    shades = Image.linear_gradient("L")
+    path = write(tmp_path / "1.mask.png", shades, icc_profile=grey_profile_of_light())
+    assert difference(open_mask(path), shades) == 0
+
+
+@pytest.mark.parametrize("orientation", STORED_AS)
+def test_a_mask_turns_with_its_picture(tmp_path: Path, orientation: int) -> None:
+    upright, turn = scene().convert("L"), STORED_AS[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = write(tmp_path / "x.mask.png", upright if turn is None else upright.transpose(turn), exif=exif)
+    assert difference(open_mask(path), upright) == 0
+
+
+def test_onetrainers_masks_are_masks_and_its_condition_images_are_left_out(tmp_path: Path) -> None:
+    for name in ("1.png", "1-condlabel.png", "2.jpg"):
+        write(tmp_path / name)
+    for name, value in (("1-masklabel.png", 255), ("2-MASKLABEL.PNG", 0)):
+        write(tmp_path / name, Image.new("L", (48, 32), value), format="PNG")
+    first, second = list_images(tmp_path)
+    assert [one.path.name for one in (first, second)] == ["1.png", "2.jpg"]
+    assert [one.open_mask().getextrema() for one in (first, second)] == [(255, 255), (0, 0)]  # type: ignore[union-attr]
+    assert describe_unused(tmp_path, [first, second]) == [f"Not used in {tmp_path}: 1-condlabel.png."]
+    write(tmp_path / "1.mask.png", Image.new("L", (48, 32)))
+    with pytest.raises(UserError, match=r"are both the mask of 1\.png"):
+        list_images(tmp_path)
+
+
 def test_a_mask_without_picture_or_of_another_shape_is_an_error(tmp_path: Path) -> None:
     write(tmp_path / "a.jpg")
     write(tmp_path / "a.mask.png", Image.new("L", (32, 48)))
@@ -437,6 +573,37 @@ def test_subfolders_are_read_only_where_the_folder_has_no_pictures_itself(tmp_pa
     assert found == [("2_dog", "a dog"), ("10_sks dog", None)]
     write(tmp_path / "0.png")
     assert [picture.path.name for picture in list_images(tmp_path)] == ["0.png"]
+
+
+def test_what_a_folder_holds_beside_its_pictures_is_said_in_a_line(tmp_path: Path) -> None:
+    for name in ("1.png", "1_mask.png", "more/1.png", "more/deeper/2.png", "more/deeper/3.png", "empty/x"):
+        write(tmp_path / name, format="PNG")
+    for name in ("2.jxl", "3.tga", "meta_cap.json", "a.npz", "b.npz", "c.npz", "Thumbs.db", ".hidden"):
+        (tmp_path / name).touch()
+    (tmp_path / "1.txt").write_text("a dog")
+    (tmp_path / "4.txt").write_text("of a picture that is gone")
+    line, doubt = describe_unused(tmp_path, list_images(tmp_path))
+    assert line == (
+        f"Not used in {tmp_path}: 1 image in more/, 2 images in more/deeper/, 2.jxl, 3.tga, 4.txt, "
+        "3 .npz files (a.npz, …), meta_cap.json."
+    )
+    assert "1_mask.png counts as an image" in doubt and "1.mask.png" in doubt
+    assert describe_unused(tmp_path / "more" / "deeper", list_images(tmp_path / "more" / "deeper")) == []
+
+
+def test_pictures_that_lie_deeper_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "img" / "10_sks dog" / "1.png")
+    (tmp_path / "log").mkdir()
+    with pytest.raises(UserError, match=r"but folders that hold some: img.10_sks dog\. Give one of these"):
+        list_images(tmp_path)
+
+
+def test_a_link_to_itself_is_listed_like_any_bad_file(tmp_path: Path) -> None:
+    write(tmp_path / "good.png")
+    (tmp_path / "bad.png").touch()
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    with pytest.raises(UserError, match=r"2 of 3 images(.|\n)*loop\.png cannot be read \(too many levels"):
+        check_images(list_images(tmp_path))
 
 
 def test_one_picture_is_a_source_too(tmp_path: Path) -> None:
@@ -502,6 +669,7 @@ def test_an_id_is_loaded_by_the_datasets_library_and_failing_that_is_one_sentenc
     import datasets
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("backbone.media.pictures.hub_answers", lambda name, kind: True)
     monkeypatch.setattr(datasets, "load_dataset", lambda name: {"test": table, "train": table.select([0])})
     (picture,) = list_images("somebody/dogs")
     assert difference(picture.open(), scene()) == 0
@@ -512,6 +680,19 @@ def test_an_id_is_loaded_by_the_datasets_library_and_failing_that_is_one_sentenc
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(UserError, match=r"somebody/dogs is no folder here, and no dataset .*Couldn't reach"):
         list_images("somebody/dogs")
+
+
+def test_without_a_connection_an_id_is_answered_at_once_and_the_cache_alone_is_asked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("backbone.media.pictures.hub_answers", lambda name, kind: False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    with pytest.raises(UserError, match="pics/dog is no folder here, and no dataset of that name"):
+        list_images("pics/dog")
+    assert not datasets.config.HF_HUB_OFFLINE
 
 
 def test_a_parquet_file_with_raw_bytes_is_a_table_too(
@@ -616,6 +797,31 @@ def profile_with_red_for_green() -> bytes:
         .replace("sRGB".encode("utf-16-be"), "aRGB".encode("utf-16-be"))
         .replace(b"sRGB b", b"aRGB b")
     )
+
+
+def profile_with_exponent(exponent: float) -> bytes:
+    """sRGB's profile with the same name and primaries, its values light to the power of 1/exponent."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(exponent * 256))
+    for number in range(struct.unpack_from(">I", profile, 128)[0]):
+        kind, start, _ = struct.unpack_from(">4sII", profile, 132 + 12 * number)
+        if kind.endswith(b"TRC"):
+            profile[start : start + len(curve)] = curve
+    return bytes(profile)
+
+
+def grey_profile_of_light() -> bytes:
+    """A profile of one channel whose values are linear light."""
+    white = b"XYZ " + bytes(4) + struct.pack(">3i", 63190, 65536, 54061)
+    tags = [(b"wtpt", white), (b"kTRC", b"curv" + bytes(8))]
+    start, index, body = 128 + 4 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for kind, data in tags:
+        index += kind + struct.pack(">II", start + len(body), len(data))
+        body += data
+    header = struct.pack(">I4sI4s4s4s", start + len(body), bytes(4), 0x02400000, b"mntr", b"GRAY", b"XYZ ")
+    header += struct.pack(">6H4s", 2025, 1, 1, 0, 0, 0, b"acsp") + bytes(24) + bytes(4)
+    header += struct.pack(">3i", 63190, 65536, 54061)
+    return header.ljust(128, b"\0") + index + body
 
 
 def profile_with_green_magenta() -> bytes:

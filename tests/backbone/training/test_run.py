@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from backbone.diffusion.noise import generator
+from backbone.io.console import UserError
 from backbone.io.files import read_jsonl
 from backbone.io.run_folder import catch_interrupts
 from backbone.training.run import CHECKPOINT, LOG, Every, Objective, drive
@@ -77,6 +78,27 @@ def test_a_run_that_a_signal_ends_is_saved_and_goes_on_bit_for_bit(tmp_path: Pat
     assert [line["step"] for line in read_jsonl(tmp_path / "broken" / LOG)] == [1, 2, 3, 4, 5, 6]
 
 
+class InRounds(Nearest):
+    """One whose state within a round of three steps is not kept."""
+
+    def save(self, run: Path) -> None:
+        if self.done % 3 == 0:
+            super().save(run)
+
+
+@pytest.mark.parametrize(
+    ("at", "said"), [(2, "nothing is saved"), (3, "saved at step 3"), (5, "step 3 is what was saved")]
+)
+def test_what_stops_within_a_round_says_from_where_it_goes_on(tmp_path: Path, at: int, said: str) -> None:
+    training = InRounds(Settings(checkpointing_steps=1))
+    training.interrupts_at = at
+    with pytest.raises(KeyboardInterrupt, match=said):
+        drive(training, tmp_path, command="learn")
+    again = InRounds()
+    again.resume(tmp_path)
+    assert again.done == again.saved == at // 3 * 3
+
+
 def test_a_kill_costs_the_steps_since_the_last_checkpoint_alone(tmp_path: Path) -> None:
     whole, first, second = Nearest(), Nearest(), Nearest()
     drive(whole, tmp_path / "whole", command="learn")
@@ -93,6 +115,42 @@ def test_a_kill_costs_the_steps_since_the_last_checkpoint_alone(tmp_path: Path) 
     drive(second, tmp_path / "broken", command="learn")
     assert torch.equal(second.parameters["point"], whole.parameters["point"])
     assert [line["step"] for line in read_jsonl(tmp_path / "broken" / LOG)] == [1, 2, 3, 4, 5, 6]
+
+
+class Exploding(Nearest):
+    """The same, whose loss is not finite from a step on."""
+
+    def losses(self, step: int) -> Iterator[Tensor]:
+        for loss in super().losses(step):
+            yield loss * (float("inf") if step >= self.explodes_at else 1.0)
+
+    explodes_at = 2
+
+
+def test_a_loss_that_is_not_finite_promises_only_what_was_saved(tmp_path: Path) -> None:
+    objective = Exploding()
+    with pytest.raises(UserError, match="No step was saved yet, so the folder can be used again"):
+        drive(objective, tmp_path / "early", command="learn")
+    late = Exploding()
+    late.explodes_at = 5
+    with pytest.raises(UserError, match=r"checkpoint\.safetensors holds the finite weights of step 4"):
+        drive(late, tmp_path / "late", command="learn")
+
+
+def test_a_bound_of_zero_on_gradients_is_none(tmp_path: Path) -> None:
+    free, wide, cut = (Nearest(Settings(max_grad_norm=bound)) for bound in (0.0, 1e9, 1e-9))
+    for name, objective in (("free", free), ("wide", wide), ("cut", cut)):
+        drive(objective, tmp_path / name, command="learn")
+    assert torch.equal(free.parameters["point"], wide.parameters["point"])
+    assert not torch.equal(free.parameters["point"], torch.ones(3))
+    norms = [line["gradient_norm"] for line in read_jsonl(tmp_path / "free" / LOG)]
+    assert all(norm > 0 for norm in norms)
+
+
+def test_a_warm_up_longer_than_the_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    drive(Nearest(Settings(lr_warmup_steps=100_000)), tmp_path, command="learn")
+    said = "The warm-up takes 100000 steps and the run 6: the learning rate reaches 6e-05"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("every", "expected"), [(4, [0, 4, 6]), (0, [0, 6]), (3, [0, 3, 6])])

@@ -12,12 +12,15 @@ from PIL import Image
 from backbone.io.console import UserError
 from customize.data.folders import (
     ConceptFolder,
+    as_template,
     find_token_and_class,
+    guess_token_and_class,
     is_concept_source,
     read_concepts,
     read_subjects,
 )
 from customize.settings import Subject
+from customize.training.start import subjects_of
 
 
 def pictures_in(folder: Path) -> Path:
@@ -65,7 +68,7 @@ def test_a_list_of_concepts_is_read(tmp_path: Path) -> None:
     }
     (tmp_path / "concepts_list.json").write_text(json.dumps([entry]))
     expected = ConceptFolder(
-        folder, 1, "zwx", "dog", "photo of {token} {class}", "photo of a dog", tmp_path / "data" / "class"
+        folder, 1, "zwx", "dog", "photo of {token} {class}", "photo of a {class}", tmp_path / "data" / "class"
     )
     assert read_concepts(tmp_path / "concepts_list.json") == [expected]
     assert read_concepts(tmp_path) == [expected]
@@ -86,6 +89,67 @@ def test_token_and_class_are_told_from_two_prompts(
     instance: str, general: str, token: str, noun: str
 ) -> None:
     assert find_token_and_class(instance, general) == (token, noun)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "noun", "token", "found", "template"),
+    [
+        ("a photo of sks dog", "dog", "sks", "dog", "a photo of {token} {class}"),
+        ("a photo of sks dog", "", "sks", "dog", "a photo of {token} {class}"),
+        ("a sks toy robot, on a table", "", "sks", "toy robot", "a {token} {class}, on a table"),
+        ("a 4k photo of ohwx man in a city", "", "ohwx", "man", "a 4k photo of {token} {class} in a city"),
+        ("photo of TOK, a dog", "dog", "TOK", "dog", "photo of {token}, a {class}"),
+        ("a photo of <cat-toy> in a bucket", "", "<cat-toy>", "", "a photo of {token} in a bucket"),
+        ("a desk and sks dog", "dog", "sks", "dog", "a desk and {token} {class}"),
+        ("a photo of Rex dog", "dog", "Rex", "dog", "a photo of {token} {class}"),
+        ("a photo of a dog", "dog", "", "dog", "a photo of a dog"),
+        ("a photo of a fluffy dog", "", "", "", "a photo of a fluffy dog"),
+    ],
+)
+def test_an_instance_prompt_alone_shows_its_token_or_leaves_it_open(
+    prompt: str, noun: str, token: str, found: str, template: str
+) -> None:
+    assert guess_token_and_class(prompt, noun) == (token, found)
+    assert as_template(prompt, token, found) == template
+
+
+def test_a_plain_folder_may_have_a_number_in_its_name_and_what_is_said_wins_over_it(tmp_path: Path) -> None:
+    front, dog = pictures_in(tmp_path / "01_front"), pictures_in(tmp_path / "10_sks dog")
+    assert not is_concept_source(front, token="[V]", class_noun="dog")
+    assert not is_concept_source(front, token="[V]") and not is_concept_source(front, class_noun="dog")
+    assert not is_concept_source(dog, token="[V]", class_noun="cat")
+    assert is_concept_source(dog, token="[V]") and is_concept_source(dog, class_noun="cat")
+    assert read_subjects(dog, token="[V]")[0] == [Subject(str(dog), "[V]", "dog")]
+    assert read_subjects(dog, class_noun="cat")[0] == [Subject(str(dog), "sks", "cat", "sks")]
+    with pytest.raises(UserError, match="2 subjects and says what they are called, so --token has no effect"):
+        read_subjects(tmp_path, token="[V]")
+
+
+def test_what_lies_beside_numbered_folders_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures_in(tmp_path / "10_sks dog")
+    pictures_in(tmp_path / "leftovers")
+    Image.new("RGB", (8, 8)).save(tmp_path / "loose.png")
+    read_subjects(tmp_path)
+    said = f"Not used in {tmp_path}: 1 image beside the numbered folders, leftovers/.\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_list_s_class_prompt_is_used(tmp_path: Path) -> None:
+    for name in ("dog", "cat"):
+        pictures_in(tmp_path / name)
+    entries = [
+        {
+            "instance_prompt": f"photo of {token} {name}",
+            "class_prompt": f"photo of a {name}",
+            "instance_data_dir": name,
+        }
+        for token, name in (("zwx", "dog"), ("sks", "cat"))
+    ]
+    (tmp_path / "concepts_list.json").write_text(json.dumps(entries))
+    _, asked = read_subjects(tmp_path)
+    assert asked == {"instance_prompt": "photo of {token} {class}", "class_prompt": "photo of a {class}"}
 
 
 @pytest.mark.parametrize(
@@ -114,6 +178,36 @@ def test_numbered_folders_become_subjects_of_one_run(tmp_path: Path) -> None:
     subjects, prompts = read_subjects(tmp_path)
     assert subjects == [Subject(str(dog), "sks", "dog", "sks"), Subject(str(cat), "ohwx", "grey cat", "ohwx")]
     assert prompts == {}
+
+
+def test_a_list_s_class_prompt_and_class_images_are_used_or_a_line_says_that_they_are_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures_in(tmp_path / "dog")
+    entry = {
+        "instance_prompt": "photo of zwx dog",
+        "class_prompt": "photo of a dog",
+        "instance_data_dir": "dog",
+        "class_data_dir": "class",
+    }
+    source = tmp_path / "concepts_list.json"
+    source.write_text(json.dumps([entry]))
+    _, asked = subjects_of({"images": str(source), "prior": "class-images"})
+    assert asked["class_prompt"] == "photo of a {class}" and asked["class_images"] == (
+        str(tmp_path / "class"),
+    )
+    assert "left aside" not in capsys.readouterr().err
+    _, asked = subjects_of({"images": str(source)})
+    assert asked["class_prompt"] == "photo of a {class}" and "class_images" not in asked
+    assert "class_data_dir" in capsys.readouterr().err
+    _, asked = subjects_of({"images": str(source), "prior": "off"})
+    assert "class_prompt" not in asked
+    assert re.search("class_prompt .* is left aside", capsys.readouterr().err)
+    cat = {**entry, "instance_prompt": "photo of ohwx cat", "class_prompt": "some photo of a cat"}
+    source.write_text(json.dumps([entry, cat]))
+    subjects, asked = subjects_of({"images": str(source)})
+    assert [one.class_noun for one in subjects] == ["dog", "cat"] and "class_prompt" not in asked
+    assert "class prompts" in capsys.readouterr().err
 
 
 def test_a_subject_without_a_class_is_refused(tmp_path: Path) -> None:

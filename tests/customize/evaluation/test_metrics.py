@@ -11,9 +11,7 @@ from PIL import Image
 
 from backbone.adapters.concept import Concept
 from backbone.io.console import UserError
-from backbone.io.files import read_jsonl
 from backbone.io.report import line_plot, table, write_report
-from backbone.media.pictures import list_images
 from backbone.models.locate import EMBEDDED
 from backbone.models.model import Backbone
 from customize.evaluation.dreambench import moji_prompts, read_prompts
@@ -27,7 +25,6 @@ from customize.evaluation.metrics import (
     rate_checkpoint,
 )
 from customize.settings import Settings
-from tests.commands import run_command
 from tests.tiny import tiny_eye
 
 FILE = """Classes
@@ -156,41 +153,4 @@ def test_a_run_whose_obedience_nothing_can_measure_is_refused(tmp_path: Path, ti
     settings = Settings(images="", token="[V]", class_noun="dog")
     assert scorers is not None
     with pytest.raises(UserError, match="Name a CLIP folder"):
-        Evaluator(tiny, scorers, concept, settings, list_images(one_picture(tmp_path)))
-
-
-def one_picture(folder: Path) -> str:
-    """A folder of one picture."""
-    (folder / "pictures").mkdir()
-    Image.new("RGB", (40, 40)).save(folder / "pictures" / "0.png")
-    return str(folder / "pictures")
-
-
-def test_a_run_is_evaluated_reported_and_measured_from_outside(
-    tmp_path: Path, subject: Path, tiny_folder: Path
-) -> None:
-    def customize(*arguments: str) -> str:
-        done = run_command("customize", *arguments, cwd=tmp_path)
-        return done.stdout + done.stderr
-
-    scorer = str(EMBEDDED / "scorer")
-    said = customize(
-        *("train", "--images", str(subject), "--model", str(tiny_folder), "--class", "dog"),
-        *("--scorer", scorer, "--evaluate-every", "2", "--precision", "fp32", "--steps", "4"),
-    )
-    run = tmp_path / "runs" / "subject"
-    assert "best of 3 evaluations" in said
-    assert [line["step"] for line in read_jsonl(run / "evaluations.jsonl")] == [0, 2, 4]
-    assert (run / "best" / "concept.json").exists()
-    page = (run / "report.html").read_text()
-    assert page.count("<svg") == 7
-    assert "All 4 steps were taken" in page
-    (tmp_path / "prompts.txt").write_text(FILE)
-    table_text = customize(
-        "evaluate", str(run), "--prompts", "prompts.txt", "--count", "2", "--scorer", scorer
-    )
-    assert "PRES of the base" in table_text
-    assert "CLIP-I of real pictures" in (run / "dreambench" / "table.md").read_text()
-    dino = str(tiny_eye(tmp_path / "dino", "dinov2"))
-    table_text = customize("evaluate", str(run), "--prompts", "prompts.txt", "--count", "1", "--scorer", dino)
-    assert "DINO of real pictures" in table_text and "CLIP" not in table_text
+        Evaluator(tiny, scorers, concept, settings, [Image.new("RGB", (40, 40))])

@@ -1,0 +1,50 @@
+"""What Stable Diffusion's and SDXL's families share: diffusers' conditional UNet on a variance-preserving path."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import nn
+
+from backbone.conditions.conditions import Conditions
+from backbone.families import checkpoint as single_file
+from backbone.families import loading
+from backbone.families.base import AttentionLayout, NoisePath
+from backbone.families.location import Location
+
+
+class UNetFamily:
+    """Part of `Family`: the UNet's layers, the shape of its latents, its noise path."""
+
+    lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
+        "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+        "all": (
+            *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
+            *("conv1", "conv2", "conv_shortcut", "time_emb_proj"),
+        ),
+    }
+
+    def latent_shape(self, location: Location) -> tuple[int, ...]:
+        side = int(location.config("unet")["sample_size"])
+        return int(location.config("vae")["latent_channels"]), side, side
+
+    def longest_side(self, location: Location) -> None:
+        return None
+
+    def path(self, location: Location) -> NoisePath:
+        return loading.vp_path(location)
+
+    def attention(self, denoiser: nn.Module, conditions: Conditions) -> AttentionLayout:
+        return AttentionLayout()
+
+    def embed_guidance(self, denoiser: nn.Module, conditions: Conditions, guidance: float) -> None:
+        return None
+
+
+def load_part(kind: Any, location: Location, part: str, prefix: str, dtype: torch.dtype) -> nn.Module:
+    """Load the UNet or the VAE from a folder, the hub, or a single file, whose tensors of it begin with `prefix`."""
+    if location.file is None:
+        return loading.load_network(kind, location, part, dtype, torch.channels_last)
+    model = single_file.load_single_file_part(kind, location, part, prefix=prefix, dtype=dtype)
+    return cast(nn.Module, model.to(memory_format=torch.channels_last))

@@ -1,0 +1,111 @@
+"""What a run learns: each subject's class noun, the words behind its token, and its prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from backbone.adapters.concept import Concept, check_token, choose_rare_words
+from backbone.adapters.embeddings import vector_token_names
+from backbone.io.console import UserError, count_of, notify
+from backbone.io.files import content_hash
+from backbone.io.run_folder import run_name
+from backbone.media.pictures import ImageRecord
+from backbone.media.transforms import crop_square
+from backbone.models.model import Backbone
+from customize.data.captions import describe_brackets, describe_truncated, write_prompt
+from customize.data.dataset import Group
+from customize.settings import OWN_WORDS, Settings, Subject
+
+
+def with_nouns(
+    model: Backbone, subjects: Sequence[Subject], pictures: Sequence[list[ImageRecord]]
+) -> list[Subject]:
+    """The subjects, each with its class noun: its own, or a guess."""
+    return [
+        dataclasses.replace(subject, class_noun=subject.class_noun or guess(model, folder, subject.images))
+        for subject, folder in zip(subjects, pictures, strict=True)
+    ]
+
+
+def with_words(
+    model: Backbone, subjects: Sequence[Subject], pictures: Sequence[list[ImageRecord]], settings: Settings
+) -> list[Subject]:
+    """The subjects, each with the words that stand for its token; `UserError` for a bad token or one that is twice."""
+    vocabulary = model.text_encoder.tokenizer.get_vocab()
+    found: list[Subject] = []
+    for subject, folder in zip(subjects, pictures, strict=True):
+        check_token(subject.token, vocabulary)
+        if any(subject.token == other.token for other in found):
+            raise UserError(f"Two subjects have the token {subject.token}. Give each its own.")
+        words = subject.token_words
+        if settings.method in OWN_WORDS:
+            words = " ".join(vector_token_names(subject.token, settings.num_vectors))
+        elif not words:
+            key = "".join(content_hash(picture.read()) for picture in folder)
+            words = choose_rare_words(vocabulary, key, taken=[other.token_words for other in found])
+        found.append(dataclasses.replace(subject, token_words=words))
+    return found
+
+
+def fields_of_subjects(subjects: Sequence[Subject]) -> dict[str, Any]:
+    """The fields of `Settings` that say what is learned; without token words that are not chosen yet."""
+    first = subjects[0]
+    named: dict[str, Any] = {
+        "images": first.images,
+        "token": first.token,
+        "class_noun": first.class_noun,
+        "subject": tuple(subject.flag() for subject in subjects[1:]),
+    }
+    return named | ({"token_words": first.token_words} if first.token_words else {})
+
+
+def group_of(
+    subject: Subject, folder: list[ImageRecord], settings: Settings, concept: Concept, model: Backbone
+) -> Group:
+    """A subject's images with their prompts, as the model reads them.
+
+    Says what the token stands for, what captions hold that is no token, and which are read in part only.
+    """
+    instance = subject.filled(settings.instance_prompt)
+    prompts = [write_prompt(picture, instance, subject.token, concept) for picture in folder]
+    captioned = [prompt for prompt, picture in zip(prompts, folder, strict=True) if picture.caption]
+    odd = [describe_brackets(captioned, concept)] if captioned else []
+    odd += describe_truncated(captioned, subject.token_words, subject.token, model.text_encoder)
+    for sentence in filter(None, odd):
+        notify(sentence)
+    what = (
+        f"gets {count_of(settings.num_vectors, 'new word')} of its own"
+        if settings.method in OWN_WORDS
+        else f"stands for “{subject.token_words}”"
+    )
+    notify(f"{count_of(len(folder), 'picture')} of “{subject.called()}”; {subject.token} {what}.")
+    return Group(folder, [prompt.resolved for prompt in prompts], subject.filled(settings.class_prompt))
+
+
+def guess(model: Backbone, pictures: list[ImageRecord], images: str) -> str:
+    """The class of the subject, said aloud: from the name of its folder if that is a noun, else by the scorer.
+
+    Raises `UserError` where the name says nothing and the model has no scorer.
+    """
+    from backbone.evaluation.clip import classify_subject, load_scorer
+    from backbone.world.words import load_vocabulary
+
+    nouns = tuple(load_vocabulary().nouns)
+    for word in re.split(r"[^a-z]+", run_name(images).lower()):
+        if word in nouns:
+            notify(f"The name of {images} says that it shows a {word}. --class says otherwise.")
+            return word
+    folder = model.location.local("scorer")
+    if folder is None:
+        raise UserError(
+            f"Say what the pictures show with --class (as --class dog): {model.location.name} cannot guess it."
+        )
+    scorer = load_scorer(folder)
+    ranked = classify_subject(scorer, [crop_square(picture.open(), 128) for picture in pictures], nouns)
+    best, second = ranked[0], ranked[1]
+    seems = f"{best[0]} ({best[1]:.0%}; next {second[0]}, {second[1]:.0%})"
+    notify(f"The pictures seem to show a {seems}. --class says otherwise.")
+    return str(best[0])

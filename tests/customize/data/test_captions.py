@@ -1,0 +1,74 @@
+"""Captions become training prompts: the token in, foreign brackets left as text, what is not read said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from backbone.adapters.concept import Concept
+from backbone.io.console import UserError
+from backbone.media.pictures import ImageRecord
+from backbone.models.model import Backbone
+from customize.data.captions import describe_brackets, describe_truncated, write_prompt
+
+
+def concept(token: str = "[V]", words: str = "jkw") -> Concept:
+    return Concept("lora", "moji", "f", {token: words}, "dog")
+
+
+def picture(caption: str | None) -> ImageRecord:
+    file = Path("dog/1.txt") if caption else None
+    return ImageRecord(Path("dog/1.png"), caption, caption_file=file)
+
+
+@pytest.mark.parametrize(
+    ("token", "caption", "wanted"),
+    [
+        ("[V]", None, "a jkw dog"),
+        ("[V]", "a [V] dog on grass", "a jkw dog on grass"),
+        ("[V]", "a dog on grass", "a jkw dog, a dog on grass"),
+        ("sks", "a dog asleep between two desks", "a jkw dog, a dog asleep between two desks"),
+        ("[V]", "1girl, >_<, <o>_<o>, [smile]", "a jkw dog, 1girl, >_<, <o>_<o>, [smile]"),
+    ],
+)
+def test_a_caption_holds_the_token_as_a_whole_word_or_gets_it(
+    token: str, caption: str | None, wanted: str
+) -> None:
+    assert write_prompt(picture(caption), f"a {token} dog", token, concept(token)).resolved == wanted
+
+
+def test_what_other_runs_are_called_does_not_matter_to_captions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs" / "other").mkdir(parents=True)
+    concept("sks").write(tmp_path / "runs" / "other")
+    monkeypatch.chdir(tmp_path)
+    for caption in ("a sks dog", None):
+        prompt = write_prompt(picture(caption), "a [V] sks dog", "[V]", concept())
+        assert prompt.resolved.endswith("sks dog")
+
+
+def test_brackets_that_no_concept_owns_are_named_once_with_their_file_and_refused_in_the_instance_prompt() -> (
+    None
+):
+    prompts = [
+        write_prompt(picture(text), "a [V] dog", "[V]", concept())
+        for text in ("[trigger] dog", "<o>_<o>, [V]")
+    ]
+    line = describe_brackets(prompts, concept())
+    assert line == "Captions hold [trigger], <o> (first in dog/1.txt), read as plain text; the token is [V]."
+    assert describe_brackets(prompts[:0], concept()) == ""
+    with pytest.raises(UserError, match=r"\[W\]"):
+        write_prompt(picture(None), "a [W] dog", "[V]", concept())
+
+
+def test_a_caption_too_long_names_its_file_and_the_token_that_is_lost(tiny: Backbone) -> None:
+    long = "a dog in the snow " * 40
+    for caption, lost in ((f"[V] {long}", False), (f"{long} [V]", True)):
+        prompt = write_prompt(picture(caption), "a [V] dog", "[V]", concept())
+        (line,) = describe_truncated([prompt, prompt], "jkw", "[V]", tiny.text_encoder)
+        assert line.startswith("The caption in dog/1.txt has 20") and "reads 77" in line
+        assert ("the token [V] not among them" in line) == lost
+    short = write_prompt(picture("a [V] dog"), "", "[V]", concept())
+    assert describe_truncated([short], "jkw", "[V]", tiny.text_encoder) == []

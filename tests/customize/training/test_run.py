@@ -1,0 +1,119 @@
+"""A whole run in this process, with evaluations, at a resolution of its own, whose images go away while it trains."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from backbone.adapters.concept import Concept, trained_resolution
+from backbone.io.files import append_jsonl, read_json, read_jsonl
+from backbone.media import pictures
+from backbone.media.decode import open_rgb
+from backbone.models.locate import EMBEDDED
+from customize.cli import app
+from tests.customize.evaluation.test_metrics import FILE
+from tests.tiny import tiny_eye
+
+SCORER = str(EMBEDDED / "scorer")
+HERE = ("--precision", "fp32", "--device", "cpu")
+
+
+def invoked(*arguments: object) -> Any:
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run, what it said, and how often each image was decoded."""
+
+    run: Path
+    said: str
+    decodes: Counter[str]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Trained:
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "subject").mkdir()
+    random = np.random.default_rng(0)
+    for number in range(3):
+        Image.fromarray(random.integers(0, 255, (70, 80, 3), dtype=np.uint8)).save(
+            folder / "subject" / f"{number}.png"
+        )
+    decodes: Counter[str] = Counter()
+
+    def count(path: Path, **how: Any) -> Image.Image:
+        decodes[path.name] += 1
+        return open_rgb(path, **how)
+
+    def log(path: Path, line: Mapping[str, Any]) -> None:
+        append_jsonl(path, line)
+        if (folder / "subject").exists():
+            (folder / "subject").rename(folder / "away")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "open_rgb", count)
+        patch.setattr("backbone.training.run.append_jsonl", log)
+        done = invoked(
+            *("train", "--images", folder / "subject", "--model", tiny_folder, "--class", "dog", *HERE),
+            *("--scorer", SCORER, "--evaluate-every", 2, "--steps", 4, "--flip", "--resolution", 32),
+            *("--out", folder / "run"),
+        )
+    (folder / "away").rename(folder / "subject")
+    return Trained(folder / "run", done.output, decodes)
+
+
+def test_an_image_is_decoded_when_it_is_checked_and_once_more(trained: Trained) -> None:
+    assert trained.decodes == {"0.png": 2, "1.png": 2, "2.png": 2}
+
+
+def test_images_that_go_away_while_training_are_still_on_the_sheet(trained: Trained) -> None:
+    own = np.asarray(Image.open(trained.run / "sheet.png"))
+    assert own.std() > 10 and "customize train" in (trained.run / "README.md").read_text()
+    assert read_json(trained.run / "settings.json")["timings"]["all"] > 0
+
+
+def test_evaluations_keep_the_best_checkpoint_and_make_a_report(trained: Trained) -> None:
+    assert "best of 3 evaluations" in trained.said
+    assert [line["step"] for line in read_jsonl(trained.run / "evaluations.jsonl")] == [0, 2, 4]
+    assert (trained.run / "best" / "concept.json").exists()
+    page = (trained.run / "report.html").read_text()
+    assert page.count("<svg") == 7 and "All 4 steps were taken" in page
+
+
+def test_a_run_is_measured_from_outside_in_words_and_as_json(trained: Trained, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text(FILE)
+    asked = ("evaluate", trained.run, "--prompts", tmp_path / "prompts.txt")
+    found = json.loads(invoked(*asked, "--count", 2, "--scorer", SCORER, "--json").stdout)
+    assert {"PRES", "PRES of the base", "CLIP-I", "CLIP-I of real pictures", "DIV"} <= set(found["metrics"])
+    assert found["per_prompt"] == 2 and found["folder"] == str(trained.run / "dreambench")
+    assert "CLIP-I of real pictures" in (trained.run / "dreambench" / "table.md").read_text()
+    dino = tiny_eye(tmp_path / "dino", "dinov2")
+    said = invoked(*asked, "--count", 1, "--scorer", dino).output
+    assert "DINO of real pictures" in said and "CLIP" not in said
+
+
+def test_images_come_in_the_size_that_the_concept_was_trained_at(trained: Trained, tmp_path: Path) -> None:
+    asked = ("sample", "a [V] dog", "--concept", trained.run, "--steps", 2, *HERE)
+    invoked(*asked, "--out", tmp_path / "own")
+    assert Image.open(tmp_path / "own" / "p00-s00.png").size == (32, 32)
+    invoked(*asked, "--resolution", 64, "--out", tmp_path / "large")
+    assert Image.open(tmp_path / "large" / "p00-s00.png").size == (64, 64)
+
+
+def test_concepts_of_different_sizes_are_drawn_in_the_model_s_own(capsys: pytest.CaptureFixture[str]) -> None:
+    small, own = (Concept("lora", "moji", "", {}, "", resolution=side) for side in (512, 0))
+    assert (trained_resolution([small]), trained_resolution([])) == (512, 0)
+    assert trained_resolution([small, own]) == 0
+    assert "different resolutions" in capsys.readouterr().err

@@ -1,0 +1,228 @@
+"""What is asked becomes subjects and settings: every door trains, evaluates and shows the same word."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import customize
+from backbone.adapters.concept import read_concept
+from backbone.adapters.lora import LORA_WEIGHTS
+from backbone.io.console import UserError
+from backbone.io.files import read_jsonl, read_tensors
+from backbone.models.model import Backbone
+from backbone.training.settings import refuse_beside_resume
+from customize.settings import Settings, Subject, TrainOptions, read_settings
+from customize.training.run import describe_changes, resume_concept, write_prompts
+from customize.training.start import start, subjects_of
+
+
+@pytest.fixture
+def dog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder `dog` of two pictures below the working folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dog").mkdir()
+    for number, colour in enumerate(("red", "green")):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / "dog" / f"{number}.png")
+    return tmp_path / "dog"
+
+
+SKS = "a photo of sks dog"
+
+
+@pytest.mark.parametrize(
+    ("asked", "token", "words", "template"),
+    [
+        ({"instance_prompt": SKS, "class_noun": "dog"}, "sks", "sks", "a photo of {token} {class}"),
+        ({"instance_prompt": SKS}, "sks", "sks", "a photo of {token} {class}"),
+        (
+            {"instance_prompt": SKS, "class_prompt": "a photo of dog"},
+            "sks",
+            "sks",
+            "a photo of {token} {class}",
+        ),
+        ({"instance_prompt": SKS, "method": "pivotal"}, "sks", "", "a photo of {token} {class}"),
+        ({"instance_prompt": SKS, "token_words": "olis"}, "sks", "olis", "a photo of {token} {class}"),
+        (
+            {"instance_prompt": SKS, "token": "sks", "class_noun": "dog"},
+            "sks",
+            "",
+            "a photo of {token} {class}",
+        ),
+        (
+            {"instance_prompt": "a photo of [V] dog", "class_noun": "dog"},
+            "[V]",
+            "",
+            "a photo of {token} {class}",
+        ),
+        ({"instance_prompt": "one {token} {class}", "class_noun": "dog"}, "[V]", "", "one {token} {class}"),
+        ({"class_noun": "dog"}, "[V]", "", None),
+    ],
+)
+def test_the_instance_prompt_s_word_is_the_token(
+    dog: Path, asked: dict[str, Any], token: str, words: str, template: str | None
+) -> None:
+    (subject,), settings = subjects_of({"images": "dog", **asked})
+    assert (subject.token, subject.token_words, subject.class_noun) == (token, words, "dog")
+    assert settings.get("instance_prompt") == template
+    assert subject.images == str(dog)
+
+
+def test_the_instance_prompt_s_word_is_the_token_of_every_layout(dog: Path) -> None:
+    kohya = dog.rename(dog.with_name("10_sks dog"))
+    (subject,), settings = subjects_of({"images": kohya, "instance_prompt": SKS})
+    assert (subject.token, settings["instance_prompt"]) == ("sks", "a photo of {token} {class}")
+    both, settings = subjects_of(
+        {"images": kohya.parent, "instance_prompt": SKS, "subject": (f"{kohya}:[W]:cat",)}
+    )
+    filled = [one.filled(settings["instance_prompt"]) for one in both]
+    assert filled == [SKS, "a photo of [W] cat"]
+    flag = {"subject": (f"{kohya}:sks:dog",), "instance_prompt": SKS}
+    assert subjects_of(flag)[1]["instance_prompt"] == "a photo of {token} {class}"
+    entry = {"instance_data_dir": "10_sks dog", "instance_prompt": SKS, "class_prompt": "a photo of dog"}
+    (dog.parent / "concepts_list.json").write_text(json.dumps([entry]))
+    (subject,), settings = subjects_of({"images": dog.parent / "concepts_list.json"})
+    assert (subject.token, subject.filled(settings["instance_prompt"])) == ("sks", SKS)
+    assert subject.filled(settings["class_prompt"]) == "a photo of dog"
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"instance_prompt": "a photo of a fluffy dog"}, "does not show which word is the subject's"),
+        ({"instance_prompt": SKS, "token": "[V]"}, r"lacks the token \[V\]"),
+        ({"class_prompt": "a photo of [V] dog"}, r"class prompt .* holds the token \[V\]"),
+    ],
+)
+def test_prompts_that_would_train_another_word_are_refused(
+    dog: Path, asked: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        subjects_of({"images": "dog", **asked})
+
+
+def test_a_class_with_a_vowel_gets_its_article() -> None:
+    assert Subject("", "[V]", "elephant").filled("a {class}") == "an elephant"
+    assert Subject("", "[V]", "dog").filled("An {class}, a {token} {class}") == "A dog, a [V] dog"
+    assert (
+        Subject("", "[V]", "elephant").filled("A photo of a {token} {class}") == "A photo of a [V] elephant"
+    )
+
+
+FEW: dict[str, Any] = {
+    "steps": 2,
+    "rank": 2,
+    "prior": "off",
+    "batch": 1,
+    "sample_steps": 1,
+    "sheet_prompts": ("a {}",),
+    "device": "cpu",
+    "precision": "fp32",
+}
+
+
+def test_diffusers_own_call_trains_shows_and_says_one_word(
+    dog: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("tiny").symlink_to(tiny_folder)
+    asked = {**FEW, "images": "dog", "model": "tiny", "instance_prompt": SKS, "max_grad_norm": 0.0}
+    run = start({**asked, "lora_alpha": 2.0}, out=Path("runs/r1"))
+    assert "2 pictures of “sks dog”; sks stands for “sks”" in capsys.readouterr().err
+    concept, settings = read_concept(run), read_settings(run)
+    assert concept.tokens == {"sks": "sks"} and settings.called() == "sks dog"
+    model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
+    from customize.data.folders import read_images
+
+    _, (group,) = write_prompts(settings, model, read_images(settings.subjects()))
+    assert group.prompts == [SKS, SKS] and group.class_prompt == "a dog"
+    # what a bound of 0 cuts is nothing: the weights are those of a huge one
+    bound = start({**asked, "max_grad_norm": 1e9, "lora_alpha": 2.0}, out=Path("runs/bound"))
+    one, other = (read_tensors(folder / LORA_WEIGHTS)[0] for folder in (run, bound))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert max(float(one[name].abs().max()) for name in one if "lora_B" in name) > 0
+    # from another folder: paths are whole
+    assert (settings.images, settings.model) == (str(dog), str(dog.parent / "tiny"))
+    # more steps and another rate, at another place with another picture
+    moved = dog.rename(dog.with_name("moved"))
+    Image.new("RGB", (64, 64), "blue").save(moved / "1.png")
+    resume_concept(run, {"steps": 4, "learning_rate": 1e-5, "images": str(moved)})
+    said = capsys.readouterr().err
+    assert "not those that the run began with (changed: 1.png)" in said and "from step 2 to 4" in said
+    assert [line["step"] for line in read_jsonl(run / "log.jsonl")] == [1, 2, 3, 4]
+    again = read_settings(run)
+    assert (again.steps, again.learning_rate, again.images) == (4, 1e-5, str(moved))
+    with pytest.raises(UserError, match="has taken 4 steps already"):
+        resume_concept(run, {"steps": 4})
+
+
+def test_the_run_is_called_after_what_was_said(dog: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import customize.training.run
+
+    named: list[Any] = []
+    monkeypatch.setattr(customize.training.run, "train_concept", lambda *_, out, **__: named.append(out))
+    (dog.parent / "sets").mkdir()
+    dog.rename(dog.parent / "sets" / "10_ohwx cat")
+    for images in ("sets", "sets/10_ohwx cat"):
+        start({"images": images})
+    assert named == [Path("runs/sets"), Path("runs/10_ohwx cat")]
+
+
+@pytest.mark.parametrize("seed", [99999999999999999999, -(2**70), -1, 2**63])
+def test_a_seed_is_any_whole_number(tiny: Backbone, seed: int) -> None:
+    from customize.methods.registry import trainable
+
+    settings = Settings(images="", token="[V]", class_noun="dog", rank=2, lora_layers="attention", seed=seed)
+    assert trainable(tiny, settings)
+
+
+def test_a_captions_bracket_does_not_take_the_folder_and_a_prompt_s_stranger_is_refused_before(
+    dog: Path, tiny_folder: Path
+) -> None:
+    asked = {**FEW, "images": "dog", "model": str(tiny_folder), "class_noun": "dog"}
+    with pytest.raises(UserError, match=r"\[W\]"):
+        start({**asked, "sheet_prompts": ("a [W] dog",)}, out=Path("runs/r1"))
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("resume", ["latest", "runs/r1/checkpoint-500"])
+def test_diffusers_words_for_a_checkpoint_are_answered_with_the_run_folder(resume: str) -> None:
+    options = TrainOptions(resume=Path(resume), out=Path("runs/r1"))
+    with pytest.raises(UserError, match="--resume runs/r1"):
+        refuse_beside_resume(Settings, {}, options)
+
+
+def test_beside_resume_only_what_may_change_is_said() -> None:
+    options = TrainOptions(resume=Path("runs/r1"))
+    refuse_beside_resume(Settings, {"steps": 6}, options, allowed=("steps",))
+    with pytest.raises(UserError, match=r"--rank has no effect.*anew: --steps"):
+        refuse_beside_resume(Settings, {"rank": 6}, options, allowed=("steps",))
+
+
+def test_changed_images_are_told_from_moved_ones() -> None:
+    assert describe_changes([{}], [[]]) == []
+    assert describe_changes(None, [[]]) == []
+    (line,) = describe_changes([{"1.png": "0"}], [[]])
+    assert "(gone: 1.png)" in line
+
+
+@pytest.mark.parametrize("alpha", [0.0, -4.0])
+def test_an_adapter_s_alpha_is_above_zero(alpha: float) -> None:
+    with pytest.raises(UserError, match="α has to be above 0"):
+        Settings(images="", token="[V]", class_noun="dog", lora_alpha=alpha)
+
+
+def test_a_rank_that_no_layer_can_use_is_said(tiny: Backbone, capsys: pytest.CaptureFixture[str]) -> None:
+    from customize.methods.registry import trainable
+
+    trainable(tiny, Settings(images="", token="[V]", class_noun="dog", rank=40, lora_layers="attention"))
+    assert "Rank 40 is more than any layer can use (the widest 32)" in capsys.readouterr().err
+
+
+def test_from_python_the_token_comes_from_the_instance_prompt_too(dog: Path) -> None:
+    with pytest.raises(UserError, match="does not show which word"):
+        customize.train("dog", instance_prompt="a photo of a fluffy dog")
