@@ -245,7 +245,7 @@ def test_a_dry_run_prints_what_becomes_of_the_words_and_writes_nothing(
         (("invert-and-replace", "photo.png", "--source", "cat", "--target", "dog"), "share no words"),
         (
             ("invert-and-replace", "photo.png", *WORDS, "--cross", "2"),
-            "--cross is 2; it is at most 1",
+            "--cross is 2 and must lie between 0 and 1",
         ),
         (("invert-and-replace", "photo.png", *WORDS, "--reweight", "dog"), "not a word and a number"),
         (("invert-and-replace", "photo.png", *WORDS, "--window", "dog=a:b"), "not a word and its window"),
@@ -284,7 +284,7 @@ def test_a_dry_run_prints_what_becomes_of_the_words_and_writes_nothing(
         (("invert-and-replace", "photo.png", *WORDS, "--concept", "x"), "holds no concept"),
         (("invert", "photo.png", "--prompt", "a cat", "--out", "x.pt"), "does not end in .safetensors"),
         (("sdedit", "photo.png", "--prompt", ""), "prompt is empty"),
-        (("sdedit", "photo.png", "--prompt", "a", "--strength", "1.5"), "it is at most 1"),
+        (("sdedit", "photo.png", "--prompt", "a", "--strength", "1.5"), "between 0 and 1"),
         (("sdedit", "photo.png", "--prompt", "a", "--out", "full"), "full is not empty"),
         (("remove", "photo.png", "--source", "a cat"), "Neither a word to remove nor a mask"),
         (("remove", "photo.png", "--source", "a cat", "--remove", "dog"), "not in the prompt"),
