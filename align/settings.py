@@ -210,6 +210,7 @@ class Settings(TrainingSettings):
             "Online",
             default_text="off",
             metavar="SCORER",
+            code=True,
         ),
     ] = ""
     prompts: Annotated[
@@ -393,6 +394,7 @@ class ComparisonSettings(SamplingSettings, PlaceOptions, CountOption):
             SCORING,
             flag="scorer",
             metavar="SCORER",
+            code=True,
         ),
     ] = ("moji",)
     tie: Annotated[float, Option("Scores that differ by no more than this are even.", SCORING, min=0)] = 0.0

@@ -7,6 +7,7 @@ model = backbone.open("moji")
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from backbone.io.lazy import export_lazily
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from backbone.models.model import Backbone, open
 
     __version__: str
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is imported
 
 __all__ = ["Backbone", "UserError", "open"]
 __getattr__, __dir__ = export_lazily(

@@ -422,7 +422,7 @@ def classify_trial(trial: Trial, out: Path, classifier: Classifier) -> Result:
         trial,
         {kind: tally_folder(trial, kind, tuned_folder(trial, kind, out), classifier) for kind in KINDS},
         {kind: tally_folder(trial, kind, path, classifier) for kind, path in before.items() if path.exists()},
-        read_json(folder / SECONDS)
+        read_json(folder / SECONDS, float)
         if trial.by_script
         else read_json(folder / "settings.json")["timings"]["all"],
         sum(file.stat().st_size for file in files) / 1e6,

@@ -3,19 +3,20 @@
     python -m benchmarks.fidelity                                     300 prompts of benchmarks.moji, drawn once
     python -m benchmarks.fidelity --grades benchmarks/results/grades.json      how well it agrees with an eye
 
-The world of `moji` knows the true glyph of every noun. It is registered to the picture over place, size and mirroring by
-weighted least squares (the weights are the glyph's opacity), with a gain and an offset of each colour channel, since the
-picture need not have the very tint; a thing in a style is the glyph in that style. What is compared is the picture with
-itself where the registered glyph is laid over it: SSIM (Wang et al. 2004) and PSNR, averaged over the glyph. *Bound* is
-the same of the true rendering through the model's autoencoder, which a perfect denoiser would reach. Needs the emoji
-font. Writes `table.md`, `table.json`, and `sheet.png`: pictures from the least to the most faithful.
+The world of `moji` knows the true glyph of every noun. It is registered to the picture over place, size and mirroring
+by weighted least squares (the weights are the glyph's opacity), with a gain and an offset of each colour channel, since
+the picture need not have the very tint; a thing in a style is the glyph in that style. What is compared is the picture
+with itself where the registered glyph is laid over it, weighted over the glyph: SSIM (Wang et al. 2004), PSNR, and the
+correlation of their colours, which agrees best with an eye, since SSIM likes whatever is flat. *Bound* is the same of
+the true rendering through the model's autoencoder, which a perfect denoiser would reach. Needs the emoji font. Writes
+`fidelity.md`, `fidelity.json`, and `fidelity.png`: pictures from the least to the most faithful.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,10 +39,12 @@ from backbone.world.words import Thing
 from benchmarks.classifier import prepare_images
 from benchmarks.moji import Gallery, Setting, select_scenes
 
-SIZES = {"small": range(26, 46, 2), "one": range(52, 92, 3), "two": range(38, 66, 3)}  # longest sides in pixels
+SIZES = {"small": range(26, 46, 4), "one": range(52, 92, 5), "two": range(38, 66, 4)}  # longest sides, pixels
+NEARBY = (-2, -1, 1, 2)  # sizes that are tried around the best of these
 GAIN, OFFSET = (0.75, 1.25), 0.12  # how far a channel's tint may go
 LEAST_VISIBLE = 0.85  # share of a glyph's opacity that must lie inside the picture
 GROUND = (128, 128, 128)  # around a glyph when a style is applied to it
+PADDED = 160  # side of the transforms: a quarter of a glyph may stand outside on either side
 BATCH = 20
 
 
@@ -70,7 +73,7 @@ def main(
         "model": model, "prompts": len(scenes), "steps": steps, "guidance": guidance,
         "rows": [row(name, scenes, drawn, bound) for name in GROUPS],
         "each": [
-            {"seed": scene.seed, "prompt": scene.caption(), "ssim": one.ssim, "psnr_db": one.psnr_db}
+            {"seed": scene.seed, "prompt": scene.caption(), **asdict(one)}
             for scene, one in zip(scenes, drawn, strict=True)
         ],
     }  # fmt: skip
@@ -79,12 +82,12 @@ def main(
     write_json(out / "fidelity.json", facts)
     table = markdown(facts)
     write_text(out / "fidelity.md", table)
-    order = sorted(range(len(scenes)), key=lambda k: drawn[k].ssim)
+    order = sorted(range(len(scenes)), key=lambda k: drawn[k].correlation)
     cells: list[Cell | Image.Image | None] = [
-        Cell(pictures[k], f"{drawn[k].ssim:.2f} {scenes[k].caption()}")
+        Cell(pictures[k], f"{drawn[k].correlation:.2f} {scenes[k].caption()}")
         for k in order[:: max(1, len(order) // 64)]
     ]
-    note = "From the least faithful to the most: SSIM of the picture and the true glyph laid over it."
+    note = "From the least faithful to the most: correlation of the picture and the true glyph."
     save_png(
         out / "fidelity.png", draw_sheet(split_rows(cells, 8), title=f"{model}, {steps} steps", note=note, cell=SIZE)
     )  # fmt: skip
@@ -98,16 +101,18 @@ def main(
 class Fidelity:
     """How well the true glyphs fit a picture: means over the things that were asked for."""
 
+    correlation: float
     ssim: float
     psnr_db: float
 
 
 @dataclass(frozen=True)
 class Template:
-    """A glyph at one size: colours [3, h, w] in 0…1 and opacity [h, w]."""
+    """A glyph at one size: colours [3, h, w] in 0…1, opacity [h, w], spectra [7, …] of w, wt and wt², conjugated."""
 
     colours: Tensor
     opacity: Tensor
+    spectra: Tensor
 
 
 @dataclass(frozen=True)
@@ -124,58 +129,60 @@ class Fit:
 
 def measure(scene: Scene, picture: Tensor) -> Fidelity:
     """Fidelity of a picture [3, 128, 128] in 0…1 to the things of its scene."""
+    each = [astuple(compare(picture, fit)) for fit in find_things(scene, picture)]
+    return Fidelity(*(sum(values) / len(each) for values in zip(*each, strict=True)))
+
+
+def find_things(scene: Scene, picture: Tensor) -> list[Fit]:
+    """Where the things of a scene lie in a picture [3, 128, 128] in 0…1: all sizes, then those beside the best."""
     taken: list[Fit] = []
     for thing in scene.things * (2 if scene.pair else 1):
         kind = "two" if scene.pair or len(scene.things) == 2 else "small" if thing.small else "one"
-        taken.append(register(picture, templates(thing, kind, scene.style), apart_from=taken))
-    each = [compare(picture, fit) for fit in taken]
-    return Fidelity(
-        sum(one.ssim for one in each) / len(each), sum(one.psnr_db for one in each) / len(each)
-    )
+        coarse = [(size, mirrored) for size in SIZES[kind] for mirrored in (False, True)]
+        fits = [register(picture, template(thing, *how, scene.style), apart_from=taken) for how in coarse]
+        size, mirrored = min(zip(fits, coarse, strict=True), key=lambda pair: pair[0].error)[1]
+        fine = [template(thing, size + more, mirrored, scene.style) for more in NEARBY]
+        fits += [register(picture, one, apart_from=taken) for one in fine]
+        taken.append(min(fits, key=lambda fit: fit.error))
+    return taken
 
 
-def register(picture: Tensor, choices: Sequence[Template], *, apart_from: Sequence[Fit] = ()) -> Fit:
-    """The template, place and tint of least weighted squared error; not upon what is taken already.
+def register(picture: Tensor, choice: Template, *, apart_from: Sequence[Fit] = ()) -> Fit:
+    """The place and tint of a template of least weighted squared error; not upon what is taken already.
 
     With weights w (opacity), template t and picture x, all sums over the template's pixels are correlations:
     Σw, Σwx, Σwx², Σwt, Σwt², Σwtx. From them the least-squares gain and offset of each channel and the error follow
     for all places at once, and the gain's and offset's bounds keep a flat patch from passing for a glyph.
     """
-    side = SIZE + max(max(choice.opacity.shape) for choice in choices)
-    ones = torch.ones(1, SIZE, SIZE)
-    spectra = torch.fft.rfft2(torch.cat([ones, picture, picture.square()]), s=(side, side))
-    best: Fit | None = None
-    for choice in choices:
-        weights, height, width = choice.opacity, *choice.opacity.shape
-        stack = torch.cat([weights[None], weights * choice.colours, weights * choice.colours.square()])
-        kernel = torch.fft.rfft2(stack, s=(side, side)).conj()
-        one, x, xx = spectra[:1], spectra[1:4], spectra[4:]
-        products = torch.cat([kernel[:1] * one, kernel[:1] * x, kernel[:1] * xx])
-        products = torch.cat([products, kernel[1:4] * one, kernel[4:] * one, kernel[1:4] * x])
-        sums = torch.fft.irfft2(products, s=(side, side))
-        # Corners from −height/4 on, so that a glyph may stand a little outside of the frame.
-        up, left = height // 4, width // 4
-        sums = sums.roll((up, left), (-2, -1))[..., : SIZE - height + 2 * up, : SIZE - width + 2 * left]
-        total = sums[0].clamp(min=1e-3)
-        mean_x, mean_xx, mean_t, mean_tt, mean_tx = (part / total for part in sums[1:].split(3))
-        variance, covariance = mean_tt - mean_t.square(), mean_tx - mean_t * mean_x
-        gain = (covariance / variance.clamp(min=1e-6)).clamp(*GAIN)
-        offset = (mean_x - gain * mean_t).clamp(-OFFSET, OFFSET)
-        errors = (
-            mean_xx - 2 * gain * mean_tx - 2 * offset * mean_x
-            + gain.square() * mean_tt + 2 * gain * offset * mean_t + offset.square()
-        ).mean(0)  # fmt: skip
-        errors = torch.where(sums[0] < LEAST_VISIBLE * weights.sum(), torch.inf, errors)
-        for other in apart_from:
-            forbid(errors, choice, other, (up, left))
-        place = int(errors.argmin())
-        row, column = divmod(place, errors.shape[1])
-        error = float(errors[row, column])
-        if best is None or error < best.error:
-            tint = gain[:, row, column], offset[:, row, column]
-            best = Fit(choice, row - up, column - left, *tint, error)
-    assert best is not None
-    return best
+    weights, (height, width) = choice.opacity, choice.opacity.shape
+    one, x, xx = picture_spectra(picture).split((1, 3, 3))
+    w, wt, wtt = choice.spectra.split((1, 3, 3))
+    products = torch.cat([w * one, w * x, w * xx, wt * one, wtt * one, wt * x])
+    sums = torch.fft.irfft2(products, s=(PADDED, PADDED))
+    # Corners from −height/4 on, so that a glyph may stand a little outside of the frame.
+    up, left = min(height // 4, PADDED - SIZE), min(width // 4, PADDED - SIZE)
+    sums = sums.roll((up, left), (-2, -1))[..., : SIZE - height + 2 * up, : SIZE - width + 2 * left]
+    total = sums[0].clamp(min=1e-3)
+    mean_x, mean_xx, mean_t, mean_tt, mean_tx = (part / total for part in sums[1:].split(3))
+    variance, covariance = mean_tt - mean_t.square(), mean_tx - mean_t * mean_x
+    gain = (covariance / variance.clamp(min=1e-6)).clamp(*GAIN)
+    offset = (mean_x - gain * mean_t).clamp(-OFFSET, OFFSET)
+    errors = (
+        mean_xx - 2 * gain * mean_tx - 2 * offset * mean_x
+        + gain.square() * mean_tt + 2 * gain * offset * mean_t + offset.square()
+    ).mean(0)  # fmt: skip
+    errors = torch.where(sums[0] < LEAST_VISIBLE * weights.sum(), torch.inf, errors)
+    for other in apart_from:
+        forbid(errors, choice, other, (up, left))
+    row, column = divmod(int(errors.argmin()), errors.shape[1])
+    tint = gain[:, row, column], offset[:, row, column]
+    return Fit(choice, row - up, column - left, *tint, float(errors[row, column]))
+
+
+def picture_spectra(picture: Tensor) -> Tensor:
+    """Spectra [7, …] of ones, of a picture [3, 128, 128], and of its square."""
+    stack = torch.cat([torch.ones(1, SIZE, SIZE), picture, picture.square()])
+    return torch.fft.rfft2(stack, s=(PADDED, PADDED))
 
 
 def forbid(errors: Tensor, choice: Template, other: Fit, corner: tuple[int, int]) -> None:
@@ -196,36 +203,44 @@ def compare(picture: Tensor, fit: Fit) -> Fidelity:
     bottom, right = min(SIZE, fit.top + height), min(SIZE, fit.left + width)
     inside = slice(top - fit.top, bottom - fit.top), slice(left - fit.left, right - fit.left)
     tinted = fit.gain[:, None, None] * fit.template.colours + fit.offset[:, None, None]
-    canvas[:, top:bottom, left:right] = tinted[:, *inside].clamp(0, 1)
+    canvas[:, top:bottom, left:right] = tinted[(slice(None), *inside)].clamp(0, 1)
     opacity[top:bottom, left:right] = fit.template.opacity[inside]
     laid = picture * (1 - opacity) + canvas * opacity
     weight = opacity / opacity.sum()
     error = float(((laid - picture).square().mean(0) * weight).sum())
-    return Fidelity(float((ssim_map(picture, laid).mean(0) * weight).sum()), psnr_from_mse(error))
+    ssim = float((ssim_map(picture, laid).mean(0) * weight).sum())
+    return Fidelity(correlate(canvas, picture, weight), ssim, psnr_from_mse(error))
 
 
-@lru_cache(maxsize=64)
-def templates(thing: Thing, kind: str, style: str | None) -> list[Template]:
-    """The thing at all sizes of its kind of scene, both ways round, as its style draws it."""
-    found = []
-    for size in SIZES[kind]:
-        for mirrored in (False, True):
-            sprite, _, _ = draw_sprite(Figure(thing, size, 0, 0, mirrored, 0))
-            box = sprite.getbbox()
-            assert box is not None
-            sprite = sprite.crop(box)
-            if style is not None:
-                ground = Image.new("RGB", (sprite.width + 16, sprite.height + 16), GROUND)
-                ground.paste(sprite, (8, 8), sprite)
-                styled = STYLES[style](ground).crop((8, 8, 8 + sprite.width, 8 + sprite.height))
-                styled.putalpha(sprite.getchannel("A"))
-                sprite = styled
-            pixels = torch.from_numpy(np.asarray(sprite.convert("RGBA"), dtype=np.float32) / 255)
-            found.append(Template(pixels[..., :3].permute(2, 0, 1).contiguous(), pixels[..., 3].contiguous()))
-    return found
+def correlate(first: Tensor, second: Tensor, weight: Tensor) -> float:
+    """Correlation of two images [3, H, W] over pixels and channels, weights [H, W] of sum 1, channels' means apart."""
+    one, other = (image - (image * weight).sum((1, 2), keepdim=True) for image in (first, second))
+    covariance, *variances = (
+        float((a * b * weight).sum()) for a, b in ((one, other), (one, one), (other, other))
+    )
+    return covariance / math.sqrt(math.prod(variances) + 1e-12)
 
 
-def measure_all(scenes: Sequence[Scene], pictures: Sequence[Image.Image] | Tensor, name: str) -> list[Fidelity]:
+@lru_cache(maxsize=256)
+def template(thing: Thing, size: int, mirrored: bool, style: str | None) -> Template:
+    """The thing with this longest side in pixels, as its style draws it."""
+    sprite, _, _ = draw_sprite(Figure(thing, size, 0, 0, mirrored, 0))
+    sprite = sprite.crop(sprite.getbbox())
+    if style is not None:
+        ground = Image.new("RGB", (sprite.width + 16, sprite.height + 16), GROUND)
+        ground.paste(sprite, (8, 8), sprite)
+        styled = STYLES[style](ground).crop((8, 8, 8 + sprite.width, 8 + sprite.height))
+        styled.putalpha(sprite.getchannel("A"))
+        sprite = styled
+    pixels = torch.from_numpy(np.asarray(sprite.convert("RGBA"), dtype=np.float32) / 255)
+    colours, opacity = pixels[..., :3].permute(2, 0, 1).contiguous(), pixels[..., 3].contiguous()
+    stack = torch.cat([opacity[None], opacity * colours, opacity * colours.square()])
+    return Template(colours, opacity, torch.fft.rfft2(stack, s=(PADDED, PADDED)).conj())
+
+
+def measure_all(
+    scenes: Sequence[Scene], pictures: Sequence[Image.Image] | Tensor, name: str
+) -> list[Fidelity]:
     """Fidelity of each picture, of images or of a tensor [B, 3, 128, 128] in −1…1."""
     stacked = pictures if isinstance(pictures, Tensor) else prepare_images(pictures)
     found = []
@@ -268,50 +283,56 @@ def belongs(group: str, scene: Scene) -> bool:
             return True
 
 
-def row(group: str, scenes: Sequence[Scene], drawn: Sequence[Fidelity], bound: Sequence[Fidelity]) -> dict[str, Any]:
-    """Means of a group with the bound; the ratio is of the mean SSIMs."""
+def row(
+    group: str, scenes: Sequence[Scene], drawn: Sequence[Fidelity], bound: Sequence[Fidelity]
+) -> dict[str, Any]:
+    """Means of a group with the bound; the ratio is of the mean correlations."""
     chosen = [k for k, scene in enumerate(scenes) if belongs(group, scene)]
 
     def mean(values: Iterator[float]) -> float:
         return sum(values) / len(chosen) if chosen else math.nan
 
-    ssim, most = mean(drawn[k].ssim for k in chosen), mean(bound[k].ssim for k in chosen)
-    return {
-        "group": group, "n": len(chosen), "ssim": ssim, "bound_ssim": most, "ratio": ssim / most,
-        "psnr_db": mean(drawn[k].psnr_db for k in chosen),
-        "bound_psnr_db": mean(bound[k].psnr_db for k in chosen),
-    }  # fmt: skip
+    found: dict[str, Any] = {"group": group, "n": len(chosen)}
+    for name in ("correlation", "ssim", "psnr_db"):
+        found[name] = mean(getattr(drawn[k], name) for k in chosen)
+        found[f"bound_{name}"] = mean(getattr(bound[k], name) for k in chosen)
+    return {**found, "ratio": found["correlation"] / found["bound_correlation"]}
 
 
-def agreement(grades: dict[str, float], scenes: Sequence[Scene], drawn: Sequence[Fidelity]) -> dict[str, float]:
-    """Spearman's rank correlation of grades by eye (by seed) and SSIM, with the number of pictures."""
+def agreement(
+    grades: dict[str, float], scenes: Sequence[Scene], drawn: Sequence[Fidelity]
+) -> dict[str, float]:
+    """Spearman's rank correlation of grades by eye (by seed) with each figure, and the number of pictures."""
     from scipy.stats import spearmanr
 
-    pairs = [
-        (grades[str(scene.seed)], one.ssim)
-        for scene, one in zip(scenes, drawn, strict=True)
-        if str(scene.seed) in grades
-    ]
-    eye, ssim = zip(*pairs, strict=True)
-    return {"spearman": float(spearmanr(eye, ssim).statistic), "n": len(pairs)}
+    known = [k for k, scene in enumerate(scenes) if str(scene.seed) in grades]
+    eye = [grades[str(scenes[k].seed)] for k in known]
+    found = {
+        name: float(spearmanr(eye, [getattr(drawn[k], name) for k in known]).statistic)
+        for name in ("correlation", "ssim", "psnr_db")
+    }
+    return {**found, "n": len(known)}
 
 
 def markdown(facts: dict[str, Any]) -> str:
     """The table."""
     lines = [
-        f"`{facts['model']}`: {facts['prompts']} held-out prompts, {facts['steps']} steps, guidance {facts['guidance']:g}",
+        f"`{facts['model']}`: {facts['prompts']} held-out prompts, {facts['steps']} steps, "
+        f"guidance {facts['guidance']:g}",
         "",
-        "| glyph fidelity | SSIM | bound | ratio | PSNR dB | bound | n |",
-        "|---|---|---|---|---|---|---|",
+        "| glyph fidelity | correlation | bound | ratio | SSIM | bound | PSNR dB | bound | n |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {one['group']} | {one['ssim']:.3f} | {one['bound_ssim']:.3f} | {one['ratio']:.2f} "
-        f"| {one['psnr_db']:.1f} | {one['bound_psnr_db']:.1f} | {one['n']} |"
+        f"| {one['group']} | {one['correlation']:.3f} | {one['bound_correlation']:.3f} | {one['ratio']:.2f} "
+        f"| {one['ssim']:.3f} | {one['bound_ssim']:.3f} | {one['psnr_db']:.1f} | {one['bound_psnr_db']:.1f} "
+        f"| {one['n']} |"
         for one in facts["rows"]
     ]
     if "agreement" in facts:
-        with_eye = facts["agreement"]
-        lines += ["", f"Rank correlation with grades by eye: {with_eye['spearman']:.2f} (n = {with_eye['n']})."]
+        eye = facts["agreement"]
+        text = ", ".join(f"{name} {value:.2f}" for name, value in eye.items() if name != "n")
+        lines += ["", f"Rank correlation with grades by eye (n = {eye['n']}): {text}."]
     return "\n".join([*lines, ""])
 
 

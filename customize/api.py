@@ -129,4 +129,4 @@ def evaluate(
 
     folder = Path(str(run)) / "dreambench" if out is None else Path(out)
     evaluate_run(Path(str(run)), prompts=moji_prompts(), per_prompt=count, scorer=None, seed=seed, out=folder)
-    return dict(read_json(folder / TABLE))
+    return read_json(folder / TABLE)

@@ -428,7 +428,7 @@ class Settings(TrainingSettings):
             choices=("jsonl", "tensorboard"),
         ),
     ] = "jsonl"
-    push_to_hub: Annotated[bool, Option("Upload the finished run to the hub.", "Output")] = False
+    push_to_hub: Annotated[bool, Option("Upload the finished run to the hub, as private.", "Output")] = False
     hub_model_id: Annotated[
         str,
         Option(
@@ -512,7 +512,10 @@ def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
 
 def read_settings(run: Path) -> Settings:
     """The settings of a run folder; `UserError` when it has none or they are of another version."""
-    return read_run_settings(Settings, run, "customize train")
+    settings = read_run_settings(Settings, run, "customize train")
+    if not all(subject.token.strip() for subject in settings.subjects()):
+        raise UserError(f"{run / FILE} is damaged (token is empty). Start the run anew.")
+    return settings
 
 
 def as_flags(settings: Settings, out: Path) -> str:

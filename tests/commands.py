@@ -14,14 +14,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from backbone.distributed.spawn import PRELOADED
 
 OWN = ["customize.cli", "edit.cli", "align.cli", "backbone.adapters.apply", "backbone.families.flux.family"]
 TIMEOUT = 300  # seconds
 
-_context = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
+_context: Any = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
 if sys.platform != "win32":
     _context.set_forkserver_preload([*PRELOADED, *OWN])
 
@@ -33,7 +35,7 @@ class Started:
         self._streams = [Path(tempfile.mkstemp(prefix=f"{program}-")[1]) for _ in range(2)]
         self.args = [program, *map(str, arguments)]
         call = (self.args, str(cwd), {**os.environ, **environment}, *map(str, self._streams))
-        self._process = _context.Process(target=_run, args=call)
+        self._process: BaseProcess = _context.Process(target=_run, args=call)
         self._process.start()
 
     @property

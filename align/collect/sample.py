@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image
 
-from align.pairs.records import SAMPLES
+from align.pairs.records import SAMPLES, Drawn
 from align.pairs.samples import FORMAT, count_images, image_name, prompt_and_noise
 from align.settings import PairSampling
 from backbone.adapters.apply import load_concepts
@@ -78,7 +78,7 @@ def sample_pairs(
                 bar.advance(images=1)
     processes.barrier()  # now all pictures are there
     if processes.is_main_process():
-        seconds = read_json(out / SAMPLES).get("seconds", 0.0) + time.perf_counter() - began
+        seconds = read_json(out / SAMPLES, Drawn).seconds + time.perf_counter() - began
         write_json(out / SAMPLES, {**record, "seconds": round(seconds, 2), "versions": package_versions()})
     processes.end_process()
     return len(missing)
@@ -189,7 +189,7 @@ def _claim_folder(out: Path, record: dict[str, Any]) -> None:
         return
     stored = read_json(path)
     for name, value in record.items():
-        if not isinstance(stored, dict) or stored.get(name) != value:
+        if stored.get(name) != value:
             raise UserError(
                 f"{out} was begun with another {name.replace('_', ' ')}. Choose another --out, or repeat what "
                 f"{path} says."

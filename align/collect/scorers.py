@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,8 +28,9 @@ from PIL.Image import Image
 from torch import Tensor
 
 from backbone.evaluation.clip import Scorer, load_scorer, text_scores
-from backbone.io.console import UserError
+from backbone.io.console import UserError, is_out_of_memory
 from backbone.io.files import read_tensors
+from backbone.io.options import is_code
 from backbone.media.pictures import check_images, list_images
 from backbone.models.locate import EMBEDDED
 
@@ -45,7 +47,7 @@ def open_scorer(name: str) -> ImageScorer:
         pictures, _, scorer_name = name.removeprefix(SUBJECT_PREFIX).partition(":")
         return _subject_fidelity_scorer(load_clip_scorer(scorer_name or "moji"), pictures)
     path = Path(name).expanduser()
-    if path.suffix == ".py":
+    if is_code(name):
         return _python_scorer(path)
     scorer = load_clip_scorer(name)
     head = path / AESTHETIC_HEAD
@@ -55,7 +57,7 @@ def open_scorer(name: str) -> ImageScorer:
 def refuse_not_differentiable(name: str) -> None:
     """Raise `UserError` unless this scorer is a network that compares images with prompts."""
     if (
-        Path(name).suffix == ".py"
+        is_code(name)
         or name.startswith(SUBJECT_PREFIX)
         or (Path(name).expanduser() / AESTHETIC_HEAD).is_file()
     ):
@@ -130,14 +132,31 @@ def _aesthetic_scorer(scorer: Scorer, path: Path) -> ImageScorer:
     return score
 
 
+@contextmanager
+def _explain_failure(path: Path) -> Iterator[None]:
+    """Turns whatever the user's code raises into a `UserError`; out of memory and Ctrl-C stay what they are."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"{path} failed ({type(error).__name__}: {error}). Repair it; LIMNER_TRACEBACK=1 shows where."
+        ) from error
+
+
 def _python_scorer(path: Path) -> ImageScorer:
-    """The function `score` of the user's own Python file, which is executed."""
+    """The function `score` of the user's own Python file, which is executed.
+
+    Callers see to it that the user has named the file on this very call, and no folder or record has.
+    """
     if not path.is_file():
         raise UserError(f"There is no file {path}. Check the spelling.")
     specification = importlib.util.spec_from_file_location(f"limner_scorer_{path.stem}", path)
     assert specification is not None and specification.loader is not None
     module: Any = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
+    with _explain_failure(path):
+        specification.loader.exec_module(module)
     function = getattr(module, "score", None)
     if not callable(function):
         raise UserError(
@@ -145,7 +164,8 @@ def _python_scorer(path: Path) -> ImageScorer:
         )
 
     def score(images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
-        numbers = [float(number) for number in function(list(images), list(prompts))]
+        with _explain_failure(path):
+            numbers = [float(number) for number in function(list(images), list(prompts))]
         if len(numbers) != len(images) or not all(math.isfinite(number) for number in numbers):
             raise UserError(f"{path}'s `score` must give a finite number for each of {len(images)} pictures.")
         return torch.tensor(numbers)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.pairs.records import SCORES
+from align.pairs.records import SCORES, Scores
 from align.settings import read_settings
 from backbone.adapters.concept import read_concept
 from backbone.evaluation.statistics import Interval
@@ -73,7 +73,7 @@ def find_training_scorers(side: Side) -> set[str]:
         if Path(settings.pairs).is_file()
         else Path(settings.pairs) / SCORES
     )
-    ranked = read_json(scores).get("scorers", []) if settings.pairs and scores.is_file() else []
+    ranked = read_json(scores, Scores).scorers if settings.pairs and scores.is_file() else []
     return {settings.online, *ranked} - {""}
 
 

@@ -44,7 +44,7 @@ from backbone.adapters.lora import (
     activate_adapters,
     add_lora,
     save_lora,
-    say_idle_rank,
+    say_useless_rank,
     use_adapters,
 )
 from backbone.diffusion.losses import debiased, min_snr, uniform
@@ -378,7 +378,7 @@ def new_adapter(model: Backbone, settings: Settings, base: Sequence[str]) -> dic
         targets=layers,
         seed=settings.seed,
     )
-    say_idle_rank(parameters, settings.rank)
+    say_useless_rank(parameters)
     activate_adapters(model.denoiser, [*base, ADAPTER])
     for parameter in parameters.values():
         parameter.requires_grad_(True)

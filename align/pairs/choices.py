@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from backbone.io.console import UserError
 from backbone.io.files import append_jsonl, read_jsonl
+from backbone.io.records import read_as
 
 CHOICES = "choices.jsonl"
 Verdict = Literal["left", "right", "tie", "both_bad", "skip"]
@@ -53,19 +55,30 @@ class Undo:
 
 
 def append_entry(path: Path, entry: Choice | Undo) -> None:
-    """Append a line and return once it is on disk (fsync)."""
+    """Append a line and return once it is on disk (fsync). Raises `UserError` where the folder is gone."""
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent} is gone, so the choice was not kept. Put the folder back.")
     append_jsonl(path, asdict(entry))
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 
 def read_choices(path: Path) -> list[Choice | Undo]:
-    """All entries, oldest first; lines that a crash truncated and unknown ones are skipped."""
-    return (
-        [entry for line in read_jsonl(path) if (entry := _parse_entry(line)) is not None]
-        if path.exists()
-        else []
-    )
+    """All entries, oldest first; lines that a crash truncated are skipped.
+
+    Raises `UserError` for another kind of entry.
+    """
+    lines = read_jsonl(path) if path.exists() else []
+    return [_read_entry(line, f"entry {number} of {path}") for number, line in enumerate(lines, start=1)]
+
+
+def _read_entry(line: dict[str, Any], where: str) -> Choice | Undo:
+    if "undo" in line:
+        return read_as(Undo, line, where)
+    choice = read_as(Choice, line, where)
+    if choice.verdict not in VERDICTS:
+        raise UserError(f"{where} has no verdict that is known ({choice.verdict}). Remove the line.")
+    return choice
 
 
 def replay(entries: Iterable[Choice | Undo]) -> list[Choice]:
@@ -103,10 +116,3 @@ def measure_consistency(choices: Sequence[Choice]) -> Consistency:
         and "skip" not in (choice.verdict, before.verdict)
     ]
     return Consistency(sum(before.preferred == after.preferred for before, after in again), len(again))
-
-
-def _parse_entry(line: dict[str, Any]) -> Choice | Undo | None:
-    try:
-        return Undo(**line) if "undo" in line else Choice(**line)
-    except TypeError:
-        return None

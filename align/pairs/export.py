@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def write_jsonl(preferences: Preferences, path: Path) -> Path:
 def _iterate_row_groups(preferences: Preferences) -> Iterator[list[dict[str, Any]]]:
     """Yield Pick-a-Pic rows in groups of `ROWS_PER_GROUP`, so that few images are in memory at once."""
     counts = Counter(normalize_prompt(pair.prompt) for pair in preferences.pairs)
-    now = datetime.now(timezone.utc).replace(tzinfo=None)
+    now = datetime.now(UTC).replace(tzinfo=None)
     model = str(preferences.provenance.get("model", ""))
     whole = _are_whole_numbers(preferences)
     for first in range(0, len(preferences.pairs), ROWS_PER_GROUP):

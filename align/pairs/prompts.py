@@ -8,6 +8,7 @@ from typing import Any
 
 from backbone.adapters.concept import word_pattern
 from backbone.io.prompts import Prompt
+from backbone.io.records import read_as
 
 
 def strip_tokens(text: str, concepts: Iterable[Mapping[str, Any]]) -> str:
@@ -17,7 +18,8 @@ def strip_tokens(text: str, concepts: Iterable[Mapping[str, Any]]) -> str:
     """
     for concept in concepts:
         noun = str(concept.get("class") or "")
-        for token in sorted(concept.get("tokens", ()), key=len, reverse=True):
+        tokens = read_as(dict[str, str], concept.get("tokens", {}), "The record of the images", "tokens")
+        for token in sorted(filter(None, tokens), key=len, reverse=True):
             with_noun = rf"{word_pattern(token)}(?: {word_pattern(noun)})?" if noun else word_pattern(token)
             text = re.sub(with_noun, lambda _, noun=noun: noun, text)  # type: ignore[misc]
     return " ".join(text.split())

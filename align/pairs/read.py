@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from align.pairs.records import RANKING, SAMPLES, Pair, Preferences, Record, Sin
 from align.pairs.tables import DatasetTable, ParquetTable, load_hub_table, load_saved_table
 from backbone.io.console import UserError
 from backbone.io.files import read_json
+from backbone.io.records import inside, parse_json
 from backbone.media.pictures import DatasetRow, ImageRecord, list_images
 
 PROMPT_COLUMNS = ("prompt", "caption", "text")
@@ -156,22 +158,19 @@ def _read_lines(path: Path, limit: int | None) -> Preferences:
     for number, line in enumerate(_iterate_objects(path, preferences), start=1):
         if limit is not None and number > limit:
             break
-        _add_row(
-            preferences, line, f"line {number} of {path}", lambda value: _picture_from(value, path.parent)
-        )
+        where = f"line {number} of {path}"
+        _add_row(preferences, line, where, partial(_picture_from, folder=path.parent, where=where))
     return preferences
 
 
 def _iterate_objects(path: Path, preferences: Preferences) -> Iterator[dict[str, Any]]:
     """Yield the JSON objects of a file's lines; what is none becomes one of the problems."""
-    import json
-
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError):
+            value = parse_json(line, path)
+        except UserError:
             preferences.problems.append(f"line {number} of {path} is not JSON")
             continue
         if isinstance(value, dict):
@@ -180,10 +179,11 @@ def _iterate_objects(path: Path, preferences: Preferences) -> Iterator[dict[str,
             preferences.problems.append(f"line {number} of {path} is not a JSON object")
 
 
-def _picture_from(value: Any, folder: Path) -> ImageRecord | None:
+def _picture_from(value: Any, *, folder: Path, where: str) -> ImageRecord | None:
+    """The picture of this name in the folder of the lines; `UserError` for one outside of it."""
     if not isinstance(value, str) or not value:
         return None
-    return ImageRecord(folder / value.replace("\\", "/"))
+    return ImageRecord(inside(folder, value, where))
 
 
 def _add_choice(preferences: Preferences, choice: Choice, folder: Path) -> None:
@@ -194,8 +194,8 @@ def _add_choice(preferences: Preferences, choice: Choice, folder: Path) -> None:
     preferences.pairs.append(
         Pair(
             choice.prompt,
-            ImageRecord(folder / choice.left),
-            ImageRecord(folder / choice.right),
+            ImageRecord(inside(folder, choice.left, folder / CHOICES)),
+            ImageRecord(inside(folder, choice.right, folder / CHOICES)),
             label,
             f"choice {choice.number} of {folder / CHOICES}",
             choice.user,
@@ -207,10 +207,7 @@ def _add_choice(preferences: Preferences, choice: Choice, folder: Path) -> None:
 def _read_provenance(folder: Path) -> dict[str, Any]:
     """What `samples.json` says of the model that drew a folder's images; {} without one."""
     path = folder / SAMPLES
-    if not path.is_file():
-        return {}
-    record = read_json(path)
-    return record if isinstance(record, dict) else {}
+    return read_json(path) if path.is_file() else {}
 
 
 # Tables -----------------------------------------------------------------------------------------------------
@@ -241,7 +238,8 @@ def _read_table(table: ParquetTable | DatasetTable, source: str, limit: int | No
 
         def picture_at(column: Any, index: int = index) -> ImageRecord:
             return ImageRecord(
-                Path(source) / f"{index:06d}-{column}", row=DatasetRow(table, str(column), index)
+                Path(source) / f"{index:06d}-{column}",
+                row=DatasetRow(table, str(column), index, table.folder, table.fetched),
             )
 
         _add_row(preferences, {**row, **{name: name for name in pictures}}, where, picture_at)
@@ -266,15 +264,18 @@ def _add_row(
         return
     columns = next((names for names in PAIR_COLUMNS if names[0] in row and names[1] in row), None)
     record: Record | str
-    if columns is not None:
-        pictures = [to_picture(row[name]) for name in columns]
-        record = _labelled_pair(row, pictures, prompt, where, user)
-    elif "chosen" in row and "rejected" in row:
-        pictures = [to_picture(row["chosen"]), to_picture(row["rejected"])]
-        record = _chosen_pair(row, pictures, prompt, where, user)
-    else:
-        column = next((name for name in ("image", "file_name") if name in row), None)
-        record = _labelled_single(row, to_picture(row[column]) if column else None, prompt, where, user)
+    try:
+        if columns is not None:
+            pictures = [to_picture(row[name]) for name in columns]
+            record = _labelled_pair(row, pictures, prompt, where, user)
+        elif "chosen" in row and "rejected" in row:
+            pictures = [to_picture(row["chosen"]), to_picture(row["rejected"])]
+            record = _chosen_pair(row, pictures, prompt, where, user)
+        else:
+            column = next((name for name in ("image", "file_name") if name in row), None)
+            record = _labelled_single(row, to_picture(row[column]) if column else None, prompt, where, user)
+    except UserError as error:  # a name outside the folder
+        record = str(error)
     if isinstance(record, str):
         preferences.problems.append(record)
     elif isinstance(record, Pair):
@@ -334,5 +335,4 @@ def _parse_single_label(label: Any) -> bool | None:
     """True for good or 1, False for bad, 0 or −1, else None."""
     if isinstance(label, str):
         return {"good": True, "bad": False, "1": True, "0": False}.get(label.strip().lower())
-    known = {1.0: True, 0.0: False, -1.0: False}
-    return known.get(float(label)) if isinstance(label, (bool, int, float)) else None
+    return {1.0: True, 0.0: False, -1.0: False}.get(label) if isinstance(label, (bool, int, float)) else None

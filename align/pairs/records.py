@@ -18,6 +18,34 @@ PROBLEMS_SHOWN = 20
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """`samples.json`, as far as it is read again."""
+
+    prompts: list[DrawnPrompt]
+    per_prompt: int
+    format: int = 0
+    concepts: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class DrawnPrompt:
+    """A prompt of `samples.json`."""
+
+    prompt: str
+    category: str = ""
+    hard_negatives: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """`scores.json`: the number that each scorer gave each picture, by the picture's file."""
+
+    scorers: list[str] = field(default_factory=list)
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Pair:
     """Two images of one prompt. `label` is the probability that the first is preferred: 1, 0, or ½ for a tie."""
 

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
-from align.pairs.records import SAMPLES
+from align.pairs.records import SAMPLES, Drawn
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.io.prompts import Prompt
 
 FORMAT = 1
 PICTURES = "pictures"
+IMAGE_NAME = re.compile(r"p(\d{5,9})-s(\d{2,9})\.png$")
 
 
 def image_name(i: int, j: int) -> str:
     """Path of sample j of prompt i, relative to the folder."""
     return f"{PICTURES}/p{i:05d}-s{j:02d}.png"
+
+
+def sample_index(name: str) -> int:
+    """j of `image_name(i, j)`."""
+    found = IMAGE_NAME.search(name)
+    assert found is not None
+    return int(found[2])
 
 
 def count_images(prompt: Prompt, per_prompt: int) -> int:
@@ -43,21 +53,15 @@ def read_samples(folder: Path) -> tuple[list[Prompt], list[list[str]]]:
         raise UserError(
             f"{folder} is not a folder of `align sample` ({SAMPLES} is missing). Name another one."
         )
-    record = read_json(path)
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
+    record = read_json(path, Drawn)
+    if record.format != FORMAT or record.per_prompt < 1:
         raise UserError(f"{path} is not a list of samples that this version reads. Draw them again.")
-    prompts = [
-        Prompt(str(entry["prompt"]), str(entry.get("category", "")), tuple(entry.get("hard_negatives", ())))
-        for entry in record["prompts"]
-    ]
-    pictures = [
-        [
-            name
-            for j in range(count_images(prompts[i], int(record["per_prompt"])))
-            if (folder / (name := image_name(i, j))).exists()
-        ]
-        for i in range(len(prompts))
-    ]
+    prompts = [Prompt(entry.prompt, entry.category, tuple(entry.hard_negatives)) for entry in record.prompts]
+    there = set(os.listdir(folder / PICTURES)) if (folder / PICTURES).is_dir() else set()
+    pictures: list[list[str]] = [[] for _ in prompts]
+    for i, j in sorted((int(found[1]), int(found[2])) for name in there if (found := IMAGE_NAME.match(name))):
+        if i < len(prompts) and j < count_images(prompts[i], record.per_prompt):
+            pictures[i].append(image_name(i, j))
     if all(len(names) < 2 for names in pictures):
         raise UserError(f"{folder} holds no two pictures of one prompt. Run `align sample` to its end.")
     return prompts, pictures

@@ -8,19 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError
+from backbone.media.pictures import fetched_folder, load_saved
 
 
 class ParquetTable:
-    """Rows of local Parquet files; `table[i][column]` reads only that column of that row's row group."""
+    """Rows of local Parquet files; `table[i][column]` reads only that column of that row's row group.
+
+    `folder` is where their rows may name files.
+    """
+
+    fetched: Path | None = None
 
     def __init__(self, files: Sequence[Path]) -> None:
         import pyarrow
         import pyarrow.parquet
 
+        self.folder = files[0].parent
+
         try:
             self.files = [pyarrow.parquet.ParquetFile(file) for file in files]
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowIOError) as error:
-            raise UserError(f"{files[0]} is not a readable Parquet file ({error}). Save it again.") from error
+        except (OSError, ValueError) as error:  # pyarrow's are among these
+            raise _damaged(files[0], error) from error
         self.column_names: list[str] = list(self.files[0].schema_arrow.names)
         self.groups = [
             (file, group, file.metadata.row_group(group).num_rows)
@@ -35,7 +43,10 @@ class ParquetTable:
     def values(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Iterate over all rows, in order, with these columns alone."""
         for file, group, _ in self.groups:
-            yield from file.read_row_group(group, columns=list(columns)).to_pylist()
+            try:
+                yield from file.read_row_group(group, columns=list(columns)).to_pylist()
+            except (OSError, ValueError) as error:  # damaged pages, text that is no UTF-8
+                raise _damaged(self.folder, error) from error
 
     def __getitem__(self, index: int) -> _TableRow:
         return _TableRow(self, index)
@@ -46,10 +57,16 @@ class ParquetTable:
         for number, (file, group, rows) in enumerate(self.groups):
             if row < rows:
                 if self._kept.get(column, (-1, None))[0] != number:
-                    self._kept[column] = (number, file.read_row_group(group, columns=[column]).column(column))
+                    self._kept[column] = (number, self._column(file, group, column))
                 return self._kept[column][1][row].as_py()
             row -= rows
         raise IndexError(index)
+
+    def _column(self, file: Any, group: int, column: str) -> Any:
+        try:
+            return file.read_row_group(group, columns=[column]).column(column)
+        except (OSError, ValueError) as error:
+            raise _damaged(self.folder, error) from error
 
 
 @dataclass(frozen=True)
@@ -62,10 +79,15 @@ class _TableRow:
 
 
 class DatasetTable:
-    """The interface of `ParquetTable` over a `datasets` table, with images left encoded."""
+    """The interface of `ParquetTable` over a `datasets` table, with images left encoded.
 
-    def __init__(self, table: Any) -> None:
+    `fetched` is where one of the hub was downloaded to.
+    """
+
+    def __init__(self, table: Any, folder: Path, fetched: Path | None = None) -> None:
         import datasets
+
+        self.folder, self.fetched = folder, fetched
 
         for name, kind in table.features.items():
             if isinstance(kind, datasets.Image):
@@ -84,25 +106,27 @@ class DatasetTable:
         return self.table[index]
 
 
-def load_saved_table(folder: Path) -> DatasetTable:
-    import datasets
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return UserError(f"{path} is not a readable Parquet file ({reason}). Save it again.")
 
-    try:
-        table = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} is not a whole saved dataset ({error}). Save it again.") from error
-    return DatasetTable(table["train"] if isinstance(table, dict) else table)
+
+def load_saved_table(folder: Path) -> DatasetTable:
+    """The table of a folder that `datasets` saved, its split for training."""
+    table = load_saved(folder)
+    return DatasetTable(table["train"] if isinstance(table, dict) else table, folder)
 
 
 def load_hub_table(source: str, split: str, limit: int | None) -> DatasetTable:
     """Load a dataset of the hub; with a limit only its first rows are downloaded."""
     import datasets
 
+    fetched = fetched_folder()
     try:
         if limit is None:
-            return DatasetTable(datasets.load_dataset(source, split=split))
+            return DatasetTable(datasets.load_dataset(source, split=split), fetched, fetched)
         rows = datasets.load_dataset(source, split=split, streaming=True).take(limit)
-        return DatasetTable(datasets.Dataset.from_list(list(rows), features=rows.features))
+        return DatasetTable(datasets.Dataset.from_list(list(rows), features=rows.features), fetched, fetched)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(

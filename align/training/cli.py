@@ -10,7 +10,7 @@ import typer
 from align.settings import Settings, read_settings
 from align.training.start import start
 from backbone.io.console import notify
-from backbone.io.options import command
+from backbone.io.options import command, is_code
 from backbone.training.settings import PANELS, RunOptions, refuse_beside_resume
 
 
@@ -29,12 +29,17 @@ def train(asked: dict[str, Any], run: RunOptions) -> None:
 
 def _resumed(run: Path, asked: dict[str, Any], said: RunOptions) -> Path:
     """Goes on with a run; `UserError` for anything that was said beside."""
-    refuse_beside_resume(Settings, asked, said)
+    code = asked.get("online", "")
+    # A Python file is run when it is named here, and only then.
+    named = {"online"} if is_code(code) else set()
+    refuse_beside_resume(Settings, {name: asked[name] for name in asked if name not in named}, said)
     settings = read_settings(run)  # mistakes are answered before torch is imported
+    if named and code != settings.online:
+        refuse_beside_resume(Settings, asked, said)
     if settings.online:
         from align.training.online import resume_online
 
-        return resume_online(run)
+        return resume_online(run, code=code)
     from align.training.run import resume_taste
 
     return resume_taste(run)

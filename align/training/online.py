@@ -8,6 +8,7 @@ optimisation); the reference stays the base, with the adapter off. `draft` and `
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from align.pairs.records import (
     SAMPLES,
     SCORES,
     Record,
+    Scores,
     check_preferences,
     describe_records,
     split_held_out,
@@ -52,6 +54,7 @@ from backbone.conditions.conditions import Conditions
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import append_jsonl, read_json, read_jsonl, write_json
+from backbone.io.options import is_code
 from backbone.io.prompts import Prompt, read_prompts
 from backbone.io.report import command, heading, line_plot, paragraph, plot_row, table, write_report
 from backbone.io.run_folder import catch_interrupts, clear_failed_try, package_versions, refuse_taken
@@ -104,10 +107,12 @@ def train_online(asked: dict[str, Any], *, out: Path | None) -> Path:
     share_of(settings)
     refuse_other_images(run, settings)
     processes.barrier()  # now every process has seen that the folder is free
-    if processes.is_main_process():
-        clear_failed_try(run)
-        write_record(run, settings)
-    return carry_on(run, settings, model)
+    with processes.hold_folder(run):
+        if processes.is_main_process():
+            refuse_taken(run)  # by a run that has been quicker
+            clear_failed_try(run)
+            write_record(run, settings)
+        return carry_on(run, settings, model)
 
 
 def refuse_other_images(run: Path, settings: Settings) -> None:
@@ -123,11 +128,27 @@ def refuse_other_images(run: Path, settings: Settings) -> None:
             )
 
 
-def resume_online(run: Path) -> Path:
-    """Goes on with a run that was stopped."""
+def resume_online(run: Path, *, code: str = "") -> Path:
+    """Goes on with a run that was stopped.
+
+    A run folder may come from anybody: a scorer that is a Python file is run only if it is `code`, which the user names
+    anew; `UserError` otherwise.
+    """
     settings = read_settings(run)
+    if is_code(settings.online) and settings.online != code:
+        raise UserError(
+            f"{run} scores with the Python file {settings.online}, which would be run. If you trust it, name it: "
+            f"{resume_command(settings)} --resume {run}"
+        )
     processes.init_process(settings.device)
-    return carry_on(run, settings, _placed(settings))
+    with processes.hold_folder(run):
+        return carry_on(run, settings, _placed(settings))
+
+
+def resume_command(settings: Settings) -> str:
+    """What goes on with a run, but for the run's name: a Python file is named anew each time."""
+    code = f" --online {shlex.quote(settings.online)}" if is_code(settings.online) else ""
+    return f"align train{code}"
 
 
 def _placed(settings: Settings) -> Backbone:
@@ -163,6 +184,7 @@ def _by_pairs(
 ) -> Path:
     began = time.perf_counter()
     training = PreferenceTraining(model, _nothing(model), settings, base, concepts)
+    training.sources = {"model": model.fingerprint}
     training.resume(run)
     validate = Every(0, Validation(run, training, settings))  # before the first round and after each
     writes = processes.is_main_process()
@@ -188,7 +210,9 @@ def _by_pairs(
             started = time.perf_counter()
             label = f"round {number + 1} of {settings.rounds}"
             end = _end(number, settings)
-            stopped = drive(training, run, command="align train", until=end, label=label, validate=validate)
+            stopped = drive(
+                training, run, command=resume_command(settings), until=end, label=label, validate=validate
+            )
             spent["train"] += time.perf_counter() - started
             if stopped:
                 break
@@ -230,7 +254,9 @@ def _draw_round(
                 break
     if processes.any_process(bool(stop)):
         run = folder.parents[1]
-        raise KeyboardInterrupt(f"Stopped while drawing. Continue with: align train --resume {run}")
+        raise KeyboardInterrupt(
+            f"Stopped while drawing. Continue with: {resume_command(settings)} --resume {run}"
+        )
     if not processes.is_main_process():
         return
     facts = {
@@ -262,7 +288,7 @@ def append_reward(run: Path, folder: Path, settings: Settings, number: int) -> N
     known = read_jsonl(run / REWARDS) if (run / REWARDS).exists() else []
     if any(line["round"] == number for line in known):
         return
-    scores = read_json(folder / SCORES)["scores"]
+    scores = read_json(folder / SCORES, Scores).scores
     values = [one[settings.online] for one in scores.values()]
     append_jsonl(run / REWARDS, {"round": number, "reward": sum(values) / len(values)})
 
@@ -289,8 +315,9 @@ def _by_reward(
     began = time.perf_counter()
     kind = RewardGradients if settings.loss == "draft" else PolicyGradients
     training = kind(model, prompts, settings, base, concepts)
+    training.sources = {"model": model.fingerprint}
     training.resume(run)
-    drive(training, run, command="align train", label=settings.loss)
+    drive(training, run, command=resume_command(settings), label=settings.loss)
     if not processes.is_main_process():
         processes.end_process()
         return run

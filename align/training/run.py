@@ -25,7 +25,7 @@ from backbone.adapters.apply import load_concepts
 from backbone.adapters.concept import Concept, read_concept
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify
-from backbone.io.files import write_json
+from backbone.io.files import content_hash, write_json
 from backbone.io.run_folder import clear_failed_try, package_versions, refuse_taken
 from backbone.models.locate import is_path
 from backbone.models.model import Backbone
@@ -72,10 +72,12 @@ def train_taste(
         model, settings = budgeted(model, settings, pictures, prompts, vram)
     share_of(settings)
     processes.barrier()  # now every process has seen that the folder is free
-    if processes.is_main_process():
-        clear_failed_try(run)
-        write_record(run, settings)
-    return carry_on(run, settings, model, records, began=began)
+    with processes.hold_folder(run):
+        if processes.is_main_process():
+            refuse_taken(run)  # by a run that has been quicker
+            clear_failed_try(run)
+            write_record(run, settings)
+        return carry_on(run, settings, model, records, began=began)
 
 
 def resume_taste(run: Path) -> Path:
@@ -91,7 +93,8 @@ def resume_taste(run: Path) -> Path:
         placement=get_placement(settings),
     )
     _refuse_strangers(found, settings, model)
-    return carry_on(run, settings, model, records_of(found, settings), began=began)
+    with processes.hold_folder(run):
+        return carry_on(run, settings, model, records_of(found, settings), began=began)
 
 
 def carry_on(run: Path, settings: Settings, model: Backbone, records: list[Record], *, began: float) -> Path:
@@ -104,6 +107,8 @@ def carry_on(run: Path, settings: Settings, model: Backbone, records: list[Recor
     base = load_concepts(model, concepts)
     data = prepare(model, learn, out, settings, concepts)
     training = PreferenceTraining(model, data, settings, base, concepts)
+    images = "".join(content_hash(picture.read()) for record in learn for picture in record.pictures)
+    training.sources = {"model": model.fingerprint, "images": content_hash(images.encode())}
     training.resume(run)
     prepared = time.perf_counter()
     validate = Every(settings.evaluation_steps, Validation(run, training, settings))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
-from backbone.adapters.concept import Concept
+from backbone.adapters.concept import CONCEPT_FILE, Concept
+from backbone.adapters.config import check_tensors
 from backbone.adapters.embeddings import load_embeddings
 from backbone.adapters.lora import activate_adapters, has_text_encoder_weights, load_lora
 from backbone.distributed.processes import require_whole_model
 from backbone.io.console import UserError
-from backbone.io.files import read_tensors
+from backbone.io.files import read_header, read_tensors
 from backbone.models.model import Backbone
 
 
@@ -20,8 +22,10 @@ def load_concepts(model: Backbone, concepts: Sequence[Concept], *, scale: float 
 
     `scale` multiplies adapters (LoRA scale) and weight differences; those of several concepts add up.
 
-    Raises `UserError` for a concept of another model, before anything is changed.
+    Raises `UserError` for a concept of another model or a scale that is not finite, before anything is changed.
     """
+    if not math.isfinite(scale):
+        raise UserError(f"The scale of the concepts is {scale}, which is no strength. Give a finite number.")
     for concept in concepts:
         check_concept_fits(concept, model)
     names = []
@@ -29,15 +33,20 @@ def load_concepts(model: Backbone, concepts: Sequence[Concept], *, scale: float 
         if concept.changed:
             add_weight_differences(model, concept, scale=scale)
         if concept.words:
-            for token, words in concept.tokens.items():
-                if words.split()[:1] != [
-                    token
-                ]:  # a merged run also has tokens that stand for the model's own words
-                    continue
+            # A merged run also has tokens that stand for the model's own words.
+            learned = [token for token, words in concept.tokens.items() if words.split()[:1] == [token]]
+            if not learned:
+                raise UserError(
+                    f"{concept.folder / CONCEPT_FILE} names {concept.words}, and none of its tokens is learned there. "
+                    "Train the concept again."
+                )
+            for token in learned:
                 load_embeddings(concept.folder / concept.words, model.text_encoder, token)
             model.text_learned = True
         if concept.weights:
             names.append(f"concept_{number}")
+            if not read_header(concept.weights_path).shapes:
+                raise UserError(f"{concept.weights_path} holds no layers. Train the concept again.")
             with_text = has_text_encoder_weights(concept.weights_path)
             text = {slot.name: slot.model for slot in model.text_encoder.slots} if with_text else {}
             load_lora(concept.weights_path, model.denoiser, names[-1], scale=scale, text_encoders=text)
@@ -55,6 +64,9 @@ def add_weight_differences(model: Backbone, concept: Concept, *, scale: float = 
     """Add `scale` times the weight differences of a concept to the denoiser's weights."""
     path = concept.folder / concept.changed
     differences, _ = read_tensors(path)
+    if not differences:
+        raise UserError(f"{path} holds no layers. Train the concept again.")
+    check_tensors(path, differences)
     weights = dict(model.denoiser.named_parameters())
     if any(name not in weights or weights[name].shape != value.shape for name, value in differences.items()):
         raise UserError(f"{path} was made for another model. Give the --model that it was trained on.")
@@ -66,6 +78,14 @@ def check_concept_fits(concept: Concept, model: Backbone) -> None:
     """Raise `UserError` if a concept was trained on other weights, or would change weights that are sharded."""
     if concept.changed:
         require_whole_model(f"{concept.folder} changes the base's own weights, which")
+    for name in filter(None, (concept.weights, concept.words, concept.changed)):
+        if not (concept.folder / name).is_file():
+            raise UserError(
+                f"{concept.folder / name} is missing, which {concept.folder / CONCEPT_FILE} names. Copy the whole run "
+                "folder, or train the concept again."
+            )
+    if not (concept.weights or concept.words or concept.changed):
+        raise UserError(f"{concept.folder / CONCEPT_FILE} names no weights. Train the concept again.")
     if concept.fingerprint != model.fingerprint:
         raise UserError(
             f"{concept.folder} was trained on {concept.model} with other weights than {model.location.name} has. "

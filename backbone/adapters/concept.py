@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError, notify, notify_once
 from backbone.io.files import content_hash, read_json, write_json
+from backbone.io.records import inside, read_as
 
 CONCEPT_FILE = "concept.json"
 BEST = "best"  # in a run folder: the checkpoint that its evaluations found best
@@ -65,12 +67,18 @@ def read_concept(folder: str | Path) -> Concept:
             f"{folder} holds no concept ({CONCEPT_FILE} is missing). Name a run folder of `customize train`."
         )
     fields = read_json(path)
-    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+    if fields.pop("format", None) != FORMAT:
         raise UserError(f"{path} is not a concept that this version reads. Train it again, or update Limner.")
-    try:
-        return Concept(**{key: value for key, value in fields.items() if key != "format"}, folder=path.parent)
-    except TypeError as error:
-        raise UserError(f"{path} is damaged ({error}). Train the concept again.") from error
+    unknown = sorted(
+        set(fields) - {one.name for one in dataclass_fields(Concept)} | ({"folder"} & set(fields))
+    )
+    if unknown or "" in read_as(dict[str, str], fields.get("tokens"), path, "tokens"):
+        what = f"it has the key {unknown[0]}" if unknown else "a token is empty"
+        raise UserError(f"{path} is damaged ({what}). Train the concept again.")
+    concept = read_as(Concept, {**fields, "folder": str(path.parent)}, path)
+    for name in filter(None, (concept.weights, concept.words, concept.changed)):
+        inside(path.parent, name, path)
+    return concept
 
 
 def checkpoint(run: str | Path, which: str | None = None) -> Path:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from tokenizers import AddedToken
 from torch import Tensor, nn
 
+from backbone.adapters.config import check_tensors
 from backbone.families.base import TextEncoder
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
@@ -129,6 +130,7 @@ def load_embeddings(path: Path, encoder: TextEncoder, token: str) -> dict[str, T
     Raises `UserError` if the file holds none for this token.
     """
     tensors, _ = read_tensors(path)
+    check_tensors(path, tensors)
     names = [slot.name for slot in encoder.slots]
     keys = [token] if len(names) == 1 else [f"{token}/{name}" for name in names]
     if any(key not in tensors for key in keys):

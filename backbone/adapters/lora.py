@@ -7,11 +7,13 @@ Four types: LoRA (Hu et al. 2022), DoRA (Liu et al. 2024, magnitude and directio
 from __future__ import annotations
 
 import json
+import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import torch
 from peft import (
@@ -20,22 +22,28 @@ from peft import (
     LoraConfig,
     get_peft_model_state_dict,
     inject_adapter_in_model,
-    set_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from backbone.adapters.config import (
+    ADAPTER_TYPES,
+    CONFIG_KEY,
+    TEXT_MODEL,
+    AdapterConfig,
+    AdapterType,
+    check_tensors,
+    read_adapter_configs,
+)
 from backbone.diffusion.noise import generator
-from backbone.io.console import UserError, notify_once
-from backbone.io.files import read_tensors, write_tensors
-
-AdapterType = Literal["lora", "dora", "loha", "lokr"]
+from backbone.io.console import UserError, notify
+from backbone.io.files import read_header, read_tensors, write_tensors
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 LYCORIS_WEIGHTS = "adapter_weights.safetensors"  # LoHa and LoKr, which diffusers' loader refuses
 DENOISER_PREFIXES = ("unet.", "transformer.")  # a file's names of the denoiser's layers begin so
 PARAMETER_PREFIXES = ("lora_", "hada_", "lokr_")
-ADAPTER_TYPES: tuple[AdapterType, ...] = get_args(AdapterType)
+ADAPTABLE = (nn.Linear, nn.Conv2d, BaseTunerLayer)  # layers that take an adapter, or have one
 
 
 def add_lora(
@@ -52,18 +60,15 @@ def add_lora(
 ) -> dict[str, Tensor]:
     """Add an adapter to the target layers and return its trainable tensors by name, all fp32.
 
-    `rank_pattern` gives layers that match a pattern another rank at the same α/rank, as in peft. A new adapter changes
-    nothing until it is trained: one of its factors is zero. Equal seeds give equal tensors.
+    `rank_pattern` gives layers whose name contains a pattern (`attn2`, `attn2.to_k`, or a regular expression) another
+    rank at the same α/rank; where several match, the longest decides. A new adapter changes nothing until it is
+    trained: one of its factors is zero. Equal seeds give equal tensors.
 
-    Raises `UserError` if no layer of the model is a target.
+    Raises `UserError` if no layer of the model is a target, or a pattern decides no layer's rank.
     """
+    ranks = match_ranks(model, targets, rank_pattern or {})
     config = _peft_config(
-        adapter_type,
-        rank=rank,
-        alpha=alpha,
-        targets=targets,
-        dropout=dropout,
-        rank_pattern=rank_pattern or {},
+        adapter_type, rank=rank, alpha=alpha, targets=list(targets), dropout=dropout, ranks=ranks
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
@@ -81,22 +86,22 @@ def add_lora(
     return trainable
 
 
-def say_idle_rank(parameters: Mapping[str, Tensor], rank: int) -> None:
-    """Says that a LoRA's rank is more than any of its layers is wide: a part of it can learn nothing."""
-    inputs = {key: value[0].numel() for key, value in parameters.items() if "lora_A" in key}
-    outputs = {
-        key.replace("lora_B", "lora_A"): len(value) for key, value in parameters.items() if "lora_B" in key
-    }
-    widths = [min(width, outputs[key]) for key, width in inputs.items() if key in outputs]
-    if widths and rank > max(widths):
-        notify_once(
-            f"Rank {rank} is more than any layer can use (the widest {max(widths)}), so a part of it is idle."
-        )
-
-
 def lora_parameters(model: nn.Module, name: str) -> dict[str, Tensor]:
     """The tensors of one adapter, by name."""
     return {key: value for key, value in model.named_parameters() if _is_adapter_parameter(key, name)}
+
+
+def say_useless_rank(parameters: Mapping[str, Tensor]) -> None:
+    """Say where a LoRA's rank is larger than its layer, so that parameters are spent on nothing."""
+    downs = {key: value for key, value in parameters.items() if ".lora_A." in key}
+    ups = {key: parameters[key.replace(".lora_A.", ".lora_B.")] for key in downs}
+    sides = {key: min(len(ups[key]), down[0].numel()) for key, down in downs.items()}
+    beyond = [key for key, side in sides.items() if len(downs[key]) > side]
+    if beyond:
+        notify(
+            f"The rank is larger than {len(beyond)} of the {len(sides)} layers can use (at most "
+            f"{max(sides[key] for key in beyond)} there): what is above it learns nothing more."
+        )
 
 
 def _is_adapter_parameter(key: str, name: str) -> bool:
@@ -159,7 +164,7 @@ def save_lora(
         state = get_peft_model_state_dict(cast(Any, module), adapter_name=name)
         tensors |= {prefix + key: value for key, value in state.items()}
         settings |= {prefix + key: value for key, value in _peft_metadata(module, name).items()}
-    header = {"format": "pt", "lora_adapter_metadata": json.dumps(settings), **(metadata or {})}
+    header = {"format": "pt", CONFIG_KEY: json.dumps(settings), **(metadata or {})}
     write_tensors(path, tensors, header)
 
 
@@ -173,22 +178,34 @@ def load_lora(
 ) -> None:
     """Load a saved adapter into the model, its α multiplied by `scale`.
 
-    Raises `UserError` if the file was made for another model.
+    The layers are those of the file, exactly, with its factors as they are: LoKr's of any division too.
+    Raises `UserError` if the file is damaged, lacks layers that its header names, or was made for another model.
     """
     tensors, header = read_tensors(path)
-    if "lora_adapter_metadata" not in header:
-        raise UserError(f"{path} does not say its rank and alpha. Use a file that `customize train` wrote.")
-    metadata = json.loads(header["lora_adapter_metadata"])
-    parts = {denoiser_prefix(model): model, **_prefix_encoders(text_encoders)}
-    if any(not key.startswith(tuple(parts)) for key in tensors):
+    check_tensors(path, tensors)
+    configs = read_adapter_configs(path, header)
+    if not configs:
         raise UserError(
-            f"{path} was made for another model than this one. Give the --model that it was trained on."
+            f"{path} does not say its rank and alpha. Use a file that `customize train` or `customize import` wrote."
         )
+    for component in configs:
+        if not any(key.startswith(f"{component}.") for key in tensors):
+            raise UserError(
+                f"{path} lacks all tensors of the {component} that its header names. Copy it again."
+            )
+    parts = {denoiser_prefix(model): model, **_prefix_encoders(text_encoders)}
+    foreign = next((key for key in tensors if not key.startswith(tuple(parts))), None)
+    if foreign is not None:
+        raise _made_for_another(path, f"it holds {foreign}")
     for prefix, module in parts.items():
-        state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        if state:
-            settings = {key.removeprefix(prefix): v for key, v in metadata.items() if key.startswith(prefix)}
-            _load_into(path, module, name, state, settings, scale)
+        layers = _group_factors(path, module, prefix, tensors)
+        config = configs.get(prefix.removesuffix("."))
+        if layers and config is None:
+            raise UserError(f"{path} does not say the rank and alpha of its {prefix}… Write it again.")
+        if config is not None:
+            _require_every_target(path, module, layers, config)
+        if layers and config is not None:
+            _load_into(path, module, name, layers, config, scale)
 
 
 def activate_adapters(model: nn.Module, names: Sequence[str]) -> None:
@@ -208,7 +225,43 @@ def denoiser_prefix(model: nn.Module) -> str:
 
 def has_text_encoder_weights(path: Path) -> bool:
     """Whether an adapter file also adapts text encoders."""
-    return any(not key.startswith(DENOISER_PREFIXES) for key in read_tensors(path)[0])
+    return any(not key.startswith(DENOISER_PREFIXES) for key in read_header(path).shapes)
+
+
+def match_ranks(model: nn.Module, targets: Sequence[str], rank_pattern: Mapping[str, int]) -> dict[str, int]:
+    """Layer → rank, for the targets whose name contains a pattern; the longest pattern decides.
+
+    Raises `UserError` for a pattern that decides no layer's rank, or is no regular expression.
+    """
+    if not rank_pattern:
+        return {}
+    layers = AdapterConfig(1, 1.0, target_modules=tuple(targets)).find_targets(_adaptable_layers(model))
+    decided: dict[str, str] = {}
+    for pattern in sorted(rank_pattern, key=len):
+        # A number at an end is a whole one: blocks.1 is not in blocks.10.
+        ends = (r"(?<!\d)" if pattern[:1].isdigit() else "", r"(?!\d)" if pattern[-1:].isdigit() else "")
+        try:
+            expression = re.compile(f"{ends[0]}(?:{pattern}){ends[1]}")
+        except re.error as error:
+            raise UserError(f"The rank pattern {pattern} cannot be read ({error}). Write attn2=8.") from error
+        decided |= {name: pattern for name in layers if expression.search(name)}
+    for pattern in rank_pattern:
+        if pattern not in decided.values():
+            raise UserError(
+                f"The rank pattern {pattern} decides the rank of no layer that takes the adapter (they are called like "
+                f"{', '.join(sorted(layers)[:2])}). Correct it, or leave it out."
+            )
+    return {name: rank_pattern[pattern] for name, pattern in decided.items()}
+
+
+def _adaptable_layers(model: nn.Module) -> frozenset[str]:
+    """Names of the layers that can take an adapter, without the inner ones of adapters."""
+    outer = [f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    return frozenset(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, ADAPTABLE) and not name.startswith(tuple(outer))
+    )
 
 
 def _has_adapter(layer: Any, name: str) -> bool:
@@ -219,45 +272,161 @@ def _prefix_encoders(text: Mapping[str, nn.Module] | None) -> dict[str, nn.Modul
     return {f"{side}.": module for side, module in (text or {}).items()}
 
 
-def _load_into(
-    path: Path, model: nn.Module, name: str, state: dict[str, Tensor], settings: dict[str, Any], scale: float
-) -> None:
-    """Load the part of an adapter that belongs to one network."""
-    config = _peft_config(
-        _adapter_type(settings),
-        rank=settings["r"],
-        alpha=settings.get("lora_alpha", settings.get("alpha", settings["r"])) * scale,
-        targets=settings["target_modules"],
-        dropout=settings.get("lora_dropout", 0.0),
-        rank_pattern=settings.get("rank_pattern") or {},
+def _made_for_another(path: Path, why: str) -> UserError:
+    return UserError(
+        f"{path} was made for another model than this one ({why}). Give the --model that it was trained on."
     )
-    if "alpha_pattern" in settings:  # other tools let rank and alpha differ on their own
-        config.alpha_pattern = {layer: alpha * scale for layer, alpha in settings["alpha_pattern"].items()}
-    state = {_match_text_model_level(model, key): value for key, value in state.items()}
-    shapes = {key: tuple(value.shape) for key, value in state.items()}
+
+
+def _group_factors(
+    path: Path, model: nn.Module, prefix: str, tensors: Mapping[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """Layer → factor (`lora_A`, `lokr_w1_a`, …) → tensor, of the part of a file that belongs to one network."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if not key.startswith(prefix):
+            continue
+        layer, _, factor = key.removeprefix(prefix).removesuffix(".weight").rpartition(".")
+        if not factor.startswith(PARAMETER_PREFIXES):
+            raise UserError(f"{path} holds {key}, which is no factor of an adapter. Import it again.")
+        layers.setdefault(_match_text_model_level(model, layer), {})[factor] = value
+    return layers
+
+
+def _require_every_target(
+    path: Path, model: nn.Module, layers: Mapping[str, object], config: AdapterConfig
+) -> None:
+    """Raise `UserError` where the model lacks a layer of the file, or the file one that its header names."""
+    names = _adaptable_layers(model)
+    foreign = next((layer for layer in layers if layer not in names), None)
+    if foreign is not None:
+        raise _made_for_another(path, f"it changes {foreign}, which this one does not have")
+    missing = sorted(config.find_targets(names) - {layer.removeprefix(TEXT_MODEL) for layer in layers})
+    if missing:
+        raise UserError(
+            f"{path} lacks the tensors of {len(missing)} layers that its header names, as {missing[0]}. "
+            "It is cut short, or was made for another model: copy it again, or give the --model it was trained on."
+        )
+
+
+@torch.no_grad()
+def _load_into(
+    path: Path,
+    model: nn.Module,
+    name: str,
+    layers: dict[str, dict[str, Tensor]],
+    config: AdapterConfig,
+    scale: float,
+) -> None:
+    """Load the part of an adapter that belongs to one network: peft's layers with the file's factors."""
+    ranks = {layer: _check_factors(path, layer, factors, config) for layer, factors in layers.items()}
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    adapter_type = config.adapter_type
+    if any("lora_magnitude_vector" in factors for factors in layers.values()):
+        adapter_type = "dora"
+    peft_config = _peft_config(
+        adapter_type,
+        rank=common,
+        alpha=float(common),
+        targets="|".join(re.escape(layer) for layer in layers),
+        dropout=0.0,
+        ranks={layer: rank for layer, rank in ranks.items() if rank != common},
+    )
+    peft_config.alpha_pattern = {
+        f"^{layer}": config.layer_alpha(*_names(layer), rank=rank) * scale for layer, rank in ranks.items()
+    }
     with warnings.catch_warnings():  # a second adapter is what we want here
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        try:
-            inject_adapter_in_model(config, cast(Any, model), adapter_name=name)
-        except ValueError as error:
-            raise UserError(
-                f"{path} was made for another model than this one. Give the --model that it was trained on."
-            ) from error
-    expected = get_peft_model_state_dict(cast(Any, model), adapter_name=name)
-    if shapes != {key: tuple(value.shape) for key, value in expected.items()}:
-        raise UserError(
-            f"{path} was made for another model than this one. Give the --model that it was trained on."
-        )
-    set_peft_model_state_dict(cast(Any, model), state, adapter_name=name)
+        inject_adapter_in_model(peft_config, cast(Any, model), adapter_name=name)
+    cast(Any, model).peft_config[name].target_modules = set(layers)
+    modules = dict(model.named_modules())
+    for layer, factors in layers.items():
+        module: Any = modules[layer]
+        if adapter_type in ("loha", "lokr"):
+            _replace_factors(path, layer, module, name, factors)
+        else:
+            _fill_factors(path, layer, module, name, factors)
     for parameter in lora_parameters(model, name).values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(False)
 
 
+def _names(layer: str) -> tuple[str, ...]:
+    """A layer's names in a header: CLIP's level `text_model` may be there or not."""
+    plain = layer.removeprefix(TEXT_MODEL)
+    return plain, TEXT_MODEL + plain
+
+
+_FACTORS: dict[AdapterType, tuple[set[str], ...]] = {
+    "lora": ({"lora_A", "lora_B"},),
+    "dora": ({"lora_A", "lora_B"},),
+    "loha": ({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},),
+    "lokr": tuple(
+        left | right
+        for left in ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"})
+        for right in ({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"})
+    ),
+}
+_OPTIONAL = {"lora_magnitude_vector", "hada_t1", "hada_t2", "lokr_t2"}
+
+
+def _check_factors(path: Path, layer: str, factors: Mapping[str, Tensor], config: AdapterConfig) -> int:
+    """The rank of a layer; `UserError` where factors are missing, or of another rank than the header says."""
+    if not any(set(factors) - _OPTIONAL == names for names in _FACTORS[config.adapter_type]):
+        raise UserError(
+            f"The layer {layer} in {path} is not whole (it has {', '.join(sorted(factors))}). Copy the file again."
+        )
+    said = config.layer_rank(*_names(layer))
+    inner = ("lora_A", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
+    stored = next((factors[factor].shape[0] for factor in inner if factor in factors), said)
+    if stored != said:
+        raise UserError(
+            f"The header of {path} is damaged (it says rank {said} for {layer}, whose tensors have {stored}). "
+            "Download, export or train the adapter again."
+        )
+    return said
+
+
+def _fill_factors(path: Path, layer: str, module: Any, name: str, factors: Mapping[str, Tensor]) -> None:
+    """Fill a LoRA layer; a matrix also fills a 1 × 1 convolution and the reverse. Without a magnitude it is no DoRA."""
+    for factor, value in factors.items():
+        if factor == "lora_magnitude_vector":
+            parameter = (
+                module.lora_magnitude_vector[name].weight if name in module.lora_magnitude_vector else None
+            )
+            fits = parameter is not None and parameter.numel() == value.numel()
+        else:
+            parameter = getattr(module, factor)[name].weight
+            fits = parameter.flatten(1).shape == value.flatten(1).shape
+        if parameter is None or not fits:
+            raise _made_for_another(path, f"{layer} has another shape there")
+        parameter.data = value.float().reshape(parameter.shape).to(parameter.device)
+    if "lora_magnitude_vector" not in factors and name in module.lora_magnitude_vector:
+        del module.lora_magnitude_vector[name], module.lora_variant[name]
+        module.use_dora[name] = False
+
+
+def _replace_factors(path: Path, layer: str, module: Any, name: str, factors: Mapping[str, Tensor]) -> None:
+    """Give a LoHa or LoKr layer the file's factors in place of peft's own, however they divide its weight."""
+    weight = module.get_base_layer().weight
+    for factor in module.adapter_layer_names:
+        if name in getattr(module, factor):
+            del getattr(module, factor)[name]
+    for factor, value in factors.items():
+        kept = nn.Parameter(value.float().to(weight.device), requires_grad=False)
+        getattr(module, factor)[name] = kept
+    try:
+        fits = module.get_delta_weight(name).shape == weight.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise _made_for_another(path, f"{layer} has another shape there")
+
+
 def _match_text_model_level(model: nn.Module, key: str) -> str:
     """Add or remove CLIP's level `text_model.` in a key, as the installed transformers names it."""
-    plain = key.removeprefix("text_model.")
-    return f"text_model.{plain}" if hasattr(model, "text_model") and "text_projection" not in key else plain
+    plain = key.removeprefix(TEXT_MODEL)
+    return TEXT_MODEL + plain if hasattr(model, "text_model") and "text_projection" not in key else plain
 
 
 def _peft_config(
@@ -267,14 +436,18 @@ def _peft_config(
     alpha: float,
     targets: Sequence[str],
     dropout: float,
-    rank_pattern: Mapping[str, int],
+    ranks: Mapping[str, int],
 ) -> Any:
-    """peft's config of an adapter; layers of another rank keep the ratio of alpha to rank."""
+    """peft's config of an adapter; the layers in `ranks`, of another rank, keep the ratio of alpha to rank.
+
+    `targets` is a list of names or their ends, or a regular expression.
+    """
     shared: dict[str, Any] = {
         "r": rank,
-        "target_modules": list(targets),
-        "rank_pattern": dict(rank_pattern),
-        "alpha_pattern": {layer: alpha * layer_rank / rank for layer, layer_rank in rank_pattern.items()},
+        "target_modules": targets,
+        # ^: peft matches the ends of names
+        "rank_pattern": {f"^{layer}": layer_rank for layer, layer_rank in ranks.items()},
+        "alpha_pattern": {f"^{layer}": alpha * layer_rank / rank for layer, layer_rank in ranks.items()},
     }
     match adapter_type:
         case "lora" | "dora":
@@ -286,11 +459,6 @@ def _peft_config(
         case "lokr":
             return LoKrConfig(**shared, alpha=cast(int, alpha), module_dropout=dropout)
     raise UserError(f"There is no adapter called {adapter_type}. Choose one of {', '.join(ADAPTER_TYPES)}.")
-
-
-def _adapter_type(settings: Mapping[str, Any]) -> AdapterType:
-    """The type of a saved adapter."""
-    return cast(AdapterType, settings.get("kind", "dora" if settings.get("use_dora") else "lora"))
 
 
 def _peft_metadata(model: nn.Module, name: str) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from backbone.io.console import UserError
@@ -14,6 +16,22 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a name, `auto` the fastest; `UserError` for one that torch does not see here."""
+    if name == "auto":
+        return torch.device(best_device())
+    kind, _, index = name.partition(":")
+    there = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }
+    if (index and not re.fullmatch(r"\d{1,4}", index)) or int(index or 0) >= there.get(kind, 0):
+        known = ", ".join(word for word, count in there.items() if count)
+        raise UserError(f"There is no device {name} here. Choose auto or one of {known}.")
+    return torch.device(name)
 
 
 def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -10,15 +10,17 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from backbone.io import run_folder
 from backbone.io.console import UserError
 
 Item = TypeVar("Item")
@@ -60,6 +62,13 @@ def init_process(device: str) -> None:
     state = PartialState(cpu=on_cpu, timeout=COLLECTIVE_TIMEOUT)
     if state.num_processes != launched:
         raise UserError(f"{launched} processes cannot share this machine's device. Add --device cpu.")
+
+
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """`run_folder.hold_folder` by the main process, for all of them."""
+    with run_folder.hold_folder(folder) if is_main_process() else nullcontext():
+        yield
 
 
 def end_process() -> None:

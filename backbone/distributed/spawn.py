@@ -39,7 +39,7 @@ def run_workers(function: Callable[..., None], arguments: tuple[Any, ...], *, pr
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     multiprocessing.set_forkserver_preload(PRELOADED)
     call = (function, arguments, processes, port, dict(os.environ))
-    start_processes(_worker, call, nprocs=processes, start_method=method)  # type: ignore[no-untyped-call]
+    start_processes(_worker, call, nprocs=processes, start_method=method)
 
 
 def _worker(

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from backbone.io.console import UserError
 from backbone.io.files import read_json
+from backbone.io.records import parse_json, read_as
+from backbone.io.weights import check_weights, refuse_damaged, refuse_missing
 from backbone.world.words import choose_article, load_vocabulary
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ VISION_MODEL_TYPES = (
 )  # transformers' names of DINO and its followers
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+LARGEST_CROP = 4096  # pixels
 CLASS_TEMPLATES = ("{}", "a photo of {}", "a picture of {}")
 
 
@@ -141,12 +144,10 @@ def load_image_encoder(path: str | Path, *, device: torch.device | str = "cpu") 
         raise UserError(
             f"{folder} holds a model of type {kind!r}, neither CLIP nor DINO. Name a folder of one of them."
         )
-    _check_weights(folder)
-    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
     if kind == "vit":  # DINO's has no pooler
-        model: Any = ViTModel.from_pretrained(folder, add_pooling_layer=False, **options)
+        model = _load_model(ViTModel, folder, add_pooling_layer=False)
     else:
-        model = AutoModel.from_pretrained(folder, trust_remote_code=False, **options)
+        model = _load_model(AutoModel, folder, trust_remote_code=False)
     model = model.to(device).eval().requires_grad_(False)
     side = (
         model.config.image_size if kind == "vit" else VisionEncoder.crop_size
@@ -167,12 +168,11 @@ def load_scorer(path: str | Path, *, device: torch.device | str = "cpu") -> Scor
         raise UserError(
             f"{folder} holds a model of type {kind!r}, not a CLIP model. Name a folder of a CLIP model."
         )
-    _check_weights(folder)
-    model: Any = CLIPModel.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
-    )
-    model = model.to(device).eval().requires_grad_(False)
-    tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    model = _load_model(CLIPModel, folder).to(device).eval().requires_grad_(False)
+    for path in folder.glob("*.json"):
+        parse_json(path.read_bytes(), path)
+    with refuse_damaged(str(folder), "tokenizer"):
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     side = model.config.vision_config.image_size
     return Scorer(model, tokenizer, **_read_preprocessor(folder, side, CLIP_MEAN, CLIP_STD))
 
@@ -184,15 +184,22 @@ def _read_model_type(folder: Path) -> Any:
     return read_json(folder / "config.json").get("model_type")
 
 
-def _check_weights(folder: Path) -> None:
-    """Raise `UserError` for a folder without safetensors; disable transformers' progress bars."""
+def _load_model(kind: Any, folder: Path, **options: Any) -> Any:
+    """A network of transformers, from whole safetensors files of this folder alone; `UserError` otherwise."""
     from transformers.utils import logging
 
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(
-            f"{folder} holds no safetensors weights. Save the model with safe_serialization and try again."
-        )
+    check_weights(folder)
     logging.disable_progress_bar()
+    with refuse_damaged(str(folder), "scorer"):
+        loaded = kind.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **options,
+        )
+    return refuse_missing(loaded[0], loaded[1], str(folder), "scorer")
 
 
 def clip_i(generated: Tensor, real: Tensor) -> float:
@@ -283,13 +290,17 @@ def _read_preprocessor(
     """Sizes, mean and standard deviation from `preprocessor_config.json`, by default those given."""
     path = folder / "preprocessor_config.json"
     settings = read_json(path) if path.is_file() else {}
+    mean, std = (
+        read_as(tuple[float, float, float], settings.get(key, list(usual)), path, key)
+        for key, usual in (("image_mean", mean), ("image_std", std))
+    )
     shortest = _size_in_pixels(settings.get("size"), side)
     crop = settings.get("crop_size") if settings.get("do_center_crop", True) else None
     crop_size = _size_in_pixels(crop, shortest)
     return {
         "crop_size": crop_size,
-        "mean": tuple(settings.get("image_mean", mean)),
-        "std": tuple(settings.get("image_std", std)),
+        "mean": mean,
+        "std": std,
         "shortest_edge": max(crop_size, shortest),
     }
 
@@ -298,7 +309,12 @@ def _size_in_pixels(size: Any, default: int) -> int:
     """A size in pixels in any of transformers' notations."""
     if isinstance(size, dict):
         size = size.get("shortest_edge", size.get("height"))
-    return int(size or default)
+    pixels = read_as(int, size or default, "The scorer's preprocessor_config.json", "size")
+    if not 1 <= pixels <= LARGEST_CROP:
+        raise UserError(
+            f"A scorer that looks at {pixels} pixels is none. Restore its preprocessor_config.json."
+        )
+    return pixels
 
 
 def _chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:

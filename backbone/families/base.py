@@ -19,6 +19,7 @@ from backbone.conditions.conditions import Conditions, Text
 from backbone.diffusion.noise import Level, PredictionType, Schedule
 from backbone.families.location import Location
 from backbone.io.files import Header
+from backbone.io.weights import refuse_damaged
 
 Network = Callable[[Tensor, Tensor], Tensor]
 """(noisy latents [B, …], times [] or [B]) → the network's raw prediction [B, …]."""
@@ -232,7 +233,12 @@ class ModelSpec:
 def diffusers_spec(kind: Any, location: Location, part: str, dtype: torch.dtype) -> ModuleSpec:
     """The spec of a diffusers model (`kind` is its class), from its config."""
     config = location.config(part)
-    return ModuleSpec(lambda: cast(nn.Module, kind.from_config(config)), dtype)
+
+    def build() -> nn.Module:
+        with refuse_damaged(location.name, part):
+            return cast(nn.Module, kind.from_config(config))
+
+    return ModuleSpec(build, dtype)
 
 
 def transformers_spec(
@@ -240,7 +246,12 @@ def transformers_spec(
 ) -> ModuleSpec:
     """The spec of a transformers text encoder (`kind` is its class), from its config."""
     config = location.config(part)
-    return ModuleSpec(lambda: cast(nn.Module, kind(kind.config_class.from_dict(config))), dtype)
+
+    def build() -> nn.Module:
+        with refuse_damaged(location.name, part):
+            return cast(nn.Module, kind(kind.config_class.from_dict(config)))
+
+    return ModuleSpec(build, dtype)
 
 
 def _zeros(name: str, shape: tuple[int, ...], device: str) -> Tensor:

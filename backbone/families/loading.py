@@ -25,6 +25,8 @@ from backbone.families.base import NoisePath, TextEncoderSlot
 from backbone.families.location import Location
 from backbone.io.console import UserError, notify_once
 from backbone.io.files import read_header, read_tensors
+from backbone.io.records import parse_json
+from backbone.io.weights import refuse_damaged, refuse_missing
 
 UNSUPPORTED_FLOW_SETTINGS = (
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
@@ -49,18 +51,24 @@ def load_pretrained(kind: Any, location: Location, part: str, **options: Any) ->
         raise UserError(
             f"{folder} has no folder {part}/, so it is not a whole model. Save or download it again."
         )
-    if issubclass(kind, nn.Module):
-        options |= {"use_safetensors": True}
+    network = issubclass(kind, nn.Module)
+    if network:
+        location.refuse_foreign_weights(part)
+        location.config(part)
+        options |= {"use_safetensors": True, "output_loading_info": True}
+    elif folder is not None:
+        for path in (folder / part).glob("*.json"):
+            parse_json(path.read_bytes(), path)
     transformers_logging.disable_progress_bar()
-    try:
-        return kind.from_pretrained(
-            location.source, subfolder=part, local_files_only=folder is not None, **options
+    with refuse_damaged(location.name, part):
+        loaded = kind.from_pretrained(
+            location.source,
+            subfolder=part,
+            local_files_only=folder is not None,
+            revision=location.revision,
+            **options,
         )
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"The {part} of {location.name} could not be loaded ({reason}). Check the model."
-        ) from error
+    return refuse_missing(loaded[0], loaded[1], location.name, part) if network else loaded
 
 
 def load_network(
@@ -99,7 +107,7 @@ def load_casting(
     file = location.local(f"{part}/{WEIGHTS}")
     if file is None or getattr(kind, "_keep_in_fp32_modules", None):
         return None
-    with init_empty_weights():
+    with refuse_damaged(location.name, part), init_empty_weights():
         network = cast(nn.Module, kind.from_config(location.config(part)))
     shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     if read_header(file).shapes != shapes:
@@ -165,10 +173,9 @@ def load_t5(location: Location, number: str, dtype: torch.dtype) -> TextEncoderS
     """Load a T5 text encoder in `dtype` with its tokenizer."""
     try:
         tokenizer = load_pretrained(T5Tokenizer, location, f"tokenizer{number}")
-    except (ValueError, ImportError) as error:
+    except UserError as error:
         raise UserError(
-            f"The tokenizer{number} of {location.name} could not be read ({str(error).splitlines()[0]}). "
-            "If it is a spiece.model alone, run: pip install sentencepiece protobuf"
+            f"{error} If it is a spiece.model alone, run: pip install sentencepiece protobuf"
         ) from error
     return TextEncoderSlot(
         f"text_encoder{number}",
@@ -232,6 +239,7 @@ class MultiTextEncoder:
 
 def tokenize(slot: TextEncoderSlot, prompts: Sequence[str], length: int | None = None) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask` [B, T], truncated or padded to `length` (the tokenizer's own if None)."""
+    _refuse_half_characters(prompts)
     encoded = slot.tokenizer(
         list(prompts),
         padding="max_length",
@@ -243,8 +251,18 @@ def tokenize(slot: TextEncoderSlot, prompts: Sequence[str], length: int | None =
     return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
+def _refuse_half_characters(prompts: Sequence[str]) -> None:
+    """`UserError` for words that are no text in UTF-8, as a terminal of another encoding sends them."""
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"The prompt {prompt[:60]!r} is no text in UTF-8. Write it anew.") from error
+
+
 def warn_truncation(slot: TextEncoderSlot, prompts: Sequence[str], length: int | None = None) -> None:
     """Warn of each prompt that is longer than the encoder reads, once per prompt, quoting what is dropped."""
+    _refuse_half_characters(prompts)
     length = length or slot.tokenizer.model_max_length
     for prompt in prompts:
         tokens = slot.tokenizer(prompt, verbose=False)["input_ids"]
@@ -277,7 +295,8 @@ def vp_path(location: Location) -> NoisePath:
                 f"The scheduler of {location.name} has {setting} {scheduler[setting]!r}, and understood are "
                 f"{', '.join(known)}. Restore scheduler/."
             )
-    config = dict(DDIMScheduler.from_config(scheduler).config)
+    with refuse_damaged(location.name, "scheduler"):
+        config = dict(DDIMScheduler.from_config(scheduler).config)
     alpha_bar = _read_alphas_cumprod(location.name, config)
     by_alpha = name in ("", "DDIMScheduler", "PNDMScheduler", "DDPMScheduler")
     final: Literal["one", "first"] = "one" if config["set_alpha_to_one"] or not by_alpha else "first"
@@ -336,9 +355,10 @@ def flow_path(
 
     scheduler = location.config("scheduler")
     name = scheduler.get("_class_name", "")
-    config = (
-        dict(FlowMatchEulerDiscreteScheduler.from_config(scheduler).config) if "FlowMatch" in name else {}
-    )
+    with refuse_damaged(location.name, "scheduler"):
+        config = (
+            dict(FlowMatchEulerDiscreteScheduler.from_config(scheduler).config) if "FlowMatch" in name else {}
+        )
     strange = [setting for setting in UNSUPPORTED_FLOW_SETTINGS if config.get(setting)]
     if not config or strange or config["time_shift_type"] != "exponential":
         what = ", ".join(strange) or config.get("time_shift_type") or name or "of unknown kind"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from backbone.io.console import UserError
+from backbone.io.console import UserError, notify
 from backbone.io.files import read_json
 from backbone.io.hub import hub_answers
+from backbone.io.records import read_as
+from backbone.io.weights import INDEX, REDIRECTIONS, check_weights, read_weight_index
 
 
 @dataclass(frozen=True)
@@ -16,13 +18,15 @@ class Location:
     """Where a model is loaded from: a diffusers folder, a hub id or a single checkpoint file (`source`).
 
     `index` is its model_index.json. A single file holds weights alone; `settings` are the folders where its configs and
-    tokenizers are looked up, laid out as diffusers', the first that has a file wins.
+    tokenizers are looked up, laid out as diffusers', the first that has a file wins. `revision` is the commit of a hub
+    id from which all its files are taken.
     """
 
     name: str
     source: str
     index: dict[str, Any]
     settings: tuple[Path, ...] = ()
+    revision: str | None = None
 
     @property
     def folder(self) -> Path | None:
@@ -40,22 +44,99 @@ class Location:
         return next((root / name for root in roots if (root / name).exists()), None)
 
     def config(self, part: str) -> dict[str, Any]:
-        """Read the config of a component (`unet`, `vae`, `scheduler` …); `UserError` if it has none."""
+        """Read the config of a component (`unet`, `vae`, `scheduler` …); `UserError` if it is missing or damaged."""
         name = f"{part}/{'scheduler_config' if part == 'scheduler' else 'config'}.json"
-        path = self.local(name) if self.folder or self.file else hub_file(self.source, name)
+        path = self.local(name) if self.folder or self.file else hub_file(self.source, name, self.revision)
         if path is None:
             raise UserError(f"{self.name} has no {name}. Save or download the model again.")
-        return cast("dict[str, Any]", read_json(path))
+        config = Config(read_json(path))
+        config.path = path
+        for key, kind in CONFIG_TYPES.items():
+            if config.get(key) is not None:
+                _check_size(read_as(kind, config[key], path, key), path, key)
+        return config
+
+    def refuse_foreign_weights(self, part: str) -> None:
+        """`UserError` unless a loader that is given this component opens whole safetensors files of it alone."""
+        if self.folder is not None:
+            check_weights(self.folder / part)
+            return
+        for name in (*REDIRECTIONS, f"diffusion_pytorch_model{INDEX}", f"model{INDEX}"):
+            path = find_hub_file(self.source, f"{part}/{name}", self.revision)
+            if path is not None and name in REDIRECTIONS:
+                raise UserError(f"{part}/{name} of {self.name} would load other weights. Name another model.")
+            if path is not None:
+                read_weight_index(path)
 
 
-def hub_file(repository: str, name: str) -> Path:
-    """Download a file of a hub repository, or take it from the cache; `UserError` if neither works."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+class Config(dict[str, Any]):
+    """A component's config. A key that it lacks is a `UserError`."""
+
+    path = Path()
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f"{self.path} is damaged: it has no {key}. Restore it, or download the model again.")
+
+
+CONFIG_TYPES: dict[str, Any] = {  # what is read here; what only diffusers and transformers read, they check
+    "_class_name": str,
+    "block_out_channels": list[int],
+    "sample_size": int | list[int],
+    "cross_attention_dim": int | list[int],
+    **dict.fromkeys(
+        ("in_channels", "out_channels", "latent_channels", "patch_size", "pos_embed_max_size"), int
+    ),
+    **dict.fromkeys(("joint_attention_dim", "pooled_projection_dim", "caption_channels"), int),
+    **dict.fromkeys(("projection_class_embeddings_input_dim", "addition_time_embed_dim"), int),
+    **dict.fromkeys(("hidden_size", "d_model", "vocab_size", "num_hidden_layers", "num_layers"), int),
+    **dict.fromkeys(("num_single_layers", "num_attention_heads", "num_train_timesteps"), int),
+    **dict.fromkeys(("scaling_factor", "shift_factor", "shift", "base_shift", "max_shift"), float),
+    **dict.fromkeys(("force_upcast", "guidance_embeds", "use_dynamic_shifting"), bool),
+    **dict.fromkeys(("addition_embed_type", "prediction_type", "time_shift_type", "beta_schedule"), str),
+}
+LARGEST = 2**24  # of any size or number in a config
+MOST_LAYERS = 1000
+
+
+def _check_size(value: Any, path: Path, key: str) -> None:
+    """Raise `UserError` for sizes that no network has, which would take all memory, or for ever, to build."""
+    most = MOST_LAYERS if "layers" in key else LARGEST
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, int) and not isinstance(number, bool) and not 1 <= number <= most:
+            raise UserError(f"{path} is damaged: {key} is {number}. Restore it, or download the model again.")
+    if value == []:
+        raise UserError(f"{path} is damaged: {key} is empty. Restore it, or download the model again.")
+
+
+def hub_file(repository: str, name: str, revision: str | None = None) -> Path:
+    """Download a file of a hub repository, or take it from the cache; `UserError` if neither works.
+
+    What is not in the cache is said before it is fetched: a foreign file may name a model.
+    """
+    path = find_hub_file(repository, name, revision)
+    if path is None:
+        raise UserError(f"The model {repository} has no {name} on the hub. Name another model.")
+    return path
+
+
+def find_hub_file(repository: str, name: str, revision: str | None = None) -> Path | None:
+    """`hub_file`, or None where the repository has no such file."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
-        return Path(hf_hub_download(repository, name, local_files_only=not hub_answers(repository)))
+        offline = not hub_answers(repository)
+        if not offline and revision is None and try_to_load_from_cache(repository, name) is None:
+            notify(f"Fetching {repository} from the hub ({name} first).")
+        return Path(hf_hub_download(repository, name, revision=revision, local_files_only=offline))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return None
         raise UserError(
             f"The model {repository} is not on this machine and could not be fetched from the hub "
             f"({type(error).__name__}). Check its name and the connection, or name a local diffusers folder."

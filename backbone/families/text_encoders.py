@@ -24,6 +24,7 @@ from backbone.families.location import Location
 from backbone.families.sdxl.checkpoint import build_clip
 from backbone.io.console import UserError
 from backbone.io.files import Header, read_header, read_tensors
+from backbone.io.weights import refuse_damaged
 
 CLIP_L, CLIP_G, T5 = (f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl"))
 ENCODER_LABELS = {CLIP_L: "text encoder CLIP-L", CLIP_G: "text encoder CLIP-G", T5: "text encoder T5"}
@@ -96,7 +97,7 @@ def read_weights(location: Location, prefix: str, dtype: torch.dtype) -> dict[st
 
 def build_network(kind: Any, location: Location, part: str, tensors: dict[str, Tensor]) -> nn.Module:
     """Build a diffusers network from its config with these tensors; `UserError` where they do not fit."""
-    with init_empty_weights():
+    with refuse_damaged(location.name, part), init_empty_weights():
         model: nn.Module = kind.from_config(location.config(part))
     try:
         model.load_state_dict(tensors, assign=True)
@@ -128,11 +129,12 @@ def load_t5(location: Location, number: str, dtype: torch.dtype) -> TextEncoderS
     Raises `UserError` where the tokenizer is missing, or the tensors do not fit the encoder's config.
     """
     part = f"text_encoder{number}"
-    config = T5Config.from_dict(location.config(part))
+    with refuse_damaged(location.name, part):
+        config = T5Config.from_dict(location.config(part))
     tokenizer = load_t5_tokenizer(location, number, config.vocab_size)
     tensors = read_weights(location, T5, dtype)
     tensors.setdefault(TIED, tensors.get(SHARED, torch.empty(0)))
-    with init_empty_weights():
+    with refuse_damaged(location.name, part), init_empty_weights():
         expected = T5EncoderModel(config).state_dict()
     if {name: value.shape for name, value in tensors.items()} != {
         name: value.shape for name, value in expected.items()
@@ -153,11 +155,12 @@ def load_t5_tokenizer(location: Location, number: str, vocab_size: int) -> Any:
             f"Put the {name}/ folder of this model (with its tokenizer.json) beside the file."
         )
     try:
-        tokenizer = T5Tokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
+        with refuse_damaged(str(location.source), name):
+            tokenizer = T5Tokenizer.from_pretrained(str(folder), local_files_only=True)
+    except UserError as error:
         raise UserError(
-            f"{folder} is not a whole T5 tokenizer ({str(error).strip().splitlines()[0]}). "
-            "Restore it, or if it is a spiece.model alone, run: pip install sentencepiece protobuf"
+            f"{folder} is not a whole T5 tokenizer. {error} "
+            "If it is a spiece.model alone, run: pip install sentencepiece protobuf"
         ) from error
     if len(tokenizer) > vocab_size:
         raise UserError(

@@ -21,6 +21,12 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 MAIN_PROCESS_GRACE_SECONDS = 5.0
 GC_THRESHOLD = 200_000
+OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "could not create a primitive",
+)
 
 
 class UserError(Exception):
@@ -30,9 +36,9 @@ class UserError(Exception):
 def run_app(app: Callable[[], Any]) -> NoReturn:
     """Run a typer application as a console script and end the process.
 
-    Exit codes: 0 success; 2 for a `UserError`, a file that is missing, forbidden or does not fit on the disk, and (by
-    typer) wrong usage; 130 after Ctrl-C. User errors print their message alone; LIMNER_TRACEBACK=1 shows the traceback.
-    Other exceptions are bugs and keep their traceback.
+    Exit codes: 0 success; 2 for a `UserError`, a lack of memory, a file that is missing, forbidden or does not fit on
+    the disk, and (by typer) wrong usage; 130 after Ctrl-C. User errors print their message alone; LIMNER_TRACEBACK=1
+    shows the traceback. Other exceptions are bugs and keep their traceback.
 
     A KeyboardInterrupt that carries a message prints it: `raise KeyboardInterrupt("Saved step 120 in …")`.
 
@@ -48,7 +54,7 @@ def run_app(app: Callable[[], Any]) -> NoReturn:
         if exit_.code == EXIT_INTERRUPTED:
             _exit(_interrupt_message(exit_) or "Stopped.", EXIT_INTERRUPTED)
         raise
-    except (UserError, OSError) as error:
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
         message = error_message(error)
         if message is None or os.environ.get("LIMNER_TRACEBACK") == "1":
             raise
@@ -56,10 +62,31 @@ def run_app(app: Callable[[], Any]) -> NoReturn:
     sys.exit(0)
 
 
-def error_message(error: UserError | OSError) -> str | None:
-    """The message of a user error or OSError; None for an OSError that names no file and is not a full disk."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of Python, torch or its kernels says that the memory is used up."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and (
+            type(error).__name__ == "OutOfMemoryError"
+            or any(words in str(error).lower() for words in OUT_OF_MEMORY)
+        )
+    )
+
+
+def error_message(error: Exception) -> str | None:
+    """The message of a user error, an OSError or a lack of memory; None for what is none of these.
+
+    An OSError that names no file and is not a full disk is none either.
+    """
     if isinstance(error, UserError):
         return str(error)
+    if is_out_of_memory(error):
+        return (
+            "The memory is used up. Take a smaller --batch or --resolution, --one-by-one, --precision bf16, or give "
+            "--vram GIB to plan for what there is; end other programs that use the device."
+        )
+    if not isinstance(error, OSError):
+        return None
     path = error.filename2 if error.filename2 is not None else error.filename
     where = os.fsdecode(path) if isinstance(path, (str, bytes)) else None
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -1,28 +1,36 @@
 """Atomic file writes, safetensors, JSON and JSON lines, folders, content hashes.
 
 Every writer creates missing parent folders, writes a temporary file beside the destination, fsyncs and renames it: a
-reader sees the old content or the new one, and an interrupted write leaves nothing behind.
+reader sees the old content or the new one. An exception leaves nothing behind; what a killed writer leaves, the next
+writer of the file removes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import json
 import math
 import os
+import platform
 import secrets
+import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast, overload
 
 from backbone.io.console import UserError
+from backbone.io.records import parse_json, read_as
 
 if TYPE_CHECKING:
     import torch
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+ABANDONED_SECONDS = 24 * 3600  # a temporary file of another machine that is older was left behind
+Kind = TypeVar("Kind")
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -50,30 +58,54 @@ def json_text(value: Any) -> str:
     return json.dumps(_to_json(value), indent=2, ensure_ascii=False, allow_nan=False)
 
 
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file. Raises `UserError` if it is damaged, `FileNotFoundError` if it is missing."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not readable JSON ({error}). Restore or delete it.") from error
+@overload
+def read_json(path: str | Path) -> dict[str, Any]: ...
+@overload
+def read_json(path: str | Path, kind: type[Kind]) -> Kind: ...
+def read_json(path: str | Path, kind: Any = dict[str, Any]) -> Any:
+    """Read a JSON file as `kind` (see `backbone.io.records`), an object if left out.
+
+    Raises `UserError`, with the file and the key, if it is damaged, `FileNotFoundError` if it is missing.
+    """
+    return read_as(kind, parse_json(Path(path).read_bytes(), path), path)
 
 
 def write_tensors(
     path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write named tensors and string metadata as safetensors, atomically.
+    """Write named tensors and string metadata as safetensors, atomically: equal ones give equal bytes.
 
-    Tensors may share memory and be on any device; each is stored whole and contiguous. Raises `UserError` if the file
-    cannot be written.
+    Tensors may share memory and be on any device; each is stored whole and contiguous. (safetensors' own writer puts
+    the metadata in random order, and leaves a file of its own behind when it is killed.)
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    import torch
 
-    with atomic_write(path) as temporary:
-        try:
-            save_file(_unshare(tensors), temporary, metadata=dict(metadata or {}))
-        except SafetensorError as error:
-            raise UserError(f"{path} could not be written ({error}). Is the disk full?") from error
+    ordered = sorted(
+        tensors.items(), key=lambda pair: (-pair[1].element_size(), pair[0])
+    )  # so all are aligned
+    header: dict[str, Any] = {"__metadata__": dict(sorted((metadata or {}).items()))}
+    offset = 0
+    for name, tensor in ordered:
+        end = offset + tensor.numel() * tensor.element_size()
+        kind = _safetensors_type(str(tensor.dtype).removeprefix("torch."))
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            file.write(cast(Any, flat.view(torch.uint8).numpy()))
+
+
+def _safetensors_type(dtype: str) -> str:
+    """safetensors' name of a dtype: `BF16` of bfloat16, `F8_E4M3` of float8_e4m3fn, `I64` of int64."""
+    if dtype.startswith("float8"):
+        return dtype.upper().replace("FLOAT8_", "F8_").removesuffix("FN")
+    return {"bfloat16": "BF16", "bool": "BOOL", "complex64": "C64"}.get(
+        dtype, dtype.upper().replace("UINT", "U").replace("INT", "I").replace("FLOAT", "F")
+    )
 
 
 def read_tensors(
@@ -143,8 +175,8 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     records = []
     for line in Path(path).read_bytes().splitlines():
         try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError):
+            record = parse_json(line, path)
+        except UserError:
             continue
         if isinstance(record, dict):
             records.append(record)
@@ -188,23 +220,33 @@ def content_hash(content: bytes | str | Path) -> str:
     return digest.hexdigest()
 
 
+_being_written: set[Path] = set()  # the temporary files of this process
+
+
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on a clean exit it is fsynced and renamed to `path`.
 
-    If the body raises, the temporary file is removed and `path` is unchanged. A symbolic link is followed. Raises
-    `UserError` if `path` is a folder.
+    If the body raises, the temporary file is removed and `path` is unchanged; what a killed writer of the same file
+    left behind is removed first. A symbolic link is followed. Inside another `atomic_write`, its temporary file is
+    written itself. Raises `UserError` if `path` is a folder.
     """
     destination = Path(os.path.realpath(path))
+    if destination in _being_written:
+        yield destination
+        return
     if destination.is_dir():
         raise UserError(f"{path} is a folder, so no file can be written there. Name a file in it.")
     destination.parent.mkdir(parents=True, exist_ok=True)
-    temporary = destination.with_name(f".{destination.name[:100]}.{secrets.token_hex(6)}.partial")
+    start = f".{destination.name[:100]}."
+    remove_abandoned(destination.parent, start)
+    temporary = destination.with_name(f"{start}{_host()}-{os.getpid()}-{secrets.token_hex(6)}.partial")
+    _being_written.add(temporary)
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         permissions = temporary.stat().st_mode & 0o777
         yield temporary
-        os.chmod(temporary, permissions)  # safetensors leaves 0600
+        os.chmod(temporary, permissions)  # a writer may have replaced it
         _flush(temporary)
         os.replace(temporary, destination)
         _flush_folder(destination.parent)
@@ -214,6 +256,48 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+        _being_written.discard(temporary)
+
+
+def remove_abandoned(folder: Path, start: str = ".") -> None:
+    """Remove the temporary files in a folder whose writer was killed, those whose names begin with `start`.
+
+    The writer's machine and process are in the name. Another machine's, on a shared disk, are removed when they are a
+    day old.
+    """
+    for path in folder.glob(f"{glob.escape(start)}*.partial"):
+        host, _, process = (
+            path.name.removesuffix(".partial").rpartition(".")[2].rpartition("-")[0].partition("-")
+        )
+        if path in _being_written or not process.isdecimal():
+            continue
+        try:
+            if host == _host():
+                left = int(process) == os.getpid() or not _is_running(int(process))
+            else:
+                left = time.time() - path.stat().st_mtime > ABANDONED_SECONDS
+            if left:
+                path.unlink(missing_ok=True)
+        except OSError:  # not ours to remove, or gone
+            continue
+
+
+@cache
+def _host() -> str:
+    """Six letters that tell this machine, or container, from others."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+
+
+def _is_running(process: int) -> bool:
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _flush(path: Path) -> None:
@@ -245,20 +329,6 @@ def _to_json(value: Any) -> Any:
     if hasattr(value, "item") and getattr(value, "size", None) is not None:  # a tensor or a numpy scalar
         return _to_json(value.item())
     return value
-
-
-def _unshare(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Detach, move to the CPU and make contiguous; copy tensors that share memory, which safetensors refuses."""
-    separate: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        address = tensor.untyped_storage().data_ptr()
-        if address in seen or tensor.untyped_storage().nbytes() != tensor.nbytes:
-            tensor = tensor.clone()
-        seen.add(address)
-        separate[name] = tensor
-    return separate
 
 
 def _check_safetensors_path(path: str | Path) -> Path:

@@ -20,22 +20,22 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-import json
 import math
 import shlex
-import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import typer
 
 from backbone.io.console import UserError
+from backbone.io.files import read_json
 from backbone.io.help import Command
+from backbone.io.records import RunRecord, parse_json, read_as
 
 SHORT_CHOICES = 48  # characters of choices that stand behind an option's name; more are listed in its text
 CONFIG_HELP = "Settings from a file: .yaml, .toml or .json; flags win over it."
@@ -58,6 +58,7 @@ class Option:
     switches      flags without a value that stand for a value of this one
     words         values that stand for other settings
     argument      it is a plain word on the command line, without a flag before it
+    code          it may name a Python file, which will be run: never one that only a file of settings names
     """
 
     help: str
@@ -75,6 +76,7 @@ class Option:
     words: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     argument: bool = False
     hidden: bool = False
+    code: bool = False
     metavar: str = ""
 
 
@@ -386,6 +388,8 @@ def values_from_file(path: Path, known: Mapping[str, Field], flags: Mapping[str,
     for key, value in (data["settings"] if record else data).items():
         one = names.get(str(key).replace("-", "_"))
         if one is not None:
+            if one.option.code:
+                _refuse_code(one, value, path, flags)
             said.read(one, value, str(key))
         elif hyphens(str(key)) in switches and isinstance(value, bool):
             one, meant = switches[hyphens(str(key))]
@@ -399,6 +403,23 @@ def values_from_file(path: Path, known: Mapping[str, Field], flags: Mapping[str,
     return {name: value for name, value in said.items() if unmet(known[name], every) is None}
 
 
+def _refuse_code(one: Field, value: Any, path: Path, flags: Mapping[str, Any]) -> None:
+    """`UserError` for a Python file that a file of settings names, and the command line does not."""
+    given = flags.get(one.name, ())
+    named = (given,) if isinstance(given, str) else given
+    for word in value if isinstance(value, (list, tuple)) else [value]:
+        if is_code(word) and word not in named:
+            raise UserError(
+                f"{path} names the Python file {word}, which would be run. If you trust it, name it yourself: "
+                f"{one.flag} {word}"
+            )
+
+
+def is_code(value: Any) -> bool:
+    """Whether a value is the name of a Python file."""
+    return isinstance(value, str) and Path(value).suffix == ".py"
+
+
 def read_mapping(path: Path) -> dict[str, Any]:
     """What a .yaml, .toml or .json file holds; `UserError` where it is none, or not keys with values."""
     kind = path.suffix.lower()
@@ -406,8 +427,10 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no .yaml, .toml or .json file. Give --config one of these.")
     try:
         text = path.read_text(encoding="utf-8-sig")
-        data = json.loads(text) if kind == ".json" else _toml(text) if kind == ".toml" else _yaml(text)
-    except ValueError as error:  # also what is no UTF-8
+        if kind == ".json":
+            return read_as(dict[str, Any], parse_json(text, path), path)
+        data = _toml(text) if kind == ".toml" else _yaml(text)
+    except (ValueError, RecursionError) as error:  # also what is no UTF-8, and what is nested too deeply
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not {kind[1:].upper()} ({reason}). Repair it.") from error
     if not isinstance(data, dict):
@@ -416,10 +439,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def _toml(text: str) -> Any:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
+    import tomllib
+
     return tomllib.loads(text)
 
 
@@ -503,6 +524,23 @@ def check_values(settings: Any) -> None:
     """`UserError`, naming the argument, for a value in a made dataclass that its Option does not allow."""
     for one in fields_of(type(settings)).values():
         converted(one, getattr(settings, one.name), one.name)
+
+
+def read_settings(declared: Callable[..., Made], path: Path) -> Made:
+    """The settings of a run's `settings.json`, each in the range of its Option.
+
+    Raises `UserError`, with the file and the key, for what is of another type, out of range, unknown or missing.
+    """
+    record = read_json(path, RunRecord)
+    known = fields_of(cast(type, declared))
+    values = {
+        name: converted(known[name], value, name, path) if name in known else value
+        for name, value in record.settings.items()
+    }
+    try:
+        return build(declared, values)
+    except UserError as error:
+        raise UserError(f"{path} was not written by this version: {error} Start the run anew.") from error
 
 
 def build(declared: Callable[..., Made], values: Mapping[str, Any]) -> Made:

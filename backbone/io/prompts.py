@@ -5,13 +5,13 @@ In a `.jsonl` file a line has a `prompt`, and perhaps a `category` and `hard_neg
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from backbone.io.console import UserError
+from backbone.io.records import parse_json
 
 SUFFIXES = (".txt", ".jsonl")
 
@@ -105,8 +105,8 @@ def _from_text(line: str) -> Prompt | None:
 
 def _from_json(line: str) -> Prompt | None:
     try:
-        value = json.loads(line)
-    except json.JSONDecodeError:
+        value = parse_json(line, "")
+    except UserError:
         return None
     text = value.get("prompt") if isinstance(value, dict) else None
     if not isinstance(text, str) or not text.strip():

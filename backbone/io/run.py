@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.files import read_json, read_jsonl
+from backbone.io.records import RunRecord
 
 
 @dataclass(frozen=True, repr=False)
@@ -22,12 +23,12 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """The resolved settings that it was trained with."""
-        return dict(read_json(self.path / "settings.json")["settings"])
+        return read_json(self.path / "settings.json", RunRecord).settings
 
     @property
     def command(self) -> str:
         """The command that repeats it."""
-        return str(read_json(self.path / "settings.json")["command"])
+        return read_json(self.path / "settings.json", RunRecord).command
 
     @property
     def log(self) -> list[dict[str, Any]]:

@@ -17,7 +17,8 @@ from pathlib import Path
 from types import FrameType
 
 from backbone.io.console import UserError, notify
-from backbone.io.files import read_jsonl, write_text
+from backbone.io.files import read_jsonl, remove_abandoned, write_text
+from backbone.io.records import read_as
 
 FORWARDED_SIGNAL_SECONDS = 2.0  # seconds
 CHECKPOINT = "checkpoint.safetensors"
@@ -35,6 +36,35 @@ def refuse_taken(run: Path) -> None:
         raise UserError(
             f"{run} already holds a run. Continue it with --resume {run}, or choose another --out."
         )
+
+
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Keep a folder for this process: of two that start in the same moment, the second gets a `UserError`.
+
+    The folder is made. Nothing is left in it: the lock is on the folder itself, and goes with the process. What killed
+    writers left behind is removed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"Another process is writing {folder}. Wait for it, or choose another --out."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        remove_abandoned(folder)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def clear_failed_try(run: Path) -> None:
@@ -89,7 +119,8 @@ def trim_log(path: Path, done: int) -> None:
     """Drop the log lines of steps after `done`, which a resumed run takes again."""
     if not path.exists():
         return
-    kept = [json.dumps(line) + "\n" for line in read_jsonl(path) if line["step"] <= done]
+    lines = [(read_as(int, line.get("step"), path, "step"), line) for line in read_jsonl(path)]
+    kept = [json.dumps(line) + "\n" for step, line in lines if step <= done]
     write_text(path, "".join(kept))  # atomic: a kill leaves the old log or the new one
 
 

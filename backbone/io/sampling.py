@@ -11,7 +11,7 @@ from backbone.io.flags import DRAWING, SAMPLING, ConceptOptions
 from backbone.io.options import Option, check_values
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 Sampler = Literal["ddim", "heun", "ancestral"]
 ALL_STEPS = (0.0, 1.0)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import re
 import unicodedata
@@ -23,7 +22,9 @@ from typing import Any
 from PIL import Image
 
 from backbone.io.console import UserError, notify
+from backbone.io.files import read_json
 from backbone.io.hub import hub_answers
+from backbone.io.records import inside, parse_json
 from backbone.media.decode import BadImageError, decode, nearest_path, open_mask, open_rgb, read_size
 
 IMAGE_SUFFIXES = frozenset(
@@ -77,19 +78,41 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class DatasetRow:
-    """A row of a `datasets` table whose image column holds encoded bytes or a file path."""
+    """A row of a `datasets` table whose image column holds encoded bytes, or the name of a file.
+
+    folder    that of the table: a name is of a file inside of it
+    fetched   where a dataset of the hub was downloaded to, and names its files; None for a table on this machine
+    """
 
     table: Any
     column: str
     index: int
+    folder: Path = Path()
+    fetched: Path | None = None
 
     def read(self) -> bytes:
-        value = self.table[self.index][self.column]
+        where = f"Row {self.index}"
+        try:
+            value = self.table[self.index][self.column]
+        except ValueError as error:  # a damaged page of a Parquet file
+            raise UserError(
+                f"{where} cannot be read ({_first_line(error)}). Save the table again."
+            ) from error
         if isinstance(value, Mapping):
-            value = value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
+            stored, name = value.get("bytes"), value.get("path")
+            value = stored
+            if stored is None and isinstance(name, str) and name:
+                value = self._file(name, where).read_bytes()
         if not isinstance(value, bytes):
-            raise UserError(f"Row {self.index} has no image in its column {self.column!r}. Remove the row.")
+            raise UserError(f"{where} has no image in its column {self.column!r}. Remove the row.")
         return value
+
+    def _file(self, name: str, where: str) -> Path:
+        """A file that a row names: one beside the table, or one that `datasets` itself has fetched."""
+        plain = Path(os.path.normpath(name))
+        if self.fetched is not None and "\0" not in name and plain.is_relative_to(self.fetched):
+            return plain
+        return inside(self.folder, name, where)
 
 
 def list_images(
@@ -110,7 +133,7 @@ def list_images(
     named = caption_column or image_column
     if path.is_dir():
         if _is_dataset_folder(path):
-            return _list_table(_load_saved(path), str(source), columns)
+            return _list_table(load_saved(path), str(source), columns, folder=path)
         pictures = _list_folder(path, columns)
         for subfolder in [] if pictures else _list_visible(path):
             if subfolder.is_dir():
@@ -123,11 +146,11 @@ def list_images(
                 )
             return pictures
         if tables := [file for file in _list_visible(path) if file.suffix.lower() == ".parquet"]:
-            return _list_table(_load_parquet(tables), str(source), columns)
+            return _list_table(_load_parquet(tables), str(source), columns, folder=path)
         raise UserError(_describe_empty_folder(path))
     if path.exists():
         if path.suffix.lower() == ".parquet":
-            return _list_table(_load_parquet([path]), str(source), columns)
+            return _list_table(_load_parquet([path]), str(source), columns, folder=path.parent)
         if path.suffix.lower() not in IMAGE_SUFFIXES and path.suffix:
             raise UserError(
                 f"{path} is a {path.suffix} file, neither an image nor a folder of images. "
@@ -137,7 +160,8 @@ def list_images(
             raise UserError(f"{path} is a single picture, so it has no column {named!r}. Name no column.")
         return [_with_companions(path, _Companions(path.parent))]
     if _could_be_dataset(str(source), path):
-        return _list_table(_load_from_hub(str(source)), str(source), columns)
+        fetched = fetched_folder()
+        return _list_table(_load_from_hub(str(source)), str(source), columns, folder=fetched, fetched=fetched)
     near = nearest_path(path)
     remedy = f"Did you mean {near}?" if near else "Give a folder of images, or a dataset id (org/name)."
     raise UserError(f"{path} does not exist. {remedy}")
@@ -270,9 +294,7 @@ def _read_metadata_captions(folder: Path, columns: _Columns) -> dict[str, tuple[
             caption = entry.get(caption_column) if caption_column else None
             if caption is not None and not isinstance(caption, str):
                 raise UserError(f"{where} has a caption that is not text ({caption!r}). Put it in quotes.")
-            name = os.path.normpath(name.replace("\\", "/"))
-            if os.path.isabs(name) or name.startswith(".."):
-                raise UserError(f"{where} names {name}, which lies outside the folder. Use names inside it.")
+            name = inside(folder, name, where).relative_to(folder).as_posix()
             if name in captions:
                 raise UserError(f"{where} names {name} a second time. Keep one line for each image.")
             captions[name] = _join_lines(caption), metadata
@@ -289,10 +311,7 @@ def _read_metadata(metadata: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"Line {number} of {metadata} is not JSON ({error.msg}). Repair it.") from error
+        entry = parse_json(line, f"Line {number} of {metadata}")
         if not isinstance(entry, dict):
             raise UserError(f"Line {number} of {metadata} is not a JSON object. Write {{…}} on each line.")
         yield number, entry
@@ -322,9 +341,12 @@ def _normalize_name(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _natural_sort_key(name: str) -> tuple[list[str | int], str]:
+def _natural_sort_key(name: str) -> tuple[list[str], str]:
     parts = re.split(r"(\d+)", name.casefold())
-    return [int(part) if index % 2 else part for index, part in enumerate(parts)], name
+    # a number by its length and its digits: int() takes no more than some thousands of them
+    return [
+        f"{len(part.lstrip('0')):09d}{part.lstrip('0')}" if i % 2 else part for i, part in enumerate(parts)
+    ], name
 
 
 def _describe_empty_folder(folder: Path) -> str:
@@ -407,12 +429,31 @@ def _could_be_dataset(source: str, path: Path) -> bool:
     return re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", source) is not None and not path.parent.exists()
 
 
-def _load_saved(path: Path) -> Any:
+def load_saved(path: Path) -> Any:
+    """A dataset that `save_to_disk` wrote; `UserError` for a damaged one, or one that names files outside of it."""
+    for name in ("dataset_dict.json", "dataset_info.json", "state.json"):
+        for record in path.rglob(name):
+            for file in read_json(record, SavedTable)._data_files:
+                inside(record.parent, file.filename, record)
     datasets = _import_datasets()
     try:
         return datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a whole saved dataset ({error}). Save it again.") from error
+
+
+@dataclass(frozen=True)
+class SavedFile:
+    """An Arrow file of a saved dataset."""
+
+    filename: str
+
+
+@dataclass(frozen=True)
+class SavedTable:
+    """`state.json` of a saved dataset, as far as it names files."""
+
+    _data_files: list[SavedFile] = field(default_factory=list)
 
 
 def _load_parquet(files: Sequence[Path]) -> Any:
@@ -442,7 +483,14 @@ def _load_from_hub(source: str) -> Any:
         datasets.config.HF_HUB_OFFLINE = offline
 
 
-def _list_table(table: Any, source: str, columns: _Columns) -> list[ImageRecord]:
+def fetched_folder() -> Path:
+    """Where `datasets` keeps what it has downloaded."""
+    return Path(_import_datasets().config.HF_CACHE_HOME)
+
+
+def _list_table(
+    table: Any, source: str, columns: _Columns, *, folder: Path, fetched: Path | None = None
+) -> list[ImageRecord]:
     datasets = _import_datasets()
     if isinstance(table, dict):  # splits
         table = table["train"] if "train" in table else next(iter(table.values()))
@@ -457,14 +505,19 @@ def _list_table(table: Any, source: str, columns: _Columns) -> list[ImageRecord]
     if isinstance(table.features[image_column], datasets.Image):
         table = table.cast_column(image_column, datasets.Image(decode=False))
     caption_column = columns.find("caption", names, source)
-    captions = list(table[caption_column]) if caption_column else [None] * len(table)
+    try:
+        captions = list(table[caption_column]) if caption_column else [None] * len(table)
+    except ValueError as error:  # bytes that are no UTF-8
+        raise UserError(
+            f"{source} has captions that cannot be read ({_first_line(error)}). Save it again."
+        ) from error
     if not captions:
         raise UserError(f"{source} has no rows. Give another dataset or a folder of images.")
     return [
         ImageRecord(
             Path(source) / f"{index:06d}",
             _join_lines(caption) if isinstance(caption, str) else None,
-            row=DatasetRow(table, image_column, index),
+            row=DatasetRow(table, image_column, index, folder, fetched),
         )
         for index, caption in enumerate(captions)
     ]

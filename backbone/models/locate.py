@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from backbone.families import checkpoint as single_file
 from backbone.families.location import Location, hub_file
 from backbone.families.registry import families
 from backbone.io.console import UserError
 from backbone.io.files import read_header, read_json
+from backbone.io.records import read_as
 
 OWN = {name: Path(__file__).parents[1] / name for name in ("moji", "moji-flow")}  # the models carried along
 
 
 EMBEDDED = OWN["moji"]
+PARTS = (
+    *("unet", "transformer", "vae", "scheduler", "text_encoder", "text_encoder_2", "text_encoder_3"),
+    *("tokenizer", "tokenizer_2", "tokenizer_3"),
+)
 
 
 def locate(model: str) -> Location:
@@ -28,7 +34,7 @@ def locate(model: str) -> Location:
                 f"{path} is not a diffusers model: it has no model_index.json. "
                 "Name the folder that `save_pretrained` wrote."
             )
-        return Location(model, str(path), read_json(index))
+        return Location(model, str(path), read_index(index))
     if model in OWN:
         raise UserError(
             f"The embedded model is missing from {path}, so this is not a whole installation. Install again."
@@ -39,7 +45,9 @@ def locate(model: str) -> Location:
         raise UserError(f"There is no file {path}. Check the spelling, and the folder that it is named from.")
     is_id = place.count("/") == 1 and not place.startswith((".", "/", "~")) and not path.parent.exists()
     if model in names or is_id:
-        return Location(model, place, read_json(hub_file(place, "model_index.json")))
+        index = hub_file(place, "model_index.json")
+        # The cache keeps each commit in a folder of that name: all other files come from the same one.
+        return Location(model, place, read_index(index), revision=index.parent.name)
     raise UserError(
         f"There is no model {model}. Name one of {', '.join(names)}, a diffusers folder, "
         "a checkpoint file, or a hub id."
@@ -49,6 +57,16 @@ def locate(model: str) -> Location:
 def is_path(model: str) -> bool:
     """Whether `locate` would take this for a folder or file on this machine, rather than for a name or a hub id."""
     return model not in known_names() and Path(model).expanduser().exists()
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """A `model_index.json`: the pipeline's class, and library and class of each component."""
+    index = read_json(path)
+    read_as(str, index.get("_class_name", ""), path, "_class_name")
+    for part in PARTS:
+        if index.get(part) is not None:
+            read_as(tuple[str | None, str | None], index[part], path, part)
+    return index
 
 
 def known_names() -> dict[str, str]:

@@ -20,17 +20,25 @@ from torch import Tensor, nn
 
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, estimate, guide
-from backbone.distributed.device import best_device, resolve_dtype
+from backbone.distributed.device import resolve_device, resolve_dtype
 from backbone.families import checkpoint as single_file
 from backbone.families.base import Family, NoisePath, TextEncoder
 from backbone.families.location import Location
 from backbone.families.registry import families
 from backbone.io.console import UserError
 from backbone.io.files import content_hash, read_json
+from backbone.io.records import read_as
 from backbone.models.locate import OWN, locate
 from backbone.models.placement import Placement, enable_tiling, place_denoiser
 
 PARTS = ("denoiser", "autoencoder", "text_encoder")
+USUAL_TYPES: dict[str, Any] = {  # of `limner.json`; what goes into settings is in the range of its Option too
+    **dict.fromkeys(("steps", "train_steps", "rank", "batch"), int),
+    **dict.fromkeys(("guidance", "learning_rate"), float),
+    **dict.fromkeys(("align", "draft"), dict[str, Any]),
+    "learning_rates": dict[str, float],
+    "sheet_prompts": list[str],
+}
 PHOTOGRAPH = 4  # times the sides that the embedded models draw, from which an image is taken for a photograph
 DECODED_AT_ONCE = 512 * 512  # pixels
 
@@ -97,7 +105,7 @@ class Backbone:
         found = location.index.get("_class_name", "")
         for family in families():
             if found in family.pipeline_classes:
-                place = torch.device(best_device() if device == "auto" else device)
+                place = resolve_device(device)
                 dtype = resolve_dtype(precision, place)
                 opened = cls(
                     location, family, device=place, dtype=dtype, placement=placement, resolution=resolution
@@ -147,7 +155,11 @@ class Backbone:
             "batch": 1,
         }
         file = self.location.local("limner.json")
-        return usual | self.family.sampling_defaults(self.location) | (read_json(file) if file else {})
+        own = read_json(file) if file else {}
+        for key, kind in USUAL_TYPES.items():
+            if file and key in own and read_as(kind, own[key], file, key) in (0, -1):
+                raise UserError(f"{file} is damaged: {key} is {own[key]}. Restore it.")
+        return usual | self.family.sampling_defaults(self.location) | own
 
     @cached_property
     def fingerprint(self) -> str:

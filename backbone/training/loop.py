@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
+from backbone.io.records import parse_json, read_as
 
 LRSchedule = Callable[[int], float]
 
@@ -195,27 +196,53 @@ def load_checkpoint(
     parameters: Mapping[str, Tensor],
     optimizer: Optimizer,
     average: Average | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> tuple[int, dict[str, Any]]:
     """Restores what `save_checkpoint` wrote into the same parameters and optimiser; gives (step, facts).
 
-    Raises `UserError` when the file holds other parameters than these.
+    Raises `UserError`, before anything is changed, when the file holds other parameters than these, or was saved with
+    other `facts`.
     """
     tensors, header = read_tensors(path)
+    step = read_as(int, parse_json(header.get("step", "null"), path), path, "step")
+    known = read_as(dict[str, Any], parse_json(header.get("facts", "null"), path), path, "facts")
+    for name, fact in (facts or {}).items():
+        if known.get(name, fact) != fact:
+            raise UserError(
+                f"{path} was saved with another {name} than there is now. Put the old one back, or start the run anew."
+            )
     saved = {name.removeprefix("parameter/") for name in tensors if name.startswith("parameter/")}
     if saved != set(parameters):
         odd = sorted(saved ^ set(parameters))[0]
         raise UserError(
             f"{path} was saved by another kind of run ({odd} differs). Start anew or resume that one."
         )
+    _refuse_other_shapes(path, tensors, parameters, average)
     for name, value in parameters.items():
         value.copy_(tensors[f"parameter/{name}"])
         state = {}
         for full, saved_value in tensors.items():
-            if full.startswith("optimizer/") and full.split("/", 2)[2] == name:
+            if full.startswith("optimizer/") and full.split("/", 2)[2:] == [name]:
                 state[full.split("/", 2)[1]] = saved_value.clone()
         if state:
             optimizer.state[value] = state
     if average is not None:
         for name, value in average.values.items():
             value.copy_(tensors[f"average/{name}"])
-    return int(header["step"]), json.loads(header["facts"])
+    return step, known
+
+
+def _refuse_other_shapes(
+    path: Path, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], average: Average | None
+) -> None:
+    """`UserError` where a checkpoint's tensors are not of the shapes of these parameters."""
+    wanted = {f"parameter/{name}": value for name, value in parameters.items()}
+    if average is not None:
+        wanted |= {f"average/{name}": value for name, value in average.values.items()}
+    for name, value in wanted.items():
+        found = tuple(tensors[name].shape) if name in tensors else None
+        if found != tuple(value.shape):
+            raise UserError(
+                f"{path} was saved by another kind of run ({name} is {found}, and {tuple(value.shape)} is wanted). "
+                "Start anew or resume that one."
+            )

@@ -9,10 +9,11 @@ one, the writer, writes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
@@ -55,6 +56,7 @@ class Objective(ABC):
     figures     what the last step showed beside its loss, for the log
     done        steps that were taken
     saved       the step of the last checkpoint, from which `resume` goes on
+    sources     fingerprints of what is learned from, by what it is: a checkpoint goes on with the same ones alone
     """
 
     settings: RunSettings
@@ -65,6 +67,7 @@ class Objective(ABC):
     done: int = 0
     saved: int = 0
     scales: tuple[str, ...] = ()  # options that scale the loss, beside the learning rate
+    sources: Mapping[str, str] = MappingProxyType({})
 
     @property
     @abstractmethod
@@ -93,16 +96,21 @@ class Objective(ABC):
                 parameters=self.parameters,
                 optimizer=self.optimizer,
                 average=self.average,
+                facts=dict(self.sources),
             )
 
     def resume(self, run: Path) -> None:
-        """Goes on where `save` was called last; from the start when it never was."""
+        """Goes on where `save` was called last; from the start when it never was.
+
+        Raises `UserError` where the model or the images are no longer what they were.
+        """
         if (run / CHECKPOINT).exists():
             self.done, _ = load_checkpoint(
                 run / CHECKPOINT,
                 parameters=self.parameters,
                 optimizer=self.optimizer,
                 average=self.average,
+                facts=self.sources,
             )
             self.saved = self.done
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from backbone.io.console import UserError
-from backbone.io.files import read_json
-from backbone.io.options import Option, build, check_values, effective, fields_of
+from backbone.io.options import Option, build, check_values, effective, fields_of, read_settings
 
 FILE = "settings.json"
 PANELS = (  # as `--help` shows them
@@ -63,6 +62,7 @@ class TrainingSettings:
             aliases=("network-alpha",),
             by_model=True,
             default_text="the rank",
+            min=1e-6,
         ),
     ] = 16.0
     lora_layers: Annotated[
@@ -177,12 +177,7 @@ def read_run_settings(declared: type[Made], run: Path, program: str) -> Made:
     path = run / FILE
     if not path.is_file():
         raise UserError(f"{run} is not a run of `{program}` ({FILE} is missing). Name another folder.")
-    try:
-        return build(declared, read_json(path).get("settings", {}))
-    except UserError as error:
-        raise UserError(
-            f"{path} was not written by this version of `{program}`: {error} Start the run anew."
-        ) from error
+    return read_settings(declared, path)
 
 
 def refuse_beside_resume(

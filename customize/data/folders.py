@@ -188,7 +188,7 @@ def _parse_folder(folder: Path) -> ConceptFolder:
 
 
 def _read_list(path: Path) -> list[ConceptFolder]:
-    entries: Any = read_json(path)
+    entries = read_json(path, Any)
     if not isinstance(entries, list) or not entries:
         raise UserError(f'{path} is not a list of concepts. Write it as [{{"instance_data_dir": …}}, …].')
     return [

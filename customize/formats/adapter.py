@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 from customize.formats.factors import LayerUpdate
+from customize.formats.known_layers import DENOISERS, Network, is_known
 
 FileFormat = Literal["diffusers", "peft", "kohya", "comfyui"]
 BaseFamily = Literal["sd1", "sd2", "sdxl", "sd3", "flux", "pixart", "other"]
-CONFIG_KEY = "lora_adapter_metadata"  # diffusers' metadata entry for the peft configuration, as JSON
 BASE_NAMES: dict[BaseFamily, str] = {
     "sd1": "Stable Diffusion 1.x",
     "sd2": "Stable Diffusion 2.x",
@@ -23,7 +24,8 @@ BASE_NAMES: dict[BaseFamily, str] = {
 # Width of the text states [B, T, width] that a UNet's cross-attention takes.
 _FAMILY_BY_CONTEXT_WIDTH: dict[int, BaseFamily] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 
-
+# Width of the image tokens where names are of FLUX.1 and of Stable Diffusion 3 alike.
+_TRANSFORMER_BY_WIDTH: dict[int, BaseFamily] = {3072: "flux", 1536: "sd3", 2432: "sd3"}
 # What kohya's and ModelSpec's version strings contain; the first match counts.
 _FAMILY_BY_SUBSTRING: tuple[tuple[str, BaseFamily], ...] = (
     ("sdxl", "sdxl"),
@@ -40,11 +42,15 @@ _FAMILY_BY_SUBSTRING: tuple[tuple[str, BaseFamily], ...] = (
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """Layer name (`unet.….to_q`) → weight update, the file's metadata, and a description of its format."""
+    """Layer name (`unet.….to_q`) → weight update, the file's metadata, and a description of its format.
+
+    `network` is the denoiser's kind where the file's names are of one only (`flux` for `double_blocks`).
+    """
 
     layers: Mapping[str, LayerUpdate]
     metadata: Mapping[str, str] = field(default_factory=dict)
     file_format: str = "peft"
+    network: Network | None = None
 
     @property
     def algorithms(self) -> list[str]:
@@ -56,23 +62,38 @@ class AdapterFile:
     @property
     def base(self) -> BaseFamily:
         """Family of the base model: from layer names and widths, else from the metadata, else `other`."""
+        if self.network in ("sd3", "flux", "pixart"):
+            return self.network
         return _family_from_layers(self.layers) or _family_from_metadata(self.metadata) or "other"
 
 
 def _family_from_layers(layers: Mapping[str, LayerUpdate]) -> BaseFamily | None:
     names = list(layers)
-    if any(name.startswith("text_encoder_2.") or "add_embedding" in name for name in names):
+    if any("add_embedding" in name for name in names):
         return "sdxl"
-    if any(name.startswith("transformer.single_transformer_blocks.") for name in names):
-        return "flux"
-    if any(name.startswith("transformer.") and ".attn1." in name for name in names):
-        return "pixart"
-    if any(name.startswith("transformer.") for name in names):
-        return "sd3"
+    transformer = [name.removeprefix("transformer.") for name in names if name.startswith("transformer.")]
+    if transformer:
+        possible = [
+            network
+            for network in DENOISERS
+            if network != "unet" and all(is_known(network, name) for name in transformer)
+        ]
+        widths = {
+            layer.shape[1]
+            for name, layer in layers.items()
+            if re.search(r"transformer_blocks\.\d+\..*to_q$", name)
+        }
+        by_width = next(
+            (_TRANSFORMER_BY_WIDTH[width] for width in widths if width in _TRANSFORMER_BY_WIDTH), None
+        )
+        return cast(BaseFamily, possible[0]) if len(possible) == 1 else by_width
     for name, layer in layers.items():
         if name.startswith("unet.") and name.endswith((".attn2.to_k", ".attn2.to_v")):
-            return _FAMILY_BY_CONTEXT_WIDTH.get(layer.shape[1], "other")
-    return None
+            family = _FAMILY_BY_CONTEXT_WIDTH.get(layer.shape[1])
+            if family is not None:
+                return family
+            return "sdxl" if any(name.startswith("text_encoder_2.") for name in names) else "other"
+    return "sdxl" if any(name.startswith("text_encoder_2.") for name in names) else None
 
 
 def _family_from_metadata(metadata: Mapping[str, str]) -> BaseFamily | None:

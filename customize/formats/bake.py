@@ -25,6 +25,7 @@ from backbone.io.files import (
     write_json,
     write_tensors,
 )
+from backbone.io.weights import list_weight_files
 from backbone.models.locate import locate
 from customize.formats.layer_names import split_component
 from customize.formats.merge import MergeInput
@@ -32,7 +33,6 @@ from customize.formats.model_weights import (
     WEIGHT_SUFFIX,
     ModelWeights,
     canonical_name,
-    list_weight_files,
     refuse_mismatch,
 )
 

@@ -16,7 +16,7 @@ from backbone.io.flags import OUTPUT, option
 ADAPTERS = "Files of adapters"  # the commands' section in the help
 RESULT = "Result"  # a section of their options
 Target = Literal["diffusers", "kohya", "comfyui"]
-BaseFamily = Literal["sd1", "sd2", "sdxl"]
+BaseFamily = Literal["sd1", "sd2", "sdxl", "sd3", "flux", "pixart"]
 Precision = Literal["fp32", "bf16", "fp16"]
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A run folder or an adapter's file.")]
 Out = Annotated[
@@ -226,10 +226,9 @@ def extract(
     energy: Energy = None,
 ) -> None:
     """Take the difference of two models out as a LoRA."""
-    from customize.formats.convert import check_output
     from customize.formats.merge import extract_lora
     from customize.formats.metadata import build_metadata
-    from customize.formats.write import write_adapter
+    from customize.formats.write import check_output, write_adapter
 
     rank = require_rank_or_energy(rank, energy)
     check_output(out)
@@ -245,11 +244,10 @@ def resize(
     energy: Energy = None,
 ) -> None:
     """Bring an adapter to another rank; a LoHa or LoKr becomes a LoRA."""
-    from customize.formats.convert import check_output
     from customize.formats.merge import resize_adapter
     from customize.formats.metadata import build_metadata
     from customize.formats.read import read_adapter
-    from customize.formats.write import write_adapter
+    from customize.formats.write import check_output, write_adapter
 
     rank = require_rank_or_energy(rank, energy)
     check_output(out)

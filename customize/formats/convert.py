@@ -5,24 +5,33 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from backbone.adapters.concept import Concept, check_token
 from backbone.adapters.embeddings import split_by_encoder
-from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS
+from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS, has_text_encoder_weights, load_lora
 from backbone.io.console import UserError, notify
 from backbone.io.files import make_empty_folder, read_tensors, write_tensors, write_text
 from backbone.models.locate import locate
 from backbone.models.model import Backbone
 from customize.formats.adapter import BASE_NAMES, AdapterFile, BaseFamily, FileFormat
+from customize.formats.factors import LayerUpdate
 from customize.formats.metadata import build_metadata, read_run_concept
-from customize.formats.model_weights import LayerWeights, ModelWeights, count_components, refuse_mismatch
+from customize.formats.model_weights import (
+    WEIGHT_SUFFIX,
+    LayerWeights,
+    ModelWeights,
+    count_components,
+    refuse_mismatch,
+)
 from customize.formats.read import find_adapter_file, read_adapter
-from customize.formats.write import write_adapter
+from customize.formats.write import check_output, write_adapter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KOHYA_ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
@@ -46,12 +55,10 @@ def export_adapter(
     check_output(out)
     adapter, concept = read_adapter(source), read_run_concept(source)
     family = base or adapter.base
-    if file_format != "diffusers" and family == "other":
-        notify(
-            "The layers are of no Stable Diffusion that these tools know (moji's are such): the file is right "
-            "in format, "
-            "but they have no model to load it on."
-        )
+    if family == "other" and (concept is not None or model is not None):
+        family = _family_of_model(model or cast(Concept, concept).model) or "other"
+    _say_what_tools_misread(adapter, file_format, family)
+    adapter = _shape_projections(adapter, family)
     weights: Mapping[str, Tensor] | None = None
     if file_format == "comfyui" and "dora" in adapter.algorithms:
         model_name = model or (concept.model if concept else None)
@@ -64,14 +71,6 @@ def export_adapter(
             {name: layer.shape for name, layer in adapter.layers.items()}, base_weights, str(source)
         )
         weights = LayerWeights(base_weights)
-    if file_format == "kohya" and "dora" in adapter.algorithms:
-        notify(
-            "LyCORIS reads these DoRA scales. ComfyUI takes them for something else: export --to comfyui for it."
-        )
-    if file_format == "kohya" and len({layer.alpha for layer in adapter.layers.values()}) > 1:
-        notify(
-            "Its layers differ in α, which diffusers 0.42 misreads in kohya's format: export --to diffusers for it."
-        )
     worst = write_adapter(
         out,
         adapter,
@@ -88,6 +87,76 @@ def export_adapter(
         f"{out} in {file_format}'s format: {len(adapter.layers)} layers, read back and compared "
         f"(largest relative difference of a layer's change {worst:.0e})."
     )
+
+
+def _say_what_tools_misread(adapter: AdapterFile, file_format: FileFormat, family: BaseFamily) -> None:
+    """Say which tools do not load this adapter in this format, or load it otherwise than it is meant."""
+    if file_format != "diffusers" and family == "other":
+        notify(
+            "The layers are of no Stable Diffusion that these tools know (moji's are such): the file is right "
+            "in format, "
+            "but they have no model to load it on."
+        )
+    if file_format == "kohya" and "dora" in adapter.algorithms:
+        notify(
+            "LyCORIS reads these DoRA scales. ComfyUI takes them for something else: export --to comfyui for it."
+        )
+    if file_format == "comfyui" and any(
+        name == "transformer.proj_out" and layer.alpha != layer.rank for name, layer in adapter.layers.items()
+    ):
+        notify(
+            "Its α of the last layer, proj_out, is misread by diffusers 0.42 in ComfyUI's format: export --to "
+            "diffusers for it."
+        )
+    if file_format == "kohya" and any(name.startswith("transformer.") for name in adapter.layers):
+        _say_what_diffusers_leaves_out(adapter, family)
+    if file_format == "kohya" and len({layer.alpha for layer in adapter.layers.values()}) > 1:
+        notify(
+            "Its layers differ in α, which diffusers 0.42 misreads in kohya's format: export --to diffusers for it."
+        )
+
+
+def _say_what_diffusers_leaves_out(adapter: AdapterFile, family: BaseFamily) -> None:
+    """Say which of a transformer's layers diffusers does not load from kohya's format."""
+    outside = [
+        name
+        for name in adapter.layers
+        if name.startswith("transformer.") and "transformer_blocks." not in name
+    ]
+    if family == "sd3":
+        notify(
+            "diffusers 0.42 does not know kohya's names of Stable Diffusion 3: export --to diffusers for it."
+        )
+    elif outside:
+        notify(
+            f"diffusers 0.42 leaves out {len(outside)} of its layers in kohya's format, those outside the blocks, "
+            f"as {outside[0]}: export --to diffusers for it."
+        )
+
+
+def _shape_projections(adapter: AdapterFile, family: BaseFamily) -> AdapterFile:
+    """A UNet's `proj_in` and `proj_out` as the family has them: 1 × 1 convolutions in SD 1.x, linear in SD 2 and XL."""
+    if family not in ("sd1", "sd2", "sdxl"):
+        return adapter
+    ends = (1, 1) if family == "sd1" else ()
+    layers = {
+        name: layer.reshape((*layer.shape, *ends))
+        if re.search(r"attentions\.\d+\.proj_(in|out)$", name)
+        else layer
+        for name, layer in adapter.layers.items()
+    }
+    return replace(adapter, layers=layers)
+
+
+def _family_of_model(model: str) -> BaseFamily | None:
+    """The family of a model by its pipeline's class; None where the model is not at hand or of another."""
+    try:
+        pipeline = str(locate(model).index.get("_class_name", ""))
+    except UserError:
+        return None
+    return {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux", "PixArtSigmaPipeline": "pixart"}.get(
+        pipeline
+    )  # type: ignore[return-value]
 
 
 def export_embeddings(concept: Concept, out: Path, file_format: FileFormat) -> list[Path]:
@@ -126,6 +195,7 @@ def import_adapter(
     adapter = read_adapter(file)
     metadata = build_metadata(adapter, source=file, title=out.stem)
     if out.suffix == ".safetensors":
+        check_output(out)
         worst = write_adapter(out, adapter, "peft", metadata=metadata)
         return f"{out}: {len(adapter.layers)} layers (largest relative difference {worst:.0e})."
     model_name = model or adapter.metadata.get("base_model")
@@ -141,15 +211,11 @@ def import_adapter(
             f"{file} does not say its trigger words. Give them with --token-words, as --token-words sks."
         )
     opened = Backbone.open(model_name, device="cpu", precision="fp32")
-    refuse_mismatch(
-        {name: layer.shape for name, layer in adapter.layers.items()},
-        ModelWeights(opened.location),
-        str(file),
-    )
+    weights = ModelWeights(opened.location)
+    refuse_mismatch({name: layer.shape for name, layer in adapter.layers.items()}, weights, str(file))
+    adapter = fit_to_model(adapter, weights, file)
     check_token(token, opened.text_encoder.tokenizer.get_vocab())
-    make_empty_folder(out)
-    weights_file = LORA_WEIGHTS if set(adapter.algorithms) <= {"lora", "dora"} else LYCORIS_WEIGHTS
-    write_adapter(out / weights_file, adapter, "peft", metadata=metadata)
+    weights_file = _write_loadable(out, adapter, opened, metadata)
     write_text(
         out / "README.md",
         f"# {out.name}\n\nImported from `{file.name}` for `{model_name}`.\n\n"
@@ -165,6 +231,52 @@ def import_adapter(
         folder=out,
     ).write(out)
     return f'{out}: {len(adapter.layers)} layers. Next: customize sample "a {token} …" --concept {out}'
+
+
+def _write_loadable(out: Path, adapter: AdapterFile, opened: Backbone, metadata: Mapping[str, str]) -> str:
+    """Write the adapter into a new folder after it has been loaded into the model once; returns the file's name."""
+    name = LORA_WEIGHTS if set(adapter.algorithms) <= {"lora", "dora"} else LYCORIS_WEIGHTS
+    with TemporaryDirectory() as scratch:
+        written = Path(scratch) / name
+        write_adapter(written, adapter, "peft", metadata=metadata)
+        slots = {slot.name: slot.model for slot in opened.text_encoder.slots}
+        with_text = has_text_encoder_weights(written)
+        load_lora(written, opened.denoiser, "import", text_encoders=slots if with_text else {})
+        make_empty_folder(out)
+        write_tensors(out / name, *read_tensors(written))
+    return name
+
+
+def fit_to_model(adapter: AdapterFile, weights: ModelWeights, file: Path) -> AdapterFile:
+    """The adapter in a form that a run holds on this model: factors shaped as its layers, one algorithm.
+
+    A matrix becomes a 1 × 1 kernel and the reverse; where peft has no form (a DoRA of a LoHa, several algorithms in one
+    network) a layer becomes the LoRA with the same ΔW. Raises `UserError` for DoRA over inputs, which no run holds.
+    """
+    over_inputs = [
+        name
+        for name, layer in adapter.layers.items()
+        if layer.magnitude is not None and layer.magnitude.ndim == 2
+    ]
+    if over_inputs:
+        raise UserError(
+            f"The DoRA scales in {file} run over the inputs of {len(over_inputs)} layers, as {over_inputs[0]}, "
+            "which is right for OneTrainer and LyCORIS, but no run folder holds. Put it into a whole model with "
+            f"`customize merge {file} --bake`."
+        )
+    mixed = len({layer.algorithm for layer in adapter.layers.values()}) > 1
+    fitted: dict[str, LayerUpdate] = {}
+    converted = 0
+    for name, layer in adapter.layers.items():
+        shape = weights.shapes[name + WEIGHT_SUFFIX]
+        if layer.algorithm != "lora" and (layer.magnitude is not None or mixed):
+            layer, converted = layer.to_lora(shape[2:]), converted + 1
+        fitted[name] = layer.reshape(shape)
+    if converted:
+        notify(
+            f"{converted} of {len(fitted)} layers are held as the LoRA with the same change: peft has no form for them."
+        )
+    return replace(adapter, layers=fitted)
 
 
 def inspect_adapter(source: Path) -> dict[str, Any]:
@@ -218,14 +330,6 @@ def describe_adapter(facts: Mapping[str, Any]) -> str:
     if facts["metadata"]:
         lines += ["metadata", *(f"  {key}: {_shorten(value)}" for key, value in facts["metadata"].items())]
     return "\n".join(lines)
-
-
-def check_output(out: Path) -> None:
-    """Raise `UserError` unless `out` can become an adapter's file; called before any work is done."""
-    if out.suffix != ".safetensors":
-        raise UserError(f"{out} must end in .safetensors. Name the file to write so.")
-    if out.is_dir():
-        raise UserError(f"{out} is a folder. Name a file in it.")
 
 
 def _count_values(values: Iterable[float]) -> list[dict[str, float]]:

@@ -3,7 +3,8 @@
     LoRA  ΔW = (α/r)·B·A                      Hu et al. 2022, eq. 3
     LoHa  ΔW = (α/r)·(B₁·A₁) ⊙ (B₂·A₂)        Hyeon-Woo et al. 2022 (FedPara), eq. 4
     LoKr  ΔW = (α/r)·W₁ ⊗ W₂                  Yeh et al. 2024 (LyCORIS)
-    DoRA  W' = m·(W + ΔW)/‖W + ΔW‖            Liu et al. 2024, eq. 5, the norm over a row [out]
+    DoRA  W' = m·(W + ΔW)/‖W + ΔW‖            Liu et al. 2024, eq. 5, the norm over a row [out]; OneTrainer's default
+                                              and LyCORIS' wd_on_output=False: over a column [in]
 
 A convolution's ΔW [out, in, k, k] is treated as the matrix [out, in·k·k].
 """
@@ -22,7 +23,9 @@ Algorithm = Literal["lora", "loha", "lokr"]
 
 @dataclass(frozen=True)
 class LayerUpdate:
-    """One layer's weight update: `factors` named as below, scaled by `alpha` / `rank`; `magnitude` [out] with DoRA.
+    """One layer's weight update: `factors` named as below, scaled by `alpha` / `rank`.
+
+    `magnitude` is DoRA's: [out] where it scales the rows of the weight, [1, in] where it scales the columns.
 
     lora: down [r, in] or [r, in, k, k], up [out, r] or [out, r, 1, 1]
     loha: hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b, and hada_t1, hada_t2 for convolutions
@@ -83,14 +86,40 @@ class LayerUpdate:
         factors = {**self.factors, rescaled: self.factors[rescaled] * (self.alpha / alpha)}
         return replace(self, factors=factors, alpha=alpha)
 
+    def on_meta(self) -> LayerUpdate:
+        """The same layer without values, for the shapes of its products."""
+        return replace(self, factors={name: value.to("meta") for name, value in self.factors.items()})
+
+    def to_lora(self, kernel: tuple[int, ...] = ()) -> LayerUpdate:
+        """The same ΔW as a LoRA, exactly, of as low a rank as that takes; `kernel` is the layer's (k, k)."""
+        if self.algorithm == "lora":
+            return self
+        change = self.delta_weight()
+        if kernel:
+            change = change.reshape(len(change), -1, *kernel)
+        rank = max(1, int(torch.linalg.matrix_rank(change.flatten(1).double(), rtol=1e-10)))
+        return replace(fit_lora(change, rank=rank).layer, magnitude=self.magnitude)
+
+    def reshape(self, weight: Sequence[int]) -> LayerUpdate:
+        """A LoRA's factors shaped for a weight [out, in] or [out, in, k, k] of that size; other kinds unchanged."""
+        if self.algorithm != "lora":
+            return self
+        up, down = self.factors["up"], self.factors["down"]
+        spatial = [1] * (len(weight) - 2)
+        factors = {"down": down.reshape(-1, *weight[1:]), "up": up.reshape(weight[0], -1, *spatial)}
+        return replace(self, factors=factors)
+
     def merge_into(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         """W + strength·(W' − W), float32 in `weight`'s shape, where W' has the whole update (and DoRA's magnitude)."""
         base = weight.float()
         updated = base + self.delta_weight().reshape(weight.shape)
         if self.magnitude is not None:
-            updated = updated * _broadcast_rows(
-                self.magnitude.float().flatten() / row_norms(updated), updated
-            )
+            magnitude = self.magnitude.float()
+            if magnitude.ndim == 2:  # one for each input, whichever of a kernel's k·k places it goes to
+                scale = magnitude.flatten() / row_norms(updated.transpose(0, 1))
+                updated = updated * scale.reshape(1, -1, *[1] * (updated.ndim - 2))
+            else:
+                updated = updated * _broadcast_rows(magnitude / row_norms(updated), updated)
         return base + strength * (updated - base)
 
 
@@ -149,6 +178,8 @@ def fit_lora(change: Tensor, *, rank: int | None = None, energy: float | None = 
 def sum_loras(layers: Sequence[LayerUpdate], strengths: Iterable[float]) -> LayerUpdate:
     """Σ strength·ΔW of LoRAs, exactly: the factors are concatenated, so the ranks add up."""
     assert all(layer.algorithm == "lora" and layer.magnitude is None for layer in layers)
+    largest = max((layer.factors["down"] for layer in layers), key=lambda down: down.ndim)
+    layers = [layer.reshape((layer.shape[0], *largest.shape[1:])) for layer in layers]
     ups = [
         layer.factors["up"].float() * (strength * layer.scale)
         for layer, strength in zip(layers, strengths, strict=True)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from backbone.adapters.concept import Concept
+from backbone.adapters.config import check_tensors
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import read_tensors
 from backbone.models.locate import locate
@@ -98,6 +99,9 @@ def read_input(path: Path, strength: float = 1.0) -> MergeInput:
         return MergeInput(path, strength, adapter)
     weight_deltas = read_tensors(path / concept.changed)[0] if concept.changed else {}
     words = read_tensors(path / concept.words)[0] if concept.words else {}
+    for file, tensors in ((concept.changed, weight_deltas), (concept.words, words)):
+        if file:
+            check_tensors(path / file, tensors)
     return MergeInput(
         path, strength, adapter, concept, {f"unet.{name}": v for name, v in weight_deltas.items()}, words
     )
@@ -306,6 +310,10 @@ def extract_lora(
             bar.advance()
             base_weight = base_weights[name].float()
             change = tuned_weights[name].float() - base_weight
+            if not bool(torch.isfinite(change).all()):
+                raise UserError(
+                    f"{name} of {tuned} or {base} holds values that are not finite. Download or train the model again."
+                )
             energy_of_change = float(change.double().square().sum())
             if energy_of_change <= (UNCHANGED * float(base_weight.norm())) ** 2:
                 continue

@@ -18,7 +18,7 @@ from backbone.io.files import make_empty_folder, write_tensors, write_text
 from customize.formats.adapter import AdapterFile
 from customize.formats.merge import MergeInput
 from customize.formats.metadata import build_metadata
-from customize.formats.write import write_adapter
+from customize.formats.write import check_output, write_adapter
 from customize.methods.weights import CHANGED
 
 
@@ -39,6 +39,7 @@ def save_merged(
     tokens = dict(token_and_words for renaming in renamed for token_and_words in renaming.values())
     metadata = build_merged_metadata(adapter, parts, tokens, title=out.name if is_folder else out.stem)
     if not is_folder:
+        check_output(out)
         if weight_deltas or not adapter.layers:
             raise UserError(f"Whole weights do not fit into {out}. Add --rank for a LoRA of them, or --bake.")
         if any(part.words for part in parts):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from backbone.adapters.concept import CONCEPT_FILE as CONCEPT
 from backbone.adapters.concept import Concept, read_concept
 from backbone.io.files import read_json
+from backbone.io.records import RunRecord
 from customize.formats.adapter import AdapterFile, BaseFamily
 
 KEPT_PREFIXES = ("ss_", "modelspec.", "limner_", "base_model")
@@ -139,7 +140,7 @@ def _training_metadata(source: Path | None, concept: Concept | None) -> dict[str
         entries["modelspec.usage_hint"] = f"Write “{phrase}” in the prompt."
     settings = source / "settings.json"
     if settings.is_file():
-        trained: dict[str, Any] = read_json(settings).get("settings", {})
+        trained: dict[str, Any] = read_json(settings, RunRecord).settings
         entries |= {name: str(trained[key]) for key, name in KOHYA_KEYS.items() if key in trained}
         if "steps" in trained:
             entries["ss_steps"] = str(trained["steps"])
@@ -154,4 +155,4 @@ def _architecture_name(base: BaseFamily, concept: Concept | None) -> str:
 
 def _modification_date(source: Path) -> str:
     """ISO time at which the weights were written, so that exporting them twice gives the same file."""
-    return datetime.fromtimestamp(int(source.stat().st_mtime), tz=timezone.utc).isoformat()
+    return datetime.fromtimestamp(int(source.stat().st_mtime), tz=UTC).isoformat()

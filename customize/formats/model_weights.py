@@ -11,7 +11,8 @@ from torch import Tensor
 
 from backbone.families.location import Location
 from backbone.io.console import UserError
-from backbone.io.files import read_header, read_json, read_tensors
+from backbone.io.files import read_header, read_tensors
+from backbone.io.weights import list_weight_files
 from customize.formats.layer_names import COMPONENTS, TEXT_MODEL_PREFIX, is_text_encoder, split_component
 
 WEIGHT_SUFFIX = ".weight"
@@ -108,16 +109,3 @@ def refuse_mismatch(layers: Mapping[str, tuple[int, int]], weights: ModelWeights
 def count_components(layers: Mapping[str, object]) -> dict[str, int]:
     """Component → number of its layers."""
     return dict(Counter(split_component(layer)[0] for layer in layers))
-
-
-def list_weight_files(folder: Path) -> list[Path]:
-    """safetensors files of a component's folder: those of its index, or the one with the plainest name."""
-    if not folder.is_dir():
-        return []
-    for index in sorted(folder.glob("*.safetensors.index.json"), key=lambda path: len(path.name)):
-        try:
-            return sorted({folder / name for name in read_json(index)["weight_map"].values()})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index} is damaged ({error}). Download the model again.") from error
-    files = sorted(folder.glob("*.safetensors"), key=lambda path: (path.name.count("."), path.name))
-    return files[:1]

@@ -1,4 +1,4 @@
-"""Read LoRA, LoHa, LoKr and DoRA files of diffusers, kohya's sd-scripts, LyCORIS and ComfyUI into an `AdapterFile`.
+"""Read adapter files of diffusers, peft, kohya's sd-scripts, LyCORIS, OneTrainer and ComfyUI into an `AdapterFile`.
 
     adapter = read_adapter("dog.safetensors")
     write_adapter("dog-kohya.safetensors", adapter, "kohya", metadata={...})
@@ -7,7 +7,7 @@
 |---|---|---|---|---|
 | diffusers | `unet.….lora_A.weight`, peft's names | r and α in the metadata | `lora_magnitude_vector` [out] | refused |
 | peft | the same, and peft's `hada_…`, `lokr_…` | the same | the same | peft's names |
-| kohya | `lora_unet_….lora_down.weight` | `.alpha` | `dora_scale` [out, 1] | LyCORIS' names |
+| kohya | `lora_unet_….lora_down.weight` | `.alpha` | `dora_scale` [out, 1] or [1, in] | LyCORIS' names |
 | comfyui | the same | `.alpha` | `dora_scale`, rescaled | LyCORIS' names |
 
 kohya names SDXL's blocks by the numbers of the original code and fuses queries, keys and values of SD3 and FLUX as
@@ -18,34 +18,33 @@ DoRA rescales by ‖W‖ where Liu et al. 2024 divide by ‖W + ΔW‖, so writi
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from backbone.adapters.concept import CONCEPT_FILE as CONCEPT
 from backbone.adapters.concept import read_concept
-from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS
-from backbone.io.console import UserError
-from backbone.io.files import read_tensors
-from customize.formats.adapter import CONFIG_KEY, AdapterFile
-from customize.formats.factors import Algorithm, LayerUpdate
-from customize.formats.layer_names import (
-    COMPONENTS,
-    TEXT_MODEL_PREFIX,
-    add_text_model,
-    from_original,
-    is_text_encoder,
-    split_component,
-    split_fused,
-    unflatten_name,
+from backbone.adapters.config import (
+    CONFIG_FILE,
+    CONFIG_KEY,
+    AdapterConfig,
+    check_tensors,
+    read_adapter_configs,
+    read_peft_config,
 )
+from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS
+from backbone.io.console import UserError, notify
+from backbone.io.files import read_tensors
+from customize.formats.adapter import AdapterFile
+from customize.formats.factors import Algorithm, LayerUpdate
+from customize.formats.layer_names import add_text_model, split_component
+from customize.formats.split import split_layer
+from customize.formats.translate import PEFT_PREFIX, PREFIXES, translate
 
-UNET_PREFIXES = ("down_blocks.", "up_blocks.", "mid_block.", "conv_in", "conv_out", "time_embedding.")
+PEFT_WEIGHTS = "adapter_model.safetensors"
 # Suffix of a tensor's key → which factor of the layer it holds.
 _FACTOR_BY_SUFFIX = {
     ".lora_A.weight": "down",
@@ -68,10 +67,26 @@ _FACTOR_BY_SUFFIX = {
     **{f".{name}": name for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b")},
     **{f".{name}": name for name in ("lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")},
     ".lora_magnitude_vector.weight": "magnitude",
+    ".lora_magnitude_vector.default.weight": "magnitude",
     ".lora_magnitude_vector": "magnitude",
-    ".dora_scale": "magnitude",
+    ".dora_scale": "dora_scale",
     ".alpha": "alpha",
+    ".down.weight": "down",  # XLabs' processors
+    ".up.weight": "up",
 }
+_BESIDE_FACTORS = ("alpha", "magnitude", "dora_scale")
+# Ends of tensors of other methods → what they are, for the sentence that refuses them.
+OTHER_METHODS = {
+    (".diff", ".diff_b"): "whole differences of weights (LyCORIS' full)",
+    (".w_norm", ".b_norm"): "differences of norms (LyCORIS' train_norm)",
+    (".oft_blocks", ".oft_diag", ".oft_R.weight", ".boft"): "rotations (OFT)",
+    (".a1.weight", ".b1.weight", ".a2.weight", ".b2.weight"): "factors of GLoRA",
+    (".on_input", ".ia3_l"): "scales of IA³",
+    (".lora_B.bias", ".lora_up.bias"): "biases beside a LoRA",
+    (".set_weight", ".reshape_weight"): "whole weights",
+    ("emb_params", "string_to_param"): "learned words",
+}
+SHOWN = 3  # names of tensors that an error lists
 _REQUIRED_FACTORS: dict[Algorithm, tuple[tuple[str, ...], ...]] = {
     "lora": (("down", "up"),),
     "loha": (("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),),
@@ -81,40 +96,29 @@ _REQUIRED_FACTORS: dict[Algorithm, tuple[tuple[str, ...], ...]] = {
         for right in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))
     ),
 }
-_KOHYA_PREFIXES = (
-    ("lora_unet_", "unet"),
-    ("lora_transformer_", "transformer"),
-    ("lycoris_", "unet"),
-    ("lora_te1_", "text_encoder"),
-    ("lora_te2_", "text_encoder_2"),
-    ("lora_te_", "text_encoder"),
-)
 
 
 def read_adapter(path: str | Path) -> AdapterFile:
-    """Read the adapter of a file or a run folder, whichever tool wrote it.
+    """Read the adapter of a file, a run folder or peft's folder, whichever tool wrote it.
 
-    Raises `UserError` where there is none, where a layer lacks factors, or for tensors that belong to no known format.
+    Raises `UserError` where there is none, where a layer lacks factors or is of no supported model, for values that
+    are not finite, and for tensors that belong to no known format.
     """
     path = find_adapter_file(path)
     tensors, metadata = read_tensors(path)
-    if not tensors:
-        raise UserError(f"{path} holds no tensors. Give the file of a LoRA.")
-    groups, unknown = _group_by_layer(tensors)
-    known_factors = {factor for factor_sets in _REQUIRED_FACTORS.values() for factor in factor_sets[0]}
-    if not any(known_factors & set(group) for group in groups.values()):
-        examples = ", ".join(sorted(tensors)[:2])
-        raise UserError(f"{path} holds no LoRA (but {examples} …). Give a LoRA, LoHa or LoKr in safetensors.")
-    if unknown:
-        raise UserError(
-            f"{path} holds {len(unknown)} tensors of a kind that is not read here, as {sorted(unknown)[0]}. "
-            "Export it again as LoRA, LoHa or LoKr alone."
-        )
-    config = _PeftConfig(metadata, path)
+    check_tensors(path, tensors)
+    groups = _group_by_stem(tensors, path)
+    translation = translate(groups, path)
+    configs = _read_configs(path, metadata, groups)
     layers: dict[str, LayerUpdate] = {}
-    for name, group in groups.items():
-        layers |= _split_fused_layer(name, _build_layer(name, group, config, path), path)
-    return AdapterFile(layers, metadata, _describe_format(tensors))
+    for stem, group in groups.items():
+        target = translation.targets[stem]
+        stored = _build_layer(stem, target.layers[0], group, configs, path)
+        for name, layer in split_layer(target, stored, path).items():
+            if name in layers:
+                raise UserError(f"{path} changes {name} twice, under two names. Export it again.")
+            layers[name] = layer
+    return AdapterFile(layers, metadata, _describe_format(tensors), translation.network)
 
 
 def find_adapter_file(path: str | Path) -> Path:
@@ -130,160 +134,125 @@ def find_adapter_file(path: str | Path) -> Path:
             f"{path} holds no adapter: it was trained with --method {concept.kind}. Put it into a whole model with "
             "`customize merge --bake`."
         )
-    for name in (LORA_WEIGHTS, LYCORIS_WEIGHTS):
+    for name in (LORA_WEIGHTS, LYCORIS_WEIGHTS, PEFT_WEIGHTS):
         if (path / name).is_file():
             return path / name
     raise UserError(
-        f"{path} holds no adapter ({LORA_WEIGHTS} is missing). Name a run folder or a .safetensors file."
+        f"{path} holds no adapter ({LORA_WEIGHTS} or {PEFT_WEIGHTS} is missing). "
+        "Name a run folder, peft's folder or a .safetensors file."
     )
 
 
-def _group_by_layer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """Layer name → factor → tensor, and the keys that belong to no layer."""
+def _group_by_stem(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
+    """Stored layer name → factor → tensor; `UserError` for tensors of another kind."""
     groups: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for key, value in tensors.items():
         suffix = next((suffix for suffix in _FACTOR_BY_SUFFIX if key.endswith(suffix)), None)
-        name = _canonical_layer_name(key.removesuffix(suffix)) if suffix else None
-        if suffix is None or name is None:
+        if suffix is None:
             unknown.append(key)
         else:
-            groups.setdefault(name, {})[_FACTOR_BY_SUFFIX[suffix]] = value
-    return groups, unknown
+            groups.setdefault(key.removesuffix(suffix), {})[_FACTOR_BY_SUFFIX[suffix]] = value
+    if not unknown:
+        return groups
+    shown = ", ".join(sorted(unknown)[:SHOWN]) + (" …" if len(unknown) > SHOWN else "")
+    kinds = [what for ends, what in OTHER_METHODS.items() if any(key.endswith(ends) for key in unknown)]
+    what = " and ".join(kinds) or "tensors of no kind that is known here"
+    if any(set(group) - set(_BESIDE_FACTORS) for group in groups.values()):
+        raise UserError(
+            f"{path} holds, beside its factors, {len(unknown)} tensors that are not read here: {what} ({shown}). "
+            "Export it again as LoRA, LoHa or LoKr alone."
+        )
+    raise UserError(
+        f"{path} holds no LoRA, LoHa or LoKr, but {what} ({shown}). Give an adapter of one of these three kinds."
+    )
 
 
-def _canonical_layer_name(stem: str) -> str | None:
-    """Name of a layer as used here (component, then diffusers' module name), from any tool's; None if none fits."""
-    for prefix, component in _KOHYA_PREFIXES:
-        if stem.startswith(prefix):
-            return _qualify_module(component, unflatten_name(stem.removeprefix(prefix)))
-    stem = stem.removeprefix("base_model.model.").replace(".processor.", ".")
-    for component in COMPONENTS:
-        if stem.startswith(component + "."):
-            return _qualify_module(component, stem.removeprefix(component + "."))
-    if stem.startswith("diffusion_model."):
-        return _qualify_module("unet", stem.removeprefix("diffusion_model."))
-    return _qualify_module("unet", stem) if stem.startswith(UNET_PREFIXES) else None
+def _read_configs(
+    path: Path, metadata: Mapping[str, str], groups: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, AdapterConfig]:
+    """Component → settings, from the metadata or peft's file beside; "" is the component of peft's bare names.
 
-
-def _split_fused_layer(name: str, layer: LayerUpdate, path: Path) -> dict[str, LayerUpdate]:
-    """Split a fused layer of SD3 or FLUX (`qkv`) into diffusers' layers; any other layer is returned under its name.
-
-    Parts that are not updated are dropped, and of the others the rank dimensions that do not contribute.
+    Says so where neither they nor the tensors tell α: the strength is an assumption then.
     """
-    component, module = split_component(name)
-    targets = split_fused(module)
-    if component != "transformer" or not targets:
-        return {name: layer}
-    if len(targets) == 1:
-        return {f"transformer.{targets[0]}": layer}
-    if layer.algorithm != "lora":
-        raise UserError(
-            f"{path} fuses layers into {name} as a {layer.algorithm}, which cannot be split. Use a LoRA."
+    if CONFIG_KEY in metadata:
+        return read_adapter_configs(path, metadata)
+    beside = path.parent / CONFIG_FILE
+    if path.name == PEFT_WEIGHTS and beside.is_file():
+        return {"": read_peft_config(beside)}
+    bare = [stem for stem in groups if stem.startswith(PEFT_PREFIX) or not stem.startswith(tuple(PREFIXES))]
+    if any("alpha" not in groups[stem] for stem in bare):
+        notify(
+            f"{path} does not say its α, and no {CONFIG_FILE} lies beside it: α = rank is assumed, a strength of 1."
         )
-    # Queries, keys and values are as high as the layer is wide; a fourth part (FLUX's MLP) takes the remaining rows.
-    rows, width = layer.shape
-    heights = [width] * 3 + [rows - 3 * width] * (len(targets) - 3)
-    if sum(heights) != rows or min(heights) <= 0:
-        raise UserError(
-            f"{name} in {path} is {rows} × {width}, which no published model has. Check the file."
-        )
-    layers: dict[str, LayerUpdate] = {}
-    bounds = torch.tensor([0, *heights]).cumsum(0).tolist()
-    for target, start, end in zip(targets, bounds, bounds[1:], strict=False):
-        up = layer.factors["up"][start:end]
-        used = (up != 0).any(dim=0)
-        if not bool(used.any()):
-            continue
-        factors = {"down": layer.factors["down"][used], "up": up[:, used]}
-        rank = int(used.sum())
-        magnitude = None if layer.magnitude is None else layer.magnitude.flatten()[start:end]
-        layers[f"transformer.{target}"] = LayerUpdate("lora", factors, rank, layer.scale * rank, magnitude)
-    return layers
+    return {}
 
 
-def _qualify_module(component: str, module: str) -> str:
-    """`component.module` with diffusers' module name, whichever of the known conventions `module` follows."""
-    if component == "unet" and split_fused(module):
-        return f"transformer.{module}"
-    if component == "unet":
-        module = from_original(module)
-    if is_text_encoder(component):  # what diffusers once wrote: self_attn.to_q_lora.down.weight
-        module = module.removeprefix(TEXT_MODEL_PREFIX)
-        module = re.sub(r"\.self_attn\.to_(q|k|v|out)$", r".self_attn.\1_proj", module)
-    elif module.endswith(".to_out"):
-        module += ".0"
-    return f"{component}.{module}"
+def _build_layer(
+    stem: str, name: str, group: dict[str, Tensor], configs: Mapping[str, AdapterConfig], path: Path
+) -> LayerUpdate:
+    """One stored layer, of which `name` is (the first part of) its name here, from its tensors by factor.
 
-
-class _PeftConfig:
-    """peft's configuration in the metadata: r and α per layer, for formats whose tensors do not carry them."""
-
-    def __init__(self, metadata: Mapping[str, str], path: Path) -> None:
-        try:
-            self.settings: dict[str, Any] = json.loads(metadata.get(CONFIG_KEY, "{}"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"The metadata of {path} is damaged ({error}). Export the file again.") from error
-
-    def rank(self, layer: str) -> int | None:
-        value = self._value(layer, "rank_pattern", ("r",))
-        return None if value is None else int(value)
-
-    def alpha(self, layer: str, rank: int) -> float | None:
-        """α such that ΔW is scaled by α/rank; rsLoRA's α/√rank is converted."""
-        value = self._value(layer, "alpha_pattern", ("lora_alpha", "alpha"))
-        if value is None:
-            return None
-        use_rslora = self.settings.get(f"{split_component(layer)[0]}.use_rslora", False)
-        return float(value) * (rank**0.5 if use_rslora else 1.0)
-
-    def _value(self, layer: str, pattern: str, keys: Iterable[str]) -> Any:
-        """A layer's entry in `pattern` (peft matches suffixes and regular expressions), else the first default."""
-        component, module = split_component(layer)
-        for name in (module, add_text_model(component, module)):
-            for expression, value in (self.settings.get(f"{component}.{pattern}") or {}).items():
-                if re.fullmatch(rf"(.*\.)?({expression})", name):
-                    return value
-        return next(
-            (value for key in keys if (value := self.settings.get(f"{component}.{key}")) is not None), None
-        )
-
-
-def _build_layer(name: str, group: dict[str, Tensor], config: _PeftConfig, path: Path) -> LayerUpdate:
-    """One layer from its tensors by factor. Raises `UserError` for missing factors or ranks that disagree."""
-    factors = {factor: value for factor, value in group.items() if factor not in ("alpha", "magnitude")}
+    Raises `UserError` for missing factors, for ranks that disagree and for an α that is 0 or not finite.
+    """
+    factors = {factor: value for factor, value in group.items() if factor not in _BESIDE_FACTORS}
     algorithm = _detect_algorithm(factors)
     if algorithm is None:
         present = ", ".join(sorted(group))
         raise UserError(
-            f"The layer {name} in {path} is not whole (it has {present}). Download or export it again."
+            f"The layer {stem} in {path} is not whole (it has {present}). Download or export it again."
         )
     if (
         "mid" in factors
     ):  # LoCon's kernel between two 1 × 1 convolutions: multiplied into `down` it is the same
         kernel, down = factors.pop("mid"), factors["down"].flatten(1)
         factors["down"] = torch.einsum("rskl,sn->rnkl", kernel.float(), down.float())
-    rank = _infer_rank(algorithm, factors)
-    if rank is None:  # an unfactorised LoKr: only the metadata knows r, and LyCORIS then takes α for it
-        rank = config.rank(name) or 1
-        alpha = config.alpha(name, rank)
-        return LayerUpdate(
-            algorithm, factors, rank, float(rank) if alpha is None else alpha, _read_magnitude(group)
-        )
-    if algorithm == "lora" and factors["up"].shape[1] != rank:
+    component, module = split_component(name)
+    config = configs.get(component, configs.get(""))
+    if configs and config is None:
         raise UserError(
-            f"The factors of {name} in {path} have ranks {rank} and {factors['up'].shape[1]}. Export the file again."
+            f"The header of {path} does not say the rank and alpha of its {component}. Export it again."
         )
-    alpha = float(group["alpha"]) if "alpha" in group else config.alpha(name, rank)
-    layer = LayerUpdate(
-        algorithm, factors, rank, float(rank) if alpha is None else alpha, _read_magnitude(group)
-    )
-    if layer.magnitude is not None and len(layer.magnitude) != layer.shape[0]:
+    names = (module, add_text_model(component, module), stem.removeprefix(PEFT_PREFIX))
+    said = config.layer_rank(*names) if config else None
+    stored = _infer_rank(algorithm, factors)
+    if stored is not None and said not in (None, stored):
         raise UserError(
-            f"The DoRA scales of {name} in {path} run over the layer's inputs, as old LyCORIS wrote them, and are not "
-            "read here. Bake the file with the tool that wrote it."
+            f"{path} says rank {said} for {stem}, whose tensors have {stored}. Export the file again."
         )
-    return layer
+    if algorithm == "lora" and factors["up"].shape[1] != stored:
+        raise UserError(
+            f"The factors of {stem} in {path} have ranks {stored} and {factors['up'].shape[1]}. Export the file again."
+        )
+    rank = stored or said or 1
+    alpha = config.layer_alpha(*names, rank=rank) if config else float(rank)
+    if "alpha" in group and stored is not None:  # LyCORIS ignores α for an unfactorised LoKr
+        alpha = _read_alpha(group["alpha"], stem, path)
+    layer = LayerUpdate(algorithm, factors, rank, alpha)
+    _check_shapes(layer, stem, path)
+    return replace(layer, magnitude=_read_magnitude(group, layer, stem, path))
+
+
+def _read_alpha(stored: Tensor, stem: str, path: Path) -> float:
+    """α of a layer: a number in whatever shape and dtype; `UserError` for 0, of which tools make different things."""
+    if stored.numel() != 1 or float(stored) == 0:
+        said = float(stored) if stored.numel() == 1 else f"{stored.numel()} numbers"
+        raise UserError(
+            f"α of {stem} in {path} is {said}: for some tools that is no change, for others α = rank. "
+            "Export the file again with an α of its own."
+        )
+    return float(stored)
+
+
+def _check_shapes(layer: LayerUpdate, stem: str, path: Path) -> None:
+    """Raise `UserError` for factors that cannot be multiplied."""
+    try:
+        shape = layer.on_meta().delta_weight().shape
+    except (RuntimeError, IndexError) as error:
+        raise UserError(
+            f"The factors of {stem} in {path} do not fit one another. Export the file again."
+        ) from error
+    assert tuple(shape) == layer.shape
 
 
 def _detect_algorithm(factors: Mapping[str, Tensor]) -> Algorithm | None:
@@ -303,15 +272,37 @@ def _infer_rank(algorithm: Algorithm, factors: Mapping[str, Tensor]) -> int | No
     return None if key is None else factors[key].shape[0]
 
 
-def _read_magnitude(group: Mapping[str, Tensor]) -> Tensor | None:
-    return group["magnitude"].flatten() if "magnitude" in group else None
+def _read_magnitude(group: Mapping[str, Tensor], layer: LayerUpdate, stem: str, path: Path) -> Tensor | None:
+    """DoRA's magnitude: [out] over the outputs, or [1, in] over the inputs; the stored shape tells which.
+
+    peft stores [out], or [1, out, 1, 1] for a convolution; LyCORIS and OneTrainer [out, 1, …] or [1, in, …].
+    """
+    rows, columns = layer.shape
+    if "magnitude" in group:
+        value = group["magnitude"].flatten()
+        if len(value) == rows:
+            return value
+    elif "dora_scale" in group:
+        value = group["dora_scale"]
+        if value.ndim > 1 and value.shape[0] == 1 and value.numel() == value.shape[1] > 1:
+            if columns % value.numel() == 0:
+                return value.reshape(1, -1)
+        elif value.numel() == rows == len(value) and (value.ndim > 1 or rows != columns):
+            return value.flatten()
+    else:
+        return None
+    shape = list(group.get("magnitude", group.get("dora_scale", torch.empty(0))).shape)
+    raise UserError(
+        f"The DoRA scales of {stem} in {path} are {shape} for a layer of {rows} × {columns}, which is neither one for "
+        "each output ([out, 1]) nor for each input ([1, in]). Export the file again."
+    )
 
 
 def _describe_format(tensors: Mapping[str, Tensor]) -> str:
     """Which tool's naming the keys follow, for people."""
     names = list(tensors)
     is_lycoris = any(".hada_" in name or ".lokr_" in name for name in names)
-    if any(name.startswith(tuple(prefix for prefix, _ in _KOHYA_PREFIXES)) for name in names):
+    if any(name.startswith(("lora_unet_", "lora_transformer_", "lora_te", "lycoris_")) for name in names):
         blocks = "original" if any("put_blocks_" in name for name in names) else "diffusers'"
         return f"{'LyCORIS' if is_lycoris else 'kohya'} ({blocks} block names)"
     if any("lora_A" in name for name in names):

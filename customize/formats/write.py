@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backbone.adapters.config import CONFIG_KEY
 from backbone.io.console import UserError
 from backbone.io.files import atomic_write, write_tensors
-from customize.formats.adapter import BASE_NAMES, CONFIG_KEY, AdapterFile, BaseFamily, FileFormat
+from customize.formats.adapter import BASE_NAMES, AdapterFile, BaseFamily, FileFormat
 from customize.formats.factors import LayerUpdate, row_norms
 from customize.formats.layer_names import (
     COMPONENTS,
     add_text_model,
-    find_fused,
     flatten_name,
+    is_text_encoder,
     split_component,
-    split_fused,
     to_original,
 )
+from customize.formats.originals import OriginalLayer, find_original
 from customize.formats.read import read_adapter
+from customize.formats.split import swap_halves
 
 TOLERANCE = 1e-5  # relative difference of ΔW that rounding in float32 may leave
 
@@ -52,13 +54,16 @@ def write_adapter(
     Raises `UserError` for what the format cannot hold, or when the file read back differs; then nothing is written.
     """
     path = Path(path)
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path} must end in .safetensors. Name the file to write so.")
     tensors, format_metadata = to_state_dict(adapter, file_format, base=base, weights=weights)
     if dtype is not None:
         tensors = {
             name: value if name.endswith(".alpha") else value.to(dtype) for name, value in tensors.items()
         }
+    for name, value in tensors.items():
+        if not bool(torch.isfinite(value.float()).all()):
+            raise UserError(
+                f"{path} was not written: {name} is not finite in that precision. Leave out --precision."
+            )
     entries = {**(metadata or {}), **format_metadata}
     if file_format in ("kohya", "comfyui"):
         entries["modelspec.hash_sha256"] = hash_weights(tensors)
@@ -77,13 +82,31 @@ def write_adapter(
     return worst
 
 
+def check_output(out: Path) -> None:
+    """Raise `UserError` unless `out` can become a new adapter's file; called before any work is done."""
+    if out.suffix != ".safetensors":
+        raise UserError(f"{out} must end in .safetensors. Name the file to write so.")
+    if out.is_dir():
+        raise UserError(f"{out} is a folder. Name a file in it.")
+    if out.exists():
+        raise UserError(
+            f"{out} exists already and is not overwritten. Name another file, or remove this one."
+        )
+
+
 def compare_updates(first: AdapterFile, second: AdapterFile) -> tuple[float, str]:
-    """Largest ‖ΔW₁ − ΔW₂‖ / ‖ΔW₁‖ over all layers and the layer's name; infinite where a layer or shape differs."""
-    unshared = set(first.layers) ^ set(second.layers)
+    """Largest ‖ΔW₁ − ΔW₂‖ / ‖ΔW₁‖ over all layers and the layer's name; infinite where a layer or shape differs.
+
+    A layer that is not changed may be left out.
+    """
+    either = {**first.layers, **second.layers}
+    shared = set(first.layers) & set(second.layers)
+    unshared = [name for name in either if name not in shared and either[name].squared_norm() > 0]
     if unshared:
         return math.inf, min(unshared)
     worst, where = 0.0, ""
-    for name, layer in first.layers.items():
+    for name in sorted(shared):
+        layer = first.layers[name]
         expected, actual = layer.delta_weight(), second.layers[name].delta_weight()
         if expected.shape != actual.shape:
             return math.inf, name
@@ -96,9 +119,11 @@ def compare_updates(first: AdapterFile, second: AdapterFile) -> tuple[float, str
 def _compare_magnitudes(first: AdapterFile, second: AdapterFile) -> tuple[float, str]:
     """Largest relative difference of DoRA's magnitudes, and that layer."""
     worst, where = 0.0, ""
-    for name, layer in first.layers.items():
-        expected, actual = layer.magnitude, second.layers[name].magnitude
+    for name in sorted(set(first.layers) & set(second.layers)):
+        expected, actual = first.layers[name].magnitude, second.layers[name].magnitude
         if (expected is None) != (actual is None):
+            return math.inf, name
+        if expected is not None and actual is not None and expected.shape != actual.shape:
             return math.inf, name
         if expected is not None and actual is not None:
             error = float(
@@ -150,17 +175,32 @@ def _to_peft(adapter: AdapterFile) -> tuple[dict[str, Tensor], dict[str, str]]:
             for factor, value in layer.factors.items():
                 name = {"down": "lora_A.weight", "up": "lora_B.weight"}.get(factor, factor)
                 tensors[f"{stem}.{name}"] = value
+            if layer.magnitude is not None and (layer.magnitude.ndim == 2 or layer.algorithm != "lora"):
+                what = (
+                    f"a DoRA of a {layer.algorithm}"
+                    if layer.algorithm != "lora"
+                    else "DoRA scales over inputs"
+                )
+                raise UserError(
+                    f"peft and diffusers have no format for {what}, as {component}.{module} has them. Export --to "
+                    "kohya, or put the file into a whole model with `customize merge --bake`."
+                )
             if layer.magnitude is not None:
-                is_conv = layer.factors["up"].ndim == 4 if layer.algorithm == "lora" else False
+                is_conv = layer.factors["up"].ndim == 4
                 shape = (1, -1, 1, 1) if is_conv else (-1,)
                 tensors[f"{stem}.lora_magnitude_vector"] = layer.magnitude.reshape(shape)
         if layers:
-            settings |= {f"{component}.{key}": value for key, value in _build_peft_config(layers).items()}
+            start = "" if is_text_encoder(component) else "^"  # ^: peft matches the ends of names
+            config = _build_peft_config(layers, start)
+            settings |= {f"{component}.{key}": value for key, value in config.items()}
     return tensors, {CONFIG_KEY: json.dumps(settings)}
 
 
-def _build_peft_config(layers: Mapping[str, LayerUpdate]) -> dict[str, Any]:
-    """peft's configuration of these modules: the most common r and α, and the layers with others as patterns."""
+def _build_peft_config(layers: Mapping[str, LayerUpdate], start: str) -> dict[str, Any]:
+    """peft's configuration of these modules: the most common r and α, and the layers with others as patterns.
+
+    `start` comes before the names in patterns.
+    """
     rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
     alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
     algorithms = {layer.algorithm for layer in layers.values()}
@@ -173,8 +213,10 @@ def _build_peft_config(layers: Mapping[str, LayerUpdate]) -> dict[str, Any]:
     config: dict[str, Any] = {
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {name: layer.rank for name, layer in layers.items() if layer.rank != rank},
-        "alpha_pattern": {name: layer.alpha for name, layer in layers.items() if layer.alpha != alpha},
+        "rank_pattern": {start + name: layer.rank for name, layer in layers.items() if layer.rank != rank},
+        "alpha_pattern": {
+            start + name: layer.alpha for name, layer in layers.items() if layer.alpha != alpha
+        },
         "lora_dropout": 0.0,
         "target_modules": sorted(layers),
         "bias": "none",
@@ -202,8 +244,10 @@ def _to_kohya(
             tensors[f"{stem}.{suffix}"] = value
         tensors[f"{stem}.alpha"] = torch.tensor(layer.alpha)
         if layer.magnitude is not None:
-            scale = layer.magnitude.float().flatten()
-            if file_format == "comfyui":
+            scale, over_inputs = layer.magnitude.float(), layer.magnitude.ndim == 2
+            if (
+                file_format == "comfyui" and not over_inputs
+            ):  # over inputs ComfyUI divides by ‖W + ΔW‖, as it should
                 if weights is None or name not in weights:
                     raise UserError(
                         f"DoRA in ComfyUI's format depends on the base weights, and those of {name} are not at hand. "
@@ -216,29 +260,44 @@ def _to_kohya(
                     / row_norms(weight.float() + layer.delta_weight().reshape(weight.shape))
                 )
             trailing = layer.factors["up"].ndim - 1 if layer.algorithm == "lora" else 1
-            tensors[f"{stem}.dora_scale"] = scale.reshape(-1, *[1] * trailing)
+            shape = (1, -1, *[1] * (trailing - 1)) if over_inputs else (-1, *[1] * trailing)
+            tensors[f"{stem}.dora_scale"] = scale.reshape(shape)
     return tensors, {}
 
 
 def _fuse_layers(layers: Mapping[str, LayerUpdate], base: BaseFamily) -> dict[str, LayerUpdate]:
     """Fuse the layers that the original code of SD3 and FLUX fuses (queries, keys and values into `qkv`)."""
     fused: dict[str, LayerUpdate] = {}
+    originals: dict[str, OriginalLayer] = {}
     groups: dict[str, dict[int, LayerUpdate]] = {}
     for name, layer in layers.items():
         component, module = split_component(name)
         if component != "transformer":
             fused[name] = layer
             continue
-        place = find_fused(module, base)  # (fused layer, position in it)
+        place = find_original(module, base) if base in ("sd3", "flux") else None
         if place is None:
             raise UserError(
-                f"kohya's format has no name for {name} of {BASE_NAMES[base]}. Export --to diffusers or comfyui."
+                f"kohya's format has no name for {name} of {BASE_NAMES[base]}. Export --to diffusers or comfyui, or "
+                "name the --base."
             )
-        groups.setdefault(place[0], {})[place[1]] = layer
-    for original, group in groups.items():
-        count = len(split_fused(original))
-        fused[f"transformer.{original}"] = group[0] if count == 1 else _fuse_loras(original, group, count)
+        originals[place[1]] = place[0]
+        is_linear = place[1] != "x_embedder.proj"
+        groups.setdefault(place[1], {})[place[2]] = layer.reshape(layer.shape) if is_linear else layer
+    for name, group in groups.items():
+        original = originals[name]
+        count = len(original.parts)
+        layer = group[0] if count == 1 else _fuse_loras(name, group, count)
+        if original.swap == "halves" or (original.swap != "never" and layer.shape[0] == 2 * layer.shape[1]):
+            layer = swap_halves(layer, _refuse_swap(name))
+        fused[f"transformer.{name}"] = layer
     return fused
+
+
+def _refuse_swap(name: str) -> Callable[[str], UserError]:
+    return lambda why: UserError(
+        f"kohya's format orders the rows of {name} otherwise, which is not possible here: {why}. Export --to comfyui."
+    )
 
 
 def _fuse_loras(name: str, group: Mapping[int, LayerUpdate], count: int) -> LayerUpdate:
@@ -249,7 +308,9 @@ def _fuse_loras(name: str, group: Mapping[int, LayerUpdate], count: int) -> Laye
     reference = next(iter(group.values()))
     is_complete = len(group) == count
     if any(
-        layer.algorithm != "lora" or (layer.magnitude is not None and not is_complete)
+        layer.algorithm != "lora"
+        or (layer.magnitude is not None and layer.magnitude.ndim == 2)
+        or (layer.magnitude is not None and not is_complete)
         for layer in group.values()
     ):
         raise UserError(

@@ -9,14 +9,8 @@ from typing import cast
 
 from torch import Tensor
 
-from backbone.adapters.lora import (
-    LORA_WEIGHTS,
-    LYCORIS_WEIGHTS,
-    AdapterType,
-    add_lora,
-    save_lora,
-    say_idle_rank,
-)
+from backbone.adapters.config import AdapterType
+from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS, add_lora, save_lora, say_useless_rank
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from customize.settings import Settings
@@ -56,7 +50,7 @@ class Adapter:
             adapter_type=cast(AdapterType, settings.adapter),
             rank_pattern=settings.ranks(),
         )
-        say_idle_rank(self.parameters, settings.rank)
+        say_useless_rank(self.parameters)
 
     @property
     def learning_rate(self) -> float:

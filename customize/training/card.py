@@ -44,14 +44,17 @@ def card(settings: Settings, model: Backbone) -> str:
 
 
 def push(run: Path, repository: str) -> str:
-    """Uploads a run folder, without what only resuming needs; gives its address. Raises `UserError` where it cannot."""
+    """Uploads a run folder, without what only resuming needs; gives its address. Raises `UserError` where it cannot.
+
+    A new repository is private: the sheet and the report show the subject's pictures.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
     api = HfApi()
     try:
-        made = api.create_repo(repository, exist_ok=True)
+        made = api.create_repo(repository, exist_ok=True, private=True)
         api.upload_folder(repo_id=made.repo_id, folder_path=run, ignore_patterns=PRIVATE)
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, httpx.HTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -9,7 +9,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from backbone.adapters.lora import AdapterType, add_lora
+from backbone.adapters.config import AdapterType
+from backbone.adapters.lora import add_lora
 from backbone.io.console import UserError
 from backbone.memory.planner import (
     MemoryEstimator,

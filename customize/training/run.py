@@ -81,10 +81,12 @@ def train_concept(
     share_of(settings)
     concept, groups = write_prompts(settings, model, pictures)
     processes.barrier()  # now every process has seen that the folder is free
-    if processes.is_main_process():
-        clear_failed_try(run)
-        write_record(run, settings, timings={}, images=[hash_images(folder) for folder in pictures])
-    return carry_on(run, settings, model, concept, groups, began=began)
+    with processes.hold_folder(run):
+        if processes.is_main_process():
+            refuse_taken(run)  # by a run that has been quicker
+            clear_failed_try(run)
+            write_record(run, settings, timings={}, images=[hash_images(folder) for folder in pictures])
+        return carry_on(run, settings, model, concept, groups, began=began)
 
 
 def resume_concept(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
@@ -100,15 +102,16 @@ def resume_concept(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
         raise UserError(f"{run} has taken {done} steps already. Give --steps more than that.")
     processes.init_process(settings.device)
     pictures = read_images(settings.subjects(), settings.caption_column, settings.image_column)
-    for sentence in describe_changes(read_json(run / FILE).get("images"), pictures):
-        notify(sentence)
-    model = open_model(settings)
-    concept, groups = write_prompts(settings, model, pictures)
-    if anew:
-        notify(f"{run} goes on from step {done} to {settings.steps}.")
-        if processes.is_main_process():
-            write_record(run, settings, timings={}, images=[hash_images(folder) for folder in pictures])
-    return carry_on(run, settings, model, concept, groups, began=time.perf_counter())
+    with processes.hold_folder(run):
+        for sentence in describe_changes(read_json(run / FILE).get("images"), pictures):
+            notify(sentence)
+        model = open_model(settings)
+        concept, groups = write_prompts(settings, model, pictures)
+        if anew:
+            notify(f"{run} goes on from step {done} to {settings.steps}.")
+            if processes.is_main_process():
+                write_record(run, settings, timings={}, images=[hash_images(folder) for folder in pictures])
+        return carry_on(run, settings, model, concept, groups, began=time.perf_counter())
 
 
 def write_prompts(
@@ -145,6 +148,7 @@ def carry_on(
     measured = pictures[0][:KEPT] if settings.evaluation_steps else []
     read, side = CropReader([*everything[:SHOWN], *measured]), (model.resolution, model.resolution)
     training = DreamBooth(model, prepare(model, groups, settings, read=read), settings)
+    training.sources = {"model": model.fingerprint}
     training.resume(run)
     if processes.is_main_process() and settings.mask == "auto":
         save_masks(run / MASKS, pictures, training.data.masks or [], flip=settings.flip)
@@ -215,7 +219,7 @@ def describe(
     write_record(run, settings, timings=seconds)
     write_text(run / "README.md", card(settings, model) + readme(run, settings, prompts, seconds))
     if settings.push_to_hub:
-        notify(f"Uploaded to {push(run, settings.hub_model_id or run.name)}.")
+        notify(f"Uploaded to {push(run, settings.hub_model_id or run.name)} (private, if it is new).")
 
 
 def write_record(

@@ -20,6 +20,7 @@ algorithm 1) at no cost: its unconditional prediction is never needed.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from backbone.diffusion.noise import Estimate, Level, Schedule, generator
 from backbone.diffusion.samplers import deterministic_step
 from backbone.io.console import UserError
 from backbone.io.files import content_hash, read_metadata, read_tensors, write_tensors
+from backbone.io.records import parse_json, read_as
 from backbone.media.transforms import to_image
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
@@ -158,6 +160,19 @@ class Inversion:
         return f"Inversion({name}, {self.prompt!r}, {self.method}, {self.steps} steps, NFE {self.nfe})"
 
 
+@dataclass(frozen=True)
+class WrittenFields:
+    """What the header of an inversion's file says."""
+
+    method: Method
+    prompt: str
+    identity: str
+    nfe: int
+    seed: int = 0
+    guidance: float | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
 WRITTEN = ("method", "prompt", "identity", "nfe", "seed", "guidance")
 
 
@@ -274,6 +289,7 @@ def read_inversion(path: str | Path, model: Backbone, *, identity: str | None = 
             f"{path} was made with {metadata['model']}, other weights, concepts or another scale than are given "
             "now. Give the --model, --concept and --scale that it was made with, or invert the image again."
         )
+    _check_tensors(path, tensors, model)
     schedule = Level(tensors["a"], tensors["b"], tensors.get("time")).to(model.device)
     on_device: dict[str, Any] = {
         name: tensors[name].to(model.device) for name in ("states", "noise", "empties") if name in tensors
@@ -302,8 +318,27 @@ def identify(model: Backbone, concepts: Sequence[Concept] = (), *, scale: float 
 def _fields(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     if metadata.get("limner_inversion") != FORMAT:
         raise UserError(f"{path} is no inversion that this version reads. Make one with `edit invert`.")
-    fields: dict[str, Any] = json.loads(metadata["fields"])
-    return fields
+    text = parse_json(metadata.get("fields", "null"), path)
+    return dataclasses.asdict(read_as(WrittenFields, text, path))
+
+
+def _check_tensors(path: str | Path, tensors: Mapping[str, Tensor], model: Backbone) -> None:
+    """Raise `UserError` unless an inversion's tensors are there, fit each other and the model, and are finite."""
+    if missing := sorted({"states", "image", "a", "b"} - set(tensors)):
+        raise UserError(f"{path} is damaged: it holds no {missing[0]}. Make it again with `edit invert`.")
+    levels, latent = len(tensors["a"].flatten()), tuple(tensors["states"].shape[1:])
+    wanted = {
+        "a": (levels,), "b": (levels,), "time": (levels,), "states": (levels, *latent),
+        "noise": (levels - 1, *latent),
+        "image": (3, *(side * model.factor for side in latent[1:])),
+    }  # fmt: skip
+    for name, tensor in tensors.items():
+        if name in wanted and (tuple(tensor.shape) != wanted[name] or len(latent) != 3 or levels < 2):
+            raise UserError(
+                f"{path} is damaged: {name} is {tuple(tensor.shape)}. Make it again with `edit invert`."
+            )
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{path} is damaged: {name} is not finite. Make it again with `edit invert`.")
 
 
 def _to_bytes(image: Tensor) -> Tensor:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError
 from backbone.io.files import content_hash, make_empty_folder, make_numbered_folder, read_json
+from backbone.io.records import read_as
+from backbone.io.run_folder import hold_folder
 from edit.pictures import read_image, read_mask
 from edit.run.commands import COMMANDS
 from edit.run.figures import figures_of_run, find_scorer, measure_edits, peak_memory_mb, reset_peak_memory
@@ -23,6 +26,35 @@ from edit.run.report import INVERSION, RECORD, publish
 MEASURING = ("metrics", "scorer")
 OF_AN_INVERSION = ("method", "steps", "iterations")  # said by its file, where there is one
 FILES = ("image", "inversion", "mask", "first", "second")
+WISH_TYPES: dict[str, Any] = {  # of a record's settings
+    **dict.fromkeys(FILES, str | None),
+    **dict.fromkeys(
+        ("model", "precision", "device", "scorer", "prompt", "source", "negative", "control"), str | None
+    ),
+    **dict.fromkeys(("method", "word", "first_prompt", "second_prompt"), str),
+    **dict.fromkeys(("steps", "seed", "iterations", "count", "draws"), int | None),
+    **dict.fromkeys(("scale", "strength", "guidance", "source_guidance", "threshold"), float | None),
+    **dict.fromkeys(("cross", "self_attention", "colour_self_attention"), float | None),
+    **dict.fromkeys(("concepts", "targets", "keep", "heatmaps"), list[str]),
+    **dict.fromkeys(("metrics", "film"), bool),
+    "blend": list[str] | None,
+    "swaps": list[tuple[str, str]],
+    "weights": dict[str, float],
+    "windows": dict[str, tuple[float, float]],
+    "toward": list[tuple[str, float]],
+}
+
+
+@dataclass(frozen=True)
+class EditRecord:
+    """`run.json`, as far as it is needed to repeat the run."""
+
+    command: str
+    settings: dict[str, Any]
+    model: str
+    precision: str
+    identity: str
+    files: dict[str, str] = field(default_factory=dict)
 
 
 def perform(name: str, wishes: Mapping[str, Any], *, out: Path | None, said: str = "") -> Path:
@@ -44,27 +76,30 @@ def replay(record: Path, *, out: Path | None) -> Path:
     Raises `UserError` for another kind of file, or when the model's weights or the image have changed since.
     """
     path = record / RECORD if record.is_dir() else record
-    recorded = read_json(path)
-    if not isinstance(recorded, dict) or recorded.get("command") not in COMMANDS:
+    if read_json(path).get("command") not in COMMANDS:
         raise UserError(f"{path} is no record of an edit. Name the {RECORD} of a run folder.")
-    for name, digest in recorded.get("files", {}).items():
+    recorded = read_json(path, EditRecord)
+    for name, kind in WISH_TYPES.items():
+        if name in recorded.settings:
+            read_as(kind, recorded.settings[name], path, name)
+    for name, digest in recorded.files.items():
         if not Path(name).is_file() or content_hash(Path(name)) != digest:
             raise UserError(
                 f"{name} is missing or has changed since {path} was written. Put the old file back."
             )
-    wishes = {**recorded["settings"], "precision": recorded["precision"]}
+    wishes = {**recorded.settings, "precision": recorded.precision}
 
     def load() -> ModelWithConcepts:
-        loaded = load_model(**{**pick(wishes, OPENING), "model": recorded["model"]})
-        if loaded.identity != recorded["identity"]:
+        loaded = load_model(**{**pick(wishes, OPENING), "model": recorded.model})
+        if loaded.identity != recorded.identity:
             raise UserError(
-                f"{recorded['model']} or a concept has other weights than when {path} was written. "
+                f"{recorded.model} or a concept has other weights than when {path} was written. "
                 "Put the old ones back."
             )
         return loaded
 
     try:
-        return _run(recorded["command"], wishes, load, out=out, said=f"edit replay {path}")
+        return _run(recorded.command, wishes, load, out=out, said=f"edit replay {path}")
     except TypeError as error:
         raise UserError(
             f"{path} holds settings that this version does not know ({error}). Edit anew."
@@ -128,7 +163,8 @@ def _claim(out: Path | None) -> Iterator[None]:
     if out is not None:
         make_empty_folder(out)
     try:
-        yield
+        with nullcontext() if out is None else hold_folder(out):
+            yield
     except UserError:
         if out is not None and not any(out.iterdir()):
             out.rmdir()

@@ -250,7 +250,7 @@ def test_a_run_on_what_the_model_draws_itself_goes_on_bit_for_bit(
         patch.setattr(training_run, "take_steps", stop_in_round_two)
         with pytest.raises(RuntimeError, match="killed"):
             align("train", "--out", broken, *where, *how, *TRAIN)
-    align("train", "--resume", broken)
+    align("train", "--resume", broken, "--online", bright)
     assert "accuracy" in align("evaluate", whole, "--draws", 1)  # on the last round's held-out prompts
     name = "pytorch_lora_weights.safetensors"
     assert (whole / name).read_bytes()[-4096:] == (broken / name).read_bytes()[-4096:]

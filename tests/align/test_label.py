@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from align.collect.label import server
 from align.collect.label.server import build_app, serve
 from align.collect.label.session import (
     REPEAT_SHARE,
@@ -450,3 +451,101 @@ def post(address: str, verdict: str) -> None:
     body = json.dumps({"number": number, "verdict": verdict}).encode()
     request = urllib.request.Request(address + "choose", body, {"Content-Type": "application/json"})
     urllib.request.urlopen(request, timeout=60).close()
+
+
+# What goes wrong --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"[" * 4000, b'{"number": [1]}', '{"number": 0}'.encode("utf-16")])
+@pytest.mark.parametrize("address", ["choose", "undo"])
+def test_a_malformed_post_is_a_bad_request(client: TestClient, address: str, content: bytes) -> None:
+    answer = client.post(f"/{TOKEN}/{address}", content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_a_number_of_thousands_of_digits_is_an_old_picture(client: TestClient) -> None:
+    assert client.get(f"/{TOKEN}/picture/{'9' * 5000}/left").status_code == 410
+
+
+@pytest.mark.parametrize("address", ["", "state", "picture/0/left", "nothing"])
+def test_no_answer_may_be_framed(client: TestClient, address: str) -> None:
+    assert "frame-ancestors 'none'" in client.get(f"/{TOKEN}/{address}").headers["Content-Security-Policy"]
+
+
+def test_a_mistake_of_the_server_has_its_headers_too(
+    client: TestClient, session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(type(session), "question", property(lambda self: 1 / 0))
+    answer = client.get(f"/{TOKEN}/state")
+    assert answer.status_code == 500
+    assert answer.headers["Cache-Control"] == "no-store" and "Content-Security-Policy" in answer.headers
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_choice_in_a_folder_that_is_gone_is_not_kept_and_makes_no_folder(
+    client: TestClient, folder: Path
+) -> None:
+    folder.rename(folder.with_name("elsewhere"))
+    answer = choose(client, "left")
+    assert answer.status_code == 503 and "is gone" in answer.text
+    assert not folder.exists()
+    folder.with_name("elsewhere").rename(folder)
+    assert choose(client, "left").status_code == 200
+
+
+def test_a_picture_that_is_gone_is_answered_and_work_goes_on(client: TestClient, folder: Path) -> None:
+    for path in (folder / "pictures").iterdir():
+        path.unlink()
+    assert client.get(f"/{TOKEN}/picture/0/left").status_code == 404
+    assert choose(client, "skip").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET / HTTP/1.1\r\nHost: x", b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{"]
+)
+def test_a_connection_without_a_whole_request_is_closed(
+    session: Session, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    import asyncio
+
+    import uvicorn
+
+    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.2)
+
+    async def stays_open_for() -> float:
+        app = build_app(session, token=TOKEN, port=PORT)
+        config = uvicorn.Config(
+            app, lifespan="off", http=server._impatient_protocol(), log_level="critical", port=0
+        )
+        serving = uvicorn.Server(config)
+        task = asyncio.create_task(serving.serve())
+        while not serving.started:
+            await asyncio.sleep(0.01)
+        port = serving.servers[0].sockets[0].getsockname()[1]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        began = time.monotonic()
+        writer.write(sent)
+        await asyncio.wait_for(reader.read(), timeout=5)
+        seconds = time.monotonic() - began
+        serving.should_exit = True
+        await task
+        return seconds
+
+    assert asyncio.run(stays_open_for()) < 3
+
+
+def test_the_address_is_said_when_the_port_listens(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    import uvicorn
+
+    said: list[bool] = []
+
+    def connects(text: str) -> None:
+        port = int(text.split("127.0.0.1:")[1].split("/")[0])
+        with socket.socket() as knock:
+            said.append(knock.connect_ex(("127.0.0.1", port)) == 0)
+
+    monkeypatch.setattr(server, "notify", connects)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: None)
+    server.serve(session)
+    assert said == [True]

@@ -16,8 +16,10 @@ from backbone.families.sd3.family import StableDiffusion3
 from backbone.io.console import UserError
 from backbone.io.files import read_header, read_tensors, write_tensors
 from customize.formats.adapter import AdapterFile
-from customize.formats.layer_names import find_fused, flatten_name, split_fused, unflatten_name
+from customize.formats.layer_names import flatten_name
+from customize.formats.originals import find_original
 from customize.formats.read import read_adapter
+from customize.formats.translate import find
 from customize.formats.write import compare_updates, to_state_dict, write_adapter
 from tests.customize.adapters import random_adapter, random_layer
 from tests.tiny import tiny_flux, tiny_pixart, tiny_stable_diffusion_3
@@ -123,9 +125,10 @@ def test_a_layer_that_kohya_has_no_name_for_is_a_clear_mistake(folders: Folders,
 def test_names_go_to_the_original_code_and_back(folders: Folders, base: str) -> None:
     for name in targets(folders, base):
         module = name.removeprefix("transformer.")
-        place = find_fused(module, base)
-        assert place is not None and split_fused(place[0])[place[1]] == module
-        assert unflatten_name(flatten_name(place[0])) == place[0]
+        place = find_original(module, base)
+        assert place is not None
+        target = find(base, flatten_name(place[1]))  # type: ignore[arg-type]
+        assert target is not None and target.layers[place[2]] == module
 
 
 # Helpers ----------------------------------------------------------------------------------------------------

@@ -308,6 +308,7 @@ def test_a_layer_pattern_gets_its_own_rank(tiny: Backbone, subject: Path) -> Non
         ({"loss_weighting": "magic"}, "min-snr"),
         ({"optimizer": "magic"}, "prodigy"),
         ({"rank_pattern": ("attn2",)}, "PATTERN=RANK"),
+        ({"rank_pattern": ("attn3=8",)}, "attn3 decides the rank of no layer"),
         ({"adapter": "magic"}, "lokr"),
     ],
 )

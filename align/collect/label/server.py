@@ -8,30 +8,33 @@ address tells which picture is whose.
 
 from __future__ import annotations
 
-import json
 import mimetypes
 import os
 import secrets
+import signal
 import socket
 import sys
 import webbrowser
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.middleware.base import BaseHTTPMiddleware
-from starlette.requests import Request
+from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from align.collect.label.session import Session, StaleAnswer
-from backbone.io.console import UserError, notify
+from backbone.io.console import UserError, error_message, notify
+from backbone.io.records import parse_json
 
 PAGE = Path(__file__).with_name("page.html")
 HOSTS = ("127.0.0.1", "localhost")
 LARGEST_POST = 4096  # bytes
+REQUEST_SECONDS = 10.0  # in which a request has to be here whole
+NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 HEADERS = {
     "Cache-Control": "no-store",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -41,13 +44,13 @@ HEADERS = {
 }
 
 
-def build_app(session: Session, *, token: str, port: int) -> Starlette:
+def build_app(session: Session, *, token: str, port: int) -> ASGIApp:
     """The application; everything lies below /TOKEN/, and every other address is unknown."""
 
     async def page(request: Request) -> Response:
         nonce = secrets.token_urlsafe(12)
         policy = (
-            "default-src 'none'; img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+            f"{NOTHING}; img-src 'self'; connect-src 'self'; "
             f"style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'"
         )
         text = PAGE.read_text(encoding="utf-8").replace("{{nonce}}", nonce)
@@ -58,7 +61,7 @@ def build_app(session: Session, *, token: str, port: int) -> Starlette:
 
     async def picture(request: Request) -> Response:
         question = session.question
-        if question is None or request.path_params["number"] != question.number:
+        if question is None or request.path_params["number"] != str(question.number):
             return PlainTextResponse("gone", 410)
         name = {"left": question.left, "right": question.right}.get(request.path_params["side"])
         if name is None:
@@ -67,8 +70,8 @@ def build_app(session: Session, *, token: str, port: int) -> Starlette:
         kind = mimetypes.guess_type(path.name)[0] or "image/png"
         try:
             return Response(path.read_bytes(), media_type=kind)
-        except OSError:  # removed since the page was opened
-            return PlainTextResponse("the picture cannot be read", 404)
+        except OSError as error:
+            return PlainTextResponse(error_message(error) or "the picture cannot be read", 404)
 
     async def choose(request: Request) -> Response:
         return await _post(request, lambda body: session.answer(_number(body), _verdict(body)))
@@ -83,32 +86,55 @@ def build_app(session: Session, *, token: str, port: int) -> Starlette:
             return JSONResponse(_state(session), 409)
         except ValueError as error:
             return PlainTextResponse(str(error), 400)
+        except (UserError, OSError) as error:  # the choice could not be kept
+            notify(f"Error: {error_message(error) or error}")
+            return PlainTextResponse(error_message(error) or "the choice could not be kept", 503)
         return JSONResponse(_state(session))
 
     below = f"/{token}"
     routes = [
         Route(f"{below}/", page),
         Route(f"{below}/state", state),
-        Route(f"{below}/picture/{{number:int}}/{{side}}", picture),
+        Route(f"{below}/picture/{{number}}/{{side}}", picture),
         Route(f"{below}/choose", choose, methods=["POST"]),
         Route(f"{below}/undo", undo, methods=["POST"]),
     ]
-    return Starlette(routes=routes, middleware=[Middleware(LocalOnly, port=port)])
+    return LocalOnly(Starlette(routes=routes), port=port)
 
 
-class LocalOnly(BaseHTTPMiddleware):
-    """Refuses what does not come from this server's own page, and forbids browsers to keep or share anything."""
+class LocalOnly:
+    """Refuses what does not come from this server's own page, and forbids browsers to keep or share anything.
 
-    def __init__(self, app: Any, *, port: int) -> None:
-        super().__init__(app)
+    It is around everything, so that no answer goes without these headers: one to a mistake of the server neither.
+    """
+
+    def __init__(self, app: ASGIApp, *, port: int) -> None:
+        self.app = app
         self.hosts = {f"{host}:{port}" for host in HOSTS}
 
-    async def dispatch(
-        self, request: Request, call_next: Callable[[Request], Awaitable[Response]]
-    ) -> Response:
-        response = self._refusal(request) or await call_next(request)
-        response.headers.update(HEADERS)
-        return response
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        begun = False
+
+        async def send_guarded(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                headers = MutableHeaders(scope=message)
+                headers.update(HEADERS)
+                headers.setdefault("Content-Security-Policy", NOTHING)
+            await send(message)
+
+        try:
+            answer: ASGIApp = self._refusal(Request(scope)) or self.app
+            await answer(scope, receive, send_guarded)
+        except ClientDisconnect:
+            return
+        except Exception as error:  # noqa: BLE001 (a server goes on; the answer has been sent)
+            notify(f"Error: {type(error).__name__}: {error}")
+            if not begun:
+                await PlainTextResponse("the server made a mistake", 500)(scope, receive, send_guarded)
 
     def _refusal(self, request: Request) -> Response | None:
         host = request.headers.get("host", "")
@@ -139,13 +165,51 @@ def serve(session: Session, *, port: int = 0, token: str | None = None, browser:
             ) from error
         port = listening.getsockname()[1]
         app = build_app(session, token=token, port=port)
-        listening.listen()  # who comes from now on is answered as soon as the server runs
+        listening.listen()
         address = f"http://127.0.0.1:{port}/{token}/"
         notify(f"Open {address} (Ctrl-C ends; every choice is kept as it is made).")
         if browser and has_screen():
             webbrowser.open(address)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False, lifespan="off"))
-        server.run(sockets=[listening])
+        quiet: dict[str, Any] = {"log_level": "error", "access_log": False, "server_header": False}
+        config = uvicorn.Config(app, lifespan="off", http=_impatient_protocol(), **quiet)
+        # A polite end is an end: uvicorn sends the signal on once it has stopped.
+        before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+        try:
+            uvicorn.Server(config).run(sockets=[listening])
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _impatient_protocol() -> Any:
+    """uvicorn's HTTP/1.1 with an end to connections on which no whole request comes within REQUEST_SECONDS."""
+    import h11
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class ImpatientProtocol(H11Protocol):
+        waiting: Any = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._wait()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._wait()
+
+        def _wait(self) -> None:
+            whole = self.conn.their_state not in (h11.IDLE, h11.SEND_BODY)
+            if self.waiting is not None and whole:
+                self.waiting.cancel()
+                self.waiting = None
+            elif self.waiting is None and not whole:
+                self.waiting = self.loop.call_later(REQUEST_SECONDS, self._give_up)
+
+        def _give_up(self) -> None:
+            self.waiting = None
+            if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
+                self.transport.close()
+
+    return ImpatientProtocol
 
 
 def has_screen() -> bool:
@@ -180,8 +244,8 @@ async def _body(request: Request) -> dict[str, Any]:
         if len(content) > LARGEST_POST:
             raise ValueError("the post is too long")
     try:
-        body = json.loads(content)
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        body = parse_json(content, "the post")
+    except UserError:
         raise ValueError("the post is not JSON") from None
     if not isinstance(body, dict):
         raise ValueError("the post is not a JSON object")
@@ -190,7 +254,7 @@ async def _body(request: Request) -> dict[str, Any]:
 
 def _number(body: dict[str, Any]) -> int:
     number = body.get("number")
-    if not isinstance(number, int):
+    if not isinstance(number, int) or isinstance(number, bool):
         raise ValueError("the post names no question")
     return number
 

@@ -22,6 +22,7 @@ from backbone.families.checkpoint import AUTOENCODER, UNET, config_mismatch, une
 from backbone.families.location import Location, hub_file
 from backbone.io.console import UserError, notify
 from backbone.io.files import Header, read_tensors
+from backbone.io.weights import refuse_damaged
 
 PUBLISHED_CONFIGS = Path(__file__).parents[1] / "configs"
 TOKENIZER = "openai/clip-vit-large-patch14"
@@ -91,8 +92,8 @@ def guess_prediction_type(path: Path) -> tuple[PredictionType, int]:
 
 def load_text_encoder(location: Location, dtype: torch.dtype) -> tuple[Any, Any]:
     """Load (tokenizer, CLIP text encoder); `UserError` where one is missing or they do not fit together."""
-    config = CLIPTextConfig.from_dict(location.config("text_encoder"))
-    with init_empty_weights():
+    with refuse_damaged(location.name, "text_encoder"), init_empty_weights():
+        config = CLIPTextConfig.from_dict(location.config("text_encoder"))
         model = CLIPTextModel(config)
     tensors, _ = read_tensors(location.source, prefix=TEXT_PREFIX)
     level = "text_model." if hasattr(model, "text_model") else ""  # gone in transformers 5.6
@@ -145,12 +146,11 @@ def load_tokenizer(location: Location, *, pads_with: str, folder: str = "tokeniz
     """Load the tokenizer beside the file, or CLIP's own, which every published Stable Diffusion uses."""
     path = location.local(folder)
     if path is not None:
-        try:
+        with refuse_damaged(str(path.parent), path.name):
             return CLIPTokenizer.from_pretrained(str(path), local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} is not a whole CLIP tokenizer ({error}). Restore it.") from error
     try:
-        vocabulary, merges = (hub_file(TOKENIZER, name) for name in ("vocab.json", "merges.txt"))
+        vocabulary = hub_file(TOKENIZER, "vocab.json")
+        merges = hub_file(TOKENIZER, "merges.txt", vocabulary.parent.name)
     except UserError as error:
         raise UserError(
             f"{location.source} carries no tokenizer, as no checkpoint does, and {TOKENIZER} could not be fetched. "

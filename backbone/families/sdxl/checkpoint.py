@@ -27,6 +27,7 @@ from backbone.families.sd1.checkpoint import (
 )
 from backbone.io.console import UserError
 from backbone.io.files import Header, read_tensors
+from backbone.io.weights import refuse_damaged
 
 FIRST, SECOND = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 
@@ -84,8 +85,8 @@ def build_clip(
 ) -> TextEncoderSlot:
     """Build a CLIP text encoder in fp32 with its tokenizer; `tensors` have transformers' keys without `text_model.`."""
     part = f"text_encoder{number}"
-    config = CLIPTextConfig.from_dict(location.config(part))
-    with init_empty_weights():
+    with refuse_damaged(location.name, part), init_empty_weights():
+        config = CLIPTextConfig.from_dict(location.config(part))
         model = kind(config)
     level = "text_model." if hasattr(model, "text_model") else ""
     named = {

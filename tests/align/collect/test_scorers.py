@@ -107,7 +107,7 @@ def test_only_pairs_on_which_all_agree() -> None:
 
 def test_a_near_miss_meets_the_prompt_s_own_picture_from_the_same_noise(tmp_path: Path) -> None:
     prompts = [Prompt("a dog", hard_negatives=("a cat", "an owl", "a cow")), Prompt("a fox")]
-    write_json(tmp_path / "samples.json", {"per_prompt": 2})
+    write_json(tmp_path / "samples.json", {"per_prompt": 2, "prompts": []})
     assert [prompt_and_noise(prompts[0], j, 2) for j in range(5)] == [
         ("a dog", 0), ("a dog", 1), ("a cat", 0), ("an owl", 1), ("a cow", 0),
     ]  # fmt: skip
@@ -125,7 +125,7 @@ def test_a_near_miss_meets_the_prompt_s_own_picture_from_the_same_noise(tmp_path
 
 
 def test_near_misses_meet_the_prompt_s_best_pictures(tmp_path: Path) -> None:
-    write_json(tmp_path / "samples.json", {"per_prompt": 3})
+    write_json(tmp_path / "samples.json", {"per_prompt": 3, "prompts": []})
     prompts = [Prompt("a dog", hard_negatives=("a cat", "an owl")), Prompt("a horse")]
     files = [(0, image_name(0, j)) for j in range(5)] + [(1, image_name(1, j)) for j in range(3)]
     total = torch.tensor([1.0, 5.0, 3.0, 2.0, 4.0, 7.0, 8.0, 9.0])

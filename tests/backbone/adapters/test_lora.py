@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from backbone.adapters.apply import load_concepts
+from backbone.adapters.config import AdapterType, read_adapter_configs
 from backbone.adapters.lora import (
     LORA_WEIGHTS,
     activate_adapters,
@@ -15,10 +18,13 @@ from backbone.adapters.lora import (
     disable_adapters,
     load_lora,
     lora_parameters,
+    match_ranks,
     save_lora,
+    say_useless_rank,
 )
 from backbone.conditions.conditions import Conditions
 from backbone.io.console import UserError
+from backbone.io.files import read_header
 from backbone.models.model import Backbone
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -126,3 +132,62 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path, tiny_folder: Pat
     again = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
     with pytest.raises(UserError, match="another model"):
         load_lora(tmp_path / LORA_WEIGHTS, again.denoiser, "one")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "chosen"),
+    [
+        ("attn2", lambda name: "attn2" in name),
+        ("attn2.to_k", lambda name: "attn2.to_k" in name),
+        ("down_blocks.0", lambda name: "down_blocks.0." in name),
+        (r"to_(k|v)", lambda name: ".to_k" in name or ".to_v" in name),
+    ],
+)
+@pytest.mark.parametrize("kind", ["lora", "loha"])
+def test_a_rank_pattern_holds_for_every_layer_whose_name_contains_it(
+    pattern: str, chosen: Callable[[str], bool], kind: AdapterType, tiny: Backbone, tmp_path: Path
+) -> None:
+    parameters = add_lora(
+        tiny.denoiser, "one", rank=4, alpha=8.0, targets=TARGETS, adapter_type=kind, rank_pattern={pattern: 2}
+    )
+    mark = "lora_A" if kind == "lora" else "hada_w1_b"
+    ranks = {name: len(value) for name, value in parameters.items() if mark in name}
+    assert ranks == {name: 2 if chosen(name) else 4 for name in ranks}
+    assert len(set(ranks.values())) == 2
+    for module in tiny.denoiser.modules():
+        if "one" in getattr(module, "scaling", {}):
+            assert module.scaling["one"] == 2  # type: ignore[index]
+    save_lora(tmp_path / LORA_WEIGHTS, tiny.denoiser, "one")
+    again = read_adapter_configs(tmp_path / LORA_WEIGHTS, read_header(tmp_path / LORA_WEIGHTS).metadata)[
+        "unet"
+    ]
+    for name, rank in ranks.items():
+        assert again.layer_rank(name.partition(f".{mark}")[0]) == rank
+
+
+def test_the_longest_rank_pattern_decides_and_one_that_decides_nothing_is_refused(tiny: Backbone) -> None:
+    ranks = match_ranks(tiny.denoiser, TARGETS, {"attn2": 4, "attn2.to_k": 2})
+    assert {rank for name, rank in ranks.items() if name.endswith("attn2.to_k")} == {2}
+    assert {rank for name, rank in ranks.items() if not name.endswith("attn2.to_k")} == {4}
+    for patterns in (
+        {"attn3": 4},
+        {"conv1": 4},
+        {"attn": 4, "attn1": 2, "attn2": 2},
+        {"blocks.9": 4},
+        {"(": 4},
+    ):
+        with pytest.raises(UserError, match="rank pattern"):
+            match_ranks(tiny.denoiser, TARGETS, patterns)
+
+
+def test_a_rank_above_the_layers_is_said(tiny: Backbone, capsys: pytest.CaptureFixture[str]) -> None:
+    say_useless_rank(add_lora(tiny.denoiser, "small", rank=2, alpha=2.0, targets=TARGETS))
+    assert not capsys.readouterr().err
+    say_useless_rank(add_lora(tiny.denoiser, "large", rank=40, alpha=2.0, targets=TARGETS))
+    assert "larger than" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_scale_that_is_no_number_is_refused(scale: float, tiny: Backbone) -> None:
+    with pytest.raises(UserError, match="scale of the concepts"):
+        load_concepts(tiny, [], scale=scale)

@@ -223,3 +223,35 @@ def test_on_a_terminal_progress_is_a_bar_with_figures_and_brackets_stay_as_they_
     assert process.returncode == 0
     for part in ("learning [red] [V]", "━", "3/3", "loss 0.25", "images/s", "between"):
         assert part in text
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Cannot allocate memory"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        ),
+        RuntimeError("could not create a primitive"),
+        type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried to allocate 2 GiB"),
+    ],
+)
+def test_out_of_memory_is_one_sentence_with_a_remedy(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_app(command)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "--vram" in said and "--batch" in said
+
+
+def test_other_runtime_errors_keep_their_traceback() -> None:
+    def command() -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_app(command)

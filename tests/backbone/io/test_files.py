@@ -7,6 +7,8 @@ import json
 import os
 import pickle  # noqa: TID251  (to make the files that must be refused)
 import stat
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +26,14 @@ from backbone.io.files import (
     read_jsonl,
     read_metadata,
     read_tensors,
+    remove_abandoned,
     write_bytes,
     write_json,
     write_tensors,
     write_text,
 )
+
+ROOT = Path(__file__).parents[3]
 
 
 def names(folder: Path) -> list[str]:
@@ -199,7 +204,7 @@ def test_json_takes_what_our_settings_hold(tmp_path: Path) -> None:
 
 def test_damaged_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "s.json").write_bytes(b'{"a": 1')
-    with pytest.raises(UserError, match=r"s\.json is not readable JSON"):
+    with pytest.raises(UserError, match=r"s\.json is not JSON"):
         read_json(tmp_path / "s.json")
 
 
@@ -234,3 +239,70 @@ def test_the_hash_is_that_of_the_content_not_of_the_name(tmp_path: Path) -> None
         (tmp_path / name).write_bytes(b"abc")
         assert content_hash(tmp_path / name) == content_hash(str(tmp_path / name)) == known
     assert content_hash(b"abc") == known
+
+
+# Kills ------------------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, sys, signal
+from backbone.io.files import atomic_write
+with atomic_write(sys.argv[1]) as temporary:
+    temporary.write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_writer_left_behind_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    path = tmp_path / "w.bin"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path)], cwd=ROOT, check=False)
+    assert done.returncode == -9
+    assert len(names(tmp_path)) == 1 and names(tmp_path)[0].endswith(".partial")
+    write_bytes(tmp_path / "other.bin", b"other")
+    assert len(names(tmp_path)) == 2  # of another file
+    write_bytes(path, b"whole")
+    assert names(tmp_path) == ["other.bin", "w.bin"]
+
+
+def test_a_folder_is_swept_of_what_no_writer_is_at_work_on(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "w")], cwd=ROOT, check=False)
+    assert done.returncode == -9
+    (tmp_path / ".ours.abcdef-1-aaaa.partial").touch()  # of another machine, and new
+    old = tmp_path / ".theirs.abcdef-1-bbbb.partial"
+    old.touch()
+    os.utime(old, (1, 1))
+    with atomic_write(tmp_path / "now") as temporary:
+        remove_abandoned(tmp_path)
+        assert names(tmp_path) == sorted([".ours.abcdef-1-aaaa.partial", temporary.name])
+
+
+def test_a_write_inside_a_write_goes_into_the_same_temporary_file(tmp_path: Path) -> None:
+    with atomic_write(tmp_path / "w") as outer, atomic_write(outer) as inner:
+        assert inner == outer
+        inner.write_text("x")
+    assert names(tmp_path) == ["w"]
+
+
+def test_equal_tensors_and_metadata_give_equal_bytes_that_safetensors_reads(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    kinds = (
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.uint8,
+    )
+    kinds += (torch.bool, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64)
+    tensors = {f"{number:02d} {kind}": torch.ones(3, 2).to(kind) for number, kind in enumerate(kinds)}
+    tensors |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4), "turned": torch.rand(4, 3).T}
+    metadata = dict.fromkeys("zyxwvutsrqponm", "é\n\x7f\u2028/")
+    write_tensors(tmp_path / "a", tensors, metadata)
+    write_tensors(tmp_path / "b", dict(reversed(tensors.items())), dict(reversed(metadata.items())))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    found = load_file(tmp_path / "a")
+    assert set(found) == set(tensors) and read_metadata(tmp_path / "a") == metadata
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
+        assert torch.equal(found[name].to(torch.complex128), tensor.to(torch.complex128))

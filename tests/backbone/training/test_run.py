@@ -204,3 +204,26 @@ def test_a_signal_inside_two_contexts_is_seen_by_both() -> None:
             signal.raise_signal(signal.SIGTERM)
             assert inner
         assert outer
+
+
+@pytest.mark.parametrize("changed", ["model", "images"])
+def test_a_run_goes_on_with_the_same_sources_alone(tmp_path: Path, changed: str) -> None:
+    first = Nearest()
+    first.sources = {"model": "m", "images": "i"}
+    first.save(tmp_path)
+    again = Nearest()
+    again.sources = {"model": "m", "images": "i"}
+    again.resume(tmp_path)
+    other = Nearest()
+    other.sources = {"model": "m", "images": "i"} | {changed: "another"}
+    with pytest.raises(UserError, match=f"another {changed} than there is now"):
+        other.resume(tmp_path)
+
+
+def test_a_checkpoint_of_other_shapes_is_refused_before_anything_changes(tmp_path: Path) -> None:
+    Nearest().save(tmp_path)
+    other = Nearest()
+    other.parameters = {"point": torch.ones(4, requires_grad=True)}
+    with pytest.raises(UserError, match=r"point is \(3,\), and \(4,\) is wanted"):
+        other.resume(tmp_path)
+    assert torch.equal(other.parameters["point"], torch.ones(4))

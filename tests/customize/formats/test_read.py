@@ -18,9 +18,10 @@ from backbone.io.console import UserError
 from backbone.io.files import read_header, read_tensors, write_tensors
 from customize.formats.adapter import AdapterFile, FileFormat
 from customize.formats.factors import LayerUpdate, row_norms
-from customize.formats.layer_names import flatten_name, from_original, to_original, unflatten_name
+from customize.formats.layer_names import flatten_name, from_original, to_original
 from customize.formats.metadata import build_metadata
 from customize.formats.read import read_adapter
+from customize.formats.translate import find
 from customize.formats.write import compare_updates, to_state_dict, write_adapter
 from tests.customize.adapters import (
     modules_of,
@@ -217,15 +218,21 @@ def test_alpha_is_written_as_it_is(some: dict[str, nn.Module]) -> None:
     assert alpha.item() == pytest.approx(0.3)
 
 
+def layer_of(name: str) -> tuple[str, ...]:
+    target = find("unet", name)
+    return () if target is None else target.layers
+
+
 @pytest.mark.parametrize("config", ["sd1", "sdxl"])
 def test_every_layer_name_survives_underscores_and_the_original_block_numbers(config: str) -> None:
     for name, module in _shell(config).named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            assert unflatten_name(flatten_name(name)) == name
+            assert layer_of(flatten_name(name)) == (name,)
             if config == "sdxl":
                 original = to_original(name)
                 assert original.startswith(("input_", "output_", "middle_", "time_", "label_", "out."))
-                assert from_original(unflatten_name(flatten_name(original))) == name
+                assert from_original(original) == name
+                assert layer_of(flatten_name(original)) == (name,)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -188,6 +189,18 @@ def test_a_damaged_cache_is_computed_anew(tiny: Backbone, subject: Path) -> None
         path.unlink()  # `first` may still be mapped onto the old file
         path.write_bytes(b"broken")
     assert torch.equal(encode_images_cached(tiny, list_images(subject))[0].mean, first[0].mean)
+
+
+def test_a_full_cache_disk_is_done_without(
+    tiny: Backbone, subject: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr("backbone.io.files._flush", full)
+    monkeypatch.setenv("LIMNER_CACHE", str(subject.parent / "full"))
+    assert len(encode_images_cached(tiny, list_images(subject))) == 3
+    assert not list((subject.parent / "full").rglob("*.*"))
 
 
 def test_one_level_falls_in_every_stratum() -> None:

@@ -1,0 +1,179 @@
+"""Reading JSON that anybody may have written: parse it, then check that every value is of the type that is wanted.
+
+    facts = read_as(dict[str, str], parse_json(text, "concept.json"), "concept.json")
+
+Whatever is wrong with the text or with a value is a `UserError` that names the file and the key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from backbone.io.console import UserError
+
+DEEPEST = 64  # levels of lists and objects in each other
+LONGEST_SHOWN = 60  # characters of a value in a message
+Kind = TypeVar("Kind")
+NAMES = {
+    str: "a text", int: "a whole number", float: "a finite number", bool: "true or false", list: "a list",
+    dict: "an object", Path: "a path", NoneType: "null",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """A run's `settings.json`: what was resolved, and the command that repeats it."""
+
+    settings: dict[str, Any]
+    command: str = ""
+
+
+def parse_json(text: str | bytes, where: str | Path) -> Any:
+    """The value of a JSON text in UTF-8, with or without its byte order mark.
+
+    Raises `UserError` for any text that is none, for halves of surrogate pairs and NULs, which no file and no tokenizer
+    takes, and for more than DEEPEST levels.
+    """
+    try:
+        decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        value = json.loads(decoded)
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # no JSON, no UTF-8, a number of thousands of digits, a deep nest
+        raise UserError(f"{where} is not JSON ({_reason(error)}). Repair or delete it.") from error
+    for part, depth in _parts(value):
+        if depth > DEEPEST:
+            raise UserError(f"{where} is not JSON (nested too deeply). Repair or delete it.")
+        if isinstance(part, str) and re.search("[\0\ud800-\udfff]", part):
+            raise UserError(
+                f"{where} is not JSON ({part[:LONGEST_SHOWN]!r} is no text). Repair or delete it."
+            )
+    return value
+
+
+def read_as(kind: type[Kind], value: Any, where: str | Path, key: str = "") -> Kind:
+    """A parsed value as `kind`; `UserError`, with the file and the key, where it is of another type.
+
+    `kind` is made of str, int, float (finite), bool, Path, None, Any, Literal, list, tuple, dict[str, …], unions and
+    dataclasses. Keys that a dataclass does not know are passed over.
+    """
+    return cast(Kind, _read(kind, value, str(where), key))
+
+
+def inside(folder: Path, name: str, where: str | Path) -> Path:
+    """The path of a file that a record names; `UserError` for one outside the record's own folder."""
+    plain = os.path.normpath(name.replace("\\", "/"))
+    if not name or "\0" in name or os.path.isabs(plain) or re.match(r"\.\.(/|$)|[A-Za-z]:", plain):
+        raise UserError(
+            f"{where} names {name or 'no file'}, which lies outside the folder. Use names inside {folder}."
+        )
+    return folder / plain
+
+
+def _parts(value: Any) -> Iterator[tuple[Any, int]]:
+    """A value, its keys and everything in it, with their depths."""
+    waiting = [(value, 0)]
+    while waiting:
+        part, depth = waiting.pop()
+        yield part, depth
+        if isinstance(part, dict):
+            waiting += [(one, depth + 1) for pair in part.items() for one in pair]
+        elif isinstance(part, list):
+            waiting += [(one, depth + 1) for one in part]
+
+
+def _read(kind: Any, value: Any, where: str, key: str) -> Any:
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin is Annotated:
+        return _read(inner[0], value, where, key)
+    if origin in (Union, UnionType):
+        return _read_union(inner, value, where, key)
+    if origin is Literal:
+        if isinstance(value, (str, int)) and value in inner:
+            return value
+        raise _wrong(value, " or ".join(map(str, inner)), where, key)
+    if dataclasses.is_dataclass(kind):
+        return _read_dataclass(kind, value, where, key)
+    if origin in (list, tuple):
+        return _read_list(origin, inner, value, where, key)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise _wrong(value, NAMES[dict], where, key)
+        return {name: _read(inner[1], one, where, _join(key, name)) for name, one in value.items()}
+    return _read_plain(kind, value, where, key)
+
+
+def _read_plain(kind: Any, value: Any, where: str, key: str) -> Any:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is float and number:
+        try:
+            if math.isfinite(value):
+                return float(value)
+        except OverflowError:
+            pass
+    elif kind is Path and isinstance(value, str):
+        return Path(value)
+    elif kind is not float and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise _wrong(value, NAMES[kind], where, key)
+
+
+def _read_list(origin: Any, inner: tuple[Any, ...], value: Any, where: str, key: str) -> Any:
+    fixed = origin is tuple and inner[1:] != (Ellipsis,)
+    if not isinstance(value, (list, tuple)) or (fixed and len(value) != len(inner)):
+        raise _wrong(value, f"a list of {len(inner)}" if fixed else NAMES[list], where, key)
+    kinds = inner if fixed else inner[:1] * len(value)
+    return origin(
+        _read(kind, one, where, f"{key}[{number}]")
+        for number, (kind, one) in enumerate(zip(kinds, value, strict=True))
+    )
+
+
+def _read_union(kinds: tuple[Any, ...], value: Any, where: str, key: str) -> Any:
+    for kind in kinds:
+        try:
+            return _read(kind, value, where, key)
+        except UserError:
+            continue
+    names = [NAMES.get(get_origin(kind) or kind, getattr(kind, "__name__", str(kind))) for kind in kinds]
+    raise _wrong(value, " or ".join(names), where, key)
+
+
+def _read_dataclass(kind: Any, value: Any, where: str, key: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise _wrong(value, NAMES[dict], where, key)
+    hints, known = get_type_hints(kind, include_extras=True), {}
+    for one in dataclasses.fields(kind):
+        if one.name in value:
+            known[one.name] = _read(hints[one.name], value[one.name], where, _join(key, one.name))
+        elif one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING:
+            raise UserError(
+                f"{where} is damaged: it has no {_join(key, one.name)}. Restore it, or write it again."
+            )
+    return kind(**known)
+
+
+def _wrong(value: Any, wanted: str, where: str, key: str) -> UserError:
+    shown = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    shown = shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}…"
+    what = f"{key} is {shown}" if key else f"it is {shown}"
+    return UserError(f"{where} is damaged: {what}, and {wanted} is wanted. Restore it, or write it again.")
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _reason(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0][:200]

@@ -1,0 +1,102 @@
+"""Which weight files a loader may open: whole safetensors files of its own folder, and nothing else.
+
+Loaders of diffusers and transformers follow what lies in the folder: an index that names shards, an adapter's settings
+that name another model. A folder may come from anybody, so all that is read here first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backbone.io.console import UserError, is_out_of_memory
+from backbone.io.files import read_header, read_json
+
+INDEX = ".safetensors.index.json"
+SHARD = re.compile(r"[\w][\w.+-]*\.safetensors")
+REDIRECTIONS = ("adapter_config.json",)  # transformers would load the model and the adapter that it names
+REDIRECTING = ("transformers_weights", "auto_map")  # settings that name a file or a module
+
+
+@dataclass(frozen=True)
+class WeightIndex:
+    """An index of shards: the file of each tensor."""
+
+    weight_map: dict[str, str]
+
+
+def read_weight_index(path: Path) -> dict[str, str]:
+    """The shard of each tensor, by name; `UserError` for one that is no safetensors file beside the index."""
+    shards = read_json(path, WeightIndex).weight_map
+    for name in shards.values():
+        if not SHARD.fullmatch(name):
+            raise UserError(
+                f"{path} names {name[:80]!r}, and only .safetensors files beside it are read. Take the model's "
+                "safetensors version."
+            )
+    if not shards:
+        raise UserError(f"{path} is damaged: it names no tensors. Download the model again.")
+    return shards
+
+
+def list_weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a component's folder: those of its index, or the one with the plainest name."""
+    if not folder.is_dir():
+        return []
+    for index in sorted(folder.glob(f"*{INDEX}"), key=lambda path: len(path.name)):
+        return sorted({folder / name for name in read_weight_index(index).values()})
+    files = sorted(folder.glob("*.safetensors"), key=lambda path: (path.name.count("."), path.name))
+    return files[:1]
+
+
+def check_weights(folder: Path) -> None:
+    """Raise `UserError` unless a loader that is given this folder opens whole safetensors files of it alone."""
+    for name in REDIRECTIONS:
+        if (folder / name).exists():
+            raise UserError(
+                f"{folder / name} would load weights from elsewhere. Remove it, or name a folder with the model's own."
+            )
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    for key in REDIRECTING:
+        if config.get(key):
+            raise UserError(
+                f"{folder / 'config.json'} names other files with {key}, which are not read. Remove that key."
+            )
+    for index in folder.glob(f"*{INDEX}"):
+        for name in sorted(set(read_weight_index(index).values())):
+            read_header(folder / name)
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{folder} holds no safetensors weights. Take the model's safetensors version.")
+    for path in sorted(folder.glob("*.safetensors")):
+        read_header(path)
+
+
+@contextmanager
+def refuse_damaged(name: str, part: str) -> Iterator[None]:
+    """Turns what a library raises on a damaged component into a `UserError`; running out of memory stays what it is."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(
+            f"The {part} of {name} could not be loaded ({reason}). Restore it, or download the model again."
+        ) from error
+
+
+def refuse_missing(network: Any, found: Mapping[str, Any], name: str, part: str) -> Any:
+    """The network, unless some of its weights were not in its files, and are random."""
+    missing = sorted({str(key) for key in (*found["missing_keys"], *found.get("mismatched_keys", ()))})
+    if missing:
+        raise UserError(
+            f"The {part} of {name} is not whole: {len(missing)} of its weights are missing or have another shape "
+            f"({missing[0]} …). Download the model again."
+        )
+    return network

@@ -1,0 +1,156 @@
+"""Layer names of the original transformer code (Black Forest Labs, Stability, PixArt, XLabs), and diffusers'."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Swap = Literal["never", "halves", "halves of two"]
+_QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
+_ADDED = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+_ATTN2 = ("attn2.to_q", "attn2.to_k", "attn2.to_v")
+_TIME, _TEXT = "time_text_embed.timestep_embedder", "time_text_embed.text_embedder"
+_GUIDANCE, _ADALN = "time_text_embed.guidance_embedder", "adaln_single.emb"
+# Original layer → diffusers' layers, in order of their rows; # is a block's number.
+_FLUX: dict[str, tuple[str, ...]] = {
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "time_in.in_layer": (f"{_TIME}.linear_1",),
+    "time_in.out_layer": (f"{_TIME}.linear_2",),
+    "vector_in.in_layer": (f"{_TEXT}.linear_1",),
+    "vector_in.out_layer": (f"{_TEXT}.linear_2",),
+    "guidance_in.in_layer": (f"{_GUIDANCE}.linear_1",),
+    "guidance_in.out_layer": (f"{_GUIDANCE}.linear_2",),
+    "final_layer.linear": ("proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+    **{
+        f"double_blocks.#.{original}": tuple(f"transformer_blocks.#.{part}" for part in parts)
+        for original, parts in {
+            "img_attn.qkv": _QKV,
+            "txt_attn.qkv": _ADDED,
+            "img_attn.proj": ("attn.to_out.0",),
+            "txt_attn.proj": ("attn.to_add_out",),
+            "img_mlp.0": ("ff.net.0.proj",),
+            "img_mlp.2": ("ff.net.2",),
+            "txt_mlp.0": ("ff_context.net.0.proj",),
+            "txt_mlp.2": ("ff_context.net.2",),
+            "img_mod.lin": ("norm1.linear",),
+            "txt_mod.lin": ("norm1_context.linear",),
+        }.items()
+    },
+    **{
+        f"single_blocks.#.{original}": tuple(f"single_transformer_blocks.#.{part}" for part in parts)
+        for original, parts in {
+            "linear1": (*_QKV, "proj_mlp"),
+            "linear2": ("proj_out",),
+            "modulation.lin": ("norm.linear",),
+        }.items()
+    },
+}
+_XLABS: dict[str, tuple[str, ...]] = {  # layers that its processors add to
+    "double_blocks.#.qkv_lora1": _FLUX["double_blocks.#.img_attn.qkv"],
+    "double_blocks.#.qkv_lora2": _FLUX["double_blocks.#.txt_attn.qkv"],
+    "double_blocks.#.proj_lora1": _FLUX["double_blocks.#.img_attn.proj"],
+    "double_blocks.#.proj_lora2": _FLUX["double_blocks.#.txt_attn.proj"],
+    "single_blocks.#.qkv": _FLUX["single_blocks.#.linear1"][:3],
+    "single_blocks.#.proj": _FLUX["single_blocks.#.linear2"],
+}
+_SD3: dict[str, tuple[str, ...]] = {
+    "x_embedder.proj": ("pos_embed.proj",),
+    "context_embedder": ("context_embedder",),
+    "t_embedder.mlp.0": (f"{_TIME}.linear_1",),
+    "t_embedder.mlp.2": (f"{_TIME}.linear_2",),
+    "y_embedder.mlp.0": (f"{_TEXT}.linear_1",),
+    "y_embedder.mlp.2": (f"{_TEXT}.linear_2",),
+    "final_layer.linear": ("proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+    **{
+        f"joint_blocks.#.{original}": tuple(f"transformer_blocks.#.{part}" for part in parts)
+        for original, parts in {
+            "x_block.attn.qkv": _QKV,
+            "x_block.attn2.qkv": _ATTN2,
+            "context_block.attn.qkv": _ADDED,
+            "x_block.attn.proj": ("attn.to_out.0",),
+            "x_block.attn2.proj": ("attn2.to_out.0",),
+            "context_block.attn.proj": ("attn.to_add_out",),
+            "x_block.mlp.fc1": ("ff.net.0.proj",),
+            "x_block.mlp.fc2": ("ff.net.2",),
+            "context_block.mlp.fc1": ("ff_context.net.0.proj",),
+            "context_block.mlp.fc2": ("ff_context.net.2",),
+            "x_block.adaLN_modulation.1": ("norm1.linear",),
+            "context_block.adaLN_modulation.1": ("norm1_context.linear",),
+        }.items()
+    },
+}
+_PIXART: dict[str, tuple[str, ...]] = {
+    "x_embedder.proj": ("pos_embed.proj",),
+    "t_embedder.mlp.0": (f"{_ADALN}.timestep_embedder.linear_1",),
+    "t_embedder.mlp.2": (f"{_ADALN}.timestep_embedder.linear_2",),
+    "csize_embedder.mlp.0": (f"{_ADALN}.resolution_embedder.linear_1",),
+    "csize_embedder.mlp.2": (f"{_ADALN}.resolution_embedder.linear_2",),
+    "ar_embedder.mlp.0": (f"{_ADALN}.aspect_ratio_embedder.linear_1",),
+    "ar_embedder.mlp.2": (f"{_ADALN}.aspect_ratio_embedder.linear_2",),
+    "t_block.1": ("adaln_single.linear",),
+    "y_embedder.y_proj.fc1": ("caption_projection.linear_1",),
+    "y_embedder.y_proj.fc2": ("caption_projection.linear_2",),
+    "final_layer.linear": ("proj_out",),
+    **{
+        f"blocks.#.{original}": tuple(f"transformer_blocks.#.{part}" for part in parts)
+        for original, parts in {
+            "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+            "attn.proj": ("attn1.to_out.0",),
+            "cross_attn.q_linear": ("attn2.to_q",),
+            "cross_attn.kv_linear": ("attn2.to_k", "attn2.to_v"),
+            "cross_attn.proj": ("attn2.to_out.0",),
+            "mlp.fc1": ("ff.net.0.proj",),
+            "mlp.fc2": ("ff.net.2",),
+        }.items()
+    },
+}
+_ORIGINALS: dict[str, dict[str, tuple[str, ...]]] = {"flux": _FLUX, "sd3": _SD3, "pixart": _PIXART}
+
+
+@dataclass(frozen=True)
+class OriginalLayer:
+    """A layer of the original code: its name, diffusers' layers in order of its rows (# is the block's number).
+
+    `swap`: diffusers has (scale, shift) where the original has (shift, scale), "of two" only in a modulation of two.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    swap: Swap = "never"
+
+
+def original_layers(network: str) -> Iterator[OriginalLayer]:
+    """All names of layers that are not diffusers', for a kind of transformer; those of the original code first."""
+    for name, parts in _ORIGINALS.get(network, {}).items():
+        yield OriginalLayer(name, parts, _swap(name))
+    for name, parts in _ORIGINALS.get(network, {}).items():
+        for number, part in enumerate(parts if len(parts) > 1 else ()):  # OneTrainer: img_attn.qkv.0
+            yield OriginalLayer(f"{name}.{number}", (part,))
+    if network == "flux":
+        for name, parts in _XLABS.items():
+            yield OriginalLayer(name, parts)
+
+
+def find_original(module: str, network: str) -> tuple[OriginalLayer, str, int] | None:
+    """diffusers' module → (the original layer that holds it, its name there, position in it); None where none does.
+
+    `transformer_blocks.3.attn.to_k` → (…, `double_blocks.3.img_attn.qkv`, 1) for "flux".
+    """
+    match = re.match(r"(?:single_)?transformer_blocks\.(\d+)\.", module)
+    number = match[1] if match else ""
+    general = module.replace(f"transformer_blocks.{number}.", "transformer_blocks.#.", 1) if match else module
+    for name, parts in _ORIGINALS.get(network, {}).items():
+        if general in parts:
+            return OriginalLayer(name, parts, _swap(name)), name.replace("#", number), parts.index(general)
+    return None
+
+
+def _swap(name: str) -> Swap:
+    if name == "final_layer.adaLN_modulation.1":
+        return "halves"
+    return "halves of two" if name.endswith("context_block.adaLN_modulation.1") else "never"

@@ -1,0 +1,173 @@
+"""What a loader of diffusers or transformers may open."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from backbone.evaluation.clip import load_image_encoder
+from backbone.io.console import UserError
+from backbone.io.files import read_tensors, write_tensors
+from backbone.io.weights import check_weights, list_weight_files, read_weight_index
+from backbone.models.model import Backbone
+from tests.tiny import tiny_eye
+
+EVIL = b"\x80\x04cos\nsystem\n(S'touch evil'\ntR."
+PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+SHARDS: dict[str, Any] = {
+    "a pickle": {"weight_map": {"w": "evil.bin"}},
+    "a pickle in capitals": {"weight_map": {"w": "evil.BIN"}},
+    "a pickle of torch": {"weight_map": {"w": "evil.pt"}},
+    "a checkpoint": {"weight_map": {"w": "evil.ckpt"}},
+    "no ending": {"weight_map": {"w": "evil"}},
+    "a folder above": {"weight_map": {"w": "../vae/diffusion_pytorch_model.safetensors"}},
+    "a folder below": {"weight_map": {"w": "sub/a.safetensors"}},
+    "an absolute path": {"weight_map": {"w": "/tmp/a.safetensors"}},
+    "another system's separator": {"weight_map": {"w": "..\\a.safetensors"}},
+    "a hidden file": {"weight_map": {"w": ".safetensors"}},
+    "nothing": {},
+    "an empty map": {"weight_map": {}},
+    "null": {"weight_map": None},
+    "a list": [],
+    "a number": {"weight_map": {"w": 1}},
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path, tiny_folder: Path) -> Path:
+    return shutil.copytree(tiny_folder, tmp_path / "model")
+
+
+def load(folder: Path, part: str) -> object:
+    model = Backbone.open(str(folder), device="cpu", precision="fp32")
+    return {"unet": lambda: model.denoiser, "vae": lambda: model.autoencoder}.get(
+        part, lambda: model.text_encoder
+    )()
+
+
+def use(folder: Path, part: str) -> object:
+    model = Backbone.open(str(folder), device="cpu", precision="fp32")
+    return model.latent_shape, model.path, load(folder, part)
+
+
+@pytest.mark.parametrize("index", SHARDS.values(), ids=SHARDS)
+@pytest.mark.parametrize("part", PARTS)
+def test_an_index_names_only_safetensors_beside_it_and_no_pickle_is_opened(
+    model: Path, monkeypatch: pytest.MonkeyPatch, part: str, index: Any
+) -> None:
+    monkeypatch.setattr(torch, "load", lambda *given, **named: pytest.fail("a pickle was opened"))
+    (model / part / f"{PARTS[part]}.safetensors").unlink()
+    (model / part / f"{PARTS[part]}.safetensors.index.json").write_text(json.dumps(index))
+    for name in ("evil.bin", "evil.BIN", "evil.pt", "evil.ckpt", "evil"):
+        (model / part / name).write_bytes(EVIL)
+    with pytest.raises(UserError, match=r"index\.json"):
+        load(model, part)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_shards_are_read_by_their_index(model: Path, part: str) -> None:
+    file = model / part / f"{PARTS[part]}.safetensors"
+    tensors, _ = read_tensors(file)
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for shard, held in shards.items():
+        write_tensors(file.with_name(shard), {name: tensors[name] for name in held}, {"format": "pt"})
+    file.unlink()
+    index = {
+        "metadata": {"total_size": 1},
+        "weight_map": {n: shard for shard, held in shards.items() for n in held},
+    }
+    (model / part / f"{PARTS[part]}.safetensors.index.json").write_text(json.dumps(index))
+    assert [path.name for path in list_weight_files(model / part)] == list(shards)
+    assert load(model, part) is not None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x08", bytes(100), EVIL, b"PK\x03\x04" + bytes(60), b"<html>", (2**63).to_bytes(8, "little")],
+)
+@pytest.mark.parametrize("part", PARTS)
+def test_a_damaged_weight_file_is_one_sentence(model: Path, part: str, content: bytes) -> None:
+    (model / part / f"{PARTS[part]}.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="safetensors"):
+        load(model, part)
+
+
+@pytest.mark.parametrize("left", [0, 1, -1])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_with_missing_tensors_is_refused_and_not_made_up(model: Path, part: str, left: int) -> None:
+    file = model / part / f"{PARTS[part]}.safetensors"
+    tensors, _ = read_tensors(file)
+    kept = dict(list(tensors.items())[:left])
+    write_tensors(file, kept, {"format": "pt"})
+    with pytest.raises(UserError, match=r"is not whole: .* missing"):
+        load(model, part)
+
+
+@pytest.mark.parametrize("key", ["transformers_weights", "auto_map"])
+def test_a_config_that_names_other_files_is_refused(model: Path, key: str) -> None:
+    config = json.loads((model / "text_encoder" / "config.json").read_text())
+    (model / "text_encoder" / "config.json").write_text(json.dumps({**config, key: "../evil.safetensors"}))
+    with pytest.raises(UserError, match=key):
+        load(model, "text_encoder")
+
+
+def test_an_adapter_beside_a_text_encoder_is_refused(model: Path) -> None:
+    (model / "text_encoder" / "adapter_config.json").write_text('{"base_model_name_or_path": "org/name"}')
+    with pytest.raises(UserError, match=r"adapter_config\.json would load weights from elsewhere"):
+        load(model, "text_encoder")
+
+
+def test_a_scorer_folder_is_looked_at_in_the_same_way(tmp_path: Path) -> None:
+    folder = tiny_eye(tmp_path / "eye", "dinov2")
+    check_weights(folder)
+    tensors, _ = read_tensors(folder / "model.safetensors")
+    write_tensors(folder / "model.safetensors", dict(list(tensors.items())[:-2]), {"format": "pt"})
+    with pytest.raises(UserError, match="is not whole"):
+        load_image_encoder(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"w": "evil.bin"}}')
+    with pytest.raises(UserError, match=r"'evil\.bin'"):
+        load_image_encoder(folder)
+    with pytest.raises(UserError, match=r"'evil\.bin'"):
+        read_weight_index(folder / "model.safetensors.index.json")
+
+
+CONFIGS: dict[str, tuple[str, Any]] = {
+    "channels as a text": ("unet", {"block_out_channels": "x"}),
+    "no channels": ("unet", {"block_out_channels": []}),
+    "channels for no memory": ("unet", {"block_out_channels": [2**40, 2**40]}),
+    "a size as a text": ("unet", {"sample_size": "big"}),
+    "blocks of no kind": ("unet", {"down_block_types": ["NoBlock", "DownBlock2D"]}),
+    "layers without end": ("text_encoder", {"num_hidden_layers": 10**9}),
+    "no width": ("text_encoder", {"hidden_size": 0}),
+    "a width as a list": ("text_encoder", {"hidden_size": [16]}),
+    "heads that do not fit": ("text_encoder", {"num_attention_heads": 3}),
+    "no steps": ("scheduler", {"num_train_timesteps": 0}),
+    "betas as a text": ("scheduler", {"beta_start": "x"}),
+    "a scale as a text": ("vae", {"scaling_factor": "x"}),
+    "an activation that there is not": ("vae", {"act_fn": "none of them"}),
+}
+
+
+@pytest.mark.parametrize(("part", "change"), CONFIGS.values(), ids=CONFIGS)
+def test_a_damaged_config_is_one_sentence(model: Path, part: str, change: dict[str, Any]) -> None:
+    path = model / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match=part):
+        use(model, part)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "vocab.json"])
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"[" * 100_000, b'{"model": 3}', b'{"version": "9"}'])
+def test_a_damaged_tokenizer_is_one_sentence_or_of_no_account(model: Path, name: str, content: bytes) -> None:
+    if not (model / "tokenizer" / name).exists():
+        pytest.skip("this transformers writes no such file")
+    (model / "tokenizer" / name).write_bytes(content)
+    with suppress(UserError):  # nothing else
+        load(model, "tokenizer")

@@ -1,0 +1,772 @@
+"""Adapter files as other tools write them: every family's layers in every naming, every kind of factors.
+
+The truth is ΔW from the formats' formulas; "effective" is what `import` puts on the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    FluxPipeline,
+    StableDiffusion3Pipeline,
+)
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from backbone.adapters.concept import read_concept
+from backbone.adapters.config import CONFIG_KEY
+from backbone.adapters.lora import LORA_WEIGHTS, add_lora, load_lora, save_lora
+from backbone.families.flux.checkpoint import rename_key
+from backbone.io.console import UserError
+from backbone.io.files import read_tensors, write_tensors
+from backbone.models.model import Backbone
+from customize.formats.convert import export_adapter, fit_to_model, import_adapter
+from customize.formats.factors import LayerUpdate
+from customize.formats.layer_names import to_original
+from customize.formats.merge import read_input
+from customize.formats.model_weights import ModelWeights
+from customize.formats.read import read_adapter
+from customize.formats.write import write_adapter
+from tests.tiny import (
+    tiny_flux,
+    tiny_pipeline,
+    tiny_pixart,
+    tiny_stable_diffusion_3,
+    tiny_stable_diffusion_xl,
+)
+
+FAMILIES = ("sd", "xl", "sd3", "flux", "pixart")
+Tensors = dict[str, Tensor]
+
+
+@dataclass
+class Tiny:
+    """A family's tiny model: its folder, its denoiser and the weights of all its adaptable layers by module name."""
+
+    folder: Path
+    denoiser: nn.Module
+    component: str
+    stored: ModelWeights
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return {
+            name: module.weight
+            for name, module in self.denoiser.named_modules()
+            if isinstance(module, (nn.Linear, nn.Conv2d))
+        }
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tiny]:
+    place = tmp_path_factory.mktemp("models")
+    makers: dict[str, Callable[[Path], Path]] = {
+        "sd": tiny_pipeline,
+        "xl": tiny_stable_diffusion_xl,
+        "sd3": lambda folder: tiny_stable_diffusion_3(folder, t5=False),
+        "flux": tiny_flux,
+        "pixart": tiny_pixart,
+    }
+    made = {}
+    for family, make in makers.items():
+        opened = Backbone.open(str(make(place / family)), device="cpu", precision="fp32")
+        component = "unet" if family in ("sd", "xl") else "transformer"
+        made[family] = Tiny(place / family, opened.denoiser, component, ModelWeights(opened.location))
+    return made
+
+
+# Names ------------------------------------------------------------------------------------------------------
+
+
+def flat(name: str) -> str:
+    return name.replace(".", "_")
+
+
+# A naming of diffusers' module names: (component, module) → what stands before the factor.
+NAMINGS: dict[str, Callable[[str, str], str]] = {
+    "diffusers": lambda component, module: f"{component}.{module}",
+    "kohya": lambda component, module: f"lora_unet_{flat(module)}",
+    "onetrainer": lambda component, module: f"lora_{component}_{flat(module)}",
+    "lycoris": lambda component, module: f"lycoris_{flat(module)}",
+    "peft": lambda component, module: f"base_model.model.{module}",
+    "peft in a pipeline": lambda component, module: f"{component}.base_model.model.{module}",
+    "peft of a pipeline": lambda component, module: f"base_model.model.{component}.{module}",
+    "bare": lambda component, module: module,
+    "comfyui": lambda component, module: f"diffusion_model.{module}",
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "naming"),
+    [(family, naming) for family in FAMILIES for naming in NAMINGS if family != "xl" or naming == "kohya"],
+)
+def test_diffusers_names_under_every_tool_s_prefix_are_the_family_s_layers(
+    family: str, naming: str, models: dict[str, Tiny], tmp_path: Path
+) -> None:
+    model = models[family]
+    tensors: Tensors = {}
+    truth: Tensors = {}
+    for module, weight in model.weights.items():
+        stem = NAMINGS[naming](model.component, module)
+        factors, truth[f"{model.component}.{module}"] = lora(weight)
+        tensors |= {f"{stem}.{end}": value for end, value in factors.items()}
+    assert_read(tensors, truth, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["lora_unet_", "diffusion_model.", "", "transformer.", "lora_transformer_"]
+)
+@pytest.mark.parametrize("family", ["flux", "sd3", "pixart"])
+def test_the_original_code_s_names_are_the_family_s_layers(
+    family: str, prefix: str, models: dict[str, Tiny], tmp_path: Path
+) -> None:
+    tensors: Tensors = {}
+    truth: Tensors = {}
+    weights = models[family].weights
+    for original, parts in originals(family, weights).items():
+        whole = torch.cat([weights[part] for part in parts])
+        factors, change = lora(whole)
+        stem = prefix + (flat(original) if prefix.endswith("_") else original)
+        tensors |= {f"{stem}.{end}": value for end, value in factors.items()}
+        if original.endswith("adaLN_modulation.1") and (
+            parts[0] == "norm_out.linear" or len(whole) == 2 * whole.shape[1]
+        ):  # (shift, scale) there, (scale, shift) here
+            change = torch.cat([*reversed(change.chunk(2))])
+        pieces = change.split([len(weights[part]) for part in parts])
+        truth |= {f"transformer.{part}": piece for part, piece in zip(parts, pieces, strict=True)}
+    assert set(truth) == {f"transformer.{name}" for name in weights}
+    assert_read(tensors, truth, tmp_path)
+
+
+@pytest.mark.parametrize("style", ["kohya", "dotted"])
+def test_sdxl_s_original_block_numbers_and_text_encoders_are_its_layers(
+    style: str, models: dict[str, Tiny], tmp_path: Path
+) -> None:
+    tensors: Tensors = {}
+    truth: Tensors = {}
+    for module, weight in models["xl"].weights.items():
+        original = to_original(module)
+        stem = f"lora_unet_{flat(original)}" if style == "kohya" else f"diffusion_model.{original}"
+        factors, truth[f"unet.{module}"] = lora(weight)
+        tensors |= {f"{stem}.{end}": value for end, value in factors.items()}
+    text = "text_model.encoder.layers.1.self_attn.q_proj"
+    prefixes = {
+        "kohya": ("lora_te1_", "lora_te2_"),
+        "dotted": ("text_encoders.clip_l.transformer.", "text_encoders.clip_g.transformer."),
+    }[style]
+    for prefix, component in zip(prefixes, ("text_encoder", "text_encoder_2"), strict=True):
+        stem = prefix + (flat(text) if style == "kohya" else text)
+        factors, truth[f"{component}.encoder.layers.1.self_attn.q_proj"] = lora(torch.empty(16, 16))
+        tensors |= {f"{stem}.{end}": value for end, value in factors.items()}
+    assert_read(tensors, truth, tmp_path)
+
+
+def test_xlabs_processors_and_onetrainer_s_separate_parts_are_flux_s_layers(tmp_path: Path) -> None:
+    tensors: Tensors = {}
+    truth: Tensors = {}
+    block = "transformer.transformer_blocks.0.attn"
+    for stem, names in {
+        "double_blocks.0.processor.qkv_lora1": [f"{block}.to_q", f"{block}.to_k", f"{block}.to_v"],
+        "double_blocks.0.processor.proj_lora2": [f"{block}.to_add_out"],
+        "single_blocks.3.processor.qkv_lora": [
+            f"transformer.single_transformer_blocks.3.attn.to_{letter}" for letter in "qkv"
+        ],
+    }.items():
+        factors, change = lora(torch.empty(8 * len(names), 8), alpha=False)
+        tensors[f"{stem}.down.weight"] = factors["lora_down.weight"]
+        tensors[f"{stem}.up.weight"] = factors["lora_up.weight"]
+        truth |= dict(zip(names, change.chunk(len(names)), strict=True))
+    factors, truth[f"{block}.add_k_proj"] = lora(torch.empty(8, 8))
+    tensors |= {f"transformer.double_blocks.0.txt_attn.qkv.1.{end}": value for end, value in factors.items()}
+    assert_read(tensors, truth, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stems", "said"),
+    [
+        (["lora_unet_blocks_0_new_kind_q", "lora_unet_blocks_0_new_kind_k"], "lora_unet_blocks_0_new_kind_k"),
+        (["transformer.layers.0.attention.to_q"], "transformer.layers.0.attention.to_q"),
+        (["lora_unet_conv_in", "lora_unet_conv_inn"], "1 layers that no supported model has"),
+        (["lora_te3_encoder_block_0_layer_0_SelfAttention_q"], "T5"),
+        (["text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q"], "T5"),
+    ],
+)
+def test_names_that_no_model_has_are_refused_by_name(stems: list[str], said: str, tmp_path: Path) -> None:
+    tensors = {f"{stem}.{end}": v for stem in stems for end, v in lora(torch.empty(4, 4))[0].items()}
+    write_tensors(tmp_path / "new.safetensors", tensors)
+    doors: tuple[Callable[[], object], ...] = (
+        lambda: export_adapter(tmp_path / "new.safetensors", tmp_path / "out.safetensors", "diffusers"),
+        lambda: import_adapter(tmp_path / "new.safetensors", tmp_path / "out.safetensors", model=None),
+    )
+    for door in doors:
+        with pytest.raises(UserError, match=re.escape(said)):
+            door()
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("lora_unet_conv_in.diff", "whole differences of weights"),
+        ("lora_unet_conv_in.w_norm", "differences of norms"),
+        ("lora_unet_conv_in.oft_blocks", "rotations"),
+        ("something.else", "something.else"),
+    ],
+)
+@pytest.mark.parametrize("beside", [False, True])
+def test_tensors_of_other_methods_are_refused_with_what_they_are(
+    key: str, said: str, beside: bool, tmp_path: Path
+) -> None:
+    factors = lora(torch.empty(4, 4))[0] if beside else {}
+    tensors = {f"lora_unet_conv_in.{end}": value for end, value in factors.items()}
+    write_tensors(tmp_path / "a.safetensors", {**tensors, key: torch.ones(4)})
+    with pytest.raises(UserError, match=said):
+        read_adapter(tmp_path / "a.safetensors")
+
+
+# Kinds ------------------------------------------------------------------------------------------------------
+
+
+def kron_case(left: bool, right: bool, factor: int) -> Callable[[Tensor], tuple[Tensors, Tensor]]:
+    """A LoKr whose W₁ and W₂ are whole or not, of blocks of `factor`; α 3 counts where a factor is low-rank."""
+
+    def make(weight: Tensor) -> tuple[Tensors, Tensor]:
+        rows, columns = len(weight), weight[0].numel()
+        up, across = (
+            next(n for n in (factor, 1) if rows % n == 0),
+            next(n for n in (factor, 1) if columns % n == 0),
+        )
+        shapes = {"lokr_w1": (up, across), "lokr_w2": (rows // up, columns // across)}
+        tensors, whole = {}, []
+        for (name, (height, width)), is_whole in zip(shapes.items(), (left, right), strict=True):
+            if is_whole:
+                tensors[name] = drawn(height, width)
+                whole.append(tensors[name])
+            else:
+                tensors |= {f"{name}_a": drawn(height, 2), f"{name}_b": drawn(2, width)}
+                whole.append(tensors[f"{name}_a"] @ tensors[f"{name}_b"])
+        scale = 1.0 if left and right else 3 / 2
+        return tensors | {"alpha": torch.tensor(3.0)}, scale * torch.kron(*whole)
+
+    return make
+
+
+def loha(weight: Tensor) -> tuple[Tensors, Tensor]:
+    rows, columns = len(weight), weight[0].numel()
+    t = {f"hada_w{n}_{s}": drawn(*((rows, 2) if s == "a" else (2, columns))) for n in (1, 2) for s in "ab"}
+    change = (t["hada_w1_a"] @ t["hada_w1_b"]) * (t["hada_w2_a"] @ t["hada_w2_b"])
+    return t | {"alpha": torch.tensor(3.0)}, 1.5 * change
+
+
+def matrix_for_all(weight: Tensor) -> tuple[Tensors, Tensor]:
+    """A LoRA as matrices, for convolutions too."""
+    return lora(weight.flatten(1))
+
+
+def kernel_for_all(weight: Tensor) -> tuple[Tensors, Tensor]:
+    """A LoRA as 1 × 1 kernels, for linear layers too."""
+    return lora(weight if weight.ndim == 4 else weight[:, :, None, None])
+
+
+def with_scale(
+    make: Callable[[Tensor], tuple[Tensors, Tensor]], over: str
+) -> Callable[[Tensor], tuple[Tensors, Tensor]]:
+    """DoRA over a layer's outputs [out, 1] or inputs [1, in]: gives W' − W."""
+
+    def made(weight: Tensor) -> tuple[Tensors, Tensor]:
+        tensors, change = make(weight)
+        moved = weight.detach() + change.reshape(weight.shape)
+        dims = [d for d in range(weight.ndim) if d != (0 if over == "out" else 1)]
+        scale = 0.5 + torch.rand(weight.shape[0 if over == "out" else 1])
+        scale = scale.reshape([-1 if d not in dims else 1 for d in range(weight.ndim)])
+        after = scale * moved / moved.square().sum(dim=dims, keepdim=True).sqrt()
+        return tensors | {"dora_scale": scale}, (after - weight.detach()).flatten(1)
+
+    return made
+
+
+def lora(weight: Tensor, *, alpha: bool = True) -> tuple[Tensors, Tensor]:
+    """kohya's factors of rank 2 for a weight, α 3 or none, and ΔW [out, in·k·k]."""
+    spatial = (1, 1) if weight.ndim == 4 else ()
+    down, up = drawn(2, *weight.shape[1:]), drawn(len(weight), 2, *spatial)
+    tensors = {"lora_down.weight": down, "lora_up.weight": up}
+    change = up.flatten(1) @ down.flatten(1)
+    return (tensors | {"alpha": torch.tensor(3.0)}, 1.5 * change) if alpha else (tensors, change)
+
+
+def locon(weight: Tensor) -> tuple[Tensors, Tensor]:
+    if weight.ndim == 2:
+        return lora(weight)
+    down, mid, up = drawn(2, weight.shape[1]), drawn(2, 2, *weight.shape[2:]), drawn(len(weight), 2)
+    tensors = {"lora_down.weight": down[:, :, None, None], "lora_mid.weight": mid}
+    tensors |= {"lora_up.weight": up[:, :, None, None], "alpha": torch.tensor(3.0)}
+    return tensors, 1.5 * torch.einsum("or,rskl,si->oikl", up, mid, down).flatten(1)
+
+
+LOKR = {
+    f"lokr {factor} {'w1' if left else 'w1_a w1_b'} {'w2' if right else 'w2_a w2_b'}": kron_case(
+        left, right, factor
+    )
+    for factor, left, right in ((4, True, True), (8, False, True), (4, True, False), (2, False, False))
+}
+KINDS: dict[str, Callable[[Tensor], tuple[Tensors, Tensor]]] = {
+    "lora": lora,
+    "lora as matrices": matrix_for_all,
+    "lora as kernels": kernel_for_all,
+    "locon": locon,
+    "dora over outputs": with_scale(lora, "out"),
+    "loha": loha,
+    "dora of a loha": with_scale(loha, "out"),
+    **LOKR,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [*(("sd", kind) for kind in KINDS), *(("flux", kind) for kind in ("lora", "dora over outputs", *LOKR))],
+)
+def test_every_kind_changes_the_model_exactly_as_its_format_says(
+    family: str, kind: str, models: dict[str, Tiny], tmp_path: Path
+) -> None:
+    model = models[family]
+    tensors: Tensors = {}
+    truth: Tensors = {}
+    for module, weight in one_of_each_shape(model.weights).items():
+        factors, truth[module] = KINDS[kind](weight)
+        tensors |= {f"lora_unet_{flat(module)}.{end}": value for end, value in factors.items()}
+    file = tmp_path / "a.safetensors"
+    write_tensors(file, tensors)
+    write_adapter(tmp_path / "b.safetensors", fit_to_model(read_adapter(file), model.stored, file), "peft")
+    assert_effective(tmp_path / "b.safetensors", model, truth)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("sd", "lora"), ("sd3", "lora"), ("flux", "lora"), ("pixart", "lora"), ("sd", "lokr 4 w1 w2")],
+)
+def test_an_import_into_a_run_changes_every_layer_exactly(
+    family: str, kind: str, models: dict[str, Tiny], tmp_path: Path
+) -> None:
+    model = models[family]
+    tensors: Tensors = {}
+    truth: Tensors = {}
+    for module, weight in model.weights.items():
+        factors, truth[module] = KINDS[kind](weight)
+        tensors |= {f"lora_{model.component}_{flat(module)}.{end}": value for end, value in factors.items()}
+    write_tensors(tmp_path / "a.safetensors", tensors)
+    import_adapter(tmp_path / "a.safetensors", tmp_path / "run", model=str(model.folder), token_words="bcd")
+    assert_effective(read_concept(tmp_path / "run").weights_path, model, truth)
+
+
+@pytest.mark.parametrize("kind", ["dora over inputs", "dora of a loha over inputs"])
+@pytest.mark.parametrize("square", [True, False])
+def test_dora_over_inputs_is_exact_in_a_whole_model_and_refused_for_a_run(
+    kind: str, square: bool, models: dict[str, Tiny], tmp_path: Path
+) -> None:
+    model = models["sd"]
+    make = with_scale(lora if kind == "dora over inputs" else loha, "in")
+    chosen = {name: w for name, w in model.weights.items() if square == (len(w) == w[0].numel())}
+    tensors: Tensors = {}
+    truth: Tensors = {}
+    for module, weight in chosen.items():
+        factors, truth[module] = make(weight)
+        tensors |= {f"lora_unet_{flat(module)}.{end}": value for end, value in factors.items()}
+    write_tensors(tmp_path / "a.safetensors", tensors)
+    read = read_adapter(tmp_path / "a.safetensors")
+    for module, weight in chosen.items():
+        change = read.layers[f"unet.{module}"].merge_into(weight.detach()) - weight.detach()
+        assert relative(change.flatten(1), truth[module]) < 1e-5
+    with pytest.raises(UserError, match=r"run over the inputs .* merge .*--bake"):
+        import_adapter(
+            tmp_path / "a.safetensors", tmp_path / "run", model=str(model.folder), token_words="bcd"
+        )
+    assert not (tmp_path / "run").exists()
+    export_adapter(tmp_path / "a.safetensors", tmp_path / "k.safetensors", "kohya")
+    stored, _ = read_tensors(tmp_path / "k.safetensors")
+    assert all(value.shape[0] == 1 for name, value in stored.items() if name.endswith("dora_scale"))
+    with pytest.raises(UserError, match=r"no format|does not load a loha"):
+        export_adapter(tmp_path / "a.safetensors", tmp_path / "d.safetensors", "diffusers")
+
+
+def test_dora_scales_of_neither_axis_are_refused(tmp_path: Path) -> None:
+    for scale in (torch.ones(6), torch.ones(1, 5), torch.ones(5, 1)):
+        tensors = lora(torch.empty(6, 6))[0] | {"dora_scale": scale}
+        write_tensors(tmp_path / "a.safetensors", {f"lora_unet_conv_in.{k}": v for k, v in tensors.items()})
+        with pytest.raises(UserError, match="neither one for each output"):
+            read_adapter(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("make", [loha, kron_case(True, True, 12), kron_case(True, False, 12)])
+def test_loha_and_lokr_of_fused_layers_are_cut_where_their_blocks_end(
+    make: Callable[[Tensor], tuple[Tensors, Tensor]], tmp_path: Path
+) -> None:
+    factors, change = make(torch.empty(24, 8))
+    tensors = {f"lora_unet_double_blocks_0_img_attn_qkv.{end}": value for end, value in factors.items()}
+    names = [f"transformer.transformer_blocks.0.attn.to_{letter}" for letter in "qkv"]
+    assert_read(tensors, dict(zip(names, change.chunk(3), strict=True)), tmp_path)
+
+
+def test_lokr_of_fused_layers_that_cannot_be_cut_is_refused_with_the_reason(tmp_path: Path) -> None:
+    factors, _ = kron_case(True, True, 4)(torch.empty(24, 8))
+    tensors = {f"lora_unet_double_blocks_0_img_attn_qkv.{end}": value for end, value in factors.items()}
+    write_tensors(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(UserError, match="blocks of 6 rows"):
+        read_adapter(tmp_path / "a.safetensors")
+
+
+# peft's own files -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_rslora": True}, {"rank_pattern": {"attn2.to_k": 2}}, {"use_dora": True}]
+)
+def test_peft_s_folder_is_read_with_its_strength(
+    settings: dict[str, Any],
+    models: dict[str, Tiny],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    unet = copy.deepcopy(models["sd"].denoiser)
+    config = LoraConfig(r=4, lora_alpha=32, target_modules=["to_q", "to_k", "to_v", "to_out.0"], **settings)
+    model: Any = get_peft_model(unet, config)
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            parameter.data = drawn(*parameter.shape)
+    model.save_pretrained(tmp_path / "peft")
+    layers = read_adapter(tmp_path / "peft").layers
+    file = read_adapter(tmp_path / "peft" / "adapter_model.safetensors").layers
+    assert {name: layer.scale for name, layer in file.items()} == {n: x.scale for n, x in layers.items()}
+    changed = {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A") and hasattr(module, "get_delta_weight")
+    }
+    assert set(layers) == {f"unet.{name}" for name in changed}
+    for name, module in changed.items():
+        assert relative(layers[f"unet.{name}"].delta_weight(), module.get_delta_weight("default")) < 1e-6
+        assert (layers[f"unet.{name}"].magnitude is not None) == bool(settings.get("use_dora"))
+    assert "assumed" not in capsys.readouterr().err
+    (tmp_path / "peft" / "adapter_config.json").unlink()
+    assert next(iter(read_adapter(tmp_path / "peft").layers.values())).scale == 1
+    assert "α = rank is assumed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"peft_type": "OFT"}, "OFT"), ({"init_lora_weights": "pissa_niter_4"}, "pissa"), ({"r": 9}, "rank 9")],
+)
+def test_a_peft_folder_whose_settings_say_something_else_is_refused(
+    change: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    factors, _ = lora(torch.empty(4, 4), alpha=False)
+    stem = "base_model.model.down_blocks.0.resnets.0.time_emb_proj"
+    write_tensors(
+        tmp_path / "adapter_model.safetensors",
+        {
+            f"{stem}.lora_A.weight": factors["lora_down.weight"],
+            f"{stem}.lora_B.weight": factors["lora_up.weight"],
+        },
+    )
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["time_emb_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    assert next(iter(read_adapter(tmp_path).layers.values())).scale == 2
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | change))
+    with pytest.raises(UserError, match=said):
+        read_adapter(tmp_path)
+
+
+# What diffusers loads ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_diffusers_loads_every_layer_of_the_export_with_its_change(
+    family: str, models: dict[str, Tiny], tmp_path: Path
+) -> None:
+    model = models[family]
+    tensors: Tensors = {}
+    truth: Tensors = {}
+    for number, (module, weight) in enumerate(model.weights.items()):
+        factors, truth[module] = lora(weight)
+        factors["alpha"] = torch.tensor(2.0 + number % 3)
+        truth[module] = truth[module] * (2.0 + number % 3) / 3
+        tensors |= {f"lora_transformer_{flat(module)}.{end}": value for end, value in factors.items()}
+    write_tensors(tmp_path / "a.safetensors", tensors)
+    export_adapter(tmp_path / "a.safetensors", tmp_path / "d.safetensors", "diffusers")
+    kind: Any = FluxPipeline if family == "flux" else StableDiffusion3Pipeline
+    without = {} if family == "flux" else dict.fromkeys(("text_encoder_3", "tokenizer_3"))
+    pipeline = kind.from_pretrained(model.folder, feature_extractor=None, image_encoder=None, **without)
+    pipeline.load_lora_weights(str(tmp_path), weight_name="d.safetensors")
+    loaded = {
+        name: module.get_delta_weight(next(iter(module.lora_A))).flatten(1)
+        for name, module in pipeline.transformer.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+    assert set(loaded) == set(truth)
+    assert max(relative(loaded[name], truth[name]) for name in truth) < 1e-5
+
+
+# Damaged files ----------------------------------------------------------------------------------------------
+
+HEADERS: list[tuple[Any, str]] = [
+    ("not JSON", "is no JSON"),
+    ("[" * 100_000, "is no JSON"),
+    ("9" * 6_000, "holds no settings|is no JSON"),
+    ([], "holds no settings"),
+    (None, "holds no settings"),
+    ({}, "holds no settings"),
+    ({"unet.lora_alpha": 1}, "unet.r is missing"),
+    ({"unet.r": 2}, "unet.target_modules is missing"),
+    *(
+        ({"unet.r": wrong}, "unet.r is no whole number")
+        for wrong in ("sixteen", None, 10**9, 0, -2, 2.5, True, [2])
+    ),
+    *(({"unet.lora_alpha": wrong}, "unet.lora_alpha is no finite") for wrong in ("x", 0, 1e300, [1], True)),
+    *(
+        ({"unet.target_modules": wrong}, "unet.target_modules is no list")
+        for wrong in (7, [7], {"a": 1}, "(")
+    ),
+    *(
+        ({"unet.rank_pattern": wrong}, "unet.rank_pattern holds")
+        for wrong in ([1], "x", {"a": "b"}, {"(": 2})
+    ),
+    *(
+        ({"unet.alpha_pattern": wrong}, "unet.alpha_pattern holds")
+        for wrong in ("x", {"a": "b"}, {"a": None})
+    ),
+    ({"unet.use_dora": "yes"}, "unet.use_dora is not true or false"),
+    ({"unet.use_rslora": 1}, "unet.use_rslora is not true or false"),
+    ({"unet.kind": "oft"}, "unet.kind is none of"),
+    ({"unet.r": 16}, "rank 16"),
+]
+
+
+@pytest.mark.parametrize(("header", "said"), HEADERS, ids=range(len(HEADERS)))
+def test_a_header_of_a_wrong_type_is_refused_with_file_and_key(
+    header: Any, said: str, saved: tuple[Path, nn.Module], tmp_path: Path
+) -> None:
+    path, unet = saved
+    tensors, metadata = read_tensors(path)
+    right = json.loads(metadata[CONFIG_KEY])
+    text = header if isinstance(header, str) else json.dumps(header)
+    if isinstance(header, dict) and header and "missing" not in said:
+        text = json.dumps(right | header)
+    write_tensors(tmp_path / "damaged.safetensors", tensors, {CONFIG_KEY: text})
+    for refused in (
+        lambda: read_adapter(tmp_path / "damaged.safetensors"),
+        lambda: load_lora(tmp_path / "damaged.safetensors", unet, "never"),
+    ):
+        with pytest.raises(UserError, match=f"damaged.safetensors.*({said})"):
+            refused()
+
+
+@pytest.fixture(scope="module")
+def saved(models: dict[str, Tiny], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
+    """A LoRA of rank 2 on the attention of the tiny UNet, and a UNet without it."""
+    folder = models["sd"].folder
+    trained, fresh = (Backbone.open(str(folder), device="cpu", precision="fp32").denoiser for _ in range(2))
+    for value in add_lora(trained, "a", rank=2, alpha=4.0, targets=("to_q", "to_v")).values():
+        value.data = drawn(*value.shape)
+    path = tmp_path_factory.mktemp("saved") / LORA_WEIGHTS
+    save_lora(path, trained, "a")
+    return path, fresh
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite_are_refused_at_every_door(
+    wrong: float, saved: tuple[Path, nn.Module], models: dict[str, Tiny], tmp_path: Path
+) -> None:
+    tensors, metadata = read_tensors(saved[0])
+    name = sorted(tensors)[3]
+    tensors[name][0, 0] = wrong
+    bad = tmp_path / "bad.safetensors"
+    write_tensors(bad, tensors, metadata)
+    doors: list[Callable[[], object]] = [
+        lambda: export_adapter(bad, tmp_path / "out.safetensors", "kohya"),
+        lambda: import_adapter(bad, tmp_path / "run", model=str(models["sd"].folder), token_words="bcd"),
+        lambda: read_input(bad),
+        lambda: load_lora(bad, saved[1], "never"),
+    ]
+    for door in doors:
+        with pytest.raises(UserError, match=f"bad.safetensors is damaged: {re.escape(name)} .* not finite"):
+            door()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.safetensors"]
+
+
+def test_a_component_that_the_header_names_may_not_be_missing(
+    saved: tuple[Path, nn.Module], tmp_path: Path
+) -> None:
+    tensors, metadata = read_tensors(saved[0])
+    settings = json.loads(metadata[CONFIG_KEY])
+    text = {key.replace("unet.", "text_encoder."): value for key, value in settings.items()}
+    write_tensors(tmp_path / "cut.safetensors", tensors, {CONFIG_KEY: json.dumps(settings | text)})
+    with pytest.raises(UserError, match="lacks all tensors of the text_encoder"):
+        load_lora(tmp_path / "cut.safetensors", saved[1], "never")
+
+
+@pytest.mark.parametrize("cut", ["one tensor", "one layer", "all"])
+def test_a_file_with_missing_tensors_is_refused_and_not_drawn_with(
+    cut: str, saved: tuple[Path, nn.Module], tmp_path: Path
+) -> None:
+    tensors, metadata = read_tensors(saved[0])
+    layer = sorted(tensors)[0].removesuffix(".lora_A.weight")
+    gone = {"one tensor": f"{layer}.lora_B", "one layer": layer, "all": ""}[cut]
+    kept = {name: value for name, value in tensors.items() if not name.startswith(gone)}
+    write_tensors(tmp_path / "cut.safetensors", kept, metadata)
+    said = {
+        "one tensor": "is not whole",
+        "one layer": "lacks the tensors of 1 layers",
+        "all": "holds no tensors",
+    }
+    with pytest.raises(UserError, match=said[cut]):
+        load_lora(tmp_path / "cut.safetensors", saved[1], "never")
+
+
+def test_an_alpha_of_zero_is_refused_and_any_shape_of_one_is_read(tmp_path: Path) -> None:
+    for alpha, scale in (
+        (torch.tensor(4), 2.0),
+        (torch.tensor([4.0]), 2.0),
+        (torch.tensor(-4.0).bfloat16(), -2.0),
+    ):
+        tensors = lora(torch.empty(4, 4))[0] | {"alpha": alpha}
+        write_tensors(tmp_path / "a.safetensors", {f"lora_unet_conv_in.{k}": v for k, v in tensors.items()})
+        assert read_adapter(tmp_path / "a.safetensors").layers["unet.conv_in"].scale == scale
+    tensors["alpha"] = torch.tensor(0.0)
+    write_tensors(tmp_path / "a.safetensors", {f"lora_unet_conv_in.{k}": v for k, v in tensors.items()})
+    with pytest.raises(UserError, match=r"α of lora_unet_conv_in in .* is 0"):
+        read_adapter(tmp_path / "a.safetensors")
+
+
+def test_an_export_never_overwrites(saved: tuple[Path, nn.Module], tmp_path: Path) -> None:
+    export_adapter(saved[0], tmp_path / "a.safetensors", "kohya")
+    before = (tmp_path / "a.safetensors").read_bytes()
+    with pytest.raises(UserError, match="exists already"):
+        export_adapter(saved[0], tmp_path / "a.safetensors", "diffusers")
+    assert (tmp_path / "a.safetensors").read_bytes() == before
+
+
+# Helpers ----------------------------------------------------------------------------------------------------
+
+
+def drawn(*shape: int) -> Tensor:
+    return 0.3 * torch.randn(*shape)
+
+
+def one_of_each_shape(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One layer of each size, first the plainly named."""
+    chosen: dict[tuple[int, ...], str] = {}
+    for name in sorted(weights, key=len):
+        chosen.setdefault(tuple(weights[name].shape), name)
+    return {name: weights[name] for name in chosen.values()}
+
+
+def relative(found: Tensor, truth: Tensor) -> float:
+    truth = truth.detach().flatten(1)
+    return float((found.detach().flatten(1) - truth).norm() / truth.norm())
+
+
+def assert_read(tensors: Tensors, truth: Mapping[str, Tensor], place: Path) -> None:
+    """The file's layers are these, with these changes."""
+    write_tensors(place / "a.safetensors", tensors)
+    layers: Mapping[str, LayerUpdate] = read_adapter(place / "a.safetensors").layers
+    assert set(layers) == set(truth)
+    assert max(relative(layers[name].delta_weight(), truth[name]) for name in truth) < 1e-6
+
+
+def assert_effective(path: Path, model: Tiny, truth: Mapping[str, Tensor]) -> None:
+    """What an adapter of ours changes in the model is the truth, layer by layer."""
+    denoiser = copy.deepcopy(model.denoiser)
+    load_lora(path, denoiser, "a")
+    found = {}
+    for name, module in list(denoiser.named_modules()):
+        if not hasattr(module, "get_delta_weight"):
+            continue
+        found[name] = name in truth
+        change = module.get_delta_weight("a")
+        if getattr(module, "use_dora", {}).get("a"):
+            before = module.get_base_layer().weight.detach().clone()
+            module.merge(adapter_names=["a"])
+            change = module.get_base_layer().weight - before
+            assert relative(change, truth[name]) < 1e-5, name
+        else:
+            assert relative(change, truth[name]) < 1e-6, name
+    assert set(found) == set(truth)
+
+
+def originals(family: str, weights: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
+    """The original code's layers of a family: name → diffusers' modules in order of their rows."""
+    return dict(_originals(family, set(weights)))
+
+
+def _originals(family: str, modules: set[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    qkv = ("attn.to_q", "attn.to_k", "attn.to_v")
+    if family == "flux":
+        names = ("img_in", "txt_in", "final_layer.linear", "final_layer.adaLN_modulation.1")
+        embeds = [
+            f"{part}_in.{side}_layer" for part in ("time", "vector", "guidance") for side in ("in", "out")
+        ]
+        plain = ("img_attn.proj", "txt_attn.proj", "img_mlp.0", "img_mlp.2", "txt_mlp.0", "txt_mlp.2")
+        double = [f"double_blocks.0.{name}" for name in (*plain, "img_mod.lin", "txt_mod.lin")]
+        for name in (*names, *embeds, *double, "single_blocks.0.linear2", "single_blocks.0.modulation.lin"):
+            yield name, (rename_key(f"{name}.weight").removesuffix(".weight"),)
+        yield "double_blocks.0.img_attn.qkv", tuple(f"transformer_blocks.0.{part}" for part in qkv)
+        added = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+        yield "double_blocks.0.txt_attn.qkv", tuple(f"transformer_blocks.0.{part}" for part in added)
+        parts = (*qkv, "proj_mlp")
+        yield "single_blocks.0.linear1", tuple(f"single_transformer_blocks.0.{part}" for part in parts)
+        return
+    embedder = {"sd3": "time_text_embed", "pixart": "adaln_single.emb"}[family]
+    outer = {
+        "x_embedder.proj": "pos_embed.proj",
+        "t_embedder.mlp.0": f"{embedder}.timestep_embedder.linear_1",
+        "t_embedder.mlp.2": f"{embedder}.timestep_embedder.linear_2",
+        "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+        "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+        "y_embedder.y_proj.fc1": "caption_projection.linear_1",
+        "y_embedder.y_proj.fc2": "caption_projection.linear_2",
+        "t_block.1": "adaln_single.linear",
+        "context_embedder": "context_embedder",
+        "final_layer.linear": "proj_out",
+        "final_layer.adaLN_modulation.1": "norm_out.linear",
+    }
+    inner = {
+        "sd3": {
+            "x_block.attn.qkv": qkv,
+            "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+            "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+            "x_block.attn.proj": ("attn.to_out.0",),
+            "x_block.attn2.proj": ("attn2.to_out.0",),
+            "context_block.attn.proj": ("attn.to_add_out",),
+            "x_block.mlp.fc1": ("ff.net.0.proj",),
+            "x_block.mlp.fc2": ("ff.net.2",),
+            "context_block.mlp.fc1": ("ff_context.net.0.proj",),
+            "context_block.mlp.fc2": ("ff_context.net.2",),
+            "x_block.adaLN_modulation.1": ("norm1.linear",),
+            "context_block.adaLN_modulation.1": ("norm1_context.linear",),
+        },
+        "pixart": {
+            "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+            "attn.proj": ("attn1.to_out.0",),
+            "cross_attn.q_linear": ("attn2.to_q",),
+            "cross_attn.kv_linear": ("attn2.to_k", "attn2.to_v"),
+            "cross_attn.proj": ("attn2.to_out.0",),
+            "mlp.fc1": ("ff.net.0.proj",),
+            "mlp.fc2": ("ff.net.2",),
+        },
+    }[family]
+    found: dict[str, tuple[str, ...]] = {name: (module,) for name, module in outer.items()}
+    for block in range(2):
+        start = f"{'joint_blocks' if family == 'sd3' else 'blocks'}.{block}."
+        found |= {
+            start + name: tuple(f"transformer_blocks.{block}.{part}" for part in parts)
+            for name, parts in inner.items()
+        }
+    yield from ((name, parts) for name, parts in found.items() if set(parts) <= modules)

@@ -1,0 +1,1 @@
+"""A seeded fuzzer over every door: `python -m tests.fuzz --cases 1500 --seed 0`."""

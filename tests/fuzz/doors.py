@@ -1,0 +1,346 @@
+"""The doors: each writes damaged input into a folder and goes in, as far as the mistake could be found.
+
+A door returns whether its input was surely damaged, so that coming back at all is a fault.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+import align.settings
+import customize.settings
+from align.collect.label.session import Session, list_label_pairs
+from align.pairs.read import read_preferences
+from align.pairs.records import check_preferences
+from align.pairs.samples import read_samples
+from backbone.adapters.concept import read_concept, resolve_placeholder_tokens
+from backbone.io.files import read_header, read_tensors, write_json, write_tensors
+from backbone.io.options import as_command, fields_of, values_from_file, values_from_flags
+from backbone.io.prompts import prompts_of, read_prompts
+from backbone.media.decode import open_rgb
+from backbone.media.pictures import check_images, list_images
+from backbone.models.model import Backbone
+from backbone.training.loop import load_checkpoint, save_checkpoint
+from edit.inversion.inversion import invert, read_inversion
+from tests.fuzz.damage import NUMBERS, damaged_bytes, damaged_json, damaged_safetensors, odd_text
+from tests.tiny import tiny_pipeline
+
+Door = Callable[["Place", Random], bool]
+IMAGE_KINDS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+JSON_PARTS = ("model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json")
+JSON_PARTS += ("scheduler/scheduler_config.json", "limner.json", "tokenizer/tokenizer_config.json")
+WEIGHTS = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
+CONCEPT = {
+    "format": 1, "kind": "lora", "model": "moji", "fingerprint": "f", "tokens": {"[V]": "bcd"}, "class_noun": "dog",
+    "weights": "w.safetensors", "words": "", "changed": "",
+}  # fmt: skip
+SAMPLES = {
+    "format": 1, "model": "moji", "fingerprint": "f", "per_prompt": 2,
+    "prompts": [{"prompt": "a dog", "category": ""}, {"prompt": "a cat", "hard_negatives": ["a dog"]}],
+}  # fmt: skip
+CHOICE = {
+    "number": 0, "pair": "a+b", "prompt": "a dog", "left": "pictures/p00000-s00.png",
+    "right": "pictures/p00000-s01.png", "verdict": "left", "repeat": False, "user": "", "time": "", "seconds": 1.0,
+}  # fmt: skip
+PAIR = {
+    "prompt": "a dog",
+    "chosen": "pictures/p00000-s00.png",
+    "rejected": "pictures/p00000-s01.png",
+    "user": "a",
+}
+LABELLED = {
+    "caption": "a dog",
+    "image_0": PAIR["chosen"],
+    "image_1": PAIR["rejected"],
+    "label_0": 1,
+    "label_1": 0,
+}
+
+
+@dataclass
+class Place:
+    """What the doors share: a tiny model, its files as bytes, and the folder of the case."""
+
+    root: Path
+    folder: Path = Path()
+    files: dict[str, bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.model = tiny_pipeline(self.root / "model")
+        opened = Backbone.open(str(self.model), device="cpu", precision="fp32")
+        self.opened = opened
+        self.files = {
+            str(path.relative_to(self.model)): path.read_bytes()
+            for path in self.model.rglob("*")
+            if path.is_file()
+        }
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+        image.save(self.root / "image.png")
+        self.image = image
+        invert(opened, image, "a dog", steps=2).write(self.root / "i.safetensors")
+        parameter, optimizer = self.training()
+        save_checkpoint(
+            self.root / "c.safetensors",
+            step=1, parameters=parameter, optimizer=optimizer, facts={"model": "f"},
+        )  # fmt: skip
+        write_tensors(
+            self.root / "w.safetensors", {"unet.x.lora_A.weight": torch.ones(2, 3)}, {"format": "pt"}
+        )
+        asked = {"images": "x", "token": "[V]", "class_noun": "dog"}
+        settings = {
+            "customize": customize.settings.resolved(asked, {}),
+            "align": align.settings.resolved({"pairs": "p"}, {}),
+        }
+        for name, made in settings.items():
+            write_json(self.root / f"{name}.json", {"settings": made, "command": "x", "versions": {}})
+
+    def training(self) -> tuple[dict[str, torch.Tensor], torch.optim.Optimizer]:
+        parameter = {"p": torch.nn.Parameter(torch.ones(2, 2))}
+        optimizer = torch.optim.AdamW(parameter.values())
+        parameter["p"].grad = torch.ones(2, 2)
+        optimizer.step()
+        return dict(parameter), optimizer
+
+    def record(self, name: str) -> Any:
+        return json.loads((self.root / name).read_text())
+
+    def write(self, name: str, content: bytes) -> Path:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        return path
+
+    def copy_model(self, but: str) -> Path:
+        """The model's folder, its files linked, but for one."""
+        copy = self.folder / "model"
+        for name in self.files:
+            if name != but:
+                (copy / name).parent.mkdir(parents=True, exist_ok=True)
+                (copy / name).symlink_to(self.model / name)
+        return copy
+
+    def draw(self, folder: Path) -> None:
+        """Uses a model as far as its files are read."""
+        model = Backbone.open(str(folder), device="cpu", precision="fp32")
+        assert model.path and model.latent_shape and model.defaults and model.fingerprint
+        text = model.encode_prompts(["a dog"])
+        noise = torch.zeros(1, *model.latent_shape)
+        model.decode(model.predict(noise, torch.tensor([0]), text))
+
+    def pictures(self) -> None:
+        for i in range(2):
+            for j in range(2):
+                path = self.write(f"pictures/p{i:05d}-s{j:02d}.png", b"")
+                self.image.rotate(90 * (2 * i + j)).save(path)
+
+
+def settings_door(program: Any, place: Place, random: Random) -> bool:
+    content, damaged = damaged_json(place.record(f"{program.__name__.split('.')[0]}.json"), random)
+    place.write("settings.json", content)
+    settings = program.read_settings(place.folder)
+    assert as_command("train", settings)
+    return damaged
+
+
+def config_door(program: Any, place: Place, random: Random) -> bool:
+    usual = {"steps": 3, "learning_rate": 1e-3, "seed": 1, "model": "moji", "gradient_checkpointing": True}
+    content, damaged = damaged_json(usual, random)
+    kind = random.choice((".json", ".json", ".yaml"))
+    asked = values_from_file(place.write(f"c{kind}", content), fields_of(program.Settings), {})
+    needed = {"images": "x", "token": "[V]", "class_noun": "dog"}
+    program.resolved({**(needed if program is customize.settings else {"pairs": "p"}), **asked}, {})
+    return damaged and kind == ".json"
+
+
+def number_door(program: Any, place: Place, random: Random) -> bool:
+    known = {name: one for name, one in fields_of(program.Settings).items() if one.kind in (int, float)}
+    name, number = random.choice(list(known)), random.choice(NUMBERS)
+    asked = values_from_flags({name: number}, known)
+    place_holder = (
+        {"images": "x", "token": "[V]", "class_noun": "dog"}
+        if program is customize.settings
+        else {"pairs": "p"}
+    )
+    program.resolved({**place_holder, **asked}, {})
+    return number in ("nan", "inf", "-inf", "x", "", " ", "½", "0x10")
+
+
+def concept_door(place: Place, random: Random) -> bool:
+    content, damaged = damaged_json(CONCEPT, random)
+    place.write("runs/b/concept.json", content)
+    resolve_placeholder_tokens(
+        "a dog", [], runs=place.folder / "runs"
+    )  # a broken run beside is of no account
+    resolve_placeholder_tokens("a [V] dog", [read_concept(place.folder / "runs" / "b")], runs=place.folder)
+    return damaged
+
+
+def samples_door(place: Place, random: Random) -> bool:
+    place.pictures()
+    content, damaged = damaged_json(SAMPLES, random)
+    place.write("samples.json", content)
+    prompts, names = read_samples(place.folder)
+    session = Session(place.folder, list_label_pairs([prompt.text for prompt in prompts], names))
+    assert session.question is not None
+    return damaged
+
+
+def lines_door(name: str, row: dict[str, Any], place: Place, random: Random) -> bool:
+    place.pictures()
+    place.write("samples.json", json.dumps(SAMPLES).encode())
+    content, damaged = damaged_json(row, random)
+    path = place.write(name, json.dumps(row).encode() + b"\n" + content + b"\n")
+    check_preferences(read_preferences(path))
+    return damaged and name != "choices.jsonl"  # there a damaged line is what a crash left
+
+
+def captions_door(place: Place, random: Random) -> bool:
+    shutil.copyfile(place.root / "image.png", place.write("a.png", b""))
+    row = {"file_name": "a.png", "text": "a dog"}
+    content, damaged = damaged_json(row, random)
+    text = content if b"\n" not in content else content.replace(b"\n", b" ")
+    place.write("metadata.jsonl", text)
+    check_images(list_images(place.folder))
+    return damaged and bool(text.strip())
+
+
+def prompts_door(place: Place, random: Random) -> bool:
+    if random.random() < 0.4:
+        content, _ = damaged_json({"prompt": "a dog", "category": "c", "hard_negatives": ["a cat"]}, random)
+        read_prompts(place.write("p.jsonl", content))
+        return False
+    text = odd_text(random)
+    if random.random() < 0.5:
+        found = read_prompts(place.write("p.txt", text.encode("utf-8", "surrogatepass")))
+    else:
+        found = prompts_of([text])
+    place.opened.encode_prompts([one.text for one in found[:2]] or ["a"])
+    return False
+
+
+def model_door(place: Place, random: Random) -> bool:
+    name = random.choice(JSON_PARTS)
+    content, damaged = damaged_json(json.loads(place.files[name]), random)
+    folder = place.copy_model(name)
+    place.write(f"model/{name}", content)
+    place.draw(folder)
+    return damaged
+
+
+def weights_door(place: Place, random: Random) -> bool:
+    name = random.choice(WEIGHTS) + ".safetensors"
+    content, damaged = damaged_safetensors(place.files[name], random)
+    folder = place.copy_model(name)
+    place.write(f"model/{name}", content)
+    place.draw(folder)
+    return damaged
+
+
+def index_door(place: Place, random: Random) -> bool:
+    name = random.choice(WEIGHTS)
+    folder = place.copy_model(f"{name}.safetensors")
+    names = list(json.loads(place.files[f"{name}.safetensors"][8:].split(b"}}")[0] + b"}}"))[1:]
+    shard = random.choice(
+        ("evil.bin", "evil", "../x.safetensors", "x.safetensors", "evil.pt", "a/b.safetensors")
+    )
+    content, damaged = damaged_json({"metadata": {}, "weight_map": dict.fromkeys(names, shard)}, random)
+    place.write(f"model/{Path(name).parent}/evil.bin", b"\x80\x04cos\nsystem\n.")
+    place.write(f"model/{name}.safetensors.index.json", content)
+    place.draw(folder)
+    return damaged
+
+
+def inversion_door(place: Place, random: Random) -> bool:
+    content, damaged = damaged_safetensors((place.root / "i.safetensors").read_bytes(), random)
+    read_inversion(place.write("i.safetensors", content), place.opened)
+    return damaged
+
+
+def checkpoint_door(place: Place, random: Random) -> bool:
+    content, damaged = damaged_safetensors((place.root / "c.safetensors").read_bytes(), random)
+    parameter, optimizer = place.training()
+    load_checkpoint(
+        place.write("c.safetensors", content), parameters=parameter, optimizer=optimizer, facts={"model": "f"}
+    )
+    return damaged
+
+
+def tensors_door(place: Place, random: Random) -> bool:
+    content, damaged = damaged_safetensors((place.root / "w.safetensors").read_bytes(), random)
+    path = place.write("w.safetensors", content)
+    read_header(path)
+    read_tensors(path)
+    return damaged
+
+
+def image_door(place: Place, random: Random) -> bool:
+    path = place.folder / "a.png"
+    place.image.save(path, random.choice(IMAGE_KINDS))
+    path.write_bytes(damaged_bytes(path.read_bytes(), random))
+    assert open_rgb(path).mode == "RGB"
+    return False
+
+
+def parquet_door(place: Place, random: Random) -> bool:
+    import pyarrow
+    import pyarrow.parquet
+
+    picture = (place.root / "image.png").read_bytes()
+    cell: Any = random.choice((
+        picture, b"", b"x", {"bytes": picture, "path": "a.png"}, {"bytes": None, "path": "/etc/hostname"},
+        {"bytes": None, "path": None}, {"path": "../image.png"}, {"bytes": None, "path": "../image.png"},
+    ))  # fmt: skip
+    caption: Any = random.choice(("a dog", b"\xff\xfe", None, 3, "\0"))
+    path = place.folder / "t.parquet"
+    other = io.BytesIO()
+    place.image.rotate(90).save(other, "PNG")
+    rows = {"jpg_0": [cell], "jpg_1": [other.getvalue()], "image": [cell]}
+    rows |= {"caption": [caption], "text": [caption], "label_0": [1.0]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), path)
+    if random.random() < 0.5:
+        path.write_bytes(damaged_bytes(path.read_bytes(), random))
+        damaged = False
+    else:
+        damaged = not (cell == picture or (isinstance(cell, dict) and cell.get("bytes") == picture))
+    if random.random() < 0.7:
+        check_preferences(read_preferences(path))
+    else:  # `datasets` is slow: it writes a cache
+        check_images(list_images(path, image_column="image"))
+    return damaged
+
+
+DOORS: dict[str, Door] = {
+    "customize settings": partial(settings_door, customize.settings),
+    "align settings": partial(settings_door, align.settings),
+    "customize --config": partial(config_door, customize.settings),
+    "align --config": partial(config_door, align.settings),
+    "customize numbers": partial(number_door, customize.settings),
+    "align numbers": partial(number_door, align.settings),
+    "concept.json": concept_door,
+    "samples.json": samples_door,
+    "choices.jsonl": partial(lines_door, "choices.jsonl", CHOICE),
+    "pairs .jsonl": partial(lines_door, "pairs.jsonl", PAIR),
+    "labelled .jsonl": partial(lines_door, "labelled.jsonl", LABELLED),
+    "metadata.jsonl": captions_door,
+    "prompts": prompts_door,
+    "model configs": model_door,
+    "model weights": weights_door,
+    "weight indexes": index_door,
+    "inversions": inversion_door,
+    "checkpoints": checkpoint_door,
+    "tensors": tensors_door,
+    "images": image_door,
+    "parquet": parquet_door,
+}

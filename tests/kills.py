@@ -1,0 +1,219 @@
+"""Kills commands at random moments and goes on: what comes out is what a quiet run gives, or nothing.
+
+    python -m tests.kills --kills 20 --seed 0              all campaigns, on tiny random models
+    python -m tests.kills customize-train                  one of them
+
+Each campaign kills its command with SIGKILL again and again, resumes or repeats it, and lets it end. Then every tensor
+of its weights equals the quiet run's bit for bit, no temporary file is left, and after no kill was there a file that
+cannot be read. The moments are drawn from the time that a quiet run takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).parents[1]
+WHERE = ("--precision", "fp32", "--device", "cpu")
+LORA = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """A command, how it goes on after a kill, and the files that must come out equal.
+
+    again   the words after a kill that left a checkpoint; the same command where None. `{out}` is its output
+    equal   files below the output (or itself, ""), tensors compared
+    """
+
+    words: Sequence[str]
+    equal: Sequence[str]
+    again: Sequence[str] | None = None
+
+
+def prepare(folder: Path) -> dict[str, Campaign]:
+    """Writes a tiny model, images, pairs, an adapter; gives the campaigns."""
+    import numpy as np
+    from PIL import Image
+
+    from tests.tiny import tiny_pipeline
+
+    model = str(tiny_pipeline(folder / "model"))
+    (folder / "images").mkdir()
+    (folder / "pairs").mkdir()
+    random = np.random.default_rng(0)
+    for number in range(8):
+        pixels = random.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / ("images" if number < 3 else "pairs") / f"{number}.png")
+    prompts = ("a dog", "a cat", "a red dog", "the cat")
+    rows = [
+        {"prompt": prompts[n % 4], "chosen": f"{3 + n % 5}.png", "rejected": f"{3 + (n + 1) % 5}.png"}
+        for n in range(8)
+    ]
+    (folder / "pairs" / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    bright = (
+        "import numpy\ndef score(images, prompts):\n    return [float(numpy.mean(one)) for one in images]\n"
+    )
+    (folder / "bright.py").write_text(bright)
+    learn = ("--steps", "40", "--checkpointing-steps", "2", "--model", model, *WHERE)
+    customize = ("customize", "train", "--images", "images", "--token", "[V]", "--class", "dog", *learn)
+    run([*customize, "--out", "adapter"], folder)
+    pairs = ("align", "train", "pairs/pairs.jsonl", *learn, "--evaluation-steps", "20")
+    rounds = ("--rounds", "4", "--per-prompt", "2", "--sample-steps", "2", "--evaluation-steps", "20")
+    online = ("align", "train", "--online", "bright.py", "--prompts", "prompts.txt", "--steps", "12", *rounds)
+    online = (*online, "--model", model, *WHERE)
+    edit = (
+        "edit",
+        "invert-and-replace",
+        "images/0.png",
+        "--source",
+        "a dog",
+        "--target",
+        "a cat",
+        "--steps",
+        "20",
+    )
+    resume = ("--resume", "{out}")
+    return {
+        "customize-train": Campaign((*customize, "--out", "{out}"), (LORA,), ("customize", "train", *resume)),
+        "align-train-pairs": Campaign((*pairs, "--out", "{out}"), (LORA,), ("align", "train", *resume)),
+        "align-train-online": Campaign(
+            (*online, "--out", "{out}"), (LORA,), ("align", "train", "--online", "bright.py", *resume)
+        ),
+        "edit": Campaign((*edit, "--model", model, *WHERE, "--out", "{out}"), ("inversion.safetensors",)),
+        "export": Campaign(("customize", "export", "adapter", "{out}.safetensors", "--to", "kohya"), ("",)),
+    }
+
+
+def run(words: Sequence[str], folder: Path, after: float | None = None) -> tuple[int, float, str]:
+    """Runs a command to its end, or kills it `after` so many seconds; (exit status, seconds, what it said)."""
+    environment = {
+        **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LIMNER_CACHE": str(folder / "cache"),
+    }  # fmt: skip
+    began = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"{words[0]}.cli", *words[1:]],
+        cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        _, said = process.communicate(timeout=after)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        _, said = process.communicate()
+    if after is None and process.returncode != 0:
+        raise RuntimeError(f"{' '.join(words)} ended with {process.returncode}: {said}")
+    return process.returncode, time.monotonic() - began, said
+
+
+def fight(name: str, campaign: Campaign, folder: Path, *, kills: int, random: Random) -> Counter[str]:
+    """Counts of kills, of ends before the kill, and of faults, of one campaign."""
+    counts: Counter[str] = Counter()
+    quiet, struck = f"{name}-quiet", f"{name}-struck"
+    _, seconds, _ = run(filled(campaign.words, quiet), folder)
+    while counts["kills"] < kills and counts["ended first"] < 3 * kills:
+        resumes = campaign.again is not None and (folder / struck / "checkpoint.safetensors").exists()
+        words = filled(campaign.again if resumes and campaign.again else campaign.words, struck)
+        status, _, said = run(words, folder, after=random.uniform(0.3, 1.0) * seconds)
+        if status == -signal.SIGKILL:
+            counts["kills"] += 1
+            counts["resumed"] += resumes
+            counts["faults"] += complain(name, unreadable(folder, struck))
+            if campaign.again is None:
+                remove(folder, struck)
+        elif status == 0:
+            counts["ended first"] += 1
+            counts["faults"] += complain(name, compare(folder, quiet, struck, campaign.equal))
+            remove(folder, struck)
+        else:
+            counts["faults"] += complain(name, [f"ended with {status}: {said[-2000:]}"])
+            remove(folder, struck)
+    resumes = campaign.again is not None and (folder / struck / "checkpoint.safetensors").exists()
+    run(filled(campaign.again if resumes and campaign.again else campaign.words, struck), folder)
+    counts["faults"] += complain(name, compare(folder, quiet, struck, campaign.equal))
+    left = [str(path) for path in folder.rglob("*.partial") if not path.is_relative_to(folder / "cache")]
+    counts["faults"] += complain(name, [f"{path} was left behind" for path in left])
+    return counts
+
+
+def filled(words: Sequence[str], out: str) -> list[str]:
+    return [word.replace("{out}", out) for word in words]
+
+
+def unreadable(folder: Path, struck: str) -> list[str]:
+    """What a kill left that is not whole, but for temporary files."""
+    from backbone.io.console import UserError
+    from backbone.io.files import read_header, read_json
+
+    found = []
+    for path in [*(folder / struck).rglob("*"), folder / f"{struck}.safetensors"]:
+        if path.suffix in (".json", ".safetensors") and path.is_file():
+            try:
+                read_header(path) if path.suffix == ".safetensors" else read_json(path)
+            except UserError as error:
+                found.append(str(error))
+    return found
+
+
+def compare(folder: Path, quiet: str, struck: str, names: Sequence[str]) -> list[str]:
+    """In which files the struck run differs from the quiet one."""
+    import torch
+
+    from backbone.io.files import read_tensors
+
+    different = []
+    for name in names:
+        one, other = (
+            read_tensors(folder / out / name if name else folder / f"{out}.safetensors")[0]
+            for out in (quiet, struck)
+        )
+        if set(one) != set(other) or not all(torch.equal(one[key], other[key]) for key in one):
+            different.append(f"{name or 'its file'} differs from the quiet run's")
+    return different
+
+
+def remove(folder: Path, struck: str) -> None:
+    shutil.rmtree(folder / struck, ignore_errors=True)
+    (folder / f"{struck}.safetensors").unlink(missing_ok=True)
+
+
+def complain(name: str, faults: Sequence[str]) -> int:
+    for fault in faults:
+        print(f"{name}: {fault}", flush=True)
+    return len(faults)
+
+
+def main(arguments: list[str]) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m tests.kills")
+    parser.add_argument("campaigns", nargs="*")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args(arguments)
+    faults = 0
+    with TemporaryDirectory() as folder:
+        for name, campaign in prepare(Path(folder)).items():
+            if asked.campaigns and name not in asked.campaigns:
+                continue
+            random = Random(f"{asked.seed}/{name}")
+            counts = fight(name, campaign, Path(folder), kills=asked.kills, random=random)
+            faults += counts["faults"]
+            said = ", ".join(f"{number} {what}" for what, number in counts.items())
+            print(f"{name}: {said}", flush=True)
+    return int(faults > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,261 @@
+"""What a stranger sent runs no code, opens no pickle, and reads nothing outside of its own folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import align.cli
+import align.settings
+import customize.settings
+from align.pairs.read import read_preferences
+from align.pairs.records import check_preferences
+from backbone.adapters.apply import check_concept_fits
+from backbone.adapters.concept import Concept, read_concept
+from backbone.families.location import hub_file
+from backbone.io.console import UserError
+from backbone.io.files import write_json
+from backbone.io.options import fields_of, values_from_file
+from backbone.io.run_folder import hold_folder
+from backbone.media.pictures import check_images, list_images
+from backbone.models.locate import EMBEDDED, locate
+from backbone.models.model import Backbone
+from customize.training.card import push
+from tests.align.conftest import picture, write_lines
+
+CANARY = """
+from pathlib import Path
+Path({!r}).write_text("ran")
+def score(pictures, prompts):
+    return [0.0] * len(pictures)
+"""
+
+
+# Python files -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def canary(tmp_path: Path) -> Path:
+    return tmp_path / "canary.txt"
+
+
+@pytest.fixture
+def sent(tmp_path: Path, canary: Path) -> Path:
+    """A run folder whose scorer is a Python file inside of it."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "evil.py").write_text(CANARY.format(str(canary)))
+    (tmp_path / "prompts.txt").write_text("a dog\n")
+    asked = {
+        "online": str(run / "evil.py"), "prompts": str(tmp_path / "prompts.txt"), "rounds": 1, "steps": 1,
+        "per_prompt": 2,
+    }  # fmt: skip
+    settings = align.settings.resolved(asked, {"steps": 2, "guidance": 2.0})
+    write_json(run / "settings.json", {"settings": settings, "command": "align train"})
+    return run
+
+
+def called(*words: object) -> str:
+    done = CliRunner().invoke(align.cli.app, [str(word) for word in words])
+    assert isinstance(done.exception, UserError), done.output
+    return str(done.exception)
+
+
+def test_going_on_with_a_run_runs_no_python_that_only_the_folder_names(sent: Path, canary: Path) -> None:
+    said = called("train", "--resume", sent)
+    assert "would be run" in said and f"--online {sent}/evil.py --resume {sent}" in said
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("other", ["other.py", "moji"])
+def test_another_scorer_beside_resume_is_refused(sent: Path, canary: Path, other: str) -> None:
+    assert "has no effect" in called("train", "--resume", sent, "--online", other)
+    assert not canary.exists()
+
+
+def test_settings_from_a_file_run_no_python_either(sent: Path, canary: Path) -> None:
+    said = called("train", "--config", sent / "settings.json", "--out", sent.parent / "new")
+    assert "would be run" in said and "--online" in said
+    assert not canary.exists() and not (sent.parent / "new").exists()
+    known = fields_of(align.settings.Settings)
+    code = str(sent / "evil.py")
+    assert values_from_file(sent / "settings.json", known, {"online": code})["online"] == code
+
+
+# Names ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["weights", "words", "changed"])
+@pytest.mark.parametrize(
+    "name", ["../other.safetensors", "/tmp/other.safetensors", "a/../../other.safetensors"]
+)
+def test_a_concept_names_files_of_its_own_folder(tmp_path: Path, key: str, name: str) -> None:
+    (tmp_path / "run").mkdir()
+    Concept("lora", "moji", "f", {"[V]": "bcd"}, "dog", **{key: name}).write(tmp_path / "run")
+    with pytest.raises(UserError, match="outside the folder"):
+        read_concept(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"tokens": None}, "tokens is null"),
+        ({"tokens": ["[V]"]}, "tokens is"),
+        ({"tokens": {"[V]": 3}}, r"tokens\.\[V\] is 3"),
+        ({"tokens": {"": "bcd"}}, "a token is empty"),
+        ({"model": 3}, "model is 3"),
+        ({"weights": None}, "weights is null"),
+        ({"class_noun": 3}, "class_noun is 3"),
+        ({"more": 1}, "the key more"),
+        ({"folder": "/"}, "the key folder"),
+    ],
+)
+def test_a_damaged_concept_is_named_with_its_key(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    Concept("lora", "moji", "f", {"[V]": "bcd"}, "dog", "w.safetensors").write(tmp_path)
+    path = tmp_path / "concept.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match=rf"concept\.json is damaged.*{said}"):
+        read_concept(tmp_path)
+
+
+def test_a_concept_whose_file_is_missing_is_refused(tmp_path: Path, tiny: Backbone) -> None:
+    for named in ({"weights": "w.safetensors"}, {"words": "w.safetensors"}, {"changed": "w.safetensors"}):
+        concept = Concept("lora", "m", tiny.fingerprint, {"[V]": "bcd"}, "dog", folder=tmp_path, **named)
+        with pytest.raises(UserError, match=r"w\.safetensors is missing"):
+            check_concept_fits(concept, tiny)
+    with pytest.raises(UserError, match="names no weights"):
+        check_concept_fits(Concept("lora", "m", tiny.fingerprint, {}, "dog", folder=tmp_path), tiny)
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.png", "/etc/secret.png", "..\\secret.png", "sub/../../secret.png"]
+)
+def test_pairs_name_pictures_of_their_own_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "sub").mkdir()
+    for path in (tmp_path / "secret.png", tmp_path / "sub" / "a.png"):
+        picture(0).save(path)
+    rows = [{"prompt": "a dog", "chosen": name, "rejected": "a.png"}]
+    with pytest.raises(UserError, match=r"line 1 of .* outside the folder"):
+        check_preferences(read_preferences(write_lines(tmp_path / "sub" / "p.jsonl", rows)))
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_table_names_pictures_of_its_own_folder(tmp_path: Path, absolute: bool) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "sub").mkdir()
+    picture(0).save(tmp_path / "secret.png")
+    picture(1).save(tmp_path / "sub" / "own.png")
+    name = str(tmp_path / "secret.png") if absolute else "../secret.png"
+    for file, there in ((name, False), ("own.png", True)):
+        path = tmp_path / "sub" / f"{there}.parquet"
+        cells = [{"bytes": None, "path": file}]
+        pyarrow.parquet.write_table(pyarrow.table({"image": cells, "text": ["a dog"]}), path)
+        if there:
+            check_images(list_images(path))
+            continue
+        with pytest.raises(UserError, match="outside the folder"):
+            check_images(list_images(path))
+
+
+# The hub ----------------------------------------------------------------------------------------------------
+
+
+def test_all_files_of_a_hub_model_come_from_one_commit_and_fetching_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def download(repository: str, name: str, *, revision: str | None = None) -> str:
+        asked.append((name, revision))
+        path = tmp_path / "snapshots" / "c0ffee" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((EMBEDDED / name).read_bytes())
+        return str(path)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repository, name: None)
+    location = locate("some/model")
+    assert "Fetching some/model from the hub" in capsys.readouterr().err
+    location.config("unet")
+    assert asked == [("model_index.json", None), ("unet/config.json", "c0ffee")]
+    assert location.revision == "c0ffee"
+
+
+def test_a_hub_file_that_is_missing_is_a_sentence() -> None:
+    with pytest.raises(UserError, match="Check its name"):
+        hub_file("not a name", "model_index.json")
+
+
+def test_an_upload_is_private_and_telemetry_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[str, Any] = {}
+
+    def create(self: object, repository: str, **how: Any) -> Any:
+        made.update(how)
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", create)
+    with pytest.raises(UserError, match="could not be uploaded"):
+        push(tmp_path, "me/run")
+    assert made["private"] is True
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
+
+
+# A run folder's records -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"steps": -5}, "steps in .* is -5; it is at least 1"),
+        ({"steps": "x"}, "steps in .* is x"),
+        ({"steps": None}, "steps in"),
+        ({"batch": 0}, "batch in .* at least 1"),
+        ({"checkpointing_steps": 0}, "checkpointing_steps in"),
+        ({"learning_rate": "x"}, "learning_rate in"),
+        ({"sheet_prompts": [1]}, "sheet_prompts in"),
+        ({"token": 5}, "token in"),
+        ({"token": ""}, "token is empty"),
+        ({"token": " "}, "token is empty"),
+        ({"more": 1}, "no setting more"),
+    ],
+)
+def test_settings_of_a_run_are_in_the_range_of_their_options(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    settings = customize.settings.resolved({"images": "x", "token": "[V]", "class_noun": "dog"}, {})
+    write_json(tmp_path / "settings.json", {"settings": settings, "command": "x"})
+    path = tmp_path / "settings.json"
+    record = json.loads(path.read_text())
+    assert customize.settings.read_settings(tmp_path) == settings
+    path.write_text(json.dumps({**record, "settings": {**record["settings"], **change}}))
+    with pytest.raises(UserError, match=said):
+        customize.settings.read_settings(tmp_path)
+
+
+@pytest.mark.parametrize("record", [None, [], {}, {"settings": []}, {"settings": None}, 3])
+def test_a_record_of_another_shape_is_refused(tmp_path: Path, record: Any) -> None:
+    (tmp_path / "settings.json").write_text(json.dumps(record))
+    for program in (customize.settings, align.settings):
+        with pytest.raises(UserError, match=r"settings\.json is damaged"):
+            program.read_settings(tmp_path)
+
+
+@pytest.mark.parametrize("device", ["quantum", "meta", "cuda:99", "cpu:x", ""])
+def test_a_device_that_is_not_there_is_a_sentence(tiny_folder: Path, device: str) -> None:
+    with pytest.raises(UserError, match="There is no device"):
+        Backbone.open(str(tiny_folder), device=device)
+
+
+def test_of_two_runs_in_one_folder_the_second_is_refused(tmp_path: Path) -> None:
+    refused = pytest.raises(UserError, match="Another process is writing")
+    with hold_folder(tmp_path / "run"), refused, hold_folder(tmp_path / "run"):
+        pass
+    with hold_folder(tmp_path / "run"):
+        assert not list((tmp_path / "run").iterdir())
