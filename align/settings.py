@@ -298,8 +298,6 @@ class Settings(TrainingSettings):
             raise UserError(
                 f"With --beta 0 {self.loss} compares nothing, so nothing would be learned. Give a positive --beta."
             )
-        if self.lora_alpha == 0 and not self.full:
-            raise UserError("With --lora-alpha 0 the adapter does nothing. Give a positive --lora-alpha.")
         if self.least_noise == 1:
             raise UserError(
                 "With --least-noise 1 no noise is left to train at. Give a share of the path below 1."

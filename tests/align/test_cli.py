@@ -327,7 +327,7 @@ def bad_sources(folder: Path) -> dict[str, tuple[Path, str]]:
 @pytest.mark.parametrize("loss", WITH_BETA)
 def test_what_would_learn_nothing_is_refused(tmp_path: Path, loss: str) -> None:
     assert f"With --beta 0 {loss} compares nothing" in refused("train", tmp_path, "--loss", loss, "--beta", 0)
-    assert "adapter does nothing" in refused("train", tmp_path, "--loss", loss, "--lora-alpha", 0)
+    assert "--lora-alpha is 0" in refused("train", tmp_path, "--loss", loss, "--lora-alpha", 0)
 
 
 def test_check_says_what_train_learns_from(
