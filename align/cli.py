@@ -64,6 +64,9 @@ Labeller = Annotated[
     str,
     option("--user", help="Who chooses; align train --user then trains on one person.", panel=LABELLING),
 ]
+Browser = Annotated[
+    bool, option("--browser/--no-browser", help="Open the page, where there is a screen.", panel=LABELLING)
+]
 Port = Annotated[int, option("--port", min=0, max=65535, help="Of the page; 0: a free one.", panel=LABELLING)]
 
 
@@ -119,22 +122,20 @@ def label(
     folder: Folder,
     user: Labeller = "",
     port: Port = 0,
+    browser: Browser = True,
     seed: Annotated[int, option("--seed", help="Of the order and the sides.", panel=LABELLING)] = 0,
 ) -> None:
     """Choose between images on a page in your browser: blind, with the arrow keys."""
     from align.collect.label.server import serve
-    from align.collect.label.session import Session, list_label_pairs, lock_folder
+    from align.collect.label.session import Session, leave_out_unreadable, list_label_pairs, lock_folder
     from align.pairs.samples import read_samples
 
     prompts, pictures = read_samples(folder)
     with lock_folder(folder):
-        session = Session(
-            folder,
-            list_label_pairs([prompt.text for prompt in prompts], pictures, seed=seed),
-            seed=seed,
-            user=user,
-        )
-        serve(session, port=port)
+        shown = leave_out_unreadable(folder, pictures)
+        pairs = list_label_pairs([prompt.text for prompt in prompts], shown, seed=seed)
+        session = Session(folder, pairs, seed=seed, user=user)
+        serve(session, port=port, browser=browser)
         agreement, repeats = session.agreement
         said = f" You agreed with yourself on {agreement} of {repeats} repeats." if repeats else ""
         notify(
@@ -216,17 +217,29 @@ def check(
 ) -> None:
     """Open every image of a source of pairs and list all that is wrong, a line each."""
     from align.pairs.read import read_preferences
-    from align.pairs.records import check_preferences, describe_records, refuse_another_model, split_held_out
+    from align.pairs.records import (
+        check_preferences,
+        describe_contradictions,
+        describe_records,
+        refuse_another_model,
+        select_records,
+        split_held_out,
+    )
 
     found = check_preferences(read_preferences(source, user=user, limit=limit, split=split))
     if model is not None:
         from backbone.models.model import Backbone
 
         refuse_another_model(found, model, Backbone.open(model).fingerprint)
-    learn, out = split_held_out(found.records, share=0.1, seed=0)
+    by_pairs = bool(found.pairs)
+    records = select_records(found, by_pairs=by_pairs, ties=False)
+    learn, out = split_held_out(records, share=0.1, seed=0)
     notify(f"{found.source} holds {describe_records(found.records)}; {found.skipped} more have no label.")
+    if contradictions := describe_contradictions(found.records):
+        notify(contradictions)
     notify(
-        f"With --held-out 0.1 it would train on {describe_records(learn)} and hold out {describe_records(out)}."
+        f"With --held-out 0.1{'' if by_pairs else ' and --loss kto'} it would train on {describe_records(learn)} and "
+        f"hold out {describe_records(out)}."
     )
     if as_json:
         print_json(
@@ -330,6 +343,9 @@ class CompareOptions(ComparisonSettings, PromptOptions):
     port: Annotated[
         int, Option("Of the page; 0: a free one.", LABELLING, needs={"blind": (True,)}, min=0, max=65535)
     ] = 0
+    browser: Annotated[
+        bool, Option("Open the page, where there is a screen.", LABELLING, needs={"blind": (True,)})
+    ] = True
 
 
 @settled_command(app, CompareOptions, panels=(DRAWING, SAMPLING, SCORING, LABELLING))
@@ -368,7 +384,8 @@ def _choose_blind(prompts: list[Prompt], asked: CompareOptions) -> dict[str, Any
 
     with lock_folder(asked.out):
         pairs = [LabelPair(*names) for names in iterate_blind_pairs(prompts, asked.count, asked.scale[0])]
-        serve(Session(asked.out, pairs, seed=asked.seed, user=asked.user), port=asked.port)
+        session = Session(asked.out, pairs, seed=asked.seed, user=asked.user)
+        serve(session, port=asked.port, browser=asked.browser)
     choices = write_blind_result(asked.out)
     if not asked.as_json:
         typer.echo(format_blind_result(choices))

@@ -35,6 +35,7 @@ BETAS = {  # where 2000 is too much
 OF_PAIRS = {"loss": PAIR_LOSSES}
 OFFLINE = {"online": ("",)}
 A_LORA = {"full": (False,)}
+WITH_BETA = ("dpo", "ipo", "hinge", "kto", "mapo", "dspo")
 COMPARES = ("dpo", "ipo", "hinge", "mapo", "dspo", "sft")  # the two images of a pair
 IN_ROUNDS = {"online": (), "loss": (*PAIR_LOSSES, "ddpo")}
 
@@ -137,7 +138,7 @@ class Settings(TrainingSettings):
             aliases=("beta-dpo",),
             by_model=True,
             default_text="by model; 2000, mapo 500, ipo 200",
-            needs={"loss": ("dpo", "ipo", "hinge", "kto", "mapo", "dspo")},
+            needs={"loss": WITH_BETA},
             min=0,
         ),
     ] = 2000.0
@@ -292,6 +293,10 @@ class Settings(TrainingSettings):
         if self.held_out == 1:
             raise UserError(
                 "With --held-out 1 nothing is left to learn from. Give a share of the prompts below 1."
+            )
+        if self.beta == 0 and self.loss in WITH_BETA:
+            raise UserError(
+                f"With --beta 0 {self.loss} compares nothing, so nothing would be learned. Give a positive --beta."
             )
         if self.least_noise == 1:
             raise UserError(

@@ -14,6 +14,16 @@ def share(name: str, value: float) -> float:
     return value
 
 
+def strength(value: float, steps: int) -> float:
+    """The value, if it is a share of the steps that is 0 or at least one of them."""
+    share("strength", value)
+    if value > 0 and int(steps * value + 1e-9) == 0:
+        raise UserError(
+            f"A strength of {value:g} is less than one of {steps} steps, so nothing would change. Raise either."
+        )
+    return value
+
+
 def not_negative(name: str, value: float) -> float:
     """The value, if it is not negative."""
     if not value >= 0:
@@ -44,6 +54,15 @@ def valued(asked: str, option: str) -> tuple[str, float]:
     except ValueError:
         pass
     raise UserError(f"{option} {asked} is not a word and a number. Write {option} word=2.")
+
+
+def blend(asked: Sequence[str] | None) -> list[str] | None:
+    """The words to blend: none of them for `none`, and None where nothing was asked for."""
+    if not asked:
+        return None
+    if "none" in asked and len(asked) > 1:
+        raise UserError(f"--blend none is everywhere, and {len(asked) - 1} more are given. Leave out either.")
+    return [word for word in asked if word != "none"]
 
 
 def window(asked: str, option: str) -> tuple[str, tuple[float, float]]:

@@ -67,7 +67,7 @@ def invert_and_replace(asked: ReplaceOptions) -> None:
         "swaps": [checks.swap(swap) for swap in asked.swaps],
         "weights": dict(checks.valued(weight, "--reweight") for weight in asked.weights),
         "windows": dict(checks.window(window, "--window") for window in asked.windows),
-        "blend": [word for word in asked.blend if word != "none"] if asked.blend else None,
+        "blend": checks.blend(asked.blend),
     }
     wishes = begins(asked, [*targets, asked.negative], dry=asked.dry_run) | words
     del wishes["dry_run"]
@@ -149,7 +149,7 @@ def replay(asked: ReplayOptions) -> None:
 
 
 def begins(asked: StartOptions, prompts: Sequence[str], *, dry: bool = False) -> dict[str, Any]:
-    """The wishes, with the image and the mask read. `prompts` are those beside the source's.
+    """The wishes, with the image read. `prompts` are those beside the source's.
 
     Raises `UserError` unless there is an image with a prompt, or an inversion.
     """
@@ -165,8 +165,7 @@ def begins(asked: StartOptions, prompts: Sequence[str], *, dry: bool = False) ->
         raise UserError("What the image shows is not said. Give --source “a cat in a park”.")
     else:
         checks.prompt(source, "source prompt")
-    files = {name: getattr(asked, name) for name in ("image", "mask")}
-    read = {name: readable(path) for name, path in files.items() if path is not None}
+    read = {} if asked.image is None else {"image": readable(asked.image)}
     return with_concepts(asked, [source or "", *prompts]) | {"source": source, **read}
 
 
@@ -184,9 +183,10 @@ def readable(image: str) -> SourceImage:
 
 
 def with_concepts(asked: StepOptions, prompts: Sequence[str]) -> dict[str, Any]:
-    """The wishes, with the folders of the runs' chosen checkpoints as concepts.
+    """The wishes, with the folders of the runs' chosen checkpoints as concepts, and with the mask read.
 
-    Raises `UserError` for a run without a concept, and for a token in the prompts that no concept owns.
+    Raises `UserError` for a mask that lets nothing change, a run without a concept, and a token in the prompts that no
+    concept owns.
     """
     from backbone.adapters.concept import checkpoint, read_concept, resolve_placeholder_tokens
 
@@ -195,6 +195,10 @@ def with_concepts(asked: StepOptions, prompts: Sequence[str]) -> dict[str, Any]:
     for prompt in prompts:
         resolve_placeholder_tokens(prompt, learned)
     wishes = {one.name: getattr(asked, one.name) for one in fields(asked) if one.name != "checkpoint"}
+    if wishes.get("mask") is not None:
+        from edit.pictures import read_mask
+
+        wishes["mask"] = read_mask(wishes["mask"])
     return wishes | {"concepts": [str(folder) for folder in folders]}
 
 

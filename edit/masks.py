@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from backbone.diffusion.noise import add_noise, generator
 from backbone.io.console import UserError
 from backbone.media.transforms import crop_and_resize, mask_to_tensor
 from backbone.models.cache import encode_prompts_cached
 from edit.inversion.inversion import Inversion
-from edit.pictures import EncodedImage, ImageLike, read_image
+from edit.pictures import EncodedImage, ImageLike, read_mask
 
 # Of the way down: late enough to see where a thing is, early enough to see what.
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -50,36 +51,130 @@ def difference_maps(
     return torch.stack(maps), len(states)
 
 
+@torch.no_grad()
+def evidence_maps(
+    inversion: Inversion, prompts: Sequence[str], *, seed: int = 0, draws: int = 3
+) -> tuple[Tensor, int]:
+    """How much worse each prompt explains each place than the source's does [N, H, W], and the NFE.
+
+    E‖ε̂ − ε‖² under the prompt, less that under the source's, over fresh noise at seven steps: the diffusion classifier
+    (Li et al. 2023, eq. 4) place by place. A difference of predictions is also large where the rest is drawn
+    otherwise; this is large where the words that the prompt lacks explain what is there.
+    """
+    model, steps, clean = inversion.model, inversion.steps, inversion.clean
+    every = [inversion.prompt, *prompts]
+    predict = model.predictor(encode_prompts_cached(model, every))
+    maps, nfe = torch.zeros(len(prompts), *clean.shape[-2:]).to(clean), 0
+    for step in sorted({int(share * steps) for share in (*SHARES, 0.6, 0.7)}):
+        level = inversion.schedule[step]
+        for draw in range(draws):
+            noise = torch.randn(clean.shape, generator=generator(seed, step, draw, "evidence")).to(clean)
+            noisy = add_noise(clean, noise, level).expand(len(every), *clean.shape)
+            error = (predict(noisy, level).noise - noise).square().mean(1)
+            nfe += len(every)
+            worse = error[1:] - error[:1]
+            maps = maps + worse / worse.abs().amax((1, 2), keepdim=True).clamp(min=1e-12)
+    return F.avg_pool2d(F.pad(maps[:, None], (1, 1, 1, 1), mode="replicate"), 3, stride=1)[:, 0], nfe
+
+
 def load_latent_mask(mask: ImageLike | None, image: EncodedImage) -> Tensor | None:
     """A drawn mask (white = may change) at the latent's size [H, W], 0 or 1, on its device; None without one.
 
-    It must have the size that the image had, or that in which the model is shown it; `UserError` otherwise.
+    `UserError` as in `load_pixel_mask`.
+    """
+    white = load_pixel_mask(mask, image)
+    if white is None:
+        return None
+    # 1 where a place is at least half as white as the whitest around it: half white at the edge of what is filled, and
+    # along a line as much of a place as the line covers, however thin
+    share = F.interpolate(white[None, None], tuple(image.latent.shape[-2:]), mode="area")
+    whitest = F.max_pool2d(share, 3, stride=1, padding=1)
+    return ((share > 0) & (share >= whitest / 2))[0, 0].float()
+
+
+def load_pixel_mask(mask: ImageLike | None, image: EncodedImage) -> Tensor | None:
+    """A drawn mask (white = may change) as the model is shown the image [8H, 8W], in 0…1, on its device; None without.
+
+    It must have the size that the image had, or that in which the model is shown it, and something white in it;
+    `UserError` otherwise.
     """
     if mask is None:
         return None
     shown = (image.pixels.shape[-1], image.pixels.shape[-2])
     original = tuple(image.facts.get("size") or shown)
-    drawn = mask.convert("L") if isinstance(mask, Image.Image) else read_image(mask).image.convert("L")
+    drawn = read_mask(mask).image
     if drawn.size not in (shown, original):
         sizes = " or ".join(f"{width} × {height}" for width, height in dict.fromkeys([original, shown]))
         raise UserError(
             f"The mask is {drawn.width} × {drawn.height} pixels and the image {sizes}. Draw it on the image."
         )
     drawn = drawn if drawn.size == shown else crop_and_resize(drawn, shown)
-    # 1 where at least half of the place is white
-    share = F.interpolate(mask_to_tensor(drawn)[None], tuple(image.latent.shape[-2:]), mode="area")[0, 0]
-    return (share >= 0.5).float().to(image.latent)
+    return mask_to_tensor(drawn)[0].to(image.latent)
+
+
+def align_to_edges(places: Tensor, image: Tensor, *, radius: int, eps: float = 1e-3) -> Tensor:
+    """Places [H, W] drawn along the edges of an image [3, H, W] in −1…1: the guided filter (He, Sun & Tang 2013).
+
+    In each window of 2·`radius` + 1 pixels the result is linear in the colour, a·I + b (eq. 14 and 15); what varies by
+    less than `eps` (the variance of colours in 0…1) is no edge.
+    """
+    guide, p = (image[None] + 1) / 2, places[None, None]
+    mean, mean_p = _box(guide, radius), _box(p, radius)
+    covariance = _box(guide * p, radius) - mean * mean_p  # of colours and places [1, 3, H, W]
+    products = _box((guide[:, :, None] * guide[:, None]).flatten(1, 2), radius).unflatten(1, (3, 3))
+    variance = (products - mean[:, :, None] * mean[:, None])[0].permute(2, 3, 0, 1)  # of colours [H, W, 3, 3]
+    regular = variance + eps * torch.eye(3).to(variance)
+    a = torch.linalg.solve(regular, covariance[0].permute(1, 2, 0)).permute(2, 0, 1)[None]
+    b = mean_p - (a * mean).sum(1, keepdim=True)
+    smooth: Tensor = ((_box(a, radius) * guide).sum(1, keepdim=True) + _box(b, radius))[0, 0]
+    return smooth
+
+
+def _box(x: Tensor, radius: int) -> Tensor:
+    """Means [B, C, H, W] over windows of 2·`radius` + 1 pixels, repeated beyond the edges."""
+    return F.avg_pool2d(F.pad(x, (radius,) * 4, mode="replicate"), 2 * radius + 1, stride=1)
+
+
+def fill_smoothly(x: Tensor, inside: Tensor, *, rounds: int = 40) -> Tensor:
+    """x [C, H, W] with what is inside a mask [H, W] continued from around it: about harmonic, ∇²x = 0.
+
+    Coarse first: the inside is the coarse solution's, then every place becomes the mean of its neighbours `rounds`
+    times. All inside is the mean, 0 at that.
+    """
+    if not inside.any():
+        return x
+    if inside.all():
+        return torch.zeros_like(x)
+    known = (inside == 0).to(x)
+    if min(x.shape[-2:]) > 1:
+        # Means over what is known of 2 × 2 places
+        share = F.avg_pool2d(known[None], 2, ceil_mode=True)[0]
+        half = F.avg_pool2d((x * known)[None], 2, ceil_mode=True)[0] / share.clamp(min=1e-6)
+        coarse = fill_smoothly(half, (share == 0).to(x), rounds=rounds)
+        filling = F.interpolate(coarse[None], x.shape[-2:], mode="bilinear", align_corners=False)[0]
+    else:
+        filling = ((x * known).sum((1, 2)) / known.sum())[:, None, None].expand_as(x)
+    x = torch.where(inside > 0, filling, x)
+    for _ in range(rounds):
+        wide = F.pad(x[None], (1, 1, 1, 1), mode="replicate")[0]
+        around = wide[:, :-2, 1:-1] + wide[:, 2:, 1:-1] + wide[:, 1:-1, :-2] + wide[:, 1:-1, 2:]
+        x = torch.where(inside > 0, around / 4, x)
+    return x
 
 
 def composite(edits: Tensor, around: Tensor, masks: Tensor | None) -> Tensor:
-    """Decoded edits [N, 3, 8H, 8W] inside their masks [N, H, W] (0 or 1; None: everywhere), what lies `around` outside.
+    """Decoded edits [N, 3, 8H, 8W] inside their masks (0 or 1; None: everywhere), what lies `around` outside.
 
     A decoder sees the whole latent, so what it draws around an edit changes with the edit even where the latent is the
-    same. An edit reaches half a latent beyond its mask and fades out there.
+    same. Of masks of the latent's places [N, H, W] an edit reaches half a place beyond its mask and fades out there, of
+    masks in pixels [N, 8H, 8W] a pixel.
     """
     if masks is None:
         return edits
-    large = F.interpolate(masks[:, None].to(edits), edits.shape[-2:], mode="bilinear", align_corners=False)
+    large = masks[:, None].to(edits)
+    if large.shape[-2:] == edits.shape[-2:]:
+        large = _box(large, 1)
+    large = F.interpolate(large, edits.shape[-2:], mode="bilinear", align_corners=False)
     return around + (2 * large).clamp(0, 1) * (edits - around)
 
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from PIL import Image
 
-from backbone.io.console import notify_once
+from backbone.io.console import UserError, notify_once
 from backbone.io.files import content_hash
-from backbone.media.decode import open_rgb
+from backbone.media.decode import mask_from_image, open_mask, open_rgb
 from backbone.media.transforms import crop_and_resize, to_tensor, working_size
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class SourceImage:
     """An image or mask that has been read.
 
-    image    RGB, upright
+    image    RGB, upright; of a mask L, 0 or 255
     name     the path, "" of an image that came from memory
     content  hash of the file, or of the pixels
     """
@@ -46,6 +46,30 @@ def read_image(image: ImageLike) -> SourceImage:
         rgb = image.convert("RGB")
         return SourceImage(rgb, "", content_hash(rgb.tobytes()))
     return SourceImage(open_rgb(image), str(image), content_hash(Path(image)))
+
+
+def read_mask(mask: ImageLike) -> SourceImage:
+    """Reads a mask once: white where it is at least half white; transparent ground is black (`open_mask`).
+
+    Raises `UserError` for a mask in which nothing is white.
+    """
+    if isinstance(mask, SourceImage) and mask.image.mode == "L":
+        return mask
+    if isinstance(mask, SourceImage):
+        grey, name, content = mask_from_image(mask.image), mask.name, mask.content
+    elif isinstance(mask, Image.Image):
+        grey, name = mask_from_image(mask), ""
+        content = content_hash(grey.tobytes())
+    else:
+        grey, name, content = open_mask(mask), str(mask), content_hash(Path(mask))
+    white = grey.point([0] * 128 + [255] * 128)
+    if not white.getbbox():
+        brightest = max(grey.tobytes())
+        found = f"its brightest place is {brightest} of 255" if brightest else "it is black everywhere"
+        raise UserError(
+            f"{name or 'The mask'} lets nothing change: {found}. Paint white what may change, on black or on nothing."
+        )
+    return SourceImage(white, name, content)
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,7 +29,8 @@ class Result:
     encoded      the image and its latent
     latents      the edits' [N, C, H, W]
     nfe          number of function evaluations: samples that the denoiser evaluated, inversions not counted
-    masks        [N, H, W], 1 where each edit was allowed to differ in the end; None if everywhere
+    masks        [N, H, W], or in pixels [N, 8H, 8W]: 1 where each edit was allowed to differ in the end; None if
+                 everywhere
     estimates    [F, N, C, H, W], what the edits were estimated to become, along the way; None if not asked for
     facts        what else a method has to say for the record
     inversions   from which the edits began

@@ -21,6 +21,11 @@ def schedule_of(model: Backbone, steps: int, latent: Tensor) -> Schedule:
         raise UserError(f"{model.location.name} cannot sample in {steps} steps: {error}") from error
 
 
+def as_strong_as_state(noise: Tensor, level: Level) -> Tensor:
+    """Noise [N, ...] as strong as a state at a level: what sampling begins with where nothing of an image is kept."""
+    return noise * (level.a**2 + level.b**2).sqrt().to(noise)
+
+
 def evenly_spaced(first: int, last: int, count: int) -> set[int]:
     """`count` of the steps from `first` to `last` − 1, evenly spaced."""
     if count < 1 or last <= first:
@@ -60,12 +65,16 @@ def is_guidance_distilled(model: Backbone) -> bool:
     return model.family.embed_guidance(model.denoiser, encode_prompts_cached(model, [""]), 1.0) is not None
 
 
-def refuse_negative(model: Backbone, negative: str) -> None:
-    """`UserError` for a negative prompt where the network is guidance-distilled."""
+def refuse_negative(model: Backbone, negative: str, guidance: float | None) -> None:
+    """`UserError` for a negative prompt without guidance, and where the network is guidance-distilled."""
     if negative and is_guidance_distilled(model):
         raise UserError(
             f"{model.location.name} is guidance-distilled: there is no prediction that could stay away from "
             f"“{negative}”. Leave --negative out."
+        )
+    if negative and guidance == 1:
+        raise UserError(
+            f"At guidance 1 nothing stays away from “{negative}”. Raise --guidance, or leave --negative out."
         )
 
 

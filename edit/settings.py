@@ -341,7 +341,11 @@ class RemoveOptions(StartOptions, GuidanceOptions, CountOption):
     word: Annotated[
         str,
         Option(
-            "The word of what to remove.", WORDS, flag="remove", metavar="WORD", default_text="the mask's"
+            "The noun of what to remove; its article, adjectives and what it wears go with it.",
+            WORDS,
+            flag="remove",
+            metavar="WORD",
+            default_text="the mask's",
         ),
     ] = ""
     prompt: Annotated[
@@ -367,8 +371,22 @@ class RemoveOptions(StartOptions, GuidanceOptions, CountOption):
     threshold: Annotated[
         float,
         Option("Share of the greatest difference that makes a place.", WHERE, min=0, max=1),
-    ] = 0.25
-    strength: Annotated[float, Option("How anew the place is drawn.", HOW, min=0, max=1)] = 1.0
+    ] = 0.3
+    strength: Annotated[
+        float,
+        Option(
+            "How freely the place is drawn; 0: its surroundings continued, 1: all anew.", HOW, min=0, max=1
+        ),
+    ] = 0.5
+    guidance: Annotated[
+        float,
+        Option(
+            "Classifier-free guidance; more than 1 draws what the prompt says into the place.",
+            SAMPLING,
+            aliases=("guidance-scale", "cfg-scale"),
+            min=0,
+        ),
+    ] = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ ROOMS = {
         ("api", "cli"),
     ),
     "edit": (
-        ("checks", "settings", "pictures", "attention"),
+        ("checks", "phrases", "settings", "pictures", "attention"),
         ("sampling",),
         ("inversion",),
         ("masks",),

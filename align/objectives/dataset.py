@@ -23,7 +23,7 @@ from align.pairs.records import (
     Record,
     Single,
     normalize_prompt,
-    to_singles,
+    select_records,
 )
 from align.settings import Settings
 from backbone.adapters.concept import Concept, resolve_placeholder_tokens
@@ -291,11 +291,8 @@ def _read_again(settings: Settings) -> Preferences:
 
 def records_of(found: Preferences, settings: Settings) -> list[Record]:
     """What this loss learns from; `UserError` where the source holds none of it."""
-    if not settings.by_pairs:
-        return list(to_singles(found))
-    if not found.pairs:
+    if settings.by_pairs and not found.pairs:
         raise UserError(
             f"{found.source} judges single pictures, and {settings.loss} compares pairs. Use --loss kto."
         )
-    ties = settings.ties == "model"
-    return [pair for pair in found.pairs if isinstance(pair, Pair) and (ties or not pair.is_tie)]
+    return select_records(found, by_pairs=settings.by_pairs, ties=settings.ties == "model")

@@ -37,7 +37,7 @@ from align.objectives.reference import (
     open_cached_reference,
     reference_key,
 )
-from align.settings import Settings
+from align.settings import WITH_BETA, Settings
 from backbone.adapters.concept import Concept
 from backbone.adapters.lora import (
     LORA_WEIGHTS,
@@ -83,6 +83,7 @@ class PreferenceTraining(Objective):
 
     def __post_init__(self) -> None:
         settings, levels = self.settings, len(self.model.path.levels)
+        self.scales = ("--beta",) if settings.loss in WITH_BETA else ()
         self.share = share_of(settings)
         if settings.gradient_checkpointing:
             cast(Any, self.model.denoiser).enable_gradient_checkpointing()

@@ -82,20 +82,24 @@ def _read_entry(line: dict[str, Any], where: str) -> Choice | Undo:
 
 
 def replay(entries: Iterable[Choice | Undo]) -> list[Choice]:
-    """Choices that stand, oldest first: not retracted, and of a pair answered twice the last answer."""
+    """Choices that stand, oldest first: not retracted, and of a pair that a person answered twice the last answer."""
     standing: dict[int, Choice] = {}
     for entry in entries:
         if isinstance(entry, Undo):
             standing.pop(entry.undo, None)
         else:
             standing[entry.number] = entry
-    last = {(choice.pair, choice.repeat): choice.number for choice in standing.values()}
-    return [choice for choice in standing.values() if last[choice.pair, choice.repeat] == choice.number]
+    last = {(choice.user, choice.pair, choice.repeat): choice.number for choice in standing.values()}
+    return [
+        choice
+        for choice in standing.values()
+        if last[choice.user, choice.pair, choice.repeat] == choice.number
+    ]
 
 
 @dataclass(frozen=True)
 class Consistency:
-    """Agreement of a labeller with themselves: `agreed` of `repeats` hidden repeats."""
+    """Agreement of labellers with themselves: `agreed` of `repeats` hidden repeats."""
 
     agreed: int
     repeats: int
@@ -103,12 +107,12 @@ class Consistency:
 
 def measure_consistency(choices: Sequence[Choice]) -> Consistency:
     """Count repeats whose pair was answered too (neither a skip), and those with the same preferred image, or none."""
-    first = {choice.pair: choice for choice in choices if not choice.repeat}
+    first = {(choice.user, choice.pair): choice for choice in choices if not choice.repeat}
     again = [
-        (first[choice.pair], choice)
+        (before, choice)
         for choice in choices
         if choice.repeat
-        and choice.pair in first
-        and "skip" not in (choice.verdict, first[choice.pair].verdict)
+        and (before := first.get((choice.user, choice.pair))) is not None
+        and "skip" not in (choice.verdict, before.verdict)
     ]
     return Consistency(sum(before.preferred == after.preferred for before, after in again), len(again))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -20,7 +19,9 @@ ROWS_PER_GROUP = 100  # images of one row group are in memory at once
 def write_parquet(preferences: Preferences, path: Path) -> Path:
     """Write pairs with exactly Pick-a-Pic's columns, images as they are encoded, ties as ½; returns `path`.
 
-    Single labelled images have no columns there: raises `UserError` where there are no pairs.
+    Users that are no whole numbers of 64 bits make `user_id` a column of text, and pairs of which both images are bad
+    add a column `both_bad`, since Pick-a-Pic has no word for either. Single labelled images have no columns there:
+    raises `UserError` where there are no pairs.
     """
     import pyarrow
     import pyarrow.parquet
@@ -37,6 +38,10 @@ def write_parquet(preferences: Preferences, path: Path) -> Path:
         "model_0": text, "model_1": text, "ranking_id": whole, "user_id": whole, "num_example_per_prompt": whole,
         "__index_level_0__": whole,
     }  # fmt: skip
+    if not _are_whole_numbers(preferences):
+        types["user_id"] = text
+    if any(pair.both_bad for pair in preferences.pairs):
+        types["both_bad"] = pyarrow.bool_()
     schema = pyarrow.schema(types)
     with atomic_write(path) as temporary, pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
         for group in _iterate_row_groups(preferences):
@@ -62,9 +67,7 @@ def _iterate_row_groups(preferences: Preferences) -> Iterator[list[dict[str, Any
     counts = Counter(normalize_prompt(pair.prompt) for pair in preferences.pairs)
     now = datetime.now(UTC).replace(tzinfo=None)
     model = str(preferences.provenance.get("model", ""))
-    user_numbers = {
-        user: number for number, user in enumerate(sorted({pair.user for pair in preferences.pairs}))
-    }
+    whole = _are_whole_numbers(preferences)
     for first in range(0, len(preferences.pairs), ROWS_PER_GROUP):
         group = []
         for index, pair in enumerate(preferences.pairs[first : first + ROWS_PER_GROUP], start=first):
@@ -89,14 +92,22 @@ def _iterate_row_groups(preferences: Preferences) -> Iterator[list[dict[str, Any
                     "model_0": model,
                     "model_1": model,
                     "ranking_id": index,
-                    "user_id": int(pair.user)
-                    if re.fullmatch(r"\d{1,18}", pair.user)
-                    else user_numbers[pair.user],
+                    "user_id": (int(pair.user) if whole else pair.user) if pair.user else None,
+                    "both_bad": pair.both_bad,
                     "num_example_per_prompt": counts[normalize_prompt(pair.prompt)],
                     "__index_level_0__": index,
                 }
             )
         yield group
+
+
+def _are_whole_numbers(preferences: Preferences) -> bool:
+    """Whether every user that is named is a whole number of 64 bits, as it would be written."""
+    users = {pair.user for pair in preferences.pairs if pair.user}
+    numbers = [user for user in users if len(user) < 20 and user.isdecimal()]
+    return len(numbers) == len(users) and all(
+        str(int(user)) == user and int(user) < 2**63 for user in numbers
+    )
 
 
 def _image_uid(content: bytes) -> str:
@@ -110,6 +121,7 @@ def _record_fields(record: Record, names: list[str]) -> dict[str, Any]:
     if isinstance(record, Pair):
         pictures: dict[str, Any] = {"image_0": names[0], "image_1": names[1]}
         pictures |= {"label_0": record.label, "label_1": 1 - record.label}
+        pictures |= {"both_bad": True} if record.both_bad else {}
     else:
         pictures = {"image": names[0], "label": int(record.good)}
     return {"prompt": record.prompt, **pictures, "user": record.user}

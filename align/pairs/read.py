@@ -112,6 +112,12 @@ def _read_two_folders(folder: Path, better: str, worse: str, limit: int | None) 
             preferences.problems.append(f"{winner.path} has no picture of that name in {worse}/")
             continue
         loser = second[stem]
+        if winner.caption and loser.caption and winner.caption != loser.caption:
+            preferences.problems.append(
+                f"{better}/{stem} says “{winner.caption}” and {worse}/{stem} “{loser.caption}”, "
+                "and a pair has one prompt"
+            )
+            continue
         preferences.pairs.append(
             Pair(winner.caption or loser.caption or "", winner, loser, 1.0, f"{better}/{winner.path.name}")
         )
@@ -289,7 +295,7 @@ def _labelled_pair(
         return f"{where} has labels that are no choice ({labels})"
     if first is None or second is None:
         return f"{where} names no picture"
-    return Pair(prompt, first, second, label, where, user)
+    return Pair(prompt, first, second, label, where, user, label == 0.5 and row.get("both_bad") is True)
 
 
 def _chosen_pair(
@@ -299,7 +305,8 @@ def _chosen_pair(
     chosen, rejected = pictures
     if chosen is None or rejected is None:
         return f"{where} names no picture"
-    return Pair(prompt, chosen, rejected, 0.5 if row.get("tie") is True else 1.0, where, user)
+    tie, both_bad = row.get("tie") is True, row.get("both_bad") is True
+    return Pair(prompt, chosen, rejected, 0.5 if tie or both_bad else 1.0, where, user, both_bad)
 
 
 def _labelled_single(

@@ -151,7 +151,8 @@ def split_held_out(
     """Split into (training, held-out) records by prompt; about `share` of the prompts are held out.
 
     A prompt's side is a hash of its words and the seed, so other prompts do not move it. At least one prompt is held
-    out, and one kept, where there are two and the share is not 0.
+    out, and one kept, where there are two and the share is not 0. Of single images both classes are learned from,
+    where there are both, even if that leaves none held out.
     """
     prompts = {normalize_prompt(record.prompt) for record in records}
     uniform = {prompt: int(content_hash(f"{seed}/{prompt}".encode())[:13], 16) / 16**13 for prompt in prompts}
@@ -163,10 +164,26 @@ def split_held_out(
             held_out -= {max(uniform, key=lambda prompt: uniform[prompt])}
     elif len(prompts) < 2:
         held_out = set()
+    # A class of single images that stands in held-out prompts alone comes back, with the prompt nearest to this side
+    for good in sorted({record.good for record in records if isinstance(record, Single)}):
+        of_class = {
+            normalize_prompt(record.prompt)
+            for record in records
+            if isinstance(record, Single) and record.good is good
+        }
+        if of_class <= held_out:
+            held_out -= {max(of_class, key=lambda prompt: uniform[prompt])}
     return (
         [record for record in records if normalize_prompt(record.prompt) not in held_out],
         [record for record in records if normalize_prompt(record.prompt) in held_out],
     )
+
+
+def select_records(preferences: Preferences, *, by_pairs: bool, ties: bool) -> list[Record]:
+    """What is learned from: pairs, with or without ties, or single images (`to_singles`)."""
+    if not by_pairs:
+        return list(to_singles(preferences))
+    return [pair for pair in preferences.pairs if ties or not pair.is_tie]
 
 
 def to_singles(preferences: Preferences) -> list[Single]:
@@ -192,20 +209,22 @@ def _find_problems(record: Record) -> Iterator[str]:
     """Yield what is wrong with one record; opens its images."""
     if not record.prompt.strip():
         yield "has no prompt"
-    sizes = []
+    images = []
     for picture in record.pictures:
         try:
-            sizes.append(picture.open(at_least=64).size)
+            images.append(picture.open(at_least=64))
         except BadImageError as error:
             yield f"names a picture that {error.reason} ({error.name})"
         except OSError as error:
             yield f"names a picture that cannot be read ({error})"
         except UserError as error:
             yield f"has no usable picture ({error})"
-    if len(sizes) == 2 and not _is_same_size(*sizes):
-        (width, height), (other_width, other_height) = sizes
+    if len(images) != 2:
+        return
+    if not _is_same_size(images[0].size, images[1].size):
+        (width, height), (other_width, other_height) = (image.size for image in images)
         yield f"has pictures of different sizes, {width} × {height} and {other_width} × {other_height}"
-    if isinstance(record, Pair) and len(sizes) == 2 and record.first.path == record.second.path:
+    if images[0].size == images[1].size and images[0].tobytes() == images[1].tobytes():
         yield "has the same picture twice"
 
 
@@ -244,6 +263,34 @@ def _format_problems(preferences: Preferences, problems: Sequence[str], general:
 
 def _pluralize(noun: str, count: int) -> str:
     return noun if count == 1 else noun + "s"
+
+
+def find_contradictions(records: Iterable[Record]) -> list[str]:
+    """Describe pairs of the same two images of a prompt with opposite choices, and images labelled good and bad."""
+    seen: dict[tuple[Any, ...], tuple[float, str]] = {}
+    found = []
+    for record in records:
+        if isinstance(record, Pair) and record.is_tie:
+            continue
+        names = tuple(content_hash(picture.read()) for picture in record.pictures)
+        if isinstance(record, Pair):
+            says = record.label if names == tuple(sorted(names)) else 1 - record.label
+        else:
+            says = float(record.good)
+        key = (normalize_prompt(record.prompt), *sorted(names))
+        before, name = seen.setdefault(key, (says, record.name))
+        if before != says:
+            found.append(f"{record.name} contradicts {name}")
+    return found
+
+
+def describe_contradictions(records: Iterable[Record]) -> str:
+    """A sentence on what contradicts itself; "" where nothing does."""
+    found = find_contradictions(records)
+    if not found:
+        return ""
+    more = f", and {len(found) - 3} more" if len(found) > 3 else ""
+    return f"The same images are judged both ways, and both are learned from: {'; '.join(found[:3])}{more}."
 
 
 def describe_records(records: Iterable[Record]) -> str:

@@ -47,11 +47,13 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
                 "Say what to learn from: align train PAIRS (see align train --help), or --online SCORER."
             )
         from align.pairs.read import read_preferences
-        from align.pairs.records import check_preferences, describe_records
+        from align.pairs.records import check_preferences, describe_contradictions, describe_records
 
         rows = {name: asked[name] for name in ("user", "limit", "split") if name in asked}
         found = check_preferences(read_preferences(source, **rows), skip_bad=asked.get("skip_bad", False))
         notify(f"{found.source} holds {describe_records(found.records)}.")
+        if contradictions := describe_contradictions(found.records):
+            notify(contradictions)
         from align.training.run import train_taste
 
         return train_taste(asked, found, out=out, vram=vram)

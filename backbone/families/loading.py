@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from backbone.diffusion.noise import PredictionType, Schedule, vp
 from backbone.diffusion.schedules import (
+    Spacing,
     alphas_cumprod,
     flow_schedule,
     logit_normal_levels,
@@ -31,6 +32,11 @@ UNSUPPORTED_FLOW_SETTINGS = (
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
     *("invert_sigmas", "shift_terminal", "stochastic_sampling"),
 )
+VP_SETTINGS: Mapping[str, tuple[str, ...]] = {  # of a β scheduler, diffusers' default first
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "timestep_spacing": ("leading", "trailing", "linspace"),
+    "prediction_type": ("epsilon", "sample", "v_prediction"),
+}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CHUNK_ELEMENTS = 2**25  # 128 MiB in fp32
 FLOW_QUANTILES = 1000  # quantiles that stand for a flow's continuous density of levels
@@ -283,26 +289,54 @@ def vp_path(location: Location) -> NoisePath:
         raise UserError(
             f"The scheduler of {location.name} is a {name}, which is not of its family. Restore scheduler/."
         )
+    for setting, known in VP_SETTINGS.items():
+        if scheduler.get(setting, known[0]) not in known:
+            raise UserError(
+                f"The scheduler of {location.name} has {setting} {scheduler[setting]!r}, and understood are "
+                f"{', '.join(known)}. Restore scheduler/."
+            )
     with refuse_damaged(location.name, "scheduler"):
         config = dict(DDIMScheduler.from_config(scheduler).config)
-    train_steps = int(config["num_train_timesteps"])
-    alpha_bar = alphas_cumprod(config["beta_schedule"], config["beta_start"], config["beta_end"], train_steps)
-    if config["rescale_betas_zero_snr"]:
-        alpha_bar = zero_terminal_snr(alpha_bar)
+    alpha_bar = _read_alphas_cumprod(location.name, config)
     by_alpha = name in ("", "DDIMScheduler", "PNDMScheduler", "DDPMScheduler")
-    final = "one" if config["set_alpha_to_one"] or not by_alpha else "first"
+    final: Literal["one", "first"] = "one" if config["set_alpha_to_one"] or not by_alpha else "first"
 
     def schedule(steps: int, size: tuple[int, int]) -> Schedule:
-        return vp_schedule(
-            alpha_bar,
-            steps,
-            spacing=config["timestep_spacing"],
-            steps_offset=config["steps_offset"],
-            final=final,  # type: ignore[arg-type]
-        )
+        # Of a leading spacing a single step is the cleanest, which samples nothing: it begins at the end instead
+        spacing: Spacing = "trailing" if steps == 1 else config["timestep_spacing"]
+        offset = int(config["steps_offset"])
+        return vp_schedule(alpha_bar, steps, spacing=spacing, steps_offset=offset, final=final)
 
     kind = cast(PredictionType, config["prediction_type"])
-    return NoisePath(kind, vp(alpha_bar, torch.arange(train_steps)), schedule)
+    return NoisePath(kind, vp(alpha_bar, torch.arange(len(alpha_bar))), schedule)
+
+
+def _read_alphas_cumprod(name: str, config: Mapping[str, Any]) -> Tensor:
+    """ᾱ [train steps] of a β scheduler's config, from its own `trained_betas` where it has them.
+
+    Raises `UserError` for betas of another number, and for a last level without signal at which ε is predicted.
+    """
+    train_steps, betas = int(config["num_train_timesteps"]), config["trained_betas"]
+    if betas is None:
+        alpha_bar = alphas_cumprod(
+            config["beta_schedule"], config["beta_start"], config["beta_end"], train_steps
+        )
+    else:
+        alpha_bar = torch.cumprod(1 - torch.tensor(betas, dtype=torch.float32), 0)
+        if len(alpha_bar) != train_steps:
+            raise UserError(
+                f"The scheduler of {name} has {len(alpha_bar)} trained_betas for {train_steps} num_train_timesteps. "
+                "Restore scheduler/."
+            )
+    if config["rescale_betas_zero_snr"]:
+        alpha_bar = zero_terminal_snr(alpha_bar)
+    if config["prediction_type"] == "epsilon" and not alpha_bar[-1] > 0:
+        raise UserError(
+            f"The scheduler of {name} ends in noise alone (rescale_betas_zero_snr), where a prediction of ε says "
+            "nothing of the image. In scheduler/ set prediction_type to v_prediction if the model was trained so, else "
+            "rescale_betas_zero_snr to false."
+        )
+    return alpha_bar
 
 
 def flow_path(

@@ -38,14 +38,25 @@ def crop_and_resize(
     """
     if isinstance(crop, str) and crop not in CROPS:
         raise UserError(f"There is no crop named {crop!r}. Use one of {', '.join(CROPS)}.")
-    position = CROPS[crop] if isinstance(crop, str) else crop
-    scale = min(have / want for have, want in zip(image.size, size, strict=True))
-    box_size = (size[0] * scale, size[1] * scale)
-    left, top = (
-        (have - keep) * share for have, keep, share in zip(image.size, box_size, position, strict=True)
-    )
-    box = (left, top, min(left + box_size[0], image.width), min(top + box_size[1], image.height))
+    box = crop_box(image.size, size, CROPS[crop] if isinstance(crop, str) else crop)
     return image.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+
+
+def crop_box(
+    size: tuple[int, int], target: tuple[int, int], position: CropPosition
+) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of the largest region of the aspect ratio of `target` (W, H) in an image of `size`.
+
+    It never reaches beyond the image, whatever rounding does: the side that limits it is the image's own, and the other
+    at most that.
+    """
+    (width, height), (wide, high) = size, target
+    if width * high <= height * wide:
+        keep = (float(width), min(width * high / wide, float(height)))
+    else:
+        keep = (min(height * wide / high, float(width)), float(height))
+    left, top = ((have - kept) * share for have, kept, share in zip(size, keep, position, strict=True))
+    return left, top, min(left + keep[0], float(width)), min(top + keep[1], float(height))
 
 
 def bucket_sizes(resolution: int) -> list[tuple[int, int]]:

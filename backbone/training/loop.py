@@ -54,6 +54,7 @@ def train(
     clip: float = 1.0,
     average: Average | None = None,
     reduce: Callable[[Sequence[Tensor]], None] | None = None,
+    scales: Sequence[str] = ("--learning-rate",),
 ) -> Iterator[Report]:
     """Trains from step `done + 1` to `steps`.
 
@@ -61,7 +62,8 @@ def train(
     `reduce` then replaces the gradients and the loss by their means over processes;
     `lr_schedule(step)` gives the learning rate's factor; `clip` bounds the gradient's norm (0: nothing does).
 
-    Raises `NotFiniteError` at the first loss or gradient that is not finite, before it reaches the weights.
+    `scales` are options that may be too large; `NotFiniteError` names them at the first loss or gradient
+    that is not finite, before it reaches the weights.
     """
     bases = [group["lr"] for group in optimizer.param_groups]
     for step in range(done + 1, steps + 1):
@@ -86,7 +88,7 @@ def train(
         if not math.isfinite(loss_now) or not math.isfinite(norm):
             raise NotFiniteError(
                 f"Training stopped at step {step}: the loss is {loss_now} and its gradient {norm}. "
-                "Lower --learning-rate."
+                f"Lower {' or '.join(scales)}."
             )
         # the step itself, at this step's learning rate
         for group, base in zip(optimizer.param_groups, bases, strict=True):

@@ -66,6 +66,7 @@ class Objective(ABC):
     figures: dict[str, float]
     done: int = 0
     saved: int = 0
+    scales: tuple[str, ...] = ()  # options that scale the loss, beside the learning rate
     sources: Mapping[str, str] = MappingProxyType({})
 
     @property
@@ -221,6 +222,7 @@ def take_steps(objective: Objective, *, until: int | None = None) -> Iterator[Re
             clip=settings.max_grad_norm,
             average=objective.average,
             reduce=processes.gradient_averaging(),
+            scales=("--learning-rate", *objective.scales),
         ):
             objective.done = report.step
             yield report

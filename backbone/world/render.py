@@ -39,12 +39,19 @@ class Rendering:
     masks: tuple[Image.Image, ...]
 
 
-def render(scene: Scene) -> Rendering:
-    """Render a scene. Raises `UserError` if the emoji font is missing."""
+def render(scene: Scene, *, without: int | None = None) -> Rendering:
+    """Render a scene; `without` leaves a thing out, all else being where it was, and its mask is empty.
+
+    Raises `UserError` if the emoji font is missing.
+    """
     canvas, horizon = draw_place(scene)
     masks = []
-    for figure in place_figures(scene, horizon):
-        canvas, mask = draw_figure(canvas, figure)
+    for number, figure in enumerate(place_figures(scene, horizon)):
+        drawn, mask = draw_figure(canvas.copy(), figure)
+        if number == without:
+            mask = Image.new("L", mask.size, 0)
+        else:
+            canvas = drawn
         masks.append(mask)
     picture = canvas.convert("RGB")
     if scene.style:

@@ -241,7 +241,8 @@ def _check_matches(
     if not shared and not swaps:
         raise UserError(
             f"The prompts “{source.text}” and “{target.text}” share no words, so nothing says what should stay. "
-            "Describe the picture in both and change only the words that should change."
+            "Describe the picture in both and change only the words that should change, say --swap OLD=NEW, or use "
+            "edit flow-edit, which compares no words."
         )
 
 

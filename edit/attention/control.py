@@ -53,6 +53,7 @@ class Control:
     controlled_targets   for which targets [N]; all if None
     features             whose residual features the targets have in the block that `features_of` finds
     maps                 where attention maps are gathered, or None
+    hidden               places [H, W] of the latent, 1 where no query of a row finds keys and values in self-attention
     """
 
     targets: int
@@ -64,6 +65,16 @@ class Control:
     controlled_targets: Sequence[bool] | None = None
     features: Literal["own", "source"] = "own"
     maps: Maps | None = None
+    hidden: Tensor | None = None
+
+    def visible_keys(self, tokens: int) -> Tensor | None:
+        """Indices of the image's keys that are found in a layer of so many; None for all, or where none would be."""
+        size = None if self.hidden is None else grid((self.hidden.shape[0], self.hidden.shape[1]), tokens)
+        if self.hidden is None or size is None:
+            return None
+        # A key is hidden if any part of its place is
+        covered = F.adaptive_max_pool2d(self.hidden[None, None].float(), size).flatten() > 0
+        return None if covered.all() or not covered.any() else (~covered).nonzero()[:, 0]
 
     def reaches(self, name: str, tokens: int) -> bool:
         """Whether a layer of this name and so many queries has another self-attention than its own."""

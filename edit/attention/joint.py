@@ -60,12 +60,15 @@ class JointProcessor:
     ) -> Any:
         control = self.control
         call = (hidden_states, encoder_hidden_states, attention_mask, *more)
-        if control.self_attention == "own" and control.cross is None and control.maps is None:
+        plain = control.self_attention == "own" and control.cross is None and control.maps is None
+        if plain and control.hidden is None:
             return self.plain(attn, *call)
         streams = self.read(attn, *call)
         query, key, value = streams.query, streams.key, streams.value
         picture, has_words = streams.image, streams.text.stop > streams.text.start
         places = picture.stop - picture.start
+        if (visible := control.visible_keys(places)) is not None:
+            return streams.project_output(_without_hidden(streams, visible))
         # The source's layout (queries and keys) or contents (keys and values), in the picture's part alone
         if control.reaches(self.name, places):
             needed, gather = control.source_index_map(len(query), control.controlled_targets)
@@ -111,6 +114,17 @@ def _cross(
         query[of_targets, :, picture], key[of_targets], own
     ) + streams.attend(query_source, key_source, mixed)
     return attended
+
+
+def _without_hidden(streams: JointAttentionInputs, visible: Tensor) -> Tensor:
+    """Every query finds the words and, of the picture, the visible keys alone, by their indices."""
+    shown = torch.ones(streams.key.shape[2], dtype=torch.bool, device=streams.key.device)
+    shown[streams.image] = False
+    shown[streams.image.start + visible] = True
+    bias = None if streams.bias is None else streams.bias[..., shown]
+    return F.scaled_dot_product_attention(
+        streams.query, streams.key[:, :, shown], streams.value[:, :, shown], attn_mask=bias
+    )
 
 
 def _gather_picture(x: Tensor, picture: slice, source: list[int]) -> Tensor:

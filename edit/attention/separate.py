@@ -36,6 +36,9 @@ class Processor:
                 attend = _source_layout if control.self_attention == "layout" else _source_contents
                 index_map = control.source_index_map(len(hidden_states), control.controlled_targets)
                 return layer.project(attend(layer, *index_map))
+            visible = control.visible_keys(layer.tokens)
+            if visible is not None:
+                return layer.project(_without_hidden(layer, visible))
         else:
             maps = control.maps if control.maps is not None and control.maps.wants(layer.tokens) else None
             if control.cross is not None or maps is not None:
@@ -55,6 +58,13 @@ def _source_contents(layer: _Layer, needed: list[int], gather: list[int]) -> Ten
     hidden = layer.hidden[needed]
     key, value = layer.key(hidden)[gather], layer.value(hidden)[gather]
     return layer.sdpa(layer.query(layer.hidden), key, value, _gather_mask(layer.mask, needed, gather))
+
+
+def _without_hidden(layer: _Layer, visible: Tensor) -> Tensor:
+    """Every query finds the visible keys alone, by their indices."""
+    hidden, mask = layer.hidden, layer.mask
+    key, value = layer.key(hidden)[:, :, visible], layer.value(hidden)[:, :, visible]
+    return layer.sdpa(layer.query(hidden), key, value, None if mask is None else mask[..., visible])
 
 
 def _gather_mask(mask: Tensor | None, needed: list[int], gather: list[int]) -> Tensor | None:

@@ -199,6 +199,12 @@ def invert(
     if method not in METHODS:
         raise UserError(f"There is no inversion called {method}. Choose one of {', '.join(METHODS)}.")
     checks.prompt(prompt, "source prompt")
+    least = 3 if method == "reversible" else 2  # its rule takes two steps to begin with
+    if 0 < steps < least:
+        raise UserError(
+            f"{steps} {'step is' if steps == 1 else 'steps are'} too few to invert an image by {method}. Take at least "
+            f"{least}, better 20."
+        )
     if method == "null-text" and is_guidance_distilled(model):
         raise UserError(
             f"{model.location.name} is guidance-distilled and has no prediction without a prompt, which "

@@ -37,7 +37,7 @@ def compose(
     Raises `UserError` without prompts, or for a strength outside 0…1.
     """
     checks.prompts([prompt for prompt, _ in toward], "prompt to compose with")
-    checks.share("strength", strength)
+    checks.strength(strength, inversion.steps)
     model, schedule, states = inversion.model, inversion.schedule, inversion.states.float()
     weights = torch.tensor([weight for _, weight in toward], device=states.device)
     text = encode_prompts_cached(

@@ -49,12 +49,12 @@ def flow_edit(
     """
     checks.prompt(source, "source prompt")
     targets = checks.prompts((targets,) if isinstance(targets, str) else targets, "target prompt")
-    checks.share("strength", strength)
     checks.not_negative("source guidance", source_guidance)
     guidance = guidance_of(model, guidance)
     encoded = encode_image(model, image)
     clean = encoded.latent
-    schedule = truncate_schedule(schedule_of(model, steps, clean), strength)
+    whole = schedule_of(model, steps, clean)
+    schedule = truncate_schedule(whole, checks.strength(strength, steps))
     mask_latent = load_latent_mask(mask, encoded)
     predict = SourceAndTargets(
         model,

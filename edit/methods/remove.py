@@ -1,8 +1,7 @@
-"""Removing a thing: it stands where the prompt without it is predicted differently; what that prompt says fills it."""
+"""Removing a thing: it stands where the prompt without it is predicted differently; its surroundings fill the place."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,17 +11,22 @@ from torch import Tensor
 
 from backbone.diffusion.noise import add_noise, generator
 from backbone.diffusion.samplers import deterministic_step
+from backbone.io.console import UserError
 from backbone.models.cache import encode_prompts_cached
 from edit import checks
 from edit.attention.alignment import require, tokenize_prompt
+from edit.attention.control import Control
+from edit.attention.install import control_attention
 from edit.inversion.inversion import Inversion
-from edit.masks import difference_maps, load_latent_mask
+from edit.masks import align_to_edges, difference_maps, evidence_maps, fill_smoothly, load_pixel_mask
+from edit.phrases import things, without
 from edit.pictures import ImageLike
 from edit.result import Result
-from edit.sampling import Frames, guidance_of, nfe_of, refuse_negative
+from edit.sampling import Frames, as_strong_as_state, guidance_of, nfe_of, refuse_negative
 
-ARTICLES = r"(?:(?:a|an|the|two|some|his|her|its)\s+)?"
-CONNECTORS = r"^(?:\s*(?:next to|beside|near|and|with|wearing|,|;|\.))+\s*"
+STRENGTH, GUIDANCE, THRESHOLD = 0.5, 1.0, 0.3
+# Of the image's shorter side: how far a mask is grown around a thing, for its edge and its shadow
+MARGIN = 1 / 64
 
 
 @torch.no_grad()
@@ -32,11 +36,10 @@ def remove(
     *,
     prompt: str | None = None,
     mask: ImageLike | None = None,
-    strength: float = 1.0,
-    guidance: float | None = None,
+    strength: float = STRENGTH,
+    guidance: float = GUIDANCE,
     negative: str = "",
-    threshold: float = 0.25,
-    grow: int = 1,
+    threshold: float = THRESHOLD,
     count: int = 1,
     seed: int = 0,
     frames: int = 0,
@@ -44,81 +47,91 @@ def remove(
 ) -> Result:
     """N = `count` images without what a word of the source prompt names, or what a mask covers (white = remove).
 
-    Blended latent diffusion (Avrahami et al. 2023, algorithm 1) with the stored trajectory as what lies around: inside
-    the mask fresh noise is denoised towards the prompt, outside it is the trajectory itself, so the rest of the image's
-    latent stays exactly. `prompt` is what to see there; without it the source prompt without the word. The mask of a
-    word is where that differs by more than `threshold` of the most, grown by `grow` latents. Image k depends on the
-    seed and k alone. `frames` and `progress` are as in `sdedit`.
+    Blended latent diffusion (Avrahami et al. 2023, algorithm 1) with the stored trajectory as what lies around: outside
+    the mask the state is the trajectory itself, so the rest of the latent stays exactly. Inside, the surroundings,
+    continued smoothly, are noised to `strength` and denoised; at 1 it is noise alone, as free as the prompt leaves it.
+    No query finds keys inside the mask (after Sun et al. 2025, “Attentive Eraser”), so what is drawn there is made of
+    what is around, and not of a thing of its own.
+
+    `prompt` is what to see; without it the source prompt without the word, or nothing where a mask alone is given. The
+    mask of a word is `locate_word`'s. Image k depends on the seed and k alone. `frames` and `progress` are as in
+    `sdedit`.
 
     Raises `UserError` for a word that is not in the prompt, neither a word nor a mask, or a mask of another size.
     """
-    checks.share("strength", strength)
-    checks.share("threshold", threshold)
     model, schedule, states = inversion.model, inversion.schedule, inversion.states.float()
-    refuse_negative(model, negative)
+    checks.share("threshold", threshold)
     guidance = guidance_of(model, guidance)
-    inside = load_latent_mask(mask, inversion.encoded)
-    nfe = 0
-    if inside is None:
+    refuse_negative(model, negative, guidance)
+    first = inversion.start(checks.strength(strength, inversion.steps))
+    pixels, nfe = load_pixel_mask(mask, inversion.encoded), 0
+    if pixels is None:
         checks.prompt(word, "word to remove")
-        inside, nfe = locate_word(inversion, word, threshold=threshold)
-    inside = _grow(inside, grow)
-    seen = without(inversion.prompt, word) if prompt is None else prompt
+        pixels, nfe = locate_word(inversion, word, threshold=threshold)
+    inside = F.adaptive_max_pool2d(pixels[None, None], states.shape[-2:])[0, 0]
+    seen = _prompt_without(inversion.prompt, word) if prompt is None else prompt
     text, empty = (encode_prompts_cached(model, [words] * count) for words in (seen, negative))
     predict, each = model.guided_predictor(text, empty, guidance), nfe_of(model, text, guidance)
-    first = inversion.start(strength)
-    noise = [torch.randn(states.shape[1:], generator=generator(seed, k, "remove")) for k in range(count)]
-    filling = _begin(inversion, torch.stack(noise).to(states), first, strength)
+    random = [torch.randn(states.shape[1:], generator=generator(seed, k, "remove")) for k in range(count)]
+    noise = torch.stack(random).to(states)
+    if strength == 1:
+        filling = as_strong_as_state(noise, schedule[first])
+    else:
+        filling = fill_smoothly(inversion.clean, inside).expand_as(noise)
+        filling = add_noise(filling, noise, schedule[first]) if strength > 0 else filling
     now, kept = torch.where(inside > 0, filling, states[first]), Frames(first, inversion.steps, frames)
-    for step in range(first, inversion.steps):
-        here, there = schedule[step], schedule[step + 1]
-        estimate = predict(now, here)
-        nfe += count * each
-        now = torch.where(inside > 0, deterministic_step(now, estimate, here, there), states[step + 1])
-        kept.add(step, estimate.clean)
-        progress()
+    control = Control(targets=0, hidden=inside)
+    with control_attention(model.denoiser, control, model.family.attention(model.denoiser, text)):
+        for step in range(first, inversion.steps):
+            here, there = schedule[step], schedule[step + 1]
+            estimate = predict(now, here)
+            nfe += count * each
+            now = torch.where(inside > 0, deterministic_step(now, estimate, here, there), states[step + 1])
+            kept.add(step, estimate.clean)
+            progress()
     return Result(
         model=model,
         prompts=(seen,) * count,
         encoded=inversion.encoded,
         latents=now,
         nfe=nfe,
-        masks=inside.expand(count, -1, -1),
+        masks=pixels.expand(count, -1, -1),
         estimates=kept.stack(),
         facts={"guidance": guidance},
         inversions=(inversion,),
     )
 
 
-def _begin(inversion: Inversion, noise: Tensor, first: int, strength: float) -> Tensor:
-    """The states [N, C, H, W] that fill the mask at step `first`: the image noised, or noise alone at strength 1."""
-    level = inversion.schedule[first]
-    if strength < 1:
-        return add_noise(inversion.clean.expand_as(noise), noise, level)
-    return noise * (level.a**2 + level.b**2).sqrt().to(noise)  # as strong as a state of this level
-
-
 @torch.no_grad()
-def locate_word(inversion: Inversion, word: str, *, threshold: float = 0.25) -> tuple[Tensor, int]:
-    """Where a word of the source prompt stands in the image [H, W], 0 or 1, and the NFE.
+def locate_word(inversion: Inversion, word: str, *, threshold: float = THRESHOLD) -> tuple[Tensor, int]:
+    """Where a thing of the source prompt stands in the image [8H, 8W], 0 or 1 in pixels, and the NFE.
 
-    That is where leaving the word out of the prompt changes the predictions (`edit.masks`).
+    That is where leaving it out of the prompt changes the predictions (`difference_maps`) by more than `threshold` of
+    the most, and where its words explain more than those of other things (`evidence_maps`); drawn along the image's
+    edges, with a margin around.
+    `UserError` where there is no such place, or no such word.
     """
-    require([tokenize_prompt(inversion.model.text_encoder.segments, inversion.prompt)], word)
-    maps, nfe = difference_maps(inversion, [(inversion.prompt, without(inversion.prompt, word))])
-    return (maps[0] > threshold).float(), nfe
+    source = inversion.prompt
+    require([tokenize_prompt(inversion.model.text_encoder.segments, source)], word)
+    rest = without(source, word)
+    others = [without(source, thing) for thing in things(source) if thing in things(rest)]
+    maps, nfe = difference_maps(inversion, [(source, rest)])
+    size, places = inversion.image.shape[-2:], maps.shape[-2]
+    own = F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0, 0]
+    if others:
+        evidence, more = evidence_maps(inversion, [rest, *others])
+        large = F.interpolate(evidence[None], size, mode="bilinear", align_corners=False)[0]
+        own, nfe = own * (large[0] > large[1:].amax(0)), nfe + more
+    image = inversion.image.to(own)
+    found = (align_to_edges(own, image, radius=size[0] * 5 // (4 * places)) > threshold).float()
+    if not found.any():
+        raise UserError(
+            f"At threshold {threshold:g} “{word}” is found nowhere. Lower --threshold, or paint it in a --mask."
+        )
+    margin = max(1, round(min(size) * MARGIN))
+    return F.max_pool2d(found[None], 2 * margin + 1, stride=1, padding=margin)[0], nfe
 
 
-def without(prompt: str, phrase: str) -> str:
-    """The prompt without a phrase, its article and what joined it to the rest: what may be seen in its place."""
-    if not phrase.strip():
-        return prompt
-    left = re.sub(rf"\b{ARTICLES}{re.escape(phrase.strip())}\b", " ", prompt, flags=re.IGNORECASE)
-    left = re.sub(r"\s+", " ", left).strip()
-    left = re.sub(CONNECTORS, "", left, flags=re.IGNORECASE)
-    return re.sub(r"(?:\s*(?:next to|beside|near|and|with|wearing|,))+\s*$", "", left, flags=re.IGNORECASE)
-
-
-def _grow(mask: Tensor, by: int) -> Tensor:
-    """The mask [H, W] with `by` latents around it."""
-    return F.max_pool2d(mask[None, None], 2 * by + 1, stride=1, padding=by)[0, 0] if by else mask
+def _prompt_without(source: str, word: str) -> str:
+    """What to see where nobody says it: with a mask alone nobody knows which of the prompt's things it covers."""
+    return without(source, word) if word.strip() else ""

@@ -18,7 +18,14 @@ from edit import checks
 from edit.masks import load_latent_mask
 from edit.pictures import ImageLike, encode_image
 from edit.result import Result
-from edit.sampling import Frames, guidance_of, nfe_of, refuse_negative, schedule_of
+from edit.sampling import (
+    Frames,
+    as_strong_as_state,
+    guidance_of,
+    nfe_of,
+    refuse_negative,
+    schedule_of,
+)
 
 
 @torch.no_grad()
@@ -41,19 +48,19 @@ def sdedit(
 
     Meng et al. 2022, algorithm 1: fresh noise at the level that `strength` names, then deterministic steps. With a mask
     (white = may change), algorithm 3: at every step the rest is the image at that level, with the noise that it began
-    with, so in the end it is the image's own latent. `strength` is diffusers': 0 leaves the image as it is, 1 samples
-    all steps. Image k depends on the seed and k alone. `frames` estimates are kept along the way; `progress` is called
-    after every step.
+    with, so in the end it is the image's own latent. `strength` is diffusers': 0 leaves the image as it is, 1 begins
+    with noise alone, as diffusers' inpainting does, however noisy the first level of the schedule is. Image k depends
+    on the seed and k alone. `frames` estimates are kept along the way; `progress` is called after every step.
 
     Raises `UserError` for an empty prompt, a strength outside 0…1, a mask of another size, an unreadable image.
     """
     checks.prompt(prompt, "prompt")
-    checks.share("strength", strength)
-    refuse_negative(model, negative)
     guidance = guidance_of(model, guidance)
+    refuse_negative(model, negative, guidance)
     encoded = encode_image(model, image)
     clean = encoded.latent
-    schedule = truncate_schedule(schedule_of(model, steps, clean), strength)
+    whole = schedule_of(model, steps, clean)
+    schedule = truncate_schedule(whole, checks.strength(strength, steps))
     mask_latent = load_latent_mask(mask, encoded)
     noise = torch.stack(
         [torch.randn(clean.shape[1:], generator=generator(seed, k, "sdedit")) for k in range(count)]
@@ -66,6 +73,7 @@ def sdedit(
         model.guided_predictor(text, empty, guidance),
         schedule,
         mask=mask_latent,
+        from_noise=strength == 1,
         frames=kept,
         progress=progress,
     )
@@ -88,15 +96,20 @@ def sample_masked(
     schedule: Schedule,
     *,
     mask: Tensor | None,
+    from_noise: bool,
     frames: Frames,
     progress: Callable[[], Any],
 ) -> Tensor:
     """Latents [N, C, H, W] sampled from a clean latent [1, C, H, W] with noise [N, C, H, W] at the first level.
 
-    Where `mask` [H, W] is 0 the state is, at every level, the clean latent with the same noise.
+    Where `mask` [H, W] is 0 the state is, at every level, the clean latent with the same noise. `from_noise` leaves the
+    clean latent out of the first state, where the mask is not 0.
     """
     clean = clean.expand_as(noise)
     now = add_noise(clean, noise, schedule[0]) if len(schedule) > 1 else clean
+    if from_noise:
+        alone = as_strong_as_state(noise, schedule[0])
+        now = alone if mask is None else torch.where(mask > 0, alone, now)
     for step, (here, there) in enumerate(pairwise(schedule)):
         estimate = predict(now, here)
         now = deterministic_step(now, estimate, here, there)

@@ -13,10 +13,12 @@ from edit import checks
 from edit.methods.compose import compose
 from edit.methods.flow_edit import flow_edit
 from edit.methods.interpolate import interpolate
+from edit.methods.prompt_to_prompt.regions import refuse_ambiguous_auto
 from edit.methods.prompt_to_prompt.replace import align_prompts, check_supported
 from edit.methods.prompt_to_prompt.replace import replace as replace_words
-from edit.methods.remove import remove, without
+from edit.methods.remove import STRENGTH, remove
 from edit.methods.sdedit import sdedit
+from edit.phrases import without
 from edit.pictures import ImageLike
 from edit.result import Result
 from edit.run.open import FRAMES, START, ModelWithConcepts, Start, pick, replace_settings
@@ -59,6 +61,7 @@ def run_replace(
     else:
         prompt = inversion.prompt
     alignments = align_prompts(loaded.model, prompt, resolved, asked)
+    refuse_ambiguous_auto(settings.get("blend") or (), alignments)
     if inversion is None:
         inversion = start.open(loaded, guidance=asked.guidance)
     for target, alignment in zip(targets, alignments, strict=True):
@@ -114,20 +117,24 @@ def run_remove(
     word: str = "",
     prompt: str | None = None,
     mask: ImageLike | None = None,
-    strength: float = 1.0,
+    strength: float = STRENGTH,
     **settings: Any,
 ) -> Result:
     """`edit remove`."""
     if not word.strip() and mask is None:
         raise UserError("Neither a word to remove nor a mask is given. Say --remove WORD, or --mask PNG.")
     inversion = start.open(loaded)
+    source = start.source or inversion.prompt
+    seen = prompt if prompt is not None else without(source, word) if word.strip() else ""
+    if prompt is None:
+        notify(
+            f"Without {word or 'what the mask covers'}: “{seen}”" if seen else "Nothing is left to be said."
+        )
     with progress(inversion.steps - inversion.start(checks.share("strength", strength)), "removing") as bar:
         result = remove(
             inversion, loaded.resolve(word), prompt=None if prompt is None else loaded.resolve(prompt), mask=mask,
             strength=strength, seed=start.seed, progress=bar.advance, **_settings(loaded, **settings),
         )  # fmt: skip
-    source = start.source or inversion.prompt
-    seen = without(source, word) if prompt is None else prompt
     title = f"without {word or 'what the mask covers'}: {source}"
     return replace(result, prompts=(seen,) * len(result.prompts), title=title)
 

@@ -8,7 +8,11 @@ from typing import Any
 
 from backbone.evaluation.image_metrics import psnr
 from edit.inversion.inversion import Inversion, read_source_prompt, reconstruct
-from edit.methods.prompt_to_prompt.regions import blended_words, prompts_to_compare
+from edit.methods.prompt_to_prompt.regions import (
+    blended_words,
+    prompts_to_compare,
+    refuse_ambiguous_auto,
+)
 from edit.methods.prompt_to_prompt.replace import align_prompts
 from edit.methods.prompt_to_prompt.settings import AUTO
 from edit.pictures import ImageLike
@@ -53,8 +57,10 @@ def print_alignment(wishes: Mapping[str, Any]) -> list[str]:
     source = wishes["source"]
     prompt = read_source_prompt(wishes["inversion"]) if source is None else loaded.resolve(source)
     targets = [loaded.resolve(target) for target in wishes["targets"]]
+    alignments = align_prompts(loaded.model, prompt, targets, settings)
+    refuse_ambiguous_auto(wishes.get("blend") or (), alignments)
     lines = []
-    for alignment in align_prompts(loaded.model, prompt, targets, settings):
+    for alignment in alignments:
         named = blended_words(alignment, settings.blend)
         words = ", ".join(dict.fromkeys(word.text for side in named for word in side))
         places = [f"where these stand: {words}"] if words else []

@@ -17,13 +17,14 @@ from backbone.io.console import UserError
 from backbone.io.files import content_hash, make_empty_folder, make_numbered_folder, read_json
 from backbone.io.records import read_as
 from backbone.io.run_folder import hold_folder
-from edit.pictures import read_image
+from edit.pictures import read_image, read_mask
 from edit.run.commands import COMMANDS
 from edit.run.figures import figures_of_run, find_scorer, measure_edits, peak_memory_mb, reset_peak_memory
 from edit.run.open import OPENING, ModelWithConcepts, load_model, pick
 from edit.run.report import INVERSION, RECORD, publish
 
 MEASURING = ("metrics", "scorer")
+OF_AN_INVERSION = ("method", "steps", "iterations")  # said by its file, where there is one
 FILES = ("image", "inversion", "mask", "first", "second")
 WISH_TYPES: dict[str, Any] = {  # of a record's settings
     **dict.fromkeys(FILES, str | None),
@@ -118,8 +119,14 @@ def _run(
     command = COMMANDS[name]
     # Every image is read once, here or by the caller; the record holds its path and what was in it
     given = {file: wishes[file] for file in FILES if wishes.get(file) is not None}
-    images = {file: read_image(value) for file, value in given.items() if file != "inversion"}
+    images = {
+        file: read_mask(value) if file == "mask" else read_image(value)
+        for file, value in given.items()
+        if file != "inversion"
+    }
     settings = {**wishes, **{file: image.name for file, image in images.items()}}
+    if wishes.get("inversion") is not None:
+        settings = {wish: value for wish, value in settings.items() if wish not in OF_AN_INVERSION}
     files = {
         str(settings[file]): images[file].content if file in images else content_hash(Path(given[file]))
         for file in given

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from align.pairs.choices import CHOICES, read_choices, replay
+from backbone.io.files import read_json, write_json
 from tests.align.browser import Browser, Tab
 from tests.align.browser import started as browser_started
 from tests.align.test_label import folder_of
@@ -197,6 +198,45 @@ def test_it_fits_a_phone(browser: Browser, address: str) -> None:
     assert tab.run("document.documentElement.scrollWidth") <= 390
     shown = "[...document.querySelectorAll('button')].filter(b => b.checkVisibility())"
     assert min(tab.run(f"{shown}.map(b => b.offsetHeight)")) >= 40  # big enough for a thumb
+
+
+def test_both_pictures_are_seen_on_a_phone_however_long_the_prompt(browser: Browser, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, prompts=1)
+    record = read_json(folder / "samples.json")
+    record["prompts"][0]["prompt"] = "חתול אדום בפארק (2). " + "a very long prompt " * 47
+    write_json(folder / "samples.json", record)
+    process, where = label_started(folder)
+    try:
+        tab = browser.open(where)
+        for width, height in ((390, 844), (360, 640), (844, 390), (1200, 800)):
+            tab.size(width, height)
+            ready(tab)
+            bottoms = "[...document.images].map(image => image.getBoundingClientRect().bottom)"
+            assert max(tab.run(bottoms)) <= height
+        assert tab.run("getComputedStyle(document.getElementById('prompt')).direction") == "rtl"
+        seen(tab, "long")
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def test_what_cannot_be_shown_is_said_until_it_is_skipped(
+    browser: Browser, folder: Path, address: str
+) -> None:
+    tab = browser.open(address)
+    ready(tab)
+    for path in folder.glob("pictures/*-s00.png"):
+        path.unlink()
+    tab.press("ArrowLeft")  # this pair is there still
+    message = "document.getElementById('message').textContent"
+    for number in (1, 2):
+        tab.until(f"state.number === {number} && {message}.includes('cannot be shown; skip it') && !busy")
+        tab.run("document.getElementById('reload').click()")
+        tab.until(f"{message}.includes('cannot be shown; skip it') && !busy")
+        tab.press("ArrowLeft")  # which is no answer now
+        tab.press("s")
+    tab.until("state.number === 3")
+    assert verdicts(folder) == ["left", "skip", "skip"]
 
 
 def test_nothing_is_fetched_from_elsewhere(browser: Browser, address: str) -> None:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from align.cli import app
 from align.pairs.read import read_preferences
 from align.pairs.samples import image_name
-from align.settings import read_settings
+from align.settings import WITH_BETA, read_settings
 from align.training.memory import budgeted
 from backbone.adapters.concept import read_concept
 from backbone.io.console import UserError
@@ -322,6 +322,32 @@ def bad_sources(folder: Path) -> dict[str, tuple[Path, str]]:
     pyarrow.parquet.write_table(pyarrow.table({"caption": ["a"], "jpg_0": [b""]}), table)
     found["columns"] = (table, "has the columns")
     return found
+
+
+@pytest.mark.parametrize("loss", WITH_BETA)
+def test_what_would_learn_nothing_is_refused(tmp_path: Path, loss: str) -> None:
+    assert f"With --beta 0 {loss} compares nothing" in refused("train", tmp_path, "--loss", loss, "--beta", 0)
+    assert "--lora-alpha is 0" in refused("train", tmp_path, "--loss", loss, "--lora-alpha", 0)
+
+
+def test_check_says_what_train_learns_from(
+    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three choices, a tie and a row without a label, of five prompts."""
+    rows: list[dict[str, object]] = []
+    for number, label in enumerate((1, 0, 1, 0.5, 0.5)):
+        for side in range(2):
+            picture(2 * number + side).save(tmp_path / f"{2 * number + side}.png")
+        images = {"image_0": f"{2 * number}.png", "image_1": f"{2 * number + 1}.png"}
+        rows.append({"prompt": FIVE[number], **images, "label_0": label, "has_label": number < 4})
+    pairs = write_lines(tmp_path / "pairs.jsonl", rows)
+    done = CliRunner().invoke(app, ["check", str(pairs), "--json"])
+    said = json.loads(done.stdout)
+    assert (said["train"], said["held_out"], said["without_label"]) == (2, 1, 1)
+    assert "train on 2 pairs of 2 prompts and hold out 1 pair of 1 prompt." in done.stderr
+    where = ("--model", tiny_folder, "--precision", "fp32", "--device", "cpu", "--out", tmp_path / "run")
+    done = CliRunner().invoke(app, list(map(str, ("train", pairs, *where, *TRAIN, "--steps", 1))))
+    assert "Learning from 2 pairs of 2 prompts; held out: 1 pair of 1 prompt." in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,13 @@ import pytest
 from starlette.testclient import TestClient
 
 from align.collect.label import server
-from align.collect.label.server import build_app
+from align.collect.label.server import build_app, serve
 from align.collect.label.session import (
     REPEAT_SHARE,
     LabelPair,
     Session,
     StaleAnswer,
+    leave_out_unreadable,
     list_label_pairs,
     lock_folder,
 )
@@ -126,6 +127,45 @@ def test_about_one_question_in_ten_is_an_earlier_one_again(tmp_path: Path) -> No
     assert session.answered == 150
     assert session.agreement[1] == repeats
     assert len(read_preferences(folder).pairs) == 150
+
+
+def test_each_person_is_asked_everything(folder: Path) -> None:
+    for user in ("ann", "bob"):
+        session = Session(folder, asked(folder), user=user)
+        assert session.answered == 0
+        while (question := session.question) is not None:
+            session.answer(question.number, "left" if user == "ann" else "right")
+        assert Session(folder, asked(folder), user=user).answered == 4
+    assert len(read_preferences(folder).pairs) == 8
+    for user in ("ann", "bob"):
+        own = read_preferences(folder, user=user).pairs
+        assert len(own) == 4 and {pair.user for pair in own} == {user}
+
+
+def test_what_cannot_be_shown_is_named_and_not_asked(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from align.pairs.samples import read_samples
+
+    (folder / "pictures/p00001-s00.png").write_bytes(b"")
+    prompts, pictures = read_samples(folder)
+    shown = leave_out_unreadable(folder, pictures)
+    assert "p00001-s00.png is empty (0 bytes), so it is not asked about." in capsys.readouterr().err
+    pairs = list_label_pairs([prompt.text for prompt in prompts], shown)
+    assert len(pairs) == 3 and "p00001" not in "".join(pair.name for pair in pairs)
+    for path in folder.glob("pictures/*-s00.png"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(UserError, match="no two usable pictures"):
+        leave_out_unreadable(folder, pictures)
+
+
+def test_a_pair_whose_picture_is_gone_can_be_skipped(client: TestClient, folder: Path) -> None:
+    assert client.get(f"/{TOKEN}/picture/0/left").status_code == 200
+    for path in folder.glob("pictures/*.png"):
+        path.unlink()
+    assert client.get(f"/{TOKEN}/picture/0/left").status_code == 404
+    assert choose(client, "skip").status_code == 200
+    assert state(client)["answered"] == 1
 
 
 # What is kept -----------------------------------------------------------------------------------------------
@@ -332,6 +372,33 @@ def test_a_picture_of_a_question_that_is_over_is_gone(client: TestClient) -> Non
     assert client.get(f"/{TOKEN}/picture/0/left").status_code == 410
 
 
+def test_the_page_is_opened_where_there_is_a_screen(
+    session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And when its address is said somebody listens there."""
+    opened: list[str] = []
+
+    class Server:
+        def __init__(self, config: object) -> None:
+            pass
+
+        def run(self, sockets: list[socket.socket]) -> None:
+            address = capsys.readouterr().err.split()[1]
+            port = int(address.split(":")[2].split("/")[0])
+            with socket.create_connection(("127.0.0.1", port), timeout=5):
+                assert opened in ([], [address])
+
+    monkeypatch.setattr("uvicorn.Server", Server)
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    monkeypatch.setattr("sys.platform", "linux")
+    for screen, wanted, times in ((":0", True, 1), (":0", False, 0), ("", True, 0)):
+        monkeypatch.setenv("DISPLAY", screen)
+        monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+        opened.clear()
+        serve(session, browser=wanted)
+        assert len(opened) == times
+
+
 # The real server --------------------------------------------------------------------------------------------
 
 
@@ -354,7 +421,7 @@ def test_the_server_listens_on_this_machine_alone_and_survives_a_kill(tmp_path: 
 def started(folder: Path) -> tuple[subprocess.Popen[str], str]:
     """`align label` in a process of its own, and its address."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "align.cli", "label", str(folder)],
+        [sys.executable, "-m", "align.cli", "label", str(folder), "--no-browser"],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},

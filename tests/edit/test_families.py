@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -180,7 +181,8 @@ def test_every_inversion_is_edited_or_refused(family: Open, name: str, method: M
         with pytest.raises(UserError, match="no prediction without a prompt"):
             invert(model, photo(), SOURCE, method=method, steps=2)
         return
-    inversion = invert(model, photo(), SOURCE, method=method, steps=2, guidance=3.0, iterations=1)
+    steps = 3 if method == "reversible" else 2
+    inversion = invert(model, photo(), SOURCE, method=method, steps=steps, guidance=3.0, iterations=1)
     edited = replace(inversion, TARGET, ReplaceSettings(guidance=3.0, blend=()))
     if inversion.overwrites:
         assert edited.trajectory is not None
@@ -214,11 +216,11 @@ def test_controls_that_a_transformer_has_and_one_that_it_has_not(
 @each
 def test_a_word_s_place_is_found_and_only_it_is_filled(inverted: Callable[..., Inversion], name: str) -> None:
     inversion = inverted(name, steps=5)
-    places, asked = locate_word(inversion, "cat", threshold=0.999)
+    places, asked = locate_word(inversion, "cat", threshold=0.6)
     assert asked > 0 and 0 < places.sum() < places.numel()
-    kept = remove(inversion, "cat", threshold=0.999)
-    assert kept.masks is not None
-    outside = kept.masks[0] == 0
+    kept = remove(inversion, "cat", threshold=0.6)
+    assert kept.masks is not None and torch.equal(kept.masks[0], places)
+    outside = F.adaptive_max_pool2d(places[None, None], inversion.clean.shape[-2:])[0, 0] == 0
     assert torch.equal(kept.latents[0][:, outside], inversion.clean[:, outside])
     assert deviation(kept.latents[0][:, ~outside], inversion.clean[:, ~outside]) > 1e-3
 

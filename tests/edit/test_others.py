@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,13 @@ from backbone.io.console import UserError
 from backbone.media.transforms import to_tensor
 from backbone.models.model import Backbone
 from edit.inversion.inversion import Inversion, invert
+from edit.masks import align_to_edges, evidence_maps, fill_smoothly
 from edit.methods.compose import compose
 from edit.methods.flow_edit import flow_edit
 from edit.methods.interpolate import interpolate, slerp
-from edit.methods.remove import locate_word, remove, without
+from edit.methods.prompt_to_prompt.replace import replace as prompt_to_prompt
+from edit.methods.prompt_to_prompt.settings import ReplaceSettings
+from edit.methods.remove import locate_word, remove
 from edit.methods.sdedit import sdedit
 from tests.edit.methods.prompt_to_prompt.test_replace import SOURCE, STEPS, TARGET, deviation, left_half
 from tests.edit.models import PATHS, photo, tiny_on
@@ -46,6 +51,29 @@ def test_without_strength_the_picture_stays_and_with_it_changes(tiny_folder: Pat
     assert deviation(latents[1], latents[2]) > 1e-3
 
 
+@paths
+def test_at_strength_one_nothing_of_the_picture_is_left(tiny_folder: Path, path: Any) -> None:
+    model = tiny_on(tiny_folder, *path)
+    for steps in (1, 4):
+        one, other = (
+            sdedit(model, photo(seed=seed), SOURCE, strength=1.0, steps=steps).latents for seed in (0, 1)
+        )
+        assert torch.equal(one, other)
+
+
+def test_a_strength_that_is_no_step_is_refused(tiny: Backbone, inversion: Inversion) -> None:
+    edits: list[Callable[[], object]] = [
+        lambda: sdedit(tiny, photo(), SOURCE, strength=0.3, steps=3),
+        lambda: flow_edit(tiny, photo(), SOURCE, [TARGET], strength=0.3, steps=3),
+        lambda: compose(inversion, [("a red dog", 1.0)], strength=0.1),
+        lambda: remove(inversion, "cat", strength=0.1),
+        lambda: prompt_to_prompt(inversion, TARGET, ReplaceSettings(strength=0.1)),
+    ]
+    for edit in edits:
+        with pytest.raises(UserError, match="is less than one of"):
+            edit()
+
+
 def test_a_noised_picture_depends_on_its_number_and_the_seed_alone(tiny: Backbone) -> None:
     three = sdedit(tiny, photo(), SOURCE, steps=4, count=3).latents
     assert deviation(three[0], sdedit(tiny, photo(), SOURCE, steps=4).latents[0]) < 1e-4
@@ -67,7 +95,9 @@ def test_noising_a_masked_part_leaves_the_rest_of_the_latent(tiny: Backbone) -> 
         ({"prompt": " "}, "empty"),
         ({"strength": 1.2}, "between 0 and 1"),
         ({"steps": 0}, "cannot sample in"),
-        ({"mask": Image.new("L", (5, 5))}, "5 × 5 pixels"),
+        ({"mask": Image.new("L", (5, 5), 255)}, "5 × 5 pixels"),
+        ({"mask": Image.new("L", (64, 64))}, "The mask lets nothing change"),
+        ({"negative": "red", "guidance": 1.0}, "At guidance 1 nothing stays away from “red”"),
         ({"image": "nowhere.png"}, "does not exist"),
         ({"guidance": -2.0}, "negative"),
     ],
@@ -157,36 +187,114 @@ def test_composing_stays_inside_a_mask_and_wants_a_prompt(inversion: Inversion) 
 
 
 def test_removing_leaves_everything_else_exactly(inversion: Inversion) -> None:
-    removed = remove(inversion, mask=left_half(), prompt="the snow", count=2, grow=0)
+    removed = remove(inversion, mask=left_half(), prompt="the snow", count=2)
     assert torch.equal(removed.latents[..., 4:], inversion.clean[..., 4:].expand(2, -1, -1, -1))
     assert deviation(removed.latents[0][..., :4], removed.latents[1][..., :4]) > 1e-2
-    assert removed.nfe == STEPS * 2 * 2
+    # Unguided one sample of each image for each step that is walked; guided two
+    walked = int(STEPS * 0.5)
+    assert removed.nfe == walked * 2
+    assert remove(inversion, mask=left_half(), guidance=3.0, strength=1.0).nfe == STEPS * 2
+    # In pixels too, but for one beside the mask
+    assert torch.equal(removed.decoded[1:, ..., 33:], removed.decoded[:1, ..., 33:].expand(2, -1, -1, -1))
 
 
-def test_the_locate_word_a_word_is_where_the_prompt_without_it_differs(inversion: Inversion) -> None:
-    everywhere, _ = locate_word(inversion, "cat", threshold=0.0)
-    narrow, asked = locate_word(inversion, "cat", threshold=0.95)
-    assert everywhere.all() and 0 < narrow.sum() < narrow.numel()
-    assert asked > 0
-    removed = remove(inversion, "cat", threshold=0.95, grow=0)
-    kept = narrow == 0
-    assert torch.equal(removed.latents[0][:, kept], inversion.clean[:, kept])
-    assert removed.nfe == asked + 2 * STEPS
+def test_at_no_strength_the_surroundings_are_continued(inversion: Inversion) -> None:
+    removed = remove(inversion, mask=left_half(), strength=0.0)
+    inside = torch.zeros(8, 8)
+    inside[:, :4] = 1
+    assert deviation(removed.latents[0], fill_smoothly(inversion.clean, inside)) < 1e-6
+    assert removed.nfe == 0
 
 
-@pytest.mark.parametrize(
-    ("prompt", "phrase", "left"),
-    [
-        ("a cat in the snow", "cat", "in the snow"),
-        ("a cat next to a dog in a park", "cat", "a dog in a park"),
-        ("a cat next to a dog in a park", "dog", "a cat next to in a park"),
-        ("a dog wearing a crown", "crown", "a dog"),
-        ("A Cat", "cat", ""),
-        ("a caterpillar and a cat", "cat", "a caterpillar"),
-    ],
-)
-def test_what_is_left_of_a_prompt(prompt: str, phrase: str, left: str) -> None:
-    assert without(prompt, phrase) == left
+def test_what_is_drawn_depends_on_nothing_that_was_removed(tiny: Backbone) -> None:
+    """Two pictures that differ under the mask alone, on the same trajectory around it."""
+    first = invert(tiny, photo(), SOURCE, steps=STEPS)
+    states = first.states.clone()
+    states[..., :4] = torch.randn(states[..., :4].shape, generator=torch.Generator().manual_seed(0))
+    for strength in (0.6, 1.0):
+        one, other = (
+            remove(inversion, mask=left_half(), strength=strength).latents
+            for inversion in (first, replace(first, states=states))
+        )
+        assert deviation(one, other) < 1e-5
+
+
+def test_a_word_is_where_the_prompt_without_it_is_predicted_differently(inversion: Inversion) -> None:
+    wide, _ = locate_word(inversion, "cat", threshold=0.1)
+    narrow, asked = locate_word(inversion, "cat", threshold=0.6)
+    assert 0 < narrow.sum() < wide.sum() and bool((wide >= narrow).all())
+    removed = remove(inversion, "cat", threshold=0.6)
+    assert removed.masks is not None and torch.equal(removed.masks[0], narrow)
+    assert removed.nfe == asked + int(STEPS * 0.5)
+    with pytest.raises(UserError, match="“cat” is found nowhere"):
+        locate_word(inversion, "cat", threshold=1.0)
+
+
+def test_a_place_of_another_thing_is_not_the_removed_one_s(
+    tiny: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Leaving out the cat changes the predictions where the dog is too, which the dog's words explain."""
+    asked: list[Sequence[str]] = []
+    cat, dog = torch.zeros(8, 8), torch.zeros(8, 8)
+    cat[:, :3] = dog[:, 5:] = 1.0
+
+    def differences(inversion: Inversion, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, int]:
+        return torch.ones(len(pairs), 8, 8) * (cat + dog), 5
+
+    def evidence(inversion: Inversion, prompts: Sequence[str]) -> tuple[Tensor, int]:
+        asked.append(prompts)
+        return torch.stack([cat, dog]), 7
+
+    monkeypatch.setattr("edit.methods.remove.difference_maps", differences)
+    monkeypatch.setattr("edit.methods.remove.evidence_maps", evidence)
+    flat = Image.new("RGB", (64, 64), "grey")
+    places, nfe = locate_word(invert(tiny, flat, "a cat and a red dog in the snow", steps=STEPS), "cat")
+    assert asked == [["a red dog in the snow", "a cat in the snow"]] and nfe == 12
+    assert bool(places[:, :16].all()) and not bool(places[:, 40:].any())
+    alone, nfe = locate_word(invert(tiny, flat, "a cat in the snow", steps=STEPS), "cat")
+    assert len(asked) == 1 and nfe == 5 and bool(alone[:, 48:].all())
+
+
+def test_evidence_is_where_a_prompt_explains_the_picture_worse(tiny: Backbone) -> None:
+    inversion = invert(tiny, photo(), SOURCE, steps=10)
+    maps, nfe = evidence_maps(inversion, [SOURCE, TARGET])
+    assert maps.shape == (2, 8, 8) and nfe == 3 * 7 * 3
+    assert not bool(maps[0].any()) and bool(maps[1].any())
+    again, _ = evidence_maps(inversion, [SOURCE, TARGET])
+    assert torch.equal(maps, again)
+
+
+def test_nothing_but_a_mask_is_filled_without_words(inversion: Inversion) -> None:
+    removed = remove(inversion, mask=left_half())
+    assert removed.prompts == ("",)
+    assert remove(inversion, "cat", mask=left_half()).prompts == ("in the snow",)
+
+
+def test_a_smooth_filling_is_harmonic_and_leaves_what_is_known() -> None:
+    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(48.0), indexing="ij")
+    plane = torch.stack([2 * x - y, y])  # harmonic itself
+    inside = torch.zeros(32, 48)
+    inside[8:25, 10:40] = 1
+    spoiled = torch.where(inside > 0, torch.full_like(plane, 100.0), plane)
+    filled = fill_smoothly(spoiled, inside, rounds=300)
+    assert torch.equal(filled[:, inside == 0], plane[:, inside == 0])
+    assert deviation(filled, plane) < 0.5
+    quick = fill_smoothly(spoiled, inside)
+    assert float(quick.min()) >= float(plane.min()) and float(quick.max()) <= float(plane.max())
+    assert torch.equal(fill_smoothly(plane, torch.zeros(32, 48)), plane)
+
+
+def test_places_are_drawn_along_the_edges_of_the_image() -> None:
+    image = -torch.ones(3, 64, 64)
+    image[0, 20:44, 20:44] = 1  # a square, and a blurred idea of where it is
+    blurred = torch.zeros(64, 64)
+    blurred[16:48, 16:48] = 0.5
+    blurred[22:42, 22:42] = 1
+    found = align_to_edges(blurred, image, radius=10) > 0.6
+    square = image[0] > 0
+    assert float((found & square).sum() / (found | square).sum()) > 0.95
+    flat = align_to_edges(blurred, torch.zeros(3, 64, 64), radius=10)  # no edges: it is only blurred
+    assert float(flat.max()) <= 1.001 and float(flat.std()) > 0.1
 
 
 def test_a_word_that_is_not_there_cannot_be_removed(inversion: Inversion) -> None:

@@ -9,9 +9,12 @@ address tells which picture is whose.
 from __future__ import annotations
 
 import mimetypes
+import os
 import secrets
 import signal
 import socket
+import sys
+import webbrowser
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,8 +147,11 @@ class LocalOnly:
         return None
 
 
-def serve(session: Session, *, port: int = 0, token: str | None = None) -> None:
-    """Serves until Ctrl-C and says the address first. Port 0 takes a free one; `UserError` when a port is taken."""
+def serve(session: Session, *, port: int = 0, token: str | None = None, browser: bool = False) -> None:
+    """Serves until Ctrl-C, and says the address once it listens; `browser` opens it where there is a screen.
+
+    Port 0 takes a free one; `UserError` when a port is taken.
+    """
     import uvicorn
 
     token = token or secrets.token_urlsafe(16)
@@ -160,7 +166,10 @@ def serve(session: Session, *, port: int = 0, token: str | None = None) -> None:
         port = listening.getsockname()[1]
         app = build_app(session, token=token, port=port)
         listening.listen()
-        notify(f"Open http://127.0.0.1:{port}/{token}/ (Ctrl-C ends; every choice is kept as it is made).")
+        address = f"http://127.0.0.1:{port}/{token}/"
+        notify(f"Open {address} (Ctrl-C ends; every choice is kept as it is made).")
+        if browser and has_screen():
+            webbrowser.open(address)
         quiet: dict[str, Any] = {"log_level": "error", "access_log": False, "server_header": False}
         config = uvicorn.Config(app, lifespan="off", http=_impatient_protocol(), **quiet)
         # A polite end is an end: uvicorn sends the signal on once it has stopped.
@@ -201,6 +210,13 @@ def _impatient_protocol() -> Any:
                 self.transport.close()
 
     return ImpatientProtocol
+
+
+def has_screen() -> bool:
+    """Whether a browser can show a window here; `webbrowser` would take one that writes into the terminal."""
+    if sys.platform in ("win32", "darwin"):
+        return True
+    return any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
 
 
 def _state(session: Session) -> dict[str, Any]:

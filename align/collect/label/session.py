@@ -27,7 +27,9 @@ from align.pairs.choices import (
     replay,
 )
 from backbone.evaluation.statistics import Interval, wilson_interval
-from backbone.io.console import UserError
+from backbone.io.console import UserError, notify, progress
+from backbone.media.decode import BadImageError
+from backbone.media.pictures import ImageRecord
 
 REPEAT_SHARE = 0.1  # probability that a question is a hidden repeat
 REPEAT_DISTANCE = 5  # least number of questions between a pair and its repeat
@@ -59,8 +61,10 @@ class StaleAnswer(Exception):
 
 
 class Session:
-    """One labeller's work on a folder. State is read from the log at the start, and each answer is on disk before the
-    next question is given."""
+    """One labeller's work on a folder, whatever others chose there before.
+
+    State is read from the log at the start, and each answer is on disk before the next question is given.
+    """
 
     def __init__(self, folder: Path, pairs: Sequence[LabelPair], *, seed: int = 0, user: str = "") -> None:
         if not pairs:
@@ -69,7 +73,9 @@ class Session:
         self.pairs = {pair.name: pair for pair in pairs}
         self.path = folder / CHOICES
         entries = read_choices(self.path)
-        self.choices = [choice for choice in replay(entries) if choice.pair in self.pairs]
+        self.choices = [
+            choice for choice in replay(entries) if choice.pair in self.pairs and choice.user == user
+        ]
         self.next_number = 1 + max(
             (entry.number for entry in entries if isinstance(entry, Choice)), default=-1
         )
@@ -149,6 +155,29 @@ class Session:
     def _random(self, what: str) -> random.Random:
         """Random generator of the open question: the same after a restart, and after an undo."""
         return random.Random(f"{self.seed}/{len(self.choices)}/{what}")
+
+
+def leave_out_unreadable(folder: Path, pictures: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The images of each prompt that can be shown; a line names each that cannot.
+
+    Raises `UserError` where no prompt has two left.
+    """
+    kept: list[list[str]] = []
+    with progress(sum(map(len, pictures)), "reading") as bar:
+        for names in pictures:
+            kept.append([])
+            for name in names:
+                try:
+                    ImageRecord(folder / name).open(at_least=64)
+                    kept[-1].append(name)
+                except BadImageError as error:
+                    notify(f"{error.name} {error.reason}, so it is not asked about.")
+                bar.advance(images=1)
+    if all(len(names) < 2 for names in kept):
+        raise UserError(
+            f"{folder} holds no two usable pictures of one prompt. Draw them with `align sample`."
+        )
+    return kept
 
 
 def list_label_pairs(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backbone.io.console import UserError
 from edit.attention.alignment import Alignment, Word, token_mask
 from edit.attention.control import Maps
 from edit.inversion.inversion import Inversion
@@ -118,7 +119,7 @@ class Regions:
     def _pairs(self) -> dict[int, tuple[str, str]]:
         pairs = {}
         for n, alignment in enumerate(self.alignments):
-            if AUTO in self.settings.blend and not _contains(alignment, AUTO):
+            if AUTO in self.settings.blend:
                 pair = prompts_to_compare(alignment, self.settings.weights)
                 if pair is not None:
                     pairs[n] = pair
@@ -134,7 +135,17 @@ def threshold_maps(maps: Tensor, size: tuple[int, int], threshold: float) -> Ten
 
 def blended_words(alignment: Alignment, phrases: Sequence[str]) -> tuple[list[Word], list[Word]]:
     """The words of the source and the target that were named, in whose place an edit may happen."""
-    return _words(alignment, [phrase for phrase in phrases if phrase != AUTO or _contains(alignment, AUTO)])
+    return _words(alignment, [phrase for phrase in phrases if phrase != AUTO])
+
+
+def refuse_ambiguous_auto(asked: Sequence[str], alignments: Sequence[Alignment]) -> None:
+    """`UserError` where `auto` was asked for and is a word of a prompt too."""
+    prompts = [prompt for one in alignments for prompt in (one.source, one.target)]
+    if AUTO in asked and any(prompt.find(AUTO) for prompt in prompts):
+        raise UserError(
+            f"--blend {AUTO} is wherever the prompts differ, and “{AUTO}” is a word of a prompt too. Leave --blend out "
+            "for the former; for the latter name the word together with a neighbour."
+        )
 
 
 def prompts_to_compare(alignment: Alignment, weights: Mapping[str, float]) -> tuple[str, str] | None:
@@ -163,7 +174,3 @@ def _words(alignment: Alignment, phrases: Sequence[str]) -> tuple[list[Word], li
     """The words that phrases name in the source and the target."""
     pairs = [alignment.find_both(phrase) for phrase in phrases]
     return [word for old, _ in pairs for word in old], [word for _, new in pairs for word in new]
-
-
-def _contains(alignment: Alignment, phrase: str) -> bool:
-    return any(prompt.find(phrase) for prompt in (alignment.source, alignment.target))

@@ -23,6 +23,7 @@ from backbone.families.base import AttentionLayout
 from backbone.io.console import UserError
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
+from edit import checks
 from edit.attention.alignment import Alignment, Span, align, require, tokenize_prompt
 from edit.attention.control import Control, Maps
 from edit.attention.install import control_attention
@@ -57,7 +58,7 @@ def replace(
     check_supported(model, settings)
     if alignments is None:
         alignments = align_prompts(model, inversion.prompt, targets, settings)
-    first = inversion.start(settings.strength)
+    first = inversion.start(checks.strength(settings.strength, steps))
     if settings.heatmaps and first == steps:
         raise UserError(
             "Nothing is sampled at this strength, so no attention can be read. Leave --heatmap out."
@@ -128,7 +129,7 @@ def check_supported(model: Backbone, settings: ReplaceSettings) -> None:
             f"plug-and-play takes the features of a UNet, and the denoiser of {model.location.name} is none. "
             "Choose --control prompt-to-prompt or masactrl."
         )
-    refuse_negative(model, settings.negative)
+    refuse_negative(model, settings.negative, settings.guidance)
 
 
 def align_prompts(

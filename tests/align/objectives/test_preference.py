@@ -94,6 +94,11 @@ def no_bank_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+def test_what_diverges_says_what_to_lower(tiny_folder: Path, pairs_file: Path) -> None:
+    with pytest.raises(UserError, match=r"stopped at step 1: .* Lower --learning-rate or --beta"):
+        trained(training(tiny_folder, pairs_file, beta=1e36))
+
+
 # The start --------------------------------------------------------------------------------------------------
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,12 @@ from align.pairs.read import read_preferences
 from align.pairs.records import (
     Pair,
     Preferences,
+    Record,
+    Single,
     check_preferences,
+    describe_contradictions,
     describe_records,
+    find_contradictions,
     normalize_prompt,
     refuse_another_model,
     split_held_out,
@@ -216,6 +222,15 @@ def test_consistency_looks_at_pictures_not_at_sides() -> None:
     assert measure_consistency(choices).repeats == 2
 
 
+def test_each_person_s_answers_stand_beside_the_others() -> None:
+    ann, bob = (replace(choice(number, "x", "left"), user=user) for number, user in enumerate(("ann", "bob")))
+    again = replace(choice(2, "x", "right"), user="bob")
+    hidden = replace(choice(3, "x", "left", repeat=True), user="ann")
+    standing = replay([ann, bob, again, hidden])
+    assert [(c.user, c.verdict) for c in standing] == [("ann", "left"), ("bob", "right"), ("ann", "left")]
+    assert measure_consistency(standing).agreed == measure_consistency(standing).repeats == 1
+
+
 def test_a_line_that_a_crash_cut_off_costs_only_itself(tmp_path: Path) -> None:
     path = tmp_path / CHOICES
     append_entry(path, choice(0, "x", "left"))
@@ -272,6 +287,23 @@ def picture_record() -> Any:
     return ImageRecord(Path("none.png"))
 
 
+def test_of_single_images_both_classes_are_learned_from() -> None:
+    for seed in range(12):
+        singles: list[Record] = [
+            Single("a cat" if good else "a dog", picture_record(), good, f"{good} {number}")
+            for good in (True, False)
+            for number in range(4)
+        ]
+        train, out = split_held_out(singles, share=0.1, seed=seed)
+        assert len(train) == 8 and not out  # each prompt has one class
+        more: list[Record] = [
+            Single(f"{number}", picture_record(), number % 2 == 0, "") for number in range(8)
+        ]
+        train, out = split_held_out([*singles, *more], share=0.5, seed=seed)
+        assert {record.good for record in train if isinstance(record, Single)} == {True, False}
+        assert out
+
+
 def test_one_prompt_cannot_be_held_out(pairs_file: Path) -> None:
     same = [pair for pair in read_preferences(pairs_file).pairs if pair.prompt == PROMPTS[0]]
     assert split_held_out(same, share=0.5, seed=0) == (same, [])
@@ -325,6 +357,41 @@ def test_the_exported_columns_are_pick_a_pic_s(tmp_path: Path, pairs_file: Path)
     assert first["num_example_per_prompt"] == 2
 
 
+@pytest.mark.parametrize("write", [write_parquet, export_lines])
+def test_both_bad_is_still_both_bad_after_an_export(
+    tmp_path: Path, write: Callable[[Preferences, Path], Path]
+) -> None:
+    found = read_preferences(labelled_folder(tmp_path))
+    ending = "parquet" if write is write_parquet else "jsonl"
+    again = check_preferences(read_preferences(write(found, tmp_path / "out" / f"pairs.{ending}")))
+    assert [pair.both_bad for pair in again.pairs] == [False, False, True]
+    assert [single.good for single in to_singles(again)] == [single.good for single in to_singles(found)]
+
+
+@pytest.mark.parametrize(
+    ("users", "kind"),
+    [
+        (["7", "12", ""], pa.int64()),
+        (["9" * 30, "7"], pa.string()),
+        (["007", "7"], pa.string()),
+        (["ann", "", "٣", "5" * 5000], pa.string()),
+    ],
+)
+def test_users_are_text_unless_all_are_whole_numbers(
+    tmp_path: Path, users: list[str], kind: pa.DataType
+) -> None:
+    for number in range(len(users) + 1):
+        picture(number).save(tmp_path / f"{number}.png")
+    rows: Rows = [
+        {"prompt": "a dog", "chosen": "0.png", "rejected": f"{number + 1}.png", "user": user}
+        for number, user in enumerate(users)
+    ]
+    found = read_preferences(write_lines(tmp_path / "pairs.jsonl", rows))
+    path = write_parquet(found, tmp_path / "out.parquet")
+    assert pq.read_schema(path).field("user_id").type == kind
+    assert [pair.user for pair in read_preferences(path).pairs] == users
+
+
 def test_an_export_to_lines_needs_no_source(tmp_path: Path, pairs_file: Path) -> None:
     written = export_lines(check_preferences(read_preferences(pairs_file)), tmp_path / "out" / "pairs.jsonl")
     shutil.rmtree(pairs_file.parent)
@@ -355,6 +422,46 @@ def test_all_bad_records_are_reported_together(tmp_path: Path, pairs_file: Path)
     assert "line 4 " in said[5] and "has no prompt" in said[5]
     assert pairs_file.read_bytes() == before
     assert len(check_preferences(read_preferences(pairs_file), skip_bad=True).pairs) == 4
+
+
+@pytest.mark.parametrize("second", ["JPEG", "copy"])
+def test_a_pair_of_the_same_picture_twice_is_named(tmp_path: Path, second: str) -> None:
+    same = {"jpg_0": encoded(0, "JPEG"), "jpg_1": encoded(0, "JPEG"), "label_0": 1.0, "label_1": 0.0}
+    if second == "copy":  # other bytes, the same pixels
+        Image.open(io.BytesIO(encoded(0))).save(tmp_path / "other.png", compress_level=1)
+        same |= {"jpg_0": encoded(0), "jpg_1": (tmp_path / "other.png").read_bytes()}
+    with pytest.raises(UserError, match=r"row 0 .* has the same picture twice"):
+        check_preferences(read_preferences(parquet(tmp_path / "t.parquet", [{**same, "caption": "a dog"}])))
+
+
+def test_the_same_images_judged_both_ways_are_told(tmp_path: Path) -> None:
+    for number in range(3):
+        picture(number).save(tmp_path / f"{number}.png")
+    rows: Rows = [
+        {"prompt": "A dog in a park.", "chosen": "0.png", "rejected": "1.png"},
+        {"prompt": "a dog in a park", "chosen": "1.png", "rejected": "0.png"},
+        {"prompt": "a cat", "chosen": "1.png", "rejected": "0.png"},
+        {"prompt": "a dog in a park", "chosen": "0.png", "rejected": "2.png"},
+        {"prompt": "a dog in a park", "image_0": "1.png", "image_1": "0.png", "label_0": 0.5},
+        {"prompt": "a dog in a park", "image_0": "1.png", "image_1": "0.png", "label_0": 0},
+        {"prompt": "a dog", "image": "0.png", "label": 1},
+        {"prompt": "a dog", "image": "0.png", "label": 0},
+    ]
+    found = check_preferences(read_preferences(write_lines(tmp_path / "pairs.jsonl", rows)))
+    said = find_contradictions(found.records)
+    assert [" ".join(line.split()[:2]) for line in said] == ["line 2", "line 8"]
+    assert "line 1 of" in said[0] and "line 7 of" in said[1]
+    assert "judged both ways" in describe_contradictions(found.records)
+    assert describe_contradictions(found.records[:1]) == ""
+
+
+def test_two_captions_of_one_pair_are_told(tmp_path: Path) -> None:
+    for number, side in enumerate(("w", "l")):
+        (tmp_path / side).mkdir()
+        picture(number).save(tmp_path / side / "1.png")
+        (tmp_path / side / "1.txt").write_text(("a cat", "a dog")[number])
+    with pytest.raises(UserError, match="w/1 says “a cat” and l/1 “a dog”"):
+        check_preferences(read_preferences(tmp_path))
 
 
 def test_nothing_but_ties_is_refused(tmp_path: Path) -> None:

@@ -19,13 +19,16 @@ from backbone.io.console import UserError
 from backbone.media.decode import BadImageError, open_mask, open_rgb
 from backbone.media.pictures import ImageRecord, check_images, describe_unused, list_images
 from backbone.media.transforms import (
+    CROPS,
     bucket_sizes,
     crop_and_resize,
+    crop_box,
     crop_square,
     mask_to_tensor,
     nearest_bucket,
     to_image,
     to_tensor,
+    working_size,
 )
 
 
@@ -716,6 +719,31 @@ def test_a_parquet_file_with_raw_bytes_is_a_table_too(
 @pytest.mark.parametrize("size", [(50, 30), (30, 50), (30, 30), (1, 1), (300, 2)])
 def test_a_square_is_square_and_of_the_size_asked_for(size: tuple[int, int]) -> None:
     assert crop_square(scene(*size), 16).size == (16, 16)
+
+
+def test_no_crop_reaches_beyond_its_image_whatever_its_size() -> None:
+    """Photographs of all shapes, at the sizes of models of 128 to 1024 pixels."""
+    random = np.random.default_rng(0)
+    sizes = [(wide, high) for wide in range(64, 6001) for high in random.integers(64, 6001, 2).tolist()]
+    sizes += [(wide, wide * 3 // 4) for wide in range(86, 6001)] + [(1200, 900), (6000, 64), (64, 6000)]
+    for number, size in enumerate(sizes):
+        side = (128, 512, 768, 1024)[number % 4]
+        target = working_size(size, area=side**2, unit=16)
+        for position in ((0.5, 0.5), (1.0, 0.0)):
+            left, top, right, bottom = crop_box(size, target, position)
+            assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1], (size, target)
+            # one side is the image's own, and the shape is the target's
+            assert right - left == size[0] or bottom - top == size[1]
+            assert (right - left) * target[1] == pytest.approx((bottom - top) * target[0], rel=1e-9)
+
+
+@pytest.mark.parametrize("size", [(1200, 900), (900, 1600), (64, 64), (6000, 64), (2689, 1921), (65, 67)])
+def test_an_image_of_any_size_is_cropped_and_resized(size: tuple[int, int]) -> None:
+    image = Image.new("RGB", size, "red")
+    for side in (128, 512):
+        target = working_size(size, area=side**2, unit=16)
+        for crop in CROPS:
+            assert crop_and_resize(image, target, crop=crop).getextrema() == ((255, 255), (0, 0), (0, 0))
 
 
 def test_a_square_of_its_own_size_is_the_picture_itself() -> None:

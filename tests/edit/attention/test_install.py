@@ -191,6 +191,23 @@ def test_rows_without_a_prompt_may_take_it_too(layers: Layers, free: int) -> Non
     assert torch.allclose(said, applied(layers.alone, maps_of(layers.alone, x, seen), seen), atol=1e-5)
 
 
+def test_what_is_hidden_is_found_by_no_query(layers: Layers) -> None:
+    x, text = rows(layers, 1, 1, queries=15)
+    hidden = torch.zeros(6, 10)  # a layer of 3 × 5
+    hidden[2, 4:6] = 1  # the third key of the second line
+    hidden[0, 0] = 1
+    control = Control(1, hidden=hidden)
+    visible = [key for key in range(15) if key not in (0, 5 + 2)]
+    found = control.visible_keys(15)
+    assert found is not None and found.tolist() == visible
+    said = Processor(control, layers.alone.processor)(layers.alone, x)
+    seen = x[:, visible]
+    assert torch.allclose(said, applied(layers.alone, maps_of(layers.alone, x, seen), seen), atol=1e-5)
+    words = Processor(control, layers.words.processor)(layers.words, x, text)
+    assert torch.equal(words, layers.words(x, text))
+    assert Control(1, hidden=torch.ones(6, 10)).visible_keys(15) is None  # none would be left
+
+
 def test_only_the_named_layers_are_changed(layers: Layers) -> None:
     x, _ = rows(layers, 1, 1)
     control = Control(1, self_attention="layout", layers=("up_blocks",))

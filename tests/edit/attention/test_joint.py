@@ -33,10 +33,12 @@ every = pytest.mark.parametrize("name", TRANSFORMERS)
 
 @dataclass
 class Edit:
-    """What a reference does: M, a, e, α of the words, and whose self-attention the targets have."""
+    """What a reference does: M, a, e, α of the words, whose self-attention the targets have, and which of the picture's
+    keys no query finds."""
 
     words: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
     whose: str = "own"
+    hidden: tuple[int, ...] = ()
     maps: list[Tensor] = field(default_factory=list)  # from pictures to words of every layer that has words
 
     def of_words(self, maps: Tensor, lead: Tensor) -> Tensor:
@@ -63,7 +65,9 @@ class Whole:
             changed = [query, key] if self.edit.whose == "layout" else [key, value]
             for x in changed:
                 x[some, :, picture] = x[:1, :, picture]
-        maps = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1)
+        logits = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+        logits[..., [picture.start + key for key in self.edit.hidden]] = -torch.inf
+        maps = logits.softmax(-1)
         if text.stop > text.start:
             self.edit.maps.append(maps[: 1 + TARGETS, :, picture, text].clone())
             own, lead = maps[some, :, picture, text], maps[0, :, picture, text]
@@ -270,6 +274,16 @@ def test_an_edited_transformer_is_the_formula_on_whole_maps(
     found, expected = question.by(control), question.written_out(name, Edit(words, whose))
     assert deviation(found, expected) < 1e-5
     assert deviation(found[1:3], question.plainly()[1:3]) > 1e-4, "and something is changed"
+
+
+@every
+def test_what_is_hidden_is_found_by_no_query(family: Open, name: str) -> None:
+    question = asked(family(name))
+    hidden = torch.zeros(SIZE)
+    hidden[2:4, 4:8] = 1  # two of 3 × 5 tokens
+    found = question.by(question.control(hidden=hidden))
+    assert deviation(found, question.written_out(name, Edit(hidden=(7, 8)))) < 1e-5
+    assert deviation(found, question.plainly()) > 1e-5
 
 
 @every

@@ -207,6 +207,15 @@ def test_what_cannot_be_inverted_is_refused(tiny: Backbone, wishes: dict[str, An
         invert(tiny, **{"image": photo(), "prompt": PROMPT, "steps": 2, **wishes})
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_too_few_steps_to_invert_are_refused(tiny: Backbone, method: Method) -> None:
+    least = 3 if method == "reversible" else 2
+    with pytest.raises(UserError, match=f"too few to invert an image by {method}. Take at least {least}"):
+        invert(tiny, photo(), "a cat", method=method, steps=least - 1)
+    states = invert(tiny, photo(), "a cat", method=method, steps=least, iterations=1).states
+    assert float((states[0] - states[-1]).square().mean().sqrt()) > 0.05  # it went somewhere
+
+
 def test_a_picture_keeps_its_shape_and_stands_upright(tiny: Backbone, tmp_path: Path) -> None:
     image = photo(200, 100)
     exif = Image.Exif()
@@ -216,7 +225,7 @@ def test_a_picture_keeps_its_shape_and_stands_upright(tiny: Backbone, tmp_path: 
     assert to_image(inversion.image).size == (48, 96)
     assert inversion.states.shape[-2:] == (12, 6)
     assert inversion.facts["size"] == [100, 200]
-    assert miss(reconstruct(invert(tiny, image, PROMPT, steps=2, method="reversible")), torch.zeros(1)) < 100
+    assert miss(reconstruct(invert(tiny, image, PROMPT, steps=3, method="reversible")), torch.zeros(1)) < 100
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> 
 
     def call(*arguments: str) -> int:
         quick = ("--model", str(tiny_folder), "--precision", "fp32", "--device", "cpu")
-        steps = () if "--inversion" in arguments else ("--steps", "2")
+        steps = () if {"--inversion", "--steps"} & set(arguments) else ("--steps", "2")
         more = () if arguments[0] == "replay" else (*quick, *steps)
         monkeypatch.setattr(sys, "argv", ["edit", *arguments, *more])
         with pytest.raises(SystemExit) as ended:
@@ -91,7 +91,15 @@ def test_an_inversion_serves_any_number_of_edits(edit: Edit, capsys: pytest.Capt
     assert edit("invert-and-replace", *file, "--target", "a dog in the snow", "--out", "a") == 0
     assert record("a")["nfe_of_inversion"] == 2
     assert not Path("a/inversion.safetensors").exists()
-    assert edit("remove", *file, "--remove", "cat", "--out", "b") == 0
+    settings = record("a")["settings"]
+    assert not {"steps", "method", "iterations"} & set(settings) and record("a")["steps"] == 2
+    for name, value in (("--steps", "20"), ("--method", "null-text"), ("--seed", "1")):
+        assert edit("invert-and-replace", *file, "--target", "a dog in the snow", name, value) == 2
+        assert f"{name} has no effect" in capsys.readouterr().err
+    assert edit("remove", *file, "--remove", "cat", "--strength", "0.5", "--seed", "3", "--out", "b") == 0
+    assert "Without cat: “in the snow”" in capsys.readouterr().err
+    assert edit("replay", "b", "--out", "again") == 0
+    assert Image.open("b/edit_0.png").tobytes() == Image.open("again/edit_0.png").tobytes()
     assert edit("compose", *file, "--toward", "a red cat=2", "--away", "snow=1", "--out", "c") == 0
     assert record("c")["settings"]["toward"] == [["a red cat", 2.0], ["snow", -1.0]]
     assert edit("invert-and-replace", *file, "--source", "a dog", "--target", "a cat") == 2
@@ -138,6 +146,16 @@ def test_other_commands_write_run_folders_that_can_be_repeated(edit: Edit) -> No
     assert edit("replay", "sd", "--out", "again") == 0
     assert Image.open("sd/edit_1.png").tobytes() == Image.open("again/edit_1.png").tobytes()
     assert (Path("sd/edit_1.png").exists(), Path("bt/trajectory.gif").exists()) == (True, True)
+
+
+def test_a_photograph_of_1200_by_900_is_edited_whole(edit: Edit) -> None:
+    photo(1200, 900).save("photo.png")
+    Image.new("L", (1200, 900), 255).save("mask.png")
+    asked = ("photo.png", "--mask", "mask.png", "--no-metrics", "--out")
+    assert edit("sdedit", *asked, "one", "--prompt", "a dog") == 0
+    assert edit("invert-and-replace", *asked, "two", *WORDS) == 0
+    assert edit("remove", *asked, "three", "--source", "a cat in the snow") == 0
+    assert Image.open("one/edit_0.png").size == Image.open("three/edit_0.png").size == (80, 48)
 
 
 def test_a_concept_is_worn_and_its_token_understood(
@@ -237,6 +255,24 @@ def test_a_dry_run_prints_what_becomes_of_the_words_and_writes_nothing(
             ("invert-and-replace", "photo.png", *WORDS, "--mask", "wide.png"),
             "20 × 10 pixels",
         ),
+        (("invert-and-replace", "photo.png", *WORDS, "--blend", "none", "--blend", "cat"), "--blend none is"),
+        (
+            (
+                *("invert-and-replace", "photo.png", "--source", "auto cat"),
+                "--target",
+                "auto dog",
+                "--blend",
+                "auto",
+            ),
+            "“auto” is a word of a prompt too",
+        ),
+        (("invert-and-replace", "photo.png", *WORDS, "--mask", "black.png"), "lets nothing change"),
+        (("invert-and-replace", "photo.png", *WORDS, "--steps", "1"), "1 step is too few to invert"),
+        (("sdedit", "photo.png", "--prompt", "a", "--strength", "0.2"), "less than one of 2 steps"),
+        (
+            ("remove", "photo.png", "--source", "a cat", "--remove", "cat", "--negative", "red"),
+            "At guidance 1",
+        ),
         (("invert-and-replace", "photo.png", *WORDS, "--inversion", "x"), "both given"),
         (("invert-and-replace", "--inversion", "x", "--target", "a"), "x does not exist"),
         (("invert-and-replace", "--inversion", "no.safetensors", "--target", "a cat"), "no inversion"),
@@ -267,7 +303,8 @@ def test_mistakes_are_answered_in_a_sentence_and_leave_nothing(
 ) -> None:
     from backbone.io.files import write_tensors
 
-    Image.new("L", (20, 10)).save("wide.png")
+    Image.new("L", (20, 10), 255).save("wide.png")
+    Image.new("L", (64, 64)).save("black.png")
     Path("full").mkdir()
     Path("full/something").touch()
     Path("other.json").write_text("{}")
@@ -284,7 +321,7 @@ def test_mistakes_are_answered_in_a_sentence_and_leave_nothing(
 def test_every_image_is_read_once_and_the_model_opened_once(
     edit: Edit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from backbone.media.decode import open_rgb
+    from backbone.media.decode import open_mask, open_rgb
 
     read: list[str] = []
     opened: list[str] = []
@@ -294,15 +331,20 @@ def test_every_image_is_read_once_and_the_model_opened_once(
         read.append(str(path))
         return open_rgb(path)
 
+    def reading_mask(path: str | Path) -> Image.Image:
+        read.append(str(path))
+        return open_mask(path)
+
     def opening(model: str, **how: Any) -> Backbone:
         opened.append(model)
         return open_model(model, **how)
 
     monkeypatch.setattr("edit.pictures.open_rgb", reading)
+    monkeypatch.setattr("edit.pictures.open_mask", reading_mask)
     monkeypatch.setattr(Backbone, "open", opening)
     left_half().save("mask.png")
     assert edit("sdedit", "photo.png", "--prompt", "a dog", "--mask", "mask.png", "--out", "one") == 0
-    assert (read, len(opened)) == (["photo.png", "mask.png"], 1)
+    assert (sorted(read), len(opened)) == (["mask.png", "photo.png"], 1)
     assert edit("replay", "one", "--out", "two") == 0
     assert (read[2:], len(opened)) == (["photo.png", "mask.png"], 2)
     assert record("one")["files"].keys() == {"photo.png", "mask.png"}

@@ -15,7 +15,12 @@ from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from edit.attention.alignment import align, read_prompt
 from edit.inversion.inversion import Inversion, Method, invert, reconstruct
-from edit.methods.prompt_to_prompt.regions import only_colours, prompts_to_compare
+from edit.methods.prompt_to_prompt.regions import (
+    blended_words,
+    only_colours,
+    prompts_to_compare,
+    refuse_ambiguous_auto,
+)
 from edit.methods.prompt_to_prompt.replace import replace
 from edit.methods.prompt_to_prompt.settings import PRESETS, ReplaceSettings
 from tests.edit.models import PATHS, photo, tiny_on
@@ -230,6 +235,23 @@ def test_an_edit_happens_where_the_prompts_differ_unless_that_says_how_it_is_dra
     assert prompts_to_compare(alignment, weighted) == expected
 
 
+def test_a_word_that_is_called_auto_is_a_word_like_others(tiny: Backbone) -> None:
+    """The default, which goes by predictions, does not take it for the word to blend."""
+    found = []
+    for word in ("auto", "utoa"):
+        source, target = f"a {word} cat in the snow", f"a {word} dog in the snow"
+        alignment = align(*(read_prompt(tiny.text_encoder.tokenizer, prompt) for prompt in (source, target)))
+        assert blended_words(alignment, ("auto",)) == ([], [])
+        refuse_ambiguous_auto((), [alignment])
+        found.append(replace(invert(tiny, photo(), source, steps=STEPS), target).nfe)
+        if word == "auto":
+            with pytest.raises(UserError, match="name the word together with a neighbour"):
+                refuse_ambiguous_auto(("auto",), [alignment])
+            named = blended_words(alignment, ("auto cat",))[0]
+            assert "".join(one.text for one in named) == "autocat"
+    assert found[0] == found[1]
+
+
 def test_where_nothing_differs_nothing_changes_at_any_guidance(inversion: Inversion) -> None:
     edited = replace(inversion, SOURCE, ReplaceSettings(guidance=9.0))
     assert torch.equal(edited.latents[0], inversion.clean)
@@ -349,7 +371,7 @@ def test_frames_show_the_way(inversion: Inversion) -> None:
         (TARGET, {"cross": 1.5}, "between 0 and 1"),
         (TARGET, {"strength": -0.1}, "between 0 and 1"),
         (TARGET, {"guidance": -1.0}, "negative"),
-        (TARGET, {"mask": Image.new("L", (20, 10))}, "20 × 10 pixels"),
+        (TARGET, {"mask": Image.new("L", (20, 10), 255)}, "20 × 10 pixels"),
         (TARGET, {"swaps": (("ship", "dog"),)}, "not in the prompt"),
         ([], {}, "no target"),
     ],

@@ -1,0 +1,89 @@
+"""What is left of a prompt when a thing leaves it, and which things a prompt names."""
+
+from __future__ import annotations
+
+import pytest
+
+from backbone.world.scene import BENCHMARK_SEEDS, sample_scene
+from edit.phrases import things, without
+
+
+@pytest.mark.parametrize(
+    ("prompt", "phrase", "left"),
+    [
+        # The first thing, the last, the only one
+        ("a cat next to a dog in a park", "cat", "a dog in a park"),
+        ("a cat next to a dog in a park", "dog", "a cat in a park"),
+        ("a cat in the snow", "cat", "in the snow"),
+        ("A Cat", "cat", ""),
+        ("a watercolor of a cat in a park", "cat", "a watercolor in a park"),
+        ("a photo of a cat", "cat", "a photo"),
+        ("there is a cat in the snow", "cat", "in the snow"),
+        # With its adjectives, its number and its token
+        ("a small black cat next to a dog in a park", "cat", "a dog in a park"),
+        ("a dog next to a small black cat in a park", "cat", "a dog in a park"),
+        ("a big sleeping cat near a dog", "cat", "a dog"),
+        ("two cats and a dog", "cats", "a dog"),
+        ("a [V] dog next to a cat", "dog", "a cat"),
+        ("a fire hydrant next to a dog", "fire hydrant", "a dog"),
+        # With what it wears and does
+        ("a cat wearing a crown next to a dog in a park", "cat", "a dog in a park"),
+        ("a cat wearing a crown and sunglasses next to a dog", "cat", "a dog"),
+        ("a cat that wears a crown beside a dog", "cat", "a dog"),
+        ("a man with a beard next to a car", "man", "a car"),
+        ("a cat with a dog in a park", "cat", "a dog in a park"),
+        ("a cat sitting on a mat", "cat", "on a mat"),
+        # And what joined it to the rest
+        ("a dog wearing a crown", "crown", "a dog"),
+        ("a dog wearing a crown and sunglasses", "crown", "a dog wearing sunglasses"),
+        ("a dog wearing a crown next to a cat", "crown", "a dog next to a cat"),
+        ("a dog wearing a crown and a cat", "crown", "a dog and a cat"),
+        ("a cat sitting on a mat", "mat", "a cat"),
+        ("a dog chasing cats in a park", "cats", "a dog in a park"),
+        ("a bench under a tree in front of a house", "tree", "a bench in front of a house"),
+        ("a photo of a dog and a cat at night", "cat", "a photo of a dog at night"),
+        ("a photo of a cat next to a dog at night", "cat", "a photo of a dog at night"),
+        ("a dog on a mat next to a cat", "mat", "a dog next to a cat"),
+        # In lists and between commas
+        ("a cat, a dog and a bird", "cat", "a dog and a bird"),
+        ("a cat, a dog and a bird", "dog", "a cat and a bird"),
+        ("in a park, a cat next to a dog", "cat", "in a park, a dog"),
+        ("a cat beside a dog, watercolor", "dog", "a cat, watercolor"),
+        ("A Cat and a Dog.", "cat", "a Dog."),
+        # A word that is no thing of its own goes alone
+        ("an orange cat in a park", "orange", "a cat in a park"),
+        ("a cat toy near a dog", "cat", "a toy near a dog"),
+        ("a caterpillar and a cat", "cat", "a caterpillar"),
+        # Without spaces
+        ("公园里的猫", "猫", "公园里的"),
+        ("a dog", "cat", "a dog"),
+        ("a dog", " ", "a dog"),
+    ],
+)
+def test_what_is_left_of_a_prompt(prompt: str, phrase: str, left: str) -> None:
+    assert without(prompt, phrase) == left
+
+
+@pytest.mark.parametrize(
+    ("prompt", "named"),
+    [
+        ("a cat next to a dog in a park", ["cat", "dog"]),
+        ("a neon drawing of a crab on the beach", ["crab"]),
+        ("a bee wearing a crown under the sea", ["bee", "crown"]),
+        ("in a park, a cat and two dogs", ["cat", "dogs"]),
+        ("in a park", []),
+    ],
+)
+def test_things_are_neither_places_nor_ways_to_draw(prompt: str, named: list[str]) -> None:
+    assert things(prompt) == named
+
+
+def test_of_a_scene_s_caption_the_caption_of_the_other_thing_is_left() -> None:
+    scenes = (sample_scene(seed) for seed in BENCHMARK_SEEDS[:2000])
+    two = [scene for scene in scenes if len(scene.things) == 2 and not scene.pair]
+    assert len(two) > 300
+    for scene in two:
+        for which in (0, 1):
+            style = f"{scene.style} " if scene.style else ""
+            rest = f"{style}{scene.things[1 - which].phrase()} {scene.place}"
+            assert without(scene.caption(), scene.things[which].noun) == rest
