@@ -174,13 +174,15 @@ def test_all_files_of_a_hub_model_come_from_one_commit_and_fetching_is_said(
 ) -> None:
     asked: list[tuple[str, str | None]] = []
 
-    def download(repository: str, name: str, *, revision: str | None = None) -> str:
+    def download(repository: str, name: str, *, revision: str | None, local_files_only: bool) -> str:
+        assert not local_files_only
         asked.append((name, revision))
         path = tmp_path / "snapshots" / "c0ffee" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes((EMBEDDED / name).read_bytes())
         return str(path)
 
+    monkeypatch.setattr("backbone.families.location.hub_answers", lambda repository: True)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repository, name: None)
     location = locate("some/model")
