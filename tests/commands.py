@@ -57,15 +57,17 @@ class Started:
         os.kill(self._process.pid, number)
 
     def communicate(self, timeout: float = TIMEOUT) -> tuple[str, str]:
-        """Waits for the end; what was written on stdout and stderr."""
+        """Waits for the end, or kills it then; what was written on stdout and stderr."""
         self._process.join(timeout)
-        if self._process.exitcode is None:
+        late = self._process.exitcode is None
+        if late:
             self._process.kill()
             self._process.join()
-            raise subprocess.TimeoutExpired(self.args, timeout, *self._read())
         stdout, stderr = self._read()
         for stream in self._streams:
             stream.unlink(missing_ok=True)
+        if late:
+            raise subprocess.TimeoutExpired(self.args, timeout, stdout, stderr)
         return stdout, stderr
 
     def _read(self) -> list[str]:

@@ -3,16 +3,17 @@
     python -m tests.kills --kills 20 --seed 0              all campaigns, on tiny random models
     python -m tests.kills customize-train                  one of them
 
-Each campaign kills its command with SIGKILL again and again, resumes or repeats it, and lets it end. Then every tensor
-of its weights equals the quiet run's bit for bit, no temporary file is left, and after no kill was there a file that
-cannot be read. The moments are drawn from the time that a quiet run takes.
+Each campaign kills its command with SIGKILL again and again, resumes or repeats it upon what is left there, and lets it
+end. Then every file that a quiet run writes is there, tensors and pixels equal bit for bit, no temporary file is left,
+and after no kill was there a file that cannot be read. A repeated command may find that the killed one had finished,
+and says so. The moments are drawn from the time that a quiet run takes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,9 @@ from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 
-ROOT = Path(__file__).parents[1]
+from tests.commands import TIMEOUT, Started
+
+TAKEN = re.compile("is not empty|exists already")
 WHERE = ("--precision", "fp32", "--device", "cpu")
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -70,22 +73,13 @@ def prepare(folder: Path) -> dict[str, Campaign]:
     (folder / "bright.py").write_text(bright)
     learn = ("--steps", "40", "--checkpointing-steps", "2", "--model", model, *WHERE)
     customize = ("customize", "train", "--images", "images", "--token", "[V]", "--class", "dog", *learn)
-    run([*customize, "--out", "adapter"], folder)
+    run([*customize, "--out", "adapter"], folder, "quiet-cache")
     pairs = ("align", "train", "pairs/pairs.jsonl", *learn, "--evaluation-steps", "20")
     rounds = ("--rounds", "4", "--per-prompt", "2", "--sample-steps", "2", "--evaluation-steps", "20")
     judged = ("--online", "bright.py", "--prompts", "prompts.txt", "--steps", "12", *rounds)
     online = ("align", "train", *judged, "--model", model, *WHERE)
-    edit = (
-        "edit",
-        "invert-and-replace",
-        "images/0.png",
-        "--source",
-        "a dog",
-        "--target",
-        "a cat",
-        "--steps",
-        "20",
-    )
+    words = ("--source", "a dog", "--target", "a cat", "--steps", "20")
+    edit = ("edit", "invert-and-replace", "images/0.png", *words)
     resume = ("--resume", "{out}")
     return {
         "customize-train": Campaign((*customize, "--out", "{out}"), (LORA,), ("customize", "train", *resume)),
@@ -93,58 +87,60 @@ def prepare(folder: Path) -> dict[str, Campaign]:
         "align-train-online": Campaign(
             (*online, "--out", "{out}"), (LORA,), ("align", "train", "--online", "bright.py", *resume)
         ),
-        "edit": Campaign((*edit, "--model", model, *WHERE, "--out", "{out}"), ("inversion.safetensors",)),
+        "edit": Campaign(
+            (*edit, "--model", model, *WHERE, "--out", "{out}"), ("inversion.safetensors", "edit_0.png")
+        ),
         "export": Campaign(("customize", "export", "adapter", "{out}.safetensors", "--to", "kohya"), ("",)),
     }
 
 
-def run(words: Sequence[str], folder: Path, after: float | None = None) -> tuple[int, float, str]:
+def run(words: Sequence[str], folder: Path, cache: str, after: float | None = None) -> tuple[int, float, str]:
     """Runs a command to its end, or kills it `after` so many seconds; (exit status, seconds, what it said)."""
-    environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LIMNER_CACHE": str(folder / "cache"),
-    }  # fmt: skip
     began = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, "-m", f"{words[0]}.cli", *words[1:]],
-        cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    started = Started(*words, cwd=folder, OMP_NUM_THREADS="1", LIMNER_CACHE=str(folder / cache))
     try:
-        _, said = process.communicate(timeout=after)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        _, said = process.communicate()
-    if after is None and process.returncode != 0:
-        raise RuntimeError(f"{' '.join(words)} ended with {process.returncode}: {said}")
-    return process.returncode, time.monotonic() - began, said
+        _, said = started.communicate(TIMEOUT if after is None else after)
+    except subprocess.TimeoutExpired as killed:
+        said = str(killed.stderr)
+    status = started.returncode
+    assert status is not None
+    if after is None and status != 0:
+        raise RuntimeError(f"{' '.join(words)} ended with {status}: {said}")
+    return status, time.monotonic() - began, said
 
 
 def fight(name: str, campaign: Campaign, folder: Path, *, kills: int, random: Random) -> Counter[str]:
-    """Counts of kills, of ends before the kill, and of faults, of one campaign."""
+    """Counts of kills, of what was done after them, and of faults, of one campaign."""
     counts: Counter[str] = Counter()
-    quiet, struck = f"{name}-quiet", f"{name}-struck"
-    _, seconds, _ = run(filled(campaign.words, quiet), folder)
-    while counts["kills"] < kills and counts["ended first"] < 3 * kills:
+    quiet, struck, cache = f"{name}-quiet", f"{name}-struck", f"{name}-cache"
+    _, seconds, _ = run(filled(campaign.words, quiet), folder, "quiet-cache")
+
+    def go_on(after: float | None) -> tuple[int, str]:
         resumes = campaign.again is not None and (folder / struck / "checkpoint.safetensors").exists()
-        words = filled(campaign.again if resumes and campaign.again else campaign.words, struck)
-        status, _, said = run(words, folder, after=random.uniform(0.3, 1.0) * seconds)
-        if status == -signal.SIGKILL:
-            counts["kills"] += 1
-            counts["resumed"] += resumes
-            counts["faults"] += complain(name, unreadable(folder, struck))
-            if campaign.again is None:
-                remove(folder, struck)
-        elif status == 0:
-            counts["ended first"] += 1
+        counts["resumed"] += resumes
+        words = campaign.again if resumes and campaign.again else campaign.words
+        status, _, said = run(filled(words, struck), folder, cache, after=after)
+        return status, said
+
+    def end(status: int, said: str) -> None:
+        """What ended by itself is the quiet run's; or it was already there, whole, and that was said."""
+        if status == 0 or (status == 2 and campaign.again is None and TAKEN.search(said)):
+            counts["found whole" if status else "ended first"] += 1
             counts["faults"] += complain(name, compare(folder, quiet, struck, campaign.equal))
-            remove(folder, struck)
         else:
             counts["faults"] += complain(name, [f"ended with {status}: {said[-2000:]}"])
-            remove(folder, struck)
-    resumes = campaign.again is not None and (folder / struck / "checkpoint.safetensors").exists()
-    run(filled(campaign.again if resumes and campaign.again else campaign.words, struck), folder)
-    counts["faults"] += complain(name, compare(folder, quiet, struck, campaign.equal))
-    left = [str(path) for path in folder.rglob("*.partial") if not path.is_relative_to(folder / "cache")]
-    counts["faults"] += complain(name, [f"{path} was left behind" for path in left])
+        left = [path for end in ("partial", "whole") for path in folder.rglob(f".*.{end}")]
+        counts["faults"] += complain(name, [f"{path} was left behind" for path in left])
+        remove(folder, struck, cache)
+
+    while counts["kills"] < kills and counts["ended first"] < 3 * kills:
+        status, said = go_on(random.uniform(0.02, 1.05) * seconds)
+        if status == -signal.SIGKILL:
+            counts["kills"] += 1
+            counts["faults"] += complain(name, unreadable(folder, struck))
+        else:
+            end(status, said)
+    end(*go_on(TIMEOUT))
     return counts
 
 
@@ -168,24 +164,35 @@ def unreadable(folder: Path, struck: str) -> list[str]:
 
 
 def compare(folder: Path, quiet: str, struck: str, names: Sequence[str]) -> list[str]:
-    """In which files the struck run differs from the quiet one."""
-    import torch
+    """In what the struck run differs from the quiet one: the files that there are, tensors and pixels."""
+    from PIL import Image, ImageChops
 
     from backbone.io.files import read_tensors
 
-    different = []
+    one, other = (
+        {str(path.relative_to(folder / out)) for path in (folder / out).rglob("*")} for out in (quiet, struck)
+    )
+    different = [f"{name} is in one of the two alone" for name in sorted(one ^ other)]
     for name in names:
-        one, other = (
-            read_tensors(folder / out / name if name else folder / f"{out}.safetensors")[0]
-            for out in (quiet, struck)
+        first, second = (
+            folder / out / name if name else folder / f"{out}.safetensors" for out in (quiet, struck)
         )
-        if set(one) != set(other) or not all(torch.equal(one[key], other[key]) for key in one):
-            different.append(f"{name or 'its file'} differs from the quiet run's")
+        if not second.exists():
+            different.append(f"{second.name} is missing")
+        elif first.suffix == ".png":
+            with Image.open(first) as a, Image.open(second) as b:
+                if ImageChops.difference(a.convert("RGB"), b.convert("RGB")).getbbox():
+                    different.append(f"{name} differs from the quiet run's")
+        else:
+            tensors, others = read_tensors(first)[0], read_tensors(second)[0]
+            if set(tensors) != set(others) or not all(tensors[key].equal(others[key]) for key in tensors):
+                different.append(f"{name or 'its file'} differs from the quiet run's")
     return different
 
 
-def remove(folder: Path, struck: str) -> None:
-    shutil.rmtree(folder / struck, ignore_errors=True)
+def remove(folder: Path, struck: str, cache: str) -> None:
+    for name in (struck, cache):
+        shutil.rmtree(folder / name, ignore_errors=True)
     (folder / f"{struck}.safetensors").unlink(missing_ok=True)
 
 

@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import secrets
+import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 ABANDONED_SECONDS = 24 * 3600  # a temporary file of another machine that is older was left behind
+WHOLE = ".whole"  # ends the name of a temporary folder that only has to be moved
 Kind = TypeVar("Kind")
 
 
@@ -170,8 +172,15 @@ def append_jsonl(path: str | Path, record: Mapping[str, Any]) -> None:
         file.write(line.encode())
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """Read the objects of a JSON-lines file, skipping lines that a crash truncated."""
+@overload
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]: ...
+@overload
+def read_jsonl(path: str | Path, kind: type[Kind]) -> list[Kind]: ...
+def read_jsonl(path: str | Path, kind: Any = dict[str, Any]) -> list[Any]:
+    """Read the objects of a JSON-lines file, each as `kind`, skipping lines that a crash truncated.
+
+    Raises `UserError`, with the file and the key, for an object that is another.
+    """
     records = []
     for line in Path(path).read_bytes().splitlines():
         try:
@@ -179,7 +188,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
         except UserError:
             continue
         if isinstance(record, dict):
-            records.append(record)
+            records.append(read_as(kind, record, path))
     return records
 
 
@@ -199,14 +208,53 @@ def make_numbered_folder(path: str | Path) -> Path:
 
 
 def make_empty_folder(path: str | Path) -> Path:
-    """Create a folder, or accept an empty one. Raises `UserError` for a file or a folder with contents."""
+    """Create a folder, or accept an empty one. Raises `UserError` for a file or a folder with contents.
+
+    What a killed writer left there is removed first, or completed where it was whole (`fill_folder`).
+    """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file, not a folder. Name another folder.")
+    if path.is_dir():
+        remove_abandoned(path)
     if path.is_dir() and any(path.iterdir()):
         raise UserError(f"{path} is not empty. Name another folder, or remove this one.")
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+@contextmanager
+def fill_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder inside `path`, new or empty; on a clean exit what was written there is moved up.
+
+    If the body raises, nothing is left behind. What a killed writer leaves, the next one that wants the folder removes,
+    or moves up where it was whole: so a folder holds nothing, or everything. Raises as `make_empty_folder` does.
+    """
+    folder = Path(path)
+    was_there = folder.is_dir()
+    temporary = make_empty_folder(folder) / f".files.{_mark()}.partial"
+    _being_written.add(temporary)
+    try:
+        temporary.mkdir()
+        yield temporary
+        whole = temporary.with_suffix(WHOLE)
+        temporary.rename(whole)
+        _move_up(whole)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not was_there:
+            folder.rmdir()
+        raise
+    finally:
+        _being_written.discard(temporary)
+
+
+def _move_up(whole: Path) -> None:
+    """Move what a finished folder holds into the folder that it is in."""
+    for path in sorted(whole.iterdir()):
+        os.replace(path, whole.parent / path.name)
+    whole.rmdir()
+    _flush_folder(whole.parent)
 
 
 def content_hash(content: bytes | str | Path) -> str:
@@ -240,7 +288,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     destination.parent.mkdir(parents=True, exist_ok=True)
     start = f".{destination.name[:100]}."
     remove_abandoned(destination.parent, start)
-    temporary = destination.with_name(f"{start}{_host()}-{os.getpid()}-{secrets.token_hex(6)}.partial")
+    temporary = destination.with_name(f"{start}{_mark()}.partial")
     _being_written.add(temporary)
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -263,12 +311,10 @@ def remove_abandoned(folder: Path, start: str = ".") -> None:
     """Remove the temporary files in a folder whose writer was killed, those whose names begin with `start`.
 
     The writer's machine and process are in the name. Another machine's, on a shared disk, are removed when they are a
-    day old.
+    day old. A folder that was whole already is moved to where it belongs (`fill_folder`).
     """
-    for path in folder.glob(f"{glob.escape(start)}*.partial"):
-        host, _, process = (
-            path.name.removesuffix(".partial").rpartition(".")[2].rpartition("-")[0].partition("-")
-        )
+    for path in (path for end in (".partial", WHOLE) for path in folder.glob(f"{glob.escape(start)}*{end}")):
+        host, _, process = path.stem.rpartition(".")[2].rpartition("-")[0].partition("-")
         if path in _being_written or not process.isdecimal():
             continue
         try:
@@ -276,10 +322,19 @@ def remove_abandoned(folder: Path, start: str = ".") -> None:
                 left = int(process) == os.getpid() or not _is_running(int(process))
             else:
                 left = time.time() - path.stat().st_mtime > ABANDONED_SECONDS
-            if left:
+            if left and path.suffix == WHOLE:
+                _move_up(path)
+            elif left and path.is_dir():
+                shutil.rmtree(path)
+            elif left:
                 path.unlink(missing_ok=True)
         except OSError:  # not ours to remove, or gone
             continue
+
+
+def _mark() -> str:
+    """Part of a temporary file's name: the writer's machine and process, and a number that nobody else has."""
+    return f"{_host()}-{os.getpid()}-{secrets.token_hex(6)}"
 
 
 @cache

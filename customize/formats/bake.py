@@ -5,8 +5,6 @@ customize merge A:0.8 B:0.5 --bake --model MODEL --out FOLDER
 
 from __future__ import annotations
 
-import os
-import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +16,7 @@ from backbone.adapters.embeddings import split_by_encoder, vector_token_names
 from backbone.io.console import UserError, progress
 from backbone.io.files import (
     PICKLE_SUFFIXES,
-    make_empty_folder,
+    fill_folder,
     read_header,
     read_json,
     read_tensors,
@@ -61,17 +59,10 @@ def bake(parts: Sequence[MergeInput], model: str, out: Path) -> int:
                     f"{part.source} was trained on another model than {model}. Give the --model of the run."
                 )
     rows = collect_embeddings(parts)
-    make_empty_folder(out)
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(6)}.partial")
-    try:
-        changed = _copy_merged(folder, temporary, parts)
+    with fill_folder(out) as unfinished:
+        changed = _copy_merged(folder, unfinished, parts)
         for component, learned in rows.items():
-            add_tokens(temporary, component, learned)
-        out.rmdir()
-        os.replace(temporary, out)
-    finally:
-        if temporary.exists():
-            shutil.rmtree(temporary)
+            add_tokens(unfinished, component, learned)
     return changed + len(rows)
 
 

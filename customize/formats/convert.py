@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
@@ -17,7 +16,7 @@ from backbone.adapters.concept import Concept, check_token
 from backbone.adapters.embeddings import split_by_encoder
 from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS, has_text_encoder_weights, load_lora
 from backbone.io.console import UserError, notify
-from backbone.io.files import make_empty_folder, read_tensors, write_tensors, write_text
+from backbone.io.files import atomic_write, fill_folder, read_tensors, write_tensors, write_text
 from backbone.models.locate import locate
 from backbone.models.model import Backbone
 from customize.formats.adapter import BASE_NAMES, AdapterFile, BaseFamily, FileFormat
@@ -71,18 +70,19 @@ def export_adapter(
             {name: layer.shape for name, layer in adapter.layers.items()}, base_weights, str(source)
         )
         weights = LayerWeights(base_weights)
-    worst = write_adapter(
-        out,
-        adapter,
-        file_format,
-        metadata=build_metadata(adapter, source=source, title=out.stem, base=family),
-        base=family,
-        weights=weights,
-        dtype=DTYPES[precision] if precision else None,
-    )
-    if concept is not None and concept.words:
-        for path in export_embeddings(concept, out, file_format):
-            notify(f"Its words are not in {out}: load {path} beside it as an embedding.")
+    with atomic_write(out) as unfinished:  # it is there when its embeddings are
+        worst = write_adapter(
+            unfinished,
+            adapter,
+            file_format,
+            metadata=build_metadata(adapter, source=source, title=out.stem, base=family),
+            base=family,
+            weights=weights,
+            dtype=DTYPES[precision] if precision else None,
+        )
+        if concept is not None and concept.words:
+            for path in export_embeddings(concept, out, file_format):
+                notify(f"Its words are not in {out}: load {path} beside it as an embedding.")
     return (
         f"{out} in {file_format}'s format: {len(adapter.layers)} layers, read back and compared "
         f"(largest relative difference of a layer's change {worst:.0e})."
@@ -215,35 +215,34 @@ def import_adapter(
     refuse_mismatch({name: layer.shape for name, layer in adapter.layers.items()}, weights, str(file))
     adapter = fit_to_model(adapter, weights, file)
     check_token(token, opened.text_encoder.tokenizer.get_vocab())
-    weights_file = _write_loadable(out, adapter, opened, metadata)
-    write_text(
-        out / "README.md",
-        f"# {out.name}\n\nImported from `{file.name}` for `{model_name}`.\n\n"
-        f"Write `{token}` in a prompt; the model reads “{words}”.\n",
-    )
-    Concept(
-        kind="lora",
-        model=model_name,
-        fingerprint=opened.fingerprint,
-        tokens={token: words},
-        class_noun=class_noun or adapter.metadata.get("limner_class", ""),
-        weights=weights_file,
-        folder=out,
-    ).write(out)
+    with fill_folder(out) as unfinished:
+        weights_file = _write_loadable(unfinished, adapter, opened, metadata)
+        write_text(
+            unfinished / "README.md",
+            f"# {out.name}\n\nImported from `{file.name}` for `{model_name}`.\n\n"
+            f"Write `{token}` in a prompt; the model reads “{words}”.\n",
+        )
+        Concept(
+            kind="lora",
+            model=model_name,
+            fingerprint=opened.fingerprint,
+            tokens={token: words},
+            class_noun=class_noun or adapter.metadata.get("limner_class", ""),
+            weights=weights_file,
+            folder=out,
+        ).write(unfinished)
     return f'{out}: {len(adapter.layers)} layers. Next: customize sample "a {token} …" --concept {out}'
 
 
 def _write_loadable(out: Path, adapter: AdapterFile, opened: Backbone, metadata: Mapping[str, str]) -> str:
-    """Write the adapter into a new folder after it has been loaded into the model once; returns the file's name."""
+    """Write the adapter into a folder and load it into the model once; returns the file's name."""
     name = LORA_WEIGHTS if set(adapter.algorithms) <= {"lora", "dora"} else LYCORIS_WEIGHTS
-    with TemporaryDirectory() as scratch:
-        written = Path(scratch) / name
-        write_adapter(written, adapter, "peft", metadata=metadata)
-        slots = {slot.name: slot.model for slot in opened.text_encoder.slots}
-        with_text = has_text_encoder_weights(written)
-        load_lora(written, opened.denoiser, "import", text_encoders=slots if with_text else {})
-        make_empty_folder(out)
-        write_tensors(out / name, *read_tensors(written))
+    write_adapter(out / name, adapter, "peft", metadata=metadata)
+    slots = {slot.name: slot.model for slot in opened.text_encoder.slots}
+    load_lora(
+        out / name, opened.denoiser, "import",
+        text_encoders=slots if has_text_encoder_weights(out / name) else {},
+    )  # fmt: skip
     return name
 
 

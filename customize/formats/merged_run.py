@@ -14,7 +14,7 @@ from backbone.adapters.embeddings import EMBEDDINGS_FILE as WORDS
 from backbone.adapters.embeddings import vector_token_names
 from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS
 from backbone.io.console import UserError, notify
-from backbone.io.files import make_empty_folder, write_tensors, write_text
+from backbone.io.files import fill_folder, write_tensors, write_text
 from customize.formats.adapter import AdapterFile
 from customize.formats.merge import MergeInput
 from customize.formats.metadata import build_metadata
@@ -52,23 +52,23 @@ def save_merged(
             f"None of the merged files is a run, so {out} would not know its model. Let --out end in .safetensors."
         )
     words = rename_embeddings(parts, renamed)
-    make_empty_folder(out)
     fields: dict[str, Any] = {
         "weights": "",
         "words": WORDS if words else "",
         "changed": CHANGED if weight_deltas else "",
     }
-    if adapter.layers:
-        fields["weights"] = LORA_WEIGHTS if set(adapter.algorithms) <= {"lora", "dora"} else LYCORIS_WEIGHTS
-        write_adapter(out / fields["weights"], adapter, "peft", metadata=metadata)
-    if words:
-        write_tensors(out / WORDS, words)
-    if weight_deltas:
-        write_tensors(
-            out / CHANGED, {name.removeprefix("unet."): value for name, value in weight_deltas.items()}
-        )
-    write_text(out / "README.md", _format_readme(out, parts, tokens, concept))
-    replace(concept, kind="merged", tokens=tokens, folder=out, **fields).write(out)
+    with fill_folder(out) as unfinished:
+        if adapter.layers:
+            plain = set(adapter.algorithms) <= {"lora", "dora"}
+            fields["weights"] = LORA_WEIGHTS if plain else LYCORIS_WEIGHTS
+            write_adapter(unfinished / fields["weights"], adapter, "peft", metadata=metadata)
+        if words:
+            write_tensors(unfinished / WORDS, words)
+        if weight_deltas:
+            changed = {name.removeprefix("unet."): value for name, value in weight_deltas.items()}
+            write_tensors(unfinished / CHANGED, changed)
+        write_text(unfinished / "README.md", _format_readme(out, parts, tokens, concept))
+        replace(concept, kind="merged", tokens=tokens, folder=out, **fields).write(unfinished)
     return tokens
 
 

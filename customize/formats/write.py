@@ -62,7 +62,7 @@ def write_adapter(
     for name, value in tensors.items():
         if not bool(torch.isfinite(value.float()).all()):
             raise UserError(
-                f"{path} was not written: {name} is not finite in that precision. Leave out --precision."
+                f"Nothing was written: {name} is not finite in that precision. Leave out --precision."
             )
     entries = {**(metadata or {}), **format_metadata}
     if file_format in ("kohya", "comfyui"):
@@ -76,7 +76,7 @@ def write_adapter(
         limit = TOLERANCE if dtype is None else 8 * torch.finfo(dtype).eps
         if not worst <= limit:
             raise UserError(
-                f"{path} was not written: read back, ΔW of {where} differs by {worst:.1e} of its size. "
+                f"Nothing was written: read back, ΔW of {where} differs by {worst:.1e} of its size. "
                 "Leave out --precision, and report this if it stays."
             )
     return worst

@@ -147,10 +147,10 @@ class Validation:
         path = self.run / EVALUATIONS
         if not path.exists() or self.evaluator is None:
             return
-        kept = [line for line in read_jsonl(path) if line["step"] <= self.training.done]
+        kept = [line for line in read_jsonl(path, ConceptMetrics) if line.step <= self.training.done]
         if is_main_process():
-            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.patience.history = [ConceptMetrics(**line) for line in kept]
+            write_text(path, "".join(json.dumps(asdict(line)) + "\n" for line in kept))
+        self.patience.history = kept
         self.evaluator.baseline = self.patience.history[0] if kept else None
 
     def _strip(self, figures: ConceptMetrics, drawn: Sequence[Image]) -> None:

@@ -38,6 +38,7 @@ def publish(
     folder: Path,
     result: Result,
     *,
+    again: str,
     frames: Sequence[Image.Image],
     figures: Sequence[Mapping[str, float | None]],
     counts: Mapping[str, Any],
@@ -46,7 +47,7 @@ def publish(
     """Writes everything that a run folder holds.
 
     `figures` are of each edit, none if they were not measured; `counts` are of the run; `record` says what was run,
-    with which model and files.
+    with which model and files, `again` is the command that repeats it.
     """
     images, masks = result.images, mask_images(result)
     save_png(folder / "source.png", result.source)
@@ -72,7 +73,6 @@ def publish(
     write_json(
         folder / RECORD, {**record, "image": dict(result.encoded.facts), **result.facts, **counts, **entries}
     )
-    again = f"edit replay {folder / RECORD}"
     parts = [image_figure(page, "source, reconstruction, edits, masks and differences")]
     parts += figures_table(result.prompts, figures) if figures else []
     rows = [(name.replace("_", " "), "–" if value is None else value) for name, value in counts.items()]

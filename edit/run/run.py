@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError
-from backbone.io.files import content_hash, make_empty_folder, make_numbered_folder, read_json
+from backbone.io.files import (
+    content_hash,
+    fill_folder,
+    make_empty_folder,
+    make_numbered_folder,
+    read_json,
+)
 from backbone.io.records import read_as
 from backbone.io.run_folder import hold_folder
 from edit.pictures import read_image, read_mask
@@ -76,7 +82,8 @@ def replay(record: Path, *, out: Path | None) -> Path:
     Raises `UserError` for another kind of file, or when the model's weights or the image have changed since.
     """
     path = record / RECORD if record.is_dir() else record
-    if read_json(path).get("command") not in COMMANDS:
+    name = read_json(path).get("command")
+    if not isinstance(name, str) or name not in COMMANDS:
         raise UserError(f"{path} is no record of an edit. Name the {RECORD} of a run folder.")
     recorded = read_json(path, EditRecord)
     for name, kind in WISH_TYPES.items():
@@ -143,17 +150,27 @@ def _run(
         if command.compared and wishes.get("metrics", True):
             figures = measure_edits(result, find_scorer(loaded.model, wishes.get("scorer")))
         counts = {**figures_of_run(result), "seconds": round(time.perf_counter() - began, 3)}
-    folder = out or make_numbered_folder(Path("runs") / f"edit-{Path(next(iter(files), name)).stem}")
-    if len(result.inversions) == 1 and wishes.get("inversion") is None:
-        result.inversions[0].write(folder / INVERSION)  # made for this edit, it serves further ones
-    publish(
-        folder,
-        result,
-        frames=frames,
-        figures=figures,
-        counts={**counts, "peak_memory_mb": peak_memory_mb()},
-        record={"command": name, "said": said, "settings": settings, **loaded.facts(), "files": files},
-    )
+        folder = out or make_numbered_folder(Path("runs") / f"edit-{Path(next(iter(files), name)).stem}")
+        with fill_folder(folder) as unfinished:
+            if len(result.inversions) == 1 and wishes.get("inversion") is None:
+                result.inversions[0].write(
+                    unfinished / INVERSION
+                )  # made for this edit, it serves further ones
+            publish(
+                unfinished,
+                result,
+                again=f"edit replay {folder / RECORD}",
+                frames=frames,
+                figures=figures,
+                counts={**counts, "peak_memory_mb": peak_memory_mb()},
+                record={
+                    "command": name,
+                    "said": said,
+                    "settings": settings,
+                    **loaded.facts(),
+                    "files": files,
+                },
+            )
     return folder
 
 

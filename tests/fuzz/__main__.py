@@ -27,6 +27,7 @@ from types import FrameType
 OUTCOMES = ("refused", "accepted", "traceback", "hang", "half-written", "silent success")
 FAILURES = OUTCOMES[2:]
 LIMIT_SECONDS = 20
+WHOLE = -1  # the case whose input is not damaged, so that it must be accepted
 
 
 class Hang(BaseException):
@@ -34,8 +35,9 @@ class Hang(BaseException):
 
 
 def run_case(place: object, door: str, number: int, seed: int) -> tuple[str, str]:
-    """(outcome, what was said) of one case, which depends on door, number and seed alone."""
+    """(outcome, what was said) of one case, which depends on door, number and seed alone; −1 damages nothing."""
     from backbone.io.console import UserError, error_message
+    from tests.fuzz.damage import Untouched
     from tests.fuzz.doors import DOORS, Place
 
     assert isinstance(place, Place)
@@ -46,7 +48,8 @@ def run_case(place: object, door: str, number: int, seed: int) -> tuple[str, str
     os.chdir(place.folder)
     try:
         with limited():
-            damaged = DOORS[door](place, Random(f"{seed}/{door}/{number}"))
+            random = Untouched(number) if number == WHOLE else Random(f"{seed}/{door}/{number}")
+            damaged = DOORS[door](place, random)
     except Hang:
         return "hang", f"more than {LIMIT_SECONDS} s"
     except (UserError, OSError) as error:
@@ -79,10 +82,17 @@ def limited() -> Iterator[None]:
 def fuzz(
     root: Path, *, cases: int, seed: int, seconds: float | None = None
 ) -> dict[str, collections.Counter[str]]:
-    """Counts of outcomes by door; doors take turns. Failures are printed as they come. Ends early after `seconds`."""
+    """Counts of outcomes by door; doors take turns. Failures are printed as they come. Ends early after `seconds`.
+
+    `AssertionError` where a door refuses what is whole.
+    """
     from tests.fuzz.doors import DOORS, Place
 
     place = Place(root)
+    for door in DOORS:
+        outcome, said = run_case(place, door, WHOLE, seed)
+        if outcome != "accepted":
+            raise AssertionError(f"{door} is closed for what is whole: {outcome}, {said}")
     counts = {door: collections.Counter[str]() for door in DOORS}
     began = time.monotonic()
     for number in range(cases):

@@ -9,7 +9,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -25,15 +25,22 @@ from align.collect.label.session import Session, list_label_pairs
 from align.pairs.read import read_preferences
 from align.pairs.records import check_preferences
 from align.pairs.samples import read_samples
+from backbone.adapters.apply import load_concepts
 from backbone.adapters.concept import read_concept, resolve_placeholder_tokens
-from backbone.io.files import read_header, read_tensors, write_json, write_tensors
+from backbone.adapters.config import CONFIG_KEY
+from backbone.io.files import read_header, read_jsonl, read_tensors, write_json, write_tensors
 from backbone.io.options import as_command, fields_of, values_from_file, values_from_flags
 from backbone.io.prompts import prompts_of, read_prompts
+from backbone.io.run_folder import trim_log
 from backbone.media.decode import open_rgb
 from backbone.media.pictures import check_images, list_images
 from backbone.models.model import Backbone
-from backbone.training.loop import load_checkpoint, save_checkpoint
+from backbone.training.loop import Report, load_checkpoint, save_checkpoint
+from customize.evaluation.metrics import ConceptMetrics
+from customize.formats.convert import export_adapter
 from edit.inversion.inversion import invert, read_inversion
+from edit.pictures import read_mask
+from edit.run.run import perform, replay
 from tests.fuzz.damage import NUMBERS, damaged_bytes, damaged_json, damaged_safetensors, odd_text
 from tests.tiny import tiny_pipeline
 
@@ -44,6 +51,10 @@ JSON_PARTS = (
     *("scheduler/scheduler_config.json", "limner.json", "tokenizer/tokenizer_config.json"),
 )
 WEIGHTS = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
+NEEDED = {
+    "customize.settings": {"images": "x", "token": "[V]", "class_noun": "dog"},
+    "align.settings": {"pairs": "p"},
+}
 CONCEPT = {
     "format": 1, "kind": "lora", "model": "moji", "fingerprint": "f", "tokens": {"[V]": "bcd"}, "class_noun": "dog",
     "weights": "w.safetensors", "words": "", "changed": "",
@@ -100,13 +111,28 @@ class Place:
         write_tensors(
             self.root / "w.safetensors", {"unet.x.lora_A.weight": torch.ones(2, 3)}, {"format": "pt"}
         )
-        asked = {"images": "x", "token": "[V]", "class_noun": "dog"}
-        settings = {
-            "customize": customize.settings.resolved(asked, {}),
-            "align": align.settings.resolved({"pairs": "p"}, {}),
-        }
-        for name, made in settings.items():
-            write_json(self.root / f"{name}.json", {"settings": made, "command": "x", "versions": {}})
+        layers = sorted(
+            name
+            for name, part in opened.denoiser.named_modules()
+            if name.endswith((".to_q", ".to_v")) and part
+        )
+        factors = {}
+        for layer in layers:
+            out, wide = opened.denoiser.get_submodule(layer).weight.shape
+            factors[f"unet.{layer}.lora_A.weight"] = torch.ones(2, wide)
+            factors[f"unet.{layer}.lora_B.weight"] = torch.ones(out, 2)
+        config = {"unet.r": 2, "unet.lora_alpha": 2, "unet.target_modules": layers}
+        write_tensors(self.root / "a.safetensors", factors, {"format": "pt", CONFIG_KEY: json.dumps(config)})
+        wishes = {
+            "image": str(self.root / "image.png"), "prompt": "a dog", "steps": 2, "metrics": False,
+            "model": str(self.model), "precision": "fp32", "device": "cpu", "concepts": [], "seed": 0,
+        }  # fmt: skip
+        perform("sdedit", wishes, out=self.root / "edit")
+        for program in (customize.settings, align.settings):
+            made = program.resolved(NEEDED[program.__name__], {})
+            write_json(
+                self.root / f"{program.__name__}.json", {"settings": made, "command": "x", "versions": {}}
+            )
 
     def training(self) -> tuple[dict[str, torch.Tensor], torch.optim.Optimizer]:
         parameter = {"p": torch.nn.Parameter(torch.ones(2, 2))}
@@ -149,7 +175,7 @@ class Place:
 
 
 def settings_door(program: Any, place: Place, random: Random) -> bool:
-    content, damaged = damaged_json(place.record(f"{program.__name__.split('.')[0]}.json"), random)
+    content, damaged = damaged_json(place.record(f"{program.__name__}.json"), random)
     place.write("settings.json", content)
     settings = program.read_settings(place.folder)
     assert as_command("train", settings)
@@ -161,8 +187,7 @@ def config_door(program: Any, place: Place, random: Random) -> bool:
     content, damaged = damaged_json(usual, random)
     kind = random.choice((".json", ".json", ".yaml"))
     asked = values_from_file(place.write(f"c{kind}", content), fields_of(program.Settings), {})
-    needed = {"images": "x", "token": "[V]", "class_noun": "dog"}
-    program.resolved({**(needed if program is customize.settings else {"pairs": "p"}), **asked}, {})
+    program.resolved({**NEEDED[program.__name__], **asked}, {})
     return damaged and kind == ".json"
 
 
@@ -170,12 +195,7 @@ def number_door(program: Any, place: Place, random: Random) -> bool:
     known = {name: one for name, one in fields_of(program.Settings).items() if one.kind in (int, float)}
     name, number = random.choice(list(known)), random.choice(NUMBERS)
     asked = values_from_flags({name: number}, known)
-    place_holder = (
-        {"images": "x", "token": "[V]", "class_noun": "dog"}
-        if program is customize.settings
-        else {"pairs": "p"}
-    )
-    program.resolved({**place_holder, **asked}, {})
+    program.resolved({**NEEDED[program.__name__], **asked}, {})
     return number in ("nan", "inf", "-inf", "x", "", " ", "½", "0x10")
 
 
@@ -205,7 +225,8 @@ def lines_door(name: str, row: dict[str, Any], place: Place, random: Random) -> 
     content, damaged = damaged_json(row, random)
     path = place.write(name, json.dumps(row).encode() + b"\n" + content + b"\n")
     check_preferences(read_preferences(path))
-    return damaged and name != "choices.jsonl"  # there a damaged line is what a crash left
+    # An empty line is passed over; among choices so is a damaged one, which is what a crash left
+    return damaged and name != "choices.jsonl" and bool(content.strip())
 
 
 def captions_door(place: Place, random: Random) -> bool:
@@ -253,15 +274,75 @@ def weights_door(place: Place, random: Random) -> bool:
 def index_door(place: Place, random: Random) -> bool:
     name = random.choice(WEIGHTS)
     folder = place.copy_model(f"{name}.safetensors")
-    names = list(json.loads(place.files[f"{name}.safetensors"][8:].split(b"}}")[0] + b"}}"))[1:]
-    shard = random.choice(
-        ("evil.bin", "evil", "../x.safetensors", "x.safetensors", "evil.pt", "a/b.safetensors")
+    weights = place.files[f"{name}.safetensors"]
+    shard = random.choice((
+        *("whole.safetensors", "evil.bin", "evil", "../x.safetensors", "x.safetensors", "evil.pt"),
+        *("a/b.safetensors", "whole.safetensors", "whole.safetensors"),
+    ))  # fmt: skip
+    names = [
+        one for one in json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")]) if one[0] != "_"
+    ]
+    content, damaged = damaged_json(
+        {"metadata": {"total_size": len(weights)}, "weight_map": dict.fromkeys(names, shard)}, random
     )
-    content, damaged = damaged_json({"metadata": {}, "weight_map": dict.fromkeys(names, shard)}, random)
+    place.write(f"model/{Path(name).parent}/whole.safetensors", weights)
     place.write(f"model/{Path(name).parent}/evil.bin", b"\x80\x04cos\nsystem\n.")
     place.write(f"model/{name}.safetensors.index.json", content)
     place.draw(folder)
+    return damaged or shard != "whole.safetensors"
+
+
+def adapter_door(place: Place, random: Random) -> bool:
+    content = (place.root / "a.safetensors").read_bytes()
+    if random.random() < 0.5:
+        tensors, metadata = read_tensors(place.root / "a.safetensors")
+        config, damaged = damaged_json(json.loads(metadata[CONFIG_KEY]), random)
+        path = place.folder / "pytorch_lora_weights.safetensors"
+        write_tensors(path, tensors, {**metadata, CONFIG_KEY: config.decode("utf-8", "replace")})
+    else:
+        content, damaged = damaged_safetensors(content, random)
+        path = place.write("pytorch_lora_weights.safetensors", content)
+    concept = {**CONCEPT, "weights": path.name, "fingerprint": place.opened.fingerprint}
+    place.write("concept.json", json.dumps(concept).encode())
+    if random.random() < 0.5:
+        export_adapter(path, place.folder / "o.safetensors", "kohya")
+    else:
+        model = Backbone.open(str(place.model), device="cpu", precision="fp32")
+        load_concepts(model, [read_concept(place.folder)])
+        model.predict(torch.zeros(1, *model.latent_shape), torch.tensor([0]), model.encode_prompts(["a dog"]))
     return damaged
+
+
+def record_door(place: Place, random: Random) -> bool:
+    content, damaged = damaged_json(place.record("edit/run.json"), random)
+    try:
+        replay(place.write("old/run.json", content), out=place.folder / "out")
+    finally:
+        left = place.folder / "out"
+        assert not left.exists() or (left / "README.md").exists()
+    return damaged
+
+
+def mask_door(place: Place, random: Random) -> bool:
+    path = place.folder / "a.png"
+    place.image.convert(random.choice(("L", "1", "RGBA", "P", "I;16"))).save(
+        path, random.choice(("PNG", "TIFF"))
+    )
+    path.write_bytes(damaged_bytes(path.read_bytes(), random))
+    assert read_mask(path).image.mode == "L"
+    return False
+
+
+def log_door(place: Place, random: Random) -> bool:
+    usual: list[Any] = [
+        ("log.jsonl", Report(1, 0.5, 1.0, 1e-4, 0.1)), ("evaluations.jsonl", ConceptMetrics(1, *[0.5] * 6)),
+    ]  # fmt: skip
+    name, entry = random.choice(usual)
+    content, _ = damaged_json(asdict(entry), random)
+    path = place.write(name, json.dumps(asdict(entry)).encode() + b"\n" + content)
+    trim_log(path, 1)
+    read_jsonl(path, type(entry))
+    return False  # a damaged line is what a crash left
 
 
 def inversion_door(place: Place, random: Random) -> bool:
@@ -340,6 +421,10 @@ DOORS: dict[str, Door] = {
     "model configs": model_door,
     "model weights": weights_door,
     "weight indexes": index_door,
+    "adapters": adapter_door,
+    "edit records": record_door,
+    "masks": mask_door,
+    "logs": log_door,
     "inversions": inversion_door,
     "checkpoints": checkpoint_door,
     "tensors": tensors_door,

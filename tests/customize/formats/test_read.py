@@ -379,7 +379,7 @@ def test_an_export_that_does_not_come_back_is_not_written(
     some: dict[str, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("customize.formats.write.to_kohya_name", lambda name, **_: "lora_unet_conv_in")
-    with pytest.raises(UserError, match="was not written"):
+    with pytest.raises(UserError, match="Nothing was written"):
         write_adapter(tmp_path / "a.safetensors", random_adapter(some), "kohya")
     assert list(tmp_path.iterdir()) == []
 
