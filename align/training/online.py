@@ -11,6 +11,7 @@ import os
 import shlex
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ from backbone.media.sheet import save_png
 from backbone.models.locate import is_path
 from backbone.models.model import Backbone
 from backbone.models.placement import get_placement
-from backbone.training.run import LOG, Every, drive
+from backbone.training.run import LOG, Every, LoggedLoss, drive
 
 DRAWN_BY = (
     "model",
@@ -76,6 +77,13 @@ DRAWN_BY = (
     "precision",
     "online",
 )
+
+
+@dataclass(frozen=True)
+class LoggedReward(LoggedLoss):
+    """A line of the log of a training by reward alone."""
+
+    reward: float
 
 
 def train_online(asked: dict[str, Any], *, out: Path | None) -> Path:
@@ -286,10 +294,14 @@ def _round_records(folder: Path, settings: Settings) -> tuple[list[Record], list
 def append_reward(run: Path, folder: Path, settings: Settings, number: int) -> None:
     """Logs the mean score of a round's pictures, once."""
     known = read_jsonl(run / REWARDS) if (run / REWARDS).exists() else []
-    if any(line["round"] == number for line in known):
+    if any(line.get("round") == number for line in known):
         return
     scores = read_json(folder / SCORES, Scores).scores
-    values = [one[settings.online] for one in scores.values()]
+    values = [one[settings.online] for one in scores.values() if settings.online in one]
+    if not values:
+        raise UserError(
+            f"{folder / SCORES} holds no score of {settings.online}. Remove {folder}, and resume."
+        )
     append_jsonl(run / REWARDS, {"round": number, "reward": sum(values) / len(values)})
 
 
@@ -322,9 +334,9 @@ def _by_reward(
         processes.end_process()
         return run
     write_concept(run, settings, model, training.write(run, _header(settings)))
-    log = read_jsonl(run / LOG)
+    log = read_jsonl(run / LOG, LoggedReward)
     tenth = max(1, len(log) // 10)
-    first, last = (sum(line["reward"] for line in part) / len(part) for part in (log[:tenth], log[-tenth:]))
+    first, last = (sum(line.reward for line in part) / len(part) for part in (log[:tenth], log[-tenth:]))
     seconds = round(time.perf_counter() - began, 2)
     summary = {
         "kind": "reward",
@@ -341,8 +353,8 @@ def _by_reward(
     }
     write_json(run / SUMMARY, summary)
     drawn = [
-        line_plot("Reward", {"reward": [(line["step"], line["reward"]) for line in log]}),
-        line_plot("Loss", {"loss": [(line["step"], line["loss"]) for line in smoothed_log(log)]}),
+        line_plot("Reward", {"reward": [(line.step, line.reward) for line in log]}),
+        line_plot("Loss", {"loss": smoothed_log(log)}),
     ]
     parts = [
         paragraph(f"{settings.steps} steps in {seconds:.0f} s on {len(prompts)} prompts."),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from backbone.adapters.concept import Concept, summarize_concepts
 from backbone.io.files import read_jsonl, write_json
 from backbone.io.report import command, heading, line_plot, paragraph, plot_row, table, write_report
 from backbone.io.run_folder import package_versions
-from backbone.training.run import LOG
+from backbone.training.run import LOG, LoggedLoss
 
 
 def write_summary(
@@ -81,7 +81,7 @@ def report(run: Path, summary: dict[str, Any], settings: Settings) -> list[str]:
     done, seconds, data = summary["steps"], summary["seconds"], summary["data"]
     steps = f"{done} of {settings.steps} steps" if done < settings.steps else f"{settings.steps} steps"
     evaluations = read_jsonl(run / EVALUATIONS)
-    log = read_jsonl(run / LOG) if (run / LOG).exists() else []
+    log = read_jsonl(run / LOG, LoggedLoss) if (run / LOG).exists() else []
     rows = [
         _row(name, Figures(**_revived(summary[key])))
         for name, key in (("held out", "held_out"), ("training, unseen noise", "training"))
@@ -99,7 +99,7 @@ def report(run: Path, summary: dict[str, Any], settings: Settings) -> list[str]:
     drawn.append(
         line_plot("Seen/unseen-noise gap: accuracy at seen minus unseen noise", {"gap": gap}, level=0.0)
     )
-    drawn.append(line_plot("Loss", {"loss": [(line["step"], line["loss"]) for line in smoothed_log(log)]}))
+    drawn.append(line_plot("Loss", {"loss": smoothed_log(log)}))
     chosen = dataclasses.asdict(settings).items()
     return [
         paragraph(f"{steps}, {seconds['train']:.0f} s of training, {seconds['all']:.0f} s in all."),
@@ -154,13 +154,11 @@ def _curves(name: str, seen: list[dict[str, Any]], key: str) -> list[str]:
     ]
 
 
-def smoothed_log(log: list[dict[str, Any]], *, points: int = 200) -> list[dict[str, Any]]:
-    """At most so many points, each the mean of its neighbours."""
+def smoothed_log(log: Sequence[LoggedLoss], *, points: int = 200) -> list[tuple[int, float]]:
+    """At most so many (step, loss), each the mean of its neighbours."""
     width = max(1, math.ceil(len(log) / points))
     parts = [log[first : first + width] for first in range(0, len(log), width)]
-    return [
-        {"step": part[-1]["step"], "loss": sum(line["loss"] for line in part) / len(part)} for part in parts
-    ]
+    return [(part[-1].step, sum(line.loss for line in part) / len(part)) for part in parts]
 
 
 def _row(name: str, figures: Figures) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import reprlib
 import shlex
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
@@ -35,11 +36,13 @@ import typer
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.io.help import Command
-from backbone.io.records import RunRecord, parse_json, read_as
+from backbone.io.records import RunRecord, parse_json, plain, read_as
 
 SHORT_CHOICES = 48  # characters of choices that stand behind an option's name; more are listed in its text
 CONFIG_HELP = "Settings from a file: .yaml, .toml or .json; flags win over it."
 RUNS_CONFIG_HELP = "Settings from a file: .yaml, .toml or .json, or a run's settings.json; flags win over it."
+SHORT = reprlib.Repr()  # of a value in a message
+SHORT.maxstring = SHORT.maxlong = SHORT.maxother = 80
 Made = TypeVar("Made")
 
 
@@ -435,7 +438,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not {kind[1:].upper()} ({reason}). Repair it.") from error
     if not isinstance(data, dict):
         raise UserError(f"{path} does not hold settings. Write a key and its value on each line.")
-    return data
+    return plain(data, f"{path} is not {kind[1:].upper()}")
 
 
 def _toml(text: str) -> Any:
@@ -462,7 +465,7 @@ def converted(one: Field, value: Any, name: str, file: Path | None = None) -> An
         values = [value] if isinstance(value, (str, int, float, Path)) else value
         fits = (int, float, str) if one.kind in (int, float) else (str, Path)
         if not isinstance(values, (list, tuple)) or not all(isinstance(part, fits) for part in values):
-            raise UserError(f"{where} is not a list of texts ({value!r}). Put each in quotes.")
+            raise UserError(f"{where} is not a list of texts ({SHORT.repr(value)}). Put each in quotes.")
         return tuple(_converted_one(one, part, where) for part in values)
     return _converted_one(one, value, where)
 
@@ -471,12 +474,12 @@ def _converted_one(one: Field, value: Any, where: str) -> Any:
     """One value, also of a field that holds many."""
     if one.kind is bool:
         if not isinstance(value, bool):
-            raise UserError(f"{where} is {value!r}. Write true or false.")
+            raise UserError(f"{where} is {SHORT.repr(value)}. Write true or false.")
         return value
     if one.kind in (int, float):
         return _number(one, value, where)
     if not isinstance(value, (str, Path)):
-        raise UserError(f"{where} is {value!r}, which is no text. Put it in quotes.")
+        raise UserError(f"{where} is {SHORT.repr(value)}, which is no text. Put it in quotes.")
     if one.option.choices:
         return _choice(one, str(value), where)
     return one.kind(value)
@@ -493,7 +496,8 @@ def _number(one: Field, value: Any, where: str) -> Any:
     except (TypeError, ValueError, OverflowError) as error:
         words = "".join(f" or {word}" for word in option.words)
         what = "a whole number" if whole else "a number"
-        raise UserError(f"{where} is {value}, which is not {what}{words}. Give one.") from error
+        shown = value if isinstance(value, str) and len(value) <= SHORT.maxstring else SHORT.repr(value)
+        raise UserError(f"{where} is {shown}, which is not {what}{words}. Give one.") from error
     below = option.min is not None and number < option.min
     above = option.max is not None and number > option.max
     if (below or above) and option.min is not None and option.max is not None:

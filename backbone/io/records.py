@@ -50,13 +50,16 @@ def parse_json(text: str | bytes, where: str | Path) -> Any:
         RecursionError,
     ) as error:  # no JSON, no UTF-8, a number of thousands of digits, a deep nest
         raise UserError(f"{where} is not JSON ({_reason(error)}). Repair or delete it.") from error
+    return plain(value, f"{where} is not JSON")
+
+
+def plain(value: Any, complaint: str) -> Any:
+    """The same parsed value; `UserError`, which begins with the complaint, for what no file and no tokenizer takes."""
     for part, depth in _parts(value):
         if depth > DEEPEST:
-            raise UserError(f"{where} is not JSON (nested too deeply). Repair or delete it.")
+            raise UserError(f"{complaint} (nested too deeply). Repair or delete it.")
         if isinstance(part, str) and re.search("[\0\ud800-\udfff]", part):
-            raise UserError(
-                f"{where} is not JSON ({part[:LONGEST_SHOWN]!r} is no text). Repair or delete it."
-            )
+            raise UserError(f"{complaint} ({part[:LONGEST_SHOWN]!r} is no text). Repair or delete it.")
     return value
 
 
@@ -80,10 +83,14 @@ def inside(folder: Path, name: str, where: str | Path) -> Path:
 
 
 def _parts(value: Any) -> Iterator[tuple[Any, int]]:
-    """A value, its keys and everything in it, with their depths."""
-    waiting = [(value, 0)]
+    """A value, its keys and everything in it, with their depths; what YAML names twice once."""
+    waiting, seen = [(value, 0)], set[int]()
     while waiting:
         part, depth = waiting.pop()
+        if isinstance(part, (dict, list)):
+            if id(part) in seen:
+                continue
+            seen.add(id(part))
         yield part, depth
         if isinstance(part, dict):
             waiting += [(one, depth + 1) for pair in part.items() for one in pair]

@@ -32,6 +32,14 @@ SHOWN = ("accuracy", "reward")  # figures that stand beside the progress bar, wh
 Answer = TypeVar("Answer")
 
 
+@dataclass(frozen=True)
+class LoggedLoss:
+    """What the curve of a report needs of a line of the log."""
+
+    step: int
+    loss: float
+
+
 class RunSettings(Protocol):
     """The settings that the loop itself reads."""
 

@@ -30,6 +30,7 @@ from backbone.io.report import (
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
+from backbone.training.run import LOG, LoggedLoss
 from customize.evaluation.metrics import VALIDATION_PROMPTS, ConceptMetrics, EarlyStopping, Evaluator, Scorers
 from customize.objectives.dreambooth import DreamBooth, level_weight
 from customize.settings import Settings, as_flags
@@ -111,10 +112,8 @@ class Validation:
             line_plot(title, {title: [(f.step, getattr(f, name)) for f in history]}, marked=best.step)
             for name, title in zip(names, titles, strict=True)
         ]
-        log = read_jsonl(self.run / "log.jsonl")
-        drawn.append(
-            line_plot("training loss (mean of 20)", {"": smoothed([(x["step"], x["loss"]) for x in log])})
-        )
+        log = read_jsonl(self.run / LOG, LoggedLoss)
+        drawn.append(line_plot("training loss (mean of 20)", {"": smoothed([(x.step, x.loss) for x in log])}))
         rows = [(f.step, *(float(getattr(f, name)) for name in names)) for f in history]
         strips = [
             image_figure(

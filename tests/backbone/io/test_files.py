@@ -20,6 +20,7 @@ from backbone.io.files import (
     append_jsonl,
     atomic_write,
     content_hash,
+    fill_folder,
     make_empty_folder,
     make_numbered_folder,
     read_json,
@@ -273,6 +274,52 @@ def test_a_folder_is_swept_of_what_no_writer_is_at_work_on(tmp_path: Path) -> No
     with atomic_write(tmp_path / "now") as temporary:
         remove_abandoned(tmp_path)
         assert names(tmp_path) == sorted([".ours.abcdef-1-aaaa.partial", temporary.name])
+
+
+FILLED = """
+import os, sys, signal
+from pathlib import Path
+from backbone.io import files
+from backbone.io.files import fill_folder, write_bytes
+if sys.argv[2] == "moving":
+    replace = files.os.replace
+    def once(old, new):
+        if Path(new).name == "b":
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(old, new)
+    files.os.replace = once
+with fill_folder(sys.argv[1]) as folder:
+    (folder / "a").write_bytes(b"a")
+    (folder / "parts").mkdir()
+    (folder / "parts" / "c").write_bytes(b"c")
+    if sys.argv[2] == "writing":
+        os.kill(os.getpid(), signal.SIGKILL)
+    (folder / "b").write_bytes(b"b")
+"""
+
+
+def test_a_folder_whose_writer_was_killed_holds_nothing_or_everything(tmp_path: Path) -> None:
+    for moment, left in (("writing", []), ("moving", ["a", "b", "parts"])):
+        folder = tmp_path / moment
+        done = subprocess.run([sys.executable, "-c", FILLED, str(folder), moment], cwd=ROOT, check=False)
+        assert done.returncode == -9
+        remove_abandoned(folder)
+        assert names(folder) == left
+    with pytest.raises(UserError, match="not empty"), fill_folder(tmp_path / "moving"):
+        raise AssertionError
+    assert (tmp_path / "moving" / "parts" / "c").read_bytes() == b"c"
+    with fill_folder(tmp_path / "writing") as folder:
+        (folder / "x").touch()
+    assert names(tmp_path / "writing") == ["x"]
+
+
+def test_a_folder_that_could_not_be_filled_is_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for name in ("new", "there"):
+        with pytest.raises(KeyError), fill_folder(tmp_path / name) as folder:
+            (folder / "half").touch()
+            raise KeyError
+    assert names(tmp_path) == ["there"] and names(tmp_path / "there") == []
 
 
 def test_a_write_inside_a_write_goes_into_the_same_temporary_file(tmp_path: Path) -> None:
