@@ -315,10 +315,15 @@ def test_a_folder_whose_writer_was_killed_holds_nothing_or_everything(tmp_path: 
 
 def test_a_folder_that_could_not_be_filled_is_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
-    for name in ("new", "there"):
-        with pytest.raises(KeyError), fill_folder(tmp_path / name) as folder:
-            (folder / "half").touch()
+
+    def fail(folder: Path) -> None:
+        with fill_folder(folder) as unfinished:
+            (unfinished / "half").touch()
             raise KeyError
+
+    for name in ("new", "there"):
+        with pytest.raises(KeyError):
+            fail(tmp_path / name)
     assert names(tmp_path) == ["there"] and names(tmp_path / "there") == []
 
 

@@ -162,6 +162,10 @@ def test_a_file_says_what_flags_say_and_flags_win(tmp_path: Path, name: str) -> 
     }
 
 
+# Lists of the same list, which written out would fill the memory.
+LAUGHS = "[&a0 [x], " + ", ".join(f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30)) + "]"
+
+
 @pytest.mark.parametrize(
     ("name", "text", "complaint"),
     [
@@ -176,6 +180,8 @@ def test_a_file_says_what_flags_say_and_flags_win(tmp_path: Path, name: str) -> 
             "rate and learning_rate in .*a.yaml say different things",
         ),
         ("a.yaml", "steps: [", "a.yaml is not YAML"),
+        ("a.yaml", 'images: "\\ud800"', "a.yaml is not YAML .*is no text"),
+        ("a.yaml", f"steps: {LAUGHS}", "steps in .*a.yaml is .*not a whole number"),
         ("a.yaml", "- steps", "does not hold settings"),
         ("a.toml", "steps = ", "a.toml is not TOML"),
         ("a.json", "{", "a.json is not JSON"),
