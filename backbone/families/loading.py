@@ -229,12 +229,33 @@ class MultiTextEncoder:
         self.all_slots = (*slots, *frozen)
         self.tokenizer = self.slots[0].tokenizer
         for slot in self.all_slots:
+            fit_tokenizer(slot)
             slot.model.eval().requires_grad_(False)
 
     def to(self, device: torch.device) -> Any:
         for slot in self.all_slots:
             slot.model.to(device)
         return self
+
+
+def fit_tokenizer(slot: TextEncoderSlot) -> None:
+    """Let a tokenizer give no more tokens than its encoder has positions: a config may say more, or nothing.
+
+    Raises `UserError` for a length that holds no word, and for special tokens that the encoder has no embedding of.
+    """
+    length, where = slot.tokenizer.model_max_length, f"The tokenizer of {slot.name}"
+    remedy = "Restore its tokenizer_config.json, or download the model again."
+    if not isinstance(length, int) or length < 3:
+        raise UserError(f"{where} says model_max_length {length}, which holds no prompt. {remedy}")
+    embeddings = slot.model.get_input_embeddings().weight.shape[0]
+    for number, token in zip(slot.tokenizer.all_special_ids, slot.tokenizer.all_special_tokens, strict=True):
+        if number >= embeddings:
+            raise UserError(
+                f"{where} has the token {token}, and the encoder has no embedding of it. {remedy}"
+            )
+    slot.tokenizer.model_max_length = min(
+        length, getattr(slot.model.config, "max_position_embeddings", length)
+    )
 
 
 def tokenize(slot: TextEncoderSlot, prompts: Sequence[str], length: int | None = None) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from backbone.io.console import UserError
+from backbone.io.console import UserError, count_of
 from backbone.io.records import parse_json
 
 SUFFIXES = (".txt", ".jsonl")
@@ -91,7 +91,9 @@ def read_prompts(path: Path) -> list[Prompt]:
         else:
             found.setdefault(prompt.text, prompt)
     if bad:
-        raise UserError("\n".join([f"{path} has {len(bad)} bad lines:", *bad[:20], "Repair or remove them."]))
+        raise UserError(
+            "\n".join([f"{path} has {count_of(len(bad), 'bad line')}:", *bad[:20], "Repair or remove them."])
+        )
     if not found:
         raise UserError(f"{path} holds no prompts. Write one on each line.")
     return list(found.values())

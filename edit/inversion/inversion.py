@@ -337,7 +337,7 @@ def _check_tensors(path: str | Path, tensors: Mapping[str, Tensor], model: Backb
             raise UserError(
                 f"{path} is damaged: {name} is {tuple(tensor.shape)}. Make it again with `edit invert`."
             )
-        if name in wanted and tensor.is_floating_point() == (name == "image"):
+        if name in wanted and name != "time" and tensor.is_floating_point() == (name == "image"):
             raise UserError(
                 f"{path} is damaged: {name} is of {tensor.dtype}. Make it again with `edit invert`."
             )

@@ -176,13 +176,12 @@ def _run(
 
 @contextmanager
 def _claim(out: Path | None) -> Iterator[None]:
-    """Takes the folder that was named; after a mistake it is gone again."""
+    """Takes the folder that was named; where nothing came of it, it is gone again."""
     if out is not None:
         make_empty_folder(out)
     try:
         with nullcontext() if out is None else hold_folder(out):
             yield
-    except UserError:
-        if out is not None and not any(out.iterdir()):
+    finally:
+        if out is not None and out.is_dir() and not any(out.iterdir()):
             out.rmdir()
-        raise
