@@ -44,7 +44,7 @@ def model(tmp_path: Path, tiny_folder: Path) -> Path:
     return shutil.copytree(tiny_folder, tmp_path / "model")
 
 
-def load(folder: Path, part: str) -> object:
+def load(folder: Path, part: str) -> Any:
     model = Backbone.open(str(folder), device="cpu", precision="fp32")
     return {"unet": lambda: model.denoiser, "vae": lambda: model.autoencoder}.get(
         part, lambda: model.text_encoder
@@ -161,6 +161,30 @@ def test_a_damaged_config_is_one_sentence(model: Path, part: str, change: dict[s
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(UserError, match=part):
         use(model, part)
+
+
+@pytest.mark.parametrize(
+    ("change", "length"),
+    [
+        ({"model_max_length": 10**30}, 77),
+        ({"model_max_length": 1000}, 77),
+        ({"model_max_length": 20}, 20),
+        ({"model_max_length": 0}, 0),
+        ({"model_max_length": 1.5}, 0),
+        ({"pad_token": "<no such>"}, 0),
+    ],
+    ids=str,
+)
+def test_a_tokenizer_gives_what_its_encoder_has_positions_and_embeddings_of(
+    model: Path, change: dict[str, Any], length: int
+) -> None:
+    path = model / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    if length:
+        assert load(model, "text_encoder").tokenizer.model_max_length == length
+    else:
+        with pytest.raises(UserError, match=r"tokenizer_config\.json"):
+            load(model, "text_encoder")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "vocab.json"])

@@ -17,6 +17,7 @@ from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from edit import checks
 from edit.cli import main
+from edit.inversion.inversion import identify
 from tests.edit.methods.prompt_to_prompt.test_replace import left_half
 from tests.edit.models import photo
 
@@ -296,10 +297,16 @@ def test_a_dry_run_prints_what_becomes_of_the_words_and_writes_nothing(
         (("invert-and-replace", "photo.png", *WORDS, "--iterations", "2"), "--iterations has no effect"),
         (("invert", "photo.png", "--source", "a cat", "--guidance", "2"), "--guidance has no effect"),
         (("replay", "other.json"), "no record of an edit"),
+        (("replay", "list.json"), "no record of an edit"),
+        (("replay", "newer.json", "--out", "new"), "settings that this version does not know"),
     ],
 )
 def test_mistakes_are_answered_in_a_sentence_and_leave_nothing(
-    edit: Edit, arguments: tuple[str, ...], complaint: str, capsys: pytest.CaptureFixture[str]
+    edit: Edit,
+    tiny_folder: Path,
+    arguments: tuple[str, ...],
+    complaint: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from backbone.io.files import write_tensors
 
@@ -308,6 +315,13 @@ def test_mistakes_are_answered_in_a_sentence_and_leave_nothing(
     Path("full").mkdir()
     Path("full/something").touch()
     Path("other.json").write_text("{}")
+    Path("list.json").write_text('{"command": ["sdedit"]}')
+    model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
+    newer = {
+        "command": "sdedit", "model": str(tiny_folder), "precision": "fp32", "identity": identify(model),
+        "settings": {"image": "photo.png", "prompt": "a", "steps": 2, "device": "cpu", "newer": 1},
+    }  # fmt: skip
+    Path("newer.json").write_text(json.dumps(newer))
     import torch
 
     write_tensors("no.safetensors", {"x": torch.ones(1)})
