@@ -215,6 +215,7 @@ def test_each_process_holds_half_of_the_base_and_predicts_what_the_whole_does(bo
         assert distance < 1e-5
 
 
+@pytest.mark.slow
 def test_what_needs_the_whole_base_is_refused_before_anything_is_written(both: Path) -> None:
     for rank in range(2):
         lines = (both / f"refused-{rank}.txt").read_text().splitlines()
