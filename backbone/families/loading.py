@@ -54,7 +54,7 @@ def load_pretrained(kind: Any, location: Location, part: str, **options: Any) ->
     network = issubclass(kind, nn.Module)
     if network:
         location.refuse_foreign_weights(part)
-        location.config(part)
+        location.config(part).refuse_other_kinds(kind)
         options |= {"use_safetensors": True, "output_loading_info": True}
     elif folder is not None:
         for path in (folder / part).glob("*.json"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,9 @@ class Location:
         for key, kind in CONFIG_TYPES.items():
             if config.get(key) is not None:
                 _check_size(read_as(kind, config[key], path, key), path, key)
+        for key, value in config.items():
+            if isinstance(value, int) and abs(value) > LARGEST_OF_ALL:
+                raise config.damaged(key)
         return config
 
     def refuse_foreign_weights(self, part: str) -> None:
@@ -77,6 +82,23 @@ class Config(dict[str, Any]):
     def __missing__(self, key: str) -> Any:
         raise UserError(f"{self.path} is damaged: it has no {key}. Restore it, or download the model again.")
 
+    def damaged(self, key: str) -> UserError:
+        """The error that a value is none that a network can have."""
+        shown = str(self[key])[:60]
+        return UserError(
+            f"{self.path} is damaged: {key} is {shown}. Restore it, or download the model again."
+        )
+
+    def refuse_other_kinds(self, network: Any) -> None:
+        """`UserError` for a value that is no number (or list of some) where the class's default is one.
+
+        A diffusers class keeps what it is not asked for while it is built, and stumbles over it when it is called.
+        """
+        for name, parameter in inspect.signature(network.__init__).parameters.items():
+            wants_number = type(parameter.default) in (int, float)
+            if wants_number and name in self and not _is_numeric(self[name]):
+                raise self.damaged(name)
+
 
 CONFIG_TYPES: dict[str, Any] = {  # what is read here; what only diffusers and transformers read, they check
     "_class_name": str,
@@ -95,7 +117,14 @@ CONFIG_TYPES: dict[str, Any] = {  # what is read here; what only diffusers and t
     **dict.fromkeys(("addition_embed_type", "prediction_type", "time_shift_type", "beta_schedule"), str),
 }
 LARGEST = 2**24  # of any size or number in a config
+LARGEST_OF_ALL = 2**31  # of what else there is
 MOST_LAYERS = 1000
+
+
+def _is_numeric(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_numeric, value))
+    return value is None or (isinstance(value, (int, float)) and math.isfinite(value))
 
 
 def _check_size(value: Any, path: Path, key: str) -> None:
