@@ -45,7 +45,7 @@ class Location:
         roots = (self.folder,) if self.folder else self.settings
         return next((root / name for root in roots if (root / name).exists()), None)
 
-    def config(self, part: str) -> dict[str, Any]:
+    def config(self, part: str) -> Config:
         """Read the config of a component (`unet`, `vae`, `scheduler` …); `UserError` if it is missing or damaged."""
         name = f"{part}/{'scheduler_config' if part == 'scheduler' else 'config'}.json"
         path = self.local(name) if self.folder or self.file else hub_file(self.source, name, self.revision)
