@@ -90,7 +90,9 @@ def prepare(folder: Path) -> dict[str, Campaign]:
         "edit": Campaign(
             (*edit, "--model", model, *WHERE, "--out", "{out}"), ("inversion.safetensors", "edit_0.png")
         ),
-        "export": Campaign(("customize", "export", "adapter", "{out}.safetensors", "--to", "kohya"), ("",)),
+        "export": Campaign(
+            ("customize", "export", "adapter", "--out", "{out}.safetensors", "--to", "kohya"), ("",)
+        ),
     }
 
 
