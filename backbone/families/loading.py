@@ -54,7 +54,7 @@ def load_pretrained(kind: Any, location: Location, part: str, **options: Any) ->
     network = issubclass(kind, nn.Module)
     if network:
         location.refuse_foreign_weights(part)
-        location.config(part).refuse_other_kinds(kind)
+        location.config(part)
         options |= {"use_safetensors": True, "output_loading_info": True}
     elif folder is not None:
         for path in (folder / part).glob("*.json"):
@@ -79,7 +79,8 @@ def load_network(
     memory_format: torch.memory_format = torch.preserve_format,
 ) -> nn.Module:
     """Load a denoiser or autoencoder; `UserError` if the component is of another class."""
-    class_name = location.config(part).get("_class_name", kind.__name__)
+    config = location.config(part)
+    class_name = config.get("_class_name", kind.__name__)
     if class_name not in (
         kind.__name__,
         "Transformer2DModel",
@@ -88,6 +89,7 @@ def load_network(
             f"The {part} of {location.name} is a {class_name}, and a {kind.__name__} is needed. "
             "Name a whole model of one family."
         )
+    config.refuse_other_kinds(kind)
     network = load_casting(kind, location, part, dtype, memory_format)
     if network is None:
         network = cast(nn.Module, load_pretrained(kind, location, part, torch_dtype=dtype))

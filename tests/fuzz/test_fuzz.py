@@ -10,7 +10,7 @@ from tests.fuzz.__main__ import FAILURES, fuzz, table
 
 
 @pytest.mark.parametrize(
-    ("cases", "seconds"), [(600, 20.0), pytest.param(1500, None, marks=pytest.mark.slow)]
+    ("cases", "seconds"), [(600, 15.0), pytest.param(1500, None, marks=pytest.mark.slow)]
 )
 def test_damaged_input_at_every_door_is_a_sentence_or_right(
     tmp_path: Path, cases: int, seconds: float | None
