@@ -53,7 +53,7 @@ def parse_json(text: str | bytes, where: str | Path) -> Any:
     return plain(value, f"{where} is not JSON")
 
 
-def plain(value: Any, complaint: str) -> Any:
+def plain(value: Kind, complaint: str) -> Kind:
     """The same parsed value; `UserError`, which begins with the complaint, for what no file and no tokenizer takes."""
     for part, depth in _parts(value):
         if depth > DEEPEST:

@@ -128,7 +128,8 @@ class Place:
             "model": str(self.model), "precision": "fp32", "device": "cpu", "concepts": [], "seed": 0,
         }  # fmt: skip
         perform("sdedit", wishes, out=self.root / "edit")
-        for program in (customize.settings, align.settings):
+        programs: list[Any] = [customize.settings, align.settings]
+        for program in programs:
             made = program.resolved(NEEDED[program.__name__], {})
             write_json(
                 self.root / f"{program.__name__}.json", {"settings": made, "command": "x", "versions": {}}
