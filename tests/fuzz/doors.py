@@ -118,7 +118,8 @@ class Place:
         )
         factors = {}
         for layer in layers:
-            out, wide = opened.denoiser.get_submodule(layer).weight.shape
+            weight: Any = opened.denoiser.get_submodule(layer).weight
+            out, wide = weight.shape
             factors[f"unet.{layer}.lora_A.weight"] = torch.ones(2, wide)
             factors[f"unet.{layer}.lora_B.weight"] = torch.ones(out, 2)
         config = {"unet.r": 2, "unet.lora_alpha": 2, "unet.target_modules": layers}
