@@ -42,10 +42,11 @@ def draw_sheet(
     note: str = "",
     row_titles: Sequence[str] = (),
     column_titles: Sequence[str] = (),
-    cell: int = 192,
+    cell: int = 256,
     font: str | Path | None = None,
 ) -> Image.Image:
-    """Draw a page (RGB). Images are resized to fit `cell` × `cell` pixels; None leaves a cell empty.
+    """Draw a page (RGB). Images are shrunk to fit `cell` × `cell` pixels, or enlarged to the largest whole
+    multiple that fits, pixel by pixel; None leaves a cell empty.
 
     `title` and `note` head the page, `row_titles` stand above their rows ("" for none), `column_titles` above the
     first row. Rows may differ in length.
@@ -175,10 +176,12 @@ def _resize_to_cell(image: Image.Image, side: int) -> Image.Image:
         layered = image.convert("RGBA")
         image = Image.new("RGB", image.size, "white")
         image.paste(layered, mask=layered.getchannel("A"))
+    image = image.convert("RGB")
+    if factor := side // max(image.size):
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     scale = side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    filter_ = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
-    return image.convert("RGB").resize(size, filter_, reducing_gap=3.0)
+    return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
 # Fonts.
