@@ -83,12 +83,11 @@ def _write_images(
     """Sample this process's share of the requests and write the images, with prompt and seed in their metadata."""
     share = processes.split_items(requests, batch=settings.batch)
     with progress(len(share), "drawing") as bar:
-        images = sample(model, share, **settings.for_sampler())
+        images = sample(model, share, **settings.for_sampler(), advance=bar.advance_images)
         for request, image in zip(share, images, strict=True):
             i, j = request.key
             text = {"prompt": prompts[i], "seed": str(settings.seed), "sample": str(j)}
             save_png(out / image_name(request), image, text=text)
-            bar.advance(images=1)
 
 
 def write_index(
@@ -111,10 +110,13 @@ def write_index(
         for request in requests
     ]
     write_json(out / RECORD, {**record, "pictures": entries})
+    several = any(request.key[1] for request in requests)
     cells = []
     for request in requests:
+        i, j = request.key
         with Image.open(out / image_name(request)) as image:
-            cells.append(Cell(image.convert("RGB"), prompts[request.key[0]]))
+            caption = f"{prompts[i]}\nsample {j}" if several else prompts[i]
+            cells.append(Cell(image.convert("RGB"), caption))
     save_png(out / "sheet.png", draw_sheet(split_rows(cells, columns), note=note))
 
 

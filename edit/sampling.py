@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -91,15 +94,17 @@ def select(estimate: Estimate, rows: slice) -> Estimate:
 
 
 class CountNFE:
-    """A `Predict` that counts the samples that the denoiser evaluated."""
+    """A `Predict` that counts the samples that the denoiser evaluated, and calls `progress` after each."""
 
-    def __init__(self, predict: Predict) -> None:
-        self.predict = predict
+    def __init__(self, predict: Predict, progress: Callable[[], Any] = lambda: None) -> None:
+        self.predict, self.progress = predict, progress
         self.nfe = 0
 
     def __call__(self, noisy: Tensor, level: Level) -> Estimate:
         self.nfe += len(noisy)
-        return self.predict(noisy, level)
+        estimate = self.predict(noisy, level)
+        self.progress()
+        return estimate
 
 
 class SourceAndTargets:

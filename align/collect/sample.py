@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,7 +68,9 @@ def sample_pairs(
         load_concepts(backbone, concepts, scale=asked.scale)
         share = processes.split_items(missing, batch=asked.batch)
         with progress(len(share), "drawing") as bar:
-            images = sample_images(backbone, prompts, share, asked, concepts, per_prompt=asked.count)
+            images = sample_images(
+                backbone, prompts, share, asked, concepts, per_prompt=asked.count, advance=bar.advance_images
+            )
             for (i, j), image in zip(share, images, strict=True):
                 metadata = {
                     "prompt": prompt_and_noise(prompts[i], j, asked.count)[0],
@@ -75,7 +78,6 @@ def sample_pairs(
                     "sample": str(j),
                 }
                 save_png(out / image_name(i, j), image, text=metadata)
-                bar.advance(images=1)
     processes.barrier()  # now all pictures are there
     if processes.is_main_process():
         seconds = read_json(out / SAMPLES, Drawn).seconds + time.perf_counter() - began
@@ -99,8 +101,12 @@ def sample_images(
     concepts: Sequence[Concept] = (),
     *,
     per_prompt: int = sys.maxsize,
+    advance: Callable[[float], Any] | None = None,
 ) -> Iterator[Image.Image]:
-    """Yield the images of `keys` (prompt index, sample index); samples from `per_prompt` on are hard negatives."""
+    """Yield the images of `keys` (prompt index, sample index); samples from `per_prompt` on are hard negatives.
+
+    `advance` is told after each step how many images' worth of work it was.
+    """
     negative = _expand_tokens(sampling.negative, concepts)
     texts_and_noise = [(i, *prompt_and_noise(prompts[i], j, per_prompt)) for i, j in keys]
     requests = [
@@ -108,11 +114,11 @@ def sample_images(
     ]
     options = sampling.for_sampler()
     if not isinstance(sampling, PairSampling) or not sampling.redraw:
-        return sample(model, requests, **options)
+        return sample(model, requests, **options, advance=advance)
     first_requests = {
         i: Request(_expand_tokens(prompts[i].text, concepts), (i, 0), negative) for i, _ in keys
     }
-    return _sample_variations(model, requests, first_requests, sampling.redraw, options)
+    return _sample_variations(model, requests, first_requests, sampling.redraw, options, advance)
 
 
 def _sample_variations(
@@ -121,12 +127,14 @@ def _sample_variations(
     first_requests: Mapping[int, Request],
     strength: float,
     options: dict[str, Any],
+    advance: Callable[[float], Any] | None = None,
 ) -> Iterator[Image.Image]:
     """Yield the requests' images, in order: sample 0 of a prompt from noise, the others as SDEdit of that one.
 
     first_requests   prompt index → the request of its sample 0, in the order of `requests`
     strength         share of the steps that is noised and denoised again
     options          keyword arguments of `sample_latents`
+    advance          as of `sample`; a sample 0 that is not asked for itself does not count
     """
     indices, size = list(first_requests), options["batch"]
     for begin in range(0, len(indices), size):
@@ -136,19 +144,26 @@ def _sample_variations(
         # Sample 0 is needed as the start of variations even where it is not asked for itself.
         starts = [first_requests[request.key[0]] for request in variations]
         from_noise = list(dict.fromkeys(starts + [request for request in batch if not request.key[1]]))
-        latents = dict(
-            zip(from_noise, torch.cat(list(sample_latents(model, from_noise, **options))), strict=True)
-        )
+        wanted = (len(batch) - len(variations)) / len(from_noise)
+        begin_with = partial(_advance_by, advance, wanted) if advance and wanted else None
+        drawn = torch.cat(list(sample_latents(model, from_noise, **options, advance=begin_with)))
+        latents = dict(zip(from_noise, drawn, strict=True))
         if variations:
             clean = torch.stack([latents[start] for start in starts])
             redrawn = torch.cat(
-                list(sample_latents(model, variations, clean=clean, share=strength, **options))
+                list(
+                    sample_latents(model, variations, clean=clean, share=strength, **options, advance=advance)
+                )
             )
             latents |= dict(zip(variations, redrawn, strict=True))
         for first in range(0, len(batch), size):
             chunk = torch.stack([latents[request] for request in batch[first : first + size]])
             for image in model.decode(chunk).cpu():
                 yield to_image(image)
+
+
+def _advance_by(advance: Callable[[float], Any], share: float, images: float) -> None:
+    advance(share * images)
 
 
 def _describe_folder(

@@ -170,11 +170,17 @@ def _sample_sides(
         if not missing:
             continue
         load_concepts(model, concepts[name], scale=side.scale)
-        images = sample_images(model, prompts, missing, side.override(sampling), concepts[name])
         with progress(len(missing), f"drawing {name}") as bar:
+            images = sample_images(
+                model,
+                prompts,
+                missing,
+                side.override(sampling),
+                concepts[name],
+                advance=bar.advance_images,
+            )
             for key, image in zip(missing, images, strict=True):
                 save_png(out / side_image_name(name, *key), image, text={"prompt": prompts[key[0]].text})
-                bar.advance(images=1)
     return sampling
 
 

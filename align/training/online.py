@@ -247,9 +247,9 @@ def _draw_round(
         missing, batch=sampling.batch
     )  # to the last bit, for what is learned from them
     with progress(len(own), "drawing") as bar:
-        for key, picture in zip(own, sample_images(model, prompts, own, sampling, concepts), strict=True):
+        pictures = sample_images(model, prompts, own, sampling, concepts, advance=bar.advance_images)
+        for key, picture in zip(own, pictures, strict=True):
             save_png(folder / image_name(*key), picture, text={"prompt": prompts[key[0]].text})
-            bar.advance(1, images=1)
             if stop:
                 break
     if processes.any_process(bool(stop)):

@@ -192,6 +192,10 @@ class ProgressBar:
             self._marks.popleft()
         self.show()
 
+    def advance_images(self, images: float) -> None:
+        """Count images, or shares of them, each of which is a step."""
+        self.advance(images, images=images)
+
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Leave the time of the block (an evaluation, a preview) out of the rates."""

@@ -176,7 +176,9 @@ def line_plot(
             elements += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in places]
     shape = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     drawing = f'<svg role="img" {shape} font-size="11" fill="currentColor">{"".join(elements)}</svg>'
-    return f"<figure><figcaption>{_escape(title)}</figcaption>{_legend(series)}{drawing}{_note(note)}</figure>"
+    return (
+        f"<figure><figcaption>{_escape(title)}</figcaption>{_legend(series)}{drawing}{_note(note)}</figure>"
+    )
 
 
 def _legend(names: Iterable[str]) -> str:

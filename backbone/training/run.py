@@ -156,8 +156,11 @@ def drive(
         progress(last, label, done=objective.done) as bar,
     ):
         done = objective.done
-        if validate and done < last and validate.due(done) and _stops(validate.call(done), done):
-            return True
+        if validate and done < last and validate.due(done):
+            with bar.pause():
+                reason = validate.call(done)
+            if _stops(reason, done):
+                return True
         for report in kept_on_failure(take_steps(objective, until=last), run):
             step, finished = report.step, report.step == last
             # What the step showed.
@@ -172,7 +175,8 @@ def drive(
             halted = processes.any_process(bool(stop)) and not finished
             early = False
             if validate and (finished or validate.due(step)) and not halted:
-                early = _stops(validate.call(step), step, aloud=not finished)
+                with bar.pause():
+                    early = _stops(validate.call(step), step, aloud=not finished)
             # What is kept, from which `resume` goes on.
             if halted or finished or early or step % settings.checkpointing_steps == 0:
                 objective.save(run)
@@ -181,7 +185,8 @@ def drive(
             if early:
                 return not finished
             if preview and preview.due(step) and not finished:
-                preview.call(step)
+                with bar.pause():
+                    preview.call(step)
     return False
 
 

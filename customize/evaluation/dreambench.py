@@ -212,14 +212,17 @@ def sample_images(
     model: Backbone, requests: Sequence[Request], settings: Settings, seed: int, label: str
 ) -> list[Image]:
     """Sample requests with the run's steps and guidance; `label` is shown beside the progress bar."""
-    images = []
     with progress(len(requests), label) as bar:
-        for image in sample(
-            model, requests, steps=settings.sample_steps, guidance=settings.guidance, seed=seed
-        ):
-            images.append(image)
-            bar.advance(images=1)
-    return images
+        return list(
+            sample(
+                model,
+                requests,
+                steps=settings.sample_steps,
+                guidance=settings.guidance,
+                seed=seed,
+                advance=bar.advance_images,
+            )
+        )
 
 
 def load_scorers(chosen: Path | None, model: Backbone) -> Scorers:

@@ -15,7 +15,7 @@ from backbone.diffusion.losses import denoising_score_matching
 from backbone.diffusion.noise import add_noise, generator
 from backbone.distributed import processes
 from backbone.distributed.processes import is_main_process, is_participant
-from backbone.io.console import notify
+from backbone.io.console import notify, progress
 from backbone.io.files import append_jsonl, read_jsonl, write_text
 from backbone.io.report import (
     command,
@@ -218,15 +218,20 @@ class Previews:
         """
         if not processes.is_participant():
             return []
-        drawn: list[Image] = list(
-            sample(
-                self.model,
-                self.requests[:count],
-                steps=self.settings.sample_steps,
-                guidance=self.settings.guidance,
-                seed=self.settings.seed,
+        requests = self.requests[:count]
+        with progress(
+            len(requests), "drawing the sheet" if subject else "drawing a preview", brief=True
+        ) as bar:
+            drawn: list[Image] = list(
+                sample(
+                    self.model,
+                    requests,
+                    steps=self.settings.sample_steps,
+                    guidance=self.settings.guidance,
+                    seed=self.settings.seed,
+                    advance=bar.advance_images,
+                )
             )
-        )
         cells = [Cell(picture, prompt) for picture, prompt in zip(drawn, self.prompts, strict=False)]
         rows = ([list(subject)] if subject else []) + split_rows(cells, 4)
         titles = ["The subject", "What the model draws now"] if subject else []

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from backbone.adapters.concept import mentions
-from backbone.io.console import UserError, notify
+from backbone.io.console import UserError, notify, progress
 from backbone.io.options import fields_of, refuse_idle, unmet
 from backbone.io.run_folder import absolute, run_name
 from customize.settings import OWN_WORDS, Settings, Subject, read_subject, resolved
@@ -34,7 +34,8 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
     from customize.data.folders import read_images
 
     images = read_images(subjects, settings.get("caption_column", ""), settings.get("image_column", ""))
-    from customize.training.run import train_concept
+    with progress(None, "starting", brief=True):  # torch and diffusers
+        from customize.training.run import train_concept
 
     if out is None and "images" in asked and Path(asked["images"]).expanduser().is_dir():
         out = Path("runs") / run_name(asked["images"])  # not the name of a folder in it

@@ -18,6 +18,7 @@ from backbone.io.report import command, heading, image_figure, paragraph, table,
 from backbone.io.run_folder import package_versions
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import mask_to_tensor
+from edit.attention.alignment import speak
 from edit.masks import mask_to_image
 from edit.result import Result
 
@@ -31,6 +32,16 @@ TITLES = {
     "structure_distance": "structure distance",
     "scorer_whole": "scorer, whole",
     "scorer_edited_region": "scorer, edited region",
+}
+
+
+COUNTS = {
+    "nfe": "evaluations of the denoiser (NFE)",
+    "nfe_of_inversion": "of these for the inversion",
+    "reconstruction_psnr_db": "PSNR of the reconstruction, dB",
+    "autoencoder_psnr_db": "PSNR of the autoencoder alone, dB",
+    "seconds": "time, s",
+    "peak_memory_mb": "peak memory, MB",
 }
 
 
@@ -58,7 +69,7 @@ def publish(
         save_png(folder / f"mask_{number}.png", mask)
     page = draw_result_sheet(result, images, masks)
     save_png(folder / "sheet.png", page)
-    strips = draw_heatmaps(result, images)
+    strips = {speak(word, result.spoken): strip for word, strip in draw_heatmaps(result, images).items()}
     for word, strip in strips.items():
         save_png(folder / f"heatmap_{slug(word)}.png", strip)
     if frames:
@@ -67,7 +78,7 @@ def publish(
         {"file": f"edit_{number}.png", "prompt": prompt, **(figures[number] if figures else {})}
         for number, prompt in enumerate(result.prompts)
     ]
-    alignments = [str(alignment) for alignment in result.alignments]
+    alignments = [alignment.describe(result.spoken) for alignment in result.alignments]
     entries = {"edits": edits, "alignment": alignments, "versions": package_versions()}
     write_json(
         folder / RECORD, {**record, "image": dict(result.encoded.facts), **result.facts, **counts, **entries}
@@ -75,7 +86,11 @@ def publish(
     again = f"edit replay {folder / RECORD}"
     parts = [image_figure(page, "source, reconstruction, edits, masks and differences")]
     parts += figures_table(result.prompts, figures) if figures else []
-    rows = [(name.replace("_", " "), "–" if value is None else value) for name, value in counts.items()]
+    if frames:
+        parts += [
+            image_figure(folder / "trajectory.gif", "what the edits were estimated to become, step by step")
+        ]
+    rows = [(COUNTS.get(name, name), "–" if value is None else value) for name, value in counts.items()]
     parts += [heading("The run"), table(("", ""), rows)]
     if alignments:
         parts += [heading("What became of the words"), *(command(text) for text in alignments)]
@@ -94,16 +109,17 @@ def mask_images(result: Result) -> list[Image.Image]:
 def draw_result_sheet(
     result: Result, images: Sequence[Image.Image], masks: Sequence[Image.Image]
 ) -> Image.Image:
-    """Source, reconstruction and edits; below, where they were allowed to differ, and how far they do."""
+    """Source and reconstruction; behind them a row for each edit, where it was allowed to differ, and how far it does."""
     lead: list[Cell | Image.Image | None] = [Cell(result.source, "source")]
     if result.trajectory is not None:
         lead.append(Cell(result.reconstruction, "reconstruction"))
-    blank: list[Cell | Image.Image | None] = [None] * len(lead)
-    rows = [[*lead, *(Cell(image, prompt) for image, prompt in zip(images, result.prompts, strict=True))]]
-    if masks:
-        rows.append([*blank, *(Cell(mask, "mask") for mask in masks)])
-    apart = [Cell(difference(result.source, image), "difference to the source") for image in images]
-    return draw_sheet([*rows, [*blank, *apart]], title=result.title, cell=192)
+    rows = []
+    for number, (image, prompt) in enumerate(zip(images, result.prompts, strict=True)):
+        row = [*lead, Cell(image, prompt)]
+        row += [Cell(masks[number], "mask")] if masks else []
+        rows.append([*row, Cell(difference(result.source, image), "difference to the source")])
+        lead = [None] * len(lead)
+    return draw_sheet(rows, title=result.title)
 
 
 def draw_heatmaps(result: Result, images: Sequence[Image.Image]) -> dict[str, Image.Image]:

@@ -37,7 +37,9 @@ def test_every_picture_is_shown_whole_and_none_covers_another() -> None:
 
 
 def test_pictures_keep_their_shape_and_stand_on_one_line() -> None:
-    page = draw_sheet([[plain(COLOURS[0], 80, 40), plain(COLOURS[1], 30, 60), plain(COLOURS[2], 60, 60)]], cell=60)
+    page = draw_sheet(
+        [[plain(COLOURS[0], 80, 40), plain(COLOURS[1], 30, 60), plain(COLOURS[2], 60, 60)]], cell=60
+    )
     wide, tall, even = (area(page, colour) for colour in COLOURS[:3])
     assert (size(wide), size(tall), size(even)) == ((60, 30), (30, 60), (60, 60))
     assert wide is not None
@@ -57,7 +59,9 @@ def test_a_small_picture_is_enlarged_by_whole_factors_and_never_blurred() -> Non
     values = np.random.default_rng(0).integers(0, 255, (12, 20, 3), dtype=np.uint8)
     page = np.asarray(draw_sheet([[Image.fromarray(values)]], cell=50))
     top = (page.shape[0] - 24) // 2
-    assert (page[top : top + 24, 33:73] == values.repeat(2, 0).repeat(2, 1)).all()  # 28 of margin, 5 of the cell
+    assert (
+        page[top : top + 24, 33:73] == values.repeat(2, 0).repeat(2, 1)
+    ).all()  # 28 of margin, 5 of the cell
 
 
 def test_words_make_room_and_leave_the_pictures_as_they_are() -> None:
