@@ -406,9 +406,15 @@ class Settings(TrainingSettings):
             metavar="FOLDER",
         ),
     ] = ""
-    validation_steps: Annotated[int, Option("A preview sheet every so many steps.", "Evaluation", min=1)] = (
-        500
-    )
+    validation_steps: Annotated[
+        int,
+        Option(
+            "A preview sheet every so many steps.",
+            "Evaluation",
+            default_text="half of the steps, 100 to 500",
+            min=1,
+        ),
+    ] = 500
     sheet_prompts: Annotated[
         tuple[str, ...],
         Option(
@@ -491,8 +497,10 @@ def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
     asked = {name: value for name, value in asked.items() if value is not None and value != ()}
     method, patient = asked.get("method", "lora"), bool(asked.get("patience"))
     rates = METHOD_RATES | usual.get("learning_rates", {})
+    steps = usual.get("train_steps", Settings.steps) * (2 if patient else 1)  # room to stop in
     from_model = {
-        "steps": usual.get("train_steps", Settings.steps) * (2 if patient else 1),  # room to stop in
+        "steps": steps,
+        "validation_steps": min(500, max(100, int(asked.get("steps", steps)) // 2)),
         "learning_rate": rates.get(method, usual.get("learning_rate", Settings.learning_rate)),
         "rank": usual.get("rank", Settings.rank),
         "batch": usual.get("batch", Settings.batch),

@@ -109,7 +109,7 @@ def mask_images(result: Result) -> list[Image.Image]:
 def draw_result_sheet(
     result: Result, images: Sequence[Image.Image], masks: Sequence[Image.Image]
 ) -> Image.Image:
-    """Source and reconstruction; behind them a row for each edit, where it was allowed to differ, and how far it does."""
+    """Source and reconstruction; beside them in a row each edit, where it might differ, and how far it does."""
     lead: list[Cell | Image.Image | None] = [Cell(result.source, "source")]
     if result.trajectory is not None:
         lead.append(Cell(result.reconstruction, "reconstruction"))
