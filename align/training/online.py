@@ -46,7 +46,8 @@ from align.settings import (
     resolved,
 )
 from align.training.monitor import Validation
-from align.training.report import smoothed_log, write_summary
+from align.training.pictures import AFTER, BEFORE, Pictures, describe
+from align.training.report import draw_curves, write_running_report, write_summary
 from align.training.run import write_concept, write_record
 from backbone.adapters.apply import check_concept_fits, load_concepts
 from backbone.adapters.concept import Concept, read_concept, summarize_concepts
@@ -56,7 +57,7 @@ from backbone.io.console import UserError, notify, progress
 from backbone.io.files import append_jsonl, read_json, read_jsonl, write_json
 from backbone.io.options import is_code
 from backbone.io.prompts import Prompt, read_prompts
-from backbone.io.report import command, heading, line_plot, paragraph, plot_row, table, write_report
+from backbone.io.report import command, heading, paragraph, plot_row, table, write_report
 from backbone.io.run_folder import catch_interrupts, clear_failed_try, package_versions, refuse_taken
 from backbone.io.sampling import SamplingSettings
 from backbone.media.sheet import save_png
@@ -65,6 +66,7 @@ from backbone.models.model import Backbone
 from backbone.models.placement import get_placement
 from backbone.training.run import LOG, Every, drive
 
+REPORTS = 20  # times that a run on rewards renews its report
 DRAWN_BY = (
     "model",
     "concepts",
@@ -186,7 +188,12 @@ def _by_pairs(
     training = PreferenceTraining(model, _nothing(model), settings, base, concepts)
     training.sources = {"model": model.fingerprint}
     training.resume(run)
-    validate = Every(0, Validation(run, training, settings))  # before the first round and after each
+    pictures = Pictures(run, model, settings, (prompt.text for prompt in prompts), concepts)
+    if not training.done:
+        pictures.draw(BEFORE)
+    validate = Every(
+        0, Validation(run, training, settings, pictures)
+    )  # before the first round and after each
     writes = processes.is_main_process()
     learn: list[Record] = []
     out: list[Record] = []
@@ -217,12 +224,14 @@ def _by_pairs(
             if stopped:
                 break
     training.live.nfe = int(processes.reduce_sum([training.live.nfe])[0])
+    pictures.draw(AFTER)
     if not writes:
         processes.end_process()
         return run
     write_concept(run, settings, model, training.write(run, _header(settings)))
+    pictures.write_sheet()
     seconds = {"prepare": spent["draw and rank"], "train": spent["train"], "all": time.perf_counter() - began}
-    write_summary(run, training, learn, out, concepts, seconds)
+    write_summary(run, training, learn, out, concepts, seconds, pictures)
     processes.end_process()
     return run
 
@@ -317,7 +326,17 @@ def _by_reward(
     training = kind(model, prompts, settings, base, concepts)
     training.sources = {"model": model.fingerprint}
     training.resume(run)
-    drive(training, run, command=resume_command(settings), label=settings.loss)
+    pictures = Pictures(run, model, settings, (prompt.text for prompt in prompts), concepts)
+    if not training.done:
+        pictures.draw(BEFORE)
+
+    def renew(step: int) -> None:
+        if processes.is_main_process():
+            write_running_report(run, settings, pictures, step)
+
+    preview = Every(max(1, settings.steps // REPORTS), renew)
+    drive(training, run, command=resume_command(settings), label=settings.loss, preview=preview)
+    pictures.draw(AFTER)
     if not processes.is_main_process():
         processes.end_process()
         return run
@@ -340,19 +359,17 @@ def _by_reward(
         "versions": package_versions(),
     }
     write_json(run / SUMMARY, summary)
-    drawn = [
-        line_plot("Reward", {"reward": [(line["step"], line["reward"]) for line in log]}),
-        line_plot("Loss", {"loss": [(line["step"], line["loss"]) for line in smoothed_log(log)]}),
-    ]
+    pictures.write_sheet()
     parts = [
         paragraph(f"{settings.steps} steps in {seconds:.0f} s on {len(prompts)} prompts."),
-        plot_row(drawn),
+        plot_row(draw_curves(run, settings)),
+        *pictures.parts(),
         table(("", "mean reward"), [("first tenth of the steps", first), ("last tenth", last)]),
         paragraph("The scorer that trained a model does not judge it: compare with another one."),
         heading("Again"),
         command(as_command(settings, run)),
     ]
-    write_report(run / REPORT, f"{run.name}: {settings.loss} on {settings.model} by {settings.online}", parts)
+    write_report(run / REPORT, f"{run.name}: {describe(settings)}", parts)
     processes.end_process()
     return run
 

@@ -10,6 +10,7 @@ from backbone.adapters.concept import word_pattern
 from backbone.adapters.embeddings import EMBEDDINGS_FILE as WORDS
 from backbone.io.console import UserError
 from backbone.io.files import read_header
+from backbone.models.locate import OWN
 from backbone.models.model import Backbone
 from customize.data.dataset import preserves
 from customize.settings import METHODS, OWN_WORDS, SHEET, Settings, as_flags
@@ -71,7 +72,9 @@ def quoted(text: str) -> str:
     return f'"{escaped}"'
 
 
-def readme(run: Path, settings: Settings, prompts: list[str], seconds: dict[str, float]) -> str:
+def readme(
+    run: Path, settings: Settings, model: Backbone, prompts: list[str], seconds: dict[str, float]
+) -> str:
     """The run's README.md."""
     first = settings.subjects()[0]
     instance, prior = first.filled(settings.instance_prompt), first.filled(settings.class_prompt)
@@ -100,7 +103,7 @@ def readme(run: Path, settings: Settings, prompts: list[str], seconds: dict[str,
         "",
         f'    customize sample "{prompts[0] if prompts else instance}" --concept {run}',
         "",
-        *in_diffusers(run, settings, instance),
+        *in_diffusers(run, settings, model, instance),
         "",
     ]
     return "\n".join(lines)
@@ -129,9 +132,21 @@ def load_words_in_diffusers(path: Path) -> list[str]:
     return lines
 
 
-def in_diffusers(run: Path, settings: Settings, instance: str) -> list[str]:
+def open_in_diffusers(model: Backbone) -> list[str]:
+    """The lines that open the model as diffusers' pipeline."""
+    location = model.location
+    kind = str(location.index["_class_name"])
+    if location.name in OWN:
+        place = f'files("backbone") / "{location.name}"'
+        imports = ["from importlib.resources import files", ""]
+        return [*imports, f"from diffusers import {kind}", "", f"pipeline = {kind}.from_pretrained({place})"]
+    opens = "from_single_file" if location.file else "from_pretrained"
+    return [f"from diffusers import {kind}", "", f"pipeline = {kind}.{opens}({location.source!r})"]
+
+
+def in_diffusers(run: Path, settings: Settings, model: Backbone, instance: str) -> list[str]:
     """How the concept is used in diffusers, as far as it reads these files."""
-    lines = []
+    lines: list[str] = []
     if settings.method in OWN_WORDS:
         lines += load_words_in_diffusers(run / WORDS)
     if settings.method in ("lora", "pivotal") and settings.adapter in ("lora", "dora"):
@@ -143,4 +158,5 @@ def in_diffusers(run: Path, settings: Settings, instance: str) -> list[str]:
     prompt = (
         instance if itself else re.sub(word_pattern(settings.token), lambda _: settings.token_words, instance)
     )
-    return ["In diffusers:", "", "```python", *lines, f'pipeline("{prompt}")', "```"]
+    drawn = [f"image = pipeline({prompt!r}).images[0]", 'image.save("picture.png")']
+    return ["In diffusers:", "", "```python", *open_in_diffusers(model), *lines, *drawn, "```"]

@@ -226,7 +226,7 @@ def describe(
 ) -> None:
     """Writes the run's record with its timings and its README, and uploads the folder where that is asked for."""
     write_record(run, settings, timings=seconds)
-    write_text(run / "README.md", card(settings, model) + readme(run, settings, prompts, seconds))
+    write_text(run / "README.md", card(settings, model) + readme(run, settings, model, prompts, seconds))
     if settings.push_to_hub:
         notify(f"Uploaded to {push(run, settings.hub_model_id or run.name)} (private, if it is new).")
 
