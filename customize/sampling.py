@@ -66,7 +66,8 @@ def sample_to_folder(
             "seconds": round(time.perf_counter() - began, 2),
             "versions": package_versions(),
         }
-        note = f"{name}, {asked.steps} steps, guidance {asked.describe_guidance()}, seed {asked.seed}"
+        drawn_by = " with ".join([name, *(str(concept.folder) for concept in concepts)])
+        note = f"{drawn_by}, {asked.steps} steps, guidance {asked.describe_guidance()}, seed {asked.seed}"
         columns = asked.count if asked.count > 1 else 4
         write_index(out, requests, prompts, record, note=note, columns=columns)
     processes.end_process()

@@ -106,7 +106,8 @@ def compare_models(
     }
     write_json(out / RESULT, result)
     parts = build_report(out, result, prompts, keys, scores)
-    write_report(out / REPORT, f"{tuned.name} against {base.name}", parts)
+    title = f"{tuned.name} against {base.name}, {sampling.steps} steps of {sampling.sampler}"
+    write_report(out / REPORT, title, parts)
     return result
 
 

@@ -105,9 +105,18 @@ def image_figure(image: Image.Image | Path, caption: str = "") -> str:
     return f'<figure{outer}><img{inner} {shape} alt="{alt}" src="{source}">{figcaption}</figure>'
 
 
-def image_row(images: Iterable[tuple[Image.Image | Path, str]]) -> str:
-    """Images with captions, side by side as far as the page is wide."""
-    return f'<div class="pictures">{"".join(image_figure(image, caption) for image, caption in images)}</div>'
+def image_row(images: Iterable[tuple[Image.Image, str]]) -> str:
+    """Images with captions, side by side as far as the page is wide, those above SMALL pixels a side shrunk to it."""
+    figures = (image_figure(_shrink(image), caption) for image, caption in images)
+    return f'<div class="pictures">{"".join(figures)}</div>'
+
+
+def _shrink(image: Image.Image) -> Image.Image:
+    if max(image.size) <= SMALL:
+        return image
+    smaller = image.copy()
+    smaller.thumbnail((SMALL, SMALL), Image.Resampling.LANCZOS)
+    return smaller
 
 
 def plot_row(figures: Iterable[str]) -> str:

@@ -13,7 +13,6 @@ from backbone.adapters.concept import BEST
 from backbone.io.console import notify_once
 from backbone.io.files import read_jsonl
 from backbone.io.report import (
-    SMALL,
     command,
     heading,
     image_figure,
@@ -91,10 +90,9 @@ class RunReport:
 
     def _pictures(self, step: int) -> list[str]:
         """The subject beside what the model draws."""
-        parts = [heading("The subject"), image_row((_small(image), "") for image in self.subject)]
+        parts = [heading("The subject"), image_row((image, "") for image in self.subject)]
         if self.samples:
-            drawn = ((_small(image), caption) for image, caption in self.samples)
-            parts += [heading(f"What the model draws at step {step}"), image_row(drawn)]
+            parts += [heading(f"What the model draws at step {step}"), image_row(self.samples)]
         return parts
 
     def _curves(self, best: int | None) -> list[str]:
@@ -175,12 +173,3 @@ def smoothed(points: Sequence[tuple[float, float]], *, window: int = 20) -> list
     """The mean of each `window` points, at their last x."""
     groups = [points[first : first + window] for first in range(0, len(points), window)]
     return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups if group]
-
-
-def _small(image: Image) -> Image:
-    """The image, shrunk where it is larger than SMALL."""
-    if max(image.size) <= SMALL:
-        return image
-    smaller = image.copy()
-    smaller.thumbnail((SMALL, SMALL))
-    return smaller

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from align.cli import app
@@ -69,6 +70,17 @@ def test_a_run_is_a_concept_with_its_summary_and_its_report(run: Path, tiny_fold
         and "http" not in page.split("<pre>")[0]
     )
     assert read_settings(run).model == str(tiny_folder)
+
+
+def test_a_run_shows_the_same_prompts_before_and_after(run: Path) -> None:
+    page = (run / "report.html").read_text()
+    title = page[page.index("<h1>") : page.index("</h1>")]
+    assert "Diffusion-DPO on" in title and "4 steps" in title and "refresh" not in page
+    before = {path.name[7:]: path.read_bytes() for path in (run / "before-and-after").glob("before-*")}
+    after = {path.name[6:]: path.read_bytes() for path in (run / "before-and-after").glob("after-*")}
+    assert before.keys() == after.keys() and 1 <= len(before) <= 4 and before != after
+    assert page.count("<img") == 2 * len(before) and "After" not in before
+    assert Image.open(run / "sheet.png").width > 256
 
 
 def test_the_run_loads_in_diffusers(run: Path, tiny_folder: Path) -> None:
@@ -267,7 +279,8 @@ def test_a_reward_trains_without_pairs(
     assert read_concept(out).weights
     assert read_json(out / "summary.json")["kind"] == "reward"
     assert "trained without pairs" in refused("evaluate", out)
-    assert "Reward" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "Reward" in page and "DDPO on" in page and page.count("<img") == 8
 
 
 # Mistakes ---------------------------------------------------------------------------------------------------

@@ -17,9 +17,11 @@ from backbone.io.prompts import one_prompt, prompts_of, read_prompts
 from backbone.media.decode import open_rgb
 from backbone.media.pictures import list_images
 from backbone.models.model import Backbone
+from backbone.models.sample import Request
 from customize.cli import app
 from customize.data.folders import is_concept_source
 from customize.formats.write import write_adapter
+from customize.sampling import write_index
 from tests.commands import run_command
 from tests.customize.adapters import modules_of, random_adapter, whole_pipeline
 
@@ -96,6 +98,24 @@ def test_nothing_to_draw_is_a_mistake(tmp_path: Path) -> None:
 
 
 # Sizes -------------------------------------------------------------------------------------------------------
+
+
+def test_a_sheet_tells_the_samples_of_a_prompt_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captions: list[str] = []
+
+    def draw(rows: Any, **how: Any) -> Image.Image:
+        captions.extend(cell.caption for row in rows for cell in row)
+        return Image.new("RGB", (8, 8))
+
+    monkeypatch.setattr("customize.sampling.draw_sheet", draw)
+    for i, j in ((0, 0), (0, 1), (1, 0)):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"p{i:02d}-s{j:02d}.png")
+    prompts = ["a dog", "a cat"]
+    several, single = [(0, 0), (0, 1)], [(0, 0), (1, 0)]
+    for keys in (several, single):
+        requests = [Request(prompts[i], (i, j)) for i, j in keys]
+        write_index(tmp_path, requests, prompts, {}, note="", columns=2)
+    assert captions == ["a dog\nsample 0", "a dog\nsample 1", "a dog", "a cat"]
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,23 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
+import torch
 from huggingface_hub import ModelCard, constants
+from PIL import Image
 
+from backbone.adapters.embeddings import EMBEDDINGS_FILE
+from backbone.families.location import Location
 from backbone.io.console import UserError
+from backbone.io.files import write_tensors
+from backbone.models.locate import locate
 from backbone.models.model import Backbone
 from customize.settings import Settings
-from customize.training.card import card, push
+from customize.training.card import card, in_diffusers, push
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -102,3 +110,44 @@ def test_the_cards_head_is_what_the_hub_reads(tiny_folder: Path) -> None:
     assert data.get("pipeline_tag") == "text-to-image"
     assert data.get("base_model") is None  # a folder on this machine is no place that the hub knows
     assert data.get("widget") == [{"text": 'a bcd "dog"', "output": {"url": "sheet.png"}}]
+
+
+@pytest.mark.parametrize("name", ["moji", "moji-flow", "tiny", "sdxl.safetensors"])
+@pytest.mark.parametrize("method", ["lora", "pivotal"])
+def test_the_readme_s_lines_for_diffusers_begin_with_their_imports_and_end_in_a_file(
+    name: str, method: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(
+        images="x", token="[V]", class_noun="dog", token_words="bcd", model=name, method=method
+    )
+    if name.endswith(".safetensors"):
+        index = {"_class_name": "StableDiffusionXLPipeline"}
+        location = Location(name, str(tmp_path / name), index, (tmp_path,))
+    else:
+        location = locate(str(tiny_folder) if name == "tiny" else name)
+    model = SimpleNamespace(location=location)
+    write_tensors(tmp_path / EMBEDDINGS_FILE, {"[V]": torch.zeros(1, 4)})
+    lines = in_diffusers(tmp_path, settings, model, "a [V] dog")  # type: ignore[arg-type]
+    code = lines[lines.index("```python") + 1 : lines.index("```")]
+    opened: dict[str, Any] = {}
+
+    class Pipeline:
+        @classmethod
+        def opening(cls, how: str) -> Any:
+            return lambda place: opened.setdefault(how, str(place)) and cls()
+
+        def __getattr__(self, called: str) -> Any:
+            return lambda *given, **how: opened.setdefault(called, given)
+
+        def __call__(self, prompt: str) -> Any:
+            opened["prompt"] = prompt
+            return SimpleNamespace(images=[Image.new("RGB", (8, 8))])
+
+    kind: Any = Pipeline
+    kind.from_pretrained, kind.from_single_file = Pipeline.opening("folder"), Pipeline.opening("file")
+    monkeypatch.setattr(diffusers, str(location.index["_class_name"]), Pipeline)
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(code), {})
+    assert opened["file" if location.file else "folder"] == location.source
+    assert opened["prompt"] == "a bcd dog"
+    assert opened["load_lora_weights"] == (str(tmp_path),) and Path("picture.png").is_file()

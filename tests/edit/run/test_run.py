@@ -67,6 +67,11 @@ def test_an_edit_leaves_everything_that_it_should(edit: Edit, capsys: pytest.Cap
     assert "edit replay runs/edit-photo/run.json" in Path("runs/edit-photo/README.md").read_text()
     report = Path("runs/edit-photo/report.html").read_text()
     assert "What became of the words" in report and "edit replay" in report
+    title = "a cat in the snow: prompt-to-prompt on direct inversion, 2 steps"
+    assert f"<h1>{title}</h1>" in report and f"# {title}\n" in Path("runs/edit-photo/README.md").read_text()
+    assert "data:image/gif" in report and "peak memory, MB" in report
+    width, height = Image.open("runs/edit-photo/sheet.png").size
+    assert width > height  # a row for each edit, nothing but the source repeated
 
 
 def test_an_edit_is_repeated_exactly_and_only_with_the_same_picture(
