@@ -181,7 +181,7 @@ def test_a_concept_is_worn_and_its_token_understood(
         == 0
     )
     assert record("worn")["concepts"][0]["tokens"] == {"[V]": "bcd"}
-    assert "bcd dog" in record("worn")["alignment"][0]
+    assert "[V] dog" in record("worn")["alignment"][0]
     assert edit("invert-and-replace", "photo.png", *words) == 2
     assert "No given concept owns the token [V]" in capsys.readouterr().err
 
