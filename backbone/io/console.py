@@ -251,6 +251,7 @@ class ProgressBar:
 PATIENCE_SECONDS = 2.0
 BAR_WIDTH, NARROW_BAR, LEAST_BAR = 24, 12, 4  # characters: at its best, before metrics give way, at the least
 _open_bars: list[ProgressBar] = []
+_open_names: list[str] = []
 _open_displays: list[Any] = []  # rich's display on the terminal, which inner bars share
 
 _Display: TypeAlias = Callable[[ProgressBar, str, bool], AbstractContextManager[Callable[[], None]]]
@@ -271,20 +272,30 @@ def _display_nothing(bar: ProgressBar, description: str, brief: bool) -> Iterato
 @contextmanager
 def _display_bar(bar: ProgressBar, description: str, brief: bool) -> Iterator[Callable[[], None]]:
     with _shared_display() as display:
-        fields = fit_to_width(bar, description, display.console.width)
-        task = display.add_task("", total=bar.total, completed=bar.done, **fields)
+        outer = list(zip(display.task_ids, _open_names, _open_bars, strict=False))  # one below the other
+        nested = len(_open_bars) > 1
 
-        def show() -> None:
-            fields = fit_to_width(bar, description, display.console.width)
-            display.update(task, completed=bar.done, **fields)
+        def fields() -> dict[str, Any]:
+            """What the line shows; the lines share their columns, and those above keep name, bar and count alone."""
+            margin = max([0, *(len(name) - len(description) for _, name, _ in outer)])
+            margin += max([0, *(len(one.progress_text) - len(bar.progress_text) for *_, one in outer)])
+            shown = fit_to_width(bar, description, display.console.width - margin)
+            for task, _, _ in outer:
+                display.update(task, reading="", left="", width=shown["width"])
+            return shown
 
+        task = display.add_task("", total=bar.total, completed=bar.done, **fields())
+        _open_names.append(description)
         try:
-            yield show
+            yield lambda: display.update(task, completed=bar.done, **fields())
             if bar.total is None:
                 display.update(task, total=1, completed=1)
         finally:
-            if len(_open_bars) > 1 or (brief and bar.clock() - bar.start < PATIENCE_SECONDS):
+            _open_names.pop()
+            if nested or (brief and bar.clock() - bar.start < PATIENCE_SECONDS):
                 display.remove_task(task)
+            if nested:
+                _open_bars[-2].show()
 
 
 @contextmanager

@@ -296,7 +296,8 @@ def test_on_a_terminal_progress_is_a_bar_with_figures_and_brackets_stay_as_they_
         "with progress(3, 'learning [red] [V]') as bar:\n"
         "    for step in range(3):\n        time.sleep(0.06)\n"
         "        bar.advance(images=1, loss=0.25, learning_rate=0.00125)\n"
-        "    with progress(8, 'evaluating', brief=True) as inner:\n        inner.advance_images(5)\n"
+        "    with progress(8, 'evaluating step 100', brief=True) as inner:\n"
+        "        for _ in range(5):\n            inner.advance_images(1)\n            time.sleep(0.06)\n"
         "        time.sleep(0.3)\n"
         "    notify('between')\n"
     )
@@ -322,6 +323,9 @@ def test_on_a_terminal_progress_is_a_bar_with_figures_and_brackets_stay_as_they_
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     last = [line for line in re.split(r"[\r\n]+", plain) if line.startswith("learning")][-1].rstrip()
     assert len(last) <= 80 and "━" * 12 in last and re.search(r" 0:00:0\d", last) and "rate" not in last
+    pairs = re.findall(r"(learning \[red\] \[V\] .*?)[\r\n]+(evaluating step 100 .*?)[\r\n]", plain)
+    assert pairs and all(len(line.rstrip()) <= 80 for pair in pairs for line in pair)
+    assert "━" * 8 in pairs[-1][1] and "5/8" in pairs[-1][1] and pairs[-1][1].rstrip().endswith("left")
     assert "evaluating" not in plain[plain.rindex("learning") :]
 
 
