@@ -323,7 +323,7 @@ def test_on_a_terminal_progress_is_a_bar_with_figures_and_brackets_stay_as_they_
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     last = [line for line in re.split(r"[\r\n]+", plain) if line.startswith("learning")][-1].rstrip()
     assert len(last) <= 80 and "━" * 12 in last and re.search(r" 0:00:0\d", last) and "rate" not in last
-    pairs = re.findall(r"(learning \[red\] \[V\] .*?)[\r\n]+(evaluating step 100 .*?)[\r\n]", plain)
+    pairs = re.findall(r"(learning [^\r\n]*)[\r\n]+(evaluating [^\r\n]*)", plain)
     assert pairs and all(len(line.rstrip()) <= 80 for pair in pairs for line in pair)
     assert "━" * 8 in pairs[-1][1] and "5/8" in pairs[-1][1] and pairs[-1][1].rstrip().endswith("left")
     assert "evaluating" not in plain[plain.rindex("learning") :]
