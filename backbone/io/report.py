@@ -30,7 +30,8 @@ img, svg { max-width: 100%; height: auto; } img.small { image-rendering: pixelat
 figure { margin: 1rem 0; max-width: 100%; } figcaption, .note { color: #4b5563; font-size: .9rem; }
 pre { background: #f3f4f6; padding: .8rem; overflow-x: auto; white-space: pre-wrap; }
 .curves, .pictures { display: flex; flex-wrap: wrap; gap: 1rem; } .curves figure, .pictures figure { margin: 0; }
-.curves figcaption { color: inherit; font-weight: 600; } .curves .note { max-width: 27rem; margin: 0; }
+.curves figcaption { color: inherit; font-weight: 600; } .curves .note { margin: 0; }
+.curves figure { max-width: min(27.5rem, 100%); }
 .pictures figcaption { max-width: 16rem; }
 .legend { font-size: .8rem; } .legend span { margin-right: 1rem; white-space: nowrap; }
 @media (max-width: 40rem) {

@@ -61,31 +61,33 @@ class RunReport:
         """Writes the page of a run that goes on; a browser loads it again by itself."""
         notify_once(f"{self.run / REPORT} shows how it goes: open it, it renews itself.")
         status = f"Step {step} of {self.settings.steps}. This page renews itself while the run goes on."
-        self._write(status, step, renew=RENEW_SECONDS)
+        self._write([paragraph(status)], step, renew=RENEW_SECONDS)
 
     def finish(self, why: str, best: int | None) -> None:
         """Writes the page of a finished run; `best` is the step of its best checkpoint, if it kept one."""
-        self._write(f"{why} {self._which_weights(best)}", self.settings.steps, best=best)
+        call = ["customize", "sample", f"a {self.settings.called()} in the snow", "--concept", str(self.run)]
+        weights = (
+            []
+            if best is None
+            else [
+                paragraph(
+                    f"This draws with the weights in {BEST}/, those of step {best}, which was rated best; add "
+                    f"--checkpoint last for those of the last step. {RULE}"
+                )
+            ]
+        )
+        step = max([figures.step for figures in self.history], default=self.settings.steps)
+        self._write([paragraph(why), command(shlex.join(call)), *weights], step, best=best)
 
-    def _write(self, status: str, step: int, *, best: int | None = None, renew: int = 0) -> None:
+    def _write(self, status: Sequence[str], step: int, *, best: int | None = None, renew: int = 0) -> None:
         settings = self.settings
         title = f"{settings.called()}: {described(settings)} on {settings.model}, {settings.steps} steps"
-        parts = [paragraph(status), *self._pictures(step), *self._curves(best), *self._along(step)]
+        parts = [*status, *self._pictures(step), *self._curves(best), *self._along(step)]
         write_report(
             self.run / REPORT,
             title,
             [*parts, heading("Again"), command(as_flags(settings, self.run))],
             renew=renew,
-        )
-
-    def _which_weights(self, best: int | None) -> str:
-        prompt = f"a {self.settings.called()} in the snow"
-        call = shlex.join(["customize", "sample", prompt, "--concept", str(self.run)])
-        if best is None:
-            return f"Draw with it: {call}"
-        return (
-            f"{call} draws with the weights in {BEST}/, those of step {best}, which was rated best; add --checkpoint "
-            f"last for those of the last step. {RULE}"
         )
 
     def _pictures(self, step: int) -> list[str]:
@@ -111,7 +113,8 @@ class RunReport:
         parts = [heading("How it went"), plot_row(plots)] if any(plots) else []
         if history:
             rows = [(f.step, *(float(getattr(f, name)) for name in names)) for f in history]
-            parts += [heading("Evaluations"), table(("step", *(title for title, _ in names.values())), rows)]
+            titles = [title.split(":")[0] for title, _ in names.values()]
+            parts += [heading("Evaluations"), table(("step", *titles), rows)]
         return parts
 
     def _explained(self) -> dict[str, tuple[str, str]]:
@@ -131,7 +134,7 @@ class RunReport:
                 "are no longer obeyed: take an earlier step.",
             ),
             "prior_preservation": (
-                "PRES: likeness of the class with the subject (lower is better)",
+                "PRES (lower is better): likeness of the class with the subject",
                 f"How alike pictures of a plain “{noun}” are to yours. A rise means that every {noun} comes to look "
                 "like the subject.",
             ),

@@ -102,10 +102,15 @@ def test_the_report_names_the_method_shows_the_subject_and_explains_its_curves(t
     drawn = page[page.index("What the model draws at step 4") : page.index("How it went")]
     assert subject.count('<img class="small" width="256" height="256"') == 3  # of 32 pixels
     assert drawn.count("<img") == len(read_json(trained.run / "settings.json")["settings"]["sheet_prompts"])
-    for words in ("CLIP-I: likeness", "CLIP-T: obedience", "PRES: likeness of the class", "DIV: diversity"):
+    for words in (
+        "CLIP-I: likeness",
+        "CLIP-T: obedience",
+        "PRES (lower is better): likeness",
+        "DIV: diversity",
+    ):
         assert words in page
     assert "The scorer knows the class and not your subject" in page  # why CLIP-T falls
-    assert f"--concept {trained.run} draws with the weights in best/" in page
+    assert f"--concept {trained.run}</pre>" in page and "This draws with the weights in best/" in page
     assert "refresh" not in page and "it renews itself" in trained.said
 
 
