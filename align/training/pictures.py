@@ -58,7 +58,6 @@ class Pictures:
             for number, image in enumerate(drawn):
                 if processes.is_main_process():
                     save_png(self._path(when, number), image, text={"prompt": self.prompts[number]})
-        self.model.free("autoencoder", "text_encoder")
 
     def write_sheet(self) -> None:
         """Writes `sheet.png`: above before, below after."""

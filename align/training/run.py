@@ -115,6 +115,7 @@ def carry_on(run: Path, settings: Settings, model: Backbone, records: list[Recor
     pictures = Pictures(run, model, settings, (record.prompt for record in [*out, *learn]), concepts)
     if not training.done:
         pictures.draw(BEFORE)
+        model.free("autoencoder", "text_encoder")
     validate = Every(settings.evaluation_steps, Validation(run, training, settings, pictures))
     drive(training, run, command="align train", validate=validate)
     trained = time.perf_counter()
