@@ -115,8 +115,8 @@ def write_index(
     cells = []
     for request in requests:
         i, j = request.key
+        caption = f"{prompts[i]}\nsample {j}" if several else prompts[i]  # j, as the file's name has it
         with Image.open(out / image_name(request)) as image:
-            caption = f"{prompts[i]}\nsample {j}" if several else prompts[i]
             cells.append(Cell(image.convert("RGB"), caption))
     save_png(out / "sheet.png", draw_sheet(split_rows(cells, columns), note=note))
 

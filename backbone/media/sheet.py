@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,6 +87,16 @@ def split_rows(
     """Split cells into rows of `columns`; the last row may be shorter."""
     cells = list(cells)
     return [cells[start : start + columns] for start in range(0, len(cells), columns)]
+
+
+def number_samples(captions: Sequence[str]) -> list[str]:
+    """The captions, with a sample's number (from 0, in their order) below each that stands there several times."""
+    total, met = Counter(captions), Counter[str]()
+    numbered = []
+    for caption in captions:
+        numbered.append(f"{caption}\nsample {met[caption]}" if total[caption] > 1 else caption)
+        met[caption] += 1
+    return numbered
 
 
 def save_png(path: str | Path, image: Image.Image, *, text: Mapping[str, str] | None = None) -> None:

@@ -25,7 +25,7 @@ from backbone.io.files import write_json, write_text
 from backbone.io.prompts import prompts_of
 from backbone.media.decode import open_rgb
 from backbone.media.pictures import list_images
-from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
+from backbone.media.sheet import Cell, draw_sheet, number_samples, save_png, split_rows
 from backbone.media.transforms import crop_square
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
@@ -195,9 +195,8 @@ def write_results(
     write_text(out / "table.md", "\n".join([*lines, ""]))
     values = {name: {"mean": mean, "low": low, "high": high} for name, (mean, low, high) in metrics.items()}
     write_json(out / TABLE, {"metrics": values, "prompts": list(prompts), "per_prompt": per_prompt})
-    cells = [
-        Cell(image, prompts[k // per_prompt].format(settings.called())) for k, image in enumerate(images)
-    ]
+    captions = [prompts[k // per_prompt].format(settings.called()) for k in range(len(images))]
+    cells = [Cell(image, caption) for image, caption in zip(images, number_samples(captions), strict=True)]
     save_png(out / "sheet.png", draw_sheet(split_rows(cells, 10), title=title, cell=112))
     return {"text": "\n".join(lines), **metrics}
 

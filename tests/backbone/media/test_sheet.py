@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from backbone.io.console import UserError
-from backbone.media.sheet import GREEN, PAGE, Cell, draw_sheet, save_png, split_rows
+from backbone.media.sheet import GREEN, PAGE, Cell, draw_sheet, number_samples, save_png, split_rows
 
 COLOURS = ["#ff0000", "#00ff00", "#0000ff", "#ffff00", "#ff00ff"]
 
@@ -129,6 +129,10 @@ def test_a_font_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.ttf").write_text("no font")
     with pytest.raises(UserError, match=r"x\.ttf is not a font"):
         draw_sheet([[plain(COLOURS[0])]], font=tmp_path / "x.ttf")
+
+
+def test_samples_of_one_prompt_are_numbered_and_those_of_others_are_not() -> None:
+    assert number_samples(["a", "b", "a"]) == ["a\nsample 0", "b", "a\nsample 1"]
 
 
 def test_cells_fall_into_rows_in_reading_order() -> None:
