@@ -175,7 +175,7 @@ def predict_missing_masks(
     owners: Sequence[int],
 ) -> list[Tensor | None]:
     """The masks that came with the images, and the base model's own for images that have none."""
-    found = []
+    found: list[Tensor | None] = []
     with progress(len(masks), "finding masks", brief=True) as bar:
         for mask, posterior, owner in zip(masks, posteriors, owners, strict=True):
             found.append(predict_mask(model, posterior, classes[[owner]], empty) if mask is None else mask)

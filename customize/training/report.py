@@ -107,9 +107,9 @@ class RunReport:
             plots.append(line_plot(title, {title: points}, marked=best, level=level, note=note))
         log = read_jsonl(self.run / LOG) if (self.run / LOG).exists() else []
         width = max(1, min(20, len(log) // 10))
-        points = smoothed([(line["step"], line["loss"]) for line in log], window=width)
+        losses = smoothed([(line["step"], line["loss"]) for line in log], window=width)
         note = "Its ups and downs are mostly chance: every step draws noise levels of its own."
-        plots.append(line_plot(f"Training loss, mean of {width}", {"": points}, note=note))
+        plots.append(line_plot(f"Training loss, mean of {width}", {"": losses}, note=note))
         parts = [heading("How it went"), plot_row(plots)] if any(plots) else []
         if history:
             rows = [(f.step, *(float(getattr(f, name)) for name in names)) for f in history]

@@ -178,9 +178,8 @@ class Alignment:
 def speak(text: str, spoken: Mapping[str, str]) -> str:
     """A text in which whole words that the model reads, whatever their case, are what a person writes for them."""
     for words, token in spoken.items():
-        text = re.sub(
-            rf"(?<!\w){re.escape(words)}(?!\w)", lambda _, token=token: token, text, flags=re.IGNORECASE
-        )
+        pattern = rf"(?<!\w){re.escape(words)}(?!\w)"
+        text = re.sub(pattern, token.replace("\\", r"\\"), text, flags=re.IGNORECASE)
     return text
 
 
