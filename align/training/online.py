@@ -46,7 +46,7 @@ from align.settings import (
     resolved,
 )
 from align.training.monitor import Validation
-from align.training.pictures import AFTER, BEFORE, Pictures, describe
+from align.training.pictures import AFTER, describe, draw_before
 from align.training.report import draw_curves, write_running_report, write_summary
 from align.training.run import write_concept, write_record
 from backbone.adapters.apply import check_concept_fits, load_concepts
@@ -188,9 +188,8 @@ def _by_pairs(
     training = PreferenceTraining(model, _nothing(model), settings, base, concepts)
     training.sources = {"model": model.fingerprint}
     training.resume(run)
-    pictures = Pictures(run, model, settings, (prompt.text for prompt in prompts), concepts)
-    if not training.done:
-        pictures.draw(BEFORE)
+    texts = [prompt.text for prompt in prompts]
+    pictures = draw_before(run, model, settings, texts, concepts, done=training.done)
     validate = Every(
         0, Validation(run, training, settings, pictures)
     )  # before the first round and after each
@@ -326,9 +325,8 @@ def _by_reward(
     training = kind(model, prompts, settings, base, concepts)
     training.sources = {"model": model.fingerprint}
     training.resume(run)
-    pictures = Pictures(run, model, settings, (prompt.text for prompt in prompts), concepts)
-    if not training.done:
-        pictures.draw(BEFORE)
+    texts = [prompt.text for prompt in prompts]
+    pictures = draw_before(run, model, settings, texts, concepts, done=training.done)
 
     def renew(step: int) -> None:
         if processes.is_main_process():

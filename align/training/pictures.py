@@ -23,6 +23,22 @@ SHEET = "sheet.png"
 BEFORE, AFTER = "before", "after"
 
 
+def draw_before(
+    run: Path,
+    model: Backbone,
+    settings: Settings,
+    prompts: Iterable[str],
+    concepts: Sequence[Concept],
+    *,
+    done: int,
+) -> Pictures:
+    """The run's pictures, those of before drawn if no step is `done` yet."""
+    pictures = Pictures(run, model, settings, prompts, concepts)
+    if not done:
+        pictures.draw(BEFORE)
+    return pictures
+
+
 class Pictures:
     """The first prompts of a run, drawn from the same noise before and after it, in a folder of the run."""
 

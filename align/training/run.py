@@ -19,7 +19,7 @@ from align.pairs.records import (
 )
 from align.settings import FILE, Settings, as_command, read_settings, resolved
 from align.training.monitor import Validation
-from align.training.pictures import AFTER, BEFORE, Pictures
+from align.training.pictures import AFTER, draw_before
 from align.training.report import write_summary
 from backbone.adapters.apply import check_concept_fits as refuse_another_concept
 from backbone.adapters.apply import load_concepts
@@ -112,10 +112,9 @@ def carry_on(run: Path, settings: Settings, model: Backbone, records: list[Recor
     training.sources = {"model": model.fingerprint, "images": content_hash(images.encode())}
     training.resume(run)
     prepared = time.perf_counter()
-    pictures = Pictures(run, model, settings, (record.prompt for record in [*out, *learn]), concepts)
-    if not training.done:
-        pictures.draw(BEFORE)
-        model.free("autoencoder", "text_encoder")
+    asked = [record.prompt for record in [*out, *learn]]
+    pictures = draw_before(run, model, settings, asked, concepts, done=training.done)
+    model.free("autoencoder", "text_encoder")
     validate = Every(settings.evaluation_steps, Validation(run, training, settings, pictures))
     drive(training, run, command="align train", validate=validate)
     trained = time.perf_counter()

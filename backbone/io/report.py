@@ -169,13 +169,10 @@ def line_plot(
         elements.append(
             f'<text x="{at:.1f}" y="{height - 10}" text-anchor="{anchor}">{_escape(_format_cell(x))}</text>'
         )
-    if marked is not None:
-        at = to_pixels(marked, y0)[0]
-        line = f'x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{height - bottom}"'
-        elements.append(f'<line {line} stroke="currentColor" stroke-dasharray="4 4"/>')
-    if level is not None:
-        at = to_pixels(x0, level)[1]
-        line = f'x1="{left}" x2="{width - right}" y1="{at:.1f}" y2="{at:.1f}"'
+    ends = [] if marked is None else [(to_pixels(marked, y0), to_pixels(marked, y1))]
+    ends += [] if level is None else [(to_pixels(x0, level), to_pixels(x1, level))]
+    for (a, b), (c, d) in ends:
+        line = f'x1="{a:.1f}" x2="{c:.1f}" y1="{b:.1f}" y2="{d:.1f}"'
         elements.append(f'<line {line} stroke="currentColor" stroke-dasharray="4 4"/>')
     for colour, line_points in zip(itertools.cycle(COLOURS), series.values(), strict=False):
         places = [to_pixels(x, y) for x, y in line_points]

@@ -169,7 +169,7 @@ def drive(
             note(report)
             shown = {name: objective.figures[name] for name in SHOWN if name in objective.figures}
             bar.advance(
-                1, images=objective.images, loss=report.loss, learning_rate=report.learning_rate, **shown
+                images=objective.images, loss=report.loss, learning_rate=report.learning_rate, **shown
             )
             # How good the model is by now; not when somebody waits for the end. All processes take the same way.
             halted = processes.any_process(bool(stop)) and not finished
