@@ -278,8 +278,8 @@ def export(
         raise UserError(
             f"{out} would be a {out.suffix or 'file without an ending'}. Name a .parquet or a .jsonl file."
         )
-    if out.exists() and out.resolve() == Path(source).expanduser().resolve():
-        raise UserError(f"{out} is the source itself. Choose another name.")
+    if out.exists():
+        raise UserError(f"{out} is there already and is not overwritten. Remove it, or name another file.")
     found = check_preferences(
         read_preferences(source, user=user, limit=limit, split=split), skip_bad=skip_bad
     )

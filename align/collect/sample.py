@@ -27,6 +27,7 @@ from backbone.io.files import content_hash, read_json, write_json
 from backbone.io.prompts import Prompt
 from backbone.io.run_folder import package_versions
 from backbone.io.sampling import SamplingSettings
+from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import save_png
 from backbone.media.transforms import to_image
 from backbone.models.model import Backbone
@@ -66,15 +67,13 @@ def sample_pairs(
     if missing:
         load_concepts(backbone, concepts, scale=asked.scale)
         share = processes.split_items(missing, batch=asked.batch)
+        facts = {"model": name, **asked.facts(), **describe_concepts(asked.concepts, asked.scale)}
         with progress(len(share), "drawing") as bar:
             images = sample_images(backbone, prompts, share, asked, concepts, per_prompt=asked.count)
             for (i, j), image in zip(share, images, strict=True):
-                metadata = {
-                    "prompt": prompt_and_noise(prompts[i], j, asked.count)[0],
-                    "seed": str(asked.seed),
-                    "sample": str(j),
-                }
-                save_png(out / image_name(i, j), image, text=metadata)
+                prompt = prompt_and_noise(prompts[i], j, asked.count)[0]
+                text = describe_drawing(prompt, image.size, {**facts, "prompt_number": i, "sample": j})
+                save_png(out / image_name(i, j), image, text=text)
                 bar.advance(images=1)
     processes.barrier()  # now all pictures are there
     if processes.is_main_process():
