@@ -78,8 +78,8 @@ def sample(
 ) -> Images:
     """Sample `count` images of every prompt, with concepts (run folders) or without, as `customize sample` does.
 
-    `out`, new or empty, keeps the images in a folder; without it they are only returned. Image j of prompt i depends on the seed, i
-    and j. Raises `UserError` for a token that no concept owns, or a size that the model cannot draw.
+    `out`, new or empty, keeps the images in a folder; without it they are only returned. Image j of prompt i depends on
+    the seed, i and j. Raises `UserError` for a token that no concept owns, or a size that the model cannot draw.
     """
     from customize.sampling import RECORD, sample_to_folder
 

@@ -24,7 +24,7 @@ from backbone.io.sampling import DrawingOptions, SamplingSettings
 from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.models.model import Backbone
-from backbone.models.sample import Request, latent_size, sample
+from backbone.models.sample import Request, latent_size, refuse_negative, sample
 
 RECORD = "samples.json"
 SAMPLES = Path("samples")
@@ -39,8 +39,9 @@ def sample_to_folder(
 ) -> Path:
     """Write `p00-s00.png` … (prompt number, sample number), `samples.json` and `sheet.png`; returns the sheet's path.
 
-    `out` is new or empty; None stands for `samples/`, or `samples-2/` … where that exists. `concepts` are those that `asked` names, read already. Images are as large as the concepts' training images, where
-    no size is asked for. Image (i, j) depends on the seed, i and j alone, and several processes share the work. Raises
+    `out` is new or empty; None stands for `samples/`, or `samples-2/` … where that exists. `concepts` are those
+    that `asked` names, read already. Images are as large as the concepts' training images, where no size is asked for.
+    Image (i, j) depends on the seed, i and j alone, and several processes share the work. Raises
     `UserError`, before any weights load, for a token that no concept has, a concept of another model, a size that
     the model cannot sample, or a folder that holds something.
     """
@@ -54,12 +55,13 @@ def sample_to_folder(
     if out is not None:
         refuse_filled(out)
     load_concepts(backbone, concepts, scale=asked.scale)
+    refuse_negative(backbone, asked.negative, asked.guidance)
     requests = [
         Request(prompt, (i, j), negative) for i, prompt in enumerate(expanded) for j in range(asked.count)
     ]
     began = time.perf_counter()
     out = _make_folder(out)
-    facts = {"model": name, **asked.facts(), **describe_concepts(asked.concepts, asked.scale)}
+    facts = {"model": name, **asked.facts(), **describe_concepts([concept.folder for concept in concepts], asked.scale)}
     _write_images(backbone, requests, prompts, out, asked, facts)
     processes.barrier()  # now all pictures are there
     if processes.is_main_process():

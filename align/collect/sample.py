@@ -31,7 +31,14 @@ from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import save_png
 from backbone.media.transforms import to_image
 from backbone.models.model import Backbone
-from backbone.models.sample import Request, count_skipped_steps, latent_size, sample, sample_latents
+from backbone.models.sample import (
+    Request,
+    count_skipped_steps,
+    latent_size,
+    refuse_negative,
+    sample,
+    sample_latents,
+)
 
 Asked = TypeVar("Asked", bound=SamplingSettings)
 
@@ -67,7 +74,7 @@ def sample_pairs(
     if missing:
         load_concepts(backbone, concepts, scale=asked.scale)
         share = processes.split_items(missing, batch=asked.batch)
-        facts = {"model": name, **asked.facts(), **describe_concepts(asked.concepts, asked.scale)}
+        facts = {"model": name, **asked.facts(), **describe_concepts([concept.folder for concept in concepts], asked.scale)}
         with progress(len(share), "drawing") as bar:
             images = sample_images(backbone, prompts, share, asked, concepts, per_prompt=asked.count)
             for (i, j), image in zip(share, images, strict=True):
@@ -101,6 +108,7 @@ def sample_images(
 ) -> Iterator[Image.Image]:
     """Yield the images of `keys` (prompt index, sample index); samples from `per_prompt` on are hard negatives."""
     negative = _expand_tokens(sampling.negative, concepts)
+    refuse_negative(model, negative, sampling.guidance)
     texts_and_noise = [(i, *prompt_and_noise(prompts[i], j, per_prompt)) for i, j in keys]
     requests = [
         Request(_expand_tokens(text, concepts), (i, noise), negative) for i, text, noise in texts_and_noise

@@ -54,7 +54,9 @@ class Side:
             return cls(name, name)
         concept = read_concept(folder)
         if (folder / BEST / CONCEPT_FILE).is_file():
-            notify(f"{name}: its weights after the last step are compared; its best checkpoint is {folder / BEST}.")
+            notify(
+                f"{name}: its weights after the last step are compared; its best checkpoint is {folder / BEST}."
+            )
         trained_on = read_settings(folder).concepts if is_preference_run(folder) else ()
         return cls(name, model or concept.model, (*map(Path, trained_on), folder))
 

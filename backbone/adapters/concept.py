@@ -89,11 +89,13 @@ def _why_no_run(folder: Path) -> str:
     if not folder.exists():
         return f"There is no run folder {folder}. Check the spelling, and the folder that it is named from."
     if folder.is_file():
-        return f"{folder} is a file, not a run folder. Make one of it: customize import {folder} --out runs/NAME"
+        return (
+            f"{folder} is a file, not a run folder. Make one of it: customize import {folder} --out runs/NAME"
+        )
     if (folder / "model_index.json").is_file():
         return f"{folder} is a whole model, not a run. Give it with --model {folder}."
     if is_run(folder):
-        return f"{folder} is a run that is not finished ({CONCEPT_FILE} is missing). Go on with it by --resume {folder}."
+        return f"{folder} is a run that is not finished ({CONCEPT_FILE} is missing). Go on with it: --resume {folder}"
     return f"{folder} holds no concept ({CONCEPT_FILE} is missing). Name a run folder of `customize train`."
 
 

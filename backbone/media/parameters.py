@@ -36,7 +36,11 @@ def describe_drawing(prompt: str, size: tuple[int, int], facts: Mapping[str, Any
         known["model"] = last_name(str(known["model"]))
     known = {name: value for name, value in known.items() if value not in (None, "", (), [], {})}
     ordered = [*(name for name in NAMES if name in known), *(name for name in known if name not in NAMES)]
-    said = [f"{NAMES.get(name, _title(name))}: {_value(name, known[name])}" for name in ordered if name != "negative"]
+    said = [
+        f"{NAMES.get(name, _title(name))}: {_value(name, known[name])}"
+        for name in ordered
+        if name != "negative"
+    ]
     negative = [f"Negative prompt: {known['negative']}"] if "negative" in known else []
     texts = {name: str(known[name]) for name in ("seed", "sample") if name in known}
     parameters = "\n".join([prompt, *negative, ", ".join([*said, "Version: limner"])])

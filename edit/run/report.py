@@ -26,7 +26,19 @@ RECORD = "run.json"
 REPORT = "report.html"
 INVERSION = "inversion.safetensors"
 UNTOLD = (  # in an image: where files lay, and what changes nothing in it
-    *("image", "inversion", "mask", "first", "second", "model", "scorer", "metrics", "film", "device", "scale"),
+    *(
+        "image",
+        "inversion",
+        "mask",
+        "first",
+        "second",
+        "model",
+        "scorer",
+        "metrics",
+        "film",
+        "device",
+        "scale",
+    ),
     *("prompt", "first_prompt", "second_prompt"),  # which the image's own prompt says
 )
 TITLES = {
