@@ -61,7 +61,11 @@ def sample_to_folder(
     ]
     began = time.perf_counter()
     out = _make_folder(out)
-    facts = {"model": name, **asked.facts(), **describe_concepts([concept.folder for concept in concepts], asked.scale)}
+    facts = {
+        "model": name,
+        **asked.facts(),
+        **describe_concepts([concept.folder for concept in concepts], asked.scale),
+    }
     _write_images(backbone, requests, prompts, out, asked, facts)
     processes.barrier()  # now all pictures are there
     if processes.is_main_process():

@@ -45,7 +45,8 @@ def main() -> None:
 @app.command()
 def example(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="The folder to write; new or empty, or one that holds it.")
+        Path,
+        typer.Argument(metavar="FOLDER", help="The folder to write; new or empty, or one that holds it."),
     ],
 ) -> None:
     """Write an image of a cat in a park, and what it shows, to try the other commands with."""

@@ -16,7 +16,7 @@ import customize.cli
 import customize.settings
 import edit.settings
 from backbone.adapters.concept import Concept
-from backbone.io.console import UserError
+from backbone.io.console import UserError, error_message
 from backbone.io.files import write_json
 from backbone.io.help import refuse_repeats
 from backbone.io.options import Field, fields_of, refuse_idle, require_packages
@@ -60,7 +60,9 @@ DECLARED = {
     f"{each.__module__}.{each.__name__}": each
     for module in (customize.cli, customize.settings, align.cli, align.settings, edit.settings)
     for each in vars(module).values()
-    if isinstance(each, type) and dataclasses.is_dataclass(each) and any(one.option.needs for one in fields_of(each).values())
+    if isinstance(each, type)
+    and dataclasses.is_dataclass(each)
+    and any(one.option.needs for one in fields_of(each).values())
 }
 
 
@@ -95,7 +97,11 @@ def given_values(one: Field) -> list[Any]:
         words = [*option.choices] or ["x"]
         return [(one.kind(word),) if one.many else one.kind(word) for word in words if word != option.off]
     numbers = [0, 1, option.min, option.max, one.default]
-    fits = [n for n in numbers if isinstance(n, (int, float)) and n >= (option.min or 0) and n <= (option.max or n)]
+    fits = [
+        n
+        for n in numbers
+        if isinstance(n, (int, float)) and n >= (option.min or 0) and n <= (option.max or n)
+    ]
     return [n for n in fits if option.off is None or n != option.off]
 
 
@@ -119,29 +125,48 @@ def test_whatever_value_is_given_in_vain_is_refused(name: str) -> None:
 def test_what_switches_a_thing_off_says_so(name: str) -> None:
     for one in fields_of(DECLARED[name]).values():
         if one.option.off is not None:
-            assert one.option.off == one.default or f"{one.option.off}:" in one.option.help or one.option.off in one.option.choices
+            assert (
+                one.option.off == one.default
+                or f"{one.option.off}:" in one.option.help
+                or one.option.off in one.option.choices
+            )
 
 
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
         (("customize", "sample", "a dog", "--scale", "0"), "--scale has no effect without --concept"),
-        (("customize", "evaluate", "run", "--images", "x", "--seed", "0"), "--seed has no effect with --images"),
+        (
+            ("customize", "evaluate", "run", "--images", "x", "--seed", "0"),
+            "--seed has no effect with --images",
+        ),
         (
             ("edit", "invert-and-replace", "--inversion", "x.safetensors", "--target", "a", "--seed", "0"),
             "--seed has no effect with --inversion",
         ),
-        (("edit", "remove", "x.png", "--mask", "m.png", "--threshold", "0.3"), "--threshold has no effect with --mask"),
+        (
+            ("edit", "remove", "x.png", "--mask", "m.png", "--threshold", "0.3"),
+            "--threshold has no effect with --mask",
+        ),
         (
             ("edit", "invert-and-replace", "x.png", "--target", "a", "--blend", "none", "--threshold", "0"),
             "--threshold has no effect where",
         ),
-        (("align", "compare", "a", "b", "--prompts", "x", "--port", "0"), "--port has no effect without --blind"),
+        (
+            ("align", "compare", "a", "b", "--prompts", "x", "--port", "0"),
+            "--port has no effect without --blind",
+        ),
         (("align", "rank", "pairs", "--pareto"), "--pareto has no effect with one scorer"),
         (("align", "rank", "pairs", "--weight", "2"), "--weight has no effect with one scorer"),
         (("align", "check", ".", "--split", "train"), "--split has no effect"),
-        (("customize", "sample", "a dog", "--guidance", "1", "--guidance-stop", "0.5"), "At guidance 1 there is none"),
-        (("customize", "sample", "a dog", "--guidance", "1", "--negative", "red"), "At guidance 1 nothing stays away"),
+        (
+            ("customize", "sample", "a dog", "--guidance", "1", "--guidance-stop", "0.5"),
+            "At guidance 1 there is none",
+        ),
+        (
+            ("customize", "sample", "a dog", "--guidance", "1", "--negative", "red"),
+            "At guidance 1 nothing stays away",
+        ),
     ],
     ids=str,
 )
@@ -214,7 +239,7 @@ def refused(*words: object) -> str:
     program, *rest = map(str, words)
     done = CliRunner().invoke(PROGRAMS[program], rest)
     assert isinstance(done.exception, (UserError, FileNotFoundError)), (done.exception, done.output)
-    return str(done.exception)
+    return error_message(done.exception) or ""
 
 
 @pytest.mark.parametrize("words", NOWHERE, ids=" ".join)
@@ -226,7 +251,7 @@ def test_what_is_not_there_is_said_not_to_be_there(
     scene = Path(edit.settings.__file__).parents[1] / "backbone/examples/scene.png"
     answer = refused(*(word.format(scene=scene) for word in words))
     assert "runs/nope" in answer
-    assert any(said in answer for said in ("There is no", "does not exist", "No such file")), answer
+    assert any(said in answer for said in ("There is no", "does not exist")), answer
     assert not any(said in answer for said in ("strength", "missing", "older", "damaged")), answer
     assert not list((tmp_path / "runs").iterdir())
 

@@ -74,7 +74,11 @@ def sample_pairs(
     if missing:
         load_concepts(backbone, concepts, scale=asked.scale)
         share = processes.split_items(missing, batch=asked.batch)
-        facts = {"model": name, **asked.facts(), **describe_concepts([concept.folder for concept in concepts], asked.scale)}
+        facts = {
+            "model": name,
+            **asked.facts(),
+            **describe_concepts([concept.folder for concept in concepts], asked.scale),
+        }
         with progress(len(share), "drawing") as bar:
             images = sample_images(backbone, prompts, share, asked, concepts, per_prompt=asked.count)
             for (i, j), image in zip(share, images, strict=True):

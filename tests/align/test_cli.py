@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from align.cli import app
@@ -31,6 +33,10 @@ from tests.align.conftest import BRIGHT, FIVE, TRAIN, align, picture, refused, w
 def test_sampling_again_draws_nothing_new(drawn: Path, tiny_folder: Path, prompts: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in drawn.glob("pictures/*.png")}
     assert len(before) == 10
+    with Image.open(drawn / "pictures/p00001-s01.png") as image:
+        texts: Any = image.info
+    assert texts["parameters"].startswith(f"{FIVE[1]}\nSteps: 2, Sampler: DDIM, CFG scale: ")
+    assert (texts["seed"], texts["sample"], json.loads(texts["limner"])["prompt_number"]) == ("0", "1", 1)
     model = ("--model", tiny_folder, "--precision", "fp32", "--device", "cpu")
     align("sample", "--prompts", prompts, "--count", 2, "--out", drawn, "--steps", 2, *model)
     assert {path: path.stat().st_mtime_ns for path in drawn.glob("pictures/*.png")} == before

@@ -10,18 +10,33 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from backbone.adapters.concept import Concept
 from backbone.adapters.lora import add_lora, lora_parameters, save_lora
 from backbone.io.console import UserError
+from backbone.io.prompts import one_prompt
 from backbone.models.model import Backbone
 from edit import checks
-from edit.cli import main
+from edit.cli import app, main
 from tests.edit.methods.prompt_to_prompt.test_replace import left_half
 from tests.edit.models import photo
 
 Edit = Callable[..., int]
 WORDS = ("--source", "a cat in the snow", "--target", "a dog in the snow")
+
+
+def test_the_example_can_be_edited_at_once(tmp_path: Path) -> None:
+    for _ in range(2):  # a second time it is there already
+        done = CliRunner().invoke(app, ["example", str(tmp_path / "cat")])
+        assert done.exit_code == 0
+    assert (
+        f"edit invert-and-replace {tmp_path}/cat/scene.png --source {tmp_path}/cat/scene.txt" in done.stderr
+    )
+    assert Image.open(tmp_path / "cat/scene.png").size == (128, 128)
+    assert one_prompt(str(tmp_path / "cat/scene.txt"), "--source") == "a cat in a park"
+    (tmp_path / "cat/scene.txt").rename(tmp_path / "cat/mine.txt")
+    assert isinstance(CliRunner().invoke(app, ["example", str(tmp_path / "cat")]).exception, UserError)
 
 
 @pytest.fixture
@@ -65,6 +80,11 @@ def test_an_edit_leaves_everything_that_it_should(edit: Edit, capsys: pytest.Cap
     err = capsys.readouterr().err
     assert "replaced" in err and "runs/edit-photo/sheet.png" in err
     assert "edit replay runs/edit-photo/run.json" in Path("runs/edit-photo/README.md").read_text()
+    texts: Any = Image.open("runs/edit-photo/edit_1.png").info
+    assert texts["prompt"] == "a red cat in the snow"
+    assert "Steps: 2, Sampler: direct, CFG scale: " in texts["parameters"]
+    assert "Edit: invert-and-replace, Source: a cat in the snow" in texts["parameters"]
+    assert json.loads(texts["limner"])["edit_number"] == 1
     report = Path("runs/edit-photo/report.html").read_text()
     assert "What became of the words" in report and "edit replay" in report
 
