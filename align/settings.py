@@ -116,7 +116,7 @@ class Settings(TrainingSettings):
     prompt_dropout: Annotated[
         float,
         Option(
-            "Share of the draws without their prompt.",
+            "Share of the draws without their prompt; 0: none.",
             "Data",
             aliases=("proportion-empty-prompts",),
             needs=OF_PAIRS,

@@ -200,13 +200,16 @@ def in_words(given: Sequence[str], what: str) -> list[str]:
 
 def readable(image: str) -> SourceImage:
     """The image, read once for all; `UserError` if it cannot be."""
-    if not Path(image).exists():
-        raise UserError(
-            f"There is no image {image}. Check the spelling; `edit example cat/` writes one to try with."
-        )
+    from backbone.media.decode import BadImageError
     from edit.pictures import read_image
 
-    return read_image(image)
+    try:
+        return read_image(image)
+    except BadImageError as error:
+        if Path(image).exists():
+            raise
+        remedy = "Check the spelling; `edit example cat/` writes one to try with."
+        raise UserError(f"{image} {error.reason}. {remedy}") from error
 
 
 def with_concepts(asked: StepOptions, prompts: Sequence[str]) -> dict[str, Any]:
