@@ -184,9 +184,8 @@ def read_run_settings(declared: type[Made], run: Path, program: str) -> Made:
         )
     if not path.is_file():
         raise UserError(f"{run} is not a run of `{program}` ({FILE} is missing). Name another folder.")
-    command = read_json(path, RunRecord).command
-    if command and not command.startswith(program):
-        written = " ".join(command.split()[:2])
+    written = " ".join(read_json(path, RunRecord).command.split()[:2])
+    if written != program and written.endswith(" train"):
         raise UserError(f"{run} is a run of `{written}`, not of `{program}`. Name another folder.")
     return read_settings(declared, path)
 

@@ -113,7 +113,7 @@ def test_a_person_s_choices_are_counted_for_the_tuned_side(tmp_path: Path) -> No
     assert read_json(tmp_path / "blind.json")["wins"] == 2
 
 
-def answers_everything(session: Session, *, port: int) -> None:
+def answers_everything(session: Session, *, port: int, browser: bool) -> None:
     """In the place of the page: somebody who always prefers the left picture."""
     while (question := session.question) is not None:
         session.answer(question.number, "left")
