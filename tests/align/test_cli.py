@@ -287,10 +287,10 @@ def test_a_reward_trains_without_pairs(
         (("train", "--online", "moji"), "Add --prompts"),
         (("train", "x", "--loss-type", "ddpo"), "Add --online"),
         (("train", "x", "--full", "--reference", "live"), "base is gone"),
-        (("train", "--resume", "nowhere"), "not a run"),
-        (("evaluate", "nowhere"), "not a run"),
-        (("label", "nowhere"), "not a folder of `align sample`"),
-        (("rank", "nowhere"), "not a folder of `align sample`"),
+        (("train", "--resume", "nowhere"), "There is no run folder nowhere"),
+        (("evaluate", "nowhere"), "There is no run folder nowhere"),
+        (("label", "nowhere"), "There is no folder nowhere"),
+        (("rank", "nowhere"), "There is no folder nowhere"),
         (("check", "nowhere"), "does not exist"),
         (("export", "nowhere", "out.csv"), r"\.parquet or a \.jsonl"),
     ],
@@ -352,7 +352,7 @@ def test_check_says_what_train_learns_from(
     assert (said["train"], said["held_out"], said["without_label"]) == (2, 1, 1)
     assert "train on 2 pairs of 2 prompts and hold out 1 pair of 1 prompt." in done.stderr
     where = ("--model", tiny_folder, "--precision", "fp32", "--device", "cpu", "--out", tmp_path / "run")
-    done = CliRunner().invoke(app, list(map(str, ("train", pairs, *where, *TRAIN, "--steps", 1))))
+    done = CliRunner().invoke(app, list(map(str, ("train", pairs, *where, "--steps", 1, *TRAIN[2:]))))
     assert "Learning from 2 pairs of 2 prompts; held out: 1 pair of 1 prompt." in done.stderr
 
 

@@ -83,7 +83,8 @@ def test_an_edit_leaves_everything_that_it_should(edit: Edit, capsys: pytest.Cap
     texts: Any = Image.open("runs/edit-photo/edit_1.png").info
     assert texts["prompt"] == "a red cat in the snow"
     assert "Steps: 2, Sampler: direct, CFG scale: " in texts["parameters"]
-    assert "Edit: invert-and-replace, Source: a cat in the snow" in texts["parameters"]
+    assert "Edit: invert-and-replace, " in texts["parameters"]
+    assert "Source: a cat in the snow, Control: prompt-to-prompt" in texts["parameters"]
     assert json.loads(texts["limner"])["edit_number"] == 1
     report = Path("runs/edit-photo/report.html").read_text()
     assert "What became of the words" in report and "edit replay" in report
@@ -301,7 +302,7 @@ def test_a_dry_run_prints_what_becomes_of_the_words_and_writes_nothing(
             "--steps has no effect",
         ),
         (("compose", "--inversion", "x", "--toward", "a=1", "--seed", "3"), "--seed has no effect"),
-        (("invert-and-replace", "photo.png", *WORDS, "--concept", "x"), "holds no concept"),
+        (("invert-and-replace", "photo.png", *WORDS, "--concept", "x"), "There is no run folder x"),
         (("invert", "photo.png", "--prompt", "a cat", "--out", "x.pt"), "does not end in .safetensors"),
         (("sdedit", "photo.png", "--prompt", ""), "prompt is empty"),
         (("sdedit", "photo.png", "--prompt", "a", "--strength", "1.5"), "between 0 and 1"),
