@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 
@@ -126,6 +125,8 @@ def trim_log(path: Path, done: int) -> None:
 
 def package_versions() -> dict[str, str]:
     """The versions of Python and of PACKAGES, those that are installed."""
+    from importlib.metadata import PackageNotFoundError, version  # which imports half of `email`
+
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

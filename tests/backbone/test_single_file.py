@@ -194,7 +194,7 @@ def test_the_tokenizer_is_clip_s_own_where_none_lies_beside_the_file(
     stored = json.loads((tiny_folder / "tokenizer" / "tokenizer.json").read_text())["model"]
     (tmp_path / "vocab.json").write_text(json.dumps(stored["vocab"]))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, stored["merges"])))
-    monkeypatch.setattr(stable_diffusion_file, "hub_file", lambda _, name: tmp_path / name)
+    monkeypatch.setattr(stable_diffusion_file, "hub_file", lambda _, name, revision=None: tmp_path / name)
     write_tensors(tmp_path / "sd.safetensors", few_tensors(768))
     location = locate(str(tmp_path / "sd.safetensors"))
     prompt, like = "A dog in the snow", {"padding": "max_length", "max_length": 77}

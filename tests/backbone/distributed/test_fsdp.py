@@ -173,6 +173,7 @@ def apart(both: Path, file: str) -> float:
     return max(float((first[name] - second[name]).abs().max()) for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONCEPTS)
 def test_a_concept_is_learned_as_by_one_process(both: Path, name: str) -> None:
     distance = apart(both, f"{name}/checkpoint.safetensors")
@@ -182,6 +183,7 @@ def test_a_concept_is_learned_as_by_one_process(both: Path, name: str) -> None:
     assert [line["loss"] for line in logs[1]] == pytest.approx([line["loss"] for line in logs[0]], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_taste_is_learned_as_by_one_process_bank_stop_and_resume_included(both: Path) -> None:
     assert apart(both, "taste/checkpoint.safetensors") < 1e-5
     one, two = (read_jsonl(both / count / "taste" / "evaluations.jsonl") for count in ("one", "two"))
@@ -192,6 +194,7 @@ def test_a_taste_is_learned_as_by_one_process_bank_stop_and_resume_included(both
         )
 
 
+@pytest.mark.slow
 def test_the_same_files_and_pictures_are_written(both: Path) -> None:
     def files(count: str) -> set[str]:
         return {str(path.relative_to(both / count)) for path in (both / count).rglob("*")}
@@ -204,6 +207,7 @@ def test_the_same_files_and_pictures_are_written(both: Path) -> None:
         assert np.abs(np.asarray(Image.open(path), dtype=int) - other).max() <= 1
 
 
+@pytest.mark.slow
 def test_each_process_holds_half_of_the_base_and_predicts_what_the_whole_does(both: Path) -> None:
     for rank in range(2):
         share, distance = map(float, (both / f"measured-{rank}.txt").read_text().split())
@@ -211,6 +215,7 @@ def test_each_process_holds_half_of_the_base_and_predicts_what_the_whole_does(bo
         assert distance < 1e-5
 
 
+@pytest.mark.slow
 def test_what_needs_the_whole_base_is_refused_before_anything_is_written(both: Path) -> None:
     for rank in range(2):
         lines = (both / f"refused-{rank}.txt").read_text().splitlines()
