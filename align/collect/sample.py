@@ -83,7 +83,7 @@ def sample_pairs(
             images = sample_images(backbone, prompts, share, asked, concepts, per_prompt=asked.count)
             for (i, j), image in zip(share, images, strict=True):
                 prompt, noise = prompt_and_noise(prompts[i], j, asked.count)
-                own = {"redraw": asked.redraw if noise else None, "prompt_number": i, "sample": j}
+                own = {"redraw": (asked.redraw or None) if noise else None, "prompt_number": i, "sample": j}
                 text = describe_drawing(prompt, image.size, {**facts, **own})
                 save_png(out / image_name(i, j), image, text=text)
                 bar.advance(images=1)

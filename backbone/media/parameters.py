@@ -42,7 +42,7 @@ def describe_drawing(prompt: str, size: tuple[int, int], facts: Mapping[str, Any
         if name != "negative"
     ]
     negative = [f"Negative prompt: {known['negative']}"] if "negative" in known else []
-    texts = {name: str(known[name]) for name in ("seed", "sample") if name in known}
+    texts: dict[str, str] = {name: str(known[name]) for name in ("seed", "sample") if name in known}
     parameters = "\n".join([prompt, *negative, ", ".join([*said, "Version: limner"])])
     whole = json.dumps({"prompt": prompt, **known}, ensure_ascii=False, default=str)
     return {"prompt": prompt, **texts, "parameters": parameters, "limner": whole}
