@@ -128,7 +128,7 @@ def evaluate(
     """
     from customize.evaluation.dreambench import DREAMBENCH, TABLE, evaluate_run, moji_prompts
 
-    place, how = Path(str(run)), {"per_prompt": count, "scorer": None, "seed": seed}
+    place, prompts = Path(str(run)), moji_prompts()
     with new_folder(None if out is None else Path(out), place / DREAMBENCH) as folder:
-        evaluate_run(place, prompts=moji_prompts(), out=folder, **how)
+        evaluate_run(place, prompts=prompts, per_prompt=count, scorer=None, seed=seed, out=folder)
         return read_json(folder / TABLE)

@@ -244,12 +244,16 @@ def evaluate(asked: EvaluateOptions) -> None:
     read_settings(run)  # mistakes are answered before torch is imported
     from customize.evaluation.dreambench import DREAMBENCH, TABLE, evaluate_images, evaluate_run
 
-    prompts, how = _templates(asked), {"per_prompt": asked.count, "scorer": asked.scorer}
+    prompts, count, scorer = _templates(asked), asked.count, asked.scorer
     with new_folder(asked.out, run / DREAMBENCH) as folder:
         if asked.images is None:
-            found = evaluate_run(run, prompts=prompts, seed=asked.seed, out=folder, **how)
+            found = evaluate_run(
+                run, prompts=prompts, per_prompt=count, scorer=scorer, seed=asked.seed, out=folder
+            )
         else:
-            found = evaluate_images(asked.images, run, prompts=prompts, out=folder, **how)
+            found = evaluate_images(
+                asked.images, run, prompts=prompts, per_prompt=count, scorer=scorer, out=folder
+            )
     if asked.as_json:
         print_json({"folder": folder, **read_json(folder / TABLE)})
     else:

@@ -84,8 +84,8 @@ def sample_pairs(
             for (i, j), image in zip(share, images, strict=True):
                 prompt, noise = prompt_and_noise(prompts[i], j, asked.count)
                 own = {"redraw": (asked.redraw or None) if noise else None, "prompt_number": i, "sample": j}
-                text = describe_drawing(prompt, image.size, {**facts, **own})
-                save_png(out / image_name(i, j), image, text=text)
+                said = describe_drawing(prompt, image.size, {**facts, **own})
+                save_png(out / image_name(i, j), image, text=said)
                 bar.advance(images=1)
     processes.barrier()  # now all pictures are there
     if processes.is_main_process():

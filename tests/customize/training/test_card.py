@@ -96,7 +96,7 @@ def test_what_is_uploaded_names_no_folder_of_this_disk(
 ) -> None:
     home = run.parent
     monkeypatch.setenv("HOME", str(home / "somebody"))
-    settings = {
+    settings: dict[str, Any] = {
         "images": str(home / "my “photos”"),
         "model": str(home / "models/mine"),
         "subject": [f"{home / 'cats'}:[W]:cat"],
