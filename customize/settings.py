@@ -252,6 +252,7 @@ class Settings(TrainingSettings):
             "Training",
             aliases=("optimizer-type",),
             choices=("adamw", "adamw8bit", "prodigy"),
+            packages={"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"},
             switches={"use-8bit-adam": "adamw8bit"},
         ),
     ] = "adamw"
@@ -275,6 +276,7 @@ class Settings(TrainingSettings):
             "Adapter",
             aliases=("network-dropout",),
             needs=WITH_ADAPTER,
+            off=0,
             min=0,
             max=0.99,
         ),
@@ -297,6 +299,7 @@ class Settings(TrainingSettings):
             choices=("base", "class-images", "off"),
             switches={"with-prior-preservation": "class-images"},
             needs=MOVES_DENOISER,
+            off="off",
         ),
     ] = "base"
     prior_loss_weight: Annotated[
@@ -305,6 +308,7 @@ class Settings(TrainingSettings):
             "Of prior preservation; 0: none.",
             "Loss",
             needs={"prior": ("base", "class-images"), **MOVES_DENOISER},
+            off=0,
             min=0,
         ),
     ] = 1.0
@@ -393,6 +397,7 @@ class Settings(TrainingSettings):
             "Stop after so many evaluations without a better one; 0: never.",
             "Evaluation",
             needs={"evaluation_steps": ()},
+            off=0,
             min=0,
         ),
     ] = 0
@@ -432,6 +437,7 @@ class Settings(TrainingSettings):
             "Output",
             aliases=("log-with",),
             choices=("jsonl", "tensorboard"),
+            packages={"tensorboard": "tensorboard"},
         ),
     ] = "jsonl"
     push_to_hub: Annotated[bool, Option("Upload the finished run to the hub, as private.", "Output")] = False

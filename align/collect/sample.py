@@ -28,10 +28,18 @@ from backbone.io.files import content_hash, read_json, write_json
 from backbone.io.prompts import Prompt
 from backbone.io.run_folder import package_versions
 from backbone.io.sampling import SamplingSettings
+from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import save_png
 from backbone.media.transforms import to_image
 from backbone.models.model import Backbone
-from backbone.models.sample import Request, count_skipped_steps, latent_size, sample, sample_latents
+from backbone.models.sample import (
+    Request,
+    count_skipped_steps,
+    latent_size,
+    refuse_negative,
+    sample,
+    sample_latents,
+)
 
 Asked = TypeVar("Asked", bound=SamplingSettings)
 
@@ -67,17 +75,20 @@ def sample_pairs(
     if missing:
         load_concepts(backbone, concepts, scale=asked.scale)
         share = processes.split_items(missing, batch=asked.batch)
+        facts = {
+            "model": name,
+            **asked.facts(),
+            **describe_concepts([concept.folder for concept in concepts], asked.scale),
+        }
         with progress(len(share), "drawing") as bar:
             images = sample_images(
                 backbone, prompts, share, asked, concepts, per_prompt=asked.count, advance=bar.advance_images
             )
             for (i, j), image in zip(share, images, strict=True):
-                metadata = {
-                    "prompt": prompt_and_noise(prompts[i], j, asked.count)[0],
-                    "seed": str(asked.seed),
-                    "sample": str(j),
-                }
-                save_png(out / image_name(i, j), image, text=metadata)
+                prompt, noise = prompt_and_noise(prompts[i], j, asked.count)
+                own = {"redraw": (asked.redraw or None) if noise else None, "prompt_number": i, "sample": j}
+                said = describe_drawing(prompt, image.size, {**facts, **own})
+                save_png(out / image_name(i, j), image, text=said)
     processes.barrier()  # now all pictures are there
     if processes.is_main_process():
         seconds = read_json(out / SAMPLES, Drawn).seconds + time.perf_counter() - began
@@ -108,6 +119,7 @@ def sample_images(
     `advance` is told after each step how many images' worth of work it was.
     """
     negative = _expand_tokens(sampling.negative, concepts)
+    refuse_negative(model, negative, sampling.guidance)
     texts_and_noise = [(i, *prompt_and_noise(prompts[i], j, per_prompt)) for i, j in keys]
     requests = [
         Request(_expand_tokens(text, concepts), (i, noise), negative) for i, text, noise in texts_and_noise

@@ -43,6 +43,7 @@ from backbone.io.report import write_report
 from backbone.io.run_folder import package_versions
 from backbone.io.sampling import SamplingSettings
 from backbone.media.decode import open_rgb
+from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import save_png
 from backbone.models.model import Backbone
 from backbone.models.sample import latent_size
@@ -171,17 +172,23 @@ def _sample_sides(
         if not missing:
             continue
         load_concepts(model, concepts[name], scale=side.scale)
+        settings = side.override(sampling)
+        facts = {"model": side.model, **settings.facts(), **describe_concepts(side.concepts, side.scale)}
         with progress(len(missing), f"drawing {name}") as bar:
             images = sample_images(
                 model,
                 prompts,
                 missing,
-                side.override(sampling),
+                settings,
                 concepts[name],
                 advance=bar.advance_images,
             )
             for key, image in zip(missing, images, strict=True):
-                save_png(out / side_image_name(name, *key), image, text={"prompt": prompts[key[0]].text})
+                i, j = key
+                text = describe_drawing(
+                    prompts[i].text, image.size, {**facts, "prompt_number": i, "sample": j}
+                )
+                save_png(out / side_image_name(name, *key), image, text=text)
     return sampling
 
 

@@ -60,6 +60,7 @@ from backbone.io.prompts import Prompt, read_prompts
 from backbone.io.report import command, heading, paragraph, plot_row, table, write_report
 from backbone.io.run_folder import catch_interrupts, clear_failed_try, package_versions, refuse_taken
 from backbone.io.sampling import SamplingSettings
+from backbone.media.parameters import describe_drawing, last_name
 from backbone.media.sheet import save_png
 from backbone.models.locate import is_path
 from backbone.models.model import Backbone
@@ -254,10 +255,14 @@ def _draw_round(
     own = processes.split_batches(
         missing, batch=sampling.batch
     )  # to the last bit, for what is learned from them
+    facts = {"model": settings.model, **sampling.facts(), "concepts": list(map(last_name, settings.concepts))}
+    facts["round"] = number
     with progress(len(own), "drawing") as bar:
         pictures = sample_images(model, prompts, own, sampling, concepts, advance=bar.advance_images)
         for key, picture in zip(own, pictures, strict=True):
-            save_png(folder / image_name(*key), picture, text={"prompt": prompts[key[0]].text})
+            i, j = key
+            text = describe_drawing(prompts[i].text, picture.size, {**facts, "prompt_number": i, "sample": j})
+            save_png(folder / image_name(*key), picture, text=text)
             if stop:
                 break
     if processes.any_process(bool(stop)):

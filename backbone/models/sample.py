@@ -176,6 +176,24 @@ def initial_noise(
     return torch.randn((*channels, *(places or (height, width))), generator=generator(seed, i, j))
 
 
+def is_guidance_distilled(model: Backbone) -> bool:
+    """Whether guidance is part of the network's conditioning, so that there is no unconditional prediction."""
+    return model.family.embed_guidance(model.denoiser, encode_prompts_cached(model, [""]), 1.0) is not None
+
+
+def refuse_negative(model: Backbone, negative: str, guidance: float | None) -> None:
+    """`UserError` for a negative prompt without guidance, and where the network is guidance-distilled."""
+    if negative and is_guidance_distilled(model):
+        raise UserError(
+            f"{model.location.name} is guidance-distilled: there is no prediction that could stay away from "
+            f"“{negative}”. Leave --negative out."
+        )
+    if negative and guidance == 1:
+        raise UserError(
+            f"At guidance 1 nothing stays away from “{negative}”. Raise --guidance, or leave --negative out."
+        )
+
+
 def latent_size(model: Backbone, size: Size) -> tuple[int, int]:
     """The latents' size (H, W) of pictures of `size` (width, height) in pixels.
 

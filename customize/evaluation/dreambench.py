@@ -34,6 +34,7 @@ from customize.evaluation.metrics import Scorers, measure_dreambench
 from customize.settings import Settings, read_settings
 
 TABLE = "table.json"
+DREAMBENCH = "dreambench"  # in a run folder
 PROMPT_LIST = re.compile(r"prompt_list\s*=\s*\[(.*?)\]", re.DOTALL)
 PROMPT_ENTRY = re.compile(r"""^\s*(['"])(?P<text>.*?)\1\s*\.format""", re.MULTILINE)
 

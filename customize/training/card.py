@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from backbone.adapters.concept import word_pattern
 from backbone.adapters.embeddings import EMBEDDINGS_FILE as WORDS
@@ -14,9 +15,9 @@ from backbone.models.locate import OWN
 from backbone.models.model import Backbone
 from customize.data.dataset import preserves
 from customize.settings import METHODS, OWN_WORDS, SHEET, Settings, as_flags
+from customize.training.public import copy_without_paths
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-PRIVATE = ["checkpoint.safetensors", "tensorboard/*", ".*"]  # of use to nobody else
 
 
 def card(settings: Settings, model: Backbone) -> str:
@@ -45,9 +46,10 @@ def card(settings: Settings, model: Backbone) -> str:
 
 
 def push(run: Path, repository: str) -> str:
-    """Uploads a run folder, without what only resuming needs; gives its address. Raises `UserError` where it cannot.
+    """Uploads a run folder, without what only resuming needs and without local paths; gives its address.
 
-    A new repository is private: the sheet and the report show the subject's pictures.
+    Raises `UserError` where it cannot. A new repository is private: the sheet and the report show the subject's
+    pictures.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
@@ -56,12 +58,15 @@ def push(run: Path, repository: str) -> str:
     api = HfApi()
     try:
         made = api.create_repo(repository, exist_ok=True, private=True)
-        api.upload_folder(repo_id=made.repo_id, folder_path=run, ignore_patterns=PRIVATE)
+        with TemporaryDirectory() as temporary:
+            public = Path(temporary) / run.name
+            copy_without_paths(run, public)
+            api.upload_folder(repo_id=made.repo_id, folder_path=public)
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, httpx.HTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"The run is finished in {run}, but it could not be uploaded as {repository} ({reason}). "
-            f"Log in with: hf auth login; then: hf upload {repository} {run}"
+            f"Log in with: hf auth login; then: customize train --resume {run}"
         ) from error
     return str(made)
 

@@ -40,6 +40,7 @@ from backbone.io.records import parse_json, read_as
 from backbone.media.transforms import to_image
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
+from backbone.models.sample import is_guidance_distilled
 from edit import checks
 from edit.inversion.null_text import optimize_null_texts
 from edit.inversion.trajectories import (
@@ -52,7 +53,7 @@ from edit.inversion.trajectories import (
     two_step,
 )
 from edit.pictures import EncodedImage, ImageLike, encode_image
-from edit.sampling import CountNFE, guidance_of, is_guidance_distilled, schedule_of
+from edit.sampling import CountNFE, guidance_of, schedule_of
 
 Method = Literal["direct", "ddim", "null-text", "negative-prompt", "edit-friendly", "renoise", "reversible"]
 METHODS: tuple[Method, ...] = get_args(Method)

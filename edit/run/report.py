@@ -16,6 +16,7 @@ from torch import Tensor
 from backbone.io.files import write_bytes, write_json, write_text
 from backbone.io.report import command, heading, image_figure, paragraph, table, write_report
 from backbone.io.run_folder import package_versions
+from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import mask_to_tensor
 from edit.attention.alignment import speak
@@ -25,6 +26,22 @@ from edit.result import Result
 RECORD = "run.json"
 REPORT = "report.html"
 INVERSION = "inversion.safetensors"
+UNTOLD = (  # in an image: where files lay, and what changes nothing in it
+    *(
+        "image",
+        "inversion",
+        "mask",
+        "first",
+        "second",
+        "model",
+        "scorer",
+        "metrics",
+        "film",
+        "device",
+        "scale",
+    ),
+    *("prompt", "first_prompt", "second_prompt"),  # which the image's own prompt says
+)
 TITLES = {
     "psnr_db": "PSNR to the source, dB",
     "background_psnr_db": "background PSNR, dB",
@@ -62,7 +79,8 @@ def publish(
     images, masks = result.images, mask_images(result)
     save_png(folder / "source.png", result.source)
     for number, (image, prompt) in enumerate(zip(images, result.prompts, strict=True)):
-        save_png(folder / f"edit_{number}.png", image, text={"prompt": prompt})
+        text = describe_drawing(prompt, image.size, {**facts_of_edit(result, record), "edit_number": number})
+        save_png(folder / f"edit_{number}.png", image, text=text)
     if result.trajectory is not None:
         save_png(folder / "reconstruction.png", result.reconstruction)
     for number, mask in enumerate(masks):
@@ -98,6 +116,26 @@ def publish(
         parts += [heading("Where words look"), *(image_figure(strip, word) for word, strip in strips.items())]
     write_report(folder / REPORT, result.title, [*parts, heading("Again"), command(again)])
     write_text(folder / "README.md", readme(result, again=again, said=record["said"]))
+
+
+def facts_of_edit(result: Result, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What an edit's image says of how it came about: command, model, concepts and every setting that is a value."""
+    settings = {
+        name: value
+        for name, value in record["settings"].items()
+        if isinstance(value, (str, int, float)) and name not in UNTOLD
+    }
+    steps = {"steps": result.inversions[0].steps} if result.inversions else {}
+    guidance = {name: value for name, value in result.facts.items() if isinstance(value, (str, float))}
+    return {
+        "edit": record["command"],
+        "sampler": settings.pop("method", record["command"]),
+        "model": record["model"],
+        **settings,
+        **steps,
+        **guidance,
+        **describe_concepts([one["folder"] for one in record["concepts"]], record["scale"]),
+    }
 
 
 def mask_images(result: Result) -> list[Image.Image]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError
-from backbone.io.files import content_hash, make_empty_folder, make_numbered_folder, read_json
+from backbone.io.files import content_hash, make_numbered_folder, new_folder, read_json
 from backbone.io.records import read_as
 from backbone.io.run_folder import hold_folder
 from edit.pictures import read_image, read_mask
@@ -160,12 +160,8 @@ def _run(
 @contextmanager
 def _claim(out: Path | None) -> Iterator[None]:
     """Takes the folder that was named; after a mistake it is gone again."""
-    if out is not None:
-        make_empty_folder(out)
-    try:
-        with nullcontext() if out is None else hold_folder(out):
-            yield
-    except UserError:
-        if out is not None and not any(out.iterdir()):
-            out.rmdir()
-        raise
+    if out is None:
+        yield
+        return
+    with new_folder(out, out) as folder, hold_folder(folder):
+        yield

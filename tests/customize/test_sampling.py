@@ -152,6 +152,48 @@ def test_what_cannot_be_drawn_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+# Where to ----------------------------------------------------------------------------------------------------
+
+
+def test_nothing_that_was_drawn_is_overwritten(
+    tmp_path: Path, quick: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert invoked("sample", "a dog", *quick, "--seed", 0).exit_code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"samples", "samples-2"}
+    before = Path("samples/p00-s00.png").read_bytes()
+    assert before == Path("samples-2/p00-s00.png").read_bytes()
+    assert "samples is not empty. Name another folder" in refused(
+        "sample", "a cat", *quick, "--out", "samples"
+    )
+    assert Path("samples/p00-s00.png").read_bytes() == before
+    with Image.open("samples/p00-s00.png") as image:
+        texts: Any = image.info
+    assert texts["prompt"] == "a dog" and texts["parameters"].startswith(
+        "a dog\nSteps: 2, Sampler: DDIM, CFG scale: "
+    )
+    assert "Seed: 0, Size: 64x64, Model: " in texts["parameters"]
+    assert json.loads(texts["limner"])["prompt_number"] == 0
+    assert str(tmp_path) not in str(texts)
+
+
+def test_measuring_again_keeps_the_first_table(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(run: Path, *, out: Path, **how: Any) -> dict[str, Any]:
+        if fails:
+            raise UserError("no")
+        (out / "table.json").write_text(json.dumps({"seed": how["seed"]}))
+        return {"text": "a table"}
+
+    monkeypatch.setattr("customize.cli.read_settings", lambda run: None)
+    monkeypatch.setattr("customize.evaluation.dreambench.evaluate_run", measure)
+    for fails, seed in ((False, 0), (True, 1), (False, 2)):
+        assert invoked("evaluate", run, "--seed", seed).exit_code == (1 if fails else 0)
+    tables = [json.loads((run / name / "table.json").read_text()) for name in ("dreambench", "dreambench-2")]
+    assert tables == [{"seed": 0}, {"seed": 2}]
+    assert "is not empty" in refused("evaluate", run, "--out", run / "dreambench")
+
+
 # Checkpoints -------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 import threading
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from PIL import Image
 from backbone.adapters.embeddings import EMBEDDINGS_FILE
 from backbone.families.location import Location
 from backbone.io.console import UserError
-from backbone.io.files import write_tensors
+from backbone.io.files import write_json, write_tensors
 from backbone.models.locate import locate
 from backbone.models.model import Backbone
 from customize.settings import Settings
@@ -94,6 +95,45 @@ def test_a_run_is_uploaded_without_what_only_resuming_needs(hub: Any, run: Path)
     assert push(run, "me/dog").endswith("/me/dog")
     assert set(hub.received) == {"README.md", "concept.json"}
     assert hub.received["concept.json"] == b"concept.json"
+
+
+def test_what_is_uploaded_names_no_folder_of_this_disk(
+    hub: Any, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = run.parent
+    monkeypatch.setenv("HOME", str(home / "somebody"))
+    settings: dict[str, Any] = {
+        "images": str(home / "my “photos”"),
+        "model": str(home / "models/mine"),
+        "subject": [f"{home / 'cats'}:[W]:cat"],
+        "class_images": [str(home / "dogs")],
+    }
+    line = f"customize train --images '{settings['images']}' --out {run} --scorer {home / 'somebody/clip'}"
+    write_json(run / "settings.json", {"settings": settings, "command": line})
+    write_json(run / "concept.json", {"model": settings["model"]})
+    for name in ("README.md", "report.html"):
+        (run / name).write_text(
+            f"{line}\n{home / 'cats'} & {html.escape(settings['images'])}", encoding="utf-8"
+        )
+    weights = {"w": torch.zeros(2)}
+    write_tensors(run / "pytorch_lora_weights.safetensors", weights, {"base_model": settings["model"]})
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    push(run, "me/dog")
+    assert set(hub.received) == {
+        *("settings.json", "concept.json", "README.md", "report.html"), "pytorch_lora_weights.safetensors"
+    }  # fmt: skip
+    assert not [name for name, content in hub.received.items() if str(home).encode() in content]
+    assert (
+        b"--images 'my \xe2\x80\x9cphotos\xe2\x80\x9d' --out dog --scorer ~/clip" in hub.received["README.md"]
+    )
+    record = json.loads(hub.received["settings.json"])["settings"]
+    assert (record["model"], record["subject"], record["class_images"]) == (
+        "mine",
+        ["cats:[W]:cat"],
+        ["dogs"],
+    )
+    assert b'"base_model":"mine"' in hub.received["pytorch_lora_weights.safetensors"]
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
 def test_a_refusal_is_one_sentence_that_says_what_to_do(hub: Any, run: Path) -> None:
