@@ -55,7 +55,14 @@ Limit = Annotated[
     ),
 ]
 Split = Annotated[
-    str, option("--split", "--dataset-split-name", help="Of a dataset on the hub.", panel=flags.DATA)
+    str | None,
+    option(
+        "--split",
+        "--dataset-split-name",
+        help="Of a dataset on the hub.",
+        panel=flags.DATA,
+        show_default="train",
+    ),
 ]
 SkipBad = Annotated[
     bool, option("--skip-bad", help="Leave bad records out instead of stopping.", panel=flags.DATA)
@@ -187,6 +194,9 @@ def rank(
     for rule in rules:
         if rule not in RULES:
             raise UserError(f"There is no rule {rule} for --pairs. Choose one of {', '.join(RULES)}.")
+    for flag, said in (("--weight", weight), ("--pareto", pareto)):
+        if said and len(scorer) == 1:
+            raise UserError(f"{flag} has no effect with one scorer. Leave it out, or add another --scorer.")
     prompts, _ = read_samples(folder)  # mistakes are answered before torch is imported
     from align.collect.rank import rank_samples
 
@@ -201,7 +211,7 @@ def check(
     source: Source,
     user: User = None,
     limit: Limit = None,
-    split: Split = "train",
+    split: Split = None,
     model: Annotated[
         str | None,
         option(
@@ -265,7 +275,7 @@ def export(
     ],
     user: User = None,
     limit: Limit = None,
-    split: Split = "train",
+    split: Split = None,
     skip_bad: SkipBad = False,
 ) -> None:
     """Write pairs from any source for other tools; a source is never changed."""
@@ -278,8 +288,8 @@ def export(
         raise UserError(
             f"{out} would be a {out.suffix or 'file without an ending'}. Name a .parquet or a .jsonl file."
         )
-    if out.exists() and out.resolve() == Path(source).expanduser().resolve():
-        raise UserError(f"{out} is the source itself. Choose another name.")
+    if out.exists():
+        raise UserError(f"{out} is there already and is not overwritten. Remove it, or name another file.")
     found = check_preferences(
         read_preferences(source, user=user, limit=limit, split=split), skip_bad=skip_bad
     )
@@ -352,6 +362,10 @@ class CompareOptions(ComparisonSettings, PromptOptions):
 def compare(asked: CompareOptions) -> None:
     """Draw the same prompts from the same noise with two models, and count wins, with intervals."""
     prompts, out = unique_prompts(prompts_of(asked.prompts)), asked.out
+    if asked.blind:  # what the page needs is looked for before anything is drawn
+        from align.collect.label.server import check_port
+
+        check_port(asked.port)
     from align.comparison.compare import RESULT, compare_models
     from align.comparison.report import format_summary
     from align.comparison.sides import Side

@@ -9,8 +9,10 @@ from typing import Annotated, Any, ClassVar
 
 from backbone.io import options
 from backbone.io.console import UserError
+from backbone.io.files import read_json
 from backbone.io.flags import SAMPLING, SCORING, PlaceOptions
 from backbone.io.options import Option
+from backbone.io.records import RunRecord
 from backbone.io.sampling import CountOption, DrawingOptions, SamplingSettings
 from backbone.training.settings import FILE as FILE
 from backbone.training.settings import WEIGHTINGS, TrainingSettings, read_run_settings, resolve
@@ -107,16 +109,18 @@ class Settings(TrainingSettings):
             "Data",
             default_text="at the centre",
             needs=OF_PAIRS,
+            off=0,
             min=0,
         ),
     ] = 0
     prompt_dropout: Annotated[
         float,
         Option(
-            "Share of the draws without their prompt.",
+            "Share of the draws without their prompt; 0: none.",
             "Data",
             aliases=("proportion-empty-prompts",),
             needs=OF_PAIRS,
+            off=0,
             min=0,
             max=1,
         ),
@@ -154,16 +158,17 @@ class Settings(TrainingSettings):
     label_smoothing: Annotated[
         float,
         Option(
-            "The share of wrong labels.",
+            "The share of wrong labels; 0: none.",
             "Preference",
             needs={"loss": ("dpo", "ipo", "hinge", "mapo", "sft")},
+            off=0,
             min=0,
             max=0.5,
         ),
     ] = 0.0
     sft_weight: Annotated[
         float,
-        Option("Adds so much of the winners' error.", "Preference", needs={"loss": COMPARES}, min=0),
+        Option("Adds so much of the winners' error.", "Preference", needs={"loss": COMPARES}, off=0, min=0),
     ] = 0.0
     safeguard: Annotated[
         float,
@@ -172,6 +177,7 @@ class Settings(TrainingSettings):
             "Preference",
             by_model=True,
             needs={"loss": ("dpo", "ipo", "hinge", "mapo", "dspo")},
+            off=-1,
             max=1,
         ),
     ] = -1.0
@@ -199,6 +205,7 @@ class Settings(TrainingSettings):
             "Preference",
             by_model=True,
             needs=OF_PAIRS,
+            off=0,
             min=0,
             max=1,
         ),
@@ -430,6 +437,11 @@ def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
 def read_settings(run: Path) -> Settings:
     """The settings of a run folder; `UserError` when it has none or they are of another version."""
     return read_run_settings(Settings, run, "align train")
+
+
+def is_preference_run(run: Path) -> bool:
+    """Whether `align train` wrote this run folder, as its record says."""
+    return (run / FILE).is_file() and read_json(run / FILE, RunRecord).command.startswith("align train")
 
 
 def as_command(settings: Settings, out: Path) -> str:

@@ -339,6 +339,7 @@ def sample_class(noun: str, out: Path, model: str) -> Path:
     folder, drawing = out / "classes" / noun.replace(" ", "-"), out / "classes" / "drawn"
     if not folder.exists():
         number = ["--count", str(CLASS_PICTURES), "--model", model]
+        shutil.rmtree(drawing / noun, ignore_errors=True)  # of a call that was stopped
         run_customize("sample", f"a {noun}", *number, "--out", str(drawing / noun))
         (drawing / noun / "pictures").mkdir()
         for path in sorted((drawing / noun).glob("p??-s*.png")):
@@ -400,6 +401,7 @@ def draw(
     prompts = [question.prompt for question in make_questions(kind, trial.noun, called)]
     if (folder / "sheet.png").exists():  # which is written last
         return
+    shutil.rmtree(folder, ignore_errors=True)  # of a call that was stopped
     numbers = ["--count", str(count), "--seed", str(trial.seed), "--model", model]
     run_customize("sample", *prompts, *numbers, "--out", str(folder), *more)
 

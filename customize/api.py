@@ -9,7 +9,7 @@ from typing import Any
 
 from backbone.adapters.concept import checkpoint as find_checkpoint
 from backbone.adapters.concept import read_concept
-from backbone.io.files import read_json
+from backbone.io.files import new_folder, read_json
 from backbone.io.prompts import prompts_of
 from backbone.io.run import Run
 from backbone.io.sampling import DrawingOptions, Sampler
@@ -78,8 +78,8 @@ def sample(
 ) -> Images:
     """Sample `count` images of every prompt, with concepts (run folders) or without, as `customize sample` does.
 
-    `out` keeps the images in a folder; without it they are only returned. Image j of prompt i depends on the seed, i
-    and j. Raises `UserError` for a token that no concept owns, or a size that the model cannot draw.
+    `out`, new or empty, keeps the images in a folder; without it they are only returned. Image j of prompt i depends on
+    the seed, i and j. Raises `UserError` for a token that no concept owns, or a size that the model cannot draw.
     """
     from customize.sampling import RECORD, sample_to_folder
 
@@ -123,10 +123,12 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a run by the DreamBench protocol on prompts of its own, as `customize evaluate` does.
 
-    Subject fidelity, prompt fidelity, prior preservation and diversity; the table is in `RUN/dreambench` or `out`.
+    Subject fidelity, prompt fidelity, prior preservation and diversity; the table is in `RUN/dreambench`
+    (`dreambench-2` … where that exists) or in `out`, which is new or empty.
     """
-    from customize.evaluation.dreambench import TABLE, evaluate_run, moji_prompts
+    from customize.evaluation.dreambench import DREAMBENCH, TABLE, evaluate_run, moji_prompts
 
-    folder = Path(str(run)) / "dreambench" if out is None else Path(out)
-    evaluate_run(Path(str(run)), prompts=moji_prompts(), per_prompt=count, scorer=None, seed=seed, out=folder)
-    return read_json(folder / TABLE)
+    place, prompts = Path(str(run)), moji_prompts()
+    with new_folder(None if out is None else Path(out), place / DREAMBENCH) as folder:
+        evaluate_run(place, prompts=prompts, per_prompt=count, scorer=None, seed=seed, out=folder)
+        return read_json(folder / TABLE)

@@ -12,7 +12,7 @@ import typer
 
 from backbone.io.commands import command_group, print_json
 from backbone.io.console import UserError, count_of, is_main_rank, notify, run_app
-from backbone.io.files import read_json
+from backbone.io.files import new_folder, read_json, refuse_filled
 from backbone.io.flags import (
     CONCEPTS,
     DATA,
@@ -153,9 +153,15 @@ class SampleOptions(DrawingOptions, JsonOptions):
         ),
     ] = ()
     out: Annotated[
-        Path,
-        Option("The folder to write.", OUTPUT, aliases=("output-dir", "outdir"), metavar="FOLDER"),
-    ] = Path("samples")
+        Path | None,
+        Option(
+            "The folder to write, new or empty.",
+            OUTPUT,
+            aliases=("output-dir", "outdir"),
+            metavar="FOLDER",
+            default_text="samples, samples-2 …",
+        ),
+    ] = None
 
 
 @settled_command(app, SampleOptions, panels=(DRAWING, CONCEPTS, SAMPLING))
@@ -170,12 +176,15 @@ def sample(asked: SampleOptions) -> None:
     concepts = [read_concept(checkpoint(run, asked.checkpoint)) for run in asked.concepts]
     for prompt in [*prompts, asked.negative]:
         resolve_placeholder_tokens(prompt, concepts)  # mistakes are answered before torch is imported
+    if asked.out is not None:
+        refuse_filled(asked.out)
     from customize.sampling import RECORD, sample_to_folder
 
     sheet = sample_to_folder(prompts, asked, asked.out, concepts=concepts)
-    notify(f"{len(prompts) * asked.count} images in {asked.out}; {sheet} shows them all.")
+    folder = sheet.parent
+    notify(f"{len(prompts) * asked.count} images in {folder}; {sheet} shows them all.")
     if asked.as_json and is_main_rank():
-        print_json({"folder": asked.out, "sheet": sheet, **read_json(asked.out / RECORD)})
+        print_json({"folder": folder, "sheet": sheet, **read_json(folder / RECORD)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,11 +228,11 @@ class EvaluateOptions(JsonOptions, CountOption):
     out: Annotated[
         Path | None,
         Option(
-            "Where the table goes.",
+            "Where the table goes, a folder that is new or empty.",
             OUTPUT,
             aliases=("output-dir",),
             metavar="FOLDER",
-            default_text="RUN/dreambench",
+            default_text="RUN/dreambench, dreambench-2 …",
         ),
     ] = None
 
@@ -231,19 +240,20 @@ class EvaluateOptions(JsonOptions, CountOption):
 @settled_command(app, EvaluateOptions)
 def evaluate(asked: EvaluateOptions) -> None:
     """Measure a run by the DreamBench protocol: likeness, obedience, class, variety."""
-    run, folder = asked.run, asked.out or asked.run / "dreambench"
+    run = asked.run
     read_settings(run)  # mistakes are answered before torch is imported
-    from customize.evaluation.dreambench import TABLE, evaluate_images, evaluate_run
+    from customize.evaluation.dreambench import DREAMBENCH, TABLE, evaluate_images, evaluate_run
 
-    prompts = _templates(asked)
-    if asked.images is None:
-        found = evaluate_run(
-            run, prompts=prompts, per_prompt=asked.count, scorer=asked.scorer, seed=asked.seed, out=folder
-        )
-    else:
-        found = evaluate_images(
-            asked.images, run, prompts=prompts, per_prompt=asked.count, scorer=asked.scorer, out=folder
-        )
+    prompts, count, scorer = _templates(asked), asked.count, asked.scorer
+    with new_folder(asked.out, run / DREAMBENCH) as folder:
+        if asked.images is None:
+            found = evaluate_run(
+                run, prompts=prompts, per_prompt=count, scorer=scorer, seed=asked.seed, out=folder
+            )
+        else:
+            found = evaluate_images(
+                asked.images, run, prompts=prompts, per_prompt=count, scorer=scorer, out=folder
+            )
     if asked.as_json:
         print_json({"folder": folder, **read_json(folder / TABLE)})
     else:

@@ -18,29 +18,32 @@ from backbone.adapters.concept import (
 )
 from backbone.distributed import processes
 from backbone.io.console import progress
-from backbone.io.files import write_json
+from backbone.io.files import make_empty_folder, make_numbered_folder, refuse_filled, write_json
 from backbone.io.run_folder import package_versions
 from backbone.io.sampling import DrawingOptions, SamplingSettings
+from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.models.model import Backbone
-from backbone.models.sample import Request, latent_size, sample
+from backbone.models.sample import Request, latent_size, refuse_negative, sample
 
 RECORD = "samples.json"
+SAMPLES = Path("samples")
 
 
 def sample_to_folder(
     prompts: Sequence[str],
     asked: DrawingOptions,
-    out: Path,
+    out: Path | None,
     *,
     concepts: Sequence[Concept] = (),
 ) -> Path:
     """Write `p00-s00.png` … (prompt number, sample number), `samples.json` and `sheet.png`; returns the sheet's path.
 
-    `concepts` are those that `asked` names, read already. Images are as large as the concepts' training images, where
-    no size is asked for. Image (i, j) depends on the seed, i and j alone, and several processes share the work. Raises
-    `UserError`, before any weights load, for a token that no concept has, a concept of another model, or a size that
-    the model cannot sample.
+    `out` is new or empty; None stands for `samples/`, or `samples-2/` … where that exists. `concepts` are those
+    that `asked` names, read already. Images are as large as the concepts' training images, where no size is asked for.
+    Image (i, j) depends on the seed, i and j alone, and several processes share the work. Raises
+    `UserError`, before any weights load, for a token that no concept has, a concept of another model, a size that
+    the model cannot sample, or a folder that holds something.
     """
     name = asked.model or (concepts[0].model if concepts else "moji")
     processes.init_process(asked.device)
@@ -49,12 +52,21 @@ def sample_to_folder(
     backbone = Backbone.open(name, device=asked.device, precision=asked.precision)
     asked = asked.at_resolution(trained_resolution(concepts)).with_defaults(backbone.defaults)
     latent_size(backbone, asked.size)
+    if out is not None:
+        refuse_filled(out)
     load_concepts(backbone, concepts, scale=asked.scale)
+    refuse_negative(backbone, asked.negative, asked.guidance)
     requests = [
         Request(prompt, (i, j), negative) for i, prompt in enumerate(expanded) for j in range(asked.count)
     ]
     began = time.perf_counter()
-    _write_images(backbone, requests, prompts, out, asked)
+    out = _make_folder(out)
+    facts = {
+        "model": name,
+        **asked.facts(),
+        **describe_concepts([concept.folder for concept in concepts], asked.scale),
+    }
+    _write_images(backbone, requests, prompts, out, asked, facts)
     processes.barrier()  # now all pictures are there
     if processes.is_main_process():
         record = {
@@ -66,11 +78,25 @@ def sample_to_folder(
             "seconds": round(time.perf_counter() - began, 2),
             "versions": package_versions(),
         }
-        note = f"{name}, {asked.steps} steps, guidance {asked.describe_guidance()}, seed {asked.seed}"
+        drawn_by = " with ".join([name, *(str(concept.folder) for concept in concepts)])
+        note = f"{drawn_by}, {asked.steps} steps, guidance {asked.describe_guidance()}, seed {asked.seed}"
         columns = asked.count if asked.count > 1 else 4
         write_index(out, requests, prompts, record, note=note, columns=columns)
     processes.end_process()
     return out / "sheet.png"
+
+
+def _make_folder(out: Path | None) -> Path:
+    """The new folder, made by the main process; the others learn its number."""
+    if out is not None:
+        processes.barrier()  # now every process has seen that it is free
+        return make_empty_folder(out) if processes.is_main_process() else out
+    number = 0
+    if processes.is_main_process():
+        made = make_numbered_folder(SAMPLES).name
+        number = int(made.removeprefix(SAMPLES.name).lstrip("-") or 1)
+    number = int(processes.reduce_sum([number])[0])
+    return SAMPLES if number == 1 else SAMPLES.with_name(f"{SAMPLES.name}-{number}")
 
 
 def _write_images(
@@ -79,16 +105,16 @@ def _write_images(
     prompts: Sequence[str],
     out: Path,
     settings: SamplingSettings,
+    facts: Mapping[str, Any],
 ) -> None:
-    """Sample this process's share of the requests and write the images, with prompt and seed in their metadata."""
+    """Sample this process's share of the requests and write the images, with what they were drawn with in them."""
     share = processes.split_items(requests, batch=settings.batch)
     with progress(len(share), "drawing") as bar:
-        images = sample(model, share, **settings.for_sampler())
+        images = sample(model, share, **settings.for_sampler(), advance=bar.advance_images)
         for request, image in zip(share, images, strict=True):
             i, j = request.key
-            text = {"prompt": prompts[i], "seed": str(settings.seed), "sample": str(j)}
+            text = describe_drawing(prompts[i], image.size, {**facts, "prompt_number": i, "sample": j})
             save_png(out / image_name(request), image, text=text)
-            bar.advance(images=1)
 
 
 def write_index(
@@ -111,10 +137,13 @@ def write_index(
         for request in requests
     ]
     write_json(out / RECORD, {**record, "pictures": entries})
+    several = any(request.key[1] for request in requests)
     cells = []
     for request in requests:
+        i, j = request.key
+        caption = f"{prompts[i]}\nsample {j}" if several else prompts[i]  # j, as the file's name has it
         with Image.open(out / image_name(request)) as image:
-            cells.append(Cell(image.convert("RGB"), prompts[request.key[0]]))
+            cells.append(Cell(image.convert("RGB"), caption))
     save_png(out / "sheet.png", draw_sheet(split_rows(cells, columns), note=note))
 
 

@@ -252,6 +252,7 @@ class Settings(TrainingSettings):
             "Training",
             aliases=("optimizer-type",),
             choices=("adamw", "adamw8bit", "prodigy"),
+            packages={"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"},
             switches={"use-8bit-adam": "adamw8bit"},
         ),
     ] = "adamw"
@@ -275,6 +276,7 @@ class Settings(TrainingSettings):
             "Adapter",
             aliases=("network-dropout",),
             needs=WITH_ADAPTER,
+            off=0,
             min=0,
             max=0.99,
         ),
@@ -297,6 +299,7 @@ class Settings(TrainingSettings):
             choices=("base", "class-images", "off"),
             switches={"with-prior-preservation": "class-images"},
             needs=MOVES_DENOISER,
+            off="off",
         ),
     ] = "base"
     prior_loss_weight: Annotated[
@@ -305,6 +308,7 @@ class Settings(TrainingSettings):
             "Of prior preservation; 0: none.",
             "Loss",
             needs={"prior": ("base", "class-images"), **MOVES_DENOISER},
+            off=0,
             min=0,
         ),
     ] = 1.0
@@ -393,6 +397,7 @@ class Settings(TrainingSettings):
             "Stop after so many evaluations without a better one; 0: never.",
             "Evaluation",
             needs={"evaluation_steps": ()},
+            off=0,
             min=0,
         ),
     ] = 0
@@ -406,9 +411,15 @@ class Settings(TrainingSettings):
             metavar="FOLDER",
         ),
     ] = ""
-    validation_steps: Annotated[int, Option("A preview sheet every so many steps.", "Evaluation", min=1)] = (
-        500
-    )
+    validation_steps: Annotated[
+        int,
+        Option(
+            "A preview sheet every so many steps.",
+            "Evaluation",
+            default_text="half of the steps, 100 to 500",
+            min=1,
+        ),
+    ] = 500
     sheet_prompts: Annotated[
         tuple[str, ...],
         Option(
@@ -426,6 +437,7 @@ class Settings(TrainingSettings):
             "Output",
             aliases=("log-with",),
             choices=("jsonl", "tensorboard"),
+            packages={"tensorboard": "tensorboard"},
         ),
     ] = "jsonl"
     push_to_hub: Annotated[bool, Option("Upload the finished run to the hub, as private.", "Output")] = False
@@ -491,8 +503,10 @@ def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
     asked = {name: value for name, value in asked.items() if value is not None and value != ()}
     method, patient = asked.get("method", "lora"), bool(asked.get("patience"))
     rates = METHOD_RATES | usual.get("learning_rates", {})
+    steps = usual.get("train_steps", Settings.steps) * (2 if patient else 1)  # room to stop in
     from_model = {
-        "steps": usual.get("train_steps", Settings.steps) * (2 if patient else 1),  # room to stop in
+        "steps": steps,
+        "validation_steps": min(500, max(100, int(asked.get("steps", steps)) // 2)),
         "learning_rate": rates.get(method, usual.get("learning_rate", Settings.learning_rate)),
         "rank": usual.get("rank", Settings.rank),
         "batch": usual.get("batch", Settings.batch),

@@ -6,12 +6,14 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from backbone.io.commands import command_group, typed
 from backbone.io.console import UserError, notify, run_app
+from backbone.io.examples import EXAMPLES, SCENE
+from backbone.io.files import make_empty_folder, write_bytes
 from backbone.io.options import settled_command
 from backbone.io.prompts import one_prompt, prompts_of
 from edit import checks
@@ -38,6 +40,22 @@ app = command_group("Change what the words say of an image, and nothing else.")
 def main() -> None:
     """The console script."""
     run_app(app)
+
+
+@app.command()
+def example(
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER", help="The folder to write; new or empty, or one that holds it."),
+    ],
+) -> None:
+    """Write an image of a cat in a park, and what it shows, to try the other commands with."""
+    if not all((folder / name).is_file() for name in SCENE):
+        make_empty_folder(folder)
+    for name in SCENE:
+        write_bytes(folder / name, (EXAMPLES / name).read_bytes())
+    image, prompt = (shlex.quote(str(folder / name)) for name in SCENE)
+    notify(f'Next: edit invert-and-replace {image} --source {prompt} --target "a dog in a park"')
 
 
 @settled_command(app, InvertOptions, panels=PANELS)
@@ -69,6 +87,11 @@ def invert_and_replace(asked: ReplaceOptions) -> None:
         "windows": dict(checks.window(window, "--window") for window in asked.windows),
         "blend": checks.blend(asked.blend),
     }
+    everywhere = words["blend"] == [] or (words["blend"] is None and asked.control != "prompt-to-prompt")
+    if asked.threshold is not None and everywhere and not asked.keep:
+        raise UserError(
+            "--threshold has no effect where the image may change everywhere. Add --blend WORD, or leave it out."
+        )
     wishes = begins(asked, [*targets, asked.negative], dry=asked.dry_run) | words
     del wishes["dry_run"]
     if asked.dry_run:
@@ -177,9 +200,16 @@ def in_words(given: Sequence[str], what: str) -> list[str]:
 
 def readable(image: str) -> SourceImage:
     """The image, read once for all; `UserError` if it cannot be."""
+    from backbone.media.decode import BadImageError
     from edit.pictures import read_image
 
-    return read_image(image)
+    try:
+        return read_image(image)
+    except BadImageError as error:
+        if Path(image).exists():
+            raise
+        remedy = "Check the spelling; `edit example cat/` writes one to try with."
+        raise UserError(f"{image} {error.reason}. {remedy}") from error
 
 
 def with_concepts(asked: StepOptions, prompts: Sequence[str]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class Result:
     facts        what else a method has to say for the record
     inversions   from which the edits began
     title        what was done, in a command's words
+    spoken       what a person writes for words that the model reads, as a concept's
 
     Of `edit.replace` alone:
 
@@ -53,6 +54,7 @@ class Result:
     facts: Mapping[str, Any] = field(default_factory=dict)
     inversions: tuple[Inversion, ...] = ()
     title: str = ""
+    spoken: Mapping[str, str] = field(default_factory=dict)
     trajectory: Tensor | None = None
     alignments: tuple[Alignment, ...] = ()
     heatmaps: Mapping[str, Tensor] = field(default_factory=dict)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, guide
 from backbone.io.console import UserError
-from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from edit import checks
 
@@ -60,24 +62,6 @@ def guidance_of(model: Backbone, guidance: float | None) -> float:
     return checks.not_negative("guidance", guidance)
 
 
-def is_guidance_distilled(model: Backbone) -> bool:
-    """Whether guidance is part of the network's conditioning, so that there is no unconditional prediction."""
-    return model.family.embed_guidance(model.denoiser, encode_prompts_cached(model, [""]), 1.0) is not None
-
-
-def refuse_negative(model: Backbone, negative: str, guidance: float | None) -> None:
-    """`UserError` for a negative prompt without guidance, and where the network is guidance-distilled."""
-    if negative and is_guidance_distilled(model):
-        raise UserError(
-            f"{model.location.name} is guidance-distilled: there is no prediction that could stay away from "
-            f"“{negative}”. Leave --negative out."
-        )
-    if negative and guidance == 1:
-        raise UserError(
-            f"At guidance 1 nothing stays away from “{negative}”. Raise --guidance, or leave --negative out."
-        )
-
-
 def nfe_of(model: Backbone, text: Conditions, guidance: float) -> int:
     """NFE of one guided prediction of one sample: two, or one where one is enough."""
     return (
@@ -91,15 +75,17 @@ def select(estimate: Estimate, rows: slice) -> Estimate:
 
 
 class CountNFE:
-    """A `Predict` that counts the samples that the denoiser evaluated."""
+    """A `Predict` that counts the samples that the denoiser evaluated, and calls `progress` after each."""
 
-    def __init__(self, predict: Predict) -> None:
-        self.predict = predict
+    def __init__(self, predict: Predict, progress: Callable[[], Any] = lambda: None) -> None:
+        self.predict, self.progress = predict, progress
         self.nfe = 0
 
     def __call__(self, noisy: Tensor, level: Level) -> Estimate:
         self.nfe += len(noisy)
-        return self.predict(noisy, level)
+        estimate = self.predict(noisy, level)
+        self.progress()
+        return estimate
 
 
 class SourceAndTargets:

@@ -370,7 +370,13 @@ class RemoveOptions(StartOptions, GuidanceOptions, CountOption):
     ] = None
     threshold: Annotated[
         float,
-        Option("Share of the greatest difference that makes a place.", WHERE, min=0, max=1),
+        Option(
+            "Share of the greatest difference that makes a place.",
+            WHERE,
+            needs={"mask": (None,)},
+            min=0,
+            max=1,
+        ),
     ] = 0.3
     strength: Annotated[
         float,

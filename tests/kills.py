@@ -75,7 +75,7 @@ def prepare(folder: Path) -> dict[str, Campaign]:
     customize = ("customize", "train", "--images", "images", "--token", "[V]", "--class", "dog", *learn)
     run([*customize, "--out", "adapter"], folder, "quiet-cache")
     pairs = ("align", "train", "pairs/pairs.jsonl", *learn, "--evaluation-steps", "20")
-    rounds = ("--rounds", "4", "--per-prompt", "2", "--sample-steps", "2", "--evaluation-steps", "20")
+    rounds = ("--rounds", "4", "--per-prompt", "2", "--sample-steps", "2")
     judged = ("--online", "bright.py", "--prompts", "prompts.txt", "--steps", "12", *rounds)
     online = ("align", "train", *judged, "--model", model, *WHERE)
     words = ("--source", "a dog", "--target", "a cat", "--steps", "20")

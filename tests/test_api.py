@@ -71,7 +71,8 @@ def test_preferences_are_sampled_ranked_learned_and_compared(tiny_folder: Path, 
     samples = align.sample(prompts, tmp_path / "samples", count=2, model=tiny_folder, steps=2, **TINY)
     rank_samples(samples, [str(scorer)])
     run = align.train(samples, model=tiny_folder, out=tmp_path / "run", steps=2, rank=2, batch=2, **TINY)
-    assert run.settings["loss"] == "dpo" and "report.html" in (run._repr_html_() or "")
+    assert run.settings["loss"] == "dpo"
+    assert run._repr_png_() == (run.path / "sheet.png").read_bytes()
     compared = align.compare(
         tiny_folder, run, prompts[:2], tmp_path / "compare", scorers=[str(scorer)], steps=2, **TINY
     )

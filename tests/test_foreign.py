@@ -7,7 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from huggingface_hub import errors
 from typer.testing import CliRunner
 
 import align.cli
@@ -190,6 +192,39 @@ def test_all_files_of_a_hub_model_come_from_one_commit_and_fetching_is_said(
     location.config("unet")
     assert asked == [("model_index.json", None), ("unet/config.json", "c0ffee")]
     assert location.revision == "c0ffee"
+
+
+@pytest.mark.parametrize(
+    ("kind", "offline", "complaint"),
+    [
+        (
+            "GatedRepoError",
+            False,
+            "is gated: accept its terms at https://huggingface.co/some/model. Then log in",
+        ),
+        (
+            "RepositoryNotFoundError",
+            False,
+            "The hub shows no model some/model: check the spelling, or it is private",
+        ),
+        ("LocalEntryNotFoundError", True, "is not on this machine, and the hub could not be reached"),
+    ],
+)
+def test_what_the_hub_does_not_give_is_one_sentence(
+    kind: str, offline: bool, complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(*_: str, local_files_only: bool, **how: Any) -> str:
+        assert local_files_only is offline
+        if offline:
+            raise errors.LocalEntryNotFoundError("nothing")
+        answer = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
+        raise getattr(errors, kind)("no", response=answer)
+
+    monkeypatch.setattr("backbone.families.location.hub_answers", lambda repository: not offline)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repository, name: "there")
+    with pytest.raises(UserError, match=complaint):
+        locate("some/model")
 
 
 def test_a_hub_file_that_is_missing_is_a_sentence() -> None:

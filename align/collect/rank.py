@@ -62,7 +62,7 @@ def rank_samples(
     began = time.perf_counter()
     prompts, images = read_samples(folder)
     files = [(i, name) for i, names in enumerate(images) for name in names]
-    check_images(ImageRecord(folder / name) for _, name in files)
+    check_images([ImageRecord(folder / name) for _, name in files])
     concepts = read_json(folder / SAMPLES, Drawn).concepts
     plain_prompts = [replace(prompt, text=strip_tokens(prompt.text, concepts)) for prompt in prompts]
     scores = {scorer: score_images(folder, scorer, plain_prompts, files) for scorer in dict.fromkeys(scorers)}

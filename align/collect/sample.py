@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,10 +28,18 @@ from backbone.io.files import content_hash, read_json, write_json
 from backbone.io.prompts import Prompt
 from backbone.io.run_folder import package_versions
 from backbone.io.sampling import SamplingSettings
+from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import save_png
 from backbone.media.transforms import to_image
 from backbone.models.model import Backbone
-from backbone.models.sample import Request, count_skipped_steps, latent_size, sample, sample_latents
+from backbone.models.sample import (
+    Request,
+    count_skipped_steps,
+    latent_size,
+    refuse_negative,
+    sample,
+    sample_latents,
+)
 
 Asked = TypeVar("Asked", bound=SamplingSettings)
 
@@ -66,16 +75,20 @@ def sample_pairs(
     if missing:
         load_concepts(backbone, concepts, scale=asked.scale)
         share = processes.split_items(missing, batch=asked.batch)
+        facts = {
+            "model": name,
+            **asked.facts(),
+            **describe_concepts([concept.folder for concept in concepts], asked.scale),
+        }
         with progress(len(share), "drawing") as bar:
-            images = sample_images(backbone, prompts, share, asked, concepts, per_prompt=asked.count)
+            images = sample_images(
+                backbone, prompts, share, asked, concepts, per_prompt=asked.count, advance=bar.advance_images
+            )
             for (i, j), image in zip(share, images, strict=True):
-                metadata = {
-                    "prompt": prompt_and_noise(prompts[i], j, asked.count)[0],
-                    "seed": str(asked.seed),
-                    "sample": str(j),
-                }
-                save_png(out / image_name(i, j), image, text=metadata)
-                bar.advance(images=1)
+                prompt, noise = prompt_and_noise(prompts[i], j, asked.count)
+                own = {"redraw": (asked.redraw or None) if noise else None, "prompt_number": i, "sample": j}
+                said = describe_drawing(prompt, image.size, {**facts, **own})
+                save_png(out / image_name(i, j), image, text=said)
     processes.barrier()  # now all pictures are there
     if processes.is_main_process():
         seconds = read_json(out / SAMPLES, Drawn).seconds + time.perf_counter() - began
@@ -99,20 +112,25 @@ def sample_images(
     concepts: Sequence[Concept] = (),
     *,
     per_prompt: int = sys.maxsize,
+    advance: Callable[[float], Any] | None = None,
 ) -> Iterator[Image.Image]:
-    """Yield the images of `keys` (prompt index, sample index); samples from `per_prompt` on are hard negatives."""
+    """Yield the images of `keys` (prompt index, sample index); samples from `per_prompt` on are hard negatives.
+
+    `advance` is told after each step how many images' worth of work it was.
+    """
     negative = _expand_tokens(sampling.negative, concepts)
+    refuse_negative(model, negative, sampling.guidance)
     texts_and_noise = [(i, *prompt_and_noise(prompts[i], j, per_prompt)) for i, j in keys]
     requests = [
         Request(_expand_tokens(text, concepts), (i, noise), negative) for i, text, noise in texts_and_noise
     ]
     options = sampling.for_sampler()
     if not isinstance(sampling, PairSampling) or not sampling.redraw:
-        return sample(model, requests, **options)
+        return sample(model, requests, **options, advance=advance)
     first_requests = {
         i: Request(_expand_tokens(prompts[i].text, concepts), (i, 0), negative) for i, _ in keys
     }
-    return _sample_variations(model, requests, first_requests, sampling.redraw, options)
+    return _sample_variations(model, requests, first_requests, sampling.redraw, options, advance)
 
 
 def _sample_variations(
@@ -121,12 +139,14 @@ def _sample_variations(
     first_requests: Mapping[int, Request],
     strength: float,
     options: dict[str, Any],
+    advance: Callable[[float], Any] | None = None,
 ) -> Iterator[Image.Image]:
     """Yield the requests' images, in order: sample 0 of a prompt from noise, the others as SDEdit of that one.
 
     first_requests   prompt index → the request of its sample 0, in the order of `requests`
     strength         share of the steps that is noised and denoised again
     options          keyword arguments of `sample_latents`
+    advance          as of `sample`; a sample 0 that is not asked for itself does not count
     """
     indices, size = list(first_requests), options["batch"]
     for begin in range(0, len(indices), size):
@@ -136,19 +156,26 @@ def _sample_variations(
         # Sample 0 is needed as the start of variations even where it is not asked for itself.
         starts = [first_requests[request.key[0]] for request in variations]
         from_noise = list(dict.fromkeys(starts + [request for request in batch if not request.key[1]]))
-        latents = dict(
-            zip(from_noise, torch.cat(list(sample_latents(model, from_noise, **options))), strict=True)
-        )
+        wanted = (len(batch) - len(variations)) / len(from_noise)
+        begin_with = partial(_advance_by, advance, wanted) if advance and wanted else None
+        drawn = torch.cat(list(sample_latents(model, from_noise, **options, advance=begin_with)))
+        latents = dict(zip(from_noise, drawn, strict=True))
         if variations:
             clean = torch.stack([latents[start] for start in starts])
             redrawn = torch.cat(
-                list(sample_latents(model, variations, clean=clean, share=strength, **options))
+                list(
+                    sample_latents(model, variations, clean=clean, share=strength, **options, advance=advance)
+                )
             )
             latents |= dict(zip(variations, redrawn, strict=True))
         for first in range(0, len(batch), size):
             chunk = torch.stack([latents[request] for request in batch[first : first + size]])
             for image in model.decode(chunk).cpu():
                 yield to_image(image)
+
+
+def _advance_by(advance: Callable[[float], Any], share: float, images: float) -> None:
+    advance(share * images)
 
 
 def _describe_folder(

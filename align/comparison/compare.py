@@ -43,6 +43,7 @@ from backbone.io.report import write_report
 from backbone.io.run_folder import package_versions
 from backbone.io.sampling import SamplingSettings
 from backbone.media.decode import open_rgb
+from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import save_png
 from backbone.models.model import Backbone
 from backbone.models.sample import latent_size
@@ -106,7 +107,8 @@ def compare_models(
     }
     write_json(out / RESULT, result)
     parts = build_report(out, result, prompts, keys, scores)
-    write_report(out / REPORT, f"{tuned.name} against {base.name}", parts)
+    title = f"{tuned.name} against {base.name}, {sampling.steps} steps of {sampling.sampler}"
+    write_report(out / REPORT, title, parts)
     return result
 
 
@@ -170,11 +172,23 @@ def _sample_sides(
         if not missing:
             continue
         load_concepts(model, concepts[name], scale=side.scale)
-        images = sample_images(model, prompts, missing, side.override(sampling), concepts[name])
+        settings = side.override(sampling)
+        facts = {"model": side.model, **settings.facts(), **describe_concepts(side.concepts, side.scale)}
         with progress(len(missing), f"drawing {name}") as bar:
+            images = sample_images(
+                model,
+                prompts,
+                missing,
+                settings,
+                concepts[name],
+                advance=bar.advance_images,
+            )
             for key, image in zip(missing, images, strict=True):
-                save_png(out / side_image_name(name, *key), image, text={"prompt": prompts[key[0]].text})
-                bar.advance(images=1)
+                i, j = key
+                text = describe_drawing(
+                    prompts[i].text, image.size, {**facts, "prompt_number": i, "sample": j}
+                )
+                save_png(out / side_image_name(name, *key), image, text=text)
     return sampling
 
 

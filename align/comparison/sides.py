@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from align.pairs.records import SCORES, Scores
-from align.settings import read_settings
-from backbone.adapters.concept import read_concept
+from align.settings import is_preference_run, read_settings
+from backbone.adapters.concept import BEST, CONCEPT_FILE, is_run, read_concept
 from backbone.evaluation.statistics import Interval
+from backbone.io.console import UserError, notify
 from backbone.io.files import read_json
 from backbone.io.sampling import SamplingSettings
+from backbone.models.locate import locate
 
-EVALUATIONS = "evaluations.jsonl"  # of a run of align train
 BASE = "base"
 
 
@@ -40,12 +41,24 @@ class Side:
 
     @classmethod
     def from_name(cls, name: str, model: str | None = None) -> Side:
-        """A side from a run folder (with the model and concepts that it was trained on), or from a model's name."""
-        folder = Path(name)
-        if not (folder / "concept.json").is_file():
+        """A side from any run folder (with the model and concepts that it was trained on), or from a model's name.
+
+        Raises `UserError` for what is neither, and for a run that is not finished.
+        """
+        folder = Path(name).expanduser()
+        if not is_run(folder):
+            try:
+                locate(name)
+            except UserError as error:
+                raise UserError(f"{error} It is no run folder either.") from error
             return cls(name, name)
-        trained_on = read_settings(folder).concepts if (folder / EVALUATIONS).is_file() else ()
-        return cls(name, model or read_concept(folder).model, (*map(Path, trained_on), folder))
+        concept = read_concept(folder)
+        if (folder / BEST / CONCEPT_FILE).is_file():
+            notify(
+                f"{name}: its weights after the last step are compared; its best checkpoint is {folder / BEST}."
+            )
+        trained_on = read_settings(folder).concepts if is_preference_run(folder) else ()
+        return cls(name, model or concept.model, (*map(Path, trained_on), folder))
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,7 @@ class WinRate:
 
 def find_training_scorers(side: Side) -> set[str]:
     """Names of the scorers that chose a run's training data, as far as its records say."""
-    if not side.concepts or not (side.concepts[-1] / EVALUATIONS).is_file():
+    if not side.concepts or not is_preference_run(side.concepts[-1]):
         return set()
     settings = read_settings(side.concepts[-1])
     scores = (

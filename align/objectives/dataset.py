@@ -286,7 +286,8 @@ def mean_squares(residual: Tensor) -> Tensor:
 def _read_again(settings: Settings) -> Preferences:
     """The preferences that a run was trained on."""
     limit, user = settings.limit or None, settings.user or None
-    return read_preferences(settings.pairs, user=user, limit=limit, split=settings.split)
+    split = None if settings.split == "train" else settings.split
+    return read_preferences(settings.pairs, user=user, limit=limit, split=split)
 
 
 def records_of(found: Preferences, settings: Settings) -> list[Record]:

@@ -20,6 +20,7 @@ from align.objectives.losses import accuracy
 from align.objectives.reference import LiveReference
 from align.settings import Settings
 from backbone.evaluation.statistics import Interval, cluster_bootstrap
+from backbone.io.console import progress
 from backbone.models.model import Backbone
 
 QUARTILES = 4
@@ -123,16 +124,12 @@ def errors_at(
     ks = range(samples.count) if ks is None else ks
     group = len(items[0].pictures) if items else 1
     pairs = [(item, k) for item in items for k in ks]
-    parts = [
-        mean_squares(
-            residuals(
-                model,
-                network,
-                batch_of(model, data, samples, [item for item, _ in some], [k for _, k in some]),
-            )
-        ).T.cpu()
-        for some in _chunks(pairs, batch)
-    ]
+    parts = []
+    with progress(len(pairs), "evaluating", brief=True) as bar:
+        for some in _chunks(pairs, batch):
+            at = batch_of(model, data, samples, [item for item, _ in some], [k for _, k in some])
+            parts.append(mean_squares(residuals(model, network, at)).T.cpu())
+            bar.advance(len(some))
     return torch.cat(parts).view(len(items), len(ks), group) if parts else torch.empty(0, len(ks), group)
 
 

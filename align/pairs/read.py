@@ -34,20 +34,23 @@ PAIRED_FOLDERS = (("chosen", "rejected"), ("w", "l"))
 
 
 def read_preferences(
-    source: str | Path, *, user: str | None = None, limit: int | None = None, split: str = "train"
+    source: str | Path, *, user: str | None = None, limit: int | None = None, split: str | None = None
 ) -> Preferences:
-    """Read the preferences of a source: those of one `user`, or of the first `limit` rows.
+    """Read the preferences of a source: those of one `user`, or of the first `limit` rows; of a `split` of a dataset
+    on the hub (train).
 
     Images are not opened; `check_preferences` does that. Raises `UserError` for a source that is missing or of no
     known layout.
     """
     path = Path(source).expanduser()
+    if split is not None and path.exists():
+        raise UserError(f"--split has no effect: {path} is no dataset on the hub. Leave it out.")
     if path.is_dir():
         preferences = _read_folder(path, limit)
     elif path.is_file():
         preferences = _read_file(path, limit)
     elif re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", str(source)) and not path.parent.exists():
-        preferences = _read_table(load_hub_table(str(source), split, limit), str(source), limit)
+        preferences = _read_table(load_hub_table(str(source), split or "train", limit), str(source), limit)
     else:
         raise UserError(
             f"{path} does not exist. Give pairs: a folder, a .jsonl or .parquet file, or a dataset."

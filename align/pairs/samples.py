@@ -49,6 +49,10 @@ def read_samples(folder: Path) -> tuple[list[Prompt], list[list[str]]]:
     Raises `UserError` for a folder that `align sample` did not write, or where no prompt has two images yet.
     """
     path = folder / SAMPLES
+    if not folder.exists():
+        raise UserError(
+            f"There is no folder {folder}. Check the spelling, and the folder that it is named from."
+        )
     if not path.is_file():
         raise UserError(
             f"{folder} is not a folder of `align sample` ({SAMPLES} is missing). Name another one."

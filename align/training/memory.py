@@ -38,7 +38,6 @@ def work_of(model: Backbone, settings: Settings, pictures: int, prompts: int) ->
         queries_base=False,  # the reference is asked with a step's own rows, and keeps nothing
         cached_counts=(pictures * (2 if settings.flip else 1), prompts + 1),
         extra_denoisers=int(settings.reference == "copy"),
-        draws_previews=bool(settings.online),
     )
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from align.objectives.preference import PreferenceTraining
 from align.objectives.reference import CachedReference
 from align.settings import EVALUATIONS, Settings
+from align.training.pictures import Pictures
+from align.training.report import write_running_report
 from backbone.distributed import processes
 from backbone.io.console import notify
 from backbone.io.files import append_jsonl, read_jsonl
@@ -21,7 +23,10 @@ class Validation:
     fall apart while accuracy still climbs.
     """
 
-    def __init__(self, run: Path, training: PreferenceTraining, settings: Settings) -> None:
+    def __init__(
+        self, run: Path, training: PreferenceTraining, settings: Settings, pictures: Pictures
+    ) -> None:
+        self.run, self.pictures = run, pictures
         self.path, self.training, self.settings = run / EVALUATIONS, training, settings
         if processes.is_main_process():
             trim_log(self.path, training.done)
@@ -53,6 +58,7 @@ class Validation:
         line |= {name: figures.as_json() for name, figures in found.items()}
         append_jsonl(self.path, line)
         self.seen = read_jsonl(self.path)
+        write_running_report(self.run, self.settings, self.pictures, step)
         before, self.complaint = self.complaint, self._complaint(self.seen[-1])
         if self.complaint and not before and self.settings.on_winner_rise == "warn":
             notify(f"Step {step}: {self.complaint}")

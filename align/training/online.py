@@ -11,7 +11,6 @@ import os
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,8 @@ from align.settings import (
     resolved,
 )
 from align.training.monitor import Validation
-from align.training.report import smoothed_log, write_summary
+from align.training.pictures import AFTER, describe, draw_before
+from align.training.report import draw_curves, write_running_report, write_summary
 from align.training.run import write_concept, write_record
 from backbone.adapters.apply import check_concept_fits, load_concepts
 from backbone.adapters.concept import Concept, read_concept, summarize_concepts
@@ -57,15 +57,17 @@ from backbone.io.console import UserError, notify, progress
 from backbone.io.files import append_jsonl, read_json, read_jsonl, write_json
 from backbone.io.options import is_code
 from backbone.io.prompts import Prompt, read_prompts
-from backbone.io.report import command, heading, line_plot, paragraph, plot_row, table, write_report
+from backbone.io.report import command, heading, paragraph, plot_row, table, write_report
 from backbone.io.run_folder import catch_interrupts, clear_failed_try, package_versions, refuse_taken
 from backbone.io.sampling import SamplingSettings
+from backbone.media.parameters import describe_drawing, last_name
 from backbone.media.sheet import save_png
 from backbone.models.locate import is_path
 from backbone.models.model import Backbone
 from backbone.models.placement import get_placement
-from backbone.training.run import LOG, Every, LoggedLoss, drive
+from backbone.training.run import LOG, Every, drive
 
+REPORTS = 20  # times that a run on rewards renews its report
 DRAWN_BY = (
     "model",
     "concepts",
@@ -77,13 +79,6 @@ DRAWN_BY = (
     "precision",
     "online",
 )
-
-
-@dataclass(frozen=True)
-class LoggedReward(LoggedLoss):
-    """A line of the log of a training by reward alone."""
-
-    reward: float
 
 
 def train_online(asked: dict[str, Any], *, out: Path | None) -> Path:
@@ -194,7 +189,11 @@ def _by_pairs(
     training = PreferenceTraining(model, _nothing(model), settings, base, concepts)
     training.sources = {"model": model.fingerprint}
     training.resume(run)
-    validate = Every(0, Validation(run, training, settings))  # before the first round and after each
+    texts = [prompt.text for prompt in prompts]
+    pictures = draw_before(run, model, settings, texts, concepts, done=training.done)
+    validate = Every(
+        0, Validation(run, training, settings, pictures)
+    )  # before the first round and after each
     writes = processes.is_main_process()
     learn: list[Record] = []
     out: list[Record] = []
@@ -225,12 +224,14 @@ def _by_pairs(
             if stopped:
                 break
     training.live.nfe = int(processes.reduce_sum([training.live.nfe])[0])
+    pictures.draw(AFTER)
     if not writes:
         processes.end_process()
         return run
     write_concept(run, settings, model, training.write(run, _header(settings)))
+    pictures.write_sheet()
     seconds = {"prepare": spent["draw and rank"], "train": spent["train"], "all": time.perf_counter() - began}
-    write_summary(run, training, learn, out, concepts, seconds)
+    write_summary(run, training, learn, out, concepts, seconds, pictures)
     processes.end_process()
     return run
 
@@ -254,10 +255,14 @@ def _draw_round(
     own = processes.split_batches(
         missing, batch=sampling.batch
     )  # to the last bit, for what is learned from them
+    facts = {"model": settings.model, **sampling.facts(), "concepts": list(map(last_name, settings.concepts))}
+    facts["round"] = number
     with progress(len(own), "drawing") as bar:
-        for key, picture in zip(own, sample_images(model, prompts, own, sampling, concepts), strict=True):
-            save_png(folder / image_name(*key), picture, text={"prompt": prompts[key[0]].text})
-            bar.advance(1, images=1)
+        pictures = sample_images(model, prompts, own, sampling, concepts, advance=bar.advance_images)
+        for key, picture in zip(own, pictures, strict=True):
+            i, j = key
+            text = describe_drawing(prompts[i].text, picture.size, {**facts, "prompt_number": i, "sample": j})
+            save_png(folder / image_name(*key), picture, text=text)
             if stop:
                 break
     if processes.any_process(bool(stop)):
@@ -297,11 +302,7 @@ def append_reward(run: Path, folder: Path, settings: Settings, number: int) -> N
     if any(line.get("round") == number for line in known):
         return
     scores = read_json(folder / SCORES, Scores).scores
-    values = [one[settings.online] for one in scores.values() if settings.online in one]
-    if not values:
-        raise UserError(
-            f"{folder / SCORES} holds no score of {settings.online}. Remove {folder}, and resume."
-        )
+    values = [one[settings.online] for one in scores.values()]
     append_jsonl(run / REWARDS, {"round": number, "reward": sum(values) / len(values)})
 
 
@@ -329,14 +330,23 @@ def _by_reward(
     training = kind(model, prompts, settings, base, concepts)
     training.sources = {"model": model.fingerprint}
     training.resume(run)
-    drive(training, run, command=resume_command(settings), label=settings.loss)
+    texts = [prompt.text for prompt in prompts]
+    pictures = draw_before(run, model, settings, texts, concepts, done=training.done)
+
+    def renew(step: int) -> None:
+        if processes.is_main_process():
+            write_running_report(run, settings, pictures, step)
+
+    preview = Every(max(1, settings.steps // REPORTS), renew)
+    drive(training, run, command=resume_command(settings), label=settings.loss, preview=preview)
+    pictures.draw(AFTER)
     if not processes.is_main_process():
         processes.end_process()
         return run
     write_concept(run, settings, model, training.write(run, _header(settings)))
-    log = read_jsonl(run / LOG, LoggedReward)
+    log = read_jsonl(run / LOG)
     tenth = max(1, len(log) // 10)
-    first, last = (sum(line.reward for line in part) / len(part) for part in (log[:tenth], log[-tenth:]))
+    first, last = (sum(line["reward"] for line in part) / len(part) for part in (log[:tenth], log[-tenth:]))
     seconds = round(time.perf_counter() - began, 2)
     summary = {
         "kind": "reward",
@@ -352,19 +362,17 @@ def _by_reward(
         "versions": package_versions(),
     }
     write_json(run / SUMMARY, summary)
-    drawn = [
-        line_plot("Reward", {"reward": [(line.step, line.reward) for line in log]}),
-        line_plot("Loss", {"loss": smoothed_log(log)}),
-    ]
+    pictures.write_sheet()
     parts = [
         paragraph(f"{settings.steps} steps in {seconds:.0f} s on {len(prompts)} prompts."),
-        plot_row(drawn),
+        plot_row(draw_curves(run, settings)),
+        *pictures.parts(),
         table(("", "mean reward"), [("first tenth of the steps", first), ("last tenth", last)]),
         paragraph("The scorer that trained a model does not judge it: compare with another one."),
         heading("Again"),
         command(as_command(settings, run)),
     ]
-    write_report(run / REPORT, f"{run.name}: {settings.loss} on {settings.model} by {settings.online}", parts)
+    write_report(run / REPORT, f"{run.name}: {describe(settings)}", parts)
     processes.end_process()
     return run
 

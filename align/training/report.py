@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,21 @@ from align.pairs.records import (
 from align.settings import (
     EVALUATIONS,
     REPORT,
+    REWARD_LOSSES,
     REWARDS,
     SUMMARY,
     Settings,
     as_command,
 )
+from align.training.pictures import Pictures, describe
 from backbone.adapters.concept import Concept, summarize_concepts
+from backbone.io.console import notify_once
 from backbone.io.files import read_jsonl, write_json
 from backbone.io.report import command, heading, line_plot, paragraph, plot_row, table, write_report
 from backbone.io.run_folder import package_versions
-from backbone.training.run import LOG, LoggedLoss
+from backbone.training.run import LOG
+
+RENEW_SECONDS = 15
 
 
 def write_summary(
@@ -37,6 +42,7 @@ def write_summary(
     out: list[Record],
     concepts: list[Concept],
     seconds: dict[str, float],
+    pictures: Pictures,
 ) -> None:
     """Writes `summary.json` and `report.html` from what the run has logged."""
     settings, reference = training.settings, training.reference
@@ -71,35 +77,74 @@ def write_summary(
         "versions": package_versions(),
     }
     write_json(run / SUMMARY, summary)
+    title = f"{run.name}: {describe(settings)}"
+    write_report(run / REPORT, title, report(run, summary, settings, pictures))
+
+
+def write_running_report(run: Path, settings: Settings, pictures: Pictures, step: int) -> None:
+    """Writes the `report.html` of a run that goes on; a browser loads it again by itself."""
+    notify_once(f"{run / REPORT} shows how it goes: open it, it renews itself.")
+    status = f"Step {step} of {settings.steps}. This page renews itself while the run goes on."
+    parts = [paragraph(status), plot_row(draw_curves(run, settings)), *pictures.parts(), heading("Again")]
     write_report(
-        run / REPORT, f"{run.name}: {settings.loss} on {settings.model}", report(run, summary, settings)
+        run / REPORT,
+        f"{run.name}: {describe(settings)}",
+        [*parts, command(as_command(settings, run))],
+        renew=RENEW_SECONDS,
     )
 
 
-def report(run: Path, summary: dict[str, Any], settings: Settings) -> list[str]:
-    """The parts of the run's `report.html`."""
-    done, seconds, data = summary["steps"], summary["seconds"], summary["data"]
-    steps = f"{done} of {settings.steps} steps" if done < settings.steps else f"{settings.steps} steps"
-    evaluations = read_jsonl(run / EVALUATIONS)
-    log = read_jsonl(run / LOG, LoggedLoss) if (run / LOG).exists() else []
-    rows = [
-        _row(name, Figures(**_revived(summary[key])))
-        for name, key in (("held out", "held_out"), ("training, unseen noise", "training"))
-        if summary[key]
-    ]
+def draw_curves(run: Path, settings: Settings) -> list[str]:
+    """The run's curves from what it has logged, each with what it says."""
+    logged = {
+        name: read_jsonl(run / name) if (run / name).exists() else [] for name in (EVALUATIONS, LOG, REWARDS)
+    }
+    evaluations, log = logged[EVALUATIONS], logged[LOG]
     drawn = [
         one
         for key, name in (("held-out", "held out"), ("training", "training records, unseen noise"))
         for one in _curves(name, [line for line in evaluations if line.get(key)], key)
     ]
-    if summary["rewards"]:
-        rewards = [(line["round"], line["reward"]) for line in summary["rewards"]]
-        drawn.append(line_plot("Mean score of each round's pictures", {"score": rewards}))
+    rewards = [(line["round"], line["reward"]) for line in logged[REWARDS]]
+    drawn.append(line_plot("Mean score of each round's pictures", {"score": rewards}))
     gap = [(line["step"], _number(line["bank_gap"])) for line in evaluations]
     drawn.append(
-        line_plot("Seen/unseen-noise gap: accuracy at seen minus unseen noise", {"gap": gap}, level=0.0)
+        line_plot(
+            "Seen/unseen-noise gap: accuracy at seen minus unseen noise",
+            {"gap": gap},
+            level=0.0,
+            note="Where it grows, training fits its noise samples rather than the pictures: more --draws help.",
+        )
     )
-    drawn.append(line_plot("Loss", {"loss": smoothed_log(log)}))
+    points = smoothed_log(log)
+    if settings.loss in REWARD_LOSSES:
+        reward = [(line["step"], line["reward"]) for line in points if "reward" in line]
+        drawn.append(
+            line_plot(
+                "Reward",
+                {"reward": reward},
+                note=f"The mean score by {settings.online} of the pictures that steps draw. It should rise.",
+            )
+        )
+    drawn.append(
+        line_plot(
+            "Loss",
+            {"loss": [(line["step"], line["loss"]) for line in points]},
+            note="What training lowers. Its ups and downs are mostly chance.",
+        )
+    )
+    return drawn
+
+
+def report(run: Path, summary: dict[str, Any], settings: Settings, pictures: Pictures) -> list[str]:
+    """The parts of the run's `report.html`."""
+    done, seconds, data = summary["steps"], summary["seconds"], summary["data"]
+    steps = f"{done} of {settings.steps} steps" if done < settings.steps else f"{settings.steps} steps"
+    rows = [
+        _row(name, Figures(**_revived(summary[key])))
+        for name, key in (("held out", "held_out"), ("training, unseen noise", "training"))
+        if summary[key]
+    ]
     chosen = dataclasses.asdict(settings).items()
     return [
         paragraph(f"{steps}, {seconds['train']:.0f} s of training, {seconds['all']:.0f} s in all."),
@@ -123,7 +168,8 @@ def report(run: Path, summary: dict[str, Any], settings: Settings) -> list[str]:
             "for no change, at noise that training never sees. Errors are relative to where training began: "
             "a winners' error above zero means that preferred pictures have become less likely."
         ),
-        plot_row(drawn),
+        plot_row(draw_curves(run, settings)),
+        *pictures.parts(),
         heading("Again"),
         command(as_command(settings, run)),
         table(
@@ -149,16 +195,33 @@ def _curves(name: str, seen: list[dict[str, Any]], key: str) -> list[str]:
         "losers": along(lambda figures: figures["loser_change"]),
     }
     return [
-        line_plot(f"Accuracy, {name}", accuracy, level=0.5),
-        line_plot(f"Change of error, {name}", changes, level=0.0),
+        line_plot(
+            f"Accuracy, {name}",
+            accuracy,
+            level=0.5,
+            note="How often the preferred picture has gained on the other; dashed: chance.",
+        ),
+        line_plot(
+            f"Change of error, {name}",
+            changes,
+            level=0.0,
+            note="Relative to where training began. Winners should stay at or below 0, and losers above them.",
+        ),
     ]
 
 
-def smoothed_log(log: Sequence[LoggedLoss], *, points: int = 200) -> list[tuple[int, float]]:
-    """At most so many (step, loss), each the mean of its neighbours."""
+def smoothed_log(log: list[dict[str, Any]], *, points: int = 200) -> list[dict[str, Any]]:
+    """At most so many points, each the mean of its neighbours: loss, and reward where there is one."""
     width = max(1, math.ceil(len(log) / points))
     parts = [log[first : first + width] for first in range(0, len(log), width)]
-    return [(part[-1].step, sum(line.loss for line in part) / len(part)) for part in parts]
+    names = [name for name in ("loss", "reward") if log and name in log[0]]
+    return [
+        {
+            "step": part[-1]["step"],
+            **{name: sum(line[name] for line in part) / len(part) for name in names},
+        }
+        for part in parts
+    ]
 
 
 def _row(name: str, figures: Figures) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from align.pairs.records import (
 )
 from align.settings import FILE, Settings, as_command, read_settings, resolved
 from align.training.monitor import Validation
+from align.training.pictures import AFTER, draw_before
 from align.training.report import write_summary
 from backbone.adapters.apply import check_concept_fits as refuse_another_concept
 from backbone.adapters.apply import load_concepts
@@ -111,10 +112,14 @@ def carry_on(run: Path, settings: Settings, model: Backbone, records: list[Recor
     training.sources = {"model": model.fingerprint, "images": content_hash(images.encode())}
     training.resume(run)
     prepared = time.perf_counter()
-    validate = Every(settings.evaluation_steps, Validation(run, training, settings))
+    asked = [record.prompt for record in [*out, *learn]]
+    pictures = draw_before(run, model, settings, asked, concepts, done=training.done)
+    model.free("autoencoder", "text_encoder")
+    validate = Every(settings.evaluation_steps, Validation(run, training, settings, pictures))
     drive(training, run, command="align train", validate=validate)
     trained = time.perf_counter()
     training.live.nfe = int(processes.reduce_sum([training.live.nfe])[0])
+    pictures.draw(AFTER)
     if not processes.is_main_process():
         processes.end_process()
         return run
@@ -125,8 +130,9 @@ def carry_on(run: Path, settings: Settings, model: Backbone, records: list[Recor
     }
     files = training.write(run, header)
     write_concept(run, settings, model, files)
+    pictures.write_sheet()
     seconds = {"prepare": prepared - began, "train": trained - prepared, "all": time.perf_counter() - began}
-    write_summary(run, training, learn, out, concepts, seconds)
+    write_summary(run, training, learn, out, concepts, seconds, pictures)
     processes.end_process()
     return run
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from align.settings import resolved
-from backbone.io.console import UserError, notify
-from backbone.io.options import refuse_idle
+from backbone.io.console import UserError, notify, progress
+from backbone.io.options import refuse_idle, require_packages
 from backbone.io.run_folder import absolute
 
 
@@ -24,7 +24,9 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
             asked[name] = absolute(str(asked[name]))
     if "concepts" in asked:
         asked["concepts"] = tuple(absolute(str(folder)) for folder in asked["concepts"])
-    refuse_idle(resolved(asked, {}), asked)  # contradictions are answered before torch is imported
+    wanted = resolved(asked, {})
+    refuse_idle(wanted, asked)  # contradictions are answered before torch is imported
+    require_packages(wanted)
     source, online = asked.get("pairs"), asked.get("online")
     if online is not None:
         if vram is not None:
@@ -38,7 +40,8 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
         from backbone.io.prompts import read_prompts
 
         read_prompts(Path(asked["prompts"]))
-        from align.training.online import train_online
+        with progress(None, "starting", brief=True):  # torch and diffusers
+            from align.training.online import train_online
 
         return train_online(asked, out=out)
     else:
@@ -54,6 +57,7 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
         notify(f"{found.source} holds {describe_records(found.records)}.")
         if contradictions := describe_contradictions(found.records):
             notify(contradictions)
-        from align.training.run import train_taste
+        with progress(None, "starting", brief=True):  # torch and diffusers
+            from align.training.run import train_taste
 
         return train_taste(asked, found, out=out, vram=vram)

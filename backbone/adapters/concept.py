@@ -63,9 +63,7 @@ def read_concept(folder: str | Path) -> Concept:
     folder = Path(folder)
     path = folder / CONCEPT_FILE if folder.is_dir() else folder
     if not path.is_file() or path.name != CONCEPT_FILE:
-        raise UserError(
-            f"{folder} holds no concept ({CONCEPT_FILE} is missing). Name a run folder of `customize train`."
-        )
+        raise UserError(_why_no_run(folder))
     fields = read_json(path)
     if fields.pop("format", None) != FORMAT:
         raise UserError(f"{path} is not a concept that this version reads. Train it again, or update Limner.")
@@ -79,6 +77,26 @@ def read_concept(folder: str | Path) -> Concept:
     for name in filter(None, (concept.weights, concept.words, concept.changed)):
         inside(path.parent, name, path)
     return concept
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a training wrote this folder, be it finished or not."""
+    return (folder / CONCEPT_FILE).is_file() or (folder / "settings.json").is_file()
+
+
+def _why_no_run(folder: Path) -> str:
+    """Why no concept can be read from this, and what to do: the same sentence at every door."""
+    if not folder.exists():
+        return f"There is no run folder {folder}. Check the spelling, and the folder that it is named from."
+    if folder.is_file():
+        return (
+            f"{folder} is a file, not a run folder. Make one of it: customize import {folder} --out runs/NAME"
+        )
+    if (folder / "model_index.json").is_file():
+        return f"{folder} is a whole model, not a run. Give it with --model {folder}."
+    if is_run(folder):
+        return f"{folder} is a run that is not finished ({CONCEPT_FILE} is missing). Go on with it: --resume {folder}"
+    return f"{folder} holds no concept ({CONCEPT_FILE} is missing). Name a run folder of `customize train`."
 
 
 def checkpoint(run: str | Path, which: str | None = None) -> Path:
@@ -95,6 +113,7 @@ def checkpoint(run: str | Path, which: str | None = None) -> Path:
             )
         return Path(run) if which == "last" else folder
     if which == "best":
+        read_concept(run)  # which says it where there is no run at all
         raise UserError(f"{run} kept no best checkpoint. Give --checkpoint last, or leave it out.")
     return Path(run)
 

@@ -137,6 +137,9 @@ def _check_size(value: Any, path: Path, key: str) -> None:
         raise UserError(f"{path} is damaged: {key} is empty. Restore it, or download the model again.")
 
 
+LOG_IN = "Then log in: hf auth login, or set HF_TOKEN."
+
+
 def hub_file(repository: str, name: str, revision: str | None = None) -> Path:
     """Download a file of a hub repository, or take it from the cache; `UserError` if neither works.
 
@@ -153,19 +156,34 @@ def find_hub_file(repository: str, name: str, revision: str | None = None) -> Pa
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import (
         EntryNotFoundError,
+        GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
+        RepositoryNotFoundError,
     )
 
+    offline = not hub_answers(repository)
     try:
-        offline = not hub_answers(repository)
         if not offline and revision is None and try_to_load_from_cache(repository, name) is None:
             notify(f"Fetching {repository} from the hub ({name} first).")
         return Path(hf_hub_download(repository, name, revision=revision, local_files_only=offline))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             return None
+        if isinstance(error, GatedRepoError):
+            raise UserError(
+                f"The model {repository} is gated: accept its terms at https://huggingface.co/{repository}. {LOG_IN}"
+            ) from error
+        if isinstance(error, RepositoryNotFoundError):
+            raise UserError(
+                f"The hub shows no model {repository}: check the spelling, or it is private. {LOG_IN}"
+            ) from error
+        if offline:
+            raise UserError(
+                f"The model {repository} is not on this machine, and the hub could not be reached. Check the "
+                "connection, or name a local diffusers folder."
+            ) from error
         raise UserError(
             f"The model {repository} is not on this machine and could not be fetched from the hub "
             f"({type(error).__name__}). Check its name and the connection, or name a local diffusers folder."

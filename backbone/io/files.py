@@ -213,14 +213,34 @@ def make_empty_folder(path: str | Path) -> Path:
     What a killed writer left there is removed first, or completed where it was whole (`fill_folder`).
     """
     path = Path(path)
+    refuse_filled(path)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def refuse_filled(path: Path) -> None:
+    """`UserError` for a file, or a folder with contents: nothing is overwritten."""
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file, not a folder. Name another folder.")
     if path.is_dir():
         remove_abandoned(path)
     if path.is_dir() and any(path.iterdir()):
         raise UserError(f"{path} is not empty. Name another folder, or remove this one.")
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+
+
+@contextmanager
+def new_folder(named: Path | None, usual: Path) -> Iterator[Path]:
+    """The folder that a command writes: `named`, new or empty, or else `usual`, with a number where that exists.
+
+    After a failure that left nothing in it, it is gone again.
+    """
+    folder = make_numbered_folder(usual) if named is None else make_empty_folder(named)
+    try:
+        yield folder
+    except BaseException:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
 
 
 @contextmanager

@@ -11,11 +11,14 @@ import os
 import re
 import shutil
 import textwrap
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+
+from backbone.io.console import UserError
 
 WIDEST = 100  # columns; longer lines are hard to read
 NAMES = 34  # columns for an option's name and what it takes; a longer one has its text on the lines below
@@ -37,6 +40,14 @@ class Command(TyperCommand):
         """The flag `--help`, off where it is not given."""
         return _off(super().get_help_option(ctx))
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Reads the words; `UserError` for an option that takes one value and is given twice."""
+        words = list(args)
+        rest = super().parse_args(ctx, args)
+        if not ctx.resilient_parsing:
+            refuse_repeats(self.make_parser(ctx).parse_args(words)[2])
+        return rest
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         formatter.write(page(self, ctx))
 
@@ -57,6 +68,17 @@ def _off(flag: Any) -> Any:
     if flag is not None and flag.default is None:
         flag.default = False
     return flag
+
+
+def refuse_repeats(order: Sequence[Any]) -> None:
+    """`UserError` where an option that takes one value stands twice among what was read, one entry for each time.
+
+    Of two values the last would be taken, and the first without a word not.
+    """
+    single = [one for one in order if one.param_type_name == "option" and not one.multiple]
+    for parameter, times in Counter(single).items():
+        if times > 1:
+            raise UserError(f"{parameter.opts[0]} is given {times} times and counts once. Leave one.")
 
 
 def page(command: Any, ctx: Any) -> str:

@@ -27,6 +27,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -61,6 +62,8 @@ class Option:
     switches      flags without a value that stand for a value of this one
     words         values that stand for other settings
     argument      it is a plain word on the command line, without a flag before it
+    off           the value that switches a thing off, which may be said wherever that thing is off already
+    packages      by value, the package that it needs and that comes with no installation
     code          it may name a Python file, which will be run: never one that only a file of settings names
     """
 
@@ -77,6 +80,8 @@ class Option:
     implies: Mapping[str, Any] = field(default_factory=dict)
     switches: Mapping[str, Any] = field(default_factory=dict)
     words: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    off: Any = None
+    packages: Mapping[str, str] = field(default_factory=dict)
     argument: bool = False
     hidden: bool = False
     code: bool = False
@@ -579,18 +584,36 @@ def effective(declared: type, values: Mapping[str, Any], asked: Mapping[str, Any
 
 
 def refuse_idle(settings: Any, asked: Mapping[str, Any]) -> None:
-    """`UserError` for something that was asked for and has no effect beside the other settings.
+    """`UserError` for something that was asked for and has no effect beside the other settings, be it the default.
 
-    What switches a thing off (0, no, off) has the effect that was asked for.
+    What switches a thing off (no, or an option's `off`) has the effect that was asked for.
     """
     known = fields_of(type(settings))
     every = {name: getattr(settings, name) for name in known}
     for name, value in asked.items():
-        if name not in known or not value or value == "off":
+        if name not in known or _asks_nothing(known[name], value):
             continue
         condition = unmet(known[name], every)
         if condition is not None:
             raise UserError(_idle(known[name], known[condition[0]], condition[1]))
+
+
+def _asks_nothing(one: Field, value: Any) -> bool:
+    """Whether a value says nothing, or no. A number says something: 0 too, unless it switches the thing off."""
+    if isinstance(value, (bool, str, tuple, list)) or value is None:
+        return not value or value == one.option.off
+    return one.option.off is not None and bool(value == one.option.off)
+
+
+def require_packages(settings: Any) -> None:
+    """`UserError` for a setting whose package is not installed, before any work is done."""
+    for one in fields_of(type(settings)).values():
+        value = getattr(settings, one.name)
+        package = one.option.packages.get(value) if one.option.packages else None
+        if package is not None and find_spec(package) is None:
+            raise UserError(
+                f"{one.flag} {value} needs the package {package}, which is not installed. Run: pip install {package}"
+            )
 
 
 def unmet(one: Field, every: Mapping[str, Any]) -> tuple[str, tuple[Any, ...]] | None:

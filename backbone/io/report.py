@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,16 +14,30 @@ from PIL import Image
 
 from backbone.io.files import write_text
 
+SMALL = 256  # pixels a side, up to which an image is shown pixel by pixel
+CHARACTER = 6.6  # pixels across, of a digit in a plot's labels
+MOST_DOTS = 30  # points of a line that are marked
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2")
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1f2937; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1f2937;
+  overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+.scroll { overflow-x: auto; } .scroll > table { overflow-wrap: normal; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .8rem; border-bottom: 1px solid #e5e7eb; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
-img { max-width: 100%; } figure { margin: 1rem 0; } figcaption, .note { color: #4b5563; font-size: .9rem; }
+img, svg { max-width: 100%; height: auto; } img.small { image-rendering: pixelated; }
+figure { margin: 1rem 0; max-width: 100%; } figcaption, .note { color: #4b5563; font-size: .9rem; }
 pre { background: #f3f4f6; padding: .8rem; overflow-x: auto; white-space: pre-wrap; }
-.curves { display: flex; flex-wrap: wrap; gap: 1rem; }
+.curves, .pictures { display: flex; flex-wrap: wrap; gap: 1rem; } .curves figure, .pictures figure { margin: 0; }
+.curves figcaption { color: inherit; font-weight: 600; } .curves .note { margin: 0; }
+.curves figure { max-width: min(27.5rem, 100%); }
+.pictures figcaption { max-width: 16rem; }
+.legend { font-size: .8rem; } .legend span { margin-right: 1rem; white-space: nowrap; }
+@media (max-width: 40rem) {
+  figure.sheet { overflow-x: auto; } figure.sheet img { max-width: none; }
+  .pictures { gap: .5rem; } .pictures figure { max-width: calc(50% - .25rem); }
+}
 @media (prefers-color-scheme: dark) {
   body { background: #111827; color: #e5e7eb; } pre { background: #1f2937; }
   th, td { border-color: #374151; } figcaption, .note { color: #9ca3af; }
@@ -30,13 +45,17 @@ pre { background: #f3f4f6; padding: .8rem; overflow-x: auto; white-space: pre-wr
 """
 
 
-def write_report(path: str | Path, title: str, parts: Iterable[str]) -> None:
-    """Write a page of HTML fragments, as the functions below return them, atomically."""
+def write_report(path: str | Path, title: str, parts: Iterable[str], *, renew: int = 0) -> None:
+    """Write a page of HTML fragments, as the functions below return them, atomically.
+
+    A browser loads it anew every `renew` seconds; 0: never.
+    """
     body = "\n".join(parts)
+    refresh = f'<meta http-equiv="refresh" content="{renew}">\n' if renew else ""
     write_text(
         path,
         '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n{refresh}'
         f"<title>{_escape(title)}</title>\n<style>{STYLE}</style>\n<h1>{_escape(title)}</h1>\n{body}\n</html>\n",
     )
 
@@ -57,24 +76,48 @@ def command(text: str) -> str:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table; floats have four significant digits."""
+    """A table, which scrolls in itself where it is wider than the page; floats have four significant digits."""
     head = "".join(f"<th>{_escape(column)}</th>" for column in columns)
     lines = ("".join(f"<td>{_escape(_format_cell(cell))}</td>" for cell in row) for row in rows)
-    return f"<table><tr>{head}</tr>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def image_figure(image: Image.Image | Path, caption: str = "") -> str:
-    """An image (or the bytes of a PNG file) with its caption."""
+    """An image (or the bytes of an image file) with its caption.
+
+    One of up to SMALL pixels a side is shown at the largest whole multiple of its size up to there, pixel by pixel; a
+    larger one at its own size, or shrunk to the page, on a phone scrolling in itself.
+    """
     if isinstance(image, Path):
         data = image.read_bytes()
+        with Image.open(image) as opened:
+            size, kind = opened.size, Image.MIME[opened.format or "PNG"]
     else:
         file = io.BytesIO()
         image.save(file, "PNG")
-        data = file.getvalue()
-    source = "data:image/png;base64," + base64.b64encode(data).decode()
+        data, size, kind = file.getvalue(), image.size, "image/png"
+    factor = SMALL // max(size)
+    shape = f'width="{size[0] * max(1, factor)}" height="{size[1] * max(1, factor)}"'
+    source = f"data:{kind};base64," + base64.b64encode(data).decode()
     figcaption = f"<figcaption>{_escape(caption)}</figcaption>" if caption else ""
     alt = html.escape(caption or "image", quote=True)
-    return f'<figure><img alt="{alt}" src="{source}">{figcaption}</figure>'
+    outer, inner = ("", ' class="small"') if factor else (' class="sheet"', "")
+    return f'<figure{outer}><img{inner} {shape} alt="{alt}" src="{source}">{figcaption}</figure>'
+
+
+def image_row(images: Iterable[tuple[Image.Image, str]]) -> str:
+    """Images with captions, side by side as far as the page is wide, those above SMALL pixels a side shrunk to it."""
+    figures = (image_figure(_shrink(image), caption) for image, caption in images)
+    return f'<div class="pictures">{"".join(figures)}</div>'
+
+
+def _shrink(image: Image.Image) -> Image.Image:
+    if max(image.size) <= SMALL:
+        return image
+    smaller = image.copy()
+    smaller.thumbnail((SMALL, SMALL), Image.Resampling.LANCZOS)
+    return smaller
 
 
 def plot_row(figures: Iterable[str]) -> str:
@@ -88,11 +131,13 @@ def line_plot(
     *,
     marked: float | None = None,
     level: float | None = None,
-    size: tuple[int, int] = (440, 240),
+    size: tuple[int, int] = (440, 220),
+    note: str = "",
 ) -> str:
-    """An SVG line plot of (x, y) points, one line per name, "" without points; points that are not finite are dropped.
+    """A line plot of (x, y) points in SVG, one line per name, "" without points; those that are not finite are dropped.
 
-    `marked` is the x of a dashed vertical line, `level` the y of a dashed horizontal one; `size` is in pixels.
+    Title, names of the lines and a `note` (what the curve says) stand around it. `marked` is the x of a dashed
+    vertical line, `level` the y of a dashed horizontal one; `size` is in pixels.
     """
     series = {
         name: [point for point in line if all(map(math.isfinite, point))] for name, line in series.items()
@@ -101,48 +146,62 @@ def line_plot(
     if not points:
         return ""
     width, height = size
-    left, right, top, bottom = 52, 12, 28, 30
     y_values = [y for _, y in points] + ([] if level is None else [level])
     (x0, x1), (y0, y1) = _axis_range([x for x, _ in points]), _axis_range(y_values)
+    y_labels = {y: _escape(_format_cell(y)) for y in (y0, (y0 + y1) / 2, y1)}
+    left = 16 + math.ceil(CHARACTER * max(map(len, y_labels.values())))
+    right, top, bottom = 12, 12, 30
 
     def to_pixels(x: float, y: float) -> tuple[float, float]:
         across = left + (x - x0) / (x1 - x0) * (width - left - right)
         return across, height - bottom - (y - y0) / (y1 - y0) * (height - top - bottom)
 
-    # Title, y axis with three ticks, x axis with its ends, the dashed lines, then one polyline per series.
-    elements = [f'<text x="{left}" y="16" font-weight="600">{_escape(title)}</text>']
-    for y in (y0, (y0 + y1) / 2, y1):
+    # The y axis with three ticks, the x axis with its ends, the dashed lines, then one line per series.
+    elements = []
+    for y, label in y_labels.items():
         at = to_pixels(x0, y)[1]
         elements.append(
             f'<line x1="{left}" x2="{width - right}" y1="{at:.1f}" y2="{at:.1f}" stroke="#9ca3af55"/>'
         )
-        elements.append(
-            f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{_escape(_format_cell(y))}</text>'
-        )
+        elements.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{label}</text>')
     for x, anchor in ((x0, "start"), (x1, "end")):
         at = to_pixels(x, y0)[0]
         elements.append(
             f'<text x="{at:.1f}" y="{height - 10}" text-anchor="{anchor}">{_escape(_format_cell(x))}</text>'
         )
-    if marked is not None:
-        at = to_pixels(marked, y0)[0]
-        line = f'x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{height - bottom}"'
+    ends = [] if marked is None else [(to_pixels(marked, y0), to_pixels(marked, y1))]
+    ends += [] if level is None else [(to_pixels(x0, level), to_pixels(x1, level))]
+    for (a, b), (c, d) in ends:
+        line = f'x1="{a:.1f}" x2="{c:.1f}" y1="{b:.1f}" y2="{d:.1f}"'
         elements.append(f'<line {line} stroke="currentColor" stroke-dasharray="4 4"/>')
-    if level is not None:
-        at = to_pixels(x0, level)[1]
-        line = f'x1="{left}" x2="{width - right}" y1="{at:.1f}" y2="{at:.1f}"'
-        elements.append(f'<line {line} stroke="currentColor" stroke-dasharray="4 4"/>')
-    for number, (name, line_points) in enumerate(series.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in (to_pixels(x, y) for x, y in line_points))
-        elements.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        if len(series) > 1:
-            at = width - right - 8
-            elements.append(
-                f'<text x="{at}" y="{16 + 14 * number}" text-anchor="end" fill="{colour}">{_escape(name)}</text>'
-            )
+    for colour, line_points in zip(itertools.cycle(COLOURS), series.values(), strict=False):
+        places = [to_pixels(x, y) for x, y in line_points]
+        if len(places) > 1:
+            path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
+            elements.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        if len(places) <= MOST_DOTS:
+            elements += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in places]
     shape = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
-    return f'<svg role="img" {shape} font-size="11" fill="currentColor">{"".join(elements)}</svg>'
+    drawing = f'<svg role="img" {shape} font-size="11" fill="currentColor">{"".join(elements)}</svg>'
+    return (
+        f"<figure><figcaption>{_escape(title)}</figcaption>{_legend(series)}{drawing}{_note(note)}</figure>"
+    )
+
+
+def _legend(names: Iterable[str]) -> str:
+    """The lines' names in their colours, where there are several."""
+    names = list(names)
+    if len(names) < 2:
+        return ""
+    spans = [
+        f'<span style="color:{colour}">■ {_escape(name)}</span>'
+        for colour, name in zip(itertools.cycle(COLOURS), names, strict=False)
+    ]
+    return f'<div class="legend">{"".join(spans)}</div>'
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{_escape(text)}</p>' if text else ""
 
 
 def _axis_range(values: Sequence[float]) -> tuple[float, float]:

@@ -22,7 +22,11 @@ from backbone.io.records import read_as
 FORWARDED_SIGNAL_SECONDS = 2.0  # seconds
 CHECKPOINT = "checkpoint.safetensors"
 SAVED = (CHECKPOINT, "concept.json", "best/concept.json")  # with any of these a folder holds a run
-LEFT_BEHIND = ("log.jsonl", "evaluations.jsonl", "rewards.jsonl", "previews", "evaluations", "tensorboard")
+BEFORE_AND_AFTER = "before-and-after"  # pictures of `align train`
+LEFT_BEHIND = (
+    *("log.jsonl", "evaluations.jsonl", "rewards.jsonl", "report.html"),
+    *("previews", "evaluations", BEFORE_AND_AFTER, "tensorboard"),
+)
 PACKAGES = ("limner", "torch", "diffusers", "transformers", "peft", "accelerate")
 
 

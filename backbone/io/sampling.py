@@ -122,9 +122,14 @@ class SamplingSettings(GuidanceOption):
         return replace(self, resolution=resolution) if resolution and self.size == MODELS_OWN else self
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
-        """With a model's usual steps and guidance where none were asked for."""
+        """With a model's usual steps and guidance where none were asked for; `UserError` for no guidance in a share."""
         steps = int(defaults["steps"]) if self.steps is None else self.steps
         guidance = float(defaults["guidance"]) if self.guidance is None else self.guidance
+        if guidance == 1 and self.guided != ALL_STEPS:
+            raise UserError(
+                "At guidance 1 there is none to begin or to end. Raise --guidance, or leave out --guidance-start and "
+                "--guidance-stop."
+            )
         return replace(self, steps=steps, guidance=guidance)
 
     def for_sampler(self) -> dict[str, Any]:

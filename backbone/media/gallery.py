@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from PIL import Image
 
-from backbone.media.sheet import Cell, draw_sheet, split_rows
+from backbone.media.sheet import Cell, draw_sheet, number_samples, split_rows
 
 
 class Images(list[Image.Image]):
@@ -20,8 +20,9 @@ class Images(list[Image.Image]):
         self.prompts, self.title = list(prompts), title
 
     def sheet(self, columns: int = 4) -> Image.Image:
-        """A contact sheet, `columns` images a row, each above its prompt."""
-        cells = [Cell(image, prompt) for image, prompt in zip(self, self.prompts, strict=True)]
+        """A contact sheet, `columns` images a row, each above its prompt and, where it has several, its number."""
+        captions = number_samples(self.prompts)
+        cells = [Cell(image, caption) for image, caption in zip(self, captions, strict=True)]
         return draw_sheet(split_rows(cells, columns), title=self.title)
 
     def __repr__(self) -> str:

@@ -14,14 +14,14 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from backbone.io.console import UserError, notify
+from backbone.io.console import UserError, notify, progress
 from backbone.io.files import read_json
 from backbone.io.hub import hub_answers
 from backbone.io.records import inside, parse_json
@@ -167,23 +167,20 @@ def list_images(
     raise UserError(f"{path} does not exist. {remedy}")
 
 
-def check_images(pictures: Iterable[ImageRecord]) -> None:
+def check_images(pictures: Sequence[ImageRecord]) -> None:
     """Decode every image and mask once; one `UserError` lists all that cannot be used, a line each with the reason."""
     bad: list[tuple[str, str]] = []
-    count = 0
-    for picture in pictures:
-        count += 1
-        try:
-            size = picture.open(at_least=64).size
-        except BadImageError as error:
-            bad.append((error.name, error.reason))
-            continue
-        try:
-            mask = picture.open_mask()
-            if mask is not None:
-                _check_mask_shape(mask.size, size, picture)
-        except BadImageError as error:
-            bad.append((error.name, error.reason))
+    count = len(pictures)
+    with progress(count, "reading", brief=True) as bar:
+        for picture in pictures:
+            try:
+                size = picture.open(at_least=64).size
+                mask = picture.open_mask()
+                if mask is not None:
+                    _check_mask_shape(mask.size, size, picture)
+            except BadImageError as error:
+                bad.append((error.name, error.reason))
+            bar.advance_images(1)
     if bad:
         lines = "\n".join(f"  {name} {reason}" for name, reason in bad)
         heading = f"{len(bad)} of {count} images cannot be used" if count > 1 else "The image cannot be used"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,10 +43,11 @@ def draw_sheet(
     note: str = "",
     row_titles: Sequence[str] = (),
     column_titles: Sequence[str] = (),
-    cell: int = 192,
+    cell: int = 256,
     font: str | Path | None = None,
 ) -> Image.Image:
-    """Draw a page (RGB). Images are resized to fit `cell` × `cell` pixels; None leaves a cell empty.
+    """Draw a page (RGB). Images are shrunk to fit `cell` × `cell` pixels, or enlarged to the largest whole
+    multiple that fits, pixel by pixel; None leaves a cell empty.
 
     `title` and `note` head the page, `row_titles` stand above their rows ("" for none), `column_titles` above the
     first row. Rows may differ in length.
@@ -85,6 +87,16 @@ def split_rows(
     """Split cells into rows of `columns`; the last row may be shorter."""
     cells = list(cells)
     return [cells[start : start + columns] for start in range(0, len(cells), columns)]
+
+
+def number_samples(captions: Sequence[str]) -> list[str]:
+    """The captions, with a sample's number (from 0, in their order) below each that stands there several times."""
+    total, met = Counter(captions), Counter[str]()
+    numbered = []
+    for caption in captions:
+        numbered.append(f"{caption}\nsample {met[caption]}" if total[caption] > 1 else caption)
+        met[caption] += 1
+    return numbered
 
 
 def save_png(path: str | Path, image: Image.Image, *, text: Mapping[str, str] | None = None) -> None:
@@ -175,10 +187,12 @@ def _resize_to_cell(image: Image.Image, side: int) -> Image.Image:
         layered = image.convert("RGBA")
         image = Image.new("RGB", image.size, "white")
         image.paste(layered, mask=layered.getchannel("A"))
+    image = image.convert("RGB")
+    if factor := side // max(image.size):
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     scale = side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    filter_ = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
-    return image.convert("RGB").resize(size, filter_, reducing_gap=3.0)
+    return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
 # Fonts.

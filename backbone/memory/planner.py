@@ -52,7 +52,6 @@ class Workload:
     cached_counts             latents and prompts that stay on the device
     extra_denoisers           further denoisers in memory (a frozen reference)
     has_ema                   whether an fp32 moving average of the trained tensors is kept
-    draws_previews            whether images are sampled while the optimiser's state is in memory
     """
 
     add_trainable: Callable[[nn.Module], Iterable[Tensor]]
@@ -64,7 +63,6 @@ class Workload:
     cached_counts: tuple[int, int] = (0, 0)
     extra_denoisers: int = 0
     has_ema: bool = False
-    draws_previews: bool = True
 
 
 @dataclass(frozen=True)
@@ -146,12 +144,12 @@ class MemoryEstimator:
         update = 2 * trained  # gradients, and temporaries of the optimiser of the same size
         phases["training"] = Phase(resident, max(step.peak, update) + self.unpacked_layer_bytes(choice))
 
-        if work.draws_previews:
-            resident += sizes.autoencoder + text_encoders * (not work.trains_text_encoders)
-            sampling = self.forward_bytes(precision, 2 * batch)  # classifier-free guidance
-            decoding = self.autoencoder_bytes(precision, "decode", placement.tiling, batch)
-            transient = max(sampling, decoding) + self.unpacked_layer_bytes(choice)
-            phases["previews"] = Phase(resident, transient)
+        # Images are sampled while the optimiser's state is in memory
+        resident += sizes.autoencoder + text_encoders * (not work.trains_text_encoders)
+        sampling = self.forward_bytes(precision, 2 * batch)  # classifier-free guidance
+        decoding = self.autoencoder_bytes(precision, "decode", placement.tiling, batch)
+        transient = max(sampling, decoding) + self.unpacked_layer_bytes(choice)
+        phases["previews"] = Phase(resident, transient)
         return phases
 
     def denoiser_bytes(self, choice: MemorySettings) -> int:

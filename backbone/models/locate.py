@@ -29,6 +29,8 @@ def locate(model: str) -> Location:
     path = Path(place).expanduser()
     if path.is_dir():
         index = path / "model_index.json"
+        if not index.exists() and (path / "concept.json").exists():
+            raise UserError(f"{path} is a run, not a whole model. Give it with --concept {path}.")
         if not index.exists():
             raise UserError(
                 f"{path} is not a diffusers model: it has no model_index.json. "

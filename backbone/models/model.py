@@ -25,7 +25,7 @@ from backbone.families import checkpoint as single_file
 from backbone.families.base import Family, NoisePath, TextEncoder
 from backbone.families.location import Location
 from backbone.families.registry import families
-from backbone.io.console import UserError
+from backbone.io.console import UserError, progress
 from backbone.io.files import content_hash, read_json
 from backbone.io.records import read_as
 from backbone.models.locate import OWN, locate
@@ -121,13 +121,15 @@ class Backbone:
     @cached_property
     def denoiser(self) -> nn.Module:
         """The network that predicts, in the working precision, its weights frozen."""
-        loaded = self.family.denoiser(self.location, self.dtype).eval().requires_grad_(False)
-        return place_denoiser(loaded, self.placement, self.device)
+        with progress(None, f"loading {self.location.name}", brief=True):
+            loaded = self.family.denoiser(self.location, self.dtype).eval().requires_grad_(False)
+            return place_denoiser(loaded, self.placement, self.device)
 
     @cached_property
     def autoencoder(self) -> nn.Module:
         """Pictures to latents and back."""
-        loaded = self.family.autoencoder(self.location, self.dtype).eval().requires_grad_(False)
+        with progress(None, "loading the autoencoder", brief=True):
+            loaded = self.family.autoencoder(self.location, self.dtype).eval().requires_grad_(False)
         if self.placement.tiling:
             enable_tiling(loaded, self.resolution // 2)
         return loaded.to(self.device)
@@ -136,7 +138,8 @@ class Backbone:
     def text_encoder(self) -> TextEncoder:
         """Prompts to named tensors. Small encoders are in fp32 whatever the precision: they run once."""
         device = torch.device("cpu") if self.placement.text_on_cpu else self.device
-        return self.family.text_encoder(self.location, self.dtype).to(device)
+        with progress(None, "loading the text encoder", brief=True):
+            return self.family.text_encoder(self.location, self.dtype).to(device)
 
     @cached_property
     def path(self) -> NoisePath:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from PIL.Image import Image
@@ -40,11 +40,13 @@ def sample(
     batch: int = 8,
     guided: tuple[float, float] = ALL_STEPS,
     size: Size = MODELS_OWN,
+    advance: Callable[[float], Any] | None = None,
 ) -> Iterator[Image]:
     """Sample the requested images, in order, with `size` (width, height) in pixels.
 
     `guided` is the share of the steps, from noisy to clean, that follow the guidance; the others follow the prompt
-    alone, at half the price (Kynkäänniemi et al. 2024).
+    alone, at half the price (Kynkäänniemi et al. 2024). `advance` is told after each step how many images' worth of
+    work it was.
     """
     for latents in sample_latents(
         model,
@@ -56,6 +58,7 @@ def sample(
         batch=batch,
         guided=guided,
         size=size,
+        advance=advance,
     ):
         for picture in model.decode(latents).cpu():
             yield to_image(picture)
@@ -75,6 +78,7 @@ def sample_latents(
     size: Size = MODELS_OWN,
     clean: Tensor | None = None,
     share: float = 1.0,
+    advance: Callable[[float], Any] | None = None,
 ) -> Iterator[Tensor]:
     """Sample latents, a batch [B, C, H, W] at a time.
 
@@ -99,8 +103,27 @@ def sample_latents(
         predict = model.guided_predictor(text, empty, guidance)
         if guided != ALL_STEPS:
             predict = limit_guidance(guided, predict, model.predictor(text), schedule)
+        if advance is not None:
+            predict = report_steps(predict, advance, len(some) / count_predictions(sampler, rest))
         randoms = [generator(seed, *request.key, "steps") for request in some]
         yield get_sampler(sampler, randoms)(start, predict, rest)
+
+
+def report_steps(predict: Predict, advance: Callable[[float], Any], work: float) -> Predict:
+    """The same predictions; `advance` is told of so much `work` after each."""
+
+    def reporting(noisy: Tensor, level: Level) -> Estimate:
+        estimate = predict(noisy, level)
+        advance(work)
+        return estimate
+
+    return reporting
+
+
+def count_predictions(sampler: Sampler, schedule: Schedule) -> int:
+    """How often a sampler asks for a prediction: once a step, and heun twice unless the step ends without noise."""
+    steps = len(schedule) - 1
+    return 2 * steps - int(float(schedule.b[-1]) == 0) if sampler == "heun" else steps
 
 
 def count_skipped_steps(share: float, steps: int) -> int:
@@ -151,6 +174,24 @@ def initial_noise(
     """ε [C, …] of image (i, j), with the latents' size (H, W) where it is not the model's own."""
     *channels, height, width = model.latent_shape
     return torch.randn((*channels, *(places or (height, width))), generator=generator(seed, i, j))
+
+
+def is_guidance_distilled(model: Backbone) -> bool:
+    """Whether guidance is part of the network's conditioning, so that there is no unconditional prediction."""
+    return model.family.embed_guidance(model.denoiser, encode_prompts_cached(model, [""]), 1.0) is not None
+
+
+def refuse_negative(model: Backbone, negative: str, guidance: float | None) -> None:
+    """`UserError` for a negative prompt without guidance, and where the network is guidance-distilled."""
+    if negative and is_guidance_distilled(model):
+        raise UserError(
+            f"{model.location.name} is guidance-distilled: there is no prediction that could stay away from "
+            f"“{negative}”. Leave --negative out."
+        )
+    if negative and guidance == 1:
+        raise UserError(
+            f"At guidance 1 nothing stays away from “{negative}”. Raise --guidance, or leave --negative out."
+        )
 
 
 def latent_size(model: Backbone, size: Size) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import add_noise, generator
+from backbone.io.console import progress
 from backbone.io.files import content_hash
 from backbone.models.cache import load_or_compute
 from backbone.models.model import Backbone, Posterior
@@ -95,18 +96,20 @@ def _predict(
     levels = model.path.levels
     index = stratified_levels(count, len(levels), generator(seed, "bank"))
     noisy, predictions = [], []
-    for first in range(0, count, batch):
-        numbers = range(first, min(first + batch, count))
-        # sample k's latents and noise come from a generator of its own: they do not depend on the batch
-        random = [generator(seed, "bank", k) for k in numbers]
-        clean = torch.cat(
-            [posteriors[k % len(posteriors)].sample(r) for k, r in zip(numbers, random, strict=True)]
-        )
-        noise = torch.stack([torch.randn(clean.shape[1:], generator=r) for r in random]).to(clean.device)
-        own = index[first : first + batch]
-        x = add_noise(clean, noise, levels[own])
-        noisy.append(x)
-        predictions.append(model.predict(x, own, conditions.repeat(len(x))))
+    with progress(count, "the base's predictions", brief=True) as bar:
+        for first in range(0, count, batch):
+            numbers = range(first, min(first + batch, count))
+            # sample k's latents and noise come from a generator of its own: they do not depend on the batch
+            random = [generator(seed, "bank", k) for k in numbers]
+            clean = torch.cat(
+                [posteriors[k % len(posteriors)].sample(r) for k, r in zip(numbers, random, strict=True)]
+            )
+            noise = torch.stack([torch.randn(clean.shape[1:], generator=r) for r in random]).to(clean.device)
+            own = index[first : first + batch]
+            x = add_noise(clean, noise, levels[own])
+            noisy.append(x)
+            predictions.append(model.predict(x, own, conditions.repeat(len(x))))
+            bar.advance_images(len(x))
     return {"noisy": torch.cat(noisy), "level": index, "prediction": torch.cat(predictions)}
 
 

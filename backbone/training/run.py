@@ -164,8 +164,11 @@ def drive(
         progress(last, label, done=objective.done) as bar,
     ):
         done = objective.done
-        if validate and done < last and validate.due(done) and _stops(validate.call(done), done):
-            return True
+        if validate and done < last and validate.due(done):
+            with bar.pause():
+                reason = validate.call(done)
+            if _stops(reason, done):
+                return True
         for report in kept_on_failure(take_steps(objective, until=last), run):
             step, finished = report.step, report.step == last
             # What the step showed.
@@ -174,13 +177,14 @@ def drive(
             note(report)
             shown = {name: objective.figures[name] for name in SHOWN if name in objective.figures}
             bar.advance(
-                1, images=objective.images, loss=report.loss, learning_rate=report.learning_rate, **shown
+                images=objective.images, loss=report.loss, learning_rate=report.learning_rate, **shown
             )
             # How good the model is by now; not when somebody waits for the end. All processes take the same way.
             halted = processes.any_process(bool(stop)) and not finished
             early = False
             if validate and (finished or validate.due(step)) and not halted:
-                early = _stops(validate.call(step), step, aloud=not finished)
+                with bar.pause():
+                    early = _stops(validate.call(step), step, aloud=not finished)
             # What is kept, from which `resume` goes on.
             if halted or finished or early or step % settings.checkpointing_steps == 0:
                 objective.save(run)
@@ -189,7 +193,8 @@ def drive(
             if early:
                 return not finished
             if preview and preview.due(step) and not finished:
-                preview.call(step)
+                with bar.pause():
+                    preview.call(step)
     return False
 
 

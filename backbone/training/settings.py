@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from backbone.io.console import UserError
+from backbone.io.files import read_json
 from backbone.io.options import Option, build, check_values, effective, fields_of, read_settings
+from backbone.io.records import RunRecord
 
 FILE = "settings.json"
 PANELS = (  # as `--help` shows them
@@ -107,6 +109,7 @@ class TrainingSettings:
             "The frozen base in fewer bits (bitsandbytes, a GPU).",
             "Memory",
             choices=("8bit", "nf4"),
+            packages=dict.fromkeys(("8bit", "nf4"), "bitsandbytes"),
             default_text="no",
         ),
     ] = ""
@@ -175,8 +178,15 @@ def resolve(declared: type[Made], usual: Mapping[str, Any], asked: Mapping[str, 
 def read_run_settings(declared: type[Made], run: Path, program: str) -> Made:
     """The settings of a run folder of `program`; `UserError` when it has none or they are of another version."""
     path = run / FILE
+    if not run.exists():
+        raise UserError(
+            f"There is no run folder {run}. Check the spelling, and the folder that it is named from."
+        )
     if not path.is_file():
         raise UserError(f"{run} is not a run of `{program}` ({FILE} is missing). Name another folder.")
+    written = " ".join(read_json(path, RunRecord).command.split()[:2])
+    if written != program and written.endswith(" train"):
+        raise UserError(f"{run} is a run of `{written}`, not of `{program}`. Name another folder.")
     return read_settings(declared, path)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from backbone.conditions.conditions import Conditions
 from backbone.distributed import processes
-from backbone.io.console import UserError
+from backbone.io.console import UserError, progress
 from backbone.io.files import content_hash
 from backbone.media.crops import ReadCrop, read_crop
 from backbone.media.pictures import ImageRecord, list_images
@@ -158,7 +158,11 @@ def encode_in_parallel(
         return [encode_images_cached(model, one, flip=flip, sizes=size, read=read)[0] for flip in flips]
 
     processes.warm_cache(encode, range(len(pictures)))
-    rows = [encode(row) for row in range(len(pictures))]
+    rows = []
+    with progress(len(pictures), "encoding", brief=True) as bar:
+        for row in range(len(pictures)):
+            rows.append(encode(row))
+            bar.advance_images(1)
     return {flip: [row[place] for row in rows] for place, flip in enumerate(flips)}
 
 
@@ -171,10 +175,12 @@ def predict_missing_masks(
     owners: Sequence[int],
 ) -> list[Tensor | None]:
     """The masks that came with the images, and the base model's own for images that have none."""
-    return [
-        predict_mask(model, posterior, classes[[owner]], empty) if mask is None else mask
-        for mask, posterior, owner in zip(masks, posteriors, owners, strict=True)
-    ]
+    found: list[Tensor | None] = []
+    with progress(len(masks), "finding masks", brief=True) as bar:
+        for mask, posterior, owner in zip(masks, posteriors, owners, strict=True):
+            found.append(predict_mask(model, posterior, classes[[owner]], empty) if mask is None else mask)
+            bar.advance_images(1)
+    return found
 
 
 def sizes_of(pictures: Sequence[ImageRecord], resolution: int) -> list[tuple[int, int]]:
@@ -289,15 +295,17 @@ def sample_class_latents(model: Backbone, class_prompt: str, settings: Settings,
 
     def draw() -> dict[str, Tensor]:
         requests = [Request(class_prompt, (k, 0)) for k in range(count)]
-        parts = sample_latents(
-            model,
-            requests,
-            steps=CLASS_STEPS,
-            guidance=guidance,
-            seed=settings.seed,
-            batch=settings.class_batch,
-        )
-        return {"latents": torch.cat([part.float().cpu() for part in parts])}
+        with progress(count, "drawing class images", brief=True) as bar:
+            parts = sample_latents(
+                model,
+                requests,
+                steps=CLASS_STEPS,
+                guidance=guidance,
+                seed=settings.seed,
+                batch=settings.class_batch,
+                advance=bar.advance_images,
+            )
+            return {"latents": torch.cat([part.float().cpu() for part in parts])}
 
     key = content_hash("\n".join(map(str, facts)).encode())
     return load_or_compute("class", key, draw)["latents"]

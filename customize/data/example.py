@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from backbone.io.examples import example_files
 from backbone.io.files import make_empty_folder, write_bytes
 
 EXAMPLE_FOLDER = Path(__file__).parents[1] / "examples" / "dog"
@@ -17,11 +18,7 @@ EXTRAS = "example"
 def write_example(folder: Path) -> tuple[list[Path], list[Path]]:
     """Copy the example into a folder that is new, empty, or already holds it; returns its images and its extras."""
     images = {folder / source.name: source for source in sorted(EXAMPLE_FOLDER.glob("*.png"))}
-    extras = {
-        folder / EXTRAS / source.name: source
-        for source in sorted(EXAMPLE_FOLDER.with_name("extras").iterdir())
-        if source.suffix in (".png", ".txt")
-    }
+    extras = {folder / EXTRAS / source.name: source for source in example_files()}
     files = {**images, **extras}
     if not folder.is_dir() or {path for path in folder.rglob("*") if path.is_file()} - files.keys():
         make_empty_folder(folder)

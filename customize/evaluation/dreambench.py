@@ -25,7 +25,7 @@ from backbone.io.files import write_json, write_text
 from backbone.io.prompts import prompts_of
 from backbone.media.decode import open_rgb
 from backbone.media.pictures import list_images
-from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
+from backbone.media.sheet import Cell, draw_sheet, number_samples, save_png, split_rows
 from backbone.media.transforms import crop_square
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
@@ -34,6 +34,7 @@ from customize.evaluation.metrics import Scorers, measure_dreambench
 from customize.settings import Settings, read_settings
 
 TABLE = "table.json"
+DREAMBENCH = "dreambench"  # in a run folder
 PROMPT_LIST = re.compile(r"prompt_list\s*=\s*\[(.*?)\]", re.DOTALL)
 PROMPT_ENTRY = re.compile(r"""^\s*(['"])(?P<text>.*?)\1\s*\.format""", re.MULTILINE)
 
@@ -195,9 +196,8 @@ def write_results(
     write_text(out / "table.md", "\n".join([*lines, ""]))
     values = {name: {"mean": mean, "low": low, "high": high} for name, (mean, low, high) in metrics.items()}
     write_json(out / TABLE, {"metrics": values, "prompts": list(prompts), "per_prompt": per_prompt})
-    cells = [
-        Cell(image, prompts[k // per_prompt].format(settings.called())) for k, image in enumerate(images)
-    ]
+    captions = [prompts[k // per_prompt].format(settings.called()) for k in range(len(images))]
+    cells = [Cell(image, caption) for image, caption in zip(images, number_samples(captions), strict=True)]
     save_png(out / "sheet.png", draw_sheet(split_rows(cells, 10), title=title, cell=112))
     return {"text": "\n".join(lines), **metrics}
 
@@ -212,14 +212,17 @@ def sample_images(
     model: Backbone, requests: Sequence[Request], settings: Settings, seed: int, label: str
 ) -> list[Image]:
     """Sample requests with the run's steps and guidance; `label` is shown beside the progress bar."""
-    images = []
     with progress(len(requests), label) as bar:
-        for image in sample(
-            model, requests, steps=settings.sample_steps, guidance=settings.guidance, seed=seed
-        ):
-            images.append(image)
-            bar.advance(images=1)
-    return images
+        return list(
+            sample(
+                model,
+                requests,
+                steps=settings.sample_steps,
+                guidance=settings.guidance,
+                seed=seed,
+                advance=bar.advance_images,
+            )
+        )
 
 
 def load_scorers(chosen: Path | None, model: Backbone) -> Scorers:

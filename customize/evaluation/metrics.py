@@ -28,7 +28,7 @@ from backbone.evaluation.clip import (
     text_scores,
 )
 from backbone.evaluation.statistics import bootstrap_mean
-from backbone.io.console import UserError
+from backbone.io.console import UserError, progress
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from customize.settings import Settings
@@ -119,15 +119,18 @@ class Evaluator:
 
         The first call is the baseline that later ratings are relative to.
         """
-        images = list(
-            sample(
-                self.model,
-                [*self.subject_requests, *self.class_requests],
-                steps=SAMPLING_STEPS,
-                guidance=self.settings.guidance,
-                seed=self.settings.seed,
+        requests = [*self.subject_requests, *self.class_requests]
+        with progress(len(requests), f"evaluating step {step}", brief=True) as bar:
+            images = list(
+                sample(
+                    self.model,
+                    requests,
+                    steps=SAMPLING_STEPS,
+                    guidance=self.settings.guidance,
+                    seed=self.settings.seed,
+                    advance=bar.advance_images,
+                )
             )
-        )
         count = len(self.subject_requests)
         vectors = self.scorers.image_encoder.embed_images(images)
         subject_vectors, class_vectors = vectors[:count], vectors[count:]

@@ -5,17 +5,19 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from backbone.adapters.concept import word_pattern
 from backbone.adapters.embeddings import EMBEDDINGS_FILE as WORDS
 from backbone.io.console import UserError
 from backbone.io.files import read_header
+from backbone.models.locate import OWN
 from backbone.models.model import Backbone
 from customize.data.dataset import preserves
 from customize.settings import METHODS, OWN_WORDS, SHEET, Settings, as_flags
+from customize.training.public import copy_without_paths
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-PRIVATE = ["checkpoint.safetensors", "tensorboard/*", ".*"]  # of use to nobody else
 
 
 def card(settings: Settings, model: Backbone) -> str:
@@ -44,9 +46,10 @@ def card(settings: Settings, model: Backbone) -> str:
 
 
 def push(run: Path, repository: str) -> str:
-    """Uploads a run folder, without what only resuming needs; gives its address. Raises `UserError` where it cannot.
+    """Uploads a run folder, without what only resuming needs and without local paths; gives its address.
 
-    A new repository is private: the sheet and the report show the subject's pictures.
+    Raises `UserError` where it cannot. A new repository is private: the sheet and the report show the subject's
+    pictures.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
@@ -55,12 +58,15 @@ def push(run: Path, repository: str) -> str:
     api = HfApi()
     try:
         made = api.create_repo(repository, exist_ok=True, private=True)
-        api.upload_folder(repo_id=made.repo_id, folder_path=run, ignore_patterns=PRIVATE)
+        with TemporaryDirectory() as temporary:
+            public = Path(temporary) / run.name
+            copy_without_paths(run, public)
+            api.upload_folder(repo_id=made.repo_id, folder_path=public)
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, httpx.HTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"The run is finished in {run}, but it could not be uploaded as {repository} ({reason}). "
-            f"Log in with: hf auth login; then: hf upload {repository} {run}"
+            f"Log in with: hf auth login; then: customize train --resume {run}"
         ) from error
     return str(made)
 
@@ -71,7 +77,9 @@ def quoted(text: str) -> str:
     return f'"{escaped}"'
 
 
-def readme(run: Path, settings: Settings, prompts: list[str], seconds: dict[str, float]) -> str:
+def readme(
+    run: Path, settings: Settings, model: Backbone, prompts: list[str], seconds: dict[str, float]
+) -> str:
     """The run's README.md."""
     first = settings.subjects()[0]
     instance, prior = first.filled(settings.instance_prompt), first.filled(settings.class_prompt)
@@ -100,7 +108,7 @@ def readme(run: Path, settings: Settings, prompts: list[str], seconds: dict[str,
         "",
         f'    customize sample "{prompts[0] if prompts else instance}" --concept {run}',
         "",
-        *in_diffusers(run, settings, instance),
+        *in_diffusers(run, settings, model, instance),
         "",
     ]
     return "\n".join(lines)
@@ -129,9 +137,21 @@ def load_words_in_diffusers(path: Path) -> list[str]:
     return lines
 
 
-def in_diffusers(run: Path, settings: Settings, instance: str) -> list[str]:
+def open_in_diffusers(model: Backbone) -> list[str]:
+    """The lines that open the model as diffusers' pipeline."""
+    location = model.location
+    kind = str(location.index["_class_name"])
+    if location.name in OWN:
+        place = f'files("backbone") / "{location.name}"'
+        imports = ["from importlib.resources import files", ""]
+        return [*imports, f"from diffusers import {kind}", "", f"pipeline = {kind}.from_pretrained({place})"]
+    opens = "from_single_file" if location.file else "from_pretrained"
+    return [f"from diffusers import {kind}", "", f"pipeline = {kind}.{opens}({location.source!r})"]
+
+
+def in_diffusers(run: Path, settings: Settings, model: Backbone, instance: str) -> list[str]:
     """How the concept is used in diffusers, as far as it reads these files."""
-    lines = []
+    lines: list[str] = []
     if settings.method in OWN_WORDS:
         lines += load_words_in_diffusers(run / WORDS)
     if settings.method in ("lora", "pivotal") and settings.adapter in ("lora", "dora"):
@@ -143,4 +163,5 @@ def in_diffusers(run: Path, settings: Settings, instance: str) -> list[str]:
     prompt = (
         instance if itself else re.sub(word_pattern(settings.token), lambda _: settings.token_words, instance)
     )
-    return ["In diffusers:", "", "```python", *lines, f'pipeline("{prompt}")', "```"]
+    drawn = [f"image = pipeline({prompt!r}).images[0]", 'image.save("picture.png")']
+    return ["In diffusers:", "", "```python", *open_in_diffusers(model), *lines, *drawn, "```"]

@@ -1,4 +1,4 @@
-"""Validation during training: metrics, the best checkpoint, early stopping, previews, and the report."""
+"""Validation during training: metrics, the best checkpoint, early stopping, previews."""
 
 from __future__ import annotations
 
@@ -15,33 +15,25 @@ from backbone.diffusion.losses import denoising_score_matching
 from backbone.diffusion.noise import add_noise, generator
 from backbone.distributed import processes
 from backbone.distributed.processes import is_main_process, is_participant
-from backbone.io.console import notify
+from backbone.io.console import notify, progress
 from backbone.io.files import append_jsonl, read_jsonl, write_text
-from backbone.io.report import (
-    command,
-    heading,
-    image_figure,
-    line_plot,
-    paragraph,
-    plot_row,
-    table,
-    write_report,
-)
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
-from backbone.training.run import LOG, LoggedLoss
-from customize.evaluation.metrics import VALIDATION_PROMPTS, ConceptMetrics, EarlyStopping, Evaluator, Scorers
+from customize.evaluation.metrics import (
+    VALIDATION_PROMPTS,
+    ConceptMetrics,
+    EarlyStopping,
+    Evaluator,
+    Scorers,
+    mean_similarity,
+)
 from customize.objectives.dreambooth import DreamBooth, level_weight
-from customize.settings import Settings, as_flags
+from customize.settings import Settings
+from customize.training.card import described
+from customize.training.report import STRIPS, RunReport
 
 EVALUATIONS = "evaluations.jsonl"
-REPORT = "report.html"
-STRIPS = "evaluations"
-RULE = (
-    "The best checkpoint has the highest rating: the harmonic mean of how far the likeness has come, from where it "
-    "started to that of the subject's pictures among themselves, and of how much obedience to prompts is left."
-)
 
 
 class Validation:
@@ -52,19 +44,28 @@ class Validation:
     """
 
     def __init__(
-        self, run: Path, training: DreamBooth, concept: Concept, read_subject: Callable[[], Sequence[Image]]
+        self,
+        report: RunReport,
+        training: DreamBooth,
+        concept: Concept,
+        read_subject: Callable[[], Sequence[Image]],
     ) -> None:
-        self.run, self.training, self.concept = run, training, concept
+        self.run, self.report, self.training, self.concept = report.run, report, training, concept
         settings, model = training.settings, training.model
         own = model.location.local("scorer")
         self.evaluator = None
         self.patience = EarlyStopping(settings.patience or settings.steps)
-        scorers = (
-            Scorers.load(settings.scorer, own) if settings.evaluation_steps and is_participant() else None
-        )
-        if scorers is not None:
+        self.report.history = self.patience.history
+        if not settings.evaluation_steps or not is_participant():
+            return
+        with progress(None, "loading the scorer", brief=True):
+            scorers = Scorers.load(settings.scorer, own)
+            if scorers is None:
+                return
             self.evaluator = Evaluator(model, scorers, concept, settings, read_subject())
-            self._remember()
+        self._remember()
+        self.report.likeness = scorers.image_encoder.similarity_name
+        self.report.ceiling = mean_similarity(self.evaluator.subject)
 
     def __call__(self, step: int) -> str:
         """Placement the run as it is now, once for each step; the reason to stop, when patience has run out."""
@@ -85,16 +86,20 @@ class Validation:
         """Writes the figures and the pictures, and the weights if they are the best so far."""
         append_jsonl(self.run / EVALUATIONS, asdict(figures))
         self._strip(figures, drawn)
+        prompts = [prompt.format(self.training.settings.called()) for prompt in VALIDATION_PROMPTS]
+        self.report.samples = list(zip(drawn, prompts, strict=False))  # behind them the class alone
+        self.report.renew(figures.step)
         if best:
             folder = self.run / BEST
             folder.mkdir(exist_ok=True)
             files = self.training.write(folder, {"limner_step": str(figures.step)})
             replace(self.concept, **files).write(folder)
 
-    def report(self, settings: Settings) -> None:
-        """Writes `report.html`, and says which step was best."""
-        history = self.patience.history
+    def report_end(self) -> None:
+        """Finishes the report, and says which step was best."""
+        history, settings = self.patience.history, self.training.settings
         if self.evaluator is None or not history:
+            self.report.finish(f"All {settings.steps} steps were taken.", None)
             return
         best, last = self.patience.best, history[-1]
         stopped = last.step < settings.steps
@@ -105,41 +110,7 @@ class Validation:
             else f"All {settings.steps} steps were taken."
         )
         notify(f"The best of {len(history)} evaluations is step {best.step}, in {self.run / BEST}. {why}")
-        names = ("subject_fidelity", "prompt_fidelity", "prior_preservation", "diversity", "loss", "rating")
-        likeness = f"{self.evaluator.scorers.image_encoder.similarity_name} with the subject"
-        titles = (likeness, "CLIP-T", "PRES (lower is better)", "DIV", "loss", "rating")
-        drawn = [
-            line_plot(title, {title: [(f.step, getattr(f, name)) for f in history]}, marked=best.step)
-            for name, title in zip(names, titles, strict=True)
-        ]
-        log = read_jsonl(self.run / LOG, LoggedLoss)
-        drawn.append(line_plot("training loss (mean of 20)", {"": smoothed([(x.step, x.loss) for x in log])}))
-        rows = [(f.step, *(float(getattr(f, name)) for name in names)) for f in history]
-        strips = [
-            image_figure(
-                self.run / STRIPS / f"step-{f.step:06d}.png", f"step {f.step}, rating {f.rating:.2f}"
-            )
-            for f in history
-        ]
-        write_report(
-            self.run / REPORT,
-            settings.called(),
-            [
-                paragraph(f"{why} {RULE}"),
-                plot_row(drawn),
-                heading("Evaluations"),
-                table(("step", *titles), rows),
-                heading("The same noise along training"),
-                paragraph(
-                    "First "
-                    + ", ".join(p.format(settings.called()) for p in VALIDATION_PROMPTS)
-                    + "; then the class alone."
-                ),
-                *strips,
-                heading("Again"),
-                command(as_flags(settings, self.run)),
-            ],
-        )
+        self.report.finish(why, best.step)
 
     def _remember(self) -> None:
         """Takes up what an interrupted run has measured, and forgets what lies behind its checkpoint."""
@@ -149,18 +120,12 @@ class Validation:
         kept = [line for line in read_jsonl(path, ConceptMetrics) if line.step <= self.training.done]
         if is_main_process():
             write_text(path, "".join(json.dumps(asdict(line)) + "\n" for line in kept))
-        self.patience.history = kept
+        self.patience.history[:] = kept
         self.evaluator.baseline = self.patience.history[0] if kept else None
 
     def _strip(self, figures: ConceptMetrics, drawn: Sequence[Image]) -> None:
         path = self.run / STRIPS / f"step-{figures.step:06d}.png"
-        save_png(path, draw_sheet([[Cell(image) for image in drawn]], cell=112))
-
-
-def smoothed(points: Sequence[tuple[float, float]], *, window: int = 20) -> list[tuple[float, float]]:
-    """The mean of each `window` points, at their last x."""
-    groups = [points[first : first + window] for first in range(0, len(points), window)]
-    return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups if group]
+        save_png(path, draw_sheet(split_rows(drawn, len(VALIDATION_PROMPTS)), cell=128))
 
 
 NOISE_SAMPLES = 24
@@ -196,10 +161,11 @@ def fixed_loss(training: DreamBooth) -> float:
 
 
 class Previews:
-    """Draws the run's prompts with the adapter in training."""
+    """Draws the run's prompts with the adapter in training; `drawn` are the last images with their prompts."""
 
     def __init__(self, model: Backbone, settings: Settings, concept: Concept) -> None:
         self.model, self.settings = model, settings
+        self.drawn: list[tuple[Image, str]] = []
         names = [subject.called() for subject in settings.subjects()]
         self.prompts = [
             prompt.replace("{}", names[number % len(names)])
@@ -217,21 +183,28 @@ class Previews:
         """
         if not processes.is_participant():
             return []
-        drawn: list[Image] = list(
-            sample(
-                self.model,
-                self.requests[:count],
-                steps=self.settings.sample_steps,
-                guidance=self.settings.guidance,
-                seed=self.settings.seed,
+        requests = self.requests[:count]
+        with progress(
+            len(requests), "drawing the sheet" if subject else "drawing a preview", brief=True
+        ) as bar:
+            drawn: list[Image] = list(
+                sample(
+                    self.model,
+                    requests,
+                    steps=self.settings.sample_steps,
+                    guidance=self.settings.guidance,
+                    seed=self.settings.seed,
+                    advance=bar.advance_images,
+                )
             )
-        )
-        cells = [Cell(picture, prompt) for picture, prompt in zip(drawn, self.prompts, strict=False)]
+        self.drawn = list(zip(drawn, self.prompts, strict=False))
+        cells = [Cell(picture, prompt) for picture, prompt in self.drawn]
         rows = ([list(subject)] if subject else []) + split_rows(cells, 4)
         titles = ["The subject", "What the model draws now"] if subject else []
         settings = self.settings
         how = f"{settings.sample_steps} steps, guidance {settings.guidance:g}, seed {settings.seed}"
-        note = f"{settings.model}, {how}"
+        trained = f"{described(settings)}, {settings.steps} steps" if subject else path.stem
+        note = f"{trained}; {settings.model}, {how}"
         if processes.is_main_process():
             save_png(path, draw_sheet(rows, title=self.settings.called(), note=note, row_titles=titles))
         return self.prompts[:count]

@@ -29,6 +29,7 @@ from customize.settings import FILE, SHEET, Settings, Subject, as_flags, read_se
 from customize.training.card import card, push, readme
 from customize.training.evaluation import Previews, Validation
 from customize.training.memory import budgeted
+from customize.training.report import PREVIEWS, RunReport
 from customize.training.subjects import fields_of_subjects, group_of, with_nouns, with_words
 
 MASKS = "masks.png"
@@ -155,12 +156,18 @@ def carry_on(
     shown = [read(picture, side) for picture in everything[:SHOWN]]
     prepared = time.perf_counter()
     previews = Previews(model, settings, concept)
-    validation = Validation(run, training, concept, lambda: [read(picture, side) for picture in pictures[0]])
+    report = RunReport(run, settings, shown)
+    validation = Validation(
+        report, training, concept, lambda: [read(picture, side) for picture in pictures[0]]
+    )
     read.forget()
 
     def preview(step: int) -> None:
         with training.averaged():
-            previews.save(run / "previews" / f"step-{step:06d}.png", count=4)
+            previews.save(run / PREVIEWS / f"step-{step:06d}.png", count=4)
+        if processes.is_main_process():
+            report.samples = previews.drawn
+            report.renew(step)
 
     drive(
         training,
@@ -171,9 +178,12 @@ def carry_on(
         tensorboard=settings.report_to == "tensorboard",
     )
     times = {"prepare": prepared - began, "train": time.perf_counter() - prepared}
-    finish(run, training, concept, validation)
+    finish(run, training, concept)
     with training.averaged():
         prompts = previews.save(run / SHEET, count=8, subject=shown)
+    report.samples = previews.drawn
+    if processes.is_main_process():
+        validation.report_end()
     times |= {"show": time.perf_counter() - began - sum(times.values()), "all": time.perf_counter() - began}
     if processes.is_main_process():
         describe(run, settings, model, prompts, {name: round(value, 2) for name, value in times.items()})
@@ -195,8 +205,8 @@ def open_model(settings: Settings) -> Backbone:
     )
 
 
-def finish(run: Path, training: DreamBooth, concept: Concept, validation: Validation) -> None:
-    """Writes what was learned, and the report of its evaluations."""
+def finish(run: Path, training: DreamBooth, concept: Concept) -> None:
+    """Writes what was learned."""
     if not processes.is_main_process():
         return
     header = {
@@ -205,7 +215,6 @@ def finish(run: Path, training: DreamBooth, concept: Concept, validation: Valida
         "base_model": concept.model,
     }
     dataclasses.replace(concept, **training.write(run, header)).write(run)
-    validation.report(training.settings)
 
 
 def describe(
@@ -217,7 +226,7 @@ def describe(
 ) -> None:
     """Writes the run's record with its timings and its README, and uploads the folder where that is asked for."""
     write_record(run, settings, timings=seconds)
-    write_text(run / "README.md", card(settings, model) + readme(run, settings, prompts, seconds))
+    write_text(run / "README.md", card(settings, model) + readme(run, settings, model, prompts, seconds))
     if settings.push_to_hub:
         notify(f"Uploaded to {push(run, settings.hub_model_id or run.name)} (private, if it is new).")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from backbone.adapters.concept import mentions
-from backbone.io.console import UserError, notify
-from backbone.io.options import fields_of, refuse_idle, unmet
+from backbone.io.console import UserError, notify, progress
+from backbone.io.options import fields_of, refuse_idle, require_packages, unmet
 from backbone.io.run_folder import absolute, run_name
 from customize.settings import OWN_WORDS, Settings, Subject, read_subject, resolved
 
@@ -30,11 +30,14 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
         "class_noun": "",
         "subject": [one.flag() for one in subjects[1:]],
     }
-    refuse_idle(resolved({**placeholder, **settings}, {}), asked)
+    wanted = resolved({**placeholder, **settings}, {})
+    refuse_idle(wanted, asked)
+    require_packages(wanted)
     from customize.data.folders import read_images
 
     images = read_images(subjects, settings.get("caption_column", ""), settings.get("image_column", ""))
-    from customize.training.run import train_concept
+    with progress(None, "starting", brief=True):  # torch and diffusers
+        from customize.training.run import train_concept
 
     if out is None and "images" in asked and Path(asked["images"]).expanduser().is_dir():
         out = Path("runs") / run_name(asked["images"])  # not the name of a folder in it

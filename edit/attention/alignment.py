@@ -17,6 +17,7 @@ tokens are those of all of them, and each takes attention from its own change.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
@@ -151,7 +152,13 @@ class Alignment:
         return source, target
 
     def __str__(self) -> str:
-        """Three lines: the source's words, what became of them, the target's words."""
+        return self.describe({})
+
+    def describe(self, spoken: Mapping[str, str]) -> str:
+        """Three lines: the source's words, what became of them, the target's words.
+
+        `spoken` says what a person writes for words that the model reads, as a concept's.
+        """
         columns = [["source", "", "target"]]  # of the table, three cells each
         for span in self.spans:
             label = "" if span.change == "kept" else str(span.change)
@@ -159,12 +166,21 @@ class Alignment:
                 before = len(_positions_in(self.source.sections[0], _positions(span.source)))
                 after = len(_positions_in(self.target.sections[0], _positions(span.target)))
                 label += f" ({before}→{after} tokens)" if before != after else ""
-            columns.append([_text_of(span.source), label, _text_of(span.target)])
+            texts = [speak(_text_of(words), spoken) for words in (span.source, span.target)]
+            columns.append([texts[0], label, texts[1]])
         widths = [max(map(len, column)) for column in columns]
         padded = [
             [cell.ljust(width) for cell in column] for column, width in zip(columns, widths, strict=True)
         ]
         return "\n".join(" │ ".join(line).rstrip() for line in zip(*padded, strict=True))
+
+
+def speak(text: str, spoken: Mapping[str, str]) -> str:
+    """A text in which whole words that the model reads, whatever their case, are what a person writes for them."""
+    for words, token in spoken.items():
+        pattern = rf"(?<!\w){re.escape(words)}(?!\w)"
+        text = re.sub(pattern, token.replace("\\", r"\\"), text, flags=re.IGNORECASE)
+    return text
 
 
 def read_prompt(tokenizer: Any, text: str) -> TokenizedPrompt:

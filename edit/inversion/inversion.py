@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -40,6 +40,7 @@ from backbone.io.records import parse_json, read_as
 from backbone.media.transforms import to_image
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
+from backbone.models.sample import is_guidance_distilled
 from edit import checks
 from edit.inversion.null_text import optimize_null_texts
 from edit.inversion.trajectories import (
@@ -52,7 +53,7 @@ from edit.inversion.trajectories import (
     two_step,
 )
 from edit.pictures import EncodedImage, ImageLike, encode_image
-from edit.sampling import CountNFE, guidance_of, is_guidance_distilled, schedule_of
+from edit.sampling import CountNFE, guidance_of, schedule_of
 
 Method = Literal["direct", "ddim", "null-text", "negative-prompt", "edit-friendly", "renoise", "reversible"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -187,12 +188,14 @@ def invert(
     seed: int = 0,
     iterations: int = 10,
     identity: str | None = None,
+    progress: Callable[[], Any] = lambda: None,
 ) -> Inversion:
     """Inverts an image that shows what the prompt says (in the model's words).
 
     `guidance` and `iterations` (Adam's, a step) are for null-text alone, `seed` for edit-friendly alone. `identity` is
     that of the model with the concepts that were loaded into it (`identify`); without any it is the model's own. The
-    image keeps its shape, up to 2 : 1, at about the model's own number of pixels.
+    image keeps its shape, up to 2 : 1, at about the model's own number of pixels. `progress` is called as often as
+    `count_rounds` says: for each prediction along the way up, and each step of null-text's way down.
 
     Raises `UserError` for an image that cannot be read, an empty prompt, or a method or number of steps that is not.
     """
@@ -212,7 +215,7 @@ def invert(
         )
     encoded = encode_image(model, image)
     schedule = schedule_of(model, steps, encoded.latent)
-    predict = CountNFE(model.predictor(encode_prompts_cached(model, [prompt])))
+    predict = CountNFE(model.predictor(encode_prompts_cached(model, [prompt])), progress)
     noise = empties = None
     with torch.no_grad():
         match method:
@@ -256,6 +259,11 @@ def invert(
         guidance=made_for,
         facts=encoded.facts,
     )
+
+
+def count_rounds(method: Method, steps: int) -> int | None:
+    """How often `invert` predicts; None where that depends on the image."""
+    return {"renoise": None, "null-text": 2 * steps}.get(method, steps)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from backbone.diffusion.noise import add_noise, generator
 from backbone.diffusion.samplers import deterministic_step
 from backbone.io.console import UserError
 from backbone.models.cache import encode_prompts_cached
+from backbone.models.sample import refuse_negative
 from edit import checks
 from edit.attention.alignment import require, tokenize_prompt
 from edit.attention.control import Control
@@ -22,7 +23,7 @@ from edit.masks import align_to_edges, difference_maps, evidence_maps, fill_smoo
 from edit.phrases import things, without
 from edit.pictures import ImageLike
 from edit.result import Result
-from edit.sampling import Frames, as_strong_as_state, guidance_of, nfe_of, refuse_negative
+from edit.sampling import Frames, as_strong_as_state, guidance_of, nfe_of
 
 STRENGTH, GUIDANCE, THRESHOLD = 0.5, 1.0, 0.3
 # Of the image's shorter side: how far a mask is grown around a thing, for its edge and its shadow

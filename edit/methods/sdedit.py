@@ -14,6 +14,7 @@ from backbone.diffusion.samplers import deterministic_step
 from backbone.diffusion.schedules import truncate_schedule
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
+from backbone.models.sample import refuse_negative
 from edit import checks
 from edit.masks import load_latent_mask
 from edit.pictures import ImageLike, encode_image
@@ -23,7 +24,6 @@ from edit.sampling import (
     as_strong_as_state,
     guidance_of,
     nfe_of,
-    refuse_negative,
     schedule_of,
 )
 

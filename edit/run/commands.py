@@ -10,6 +10,7 @@ from PIL import Image
 
 from backbone.io.console import UserError, notify, progress
 from edit import checks
+from edit.inversion.inversion import Inversion
 from edit.methods.compose import compose
 from edit.methods.flow_edit import flow_edit
 from edit.methods.interpolate import interpolate
@@ -65,10 +66,13 @@ def run_replace(
     if inversion is None:
         inversion = start.open(loaded, guidance=asked.guidance)
     for target, alignment in zip(targets, alignments, strict=True):
-        notify(f"→ {target}\n{alignment}" if len(targets) > 1 else str(alignment))
+        became = alignment.describe(loaded.spoken)
+        notify(f"→ {target}\n{became}" if len(targets) > 1 else became)
     with progress(inversion.steps - inversion.start(asked.strength), "editing") as bar:
         result = replace_words(inversion, resolved, asked, alignments=alignments, progress=bar.advance)
-    return replace(result, prompts=targets, title=start.source or inversion.prompt)
+    control = settings.get("control", "prompt-to-prompt")
+    title = f"{start.source or inversion.prompt}: {control} on {_how(inversion)}"
+    return replace(result, prompts=targets, title=title, spoken=loaded.spoken)
 
 
 def run_sdedit(
@@ -86,9 +90,8 @@ def run_sdedit(
             loaded.model, image, loaded.resolve(prompt), strength=strength, steps=steps, progress=bar.advance,
             **_settings(loaded, **settings),
         )  # fmt: skip
-    return replace(
-        result, prompts=(prompt,) * len(result.prompts), title=f"SDEdit: {prompt}, strength {strength:g}"
-    )
+    title = f"SDEdit: {prompt}, strength {strength:g} of {steps} steps"
+    return replace(result, prompts=(prompt,) * len(result.prompts), title=title)
 
 
 def run_flow_edit(
@@ -107,7 +110,9 @@ def run_flow_edit(
             loaded.model, image, loaded.resolve(source), [loaded.resolve(target) for target in targets],
             strength=strength, steps=steps, progress=bar.advance, **_settings(loaded, **settings),
         )  # fmt: skip
-    return replace(result, prompts=tuple(targets), title=f"FlowEdit: {source}")
+    return replace(
+        result, prompts=tuple(targets), title=f"FlowEdit: {source}, strength {strength:g} of {steps} steps"
+    )
 
 
 def run_remove(
@@ -135,7 +140,7 @@ def run_remove(
             inversion, loaded.resolve(word), prompt=None if prompt is None else loaded.resolve(prompt), mask=mask,
             strength=strength, seed=start.seed, progress=bar.advance, **_settings(loaded, **settings),
         )  # fmt: skip
-    title = f"without {word or 'what the mask covers'}: {source}"
+    title = f"without {word or 'what the mask covers'}: {source}, {_how(inversion)}"
     return replace(result, prompts=(seen,) * len(result.prompts), title=title)
 
 
@@ -156,7 +161,7 @@ def run_compose(
             inversion, resolved, strength=strength, progress=bar.advance, **_settings(loaded, **settings)
         )
     caption = ", ".join(f"{prompt} × {weight:g}" for prompt, weight in weighted)
-    return replace(result, prompts=(caption,), title=f"composed: {caption}")
+    return replace(result, prompts=(caption,), title=f"composed: {caption}, {_how(inversion)}")
 
 
 def run_interpolate(
@@ -177,7 +182,13 @@ def run_interpolate(
     with progress(ends[0].steps, "interpolating") as bar:
         result = interpolate(ends[0], ends[1], count=count, progress=bar.advance)
     prompts = (first_prompt, *result.prompts[1:-1], second_prompt)
-    return replace(result, prompts=prompts, title=f"from {first_prompt} to {second_prompt}")
+    title = f"from {first_prompt} to {second_prompt}, {_how(ends[0])}"
+    return replace(result, prompts=prompts, title=title)
+
+
+def _how(inversion: Inversion) -> str:
+    """The method and the steps of an inversion, for a title."""
+    return f"{inversion.method} inversion, {inversion.steps} steps"
 
 
 def there_and_back(result: Result) -> list[Image.Image]:

@@ -9,11 +9,11 @@ from typing import Any
 
 from backbone.adapters.concept import Concept, read_concept, resolve_placeholder_tokens, summarize_concepts
 from backbone.distributed.device import PRECISIONS
-from backbone.io.console import UserError, notify
+from backbone.io.console import UserError, notify, progress
 from backbone.io.files import read_metadata
 from backbone.models.model import Backbone
 from edit import checks
-from edit.inversion.inversion import Inversion, Method, identify, invert, read_inversion
+from edit.inversion.inversion import Inversion, Method, count_rounds, identify, invert, read_inversion
 from edit.methods.prompt_to_prompt.settings import PRESETS, ReplaceSettings
 from edit.pictures import ImageLike
 
@@ -37,6 +37,11 @@ class ModelWithConcepts:
     def resolve(self, prompt: str) -> str:
         """A person's prompt in the model's words: placeholder tokens replaced by what they stand for."""
         return resolve_placeholder_tokens(prompt, self.concepts)
+
+    @property
+    def spoken(self) -> dict[str, str]:
+        """What a person writes for the words that the model reads: a concept's token."""
+        return {words: token for concept in self.concepts for token, words in concept.tokens.items()}
 
     def facts(self) -> dict[str, Any]:
         """For the record."""
@@ -98,10 +103,12 @@ class Start:
             raise UserError("There is nothing to edit. Give an image, or an inversion with --inversion FILE.")
         prompt = checks.prompt(self.source or "", "source prompt")
         notify(f"Inverting {getattr(self.image, 'name', self.image)} ({self.method}, {self.steps} steps) …")
-        return invert(
-            loaded.model, self.image, loaded.resolve(prompt), method=self.method, steps=self.steps, guidance=guidance,
-            seed=self.seed, iterations=self.iterations, identity=loaded.identity,
-        )  # fmt: skip
+        with progress(count_rounds(self.method, self.steps), "inverting", brief=True) as bar:
+            return invert(
+                loaded.model, self.image, loaded.resolve(prompt), method=self.method, steps=self.steps,
+                guidance=guidance, seed=self.seed, iterations=self.iterations, identity=loaded.identity,
+                progress=bar.advance,
+            )  # fmt: skip
 
 
 START = tuple(Start.__dataclass_fields__)

@@ -16,14 +16,32 @@ from torch import Tensor
 from backbone.io.files import write_bytes, write_json, write_text
 from backbone.io.report import command, heading, image_figure, paragraph, table, write_report
 from backbone.io.run_folder import package_versions
+from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import mask_to_tensor
+from edit.attention.alignment import speak
 from edit.masks import mask_to_image
 from edit.result import Result
 
 RECORD = "run.json"
 REPORT = "report.html"
 INVERSION = "inversion.safetensors"
+UNTOLD = (  # in an image: where files lay, and what changes nothing in it
+    *(
+        "image",
+        "inversion",
+        "mask",
+        "first",
+        "second",
+        "model",
+        "scorer",
+        "metrics",
+        "film",
+        "device",
+        "scale",
+    ),
+    *("prompt", "first_prompt", "second_prompt"),  # which the image's own prompt says
+)
 TITLES = {
     "psnr_db": "PSNR to the source, dB",
     "background_psnr_db": "background PSNR, dB",
@@ -31,6 +49,16 @@ TITLES = {
     "structure_distance": "structure distance",
     "scorer_whole": "scorer, whole",
     "scorer_edited_region": "scorer, edited region",
+}
+
+
+COUNTS = {
+    "nfe": "evaluations of the denoiser (NFE)",
+    "nfe_of_inversion": "of these for the inversion",
+    "reconstruction_psnr_db": "PSNR of the reconstruction, dB",
+    "autoencoder_psnr_db": "PSNR of the autoencoder alone, dB",
+    "seconds": "time, s",
+    "peak_memory_mb": "peak memory, MB",
 }
 
 
@@ -52,14 +80,15 @@ def publish(
     images, masks = result.images, mask_images(result)
     save_png(folder / "source.png", result.source)
     for number, (image, prompt) in enumerate(zip(images, result.prompts, strict=True)):
-        save_png(folder / f"edit_{number}.png", image, text={"prompt": prompt})
+        text = describe_drawing(prompt, image.size, {**facts_of_edit(result, record), "edit_number": number})
+        save_png(folder / f"edit_{number}.png", image, text=text)
     if result.trajectory is not None:
         save_png(folder / "reconstruction.png", result.reconstruction)
     for number, mask in enumerate(masks):
         save_png(folder / f"mask_{number}.png", mask)
     page = draw_result_sheet(result, images, masks)
     save_png(folder / "sheet.png", page)
-    strips = draw_heatmaps(result, images)
+    strips = {speak(word, result.spoken): strip for word, strip in draw_heatmaps(result, images).items()}
     for word, strip in strips.items():
         save_png(folder / f"heatmap_{slug(word)}.png", strip)
     if frames:
@@ -68,14 +97,18 @@ def publish(
         {"file": f"edit_{number}.png", "prompt": prompt, **(figures[number] if figures else {})}
         for number, prompt in enumerate(result.prompts)
     ]
-    alignments = [str(alignment) for alignment in result.alignments]
+    alignments = [alignment.describe(result.spoken) for alignment in result.alignments]
     entries = {"edits": edits, "alignment": alignments, "versions": package_versions()}
     write_json(
         folder / RECORD, {**record, "image": dict(result.encoded.facts), **result.facts, **counts, **entries}
     )
     parts = [image_figure(page, "source, reconstruction, edits, masks and differences")]
     parts += figures_table(result.prompts, figures) if figures else []
-    rows = [(name.replace("_", " "), "–" if value is None else value) for name, value in counts.items()]
+    if frames:
+        parts += [
+            image_figure(folder / "trajectory.gif", "what the edits were estimated to become, step by step")
+        ]
+    rows = [(COUNTS.get(name, name), "–" if value is None else value) for name, value in counts.items()]
     parts += [heading("The run"), table(("", ""), rows)]
     if alignments:
         parts += [heading("What became of the words"), *(command(text) for text in alignments)]
@@ -83,6 +116,26 @@ def publish(
         parts += [heading("Where words look"), *(image_figure(strip, word) for word, strip in strips.items())]
     write_report(folder / REPORT, result.title, [*parts, heading("Again"), command(again)])
     write_text(folder / "README.md", readme(result, again=again, said=record["said"]))
+
+
+def facts_of_edit(result: Result, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What an edit's image says of how it came about: command, model, concepts and every setting that is a value."""
+    settings = {
+        name: value
+        for name, value in record["settings"].items()
+        if isinstance(value, (str, int, float)) and name not in UNTOLD
+    }
+    steps = {"steps": result.inversions[0].steps} if result.inversions else {}
+    guidance = {name: value for name, value in result.facts.items() if isinstance(value, (str, float))}
+    return {
+        "edit": record["command"],
+        "sampler": settings.pop("method", record["command"]),
+        "model": record["model"],
+        **settings,
+        **steps,
+        **guidance,
+        **describe_concepts([one["folder"] for one in record["concepts"]], record["scale"]),
+    }
 
 
 def mask_images(result: Result) -> list[Image.Image]:
@@ -94,16 +147,17 @@ def mask_images(result: Result) -> list[Image.Image]:
 def draw_result_sheet(
     result: Result, images: Sequence[Image.Image], masks: Sequence[Image.Image]
 ) -> Image.Image:
-    """Source, reconstruction and edits; below, where they were allowed to differ, and how far they do."""
+    """Source and reconstruction; beside them in a row each edit, where it might differ, and how far it does."""
     lead: list[Cell | Image.Image | None] = [Cell(result.source, "source")]
     if result.trajectory is not None:
         lead.append(Cell(result.reconstruction, "reconstruction"))
-    blank: list[Cell | Image.Image | None] = [None] * len(lead)
-    rows = [[*lead, *(Cell(image, prompt) for image, prompt in zip(images, result.prompts, strict=True))]]
-    if masks:
-        rows.append([*blank, *(Cell(mask, "mask") for mask in masks)])
-    apart = [Cell(difference(result.source, image), "difference to the source") for image in images]
-    return draw_sheet([*rows, [*blank, *apart]], title=result.title, cell=192)
+    rows = []
+    for number, (image, prompt) in enumerate(zip(images, result.prompts, strict=True)):
+        row = [*lead, Cell(image, prompt)]
+        row += [Cell(masks[number], "mask")] if masks else []
+        rows.append([*row, Cell(difference(result.source, image), "difference to the source")])
+        lead = [None] * len(lead)
+    return draw_sheet(rows, title=result.title)
 
 
 def draw_heatmaps(result: Result, images: Sequence[Image.Image]) -> dict[str, Image.Image]:

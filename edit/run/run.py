@@ -8,19 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError
-from backbone.io.files import (
-    content_hash,
-    fill_folder,
-    make_empty_folder,
-    make_numbered_folder,
-    read_json,
-)
+from backbone.io.files import content_hash, fill_folder, make_numbered_folder, new_folder, read_json
 from backbone.io.records import read_as
 from backbone.io.run_folder import hold_folder
 from edit.pictures import read_image, read_mask
@@ -176,12 +170,9 @@ def _run(
 
 @contextmanager
 def _claim(out: Path | None) -> Iterator[None]:
-    """Takes the folder that was named; where nothing came of it, it is gone again."""
-    if out is not None:
-        make_empty_folder(out)
-    try:
-        with nullcontext() if out is None else hold_folder(out):
-            yield
-    finally:
-        if out is not None and out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
+    """Takes the folder that was named; after a mistake it is gone again."""
+    if out is None:
+        yield
+        return
+    with new_folder(out, out) as folder, hold_folder(folder):
+        yield

@@ -1,6 +1,6 @@
 """The packaged example: the demo glyph, plain, in five places; a scene to edit; prompts to draw and prompts held out.
 
-python -m recipes.moji.example_dog            writes customize/examples/dog/*.png and customize/examples/extras/
+python -m recipes.moji.example_dog            writes customize/examples/dog/*.png and backbone/examples/
 """
 
 from __future__ import annotations
@@ -33,11 +33,14 @@ def prompts() -> list[str]:
     return list(found)
 
 
-def main(out: Annotated[Path, typer.Option()] = Path("customize/examples")) -> None:
+def main(
+    out: Annotated[Path, typer.Option()] = Path("customize/examples"),
+    extras: Annotated[Path, typer.Option()] = Path("backbone/examples"),
+) -> None:
     """Renders the five pictures, in all of which the dog looks the same way, and the scene; writes the prompts."""
     for number, scene in enumerate(concept_scenes("poodle", first_seed=FIRST_SEED), start=1):
         save_png(out / "dog" / f"dog-{number}.png", render(scene).image)
-    extras, captions = out / "extras", prompts()
+    captions = prompts()
     save_png(extras / "scene.png", render(SCENE).image)
     write_text(extras / "scene.txt", f"{SCENE.caption()}\n")
     write_text(extras / "prompts.txt", "\n".join([*captions[:PROMPTS], ""]))

@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from align.cli import app
@@ -31,6 +33,10 @@ from tests.align.conftest import BRIGHT, FIVE, TRAIN, align, picture, refused, w
 def test_sampling_again_draws_nothing_new(drawn: Path, tiny_folder: Path, prompts: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in drawn.glob("pictures/*.png")}
     assert len(before) == 10
+    with Image.open(drawn / "pictures/p00001-s01.png") as image:
+        texts: Any = image.info
+    assert texts["parameters"].startswith(f"{FIVE[1]}\nSteps: 2, Sampler: DDIM, CFG scale: ")
+    assert (texts["seed"], texts["sample"], json.loads(texts["limner"])["prompt_number"]) == ("0", "1", 1)
     model = ("--model", tiny_folder, "--precision", "fp32", "--device", "cpu")
     align("sample", "--prompts", prompts, "--count", 2, "--out", drawn, "--steps", 2, *model)
     assert {path: path.stat().st_mtime_ns for path in drawn.glob("pictures/*.png")} == before
@@ -69,6 +75,17 @@ def test_a_run_is_a_concept_with_its_summary_and_its_report(run: Path, tiny_fold
         and "http" not in page.split("<pre>")[0]
     )
     assert read_settings(run).model == str(tiny_folder)
+
+
+def test_a_run_shows_the_same_prompts_before_and_after(run: Path) -> None:
+    page = (run / "report.html").read_text()
+    title = page[page.index("<h1>") : page.index("</h1>")]
+    assert "Diffusion-DPO on" in title and "4 steps" in title and "refresh" not in page
+    before = {path.name[7:]: path.read_bytes() for path in (run / "before-and-after").glob("before-*")}
+    after = {path.name[6:]: path.read_bytes() for path in (run / "before-and-after").glob("after-*")}
+    assert before.keys() == after.keys() and 1 <= len(before) <= 4 and before != after
+    assert page.count("<img") == 2 * len(before) and "After" not in before
+    assert Image.open(run / "sheet.png").width > 256
 
 
 def test_the_run_loads_in_diffusers(run: Path, tiny_folder: Path) -> None:
@@ -267,7 +284,8 @@ def test_a_reward_trains_without_pairs(
     assert read_concept(out).weights
     assert read_json(out / "summary.json")["kind"] == "reward"
     assert "trained without pairs" in refused("evaluate", out)
-    assert "Reward" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "Reward" in page and "DDPO on" in page and page.count("<img") == 8
 
 
 # Mistakes ---------------------------------------------------------------------------------------------------
@@ -281,10 +299,10 @@ def test_a_reward_trains_without_pairs(
         (("train", "--online", "moji"), "Add --prompts"),
         (("train", "x", "--loss-type", "ddpo"), "Add --online"),
         (("train", "x", "--full", "--reference", "live"), "base is gone"),
-        (("train", "--resume", "nowhere"), "not a run"),
-        (("evaluate", "nowhere"), "not a run"),
-        (("label", "nowhere"), "not a folder of `align sample`"),
-        (("rank", "nowhere"), "not a folder of `align sample`"),
+        (("train", "--resume", "nowhere"), "There is no run folder nowhere"),
+        (("evaluate", "nowhere"), "There is no run folder nowhere"),
+        (("label", "nowhere"), "There is no folder nowhere"),
+        (("rank", "nowhere"), "There is no folder nowhere"),
         (("check", "nowhere"), "does not exist"),
         (("export", "nowhere", "out.csv"), r"\.parquet or a \.jsonl"),
     ],
@@ -346,7 +364,7 @@ def test_check_says_what_train_learns_from(
     assert (said["train"], said["held_out"], said["without_label"]) == (2, 1, 1)
     assert "train on 2 pairs of 2 prompts and hold out 1 pair of 1 prompt." in done.stderr
     where = ("--model", tiny_folder, "--precision", "fp32", "--device", "cpu", "--out", tmp_path / "run")
-    done = CliRunner().invoke(app, list(map(str, ("train", pairs, *where, *TRAIN, "--steps", 1))))
+    done = CliRunner().invoke(app, list(map(str, ("train", pairs, *where, "--steps", 1, *TRAIN[2:]))))
     assert "Learning from 2 pairs of 2 prompts; held out: 1 pair of 1 prompt." in done.stderr
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -538,14 +539,21 @@ def test_a_connection_without_a_whole_request_is_closed(
 def test_the_address_is_said_when_the_port_listens(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     import uvicorn
 
-    said: list[bool] = []
+    said: list[tuple[str, bool]] = []
 
     def connects(text: str) -> None:
-        port = int(text.split("127.0.0.1:")[1].split("/")[0])
+        port = int(re.findall(r"127\.0\.0\.1:(\d+)", text)[0])
         with socket.socket() as knock:
-            said.append(knock.connect_ex(("127.0.0.1", port)) == 0)
+            said.append((text, knock.connect_ex(("127.0.0.1", port)) == 0))
 
     monkeypatch.setattr(server, "notify", connects)
     monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: None)
+    monkeypatch.setenv("SSH_CONNECTION", "10.0.0.2 50000 10.0.0.1 22")
     server.serve(session)
-    assert said == [True]
+    (address, listens), (tunnel, _) = said
+    port = re.findall(r"127\.0\.0\.1:(\d+)", address)[0]
+    assert listens and f"ssh -L {port}:127.0.0.1:{port}" in tunnel and "must be the same" in tunnel
+    monkeypatch.delenv("SSH_CONNECTION")
+    monkeypatch.setenv("DISPLAY", ":0")
+    server.serve(session)
+    assert len(said) == 3  # who sits at the machine needs no tunnel

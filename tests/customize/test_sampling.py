@@ -17,9 +17,11 @@ from backbone.io.prompts import one_prompt, prompts_of, read_prompts
 from backbone.media.decode import open_rgb
 from backbone.media.pictures import list_images
 from backbone.models.model import Backbone
+from backbone.models.sample import Request
 from customize.cli import app
 from customize.data.folders import is_concept_source
 from customize.formats.write import write_adapter
+from customize.sampling import write_index
 from tests.commands import run_command
 from tests.customize.adapters import modules_of, random_adapter, whole_pipeline
 
@@ -98,6 +100,24 @@ def test_nothing_to_draw_is_a_mistake(tmp_path: Path) -> None:
 # Sizes -------------------------------------------------------------------------------------------------------
 
 
+def test_a_sheet_tells_the_samples_of_a_prompt_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captions: list[str] = []
+
+    def draw(rows: Any, **how: Any) -> Image.Image:
+        captions.extend(cell.caption for row in rows for cell in row)
+        return Image.new("RGB", (8, 8))
+
+    monkeypatch.setattr("customize.sampling.draw_sheet", draw)
+    for i, j in ((0, 0), (0, 1), (1, 0)):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"p{i:02d}-s{j:02d}.png")
+    prompts = ["a dog", "a cat"]
+    several, single = [(0, 0), (0, 1)], [(0, 0), (1, 0)]
+    for keys in (several, single):
+        requests = [Request(prompts[i], (i, j)) for i, j in keys]
+        write_index(tmp_path, requests, prompts, {}, note="", columns=2)
+    assert captions == ["a dog\nsample 0", "a dog\nsample 1", "a dog", "a cat"]
+
+
 @pytest.mark.parametrize(
     ("flags", "size"),
     [
@@ -130,6 +150,48 @@ def test_what_cannot_be_drawn_is_refused_before_anything_is_written(
 ) -> None:
     assert complaint in refused("sample", "a dog", *quick, *flags, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# Where to ----------------------------------------------------------------------------------------------------
+
+
+def test_nothing_that_was_drawn_is_overwritten(
+    tmp_path: Path, quick: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert invoked("sample", "a dog", *quick, "--seed", 0).exit_code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"samples", "samples-2"}
+    before = Path("samples/p00-s00.png").read_bytes()
+    assert before == Path("samples-2/p00-s00.png").read_bytes()
+    assert "samples is not empty. Name another folder" in refused(
+        "sample", "a cat", *quick, "--out", "samples"
+    )
+    assert Path("samples/p00-s00.png").read_bytes() == before
+    with Image.open("samples/p00-s00.png") as image:
+        texts: Any = image.info
+    assert texts["prompt"] == "a dog" and texts["parameters"].startswith(
+        "a dog\nSteps: 2, Sampler: DDIM, CFG scale: "
+    )
+    assert "Seed: 0, Size: 64x64, Model: " in texts["parameters"]
+    assert json.loads(texts["limner"])["prompt_number"] == 0
+    assert str(tmp_path) not in str(texts)
+
+
+def test_measuring_again_keeps_the_first_table(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(run: Path, *, out: Path, **how: Any) -> dict[str, Any]:
+        if fails:
+            raise UserError("no")
+        (out / "table.json").write_text(json.dumps({"seed": how["seed"]}))
+        return {"text": "a table"}
+
+    monkeypatch.setattr("customize.cli.read_settings", lambda run: None)
+    monkeypatch.setattr("customize.evaluation.dreambench.evaluate_run", measure)
+    for fails, seed in ((False, 0), (True, 1), (False, 2)):
+        assert invoked("evaluate", run, "--seed", seed).exit_code == (1 if fails else 0)
+    tables = [json.loads((run / name / "table.json").read_text()) for name in ("dreambench", "dreambench-2")]
+    assert tables == [{"seed": 0}, {"seed": 2}]
+    assert "is not empty" in refused("evaluate", run, "--out", run / "dreambench")
 
 
 # Checkpoints -------------------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ def test_a_run_leaves_everything_that_it_should(
         "README.md",
         "checkpoint.safetensors",
         "previews",
+        "report.html",
     }
     assert [line["step"] for line in read_jsonl(run / "log.jsonl")] == [1, 2, 3, 4]
     assert Image.open(run / "sheet.png").size[0] > 400

@@ -155,19 +155,17 @@ def serve(session: Session, *, port: int = 0, token: str | None = None, browser:
     import uvicorn
 
     token = token or secrets.token_urlsafe(16)
-    with socket.socket() as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listening.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise UserError(
-                f"Port {port} cannot be used ({error.strerror}). Choose another --port."
-            ) from error
+    with _bound(port) as listening:
         port = listening.getsockname()[1]
         app = build_app(session, token=token, port=port)
         listening.listen()
         address = f"http://127.0.0.1:{port}/{token}/"
         notify(f"Open {address} (Ctrl-C ends; every choice is kept as it is made).")
+        if os.environ.get("SSH_CONNECTION") or not has_screen():
+            notify(
+                f"From another machine: ssh -L {port}:127.0.0.1:{port} and this one's name; then open the same "
+                "address there. The port must be the same (--port chooses it)."
+            )
         if browser and has_screen():
             webbrowser.open(address)
         quiet: dict[str, Any] = {"log_level": "error", "access_log": False, "server_header": False}
@@ -178,6 +176,23 @@ def serve(session: Session, *, port: int = 0, token: str | None = None, browser:
             uvicorn.Server(config).run(sockets=[listening])
         finally:
             signal.signal(signal.SIGTERM, before)
+
+
+def check_port(port: int) -> None:
+    """`UserError` for a port that is taken, before the work whose result the page shows."""
+    _bound(port).close()
+
+
+def _bound(port: int) -> socket.socket:
+    """A socket at this port of this machine alone; `UserError` where it is taken."""
+    bound = socket.socket()
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(("127.0.0.1", port))
+    except OSError as error:
+        bound.close()
+        raise UserError(f"Port {port} cannot be used ({error.strerror}). Choose another --port.") from error
+    return bound
 
 
 def _impatient_protocol() -> Any:

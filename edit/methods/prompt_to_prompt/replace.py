@@ -23,6 +23,7 @@ from backbone.families.base import AttentionLayout
 from backbone.io.console import UserError
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
+from backbone.models.sample import refuse_negative
 from edit import checks
 from edit.attention.alignment import Alignment, Span, align, require, tokenize_prompt
 from edit.attention.control import Control, Maps
@@ -33,7 +34,7 @@ from edit.methods.prompt_to_prompt.plan import plan_control
 from edit.methods.prompt_to_prompt.regions import Regions
 from edit.methods.prompt_to_prompt.settings import AUTO, ReplaceSettings
 from edit.result import Result
-from edit.sampling import Frames, SourceAndTargets, refuse_negative, select
+from edit.sampling import Frames, SourceAndTargets, select
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from backbone.io.files import read_json, write_json
 from backbone.io.prompts import Prompt
 from tests.align.conftest import align, refused
 
+ALIGNED = {"command": "align train pairs"}  # of a run's record
 KEYS = [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
@@ -50,24 +52,48 @@ def test_a_run_stands_on_the_concepts_that_it_was_trained_on(tmp_path: Path) -> 
     below, taste = tmp_path / "dog", tmp_path / "taste"
     for folder in (below, taste):
         Concept("lora", "moji", "f", {}, "").write(folder)
-    write_json(taste / "settings.json", {"settings": Settings(pairs="p", concepts=(str(below),))})
-    (taste / "evaluations.jsonl").write_text("")
+    write_json(taste / "settings.json", {**ALIGNED, "settings": Settings(pairs="p", concepts=(str(below),))})
     assert Side.from_name(str(taste)).concepts == (below, taste)
     assert Side.from_name(str(below)).concepts == (below,)
     assert Side.from_name("moji").concepts == ()
+
+
+def test_a_run_of_customize_that_has_evaluated_is_a_side_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "dog"
+    for folder in (run, run / "best"):
+        Concept("lora", "moji", "f", {"[V]": "bcd"}, "dog").write(folder)
+    write_json(
+        run / "settings.json", {"command": "customize train --images dog", "settings": {"images": "dog"}}
+    )
+    (run / "evaluations.jsonl").write_text('{"step": 0}\n')
+    side = Side.from_name(str(run))
+    assert (side.model, side.concepts) == ("moji", (run,))
+    assert find_training_scorers(side) == set()
+    assert f"its best checkpoint is {run / 'best'}" in capsys.readouterr().err
+
+
+def test_a_taken_port_is_told_before_anything_is_drawn(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port, out = taken.getsockname()[1], tmp_path / "out"
+        words = ("--prompts", "a dog", "--blind", "--port", port, "--out", out)
+        assert f"Port {port} cannot be used" in refused("compare", "moji", "moji", *words)
+    assert not out.exists()
 
 
 def test_a_scorer_that_chose_the_pairs_is_named(tmp_path: Path) -> None:
     pairs, taste = tmp_path / "pairs", tmp_path / "taste"
     pairs.mkdir()
     Concept("preference", "moji", "f", {}, "").write(taste)
-    (taste / "evaluations.jsonl").write_text("")
-    write_json(taste / "settings.json", {"settings": Settings(pairs=str(pairs))})
+    write_json(taste / "settings.json", {**ALIGNED, "settings": Settings(pairs=str(pairs))})
     assert find_training_scorers(Side.from_name(str(taste))) == set()
     write_json(pairs / "scores.json", {"scorers": ["moji"], "scores": {}})
     assert find_training_scorers(Side.from_name(str(taste))) == {"moji"}
     online = Settings(pairs="", online="mine.py", reference="live", prompts="p.txt")
-    write_json(taste / "settings.json", {"settings": online})
+    write_json(taste / "settings.json", {**ALIGNED, "settings": online})
     assert find_training_scorers(Side.from_name(str(taste))) == {"mine.py"}
     assert find_training_scorers(Side.from_name("moji")) == set()
 

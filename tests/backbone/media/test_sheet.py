@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from backbone.io.console import UserError
-from backbone.media.sheet import GREEN, PAGE, Cell, draw_sheet, save_png, split_rows
+from backbone.media.sheet import GREEN, PAGE, Cell, draw_sheet, number_samples, save_png, split_rows
 
 COLOURS = ["#ff0000", "#00ff00", "#0000ff", "#ffff00", "#ff00ff"]
 
@@ -31,13 +31,15 @@ def size(box: tuple[int, int, int, int] | None) -> tuple[int, int]:
 
 def test_every_picture_is_shown_whole_and_none_covers_another() -> None:
     page = draw_sheet(
-        [[plain(colour) for colour in COLOURS[:3]], [plain(colour) for colour in COLOURS[3:]]], cell=60
+        [[plain(colour) for colour in COLOURS[:3]], [plain(colour) for colour in COLOURS[3:]]], cell=80
     )
-    assert [size(area(page, colour)) for colour in COLOURS] == [(60, 60)] * 5
+    assert [size(area(page, colour)) for colour in COLOURS] == [(80, 80)] * 5
 
 
 def test_pictures_keep_their_shape_and_stand_on_one_line() -> None:
-    page = draw_sheet([[plain(COLOURS[0], 80, 40), plain(COLOURS[1], 30, 60), plain(COLOURS[2])]], cell=60)
+    page = draw_sheet(
+        [[plain(COLOURS[0], 80, 40), plain(COLOURS[1], 30, 60), plain(COLOURS[2], 60, 60)]], cell=60
+    )
     wide, tall, even = (area(page, colour) for colour in COLOURS[:3])
     assert (size(wide), size(tall), size(even)) == ((60, 30), (30, 60), (60, 60))
     assert wide is not None
@@ -53,19 +55,28 @@ def test_a_picture_of_the_cells_size_is_not_resampled() -> None:
     assert (page[top : top + 32, top : top + 32] == values).all()
 
 
+def test_a_small_picture_is_enlarged_by_whole_factors_and_never_blurred() -> None:
+    values = np.random.default_rng(0).integers(0, 255, (12, 20, 3), dtype=np.uint8)
+    page = np.asarray(draw_sheet([[Image.fromarray(values)]], cell=50))
+    top = (page.shape[0] - 24) // 2
+    assert (
+        page[top : top + 24, 33:73] == values.repeat(2, 0).repeat(2, 1)
+    ).all()  # 28 of margin, 5 of the cell
+
+
 def test_words_make_room_and_leave_the_pictures_as_they_are() -> None:
-    bare = draw_sheet([[plain(COLOURS[0])]], cell=100)
+    bare = draw_sheet([[plain(COLOURS[0])]], cell=120)
     told = draw_sheet(
         [[Cell(plain(COLOURS[0]), "a [V] dog wearing a crown in a park")]],
         title="dog",
         note="seed 0",
         row_titles=["Samples"],
         column_titles=["base"],
-        cell=100,
+        cell=120,
     )
     assert told.width == bare.width
     assert told.height > bare.height + 5 * 14
-    assert size(area(told, COLOURS[0])) == size(area(bare, COLOURS[0])) == (100, 100)
+    assert size(area(told, COLOURS[0])) == size(area(bare, COLOURS[0])) == (120, 120)
 
 
 def test_longer_captions_take_more_lines_up_to_five() -> None:
@@ -101,8 +112,8 @@ def test_transparent_and_grey_pictures_are_shown_on_white() -> None:
     page = draw_sheet(
         [[Image.new("RGBA", (8, 8), (255, 0, 0, 0)), Image.new("L", (8, 8), 7), Image.new("1", (8, 8), 1)]]
     )
-    assert size(area(page, "#ffffff"))[0] > 300
-    assert size(area(page, "#070707")) == (192, 192)
+    assert size(area(page, "#ffffff"))[0] > 400
+    assert size(area(page, "#070707")) == (256, 256)
 
 
 def test_letters_that_the_font_lacks_are_spelled_with_those_it_has() -> None:
@@ -118,6 +129,10 @@ def test_a_font_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.ttf").write_text("no font")
     with pytest.raises(UserError, match=r"x\.ttf is not a font"):
         draw_sheet([[plain(COLOURS[0])]], font=tmp_path / "x.ttf")
+
+
+def test_samples_of_one_prompt_are_numbered_and_those_of_others_are_not() -> None:
+    assert number_samples(["a", "b", "a"]) == ["a\nsample 0", "b", "a\nsample 1"]
 
 
 def test_cells_fall_into_rows_in_reading_order() -> None:

@@ -14,7 +14,7 @@ from backbone.diffusion.noise import Estimate, Level
 from backbone.diffusion.samplers import ddim, heun
 from backbone.diffusion.schedules import karras_schedule
 from backbone.io.console import UserError
-from backbone.io.sampling import check_guidance_interval
+from backbone.io.sampling import Sampler, check_guidance_interval
 from backbone.models.model import Backbone
 from backbone.models.sample import (
     Request,
@@ -55,6 +55,20 @@ def test_both_looks_of_a_step_of_heun_follow_their_own_levels() -> None:
     predict = limit_guidance((0.5, 1.0), marked(said, "#"), marked(said, "."), schedule)  # type: ignore[arg-type]
     heun(torch.ones(1, 2), predict, schedule)
     assert "".join(said).startswith("...##") and set(said[3:]) == {"#"}
+
+
+@pytest.mark.parametrize(("sampler", "times"), [("ddim", 3), ("ancestral", 3), ("heun", 6)])
+def test_what_was_done_is_told_after_each_prediction_and_adds_up_to_the_images(
+    tiny: Backbone, sampler: Sampler, times: int
+) -> None:
+    told: list[float] = []
+    asked = [*ASKED, Request("a dog", (9, 0))]
+    drawn = sample_latents(
+        tiny, asked, steps=3, guidance=2.0, seed=5, sampler=sampler, batch=2, advance=told.append
+    )
+    for first, number in ((0, 2), (times, 1)):  # the images of each batch
+        next(drawn)
+        assert told[first:] == pytest.approx([number / times] * times)
 
 
 def test_what_is_drawn_is_the_prompt_s_way_and_then_the_guided_one(tiny: Backbone) -> None:

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
+import torch
 from huggingface_hub import ModelCard, constants
+from PIL import Image
 
+from backbone.adapters.embeddings import EMBEDDINGS_FILE
+from backbone.families.location import Location
 from backbone.io.console import UserError
+from backbone.io.files import write_json, write_tensors
+from backbone.models.locate import locate
 from backbone.models.model import Backbone
 from customize.settings import Settings
-from customize.training.card import card, push
+from customize.training.card import card, in_diffusers, push
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -88,6 +97,45 @@ def test_a_run_is_uploaded_without_what_only_resuming_needs(hub: Any, run: Path)
     assert hub.received["concept.json"] == b"concept.json"
 
 
+def test_what_is_uploaded_names_no_folder_of_this_disk(
+    hub: Any, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = run.parent
+    monkeypatch.setenv("HOME", str(home / "somebody"))
+    settings: dict[str, Any] = {
+        "images": str(home / "my “photos”"),
+        "model": str(home / "models/mine"),
+        "subject": [f"{home / 'cats'}:[W]:cat"],
+        "class_images": [str(home / "dogs")],
+    }
+    line = f"customize train --images '{settings['images']}' --out {run} --scorer {home / 'somebody/clip'}"
+    write_json(run / "settings.json", {"settings": settings, "command": line})
+    write_json(run / "concept.json", {"model": settings["model"]})
+    for name in ("README.md", "report.html"):
+        (run / name).write_text(
+            f"{line}\n{home / 'cats'} & {html.escape(settings['images'])}", encoding="utf-8"
+        )
+    weights = {"w": torch.zeros(2)}
+    write_tensors(run / "pytorch_lora_weights.safetensors", weights, {"base_model": settings["model"]})
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    push(run, "me/dog")
+    assert set(hub.received) == {
+        *("settings.json", "concept.json", "README.md", "report.html"), "pytorch_lora_weights.safetensors"
+    }  # fmt: skip
+    assert not [name for name, content in hub.received.items() if str(home).encode() in content]
+    assert (
+        b"--images 'my \xe2\x80\x9cphotos\xe2\x80\x9d' --out dog --scorer ~/clip" in hub.received["README.md"]
+    )
+    record = json.loads(hub.received["settings.json"])["settings"]
+    assert (record["model"], record["subject"], record["class_images"]) == (
+        "mine",
+        ["cats:[W]:cat"],
+        ["dogs"],
+    )
+    assert b'"base_model":"mine"' in hub.received["pytorch_lora_weights.safetensors"]
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
 def test_a_refusal_is_one_sentence_that_says_what_to_do(hub: Any, run: Path) -> None:
     hub.refuses = True
     with pytest.raises(UserError, match=r"could not be uploaded as me/dog .*hf auth login"):
@@ -102,3 +150,44 @@ def test_the_cards_head_is_what_the_hub_reads(tiny_folder: Path) -> None:
     assert data.get("pipeline_tag") == "text-to-image"
     assert data.get("base_model") is None  # a folder on this machine is no place that the hub knows
     assert data.get("widget") == [{"text": 'a bcd "dog"', "output": {"url": "sheet.png"}}]
+
+
+@pytest.mark.parametrize("name", ["moji", "moji-flow", "tiny", "sdxl.safetensors"])
+@pytest.mark.parametrize("method", ["lora", "pivotal"])
+def test_the_readme_s_lines_for_diffusers_begin_with_their_imports_and_end_in_a_file(
+    name: str, method: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(
+        images="x", token="[V]", class_noun="dog", token_words="bcd", model=name, method=method
+    )
+    if name.endswith(".safetensors"):
+        index = {"_class_name": "StableDiffusionXLPipeline"}
+        location = Location(name, str(tmp_path / name), index, (tmp_path,))
+    else:
+        location = locate(str(tiny_folder) if name == "tiny" else name)
+    model = SimpleNamespace(location=location)
+    write_tensors(tmp_path / EMBEDDINGS_FILE, {"[V]": torch.zeros(1, 4)})
+    lines = in_diffusers(tmp_path, settings, model, "a [V] dog")  # type: ignore[arg-type]
+    code = lines[lines.index("```python") + 1 : lines.index("```")]
+    opened: dict[str, Any] = {}
+
+    class Pipeline:
+        @classmethod
+        def opening(cls, how: str) -> Any:
+            return lambda place: opened.setdefault(how, str(place)) and cls()
+
+        def __getattr__(self, called: str) -> Any:
+            return lambda *given, **how: opened.setdefault(called, given)
+
+        def __call__(self, prompt: str) -> Any:
+            opened["prompt"] = prompt
+            return SimpleNamespace(images=[Image.new("RGB", (8, 8))])
+
+    kind: Any = Pipeline
+    kind.from_pretrained, kind.from_single_file = Pipeline.opening("folder"), Pipeline.opening("file")
+    monkeypatch.setattr(diffusers, str(location.index["_class_name"]), Pipeline)
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(code), {})
+    assert opened["file" if location.file else "folder"] == location.source
+    assert opened["prompt"] == "a bcd dog"
+    assert opened["load_lora_weights"] == (str(tmp_path),) and Path("picture.png").is_file()

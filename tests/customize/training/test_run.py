@@ -20,6 +20,8 @@ from backbone.media import pictures
 from backbone.media.decode import open_rgb
 from backbone.models.locate import EMBEDDED
 from customize.cli import app
+from customize.settings import read_settings, resolved
+from customize.training.report import RunReport
 from tests.customize.evaluation.test_metrics import FILE
 from tests.tiny import tiny_eye
 
@@ -90,6 +92,45 @@ def test_evaluations_keep_the_best_checkpoint_and_make_a_report(trained: Trained
     assert (trained.run / "best" / "concept.json").exists()
     page = (trained.run / "report.html").read_text()
     assert page.count("<svg") == 7 and "All 4 steps were taken" in page
+
+
+def test_the_report_names_the_method_shows_the_subject_and_explains_its_curves(trained: Trained) -> None:
+    page = (trained.run / "report.html").read_text()
+    title = page[page.index("<h1>") : page.index("</h1>")]
+    assert "[V] dog: lora of rank 2 on" in title and title.endswith("4 steps")
+    subject = page[page.index("The subject<") : page.index("What the model draws at step 4")]
+    drawn = page[page.index("What the model draws at step 4") : page.index("How it went")]
+    assert subject.count('<img class="small" width="256" height="256"') == 3  # of 32 pixels
+    assert drawn.count("<img") == len(read_json(trained.run / "settings.json")["settings"]["sheet_prompts"])
+    for words in (
+        "CLIP-I: likeness",
+        "CLIP-T: obedience",
+        "PRES (lower is better): likeness",
+        "DIV: diversity",
+    ):
+        assert words in page
+    assert "The scorer knows the class and not your subject" in page  # why CLIP-T falls
+    assert f"--concept {trained.run}</pre>" in page and "This draws with the weights in best/" in page
+    assert "refresh" not in page and "it renews itself" in trained.said
+
+
+def test_a_run_that_goes_on_has_a_page_that_renews_itself(trained: Trained, tmp_path: Path) -> None:
+    settings = read_settings(trained.run)
+    append_jsonl(tmp_path / "log.jsonl", {"step": 1, "loss": 0.5})
+    report = RunReport(tmp_path, settings, [Image.new("RGB", (32, 32))])
+    report.renew(1)
+    page = (tmp_path / "report.html").read_text()
+    assert 'http-equiv="refresh"' in page and "Step 1 of 4." in page and "Training loss" in page
+    report.finish("All 4 steps were taken.", None)
+    page = (tmp_path / "report.html").read_text()
+    assert "refresh" not in page and "customize sample" in page and "best/" not in page
+
+
+@pytest.mark.parametrize(("steps", "every"), [(50, 100), (250, 125), (400, 200), (5000, 500)])
+def test_a_run_that_is_long_enough_has_previews_by_itself(steps: int, every: int) -> None:
+    assert (
+        resolved({"images": "", "token": "", "class_noun": "", "steps": steps}, {}).validation_steps == every
+    )
 
 
 def test_a_run_is_measured_from_outside_in_words_and_as_json(trained: Trained, tmp_path: Path) -> None:

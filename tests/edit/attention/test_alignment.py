@@ -211,6 +211,13 @@ def test_the_printed_alignment_shows_both_prompts_and_what_became_of_the_words()
     ]
 
 
+def test_the_printed_alignment_speaks_the_words_that_were_typed() -> None:
+    alignment = aligned("a red dog in the snow", "a JKL cat in the snow")
+    source, _, target = alignment.describe({"jkl": "[V]", "red": "<r>", "no": "yes"}).splitlines()
+    assert [cell.strip() for cell in source.split("│")][1:] == ["a", "<r>", "dog", "in the snow"]
+    assert [cell.strip() for cell in target.split("│")][1:] == ["a", "[V]", "cat", "in the snow"]
+
+
 def test_weights_stand_at_the_words_tokens_alone() -> None:
     read = prompt("a red hat in the snow")
     found = token_weights(read, {"hat": 2.0, "ship": 5.0})

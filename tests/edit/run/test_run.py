@@ -10,19 +10,34 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from backbone.adapters.concept import Concept
 from backbone.adapters.lora import add_lora, lora_parameters, save_lora
 from backbone.io.console import UserError
+from backbone.io.prompts import one_prompt
 from backbone.models.model import Backbone
 from edit import checks
-from edit.cli import main
+from edit.cli import app, main
 from edit.inversion.inversion import identify
 from tests.edit.methods.prompt_to_prompt.test_replace import left_half
 from tests.edit.models import photo
 
 Edit = Callable[..., int]
 WORDS = ("--source", "a cat in the snow", "--target", "a dog in the snow")
+
+
+def test_the_example_can_be_edited_at_once(tmp_path: Path) -> None:
+    for _ in range(2):  # a second time it is there already
+        done = CliRunner().invoke(app, ["example", str(tmp_path / "cat")])
+        assert done.exit_code == 0
+    assert (
+        f"edit invert-and-replace {tmp_path}/cat/scene.png --source {tmp_path}/cat/scene.txt" in done.stderr
+    )
+    assert Image.open(tmp_path / "cat/scene.png").size == (128, 128)
+    assert one_prompt(str(tmp_path / "cat/scene.txt"), "--source") == "a cat in a park"
+    (tmp_path / "cat/scene.txt").rename(tmp_path / "cat/mine.txt")
+    assert isinstance(CliRunner().invoke(app, ["example", str(tmp_path / "cat")]).exception, UserError)
 
 
 @pytest.fixture
@@ -66,8 +81,19 @@ def test_an_edit_leaves_everything_that_it_should(edit: Edit, capsys: pytest.Cap
     err = capsys.readouterr().err
     assert "replaced" in err and "runs/edit-photo/sheet.png" in err
     assert "edit replay runs/edit-photo/run.json" in Path("runs/edit-photo/README.md").read_text()
+    texts: Any = Image.open("runs/edit-photo/edit_1.png").info
+    assert texts["prompt"] == "a red cat in the snow"
+    assert "Steps: 2, Sampler: direct, CFG scale: " in texts["parameters"]
+    assert "Edit: invert-and-replace, " in texts["parameters"]
+    assert "Source: a cat in the snow, Control: prompt-to-prompt" in texts["parameters"]
+    assert json.loads(texts["limner"])["edit_number"] == 1
     report = Path("runs/edit-photo/report.html").read_text()
     assert "What became of the words" in report and "edit replay" in report
+    title = "a cat in the snow: prompt-to-prompt on direct inversion, 2 steps"
+    assert f"<h1>{title}</h1>" in report and f"# {title}\n" in Path("runs/edit-photo/README.md").read_text()
+    assert "data:image/gif" in report and "peak memory, MB" in report
+    width, height = Image.open("runs/edit-photo/sheet.png").size
+    assert width > height  # a row for each edit, nothing but the source repeated
 
 
 def test_an_edit_is_repeated_exactly_and_only_with_the_same_picture(
@@ -177,7 +203,7 @@ def test_a_concept_is_worn_and_its_token_understood(
         == 0
     )
     assert record("worn")["concepts"][0]["tokens"] == {"[V]": "bcd"}
-    assert "bcd dog" in record("worn")["alignment"][0]
+    assert "[V] dog" in record("worn")["alignment"][0]
     assert edit("invert-and-replace", "photo.png", *words) == 2
     assert "No given concept owns the token [V]" in capsys.readouterr().err
 
@@ -282,7 +308,7 @@ def test_a_dry_run_prints_what_becomes_of_the_words_and_writes_nothing(
             "--steps has no effect",
         ),
         (("compose", "--inversion", "x", "--toward", "a=1", "--seed", "3"), "--seed has no effect"),
-        (("invert-and-replace", "photo.png", *WORDS, "--concept", "x"), "holds no concept"),
+        (("invert-and-replace", "photo.png", *WORDS, "--concept", "x"), "There is no run folder x"),
         (("invert", "photo.png", "--prompt", "a cat", "--out", "x.pt"), "does not end in .safetensors"),
         (("sdedit", "photo.png", "--prompt", ""), "prompt is empty"),
         (("sdedit", "photo.png", "--prompt", "a", "--strength", "1.5"), "between 0 and 1"),

@@ -1,0 +1,123 @@
+"""What a run draws to be looked at: some prompts by the model that it begins with, and by what becomes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from PIL.Image import Image
+
+from align.settings import Settings
+from backbone.adapters.concept import Concept, resolve_placeholder_tokens
+from backbone.distributed import processes
+from backbone.io.console import progress
+from backbone.io.report import heading, image_row, paragraph
+from backbone.io.run_folder import BEFORE_AND_AFTER
+from backbone.media.decode import open_rgb
+from backbone.media.sheet import Cell, draw_sheet, save_png
+from backbone.models.model import Backbone
+from backbone.models.sample import Request, sample
+
+COUNT = 4  # prompts
+SHEET = "sheet.png"
+BEFORE, AFTER = "before", "after"
+
+
+def draw_before(
+    run: Path,
+    model: Backbone,
+    settings: Settings,
+    prompts: Iterable[str],
+    concepts: Sequence[Concept],
+    *,
+    done: int,
+) -> Pictures:
+    """The run's pictures, those of before drawn if no step is `done` yet."""
+    pictures = Pictures(run, model, settings, prompts, concepts)
+    if not done:
+        pictures.draw(BEFORE)
+    return pictures
+
+
+class Pictures:
+    """The first prompts of a run, drawn from the same noise before and after it, in a folder of the run."""
+
+    def __init__(
+        self,
+        run: Path,
+        model: Backbone,
+        settings: Settings,
+        prompts: Iterable[str],
+        concepts: Sequence[Concept],
+    ) -> None:
+        self.run, self.model, self.settings = run, model, settings
+        self.prompts = list(dict.fromkeys(prompts))[:COUNT]
+        self.requests = [
+            Request(resolve_placeholder_tokens(prompt, concepts, runs=None) if concepts else prompt, (i, 0))
+            for i, prompt in enumerate(self.prompts)
+        ]
+
+    def draw(self, when: str) -> None:
+        """Draws the prompts as the model is now. Of several processes the writer does, or all where it is sharded."""
+        if not processes.is_participant():
+            return
+        settings, usual = self.settings, self.model.defaults
+        with progress(len(self.requests), f"drawing {when} training", brief=True) as bar:
+            drawn = sample(
+                self.model,
+                self.requests,
+                steps=settings.sample_steps or int(usual["steps"]),
+                guidance=settings.guidance if settings.guidance >= 0 else float(usual["guidance"]),
+                seed=settings.seed,
+                advance=bar.advance_images,
+            )
+            for number, image in enumerate(drawn):
+                if processes.is_main_process():
+                    save_png(self._path(when, number), image, text={"prompt": self.prompts[number]})
+
+    def write_sheet(self) -> None:
+        """Writes `sheet.png`: above before, below after."""
+        settings = self.settings
+        rows = [[Cell(image, prompt) for image, prompt in self._read(when)] for when in (BEFORE, AFTER)]
+        titles = [f"{self.run.name}: {describe(settings)}", f"Before, and after {settings.steps} steps"]
+        page = [row for row in rows if row]
+        if page:
+            save_png(self.run / SHEET, draw_sheet(page, title=titles[0], note=titles[1]))
+
+    def parts(self) -> list[str]:
+        """The pictures as parts of a report, those that are drawn."""
+        before, after = self._read(BEFORE), self._read(AFTER)
+        found = []
+        if before:
+            found += [heading("What the model draws before training"), image_row(before)]
+        if after:
+            found += [
+                heading("What it draws after training"),
+                paragraph("From the same noise, at the same prompts."),
+                image_row(after),
+            ]
+        return found
+
+    def _read(self, when: str) -> list[tuple[Image, str]]:
+        paths = [(self._path(when, number), prompt) for number, prompt in enumerate(self.prompts)]
+        return [(open_rgb(path), prompt) for path, prompt in paths if path.exists()]
+
+    def _path(self, when: str, number: int) -> Path:
+        return self.run / BEFORE_AND_AFTER / f"{when}-{number}.png"
+
+
+def describe(settings: Settings) -> str:
+    """What a run does, for its title: its loss, the model, the scorer, the steps."""
+    by = f", scored by {settings.online}" if settings.online else ""
+    return (
+        f"{TITLES.get(settings.loss, settings.loss.upper())} on {settings.model}{by}, {settings.steps} steps"
+    )
+
+
+TITLES = {
+    "dpo": "Diffusion-DPO",
+    "hinge": "hinge loss",
+    "mapo": "MaPO",
+    "draft": "DRaFT",
+    "sft": "supervised fine-tuning",
+}

@@ -1,0 +1,13 @@
+"""Files to try the commands with: a scene to edit with its prompt, prompts to draw, and prompts held out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SCENE = ("scene.png", "scene.txt")  # an image, and what it shows
+
+
+def example_files() -> list[Path]:
+    """All of them."""
+    return sorted(path for path in EXAMPLES.iterdir() if path.suffix in (".png", ".txt"))

@@ -1,0 +1,68 @@
+"""A run folder as strangers may see it: without what only resuming needs, and with no path of this disk in any file."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from backbone.io.console import UserError
+from backbone.io.files import read_json, read_metadata, read_tensors, write_tensors, write_text
+from customize.settings import FILE, read_subject
+
+PRIVATE = ("checkpoint.safetensors", "tensorboard", ".*")  # of use to nobody else
+TEXTS = (".md", ".json", ".jsonl", ".html", ".txt")
+
+
+def copy_without_paths(run: Path, copy: Path) -> None:
+    """Copies a run folder to `copy`, which is new. Every folder and file of this disk is called by its last name."""
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns(*PRIVATE))
+    places = _places(run)
+    for path in sorted(copy.rglob("*")):
+        if path.suffix in TEXTS:
+            text = path.read_text(encoding="utf-8")
+            if (said := _without(text, places)) != text:
+                write_text(path, said)
+        elif path.suffix == ".safetensors" and path.stat().st_size > 8:
+            metadata = read_metadata(path)
+            said_of = {name: _without(value, places) for name, value in metadata.items()}
+            if said_of != metadata:
+                write_tensors(path, read_tensors(path)[0], said_of)
+
+
+def _places(run: Path) -> list[tuple[str, str]]:
+    """Paths that a run's files may name, each with what stands for it, the longest first."""
+    record = read_json(run / FILE) if (run / FILE).is_file() else {}
+    said = [text for text in _texts(record.get("settings", {})) if os.path.isabs(text)]
+    places = {path: Path(path).name for path in [*said, str(run.absolute()), str(run.resolve())]}
+    for folder, name in ((Path.cwd(), ""), (Path.home(), "~/")):
+        if folder != Path(folder.anchor):
+            places[f"{folder}{os.sep}"] = name
+    return sorted(places.items(), key=lambda pair: -len(pair[0]))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a record's settings; of FOLDER:TOKEN:CLASS the folder."""
+    if isinstance(value, str):
+        try:
+            yield read_subject(value).images
+        except UserError:
+            yield value
+    elif isinstance(value, dict):
+        for one in value.values():
+            yield from _texts(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _texts(one)
+
+
+def _without(text: str, places: Sequence[tuple[str, str]]) -> str:
+    """The text with the names in place of the paths, also where JSON or HTML writes them otherwise."""
+    for path, name in places:
+        for written in (path, json.dumps(path)[1:-1], html.escape(path)):
+            text = text.replace(written, name)
+    return text

@@ -1,0 +1,178 @@
+"""A run's `report.html`: curves and what they say, the subject beside samples. It is renewed while the run trains."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL.Image import Image
+
+from backbone.adapters.concept import BEST
+from backbone.io.console import notify_once
+from backbone.io.files import read_jsonl
+from backbone.io.report import (
+    command,
+    heading,
+    image_figure,
+    image_row,
+    line_plot,
+    paragraph,
+    plot_row,
+    table,
+    write_report,
+)
+from backbone.training.run import LOG, LoggedLoss
+from customize.evaluation.metrics import VALIDATION_PROMPTS, ConceptMetrics
+from customize.settings import Settings, as_flags
+from customize.training.card import described
+
+REPORT = "report.html"
+STRIPS = "evaluations"
+PREVIEWS = "previews"
+RENEW_SECONDS = 15
+RULE = (
+    "The best checkpoint has the highest rating: the harmonic mean of how far the likeness has come, from where it "
+    "started to that of the subject's pictures among themselves, and of how much obedience to prompts is left."
+)
+
+
+@dataclass
+class RunReport:
+    """The report of a run folder.
+
+    subject   some of the subject's own images
+    likeness  how the likeness with them is called: CLIP-I or DINO
+    ceiling   the likeness of the subject's images among themselves
+    history   the evaluations so far
+    samples   what the model drew last, with captions
+    """
+
+    run: Path
+    settings: Settings
+    subject: Sequence[Image]
+    likeness: str = "CLIP-I"
+    ceiling: float | None = None
+    history: Sequence[ConceptMetrics] = ()
+    samples: Sequence[tuple[Image, str]] = field(default=())
+
+    def renew(self, step: int) -> None:
+        """Writes the page of a run that goes on; a browser loads it again by itself."""
+        notify_once(f"{self.run / REPORT} shows how it goes: open it, it renews itself.")
+        status = f"Step {step} of {self.settings.steps}. This page renews itself while the run goes on."
+        self._write([paragraph(status)], step, renew=RENEW_SECONDS)
+
+    def finish(self, why: str, best: int | None) -> None:
+        """Writes the page of a finished run; `best` is the step of its best checkpoint, if it kept one."""
+        call = ["customize", "sample", f"a {self.settings.called()} in the snow", "--concept", str(self.run)]
+        weights = (
+            []
+            if best is None
+            else [
+                paragraph(
+                    f"This draws with the weights in {BEST}/, those of step {best}, which was rated best; add "
+                    f"--checkpoint last for those of the last step. {RULE}"
+                )
+            ]
+        )
+        step = max([figures.step for figures in self.history], default=self.settings.steps)
+        self._write([paragraph(why), command(shlex.join(call)), *weights], step, best=best)
+
+    def _write(self, status: Sequence[str], step: int, *, best: int | None = None, renew: int = 0) -> None:
+        settings = self.settings
+        title = f"{settings.called()}: {described(settings)} on {settings.model}, {settings.steps} steps"
+        parts = [*status, *self._pictures(step), *self._curves(best), *self._along(step)]
+        write_report(
+            self.run / REPORT,
+            title,
+            [*parts, heading("Again"), command(as_flags(settings, self.run))],
+            renew=renew,
+        )
+
+    def _pictures(self, step: int) -> list[str]:
+        """The subject beside what the model draws."""
+        parts = [heading("The subject"), image_row((image, "") for image in self.subject)]
+        if self.samples:
+            parts += [heading(f"What the model draws at step {step}"), image_row(self.samples)]
+        return parts
+
+    def _curves(self, best: int | None) -> list[str]:
+        """The figures of the evaluations and the training loss, each with what it says, and as a table."""
+        history, names = self.history, self._explained()
+        plots = []
+        for name, (title, note) in names.items():
+            points = [(f.step, getattr(f, name)) for f in history]
+            level = self.ceiling if name == "subject_fidelity" else None
+            plots.append(line_plot(title, {title: points}, marked=best, level=level, note=note))
+        log = read_jsonl(self.run / LOG, LoggedLoss) if (self.run / LOG).exists() else []
+        width = max(1, min(20, len(log) // 10))
+        losses = smoothed([(line.step, line.loss) for line in log], window=width)
+        note = "Its ups and downs are mostly chance: every step draws noise levels of its own."
+        plots.append(line_plot(f"Training loss, mean of {width}", {"": losses}, note=note))
+        parts = [heading("How it went"), plot_row(plots)] if any(plots) else []
+        if history:
+            rows = [(f.step, *(float(getattr(f, name)) for name in names)) for f in history]
+            titles = [title.split(":")[0] for title, _ in names.values()]
+            parts += [heading("Evaluations"), table(("step", *titles), rows)]
+        return parts
+
+    def _explained(self) -> dict[str, tuple[str, str]]:
+        """The figures of an evaluation: name → title, and what it says."""
+        noun, called = self.settings.class_noun, self.settings.called()
+        return {
+            "subject_fidelity": (
+                f"{self.likeness}: likeness with the subject",
+                f"How alike pictures of “{called}” and yours are; 1 is the same picture. It should rise towards the "
+                "dashed line, the likeness of your pictures among themselves.",
+            ),
+            "prompt_fidelity": (
+                "CLIP-T: obedience to prompts",
+                f"How well the same pictures fit their prompts with “{noun}” in the token's place. The scorer knows "
+                f"the class and not your subject, so this falls as the pictures come to show yours rather than any "
+                f"{noun}; that alone is no fault. Where it goes on falling and the likeness no longer rises, prompts "
+                "are no longer obeyed: take an earlier step.",
+            ),
+            "prior_preservation": (
+                "PRES (lower is better): likeness of the class with the subject",
+                f"How alike pictures of a plain “{noun}” are to yours. A rise means that every {noun} comes to look "
+                "like the subject.",
+            ),
+            "diversity": (
+                "DIV: diversity of the class",
+                f"How much pictures of a plain “{noun}” differ from one another. Near 0 they are all the same.",
+            ),
+            "loss": (
+                "Loss at fixed noise",
+                "The denoising error of your pictures at the same noise each time. It falls as they are learned, and "
+                "says little about new pictures.",
+            ),
+            "rating": ("Rating", "Likeness gained and obedience kept, in one number; dashed: the best step."),
+        }
+
+    def _along(self, step: int) -> list[str]:
+        """The evaluations' pictures and the previews, step by step."""
+        parts = []
+        if self.history:
+            asked = ", ".join(p.format(self.settings.called()) for p in VALIDATION_PROMPTS)
+            parts += [
+                heading("The same noise along training"),
+                paragraph(f"Above: {asked}. Below: the class alone, without the token."),
+            ]
+            for f in self.history:
+                path = self.run / STRIPS / f"step-{f.step:06d}.png"
+                parts.append(image_figure(path, f"step {f.step}, rating {f.rating:.2f}"))
+        previews = sorted((self.run / PREVIEWS).glob("step-*.png"))
+        shown = [(path, int(path.stem.removeprefix("step-"))) for path in previews]
+        if kept := [(path, number) for path, number in shown if number <= step]:
+            parts += [
+                heading("Previews"),
+                *(image_figure(path, f"step {number}") for path, number in kept),
+            ]
+        return parts
+
+
+def smoothed(points: Sequence[tuple[float, float]], *, window: int = 20) -> list[tuple[float, float]]:
+    """The mean of each `window` points, at their last x."""
+    groups = [points[first : first + window] for first in range(0, len(points), window)]
+    return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups if group]
