@@ -183,16 +183,19 @@ def test_both_pictures_of_a_pair_are_cut_at_the_same_place(tiny: Backbone, tmp_p
     """The two pictures of a pair are one wide gradient: cut alike they are the same, cut apart they are not."""
     side = tiny.resolution
     across = np.tile(np.linspace(0, 255, 4 * side, dtype=np.uint8), (side, 1))
-    for level, name in enumerate(("first.png", "second.png")):  # the same pixels in other bytes
-        Image.fromarray(np.stack([across] * 3, -1)).save(tmp_path / name, compress_level=level)
+    for shade, name in enumerate(("first.png", "second.png")):  # a shade apart, since equal ones are refused
+        Image.fromarray(np.stack([np.maximum(across, shade)] * 3, -1)).save(tmp_path / name)
     line = {"prompt": "a ramp", "chosen": "first.png", "rejected": "second.png"}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(line) + "\n")
     asked = settings(random_crop=4, flip=True, held_out=0.0)
     ready = data(tiny, tmp_path / "pairs.jsonl", asked)
     (item,) = ready.train
     assert len(item.cuts) == 4
-    for rows in item.cuts:
-        assert torch.equal(*ready.latents[list(rows)])
+    firsts, seconds = (ready.latents[[rows[k] for rows in item.cuts]] for k in (0, 1))
+    distances = (firsts[:, None] - seconds).abs().amax((2, 3, 4))  # of every first cut to every second one
+    assert distances.argmin(1).tolist() == list(range(4)), (
+        "the nearest second cut is the one at the same place"
+    )
     assert len({tuple(ready.latents[rows[0]].flatten().tolist()) for rows in item.cuts}) == 4
     draws = NoiseSamples("training", 0, 32, len(tiny.path.levels), crop=True)
     assert {draws.rows(item, k) for k in range(32)} == set(item.cuts)
