@@ -67,6 +67,7 @@ def weights(apart: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in apart.items() if name.startswith("parameter/")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_learn_what_one_does(both: Path, name: str) -> None:
     learned_alike(both, name)
@@ -78,6 +79,7 @@ def test_two_processes_learn_from_a_scorer_what_one_does(both_online: Path, name
     learned_alike(both_online, name)
 
 
+@pytest.mark.slow
 def learned_alike(both: Path, name: str) -> None:
     one, two = both / "one" / name, both / "two" / name
     assert max(weights(apart(one / CHECKPOINT, two / CHECKPOINT)).values()) < 1e-5
@@ -89,23 +91,27 @@ def learned_alike(both: Path, name: str) -> None:
     assert sorted(read_json(one / SUMMARY)) == sorted(read_json(two / SUMMARY))
 
 
+@pytest.mark.slow
 def test_whole_micro_batches_give_the_same_bits_and_the_same_evaluations(both: Path) -> None:
     assert set(apart(both / "one/micros" / CHECKPOINT, both / "two/micros" / CHECKPOINT).values()) == {0.0}
     one, two = (read_jsonl(both / count / "micros" / EVALUATIONS) for count in ("one", "two"))
     assert one == two
 
 
+@pytest.mark.slow
 def test_the_bank_holds_what_both_have_asked(both: Path) -> None:
     for name in ("rows", "kto", "full"):
         one, two = (read_json(both / count / name / SUMMARY) for count in ("one", "two"))
         assert two["bank"] == one["bank"] and two["reference_rows"] == one["reference_rows"]
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_and_they_go_on_bit_for_bit(both: Path) -> None:
     assert read_tensors(both / "two/half-way" / CHECKPOINT)[1]["step"] == "3"
     assert set(apart(both / "two/longer" / CHECKPOINT, both / "two/resumed" / CHECKPOINT).values()) == {0.0}
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_with_what_two_began(both: Path) -> None:
     run = both / "two" / "half-way"
     resume_taste(run)
@@ -113,6 +119,7 @@ def test_one_process_goes_on_with_what_two_began(both: Path) -> None:
     assert max(weights(apart(both / "one/longer" / CHECKPOINT, run / CHECKPOINT)).values()) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_be_shared_is_refused_before_anything_is_written(both: Path) -> None:
     for rank in range(2):
         assert "cannot be shared by 2 processes" in (both / f"refused-{rank}.txt").read_text()

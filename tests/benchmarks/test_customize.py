@@ -133,6 +133,7 @@ def test_other_methods_share_the_base_s_pictures(commands: list[tuple[str, ...]]
     assert "--use_dora" in commands[0] and all("--concept" in arguments for arguments in commands[1:])
 
 
+@pytest.mark.slow
 def test_work_in_progress_is_known_when_all_its_pictures_are(
     commands: list[tuple[str, ...]], tmp_path: Path
 ) -> None:

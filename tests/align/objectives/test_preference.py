@@ -292,7 +292,15 @@ def told_apart(ready: PreferenceData) -> PreferenceData:
     return replace(ready, latents=sign + 0.1 * ready.latents)
 
 
-@pytest.mark.parametrize("loss", ["dpo", "ipo", "hinge", "kto", "mapo", "dspo"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "dpo",
+        "kto",
+        "mapo",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("ipo", "hinge", "dspo")),
+    ],
+)
 def test_training_learns_the_preference(tiny_folder: Path, pairs_file: Path, loss: str) -> None:
     """Of held-out prompts, at draws that training never visits."""
     asked = settings(
