@@ -98,7 +98,7 @@ def prepare(
     """
     records = [record.ordered if isinstance(record, Pair) else record for record in (*train, *held_out)]
     pictures = {_where(picture): picture for record in records for picture in record.pictures}
-    hashes = {where: content_hash(picture.read()) for where, picture in pictures.items()}
+    hashes = {where: picture.content_hash for where, picture in pictures.items()}
     keys = [_key(record, hashes) for record in records]
     prompts = {"": 0}
     rows: dict[tuple[str, CropPosition], int] = {}

@@ -7,7 +7,6 @@ optimisation); the reference stays the base, with the adapter off. `draft` and `
 
 from __future__ import annotations
 
-import os
 import shlex
 import time
 from collections.abc import Sequence
@@ -62,9 +61,8 @@ from backbone.io.run_folder import catch_interrupts, clear_failed_try, package_v
 from backbone.io.sampling import SamplingSettings
 from backbone.media.parameters import describe_drawing, last_name
 from backbone.media.sheet import save_png
-from backbone.models.locate import is_path
 from backbone.models.model import Backbone
-from backbone.models.placement import get_placement
+from backbone.training.models import open_configs, open_model
 from backbone.training.run import LOG, Every, drive
 
 REPORTS = 20  # times that a run on rewards renews its report
@@ -90,23 +88,14 @@ def train_online(asked: dict[str, Any], *, out: Path | None) -> Path:
     processes.init_process(asked.get("device", "auto"))
     run = out or Path("runs") / f"{Path(asked['prompts']).stem}-online"
     refuse_taken(run)
-    model = Backbone.open(
-        asked.get("model", "moji"),
-        device=asked.get("device", "auto"),
-        precision=asked.get("precision", "auto"),
-    )
-    if is_path(model.location.name):
-        asked = {
-            **asked,
-            "model": os.path.abspath(model.location.source),
-        }  # so that it is found from anywhere
+    model, asked = open_configs(asked)
     settings = resolved(asked, model.defaults)
     if settings.loss == "draft":
         refuse_not_differentiable(settings.online)
     open_scorer(settings.online)
     for folder in settings.concepts:
         check_concept_fits(read_concept(folder), model)
-    model = _placed(settings)
+    model = open_model(settings)
     share_of(settings)
     refuse_other_images(run, settings)
     processes.barrier()  # now every process has seen that the folder is free
@@ -145,23 +134,13 @@ def resume_online(run: Path, *, code: str = "") -> Path:
         )
     processes.init_process(settings.device)
     with processes.hold_folder(run):
-        return carry_on(run, settings, _placed(settings))
+        return carry_on(run, settings, open_model(settings))
 
 
 def resume_command(settings: Settings) -> str:
     """What goes on with a run, but for the run's name: a Python file is named anew each time."""
     code = f" --online {shlex.quote(settings.online)}" if is_code(settings.online) else ""
     return f"align train{code}"
-
-
-def _placed(settings: Settings) -> Backbone:
-    """The model of these settings, as they hold it in memory."""
-    return Backbone.open(
-        settings.model,
-        device=settings.device,
-        precision=settings.precision,
-        placement=get_placement(settings),
-    )
 
 
 def carry_on(run: Path, settings: Settings, model: Backbone) -> Path:

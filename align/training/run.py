@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,8 @@ from backbone.distributed import processes
 from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash, write_json
 from backbone.io.run_folder import clear_failed_try, package_versions, refuse_taken
-from backbone.models.locate import is_path
 from backbone.models.model import Backbone
-from backbone.models.placement import get_placement
+from backbone.training.models import open_configs, open_model
 from backbone.training.run import Every, drive
 
 
@@ -46,25 +44,11 @@ def train_taste(
     processes.init_process(asked.get("device", "auto"))
     run = out or Path("runs") / run_name(asked["pairs"])
     refuse_taken(run)
-    model = Backbone.open(
-        asked.get("model", "moji"),
-        device=asked.get("device", "auto"),
-        precision=asked.get("precision", "auto"),
-    )
-    if is_path(model.location.name):
-        asked = {
-            **asked,
-            "model": os.path.abspath(model.location.source),
-        }  # so that it is found from anywhere
+    model, asked = open_configs(asked)
     settings = resolved(asked, model.defaults)
     _refuse_strangers(found, settings, model)
     records = records_of(found, settings)
-    model = Backbone.open(
-        settings.model,
-        device=settings.device,
-        precision=settings.precision,
-        placement=get_placement(settings),
-    )
+    model = open_model(settings)
     if vram is not None:
         from align.training.memory import budgeted
 
@@ -87,12 +71,7 @@ def resume_taste(run: Path) -> Path:
     settings = read_settings(run)
     processes.init_process(settings.device)
     found = check_preferences(_read_again(settings), skip_bad=settings.skip_bad)
-    model = Backbone.open(
-        settings.model,
-        device=settings.device,
-        precision=settings.precision,
-        placement=get_placement(settings),
-    )
+    model = open_model(settings)
     _refuse_strangers(found, settings, model)
     with processes.hold_folder(run):
         return carry_on(run, settings, model, records_of(found, settings), began=began)
@@ -108,7 +87,7 @@ def carry_on(run: Path, settings: Settings, model: Backbone, records: list[Recor
     base = load_concepts(model, concepts)
     data = prepare(model, learn, out, settings, concepts)
     training = PreferenceTraining(model, data, settings, base, concepts)
-    images = "".join(content_hash(picture.read()) for record in learn for picture in record.pictures)
+    images = "".join(picture.content_hash for record in learn for picture in record.pictures)
     training.sources = {"model": model.fingerprint, "images": content_hash(images.encode())}
     training.resume(run)
     prepared = time.perf_counter()

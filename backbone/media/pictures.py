@@ -16,13 +16,14 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from backbone.io.console import UserError, notify, progress
-from backbone.io.files import read_json
+from backbone.io.files import content_hash, read_json
 from backbone.io.hub import hub_answers
 from backbone.io.records import inside, parse_json
 from backbone.media.decode import BadImageError, decode, nearest_path, open_mask, open_rgb, read_size
@@ -58,8 +59,13 @@ class ImageRecord:
         return str(self.caption_file or self.path)
 
     def read(self) -> bytes:
-        """The encoded bytes as stored; caches are keyed by their hash."""
+        """The encoded bytes as stored."""
         return self.path.read_bytes() if self.row is None else self.row.read()
+
+    @cached_property
+    def content_hash(self) -> str:
+        """The hash of these bytes, by which caches and records know an image; read once."""
+        return content_hash(self.read())
 
     def open(self, *, at_least: int | None = None) -> Image.Image:
         """Decode as `open_rgb` does."""

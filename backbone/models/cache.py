@@ -91,7 +91,7 @@ def _encoded_one(
 ) -> Posterior:
     cut = () if crop == CROPS["center"] else (crop,)
     tiles = ("tiles",) if model.placement.tiling else ()  # which change an encoding a little
-    facts = (model.fingerprint, content_hash(picture.read()), size, flip, model.dtype, *cut, *tiles)
+    facts = (model.fingerprint, picture.content_hash, size, flip, model.dtype, *cut, *tiles)
     key = content_hash("\n".join(map(str, facts)).encode())
 
     def compute() -> dict[str, Tensor]:

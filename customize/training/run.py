@@ -12,13 +12,12 @@ from typing import Any
 from backbone.adapters.concept import Concept, resolve_placeholder_tokens
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify, notify_once
-from backbone.io.files import content_hash, read_json, read_metadata, write_json, write_text
+from backbone.io.files import read_json, read_metadata, write_json, write_text
 from backbone.io.run_folder import clear_failed_try, package_versions, refuse_taken, run_name
 from backbone.media.crops import CropReader
 from backbone.media.pictures import ImageRecord, check_images, list_images
-from backbone.models.locate import is_path
 from backbone.models.model import Backbone
-from backbone.models.placement import get_placement
+from backbone.training.models import open_configs, open_model
 from backbone.training.run import CHECKPOINT, Every, drive
 from customize.data.dataset import Group, prepare
 from customize.data.folders import read_images
@@ -59,18 +58,12 @@ def train_concept(
     for folder in asked.get("class_images", ()):
         check_images(list_images(folder))
     # First the model's configs, which say what is usual; then how it is held, which the settings say
-    place = {name: asked.get(name, "auto") for name in ("device", "precision")}
-    opened = Backbone.open(asked.get("model", "moji"), **place, resolution=asked.get("resolution", 0))
+    opened, asked = open_configs(asked)
     if misfit := opened.describe_misfit([picture.read_size() for folder in pictures for picture in folder]):
         notify_once(misfit)
-    if is_path(opened.location.name):
-        asked = {
-            **asked,
-            "model": os.path.abspath(opened.location.source),
-        }  # so that it is found from anywhere
     subjects = with_nouns(opened, subjects, pictures)
     settings = resolved(asked | fields_of_subjects(subjects), opened.defaults)
-    model = open_model(settings)
+    model = open_model(settings, resolution=settings.resolution)
     if vram is not None:
         processes.require_whole_model("--vram counts for a process alone; it")
         model, settings = budgeted(model, settings, sum(map(len, pictures)), vram)
@@ -106,7 +99,7 @@ def resume_concept(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
     with processes.hold_folder(run):
         for sentence in describe_changes(read_json(run / FILE).get("images"), pictures):
             notify(sentence)
-        model = open_model(settings)
+        model = open_model(settings, resolution=settings.resolution)
         concept, groups = write_prompts(settings, model, pictures)
         if anew:
             notify(f"{run} goes on from step {done} to {settings.steps}.")
@@ -194,17 +187,6 @@ def carry_on(
 # The run's files ---------------------------------------------------------------------------------------------
 
 
-def open_model(settings: Settings) -> Backbone:
-    """The model of a run, held as its settings say."""
-    return Backbone.open(
-        settings.model,
-        device=settings.device,
-        precision=settings.precision,
-        placement=get_placement(settings),
-        resolution=settings.resolution,
-    )
-
-
 def finish(run: Path, training: DreamBooth, concept: Concept) -> None:
     """Writes what was learned."""
     if not processes.is_main_process():
@@ -257,7 +239,7 @@ def hash_images(pictures: Sequence[ImageRecord]) -> dict[str, str]:
     if not pictures:
         return {}
     common = os.path.commonpath([picture.path.parent for picture in pictures])
-    return {os.path.relpath(one.path, common): content_hash(one.read())[:16] for one in pictures}
+    return {os.path.relpath(one.path, common): one.content_hash[:16] for one in pictures}
 
 
 def describe_changes(kept: Any, pictures: Sequence[list[ImageRecord]]) -> list[str]:

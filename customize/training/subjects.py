@@ -10,7 +10,6 @@ from typing import Any
 from backbone.adapters.concept import Concept, check_token, choose_rare_words
 from backbone.adapters.embeddings import vector_token_names
 from backbone.io.console import UserError, count_of, notify
-from backbone.io.files import content_hash
 from backbone.io.run_folder import run_name
 from backbone.media.pictures import ImageRecord
 from backbone.media.transforms import crop_square
@@ -44,7 +43,7 @@ def with_words(
         if settings.method in OWN_WORDS:
             words = " ".join(vector_token_names(subject.token, settings.num_vectors))
         elif not words:
-            key = "".join(content_hash(picture.read()) for picture in folder)
+            key = "".join(picture.content_hash for picture in folder)
             words = choose_rare_words(vocabulary, key, taken=[other.token_words for other in found])
         found.append(dataclasses.replace(subject, token_words=words))
     return found

@@ -814,11 +814,16 @@ def grey_profile_of_light() -> bytes:
     """A profile of one channel whose values are linear light."""
     white = b"XYZ " + bytes(4) + struct.pack(">3i", 63190, 65536, 54061)
     tags = [(b"wtpt", white), (b"kTRC", b"curv" + bytes(8))]
+    return assemble_profile(tags, b"mntr", b"GRAY", b"XYZ ")
+
+
+def assemble_profile(tags: list[tuple[bytes, bytes]], *kinds: bytes) -> bytes:
+    """An ICC profile of these tags; `kinds` are its device class, colour space and connection space."""
     start, index, body = 128 + 4 + 12 * len(tags), struct.pack(">I", len(tags)), b""
     for kind, data in tags:
         index += kind + struct.pack(">II", start + len(body), len(data))
         body += data
-    header = struct.pack(">I4sI4s4s4s", start + len(body), bytes(4), 0x02400000, b"mntr", b"GRAY", b"XYZ ")
+    header = struct.pack(">I4sI4s4s4s", start + len(body), bytes(4), 0x02400000, *kinds)
     header += struct.pack(">6H4s", 2025, 1, 1, 0, 0, 0, b"acsp") + bytes(24) + bytes(4)
     header += struct.pack(">3i", 63190, 65536, 54061)
     return header.ljust(128, b"\0") + index + body
@@ -840,14 +845,7 @@ def profile_with_green_magenta() -> bytes:
     white = b"XYZ " + bytes(4) + struct.pack(">3i", 63190, 65536, 54061)
     tags = [(b"desc", description), (b"wtpt", white), (b"A2B0", table), (b"A2B1", table)]
     tags = [(kind, data + bytes(-len(data) % 4)) for kind, data in tags]
-    offset, index, body = 128 + 4 + 12 * len(tags), struct.pack(">I", len(tags)), b""
-    for kind, data in tags:
-        index += kind + struct.pack(">II", offset + len(body), len(data))
-        body += data
-    header = struct.pack(">I4sI4s4s4s", offset + len(body), bytes(4), 0x02400000, b"prtr", b"CMYK", b"Lab ")
-    header += struct.pack(">6H4s", 2025, 1, 1, 0, 0, 0, b"acsp") + bytes(24) + bytes(4)
-    header += struct.pack(">3i", 63190, 65536, 54061)
-    return header.ljust(128, b"\0") + index + body
+    return assemble_profile(tags, b"prtr", b"CMYK", b"Lab ")
 
 
 def test_buckets_have_the_resolutions_area_at_most_and_sides_of_one_to_two() -> None:

@@ -1,0 +1,38 @@
+"""The model of a training, opened twice: for what its configs say is usual, then as the run's settings hold it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from backbone.models.locate import is_path
+from backbone.models.model import Backbone
+from backbone.models.placement import get_placement
+
+
+def open_configs(asked: Mapping[str, Any]) -> tuple[Backbone, dict[str, Any]]:
+    """The model that was asked for, of which only configs are read yet, and what was asked.
+
+    A model that lies on this machine is named there by its absolute path, so that a run finds it from anywhere.
+    """
+    model = Backbone.open(
+        asked.get("model", "moji"),
+        device=asked.get("device", "auto"),
+        precision=asked.get("precision", "auto"),
+        resolution=asked.get("resolution", 0),
+    )
+    if is_path(model.location.name):
+        return model, {**asked, "model": os.path.abspath(model.location.source)}
+    return model, dict(asked)
+
+
+def open_model(settings: Any, *, resolution: int = 0) -> Backbone:
+    """The model of a run in the placement that its settings (`model`, `device`, `precision`, …) say."""
+    return Backbone.open(
+        settings.model,
+        device=settings.device,
+        precision=settings.precision,
+        placement=get_placement(settings),
+        resolution=resolution,
+    )
