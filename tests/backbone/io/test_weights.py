@@ -193,8 +193,6 @@ def test_a_tokenizer_gives_what_its_encoder_has_positions_and_embeddings_of(
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "vocab.json"])
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"[" * 100_000, b'{"model": 3}', b'{"version": "9"}'])
 def test_a_damaged_tokenizer_is_one_sentence_or_of_no_account(model: Path, name: str, content: bytes) -> None:
-    if not (model / "tokenizer" / name).exists():
-        pytest.skip("this transformers writes no such file")
     (model / "tokenizer" / name).write_bytes(content)
     with suppress(UserError):  # nothing else
         load(model, "tokenizer")
