@@ -112,6 +112,31 @@ def load_pixel_mask(mask: ImageLike | None, image: EncodedImage) -> Tensor | Non
     return mask_to_tensor(drawn)[0].to(image.latent)
 
 
+def weigh_by_colour(places: Tensor, image: Tensor, *, bins: int = 16) -> Tensor:
+    """How likely a thing is at each place [H, W], from how likely it was, `places` in 0…1, and an image's colours.
+
+    Bayes' rule, p·f(c) / (p·f(c) + (1 − p)·g(c)), with a histogram of the colours c of the image [3, H, W] in −1…1 for
+    the thing, f, and one for what is around it, g, as in GrabCut (Rother et al. 2004, with mixtures there). They count
+    a pixel p⁴ and (1 − p)² times: f is of where the thing surely is, g of all the rest.
+    """
+    levels = ((image + 1) / 2 * (bins - 1)).round().long().clamp(0, bins - 1)
+    colours = ((levels[0] * bins + levels[1]) * bins + levels[2]).flatten()
+    around, thing = (
+        _colour_histogram(weights.flatten(), colours, bins)[colours].view_as(places)
+        for weights in ((1 - places) ** 2, places**4)
+    )
+    return places * thing / (places * thing + (1 - places) * around)
+
+
+def _colour_histogram(weights: Tensor, colours: Tensor, bins: int) -> Tensor:
+    """Shares of the weight [P] that each colour [P] has [bins³], smoothed by (¼, ½, ¼) along each channel."""
+    counts = torch.zeros(bins**3).to(weights).index_add_(0, colours, weights).view(1, 1, bins, bins, bins)
+    kernel = torch.tensor([0.25, 0.5, 0.25]).to(weights)
+    for shape, padding in (((3, 1, 1), (1, 0, 0)), ((1, 3, 1), (0, 1, 0)), ((1, 1, 3), (0, 0, 1))):
+        counts = F.conv3d(counts, kernel.view(1, 1, *shape), padding=padding)
+    return counts.flatten() / weights.sum().clamp(min=1e-6) + 1e-5  # a colour that is nowhere says nothing
+
+
 def align_to_edges(places: Tensor, image: Tensor, *, radius: int, eps: float = 1e-3) -> Tensor:
     """Places [H, W] drawn along the edges of an image [3, H, W] in −1…1: the guided filter (He, Sun & Tang 2013).
 

@@ -371,13 +371,13 @@ class RemoveOptions(StartOptions, GuidanceOptions, CountOption):
     threshold: Annotated[
         float,
         Option(
-            "Share of the greatest difference that makes a place.",
+            "How likely the thing is wherever its place is; lower finds more.",
             WHERE,
             needs={"mask": (None,)},
             min=0,
             max=1,
         ),
-    ] = 0.3
+    ] = 0.5
     strength: Annotated[
         float,
         Option(

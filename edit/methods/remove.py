@@ -19,13 +19,20 @@ from edit.attention.alignment import require, tokenize_prompt
 from edit.attention.control import Control
 from edit.attention.install import control_attention
 from edit.inversion.inversion import Inversion
-from edit.masks import align_to_edges, difference_maps, evidence_maps, fill_smoothly, load_pixel_mask
+from edit.masks import (
+    align_to_edges,
+    difference_maps,
+    evidence_maps,
+    fill_smoothly,
+    load_pixel_mask,
+    weigh_by_colour,
+)
 from edit.phrases import things, without
 from edit.pictures import ImageLike
 from edit.result import Result
 from edit.sampling import Frames, as_strong_as_state, guidance_of, nfe_of
 
-STRENGTH, GUIDANCE, THRESHOLD = 0.5, 1.0, 0.3
+STRENGTH, GUIDANCE, THRESHOLD = 0.5, 1.0, 0.5
 # Of the image's shorter side: how far a mask is grown around a thing, for its edge and its shadow
 MARGIN = 1 / 64
 
@@ -107,9 +114,10 @@ def remove(
 def locate_word(inversion: Inversion, word: str, *, threshold: float = THRESHOLD) -> tuple[Tensor, int]:
     """Where a thing of the source prompt stands in the image [8H, 8W], 0 or 1 in pixels, and the NFE.
 
-    That is where leaving it out of the prompt changes the predictions (`difference_maps`) by more than `threshold` of
-    the most, and where its words explain more than those of other things (`evidence_maps`); drawn along the image's
-    edges, with a margin around.
+    How much leaving it out of the prompt changes the predictions (`difference_maps`), where its words explain more than
+    those of other things (`evidence_maps`), is how likely it is there; where its colours are then more likely the
+    thing's than those of what is around (`weigh_by_colour`), above `threshold`, is its place, drawn along the image's
+    edges with a margin around.
     `UserError` where there is no such place, or no such word.
     """
     source = inversion.prompt
@@ -124,7 +132,8 @@ def locate_word(inversion: Inversion, word: str, *, threshold: float = THRESHOLD
         large = F.interpolate(evidence[None], size, mode="bilinear", align_corners=False)[0]
         own, nfe = own * (large[0] > large[1:].amax(0)), nfe + more
     image = inversion.image.to(own)
-    found = (align_to_edges(own, image, radius=size[0] * 5 // (4 * places)) > threshold).float()
+    likely = align_to_edges(weigh_by_colour(own, image), image, radius=max(1, size[0] * 3 // (8 * places)))
+    found = (likely > threshold).float()
     if not found.any():
         raise UserError(
             f"At threshold {threshold:g} “{word}” is found nowhere. Lower --threshold, or paint it in a --mask."

@@ -16,7 +16,7 @@ from backbone.io.console import UserError
 from backbone.media.transforms import to_tensor
 from backbone.models.model import Backbone
 from edit.inversion.inversion import Inversion, invert
-from edit.masks import align_to_edges, evidence_maps, fill_smoothly
+from edit.masks import align_to_edges, evidence_maps, fill_smoothly, weigh_by_colour
 from edit.methods.compose import compose
 from edit.methods.flow_edit import flow_edit
 from edit.methods.interpolate import interpolate, slerp
@@ -295,6 +295,22 @@ def test_places_are_drawn_along_the_edges_of_the_image() -> None:
     assert float((found & square).sum() / (found | square).sum()) > 0.95
     flat = align_to_edges(blurred, torch.zeros(3, 64, 64), radius=10)  # no edges: it is only blurred
     assert float(flat.max()) <= 1.001 and float(flat.std()) > 0.1
+
+
+def test_a_place_has_the_colours_of_its_thing_and_not_those_around_it() -> None:
+    image = -torch.ones(3, 64, 64)
+    image[2] = 1  # a red square on blue, and a far too wide idea of where it is
+    square = torch.zeros(64, 64)
+    square[24:40, 24:40] = 1
+    image[:, square > 0] = torch.tensor([1.0, -1.0, -1.0])[:, None]
+    wide = torch.full((64, 64), 0.05)
+    wide[12:52, 12:52] = 0.6
+    wide[26:38, 26:38] = 0.9
+    assert torch.equal(weigh_by_colour(wide, image) > 0.5, square > 0)
+    flat = weigh_by_colour(wide, torch.zeros(3, 64, 64))  # one colour says nothing
+    assert deviation(flat, wide) < 1e-4
+    for same in (0.0, 1.0):  # nowhere, and everywhere
+        assert deviation(weigh_by_colour(torch.full((64, 64), same), image), torch.full((64, 64), same)) < 1e-5
 
 
 def test_a_word_that_is_not_there_cannot_be_removed(inversion: Inversion) -> None:
