@@ -9,9 +9,10 @@ from typing import Any
 
 from backbone.adapters.concept import checkpoint as find_checkpoint
 from backbone.adapters.concept import read_concept
-from backbone.io.files import new_folder, read_json
+from backbone.io.files import read_json
 from backbone.io.prompts import prompts_of
 from backbone.io.run import Run
+from backbone.io.run_folder import hold_new_folder
 from backbone.io.sampling import DrawingOptions, Sampler
 from backbone.media.gallery import Images
 from customize.training.start import start
@@ -129,6 +130,6 @@ def evaluate(
     from customize.evaluation.dreambench import DREAMBENCH, TABLE, evaluate_run, moji_prompts
 
     place, prompts = Path(str(run)), moji_prompts()
-    with new_folder(None if out is None else Path(out), place / DREAMBENCH) as folder:
+    with hold_new_folder(None if out is None else Path(out), place / DREAMBENCH) as folder:
         evaluate_run(place, prompts=prompts, per_prompt=count, scorer=None, seed=seed, out=folder)
         return read_json(folder / TABLE)

@@ -12,7 +12,7 @@ import typer
 
 from backbone.io.commands import command_group, print_json
 from backbone.io.console import UserError, count_of, is_main_rank, notify, run_app
-from backbone.io.files import new_folder, read_json, refuse_filled
+from backbone.io.files import read_json, refuse_filled
 from backbone.io.flags import (
     CONCEPTS,
     DATA,
@@ -25,12 +25,12 @@ from backbone.io.flags import (
     ModelOptions,
 )
 from backbone.io.options import Option, command, settled_command
-from backbone.io.run_folder import absolute
+from backbone.io.run_folder import hold_new_folder, run_name
 from backbone.io.sampling import CountOption, DrawingOptions
-from backbone.training.settings import PANELS, refuse_beside_resume
+from backbone.training.settings import PANELS, find_resumed, said_anew
 from customize.formats import cli as files_cli
 from customize.settings import Settings, TrainOptions, read_settings, resolved
-from customize.training.start import RESUMED, start
+from customize.training.start import RESUMED, as_kept, start
 
 app = command_group("Teach a diffusion model a new concept from a handful of images.")
 
@@ -113,15 +113,16 @@ def check(asked: CheckOptions) -> None:
 @command(app, Settings, TrainOptions, panels=PANELS)
 def train(asked: dict[str, Any], run: TrainOptions) -> None:
     """Teach the model a subject from a few images (DreamBooth with LoRA)."""
-    if run.resume is not None:
-        refuse_beside_resume(Settings, asked, run, allowed=RESUMED)
-        read_settings(run.resume)  # mistakes are answered before torch is imported
-        anew = {**asked, "images": absolute(asked["images"])} if "images" in asked else asked
+    usual = Path("runs") / run_name(asked["images"]) if "images" in asked else None
+    resumed = None if run.resume is None else find_resumed(run, "customize train", usual)
+    if resumed is None:
+        finished = start(asked, out=run.out, vram=run.vram)
+    else:
+        own = read_settings(resumed)  # mistakes are answered before torch is imported
+        anew = said_anew(own, as_kept(asked, own), run, resumed, allowed=RESUMED)
         from customize.training.run import resume_concept
 
-        finished = resume_concept(run.resume, anew)
-    else:
-        finished = start(asked, out=run.out, vram=run.vram)
+        finished = resume_concept(resumed, anew)
     token = read_settings(finished).token
     where = shlex.quote(str(finished))
     notify(
@@ -245,7 +246,7 @@ def evaluate(asked: EvaluateOptions) -> None:
     from customize.evaluation.dreambench import DREAMBENCH, TABLE, evaluate_images, evaluate_run
 
     prompts, count, scorer = _templates(asked), asked.count, asked.scorer
-    with new_folder(asked.out, run / DREAMBENCH) as folder:
+    with hold_new_folder(asked.out, run / DREAMBENCH) as folder:
         if asked.images is None:
             found = evaluate_run(
                 run, prompts=prompts, per_prompt=count, scorer=scorer, seed=asked.seed, out=folder

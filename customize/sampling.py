@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from backbone.adapters.concept import (
 )
 from backbone.distributed import processes
 from backbone.io.console import progress
-from backbone.io.files import make_empty_folder, make_numbered_folder, refuse_filled, write_json
-from backbone.io.run_folder import package_versions
+from backbone.io.files import refuse_filled, write_json
+from backbone.io.run_folder import hold_new_folder, package_versions
 from backbone.io.sampling import DrawingOptions, SamplingSettings
 from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
@@ -60,43 +61,43 @@ def sample_to_folder(
         Request(prompt, (i, j), negative) for i, prompt in enumerate(expanded) for j in range(asked.count)
     ]
     began = time.perf_counter()
-    out = _make_folder(out)
     facts = {
         "model": name,
         **asked.facts(),
         **describe_concepts([concept.folder for concept in concepts], asked.scale),
     }
-    _write_images(backbone, requests, prompts, out, asked, facts)
-    processes.barrier()  # now all pictures are there
-    if processes.is_main_process():
-        record = {
-            "model": name,
-            "concepts": summarize_concepts(concepts),
-            **asked.facts(),
-            "guided": list(asked.guided),
-            "scale": asked.scale,
-            "seconds": round(time.perf_counter() - began, 2),
-            "versions": package_versions(),
-        }
-        drawn_by = " with ".join([name, *(str(concept.folder) for concept in concepts)])
-        note = f"{drawn_by}, {asked.steps} steps, guidance {asked.describe_guidance()}, seed {asked.seed}"
-        columns = asked.count if asked.count > 1 else 4
-        write_index(out, requests, prompts, record, note=note, columns=columns)
+    with _hold_folder(out) as folder:
+        _write_images(backbone, requests, prompts, folder, asked, facts)
+        processes.barrier()  # now all pictures are there
+        if processes.is_main_process():
+            record = {
+                "model": name,
+                "concepts": summarize_concepts(concepts),
+                **asked.facts(),
+                "guided": list(asked.guided),
+                "scale": asked.scale,
+                "seconds": round(time.perf_counter() - began, 2),
+                "versions": package_versions(),
+            }
+            drawn_by = " with ".join([name, *(str(concept.folder) for concept in concepts)])
+            note = f"{drawn_by}, {asked.steps} steps, guidance {asked.describe_guidance()}, seed {asked.seed}"
+            columns = asked.count if asked.count > 1 else 4
+            write_index(folder, requests, prompts, record, note=note, columns=columns)
     processes.end_process()
-    return out / "sheet.png"
+    return folder / "sheet.png"
 
 
-def _make_folder(out: Path | None) -> Path:
-    """The new folder, made by the main process; the others learn its number."""
-    if out is not None:
-        processes.barrier()  # now every process has seen that it is free
-        return make_empty_folder(out) if processes.is_main_process() else out
-    number = 0
-    if processes.is_main_process():
-        made = make_numbered_folder(SAMPLES).name
-        number = int(made.removeprefix(SAMPLES.name).lstrip("-") or 1)
-    number = int(processes.reduce_sum([number])[0])
-    return SAMPLES if number == 1 else SAMPLES.with_name(f"{SAMPLES.name}-{number}")
+@contextmanager
+def _hold_folder(out: Path | None) -> Iterator[Path]:
+    """The new folder, made and kept by the main process; the others learn its number."""
+    processes.barrier()  # now every process has seen that it is free
+    with ExitStack() as held:
+        made = held.enter_context(hold_new_folder(out, SAMPLES)) if processes.is_main_process() else SAMPLES
+        if out is None:
+            number = int(made.name.removeprefix(SAMPLES.name).lstrip("-") or 1)
+            number = int(processes.reduce_sum([number if processes.is_main_process() else 0])[0])
+            out = SAMPLES if number == 1 else SAMPLES.with_name(f"{SAMPLES.name}-{number}")
+        yield out
 
 
 def _write_images(

@@ -15,6 +15,9 @@ from typer.testing import CliRunner
 import align.cli
 import align.settings
 import customize.settings
+from align.collect.sample import sample_pairs
+from align.comparison.compare import compare_models
+from align.comparison.sides import Side
 from align.pairs.read import read_preferences
 from align.pairs.records import check_preferences
 from backbone.adapters.apply import check_concept_fits
@@ -23,10 +26,13 @@ from backbone.families.location import hub_file
 from backbone.io.console import UserError
 from backbone.io.files import write_json
 from backbone.io.options import fields_of, values_from_file
-from backbone.io.run_folder import hold_folder
+from backbone.io.prompts import Prompt
+from backbone.io.run_folder import hold_folder, hold_new_folder
+from backbone.io.sampling import DrawingOptions
 from backbone.media.pictures import check_images, list_images
 from backbone.models.locate import EMBEDDED, locate
 from backbone.models.model import Backbone
+from customize.sampling import sample_to_folder
 from customize.training.card import push
 from tests.align.conftest import picture, write_lines
 
@@ -290,6 +296,45 @@ def test_a_record_of_another_shape_is_refused(tmp_path: Path, record: Any) -> No
 def test_a_device_that_is_not_there_is_a_sentence(tiny_folder: Path, device: str) -> None:
     with pytest.raises(UserError, match="There is no device"):
         Backbone.open(str(tiny_folder), device=device)
+
+
+@pytest.mark.parametrize("door", ["customize sample", "align sample", "align compare"])
+def test_of_two_that_draw_into_one_folder_the_second_is_refused(
+    tmp_path: Path, tiny_folder: Path, door: str
+) -> None:
+    out, how = tmp_path / "drawn", {"device": "cpu", "precision": "fp32", "steps": 1}
+    side = Side.from_name(str(tiny_folder))
+
+    def draw() -> None:
+        if door == "customize sample":
+            sample_to_folder(["a dog"], DrawingOptions(model=str(tiny_folder), **how), out)
+        elif door == "align sample":
+            sample_pairs([Prompt("a dog")], out, align.settings.PairSampling(model=str(tiny_folder), **how))
+        else:
+            compare_models(side, side, [Prompt("a dog")], out, align.settings.ComparisonSettings(**how))
+
+    with hold_folder(out):
+        with pytest.raises(UserError, match="Another process is writing"):
+            draw()
+        assert not list(out.iterdir())
+
+
+def test_a_new_folder_is_kept_by_who_has_made_it(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with hold_new_folder(out, out):
+        with pytest.raises(UserError, match="Another process is writing"), hold_new_folder(out, out):
+            pass
+        assert out.is_dir(), "the one that is refused takes nothing away"
+        (out / "a.png").touch()
+    with pytest.raises(UserError, match="is not empty"), hold_new_folder(out, out):
+        pass
+    with pytest.raises(UserError, match="is a file"), hold_folder(out / "a.png"):
+        pass
+    with pytest.raises(KeyError), hold_new_folder(tmp_path / "failed", out):
+        raise KeyError
+    assert not (tmp_path / "failed").exists()
+    with hold_new_folder(None, out) as numbered:
+        assert numbered == tmp_path / "out-2"
 
 
 def test_of_two_runs_in_one_folder_the_second_is_refused(tmp_path: Path) -> None:

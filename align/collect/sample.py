@@ -62,6 +62,23 @@ def sample_pairs(
     asked = resolve_sampling(asked, backbone, concepts)
     if asked.redraw and asked.steps is not None:
         count_skipped_steps(asked.redraw, asked.steps)
+    with processes.hold_folder(out):
+        missing = _draw_missing(backbone, prompts, out, asked, concepts, name=name, began=began)
+    processes.end_process()
+    return missing
+
+
+def _draw_missing(
+    backbone: Backbone,
+    prompts: Sequence[Prompt],
+    out: Path,
+    asked: PairSampling,
+    concepts: Sequence[Concept],
+    *,
+    name: str,
+    began: float,
+) -> int:
+    """Claims the folder, samples what it lacks, and finishes its record; the number of images sampled."""
     record = _describe_folder(backbone, concepts, prompts, asked)
     with processes.main_process_first():
         _claim_folder(out, record)
@@ -93,7 +110,6 @@ def sample_pairs(
     if processes.is_main_process():
         seconds = read_json(out / SAMPLES, Drawn).seconds + time.perf_counter() - began
         write_json(out / SAMPLES, {**record, "seconds": round(seconds, 2), "versions": package_versions()})
-    processes.end_process()
     return len(missing)
 
 

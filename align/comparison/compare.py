@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ from backbone.io.files import content_hash, read_json, write_json
 from backbone.io.options import part
 from backbone.io.prompts import Prompt
 from backbone.io.report import write_report
-from backbone.io.run_folder import package_versions
+from backbone.io.run_folder import hold_folder, package_versions
 from backbone.io.sampling import SamplingSettings
 from backbone.media.decode import open_rgb
 from backbone.media.parameters import describe_concepts, describe_drawing
@@ -75,40 +77,34 @@ def compare_models(
             f"{', '.join(trained_on)} also chose what {tuned.name} was trained on. Compare by another scorer as well."
         )
     keys = [(i, j) for i in range(len(prompts)) for j in range(asked.count)]
-    sampling = _sample_sides(out, sides, prompts, keys, asked)
-    sampled = time.perf_counter()
-    images = {name: [open_rgb(out / side_image_name(name, *key)) for key in keys] for name in sides}
-    # Scorers do not know the concepts, so they read the prompts with the class in place of a token.
-    concepts = summarize_concepts(
-        [read_concept(folder) for side in sides.values() for folder in side.concepts]
-    )
-    texts = [strip_tokens(prompts[i].text, concepts) for i, _ in keys]
-    scores = {
-        scorer: {name: _score_in_batches(score, images[name], texts) for name in sides}
-        for scorer, score in score_functions.items()
-    }
-    result = {
-        "base": base,
-        "tuned": dataclasses.replace(tuned, scale=asked.scale[0]),
-        "sampling": sampling,
-        "per_prompt": asked.count,
-        "prompts": len(prompts),
-        "tie": asked.tie,
-        "trained_on": trained_on,
-        **_count_all_wins(scores, list(tuned_sides), prompts, keys, tie=asked.tie),
-        "diversity": (
-            {name: _mean_diversity(images[name], keys) for name in sides} if asked.count > 1 else {}
-        ),
-        "seconds": {
-            "sample": round(sampled - began, 2),
-            "score": round(time.perf_counter() - sampled, 2),
-        },
-        "versions": package_versions(),
-    }
-    write_json(out / RESULT, result)
-    parts = build_report(out, result, prompts, keys, scores)
-    title = f"{tuned.name} against {base.name}, {sampling.steps} steps of {sampling.sampler}"
-    write_report(out / REPORT, title, parts)
+    opened, sampling = _open_sides(sides, asked)
+    with hold_folder(out):
+        _sample_sides(out, opened, prompts, keys, sampling)
+        sampled = time.perf_counter()
+        images = {name: [open_rgb(out / side_image_name(name, *key)) for key in keys] for name in sides}
+        scores = _score_sides(images, sides.values(), [prompts[i].text for i, _ in keys], score_functions)
+        result = {
+            "base": base,
+            "tuned": dataclasses.replace(tuned, scale=asked.scale[0]),
+            "sampling": sampling,
+            "per_prompt": asked.count,
+            "prompts": len(prompts),
+            "tie": asked.tie,
+            "trained_on": trained_on,
+            **_count_all_wins(scores, list(tuned_sides), prompts, keys, tie=asked.tie),
+            "diversity": (
+                {name: _mean_diversity(images[name], keys) for name in sides} if asked.count > 1 else {}
+            ),
+            "seconds": {
+                "sample": round(sampled - began, 2),
+                "score": round(time.perf_counter() - sampled, 2),
+            },
+            "versions": package_versions(),
+        }
+        write_json(out / RESULT, result)
+        parts = build_report(out, result, prompts, keys, scores)
+        title = f"{tuned.name} against {base.name}, {sampling.steps} steps of {sampling.sampler}"
+        write_report(out / REPORT, title, parts)
     return result
 
 
@@ -146,41 +142,61 @@ def _refuse_scales(tuned: Side, scales: Sequence[float]) -> None:
         raise UserError(f"{tuned.name} is a whole model, so it has no strength to vary. Leave out --scale.")
 
 
-def _sample_sides(
-    out: Path,
-    sides: Mapping[str, Side],
-    prompts: Sequence[Prompt],
-    keys: Sequence[tuple[int, int]],
-    asked: ComparisonSettings,
-) -> SamplingSettings:
-    """Sample the missing images of every side; returns the settings with the base model's defaults filled in."""
-    models = {
-        name: Backbone.open(side.model, device=asked.device, precision=asked.precision)
+@dataclass(frozen=True, eq=False)
+class OpenedSide:
+    """A side with its model, of which no weights are loaded yet, and its concepts."""
+
+    side: Side
+    model: Backbone
+    concepts: Sequence[Concept]
+
+
+def _open_sides(
+    sides: Mapping[str, Side], asked: ComparisonSettings
+) -> tuple[dict[str, OpenedSide], SamplingSettings]:
+    """The sides, and the settings with the base model's defaults; mistakes are answered before any weights load."""
+    opened = {
+        name: OpenedSide(
+            side,
+            Backbone.open(side.model, device=asked.device, precision=asked.precision),
+            [read_concept(folder) for folder in side.concepts],
+        )
         for name, side in sides.items()
     }
-    concepts = {name: [read_concept(folder) for folder in side.concepts] for name, side in sides.items()}
     tuned = next(name for name in sides if name != BASE)
-    sampling = resolve_sampling(part(SamplingSettings, asked), models[BASE], concepts[tuned])
-    for name, side in sides.items():  # mistakes are answered before any weights load
-        latent_size(models[name], sampling.size)
-        for concept in concepts[name]:
-            check_concept_fits(concept, models[name])
-        _claim_folder(out / name, models[name], concepts[name], side, prompts, side.override(sampling))
-    for name, side in sides.items():
-        model = models.pop(name)  # one model is in memory at a time
+    sampling = resolve_sampling(part(SamplingSettings, asked), opened[BASE].model, opened[tuned].concepts)
+    for one in opened.values():
+        latent_size(one.model, sampling.size)
+        for concept in one.concepts:
+            check_concept_fits(concept, one.model)
+    return opened, sampling
+
+
+def _sample_sides(
+    out: Path,
+    opened: dict[str, OpenedSide],
+    prompts: Sequence[Prompt],
+    keys: Sequence[tuple[int, int]],
+    sampling: SamplingSettings,
+) -> None:
+    """Sample the missing images of every side, one model in memory at a time: `opened` is empty behind it."""
+    for name, one in opened.items():
+        _claim_folder(out / name, one, prompts, one.side.override(sampling))
+    for name in list(opened):
+        one = opened.pop(name)
         missing = [key for key in keys if not (out / side_image_name(name, *key)).exists()]
         if not missing:
             continue
-        load_concepts(model, concepts[name], scale=side.scale)
-        settings = side.override(sampling)
+        side, settings = one.side, one.side.override(sampling)
+        load_concepts(one.model, one.concepts, scale=side.scale)
         facts = {"model": side.model, **settings.facts(), **describe_concepts(side.concepts, side.scale)}
         with progress(len(missing), f"drawing {name}") as bar:
             images = sample_images(
-                model,
+                one.model,
                 prompts,
                 missing,
                 settings,
-                concepts[name],
+                one.concepts,
                 advance=bar.advance_images,
             )
             for key, image in zip(missing, images, strict=True):
@@ -189,23 +205,17 @@ def _sample_sides(
                     prompts[i].text, image.size, {**facts, "prompt_number": i, "sample": j}
                 )
                 save_png(out / side_image_name(name, *key), image, text=text)
-    return sampling
 
 
 def _claim_folder(
-    folder: Path,
-    model: Backbone,
-    concepts: Sequence[Concept],
-    side: Side,
-    prompts: Sequence[Prompt],
-    sampling: SamplingSettings,
+    folder: Path, one: OpenedSide, prompts: Sequence[Prompt], sampling: SamplingSettings
 ) -> None:
     """Begin a side's folder with a record of its settings; `UserError` where its images have other ones."""
     record: dict[str, Any] = {
-        "model": model.fingerprint,
-        "concepts": summarize_concepts(concepts),
-        "weights": [content_hash(concept.weights_path) for concept in concepts if concept.weights],
-        "scale": side.scale,
+        "model": one.model.fingerprint,
+        "concepts": summarize_concepts(one.concepts),
+        "weights": [content_hash(concept.weights_path) for concept in one.concepts if concept.weights],
+        "scale": one.side.scale,
         "prompts": [prompt.text for prompt in prompts],
         "sampling": sampling.facts(),
     }
@@ -213,6 +223,21 @@ def _claim_folder(
     if path.exists() and read_json(path) != json.loads(json.dumps(record)):
         raise UserError(f"{folder} holds pictures that were drawn in another way. Choose another --out.")
     write_json(path, record)
+
+
+def _score_sides(
+    images: Mapping[str, Sequence[Image]],
+    sides: Iterable[Side],
+    texts: Sequence[str],
+    score_functions: Mapping[str, ImageScorer],
+) -> dict[str, dict[str, Tensor]]:
+    """Scorer → side → the scores [B] of its images for their texts, a concept's class in place of its token."""
+    concepts = summarize_concepts([read_concept(folder) for side in sides for folder in side.concepts])
+    texts = [strip_tokens(text, concepts) for text in texts]
+    return {
+        scorer: {name: _score_in_batches(score, images[name], texts) for name in images}
+        for scorer, score in score_functions.items()
+    }
 
 
 def _score_in_batches(
@@ -229,8 +254,7 @@ def _score_in_batches(
 
 def _mean_diversity(images: Sequence[Image], keys: Sequence[tuple[int, int]]) -> float:
     """Mean of `measure_diversity` over prompts."""
-    values = measure_diversity(images, keys).values()
-    return sum(values) / len(values)
+    return statistics.fmean(measure_diversity(images, keys).values())
 
 
 def _count_all_wins(

@@ -115,7 +115,7 @@ class PreferenceTraining(Objective):
         cached = settings.reference == "bank" and data.train
         self.reference: Reference = self._cached_reference() if cached else self.live
         fresh = [self.data.train[row] for row in self.gap_rows]
-        asked = {"held-out": ("held-out", data.held_out), "training": ("fresh", fresh)}
+        asked = {"held_out": ("held-out", data.held_out), "training": ("fresh", fresh)}
         with self._evaluation_mode():  # of several processes the writer judges, or all together
             self.evaluations = {
                 name: make_evaluation(self.model, data, items, self.live, settings, samples)

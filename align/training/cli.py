@@ -10,8 +10,9 @@ import typer
 from align.settings import Settings, read_settings
 from align.training.start import start
 from backbone.io.console import notify
-from backbone.io.options import command, is_code
-from backbone.training.settings import PANELS, RunOptions, refuse_beside_resume
+from backbone.io.options import command
+from backbone.io.run_folder import run_name
+from backbone.training.settings import PANELS, RunOptions, find_resumed, said_anew
 
 
 def register(app: typer.Typer) -> None:
@@ -21,25 +22,25 @@ def register(app: typer.Typer) -> None:
 
 def train(asked: dict[str, Any], run: RunOptions) -> None:
     """Train a model on pairs, so that it draws what was preferred (Diffusion-DPO and its relatives)."""
-    if run.resume is not None:
-        _done(_resumed(run.resume, asked, run))
-        return
-    _done(start(asked, out=run.out, vram=run.vram))
+    resumed = None if run.resume is None else find_resumed(run, "align train", _usual_folder(asked))
+    _done(start(asked, out=run.out, vram=run.vram) if resumed is None else _resume(resumed, asked, run))
 
 
-def _resumed(run: Path, asked: dict[str, Any], said: RunOptions) -> Path:
-    """Goes on with a run; `UserError` for anything that was said beside."""
-    code = asked.get("online", "")
-    # A Python file is run when it is named here, and only then.
-    named = {"online"} if is_code(code) else set()
-    refuse_beside_resume(Settings, {name: asked[name] for name in asked if name not in named}, said)
+def _usual_folder(asked: dict[str, Any]) -> Path | None:
+    """Where the same command writes without --out; None where it names nothing to learn from."""
+    if "online" in asked and "prompts" in asked:
+        return Path("runs") / f"{Path(asked['prompts']).stem}-online"
+    return Path("runs") / run_name(str(asked["pairs"])) if "pairs" in asked else None
+
+
+def _resume(run: Path, asked: dict[str, Any], said: RunOptions) -> Path:
+    """Goes on with a run; `UserError` for anything that is said otherwise beside."""
     settings = read_settings(run)  # mistakes are answered before torch is imported
-    if named and code != settings.online:
-        refuse_beside_resume(Settings, asked, said)
+    said_anew(settings, asked, said, run)
     if settings.online:
         from align.training.online import resume_online
 
-        return resume_online(run, code=code)
+        return resume_online(run, code=asked.get("online", ""))
     from align.training.run import resume_taste
 
     return resume_taste(run)

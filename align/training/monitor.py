@@ -8,11 +8,12 @@ from typing import Any
 from align.objectives.preference import PreferenceTraining
 from align.objectives.reference import CachedReference
 from align.settings import EVALUATIONS, Settings
+from align.training.logs import LoggedEvaluation, read_evaluations
 from align.training.pictures import Pictures
 from align.training.report import write_running_report
 from backbone.distributed import processes
 from backbone.io.console import notify
-from backbone.io.files import append_jsonl, read_jsonl
+from backbone.io.files import append_jsonl
 from backbone.io.run_folder import trim_log
 
 
@@ -31,8 +32,7 @@ class Validation:
         if processes.is_main_process():
             trim_log(self.path, training.done)
         processes.barrier()  # now every process reads what was kept
-        known = processes.is_participant() and self.path.exists()
-        self.seen = read_jsonl(self.path) if known else []
+        self.seen = read_evaluations(run) if processes.is_participant() else []
         self.complaint = self._complaint(self.seen[-1]) if self.seen else ""
 
     def __call__(self, step: int) -> str:
@@ -49,7 +49,7 @@ class Validation:
             self.training.reference.merge()
         if not processes.is_participant():
             return
-        if any(line["step"] == step for line in self.seen):
+        if any(line.step == step for line in self.seen):
             return  # before the run was stopped
         found, gap = self.training.evaluate(), self.training.gap()
         if not processes.is_main_process():
@@ -57,15 +57,15 @@ class Validation:
         line: dict[str, Any] = {"step": step, "bank_gap": gap}
         line |= {name: figures.as_json() for name, figures in found.items()}
         append_jsonl(self.path, line)
-        self.seen = read_jsonl(self.path)
+        self.seen = read_evaluations(self.run)
         write_running_report(self.run, self.settings, self.pictures, step)
         before, self.complaint = self.complaint, self._complaint(self.seen[-1])
         if self.complaint and not before and self.settings.on_winner_rise == "warn":
             notify(f"Step {step}: {self.complaint}")
 
-    def _complaint(self, line: dict[str, Any]) -> str:
-        figures = line.get("held-out") or line.get("training")
-        rise = figures["winner_change"] if figures else None
+    def _complaint(self, line: LoggedEvaluation) -> str:
+        figures = line.held_out or line.training
+        rise = figures.winner_change if figures else None
         if rise is None or rise <= self.settings.winner_tolerance:
             return ""
         return (

@@ -44,16 +44,17 @@ from align.settings import (
     read_settings,
     resolved,
 )
+from align.training.logs import read_rewards, read_steps
 from align.training.monitor import Validation
 from align.training.pictures import AFTER, describe, draw_before
-from align.training.report import draw_curves, write_running_report, write_summary
+from align.training.report import draw_curves, mean_reward, write_running_report, write_summary
 from align.training.run import write_concept, write_record
 from backbone.adapters.apply import check_concept_fits, load_concepts
 from backbone.adapters.concept import Concept, read_concept, summarize_concepts
 from backbone.conditions.conditions import Conditions
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify, progress
-from backbone.io.files import append_jsonl, read_json, read_jsonl, write_json
+from backbone.io.files import append_jsonl, read_json, write_json
 from backbone.io.options import is_code
 from backbone.io.prompts import Prompt, read_prompts
 from backbone.io.report import command, heading, paragraph, plot_row, table, write_report
@@ -63,7 +64,7 @@ from backbone.media.parameters import describe_drawing, last_name
 from backbone.media.sheet import save_png
 from backbone.models.model import Backbone
 from backbone.training.models import open_configs, open_model
-from backbone.training.run import LOG, Every, drive
+from backbone.training.run import Every, drive
 
 REPORTS = 20  # times that a run on rewards renews its report
 DRAWN_BY = (
@@ -277,8 +278,7 @@ def _round_records(folder: Path, settings: Settings) -> tuple[list[Record], list
 
 def append_reward(run: Path, folder: Path, settings: Settings, number: int) -> None:
     """Logs the mean score of a round's pictures, once."""
-    known = read_jsonl(run / REWARDS) if (run / REWARDS).exists() else []
-    if any(line.get("round") == number for line in known):
+    if any(line.round == number for line in read_rewards(run)):
         return
     scores = read_json(folder / SCORES, Scores).scores
     values = [one[settings.online] for one in scores.values()]
@@ -323,9 +323,9 @@ def _by_reward(
         processes.end_process()
         return run
     write_concept(run, settings, model, training.write(run, _header(settings)))
-    log = read_jsonl(run / LOG)
+    log = read_steps(run)
     tenth = max(1, len(log) // 10)
-    first, last = (sum(line["reward"] for line in part) / len(part) for part in (log[:tenth], log[-tenth:]))
+    first, last = mean_reward(log[:tenth]), mean_reward(log[-tenth:])
     seconds = round(time.perf_counter() - began, 2)
     summary = {
         "kind": "reward",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,22 +16,23 @@ from align.pairs.records import (
     Record,
     describe_records,
 )
-from align.settings import (
-    EVALUATIONS,
-    REPORT,
-    REWARD_LOSSES,
-    REWARDS,
-    SUMMARY,
-    Settings,
-    as_command,
+from align.settings import REPORT, REWARD_LOSSES, SUMMARY, Settings, as_command
+from align.training.logs import (
+    LoggedEvaluation,
+    LoggedFigures,
+    LoggedInterval,
+    LoggedStep,
+    read_evaluations,
+    read_rewards,
+    read_steps,
 )
 from align.training.pictures import Pictures, describe
 from backbone.adapters.concept import Concept, summarize_concepts
+from backbone.evaluation.statistics import Interval
 from backbone.io.console import notify_once
-from backbone.io.files import read_jsonl, write_json
+from backbone.io.files import write_json
 from backbone.io.report import command, heading, line_plot, paragraph, plot_row, table, write_report
 from backbone.io.run_folder import package_versions
-from backbone.training.run import LOG
 
 RENEW_SECONDS = 15
 
@@ -46,8 +48,8 @@ def write_summary(
 ) -> None:
     """Writes `summary.json` and `report.html` from what the run has logged."""
     settings, reference = training.settings, training.reference
-    evaluations = read_jsonl(run / EVALUATIONS)
-    last = evaluations[-1]
+    evaluations = read_evaluations(run)
+    last = evaluations[-1] if evaluations else LoggedEvaluation(training.done)
     summary: dict[str, Any] = {
         "kind": "preference",
         "loss": settings.loss,
@@ -62,14 +64,14 @@ def write_summary(
             "training_records": len(learn),
             "held_out_records": len(out),
         },
-        "held_out": last.get("held-out"),
-        "training": last.get("training"),
-        "bank_gap": last.get("bank_gap"),
+        "held_out": last.held_out,
+        "training": last.training,
+        "bank_gap": last.bank_gap,
         "bank": {"cells": reference.filled, "of": reference.values[..., 0].numel()}
         if isinstance(reference, CachedReference)
         else None,
         "reference_rows": training.live.nfe,
-        "rewards": read_jsonl(run / REWARDS) if (run / REWARDS).exists() else None,
+        "rewards": read_rewards(run) or None,
         "steps": training.done,
         "of_steps": settings.steps,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
@@ -96,18 +98,17 @@ def write_running_report(run: Path, settings: Settings, pictures: Pictures, step
 
 def draw_curves(run: Path, settings: Settings) -> list[str]:
     """The run's curves from what it has logged, each with what it says."""
-    logged = {
-        name: read_jsonl(run / name) if (run / name).exists() else [] for name in (EVALUATIONS, LOG, REWARDS)
+    evaluations = read_evaluations(run)
+    sides = {
+        "held out": [(line.step, line.held_out) for line in evaluations if line.held_out],
+        "training records, unseen noise": [
+            (line.step, line.training) for line in evaluations if line.training
+        ],
     }
-    evaluations, log = logged[EVALUATIONS], logged[LOG]
-    drawn = [
-        one
-        for key, name in (("held-out", "held out"), ("training", "training records, unseen noise"))
-        for one in _curves(name, [line for line in evaluations if line.get(key)], key)
-    ]
-    rewards = [(line["round"], line["reward"]) for line in logged[REWARDS]]
+    drawn = [one for name, seen in sides.items() for one in _curves(name, seen)]
+    rewards = [(line.round, _number(line.reward)) for line in read_rewards(run)]
     drawn.append(line_plot("Mean score of each round's pictures", {"score": rewards}))
-    gap = [(line["step"], _number(line["bank_gap"])) for line in evaluations]
+    gap = [(line.step, _number(line.bank_gap)) for line in evaluations]
     drawn.append(
         line_plot(
             "Seen/unseen-noise gap: accuracy at seen minus unseen noise",
@@ -116,9 +117,9 @@ def draw_curves(run: Path, settings: Settings) -> list[str]:
             note="Where it grows, training fits its noise samples rather than the pictures: more --draws help.",
         )
     )
-    points = smoothed_log(log)
+    points = smoothed_log(read_steps(run))
     if settings.loss in REWARD_LOSSES:
-        reward = [(line["step"], line["reward"]) for line in points if "reward" in line]
+        reward = [(line.step, _number(line.reward)) for line in points]
         drawn.append(
             line_plot(
                 "Reward",
@@ -129,7 +130,7 @@ def draw_curves(run: Path, settings: Settings) -> list[str]:
     drawn.append(
         line_plot(
             "Loss",
-            {"loss": [(line["step"], line["loss"]) for line in points]},
+            {"loss": [(line.step, line.loss) for line in points]},
             note="What training lowers. Its ups and downs are mostly chance.",
         )
     )
@@ -141,7 +142,7 @@ def report(run: Path, summary: dict[str, Any], settings: Settings, pictures: Pic
     done, seconds, data = summary["steps"], summary["seconds"], summary["data"]
     steps = f"{done} of {settings.steps} steps" if done < settings.steps else f"{settings.steps} steps"
     rows = [
-        _row(name, Figures(**_revived(summary[key])))
+        _row(name, _revived(summary[key]))
         for name, key in (("held out", "held_out"), ("training, unseen noise", "training"))
         if summary[key]
     ]
@@ -179,20 +180,20 @@ def report(run: Path, summary: dict[str, Any], settings: Settings, pictures: Pic
     ]
 
 
-def _curves(name: str, seen: list[dict[str, Any]], key: str) -> list[str]:
-    """Accuracy with its interval, and the changes of both errors, along training."""
+def _curves(name: str, seen: list[tuple[int, LoggedFigures]]) -> list[str]:
+    """Accuracy with its interval, and the changes of both errors, along training (step, figures)."""
 
-    def along(read: Callable[[dict[str, Any]], float | None]) -> list[tuple[float, float]]:
-        return [(line["step"], _number(read(line[key]))) for line in seen]
+    def along(read: Callable[[LoggedFigures], float | None]) -> list[tuple[float, float]]:
+        return [(step, _number(read(figures))) for step, figures in seen]
 
     accuracy = {
-        "accuracy": along(lambda figures: figures["accuracy"]["value"]),
-        "lower end": along(lambda figures: figures["accuracy"]["low"]),
-        "upper end": along(lambda figures: figures["accuracy"]["high"]),
+        "accuracy": along(lambda figures: figures.accuracy.value),
+        "lower end": along(lambda figures: figures.accuracy.low),
+        "upper end": along(lambda figures: figures.accuracy.high),
     }
     changes = {
-        "winners": along(lambda figures: figures["winner_change"]),
-        "losers": along(lambda figures: figures["loser_change"]),
+        "winners": along(lambda figures: figures.winner_change),
+        "losers": along(lambda figures: figures.loser_change),
     }
     return [
         line_plot(
@@ -210,18 +211,24 @@ def _curves(name: str, seen: list[dict[str, Any]], key: str) -> list[str]:
     ]
 
 
-def smoothed_log(log: list[dict[str, Any]], *, points: int = 200) -> list[dict[str, Any]]:
+def smoothed_log(log: list[LoggedStep], *, points: int = 200) -> list[LoggedStep]:
     """At most so many points, each the mean of its neighbours: loss, and reward where there is one."""
     width = max(1, math.ceil(len(log) / points))
     parts = [log[first : first + width] for first in range(0, len(log), width)]
-    names = [name for name in ("loss", "reward") if log and name in log[0]]
     return [
-        {
-            "step": part[-1]["step"],
-            **{name: sum(line[name] for line in part) / len(part) for name in names},
-        }
+        LoggedStep(
+            part[-1].step,
+            statistics.fmean(line.loss for line in part),
+            mean_reward(part),
+        )
         for part in parts
     ]
+
+
+def mean_reward(log: list[LoggedStep]) -> float | None:
+    """The mean over the steps that have one; None without any."""
+    rewards = [line.reward for line in log if line.reward is not None]
+    return statistics.fmean(rewards) if rewards else None
 
 
 def _row(name: str, figures: Figures) -> tuple[str, ...]:
@@ -232,16 +239,19 @@ def _row(name: str, figures: Figures) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _revived(said: dict[str, Any]) -> dict[str, Any]:
-    """Figures from JSON, where a missing number is null."""
-    from backbone.evaluation.statistics import Interval
+def _revived(said: LoggedFigures) -> Figures:
+    return Figures(
+        accuracy=_interval(said.accuracy),
+        by_level=tuple(map(_number, said.by_level)),
+        winner_change=_number(said.winner_change),
+        loser_change=_number(said.loser_change),
+        records=said.records,
+        draws=said.draws,
+    )
 
-    interval = Interval(*(_number(said["accuracy"][name]) for name in ("value", "low", "high")))
-    levels = tuple(_number(share) for share in said["by_level"])
-    return {
-        **said, "accuracy": interval, "by_level": levels,
-        "winner_change": _number(said["winner_change"]), "loser_change": _number(said["loser_change"]),
-    }  # fmt: skip
+
+def _interval(said: LoggedInterval) -> Interval:
+    return Interval(_number(said.value), _number(said.low), _number(said.high))
 
 
 def _number(value: float | None) -> float:

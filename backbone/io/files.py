@@ -229,21 +229,6 @@ def refuse_filled(path: Path) -> None:
 
 
 @contextmanager
-def new_folder(named: Path | None, usual: Path) -> Iterator[Path]:
-    """The folder that a command writes: `named`, new or empty, or else `usual`, with a number where that exists.
-
-    After a failure that left nothing in it, it is gone again.
-    """
-    folder = make_numbered_folder(usual) if named is None else make_empty_folder(named)
-    try:
-        yield folder
-    except BaseException:
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-        raise
-
-
-@contextmanager
 def fill_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder inside `path`, new or empty; on a clean exit what was written there is moved up.
 

@@ -148,6 +148,9 @@ def _read_list(origin: Any, inner: tuple[Any, ...], value: Any, where: str, key:
 
 
 def _read_union(kinds: tuple[Any, ...], value: Any, where: str, key: str) -> Any:
+    records = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+    if isinstance(value, Mapping) and len(records) == 1:  # so that what is wrong in it is named
+        return _read(records[0], value, where, key)
     for kind in kinds:
         try:
             return _read(kind, value, where, key)

@@ -45,6 +45,10 @@ pre { background: #f3f4f6; padding: .8rem; overflow-x: auto; white-space: pre-wr
 """
 
 
+# A page loads nothing, sends nothing and runs no script, whatever its texts and images hold; styles are its own.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
+
 def write_report(path: str | Path, title: str, parts: Iterable[str], *, renew: int = 0) -> None:
     """Write a page of HTML fragments, as the functions below return them, atomically.
 
@@ -55,6 +59,7 @@ def write_report(path: str | Path, title: str, parts: Iterable[str], *, renew: i
     write_text(
         path,
         '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n{refresh}'
         f"<title>{_escape(title)}</title>\n<style>{STYLE}</style>\n<h1>{_escape(title)}</h1>\n{body}\n</html>\n",
     )

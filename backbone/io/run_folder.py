@@ -16,7 +16,14 @@ from pathlib import Path
 from types import FrameType
 
 from backbone.io.console import UserError, notify
-from backbone.io.files import read_jsonl, remove_abandoned, write_text
+from backbone.io.files import (
+    make_empty_folder,
+    make_numbered_folder,
+    read_jsonl,
+    refuse_filled,
+    remove_abandoned,
+    write_text,
+)
 from backbone.io.records import read_as
 
 FORWARDED_SIGNAL_SECONDS = 2.0  # seconds
@@ -48,6 +55,8 @@ def hold_folder(folder: Path) -> Iterator[None]:
     The folder is made. Nothing is left in it: the lock is on the folder itself, and goes with the process. What killed
     writers left behind is removed.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, not a folder. Name another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
@@ -68,6 +77,23 @@ def hold_folder(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def hold_new_folder(named: Path | None, usual: Path) -> Iterator[Path]:
+    """The folder that a command writes, kept for it: `named`, new or empty, or `usual`, numbered where that exists.
+
+    After a failure that left nothing in it, it is gone again.
+    """
+    folder = make_numbered_folder(usual) if named is None else make_empty_folder(named)
+    with hold_folder(folder):
+        refuse_filled(folder)  # by a command that has been quicker
+        try:
+            yield folder
+        except BaseException:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+            raise
 
 
 def clear_failed_try(run: Path) -> None:

@@ -8,12 +8,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from backbone.io.console import UserError
-from backbone.io.files import read_json
+from backbone.io.console import UserError, notify
+from backbone.io.files import read_json, read_metadata
 from backbone.io.options import Option, build, check_values, effective, fields_of, read_settings
 from backbone.io.records import RunRecord
+from backbone.io.run_folder import CHECKPOINT, absolute
 
 FILE = "settings.json"
+NAMES_A_CHECKPOINT = re.compile(rf"latest|checkpoint-\d+|{re.escape(CHECKPOINT)}")
 PANELS = (  # as `--help` shows them
     *("Data", "Concept", "Preference", "Online", "Method", "Training", "Adapter", "Loss", "Evaluation"),
     *("Memory", "Output"),
@@ -149,7 +151,12 @@ class RunOptions:
     ] = None
     resume: Annotated[
         Path | None,
-        Option("Go on with this run folder.", "Output", aliases=("resume-from-checkpoint",), metavar="RUN"),
+        Option(
+            "Go on with this run folder; latest: with that of --out, the newest.",
+            "Output",
+            aliases=("resume-from-checkpoint",),
+            metavar="RUN",
+        ),
     ] = None
     vram: Annotated[
         float | None,
@@ -190,23 +197,81 @@ def read_run_settings(declared: type[Made], run: Path, program: str) -> Made:
     return read_settings(declared, path)
 
 
-def refuse_beside_resume(
-    settings: type, asked: Mapping[str, Any], run: RunOptions, *, allowed: Collection[str] = ()
-) -> None:
-    """`UserError` for anything but the `allowed` said beside `--resume`, which goes on with the run's own settings."""
-    if run.resume is not None and re.fullmatch(r"latest|checkpoint-\d+", run.resume.name):
+def find_resumed(said: RunOptions, program: str, usual: Path | None) -> Path | None:
+    """The run folder that `--resume` means, or None where that is to begin.
+
+    `latest`, as diffusers' scripts have it, is the folder of --out, or `usual`, the one that the same command takes
+    without --out; so a command can be repeated until it is done, and begins where no step was saved yet. Where nothing
+    else is said (`usual` is None) it is the run in runs/ that saved a step last. `RUN/latest` and `RUN/checkpoint-N`
+    are RUN, which keeps its newest checkpoint alone: `UserError` for another N.
+    """
+    named = said.resume
+    assert named is not None
+    if (named / FILE).is_file() or not NAMES_A_CHECKPOINT.fullmatch(named.name):
+        return named
+    outer = named.parent if named.parent != Path() else None
+    if outer is None:
+        run = said.out or usual or _newest_run(Path("runs"), program)
+    else:
+        run = outer if (outer / FILE).is_file() else _newest_run(outer, program)
+    if run is None or not (run / CHECKPOINT).is_file():
+        if outer is None and usual is not None:
+            return None
         raise UserError(
-            f"--resume names a run folder, which goes on from its newest checkpoint, and {run.resume} is none. Write "
-            f"--resume {run.out or 'runs/NAME'}."
+            f"--resume {named} is the newest checkpoint of a run, and {run or outer or 'runs'} holds none. Name a run "
+            "folder: --resume RUN."
         )
-    known = fields_of(settings) | fields_of(type(run))
-    others = [
-        one.name for one in fields(run) if getattr(run, one.name) != one.default and one.name != "resume"
-    ]
-    for name in [name for name in [*asked, *others] if name not in allowed]:
-        said = known[name].option.metavar if known[name].option.argument else known[name].flag
+    step = read_metadata(run / CHECKPOINT).get("step")
+    if named.name.startswith("checkpoint-") and named.name != f"checkpoint-{step}":
         raise UserError(
-            f"--resume {run.resume} goes on with that run's own settings, so {said} has no effect. Leave out one of "
+            f"{run} keeps its newest checkpoint alone, that of step {step}. Write --resume {run}."
+        )
+    notify(f"Going on with {run} from step {step}.")
+    return run
+
+
+def _newest_run(folder: Path, program: str) -> Path | None:
+    """The run of a program in a folder that saved a step last; a damaged one is passed over."""
+    found = []
+    for path in folder.glob(f"*/{CHECKPOINT}"):
+        try:
+            command = read_json(path.parent / FILE, RunRecord).command
+        except (UserError, FileNotFoundError):
+            continue
+        if command.startswith(program):
+            found.append(path)
+    return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
+
+
+def said_anew(
+    own: TrainingSettings,
+    asked: Mapping[str, Any],
+    said: RunOptions,
+    run: Path,
+    *,
+    allowed: Collection[str] = (),
+) -> dict[str, Any]:
+    """What is asked for beside `--resume` and differs from the run's `own` settings.
+
+    `UserError` for any of it that is not `allowed`: it would have no effect.
+    """
+    known = fields_of(type(own)) | fields_of(type(said))
+    anew = {name: value for name, value in asked.items() if not _is_same(value, getattr(own, name))}
+    here = {"resume": said.resume, "out": run}
+    options = {one.name: getattr(said, one.name) for one in fields(said)}
+    beside = [name for name, value in options.items() if value not in (known[name].default, here.get(name))]
+    for name in [name for name in [*anew, *beside] if name not in allowed]:
+        flag = known[name].option.metavar if known[name].option.argument else known[name].flag
+        raise UserError(
+            f"--resume {said.resume} goes on with that run's own settings, so {flag} has no effect. Leave out one of "
             "the two."
             + (f" What may be said anew: {', '.join(known[one].flag for one in allowed)}." if allowed else "")
         )
+    return anew
+
+
+def _is_same(value: Any, own: Any) -> bool:
+    """Whether a value is the run's own, which has whole paths."""
+    if isinstance(value, (list, tuple)) and isinstance(own, (list, tuple)):
+        return len(value) == len(own) and all(map(_is_same, value, own))
+    return bool(value == own or (isinstance(value, (str, Path)) and absolute(str(value)) == str(own)))

@@ -44,6 +44,18 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
     return train_concept(settings, subjects, images=images, out=out, vram=vram)
 
 
+def as_kept(asked: Mapping[str, Any], own: Settings) -> dict[str, Any]:
+    """What is asked for as a run's `own` settings would hold it: whole paths, {token} in the instance prompt."""
+    from customize.data.folders import as_template
+
+    kept = dict(asked)
+    if "images" in kept:
+        kept["images"] = absolute(kept["images"])
+    if "instance_prompt" in kept:
+        kept["instance_prompt"] = as_template(kept["instance_prompt"], own.token, own.class_noun)
+    return kept
+
+
 def subjects_of(asked: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]]:
     """What is to be learned, and the settings with what a layout of other trainers says beside it.
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError
-from backbone.io.files import content_hash, fill_folder, make_numbered_folder, new_folder, read_json
+from backbone.io.files import content_hash, fill_folder, make_numbered_folder, read_json
 from backbone.io.records import read_as
-from backbone.io.run_folder import hold_folder
+from backbone.io.run_folder import hold_new_folder
 from edit.pictures import read_image, read_mask
 from edit.run.commands import COMMANDS
 from edit.run.figures import figures_of_run, find_scorer, measure_edits, peak_memory_mb, reset_peak_memory
@@ -174,5 +174,5 @@ def _claim(out: Path | None) -> Iterator[None]:
     if out is None:
         yield
         return
-    with new_folder(out, out) as folder, hold_folder(folder):
+    with hold_new_folder(out, out):
         yield

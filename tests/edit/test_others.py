@@ -310,7 +310,9 @@ def test_a_place_has_the_colours_of_its_thing_and_not_those_around_it() -> None:
     flat = weigh_by_colour(wide, torch.zeros(3, 64, 64))  # one colour says nothing
     assert deviation(flat, wide) < 1e-4
     for same in (0.0, 1.0):  # nowhere, and everywhere
-        assert deviation(weigh_by_colour(torch.full((64, 64), same), image), torch.full((64, 64), same)) < 1e-5
+        assert (
+            deviation(weigh_by_colour(torch.full((64, 64), same), image), torch.full((64, 64), same)) < 1e-5
+        )
 
 
 def test_a_word_that_is_not_there_cannot_be_removed(inversion: Inversion) -> None:

@@ -25,6 +25,7 @@ from align.collect.label.session import Session, list_label_pairs
 from align.pairs.read import read_preferences
 from align.pairs.records import check_preferences
 from align.pairs.samples import read_samples
+from align.training.logs import LoggedEvaluation, LoggedFigures, LoggedInterval, LoggedReward, LoggedStep
 from backbone.adapters.apply import load_concepts
 from backbone.adapters.concept import read_concept, resolve_placeholder_tokens
 from backbone.adapters.config import CONFIG_KEY
@@ -335,14 +336,20 @@ def mask_door(place: Place, random: Random) -> bool:
     return False
 
 
+LOGGED_FIGURES = LoggedFigures(LoggedInterval(0.5, 0.4, 0.6), (0.5, None), 0.1, 0.2, 3, 4)
+
+
 def log_door(place: Place, random: Random) -> bool:
     usual: list[Any] = [
         ("log.jsonl", Report(1, 0.5, 1.0, 1e-4, 0.1)), ("evaluations.jsonl", ConceptMetrics(1, *[0.5] * 6)),
+        ("log.jsonl", LoggedStep(1, 0.5, 0.5)), ("rewards.jsonl", LoggedReward(1, 0.5)),
+        ("evaluations.jsonl", LoggedEvaluation(1, 0.1, LOGGED_FIGURES, LOGGED_FIGURES)),
     ]  # fmt: skip
     name, entry = random.choice(usual)
     content, _ = damaged_json(asdict(entry), random)
     path = place.write(name, json.dumps(asdict(entry)).encode() + b"\n" + content)
-    trim_log(path, 1)
+    if "step" in asdict(entry):
+        trim_log(path, 1)
     read_jsonl(path, type(entry))
     return False  # a damaged line is what a crash left
 

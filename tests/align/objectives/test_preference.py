@@ -311,7 +311,7 @@ def test_training_learns_the_preference(tiny_folder: Path, pairs_file: Path, los
     model = opened(tiny_folder)
     run = PreferenceTraining(model, told_apart(data(model, pairs_file, asked)), asked)
     trained(run)
-    figures = run.evaluate()["held-out"]
+    figures = run.evaluate()["held_out"]
     assert figures.winner_change < figures.loser_change
     if asked.by_pairs:
         assert figures.accuracy.value > 0.75

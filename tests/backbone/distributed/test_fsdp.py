@@ -189,8 +189,8 @@ def test_a_taste_is_learned_as_by_one_process_bank_stop_and_resume_included(both
     one, two = (read_jsonl(both / count / "taste" / "evaluations.jsonl") for count in ("one", "two"))
     assert [line["step"] for line in two] == [0, 3, 5]
     for first, second in zip(one, two, strict=True):
-        assert second["held-out"]["winner_change"] == pytest.approx(
-            first["held-out"]["winner_change"], abs=1e-5
+        assert second["held_out"]["winner_change"] == pytest.approx(
+            first["held_out"]["winner_change"], abs=1e-5
         )
 
 

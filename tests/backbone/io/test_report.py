@@ -111,6 +111,20 @@ def test_a_film_is_shown_as_what_it_is(tmp_path: Path) -> None:
     assert "data:image/gif;base64," in image_figure(tmp_path / "film.gif")
 
 
+def test_a_page_loads_nothing_and_runs_no_script(tmp_path: Path) -> None:
+    """Said before anything else in it; what it shows itself is allowed: its styles, and images inside of it."""
+    write_report(tmp_path / "r.html", "t", [image_figure(Image.new("RGB", (4, 4)))])
+    page = (tmp_path / "r.html").read_text()
+    policy = re.search('<meta http-equiv="Content-Security-Policy" content="([^"]*)">', page)
+    assert policy is not None and policy.start() < page.index("<title>")
+    rules = dict(rule.split(" ", 1) for rule in policy[1].split("; "))
+    assert rules == {
+        "default-src": "'none'", "img-src": "data:", "style-src": "'unsafe-inline'", "base-uri": "'none'",
+        "form-action": "'none'",
+    }  # fmt: skip
+    assert "<script" not in page and "http://" not in page and "https://" not in page
+
+
 def test_a_page_renews_itself_only_while_it_is_asked_to(tmp_path: Path) -> None:
     for seconds in (15, 0):
         write_report(tmp_path / "r.html", "t", [], renew=seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ import customize
 from backbone.adapters.concept import read_concept
 from backbone.adapters.lora import LORA_WEIGHTS
 from backbone.io.console import UserError
-from backbone.io.files import read_jsonl, read_tensors
+from backbone.io.files import read_jsonl, read_tensors, write_json, write_tensors
 from backbone.models.model import Backbone
-from backbone.training.settings import refuse_beside_resume
+from backbone.training.settings import find_resumed, said_anew
 from customize.settings import Settings, Subject, TrainOptions, read_settings
 from customize.training.run import describe_changes, resume_concept, write_prompts
-from customize.training.start import start, subjects_of
+from customize.training.start import as_kept, start, subjects_of
 
 
 @pytest.fixture
@@ -189,18 +190,73 @@ def test_a_captions_bracket_does_not_take_the_folder_and_a_prompt_s_stranger_is_
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("resume", ["latest", "runs/r1/checkpoint-500"])
-def test_diffusers_words_for_a_checkpoint_are_answered_with_the_run_folder(resume: str) -> None:
-    options = TrainOptions(resume=Path(resume), out=Path("runs/r1"))
-    with pytest.raises(UserError, match="--resume runs/r1"):
-        refuse_beside_resume(Settings, {}, options)
+@pytest.fixture
+def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """runs/old, runs/r1 and runs/align, each of which has saved a step; the settings of runs/r1."""
+    monkeypatch.chdir(tmp_path)
+    settings = Settings(images=str(tmp_path / "dog"), token="sks", instance_prompt="a photo of {token} dog")
+    for number, (name, program) in enumerate(
+        (("old", "customize train"), ("r1", "customize train"), ("taste", "align train"))
+    ):
+        write_json(Path("runs", name, "settings.json"), {"settings": settings, "command": f"{program} …"})
+        write_tensors(Path("runs", name, "checkpoint.safetensors"), {}, {"step": f"{number + 2}"})
+        os.utime(Path("runs", name, "checkpoint.safetensors"), (number, number))
+    write_json(Path("runs", "began", "settings.json"), {"settings": settings, "command": "customize train …"})
+    Path("dog").mkdir()
+    return settings
 
 
-def test_beside_resume_only_what_may_change_is_said() -> None:
-    options = TrainOptions(resume=Path("runs/r1"))
-    refuse_beside_resume(Settings, {"steps": 6}, options, allowed=("steps",))
+@pytest.mark.parametrize(
+    ("resume", "out", "usual", "found"),
+    [
+        ("runs/r1", None, None, "runs/r1"),
+        ("latest", "runs/r1", "runs/dog", "runs/r1"),
+        ("latest", None, "runs/old", "runs/old"),
+        ("latest", None, None, "runs/r1"),  # the newest of this program
+        ("runs/latest", None, None, "runs/r1"),
+        ("runs/old/latest", None, None, "runs/old"),
+        ("runs/r1/checkpoint-3", None, None, "runs/r1"),
+        ("runs/r1/checkpoint.safetensors", None, None, "runs/r1"),
+        ("checkpoint-2", "runs/old", None, "runs/old"),
+        ("latest", "runs/began", "runs/dog", None),  # no step was saved: it begins
+        ("latest", None, "runs/dog", None),
+    ],
+)
+def test_the_latest_checkpoint_is_the_run_folder_s(
+    saved: Settings, resume: str, out: str | None, usual: str | None, found: str | None
+) -> None:
+    said = TrainOptions(resume=Path(resume), out=None if out is None else Path(out))
+    run = find_resumed(said, "customize train", None if usual is None else Path(usual))
+    assert run == (None if found is None else Path(found))
+    if run is not None and out is not None:
+        assert said_anew(saved, {}, said, run) == {}
+
+
+@pytest.mark.parametrize(
+    ("resume", "out", "complaint"),
+    [
+        ("runs/r1/checkpoint-500", None, "newest checkpoint alone, that of step 3.*--resume runs/r1"),
+        ("latest", "runs/began", "runs/began holds none"),
+        ("elsewhere/latest", None, "elsewhere holds none"),
+    ],
+)
+def test_a_checkpoint_that_is_not_there_is_said(
+    saved: Settings, resume: str, out: str | None, complaint: str
+) -> None:
+    said = TrainOptions(resume=Path(resume), out=None if out is None else Path(out))
+    with pytest.raises(UserError, match=complaint):
+        find_resumed(said, "customize train", None)
+
+
+def test_beside_resume_only_what_may_change_is_said_otherwise(saved: Settings) -> None:
+    said, run = TrainOptions(resume=Path("runs/r1")), Path("runs/r1")
+    assert said_anew(saved, {"steps": 6}, said, run, allowed=("steps",)) == {"steps": 6}
+    again = {"images": "dog", "instance_prompt": "a photo of sks dog", "token": "sks", "steps": saved.steps}
+    assert said_anew(saved, as_kept(again, saved), said, run) == {}  # the whole command once more
     with pytest.raises(UserError, match=r"--rank has no effect.*anew: --steps"):
-        refuse_beside_resume(Settings, {"rank": 6}, options, allowed=("steps",))
+        said_anew(saved, {"rank": 6}, said, run, allowed=("steps",))
+    with pytest.raises(UserError, match="--vram has no effect"):
+        said_anew(saved, {}, TrainOptions(resume=run, vram=8.0), run)
 
 
 def test_changed_images_are_told_from_moved_ones() -> None:
