@@ -3,12 +3,13 @@
     pip install uv && python -m tests.floors             options go to pytest
 
 `uv` resolves every direct dependency to its floor and installs the result into `build/floors`, torch from PyTorch's
-index of wheels without CUDA. Where that index cannot be reached, torch is this environment's own, and the last line
-says so: its floor was not run.
+index of wheels without CUDA, or where that cannot be reached from PyPI, with CUDA (7 GB on the disk). Where neither
+gives it, torch is this environment's own, and the last line says so: its floor was not run.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -21,6 +22,8 @@ from sysconfig import get_path
 ROOT = Path(__file__).parents[1]
 PLACE = ROOT / "build" / "floors"
 RESOLUTION = ("--resolution", "lowest-direct", "--extra", "test", "--no-annotate", "--no-header", "--quiet")
+PYTHON = PLACE / "bin" / "python"
+CPU = ("--torch-backend", "cpu")
 TORCH = re.compile(r"(torch|triton|nvidia|cuda)\b")  # what comes with torch, gigabytes of it
 CORE = (
     *("tests/backbone/io", "tests/backbone/media", "tests/backbone/diffusion", "tests/backbone/adapters"),
@@ -36,21 +39,23 @@ def main(pytest_options: list[str]) -> int:
     if uv is None:
         print("uv is not here. Run: pip install uv", file=sys.stderr)
         return 2
-    found = resolve(uv, "--torch-backend", "cpu")
-    own_torch = found is None
+    backend = CPU
+    found = resolve(uv, *CPU)
+    if found is None:  # that index cannot be reached: torch with its libraries for CUDA, gigabytes, is PyPI's
+        backend, found = (), resolve(uv)
     if found is None:
-        found = [line for line in resolve(uv) or [] if not TORCH.match(line)]
-    if not found:
         print("The floors could not be resolved: no index was reached.", file=sys.stderr)
         return 2
-    python = install(uv, found, own_torch=own_torch)
-    print("\n".join(line for line in found if line.partition("==")[0] in direct_floors()), flush=True)
-    status = subprocess.run([python, "-m", "pytest", "-q", *(pytest_options or CORE)], cwd=ROOT).returncode
+    own_torch = not install(uv, found, backend)
     if own_torch:
-        print(
-            f"torch was {version('torch')}, not its floor {direct_floors()['torch']}: download.pytorch.org/whl/cpu "
-            "could not be reached."
-        )
+        found = [line for line in found if not TORCH.match(line)]
+        if not install(uv, found, ()):
+            return 2
+        add_own_torch()
+    print("\n".join(line for line in found if line.partition("==")[0] in direct_floors()), flush=True)
+    status = subprocess.run([PYTHON, "-m", "pytest", "-q", *(pytest_options or CORE)], cwd=ROOT).returncode
+    if own_torch:
+        print(f"torch was {version('torch')}, not its floor {direct_floors()['torch']}: no index gave that.")
     return status
 
 
@@ -65,24 +70,20 @@ def resolve(uv: str, *options: str) -> list[str] | None:
     return done.stdout.split("\n") if done.returncode == 0 else None
 
 
-def install(uv: str, packages: list[str], *, own_torch: bool) -> Path:
-    """A fresh environment with these packages and nothing else; gives its Python."""
+def install(uv: str, packages: list[str], backend: tuple[str, ...]) -> bool:
+    """A fresh environment with these packages and nothing else; whether all could be had."""
     subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, PLACE], check=True)
-    python = PLACE / "bin" / "python"
     listed = PLACE / "floors.txt"
     listed.write_text("\n".join(packages), encoding="utf-8")
-    backend = () if own_torch else ("--torch-backend", "cpu")
-    arguments = [uv, "pip", "install", "--quiet", "--python", python, "--no-deps", *backend, "-r", listed]
-    subprocess.run(arguments, check=True)
-    if own_torch:  # behind all that was installed, so that only what is missing is taken from here
-        site = subprocess.run(
-            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
-        (Path(site) / "torch_of_this_environment.pth").write_text(get_path("purelib"), encoding="utf-8")
-    return python
+    words = [uv, "pip", "install", "--quiet", "--python", PYTHON, "--no-deps", *backend, "-r", listed]
+    return subprocess.run(words, env={**os.environ, "UV_HTTP_TIMEOUT": "600"}).returncode == 0
+
+
+def add_own_torch() -> None:
+    """Puts this environment behind the packages that were installed, so that what they lack is taken from it."""
+    asked = [PYTHON, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    site = subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
+    (Path(site) / "torch_of_this_environment.pth").write_text(get_path("purelib"), encoding="utf-8")
 
 
 def direct_floors() -> dict[str, str]:

@@ -194,7 +194,9 @@ def test_a_captions_bracket_does_not_take_the_folder_and_a_prompt_s_stranger_is_
 def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """runs/old, runs/r1 and runs/align, each of which has saved a step; the settings of runs/r1."""
     monkeypatch.chdir(tmp_path)
-    settings = Settings(images=str(tmp_path / "dog"), token="sks", instance_prompt="a photo of {token} dog")
+    settings = Settings(
+        images=str(tmp_path / "dog"), token="sks", class_noun="dog", instance_prompt="a photo of {token} dog"
+    )
     for number, (name, program) in enumerate(
         (("old", "customize train"), ("r1", "customize train"), ("taste", "align train"))
     ):
