@@ -411,9 +411,14 @@ def test_what_a_setting_needs_are_settings_and_values_that_there_are(declared: t
 
 
 @pytest.mark.parametrize("command_line", [("customize", "--seed"), ("align", "--steps")])
-def test_nothing_is_said_beside_resume(command_line: tuple[str, str]) -> None:
+def test_nothing_is_said_otherwise_beside_resume(command_line: tuple[str, str], tmp_path: Path) -> None:
     program, flag = command_line
-    done = CliRunner().invoke(TRAINS[program], ["train", "--resume", "run", flag, "3"])
+    own = {
+        "customize": customize.settings.Settings(images="x", token="[V]", class_noun="dog"),
+        "align": align.settings.Settings(pairs="p"),
+    }[program]
+    write_json(tmp_path / "settings.json", {"settings": own, "command": f"{program} train …"})
+    done = CliRunner().invoke(TRAINS[program], ["train", "--resume", str(tmp_path), flag, "3"])
     assert isinstance(done.exception, UserError)
     assert f"{flag} has no effect" in str(done.exception)
 
