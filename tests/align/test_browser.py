@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from align.pairs.choices import CHOICES, read_choices, replay
 from backbone.io.files import read_json, write_json
+from backbone.io.report import image_figure, line_plot, write_report
 from tests.align.browser import Browser, Tab
 from tests.align.browser import started as browser_started
 from tests.align.test_label import folder_of
@@ -245,3 +247,39 @@ def test_nothing_is_fetched_from_elsewhere(browser: Browser, address: str) -> No
     own = address.split("/")[2]
     names = tab.run("performance.getEntriesByType('resource').map(entry => entry.name)")
     assert names and all(name.split("/")[2] == own for name in names)
+
+
+def test_a_report_shows_its_own_and_loads_and_runs_nothing_else(browser: Browser, tmp_path: Path) -> None:
+    """Whatever came into a page: no script runs, and nothing is asked for; its images and styles are there."""
+    asked: list[str] = []
+
+    class Remembers(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(404)
+            self.end_headers()
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Remembers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    there = f"http://127.0.0.1:{server.server_port}"
+    hostile = (
+        f"<script>document.title = 'ran'</script><script src='{there}/a.js'></script><img src='{there}/b.png' "
+        f"onerror='document.title = 1'><link rel=stylesheet href='{there}/c.css'><iframe src='{there}/d'></iframe>"
+    )
+    curve = line_plot("loss", {"one": [(0, 1), (1, 0)], "two": [(0, 0), (1, 1)]})
+    try:
+        write_report(
+            tmp_path / "r.html", "whole", [image_figure(Image.new("RGB", (8, 8), "red")), curve, hostile]
+        )
+        tab = browser.open((tmp_path / "r.html").as_uri())
+        tab.until("document.readyState === 'complete'")
+        assert tab.run("document.title") == "whole"
+        assert tab.run("document.images[0].naturalWidth") == 8
+        assert tab.run("getComputedStyle(document.images[0]).imageRendering") == "pixelated"
+        assert tab.run("getComputedStyle(document.querySelector('.legend span')).color") == "rgb(37, 99, 235)"
+    finally:
+        server.shutdown()
+    assert asked == []

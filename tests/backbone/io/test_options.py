@@ -21,6 +21,7 @@ import customize.cli
 import customize.settings
 import customize.training.start
 from backbone.io.console import UserError
+from backbone.io.files import write_json
 from backbone.io.options import (
     Option,
     as_command,
@@ -335,7 +336,6 @@ def test_the_repeating_command_of_align_gives_the_same_settings(
 
 def test_the_record_of_a_run_is_a_file_of_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from align.training import start
-    from backbone.io.files import write_json
 
     path = tmp_path / "settings.json"
     for asked in ALIGN:

@@ -18,6 +18,7 @@ from backbone.io.console import UserError
 from backbone.io.files import read_jsonl, read_tensors, write_json, write_tensors
 from backbone.models.model import Backbone
 from backbone.training.settings import find_resumed, said_anew
+from customize.data.folders import as_template
 from customize.settings import Settings, Subject, TrainOptions, read_settings
 from customize.training.run import describe_changes, resume_concept, write_prompts
 from customize.training.start import as_kept, start, subjects_of
@@ -195,7 +196,10 @@ def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """runs/old, runs/r1 and runs/align, each of which has saved a step; the settings of runs/r1."""
     monkeypatch.chdir(tmp_path)
     settings = Settings(
-        images=str(tmp_path / "dog"), token="sks", class_noun="dog", instance_prompt="a photo of {token} dog"
+        images=str(tmp_path / "dog"),
+        token="sks",
+        class_noun="dog",
+        instance_prompt=as_template("a photo of sks dog", "sks", "dog"),
     )
     for number, (name, program) in enumerate(
         (("old", "customize train"), ("r1", "customize train"), ("taste", "align train"))
