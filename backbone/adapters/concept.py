@@ -22,7 +22,13 @@ BEST = "best"  # in a run folder: the checkpoint that its evaluations found best
 FORMAT = 1
 PLACEHOLDER = re.compile(r"\[[^\[\]\s]+\]|<[^<>\s]+>")
 UNSPACED = "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff"  # letters of writing without spaces between words
-WEIGHTED = re.compile(r"\([^()]+:\s*\d*\.?\d+\)")  # (red:1.3), as other programs weigh words
+FOREIGN_SYNTAX = {  # of other programs' prompts
+    re.compile(
+        r"\([^()]+:\s*\d*\.?\d+\)|\({2,}[^()]+\){2,}|\w\+{2,}"
+    ): "weights of words",  # (red:1.3), ((red)), red++
+    re.compile(r"(?<!\S)--(?:n|w|h|d|l|s|ar|seed|steps|neg)\s+\S+"): "options",  # --w 512
+    re.compile(r"\{[^{}|]*\|[^{}]*\}"): "alternatives",  # {red|blue}
+}
 CONSONANTS = "[bcdfghjklmnpqrstvwxz]{3,4}"
 RARE_WORD_POOL = 256  # how many of the tokenizer's rarest words a concept's are chosen from
 RARE = re.compile(rf"({CONSONANTS})</w>|▁({CONSONANTS})")  # as CLIP's and T5's tokenizers mark a whole word
@@ -135,8 +141,9 @@ def resolve_placeholder_tokens(
     Raises `UserError` for a placeholder that none of the concepts owns, naming the newest run in `runs` that does.
     """
     resolved = replace_tokens(prompt, concepts)
-    if weighted := WEIGHTED.search(prompt):
-        notify_once(f"“{weighted[0]}” is read as plain text: weights of words are not understood in prompts.")
+    for pattern, what in FOREIGN_SYNTAX.items():
+        if found := pattern.search(prompt):
+            notify_once(f"“{found[0]}” is read as plain text: {what} are not understood in prompts.")
     # Textual inversion adds the token itself to the tokenizer, so a resolved prompt may still hold it.
     own = {word for concept in concepts for words in concept.tokens.values() for word in words.split()}
     trained = {

@@ -154,10 +154,20 @@ def parse_adapter_config(path: Path, settings: Mapping[str, Any], *, prefix: str
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise `UserError` for a file without tensors, or with values that are not finite."""
+    """Raise `UserError` for a file without tensors, with values that are not finite, none at all, or whole numbers.
+
+    Several whole numbers are a quantised tensor, whose scale is elsewhere (a single one may be an α).
+    """
     if not tensors:
         raise UserError(f"{path} holds no tensors. Download or write it again.")
     for name, value in tensors.items():
+        if value.numel() == 0:
+            raise UserError(f"{path} is damaged: {name} is empty. Train or download it again.")
+        if value.numel() > 1 and not value.is_floating_point():
+            raise UserError(
+                f"{path} is quantised: {name} holds whole numbers ({str(value.dtype).removeprefix('torch.')}). Take the "
+                "file in bf16, fp16 or fp32."
+            )
         if not bool(torch.isfinite(value.float()).all()):
             raise UserError(
                 f"{path} is damaged: {name} holds values that are not finite numbers. Train or download it again."

@@ -14,6 +14,7 @@ from backbone.io.console import UserError, count_of
 from backbone.io.records import parse_json
 
 SUFFIXES = (".txt", ".jsonl")
+TABLES = (".json", ".csv", ".tsv", ".yaml", ".yml", ".toml", ".parquet")  # whose lines are no prompts
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,11 @@ def read_prompts(path: Path) -> list[Prompt]:
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder. Name a file with a prompt on each line.")
+    if path.suffix.lower() in TABLES:
+        raise UserError(
+            f"Prompts are not read from {path.suffix.lower()} files, as {path} is. Write one on each line of a .txt file, "
+            'or {"prompt": …} on each line of a .jsonl file.'
+        )
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -102,7 +108,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 def _from_text(line: str) -> Prompt | None:
     category, tab, text = line.rpartition("\t")
     text = " ".join(text.split())
-    return Prompt(text, category.strip() if tab else "") if text else None
+    return Prompt(text, category.strip() if tab else "") if text and "\0" not in line else None
 
 
 def _from_json(line: str) -> Prompt | None:

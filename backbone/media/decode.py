@@ -189,7 +189,9 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
             raise ValueError("floating-point values outside 0…1")
         white = 1.0
     else:
-        white = 65535.0 if values.max() <= 65535 else float(2**31 - 1)
+        # 16-bit values have 65535; what is kept in 32 bits has the smallest full scale that holds it
+        scales = (65535.0,) if image.mode.startswith("I;16") else (255.0, 65535.0, float(2**31 - 1))
+        white = next((scale for scale in scales if values.max() <= scale), scales[-1])
     return Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(np.uint8))
 
 

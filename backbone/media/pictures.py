@@ -25,7 +25,7 @@ from PIL import Image
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import content_hash, read_json
 from backbone.io.hub import hub_answers
-from backbone.io.records import inside, parse_json
+from backbone.io.records import inside, parse_json, plain
 from backbone.media.decode import BadImageError, decode, nearest_path, open_mask, open_rgb, read_size
 
 IMAGE_SUFFIXES = frozenset(
@@ -322,7 +322,7 @@ def _read_metadata(metadata: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return plain(path.read_text(encoding="utf-8-sig"), f"{path} is not UTF-8 text")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text. Save it as UTF-8.") from error
 

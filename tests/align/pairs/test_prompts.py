@@ -46,6 +46,17 @@ def test_every_bad_line_is_named(tmp_path: Path) -> None:
     assert "line 2" in str(caught.value) and "line 3" in str(caught.value)
 
 
+@pytest.mark.parametrize("suffix", [".json", ".csv", ".yaml"])
+def test_a_table_or_a_record_is_no_list_of_prompts(tmp_path: Path, suffix: str) -> None:
+    """Its lines would be drawn as they are: brackets, quotes and the head of the table."""
+    (tmp_path / f"p{suffix}").write_text('["a dog"]\n')
+    with pytest.raises(UserError, match=rf"not read from {suffix} files.*\.txt"):
+        read_prompts(tmp_path / f"p{suffix}")
+    (tmp_path / "p.txt").write_bytes(b"a dog\na\0cat\n")
+    with pytest.raises(UserError, match="1 bad line.*\n.*line 2"):
+        read_prompts(tmp_path / "p.txt")
+
+
 def test_a_file_without_prompts_is_a_mistake(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("# nothing\n")
     with pytest.raises(UserError, match="holds no prompts"):

@@ -48,8 +48,13 @@ def test_a_token_in_brackets_needs_no_space_and_words_are_not_replaced_again() -
 def test_other_programs_weights_are_said_to_be_text_and_their_loras_have_a_place(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert resolve_placeholder_tokens("a (red:1.3) dog", []) == "a (red:1.3) dog"
-    assert "“(red:1.3)” is read as plain text" in capsys.readouterr().err
+    for words in ("(red:1.3)", "((red))", "red++", "--w 512", "--n ugly", "{red|blue}"):
+        prompt = f"a dog {words}"
+        assert resolve_placeholder_tokens(prompt, []) == prompt
+        assert f"“{words}” is read as plain text" in capsys.readouterr().err
+    for prompt in ("a (red) dog", "a dog -- in a park", "a dog {red}", "a dog, 1+1", "a well--lit dog"):
+        resolve_placeholder_tokens(prompt, [])
+        assert capsys.readouterr().err == ""
     with pytest.raises(UserError, match="--concept RUN and --scale"):
         resolve_placeholder_tokens("a dog <lora:x:1>", [])
 

@@ -145,6 +145,15 @@ def test_sixteen_bits_are_scaled_and_not_cut(tmp_path: Path, suffix: str) -> Non
     assert (opened[..., 0] == opened[..., 2]).all()
 
 
+@pytest.mark.parametrize("white", [255, 65535, 2**31 - 1])
+def test_whole_numbers_of_32_bits_have_the_smallest_full_scale_that_holds_them(
+    tmp_path: Path, white: int
+) -> None:
+    values = np.array([[0, white // 2], [white, white]], dtype=np.int32)
+    shown = np.asarray(open_rgb(write(tmp_path / "i.tiff", Image.fromarray(values))))[..., 0]
+    assert np.abs(shown - [[0, 127.5], [255, 255]]).max() <= 1
+
+
 def test_floating_point_between_zero_and_one_is_scaled_and_anything_else_refused(tmp_path: Path) -> None:
     values = np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4)
     opened = np.asarray(open_rgb(write(tmp_path / "x.tiff", Image.fromarray(values))))
@@ -432,9 +441,10 @@ def test_faulty_metadata_is_named_with_its_line(tmp_path: Path, content: str, co
         list_images(tmp_path)
 
 
-def test_captions_in_another_encoding_are_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le"])
+def test_captions_in_another_encoding_are_refused_by_name(tmp_path: Path, encoding: str) -> None:
     write(tmp_path / "1.png")
-    (tmp_path / "1.txt").write_bytes("naïve".encode("latin-1"))
+    (tmp_path / "1.txt").write_bytes("naïve".encode(encoding))
     with pytest.raises(UserError, match=r"1\.txt is not UTF-8"):
         list_images(tmp_path)
 

@@ -601,6 +601,24 @@ def test_values_that_are_not_finite_are_refused_at_every_door(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.safetensors"]
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda value: (value * 100).to(torch.int8), "is quantised: .* whole numbers .int8."),
+        (lambda value: value[:0], "is damaged: .* is empty"),
+    ],
+    ids=["int8", "rank 0"],
+)
+def test_factors_that_say_nothing_by_themselves_are_refused_at_every_door(
+    change: Callable[[Tensor], Tensor], said: str, saved: tuple[Path, nn.Module], tmp_path: Path
+) -> None:
+    tensors, metadata = read_tensors(saved[0])
+    write_tensors(tmp_path / "bad.safetensors", {k: change(v) for k, v in tensors.items()}, metadata)
+    for door in (read_adapter, read_input, lambda path: load_lora(path, saved[1], "never")):
+        with pytest.raises(UserError, match=said):
+            door(tmp_path / "bad.safetensors")
+
+
 def test_a_component_that_the_header_names_may_not_be_missing(
     saved: tuple[Path, nn.Module], tmp_path: Path
 ) -> None:
