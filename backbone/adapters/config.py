@@ -164,9 +164,9 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         if value.numel() == 0:
             raise UserError(f"{path} is damaged: {name} is empty. Train or download it again.")
         if value.numel() > 1 and not value.is_floating_point():
+            dtype = str(value.dtype).removeprefix("torch.")
             raise UserError(
-                f"{path} is quantised: {name} holds whole numbers ({str(value.dtype).removeprefix('torch.')}). Take the "
-                "file in bf16, fp16 or fp32."
+                f"{path} is quantised: {name} holds whole numbers ({dtype}). Take the file in bf16, fp16 or fp32."
             )
         if not bool(torch.isfinite(value.float()).all()):
             raise UserError(

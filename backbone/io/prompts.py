@@ -79,8 +79,8 @@ def read_prompts(path: Path) -> list[Prompt]:
         raise UserError(f"{path} is a folder. Name a file with a prompt on each line.")
     if path.suffix.lower() in TABLES:
         raise UserError(
-            f"Prompts are not read from {path.suffix.lower()} files, as {path} is. Write one on each line of a .txt file, "
-            'or {"prompt": …} on each line of a .jsonl file.'
+            f"Prompts are not read from {path.suffix.lower()} files, as {path} is. Write one on each line of a .txt "
+            'file, or {"prompt": …} on each line of a .jsonl file.'
         )
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()

@@ -53,7 +53,7 @@ def test_a_table_or_a_record_is_no_list_of_prompts(tmp_path: Path, suffix: str) 
     with pytest.raises(UserError, match=rf"not read from {suffix} files.*\.txt"):
         read_prompts(tmp_path / f"p{suffix}")
     (tmp_path / "p.txt").write_bytes(b"a dog\na\0cat\n")
-    with pytest.raises(UserError, match="1 bad line.*\n.*line 2"):
+    with pytest.raises(UserError, match=r"1 bad line.*\n.*line 2"):
         read_prompts(tmp_path / "p.txt")
 
 
