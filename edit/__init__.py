@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from edit.methods.compose import compose
     from edit.methods.flow_edit import flow_edit
     from edit.methods.interpolate import interpolate
+    from edit.methods.keep_background import keep_background
     from edit.methods.prompt_to_prompt.replace import replace
     from edit.methods.prompt_to_prompt.settings import PRESETS, ReplaceSettings
     from edit.methods.remove import remove
@@ -38,6 +39,7 @@ __all__ = [
     "flow_edit",
     "interpolate",
     "invert",
+    "keep_background",
     "read_inversion",
     "reconstruct",
     "remove",
@@ -50,6 +52,7 @@ _MODULES = {
     "edit.methods.compose": ("compose",),
     "edit.methods.flow_edit": ("flow_edit",),
     "edit.methods.interpolate": ("interpolate",),
+    "edit.methods.keep_background": ("keep_background",),
     "edit.methods.prompt_to_prompt.replace": ("replace",),
     "edit.methods.prompt_to_prompt.settings": ("PRESETS", "ReplaceSettings"),
     "edit.methods.remove": ("remove",),

@@ -23,6 +23,7 @@ from edit.settings import (
     FlowEditOptions,
     InterpolateOptions,
     InvertOptions,
+    KeepBackgroundOptions,
     RemoveOptions,
     ReplaceOptions,
     ReplayOptions,
@@ -156,6 +157,22 @@ def interpolate(asked: InterpolateOptions) -> None:
     del wishes["prompts"]
     wishes |= {"first": first, "second": second, "first_prompt": both[0], "second_prompt": both[1]}
     finish("interpolate", wishes)
+
+
+@settled_command(app, KeepBackgroundOptions, panels=PANELS)
+def keep_background(asked: KeepBackgroundOptions) -> None:
+    """Put an image's background back into an edit of it that any program made, and measure its drift."""
+    source, edited = readable(asked.source), readable(asked.edited)
+    from edit.pictures import read_mask
+    from edit.run.keep_background import write_kept_background
+
+    mask = None if asked.mask is None else read_mask(asked.mask)
+    folder, lines = write_kept_background(
+        source, edited, mask=mask, align=asked.align, out=asked.out, said=shlex.join(typed("edit"))
+    )
+    for line in lines:
+        notify(line)
+    notify(f"{folder}/kept.png is the edit on its old background; {folder}/sheet.png shows both.")
 
 
 @settled_command(app, ReplayOptions)

@@ -426,6 +426,28 @@ class InterpolateOptions(StepOptions, RunFolder):
 
 
 @dataclass(frozen=True, kw_only=True)
+class KeepBackgroundOptions(RunFolder):
+    """What `edit keep-background` is told."""
+
+    source: Annotated[str, Option("The image before the edit.", WORDS, argument=True, metavar="SOURCE")]
+    edited: Annotated[
+        str,
+        Option("The edited image, by whatever program.", WORDS, argument=True, metavar="EDITED"),
+    ]
+    mask: Annotated[
+        str | None,
+        Option(
+            "An image of the source's size; white: the edit's.",
+            WHERE,
+            aliases=("mask-image",),
+            metavar="IMAGE",
+            default_text="where the two differ",
+        ),
+    ] = None
+    align: Annotated[bool, Option("Undo a shift and a change of scale of the whole.", HOW)] = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReplayOptions(RunFolder):
     """What `edit replay` is told."""
 
