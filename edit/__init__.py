@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from edit.inversion.inversion import Inversion, invert, read_inversion, reconstruct
     from edit.methods.compose import compose
     from edit.methods.flow_edit import flow_edit
+    from edit.methods.instruct import instruct
     from edit.methods.interpolate import interpolate
     from edit.methods.keep_background import keep_background
     from edit.methods.prompt_to_prompt.replace import replace
@@ -37,6 +38,7 @@ __all__ = [
     "Result",
     "compose",
     "flow_edit",
+    "instruct",
     "interpolate",
     "invert",
     "keep_background",
@@ -51,6 +53,7 @@ _MODULES = {
     "edit.inversion.inversion": ("Inversion", "invert", "read_inversion", "reconstruct"),
     "edit.methods.compose": ("compose",),
     "edit.methods.flow_edit": ("flow_edit",),
+    "edit.methods.instruct": ("instruct",),
     "edit.methods.interpolate": ("interpolate",),
     "edit.methods.keep_background": ("keep_background",),
     "edit.methods.prompt_to_prompt.replace": ("replace",),

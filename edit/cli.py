@@ -21,6 +21,7 @@ from edit.settings import (
     PANELS,
     ComposeOptions,
     FlowEditOptions,
+    InstructOptions,
     InterpolateOptions,
     InvertOptions,
     KeepBackgroundOptions,
@@ -121,6 +122,16 @@ def flow_edit(asked: FlowEditOptions) -> None:
     targets = in_words(asked.targets, "target prompt")
     wishes = with_concepts(asked, [source, *targets])
     finish("flow-edit", wishes | {"image": image, "source": source, "targets": targets})
+
+
+@settled_command(app, InstructOptions, panels=PANELS)
+def instruct(asked: InstructOptions) -> None:
+    """Do what an instruction says to an image, with a model that reads both; the background stays."""
+    image = readable(asked.image)
+    instruction = checks.prompt(one_prompt(asked.instruction, "--instruction"), "instruction")
+    then = [checks.prompt(one, "instruction") for one in asked.then]
+    wishes = with_concepts(asked, [instruction, *then, asked.negative])
+    finish("instruct", wishes | {"image": image, "instruction": instruction, "then": then})
 
 
 @settled_command(app, RemoveOptions, panels=PANELS)
