@@ -49,11 +49,13 @@ from backbone.adapters.lora import (
 )
 from backbone.diffusion.losses import debiased, min_snr, uniform
 from backbone.diffusion.noise import Level, PredictionType, generator
+from backbone.diffusion.transfer import send
 from backbone.distributed import processes
 from backbone.io.console import UserError, progress
 from backbone.io.files import content_hash, write_tensors
 from backbone.models.model import Backbone
 from backbone.training.attention import quick_to_train
+from backbone.training.optimizer import make_adamw
 from backbone.training.run import Objective
 
 ADAPTER = "taste"
@@ -79,7 +81,7 @@ class PreferenceTraining(Objective):
     settings: Settings
     base: Sequence[str] = ()
     concepts: Sequence[Concept] = ()
-    figures: dict[str, float] = field(default_factory=dict, init=False)
+    figures: dict[str, Tensor | float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         settings, levels = self.settings, len(self.model.path.levels)
@@ -102,8 +104,9 @@ class PreferenceTraining(Objective):
         network = self._full_weights() if settings.full else self._adapter()
         self.live = LiveReference(self.model, network, self._as_reference)
         self.take(self.data)
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        self.optimizer = make_adamw(
+            [{"params": list(self.parameters.values()), "lr": settings.learning_rate}],
+            weight_decay=settings.weight_decay,
         )
 
     def take(self, data: PreferenceData) -> None:
@@ -159,7 +162,7 @@ class PreferenceTraining(Objective):
             gathered.append(figures)
             yield loss.mean() * (len(part) * len(parts) * processes.world_size() / self.settings.batch)
         self.figures = {
-            name: float(processes.reduce_mean(torch.cat([figures[name] for figures in gathered])))
+            name: processes.reduce_mean(torch.cat([figures[name] for figures in gathered]))
             for name in gathered[0]
         }
 
@@ -181,7 +184,8 @@ class PreferenceTraining(Objective):
         residual = residuals(self.model, self.model.denoiser, batch)
         # Both images of a pair are at one level, so that one weight per record is enough.
         level = path.levels[batch.index[: len(batch)]]
-        weight = LEVEL_WEIGHTS[settings.loss_weighting](level, path.prediction_type).to(residual)
+        weight = LEVEL_WEIGHTS[settings.loss_weighting](level, path.prediction_type)
+        weight = send(weight.to(residual.dtype), residual.device)
         errors = weight * mean_squares(residual)
         if settings.safeguard >= 0:  # limits the gradient that raises the loser's error
             winner, loser = errors
@@ -199,7 +203,7 @@ class PreferenceTraining(Objective):
         whole = (
             processes.reduce_mean if self.share.scale > 1 else torch.mean
         )  # other processes have the rest of the batch
-        return PairBatch(errors, batch.preference.to(errors.device), reference, drift, whole)
+        return PairBatch(errors, send(batch.preference, errors.device), reference, drift, whole)
 
     def batch_rows(self, step: int) -> list[tuple[int, int]]:
         """The (record, noise index) of a step, counted from 1: pass after pass, each in a random order of its own.
@@ -266,6 +270,7 @@ class PreferenceTraining(Objective):
                     ks = [k for _, k in chosen]
                     cached.errors(batch_of(self.model, self.data, self.samples, items, ks), chosen)
                 bar.advance(images=self.settings.batch)
+                cached.land()
         cached.save()
 
     @cached_property
@@ -339,6 +344,7 @@ class PreferenceTraining(Objective):
     def _reference_at(self, rows: Sequence[int], ks: Sequence[int]) -> Tensor | None:
         """The reference's errors at training's noise samples [N, E, G]; None where it no longer exists."""
         if isinstance(self.reference, CachedReference):
+            self.reference.land()
             known = self.reference.values[torch.tensor(rows)][:, torch.tensor(ks)]
             if not torch.isnan(known).any():
                 return known

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from backbone.diffusion.transfer import send
+
 Text = dict[str, Tensor]
 """What a family's text encoders make of B prompts: named tensors [B, …]."""
 
@@ -36,7 +38,7 @@ class Conditions:
         if isinstance(rows, slice):
             return self._each(lambda value: value[rows])
         index = torch.as_tensor(rows)
-        return self._each(lambda value: value[index.to(value.device)])
+        return self._each(lambda value: value[send(index, value.device)])
 
     def repeat(self, count: int) -> Conditions:
         """All rows `count` times, one copy behind the other; a single row takes no memory for it."""
@@ -55,7 +57,7 @@ class Conditions:
         """
 
         def chosen(value: Tensor, instead: Tensor) -> Tensor:
-            where = dropped.to(value.device).reshape(-1, *[1] * (value.ndim - 1))
+            where = send(dropped, value.device).reshape(-1, *[1] * (value.ndim - 1))
             return torch.where(where, instead, value)
 
         text = {name: chosen(value, empty.text[name]) for name, value in self.text.items()}
