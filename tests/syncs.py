@@ -26,7 +26,12 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from backbone.models.model import Backbone
+from backbone.training.run import Objective, take_steps
+
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "is_nonzero")
+FACTORIES = ("zeros", "ones", "full", "empty", "arange", "linspace", "eye", "rand", "randn")
+READ_EVERY = 4
 BY_VALUE = {"aten::nonzero", "aten::masked_select", "aten::_local_scalar_dense", "aten::_unique2", "aten::equal"}
 PUTS = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 
@@ -66,7 +71,7 @@ class HostSyncs(TorchDispatchMode):
         for name in READS:
             self._patches.enter_context(patch.object(Tensor, name, self._reading(name)))
         self._patches.enter_context(patch.object(Tensor, "to", self._moving(Tensor.to)))
-        for name in ("tensor", "as_tensor"):
+        for name in ("tensor", "as_tensor", *FACTORIES):
             self._patches.enter_context(patch.object(torch, name, self._making(getattr(torch, name))))
         super().__enter__()
         return self
@@ -108,10 +113,12 @@ class HostSyncs(TorchDispatchMode):
         return to
 
     def _making(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def make(data: Any, *given: Any, **named: Any) -> Tensor:
-            result = original(data, *given, **named)
-            if named.get("device") is not None and not self.has(data):
-                self._note("torch.tensor(…, device=…)")
+        def make(*given: Any, **named: Any) -> Tensor:
+            result = original(*given, **named)
+            there = named.get("device") is not None and named.get("generator") is None
+            if there and not (given and self.has(given[0])):
+                if original.__name__ not in FACTORIES:
+                    self._note("torch.tensor(…, device=…)")
                 self._mark(result)
             return result
 
@@ -129,11 +136,12 @@ class HostSyncs(TorchDispatchMode):
             elif name in PUTS and any(one.dtype is torch.bool for one in _tensors_of(args[1])):
                 self._note(f"{name} by a mask")
             strangers = [one for one in inputs if one.ndim and not self.has(one) and one.device.type == "cpu"]
-            if strangers and not (name in PUTS and self.has(args[0])) and name != "aten::_to_copy":
+            # (`quantile` fills a rank that it made itself, where its input lies)
+            fits = (name in PUTS and self.has(args[0])) or name in ("aten::_to_copy", "aten::masked_fill")
+            if strangers and not fits:
                 self._note(f"{name} of both memories")
         result = func(*args, **(kwargs or {}))
-        made_there = (kwargs or {}).get("device") is not None and not inputs
-        if (ours or made_there) and not self._busy:
+        if ours and not self._busy:
             for tensor in _tensors_of(result):
                 self._mark(tensor)
         return result
@@ -156,3 +164,24 @@ def _tensors_of(thing: Any) -> Iterator[Tensor]:
     elif isinstance(thing, (list, tuple)):
         for one in cast(Iterable[Any], thing):
             yield from _tensors_of(one)
+
+
+
+
+def count_waits(training: Objective, model: Backbone, *device: Any) -> list[str]:
+    """What waited in the steps between two reads, after one read's worth of them."""
+    for group in training.optimizer.param_groups:
+        group["fused"] = True
+    training.optimizer.defaults["fused"] = True
+    steps = take_steps(training, read_every=READ_EVERY)
+    for _ in range(READ_EVERY):
+        next(steps)
+    waits = HostSyncs()
+    with waits:
+        waits.own(model.denoiser, training.parameters, [*training.optimizer.state.values()], *device)
+        waits.own([slot.model for slot in model.text_encoder.slots] if model.text_learned else [])
+        for _ in range(READ_EVERY - 1):
+            next(steps)
+    last = next(steps)
+    assert last.is_read and last.loss > -1e9
+    return waits.found

@@ -48,7 +48,7 @@ class Conditions:
 
     def to(self, device: torch.device) -> Conditions:
         """The same on another device."""
-        return self._each(lambda value: value.to(device))
+        return self._each(lambda value: send(value, device))
 
     def drop(self, dropped: Tensor, empty: Conditions) -> Conditions:
         """The prompts where `dropped` [B] is true replaced by those of `empty` (1 row or B); the rest as it is.

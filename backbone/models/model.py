@@ -282,7 +282,7 @@ class Backbone:
     def encode(self, pictures: Tensor) -> Posterior:
         """Pictures [B, 3, 8H, 8W] in −1…1 to the posterior of their latents, scaled to about unit variance."""
         dtype = next(self.autoencoder.parameters()).dtype
-        pictures = pictures.to(self.device, dtype).contiguous(memory_format=torch.channels_last)
+        pictures = send(pictures, self.device).to(dtype).contiguous(memory_format=torch.channels_last)
         found = cast(Any, self.autoencoder).encode(pictures).latent_dist
         scale, shift = self._scale_and_shift
         return Posterior((found.mean.float() - shift) * scale, found.std.float() * scale)
@@ -298,7 +298,7 @@ class Backbone:
         """Decode with gradients through the decoder."""
         dtype = next(self.autoencoder.parameters()).dtype
         scale, shift = self._scale_and_shift
-        latents = (latents.to(self.device).float() / scale + shift).to(dtype)
+        latents = (send(latents, self.device).float() / scale + shift).to(dtype)
         decoded = (
             cast(Any, self.autoencoder).decode(latents.contiguous(memory_format=torch.channels_last)).sample
         )

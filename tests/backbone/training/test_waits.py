@@ -14,52 +14,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from align.objectives.draft import RewardGradients
-from align.objectives.preference import PreferenceTraining
-from align.objectives.reference import CachedReference
 from backbone.diffusion.transfer import send
-from backbone.io.prompts import Prompt
-from backbone.models.model import Backbone
 from backbone.training.loop import NotFiniteError, train, warm_constant
-from backbone.training.run import Objective, take_steps
+from backbone.training.run import take_steps
 from customize.objectives.dreambooth import DreamBooth
-from tests.align.objectives.test_preference import training as preference_training
-from tests.align.objectives.test_reward import brightness
-from tests.align.objectives.test_reward import settings as reward_settings
 from tests.customize.test_methods import begun, fresh
 from tests.customize.test_methods import settings as concept_settings
-from tests.syncs import HostSyncs
-
-READ_EVERY = 4
-
-
-def count_waits(training: Objective, model: Backbone, *device: Any) -> list[str]:
-    """What waited in the steps between two reads, after one read's worth of them."""
-    for group in training.optimizer.param_groups:
-        group["fused"] = True
-    training.optimizer.defaults["fused"] = True
-    steps = take_steps(training, read_every=READ_EVERY)
-    for _ in range(READ_EVERY):
-        next(steps)
-    with HostSyncs() as waits:
-        waits.own(model.denoiser, training.parameters, [*training.optimizer.state.values()], *device)
-        waits.own([slot.model for slot in model.text_encoder.slots] if model.text_learned else [])
-        for _ in range(READ_EVERY - 1):
-            next(steps)
-    last = next(steps)
-    assert last.is_read and last.loss > -1e9
-    return waits.found
-
+from tests.syncs import HostSyncs, count_waits
 
 @pytest.mark.parametrize(
     "changes",
     [
         {},
         {"method": "textual-inversion"},
-        {"method": "pivotal"},
+        pytest.param({"method": "pivotal"}, marks=pytest.mark.slow),
         {"gradient_accumulation_steps": 2, "loss_weighting": "min-snr", "noise_offset": 0.1, "flip": True},
-        {"prior": "class-images", "num_class_images": 2, "guidance": 1.0, "lora_dropout": 0.1},
-        {"mask": "auto"},
+        pytest.param({"prior": "class-images", "num_class_images": 2, "guidance": 1.0, "lora_dropout": 0.1}, marks=pytest.mark.slow),
+        pytest.param({"mask": "auto"}, marks=pytest.mark.slow),
     ],
     ids=["lora", "word", "pivotal", "accumulated", "class images", "mask"],
 )
@@ -74,34 +45,17 @@ def test_no_step_of_customize_waits_for_the_device(
     assert count_waits(training, model, held) == []
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"draws": 4},  # every sample is new: the reference is evaluated
-        {"draws": 1},  # every sample was seen
-        {"loss": "kto", "micro_batch": 2},
-        {"loss": "dspo", "reference": "live"},
-        {"prompt_dropout": 0.5, "flip": True, "safeguard": 0.5},
-    ],
-    ids=["each once", "again", "kto", "dspo", "dropout"],
-)
-def test_no_step_of_align_waits_for_the_device(
-    tiny_folder: Path, pairs_file: Path, changes: dict[str, Any]
+def test_a_plain_copy_in_a_step_is_found(
+    tiny_folder: Path, subject: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    training = preference_training(tiny_folder, pairs_file, steps=8, batch=2, **changes)
+    monkeypatch.setattr("customize.objectives.dreambooth.send", lambda tensor, device: tensor.to(device))
+    model = fresh(tiny_folder)
+    training, _ = begun(model, subject, concept_settings(subject, steps=8))
     data = training.data
-    held = [data.latents, data.mirrored if data.mirrored is not None else [], data.conditions.tensors()]
-    assert count_waits(training, training.model, held) == []
-    if isinstance(training.reference, CachedReference):
-        assert training.reference.filled > 0
-
-
-def test_no_step_through_a_reward_waits_for_the_device(
-    tiny: Backbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("align.objectives.draft.open_reward", lambda name: brightness)
-    training = RewardGradients(tiny, [Prompt("a red dog"), Prompt("a cat")], reward_settings())
-    assert count_waits(training, tiny, training.conditions.tensors(), tiny.autoencoder) == []
+    assert data.conditions is not None
+    held = [*[list(posterior) for posterior in data.posteriors], *data.conditions.tensors()]
+    found = count_waits(training, model, held)
+    assert found and all(line.startswith(".to(device)") for line in found)
 
 
 def test_the_instrument_sees_what_waits() -> None:
