@@ -55,6 +55,7 @@ from backbone.io.console import UserError, progress
 from backbone.io.files import content_hash, write_tensors
 from backbone.models.model import Backbone
 from backbone.training.attention import quick_to_train
+from backbone.training.compiled import CompiledBlocks
 from backbone.training.optimizer import make_adamw
 from backbone.training.run import Objective
 
@@ -103,6 +104,7 @@ class PreferenceTraining(Objective):
         self._as_reference: Callable[[], AbstractContextManager[None]] = nullcontext
         network = self._full_weights() if settings.full else self._adapter()
         self.live = LiveReference(self.model, network, self._as_reference)
+        self.compiled = CompiledBlocks([self.model.denoiser, network]) if settings.compile else None
         self.take(self.data)
         self.optimizer = make_adamw(
             [{"params": list(self.parameters.values()), "lr": settings.learning_rate}],
@@ -263,7 +265,7 @@ class PreferenceTraining(Objective):
     def fill(self, cached: CachedReference) -> None:
         """Evaluates the base at every sample that training will take, in training's own batches."""
         wanted = [step for step in range(1, self.settings.steps + 1) if self._unknown(cached, step)]
-        with progress(len(wanted), "the base's errors") as bar, self._evaluation_mode():
+        with progress(len(wanted), "the base's errors") as bar, self._evaluation_mode(), self.stepping():
             for step in wanted:
                 for chosen in self._micro(self.batch_rows(step)):
                     items = [self.data.train[row] for row, _ in chosen]
@@ -320,6 +322,7 @@ class PreferenceTraining(Objective):
             ),  # which noise samples share a batch, to the last bit of their errors
             records,
             *([processes.world_size()] if self.share.scale > 1 else []),
+            *(["compiled"] if settings.compile else []),
         )
         group = len(self.data.train[0].pictures)
         return open_cached_reference(
@@ -343,7 +346,9 @@ class PreferenceTraining(Objective):
 
     def _reference_at(self, rows: Sequence[int], ks: Sequence[int]) -> Tensor | None:
         """The reference's errors at training's noise samples [N, E, G]; None where it no longer exists."""
-        if isinstance(self.reference, CachedReference):
+        # Compiled blocks round otherwise than those of an evaluation: what they found is compared with no other's
+        comparable = self.compiled is None or self.settings.full
+        if isinstance(self.reference, CachedReference) and comparable:
             self.reference.land()
             known = self.reference.values[torch.tensor(rows)][:, torch.tensor(ks)]
             if not torch.isnan(known).any():

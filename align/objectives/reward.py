@@ -32,6 +32,7 @@ from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from backbone.models.sample import initial_noise
 from backbone.training.attention import quick_to_train
+from backbone.training.compiled import CompiledBlocks
 from backbone.training.optimizer import make_adamw
 from backbone.training.run import Objective
 
@@ -65,6 +66,7 @@ class RewardTraining(Objective):
             [{"params": list(self.parameters.values()), "lr": settings.learning_rate}],
             weight_decay=settings.weight_decay,
         )
+        self.compiled = CompiledBlocks([self.model.denoiser]) if settings.compile else None
         self.schedule = self.model.schedule(settings.sample_steps)
 
     @property

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -23,6 +23,7 @@ from backbone.distributed import processes
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import append_jsonl, read_metadata
 from backbone.io.run_folder import catch_interrupts, trim_log
+from backbone.training.compiled import CompiledBlocks
 from backbone.training.loop import (
     Average,
     NotFiniteError,
@@ -72,6 +73,7 @@ class Objective(ABC):
     figures     what the last step showed beside its loss, for the log: numbers, or tensors [] on the device
     done        steps that were taken
     saved       the step of the last checkpoint, from which `resume` goes on
+    compiled    the denoiser's blocks, compiled inside a step; None where they run as they are
     sources     fingerprints of what is learned from, by what it is: a checkpoint goes on with the same ones alone
     """
 
@@ -82,6 +84,7 @@ class Objective(ABC):
     figures: Mapping[str, Tensor | float]
     done: int = 0
     saved: int = 0
+    compiled: CompiledBlocks | None = None
     scales: tuple[str, ...] = ()  # options that scale the loss, beside the learning rate
     sources: Mapping[str, str] = MappingProxyType({})
 
@@ -101,6 +104,10 @@ class Objective(ABC):
     @abstractmethod
     def learning(self) -> AbstractContextManager[None]:
         """What holds while steps are taken: modes and attention of the networks."""
+
+    def stepping(self) -> AbstractContextManager[None]:
+        """What holds inside a step alone, and not in what the caller does between two."""
+        return nullcontext() if self.compiled is None else self.compiled.active()
 
     @abstractmethod
     def write(self, run: Path, header: dict[str, str]) -> dict[str, Any]:
@@ -251,7 +258,7 @@ def take_steps(
             f"reaches {share:.2g} of what it is set to."
         )
     with objective.learning():
-        for step in train(
+        taken = train(
             objective.losses,
             objective.parameters,
             optimizer=objective.optimizer,
@@ -267,7 +274,12 @@ def take_steps(
             figures=lambda: objective.figures,
             explain=objective.explain,
             read_every=read_every,
-        ):
+        )
+        while True:
+            with objective.stepping():
+                step = next(taken, None)
+            if step is None:
+                return
             objective.done = step.step
             yield step
 

@@ -28,6 +28,7 @@ from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from backbone.training.attention import quick_to_train
 from backbone.training.base_predictions import stratified_levels
+from backbone.training.compiled import CompiledBlocks
 from backbone.training.loop import READ_EVERY, Average
 from backbone.training.optimizer import make_optimizer
 from backbone.training.run import Objective
@@ -77,6 +78,7 @@ class DreamBooth(Objective):
         self.figures: dict[str, Tensor | float] = {}
         kept = READ_EVERY * settings.gradient_accumulation_steps  # until they are read
         self.recent: deque[tuple[int, Tensor, Tensor]] = deque(maxlen=kept)
+        self.compiled = CompiledBlocks([model.denoiser]) if settings.compile else None
         if settings.gradient_checkpointing:
             cast(Any, model.denoiser).enable_gradient_checkpointing()
 
