@@ -468,4 +468,4 @@ def format_markdown(facts: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run_app(main)
+    run_app(lambda: typer.run(main))

@@ -17,7 +17,6 @@ never waits for the device; the scripts read their loss at every step, as they d
 from __future__ import annotations
 
 import gc
-import json
 import os
 import subprocess
 import sys
@@ -68,7 +67,16 @@ from edit.inversion.inversion import invert
 from edit.methods.prompt_to_prompt.replace import replace as replace_words
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings
 
-FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, OSError, UserError)
+FAILURES = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    OSError,
+    UserError,
+)
 SIZES = (8, 12, 16, 24)  # GiB of the planner's devices
 Facts = dict[str, Any]
 
@@ -98,7 +106,10 @@ class Bench:
             self.free()
             folder = write_configs(shape, self.out / "configs" / shape, tiny=self.tiny)
             resolution = 512 if shape == "flux" and not self.tiny else 0  # as diffusers' script has it
-            self.built = shape, build(folder, device=self.device, precision=self.precision, resolution=resolution)
+            self.built = (
+                shape,
+                build(folder, device=self.device, precision=self.precision, resolution=resolution),
+            )
         return self.built[1]
 
     def free(self) -> None:
@@ -208,7 +219,9 @@ def compare_steps(device: str) -> Facts:
         model = Backbone.open("moji", device=where, precision="fp32")
         training = DreamBooth(model, on_one_device(make_material(on_cpu("moji")), model), make_settings(2))
         for number, value in enumerate(training.parameters.values()):
-            value.data += 1e-2 * torch.randn(value.shape, generator=generator("apart", number)).to(value.device)
+            value.data += 1e-2 * torch.randn(value.shape, generator=generator("apart", number)).to(
+                value.device
+            )
         with training.learning():
             loss = next(training.losses(1))
         gradients = torch.autograd.grad(loss, list(training.parameters.values()))
@@ -284,7 +297,9 @@ def count_waits(bench: Bench) -> Facts:
             finally:
                 set_sync_debug(bench.device, "default")
         found = [str(one.message) for one in seen if "synchroniz" in str(one.message)]
-        places = sorted({f"{Path(one.filename).name}:{one.lineno}" for one in seen if "synchroniz" in str(one.message)})
+        places = sorted(
+            {f"{Path(one.filename).name}:{one.lineno}" for one in seen if "synchroniz" in str(one.message)}
+        )
         facts[f"{name}, in 3 steps"] = len(found) if bench.device == "cuda" else "not seen on a CPU"
         if places:
             facts[f"{name}, where"] = ", ".join(places[:8])
@@ -302,7 +317,17 @@ def run_suite(bench: Bench) -> Facts:
     """The tests that need a GPU."""
     if bench.device == "cpu":
         return {"tests": "need a GPU"}
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_gpu.py",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["it says nothing"]
     failed = [line for line in lines if line.startswith("FAILED")][:10]
@@ -473,13 +498,13 @@ def preference_step(shape: str) -> Callable[[Bench], Facts]:
         training = preference.build_training(parts, 1)
         script = preference.Script(parts, training, make_random_images(parts.model.resolution, 2))
         found = preference.measure_parity(training)
-        facts = Facts(parity={"script": {"loss apart": found.loss, "gradient apart": found.gradient}}, seconds={})
+        facts = Facts(
+            parity={"script": {"loss apart": found.loss, "gradient apart": found.gradient}}, seconds={}
+        )
         for kind in ("script", "cached", "bank"):
 
             def steps(count: int, kind: str = kind) -> None:
-                training.reference = (
-                    preference.known_reference(training) if kind == "bank" else training.live
-                )
+                training.reference = preference.known_reference(training) if kind == "bank" else training.live
                 if kind == "script":
                     for _ in range(count):
                         script.step()
@@ -524,13 +549,19 @@ def plan_against_peak(shape: str) -> Callable[[Bench], Facts]:
         for size in SIZES[:1] if bench.tiny else SIZES:
             start = MemorySettings(bench.precision)
             try:
-                plan = plan_memory(account, size, start, library=bench.device == "cuda" and has_bitsandbytes())
+                plan = plan_memory(
+                    account, size, start, library=bench.device == "cuda" and has_bitsandbytes()
+                )
             except UserError as error:
                 facts[f"{size} GiB"] = {"does not fit": str(error)[:120]}
                 continue
             chosen = plan.settings
             parts = build(
-                folder, device=bench.device, precision=chosen.precision, placement=chosen.placement, encoders=False
+                folder,
+                device=bench.device,
+                precision=chosen.precision,
+                placement=chosen.placement,
+                encoders=False,
             )
             data = make_material(parts.model)
             asked = replace(make_settings(1), gradient_checkpointing=chosen.checkpointing)
@@ -641,4 +672,4 @@ def _cells(facts: Facts, before: str = "") -> list[str]:
 
 
 if __name__ == "__main__":
-    run_app(main)
+    run_app(lambda: typer.run(main))

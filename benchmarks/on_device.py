@@ -58,7 +58,9 @@ def _unet(shape: str, *, tiny: bool) -> tuple[dict[str, Any], str]:
             "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "attention_head_dim": [1, 2],
             "cross_attention_dim": 32 if xl else 16, "transformer_layers_per_block": 1,
         }  # fmt: skip
-        unet |= {"projection_class_embeddings_input_dim": 6 * 8 + 16, "addition_time_embed_dim": 8} if xl else {}
+        unet |= (
+            {"projection_class_embeddings_input_dim": 6 * 8 + 16, "addition_time_embed_dim": 8} if xl else {}
+        )
         vae = {**vae, **SMALL_VAE}
         texts = [{**text, **SMALL_CLIP, "projection_dim": 16} for text in texts]
     names = ("text_encoder", "text_encoder_2")

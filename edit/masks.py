@@ -35,7 +35,9 @@ def difference_maps(
     prompts = list(dict.fromkeys(prompt for pair in pairs for prompt in pair))
     # One batch of every prompt at every one of the chosen steps, [steps · prompts, ...], each row at its own level
     chosen = torch.tensor(sorted({first + int(share * (steps - first)) for share in SHARES}))
-    states = inversion.states.float()[send(chosen, inversion.states.device)].repeat_interleave(len(prompts), 0)
+    states = inversion.states.float()[send(chosen, inversion.states.device)].repeat_interleave(
+        len(prompts), 0
+    )
     levels = inversion.schedule[chosen.repeat_interleave(len(prompts))]
     text = encode_prompts_cached(model, prompts).repeat(len(chosen))
     noise = model.predictor(text)(states, levels).noise.unflatten(0, (len(chosen), len(prompts)))
@@ -139,8 +141,8 @@ def _box(x: Tensor, radius: int) -> Tensor:
 def fill_smoothly(x: Tensor, inside: Tensor, *, rounds: int = 40) -> Tensor:
     """x [C, H, W] with what is inside a mask [H, W] continued from around it: about harmonic, ∇²x = 0.
 
-    The mask lies in the processor's memory, which decides how coarse to begin. Coarse first: the inside is the coarse solution's, then every place becomes the mean of its neighbours `rounds`
-    times. All inside is the mean, 0 at that.
+    The mask lies in the processor's memory, which decides how coarse to begin. Coarse first: the inside is the coarse
+    solution's, then every place becomes the mean of its neighbours `rounds` times. All inside is the mean, 0 at that.
     """
     if not inside.any():
         return x

@@ -32,7 +32,13 @@ from backbone.training.run import Objective, take_steps
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "is_nonzero")
 FACTORIES = ("zeros", "ones", "full", "empty", "arange", "linspace", "eye", "rand", "randn")
 READ_EVERY = 4
-BY_VALUE = {"aten::nonzero", "aten::masked_select", "aten::_local_scalar_dense", "aten::_unique2", "aten::equal"}
+BY_VALUE = {
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::_local_scalar_dense",
+    "aten::_unique2",
+    "aten::equal",
+}
 PUTS = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 
 
@@ -147,7 +153,9 @@ class HostSyncs(TorchDispatchMode):
         return result
 
     def _note(self, what: str) -> None:
-        frames = [frame for frame in traceback.extract_stack() if not frame.filename.endswith("tests/syncs.py")]
+        frames = [
+            frame for frame in traceback.extract_stack() if not frame.filename.endswith("tests/syncs.py")
+        ]
         place = next((frame for frame in reversed(frames) if "/torch/" not in frame.filename), frames[-1])
         self.found.append(f"{what} at {place.filename.rpartition('/s')[2]}:{place.lineno} {place.line}")
 
@@ -164,8 +172,6 @@ def _tensors_of(thing: Any) -> Iterator[Tensor]:
     elif isinstance(thing, (list, tuple)):
         for one in cast(Iterable[Any], thing):
             yield from _tensors_of(one)
-
-
 
 
 def count_waits(training: Objective, model: Backbone, *device: Any) -> list[str]:

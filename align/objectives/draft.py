@@ -73,8 +73,7 @@ def embedded(scorer: Scorer, pictures: Tensor) -> Tensor:
     if pictures.shape[-2:] != size:
         pictures = F.interpolate(pictures, size, mode="bicubic", antialias=True)
     mean, deviation = (
-        send(torch.tensor(value), pictures.device)[None, :, None, None]
-        for value in (scorer.mean, scorer.std)
+        send(torch.tensor(value), pictures.device)[None, :, None, None] for value in (scorer.mean, scorer.std)
     )
     network: Any = scorer.model
     features = (

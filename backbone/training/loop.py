@@ -117,7 +117,9 @@ class Readings:
             }
             loss, norm = numbers["loss"], numbers["gradient_norm"]
             if not math.isfinite(loss) or not math.isfinite(norm):
-                raise NotFiniteError(f"Training stopped at step {step.step}: {self.explain(step.step, loss, norm)}")
+                raise NotFiniteError(
+                    f"Training stopped at step {step.step}: {self.explain(step.step, loss, norm)}"
+                )
             step.numbers = numbers
         waited = time.perf_counter() - began
         if len(unread) > 1:  # the device was still at work on them

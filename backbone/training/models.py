@@ -17,7 +17,8 @@ from backbone.training.hardware import use_tensor_cores
 def open_configs(asked: Mapping[str, Any]) -> tuple[Backbone, dict[str, Any]]:
     """The model that was asked for, of which only configs are read yet, and what was asked.
 
-    Where nobody said whether its blocks are compiled, the device does (`compiles_usually`). A model that lies on this machine is named there by its absolute path, so that a run finds it from anywhere.
+    Where nobody said whether its blocks are compiled, the device does (`compiles_usually`). A model that lies on this
+    machine is named there by its absolute path, so that a run finds it from anywhere.
     """
     model = Backbone.open(
         asked.get("model", "moji"),

@@ -201,7 +201,9 @@ def drive(
             if due or taken.is_read:
                 _log(unlogged, run if writes else None, note)
                 shown = {name: taken.figures[name] for name in SHOWN if name in taken.figures}
-                bar.advance(images=objective.images, loss=taken.loss, learning_rate=taken.learning_rate, **shown)
+                bar.advance(
+                    images=objective.images, loss=taken.loss, learning_rate=taken.learning_rate, **shown
+                )
                 unlogged = []
             else:
                 bar.advance(images=objective.images)
@@ -245,9 +247,7 @@ def kept_on_failure(steps: Iterator[Step], run: Path) -> Iterator[Step]:
         ) from error
 
 
-def take_steps(
-    objective: Objective, *, until: int | None = None, read_every: int = 0
-) -> Iterator[Step]:
+def take_steps(objective: Objective, *, until: int | None = None, read_every: int = 0) -> Iterator[Step]:
     """The bare loop: trains from the steps that are done to the last, or `until` a step."""
     settings = objective.settings
     last = settings.steps if until is None else until

@@ -80,7 +80,9 @@ def train_concept(
         if processes.is_main_process():
             refuse_taken(run)  # by a run that has been quicker
             clear_failed_try(run)
-            write_record(run, settings, model, timings={}, images=[hash_images(folder) for folder in pictures])
+            write_record(
+                run, settings, model, timings={}, images=[hash_images(folder) for folder in pictures]
+            )
         return carry_on(run, settings, model, concept, groups, began=began)
 
 
@@ -105,7 +107,9 @@ def resume_concept(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
         if anew:
             notify(f"{run} goes on from step {done} to {settings.steps}.")
             if processes.is_main_process():
-                write_record(run, settings, model, timings={}, images=[hash_images(folder) for folder in pictures])
+                write_record(
+                    run, settings, model, timings={}, images=[hash_images(folder) for folder in pictures]
+                )
         return carry_on(run, settings, model, concept, groups, began=time.perf_counter())
 
 
@@ -222,7 +226,7 @@ def write_record(
     timings: Mapping[str, float],
     images: Sequence[Mapping[str, str]] | None = None,
 ) -> None:
-    """Writes the run's `settings.json`: what was resolved, how to repeat it, of which images, with which versions, on what.
+    """Writes the run's `settings.json`: what was resolved, how to repeat it, of which images, on and with what.
 
     `images` are the hashes of each subject's; None leaves those that stand there.
     """

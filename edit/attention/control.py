@@ -73,7 +73,9 @@ class Control:
     features: Literal["own", "source"] = "own"
     maps: Maps | None = None
     hidden: Tensor | None = None
-    _visible: dict[tuple[int, torch.device], Tensor | None] = field(default_factory=dict, init=False, repr=False)
+    _visible: dict[tuple[int, torch.device], Tensor | None] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def visible_keys(self, tokens: int, device: torch.device = CPU) -> Tensor | None:
         """Indices of the image's keys that are found in a layer of so many; None for all, or where none would be."""

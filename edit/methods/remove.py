@@ -111,9 +111,10 @@ def remove(
 def locate_word(inversion: Inversion, word: str, *, threshold: float = THRESHOLD) -> tuple[Tensor, int]:
     """Where a thing of the source prompt stands in the image [8H, 8W], 0 or 1 in pixels, and the NFE.
 
-    The mask lies in the processor's memory, which is the one time that a removal waits for the device. That is where leaving it out of the prompt changes the predictions (`difference_maps`) by more than `threshold` of
-    the most, and where its words explain more than those of other things (`evidence_maps`); drawn along the image's
-    edges, with a margin around.
+    The mask lies in the processor's memory, which is the one time that a removal waits for the device. That is where
+    leaving it out of the prompt changes the predictions (`difference_maps`) by more than `threshold` of the most, and
+    where its words explain more than those of other things (`evidence_maps`); drawn along the image's edges, with a
+    margin around.
     `UserError` where there is no such place, or no such word.
     """
     source = inversion.prompt

@@ -90,7 +90,9 @@ class StableDiffusionXL(UNetFamily):
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
             count, _, height, width = noisy.shape
             size = (height * VAE_SCALE_FACTOR, width * VAE_SCALE_FACTOR)
-            sizes = send(torch.tensor([[*size, 0, 0, *size]], dtype=dtype), noisy.device)  # whole, not cropped
+            sizes = send(
+                torch.tensor([[*size, 0, 0, *size]], dtype=dtype), noisy.device
+            )  # whole, not cropped
             added = {"text_embeds": conditions.text["pooled"].to(dtype), "time_ids": sizes.expand(count, -1)}
             noisy = noisy.to(dtype).contiguous(memory_format=torch.channels_last)
             hidden = conditions.text["hidden"].to(dtype)

@@ -22,6 +22,7 @@ from tests.customize.test_methods import begun, fresh
 from tests.customize.test_methods import settings as concept_settings
 from tests.syncs import HostSyncs, count_waits
 
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -29,7 +30,10 @@ from tests.syncs import HostSyncs, count_waits
         {"method": "textual-inversion"},
         pytest.param({"method": "pivotal"}, marks=pytest.mark.slow),
         {"gradient_accumulation_steps": 2, "loss_weighting": "min-snr", "noise_offset": 0.1, "flip": True},
-        pytest.param({"prior": "class-images", "num_class_images": 2, "guidance": 1.0, "lora_dropout": 0.1}, marks=pytest.mark.slow),
+        pytest.param(
+            {"prior": "class-images", "num_class_images": 2, "guidance": 1.0, "lora_dropout": 0.1},
+            marks=pytest.mark.slow,
+        ),
         pytest.param({"mask": "auto"}, marks=pytest.mark.slow),
     ],
     ids=["lora", "word", "pivotal", "accumulated", "class images", "mask"],
@@ -97,11 +101,9 @@ def test_an_update_that_is_not_finite_leaves_weights_moments_and_count_as_they_a
     expected = [parameter.detach().clone(), *(value.clone() for value in optimizer.state[parameter].values())]
     parameter, optimizer = begin()
     taken = train(losses, {"w": parameter}, optimizer=optimizer, steps=20, read_every=10, **how)
-    numbers = []
+    assert [next(taken).step for _ in range(9)] == list(range(1, 10))
     with pytest.raises(NotFiniteError, match=r"stopped at step 4: picture 4 is\."):
-        for step in taken:
-            numbers.append(step.step)
-    assert numbers == list(range(1, 10))  # read with the tenth
+        next(taken)  # the tenth, with which all are read
     found = [parameter.detach(), *optimizer.state[parameter].values()]
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(cast(Tensor, one), cast(Tensor, other))
@@ -124,10 +126,14 @@ def test_whoever_looks_earlier_is_told_earlier() -> None:
 
 
 @pytest.mark.parametrize("every", [1, 3])
-def test_steps_read_together_log_what_steps_read_alone_do(tiny_folder: Path, subject: Path, every: int) -> None:
+def test_steps_read_together_log_what_steps_read_alone_do(
+    tiny_folder: Path, subject: Path, every: int
+) -> None:
     training, _ = begun(fresh(tiny_folder), subject, concept_settings(subject, steps=5))
     training.optimizer = torch.optim.AdamW(training.parameters.values(), lr=1e-2, fused=True)
-    logged = [(step.step, step.loss, step.gradient_norm) for step in list(take_steps(training, read_every=every))]
+    logged = [
+        (step.step, step.loss, step.gradient_norm) for step in list(take_steps(training, read_every=every))
+    ]
     other, _ = begun(fresh(tiny_folder), subject, concept_settings(subject, steps=5))
     other.optimizer = torch.optim.AdamW(other.parameters.values(), lr=1e-2, fused=True)
     assert logged == [(step.step, step.loss, step.gradient_norm) for step in take_steps(other)]

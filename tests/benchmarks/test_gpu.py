@@ -1,0 +1,63 @@
+"""The benchmark for a GPU runs on a CPU, row by row, in small: on the day with a GPU it has to work at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from backbone.io.console import UserError
+from backbone.io.files import read_json
+from benchmarks import gpu
+from benchmarks.gpu import ROWS, Bench, Row, format_markdown, main
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("gpu")
+    main(minutes=10.0, out=out, tiny=True, device="cpu", backend="eager", only=None)
+    return out
+
+
+def test_every_row_runs_in_small(measured: Path) -> None:
+    for row in ROWS:
+        facts = read_json(measured / "rows" / f"{row.key}.json")
+        assert "failed" not in facts, facts
+    text = (measured / "gpu.md").read_text()
+    assert all(f"## {row.title}" in text for row in ROWS) and "Not measured" not in text
+    assert len(text) < 2**20
+    assert read_json(measured / "rows" / "a1-step.json")["gradient apart"] == 0  # of one device from itself
+
+
+def test_what_is_timed_is_compared_first(measured: Path) -> None:
+    for key in ("b1-sd15", "b2-flux", "b3-sdxl", "d1-sd15"):
+        for side, found in read_json(measured / "rows" / f"{key}.json")["parity"].items():
+            assert found["gradient apart"] < 1e-3, (key, side)
+
+
+def test_rows_that_are_there_are_not_measured_again_and_one_that_failed_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fails(bench: Bench) -> gpu.Facts:
+        asked.append("fails")
+        if len(asked) < 2:
+            raise RuntimeError("CUDA out of memory")
+        return {"seconds": 1.0}
+
+    monkeypatch.setattr(gpu, "ROWS", (Row("x1", "First", fails), Row("x2", "Second", lambda bench: {"n": 2})))
+    monkeypatch.setattr(gpu, "describe_machine", lambda device: "a machine")
+    for _ in range(3):
+        main(minutes=1.0, out=tmp_path, tiny=True, device="cpu", backend="eager", only=None)
+        if len(asked) == 1:
+            assert "Failed: RuntimeError: CUDA out of memory" in format_markdown(tmp_path)
+    assert asked == ["fails", "fails"]
+    main(minutes=-1.0, out=tmp_path / "other", tiny=True, device="cpu", backend="eager", only=None)
+    assert not (tmp_path / "other" / "rows").exists()
+
+
+def test_without_a_gpu_it_says_how_to_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cpu --tiny"):
+        main(minutes=1.0, out=tmp_path, tiny=True, device="cuda", backend="eager", only=None)
