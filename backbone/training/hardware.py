@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from backbone.families.unet import UNetFamily
 from backbone.models.model import Backbone
 
 
@@ -18,7 +19,7 @@ def use_tensor_cores(device: torch.device) -> None:
 def describe_hardware(model: Backbone, settings: Any) -> dict[str, str]:
     """Where and how a run computes, for its record."""
     on_gpu = model.device.type == "cuda"
-    convolves = "unet" in model.location.index
+    convolves = isinstance(model.family, UNetFamily)
     fused = on_gpu and getattr(settings, "optimizer", "adamw") == "adamw"
     return {
         "device": torch.cuda.get_device_name(model.device) if on_gpu else str(model.device),
