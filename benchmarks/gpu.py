@@ -212,6 +212,20 @@ def measure(row: Row, bench: Bench) -> Facts:
 # (a) The same as on a CPU -----------------------------------------------------------------------------------
 
 
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Inside the `with`, fp32 is fp32 in matrices and convolutions too, as on a CPU."""
+    matrices, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matrices)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+@without_tf32()
 def compare_steps(device: str) -> Facts:
     """A step of DreamBooth on `moji`, in fp32, here and on a CPU: its loss, and its gradients."""
     found = []
@@ -244,6 +258,7 @@ def on_one_device(data: TrainingData, model: Backbone) -> TrainingData:
     return replace(data, posteriors=posteriors, conditions=conditions)
 
 
+@without_tf32()
 def compare_pictures(device: str, draw: Callable[[Backbone], list[Image.Image]]) -> Facts:
     """Pictures of `moji` in fp32, here and on a CPU: the largest difference of a pixel, in 255ths."""
     ours, theirs = (draw(Backbone.open("moji", device=where, precision="fp32")) for where in (device, "cpu"))
@@ -369,7 +384,8 @@ class FlowScript(Script):
     @torch.no_grad()
     def latents(self, files: Sequence[bytes]) -> Tensor:
         config = cast(Any, self.parts.autoencoder).config
-        return super().latents(files) - float(config.shift_factor or 0.0) * config.scaling_factor
+        shift: float = (config.shift_factor or 0.0) * config.scaling_factor
+        return super().latents(files) - shift
 
 
 def compare_flow(training: DreamBooth) -> Facts:
@@ -455,7 +471,7 @@ def compare_compiled(training: DreamBooth, compiled: CompiledBlocks) -> Facts:
     found = []
     for inside in (nullcontext, compiled.active):
         with training.learning(), inside():
-            loss = next(training.losses(10_000))
+            loss = next(training.losses(1))
             gradients = torch.autograd.grad(loss, list(training.parameters.values()), allow_unused=True)
         found.append((float(loss), [one for one in gradients if one is not None]))
     (here, ours), (there, theirs) = found

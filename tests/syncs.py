@@ -46,7 +46,7 @@ class HostSyncs(TorchDispatchMode):
     """Inside the `with`, every wait is a line of `found`: what waited, and where in the project."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: list[str] = []
         self._device: dict[int, StorageWeakRef] = {}  # by storage: views lie where their base does
         self._patches = ExitStack()
@@ -79,13 +79,13 @@ class HostSyncs(TorchDispatchMode):
         self._patches.enter_context(patch.object(Tensor, "to", self._moving(Tensor.to)))
         for name in ("tensor", "as_tensor", *FACTORIES):
             self._patches.enter_context(patch.object(torch, name, self._making(getattr(torch, name))))
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        super().__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         self._patches.close()
 
     def _reading(self, name: str) -> Callable[..., Any]:

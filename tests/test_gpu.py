@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def test_what_is_not_finite_reaches_no_weight_and_a_run_goes_on(tmp_path: Path) 
     def losses(step: int) -> Iterator[Tensor]:
         yield (weight - 3).square().sum() * (float("nan") if step == 4 else 1.0)
 
-    how = {"lr_schedule": warm_constant()}
+    how: dict[str, Any] = {"lr_schedule": warm_constant()}
     list(train(losses, {"w": weight}, optimizer=optimizer, steps=3, **how))
     save_checkpoint(tmp_path / "c.safetensors", step=3, parameters={"w": weight}, optimizer=optimizer)
     before = [weight.detach().clone(), *(value.clone() for value in optimizer.state[weight].values())]

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, TextIO, TypeVar
+from typing import Annotated, Any, TextIO, TypeVar, cast
 
 import numpy as np
 import torch
@@ -103,10 +103,10 @@ def follow(train: Callable[[Made], None], settings: Made, checkpoint: Path, minu
     done, took = steps_of(checkpoint), time.monotonic() - began
     left = max(0.0, 60 * minutes - took)
     total = done + max(1, int(left * (done - before) / took))
-    decay = {"decay": min(getattr(settings, "decay", 0), max(1, (total - done) // 3))}
+    decay: dict[str, Any] = {"decay": min(getattr(settings, "decay", 0), max(1, (total - done) // 3))}
     if isinstance(settings, AutoencoderSettings):
         decay = {"decay": (total - done) / total}
-    train(replace(settings, steps=total, minutes=1e9, **decay))
+    train(replace(cast(Any, settings), steps=total, minutes=1e9, **decay))
     say(step=checkpoint.stem, of=total, began_at=before, seconds=time.monotonic() - began)
 
 
@@ -162,7 +162,8 @@ def split_weights(path: Path, largest: int) -> list[Path]:
             size = 0
         pieces[-1][name] = tensor
         size += bytes_
-    found, places = [], {}
+    found: list[Path] = []
+    places: dict[str, str] = {}
     for number, piece in enumerate(pieces, 1):
         part = path.with_name(f"{path.stem}-{number:05d}-of-{len(pieces):05d}.safetensors")
         write_tensors(part, {name: value.clone() for name, value in piece.items()}, {"format": "pt"})

@@ -34,7 +34,7 @@ class Counting:
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Tensor], **how: Any) -> Any:
         self.graphs += 1
-        return self.trace(graph, inputs, **how)
+        return self.trace(graph, list(inputs), **how)
 
 
 def gradients(training: Objective, step: int) -> dict[str, Tensor]:
@@ -99,7 +99,7 @@ def test_blocks_of_one_shape_share_a_graph_and_run_compiled_inside_alone() -> No
         assert counting.graphs == 2  # the first block's input takes no gradient, those of the other two do
     for name, value in plain.items():
         torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5)
-    x = torch.randn(5, 6, 8)
+    x, text = torch.randn(5, 6, 8), torch.randn(5, 3, 4)
     step()
     assert counting.graphs == 2  # outside nothing is compiled
 

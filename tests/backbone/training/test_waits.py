@@ -44,9 +44,8 @@ def test_no_step_of_customize_waits_for_the_device(
     model = fresh(tiny_folder)
     training, _ = begun(model, subject, concept_settings(subject, steps=8, **changes))
     data = training.data
-    held = [*[list(posterior) for posterior in data.posteriors]]
-    held += [] if data.conditions is None else data.conditions.tensors()
-    assert count_waits(training, model, held) == []
+    text = [] if data.conditions is None else data.conditions.tensors()
+    assert count_waits(training, model, [list(posterior) for posterior in data.posteriors], text) == []
 
 
 def test_a_plain_copy_in_a_step_is_found(
