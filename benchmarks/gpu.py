@@ -98,7 +98,7 @@ class Bench:
     @property
     def steps(self) -> int:
         """Timed steps of each kind."""
-        return 2 if self.tiny else 20
+        return 1 if self.tiny else 20
 
     def parts(self, shape: str) -> Parts:
         """A model of this shape; the one before is let go."""
@@ -118,6 +118,11 @@ class Bench:
         gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()
+
+    def compiled(self, model: Backbone) -> CompiledBlocks:
+        """The denoiser's blocks, compiled by the backend; by `none`, no block at all."""
+        nothing = self.backend == "none"
+        return CompiledBlocks([] if nothing else [model.denoiser], backend=self.backend)
 
     def wait(self) -> None:
         """Until the device has done everything."""
@@ -156,7 +161,9 @@ def main(
     out: Annotated[Path, typer.Option(help="Rows and table go here.")] = Path("build/benchmarks/gpu"),
     tiny: Annotated[bool, typer.Option("--tiny", help="Networks as small as they get.")] = False,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
-    backend: Annotated[str, typer.Option(help="Of torch.compile.")] = "inductor",
+    backend: Annotated[
+        str, typer.Option(help="Of torch.compile; none: blocks run as they are.")
+    ] = "inductor",
     only: Annotated[list[str] | None, typer.Option(help="Rows whose key begins so; repeatable.")] = None,
 ) -> None:
     """Measures the rows that are missing, and writes the table."""
@@ -442,7 +449,7 @@ def lora_step(shape: str) -> Callable[[Bench], Facts]:
         }  # fmt: skip
         for name, kind in kinds.items():
             time_kind(bench, facts, name, kind)
-        compiled = CompiledBlocks([parts.model.denoiser], backend=bench.backend)
+        compiled = bench.compiled(parts.model)
         facts["parity"]["compiled"] = compare_compiled(training, compiled)
         training.compiled = compiled
         time_kind(bench, facts, "here, compiled", ours)
@@ -461,7 +468,8 @@ def time_kind(bench: Bench, facts: Facts, name: str, kind: Callable[[int], objec
     """A kind of step: two that are not counted, then many in a row; its time and its peak memory."""
     with bench.peak(facts, name):
         first = bench.seconds(kind, 1)
-        kind(1)
+        if not bench.tiny:
+            kind(1)
         facts["seconds"][name] = bench.seconds(kind, bench.steps)
     facts.setdefault("first step", {})[name] = round(first, 2)
 
@@ -493,7 +501,8 @@ def whole_edit(shape: str) -> Callable[[Bench], Facts]:
         warm = whole_edits(model, 2)
         whole = whole_edits(model, steps)
         for name in sides if shape == "sd15" else sides[:3]:
-            warm[name]()
+            if not bench.tiny:
+                warm[name]()
             with bench.peak(facts, name):
                 facts["seconds"][name] = bench.seconds(lambda _, name=name: whole[name](), 1)  # type: ignore[misc]
         facts["Direct / ours"] = facts["seconds"]["Direct + P2P"] / facts["seconds"]["ours"]
@@ -530,7 +539,7 @@ def preference_step(shape: str) -> Callable[[Bench], Facts]:
 
             time_kind(bench, facts, kind, steps)
             if kind != "script":
-                training.compiled = CompiledBlocks([parts.model.denoiser], backend=bench.backend)
+                training.compiled = bench.compiled(parts.model)
                 time_kind(bench, facts, f"{kind}, compiled", steps)
                 training.compiled = None
         encode = bench.seconds(lambda _: script.encode_once(), 1)

@@ -15,7 +15,7 @@ from benchmarks.gpu import ROWS, Bench, Row, format_markdown, main
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("gpu")
-    main(minutes=10.0, out=out, tiny=True, device="cpu", backend="eager", only=None)
+    main(minutes=10.0, out=out, tiny=True, device="cpu", backend="none", only=None)
     return out
 
 
@@ -27,6 +27,15 @@ def test_every_row_runs_in_small(measured: Path) -> None:
     assert all(f"## {row.title}" in text for row in ROWS) and "Not measured" not in text
     assert len(text) < 2**20
     assert read_json(measured / "rows" / "a1-step.json")["gradient apart"] == 0  # of one device from itself
+
+
+@pytest.mark.slow
+def test_steps_are_compared_and_timed_with_compiled_blocks_too(tmp_path: Path) -> None:
+    main(minutes=10.0, out=tmp_path, tiny=True, device="cpu", backend="aot_eager", only=["b", "d1"])
+    for key in ("b1-sd15", "b2-flux", "b3-sdxl", "d1-sd15"):
+        facts = read_json(tmp_path / "rows" / f"{key}.json")
+        assert "failed" not in facts and any("compiled" in name for name in facts["seconds"]), facts
+        assert facts["parity"].get("compiled", {"gradient apart": 0.0})["gradient apart"] < 1e-4
 
 
 def test_what_is_timed_is_compared_first(measured: Path) -> None:
@@ -49,15 +58,15 @@ def test_rows_that_are_there_are_not_measured_again_and_one_that_failed_is(
     monkeypatch.setattr(gpu, "ROWS", (Row("x1", "First", fails), Row("x2", "Second", lambda bench: {"n": 2})))
     monkeypatch.setattr(gpu, "describe_machine", lambda device: "a machine")
     for _ in range(3):
-        main(minutes=1.0, out=tmp_path, tiny=True, device="cpu", backend="eager", only=None)
+        main(minutes=1.0, out=tmp_path, tiny=True, device="cpu", backend="none", only=None)
         if len(asked) == 1:
             assert "Failed: RuntimeError: CUDA out of memory" in format_markdown(tmp_path)
     assert asked == ["fails", "fails"]
-    main(minutes=-1.0, out=tmp_path / "other", tiny=True, device="cpu", backend="eager", only=None)
+    main(minutes=-1.0, out=tmp_path / "other", tiny=True, device="cpu", backend="none", only=None)
     assert not (tmp_path / "other" / "rows").exists()
 
 
 def test_without_a_gpu_it_says_how_to_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="--device cpu --tiny"):
-        main(minutes=1.0, out=tmp_path, tiny=True, device="cuda", backend="eager", only=None)
+        main(minutes=1.0, out=tmp_path, tiny=True, device="cuda", backend="none", only=None)
