@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -135,12 +136,18 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+@lru_cache(maxsize=1)
+def load_tokenizer() -> Any:
+    """`moji`'s, which is at hand everywhere."""
+    return Backbone.open("moji", device="cpu").text_encoder.tokenizer
+
+
 class RandomText:
     """A `TextEncoder`: the work of the model's encoders, and random text. Its tokenizer is `moji`'s."""
 
     def __init__(self, model: Backbone, spec: ModelSpec, *, encoders: bool) -> None:
         self.device, self.shapes = model.device, spec.text_shapes
-        self.tokenizer = Backbone.open("moji", device="cpu").text_encoder.tokenizer
+        self.tokenizer = load_tokenizer()
         self.slots: tuple[Any, ...] = ()
         self.segments = (TextSegment(self.tokenizer, spec.text_shapes["hidden"][0]),)
         self.networks = []
