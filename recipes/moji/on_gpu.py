@@ -30,8 +30,8 @@ import numpy as np
 import torch
 import typer
 
-from backbone.io.console import run_app
-from backbone.io.files import read_metadata, read_tensors, write_json, write_tensors
+from backbone.io.console import UserError, run_app
+from backbone.io.files import read_json, read_metadata, read_tensors, write_json, write_tensors
 from backbone.models.locate import EMBEDDED
 from backbone.world.render import find_font
 from backbone.world.textures import draw_texture
@@ -42,6 +42,7 @@ from recipes.moji.flow import FlowSettings
 from recipes.moji.pictures import SHARD, shard_path, write_shard
 from recipes.moji.training import RecipeSettings
 
+VAE = Path(__file__).with_name("second_edition") / "vae"
 LARGEST = 15 * 2**20  # bytes of a file that is carried away
 SHARES = {"decoder": 0.15, "denoiser": 0.5, "flow": 0.25}  # of the minutes; the rest is encoding and writing
 PACE = 0.1  # of a part's time, in which its pace is measured
@@ -55,7 +56,7 @@ def main(
     begin: Annotated[
         Path, typer.Option(help="A pipeline that denoiser and text encoder begin as.")
     ] = EMBEDDED,
-    vae: Annotated[Path, typer.Option(help="The autoencoder whose decoder is polished.")] = EMBEDDED / "vae",
+    vae: Annotated[Path, typer.Option(help="The autoencoder whose decoder is polished.")] = VAE,
     workdir: Annotated[Path, typer.Option(help="Pictures, latents, checkpoints.")] = Path("build/moji"),
     scenes: Annotated[int, typer.Option(help="Scenes to render where none are there.")] = 24_000,
     batch: Annotated[int, typer.Option(help="Latents a step.")] = 256,
@@ -121,6 +122,10 @@ def steps_of(checkpoint: Path) -> int:
 def prepare(workdir: Path, begin: Path, vae: Path, scenes: int) -> float:
     """Puts the tokenizer, the autoencoder and the pictures in the work directory where they are missing."""
     began = time.monotonic()
+    known, wanted = read_json(vae / "config.json"), autoencoder.build().config
+    for key in ("norm_num_groups", "mid_block_add_attention", "block_out_channels"):
+        if list(np.atleast_1d(known.get(key))) != list(np.atleast_1d(wanted[key])):
+            raise UserError(f"{vae} is no autoencoder of this recipe ({key} differs). Name another --vae.")
     (workdir / "pictures").mkdir(parents=True, exist_ok=True)
     for source, name in ((begin / "tokenizer", "tokenizer"), (vae, "vae")):
         if not (workdir / name).exists():

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from backbone.io.console import UserError
 from backbone.io.files import read_json, read_tensors, write_tensors
+from backbone.models.locate import EMBEDDED
 from backbone.models.model import Backbone
 from recipes.moji.on_gpu import LARGEST, main, split_weights
 
@@ -23,6 +25,11 @@ def test_weights_in_pieces_are_the_weights(tmp_path: Path) -> None:
     for name, value in tensors.items():
         assert torch.equal(read_tensors(tmp_path / index[name])[0][name], value)
     assert split_weights(pieces[0], 400_000) == [pieces[0]]
+
+
+def test_an_autoencoder_of_another_kind_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no autoencoder of this recipe"):
+        main(out=tmp_path / "out", workdir=tmp_path / "work", device="cpu", vae=EMBEDDED / "vae")
 
 
 @pytest.mark.slow
