@@ -124,7 +124,7 @@ def prepare(workdir: Path, begin: Path, vae: Path, scenes: int) -> float:
     began = time.monotonic()
     known, wanted = read_json(vae / "config.json"), autoencoder.build().config
     for key in ("norm_num_groups", "mid_block_add_attention", "block_out_channels"):
-        if list(np.atleast_1d(known.get(key))) != list(np.atleast_1d(wanted[key])):
+        if json.dumps(known.get(key)) != json.dumps(wanted[key]):
             raise UserError(f"{vae} is no autoencoder of this recipe ({key} differs). Name another --vae.")
     (workdir / "pictures").mkdir(parents=True, exist_ok=True)
     for source, name in ((begin / "tokenizer", "tokenizer"), (vae, "vae")):
