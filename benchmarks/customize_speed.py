@@ -314,11 +314,8 @@ def make_material(model: Backbone) -> TrainingData:
         return torch.randn(*size, generator=random).to(model.device)
 
     posteriors = [Posterior(normal(1, *shape), 0.1 * normal(1, *shape).abs()) for _ in range(PICTURES)]
-    config = cast(Any, model.denoiser).config
-    text = {"hidden": normal(PICTURES + 1, 77, config.cross_attention_dim)}
-    if config.addition_embed_type == "text_time":
-        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        text["pooled"] = normal(PICTURES + 1, width)
+    shapes = model.family.spec(model.location, model.dtype).text_shapes
+    text = {name: normal(PICTURES + 1, *size) for name, size in shapes.items()}
     levels = stratified_levels(draws, len(model.path.levels), random)
     base = BasePredictions(normal(draws, *shape).cpu(), levels, normal(draws, *shape).cpu())
     bucket = Bucket(torch.arange(PICTURES), base, torch.zeros(draws, dtype=torch.long))
@@ -471,4 +468,4 @@ def format_markdown(facts: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run_app(main)
+    run_app(lambda: typer.run(main))

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from backbone.diffusion.noise import add_noise, generator
+from backbone.diffusion.noise import add_noise, generator, randn_like
+from backbone.diffusion.transfer import send
 from backbone.io.console import UserError
 from backbone.media.transforms import crop_and_resize, mask_to_tensor
 from backbone.models.cache import encode_prompts_cached
@@ -34,8 +35,10 @@ def difference_maps(
     prompts = list(dict.fromkeys(prompt for pair in pairs for prompt in pair))
     # One batch of every prompt at every one of the chosen steps, [steps · prompts, ...], each row at its own level
     chosen = torch.tensor(sorted({first + int(share * (steps - first)) for share in SHARES}))
-    states = inversion.states.float()[chosen.to(inversion.states.device)].repeat_interleave(len(prompts), 0)
-    levels = inversion.schedule[chosen.to(inversion.schedule.a.device).repeat_interleave(len(prompts))]
+    states = inversion.states.float()[send(chosen, inversion.states.device)].repeat_interleave(
+        len(prompts), 0
+    )
+    levels = inversion.schedule[chosen.repeat_interleave(len(prompts))]
     text = encode_prompts_cached(model, prompts).repeat(len(chosen))
     noise = model.predictor(text)(states, levels).noise.unflatten(0, (len(chosen), len(prompts)))
     maps = []
@@ -64,11 +67,11 @@ def evidence_maps(
     model, steps, clean = inversion.model, inversion.steps, inversion.clean
     every = [inversion.prompt, *prompts]
     predict = model.predictor(encode_prompts_cached(model, every))
-    maps, nfe = torch.zeros(len(prompts), *clean.shape[-2:]).to(clean), 0
+    maps, nfe = clean.new_zeros(len(prompts), *clean.shape[-2:]), 0
     for step in sorted({int(share * steps) for share in (*SHARES, 0.6, 0.7)}):
         level = inversion.schedule[step]
         for draw in range(draws):
-            noise = torch.randn(clean.shape, generator=generator(seed, step, draw, "evidence")).to(clean)
+            noise = randn_like(clean, generator(seed, step, draw, "evidence"))
             noisy = add_noise(clean, noise, level).expand(len(every), *clean.shape)
             error = (predict(noisy, level).noise - noise).square().mean(1)
             nfe += len(every)
@@ -109,7 +112,7 @@ def load_pixel_mask(mask: ImageLike | None, image: EncodedImage) -> Tensor | Non
             f"The mask is {drawn.width} × {drawn.height} pixels and the image {sizes}. Draw it on the image."
         )
     drawn = drawn if drawn.size == shown else crop_and_resize(drawn, shown)
-    return mask_to_tensor(drawn)[0].to(image.latent)
+    return send(mask_to_tensor(drawn)[0].to(image.latent.dtype), image.latent.device)
 
 
 def weigh_by_colour(places: Tensor, image: Tensor, *, bins: int = 16) -> Tensor:
@@ -130,8 +133,8 @@ def weigh_by_colour(places: Tensor, image: Tensor, *, bins: int = 16) -> Tensor:
 
 def _colour_histogram(weights: Tensor, colours: Tensor, bins: int) -> Tensor:
     """Shares of the weight [P] that each colour [P] has [bins³], smoothed by (¼, ½, ¼) along each channel."""
-    counts = torch.zeros(bins**3).to(weights).index_add_(0, colours, weights).view(1, 1, bins, bins, bins)
-    kernel = torch.tensor([0.25, 0.5, 0.25]).to(weights)
+    counts = weights.new_zeros(bins**3).index_add_(0, colours, weights).view(1, 1, bins, bins, bins)
+    kernel = send(torch.tensor([0.25, 0.5, 0.25], dtype=weights.dtype), weights.device)
     for shape, padding in (((3, 1, 1), (1, 0, 0)), ((1, 3, 1), (0, 1, 0)), ((1, 1, 3), (0, 0, 1))):
         counts = F.conv3d(counts, kernel.view(1, 1, *shape), padding=padding)
     return counts.flatten() / weights.sum().clamp(min=1e-6) + 1e-5  # a colour that is nowhere says nothing
@@ -148,7 +151,7 @@ def align_to_edges(places: Tensor, image: Tensor, *, radius: int, eps: float = 1
     covariance = _box(guide * p, radius) - mean * mean_p  # of colours and places [1, 3, H, W]
     products = _box((guide[:, :, None] * guide[:, None]).flatten(1, 2), radius).unflatten(1, (3, 3))
     variance = (products - mean[:, :, None] * mean[:, None])[0].permute(2, 3, 0, 1)  # of colours [H, W, 3, 3]
-    regular = variance + eps * torch.eye(3).to(variance)
+    regular = variance + eps * torch.eye(3, dtype=variance.dtype, device=variance.device)
     a = torch.linalg.solve(regular, covariance[0].permute(1, 2, 0)).permute(2, 0, 1)[None]
     b = mean_p - (a * mean).sum(1, keepdim=True)
     smooth: Tensor = ((_box(a, radius) * guide).sum(1, keepdim=True) + _box(b, radius))[0, 0]
@@ -163,27 +166,28 @@ def _box(x: Tensor, radius: int) -> Tensor:
 def fill_smoothly(x: Tensor, inside: Tensor, *, rounds: int = 40) -> Tensor:
     """x [C, H, W] with what is inside a mask [H, W] continued from around it: about harmonic, ∇²x = 0.
 
-    Coarse first: the inside is the coarse solution's, then every place becomes the mean of its neighbours `rounds`
-    times. All inside is the mean, 0 at that.
+    The mask lies in the processor's memory, which decides how coarse to begin. Coarse first: the inside is the coarse
+    solution's, then every place becomes the mean of its neighbours `rounds` times. All inside is the mean, 0 at that.
     """
     if not inside.any():
         return x
     if inside.all():
         return torch.zeros_like(x)
-    known = (inside == 0).to(x)
+    within = send(inside > 0, x.device)
+    known = send((inside == 0).to(x.dtype), x.device)
     if min(x.shape[-2:]) > 1:
         # Means over what is known of 2 × 2 places
-        share = F.avg_pool2d(known[None], 2, ceil_mode=True)[0]
-        half = F.avg_pool2d((x * known)[None], 2, ceil_mode=True)[0] / share.clamp(min=1e-6)
-        coarse = fill_smoothly(half, (share == 0).to(x), rounds=rounds)
+        share = F.avg_pool2d((inside == 0).to(x.dtype)[None], 2, ceil_mode=True)[0]
+        half = F.avg_pool2d((x * known)[None], 2, ceil_mode=True)[0] / send(share.clamp(min=1e-6), x.device)
+        coarse = fill_smoothly(half, (share == 0).to(x.dtype), rounds=rounds)
         filling = F.interpolate(coarse[None], x.shape[-2:], mode="bilinear", align_corners=False)[0]
     else:
         filling = ((x * known).sum((1, 2)) / known.sum())[:, None, None].expand_as(x)
-    x = torch.where(inside > 0, filling, x)
+    x = torch.where(within, filling, x)
     for _ in range(rounds):
         wide = F.pad(x[None], (1, 1, 1, 1), mode="replicate")[0]
         around = wide[:, :-2, 1:-1] + wide[:, 2:, 1:-1] + wide[:, 1:-1, :-2] + wide[:, 1:-1, 2:]
-        x = torch.where(inside > 0, around / 4, x)
+        x = torch.where(within, around / 4, x)
     return x
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from backbone.conditions.conditions import Conditions
-from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, guide
+from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, broadcast_like, guide
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from edit import checks
@@ -25,7 +25,7 @@ def schedule_of(model: Backbone, steps: int, latent: Tensor) -> Schedule:
 
 def as_strong_as_state(noise: Tensor, level: Level) -> Tensor:
     """Noise [N, ...] as strong as a state at a level: what sampling begins with where nothing of an image is kept."""
-    return noise * (level.a**2 + level.b**2).sqrt().to(noise)
+    return noise * broadcast_like((level.a**2 + level.b**2).sqrt(), noise)
 
 
 def evenly_spaced(first: int, last: int, count: int) -> set[int]:

@@ -21,7 +21,8 @@ HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "datasets"}
 # The rooms of each package from the ground up: a room imports from rooms of lower floors only.
 ROOMS = {
     "backbone": (
-        ("diffusion", "io", "conditions"),
+        ("diffusion", "io"),
+        ("conditions",),
         ("world", "families", "media", "distributed"),
         ("models", "evaluation"),
         ("adapters", "training"),

@@ -72,7 +72,9 @@ def other_value(one: Field, values: tuple[Any, ...]) -> Any:
         return () if one.many else False if one.kind is bool else None if one.default is None else one.kind()
     if one.option.choices:
         return next(word for word in one.option.choices if word not in values)
-    return not values[0] if isinstance(values[0], bool) else one.kind("x")
+    if isinstance(values[0], bool):
+        return not values[0]
+    return one.kind(values[0] + 1) if isinstance(values[0], (int, float)) else one.kind("x")
 
 
 def idle_ways(declared: type) -> Iterator[tuple[Field, dict[str, Any]]]:

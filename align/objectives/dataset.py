@@ -29,6 +29,7 @@ from align.settings import Settings
 from backbone.adapters.concept import Concept, resolve_placeholder_tokens
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Level, add_noise, generator, target
+from backbone.diffusion.transfer import send
 from backbone.distributed import processes
 from backbone.io.console import UserError, progress
 from backbone.io.files import content_hash
@@ -256,7 +257,7 @@ def batch_of(
             clean_rows.append(source[samples.rows(item, k)[g]])
     clean = torch.stack(clean_rows)
     noise = torch.stack([samples.noise(item, k, shape) for item, k in zip(items, ks, strict=True)])
-    noise = torch.cat([noise] * group).to(clean)
+    noise = torch.cat([send(noise.to(clean.dtype), clean.device)] * group)
     index = torch.tensor([samples.level(item, k) for item, k in zip(items, ks, strict=True)]).repeat(group)
     dropped = torch.tensor([samples.drops_prompt(item, k) for item, k in zip(items, ks, strict=True)])
     conditions = data.conditions[[item.prompt for item in items]].drop(dropped, data.conditions[:1])

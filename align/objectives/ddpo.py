@@ -14,6 +14,7 @@ from align.collect.scorers import ImageScorer, open_scorer
 from align.objectives.reward import RewardTraining
 from backbone.diffusion.noise import Estimate, Level, Predict, generator, randn_like
 from backbone.diffusion.samplers import ancestral_step
+from backbone.diffusion.transfer import send
 from backbone.distributed import processes
 from backbone.media.transforms import to_image
 
@@ -56,7 +57,7 @@ class PolicyGradients(RewardTraining):
     def loss(self, rung: int, rows: Sequence[int]) -> Tensor:
         """−mean over walks of min(ρ·A, clip(ρ)·A), ρ the step's probability now over that when it was taken."""
         walks = self.walks
-        chosen = torch.tensor(list(rows), device=walks.states.device)
+        chosen = send(torch.tensor(list(rows)), walks.states.device)
         noisy, then = walks.states[rung, chosen], walks.states[rung + 1, chosen]
         predict = self.predictor([walks.prompts[row] for row in rows])
         here, there = self.schedule[rung], self.schedule[rung + 1]

@@ -12,6 +12,7 @@ from torch import Tensor
 from align.collect.scorers import load_clip_scorer, refuse_not_differentiable
 from align.objectives.reward import RewardTraining
 from backbone.diffusion.samplers import ddim
+from backbone.diffusion.transfer import send
 from backbone.distributed import processes
 from backbone.evaluation.clip import Scorer
 
@@ -37,7 +38,7 @@ class RewardGradients(RewardTraining):
             reward = self.rewards(numbers, [(step, row) for row in part])
             rewards.append(reward.detach())
             yield -reward.mean() * (len(part) * len(parts) * processes.world_size() / batch)
-        self.figures = {"reward": float(processes.reduce_mean(torch.cat(rewards)))}
+        self.figures = {"reward": processes.reduce_mean(torch.cat(rewards))}
 
     def rewards(self, numbers: Sequence[int], keys: Sequence[tuple[int, int]]) -> Tensor:
         """Rewards [B] of pictures of these prompts, with the gradient of the walk's last K steps (algorithm 1)."""
@@ -60,7 +61,7 @@ def open_reward(name: str) -> Reward:
         for prompt in prompts:
             if prompt not in texts:
                 texts[prompt] = scorer.embed_texts([prompt])[0]
-        wanted = torch.stack([texts[prompt] for prompt in prompts]).to(pictures.device)
+        wanted = send(torch.stack([texts[prompt] for prompt in prompts]), pictures.device)
         return (embedded(scorer, pictures) * wanted).sum(-1)
 
     return reward
@@ -72,8 +73,7 @@ def embedded(scorer: Scorer, pictures: Tensor) -> Tensor:
     if pictures.shape[-2:] != size:
         pictures = F.interpolate(pictures, size, mode="bicubic", antialias=True)
     mean, deviation = (
-        torch.tensor(value, device=pictures.device)[None, :, None, None]
-        for value in (scorer.mean, scorer.std)
+        send(torch.tensor(value), pictures.device)[None, :, None, None] for value in (scorer.mean, scorer.std)
     )
     network: Any = scorer.model
     features = (

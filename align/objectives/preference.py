@@ -49,11 +49,14 @@ from backbone.adapters.lora import (
 )
 from backbone.diffusion.losses import debiased, min_snr, uniform
 from backbone.diffusion.noise import Level, PredictionType, generator
+from backbone.diffusion.transfer import send
 from backbone.distributed import processes
 from backbone.io.console import UserError, progress
 from backbone.io.files import content_hash, write_tensors
 from backbone.models.model import Backbone
 from backbone.training.attention import quick_to_train
+from backbone.training.compiled import CompiledBlocks
+from backbone.training.optimizer import make_adamw
 from backbone.training.run import Objective
 
 ADAPTER = "taste"
@@ -79,7 +82,7 @@ class PreferenceTraining(Objective):
     settings: Settings
     base: Sequence[str] = ()
     concepts: Sequence[Concept] = ()
-    figures: dict[str, float] = field(default_factory=dict, init=False)
+    figures: dict[str, Tensor | float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         settings, levels = self.settings, len(self.model.path.levels)
@@ -101,9 +104,11 @@ class PreferenceTraining(Objective):
         self._as_reference: Callable[[], AbstractContextManager[None]] = nullcontext
         network = self._full_weights() if settings.full else self._adapter()
         self.live = LiveReference(self.model, network, self._as_reference)
+        self.compiled = CompiledBlocks([self.model.denoiser, network]) if settings.compile else None
         self.take(self.data)
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        self.optimizer = make_adamw(
+            [{"params": list(self.parameters.values()), "lr": settings.learning_rate}],
+            weight_decay=settings.weight_decay,
         )
 
     def take(self, data: PreferenceData) -> None:
@@ -159,7 +164,7 @@ class PreferenceTraining(Objective):
             gathered.append(figures)
             yield loss.mean() * (len(part) * len(parts) * processes.world_size() / self.settings.batch)
         self.figures = {
-            name: float(processes.reduce_mean(torch.cat([figures[name] for figures in gathered])))
+            name: processes.reduce_mean(torch.cat([figures[name] for figures in gathered]))
             for name in gathered[0]
         }
 
@@ -181,7 +186,8 @@ class PreferenceTraining(Objective):
         residual = residuals(self.model, self.model.denoiser, batch)
         # Both images of a pair are at one level, so that one weight per record is enough.
         level = path.levels[batch.index[: len(batch)]]
-        weight = LEVEL_WEIGHTS[settings.loss_weighting](level, path.prediction_type).to(residual)
+        weight = LEVEL_WEIGHTS[settings.loss_weighting](level, path.prediction_type)
+        weight = send(weight.to(residual.dtype), residual.device)
         errors = weight * mean_squares(residual)
         if settings.safeguard >= 0:  # limits the gradient that raises the loser's error
             winner, loser = errors
@@ -199,7 +205,7 @@ class PreferenceTraining(Objective):
         whole = (
             processes.reduce_mean if self.share.scale > 1 else torch.mean
         )  # other processes have the rest of the batch
-        return PairBatch(errors, batch.preference.to(errors.device), reference, drift, whole)
+        return PairBatch(errors, send(batch.preference, errors.device), reference, drift, whole)
 
     def batch_rows(self, step: int) -> list[tuple[int, int]]:
         """The (record, noise index) of a step, counted from 1: pass after pass, each in a random order of its own.
@@ -259,13 +265,14 @@ class PreferenceTraining(Objective):
     def fill(self, cached: CachedReference) -> None:
         """Evaluates the base at every sample that training will take, in training's own batches."""
         wanted = [step for step in range(1, self.settings.steps + 1) if self._unknown(cached, step)]
-        with progress(len(wanted), "the base's errors") as bar, self._evaluation_mode():
+        with progress(len(wanted), "the base's errors") as bar, self._evaluation_mode(), self.stepping():
             for step in wanted:
                 for chosen in self._micro(self.batch_rows(step)):
                     items = [self.data.train[row] for row, _ in chosen]
                     ks = [k for _, k in chosen]
                     cached.errors(batch_of(self.model, self.data, self.samples, items, ks), chosen)
                 bar.advance(images=self.settings.batch)
+                cached.land()
         cached.save()
 
     @cached_property
@@ -315,6 +322,7 @@ class PreferenceTraining(Objective):
             ),  # which noise samples share a batch, to the last bit of their errors
             records,
             *([processes.world_size()] if self.share.scale > 1 else []),
+            *(["compiled"] if settings.compile else []),
         )
         group = len(self.data.train[0].pictures)
         return open_cached_reference(
@@ -338,7 +346,10 @@ class PreferenceTraining(Objective):
 
     def _reference_at(self, rows: Sequence[int], ks: Sequence[int]) -> Tensor | None:
         """The reference's errors at training's noise samples [N, E, G]; None where it no longer exists."""
-        if isinstance(self.reference, CachedReference):
+        # Compiled blocks round otherwise than those of an evaluation: what they found is compared with no other's
+        comparable = self.compiled is None or self.settings.full
+        if isinstance(self.reference, CachedReference) and comparable:
+            self.reference.land()
             known = self.reference.values[torch.tensor(rows)][:, torch.tensor(ks)]
             if not torch.isnan(known).any():
                 return known

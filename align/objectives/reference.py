@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from align.objectives.dataset import Batch, mean_squares, residuals
+from backbone.diffusion.transfer import send
 from backbone.distributed import processes
 from backbone.io.console import UserError
 from backbone.io.files import content_hash, read_tensors, write_tensors
@@ -59,33 +60,53 @@ class LiveReference:
 
 @dataclass
 class CachedReference:
-    """The reference's errors at K noise samples of N records, float32 [N, K, G]; NaN where unknown."""
+    """The reference's errors at K noise samples of N records, float32 [N, K, G]; NaN where unknown.
+
+    They lie in the processor's memory. What is evaluated stays on the device until `land`, so that no step waits.
+    """
 
     live: LiveReference
     key: str
     values: Tensor
     new: int = field(default=0, init=False)  # samples computed since the last `save`
+    flying: dict[tuple[int, int], tuple[Tensor, int]] = field(default_factory=dict, init=False)
 
     def errors(self, batch: Batch, chosen: RecordSamples) -> Tensor:
         """Errors [G, B]; unknown ones are computed now, in one batch."""
+        if any(sample in self.flying for sample in chosen):
+            self.land()
         rows, ks = (torch.tensor(part) for part in zip(*chosen, strict=True))
         missing = torch.isnan(self.values[rows, ks, 0]).nonzero().flatten().tolist()
         together = processes.is_sharded() and processes.any_process(bool(missing))
         asked = missing or ([0] if together else [])  # a sharded model is evaluated by all or none
         if asked:
-            found = self.live.errors(batch if len(asked) == len(batch) else batch.part(asked), chosen)
-        if missing:
-            self.values[rows[missing], ks[missing]] = found.T.float().cpu()
-            self.new += len(missing)
-        return self.values[rows, ks].T.to(batch.noisy.device)
+            found = self.live.errors(batch if len(asked) == len(batch) else batch.part(asked), chosen).float()
+        for place, row in enumerate(missing):
+            self.flying[chosen[row]] = (found, place)
+        self.new += len(missing)
+        if len(missing) == len(batch):
+            return found
+        known = send(self.values[rows, ks].T, batch.noisy.device)
+        return known.index_copy(1, send(torch.tensor(missing), known.device), found) if missing else known
+
+    def land(self) -> None:
+        """Fetches what was evaluated from the device, in one transfer."""
+        if not self.flying:
+            return
+        found = torch.stack([errors[:, place] for errors, place in self.flying.values()]).cpu()
+        rows, ks = (torch.tensor(part) for part in zip(*self.flying, strict=True))
+        self.values[rows, ks] = found
+        self.flying.clear()
 
     @property
     def filled(self) -> int:
         """How many samples are known."""
+        self.land()
         return int((~torch.isnan(self.values[..., 0])).sum())
 
     def merge(self) -> None:
         """Takes over what the other processes of this run have found; each takes samples of its own."""
+        self.land()
         if processes.world_size() > 1:
             known = self.values.nan_to_num(nan=-1.0, posinf=torch.inf)  # errors are not negative
             known = processes.reduce_max(known)

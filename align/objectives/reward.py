@@ -25,12 +25,15 @@ from align.settings import Settings
 from backbone.adapters.concept import Concept, resolve_placeholder_tokens
 from backbone.adapters.lora import LORA_WEIGHTS, save_lora
 from backbone.diffusion.noise import Predict
+from backbone.diffusion.transfer import send
 from backbone.distributed import processes
 from backbone.io.prompts import Prompt
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from backbone.models.sample import initial_noise
 from backbone.training.attention import quick_to_train
+from backbone.training.compiled import CompiledBlocks
+from backbone.training.optimizer import make_adamw
 from backbone.training.run import Objective
 
 
@@ -46,7 +49,7 @@ class RewardTraining(Objective):
     settings: Settings
     base: Sequence[str] = ()
     concepts: Sequence[Concept] = ()
-    figures: dict[str, float] = field(default_factory=dict, init=False)
+    figures: dict[str, Tensor | float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         settings = self.settings
@@ -59,9 +62,11 @@ class RewardTraining(Objective):
             self.conditions = encode_prompts_cached(self.model, [*said, ""])
         self.model.free("text_encoder")
         self.parameters = new_adapter(self.model, settings, self.base)
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        self.optimizer = make_adamw(
+            [{"params": list(self.parameters.values()), "lr": settings.learning_rate}],
+            weight_decay=settings.weight_decay,
         )
+        self.compiled = CompiledBlocks([self.model.denoiser]) if settings.compile else None
         self.schedule = self.model.schedule(settings.sample_steps)
 
     @property
@@ -87,7 +92,7 @@ class RewardTraining(Objective):
         """The noise [B, …] from which a picture is drawn, one for each key."""
         noise = torch.stack([initial_noise(self.model, self.settings.seed, *key) for key in keys])
         first = self.schedule[0]
-        return noise.to(self.model.device) * float((first.a**2 + first.b**2).sqrt())
+        return send(noise, self.model.device) * float((first.a**2 + first.b**2).sqrt())
 
     def _micro(self) -> list[range]:
         """This process's share of a step's rows, in micro-batches."""

@@ -58,4 +58,4 @@ def budgeted(
     """
     work = work_of(model, settings, pictures, prompts)
     smaller, found = fit_to_memory(model, work, size, choice_of(model, settings))
-    return smaller, replace(settings, **found.settings())
+    return smaller, replace(settings, **found.settings(), compile=settings.compile and found.compilable)

@@ -104,7 +104,7 @@ def train_online(asked: dict[str, Any], *, out: Path | None) -> Path:
         if processes.is_main_process():
             refuse_taken(run)  # by a run that has been quicker
             clear_failed_try(run)
-            write_record(run, settings)
+            write_record(run, settings, model)
         return carry_on(run, settings, model)
 
 

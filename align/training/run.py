@@ -28,6 +28,7 @@ from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash, write_json
 from backbone.io.run_folder import clear_failed_try, package_versions, refuse_taken
 from backbone.models.model import Backbone
+from backbone.training.hardware import describe_hardware
 from backbone.training.models import open_configs, open_model
 from backbone.training.run import Every, drive
 
@@ -61,7 +62,7 @@ def train_taste(
         if processes.is_main_process():
             refuse_taken(run)  # by a run that has been quicker
             clear_failed_try(run)
-            write_record(run, settings)
+            write_record(run, settings, model)
         return carry_on(run, settings, model, records, began=began)
 
 
@@ -123,11 +124,16 @@ def write_concept(run: Path, settings: Settings, model: Backbone, files: dict[st
     concept.write(run)
 
 
-def write_record(run: Path, settings: Settings) -> None:
-    """Writes the run's `settings.json`: what was resolved, how to repeat it, and with which versions."""
+def write_record(run: Path, settings: Settings, model: Backbone) -> None:
+    """Writes the run's `settings.json`: what was resolved, how to repeat it, with which versions and on what."""
     write_json(
         run / FILE,
-        {"settings": settings, "command": as_command(settings, run), "versions": package_versions()},
+        {
+            "settings": settings,
+            "command": as_command(settings, run),
+            "versions": package_versions(),
+            "hardware": describe_hardware(model, settings),
+        },
     )
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from backbone.diffusion.transfer import send
+
 Text = dict[str, Tensor]
 """What a family's text encoders make of B prompts: named tensors [B, …]."""
 
@@ -38,7 +40,7 @@ class Conditions:
         if isinstance(rows, slice):
             return self._each(lambda value: value[rows])
         index = torch.as_tensor(rows)
-        return self._each(lambda value: value[index.to(value.device)])
+        return self._each(lambda value: value[send(index, value.device)])
 
     def repeat(self, count: int) -> Conditions:
         """All rows `count` times, one copy behind the other; a single row takes no memory for it."""
@@ -48,7 +50,7 @@ class Conditions:
 
     def to(self, device: torch.device) -> Conditions:
         """The same on another device."""
-        return self._each(lambda value: value.to(device))
+        return self._each(lambda value: send(value, device))
 
     def drop(self, dropped: Tensor, empty: Conditions) -> Conditions:
         """The prompts where `dropped` [B] is true replaced by those of `empty` (1 row or B); the rest as it is.
@@ -57,7 +59,7 @@ class Conditions:
         """
 
         def chosen(value: Tensor, instead: Tensor) -> Tensor:
-            where = dropped.to(value.device).reshape(-1, *[1] * (value.ndim - 1))
+            where = send(dropped, value.device).reshape(-1, *[1] * (value.ndim - 1))
             return torch.where(where, instead, value)
 
         text = {name: chosen(value, empty.text[name]) for name, value in self.text.items()}

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from backbone.diffusion.noise import Level, PredictionType, _at_least_float32, _unknown, target
+from backbone.diffusion.transfer import send
 
 
 def denoising_score_matching(
@@ -34,8 +35,8 @@ def squared_error(prediction: Tensor, target: Tensor, weight: Tensor | None = No
     if weight is None:
         return error.flatten(1).mean(1)
     if weight.ndim > 1:  # a map: before the mean
-        return (error * weight.to(error)).flatten(1).mean(1)
-    return weight.to(error) * error.flatten(1).mean(1)
+        return (error * send(weight.to(error.dtype), error.device)).flatten(1).mean(1)
+    return send(weight.to(error.dtype), error.device) * error.flatten(1).mean(1)
 
 
 def uniform(level: Level) -> Tensor:

@@ -25,6 +25,8 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from backbone.diffusion.transfer import send
+
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow", "score"]
 """What a network predicts, in diffusers' words: ε, x0, v = a·ε − b·x0, u = ε − x0, or s = ∇log p(x)."""
 
@@ -145,7 +147,7 @@ def flow(t: Tensor | float, time: Tensor | None = None) -> Level:
 def broadcast_like(number: Tensor, x: Tensor) -> Tensor:
     """A number [], or one for each sample [B], shaped to broadcast against x [B, ...], in its dtype."""
     shape = number.shape + (1,) * (x.ndim - 1) if number.ndim else number.shape
-    return number.to(x.dtype).to(x.device).reshape(shape)
+    return send(number.to(x.dtype), x.device).reshape(shape)
 
 
 def to_sigma_space(level: Level) -> Level:
@@ -240,7 +242,7 @@ def predictor(network: Callable[[Tensor, Tensor], Tensor], prediction_type: Pred
     def predict(noisy: Tensor, level: Level) -> Estimate:
         if level.time is None:
             raise ValueError("the network needs a time, and this level has none: build it with time=...")
-        return estimate(network(noisy, level.time.to(noisy.device)), noisy, level, prediction_type)
+        return estimate(network(noisy, send(level.time, noisy.device)), noisy, level, prediction_type)
 
     return predict
 
@@ -285,7 +287,7 @@ def randn_like(x: Tensor, generator: Randomness = None) -> Tensor:
     """ε ~ N(0, I) with x's shape, device and dtype, drawn on the generator's device."""
     if generator is None or isinstance(generator, torch.Generator):
         where = x.device if generator is None else generator.device
-        return torch.randn(x.shape, generator=generator, device=where, dtype=x.dtype).to(x.device)
+        return send(torch.randn(x.shape, generator=generator, device=where, dtype=x.dtype), x.device)
     if len(generator) != len(x):
         raise ValueError(f"{len(generator)} generators for {len(x)} samples: one each is needed.")
     return torch.stack([randn_like(sample, g) for sample, g in zip(x, generator, strict=True)])

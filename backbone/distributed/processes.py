@@ -251,8 +251,10 @@ def reduce_mean(values: Tensor) -> Tensor:
     values = values.detach()
     if not dist.is_initialized():
         return values.mean()
-    whole, count = reduce_sum([float(values.sum(dtype=torch.float64)), values.numel()])
-    return torch.tensor(whole / count, dtype=values.dtype, device=values.device)
+    whole = values.sum(dtype=torch.float64)
+    both = torch.stack([whole, torch.full_like(whole, values.numel())]).to(_communication_device())
+    _all_reduce(both)
+    return (both[0] / both[1]).to(values)
 
 
 def reduce_max(tensor: Tensor) -> Tensor:

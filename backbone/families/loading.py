@@ -21,6 +21,7 @@ from backbone.diffusion.schedules import (
     vp_schedule,
     zero_terminal_snr,
 )
+from backbone.diffusion.transfer import send
 from backbone.families.base import NoisePath, TextEncoderSlot
 from backbone.families.location import Location
 from backbone.io.console import UserError, notify_once
@@ -271,7 +272,7 @@ def tokenize(slot: TextEncoderSlot, prompts: Sequence[str], length: int | None =
         return_tensors="pt",
     )
     device = slot.model.device
-    return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
+    return {name: send(encoded[name], device) for name in ("input_ids", "attention_mask")}
 
 
 def _refuse_half_characters(prompts: Sequence[str]) -> None:

@@ -79,6 +79,11 @@ class MemorySettings:
     def dtype(self) -> torch.dtype:
         return PRECISIONS[self.precision]
 
+    @property
+    def compilable(self) -> bool:
+        """Whether the base lies on the device as it is, so that its blocks can be compiled."""
+        return not self.placement.quantize and not self.placement.offload
+
     def settings(self) -> dict[str, Any]:
         """These settings under their names in a run's settings, without the optimiser."""
         return {

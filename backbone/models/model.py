@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, estimate, guide
+from backbone.diffusion.transfer import send
 from backbone.distributed.device import resolve_device, resolve_dtype
 from backbone.families import checkpoint as single_file
 from backbone.families.base import Family, NoisePath, TextEncoder
@@ -51,7 +52,8 @@ class Posterior(NamedTuple):
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Sample latents [B, C, H, W]."""
-        noise = torch.randn(self.mean.shape, generator=generator, dtype=torch.float32).to(self.mean.device)
+        noise = torch.randn(self.mean.shape, generator=generator, dtype=torch.float32)
+        noise = send(noise, self.mean.device)
         return self.mean + self.std * noise
 
 
@@ -300,7 +302,7 @@ class Backbone:
     def encode(self, pictures: Tensor) -> Posterior:
         """Pictures [B, 3, 8H, 8W] in −1…1 to the posterior of their latents, scaled to about unit variance."""
         dtype = next(self.autoencoder.parameters()).dtype
-        pictures = pictures.to(self.device, dtype).contiguous(memory_format=torch.channels_last)
+        pictures = send(pictures, self.device).to(dtype).contiguous(memory_format=torch.channels_last)
         found = cast(Any, self.autoencoder).encode(pictures).latent_dist
         scale, shift = self._scale_and_shift
         return Posterior((found.mean.float() - shift) * scale, found.std.float() * scale)
@@ -323,7 +325,7 @@ class Backbone:
         """Decode with gradients through the decoder."""
         dtype = next(self.autoencoder.parameters()).dtype
         scale, shift = self._scale_and_shift
-        latents = (latents.to(self.device).float() / scale + shift).to(dtype)
+        latents = (send(latents, self.device).float() / scale + shift).to(dtype)
         decoded = (
             cast(Any, self.autoencoder).decode(latents.contiguous(memory_format=torch.channels_last)).sample
         )
@@ -362,7 +364,7 @@ class Backbone:
         """Every call of a denoiser in training and sampling: at times [] or [B], in the working precision."""
         network = self.family.network(denoiser, conditions)
         with self.autocast():
-            return network(noisy, time.to(noisy.device)).float()
+            return network(noisy, send(time, noisy.device)).float()
 
     def guided_predictor(self, conditions: Conditions, empty: Conditions, guidance: float) -> Predict:
         """Bind the conditions with guidance.
@@ -385,10 +387,11 @@ class Backbone:
     def schedule(self, steps: int, *, size: tuple[int, int] | None = None) -> Schedule:
         """The noise schedule [S + 1] of a sampler with S steps, noisy to clean, as the model's own scheduler spaces it.
 
-        Some schedulers place them by the latents' size (H, W), which is the model's own if left out.
+        Some schedulers place them by the latents' size (H, W), which is the model's own if left out. It lies in the
+        processor's memory, so that what depends on a level is decided without waiting for the device.
         """
         height, width = size or self.latent_shape[-2:]
-        return self.path.schedule(steps, (height, width)).to(self.device)
+        return self.path.schedule(steps, (height, width))
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Half precision for what is trained in fp32 on top of a half-precision base; nothing in fp32."""

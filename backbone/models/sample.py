@@ -12,6 +12,7 @@ from torch import Tensor
 
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, add_noise, generator
 from backbone.diffusion.samplers import ancestral, ddim, heun
+from backbone.diffusion.transfer import send
 from backbone.io.console import UserError
 from backbone.io.sampling import ALL_STEPS, MODELS_OWN, Sampler, Size
 from backbone.media.transforms import to_image
@@ -93,9 +94,8 @@ def sample_latents(
         some = requests[first : first + batch]
         text = encode_prompts_cached(model, [request.prompt for request in some])
         empty = encode_prompts_cached(model, [request.negative for request in some])
-        noise = torch.stack([initial_noise(model, seed, *request.key, places) for request in some]).to(
-            model.device
-        )
+        noise = torch.stack([initial_noise(model, seed, *request.key, places) for request in some])
+        noise = send(noise, model.device)
         if clean is None:
             start = noise * float((schedule.a[0] ** 2 + schedule.b[0] ** 2).sqrt())
         else:

@@ -28,19 +28,116 @@ from backbone.io.records import parse_json, read_as
 LRSchedule = Callable[[int], float]
 
 
+READ_EVERY = 10  # steps of a device after which what they showed is read, where nobody looks earlier
+
+
 class NotFiniteError(UserError):
     """A loss or a gradient that is not finite, so that training has stopped."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one optimiser step did. `step` counts from 1; `seconds` is the time of this step."""
+    """What one optimiser step did. `step` counts from 1; `seconds` is the time of this step.
+
+    Of steps that were read together, `seconds` is the mean.
+    """
 
     step: int
     loss: float
     gradient_norm: float
     learning_rate: float
     seconds: float
+
+
+class Step:
+    """One optimiser step. What it showed stays on the device until somebody looks.
+
+    Looking at `loss`, `gradient_norm`, `figures` or `report` waits for the device, and reads all steps before as well;
+    raises `NotFiniteError` where one of them was not finite.
+    """
+
+    def __init__(self, readings: Readings, step: int, learning_rate: float) -> None:
+        self.step, self.learning_rate = step, learning_rate
+        self.seconds = 0.0
+        self._readings = readings
+        self.numbers: dict[str, float] = {}
+
+    @property
+    def is_read(self) -> bool:
+        """Whether looking costs nothing."""
+        return bool(self.numbers)
+
+    @property
+    def loss(self) -> float:
+        """The mean over micro-batches and processes."""
+        return self._read()["loss"]
+
+    @property
+    def gradient_norm(self) -> float:
+        """Of all that is trained, before it is cut."""
+        return self._read()["gradient_norm"]
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What else the step showed."""
+        return {name: value for name, value in self._read().items() if name not in ("loss", "gradient_norm")}
+
+    @property
+    def report(self) -> Report:
+        """The step for the log."""
+        return Report(self.step, self.loss, self.gradient_norm, self.learning_rate, self.seconds)
+
+    def _read(self) -> dict[str, float]:
+        if not self.numbers:
+            self._readings.read()
+        return self.numbers
+
+
+class Readings:
+    """What steps showed, on the device until somebody looks; then everything is read in one transfer."""
+
+    def __init__(self, explain: Callable[[int, float, float], str]) -> None:
+        self.explain = explain
+        self.unread: list[tuple[Step, dict[str, Tensor | float]]] = []
+
+    def add(self, step: Step, shown: Mapping[str, Tensor | float]) -> None:
+        """Keeps what a step showed, numbers [] on any device."""
+        self.unread.append((step, dict(shown)))
+
+    def read(self) -> None:
+        """Reads what is unread; `NotFiniteError` at the first step that was not finite."""
+        unread, self.unread = self.unread, []
+        began = time.perf_counter()
+        on_device = [value for _, shown in unread for value in shown.values() if isinstance(value, Tensor)]
+        values = iter(read_numbers(on_device))
+        for step, shown in unread:
+            numbers = {
+                name: next(values) if isinstance(value, Tensor) else float(value)
+                for name, value in shown.items()
+            }
+            loss, norm = numbers["loss"], numbers["gradient_norm"]
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise NotFiniteError(
+                    f"Training stopped at step {step.step}: {self.explain(step.step, loss, norm)}"
+                )
+            step.numbers = numbers
+        waited = time.perf_counter() - began
+        if len(unread) > 1:  # the device was still at work on them
+            mean = (sum(step.seconds for step, _ in unread) + waited) / len(unread)
+            for step, _ in unread:
+                step.seconds = mean
+
+
+def read_numbers(values: Sequence[Tensor]) -> list[float]:
+    """Numbers [] from wherever they are, those of one device in one transfer."""
+    found: list[float] = [0.0] * len(values)
+    for device in {value.device for value in values}:
+        places = [place for place, value in enumerate(values) if value.device == device]
+        exact = torch.float32 if device.type == "mps" else torch.float64
+        read = torch.stack([values[place].detach().to(exact) for place in places]).tolist()
+        for place, number in zip(places, read, strict=True):
+            found[place] = number
+    return found
 
 
 def train(
@@ -55,52 +152,103 @@ def train(
     average: Average | None = None,
     reduce: Callable[[Sequence[Tensor]], None] | None = None,
     scales: Sequence[str] = ("--learning-rate",),
-) -> Iterator[Report]:
+    figures: Callable[[], Mapping[str, Tensor | float]] = dict,
+    explain: Callable[[int], str] = lambda step: "",
+    read_every: int = 0,
+) -> Iterator[Step]:
     """Trains from step `done + 1` to `steps`.
 
     `losses(step)` yields the scalar losses of one step, one for each micro-batch (their gradients are averaged);
     `reduce` then replaces the gradients and the loss by their means over processes;
-    `lr_schedule(step)` gives the learning rate's factor; `clip` bounds the gradient's norm (0: nothing does).
+    `lr_schedule(step)` gives the learning rate's factor; `clip` bounds the gradient's norm (0: nothing does);
+    `figures()` is what else a step has shown, numbers [] that may lie on the device.
 
-    `scales` are options that may be too large; `NotFiniteError` names them at the first loss or gradient
-    that is not finite, before it reaches the weights.
+    A loss or gradient that is not finite never reaches the weights nor the optimiser's state. On a GPU nothing of a
+    step is read before `read_every` steps are done (0: READ_EVERY) or somebody looks: the device itself leaves out the
+    update, and every one after it (`can_skip`). Elsewhere every step is read before its update. Then `NotFiniteError`
+    says which step it was and what `explain(step)` knows of it, or else which options, `scales`, may be too large.
     """
+
+    def reason(step: int, loss: float, norm: float) -> str:
+        usual = f"the loss is {loss} and its gradient {norm}. Lower {' or '.join(scales)}."
+        return explain(step) or usual
+
     bases = [group["lr"] for group in optimizer.param_groups]
-    for step in range(done + 1, steps + 1):
+    every = (read_every or choose_read_every(parameters)) if can_skip(optimizer, parameters) else 1
+    readings = Readings(reason)
+    finite: Tensor | None = None  # [], on the device: whether all steps so far were
+    for number in range(done + 1, steps + 1):
         began = time.perf_counter()
         # forward and backward, micro-batch after micro-batch: gradients add up in place
         optimizer.zero_grad(set_to_none=True)
-        total, count = 0.0, 0
-        for loss in losses(step):
+        parts = []
+        for loss in losses(number):
             loss.backward()
-            total, count = total + float(loss.detach()), count + 1
+            parts.append(loss.detach())
         # what got no gradient (pivotal tuning trains its parts one after the other) is left as it is
         trained = [parameter for parameter in parameters.values() if parameter.grad is not None]
         gradients = [gradient for parameter in trained if (gradient := parameter.grad) is not None]
-        if count > 1:  # sum → mean over micro-batches
-            torch._foreach_div_(gradients, count)
-        loss_now = total / max(count, 1)
+        if len(parts) > 1:  # sum → mean over micro-batches
+            torch._foreach_div_(gradients, len(parts))
+        loss_now = _mean(parts)
         if reduce is not None:  # mean over processes; the loss travels along
-            shared = torch.tensor(loss_now, device=gradients[0].device)
-            reduce([*gradients, shared])
-            loss_now = float(shared)
-        norm = float(torch.nn.utils.clip_grad_norm_(trained, clip or math.inf))
-        if not math.isfinite(loss_now) or not math.isfinite(norm):
-            raise NotFiniteError(
-                f"Training stopped at step {step}: the loss is {loss_now} and its gradient {norm}. "
-                f"Lower {' or '.join(scales)}."
-            )
+            loss_now = loss_now.to(gradients[0], copy=True)
+            reduce([*gradients, loss_now])
+        norm = torch.nn.utils.clip_grad_norm_(trained, clip or math.inf)
         # the step itself, at this step's learning rate
         for group, base in zip(optimizer.param_groups, bases, strict=True):
-            group["lr"] = base * lr_schedule(step)
-        optimizer.step()
+            group["lr"] = base * lr_schedule(number)
+        step = Step(readings, number, optimizer.param_groups[0]["lr"])
+        readings.add(step, {"loss": loss_now, "gradient_norm": norm, **figures()})
+        if every == 1:
+            readings.read()
+            optimizer.step()
+        else:
+            now = loss_now.isfinite() & norm.isfinite()
+            finite = now if finite is None else finite & now
+            step_where(optimizer, finite)
         if average is not None:
-            average.update(step)
+            average.update(number)
         # back to the base rates, so that a checkpoint holds them and not those of one step
-        rate = optimizer.param_groups[0]["lr"]
         for group, base in zip(optimizer.param_groups, bases, strict=True):
             group["lr"] = base
-        yield Report(step, loss_now, norm, rate, time.perf_counter() - began)
+        step.seconds = time.perf_counter() - began
+        if every > 1 and (number % every == 0 or number == steps):
+            readings.read()
+        yield step
+
+
+def _mean(parts: Sequence[Tensor]) -> Tensor:
+    """The mean [] of the losses of micro-batches, in float64 where the device has it."""
+    if not parts:
+        return torch.zeros(())
+    exact = torch.float32 if parts[0].device.type == "mps" else torch.float64
+    total = parts[0].to(exact)
+    for part in parts[1:]:
+        total = total + part
+    return total / len(parts)
+
+
+def can_skip(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> bool:
+    """Whether the optimiser leaves out an update by a flag on the device: fused AdamW, all on one device."""
+    fused = type(optimizer) is torch.optim.AdamW and bool(optimizer.defaults["fused"])
+    return fused and len({value.device for value in parameters.values()}) == 1
+
+
+def choose_read_every(parameters: Mapping[str, Tensor]) -> int:
+    """After how many steps is read what they showed: reading the processor's own memory waits for nothing."""
+    return READ_EVERY if any(value.device.type == "cuda" for value in parameters.values()) else 1
+
+
+def step_where(optimizer: Optimizer, finite: Tensor) -> None:
+    """A step of fused AdamW where `finite` [] is true; else weights, moments and its count stay as they are.
+
+    This is the flag by which torch's own gradient scaling skips a step.
+    """
+    fused: Any = optimizer
+    fused.found_inf = (~finite).float()
+    optimizer.step()
+    del fused.found_inf
 
 
 def warm_cosine(steps: int, *, warmup: int = 0, floor: float = 0.0) -> LRSchedule:
@@ -223,13 +371,20 @@ def load_checkpoint(
         state = {}
         for full, saved_value in tensors.items():
             if full.startswith("optimizer/") and full.split("/", 2)[2:] == [name]:
-                state[full.split("/", 2)[1]] = saved_value.clone()
+                key = full.split("/", 2)[1]
+                state[key] = saved_value.clone().to(_state_device(optimizer, key, value))
         if state:
             optimizer.state[value] = state
     if average is not None:
         for name, value in average.values.items():
             value.copy_(tensors[f"average/{name}"])
     return step, known
+
+
+def _state_device(optimizer: Optimizer, key: str, parameter: Tensor) -> torch.device:
+    """Where a piece of an optimiser's state belongs: beside its parameter, but for the count of a plain AdamW."""
+    counted_on_host = key == "step" and not optimizer.defaults.get("fused")
+    return torch.device("cpu") if counted_on_host else parameter.device
 
 
 def _refuse_other_shapes(

@@ -6,15 +6,19 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from backbone.distributed.device import resolve_device
 from backbone.models.locate import is_path
 from backbone.models.model import Backbone
 from backbone.models.placement import get_placement
+from backbone.training.compiled import compiles_usually
+from backbone.training.hardware import use_tensor_cores
 
 
 def open_configs(asked: Mapping[str, Any]) -> tuple[Backbone, dict[str, Any]]:
     """The model that was asked for, of which only configs are read yet, and what was asked.
 
-    A model that lies on this machine is named there by its absolute path, so that a run finds it from anywhere.
+    Where nobody said whether its blocks are compiled, the device does (`compiles_usually`). A model that lies on this
+    machine is named there by its absolute path, so that a run finds it from anywhere.
     """
     model = Backbone.open(
         asked.get("model", "moji"),
@@ -22,13 +26,16 @@ def open_configs(asked: Mapping[str, Any]) -> tuple[Backbone, dict[str, Any]]:
         precision=asked.get("precision", "auto"),
         resolution=asked.get("resolution", 0),
     )
+    held = bool(asked.get("quantize") or asked.get("cpu_offload"))
+    asked = {"compile": compiles_usually(model) and not held, **asked}
     if is_path(model.location.name):
         return model, {**asked, "model": os.path.abspath(model.location.source)}
-    return model, dict(asked)
+    return model, asked
 
 
 def open_model(settings: Any, *, resolution: int = 0) -> Backbone:
     """The model of a run in the placement that its settings (`model`, `device`, `precision`, …) say."""
+    use_tensor_cores(resolve_device(settings.device))
     return Backbone.open(
         settings.model,
         device=settings.device,

@@ -9,8 +9,8 @@ one, the writer, writes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -23,7 +23,16 @@ from backbone.distributed import processes
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import append_jsonl, read_metadata
 from backbone.io.run_folder import catch_interrupts, trim_log
-from backbone.training.loop import Average, NotFiniteError, Report, load_checkpoint, save_checkpoint, train
+from backbone.training.compiled import CompiledBlocks
+from backbone.training.loop import (
+    Average,
+    NotFiniteError,
+    Report,
+    Step,
+    load_checkpoint,
+    save_checkpoint,
+    train,
+)
 from backbone.training.optimizer import make_schedule
 
 LOG = "log.jsonl"
@@ -61,9 +70,10 @@ class Objective(ABC):
     parameters  what is trained, by name
     optimizer   over these
     average     their moving average, where one is kept
-    figures     what the last step showed beside its loss, for the log
+    figures     what the last step showed beside its loss, for the log: numbers, or tensors [] on the device
     done        steps that were taken
     saved       the step of the last checkpoint, from which `resume` goes on
+    compiled    the denoiser's blocks, compiled inside a step; None where they run as they are
     sources     fingerprints of what is learned from, by what it is: a checkpoint goes on with the same ones alone
     """
 
@@ -71,9 +81,10 @@ class Objective(ABC):
     parameters: dict[str, Tensor]
     optimizer: Optimizer
     average: Average | None = None
-    figures: dict[str, float]
+    figures: Mapping[str, Tensor | float]
     done: int = 0
     saved: int = 0
+    compiled: CompiledBlocks | None = None
     scales: tuple[str, ...] = ()  # options that scale the loss, beside the learning rate
     sources: Mapping[str, str] = MappingProxyType({})
 
@@ -86,9 +97,17 @@ class Objective(ABC):
     def losses(self, step: int) -> Iterator[Tensor]:
         """The scalar losses of a step's micro-batches; their gradients are averaged. A function of the step alone."""
 
+    def explain(self, step: int) -> str:
+        """What was not finite in a step of late, and what helps; "" where the objective knows no more than the loss."""
+        return ""
+
     @abstractmethod
     def learning(self) -> AbstractContextManager[None]:
         """What holds while steps are taken: modes and attention of the networks."""
+
+    def stepping(self) -> AbstractContextManager[None]:
+        """What holds inside a step alone, and not in what the caller does between two."""
+        return nullcontext() if self.compiled is None else self.compiled.active()
 
     @abstractmethod
     def write(self, run: Path, header: dict[str, str]) -> dict[str, Any]:
@@ -169,18 +188,26 @@ def drive(
                 reason = validate.call(done)
             if _stops(reason, done):
                 return True
-        for report in kept_on_failure(take_steps(objective, until=last), run):
-            step, finished = report.step, report.step == last
-            # What the step showed.
-            if writes:
-                append_jsonl(run / LOG, asdict(report) | objective.figures)
-            note(report)
-            shown = {name: objective.figures[name] for name in SHOWN if name in objective.figures}
-            bar.advance(
-                images=objective.images, loss=report.loss, learning_rate=report.learning_rate, **shown
-            )
-            # How good the model is by now; not when somebody waits for the end. All processes take the same way.
-            halted = processes.any_process(bool(stop)) and not finished
+        unlogged: list[Step] = []
+        for taken in kept_on_failure(take_steps(objective, until=last), run):
+            step, finished = taken.step, taken.step == last
+            unlogged.append(taken)
+            # All processes take the same way: one asks itself at every step, several where they meet anyway.
+            together = processes.world_size() == 1 or taken.is_read
+            halted = together and processes.any_process(bool(stop)) and not finished
+            due = halted or finished or step % settings.checkpointing_steps == 0
+            due = due or any(one is not None and one.due(step) for one in (validate, preview))
+            # What the steps showed: waits for the device, and stops where something was not finite.
+            if due or taken.is_read:
+                _log(unlogged, run if writes else None, note)
+                shown = {name: taken.figures[name] for name in SHOWN if name in taken.figures}
+                bar.advance(
+                    images=objective.images, loss=taken.loss, learning_rate=taken.learning_rate, **shown
+                )
+                unlogged = []
+            else:
+                bar.advance(images=objective.images)
+            # How good the model is by now; not when somebody waits for the end.
             early = False
             if validate and (finished or validate.due(step)) and not halted:
                 with bar.pause():
@@ -198,10 +225,18 @@ def drive(
     return False
 
 
-def kept_on_failure(reports: Iterator[Report], run: Path) -> Iterator[Report]:
-    """The same reports; a `NotFiniteError` says what there is to go on with."""
+def _log(steps: Sequence[Step], run: Path | None, note: Callable[[Report], None]) -> None:
+    """Logs steps, in the run's folder if there is one."""
+    for one in steps:
+        if run is not None:
+            append_jsonl(run / LOG, asdict(one.report) | one.figures)
+        note(one.report)
+
+
+def kept_on_failure(steps: Iterator[Step], run: Path) -> Iterator[Step]:
+    """The same steps; a `NotFiniteError` says what there is to go on with."""
     try:
-        yield from reports
+        yield from steps
     except NotFiniteError as error:
         kept = run / CHECKPOINT
         saved = (
@@ -212,8 +247,8 @@ def kept_on_failure(reports: Iterator[Report], run: Path) -> Iterator[Report]:
         ) from error
 
 
-def take_steps(objective: Objective, *, until: int | None = None) -> Iterator[Report]:
-    """The bare loop: trains from the steps that are done to the last, or `until` a step, a report each."""
+def take_steps(objective: Objective, *, until: int | None = None, read_every: int = 0) -> Iterator[Step]:
+    """The bare loop: trains from the steps that are done to the last, or `until` a step."""
     settings = objective.settings
     last = settings.steps if until is None else until
     if objective.done == 0 and settings.lr_warmup_steps > settings.steps:
@@ -223,7 +258,7 @@ def take_steps(objective: Objective, *, until: int | None = None) -> Iterator[Re
             f"reaches {share:.2g} of what it is set to."
         )
     with objective.learning():
-        for report in train(
+        taken = train(
             objective.losses,
             objective.parameters,
             optimizer=objective.optimizer,
@@ -236,9 +271,17 @@ def take_steps(objective: Objective, *, until: int | None = None) -> Iterator[Re
             average=objective.average,
             reduce=processes.gradient_averaging(),
             scales=("--learning-rate", *objective.scales),
-        ):
-            objective.done = report.step
-            yield report
+            figures=lambda: objective.figures,
+            explain=objective.explain,
+            read_every=read_every,
+        )
+        while True:
+            with objective.stepping():
+                step = next(taken, None)
+            if step is None:
+                return
+            objective.done = step.step
+            yield step
 
 
 def _stopped(objective: Objective) -> str:

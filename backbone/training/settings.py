@@ -122,6 +122,16 @@ class TrainingSettings:
     vae_tiling: Annotated[bool, Option("The autoencoder works on tiles.", "Memory")] = False
     text_on_cpu: Annotated[bool, Option("Text encoders on the CPU.", "Memory")] = False
     one_by_one: Annotated[bool, Option("Draw one image at a time.", "Memory")] = False
+    compile: Annotated[
+        bool,
+        Option(
+            "Compile the denoiser's repeated blocks: quicker steps after slow first ones.",
+            "Training",
+            by_model=True,
+            default_text="on a GPU",
+            needs={"quantize": ("",), "cpu_offload": (0.0,)},
+        ),
+    ] = False
     checkpointing_steps: Annotated[
         int,
         Option("A checkpoint every so many steps.", "Output", aliases=("save-every-n-steps",), min=1),

@@ -10,6 +10,7 @@ as in the paper.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -21,12 +22,14 @@ from torch import Tensor
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.losses import debiased, min_snr, squared_error
 from backbone.diffusion.noise import Level, PredictionType, add_noise, generator, target
+from backbone.diffusion.transfer import send
 from backbone.distributed import processes
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from backbone.training.attention import quick_to_train
 from backbone.training.base_predictions import stratified_levels
-from backbone.training.loop import Average, NotFiniteError
+from backbone.training.compiled import CompiledBlocks
+from backbone.training.loop import READ_EVERY, Average
 from backbone.training.optimizer import make_optimizer
 from backbone.training.run import Objective
 from customize.data.dataset import Bucket, TrainingData
@@ -72,7 +75,10 @@ class DreamBooth(Objective):
         self.optimizer = make_optimizer(settings.optimizer, self.trained, weight_decay=settings.weight_decay)
         self.average = Average(self.parameters, decay=settings.ema_decay) if settings.ema_decay else None
         self.share = share_of(settings)
-        self.figures: dict[str, float] = {}
+        self.figures: dict[str, Tensor | float] = {}
+        kept = READ_EVERY * settings.gradient_accumulation_steps  # until they are read
+        self.recent: deque[tuple[int, Tensor, Tensor]] = deque(maxlen=kept)
+        self.compiled = CompiledBlocks([model.denoiser]) if settings.compile else None
         if settings.gradient_checkpointing:
             cast(Any, model.denoiser).enable_gradient_checkpointing()
 
@@ -110,19 +116,24 @@ class DreamBooth(Objective):
         with self.dropout(step):
             prediction = self.model.predict(batch.noisy, batch.level, conditions)
         errors = squared_error(prediction, batch.target, batch.weight)
-        self.refuse_infinite(errors.detach(), batch.rows, step)
+        self.recent.append((step, batch.rows, errors.detach()))
         return errors.sum() * (self.share.scale / self.settings.batch)
 
-    def refuse_infinite(self, errors: Tensor, rows: Tensor, step: int) -> None:
-        """`NotFiniteError` naming the images whose loss is not finite."""
-        bad = [int(row) for row, fine in zip(rows, errors.isfinite().tolist(), strict=True) if not fine]
-        if not bad:
-            return
+    def explain(self, step: int) -> str:
+        """The images whose loss was not finite in a step of late."""
         names, prompts = self.data.names, self.data.class_prompts
+        bad = [
+            int(row)
+            for number, rows, errors in self.recent
+            for row, finite in zip(rows, errors.isfinite().tolist(), strict=True)
+            if number == step and not finite
+        ]
+        if not bad:
+            return ""
         culprits = [names[row] if row < len(names) else f"“{prompts[row - len(names)]}”" for row in bad]
-        raise NotFiniteError(
-            f"Training stopped at step {step}: the loss is not finite at {', '.join(dict.fromkeys(culprits))}. "
-            "Lower --learning-rate or choose --precision fp32."
+        return (
+            f"the loss is not finite at {', '.join(dict.fromkeys(culprits))}. Lower --learning-rate or choose "
+            "--precision fp32."
         )
 
     def draw_bucket(self, random: torch.Generator) -> Bucket:
@@ -139,9 +150,9 @@ class DreamBooth(Objective):
         frequency = data.frequency[bucket.rows]
         rows = bucket.rows[torch.multinomial(frequency, settings.batch, replacement=True, generator=random)]
         clean = torch.cat([data.posteriors[int(row)].sample(random) for row in rows])
-        noise = torch.randn(clean.shape, generator=random).to(clean.device)
+        noise = send(torch.randn(clean.shape, generator=random), clean.device)
         if settings.noise_offset:  # a constant shift of each channel (Guttenberg 2023)
-            shift = torch.randn(clean.shape[:2], generator=random).to(clean.device)
+            shift = send(torch.randn(clean.shape[:2], generator=random), clean.device)
             noise = noise + settings.noise_offset * shift.reshape(*shift.shape, *[1] * (clean.ndim - 2))
         index = stratified_levels(settings.batch, len(path.levels), random)
         level = path.levels[index]
@@ -165,14 +176,15 @@ class DreamBooth(Objective):
         data, path, count = self.data, self.model.path, self.settings.prior_batch
         if bucket.base is not None and bucket.classes is not None:
             chosen = torch.randint(len(bucket.base), (count,), generator=random)
-            noisy = bucket.base.noisy[chosen].to(self.model.device)
-            index, wanted = bucket.base.level[chosen], bucket.base.prediction[chosen].to(noisy)
+            noisy = send(bucket.base.noisy[chosen], self.model.device)
+            index = bucket.base.level[chosen]
+            wanted = send(bucket.base.prediction[chosen].to(noisy.dtype), noisy.device)
             classes = bucket.classes[chosen]
         else:
             assert data.class_latents is not None and data.class_rows is not None
             chosen = torch.randint(len(data.class_latents), (count,), generator=random)
-            clean = data.class_latents[chosen].to(self.model.device)
-            noise = torch.randn(clean.shape, generator=random).to(clean)
+            clean = send(data.class_latents[chosen], self.model.device)
+            noise = send(torch.randn(clean.shape, generator=random).to(clean.dtype), clean.device)
             index = stratified_levels(count, len(path.levels), random)
             level = path.levels[index]
             noisy, wanted = add_noise(clean, noise, level), target(clean, noise, level, path.prediction_type)

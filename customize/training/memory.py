@@ -90,7 +90,9 @@ def budgeted(model: Backbone, settings: Settings, pictures: int, size: float) ->
     """
     work = work_of(model, settings, pictures)
     smaller, found = fit_to_memory(model, work, size, choice_of(model, settings))
-    return smaller, replace(settings, **found.settings(), optimizer=found.optimizer)
+    return smaller, replace(
+        settings, **found.settings(), optimizer=found.optimizer, compile=settings.compile and found.compilable
+    )
 
 
 def foreseen(model: Backbone, settings: Settings, pictures: int, size: float) -> list[str]:

@@ -17,6 +17,7 @@ from backbone.io.run_folder import clear_failed_try, package_versions, refuse_ta
 from backbone.media.crops import CropReader
 from backbone.media.pictures import ImageRecord, check_images, list_images
 from backbone.models.model import Backbone
+from backbone.training.hardware import describe_hardware
 from backbone.training.models import open_configs, open_model
 from backbone.training.run import CHECKPOINT, Every, drive
 from customize.data.dataset import Group, prepare
@@ -79,7 +80,9 @@ def train_concept(
         if processes.is_main_process():
             refuse_taken(run)  # by a run that has been quicker
             clear_failed_try(run)
-            write_record(run, settings, timings={}, images=[hash_images(folder) for folder in pictures])
+            write_record(
+                run, settings, model, timings={}, images=[hash_images(folder) for folder in pictures]
+            )
         return carry_on(run, settings, model, concept, groups, began=began)
 
 
@@ -104,7 +107,9 @@ def resume_concept(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
         if anew:
             notify(f"{run} goes on from step {done} to {settings.steps}.")
             if processes.is_main_process():
-                write_record(run, settings, timings={}, images=[hash_images(folder) for folder in pictures])
+                write_record(
+                    run, settings, model, timings={}, images=[hash_images(folder) for folder in pictures]
+                )
         return carry_on(run, settings, model, concept, groups, began=time.perf_counter())
 
 
@@ -207,7 +212,7 @@ def describe(
     seconds: dict[str, float],
 ) -> None:
     """Writes the run's record with its timings and its README, and uploads the folder where that is asked for."""
-    write_record(run, settings, timings=seconds)
+    write_record(run, settings, model, timings=seconds)
     write_text(run / "README.md", card(settings, model) + readme(run, settings, model, prompts, seconds))
     if settings.push_to_hub:
         notify(f"Uploaded to {push(run, settings.hub_model_id or run.name)} (private, if it is new).")
@@ -216,11 +221,12 @@ def describe(
 def write_record(
     run: Path,
     settings: Settings,
+    model: Backbone,
     *,
     timings: Mapping[str, float],
     images: Sequence[Mapping[str, str]] | None = None,
 ) -> None:
-    """Writes the run's `settings.json`: what was resolved, how to repeat it, of which images, with which versions.
+    """Writes the run's `settings.json`: what was resolved, how to repeat it, of which images, on and with what.
 
     `images` are the hashes of each subject's; None leaves those that stand there.
     """
@@ -229,6 +235,7 @@ def write_record(
         "command": as_flags(settings, run),
         "images": read_json(run / FILE).get("images") if images is None else images,
         "versions": package_versions(),
+        "hardware": describe_hardware(model, settings),
         "timings": timings,
     }
     write_json(run / FILE, record)

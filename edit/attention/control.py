@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backbone.diffusion.transfer import send
 from backbone.families.base import AttentionLayout
 
 SelfAttention = Literal["own", "layout", "contents"]
@@ -25,6 +26,7 @@ MAP_TOKENS = 256  # maps are read at the resolution nearest to 16 × 16, where w
 
 
 UNET = AttentionLayout()
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +39,10 @@ class Cross:
 
     from_source: Tensor
     own: Tensor | None
+
+    def to(self, device: torch.device) -> Cross:
+        """The same on another device."""
+        return Cross(send(self.from_source, device), None if self.own is None else send(self.own, device))
 
 
 @dataclass
@@ -53,7 +59,8 @@ class Control:
     controlled_targets   for which targets [N]; all if None
     features             whose residual features the targets have in the block that `features_of` finds
     maps                 where attention maps are gathered, or None
-    hidden               places [H, W] of the latent, 1 where no query of a row finds keys and values in self-attention
+    hidden               places [H, W] of the latent, 1 where no query of a row finds keys and values in self-attention;
+                         in the processor's memory
     """
 
     targets: int
@@ -66,9 +73,18 @@ class Control:
     features: Literal["own", "source"] = "own"
     maps: Maps | None = None
     hidden: Tensor | None = None
+    _visible: dict[tuple[int, torch.device], Tensor | None] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
-    def visible_keys(self, tokens: int) -> Tensor | None:
+    def visible_keys(self, tokens: int, device: torch.device = CPU) -> Tensor | None:
         """Indices of the image's keys that are found in a layer of so many; None for all, or where none would be."""
+        if (tokens, device) not in self._visible:
+            found = self._find_visible_keys(tokens)
+            self._visible[tokens, device] = None if found is None else send(found, device)
+        return self._visible[tokens, device]
+
+    def _find_visible_keys(self, tokens: int) -> Tensor | None:
         size = None if self.hidden is None else grid((self.hidden.shape[0], self.hidden.shape[1]), tokens)
         if self.hidden is None or size is None:
             return None

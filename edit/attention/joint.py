@@ -67,7 +67,7 @@ class JointProcessor:
         query, key, value = streams.query, streams.key, streams.value
         picture, has_words = streams.image, streams.text.stop > streams.text.start
         places = picture.stop - picture.start
-        if (visible := control.visible_keys(places)) is not None:
+        if (visible := control.visible_keys(places, key.device)) is not None:
             return streams.project_output(_without_hidden(streams, visible))
         # The source's layout (queries and keys) or contents (keys and values), in the picture's part alone
         if control.reaches(self.name, places):
@@ -118,9 +118,9 @@ def _cross(
 
 def _without_hidden(streams: JointAttentionInputs, visible: Tensor) -> Tensor:
     """Every query finds the words and, of the picture, the visible keys alone, by their indices."""
-    shown = torch.ones(streams.key.shape[2], dtype=torch.bool, device=streams.key.device)
-    shown[streams.image] = False
-    shown[streams.image.start + visible] = True
+    words = torch.arange(streams.text.start, streams.text.stop, device=visible.device)
+    parts = [words, streams.image.start + visible]
+    shown = torch.cat(parts if streams.text.start <= streams.image.start else parts[::-1])
     bias = None if streams.bias is None else streams.bias[..., shown]
     return F.scaled_dot_product_attention(
         streams.query, streams.key[:, :, shown], streams.value[:, :, shown], attn_mask=bias

@@ -36,7 +36,7 @@ class Processor:
                 attend = _source_layout if control.self_attention == "layout" else _source_contents
                 index_map = control.source_index_map(len(hidden_states), control.controlled_targets)
                 return layer.project(attend(layer, *index_map))
-            visible = control.visible_keys(layer.tokens)
+            visible = control.visible_keys(layer.tokens, hidden_states.device)
             if visible is not None:
                 return layer.project(_without_hidden(layer, visible))
         else:

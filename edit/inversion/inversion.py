@@ -298,7 +298,7 @@ def read_inversion(path: str | Path, model: Backbone, *, identity: str | None = 
             "now. Give the --model, --concept and --scale that it was made with, or invert the image again."
         )
     _check_tensors(path, tensors, model)
-    schedule = Level(tensors["a"], tensors["b"], tensors.get("time")).to(model.device)
+    schedule = Level(tensors["a"], tensors["b"], tensors.get("time"))
     on_device: dict[str, Any] = {
         name: tensors[name].to(model.device) for name in ("states", "noise", "empties") if name in tensors
     }

@@ -54,8 +54,8 @@ def optimize_null_texts(
                     reached = deterministic_step(now, guide(with_prompt, without, guidance), here, there)
                     loss = (reached - goal).square().mean()
                 nfe += len(now)
-                if float(loss.detach()) < smallest:
-                    smallest, landed = float(loss.detach()), reached.detach()
+                if (found := float(loss.detach())) < smallest:
+                    smallest, landed = found, reached.detach()
                     embedding = trained.detach().clone()
                 if last or smallest < tolerance:
                     break

@@ -39,7 +39,7 @@ def compose(
     checks.prompts([prompt for prompt, _ in toward], "prompt to compose with")
     checks.strength(strength, inversion.steps)
     model, schedule, states = inversion.model, inversion.schedule, inversion.states.float()
-    weights = torch.tensor([weight for _, weight in toward], device=states.device)
+    weights = torch.tensor([weight for _, weight in toward])
     text = encode_prompts_cached(
         model, [inversion.prompt, inversion.prompt, "", *(prompt for prompt, _ in toward)]
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backbone.diffusion.noise import Estimate, Level, broadcast_like, generator
+from backbone.diffusion.noise import Estimate, Level, broadcast_like, generator, randn_like
 from backbone.diffusion.schedules import truncate_schedule
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
@@ -68,7 +68,7 @@ def flow_edit(
         velocity = torch.zeros_like(edited)  # of the edit: the targets' minus the source's, mean over draws
         for draw in range(draws):
             random = generator(seed, step, draw, "flow edit")
-            noise = torch.randn(clean.shape, generator=random).to(clean)
+            noise = randn_like(clean, random)
             tau = broadcast_like(_tau(here), clean)
             noised = (1 - tau) * clean + tau * noise
             # The source noised, and each edit displaced from it by what it is displaced from the image

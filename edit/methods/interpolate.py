@@ -39,7 +39,7 @@ def interpolate(
         raise UserError(f"{count} images leave none in between. Ask for three or more.")
     model, schedule = first.model, first.schedule
     ends = torch.stack([first.states, second.states]).float()  # [2, S + 1, C, H, W]
-    share = torch.linspace(0, 1, count, device=ends.device)[1:-1]  # of the second image [K − 2]
+    share = torch.linspace(0, 1, count)[1:-1]  # of the second image [K − 2]
     # Rows: the two ends on their trajectories, then the images in between
     text = {
         name: torch.cat([value, torch.stack([_mix(value[0], value[1], float(one)) for one in share])])

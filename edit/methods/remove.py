@@ -11,6 +11,7 @@ from torch import Tensor
 
 from backbone.diffusion.noise import add_noise, generator
 from backbone.diffusion.samplers import deterministic_step
+from backbone.diffusion.transfer import send
 from backbone.io.console import UserError
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.sample import refuse_negative
@@ -72,23 +73,26 @@ def remove(
     guidance = guidance_of(model, guidance)
     refuse_negative(model, negative, guidance)
     first = inversion.start(checks.strength(strength, inversion.steps))
-    pixels, nfe = load_pixel_mask(mask, inversion.encoded), 0
-    if pixels is None:
+    drawn, nfe = load_pixel_mask(mask, inversion.encoded), 0
+    if drawn is not None:
+        pixels = drawn.cpu()
+    else:
         checks.prompt(word, "word to remove")
         pixels, nfe = locate_word(inversion, word, threshold=threshold)
-    inside = F.adaptive_max_pool2d(pixels[None, None], states.shape[-2:])[0, 0]
+    hidden = F.adaptive_max_pool2d(pixels[None, None], states.shape[-2:])[0, 0]
+    pixels, inside = send(pixels, states.device), send(hidden, states.device)
     seen = _prompt_without(inversion.prompt, word) if prompt is None else prompt
     text, empty = (encode_prompts_cached(model, [words] * count) for words in (seen, negative))
     predict, each = model.guided_predictor(text, empty, guidance), nfe_of(model, text, guidance)
     random = [torch.randn(states.shape[1:], generator=generator(seed, k, "remove")) for k in range(count)]
-    noise = torch.stack(random).to(states)
+    noise = send(torch.stack(random).to(states.dtype), states.device)
     if strength == 1:
         filling = as_strong_as_state(noise, schedule[first])
     else:
-        filling = fill_smoothly(inversion.clean, inside).expand_as(noise)
+        filling = fill_smoothly(inversion.clean, hidden).expand_as(noise)
         filling = add_noise(filling, noise, schedule[first]) if strength > 0 else filling
     now, kept = torch.where(inside > 0, filling, states[first]), Frames(first, inversion.steps, frames)
-    control = Control(targets=0, hidden=inside)
+    control = Control(targets=0, hidden=hidden)
     with control_attention(model.denoiser, control, model.family.attention(model.denoiser, text)):
         for step in range(first, inversion.steps):
             here, there = schedule[step], schedule[step + 1]
@@ -114,10 +118,11 @@ def remove(
 def locate_word(inversion: Inversion, word: str, *, threshold: float = THRESHOLD) -> tuple[Tensor, int]:
     """Where a thing of the source prompt stands in the image [8H, 8W], 0 or 1 in pixels, and the NFE.
 
-    How much leaving it out of the prompt changes the predictions (`difference_maps`), where its words explain more than
-    those of other things (`evidence_maps`), is how likely it is there; where its colours are then more likely the
-    thing's than those of what is around (`weigh_by_colour`), above `threshold`, is its place, drawn along the image's
-    edges with a margin around.
+    The mask lies in the processor's memory, which is the one time that a removal waits for the device. How much leaving
+    it out of the prompt changes the predictions (`difference_maps`), where its words explain more than those of other
+    things (`evidence_maps`), is how likely it is there; where its colours are then more likely the thing's than those
+    of what is around (`weigh_by_colour`), above `threshold`, is its place, drawn along the image's edges with a margin
+    around.
     `UserError` where there is no such place, or no such word.
     """
     source = inversion.prompt
@@ -131,9 +136,9 @@ def locate_word(inversion: Inversion, word: str, *, threshold: float = THRESHOLD
         evidence, more = evidence_maps(inversion, [rest, *others])
         large = F.interpolate(evidence[None], size, mode="bilinear", align_corners=False)[0]
         own, nfe = own * (large[0] > large[1:].amax(0)), nfe + more
-    image = inversion.image.to(own)
+    image = send(inversion.image.to(own.dtype), own.device)
     likely = align_to_edges(weigh_by_colour(own, image), image, radius=max(1, size[0] * 3 // (8 * places)))
-    found = (likely > threshold).float()
+    found = (likely > threshold).float().cpu()
     if not found.any():
         raise UserError(
             f"At threshold {threshold:g} “{word}” is found nowhere. Lower --threshold, or paint it in a --mask."

@@ -12,6 +12,7 @@ from torch import Tensor
 from backbone.diffusion.noise import Predict, Schedule, add_noise, generator
 from backbone.diffusion.samplers import deterministic_step
 from backbone.diffusion.schedules import truncate_schedule
+from backbone.diffusion.transfer import send
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from backbone.models.sample import refuse_negative
@@ -69,7 +70,7 @@ def sdedit(
     kept = Frames(0, len(schedule) - 1, frames)
     latents = sample_masked(
         clean,
-        noise.to(clean),
+        send(noise.to(clean.dtype), clean.device),
         model.guided_predictor(text, empty, guidance),
         schedule,
         mask=mask_latent,

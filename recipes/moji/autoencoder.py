@@ -39,7 +39,7 @@ from backbone.training.loop import Average, warm_stable_decay
 from backbone.world.textures import Pixels
 from recipes.moji.linear_start import begin
 from recipes.moji.muon import Muon, quick_half
-from recipes.moji.pictures import SHARD, load
+from recipes.moji.pictures import load
 from recipes.moji.training import OUTPUT, TRAINING, RecipeSettings, Training
 
 SCALING_FACTOR = 0.18215
@@ -239,7 +239,8 @@ def crops(
     chosen = []
     for _ in range(batch):
         shards = textures if random.random() < texture_share else scenes
-        picture = shards[random.integers(len(shards))][random.integers(SHARD)]
+        shard = shards[random.integers(len(shards))]
+        picture = shard[random.integers(len(shard))]
         y, x = random.integers(0, WHOLE - crop + 1, size=2)
         piece = picture[y : y + crop, x : x + crop]
         chosen.append(piece[:, ::-1] if random.random() < 0.5 else piece)

@@ -251,7 +251,7 @@ def encode(
         if path.exists():
             continue
         means, deviations = [], []
-        for first in range(0, SHARD, batch):
+        for first in range(0, len(shard), batch):
             pictures = to_tensor(np.array(shard[first : first + batch])).to(device)
             pictures = pictures.contiguous(memory_format=torch.channels_last)
             with torch.no_grad(), precision(pictures.device):
@@ -316,8 +316,9 @@ class Latents:
 
     def __init__(self, workdir: Path, tokenizer: CLIPTokenizer, device: str) -> None:
         shards = [read_tensors(path)[0] for path in sorted((workdir / "latents").glob("*.safetensors"))]
-        self.mean = torch.cat([shard["mean"] for shard in shards])[:-HELD_OUT]
-        self.std = torch.cat([shard["std"] for shard in shards])[:-HELD_OUT]
+        held_out = min(HELD_OUT, len(shards[-1]["mean"]))
+        self.mean = torch.cat([shard["mean"] for shard in shards])[:-held_out]
+        self.std = torch.cat([shard["std"] for shard in shards])[:-held_out]
         captions = [caption for pair in load_captions(workdir)[: len(self.mean)] for caption in pair] + [""]
         encoded = tokenizer(
             captions, padding="max_length", truncation=True, max_length=77, return_tensors="pt"

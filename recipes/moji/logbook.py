@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 
-from backbone.training.loop import Report
+from backbone.training.loop import Step
 
 
 class Logbook:
@@ -17,17 +17,24 @@ class Logbook:
         self.batch = batch
         self.began = time.time()
         self.loss: float | None = None
+        self.unread: list[Step] = []
 
     @property
     def minutes(self) -> float:
         """Since the logbook was opened."""
         return (time.time() - self.began) / 60
 
-    def note(self, report: Report, *, aloud: bool = True) -> None:
-        """Takes a step's report; prints a line when it is time and `aloud`."""
-        self.loss = report.loss if self.loss is None else 0.98 * self.loss + 0.02 * report.loss
-        if report.step % self.EVERY or not aloud:
+    def note(self, step: Step, *, aloud: bool = True) -> None:
+        """Takes a step; looks at it, and prints a line, when it is time and `aloud`."""
+        self.unread.append(step)
+        if step.step % self.EVERY:
             return
+        for one in self.unread:
+            self.loss = one.loss if self.loss is None else 0.98 * self.loss + 0.02 * one.loss
+        self.unread = []
+        if not aloud or self.loss is None:
+            return
+        report = step.report
         facts = {
             "step": report.step,
             "loss": round(self.loss, 4),

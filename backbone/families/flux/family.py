@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, T5EncoderModel
 
 from backbone.conditions.conditions import Conditions, Text
+from backbone.diffusion.transfer import send
 from backbone.families import loading, text_encoders
 from backbone.families.base import (
     AttentionLayout,
@@ -131,7 +132,7 @@ class Flux:
                 encoder_hidden_states=conditions.text["hidden"].to(dtype),
                 pooled_projections=conditions.text["pooled"].to(dtype),
                 txt_ids=torch.zeros(conditions.text["hidden"].shape[1], 3, dtype=dtype, device=noisy.device),
-                img_ids=latent_image_ids(height // 2, width // 2).to(noisy.device, dtype),
+                img_ids=send(latent_image_ids(height // 2, width // 2).to(dtype), noisy.device),
             )
             return unpack_latents(output.sample, height, width)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from backbone.conditions.conditions import Conditions, Text
+from backbone.diffusion.transfer import send
 from backbone.families import checkpoint as single_file
 from backbone.families import loading
 from backbone.families.base import (
@@ -92,8 +93,8 @@ class StableDiffusionXL(UNetFamily):
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
             count, _, height, width = noisy.shape
             size = (height * VAE_SCALE_FACTOR, width * VAE_SCALE_FACTOR)
-            sizes = torch.tensor(
-                [[*size, 0, 0, *size]], dtype=dtype, device=noisy.device
+            sizes = send(
+                torch.tensor([[*size, 0, 0, *size]], dtype=dtype), noisy.device
             )  # whole, not cropped
             added = {"text_embeds": conditions.text["pooled"].to(dtype), "time_ids": sizes.expand(count, -1)}
             noisy = beside_reference(noisy.to(dtype), conditions).contiguous(
@@ -130,6 +131,6 @@ class TwoClips(loading.MultiTextEncoder):
         hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1).float()
         pooled = outputs[-1].text_embeds.float()
         if self.zeros:
-            non_empty = torch.tensor([bool(prompt) for prompt in prompts], device=hidden.device)
+            non_empty = send(torch.tensor([bool(prompt) for prompt in prompts]), hidden.device)
             hidden, pooled = hidden * non_empty[:, None, None], pooled * non_empty[:, None]
         return {"hidden": hidden, "pooled": pooled}

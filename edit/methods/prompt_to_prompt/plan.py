@@ -74,15 +74,18 @@ def _cross_attention(
     assert settings.cross is not None, "settings are resolved"
     targets = [alignment.target for alignment in alignments]
     # M [N, T_source, T_target], a and e [N, T_target], α [S, N, T_target]
-    mapping = torch.stack([alignment.mapping for alignment in alignments]).to(device)
-    from_source = torch.stack([alignment.from_source for alignment in alignments]).to(device)
-    weight = torch.stack([token_weights(target, settings.weights) for target in targets]).to(device)
+    # In the processor's memory, where `cross_of` decides which terms are left out
+    mapping = torch.stack([alignment.mapping for alignment in alignments])
+    from_source = torch.stack([alignment.from_source for alignment in alignments])
+    weight = torch.stack([token_weights(target, settings.weights) for target in targets])
     default = (0.0, settings.cross)
     window = torch.stack([token_windows(target, steps, default, settings.windows) for target in targets], 1)
     planned: list[Cross | None] = []
     for step in range(steps):
         same = step > 0 and torch.equal(window[step], window[step - 1])
-        planned.append(
-            planned[-1] if same else cross_of(mapping, from_source, weight, window[step].to(device))
-        )
+        if same:
+            planned.append(planned[-1])
+            continue
+        cross = cross_of(mapping, from_source, weight, window[step])
+        planned.append(None if cross is None else cross.to(device))
     return planned

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate
+from backbone.diffusion.transfer import send
 from backbone.families.base import AttentionLayout
 from backbone.io.console import UserError
 from backbone.models.cache import encode_prompts_cached
@@ -165,7 +166,7 @@ def _control(settings: ReplaceSettings, regions: Regions, attention: AttentionLa
     """Attention control before the first step, of the layers that `attention` has."""
     maps = None
     if regions.columns is not None:
-        maps = Maps(regions.columns.to(regions.device), regions.size, most=attention.max_map_queries)
+        maps = Maps(send(regions.columns, regions.device), regions.size, most=attention.max_map_queries)
     return Control(
         regions.count,
         self_tokens=attention.max_map_queries,

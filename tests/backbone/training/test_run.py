@@ -227,3 +227,52 @@ def test_a_checkpoint_of_other_shapes_is_refused_before_anything_changes(tmp_pat
     with pytest.raises(UserError, match=r"point is \(3,\), and \(4,\) is wanted"):
         other.resume(tmp_path)
     assert torch.equal(other.parameters["point"], torch.ones(4))
+
+
+@pytest.fixture
+def read_in_fours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where a step is not read before others are taken."""
+    monkeypatch.setattr("backbone.training.loop.choose_read_every", lambda parameters: 4)
+
+
+def fused(objective: Nearest) -> Nearest:
+    objective.optimizer = torch.optim.AdamW(objective.parameters.values(), lr=0.1, fused=True)
+    return objective
+
+
+@pytest.mark.usefixtures("read_in_fours")
+def test_steps_that_are_read_together_are_logged_one_by_one_before_anything_is_due(tmp_path: Path) -> None:
+    training = fused(Nearest(Settings(checkpointing_steps=100)))
+    seen: list[int] = []
+
+    def validate(step: int) -> str:
+        seen.append(len(read_jsonl(tmp_path / LOG)) if step else 0)
+        return ""
+
+    drive(training, tmp_path, command="learn", validate=Every(3, validate))
+    lines = read_jsonl(tmp_path / LOG)
+    assert [(line["step"], line["distance"]) for line in lines] == [(n, float(n)) for n in range(1, 7)]
+    assert seen == [0, 3, 6] and all(line["seconds"] > 0 for line in lines)
+
+
+@pytest.mark.usefixtures("read_in_fours")
+def test_what_was_not_finite_between_two_reads_is_named_and_nothing_of_it_is_kept(tmp_path: Path) -> None:
+    late = Exploding(Settings(steps=20, checkpointing_steps=4))
+    late.explodes_at = 6
+    fused(late)
+    with pytest.raises(UserError, match=r"stopped at step 6: .*holds the finite weights of step 4"):
+        drive(late, tmp_path, command="learn")
+    assert late.parameters["point"].isfinite().all()
+    assert [line["step"] for line in read_jsonl(tmp_path / LOG)] == [1, 2, 3, 4]
+
+
+@pytest.mark.usefixtures("read_in_fours")
+def test_a_signal_between_two_reads_stops_at_the_step_that_was_taken(tmp_path: Path) -> None:
+    whole, first, second = (fused(Nearest()) for _ in range(3))
+    drive(whole, tmp_path / "whole", command="learn")
+    first.interrupts_at = 3
+    with pytest.raises(KeyboardInterrupt, match="step 3 of 6"):
+        drive(first, tmp_path / "broken", command="learn")
+    second.resume(tmp_path / "broken")
+    drive(second, tmp_path / "broken", command="learn")
+    assert torch.equal(second.parameters["point"], whole.parameters["point"])

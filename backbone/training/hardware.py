@@ -1,0 +1,31 @@
+"""What a training does to be fast where it runs, and the words in which a run's record says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from backbone.families.unet import UNetFamily
+from backbone.models.model import Backbone
+
+
+def use_tensor_cores(device: torch.device) -> None:
+    """Matrices in fp32 are multiplied in TF32 on a GPU: 10 bits of mantissa, sums in fp32."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+
+
+def describe_hardware(model: Backbone, settings: Any) -> dict[str, str]:
+    """Where and how a run computes, for its record."""
+    on_gpu = model.device.type == "cuda"
+    convolves = isinstance(model.family, UNetFamily)
+    fused = on_gpu and getattr(settings, "optimizer", "adamw") == "adamw"
+    return {
+        "device": torch.cuda.get_device_name(model.device) if on_gpu else str(model.device),
+        "precision": str(model.dtype).removeprefix("torch."),
+        "fp32 matrices": "TF32" if on_gpu else "fp32",
+        "memory format": "channels last" if convolves else "contiguous",
+        "optimiser": "one fused kernel" if fused else "as it is",
+        "blocks": "compiled" if settings.compile else "as they are",
+    }

@@ -1,0 +1,219 @@
+"""`moji`'s parts one after the other on a GPU that is there for minutes, and weights in pieces to carry away.
+
+    python -m recipes.moji.on_gpu --minutes 9 --out build/moji-gpu         on a GPU
+    python -m recipes.moji.on_gpu --tiny --device cpu --out build/try      a few steps of everything: does it run?
+
+In order: pictures where none are there (by all cores; the emoji font has to be there), the decoder polished, latents
+encoded on the device, the denoiser with its text encoder, the flow. Each part goes on from its checkpoint in the work
+directory, or from `--begin` (a pipeline of the same world) where there is none, and gets its share of the minutes: a
+first stretch measures the pace, so that the learning rate falls to its end just when the time is over. What is left in
+`--out` is small: both pipelines in fp16, in files of at most 15 MiB that diffusers and transformers load as they are,
+and `log.txt` with all that was printed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, TextIO, TypeVar, cast
+
+import numpy as np
+import torch
+import typer
+
+from backbone.io.console import UserError, run_app
+from backbone.io.files import read_json, read_metadata, read_tensors, write_json, write_tensors
+from backbone.models.locate import EMBEDDED
+from backbone.world.render import find_font
+from backbone.world.textures import draw_texture
+from recipes.moji import autoencoder, denoiser, flow
+from recipes.moji.autoencoder import AutoencoderSettings
+from recipes.moji.denoiser import DenoiserSettings
+from recipes.moji.flow import FlowSettings
+from recipes.moji.pictures import SHARD, shard_path, write_shard
+from recipes.moji.training import RecipeSettings
+
+VAE = Path(__file__).with_name("second_edition") / "vae"
+LARGEST = 15 * 2**20  # bytes of a file that is carried away
+SHARES = {"decoder": 0.15, "denoiser": 0.5, "flow": 0.25}  # of the minutes; the rest is encoding and writing
+PACE = 0.1  # of a part's time, in which its pace is measured
+ENDLESS = 10**7  # steps of a run that only the clock ends
+Made = TypeVar("Made", bound=RecipeSettings)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Weights in pieces, and the log.")],
+    minutes: Annotated[float, typer.Option(help="For everything together.")] = 9.0,
+    begin: Annotated[
+        Path, typer.Option(help="A pipeline that denoiser and text encoder begin as.")
+    ] = EMBEDDED,
+    vae: Annotated[Path, typer.Option(help="The autoencoder whose decoder is polished.")] = VAE,
+    workdir: Annotated[Path, typer.Option(help="Pictures, latents, checkpoints.")] = Path("build/moji"),
+    scenes: Annotated[int, typer.Option(help="Scenes to render where none are there.")] = 24_000,
+    batch: Annotated[int, typer.Option(help="Latents a step.")] = 256,
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    tiny: Annotated[bool, typer.Option("--tiny", help="A few steps on blank pictures.")] = False,
+) -> None:
+    """Trains every part for its share of the minutes and writes what came out."""
+    out.mkdir(parents=True, exist_ok=True)
+    with logging_to(out / "log.txt"):
+        began = time.monotonic()
+        if tiny:
+            write_blank_pictures(workdir)
+            minutes, batch = 0.0, 2
+        say(step="pictures", seconds=prepare(workdir, begin, vae, scenes))
+        common: dict[str, Any] = {"device": device, "workdir": workdir}
+        polish = AutoencoderSettings(decoder_only=True, begin_from=None, whole_steps=0, **common)
+        if tiny:
+            polish = replace(polish, batch=2)
+        follow(autoencoder.main, polish, workdir / "decoder.safetensors", minutes * SHARES["decoder"])
+        denoiser.encode(batch=2 if tiny else 250, shards=10**6, device=device, workdir=workdir)
+        say(step="latents", seconds=time.monotonic() - began)
+        first = DenoiserSettings(
+            batch=batch, text_rows=batch // 4, begin_from=None if tiny else begin, **common
+        )
+        follow(denoiser.train, first, workdir / "denoiser.safetensors", minutes * SHARES["denoiser"])
+        second = FlowSettings(batch=batch, text_rows=batch // 4, **common)
+        left = minutes * 0.95 - (time.monotonic() - began) / 60
+        follow(
+            flow.train, second, workdir / "flow.safetensors", max(0.0, min(left, minutes * SHARES["flow"]))
+        )
+        denoiser.export(out=out / "moji", averaged=True, workdir=workdir)
+        flow.export(out=out / "moji-flow", averaged=True, workdir=workdir)
+        for path in sorted(out.rglob("*.safetensors")):
+            split_weights(path, LARGEST)
+        say(step="all", seconds=time.monotonic() - began)
+
+
+def follow(train: Callable[[Made], None], settings: Made, checkpoint: Path, minutes: float) -> None:
+    """Trains a part for its minutes, from its checkpoint if there is one: a stretch for the pace, then to the end."""
+    stable = checkpoint.with_name(f"{checkpoint.stem}-stable.safetensors")
+    if stable.exists():  # of a run before, whose learning rate has fallen at the end
+        shutil.copyfile(stable, checkpoint)
+    before, began = steps_of(checkpoint), time.monotonic()
+    train(replace(settings, steps=ENDLESS, minutes=PACE * minutes))
+    done, took = steps_of(checkpoint), time.monotonic() - began
+    left = max(0.0, 60 * minutes - took)
+    total = done + max(1, int(left * (done - before) / took))
+    decay: dict[str, Any] = {"decay": min(getattr(settings, "decay", 0), max(1, (total - done) // 3))}
+    if isinstance(settings, AutoencoderSettings):
+        decay = {"decay": (total - done) / total}
+    train(replace(cast(Any, settings), steps=total, minutes=1e9, **decay))
+    say(step=checkpoint.stem, of=total, began_at=before, seconds=time.monotonic() - began)
+
+
+def steps_of(checkpoint: Path) -> int:
+    """The steps that a checkpoint has behind it; 0 where there is none."""
+    return int(read_metadata(checkpoint)["step"]) if checkpoint.exists() else 0
+
+
+# What is there before ---------------------------------------------------------------------------------------
+
+
+def prepare(workdir: Path, begin: Path, vae: Path, scenes: int) -> float:
+    """Puts the tokenizer, the autoencoder and the pictures in the work directory where they are missing."""
+    began = time.monotonic()
+    known, wanted = read_json(vae / "config.json"), autoencoder.build().config
+    for key in ("norm_num_groups", "mid_block_add_attention", "block_out_channels"):
+        if json.dumps(known.get(key)) != json.dumps(wanted[key]):
+            raise UserError(f"{vae} is no autoencoder of this recipe ({key} differs). Name another --vae.")
+    (workdir / "pictures").mkdir(parents=True, exist_ok=True)
+    for source, name in ((begin / "tokenizer", "tokenizer"), (vae, "vae")):
+        if not (workdir / name).exists():
+            shutil.copytree(source, workdir / name)
+    if not list((workdir / "pictures").glob("scenes-*.npy")):
+        find_font()
+        jobs = [("scenes", first) for first in range(0, scenes, SHARD)] + [("textures", 0)]
+        with ProcessPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(write_shard, [(workdir, *job) for job in jobs]))
+    return time.monotonic() - began
+
+
+def write_blank_pictures(workdir: Path, count: int = 4) -> None:
+    """Three small shards in the places of rendered ones: textures, which need no font, under one caption."""
+    (workdir / "pictures").mkdir(parents=True, exist_ok=True)
+    pictures = np.stack([draw_texture(seed) for seed in range(count)])
+    for kind, first in (("scenes", 0), ("scenes", count), ("textures", 0)):
+        path = shard_path(workdir, kind, first)
+        np.save(path, pictures)
+        if kind == "scenes":
+            path.with_suffix(".json").write_text(json.dumps([["a dog", "one dog"]] * count))
+
+
+# What is left behind ----------------------------------------------------------------------------------------
+
+
+def split_weights(path: Path, largest: int) -> list[Path]:
+    """A file of weights in pieces of at most `largest` bytes, with the index by which diffusers and transformers read
+    them; a smaller file stays. A single tensor above that has a piece of its own."""
+    if path.stat().st_size <= largest:
+        return [path]
+    tensors, _ = read_tensors(path)
+    pieces: list[dict[str, torch.Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        bytes_ = tensor.numel() * tensor.element_size() + 256  # its line in the header
+        if pieces[-1] and size + bytes_ > largest - 2**16:
+            pieces.append({})
+            size = 0
+        pieces[-1][name] = tensor
+        size += bytes_
+    found: list[Path] = []
+    places: dict[str, str] = {}
+    for number, piece in enumerate(pieces, 1):
+        part = path.with_name(f"{path.stem}-{number:05d}-of-{len(pieces):05d}.safetensors")
+        write_tensors(part, {name: value.clone() for name, value in piece.items()}, {"format": "pt"})
+        places |= dict.fromkeys(piece, part.name)
+        found.append(part)
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    del tensors, pieces
+    write_json(
+        path.with_name(f"{path.name}.index.json"), {"metadata": {"total_size": total}, "weight_map": places}
+    )
+    path.unlink()
+    return found
+
+
+# The log ----------------------------------------------------------------------------------------------------
+
+
+class Both(io.TextIOBase):
+    """Writes to two places at once."""
+
+    def __init__(self, one: TextIO, other: TextIO) -> None:
+        self.one, self.other = one, other
+
+    def write(self, text: str) -> int:
+        self.one.write(text)
+        return self.other.write(text)
+
+    def flush(self) -> None:
+        self.one.flush()
+        self.other.flush()
+
+
+@contextlib.contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Inside the `with`, what is printed is also written to a file."""
+    with path.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(Both(sys.stdout, file)):
+        yield
+
+
+def say(**facts: Any) -> None:
+    """A line of the log."""
+    print(
+        json.dumps({key: round(v, 1) if isinstance(v, float) else v for key, v in facts.items()}), flush=True
+    )
+
+
+if __name__ == "__main__":
+    run_app(lambda: typer.run(main))
