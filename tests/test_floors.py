@@ -22,7 +22,7 @@ HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "datasets"}
 ROOMS = {
     "backbone": (
         ("diffusion", "io", "conditions"),
-        ("world", "families", "media", "distributed"),
+        ("world", "families", "media", "distributed", "data"),
         ("models", "evaluation"),
         ("adapters", "training"),
         ("memory",),

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from align.pairs.choices import CHOICES, Choice, read_choices, replay
-from align.pairs.records import RANKING, SAMPLES, Pair, Preferences, Record, Single
+from align.pairs.records import PREPARED, RANKING, SAMPLES, Pair, Preferences, Record, Single
 from align.pairs.tables import DatasetTable, ParquetTable, load_hub_table, load_saved_table
 from backbone.io.console import UserError
 from backbone.io.files import read_json
@@ -73,6 +73,10 @@ def _keep_user(preferences: Preferences, user: str) -> None:
 
 
 def _read_folder(folder: Path, limit: int | None) -> Preferences:
+    if (folder / PREPARED).is_file():
+        raise UserError(
+            f"{folder} is prepared for training and holds no images. Name what it was prepared from, or align train it."
+        )
     if (folder / SAMPLES).is_file():
         return _read_samples_folder(folder, limit)
     for better, worse in PAIRED_FOLDERS:
