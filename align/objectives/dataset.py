@@ -236,7 +236,7 @@ def _open_prepared(
     """The same of a folder of `align prepare`, mapped into memory."""
     folder = train.folder
     folder.refuse_other_encoder(model, flip=settings.flip, crops=settings.random_crop, seed=settings.seed)
-    tables = folder.image_tables(model, flip=settings.flip)
+    tables = folder.image_tables(flip=settings.flip)
     said = [_said(prompt, concepts) for prompt in folder.prompts]
     unique = dict.fromkeys(["", *said])
     place = {prompt: row for row, prompt in enumerate(unique)}

@@ -27,6 +27,7 @@ from align.pairs.records import (
     Preferences,
     Record,
     format_problems,
+    general_problems,
     open_record,
     record_key,
     refuse_another_model,
@@ -70,12 +71,16 @@ class Plan:
         images = torch.stack(list(pixels.values())) if pixels else torch.empty(0, 3, *self.size[::-1])
         return Chunk(rows, list(pixels), images)
 
-    def _row(self, number: int, pixels: dict[str, Tensor]) -> Row:
+    def record(self, number: int) -> Record:
+        """A record, the better one of a pair first."""
         record = self.records[number]
-        record = record.ordered if isinstance(record, Pair) else record
+        return record.ordered if isinstance(record, Pair) else record
+
+    def _row(self, number: int, pixels: dict[str, Tensor]) -> Row:
+        record = self.record(number)
         images, problems = open_record(record, at_least=max(self.size))
         if problems:
-            return Row(number, record, "; ".join(problems))
+            return Row(number, "; ".join(problems))
         hashes = [picture.content_hash for picture in record.pictures]
         key = record_key(record.prompt, hashes)
         places = [CROPS["center"], *(crop_place(self.seed, key, n) for n in range(self.random_crop))]
@@ -84,14 +89,13 @@ class Plan:
             for view, image in zip(place, images, strict=True):
                 if view.key not in pixels:
                     pixels[view.key] = as_bytes(crop_and_resize(image, view.size, crop=view.crop))
-        return Row(number, record, "", key, hashes, [[view.key for view in place] for place in views])
+        return Row(number, "", key, hashes, [[view.key for view in place] for place in views])
 
 
 class Row(NamedTuple):
-    """A record that was looked at: what is wrong with it, or its keys and those of its images at each place."""
+    """What was seen of a record: what is wrong with it, or its keys and those of its images at each place."""
 
     number: int
-    record: Record
     problem: str
     key: str = NOTHING
     hashes: Sequence[str] = ()
@@ -144,6 +148,7 @@ def prepare_pairs(
             raise UserError(
                 f"{shown}\nWhat can be used is prepared in {out}; --skip-bad finishes it at once."
             )
+        _refuse_useless(out, found)
         encode_texts(model, ["", *_prompts(out)], folder=out / PROMPTS)
         model.free("autoencoder", "text_encoder")
         if processes.is_main_process():
@@ -252,11 +257,11 @@ def _columns(rows: Sequence[Row], plan: Plan) -> dict[str, Tensor | list[str]]:
 
     two = [(NOTHING, NOTHING)]
     views = [[[*place, NOTHING][:2] for place in row.views] or two * size for row in rows]
+    records = [plan.record(row.number) for row in rows]
     alone = [
-        [record_key(row.record.prompt, [one]) for one in row.hashes][:2] + [NOTHING] * (2 - len(row.hashes))
-        for row in rows
+        [*(record_key(record.prompt, [one]) for one in row.hashes), NOTHING, NOTHING][:2]
+        for record, row in zip(records, rows, strict=True)
     ]
-    records = [row.record for row in rows]
     columns: dict[str, Tensor | list[str]] = {
         KEY: keys([[content_hash(f"{row.number}/{row.key}".encode())] for row in rows]),
         "number": torch.tensor([row.number for row in rows]),
@@ -292,6 +297,18 @@ def _list_bad(out: Path, found: Preferences) -> list[str]:
         for number, name, problem in zip(numbers, names, problems, strict=True)
     }
     return [*found.problems, *(lines[number] for number in sorted(lines))]
+
+
+def _refuse_useless(out: Path, found: Preferences) -> None:
+    """`UserError` where nothing is left to learn from."""
+    table = Table(out / RECORDS)
+    usable = ~table.numbers("bad").astype(bool) if len(table) else np.zeros(0, bool)
+    label, pair = (table.numbers(name)[usable] if len(table) else usable for name in ("label", "pair"))
+    pair = pair.astype(bool)
+    counts = (int(pair.sum()), int((label[pair] == 0.5).sum()), int((~pair).sum()))
+    good = int((label[~pair] > 0).sum())
+    for problem in general_problems(found.source, *counts, good, waiting=found.skipped):
+        raise UserError(problem)
 
 
 def _prompts(out: Path) -> list[str]:

@@ -2,7 +2,7 @@
 
 A source is a folder of images (captions in `name.txt` or `name.caption` beside `name.jpg`, in `metadata.jsonl` or in
 `metadata.csv`; masks in `name.mask.png` or OneTrainer's `name-masklabel.png`, white = train), a single image, a
-Parquet file, a folder saved by `datasets`, or a dataset id on the hub. `list_images` decodes nothing, so that
+Parquet file, webdataset shards (.tar), a folder saved by `datasets`, or a dataset id on the hub. `list_images` decodes nothing, so that
 `check_images` can report all unusable files at once; `describe_unused` says what a folder holds beside.
 """
 
@@ -151,12 +151,13 @@ def list_images(
                     f"{path} has no {' or '.join(METADATA)}, so it has no column {named!r}. Write one, or name none."
                 )
             return pictures
-        if tables := [file for file in _list_visible(path) if file.suffix.lower() == ".parquet"]:
-            return _list_table(_load_parquet(tables), str(source), columns, folder=path)
+        for suffix, load in TABLES.items():
+            if tables := [file for file in _list_visible(path) if file.suffix.lower() == suffix]:
+                return _list_table(load(tables), str(source), columns, folder=path)
         raise UserError(_describe_empty_folder(path))
     if path.exists():
-        if path.suffix.lower() == ".parquet":
-            return _list_table(_load_parquet([path]), str(source), columns, folder=path.parent)
+        if load := TABLES.get(path.suffix.lower()):
+            return _list_table(load([path]), str(source), columns, folder=path.parent)
         if path.suffix.lower() not in IMAGE_SUFFIXES and path.suffix:
             raise UserError(
                 f"{path} is a {path.suffix} file, neither an image nor a folder of images. "
@@ -459,6 +460,37 @@ class SavedTable:
     _data_files: list[SavedFile] = field(default_factory=list)
 
 
+TAR_COLUMNS = {"txt": "text", "cls": "label", **dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image")}
+
+
+def load_tars(files: Sequence[Path]) -> Any:
+    """The samples of webdataset shards (.tar) as a table; images stay encoded.
+
+    What stands behind a sample's name is a column: `0001.chosen.jpg` is `chosen`, `0001.jpg` is `image`, `0001.txt` is
+    `text`, and the keys of `0001.json` are columns themselves.
+    """
+    datasets = _import_datasets()
+    try:
+        table = datasets.load_dataset(
+            "webdataset", data_files={"train": [str(file) for file in files]}, split="train"
+        )
+    except (OSError, ValueError, EOFError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(
+            f"{files[0]} is no readable tar file of samples ({_first_line(error)}). Pack it again."
+        ) from error
+    table = table.flatten()
+    names: dict[str, str] = {}
+    for name in table.column_names:
+        plain = name.removeprefix("json.") if name.startswith("json.") else name.split(".")[0]
+        new = TAR_COLUMNS.get(plain, plain)
+        names[name] = name if new in names.values() else new
+    table = table.rename_columns({old: new for old, new in names.items() if old != new})
+    for name, kind in table.features.items():
+        if isinstance(kind, datasets.Image):
+            table = table.cast_column(name, datasets.Image(decode=False))
+    return table
+
+
 def _load_parquet(files: Sequence[Path]) -> Any:
     datasets = _import_datasets()
     try:
@@ -467,6 +499,9 @@ def _load_parquet(files: Sequence[Path]) -> Any:
         raise UserError(
             f"{files[0]} is not a readable Parquet file ({_first_line(error)}). Save it again."
         ) from error
+
+
+TABLES = {".parquet": _load_parquet, ".tar": load_tars}
 
 
 def _load_from_hub(source: str) -> Any:
