@@ -201,7 +201,8 @@ class Script:
         self.class_pictures = make_random_images(side, self.batch)
         self.random = torch.Generator().manual_seed(0)
         self.noise_scheduler: Any = DDPMScheduler.from_config(parts.model.location.config("scheduler"))
-        self.conditions = cast(Conditions, training.data.conditions)  # as if encoded before
+        known = cast(Conditions, training.data.conditions)  # as if encoded before
+        self.conditions = known.to(parts.model.device)
 
     def step(self, *, prior: bool, text_once: bool) -> float:
         """One optimiser step; returns the loss, as the script logs it at every step."""
@@ -311,7 +312,7 @@ def make_material(model: Backbone) -> TrainingData:
     shape = model.latent_shape
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=random).to(model.device)
+        return torch.randn(*size, generator=random)
 
     posteriors = [Posterior(normal(1, *shape), 0.1 * normal(1, *shape).abs()) for _ in range(PICTURES)]
     config = cast(Any, model.denoiser).config
@@ -320,7 +321,7 @@ def make_material(model: Backbone) -> TrainingData:
         width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         text["pooled"] = normal(PICTURES + 1, width)
     levels = stratified_levels(draws, len(model.path.levels), random)
-    base = BasePredictions(normal(draws, *shape).cpu(), levels, normal(draws, *shape).cpu())
+    base = BasePredictions(normal(draws, *shape), levels, normal(draws, *shape))
     bucket = Bucket(torch.arange(PICTURES), base, torch.zeros(draws, dtype=torch.long))
     names = [f"picture {number}" for number in range(PICTURES)]
     return TrainingData(
@@ -342,7 +343,7 @@ class Bare:
         training.data = before
         self.noisy, self.wanted = batch.noisy.to(model.device), batch.target.to(model.device)
         self.at = timesteps_of(model)[batch.level].to(model.device)
-        self.conditions = cast(Conditions, material.conditions)[batch.rows]
+        self.conditions = cast(Conditions, material.conditions)[batch.rows].to(model.device)
 
     def step(self) -> None:
         """Leaves nothing behind."""

@@ -98,10 +98,10 @@ def check(asked: CheckOptions) -> None:
     if asked.vram is not None:
         from customize.training.memory import foreseen
 
-        sentences = foreseen(opened, settings, len(found), asked.vram)
+        sentences = foreseen(opened, settings, asked.vram)
         needs = {"plan": sentences}
     else:
-        expected = estimate(opened, settings, len(found))
+        expected = estimate(opened, settings)
         sentences = expected.sentences()
         needs = {"peak_bytes": expected.peak, "steps": expected.steps, "step_seconds": expected.step_seconds}
     for sentence in sentences:

@@ -5,6 +5,7 @@ What is made is a function of its item alone, so results do not depend on how ma
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,15 +37,22 @@ def work_ahead(
 ) -> Iterator[Result]:
     """`work` of every item, in order; `workers` processes stay two items ahead each, 0: here, when it is asked for.
 
-    A `UserError` of a worker is raised here. `pin` gives tensors in memory from which a GPU copies by itself.
+    A worker is a fork of this process, so `work` and the items may be anything; results are sent, so they are values. A
+    `UserError` of a worker is raised here. `pin` gives tensors in memory from which a GPU copies by itself. Raises
+    `UserError` for workers on a system that does not fork.
     """
     if not workers and not pin:
         yield from map(work, items)
         return
+    if workers and "fork" not in multiprocessing.get_all_start_methods():
+        raise UserError(
+            "This system starts no process as a copy of another, so nothing works ahead. Ask for 0."
+        )
     loader: DataLoader[Any] = DataLoader(
         _Work(work, items),
         batch_size=None,
         num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
         pin_memory=pin,
         prefetch_factor=2 if workers else None,
         worker_init_fn=_leave_signals_to_the_first if workers else None,

@@ -77,16 +77,6 @@ class Table:
     def __len__(self) -> int:
         return int(self._offsets[-1])
 
-    def __getstate__(self) -> tuple[Path, bool, list[str]]:
-        """A process that gets a table opens the files anew, in this order."""
-        return self.folder, self.repair, [shard.name for shard in self.shards]
-
-    def __setstate__(self, state: tuple[Path, bool, list[str]]) -> None:
-        self.folder, self.repair, names = state
-        self._index, self._touched = None, 0
-        self.shards = [read_shard(self.folder / name) for name in names]
-        self._count()
-
     def refresh(self) -> None:
         """Opens what was appended since, by this process or another; rows that are known keep their numbers."""
         known = {shard.name for shard in self.shards}

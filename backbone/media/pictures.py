@@ -2,8 +2,9 @@
 
 A source is a folder of images (captions in `name.txt` or `name.caption` beside `name.jpg`, in `metadata.jsonl` or in
 `metadata.csv`; masks in `name.mask.png` or OneTrainer's `name-masklabel.png`, white = train), a single image, a
-Parquet file, webdataset shards (.tar), a folder saved by `datasets`, or a dataset id on the hub. `list_images` decodes nothing, so that
-`check_images` can report all unusable files at once; `describe_unused` says what a folder holds beside.
+Parquet file, webdataset shards (.tar), a folder saved by `datasets`, or a dataset id on the hub. `list_images` decodes
+nothing, so that `check_images` can report all unusable files at once; `describe_unused` says what a folder holds
+beside.
 """
 
 from __future__ import annotations

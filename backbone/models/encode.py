@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 import torch
@@ -29,13 +29,62 @@ from backbone.media.crops import ReadCrop, read_crop
 from backbone.media.pictures import ImageRecord
 from backbone.media.transforms import CROPS, CropPosition
 from backbone.models.cache import TEXT, cache_folder
-from backbone.models.model import Backbone
+from backbone.models.model import Backbone, Posterior
 
 SHARD_BYTES = 64 << 20  # of rows that are written together
 SHARD_SECONDS = 60.0  # after which they are written although they are fewer: what a kill costs
-BATCH_PIXELS = 8 * 256 * 256  # of images that a CPU encodes together; more gain nothing there
+BATCH_PIXELS = 8 * 128 * 128  # of images that a CPU encodes together; more gain nothing there
+BATCH_BYTES = 4 << 30  # that a batch may take on a GPU, which is less than a training step takes there
 ACTIVATIONS = 10  # a batch's peak memory in an encoder, in activations of its first layer
 PROMPTS_AT_ONCE = 16
+
+
+class Encoded(NamedTuple):
+    """Rows of a table, one for each thing that was to be encoded."""
+
+    table: Table
+    rows: Numbers
+
+    def column(self, name: str) -> Column:
+        """A column of these rows."""
+        return Column(self.table, name, self.rows)
+
+
+class Posteriors(Sequence[Posterior]):
+    """The posteriors of images of any sizes, row for row, in tables."""
+
+    def __init__(
+        self, parts: Sequence[Encoded], places: Sequence[tuple[int, int]], device: torch.device
+    ) -> None:
+        """`places` are (which part, row in it) of each image; single posteriors are given on `device`."""
+        self.parts, self.device = parts, device
+        self._part, self._row = np.array(places, np.int64).reshape(-1, 2).T
+
+    def __len__(self) -> int:
+        return len(self._part)
+
+    @overload
+    def __getitem__(self, row: int) -> Posterior: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[Posterior]: ...
+    def __getitem__(self, row: int | slice) -> Posterior | list[Posterior]:
+        if isinstance(row, slice):
+            return [self[number] for number in range(len(self))[row]]
+        mean, std = self.gather(torch.tensor([range(len(self))[row]]))
+        return Posterior(mean.to(self.device), std.to(self.device))
+
+    def gather(self, rows: Tensor) -> Posterior:
+        """Images of one size [B, C, H, W], on the CPU."""
+        chosen = rows.numpy()
+        part = self.parts[self._part[chosen[0]]]
+        mean, std = (part.column(name)[self._row[chosen]].float() for name in ("mean", "std"))
+        return Posterior(mean, std)
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shape (C, H, W) of each image's latents."""
+        each = [tuple(part.column("mean").shape[1:]) for part in self.parts]
+        return [each[part] for part in self._part]
 
 
 class View(NamedTuple):
@@ -49,17 +98,6 @@ class View(NamedTuple):
     def key(self) -> str:
         """The hash of the image's bytes and of how it is cut."""
         return content_hash(f"{self.picture.content_hash}\n{self.size}\n{self.crop}".encode())
-
-
-class Encoded(NamedTuple):
-    """Rows of a table, one for each thing that was to be encoded."""
-
-    table: Table
-    rows: Numbers
-
-    def column(self, name: str) -> Column:
-        """A column of these rows."""
-        return Column(self.table, name, self.rows)
 
 
 @dataclass(frozen=True)
@@ -108,7 +146,7 @@ def prompt_table(model: Backbone, folder: Path | None = None) -> Table:
 
 
 def images_at_once(model: Backbone, size: tuple[int, int]) -> int:
-    """How many images of this size (W, H) are encoded together: on a GPU as many as fit into half of its memory."""
+    """How many images of this size (W, H) are encoded together, by their memory."""
     pixels = size[0] * size[1]
     if model.placement.tiling or model.placement.one_by_one:
         return 1
@@ -116,8 +154,8 @@ def images_at_once(model: Backbone, size: tuple[int, int]) -> int:
         return max(1, min(32, BATCH_PIXELS // pixels))
     channels = int(model.autoencoder_config["block_out_channels"][0])
     width = next(model.autoencoder.parameters()).element_size()
-    half = torch.cuda.get_device_properties(model.device).total_memory // 2
-    return max(1, min(64, half // (pixels * channels * width * ACTIVATIONS)))
+    there = min(BATCH_BYTES, torch.cuda.get_device_properties(model.device).total_memory // 4)
+    return max(1, min(64, there // (pixels * channels * width * ACTIVATIONS)))
 
 
 def encode_views(
@@ -257,17 +295,20 @@ def prompt_keys(prompts: Sequence[str]) -> Numbers:
 def encode_texts(
     model: Backbone, prompts: Sequence[str], *, folder: Path | None = None, label: str = "encoding prompts"
 ) -> Prompts | Conditions:
-    """The conditions of prompts that all differ, row for row, each encoded once, ever.
+    """The conditions of prompts, row for row, each encoded once, ever.
 
     They lie in a table, in `folder` or in the cache; those of a text encoder that has learned words stay in the
     CPU's memory. Call it in all processes of a run.
     """
+    asked, prompts = prompts, list(dict.fromkeys(prompts))
+    place = {prompt: row for row, prompt in enumerate(prompts)}
+    which = np.array([place[prompt] for prompt in asked], np.int64)
     if model.text_learned:
         parts = [
             model.encode_prompts(list(prompts[first : first + PROMPTS_AT_ONCE]))
             for first in range(0, len(prompts), PROMPTS_AT_ONCE)
         ]
-        return Conditions.cat(parts).to(torch.device("cpu"))
+        return Conditions.cat(parts).to(torch.device("cpu"))[torch.from_numpy(which)]
     table, keys = prompt_table(model, folder), prompt_keys(prompts)
 
     def unknown() -> list[list[int]]:
@@ -295,7 +336,7 @@ def encode_texts(
         missing = unknown()
     if missing:
         encode(missing)
-    return Prompts(Encoded(table, table.find(keys)))
+    return Prompts(Encoded(table, table.find(keys)[which]))
 
 
 def kept_text(model: Backbone, text: Text) -> dict[str, Tensor]:

@@ -66,7 +66,7 @@ def train_concept(
     model = open_model(settings, resolution=settings.resolution)
     if vram is not None:
         processes.require_whole_model("--vram counts for a process alone; it")
-        model, settings = budgeted(model, settings, sum(map(len, pictures)), vram)
+        model, settings = budgeted(model, settings, vram)
     if settings.train_text_encoder:
         refuse_other_encoders(model)
     settings = dataclasses.replace(

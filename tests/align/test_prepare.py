@@ -7,7 +7,7 @@ import io
 import json
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many images each call of an encoder got."""
     calls: list[int] = []
     whole = Backbone.encode
@@ -65,7 +65,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return whole(self, pictures)
 
     monkeypatch.setattr(Backbone, "encode", count)
-    yield calls
+    return calls
 
 
 def prepared(folder: Path, source: Path, out: Path, **changes: Any) -> Prepared:
@@ -190,9 +190,10 @@ def test_a_preparation_that_was_killed_goes_on_and_encodes_nothing_twice(
             raise KeyboardInterrupt
         return whole(self, pictures)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Backbone, "encode", killed)
-        prepared(tiny_folder, pairs_file, tmp_path / "out")
+        with pytest.raises(KeyboardInterrupt):
+            prepared(tiny_folder, pairs_file, tmp_path / "out")
     assert sum(counted) == 9
     kept = Table(tmp_path / "out" / IMAGES)
     assert len(kept) == 8, "two chunks of two pairs"
@@ -318,12 +319,10 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(
         written.append(path)
         write_bytes(path, content)
 
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(UserError, match=r"is full\. What is prepared so far is kept"),
-    ):
+    with monkeypatch.context() as patch:
         patch.setattr(tables, "write_bytes", write)
-        prepared(tiny_folder, pairs_file, tmp_path / "out")
+        with pytest.raises(UserError, match=r"is full\. What is prepared so far is kept"):
+            prepared(tiny_folder, pairs_file, tmp_path / "out")
     assert len(Table(tmp_path / "out" / IMAGES)) == 12
     counted.clear()
     prepared(tiny_folder, pairs_file, tmp_path / "out")
