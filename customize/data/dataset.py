@@ -160,7 +160,7 @@ def encode_group(
     sizes: Sequence[tuple[int, int]] | None,
     read: ReadCrop,
 ) -> dict[bool, tuple[list[Encoded], list[tuple[int, int]]]]:
-    """The images encoded as they are and mirrored, as `flips` asks: parts of one size each, and each one's (part, row)."""
+    """The images encoded as they are and mirrored, as `flips` asks: parts of one size, and each one's (part, row)."""
     side = model.resolution
     by_size: dict[tuple[int, int], list[int]] = {}
     for row, size in enumerate(sizes or [(side, side)] * len(pictures)):
