@@ -77,10 +77,11 @@ def generate(folder: Path, count: int, model_name: str) -> Path:
     """A prepared folder of random pairs of the model's shapes; one that is there is taken as it is."""
     import torch
 
-    from align.pairs.prepared import FILE, IMAGES, PROMPTS, RECORDS, PreparedFacts
+    from align.pairs.prepared import IMAGES
     from backbone.data.table import KEY, Table
     from backbone.models.encode import encoder_facts, kept_text, prompt_keys, stored_dtype
     from backbone.models.model import Backbone
+    from backbone.training.prepared import FILE, PROMPTS, RECORDS, PreparedFacts
 
     if (folder / FILE).is_file():
         return folder
@@ -276,9 +277,9 @@ def prepare_apart(out: Path, pairs: int, model_name: str) -> dict[str, float]:
 
 def kill_preparing(out: Path, pairs: int, model_name: str) -> dict[str, int]:
     """Records that a preparation had written when it was killed half-way, and those that the next one added."""
-    from align.pairs.prepared import RECORDS
     from backbone.data.table import Table
     from backbone.models.model import Backbone
+    from backbone.training.prepared import RECORDS
 
     source = write_images(out / "images", pairs, Backbone.open(model_name).resolution)
     folder = out / f"killed-{time.time_ns()}"

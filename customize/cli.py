@@ -29,8 +29,8 @@ from backbone.io.run_folder import absolute
 from backbone.io.sampling import CountOption, DrawingOptions
 from backbone.training.settings import PANELS, refuse_beside_resume
 from customize.formats import cli as files_cli
-from customize.settings import Settings, TrainOptions, read_settings, resolved
-from customize.training.start import RESUMED, start
+from customize.settings import PrepareImages, Settings, TrainOptions, read_settings, resolved
+from customize.training.start import RESUMED, start, start_preparing
 
 app = command_group("Teach a diffusion model a new concept from a handful of images.")
 
@@ -108,6 +108,20 @@ def check(asked: CheckOptions) -> None:
         notify(sentence)
     if asked.as_json:
         print_json({"images": len(found), "captions": captions, "warnings": warnings, **needs})
+
+
+@settled_command(app, PrepareImages, panels=(DATA, MODEL, OUTPUT))
+def prepare(asked: PrepareImages) -> None:
+    """Encode all images of a source once, for `customize train` on data of any size."""
+    prepared = start_preparing(asked)
+    if not is_main_rank():
+        return
+    bad = prepared.facts.bad
+    left_out = f"; {count_of(bad, 'image')} that cannot be used left out" if bad else ""
+    images, where = count_of(len(prepared.order), "image"), shlex.quote(str(prepared.folder))
+    notify(f"{images} in {prepared.folder}{left_out}. Next: customize train --images {where}")
+    if asked.as_json:
+        print_json({"folder": prepared.folder, "images": len(prepared.order), "bad": bad})
 
 
 @command(app, Settings, TrainOptions, panels=PANELS)

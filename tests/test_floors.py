@@ -29,9 +29,9 @@ ROOMS = {
     ),
     "customize": (
         ("settings", "sampling"),
-        ("methods", "evaluation"),
+        ("methods",),
         ("data", "formats"),
-        ("objectives",),
+        ("objectives", "evaluation"),
         ("training",),
         ("api", "cli"),
     ),

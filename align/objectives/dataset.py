@@ -27,7 +27,6 @@ from align.pairs.records import (
     Records,
     Single,
     check_preferences,
-    is_prepared,
     record_key,
     select_records,
 )
@@ -39,6 +38,7 @@ from backbone.diffusion.noise import Level, add_noise, generator, target
 from backbone.distributed import processes
 from backbone.families.base import NoisePath
 from backbone.io.console import UserError
+from backbone.io.run_folder import is_prepared
 from backbone.media.pictures import ImageRecord
 from backbone.media.transforms import CROPS, CropPosition
 from backbone.models.encode import Prompts, View, encode_texts, encode_views
@@ -235,7 +235,7 @@ def _open_prepared(
 ) -> PreferenceData:
     """The same of a folder of `align prepare`, mapped into memory."""
     folder = train.folder
-    folder.refuse_other_encoder(model, flip=settings.flip, crops=settings.random_crop, seed=settings.seed)
+    folder.refuse_other_use(model, flip=settings.flip, crops=settings.random_crop, seed=settings.seed)
     tables = folder.image_tables(flip=settings.flip)
     said = [_said(prompt, concepts) for prompt in folder.prompts]
     unique = dict.fromkeys(["", *said])

@@ -13,99 +13,36 @@ than one over a thousand.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from align.pairs.records import PREPARED as FILE
 from align.pairs.records import describe_counts, general_problems, held_out_prompts, normalize_prompt
 from backbone.conditions.conditions import Conditions
 from backbone.data.table import Numbers, Table
 from backbone.io.console import UserError
-from backbone.io.files import content_hash, read_json
-from backbone.models.encode import Encoded, Prompts, encode_texts, encoder_facts, prompt_keys
+from backbone.io.files import content_hash
+from backbone.models.encode import Encoded, Prompts, encode_texts, prompt_keys
 from backbone.models.model import Backbone
+from backbone.training.prepared import PROMPTS, PreparedFolder
 
-FORMAT = 1
-IMAGES, MIRRORED, PROMPTS, RECORDS = "images", "mirrored", "prompts", "records"
+IMAGES, MIRRORED = "images", "mirrored"
 HEX = np.array([f"{byte:02x}" for byte in range(256)], dtype="S2")
 
 
-@dataclass(frozen=True)
-class PreparedFacts:
-    """`prepared.json`: what the folder was made from and for.
-
-    encoder   what latents depend on (`encoder_facts`)   size   of the images, pixels a side
-    records   of the source, of which `bad` cannot be used
-    """
-
-    kind: str
-    source: str
-    model: str
-    size: int
-    records: int
-    format: int = FORMAT
-    encoder: dict[str, str] = field(default_factory=dict)
-    rows: dict[str, Any] = field(default_factory=dict)  # user, limit, split: which rows of the source
-    flip: bool = False
-    random_crop: int = 0
-    seed: int = 0  # of the random crops
-    bad: int = 0
-    finished: bool = False
-
-
-def read_facts(folder: Path, *, kind: str = "pairs") -> PreparedFacts:
-    """The facts of a prepared folder; `UserError` for one of another kind or version."""
-    facts = read_json(folder / FILE, PreparedFacts)
-    if facts.format != FORMAT:
-        raise UserError(f"{folder} was prepared by another version. Prepare it again, into another folder.")
-    if facts.kind != kind:
-        raise UserError(f"{folder} was prepared from {facts.kind}, not from {kind}. Name another folder.")
-    return facts
-
-
-def describe_encoder(facts: PreparedFacts) -> str:
-    """The model, size and precision of a folder, for messages."""
-    return f"{facts.model} at {facts.size} px in {facts.encoder.get('precision', '?')}"
-
-
-class Prepared:
-    """A finished folder. Raises `UserError` for one that is not finished, or of which a shard is gone or damaged."""
+class Prepared(PreparedFolder):
+    """A finished folder of pairs and single images."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder = folder.expanduser()
-        self.facts = read_facts(folder)
-        self.again = f"Run `align prepare` with --out {folder} again: only what is missing is done."
-        if not self.facts.finished:
-            raise UserError(f"{folder} is not prepared to its end. {self.again}")
-        self.records = self._table(RECORDS)
-        if not len(self.records):
-            raise UserError(f"{folder / RECORDS} holds nothing. {self.again}")
-        order = np.argsort(self.records.numbers("number"), kind="stable")
-        usable = ~self.records.numbers("bad").astype(bool)[order]
-        self.order = order[usable]  # rows of the table, in the order of the source
-        self.is_pair, self.both_bad = (self._flags(name) for name in ("pair", "both_bad"))
-        self.label = self.records.numbers("label")[self.order]
-
-    def _table(self, name: str) -> Table:
-        table = Table(self.folder / name)
-        table.refuse_incomplete(self.again)
-        return table
-
-    def _flags(self, name: str) -> Numbers:
-        return self.records.numbers(name)[self.order].astype(bool)
+        super().__init__(folder, "pairs", "align")
+        self.is_pair, self.both_bad = (self.numbers(name).astype(bool) for name in ("pair", "both_bad"))
+        self.label = self.numbers("label")
 
     @cached_property
     def _texts(self) -> tuple[list[str], Numbers]:
-        return self._words("prompt")
-
-    def _words(self, name: str) -> tuple[list[str], Numbers]:
-        """The different texts of a column, and which of them each record has."""
-        encoded = self.records.strings(name).combine_chunks().take(self.order).dictionary_encode()
-        return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
+        return self.words("prompt")
 
     @property
     def prompts(self) -> list[str]:
@@ -128,18 +65,10 @@ class Prepared:
 
     # For training ----------------------------------------------------------------------------------------
 
-    def refuse_other_encoder(self, model: Backbone, *, flip: bool, crops: int, seed: int) -> None:
+    def refuse_other_use(self, model: Backbone, *, flip: bool, crops: int, seed: int) -> None:
         """`UserError` where the folder was prepared for another model, size or precision, or holds too little."""
+        self.refuse_other_encoder(model, flip=flip)
         facts, folder = self.facts, self.folder
-        if facts.size != model.resolution or facts.encoder != encoder_facts(model):
-            other = f"{model.location.name} at {model.resolution} px in {encoder_facts(model)['precision']}"
-            raise UserError(
-                f"{folder} was prepared for {describe_encoder(facts)}, and this would be {other}"
-                f"{'' if describe_encoder(facts) != other else ', with other weights or another placement'}. "
-                "Prepare for it, or train that one."
-            )
-        if flip and not facts.flip:
-            raise UserError(f"{folder} holds no mirrored images. Prepare with --flip, or leave it out.")
         if crops and (facts.random_crop != crops or facts.seed != seed):
             held = f"{facts.random_crop} random crops of seed {facts.seed}" if facts.random_crop else "none"
             raise UserError(
@@ -149,11 +78,11 @@ class Prepared:
 
     def image_tables(self, *, flip: bool) -> dict[bool, Table]:
         """The tables of latents, by whether they are mirrored."""
-        return {False: self._table(IMAGES), **({True: self._table(MIRRORED)} if flip else {})}
+        return {False: self.table(IMAGES), **({True: self.table(MIRRORED)} if flip else {})}
 
     def conditions(self, model: Backbone, prompts: list[str]) -> Prompts | Conditions:
         """The conditions of prompts, row for row; what learned words change is encoded anew."""
-        table = self._table(PROMPTS)
+        table = self.table(PROMPTS)
         rows = table.find(prompt_keys(prompts))
         if model.text_learned or (rows < 0).any():
             return encode_texts(model, prompts)
@@ -165,7 +94,7 @@ class Prepared:
         """What is learned from: pairs, with or without ties, or single images (`records.to_singles`)."""
         asked = np.ones(len(self.order), bool)
         if user is not None:
-            names, which = self._words("user")
+            names, which = self.words("user")
             if user not in names:
                 known = (
                     f"It has {', '.join(sorted(filter(None, names))[:10])}"
@@ -281,11 +210,7 @@ class PreparedRecords:
         """Rows of a table for keys [M, 2, 32], of the side that counts; `UserError` where one is missing."""
         keys = keys if self.sides is None else keys[np.arange(len(self)), self.sides][:, None]
         rows = images.find(keys.reshape(-1, keys.shape[-1])).reshape(len(self), -1)
-        if (rows < 0).any():
-            raise UserError(
-                f"{images.folder} holds no latents for {int((rows < 0).sum())} images of {self.folder.folder}. "
-                f"{self.folder.again}"
-            )
+        self.folder.refuse_missing(rows, images)
         return rows
 
 

@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from align.pairs.choices import CHOICES, Choice, read_choices, replay
-from align.pairs.records import PREPARED, RANKING, SAMPLES, Pair, Preferences, Record, Single
+from align.pairs.records import RANKING, SAMPLES, Pair, Preferences, Record, Single
 from align.pairs.tables import DatasetTable, ParquetTable, load_hub_table, load_saved_table, load_tar_table
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.io.records import inside, parse_json
+from backbone.io.run_folder import is_prepared
 from backbone.media.pictures import DatasetRow, ImageRecord, list_images
 
 PROMPT_COLUMNS = ("prompt", "caption", "text")
@@ -74,7 +75,7 @@ def _keep_user(preferences: Preferences, user: str) -> None:
 
 
 def _read_folder(folder: Path, limit: int | None) -> Preferences:
-    if (folder / PREPARED).is_file():
+    if is_prepared(folder):
         raise UserError(
             f"{folder} is prepared for training and holds no images. Name what it was prepared from, or align train it."
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from PIL.Image import Image
@@ -17,7 +16,6 @@ from backbone.media.pictures import ImageRecord
 SAMPLES = "samples.json"
 RANKING = "ranking.jsonl"
 SCORES = "scores.json"
-PREPARED = "prepared.json"  # of a folder of `align prepare`
 PROBLEMS_SHOWN = 20
 
 
@@ -163,11 +161,6 @@ def check_preferences(preferences: Preferences, *, skip_bad: bool = False) -> Pr
     if general or (problems and not skip_bad):
         raise UserError(_format_problems(preferences, problems, general))
     return kept
-
-
-def is_prepared(source: str | Path) -> bool:
-    """Whether a source is a folder of `align prepare`."""
-    return (Path(source).expanduser() / PREPARED).is_file()
 
 
 def refuse_another_model(preferences: Preferences, model: str, fingerprint: str) -> None:

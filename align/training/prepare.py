@@ -8,10 +8,8 @@ that cannot be used are kept with the reason, so that they are listed without an
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +18,7 @@ import torch
 from torch import Tensor
 
 from align.objectives.dataset import crop_place
-from align.pairs.prepared import FILE, IMAGES, MIRRORED, PROMPTS, RECORDS, Prepared, PreparedFacts, read_facts
+from align.pairs.prepared import IMAGES, MIRRORED, Prepared
 from align.pairs.records import (
     PROBLEMS_SHOWN,
     Pair,
@@ -35,8 +33,8 @@ from align.pairs.records import (
 from backbone.data.ahead import work_ahead
 from backbone.data.table import KEY, Table, keys_of
 from backbone.distributed import processes
-from backbone.io.console import UserError, notify, progress
-from backbone.io.files import content_hash, refuse_filled, write_json
+from backbone.io.console import UserError, progress
+from backbone.io.files import content_hash
 from backbone.media.transforms import CROPS, crop_and_resize
 from backbone.models.encode import (
     Encoding,
@@ -50,9 +48,20 @@ from backbone.models.encode import (
     images_at_once,
 )
 from backbone.models.model import Backbone
+from backbone.training import prepared as folders
+from backbone.training.prepared import (
+    PROMPTS,
+    RECORDS,
+    PreparedFacts,
+    chunks_left,
+    finish,
+    hold_prepared,
+    list_bad,
+    usable_rows,
+    write_shards,
+)
 
 NOTHING = "00" * 32  # the key in the place of a second image that a single one has not
-LEAST = 16  # records of a chunk
 
 
 @dataclass(frozen=True)
@@ -137,48 +146,23 @@ def prepare_pairs(
         encoder=encoder_facts(model), rows=dict(rows or {}), flip=flip, random_crop=random_crop, seed=seed,
     )  # fmt: skip
     plan = Plan(records, (model.resolution, model.resolution), random_crop, seed)
-    with processes.hold_folder(out), _kept_on_full_disk(out):
-        if processes.is_main_process():
-            _begin(out, facts)
-        processes.barrier()
+    with hold_prepared(out, facts):
         _encode_records(model, plan, out, flip=flip, workers=workers)
-        bad = _list_bad(out, found)
+        table = Table(out / RECORDS)
+        bad = [*found.problems, *list_bad(table)]
         if bad and not skip_bad:
             shown = format_problems(found.source, facts.records, bad[:PROBLEMS_SHOWN], found=len(bad))
             raise UserError(
                 f"{shown}\nWhat can be used is prepared in {out}; --skip-bad finishes it at once."
             )
-        _refuse_useless(out, found)
-        encode_texts(model, ["", *_prompts(out)], folder=out / PROMPTS)
+        _refuse_useless(table, found)
+        prompts = table.strings("prompt").take(usable_rows(table)).unique().to_pylist()
+        encode_texts(model, ["", *prompts], folder=out / PROMPTS)
         model.free("autoencoder", "text_encoder")
         if processes.is_main_process():
-            _finish(out, replace(facts, bad=len(bad), finished=True))
+            finish(out, replace(facts, bad=len(bad), finished=True))
         processes.barrier()
     return Prepared(out)
-
-
-def _begin(out: Path, facts: PreparedFacts) -> None:
-    """Writes what is begun, or refuses a folder that was begun otherwise."""
-    if not (out / FILE).is_file():
-        refuse_filled(out)
-        write_json(out / FILE, asdict(facts))
-        return
-    before = read_facts(out)
-    for name, value in asdict(facts).items():
-        if name in ("bad", "finished") or asdict(before)[name] == value:
-            continue
-        was = asdict(before)[name]
-        if name == "records":
-            raise UserError(
-                f"{facts.source} had {was} records when {out} was begun, and has {value}. {ANOTHER}"
-            )
-        raise UserError(
-            f"{out} was begun with another {WORDS.get(name, name)} ({was}, now {value}). {ANOTHER}"
-        )
-
-
-ANOTHER = "Give what it was begun with, or another --out."
-WORDS = {"encoder": "encoder or precision", "rows": "choice of rows", "random_crop": "--random-crop"}
 
 
 def _encode_records(model: Backbone, plan: Plan, out: Path, *, flip: bool, workers: int) -> None:
@@ -189,31 +173,17 @@ def _encode_records(model: Backbone, plan: Plan, out: Path, *, flip: bool, worke
         for mirrored, name in flips.items()
     }
     table = Table(out / RECORDS, repair=True)
-    length = max(LEAST, images_at_once(model, plan.size) // 2)
-    done = _finished_numbers(table, images)
-    left = np.setdiff1d(np.arange(len(plan.records)), done)
-    chunks = [left[left // length == chunk].tolist() for chunk in np.unique(left // length)]
-    if len(done) and len(left) and processes.is_main_process():
-        notify(f"{len(done)} of {len(plan.records)} records are prepared in {out}; {len(left)} are left.")
-    processes.barrier()  # now all know the same to be left
-    own = processes.split_items(chunks, batch=1)
-    writers = {mirrored: ShardWriter(one) for mirrored, one in images.items()}
-    written = ShardWriter(table)
+    length = max(folders.LEAST, images_at_once(model, plan.size) // 2)
+    own = chunks_left(_finished_numbers(table, images), len(plan.records), length, out)
+    writers, written = {mirrored: ShardWriter(one) for mirrored, one in images.items()}, ShardWriter(table)
     with progress(sum(map(len, own)), "preparing") as bar:
         for chunk in work_ahead(plan.read, own, workers=workers):
             _add_images(model, chunk, images, writers)
             written.add(_columns(chunk.rows, plan))
-            if written.due or any(one.due for one in writers.values()):
-                _write(writers, written)
+            write_shards([*writers.values()], written, due=True)
             bar.advance(len(chunk.rows), images=sum(len(row.hashes) for row in chunk.rows))
-    _write(writers, written)
+    write_shards([*writers.values()], written)
     processes.barrier()
-
-
-def _write(writers: dict[bool, ShardWriter], written: ShardWriter) -> None:
-    """Images first: a record that is there has its images."""
-    for writer in (*writers.values(), written):
-        writer.close()
 
 
 def _finished_numbers(table: Table, images: dict[bool, Table]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -284,62 +254,12 @@ def _columns(rows: Sequence[Row], plan: Plan) -> dict[str, Tensor | list[str]]:
     return columns
 
 
-def _list_bad(out: Path, found: Preferences) -> list[str]:
-    """What is wrong with records that cannot be used, a line each, in the order of the source."""
-    table = Table(out / RECORDS)
-    if not len(table):
-        return found.problems
-    bad = np.flatnonzero(table.numbers("bad"))
-    numbers = table.numbers("number")[bad]
-    names, problems = (table.strings(name).take(bad).to_pylist() for name in ("name", "problem"))
-    lines = {
-        int(number): f"{name} {problem}"
-        for number, name, problem in zip(numbers, names, problems, strict=True)
-    }
-    return [*found.problems, *(lines[number] for number in sorted(lines))]
-
-
-def _refuse_useless(out: Path, found: Preferences) -> None:
+def _refuse_useless(table: Table, found: Preferences) -> None:
     """`UserError` where nothing is left to learn from."""
-    table = Table(out / RECORDS)
-    usable = ~table.numbers("bad").astype(bool) if len(table) else np.zeros(0, bool)
-    label, pair = (table.numbers(name)[usable] if len(table) else usable for name in ("label", "pair"))
-    pair = pair.astype(bool)
+    rows = usable_rows(table) if len(table) else np.zeros(0, np.int64)
+    label = table.numbers("label")[rows] if len(rows) else np.zeros(0)
+    pair = table.numbers("pair")[rows].astype(bool) if len(rows) else np.zeros(0, bool)
     counts = (int(pair.sum()), int((label[pair] == 0.5).sum()), int((~pair).sum()))
     good = int((label[~pair] > 0).sum())
     for problem in general_problems(found.source, *counts, good, waiting=found.skipped):
         raise UserError(problem)
-
-
-def _prompts(out: Path) -> list[str]:
-    """The different prompts of the records that can be used, in the order of the source."""
-    table = Table(out / RECORDS)
-    if not len(table):
-        return []
-    order = np.argsort(table.numbers("number"), kind="stable")
-    usable = order[~table.numbers("bad").astype(bool)[order]]
-    prompts: list[str] = table.strings("prompt").take(usable).unique().to_pylist()
-    return [prompt for prompt in prompts if prompt]
-
-
-def _finish(out: Path, facts: PreparedFacts) -> None:
-    """Writes what `datasets` reads, which shards there are, and that all is there."""
-    names = [name for name in (IMAGES, MIRRORED, PROMPTS, RECORDS) if (out / name).is_dir()]
-    for name in names:
-        Table(out / name).describe()
-    write_json(out / "dataset_dict.json", {"splits": names})
-    write_json(out / FILE, asdict(facts))
-
-
-@contextmanager
-def _kept_on_full_disk(out: Path) -> Iterator[None]:
-    """Says of a full disk that nothing is lost."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"The disk of {out} is full. What is prepared so far is kept; free some space and give the same command "
-            "again."
-        ) from error

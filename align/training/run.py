@@ -135,7 +135,7 @@ def run_name(source: str) -> str:
 def _refuse_strangers(found: Preferences | Prepared, settings: Settings, model: Backbone) -> None:
     if isinstance(found, Prepared):
         crops = settings.random_crop
-        found.refuse_other_encoder(model, flip=settings.flip, crops=crops, seed=settings.seed)
+        found.refuse_other_use(model, flip=settings.flip, crops=crops, seed=settings.seed)
     elif not settings.any_model:
         refuse_another_model(found, settings.model, model.fingerprint)
     for folder in settings.concepts:

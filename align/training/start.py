@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from align.settings import PreparePairs, resolved
 from backbone.io.console import UserError, notify, progress
 from backbone.io.options import refuse_idle, require_packages
-from backbone.io.run_folder import absolute
+from backbone.io.run_folder import absolute, is_prepared
 
 if TYPE_CHECKING:
     from align.pairs.prepared import Prepared
@@ -53,12 +53,7 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
                 "Say what to learn from: align train PAIRS (see align train --help), or --online SCORER."
             )
         from align.pairs.read import read_preferences
-        from align.pairs.records import (
-            check_preferences,
-            describe_contradictions,
-            describe_records,
-            is_prepared,
-        )
+        from align.pairs.records import check_preferences, describe_contradictions, describe_records
 
         if is_prepared(source):
             return _start_prepared(asked, out=out, vram=vram)

@@ -53,6 +53,7 @@ class ImageRecord:
     mask: Path | None = None  # white = train
     row: DatasetRow | None = None  # holds the bytes instead of `path`
     caption_file: Path | None = field(default=None, compare=False)  # where the caption stands
+    known_hash: str = field(default="", compare=False)  # of a record that was looked at before
 
     @property
     def caption_source(self) -> str:
@@ -66,7 +67,7 @@ class ImageRecord:
     @cached_property
     def content_hash(self) -> str:
         """The hash of these bytes, by which caches and records know an image; read once."""
-        return content_hash(self.read())
+        return self.known_hash or content_hash(self.read())
 
     def open(self, *, at_least: int | None = None) -> Image.Image:
         """Decode as `open_rgb` does."""
@@ -178,8 +179,7 @@ def list_images(
 def check_images(pictures: Sequence[ImageRecord]) -> None:
     """Decode every image and mask once; one `UserError` lists all that cannot be used, a line each with the reason."""
     bad: list[tuple[str, str]] = []
-    count = len(pictures)
-    with progress(count, "reading", brief=True) as bar:
+    with progress(len(pictures), "reading", brief=True) as bar:
         for picture in pictures:
             try:
                 size = picture.open(at_least=64).size
@@ -189,6 +189,11 @@ def check_images(pictures: Sequence[ImageRecord]) -> None:
             except BadImageError as error:
                 bad.append((error.name, error.reason))
             bar.advance_images(1)
+    refuse_bad_images(bad, len(pictures))
+
+
+def refuse_bad_images(bad: Sequence[tuple[str, str]], count: int) -> None:
+    """`UserError` that lists those of `count` images that cannot be used, as (name, reason)."""
     if bad:
         lines = "\n".join(f"  {name} {reason}" for name, reason in bad)
         heading = f"{len(bad)} of {count} images cannot be used" if count > 1 else "The image cannot be used"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from backbone.conditions.conditions import Conditions
 from backbone.distributed import processes
 from backbone.io.console import UserError, progress
 from backbone.io.files import content_hash
+from backbone.io.run_folder import is_prepared
 from backbone.media.crops import ReadCrop, read_crop
 from backbone.media.pictures import ImageRecord, list_images
 from backbone.media.transforms import bucket_sizes, crop_and_resize, mask_to_tensor, nearest_bucket
@@ -23,6 +26,7 @@ from backbone.models.model import Backbone, Posterior
 from backbone.models.sample import Request, sample_latents
 from backbone.training.base_predictions import BasePredictions, base_predictions
 from customize.data.masks import predict_mask
+from customize.data.prepared import PreparedImages
 from customize.methods.registry import changes_denoiser
 from customize.settings import OWN_WORDS, Settings
 
@@ -32,11 +36,15 @@ CLASS_IMAGES = 48  # where neither a number nor a folder is given
 
 @dataclass(frozen=True)
 class Group:
-    """The images of one subject with their prompts and its class prompt, placeholder tokens resolved."""
+    """The images of one subject with their prompts and its class prompt, placeholder tokens resolved.
+
+    `source` is where the images came from: a folder of `customize prepare` holds them encoded.
+    """
 
     pictures: Sequence[ImageRecord]
     prompts: Sequence[str]
     class_prompt: str
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -108,9 +116,9 @@ def prepare(
     owners: list[int] = []
     # images, and their mirror images, to posteriors; what belongs to one stands at the same place in every list
     for number, group in enumerate(groups):
-        sizes = sizes_of(group.pictures, model.resolution) if settings.aspect_buckets else None
         flips = (False, True) if settings.flip else (False,)
-        for flip, (own, where) in encode_group(model, group.pictures, flips, sizes, read).items():
+        sizes, encoded = encode_group(model, group, flips, settings.aspect_buckets, read)
+        for flip, (own, where) in encoded.items():
             places += [(len(parts) + part, row) for part, row in where]
             parts += own
             masks += masks_of(group.pictures, sizes, flip=flip)
@@ -153,27 +161,44 @@ def prepare(
     )
 
 
+OfSizes: TypeAlias = tuple[list[Encoded], list[tuple[int, int]]]
+"""Images as parts of one size each, and the (part, row) of each image."""
+
+
 def encode_group(
-    model: Backbone,
-    pictures: Sequence[ImageRecord],
-    flips: Sequence[bool],
-    sizes: Sequence[tuple[int, int]] | None,
-    read: ReadCrop,
-) -> dict[bool, tuple[list[Encoded], list[tuple[int, int]]]]:
-    """The images encoded as they are and mirrored, as `flips` asks: parts of one size, and each one's (part, row)."""
+    model: Backbone, group: Group, flips: Sequence[bool], aspect_buckets: bool, read: ReadCrop
+) -> tuple[list[tuple[int, int]] | None, dict[bool, OfSizes]]:
+    """A subject's images encoded as they are and mirrored, as `flips` asks; their sizes where they keep their shape."""
+    if is_prepared(group.source):
+        return open_group(model, PreparedImages(Path(group.source)), flips, aspect_buckets)
     side = model.resolution
+    sizes = sizes_of(group.pictures, side) if aspect_buckets else None
     by_size: dict[tuple[int, int], list[int]] = {}
-    for row, size in enumerate(sizes or [(side, side)] * len(pictures)):
+    for row, size in enumerate(sizes or [(side, side)] * len(group.pictures)):
         by_size.setdefault(size, []).append(row)
-    places = [(0, 0)] * len(pictures)
+    places = [(0, 0)] * len(group.pictures)
     parts: dict[bool, list[Encoded]] = {flip: [] for flip in flips}
     for number, (size, rows) in enumerate(by_size.items()):
-        views = [View(pictures[row], size) for row in rows]
+        views = [View(group.pictures[row], size) for row in rows]
         for flip, encoded in encode_views(model, views, flips, std=True, read=read).items():
             parts[flip].append(encoded)
         for place, row in enumerate(rows):
             places[row] = number, place
-    return {flip: (own, places) for flip, own in parts.items()}
+    return sizes, {flip: (own, places) for flip, own in parts.items()}
+
+
+def open_group(
+    model: Backbone, prepared: PreparedImages, flips: Sequence[bool], aspect_buckets: bool
+) -> tuple[list[tuple[int, int]] | None, dict[bool, OfSizes]]:
+    """The same of a prepared folder; `UserError` where it was prepared for something else."""
+    prepared.refuse_other_encoder(model, flip=True in flips)
+    if prepared.facts.aspect_buckets != aspect_buckets:
+        without = "without" if aspect_buckets else "with"
+        raise UserError(
+            f"{prepared.folder} was prepared {without} --aspect-buckets. Say the same here, or prepare again."
+        )
+    sizes = prepared.sizes if aspect_buckets else None
+    return sizes, {flip: prepared.encoded(flip) for flip in flips}
 
 
 def frequencies(owners: Sequence[int]) -> Tensor:

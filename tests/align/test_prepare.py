@@ -19,11 +19,10 @@ from torch import Tensor
 
 from align.objectives.dataset import PreferenceData, prepare, read_again, records_of
 from align.objectives.preference import PreferenceTraining
-from align.pairs.prepared import IMAGES, RECORDS, Prepared
+from align.pairs.prepared import IMAGES, Prepared
 from align.pairs.read import read_preferences
 from align.pairs.records import check_preferences
 from align.settings import Settings
-from align.training import prepare as preparing
 from align.training.prepare import prepare_pairs
 from backbone.conditions.conditions import Conditions
 from backbone.data import table as tables
@@ -33,6 +32,8 @@ from backbone.io.files import read_json, write_bytes
 from backbone.io.run_folder import hold_folder
 from backbone.models import encode
 from backbone.models.model import Backbone
+from backbone.training import prepared as folders
+from backbone.training.prepared import RECORDS
 from backbone.training.run import take_steps
 from tests.align.conftest import TRAIN, align, encoded, picture, refused, write_lines
 from tests.align.objectives.test_preference import opened, settings, weights
@@ -49,7 +50,7 @@ def own_bank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of two records, each written at once."""
-    monkeypatch.setattr(preparing, "LEAST", 2)
+    monkeypatch.setattr(folders, "LEAST", 2)
     monkeypatch.setattr(encode, "BATCH_PIXELS", 1)
     monkeypatch.setattr(encode, "SHARD_SECONDS", 0.0)
 
@@ -267,15 +268,15 @@ def test_a_folder_for_another_model_size_or_precision_is_refused_by_name(
     ):
         model = Backbone.open(**{"model": str(tiny_folder), "device": "cpu", "precision": "fp32", **asked})
         with pytest.raises(UserError, match="was prepared for") as caught:
-            found.refuse_other_encoder(model, flip=False, crops=0, seed=0)
+            found.refuse_other_use(model, flip=False, crops=0, seed=0)
         assert said in str(caught.value)
     model = opened(tiny_folder)
     with pytest.raises(UserError, match=r"holds no mirrored images\. Prepare with --flip"):
-        found.refuse_other_encoder(model, flip=True, crops=0, seed=0)
+        found.refuse_other_use(model, flip=True, crops=0, seed=0)
     for crops, seed in ((3, 0), (2, 1)):
         with pytest.raises(UserError, match=f"Prepare with --random-crop {crops} --seed {seed}"):
-            found.refuse_other_encoder(model, flip=False, crops=crops, seed=seed)
-    found.refuse_other_encoder(model, flip=False, crops=2, seed=0)
+            found.refuse_other_use(model, flip=False, crops=crops, seed=seed)
+    found.refuse_other_use(model, flip=False, crops=2, seed=0)
     with pytest.raises(UserError, match=r"begun with another --random-crop \(2, now 0\)"):
         prepared(tiny_folder, pairs_file, tmp_path / "out")
 
