@@ -118,7 +118,7 @@ def test_a_vanished_shard_another_model_and_masks_are_refused(
     tiny_folder: Path, shapes: Path, tmp_path: Path
 ) -> None:
     found = prepared(tiny_folder, shapes, tmp_path / "out")
-    with pytest.raises(UserError, match="was prepared for .* this would be moji"):
+    with pytest.raises(UserError, match=r"was prepared for .* this would be moji"):
         found.refuse_other_encoder(Backbone.open("moji", device="cpu", precision="fp32"), flip=False)
     next(tmp_path.glob("out/images-*/*.arrow")).unlink()
     with pytest.raises(UserError, match=r"arrow is gone\. Run `customize prepare`"):
