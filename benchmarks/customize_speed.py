@@ -388,9 +388,10 @@ def measure_parity(training: DreamBooth, *, size: float = 1e-3) -> Parity:
     )  # before there is a second graph in memory
     count = training.settings.batch
     pair = (known.posteriors[0].mean, cast(Tensor, known.class_latents))
-    clean = torch.cat([latent.expand(count, -1, -1, -1) for latent in pair])
-    noise, index = torch.cat([own.target, prior.target]), torch.cat([own.level, prior.level])
-    prompts = cast(Conditions, known.conditions)
+    clean = torch.cat([latent.expand(count, -1, -1, -1) for latent in pair]).to(model.device)
+    noise = torch.cat([own.target, prior.target]).to(model.device)
+    index = torch.cat([own.level, prior.level])
+    prompts = cast(Conditions, known.conditions).to(model.device)
     said = Conditions.cat([prompts[:1].repeat(count), prompts[-1:].repeat(count)])
     script = Script(Parts(model, torch.nn.Identity(), lambda prompts: Conditions({})), training)
     there = script.loss(clean, noise, timesteps_of(model)[index].long().to(model.device), said, prior=True)

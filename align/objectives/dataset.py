@@ -352,12 +352,8 @@ class Draws:
 
     def pin_memory(self) -> Draws:
         """In memory from which a GPU copies by itself."""
-        text = {name: value.pin_memory() for name, value in self.conditions.text.items()}
-        guidance = self.conditions.guidance
-        conditions = Conditions(text, None if guidance is None else guidance.pin_memory())
-        return Draws(
-            self.clean.pin_memory(), self.noise.pin_memory(), self.index, conditions, self.preference
-        )
+        clean, noise = self.clean.pin_memory(), self.noise.pin_memory()
+        return Draws(clean, noise, self.index, self.conditions.pin_memory(), self.preference)
 
     def tensors(self) -> list[Tensor]:
         """Those that lie on the device."""

@@ -45,8 +45,12 @@ class Conditions:
         return self._each(lambda value: value.repeat(count, *[1] * (value.ndim - 1)))
 
     def to(self, device: torch.device) -> Conditions:
-        """The same on another device."""
-        return self._each(lambda value: value.to(device))
+        """The same on another device; what lies in pinned memory is not waited for."""
+        return self._each(lambda value: value.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Conditions:
+        """The same in memory from which a GPU copies by itself."""
+        return self._each(lambda value: value.pin_memory())
 
     def drop(self, dropped: Tensor, empty: Conditions) -> Conditions:
         """The prompts where `dropped` [B] is true replaced by those of `empty` (1 row or B); the rest as it is.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -61,7 +62,8 @@ class Batch(NamedTuple):
         return Batch(*(column[rows] for column in self))
 
 
-class Drawn(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Drawn:
     """A batch as it is read: its samples, and their prompts' conditions; None where the text encoder is trained."""
 
     batch: Batch
@@ -70,17 +72,15 @@ class Drawn(NamedTuple):
     def to(self, device: torch.device) -> Drawn:
         """On a device; levels and rows stay where they are looked up."""
         noisy, level, target, weight, rows = self.batch
-        moved = (value.to(device, non_blocking=True) for value in (noisy, target, weight))
-        noisy, target, weight = moved
-        conditions = None if self.conditions is None else self.conditions.to(device)
-        return Drawn(Batch(noisy, level, target, weight, rows), conditions)
+        noisy, target, weight = (value.to(device, non_blocking=True) for value in (noisy, target, weight))
+        known = self.conditions
+        return Drawn(Batch(noisy, level, target, weight, rows), None if known is None else known.to(device))
 
     def pin_memory(self) -> Drawn:
         """In memory from which a GPU copies by itself."""
         known = self.conditions
-        text = None if known is None else {name: value.pin_memory() for name, value in known.text.items()}
-        batch = Batch(*(value.pin_memory() for value in self.batch))
-        return Drawn(batch, None if text is None else Conditions(text))
+        batch = Batch(*(value.contiguous().pin_memory() for value in self.batch))
+        return Drawn(batch, None if known is None else known.pin_memory())
 
     def tensors(self) -> list[Tensor]:
         """Those that lie on the device."""
