@@ -46,7 +46,7 @@ class Conditions:
 
     def to(self, device: torch.device) -> Conditions:
         """The same on another device; what lies in pinned memory is not waited for."""
-        return self._each(lambda value: value.to(device, non_blocking=True))
+        return self._each(lambda value: value.to(device, non_blocking=device.type != "cpu"))
 
     def pin_memory(self) -> Conditions:
         """The same in memory from which a GPU copies by itself."""

@@ -51,6 +51,7 @@ def work_ahead(
     loader: DataLoader[Any] = DataLoader(
         _Work(work, items),
         batch_size=None,
+        generator=torch.Generator(),  # or it would take a number from everybody's
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,
         pin_memory=pin,

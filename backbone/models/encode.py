@@ -153,9 +153,8 @@ def images_at_once(model: Backbone, size: tuple[int, int]) -> int:
     if model.device.type != "cuda":
         return max(1, min(32, BATCH_PIXELS // pixels))
     channels = int(model.autoencoder_config["block_out_channels"][0])
-    width = next(model.autoencoder.parameters()).element_size()
     there = min(BATCH_BYTES, torch.cuda.get_device_properties(model.device).total_memory // 4)
-    return max(1, min(64, there // (pixels * channels * width * ACTIVATIONS)))
+    return max(1, min(64, there // (pixels * channels * 4 * ACTIVATIONS)))
 
 
 def encode_views(
