@@ -209,7 +209,7 @@ class PreparedRecords:
     def _find(self, images: Table, keys: Numbers) -> Numbers:
         """Rows of a table for keys [M, 2, 32], of the side that counts; `UserError` where one is missing."""
         keys = keys if self.sides is None else keys[np.arange(len(self)), self.sides][:, None]
-        rows = images.find(keys.reshape(-1, keys.shape[-1])).reshape(len(self), -1)
+        rows = images.find(keys.reshape(-1, keys.shape[-1])).reshape(keys.shape[:2])
         self.folder.refuse_missing(rows, images)
         return rows
 

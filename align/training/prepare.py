@@ -178,7 +178,7 @@ def _encode_records(model: Backbone, plan: Plan, out: Path, *, flip: bool, worke
     writers, written = {mirrored: ShardWriter(one) for mirrored, one in images.items()}, ShardWriter(table)
     with progress(sum(map(len, own)), "preparing") as bar:
         for chunk in work_ahead(plan.read, own, workers=workers):
-            _add_images(model, chunk, images, writers)
+            _add_images(model, chunk, writers)
             written.add(_columns(chunk.rows, plan))
             write_shards([*writers.values()], written, due=True)
             bar.advance(len(chunk.rows), images=sum(len(row.hashes) for row in chunk.rows))
@@ -202,19 +202,16 @@ def _finished_numbers(table: Table, images: dict[bool, Table]) -> np.ndarray[tup
     return np.unique(table.numbers("number")[whole])
 
 
-def _add_images(
-    model: Backbone, chunk: Chunk, images: dict[bool, Table], writers: dict[bool, ShardWriter]
-) -> None:
+def _add_images(model: Backbone, chunk: Chunk, writers: dict[bool, ShardWriter]) -> None:
     """Encodes a chunk's images that no shard holds yet, in batches of the chunk's own."""
     if not chunk.keys:
         return
     keys = keys_of(chunk.keys)
-    known = np.all([table.find(keys) >= 0 for table in images.values()], axis=0)
     at_once = images_at_once(model, tuple(chunk.pixels.shape[:1:-1]))
     for first in range(0, len(keys), at_once):
-        rows = [row for row in range(first, min(first + at_once, len(keys))) if not known[row]]
-        if rows:
-            add_encoded(model, keys[rows], chunk.pixels[rows], writers, std=False)
+        add_encoded(
+            model, keys[first : first + at_once], chunk.pixels[first : first + at_once], writers, std=False
+        )
 
 
 def _columns(rows: Sequence[Row], plan: Plan) -> dict[str, Tensor | list[str]]:

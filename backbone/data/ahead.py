@@ -51,6 +51,7 @@ def work_ahead(
     loader: DataLoader[Any] = DataLoader(
         _Work(work, items),
         batch_size=None,
+        collate_fn=_as_it_is,
         generator=torch.Generator(),  # or it would take a number from everybody's
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,
@@ -83,7 +84,7 @@ class Steps(Generic[Moved]):
         self, make: Callable[[int], list[Moved]], last: int, device: torch.device, *, workers: int = 0
     ) -> None:
         self.make, self.last, self.device, self.workers = make, last, device, workers
-        self._next = -1
+        self._next = self._end = -1
         self._batches: Iterator[list[Moved]] = iter(())
         self._coming: list[Moved] | None = None
         on_gpu = device.type == "cuda"
@@ -91,11 +92,12 @@ class Steps(Generic[Moved]):
 
     def at(self, step: int) -> list[Moved]:
         """The batches of a step."""
-        if step != self._next:
+        if step != self._next or step > self._end:
             self.close()
+            self._end = max(self.last, step)
             self._batches = work_ahead(
                 self.make,
-                range(step, max(self.last, step) + 1),
+                range(step, self._end + 1),
                 workers=self.workers,
                 pin=self.device.type == "cuda",
             )
@@ -143,6 +145,11 @@ class _Work(Dataset[Any]):
             return self.work(self.items[number])
         except UserError as error:
             return _Failure(str(error))
+
+
+def _as_it_is(found: Any) -> Any:
+    """What was made, where torch would make other types of it."""
+    return found
 
 
 def _leave_signals_to_the_first(worker: int) -> None:

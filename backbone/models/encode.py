@@ -213,12 +213,16 @@ def encode_views(
 def add_encoded(
     model: Backbone, keys: Numbers, images: Tensor, writers: dict[bool, ShardWriter], *, std: bool
 ) -> None:
-    """Encodes images [B, 3, H, W] in bytes, as they are and mirrored, and gives the rows to the writers."""
+    """Encodes images [B, 3, H, W] in bytes, as they are and mirrored, and gives the rows to writers that lack them."""
     pixels = images.float().div(127.5).sub(1.0)
     kept = stored_dtype(model)
     for flip, writer in writers.items():
-        found = model.encode(pixels.flip(-1) if flip else pixels)
-        columns = {KEY: torch.from_numpy(keys.copy()), "mean": found.mean.to(kept).cpu()}
+        new = writer.table.find(keys) < 0
+        if not new.any():
+            continue
+        some = pixels[torch.from_numpy(new)]
+        found = model.encode(some.flip(-1) if flip else some)
+        columns = {KEY: torch.from_numpy(keys[new]), "mean": found.mean.to(kept).cpu()}
         writer.add(columns | ({"std": found.std.to(kept).cpu()} if std else {}))
 
 

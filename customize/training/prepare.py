@@ -160,14 +160,11 @@ def _encode(model: Backbone, plan: Plan, out: Path, *, flip: bool, workers: int)
 
 def _add_images(model: Backbone, seen: Sequence[Seen], writers: dict[bool, ShardWriter]) -> None:
     """Encodes images of one size that no shard holds yet, in batches of the chunk's own."""
-    keys = keys_of([one.key for one in seen])
-    known = np.all([writer.table.find(keys) >= 0 for writer in writers.values()], axis=0)
     at_once = images_at_once(model, seen[0].size)
     for first in range(0, len(seen), at_once):
-        rows = [row for row in range(first, min(first + at_once, len(seen))) if not known[row]]
-        if rows:
-            pixels = torch.stack([pixels for row in rows if (pixels := seen[row].pixels) is not None])
-            add_encoded(model, keys[rows], pixels, writers, std=True)
+        some = seen[first : first + at_once]
+        pixels = torch.stack([one.pixels for one in some if one.pixels is not None])
+        add_encoded(model, keys_of([one.key for one in some]), pixels, writers, std=True)
 
 
 def _columns(seen: Sequence[Seen], plan: Plan) -> dict[str, Tensor | list[str]]:

@@ -334,6 +334,7 @@ def test_a_full_cache_disk_costs_a_run_nothing_but_the_memory(
     tiny_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = settings(steps=2, batch=2, evaluation_draws=1)
+    monkeypatch.setenv("LIMNER_CACHE", str(tmp_path / "cache"))
     whole = learned(*data_of(tiny_folder, pairs_file, asked), asked)
 
     def full(path: Path, content: bytes) -> None:
