@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,7 +53,7 @@ def main(
     """Measure everything and print the tables."""
     facts_file = out / "large.json"
     facts: dict[str, Any] = read_json(facts_file) if facts_file.is_file() else {}
-    parts = {
+    parts: dict[str, Callable[[], Any]] = {
         "few": lambda: start_apart(generate(out / f"pairs-{few}", few, model), model),
         "many": lambda: start_apart(generate(out / f"pairs-{many}", many, model), model),
         "steps": lambda: time_in_turns(out / f"pairs-{few}", out / f"pairs-{many}", model),
@@ -79,11 +79,12 @@ def generate(folder: Path, count: int, model_name: str) -> Path:
 
     from align.pairs.prepared import IMAGES
     from backbone.data.table import KEY, Table
+    from backbone.io.run_folder import PREPARED, is_prepared
     from backbone.models.encode import encoder_facts, kept_text, prompt_keys, stored_dtype
     from backbone.models.model import Backbone
-    from backbone.training.prepared import FILE, PROMPTS, RECORDS, PreparedFacts
+    from backbone.training.prepared import PROMPTS, RECORDS, PreparedFacts
 
-    if (folder / FILE).is_file():
+    if is_prepared(folder):
         return folder
     model = Backbone.open(model_name, device="cpu")
     random = torch.Generator().manual_seed(0)
@@ -131,7 +132,7 @@ def generate(folder: Path, count: int, model_name: str) -> Path:
         encoder=encoder_facts(model),
         finished=True,
     )
-    write_json(folder / FILE, asdict(facts))
+    write_json(folder / PREPARED, asdict(facts))
     return folder
 
 

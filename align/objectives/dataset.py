@@ -501,8 +501,12 @@ def read_again(settings: Settings, *, skip_bad: bool) -> Preferences | Prepared:
 def records_of(found: Preferences | Prepared, settings: Settings) -> Records | PreparedRecords:
     """What this loss learns from; `UserError` where the source holds none of it."""
     if isinstance(found, Prepared):
-        rows = {"user": settings.user or None, "limit": settings.limit or None}
-        return found.select(by_pairs=settings.by_pairs, ties=settings.ties == "model", **rows)
+        return found.select(
+            by_pairs=settings.by_pairs,
+            ties=settings.ties == "model",
+            user=settings.user or None,
+            limit=settings.limit or None,
+        )
     if settings.by_pairs and not found.pairs:
         raise UserError(
             f"{found.source} judges single pictures, and {settings.loss} compares pairs. Use --loss kto."

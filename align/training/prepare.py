@@ -207,7 +207,8 @@ def _add_images(model: Backbone, chunk: Chunk, writers: dict[bool, ShardWriter])
     if not chunk.keys:
         return
     keys = keys_of(chunk.keys)
-    at_once = images_at_once(model, tuple(chunk.pixels.shape[:1:-1]))
+    height, width = chunk.pixels.shape[-2:]
+    at_once = images_at_once(model, (width, height))
     for first in range(0, len(keys), at_once):
         add_encoded(
             model, keys[first : first + at_once], chunk.pixels[first : first + at_once], writers, std=False

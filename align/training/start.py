@@ -92,9 +92,9 @@ def start_preparing(asked: PreparePairs) -> Prepared:
     """
     from align.pairs.read import read_preferences
 
-    rows = {"user": asked.user or None, "limit": asked.limit or None}
+    user, limit = asked.user or None, asked.limit or None
     split = None if asked.split == "train" else asked.split
-    found = read_preferences(asked.pairs, **rows, split=split)
+    found = read_preferences(asked.pairs, user=user, limit=limit, split=split)
     with progress(None, "starting", brief=True):  # torch and diffusers
         from align.training.prepare import prepare_pairs
         from backbone.distributed import processes
@@ -112,7 +112,7 @@ def start_preparing(asked: PreparePairs) -> Prepared:
         any_model=asked.any_model,
         skip_bad=asked.skip_bad,
         workers=asked.num_proc,
-        rows={**rows, "split": split},
+        rows={"user": user, "limit": limit, "split": split},
     )
     processes.end_process()
     return prepared

@@ -88,7 +88,7 @@ class Steps(Generic[Moved]):
         self._batches: Iterator[list[Moved]] = iter(())
         self._coming: list[Moved] | None = None
         on_gpu = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if on_gpu and workers else None  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device) if on_gpu and workers else None
 
     def at(self, step: int) -> list[Moved]:
         """The batches of a step."""

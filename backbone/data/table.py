@@ -30,7 +30,7 @@ FIELDS = b"limner"  # where a shard's schema says which tensors its lists of num
 MAPPED = 64 << 20  # bytes read from the mapped files after which their pages are given back
 FAULT = 64 << 10  # bytes that the system maps at once around a row that is touched
 Numbers: TypeAlias = np.ndarray[Any, Any]
-Index: TypeAlias = Tensor | Sequence[int] | slice | int
+Index: TypeAlias = Tensor | Numbers | Sequence[int] | slice | int
 
 
 class DamagedShard(UserError):
@@ -229,7 +229,7 @@ class Column:
             index = range(len(self))[index]
         chosen = np.asarray(index, np.int64)
         rows = chosen if self.rows is None else self.rows[chosen]
-        return self.table.gather(self.name, rows.reshape(-1)).unflatten(0, chosen.shape or (1,))
+        return self.table.gather(self.name, rows)
 
 
 # Keys --------------------------------------------------------------------------------------------------------

@@ -158,8 +158,8 @@ def list_images(
                 return _list_table(load(tables), str(source), columns, folder=path)
         raise UserError(_describe_empty_folder(path))
     if path.exists():
-        if load := TABLES.get(path.suffix.lower()):
-            return _list_table(load([path]), str(source), columns, folder=path.parent)
+        if (suffix := path.suffix.lower()) in TABLES:
+            return _list_table(TABLES[suffix]([path]), str(source), columns, folder=path.parent)
         if path.suffix.lower() not in IMAGE_SUFFIXES and path.suffix:
             raise UserError(
                 f"{path} is a {path.suffix} file, neither an image nor a folder of images. "

@@ -9,7 +9,7 @@ the whole list before what is known is left out, so that latents do not depend o
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -222,8 +222,8 @@ def add_encoded(
             continue
         some = pixels[torch.from_numpy(new)]
         found = model.encode(some.flip(-1) if flip else some)
-        columns = {KEY: torch.from_numpy(keys[new]), "mean": found.mean.to(kept).cpu()}
-        writer.add(columns | ({"std": found.std.to(kept).cpu()} if std else {}))
+        deviation = {"std": found.std.to(kept).cpu()} if std else {}
+        writer.add({KEY: torch.from_numpy(keys[new]), "mean": found.mean.to(kept).cpu(), **deviation})
 
 
 def _opened(rows: Sequence[int], views: Sequence[View], read: ReadCrop) -> Tensor:
@@ -241,10 +241,10 @@ class ShardWriter:
 
     def __init__(self, table: Table, *, fallback: bool = False) -> None:
         self.table, self.fallback = table, fallback
-        self.parts: list[dict[str, Tensor | list[str]]] = []
+        self.parts: list[Mapping[str, Tensor | list[str]]] = []
         self.size, self.began = 0, time.monotonic()
 
-    def add(self, columns: dict[str, Tensor | list[str]]) -> None:
+    def add(self, columns: Mapping[str, Tensor | list[str]]) -> None:
         """Adds rows: `key` [B, 32] and what belongs to them."""
         self.parts.append(columns)
         self.size += sum(one.nbytes for one in columns.values() if isinstance(one, Tensor))

@@ -127,7 +127,8 @@ class PreparedFolder:
 def usable_rows(records: Table) -> Numbers:
     """The rows of the records that can be used, in the order of the source, one of each."""
     _, order = np.unique(records.numbers("number"), return_index=True)
-    return order[~records.numbers("bad").astype(bool)[order]]
+    usable: Numbers = order[~records.numbers("bad").astype(bool)[order]]
+    return usable
 
 
 def list_bad(records: Table) -> list[str]:

@@ -261,12 +261,12 @@ def test_a_folder_for_another_model_size_or_precision_is_refused_by_name(
 ) -> None:
     found = prepared(tiny_folder, pairs_file, tmp_path / "out", random_crop=2)
     side = opened(tiny_folder).resolution
-    for asked, said in (
-        ({"model": "moji", "precision": "fp32"}, "this would be moji at"),
-        ({"precision": "bf16"}, f"at {side} px in bfloat16"),
-        ({"resolution": 2 * side}, f"at {2 * side} px"),
+    for name, precision, resolution, said in (
+        ("moji", "fp32", 0, "this would be moji at"),
+        (str(tiny_folder), "bf16", 0, f"at {side} px in bfloat16"),
+        (str(tiny_folder), "fp32", 2 * side, f"at {2 * side} px"),
     ):
-        model = Backbone.open(**{"model": str(tiny_folder), "device": "cpu", "precision": "fp32", **asked})
+        model = Backbone.open(name, device="cpu", precision=precision, resolution=resolution)
         with pytest.raises(UserError, match="was prepared for") as caught:
             found.refuse_other_use(model, flip=False, crops=0, seed=0)
         assert said in str(caught.value)

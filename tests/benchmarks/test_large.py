@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,7 @@ def test_generated_pairs_are_a_prepared_folder_that_a_training_opens(
 
 @pytest.mark.slow
 def test_all_of_it_runs_in_small_and_is_not_measured_twice(tiny_folder: Path, tmp_path: Path) -> None:
-    asked = {"few": 32, "many": 64, "model": str(tiny_folder), "pairs": 64}
+    asked: dict[str, Any] = {"few": 32, "many": 64, "model": str(tiny_folder), "pairs": 64}
     large.main(out=tmp_path, **asked)
     table = (tmp_path / "large.md").read_text()
     assert "| first step done, modules loaded |" in table and "left to the next try" in table

@@ -71,13 +71,9 @@ def test_a_run_from_a_prepared_folder_is_the_run_from_its_images_bit_for_bit(
     here = learned(tiny_folder, shapes, asked)
     there = learned(tiny_folder, found.folder, replace(asked, images=str(found.folder)))
     assert all(torch.equal(value, there[name]) for name, value in here.items())
-    for name, value in (
-        ("flip", not changes.get("flip")),
-        ("aspect_buckets", not changes.get("aspect_buckets")),
-    ):
-        other = replace(asked, **{name: value})
-        if name == "flip" and not value:
-            continue  # what is mirrored too serves without it
+    others = [replace(asked, aspect_buckets=not asked.aspect_buckets)]
+    others += [] if asked.flip else [replace(asked, flip=True)]  # what is mirrored too serves without it
+    for other in others:
         with pytest.raises(UserError, match=r"holds no mirrored images|--aspect-buckets"):
             learned(tiny_folder, found.folder, other)
 
