@@ -1,6 +1,6 @@
 """Data that outgrows memory, measured on this machine: `align train` from 2,000 to 200,000 prepared pairs of `moji`.
 
-    python -m benchmarks.large                     all of it, resumable; writes build/benchmarks/large/large.md
+    python -m benchmarks.large all                 resumable; writes build/benchmarks/large/large.md
 
 1. Two prepared folders are generated: pairs of latents and conditions of `moji`'s shapes, random numbers, 14 pairs a
    prompt as in Pick-a-Pic v2. They have the files, columns and sizes that `align prepare` writes.
@@ -42,7 +42,7 @@ Out = Annotated[Path, typer.Option(help="Where everything lies, outside of git."
 OUT = Path("build/benchmarks/large")
 
 
-@app.command()
+@app.command("all")
 def main(
     out: Out = OUT,
     few: Annotated[int, typer.Option(min=32)] = FEW,

@@ -229,7 +229,8 @@ class Column:
             index = range(len(self))[index]
         chosen = np.asarray(index, np.int64)
         rows = chosen if self.rows is None else self.rows[chosen]
-        return self.table.gather(self.name, rows)
+        found = self.table.gather(self.name, rows.reshape(-1))
+        return found.reshape(*chosen.shape, *found.shape[1:])
 
 
 # Keys --------------------------------------------------------------------------------------------------------

@@ -75,9 +75,13 @@ class Posteriors(Sequence[Posterior]):
 
     def gather(self, rows: Tensor) -> Posterior:
         """Images of one size [B, C, H, W], on the CPU."""
-        chosen = rows.numpy()
-        part = self.parts[self._part[chosen[0]]]
-        mean, std = (part.column(name)[self._row[chosen]].float() for name in ("mean", "std"))
+        part, row = self._part[rows.numpy()], self._row[rows.numpy()]
+        shape = (len(rows), *self.parts[part[0]].column("mean").shape[1:])
+        mean, std = torch.empty(shape), torch.empty(shape)
+        for number in np.unique(part):  # as they are and mirrored, of one subject and the next
+            here = torch.from_numpy(part == number)
+            for name, whole in (("mean", mean), ("std", std)):
+                whole[here] = self.parts[number].column(name)[row[part == number]].float()
         return Posterior(mean, std)
 
     @property
