@@ -42,9 +42,9 @@ PLACE = ("--precision", "fp32", "--device", "cpu")
 
 
 @pytest.fixture(autouse=True)
-def own_bank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bank of each test's own."""
-    monkeypatch.setattr("align.objectives.reference.cache_folder", lambda: tmp_path / "banks")
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of each test's own: what another one has encoded in other batches is rounded otherwise."""
+    monkeypatch.setenv("LIMNER_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -211,7 +211,6 @@ def test_a_preparation_that_was_killed_goes_on_and_encodes_nothing_twice(
 def test_a_silent_preparation_encodes_only_what_is_new(
     tiny_folder: Path, pairs_file: Path, tmp_path: Path, counted: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LIMNER_CACHE", str(tmp_path / "cache"))
     asked = settings(held_out=0.0)
     _, first = data_of(tiny_folder, pairs_file, asked)
     assert sum(counted) == 16 and len(counted) < 16, "in batches"
@@ -334,7 +333,6 @@ def test_a_full_cache_disk_costs_a_run_nothing_but_the_memory(
     tiny_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = settings(steps=2, batch=2, evaluation_draws=1)
-    monkeypatch.setenv("LIMNER_CACHE", str(tmp_path / "cache"))
     whole = learned(*data_of(tiny_folder, pairs_file, asked), asked)
 
     def full(path: Path, content: bytes) -> None:
