@@ -5,7 +5,7 @@
 1. Two prepared folders are generated: pairs of latents and conditions of `moji`'s shapes, random numbers, 14 pairs a
    prompt as in Pick-a-Pic v2. They have the files, columns and sizes that `align prepare` writes.
 2. A training is started on each in a process of its own, as `align train` starts it, but for the pictures that it
-   draws and its held-out pairs, which cost the same at any size: seconds to its first step, memory at its end.
+   draws and its evaluations, which cost the same at any size: seconds to its first step, memory at its end.
 3. The steps of both are timed in turns in one process.
 4. Real images are prepared: images a second beside what the encoder alone does with the same images in memory; and
    once more, killed half-way, with what the second try then had left to do.
@@ -33,9 +33,9 @@ from backbone.io.files import read_json, write_json, write_text
 FEW, MANY = 2_000, 200_000
 PER_PROMPT = 14  # pairs, as in Pick-a-Pic v2
 IMAGES_SHARD = 16_384  # rows of a generated shard
-STEPS, BATCH, DRAWS = 60, 4, 16
-TURNS, IN_TURN = 12, 5  # blocks of steps of each, timed in turns
-PREPARED = 480  # pairs of real images
+STEPS, BATCH, DRAWS = 20, 1, 16
+TURNS, IN_TURN = 8, 3  # blocks of steps of each, timed in turns
+PREPARED = 240  # pairs of real images
 
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
 Out = Annotated[Path, typer.Option(help="Where everything lies, outside of git.")]
@@ -154,6 +154,7 @@ def start(folder: Path, model: Annotated[str, typer.Option()] = "moji", steps: i
     import psutil
 
     training, began = open_training(folder, model)
+    opened = training.opened_seconds
     steps_of = take(training, steps)
     next(steps_of)
     first = time.perf_counter()
@@ -161,6 +162,7 @@ def start(folder: Path, model: Annotated[str, typer.Option()] = "moji", steps: i
     for _ in steps_of:
         pass
     found = {
+        "data": opened,
         "first_step": first - began,
         "since_process_start": time.time() - psutil.Process().create_time() - (time.perf_counter() - first),
         "pairs": len(training.data.train),
@@ -172,19 +174,25 @@ def start(folder: Path, model: Annotated[str, typer.Option()] = "moji", steps: i
 
 
 def open_training(folder: Path, model_name: str) -> tuple[Any, float]:
-    """A training as `align train` begins it, without held-out pairs; and when it was begun, all modules loaded."""
+    """A training as `align train` begins it, without evaluations; and when it was begun, all modules loaded."""
+    from align.objectives import preference
     from align.objectives.dataset import prepare, records_of
-    from align.objectives.preference import PreferenceTraining
     from align.pairs.prepared import Prepared
     from align.settings import resolved
     from backbone.models.model import Backbone
 
+    preference.GAP_RECORDS = 0
     began = time.perf_counter()
     model = Backbone.open(model_name, device="cpu")
     asked = {"pairs": str(folder), "held_out": 0.0, "batch": BATCH, "draws": DRAWS, "evaluation_draws": 1}
     settings = resolved({**asked, "steps": 10**6, "device": "cpu"}, model.defaults)
+    started = time.perf_counter()
     learn, out = records_of(Prepared(folder), settings).split(share=0.0, seed=0)
-    return PreferenceTraining(model, prepare(model, learn, out, settings), settings), began
+    data = prepare(model, learn, out, settings)
+    opened = time.perf_counter() - started
+    training: Any = preference.PreferenceTraining(model, data, settings)
+    training.opened_seconds = opened
+    return training, began
 
 
 def take(training: Any, steps: int) -> Iterator[float]:
@@ -349,10 +357,11 @@ def format_tables(facts: dict[str, Any], few: int, many: int, model: str) -> str
     lines = [
         f"`align train` from generated pairs of `{opened.location.name}`'s shapes "
         f"({' × '.join(map(str, opened.latent_shape))}, {str(opened.dtype).removeprefix('torch.')}), {BATCH} pairs a "
-        f"step, {DRAWS} draws, {STEPS} steps; no held-out pairs, nothing drawn; CPU, {os.cpu_count()} cores.",
+        f"step, {DRAWS} draws, {STEPS} steps; nothing drawn or evaluated; CPU, {os.cpu_count()} cores.",
         "",
         f"| | {few:,} pairs | {many:,} pairs | difference |",
         "|---|---|---|---|",
+        row("the prepared folder opened, records selected", "data", 1, 2, "s"),
         row("first step done, modules loaded", "first_step", 1, 2, "s"),
         row("first step done, from the start of the process", "since_process_start", 1, 2, "s"),
         row("highest resident memory", "peak", 1e6, 0, "MB"),
