@@ -122,6 +122,7 @@ class Table:
             prefixes = np.concatenate([prefix(shard.columns[KEY]) for shard in self.shards])
             order = np.argsort(prefixes, kind="stable")
             self._index = prefixes[order], order
+            self.release()
         prefixes, order = self._index
         asked = prefix(keys)
         place = np.minimum(np.searchsorted(prefixes, asked), len(order) - 1)
@@ -139,7 +140,9 @@ class Table:
 
     def numbers(self, name: str) -> Numbers:
         """A whole column of numbers [N, …], copied into memory."""
-        return np.concatenate([shard.columns[name] for shard in self.shards])
+        found = np.concatenate([shard.columns[name] for shard in self.shards])
+        self.release()
+        return found
 
     def gather(self, name: str, rows: Numbers) -> Tensor:
         """The rows [B] of a column [B, …], copied shard by shard."""
