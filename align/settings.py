@@ -10,12 +10,18 @@ from typing import Annotated, Any, ClassVar
 from backbone.io import options
 from backbone.io.console import UserError
 from backbone.io.files import read_json
-from backbone.io.flags import SAMPLING, SCORING, PlaceOptions
+from backbone.io.flags import DATA, SAMPLING, SCORING, JsonOptions, PlaceOptions
 from backbone.io.options import Option
 from backbone.io.records import RunRecord
 from backbone.io.sampling import CountOption, DrawingOptions, SamplingSettings
 from backbone.training.settings import FILE as FILE
-from backbone.training.settings import WEIGHTINGS, TrainingSettings, read_run_settings, resolve
+from backbone.training.settings import (
+    WEIGHTINGS,
+    PrepareOptions,
+    TrainingSettings,
+    read_run_settings,
+    resolve,
+)
 
 EVALUATIONS = "evaluations.jsonl"
 SUMMARY = "summary.json"
@@ -24,7 +30,7 @@ EVALUATION = "evaluation.json"
 ROUNDS = "rounds"  # of a run with --online: a folder of `align sample` each
 REWARDS = "rewards.jsonl"  # of a run with --online: a line each round
 SOURCE_HELP = (
-    "A folder of align sample, chosen/ and rejected/ (w/ and l/), .jsonl or .parquet, or a dataset's id."
+    "A folder of align sample or prepare, chosen/ and rejected/ (w/, l/), .jsonl, .parquet, .tar or a hub id."
 )
 PAIR_LOSSES = ("dpo", "ipo", "hinge", "kto", "mapo", "dspo", "sft")
 REWARD_LOSSES = ("draft", "ddpo")  # of a scorer's numbers, with --online alone
@@ -347,6 +353,25 @@ class Settings(TrainingSettings):
     def by_pairs(self) -> bool:
         """Whether the loss looks at pairs rather than at single pictures."""
         return self.loss != "kto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparePairs(PrepareOptions, JsonOptions):
+    """What `align prepare` is told."""
+
+    pairs: Annotated[str, Option(SOURCE_HELP, DATA, argument=True, metavar="PAIRS")]
+    user: Annotated[str, Option("Only this person's choices.", DATA, default_text="everybody's")] = ""
+    limit: Annotated[
+        int,
+        Option("Only the first so many rows; a dataset is then streamed.", DATA, default_text="all", min=1),
+    ] = 0
+    split: Annotated[str, Option("Of a dataset on the hub.", DATA)] = "train"
+    any_model: Annotated[bool, Option("Learn from images that another model drew.", DATA)] = False
+    random_crop: Annotated[
+        int,
+        Option("Both images of a pair cut at so many places too.", DATA, default_text="at the centre", min=0),
+    ] = 0
+    seed: Annotated[int, Option("Of those places.", DATA, needs={"random_crop": ()})] = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
-from align.objectives.dataset import Batch, Item, PreferenceData, batch_of, prepare
+from align.objectives.dataset import Batch, Item, Items, PreferenceData, prepare
 from align.objectives.preference import PreferenceTraining
 from align.objectives.reference import CachedReference
 from align.pairs.read import read_preferences
@@ -172,8 +172,8 @@ def whole(
         os.environ["LIMNER_CACHE"] = folder  # nothing is remembered from before
         began = time.perf_counter()
         model = Backbone.open("moji", device=device, precision=precision)
-        training = PreferenceTraining(model, empty_material(model), settings)
-        training.take(replace(prepare(model, chosen, [], settings), held_out=[]))
+        training = PreferenceTraining(model, PreferenceData.nothing(model), settings)
+        training.take(prepare(model, chosen, [], settings))
         for _ in take_steps(training):
             pass
         our_seconds = time.perf_counter() - began
@@ -260,7 +260,7 @@ def run_script(chosen: Sequence[Pair], settings: Settings) -> float:
     began = time.perf_counter()
     parts = open_parts("moji", settings.device, settings.precision)
     model = parts.model
-    training = PreferenceTraining(model, empty_material(model), settings)
+    training = PreferenceTraining(model, PreferenceData.nothing(model), settings)
     script = Script(parts, training, [])
     for step in range(settings.steps):
         places = [n % len(chosen) for n in range(step * settings.batch, (step + 1) * settings.batch)]
@@ -276,7 +276,7 @@ def run_script(chosen: Sequence[Pair], settings: Settings) -> float:
 def build_training(parts: Parts, batch: int) -> PreferenceTraining:
     """Our training with random latents and texts cached, and the cached reference error of every noise sample."""
     model = parts.model
-    training = PreferenceTraining(model, empty_material(model), make_settings(batch))
+    training = PreferenceTraining(model, PreferenceData.nothing(model), make_settings(batch))
     random = generator(0, "material")
     config = cast(Any, model.denoiser).config
     latents = torch.randn(2 * batch, *model.latent_shape, generator=random)
@@ -285,7 +285,7 @@ def build_training(parts: Parts, batch: int) -> PreferenceTraining:
         width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         text["pooled"] = torch.randn(2, width, generator=random)
     items = [Item((2 * n, 2 * n + 1), 1, 1.0, f"pair {n}") for n in range(batch)]
-    training.data = PreferenceData(latents, None, Conditions(text), items, []).to(model.device)
+    training.read_from(PreferenceData(latents, None, Conditions(text), Items.of(items), Items.of([])))
     return training
 
 
@@ -326,8 +326,7 @@ def measure_parity(training: PreferenceTraining, *, size: float = 1e-3) -> Parit
         for number, value in enumerate(training.parameters.values()):
             value.add_(size * torch.randn(value.shape, generator=generator(0, "parity", number)).to(value))
     chosen = training.batch_rows(1)
-    items = [training.data.train[row] for row, _ in chosen]
-    batch = batch_of(training.model, training.data, training.samples, items, [k for _, k in chosen])
+    batch = training.read(chosen)
     training.reference = training.live
     found = []
     for loss in (training.loss(chosen)[0].mean(), script.loss(batch)):
@@ -349,11 +348,6 @@ def make_settings(
         pairs="", batch=batch, steps=steps, draws=draws, rank=8, lora_alpha=8.0, beta=5000.0, prompt_dropout=0.0,
         learning_rate=1e-5, lr_warmup_steps=0, precision=precision, device=device, held_out=0.0, evaluation_draws=1,
     )  # fmt: skip
-
-
-def empty_material(model: Backbone) -> PreferenceData:
-    """No records yet."""
-    return PreferenceData(torch.empty(0, *model.latent_shape), None, Conditions({}), [], [])
 
 
 # Figures ----------------------------------------------------------------------------------------------------

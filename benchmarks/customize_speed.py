@@ -201,7 +201,8 @@ class Script:
         self.class_pictures = make_random_images(side, self.batch)
         self.random = torch.Generator().manual_seed(0)
         self.noise_scheduler: Any = DDPMScheduler.from_config(parts.model.location.config("scheduler"))
-        self.conditions = cast(Conditions, training.data.conditions)  # as if encoded before
+        known = cast(Conditions, training.data.conditions)  # as if encoded before
+        self.conditions = known.to(parts.model.device)
 
     def step(self, *, prior: bool, text_once: bool) -> float:
         """One optimiser step; returns the loss, as the script logs it at every step."""
@@ -311,13 +312,13 @@ def make_material(model: Backbone) -> TrainingData:
     shape = model.latent_shape
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=random).to(model.device)
+        return torch.randn(*size, generator=random)
 
     posteriors = [Posterior(normal(1, *shape), 0.1 * normal(1, *shape).abs()) for _ in range(PICTURES)]
     shapes = model.family.spec(model.location, model.dtype).text_shapes
     text = {name: normal(PICTURES + 1, *size) for name, size in shapes.items()}
     levels = stratified_levels(draws, len(model.path.levels), random)
-    base = BasePredictions(normal(draws, *shape).cpu(), levels, normal(draws, *shape).cpu())
+    base = BasePredictions(normal(draws, *shape), levels, normal(draws, *shape))
     bucket = Bucket(torch.arange(PICTURES), base, torch.zeros(draws, dtype=torch.long))
     names = [f"picture {number}" for number in range(PICTURES)]
     return TrainingData(
@@ -339,7 +340,7 @@ class Bare:
         training.data = before
         self.noisy, self.wanted = batch.noisy.to(model.device), batch.target.to(model.device)
         self.at = timesteps_of(model)[batch.level].to(model.device)
-        self.conditions = cast(Conditions, material.conditions)[batch.rows]
+        self.conditions = cast(Conditions, material.conditions)[batch.rows].to(model.device)
 
     def step(self) -> None:
         """Leaves nothing behind."""
@@ -384,9 +385,10 @@ def measure_parity(training: DreamBooth, *, size: float = 1e-3) -> Parity:
     )  # before there is a second graph in memory
     count = training.settings.batch
     pair = (known.posteriors[0].mean, cast(Tensor, known.class_latents))
-    clean = torch.cat([latent.expand(count, -1, -1, -1) for latent in pair])
-    noise, index = torch.cat([own.target, prior.target]), torch.cat([own.level, prior.level])
-    prompts = cast(Conditions, known.conditions)
+    clean = torch.cat([latent.expand(count, -1, -1, -1) for latent in pair]).to(model.device)
+    noise = torch.cat([own.target, prior.target]).to(model.device)
+    index = torch.cat([own.level, prior.level])
+    prompts = cast(Conditions, known.conditions).to(model.device)
     said = Conditions.cat([prompts[:1].repeat(count), prompts[-1:].repeat(count)])
     script = Script(Parts(model, torch.nn.Identity(), lambda prompts: Conditions({})), training)
     there = script.loss(clean, noise, timesteps_of(model)[index].long().to(model.device), said, prior=True)

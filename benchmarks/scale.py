@@ -236,7 +236,7 @@ def format_report(cluster: Cluster, costs: Costs, sizes: Sizes, *, draws: int, w
         "|---|---|",
         f"| the data set | {RAW / 1e9:.0f} GB |",
         f"| latents, {sizes.latents / 1024:.0f} KiB a pair | {PAIRS * sizes.latents / 1e9:.0f} GB |",
-        f"| prompts' states, fp32 ({width} × 77 numbers each) | {PROMPTS * width * 77 * 4 / 1e9:.0f} GB |",
+        f"| prompts' states, bf16 ({width} × 77 numbers each) | {PROMPTS * width * 77 * 2 / 1e9:.0f} GB |",
         f"| cached base errors, {draws} noise samples | {PAIRS * draws * BANK_BYTES / 1e6:.0f} MB |",
         "",
         f"| noise samples × visits | steps | {' | '.join(f'{way}, hours' for way in WAYS)} | cached | bank | "

@@ -29,8 +29,8 @@ from backbone.io.run_folder import hold_new_folder, run_name
 from backbone.io.sampling import CountOption, DrawingOptions
 from backbone.training.settings import PANELS, find_resumed, said_anew
 from customize.formats import cli as files_cli
-from customize.settings import Settings, TrainOptions, read_settings, resolved
-from customize.training.start import RESUMED, as_kept, start
+from customize.settings import PrepareImages, Settings, TrainOptions, read_settings, resolved
+from customize.training.start import RESUMED, as_kept, start, start_preparing
 
 app = command_group("Teach a diffusion model a new concept from a handful of images.")
 
@@ -119,10 +119,10 @@ def check(asked: CheckOptions) -> None:
     if asked.vram is not None:
         from customize.training.memory import foreseen
 
-        sentences = foreseen(opened, settings, len(found), asked.vram)
+        sentences = foreseen(opened, settings, asked.vram)
         needs = {"plan": sentences}
     else:
-        expected = estimate(opened, settings, len(found))
+        expected = estimate(opened, settings)
         sentences = expected.sentences()
         needs = {"peak_bytes": expected.peak, "steps": expected.steps, "step_seconds": expected.step_seconds}
     for sentence in sentences:
@@ -145,6 +145,20 @@ def check_pairs(asked: CheckOptions) -> None:
     notify(f"{count_of(len(pairs), 'pair')} in {asked.pairs} can be used.")
     if asked.as_json:
         print_json({"pairs": len(pairs), "warnings": doubtful})
+
+
+@settled_command(app, PrepareImages, panels=(DATA, MODEL, OUTPUT))
+def prepare(asked: PrepareImages) -> None:
+    """Encode all images of a source once, for `customize train` on data of any size."""
+    prepared = start_preparing(asked)
+    if not is_main_rank():
+        return
+    bad = prepared.facts.bad
+    left_out = f"; {count_of(bad, 'image')} that cannot be used left out" if bad else ""
+    images, where = count_of(len(prepared.order), "image"), shlex.quote(str(prepared.folder))
+    notify(f"{images} in {prepared.folder}{left_out}. Next: customize train --images {where}")
+    if asked.as_json:
+        print_json({"folder": prepared.folder, "images": len(prepared.order), "bad": bad})
 
 
 @command(app, Settings, TrainOptions, panels=PANELS)

@@ -9,9 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from backbone.io.console import UserError
+from backbone.io.flags import DATA, JsonOptions
 from backbone.io.options import Option, as_command
 from backbone.training.settings import FILE as FILE
-from backbone.training.settings import RunOptions, TrainingSettings, read_run_settings, resolve
+from backbone.training.settings import (
+    PrepareOptions,
+    RunOptions,
+    TrainingSettings,
+    read_run_settings,
+    resolve,
+)
 from backbone.world.words import choose_article
 
 SHEET = "sheet.png"
@@ -493,6 +500,32 @@ class TrainOptions(RunOptions):
     def __post_init__(self) -> None:
         if not self.center_crop:
             raise UserError("Images are cut at their centre. Leave out --no-center-crop.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareImages(PrepareOptions, JsonOptions):
+    """What `customize prepare` is told."""
+
+    images: Annotated[
+        str,
+        Option(
+            "A folder of images, .parquet, .tar or a dataset's id.",
+            DATA,
+            aliases=("instance-data-dir", "train-data-dir"),
+            metavar="FOLDER",
+        ),
+    ]
+    resolution: Annotated[int, Option("Pixels a side.", DATA, default_text="the model's own", min=1)] = 0
+    aspect_buckets: Annotated[
+        bool, Option("Images keep their shape (1:2 to 2:1), uncropped.", DATA, aliases=("enable-bucket",))
+    ] = False
+    caption_column: Annotated[
+        str, Option("That holds the caption.", DATA, default_text="text, prompt or caption", metavar="NAME")
+    ] = ""
+    image_column: Annotated[
+        str,
+        Option("That holds the image or its file.", DATA, default_text="file_name or image", metavar="NAME"),
+    ] = ""
 
 
 def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:

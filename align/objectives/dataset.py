@@ -1,45 +1,54 @@
-"""The encoded dataset: latents and prompts encoded once, records as rows of them, and reproducible noise samples.
+"""The encoded dataset: latents and prompts as rows of tables on disk, records as columns, reproducible noise samples.
 
 Noise sample (record, k), k < K, fixes the noise, its level, whether the prompt is dropped and whether the pictures are
 mirrored, the same for every picture of the record: it follows from the seed, the record's contents and k alone. The
 levels of a record's K noise samples are stratified: one in each K-th of the noise path above `lowest`, in random
-order.
+order. A step's batches follow from its number, so that other processes can make them ahead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeAlias, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from align.pairs.prepared import Prepared, PreparedRecords
 from align.pairs.read import read_preferences
 from align.pairs.records import (
     Pair,
     Preferences,
     Record,
+    Records,
     Single,
-    normalize_prompt,
+    check_preferences,
+    record_key,
     select_records,
 )
 from align.settings import Settings
 from backbone.adapters.concept import Concept, resolve_placeholder_tokens
 from backbone.conditions.conditions import Conditions
+from backbone.data.table import Column
 from backbone.diffusion.noise import Level, add_noise, generator, target
 from backbone.diffusion.transfer import send
 from backbone.distributed import processes
-from backbone.io.console import UserError, progress
-from backbone.io.files import content_hash
+from backbone.families.base import NoisePath
+from backbone.io.console import UserError
+from backbone.io.run_folder import is_prepared
 from backbone.media.pictures import ImageRecord
 from backbone.media.transforms import CROPS, CropPosition
-from backbone.models.cache import encode_images_cached, encode_prompts_cached
+from backbone.models.encode import Prompts, View, encode_texts, encode_views
 from backbone.models.model import Backbone
 from backbone.training.base_predictions import stratified_levels
 
-Value = TypeVar("Value")
+KEY = "S64"  # numpy's type of a record's key, a hash in hexadecimal digits
+Latents: TypeAlias = Tensor | Column
+"""[P, …] in memory or on disk: an index takes rows out of either."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,75 @@ class Item:
 
 
 @dataclass(frozen=True, eq=False)
+class Items(Sequence[Item]):
+    """N records as columns, each an `Item`; other rows than one are records again.
+
+    pictures [N, G]   cuts [N, R, G], of R random crops   prompt [N]   preference [N]   keys [N]
+    """
+
+    pictures: Tensor
+    prompt: Tensor
+    preference: Tensor
+    keys: np.ndarray[Any, Any]
+    cuts: Tensor
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    @overload
+    def __getitem__(self, rows: int) -> Item: ...
+    @overload
+    def __getitem__(self, rows: Tensor | slice | list[int]) -> Items: ...
+    def __getitem__(self, rows: Any) -> Any:
+        if isinstance(rows, int):
+            return Item(
+                tuple(self.pictures[rows].tolist()),
+                int(self.prompt[rows]),
+                float(self.preference[rows]),
+                self.key(rows),
+                tuple(map(tuple, self.cuts[rows].tolist())),
+            )
+        rows = torch.tensor(rows, dtype=torch.long) if isinstance(rows, list) else rows
+        keys = self.keys[rows if isinstance(rows, slice) else rows.numpy()]
+        return Items(self.pictures[rows], self.prompt[rows], self.preference[rows], keys, self.cuts[rows])
+
+    def key(self, row: int) -> str:
+        """A record's contents, hashed."""
+        return str(self.keys[row], "ascii")
+
+    @property
+    def group(self) -> int:
+        """Pictures of each record."""
+        return self.pictures.shape[1] if len(self) else 1
+
+    @property
+    def judged(self) -> Tensor:
+        """Rows of the records that are no ties."""
+        return (self.preference != 0.5).nonzero().flatten()
+
+    def chosen(self, most: int) -> Items:
+        """At most so many of the records, chosen by their contents, in their order."""
+        if len(self) <= most:
+            return self
+        return self[torch.from_numpy(np.sort(np.argsort(self.keys, kind="stable")[:most]))]
+
+    @staticmethod
+    def of(items: Sequence[Item]) -> Items:
+        """The same records as columns."""
+        if isinstance(items, Items):
+            return items
+        group = len(items[0].pictures) if items else 1
+        cuts = len(items[0].cuts) if items else 0
+        return Items(
+            torch.tensor([item.pictures for item in items], dtype=torch.long).view(len(items), group),
+            torch.tensor([item.prompt for item in items], dtype=torch.long),
+            torch.tensor([item.preference for item in items]),
+            np.array([item.key for item in items], dtype=KEY),
+            torch.tensor([item.cuts for item in items], dtype=torch.long).view(len(items), cuts, group),
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class PreferenceData:
     """The encoded dataset.
 
@@ -69,38 +147,53 @@ class PreferenceData:
     held_out    the records to validate on
     """
 
-    latents: Tensor
-    mirrored: Tensor | None
-    conditions: Conditions
-    train: list[Item]
-    held_out: list[Item]
+    latents: Latents
+    mirrored: Latents | None
+    conditions: Conditions | Prompts
+    train: Items
+    held_out: Items
 
-    def to(self, device: torch.device) -> PreferenceData:
-        """The same on another device."""
-        return replace(
-            self,
-            latents=self.latents.to(device),
-            mirrored=None if self.mirrored is None else self.mirrored.to(device),
-            conditions=self.conditions.to(device),
+    @staticmethod
+    def nothing(model: Backbone) -> PreferenceData:
+        """No records, before there are any."""
+        return PreferenceData(
+            torch.empty(0, *model.latent_shape), None, Conditions({}), Items.of([]), Items.of([])
         )
 
 
 def prepare(
     model: Backbone,
-    train: Sequence[Record],
-    held_out: Sequence[Record],
+    train: Sequence[Record] | PreparedRecords,
+    held_out: Sequence[Record] | PreparedRecords,
     settings: Settings,
     concepts: Sequence[Concept] = (),
 ) -> PreferenceData:
-    """Encodes every picture and prompt, remembered on disk, and frees the encoders.
+    """Encodes every picture and prompt that is not encoded yet, and frees the encoders.
 
     Posterior means serve as latents: with the same noise in both pictures of a pair, sampling would only add noise
-    to their difference.
+    to their difference. Of records that `align prepare` has prepared, the pictures are not looked at.
     """
+    if isinstance(train, PreparedRecords):
+        assert isinstance(held_out, PreparedRecords)
+        data = _open_prepared(model, train, held_out, settings, concepts)
+    else:
+        assert not isinstance(held_out, PreparedRecords)
+        data = _encode(model, train, held_out, settings, concepts)
+    model.free("autoencoder", "text_encoder")
+    return data
+
+
+def _encode(
+    model: Backbone,
+    train: Sequence[Record],
+    held_out: Sequence[Record],
+    settings: Settings,
+    concepts: Sequence[Concept],
+) -> PreferenceData:
     records = [record.ordered if isinstance(record, Pair) else record for record in (*train, *held_out)]
     pictures = {_where(picture): picture for record in records for picture in record.pictures}
     hashes = {where: picture.content_hash for where, picture in pictures.items()}
-    keys = [_key(record, hashes) for record in records]
+    keys = [record_key(record.prompt, [hashes[_where(one)] for one in record.pictures]) for record in records]
     prompts = {"": 0}
     rows: dict[tuple[str, CropPosition], int] = {}
     for record in records:
@@ -116,28 +209,55 @@ def prepare(
             prompt=prompts[_said(record.prompt, concepts)],
             preference=float(record.good) if isinstance(record, Single) else record.label,
             key=key,
-            cuts=tuple(cut(record, _place(settings.seed, key, n)) for n in range(settings.random_crop)),
+            cuts=tuple(cut(record, crop_place(settings.seed, key, n)) for n in range(settings.random_crop)),
         )
         for record, key in zip(records, keys, strict=True)
     ]
-    views = [(pictures[where], place) for where, place in rows]
-    latents = _means(model, views, flip=False)
-    mirrored = _means(model, views, flip=True) if settings.flip else None
-    with processes.main_process_first():
-        conditions = encode_prompts_cached(model, list(prompts))
-    model.free("autoencoder", "text_encoder")
-    return PreferenceData(latents, mirrored, conditions, items[: len(train)], items[len(train) :]).to(
-        model.device
+    size = (model.resolution, model.resolution)
+    views = [View(pictures[where], size, place) for where, place in rows]
+    flips = (False, True) if settings.flip else (False,)
+    found = encode_views(model, views, flips)
+    latents = {flip: encoded.column("mean") for flip, encoded in found.items()}
+    return PreferenceData(
+        latents[False],
+        latents.get(True),
+        encode_texts(model, list(prompts)),
+        Items.of(items[: len(train)]),
+        Items.of(items[len(train) :]),
     )
 
 
-def _key(record: Record, hashes: Mapping[str, str]) -> str:
-    """A record by its contents."""
-    contents = [normalize_prompt(record.prompt), *(hashes[_where(picture)] for picture in record.pictures)]
-    return content_hash("\n".join(contents).encode())
+def _open_prepared(
+    model: Backbone,
+    train: PreparedRecords,
+    held_out: PreparedRecords,
+    settings: Settings,
+    concepts: Sequence[Concept],
+) -> PreferenceData:
+    """The same of a folder of `align prepare`, mapped into memory."""
+    folder = train.folder
+    folder.refuse_other_use(model, flip=settings.flip, crops=settings.random_crop, seed=settings.seed)
+    tables = folder.image_tables(flip=settings.flip)
+    said = [_said(prompt, concepts) for prompt in folder.prompts]
+    unique = dict.fromkeys(["", *said])
+    place = {prompt: row for row, prompt in enumerate(unique)}
+    of_prompt = torch.tensor([place[prompt] for prompt in said], dtype=torch.long)
+    conditions = folder.conditions(model, list(unique))
+    whole = [
+        Items(
+            torch.from_numpy(records.rows_of(tables[False])),
+            of_prompt[torch.from_numpy(records.prompt).long()],
+            torch.from_numpy(records.preference),
+            records.keys,
+            torch.from_numpy(records.cut_rows(tables[False])),
+        )
+        for records in (train, held_out)
+    ]
+    columns = {flip: Column(table, "mean") for flip, table in tables.items()}
+    return PreferenceData(columns[False], columns.get(True), conditions, *whole)
 
 
-def _place(seed: int, key: str, number: int) -> CropPosition:
+def crop_place(seed: int, key: str, number: int) -> CropPosition:
     """Where a record's pictures are cut for the n-th of its random crops, the same for all of them."""
     across, down = torch.rand(2, generator=generator(seed, "crop", key, number)).tolist()
     return round(across, 4), round(down, 4)
@@ -151,16 +271,6 @@ def _where(picture: ImageRecord) -> str:
 def _said(prompt: str, concepts: Sequence[Concept]) -> str:
     """The prompt in the model's words; brackets that are no concept's stay as they are."""
     return resolve_placeholder_tokens(prompt, concepts) if concepts else prompt
-
-
-def _means(model: Backbone, views: Sequence[tuple[ImageRecord, CropPosition]], *, flip: bool) -> Tensor:
-    means = []
-    processes.warm_cache(lambda view: encode_images_cached(model, [view[0]], flip=flip, crop=view[1]), views)
-    with progress(len(views), "encoding" + (" mirrored" if flip else "")) as bar:
-        for picture, place in views:
-            means.append(encode_images_cached(model, [picture], flip=flip, crop=place)[0].mean.float())
-            bar.advance(images=1)
-    return torch.cat(means)
 
 
 # Noise samples ----------------------------------------------------------------------------------------------
@@ -179,37 +289,91 @@ class NoiseSamples:
     crop: bool = False
     lowest: int = 0  # of the levels that are drawn
 
-    def level(self, item: Item, k: int) -> int:
-        """The index of noise sample k's level: one in each stratum over the K samples."""
-        return _levels(self, item.key)[k]
+    def levels_of(self, items: Items, ks: Sequence[int]) -> Tensor:
+        """The index of each noise sample's level [B]: one in each stratum over a record's K samples."""
+        return torch.tensor([_levels(self, items.key(row))[k] for row, k in enumerate(ks)])
 
-    def noise(self, item: Item, k: int, shape: Sequence[int]) -> Tensor:
-        """ε [C, …] of noise sample k."""
-        return torch.randn(tuple(shape), generator=generator(self.seed, self.name, item.key, k, "noise"))
+    def noise(self, items: Items, ks: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """ε [B, C, …] of the noise samples."""
+        each = [self._random(items, row, k, "noise") for row, k in enumerate(ks)]
+        return torch.stack([torch.randn(tuple(shape), generator=random) for random in each])
 
-    def drops_prompt(self, item: Item, k: int) -> bool:
-        """Whether noise sample k is without a prompt, for every picture of the record."""
-        return self._chance(item, k, "prompt") < self.prompt_dropout
+    def drops_prompt(self, items: Items, ks: Sequence[int]) -> Tensor:
+        """Whether noise samples are without a prompt [B], for every picture of the record."""
+        return self._chance(items, ks, "prompt") < self.prompt_dropout
 
-    def mirrors(self, item: Item, k: int) -> bool:
-        """Whether noise sample k mirrors every picture of the record."""
-        return self.flip and self._chance(item, k, "flip") < 0.5
+    def mirrors(self, items: Items, ks: Sequence[int]) -> Tensor:
+        """Whether noise samples mirror every picture of the record [B]."""
+        if not self.flip:
+            return torch.zeros(len(ks), dtype=torch.bool)
+        return self._chance(items, ks, "flip") < 0.5
 
-    def rows(self, item: Item, k: int) -> tuple[int, ...]:
-        """The rows of the record's pictures as noise sample k cuts them."""
-        if not self.crop or not item.cuts:
-            return item.pictures
-        return item.cuts[int(self._chance(item, k, "crop") * len(item.cuts))]
+    def rows(self, items: Items, ks: Sequence[int]) -> Tensor:
+        """The rows of the records' pictures [B, G] as noise samples cut them."""
+        count = items.cuts.shape[1]
+        if not self.crop or not count:
+            return items.pictures
+        place = (self._chance(items, ks, "crop") * count).long()
+        return items.cuts[torch.arange(len(ks)), place]
 
-    def _chance(self, item: Item, k: int, what: str) -> float:
-        return float(torch.rand((), generator=generator(self.seed, self.name, item.key, k, what)))
+    def _chance(self, items: Items, ks: Sequence[int], what: str) -> Tensor:
+        each = [self._random(items, row, k, what) for row, k in enumerate(ks)]
+        return torch.stack([torch.rand((), generator=random) for random in each]).double()
+
+    def _random(self, items: Items, row: int, k: int, what: str) -> torch.Generator:
+        return generator(self.seed, self.name, items.key(row), k, what)
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=4096)
 def _levels(samples: NoiseSamples, key: str) -> list[int]:
     random = generator(samples.seed, samples.name, key, "levels")
     drawn = stratified_levels(samples.count, samples.levels - samples.lowest, random)
     return [samples.lowest + int(level) for level in drawn]
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """B records at one noise sample each, G pictures a record, as they are read: what a batch is noised from.
+
+    clean [G·B, …]   noise [B, …]   index of the noise level [B]   conditions [B]   preference [B]
+
+    Rows b, B + b … of `clean` are record b's first, second … picture.
+    """
+
+    clean: Tensor
+    noise: Tensor
+    index: Tensor
+    conditions: Conditions
+    preference: Tensor
+
+    def to(self, device: torch.device) -> Draws:
+        """On a device; levels and preferences stay where they are looked up."""
+        clean, noise = (send(value, device) for value in (self.clean, self.noise))
+        return Draws(clean, noise, self.index, self.conditions.to(device), self.preference)
+
+    def pin_memory(self) -> Draws:
+        """In memory from which a GPU copies by itself."""
+        clean, noise = self.clean.pin_memory(), self.noise.pin_memory()
+        return Draws(clean, noise, self.index, self.conditions.pin_memory(), self.preference)
+
+    def tensors(self) -> list[Tensor]:
+        """Those that lie on the device."""
+        return [self.clean, self.noise, *self.conditions.tensors()]
+
+    def noised(self, path: NoisePath) -> Batch:
+        """The batch of a training: noisy latents and what the network should predict there."""
+        group = len(self.clean) // len(self.index)
+        clean, noise = self.clean.float(), torch.cat([self.noise] * group)
+        index = self.index.repeat(group)
+        level: Level = path.levels[index]
+        return Batch(
+            noisy=add_noise(clean, noise, level),
+            target=target(clean, noise, level, path.prediction_type),
+            index=index,
+            conditions=Conditions.cat([self.conditions] * group),
+            preference=self.preference,
+            group=group,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,33 +407,74 @@ class Batch:
         )
 
 
+def draws_of(data: PreferenceData, samples: NoiseSamples, items: Items, ks: Sequence[int]) -> Draws:
+    """The records at their noise samples, read; all of a record's pictures share what is drawn."""
+    rows = samples.rows(items, ks).T.flatten()  # all first pictures, then all second ones
+    clean = data.latents[rows]
+    mirrored = samples.mirrors(items, ks).repeat(items.group)
+    if mirrored.any():
+        assert data.mirrored is not None
+        clean[mirrored] = data.mirrored[rows[mirrored]]
+    prompt = items.prompt.masked_fill(samples.drops_prompt(items, ks), 0)
+    noise = samples.noise(items, ks, data.latents.shape[1:])
+    return Draws(clean, noise, samples.levels_of(items, ks), data.conditions[prompt], items.preference)
+
+
 def batch_of(
     model: Backbone, data: PreferenceData, samples: NoiseSamples, items: Sequence[Item], ks: Sequence[int]
 ) -> Batch:
-    """The records at their noise samples: t and ε, the dropped prompt and the mirroring are shared in a record."""
-    shape = data.latents.shape[1:]
-    group = len(items[0].pictures)
-    clean_rows = []
-    for g in range(group):
-        for item, k in zip(items, ks, strict=True):
-            source = data.mirrored if samples.mirrors(item, k) else data.latents
-            assert source is not None
-            clean_rows.append(source[samples.rows(item, k)[g]])
-    clean = torch.stack(clean_rows)
-    noise = torch.stack([samples.noise(item, k, shape) for item, k in zip(items, ks, strict=True)])
-    noise = torch.cat([send(noise.to(clean.dtype), clean.device)] * group)
-    index = torch.tensor([samples.level(item, k) for item, k in zip(items, ks, strict=True)]).repeat(group)
-    dropped = torch.tensor([samples.drops_prompt(item, k) for item, k in zip(items, ks, strict=True)])
-    conditions = data.conditions[[item.prompt for item in items]].drop(dropped, data.conditions[:1])
-    level: Level = model.path.levels[index]
-    return Batch(
-        noisy=add_noise(clean, noise, level),
-        target=target(clean, noise, level, model.path.prediction_type),
-        index=index,
-        conditions=Conditions.cat([conditions] * group),
-        preference=torch.tensor([item.preference for item in items]),
-        group=group,
-    )
+    """The records at their noise samples, noised, on the model's device."""
+    return draws_of(data, samples, Items.of(items), ks).to(model.device).noised(model.path)
+
+
+@dataclass(frozen=True, eq=False)
+class StepBatches:
+    """Which noise sample of which record a step takes, of all processes or of this one alone."""
+
+    data: PreferenceData
+    samples: NoiseSamples
+    settings: Settings
+    share: processes.Share
+    _pass: dict[int, Tensor] = field(default_factory=dict, init=False)
+
+    def __call__(self, step: int) -> list[Draws]:
+        """This process's micro-batches of a step, counted from 1."""
+        return [self.read(part) for part in self.micro(step)]
+
+    def read(self, chosen: Sequence[tuple[int, int]]) -> Draws:
+        """These (record, noise index)."""
+        rows = torch.tensor([row for row, _ in chosen])
+        return draws_of(self.data, self.samples, self.data.train[rows], [k for _, k in chosen])
+
+    def rows(self, step: int) -> list[tuple[int, int]]:
+        """The (record, noise index) of a step: pass after pass, each in a random order of its own.
+
+        Pass p takes every record once, at its noise sample p mod K.
+        """
+        count, size = len(self.data.train), self.settings.batch
+        numbers = range((step - 1) * size, step * size)
+        return [
+            (int(self._order(n // count)[n % count]), (n // count) % self.settings.draws) for n in numbers
+        ]
+
+    def micro(self, step: int) -> list[list[tuple[int, int]]]:
+        """This process's share of a step, in micro-batches."""
+        parts = micro_batches(self.rows(step), self.settings)[self.share.micros]
+        return [part[self.share.rows] for part in parts]
+
+    def _order(self, number: int) -> Tensor:
+        """The order of a pass over the records."""
+        if number not in self._pass:
+            random = generator(self.settings.seed, "pass", number)
+            self._pass.clear()
+            self._pass[number] = torch.randperm(len(self.data.train), generator=random)
+        return self._pass[number]
+
+
+def micro_batches(chosen: Sequence[tuple[int, int]], settings: Settings) -> list[list[tuple[int, int]]]:
+    """A step's samples, as many at a time as fit."""
+    size = settings.micro_batch or len(chosen)
+    return [list(chosen[first : first + size]) for first in range(0, len(chosen), size)]
 
 
 def residuals(model: Backbone, network: torch.nn.Module, batch: Batch) -> Tensor:
@@ -284,17 +489,27 @@ def mean_squares(residual: Tensor) -> Tensor:
     return residual.square().flatten(2).mean(2)
 
 
-def _read_again(settings: Settings) -> Preferences:
-    """The preferences that a run was trained on."""
+def read_again(settings: Settings, *, skip_bad: bool) -> Preferences | Prepared:
+    """The preferences that a run was trained on, checked."""
+    if is_prepared(settings.pairs):
+        return Prepared(Path(settings.pairs))
     limit, user = settings.limit or None, settings.user or None
     split = None if settings.split == "train" else settings.split
-    return read_preferences(settings.pairs, user=user, limit=limit, split=split)
+    found = read_preferences(settings.pairs, user=user, limit=limit, split=split)
+    return check_preferences(found, skip_bad=skip_bad)
 
 
-def records_of(found: Preferences, settings: Settings) -> list[Record]:
+def records_of(found: Preferences | Prepared, settings: Settings) -> Records | PreparedRecords:
     """What this loss learns from; `UserError` where the source holds none of it."""
+    if isinstance(found, Prepared):
+        return found.select(
+            by_pairs=settings.by_pairs,
+            ties=settings.ties == "model",
+            user=settings.user or None,
+            limit=settings.limit or None,
+        )
     if settings.by_pairs and not found.pairs:
         raise UserError(
             f"{found.source} judges single pictures, and {settings.loss} compares pairs. Use --loss kto."
         )
-    return select_records(found, by_pairs=settings.by_pairs, ties=settings.ties == "model")
+    return Records(select_records(found, by_pairs=settings.by_pairs, ties=settings.ties == "model"))

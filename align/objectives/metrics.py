@@ -8,14 +8,14 @@ comparable, and each record has one in every stratum of the noise path.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from align.objectives.dataset import Item, NoiseSamples, PreferenceData, batch_of, mean_squares, residuals
+from align.objectives.dataset import Items, NoiseSamples, PreferenceData, batch_of, mean_squares, residuals
 from align.objectives.losses import accuracy
 from align.objectives.reference import LiveReference
 from align.settings import Settings
@@ -55,7 +55,7 @@ class Evaluation:
 
     model: Backbone
     data: PreferenceData
-    items: Sequence[Item]
+    items: Items
     samples: NoiseSamples
     reference: Tensor
     batch: int
@@ -72,7 +72,7 @@ class Evaluation:
 def make_evaluation(
     model: Backbone,
     data: PreferenceData,
-    items: Sequence[Item],
+    items: Items,
     live: LiveReference,
     settings: Settings,
     name: str,
@@ -85,16 +85,17 @@ def make_evaluation(
     return Evaluation(model, data, items, samples, reference, batch)
 
 
-def figures(items: Sequence[Item], samples: NoiseSamples, errors: Tensor, reference: Tensor) -> Figures:
+def figures(items: Items, samples: NoiseSamples, errors: Tensor, reference: Tensor) -> Figures:
     """The figures of errors and the reference's, both [N, E, G]; ties (preference ½) are not judged."""
-    judged = [number for number, item in enumerate(items) if item.preference != 0.5]
+    judged = items.judged
     right = correctness(items, errors, reference)
-    level = torch.tensor([[samples.level(item, k) for k in range(errors.shape[1])] for item in items])
+    levels = [samples.levels_of(items, [k] * len(items)) for k in range(errors.shape[1])]
+    level = torch.stack(levels, dim=1) if levels else torch.empty(len(items), 0)
     quarter = (level * QUARTILES // samples.levels).clamp(max=QUARTILES - 1)
     wanted, unwanted = _sides(items, errors - reference)
     scale = float(reference.mean()) if reference.numel() else 1.0
     return Figures(
-        accuracy=cluster_bootstrap([right[number].tolist() for number in judged]),
+        accuracy=cluster_bootstrap(right[judged].tolist()),
         by_level=tuple(_mean(right[judged][quarter[judged] == q]) for q in range(QUARTILES)),
         winner_change=_mean(wanted) / scale,
         loser_change=_mean(unwanted) / scale,
@@ -103,10 +104,10 @@ def figures(items: Sequence[Item], samples: NoiseSamples, errors: Tensor, refere
     )
 
 
-def correctness(items: Sequence[Item], errors: Tensor, reference: Tensor) -> Tensor:
+def correctness(items: Items, errors: Tensor, reference: Tensor) -> Tensor:
     """1, ½ or 0 for each record and draw [N, E]."""
     reward = reference - errors
-    sign = torch.tensor([2 * item.preference - 1 for item in items])[:, None]
+    sign = (2 * items.preference - 1)[:, None]
     margin = reward[..., 0] - reward[..., 1] if errors.shape[2] == 2 else reward[..., 0]
     return accuracy((sign * margin).flatten()).view(margin.shape)
 
@@ -114,7 +115,7 @@ def correctness(items: Sequence[Item], errors: Tensor, reference: Tensor) -> Ten
 def errors_at(
     model: Backbone,
     data: PreferenceData,
-    items: Sequence[Item],
+    items: Items,
     samples: NoiseSamples,
     network: nn.Module,
     batch: int,
@@ -122,30 +123,25 @@ def errors_at(
 ) -> Tensor:
     """A network's errors at noise samples `ks` (all if left out) of each record, float32 on the CPU [N, E, G]."""
     ks = range(samples.count) if ks is None else ks
-    group = len(items[0].pictures) if items else 1
-    pairs = [(item, k) for item in items for k in ks]
+    each = [(row, k) for row in range(len(items)) for k in ks]
     parts = []
-    with progress(len(pairs), "evaluating", brief=True) as bar:
-        for some in _chunks(pairs, batch):
-            at = batch_of(model, data, samples, [item for item, _ in some], [k for _, k in some])
+    with progress(len(each), "evaluating", brief=True) as bar:
+        for first in range(0, len(each), batch):
+            rows, numbers = zip(*each[first : first + batch], strict=True)
+            at = batch_of(model, data, samples, items[list(rows)], numbers)
             parts.append(mean_squares(residuals(model, network, at)).T.cpu())
-            bar.advance(len(some))
-    return torch.cat(parts).view(len(items), len(ks), group) if parts else torch.empty(0, len(ks), group)
+            bar.advance(len(rows))
+    shape = len(items), len(ks), items.group
+    return torch.cat(parts).view(shape) if parts else torch.empty(shape)
 
 
-def _sides(items: Sequence[Item], change: Tensor) -> tuple[Tensor, Tensor]:
+def _sides(items: Items, change: Tensor) -> tuple[Tensor, Tensor]:
     """The changes of wanted pictures and of the others."""
     if change.shape[2] == 2:
-        judged = torch.tensor([item.preference != 0.5 for item in items], dtype=torch.bool)
-        return change[judged][..., 0], change[judged][..., 1]
-    good = torch.tensor([item.preference > 0.5 for item in items], dtype=torch.bool)
+        return change[items.judged][..., 0], change[items.judged][..., 1]
+    good = items.preference > 0.5
     return change[good], change[~good]
 
 
 def _mean(values: Tensor) -> float:
     return float(values.mean()) if values.numel() else float("nan")
-
-
-def _chunks(samples: Sequence[tuple[Item, int]], size: int) -> Iterator[Sequence[tuple[Item, int]]]:
-    for first in range(0, len(samples), size):
-        yield samples[first : first + size]

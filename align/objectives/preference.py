@@ -17,10 +17,19 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from align.objectives.dataset import NoiseSamples, PreferenceData, batch_of, mean_squares, residuals
+from align.objectives.dataset import (
+    Batch,
+    NoiseSamples,
+    PreferenceData,
+    StepBatches,
+    mean_squares,
+    micro_batches,
+    residuals,
+)
 from align.objectives.losses import (
     LOSSES,
     PairBatch,
@@ -47,11 +56,12 @@ from backbone.adapters.lora import (
     say_useless_rank,
     use_adapters,
 )
+from backbone.data.ahead import Steps
 from backbone.diffusion.losses import debiased, min_snr, uniform
-from backbone.diffusion.noise import Level, PredictionType, generator
+from backbone.diffusion.noise import Level, PredictionType
 from backbone.diffusion.transfer import send
 from backbone.distributed import processes
-from backbone.io.console import UserError, progress
+from backbone.io.console import UserError, notify_once, progress
 from backbone.io.files import content_hash, write_tensors
 from backbone.models.model import Backbone
 from backbone.training.attention import quick_to_train
@@ -66,6 +76,7 @@ LEVEL_WEIGHTS: dict[str, Callable[[Level, PredictionType], Tensor]] = {
     "min-snr": lambda level, kind: min_snr(level, prediction_type=kind),
     "debiased": debiased,
 }
+JUDGED = 1000  # held-out records at most, at which a run is evaluated
 GAP_RECORDS = 64  # training records whose seen noise samples are compared with unseen ones
 
 
@@ -114,13 +125,15 @@ class PreferenceTraining(Objective):
     def take(self, data: PreferenceData) -> None:
         """Learns from these data from now on, what was learned so far kept; its reference is evaluated anew."""
         settings = self.settings
-        self.data = data
-        self.__dict__.pop("gap_rows", None)
-        self._pass: tuple[int, list[int]] = (-1, [])
+        self.read_from(data)
         cached = settings.reference == "bank" and data.train
         self.reference: Reference = self._cached_reference() if cached else self.live
-        fresh = [self.data.train[row] for row in self.gap_rows]
-        asked = {"held_out": ("held-out", data.held_out), "training": ("fresh", fresh)}
+        fresh, held_out = data.train[self.gap_rows], data.held_out.chosen(JUDGED)
+        if len(held_out) < len(data.held_out):
+            notify_once(
+                f"Of {len(data.held_out)} held-out records {JUDGED} are judged, chosen by their contents."
+            )
+        asked = {"held_out": ("held-out", held_out), "training": ("fresh", fresh)}
         with self._evaluation_mode():  # of several processes the writer judges, or all together
             self.evaluations = {
                 name: make_evaluation(self.model, data, items, self.live, settings, samples)
@@ -134,13 +147,21 @@ class PreferenceTraining(Objective):
         ):
             self.fill(self.reference)
 
+    def read_from(self, data: PreferenceData) -> None:
+        """Makes the batches of these data from now on."""
+        self.data = data
+        self.__dict__.pop("gap_rows", None)
+        self.steps = StepBatches(data, self.samples, self.settings, self.share)
+        self.batches = Steps(
+            self.steps, self.settings.steps, self.model.device, workers=self.settings.workers
+        )
+
     # Training ------------------------------------------------------------------------------------------------
 
     @property
     def images(self) -> int:
         """Both images of each pair, or the single ones."""
-        group = len(self.data.train[0].pictures) if self.data.train else 1
-        return self.settings.batch * group
+        return self.settings.batch * self.data.train.group
 
     @contextmanager
     def learning(self) -> Iterator[None]:
@@ -157,10 +178,10 @@ class PreferenceTraining(Objective):
 
         They are scaled so that the loop's mean over them, and over processes, is the mean over records.
         """
-        parts = self._micro(self.batch_rows(step))
+        parts = self.steps.micro(step)
         gathered: list[dict[str, Tensor]] = []
-        for part in parts:
-            loss, figures = self.loss(part)
+        for part, draws in zip(parts, self.batches.at(step), strict=True):
+            loss, figures = self.loss(part, draws.noised(self.model.path))
             gathered.append(figures)
             yield loss.mean() * (len(part) * len(parts) * processes.world_size() / self.settings.batch)
         self.figures = {
@@ -168,21 +189,23 @@ class PreferenceTraining(Objective):
             for name in gathered[0]
         }
 
-    def loss(self, chosen: RecordSamples) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss [B] at these (record, noise index), and figures [B] for the log."""
+    def loss(self, chosen: RecordSamples, at: Batch | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss [B] at these (record, noise index), read already or read now, and figures [B] for the log."""
         settings = self.settings
-        batch = self.pair_batch(chosen)
+        batch = self.pair_batch(chosen, self.read(chosen) if at is None else at)
         loss = LOSSES[settings.loss].loss(batch, settings)
         if settings.sft_weight and settings.by_pairs:
             decided = (batch.preference != 0.5).to(loss)  # of a tie neither image is what is wanted
             loss = with_sft(loss, batch.errors[0] * decided, settings.sft_weight)
         return loss, batch.figures()
 
-    def pair_batch(self, chosen: RecordSamples) -> PairBatch:
+    def read(self, chosen: RecordSamples) -> Batch:
+        """The batch of these (record, noise index)."""
+        return self.steps.read(chosen).to(self.model.device).noised(self.model.path)
+
+    def pair_batch(self, chosen: RecordSamples, batch: Batch) -> PairBatch:
         """The errors at these (record, noise index) of the model, and of the reference as far as the loss needs it."""
         settings, path = self.settings, self.model.path
-        items = [self.data.train[row] for row, _ in chosen]
-        batch = batch_of(self.model, self.data, self.samples, items, [k for _, k in chosen])
         residual = residuals(self.model, self.model.denoiser, batch)
         # Both images of a pair are at one level, so that one weight per record is enough.
         level = path.levels[batch.index[: len(batch)]]
@@ -208,13 +231,8 @@ class PreferenceTraining(Objective):
         return PairBatch(errors, send(batch.preference, errors.device), reference, drift, whole)
 
     def batch_rows(self, step: int) -> list[tuple[int, int]]:
-        """The (record, noise index) of a step, counted from 1: pass after pass, each in a random order of its own.
-
-        Pass p takes every record once, at its noise sample p mod K.
-        """
-        count, size = len(self.data.train), self.settings.batch
-        numbers = range((step - 1) * size, step * size)
-        return [(self._order(n // count)[n % count], (n // count) % self.settings.draws) for n in numbers]
+        """The (record, noise index) of a step, of all processes."""
+        return self.steps.rows(step)
 
     def evaluate(self) -> dict[str, Figures]:
         """The figures of the held-out records and of some training records, at noise that training never sees."""
@@ -235,7 +253,7 @@ class PreferenceTraining(Objective):
         reference = self._reference_at(rows, ks) if ks else None
         if reference is None:
             return math.nan
-        items, fresh = [self.data.train[row] for row in rows], self.evaluations["training"]
+        items, fresh = self.data.train[rows], self.evaluations["training"]
         with torch.no_grad(), self._evaluation_mode():
             network = self.model.denoiser
             visited = errors_at(self.model, self.data, items, self.samples, network, fresh.batch, ks)
@@ -245,10 +263,10 @@ class PreferenceTraining(Objective):
     # Keeping -------------------------------------------------------------------------------------------------
 
     def save(self, run: Path) -> None:
-        """Writes the checkpoint, and the reference's cached errors."""
+        """Writes the checkpoint, and keeps what all processes have found of the reference's errors."""
         super().save(run)
         if isinstance(self.reference, CachedReference):
-            self.reference.save()
+            self.reference.merge()
 
     def write(self, run: Path, header: dict[str, str]) -> dict[str, str]:
         """Writes what was learned; gives the fields of `Concept` that name the files."""
@@ -267,21 +285,18 @@ class PreferenceTraining(Objective):
         wanted = [step for step in range(1, self.settings.steps + 1) if self._unknown(cached, step)]
         with progress(len(wanted), "the base's errors") as bar, self._evaluation_mode(), self.stepping():
             for step in wanted:
-                for chosen in self._micro(self.batch_rows(step)):
-                    items = [self.data.train[row] for row, _ in chosen]
-                    ks = [k for _, k in chosen]
-                    cached.errors(batch_of(self.model, self.data, self.samples, items, ks), chosen)
+                for chosen in self.steps.micro(step):
+                    cached.errors(self.read(chosen), chosen)
                 bar.advance(images=self.settings.batch)
                 cached.land()
-        cached.save()
+        cached.merge()
 
     @cached_property
     def gap_rows(self) -> list[int]:
         """Rows of training records that are not ties, at most 64, chosen by their contents."""
-        rows = [row for row, item in enumerate(self.data.train) if item.preference != 0.5]
-        return sorted(rows, key=lambda row: content_hash(f"watched/{self.data.train[row].key}".encode()))[
-            :GAP_RECORDS
-        ]
+        judged = self.data.train.judged
+        order = np.argsort(self.data.train.keys[judged.numpy()], kind="stable")
+        return [int(row) for row in judged[torch.from_numpy(order[:GAP_RECORDS])]]
 
     # Parts ---------------------------------------------------------------------------------------------------
 
@@ -305,9 +320,9 @@ class PreferenceTraining(Objective):
 
     def _cached_reference(self) -> CachedReference:
         settings, model = self.settings, self.model
-        records = content_hash("\n".join(item.key for item in self.data.train).encode())
+        records = content_hash(self.data.train.keys.tobytes())
         facts = (
-            "reference errors, version 1",
+            "reference errors, version 2",
             model.fingerprint,
             model.dtype,
             model.device.type,
@@ -324,25 +339,14 @@ class PreferenceTraining(Objective):
             *([processes.world_size()] if self.share.scale > 1 else []),
             *(["compiled"] if settings.compile else []),
         )
-        group = len(self.data.train[0].pictures)
         return open_cached_reference(
-            self.live, reference_key(*facts), (len(self.data.train), settings.draws, group)
+            self.live,
+            reference_key(*facts),
+            (len(self.data.train), settings.draws, self.data.train.group),
         )
 
     def _unknown(self, cached: CachedReference, step: int) -> bool:
         return any(bool(torch.isnan(cached.values[row, k, 0])) for row, k in self.batch_rows(step))
-
-    def _micro(self, chosen: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-        """This process's share of a step, in micro-batches."""
-        parts = micro_batches(chosen, self.settings)[self.share.micros]
-        return [part[self.share.rows] for part in parts]
-
-    def _order(self, number: int) -> list[int]:
-        """The order of a pass over the records."""
-        if self._pass[0] != number:
-            random = generator(self.settings.seed, "pass", number)
-            self._pass = (number, torch.randperm(len(self.data.train), generator=random).tolist())
-        return self._pass[1]
 
     def _reference_at(self, rows: Sequence[int], ks: Sequence[int]) -> Tensor | None:
         """The reference's errors at training's noise samples [N, E, G]; None where it no longer exists."""
@@ -355,7 +359,7 @@ class PreferenceTraining(Objective):
                 return known
             if self.settings.full:
                 return None
-        items = [self.data.train[row] for row in rows]
+        items = self.data.train[list(rows)]
         batch = self.evaluations["training"].batch
         with torch.no_grad(), self._evaluation_mode(), self.live.as_reference():
             return errors_at(self.model, self.data, items, self.samples, self.live.network, batch, ks)
@@ -394,12 +398,6 @@ def new_adapter(model: Backbone, settings: Settings, base: Sequence[str]) -> dic
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     return parameters
-
-
-def micro_batches(chosen: RecordSamples, settings: Settings) -> list[list[tuple[int, int]]]:
-    """A step's samples, as many at a time as fit."""
-    size = settings.micro_batch or len(chosen)
-    return [list(chosen[first : first + size]) for first in range(0, len(chosen), size)]
 
 
 def share_of(settings: Settings) -> processes.Share:

@@ -2,8 +2,9 @@
 
 Three ways to the same errors. Live: the network with the new adapter off, evaluated anew in every step. Copy: a frozen
 second network, where full weights are trained. Cached: evaluated when a noise sample is first taken, 4 bytes an image
-kept, and read afterwards, so its cost falls with the number of times that a sample is taken; a single pass over the
-data gains nothing. For full weights the cache is filled before training begins, and no second network is ever held.
+kept in a file that is mapped into memory, and read afterwards, so its cost falls with the number of times that a
+sample is taken; a single pass over the data gains nothing. For full weights the cache is filled before training
+begins, and no second network is ever held.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from align.objectives.dataset import Batch, mean_squares, residuals
 from backbone.diffusion.transfer import send
 from backbone.distributed import processes
-from backbone.io.console import UserError
-from backbone.io.files import content_hash, read_tensors, write_tensors
+from backbone.io.files import atomic_write, content_hash
 from backbone.models.cache import cache_folder
 from backbone.models.model import Backbone
 
@@ -62,13 +63,17 @@ class LiveReference:
 class CachedReference:
     """The reference's errors at K noise samples of N records, float32 [N, K, G]; NaN where unknown.
 
-    They lie in the processor's memory. What is evaluated stays on the device until `land`, so that no step waits.
+    `values` are a file that is mapped into memory: what the main process finds is in it at once, and survives a kill.
+    Of several processes each has a view of its own, and `merge` exchanges what is new. What is evaluated stays on the
+    device until `land`, so that no step waits.
     """
 
     live: LiveReference
     key: str
     values: Tensor
-    new: int = field(default=0, init=False)  # samples computed since the last `save`
+    new: list[Tensor] = field(
+        default_factory=list, init=False
+    )  # (row, k) [n, 2] found since the last `merge`
     flying: dict[tuple[int, int], tuple[Tensor, int]] = field(default_factory=dict, init=False)
 
     def errors(self, batch: Batch, chosen: RecordSamples) -> Tensor:
@@ -83,7 +88,8 @@ class CachedReference:
             found = self.live.errors(batch if len(asked) == len(batch) else batch.part(asked), chosen).float()
         for place, row in enumerate(missing):
             self.flying[chosen[row]] = (found, place)
-        self.new += len(missing)
+        if missing and processes.world_size() > 1:
+            self.new.append(torch.stack([rows[missing], ks[missing]], dim=1))
         if len(missing) == len(batch):
             return found
         known = send(self.values[rows, ks].T, batch.noisy.device)
@@ -107,42 +113,52 @@ class CachedReference:
     def merge(self) -> None:
         """Takes over what the other processes of this run have found; each takes samples of its own."""
         self.land()
-        if processes.world_size() > 1:
-            known = self.values.nan_to_num(nan=-1.0, posinf=torch.inf)  # errors are not negative
-            known = processes.reduce_max(known)
-            self.values = known.where(known >= 0, torch.nan)
-            new = int(processes.reduce_sum([self.new])[0])
-            self.new = new if processes.is_main_process() else 0
-
-    def save(self) -> None:
-        """Keeps what is new, of all processes; a cache that cannot be written is done without."""
-        self.merge()
-        if not self.new or not processes.is_main_process():
+        if processes.world_size() == 1:
             return
-        try:
-            write_tensors(reference_path(self.key), {"errors": self.values}, {"kind": "reference errors"})
-        except OSError:
-            return
-        self.new = 0
+        cells = torch.cat([*self.new, torch.empty(0, 2, dtype=torch.long)])
+        self.new = []
+        own = torch.cat([cells.double(), self.values[cells[:, 0], cells[:, 1]].double()], dim=1)
+        found = processes.gather_rows(own)
+        rows, ks = found[:, :2].long().T
+        self.values[rows, ks] = found[:, 2:].float()
 
 
 def reference_path(key: str) -> Path:
     """The cache file of this key."""
-    return cache_folder() / "reference" / key[:2] / f"{key}.safetensors"
+    return cache_folder() / "reference" / key[:2] / f"{key}.npy"
 
 
 def open_cached_reference(live: LiveReference, key: str, shape: tuple[int, int, int]) -> CachedReference:
-    """The cached errors of this key [N, K, G], with those of earlier runs; a damaged cache begins anew."""
-    empty = torch.full(shape, float("nan"))
+    """The cached errors of this key [N, K, G], with those of earlier runs; a damaged cache begins anew.
+
+    A cache that cannot be written is done without: the errors are then kept in memory.
+    """
     path = reference_path(key)
-    if path.is_file():
+    if processes.is_main_process() and not _is_whole(path, shape):
         try:
-            values = read_tensors(path)[0]["errors"]
-        except (UserError, KeyError):
-            values = empty
-        if values.shape == empty.shape:
-            return CachedReference(live, key, values.clone())
-    return CachedReference(live, key, empty)
+            with (
+                atomic_write(path) as temporary,
+                temporary.open("wb") as file,
+            ):  # not sparse: a full disk shows now
+                np.save(file, np.full(shape, np.nan, np.float32), allow_pickle=False)
+        except OSError:
+            path.unlink(missing_ok=True)
+    processes.barrier()
+    if not _is_whole(path, shape):
+        return CachedReference(live, key, torch.full(shape, float("nan")))
+    mode: Literal["r+", "c"] = (
+        "r+" if processes.is_main_process() else "c"
+    )  # c: changes are this process's own
+    return CachedReference(live, key, torch.from_numpy(np.lib.format.open_memmap(path, mode)))
+
+
+def _is_whole(path: Path, shape: tuple[int, int, int]) -> bool:
+    """Whether a file holds errors of this shape."""
+    try:
+        found = np.lib.format.open_memmap(path, "r")
+    except (OSError, ValueError):  # missing, or damaged
+        return False
+    return found.shape == shape and found.dtype == np.float32
 
 
 def reference_key(*facts: object) -> str:

@@ -7,6 +7,7 @@
 |                         | `image` and `label`; names of pictures are relative to the file                         |
 | two folders             | `chosen/` and `rejected/`, or `w/` and `l/`, pictures of equal names, captions beside   |
 | Parquet, or a dataset   | Pick-a-Pic's columns; `prompt`, `chosen` and `rejected`; or `image` and `label`         |
+| webdataset shards, .tar | the same by what stands behind a sample's name: `0001.chosen.jpg`, `0001.txt`, `.json`  |
 
 Parquet files are read one row group at a time, so a table may be larger than memory. Nothing here imports torch, and
 nothing is ever written into a source.
@@ -22,10 +23,11 @@ from typing import Any
 
 from align.pairs.choices import CHOICES, Choice, read_choices, replay
 from align.pairs.records import RANKING, SAMPLES, Pair, Preferences, Record, Single
-from align.pairs.tables import DatasetTable, ParquetTable, load_hub_table, load_saved_table
+from align.pairs.tables import DatasetTable, ParquetTable, load_hub_table, load_saved_table, load_tar_table
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.io.records import inside, parse_json
+from backbone.io.run_folder import is_prepared
 from backbone.media.pictures import DatasetRow, ImageRecord, list_images
 
 PROMPT_COLUMNS = ("prompt", "caption", "text")
@@ -53,7 +55,7 @@ def read_preferences(
         preferences = _read_table(load_hub_table(str(source), split or "train", limit), str(source), limit)
     else:
         raise UserError(
-            f"{path} does not exist. Give pairs: a folder, a .jsonl or .parquet file, or a dataset."
+            f"{path} does not exist. Give pairs: a folder, a .jsonl, .parquet or .tar file, or a dataset."
         )
     if user is not None:
         _keep_user(preferences, user)
@@ -73,6 +75,10 @@ def _keep_user(preferences: Preferences, user: str) -> None:
 
 
 def _read_folder(folder: Path, limit: int | None) -> Preferences:
+    if is_prepared(folder):
+        raise UserError(
+            f"{folder} is prepared for training and holds no images. Name what it was prepared from, or align train it."
+        )
     if (folder / SAMPLES).is_file():
         return _read_samples_folder(folder, limit)
     for better, worse in PAIRED_FOLDERS:
@@ -83,12 +89,14 @@ def _read_folder(folder: Path, limit: int | None) -> Preferences:
     tables = sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet"))
     if tables:
         return _read_table(ParquetTable(tables), str(folder), limit)
+    if tars := sorted(folder.glob("*.tar")):
+        return _read_table(load_tar_table(tars), str(folder), limit)
     lines = sorted(folder.glob("*.jsonl"))
     if len(lines) == 1:
         return _read_lines(lines[0], limit)
     raise UserError(
-        f"{folder} holds no pairs: neither samples.json, nor chosen/ and rejected/, w/ and l/, one .jsonl or .parquet "
-        "files. Make some with `align sample`."
+        f"{folder} holds no pairs: neither samples.json, nor chosen/ and rejected/, w/ and l/, one .jsonl, .parquet or "
+        ".tar files. Make some with `align sample`."
     )
 
 
@@ -146,8 +154,10 @@ def _read_file(path: Path, limit: int | None) -> Preferences:
             return _read_lines(path, limit)
         case ".parquet":
             return _read_table(ParquetTable([path]), str(path), limit)
+        case ".tar":
+            return _read_table(load_tar_table([path]), str(path), limit)
     raise UserError(
-        f"{path} is a {path.suffix or 'file without an ending'}; pairs are a folder, .jsonl or .parquet."
+        f"{path} is a {path.suffix or 'file without an ending'}; pairs are a folder, .jsonl, .parquet or .tar."
     )
 
 

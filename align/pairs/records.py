@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
+
+from PIL.Image import Image
 
 from backbone.io.console import UserError
 from backbone.io.files import content_hash
@@ -111,6 +113,32 @@ class Preferences:
         return [*self.pairs, *self.singles]
 
 
+class Records(list[Record]):
+    """Records with what a training asks of them, as `align.pairs.prepared.PreparedRecords` has it."""
+
+    def split(self, *, share: float, seed: int) -> tuple[Records, Records]:
+        """Training and held-out records, as `split_held_out` says."""
+        train, out = split_held_out(self, share=share, seed=seed)
+        return Records(train), Records(out)
+
+    def describe(self) -> str:
+        """As `describe_records` says."""
+        return describe_records(self)
+
+    def texts(self) -> Iterator[str]:
+        """The records' prompts, as they come."""
+        return (record.prompt for record in self)
+
+    def none(self) -> Records:
+        """None of them."""
+        return Records()
+
+    def fingerprint(self) -> str:
+        """The hash of all images, in their order."""
+        images = "".join(picture.content_hash for record in self for picture in record.pictures)
+        return content_hash(images.encode())
+
+
 def check_preferences(preferences: Preferences, *, skip_bad: bool = False) -> Preferences:
     """Open every image; raises one `UserError` that lists all problems, a line each.
 
@@ -119,7 +147,7 @@ def check_preferences(preferences: Preferences, *, skip_bad: bool = False) -> Pr
     problems = list(preferences.problems)
     good: list[Record] = []
     for record in preferences.records:
-        record_problems = list(_find_problems(record))
+        _, record_problems = open_record(record, at_least=64)
         problems += [f"{record.name} {problem}" for problem in record_problems]
         if not record_problems:
             good.append(record)
@@ -129,9 +157,9 @@ def check_preferences(preferences: Preferences, *, skip_bad: bool = False) -> Pr
         singles=[record for record in good if isinstance(record, Single)],
         problems=problems,
     )
-    general_problems = list(_find_general_problems(kept))
-    if general_problems or (problems and not skip_bad):
-        raise UserError(_format_problems(preferences, problems, general_problems))
+    general = list(_find_general_problems(kept))
+    if general or (problems and not skip_bad):
+        raise UserError(_format_problems(preferences, problems, general))
     return kept
 
 
@@ -154,7 +182,26 @@ def split_held_out(
     out, and one kept, where there are two and the share is not 0. Of single images both classes are learned from,
     where there are both, even if that leaves none held out.
     """
+    classes = [
+        {
+            normalize_prompt(record.prompt)
+            for record in records
+            if isinstance(record, Single) and record.good is good
+        }
+        for good in (False, True)
+    ]
     prompts = {normalize_prompt(record.prompt) for record in records}
+    held_out = held_out_prompts(prompts, classes, share=share, seed=seed)
+    return (
+        [record for record in records if normalize_prompt(record.prompt) not in held_out],
+        [record for record in records if normalize_prompt(record.prompt) in held_out],
+    )
+
+
+def held_out_prompts(
+    prompts: Collection[str], classes: Sequence[Set[str]], *, share: float, seed: int
+) -> set[str]:
+    """The normalised prompts that are held out; `classes` are those of bad and of good single images."""
     uniform = {prompt: int(content_hash(f"{seed}/{prompt}".encode())[:13], 16) / 16**13 for prompt in prompts}
     held_out = {prompt for prompt, number in uniform.items() if number < share}
     if share and len(prompts) > 1:
@@ -165,18 +212,10 @@ def split_held_out(
     elif len(prompts) < 2:
         held_out = set()
     # A class of single images that stands in held-out prompts alone comes back, with the prompt nearest to this side
-    for good in sorted({record.good for record in records if isinstance(record, Single)}):
-        of_class = {
-            normalize_prompt(record.prompt)
-            for record in records
-            if isinstance(record, Single) and record.good is good
-        }
+    for of_class in filter(None, classes):
         if of_class <= held_out:
             held_out -= {max(of_class, key=lambda prompt: uniform[prompt])}
-    return (
-        [record for record in records if normalize_prompt(record.prompt) not in held_out],
-        [record for record in records if normalize_prompt(record.prompt) in held_out],
-    )
+    return held_out
 
 
 def select_records(preferences: Preferences, *, by_pairs: bool, ties: bool) -> list[Record]:
@@ -200,32 +239,39 @@ def to_singles(preferences: Preferences) -> list[Single]:
     return singles
 
 
+def record_key(prompt: str, hashes: Sequence[str]) -> str:
+    """A record by its contents: its prompt, and its pictures' hashes, the better one's first."""
+    return content_hash("\n".join([normalize_prompt(prompt), *hashes]).encode())
+
+
 def normalize_prompt(prompt: str) -> str:
     """Lower-case a prompt and strip extra spaces and a final full stop, to compare prompts."""
     return " ".join(prompt.lower().split()).rstrip(" .")
 
 
-def _find_problems(record: Record) -> Iterator[str]:
-    """Yield what is wrong with one record; opens its images."""
-    if not record.prompt.strip():
-        yield "has no prompt"
-    images = []
+def open_record(record: Record, *, at_least: int) -> tuple[list[Image], list[str]]:
+    """A record's images, decoded for a side of `at_least` pixels, and what is wrong with it."""
+    problems = [] if record.prompt.strip() else ["has no prompt"]
+    images: list[Image] = []
     for picture in record.pictures:
         try:
-            images.append(picture.open(at_least=64))
+            images.append(picture.open(at_least=at_least))
         except BadImageError as error:
-            yield f"names a picture that {error.reason} ({error.name})"
+            problems.append(f"names a picture that {error.reason} ({error.name})")
         except OSError as error:
-            yield f"names a picture that cannot be read ({error})"
+            problems.append(f"names a picture that cannot be read ({error})")
         except UserError as error:
-            yield f"has no usable picture ({error})"
-    if len(images) != 2:
-        return
-    if not _is_same_size(images[0].size, images[1].size):
-        (width, height), (other_width, other_height) = (image.size for image in images)
-        yield f"has pictures of different sizes, {width} × {height} and {other_width} × {other_height}"
-    if images[0].size == images[1].size and images[0].tobytes() == images[1].tobytes():
-        yield "has the same picture twice"
+            problems.append(f"has no usable picture ({error})")
+    if len(images) == 2:
+        first, second = images
+        if not _is_same_size(first.size, second.size):
+            (width, height), (other_width, other_height) = first.size, second.size
+            problems.append(
+                f"has pictures of different sizes, {width} × {height} and {other_width} × {other_height}"
+            )
+        if first.size == second.size and first.tobytes() == second.tobytes():
+            problems.append("has the same picture twice")
+    return images, problems
 
 
 def _is_same_size(first: tuple[int, int], second: tuple[int, int]) -> bool:
@@ -234,29 +280,43 @@ def _is_same_size(first: tuple[int, int], second: tuple[int, int]) -> bool:
 
 
 def _find_general_problems(preferences: Preferences) -> Iterator[str]:
+    pairs, singles = preferences.pairs, preferences.singles
+    ties, good = sum(pair.is_tie for pair in pairs), sum(single.good for single in singles)
+    yield from general_problems(
+        preferences.source, len(pairs), ties, len(singles), good, waiting=preferences.skipped
+    )
+
+
+def general_problems(
+    source: str, pairs: int, ties: int, singles: int, good: int, *, waiting: int = 0
+) -> Iterator[str]:
     """Yield what is wrong with the whole: no records, all ties, or one label only."""
-    source, pairs, singles = preferences.source, preferences.pairs, preferences.singles
-    if not preferences.records:
-        waiting = f" ({preferences.skipped} are not labelled yet)" if preferences.skipped else ""
-        yield f"{source} holds no usable pair{waiting}. Choose with `align label`, or rank with `align rank`."
-    elif pairs and not singles and all(pair.is_tie for pair in pairs):
-        yield f"All {len(pairs)} pairs of {source} are ties, so nothing is preferred. Choose in some."
-    elif singles and not pairs and len({single.good for single in singles}) == 1:
-        label, opposite = ("good", "bad") if singles[0].good else ("bad", "good")
+    if not pairs + singles:
+        labelled = f" ({waiting} are not labelled yet)" if waiting else ""
+        yield f"{source} holds no usable pair{labelled}. Choose with `align label`, or rank with `align rank`."
+    elif not singles and ties == pairs:
+        yield f"All {pairs} pairs of {source} are ties, so nothing is preferred. Choose in some."
+    elif not pairs and good in (0, singles):
+        label, opposite = ("good", "bad") if good else ("bad", "good")
         yield f"Every picture of {source} is labelled {label}, so nothing is preferred. Label some {opposite}."
 
 
 def _format_problems(preferences: Preferences, problems: Sequence[str], general: Sequence[str]) -> str:
     if not problems:
         return "\n".join(general)
-    count = len(preferences.records)
+    return format_problems(preferences.source, len(preferences.records), problems, general)
+
+
+def format_problems(
+    source: str, count: int, problems: Sequence[str], general: Sequence[str] = (), *, found: int = 0
+) -> str:
+    """What is wrong with a source of `count` records, a line each; `found` counts more than are listed."""
+    found = found or len(problems)
     shown = [f"  {problem}" for problem in problems[:PROBLEMS_SHOWN]]
-    if len(problems) > PROBLEMS_SHOWN:
-        shown.append(f"  and {len(problems) - PROBLEMS_SHOWN} more")
-    counts = (
-        f"{len(problems)} {_pluralize('problem', len(problems))} in {count} {_pluralize('record', count)}"
-    )
-    heading = f"{preferences.source} has {counts}:"
+    if found > PROBLEMS_SHOWN:
+        shown.append(f"  and {found - PROBLEMS_SHOWN} more")
+    counts = f"{found} {_pluralize('problem', found)} in {count} {_pluralize('record', count)}"
+    heading = f"{source} has {counts}:"
     remedy = "Repair or remove them, or leave them out with --skip-bad."
     return "\n".join([heading, *shown, *general, remedy])
 
@@ -297,15 +357,18 @@ def describe_records(records: Iterable[Record]) -> str:
     """Describe records for people: “120 pairs (4 ties) of 40 prompts”."""
     records = list(records)
     pairs = [record for record in records if isinstance(record, Pair)]
+    prompts = len({normalize_prompt(record.prompt) for record in records})
     ties = sum(pair.is_tie for pair in pairs)
-    singles = len(records) - len(pairs)
+    return describe_counts(len(pairs), ties, len(records) - len(pairs), prompts)
+
+
+def describe_counts(pairs: int, ties: int, singles: int, prompts: int) -> str:
+    """The same from the numbers alone."""
     counts = []
     if pairs:
         counts.append(
-            f"{len(pairs)} {_pluralize('pair', len(pairs))}"
-            + (f" ({ties} {_pluralize('tie', ties)})" if ties else "")
+            f"{pairs} {_pluralize('pair', pairs)}" + (f" ({ties} {_pluralize('tie', ties)})" if ties else "")
         )
     if singles:
         counts.append(f"{singles} labelled {_pluralize('picture', singles)}")
-    prompts = len({normalize_prompt(record.prompt) for record in records})
     return f"{' and '.join(counts) or 'nothing'} of {prompts} {_pluralize('prompt', prompts)}"

@@ -1,4 +1,4 @@
-"""Tables of preferences: Parquet files, saved datasets, datasets of the hub."""
+"""Tables of preferences: Parquet files, webdataset shards, saved datasets, datasets of the hub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError
-from backbone.media.pictures import fetched_folder, load_saved
+from backbone.media.pictures import fetched_folder, load_saved, load_tars
 
 
 class ParquetTable:
@@ -115,6 +115,11 @@ def load_saved_table(folder: Path) -> DatasetTable:
     """The table of a folder that `datasets` saved, its split for training."""
     table = load_saved(folder)
     return DatasetTable(table["train"] if isinstance(table, dict) else table, folder)
+
+
+def load_tar_table(files: Sequence[Path]) -> DatasetTable:
+    """The samples of webdataset shards."""
+    return DatasetTable(load_tars(files), files[0].parent)
 
 
 def load_hub_table(source: str, split: str, limit: int | None) -> DatasetTable:

@@ -1,4 +1,4 @@
-"""The command `align train`."""
+"""The commands `align train` and `align prepare`."""
 
 from __future__ import annotations
 
@@ -7,17 +7,34 @@ from typing import Any
 
 import typer
 
-from align.settings import Settings, read_settings
+from align.settings import PreparePairs, Settings, read_settings
 from align.training.start import start
-from backbone.io.console import notify
-from backbone.io.options import command
+from backbone.io.commands import print_json
+from backbone.io.console import is_main_rank, notify
+from backbone.io.flags import DATA, OUTPUT
+from backbone.io.options import command, settled_command
 from backbone.io.run_folder import run_name
 from backbone.training.settings import PANELS, RunOptions, find_resumed, said_anew
 
 
 def register(app: typer.Typer) -> None:
-    """Adds `train` to the commands of `align`."""
+    """Adds `prepare` and `train` to the commands of `align`."""
+    settled_command(app, PreparePairs, panels=(DATA, "Model", OUTPUT))(prepare)
     command(app, Settings, RunOptions, panels=PANELS)(train)
+
+
+def prepare(asked: PreparePairs) -> None:
+    """Encode all images and prompts of a source once, for `align train` on data of any size."""
+    from align.training.start import start_preparing
+
+    prepared = start_preparing(asked)
+    if not is_main_rank():
+        return
+    facts = prepared.facts
+    left_out = f"; {facts.bad} records that cannot be used are left out" if facts.bad else ""
+    notify(f"{prepared.describe()} in {prepared.folder}{left_out}. Next: align train {prepared.folder}")
+    if asked.as_json:
+        print_json({"folder": prepared.folder, "records": len(prepared.order), "bad": facts.bad})
 
 
 def train(asked: dict[str, Any], run: RunOptions) -> None:

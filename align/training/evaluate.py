@@ -9,15 +9,9 @@ from pathlib import Path
 
 import torch
 
-from align.objectives.dataset import _read_again, prepare, records_of
+from align.objectives.dataset import prepare, read_again, records_of
 from align.objectives.metrics import make_evaluation
 from align.objectives.reference import LiveReference
-from align.pairs.read import read_preferences
-from align.pairs.records import (
-    check_preferences,
-    describe_records,
-    split_held_out,
-)
 from align.settings import EVALUATION, ROUNDS, Settings
 from backbone.adapters.apply import add_weight_differences, load_concepts
 from backbone.adapters.apply import check_concept_fits as refuse_another_concept
@@ -41,19 +35,20 @@ def evaluate_taste(
         if not rounds:
             raise UserError(f"{run} was trained without pairs. Name some: align evaluate {run} PAIRS.")
         settings = dataclasses.replace(settings, pairs=str(rounds[-1]))
-    found = check_preferences(
-        _read_again(settings) if source is None else read_preferences(source),
-        skip_bad=skip_bad or settings.skip_bad,
-    )
-    records = records_of(found, settings)
+    if source is not None:  # all of it
+        named = dataclasses.replace(settings, pairs=source, user="", limit=0, split="train")
+        found = read_again(named, skip_bad=skip_bad or settings.skip_bad)
+    else:
+        found = read_again(settings, skip_bad=skip_bad or settings.skip_bad)
+    records = records_of(found, settings if source is None else named)
     if source is None:
-        _, records = split_held_out(records, share=settings.held_out, seed=settings.seed)
-    if not records:
+        _, records = records.split(share=settings.held_out, seed=settings.seed)
+    if not len(records):
         raise UserError(f"{source or settings.pairs} leaves nothing to judge by. Name other pairs.")
     model = Backbone.open(settings.model, device=settings.device, precision=settings.precision)
     refuse_another_concept(concept, model)
     below = [read_concept(folder) for folder in settings.concepts]
-    data = prepare(model, [], records, settings, below)
+    data = prepare(model, records.none(), records, settings, below)
     names = load_concepts(model, [*below, concept] if concept.weights else below)
     live = LiveReference(
         model,
@@ -69,11 +64,11 @@ def evaluate_taste(
         figures = evaluation(model.denoiser)
     write_json(
         run / EVALUATION,
-        {"source": source or "held out", "records": describe_records(records), **figures.as_json()},
+        {"source": source or "held out", "records": records.describe(), **figures.as_json()},
     )
     levels = ", ".join("–" if math.isnan(share) else f"{share:.0%}" for share in figures.by_level)
     return (
-        f"accuracy {figures.accuracy} on {describe_records(records)}, {figures.draws} draws each\n"
+        f"accuracy {figures.accuracy} on {records.describe()}, {figures.draws} draws each\n"
         f"by noise, clean to noisy: {levels}\n"
         f"change of error: winners {figures.winner_change:+.2%}, losers {figures.loser_change:+.2%}"
     )

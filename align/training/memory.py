@@ -15,8 +15,8 @@ from backbone.models.model import Backbone
 from backbone.models.placement import get_placement
 
 
-def work_of(model: Backbone, settings: Settings, pictures: int, prompts: int) -> Workload:
-    """The run's `Workload`, for so many pictures and prompts; `UserError` for layers that the family does not know."""
+def work_of(model: Backbone, settings: Settings) -> Workload:
+    """The run's `Workload`; `UserError` for layers that the family does not know."""
     layers = model.family.lora_targets.get(settings.lora_layers)
     if layers is None:
         known = ", ".join(model.family.lora_targets)
@@ -36,7 +36,6 @@ def work_of(model: Backbone, settings: Settings, pictures: int, prompts: int) ->
         full_finetuning=settings.full,
         supports_compressed_base=not settings.concepts,
         queries_base=False,  # the reference is asked with a step's own rows, and keeps nothing
-        cached_counts=(pictures * (2 if settings.flip else 1), prompts + 1),
         extra_denoisers=int(settings.reference == "copy"),
     )
 
@@ -49,13 +48,11 @@ def choice_of(model: Backbone, settings: Settings) -> MemorySettings:
     )
 
 
-def budgeted(
-    model: Backbone, settings: Settings, pictures: int, prompts: int, size: float
-) -> tuple[Backbone, Settings]:
+def budgeted(model: Backbone, settings: Settings, size: float) -> tuple[Backbone, Settings]:
     """The model and the settings for a device of `size` GiB, as the planner chose them, which it says.
 
     Raises `UserError` where nothing fits.
     """
-    work = work_of(model, settings, pictures, prompts)
+    work = work_of(model, settings)
     smaller, found = fit_to_memory(model, work, size, choice_of(model, settings))
     return smaller, replace(settings, **found.settings(), compile=settings.compile and found.compilable)

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from align.collect.rank import rank_samples
 from align.collect.sample import sample_images
 from align.collect.scorers import open_scorer, refuse_not_differentiable
@@ -25,11 +23,9 @@ from align.pairs.records import (
     RANKING,
     SAMPLES,
     SCORES,
-    Record,
+    Records,
     Scores,
     check_preferences,
-    describe_records,
-    split_held_out,
 )
 from align.pairs.samples import FORMAT, image_name
 from align.settings import (
@@ -51,7 +47,6 @@ from align.training.report import draw_curves, mean_reward, write_running_report
 from align.training.run import write_concept, write_record
 from backbone.adapters.apply import check_concept_fits, load_concepts
 from backbone.adapters.concept import Concept, read_concept, summarize_concepts
-from backbone.conditions.conditions import Conditions
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import append_jsonl, read_json, write_json
@@ -166,7 +161,7 @@ def _by_pairs(
     base: Sequence[str],
 ) -> Path:
     began = time.perf_counter()
-    training = PreferenceTraining(model, _nothing(model), settings, base, concepts)
+    training = PreferenceTraining(model, PreferenceData.nothing(model), settings, base, concepts)
     training.sources = {"model": model.fingerprint}
     training.resume(run)
     texts = [prompt.text for prompt in prompts]
@@ -175,8 +170,7 @@ def _by_pairs(
         0, Validation(run, training, settings, pictures)
     )  # before the first round and after each
     writes = processes.is_main_process()
-    learn: list[Record] = []
-    out: list[Record] = []
+    learn, out = Records(), Records()
     spent = {"draw and rank": 0.0, "train": 0.0}
     with catch_interrupts() as stop:
         for number in range(_round(training.done, settings), settings.rounds):
@@ -264,15 +258,13 @@ def _draw_round(
     write_json(folder / SAMPLES, facts)
 
 
-def _round_records(folder: Path, settings: Settings) -> tuple[list[Record], list[Record]]:
-    learn, out = split_held_out(
-        records_of(check_preferences(read_preferences(folder)), settings),
-        share=settings.held_out,
-        seed=settings.seed,
-    )
+def _round_records(folder: Path, settings: Settings) -> tuple[Records, Records]:
+    found = records_of(check_preferences(read_preferences(folder)), settings)
+    assert isinstance(found, Records)
+    learn, out = found.split(share=settings.held_out, seed=settings.seed)
     if not learn:
         raise UserError(f"{folder} leaves nothing to learn from. Lower --held-out, or give more prompts.")
-    notify(f"Learning from {describe_records(learn)}; held out: {describe_records(out)}.")
+    notify(f"Learning from {learn.describe()}; held out: {out.describe()}.")
     return learn, out
 
 
@@ -283,11 +275,6 @@ def append_reward(run: Path, folder: Path, settings: Settings, number: int) -> N
     scores = read_json(folder / SCORES, Scores).scores
     values = [one[settings.online] for one in scores.values()]
     append_jsonl(run / REWARDS, {"round": number, "reward": sum(values) / len(values)})
-
-
-def _nothing(model: Backbone) -> PreferenceData:
-    """No records, before the first round has drawn any."""
-    return PreferenceData(torch.empty(0, *model.latent_shape), None, Conditions({}), [], [])
 
 
 # Rewards without pairs --------------------------------------------------------------------------------------

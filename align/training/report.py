@@ -12,10 +12,8 @@ from typing import Any
 from align.objectives.metrics import Figures
 from align.objectives.preference import PreferenceTraining
 from align.objectives.reference import CachedReference
-from align.pairs.records import (
-    Record,
-    describe_records,
-)
+from align.pairs.prepared import PreparedRecords
+from align.pairs.records import Records
 from align.settings import REPORT, REWARD_LOSSES, SUMMARY, Settings, as_command
 from align.training.logs import (
     LoggedEvaluation,
@@ -40,8 +38,8 @@ RENEW_SECONDS = 15
 def write_summary(
     run: Path,
     training: PreferenceTraining,
-    learn: list[Record],
-    out: list[Record],
+    learn: Records | PreparedRecords,
+    out: Records | PreparedRecords,
     concepts: list[Concept],
     seconds: dict[str, float],
     pictures: Pictures,
@@ -59,8 +57,8 @@ def write_summary(
         "concepts": summarize_concepts(concepts),
         "data": {
             "source": settings.pairs,
-            "training": describe_records(learn),
-            "held_out": describe_records(out),
+            "training": learn.describe(),
+            "held_out": out.describe(),
             "training_records": len(learn),
             "held_out_records": len(out),
         },

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from align.objectives.dataset import _read_again, prepare, records_of
+from align.objectives.dataset import prepare, read_again, records_of
 from align.objectives.preference import PreferenceTraining, share_of
-from align.pairs.records import (
-    Preferences,
-    Record,
-    check_preferences,
-    describe_records,
-    refuse_another_model,
-    split_held_out,
-)
+from align.pairs.prepared import Prepared, PreparedRecords
+from align.pairs.records import Preferences, Records, refuse_another_model
 from align.settings import FILE, Settings, as_command, read_settings, resolved
 from align.training.monitor import Validation
 from align.training.pictures import AFTER, draw_before
@@ -25,7 +20,7 @@ from backbone.adapters.apply import load_concepts
 from backbone.adapters.concept import Concept, read_concept
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify
-from backbone.io.files import content_hash, write_json
+from backbone.io.files import write_json
 from backbone.io.run_folder import clear_failed_try, package_versions, refuse_taken
 from backbone.models.model import Backbone
 from backbone.training.hardware import describe_hardware
@@ -34,7 +29,7 @@ from backbone.training.run import Every, drive
 
 
 def train_taste(
-    asked: dict[str, Any], found: Preferences, *, out: Path | None, vram: float | None = None
+    asked: dict[str, Any], found: Preferences | Prepared, *, out: Path | None, vram: float | None = None
 ) -> Path:
     """Trains on checked preferences and gives the run folder. `asked` holds what the user set, `vram` is in GiB.
 
@@ -54,8 +49,7 @@ def train_taste(
         from align.training.memory import budgeted
 
         processes.require_whole_model("--vram counts for a process alone; it")
-        pictures, prompts = sum(len(one.pictures) for one in records), len({one.prompt for one in records})
-        model, settings = budgeted(model, settings, pictures, prompts, vram)
+        model, settings = budgeted(model, settings, vram)
     share_of(settings)
     processes.barrier()  # now every process has seen that the folder is free
     with processes.hold_folder(run):
@@ -71,28 +65,29 @@ def resume_taste(run: Path) -> Path:
     began = time.perf_counter()
     settings = read_settings(run)
     processes.init_process(settings.device)
-    found = check_preferences(_read_again(settings), skip_bad=settings.skip_bad)
+    found = read_again(settings, skip_bad=settings.skip_bad)
     model = open_model(settings)
     _refuse_strangers(found, settings, model)
     with processes.hold_folder(run):
         return carry_on(run, settings, model, records_of(found, settings), began=began)
 
 
-def carry_on(run: Path, settings: Settings, model: Backbone, records: list[Record], *, began: float) -> Path:
+def carry_on(
+    run: Path, settings: Settings, model: Backbone, records: Records | PreparedRecords, *, began: float
+) -> Path:
     """Trains from the last checkpoint, if there is one, to the finished folder."""
-    learn, out = split_held_out(records, share=settings.held_out, seed=settings.seed)
-    if not learn:
+    learn, out = records.split(share=settings.held_out, seed=settings.seed)
+    if not len(learn):
         raise UserError(f"{settings.pairs} leaves nothing to learn from. Lower --held-out.")
-    notify(f"Learning from {describe_records(learn)}; held out: {describe_records(out)}.")
+    notify(f"Learning from {learn.describe()}; held out: {out.describe()}.")
     concepts = [read_concept(folder) for folder in settings.concepts]
     base = load_concepts(model, concepts)
     data = prepare(model, learn, out, settings, concepts)
     training = PreferenceTraining(model, data, settings, base, concepts)
-    images = "".join(picture.content_hash for record in learn for picture in record.pictures)
-    training.sources = {"model": model.fingerprint, "images": content_hash(images.encode())}
+    training.sources = {"model": model.fingerprint, "images": learn.fingerprint()}
     training.resume(run)
     prepared = time.perf_counter()
-    asked = [record.prompt for record in [*out, *learn]]
+    asked = chain(out.texts(), learn.texts())
     pictures = draw_before(run, model, settings, asked, concepts, done=training.done)
     model.free("autoencoder", "text_encoder")
     validate = Every(settings.evaluation_steps, Validation(run, training, settings, pictures))
@@ -143,8 +138,11 @@ def run_name(source: str) -> str:
     return (path.stem if path.is_file() else path.name) or "run"
 
 
-def _refuse_strangers(found: Preferences, settings: Settings, model: Backbone) -> None:
-    if not settings.any_model:
+def _refuse_strangers(found: Preferences | Prepared, settings: Settings, model: Backbone) -> None:
+    if isinstance(found, Prepared):
+        crops = settings.random_crop
+        found.refuse_other_use(model, flip=settings.flip, crops=crops, seed=settings.seed)
+    elif not settings.any_model:
         refuse_another_model(found, settings.model, model.fingerprint)
     for folder in settings.concepts:
         refuse_another_concept(read_concept(folder), model)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from align.settings import resolved
+from align.settings import PreparePairs, resolved
 from backbone.io.console import UserError, notify, progress
 from backbone.io.options import refuse_idle, require_packages
-from backbone.io.run_folder import absolute
+from backbone.io.run_folder import absolute, is_prepared
+
+if TYPE_CHECKING:
+    from align.pairs.prepared import Prepared
 
 
 def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | None = None) -> Path:
@@ -52,6 +55,8 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
         from align.pairs.read import read_preferences
         from align.pairs.records import check_preferences, describe_contradictions, describe_records
 
+        if is_prepared(source):
+            return _start_prepared(asked, out=out, vram=vram)
         rows = {name: asked[name] for name in ("user", "limit", "split") if name in asked}
         found = check_preferences(read_preferences(source, **rows), skip_bad=asked.get("skip_bad", False))
         notify(f"{found.source} holds {describe_records(found.records)}.")
@@ -61,3 +66,53 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
             from align.training.run import train_taste
 
         return train_taste(asked, found, out=out, vram=vram)
+
+
+def _start_prepared(asked: dict[str, Any], *, out: Path | None, vram: float | None) -> Path:
+    """Train from a folder of `align prepare`: its images were checked then."""
+    for name in ("skip_bad", "any_model", "split"):
+        if name in asked:
+            raise UserError(
+                f"--{name.replace('_', '-')} has no effect: {asked['pairs']} is prepared. Leave it out, or say it to "
+                "align prepare."
+            )
+    with progress(None, "starting", brief=True):  # torch and diffusers
+        from align.pairs.prepared import Prepared
+        from align.training.run import train_taste
+
+        found = Prepared(Path(asked["pairs"]))
+        notify(f"{found.folder} holds {found.describe()}.")
+    return train_taste(asked, found, out=out, vram=vram)
+
+
+def start_preparing(asked: PreparePairs) -> Prepared:
+    """Prepare a source as it was asked for; gives what the folder holds.
+
+    Raises `UserError` for a source that cannot be read before torch is imported.
+    """
+    from align.pairs.read import read_preferences
+
+    user, limit = asked.user or None, asked.limit or None
+    split = None if asked.split == "train" else asked.split
+    found = read_preferences(asked.pairs, user=user, limit=limit, split=split)
+    with progress(None, "starting", brief=True):  # torch and diffusers
+        from align.training.prepare import prepare_pairs
+        from backbone.distributed import processes
+        from backbone.models.model import Backbone
+
+    processes.init_process(asked.device)
+    model = Backbone.open(asked.model or "moji", device=asked.device, precision=asked.precision)
+    prepared = prepare_pairs(
+        found,
+        model,
+        asked.out,
+        flip=asked.flip,
+        random_crop=asked.random_crop,
+        seed=asked.seed,
+        any_model=asked.any_model,
+        skip_bad=asked.skip_bad,
+        workers=asked.num_proc,
+        rows={"user": user, "limit": limit, "split": split},
+    )
+    processes.end_process()
+    return prepared

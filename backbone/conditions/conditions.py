@@ -49,8 +49,12 @@ class Conditions:
         return self._each(lambda value: value.repeat(count, *[1] * (value.ndim - 1)))
 
     def to(self, device: torch.device) -> Conditions:
-        """The same on another device."""
+        """The same on another device; nobody waits for what goes from the processor's memory to a GPU."""
         return self._each(lambda value: send(value, device))
+
+    def pin_memory(self) -> Conditions:
+        """The same in memory from which a GPU copies by itself."""
+        return self._each(lambda value: value.pin_memory())
 
     def drop(self, dropped: Tensor, empty: Conditions) -> Conditions:
         """The prompts where `dropped` [B] is true replaced by those of `empty` (1 row or B); the rest as it is.

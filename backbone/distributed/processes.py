@@ -227,6 +227,20 @@ def sum_in_place(tensors: Sequence[Tensor]) -> None:
             tensor.copy_(summed)
 
 
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows [N, D] of all processes, one behind the other; each may have another number of them."""
+    if not dist.is_initialized():
+        return rows
+    counts = torch.zeros(world_size(), dtype=torch.float64)
+    counts[rank()] = len(rows)
+    sum_in_place([counts])
+    ends = counts.cumsum(0).long()
+    whole = torch.zeros(int(ends[-1]), *rows.shape[1:], dtype=rows.dtype)
+    whole[int(ends[rank()]) - len(rows) : int(ends[rank()])] = rows
+    sum_in_place([whole])
+    return whole
+
+
 def gradient_averaging() -> Callable[[Sequence[Tensor]], None] | None:
     """`average_in_place` for the training loop, or None in a single process."""
     return average_in_place if world_size() > 1 else None

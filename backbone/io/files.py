@@ -35,7 +35,7 @@ WHOLE = ".whole"  # ends the name of a temporary folder that only has to be move
 Kind = TypeVar("Kind")
 
 
-def write_bytes(path: str | Path, content: bytes) -> None:
+def write_bytes(path: str | Path, content: bytes | memoryview) -> None:
     """Write a file atomically. An `OSError` (a full disk) names `path`."""
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)

@@ -34,7 +34,13 @@ LEFT_BEHIND = (
     *("log.jsonl", "evaluations.jsonl", "rewards.jsonl", "report.html"),
     *("previews", "evaluations", BEFORE_AND_AFTER, "tensorboard"),
 )
+PREPARED = "prepared.json"  # of a folder of `customize prepare` or `align prepare`
 PACKAGES = ("limner", "torch", "diffusers", "transformers", "peft", "accelerate")
+
+
+def is_prepared(source: str | Path) -> bool:
+    """Whether a source is a folder that `customize prepare` or `align prepare` has made."""
+    return (Path(source).expanduser() / PREPARED).is_file()
 
 
 def refuse_taken(run: Path) -> None:

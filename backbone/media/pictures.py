@@ -2,8 +2,9 @@
 
 A source is a folder of images (captions in `name.txt` or `name.caption` beside `name.jpg`, in `metadata.jsonl` or in
 `metadata.csv`; masks in `name.mask.png` or OneTrainer's `name-masklabel.png`, white = train), a single image, a
-Parquet file, a folder saved by `datasets`, or a dataset id on the hub. `list_images` decodes nothing, so that
-`check_images` can report all unusable files at once; `describe_unused` says what a folder holds beside.
+Parquet file, webdataset shards (.tar), a folder saved by `datasets`, or a dataset id on the hub. `list_images` decodes
+nothing, so that `check_images` can report all unusable files at once; `describe_unused` says what a folder holds
+beside.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class ImageRecord:
     mask: Path | None = None  # white = train
     row: DatasetRow | None = None  # holds the bytes instead of `path`
     caption_file: Path | None = field(default=None, compare=False)  # where the caption stands
+    known_hash: str = field(default="", compare=False)  # of a record that was looked at before
 
     @property
     def caption_source(self) -> str:
@@ -65,7 +67,7 @@ class ImageRecord:
     @cached_property
     def content_hash(self) -> str:
         """The hash of these bytes, by which caches and records know an image; read once."""
-        return content_hash(self.read())
+        return self.known_hash or content_hash(self.read())
 
     def open(self, *, at_least: int | None = None) -> Image.Image:
         """Decode as `open_rgb` does."""
@@ -151,12 +153,13 @@ def list_images(
                     f"{path} has no {' or '.join(METADATA)}, so it has no column {named!r}. Write one, or name none."
                 )
             return pictures
-        if tables := [file for file in _list_visible(path) if file.suffix.lower() == ".parquet"]:
-            return _list_table(_load_parquet(tables), str(source), columns, folder=path)
+        for suffix, load in TABLES.items():
+            if tables := [file for file in _list_visible(path) if file.suffix.lower() == suffix]:
+                return _list_table(load(tables), str(source), columns, folder=path)
         raise UserError(_describe_empty_folder(path))
     if path.exists():
-        if path.suffix.lower() == ".parquet":
-            return _list_table(_load_parquet([path]), str(source), columns, folder=path.parent)
+        if (suffix := path.suffix.lower()) in TABLES:
+            return _list_table(TABLES[suffix]([path]), str(source), columns, folder=path.parent)
         if path.suffix.lower() not in IMAGE_SUFFIXES and path.suffix:
             raise UserError(
                 f"{path} is a {path.suffix} file, neither an image nor a folder of images. "
@@ -176,8 +179,7 @@ def list_images(
 def check_images(pictures: Sequence[ImageRecord]) -> None:
     """Decode every image and mask once; one `UserError` lists all that cannot be used, a line each with the reason."""
     bad: list[tuple[str, str]] = []
-    count = len(pictures)
-    with progress(count, "reading", brief=True) as bar:
+    with progress(len(pictures), "reading", brief=True) as bar:
         for picture in pictures:
             try:
                 size = picture.open(at_least=64).size
@@ -187,6 +189,11 @@ def check_images(pictures: Sequence[ImageRecord]) -> None:
             except BadImageError as error:
                 bad.append((error.name, error.reason))
             bar.advance_images(1)
+    refuse_bad_images(bad, len(pictures))
+
+
+def refuse_bad_images(bad: Sequence[tuple[str, str]], count: int) -> None:
+    """`UserError` that lists those of `count` images that cannot be used, as (name, reason)."""
     if bad:
         lines = "\n".join(f"  {name} {reason}" for name, reason in bad)
         heading = f"{len(bad)} of {count} images cannot be used" if count > 1 else "The image cannot be used"
@@ -459,6 +466,37 @@ class SavedTable:
     _data_files: list[SavedFile] = field(default_factory=list)
 
 
+TAR_COLUMNS = {"txt": "text", "cls": "label", **dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image")}
+
+
+def load_tars(files: Sequence[Path]) -> Any:
+    """The samples of webdataset shards (.tar) as a table; images stay encoded.
+
+    What stands behind a sample's name is a column: `0001.chosen.jpg` is `chosen`, `0001.jpg` is `image`, `0001.txt` is
+    `text`, and the keys of `0001.json` are columns themselves.
+    """
+    datasets = _import_datasets()
+    try:
+        table = datasets.load_dataset(
+            "webdataset", data_files={"train": [str(file) for file in files]}, split="train"
+        )
+    except (OSError, ValueError, EOFError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(
+            f"{files[0]} is no readable tar file of samples ({_first_line(error)}). Pack it again."
+        ) from error
+    table = table.flatten()
+    names: dict[str, str] = {}
+    for name in table.column_names:
+        plain = name.removeprefix("json.") if name.startswith("json.") else name.split(".")[0]
+        new = TAR_COLUMNS.get(plain, plain)
+        names[name] = name if new in names.values() else new
+    table = table.rename_columns({old: new for old, new in names.items() if old != new})
+    for name, kind in table.features.items():
+        if isinstance(kind, datasets.Image):
+            table = table.cast_column(name, datasets.Image(decode=False))
+    return table
+
+
 def _load_parquet(files: Sequence[Path]) -> Any:
     datasets = _import_datasets()
     try:
@@ -467,6 +505,9 @@ def _load_parquet(files: Sequence[Path]) -> Any:
         raise UserError(
             f"{files[0]} is not a readable Parquet file ({_first_line(error)}). Save it again."
         ) from error
+
+
+TABLES = {".parquet": _load_parquet, ".tar": load_tars}
 
 
 def _load_from_hub(source: str) -> Any:

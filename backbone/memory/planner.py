@@ -8,10 +8,9 @@ of their cost until every phase fits; then those that turn out to be unnecessary
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +48,6 @@ class Workload:
     supports_compressed_base  whether what is trained works on a quantised or CPU-offloaded base
     trains_text_encoders      whether the text encoders are needed at every step
     queries_base              whether predictions of the frozen base are cached beforehand
-    cached_counts             latents and prompts that stay on the device
     extra_denoisers           further denoisers in memory (a frozen reference)
     has_ema                   whether an fp32 moving average of the trained tensors is kept
     """
@@ -60,7 +58,6 @@ class Workload:
     supports_compressed_base: bool = True
     trains_text_encoders: bool = False
     queries_base: bool = True
-    cached_counts: tuple[int, int] = (0, 0)
     extra_denoisers: int = 0
     has_ema: bool = False
 
@@ -136,13 +133,12 @@ class MemoryEstimator:
         encode = self.autoencoder_bytes(precision, "encode", placement.tiling, 1)
         phases = {"encoding": Phase(sizes.autoencoder + text_encoders, encode)}
         if work.queries_base:
-            resident = denoisers + self.cached_bytes
-            phases["base predictions"] = Phase(resident, self.forward_bytes(precision, batch))
+            phases["base predictions"] = Phase(denoisers, self.forward_bytes(precision, batch))
 
         # Trained tensors, their optimiser state and their average are fp32; full weights are the denoiser's own.
         trained = 4 * sizes.trained_parameters
         state = round(sizes.trained_parameters * OPTIMIZER_STATE_BYTES[choice.optimizer])
-        resident = denoisers + self.cached_bytes + state + trained * work.has_ema
+        resident = denoisers + state + trained * work.has_ema
         resident += 0 if work.full_finetuning else trained
         resident += text_encoders * work.trains_text_encoders
         step = self.step_bytes(precision, choice.checkpointing)
@@ -180,13 +176,6 @@ class MemoryEstimator:
         if not (choice.placement.quantize or choice.placement.offload):
             return 0
         return 2 * self.model_sizes(choice.precision).largest_layer
-
-    @cached_property
-    def cached_bytes(self) -> int:
-        """Bytes of encoded pictures and prompts that stay on the device, fp32."""
-        latents, prompts = self.work.cached_counts
-        one = self.model.family.spec(self.model.location, torch.float32).blank_text(1)
-        return 4 * math.prod(self.model.latent_shape) * latents + tensor_bytes(one.tensors()) * prompts
 
     def usable_bytes(self, size: float) -> float:
         """Bytes that tensors can have on a device of `size` GiB."""

@@ -1,4 +1,7 @@
-"""The disk cache of latents and text embeddings, keyed by content hash, never by position."""
+"""The disk cache of what is computed once and is small: a file for each key, the hash of all that it depends on.
+
+Latents and the prompts of whole data sets lie in tables (`backbone.models.encode`).
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,7 @@ from torch import Tensor
 from backbone.conditions.conditions import Conditions, Text
 from backbone.io.console import UserError
 from backbone.io.files import content_hash, read_tensors, write_tensors
-from backbone.media.crops import ReadCrop, read_crop
-from backbone.media.pictures import ImageRecord
-from backbone.media.transforms import CROPS, CropPosition, to_tensor
-from backbone.models.model import Backbone, Posterior
+from backbone.models.model import Backbone
 
 VARIABLE = "LIMNER_CACHE"
 TEXT = 2  # counts up when a family makes something else of a prompt
@@ -47,28 +47,6 @@ def load_or_compute(kind: str, key: str, compute: Callable[[], Mapping[str, Tens
     return tensors
 
 
-def encode_images_cached(
-    model: Backbone,
-    pictures: Sequence[ImageRecord],
-    *,
-    flip: bool = False,
-    sizes: Sequence[tuple[int, int]] | None = None,
-    crop: CropPosition = CROPS["center"],
-    read: ReadCrop = read_crop,
-) -> list[Posterior]:
-    """Encode images to posteriors [1, C, H, W], each once: later calls read the cache.
-
-    Pictures are cropped to squares of the model's resolution, or to `sizes` (W, H), one for each, at `crop`; `read`
-    does it, and is not asked for what the cache holds.
-    """
-    side = model.resolution
-    each = sizes or [(side, side)] * len(pictures)
-    return [
-        _encoded_one(model, picture, flip, size, crop, read)
-        for picture, size in zip(pictures, each, strict=True)
-    ]
-
-
 def encode_prompts_cached(model: Backbone, prompts: Sequence[str]) -> Conditions:
     """Encode prompts to conditions, each once: later calls read the cache and load no text encoder."""
     return Conditions.cat([Conditions(_encoded_prompt(model, prompt)) for prompt in prompts]).to(model.device)
@@ -79,25 +57,3 @@ def _encoded_prompt(model: Backbone, prompt: str) -> Text:
         return model.encode_prompts([prompt]).text
     key = content_hash(f"{model.fingerprint}\n{prompt}\n{model.dtype}\n{TEXT}".encode())
     return load_or_compute("text", key, lambda: model.encode_prompts([prompt]).text)
-
-
-def _encoded_one(
-    model: Backbone,
-    picture: ImageRecord,
-    flip: bool,
-    size: tuple[int, int],
-    crop: CropPosition,
-    read: ReadCrop,
-) -> Posterior:
-    cut = () if crop == CROPS["center"] else (crop,)
-    tiles = ("tiles",) if model.placement.tiling else ()  # which change an encoding a little
-    facts = (model.fingerprint, picture.content_hash, size, flip, model.dtype, *cut, *tiles)
-    key = content_hash("\n".join(map(str, facts)).encode())
-
-    def compute() -> dict[str, Tensor]:
-        image = to_tensor(read(picture, size, crop))
-        found = model.encode((image.flip(-1) if flip else image)[None])
-        return {"mean": found.mean, "std": found.std}
-
-    tensors = load_or_compute("latents", key, compute)
-    return Posterior(tensors["mean"].to(model.device), tensors["std"].to(model.device))

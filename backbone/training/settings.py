@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 from backbone.io.console import UserError, notify
 from backbone.io.files import read_json, read_metadata
+from backbone.io.flags import DATA, OUTPUT, ModelOptions
 from backbone.io.options import Option, build, check_values, effective, fields_of, read_settings
 from backbone.io.records import RunRecord
 from backbone.io.run_folder import CHECKPOINT, absolute
@@ -132,6 +133,15 @@ class TrainingSettings:
             needs={"quantize": ("",), "cpu_offload": (0.0,)},
         ),
     ] = False
+    workers: Annotated[
+        int,
+        Option(
+            "Processes that make batches ahead; 0: none. What is learned does not depend on it.",
+            "Memory",
+            aliases=("dataloader-num-workers",),
+            min=0,
+        ),
+    ] = 0
     checkpointing_steps: Annotated[
         int,
         Option("A checkpoint every so many steps.", "Output", aliases=("save-every-n-steps",), min=1),
@@ -177,6 +187,29 @@ class RunOptions:
             default_text="not looked at",
         ),
     ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions(ModelOptions):
+    """What `customize prepare` and `align prepare` are both told."""
+
+    out: Annotated[
+        Path,
+        Option("The folder to write, or to go on with.", OUTPUT, aliases=("output-dir",), metavar="FOLDER"),
+    ]
+    flip: Annotated[bool, Option("Mirrored images too.", DATA, aliases=("random-flip", "flip-aug"))] = False
+    skip_bad: Annotated[
+        bool, Option("Leave out what cannot be used, and count it, instead of stopping.", DATA)
+    ] = False
+    num_proc: Annotated[
+        int,
+        Option(
+            "Processes that decode ahead; 0: none.",
+            DATA,
+            aliases=("preprocessing-num-workers", "dataloader-num-workers"),
+            min=0,
+        ),
+    ] = 0
 
 
 Made = TypeVar("Made", bound=TrainingSettings)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +16,17 @@ from backbone.conditions.conditions import Conditions
 from backbone.distributed import processes
 from backbone.io.console import UserError, progress
 from backbone.io.files import content_hash
+from backbone.io.run_folder import is_prepared
 from backbone.media.crops import ReadCrop, read_crop
 from backbone.media.pictures import ImageRecord, list_images
 from backbone.media.transforms import bucket_sizes, crop_and_resize, mask_to_tensor, nearest_bucket
-from backbone.models.cache import encode_images_cached, encode_prompts_cached, load_or_compute
+from backbone.models.cache import encode_prompts_cached, load_or_compute
+from backbone.models.encode import Encoded, Posteriors, Prompts, View, encode_texts, encode_views
 from backbone.models.model import Backbone, Posterior
 from backbone.models.sample import Request, sample_latents
 from backbone.training.base_predictions import BasePredictions, base_predictions
 from customize.data.masks import predict_mask
+from customize.data.prepared import PreparedImages
 from customize.methods.registry import changes_denoiser
 from customize.settings import OWN_WORDS, Settings
 
@@ -30,18 +36,22 @@ CLASS_IMAGES = 48  # where neither a number nor a folder is given
 
 @dataclass(frozen=True)
 class Group:
-    """The images of one subject with their prompts and its class prompt, placeholder tokens resolved."""
+    """The images of one subject with their prompts and its class prompt, placeholder tokens resolved.
+
+    `source` is where the images came from: a folder of `customize prepare` holds them encoded.
+    """
 
     pictures: Sequence[ImageRecord]
     prompts: Sequence[str]
     class_prompt: str
+    source: str = ""
 
 
 @dataclass(frozen=True)
 class TrainingData:
     """The encoded dataset, of all subjects one behind the other.
 
-    posteriors     [1, C, H, W], one for each image, a subject's mirrored ones behind its own
+    posteriors     [1, C, H, W], one for each image, a subject's mirrored ones behind its own; on disk
     prompts        one for each posterior
     names          the image file of each posterior, for messages
     frequency      how often each is drawn [N], up to a factor: all subjects equally often
@@ -53,7 +63,7 @@ class TrainingData:
     conditions     `prompts` and then `class_prompts` encoded; None while the text encoder itself is trained
     """
 
-    posteriors: list[Posterior]
+    posteriors: Sequence[Posterior]
     prompts: list[str]
     names: list[str]
     frequency: Tensor
@@ -62,7 +72,14 @@ class TrainingData:
     class_prompts: list[str]
     class_latents: Tensor | None
     class_rows: Tensor | None
-    conditions: Conditions | None
+    conditions: Conditions | Prompts | None
+
+    def posterior(self, rows: Tensor) -> Posterior:
+        """The posteriors of images of one size [B, C, H, W]."""
+        if isinstance(self.posteriors, Posteriors):
+            return self.posteriors.gather(rows)
+        each = [self.posteriors[int(row)] for row in rows]
+        return Posterior(*(torch.cat(column) for column in zip(*each, strict=True)))
 
     @property
     def has_prior(self) -> bool:
@@ -91,17 +108,19 @@ def prepare(
 
     `read` decodes an image and crops it.
     """
-    posteriors: list[Posterior] = []
+    parts: list[Encoded] = []
+    places: list[tuple[int, int]] = []
     prompts: list[str] = []
     names: list[str] = []
     masks: list[Tensor | None] = []
     owners: list[int] = []
     # images, and their mirror images, to posteriors; what belongs to one stands at the same place in every list
     for number, group in enumerate(groups):
-        sizes = sizes_of(group.pictures, model.resolution) if settings.aspect_buckets else None
         flips = (False, True) if settings.flip else (False,)
-        for flip, encoded in encode_in_parallel(model, group.pictures, flips, sizes, read).items():
-            posteriors += encoded
+        sizes, encoded = encode_group(model, group, flips, settings.aspect_buckets, read)
+        for flip, (own, where) in encoded.items():
+            places += [(len(parts) + part, row) for part, row in where]
+            parts += own
             masks += masks_of(group.pictures, sizes, flip=flip)
             prompts += group.prompts
             names += [str(picture.path) for picture in group.pictures]
@@ -110,8 +129,9 @@ def prepare(
     classes = [group.class_prompt for group in groups]
     with processes.main_process_first():
         class_conditions = encode_prompts_cached(model, classes)
-        conditions = None if trains_text(settings) else encode_prompts_cached(model, [*prompts, *classes])
         empty = encode_prompts_cached(model, [""]) if settings.mask == "auto" else None
+    conditions = None if trains_text(settings) else encode_texts(model, [*prompts, *classes])
+    posteriors = Posteriors(parts, places, model.device)
     buckets = buckets_of(posteriors)
     class_latents = class_rows = None
     if preserves(settings) and settings.prior == "class-images":
@@ -131,8 +151,8 @@ def prepare(
         posteriors=posteriors,
         prompts=prompts,
         names=names,
-        frequency=torch.tensor([1 / owners.count(owner) for owner in owners]),
-        masks=at_latent_size(masks, [posterior.mean.shape[-2:] for posterior in posteriors]),
+        frequency=frequencies(owners),
+        masks=at_latent_size(masks, [shape[-2:] for shape in posteriors.shapes]),
         buckets=buckets,
         class_prompts=classes,
         class_latents=class_latents,
@@ -141,29 +161,50 @@ def prepare(
     )
 
 
-def encode_in_parallel(
-    model: Backbone,
-    pictures: Sequence[ImageRecord],
-    flips: Sequence[bool],
-    sizes: Sequence[tuple[int, int]] | None,
-    read: ReadCrop,
-) -> dict[bool, list[Posterior]]:
-    """The images encoded as they are and mirrored, as `flips` asks; of several processes each encodes its share.
+OfSizes: TypeAlias = tuple[list[Encoded], list[tuple[int, int]]]
+"""Images as parts of one size each, and the (part, row) of each image."""
 
-    An image is encoded in all ways before the next one is read.
-    """
 
-    def encode(row: int) -> list[Posterior]:
-        one, size = [pictures[row]], sizes and [sizes[row]]
-        return [encode_images_cached(model, one, flip=flip, sizes=size, read=read)[0] for flip in flips]
+def encode_group(
+    model: Backbone, group: Group, flips: Sequence[bool], aspect_buckets: bool, read: ReadCrop
+) -> tuple[list[tuple[int, int]] | None, dict[bool, OfSizes]]:
+    """A subject's images encoded as they are and mirrored, as `flips` asks; their sizes where they keep their shape."""
+    if is_prepared(group.source):
+        return open_group(model, PreparedImages(Path(group.source)), flips, aspect_buckets)
+    side = model.resolution
+    sizes = sizes_of(group.pictures, side) if aspect_buckets else None
+    by_size: dict[tuple[int, int], list[int]] = {}
+    for row, size in enumerate(sizes or [(side, side)] * len(group.pictures)):
+        by_size.setdefault(size, []).append(row)
+    places = [(0, 0)] * len(group.pictures)
+    parts: dict[bool, list[Encoded]] = {flip: [] for flip in flips}
+    for number, (size, rows) in enumerate(by_size.items()):
+        views = [View(group.pictures[row], size) for row in rows]
+        for flip, encoded in encode_views(model, views, flips, std=True, read=read).items():
+            parts[flip].append(encoded)
+        for place, row in enumerate(rows):
+            places[row] = number, place
+    return sizes, {flip: (own, places) for flip, own in parts.items()}
 
-    processes.warm_cache(encode, range(len(pictures)))
-    rows = []
-    with progress(len(pictures), "encoding", brief=True) as bar:
-        for row in range(len(pictures)):
-            rows.append(encode(row))
-            bar.advance_images(1)
-    return {flip: [row[place] for row in rows] for place, flip in enumerate(flips)}
+
+def open_group(
+    model: Backbone, prepared: PreparedImages, flips: Sequence[bool], aspect_buckets: bool
+) -> tuple[list[tuple[int, int]] | None, dict[bool, OfSizes]]:
+    """The same of a prepared folder; `UserError` where it was prepared for something else."""
+    prepared.refuse_other_encoder(model, flip=True in flips)
+    if prepared.facts.aspect_buckets != aspect_buckets:
+        without = "without" if aspect_buckets else "with"
+        raise UserError(
+            f"{prepared.folder} was prepared {without} --aspect-buckets. Say the same here, or prepare again."
+        )
+    sizes = prepared.sizes if aspect_buckets else None
+    return sizes, {flip: prepared.encoded(flip) for flip in flips}
+
+
+def frequencies(owners: Sequence[int]) -> Tensor:
+    """How often each image is drawn [N], up to a factor: every subject equally often."""
+    counts = Counter(owners)
+    return torch.tensor([1 / counts[owner] for owner in owners])
 
 
 def predict_missing_masks(
@@ -189,18 +230,18 @@ def sizes_of(pictures: Sequence[ImageRecord], resolution: int) -> list[tuple[int
     return [nearest_bucket(picture.open().size, sizes) for picture in pictures]
 
 
-def buckets_of(posteriors: Sequence[Posterior]) -> list[Bucket]:
+def buckets_of(posteriors: Posteriors) -> list[Bucket]:
     """The posteriors by their sizes."""
     found: dict[tuple[int, ...], list[int]] = {}
-    for row, posterior in enumerate(posteriors):
-        found.setdefault(tuple(posterior.mean.shape), []).append(row)
+    for row, shape in enumerate(posteriors.shapes):
+        found.setdefault(shape, []).append(row)
     return [Bucket(torch.tensor(rows)) for rows in found.values()]
 
 
 def with_base_predictions(
     model: Backbone,
     bucket: Bucket,
-    posteriors: list[Posterior],
+    posteriors: Sequence[Posterior],
     classes: Conditions,
     owners: Sequence[int],
     settings: Settings,
@@ -209,7 +250,7 @@ def with_base_predictions(
     parts, numbers = [], []
     rows, count = bucket.rows.tolist(), settings.prior_draws
     for number in sorted({owners[row] for row in rows}):
-        own = [posteriors[row] for row in rows if owners[row] == number]
+        own = [posteriors[row] for row in [row for row in rows if owners[row] == number][:count]]
         parts.append(base_predictions(model, own, classes[[number]], count=count, seed=settings.seed))
         numbers.append(torch.full((count,), number))
     return replace(bucket, base=BasePredictions.cat(parts), classes=torch.cat(numbers))
@@ -281,7 +322,8 @@ def class_images(model: Backbone, class_prompt: str, settings: Settings, subject
     own: list[Tensor] = []
     if settings.class_images:
         found = list_images(settings.class_images[subject])[: settings.num_class_images or None]
-        own = [posterior.mean for posterior in encode_images_cached(model, found)]
+        views = [View(picture, (model.resolution, model.resolution)) for picture in found]
+        own = [*encode_views(model, views)[False].column("mean")[:].split(1)] if views else []
     missing = (settings.num_class_images or (0 if own else CLASS_IMAGES)) - len(own)
     generated = [sample_class_latents(model, class_prompt, settings, missing)] if missing else []
     return torch.cat([*(latent.float().cpu() for latent in own), *generated])

@@ -11,6 +11,7 @@ from typing import Any
 from backbone.adapters.concept import word_pattern
 from backbone.io.console import UserError, notify
 from backbone.io.files import read_json
+from backbone.io.run_folder import is_prepared
 from backbone.media.pictures import (
     IMAGE_SUFFIXES,
     ImageRecord,
@@ -310,6 +311,13 @@ def _has_images(folder: Path) -> bool:
     return any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir() if path.is_file())
 
 
+def open_prepared(source: str) -> list[ImageRecord]:
+    """The images of a folder of `customize prepare`, which has looked at them."""
+    from customize.data.prepared import PreparedImages  # which imports torch
+
+    return PreparedImages(Path(source)).pictures
+
+
 def read_images(
     subjects: Sequence[Subject], caption_column: str = "", image_column: str = ""
 ) -> list[list[ImageRecord]]:
@@ -318,9 +326,19 @@ def read_images(
     Raises `UserError` that lists all images that cannot be used.
     """
     columns = {"caption_column": caption_column or None, "image_column": image_column or None}
-    folders = [list_images(subject.images, **columns) for subject in subjects]
-    check_images([image for folder in folders for image in folder])
+    prepared = [is_prepared(subject.images) for subject in subjects]
+    if all(prepared) and any(columns.values()):
+        raise UserError(
+            f"{subjects[0].images} is prepared, captions and all, so no column is read. Name none, or say it to "
+            "customize prepare."
+        )
+    folders = [
+        open_prepared(subject.images) if known else list_images(subject.images, **columns)
+        for subject, known in zip(subjects, prepared, strict=True)
+    ]
+    unknown = [folder for folder, known in zip(folders, prepared, strict=True) if not known]
+    check_images([image for folder in unknown for image in folder])
     for subject, folder in zip(subjects, folders, strict=True):
-        for sentence in describe_unused(subject.images, folder):
+        for sentence in [] if is_prepared(subject.images) else describe_unused(subject.images, folder):
             notify(sentence)
     return folders

@@ -86,14 +86,14 @@ def dilate(mask: Tensor) -> Tensor:
 
 
 def save_masks(
-    path: Path, pictures: Sequence[Sequence[ImageRecord]], masks: Sequence[Tensor], *, flip: bool
+    path: Path, pictures: Sequence[Sequence[ImageRecord]], masks: Sequence[Tensor], *, flip: bool, most: int
 ) -> None:
-    """A sheet of every subject's pictures, dark where they do not count; the mirrored ones behind them are left out."""
+    """A sheet of every subject's first pictures, `most` at most, dark where they do not count; no mirrored ones."""
     rows: list[list[Cell | Image.Image | None]] = []
     first = 0
     for folder in pictures:
-        own = masks[first : first + len(folder)]
-        rows.append([shown(picture, mask) for picture, mask in zip(folder, own, strict=True)])
+        own = masks[first : first + len(folder)][:most]
+        rows.append([shown(picture, mask) for picture, mask in zip(folder[:most], own, strict=True)])
         first += len(folder) * (2 if flip else 1)
     save_png(path, draw_sheet(rows, note="Dark: does not count."))
 

@@ -24,12 +24,12 @@ from backbone.io.console import UserError, progress
 from backbone.io.files import write_json, write_text
 from backbone.io.prompts import prompts_of
 from backbone.media.decode import open_rgb
-from backbone.media.pictures import list_images
 from backbone.media.sheet import Cell, draw_sheet, number_samples, save_png, split_rows
 from backbone.media.transforms import crop_square
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from backbone.world.words import load_vocabulary
+from customize.data.prepared import stored_images
 from customize.evaluation.metrics import Scorers, measure_dreambench
 from customize.settings import Settings, read_settings
 
@@ -204,7 +204,7 @@ def write_results(
 
 def embed_subject(scorers: Scorers, settings: Settings) -> Tensor:
     """The image encoder's vectors of the subject's own images [R, D]."""
-    images = [crop_square(image.open(), 512) for image in list_images(settings.images)]
+    images = [crop_square(image.open(), 512) for image in stored_images(settings.images)]
     return scorers.image_encoder.embed_images(images)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from backbone.conditions.conditions import Conditions
+from backbone.data.ahead import Steps
 from backbone.diffusion.losses import debiased, min_snr, squared_error
 from backbone.diffusion.noise import Level, PredictionType, add_noise, generator, target
 from backbone.diffusion.transfer import send
@@ -63,6 +65,32 @@ class Batch(NamedTuple):
         return Batch(*(column[rows] for column in self))
 
 
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """A batch as it is read: its samples, and their prompts' conditions; None where the text encoder is trained."""
+
+    batch: Batch
+    conditions: Conditions | None
+
+    def to(self, device: torch.device) -> Drawn:
+        """On a device; levels and rows stay where they are looked up."""
+        noisy, level, target, weight, rows = self.batch
+        noisy, target, weight = (send(value, device) for value in (noisy, target, weight))
+        known = self.conditions
+        return Drawn(Batch(noisy, level, target, weight, rows), None if known is None else known.to(device))
+
+    def pin_memory(self) -> Drawn:
+        """In memory from which a GPU copies by itself."""
+        known = self.conditions
+        batch = Batch(*(value.contiguous().pin_memory() for value in self.batch))
+        return Drawn(batch, None if known is None else known.pin_memory())
+
+    def tensors(self) -> list[Tensor]:
+        """Those that lie on the device."""
+        batch, known = self.batch, self.conditions
+        return [batch.noisy, batch.target, batch.weight, *(known.tensors() if known is not None else [])]
+
+
 class DreamBooth(Objective):
     """DreamBooth's loss with prior preservation, on whatever parameters the method trains."""
 
@@ -75,6 +103,7 @@ class DreamBooth(Objective):
         self.optimizer = make_optimizer(settings.optimizer, self.trained, weight_decay=settings.weight_decay)
         self.average = Average(self.parameters, decay=settings.ema_decay) if settings.ema_decay else None
         self.share = share_of(settings)
+        self.batches = Steps(self.draw_step, settings.steps, model.device, workers=settings.workers)
         self.figures: dict[str, Tensor | float] = {}
         kept = READ_EVERY * settings.gradient_accumulation_steps  # until they are read
         self.recent: deque[tuple[int, Tensor, Tensor]] = deque(maxlen=kept)
@@ -97,22 +126,37 @@ class DreamBooth(Objective):
         for part in self.trained:  # pivotal tuning trains the embedding first, then the adapter
             for value in part.parameters.values():
                 value.requires_grad_(part.begins <= progress < part.ends)
-        for micro in range(self.settings.gradient_accumulation_steps)[self.share.micros]:
-            key = (self.settings.seed, step) if micro == 0 else (self.settings.seed, step, micro)
-            yield self.loss(generator(*key), step)
+        for drawn in self.batches.at(step):
+            yield self.loss_of(drawn, step)
 
-    def loss(self, random: torch.Generator, step: int) -> Tensor:
-        """Ruiz et al. 2023, eq. 2: the subject's loss plus λ times the prior's; the mean over the whole batch.
+    def draw_step(self, step: int) -> list[Drawn]:
+        """This process's share of a step's micro-batches, as they are drawn and read; a function of the step alone."""
+        keys = [
+            (self.settings.seed, step) if micro == 0 else (self.settings.seed, step, micro)
+            for micro in range(self.settings.gradient_accumulation_steps)[self.share.micros]
+        ]
+        return [self.draw(generator(*key)) for key in keys]
 
-        Every process draws the same batch and computes its own samples of it.
-        """
+    def draw(self, random: torch.Generator) -> Drawn:
+        """A batch; every process draws the same one and keeps its own samples of it."""
         bucket = self.draw_bucket(random)
         parts = [self.subject_batch(bucket, random)]
         if self.data.has_prior:
             parts.append(self.prior_batch(bucket, random))
         batch = Batch.cat(parts).part(self.share.rows)
-        with self.model.autocast():
-            conditions = self.conditions(batch.rows)
+        known = self.data.conditions
+        return Drawn(batch, None if known is None else known[batch.rows])
+
+    def loss(self, random: torch.Generator, step: int) -> Tensor:
+        """The loss of a batch that is drawn now."""
+        return self.loss_of(self.draw(random).to(self.model.device), step)
+
+    def loss_of(self, drawn: Drawn, step: int) -> Tensor:
+        """Ruiz et al. 2023, eq. 2: the subject's loss plus λ times the prior's; the mean over the whole batch."""
+        batch, conditions = drawn.batch, drawn.conditions
+        if conditions is None:
+            with self.model.autocast():
+                conditions = self.conditions(batch.rows)
         with self.dropout(step):
             prediction = self.model.predict(batch.noisy, batch.level, conditions)
         errors = squared_error(prediction, batch.target, batch.weight)
@@ -149,10 +193,12 @@ class DreamBooth(Objective):
         settings, data, path = self.settings, self.data, self.model.path
         frequency = data.frequency[bucket.rows]
         rows = bucket.rows[torch.multinomial(frequency, settings.batch, replacement=True, generator=random)]
-        clean = torch.cat([data.posteriors[int(row)].sample(random) for row in rows])
-        noise = send(torch.randn(clean.shape, generator=random), clean.device)
+        mean, std = data.posterior(rows)
+        drawn = torch.stack([torch.randn(mean.shape[1:], generator=random) for _ in rows])
+        clean = mean + std * drawn
+        noise = torch.randn(clean.shape, generator=random)
         if settings.noise_offset:  # a constant shift of each channel (Guttenberg 2023)
-            shift = send(torch.randn(clean.shape[:2], generator=random), clean.device)
+            shift = torch.randn(clean.shape[:2], generator=random)
             noise = noise + settings.noise_offset * shift.reshape(*shift.shape, *[1] * (clean.ndim - 2))
         index = stratified_levels(settings.batch, len(path.levels), random)
         level = path.levels[index]
@@ -176,15 +222,14 @@ class DreamBooth(Objective):
         data, path, count = self.data, self.model.path, self.settings.prior_batch
         if bucket.base is not None and bucket.classes is not None:
             chosen = torch.randint(len(bucket.base), (count,), generator=random)
-            noisy = send(bucket.base.noisy[chosen], self.model.device)
-            index = bucket.base.level[chosen]
-            wanted = send(bucket.base.prediction[chosen].to(noisy.dtype), noisy.device)
+            noisy, index = bucket.base.noisy[chosen], bucket.base.level[chosen]
+            wanted = bucket.base.prediction[chosen]
             classes = bucket.classes[chosen]
         else:
             assert data.class_latents is not None and data.class_rows is not None
             chosen = torch.randint(len(data.class_latents), (count,), generator=random)
-            clean = send(data.class_latents[chosen], self.model.device)
-            noise = send(torch.randn(clean.shape, generator=random).to(clean.dtype), clean.device)
+            clean = data.class_latents[chosen]
+            noise = torch.randn(clean.shape, generator=random)
             index = stratified_levels(count, len(path.levels), random)
             level = path.levels[index]
             noisy, wanted = add_noise(clean, noise, level), target(clean, noise, level, path.prediction_type)
@@ -198,7 +243,7 @@ class DreamBooth(Objective):
         """The prompts of these rows [B], counted through the images' prompts and then the classes'."""
         data = self.data
         if data.conditions is not None:
-            return data.conditions[rows]
+            return data.conditions[rows].to(self.model.device)
         # the text encoder is trained: each prompt that occurs is encoded once, with gradients
         every = [*data.prompts, *data.class_prompts]
         prompts = [every[int(row)] for row in rows]

@@ -28,8 +28,8 @@ from customize.methods.weights import CROSS_ATTENTION
 from customize.settings import Settings
 
 
-def work_of(model: Backbone, settings: Settings, pictures: int) -> Workload:
-    """The run's `Workload`, for so many pictures; `UserError` for a set of layers that the family does not know."""
+def work_of(model: Backbone, settings: Settings) -> Workload:
+    """The run's `Workload`; `UserError` for a set of layers that the family does not know."""
     layers = model.family.lora_targets.get(settings.lora_layers)
     if layers is None:
         known = ", ".join(model.family.lora_targets)
@@ -51,7 +51,6 @@ def work_of(model: Backbone, settings: Settings, pictures: int) -> Workload:
             rank_pattern=settings.ranks(),
         ).values()
 
-    seen = pictures * (2 if settings.flip else 1)
     prior = settings.prior_batch if preserves(settings) else 0
     return Workload(
         trains,
@@ -61,7 +60,6 @@ def work_of(model: Backbone, settings: Settings, pictures: int) -> Workload:
         and settings.method not in ("full", "custom-diffusion"),
         trains_text_encoders=trains_text(settings),
         queries_base=preserves(settings) and settings.prior == "base",
-        cached_counts=(2 * seen, seen + len(settings.subjects())),  # mean and deviation
         has_ema=bool(settings.ema_decay),
     )
 
@@ -83,21 +81,21 @@ def choice_of(model: Backbone, settings: Settings) -> MemorySettings:
     )
 
 
-def budgeted(model: Backbone, settings: Settings, pictures: int, size: float) -> tuple[Backbone, Settings]:
+def budgeted(model: Backbone, settings: Settings, size: float) -> tuple[Backbone, Settings]:
     """The model and the settings for a device of `size` GiB, as the planner chose them, which it says.
 
     Raises `UserError` where nothing fits.
     """
-    work = work_of(model, settings, pictures)
+    work = work_of(model, settings)
     smaller, found = fit_to_memory(model, work, size, choice_of(model, settings))
     return smaller, replace(
         settings, **found.settings(), optimizer=found.optimizer, compile=settings.compile and found.compilable
     )
 
 
-def foreseen(model: Backbone, settings: Settings, pictures: int, size: float) -> list[str]:
+def foreseen(model: Backbone, settings: Settings, size: float) -> list[str]:
     """What the planner would choose on a GPU of `size` GiB, here or elsewhere; `UserError` where nothing fits."""
-    account = MemoryEstimator(model, work_of(model, settings, pictures), device="cuda")
+    account = MemoryEstimator(model, work_of(model, settings), device="cuda")
     start = choice_of(model, settings)
     if settings.precision == "auto":
         start = replace(start, precision="bf16")

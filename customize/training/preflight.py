@@ -176,24 +176,24 @@ class Estimate:
         return said
 
 
-def estimate(model: Backbone, settings: Settings, pictures: int) -> Estimate:
+def estimate(model: Backbone, settings: Settings) -> Estimate:
     """The memory of a run from settings alone (nothing is loaded), and a timed step if the model is small."""
-    account = MemoryEstimator(model, work_of(model, settings, pictures), device=model.device.type)
+    account = MemoryEstimator(model, work_of(model, settings), device=model.device.type)
     choice = choice_of(model, settings)
     step = account.step_bytes(choice.precision, choice.checkpointing)
     small = account.model_sizes(choice.precision).denoiser <= SMALL_MODEL * choice.dtype.itemsize
-    seconds = timed_step(model, settings, pictures) if small else None
+    seconds = timed_step(model, settings) if small else None
     return Estimate(account.phases(choice), step.saved, seconds, settings.steps)
 
 
-def timed_step(model: Backbone, settings: Settings, pictures: int) -> float:
+def timed_step(model: Backbone, settings: Settings) -> float:
     """Seconds of one training step with weights as they come, on the run's device, after one to warm up."""
     import torch
 
     from backbone.diffusion.losses import squared_error
     from backbone.training.attention import quick_to_train
 
-    device, work = model.device.type, work_of(model, settings, pictures)
+    device, work = model.device.type, work_of(model, settings)
     outline = model.family.spec(model.location, model.dtype)
     network = outline.denoiser.instantiate(device)
     trained = list(work.add_trainable(network))

@@ -23,6 +23,7 @@ from backbone.training.run import CHECKPOINT, Every, drive
 from customize.data.dataset import Group, prepare
 from customize.data.folders import read_images
 from customize.data.masks import save_masks
+from customize.data.prepared import KEPT
 from customize.methods.lora import refuse_other_encoders
 from customize.objectives.dreambooth import DreamBooth, share_of
 from customize.settings import FILE, SHEET, Settings, Subject, as_flags, read_settings, resolved
@@ -34,7 +35,6 @@ from customize.training.subjects import fields_of_subjects, group_of, with_nouns
 
 MASKS = "masks.png"
 SHOWN = 8  # of the subjects' own images, on the sheet
-KEPT = 64  # images whose crops are kept in memory for the evaluations; what is beyond is read anew
 
 
 def train_concept(
@@ -60,14 +60,15 @@ def train_concept(
         check_images(list_images(folder))
     # First the model's configs, which say what is usual; then how it is held, which the settings say
     opened, asked = open_configs(asked)
-    if misfit := opened.describe_misfit([picture.read_size() for folder in pictures for picture in folder]):
+    looked_at = [picture.read_size() for folder in pictures for picture in folder[:KEPT]]
+    if misfit := opened.describe_misfit(looked_at):
         notify_once(misfit)
     subjects = with_nouns(opened, subjects, pictures)
     settings = resolved(asked | fields_of_subjects(subjects), opened.defaults)
     model = open_model(settings, resolution=settings.resolution)
     if vram is not None:
         processes.require_whole_model("--vram counts for a process alone; it")
-        model, settings = budgeted(model, settings, sum(map(len, pictures)), vram)
+        model, settings = budgeted(model, settings, vram)
     if settings.train_text_encoder:
         refuse_other_encoders(model)
     settings = dataclasses.replace(
@@ -150,13 +151,13 @@ def carry_on(
     training.sources = {"model": model.fingerprint}
     training.resume(run)
     if processes.is_main_process() and settings.mask == "auto":
-        save_masks(run / MASKS, pictures, training.data.masks or [], flip=settings.flip)
+        save_masks(run / MASKS, pictures, training.data.masks or [], flip=settings.flip, most=KEPT)
     shown = [read(picture, side) for picture in everything[:SHOWN]]
     prepared = time.perf_counter()
     previews = Previews(model, settings, concept)
     report = RunReport(run, settings, shown)
     validation = Validation(
-        report, training, concept, lambda: [read(picture, side) for picture in pictures[0]]
+        report, training, concept, lambda: [read(picture, side) for picture in pictures[0][:KEPT]]
     )
     read.forget()
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from backbone.adapters.concept import mentions
 from backbone.io.console import UserError, notify, progress
 from backbone.io.options import fields_of, refuse_idle, require_packages, unmet
 from backbone.io.run_folder import absolute, run_name
-from customize.settings import OWN_WORDS, Settings, Subject, read_subject, resolved
+from customize.settings import OWN_WORDS, PrepareImages, Settings, Subject, read_subject, resolved
+
+if TYPE_CHECKING:
+    from customize.data.prepared import PreparedImages
 
 DEFAULT_TOKEN = "[V]"
 RESUMED = ("steps", "learning_rate", "images", "device")  # what may be said anew beside --resume
@@ -151,3 +154,36 @@ def refuse_prompts(first: Subject, rest: Mapping[str, Any]) -> None:
         raise UserError(
             f"The class prompt “{general}” holds the token {first.token}, which is the subject's alone. Leave it out."
         )
+
+
+def start_preparing(asked: PrepareImages) -> PreparedImages:
+    """Prepare a source of images as it was asked for; gives what the folder holds.
+
+    Raises `UserError` for a source that is none before torch is imported.
+    """
+    from backbone.media.pictures import list_images
+
+    columns = {"caption_column": asked.caption_column or None, "image_column": asked.image_column or None}
+    pictures = list_images(asked.images, **columns)
+    with progress(None, "starting", brief=True):  # torch and diffusers
+        from backbone.distributed import processes
+        from backbone.models.model import Backbone
+        from customize.training.prepare import prepare_images
+
+    processes.init_process(asked.device)
+    model = Backbone.open(
+        asked.model or "moji", device=asked.device, precision=asked.precision, resolution=asked.resolution
+    )
+    prepared = prepare_images(
+        pictures,
+        asked.images,
+        model,
+        asked.out,
+        flip=asked.flip,
+        aspect_buckets=asked.aspect_buckets,
+        skip_bad=asked.skip_bad,
+        workers=asked.num_proc,
+        rows={name: value for name, value in columns.items() if value},
+    )
+    processes.end_process()
+    return prepared

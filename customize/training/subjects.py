@@ -18,6 +18,8 @@ from customize.data.captions import describe_brackets, describe_truncated, write
 from customize.data.dataset import Group
 from customize.settings import OWN_WORDS, Settings, Subject
 
+LOOKED_AT = 64  # images at most, from which a class is guessed
+
 
 def with_nouns(
     model: Backbone, subjects: Sequence[Subject], pictures: Sequence[list[ImageRecord]]
@@ -81,7 +83,8 @@ def group_of(
         else f"stands for “{subject.token_words}”"
     )
     notify(f"{count_of(len(folder), 'picture')} of “{subject.called()}”; {subject.token} {what}.")
-    return Group(folder, [prompt.resolved for prompt in prompts], subject.filled(settings.class_prompt))
+    class_prompt = subject.filled(settings.class_prompt)
+    return Group(folder, [prompt.resolved for prompt in prompts], class_prompt, subject.images)
 
 
 def guess(model: Backbone, pictures: list[ImageRecord], images: str) -> str:
@@ -103,7 +106,9 @@ def guess(model: Backbone, pictures: list[ImageRecord], images: str) -> str:
             f"Say what the pictures show with --class (as --class dog): {model.location.name} cannot guess it."
         )
     scorer = load_scorer(folder)
-    ranked = classify_subject(scorer, [crop_square(picture.open(), 128) for picture in pictures], nouns)
+    ranked = classify_subject(
+        scorer, [crop_square(picture.open(), 128) for picture in pictures[:LOOKED_AT]], nouns
+    )
     best, second = ranked[0], ranked[1]
     seems = f"{best[0]} ({best[1]:.0%}; next {second[0]}, {second[1]:.0%})"
     notify(f"The pictures seem to show a {seems}. --class says otherwise.")

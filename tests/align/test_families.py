@@ -13,6 +13,7 @@ from diffusers import DDPMScheduler
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from align.objectives.dataset import Items
 from align.objectives.preference import PreferenceTraining
 from tests import tiny
 from tests.align.objectives.test_preference import data, opened, settings
@@ -109,10 +110,9 @@ def test_a_step_is_the_paper_s_formula_in_loss_and_gradient(
     chosen = run.batch_rows(1)
     items = [run.data.train[row] for row, _ in chosen]
     clean = torch.stack([run.data.latents[item.pictures[g]] for g in (0, 1) for item in items])
-    noise = torch.stack(
-        [run.samples.noise(item, k, clean.shape[1:]) for item, (_, k) in zip(items, chosen, strict=True)]
-    )
-    index = torch.tensor([run.samples.level(item, k) for item, (_, k) in zip(items, chosen, strict=True)])
+    ks = [k for _, k in chosen]
+    noise = run.samples.noise(Items.of(items), ks, clean.shape[1:])
+    index = run.samples.levels_of(Items.of(items), ks)
     said = [item.prompt for item in items]
     noise, index = noise.repeat(2, 1, 1, 1), index.repeat(2)
     text = run.data.conditions[said].repeat(2).text

@@ -99,7 +99,7 @@ def test_every_fault_gets_its_warning_and_good_pictures_none(tmp_path: Path) -> 
 
 def test_memory_follows_from_shapes(tiny: Backbone) -> None:
     settings = resolved({"images": "x", "token": "[V]", "class_noun": "dog"}, tiny.defaults)
-    found = estimate(tiny, settings, 3)
+    found = estimate(tiny, settings)
     network = UNet2DConditionModel.from_config(tiny.location.config("unet"))
     weights = 4 * sum(value.numel() for value in network.parameters())
     training = found.phases["training"].total_bytes
@@ -112,7 +112,7 @@ def test_memory_follows_from_shapes(tiny: Backbone) -> None:
 def test_a_large_model_is_not_timed(tiny: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "SMALL_MODEL", 10)
     settings = resolved({"images": "x", "token": "[V]", "class_noun": "dog"}, tiny.defaults)
-    found = estimate(tiny, settings, 3)
+    found = estimate(tiny, settings)
     assert found.step_seconds is None
     assert any("unknown" in sentence for sentence in found.sentences())
 

@@ -1,0 +1,220 @@
+"""What `align prepare` leaves behind, read again: a folder of tables with everything that training asks of a source.
+
+    prepared.json   of which source, by which encoder, at which size; whether it is finished
+    images/         the latents of every image, under the hash of its contents and of how it was cut
+    mirrored/       the same of the mirror images, with --flip
+    prompts/        the conditions of every prompt, once each
+    records/        every record with its prompt, its label, the keys of its images; or what is wrong with it
+
+All of it is mapped into memory, and records are columns, so that a run over a million pairs takes little more memory
+than one over a thousand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from align.pairs.records import describe_counts, general_problems, held_out_prompts, normalize_prompt
+from backbone.conditions.conditions import Conditions
+from backbone.data.table import Numbers, Table
+from backbone.io.console import UserError
+from backbone.io.files import content_hash
+from backbone.models.encode import Encoded, Prompts, encode_texts, prompt_keys
+from backbone.models.model import Backbone
+from backbone.training.prepared import PROMPTS, PreparedFolder
+
+IMAGES, MIRRORED = "images", "mirrored"
+HEX = np.array([f"{byte:02x}" for byte in range(256)], dtype="S2")
+
+
+class Prepared(PreparedFolder):
+    """A finished folder of pairs and single images."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, "pairs", "align")
+        self.is_pair, self.both_bad = (self.numbers(name).astype(bool) for name in ("pair", "both_bad"))
+        self.label = self.numbers("label")
+
+    @cached_property
+    def _texts(self) -> tuple[list[str], Numbers]:
+        return self.words("prompt")
+
+    @property
+    def prompts(self) -> list[str]:
+        """All prompts, once each."""
+        return self._texts[0]
+
+    @property
+    def prompt(self) -> Numbers:
+        """Which of them each record has [N]."""
+        return self._texts[1]
+
+    @cached_property
+    def normalized(self) -> list[str]:
+        """The prompts as they are compared."""
+        return [normalize_prompt(prompt) for prompt in self.prompts]
+
+    def describe(self) -> str:
+        """“120 pairs (4 ties) of 40 prompts”."""
+        return _describe(self, self.is_pair, self.label, self.prompt)
+
+    # For training ----------------------------------------------------------------------------------------
+
+    def refuse_other_use(self, model: Backbone, *, flip: bool, crops: int, seed: int) -> None:
+        """`UserError` where the folder was prepared for another model, size or precision, or holds too little."""
+        self.refuse_other_encoder(model, flip=flip)
+        facts, folder = self.facts, self.folder
+        if crops and (facts.random_crop != crops or facts.seed != seed):
+            held = f"{facts.random_crop} random crops of seed {facts.seed}" if facts.random_crop else "none"
+            raise UserError(
+                f"{folder} holds {held}, and --random-crop {crops} asks for those of seed {seed}. Prepare with "
+                f"--random-crop {crops} --seed {seed}, or leave it out."
+            )
+
+    def image_tables(self, *, flip: bool) -> dict[bool, Table]:
+        """The tables of latents, by whether they are mirrored."""
+        return {False: self.table(IMAGES), **({True: self.table(MIRRORED)} if flip else {})}
+
+    def conditions(self, model: Backbone, prompts: list[str]) -> Prompts | Conditions:
+        """The conditions of prompts, row for row; what learned words change is encoded anew."""
+        table = self.table(PROMPTS)
+        rows = table.find(prompt_keys(prompts))
+        if model.text_learned or (rows < 0).any():
+            return encode_texts(model, prompts)
+        return Prompts(Encoded(table, rows))
+
+    def select(
+        self, *, by_pairs: bool, ties: bool, user: str | None = None, limit: int | None = None
+    ) -> PreparedRecords:
+        """What is learned from: pairs, with or without ties, or single images (`records.to_singles`)."""
+        asked = np.ones(len(self.order), bool)
+        if user is not None:
+            names, which = self.words("user")
+            if user not in names:
+                known = (
+                    f"It has {', '.join(sorted(filter(None, names))[:10])}"
+                    if any(names)
+                    else "It names no users"
+                )
+                raise UserError(f"{self.folder} has no choices by {user}. {known}.")
+            asked = which == names.index(user)
+        asked[limit if limit is not None else len(asked) :] = False
+        pairs, tie = self.is_pair & asked, self.label == 0.5
+        counts = (int(pairs.sum()), int((pairs & tie).sum()), int((asked & ~self.is_pair).sum()))
+        good = int((self.label[asked & ~self.is_pair] > 0).sum())
+        for problem in general_problems(str(self.folder), *counts, good):
+            raise UserError(problem)
+        if by_pairs:
+            if not pairs.any():
+                raise UserError(
+                    f"{self.folder} judges single pictures, and this loss compares pairs. Use --loss kto."
+                )
+            rows = np.flatnonzero(pairs if ties else pairs & ~tie)
+            return PreparedRecords(self, rows, None, self.label[rows])
+        singles = np.flatnonzero(asked & ~self.is_pair)
+        judged = np.flatnonzero(pairs & (~tie | self.both_bad))
+        sides = np.tile([0, 1], len(judged))
+        wanted = ((sides == 0) & ~np.repeat(self.both_bad[judged], 2)).astype(np.float32)
+        return PreparedRecords(
+            self,
+            np.concatenate([singles, np.repeat(judged, 2)]),
+            np.concatenate([np.zeros(len(singles), np.int64), sides]),
+            np.concatenate([self.label[singles], wanted]),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedRecords:
+    """Some records of a prepared folder: `rows` of its records, which of a pair's two `sides` (None: both)."""
+
+    folder: Prepared
+    rows: Numbers
+    sides: Numbers | None
+    preference: Numbers
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def prompt(self) -> Numbers:
+        """Which of the folder's prompts each record has."""
+        return self.folder.prompt[self.rows]
+
+    @property
+    def keys(self) -> Numbers:
+        """Each record's contents, hashed, in hexadecimal digits."""
+        if self.sides is None:
+            raw = self._gather("content")
+        else:
+            raw = self._gather("contents")[np.arange(len(self)), self.sides]
+        return np.ascontiguousarray(HEX[raw]).view("S64").reshape(-1)
+
+    def rows_of(self, images: Table) -> Numbers:
+        """The rows of the records' images in a table of latents [M, G]."""
+        return self._find(images, self._gather("images"))
+
+    def cut_rows(self, images: Table) -> Numbers:
+        """The same of each random crop [M, R, G]."""
+        crops = self.folder.facts.random_crop
+        if not crops or not len(self):
+            return np.zeros((len(self), 0, 1 if self.sides is not None else 2), np.int64)
+        keys = self._gather("cuts")
+        return np.stack([self._find(images, keys[:, number]) for number in range(crops)], axis=1)
+
+    def split(self, *, share: float, seed: int) -> tuple[PreparedRecords, PreparedRecords]:
+        """Training and held-out records, by prompt as `records.split_held_out` does."""
+        words = self.folder.normalized
+        of_class = self.prompt, self.preference > 0
+        classes: list[set[str]] = []
+        if self.sides is not None:
+            classes = [
+                {words[one] for one in np.unique(of_class[0][of_class[1] == good])} for good in (False, True)
+            ]
+        there = {words[one] for one in np.unique(self.prompt)}
+        held = held_out_prompts(there, classes, share=share, seed=seed)
+        out = np.array([word in held for word in words], bool)[self.prompt]
+        return self._part(~out), self._part(out)
+
+    def describe(self) -> str:
+        """“120 pairs (4 ties) of 40 prompts”."""
+        pairs = np.full(len(self), self.sides is None)
+        return _describe(self.folder, pairs, self.preference, self.prompt)
+
+    def texts(self) -> Iterator[str]:
+        """The records' prompts, once each, as they come."""
+        _, first = np.unique(self.prompt, return_index=True)
+        return (self.folder.prompts[self.prompt[row]] for row in np.sort(first))
+
+    def none(self) -> PreparedRecords:
+        """None of them."""
+        return self._part(slice(0))
+
+    def fingerprint(self) -> str:
+        """The hash of all records' contents, in their order."""
+        return content_hash(self.keys.tobytes())
+
+    def _part(self, chosen: Numbers | slice) -> PreparedRecords:
+        sides = None if self.sides is None else self.sides[chosen]
+        return PreparedRecords(self.folder, self.rows[chosen], sides, self.preference[chosen])
+
+    def _gather(self, name: str) -> Numbers:
+        found: Numbers = self.folder.records.gather(name, self.folder.order[self.rows]).numpy()
+        return found
+
+    def _find(self, images: Table, keys: Numbers) -> Numbers:
+        """Rows of a table for keys [M, 2, 32], of the side that counts; `UserError` where one is missing."""
+        keys = keys if self.sides is None else keys[np.arange(len(self)), self.sides][:, None]
+        rows = images.find(keys.reshape(-1, keys.shape[-1])).reshape(keys.shape[:2])
+        self.folder.refuse_missing(rows, images)
+        return rows
+
+
+def _describe(folder: Prepared, pairs: Numbers, label: Numbers, prompt: Numbers) -> str:
+    prompts = len({folder.normalized[one] for one in np.unique(prompt)})
+    ties = int((pairs & (label == 0.5)).sum())
+    return describe_counts(int(pairs.sum()), ties, int((~pairs).sum()), prompts)

@@ -1,0 +1,263 @@
+"""`align prepare`: a source of pairs through the encoders once, into a folder that `align train` maps into memory.
+
+The source is cut into chunks of records. Every process takes its share of the chunks that are not there yet: further
+processes decode ahead and look at every image, the chunk's new images are encoded in batches, and shards of images and
+of records are written, each whole or not at all. A kill costs what was not written; the same command goes on. Records
+that cannot be used are kept with the reason, so that they are listed without another look at their images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from align.objectives.dataset import crop_place
+from align.pairs.prepared import IMAGES, MIRRORED, Prepared
+from align.pairs.records import (
+    PROBLEMS_SHOWN,
+    Pair,
+    Preferences,
+    Record,
+    format_problems,
+    general_problems,
+    open_record,
+    record_key,
+    refuse_another_model,
+)
+from backbone.data.ahead import work_ahead
+from backbone.data.table import KEY, Table, keys_of
+from backbone.distributed import processes
+from backbone.io.console import UserError, progress
+from backbone.io.files import content_hash
+from backbone.media.transforms import CROPS, crop_and_resize
+from backbone.models.encode import (
+    Encoding,
+    ShardWriter,
+    View,
+    add_encoded,
+    as_bytes,
+    encode_texts,
+    encoder_facts,
+    image_table,
+    images_at_once,
+)
+from backbone.models.model import Backbone
+from backbone.training import prepared as folders
+from backbone.training.prepared import (
+    PROMPTS,
+    RECORDS,
+    PreparedFacts,
+    chunks_left,
+    finish,
+    hold_prepared,
+    list_bad,
+    usable_rows,
+    write_shards,
+)
+
+NOTHING = "00" * 32  # the key in the place of a second image that a single one has not
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a source is prepared: which records, how their images are cut."""
+
+    records: Sequence[Record]
+    size: tuple[int, int]
+    random_crop: int
+    seed: int
+
+    def read(self, numbers: Sequence[int]) -> Chunk:
+        """The records of these numbers, their images decoded and cut."""
+        pixels: dict[str, Tensor] = {}
+        rows = [self._row(number, pixels) for number in numbers]
+        images = torch.stack(list(pixels.values())) if pixels else torch.empty(0, 3, *self.size[::-1])
+        return Chunk(rows, list(pixels), images)
+
+    def record(self, number: int) -> Record:
+        """A record, the better one of a pair first."""
+        record = self.records[number]
+        return record.ordered if isinstance(record, Pair) else record
+
+    def _row(self, number: int, pixels: dict[str, Tensor]) -> Row:
+        record = self.record(number)
+        images, problems = open_record(record, at_least=max(self.size))
+        if problems:
+            return Row(number, "; ".join(problems))
+        hashes = [picture.content_hash for picture in record.pictures]
+        key = record_key(record.prompt, hashes)
+        places = [CROPS["center"], *(crop_place(self.seed, key, n) for n in range(self.random_crop))]
+        views = [[View(picture, self.size, place) for picture in record.pictures] for place in places]
+        for place in views:
+            for view, image in zip(place, images, strict=True):
+                if view.key not in pixels:
+                    pixels[view.key] = as_bytes(crop_and_resize(image, view.size, crop=view.crop))
+        return Row(number, "", key, hashes, [[view.key for view in place] for place in views])
+
+
+class Row(NamedTuple):
+    """What was seen of a record: what is wrong with it, or its keys and those of its images at each place."""
+
+    number: int
+    problem: str
+    key: str = NOTHING
+    hashes: Sequence[str] = ()
+    views: Sequence[Sequence[str]] = ()
+
+
+class Chunk(NamedTuple):
+    """Some records, and their different images as they are cut: keys, and bytes [N, 3, H, W]."""
+
+    rows: list[Row]
+    keys: list[str]
+    pixels: Tensor
+
+
+def prepare_pairs(
+    found: Preferences,
+    model: Backbone,
+    out: Path,
+    *,
+    flip: bool = False,
+    random_crop: int = 0,
+    seed: int = 0,
+    any_model: bool = False,
+    skip_bad: bool = False,
+    workers: int = 0,
+    rows: dict[str, object] | None = None,
+) -> Prepared:
+    """Prepares the records of a source for a model in the folder `out`, or goes on with it; gives what is there then.
+
+    `rows` says which rows of the source were read, which going on must say again. Raises `UserError` for records that
+    cannot be used, all of them counted, unless `skip_bad`; for a folder that is another preparation's, or another
+    process's.
+    """
+    if not any_model:
+        refuse_another_model(found, model.location.name, model.fingerprint)
+    records = found.records
+    facts = PreparedFacts(
+        "pairs", found.source, model.location.name, model.resolution, len(records) + len(found.problems),
+        encoder=encoder_facts(model), rows=dict(rows or {}), flip=flip, random_crop=random_crop, seed=seed,
+    )  # fmt: skip
+    plan = Plan(records, (model.resolution, model.resolution), random_crop, seed)
+    with hold_prepared(out, facts):
+        _encode_records(model, plan, out, flip=flip, workers=workers)
+        table = Table(out / RECORDS)
+        bad = [*found.problems, *list_bad(table)]
+        if bad and not skip_bad:
+            shown = format_problems(found.source, facts.records, bad[:PROBLEMS_SHOWN], found=len(bad))
+            raise UserError(
+                f"{shown}\nWhat can be used is prepared in {out}; --skip-bad finishes it at once."
+            )
+        _refuse_useless(table, found)
+        prompts = table.strings("prompt").take(usable_rows(table)).unique().to_pylist()
+        encode_texts(model, ["", *prompts], folder=out / PROMPTS)
+        model.free("autoencoder", "text_encoder")
+        if processes.is_main_process():
+            finish(out, replace(facts, bad=len(bad), finished=True))
+        processes.barrier()
+    return Prepared(out)
+
+
+def _encode_records(model: Backbone, plan: Plan, out: Path, *, flip: bool, workers: int) -> None:
+    """This process's share of the chunks that are not there yet."""
+    flips = {False: IMAGES, **({True: MIRRORED} if flip else {})}
+    images = {
+        mirrored: image_table(model, plan.size, Encoding(mirrored), out / name)
+        for mirrored, name in flips.items()
+    }
+    table = Table(out / RECORDS, repair=True)
+    length = max(folders.LEAST, images_at_once(model, plan.size) // 2)
+    own = chunks_left(_finished_numbers(table, images), len(plan.records), length, out)
+    writers, written = {mirrored: ShardWriter(one) for mirrored, one in images.items()}, ShardWriter(table)
+    with progress(sum(map(len, own)), "preparing") as bar:
+        for chunk in work_ahead(plan.read, own, workers=workers):
+            _add_images(model, chunk, writers)
+            written.add(_columns(chunk.rows, plan))
+            write_shards([*writers.values()], written, due=True)
+            bar.advance(len(chunk.rows), images=sum(len(row.hashes) for row in chunk.rows))
+    write_shards([*writers.values()], written)
+    processes.barrier()
+
+
+def _finished_numbers(table: Table, images: dict[bool, Table]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Numbers of the records that are there with all their images: a shard may have vanished since."""
+    if not len(table):
+        return np.zeros(0, np.int64)
+    whole = np.ones(len(table), bool)
+    usable = ~table.numbers("bad").astype(bool)
+    names = [name for name in ("images", "cuts") if name in table.shards[0].fields]
+    for name in names:
+        keys = table.numbers(name).reshape(len(table), -1, 32)
+        for place in range(keys.shape[1]):
+            there = (keys[:, place] == 0).all(1)  # of a single image's second
+            for one in images.values():
+                whole &= ~usable | there | (one.find(keys[:, place]) >= 0)
+    return np.unique(table.numbers("number")[whole])
+
+
+def _add_images(model: Backbone, chunk: Chunk, writers: dict[bool, ShardWriter]) -> None:
+    """Encodes a chunk's images that no shard holds yet, in batches of the chunk's own."""
+    if not chunk.keys:
+        return
+    keys = keys_of(chunk.keys)
+    height, width = chunk.pixels.shape[-2:]
+    at_once = images_at_once(model, (width, height))
+    for first in range(0, len(keys), at_once):
+        add_encoded(
+            model, keys[first : first + at_once], chunk.pixels[first : first + at_once], writers, std=False
+        )
+
+
+def _columns(rows: Sequence[Row], plan: Plan) -> dict[str, Tensor | list[str]]:
+    """The rows of the table of records."""
+    size = 1 + plan.random_crop
+
+    def keys(of_row: Iterator[Sequence[str]] | Sequence[Sequence[str]], *shape: int) -> Tensor:
+        flat = [key for row in of_row for key in row]
+        return torch.from_numpy(keys_of(flat).copy()).view(len(rows), *shape, 32)
+
+    two = [(NOTHING, NOTHING)]
+    views = [[[*place, NOTHING][:2] for place in row.views] or two * size for row in rows]
+    records = [plan.record(row.number) for row in rows]
+    alone = [
+        [*(record_key(record.prompt, [one]) for one in row.hashes), NOTHING, NOTHING][:2]
+        for record, row in zip(records, rows, strict=True)
+    ]
+    columns: dict[str, Tensor | list[str]] = {
+        KEY: keys([[content_hash(f"{row.number}/{row.key}".encode())] for row in rows]),
+        "number": torch.tensor([row.number for row in rows]),
+        "content": keys([[row.key] for row in rows]),
+        "contents": keys(alone, 2),
+        "images": keys([place[0] for place in views], 2),
+        "label": torch.tensor([one.label if isinstance(one, Pair) else float(one.good) for one in records]),
+        "pair": torch.tensor([isinstance(one, Pair) for one in records]),
+        "both_bad": torch.tensor([isinstance(one, Pair) and one.both_bad for one in records]),
+        "bad": torch.tensor([bool(row.problem) for row in rows]),
+        "prompt": [one.prompt for one in records],
+        "user": [one.user for one in records],
+        "name": [one.name for one in records],
+        "problem": [row.problem for row in rows],
+    }
+    if plan.random_crop:
+        columns["cuts"] = keys(
+            [[key for place in row[1:] for key in place] for row in views], plan.random_crop, 2
+        )
+    return columns
+
+
+def _refuse_useless(table: Table, found: Preferences) -> None:
+    """`UserError` where nothing is left to learn from."""
+    rows = usable_rows(table) if len(table) else np.zeros(0, np.int64)
+    label = table.numbers("label")[rows] if len(rows) else np.zeros(0)
+    pair = table.numbers("pair")[rows].astype(bool) if len(rows) else np.zeros(0, bool)
+    counts = (int(pair.sum()), int((label[pair] == 0.5).sum()), int((~pair).sum()))
+    good = int((label[~pair] > 0).sum())
+    for problem in general_problems(found.source, *counts, good, waiting=found.skipped):
+        raise UserError(problem)

@@ -1,0 +1,1 @@
+"""Encoded data on disk: tables of tensors that are memory-mapped, and batches that are made ahead."""

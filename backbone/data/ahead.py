@@ -1,0 +1,158 @@
+"""Work done ahead in other processes, its results in order: decoding for preparation, batches for training.
+
+What is made is a function of its item alone, so results do not depend on how many processes make them.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from backbone.io.console import UserError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Movable(Protocol):
+    """A batch that can go to a device: `pin_memory` makes the way there one that need not be waited for."""
+
+    def to(self, device: torch.device) -> Any: ...
+    def pin_memory(self) -> Any: ...
+    def tensors(self) -> list[Tensor]: ...
+
+
+Moved = TypeVar("Moved", bound=Movable)
+
+
+def work_ahead(
+    work: Callable[[Item], Result], items: Sequence[Item], *, workers: int = 0, pin: bool = False
+) -> Iterator[Result]:
+    """`work` of every item, in order; `workers` processes stay two items ahead each, 0: here, when it is asked for.
+
+    A worker is a fork of this process, so `work` and the items may be anything; results are sent, so they are values. A
+    `UserError` of a worker is raised here. `pin` gives tensors in memory from which a GPU copies by itself. Raises
+    `UserError` for workers on a system that does not fork.
+    """
+    if not workers and not pin:
+        yield from map(work, items)
+        return
+    if workers and "fork" not in multiprocessing.get_all_start_methods():
+        raise UserError(
+            "This system starts no process as a copy of another, so nothing works ahead. Ask for 0."
+        )
+    loader: DataLoader[Any] = DataLoader(
+        _Work(work, items),
+        batch_size=None,
+        collate_fn=_as_it_is,
+        generator=torch.Generator(),  # or it would take a number from everybody's
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
+        pin_memory=pin,
+        prefetch_factor=2 if workers else None,
+        worker_init_fn=_leave_signals_to_the_first if workers else None,
+    )
+    try:
+        for found in loader:
+            if isinstance(found, _Failure):
+                raise UserError(found.message)
+            yield cast(Result, found)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"A process that worked ahead has ended ({str(error).splitlines()[0]}). Where memory is short, let fewer "
+            "work ahead; 0 of them do without."
+        ) from error
+
+
+class Steps(Generic[Moved]):
+    """The batches of a training's steps, made ahead: `at` gives those of one step, on the device.
+
+    `make` gives a step's batches from its number alone; steps are asked for in order, from any one on. On a GPU the
+    next step's are copied on a stream of their own while this one's are learned from.
+    """
+
+    def __init__(
+        self, make: Callable[[int], list[Moved]], last: int, device: torch.device, *, workers: int = 0
+    ) -> None:
+        self.make, self.last, self.device, self.workers = make, last, device, workers
+        self._next = self._end = -1
+        self._batches: Iterator[list[Moved]] = iter(())
+        self._coming: list[Moved] | None = None
+        on_gpu = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if on_gpu and workers else None
+
+    def at(self, step: int) -> list[Moved]:
+        """The batches of a step."""
+        if step != self._next or step > self._end:
+            self.close()
+            self._end = max(self.last, step)
+            self._batches = work_ahead(
+                self.make,
+                range(step, self._end + 1),
+                workers=self.workers,
+                pin=self.device.type == "cuda",
+            )
+        found = self._coming if self._coming is not None else self._move(next(self._batches))
+        self._coming, self._next = None, step + 1
+        if self._stream is not None:
+            here = torch.cuda.current_stream(self.device)
+            here.wait_stream(self._stream)
+            for tensor in (tensor for batch in found for tensor in batch.tensors()):
+                tensor.record_stream(here)  # its memory is not given to the next copy while it is used here
+            coming = next(self._batches, None)
+            self._coming = None if coming is None else self._move(coming)
+        return found
+
+    def close(self) -> None:
+        """Ends the processes that work ahead."""
+        close = getattr(self._batches, "close", None)
+        if close is not None:
+            close()
+        self._batches, self._coming, self._next = iter(()), None, -1
+
+    def _move(self, batches: list[Moved]) -> list[Moved]:
+        if self._stream is None:
+            return [batch.to(self.device) for batch in batches]
+        with torch.cuda.stream(self._stream):
+            return [batch.to(self.device) for batch in batches]
+
+
+@dataclass(frozen=True)
+class _Failure:
+    message: str
+
+
+class _Work(Dataset[Any]):
+    """The items as torch's loader asks for them."""
+
+    def __init__(self, work: Callable[[Any], Any], items: Sequence[Any]) -> None:
+        self.work, self.items = work, items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, number: int) -> Any:
+        try:
+            return self.work(self.items[number])
+        except UserError as error:
+            return _Failure(str(error))
+
+
+def _as_it_is(found: Any) -> Any:
+    """What was made, where torch would make other types of it."""
+    return found
+
+
+def _leave_signals_to_the_first(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the one that started the others ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

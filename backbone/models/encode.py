@@ -1,0 +1,354 @@
+"""Whole data sets through the encoders, once: images to latents, prompts to conditions, as rows of tables on disk.
+
+Images are encoded in batches, of several processes by each a share, while further processes decode ahead. A table
+belongs to one encoder at one size and precision, which its folder's name is the hash of, and a row to the contents of
+what was encoded: what is in a table is never encoded again, whoever asks and in whatever order. Batches are cut from
+the whole list before what is known is left out, so that latents do not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backbone.conditions.conditions import Conditions, Text
+from backbone.data.ahead import work_ahead
+from backbone.data.table import KEY, Column, Index, Numbers, Table, keys_of, prefix
+from backbone.distributed import processes
+from backbone.io.console import progress
+from backbone.io.files import content_hash
+from backbone.media.crops import ReadCrop, read_crop
+from backbone.media.pictures import ImageRecord
+from backbone.media.transforms import CROPS, CropPosition
+from backbone.models.cache import TEXT, cache_folder
+from backbone.models.model import Backbone, Posterior
+
+SHARD_BYTES = 64 << 20  # of rows that are written together
+SHARD_SECONDS = 60.0  # after which they are written although they are fewer: what a kill costs
+BATCH_PIXELS = 8 * 128 * 128  # of images that a CPU encodes together; more gain nothing there
+BATCH_BYTES = 4 << 30  # that a batch may take on a GPU, which is less than a training step takes there
+ACTIVATIONS = 10  # a batch's peak memory in an encoder, in activations of its first layer
+PROMPTS_AT_ONCE = 16
+
+
+class Encoded(NamedTuple):
+    """Rows of a table, one for each thing that was to be encoded."""
+
+    table: Table
+    rows: Numbers
+
+    def column(self, name: str) -> Column:
+        """A column of these rows."""
+        return Column(self.table, name, self.rows)
+
+
+class Posteriors(Sequence[Posterior]):
+    """The posteriors of images of any sizes, row for row, in tables."""
+
+    def __init__(
+        self, parts: Sequence[Encoded], places: Sequence[tuple[int, int]], device: torch.device
+    ) -> None:
+        """`places` are (which part, row in it) of each image; single posteriors are given on `device`."""
+        self.parts, self.device = parts, device
+        self._part, self._row = np.array(places, np.int64).reshape(-1, 2).T
+
+    def __len__(self) -> int:
+        return len(self._part)
+
+    @overload
+    def __getitem__(self, row: int) -> Posterior: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[Posterior]: ...
+    def __getitem__(self, row: int | slice) -> Posterior | list[Posterior]:
+        if isinstance(row, slice):
+            return [self[number] for number in range(len(self))[row]]
+        mean, std = self.gather(torch.tensor([range(len(self))[row]]))
+        return Posterior(mean.to(self.device), std.to(self.device))
+
+    def gather(self, rows: Tensor) -> Posterior:
+        """Images of one size [B, C, H, W], on the CPU."""
+        part, row = self._part[rows.numpy()], self._row[rows.numpy()]
+        shape = (len(rows), *self.parts[part[0]].column("mean").shape[1:])
+        mean, std = torch.empty(shape), torch.empty(shape)
+        for number in np.unique(part):  # as they are and mirrored, of one subject and the next
+            here = torch.from_numpy(part == number)
+            for name, whole in (("mean", mean), ("std", std)):
+                whole[here] = self.parts[number].column(name)[row[part == number]].float()
+        return Posterior(mean, std)
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shape (C, H, W) of each image's latents."""
+        each = [tuple(part.column("mean").shape[1:]) for part in self.parts]
+        return [each[part] for part in self._part]
+
+
+class View(NamedTuple):
+    """An image as it is cut: to `size` (W, H) at `crop`."""
+
+    picture: ImageRecord
+    size: tuple[int, int]
+    crop: CropPosition = CROPS["center"]
+
+    @property
+    def key(self) -> str:
+        """The hash of the image's bytes and of how it is cut."""
+        return content_hash(f"{self.picture.content_hash}\n{self.size}\n{self.crop}".encode())
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What becomes of images: mirrored or not, with the posteriors' deviations or their means alone."""
+
+    flip: bool = False
+    std: bool = False
+
+
+# Which table -------------------------------------------------------------------------------------------------
+
+
+def stored_dtype(model: Backbone) -> torch.dtype:
+    """Latents are kept as they are where the model works in fp32, else in fp16, which is finer than bf16."""
+    return torch.float32 if model.dtype is torch.float32 else torch.float16
+
+
+def encoder_facts(model: Backbone) -> dict[str, str]:
+    """What an image's latents depend on beside the image: the encoder, its precision, how it works, what is kept."""
+    return {
+        "model": model.fingerprint,
+        "precision": str(model.dtype).removeprefix("torch."),
+        "kept": str(stored_dtype(model)).removeprefix("torch."),
+        **({"tiles": "yes"} if model.placement.tiling else {}),
+    }
+
+
+def image_table(model: Backbone, size: tuple[int, int], how: Encoding, folder: Path | None = None) -> Table:
+    """The table of images of this size (W, H) in pixels: in `folder`, or in the cache."""
+    if folder is None:
+        facts = (*encoder_facts(model).items(), size, how.flip, how.std)
+        folder = cache_folder() / "images" / content_hash("\n".join(map(str, facts)).encode())[:32]
+    return Table(folder, repair=True)
+
+
+def prompt_table(model: Backbone, folder: Path | None = None) -> Table:
+    """The table of prompts: in `folder`, or in the cache."""
+    if folder is None:
+        facts = (model.fingerprint, model.dtype, TEXT)
+        folder = cache_folder() / "prompts" / content_hash("\n".join(map(str, facts)).encode())[:32]
+    return Table(folder, repair=True)
+
+
+# Images ------------------------------------------------------------------------------------------------------
+
+
+def images_at_once(model: Backbone, size: tuple[int, int]) -> int:
+    """How many images of this size (W, H) are encoded together, by their memory."""
+    pixels = size[0] * size[1]
+    if model.placement.tiling or model.placement.one_by_one:
+        return 1
+    if model.device.type != "cuda":
+        return max(1, min(32, BATCH_PIXELS // pixels))
+    channels = int(model.autoencoder_config["block_out_channels"][0])
+    there = min(BATCH_BYTES, torch.cuda.get_device_properties(model.device).total_memory // 4)
+    return max(1, min(64, there // (pixels * channels * 4 * ACTIVATIONS)))
+
+
+def encode_views(
+    model: Backbone,
+    views: Sequence[View],
+    flips: Sequence[bool] = (False,),
+    *,
+    std: bool = False,
+    read: ReadCrop = read_crop,
+    workers: int = 0,
+    label: str = "encoding",
+) -> dict[bool, Encoded]:
+    """The latents of views of one size, as they are and mirrored as `flips` asks; each encoded once, ever.
+
+    `read` decodes and cuts, in `workers` further processes. Call it in all processes of a run.
+    """
+    size = views[0].size
+    tables = {flip: image_table(model, size, Encoding(flip, std)) for flip in flips}
+    keys = keys_of([view.key for view in views])
+    at_once = images_at_once(model, size)
+    again = np.ones(len(views), bool)
+    again[np.unique(prefix(keys), return_index=True)[1]] = False  # the same image twice
+
+    def unknown() -> list[list[int]]:
+        known = again | np.all([table.find(keys) >= 0 for table in tables.values()], axis=0)
+        parts = (
+            np.arange(first, min(first + at_once, len(views))) for first in range(0, len(views), at_once)
+        )
+        return [[int(row) for row in part[~known[part]]] for part in parts if not known[part].all()]
+
+    def encode(batches: Sequence[list[int]]) -> None:
+        open_all = partial(_opened, views=views, read=read)
+        writers = {flip: ShardWriter(table, fallback=True) for flip, table in tables.items()}
+        with progress(sum(map(len, batches)), label, brief=True) as bar:
+            for rows, images in zip(batches, work_ahead(open_all, batches, workers=workers), strict=True):
+                add_encoded(model, keys[rows], images, writers, std=std)
+                for writer in writers.values():
+                    writer.close_if_due()
+                bar.advance_images(len(rows))
+        for writer in writers.values():
+            writer.close()
+
+    missing = unknown()
+    if processes.world_size() > 1:
+        processes.barrier()  # now all know the same to be missing
+        encode(processes.split_items(missing, batch=1))
+        processes.barrier()
+        for table in tables.values():
+            table.refresh()
+        missing = unknown()  # what another process could not write
+    if missing:
+        encode(missing)
+    return {flip: Encoded(table, table.find(keys)) for flip, table in tables.items()}
+
+
+def add_encoded(
+    model: Backbone, keys: Numbers, images: Tensor, writers: dict[bool, ShardWriter], *, std: bool
+) -> None:
+    """Encodes images [B, 3, H, W] in bytes, as they are and mirrored, and gives the rows to writers that lack them."""
+    pixels = images.float().div(127.5).sub(1.0)
+    kept = stored_dtype(model)
+    for flip, writer in writers.items():
+        new = writer.table.find(keys) < 0
+        if not new.any():
+            continue
+        some = pixels[torch.from_numpy(new)]
+        found = model.encode(some.flip(-1) if flip else some)
+        deviation = {"std": found.std.to(kept).cpu()} if std else {}
+        writer.add({KEY: torch.from_numpy(keys[new]), "mean": found.mean.to(kept).cpu(), **deviation})
+
+
+def _opened(rows: Sequence[int], views: Sequence[View], read: ReadCrop) -> Tensor:
+    """Views decoded and cut [B, 3, H, W], in bytes."""
+    return torch.stack([as_bytes(read(*views[row])) for row in rows])
+
+
+def as_bytes(image: object) -> Tensor:
+    """An RGB image as bytes [3, H, W]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+class ShardWriter:
+    """Collects rows of a table and appends them a shard at a time."""
+
+    def __init__(self, table: Table, *, fallback: bool = False) -> None:
+        self.table, self.fallback = table, fallback
+        self.parts: list[Mapping[str, Tensor | list[str]]] = []
+        self.size, self.began = 0, time.monotonic()
+
+    def add(self, columns: Mapping[str, Tensor | list[str]]) -> None:
+        """Adds rows: `key` [B, 32] and what belongs to them."""
+        self.parts.append(columns)
+        self.size += sum(one.nbytes for one in columns.values() if isinstance(one, Tensor))
+
+    @property
+    def due(self) -> bool:
+        """Whether enough was collected, or long enough."""
+        return self.size >= SHARD_BYTES or time.monotonic() - self.began >= SHARD_SECONDS
+
+    def close_if_due(self) -> None:
+        """Appends what was collected, if it is time."""
+        if self.due:
+            self.close()
+
+    def close(self) -> None:
+        """Appends what was collected."""
+        if self.parts:
+            self.table.append(
+                {name: _joined([part[name] for part in self.parts]) for name in self.parts[0]},
+                fallback=self.fallback,
+            )
+        self.parts, self.size, self.began = [], 0, time.monotonic()
+
+
+def _joined(parts: Sequence[Tensor | list[str]]) -> Tensor | list[str]:
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    return torch.cat(tensors) if tensors else [word for part in parts for word in part]
+
+
+# Prompts -----------------------------------------------------------------------------------------------------
+
+
+class Prompts:
+    """The conditions of prompts, row for row, in a table: an index takes rows out, as out of `Conditions`."""
+
+    def __init__(self, encoded: Encoded) -> None:
+        self.columns = {name: encoded.column(name) for name in encoded.table.shards[0].fields if name != KEY}
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, rows: Index) -> Conditions:
+        return Conditions({name: column[rows] for name, column in self.columns.items()})
+
+
+def prompt_keys(prompts: Sequence[str]) -> Numbers:
+    """The keys of prompts in a table."""
+    return keys_of([content_hash(prompt.encode()) for prompt in prompts])
+
+
+def encode_texts(
+    model: Backbone, prompts: Sequence[str], *, folder: Path | None = None, label: str = "encoding prompts"
+) -> Prompts | Conditions:
+    """The conditions of prompts, row for row, each encoded once, ever.
+
+    They lie in a table, in `folder` or in the cache; those of a text encoder that has learned words stay in the
+    CPU's memory. Call it in all processes of a run.
+    """
+    asked, prompts = prompts, list(dict.fromkeys(prompts))
+    place = {prompt: row for row, prompt in enumerate(prompts)}
+    which = np.array([place[prompt] for prompt in asked], np.int64)
+    if model.text_learned:
+        parts = [
+            model.encode_prompts(list(prompts[first : first + PROMPTS_AT_ONCE]))
+            for first in range(0, len(prompts), PROMPTS_AT_ONCE)
+        ]
+        return Conditions.cat(parts).to(torch.device("cpu"))[torch.from_numpy(which)]
+    table, keys = prompt_table(model, folder), prompt_keys(prompts)
+
+    def unknown() -> list[list[int]]:
+        known = table.find(keys) >= 0
+        starts = range(0, len(prompts), PROMPTS_AT_ONCE)
+        parts = (np.arange(first, min(first + PROMPTS_AT_ONCE, len(prompts))) for first in starts)
+        return [[int(row) for row in part[~known[part]]] for part in parts if not known[part].all()]
+
+    def encode(batches: Sequence[list[int]]) -> None:
+        writer = ShardWriter(table, fallback=folder is None)
+        with progress(sum(map(len, batches)), label, brief=True) as bar:
+            for rows in batches:
+                text = model.encode_prompts([prompts[row] for row in rows]).text
+                writer.add({KEY: torch.from_numpy(keys[rows].copy()), **kept_text(model, text)})
+                writer.close_if_due()
+                bar.advance(len(rows))
+        writer.close()
+
+    missing = unknown()
+    if processes.world_size() > 1:
+        processes.barrier()  # now all know the same to be missing
+        encode(processes.split_items(missing, batch=1))
+        processes.barrier()
+        table.refresh()
+        missing = unknown()
+    if missing:
+        encode(missing)
+    return Prompts(Encoded(table, table.find(keys)[which]))
+
+
+def kept_text(model: Backbone, text: Text) -> dict[str, Tensor]:
+    """What text encoders gave as it is kept: in the model's precision, in which its network reads it."""
+    return {
+        name: (value.to(model.dtype) if value.is_floating_point() else value).cpu()
+        for name, value in text.items()
+    }

@@ -1,0 +1,210 @@
+"""Folders of `customize prepare` and `align prepare`: data sets that are encoded already, of any size.
+
+A folder holds tables (`backbone.data.table`) of latents, of conditions, and of the records of the source, and
+`prepared.json`, which says what it was made from, for which encoder, and whether it is whole. It is written in shards,
+so a preparation that was killed goes on, and `datasets.load_from_disk` opens it.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from backbone.data.table import Numbers, Table
+from backbone.distributed import processes
+from backbone.io.console import UserError, notify
+from backbone.io.files import read_json, refuse_filled, write_json
+from backbone.io.run_folder import PREPARED as FILE
+from backbone.models.encode import ShardWriter, encoder_facts
+from backbone.models.model import Backbone
+
+FORMAT = 1
+LEAST = 16  # records of a chunk: what is decoded and encoded together
+PROMPTS, RECORDS = "prompts", "records"
+ANOTHER = "Give what it was begun with, or another --out."
+WORDS = {"encoder": "encoder or precision", "rows": "choice of rows", "random_crop": "--random-crop"}
+
+
+@dataclass(frozen=True)
+class PreparedFacts:
+    """`prepared.json`: what the folder was made from and for.
+
+    kind      of the source: pairs or images
+    encoder   what latents depend on (`encoder_facts`)   size   of the images, pixels a side
+    rows      which rows of the source were asked for
+    records   of the source, of which `bad` cannot be used
+    """
+
+    kind: str
+    source: str
+    model: str
+    size: int
+    records: int
+    format: int = FORMAT
+    encoder: dict[str, str] = field(default_factory=dict)
+    rows: dict[str, Any] = field(default_factory=dict)
+    flip: bool = False
+    random_crop: int = 0
+    seed: int = 0  # of the random crops
+    aspect_buckets: bool = False
+    bad: int = 0
+    finished: bool = False
+
+    def describe(self) -> str:
+        """The model, size and precision that it serves."""
+        return f"{self.model} at {self.size} px in {self.encoder.get('precision', '?')}"
+
+
+# Reading -----------------------------------------------------------------------------------------------------
+
+
+def read_facts(folder: Path, kind: str) -> PreparedFacts:
+    """The facts of a prepared folder; `UserError` for one of another kind or version."""
+    facts = read_json(folder / FILE, PreparedFacts)
+    if facts.format != FORMAT:
+        raise UserError(f"{folder} was prepared by another version. Prepare it again, into another folder.")
+    if facts.kind != kind:
+        raise UserError(f"{folder} was prepared from {facts.kind}, not from {kind}. Name another folder.")
+    return facts
+
+
+class PreparedFolder:
+    """A finished folder. Raises `UserError` for one that is not finished, or of which a shard is gone or damaged."""
+
+    def __init__(self, folder: Path, kind: str, program: str) -> None:
+        self.folder = folder = folder.expanduser()
+        self.facts = read_facts(folder, kind)
+        self.again = f"Run `{program} prepare` with --out {folder} again: only what is missing is done."
+        if not self.facts.finished:
+            raise UserError(f"{folder} is not prepared to its end. {self.again}")
+        self.records = self.table(RECORDS)
+        if not len(self.records):
+            raise UserError(f"{folder / RECORDS} holds nothing. {self.again}")
+        self.order = usable_rows(self.records)  # rows of the table, in the order of the source
+
+    def table(self, name: str) -> Table:
+        """A table of the folder."""
+        table = Table(self.folder / name)
+        table.refuse_incomplete(self.again)
+        return table
+
+    def numbers(self, name: str) -> Numbers:
+        """A column of the records [N, …]."""
+        return self.records.numbers(name)[self.order]
+
+    def words(self, name: str) -> tuple[list[str], Numbers]:
+        """The different texts of a column of the records, and which of them each record has [N]."""
+        encoded = self.records.strings(name).combine_chunks().take(self.order).dictionary_encode()
+        return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
+
+    def refuse_other_encoder(self, model: Backbone, *, flip: bool) -> None:
+        """`UserError` where the folder was prepared for another model, size or precision, or without mirroring."""
+        facts, now = self.facts, encoder_facts(model)
+        if facts.size != model.resolution or facts.encoder != now:
+            other = f"{model.location.name} at {model.resolution} px in {now['precision']}"
+            beside = "" if facts.describe() != other else ", with other weights or another placement"
+            raise UserError(
+                f"{self.folder} was prepared for {facts.describe()}, and this would be {other}{beside}. "
+                "Prepare for it, or train that one."
+            )
+        if flip and not facts.flip:
+            raise UserError(f"{self.folder} holds no mirrored images. Prepare with --flip, or leave it out.")
+
+    def refuse_missing(self, rows: Numbers, table: Table) -> None:
+        """`UserError` where rows were not found, −1, in a table."""
+        if (rows < 0).any():
+            raise UserError(
+                f"{table.folder} lacks {int((rows < 0).sum())} of what {self.folder} needs. {self.again}"
+            )
+
+
+def usable_rows(records: Table) -> Numbers:
+    """The rows of the records that can be used, in the order of the source, one of each."""
+    _, order = np.unique(records.numbers("number"), return_index=True)
+    usable: Numbers = order[~records.numbers("bad").astype(bool)[order]]
+    return usable
+
+
+def list_bad(records: Table) -> list[str]:
+    """What is wrong with the records that cannot be used, a line each, in the order of the source."""
+    if not len(records):
+        return []
+    bad = np.flatnonzero(records.numbers("bad"))
+    names, problems = (records.strings(name).take(bad).to_pylist() for name in ("name", "problem"))
+    lines = dict(zip(records.numbers("number")[bad].tolist(), zip(names, problems, strict=True), strict=True))
+    return [" ".join(lines[number]) for number in sorted(lines)]
+
+
+# Writing -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def hold_prepared(out: Path, facts: PreparedFacts) -> Iterator[None]:
+    """The folder begun, or gone on with, and held for this preparation; call it in all processes of a run.
+
+    Raises `UserError` for a folder that is another preparation's or another process's, and for a full disk.
+    """
+    with processes.hold_folder(out):
+        if processes.is_main_process():
+            _begin(out, facts)
+        processes.barrier()
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"The disk of {out} is full. What is prepared so far is kept; free some space and give the same "
+                "command again."
+            ) from error
+
+
+def _begin(out: Path, facts: PreparedFacts) -> None:
+    """Writes what is begun, or refuses a folder that was begun otherwise."""
+    if not (out / FILE).is_file():
+        refuse_filled(out)
+        write_json(out / FILE, asdict(facts))
+        return
+    before, now = asdict(read_facts(out, facts.kind)), asdict(facts)
+    for name in now.keys() - {"bad", "finished"}:
+        if now[name] == before[name]:
+            continue
+        if name == "records":
+            raise UserError(
+                f"{facts.source} had {before[name]} records when {out} was begun, and has {now[name]}. {ANOTHER}"
+            )
+        raise UserError(
+            f"{out} was begun with another {WORDS.get(name, name)} ({before[name]}, now {now[name]}). {ANOTHER}"
+        )
+
+
+def chunks_left(done: Numbers, count: int, length: int, out: Path) -> list[list[int]]:
+    """This process's share of the chunks, of the numbers below `count`, in which something is left to do."""
+    left = np.setdiff1d(np.arange(count), done)
+    chunks = [left[left // length == chunk].tolist() for chunk in np.unique(left // length)]
+    if len(done) and len(left) and processes.is_main_process():
+        notify(f"{len(done)} of {count} records are prepared in {out}; {len(left)} are left.")
+    processes.barrier()  # now all know the same to be left
+    return processes.split_items(chunks, batch=1)
+
+
+def write_shards(images: Sequence[ShardWriter], records: ShardWriter, *, due: bool = False) -> None:
+    """Writes what was collected; with `due` only if one has enough. Images first: a record has its images."""
+    if not due or any(one.due for one in (*images, records)):
+        for writer in (*images, records):
+            writer.close()
+
+
+def finish(out: Path, facts: PreparedFacts) -> None:
+    """Writes what `datasets` reads, which shards there are, and that all is there."""
+    names = sorted(path.name for path in out.iterdir() if any(path.glob("data-*.arrow")))
+    for name in names:
+        Table(out / name).describe()
+    write_json(out / "dataset_dict.json", {"splits": names})
+    write_json(out / FILE, asdict(facts))

@@ -1,0 +1,420 @@
+"""Preparing pairs for training: tables instead of images, bit for bit the same runs, and everything that goes wrong."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from align.objectives.dataset import PreferenceData, prepare, read_again, records_of
+from align.objectives.preference import PreferenceTraining
+from align.pairs.prepared import IMAGES, Prepared
+from align.pairs.read import read_preferences
+from align.pairs.records import check_preferences
+from align.settings import Settings
+from align.training.prepare import prepare_pairs
+from backbone.conditions.conditions import Conditions
+from backbone.data import table as tables
+from backbone.data.table import Table
+from backbone.io.console import UserError
+from backbone.io.files import read_json, write_bytes
+from backbone.io.run_folder import hold_folder
+from backbone.models import encode
+from backbone.models.model import Backbone
+from backbone.training import prepared as folders
+from backbone.training.prepared import RECORDS
+from backbone.training.run import take_steps
+from tests.align.conftest import TRAIN, align, encoded, picture, refused, write_lines
+from tests.align.objectives.test_preference import opened, settings, weights
+
+PLACE = ("--precision", "fp32", "--device", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of each test's own: what another one has encoded in other batches is rounded otherwise."""
+    monkeypatch.setenv("LIMNER_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of two records, each written at once."""
+    monkeypatch.setattr(folders, "LEAST", 2)
+    monkeypatch.setattr(encode, "BATCH_PIXELS", 1)
+    monkeypatch.setattr(encode, "SHARD_SECONDS", 0.0)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images each call of an encoder got."""
+    calls: list[int] = []
+    whole = Backbone.encode
+
+    def count(self: Backbone, pictures: Tensor) -> Any:
+        calls.append(len(pictures))
+        return whole(self, pictures)
+
+    monkeypatch.setattr(Backbone, "encode", count)
+    return calls
+
+
+def prepared(folder: Path, source: Path, out: Path, **changes: Any) -> Prepared:
+    return prepare_pairs(read_preferences(source), opened(folder), out, **changes)
+
+
+def data_of(folder: Path, source: Path, asked: Settings) -> tuple[Backbone, PreferenceData]:
+    """What a run would learn from."""
+    asked, model = replace(asked, pairs=str(source)), opened(folder)
+    train, out = records_of(read_again(asked, skip_bad=False), asked).split(
+        share=asked.held_out, seed=asked.seed
+    )
+    return model, prepare(model, train, out, asked)
+
+
+def learned(model: Backbone, data: PreferenceData, asked: Settings) -> dict[str, Tensor]:
+    run = PreferenceTraining(model, data, asked)
+    for _ in take_steps(run):
+        pass
+    return weights(run)
+
+
+def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+# The same run -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes", [{"flip": True, "random_crop": 2}, {"loss": "kto"}], ids=["pairs, flip, crops", "kto"]
+)
+def test_a_run_from_a_prepared_folder_is_the_run_from_its_source_bit_for_bit(
+    tiny_folder: Path, pairs_file: Path, tmp_path: Path, changes: dict[str, Any], small_shards: None
+) -> None:
+    """As it is from tensors in memory, as every run had them before there were tables."""
+    asked = settings(steps=3, batch=2, evaluation_draws=1, **changes)
+    cut = {name: changes[name] for name in ("flip", "random_crop") if name in changes}
+    folder = prepared(tiny_folder, pairs_file, tmp_path / "out", **cut).folder
+    model, there = data_of(tiny_folder, folder, asked)
+    other, here = data_of(tiny_folder, pairs_file, asked)
+    for one, two in ((there.train, here.train), (there.held_out, here.held_out)):
+        assert [one.key(row) for row in range(len(one))] == [two.key(row) for row in range(len(two))]
+        assert torch.equal(there.latents[one.pictures], here.latents[two.pictures])
+        assert torch.equal(one.preference, two.preference)
+    from_folder = learned(model, there, asked)
+    assert_equal(from_folder, learned(other, here, asked))
+    hidden = {name: column[:] for name, column in here.conditions.columns.items()}  # type: ignore[union-attr]
+    memory = replace(
+        here,
+        latents=here.latents[:],
+        mirrored=None if here.mirrored is None else here.mirrored[:],
+        conditions=Conditions(hidden),
+    )
+    assert_equal(from_folder, learned(opened(tiny_folder), memory, asked))
+
+
+def test_batches_made_ahead_are_the_same(tiny_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
+    asked = settings(steps=5, batch=2, evaluation_draws=1, flip=True)
+    alone = learned(*data_of(tiny_folder, pairs_file, asked), asked)
+    ahead = replace(asked, workers=2)
+    assert_equal(alone, learned(*data_of(tiny_folder, pairs_file, ahead), ahead))
+
+
+def test_a_run_from_a_prepared_folder_is_resumed_in_the_middle_of_a_pass_bit_for_bit(
+    tiny_folder: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    asked = settings(steps=5, batch=3, evaluation_draws=1)
+    folder = prepared(tiny_folder, pairs_file, tmp_path / "out").folder
+    whole = learned(*data_of(tiny_folder, folder, asked), asked)
+    first = PreferenceTraining(*data_of(tiny_folder, folder, asked), asked)
+    for report in take_steps(first):
+        if report.step == 2:
+            first.save(tmp_path)
+            break
+    second = PreferenceTraining(*data_of(tiny_folder, folder, replace(asked, workers=1)), asked)
+    second.resume(tmp_path)
+    for _ in take_steps(second):
+        pass
+    assert_equal(whole, weights(second))
+
+
+def test_the_commands_prepare_train_and_go_on(tiny_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
+    out, run = tmp_path / "prepared", tmp_path / "run"
+    said = align(
+        "prepare", pairs_file, "--out", out, "--model", tiny_folder, "--num-proc", 1, "--json", *PLACE
+    )
+    assert json.loads(said) == {"folder": str(out), "records": 8, "bad": 0}
+    shutil.rmtree(pairs_file.parent)  # nothing of the source is looked at any more
+    align("train", out, "--out", run, "--model", tiny_folder, "--held-out", 0.3, *PLACE, *TRAIN)
+    summary = read_json(run / "summary.json")
+    assert summary["data"]["training_records"] + summary["data"]["held_out_records"] == 8
+    assert "pairs of" in summary["data"]["training"]
+    align("train", "--resume", run)
+    align("evaluate", run, "--draws", 1)
+    for name, option in (("skip-bad", ["--skip-bad"]), ("split", ["--split", "test"])):
+        assert f"--{name} has no effect" in refused("train", out, "--model", tiny_folder, *option, *PLACE)
+    assert "holds no images" in refused("check", out)
+
+
+def test_datasets_opens_what_is_prepared(tiny_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    folder = prepared(tiny_folder, pairs_file, tmp_path / "out").folder
+    found = datasets.load_from_disk(str(folder))
+    assert {name: len(found[name]) for name in found} == {"images": 16, "prompts": 5, "records": 8}
+    first = Table(folder / IMAGES).column("mean")[0]
+    assert torch.allclose(torch.tensor(found["images"][0]["mean"]), first.flatten())
+    assert found["records"][0]["prompt"] == "a red dog"
+
+
+# Going on ---------------------------------------------------------------------------------------------------
+
+
+def test_a_preparation_that_was_killed_goes_on_and_encodes_nothing_twice(
+    tiny_folder: Path, pairs_file: Path, tmp_path: Path, small_shards: None, counted: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    whole = Backbone.encode
+
+    def killed(self: Backbone, pictures: Tensor) -> Any:
+        if sum(counted) >= 9:
+            raise KeyboardInterrupt
+        return whole(self, pictures)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Backbone, "encode", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepared(tiny_folder, pairs_file, tmp_path / "out")
+    assert sum(counted) == 9
+    kept = Table(tmp_path / "out" / IMAGES)
+    assert len(kept) == 8, "two chunks of two pairs"
+    with pytest.raises(UserError, match=r"not prepared to its end\. Run `align prepare`"):
+        Prepared(tmp_path / "out")
+    counted.clear()
+    prepared(tiny_folder, pairs_file, tmp_path / "out")
+    assert sum(counted) == 8
+    counted.clear()
+    assert prepared(tiny_folder, pairs_file, tmp_path / "out").describe() == "8 pairs of 4 prompts"
+    assert not counted
+
+
+def test_a_silent_preparation_encodes_only_what_is_new(
+    tiny_folder: Path, pairs_file: Path, tmp_path: Path, counted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = settings(held_out=0.0)
+    _, first = data_of(tiny_folder, pairs_file, asked)
+    assert sum(counted) == 16 and len(counted) < 16, "in batches"
+    lines = pairs_file.read_text().splitlines()
+    picture(99).save(pairs_file.parent / "99.png")
+    new = json.dumps({"prompt": "the cat", "chosen": "99.png", "rejected": "1.png"})
+    pairs_file.write_text("\n".join([new, *lines]) + "\n")
+    counted.clear()
+    _, second = data_of(tiny_folder, pairs_file, asked)
+    assert counted == [1]
+    assert torch.equal(second.latents[second.train.pictures[1:]], first.latents[first.train.pictures])
+    files = list((tmp_path / "cache").rglob("*.arrow"))
+    assert len(files) == 3, "two shards of images, one of prompts"
+
+
+# What goes wrong --------------------------------------------------------------------------------------------
+
+
+def test_rows_that_cannot_be_used_are_listed_and_left_out_only_when_asked(
+    tiny_folder: Path, pairs_file: Path, tmp_path: Path, counted: list[int]
+) -> None:
+    (pairs_file.parent / "4.png").write_bytes(b"no picture")
+    (pairs_file.parent / "9.png").unlink()
+    with pytest.raises(UserError, match="2 problems in 8 records") as caught:
+        prepared(tiny_folder, pairs_file, tmp_path / "out")
+    said = str(caught.value)
+    assert "line 3 of" in said and "line 5 of" in said and "--skip-bad finishes it at once" in said
+    counted.clear()
+    found = prepared(tiny_folder, pairs_file, tmp_path / "out", skip_bad=True)
+    assert not counted and found.facts.bad == 2
+    assert found.describe() == "6 pairs of 4 prompts"
+    _, data = data_of(tiny_folder, found.folder, settings(held_out=0.0))
+    assert len(data.train) == 6
+
+
+def test_a_source_of_which_nothing_can_be_used_is_refused(
+    tiny_folder: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    for path in pairs_file.parent.glob("*.png"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(UserError, match="no usable pair"):
+        prepared(tiny_folder, pairs_file, tmp_path / "out", skip_bad=True)
+
+
+def test_a_folder_for_another_model_size_or_precision_is_refused_by_name(
+    tiny_folder: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    found = prepared(tiny_folder, pairs_file, tmp_path / "out", random_crop=2)
+    side = opened(tiny_folder).resolution
+    for name, precision, resolution, said in (
+        ("moji", "fp32", 0, "this would be moji at"),
+        (str(tiny_folder), "bf16", 0, f"at {side} px in bfloat16"),
+        (str(tiny_folder), "fp32", 2 * side, f"at {2 * side} px"),
+    ):
+        model = Backbone.open(name, device="cpu", precision=precision, resolution=resolution)
+        with pytest.raises(UserError, match="was prepared for") as caught:
+            found.refuse_other_use(model, flip=False, crops=0, seed=0)
+        assert said in str(caught.value)
+    model = opened(tiny_folder)
+    with pytest.raises(UserError, match=r"holds no mirrored images\. Prepare with --flip"):
+        found.refuse_other_use(model, flip=True, crops=0, seed=0)
+    for crops, seed in ((3, 0), (2, 1)):
+        with pytest.raises(UserError, match=f"Prepare with --random-crop {crops} --seed {seed}"):
+            found.refuse_other_use(model, flip=False, crops=crops, seed=seed)
+    found.refuse_other_use(model, flip=False, crops=2, seed=0)
+    with pytest.raises(UserError, match=r"begun with another --random-crop \(2, now 0\)"):
+        prepared(tiny_folder, pairs_file, tmp_path / "out")
+
+
+@pytest.mark.parametrize("how", ["gone", "cut off"])
+@pytest.mark.parametrize("what", [IMAGES, RECORDS])
+def test_a_shard_that_is_gone_or_damaged_is_named_and_made_anew(
+    tiny_folder: Path,
+    pairs_file: Path,
+    tmp_path: Path,
+    small_shards: None,
+    counted: list[int],
+    how: str,
+    what: str,
+) -> None:
+    folder = prepared(tiny_folder, pairs_file, tmp_path / "out").folder
+    _, before = data_of(tiny_folder, folder, settings())
+    shard = sorted((folder / what).glob("*.arrow"))[1]
+    if how == "gone":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:-400])
+    with pytest.raises(UserError, match=rf"{shard.name}.* (is gone|is damaged)"):
+        data_of(tiny_folder, folder, settings())
+    counted.clear()
+    prepared(tiny_folder, pairs_file, folder)
+    assert sum(counted) == (4 if what == IMAGES else 0), "only what the shard held"
+    _, after = data_of(tiny_folder, folder, settings())
+    assert torch.equal(before.latents[before.train.pictures], after.latents[after.train.pictures])
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(
+    tiny_folder: Path, pairs_file: Path, tmp_path: Path, small_shards: None, counted: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    written: list[Path] = []
+
+    def write(path: Path, content: bytes) -> None:
+        if len(written) == 5:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        written.append(path)
+        write_bytes(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tables, "write_bytes", write)
+        with pytest.raises(UserError, match=r"is full\. What is prepared so far is kept"):
+            prepared(tiny_folder, pairs_file, tmp_path / "out")
+    assert len(Table(tmp_path / "out" / IMAGES)) == 12
+    counted.clear()
+    prepared(tiny_folder, pairs_file, tmp_path / "out")
+    assert sum(counted) == 4
+
+
+def test_a_full_cache_disk_costs_a_run_nothing_but_the_memory(
+    tiny_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = settings(steps=2, batch=2, evaluation_draws=1)
+    whole = learned(*data_of(tiny_folder, pairs_file, asked), asked)
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(tables, "write_bytes", full)
+    monkeypatch.setenv("LIMNER_CACHE", str(tmp_path / "full"))
+    assert_equal(whole, learned(*data_of(tiny_folder, pairs_file, asked), asked))
+
+
+def test_of_two_that_prepare_one_folder_the_second_is_refused(
+    tiny_folder: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    with hold_folder(tmp_path / "out"), pytest.raises(UserError, match="Another process is writing"):
+        prepared(tiny_folder, pairs_file, tmp_path / "out")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "letter.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty"):
+        prepared(tiny_folder, pairs_file, tmp_path / "own")
+
+
+# Sources ----------------------------------------------------------------------------------------------------
+
+
+def to_tar(folder: Path) -> Path:
+    """Four pairs in two webdataset shards."""
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for number in range(2 * shard, 2 * shard + 2):
+                prompt = json.dumps({"prompt": f"a dog number {number}", "user": "ann"}).encode()
+                for name, content in (
+                    ("chosen.png", encoded(2 * number)),
+                    ("rejected.png", encoded(2 * number + 1)),
+                    ("json", prompt),
+                ):
+                    info = tarfile.TarInfo(f"{number:04d}.{name}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return folder
+
+
+def to_parquet(folder: Path) -> Path:
+    """Four pairs in Pick-a-Pic's columns."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [
+        {
+            "jpg_0": encoded(2 * number + 1), "jpg_1": encoded(2 * number), "label_0": 0.0, "label_1": 1.0,
+            "caption": f"a dog number {number}", "user_id": 7,
+        }
+        for number in range(4)
+    ]  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "pairs.parquet", row_group_size=2)
+    return folder / "pairs.parquet"
+
+
+@pytest.mark.parametrize("write", [to_tar, to_parquet])
+def test_tar_shards_and_parquet_are_prepared_as_folders_are(
+    tiny_folder: Path, tmp_path: Path, write: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "source").mkdir()
+    source = write(tmp_path / "source")
+    rows: list[dict[str, object]] = []
+    (tmp_path / "plain").mkdir()
+    for number in range(4):
+        for side in range(2):
+            name = f"{2 * number + side}.png"
+            (tmp_path / "plain" / name).write_bytes(encoded(2 * number + side))
+        rows.append(
+            {
+                "prompt": f"a dog number {number}",
+                "chosen": f"{2 * number}.png",
+                "rejected": f"{2 * number + 1}.png",
+            }
+        )
+    plain = write_lines(tmp_path / "plain" / "pairs.jsonl", rows)
+    asked = settings(held_out=0.0)
+    _, one = data_of(tiny_folder, prepared(tiny_folder, source, tmp_path / "out", workers=2).folder, asked)
+    _, other = data_of(tiny_folder, plain, asked)
+    assert torch.equal(one.latents[one.train.pictures], other.latents[other.train.pictures])
+    assert (one.train.keys == other.train.keys).all()
+    assert len(check_preferences(read_preferences(source)).pairs) == 4
+    assert Image.open(tmp_path / "plain" / "0.png").size == (64, 64)
