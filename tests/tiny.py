@@ -21,12 +21,18 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -35,6 +41,11 @@ from transformers import (
 from backbone.models.locate import EMBEDDED
 
 WORDS = ("a", "dog", "cat", "in", "the", "snow", "red")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
 RARE = ("bcd", "fgh", "jkl", "mnp", "qrs")
 
 
@@ -201,6 +212,34 @@ def tiny_pixart(folder: Path) -> Path:
     return with_defaults(folder)
 
 
+def tiny_z_image(folder: Path, *, shift: float = 6.0) -> Path:
+    """The same of Z-Image: 5 × 5 latents would fill no 32 tokens, nor do these 4 × 4 tokens."""
+    torch.manual_seed(0)
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=24,
+        axes_dims=[4, 6, 6],
+        axes_lens=[64, 16, 16],
+    )
+    for name in ("x_pad_token", "cap_pad_token"):  # which are zeros at first
+        torch.nn.init.normal_(getattr(transformer, name))
+    ZImagePipeline(
+        vae=tiny_autoencoder(
+            shift_factor=0.1159, scaling_factor=0.3611, use_quant_conv=False, use_post_quant_conv=False
+        ),
+        text_encoder=tiny_qwen3(24),
+        tokenizer=tiny_qwen_tokenizer(),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+    ).save_pretrained(folder)
+    return with_defaults(folder)
+
+
 def tiny_moji(folder: Path) -> Path:
     """`moji` with a small random denoiser and autoencoder, and few steps of everything; its words and scorer stay."""
     torch.manual_seed(0)
@@ -294,6 +333,42 @@ def tiny_t5_tokenizer() -> T5Tokenizer:
     words = [(f"▁{word}", -1.0) for word in (*WORDS, *RARE)]
     scores = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *words, *letters]
     return T5Tokenizer(vocab=scores, extra_ids=0, model_max_length=512)
+
+
+def tiny_qwen3(width: int, *, layers: int = 3) -> Qwen3Model:
+    """A Qwen3 whose table of embeddings is larger than its vocabulary, as the published ones' are."""
+    settings = Qwen3Config(
+        vocab_size=len(tiny_qwen_tokenizer()) + 5,
+        hidden_size=width,
+        intermediate_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=2048,
+    )
+    return Qwen3Model(settings)
+
+
+def tiny_qwen_tokenizer() -> Qwen2Tokenizer:
+    """Bytes, a few words and a few rare ones, with the space before them; the chat template of Qwen3 in short."""
+    letters = sorted(ByteLevel.alphabet())
+    merges: list[Any] = []
+    tokens = [*letters]
+    for word in (*(f"Ġ{word}" for word in (*WORDS, *RARE)), "user", "assistant", "system"):
+        left = word[0]
+        for letter in word[1:]:
+            merges.append((left, letter))
+            tokens.append(left + letter)
+            left += letter
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    marks = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+    vocabulary |= {mark: len(vocabulary) + number for number, mark in enumerate(marks)}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=list(dict.fromkeys(merges)), model_max_length=1024)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(marks[1:3])})
+    tokenizer.add_tokens(list(marks[3:]))
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
 def tiny_tokenizer(**settings: Any) -> CLIPTokenizer:

@@ -41,11 +41,15 @@ class TextSegment:
     tokenizer   None for a segment of zeros, where an encoder is missing
     tokens      its length with padding
     preprocess  prompt → what the tokenizer is given
+    frame       what stands before and behind it there, a chat's template
+    dropped     tokens at the start that are not in the segment
     """
 
     tokenizer: Any
     tokens: int
     preprocess: Callable[[str], str] = str
+    frame: tuple[str, str] = ("", "")
+    dropped: int = 0
 
 
 class TextEncoder(Protocol):
@@ -79,7 +83,8 @@ class JointAttentionInputs:
     query, key, value  [B, heads, tokens, D], text and image tokens concatenated
     text               the slice of the text tokens; empty in a layer over image tokens alone
     project_output     attention output [B, heads, tokens, D] → what the layer returns
-    bias               added to the logits of each key, [1, tokens], or None
+    bias               added to the logits of each key, [1, tokens], or which keys a row has, [B, 1, 1, tokens]; or None
+    padding            tokens behind the image's own that fill it up, no places of the image
     """
 
     query: Tensor
@@ -88,17 +93,21 @@ class JointAttentionInputs:
     text: slice
     project_output: Callable[[Tensor], Any]
     bias: Tensor | None = None
+    padding: int = 0
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Scaled dot-product attention with this call's bias → [B, heads, queries, D]."""
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=self.bias)
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, rows: slice | Sequence[int] = slice(None)
+    ) -> Tensor:
+        """Scaled dot-product attention of some rows with this call's bias → [B, heads, queries, D]."""
+        bias = self.bias if self.bias is None or self.bias.ndim < 4 else self.bias[rows]
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
     @property
     def image(self) -> slice:
-        """The slice of the image tokens, in row-major order: all that are not text."""
-        return (
-            slice(0, self.text.start) if self.text.start > 0 else slice(self.text.stop, self.query.shape[2])
-        )
+        """The slice of the image tokens, in row-major order: all that are neither text nor padding."""
+        if self.text.start > 0:
+            return slice(0, self.text.start - self.padding)
+        return slice(self.text.stop, self.query.shape[2] - self.padding)
 
 
 @dataclass(frozen=True)
@@ -224,7 +233,7 @@ class ModelSpec:
     text_shapes: Mapping[str, tuple[int, ...]]
 
     def blank_text(self, rows: int, device: str = "meta") -> Conditions:
-        """So many conditions of zeros; a mask of tokens is of whole numbers."""
+        """So many conditions of zeros; a mask leaves no token out."""
         return Conditions(
             {name: _zeros(name, (rows, *shape), device) for name, shape in self.text_shapes.items()}
         )
@@ -255,5 +264,6 @@ def transformers_spec(
 
 
 def _zeros(name: str, shape: tuple[int, ...], device: str) -> Tensor:
-    dtype = torch.int64 if name == "mask" else torch.float32
-    return torch.zeros(shape, dtype=dtype, device=device)
+    if name == "mask":
+        return torch.ones(shape, dtype=torch.int64, device=device)
+    return torch.zeros(shape, device=device)

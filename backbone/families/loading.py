@@ -260,12 +260,21 @@ def fit_tokenizer(slot: TextEncoderSlot) -> None:
     )
 
 
-def tokenize(slot: TextEncoderSlot, prompts: Sequence[str], length: int | None = None) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask` [B, T], truncated or padded to `length` (the tokenizer's own if None)."""
-    _refuse_half_characters(prompts)
+def tokenize(
+    slot: TextEncoderSlot,
+    prompts: Sequence[str],
+    length: int | None = None,
+    *,
+    padding: Literal["max_length", "longest"] = "max_length",
+) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` [B, T], truncated to `length` (the tokenizer's own if None) and padded.
+
+    Padded to `length`, or to the longest of the prompts.
+    """
+    refuse_half_characters(prompts)
     encoded = slot.tokenizer(
         list(prompts),
-        padding="max_length",
+        padding=padding,
         truncation=True,
         max_length=length or slot.tokenizer.model_max_length,
         return_tensors="pt",
@@ -274,7 +283,7 @@ def tokenize(slot: TextEncoderSlot, prompts: Sequence[str], length: int | None =
     return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
-def _refuse_half_characters(prompts: Sequence[str]) -> None:
+def refuse_half_characters(prompts: Sequence[str]) -> None:
     """`UserError` for words that are no text in UTF-8, as a terminal of another encoding sends them."""
     for prompt in prompts:
         try:
@@ -285,7 +294,7 @@ def _refuse_half_characters(prompts: Sequence[str]) -> None:
 
 def warn_truncation(slot: TextEncoderSlot, prompts: Sequence[str], length: int | None = None) -> None:
     """Warn of each prompt that is longer than the encoder reads, once per prompt, quoting what is dropped."""
-    _refuse_half_characters(prompts)
+    refuse_half_characters(prompts)
     length = length or slot.tokenizer.model_max_length
     for prompt in prompts:
         tokens = slot.tokenizer(prompt, verbose=False)["input_ids"]

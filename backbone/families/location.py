@@ -53,7 +53,7 @@ class Location:
             raise UserError(f"{self.name} has no {name}. Save or download the model again.")
         config = Config(read_json(path))
         config.path = path
-        for key, kind in CONFIG_TYPES.items():
+        for key, kind in (CONFIG_TYPES | (VAE_TYPES if part == "vae" else {})).items():
             if config.get(key) is not None:
                 _check_size(read_as(kind, config[key], path, key), path, key)
         for key, value in config.items():
@@ -106,8 +106,9 @@ CONFIG_TYPES: dict[str, Any] = {  # what is read here; what only diffusers and t
     "sample_size": int | list[int],
     "cross_attention_dim": int | list[int],
     **dict.fromkeys(
-        ("in_channels", "out_channels", "latent_channels", "patch_size", "pos_embed_max_size"), int
+        ("in_channels", "out_channels", "latent_channels", "patch_size", "pos_embed_max_size", "z_dim"), int
     ),
+    **dict.fromkeys(("dim", "cap_feat_dim", "n_layers", "n_refiner_layers", "n_heads"), int),
     **dict.fromkeys(("joint_attention_dim", "pooled_projection_dim", "caption_channels"), int),
     **dict.fromkeys(("projection_class_embeddings_input_dim", "addition_time_embed_dim"), int),
     **dict.fromkeys(("hidden_size", "d_model", "vocab_size", "num_hidden_layers", "num_layers"), int),
@@ -115,6 +116,11 @@ CONFIG_TYPES: dict[str, Any] = {  # what is read here; what only diffusers and t
     **dict.fromkeys(("scaling_factor", "shift_factor", "shift", "base_shift", "max_shift"), float),
     **dict.fromkeys(("force_upcast", "guidance_embeds", "use_dynamic_shifting"), bool),
     **dict.fromkeys(("addition_embed_type", "prediction_type", "time_shift_type", "beta_schedule"), str),
+}
+VAE_TYPES: dict[str, Any] = {
+    "patch_size": int | list[int],
+    "temperal_downsample": list[bool],
+    **dict.fromkeys(("latents_mean", "latents_std"), list[float]),
 }
 LARGEST = 2**24  # of any size or number in a config
 LARGEST_OF_ALL = 2**31  # of what else there is

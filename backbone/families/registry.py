@@ -12,6 +12,7 @@ def families() -> list[Family]:
     from backbone.families.sd1.family import StableDiffusion
     from backbone.families.sd3.family import StableDiffusion3
     from backbone.families.sdxl.family import StableDiffusionXL
+    from backbone.families.zimage.family import ZImage
 
     return [
         StableDiffusion(),
@@ -19,4 +20,5 @@ def families() -> list[Family]:
         StableDiffusion3(),
         Flux(),
         PixArt(),
+        ZImage(),
     ]
