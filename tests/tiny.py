@@ -224,7 +224,7 @@ def tiny_z_image(folder: Path, *, shift: float = 6.0) -> Path:
         n_kv_heads=2,
         cap_feat_dim=24,
         axes_dims=[4, 6, 6],
-        axes_lens=[64, 16, 16],
+        axes_lens=[1024, 16, 16],
     )
     for name in ("x_pad_token", "cap_pad_token"):  # which are zeros at first
         torch.nn.init.normal_(getattr(transformer, name))

@@ -19,6 +19,7 @@ from diffusers import (
     PixArtSigmaPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
+    ZImagePipeline,
 )
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
@@ -91,6 +92,12 @@ def said_by_pixart(pipeline: Any, noisy: Tensor, time: Tensor) -> Any:
     return said.chunk(2, dim=1)[0]
 
 
+def said_by_z_image(pipeline: Any, noisy: Tensor, time: Tensor) -> Any:
+    hidden, _ = pipeline.encode_prompt([PROMPT], do_classifier_free_guidance=False)
+    (said,) = pipeline.transformer([noisy[0][:, None]], (1000 - time[None]) / 1000, hidden).sample
+    return -said[:, 0][None]
+
+
 @dataclass(frozen=True)
 class Case:
     """A family: how its random pipeline is written, diffusers' class for it, and what that predicts.
@@ -157,6 +164,14 @@ CASES = [
         said_by_pixart,
         said={"use_resolution_binning": False, "clean_caption": False},
         words=("hidden",),
+    ),
+    Case(
+        "z-image",
+        tiny.tiny_z_image,
+        ZImagePipeline,
+        said_by_z_image,
+        said={"guidance_scale": GUIDANCE - 1, "negative_prompt": "a red cat in the red snow, " * 4},
+        words=("hidden", "mask"),
     ),
 ]
 NAMED = {case.name: case for case in CASES}
@@ -226,11 +241,10 @@ def test_a_guided_sample_is_diffusers_own(case: Case, folders: dict[str, Path]) 
             PROMPT,
             latents=case.theirs(initial_noise(model, 3, 0, 0)[None]),
             num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
             height=model.resolution,
             width=model.resolution,
             output_type="latent",
-            **case.said,
+            **{"guidance_scale": GUIDANCE} | case.said,
         ).images
     assert float(theirs.std()) > 0.1
     torch.testing.assert_close(case.theirs(ours), theirs, rtol=0, atol=1e-4)

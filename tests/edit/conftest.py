@@ -11,8 +11,8 @@ import pytest
 from backbone.models.model import Backbone
 
 Open = Callable[[str], Backbone]
-TRANSFORMERS = ("sd3", "flux-dev", "pixart")
-FAMILIES = ("xl", "sd3", "sd3-without-t5", "flux-dev", "flux-schnell", "pixart")
+TRANSFORMERS = ("sd3", "flux-dev", "pixart", "z-image")
+FAMILIES = ("xl", "sd3", "sd3-without-t5", "flux-dev", "flux-schnell", "pixart", "z-image")
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +27,7 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
         "flux-dev": tiny.tiny_flux,
         "flux-schnell": partial(tiny.tiny_flux, guidance=False),
         "pixart": tiny.tiny_pixart,
+        "z-image": tiny.tiny_z_image,
     }
     place = tmp_path_factory.mktemp("families")
 

@@ -24,7 +24,7 @@ from edit.methods.prompt_to_prompt.replace import replace
 from edit.methods.prompt_to_prompt.settings import PRESETS, ReplaceSettings
 from edit.methods.remove import locate_word, remove
 from edit.methods.sdedit import sdedit
-from tests.edit.attention.test_joint import Found, wearing_a_lora
+from tests.edit.attention.test_joint import Found, processors_of, wearing_a_lora
 from tests.edit.conftest import FAMILIES, TRANSFORMERS, Open
 from tests.edit.methods.prompt_to_prompt.test_replace import left_half
 from tests.edit.models import photo
@@ -146,8 +146,8 @@ def test_the_model_is_bit_for_bit_as_before_after_an_edit_and_after_an_error(
     inverted: Callable[..., Inversion], name: str
 ) -> None:
     inversion = inverted(name)
-    network = cast(Any, inversion.model.denoiser)
-    processors, before = dict(network.attn_processors), reconstruct(inversion, guidance=3.0)
+    network = inversion.model.denoiser
+    processors, before = processors_of(network), reconstruct(inversion, guidance=3.0)
     weights = {key: value.clone() for key, value in network.state_dict().items()}
     replace(inversion, TARGET, PRESETS["masactrl"])
 
@@ -156,7 +156,7 @@ def test_the_model_is_bit_for_bit_as_before_after_an_edit_and_after_an_error(
 
     with pytest.raises(RuntimeError):
         replace(inversion, TARGET, progress=stop)
-    assert all(network.attn_processors[key] is value for key, value in processors.items())
+    assert all(processors_of(network)[key] is value for key, value in processors.items())
     assert not any(module._forward_hooks for module in network.modules())
     assert all(torch.equal(value, weights[key]) for key, value in network.state_dict().items())
     assert torch.equal(reconstruct(inversion, guidance=3.0), before)

@@ -41,6 +41,7 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "sd3": tiny.tiny_stable_diffusion_3,
     "flux": tiny.tiny_flux,
     "pixart": tiny.tiny_pixart,
+    "z-image": tiny.tiny_z_image,
 }
 
 

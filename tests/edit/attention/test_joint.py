@@ -17,7 +17,7 @@ from backbone.conditions.conditions import Conditions
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from edit.attention.control import Control, Cross, Maps, cross_of
-from edit.attention.install import control_attention
+from edit.attention.install import attention_layers, control_attention
 from tests.edit.conftest import TRANSFORMERS, Open
 
 PROMPTS = ["a cat in the snow", "a red cat in the snow", "a dog in the snow", ""]
@@ -54,6 +54,8 @@ class Edit:
 class Whole:
     """A layer of diffusers with a materialised map, edited."""
 
+    mask: Tensor | None = None  # which tokens each row has, [B, tokens]
+
     def __init__(self, edit: Edit, words: int) -> None:
         self.edit, self.words = edit, words
 
@@ -67,6 +69,8 @@ class Whole:
                 x[some, :, picture] = x[:1, :, picture]
         logits = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
         logits[..., [picture.start + key for key in self.edit.hidden]] = -torch.inf
+        if self.mask is not None:
+            logits = logits.masked_fill(~self.mask[:, None, None], -torch.inf)
         maps = logits.softmax(-1)
         if text.stop > text.start:
             self.edit.maps.append(maps[: 1 + TARGETS, :, picture, text].clone())
@@ -152,7 +156,34 @@ class WholeCross(Whole):
         return cast(Tensor, attn.to_out[0]((maps @ value).transpose(1, 2).flatten(2)))
 
 
+class WholeOneSequence(Whole):
+    """Of Z-Image: the picture's tokens, what fills them up to 32, the words; the noise's refiner has none of them."""
+
+    filled = 32
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: None = None,
+        attention_mask: Tensor | None = None,
+        freqs_cis: Tensor | None = None,
+    ) -> Any:
+        assert freqs_cis is not None
+        x, n, turns = hidden_states, attn.heads, freqs_cis[:, None]
+        query, key = split(attn.to_q(x), n, attn.norm_q), split(attn.to_k(x), n, attn.norm_k)
+        query, key = (
+            torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turns).flatten(3)
+            for x in (query, key)
+        )
+        self.mask = attention_mask
+        text = slice(self.filled, self.filled + self.words)
+        found = self.joint(query, key, split(attn.to_v(x), n), slice(0, PLACES), text)
+        return attn.to_out[0](found)
+
+
 WHOLE: dict[str, Callable[[Edit, int], Whole]] = {
+    "z-image": WholeOneSequence,
     "sd3": WholePictureFirst,
     "flux-dev": WholeTextFirst,
     "pixart": WholeCross,
@@ -172,8 +203,11 @@ class Asked:
 
     @property
     def words(self) -> int:
-        """How many text tokens there are."""
-        return self.text.text["hidden"].shape[1]
+        """How many text tokens there are in the network."""
+        text = self.text.text
+        if "mask" not in text or self.model.family.name == "PixArt-Σ":
+            return text["hidden"].shape[1]
+        return -(-int(text["mask"].sum(1).max()) // 32) * 32
 
     @torch.no_grad()
     def plainly(self) -> Tensor:
@@ -190,13 +224,16 @@ class Asked:
 
     def written_out(self, name: str, edit: Edit) -> Tensor:
         """The prediction with whole maps."""
-        network = cast(Any, self.model.denoiser)
-        before = dict(network.attn_processors)
-        network.set_attn_processor({key: WHOLE[name](edit, self.words) for key in before})
+        layers = attention_layers(self.model.denoiser)
+        before = {key: layer.processor for key, layer in layers.items()}
+        for key, layer in layers.items():
+            if not key.startswith("context_refiner"):  # over words alone
+                layer.processor = WHOLE[name](edit, 0 if key.startswith("noise_refiner") else self.words)
         try:
             return self.plainly()
         finally:
-            network.set_attn_processor(before)
+            for key, layer in layers.items():
+                layer.processor = before[key]
 
     def control(self, **wishes: Any) -> Control:
         """Of two targets, in layers of any size."""
@@ -206,7 +243,9 @@ class Asked:
 def asked(model: Backbone) -> Asked:
     random = torch.Generator().manual_seed(0)
     noisy = torch.randn(len(PROMPTS), model.latent_shape[0], *SIZE, generator=random)
-    return Asked(model, model.encode_prompts(PROMPTS), noisy)
+    ragged = model.family.name == "Z-Image"
+    prompts = [*PROMPTS[:2], PROMPTS[2] + " in the snow" * 10 * ragged, PROMPTS[3]]
+    return Asked(model, model.encode_prompts(prompts), noisy)
 
 
 def wearing_a_lora(model: Backbone) -> Backbone:
@@ -235,6 +274,10 @@ def given(tokens: int, case: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         "reweight": (torch.eye(tokens).expand_as(mapping), ones, weight, ones),
         "windows": (mapping, taken, weight, window),
     }[case]
+
+
+def processors_of(network: torch.nn.Module) -> dict[str, Any]:
+    return {name: layer.processor for name, layer in attention_layers(network).items()}
 
 
 def deviation(found: Tensor, expected: Tensor) -> float:
@@ -330,8 +373,8 @@ def test_the_network_is_bit_for_bit_as_before_after_an_edit_and_after_an_error(
     family: Open, name: str
 ) -> None:
     question = asked(family(name))
-    network = cast(Any, question.model.denoiser)
-    processors, before = dict(network.attn_processors), question.plainly()
+    network = question.model.denoiser
+    processors, before = processors_of(network), question.plainly()
     weights = {key: value.clone() for key, value in network.state_dict().items()}
     assert torch.equal(question.by(question.control()), before), "a control that asks for nothing"
     question.by(
@@ -339,7 +382,7 @@ def test_the_network_is_bit_for_bit_as_before_after_an_edit_and_after_an_error(
     )
     with pytest.raises(RuntimeError, match=r"must match|size"):  # an edit of fewer tokens than there are
         question.by(question.control(cross=Cross(torch.ones(TARGETS, 5, 5), None)))
-    after = network.attn_processors
+    after = processors_of(network)
     assert list(after) == list(processors) and all(after[key] is processors[key] for key in after)
     assert all(torch.equal(value, weights[key]) for key, value in network.state_dict().items())
     assert torch.equal(question.plainly(), before)
