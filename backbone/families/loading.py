@@ -377,11 +377,13 @@ def flow_path(
     size: tuple[int, int],
     patch: int = 2,
     lowest: Callable[[int], float] | None = None,
+    shift: Callable[..., float] | None = None,
 ) -> NoisePath:
     """The noise path of a rectified flow, from its FlowMatchEulerDiscreteScheduler's config.
 
     `size` (H, W) is that of the model's own latents, of which `patch` × `patch` make a token: dynamic shifting depends
     on the number of tokens. `lowest(S)` is the last level above 0 before shifting; None takes the scheduler's own.
+    `shift(tokens, S)` is the log of the dynamic shift, and of training's without S; None takes the scheduler's line.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -400,11 +402,13 @@ def flow_path(
         )
     train_steps = int(config["num_train_timesteps"])
 
-    def dynamic(size: tuple[int, int]) -> float | None:
+    def dynamic(size: tuple[int, int], *steps: int) -> float | None:
         """log of the shift for latents of this size, linear in the number of tokens; None without dynamic shifting."""
         if not config["use_dynamic_shifting"]:
             return None
         tokens = (size[0] // patch) * (size[1] // patch)
+        if shift is not None:
+            return shift(tokens, *steps)
         few, many = config["base_image_seq_len"], config["max_image_seq_len"]
         slope = (config["max_shift"] - config["base_shift"]) / (many - few)
         return float(config["base_shift"] + slope * (tokens - few))
@@ -413,11 +417,11 @@ def flow_path(
         return flow_schedule(
             steps,
             config["shift"],
-            mu=dynamic(size),
+            mu=dynamic(size, steps),
             lowest=lowest(steps) if lowest else None,
             train_steps=train_steps,
         )
 
     mu = dynamic(size)
-    shift = float(config["shift"]) if mu is None else math.exp(mu)
-    return NoisePath("flow", logit_normal_levels(FLOW_QUANTILES, shift, train_steps=train_steps), schedule)
+    usual = float(config["shift"]) if mu is None else math.exp(mu)
+    return NoisePath("flow", logit_normal_levels(FLOW_QUANTILES, usual, train_steps=train_steps), schedule)

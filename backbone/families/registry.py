@@ -8,6 +8,7 @@ from backbone.families.base import Family
 def families() -> list[Family]:
     """Every supported family; a new one is a folder beside these and a line here."""
     from backbone.families.flux.family import Flux
+    from backbone.families.flux2.family import Flux2
     from backbone.families.pixart.family import PixArt
     from backbone.families.sd1.family import StableDiffusion
     from backbone.families.sd3.family import StableDiffusion3
@@ -21,4 +22,5 @@ def families() -> list[Family]:
         Flux(),
         PixArt(),
         ZImage(),
+        Flux2(),
     ]

@@ -19,7 +19,7 @@ from backbone.io.console import UserError, notify
 from backbone.io.files import atomic_write, fill_folder, read_tensors, write_tensors, write_text
 from backbone.models.locate import locate
 from backbone.models.model import Backbone
-from customize.formats.adapter import BASE_NAMES, AdapterFile, BaseFamily, FileFormat
+from customize.formats.adapter import BASE_NAMES, PIPELINES, AdapterFile, BaseFamily, FileFormat
 from customize.formats.factors import LayerUpdate
 from customize.formats.metadata import build_metadata, read_run_concept
 from customize.formats.model_weights import (
@@ -154,9 +154,7 @@ def _family_of_model(model: str) -> BaseFamily | None:
         pipeline = str(locate(model).index.get("_class_name", ""))
     except UserError:
         return None
-    return {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux", "PixArtSigmaPipeline": "pixart"}.get(
-        pipeline
-    )  # type: ignore[return-value]
+    return PIPELINES.get(pipeline)
 
 
 def export_embeddings(concept: Concept, out: Path, file_format: FileFormat) -> list[Path]:

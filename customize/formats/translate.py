@@ -16,6 +16,7 @@ from pathlib import Path
 from backbone.io.console import UserError
 from customize.formats.known_layers import (
     DENOISERS,
+    LISTS,
     NETWORK_NAMES,
     Network,
     generalize,
@@ -50,7 +51,7 @@ PEFT_PREFIX = "base_model.model."  # of peft's own files, before or after the co
 _T5 = re.compile(
     r"^(?:lora_te3_|t5|text_encoders\.t5|text_encoder_3\.)|SelfAttention|DenseReluDense|EncDecAttention"
 )
-_FLAT_NUMBER = re.compile(r"(blocks|resnets|attentions|downsamplers|upsamplers|layers)_(\d+)(?=_|$)")
+_FLAT_NUMBER = re.compile(rf"({LISTS})_(\d+)(?=_|$)")
 SHOWN = 3  # names that an error lists
 
 

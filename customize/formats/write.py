@@ -275,7 +275,10 @@ def _fuse_layers(layers: Mapping[str, LayerUpdate], base: BaseFamily) -> dict[st
         if component != "transformer":
             fused[name] = layer
             continue
-        place = find_original(module, base) if base in ("sd3", "flux") else None
+        if base == "zimage":  # kohya's trainer knows it by diffusers' names
+            fused[name] = layer
+            continue
+        place = find_original(module, base) if base in ("sd3", "flux", "flux2") else None
         if place is None:
             raise UserError(
                 f"kohya's format has no name for {name} of {BASE_NAMES[base]}. Export --to diffusers or comfyui, or "

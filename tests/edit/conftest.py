@@ -11,8 +11,8 @@ import pytest
 from backbone.models.model import Backbone
 
 Open = Callable[[str], Backbone]
-TRANSFORMERS = ("sd3", "flux-dev", "pixart", "z-image")
-FAMILIES = ("xl", "sd3", "sd3-without-t5", "flux-dev", "flux-schnell", "pixart", "z-image")
+TRANSFORMERS = ("sd3", "flux-dev", "pixart", "z-image", "flux2-klein")
+FAMILIES = ("xl", "sd3", "sd3-without-t5", "flux-dev", "flux-schnell", "pixart", "z-image", "flux2-klein")
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +28,8 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
         "flux-schnell": partial(tiny.tiny_flux, guidance=False),
         "pixart": tiny.tiny_pixart,
         "z-image": tiny.tiny_z_image,
+        "flux2-klein": tiny.tiny_flux2_klein,
+        "flux2-klein-distilled": partial(tiny.tiny_flux2_klein, distilled=True),
     }
     place = tmp_path_factory.mktemp("families")
 

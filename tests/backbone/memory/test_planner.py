@@ -42,6 +42,7 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "flux": tiny.tiny_flux,
     "pixart": tiny.tiny_pixart,
     "z-image": tiny.tiny_z_image,
+    "flux2": tiny.tiny_flux2_klein,
 }
 
 

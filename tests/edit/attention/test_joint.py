@@ -182,7 +182,23 @@ class WholeOneSequence(Whole):
         return attn.to_out[0](found)
 
 
+class WholeParallel(Whole):
+    """Of FLUX.2, whose single blocks compute attention beside their feed-forward part."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *more: Any) -> Any:
+        x, turns, n = hidden_states, more[-1], attn.heads
+        if not hasattr(attn, "to_qkv_mlp_proj"):
+            return WholeTextFirst.__call__(cast(WholeTextFirst, self), attn, x, *more)
+        joined = attn.to_qkv_mlp_proj(x)
+        query, key, value, rest = joined.split([x.shape[-1]] * 3 + [joined.shape[-1] - 3 * x.shape[-1]], -1)
+        query, key = split(query, n, attn.norm_q), split(key, n, attn.norm_k)
+        query, key = apply_rotary_emb(query, turns), apply_rotary_emb(key, turns)
+        found = self.joint(query, key, split(value, n), slice(self.words, None), slice(0, self.words))
+        return attn.to_out(torch.cat([found, attn.mlp_act_fn(rest)], -1))
+
+
 WHOLE: dict[str, Callable[[Edit, int], Whole]] = {
+    "flux2-klein": WholeParallel,
     "z-image": WholeOneSequence,
     "sd3": WholePictureFirst,
     "flux-dev": WholeTextFirst,
@@ -242,7 +258,8 @@ class Asked:
 
 def asked(model: Backbone) -> Asked:
     random = torch.Generator().manual_seed(0)
-    noisy = torch.randn(len(PROMPTS), model.latent_shape[0], *SIZE, generator=random)
+    size = (3, 5) if model.family.name == "FLUX.2" else SIZE
+    noisy = torch.randn(len(PROMPTS), model.latent_shape[0], *size, generator=random)
     ragged = model.family.name == "Z-Image"
     prompts = [*PROMPTS[:2], PROMPTS[2] + " in the snow" * 10 * ragged, PROMPTS[3]]
     return Asked(model, model.encode_prompts(prompts), noisy)
