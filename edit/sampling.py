@@ -130,7 +130,8 @@ class SourceAndTargets:
             part = select(answer, group)
             size, scale = len(part.clean), guidance[group.start]
             if scale != 1:
-                part = guide(part, select(answer, slice(unconditional, unconditional + size)), scale)
+                without = select(answer, slice(unconditional, unconditional + size))
+                part = self.model.path.guide(part, without, scale, level)
                 unconditional += size
             parts.append(part)
         return Estimate(torch.cat([one.clean for one in parts]), torch.cat([one.noise for one in parts]))

@@ -67,7 +67,10 @@ def flow_schedule(
     else:  # the scheduler shifts its smallest level when it is built, and every level again here
         smallest = shift / (train_steps + shift - 1)
     t = torch.linspace(1, smallest if lowest is None else lowest, steps, dtype=torch.float64)
-    t = torch.cat([shift * t / (1 + (shift - 1) * t), t.new_zeros(1)])
+    t = shift * t / (1 + (shift - 1) * t)
+    if terminal is not None:
+        t = 1 - (1 - t) * (1 - terminal) / (1 - t[-1])
+    t = torch.cat([t, t.new_zeros(1)])
     return flow(t, time=(train_steps * t).float())
 
 

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone.conditions.conditions import Conditions, Text
-from backbone.diffusion.noise import Level, PredictionType, Schedule
+from backbone.diffusion.noise import Estimate, Level, PredictionType, Schedule, guide
 from backbone.families.location import Location
+from backbone.io.console import UserError
 from backbone.io.files import Header
 from backbone.io.weights import refuse_damaged
 
@@ -140,6 +141,13 @@ class Family(Protocol):
         """
         ...
 
+    def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
+        """The files of components that a checkpoint of this family leaves to other files, among those `beside`.
+
+        Raises `UserError` for a file that has no use, and for a component that is in none.
+        """
+        ...
+
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
         """Load the UNet or transformer."""
         ...
@@ -200,11 +208,15 @@ class NoisePath:
     prediction_type  what the network predicts
     levels           [T], clean to noisy: a uniform choice among them is what training drew from
     schedule         (steps S, size (H, W) of the latents) → noise levels [S + 1], noisy to clean
+    guide            (estimates with the prompt and without, scale, level) → the guided estimate
     """
 
     prediction_type: PredictionType
     levels: Level
     schedule: Callable[[int, tuple[int, int]], Schedule]
+    guide: Callable[[Estimate, Estimate, float, Level], Estimate] = lambda some, none, scale, level: guide(
+        some, none, scale
+    )
 
 
 @dataclass(frozen=True)
@@ -219,7 +231,8 @@ class ModuleSpec:
         with torch.device(device):
             network = self.build()
         nn.Module.to(network, self.dtype)
-        nn.Module.to(network, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if all(value.ndim < 5 for value in network.parameters()):  # kernels over time have another layout
+            nn.Module.to(network, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return network.requires_grad_(False).eval()
 
 
@@ -237,6 +250,16 @@ class ModelSpec:
         return Conditions(
             {name: _zeros(name, (rows, *shape), device) for name, shape in self.text_shapes.items()}
         )
+
+
+def refuse_beside(header: Header, beside: Sequence[Header]) -> dict[str, Path]:
+    """No files: of a family whose checkpoints hold all components. `UserError` for any that is named."""
+    if beside:
+        raise UserError(
+            f"A checkpoint like {header.path} is read with its own autoencoder and text encoders, and {beside[0].path} "
+            "has no use. Leave it out."
+        )
+    return {}
 
 
 def diffusers_spec(kind: Any, location: Location, part: str, dtype: torch.dtype) -> ModuleSpec:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from backbone.conditions.conditions import Text
 from backbone.families import loading
-from backbone.families.base import TextEncoderSlot, TextSegment
+from backbone.families.base import ModuleSpec, TextEncoderSlot, TextSegment
 from backbone.families.location import Location
 from backbone.io.console import UserError, notify_once
 from backbone.io.weights import refuse_damaged
@@ -88,9 +88,7 @@ class LanguageModelEncoder(loading.MultiTextEncoder):
     def segments(self) -> tuple[TextSegment, ...]:
         """The prompt's, in its template."""
         return (
-            TextSegment(
-                self.tokenizer, self.reading.tokens, frame=self.frame, dropped=self.reading.dropped
-            ),
+            TextSegment(self.tokenizer, self.reading.tokens, frame=self.frame, dropped=self.reading.dropped),
         )
 
     def __call__(self, prompts: Sequence[str]) -> Text:
@@ -153,9 +151,9 @@ def unpad_rows(text: Text, dtype: torch.dtype) -> list[Tensor]:
 def load_language_model(
     kind: Any, tokenizer_kind: Any, location: Location, dtype: torch.dtype
 ) -> TextEncoderSlot:
-    """Load a language model in `dtype` without its head, with its tokenizer."""
+    """Load a language model in `dtype` without its head, or its eye, with its tokenizer."""
     tokenizer = loading.load_pretrained(tokenizer_kind, location, "tokenizer")
-    model = loading.load_pretrained(kind, location, "text_encoder", dtype=dtype)
+    model = loading.load_pretrained(kind, location, "text_encoder", dtype=dtype).get_decoder()
     return TextEncoderSlot("text_encoder", tokenizer, model)
 
 
@@ -184,6 +182,25 @@ def text_config(config: Any) -> Any:
     return getattr(config, "text_config", config)
 
 
-def language_model(model: nn.Module) -> nn.Module:
-    """The part that gives hidden states, without a head or an eye."""
-    return cast(nn.Module, cast(Any, model).get_decoder())
+def text_spec(kind: Any, location: Location, dtype: torch.dtype) -> ModuleSpec:
+    """The spec of the language model of one that reads pictures too (`kind` is its class), from the config of both."""
+    config = location.config("text_encoder")
+
+    def build() -> nn.Module:
+        with refuse_damaged(location.name, "text_encoder"):
+            return cast(nn.Module, kind(kind.config_class.from_dict(config.get("text_config", config))))
+
+    return ModuleSpec(build, dtype)
+
+
+def cut_padding(text: Text) -> tuple[Tensor, Tensor | None]:
+    """hidden [B, T, …] up to the longest prompt's end, and its mask [B, T], None where all tokens are there.
+
+    On `meta` every prompt has all its tokens.
+    """
+    hidden, mask = text["hidden"], text["mask"]
+    if mask.is_meta:
+        return hidden, None
+    longest = int(mask.sum(1).max())
+    mask = mask[:, :longest].bool()
+    return hidden[:, :longest], None if bool(mask.all()) else mask

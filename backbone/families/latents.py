@@ -71,7 +71,9 @@ def latent_space(autoencoder: nn.Module) -> LatentSpace:
         torch.tensor(config[key], dtype=torch.float32, device=device)[:, None, None]
         for key in ("latents_mean", "latents_std")
     )
-    if not len(mean) == len(std) == latent_channels(config) or any(not value for value in config["latents_std"]):
+    if not len(mean) == len(std) == latent_channels(config) or any(
+        not value for value in config["latents_std"]
+    ):
         raise UserError(
             f"The autoencoder's config is damaged: latents_mean and latents_std are no {latent_channels(config)} "
             "numbers. Restore vae/config.json, or download the model again."

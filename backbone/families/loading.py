@@ -22,6 +22,7 @@ from backbone.diffusion.schedules import (
     zero_terminal_snr,
 )
 from backbone.families.base import NoisePath, TextEncoderSlot
+from backbone.families.latents import has_frames
 from backbone.families.location import Location
 from backbone.io.console import UserError, notify_once
 from backbone.io.files import read_header, read_tensors
@@ -30,7 +31,7 @@ from backbone.io.weights import refuse_damaged, refuse_missing
 
 UNSUPPORTED_FLOW_SETTINGS = (
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
-    *("invert_sigmas", "shift_terminal", "stochastic_sampling"),
+    *("invert_sigmas", "stochastic_sampling"),
 )
 VP_SETTINGS: Mapping[str, tuple[str, ...]] = {  # of a β scheduler, diffusers' default first
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
@@ -141,7 +142,8 @@ def _split_by_size(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]
 
 def load_autoencoder(kind: Any, location: Location, dtype: torch.dtype) -> nn.Module:
     """Load the autoencoder, in fp32 where its config says that fp16 overflows."""
-    return load_network(kind, location, "vae", autoencoder_dtype(location, dtype), torch.channels_last)
+    layout = torch.preserve_format if has_frames(location.config("vae")) else torch.channels_last
+    return load_network(kind, location, "vae", autoencoder_dtype(location, dtype), layout)
 
 
 def autoencoder_dtype(location: Location, dtype: torch.dtype) -> torch.dtype:
@@ -419,6 +421,7 @@ def flow_path(
             config["shift"],
             mu=dynamic(size, steps),
             lowest=lowest(steps) if lowest else None,
+            terminal=config["shift_terminal"] or None,
             train_steps=train_steps,
         )
 

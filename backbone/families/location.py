@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ class Location:
     """Where a model is loaded from: a diffusers folder, a hub id or a single checkpoint file (`source`).
 
     `index` is its model_index.json. A single file holds weights alone; `settings` are the folders where its configs and
-    tokenizers are looked up, laid out as diffusers', the first that has a file wins. `revision` is the commit of a hub
-    id from which all its files are taken.
+    tokenizers are looked up, laid out as diffusers', the first that has a file wins; `parts` are files of components
+    that it does not hold. `revision` is the commit of a hub id from which all its files are taken.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Location:
     index: dict[str, Any]
     settings: tuple[Path, ...] = ()
     revision: str | None = None
+    parts: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path | None:
@@ -39,6 +41,10 @@ class Location:
     def file(self) -> Path | None:
         """The single checkpoint file, or None."""
         return Path(self.source) if self.settings else None
+
+    def file_of(self, part: str) -> Path:
+        """The file that holds a component of a single-file model."""
+        return self.parts.get(part, Path(self.source))
 
     def local(self, name: str) -> Path | None:
         """The local path of a file or folder of the diffusers layout (`tokenizer`, `unet/config.json`), or None."""

@@ -81,9 +81,12 @@ def require_complete(
 # Reading ----------------------------------------------------------------------------------------------------
 
 
-def read_weights(location: Location, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Read the tensors below `prefix`, without it, as `dtype`; fp8 weights are multiplied by the scale beside them."""
-    tensors, _ = read_tensors(location.source, prefix=prefix)
+def read_weights(location: Location, prefix: str, dtype: torch.dtype, *, part: str = "") -> dict[str, Tensor]:
+    """Read the tensors below `prefix`, without it, as `dtype`; fp8 weights are multiplied by the scale beside them.
+
+    `part` is the component, where it may lie in a file of its own.
+    """
+    tensors, _ = read_tensors(location.file_of(part), prefix=prefix)
     weights = {}
     for name, tensor in tensors.items():
         if re.search(FP8_SCALES, name):

@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from backbone.conditions.conditions import Conditions
-from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, estimate, guide
+from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, estimate
 from backbone.distributed.device import resolve_device, resolve_dtype
 from backbone.families import checkpoint as single_file
 from backbone.families.base import Family, NoisePath, TextEncoder
@@ -346,7 +346,8 @@ class Backbone:
         def predict(noisy: Tensor, level: Level) -> Estimate:
             twice = both(torch.cat([noisy, noisy]), level)
             (clean, clean_empty), (noise, noise_empty) = (part.chunk(2) for part in twice)
-            return guide(Estimate(clean, noise), Estimate(clean_empty, noise_empty), guidance)
+            some, none = Estimate(clean, noise), Estimate(clean_empty, noise_empty)
+            return self.path.guide(some, none, guidance, level)
 
         return predict
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from backbone.models.locate import is_path
+from backbone.models.locate import is_path, join_files, split_files
 from backbone.models.model import Backbone
 from backbone.models.placement import get_placement
 
@@ -23,7 +24,11 @@ def open_configs(asked: Mapping[str, Any]) -> tuple[Backbone, dict[str, Any]]:
         resolution=asked.get("resolution", 0),
     )
     if is_path(model.location.name):
-        return model, {**asked, "model": os.path.abspath(model.location.source)}
+        files = split_files(model.location.name)
+        return model, {
+            **asked,
+            "model": join_files(*(os.path.abspath(Path(one).expanduser()) for one in files)),
+        }
     return model, dict(asked)
 
 

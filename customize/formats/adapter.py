@@ -77,12 +77,12 @@ class AdapterFile:
         """Family of the base model: from layer names and widths, else from the metadata, else `other`."""
         if self.network not in (None, "unet", "clip"):
             return cast(BaseFamily, self.network)
-        return _family_from_layers(self.layers, self.metadata) or _family_from_metadata(self.metadata) or "other"
+        return (
+            _family_from_layers(self.layers, self.metadata) or _family_from_metadata(self.metadata) or "other"
+        )
 
 
-def _family_from_layers(
-    layers: Mapping[str, LayerUpdate], metadata: Mapping[str, str]
-) -> BaseFamily | None:
+def _family_from_layers(layers: Mapping[str, LayerUpdate], metadata: Mapping[str, str]) -> BaseFamily | None:
     names = list(layers)
     if any("add_embedding" in name for name in names):
         return "sdxl"

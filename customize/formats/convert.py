@@ -108,9 +108,17 @@ def _say_what_tools_misread(adapter: AdapterFile, file_format: FileFormat, famil
             "Its α of the last layer, proj_out, is misread by diffusers 0.42 in ComfyUI's format: export --to "
             "diffusers for it."
         )
+    if file_format == "comfyui" and family in ("zimage", "flux2"):
+        notify(
+            f"diffusers 0.42 misreads ComfyUI's format of {BASE_NAMES[family]}: export --to diffusers for it."
+        )
     if file_format == "kohya" and any(name.startswith("transformer.") for name in adapter.layers):
         _say_what_diffusers_leaves_out(adapter, family)
-    if file_format == "kohya" and len({layer.alpha for layer in adapter.layers.values()}) > 1:
+    if (
+        file_format == "kohya"
+        and family not in ("zimage", "flux2")
+        and len({layer.alpha for layer in adapter.layers.values()}) > 1
+    ):
         notify(
             "Its layers differ in α, which diffusers 0.42 misreads in kohya's format: export --to diffusers for it."
         )
@@ -127,7 +135,7 @@ def _say_what_diffusers_leaves_out(adapter: AdapterFile, family: BaseFamily) -> 
         notify(
             "diffusers 0.42 does not know kohya's names of Stable Diffusion 3: export --to diffusers for it."
         )
-    elif outside:
+    elif outside and family != "zimage":
         notify(
             f"diffusers 0.42 leaves out {len(outside)} of its layers in kohya's format, those outside the blocks, "
             f"as {outside[0]}: export --to diffusers for it."

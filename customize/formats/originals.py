@@ -1,4 +1,4 @@
-"""Layer names of the original transformer code (Black Forest Labs, Stability, PixArt, Tongyi, XLabs), and diffusers'."""
+"""Layer names of the original code of transformers (Black Forest Labs, Stability, PixArt, Tongyi, XLabs)."""
 
 from __future__ import annotations
 
@@ -193,7 +193,11 @@ def find_original(module: str, network: str) -> tuple[OriginalLayer, str, int] |
     general = module.replace(f"transformer_blocks.{number}.", "transformer_blocks.#.", 1) if match else module
     for name, parts in _ORIGINALS.get(network, {}).items():
         if general in parts:
-            return OriginalLayer(name, parts, _swap(name, network)), name.replace("#", number), parts.index(general)
+            return (
+                OriginalLayer(name, parts, _swap(name, network)),
+                name.replace("#", number),
+                parts.index(general),
+            )
     return None
 
 

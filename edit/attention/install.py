@@ -63,7 +63,9 @@ def control_attention(
         for name, plain in before.items():
             read = attention.joint_inputs.get(type(plain))
             layers[name].set_processor(
-                Processor(control, plain, name) if read is None else JointProcessor(control, plain, name, read)
+                Processor(control, plain, name)
+                if read is None
+                else JointProcessor(control, plain, name, read)
             )
         convolution = features_of(denoiser)
         if convolution is not None:

@@ -51,7 +51,7 @@ def optimize_null_texts(
                 last = iteration == iterations  # measures the last update, and takes no gradient
                 with torch.set_grad_enabled(not last):
                     without = model.predictor(Conditions({**empty.text, "hidden": trained}))(now, here)
-                    reached = deterministic_step(now, guide(with_prompt, without, guidance), here, there)
+                    reached = deterministic_step(now, model.path.guide(with_prompt, without, guidance, here), here, there)
                     loss = (reached - goal).square().mean()
                 nfe += len(now)
                 if float(loss.detach()) < smallest:

@@ -75,12 +75,33 @@ def pixart(net: Any, noisy: Tensor, t: Tensor, text: dict[str, Tensor]) -> Tenso
     return cast(Tensor, said.chunk(2, dim=1)[0])
 
 
+def z_image(net: Any, noisy: Tensor, t: Tensor, text: dict[str, Tensor]) -> Tensor:
+    rows = [hidden[mask.bool()] for hidden, mask in zip(text["hidden"], text["mask"], strict=True)]
+    said = net([picture[:, None] for picture in noisy], (1000 - t) / 1000, rows).sample
+    return -torch.stack(said)[:, :, 0]
+
+
+def flux2(net: Any, noisy: Tensor, t: Tensor, text: dict[str, Tensor]) -> Tensor:
+    from diffusers import Flux2KleinPipeline as Klein
+
+    said = net(
+        hidden_states=Klein._pack_latents(noisy),
+        timestep=t / 1000,
+        encoder_hidden_states=text["hidden"],
+        txt_ids=Klein._prepare_text_ids(text["hidden"]),
+        img_ids=Klein._prepare_latent_ids(noisy),
+    ).sample
+    return cast(Tensor, said.transpose(1, 2).reshape(noisy.shape))
+
+
 FAMILIES: dict[str, tuple[Callable[[Path], Path], Native]] = {
     "sd": (tiny.tiny_pipeline, sd),
     "sdxl": (tiny.tiny_stable_diffusion_xl, sdxl),
     "sd3": (tiny.tiny_stable_diffusion_3, sd3),
     "flux": (tiny.tiny_flux, flux),
     "pixart": (tiny.tiny_pixart, pixart),
+    "z-image": (tiny.tiny_z_image, z_image),
+    "flux2": (tiny.tiny_flux2_klein, flux2),
 }
 
 

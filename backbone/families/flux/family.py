@@ -31,6 +31,7 @@ from backbone.families.base import (
     TextEncoderSlot,
     TextSegment,
     diffusers_spec,
+    refuse_beside,
     transformers_spec,
 )
 from backbone.families.flux import checkpoint
@@ -62,6 +63,9 @@ class Flux:
 
     def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
         return checkpoint.match_checkpoint(header)
+
+    def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
+        return refuse_beside(header, beside)
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
         if location.file is not None:

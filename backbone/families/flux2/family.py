@@ -8,6 +8,7 @@ in four steps, and dev is told the scale.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
+from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux2 import (
     Flux2AttnProcessor,
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Qwen3Model
 
 from backbone.conditions.conditions import Conditions
-from backbone.families import language_models, loading
+from backbone.families import language_models, loading, split_files
 from backbone.families.base import (
     AttentionLayout,
     JointAttentionInputs,
@@ -38,6 +40,7 @@ from backbone.families.base import (
 from backbone.families.language_models import LanguageModelEncoder, Reading
 from backbone.families.latents import latent_channels, pixels_per_latent
 from backbone.families.location import Location
+from backbone.families.split_files import SplitFiles
 from backbone.io.files import Header
 
 KLEIN = Reading(layers=(9, 18, 27), tokens=512, padded=True)
@@ -66,18 +69,28 @@ class Flux2:
     }
 
     def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
-        return None
+        return FILES.match(header)
+
+    def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
+        return FILES.find_parts(header, beside)
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        network = loading.load_network(Flux2Transformer2DModel, location, "transformer", dtype)
+        kind = Flux2Transformer2DModel
+        if location.file is not None:
+            network = split_files.load_transformer(kind, FILES, location, dtype, convert_to_diffusers)
+        else:
+            network = loading.load_network(kind, location, "transformer", dtype)
         cast(Any, network).is_distilled = is_distilled(location)
         return network
 
     def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
+        if location.file is not None:
+            return split_files.load_autoencoder(AutoencoderKLFlux2, location, dtype)
         return loading.load_autoencoder(AutoencoderKLFlux2, location, dtype)
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> LanguageModelEncoder:
-        slot = language_models.load_language_model(Qwen3Model, Qwen2Tokenizer, location, dtype)
+        source = language_models if location.file is None else split_files
+        slot = source.load_language_model(Qwen3Model, Qwen2Tokenizer, location, dtype)
         write = language_models.chat_writer(slot.tokenizer, location, QWEN, enable_thinking=False)
         width = int(location.config("transformer")["joint_attention_dim"])
         return LanguageModelEncoder(slot, KLEIN, write=write, name=location.name, width=width)
@@ -137,9 +150,7 @@ class Flux2:
             Flux2AttnProcessor: partial(joint_attention_inputs, text_tokens=tokens),
             Flux2ParallelSelfAttnProcessor: partial(parallel_attention_inputs, text_tokens=tokens),
         }
-        return AttentionLayout(
-            readers, max_map_queries=None, detail_layers=("single_transformer_blocks.",)
-        )
+        return AttentionLayout(readers, max_map_queries=None, detail_layers=("single_transformer_blocks.",))
 
     def embed_guidance(
         self, denoiser: nn.Module, conditions: Conditions, guidance: float
@@ -151,8 +162,36 @@ class Flux2:
 
 
 def is_distilled(location: Location) -> bool:
-    """Whether the model was distilled to a few steps without guidance."""
+    """Whether the model was distilled to a few steps without guidance: a file says so by its name alone."""
+    if location.file is not None and "is_distilled" not in location.index:
+        name = location.file.stem.lower()
+        return "klein" in name and "base" not in name
     return bool(location.index.get("is_distilled"))
+
+
+def published_configs(header: Header) -> tuple[str, ...]:
+    """Folders of published configs for a transformer's file, by its width."""
+    width = next((shape[0] for name, shape in header.shapes.items() if name.endswith(EMBEDDERS)), 0)
+    return ("flux2-klein-9b", "flux2-klein") if width == 4096 else ("flux2-klein",)
+
+
+EMBEDDERS = ("img_in.weight", "x_embedder.weight")
+FILES = SplitFiles(
+    "FLUX.2",
+    marks=(
+        ("double_stream_modulation_img.lin.weight", "img_in.weight"),
+        ("double_stream_modulation_img.linear.weight", "x_embedder.weight"),
+    ),
+    encoder="text encoder (Qwen3)",
+    published=published_configs,
+)
+
+
+def convert_to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The transformer's tensors by diffusers' names, from the original ones."""
+    if "x_embedder.weight" in tensors:
+        return tensors
+    return cast(dict[str, Tensor], convert_flux2_transformer_checkpoint_to_diffusers(dict(tensors)))
 
 
 def empirical_shift(tokens: int, steps: int = MANY_STEPS) -> float:
@@ -198,9 +237,7 @@ def parallel_attention_inputs(
     inner = 3 * attn.inner_dim
     qkv, mlp = attn.to_qkv_mlp_proj(hidden).tensor_split([inner], dim=-1)
     query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in qkv.chunk(3, dim=-1))
-    query, key = (
-        apply_rotary_emb(norm(x), rotary) for norm, x in ((attn.norm_q, query), (attn.norm_k, key))
-    )
+    query, key = (apply_rotary_emb(norm(x), rotary) for norm, x in ((attn.norm_q, query), (attn.norm_k, key)))
 
     def project_output(attended: Tensor) -> Any:
         x = attended.transpose(1, 2).flatten(2)
@@ -211,9 +248,7 @@ def parallel_attention_inputs(
 
 def image_ids(rows: int, columns: int) -> Tensor:
     """The rotary position of each latent [rows · columns, 4]: 0, its row, its column, 0."""
-    return torch.cartesian_prod(
-        torch.arange(1), torch.arange(rows), torch.arange(columns), torch.arange(1)
-    )
+    return torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns), torch.arange(1))
 
 
 def text_ids(tokens: int) -> Tensor:

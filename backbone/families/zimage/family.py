@@ -7,19 +7,20 @@ takes classifier-free guidance; Turbo is distilled to eight steps without.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import AutoencoderKL, ZImageTransformer2DModel
+from diffusers.loaders.single_file_utils import convert_z_image_transformer_checkpoint_to_diffusers
 from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor
 from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Qwen3Model
 
 from backbone.conditions.conditions import Conditions
-from backbone.families import language_models, loading
+from backbone.families import language_models, loading, split_files
 from backbone.families.base import (
     AttentionLayout,
     JointAttentionInputs,
@@ -31,6 +32,7 @@ from backbone.families.base import (
 )
 from backbone.families.language_models import LanguageModelEncoder, Reading
 from backbone.families.location import Location
+from backbone.families.split_files import SplitFiles
 from backbone.io.files import Header
 
 READING = Reading(layers=(-2,), tokens=512)
@@ -57,16 +59,26 @@ class ZImage:
     }
 
     def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
-        return None
+        return FILES.match(header)
+
+    def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
+        return FILES.find_parts(header, beside)
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
+        if location.file is not None:
+            return split_files.load_transformer(
+                ZImageTransformer2DModel, FILES, location, dtype, convert_to_diffusers
+            )
         return loading.load_network(ZImageTransformer2DModel, location, "transformer", dtype)
 
     def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
+        if location.file is not None:
+            return split_files.load_autoencoder(AutoencoderKL, location, dtype)
         return loading.load_autoencoder(AutoencoderKL, location, dtype)
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> LanguageModelEncoder:
-        slot = language_models.load_language_model(Qwen3Model, Qwen2Tokenizer, location, dtype)
+        source = language_models if location.file is None else split_files
+        slot = source.load_language_model(Qwen3Model, Qwen2Tokenizer, location, dtype)
         write = language_models.chat_writer(
             slot.tokenizer, location, language_models.QWEN, enable_thinking=True
         )
@@ -121,6 +133,29 @@ class ZImage:
 
     def embed_guidance(self, denoiser: nn.Module, conditions: Conditions, guidance: float) -> None:
         return None
+
+
+def published_configs(header: Header) -> tuple[str, ...]:
+    """Folders of published configs for a transformer's file: by its name it is Turbo or the base."""
+    return ("z-image-turbo", "z-image") if "turbo" in header.path.stem.lower() else ("z-image",)
+
+
+FILES = SplitFiles(
+    "Z-Image",
+    marks=(
+        ("cap_embedder.1.weight", "noise_refiner.0.attention.qkv.weight", "x_embedder.weight"),
+        ("cap_embedder.1.weight", "noise_refiner.0.attention.to_q.weight", "all_x_embedder.2-1.weight"),
+    ),
+    encoder="text encoder (Qwen3-4B)",
+    published=published_configs,
+)
+
+
+def convert_to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The transformer's tensors by diffusers' names, from those of ComfyUI's files, which hold q, k and v together."""
+    if "all_x_embedder.2-1.weight" in tensors:
+        return tensors
+    return cast(dict[str, Tensor], convert_z_image_transformer_checkpoint_to_diffusers(dict(tensors)))
 
 
 def joint_attention_inputs(
