@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from backbone.conditions.conditions import Conditions
-from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, guide
+from backbone.diffusion.noise import Estimate, Level, Predict, Schedule
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from edit import checks

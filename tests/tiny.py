@@ -10,6 +10,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -17,8 +18,12 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -33,9 +38,13 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -279,6 +288,104 @@ def tiny_flux2_klein(folder: Path, *, distilled: bool = False) -> Path:
     return with_defaults(folder)
 
 
+def tiny_qwen_image(folder: Path) -> Path:
+    """The same of Qwen-Image: latents of one frame, normalised by channel; levels that are stretched to an end."""
+    torch.manual_seed(0)
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    )
+    QwenImagePipeline(
+        vae=tiny_video_autoencoder(),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**tiny_vision_language(16))),
+        tokenizer=tiny_qwen_tokenizer(),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            shift=1.0, use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+        ),
+    ).save_pretrained(folder)
+    return with_picture_size(folder)
+
+
+def tiny_krea2(folder: Path, *, turbo: bool = False) -> Path:
+    """The same of Krea 2: keys and values that heads share, three layers of its text encoder."""
+    torch.manual_seed(0)
+    transformer = Krea2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=24,
+        timestep_embed_dim=16,
+        text_hidden_dim=16,
+        num_text_layers=3,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=2,
+        text_intermediate_size=16,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 6, 6),
+    )
+    for name, value in transformer.named_parameters():
+        if name.endswith("scale_shift_table"):  # which are zeros at first
+            torch.nn.init.normal_(value, std=0.1)
+    Krea2Pipeline(
+        vae=tiny_video_autoencoder(),
+        text_encoder=Qwen3VLModel(Qwen3VLConfig(**tiny_vision_language(16))),
+        tokenizer=tiny_qwen_tokenizer(),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400),
+        text_encoder_select_layers=(0, 2, 3),
+        is_distilled=turbo,
+    ).save_pretrained(folder)
+    return with_picture_size(folder)
+
+
+def tiny_video_autoencoder() -> Any:
+    """Qwen-Image's: 64 × 64 pictures to 8 × 8 latents of 4 channels."""
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[0.5, 1.5, 1.0, 0.7],
+    )
+    return vae
+
+
+def tiny_vision_language(width: int) -> dict[str, Any]:
+    """Settings of a Qwen-VL of three layers, whose eye nobody uses."""
+    text = {
+        "vocab_size": len(tiny_qwen_tokenizer()) + 5,
+        "hidden_size": width,
+        "intermediate_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 2048,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1]},
+    }
+    eye = {
+        "depth": 1,
+        "hidden_size": 8,
+        "out_hidden_size": width,
+        "num_heads": 1,
+        "intermediate_size": 8,
+        "deepstack_visual_indexes": [0],
+        "fullatt_block_indexes": [0],
+    }
+    return {"text_config": text, "vision_config": eye}
+
+
 def tiny_moji(folder: Path) -> Path:
     """`moji` with a small random denoiser and autoencoder, and few steps of everything; its words and scorer stay."""
     torch.manual_seed(0)
@@ -299,6 +406,13 @@ def tiny_moji(folder: Path) -> Path:
 
 
 # What they are made of --------------------------------------------------------------------------------------
+
+
+def with_picture_size(folder: Path) -> Path:
+    """With pictures of 64 pixels a side, of which the published configs say nothing."""
+    config = folder / "vae" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "sample_size": 64}))
+    return with_defaults(folder)
 
 
 def with_defaults(folder: Path) -> Path:

@@ -201,6 +201,11 @@ class Family(Protocol):
         ...
 
 
+def guide_alike(conditional: Estimate, unconditional: Estimate, scale: float, level: Level) -> Estimate:
+    """Classifier-free guidance as it is at every level (Ho & Salimans 2022)."""
+    return guide(conditional, unconditional, scale)
+
+
 @dataclass(frozen=True)
 class NoisePath:
     """The noise levels that a model was trained on, and its sampling schedule.
@@ -214,23 +219,25 @@ class NoisePath:
     prediction_type: PredictionType
     levels: Level
     schedule: Callable[[int, tuple[int, int]], Schedule]
-    guide: Callable[[Estimate, Estimate, float, Level], Estimate] = lambda some, none, scale, level: guide(
-        some, none, scale
-    )
+    guide: Callable[[Estimate, Estimate, float, Level], Estimate] = guide_alike
 
 
 @dataclass(frozen=True)
 class ModuleSpec:
-    """A module that is not loaded: how to construct it, and its dtype."""
+    """A module that is not loaded: how to construct it, its dtype, and names of inner modules that stay in fp32."""
 
     build: Callable[[], nn.Module]
     dtype: torch.dtype
+    in_fp32: tuple[str, ...] = ()
 
     def instantiate(self, device: str = "meta") -> nn.Module:
         """Construct the frozen module with random weights; on `meta` it has no storage."""
         with torch.device(device):
             network = self.build()
         nn.Module.to(network, self.dtype)
+        for name, module in network.named_modules() if self.in_fp32 else ():
+            if set(name.split(".")) & set(self.in_fp32):
+                nn.Module.float(module)
         if all(value.ndim < 5 for value in network.parameters()):  # kernels over time have another layout
             nn.Module.to(network, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return network.requires_grad_(False).eval()
@@ -270,7 +277,7 @@ def diffusers_spec(kind: Any, location: Location, part: str, dtype: torch.dtype)
         with refuse_damaged(location.name, part):
             return cast(nn.Module, kind.from_config(config))
 
-    return ModuleSpec(build, dtype)
+    return ModuleSpec(build, dtype, tuple(getattr(kind, "_keep_in_fp32_modules", None) or ()))
 
 
 def transformers_spec(

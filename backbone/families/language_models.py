@@ -121,13 +121,14 @@ class LanguageModelEncoder(loading.MultiTextEncoder):
                 )
 
 
-def read_layers(model: Any, reading: Reading, tokens: dict[str, Tensor]) -> Tensor:
+def read_layers(model: Any, reading: Reading, tokens: dict[str, Tensor], **options: Any) -> Tensor:
     """Hidden states of the layers that are read: [B, T, D], side by side, or stacked to [B, T, layers, D]."""
     states = model(
         input_ids=tokens["input_ids"],
         attention_mask=tokens["attention_mask"],
         output_hidden_states=True,
         use_cache=False,
+        **options,
     ).hidden_states
     chosen = torch.stack([states[layer] for layer in reading.layers], dim=2).float()
     return chosen if reading.stacked else chosen.flatten(2)

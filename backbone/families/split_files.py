@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint, convert_wan_vae_to_diffusers
 from torch import Tensor, nn
 
 from backbone.families import loading
@@ -33,6 +33,9 @@ TRANSFORMER_PREFIXES = (UNET, "diffusion_model.", "")
 AUTOENCODER_PREFIXES = (AUTOENCODER, "vae.", "")
 AUTOENCODER_MARKS = ("decoder.conv_in.weight", "decoder.conv1.weight", "conv2.weight")
 TEXT_MARK = re.compile(r"^(.*?)(?:model\.|language_model\.)*embed_tokens\.weight$")
+NOT_TEXT = (
+    r"lm_head\.|visual\.|vision_|multi_modal_projector\."  # what a language model has beside its layers
+)
 TRANSFORMER, VAE, TEXT = "transformer", "vae", "text_encoder"
 
 
@@ -162,6 +165,13 @@ def kept_by_vae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return kept
 
 
+def convert_video_autoencoder(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of Qwen-Image's autoencoder by diffusers' names, from those of Wan's code, whose kind it is."""
+    if "conv2.weight" not in tensors:
+        return tensors
+    return dict(convert_wan_vae_to_diffusers(dict(tensors)))
+
+
 def load_language_model(
     kind: Any, tokenizer_kind: Any, location: Location, dtype: torch.dtype
 ) -> TextEncoderSlot:
@@ -174,14 +184,15 @@ def load_language_model(
     assert prefix is not None
     tokenizer = load_tokenizer(tokenizer_kind, location)
     with refuse_damaged(location.name, TEXT):
-        config = kind.config_class.from_dict(location.config(TEXT))
+        said = location.config(TEXT)
+        config = kind.config_class.from_dict(said.get("text_config", said))
         with init_empty_weights():
             expected = {name: value.shape for name, value in kind(config).state_dict().items()}
     tensors = {
         re.sub(r"^(model\.|language_model\.)+", "", name): value
         for name, value in read_weights(location, prefix, dtype, part=TEXT).items()
     }
-    tensors = {name: value for name, value in tensors.items() if name in expected or name != "lm_head.weight"}
+    tensors = {name: value for name, value in tensors.items() if not re.match(NOT_TEXT, name)}
     if {name: value.shape for name, value in tensors.items()} != expected:
         raise UserError(
             f"The text encoder in {file} is not built as {location.local(f'{TEXT}/config.json')} says: it is that of "

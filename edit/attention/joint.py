@@ -54,24 +54,33 @@ class JointProcessor:
         self,
         attn: Any,
         hidden_states: Tensor,
+        *more: Any,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        *more: Any,
+        encoder_hidden_states_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
         freqs_cis: Tensor | None = None,
     ) -> Any:
+        # diffusers hands on, by name, what a processor's signature has
+        named = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "attention_mask": attention_mask,
+            "encoder_hidden_states_mask": encoder_hidden_states_mask,
+            "image_rotary_emb": image_rotary_emb,
+            "freqs_cis": freqs_cis,
+        }
+        named = {name: value for name, value in named.items() if value is not None}
         control = self.control
-        # diffusers' own layers hand on what a processor's signature names: Z-Image's angles by that name
-        named = (freqs_cis,) if freqs_cis is not None else ()
-        call = (hidden_states, encoder_hidden_states, attention_mask, *more, *named)
+        call = (hidden_states, *more)
         plain = control.self_attention == "own" and control.cross is None and control.maps is None
         if plain and control.hidden is None:
-            return self.plain(attn, *call)
-        streams = self.read(attn, *call)
+            return self.plain(attn, *call, **named)
+        streams = self.read(attn, *call, **named)
         query, key, value = streams.query, streams.key, streams.value
         picture, has_words = streams.image, streams.text.stop > streams.text.start
         places = picture.stop - picture.start
         if not places:  # over words alone
-            return self.plain(attn, *call)
+            return self.plain(attn, *call, **named)
         if (visible := control.visible_keys(places)) is not None:
             return streams.project_output(_without_hidden(streams, visible))
         # The source's layout (queries and keys) or contents (keys and values), in the picture's part alone

@@ -94,6 +94,35 @@ def flux2(net: Any, noisy: Tensor, t: Tensor, text: dict[str, Tensor]) -> Tensor
     return cast(Tensor, said.transpose(1, 2).reshape(noisy.shape))
 
 
+def qwen_image(net: Any, noisy: Tensor, t: Tensor, text: dict[str, Tensor]) -> Tensor:
+    from diffusers import QwenImagePipeline as Qwen
+
+    longest, side = int(text["mask"].sum(1).max()), 8 * noisy.shape[-1]
+    said = net(
+        hidden_states=Qwen._pack_latents(noisy, *noisy.shape),
+        timestep=t / 1000,
+        encoder_hidden_states=text["hidden"][:, :longest],
+        encoder_hidden_states_mask=text["mask"][:, :longest],
+        img_shapes=[[(1, side // 16, side // 16)]] * len(noisy),
+    ).sample
+    return cast(Tensor, Qwen._unpack_latents(said, side, side, 8)[:, :, 0])
+
+
+def krea2(net: Any, noisy: Tensor, t: Tensor, text: dict[str, Tensor]) -> Tensor:
+    from diffusers import Krea2Pipeline as Krea2
+    from diffusers import QwenImagePipeline as Qwen
+
+    side = noisy.shape[-1]
+    said = net(
+        hidden_states=Qwen._pack_latents(noisy, *noisy.shape),
+        encoder_hidden_states=text["hidden"],
+        timestep=t / 1000,
+        position_ids=Krea2.prepare_position_ids(512, side // 2, side // 2, noisy.device),
+        encoder_attention_mask=text["mask"].bool(),
+    ).sample
+    return cast(Tensor, Qwen._unpack_latents(said, 8 * side, 8 * side, 8)[:, :, 0])
+
+
 FAMILIES: dict[str, tuple[Callable[[Path], Path], Native]] = {
     "sd": (tiny.tiny_pipeline, sd),
     "sdxl": (tiny.tiny_stable_diffusion_xl, sdxl),
@@ -102,6 +131,8 @@ FAMILIES: dict[str, tuple[Callable[[Path], Path], Native]] = {
     "pixart": (tiny.tiny_pixart, pixart),
     "z-image": (tiny.tiny_z_image, z_image),
     "flux2": (tiny.tiny_flux2_klein, flux2),
+    "qwen-image": (tiny.tiny_qwen_image, qwen_image),
+    "krea2": (tiny.tiny_krea2, krea2),
 }
 
 

@@ -17,7 +17,9 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     FluxPipeline,
+    Krea2Pipeline,
     PixArtSigmaPipeline,
+    QwenImagePipeline,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     ZImagePipeline,
@@ -118,6 +120,30 @@ def given_by_flux2(pipeline: Any, latents: Tensor) -> Tensor:
     return (patches - bn.running_mean[:, None, None]) / deviation[:, None, None]
 
 
+def said_by_qwen(pipeline: Any, noisy: Tensor, time: Tensor) -> Any:
+    hidden, mask = pipeline.encode_prompt(PROMPT)
+    said = pipeline.transformer(
+        hidden_states=pipeline._pack_latents(noisy, *noisy.shape),
+        timestep=time[None] / 1000,
+        encoder_hidden_states=hidden,
+        encoder_hidden_states_mask=mask,
+        img_shapes=[[(1, 4, 4)]],
+    ).sample
+    return pipeline._unpack_latents(said, 64, 64, 8)[:, :, 0]
+
+
+def said_by_krea2(pipeline: Any, noisy: Tensor, time: Tensor) -> Any:
+    hidden, mask = pipeline.encode_prompt(PROMPT)
+    said = pipeline.transformer(
+        hidden_states=pipeline._pack_latents(noisy, *noisy.shape),
+        encoder_hidden_states=hidden,
+        timestep=time[None] / 1000,
+        position_ids=pipeline.prepare_position_ids(512, 4, 4, "cpu"),
+        encoder_attention_mask=mask,
+    ).sample
+    return pipeline._unpack_latents(said, 64, 64)[:, :, 0]
+
+
 @dataclass(frozen=True)
 class Case:
     """A family: how its random pipeline is written, diffusers' class for it, and what that predicts.
@@ -210,6 +236,33 @@ CASES = [
         said_by_flux2,
         given=given_by_flux2,
         words=("hidden",),
+    ),
+    Case(
+        "qwen-image",
+        tiny.tiny_qwen_image,
+        QwenImagePipeline,
+        said_by_qwen,
+        said={"negative_prompt": "a red cat", "true_cfg_scale": GUIDANCE, "guidance_scale": None},
+        theirs=flux.pack_latents,
+        words=("hidden", "mask"),
+    ),
+    Case(
+        "krea2",
+        tiny.tiny_krea2,
+        Krea2Pipeline,
+        said_by_krea2,
+        said={"guidance_scale": GUIDANCE - 1, "negative_prompt": "a red cat"},
+        theirs=flux.pack_latents,
+        words=("hidden", "mask"),
+    ),
+    Case(
+        "krea2-turbo",
+        partial(tiny.tiny_krea2, turbo=True),
+        Krea2Pipeline,
+        said_by_krea2,
+        said={"guidance_scale": GUIDANCE - 1},
+        theirs=flux.pack_latents,
+        words=("hidden", "mask"),
     ),
 ]
 NAMED = {case.name: case for case in CASES}

@@ -11,8 +11,19 @@ import pytest
 from backbone.models.model import Backbone
 
 Open = Callable[[str], Backbone]
-TRANSFORMERS = ("sd3", "flux-dev", "pixart", "z-image", "flux2-klein")
-FAMILIES = ("xl", "sd3", "sd3-without-t5", "flux-dev", "flux-schnell", "pixart", "z-image", "flux2-klein")
+TRANSFORMERS = ("sd3", "flux-dev", "pixart", "z-image", "flux2-klein", "qwen-image", "krea2")
+FAMILIES = (
+    "xl",
+    "sd3",
+    "sd3-without-t5",
+    "flux-dev",
+    "flux-schnell",
+    "pixart",
+    "z-image",
+    "flux2-klein",
+    "qwen-image",
+    "krea2",
+)
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +39,8 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
         "flux-schnell": partial(tiny.tiny_flux, guidance=False),
         "pixart": tiny.tiny_pixart,
         "z-image": tiny.tiny_z_image,
+        "qwen-image": tiny.tiny_qwen_image,
+        "krea2": tiny.tiny_krea2,
         "flux2-klein": tiny.tiny_flux2_klein,
         "flux2-klein-distilled": partial(tiny.tiny_flux2_klein, distilled=True),
     }

@@ -106,7 +106,9 @@ class QwenImage:
         width = int(location.config("transformer")["joint_attention_dim"])
         return ModelSpec(
             diffusers_spec(QwenImageTransformer2DModel, location, "transformer", dtype),
-            diffusers_spec(AutoencoderKLQwenImage, location, "vae", loading.autoencoder_dtype(location, dtype)),
+            diffusers_spec(
+                AutoencoderKLQwenImage, location, "vae", loading.autoencoder_dtype(location, dtype)
+            ),
             {"text_encoder": language_models.text_spec(Qwen2_5_VLTextModel, location, dtype)},
             {"hidden": (READING.tokens, width), "mask": (READING.tokens,)},
         )
@@ -176,21 +178,21 @@ def guide_keeping_length(
 def joint_attention_inputs(
     attn: Any,
     hidden: Tensor,
-    text_hidden: Tensor,
-    mask: None = None,
-    text_mask: Tensor | None = None,
-    rotary: Any = None,
+    *,
+    encoder_hidden_states: Tensor,
+    encoder_hidden_states_mask: Tensor | None = None,
+    image_rotary_emb: Any = None,
 ) -> JointAttentionInputs:
     """One call of an attention layer: text tokens, then image tokens, each with its own projections."""
-    assert mask is None
-    angles, text_angles = rotary
-    text_qkv, qkv = loading.project_text_qkv(attn, text_hidden), loading.project_qkv(attn, hidden)
+    text_qkv = loading.project_text_qkv(attn, encoder_hidden_states)
+    qkv = loading.project_qkv(attn, hidden)
+    angles, text_angles = image_rotary_emb
     for parts, freqs in ((text_qkv, text_angles), (qkv, angles)):
         parts[:2] = [
             apply_rotary_emb_qwen(x.transpose(1, 2), freqs, use_real=False).transpose(1, 2) for x in parts[:2]
         ]
     query, key, value = (torch.cat(pair, dim=2) for pair in zip(text_qkv, qkv, strict=True))
-    tokens = text_hidden.shape[1]
+    tokens, text_mask = encoder_hidden_states.shape[1], encoder_hidden_states_mask
     bias = None
     if text_mask is not None:
         image = text_mask.new_ones(len(hidden), hidden.shape[1])

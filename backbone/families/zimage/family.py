@@ -161,9 +161,8 @@ def convert_to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def joint_attention_inputs(
     attn: Any,
     hidden: Tensor,
-    text_hidden: None = None,
-    mask: Tensor | None = None,
-    rotary: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    freqs_cis: Tensor | None = None,
     *,
     text_alone: Collection[int],
     angles: int,
@@ -173,12 +172,12 @@ def joint_attention_inputs(
     Image tokens have the first of their three positions in common, its rotary embedding being the first `angles` of
     them; the layers `text_alone`, by their ids, have no image tokens, and the noise's refiner no text.
     """
-    assert text_hidden is None and rotary is not None
+    assert freqs_cis is not None
     query, key, value = loading.project_qkv(attn, hidden)
-    query, key = (rotate(x, rotary) for x in (query, key))
+    query, key = (rotate(x, freqs_cis) for x in (query, key))
     tokens, places = hidden.shape[1], 0
     if id(attn) not in text_alone:
-        first = rotary[0, :, :angles]
+        first = freqs_cis[0, :, :angles]
         places = int((first == first[:1]).all(-1).long().cumprod(0).sum())
     filled = -(-places // MULTIPLE) * MULTIPLE
 
@@ -192,7 +191,7 @@ def joint_attention_inputs(
         value,
         text=slice(filled, tokens),
         project_output=project_output,
-        bias=None if mask is None else mask[:, None, None, :],
+        bias=None if attention_mask is None else attention_mask[:, None, None, :],
         padding=filled - places,
     )
 

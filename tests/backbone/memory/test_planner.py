@@ -43,6 +43,8 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "pixart": tiny.tiny_pixart,
     "z-image": tiny.tiny_z_image,
     "flux2": tiny.tiny_flux2_klein,
+    "qwen-image": tiny.tiny_qwen_image,
+    "krea2": tiny.tiny_krea2,
 }
 
 

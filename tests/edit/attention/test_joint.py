@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -197,7 +198,55 @@ class WholeParallel(Whole):
         return attn.to_out(torch.cat([found, attn.mlp_act_fn(rest)], -1))
 
 
+class WholeQwen(Whole):
+    """Of Qwen-Image: words first, and only as many of a row as it has."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_mask: Tensor | None = None,
+        attention_mask: None = None,
+        image_rotary_emb: Any = None,
+    ) -> Any:
+        x, said, n = hidden_states, encoder_hidden_states, attn.heads
+
+        def turned(tokens: Tensor, angles: Tensor) -> Tensor:
+            pairs = torch.view_as_complex(tokens.unflatten(-1, (-1, 2)))
+            return torch.view_as_real(pairs * angles).flatten(3)
+
+        query = turned(split(attn.to_q(x), n, attn.norm_q), image_rotary_emb[0])
+        key = turned(split(attn.to_k(x), n, attn.norm_k), image_rotary_emb[0])
+        words = (
+            split(attn.add_q_proj(said), n, attn.norm_added_q),
+            split(attn.add_k_proj(said), n, attn.norm_added_k),
+        )
+        query = torch.cat([turned(words[0], image_rotary_emb[1]), query], 2)
+        key = torch.cat([turned(words[1], image_rotary_emb[1]), key], 2)
+        value = torch.cat([split(attn.add_v_proj(said), n), split(attn.to_v(x), n)], 2)
+        if encoder_hidden_states_mask is not None:
+            self.mask = F.pad(encoder_hidden_states_mask, (0, x.shape[1]), value=True)
+        found = self.joint(query, key, value, slice(self.words, None), slice(0, self.words))
+        return attn.to_out[0](found[:, self.words :]), attn.to_add_out(found[:, : self.words])
+
+
+class WholeKrea2(Whole):
+    """Of Krea 2: words first, padding among them; keys and values that heads share; a gate."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, mask: Tensor, turns: Any) -> Any:
+        x, heads, shared = hidden_states, attn.num_kv_heads, attn.num_heads // attn.num_kv_heads
+        query = apply_rotary_emb(split(attn.to_q(x), attn.num_heads, attn.norm_q), turns)
+        key = apply_rotary_emb(split(attn.to_k(x), heads, attn.norm_k), turns).repeat_interleave(shared, 1)
+        value = split(attn.to_v(x), heads).repeat_interleave(shared, 1)
+        self.mask = mask[:, 0, 0]
+        found = self.joint(query, key, value, slice(self.words, None), slice(0, self.words))
+        return attn.to_out[0](found * attn.to_gate(x).sigmoid())
+
+
 WHOLE: dict[str, Callable[[Edit, int], Whole]] = {
+    "qwen-image": WholeQwen,
+    "krea2": WholeKrea2,
     "flux2-klein": WholeParallel,
     "z-image": WholeOneSequence,
     "sd3": WholePictureFirst,
@@ -220,10 +269,10 @@ class Asked:
     @property
     def words(self) -> int:
         """How many text tokens there are in the network."""
-        text = self.text.text
-        if "mask" not in text or self.model.family.name == "PixArt-Σ":
+        text, multiple = self.text.text, {"Z-Image": 32, "Qwen-Image": 1}.get(self.model.family.name)
+        if multiple is None:
             return text["hidden"].shape[1]
-        return -(-int(text["mask"].sum(1).max()) // 32) * 32
+        return -(-int(text["mask"].sum(1).max()) // multiple) * multiple
 
     @torch.no_grad()
     def plainly(self) -> Tensor:
@@ -243,7 +292,7 @@ class Asked:
         layers = attention_layers(self.model.denoiser)
         before = {key: layer.processor for key, layer in layers.items()}
         for key, layer in layers.items():
-            if not key.startswith("context_refiner"):  # over words alone
+            if not key.startswith(("context_refiner", "text_fusion")):  # over words alone
                 layer.processor = WHOLE[name](edit, 0 if key.startswith("noise_refiner") else self.words)
         try:
             return self.plainly()
