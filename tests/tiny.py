@@ -317,7 +317,7 @@ def tiny_krea2(folder: Path, *, turbo: bool = False) -> Path:
     torch.manual_seed(0)
     transformer = Krea2Transformer2DModel(
         in_channels=16,
-        num_layers=2,
+        num_layers=4,
         attention_head_dim=16,
         num_attention_heads=2,
         num_key_value_heads=1,

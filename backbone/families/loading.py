@@ -104,12 +104,13 @@ def load_casting(
 ) -> nn.Module | None:
     """Load a network in chunks, casting each to `dtype` as it is read; None where diffusers must load it.
 
-    Read whole, the file would be in memory beside its copy. Networks that keep some weights in fp32, have several files
-    or older tensor names are left to diffusers.
+    Read whole, the file would be in memory beside its copy. Networks that have several files or older tensor names are
+    left to diffusers. What a network keeps in fp32 stays there.
     """
     file = location.local(f"{part}/{WEIGHTS}")
-    if file is None or getattr(kind, "_keep_in_fp32_modules", None):
+    if file is None:
         return None
+    kept = set(getattr(kind, "_keep_in_fp32_modules", None) or ())
     with refuse_damaged(location.name, part), init_empty_weights():
         network = cast(nn.Module, kind.from_config(location.config(part)))
     shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
@@ -118,8 +119,9 @@ def load_casting(
     for names in _split_by_size(shapes):
         tensors, _ = read_tensors(file, names=names)
         for name, tensor in tensors.items():
+            lower = torch.float32 if kept & set(name.split(".")) else dtype
             tensors[name] = tensor.to(
-                dtype if tensor.is_floating_point() else tensor.dtype,
+                lower if tensor.is_floating_point() else tensor.dtype,
                 memory_format=memory_format if tensor.ndim == 4 else torch.preserve_format,
             )
         network.load_state_dict(tensors, strict=False, assign=True)

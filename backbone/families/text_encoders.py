@@ -102,6 +102,10 @@ def build_network(kind: Any, location: Location, part: str, tensors: dict[str, T
     """Build a diffusers network from its config with these tensors; `UserError` where they do not fit."""
     with refuse_damaged(location.name, part), init_empty_weights():
         model: nn.Module = kind.from_config(location.config(part))
+    kept = set(getattr(kind, "_keep_in_fp32_modules", None) or ())
+    tensors = {
+        name: tensor.float() if kept & set(name.split(".")) else tensor for name, tensor in tensors.items()
+    }
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:

@@ -11,7 +11,9 @@ from customize.formats.factors import LayerUpdate
 from customize.formats.known_layers import DENOISERS, Network, is_known
 
 FileFormat = Literal["diffusers", "peft", "kohya", "comfyui"]
-BaseFamily = Literal["sd1", "sd2", "sdxl", "sd3", "flux", "pixart", "zimage", "flux2", "other"]
+BaseFamily = Literal[
+    "sd1", "sd2", "sdxl", "sd3", "flux", "pixart", "zimage", "flux2", "qwen", "krea2", "other"
+]
 BASE_NAMES: dict[BaseFamily, str] = {
     "sd1": "Stable Diffusion 1.x",
     "sd2": "Stable Diffusion 2.x",
@@ -21,6 +23,8 @@ BASE_NAMES: dict[BaseFamily, str] = {
     "pixart": "PixArt",
     "zimage": "Z-Image",
     "flux2": "FLUX.2",
+    "qwen": "Qwen-Image",
+    "krea2": "Krea 2",
     "other": "another architecture",
 }
 # Width of the text states [B, T, width] that a UNet's cross-attention takes.
@@ -28,6 +32,8 @@ _FAMILY_BY_CONTEXT_WIDTH: dict[int, BaseFamily] = {768: "sd1", 1024: "sd2", 2048
 
 # Width of the image tokens where names are of FLUX.1 and of Stable Diffusion 3 alike.
 _TRANSFORMER_BY_WIDTH: dict[int, BaseFamily] = {3072: "flux", 1536: "sd3", 2432: "sd3"}
+FLUX_BLOCKS = 19  # of text and image apart; Qwen-Image has 60
+_BLOCK = re.compile(r"(?:^| )transformer_blocks\.(\d+)\.")
 # What kohya's and ModelSpec's version strings contain; the first match counts.
 _FAMILY_BY_SUBSTRING: tuple[tuple[str, BaseFamily], ...] = (
     ("sdxl", "sdxl"),
@@ -41,6 +47,8 @@ _FAMILY_BY_SUBSTRING: tuple[tuple[str, BaseFamily], ...] = (
     ("z-image", "zimage"),
     ("z_image", "zimage"),
     ("zimage", "zimage"),
+    ("qwen", "qwen"),
+    ("krea", "krea2"),
     *((f"flux{mark}2", "flux2") for mark in ("", ".", "-", "_")),
     ("flux", "flux"),
 )
@@ -50,6 +58,8 @@ PIPELINES: dict[str, BaseFamily] = {
     "PixArtSigmaPipeline": "pixart",
     "ZImagePipeline": "zimage",
     "Flux2KleinPipeline": "flux2",
+    "QwenImagePipeline": "qwen",
+    "Krea2Pipeline": "krea2",
 }
 
 
@@ -103,7 +113,11 @@ def _family_from_layers(layers: Mapping[str, LayerUpdate], metadata: Mapping[str
         )
         if len(possible) == 1:
             return cast(BaseFamily, possible[0])
-        said = _family_from_metadata(metadata)  # FLUX.1's and klein's double blocks are equally wide
+        said = _family_from_metadata(metadata)  # FLUX.1's, klein's and Qwen-Image's blocks are equally wide
+        if by_width == "flux" and any(
+            int(number) >= FLUX_BLOCKS for number in _BLOCK.findall(" ".join(transformer))
+        ):
+            by_width = "qwen"
         return said if said in possible else by_width
     for name, layer in layers.items():
         if name.startswith("unet.") and name.endswith((".attn2.to_k", ".attn2.to_v")):

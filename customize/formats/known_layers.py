@@ -17,8 +17,8 @@ from torch import nn
 import backbone.families
 from customize.formats.layer_names import TEXT_MODEL_PREFIX
 
-Network = Literal["unet", "sd3", "flux", "pixart", "zimage", "flux2", "clip"]
-DENOISERS: tuple[Network, ...] = ("unet", "sd3", "flux", "pixart", "zimage", "flux2")
+Network = Literal["unet", "sd3", "flux", "pixart", "zimage", "flux2", "qwen", "krea2", "clip"]
+DENOISERS: tuple[Network, ...] = ("unet", "sd3", "flux", "pixart", "zimage", "flux2", "qwen", "krea2")
 NETWORK_NAMES: dict[Network, str] = {
     "unet": "Stable Diffusion's UNets",
     "sd3": "Stable Diffusion 3",
@@ -26,6 +26,8 @@ NETWORK_NAMES: dict[Network, str] = {
     "pixart": "PixArt-Σ",
     "zimage": "Z-Image",
     "flux2": "FLUX.2",
+    "qwen": "Qwen-Image",
+    "krea2": "Krea 2",
     "clip": "CLIP",
 }
 CONFIGS = Path(backbone.families.__file__).parent / "configs"
@@ -116,6 +118,14 @@ def _build(network: Network) -> list[nn.Module]:
         ]
     if network == "zimage":
         return [diffusers.ZImageTransformer2DModel(n_layers=1, n_refiner_layers=1)]
+    if network == "qwen":
+        return [diffusers.QwenImageTransformer2DModel(num_layers=1)]
+    if network == "krea2":
+        return [
+            diffusers.Krea2Transformer2DModel(
+                num_layers=1, num_layerwise_text_blocks=1, num_refiner_text_blocks=1
+            )
+        ]
     if network == "flux2":  # of dev, which alone has an embedding of guidance
         return [diffusers.Flux2Transformer2DModel(num_layers=1, num_single_layers=1)]
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection

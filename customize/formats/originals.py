@@ -1,4 +1,4 @@
-"""Layer names of the original code of transformers (Black Forest Labs, Stability, PixArt, Tongyi, XLabs)."""
+"""Layer names of the original code of transformers (of Black Forest Labs, Stability, PixArt, Tongyi …)."""
 
 from __future__ import annotations
 
@@ -150,12 +150,37 @@ _ZIMAGE: dict[str, tuple[str, ...]] = {  # what has another name; the rest is ca
         for original, parts in {"qkv": ("to_q", "to_k", "to_v"), "out": ("to_out.0",)}.items()
     },
 }
+_KREA2: dict[str, tuple[str, ...]] = {
+    "first": ("img_in",),
+    "tmlp.0": ("time_embed.linear_1",),
+    "tmlp.2": ("time_embed.linear_2",),
+    "tproj.1": ("time_mod_proj",),
+    "txtmlp.1": ("txt_in.linear_1",),
+    "txtmlp.3": ("txt_in.linear_2",),
+    "txtfusion.projector": ("text_fusion.projector",),
+    "last.linear": ("final_layer.linear",),
+    **{
+        f"{original}.#.{layer}": (f"{blocks}.#.{part}",)
+        for original, blocks in {
+            "blocks": "transformer_blocks",
+            "txtfusion.layerwise_blocks": "text_fusion.layerwise_blocks",
+            "txtfusion.refiner_blocks": "text_fusion.refiner_blocks",
+        }.items()
+        for layer, part in {
+            **{f"attn.w{letter}": f"attn.to_{letter}" for letter in "qkv"},
+            "attn.wo": "attn.to_out.0",
+            "attn.gate": "attn.to_gate",
+            **{f"mlp.{name}": f"ff.{name}" for name in ("gate", "up", "down")},
+        }.items()
+    },
+}
 _ORIGINALS: dict[str, dict[str, tuple[str, ...]]] = {
     "flux": _FLUX,
     "sd3": _SD3,
     "pixart": _PIXART,
     "flux2": _FLUX2,
     "zimage": _ZIMAGE,
+    "krea2": _KREA2,
 }
 
 
@@ -188,9 +213,9 @@ def find_original(module: str, network: str) -> tuple[OriginalLayer, str, int] |
 
     `transformer_blocks.3.attn.to_k` → (…, `double_blocks.3.img_attn.qkv`, 1) for "flux".
     """
-    match = re.match(r"(?:single_)?transformer_blocks\.(\d+)\.", module)
+    match = re.search(r"(?:blocks|layers|refiner)\.(\d+)\.", module)
     number = match[1] if match else ""
-    general = module.replace(f"transformer_blocks.{number}.", "transformer_blocks.#.", 1) if match else module
+    general = module.replace(f".{number}.", ".#.", 1) if match else module
     for name, parts in _ORIGINALS.get(network, {}).items():
         if general in parts:
             return (

@@ -156,7 +156,8 @@ def test_a_step_is_the_paper_s_formula_in_loss_and_gradient(
         for value in run.parameters.values():
             value += 0.1 * torch.randn(value.shape, generator=random)
     (ours,) = run.losses(1)
-    gradients = torch.autograd.grad(ours, list(run.parameters.values()))
+    # What the last block says of the words is read by nobody in Qwen-Image: no gradient there
+    gradients = torch.autograd.grad(ours, list(run.parameters.values()), allow_unused=name == "qwen-image")
 
     chosen = run.batch_rows(1)
     items = [run.data.train[row] for row, _ in chosen]
@@ -188,11 +189,12 @@ def test_a_step_is_the_paper_s_formula_in_loss_and_gradient(
     model_w, model_l = errors().chunk(2)
     inside = -0.5 * asked.beta * ((model_w - model_l) - (reference_w - reference_l))
     literal = -F.logsigmoid(inside).mean()
-    theirs = torch.autograd.grad(literal, list(run.parameters.values()))
+    theirs = torch.autograd.grad(literal, list(run.parameters.values()), allow_unused=name == "qwen-image")
 
     assert float(inside.detach().abs().max()) > 1e-3, "the adapter changes something"
     assert float(ours) == pytest.approx(float(literal), rel=1e-4)
-    scale = max(float(value.abs().max()) for value in theirs)
+    assert [value is None for value in gradients] == [value is None for value in theirs]
+    scale = max(float(value.abs().max()) for value in theirs if value is not None)
     assert scale > 0
     for first, second in zip(gradients, theirs, strict=True):
-        assert float((first - second).abs().max()) < 1e-4 * scale
+        assert first is None or float((first - second).abs().max()) < 1e-4 * scale

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel, ZImageTransformer2DModel
+from diffusers import (
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    Flux2Transformer2DModel,
+    Krea2Transformer2DModel,
+    QwenImageTransformer2DModel,
+    ZImageTransformer2DModel,
+)
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3Model
+from transformers import PreTrainedModel, Qwen3Model, Qwen3VLTextModel
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 from typer.testing import CliRunner
 
 from backbone.families.location import Location
@@ -26,11 +35,22 @@ from backbone.training.models import open_configs
 from customize.cli import app
 from tests.backbone.test_single_file import original_vae_name, part_of
 from tests.backbone.test_single_file_sd3 import UNET, opened, parameters, renamed, together
-from tests.tiny import tiny_flux2_klein, tiny_z_image
+from tests.tiny import tiny_flux2_klein, tiny_krea2, tiny_qwen_image, tiny_z_image
 
 Tensors = dict[str, Tensor]
-FAMILIES: dict[str, Callable[[Path], Path]] = {"z-image": tiny_z_image, "flux2": tiny_flux2_klein}
-NAMES = {"z-image": "z_image_bf16", "flux2": "flux-2-klein-base-4b"}
+FAMILIES: dict[str, Callable[[Path], Path]] = {
+    "z-image": tiny_z_image,
+    "flux2": tiny_flux2_klein,
+    "qwen-image": tiny_qwen_image,
+    "krea2": tiny_krea2,
+}
+NAMES = {
+    "z-image": "z_image_bf16",
+    "flux2": "flux-2-klein-base-4b",
+    "qwen-image": "qwen_image_bf16",
+    "krea2": "krea2_raw_bf16",
+}
+VIDEO = ("qwen-image", "krea2")  # whose autoencoder is that of a video, in diffusers' names here
 TEXT = "text_encoders.qwen3_4b.transformer."
 every = pytest.mark.parametrize("name", FAMILIES)
 
@@ -47,9 +67,39 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def transformer_of(name: str, folder: Path) -> Tensors:
     """A transformer's tensors by the names of the code that it was published with."""
     tensors = part_of(folder, "transformer")
+    if name == "qwen-image":
+        return tensors
+    if name == "krea2":
+        changes: Any = (
+            (r"^img_in\.", "first."),
+            (r"^time_embed\.linear_1\.", "tmlp.0."),
+            (r"^time_embed\.linear_2\.", "tmlp.2."),
+            (r"^time_mod_proj\.", "tproj.1."),
+            (r"^txt_in\.norm\.weight", "txtmlp.0.scale"),
+            (r"^txt_in\.linear_1\.", "txtmlp.1."),
+            (r"^txt_in\.linear_2\.", "txtmlp.3."),
+            (r"^final_layer\.norm\.weight", "last.norm.scale"),
+            (r"^final_layer\.scale_shift_table", "last.modulation.lin"),
+            (r"^final_layer\.", "last."),
+            (r"^text_fusion\.", "txtfusion."),
+            (r"^transformer_blocks\.", "blocks."),
+            (r"\.norm_([qk])\.weight", r".qknorm.\1norm.scale"),
+            (r"\.norm1\.weight", ".prenorm.scale"),
+            (r"\.norm2\.weight", ".postnorm.scale"),
+            (r"\.attn\.to_gate\.", ".attn.gate."),
+            (r"\.attn\.to_out\.0\.", ".attn.wo."),
+            (r"\.attn\.to_([qkv])\.", r".attn.w\1."),
+            (r"\.ff\.", ".mlp."),
+            (r"\.scale_shift_table", ".mod.lin"),
+        )
+        original = {renamed(key, changes): value for key, value in tensors.items()}
+        return {
+            k: v.flatten() if k.startswith("blocks.") and k.endswith("mod.lin") else v
+            for k, v in original.items()
+        }
     if name == "z-image":
         tensors = together(tensors, {"to_q to_k to_v": "qkv"})
-        changes: Any = (
+        changes = (
             (r"all_(x_embedder|final_layer)\.2-1\.", r"\1."),
             (r"\.to_out\.0\.", ".out."),
             (r"\.norm_([qk])\.", r".\1_norm."),
@@ -91,7 +141,10 @@ def transformer_of(name: str, folder: Path) -> Tensors:
 
 def autoencoder_of(folder: Path) -> Tensors:
     """An autoencoder's tensors by the original names; FLUX.2 has its latent's convolutions inside coder and decoder."""
-    blocks = len(read_json(folder / "vae" / "config.json")["block_out_channels"])
+    config = read_json(folder / "vae" / "config.json")
+    if "block_out_channels" not in config:
+        return part_of(folder, "vae")
+    blocks = len(config["block_out_channels"])
     found = {}
     for name, tensor in part_of(folder, "vae").items():
         if "mid_block.attentions" in name and tensor.ndim == 2:
@@ -109,7 +162,12 @@ def autoencoder_of(folder: Path) -> Tensors:
 
 
 def text_of(folder: Path) -> Tensors:
-    return {f"model.{name}": value for name, value in part_of(folder, "text_encoder").items()}
+    """As ComfyUI's files have it: of one that reads pictures the language model is `model`, the eye `visual`."""
+    tensors = part_of(folder, "text_encoder")
+    names = {name: re.sub(r"^(model\.|language_model\.)*", "model.", name) for name in tensors}
+    return {
+        re.sub(r"^model\.(visual|lm_head)\.", r"\1.", names[name]): value for name, value in tensors.items()
+    }
 
 
 def below(prefix: str, tensors: Tensors) -> Tensors:
@@ -192,6 +250,8 @@ def assert_same(one: Backbone, other: Backbone) -> None:
         ("z-image", "z_image_bf16", (50, 5.0)),
         ("flux2", "flux-2-klein-4b", (4, 1.0)),
         ("flux2", "flux-2-klein-base-4b", (50, 4.0)),
+        ("krea2", "krea2_turbo_bf16", (8, 1.0)),
+        ("krea2", "krea2_raw_bf16", (28, 5.5)),
     ],
 )
 def test_a_file_s_name_says_whether_it_is_distilled(
@@ -215,13 +275,18 @@ def test_a_file_s_name_says_whether_it_is_distilled(
         ("flux2-klein-9b/transformer", Flux2Transformer2DModel, 9_078_581_248),
         ("flux2-klein-9b/text_encoder", Qwen3Model, 7_568_405_504),
         ("flux2-klein/vae", AutoencoderKLFlux2, 84_046_115),
+        ("qwen-image/transformer", QwenImageTransformer2DModel, 20_430_401_088),
+        ("qwen-image/text_encoder", Qwen2_5_VLTextModel, 7_070_619_136),
+        ("qwen-image/vae", AutoencoderKLQwenImage, 126_892_531),
+        ("krea2/transformer", Krea2Transformer2DModel, 12_800_000_000),
+        ("krea2/text_encoder", Qwen3VLTextModel, 4_022_468_096),
     ],
 )
 def test_the_published_settings_have_the_published_sizes(part: str, kind: Any, size: int) -> None:
     config = read_json(PUBLISHED_CONFIGS / part / "config.json")
-    if kind is Qwen3Model:
+    if issubclass(kind, PreTrainedModel):
         with torch.device("meta"):
-            model = Qwen3Model(Qwen3Config.from_dict(config))
+            model = kind(kind.config_class.from_dict(config.get("text_config", config)))
         assert sum(value.numel() for value in model.parameters()) == size
     else:
         assert parameters(kind, config) == size

@@ -18,6 +18,8 @@ import torch
 from diffusers import (
     Flux2KleinPipeline,
     FluxPipeline,
+    Krea2Pipeline,
+    QwenImagePipeline,
     StableDiffusion3Pipeline,
     ZImagePipeline,
 )
@@ -41,14 +43,16 @@ from customize.formats.write import write_adapter
 from tests.tiny import (
     tiny_flux,
     tiny_flux2_klein,
+    tiny_krea2,
     tiny_pipeline,
     tiny_pixart,
+    tiny_qwen_image,
     tiny_stable_diffusion_3,
     tiny_stable_diffusion_xl,
     tiny_z_image,
 )
 
-FAMILIES = ("sd", "xl", "sd3", "flux", "pixart", "zimage", "flux2")
+FAMILIES = ("sd", "xl", "sd3", "flux", "pixart", "zimage", "flux2", "qwen", "krea2")
 Tensors = dict[str, Tensor]
 
 
@@ -81,6 +85,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tiny]:
         "pixart": tiny_pixart,
         "zimage": tiny_z_image,
         "flux2": tiny_flux2_klein,
+        "qwen": tiny_qwen_image,
+        "krea2": tiny_krea2,
     }
     made = {}
     for family, make in makers.items():
@@ -131,7 +137,7 @@ def test_diffusers_names_under_every_tool_s_prefix_are_the_family_s_layers(
 @pytest.mark.parametrize(
     "prefix", ["lora_unet_", "diffusion_model.", "", "transformer.", "lora_transformer_"]
 )
-@pytest.mark.parametrize("family", ["flux", "sd3", "pixart", "zimage", "flux2"])
+@pytest.mark.parametrize("family", ["flux", "sd3", "pixart", "zimage", "flux2", "krea2"])
 def test_the_original_code_s_names_are_the_family_s_layers(
     family: str, prefix: str, models: dict[str, Tiny], tmp_path: Path
 ) -> None:
@@ -500,6 +506,8 @@ PIPELINES: dict[str, Any] = {
     "sd3": StableDiffusion3Pipeline,
     "zimage": ZImagePipeline,
     "flux2": Flux2KleinPipeline,
+    "qwen": QwenImagePipeline,
+    "krea2": Krea2Pipeline,
 }
 
 
@@ -523,7 +531,14 @@ def test_diffusers_loads_every_layer_of_the_export_with_its_change(
 
 
 @pytest.mark.parametrize(
-    ("family", "form"), [("zimage", "kohya"), ("zimage", "ai-toolkit"), ("flux2", "kohya")]
+    ("family", "form"),
+    [
+        ("zimage", "kohya"),
+        ("zimage", "ai-toolkit"),
+        ("flux2", "kohya"),
+        ("qwen", "kohya"),
+        ("qwen", "ai-toolkit"),
+    ],
 )
 def test_diffusers_reads_other_tools_forms_as_we_do(
     family: str, form: str, models: dict[str, Tiny], tmp_path: Path
@@ -765,6 +780,29 @@ def originals(family: str, weights: Mapping[str, Tensor]) -> dict[str, tuple[str
 
 def _originals(family: str, modules: set[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
     qkv = ("attn.to_q", "attn.to_k", "attn.to_v")
+    if family == "krea2":
+        outer = {
+            "img_in": "first",
+            "time_embed.linear_1": "tmlp.0",
+            "time_embed.linear_2": "tmlp.2",
+            "time_mod_proj": "tproj.1",
+            "txt_in.linear_1": "txtmlp.1",
+            "txt_in.linear_2": "txtmlp.3",
+            "final_layer.linear": "last.linear",
+        }
+        for module in sorted(modules):
+            name = outer.get(module, module)
+            for ours, theirs in (
+                ("transformer_blocks.", "blocks."),
+                ("text_fusion.", "txtfusion."),
+                ("attn.to_out.0", "attn.wo"),
+                ("attn.to_gate", "attn.gate"),
+                ("attn.to_", "attn.w"),
+                (".ff.", ".mlp."),
+            ):
+                name = name.replace(ours, theirs)
+            yield name, (module,)
+        return
     if family == "zimage":
         for module in sorted(modules):
             name = module.replace("all_x_embedder.2-1", "x_embedder").replace(
