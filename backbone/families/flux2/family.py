@@ -41,6 +41,7 @@ from backbone.families.language_models import LanguageModelEncoder, Reading
 from backbone.families.latents import latent_channels, pixels_per_latent
 from backbone.families.location import Location
 from backbone.families.split_files import SplitFiles
+from backbone.io.console import notify_once
 from backbone.io.files import Header
 
 KLEIN = Reading(layers=(9, 18, 27), tokens=512, padded=True)
@@ -156,7 +157,13 @@ class Flux2:
         self, denoiser: nn.Module, conditions: Conditions, guidance: float
     ) -> Conditions | None:
         if not cast(Any, denoiser).config.guidance_embeds:
-            return conditions if getattr(denoiser, "is_distilled", False) else None
+            if not getattr(denoiser, "is_distilled", False):
+                return None
+            if guidance != 1:
+                notify_once(
+                    f"This FLUX.2 is distilled to few steps without guidance: {guidance:g} has no effect."
+                )
+            return conditions
         scale = conditions.text["hidden"].new_full((len(conditions),), guidance)
         return replace(conditions, guidance=scale)
 
