@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, Qwen3Model, Qwen3VLTextModel
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 from typer.testing import CliRunner
 
+from backbone.adapters.concept import read_concept
 from backbone.families.location import Location
 from backbone.families.registry import families
 from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
@@ -33,6 +34,9 @@ from backbone.models.locate import join_files, locate
 from backbone.models.model import Backbone
 from backbone.training.models import open_configs
 from customize.cli import app
+from customize.settings import Subject
+from customize.training.public import copy_without_paths
+from customize.training.run import train_concept
 from tests.backbone.test_single_file import original_vae_name, part_of
 from tests.backbone.test_single_file_sd3 import UNET, opened, parameters, renamed, together
 from tests.tiny import tiny_flux2_klein, tiny_krea2, tiny_qwen_image, tiny_z_image
@@ -356,3 +360,18 @@ def test_the_options_name_the_files_at_every_door(
     assert "--vae belongs to the file that --model names" in str(result.exception)
     asked = {"model": os.path.relpath(transformer) + f"+{vae}+{text}", "device": "cpu"}
     assert open_configs(asked)[1]["model"] == join_files(transformer, vae, text)
+
+
+def test_a_run_on_split_files_says_how_diffusers_opens_it_and_is_uploaded_without_a_path(
+    folders: dict[str, Path], tmp_path: Path, subject: Path
+) -> None:
+    spelt = join_files(*map(str, three_files(tmp_path / "models", "z-image", folders["z-image"])))
+    one = Subject(images=str(subject), token="[V]", class_noun="dog", token_words="fgh")
+    asked = {"model": spelt, "device": "cpu", "precision": "fp32", "steps": 1, "prior": "none"}
+    run = train_concept({**asked, "sheet_prompts": ("a {}",)}, [one], out=tmp_path / "run")
+    assert read_concept(run).model == spelt
+    assert "ZImagePipeline.from_pretrained('Tongyi-MAI/Z-Image')" in (run / "README.md").read_text()
+    copy_without_paths(run, tmp_path / "public")
+    texts = [path.read_text() for path in (tmp_path / "public").rglob("*") if path.suffix in (".md", ".json")]
+    assert any("z_image_bf16.safetensors" in text for text in texts)
+    assert not any(str(tmp_path) in text for text in texts)
