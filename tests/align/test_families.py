@@ -143,7 +143,12 @@ def switch_adapters(denoiser: nn.Module, *, on: bool) -> None:
             layer.enable_adapters(on)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+NEWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen-image", "krea2")]
+
+
+@pytest.mark.parametrize(
+    "name", [*(name for name in FAMILIES if name not in ("qwen-image", "krea2")), *NEWER]
+)
 def test_a_step_is_the_paper_s_formula_in_loss_and_gradient(
     tmp_path: Path, pairs_file: Path, name: str
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -266,14 +266,36 @@ CASES = [
     ),
 ]
 NAMED = {case.name: case for case in CASES}
-every = pytest.mark.parametrize("case", CASES, ids=str)
+VARIANTS = ("flux2-klein-distilled", "krea2-turbo")
+SLOW = ("qwen-image", "krea2", *VARIANTS)
+
+
+def marked(slow: Sequence[str]) -> Any:
+    """The cases, some of them run by the long suite alone."""
+    params = [pytest.param(case, marks=[pytest.mark.slow] * (case.name in slow)) for case in CASES]
+    return pytest.mark.parametrize("case", params, ids=str)
+
+
+every, proof = marked(SLOW), marked(VARIANTS)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The random pipelines, each written once."""
     place = tmp_path_factory.mktemp("families")
-    return {case.name: case.write(place / case.name) for case in CASES}
+    return Written(place)
+
+
+class Written(dict[str, Path]):
+    """The folder of each case, written when it is asked for."""
+
+    def __init__(self, place: Path) -> None:
+        super().__init__()
+        self.place = place
+
+    def __missing__(self, name: str) -> Path:
+        self[name] = NAMED[name].write(self.place / name)
+        return self[name]
 
 
 # Parity with diffusers --------------------------------------------------------------------------------------
@@ -321,7 +343,7 @@ def test_an_autoencoder_with_the_names_of_old_files_is_left_to_diffusers(
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
-@every
+@proof
 def test_a_guided_sample_is_diffusers_own(case: Case, folders: dict[str, Path]) -> None:
     model, pipeline = opened(folders[case.name]), loaded(case, folders)
     request = Request(PROMPT, (0, 0), case.said.get("negative_prompt", ""))
@@ -344,7 +366,7 @@ def test_a_guided_sample_is_diffusers_own(case: Case, folders: dict[str, Path]) 
     )
 
 
-@every
+@proof
 def test_training_exports_an_adapter_that_diffusers_loads(
     case: Case, folders: dict[str, Path], tmp_path: Path, subject: Path
 ) -> None:

@@ -11,19 +11,10 @@ import pytest
 from backbone.models.model import Backbone
 
 Open = Callable[[str], Backbone]
-TRANSFORMERS = ("sd3", "flux-dev", "pixart", "z-image", "flux2-klein", "qwen-image", "krea2")
-FAMILIES = (
-    "xl",
-    "sd3",
-    "sd3-without-t5",
-    "flux-dev",
-    "flux-schnell",
-    "pixart",
-    "z-image",
-    "flux2-klein",
-    "qwen-image",
-    "krea2",
-)
+TRANSFORMERS = ("sd3", "flux-dev", "pixart")
+FAMILIES = ("xl", "sd3", "sd3-without-t5", "flux-dev", "flux-schnell", "pixart")
+NEWER = ("z-image", "flux2-klein", "qwen-image", "krea2")  # most of what is asked of them takes long
+SLOWLY = [pytest.param(name, marks=pytest.mark.slow) for name in NEWER]
 
 
 @pytest.fixture(scope="session")

@@ -53,6 +53,7 @@ from tests.tiny import (
 )
 
 FAMILIES = ("sd", "xl", "sd3", "flux", "pixart", "zimage", "flux2", "qwen", "krea2")
+NEWER = ("zimage", "flux2", "qwen", "krea2")  # of which every naming is tried by the long suite
 Tensors = dict[str, Tensor]
 
 
@@ -119,7 +120,12 @@ NAMINGS: dict[str, Callable[[str, str], str]] = {
 
 @pytest.mark.parametrize(
     ("family", "naming"),
-    [(family, naming) for family in FAMILIES for naming in NAMINGS if family != "xl" or naming == "kohya"],
+    [
+        pytest.param(family, naming, marks=[pytest.mark.slow] * (family in NEWER and naming != "kohya"))
+        for family in FAMILIES
+        for naming in NAMINGS
+        if family != "xl" or naming == "kohya"
+    ],
 )
 def test_diffusers_names_under_every_tool_s_prefix_are_the_family_s_layers(
     family: str, naming: str, models: dict[str, Tiny], tmp_path: Path

@@ -19,14 +19,14 @@ from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from edit.attention.control import Control, Cross, Maps, cross_of
 from edit.attention.install import attention_layers, control_attention
-from tests.edit.conftest import TRANSFORMERS, Open
+from tests.edit.conftest import NEWER, SLOWLY, TRANSFORMERS, Open
 
 PROMPTS = ["a cat in the snow", "a red cat in the snow", "a dog in the snow", ""]
 TARGETS = 2
 SIZE = (6, 10)  # of the latents: 3 × 5 tokens of the picture
 PLACES = 15
 
-every = pytest.mark.parametrize("name", TRANSFORMERS)
+every = pytest.mark.parametrize("name", [*TRANSFORMERS, *SLOWLY])
 
 
 # The formula, on whole maps ---------------------------------------------------------------------------------
@@ -382,6 +382,16 @@ def test_an_edited_transformer_is_the_formula_on_whole_maps(
     control = question.control(cross=cross_of(*words) if words else None, self_attention=whose)
     found, expected = question.by(control), question.written_out(name, Edit(words, whose))
     assert deviation(found, expected) < 1e-5
+    assert deviation(found[1:3], question.plainly()[1:3]) > 1e-4, "and something is changed"
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_an_edited_transformer_of_a_newer_family_is_the_formula(family: Open, name: str) -> None:
+    """The fullest of the cases above."""
+    question = asked(family(name))
+    words = given(question.words, "windows")
+    found = question.by(question.control(cross=cross_of(*words), self_attention="layout"))
+    assert deviation(found, question.written_out(name, Edit(words, "layout"))) < 1e-5
     assert deviation(found[1:3], question.plainly()[1:3]) > 1e-4, "and something is changed"
 
 
