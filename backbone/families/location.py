@@ -59,9 +59,12 @@ class Location:
             raise UserError(f"{self.name} has no {name}. Save or download the model again.")
         config = Config(read_json(path))
         config.path = path
-        for key, kind in (CONFIG_TYPES | (VAE_TYPES if part == "vae" else {})).items():
-            if config.get(key) is not None:
-                _check_size(read_as(kind, config[key], path, key), path, key)
+        types = CONFIG_TYPES | (VAE_TYPES if part == "vae" else {})
+        inner = config.get("text_config")  # of a language model that reads pictures too
+        for some in (config, inner) if isinstance(inner, dict) else (config,):
+            for key, kind in types.items():
+                if some.get(key) is not None:
+                    _check_size(read_as(kind, some[key], path, key), path, key)
         for key, value in config.items():
             if isinstance(value, int) and abs(value) > LARGEST_OF_ALL:
                 raise config.damaged(key)

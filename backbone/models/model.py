@@ -181,7 +181,7 @@ class Backbone:
         for path in sorted(folder.rglob("*")):
             if path.relative_to(folder).parts[0] not in own:
                 continue
-            if path.suffix in (".json", ".txt", ".safetensors") and path.is_file():
+            if path.suffix in (".json", ".txt", ".jinja", ".safetensors") and path.is_file():
                 with path.open("rb") as file:
                     start = file.read(1 << 18)
                     file.seek(max(0, path.stat().st_size - (1 << 18)))

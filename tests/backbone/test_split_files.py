@@ -25,6 +25,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextMod
 from typer.testing import CliRunner
 
 from backbone.adapters.concept import read_concept
+from backbone.families import split_files
 from backbone.families.location import Location
 from backbone.families.registry import families
 from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
@@ -397,3 +398,35 @@ def test_a_run_on_split_files_says_how_diffusers_opens_it_and_is_uploaded_withou
     texts = [path.read_text() for path in (tmp_path / "public").rglob("*") if path.suffix in (".md", ".json")]
     assert any("z_image_bf16.safetensors" in text for text in texts)
     assert not any(str(tmp_path) in text for text in texts)
+
+
+def test_the_autoencoder_of_a_video_has_other_names_in_the_original_code() -> None:
+    """Written down from Wan's code, which Qwen-Image's autoencoder follows: its blocks are counted through."""
+    vae = AutoencoderKLQwenImage(base_dim=8, z_dim=4, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    inner = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6"}
+    changes: Any = (
+        (r"^quant_conv\.", "conv1."),
+        (r"^post_quant_conv\.", "conv2."),
+        (r"^(en|de)coder\.conv_in\.", r"\1coder.conv1."),
+        (r"\.norm_out\.", ".head.0."),
+        (r"\.conv_out\.", ".head.2."),
+        (r"mid_block\.attentions\.0\.", "middle.1."),
+        (r"mid_block\.resnets\.(\d)\.", lambda found: f"middle.{2 * int(found[1])}."),
+        (
+            r"up_blocks\.(\d)\.resnets\.(\d)\.",
+            lambda found: f"upsamples.{4 * int(found[1]) + int(found[2])}.",
+        ),
+        (r"up_blocks\.(\d)\.upsamplers\.0\.", lambda found: f"upsamples.{4 * int(found[1]) + 3}."),
+        (r"down_blocks\.(\d+)\.", r"downsamples.\1."),
+        (r"conv_shortcut", "shortcut"),
+        *(
+            (rf"((?:middle|upsamples|downsamples)\.\d+)\.{ours}\.", rf"\1.{theirs}.")
+            for ours, theirs in inner.items()
+        ),
+    )
+    theirs = vae.state_dict()
+    original = {renamed(name, changes): value for name, value in theirs.items()}
+    assert len(original) == len(theirs) and set(original) & set(theirs) == set()
+    found = split_files.convert_video_autoencoder(original)
+    assert found.keys() == theirs.keys()
+    assert all(value is theirs[name] or torch.equal(value, theirs[name]) for name, value in found.items())
