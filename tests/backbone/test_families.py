@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ from torch import Tensor
 from backbone.adapters.apply import load_concepts
 from backbone.adapters.concept import choose_rare_words, read_concept
 from backbone.adapters.embeddings import add_tokens, embed_tokens
-from backbone.adapters.lora import LORA_WEIGHTS
+from backbone.adapters.lora import LORA_WEIGHTS, add_lora
 from backbone.diffusion.noise import SingularLevel, estimate
 from backbone.families import loading as parts
 from backbone.families.flux import family as flux
@@ -381,6 +382,19 @@ def test_training_exports_an_adapter_that_diffusers_loads(
 
 
 # What a family promises -------------------------------------------------------------------------------------
+
+
+@every
+@pytest.mark.parametrize("layers", ["attention", "all"])
+def test_every_set_of_layers_takes_an_adapter(case: Case, layers: str, folders: dict[str, Path]) -> None:
+    model = opened(folders[case.name])
+    spec = model.family.spec(model.location, torch.float32).denoiser
+    network = spec.instantiate()
+    targets = model.family.lora_targets[layers]
+    found = add_lora(network, "some", rank=1, alpha=1, targets=targets)
+    for target in targets:  # of lists that count blocks only those that this model has
+        if not re.search(r"\.\d+\.", target):
+            assert any(f"{target}.lora_A" in name for name in found), target
 
 
 @every

@@ -54,7 +54,10 @@ class ZImage:
         "all": (
             *("to_q", "to_k", "to_v", "to_out.0"),
             *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
-            "adaLN_modulation.0",
+            *(
+                f"layers.{n}.adaLN_modulation.0" for n in range(30)
+            ),  # that of the final layer begins with a SiLU
+            *(f"noise_refiner.{n}.adaLN_modulation.0" for n in range(2)),
         ),
     }
 
