@@ -96,6 +96,13 @@ class Classifier:
                 )
         return predictions
 
+    @torch.no_grad()
+    def features(self, images: Sequence[Image.Image], *, batch: int = 64) -> Tensor:
+        """What the heads read [B, 512], for distances between sets of images."""
+        groups = (images[first : first + batch] for first in range(0, len(images), batch))
+        device = self.network.device
+        return torch.cat([self.network.features(prepare_images(some).to(device)).cpu() for some in groups])
+
 
 def load_classifier(folder: str | Path = FOLDER, *, device: torch.device | str = "cpu") -> Classifier:
     """Load the trained classifier. Raises `UserError` when its files are missing or do not fit together."""
@@ -171,9 +178,13 @@ class Network(nn.Module):
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
         """Pictures [B, 3, 128, 128] in −1…1 to the logits [B, N] of every head."""
+        features = self.features(pictures)
+        return {name: head(features) for name, head in self.heads.items()}
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """What the heads read [B, 512]: means and maxima of the last stage's maps."""
         maps = self.stages(self.stem(pictures))
-        pooled = torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1)
-        return {name: head(pooled) for name, head in self.heads.items()}
+        return torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1)
 
 
 class Block(nn.Module):

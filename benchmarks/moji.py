@@ -34,6 +34,7 @@ from backbone.evaluation.image_metrics import psnr_8_bit
 from backbone.evaluation.statistics import wilson_interval
 from backbone.io.console import UserError, notify, progress, run_app
 from backbone.io.files import append_jsonl, read_json, write_bytes, write_json, write_text
+from backbone.io.options import Option, settled_command
 from backbone.media.pictures import list_images
 from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png, split_rows
 from backbone.media.transforms import crop_square
@@ -49,6 +50,7 @@ from benchmarks.classifier import (
     NONE,
     TWO_DIFFERENT,
     TWO_OF_A_KIND,
+    Classifier,
     Prediction,
     Reading,
     is_top_glyph,
@@ -62,101 +64,8 @@ SHEET, WORST = 64, 16
 FIGURES = "## Figures (`python -m benchmarks.moji --card`)"
 
 
-def main(
-    model: Annotated[str, typer.Option(help="moji, or a diffusers folder.")] = "moji",
-    prompts: Annotated[int, typer.Option(help="How many held-out prompts.")] = 300,
-    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 25,
-    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is without.")] = 4.0,
-    also: Annotated[list[str] | None, typer.Option(help="STEPS:GUIDANCE, compared on other prompts.")] = None,
-    also_prompts: Annotated[int, typer.Option(help="How many prompts the sweep uses.")] = 150,
-    beside: Annotated[list[str] | None, typer.Option(help="Other models, on the table's prompts.")] = None,
-    batch: Annotated[int, typer.Option(help="Pictures drawn together.")] = 10,
-    classifier: Annotated[Path, typer.Option(help="The classifier's folder.")] = FOLDER,
-    photographs: Annotated[Path | None, typer.Option(help="Also measure the autoencoder on these.")] = None,
-    card: Annotated[bool, typer.Option(help="Renew the figures in the model's README.md.")] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/moji"),
-) -> None:
-    """Samples, classifies, and writes the tables and the sheets."""
-    settings = [parse_setting(text) for text in also or []]
-    classifier_model = load_classifier(classifier)
-    backbone = Backbone.open(model, device=device)
-    gallery = Gallery(out / "pictures", batch)
-    main_setting = Setting(steps, guidance)
-    scenes = select_scenes(prompts)
-    pictures = gallery.pictures(backbone, scenes, main_setting)
-    predictions = classifier_model.classify(pictures)
-    truth = render_images(scenes)
-    reference = score_predictions(scenes, classifier_model.classify(truth)) if truth else None
-    results = score_predictions(scenes, predictions)
-    others = {}
-    for name in beside or []:
-        other = Backbone.open(name, device=device)
-        others[name] = score_predictions(
-            scenes, classifier_model.classify(gallery.pictures(other, scenes, main_setting))
-        )
-    more = select_scenes(prompts + also_prompts)[prompts:] if settings else []
-    sweep = {
-        each: score_predictions(more, classifier_model.classify(gallery.pictures(backbone, more, each)))
-        for each in settings
-    }
-    without = gallery.pictures(backbone, scenes[:SHEET], Setting(steps, 1.0))
-    exact = Backbone.open(model, device=device, precision="fp32")
-    facts: dict[str, Any] = {
-        "model": model, "prompts": len(scenes), "first_seed": BENCHMARK_SEEDS[0], "steps": steps,
-        "guidance": guidance, "rows": [asdict(row) for row in results],
-        "true_pictures": [asdict(row) for row in reference or []],
-        "beside": {name: [asdict(row) for row in rows] for name, rows in others.items()},
-        "sweep": {
-            "prompts": len(more),
-            **{str(each): [asdict(row) for row in rows] for each, rows in sweep.items()},
-        },
-        "gradient": relative_gradient(pictures, truth),
-        "psnr_db": measure_autoencoder(exact, scenes, truth, photographs),
-        "seconds_per_picture": time_sampling(backbone, scenes[:batch], main_setting),
-        "classifier": read_json(classifier / FACTS).get("held_out"),
-        "machine": f"{device}, {backbone.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-    }  # fmt: skip
-    write_json(out / "table.json", facts)
-    table = main_table = format_markdown(facts, results, reference)
-    if others:
-        table += format_columns({model: results, **others}, f"{len(scenes)} prompts of the table", "model")
-    if sweep:
-        named = {str(each): rows for each, rows in sweep.items()}
-        table += format_columns(named, f"{len(more)} other prompts", "steps, guidance")
-    write_text(out / "table.md", table)
-    title = f"{model}, {steps} steps"
-    save_sheet(
-        out / "sheet.png", scenes[:SHEET], pictures, predictions, title=f"{title}, guidance {guidance:g}"
-    )
-    save_sheet(
-        out / "without-guidance.png", scenes[:SHEET], without, classifier_model.classify(without),
-        title=f"{title}, without guidance",
-    )  # fmt: skip
-    worst = sorted(range(len(scenes)), key=lambda k: log_likelihood(scenes[k], predictions[k]))[:WORST]
-    save_sheet(
-        out / "worst.png", [scenes[k] for k in worst], [pictures[k] for k in worst], [predictions[k] for k in worst],
-        title=f"{title}, guidance {guidance:g}: the {WORST} worst of {len(scenes)}",
-        note="Those to whose things, place, colour, accessory and style together the classifier gives least.",
-    )  # fmt: skip
-    if card and backbone.location.folder is not None:
-        write_card(backbone.location.folder, main_table, out / "worst.png")
-    (out / "predictions.jsonl").unlink(missing_ok=True)
-    for scene, prediction in zip(scenes, predictions, strict=True):
-        seen = {head: most_likely(reading) for head, reading in asdict(prediction).items()}
-        append_jsonl(out / "predictions.jsonl", {"seed": scene.seed, "prompt": scene.caption(), **seen})
-    print(table)
-
-
-def write_card(folder: Path, table: str, worst: Path) -> None:
-    """Put the table and the worst pictures at the end of a model's `README.md`, in place of older ones."""
-    path = folder / "README.md"
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    before = text.split(FIGURES)[0].rstrip()
-    write_text(
-        path, f"{before}\n\n{FIGURES}\n\n{table}\nThe worst of these pictures:\n\n![failures](worst.png)\n"
-    )
-    write_bytes(folder / "worst.png", worst.read_bytes())
+app = typer.Typer(add_completion=False)
+WHAT, HOW, OUTPUT = "What is measured", "Sampling", "Output"
 
 
 @dataclass(frozen=True)
@@ -168,6 +77,149 @@ class Setting:
 
     def __str__(self) -> str:
         return f"{self.steps}, {self.guidance:g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureSettings:
+    """What the benchmark is asked for."""
+
+    model: Annotated[str, Option("moji, or a diffusers folder.", WHAT)] = "moji"
+    prompts: Annotated[int, Option("How many held-out prompts.", WHAT, min=1)] = 300
+    steps: Annotated[int, Option("Sampling steps.", HOW, min=1)] = 25
+    guidance: Annotated[float, Option("Guidance scale; 1 is without.", HOW)] = 4.0
+    also: Annotated[tuple[str, ...], Option("STEPS:GUIDANCE, compared on other prompts.", HOW)] = ()
+    also_prompts: Annotated[int, Option("How many prompts the sweep uses.", WHAT, min=1)] = 150
+    beside: Annotated[tuple[str, ...], Option("Other models, on the table's prompts.", WHAT)] = ()
+    batch: Annotated[int, Option("Pictures drawn together.", HOW, min=1)] = 10
+    classifier: Annotated[Path, Option("The classifier's folder.", WHAT)] = FOLDER
+    photographs: Annotated[Path | None, Option("Also measure the autoencoder on these.", WHAT)] = None
+    card: Annotated[bool, Option("Renew the figures in the model's README.md.", OUTPUT)] = False
+    device: Annotated[str, Option("Where to draw.", HOW, choices=("cpu", "cuda"))] = "cpu"
+    out: Annotated[Path, Option("Where the results go.", OUTPUT)] = Path("build/benchmarks/moji")
+
+    @property
+    def setting(self) -> Setting:
+        """Steps and guidance of the table."""
+        return Setting(self.steps, self.guidance)
+
+
+@settled_command(app, MeasureSettings)
+def main(settings: MeasureSettings) -> None:
+    """Samples, classifies, and writes the tables and the sheets."""
+    sweep = [parse_setting(text) for text in settings.also]
+    classifier = load_classifier(settings.classifier)
+    model = Backbone.open(settings.model, device=settings.device)
+    gallery = Gallery(settings.out / "pictures", settings.batch)
+    scenes = select_scenes(settings.prompts)
+    images = gallery.pictures(model, scenes, settings.setting)
+    without = gallery.pictures(model, scenes[:SHEET], Setting(settings.steps, 1.0))
+    predictions = classifier.classify(images)
+    truth = render_images(scenes)
+    facts: dict[str, Any] = {
+        "model": settings.model, "prompts": len(scenes), "first_seed": BENCHMARK_SEEDS[0],
+        "steps": settings.steps, "guidance": settings.guidance,
+        "rows": score_predictions(scenes, predictions),
+        "true_pictures": score_predictions(scenes, classifier.classify(truth)) if truth else [],
+        "beside": compare_models(settings, gallery, classifier, scenes),
+        "sweep": compare_settings(settings, sweep, model, gallery, classifier),
+        "gradient": relative_gradient(images, truth),
+        "psnr_db": measure_autoencoder(
+            Backbone.open(settings.model, device=settings.device, precision="fp32"),
+            scenes, truth, settings.photographs,
+        ),
+        "seconds_per_picture": time_sampling(model, scenes[: settings.batch], settings.setting),
+        "classifier": read_json(settings.classifier / FACTS).get("held_out"),
+        "machine": f"{settings.device}, {model.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+    }  # fmt: skip
+    write_json(settings.out / "table.json", facts)
+    write_predictions(settings.out / "predictions.jsonl", scenes, predictions)
+    write_sheets(settings, scenes, images, predictions)
+    save_sheet(
+        settings.out / "without-guidance.png", scenes[:SHEET], without, classifier.classify(without),
+        title=f"{settings.model}, {settings.steps} steps, without guidance",
+    )  # fmt: skip
+    table = format_markdown(facts)
+    text = table + format_comparisons(settings, facts)
+    write_text(settings.out / "table.md", text)
+    if settings.card and model.location.folder is not None:
+        write_card(model.location.folder, table, settings.out / "worst.png")
+    print(text)
+
+
+def compare_models(
+    settings: MeasureSettings, gallery: Gallery, classifier: Classifier, scenes: Sequence[Scene]
+) -> dict[str, list[Row]]:
+    """The table's rows of the models that were named to stand beside it, on the same prompts."""
+    found = {}
+    for name in settings.beside:
+        other = Backbone.open(name, device=settings.device)
+        images = gallery.pictures(other, scenes, settings.setting)
+        found[name] = score_predictions(scenes, classifier.classify(images))
+    return found
+
+
+def compare_settings(
+    settings: MeasureSettings,
+    sweep: Sequence[Setting],
+    model: Backbone,
+    gallery: Gallery,
+    classifier: Classifier,
+) -> dict[str, list[Row]]:
+    """The table's rows by steps and guidance, on prompts that the table does not have."""
+    if not sweep:
+        return {}
+    more = select_scenes(settings.prompts + settings.also_prompts)[settings.prompts :]
+    return {
+        str(each): score_predictions(more, classifier.classify(gallery.pictures(model, more, each)))
+        for each in sweep
+    }
+
+
+def write_predictions(path: Path, scenes: Sequence[Scene], predictions: Sequence[Prediction]) -> None:
+    """What the classifier says of every picture, a line each."""
+    path.unlink(missing_ok=True)
+    for scene, prediction in zip(scenes, predictions, strict=True):
+        seen = {head: most_likely(reading) for head, reading in asdict(prediction).items()}
+        append_jsonl(path, {"seed": scene.seed, "prompt": scene.caption(), **seen})
+
+
+def write_sheets(
+    settings: MeasureSettings,
+    scenes: Sequence[Scene],
+    images: Sequence[Image.Image],
+    predictions: Sequence[Prediction],
+) -> None:
+    """`sheet.png`, the first prompts, and `worst.png`, those whose prompts the classifier finds least likely."""
+    title = f"{settings.model}, {settings.steps} steps, guidance {settings.guidance:g}"
+    save_sheet(settings.out / "sheet.png", scenes[:SHEET], images, predictions, title=title)
+    worst = sorted(range(len(scenes)), key=lambda k: log_likelihood(scenes[k], predictions[k]))[:WORST]
+    save_sheet(
+        settings.out / "worst.png", [scenes[k] for k in worst], [images[k] for k in worst],
+        [predictions[k] for k in worst], title=f"{title}: the {WORST} worst of {len(scenes)}",
+        note="Those to whose things, place, colour, accessory and style together the classifier gives least.",
+    )  # fmt: skip
+
+
+def format_comparisons(settings: MeasureSettings, facts: Mapping[str, Any]) -> str:
+    """Further tables: other models on the same prompts, other settings on others."""
+    text = ""
+    if facts["beside"]:
+        columns = {settings.model: facts["rows"], **facts["beside"]}
+        text += format_columns(columns, f"{facts['prompts']} prompts of the table", "model")
+    if facts["sweep"]:
+        text += format_columns(facts["sweep"], f"{settings.also_prompts} other prompts", "steps, guidance")
+    return text
+
+
+def write_card(folder: Path, table: str, worst: Path) -> None:
+    """Put the table and the worst pictures at the end of a model's `README.md`, in place of older ones."""
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    before = text.split(FIGURES)[0].rstrip()
+    write_text(
+        path, f"{before}\n\n{FIGURES}\n\n{table}\nThe worst of these pictures:\n\n![failures](worst.png)\n"
+    )
+    write_bytes(folder / "worst.png", worst.read_bytes())
 
 
 def parse_setting(text: str) -> Setting:
@@ -396,8 +448,9 @@ def log_likelihood(scene: Scene, seen: Prediction) -> float:
     return sum(math.log(reading[label] + 1e-9) for reading, label in asked if label is not None)
 
 
-def format_markdown(facts: dict[str, Any], rows: Sequence[Row], reference: Sequence[Row] | None) -> str:
+def format_markdown(facts: Mapping[str, Any]) -> str:
     """The tables as Markdown."""
+    reference = facts["true_pictures"]
     lines = [
         f"`{facts['model']}`: {facts['prompts']} held-out prompts, {facts['steps']} steps, "
         f"guidance {facts['guidance']:g}",
@@ -405,7 +458,7 @@ def format_markdown(facts: dict[str, Any], rows: Sequence[Row], reference: Seque
         "| attribute | right | 95 % | n | true pictures |",
         "|---|---|---|---|---|",
     ]
-    for number, row in enumerate(rows):
+    for number, row in enumerate(facts["rows"]):
         ceiling = format_percent(reference[number].share) if reference else "–"
         interval = format_interval(row)
         lines.append(f"| {row.name} | {format_percent(row.share)} | {interval} | {row.n} | {ceiling} |")
@@ -459,4 +512,4 @@ def save_sheet(
 
 
 if __name__ == "__main__":
-    run_app(lambda: typer.run(main))
+    run_app(app)

@@ -66,16 +66,37 @@ class CheckOptions(ModelOptions, JsonOptions):
             aliases=("instance-data-dir", "train-data-dir"),
             metavar="FOLDER",
         ),
-    ]
+    ] = ""
+    pairs: Annotated[
+        str,
+        Option(
+            "A folder of images before and after an edit, in place of --images.",
+            DATA,
+            metavar="FOLDER",
+        ),
+    ] = ""
     vram: Annotated[
         float | None,
-        Option("Plan for a GPU with so many GiB.", MODEL, default_text="what the run needs here", min=0.1),
+        Option(
+            "Plan for a GPU with so many GiB.",
+            MODEL,
+            default_text="what the run needs here",
+            min=0.1,
+            needs={"pairs": ("",)},
+        ),
     ] = None
 
 
 @settled_command(app, CheckOptions)
 def check(asked: CheckOptions) -> None:
     """Open every image, list all bad ones, and say what may go wrong and what the run will need."""
+    if bool(asked.images) == bool(asked.pairs):
+        raise UserError(
+            "Name what to look at: images with --images FOLDER, or pairs of them with --pairs FOLDER."
+        )
+    if asked.pairs:
+        check_pairs(asked)
+        return
     from backbone.media.pictures import check_images, describe_unused, list_images
 
     found = list_images(asked.images)
@@ -108,6 +129,22 @@ def check(asked: CheckOptions) -> None:
         notify(sentence)
     if asked.as_json:
         print_json({"images": len(found), "captions": captions, "warnings": warnings, **needs})
+
+
+def check_pairs(asked: CheckOptions) -> None:
+    """Look at pairs before and after an edit: shape, registration, whether they differ, and their instructions."""
+    from customize.data.edit_pairs import check_edit_pairs, read_edit_pairs
+
+    pairs = read_edit_pairs(asked.pairs)
+    wrong, doubtful = check_edit_pairs(pairs)
+    for warning in doubtful:
+        notify(f"Warning: {warning}")
+    if wrong:
+        lines = "\n".join(f"  {sentence}" for sentence in wrong)
+        raise UserError(f"{count_of(len(wrong), 'pair')} of {len(pairs)} cannot be used:\n{lines}")
+    notify(f"{count_of(len(pairs), 'pair')} in {asked.pairs} can be used.")
+    if asked.as_json:
+        print_json({"pairs": len(pairs), "warnings": doubtful})
 
 
 @command(app, Settings, TrainOptions, panels=PANELS)

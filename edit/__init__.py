@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from edit.inversion.inversion import Inversion, invert, read_inversion, reconstruct
     from edit.methods.compose import compose
     from edit.methods.flow_edit import flow_edit
+    from edit.methods.instruct import instruct
     from edit.methods.interpolate import interpolate
+    from edit.methods.keep_background import keep_background
     from edit.methods.prompt_to_prompt.replace import replace
     from edit.methods.prompt_to_prompt.settings import PRESETS, ReplaceSettings
     from edit.methods.remove import remove
@@ -36,8 +38,10 @@ __all__ = [
     "Result",
     "compose",
     "flow_edit",
+    "instruct",
     "interpolate",
     "invert",
+    "keep_background",
     "read_inversion",
     "reconstruct",
     "remove",
@@ -49,7 +53,9 @@ _MODULES = {
     "edit.inversion.inversion": ("Inversion", "invert", "read_inversion", "reconstruct"),
     "edit.methods.compose": ("compose",),
     "edit.methods.flow_edit": ("flow_edit",),
+    "edit.methods.instruct": ("instruct",),
     "edit.methods.interpolate": ("interpolate",),
+    "edit.methods.keep_background": ("keep_background",),
     "edit.methods.prompt_to_prompt.replace": ("replace",),
     "edit.methods.prompt_to_prompt.settings": ("PRESETS", "ReplaceSettings"),
     "edit.methods.remove": ("remove",),

@@ -21,8 +21,10 @@ from edit.settings import (
     PANELS,
     ComposeOptions,
     FlowEditOptions,
+    InstructOptions,
     InterpolateOptions,
     InvertOptions,
+    KeepBackgroundOptions,
     RemoveOptions,
     ReplaceOptions,
     ReplayOptions,
@@ -122,6 +124,16 @@ def flow_edit(asked: FlowEditOptions) -> None:
     finish("flow-edit", wishes | {"image": image, "source": source, "targets": targets})
 
 
+@settled_command(app, InstructOptions, panels=PANELS)
+def instruct(asked: InstructOptions) -> None:
+    """Do what an instruction says to an image, with a model that reads both; the background stays."""
+    image = readable(asked.image)
+    instruction = checks.prompt(one_prompt(asked.instruction, "--instruction"), "instruction")
+    then = [checks.prompt(one, "instruction") for one in asked.then]
+    wishes = with_concepts(asked, [instruction, *then, asked.negative])
+    finish("instruct", wishes | {"image": image, "instruction": instruction, "then": then})
+
+
 @settled_command(app, RemoveOptions, panels=PANELS)
 def remove(asked: RemoveOptions) -> None:
     """Remove what a word names, or what a mask covers, and fill its place."""
@@ -156,6 +168,22 @@ def interpolate(asked: InterpolateOptions) -> None:
     del wishes["prompts"]
     wishes |= {"first": first, "second": second, "first_prompt": both[0], "second_prompt": both[1]}
     finish("interpolate", wishes)
+
+
+@settled_command(app, KeepBackgroundOptions, panels=PANELS)
+def keep_background(asked: KeepBackgroundOptions) -> None:
+    """Put an image's background back into an edit of it that any program made, and measure its drift."""
+    source, edited = readable(asked.source), readable(asked.edited)
+    from edit.pictures import read_mask
+    from edit.run.keep_background import write_kept_background
+
+    mask = None if asked.mask is None else read_mask(asked.mask)
+    folder, lines = write_kept_background(
+        source, edited, mask=mask, align=asked.align, out=asked.out, said=shlex.join(typed("edit"))
+    )
+    for line in lines:
+        notify(line)
+    notify(f"{folder}/kept.png is the edit on its old background; {folder}/sheet.png shows both.")
 
 
 @settled_command(app, ReplayOptions)

@@ -29,6 +29,7 @@ class Result:
     encoded      the image and its latent
     latents      the edits' [N, C, H, W]
     nfe          number of function evaluations: samples that the denoiser evaluated, inversions not counted
+    finished     [N, 3, 8H, 8W], the edits' pixels where a method goes on after decoding; None: the decoder's
     masks        [N, H, W], or in pixels [N, 8H, 8W]: 1 where each edit was allowed to differ in the end; None if
                  everywhere
     estimates    [F, N, C, H, W], what the edits were estimated to become, along the way; None if not asked for
@@ -49,6 +50,7 @@ class Result:
     encoded: EncodedImage
     latents: Tensor
     nfe: int
+    finished: Tensor | None = None
     masks: Tensor | None = None
     estimates: Tensor | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -87,6 +89,8 @@ class Result:
     @cached_property
     def decoded(self) -> Tensor:
         """The reconstruction and the edits [1 + N, 3, 8H, 8W] in −1…1, the edits where they were allowed to differ."""
+        if self.finished is not None:
+            return torch.cat([self.model.decode(self.source_latent[None]).cpu(), self.finished])
         source, *edits = self.model.decode(torch.cat([self.source_latent[None], self.latents]))
         return torch.cat([source[None], composite(torch.stack(edits), source, self.masks)])
 

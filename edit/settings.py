@@ -335,6 +335,50 @@ class FlowEditOptions(StepOptions, GuidanceOption, ReportOptions, MaskOption, Ta
 
 
 @dataclass(frozen=True, kw_only=True)
+class InstructOptions(StepOptions, GuidanceOptions, ReportOptions, MaskOption, ImageArgument):
+    """What `edit instruct` is told."""
+
+    instruction: Annotated[
+        str,
+        Option(
+            "What to do: “make it snow”.",
+            WORDS,
+            aliases=("prompt", "edit-instruction"),
+            metavar="INSTRUCTION",
+        ),
+    ]
+    then: Annotated[
+        tuple[str, ...],
+        Option("What to do after that; repeatable.", WORDS, metavar="INSTRUCTION"),
+    ] = ()
+    background: Annotated[
+        str,
+        Option(
+            "What stands where nothing was to change: the image's own pixels, its autoencoder's copy (latents), or "
+            "what the model draws (none).",
+            WHERE,
+            flag="keep",
+            choices=("pixels", "latents", "none"),
+        ),
+    ] = "pixels"
+    mask: Annotated[
+        str | None,
+        Option(
+            "An image of the same size; white: may change.",
+            WHERE,
+            aliases=("mask-image",),
+            metavar="IMAGE",
+            default_text="where the edit differs",
+            needs={"background": ("pixels", "latents")},
+        ),
+    ] = None
+    image_guidance: Annotated[
+        float,
+        Option("How closely the image is followed.", SAMPLING, aliases=("image-guidance-scale",), min=0),
+    ] = 1.5
+
+
+@dataclass(frozen=True, kw_only=True)
 class RemoveOptions(StartOptions, GuidanceOptions, CountOption):
     """What `edit remove` is told."""
 
@@ -423,6 +467,28 @@ class InterpolateOptions(StepOptions, RunFolder):
         ),
     ]
     count: Annotated[int, Option("Images, both ends included.", DRAWING, min=3)] = 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepBackgroundOptions(RunFolder):
+    """What `edit keep-background` is told."""
+
+    source: Annotated[str, Option("The image before the edit.", WORDS, argument=True, metavar="SOURCE")]
+    edited: Annotated[
+        str,
+        Option("The edited image, by whatever program.", WORDS, argument=True, metavar="EDITED"),
+    ]
+    mask: Annotated[
+        str | None,
+        Option(
+            "An image of the source's size; white: the edit's.",
+            WHERE,
+            aliases=("mask-image",),
+            metavar="IMAGE",
+            default_text="where the two differ",
+        ),
+    ] = None
+    align: Annotated[bool, Option("Undo a shift and a change of scale of the whole.", HOW)] = True
 
 
 @dataclass(frozen=True, kw_only=True)

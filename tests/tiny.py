@@ -90,6 +90,27 @@ def tiny_pipeline(folder: Path, *, seed: int = 0, prediction_type: str = "epsilo
     return with_defaults(folder)
 
 
+def tiny_instruct_pix2pix(folder: Path) -> Path:
+    """The same of a model that edits by instruction: its UNet reads an image's latents beside the noisy ones."""
+    from diffusers import StableDiffusionInstructPix2PixPipeline
+
+    tiny_pipeline(folder)
+    plain = StableDiffusionPipeline.from_pretrained(folder)
+    torch.manual_seed(1)
+    pipeline = StableDiffusionInstructPix2PixPipeline(
+        vae=plain.vae,
+        text_encoder=plain.text_encoder,
+        tokenizer=plain.tokenizer,
+        unet=UNet2DConditionModel.from_config({**plain.unet.config, "in_channels": 8}),
+        scheduler=plain.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return with_defaults(folder)
+
+
 def tiny_stable_diffusion_xl(folder: Path) -> Path:
     """The same of Stable Diffusion XL: two text encoders of unlike widths, the published scheduler's settings."""
     torch.manual_seed(0)

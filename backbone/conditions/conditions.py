@@ -21,12 +21,14 @@ Text = dict[str, Tensor]
 class Conditions:
     """B conditions.
 
-    text      named tensors [B, …], by the names that the family's network reads
-    guidance  guidance scales [B], for a network that is conditioned on them (guidance-distilled)
+    text       named tensors [B, …], by the names that the family's network reads
+    guidance   guidance scales [B], for a network that is conditioned on them (guidance-distilled)
+    reference  latents [B, C, H, W] of an image, for a network that reads them beside the noisy ones
     """
 
     text: Text
     guidance: Tensor | None = None
+    reference: Tensor | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.text.values())))
@@ -59,20 +61,28 @@ class Conditions:
             return torch.where(where, instead, value)
 
         text = {name: chosen(value, empty.text[name]) for name, value in self.text.items()}
-        return Conditions(text, self.guidance)
+        return Conditions(text, self.guidance, self.reference)
 
     def tensors(self) -> list[Tensor]:
         """All of them, always in the same order."""
-        return [*self.text.values(), *([] if self.guidance is None else [self.guidance])]
+        return [
+            *self.text.values(),
+            *(value for value in (self.guidance, self.reference) if value is not None),
+        ]
 
     @staticmethod
     def cat(parts: Sequence[Conditions]) -> Conditions:
         """The rows of all parts, one behind the other; all have the same kinds of conditions."""
-        scales = [part.guidance for part in parts if part.guidance is not None]
-        assert len(scales) in (0, len(parts)), "guidance scales in some parts and not in others"
+
+        def joined(values: Sequence[Tensor | None]) -> Tensor | None:
+            there = [value for value in values if value is not None]
+            assert len(there) in (0, len(parts)), "a kind of condition in some parts and not in others"
+            return torch.cat(there) if there else None
+
         return Conditions(
             {name: torch.cat([part.text[name] for part in parts]) for name in parts[0].text},
-            torch.cat(scales) if scales else None,
+            joined([part.guidance for part in parts]),
+            joined([part.reference for part in parts]),
         )
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Conditions:
@@ -80,4 +90,5 @@ class Conditions:
         return Conditions(
             {name: change(value) for name, value in self.text.items()},
             None if self.guidance is None else change(self.guidance),
+            None if self.reference is None else change(self.reference),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from backbone.conditions.conditions import Conditions
 from backbone.families import checkpoint as single_file
@@ -40,6 +40,16 @@ class UNetFamily:
 
     def embed_guidance(self, denoiser: nn.Module, conditions: Conditions, guidance: float) -> None:
         return None
+
+
+def beside_reference(noisy: Tensor, conditions: Conditions) -> Tensor:
+    """What the UNet reads: noisy latents [B, C, H, W], and where there is a reference its latents behind them.
+
+    Brooks, Holynski & Efros 2023, section 3.2.
+    """
+    if conditions.reference is None:
+        return noisy
+    return torch.cat([noisy, conditions.reference.to(noisy)], 1)
 
 
 def load_part(kind: Any, location: Location, part: str, prefix: str, dtype: torch.dtype) -> nn.Module:

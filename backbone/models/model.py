@@ -91,13 +91,15 @@ class Backbone:
         precision: str = "auto",
         placement: Placement | None = None,
         resolution: int = 0,
+        by_instruction: bool = False,
     ) -> Backbone:
         """Finds a model: a name (`moji`, `sd15` …), a diffusers folder, a checkpoint file, or a hub id.
 
         Loads no weights yet.
 
         `precision` is fp32, bf16, fp16 or auto: bf16 where the processor has it, else fp16 on a GPU and fp32 on a CPU.
-        `placement` saves memory. It works at `resolution` pixels a side, 0: at its own.
+        `placement` saves memory. It works at `resolution` pixels a side, 0: at its own. `by_instruction` asks for one
+        that reads an image beside the prompt and edits it; without it such a model is refused.
 
         Raises `UserError` when there is no such model, when its family is not served, or when it cannot work at that
         resolution.
@@ -111,7 +113,7 @@ class Backbone:
                 opened = cls(
                     location, family, device=place, dtype=dtype, placement=placement, resolution=resolution
                 )
-                opened.refuse_other_task()
+                opened.refuse_other_task(by_instruction=by_instruction)
                 opened.refuse_resolution()
                 return opened
         served = ", ".join(family.name for family in families())
@@ -240,18 +242,36 @@ class Backbone:
             f"{self.own_resolution} pixels a side. For photographs add: --model sd15 (or --model sdxl, on a GPU)."
         )
 
-    def refuse_other_task(self) -> None:
-        """`UserError` for a denoiser that reads more than noisy latents: one for inpainting, depth, upscaling …"""
+    @property
+    def edits_by_instruction(self) -> bool:
+        """Whether the denoiser reads an image's latents beside the noisy ones."""
+        return "InstructPix2Pix" in self.location.index.get("_class_name", "")
+
+    def refuse_other_task(self, *, by_instruction: bool = False) -> None:
+        """`UserError` for a denoiser that reads other things than noisy latents: one for inpainting, upscaling …
+
+        Beside them it reads an image's latents where it edits `by_instruction`, and nothing elsewhere.
+        """
+        name = self.location.name
+        if self.edits_by_instruction and not by_instruction:
+            raise UserError(
+                f"{name} edits an image by an instruction and draws nothing without one. Use it with edit instruct."
+            )
+        if by_instruction and not self.edits_by_instruction:
+            raise UserError(
+                f"{name} reads no image beside the prompt, so it follows no instruction. Name a model that does "
+                "(--model timbrooks/instruct-pix2pix), or describe both images with edit invert-and-replace."
+            )
         part = "transformer" if "transformer" in self.location.index else "unet"
         if part not in self.location.index:
             return  # a checkpoint file, which was looked at when it was recognised
         reads = self.location.config(part).get("in_channels")
         latents = latent_channels(self.autoencoder_config)
-        if reads is None or int(reads) in (latents, 4 * latents):  # FLUX reads 2 × 2 latents as one
-            return
+        if reads is None or int(reads) in ((2 * latents,) if by_instruction else (latents, 4 * latents)):
+            return  # FLUX reads 2 × 2 latents as one
         task = "an inpainting model" if int(reads) == 2 * latents + 1 else "a model for another task"
         raise UserError(
-            f"The {part} of {self.location.name} reads {reads} channels and its latents have {latents}: it is {task}. "
+            f"The {part} of {name} reads {reads} channels and its latents have {latents}: it is {task}. "
             "Name the text-to-image model that it was made from."
         )
 
@@ -283,6 +303,13 @@ class Backbone:
         dtype = next(self.autoencoder.parameters()).dtype
         pictures = pictures.to(self.device, dtype).contiguous(memory_format=torch.channels_last)
         return Posterior(*self.latent_space.encode(self.autoencoder, pictures))
+
+    @torch.no_grad()
+    def encode_reference(self, pictures: Tensor) -> Tensor:
+        """Pictures [B, 3, 8H, 8W] in −1…1 as what is read beside noisy latents [B, C, H, W]: the mean, not scaled."""
+        dtype = next(self.autoencoder.parameters()).dtype
+        pictures = pictures.to(self.device, dtype).contiguous(memory_format=torch.channels_last)
+        return cast(Tensor, cast(Any, self.autoencoder).encode(pictures).latent_dist.mode().float())
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 
@@ -13,6 +13,7 @@ from edit import checks
 from edit.inversion.inversion import Inversion
 from edit.methods.compose import compose
 from edit.methods.flow_edit import flow_edit
+from edit.methods.instruct import Keep, instruct
 from edit.methods.interpolate import interpolate
 from edit.methods.prompt_to_prompt.regions import refuse_ambiguous_auto
 from edit.methods.prompt_to_prompt.replace import align_prompts, check_supported
@@ -29,15 +30,17 @@ from edit.run.open import FRAMES, START, ModelWithConcepts, Start, pick, replace
 class Command:
     """A command by its parts.
 
-    run         (model, wishes …) → result; with `from_start` (model, start, other wishes …)
-    compared    whether it says something to measure the edits against the image
-    frames      of its film
+    run             (model, wishes …) → result; with `from_start` (model, start, other wishes …)
+    compared        whether it says something to measure the edits against the image
+    frames          of its film
+    by_instruction  whether its model is one that reads an image beside the prompt
     """
 
     run: Callable[..., Result]
     from_start: bool = False
     compared: bool = True
     frames: Callable[[Result], Sequence[Image.Image]] = Result.frames
+    by_instruction: bool = False
 
     def __call__(self, loaded: ModelWithConcepts, wishes: Mapping[str, Any]) -> Result:
         """Runs it; `TypeError` for wishes that it does not know."""
@@ -112,6 +115,33 @@ def run_flow_edit(
         )  # fmt: skip
     return replace(
         result, prompts=tuple(targets), title=f"FlowEdit: {source}, strength {strength:g} of {steps} steps"
+    )
+
+
+def run_instruct(
+    loaded: ModelWithConcepts,
+    *,
+    image: ImageLike,
+    instruction: str,
+    then: Sequence[str] = (),
+    background: str = "pixels",
+    steps: int = 50,
+    **settings: Any,
+) -> Result:
+    """`edit instruct`."""
+    instructions = [instruction, *then]
+    with progress(steps * len(instructions), "editing") as bar:
+        result = instruct(
+            loaded.model, image, [loaded.resolve(one) for one in instructions], keep=cast(Keep, background),
+            steps=steps, progress=bar.advance, **_settings(loaded, **settings),
+        )  # fmt: skip
+    for one, drift in zip(instructions, result.facts["drift"], strict=False):
+        notify(
+            f"{one}: drifted {drift['shift_right_px']:+.2f} px right, {drift['shift_down_px']:+.2f} px down, scale "
+            f"{drift['scale']:.4f}; undone. The edit stands in {drift['changed_share']:.0%} of the image."
+        )
+    return replace(
+        result, prompts=tuple(instructions), title=f"by instruction: {', then '.join(instructions)}"
     )
 
 
@@ -201,6 +231,7 @@ COMMANDS: Mapping[str, Command] = {
     "invert-and-replace": Command(run_replace, from_start=True),
     "sdedit": Command(run_sdedit),
     "flow-edit": Command(run_flow_edit),
+    "instruct": Command(run_instruct, by_instruction=True),
     "remove": Command(run_remove, from_start=True),
     "compose": Command(run_compose, from_start=True),
     "interpolate": Command(run_interpolate, compared=False, frames=there_and_back),

@@ -64,13 +64,16 @@ def load_model(
     precision: str | None = None,
     device: str | None = None,
     inversion: str | None = None,
+    by_instruction: bool = False,
 ) -> ModelWithConcepts:
     """The model with its concepts; without a name the one that the inversion or the first concept was made with."""
     read = tuple(read_concept(folder) for folder in concepts)
     name = model or (read[0].model if read else None)
     if name is None and inversion is not None:
         name = read_metadata(inversion).get("model")
-    backbone = Backbone.open(name or "moji", device=device or "auto", precision=precision or "auto")
+    backbone = Backbone.open(
+        name or "moji", device=device or "auto", precision=precision or "auto", by_instruction=by_instruction
+    )
     if read:
         from backbone.adapters.apply import load_concepts  # and peft with it, which takes a while
 

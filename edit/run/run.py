@@ -31,11 +31,13 @@ WISH_TYPES: dict[str, Any] = {  # of a record's settings
     **dict.fromkeys(
         ("model", "precision", "device", "scorer", "prompt", "source", "negative", "control"), str | None
     ),
-    **dict.fromkeys(("method", "word", "first_prompt", "second_prompt"), str),
+    **dict.fromkeys(("method", "word", "first_prompt", "second_prompt", "instruction", "background"), str),
     **dict.fromkeys(("steps", "seed", "iterations", "count", "draws"), int | None),
-    **dict.fromkeys(("scale", "strength", "guidance", "source_guidance", "threshold"), float | None),
+    **dict.fromkeys(
+        ("scale", "strength", "guidance", "image_guidance", "source_guidance", "threshold"), float | None
+    ),
     **dict.fromkeys(("cross", "self_attention", "colour_self_attention"), float | None),
-    **dict.fromkeys(("concepts", "targets", "keep", "heatmaps"), list[str]),
+    **dict.fromkeys(("concepts", "targets", "keep", "heatmaps", "then"), list[str]),
     **dict.fromkeys(("metrics", "film"), bool),
     "blend": list[str] | None,
     "swaps": list[tuple[str, str]],
@@ -65,7 +67,8 @@ def perform(name: str, wishes: Mapping[str, Any], *, out: Path | None, said: str
     """
 
     def load() -> ModelWithConcepts:
-        return load_model(**pick(wishes, (*OPENING, "inversion")))
+        by_instruction = COMMANDS[name].by_instruction
+        return load_model(**pick(wishes, (*OPENING, "inversion")), by_instruction=by_instruction)
 
     return _run(name, wishes, load, out=out, said=said)
 
@@ -91,7 +94,8 @@ def replay(record: Path, *, out: Path | None) -> Path:
     wishes = {**recorded.settings, "precision": recorded.precision}
 
     def load() -> ModelWithConcepts:
-        loaded = load_model(**{**pick(wishes, OPENING), "model": recorded.model})
+        asked = {**pick(wishes, OPENING), "model": recorded.model}
+        loaded = load_model(**asked, by_instruction=COMMANDS[recorded.command].by_instruction)
         if loaded.identity != recorded.identity:
             raise UserError(
                 f"{recorded.model} or a concept has other weights than when {path} was written. "

@@ -71,6 +71,9 @@ class Comparison:
     of_right: float = float("nan")
 
 
+Row = tuple[str, Comparison, Mapping[str, Any]]  # of a table: a run's name, what it came to, seconds by step
+
+
 def select_scenes(
     seeds: range, count: int, wanted: Callable[[Scene], bool], *, without: Sequence[Scene] = ()
 ) -> list[Scene]:
@@ -397,7 +400,7 @@ def is_all_right(scene: Scene, prediction: Prediction) -> bool:
     return all(question.passed(scene, prediction) for question in QUESTIONS if question.asked(scene))
 
 
-def format_table(rows: Sequence[tuple[str, Comparison, dict[str, Any]]]) -> str:
+def format_table(rows: Sequence[Row]) -> str:
     """Markdown table with a row for each run, and its seconds."""
     scorers = list(rows[0][1].wins) if rows else []
     rates = [f"win rate, {Path(scorer).stem} (95 %)" for scorer in scorers]

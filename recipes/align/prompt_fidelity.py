@@ -18,24 +18,22 @@ diversity stays above 0.9 of the base's. --development evaluates on other prompt
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from backbone.io.console import notify, run_app
 from backbone.io.files import write_json, write_text
+from backbone.io.options import Option, settled_command
 from backbone.world.scene import Scene
-from benchmarks.classifier import load_classifier
+from benchmarks.classifier import Classifier, load_classifier
 from recipes.align.experiment import (
     TRAINING_PROMPTS,
-    Comparison,
-    Development,
-    Flags,
-    Model,
-    Out,
+    Row,
     compare_with_base,
     evaluation_split,
     find_base_images,
@@ -48,8 +46,7 @@ from recipes.align.experiment import (
     train,
 )
 
-Kind = Literal["hard", "crowded"]
-KINDS: dict[Kind, Callable[[Scene], bool]] = {"hard": is_hard, "crowded": is_crowded}
+KINDS: dict[str, Callable[[Scene], bool]] = {"hard": is_hard, "crowded": is_crowded}
 BETA = ("--beta", 2000)
 WITHOUT = (*BETA, "--safeguard", "-1")
 LOSSES = {
@@ -65,89 +62,128 @@ BUDGET = (
 )  # fmt: skip
 
 
-def main(
-    prompts_of: Annotated[Kind, typer.Option(help="What is hard about the prompts.")] = "hard",
-    pairs: Annotated[int, typer.Option(min=2, help="Prompts to draw.")] = 232,
-    per_prompt: Annotated[int, typer.Option(min=2, help="Pictures of each.")] = 4,
-    scorer: Annotated[str, typer.Option(help="What ranks them.")] = "moji",
-    rules: Annotated[
-        list[str] | None,
-        typer.Option("--pairs-of", help="As align rank --pairs; repeatable.", show_default="same-noise, own"),
-    ] = None,
-    margin: Annotated[float, typer.Option(min=0, help="Pairs that differ by no more are left out.")] = 0.06,
+app = typer.Typer(add_completion=False)
+PROMPTS, RANKING, TRAINING, COMPARISON = "Prompts", "Ranking", "Training", "Comparison"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FidelitySettings:
+    """What the recipe is asked for."""
+
+    prompts_of: Annotated[str, Option("What is hard about the prompts.", PROMPTS, choices=tuple(KINDS))] = (
+        "hard"
+    )
+    pairs: Annotated[int, Option("Prompts to draw.", PROMPTS, min=2)] = 232
+    per_prompt: Annotated[int, Option("Pictures of each.", PROMPTS, min=2)] = 4
+    scorer: Annotated[str, Option("What ranks them.", RANKING)] = "moji"
+    rules: Annotated[tuple[str, ...], Option("As align rank --pairs.", RANKING, flag="pairs-of")] = (
+        "same-noise",
+        "own",
+    )
+    margin: Annotated[float, Option("Pairs that differ by no more are left out.", RANKING, min=0)] = 0.06
     loss: Annotated[
-        list[str] | None,
-        typer.Option("--loss-type", help="Repeatable; sdpo is dpo with the safeguard.", show_default="sdpo"),
-    ] = None,
-    held_out: Annotated[int, typer.Option(min=2, help="Held-out prompts, two images of each.")] = 300,
+        tuple[str, ...], Option("sdpo is dpo with the safeguard.", TRAINING, flag="loss-type")
+    ] = ("sdpo",)
+    flags: Annotated[str, Option("More flags for align train, in one string.", TRAINING)] = ""
+    name: Annotated[str, Option("Of runs with other flags, on the same pairs.", TRAINING)] = ""
+    held_out: Annotated[int, Option("Held-out prompts, two images of each.", COMPARISON, min=2)] = 300
     guidance: Annotated[
-        float, typer.Option(min=0, help="Of the tuned model's pictures; the base's own stays as it is.")
-    ] = 4.0,
+        float, Option("Of the tuned model's pictures; the base's own stays as it is.", COMPARISON, min=0)
+    ] = 4.0
     guidance_start: Annotated[
-        float,
-        typer.Option("--guidance-start", min=0, max=1, help="Of the same: the share of the steps before it."),
-    ] = 0.2,
-    flags: Flags = "",
-    name: Annotated[str, typer.Option(help="Of runs with other flags, on the same pairs.")] = "",
-    only_rank: Annotated[
-        bool, typer.Option("--only-rank", help="Draw, rank, say how right the order is, and stop.")
-    ] = False,
-    development: Development = False,
-    model: Model = "moji",
-    out: Out = Path("build/recipes/prompt_fidelity"),
-) -> None:
+        float, Option("Of the same: the share of the steps before it.", COMPARISON, min=0, max=1)
+    ] = 0.2
+    development: Annotated[
+        bool, Option("Judge by development prompts, to choose settings by.", COMPARISON)
+    ] = False
+    only_rank: Annotated[bool, Option("Draw, rank, say how right the order is, and stop.", RANKING)] = False
+    model: Annotated[str, Option("The base model.", PROMPTS)] = "moji"
+    out: Annotated[Path, Option("Where everything goes.", "Output")] = Path("build/recipes/prompt_fidelity")
+
+    @property
+    def own_guidance(self) -> tuple[object, ...]:
+        """Flags of align compare for guidance of the tuned model alone."""
+        start = ("--tuned-guidance-start", self.guidance_start) if self.guidance_start else ()
+        return ("--tuned-guidance", self.guidance, *start)
+
+    @property
+    def same_guidance(self) -> tuple[object, ...]:
+        """Flags of align compare for the same guidance of both sides."""
+        start = ("--guidance-start", self.guidance_start) if self.guidance_start else ()
+        return ("--guidance", self.guidance, *start)
+
+    @property
+    def said(self) -> str:
+        """The guidance in words."""
+        start = f" from {self.guidance_start:.0%} of the steps on" if self.guidance_start else ""
+        return f"at guidance {self.guidance:g}{start}"
+
+
+@settled_command(app, FidelitySettings)
+def main(settings: FidelitySettings) -> None:
     """Draws, ranks, trains once for each loss, compares, and writes the table."""
-    classifier = load_classifier()
-    wanted = KINDS[prompts_of]
-    learn = select_scenes(TRAINING_PROMPTS, pairs, wanted)
-    seeds, where = evaluation_split(development)
-    test = select_scenes(seeds, held_out, wanted, without=learn)
+    classifier, out = load_classifier(), settings.out
+    wanted = KINDS[settings.prompts_of]
+    learn = select_scenes(TRAINING_PROMPTS, settings.pairs, wanted)
+    seeds, where = evaluation_split(settings.development)
+    test = select_scenes(seeds, settings.held_out, wanted, without=learn)
     folder, seconds = sample_and_rank(
         out,
         learn,
-        model=model,
-        per_prompt=per_prompt,
-        scorer=scorer,
-        rules=rules or ["same-noise", "own"],
-        margin=margin,
+        model=settings.model,
+        per_prompt=settings.per_prompt,
+        scorer=settings.scorer,
+        rules=list(settings.rules),
+        margin=settings.margin,
     )
     order = measure_ranking(folder, learn, classifier)
     notify(str(order))
     write_json(out / "order.json", order)
-    if only_rank:
+    if settings.only_rank:
         return
-    rows: list[tuple[str, Comparison, dict[str, object]]] = []
-    tuned_flags: tuple[object, ...] = ("--tuned-guidance", guidance)
-    both_flags: tuple[object, ...] = ("--guidance", guidance)
-    setting = f"at guidance {guidance:g}"
-    if guidance_start:
-        tuned_flags += ("--tuned-guidance-start", guidance_start)
-        both_flags += ("--guidance-start", guidance_start)
-        setting += f" from {guidance_start:.0%} of the steps on"
-    base, alike = find_base_images(out / where), find_base_images(out / f"{where}-alike")
-    for which in loss or ["sdpo"]:
-        kind, *more = LOSSES.get(which, (which, *WITHOUT))
-        label = f"{which}-{name}" if name else which
-        run_folder, training = train(
-            out, label, folder, "--model", model, "--loss-type", kind, *BUDGET, *more, *flags.split()
-        )
-        times: dict[str, object] = {**seconds, "training": training}
-        against = partial(
-            compare_with_base, run_folder, test, classifier, model=model, per_prompt=2, scorers=["moji"]
-        )
-        place = out / where / label
-        comparison = against(out=place, base_images=base, guidance=tuned_flags)
-        base = base or place / "base"
-        rows.append((label, comparison, times))
-        tuned, place = place / "tuned", out / f"{where}-alike" / label
-        comparison = against(out=place, base_images=alike, tuned_images=tuned, guidance=both_flags)
-        alike = alike or place / "base"
-        rows.append((f"{label}, both {setting}", comparison, times))
+    rows: list[Row] = []
+    for which in settings.loss:
+        rows += train_and_compare(settings, which, folder, test, out / where, classifier, seconds)
         write_text(out / "table.md", f"{format_table(rows)}\n\n{order}\n")
-        write_json(out / "table.json", {"rows": rows, "flags": flags, "pairs": pairs, "held_out": held_out})
+        facts = {"flags": settings.flags, "pairs": settings.pairs, "held_out": settings.held_out}
+        write_json(out / "table.json", {"rows": rows, **facts})
     print(format_table(rows))
     notify(f"{out}/table.md holds the table.")
 
 
+def train_and_compare(
+    settings: FidelitySettings,
+    which: str,
+    pairs: Path,
+    test: Sequence[Scene],
+    place: Path,
+    classifier: Classifier,
+    seconds: Mapping[str, float],
+) -> list[Row]:
+    """Two rows of a loss: against the base at its own guidance, and at the tuned model's.
+
+    The base's images of the first loss serve the others too.
+    """
+    kind, *more = LOSSES.get(which, (which, *WITHOUT))
+    label = f"{which}-{settings.name}" if settings.name else which
+    base, alike = find_base_images(place), find_base_images(place.with_name(f"{place.name}-alike"))
+    run_folder, training = train(
+        settings.out, label, pairs, "--model", settings.model, "--loss-type", kind, *BUDGET, *more,
+        *settings.flags.split(),
+    )  # fmt: skip
+    times: dict[str, object] = {**seconds, "training": training}
+    against = partial(
+        compare_with_base, run_folder, test, classifier, model=settings.model, per_prompt=2, scorers=["moji"]
+    )
+    own = against(out=place / label, base_images=base, guidance=settings.own_guidance)
+    same = against(
+        out=place.with_name(f"{place.name}-alike") / label,
+        base_images=alike,
+        tuned_images=place / label / "tuned",
+        guidance=settings.same_guidance,
+    )
+    return [(label, own, times), (f"{label}, both {settings.said}", same, times)]
+
+
 if __name__ == "__main__":
-    run_app(lambda: typer.run(main))
+    run_app(app)

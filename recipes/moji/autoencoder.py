@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,13 +32,15 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from backbone.diffusion.noise import generator
-from backbone.io.files import read_json, write_bytes, write_json
-from backbone.training.loop import Average, load_checkpoint, save_checkpoint, train, warm_stable_decay
+from backbone.io.console import run_app
+from backbone.io.files import read_json, write_json
+from backbone.io.options import Option, settled_command
+from backbone.training.loop import Average, warm_stable_decay
 from backbone.world.textures import Pixels
 from recipes.moji.linear_start import begin
-from recipes.moji.logbook import Logbook
 from recipes.moji.muon import Muon, quick_half
 from recipes.moji.pictures import SHARD, load
+from recipes.moji.training import OUTPUT, TRAINING, RecipeSettings, Training
 
 SCALING_FACTOR = 0.18215
 CHANNELS = 16
@@ -45,118 +48,127 @@ FITTED = 1200  # pictures that the linear start is fitted to
 WHOLE = 128
 
 
-def main(
-    steps: Annotated[int, typer.Option(help="Optimiser steps in all.")] = 3000,
-    channels: Annotated[int, typer.Option(help="Of the latents.")] = CHANNELS,
-    batch: Annotated[int, typer.Option(help="Crops a step.")] = 16,
-    crop: Annotated[int, typer.Option(help="Side of a crop in pixels; 128 trains on whole pictures.")] = 64,
+app = typer.Typer(add_completion=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderSettings(RecipeSettings):
+    """What the training of the autoencoder is asked for."""
+
+    steps: int = 3_000
+    batch: Annotated[int, Option("Crops a step.", TRAINING, min=1)] = 16
+    learning_rate: float = 5e-4
+    matrix_rate: float = 1e-3
+    channels: Annotated[int, Option("Of the latents.", TRAINING, min=1)] = CHANNELS
+    crop: Annotated[
+        int, Option("Side of a crop in pixels; 128 trains on whole pictures.", TRAINING, min=8, max=WHOLE)
+    ] = 64
     whole_steps: Annotated[
-        int, typer.Option(help="So many last steps see whole pictures, as many pixels.")
-    ] = 400,
-    learning_rate: Annotated[float, typer.Option(help="AdamW's.")] = 5e-4,
-    matrix_rate: Annotated[float, typer.Option(help="Muon's, for inner weights.")] = 1e-3,
-    decay: Annotated[float, typer.Option(help="Over this last share the rates fall to zero.")] = 0.25,
-    kl_weight: Annotated[float, typer.Option(help="Weight of the KL term per latent number.")] = 2e-4,
-    texture_share: Annotated[float, typer.Option(help="Share of textures among the pictures.")] = 0.25,
+        int, Option("So many last steps see whole pictures, as many pixels.", TRAINING, min=0)
+    ] = 400
+    decay: Annotated[
+        float, Option("Over this last share the learning rates fall to zero.", TRAINING, min=0, max=1)
+    ] = 0.25
+    kl_weight: Annotated[float, Option("Weight of the KL term per latent number.", TRAINING)] = 2e-4
+    texture_share: Annotated[
+        float, Option("Share of textures among the pictures.", TRAINING, min=0, max=1)
+    ] = 0.25
     latent_noise: Annotated[
-        float, typer.Option(help="Most noise on noisy latents, of each channel's deviation.")
-    ] = 0.2,
-    noisy_share: Annotated[float, typer.Option(help="Share of the batch that gets it.")] = 0.5,
+        float, Option("Most noise on noisy latents, of each channel's deviation.", TRAINING, min=0)
+    ] = 0.2
+    noisy_share: Annotated[float, Option("Share of the batch that gets it.", TRAINING, min=0, max=1)] = 0.5
     scale_weight: Annotated[
-        float, typer.Option(help="Weight of decoding latents of half the resolution.")
-    ] = 0.25,
-    linear: Annotated[bool, typer.Option(help="Begin as a linear transform, or from random weights.")] = True,
-    begin_from: Annotated[
-        Path | None, typer.Option(help="A folder of weights to begin with instead.")
-    ] = None,
-    decoder_only: Annotated[
-        bool, typer.Option("--decoder-only", help="Keep the encoder (and all latents).")
-    ] = False,
-    minutes: Annotated[float, typer.Option(help="Stop (and save) after so many minutes.")] = 1e9,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    seed: Annotated[int, typer.Option()] = 0,
-    workdir: Annotated[Path, typer.Option(help="Where the pictures are.")] = Path("build/moji"),
-    land: Annotated[Path | None, typer.Option(help="Where the last weights also go, in fp16.")] = None,
+        float, Option("Weight of decoding latents of half the resolution.", TRAINING, min=0)
+    ] = 0.25
+    linear: Annotated[bool, Option("Begin as a linear transform, or from random weights.", TRAINING)] = True
+    begin_from: Annotated[Path | None, Option("A folder of weights to begin with instead.", TRAINING)] = None
+    decoder_only: Annotated[bool, Option("Keep the encoder, and so all latents.", TRAINING)] = False
     out: Annotated[
-        Path | None, typer.Option(help="Where `vae/` and the checkpoint go: the work directory.")
-    ] = None,
-) -> None:
+        Path | None,
+        Option("Where `vae/` and the checkpoint go.", OUTPUT, default_text="the work directory"),
+    ] = None
+    land: Annotated[Path | None, Option("Where the last weights also go, in fp16.", OUTPUT)] = None
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoint and `vae/` go."""
+        return self.out or self.workdir
+
+
+@settled_command(app, AutoencoderSettings)
+def main(settings: AutoencoderSettings) -> None:
     """Trains, or goes on training, and writes `vae/`."""
-    out = out or workdir
-    out.mkdir(parents=True, exist_ok=True)
-    name = "decoder" if decoder_only else "autoencoder"
-    torch.manual_seed(seed)
-    scenes, textures = load(workdir, "scenes")[:-1], load(workdir, "textures")
-    held_out = to_tensor(load(workdir, "scenes")[-1][:128]).to(device)
-    if decoder_only:
-        model = AutoencoderKL.from_pretrained(out / "vae").float()
+    torch.manual_seed(settings.seed)
+    scenes, textures = load(settings.workdir, "scenes")[:-1], load(settings.workdir, "textures")
+    held_out = to_tensor(load(settings.workdir, "scenes")[-1][:128]).to(settings.device)
+    training, model = begin_training(settings, scenes)
+
+    def losses(step: int) -> Iterator[Tensor]:
+        random, draw = np.random.default_rng([settings.seed, step]), generator(settings.seed, step)
+        side, count = settings.crop, settings.batch
+        if step > settings.steps - settings.whole_steps:
+            side, count = WHOLE, settings.batch * settings.crop**2 // WHOLE**2
+        clean = crops(
+            random, scenes, textures, batch=count, crop=side, texture_share=settings.texture_share
+        ).to(settings.device)
+        yield autoencoder_loss(model, clean.contiguous(memory_format=torch.channels_last), settings, draw)
+
+    def write(step: int) -> None:
+        if step % 300 == 0 or step == settings.steps:
+            export(model, training.average, settings, held_out)
+
+    if training.done >= settings.steps:
+        write(settings.steps)
+    lr_schedule = warm_stable_decay(
+        settings.steps, warmup=min(80, settings.steps // 5), decay=round(settings.decay * settings.steps)
+    )
+    training.run(losses, lr_schedule, every=100, on_save=write)
+    if settings.land is not None:
+        write_half(settings.folder / "vae", settings.land)
+
+
+def begin_training(settings: AutoencoderSettings, scenes: list[Pixels]) -> tuple[Training, AutoencoderKL]:
+    """The model as the settings begin it, or as its last checkpoint left it, with its optimiser."""
+    fresh = not settings.decoder_only and settings.begin_from is None
+    if settings.decoder_only:
+        model = AutoencoderKL.from_pretrained(settings.folder / "vae").float()
         model.encoder.requires_grad_(False)
         model.quant_conv.requires_grad_(False)
-    elif begin_from is not None:
-        model = AutoencoderKL.from_pretrained(begin_from, local_files_only=True).float()
+    elif settings.begin_from is not None:
+        model = AutoencoderKL.from_pretrained(settings.begin_from, local_files_only=True).float()
     else:
-        model = build(channels)
-    model = model.to(device, memory_format=torch.channels_last)
+        model = build(settings.channels)
+    model = model.to(settings.device, memory_format=torch.channels_last)
     parameters = {key: value for key, value in model.named_parameters() if value.requires_grad}
     inner = [key for key, value in parameters.items() if value.ndim >= 2 and not is_outer(key)]
     groups: list[dict[str, Any]] = [
         {"params": [value for key, value in parameters.items() if key not in inner]},
-        {"params": [parameters[key] for key in inner], "momentum": 0.95, "lr": matrix_rate},
+        {"params": [parameters[key] for key in inner], "momentum": 0.95, "lr": settings.matrix_rate},
     ]
-    optimizer = Muon(groups, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
-    checkpoint = out / f"{name}.safetensors"
-    if linear and begin_from is None and not decoder_only and not checkpoint.exists():
+    optimizer = Muon(groups, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    name = "decoder" if settings.decoder_only else "autoencoder"
+    checkpoint = settings.folder / f"{name}.safetensors"
+    if fresh and settings.linear and not checkpoint.exists():
         begin(model, to_tensor(np.concatenate([shard[: -(-FITTED // len(scenes))] for shard in scenes])))
-    average = Average(parameters, decay=0.995)
-    done = 0
-    if checkpoint.exists():
-        done, _ = load_checkpoint(checkpoint, parameters=parameters, optimizer=optimizer, average=average)
+    falling = round(settings.decay * settings.steps)
+    return Training(settings, checkpoint, parameters, optimizer, decay=0.995, falling=falling), model
 
-    def losses(step: int) -> Iterator[Tensor]:
-        random, draw = np.random.default_rng([seed, step]), generator(seed, step)
-        side, count = (crop, batch) if step <= steps - whole_steps else (WHOLE, batch * crop**2 // WHOLE**2)
-        clean = crops(random, scenes, textures, batch=count, crop=side, texture_share=texture_share)
-        clean = clean.to(device).contiguous(memory_format=torch.channels_last)
-        with precision(clean.device):
-            posterior = model.encode(clean).latent_dist
-            mean, variance = posterior.mean.float(), posterior.var.float()
-            sampled = mean + variance.sqrt() * torch.randn(mean.shape, generator=draw).to(device)
-            noisy = sampled + noise_on(sampled, latent_noise, noisy_share, draw)
-            loss = reconstruction_loss(model.decode(noisy).sample.float(), clean)
-            if scale_weight:
-                halved = model.decode(F.avg_pool2d(sampled, 2)).sample.float()
-                loss = loss + scale_weight * reconstruction_loss(halved, F.avg_pool2d(clean, 2))
-        kl = 0.5 * (mean**2 + variance - 1 - variance.log()).mean()
-        yield loss + kl_weight * kl
 
-    if done >= steps:
-        export(model, average, out, held_out, rescale=not decoder_only)
-    logbook = Logbook(batch=batch)
-    falling = round(decay * steps)
-    lr_schedule = warm_stable_decay(steps, warmup=min(80, steps // 5), decay=falling)
-    for report in train(
-        losses,
-        parameters,
-        optimizer=optimizer,
-        lr_schedule=lr_schedule,
-        steps=steps,
-        done=done,
-        average=average,
-    ):
-        logbook.note(report)
-        last = report.step == steps or logbook.minutes > minutes
-        if report.step % 100 == 0 or last:
-            save_checkpoint(
-                checkpoint, step=report.step, parameters=parameters, optimizer=optimizer, average=average
-            )
-            if report.step <= steps - falling:
-                write_bytes(out / f"{name}-stable.safetensors", checkpoint.read_bytes())
-        if report.step % 300 == 0 or last:
-            export(model, average, out, held_out, rescale=not decoder_only)
-        if last:
-            break
-    if land is not None:
-        write_half(out / "vae", land)
+def autoencoder_loss(
+    model: AutoencoderKL, clean: Tensor, settings: AutoencoderSettings, draw: torch.Generator
+) -> Tensor:
+    """Reconstruction from (noisy) latents and from halved ones, and KL divergence, of pictures [B, 3, H, W]."""
+    with precision(clean.device):
+        posterior = model.encode(clean).latent_dist
+        mean, variance = posterior.mean.float(), posterior.var.float()
+        sampled = mean + variance.sqrt() * torch.randn(mean.shape, generator=draw).to(clean.device)
+        noisy = sampled + noise_on(sampled, settings.latent_noise, settings.noisy_share, draw)
+        loss = reconstruction_loss(model.decode(noisy).sample.float(), clean)
+        if settings.scale_weight:
+            halved = model.decode(F.avg_pool2d(sampled, 2)).sample.float()
+            loss = loss + settings.scale_weight * reconstruction_loss(halved, F.avg_pool2d(clean, 2))
+    kl: Tensor = 0.5 * (mean**2 + variance - 1 - variance.log()).mean()
+    return loss + settings.kl_weight * kl
 
 
 def write_half(source: Path, land: Path) -> None:
@@ -246,7 +258,7 @@ def psnr_8_bit(decoded: Tensor, clean: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def export(model: AutoencoderKL, average: Average, out: Path, held_out: Tensor, *, rescale: bool) -> None:
+def export(model: AutoencoderKL, average: Average, settings: AutoencoderSettings, held_out: Tensor) -> None:
     """Writes the averaged weights as a (re)scaled diffusers folder and prints its PSNR on held-out scenes."""
     averaged = build(model.config.latent_channels).to(held_out.device)
     averaged.load_state_dict({**model.state_dict(), **average.values})
@@ -261,9 +273,9 @@ def export(model: AutoencoderKL, average: Average, out: Path, held_out: Tensor, 
         decibels.append(psnr_8_bit(decoded, clean))
     mean, posterior_std = torch.cat(means), torch.cat(deviations)
     std = mean.std((0, 2, 3))
-    if rescale:
+    if not settings.decoder_only:
         scaled(averaged, mean.mean((0, 2, 3)), std)
-    averaged.cpu().save_pretrained(out / "vae")
+    averaged.cpu().save_pretrained(settings.folder / "vae")
     facts = {
         "held_out_psnr_db": round(float(torch.cat(decibels).mean()), 2),
         "latent_std": [round(value, 2) for value in std.tolist()],
@@ -291,4 +303,4 @@ def scaled(model: AutoencoderKL, mean: Tensor, std: Tensor) -> AutoencoderKL:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_app(app)

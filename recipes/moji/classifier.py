@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any
@@ -26,7 +26,9 @@ import typer
 from PIL import Image
 from torch import Tensor
 
+from backbone.io.console import run_app
 from backbone.io.files import content_hash, write_json, write_tensors
+from backbone.io.options import Option, settled_command
 from backbone.training.loop import Average, warm_cosine
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from backbone.world.textures import Pixels
@@ -46,10 +48,10 @@ from benchmarks.classifier import (
     load_classifier,
     most_likely,
 )
-from recipes.moji.autoencoder import to_tensor
+from recipes.moji.autoencoder import precision, to_tensor
 from recipes.moji.muon import Muon
 from recipes.moji.rendered import AUTOENCODER, has_autoencoder, rendered, roughen, round_trips, shift
-from recipes.moji.training import Training
+from recipes.moji.training import TRAINING, RecipeSettings, Training
 
 FIRST_SEED = 400_000
 HELD_OUT = BENCHMARK_SEEDS[100_000:102_000]
@@ -70,28 +72,35 @@ IMPORTANCE = {
 UNKNOWN = -100  # what cross-entropy passes over
 
 
-def main(
-    steps: Annotated[int, typer.Option(help="Optimiser steps in all.")] = 10_000,
-    batch: Annotated[int, typer.Option(help="Pictures a step.")] = 64,
-    learning_rate: Annotated[float, typer.Option(help="Of all but the inner matrices.")] = 2e-3,
-    matrix_rate: Annotated[float, typer.Option(help="Muon's, of the convolutions.")] = 3e-3,
-    start: Annotated[Path | None, typer.Option(help="A finished classifier's folder, to begin from.")] = None,
-    scenes: Annotated[int, typer.Option(help="How many scenes to render.")] = 60_000,
+app = typer.Typer(add_completion=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierSettings(RecipeSettings):
+    """What the training of the classifier is asked for."""
+
+    steps: int = 10_000
+    learning_rate: float = 2e-3
+    matrix_rate: float = 3e-3
+    start: Annotated[Path | None, Option("A finished classifier's folder, to begin from.", TRAINING)] = None
+    scenes: Annotated[int, Option("How many scenes to render.", TRAINING, min=1)] = 60_000
     decoded: Annotated[
-        int, typer.Option(help="How many of them also as the autoencoder decodes them.")
-    ] = 12_000,
-    decoded_share: Annotated[float, typer.Option(help="Share of decoded pictures in a batch.")] = 0.3,
-    minutes: Annotated[float, typer.Option(help="Stop (and save) after so many minutes.")] = 1e9,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    seed: Annotated[int, typer.Option()] = 0,
-    workdir: Annotated[Path, typer.Option(help="Where intermediate files go.")] = Path("build/moji"),
-) -> None:
+        int, Option("How many of them also as the autoencoder decodes them.", TRAINING, min=0)
+    ] = 12_000
+    decoded_share: Annotated[
+        float, Option("Share of decoded pictures in a batch.", TRAINING, min=0, max=1)
+    ] = 0.3
+
+
+@settled_command(app, ClassifierSettings)
+def main(settings: ClassifierSettings) -> None:
     """Trains, or goes on training, and writes `classifier/` in the work directory."""
-    torch.manual_seed(seed)
+    workdir, device = settings.workdir, settings.device
+    torch.manual_seed(settings.seed)
     labels = list_labels()
     network = Network({head: len(names) for head, names in labels.items()})
-    if start is not None:
-        network.load_state_dict(load_classifier(start).network.state_dict())
+    if settings.start is not None:
+        network.load_state_dict(load_classifier(settings.start).network.state_dict())
     network = network.to(device).train()
     parameters = dict(network.named_parameters())
     statistics = {name: value for name, value in network.named_buffers() if value.is_floating_point()}
@@ -100,27 +109,33 @@ def main(
     rest = [value for name, value in parameters.items() if name not in inner]
     groups: list[dict[str, Any]] = [
         {"params": rest},
-        {"params": list(inner.values()), "lr": matrix_rate, "momentum": 0.95},
+        {"params": list(inner.values()), "lr": settings.matrix_rate, "momentum": 0.95},
     ]
-    optimizer = Muon(groups, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.03)
-    training = Training(workdir / "classifier.safetensors", kept, optimizer, decay=0.998, batch=batch)
-    cases = Cases.on_disk(workdir, scenes, decoded=decoded, decoded_share=decoded_share, device=device)
+    optimizer = Muon(groups, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.03)
+    training = Training(settings, workdir / "classifier.safetensors", kept, optimizer, decay=0.998)
+    cases = Cases.on_disk(
+        workdir,
+        settings.scenes,
+        decoded=settings.decoded,
+        decoded_share=settings.decoded_share,
+        device=device,
+    )
     held_out = [make_scene(number) for number in HELD_OUT]
     examination = Examination(workdir, held_out, device)
 
     def losses(step: int) -> Iterator[Tensor]:
-        pictures, truth = cases.batch(batch, Random(f"{seed}/{step}/judge"))
+        pictures, truth = cases.batch(settings.batch, Random(f"{settings.seed}/{step}/judge"))
         pictures = pictures.to(device).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device, torch.bfloat16):
+        with precision(pictures.device):
             logits = network(pictures)
         yield classification_loss(logits, {head: value.to(device) for head, value in truth.items()})
 
     def write(step: int) -> None:
         export(training.average, workdir, step=step, cases=cases, marks=examination)
 
-    lr_schedule = warm_cosine(steps, warmup=min(150, steps // 5), floor=0.01)
-    training.run(losses, lr_schedule, steps=steps, minutes=minutes, every=500, clip=5.0, on_save=write)
-    if training.done >= steps:
+    lr_schedule = warm_cosine(settings.steps, warmup=min(150, settings.steps // 5), floor=0.01)
+    training.run(losses, lr_schedule, every=500, clip=5.0, on_save=write)
+    if training.done >= settings.steps:
         write(training.done)
 
 
@@ -326,4 +341,4 @@ def export(average: Average, workdir: Path, *, step: int, cases: Cases, marks: E
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_app(app)

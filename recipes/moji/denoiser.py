@@ -35,16 +35,17 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from backbone.diffusion.losses import denoising_score_matching, min_snr
 from backbone.diffusion.noise import PredictionType, add_noise, generator, vp
 from backbone.distributed.spawn import run_workers
-from backbone.io.console import UserError
-from backbone.io.files import read_json, read_tensors, write_bytes, write_json, write_tensors, write_text
+from backbone.io.console import UserError, run_app
+from backbone.io.files import read_json, read_tensors, write_json, write_tensors, write_text
+from backbone.io.options import Option, settled_command
 from backbone.training.attention import quick_to_train
 from backbone.training.loop import warm_stable_decay
 from backbone.world.scene import sample_scene
-from recipes.moji import training
 from recipes.moji.autoencoder import CHANNELS, SCALING_FACTOR, precision, to_tensor
 from recipes.moji.carried import carry_over
 from recipes.moji.muon import Muon
 from recipes.moji.pictures import SHARD, load, load_captions
+from recipes.moji.training import TRAINING, RecipeSettings, Training
 
 HELD_OUT = 2000  # the last shard of scenes is never trained on
 CARRIED = 320  # pictures that a denoiser is carried over by
@@ -106,79 +107,50 @@ app = typer.Typer(add_completion=False)
 WORKDIR = typer.Option(help="Where intermediate files go.")
 
 
-Steps = Annotated[int, typer.Option(help="Optimiser steps in all.")]
-Batch = Annotated[int, typer.Option(help="Latents a step in each process.")]
-Processes = Annotated[int, typer.Option(help="On a CPU: one for each core.")]
-Rate = Annotated[float, typer.Option(help="The learning rate of all but the inner matrices.")]
-MatrixRate = Annotated[float, typer.Option(help="The learning rate of muon's matrices.")]
-TextRows = Annotated[int, typer.Option(help="Captions of a step that also train a text encoder.")]
-SimpleSteps = Annotated[int, typer.Option(help="The share of plain single things falls to none here.")]
-Decay = Annotated[int, typer.Option(help="Over so many last steps the learning rate falls to zero.")]
-Minutes = Annotated[float, typer.Option(help="Stop (and save) after so many minutes.")]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Workdir = Annotated[Path, WORKDIR]
+@dataclass(frozen=True, kw_only=True)
+class LatentSettings(RecipeSettings):
+    """What a training on latents and captions is asked for: the denoiser's and the flow's."""
+
+    batch: int = 32
+    learning_rate: float = 7e-4
+    processes: Annotated[int, Option("On a CPU: one for each core.", TRAINING, min=1)] = 1
+    text_rows: Annotated[int, Option("Captions of a step that also train a text encoder.", TRAINING)] = 8
+    simple_steps: Annotated[
+        int, Option("The share of plain single things falls to none here.", TRAINING, min=1)
+    ] = 8_000
+    decay: Annotated[
+        int, Option("Over so many last steps the learning rate falls to zero.", TRAINING, min=1)
+    ] = 600
+    warmup: Annotated[int, Option("Over so many first steps the learning rate rises.", TRAINING)] = 300
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a training run was asked for; `text_steps` and `optimizer` matter to the denoiser alone."""
+@dataclass(frozen=True, kw_only=True)
+class DenoiserSettings(LatentSettings):
+    """What the training of the denoiser is asked for."""
 
-    steps: int
-    batch: int
-    learning_rate: float
-    matrix_rate: float
-    text_rows: int
-    simple_steps: int
-    decay: int
-    minutes: float
-    device: str
-    seed: int
-    workdir: Path
-    text_steps: int = 0
-    optimizer: str = "muon"
-    prediction: str = "v_prediction"
-    begin_from: Path | None = None
-    warmup: int = 300
+    steps: int = 12_000
+    optimizer: Annotated[str, Option("Of the inner matrices.", TRAINING, choices=("muon", "adamw"))] = "muon"
+    text_steps: Annotated[int, Option("Freeze the text encoder after this step.", TRAINING)] = 6_000
+    prediction: Annotated[
+        str, Option("What the network predicts.", TRAINING, choices=("v_prediction", "epsilon"))
+    ] = "v_prediction"
+    begin_from: Annotated[Path | None, Option("A pipeline folder whose weights to begin with.", TRAINING)] = (
+        None
+    )
 
 
-@app.command("train")
-def train_command(
-    steps: Steps = 12_000,
-    batch: Batch = 32,
-    processes: Processes = 1,
-    learning_rate: Rate = 7e-4,
-    optimizer: Annotated[str, typer.Option(help="muon or adamw.")] = "muon",
-    matrix_rate: MatrixRate = 2e-3,
-    text_rows: TextRows = 8,
-    text_steps: Annotated[int, typer.Option(help="Freeze the text encoder after this step.")] = 6_000,
-    simple_steps: SimpleSteps = 8_000,
-    decay: Decay = 600,
-    warmup: Annotated[int, typer.Option(help="Over so many first steps the learning rate rises.")] = 300,
-    prediction: Annotated[str, typer.Option(help="v_prediction or epsilon.")] = "v_prediction",
-    begin_from: Annotated[
-        Path | None, typer.Option(help="A pipeline folder whose weights to begin with.")
-    ] = None,
-    minutes: Minutes = 1e9,
-    device: Device = "cpu",
-    seed: int = 0,
-    workdir: Workdir = Path("build/moji"),
-) -> None:
+@settled_command(app, DenoiserSettings)
+def train(settings: DenoiserSettings) -> None:
     """Trains, or goes on training."""
-    kind_of(prediction)
-    plan = Plan(
-        steps=steps, batch=batch, learning_rate=learning_rate, optimizer=optimizer, matrix_rate=matrix_rate,
-        text_rows=text_rows, text_steps=text_steps, simple_steps=simple_steps, decay=decay, minutes=minutes,
-        device=device, seed=seed, workdir=workdir, prediction=prediction, begin_from=begin_from, warmup=warmup,
-    )  # fmt: skip
-    run_workers(train_denoiser, (plan,), processes=processes)
+    run_workers(train_denoiser, (settings,), processes=settings.processes)
 
 
-class Training(training.Training):
-    """A plan's training, which goes on from the last checkpoint `NAME.safetensors`."""
+class LatentTraining(Training):
+    """A training on latents, which goes on from the last checkpoint `NAME.safetensors`."""
 
     def __init__(
         self,
-        plan: Plan,
+        settings: LatentSettings,
         name: str,
         parameters: Mapping[str, nn.Parameter],
         inner: Sequence[Tensor],
@@ -186,81 +158,70 @@ class Training(training.Training):
         slow: Sequence[Tensor] = (),
     ) -> None:
         """`inner` weights are stepped by Muon, `slow` ones at half the learning rate."""
-        self.plan, self.name = plan, name
         special = {id(value) for value in (*inner, *slow)}
         groups: list[dict[str, Any]] = [
             {"params": [value for value in parameters.values() if id(value) not in special]}
         ]
         if slow:
-            groups.append({"params": list(slow), "lr": plan.learning_rate / 2})
+            groups.append({"params": list(slow), "lr": settings.learning_rate / 2})
         if inner:
-            groups.append({"params": list(inner), "momentum": 0.95, "lr": plan.matrix_rate})
-        optimizer = Muon(groups, lr=plan.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-        super().__init__(
-            plan.workdir / f"{name}.safetensors", parameters, optimizer, decay=0.9985, batch=plan.batch
-        )
-        self.facts = {"prediction": plan.prediction}
+            groups.append({"params": list(inner), "momentum": 0.95, "lr": settings.matrix_rate})
+        optimizer = Muon(groups, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        checkpoint = settings.workdir / f"{name}.safetensors"
+        super().__init__(settings, checkpoint, parameters, optimizer, decay=0.9985, falling=settings.decay)
+        self.lr_schedule = warm_stable_decay(settings.steps, warmup=settings.warmup, decay=settings.decay)
 
     def follow(self, losses: Callable[[int], Iterator[Tensor]], rank: int) -> None:
-        """Steps until the plan's end or its minutes are over; the first process reports and saves."""
-        plan = self.plan
-        self.run(
-            losses,
-            warm_stable_decay(plan.steps, warmup=plan.warmup, decay=plan.decay),
-            steps=plan.steps,
-            minutes=plan.minutes,
-            every=250,
-            aloud=rank == 0,
-        )
-
-    def save(self, step: int) -> None:
-        """Writes the checkpoint, and until the learning rate falls also the one where a longer run goes on."""
-        super().save(step)
-        if step <= self.plan.steps - self.plan.decay:
-            write_bytes(self.plan.workdir / f"{self.name}-stable.safetensors", self.checkpoint.read_bytes())
+        """Steps until the end or the minutes are over; the first process reports and saves."""
+        self.run(losses, self.lr_schedule, every=250, aloud=rank == 0)
 
 
-def train_denoiser(rank: int, plan: Plan) -> None:
+def train_denoiser(rank: int, settings: DenoiserSettings) -> None:
     """One process of the training; the first one saves and reports."""
-    torch.manual_seed(plan.seed)
-    kind = kind_of(plan.prediction)
-    tokenizer = CLIPTokenizer.from_pretrained(plan.workdir / "tokenizer")
-    data = Latents(plan.workdir, tokenizer, plan.device)
+    torch.manual_seed(settings.seed)
+    kind = kind_of(settings.prediction)
+    tokenizer = CLIPTokenizer.from_pretrained(settings.workdir / "tokenizer")
+    data = Latents(settings.workdir, tokenizer, settings.device)
     unet = build_unet(data.mean.shape[1])
     text_encoder = build_text_encoder(tokenizer)
-    lessons = (plan.begin_from or plan.workdir) / "text_encoder"  # the first one: recipes.moji.text_encoder
+    lessons = (
+        settings.begin_from or settings.workdir
+    ) / "text_encoder"  # the first one: recipes.moji.text_encoder
     if lessons.is_dir():
         taught = CLIPTextModel.from_pretrained(lessons, local_files_only=True)
         text_encoder.load_state_dict(taught.state_dict())
     alpha_bar = build_scheduler().alphas_cumprod
     density = timestep_density(alpha_bar)
-    if plan.begin_from is not None and not (plan.workdir / "denoiser.safetensors").exists():
-        pictures, clean, tokens = data.some(CARRIED, plan.workdir)
+    if settings.begin_from is not None and not (settings.workdir / "denoiser.safetensors").exists():
+        pictures, clean, tokens = data.some(CARRIED, settings.workdir)
         with torch.no_grad():
             text = torch.cat([text_encoder(some).last_hidden_state for some in tokens.split(16)])
         carry_over(
-            unet, plan.begin_from, pictures, clean, text, alpha_bar=alpha_bar, density=density, kind=kind
+            unet, settings.begin_from, pictures, clean, text, alpha_bar=alpha_bar, density=density, kind=kind
         )  # fmt: skip
-    unet = unet.to(plan.device, memory_format=torch.channels_last)
-    nn.Module.to(text_encoder, plan.device)
+    unet = unet.to(settings.device, memory_format=torch.channels_last)
+    nn.Module.to(text_encoder, settings.device)
     parameters = {f"unet.{key}": value for key, value in unet.named_parameters()}
     parameters |= {f"text_encoder.{key}": value for key, value in text_encoder.named_parameters()}
-    inner = inner_weights(unet) if plan.optimizer == "muon" else []
-    denoising = Training(plan, "denoiser", parameters, inner, slow=list(text_encoder.parameters()))
-    alpha_bar = alpha_bar.to(plan.device)
+    inner = inner_weights(unet) if settings.optimizer == "muon" else []
+    denoising = LatentTraining(settings, "denoiser", parameters, inner, slow=list(text_encoder.parameters()))
+    denoising.facts = {"prediction": settings.prediction}
+    alpha_bar = alpha_bar.to(settings.device)
 
     def losses(step: int) -> Iterator[Tensor]:
-        random = generator(plan.seed, step, rank)
-        simple_share = max(0.0, 0.8 * (1 - step / plan.simple_steps))
-        clean, tokens = data.batch(plan.batch, simple_share, random)
-        index = torch.multinomial(density, plan.batch, replacement=True, generator=random).to(plan.device)
-        noise = torch.randn(clean.shape, generator=random).to(plan.device)
+        random = generator(settings.seed, step, rank)
+        simple_share = max(0.0, 0.8 * (1 - step / settings.simple_steps))
+        clean, tokens = data.batch(settings.batch, simple_share, random)
+        index = torch.multinomial(density, settings.batch, replacement=True, generator=random).to(
+            settings.device
+        )
+        noise = torch.randn(clean.shape, generator=random).to(settings.device)
         level = vp(alpha_bar[index])
         noisy = add_noise(clean, noise, level).contiguous(memory_format=torch.channels_last)
         with precision(noisy.device):
-            rows = min(plan.text_rows, plan.batch) if step <= plan.text_steps else 0
+            rows = min(settings.text_rows, settings.batch) if step <= settings.text_steps else 0
             with torch.no_grad():
-                states = [text_encoder(tokens[rows:]).last_hidden_state] if rows < plan.batch else []
+                states = [text_encoder(tokens[rows:]).last_hidden_state] if rows < settings.batch else []
             if rows:
                 states.insert(0, text_encoder(tokens[:rows]).last_hidden_state)
             text = torch.cat(states)
@@ -457,4 +418,4 @@ def build_scheduler(prediction: str = "v_prediction") -> DDIMScheduler:
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app)

@@ -16,6 +16,7 @@ world needs fewer. Continues from its last checkpoint, as `recipes.moji.denoiser
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -34,25 +35,13 @@ from backbone.diffusion.losses import denoising_score_matching
 from backbone.diffusion.noise import add_noise, flow, generator
 from backbone.distributed.spawn import run_workers
 from backbone.families.sd3.family import use_repeated_zero_token
+from backbone.io.console import run_app
 from backbone.io.files import read_json, read_tensors, write_json, write_text
+from backbone.io.options import settled_command
 from backbone.models.locate import EMBEDDED
+from recipes.moji.autoencoder import precision
 from recipes.moji.denoiser import DEFAULTS as OF_MOJI
-from recipes.moji.denoiser import (
-    Batch,
-    Decay,
-    Device,
-    Latents,
-    MatrixRate,
-    Minutes,
-    Plan,
-    Processes,
-    Rate,
-    SimpleSteps,
-    Steps,
-    TextRows,
-    Training,
-    Workdir,
-)
+from recipes.moji.denoiser import WORKDIR, Latents, LatentSettings, LatentTraining
 
 TOKENS = 32  # of a prompt, begin and end included
 WIDTHS = 256, 128  # of the two text encoders
@@ -73,51 +62,46 @@ Made by `recipes/moji/flow.py`. Apache-2.0; the glyphs are Noto Color Emoji by G
 app = typer.Typer(add_completion=False)
 
 
-@app.command("train")
-def train_command(
-    steps: Steps = 10_000,
-    batch: Batch = 32,
-    processes: Processes = 1,
-    learning_rate: Rate = 7e-4,
-    matrix_rate: MatrixRate = 2e-3,
-    text_rows: TextRows = 8,
-    simple_steps: SimpleSteps = 6_000,
-    decay: Decay = 600,
-    minutes: Minutes = 1e9,
-    device: Device = "cpu",
-    seed: int = 0,
-    workdir: Workdir = Path("build/moji"),
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class FlowSettings(LatentSettings):
+    """What the training of the flow is asked for."""
+
+    steps: int = 10_000
+    simple_steps: int = 6_000
+
+
+@settled_command(app, FlowSettings)
+def train(settings: FlowSettings) -> None:
     """Trains, or goes on training."""
-    plan = Plan(
-        steps=steps, batch=batch, learning_rate=learning_rate, matrix_rate=matrix_rate, text_rows=text_rows,
-        simple_steps=simple_steps, decay=decay, minutes=minutes, device=device, seed=seed, workdir=workdir,
-    )  # fmt: skip
-    run_workers(train_flow, (plan,), processes=processes)
+    run_workers(train_flow, (settings,), processes=settings.processes)
 
 
-def train_flow(rank: int, plan: Plan) -> None:
+def train_flow(rank: int, settings: FlowSettings) -> None:
     """One process of the training; the first one saves and reports."""
-    torch.manual_seed(plan.seed)
-    network = build_transformer().to(plan.device)
+    torch.manual_seed(settings.seed)
+    data = Latents(settings.workdir, load_tokenizer(EMBEDDED), settings.device)
+    network = build_transformer(data.mean.shape[1]).to(settings.device)
     use_repeated_zero_token(network)
     first, second = (
         load_first_encoder().eval().requires_grad_(False),
         build_second_encoder(load_tokenizer(EMBEDDED)),
     )
     for encoder in (first, second):
-        nn.Module.to(encoder, plan.device)
-    training = Training(plan, "flow", list_trained_parameters(network, second), list_inner_matrices(network))
-    data = Latents(plan.workdir, load_tokenizer(EMBEDDED), plan.device)
+        nn.Module.to(encoder, settings.device)
+    training = LatentTraining(
+        settings, "flow", list_trained_parameters(network, second), list_inner_matrices(network)
+    )
 
     def losses(step: int) -> Iterator[Tensor]:
-        random = generator(plan.seed, step, rank)
-        simple_share = max(0.0, 0.8 * (1 - step / plan.simple_steps))
-        clean, tokens = data.batch(plan.batch, simple_share, random)
-        level = flow(torch.randn(plan.batch, generator=random).sigmoid().to(plan.device))
-        noise = torch.randn(clean.shape, generator=random).to(plan.device)
-        with torch.autocast(clean.device.type, torch.bfloat16):
-            hidden, pooled = join_encodings(first, second, tokens[:, :TOKENS], trained_rows=plan.text_rows)
+        random = generator(settings.seed, step, rank)
+        simple_share = max(0.0, 0.8 * (1 - step / settings.simple_steps))
+        clean, tokens = data.batch(settings.batch, simple_share, random)
+        level = flow(torch.randn(settings.batch, generator=random).sigmoid().to(settings.device))
+        noise = torch.randn(clean.shape, generator=random).to(settings.device)
+        with precision(clean.device):
+            hidden, pooled = join_encodings(
+                first, second, tokens[:, :TOKENS], trained_rows=settings.text_rows
+            )
             velocity = network(
                 hidden_states=add_noise(clean, noise, level),
                 timestep=1000 * level.b,
@@ -134,11 +118,12 @@ def train_flow(rank: int, plan: Plan) -> None:
 def export(
     out: Annotated[Path, typer.Option(help="The pipeline folder to write.")] = Path("build/moji/flow"),
     averaged: Annotated[bool, typer.Option(help="EMA weights, or the last ones.")] = True,
-    workdir: Workdir = Path("build/moji"),
+    workdir: Annotated[Path, WORKDIR] = Path("build/moji"),
 ) -> None:
     """Writes an ordinary diffusers folder in fp16."""
     tensors, header = read_tensors(workdir / "flow.safetensors")
-    network, second = build_transformer(), build_second_encoder(load_tokenizer(EMBEDDED))
+    channels = read_json(workdir / "vae" / "config.json")["latent_channels"]
+    network, second = build_transformer(channels), build_second_encoder(load_tokenizer(EMBEDDED))
     kind = "average/" if averaged else "parameter/"
     with torch.no_grad():
         for name, parameter in list_trained_parameters(network, second).items():
@@ -178,13 +163,13 @@ def write_pipeline(
 # --- parts --------------------------------------------------------------------------------------------------
 
 
-def build_transformer() -> SD3Transformer2DModel:
+def build_transformer(channels: int = 8) -> SD3Transformer2DModel:
     """12 M parameters: five joint blocks of width 256 over 8 × 8 patches of 2 × 2 latents and the prompt's tokens."""
     return SD3Transformer2DModel(
         sample_size=16,
         patch_size=2,
-        in_channels=8,
-        out_channels=8,
+        in_channels=channels,
+        out_channels=channels,
         num_layers=5,
         attention_head_dim=64,
         num_attention_heads=4,
@@ -283,4 +268,4 @@ def append_absent(hidden: Tensor, count: int) -> Tensor:
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app)

@@ -41,17 +41,19 @@ from transformers import (
 from transformers.utils import logging
 
 from backbone.evaluation.clip import Scorer, embed_classes, load_scorer, rank_classes
+from backbone.io.console import run_app
 from backbone.io.files import write_json
+from backbone.io.options import Option, settled_command
 from backbone.training.loop import Average, warm_cosine
 from backbone.world.render import SIZE, place_figures
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from backbone.world.textures import Pixels
 from backbone.world.words import load_vocabulary, paraphrase, write_caption
-from recipes.moji.autoencoder import to_tensor
+from recipes.moji.autoencoder import precision, to_tensor
 from recipes.moji.muon import Muon
 from recipes.moji.pictures import SHARD, load
 from recipes.moji.rendered import has_autoencoder, rendered, roughen, round_trips, shift
-from recipes.moji.training import Training
+from recipes.moji.training import TRAINING, RecipeSettings, Training
 
 HELD_OUT = 2000  # the last shard of scenes is never trained on, as for the denoiser
 LARGEST_SCALE = 4.6052  # ln 100 (Radford et al. 2021, § 2.5)
@@ -60,47 +62,47 @@ WIDTH = 192  # of the vision tower
 WRONG = 3  # captions with a wrong fact for each picture
 FARTHEST = 8  # pixels of a shift
 TOWERS = ("text_model.", "vision_model.", "text_projection", "visual_projection", "logit_scale")
+app = typer.Typer(add_completion=False)
 
 
-def main(
-    steps: Annotated[int, typer.Option(help="Optimiser steps in all.")] = 4_000,
-    batch: Annotated[int, typer.Option(help="Pictures a step.")] = 64,
-    learning_rate: Annotated[float, typer.Option(help="Of all but the inner matrices.")] = 1e-3,
-    matrix_rate: Annotated[float, typer.Option(help="Muon's, of the inner matrices.")] = 2e-3,
-    start: Annotated[Path | None, typer.Option(help="A finished scorer's folder, to begin from.")] = None,
+@dataclass(frozen=True, kw_only=True)
+class ScorerSettings(RecipeSettings):
+    """What the training of the scorer is asked for."""
+
+    start: Annotated[Path | None, Option("A finished scorer's folder, to begin from.", TRAINING)] = None
     patch: Annotated[
-        int, typer.Option(help="Side of a patch in pixels: 16, or 8 for three times the work.")
-    ] = 16,
+        int, Option("Side of a patch in pixels: 16, or 8 for three times the work.", TRAINING, min=1)
+    ] = 16
     decoded: Annotated[
-        int, typer.Option(help="How many pictures also come as the autoencoder decodes them.")
-    ] = 4_000,
-    help_weight: Annotated[float, typer.Option(help="Weight of the heads that are thrown away.")] = 0.5,
-    minutes: Annotated[float, typer.Option(help="Stop (and save) after so many minutes.")] = 1e9,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    seed: Annotated[int, typer.Option()] = 0,
-    workdir: Annotated[Path, typer.Option(help="Where intermediate files go.")] = Path("build/moji"),
-) -> None:
+        int, Option("How many pictures also come as the autoencoder decodes them.", TRAINING, min=0)
+    ] = 4_000
+    help_weight: Annotated[float, Option("Weight of the heads that are thrown away.", TRAINING)] = 0.5
+
+
+@settled_command(app, ScorerSettings)
+def main(settings: ScorerSettings) -> None:
     """Trains, or goes on training, and writes `scorer/` in the work directory."""
     logging.disable_progress_bar()
-    torch.manual_seed(seed)
+    workdir, device = settings.workdir, settings.device
+    torch.manual_seed(settings.seed)
     tokenizer = CLIPTokenizer.from_pretrained(workdir / "tokenizer", local_files_only=True)
-    model = build(tokenizer, patch=patch)
-    if start is not None:
-        model.load_state_dict(CLIPModel.from_pretrained(start, local_files_only=True).state_dict())
+    model = build(tokenizer, patch=settings.patch)
+    if settings.start is not None:
+        model.load_state_dict(CLIPModel.from_pretrained(settings.start, local_files_only=True).state_dict())
     nn.Module.to(model, device)
     heads = Heads(WIDTH).to(device)
     parameters = dict(model.named_parameters()) | {
         f"heads.{key}": value for key, value in heads.named_parameters()
     }
-    groups = group_parameters(parameters, matrix_rate)
-    optimizer = Muon(groups, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
-    training = Training(workdir / "scorer.safetensors", parameters, optimizer, decay=0.998, batch=batch)
+    groups = group_parameters(parameters, settings.matrix_rate)
+    optimizer = Muon(groups, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
+    training = Training(settings, workdir / "scorer.safetensors", parameters, optimizer, decay=0.998)
     examination = Examination.on_disk(workdir)
-    data = Lessons.on_disk(workdir, decoded=decoded, device=device)
+    data = Lessons.on_disk(workdir, decoded=settings.decoded, device=device)
 
     def losses(step: int) -> Iterator[Tensor]:
-        lesson = data.lesson(batch, Random(f"{seed}/{step}/scorer"))
-        with torch.autocast(device, torch.bfloat16):
+        lesson = data.lesson(settings.batch, Random(f"{settings.seed}/{step}/scorer"))
+        with precision(torch.device(device)):
             seen = model.vision_model(pixel_values=lesson.pictures.to(device))
             images = model.visual_projection(seen.pooler_output)
             ids = tokenizer(lesson.captions + lesson.wrong, padding=True, return_tensors="pt")["input_ids"]
@@ -108,16 +110,16 @@ def main(
             guesses = heads(seen.pooler_output, seen.last_hidden_state[:, 1:])
         logits = model.logit_scale.clamp(max=LARGEST_SCALE).exp() * normalize(images) @ normalize(texts).T
         contrast = contrastive_loss(logits, lesson.right.to(device))
-        yield contrast + help_weight * heads.loss(guesses, lesson)
+        yield contrast + settings.help_weight * heads.loss(guesses, lesson)
 
     def write(step: int) -> None:
-        export(training.average, tokenizer, workdir, patch=patch)
+        export(training.average, tokenizer, workdir, patch=settings.patch)
         marks = examination.marks(load_scorer(workdir / "scorer"))
         print(json.dumps({"step": step, **marks}), flush=True)
 
-    lr_schedule = warm_cosine(steps, warmup=min(200, steps // 5), floor=0.01)
-    training.run(losses, lr_schedule, steps=steps, minutes=minutes, every=500, on_save=write)
-    if training.done >= steps:
+    lr_schedule = warm_cosine(settings.steps, warmup=min(200, settings.steps // 5), floor=0.01)
+    training.run(losses, lr_schedule, every=500, on_save=write)
+    if training.done >= settings.steps:
         write(training.done)
 
 
@@ -479,4 +481,4 @@ def export(average: Average, tokenizer: CLIPTokenizer, workdir: Path, *, patch: 
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_app(app)

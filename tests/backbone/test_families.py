@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -118,7 +118,7 @@ def given_by_flux2(pipeline: Any, latents: Tensor) -> Tensor:
     """What the pipeline gives is the autoencoder's latent, of which ours is normalised patches."""
     bn, patches = pipeline.vae.bn, pipeline._patchify_latents(latents)
     deviation = (bn.running_var + pipeline.vae.config.batch_norm_eps).sqrt()
-    return (patches - bn.running_mean[:, None, None]) / deviation[:, None, None]
+    return cast(Tensor, (patches - bn.running_mean[:, None, None]) / deviation[:, None, None])
 
 
 def said_by_qwen(pipeline: Any, noisy: Tensor, time: Tensor) -> Any:
@@ -271,7 +271,7 @@ VARIANTS = ("flux2-klein-distilled", "krea2-turbo")
 SLOW = ("qwen-image", "krea2", *VARIANTS)
 
 
-def marked(slow: Sequence[str]) -> Any:
+def marked(slow: Sequence[str]) -> pytest.MarkDecorator:
     """The cases, some of them run by the long suite alone."""
     params = [pytest.param(case, marks=[pytest.mark.slow] * (case.name in slow)) for case in CASES]
     return pytest.mark.parametrize("case", params, ids=str)

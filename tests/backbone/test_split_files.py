@@ -321,7 +321,10 @@ def test_the_published_settings_have_the_published_sizes(part: str, kind: Any, s
 
 def test_klein_of_9_billions_is_told_by_its_width(tmp_path: Path) -> None:
     flux2 = next(family for family in families() if family.name == "FLUX.2")
-    shapes = {"double_stream_modulation_img.lin.weight": (1, 1), "img_in.weight": (4096, 128)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "double_stream_modulation_img.lin.weight": (1, 1),
+        "img_in.weight": (4096, 128),
+    }
     settings = flux2.match_checkpoint(Header(tmp_path / "a.safetensors", shapes, {}))
     assert settings is not None
     location = Location("a", str(tmp_path / "a.safetensors"), {}, settings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from PIL import Image
 
 from backbone.evaluation.statistics import wilson_interval
 from backbone.io.console import UserError
-from backbone.io.files import write_json, write_tensors
+from backbone.io.files import json_text, write_json, write_tensors
 from backbone.models.model import Backbone
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from backbone.world.words import Thing, load_vocabulary
@@ -242,19 +241,19 @@ def test_two_of_another_kind_are_not_two_of_a_kind() -> None:
 
 
 def test_the_table_prints_every_row_also_an_empty_one() -> None:
+    rows = [Row("noun", 3, 4, *wilson_interval(3, 4)[1:]), Row("colour", 0, 0, *wilson_interval(0, 0)[1:])]
     facts = {
         "model": "m", "prompts": 4, "steps": 25, "guidance": 3.0, "gradient": 0.93,
-        "psnr_db": {"textures": {"db": 24.5, "n": 2}},
+        "rows": rows, "true_pictures": [], "psnr_db": {"textures": {"db": 24.5, "n": 2}},
         "seconds_per_picture": {"one at a time": 1.25}, "machine": "cpu",
     }  # fmt: skip
-    rows = [Row("noun", 3, 4, *wilson_interval(3, 4)[1:]), Row("colour", 0, 0, *wilson_interval(0, 0)[1:])]
-    table = format_markdown(facts, rows, None)
+    table = format_markdown(facts)
     assert "| noun | 75.0 % | 30.1–95.4 % | 4 | – |" in table
     assert "| colour | – | 0.0–100.0 % | 0 | – |" in table
     assert "| textures | 24.50 | 2 |" in table
     assert "0.93 × the gradient" in table
     assert math.isnan(rows[1].share)
-    assert json.dumps(facts)
+    assert '"name": "noun"' in json_text(facts)
 
 
 def test_questions_are_asked_where_the_prompt_speaks_of_them() -> None:

@@ -24,7 +24,7 @@ from backbone.families.base import (
 )
 from backbone.families.location import Location
 from backbone.families.sd1 import checkpoint
-from backbone.families.unet import UNetFamily, load_part
+from backbone.families.unet import UNetFamily, beside_reference, load_part
 from backbone.io.files import Header
 
 
@@ -33,7 +33,10 @@ class StableDiffusion(UNetFamily):
 
     name: ClassVar[str] = "Stable Diffusion"
     hub_ids: ClassVar[dict[str, str]] = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
-    pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
+    pipeline_classes: ClassVar[tuple[str, ...]] = (
+        "StableDiffusionPipeline",
+        "StableDiffusionInstructPix2PixPipeline",
+    )
 
     def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
         return checkpoint.match_checkpoint(header)
@@ -69,7 +72,9 @@ class StableDiffusion(UNetFamily):
         dtype = cast(torch.dtype, denoiser.dtype)
 
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
-            noisy = noisy.to(dtype).contiguous(memory_format=torch.channels_last)
+            noisy = beside_reference(noisy.to(dtype), conditions).contiguous(
+                memory_format=torch.channels_last
+            )
             return cast(Tensor, denoiser(noisy, time, conditions.text["hidden"].to(dtype)).sample)
 
         return predict

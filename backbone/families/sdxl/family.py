@@ -28,7 +28,7 @@ from backbone.families.base import (
 )
 from backbone.families.location import Location
 from backbone.families.sdxl import checkpoint
-from backbone.families.unet import UNetFamily, load_part
+from backbone.families.unet import UNetFamily, beside_reference, load_part
 from backbone.io.console import UserError
 from backbone.io.files import Header
 
@@ -40,7 +40,10 @@ class StableDiffusionXL(UNetFamily):
 
     name: ClassVar[str] = "Stable Diffusion XL"
     hub_ids: ClassVar[dict[str, str]] = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
-    pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPipeline",)
+    pipeline_classes: ClassVar[tuple[str, ...]] = (
+        "StableDiffusionXLPipeline",
+        "StableDiffusionXLInstructPix2PixPipeline",
+    )
 
     def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
         return checkpoint.match_checkpoint(header)
@@ -97,7 +100,9 @@ class StableDiffusionXL(UNetFamily):
                 [[*size, 0, 0, *size]], dtype=dtype, device=noisy.device
             )  # whole, not cropped
             added = {"text_embeds": conditions.text["pooled"].to(dtype), "time_ids": sizes.expand(count, -1)}
-            noisy = noisy.to(dtype).contiguous(memory_format=torch.channels_last)
+            noisy = beside_reference(noisy.to(dtype), conditions).contiguous(
+                memory_format=torch.channels_last
+            )
             hidden = conditions.text["hidden"].to(dtype)
             return cast(Tensor, denoiser(noisy, time, hidden, added_cond_kwargs=added).sample)
 

@@ -815,8 +815,8 @@ def _originals(family: str, modules: set[str]) -> Iterator[tuple[str, tuple[str,
                 "all_final_layer.2-1", "final_layer"
             )
             if name.endswith(".attention.to_q"):
-                block = module.removesuffix("to_q")
-                yield f"{block}qkv", (f"{block}to_q", f"{block}to_k", f"{block}to_v")
+                stem = module.removesuffix("to_q")
+                yield f"{stem}qkv", (f"{stem}to_q", f"{stem}to_k", f"{stem}to_v")
             elif not name.endswith((".attention.to_k", ".attention.to_v")):
                 yield name.replace(".attention.to_out.0", ".attention.out"), (module,)
         return

@@ -1,0 +1,277 @@
+"""Before/after pairs with their instructions, as people lay them out.
+
+    pairs/source/1.png, pairs/target/1.png, pairs/target/1.txt       two folders with the same names
+    pairs/metadata.jsonl      {"source": "a.png", "target": "b.png", "instruction": "make it snow", "references": [...]}
+    pairs/prompt.json         {"source": "source/0.png", "target": "target/0.png", "prompt": "…"}, as ControlNet's
+    runs/edit-cat             a run folder of `edit`, or a folder of them
+
+Names of columns and folders are those of diffusers' scripts, InstructPix2Pix, ai-toolkit, musubi and DiffSynth. Nothing
+is decoded here; `check_edit_pairs` opens every image and says what is wrong with a pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backbone.io.console import UserError, progress
+from backbone.io.files import read_json
+from backbone.io.records import inside, parse_json, read_as
+from backbone.media.decode import BadImageError
+from backbone.media.pictures import ImageRecord, list_images
+
+# Names of columns and of folders, in lower case without numbers and separators; the first that is there counts
+SOURCES = (
+    "source", "input", "before", "original", "inputimage", "originalimage", "sourceimage", "control", "controls",
+    "controlpath", "controlimage", "condition", "conditioning", "conditioningimage", "editimage",
+)  # fmt: skip
+TARGETS = (
+    "target", "output", "after", "edited", "targets", "outputs", "editedimage", "outputimage", "targetimage",
+    "imagepath", "image", "images", "filename",
+)  # fmt: skip
+INSTRUCTIONS = ("instruction", "editprompt", "editinstruction", "prompt", "caption", "text")
+REFERENCES = ("references", "reference", "referenceimages", "referenceimage")
+LISTS = ("metadata.jsonl", "dataset.jsonl", "train.jsonl", "prompt.json")
+RECORD = "run.json"  # of a run of `edit`
+SHIFTED = 1.0  # pixels, of 512 of the longer side, from which a pair is not registered
+COMPARED = 512
+EQUAL = 48.0  # dB: closer images are the same
+ALIKE = 0.15  # of the pixels agree at least in a pair that shows one scene
+VERBLESS = frozenset({"a", "an", "the", "photo", "picture", "image", "painting", "two", "portrait"})
+
+
+@dataclass(frozen=True)
+class EditPair:
+    """An image before and after an edit, with what was asked for and images that it was to follow."""
+
+    source: ImageRecord
+    target: ImageRecord
+    instruction: str
+    references: tuple[ImageRecord, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """How messages call it: the target's file."""
+        return str(self.target.path)
+
+
+def read_edit_pairs(folder: str | Path) -> list[EditPair]:
+    """The pairs of a folder, in the order of its list or of the names.
+
+    Raises `UserError` for a folder without pairs, for images without a partner, and for a list that names other files.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder} is no folder. Name one with source/ and target/, or with a metadata.jsonl."
+        )
+    listed = next((folder / name for name in LISTS if (folder / name).is_file()), None)
+    if listed is not None:
+        return list(_from_list(listed))
+    runs = (
+        [folder]
+        if (folder / RECORD).is_file()
+        else sorted(path.parent for path in folder.glob(f"*/{RECORD}"))
+    )
+    if runs:
+        return [pair for run in runs for pair in _from_run(run)]
+    return _from_folders(folder)
+
+
+def plain_name(name: str) -> str:
+    """A column's or folder's name in lower case, without separators and the number behind it."""
+    return "".join(letter for letter in name.lower() if letter.isalnum()).rstrip("0123456789")
+
+
+def _from_list(path: Path) -> Iterator[EditPair]:
+    """The pairs of a JSON-lines file; every line has to name two images beside it."""
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"Line {number} of {path}"
+        entry = parse_json(line, where)
+        if not isinstance(entry, dict):
+            raise UserError(f"{where} is not a JSON object. Write {{…}} on each line.")
+        named = {plain_name(key): value for key, value in reversed(list(entry.items()))}
+        source, target = (_first(named, names) for names in (SOURCES, TARGETS))
+        if isinstance(
+            source, list
+        ):  # ai-toolkit and musubi: several images beside each other, the first is the source
+            source, more = (source[0] if source else None), source[1:]
+        else:
+            more = [entry[key] for key in sorted(entry) if _counts_up(key) and entry[key] != source]
+        references = _first(named, REFERENCES) or []
+        references = [references] if isinstance(references, str) else [*references, *more]
+        for image, what, example in ((source, "source", SOURCES[0]), (target, "target", TARGETS[0])):
+            if not isinstance(image, str) or not image:
+                raise UserError(
+                    f"{where} names no {what} image. Write it as "
+                    f'{{"source": "before.png", "target": "after.png", "instruction": "make it snow"}} ("{example}").'
+                )
+        instruction = read_as(str, _first(named, INSTRUCTIONS) or "", where, "instruction")
+        yield EditPair(
+            _record(path, source, where),
+            _record(path, target, where),
+            " ".join(instruction.split()),
+            tuple(_record(path, read_as(str, name, where, "references"), where) for name in references),
+        )
+
+
+def _counts_up(key: str) -> bool:
+    """Whether a column is a further source: `control_path_1`."""
+    return plain_name(key) in SOURCES and key[-1].isdigit()
+
+
+def _first(named: Mapping[str, Any], names: Sequence[str]) -> Any:
+    return next((named[name] for name in names if named.get(name) not in (None, "")), None)
+
+
+def _record(listed: Path, name: str, where: str) -> ImageRecord:
+    path = inside(listed.parent, name, where)
+    if not path.is_file():
+        raise UserError(
+            f"{where} names {name}, and there is no such file beside it. Put it there, or take the line out."
+        )
+    return ImageRecord(path)
+
+
+def _from_run(run: Path) -> list[EditPair]:
+    """What `edit` made of an image: the source and every edit, with the instruction or the words that were changed."""
+    record = read_json(run / RECORD)
+    edits = read_as(list[dict[str, Any]], record.get("edits") or [], run / RECORD, "edits")
+    settings = read_as(dict[str, Any], record.get("settings") or {}, run / RECORD, "settings")
+    before = settings.get("source")
+    pairs = []
+    for edit in edits:
+        target = inside(run, read_as(str, edit.get("file"), run / RECORD, "file"), run / RECORD)
+        prompt = read_as(str, edit.get("prompt") or "", run / RECORD, "prompt")
+        told = record.get("command") == "instruct"
+        instruction = prompt if told or not before else f"turn {before} into {prompt}"
+        pairs.append(EditPair(ImageRecord(run / "source.png"), ImageRecord(target), instruction))
+    return pairs
+
+
+def _from_folders(folder: Path) -> list[EditPair]:
+    """Two subfolders with the same names in them; captions stand beside the targets, or beside the sources."""
+    subfolders = {
+        plain_name(path.name): path for path in sorted(folder.iterdir(), reverse=True) if path.is_dir()
+    }
+    source, target = (_first(subfolders, names) for names in (SOURCES, TARGETS))
+    if source is None or target is None:
+        there = ", ".join(sorted(path.name for path in subfolders.values())) or "none"
+        raise UserError(
+            f"{folder} has no two folders with images before and after (its folders: {there}) and no metadata.jsonl. "
+            "Call them source/ and target/."
+        )
+    before, after = ({one.path.stem: one for one in list_images(each)} for each in (source, target))
+    alone = sorted({*before} ^ {*after})
+    if alone:
+        raise UserError(
+            f"{len(alone)} images of {folder} stand in one of {source.name}/ and {target.name}/ only "
+            f"(first: {alone[0]}). Give each its partner with the same name."
+        )
+    further = [
+        {one.path.stem: one for one in list_images(path)}
+        for path in sorted(folder.iterdir())
+        if path.is_dir() and path != source and plain_name(path.name) in (*REFERENCES, plain_name(source.name))
+        and path != target
+    ]  # fmt: skip
+    return [
+        EditPair(
+            before[name],
+            one,
+            one.caption or before[name].caption or "",
+            tuple(images[name] for images in further if name in images),
+        )
+        for name, one in after.items()
+    ]
+
+
+# Checking -----------------------------------------------------------------------------------------------------
+
+
+def check_edit_pairs(pairs: Sequence[EditPair]) -> tuple[list[str], list[str]]:
+    """(what has to be mended, what may be a mistake): sentences, each with the file.
+
+    Opens every image. A pair has to have one shape, differ, lie pixel on pixel, and say what was done.
+    """
+    wrong: list[str] = []
+    doubtful = check_instructions(pairs)
+    seen: dict[str, str] = {}
+    with progress(len(pairs), "comparing", brief=True) as bar:
+        for pair in pairs:
+            try:
+                found = compare_pair(pair)
+            except BadImageError as error:
+                found = ([f"{error.name} {error.reason}."], [])
+            wrong += found[0]
+            doubtful += found[1]
+            both = pair.source.content_hash + pair.target.content_hash if not found[0] else pair.name
+            if both in seen:
+                doubtful.append(f"{pair.name} and {seen[both]} are the same pair. Keep one of them.")
+            seen.setdefault(both, pair.name)
+            bar.advance_images(1)
+    return wrong, doubtful
+
+
+def compare_pair(pair: EditPair) -> tuple[list[str], list[str]]:
+    """(what has to be mended, what may be a mistake) in a pair's images. `BadImageError` for one that is unreadable."""
+    from backbone.evaluation.image_metrics import psnr
+    from backbone.media.registration import register
+    from backbone.media.transforms import crop_and_resize, to_tensor
+
+    source, target = pair.source.open(), pair.target.open()
+    for reference in pair.references:
+        reference.open()
+    (width, height), (wide, high) = source.size, target.size
+    if abs(wide * height / (high * width) - 1) > 0.01:
+        return [
+            f"{pair.name} is {wide} × {high} and {pair.source.path} {width} × {height}: other shapes. Crop them alike."
+        ], []
+    doubtful = []
+    if source.size != target.size:
+        doubtful.append(
+            f"{pair.name} is {wide} × {high} and its source {width} × {height}; the larger one is scaled down."
+        )
+    scale = min(1.0, COMPARED / max(wide, high, width, height))
+    size = max(8, round(min(wide, width) * scale)), max(8, round(min(high, height) * scale))
+    first, second = (to_tensor(crop_and_resize(one, size)) for one in (source, target))
+    if psnr(first, second) > EQUAL:
+        return [f"{pair.name} shows no edit: it is {pair.source.path}. Take the pair out."], doubtful
+    found = register(second, first)
+    drift = found.drift((size[1], size[0]))
+    if found.share < ALIKE:
+        doubtful.append(
+            f"{pair.name} and its source agree in {found.share:.0%} of the image: perhaps they are no pair."
+        )
+    elif drift > SHIFTED * max(size) / COMPARED:
+        doubtful.append(
+            f"{pair.name} lies {found.shift[0]:+.1f} px to the right of its source and {found.shift[1]:+.1f} px down, "
+            f"at scale {found.scale:.4f} (of {size[0]} × {size[1]}): a model learns the drift too. "
+            "`edit keep-background` undoes it."
+        )
+    return [], doubtful
+
+
+def check_instructions(pairs: Sequence[EditPair]) -> list[str]:
+    """What may be a mistake in the instructions."""
+    found = []
+    bare = [pair for pair in pairs if not pair.instruction]
+    if bare:
+        found.append(
+            f"{len(bare)} of {len(pairs)} pairs say nothing of the edit (first: {bare[0].name}). Put a sentence into a "
+            ".txt beside each target, or into the list."
+        )
+    told = [pair.instruction for pair in pairs if pair.instruction]
+    if len(told) > 1 and len(set(told)) == 1:
+        found.append(
+            f"All pairs have the instruction “{told[0]}”: what the model learns answers to any words."
+        )
+    captions = [one for one in set(told) if one.split()[0].lower() in VERBLESS]
+    if told and 2 * len(captions) > len(set(told)):
+        found.append(
+            f"“{captions[0]}” describes an image and says not what to do. Write instructions: “make it snow”."
+        )
+    return found

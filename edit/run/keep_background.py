@@ -1,0 +1,125 @@
+"""`edit keep-background`: an edit and its source read, the background put back, and what was found written."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from PIL import Image
+
+from backbone.evaluation.image_metrics import background_metrics
+from backbone.io.console import UserError
+from backbone.io.files import fill_folder, new_folder, write_json
+from backbone.io.report import command, heading, image_figure, paragraph, table, write_report
+from backbone.io.run_folder import hold_folder, package_versions
+from backbone.media.sheet import Cell, draw_sheet, save_png
+from backbone.media.transforms import crop_and_resize, mask_to_tensor, to_image, to_tensor
+from edit.masks import mask_to_image
+from edit.methods.keep_background import KeptBackground, keep_background
+from edit.pictures import SourceImage
+from edit.run.report import RECORD, REPORT, difference
+
+SAME_SHAPE = 0.02  # of the aspect ratio, by which an edit's may differ from its source's
+NOTICED = 0.05  # pixels of drift
+
+
+def write_kept_background(
+    source: SourceImage,
+    edited: SourceImage,
+    *,
+    mask: SourceImage | None,
+    align: bool,
+    out: Path | None,
+    said: str,
+) -> tuple[Path, list[str]]:
+    """Writes the run folder, and gives it with lines that say what was found.
+
+    Raises `UserError` for images of other shapes, a mask of another size than the source's, equal images, and an edit
+    that has no background left.
+    """
+    image = fit_to_source(source, edited)
+    if image.tobytes() == source.image.tobytes():
+        raise UserError(
+            f"{edited.name} is {source.name}: nothing was edited. Name the image before and after."
+        )
+    if mask is not None and mask.image.size != source.image.size:
+        sizes = [" × ".join(map(str, one.image.size)) for one in (mask, source)]
+        raise UserError(f"The mask is {sizes[0]} pixels and the source {sizes[1]}. Draw it on the source.")
+    changed = None if mask is None else mask_to_tensor(mask.image)[0]
+    kept = keep_background(to_tensor(image), to_tensor(source.image), changed=changed, align=align)
+    lines = describe(kept, source, edited)
+    figures = measure(kept, source)
+    with ExitStack() as stack:
+        folder = stack.enter_context(new_folder(out, Path("runs") / f"edit-{Path(source.name).stem}"))
+        stack.enter_context(hold_folder(folder))
+        unfinished = stack.enter_context(fill_folder(folder))
+        result, place = to_image(kept.image), mask_to_image(kept.place, source.image.size)
+        cells = [
+            Cell(source.image, "source"),
+            Cell(image, "as it was edited"),
+            Cell(difference(source.image, image), "differs from the source"),
+            Cell(place, "where the edit stands"),
+            Cell(result, "background kept"),
+            Cell(difference(source.image, result), "differs from the source"),
+        ]
+        page = draw_sheet([cells[:3], cells[3:]], title="background kept")
+        save_png(unfinished / "kept.png", result)
+        save_png(unfinished / "mask.png", place)
+        save_png(unfinished / "sheet.png", page)
+        files = {one.name: one.content for one in (source, edited, mask) if one is not None}
+        record = {"command": "keep-background", "said": said, "files": files, "align": align, **figures}
+        write_json(unfinished / RECORD, {**record, "versions": package_versions()})
+        parts = [image_figure(page, "source and edit, before and after"), *map(paragraph, lines)]
+        parts += [heading("Figures"), table(("", ""), [(name, value) for name, value in figures.items()])]
+        write_report(unfinished / REPORT, "background kept", [*parts, heading("Again"), command(said)])
+    return folder, lines
+
+
+def fit_to_source(source: SourceImage, edited: SourceImage) -> Image.Image:
+    """The edit in its source's size; `UserError` where it has another shape."""
+    (width, height), (wide, high) = source.image.size, edited.image.size
+    if abs(wide * height / (high * width) - 1) > SAME_SHAPE:
+        raise UserError(
+            f"{edited.name} is {wide} × {high} pixels and {source.name} {width} × {height}: other shapes. "
+            "Crop one as the other was cropped."
+        )
+    return edited.image if (wide, high) == (width, height) else crop_and_resize(edited.image, (width, height))
+
+
+def measure(kept: KeptBackground, source: SourceImage) -> dict[str, float | None]:
+    """The figures of the record."""
+    width, height = source.image.size
+    registration = kept.registration
+    after = background_metrics(to_tensor(source.image), kept.image, (kept.place > 0).float())
+    return {
+        "shift_right_px": round(registration.shift[0], 3),
+        "shift_down_px": round(registration.shift[1], 3),
+        "scale": round(registration.scale, 5),
+        "drift_px": round(registration.drift((height, width)), 3),
+        "changed_share": round(float((kept.place > 0.5).float().mean()), 4),
+        "background_psnr_db_as_edited": kept.drifted_psnr_db,
+        "background_psnr_db_registered": kept.registered_psnr_db,
+        "background_psnr_db_kept": after["background_psnr_db"],
+    }
+
+
+def describe(kept: KeptBackground, source: SourceImage, edited: SourceImage) -> list[str]:
+    """What was found, in sentences."""
+    width, height = source.image.size
+    found = kept.registration
+    drift, share = found.drift((height, width)), float((kept.place > 0.5).float().mean())
+    lines = [
+        f"The edit stands in {share:.0%} of the image; the rest is {source.name} again, pixel for pixel."
+    ]
+    if drift >= NOTICED:
+        right, down = found.shift
+        lines.append(
+            f"{edited.name} lay {right:+.2f} px to the right of it and {down:+.2f} px down, at scale "
+            f"{found.scale:.4f}: {drift:.1f} px at the corner that moved most. That is undone."
+        )
+    if kept.drifted_psnr_db is not None and kept.registered_psnr_db is not None:
+        lines.append(
+            f"Its background was {kept.drifted_psnr_db:.1f} dB from the source's, {kept.registered_psnr_db:.1f} dB "
+            "after registration."
+        )
+    return lines

@@ -1,0 +1,97 @@
+"""A picture is found again where it lies over another, whatever was painted into it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backbone.media.registration import Registration, register, undo, warp
+
+DRIFTS = [(0.0, 0.0, 1.0), (1.37, -0.6, 1.0), (5.3, 2.1, 1.02), (-9.0, 6.5, 0.97), (12.0, 0.0, 1.05)]
+
+
+def picture(seed: int = 0, height: int = 80, width: int = 96) -> Tensor:
+    """Blotches of all sizes [3, H, W] in −1…1, without a period."""
+    random = torch.Generator().manual_seed(seed)
+    layers = [
+        F.interpolate(
+            torch.randn(1, 3, side, side, generator=random),
+            (height, width),
+            mode="bicubic",
+            align_corners=False,
+        )[0]
+        / (side / 4) ** 0.5
+        for side in (4, 8, 16, 32)
+    ]
+    return torch.stack(layers).sum(0).tanh()
+
+
+def moved(source: Tensor, drift: tuple[float, float, float]) -> Tensor:
+    """The picture as an editor with this drift gives it back: enlarged, then shifted."""
+    right, down, scale = drift
+    inverse = torch.tensor([-right / scale, -down / scale, 1 / scale], dtype=torch.float64)
+    return warp(source.double(), inverse)[0].float()
+
+
+def repainted(edited: Tensor) -> Tensor:
+    """The same with a quarter of it painted over, and noise everywhere."""
+    painted = edited.clone()
+    painted[:, 20:60, 30:80] = torch.tensor([0.9, -0.6, -0.8])[:, None, None]
+    return (painted + 0.03 * torch.randn(painted.shape, generator=torch.Generator().manual_seed(1))).clamp(
+        -1, 1
+    )
+
+
+@pytest.mark.parametrize("drift", DRIFTS)
+def test_a_drift_is_found_to_a_tenth_of_a_pixel_beside_an_edit(drift: tuple[float, float, float]) -> None:
+    source = picture()
+    found = register(repainted(moved(source, drift)), source)
+    assert found.shift == pytest.approx(drift[:2], abs=0.1)
+    assert found.scale == pytest.approx(drift[2], abs=0.002)
+
+
+def test_what_is_undone_lies_over_the_source_again() -> None:
+    source = picture()
+    edited = moved(source, (2.4, -1.2, 1.01))
+    straight = undo(edited, register(edited, source))
+    inside = (slice(None), slice(8, -8), slice(8, -8))
+    before, after = ((one[inside] - source[inside]).square().mean().sqrt() for one in (edited, straight))
+    assert after < 0.02 < before / 5
+
+
+def test_a_picture_lies_exactly_over_itself() -> None:
+    source = picture()
+    found = register(source, source)
+    assert found == Registration((0.0, 0.0), 1.0, 1.0)
+    assert undo(source, found) is source
+
+
+def test_where_a_picture_has_nothing_the_source_stands() -> None:
+    source, beyond = picture(), torch.full((3, 80, 96), 0.25)
+    straight = undo(moved(source, (10.0, 0.0, 1.0)), Registration((10.0, 0.0), 1.0), beyond=beyond)
+    assert bool((straight[:, :, -9:] == 0.25).all())
+    assert bool((straight[:, :, :80] != 0.25).any())
+
+
+@pytest.mark.parametrize("other", [torch.zeros(3, 80, 96), -picture(7)], ids=["even", "another"])
+def test_what_cannot_be_matched_is_left_where_it_is_or_agrees_better(other: Tensor) -> None:
+    found, source = register(other, picture()), picture()
+    agreeing = (source - other).abs().amax(0) < 0.12
+    assert found.share >= float(agreeing.double().mean())
+
+
+def test_the_corner_that_moves_farthest_is_the_drift() -> None:
+    assert Registration((3.0, 4.0), 1.0).drift((100, 100)) == pytest.approx(5)
+    assert Registration((0.0, 0.0), 1.02).drift((100, 200)) == pytest.approx((1**2 + 2**2) ** 0.5)
+
+
+def test_a_known_place_is_left_out_of_the_fit() -> None:
+    source = picture()
+    edited = moved(source, (1.5, 0.5, 1.0))
+    changed = torch.zeros(80, 96)
+    changed[5:75, 20:90] = 1
+    edited = torch.where(changed.bool(), picture(5), edited)  # most of it is another picture
+    found = register(edited, source, changed=changed)
+    assert found.shift == pytest.approx((1.5, 0.5), abs=0.1)

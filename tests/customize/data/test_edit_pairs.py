@@ -1,0 +1,205 @@
+"""Pairs before and after an edit are found however they are laid out, and looked at before anybody trains on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from backbone.io.console import UserError
+from backbone.media.transforms import to_image
+from customize.cli import app
+from customize.data.edit_pairs import check_edit_pairs, plain_name, read_edit_pairs
+from tests.backbone.media.test_registration import moved, picture
+
+Lay = Callable[[Path], None]
+TOLD = ["make it snow", "paint it red"]
+
+
+def write(path: Path, seed: int, *, edited: bool = False) -> None:
+    """An image, or what an edit made of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = picture(seed)
+    if edited:
+        image[:, 20:50, 30:70] = 0.9
+    to_image(image).save(path)
+
+
+def two_folders(before: str, after: str) -> Lay:
+    def lay(folder: Path) -> None:
+        for number, told in enumerate(TOLD):
+            write(folder / before / f"{number}.png", number)
+            write(folder / after / f"{number}.png", number, edited=True)
+            (folder / after / f"{number}.txt").write_text(told)
+
+    return lay
+
+
+def a_list(name: str, before: str, after: str, words: str) -> Lay:
+    def lay(folder: Path) -> None:
+        lines = []
+        for number, told in enumerate(TOLD):
+            write(folder / "a" / f"{number}.png", number)
+            write(folder / "b" / f"{number}.png", number, edited=True)
+            lines.append(json.dumps({before: f"a/{number}.png", after: f"b/{number}.png", words: told}))
+        (folder / name).write_text("\n".join(lines) + "\n\n")
+
+    return lay
+
+
+LAYOUTS = {
+    "our own": a_list("metadata.jsonl", "source", "target", "instruction"),
+    "original ControlNet": a_list("prompt.json", "source", "target", "prompt"),
+    "InstructPix2Pix": a_list("metadata.jsonl", "original_image", "edited_image", "edit_prompt"),
+    "DiffSynth": a_list("metadata.jsonl", "edit_image", "image", "prompt"),
+    "musubi": a_list("dataset.jsonl", "control_path", "image_path", "caption"),
+    "diffusers": a_list("metadata.jsonl", "conditioning_image", "file_name", "text"),
+    "folders": two_folders("source", "target"),
+    "kohya's clones": two_folders("input1", "target"),
+    "ai-toolkit": two_folders("control", "images"),
+    "words": two_folders("Before", "After"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pairs_are_found_in_every_layout(layout: str, tmp_path: Path) -> None:
+    LAYOUTS[layout](tmp_path)
+    pairs = read_edit_pairs(tmp_path)
+    assert [pair.instruction for pair in pairs] == TOLD
+    for number, pair in enumerate(pairs):
+        assert pair.source.path.stem == pair.target.path.stem == str(number)
+        assert pair.source.path.parent != pair.target.path.parent
+        assert pair.target.open().getpixel((50, 35)) == (242, 242, 242)  # the edit is in the target
+
+
+def test_references_come_from_columns_and_folders(tmp_path: Path) -> None:
+    for name in ("s", "t", "r1", "r2"):
+        write(tmp_path / f"{name}.png", 0, edited=name == "t")
+    line = {"source": "s.png", "target": "t.png", "instruction": "x", "references": ["r1.png", "r2.png"]}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
+    (pair,) = read_edit_pairs(tmp_path)
+    assert [one.path.name for one in pair.references] == ["r1.png", "r2.png"]
+    line = {"control_path": ["s.png", "r1.png"], "image": "t.png", "caption": "x"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
+    (pair,) = read_edit_pairs(tmp_path)
+    assert pair.source.path.name == "s.png" and [one.path.name for one in pair.references] == ["r1.png"]
+
+
+def test_a_run_of_edit_is_pairs_as_it_lies(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "edit-cat"
+    write(run / "source.png", 0)
+    write(run / "edit_0.png", 0, edited=True)
+    edits = [{"file": "edit_0.png", "prompt": "a dog"}]
+    (run / "run.json").write_text(
+        json.dumps({"command": "invert-and-replace", "settings": {"source": "a cat"}, "edits": edits})
+    )
+    (pair,) = read_edit_pairs(run)
+    assert pair.instruction == "turn a cat into a dog"
+    (run / "run.json").write_text(json.dumps({"command": "instruct", "settings": {}, "edits": edits}))
+    assert [one.instruction for one in read_edit_pairs(tmp_path / "runs")] == ["a dog"]
+
+
+def test_a_name_is_read_without_case_separators_and_numbers() -> None:
+    assert plain_name("Control_Path_2") == plain_name("controlPath") == "controlpath"
+
+
+def changed(tmp_path: Path, change: Callable[[Path], object]) -> tuple[list[str], list[str]]:
+    """What is found in pairs that were good before the change."""
+    two_folders("source", "target")(tmp_path)
+    change(tmp_path)
+    return check_edit_pairs(read_edit_pairs(tmp_path))
+
+
+def test_good_pairs_are_good(tmp_path: Path) -> None:
+    assert changed(tmp_path, lambda folder: None) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda f: Image.open(f / "target/0.png").resize((60, 80)).save(f / "target/0.png"), "other shapes"),
+        (lambda f: (f / "target/0.png").write_bytes((f / "source/0.png").read_bytes()), "shows no edit"),
+        (lambda f: (f / "target/0.png").write_bytes(b"\x89PNG"), "0.png"),
+    ],
+)
+def test_what_cannot_be_used_is_named(
+    change: Callable[[Path], object], complaint: str, tmp_path: Path
+) -> None:
+    wrong, _ = changed(tmp_path, change)
+    assert len(wrong) == 1 and complaint in wrong[0] and "0.png" in wrong[0]
+
+
+def shift(folder: Path) -> None:
+    drifted = picture(0)
+    drifted[:, 20:50, 30:70] = 0.9
+    to_image(moved(drifted, (3.0, 0.0, 1.0))).save(folder / "target/0.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (shift, "+3.0 px to the right"),
+        (lambda f: to_image(-picture(8)).save(f / "target/0.png"), "perhaps they are no pair"),
+        (
+            lambda f: Image.open(f / "target/0.png").resize((192, 160)).save(f / "target/0.png"),
+            "scaled down",
+        ),
+        (lambda f: (f / "target/0.txt").unlink(), "1 of 2 pairs say nothing"),
+        (lambda f: (f / "target/0.txt").write_text(TOLD[1]), "All pairs have the instruction"),
+        (
+            lambda f: [(f / f"target/{k}.txt").write_text(f"a photo of a dog {k}") for k in (0, 1)],
+            "describes an image",
+        ),
+        (
+            lambda f: [
+                (f / side / "1.png").write_bytes((f / side / "0.png").read_bytes())
+                for side in ("source", "target")
+            ],
+            "are the same pair",
+        ),
+    ],
+)
+def test_what_may_be_a_mistake_is_said(
+    change: Callable[[Path], object], complaint: str, tmp_path: Path
+) -> None:
+    wrong, doubtful = changed(tmp_path, change)
+    assert not wrong and any(complaint in sentence for sentence in doubtful), doubtful
+
+
+@pytest.mark.parametrize(
+    ("lay", "complaint"),
+    [
+        (lambda f: (f / "photos").mkdir(), "no two folders"),
+        (lambda f: [two_folders("source", "target")(f), (f / "target/0.png").unlink()], "first: 0"),
+        (lambda f: (f / "metadata.jsonl").write_text('{"source": "a.png"}'), "names no target"),
+        (
+            lambda f: (f / "metadata.jsonl").write_text('{"source": "a.png", "target": "b.png"}'),
+            "no such file",
+        ),
+        (
+            lambda f: (f / "metadata.jsonl").write_text('{"source": "../a.png", "target": "b.png"}'),
+            "../a.png",
+        ),
+        (lambda f: (f / "metadata.jsonl").write_text("[1]"), "not a JSON object"),
+        (lambda f: (f / "metadata.jsonl").write_text("{"), "Line 1"),
+    ],
+)
+def test_folders_that_hold_no_pairs_are_refused(
+    lay: Callable[[Path], object], complaint: str, tmp_path: Path
+) -> None:
+    lay(tmp_path)
+    with pytest.raises(UserError) as caught:
+        read_edit_pairs(tmp_path)
+    assert complaint in str(caught.value)
+
+
+def test_the_command_checks_pairs(tmp_path: Path) -> None:
+    two_folders("source", "target")(tmp_path)
+    said = CliRunner().invoke(app, ["check", "--pairs", str(tmp_path), "--json"])
+    assert said.exit_code == 0 and json.loads(said.stdout) == {"pairs": 2, "warnings": []}
+    for words in (["check"], ["check", "--pairs", str(tmp_path), "--images", str(tmp_path)]):
+        assert "Name what to look at" in str(CliRunner().invoke(app, words).exception)

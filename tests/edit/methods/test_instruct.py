@@ -1,0 +1,132 @@
+"""Edits by instruction are diffusers' own, and leave the background as it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionInstructPix2PixPipeline
+from PIL import Image
+from torch import Tensor
+from typer.testing import CliRunner
+
+from backbone.conditions.conditions import Conditions
+from backbone.diffusion.noise import generator
+from backbone.io.console import UserError
+from backbone.media.transforms import to_tensor
+from backbone.models.model import Backbone
+from edit.cli import app
+from edit.methods import instruct as method
+from edit.methods.instruct import instruct
+from tests.edit.models import photo
+from tests.tiny import tiny_instruct_pix2pix
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_instruct_pix2pix(tmp_path_factory.mktemp("instruct"))
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Backbone:
+    return Backbone.open(str(folder), device="cpu", precision="fp32", by_instruction=True)
+
+
+@pytest.mark.parametrize("steps", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_an_instruction_gives_diffusers_own_latents(folder: Path, model: Backbone, steps: int) -> None:
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn((1, *model.latent_shape), generator=generator(0, 0, "instruct"))
+    theirs = pipeline(
+        "a red dog", image=(to_tensor(photo())[None] + 1) / 2, latents=noise, num_inference_steps=steps,
+        guidance_scale=5.0, image_guidance_scale=1.3, output_type="latent",
+    ).images  # fmt: skip
+    ours = instruct(model, photo(), ["a red dog"], steps=steps, guidance=5.0, image_guidance=1.3, keep="none")
+    assert float((ours.latents - theirs).abs().max()) < 1e-4 * float(theirs.abs().max())
+
+
+def drawing_a_square(source: Tensor) -> Tensor:
+    """The source shifted by a pixel, with a square in it."""
+    drawn = source.roll(1, -1).clone()
+    drawn[:, 24:40, 24:40] = torch.tensor([0.9, -0.9, -0.9])[:, None, None]
+    return drawn
+
+
+def test_the_background_stays_over_any_number_of_instructions(
+    model: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = to_tensor(photo())
+    drawn = iter([drawing_a_square(source)] * 3)
+    monkeypatch.setattr(model, "decode", lambda latents: next(drawn)[None])
+    result = instruct(model, photo(), ["a red dog"] * 3, steps=1)
+    assert result.finished is not None and result.masks is not None
+    last, outside = result.finished[-1], (result.masks == 0).all(0)
+    assert torch.equal(last[:, outside], source[:, outside])
+    assert float(outside.float().mean()) > 0.5
+    assert bool((last[0, 28:36, 28:36] > 0.8).all())
+    assert result.facts["drift"][0]["shift_right_px"] == pytest.approx(1, abs=0.1)
+
+
+def test_what_is_drawn_may_be_kept_whole_or_on_the_autoencoder_s_copy(
+    model: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = to_tensor(photo())
+    whole = instruct(model, photo(), ["a red dog"], steps=1, keep="none")
+    assert whole.masks is None
+    copy = model.decode(model.encode(source[None]).mean)[0]
+    drawn = iter([drawing_a_square(source), copy])
+    monkeypatch.setattr(model, "decode", lambda latents: next(drawn)[None])
+    kept = instruct(model, photo(), ["a red dog"], steps=1, keep="latents")
+    assert kept.finished is not None and kept.masks is not None
+    outside = kept.masks[0] == 0
+    assert torch.equal(kept.finished[0][:, outside], copy[:, outside])
+
+
+def test_guidance_is_over_three_predictions(model: Backbone) -> None:
+    """e(∅, ∅) + s_I·(e(image, ∅) − e(∅, ∅)) + s_T·(e(image, text) − e(image, ∅))."""
+    from edit.pictures import encode_image
+
+    image, schedule = encode_image(model, photo()), model.schedule(4)
+    noisy = torch.randn((1, *model.latent_shape), generator=torch.Generator().manual_seed(0))
+    reference = model.encode_reference(image.pixels[None])
+    text, empty = (model.encode_prompts([words]) for words in ("a red dog", ""))
+
+    def alone(words: Conditions, beside: Tensor) -> Tensor:
+        return model.predictor(Conditions(words.text, None, beside))(noisy, schedule[0]).noise
+
+    none = alone(empty, torch.zeros_like(reference))
+    seen, told = alone(empty, reference), alone(text, reference)
+    guided = method.guide_by_image(model, image, "a red dog", "", 5.0, 1.3)(noisy, schedule[0]).noise
+    torch.testing.assert_close(guided, none + 1.3 * (seen - none) + 5 * (told - seen), atol=1e-4, rtol=1e-4)
+
+
+def test_the_command_follows_an_instruction_and_another(folder: Path, tmp_path: Path) -> None:
+    photo().save(tmp_path / "photo.png")
+    words = ["instruct", str(tmp_path / "photo.png"), "--instruction", "a red dog", "--then", "a cat"]
+    out = tmp_path / "run"
+    more = ["--model", str(folder), "--steps", "2", "--keep", "none", "--no-metrics", "--out", str(out)]
+    said = CliRunner().invoke(app, [*words, *more])
+    assert said.exit_code == 0, said.output or repr(said.exception)
+    record = json.loads((out / "run.json").read_text())
+    assert [edit["prompt"] for edit in record["edits"]] == ["a red dog", "a cat"]
+    again = CliRunner().invoke(app, ["replay", str(out), "--out", str(tmp_path / "again")])
+    assert again.exit_code == 0, repr(again.exception)
+    first, second = (Image.open(place / "edit_1.png").tobytes() for place in (out, tmp_path / "again"))
+    assert first == second
+
+
+def test_models_of_either_kind_are_refused_at_the_other_s_door(folder: Path, tiny_folder: Path) -> None:
+    with pytest.raises(UserError, match="edit instruct"):
+        Backbone.open(str(folder))
+    with pytest.raises(UserError, match="reads no image beside the prompt"):
+        Backbone.open(str(tiny_folder), by_instruction=True)
+
+
+def test_a_background_that_is_all_gone_names_the_instruction(
+    model: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "decode", lambda latents: 1.0 - 2.0 * (to_tensor(photo()) > 0).float()[None])
+    with pytest.raises(UserError, match=r"“a red dog”: .*--keep none"):
+        instruct(model, photo(), ["a red dog"], steps=1)

@@ -1,0 +1,144 @@
+"""The background of an edit becomes its source's again, exactly, and the edit stays."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from typer.testing import CliRunner
+
+from backbone.io.console import UserError
+from backbone.media.transforms import to_image
+from edit.cli import app
+from edit.methods.keep_background import drop_specks, fill_holes, find_change, hang_together, keep_background
+from tests.backbone.media.test_registration import moved, picture
+
+COLOUR = torch.tensor([0.9, -0.6, -0.8])[:, None, None]
+
+
+def disc(height: int = 80, width: int = 96) -> Tensor:
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return ((((x - 50) / 18) ** 2 + ((y - 42) / 15) ** 2) < 1).float()
+
+
+def edited(source: Tensor) -> Tensor:
+    """A red disc on the source."""
+    return torch.where(disc().bool(), COLOUR, source)
+
+
+def test_the_background_of_a_drifted_redrawn_edit_is_the_source_s_bit_for_bit() -> None:
+    source = picture()
+    drifted = moved(edited(source), (2.3, -1.1, 1.015))
+    redrawn = (drifted + 0.02 * torch.randn(drifted.shape, generator=torch.Generator().manual_seed(0))).clamp(
+        -1, 1
+    )
+    kept = keep_background(redrawn, source)
+    outside = kept.place == 0
+    assert torch.equal(kept.image[:, outside], source[:, outside])
+    assert float(outside.float().mean()) > 0.6
+    inside = disc().bool()
+    assert float((kept.place[inside] == 1).float().mean()) > 0.99  # the edit is all there
+    assert float((kept.image - COLOUR).abs().amax(0)[inside].median()) < 0.1
+    assert kept.registration.shift == pytest.approx((2.3, -1.1), abs=0.1)
+    assert kept.drifted_psnr_db is not None and kept.registered_psnr_db is not None
+    assert kept.registered_psnr_db > kept.drifted_psnr_db + 8
+
+
+def test_ten_edits_in_a_row_do_not_wear_the_background() -> None:
+    source = picture()
+    now = source
+    for turn in range(10):
+        drifted = moved(edited(now), (0.8, 0.4 * (-1) ** turn, 1.004))
+        now = keep_background((0.98 * drifted).clamp(-1, 1), source).image
+    far = torch.ones(80, 96).bool()
+    far[15:70, 20:80] = False
+    assert torch.equal(now[:, far], source[:, far])
+
+
+def test_a_mask_says_where_the_edit_stands() -> None:
+    source, mask = picture(), torch.zeros(80, 96)
+    mask[:, :48] = 1
+    kept = keep_background(edited(source), source, changed=mask)
+    assert torch.equal(kept.image[:, :, 56:], source[:, :, 56:])
+    assert bool((kept.image[:, 42, 40] == COLOUR[:, 0, 0]).all())
+
+
+def test_another_background_than_the_source_can_stand() -> None:
+    source = picture()
+    copy = (0.9 * source).clamp(-1, 1)
+    kept = keep_background(edited(source), source, background=copy)
+    assert torch.equal(kept.image[:, kept.place == 0], copy[:, kept.place == 0])
+
+
+def test_an_edit_that_redraws_everything_has_no_background_left() -> None:
+    with pytest.raises(UserError, match=r"no background to keep.*--mask"):
+        keep_background(-picture(9), picture())
+
+
+def test_a_change_is_whole_without_holes() -> None:
+    source, change = picture(), disc()
+    ring = edited(source)
+    ring[:, 38:46, 45:55] = source[:, 38:46, 45:55]  # a hole in it
+    found = find_change(ring, source)
+    assert float(found[change.bool()].mean()) > 0.97 and found[42, 50] == 1
+
+
+def test_parts_that_hang_together_are_followed_round_corners() -> None:
+    mask = torch.zeros(6, 6, dtype=torch.bool)
+    mask[0, :5] = mask[:5, 4] = mask[5, 0] = True
+    seed = torch.zeros_like(mask)
+    seed[0, 0] = True
+    assert int(hang_together(seed, mask).sum()) == 9
+    assert int(drop_specks(mask, 2).sum()) == 9
+    frame = torch.zeros(6, 6, dtype=torch.bool)
+    frame[1:5, 1:5] = True
+    frame[2:4, 2:4] = False
+    assert int(fill_holes(frame).sum()) == 16
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    source = picture()
+    before, after = tmp_path / "before.png", tmp_path / "after.png"
+    to_image(source).save(before)
+    to_image(moved(edited(source), (1.5, 0.0, 1.0))).save(after)
+    return before, after
+
+
+def test_the_command_writes_the_edit_on_its_old_background(files: tuple[Path, Path], tmp_path: Path) -> None:
+    said = CliRunner().invoke(app, ["keep-background", *map(str, files), "--out", str(tmp_path / "run")])
+    assert said.exit_code == 0, said.output
+    figures = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert figures["shift_right_px"] == pytest.approx(1.5, abs=0.1)
+    assert figures["background_psnr_db_kept"] == 100
+    kept, before = (Image.open(path) for path in (tmp_path / "run" / "kept.png", files[0]))
+    corner = (0, 0, 20, 80)
+    assert kept.crop(corner).tobytes() == before.convert("RGB").crop(corner).tobytes()
+
+
+def test_an_edit_of_another_size_is_brought_to_its_source_s(files: tuple[Path, Path], tmp_path: Path) -> None:
+    Image.open(files[1]).resize((192, 160), Image.Resampling.BICUBIC).save(files[1])
+    said = CliRunner().invoke(app, ["keep-background", *map(str, files), "--out", str(tmp_path / "run")])
+    assert said.exit_code == 0, said.output
+    assert Image.open(tmp_path / "run" / "kept.png").size == (96, 80)
+
+
+def test_mistakes_are_a_sentence_and_leave_nothing(files: tuple[Path, Path], tmp_path: Path) -> None:
+    before, after = files
+    tall, small = tmp_path / "tall.png", tmp_path / "small.png"
+    Image.open(after).resize((60, 80)).save(tall)
+    Image.new("L", (10, 10), 255).save(small)
+    for words, complaint in (
+        ([before, before], "nothing was edited"),
+        ([before, tall], "other shapes"),
+        ([before, tmp_path / "gone.png"], "gone.png"),
+        ([before, after, "--mask", small], "The mask is 10 × 10"),
+    ):
+        command = ["keep-background", *map(str, words), "--out", str(tmp_path / "run")]
+        found = CliRunner().invoke(app, command)
+        assert isinstance(found.exception, UserError) and complaint in str(found.exception), found.output
+        assert not (tmp_path / "run").exists()
