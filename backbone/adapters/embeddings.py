@@ -70,7 +70,7 @@ def add_tokens(
         next_id = min(len(slot.tokenizer), table.weight.shape[0])
         if isinstance(table, ExtendedEmbedding):
             next_id = table.first + sum(len(earlier) for earlier in table.rows)
-        takes_space = _spaces_are_letters(slot.tokenizer)
+        takes_space = spaces_are_letters(slot.tokenizer)
         added = slot.tokenizer.add_tokens(
             [AddedToken(word, normalized=False, lstrip=takes_space) for word in tokens]
         )
@@ -95,7 +95,7 @@ def embed_tokens(encoder: TextEncoder, text: str, *, count: int) -> dict[str, Te
     """
     embeddings = {}
     for slot in encoder.slots:
-        text = f" {text.strip()}" if text.strip() and _spaces_are_letters(slot.tokenizer) else text
+        text = f" {text.strip()}" if text.strip() and spaces_are_letters(slot.tokenizer) else text
         ids = slot.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
             raise UserError(f"“{text}” has no words to begin with. Give others with --initializer-token.")
@@ -104,7 +104,7 @@ def embed_tokens(encoder: TextEncoder, text: str, *, count: int) -> dict[str, Te
     return embeddings
 
 
-def _spaces_are_letters(tokenizer: Any) -> bool:
+def spaces_are_letters(tokenizer: Any) -> bool:
     """Whether a word's token has the space before it, so that a word inside a prompt is not the one at its start."""
     alone, inside = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("dog", " dog"))
     return bool(alone != inside)
