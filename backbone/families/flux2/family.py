@@ -48,6 +48,7 @@ KLEIN = Reading(layers=(9, 18, 27), tokens=512, padded=True)
 QWEN = (language_models.QWEN[0], language_models.QWEN[1] + language_models.NO_THOUGHTS)
 JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 SINGLE = ("to_qkv_mlp_proj", *(f"single_transformer_blocks.{n}.attn.to_out" for n in range(48)))
+NON_COMMERCIAL = 12288  # width of klein 9B's text
 MANY_STEPS = 200  # of a schedule as fine as training's
 
 
@@ -82,6 +83,8 @@ class Flux2:
         else:
             network = loading.load_network(kind, location, "transformer", dtype)
         cast(Any, network).is_distilled = is_distilled(location)
+        if cast(Any, network).config.joint_attention_dim == NON_COMMERCIAL:
+            notify_once("The weights of FLUX.2 klein 9B are under a licence for non-commercial use.")
         return network
 
     def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
