@@ -53,6 +53,11 @@ UNKNOWN_FILES = (
         "Name a whole FLUX.1, or another model.",
     ),
     (
+        r"embed_tokens\.weight$",
+        "a text encoder alone",
+        "Name the transformer's file with --model, and this one with --text-encoder.",
+    ),
+    (
         r"^(down_blocks|up_blocks|transformer_blocks|(en|de)coder\.(down|up)_blocks|(text_model\.)?encoder\.layers)\.",
         "one part of a diffusers model",
         "Name the folder above, the one with model_index.json.",
