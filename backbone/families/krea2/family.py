@@ -17,7 +17,7 @@ from diffusers.loaders.single_file_utils import convert_krea2_transformer_checkp
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_krea2 import Krea2AttnProcessor
 from torch import Tensor, nn
-from transformers import Qwen2Tokenizer, Qwen3VLModel, Qwen3VLTextModel
+from transformers import Qwen2Tokenizer
 
 from backbone.conditions.conditions import Conditions, Text
 from backbone.families import language_models, loading, split_files
@@ -84,6 +84,8 @@ class Krea2:
         return loading.load_autoencoder(AutoencoderKLQwenImage, location, dtype)
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> PaddedInside:
+        from transformers import Qwen3VLModel, Qwen3VLTextModel  # slow to import
+
         if location.file is not None:
             slot = split_files.load_language_model(Qwen3VLTextModel, Qwen2Tokenizer, location, dtype)
         else:
@@ -92,6 +94,8 @@ class Krea2:
         return PaddedInside(slot, layers=chosen_layers(location), name=location.name, width=width)
 
     def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:
+        from transformers import Qwen3VLTextModel
+
         config = location.config("transformer")
         shape = TOKENS, int(config["num_text_layers"]), int(config["text_hidden_dim"])
         return ModelSpec(
