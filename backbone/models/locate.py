@@ -93,6 +93,15 @@ def split_files(model: str) -> list[str]:
     return files if joined and not Path(model).expanduser().exists() else [model]
 
 
+def _said_beside(settings: Sequence[Path]) -> dict[str, Any]:
+    """What a model_index.json beside a file says that no weights and no config do."""
+    path = next(
+        (folder / "model_index.json" for folder in settings if (folder / "model_index.json").exists()), None
+    )
+    index = read_index(path) if path else {}
+    return {key: index[key] for key in ("is_distilled", "text_encoder_select_layers") if key in index}
+
+
 def _single_file(name: str, paths: Sequence[Path]) -> Location:
     """A model of one file, or of a transformer's file and those of its other components, in whatever order."""
     for path in paths:
@@ -111,7 +120,7 @@ def _single_file(name: str, paths: Sequence[Path]) -> Location:
             settings = family.match_checkpoint(header)
             if settings is not None:
                 parts = family.find_parts(header, [other for other in headers if other is not header])
-                index = {"_class_name": family.pipeline_classes[0]}
+                index = {**_said_beside(settings), "_class_name": family.pipeline_classes[0]}
                 return Location(name, str(header.path), index, settings, parts=parts)
     served = ", ".join(family.name for family in families())
     raise UserError(f"{single_file.describe_unknown_file(headers[0])} This version works with {served}.")

@@ -30,7 +30,7 @@ from backbone.families.location import Location
 from backbone.families.registry import families
 from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
 from backbone.io.console import UserError
-from backbone.io.files import Header, read_json, write_tensors
+from backbone.io.files import Header, read_json, write_json, write_tensors
 from backbone.models.locate import join_files, locate
 from backbone.models.model import Backbone
 from backbone.training.models import open_configs
@@ -194,7 +194,8 @@ def with_settings(place: Path, folder: Path) -> Path:
     """A folder's configs and tokenizer, without its weights."""
     for part in ("transformer", "vae", "text_encoder", "scheduler", "tokenizer"):
         shutil.copytree(folder / part, place / part, ignore=shutil.ignore_patterns("*.safetensors"))
-    shutil.copy(folder / "limner.json", place)
+    for file in ("limner.json", "model_index.json"):
+        shutil.copy(folder / file, place)
     return place
 
 
@@ -284,12 +285,18 @@ def test_a_file_s_name_says_whether_it_is_distilled(
     name: str, stem: str, defaults: tuple[int, float], folders: dict[str, Path], tmp_path: Path
 ) -> None:
     files = three_files(tmp_path, name, folders[name])
-    for part in ("limner.json", "scheduler"):
+    for part in ("limner.json", "model_index.json", "scheduler"):
         path = files[0].parent / part
         path.unlink() if path.is_file() else shutil.rmtree(path)
     files[0] = files[0].rename(files[0].with_stem(stem))
     usual = Backbone.open(join_files(*map(str, files)), device="cpu", precision="fp32").defaults
     assert (usual["steps"], usual["guidance"]) == defaults
+    if name != "z-image":  # whose scheduler says it
+        write_json(files[0].parent / "model_index.json", {"is_distilled": usual["guidance"] != 1})
+        other = Backbone.open(join_files(*map(str, files)), device="cpu", precision="fp32").defaults
+        assert (other["guidance"] == 1) == (usual["guidance"] != 1), (
+            "a model_index.json beside it says better"
+        )
 
 
 @pytest.mark.parametrize(
@@ -304,7 +311,7 @@ def test_a_file_s_name_says_whether_it_is_distilled(
         ("qwen-image/transformer", QwenImageTransformer2DModel, 20_430_401_088),
         ("qwen-image/text_encoder", Qwen2_5_VLTextModel, 7_070_619_136),
         ("qwen-image/vae", AutoencoderKLQwenImage, 126_892_531),
-        ("krea2/transformer", Krea2Transformer2DModel, 12_800_000_000),
+        ("krea2/transformer", Krea2Transformer2DModel, 12_820_073_036),
         ("krea2/text_encoder", Qwen3VLTextModel, 4_022_468_096),
     ],
 )
@@ -393,7 +400,7 @@ def test_a_run_on_split_files_says_how_diffusers_opens_it_and_is_uploaded_withou
 ) -> None:
     spelt = join_files(*map(str, three_files(tmp_path / "models", "z-image", folders["z-image"])))
     one = Subject(images=str(subject), token="[V]", class_noun="dog", token_words="fgh")
-    asked = {"model": spelt, "device": "cpu", "precision": "fp32", "steps": 1, "prior": "none"}
+    asked = {"model": spelt, "device": "cpu", "precision": "fp32", "steps": 1, "prior": "off"}
     run = train_concept({**asked, "sheet_prompts": ("a {}",)}, [one], out=tmp_path / "run")
     assert read_concept(run).model == spelt
     assert "ZImagePipeline.from_pretrained('Tongyi-MAI/Z-Image')" in (run / "README.md").read_text()
