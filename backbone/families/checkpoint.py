@@ -29,7 +29,7 @@ CONFIG_FILES = (
     *("text_encoder_2/config.json", "tokenizer_2/tokenizer.json", "tokenizer_2/tokenizer_config.json"),
     *("text_encoder_3/config.json", "tokenizer_3/tokenizer.json", "tokenizer_3/tokenizer_config.json"),
     *("transformer/config.json", "tokenizer_2/spiece.model", "tokenizer_3/spiece.model"),
-    *("tokenizer/merges.txt", "tokenizer/chat_template.jinja"),
+    *("tokenizer/merges.txt", "tokenizer/chat_template.jinja", "model_index.json"),
 )
 UNET, AUTOENCODER = "model.diffusion_model.", "first_stage_model."
 WINDOWS, WINDOW_BYTES = 64, 1 << 14

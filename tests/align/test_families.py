@@ -143,11 +143,11 @@ def switch_adapters(denoiser: nn.Module, *, on: bool) -> None:
             layer.enable_adapters(on)
 
 
-NEWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen-image", "krea2")]
+LONG = ("flux2", "qwen-image", "krea2")
 
 
 @pytest.mark.parametrize(
-    "name", [*(name for name in FAMILIES if name not in ("qwen-image", "krea2")), *NEWER]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in FAMILIES]
 )
 def test_a_step_is_the_paper_s_formula_in_loss_and_gradient(
     tmp_path: Path, pairs_file: Path, name: str

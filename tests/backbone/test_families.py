@@ -45,7 +45,7 @@ from customize.settings import Subject
 from customize.training.run import train_concept
 from tests import tiny
 
-STEPS, GUIDANCE, PROMPT, SCALE = 20, 4.0, "a dog in the snow", 40.0
+STEPS, FEW, GUIDANCE, PROMPT, SCALE = 20, 4, 4.0, "a dog in the snow", 40.0
 
 
 # diffusers' own predictions ---------------------------------------------------------------------------------
@@ -154,6 +154,7 @@ class Case:
     theirs  our latents as diffusers' pipeline takes and gives them
     given   (pipeline, what it gives) → latents as it takes them
     words   of the text, what comes from encoders that can learn words
+    steps   of the guided sample; the long suite takes 20 of every family
     """
 
     name: str
@@ -165,6 +166,7 @@ class Case:
     theirs: Callable[[Tensor], Tensor] = lambda latents: latents
     given: Callable[[Any, Tensor], Tensor] = lambda pipeline, latents: latents
     words: tuple[str, ...] = ("hidden", "pooled")
+    steps: int = STEPS
 
     def __str__(self) -> str:
         return self.name
@@ -221,6 +223,7 @@ CASES = [
         said_by_z_image,
         said={"guidance_scale": GUIDANCE - 1, "negative_prompt": "a red cat in the red snow, " * 4},
         words=("hidden", "mask"),
+        steps=FEW,
     ),
     Case(
         "flux2-klein",
@@ -229,6 +232,7 @@ CASES = [
         said_by_flux2,
         given=given_by_flux2,
         words=("hidden",),
+        steps=FEW,
     ),
     Case(
         "flux2-klein-distilled",
@@ -237,6 +241,7 @@ CASES = [
         said_by_flux2,
         given=given_by_flux2,
         words=("hidden",),
+        steps=FEW,
     ),
     Case(
         "qwen-image",
@@ -246,6 +251,7 @@ CASES = [
         said={"negative_prompt": "a red cat", "true_cfg_scale": GUIDANCE, "guidance_scale": None},
         theirs=flux.pack_latents,
         words=("hidden", "mask"),
+        steps=FEW,
     ),
     Case(
         "krea2",
@@ -255,6 +261,7 @@ CASES = [
         said={"guidance_scale": GUIDANCE - 1, "negative_prompt": "a red cat"},
         theirs=flux.pack_latents,
         words=("hidden", "mask"),
+        steps=FEW,
     ),
     Case(
         "krea2-turbo",
@@ -264,6 +271,7 @@ CASES = [
         said={"guidance_scale": GUIDANCE - 1},
         theirs=flux.pack_latents,
         words=("hidden", "mask"),
+        steps=FEW,
     ),
 ]
 NAMED = {case.name: case for case in CASES}
@@ -278,6 +286,7 @@ def marked(slow: Sequence[str]) -> pytest.MarkDecorator:
 
 
 every, proof = marked(SLOW), marked(VARIANTS)
+NEWER = [case for case in CASES if case.steps == FEW]
 
 
 @pytest.fixture(scope="module")
@@ -346,15 +355,26 @@ def test_an_autoencoder_with_the_names_of_old_files_is_left_to_diffusers(
 
 @proof
 def test_a_guided_sample_is_diffusers_own(case: Case, folders: dict[str, Path]) -> None:
+    assert_same_sample(case, folders, case.steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", NEWER, ids=str)
+def test_twenty_guided_steps_are_diffusers_own(case: Case, folders: dict[str, Path]) -> None:
+    assert_same_sample(case, folders, STEPS)
+
+
+def assert_same_sample(case: Case, folders: dict[str, Path], steps: int) -> None:
+    """So many guided steps from the same noise, and one prediction."""
     model, pipeline = opened(folders[case.name]), loaded(case, folders)
     request = Request(PROMPT, (0, 0), case.said.get("negative_prompt", ""))
-    ours = next(sample_latents(model, [request], steps=STEPS, guidance=GUIDANCE, seed=3))
+    ours = next(sample_latents(model, [request], steps=steps, guidance=GUIDANCE, seed=3))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = pipeline(
             prompt=PROMPT,
             latents=case.theirs(initial_noise(model, 3, 0, 0)[None]),
-            num_inference_steps=STEPS,
+            num_inference_steps=steps,
             height=model.resolution,
             width=model.resolution,
             output_type="latent",
@@ -367,7 +387,7 @@ def test_a_guided_sample_is_diffusers_own(case: Case, folders: dict[str, Path]) 
     )
 
 
-@proof
+@every
 def test_training_exports_an_adapter_that_diffusers_loads(
     case: Case, folders: dict[str, Path], tmp_path: Path, subject: Path
 ) -> None:

@@ -219,12 +219,12 @@ def three_files(place: Path, name: str, folder: Path) -> list[Path]:
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        *((name, "three files") for name in ("z-image", "flux2")),
+        ("z-image", "three files"),
         *(
             pytest.param(name, layout, marks=pytest.mark.slow)
             for name in FAMILIES
             for layout in ("one file", "three files", "diffusers' names")
-            if name not in ("z-image", "flux2") or layout != "three files"
+            if (name, layout) != ("z-image", "three files")
         ),
     ],
 )
@@ -395,6 +395,7 @@ def test_the_options_name_the_files_at_every_door(
     assert open_configs(asked)[1]["model"] == join_files(transformer, vae, text)
 
 
+@pytest.mark.slow
 def test_a_run_on_split_files_says_how_diffusers_opens_it_and_is_uploaded_without_a_path(
     folders: dict[str, Path], tmp_path: Path, subject: Path
 ) -> None:

@@ -182,7 +182,9 @@ def test_published_figures_of_stable_diffusion(sd15: Backbone, account: MemoryEs
 # Monotony ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NEWER)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "z-image")) for name in NEWER]
+)
 def test_a_step_of_a_newer_family_keeps_what_is_counted(models: dict[str, Backbone], name: str) -> None:
     bare, real = (
         counted(models[name], device, torch.bfloat16, checkpointing=False, rows=1)
@@ -213,7 +215,7 @@ def test_every_measure_needs_no_more_than_its_absence(account: MemoryEstimator) 
 
 
 def test_more_of_the_base_elsewhere_leaves_less_of_it(models: dict[str, Backbone]) -> None:
-    for name in WRITERS:
+    for name in set(WRITERS) - set(NEWER[1:]):
         model = models[name]
         account = MemoryEstimator(model, lora(model))
         left = [
