@@ -144,6 +144,7 @@ def test_work_in_progress_is_known_when_all_its_pictures_are(
     assert not is_finished(TRIAL, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_script_learns_the_same_words_with_class_pictures_and_is_not_run_again(
     commands: list[tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

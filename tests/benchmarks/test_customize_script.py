@@ -123,6 +123,7 @@ def test_a_random_model_of_a_shape_is_a_whole_model(
     assert Backbone.open(str(tmp_path), device="cpu").fingerprint == parts.model.fingerprint
 
 
+@pytest.mark.slow
 def test_a_side_that_fails_is_named_with_its_last_line() -> None:
     with pytest.raises(UserError, match=r"customize_script side nobody .* failed"):
         run_module("benchmarks.customize_script", "side", "nobody", "moji", ".")

@@ -101,7 +101,8 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
     assert [line["step"] for line in read_jsonl(log)] == list(range(1, 61))
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [20])
 def test_a_run_killed_again_and_again_ends_bit_for_bit_like_one_that_was_not(
     customize: Command, tmp_path: Path, subject: Path, tiny_folder: Path, kills: int
 ) -> None:

@@ -296,9 +296,7 @@ def told_apart(ready: PreferenceData) -> PreferenceData:
     "loss",
     [
         "dpo",
-        "kto",
-        "mapo",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("ipo", "hinge", "dspo")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("kto", "mapo", "ipo", "hinge", "dspo")),
     ],
 )
 def test_training_learns_the_preference(tiny_folder: Path, pairs_file: Path, loss: str) -> None:
