@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from backbone.conditions.conditions import Conditions
-from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, broadcast_like, guide
+from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, broadcast_like
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from edit import checks
@@ -130,7 +130,8 @@ class SourceAndTargets:
             part = select(answer, group)
             size, scale = len(part.clean), guidance[group.start]
             if scale != 1:
-                part = guide(part, select(answer, slice(unconditional, unconditional + size)), scale)
+                without = select(answer, slice(unconditional, unconditional + size))
+                part = self.model.path.guide(part, without, scale, level)
                 unconditional += size
             parts.append(part)
         return Estimate(torch.cat([one.clean for one in parts]), torch.cat([one.noise for one in parts]))

@@ -9,24 +9,42 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -35,6 +53,11 @@ from transformers import (
 from backbone.models.locate import EMBEDDED
 
 WORDS = ("a", "dog", "cat", "in", "the", "snow", "red")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
 RARE = ("bcd", "fgh", "jkl", "mnp", "qrs")
 
 
@@ -222,6 +245,168 @@ def tiny_pixart(folder: Path) -> Path:
     return with_defaults(folder)
 
 
+def tiny_z_image(folder: Path, *, shift: float = 6.0) -> Path:
+    """The same of Z-Image: 5 × 5 latents would fill no 32 tokens, nor do these 4 × 4 tokens."""
+    torch.manual_seed(0)
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=24,
+        axes_dims=[4, 6, 6],
+        axes_lens=[1024, 16, 16],
+    )
+    for name in ("x_pad_token", "cap_pad_token"):  # which are zeros at first
+        torch.nn.init.normal_(getattr(transformer, name))
+    ZImagePipeline(
+        vae=tiny_autoencoder(
+            shift_factor=0.1159, scaling_factor=0.3611, use_quant_conv=False, use_post_quant_conv=False
+        ),
+        text_encoder=tiny_qwen3(24),
+        tokenizer=tiny_qwen_tokenizer(),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+    ).save_pretrained(folder)
+    return with_defaults(folder)
+
+
+def tiny_flux2_klein(folder: Path, *, distilled: bool = False) -> Path:
+    """The same of FLUX.2 klein: 8 × 8 latents of 16 channels, which are patches of the autoencoder's 4."""
+    torch.manual_seed(0)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * 8,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=64,
+    )
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    Flux2KleinPipeline(
+        vae=vae,
+        text_encoder=tiny_qwen3(8, layers=28),
+        tokenizer=tiny_qwen_tokenizer(),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        is_distilled=distilled,
+    ).save_pretrained(folder)
+    return with_defaults(folder)
+
+
+def tiny_qwen_image(folder: Path) -> Path:
+    """The same of Qwen-Image: latents of one frame, normalised by channel; levels that are stretched to an end."""
+    torch.manual_seed(0)
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    )
+    QwenImagePipeline(
+        vae=tiny_video_autoencoder(),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**tiny_vision_language(16))),
+        tokenizer=tiny_qwen_tokenizer(),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            shift=1.0, use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+        ),
+    ).save_pretrained(folder)
+    return with_picture_size(folder)
+
+
+def tiny_krea2(folder: Path, *, turbo: bool = False) -> Path:
+    """The same of Krea 2: keys and values that heads share, three layers of its text encoder."""
+    torch.manual_seed(0)
+    transformer = Krea2Transformer2DModel(
+        in_channels=16,
+        num_layers=4,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=24,
+        timestep_embed_dim=16,
+        text_hidden_dim=16,
+        num_text_layers=3,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=2,
+        text_intermediate_size=16,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 6, 6),
+    )
+    for name, value in transformer.named_parameters():
+        if name.endswith("scale_shift_table"):  # which are zeros at first
+            torch.nn.init.normal_(value, std=0.1)
+    Krea2Pipeline(
+        vae=tiny_video_autoencoder(),
+        text_encoder=Qwen3VLModel(Qwen3VLConfig(**tiny_vision_language(16))),
+        tokenizer=tiny_qwen_tokenizer(),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400),
+        text_encoder_select_layers=(0, 2, 3),
+        is_distilled=turbo,
+    ).save_pretrained(folder)
+    return with_picture_size(folder)
+
+
+def tiny_video_autoencoder() -> Any:
+    """Qwen-Image's: 64 × 64 pictures to 8 × 8 latents of 4 channels."""
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[0.5, 1.5, 1.0, 0.7],
+    )
+    return vae
+
+
+def tiny_vision_language(width: int) -> dict[str, Any]:
+    """Settings of a Qwen-VL of three layers, whose eye nobody uses."""
+    text = {
+        "vocab_size": len(tiny_qwen_tokenizer()) + 5,
+        "hidden_size": width,
+        "intermediate_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 2048,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1]},
+    }
+    eye = {
+        "depth": 1,
+        "hidden_size": 8,
+        "out_hidden_size": width,
+        "num_heads": 1,
+        "intermediate_size": 8,
+        "deepstack_visual_indexes": [0],
+        "fullatt_block_indexes": [0],
+    }
+    return {"text_config": text, "vision_config": eye}
+
+
 def tiny_moji(folder: Path) -> Path:
     """`moji` with a small random denoiser and autoencoder, and few steps of everything; its words and scorer stay."""
     torch.manual_seed(0)
@@ -242,6 +427,13 @@ def tiny_moji(folder: Path) -> Path:
 
 
 # What they are made of --------------------------------------------------------------------------------------
+
+
+def with_picture_size(folder: Path) -> Path:
+    """With pictures of 64 pixels a side, of which the published configs say nothing."""
+    config = folder / "vae" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "sample_size": 64}))
+    return with_defaults(folder)
 
 
 def with_defaults(folder: Path) -> Path:
@@ -315,6 +507,42 @@ def tiny_t5_tokenizer() -> T5Tokenizer:
     words = [(f"▁{word}", -1.0) for word in (*WORDS, *RARE)]
     scores = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *words, *letters]
     return T5Tokenizer(vocab=scores, extra_ids=0, model_max_length=512)
+
+
+def tiny_qwen3(width: int, *, layers: int = 3) -> Qwen3Model:
+    """A Qwen3 whose table of embeddings is larger than its vocabulary, as the published ones' are."""
+    settings = Qwen3Config(
+        vocab_size=len(tiny_qwen_tokenizer()) + 5,
+        hidden_size=width,
+        intermediate_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=2048,
+    )
+    return Qwen3Model(settings)
+
+
+def tiny_qwen_tokenizer() -> Qwen2Tokenizer:
+    """Bytes, a few words and a few rare ones, with the space before them; the chat template of Qwen3 in short."""
+    letters = sorted(ByteLevel.alphabet())
+    merges: list[Any] = []
+    tokens = [*letters]
+    for word in (*(f"Ġ{word}" for word in (*WORDS, *RARE)), "user", "assistant", "system"):
+        left = word[0]
+        for letter in word[1:]:
+            merges.append((left, letter))
+            tokens.append(left + letter)
+            left += letter
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    marks = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+    vocabulary |= {mark: len(vocabulary) + number for number, mark in enumerate(marks)}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=list(dict.fromkeys(merges)), model_max_length=1024)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(marks[1:3])})
+    tokenizer.add_tokens(list(marks[3:]))
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
 def tiny_tokenizer(**settings: Any) -> CLIPTokenizer:

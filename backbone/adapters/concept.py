@@ -29,7 +29,9 @@ FOREIGN_SYNTAX = {  # of other programs' prompts: (red:1.3), ((red)), red++; --w
 }
 CONSONANTS = "[bcdfghjklmnpqrstvwxz]{3,4}"
 RARE_WORD_POOL = 256  # how many of the tokenizer's rarest words a concept's are chosen from
-RARE = re.compile(rf"({CONSONANTS})</w>|▁({CONSONANTS})")  # as CLIP's and T5's tokenizers mark a whole word
+RARE = re.compile(
+    rf"({CONSONANTS})</w>|[▁Ġ]({CONSONANTS})"
+)  # as the tokenizers of CLIP, T5 and Qwen mark a whole word
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,7 @@ def choose_rare_words(
     """
     candidates = [token for token in vocabulary if RARE.fullmatch(token)]
     candidates.sort(key=lambda token: -vocabulary[token])
-    words = [token.removesuffix("</w>").removeprefix("▁") for token in candidates[:RARE_WORD_POOL]]
+    words = [token.removesuffix("</w>").lstrip("▁Ġ") for token in candidates[:RARE_WORD_POOL]]
     words = [word for word in words if word not in set(taken)]
     if len(words) < count:
         raise UserError("This model's tokenizer has no rare words of its own. Give some with --token-words.")
@@ -217,7 +219,7 @@ def check_token(token: str, vocabulary: Mapping[str, int]) -> None:
     """Raise `UserError` for a placeholder of several words, or one that is an ordinary word of the vocabulary."""
     if not token.strip() or " " in token.strip():
         raise UserError(f"The token “{token}” must be one word, like [V] or <dog>.")
-    whole = (f"{token.lower()}</w>", f"▁{token.lower()}")
+    whole = (f"{token.lower()}</w>", f"▁{token.lower()}", f"Ġ{token.lower()}")
     if token.isalpha() and any(word in vocabulary for word in whole) and not RARE.fullmatch(whole[0]):
         raise UserError(f"The token “{token}” is an ordinary word for this model. Choose one like [{token}].")
 

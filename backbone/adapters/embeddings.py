@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +24,14 @@ EMBEDDINGS_FILE = "learned_embeds.safetensors"
 
 
 class ExtendedEmbedding(nn.Module):
-    """A frozen embedding table [N, D] followed by trainable rows."""
+    """A frozen embedding table [N, D] followed by trainable rows, from the first id that the tokenizer leaves free.
 
-    def __init__(self, table: nn.Embedding) -> None:
+    Some tables have more rows than their tokenizer has tokens (T5's, Qwen's): nobody looks up what is behind those.
+    """
+
+    def __init__(self, table: nn.Embedding, first: int) -> None:
         super().__init__()
-        self.table = table
+        self.table, self.first = table, first
         self.rows = nn.ParameterList()
 
     @property
@@ -38,7 +41,7 @@ class ExtendedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids [B, T] → embeddings [B, T, D]."""
-        count = self.table.num_embeddings
+        count = self.first
         old = self.table(ids.clamp(max=count - 1))
         if not len(self.rows):
             return cast(Tensor, old)
@@ -64,17 +67,20 @@ def add_tokens(
                 f"The learned embeddings have the shape {tuple(values.shape)} and those of this model's {slot.name} "
                 f"the width {width}. Give the --model that they were learned on."
             )
-        next_id = table.table.num_embeddings if isinstance(table, ExtendedEmbedding) else table.num_embeddings
+        next_id = min(len(slot.tokenizer), table.weight.shape[0])
         if isinstance(table, ExtendedEmbedding):
-            next_id += sum(len(earlier) for earlier in table.rows)
-        added = slot.tokenizer.add_tokens([AddedToken(word, normalized=False) for word in tokens])
+            next_id = table.first + sum(len(earlier) for earlier in table.rows)
+        takes_space = spaces_are_letters(slot.tokenizer)
+        added = slot.tokenizer.add_tokens(
+            [AddedToken(word, normalized=False, lstrip=takes_space) for word in tokens]
+        )
         ids = slot.tokenizer.convert_tokens_to_ids(list(tokens))
         if added != len(tokens) or ids != list(range(next_id, next_id + len(tokens))):
             raise UserError(
                 f"This model knows one of the tokens {', '.join(tokens)} already. Choose another token."
             )
         if not isinstance(table, ExtendedEmbedding):
-            table = ExtendedEmbedding(table)
+            table = ExtendedEmbedding(table, next_id)
             slot.model.set_input_embeddings(table)
         parameter = nn.Parameter(values.detach().clone().float().to(table.weight.device), requires_grad=False)
         table.rows.append(parameter)
@@ -89,12 +95,19 @@ def embed_tokens(encoder: TextEncoder, text: str, *, count: int) -> dict[str, Te
     """
     embeddings = {}
     for slot in encoder.slots:
+        text = f" {text.strip()}" if text.strip() and spaces_are_letters(slot.tokenizer) else text
         ids = slot.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
             raise UserError(f"“{text}” has no words to begin with. Give others with --initializer-token.")
         repeated = torch.tensor([ids[k % len(ids)] for k in range(count)], device=slot.model.device)
         embeddings[slot.name] = slot.model.get_input_embeddings()(repeated[None])[0].detach().float()
     return embeddings
+
+
+def spaces_are_letters(tokenizer: Any) -> bool:
+    """Whether a word's token has the space before it, so that a word inside a prompt is not the one at its start."""
+    alone, inside = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("dog", " dog"))
+    return bool(alone != inside)
 
 
 def vector_token_names(token: str, count: int) -> list[str]:

@@ -52,13 +52,15 @@ def flow_schedule(
     *,
     mu: float | None = None,
     lowest: float | None = None,
+    terminal: float | None = None,
     train_steps: int = 1000,
 ) -> Schedule:
     """S steps of a rectified flow from t = 1 to t = 0; the network is told train_steps·t.
 
     FlowMatchEulerDiscreteScheduler's levels. `shift` moves them towards the noisy end (Esser et al. 2024, eq.
     23); with `mu`, the dynamic shift exp(mu) takes its place. `lowest` is the last level before t = 0, before
-    shifting: the scheduler's own smallest level if left out, 1/S as FLUX's pipeline asks for.
+    shifting: the scheduler's own smallest level if left out, 1/S as FLUX's pipeline asks for. `terminal` is where the
+    shifted levels are stretched to, so that this is the last one before 0.
     """
     if steps < 1:
         raise ValueError(f"a schedule has at least one step, not {steps}.")
@@ -67,7 +69,10 @@ def flow_schedule(
     else:  # the scheduler shifts its smallest level when it is built, and every level again here
         smallest = shift / (train_steps + shift - 1)
     t = torch.linspace(1, smallest if lowest is None else lowest, steps, dtype=torch.float64)
-    t = torch.cat([shift * t / (1 + (shift - 1) * t), t.new_zeros(1)])
+    t = shift * t / (1 + (shift - 1) * t)
+    if terminal is not None and steps > 1:
+        t = 1 - (1 - t) * (1 - terminal) / (1 - t[-1])
+    t = torch.cat([t, t.new_zeros(1)])
     return flow(t, time=(train_steps * t).float())
 
 

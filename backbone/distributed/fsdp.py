@@ -38,11 +38,11 @@ def shard(denoiser: nn.Module, device: torch.device) -> nn.Module:
 
 
 def repeated_blocks(denoiser: nn.Module) -> Iterator[nn.Module]:
-    """Yield the entries of every `…blocks` ModuleList, inner lists before those that contain them."""
+    """Yield the entries of every ModuleList of blocks, inner lists before those that contain them."""
     lists = [
         layers
         for name, layers in denoiser.named_modules()
-        if isinstance(layers, nn.ModuleList) and name.endswith("blocks")
+        if isinstance(layers, nn.ModuleList) and (name == "layers" or name.endswith(("blocks", "refiner")))
     ]
     for layers in reversed(lists):
         yield from layers

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone.conditions.conditions import Conditions, Text
-from backbone.diffusion.noise import Level, PredictionType, Schedule
+from backbone.diffusion.noise import Estimate, Level, PredictionType, Schedule, guide
 from backbone.families.location import Location
+from backbone.io.console import UserError
 from backbone.io.files import Header
 from backbone.io.weights import refuse_damaged
 
@@ -41,11 +42,15 @@ class TextSegment:
     tokenizer   None for a segment of zeros, where an encoder is missing
     tokens      its length with padding
     preprocess  prompt → what the tokenizer is given
+    frame       what stands before and behind it there, a chat's template
+    dropped     tokens at the start that are not in the segment
     """
 
     tokenizer: Any
     tokens: int
     preprocess: Callable[[str], str] = str
+    frame: tuple[str, str] = ("", "")
+    dropped: int = 0
 
 
 class TextEncoder(Protocol):
@@ -79,7 +84,8 @@ class JointAttentionInputs:
     query, key, value  [B, heads, tokens, D], text and image tokens concatenated
     text               the slice of the text tokens; empty in a layer over image tokens alone
     project_output     attention output [B, heads, tokens, D] → what the layer returns
-    bias               added to the logits of each key, [1, tokens], or None
+    bias               added to the logits of each key, [1, tokens], or which keys a row has, [B, 1, 1, tokens]; or None
+    padding            tokens behind the image's own that fill it up, no places of the image
     """
 
     query: Tensor
@@ -88,17 +94,21 @@ class JointAttentionInputs:
     text: slice
     project_output: Callable[[Tensor], Any]
     bias: Tensor | None = None
+    padding: int = 0
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Scaled dot-product attention with this call's bias → [B, heads, queries, D]."""
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=self.bias)
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, rows: slice | Sequence[int] = slice(None)
+    ) -> Tensor:
+        """Scaled dot-product attention of some rows with this call's bias → [B, heads, queries, D]."""
+        bias = self.bias if self.bias is None or self.bias.ndim < 4 else self.bias[rows]
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
     @property
     def image(self) -> slice:
-        """The slice of the image tokens, in row-major order: all that are not text."""
-        return (
-            slice(0, self.text.start) if self.text.start > 0 else slice(self.text.stop, self.query.shape[2])
-        )
+        """The slice of the image tokens, in row-major order: all that are neither text nor padding."""
+        if self.text.start > 0:
+            return slice(0, self.text.start - self.padding)
+        return slice(self.text.stop, self.query.shape[2] - self.padding)
 
 
 @dataclass(frozen=True)
@@ -128,6 +138,13 @@ class Family(Protocol):
         """The `settings` folders of a single-file checkpoint, recognised by its header; None for another family's file.
 
         Raises `UserError` for a file of this family that lacks a component.
+        """
+        ...
+
+    def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
+        """The files of components that a checkpoint of this family leaves to other files, among those `beside`.
+
+        Raises `UserError` for a file that has no use, and for a component that is in none.
         """
         ...
 
@@ -184,6 +201,11 @@ class Family(Protocol):
         ...
 
 
+def guide_alike(conditional: Estimate, unconditional: Estimate, scale: float, level: Level) -> Estimate:
+    """Classifier-free guidance as it is at every level (Ho & Salimans 2022)."""
+    return guide(conditional, unconditional, scale)
+
+
 @dataclass(frozen=True)
 class NoisePath:
     """The noise levels that a model was trained on, and its sampling schedule.
@@ -191,26 +213,33 @@ class NoisePath:
     prediction_type  what the network predicts
     levels           [T], clean to noisy: a uniform choice among them is what training drew from
     schedule         (steps S, size (H, W) of the latents) → noise levels [S + 1], noisy to clean
+    guide            (estimates with the prompt and without, scale, level) → the guided estimate
     """
 
     prediction_type: PredictionType
     levels: Level
     schedule: Callable[[int, tuple[int, int]], Schedule]
+    guide: Callable[[Estimate, Estimate, float, Level], Estimate] = guide_alike
 
 
 @dataclass(frozen=True)
 class ModuleSpec:
-    """A module that is not loaded: how to construct it, and its dtype."""
+    """A module that is not loaded: how to construct it, its dtype, and names of inner modules that stay in fp32."""
 
     build: Callable[[], nn.Module]
     dtype: torch.dtype
+    in_fp32: tuple[str, ...] = ()
 
     def instantiate(self, device: str = "meta") -> nn.Module:
         """Construct the frozen module with random weights; on `meta` it has no storage."""
         with torch.device(device):
             network = self.build()
         nn.Module.to(network, self.dtype)
-        nn.Module.to(network, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for name, module in network.named_modules() if self.in_fp32 else ():
+            if set(name.split(".")) & set(self.in_fp32):
+                nn.Module.float(module)
+        if all(value.ndim < 5 for value in network.parameters()):  # kernels over time have another layout
+            nn.Module.to(network, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return network.requires_grad_(False).eval()
 
 
@@ -224,10 +253,20 @@ class ModelSpec:
     text_shapes: Mapping[str, tuple[int, ...]]
 
     def blank_text(self, rows: int, device: str = "meta") -> Conditions:
-        """So many conditions of zeros; a mask of tokens is of whole numbers."""
+        """So many conditions of zeros; a mask leaves no token out."""
         return Conditions(
             {name: _zeros(name, (rows, *shape), device) for name, shape in self.text_shapes.items()}
         )
+
+
+def refuse_beside(header: Header, beside: Sequence[Header]) -> dict[str, Path]:
+    """No files: of a family whose checkpoints hold all components. `UserError` for any that is named."""
+    if beside:
+        raise UserError(
+            f"A checkpoint like {header.path} is read with its own autoencoder and text encoders, and {beside[0].path} "
+            "has no use. Leave it out."
+        )
+    return {}
 
 
 def diffusers_spec(kind: Any, location: Location, part: str, dtype: torch.dtype) -> ModuleSpec:
@@ -238,7 +277,7 @@ def diffusers_spec(kind: Any, location: Location, part: str, dtype: torch.dtype)
         with refuse_damaged(location.name, part):
             return cast(nn.Module, kind.from_config(config))
 
-    return ModuleSpec(build, dtype)
+    return ModuleSpec(build, dtype, tuple(getattr(kind, "_keep_in_fp32_modules", None) or ()))
 
 
 def transformers_spec(
@@ -255,5 +294,6 @@ def transformers_spec(
 
 
 def _zeros(name: str, shape: tuple[int, ...], device: str) -> Tensor:
-    dtype = torch.int64 if name == "mask" else torch.float32
-    return torch.zeros(shape, dtype=dtype, device=device)
+    if name == "mask":
+        return torch.ones(shape, dtype=torch.int64, device=device)
+    return torch.zeros(shape, device=device)

@@ -29,6 +29,7 @@ CONFIG_FILES = (
     *("text_encoder_2/config.json", "tokenizer_2/tokenizer.json", "tokenizer_2/tokenizer_config.json"),
     *("text_encoder_3/config.json", "tokenizer_3/tokenizer.json", "tokenizer_3/tokenizer_config.json"),
     *("transformer/config.json", "tokenizer_2/spiece.model", "tokenizer_3/spiece.model"),
+    *("tokenizer/merges.txt", "tokenizer/chat_template.jinja", "model_index.json"),
 )
 UNET, AUTOENCODER = "model.diffusion_model.", "first_stage_model."
 WINDOWS, WINDOW_BYTES = 64, 1 << 14
@@ -48,8 +49,13 @@ UNKNOWN_FILES = (
     (r"joint_blocks\.", "a part of Stable Diffusion 3, or a derivative of it", NAME_DIFFUSERS_FOLDER),
     (
         r"double_blocks\.",
-        "a part of FLUX.1, or a derivative of it (like FLUX.2 or Chroma)",
+        "a part of FLUX.1, or a derivative of it (like Chroma)",
         "Name a whole FLUX.1, or another model.",
+    ),
+    (
+        r"embed_tokens\.weight$",
+        "a text encoder alone",
+        "Name the transformer's file with --model, and this one with --text-encoder.",
     ),
     (
         r"^(down_blocks|up_blocks|transformer_blocks|(en|de)coder\.(down|up)_blocks|(text_model\.)?encoder\.layers)\.",
@@ -115,7 +121,7 @@ def silence_warnings(name: str) -> Iterator[None]:
 def config_mismatch(location: Location, part: str) -> UserError:
     """The `UserError` for a file whose component does not fit its config."""
     return UserError(
-        f"The {part} in {location.source} is not built as {location.local(f'{part}/config.json')} says. "
+        f"The {part} in {location.file_of(part)} is not built as {location.local(f'{part}/config.json')} says. "
         f"Put the {part}/config.json of this model beside the file."
     )
 
@@ -127,7 +133,7 @@ def count_shapes(tensors: Iterable[torch.Tensor]) -> Counter[tuple[int, ...]]:
 
 def fingerprint(location: Location) -> str:
     """Identify a file by samples of its contents and by the configs that it is loaded with."""
-    parts = [hash_samples(Path(location.source))]
+    parts = [hash_samples(path) for path in (Path(location.source), *location.parts.values())]
     for name in CONFIG_FILES:
         path = location.local(name)
         if path is not None:

@@ -23,6 +23,7 @@ from backbone.diffusion.schedules import (
 )
 from backbone.diffusion.transfer import send
 from backbone.families.base import NoisePath, TextEncoderSlot
+from backbone.families.latents import has_frames
 from backbone.families.location import Location
 from backbone.io.console import UserError, notify_once
 from backbone.io.files import read_header, read_tensors
@@ -31,7 +32,7 @@ from backbone.io.weights import refuse_damaged, refuse_missing
 
 UNSUPPORTED_FLOW_SETTINGS = (
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
-    *("invert_sigmas", "shift_terminal", "stochastic_sampling"),
+    *("invert_sigmas", "stochastic_sampling"),
 )
 VP_SETTINGS: Mapping[str, tuple[str, ...]] = {  # of a β scheduler, diffusers' default first
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
@@ -104,12 +105,13 @@ def load_casting(
 ) -> nn.Module | None:
     """Load a network in chunks, casting each to `dtype` as it is read; None where diffusers must load it.
 
-    Read whole, the file would be in memory beside its copy. Networks that keep some weights in fp32, have several files
-    or older tensor names are left to diffusers.
+    Read whole, the file would be in memory beside its copy. Networks that have several files or older tensor names are
+    left to diffusers. What a network keeps in fp32 stays there.
     """
     file = location.local(f"{part}/{WEIGHTS}")
-    if file is None or getattr(kind, "_keep_in_fp32_modules", None):
+    if file is None:
         return None
+    kept = set(getattr(kind, "_keep_in_fp32_modules", None) or ())
     with refuse_damaged(location.name, part), init_empty_weights():
         network = cast(nn.Module, kind.from_config(location.config(part)))
     shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
@@ -118,8 +120,9 @@ def load_casting(
     for names in _split_by_size(shapes):
         tensors, _ = read_tensors(file, names=names)
         for name, tensor in tensors.items():
+            lower = torch.float32 if kept & set(name.split(".")) else dtype
             tensors[name] = tensor.to(
-                dtype if tensor.is_floating_point() else tensor.dtype,
+                lower if tensor.is_floating_point() else tensor.dtype,
                 memory_format=memory_format if tensor.ndim == 4 else torch.preserve_format,
             )
         network.load_state_dict(tensors, strict=False, assign=True)
@@ -142,7 +145,8 @@ def _split_by_size(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]
 
 def load_autoencoder(kind: Any, location: Location, dtype: torch.dtype) -> nn.Module:
     """Load the autoencoder, in fp32 where its config says that fp16 overflows."""
-    return load_network(kind, location, "vae", autoencoder_dtype(location, dtype), torch.channels_last)
+    layout = torch.preserve_format if has_frames(location.config("vae")) else torch.channels_last
+    return load_network(kind, location, "vae", autoencoder_dtype(location, dtype), layout)
 
 
 def autoencoder_dtype(location: Location, dtype: torch.dtype) -> torch.dtype:
@@ -261,12 +265,21 @@ def fit_tokenizer(slot: TextEncoderSlot) -> None:
     )
 
 
-def tokenize(slot: TextEncoderSlot, prompts: Sequence[str], length: int | None = None) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask` [B, T], truncated or padded to `length` (the tokenizer's own if None)."""
-    _refuse_half_characters(prompts)
+def tokenize(
+    slot: TextEncoderSlot,
+    prompts: Sequence[str],
+    length: int | None = None,
+    *,
+    padding: Literal["max_length", "longest"] = "max_length",
+) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` [B, T], truncated to `length` (the tokenizer's own if None) and padded.
+
+    Padded to `length`, or to the longest of the prompts.
+    """
+    refuse_half_characters(prompts)
     encoded = slot.tokenizer(
         list(prompts),
-        padding="max_length",
+        padding=padding,
         truncation=True,
         max_length=length or slot.tokenizer.model_max_length,
         return_tensors="pt",
@@ -275,7 +288,7 @@ def tokenize(slot: TextEncoderSlot, prompts: Sequence[str], length: int | None =
     return {name: send(encoded[name], device) for name in ("input_ids", "attention_mask")}
 
 
-def _refuse_half_characters(prompts: Sequence[str]) -> None:
+def refuse_half_characters(prompts: Sequence[str]) -> None:
     """`UserError` for words that are no text in UTF-8, as a terminal of another encoding sends them."""
     for prompt in prompts:
         try:
@@ -286,7 +299,7 @@ def _refuse_half_characters(prompts: Sequence[str]) -> None:
 
 def warn_truncation(slot: TextEncoderSlot, prompts: Sequence[str], length: int | None = None) -> None:
     """Warn of each prompt that is longer than the encoder reads, once per prompt, quoting what is dropped."""
-    _refuse_half_characters(prompts)
+    refuse_half_characters(prompts)
     length = length or slot.tokenizer.model_max_length
     for prompt in prompts:
         tokens = slot.tokenizer(prompt, verbose=False)["input_ids"]
@@ -369,11 +382,13 @@ def flow_path(
     size: tuple[int, int],
     patch: int = 2,
     lowest: Callable[[int], float] | None = None,
+    shift: Callable[..., float] | None = None,
 ) -> NoisePath:
     """The noise path of a rectified flow, from its FlowMatchEulerDiscreteScheduler's config.
 
     `size` (H, W) is that of the model's own latents, of which `patch` × `patch` make a token: dynamic shifting depends
     on the number of tokens. `lowest(S)` is the last level above 0 before shifting; None takes the scheduler's own.
+    `shift(tokens, S)` is the log of the dynamic shift, and of training's without S; None takes the scheduler's line.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -392,11 +407,13 @@ def flow_path(
         )
     train_steps = int(config["num_train_timesteps"])
 
-    def dynamic(size: tuple[int, int]) -> float | None:
+    def dynamic(size: tuple[int, int], *steps: int) -> float | None:
         """log of the shift for latents of this size, linear in the number of tokens; None without dynamic shifting."""
         if not config["use_dynamic_shifting"]:
             return None
         tokens = (size[0] // patch) * (size[1] // patch)
+        if shift is not None:
+            return shift(tokens, *steps)
         few, many = config["base_image_seq_len"], config["max_image_seq_len"]
         slope = (config["max_shift"] - config["base_shift"]) / (many - few)
         return float(config["base_shift"] + slope * (tokens - few))
@@ -405,11 +422,12 @@ def flow_path(
         return flow_schedule(
             steps,
             config["shift"],
-            mu=dynamic(size),
+            mu=dynamic(size, steps),
             lowest=lowest(steps) if lowest else None,
+            terminal=config["shift_terminal"] or None,
             train_steps=train_steps,
         )
 
     mu = dynamic(size)
-    shift = float(config["shift"]) if mu is None else math.exp(mu)
-    return NoisePath("flow", logit_normal_levels(FLOW_QUANTILES, shift, train_steps=train_steps), schedule)
+    usual = float(config["shift"]) if mu is None else math.exp(mu)
+    return NoisePath("flow", logit_normal_levels(FLOW_QUANTILES, usual, train_steps=train_steps), schedule)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ class Location:
     """Where a model is loaded from: a diffusers folder, a hub id or a single checkpoint file (`source`).
 
     `index` is its model_index.json. A single file holds weights alone; `settings` are the folders where its configs and
-    tokenizers are looked up, laid out as diffusers', the first that has a file wins. `revision` is the commit of a hub
-    id from which all its files are taken.
+    tokenizers are looked up, laid out as diffusers', the first that has a file wins; `parts` are files of components
+    that it does not hold. `revision` is the commit of a hub id from which all its files are taken.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Location:
     index: dict[str, Any]
     settings: tuple[Path, ...] = ()
     revision: str | None = None
+    parts: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path | None:
@@ -39,6 +41,10 @@ class Location:
     def file(self) -> Path | None:
         """The single checkpoint file, or None."""
         return Path(self.source) if self.settings else None
+
+    def file_of(self, part: str) -> Path:
+        """The file that holds a component of a single-file model."""
+        return self.parts.get(part, Path(self.source))
 
     def local(self, name: str) -> Path | None:
         """The local path of a file or folder of the diffusers layout (`tokenizer`, `unet/config.json`), or None."""
@@ -53,9 +59,12 @@ class Location:
             raise UserError(f"{self.name} has no {name}. Save or download the model again.")
         config = Config(read_json(path))
         config.path = path
-        for key, kind in CONFIG_TYPES.items():
-            if config.get(key) is not None:
-                _check_size(read_as(kind, config[key], path, key), path, key)
+        types = CONFIG_TYPES | (VAE_TYPES if part == "vae" else {})
+        inner = config.get("text_config")  # of a language model that reads pictures too
+        for some in (config, inner) if isinstance(inner, dict) else (config,):
+            for key, kind in types.items():
+                if some.get(key) is not None:
+                    _check_size(read_as(kind, some[key], path, key), path, key)
         for key, value in config.items():
             if isinstance(value, int) and abs(value) > LARGEST_OF_ALL:
                 raise config.damaged(key)
@@ -106,8 +115,9 @@ CONFIG_TYPES: dict[str, Any] = {  # what is read here; what only diffusers and t
     "sample_size": int | list[int],
     "cross_attention_dim": int | list[int],
     **dict.fromkeys(
-        ("in_channels", "out_channels", "latent_channels", "patch_size", "pos_embed_max_size"), int
+        ("in_channels", "out_channels", "latent_channels", "patch_size", "pos_embed_max_size", "z_dim"), int
     ),
+    **dict.fromkeys(("dim", "cap_feat_dim", "n_layers", "n_refiner_layers", "n_heads"), int),
     **dict.fromkeys(("joint_attention_dim", "pooled_projection_dim", "caption_channels"), int),
     **dict.fromkeys(("projection_class_embeddings_input_dim", "addition_time_embed_dim"), int),
     **dict.fromkeys(("hidden_size", "d_model", "vocab_size", "num_hidden_layers", "num_layers"), int),
@@ -115,6 +125,11 @@ CONFIG_TYPES: dict[str, Any] = {  # what is read here; what only diffusers and t
     **dict.fromkeys(("scaling_factor", "shift_factor", "shift", "base_shift", "max_shift"), float),
     **dict.fromkeys(("force_upcast", "guidance_embeds", "use_dynamic_shifting"), bool),
     **dict.fromkeys(("addition_embed_type", "prediction_type", "time_shift_type", "beta_schedule"), str),
+}
+VAE_TYPES: dict[str, Any] = {
+    "patch_size": int | list[int],
+    "temperal_downsample": list[bool],
+    **dict.fromkeys(("latents_mean", "latents_std"), list[float]),
 }
 LARGEST = 2**24  # of any size or number in a config
 LARGEST_OF_ALL = 2**31  # of what else there is

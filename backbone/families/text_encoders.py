@@ -81,9 +81,12 @@ def require_complete(
 # Reading ----------------------------------------------------------------------------------------------------
 
 
-def read_weights(location: Location, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Read the tensors below `prefix`, without it, as `dtype`; fp8 weights are multiplied by the scale beside them."""
-    tensors, _ = read_tensors(location.source, prefix=prefix)
+def read_weights(location: Location, prefix: str, dtype: torch.dtype, *, part: str = "") -> dict[str, Tensor]:
+    """Read the tensors below `prefix`, without it, as `dtype`; fp8 weights are multiplied by the scale beside them.
+
+    `part` is the component, where it may lie in a file of its own.
+    """
+    tensors, _ = read_tensors(location.file_of(part), prefix=prefix)
     weights = {}
     for name, tensor in tensors.items():
         if re.search(FP8_SCALES, name):
@@ -99,6 +102,10 @@ def build_network(kind: Any, location: Location, part: str, tensors: dict[str, T
     """Build a diffusers network from its config with these tensors; `UserError` where they do not fit."""
     with refuse_damaged(location.name, part), init_empty_weights():
         model: nn.Module = kind.from_config(location.config(part))
+    kept = set(getattr(kind, "_keep_in_fp32_modules", None) or ())
+    tensors = {
+        name: tensor.float() if kept & set(name.split(".")) else tensor for name, tensor in tensors.items()
+    }
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:

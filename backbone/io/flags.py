@@ -24,8 +24,13 @@ MODEL = "Model"
 OUTPUT = "Output"
 
 MODEL_HELP = (
-    "moji, moji-flow, sd15, sdxl, sd3, flux, a diffusers folder, a .safetensors checkpoint, or a hub id."
+    "moji, moji-flow, sd15, sdxl, sd3, flux, z-image, flux2-klein, a diffusers folder, a .safetensors checkpoint, or a "
+    "hub id."
 )
+SPLIT_FILES = {  # what a transformer's file leaves out
+    "vae": "The autoencoder's file, beside a --model that is a transformer's.",
+    "text-encoder": "The text encoder's file, beside a --model that is a transformer's.",
+}
 Checkpoint = Literal["best", "last"]
 WITH_CONCEPTS: dict[str, tuple[Any, ...]] = {"concepts": ()}
 
@@ -38,6 +43,7 @@ def model_option(default_text: str) -> Option:
         aliases=("pretrained-model-name-or-path",),
         metavar="MODEL",
         default_text=default_text,
+        joined=SPLIT_FILES,
     )
 
 

@@ -65,6 +65,7 @@ class Option:
     off           the value that switches a thing off, which may be said wherever that thing is off already
     packages      by value, the package that it needs and that comes with no installation
     code          it may name a Python file, which will be run: never one that only a file of settings names
+    joined        other options, with their help, whose values follow this one's behind a +
     """
 
     help: str
@@ -85,6 +86,7 @@ class Option:
     argument: bool = False
     hidden: bool = False
     code: bool = False
+    joined: Mapping[str, str] = field(default_factory=dict)
     metavar: str = ""
 
 
@@ -222,7 +224,7 @@ def _registering(
             asked = values_from_flags(given, known)
             if config is not None:
                 asked = {**values_from_file(Path(config), known, asked), **asked}
-            called(function, asked)
+            called(function, join_values(asked, given, known))
 
         order = {panel: place for place, panel in enumerate(panels)}
 
@@ -253,6 +255,9 @@ def _parameters(fields: Sequence[Field], config_help: str = RUNS_CONFIG_HELP) ->
                 "--" + hyphens(switch), help=one.option.help, rich_help_panel=one.option.panel, hidden=True
             )
             found.append(_parameter(_switch(one, switch), bool | None, info))
+        for flag, text in one.option.joined.items():
+            info = typer.Option("--" + flag, help=text, metavar="FILE", rich_help_panel=one.option.panel)
+            found.append(_parameter(_switch(one, flag), str | None, info))
     help_of = typer.Option("--config", help=config_help, metavar="FILE", rich_help_panel="Output")
     return [*found, _parameter("config", str | None, help_of)]
 
@@ -378,6 +383,24 @@ def values_from_flags(given: Mapping[str, Any], known: Mapping[str, Field]) -> d
             if given.get(_switch(one, switch)):
                 said.put(one.name, meant, "--" + hyphens(switch))
     return dict(said.with_implied())
+
+
+def join_values(
+    asked: Mapping[str, Any], given: Mapping[str, Any], known: Mapping[str, Field]
+) -> dict[str, Any]:
+    """What was asked with the values of joined options behind those that they belong to.
+
+    Raises `UserError` for one without a value to follow.
+    """
+    found = dict(asked)
+    for one in known.values():
+        for flag in one.option.joined:
+            value = given.get(_switch(one, flag))
+            if value is not None and one.name not in found:
+                raise UserError(f"--{flag} belongs to the file that {one.flag} names. Give both.")
+            if value is not None:
+                found[one.name] = f"{found[one.name]}+{value}"
+    return found
 
 
 def values_from_file(path: Path, known: Mapping[str, Field], flags: Mapping[str, Any]) -> dict[str, Any]:

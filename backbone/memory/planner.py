@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from backbone.distributed.device import PRECISIONS
+from backbone.families.latents import latent_space
 from backbone.io.console import UserError, notify
 from backbone.memory.count import StepBytes, forward_peak_bytes, tensor_bytes, training_step_bytes
 from backbone.models.model import Backbone
@@ -240,10 +241,12 @@ class MemoryEstimator:
         side = self.model.resolution
         if tiles:
             enable_tiling(network, side // 2)
+        space, dtype = latent_space(network), spec.autoencoder.dtype
         shape = (3, side, side) if way == "encode" else self.model.latent_shape
-        given = torch.zeros(count, *shape, dtype=spec.autoencoder.dtype, device="meta")
-        call = network.encode if way == "encode" else network.decode
-        return forward_peak_bytes(network, lambda: call(given), device=self.device)
+        given = torch.zeros(count, *shape, dtype=dtype, device="meta")
+        if way == "encode":
+            return forward_peak_bytes(network, lambda: space.encode(network, given), device=self.device)
+        return forward_peak_bytes(network, lambda: space.decode(network, given, dtype), device=self.device)
 
 
 class ModelSizes(NamedTuple):

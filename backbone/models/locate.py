@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from backbone.io.console import UserError
 from backbone.io.files import read_header, read_json
 from backbone.io.records import read_as
 
+WEIGHTS = (".safetensors", ".ckpt", ".gguf", ".sft")
+JOIN = "+"  # between the files of one model: transformer.safetensors+vae.safetensors+text_encoder.safetensors
 OWN = {name: Path(__file__).parents[1] / name for name in ("moji", "moji-flow")}  # the models carried along
 
 
@@ -41,9 +44,10 @@ def locate(model: str) -> Location:
         raise UserError(
             f"The embedded model is missing from {path}, so this is not a whole installation. Install again."
         )
-    if path.is_file():
-        return _single_file(model, path)
-    if path.suffix.lower() in (".safetensors", ".ckpt"):
+    files = [Path(one).expanduser() for one in split_files(place)]
+    if path.is_file() or len(files) > 1:
+        return _single_file(model, files)
+    if path.suffix.lower() in WEIGHTS:
         raise UserError(f"There is no file {path}. Check the spelling, and the folder that it is named from.")
     is_id = place.count("/") == 1 and not place.startswith((".", "/", "~")) and not path.parent.exists()
     if model in names or is_id:
@@ -58,7 +62,7 @@ def locate(model: str) -> Location:
 
 def is_path(model: str) -> bool:
     """Whether `locate` would take this for a folder or file on this machine, rather than for a name or a hub id."""
-    return model not in known_names() and Path(model).expanduser().exists()
+    return model not in known_names() and all(Path(one).expanduser().exists() for one in split_files(model))
 
 
 def read_index(path: Path) -> dict[str, Any]:
@@ -77,11 +81,46 @@ def known_names() -> dict[str, str]:
     return {**{name: str(folder) for name, folder in OWN.items()}, **published}
 
 
-def _single_file(name: str, path: Path) -> Location:
-    header = read_header(path)
-    for family in families():
-        settings = family.match_checkpoint(header)
-        if settings is not None:
-            return Location(name, str(path), {"_class_name": family.pipeline_classes[0]}, settings)
+def join_files(*files: str) -> str:
+    """The name of a model whose autoencoder and text encoder lie in files of their own; `locate` understands it."""
+    return JOIN.join(filter(None, files))
+
+
+def split_files(model: str) -> list[str]:
+    """The files that a model's name joins; the name alone where it is that of a file or folder, or joins none."""
+    files = model.split(JOIN)
+    joined = len(files) > 1 and all(Path(one).suffix.lower() in WEIGHTS for one in files)
+    return files if joined and not Path(model).expanduser().exists() else [model]
+
+
+def _said_beside(settings: Sequence[Path]) -> dict[str, Any]:
+    """What a model_index.json beside a file says that no weights and no config do."""
+    path = next(
+        (folder / "model_index.json" for folder in settings if (folder / "model_index.json").exists()), None
+    )
+    index = read_index(path) if path else {}
+    return {key: index[key] for key in ("is_distilled", "text_encoder_select_layers") if key in index}
+
+
+def _single_file(name: str, paths: Sequence[Path]) -> Location:
+    """A model of one file, or of a transformer's file and those of its other components, in whatever order."""
+    for path in paths:
+        if not path.is_file():
+            raise UserError(
+                f"There is no file {path}. Check the spelling, and the folder that it is named from."
+            )
+        if path.suffix.lower() == ".gguf":
+            raise UserError(
+                f"{path} is GGUF, which is not read. Take the model's .safetensors, and --vram GIB plans a base of 4 "
+                "or 8 bits."
+            )
+    headers = [read_header(path) for path in paths]
+    for header in headers:
+        for family in families():
+            settings = family.match_checkpoint(header)
+            if settings is not None:
+                parts = family.find_parts(header, [other for other in headers if other is not header])
+                index = {**_said_beside(settings), "_class_name": family.pipeline_classes[0]}
+                return Location(name, str(header.path), index, settings, parts=parts)
     served = ", ".join(family.name for family in families())
-    raise UserError(f"{single_file.describe_unknown_file(header)} This version works with {served}.")
+    raise UserError(f"{single_file.describe_unknown_file(headers[0])} This version works with {served}.")

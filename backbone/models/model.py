@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from backbone.conditions.conditions import Conditions
-from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, estimate, guide
+from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, estimate
 from backbone.diffusion.transfer import send
 from backbone.distributed.device import resolve_device, resolve_dtype
 from backbone.families import checkpoint as single_file
 from backbone.families.base import Family, NoisePath, TextEncoder
+from backbone.families.latents import LatentSpace, latent_channels, latent_space, pixels_per_latent
 from backbone.families.location import Location
 from backbone.families.registry import families
 from backbone.io.console import UserError, progress
@@ -184,7 +185,7 @@ class Backbone:
         for path in sorted(folder.rglob("*")):
             if path.relative_to(folder).parts[0] not in own:
                 continue
-            if path.suffix in (".json", ".txt", ".safetensors") and path.is_file():
+            if path.suffix in (".json", ".txt", ".jinja", ".safetensors") and path.is_file():
                 with path.open("rb") as file:
                     start = file.read(1 << 18)
                     file.seek(max(0, path.stat().st_size - (1 << 18)))
@@ -204,7 +205,7 @@ class Backbone:
     @cached_property
     def factor(self) -> int:
         """Pixels a side for one latent."""
-        return cast(int, 2 ** (len(self.autoencoder_config["block_out_channels"]) - 1))
+        return pixels_per_latent(self.autoencoder_config)
 
     @cached_property
     def autoencoder_config(self) -> dict[str, Any]:
@@ -230,7 +231,7 @@ class Backbone:
     @property
     def own_resolution(self) -> int:
         """Pixels a side of the pictures that the model was trained on."""
-        return self.family.latent_shape(self.location)[1] * self.factor
+        return self.family.latent_shape(self.location)[-2] * self.factor
 
     def describe_misfit(self, sizes: Sequence[tuple[int, int]]) -> str:
         """A sentence where images of these sizes (width, height) are photographs and the model is a toy; else ""."""
@@ -267,7 +268,7 @@ class Backbone:
         if part not in self.location.index:
             return  # a checkpoint file, which was looked at when it was recognised
         reads = self.location.config(part).get("in_channels")
-        latents = int(self.autoencoder_config.get("latent_channels", 4))
+        latents = latent_channels(self.autoencoder_config)
         if reads is None or int(reads) in ((2 * latents,) if by_instruction else (latents, 4 * latents)):
             return  # FLUX reads 2 × 2 latents as one
         task = "an inpainting model" if int(reads) == 2 * latents + 1 else "a model for another task"
@@ -303,9 +304,7 @@ class Backbone:
         """Pictures [B, 3, 8H, 8W] in −1…1 to the posterior of their latents, scaled to about unit variance."""
         dtype = next(self.autoencoder.parameters()).dtype
         pictures = send(pictures, self.device).to(dtype).contiguous(memory_format=torch.channels_last)
-        found = cast(Any, self.autoencoder).encode(pictures).latent_dist
-        scale, shift = self._scale_and_shift
-        return Posterior((found.mean.float() - shift) * scale, found.std.float() * scale)
+        return Posterior(*self.latent_space.encode(self.autoencoder, pictures))
 
     @torch.no_grad()
     def encode_reference(self, pictures: Tensor) -> Tensor:
@@ -324,12 +323,8 @@ class Backbone:
     def decode_with_gradients(self, latents: Tensor) -> Tensor:
         """Decode with gradients through the decoder."""
         dtype = next(self.autoencoder.parameters()).dtype
-        scale, shift = self._scale_and_shift
-        latents = (send(latents, self.device).float() / scale + shift).to(dtype)
-        decoded = (
-            cast(Any, self.autoencoder).decode(latents.contiguous(memory_format=torch.channels_last)).sample
-        )
-        return cast(Tensor, decoded.float().clamp(-1, 1))
+        decoded = self.latent_space.decode(self.autoencoder, send(latents, self.device), dtype)
+        return decoded.float().clamp(-1, 1)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditions:
@@ -380,7 +375,8 @@ class Backbone:
         def predict(noisy: Tensor, level: Level) -> Estimate:
             twice = both(torch.cat([noisy, noisy]), level)
             (clean, clean_empty), (noise, noise_empty) = (part.chunk(2) for part in twice)
-            return guide(Estimate(clean, noise), Estimate(clean_empty, noise_empty), guidance)
+            some, none = Estimate(clean, noise), Estimate(clean_empty, noise_empty)
+            return self.path.guide(some, none, guidance, level)
 
         return predict
 
@@ -400,11 +396,9 @@ class Backbone:
         return torch.autocast(self.device.type, self.dtype)
 
     @property
-    def _scale_and_shift(self) -> tuple[float, float]:
-        config = cast(
-            Any, self.autoencoder
-        ).config  # of the loaded one: old files leave out what has a default
-        return float(config.get("scaling_factor") or 1.0), float(config.get("shift_factor") or 0.0)
+    def latent_space(self) -> LatentSpace:
+        """How the autoencoder's latents are made into those of the network."""
+        return latent_space(self.autoencoder)
 
 
 open = Backbone.open  # as `backbone.open("moji")`

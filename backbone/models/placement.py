@@ -18,9 +18,12 @@ from torch.nn.grad import conv2d_input
 
 from backbone.distributed import processes
 from backbone.distributed.fsdp import shard
+from backbone.families.latents import has_frames, patch_size, pixels_per_latent
 from backbone.io.console import UserError
 
-BLOCKS = re.compile(r"(^|_)blocks?\.")  # the layers of a denoiser that repeat: nearly all of its weights
+BLOCKS = re.compile(
+    r"(^|_)blocks?\.|^(layers|\w+_refiner)\."
+)  # what repeats: nearly all of a denoiser's weights
 KINDS = {"8bit": 1 + 4 / 2048, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
 """Bytes of a weight: a scale for each row of about 2048, or one byte for each 64 and four for each 64 × 256."""
 INSTALL = "pip install bitsandbytes"
@@ -84,9 +87,16 @@ def place_denoiser(denoiser: nn.Module, placement: Placement, device: torch.devi
 def enable_tiling(autoencoder: nn.Module, side: int) -> None:
     """Makes a diffusers autoencoder work on tiles of at most so many pixels a side, one picture at a time."""
     network = cast(Any, autoencoder)
-    factor = 2 ** (len(network.config.block_out_channels) - 1)
+    factor = pixels_per_latent(network.config) // patch_size(network.config)
     network.enable_tiling()
     network.enable_slicing()
+    if has_frames(network.config):
+        side = max(side, factor)
+        network.tile_sample_min_height = network.tile_sample_min_width = side
+        network.tile_sample_stride_height = network.tile_sample_stride_width = max(
+            factor, side * 3 // 4 // factor * factor
+        )
+        return
     network.tile_latent_min_size = max(1, side // factor)
     network.tile_sample_min_size = network.tile_latent_min_size * factor
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from backbone.distributed.device import resolve_device
-from backbone.models.locate import is_path
+from backbone.models.locate import is_path, join_files, split_files
 from backbone.models.model import Backbone
 from backbone.models.placement import get_placement
 from backbone.training.compiled import compiles_usually
@@ -29,8 +30,12 @@ def open_configs(asked: Mapping[str, Any]) -> tuple[Backbone, dict[str, Any]]:
     held = bool(asked.get("quantize") or asked.get("cpu_offload"))
     asked = {"compile": compiles_usually(model) and not held, **asked}
     if is_path(model.location.name):
-        return model, {**asked, "model": os.path.abspath(model.location.source)}
-    return model, asked
+        files = split_files(model.location.name)
+        return model, {
+            **asked,
+            "model": join_files(*(os.path.abspath(Path(one).expanduser()) for one in files)),
+        }
+    return model, dict(asked)
 
 
 def open_model(settings: Any, *, resolution: int = 0) -> Backbone:

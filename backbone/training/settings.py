@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 from backbone.io.console import UserError, notify
 from backbone.io.files import read_json, read_metadata
-from backbone.io.flags import DATA, OUTPUT, ModelOptions
+from backbone.io.flags import DATA, MODEL_HELP, OUTPUT, SPLIT_FILES, ModelOptions
 from backbone.io.options import Option, build, check_values, effective, fields_of, read_settings
 from backbone.io.records import RunRecord
 from backbone.io.run_folder import CHECKPOINT, absolute
@@ -23,7 +23,6 @@ PANELS = (  # as `--help` shows them
 )
 WEIGHTINGS = ("none", "min-snr", "debiased")
 SCHEDULES = ("cosine", "constant")
-MODEL_HELP = "moji, sd15, sdxl, sd3, flux, a diffusers folder, a checkpoint file (.safetensors), or a hub id."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +32,10 @@ class TrainingSettings:
     Raises `UserError`, naming the argument, for a value that its Option does not allow.
     """
 
-    model: Annotated[str, Option(MODEL_HELP, "Data", aliases=("pretrained-model-name-or-path",))] = "moji"
+    model: Annotated[
+        str,
+        Option(MODEL_HELP, "Data", aliases=("pretrained-model-name-or-path",), joined=SPLIT_FILES),
+    ] = "moji"
     flip: Annotated[
         bool,
         Option("Mirrored images too.", "Data", aliases=("random-flip", "flip-aug"), by_model=True),

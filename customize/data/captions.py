@@ -75,16 +75,18 @@ def describe_truncated(
     def count(text: str) -> int:
         return len(longest.tokenizer(longest.preprocess(text), verbose=False)["input_ids"])
 
+    before = longest.frame[0]  # of a chat's template, which takes room too
+    room = longest.tokens + longest.dropped - (count(before) if before else 0)
     found = []
     for prompt in {prompt.source: prompt for prompt in prompts}.values():
         tokens = count(prompt.resolved)
-        if tokens <= longest.tokens:
+        if tokens <= room:
             continue
         place = prompt.resolved.find(words)  # of the first time that it is named
-        late = place >= 0 and count(prompt.resolved[: place + len(words)]) > longest.tokens
+        late = place >= 0 and count(prompt.resolved[: place + len(words)]) > room
         lost = f", the token {token} not among them" if late else ""
         found.append(
-            f"The caption in {prompt.source} has {tokens} tokens and the model reads {longest.tokens}{lost}. "
+            f"The caption in {prompt.source} has {tokens} tokens and the model reads {room}{lost}. "
             "Shorten it."
         )
     return found

@@ -11,7 +11,9 @@ from customize.formats.factors import LayerUpdate
 from customize.formats.known_layers import DENOISERS, Network, is_known
 
 FileFormat = Literal["diffusers", "peft", "kohya", "comfyui"]
-BaseFamily = Literal["sd1", "sd2", "sdxl", "sd3", "flux", "pixart", "other"]
+BaseFamily = Literal[
+    "sd1", "sd2", "sdxl", "sd3", "flux", "pixart", "zimage", "flux2", "qwen", "krea2", "other"
+]
 BASE_NAMES: dict[BaseFamily, str] = {
     "sd1": "Stable Diffusion 1.x",
     "sd2": "Stable Diffusion 2.x",
@@ -19,6 +21,10 @@ BASE_NAMES: dict[BaseFamily, str] = {
     "sd3": "Stable Diffusion 3",
     "flux": "FLUX",
     "pixart": "PixArt",
+    "zimage": "Z-Image",
+    "flux2": "FLUX.2",
+    "qwen": "Qwen-Image",
+    "krea2": "Krea 2",
     "other": "another architecture",
 }
 # Width of the text states [B, T, width] that a UNet's cross-attention takes.
@@ -26,6 +32,8 @@ _FAMILY_BY_CONTEXT_WIDTH: dict[int, BaseFamily] = {768: "sd1", 1024: "sd2", 2048
 
 # Width of the image tokens where names are of FLUX.1 and of Stable Diffusion 3 alike.
 _TRANSFORMER_BY_WIDTH: dict[int, BaseFamily] = {3072: "flux", 1536: "sd3", 2432: "sd3"}
+FLUX_BLOCKS = 19  # of text and image apart; Qwen-Image has 60
+_BLOCK = re.compile(r"(?:^| )transformer_blocks\.(\d+)\.")
 # What kohya's and ModelSpec's version strings contain; the first match counts.
 _FAMILY_BY_SUBSTRING: tuple[tuple[str, BaseFamily], ...] = (
     ("sdxl", "sdxl"),
@@ -36,8 +44,23 @@ _FAMILY_BY_SUBSTRING: tuple[tuple[str, BaseFamily], ...] = (
     ("diffusion-v2", "sd2"),
     ("sd3", "sd3"),
     ("diffusion-3", "sd3"),
+    ("z-image", "zimage"),
+    ("z_image", "zimage"),
+    ("zimage", "zimage"),
+    ("qwen", "qwen"),
+    ("krea", "krea2"),
+    *((f"flux{mark}2", "flux2") for mark in ("", ".", "-", "_")),
     ("flux", "flux"),
 )
+PIPELINES: dict[str, BaseFamily] = {
+    "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
+    "PixArtSigmaPipeline": "pixart",
+    "ZImagePipeline": "zimage",
+    "Flux2KleinPipeline": "flux2",
+    "QwenImagePipeline": "qwen",
+    "Krea2Pipeline": "krea2",
+}
 
 
 @dataclass(frozen=True)
@@ -62,12 +85,14 @@ class AdapterFile:
     @property
     def base(self) -> BaseFamily:
         """Family of the base model: from layer names and widths, else from the metadata, else `other`."""
-        if self.network in ("sd3", "flux", "pixart"):
-            return self.network
-        return _family_from_layers(self.layers) or _family_from_metadata(self.metadata) or "other"
+        if self.network not in (None, "unet", "clip"):
+            return cast(BaseFamily, self.network)
+        return (
+            _family_from_layers(self.layers, self.metadata) or _family_from_metadata(self.metadata) or "other"
+        )
 
 
-def _family_from_layers(layers: Mapping[str, LayerUpdate]) -> BaseFamily | None:
+def _family_from_layers(layers: Mapping[str, LayerUpdate], metadata: Mapping[str, str]) -> BaseFamily | None:
     names = list(layers)
     if any("add_embedding" in name for name in names):
         return "sdxl"
@@ -86,7 +111,14 @@ def _family_from_layers(layers: Mapping[str, LayerUpdate]) -> BaseFamily | None:
         by_width = next(
             (_TRANSFORMER_BY_WIDTH[width] for width in widths if width in _TRANSFORMER_BY_WIDTH), None
         )
-        return cast(BaseFamily, possible[0]) if len(possible) == 1 else by_width
+        if len(possible) == 1:
+            return cast(BaseFamily, possible[0])
+        said = _family_from_metadata(metadata)  # FLUX.1's, klein's and Qwen-Image's blocks are equally wide
+        if by_width == "flux" and any(
+            int(number) >= FLUX_BLOCKS for number in _BLOCK.findall(" ".join(transformer))
+        ):
+            by_width = "qwen"
+        return said if said in possible else by_width
     for name, layer in layers.items():
         if name.startswith("unet.") and name.endswith((".attn2.to_k", ".attn2.to_v")):
             family = _FAMILY_BY_CONTEXT_WIDTH.get(layer.shape[1])

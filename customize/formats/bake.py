@@ -5,14 +5,16 @@ customize merge A:0.8 B:0.5 --bake --model MODEL --out FOLDER
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from backbone.adapters.embeddings import split_by_encoder, vector_token_names
+from backbone.adapters.embeddings import spaces_are_letters, split_by_encoder, vector_token_names
 from backbone.io.console import UserError, progress
 from backbone.io.files import (
     PICKLE_SUFFIXES,
@@ -35,7 +37,8 @@ from customize.formats.model_weights import (
 )
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-TOKEN_EMBEDDING = "embeddings.token_embedding.weight"
+TOKEN_EMBEDDING = re.compile(r"(^|\.)(token_embedding|shared|embed_tokens)\.weight$")  # of CLIP, T5, Qwen
+READ_TOKENIZERS = ("CLIPTokenizer", "T5Tokenizer", "Qwen2Tokenizer")
 
 
 def bake(parts: Sequence[MergeInput], model: str, out: Path) -> int:
@@ -139,22 +142,19 @@ def add_tokens(folder: Path, component: str, learned: Mapping[str, Tensor]) -> N
     Raises `UserError` where the tokenizer has one of them already, or the widths differ.
     """
     from tokenizers import AddedToken
-    from transformers import CLIPTokenizer
 
     tokenizer_folder = folder / TOKENIZERS[component]
-    tokenizer = CLIPTokenizer.from_pretrained(str(tokenizer_folder), local_files_only=True)
+    tokenizer = _load_tokenizer(folder, TOKENIZERS[component])
     names = [word for token, rows in learned.items() for word in vector_token_names(token, len(rows))]
-    added = tokenizer.add_tokens([AddedToken(word, normalized=False) for word in names])
-    path = next(
-        path
+    takes_space = spaces_are_letters(tokenizer)
+    added = tokenizer.add_tokens([AddedToken(word, normalized=False, lstrip=takes_space) for word in names])
+    path, keys = next(
+        (path, keys)
         for path in list_weight_files(folder / component)
-        if TOKEN_EMBEDDING in _list_canonical_names(component, path)
+        if (keys := [name for name in read_header(path).shapes if TOKEN_EMBEDDING.search(name)])
     )
     tensors, metadata = read_tensors(path)
-    key = next(
-        name for name in tensors if canonical_name(component, name) == f"{component}.{TOKEN_EMBEDDING}"
-    )
-    table, rows = tensors[key], torch.cat(list(learned.values()))
+    table, rows = tensors[keys[0]], torch.cat(list(learned.values()))
     if added != len(names):
         raise UserError(
             f"The tokenizer in {tokenizer_folder} knows one of the words {', '.join(names)} already. "
@@ -166,13 +166,23 @@ def add_tokens(folder: Path, component: str, learned: Mapping[str, Tensor]) -> N
         )
     # The new ids follow one another; rows behind them (padding of the table) stay.
     first = tokenizer.convert_tokens_to_ids(names[0])
-    tensors[key] = torch.cat([table[:first], rows.to(table.dtype), table[first + len(names) :]])
-    write_tensors(path, tensors, metadata)
+    longer = torch.cat([table[:first], rows.to(table.dtype), table[first + len(names) :]])
+    write_tensors(path, tensors | {key: longer.clone() for key in keys}, metadata)
     config = read_json(folder / component / "config.json")
-    write_json(folder / component / "config.json", {**config, "vocab_size": len(tensors[key])})
+    inner = config.get("text_config", config)  # of a language model that reads pictures too
+    inner["vocab_size"] = len(longer)
+    write_json(folder / component / "config.json", config)
     tokenizer.save_pretrained(tokenizer_folder)
 
 
-def _list_canonical_names(component: str, path: Path) -> set[str]:
-    """Names of a file's tensors below the component, as `canonical_name` gives them."""
-    return {canonical_name(component, name).partition(".")[2] for name in read_header(path).shapes}
+def _load_tokenizer(folder: Path, name: str) -> Any:
+    """A tokenizer of a diffusers folder, of the class that its model_index.json says."""
+    import transformers
+
+    said = str(read_json(folder / "model_index.json").get(name, ["", ""])[1]).removesuffix("Fast")
+    if said not in READ_TOKENIZERS:
+        raise UserError(
+            f"The {name} of {folder} is a {said or 'tokenizer of unknown kind'}, to which no word is added here. Keep "
+            "the run beside the model."
+        )
+    return getattr(transformers, said).from_pretrained(str(folder / name), local_files_only=True)

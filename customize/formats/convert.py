@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from backbone.io.console import UserError, notify
 from backbone.io.files import atomic_write, fill_folder, read_tensors, write_tensors, write_text
 from backbone.models.locate import locate
 from backbone.models.model import Backbone
-from customize.formats.adapter import BASE_NAMES, AdapterFile, BaseFamily, FileFormat
+from customize.formats.adapter import BASE_NAMES, PIPELINES, AdapterFile, BaseFamily, FileFormat
 from customize.formats.factors import LayerUpdate
 from customize.formats.metadata import build_metadata, read_run_concept
 from customize.formats.model_weights import (
@@ -53,9 +53,8 @@ def export_adapter(
     """
     check_output(out)
     adapter, concept = read_adapter(source), read_run_concept(source)
-    family = base or adapter.base
-    if family == "other" and (concept is not None or model is not None):
-        family = _family_of_model(model or cast(Concept, concept).model) or "other"
+    named = model or (concept.model if concept else None)
+    family = base or (_family_of_model(named) if named else None) or adapter.base
     _say_what_tools_misread(adapter, file_format, family)
     adapter = _shape_projections(adapter, family)
     weights: Mapping[str, Tensor] | None = None
@@ -108,9 +107,17 @@ def _say_what_tools_misread(adapter: AdapterFile, file_format: FileFormat, famil
             "Its α of the last layer, proj_out, is misread by diffusers 0.42 in ComfyUI's format: export --to "
             "diffusers for it."
         )
+    if file_format == "comfyui" and family in ("zimage", "flux2", "qwen", "krea2"):
+        notify(
+            f"diffusers 0.42 misreads ComfyUI's format of {BASE_NAMES[family]}: export --to diffusers for it."
+        )
     if file_format == "kohya" and any(name.startswith("transformer.") for name in adapter.layers):
         _say_what_diffusers_leaves_out(adapter, family)
-    if file_format == "kohya" and len({layer.alpha for layer in adapter.layers.values()}) > 1:
+    if (
+        file_format == "kohya"
+        and family not in ("zimage", "flux2", "qwen", "krea2")
+        and len({layer.alpha for layer in adapter.layers.values()}) > 1
+    ):
         notify(
             "Its layers differ in α, which diffusers 0.42 misreads in kohya's format: export --to diffusers for it."
         )
@@ -123,11 +130,11 @@ def _say_what_diffusers_leaves_out(adapter: AdapterFile, family: BaseFamily) -> 
         for name in adapter.layers
         if name.startswith("transformer.") and "transformer_blocks." not in name
     ]
-    if family == "sd3":
+    if family in ("sd3", "krea2"):
         notify(
-            "diffusers 0.42 does not know kohya's names of Stable Diffusion 3: export --to diffusers for it."
+            f"diffusers 0.42 does not know kohya's names of {BASE_NAMES[family]}: export --to diffusers for it."
         )
-    elif outside:
+    elif outside and family not in ("zimage", "qwen"):
         notify(
             f"diffusers 0.42 leaves out {len(outside)} of its layers in kohya's format, those outside the blocks, "
             f"as {outside[0]}: export --to diffusers for it."
@@ -154,9 +161,7 @@ def _family_of_model(model: str) -> BaseFamily | None:
         pipeline = str(locate(model).index.get("_class_name", ""))
     except UserError:
         return None
-    return {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux", "PixArtSigmaPipeline": "pixart"}.get(
-        pipeline
-    )  # type: ignore[return-value]
+    return PIPELINES.get(pipeline)
 
 
 def export_embeddings(concept: Concept, out: Path, file_format: FileFormat) -> list[Path]:

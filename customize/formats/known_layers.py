@@ -17,18 +17,22 @@ from torch import nn
 import backbone.families
 from customize.formats.layer_names import TEXT_MODEL_PREFIX
 
-Network = Literal["unet", "sd3", "flux", "pixart", "clip"]
-DENOISERS: tuple[Network, ...] = ("unet", "sd3", "flux", "pixart")
+Network = Literal["unet", "sd3", "flux", "pixart", "zimage", "flux2", "qwen", "krea2", "clip"]
+DENOISERS: tuple[Network, ...] = ("unet", "sd3", "flux", "pixart", "zimage", "flux2", "qwen", "krea2")
 NETWORK_NAMES: dict[Network, str] = {
     "unet": "Stable Diffusion's UNets",
     "sd3": "Stable Diffusion 3",
     "flux": "FLUX.1",
     "pixart": "PixArt-Σ",
+    "zimage": "Z-Image",
+    "flux2": "FLUX.2",
+    "qwen": "Qwen-Image",
+    "krea2": "Krea 2",
     "clip": "CLIP",
 }
 CONFIGS = Path(backbone.families.__file__).parent / "configs"
-_LISTS = "blocks|resnets|attentions|downsamplers|upsamplers|layers"
-_NUMBER = re.compile(rf"(?:^|(?<=\.))(\w*(?:{_LISTS}))\.\d+(?=\.|$)")
+LISTS = "blocks|resnets|attentions|downsamplers|upsamplers|layers|refiner"  # ends of the names of lists
+_NUMBER = re.compile(rf"(?:^|(?<=\.))(\w*(?:{LISTS}))\.\d+(?=\.|$)")
 
 
 def generalize(module: str) -> str:
@@ -112,6 +116,18 @@ def _build(network: Network) -> list[nn.Module]:
                 num_layers=1, sample_size=128, caption_channels=8, use_additional_conditions=True
             )
         ]
+    if network == "zimage":
+        return [diffusers.ZImageTransformer2DModel(n_layers=1, n_refiner_layers=1)]
+    if network == "qwen":
+        return [diffusers.QwenImageTransformer2DModel(num_layers=1)]
+    if network == "krea2":
+        return [
+            diffusers.Krea2Transformer2DModel(
+                num_layers=1, num_layerwise_text_blocks=1, num_refiner_text_blocks=1
+            )
+        ]
+    if network == "flux2":  # of dev, which alone has an embedding of guidance
+        return [diffusers.Flux2Transformer2DModel(num_layers=1, num_single_layers=1)]
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     return [CLIPTextModelWithProjection(CLIPTextConfig(num_hidden_layers=1))]

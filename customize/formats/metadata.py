@@ -33,6 +33,10 @@ ARCHITECTURES: dict[BaseFamily, str] = {
     "sdxl": "stable-diffusion-xl-v1-base",
     "sd3": "stable-diffusion-3",
     "flux": "flux-1-dev",
+    "zimage": "z-image",
+    "flux2": "flux-2-klein",
+    "qwen": "qwen-image",
+    "krea2": "krea-2",
 }
 RESOLUTIONS: dict[BaseFamily, str] = {"sd1": "512x512", "sd2": "512x512", "sdxl": "1024x1024"}
 # Our setting → kohya's metadata key.

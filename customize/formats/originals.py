@@ -1,4 +1,4 @@
-"""Layer names of the original transformer code (Black Forest Labs, Stability, PixArt, XLabs), and diffusers'."""
+"""Layer names of the original code of transformers (of Black Forest Labs, Stability, PixArt, Tongyi …)."""
 
 from __future__ import annotations
 
@@ -109,7 +109,79 @@ _PIXART: dict[str, tuple[str, ...]] = {
         }.items()
     },
 }
-_ORIGINALS: dict[str, dict[str, tuple[str, ...]]] = {"flux": _FLUX, "sd3": _SD3, "pixart": _PIXART}
+_FLUX2: dict[str, tuple[str, ...]] = {
+    **{name: _FLUX[name] for name in ("img_in", "txt_in")},
+    **{
+        f"{name}_in.{original}_layer": (f"time_guidance_embed.{embedder}_embedder.{part}",)
+        for name, embedder in (("time", "timestep"), ("guidance", "guidance"))
+        for original, part in (("in", "linear_1"), ("out", "linear_2"))
+    },
+    **{
+        f"{name}.lin": (f"{name}.linear",)
+        for name in (
+            *("double_stream_modulation_img", "double_stream_modulation_txt"),
+            "single_stream_modulation",
+        )
+    },
+    **{name: _FLUX[name] for name in ("final_layer.linear", "final_layer.adaLN_modulation.1")},
+    **{
+        f"double_blocks.#.{original}": tuple(f"transformer_blocks.#.{part}" for part in parts)
+        for original, parts in {
+            "img_attn.qkv": _QKV,
+            "txt_attn.qkv": _ADDED,
+            "img_attn.proj": ("attn.to_out.0",),
+            "txt_attn.proj": ("attn.to_add_out",),
+            "img_mlp.0": ("ff.linear_in",),
+            "img_mlp.2": ("ff.linear_out",),
+            "txt_mlp.0": ("ff_context.linear_in",),
+            "txt_mlp.2": ("ff_context.linear_out",),
+        }.items()
+    },
+    "single_blocks.#.linear1": ("single_transformer_blocks.#.attn.to_qkv_mlp_proj",),
+    "single_blocks.#.linear2": ("single_transformer_blocks.#.attn.to_out",),
+}
+_ZIMAGE: dict[str, tuple[str, ...]] = {  # what has another name; the rest is called alike
+    "x_embedder": ("all_x_embedder.2-1",),
+    "final_layer.linear": ("all_final_layer.2-1.linear",),
+    "final_layer.adaLN_modulation.1": ("all_final_layer.2-1.adaLN_modulation.1",),
+    **{
+        f"{blocks}.#.attention.{original}": tuple(f"{blocks}.#.attention.{part}" for part in parts)
+        for blocks in ("layers", "noise_refiner", "context_refiner")
+        for original, parts in {"qkv": ("to_q", "to_k", "to_v"), "out": ("to_out.0",)}.items()
+    },
+}
+_KREA2: dict[str, tuple[str, ...]] = {
+    "first": ("img_in",),
+    "tmlp.0": ("time_embed.linear_1",),
+    "tmlp.2": ("time_embed.linear_2",),
+    "tproj.1": ("time_mod_proj",),
+    "txtmlp.1": ("txt_in.linear_1",),
+    "txtmlp.3": ("txt_in.linear_2",),
+    "txtfusion.projector": ("text_fusion.projector",),
+    "last.linear": ("final_layer.linear",),
+    **{
+        f"{original}.#.{layer}": (f"{blocks}.#.{part}",)
+        for original, blocks in {
+            "blocks": "transformer_blocks",
+            "txtfusion.layerwise_blocks": "text_fusion.layerwise_blocks",
+            "txtfusion.refiner_blocks": "text_fusion.refiner_blocks",
+        }.items()
+        for layer, part in {
+            **{f"attn.w{letter}": f"attn.to_{letter}" for letter in "qkv"},
+            "attn.wo": "attn.to_out.0",
+            "attn.gate": "attn.to_gate",
+            **{f"mlp.{name}": f"ff.{name}" for name in ("gate", "up", "down")},
+        }.items()
+    },
+}
+_ORIGINALS: dict[str, dict[str, tuple[str, ...]]] = {
+    "flux": _FLUX,
+    "sd3": _SD3,
+    "pixart": _PIXART,
+    "flux2": _FLUX2,
+    "zimage": _ZIMAGE,
+    "krea2": _KREA2,
+}
 
 
 @dataclass(frozen=True)
@@ -127,7 +199,7 @@ class OriginalLayer:
 def original_layers(network: str) -> Iterator[OriginalLayer]:
     """All names of layers that are not diffusers', for a kind of transformer; those of the original code first."""
     for name, parts in _ORIGINALS.get(network, {}).items():
-        yield OriginalLayer(name, parts, _swap(name))
+        yield OriginalLayer(name, parts, _swap(name, network))
     for name, parts in _ORIGINALS.get(network, {}).items():
         for number, part in enumerate(parts if len(parts) > 1 else ()):  # OneTrainer: img_attn.qkv.0
             yield OriginalLayer(f"{name}.{number}", (part,))
@@ -141,16 +213,20 @@ def find_original(module: str, network: str) -> tuple[OriginalLayer, str, int] |
 
     `transformer_blocks.3.attn.to_k` → (…, `double_blocks.3.img_attn.qkv`, 1) for "flux".
     """
-    match = re.match(r"(?:single_)?transformer_blocks\.(\d+)\.", module)
+    match = re.search(r"(?:blocks|layers|refiner)\.(\d+)\.", module)
     number = match[1] if match else ""
-    general = module.replace(f"transformer_blocks.{number}.", "transformer_blocks.#.", 1) if match else module
+    general = module.replace(f".{number}.", ".#.", 1) if match else module
     for name, parts in _ORIGINALS.get(network, {}).items():
         if general in parts:
-            return OriginalLayer(name, parts, _swap(name)), name.replace("#", number), parts.index(general)
+            return (
+                OriginalLayer(name, parts, _swap(name, network)),
+                name.replace("#", number),
+                parts.index(general),
+            )
     return None
 
 
-def _swap(name: str) -> Swap:
+def _swap(name: str, network: str) -> Swap:
     if name == "final_layer.adaLN_modulation.1":
-        return "halves"
+        return "never" if network == "zimage" else "halves"  # a scale alone
     return "halves of two" if name.endswith("context_block.adaLN_modulation.1") else "never"

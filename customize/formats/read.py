@@ -108,7 +108,8 @@ def read_adapter(path: str | Path) -> AdapterFile:
     tensors, metadata = read_tensors(path)
     check_tensors(path, tensors)
     groups = _group_by_stem(tensors, path)
-    translation = translate(groups, path)
+    shapes = {stem: _stored_shape(group) for stem, group in groups.items()}
+    translation = translate(groups, path, shapes)
     configs = _read_configs(path, metadata, groups)
     layers: dict[str, LayerUpdate] = {}
     for stem, group in groups.items():
@@ -231,6 +232,21 @@ def _build_layer(
     layer = LayerUpdate(algorithm, factors, rank, alpha)
     _check_shapes(layer, stem, path)
     return replace(layer, magnitude=_read_magnitude(group, layer, stem, path))
+
+
+def _stored_shape(group: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Rows and columns of a stored layer, as far as its factors say: a Kronecker product has those of both sides."""
+
+    def side(*names: str) -> tuple[int, int]:
+        found = [group[name] for name in names if name in group]
+        return (len(found[0]), found[-1][0].numel()) if found and found[0].ndim > 1 else (1, 1)
+
+    if "down" in group and "up" in group:
+        return side("up", "down")
+    if "hada_w1_a" in group:
+        return side("hada_w1_a", "hada_w1_b")
+    left, right = (side(f"lokr_w{n}", f"lokr_w{n}_a", f"lokr_w{n}_b") for n in (1, 2))
+    return left[0] * right[0], left[1] * right[1]
 
 
 def _read_alpha(stored: Tensor, stem: str, path: Path) -> float:

@@ -16,6 +16,7 @@ from pathlib import Path
 from backbone.io.console import UserError
 from customize.formats.known_layers import (
     DENOISERS,
+    LISTS,
     NETWORK_NAMES,
     Network,
     generalize,
@@ -50,7 +51,7 @@ PEFT_PREFIX = "base_model.model."  # of peft's own files, before or after the co
 _T5 = re.compile(
     r"^(?:lora_te3_|t5|text_encoders\.t5|text_encoder_3\.)|SelfAttention|DenseReluDense|EncDecAttention"
 )
-_FLAT_NUMBER = re.compile(r"(blocks|resnets|attentions|downsamplers|upsamplers|layers)_(\d+)(?=_|$)")
+_FLAT_NUMBER = re.compile(rf"({LISTS})_(\d+)(?=_|$)")
 SHOWN = 3  # names that an error lists
 
 
@@ -83,8 +84,30 @@ class Translation:
     network: Network | None
 
 
-def translate(stems: Iterable[str], path: Path) -> Translation:
-    """Translate the layer names of a file. Raises `UserError` that shows the names which no network has."""
+# Of layers that two networks have under one name: rows per column.
+RATIOS: dict[Network, dict[str, float]] = {
+    "flux": {
+        "single_blocks_#_linear1": 7,
+        "single_blocks_#_linear2": 1 / 5,
+        "double_blocks_#_img_mlp_0": 4,
+        "double_blocks_#_txt_mlp_0": 4,
+    },
+    "flux2": {
+        "single_blocks_#_linear1": 9,
+        "single_blocks_#_linear2": 1 / 4,
+        "double_blocks_#_img_mlp_0": 6,
+        "double_blocks_#_txt_mlp_0": 6,
+    },
+}
+
+
+def translate(
+    stems: Iterable[str], path: Path, shapes: Mapping[str, tuple[int, int]] | None = None
+) -> Translation:
+    """Translate the layer names of a file. Raises `UserError` that shows the names which no network has.
+
+    `shapes` [rows, columns] of stored layers decide between networks that have all of the names.
+    """
     found: dict[str, Target] = {}
     denoiser: dict[str, tuple[str, tuple[Network, ...]]] = {}
     unknown: list[str] = []
@@ -98,6 +121,7 @@ def translate(stems: Iterable[str], path: Path) -> Translation:
             denoiser[stem] = module, networks
         else:
             unknown.append(stem)
+    sized = {stem: shape for stem, shape in (shapes or {}).items() if stem in denoiser}
     explained = {
         network: {
             stem: target
@@ -106,15 +130,29 @@ def translate(stems: Iterable[str], path: Path) -> Translation:
         }
         for network in DENOISERS
     }
-    network = max(DENOISERS, key=lambda network: len(explained[network]))
+    misfits = {
+        network: sum(_has_other_ratio(network, denoiser[stem][0], shape) for stem, shape in sized.items())
+        for network in DENOISERS
+    }
+    network = max(DENOISERS, key=lambda network: (len(explained[network]), -misfits[network]))
     component = "unet" if network == "unet" else "transformer"
     for stem, target in explained[network].items():
         found[stem] = replace(target, layers=tuple(f"{component}.{layer}" for layer in target.layers))
     unknown += [stem for stem in denoiser if stem not in explained[network]]
     if unknown:
         raise _unknown_names(path, unknown, network if explained[network] else None)
-    possible = [network for network in DENOISERS if denoiser and len(explained[network]) == len(denoiser)]
+    possible = [
+        network
+        for network in DENOISERS
+        if denoiser and len(explained[network]) == len(denoiser) and misfits[network] == min(misfits.values())
+    ]
     return Translation(found, possible[0] if len(possible) == 1 else None)
+
+
+def _has_other_ratio(network: Network, module: str, shape: tuple[int, int]) -> bool:
+    """Whether a layer of this name has other rows per column in a network."""
+    ratio = RATIOS.get(network, {}).get(_FLAT_NUMBER.sub(r"\1_#", module.replace(".", "_")))
+    return ratio is not None and shape[0] != round(ratio * shape[1])
 
 
 def split_prefix(stem: str) -> tuple[str, tuple[Network, ...], str]:

@@ -236,6 +236,8 @@ def _to_kohya(
     for name, layer in layers.items():
         keeps_dots = file_format == "comfyui" and name.startswith("transformer.")
         stem = name if keeps_dots else to_kohya_name(name, original=original, two_encoders=two_encoders)
+        if keeps_dots and base == "krea2":  # which ComfyUI knows by the original names alone
+            stem = f"diffusion_model.{_original_name(name, base)}"
         if layer.algorithm == "lokr" and "lokr_w1" in layer.factors and "lokr_w2" in layer.factors:
             # LyCORIS ignores α for an unfactorised LoKr, so the scale goes into the factors.
             layer = replace(layer.with_alpha(float(layer.rank)), rank=1, alpha=1.0)
@@ -275,7 +277,10 @@ def _fuse_layers(layers: Mapping[str, LayerUpdate], base: BaseFamily) -> dict[st
         if component != "transformer":
             fused[name] = layer
             continue
-        place = find_original(module, base) if base in ("sd3", "flux") else None
+        if base in ("zimage", "qwen"):  # kohya's trainer knows these by diffusers' names
+            fused[name] = layer
+            continue
+        place = find_original(module, base) if base in ("sd3", "flux", "flux2", "krea2") else None
         if place is None:
             raise UserError(
                 f"kohya's format has no name for {name} of {BASE_NAMES[base]}. Export --to diffusers or comfyui, or "
@@ -292,6 +297,14 @@ def _fuse_layers(layers: Mapping[str, LayerUpdate], base: BaseFamily) -> dict[st
             layer = swap_halves(layer, _refuse_swap(name))
         fused[f"transformer.{name}"] = layer
     return fused
+
+
+def _original_name(layer: str, base: BaseFamily) -> str:
+    """The original code's name of a layer that it does not join with others."""
+    place = find_original(split_component(layer)[1], base)
+    if place is None:
+        raise UserError(f"{BASE_NAMES[base]} has no layer {layer}. Name the --base that the adapter is for.")
+    return place[1]
 
 
 def _refuse_swap(name: str) -> Callable[[str], UserError]:

@@ -145,13 +145,22 @@ def open_in_diffusers(model: Backbone) -> list[str]:
         place = f'files("backbone") / "{location.name}"'
         imports = ["from importlib.resources import files", ""]
         return [*imports, f"from diffusers import {kind}", "", f"pipeline = {kind}.from_pretrained({place})"]
+    if location.parts:  # diffusers opens no three files
+        hub_id = next(iter(model.family.hub_ids.values()))
+        opened = f"pipeline = {kind}.from_pretrained({hub_id!r})  # or what these files are of"
+        return [f"from diffusers import {kind}", "", opened]
     opens = "from_single_file" if location.file else "from_pretrained"
     return [f"from diffusers import {kind}", "", f"pipeline = {kind}.{opens}({location.source!r})"]
 
 
 def in_diffusers(run: Path, settings: Settings, model: Backbone, instance: str) -> list[str]:
     """How the concept is used in diffusers, as far as it reads these files."""
+    import diffusers
+
     lines: list[str] = []
+    kind = str(model.location.index["_class_name"])
+    if settings.method in OWN_WORDS and not hasattr(getattr(diffusers, kind), "load_textual_inversion"):
+        return [f"diffusers' {kind} reads no learned words; `customize sample` does."]
     if settings.method in OWN_WORDS:
         lines += load_words_in_diffusers(run / WORDS)
     if settings.method in ("lora", "pivotal") and settings.adapter in ("lora", "dora"):

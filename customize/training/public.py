@@ -12,6 +12,7 @@ from typing import Any
 
 from backbone.io.console import UserError
 from backbone.io.files import read_json, read_metadata, read_tensors, write_tensors, write_text
+from backbone.models.locate import split_files
 from customize.settings import FILE, read_subject
 
 PRIVATE = ("checkpoint.safetensors", "tensorboard", ".*")  # of use to nobody else
@@ -37,7 +38,8 @@ def copy_without_paths(run: Path, copy: Path) -> None:
 def _places(run: Path) -> list[tuple[str, str]]:
     """Paths that a run's files may name, each with what stands for it, the longest first."""
     record = read_json(run / FILE) if (run / FILE).is_file() else {}
-    said = [text for text in _texts(record.get("settings", {})) if os.path.isabs(text)]
+    texts = [one for text in _texts(record.get("settings", {})) for one in split_files(text)]
+    said = [text for text in texts if os.path.isabs(text)]
     places = {path: Path(path).name for path in [*said, str(run.absolute()), str(run.resolve())]}
     for folder, name in ((Path.cwd(), ""), (Path.home(), "~/")):
         if folder != Path(folder.anchor):

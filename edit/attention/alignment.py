@@ -48,12 +48,14 @@ class Section:
 
     words  the position of the first token of a word: what stands before it begins every prompt
     end    the position of the token that ends the prompt; `last` where it was cut off. Behind it there is padding
+    tail   how many tokens end the prompt: one, or those of a chat's template
     """
 
     first: int
     words: int
     end: int
     last: int
+    tail: int = 1
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,12 @@ class Alignment:
                     elif before and after:
                         mapping[torch.tensor(before)[:, None], torch.tensor(after)] = 1 / len(after)
             # End-of-text tokens take each other's attention, unless a prompt was cut off before its own
-            if source.end < source.last and target.end < target.last:
-                mapping[source.end, target.end] = 1
+            tail = source.tail if source.tail == target.tail else 1
+            for place in range(tail):
+                if source.end + place < source.last and target.end + place < target.last:
+                    mapping[source.end + place, target.end + place] = 1
             # Begin-of-text tokens and the padding that both prompts have stand where they stood
-            padding = range(max(source.end, target.end) + 1, source.last)
+            padding = range(max(source.end, target.end) + tail, source.last)
             for position in (*range(source.first, source.words), *padding):
                 mapping[position, position] = 1
         return mapping
@@ -327,18 +331,25 @@ def _tokenize_section(stretch: TextSegment, prompt: str, first: int) -> tuple[Se
     empty = Section(first, last, last, last)
     if stretch.tokenizer is None:
         return empty, []
-    text = stretch.preprocess(prompt)
+    words, (before, after) = stretch.preprocess(prompt), stretch.frame
+    text = before + words + after
     encoding = stretch.tokenizer(
-        text, padding="max_length", truncation=True, max_length=stretch.tokens, verbose=False,
+        text, padding="max_length", truncation=True, max_length=stretch.tokens + stretch.dropped, verbose=False,
         return_offsets_mapping=True,
     )  # fmt: skip
     cuts: list[_Cut] = []
     number = None  # of the tokenizer's word that the last cut is of
     waiting: list[int] = []  # tokens of spaces, which belong to the word behind them
+    tail = 0  # tokens of the template behind the prompt
     for position, (word, (start, end)) in enumerate(
-        zip(encoding.word_ids(), encoding["offset_mapping"], strict=True), first
+        zip(encoding.word_ids(), encoding["offset_mapping"], strict=True), first - stretch.dropped
     ):
-        if word is None:  # begin, end, padding
+        if word is None and not (after and end > start):  # begin, end, padding
+            continue
+        if start >= len(before) + len(words) and after:
+            tail += 1
+            continue
+        if end <= len(before) and before:
             continue
         waiting.append(position)
         # Some tokenizers count the space before a word as the word's; a token of nothing else waits for the next one
@@ -352,9 +363,10 @@ def _tokenize_section(stretch: TextSegment, prompt: str, first: int) -> tuple[Se
         cuts[-1].end, waiting = max(end, cuts[-1].end), []
     for cut in cuts:
         cut.text = text[cut.start : cut.end].lower()
+        cut.start, cut.end = cut.start - len(before), cut.end - len(before)
     if not cuts:
         return empty, []
-    return Section(first, cuts[0].positions[0], cuts[-1].positions[-1] + 1, last), cuts
+    return Section(first, cuts[0].positions[0], cuts[-1].positions[-1] + 1, last, max(tail, 1)), cuts
 
 
 def _is_word_boundary(text: str, at: int) -> bool:

@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
@@ -46,8 +46,8 @@ def control_attention(
     `attention` describes it for its family. Raises `UserError` for a denoiser whose attention is computed in another
     way than plainly.
     """
-    network = cast(Any, denoiser)
-    before = dict(getattr(network, "attn_processors", {}))
+    layers = attention_layers(denoiser)
+    before = {name: layer.processor for name, layer in layers.items()}
     foreign = {
         type(p).__name__
         for p in before.values()
@@ -60,19 +60,28 @@ def control_attention(
         )
     hook = None
     try:
-        network.set_attn_processor(
-            {
-                name: JointProcessor(control, plain, name, attention.joint_inputs[type(plain)])
-                if type(plain) in attention.joint_inputs
-                else Processor(control, plain, name)
-                for name, plain in before.items()
-            }
-        )
-        convolution = features_of(network)
+        for name, plain in before.items():
+            read = attention.joint_inputs.get(type(plain))
+            layers[name].set_processor(
+                Processor(control, plain, name)
+                if read is None
+                else JointProcessor(control, plain, name, read)
+            )
+        convolution = features_of(denoiser)
         if convolution is not None:
             hook = convolution.register_forward_hook(partial(gather_features, control))
         yield
     finally:
         if hook is not None:
             hook.remove()
-        network.set_attn_processor(dict(before))
+        for name, plain in before.items():
+            layers[name].set_processor(plain)
+
+
+def attention_layers(denoiser: nn.Module) -> dict[str, Any]:
+    """The layers that compute attention by a processor of diffusers, by the processor's name."""
+    return {
+        f"{name}.processor": layer
+        for name, layer in denoiser.named_modules()
+        if hasattr(layer, "processor") and hasattr(layer, "set_processor")
+    }

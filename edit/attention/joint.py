@@ -54,19 +54,33 @@ class JointProcessor:
         self,
         attn: Any,
         hidden_states: Tensor,
+        *more: Any,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        *more: Any,
+        encoder_hidden_states_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+        freqs_cis: Tensor | None = None,
     ) -> Any:
+        # diffusers hands on, by name, what a processor's signature has
+        named = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "attention_mask": attention_mask,
+            "encoder_hidden_states_mask": encoder_hidden_states_mask,
+            "image_rotary_emb": image_rotary_emb,
+            "freqs_cis": freqs_cis,
+        }
+        named = {name: value for name, value in named.items() if value is not None}
         control = self.control
-        call = (hidden_states, encoder_hidden_states, attention_mask, *more)
+        call = (hidden_states, *more)
         plain = control.self_attention == "own" and control.cross is None and control.maps is None
         if plain and control.hidden is None:
-            return self.plain(attn, *call)
-        streams = self.read(attn, *call)
+            return self.plain(attn, *call, **named)
+        streams = self.read(attn, *call, **named)
         query, key, value = streams.query, streams.key, streams.value
         picture, has_words = streams.image, streams.text.stop > streams.text.start
         places = picture.stop - picture.start
+        if not places:  # over words alone
+            return self.plain(attn, *call, **named)
         if (visible := control.visible_keys(places, key.device)) is not None:
             return streams.project_output(_without_hidden(streams, visible))
         # The source's layout (queries and keys) or contents (keys and values), in the picture's part alone
@@ -81,8 +95,9 @@ class JointProcessor:
         # Maps are read from the attention that there is now
         if control.maps is not None and has_words and control.maps.wants(places):
             read = slice(1 + control.targets)
-            attend = partial(streams.attend, query[read, :, picture], key[read])
-            columns = F.pad(control.maps.columns, _keys_around_words(streams))
+            attend = partial(streams.attend, query[read, :, picture], key[read], rows=read)
+            shown = control.maps.columns[..., : streams.text.stop - streams.text.start]
+            columns = F.pad(shown, _keys_around_words(streams))
             control.maps.add(read_columns(attend, query, columns))
         if control.cross is None or not has_words:
             return streams.project_output(streams.attend(query, key, value))
@@ -100,19 +115,24 @@ def _cross(
     others = [0, *range(1 + targets, len(query))]
     attended = torch.empty_like(query)
     # All other rows, and the queries of the targets' words, are left as they are
-    attended[others] = streams.attend(query[others], key[others], value[others])
-    attended[of_targets, :, text] = streams.attend(
-        query[of_targets, :, text], key[of_targets], value[of_targets]
-    )
+    attended[others] = streams.attend(query[others], key[others], value[others], others)
+    for outside in (slice(0, picture.start), slice(picture.stop, query.shape[2])):
+        if outside.stop > outside.start:
+            attended[of_targets, :, outside] = streams.attend(
+                query[of_targets, :, outside], key[of_targets], value[of_targets], of_targets
+            )
     words = value[of_targets, :, text]  # V_w
+    count = words.shape[2]  # of ragged prompts the longest one's: behind it there is padding alone
     own = value[of_targets].clone()
-    own[:, :, text] = 0 if cross.own is None else cross.own.to(value.dtype)[:, None, :, None] * words
+    own[:, :, text] = (
+        0 if cross.own is None else cross.own[:, :count].to(value.dtype)[:, None, :, None] * words
+    )
     mixed = torch.zeros_like(own)
-    mixed[:, :, text] = cross.from_source.to(value.dtype)[:, None] @ words
+    mixed[:, :, text] = cross.from_source[:, :count, :count].to(value.dtype)[:, None] @ words
     query_source, key_source = (x[:1].expand(targets, *x.shape[1:]) for x in (query[:, :, picture], key))
     attended[of_targets, :, picture] = streams.attend(
-        query[of_targets, :, picture], key[of_targets], own
-    ) + streams.attend(query_source, key_source, mixed)
+        query[of_targets, :, picture], key[of_targets], own, of_targets
+    ) + streams.attend(query_source, key_source, mixed, [0] * targets)
     return attended
 
 

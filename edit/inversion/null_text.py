@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from backbone.conditions.conditions import Conditions
-from backbone.diffusion.noise import Predict, Schedule, guide
+from backbone.diffusion.noise import Predict, Schedule
 from backbone.diffusion.samplers import deterministic_step
 from backbone.models.model import Backbone
 from backbone.training.attention import quick_to_train
@@ -51,7 +51,9 @@ def optimize_null_texts(
                 last = iteration == iterations  # measures the last update, and takes no gradient
                 with torch.set_grad_enabled(not last):
                     without = model.predictor(Conditions({**empty.text, "hidden": trained}))(now, here)
-                    reached = deterministic_step(now, guide(with_prompt, without, guidance), here, there)
+                    reached = deterministic_step(
+                        now, model.path.guide(with_prompt, without, guidance, here), here, there
+                    )
                     loss = (reached - goal).square().mean()
                 nfe += len(now)
                 if (found := float(loss.detach())) < smallest:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
     FluxPipeline,
+    Krea2Pipeline,
     PixArtSigmaPipeline,
+    QwenImagePipeline,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
+    ZImagePipeline,
 )
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
@@ -27,7 +32,7 @@ from torch import Tensor
 from backbone.adapters.apply import load_concepts
 from backbone.adapters.concept import choose_rare_words, read_concept
 from backbone.adapters.embeddings import add_tokens, embed_tokens
-from backbone.adapters.lora import LORA_WEIGHTS
+from backbone.adapters.lora import LORA_WEIGHTS, add_lora
 from backbone.diffusion.noise import SingularLevel, estimate
 from backbone.families import loading as parts
 from backbone.families.flux import family as flux
@@ -40,7 +45,7 @@ from customize.settings import Subject
 from customize.training.run import train_concept
 from tests import tiny
 
-STEPS, GUIDANCE, PROMPT, SCALE = 20, 4.0, "a dog in the snow", 40.0
+STEPS, FEW, GUIDANCE, PROMPT, SCALE = 20, 4, 4.0, "a dog in the snow", 40.0
 
 
 # diffusers' own predictions ---------------------------------------------------------------------------------
@@ -91,6 +96,55 @@ def said_by_pixart(pipeline: Any, noisy: Tensor, time: Tensor) -> Any:
     return said.chunk(2, dim=1)[0]
 
 
+def said_by_z_image(pipeline: Any, noisy: Tensor, time: Tensor) -> Any:
+    hidden, _ = pipeline.encode_prompt([PROMPT], do_classifier_free_guidance=False)
+    (said,) = pipeline.transformer([noisy[0][:, None]], (1000 - time[None]) / 1000, hidden).sample
+    return -said[:, 0][None]
+
+
+def said_by_flux2(pipeline: Any, noisy: Tensor, time: Tensor) -> Any:
+    hidden, text_ids = pipeline.encode_prompt(PROMPT)
+    said = pipeline.transformer(
+        hidden_states=pipeline._pack_latents(noisy),
+        timestep=time[None] / 1000,
+        encoder_hidden_states=hidden,
+        txt_ids=text_ids,
+        img_ids=pipeline._prepare_latent_ids(noisy),
+    ).sample
+    return said.transpose(1, 2).unflatten(2, noisy.shape[2:])
+
+
+def given_by_flux2(pipeline: Any, latents: Tensor) -> Tensor:
+    """What the pipeline gives is the autoencoder's latent, of which ours is normalised patches."""
+    bn, patches = pipeline.vae.bn, pipeline._patchify_latents(latents)
+    deviation = (bn.running_var + pipeline.vae.config.batch_norm_eps).sqrt()
+    return cast(Tensor, (patches - bn.running_mean[:, None, None]) / deviation[:, None, None])
+
+
+def said_by_qwen(pipeline: Any, noisy: Tensor, time: Tensor) -> Any:
+    hidden, mask = pipeline.encode_prompt(PROMPT)
+    said = pipeline.transformer(
+        hidden_states=pipeline._pack_latents(noisy, *noisy.shape),
+        timestep=time[None] / 1000,
+        encoder_hidden_states=hidden,
+        encoder_hidden_states_mask=mask,
+        img_shapes=[[(1, 4, 4)]],
+    ).sample
+    return pipeline._unpack_latents(said, 64, 64, 8)[:, :, 0]
+
+
+def said_by_krea2(pipeline: Any, noisy: Tensor, time: Tensor) -> Any:
+    hidden, mask = pipeline.encode_prompt(PROMPT)
+    said = pipeline.transformer(
+        hidden_states=pipeline._pack_latents(noisy, *noisy.shape),
+        encoder_hidden_states=hidden,
+        timestep=time[None] / 1000,
+        position_ids=pipeline.prepare_position_ids(512, 4, 4, "cpu"),
+        encoder_attention_mask=mask,
+    ).sample
+    return pipeline._unpack_latents(said, 64, 64)[:, :, 0]
+
+
 @dataclass(frozen=True)
 class Case:
     """A family: how its random pipeline is written, diffusers' class for it, and what that predicts.
@@ -98,7 +152,9 @@ class Case:
     asked   more settings of its training
     said    more arguments of diffusers' call
     theirs  our latents as diffusers' pipeline takes and gives them
+    given   (pipeline, what it gives) → latents as it takes them
     words   of the text, what comes from encoders that can learn words
+    steps   of the guided sample; the long suite takes 20 of every family
     """
 
     name: str
@@ -108,7 +164,9 @@ class Case:
     asked: dict[str, Any] = field(default_factory=dict)
     said: dict[str, Any] = field(default_factory=dict)
     theirs: Callable[[Tensor], Tensor] = lambda latents: latents
+    given: Callable[[Any, Tensor], Tensor] = lambda pipeline, latents: latents
     words: tuple[str, ...] = ("hidden", "pooled")
+    steps: int = STEPS
 
     def __str__(self) -> str:
         return self.name
@@ -158,16 +216,96 @@ CASES = [
         said={"use_resolution_binning": False, "clean_caption": False},
         words=("hidden",),
     ),
+    Case(
+        "z-image",
+        tiny.tiny_z_image,
+        ZImagePipeline,
+        said_by_z_image,
+        said={"guidance_scale": GUIDANCE - 1, "negative_prompt": "a red cat in the red snow, " * 4},
+        words=("hidden", "mask"),
+        steps=FEW,
+    ),
+    Case(
+        "flux2-klein",
+        tiny.tiny_flux2_klein,
+        Flux2KleinPipeline,
+        said_by_flux2,
+        given=given_by_flux2,
+        words=("hidden",),
+        steps=FEW,
+    ),
+    Case(
+        "flux2-klein-distilled",
+        partial(tiny.tiny_flux2_klein, distilled=True),
+        Flux2KleinPipeline,
+        said_by_flux2,
+        given=given_by_flux2,
+        words=("hidden",),
+        steps=FEW,
+    ),
+    Case(
+        "qwen-image",
+        tiny.tiny_qwen_image,
+        QwenImagePipeline,
+        said_by_qwen,
+        said={"negative_prompt": "a red cat", "true_cfg_scale": GUIDANCE, "guidance_scale": None},
+        theirs=flux.pack_latents,
+        words=("hidden", "mask"),
+        steps=FEW,
+    ),
+    Case(
+        "krea2",
+        tiny.tiny_krea2,
+        Krea2Pipeline,
+        said_by_krea2,
+        said={"guidance_scale": GUIDANCE - 1, "negative_prompt": "a red cat"},
+        theirs=flux.pack_latents,
+        words=("hidden", "mask"),
+        steps=FEW,
+    ),
+    Case(
+        "krea2-turbo",
+        partial(tiny.tiny_krea2, turbo=True),
+        Krea2Pipeline,
+        said_by_krea2,
+        said={"guidance_scale": GUIDANCE - 1},
+        theirs=flux.pack_latents,
+        words=("hidden", "mask"),
+        steps=FEW,
+    ),
 ]
 NAMED = {case.name: case for case in CASES}
-every = pytest.mark.parametrize("case", CASES, ids=str)
+VARIANTS = ("flux2-klein-distilled", "krea2-turbo")
+SLOW = ("qwen-image", "krea2", *VARIANTS)
+
+
+def marked(slow: Sequence[str]) -> pytest.MarkDecorator:
+    """The cases, some of them run by the long suite alone."""
+    params = [pytest.param(case, marks=[pytest.mark.slow] * (case.name in slow)) for case in CASES]
+    return pytest.mark.parametrize("case", params, ids=str)
+
+
+every, proof = marked(SLOW), marked(VARIANTS)
+NEWER = [case for case in CASES if case.steps == FEW]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The random pipelines, each written once."""
     place = tmp_path_factory.mktemp("families")
-    return {case.name: case.write(place / case.name) for case in CASES}
+    return Written(place)
+
+
+class Written(dict[str, Path]):
+    """The folder of each case, written when it is asked for."""
+
+    def __init__(self, place: Path) -> None:
+        super().__init__()
+        self.place = place
+
+    def __missing__(self, name: str) -> Path:
+        self[name] = NAMED[name].write(self.place / name)
+        return self[name]
 
 
 # Parity with diffusers --------------------------------------------------------------------------------------
@@ -215,25 +353,35 @@ def test_an_autoencoder_with_the_names_of_old_files_is_left_to_diffusers(
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
-@every
+@proof
 def test_a_guided_sample_is_diffusers_own(case: Case, folders: dict[str, Path]) -> None:
+    assert_same_sample(case, folders, case.steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", NEWER, ids=str)
+def test_twenty_guided_steps_are_diffusers_own(case: Case, folders: dict[str, Path]) -> None:
+    assert_same_sample(case, folders, STEPS)
+
+
+def assert_same_sample(case: Case, folders: dict[str, Path], steps: int) -> None:
+    """So many guided steps from the same noise, and one prediction."""
     model, pipeline = opened(folders[case.name]), loaded(case, folders)
     request = Request(PROMPT, (0, 0), case.said.get("negative_prompt", ""))
-    ours = next(sample_latents(model, [request], steps=STEPS, guidance=GUIDANCE, seed=3))
+    ours = next(sample_latents(model, [request], steps=steps, guidance=GUIDANCE, seed=3))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = pipeline(
-            PROMPT,
+            prompt=PROMPT,
             latents=case.theirs(initial_noise(model, 3, 0, 0)[None]),
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
+            num_inference_steps=steps,
             height=model.resolution,
             width=model.resolution,
             output_type="latent",
-            **case.said,
+            **{"guidance_scale": GUIDANCE} | case.said,
         ).images
     assert float(theirs.std()) > 0.1
-    torch.testing.assert_close(case.theirs(ours), theirs, rtol=0, atol=1e-4)
+    torch.testing.assert_close(case.theirs(ours), case.given(pipeline, theirs), rtol=0, atol=1e-4)
     torch.testing.assert_close(
         predicted(model), predicted_by_diffusers(case, pipeline, model), rtol=0, atol=1e-5
     )
@@ -257,6 +405,19 @@ def test_training_exports_an_adapter_that_diffusers_loads(
 
 
 @every
+@pytest.mark.parametrize("layers", ["attention", "all"])
+def test_every_set_of_layers_takes_an_adapter(case: Case, layers: str, folders: dict[str, Path]) -> None:
+    model = opened(folders[case.name])
+    spec = model.family.spec(model.location, torch.float32).denoiser
+    network = spec.instantiate()
+    targets = model.family.lora_targets[layers]
+    found = add_lora(network, "some", rank=1, alpha=1, targets=targets)
+    for target in targets:  # of lists that count blocks only those that this model has
+        if not re.search(r"\.\d+\.", target):
+            assert any(f"{target}.lora_A" in name for name in found), target
+
+
+@every
 def test_a_new_word_begins_as_the_one_that_it_was_made_from(case: Case, folders: dict[str, Path]) -> None:
     encoder = opened(folders[case.name]).text_encoder
     before = encoder([PROMPT, "a red cat"])
@@ -275,7 +436,7 @@ def test_pictures_come_back_through_the_autoencoder_with_their_shape(
     model = opened(folders[case.name])
     pictures = torch.rand(1, 3, 64, 64) * 2 - 1
     posterior = model.encode(pictures)
-    assert model.latent_shape == (4, 8, 8) and model.resolution == 64
+    assert model.latent_shape[-2:] == (8, 8) and model.resolution == 64
     assert posterior.mean.shape == (1, *model.latent_shape)
     assert model.decode(posterior.mean).shape == pictures.shape
 

@@ -7,12 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    Krea2Transformer2DModel,
+    PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    ZImageTransformer2DModel,
+)
 from torch import nn
 
 from backbone.families.flux.family import Flux
+from backbone.families.flux2.family import Flux2
+from backbone.families.krea2.family import Krea2
 from backbone.families.pixart.family import PixArt
+from backbone.families.qwen.family import QwenImage
 from backbone.families.sd3.family import StableDiffusion3
+from backbone.families.zimage.family import ZImage
 from backbone.io.console import UserError
 from backbone.io.files import read_header, read_tensors, write_tensors
 from customize.formats.adapter import AdapterFile
@@ -22,13 +35,25 @@ from customize.formats.read import read_adapter
 from customize.formats.translate import find
 from customize.formats.write import compare_updates, to_state_dict, write_adapter
 from tests.customize.adapters import random_adapter, random_layer
-from tests.tiny import tiny_flux, tiny_pixart, tiny_stable_diffusion_3
+from tests.tiny import (
+    tiny_flux,
+    tiny_flux2_klein,
+    tiny_krea2,
+    tiny_pixart,
+    tiny_qwen_image,
+    tiny_stable_diffusion_3,
+    tiny_z_image,
+)
 
 Folders = dict[str, Path]
 PARTS: dict[str, tuple[Any, Any]] = {
     "flux": (FluxTransformer2DModel, Flux),
     "sd3": (SD3Transformer2DModel, StableDiffusion3),
     "pixart": (PixArtTransformer2DModel, PixArt),
+    "flux2": (Flux2Transformer2DModel, Flux2),
+    "zimage": (ZImageTransformer2DModel, ZImage),
+    "qwen": (QwenImageTransformer2DModel, QwenImage),
+    "krea2": (Krea2Transformer2DModel, Krea2),
 }
 
 
@@ -39,10 +64,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
         "flux": tiny_flux(place / "flux"),
         "sd3": tiny_stable_diffusion_3(place / "sd3", t5=False),
         "pixart": tiny_pixart(place / "pixart"),
+        "flux2": tiny_flux2_klein(place / "flux2"),
+        "zimage": tiny_z_image(place / "zimage"),
+        "qwen": tiny_qwen_image(place / "qwen"),
+        "krea2": tiny_krea2(place / "krea2"),
     }
 
 
-@pytest.mark.parametrize("base", ["flux", "sd3"])
+@pytest.mark.parametrize("base", ["flux", "sd3", "flux2", "zimage", "qwen", "krea2"])
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_every_layer_that_can_be_trained_goes_to_kohya_and_back(
     folders: Folders, tmp_path: Path, base: str, dora: bool
@@ -52,11 +81,14 @@ def test_every_layer_that_can_be_trained_goes_to_kohya_and_back(
     assert write_adapter(tmp_path / "a.safetensors", adapter, "kohya") < 1e-5
     names = read_header(tmp_path / "a.safetensors").shapes
     assert all(name.startswith("lora_unet_") for name in names)
-    assert any(name.endswith("attn_qkv.lora_up.weight") for name in names)
+    joined = any(name.endswith("attn_qkv.lora_up.weight") for name in names)
+    assert joined == (base in ("flux", "sd3", "flux2")), (
+        "others are known by diffusers' names, or join nothing"
+    )
     assert read_adapter(tmp_path / "a.safetensors").base == base
 
 
-@pytest.mark.parametrize("base", ["flux", "sd3", "pixart"])
+@pytest.mark.parametrize("base", ["flux", "sd3", "pixart", "flux2", "zimage", "qwen"])
 def test_comfyui_s_form_has_diffusers_names(folders: Folders, tmp_path: Path, base: str) -> None:
     adapter = random_adapter(targets(folders, base))
     assert adapter.base == base
@@ -121,7 +153,7 @@ def test_a_layer_that_kohya_has_no_name_for_is_a_clear_mistake(folders: Folders,
         write_adapter(tmp_path / "a.safetensors", adapter, "kohya")
 
 
-@pytest.mark.parametrize("base", ["flux", "sd3"])
+@pytest.mark.parametrize("base", ["flux", "sd3", "flux2", "krea2"])
 def test_names_go_to_the_original_code_and_back(folders: Folders, base: str) -> None:
     for name in targets(folders, base):
         module = name.removeprefix("transformer.")

@@ -13,6 +13,8 @@ from backbone.models.model import Backbone
 Open = Callable[[str], Backbone]
 TRANSFORMERS = ("sd3", "flux-dev", "pixart")
 FAMILIES = ("xl", "sd3", "sd3-without-t5", "flux-dev", "flux-schnell", "pixart")
+NEWER = ("z-image", "flux2-klein", "qwen-image", "krea2")  # most of what is asked of them takes long
+SLOWLY = [pytest.param(name, marks=pytest.mark.slow) for name in NEWER]
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +29,11 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
         "flux-dev": tiny.tiny_flux,
         "flux-schnell": partial(tiny.tiny_flux, guidance=False),
         "pixart": tiny.tiny_pixart,
+        "z-image": tiny.tiny_z_image,
+        "qwen-image": tiny.tiny_qwen_image,
+        "krea2": tiny.tiny_krea2,
+        "flux2-klein": tiny.tiny_flux2_klein,
+        "flux2-klein-distilled": partial(tiny.tiny_flux2_klein, distilled=True),
     }
     place = tmp_path_factory.mktemp("families")
 

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -24,8 +24,8 @@ from edit.methods.prompt_to_prompt.replace import replace
 from edit.methods.prompt_to_prompt.settings import PRESETS, ReplaceSettings
 from edit.methods.remove import locate_word, remove
 from edit.methods.sdedit import sdedit
-from tests.edit.attention.test_joint import Found, wearing_a_lora
-from tests.edit.conftest import FAMILIES, TRANSFORMERS, Open
+from tests.edit.attention.test_joint import Found, processors_of, wearing_a_lora
+from tests.edit.conftest import FAMILIES, NEWER, SLOWLY, TRANSFORMERS, Open
 from tests.edit.methods.prompt_to_prompt.test_replace import left_half
 from tests.edit.models import photo
 from tests.tiny import tiny_t5_tokenizer, tiny_tokenizer
@@ -35,9 +35,9 @@ STEPS = 3
 EVERYWHERE = ReplaceSettings(blend=())
 TOLD = ("flux-dev", "flux-schnell")  # asked once a step, with the prompt alone
 
-every = pytest.mark.parametrize("name", FAMILIES)
-each = pytest.mark.parametrize("name", ["xl", *TRANSFORMERS])
-transformers = pytest.mark.parametrize("name", TRANSFORMERS)
+every = pytest.mark.parametrize("name", [*FAMILIES, *SLOWLY])
+each = pytest.mark.parametrize("name", ["xl", *TRANSFORMERS, *SLOWLY])
+transformers = pytest.mark.parametrize("name", [*TRANSFORMERS, *SLOWLY])
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def deviation(found: Tensor, expected: Tensor) -> float:
 # In Python --------------------------------------------------------------------------------------------------
 
 
-@every
+@pytest.mark.parametrize("name", [*FAMILIES, NEWER[0], *SLOWLY[1:]])
 def test_the_source_row_is_the_stored_trajectory_at_any_guidance(
     inverted: Callable[..., Inversion], name: str
 ) -> None:
@@ -146,8 +146,8 @@ def test_the_model_is_bit_for_bit_as_before_after_an_edit_and_after_an_error(
     inverted: Callable[..., Inversion], name: str
 ) -> None:
     inversion = inverted(name)
-    network = cast(Any, inversion.model.denoiser)
-    processors, before = dict(network.attn_processors), reconstruct(inversion, guidance=3.0)
+    network = inversion.model.denoiser
+    processors, before = processors_of(network), reconstruct(inversion, guidance=3.0)
     weights = {key: value.clone() for key, value in network.state_dict().items()}
     replace(inversion, TARGET, PRESETS["masactrl"])
 
@@ -156,7 +156,7 @@ def test_the_model_is_bit_for_bit_as_before_after_an_edit_and_after_an_error(
 
     with pytest.raises(RuntimeError):
         replace(inversion, TARGET, progress=stop)
-    assert all(network.attn_processors[key] is value for key, value in processors.items())
+    assert all(processors_of(network)[key] is value for key, value in processors.items())
     assert not any(module._forward_hooks for module in network.modules())
     assert all(torch.equal(value, weights[key]) for key, value in network.state_dict().items())
     assert torch.equal(reconstruct(inversion, guidance=3.0), before)
@@ -240,7 +240,7 @@ def test_ways_without_attention_keep_what_lies_outside_the_mask(family: Open, na
     assert torch.equal(same.latents[0], same.clean), "a target that says the same moves nothing"
 
 
-@pytest.mark.parametrize("name", TOLD)
+@pytest.mark.parametrize("name", [*TOLD, pytest.param("flux2-klein-distilled", marks=pytest.mark.slow)])
 def test_a_negative_prompt_that_nobody_would_hear_is_refused(
     family: Open, inverted: Callable[..., Inversion], name: str
 ) -> None:

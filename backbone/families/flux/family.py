@@ -32,6 +32,7 @@ from backbone.families.base import (
     TextEncoderSlot,
     TextSegment,
     diffusers_spec,
+    refuse_beside,
     transformers_spec,
 )
 from backbone.families.flux import checkpoint
@@ -63,6 +64,9 @@ class Flux:
 
     def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
         return checkpoint.match_checkpoint(header)
+
+    def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
+        return refuse_beside(header, beside)
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
         if location.file is not None:

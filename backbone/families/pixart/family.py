@@ -24,6 +24,7 @@ from backbone.families.base import (
     NoisePath,
     TextSegment,
     diffusers_spec,
+    refuse_beside,
     transformers_spec,
 )
 from backbone.families.location import Location
@@ -45,6 +46,9 @@ class PixArt:
 
     def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
         return None
+
+    def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
+        return refuse_beside(header, beside)
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
         return loading.load_network(PixArtTransformer2DModel, location, "transformer", dtype)

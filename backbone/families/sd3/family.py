@@ -32,6 +32,7 @@ from backbone.families.base import (
     TextEncoderSlot,
     TextSegment,
     diffusers_spec,
+    refuse_beside,
     transformers_spec,
 )
 from backbone.families.location import Location
@@ -56,6 +57,9 @@ class StableDiffusion3:
 
     def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
         return checkpoint.match_checkpoint(header)
+
+    def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
+        return refuse_beside(header, beside)
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
         if location.file is not None:
@@ -217,11 +221,11 @@ class RepeatedZeroTokenProcessor:
 
 
 def joint_attention_inputs_with_repeated_zero(
-    attn: Any, hidden: Tensor, text_hidden: Tensor | None = None, mask: None = None
+    attn: Any, hidden: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: None = None
 ) -> JointAttentionInputs:
     """`joint_attention_inputs` with the bias of `RepeatedZeroTokenProcessor` on the last text token."""
-    inputs = joint_attention_inputs(attn, hidden, text_hidden, mask)
-    if text_hidden is None:
+    inputs = joint_attention_inputs(attn, hidden, encoder_hidden_states, attention_mask)
+    if encoder_hidden_states is None:
         return inputs
     bias = inputs.key.new_zeros(1, inputs.key.shape[2])
     bias[:, -1] = math.log(T5_TOKENS)
@@ -229,22 +233,22 @@ def joint_attention_inputs_with_repeated_zero(
 
 
 def joint_attention_inputs(
-    attn: Any, hidden: Tensor, text_hidden: Tensor | None = None, mask: None = None
+    attn: Any, hidden: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: None = None
 ) -> JointAttentionInputs:
     """One call of an attention layer: image tokens, then text tokens; image alone in a dual block's second layer."""
-    assert mask is None
+    assert attention_mask is None
     qkv = loading.project_qkv(attn, hidden)
     image_tokens = hidden.shape[1]
     text = slice(image_tokens, image_tokens)
-    if text_hidden is not None:
-        text = slice(image_tokens, image_tokens + text_hidden.shape[1])
-        text_qkv = loading.project_text_qkv(attn, text_hidden)
+    if encoder_hidden_states is not None:
+        text = slice(image_tokens, image_tokens + encoder_hidden_states.shape[1])
+        text_qkv = loading.project_text_qkv(attn, encoder_hidden_states)
         qkv = [torch.cat(pair, dim=2) for pair in zip(qkv, text_qkv, strict=True)]
 
     def project_output(attended: Tensor) -> Any:
         x = attended.transpose(1, 2).flatten(2)
         image_output, text_output = attn.to_out[1](attn.to_out[0](x[:, :image_tokens])), x[:, text]
-        if text_hidden is None:
+        if encoder_hidden_states is None:
             return image_output
         return image_output, text_output if attn.context_pre_only else attn.to_add_out(text_output)
 

@@ -24,6 +24,7 @@ from backbone.families.base import (
     TextEncoderSlot,
     TextSegment,
     diffusers_spec,
+    refuse_beside,
     transformers_spec,
 )
 from backbone.families.location import Location
@@ -47,6 +48,9 @@ class StableDiffusionXL(UNetFamily):
 
     def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
         return checkpoint.match_checkpoint(header)
+
+    def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
+        return refuse_beside(header, beside)
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
         if location.config("unet").get("addition_embed_type") != "text_time":

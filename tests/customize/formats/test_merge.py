@@ -12,11 +12,13 @@ from torch import nn
 
 from backbone.adapters.apply import load_concepts
 from backbone.adapters.concept import Concept, read_concept
+from backbone.adapters.embeddings import add_tokens
 from backbone.adapters.lora import LORA_WEIGHTS, load_lora
 from backbone.io.console import UserError
 from backbone.io.files import read_json, read_tensors, write_tensors
 from backbone.models.model import Backbone
 from customize.formats.adapter import AdapterFile
+from customize.formats.bake import add_tokens as bake_tokens
 from customize.formats.bake import bake
 from customize.formats.factors import LayerUpdate, fit_lora, sum_loras, truncate_lora
 from customize.formats.merge import (
@@ -41,7 +43,7 @@ from tests.customize.adapters import (
     random_layer,
     whole_pipeline,
 )
-from tests.tiny import tiny_pipeline
+from tests.tiny import tiny_pipeline, tiny_pixart, tiny_z_image
 
 Make = Callable[..., Path]
 
@@ -334,3 +336,21 @@ def test_learned_words_of_two_runs_live_on_in_their_merge(
     ids = model.text_encoder.tokenizer("[V2] [V2]_1", add_special_tokens=False)["input_ids"]
     learned = model.text_encoder.slots[0].model.get_input_embeddings()(torch.tensor([ids]))[0]
     torch.testing.assert_close(learned, rows[1])
+
+
+@pytest.mark.parametrize("write", [tiny_pixart, tiny_z_image], ids=["pixart", "z-image"])
+def test_learned_words_are_baked_into_every_kind_of_text_encoder(
+    write: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    """T5's and Qwen's tables have rows behind the vocabulary, and a Qwen's word has the space before it."""
+    folder = write(tmp_path / "model")
+    learned, baked = (Backbone.open(str(folder), device="cpu", precision="fp32") for _ in range(2))
+    encoder = learned.text_encoder
+    rows = torch.randn(2, encoder.slots[0].model.get_input_embeddings().weight.shape[1])
+    before = encoder(["a cat"])["hidden"]
+    add_tokens(encoder, {"text_encoder": rows}, tokens=["[V]", "[V]_1"])
+    bake_tokens(folder, "text_encoder", {"[V]": rows})
+    for prompt in ("a [V] [V]_1 cat in the snow", "[V], a cat"):
+        theirs, ours = learned.encode_prompts([prompt]), baked.encode_prompts([prompt])
+        torch.testing.assert_close(ours.text["hidden"], theirs.text["hidden"], rtol=0, atol=1e-6)
+    assert torch.equal(baked.encode_prompts(["a cat"]).text["hidden"], before)

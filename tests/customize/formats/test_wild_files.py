@@ -16,8 +16,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    Flux2KleinPipeline,
     FluxPipeline,
+    Krea2Pipeline,
+    QwenImagePipeline,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
 )
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -38,13 +42,18 @@ from customize.formats.read import read_adapter
 from customize.formats.write import write_adapter
 from tests.tiny import (
     tiny_flux,
+    tiny_flux2_klein,
+    tiny_krea2,
     tiny_pipeline,
     tiny_pixart,
+    tiny_qwen_image,
     tiny_stable_diffusion_3,
     tiny_stable_diffusion_xl,
+    tiny_z_image,
 )
 
-FAMILIES = ("sd", "xl", "sd3", "flux", "pixart")
+FAMILIES = ("sd", "xl", "sd3", "flux", "pixart", "zimage", "flux2", "qwen", "krea2")
+NEWER = ("zimage", "flux2", "qwen", "krea2")  # of which every naming is tried by the long suite
 Tensors = dict[str, Tensor]
 
 
@@ -75,6 +84,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tiny]:
         "sd3": lambda folder: tiny_stable_diffusion_3(folder, t5=False),
         "flux": tiny_flux,
         "pixart": tiny_pixart,
+        "zimage": tiny_z_image,
+        "flux2": tiny_flux2_klein,
+        "qwen": tiny_qwen_image,
+        "krea2": tiny_krea2,
     }
     made = {}
     for family, make in makers.items():
@@ -107,7 +120,12 @@ NAMINGS: dict[str, Callable[[str, str], str]] = {
 
 @pytest.mark.parametrize(
     ("family", "naming"),
-    [(family, naming) for family in FAMILIES for naming in NAMINGS if family != "xl" or naming == "kohya"],
+    [
+        pytest.param(family, naming, marks=[pytest.mark.slow] * (family in NEWER and naming != "kohya"))
+        for family in FAMILIES
+        for naming in NAMINGS
+        if family != "xl" or naming == "kohya"
+    ],
 )
 def test_diffusers_names_under_every_tool_s_prefix_are_the_family_s_layers(
     family: str, naming: str, models: dict[str, Tiny], tmp_path: Path
@@ -125,7 +143,7 @@ def test_diffusers_names_under_every_tool_s_prefix_are_the_family_s_layers(
 @pytest.mark.parametrize(
     "prefix", ["lora_unet_", "diffusion_model.", "", "transformer.", "lora_transformer_"]
 )
-@pytest.mark.parametrize("family", ["flux", "sd3", "pixart"])
+@pytest.mark.parametrize("family", ["flux", "sd3", "pixart", "zimage", "flux2", "krea2"])
 def test_the_original_code_s_names_are_the_family_s_layers(
     family: str, prefix: str, models: dict[str, Tiny], tmp_path: Path
 ) -> None:
@@ -137,8 +155,10 @@ def test_the_original_code_s_names_are_the_family_s_layers(
         factors, change = lora(whole)
         stem = prefix + (flat(original) if prefix.endswith("_") else original)
         tensors |= {f"{stem}.{end}": value for end, value in factors.items()}
-        if original.endswith("adaLN_modulation.1") and (
-            parts[0] == "norm_out.linear" or len(whole) == 2 * whole.shape[1]
+        if (
+            family != "zimage"
+            and original.endswith("adaLN_modulation.1")
+            and (parts[0] == "norm_out.linear" or len(whole) == 2 * whole.shape[1])
         ):  # (shift, scale) there, (scale, shift) here
             change = torch.cat([*reversed(change.chunk(2))])
         pieces = change.split([len(weights[part]) for part in parts])
@@ -194,7 +214,7 @@ def test_xlabs_processors_and_onetrainer_s_separate_parts_are_flux_s_layers(tmp_
     ("stems", "said"),
     [
         (["lora_unet_blocks_0_new_kind_q", "lora_unet_blocks_0_new_kind_k"], "lora_unet_blocks_0_new_kind_k"),
-        (["transformer.layers.0.attention.to_q"], "transformer.layers.0.attention.to_q"),
+        (["transformer.layers.0.attention.to_p"], "transformer.layers.0.attention.to_p"),
         (["lora_unet_conv_in", "lora_unet_conv_inn"], "1 layers that no supported model has"),
         (["lora_te3_encoder_block_0_layer_0_SelfAttention_q"], "T5"),
         (["text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q"], "T5"),
@@ -487,7 +507,17 @@ def test_a_peft_folder_whose_settings_say_something_else_is_refused(
 # What diffusers loads ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["flux", "sd3"])
+PIPELINES: dict[str, Any] = {
+    "flux": FluxPipeline,
+    "sd3": StableDiffusion3Pipeline,
+    "zimage": ZImagePipeline,
+    "flux2": Flux2KleinPipeline,
+    "qwen": QwenImagePipeline,
+    "krea2": Krea2Pipeline,
+}
+
+
+@pytest.mark.parametrize("family", PIPELINES)
 def test_diffusers_loads_every_layer_of_the_export_with_its_change(
     family: str, models: dict[str, Tiny], tmp_path: Path
 ) -> None:
@@ -501,10 +531,58 @@ def test_diffusers_loads_every_layer_of_the_export_with_its_change(
         tensors |= {f"lora_transformer_{flat(module)}.{end}": value for end, value in factors.items()}
     write_tensors(tmp_path / "a.safetensors", tensors)
     export_adapter(tmp_path / "a.safetensors", tmp_path / "d.safetensors", "diffusers")
-    kind: Any = FluxPipeline if family == "flux" else StableDiffusion3Pipeline
-    without = {} if family == "flux" else dict.fromkeys(("text_encoder_3", "tokenizer_3"))
-    pipeline = kind.from_pretrained(model.folder, feature_extractor=None, image_encoder=None, **without)
+    pipeline = pipeline_of(family, model.folder)
     pipeline.load_lora_weights(str(tmp_path), weight_name="d.safetensors")
+    assert_worn(pipeline, truth)
+
+
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [
+        ("zimage", "kohya"),
+        ("zimage", "ai-toolkit"),
+        ("flux2", "kohya"),
+        ("qwen", "kohya"),
+        ("qwen", "ai-toolkit"),
+    ],
+)
+def test_diffusers_reads_other_tools_forms_as_we_do(
+    family: str, form: str, models: dict[str, Tiny], tmp_path: Path
+) -> None:
+    """kohya's export of ours, and ai-toolkit's names; of FLUX.2 diffusers leaves out what is outside the blocks."""
+    model = models[family]
+    tensors: Tensors = {}
+    for module, weight in model.weights.items():
+        if family != "flux2" or "blocks" in module:
+            factors, _ = lora(weight, alpha=form == "kohya")
+            names = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
+            tensors |= {
+                f"diffusion_model.{module}.{names.get(end, end)}": value for end, value in factors.items()
+            }
+    write_tensors(tmp_path / "a.safetensors", tensors)
+    read = read_adapter(tmp_path / "a.safetensors")
+    if form == "kohya":
+        export_adapter(tmp_path / "a.safetensors", tmp_path / "k.safetensors", "kohya")
+    pipeline = pipeline_of(family, model.folder)
+    name = "k.safetensors" if form == "kohya" else "a.safetensors"
+    pipeline.load_lora_weights(str(tmp_path), weight_name=name)
+    assert_worn(
+        pipeline,
+        {name.removeprefix("transformer."): layer.delta_weight() for name, layer in read.layers.items()},
+    )
+
+
+def pipeline_of(family: str, folder: Path) -> Any:
+    """diffusers' own pipeline of a tiny model."""
+    without = {
+        "sd3": ("text_encoder_3", "tokenizer_3", "feature_extractor", "image_encoder"),
+        "flux": ("feature_extractor", "image_encoder"),
+    }.get(family, ())
+    return PIPELINES[family].from_pretrained(folder, **dict.fromkeys(without))
+
+
+def assert_worn(pipeline: Any, truth: Tensors) -> None:
+    """The pipeline's transformer has an adapter on these layers alone, with these changes."""
     loaded = {
         name: module.get_delta_weight(next(iter(module.lora_A))).flatten(1)
         for name, module in pipeline.transformer.named_modules()
@@ -726,6 +804,65 @@ def originals(family: str, weights: Mapping[str, Tensor]) -> dict[str, tuple[str
 
 def _originals(family: str, modules: set[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
     qkv = ("attn.to_q", "attn.to_k", "attn.to_v")
+    if family == "krea2":
+        outer = {
+            "img_in": "first",
+            "time_embed.linear_1": "tmlp.0",
+            "time_embed.linear_2": "tmlp.2",
+            "time_mod_proj": "tproj.1",
+            "txt_in.linear_1": "txtmlp.1",
+            "txt_in.linear_2": "txtmlp.3",
+            "final_layer.linear": "last.linear",
+        }
+        for module in sorted(modules):
+            name = outer.get(module, module)
+            for ours, theirs in (
+                ("transformer_blocks.", "blocks."),
+                ("text_fusion.", "txtfusion."),
+                ("attn.to_out.0", "attn.wo"),
+                ("attn.to_gate", "attn.gate"),
+                ("attn.to_", "attn.w"),
+                (".ff.", ".mlp."),
+            ):
+                name = name.replace(ours, theirs)
+            yield name, (module,)
+        return
+    if family == "zimage":
+        for module in sorted(modules):
+            name = module.replace("all_x_embedder.2-1", "x_embedder").replace(
+                "all_final_layer.2-1", "final_layer"
+            )
+            if name.endswith(".attention.to_q"):
+                stem = module.removesuffix("to_q")
+                yield f"{stem}qkv", (f"{stem}to_q", f"{stem}to_k", f"{stem}to_v")
+            elif not name.endswith((".attention.to_k", ".attention.to_v")):
+                yield name.replace(".attention.to_out.0", ".attention.out"), (module,)
+        return
+    if family == "flux2":
+        called = {
+            "img_in": "x_embedder",
+            "txt_in": "context_embedder",
+            "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
+            "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
+            "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
+            "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
+            "single_stream_modulation.lin": "single_stream_modulation.linear",
+            "final_layer.linear": "proj_out",
+            "final_layer.adaLN_modulation.1": "norm_out.linear",
+            "double_blocks.0.img_attn.proj": "transformer_blocks.0.attn.to_out.0",
+            "double_blocks.0.txt_attn.proj": "transformer_blocks.0.attn.to_add_out",
+            "double_blocks.0.img_mlp.0": "transformer_blocks.0.ff.linear_in",
+            "double_blocks.0.img_mlp.2": "transformer_blocks.0.ff.linear_out",
+            "double_blocks.0.txt_mlp.0": "transformer_blocks.0.ff_context.linear_in",
+            "double_blocks.0.txt_mlp.2": "transformer_blocks.0.ff_context.linear_out",
+            "single_blocks.0.linear1": "single_transformer_blocks.0.attn.to_qkv_mlp_proj",
+            "single_blocks.0.linear2": "single_transformer_blocks.0.attn.to_out",
+        }
+        yield from ((name, (module,)) for name, module in called.items())
+        yield "double_blocks.0.img_attn.qkv", tuple(f"transformer_blocks.0.{part}" for part in qkv)
+        added = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+        yield "double_blocks.0.txt_attn.qkv", tuple(f"transformer_blocks.0.{part}" for part in added)
+        return
     if family == "flux":
         names = ("img_in", "txt_in", "final_layer.linear", "final_layer.adaLN_modulation.1")
         embeds = [

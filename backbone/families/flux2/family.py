@@ -1,0 +1,266 @@
+"""FLUX.2: a joint text-image transformer on latents of 128 channels, a language model, a rectified flow.
+
+klein reads Qwen3, dev reads Mistral; three hidden layers lie side by side, padding included. Latents are patches of
+2 × 2, normalised by the autoencoder's batch norm, so a token is one latent of 16 × 16 pixels. How far the schedule is
+shifted depends on the tokens and on the steps. klein's base takes classifier-free guidance, its distilled models none
+in four steps, and dev is told the scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
+from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux2 import (
+    Flux2AttnProcessor,
+    Flux2ParallelSelfAttnProcessor,
+)
+from torch import Tensor, nn
+from transformers import Qwen2Tokenizer, Qwen3Model
+
+from backbone.conditions.conditions import Conditions
+from backbone.families import language_models, loading, split_files
+from backbone.families.base import (
+    AttentionLayout,
+    JointAttentionInputs,
+    ModelSpec,
+    Network,
+    NoisePath,
+    diffusers_spec,
+    transformers_spec,
+)
+from backbone.families.language_models import LanguageModelEncoder, Reading
+from backbone.families.latents import latent_channels, pixels_per_latent
+from backbone.families.location import Location
+from backbone.families.split_files import SplitFiles
+from backbone.io.console import notify_once
+from backbone.io.files import Header
+
+KLEIN = Reading(layers=(9, 18, 27), tokens=512, padded=True)
+QWEN = (language_models.QWEN[0], language_models.QWEN[1] + language_models.NO_THOUGHTS)
+JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+SINGLE = ("to_qkv_mlp_proj", *(f"single_transformer_blocks.{n}.attn.to_out" for n in range(48)))
+NON_COMMERCIAL = 12288  # width of klein 9B's text
+MANY_STEPS = 200  # of a schedule as fine as training's
+
+
+class Flux2:
+    """Implements `Family`."""
+
+    name: ClassVar[str] = "FLUX.2"
+    hub_ids: ClassVar[dict[str, str]] = {
+        "flux2-klein": "black-forest-labs/FLUX.2-klein-base-4B",
+        "flux2-klein-distilled": "black-forest-labs/FLUX.2-klein-4B",
+        "flux2-klein-9b": "black-forest-labs/FLUX.2-klein-base-9B",
+    }
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("Flux2KleinPipeline",)
+    lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
+        "attention": (*JOINT, *SINGLE),
+        "all": (
+            *(*JOINT, *SINGLE),
+            *("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"),
+        ),
+    }
+
+    def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
+        return FILES.match(header)
+
+    def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
+        return FILES.find_parts(header, beside)
+
+    def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
+        kind = Flux2Transformer2DModel
+        if location.file is not None:
+            network = split_files.load_transformer(kind, FILES, location, dtype, convert_to_diffusers)
+        else:
+            network = loading.load_network(kind, location, "transformer", dtype)
+        cast(Any, network).is_distilled = is_distilled(location)
+        if cast(Any, network).config.joint_attention_dim == NON_COMMERCIAL:
+            notify_once("The weights of FLUX.2 klein 9B are under a licence for non-commercial use.")
+        return network
+
+    def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
+        if location.file is not None:
+            return split_files.load_autoencoder(AutoencoderKLFlux2, location, dtype)
+        return loading.load_autoencoder(AutoencoderKLFlux2, location, dtype)
+
+    def text_encoder(self, location: Location, dtype: torch.dtype) -> LanguageModelEncoder:
+        source = language_models if location.file is None else split_files
+        slot = source.load_language_model(Qwen3Model, Qwen2Tokenizer, location, dtype)
+        write = language_models.chat_writer(slot.tokenizer, location, QWEN, enable_thinking=False)
+        width = int(location.config("transformer")["joint_attention_dim"])
+        return LanguageModelEncoder(slot, KLEIN, write=write, name=location.name, width=width)
+
+    def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:
+        width = int(location.config("transformer")["joint_attention_dim"])
+        return ModelSpec(
+            diffusers_spec(Flux2Transformer2DModel, location, "transformer", dtype),
+            diffusers_spec(AutoencoderKLFlux2, location, "vae", loading.autoencoder_dtype(location, dtype)),
+            {"text_encoder": transformers_spec(Qwen3Model, location, "text_encoder", dtype)},
+            {"hidden": (KLEIN.tokens, width)},
+        )
+
+    def latent_shape(self, location: Location) -> tuple[int, ...]:
+        config = location.config("vae")
+        side = int(config.get("sample_size", 1024)) // pixels_per_latent(config)
+        return latent_channels(config), side, side
+
+    def longest_side(self, location: Location) -> None:
+        return None
+
+    def sampling_defaults(self, location: Location) -> dict[str, Any]:
+        return {"steps": 4, "guidance": 1.0} if is_distilled(location) else {"steps": 50, "guidance": 4.0}
+
+    def path(self, location: Location) -> NoisePath:
+        height, width = self.latent_shape(location)[-2:]
+        return loading.flow_path(
+            location, size=(height, width), patch=1, lowest=lambda steps: 1 / steps, shift=empirical_shift
+        )
+
+    def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
+        network = cast(Any, denoiser)
+        dtype = cast(torch.dtype, denoiser.dtype)
+        takes_guidance = network.config.guidance_embeds
+
+        def predict(noisy: Tensor, time: Tensor) -> Tensor:
+            count, _, height, width = noisy.shape
+            hidden = conditions.text["hidden"].to(dtype)
+            guidance = conditions.guidance
+            if guidance is None:
+                guidance = noisy.new_ones(count)
+            output = network(
+                hidden_states=noisy.flatten(2).transpose(1, 2).to(dtype),
+                timestep=time.expand(count) / 1000,
+                guidance=guidance.to(noisy.device) if takes_guidance else None,
+                encoder_hidden_states=hidden,
+                txt_ids=text_ids(hidden.shape[1]).to(noisy.device),
+                img_ids=image_ids(height, width).to(noisy.device),
+            )
+            return cast(Tensor, output.sample.transpose(1, 2).unflatten(2, (height, width)))
+
+        return predict
+
+    def attention(self, denoiser: nn.Module, conditions: Conditions) -> AttentionLayout:
+        tokens = conditions.text["hidden"].shape[1]
+        readers = {
+            Flux2AttnProcessor: partial(joint_attention_inputs, text_tokens=tokens),
+            Flux2ParallelSelfAttnProcessor: partial(parallel_attention_inputs, text_tokens=tokens),
+        }
+        return AttentionLayout(readers, max_map_queries=None, detail_layers=("single_transformer_blocks.",))
+
+    def embed_guidance(
+        self, denoiser: nn.Module, conditions: Conditions, guidance: float
+    ) -> Conditions | None:
+        if not cast(Any, denoiser).config.guidance_embeds:
+            if not getattr(denoiser, "is_distilled", False):
+                return None
+            if guidance != 1:
+                notify_once(
+                    f"This FLUX.2 is distilled to few steps without guidance: {guidance:g} has no effect."
+                )
+            return conditions
+        scale = conditions.text["hidden"].new_full((len(conditions),), guidance)
+        return replace(conditions, guidance=scale)
+
+
+def is_distilled(location: Location) -> bool:
+    """Whether the model was distilled to a few steps without guidance: a file says so by its name alone."""
+    if location.file is not None and "is_distilled" not in location.index:
+        name = location.file.stem.lower()
+        return "klein" in name and "base" not in name
+    return bool(location.index.get("is_distilled"))
+
+
+def published_configs(header: Header) -> tuple[str, ...]:
+    """Folders of published configs for a transformer's file, by its width."""
+    width = next((shape[0] for name, shape in header.shapes.items() if name.endswith(EMBEDDERS)), 0)
+    return ("flux2-klein-9b", "flux2-klein") if width == 4096 else ("flux2-klein",)
+
+
+EMBEDDERS = ("img_in.weight", "x_embedder.weight")
+FILES = SplitFiles(
+    "FLUX.2",
+    marks=(
+        ("double_stream_modulation_img.lin.weight", "img_in.weight"),
+        ("double_stream_modulation_img.linear.weight", "x_embedder.weight"),
+    ),
+    encoder="text encoder (Qwen3)",
+    published=published_configs,
+)
+
+
+def convert_to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The transformer's tensors by diffusers' names, from the original ones."""
+    if "x_embedder.weight" in tensors:
+        return tensors
+    return cast(dict[str, Tensor], convert_flux2_transformer_checkpoint_to_diffusers(dict(tensors)))
+
+
+def empirical_shift(tokens: int, steps: int = MANY_STEPS) -> float:
+    """log of the shift for so many image tokens and steps, as Black Forest Labs fitted it.
+
+    Linear in the tokens for 10 and for 200 steps, and in the steps between them; beyond 4300 tokens as for 200.
+    """
+    for_10, for_200 = 8.73809524e-05 * tokens + 1.89833333, 0.00016927 * tokens + 0.45666666
+    if tokens > 4300:
+        return for_200
+    slope = (for_200 - for_10) / 190.0
+    return slope * steps + (for_200 - 200.0 * slope)
+
+
+def joint_attention_inputs(
+    attn: Any,
+    hidden: Tensor,
+    text_hidden: Tensor,
+    mask: None = None,
+    rotary: Any = None,
+    *,
+    text_tokens: int,
+) -> JointAttentionInputs:
+    """One call of a double block's attention: text tokens, then image tokens, each with its own projections."""
+    assert mask is None
+    text_qkv, qkv = loading.project_text_qkv(attn, text_hidden), loading.project_qkv(attn, hidden)
+    query, key, value = (torch.cat(pair, dim=2) for pair in zip(text_qkv, qkv, strict=True))
+    query, key = (apply_rotary_emb(x, rotary) for x in (query, key))
+
+    def project_output(attended: Tensor) -> Any:
+        x = attended.transpose(1, 2).flatten(2)
+        text, image = x[:, :text_tokens].contiguous(), x[:, text_tokens:].contiguous()
+        return attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text)
+
+    return JointAttentionInputs(query, key, value, text=slice(0, text_tokens), project_output=project_output)
+
+
+def parallel_attention_inputs(
+    attn: Any, hidden: Tensor, mask: None = None, rotary: Any = None, *, text_tokens: int
+) -> JointAttentionInputs:
+    """One call of a single block's layer, which computes attention and the feed-forward part side by side."""
+    assert mask is None
+    inner = 3 * attn.inner_dim
+    qkv, mlp = attn.to_qkv_mlp_proj(hidden).tensor_split([inner], dim=-1)
+    query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in qkv.chunk(3, dim=-1))
+    query, key = (apply_rotary_emb(norm(x), rotary) for norm, x in ((attn.norm_q, query), (attn.norm_k, key)))
+
+    def project_output(attended: Tensor) -> Any:
+        x = attended.transpose(1, 2).flatten(2)
+        return attn.to_out(torch.cat([x, attn.mlp_act_fn(mlp)], dim=-1))
+
+    return JointAttentionInputs(query, key, value, text=slice(0, text_tokens), project_output=project_output)
+
+
+def image_ids(rows: int, columns: int) -> Tensor:
+    """The rotary position of each latent [rows · columns, 4]: 0, its row, its column, 0."""
+    return torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns), torch.arange(1))
+
+
+def text_ids(tokens: int) -> Tensor:
+    """The rotary position of each text token [tokens, 4]: 0, 0, 0, its number."""
+    return F.pad(torch.arange(tokens)[:, None], (3, 0))

@@ -1,0 +1,208 @@
+"""Qwen-Image: a joint text-image transformer on packed latents, Qwen2.5-VL, a rectified flow (Wu et al. 2025).
+
+The prompt is read in a template of its own, whose first 34 tokens are dropped. Latents are those of a video's
+autoencoder with one frame, normalised by channel; the network packs 2 × 2 of them into a token. Classifier-free
+guidance keeps the length that each token's velocity has with the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+from diffusers.models.transformers.transformer_qwenimage import (
+    QwenDoubleStreamAttnProcessor2_0,
+    apply_rotary_emb_qwen,
+)
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+
+from backbone.conditions.conditions import Conditions
+from backbone.diffusion.noise import Estimate, Level, guide
+from backbone.families import language_models, loading, split_files
+from backbone.families.base import (
+    AttentionLayout,
+    JointAttentionInputs,
+    ModelSpec,
+    Network,
+    NoisePath,
+    diffusers_spec,
+)
+from backbone.families.flux.family import pack_latents, unpack_latents
+from backbone.families.language_models import LanguageModelEncoder, Reading
+from backbone.families.latents import latent_channels, pixels_per_latent
+from backbone.families.location import Location
+from backbone.families.split_files import SplitFiles
+from backbone.io.files import Header
+
+READING = Reading(layers=(-1,), tokens=1024, dropped=34)
+TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n",
+    "<|im_end|>\n<|im_start|>assistant\n",
+)
+SIDE = 1024  # pixels of the images that it was trained on; its configs do not say
+JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+FILES = SplitFiles(
+    "Qwen-Image",
+    marks=(("txt_norm.weight", "img_in.weight", "transformer_blocks.0.attn.add_q_proj.weight"),),
+    encoder="text encoder (Qwen2.5-VL-7B)",
+    published=lambda header: ("qwen-image",),
+)
+
+
+class QwenImage:
+    """Implements `Family`."""
+
+    name: ClassVar[str] = "Qwen-Image"
+    hub_ids: ClassVar[dict[str, str]] = {"qwen-image": "Qwen/Qwen-Image"}
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("QwenImagePipeline",)
+    lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
+        "attention": JOINT,
+        "all": (
+            *JOINT,
+            *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+            *("img_mod.1", "txt_mod.1"),
+        ),
+    }
+
+    def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
+        return FILES.match(header)
+
+    def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
+        return FILES.find_parts(header, beside)
+
+    def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
+        kind = QwenImageTransformer2DModel
+        if location.file is not None:
+            return split_files.load_transformer(kind, FILES, location, dtype, dict)
+        return loading.load_network(kind, location, "transformer", dtype)
+
+    def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
+        if location.file is not None:
+            return split_files.load_autoencoder(
+                AutoencoderKLQwenImage, location, dtype, split_files.convert_video_autoencoder
+            )
+        return loading.load_autoencoder(AutoencoderKLQwenImage, location, dtype)
+
+    def text_encoder(self, location: Location, dtype: torch.dtype) -> LanguageModelEncoder:
+        if location.file is not None:
+            slot = split_files.load_language_model(Qwen2_5_VLTextModel, Qwen2Tokenizer, location, dtype)
+        else:
+            kind = Qwen2_5_VLForConditionalGeneration
+            slot = language_models.load_language_model(kind, Qwen2Tokenizer, location, dtype)
+        width = int(location.config("transformer")["joint_attention_dim"])
+        return LanguageModelEncoder(
+            slot, READING, write=lambda prompt: prompt.join(TEMPLATE), name=location.name, width=width
+        )
+
+    def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:
+        width = int(location.config("transformer")["joint_attention_dim"])
+        return ModelSpec(
+            diffusers_spec(QwenImageTransformer2DModel, location, "transformer", dtype),
+            diffusers_spec(
+                AutoencoderKLQwenImage, location, "vae", loading.autoencoder_dtype(location, dtype)
+            ),
+            {"text_encoder": language_models.text_spec(Qwen2_5_VLTextModel, location, dtype)},
+            {"hidden": (READING.tokens, width), "mask": (READING.tokens,)},
+        )
+
+    def latent_shape(self, location: Location) -> tuple[int, ...]:
+        config = location.config("vae")
+        side = int(config.get("sample_size", SIDE)) // pixels_per_latent(config)
+        return latent_channels(config), side, side
+
+    def longest_side(self, location: Location) -> None:
+        return None
+
+    def sampling_defaults(self, location: Location) -> dict[str, Any]:
+        return {"steps": 50, "guidance": 4.0}
+
+    def path(self, location: Location) -> NoisePath:
+        height, width = self.latent_shape(location)[-2:]
+        path = loading.flow_path(location, size=(height, width), lowest=lambda steps: 1 / steps)
+        return replace(path, guide=guide_keeping_length)
+
+    def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
+        network = cast(Any, denoiser)
+        dtype = cast(torch.dtype, denoiser.dtype)
+
+        def predict(noisy: Tensor, time: Tensor) -> Tensor:
+            count, _, height, width = noisy.shape
+            hidden, mask = language_models.cut_padding(conditions.text)
+            output = network(
+                hidden_states=pack_latents(noisy).to(dtype),
+                timestep=time.expand(count) / 1000,
+                encoder_hidden_states=hidden.to(dtype),
+                encoder_hidden_states_mask=mask,
+                img_shapes=[[(1, height // 2, width // 2)]] * count,
+            )
+            return unpack_latents(output.sample, height, width)
+
+        return predict
+
+    def attention(self, denoiser: nn.Module, conditions: Conditions) -> AttentionLayout:
+        late = loading.later_half_prefixes(cast(Any, denoiser).transformer_blocks, "transformer_blocks")
+        joint = {QwenDoubleStreamAttnProcessor2_0: joint_attention_inputs}
+        return AttentionLayout(joint, max_map_queries=None, detail_layers=late)
+
+    def embed_guidance(self, denoiser: nn.Module, conditions: Conditions, guidance: float) -> None:
+        return None
+
+
+def guide_keeping_length(
+    conditional: Estimate, unconditional: Estimate, scale: float, level: Level
+) -> Estimate:
+    """Classifier-free guidance after which each token's velocity is as long as the conditional one.
+
+    A token is 2 × 2 latents. With the velocity u = ε − x0 the noisy state is x0 + b·u, which guidance leaves alone.
+    """
+    guided = guide(conditional, unconditional, scale)
+    before, velocity = conditional.noise - conditional.clean, guided.noise - guided.clean
+    lengths = [
+        F.pixel_unshuffle(u.square().sum(1, keepdim=True), 2).sum(1, keepdim=True).sqrt()
+        for u in (before, velocity)
+    ]
+    ratio = (lengths[0] / lengths[1]).repeat_interleave(2, -2).repeat_interleave(2, -1)
+    change = (ratio - 1) * velocity
+    b = level.b.to(change).reshape(-1, *[1] * (change.ndim - 1)) if level.b.ndim else level.b.to(change)
+    return Estimate(guided.clean - b * change, guided.noise + (1 - b) * change)
+
+
+def joint_attention_inputs(
+    attn: Any,
+    hidden: Tensor,
+    *,
+    encoder_hidden_states: Tensor,
+    encoder_hidden_states_mask: Tensor | None = None,
+    image_rotary_emb: Any = None,
+) -> JointAttentionInputs:
+    """One call of an attention layer: text tokens, then image tokens, each with its own projections."""
+    text_qkv = loading.project_text_qkv(attn, encoder_hidden_states)
+    qkv = loading.project_qkv(attn, hidden)
+    angles, text_angles = image_rotary_emb
+    for parts, freqs in ((text_qkv, text_angles), (qkv, angles)):
+        parts[:2] = [
+            apply_rotary_emb_qwen(x.transpose(1, 2), freqs, use_real=False).transpose(1, 2) for x in parts[:2]
+        ]
+    query, key, value = (torch.cat(pair, dim=2) for pair in zip(text_qkv, qkv, strict=True))
+    tokens, text_mask = encoder_hidden_states.shape[1], encoder_hidden_states_mask
+    bias = None
+    if text_mask is not None:
+        image = text_mask.new_ones(len(hidden), hidden.shape[1])
+        bias = torch.cat([text_mask, image], dim=1)[:, None, None, :]
+
+    def project_output(attended: Tensor) -> Any:
+        x = attended.transpose(1, 2).flatten(2)
+        text, image = x[:, :tokens].contiguous(), x[:, tokens:].contiguous()
+        return attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text)
+
+    return JointAttentionInputs(
+        query, key, value, text=slice(0, tokens), project_output=project_output, bias=bias
+    )

@@ -1,0 +1,216 @@
+"""Models of one file, or of three as ComfyUI lays them: the transformer, the autoencoder, the text encoder.
+
+A transformer alone is recognised by its own tensors; the other components lie in the same file below a prefix, or in
+files of their own, whose tensors say which they are. Configs are looked up as for Stable Diffusion 1
+(`sd1/checkpoint.py`); a tokenizer lies beside the transformer's file or the text encoder's, since no file carries one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint, convert_wan_vae_to_diffusers
+from torch import Tensor, nn
+
+from backbone.families import loading
+from backbone.families.base import TextEncoderSlot
+from backbone.families.checkpoint import AUTOENCODER, UNET, config_mismatch
+from backbone.families.location import Location
+from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
+from backbone.families.text_encoders import UNSUPPORTED_QUANTIZATION, build_network, read_weights
+from backbone.io.console import UserError
+from backbone.io.files import Header, read_header
+from backbone.io.weights import refuse_damaged
+
+Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+TRANSFORMER_PREFIXES = (UNET, "diffusion_model.", "")
+AUTOENCODER_PREFIXES = (AUTOENCODER, "vae.", "")
+AUTOENCODER_MARKS = ("decoder.conv_in.weight", "decoder.conv1.weight", "conv2.weight")
+TEXT_MARK = re.compile(r"^(.*?)(?:model\.|language_model\.)*embed_tokens\.weight$")
+NOT_TEXT = (
+    r"lm_head\.|visual\.|vision_|multi_modal_projector\."  # what a language model has beside its layers
+)
+TRANSFORMER, VAE, TEXT = "transformer", "vae", "text_encoder"
+
+
+@dataclass(frozen=True)
+class SplitFiles:
+    """A family's files.
+
+    name       what the model is called
+    marks      names of tensors, of which the transformer has all of one tuple
+    encoder    what its text encoder is called
+    published  header of the transformer → folders of published configs, those that count first
+    """
+
+    name: str
+    marks: tuple[tuple[str, ...], ...]
+    encoder: str
+    published: Callable[[Header], Sequence[str]]
+
+    def match(self, header: Header) -> tuple[Path, ...] | None:
+        """The config folders of a file that holds the transformer; None for any other."""
+        if self.prefix(header) is None:
+            return None
+        refuse_quantized(header)
+        folders = (PUBLISHED_CONFIGS / name for name in self.published(header))
+        return (header.path.with_suffix(""), header.path.parent, *folders)
+
+    def prefix(self, header: Header) -> str | None:
+        """What stands before the names of the transformer's tensors; None where there are none."""
+        return next(
+            (
+                prefix
+                for prefix in TRANSFORMER_PREFIXES
+                for marks in self.marks
+                if all(prefix + mark in header.shapes for mark in marks)
+            ),
+            None,
+        )
+
+    def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
+        """The files of the other components; `UserError` where one is missing, or a file is none of them."""
+        parts: dict[str, Path] = {}
+        for other in beside:
+            part = TEXT if text_prefix(other) is not None else VAE if vae_prefix(other) is not None else ""
+            if not part or part in parts:
+                what = "neither an autoencoder nor a text encoder" if not part else f"a second {part}"
+                raise UserError(
+                    f"{other.path} is {what} of a {self.name}. Leave it out, or name another file."
+                )
+            refuse_quantized(other)
+            parts[part] = other.path
+        own = {VAE: vae_prefix(header, inside=True), TEXT: text_prefix(header)}
+        options = {VAE: ("autoencoder (VAE)", "--vae FILE"), TEXT: (self.encoder, "--text-encoder FILE")}
+        missing = [options[part] for part, prefix in own.items() if prefix is None and part not in parts]
+        if missing:
+            raise UserError(
+                f"{header.path} holds the transformer of a {self.name} without its "
+                f"{' and '.join(what for what, _ in missing)}. Add {' and '.join(option for _, option in missing)}, or "
+                "name the model's diffusers folder or hub id."
+            )
+        return parts
+
+
+def vae_prefix(header: Header, *, inside: bool = False) -> str | None:
+    """What stands before the names of an autoencoder's tensors; `inside` a file that holds more."""
+    prefixes = AUTOENCODER_PREFIXES[:2] if inside else AUTOENCODER_PREFIXES
+    return next((p for p in prefixes for mark in AUTOENCODER_MARKS if p + mark in header.shapes), None)
+
+
+def text_prefix(header: Header) -> str | None:
+    """What stands before the names of a language model's tensors, as transformers has them."""
+    matches = (TEXT_MARK.match(name) for name in header.shapes)
+    return next((match[1] for match in matches if match), None)
+
+
+def refuse_quantized(header: Header) -> None:
+    """`UserError` for weights in a format that is not read."""
+    found = next((name for name in header.shapes if re.search(UNSUPPORTED_QUANTIZATION, name)), None)
+    if found is not None:
+        raise UserError(
+            f"{header.path} is quantised in a format that is not supported (it has {found}). "
+            "Take its version in fp16, bf16 or fp8."
+        )
+
+
+# Reading ----------------------------------------------------------------------------------------------------
+
+
+def load_transformer(
+    kind: Any, files: SplitFiles, location: Location, dtype: torch.dtype, convert: Convert
+) -> nn.Module:
+    """Load the transformer from a file in the original names or in diffusers'; `UserError` where it does not fit."""
+    prefix = files.prefix(read_header(location.file_of(TRANSFORMER)))
+    assert prefix is not None
+    tensors = read_weights(location, prefix, dtype, part=TRANSFORMER)
+    if not prefix:  # what else the file holds stands below prefixes of its own
+        others = ("text_encoders.", *AUTOENCODER_PREFIXES[:2])
+        tensors = {name: value for name, value in tensors.items() if not name.startswith(others)}
+    try:
+        converted = convert(tensors)
+    except (KeyError, IndexError, ValueError, RuntimeError) as error:
+        raise config_mismatch(location, TRANSFORMER) from error
+    return build_network(kind, location, TRANSFORMER, converted)
+
+
+def load_autoencoder(
+    kind: Any, location: Location, dtype: torch.dtype, convert: Convert | None = None
+) -> nn.Module:
+    """Load the autoencoder from a file in the original names or in diffusers', in fp32 where fp16 overflows."""
+    prefix = vae_prefix(read_header(location.file_of(VAE)), inside=VAE not in location.parts)
+    assert prefix is not None
+    tensors = read_weights(location, prefix, loading.autoencoder_dtype(location, dtype), part=VAE)
+    if any(re.match(r"decoder\.up\.\d", name) for name in tensors):
+        config = location.config(VAE)
+        with refuse_damaged(str(location.file_of(VAE)), VAE):
+            tensors = convert_ldm_vae_checkpoint(dict(tensors), config) | kept_by_vae(tensors)
+    elif convert is not None:
+        tensors = convert(tensors)
+    return build_network(kind, location, VAE, tensors)
+
+
+def kept_by_vae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What FLUX.2's autoencoder has beside others: convolutions around the latent, and its batch norm."""
+    moved = {"encoder.quant_conv.": "quant_conv.", "decoder.post_quant_conv.": "post_quant_conv."}
+    kept = {name: value for name, value in tensors.items() if name.startswith("bn.")}
+    for old, new in moved.items():
+        kept |= {name.replace(old, new): value for name, value in tensors.items() if name.startswith(old)}
+    return kept
+
+
+def convert_video_autoencoder(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of Qwen-Image's autoencoder by diffusers' names, from those of Wan's code, whose kind it is."""
+    if "conv2.weight" not in tensors:
+        return tensors
+    return dict(convert_wan_vae_to_diffusers(dict(tensors)))
+
+
+def load_language_model(
+    kind: Any, tokenizer_kind: Any, location: Location, dtype: torch.dtype
+) -> TextEncoderSlot:
+    """Load a language model without its head from a file, with the tokenizer that lies beside it.
+
+    Raises `UserError` where the tokenizer is missing, or the tensors do not fit the config.
+    """
+    file = location.file_of(TEXT)
+    prefix = text_prefix(read_header(file))
+    assert prefix is not None
+    tokenizer = load_tokenizer(tokenizer_kind, location)
+    with refuse_damaged(location.name, TEXT):
+        said = location.config(TEXT)
+        config = kind.config_class.from_dict(said.get("text_config", said))
+        with init_empty_weights():
+            expected = {name: value.shape for name, value in kind(config).state_dict().items()}
+    tensors = {
+        re.sub(r"^(model\.|language_model\.)+", "", name): value
+        for name, value in read_weights(location, prefix, dtype, part=TEXT).items()
+    }
+    tensors = {name: value for name, value in tensors.items() if not re.match(NOT_TEXT, name)}
+    if {name: value.shape for name, value in tensors.items()} != expected:
+        raise UserError(
+            f"The text encoder in {file} is not built as {location.local(f'{TEXT}/config.json')} says: it is that of "
+            f"another model, or of another size. Give the one that {location.name} was published with, or put its "
+            f"{TEXT}/config.json beside the file."
+        )
+    with refuse_damaged(location.name, TEXT):
+        model = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+    return TextEncoderSlot(TEXT, tokenizer, model)
+
+
+def load_tokenizer(kind: Any, location: Location) -> Any:
+    """The tokenizer that lies beside the model's files; `UserError` if there is none."""
+    folder = location.local("tokenizer")
+    if folder is None:
+        raise UserError(
+            f"{location.file_of(TEXT)} carries no tokenizer, as no such file does. Put the tokenizer/ folder of this "
+            f"model (with its tokenizer.json) beside {location.file_of(TRANSFORMER)}."
+        )
+    with refuse_damaged(str(folder), "tokenizer"):
+        return kind.from_pretrained(str(folder), local_files_only=True)
