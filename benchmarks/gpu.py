@@ -569,7 +569,7 @@ def plan_against_peak(shape: str) -> Callable[[Bench], Facts]:
         folder = write_configs(shape, bench.out / "configs" / shape, tiny=bench.tiny)
         opened = Backbone.open(str(folder), device=bench.device, precision=bench.precision)
         settings = make_settings(1)
-        account = MemoryEstimator(opened, work_of(opened, settings, 5), device=bench.device)
+        account = MemoryEstimator(opened, work_of(opened, settings), device=bench.device)
         facts = Facts()
         for size in SIZES[:1] if bench.tiny else SIZES:
             start = MemorySettings(bench.precision)

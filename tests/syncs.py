@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from backbone.data.ahead import Steps
 from backbone.models.model import Backbone
 from backbone.training.run import Objective, take_steps
 
@@ -50,7 +51,7 @@ class HostSyncs(TorchDispatchMode):
         self.found: list[str] = []
         self._device: dict[int, StorageWeakRef] = {}  # by storage: views lie where their base does
         self._patches = ExitStack()
-        self._busy = False
+        self._busy = self._elsewhere = False
 
     # What lies on the device ---------------------------------------------------------------------------------
 
@@ -65,9 +66,23 @@ class HostSyncs(TorchDispatchMode):
         if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
             return False
         known = self._device.get(tensor.untyped_storage()._cdata)
-        return known is not None and not known.expired()
+        return known is not None and not known.expired() and not self._elsewhere
+
+    def on_the_processor(self, make: Callable[[int], list[Any]]) -> Callable[[int], list[Any]]:
+        """A step's batches as they are made ahead, in other processes or here: what is done there meets no device."""
+
+        def made(step: int) -> list[Any]:
+            self._elsewhere = True
+            try:
+                return make(step)
+            finally:
+                self._elsewhere = False
+
+        return made
 
     def _mark(self, tensor: Tensor) -> None:
+        if self._elsewhere:
+            return
         storage = tensor.untyped_storage()
         self._device[storage._cdata] = StorageWeakRef(storage)
 
@@ -153,6 +168,8 @@ class HostSyncs(TorchDispatchMode):
         return result
 
     def _note(self, what: str) -> None:
+        if self._elsewhere:
+            return
         frames = [
             frame for frame in traceback.extract_stack() if not frame.filename.endswith("tests/syncs.py")
         ]
@@ -179,10 +196,12 @@ def count_waits(training: Objective, model: Backbone, *device: Any) -> list[str]
     for group in training.optimizer.param_groups:
         group["fused"] = True
     training.optimizer.defaults["fused"] = True
+    waits = HostSyncs()
+    for batches in (one for one in vars(training).values() if isinstance(one, Steps)):
+        batches.make = waits.on_the_processor(batches.make)
     steps = take_steps(training, read_every=READ_EVERY)
     for _ in range(READ_EVERY):
         next(steps)
-    waits = HostSyncs()
     with waits:
         waits.own(model.denoiser, training.parameters, [*training.optimizer.state.values()], *device)
         waits.own([slot.model for slot in model.text_encoder.slots] if model.text_learned else [])

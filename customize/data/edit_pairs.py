@@ -96,10 +96,8 @@ def _from_list(path: Path) -> Iterator[EditPair]:
             raise UserError(f"{where} is not a JSON object. Write {{…}} on each line.")
         named = {plain_name(key): value for key, value in reversed(list(entry.items()))}
         source, target = (_first(named, names) for names in (SOURCES, TARGETS))
-        if isinstance(
-            source, list
-        ):  # ai-toolkit and musubi: several images beside each other, the first is the source
-            source, more = (source[0] if source else None), source[1:]
+        if isinstance(source, list):  # ai-toolkit's and musubi's: the first of several images
+            source, *more = source or [None]
         else:
             more = [entry[key] for key in sorted(entry) if _counts_up(key) and entry[key] != source]
         references = _first(named, REFERENCES) or []
