@@ -75,24 +75,24 @@ def install(uv: str, packages: list[str], backend: tuple[str, ...]) -> bool:
     subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, PLACE], check=True)
     listed = PLACE / "floors.txt"
     listed.write_text("\n".join(packages), encoding="utf-8")
-    words: list[str] = [
+    words: list[str | Path] = [
         uv,
         "pip",
         "install",
         "--quiet",
         "--python",
-        str(PYTHON),
+        PYTHON,
         "--no-deps",
         *backend,
         "-r",
-        str(listed),
+        listed,
     ]
     return subprocess.run(words, env={**os.environ, "UV_HTTP_TIMEOUT": "600"}).returncode == 0
 
 
 def add_own_torch() -> None:
     """Puts this environment behind the packages that were installed, so that what they lack is taken from it."""
-    asked = [str(PYTHON), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    asked: list[str | Path] = [PYTHON, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
     site = subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
     (Path(site) / "torch_of_this_environment.pth").write_text(get_path("purelib"), encoding="utf-8")
 

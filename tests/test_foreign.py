@@ -302,7 +302,8 @@ def test_a_device_that_is_not_there_is_a_sentence(tiny_folder: Path, device: str
 def test_of_two_that_draw_into_one_folder_the_second_is_refused(
     tmp_path: Path, tiny_folder: Path, door: str
 ) -> None:
-    out, how = tmp_path / "drawn", dict[str, Any](device="cpu", precision="fp32", steps=1)
+    out = tmp_path / "drawn"
+    how: dict[str, Any] = {"device": "cpu", "precision": "fp32", "steps": 1}
     side = Side.from_name(str(tiny_folder))
 
     def draw() -> None:

@@ -23,7 +23,7 @@ FORMAT = 1
 PLACEHOLDER = re.compile(r"\[[^\[\]\s]+\]|<[^<>\s]+>")
 UNSPACED = "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff"  # letters of writing without spaces between words
 FOREIGN_SYNTAX = {  # of other programs' prompts: (red:1.3), ((red)), red++; --w 512; {red|blue}
-    re.compile(r"\([^()]+:\s*\d*\.?\d+\)|\({2,}[^()]+\){2,}|\w\+{2,}"): "weights of words",
+    re.compile(r"\([^()]+:\s*\d*\.?\d+\)|\({2,}[^()]+\){2,}|\w+\+{2,}"): "weights of words",
     re.compile(r"(?<!\S)--(?:n|w|h|d|l|s|ar|seed|steps|neg)\s+\S+"): "options",
     re.compile(r"\{[^{}|]*\|[^{}]*\}"): "alternatives",
 }

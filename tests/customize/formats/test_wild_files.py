@@ -692,9 +692,15 @@ def test_factors_that_say_nothing_by_themselves_are_refused_at_every_door(
 ) -> None:
     tensors, metadata = read_tensors(saved[0])
     write_tensors(tmp_path / "bad.safetensors", {k: change(v) for k, v in tensors.items()}, metadata)
-    for door in (read_adapter, read_input, lambda path: load_lora(path, saved[1], "never")):
+    bad = tmp_path / "bad.safetensors"
+    doors: list[Callable[[], object]] = [
+        lambda: read_adapter(bad),
+        lambda: read_input(bad),
+        lambda: load_lora(bad, saved[1], "never"),
+    ]
+    for door in doors:
         with pytest.raises(UserError, match=said):
-            door(tmp_path / "bad.safetensors")
+            door()
 
 
 def test_a_component_that_the_header_names_may_not_be_missing(
