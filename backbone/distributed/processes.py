@@ -347,11 +347,11 @@ def _read_num_processes() -> int:
     if "launch" not in command:
         return 0
     arguments, _ = launch_command_parser().parse_known_args(command[command.index("launch") + 1 :])
-    if (arguments.num_machines or 1) > 1:
-        return 0
-    if arguments.num_processes is not None:
-        return int(arguments.num_processes)
     try:
-        return int(load_config_from_file(arguments.config_file).num_processes)
+        configured = load_config_from_file(arguments.config_file)
     except (OSError, ValueError, TypeError):
+        configured = None
+    if (arguments.num_machines or getattr(configured, "num_machines", 1) or 1) > 1:
         return 0
+    asked = arguments.num_processes
+    return int(getattr(configured, "num_processes", 0) or 0) if asked is None else int(asked)
