@@ -37,8 +37,7 @@ def on_two_machines(folder: Path, *arguments: object, hosts: bool) -> list[str]:
     for rank in range(2):
         launch = [
             *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
-            *("--config_file", ROOT / "recipes/accelerate/machines.yaml", "--cpu", "--multi_gpu"),
-            *("--num_machines", 2, "--machine_rank", rank),
+            *("--config_file", ROOT / "recipes/accelerate/machines.yaml", "--machine_rank", rank),
             *("--num_processes", 2, "--main_process_ip", "127.0.0.1", "--main_process_port", port),
             *("-m", "align.cli", *arguments, "--device", "cpu"),
         ]
