@@ -167,18 +167,6 @@ def split_items(items: Sequence[Item], *, batch: int) -> list[Item]:
     return split_batches(items, batch=min(batch, max(1, -(-len(items) // world_size()))))
 
 
-def warm_cache(work: Callable[[Item], object], items: Sequence[Item]) -> None:
-    """Warm the disk cache in parallel: each process computes its share, then all wait.
-
-    `work` must cache its results on disk. A single process computes nothing here.
-    """
-    if world_size() == 1:
-        return
-    for item in split_items(items, batch=1):
-        work(item)
-    barrier()
-
-
 @contextmanager
 def main_process_first() -> Iterator[None]:
     """Run the body on the main process before the others, which then read from disk what it cached.
