@@ -356,8 +356,8 @@ def format_tables(facts: dict[str, Any], few: int, many: int, model: str) -> str
 
     lines = [
         f"`align train` from generated pairs of `{opened.location.name}`'s shapes "
-        f"({' × '.join(map(str, opened.latent_shape))}, {str(opened.dtype).removeprefix('torch.')}), {BATCH} pairs a "
-        f"step, {DRAWS} draws, {STEPS} steps; nothing drawn or evaluated; CPU, {os.cpu_count()} cores.",
+        f"({' × '.join(map(str, opened.latent_shape))}, {str(opened.dtype).removeprefix('torch.')}), steps of "
+        f"{BATCH}, {DRAWS} draws, {STEPS} steps; nothing drawn or evaluated; CPU, {os.cpu_count()} cores.",
         "",
         f"| | {few:,} pairs | {many:,} pairs | difference |",
         "|---|---|---|---|",

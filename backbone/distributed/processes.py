@@ -167,18 +167,6 @@ def split_items(items: Sequence[Item], *, batch: int) -> list[Item]:
     return split_batches(items, batch=min(batch, max(1, -(-len(items) // world_size()))))
 
 
-def warm_cache(work: Callable[[Item], object], items: Sequence[Item]) -> None:
-    """Warm the disk cache in parallel: each process computes its share, then all wait.
-
-    `work` must cache its results on disk. A single process computes nothing here.
-    """
-    if world_size() == 1:
-        return
-    for item in split_items(items, batch=1):
-        work(item)
-    barrier()
-
-
 @contextmanager
 def main_process_first() -> Iterator[None]:
     """Run the body on the main process before the others, which then read from disk what it cached.
@@ -349,11 +337,11 @@ def _read_num_processes() -> int:
     if "launch" not in command:
         return 0
     arguments, _ = launch_command_parser().parse_known_args(command[command.index("launch") + 1 :])
-    if (arguments.num_machines or 1) > 1:
-        return 0
-    if arguments.num_processes is not None:
-        return int(arguments.num_processes)
     try:
-        return int(load_config_from_file(arguments.config_file).num_processes)
+        configured = load_config_from_file(arguments.config_file)
     except (OSError, ValueError, TypeError):
+        configured = None
+    if (arguments.num_machines or getattr(configured, "num_machines", 1) or 1) > 1:
         return 0
+    asked = arguments.num_processes
+    return int(getattr(configured, "num_processes", 0) or 0) if asked is None else int(asked)

@@ -23,6 +23,11 @@ from tests.align.conftest import PROMPTS, picture, write_lines
 ROOT = Path(__file__).parents[2]
 
 
+NAMED = """
+echo 127.0.0.1 localhost $0 > hosts-$0 && mount --bind hosts-$0 /etc/hosts && hostname $0 && exec "$@"
+"""  # a host name of its own, which it can look up
+
+
 def on_two_machines(folder: Path, *arguments: object, hosts: bool) -> list[str]:
     """Runs `align` on both; gives what each said. The rendezvous is torchrun's, at the first one's address."""
     with socket.socket() as free:
@@ -32,13 +37,13 @@ def on_two_machines(folder: Path, *arguments: object, hosts: bool) -> list[str]:
     for rank in range(2):
         launch = [
             *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
-            *("--config_file", ROOT / "recipes/accelerate/machines.yaml", "--cpu", "--machine_rank", rank),
+            *("--config_file", ROOT / "recipes/accelerate/machines.yaml", "--machine_rank", rank),
             *("--num_processes", 2, "--main_process_ip", "127.0.0.1", "--main_process_port", port),
             *("-m", "align.cli", *arguments, "--device", "cpu"),
         ]
         words = list(map(str, launch))
         if hosts:
-            words = ["unshare", "--uts", "sh", "-c", f'hostname machine-{rank} && exec "$@"', "sh", *words]
+            words = ["unshare", "--uts", "--mount", "sh", "-c", NAMED, f"machine-{rank}", *words]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         environment |= {VARIABLE: str(folder / "cache"), "GLOO_SOCKET_IFNAME": "lo"}
         running.append(
@@ -60,10 +65,9 @@ def alone(folder: Path, *arguments: object) -> None:
 def can_rename_hosts() -> bool:
     """Whether a process may have a host name of its own here."""
     tool = shutil.which("unshare")
-    return (
-        tool is not None
-        and not subprocess.run([tool, "--uts", "sh", "-c", "hostname other"], capture_output=True).returncode
-    )
+    alone = "hostname other && mount --bind /etc/hosts /etc/hosts"
+    words = [tool or "", "--uts", "--mount", "sh", "-c", alone]
+    return tool is not None and subprocess.run(words, capture_output=True).returncode == 0
 
 
 @pytest.mark.slow

@@ -97,13 +97,15 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"flip": True, "random_crop": 2}, {"loss": "kto"}], ids=["pairs, flip, crops", "kto"]
+    "changes",
+    [{"flip": True, "random_crop": 2}, pytest.param({"loss": "kto"}, marks=pytest.mark.slow)],
+    ids=["pairs, flip, crops", "kto"],
 )
 def test_a_run_from_a_prepared_folder_is_the_run_from_its_source_bit_for_bit(
     tiny_folder: Path, pairs_file: Path, tmp_path: Path, changes: dict[str, Any], small_shards: None
 ) -> None:
     """As it is from tensors in memory, as every run had them before there were tables."""
-    asked = settings(steps=3, batch=2, evaluation_draws=1, **changes)
+    asked = settings(steps=2, batch=2, evaluation_draws=1, **changes)
     cut = {name: changes[name] for name in ("flip", "random_crop") if name in changes}
     folder = prepared(tiny_folder, pairs_file, tmp_path / "out", **cut).folder
     model, there = data_of(tiny_folder, folder, asked)
@@ -113,7 +115,6 @@ def test_a_run_from_a_prepared_folder_is_the_run_from_its_source_bit_for_bit(
         assert torch.equal(there.latents[one.pictures], here.latents[two.pictures])
         assert torch.equal(one.preference, two.preference)
     from_folder = learned(model, there, asked)
-    assert_equal(from_folder, learned(other, here, asked))
     hidden = {name: column[:] for name, column in here.conditions.columns.items()}  # type: ignore[union-attr]
     memory = replace(
         here,
@@ -121,16 +122,17 @@ def test_a_run_from_a_prepared_folder_is_the_run_from_its_source_bit_for_bit(
         mirrored=None if here.mirrored is None else here.mirrored[:],
         conditions=Conditions(hidden),
     )
-    assert_equal(from_folder, learned(opened(tiny_folder), memory, asked))
+    assert_equal(from_folder, learned(other, memory, asked))
 
 
 def test_batches_made_ahead_are_the_same(tiny_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
-    asked = settings(steps=5, batch=2, evaluation_draws=1, flip=True)
+    asked = settings(steps=3, batch=2, evaluation_draws=1, flip=True)
     alone = learned(*data_of(tiny_folder, pairs_file, asked), asked)
     ahead = replace(asked, workers=2)
     assert_equal(alone, learned(*data_of(tiny_folder, pairs_file, ahead), ahead))
 
 
+@pytest.mark.slow
 def test_a_run_from_a_prepared_folder_is_resumed_in_the_middle_of_a_pass_bit_for_bit(
     tiny_folder: Path, pairs_file: Path, tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -150,8 +151,8 @@ def started_alike(folder: Path, times: int) -> None:
         first, second = (folder / f"cold-{number}-of-{rank}" for rank in range(2))
         assert set(apart(first / CHECKPOINT, second / CHECKPOINT).values()) == {0.0}
         assert not list((folder / f"cold-{number}").rglob("*.partial"))
-        (bank,) = (folder / f"cold-{number}" / "reference").rglob("*.safetensors")
-        assert not bool(read_tensors(bank)[0]["errors"].isnan().all())
+        (bank,) = (folder / f"cold-{number}" / "reference").rglob("*.npy")
+        assert not np.isnan(np.load(bank, allow_pickle=False)).all()
 
 
 @pytest.mark.slow

@@ -122,8 +122,8 @@ def work_together(rank: int, folder: Path) -> None:
             time.sleep(0.2)
             write_json(folder / "first.json", {})
         there = (folder / "first.json").exists()
-    done: list[int] = []
-    processes.warm_cache(done.append, range(5))
+    done = processes.split_items(range(5), batch=1)
+    rows = processes.gather_rows(torch.tensor([[float(row)] for row in done]))
     weight, said = fit()
     safe, before = fit(fails=True)
     facts = {
@@ -132,6 +132,7 @@ def work_together(rank: int, folder: Path) -> None:
         "mean": float(processes.reduce_mean(torch.arange(1 + rank, dtype=torch.float32))),
         "writer": [processes.is_main_process(), there],
         "done": done,
+        "rows": rows.flatten().tolist(),
         "said": said,
         "steps before the NaN": len(before) // 2,
     }
@@ -168,6 +169,7 @@ def test_two_processes_are_as_good_as_one(together: Path) -> None:
     assert [one["mean"] for one in facts] == pytest.approx([1 / 3] * 2)
     assert [one["writer"] for one in facts] == [[True, True], [False, True]]
     assert sorted(facts[0]["done"] + facts[1]["done"]) == list(range(5))
+    assert facts[0]["rows"] == facts[1]["rows"] == facts[0]["done"] + facts[1]["done"]
 
 
 def test_a_loss_that_is_not_finite_in_one_process_stops_all_before_it_reaches_the_weights(

@@ -134,13 +134,19 @@ def test_a_loss_that_is_not_finite_names_its_picture_and_step(tiny: Backbone, su
     assert f"at step {training.done + 1}:" in str(said.value)
 
 
-@pytest.mark.parametrize("changes", [{"flip": True, "noise_offset": 0.1}, {"batch": 3, "prior": "off"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"flip": True, "noise_offset": 0.1},
+        pytest.param({"batch": 3, "prior": "off"}, marks=pytest.mark.slow),
+    ],
+)
 def test_posteriors_on_disk_train_as_those_in_memory_do_however_many_make_batches_ahead(
     tiny_folder: Path, subject: Path, changes: dict[str, object]
 ) -> None:
     def trained(in_memory: bool, workers: int) -> dict[str, Tensor]:
         model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
-        asked = settings(subject, steps=3, workers=workers, **changes)
+        asked = settings(subject, steps=2, workers=workers, **changes)
         ready = dataset(model, subject, asked)
         if in_memory:
             ready = replace(ready, posteriors=list(ready.posteriors))
