@@ -215,7 +215,7 @@ def test_every_measure_needs_no_more_than_its_absence(account: MemoryEstimator) 
 
 
 def test_more_of_the_base_elsewhere_leaves_less_of_it(models: dict[str, Backbone]) -> None:
-    for name in set(WRITERS) - set(NEWER[1:]):
+    for name in set(WRITERS) - set(NEWER):  # of whose tiny models the blocks are not nearly all
         model = models[name]
         account = MemoryEstimator(model, lora(model))
         left = [
