@@ -191,22 +191,20 @@ def drive(
         unlogged: list[Step] = []
         for taken in kept_on_failure(take_steps(objective, until=last), run):
             step, finished = taken.step, taken.step == last
-            unlogged.append(taken)
+            # What is read already is logged at once.
+            unlogged = _log([*unlogged, taken], run if writes else None, note, wait=False)
             # All processes take the same way: one asks itself at every step, several where they meet anyway.
             together = processes.world_size() == 1 or taken.is_read
             halted = together and processes.any_process(bool(stop)) and not finished
             due = halted or finished or step % settings.checkpointing_steps == 0
             due = due or any(one is not None and one.due(step) for one in (validate, preview))
-            # What the steps showed: waits for the device, and stops where something was not finite.
-            if due or taken.is_read:
-                _log(unlogged, run if writes else None, note)
-                shown = {name: taken.figures[name] for name in SHOWN if name in taken.figures}
-                bar.advance(
-                    images=objective.images, loss=taken.loss, learning_rate=taken.learning_rate, **shown
-                )
-                unlogged = []
-            else:
-                bar.advance(images=objective.images)
+            # The rest is logged where it is needed: that waits for the device, and stops at what was not finite.
+            unlogged = _log(unlogged, run if writes else None, note, wait=due)
+            shown: dict[str, float] = {}
+            if taken.is_read:
+                shown = {"loss": taken.loss, "learning_rate": taken.learning_rate}
+                shown |= {name: taken.figures[name] for name in SHOWN if name in taken.figures}
+            bar.advance(images=objective.images, **shown)
             # How good the model is by now; not when somebody waits for the end.
             early = False
             if validate and (finished or validate.due(step)) and not halted:
@@ -225,12 +223,20 @@ def drive(
     return False
 
 
-def _log(steps: Sequence[Step], run: Path | None, note: Callable[[Report], None]) -> None:
-    """Logs steps, in the run's folder if there is one."""
+def _log(
+    steps: Sequence[Step], run: Path | None, note: Callable[[Report], None], *, wait: bool
+) -> list[Step]:
+    """Logs steps, in the run's folder if there is one, and gives those that are left.
+
+    Without `wait` that is all of them where one is not read yet.
+    """
+    if not wait and not all(one.is_read for one in steps):
+        return list(steps)
     for one in steps:
         if run is not None:
             append_jsonl(run / LOG, asdict(one.report) | one.figures)
         note(one.report)
+    return []
 
 
 def kept_on_failure(steps: Iterator[Step], run: Path) -> Iterator[Step]:

@@ -72,7 +72,7 @@ def test_a_run_is_a_concept_with_its_summary_and_its_report(run: Path, tiny_fold
     assert (
         "Accuracy, held out" in page
         and "Seen/unseen-noise gap" in page
-        and "http" not in page.split("<pre>")[0]
+        and "://" not in page.split("<pre>")[0]
     )
     assert read_settings(run).model == str(tiny_folder)
 

@@ -127,6 +127,7 @@ def test_a_batch_that_cannot_be_shared_is_refused_before_anything_is_written(bot
     assert not (both / "two" / "alone").exists()
 
 
+@pytest.mark.slow
 def test_pictures_do_not_depend_on_the_number_of_processes(both: Path) -> None:
     drawn_alike(both / "one" / "drawn", both / "two" / "drawn", 20)
 

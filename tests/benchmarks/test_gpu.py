@@ -49,6 +49,7 @@ def test_steps_are_compared_and_timed_with_compiled_blocks_too(tmp_path: Path) -
         assert facts["parity"].get("compiled", {"gradient apart": 0.0})["gradient apart"] < 1e-4
 
 
+@pytest.mark.slow
 def test_rows_that_are_there_are_not_measured_again_and_one_that_failed_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ def test_every_row_differs_from_the_recipe_in_one_thing() -> None:
     assert all(sum(getattr(way, name) != getattr(recipe, name) for name in vars(way)) == 1 for way in others)
 
 
+@pytest.mark.slow
 def test_steps_are_taken_and_timed() -> None:
     way = replace(Way(), batch=1)
     seconds = list(iterate_steps(way, 0, 2))

@@ -327,6 +327,7 @@ def test_training_learns_the_preference(tiny_folder: Path, pairs_file: Path, los
         assert figures.accuracy.value > 0.75
 
 
+@pytest.mark.slow
 def test_sft_lowers_the_winners_error_and_the_safeguard_holds_the_loser_back(
     tiny_folder: Path, pairs_file: Path
 ) -> None:
@@ -543,6 +544,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_folder: Path, pairs_file: P
         torch.testing.assert_close(saving.parameters[name].detach(), value, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_gap_between_visited_and_fresh_draws_grows_when_few_draws_are_learned_by_heart(
     tiny_folder: Path, pairs_file: Path
 ) -> None:

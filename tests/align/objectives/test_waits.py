@@ -37,6 +37,7 @@ def test_no_step_of_align_waits_for_the_device(
         assert training.reference.filled > 0
 
 
+@pytest.mark.slow
 def test_no_step_through_a_reward_waits_for_the_device(
     tiny: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:

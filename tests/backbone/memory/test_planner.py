@@ -166,6 +166,7 @@ def test_the_peak_is_the_allocator_s_own(models: dict[str, Backbone]) -> None:
     assert found.peak == pytest.approx(most, rel=0.02)
 
 
+@pytest.mark.slow
 def test_published_figures_of_stable_diffusion(sd15: Backbone, account: MemoryEstimator) -> None:
     """A LoRA of rank 4 on attention at 512²: 1.486 GiB kept in fp32, 0.744 where all of it is bf16."""
     assert account.model_sizes("fp32").denoiser == 4 * 859_520_964

@@ -99,6 +99,7 @@ def test_preservation_keeps_the_class_nearer_to_what_it_was(tiny_folder: Path, s
     assert change(1.0) < 0.7 * change(0.0)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_error_on_the_subject(tiny: Backbone, subject: Path) -> None:
     asked = settings(subject, prior_loss_weight=0.0, steps=120)
     training = DreamBooth(tiny, dataset(tiny, subject, asked), asked)
