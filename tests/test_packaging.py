@@ -159,6 +159,7 @@ def test_the_doors_of_an_unpacked_wheel_open(offline: Offline) -> None:
         assert "Usage" in offline.run(sys.executable, "-m", package, "--help").stdout
 
 
+@pytest.mark.slow
 def test_an_unpacked_wheel_runs_the_main_job_without_a_network(offline: Offline) -> None:
     """By one interpreter, since importing torch takes longer than all of the job."""
     calls = (

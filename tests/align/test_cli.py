@@ -243,6 +243,7 @@ def test_underscores_serve_as_hyphens() -> None:
 # Rounds -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_on_what_the_model_draws_itself_goes_on_bit_for_bit(
     tmp_path: Path, tiny_folder: Path, prompts: Path, bright: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

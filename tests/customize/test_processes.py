@@ -52,6 +52,7 @@ def apart(one: Path, other: Path) -> dict[str, float]:
     return {name: float((first[name] - second[name]).abs().max()) for name in first}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CASES if name != "half"])
 def test_two_processes_learn_what_one_does(both: Path, name: str) -> None:
     found = apart(both / "one" / name / CHECKPOINT, both / "two" / name / CHECKPOINT)
@@ -63,6 +64,7 @@ def test_two_processes_learn_what_one_does(both: Path, name: str) -> None:
         assert [line[key] for line in logs[1]] == pytest.approx([line[key] for line in logs[0]], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_in_half_precision_a_batch_that_is_cut_up_differs_by_its_rounding(both: Path) -> None:
     """bf16 has 8 bits, so parts of a batch add up to another last bit; whole micro-batches do not (below)."""
     logs = [read_jsonl(both / count / "half" / "log.jsonl") for count in ("one", "two")]
@@ -70,10 +72,12 @@ def test_in_half_precision_a_batch_that_is_cut_up_differs_by_its_rounding(both: 
         assert [line[key] for line in logs[1]] == pytest.approx([line[key] for line in logs[0]], rel=2**-6)
 
 
+@pytest.mark.slow
 def test_whole_micro_batches_give_the_same_bits(both: Path) -> None:
     assert set(apart(both / "one/micros" / CHECKPOINT, both / "two/micros" / CHECKPOINT).values()) == {0.0}
 
 
+@pytest.mark.slow
 def test_two_processes_leave_the_same_files(both: Path) -> None:
     def files(count: str) -> set[str]:
         root = both / count
@@ -83,11 +87,13 @@ def test_two_processes_leave_the_same_files(both: Path) -> None:
     assert files("one") == files("two")
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_and_they_go_on_bit_for_bit(both: Path) -> None:
     assert read_tensors(both / "two/half-way" / CHECKPOINT)[1]["step"] == "3"
     assert set(apart(both / "two/longer" / CHECKPOINT, both / "two/resumed" / CHECKPOINT).values()) == {0.0}
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_with_what_two_began(both: Path) -> None:
     run = both / "two" / "half-way"
     resume_concept(run)
@@ -95,12 +101,14 @@ def test_one_process_goes_on_with_what_two_began(both: Path) -> None:
     assert max(apart(both / "one/longer" / CHECKPOINT, run / CHECKPOINT).values()) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_be_shared_is_refused_before_anything_is_written(both: Path) -> None:
     for rank in range(2):
         assert "cannot be shared by 2 processes" in (both / f"refused-{rank}.txt").read_text()
     assert not (both / "two" / "alone").exists()
 
 
+@pytest.mark.slow
 def test_pictures_do_not_depend_on_the_number_of_processes(both: Path) -> None:
     one, two = both / "one", both / "two"
     names = sorted(path.name for path in (one / "many").glob("p*.png"))

@@ -81,6 +81,7 @@ def test_the_prior_term_grows_once_the_class_changes(tiny: Backbone, subject: Pa
     assert with_prior > alone * 1.01
 
 
+@pytest.mark.slow
 def test_preservation_keeps_the_class_nearer_to_what_it_was(tiny_folder: Path, subject: Path) -> None:
     def change(weight: float) -> float:
         model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
