@@ -141,7 +141,7 @@ def test_rounds_of_pictures_do_not_depend_on_the_number_of_processes(both_online
 
 def drawn_alike(one: Path, two: Path, count: int) -> None:
     """The same pictures bit for bit."""
-    drawn = sorted(one.rglob("*.png"))
+    drawn = sorted(one.rglob("pictures/*.png"))
     assert len(drawn) == count
     for path in drawn:
         assert Image.open(path).tobytes() == Image.open(two / path.relative_to(one)).tobytes()
@@ -205,7 +205,7 @@ def test_accelerate_launches_two_processes_that_draw_and_learn_what_one_does(
         said = align(
             number, "sample", "--prompts", prompts, "--out", f"drawn-{number}", "--steps", "2", *where
         )
-        assert said.count("20 pictures of 5 prompts") == 1
+        assert said.count("20 images of 5 prompts") == 1
         align(
             number,
             "train",
