@@ -11,16 +11,18 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import init_empty_weights
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint, convert_wan_vae_to_diffusers
 from torch import Tensor, nn
 
+from backbone.conditions.conditions import Conditions
 from backbone.families import loading
 from backbone.families.base import TextEncoderSlot
 from backbone.families.checkpoint import AUTOENCODER, UNET, config_mismatch
+from backbone.families.latents import latent_channels, pixels_per_latent
 from backbone.families.location import Location
 from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
 from backbone.families.text_encoders import UNSUPPORTED_QUANTIZATION, build_network, read_weights
@@ -37,6 +39,7 @@ NOT_TEXT = (
     r"lm_head\.|visual\.|vision_|multi_modal_projector\."  # what a language model has beside its layers
 )
 TRANSFORMER, VAE, TEXT = "transformer", "vae", "text_encoder"
+SIDE = 1024  # pixels of the images that these models were trained on, where the configs do not say
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,14 @@ class SplitFiles:
     marks      names of tensors, of which the transformer has all of one tuple
     encoder    what its text encoder is called
     published  header of the transformer → folders of published configs, those that count first
+    convert    the transformer's tensors, in the original names or in diffusers', to diffusers'
     """
 
     name: str
     marks: tuple[tuple[str, ...], ...]
     encoder: str
     published: Callable[[Header], Sequence[str]]
+    convert: Convert = dict
 
     def match(self, header: Header) -> tuple[Path, ...] | None:
         """The config folders of a file that holds the transformer; None for any other."""
@@ -120,12 +125,54 @@ def refuse_quantized(header: Header) -> None:
         )
 
 
+class SplitFileFamily:
+    """Part of `Family`: its files, and its transformer and autoencoder from them or from a diffusers folder.
+
+    files             how its files are recognised and read
+    transformer_kind  diffusers' class of the denoiser
+    vae_kind          diffusers' class of the autoencoder
+    convert_vae       the autoencoder's tensors from the original names, where those are not Stable Diffusion's
+    """
+
+    files: ClassVar[SplitFiles]
+    transformer_kind: ClassVar[Any]
+    vae_kind: ClassVar[Any]
+    convert_vae: ClassVar[Convert | None] = None
+
+    def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
+        return self.files.match(header)
+
+    def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
+        return self.files.find_parts(header, beside)
+
+    def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
+        if location.file is not None:
+            return load_transformer(self.transformer_kind, self.files, location, dtype)
+        return loading.load_network(self.transformer_kind, location, TRANSFORMER, dtype)
+
+    def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
+        if location.file is not None:
+            return load_autoencoder(self.vae_kind, location, dtype, type(self).convert_vae)
+        return loading.load_autoencoder(self.vae_kind, location, dtype)
+
+    def latent_shape(self, location: Location) -> tuple[int, ...]:
+        config = location.config(VAE)
+        side = int(config.get("sample_size", SIDE)) // pixels_per_latent(config)
+        return latent_channels(config), side, side
+
+    def longest_side(self, location: Location) -> int | None:
+        return None
+
+    def embed_guidance(
+        self, denoiser: nn.Module, conditions: Conditions, guidance: float
+    ) -> Conditions | None:
+        return None
+
+
 # Reading ----------------------------------------------------------------------------------------------------
 
 
-def load_transformer(
-    kind: Any, files: SplitFiles, location: Location, dtype: torch.dtype, convert: Convert
-) -> nn.Module:
+def load_transformer(kind: Any, files: SplitFiles, location: Location, dtype: torch.dtype) -> nn.Module:
     """Load the transformer from a file in the original names or in diffusers'; `UserError` where it does not fit."""
     prefix = files.prefix(read_header(location.file_of(TRANSFORMER)))
     assert prefix is not None
@@ -134,7 +181,7 @@ def load_transformer(
         others = ("text_encoders.", *AUTOENCODER_PREFIXES[:2])
         tensors = {name: value for name, value in tensors.items() if not name.startswith(others)}
     try:
-        converted = convert(tensors)
+        converted = files.convert(tensors)
     except (KeyError, IndexError, ValueError, RuntimeError) as error:
         raise config_mismatch(location, TRANSFORMER) from error
     return build_network(kind, location, TRANSFORMER, converted)

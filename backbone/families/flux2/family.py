@@ -8,10 +8,8 @@ in four steps, and dev is told the scale.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -38,9 +36,8 @@ from backbone.families.base import (
     transformers_spec,
 )
 from backbone.families.language_models import LanguageModelEncoder, Reading
-from backbone.families.latents import latent_channels, pixels_per_latent
 from backbone.families.location import Location
-from backbone.families.split_files import SplitFiles
+from backbone.families.split_files import SplitFileFamily, SplitFiles
 from backbone.io.console import notify_once
 from backbone.io.files import Header
 
@@ -52,7 +49,35 @@ NON_COMMERCIAL = 12288  # width of klein 9B's text
 MANY_STEPS = 200  # of a schedule as fine as training's
 
 
-class Flux2:
+EMBEDDERS = ("img_in.weight", "x_embedder.weight")
+
+
+def published_configs(header: Header) -> tuple[str, ...]:
+    """Folders of published configs for a transformer's file, by its width."""
+    width = next((shape[0] for name, shape in header.shapes.items() if name.endswith(EMBEDDERS)), 0)
+    return ("flux2-klein-9b", "flux2-klein") if width == 4096 else ("flux2-klein",)
+
+
+def convert_to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The transformer's tensors by diffusers' names, from the original ones."""
+    if "x_embedder.weight" in tensors:
+        return tensors
+    return cast(dict[str, Tensor], convert_flux2_transformer_checkpoint_to_diffusers(dict(tensors)))
+
+
+FILES = SplitFiles(
+    "FLUX.2",
+    marks=(
+        ("double_stream_modulation_img.lin.weight", "img_in.weight"),
+        ("double_stream_modulation_img.linear.weight", "x_embedder.weight"),
+    ),
+    encoder="text encoder (Qwen3)",
+    published=published_configs,
+    convert=convert_to_diffusers,
+)
+
+
+class Flux2(SplitFileFamily):
     """Implements `Family`."""
 
     name: ClassVar[str] = "FLUX.2"
@@ -62,6 +87,9 @@ class Flux2:
         "flux2-klein-9b": "black-forest-labs/FLUX.2-klein-base-9B",
     }
     pipeline_classes: ClassVar[tuple[str, ...]] = ("Flux2KleinPipeline",)
+    files: ClassVar[SplitFiles] = FILES
+    transformer_kind: ClassVar[Any] = Flux2Transformer2DModel
+    vae_kind: ClassVar[Any] = AutoencoderKLFlux2
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": (*JOINT, *SINGLE),
         "all": (
@@ -70,27 +98,12 @@ class Flux2:
         ),
     }
 
-    def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
-        return FILES.match(header)
-
-    def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
-        return FILES.find_parts(header, beside)
-
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        kind = Flux2Transformer2DModel
-        if location.file is not None:
-            network = split_files.load_transformer(kind, FILES, location, dtype, convert_to_diffusers)
-        else:
-            network = loading.load_network(kind, location, "transformer", dtype)
+        network = super().denoiser(location, dtype)
         cast(Any, network).is_distilled = is_distilled(location)
         if cast(Any, network).config.joint_attention_dim == NON_COMMERCIAL:
             notify_once("The weights of FLUX.2 klein 9B are under a licence for non-commercial use.")
         return network
-
-    def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        if location.file is not None:
-            return split_files.load_autoencoder(AutoencoderKLFlux2, location, dtype)
-        return loading.load_autoencoder(AutoencoderKLFlux2, location, dtype)
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> LanguageModelEncoder:
         source = language_models if location.file is None else split_files
@@ -107,14 +120,6 @@ class Flux2:
             {"text_encoder": transformers_spec(Qwen3Model, location, "text_encoder", dtype)},
             {"hidden": (KLEIN.tokens, width)},
         )
-
-    def latent_shape(self, location: Location) -> tuple[int, ...]:
-        config = location.config("vae")
-        side = int(config.get("sample_size", 1024)) // pixels_per_latent(config)
-        return latent_channels(config), side, side
-
-    def longest_side(self, location: Location) -> None:
-        return None
 
     def sampling_defaults(self, location: Location) -> dict[str, Any]:
         return {"steps": 4, "guidance": 1.0} if is_distilled(location) else {"steps": 50, "guidance": 4.0}
@@ -177,31 +182,6 @@ def is_distilled(location: Location) -> bool:
         name = location.file.stem.lower()
         return "klein" in name and "base" not in name
     return bool(location.index.get("is_distilled"))
-
-
-def published_configs(header: Header) -> tuple[str, ...]:
-    """Folders of published configs for a transformer's file, by its width."""
-    width = next((shape[0] for name, shape in header.shapes.items() if name.endswith(EMBEDDERS)), 0)
-    return ("flux2-klein-9b", "flux2-klein") if width == 4096 else ("flux2-klein",)
-
-
-EMBEDDERS = ("img_in.weight", "x_embedder.weight")
-FILES = SplitFiles(
-    "FLUX.2",
-    marks=(
-        ("double_stream_modulation_img.lin.weight", "img_in.weight"),
-        ("double_stream_modulation_img.linear.weight", "x_embedder.weight"),
-    ),
-    encoder="text encoder (Qwen3)",
-    published=published_configs,
-)
-
-
-def convert_to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The transformer's tensors by diffusers' names, from the original ones."""
-    if "x_embedder.weight" in tensors:
-        return tensors
-    return cast(dict[str, Tensor], convert_flux2_transformer_checkpoint_to_diffusers(dict(tensors)))
 
 
 def empirical_shift(tokens: int, steps: int = MANY_STEPS) -> float:

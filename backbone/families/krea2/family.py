@@ -8,7 +8,6 @@ classifier-free guidance; Turbo is distilled to eight steps without, at a shift 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -32,16 +31,23 @@ from backbone.families.base import (
 )
 from backbone.families.flux.family import latent_image_ids, pack_latents, unpack_latents
 from backbone.families.language_models import LanguageModelEncoder, Reading
-from backbone.families.latents import latent_channels, pixels_per_latent
 from backbone.families.location import Location
-from backbone.families.qwen.family import SIDE, TEMPLATE
-from backbone.families.split_files import SplitFiles
+from backbone.families.qwen.family import TEMPLATE
+from backbone.families.split_files import Convert, SplitFileFamily, SplitFiles
 from backbone.io.console import UserError
-from backbone.io.files import Header
 
 TOKENS, DROPPED, ENDING = 512, 34, 5  # what the network is given, the template's beginning and end
 LAYERS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)
 TURBO_SHIFT = 1.15  # log of Turbo's shift
+
+
+def convert_to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The transformer's tensors by diffusers' names, from the original ones."""
+    if "text_fusion.projector.weight" in tensors:
+        return tensors
+    return cast(dict[str, Tensor], convert_krea2_transformer_checkpoint_to_diffusers(dict(tensors)))
+
+
 FILES = SplitFiles(
     "Krea 2",
     marks=(
@@ -50,38 +56,24 @@ FILES = SplitFiles(
     ),
     encoder="text encoder (Qwen3-VL-4B)",
     published=lambda header: ("krea2", "qwen-image"),
+    convert=convert_to_diffusers,
 )
 
 
-class Krea2:
+class Krea2(SplitFileFamily):
     """Implements `Family`."""
 
     name: ClassVar[str] = "Krea 2"
     hub_ids: ClassVar[dict[str, str]] = {"krea2": "krea/Krea-2-Raw", "krea2-turbo": "krea/Krea-2-Turbo"}
     pipeline_classes: ClassVar[tuple[str, ...]] = ("Krea2Pipeline",)
+    files: ClassVar[SplitFiles] = FILES
+    transformer_kind: ClassVar[Any] = Krea2Transformer2DModel
+    vae_kind: ClassVar[Any] = AutoencoderKLQwenImage
+    convert_vae: ClassVar[Convert | None] = split_files.convert_video_autoencoder
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": ("to_q", "to_k", "to_v", "to_out.0"),
         "all": ("to_q", "to_k", "to_v", "to_gate", "to_out.0", "ff.gate", "ff.up", "ff.down"),
     }
-
-    def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
-        return FILES.match(header)
-
-    def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
-        return FILES.find_parts(header, beside)
-
-    def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        kind = Krea2Transformer2DModel
-        if location.file is not None:
-            return split_files.load_transformer(kind, FILES, location, dtype, convert_to_diffusers)
-        return loading.load_network(kind, location, "transformer", dtype)
-
-    def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        if location.file is not None:
-            return split_files.load_autoencoder(
-                AutoencoderKLQwenImage, location, dtype, split_files.convert_video_autoencoder
-            )
-        return loading.load_autoencoder(AutoencoderKLQwenImage, location, dtype)
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> PaddedInside:
         from transformers import Qwen3VLModel, Qwen3VLTextModel  # slow to import
@@ -106,14 +98,6 @@ class Krea2:
             {"text_encoder": language_models.text_spec(Qwen3VLTextModel, location, dtype)},
             {"hidden": shape, "mask": (TOKENS,)},
         )
-
-    def latent_shape(self, location: Location) -> tuple[int, ...]:
-        config = location.config("vae")
-        side = int(config.get("sample_size", SIDE)) // pixels_per_latent(config)
-        return latent_channels(config), side, side
-
-    def longest_side(self, location: Location) -> None:
-        return None
 
     def sampling_defaults(self, location: Location) -> dict[str, Any]:
         return {"steps": 8, "guidance": 1.0} if is_turbo(location) else {"steps": 28, "guidance": 5.5}
@@ -151,9 +135,6 @@ class Krea2:
             return joint_attention_inputs(attn, hidden, mask, rotary, text_tokens=tokens)
 
         return AttentionLayout({Krea2AttnProcessor: read}, max_map_queries=None, detail_layers=late)
-
-    def embed_guidance(self, denoiser: nn.Module, conditions: Conditions, guidance: float) -> None:
-        return None
 
 
 class PaddedInside(LanguageModelEncoder):
@@ -201,13 +182,6 @@ def is_turbo(location: Location) -> bool:
     if location.file is not None and "is_distilled" not in location.index:
         return "turbo" in location.file.stem.lower()
     return bool(location.index.get("is_distilled"))
-
-
-def convert_to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The transformer's tensors by diffusers' names, from the original ones."""
-    if "text_fusion.projector.weight" in tensors:
-        return tensors
-    return cast(dict[str, Tensor], convert_krea2_transformer_checkpoint_to_diffusers(dict(tensors)))
 
 
 def joint_attention_inputs(

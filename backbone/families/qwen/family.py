@@ -7,9 +7,7 @@ guidance keeps the length that each token's velocity has with the prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -36,10 +34,8 @@ from backbone.families.base import (
 )
 from backbone.families.flux.family import pack_latents, unpack_latents
 from backbone.families.language_models import LanguageModelEncoder, Reading
-from backbone.families.latents import latent_channels, pixels_per_latent
 from backbone.families.location import Location
-from backbone.families.split_files import SplitFiles
-from backbone.io.files import Header
+from backbone.families.split_files import Convert, SplitFileFamily, SplitFiles
 
 READING = Reading(layers=(-1,), tokens=1024, dropped=34)
 TEMPLATE = (
@@ -47,7 +43,6 @@ TEMPLATE = (
     "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n",
     "<|im_end|>\n<|im_start|>assistant\n",
 )
-SIDE = 1024  # pixels of the images that it was trained on; its configs do not say
 JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 FILES = SplitFiles(
     "Qwen-Image",
@@ -57,12 +52,16 @@ FILES = SplitFiles(
 )
 
 
-class QwenImage:
+class QwenImage(SplitFileFamily):
     """Implements `Family`."""
 
     name: ClassVar[str] = "Qwen-Image"
     hub_ids: ClassVar[dict[str, str]] = {"qwen-image": "Qwen/Qwen-Image"}
     pipeline_classes: ClassVar[tuple[str, ...]] = ("QwenImagePipeline",)
+    files: ClassVar[SplitFiles] = FILES
+    transformer_kind: ClassVar[Any] = QwenImageTransformer2DModel
+    vae_kind: ClassVar[Any] = AutoencoderKLQwenImage
+    convert_vae: ClassVar[Convert | None] = split_files.convert_video_autoencoder
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": JOINT,
         "all": (
@@ -71,25 +70,6 @@ class QwenImage:
             *("img_mod.1", "txt_mod.1"),
         ),
     }
-
-    def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
-        return FILES.match(header)
-
-    def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
-        return FILES.find_parts(header, beside)
-
-    def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        kind = QwenImageTransformer2DModel
-        if location.file is not None:
-            return split_files.load_transformer(kind, FILES, location, dtype, dict)
-        return loading.load_network(kind, location, "transformer", dtype)
-
-    def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        if location.file is not None:
-            return split_files.load_autoencoder(
-                AutoencoderKLQwenImage, location, dtype, split_files.convert_video_autoencoder
-            )
-        return loading.load_autoencoder(AutoencoderKLQwenImage, location, dtype)
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> LanguageModelEncoder:
         if location.file is not None:
@@ -112,14 +92,6 @@ class QwenImage:
             {"text_encoder": language_models.text_spec(Qwen2_5_VLTextModel, location, dtype)},
             {"hidden": (READING.tokens, width), "mask": (READING.tokens,)},
         )
-
-    def latent_shape(self, location: Location) -> tuple[int, ...]:
-        config = location.config("vae")
-        side = int(config.get("sample_size", SIDE)) // pixels_per_latent(config)
-        return latent_channels(config), side, side
-
-    def longest_side(self, location: Location) -> None:
-        return None
 
     def sampling_defaults(self, location: Location) -> dict[str, Any]:
         return {"steps": 50, "guidance": 4.0}
@@ -151,9 +123,6 @@ class QwenImage:
         late = loading.later_half_prefixes(cast(Any, denoiser).transformer_blocks, "transformer_blocks")
         joint = {QwenDoubleStreamAttnProcessor2_0: joint_attention_inputs}
         return AttentionLayout(joint, max_map_queries=None, detail_layers=late)
-
-    def embed_guidance(self, denoiser: nn.Module, conditions: Conditions, guidance: float) -> None:
-        return None
 
 
 def guide_keeping_length(

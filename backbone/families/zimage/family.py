@@ -7,9 +7,8 @@ takes classifier-free guidance; Turbo is distilled to eight steps without.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -32,7 +31,7 @@ from backbone.families.base import (
 )
 from backbone.families.language_models import LanguageModelEncoder, Reading
 from backbone.families.location import Location
-from backbone.families.split_files import SplitFiles
+from backbone.families.split_files import SplitFileFamily, SplitFiles
 from backbone.io.files import Header
 
 READING = Reading(layers=(-2,), tokens=512)
@@ -40,7 +39,31 @@ PATCH, MULTIPLE = 2, 32  # latents a side of a token; tokens are filled up to a 
 TURBO_SHIFT = 3.0  # of Turbo's scheduler; the base's is larger
 
 
-class ZImage:
+def published_configs(header: Header) -> tuple[str, ...]:
+    """Folders of published configs for a transformer's file: by its name it is Turbo or the base."""
+    return ("z-image-turbo", "z-image") if "turbo" in header.path.stem.lower() else ("z-image",)
+
+
+def convert_to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The transformer's tensors by diffusers' names, from those of ComfyUI's files, which hold q, k and v together."""
+    if "all_x_embedder.2-1.weight" in tensors:
+        return tensors
+    return cast(dict[str, Tensor], convert_z_image_transformer_checkpoint_to_diffusers(dict(tensors)))
+
+
+FILES = SplitFiles(
+    "Z-Image",
+    marks=(
+        ("cap_embedder.1.weight", "noise_refiner.0.attention.qkv.weight", "x_embedder.weight"),
+        ("cap_embedder.1.weight", "noise_refiner.0.attention.to_q.weight", "all_x_embedder.2-1.weight"),
+    ),
+    encoder="text encoder (Qwen3-4B)",
+    published=published_configs,
+    convert=convert_to_diffusers,
+)
+
+
+class ZImage(SplitFileFamily):
     """Implements `Family`."""
 
     name: ClassVar[str] = "Z-Image"
@@ -49,6 +72,9 @@ class ZImage:
         "z-image-turbo": "Tongyi-MAI/Z-Image-Turbo",
     }
     pipeline_classes: ClassVar[tuple[str, ...]] = ("ZImagePipeline",)
+    files: ClassVar[SplitFiles] = FILES
+    transformer_kind: ClassVar[Any] = ZImageTransformer2DModel
+    vae_kind: ClassVar[Any] = AutoencoderKL
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": ("to_q", "to_k", "to_v", "to_out.0"),
         "all": (
@@ -60,24 +86,6 @@ class ZImage:
             *(f"noise_refiner.{n}.adaLN_modulation.0" for n in range(2)),
         ),
     }
-
-    def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
-        return FILES.match(header)
-
-    def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
-        return FILES.find_parts(header, beside)
-
-    def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        if location.file is not None:
-            return split_files.load_transformer(
-                ZImageTransformer2DModel, FILES, location, dtype, convert_to_diffusers
-            )
-        return loading.load_network(ZImageTransformer2DModel, location, "transformer", dtype)
-
-    def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        if location.file is not None:
-            return split_files.load_autoencoder(AutoencoderKL, location, dtype)
-        return loading.load_autoencoder(AutoencoderKL, location, dtype)
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> LanguageModelEncoder:
         source = language_models if location.file is None else split_files
@@ -96,11 +104,6 @@ class ZImage:
             {"text_encoder": transformers_spec(Qwen3Model, location, "text_encoder", dtype)},
             {"hidden": (READING.tokens, width), "mask": (READING.tokens,)},
         )
-
-    def latent_shape(self, location: Location) -> tuple[int, ...]:
-        config = location.config("vae")
-        side = int(config.get("sample_size", 1024)) // 2 ** (len(config["block_out_channels"]) - 1)
-        return int(config["latent_channels"]), side, side
 
     def longest_side(self, location: Location) -> int:
         return PATCH * min(map(int, location.config("transformer")["axes_lens"][1:]))
@@ -133,32 +136,6 @@ class ZImage:
         read = partial(joint_attention_inputs, text_alone=text_alone, angles=int(network.axes_dims[0]) // 2)
         late = loading.later_half_prefixes(network.layers, "layers")
         return AttentionLayout({ZSingleStreamAttnProcessor: read}, max_map_queries=None, detail_layers=late)
-
-    def embed_guidance(self, denoiser: nn.Module, conditions: Conditions, guidance: float) -> None:
-        return None
-
-
-def published_configs(header: Header) -> tuple[str, ...]:
-    """Folders of published configs for a transformer's file: by its name it is Turbo or the base."""
-    return ("z-image-turbo", "z-image") if "turbo" in header.path.stem.lower() else ("z-image",)
-
-
-FILES = SplitFiles(
-    "Z-Image",
-    marks=(
-        ("cap_embedder.1.weight", "noise_refiner.0.attention.qkv.weight", "x_embedder.weight"),
-        ("cap_embedder.1.weight", "noise_refiner.0.attention.to_q.weight", "all_x_embedder.2-1.weight"),
-    ),
-    encoder="text encoder (Qwen3-4B)",
-    published=published_configs,
-)
-
-
-def convert_to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The transformer's tensors by diffusers' names, from those of ComfyUI's files, which hold q, k and v together."""
-    if "all_x_embedder.2-1.weight" in tensors:
-        return tensors
-    return cast(dict[str, Tensor], convert_z_image_transformer_checkpoint_to_diffusers(dict(tensors)))
 
 
 def joint_attention_inputs(
