@@ -97,7 +97,7 @@ def instruct(
         facts={
             "guidance": guidance,
             "image_guidance": image_guidance,
-            "drift": [describe(b) for b in backgrounds],
+            "drift": [one.figures for one in backgrounds],
         },
     )
 
@@ -151,16 +151,3 @@ def keep_drawn(
         raise UserError(
             f"“{instruction}”: {error} To take all that the model draws, say --keep none."
         ) from error
-
-
-def describe(kept: KeptBackground) -> dict[str, float | None]:
-    """A drift, for the record."""
-    found = kept.registration
-    return {
-        "shift_right_px": round(found.shift[0], 3),
-        "shift_down_px": round(found.shift[1], 3),
-        "scale": round(found.scale, 5),
-        "changed_share": round(float((kept.place > 0.5).float().mean()), 4),
-        "background_psnr_db_as_edited": kept.drifted_psnr_db,
-        "background_psnr_db_registered": kept.registered_psnr_db,
-    }

@@ -44,6 +44,24 @@ class KeptBackground:
     drifted_psnr_db: float | None
     registered_psnr_db: float | None
 
+    @property
+    def changed_share(self) -> float:
+        """Share of the image that the edit takes."""
+        return float((self.place > 0.5).float().mean())
+
+    @property
+    def figures(self) -> dict[str, float | None]:
+        """What was found, for a record."""
+        right, down = self.registration.shift
+        return {
+            "shift_right_px": round(right, 3),
+            "shift_down_px": round(down, 3),
+            "scale": round(self.registration.scale, 5),
+            "changed_share": round(self.changed_share, 4),
+            "background_psnr_db_as_edited": self.drifted_psnr_db,
+            "background_psnr_db_registered": self.registered_psnr_db,
+        }
+
 
 def keep_background(
     edited: Tensor,

@@ -88,16 +88,10 @@ def fit_to_source(source: SourceImage, edited: SourceImage) -> Image.Image:
 def measure(kept: KeptBackground, source: SourceImage) -> dict[str, float | None]:
     """The figures of the record."""
     width, height = source.image.size
-    registration = kept.registration
     after = background_metrics(to_tensor(source.image), kept.image, (kept.place > 0).float())
     return {
-        "shift_right_px": round(registration.shift[0], 3),
-        "shift_down_px": round(registration.shift[1], 3),
-        "scale": round(registration.scale, 5),
-        "drift_px": round(registration.drift((height, width)), 3),
-        "changed_share": round(float((kept.place > 0.5).float().mean()), 4),
-        "background_psnr_db_as_edited": kept.drifted_psnr_db,
-        "background_psnr_db_registered": kept.registered_psnr_db,
+        **kept.figures,
+        "drift_px": round(kept.registration.drift((height, width)), 3),
         "background_psnr_db_kept": after["background_psnr_db"],
     }
 
