@@ -1,0 +1,167 @@
+"""Opening control networks for a model: from a run, a diffusers folder, the hub, or new ones to train.
+
+network, record = open_control(model, "runs/sketch")
+conditions = replace(text, controls=(Control.of(network, maps),))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from torch import nn
+
+from backbone.conditions.control import ControlNetwork
+from backbone.families.control import ControlledFamily
+from backbone.families.loading import WEIGHTS, load_network
+from backbone.families.location import Location, find_hub_file
+from backbone.io.console import UserError, notify, progress
+from backbone.io.files import PICKLE_SUFFIXES, read_header, read_json
+from backbone.models.model import Backbone
+
+RECORD = "condition.json"
+PARTS = ("t2i_adapter", "controlnet")  # folders beside a condition.json, of which one is there
+EMBEDDED = "control"  # folder beside a model's parts with the networks that come with it
+
+
+@dataclass(frozen=True)
+class ControlRecord:
+    """`condition.json`: what a control network was trained on.
+
+    kinds     of maps; one network may read several
+    maps      version of the maps' maker
+    palette   colour of each label
+    base      fingerprint of the model that it was trained on, and its name
+    defaults  scale, start and stop that work well
+    """
+
+    kinds: tuple[str, ...] = ()
+    maps: int = 1
+    palette: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    base: str = ""
+    model: str = ""
+    defaults: dict[str, float] = field(default_factory=dict)
+
+
+class OpenedControl(NamedTuple):
+    """A control network, what is known of it, and where it is from."""
+
+    network: ControlNetwork
+    record: ControlRecord
+    name: str
+
+
+def new_control(model: Backbone, kind: str, **config: Any) -> ControlNetwork:
+    """A control network to train, fp32: `t2i-adapter`, random, or `controlnet`, a copy of the denoiser's encoder.
+
+    `config` goes to diffusers' `T2IAdapter` or `ControlNetModel.from_unet`.
+    """
+    from diffusers import ControlNetModel, T2IAdapter
+
+    family, denoiser = controlled_family(model), cast(Any, model.denoiser)
+    if T2IAdapter not in family.control_classes:
+        raise UserError(f"New control networks are made for UNets alone, and {model.location.name} has none.")
+    module: Any
+    if kind == "t2i-adapter":
+        widths = list(denoiser.config.block_out_channels)
+        usual: dict[str, Any] = {"channels": widths, "downscale_factor": model.factor}
+        if denoiser.config.down_block_types[0] == "DownBlock2D":  # SDXL's: features behind the first halving
+            usual = {
+                "channels": [*widths, *[widths[-1]] * 3][: max(4, len(widths))],
+                "downscale_factor": 2 * model.factor,
+                "adapter_type": "full_adapter_xl",
+            }
+        module = T2IAdapter(**usual | config)
+    else:
+        assert kind == "controlnet"
+        module = ControlNetModel.from_unet(denoiser, **config)
+    return family.control_network(module.float().to(model.device).train(), denoiser, _encode(model))
+
+
+def open_control(model: Backbone, name: str) -> OpenedControl:
+    """A control network by its run, folder or hub id, in the model's precision, frozen.
+
+    Raises `UserError` for a network of another family or model, a pickle, and what is no control network.
+    """
+    family = controlled_family(model)
+    folder, record = _find(name)
+    module = _load(model, family.control_classes, folder, name)
+    try:
+        network = family.control_network(module, model.denoiser, _encode(model))
+    except UserError as error:
+        raise UserError(f"{name} {error}. Name one that was made for {model.location.name}.") from error
+    if record.base and record.base != model.fingerprint:
+        notify(
+            f"{name} was trained on {record.model or 'another model'} and is used with other weights, "
+            f"{model.location.name}'s: it may be obeyed less."
+        )
+    return OpenedControl(network, record, name)
+
+
+def embedded_controls(model: Backbone) -> dict[str, Path]:
+    """The control networks that come with a model: the folder for each kind of map."""
+    folder = model.location.local(EMBEDDED)
+    records = sorted(folder.glob(f"*/{RECORD}")) if folder else []
+    return {kind: path.parent for path in records for kind in read_json(path, ControlRecord).kinds}
+
+
+def controlled_family(model: Backbone) -> ControlledFamily:
+    """The model's family; `UserError` for one without control networks."""
+    if not isinstance(model.family, ControlledFamily):
+        raise UserError(
+            f"No control network is read for {model.family.name}. Leave --condition out, or name another model."
+        )
+    return model.family
+
+
+def _encode(model: Backbone) -> Any:
+    """Pictures in −1…1 to latents, for networks that read a map as latents."""
+    return lambda pictures: model.encode(pictures).mean
+
+
+def _find(name: str) -> tuple[Path, ControlRecord]:
+    """The folder with a control network's config.json, and its condition.json if there is one."""
+    path = Path(name).expanduser()
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        read_header(path)  # says why it is not read
+    if path.is_dir():
+        record = read_json(path / RECORD, ControlRecord) if (path / RECORD).exists() else ControlRecord()
+        for part in ("", *PARTS):
+            if (path / part / "config.json").exists():
+                return path / part, record
+        raise UserError(
+            f"{path} holds no control network: it has no config.json and no folder {' or '.join(PARTS)}. Name the "
+            "folder that `save_pretrained` or `customize train-control` wrote."
+        )
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.parent.exists():
+        return _fetch(name), ControlRecord()
+    raise UserError(f"There is no control network {name}. Name a run, a diffusers folder, or a hub id.")
+
+
+def _fetch(repository: str) -> Path:
+    """The cache's folder with a hub repository's config and safetensors weights."""
+    config = find_hub_file(repository, "config.json")
+    if config is None:
+        raise UserError(f"{repository} has no config.json on the hub, so it is no control network.")
+    revision = config.parent.name
+    for name in (WEIGHTS, "diffusion_pytorch_model.fp16.safetensors"):
+        if find_hub_file(repository, name, revision) is not None:
+            return config.parent
+    raise UserError(f"{repository} has no safetensors weights on the hub. Name another control network.")
+
+
+def _load(model: Backbone, classes: Sequence[Any], folder: Path, name: str) -> nn.Module:
+    """The network in a folder, if it is of one of these classes."""
+    location = Location(name, str(folder.parent), {})
+    found = location.config(folder.name).get("_class_name", "")
+    kind = next((one for one in classes if one.__name__ == found), None)
+    if kind is None:
+        raise UserError(
+            f"{name} is a {found or 'network of unknown kind'}, and {model.location.name} is controlled by "
+            f"{' or '.join(one.__name__ for one in classes)}. Name one of these."
+        )
+    with progress(None, f"loading {name}", brief=True):
+        network = load_network(kind, location, folder.name, model.dtype)
+    return network.eval().requires_grad_(False).to(model.device)
