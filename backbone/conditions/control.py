@@ -3,9 +3,9 @@
     control = Control.of(network, maps, scale=0.8, stop=0.7)
     conditions = replace(text, controls=(control,))
 
-ControlNet (Zhang et al. 2023) and T2I-Adapter (Mou et al. 2024) answer alike: tensors that are added inside the denoiser.
-Which layers they are added to is the family's (`backbone.families.control`); which rows are controlled, how strongly and
-at which steps is here.
+ControlNet (Zhang et al. 2023) and T2I-Adapter (Mou et al. 2024) answer alike: tensors that are added inside the
+denoiser. Which layers they are added to is the family's (`backbone.families.control`); which rows are controlled, how
+strongly and at which steps is here.
 """
 
 from __future__ import annotations
@@ -117,6 +117,10 @@ class Control:
         """So many rows that are not controlled."""
         hints = tuple(value.new_zeros(rows, *value.shape[1:]) for value in self.hints)
         return replace(self, hints=hints, scale=self.scale.new_zeros(rows))
+
+    def rows(self, index: Tensor) -> Control:
+        """These rows."""
+        return self.each(lambda value: value[send(index, value.device)])
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Control:
         """The same with every tensor changed alike."""

@@ -42,7 +42,7 @@ def residuals_of(controls: Sequence[Control], inputs: Mapping[str, Any], dtype: 
         rows = control.scale.nonzero().flatten()
         if not len(rows):
             continue
-        some = control if len(rows) == len(control) else control.each(lambda value: _rows(value, rows))
+        some = control if len(rows) == len(control) else control.rows(rows)
         found = control.network.residuals(
             some.hints, _rows_of(inputs, rows, len(control)), guess=control.guess
         )
@@ -51,10 +51,6 @@ def residuals_of(controls: Sequence[Control], inputs: Mapping[str, Any], dtype: 
             before = total.get(name)
             total[name] = whole if before is None else [a + b for a, b in zip(before, whole, strict=True)]
     return total
-
-
-def _rows(value: Tensor, rows: Tensor) -> Tensor:
-    return value[send(rows, value.device)]
 
 
 def _rows_of(inputs: Mapping[str, Any], rows: Tensor, count: int) -> dict[str, Any]:
@@ -67,7 +63,7 @@ def _rows_of(inputs: Mapping[str, Any], rows: Tensor, count: int) -> dict[str, A
             return {inner: taken(inner, one) for inner, one in value.items()}
         if not isinstance(value, Tensor) or value.ndim == 0 or name in OF_NO_ROW:
             return value
-        return _rows(value, rows)
+        return value[send(rows, value.device)]
 
     return {name: taken(name, value) for name, value in inputs.items()}
 

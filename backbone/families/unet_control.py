@@ -1,6 +1,6 @@
 """Control networks of the UNet families: ControlNet (Zhang et al. 2023) and T2I-Adapter (Mou et al. 2024).
 
-A ControlNet is a copy of the UNet's encoder behind zero convolutions; it hears text and time, and its answer is added to
+A ControlNet is a copy of the UNet's encoder with zero convolutions; it hears text and time, and its answer is added to
 the skip connections. A T2I-Adapter hears the map alone, so it is asked once for a picture, and its features are added
 inside the encoder.
 """

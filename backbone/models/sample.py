@@ -48,8 +48,8 @@ def sample(
     """Sample the requested images, in order, with `size` (width, height) in pixels.
 
     `guided` is the share of the steps, from noisy to clean, that follow the guidance; the others follow the prompt
-    alone, at half the price (Kynkäänniemi et al. 2024). `controls`, of one row each, hold for all. `advance` is told after each step how many images' worth of
-    work it was.
+    alone, at half the price (Kynkäänniemi et al. 2024). `controls`, of one row each, hold for all images. `advance` is
+    told after each step how many images' worth of work it was.
     """
     for latents in sample_latents(
         model,

@@ -1,4 +1,4 @@
-"""Control networks against diffusers' own pipelines, on random weights: 20 guided steps, several nets, spans, guess mode."""
+"""Control networks against diffusers' own pipelines on random weights: several nets, steps, strengths, guess mode."""
 
 from __future__ import annotations
 
