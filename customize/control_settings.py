@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+from backbone.io.conditions import KINDS, SYNONYMS
 from backbone.io.console import UserError
 from backbone.io.options import Option, as_command
 from backbone.training.settings import TrainingSettings, read_run_settings, resolve
@@ -39,15 +40,17 @@ class ControlSettings(TrainingSettings):
     condition: Annotated[
         str,
         Option(
-            "The kind of map: sketch, lines, edges, labels, depth, pose. The first three are found in the images where "
-            "no map is given.",
+            "The kind of map. Sketches, lines and edges are found in the images where no map is given.",
             "Data",
-            metavar="KIND",
+            choices=KINDS,
+            words={word: {"condition": kind} for word, kind in SYNONYMS.items()},
         ),
     ]
     image_column: Annotated[
         str,
-        Option("That holds the image or its file.", "Data", default_text="file_name or image", metavar="NAME"),
+        Option(
+            "That holds the image or its file.", "Data", default_text="file_name or image", metavar="NAME"
+        ),
     ] = ""
     conditioning_image_column: Annotated[
         str,
@@ -79,7 +82,9 @@ class ControlSettings(TrainingSettings):
     proportion_empty_prompts: Annotated[
         float, Option("Share of the prompts that are left out.", "Training", min=0, max=1)
     ] = 0.3
-    map_dropout: Annotated[float, Option("Share of the maps that are left out: black.", "Training", min=0, max=1)] = 0.05
+    map_dropout: Annotated[
+        float, Option("Share of the maps that are left out: black.", "Training", min=0, max=1)
+    ] = 0.05
     noisy_share: Annotated[
         float,
         Option(
@@ -105,11 +110,21 @@ class ControlSettings(TrainingSettings):
     ] = 100
     validation_image: Annotated[
         tuple[str, ...],
-        Option("A map to draw by in previews; repeatable.", "Evaluation", default_text="held-out pairs", metavar="PNG"),
+        Option(
+            "A map to draw by in previews; repeatable.",
+            "Evaluation",
+            default_text="held-out pairs",
+            metavar="PNG",
+        ),
     ] = ()
     validation_prompt: Annotated[
         tuple[str, ...],
-        Option("The prompt of each of them; repeatable.", "Evaluation", needs={"validation_image": ()}, metavar="PROMPT"),
+        Option(
+            "The prompt of each of them; repeatable.",
+            "Evaluation",
+            needs={"validation_image": ()},
+            metavar="PROMPT",
+        ),
     ] = ()
     report_to: Annotated[
         str,
@@ -134,7 +149,9 @@ class ControlSettings(TrainingSettings):
 
     def validation_pairs(self) -> list[tuple[str, str]]:
         """(map's file, prompt) of the previews that were asked for."""
-        prompts = self.validation_prompt * (len(self.validation_image) if len(self.validation_prompt) == 1 else 1)
+        prompts = self.validation_prompt * (
+            len(self.validation_image) if len(self.validation_prompt) == 1 else 1
+        )
         return list(zip(self.validation_image, prompts, strict=True))
 
 

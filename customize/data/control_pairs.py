@@ -20,17 +20,35 @@ from typing import Any
 
 from torch import Tensor
 
+from backbone.io.conditions import SYNONYMS, AskedMap
 from backbone.io.console import UserError, count_of, notify, progress
 from backbone.io.files import content_hash
 from backbone.io.records import inside
-from backbone.media.control_maps import COMPUTED, compute_map, map_of, spellings
+from backbone.media.control_maps import (
+    COMPUTED,
+    Palette,
+    as_array,
+    as_hints,
+    compute_map,
+    refuse_wrong_kind,
+    resize_map,
+)
 from backbone.media.decode import BadImageError
-from backbone.media.pictures import METADATA, ImageRecord, list_images, read_metadata, refuse_bad_images
-from backbone.media.transforms import crop_and_resize
+from backbone.media.pictures import METADATA, ImageRecord, list_images, read_metadata
+from backbone.media.transforms import CROPS, crop_and_resize, crop_box
 from customize.data.edit_pairs import SOURCES, TARGETS, plain_name, read_edit_pairs
 
 PROMPT_LIST = "prompt.json"
-MAP_COLUMNS = ("conditioningimage", "conditioning", "controlimage", "control", "condition", "map", "source", "hint")
+MAP_COLUMNS = (
+    "conditioningimage",
+    "conditioning",
+    "controlimage",
+    "control",
+    "condition",
+    "map",
+    "source",
+    "hint",
+)
 IMAGE_COLUMNS = ("filename", "image", "target", "images", "imagepath")
 CAPTION_COLUMNS = ("text", "prompt", "caption")
 
@@ -59,8 +77,25 @@ class ControlPair:
     def read_map(self, kind: str, size: tuple[int, int]) -> Tensor:
         """The map [3, H, W] in 0…1 at `size` (W, H): cropped as the image is."""
         if self.map is None:
-            return compute_map(kind, crop_and_resize(self.image.open(at_least=max(size)), size))
-        return map_of(self.map.open(), kind, size, name=str(self.map.path))
+            found = compute_map(kind, crop_and_resize(self.image.open(at_least=max(size)), size))
+        else:
+            drawn = self.map.open()
+            box = crop_box(drawn.size, size, CROPS["center"])
+            left, top, right, bottom = map(round, box)
+            found = resize_map(drawn.crop((left, top, right, bottom)), kind, size)
+        return as_hints(found)[0]
+
+    def check_map(self, kind: str, palette: Palette | None) -> None:
+        """`UserError` for a map that is none of the kind, or of another shape than its image."""
+        if self.map is None:
+            return
+        (width, height), drawn = self.image.open().size, self.map.open()
+        if abs(drawn.width * height / (drawn.height * width) - 1) > 0.01:
+            raise UserError(
+                f"{self.map.path} is {drawn.width} × {drawn.height} and its image {self.image.path.name} {width} × "
+                f"{height}: another shape. Crop them alike."
+            )
+        refuse_wrong_kind(as_array(drawn), AskedMap(kind, str(self.map.path)), palette)
 
 
 def read_control_pairs(source: str, kind: str, columns: Columns = Columns()) -> list[ControlPair]:
@@ -84,8 +119,8 @@ def read_control_pairs(source: str, kind: str, columns: Columns = Columns()) -> 
     if bare and (len(bare) < len(pairs) or kind not in COMPUTED):
         found = f", or leave all maps out: {kind} is found in the images" if kind in COMPUTED else ""
         raise UserError(
-            f"{len(bare)} of {count_of(len(pairs), 'image')} in {source} have no map (first: {bare[0].image.path}). Put "
-            f"{bare[0].image.path.stem}.{kind}.png beside it, or name its map in metadata.jsonl{found}."
+            f"{len(bare)} of {count_of(len(pairs), 'image')} in {source} have no map (first: {bare[0].image.path}). "
+            f"Put {bare[0].image.path.stem}.{kind}.png beside it, or name its map in metadata.jsonl{found}."
         )
     if bare:
         notify(f"{source} has no maps, so its {kind} are found in the images themselves.")
@@ -148,13 +183,17 @@ def _from_images(source: str, kind: str, columns: Columns) -> list[ControlPair]:
         maps = list_images(source, image_column=column) if column else [None] * len(images)
         return [ControlPair(image, one) for image, one in zip(images, maps, strict=True)]
     if columns.map:
-        raise UserError(f"{source} has no metadata.jsonl, so it has no column {columns.map!r}. Write one, or name none.")
-    endings = tuple(f".{word}" for word in spellings(kind))
+        raise UserError(
+            f"{source} has no metadata.jsonl, so it has no column {columns.map!r}. Write one, or name none."
+        )
+    endings = tuple(f".{word}" for word in (kind, *(word for word, one in SYNONYMS.items() if one == kind)))
     maps_of = {_stem(one.path, endings): one for one in images if one.path.stem.endswith(endings)}
     others = [one for one in images if not one.path.stem.endswith(endings)]
     alone = sorted(set(maps_of) - {str(one.path.with_suffix("")) for one in others})
     if alone:
-        raise UserError(f"{maps_of[alone[0]].path} is a map, but there is no image {alone[0]}.* beside it. Remove it.")
+        raise UserError(
+            f"{maps_of[alone[0]].path} is a map, but there is no image {alone[0]}.* beside it. Remove it."
+        )
     return [ControlPair(one, maps_of.get(str(one.path.with_suffix("")))) for one in others]
 
 
@@ -168,30 +207,36 @@ def _stem(path: Path, endings: Sequence[str]) -> str:
 
 
 def check_control_pairs(
-    pairs: Sequence[ControlPair], kind: str, size: tuple[int, int], *, wordless: bool = False
+    pairs: Sequence[ControlPair],
+    kind: str,
+    size: tuple[int, int],
+    *,
+    palette: Palette | None = None,
+    wordless: bool = False,
 ) -> None:
-    """Open every image and map once. `size` (W, H) is what they are trained at.
+    """Open every image and map once. `size` (W, H) is what they are trained at, `palette` that of labels, if known.
 
     Raises `UserError` that lists what cannot be used: unreadable files, maps of another shape than their image, maps
     that are no maps of the kind; and for maps that are all equal, or captions unless `wordless`.
     """
     if len(pairs) < 2:
         raise UserError("One pair teaches nothing about maps. Give some hundred at least.")
-    bad: list[tuple[str, str]] = []
+    bad: list[str] = []
     seen: Counter[str] = Counter()
     with progress(len(pairs), "reading pairs", brief=True) as bar:
         for pair in pairs:
             try:
-                image = pair.image.open(at_least=32)
-                if pair.map is not None:
-                    _check_shape(pair.map, image.size, pair.image.path.name)
+                pair.image.open(at_least=32)
+                pair.check_map(kind, palette)
                 seen[content_hash(pair.read_map(kind, size).numpy().tobytes())] += 1
             except BadImageError as error:
-                bad.append((error.name, error.reason))
+                bad.append(f"{error.name} {error.reason}.")
             except UserError as error:
-                bad.append((str(error), ""))
+                bad.append(str(error))
             bar.advance_images(1)
-    refuse_bad_images(bad, len(pairs))
+    if bad:
+        lines = "\n".join(f"  {sentence}" for sentence in bad)
+        raise UserError(f"{len(bad)} of {len(pairs)} pairs cannot be used:\n{lines}")
     if len(seen) == 1:
         raise UserError(
             f"All {len(pairs)} maps are equal, so they say nothing of their images. Give each image its own {kind} map."
@@ -200,14 +245,6 @@ def check_control_pairs(
     if len(words) == 1 and not wordless:
         said = f"All captions are “{words.pop()}”" if words != {""} else "No image has a caption"
         raise UserError(
-            f"{said}, so the network would learn to draw without hearing the prompt. Write one for each image, or train "
-            "without words: --proportion-empty-prompts 1."
+            f"{said}, so the network would learn to draw without hearing the prompt. Write one for each image, or "
+            "train without words: --proportion-empty-prompts 1."
         )
-
-
-def _check_shape(drawn: ImageRecord, size: tuple[int, int], image: str) -> None:
-    """`BadImageError` for a map of another shape than its image's size (W, H)."""
-    (width, height), (wide, high) = size, drawn.open().size
-    if abs(wide * height / (high * width) - 1) > 0.01:
-        reason = f"is {wide} × {high} and its image {image} {width} × {height}: crop them alike"
-        raise BadImageError(str(drawn.path), reason)

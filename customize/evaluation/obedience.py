@@ -65,7 +65,7 @@ class HeldOut:
 
 @torch.no_grad()
 def measure_loss(model: Backbone, network: ControlNetwork | None, held: HeldOut, *, seed: int) -> float:
-    """The denoising loss over the same pairs, noise and levels each time, under the maps; without them for no network."""
+    """The denoising loss over the same pairs, noise and levels each time: under the maps, or for no network without."""
     path, total = model.path, 0.0
     for k in range(LEVELS):
         random = generator(seed, "obedience", k)

@@ -27,12 +27,14 @@ from backbone.distributed import processes
 from backbone.io.files import write_json
 from backbone.models.control import PARTS, RECORD, ControlRecord
 from backbone.models.encode import Posteriors, Prompts, View, encode_texts, encode_views
+from backbone.models.locate import OWN
 from backbone.models.model import Backbone
 from backbone.training.attention import quick_to_train
 from backbone.training.base_predictions import stratified_levels
 from backbone.training.compiled import CompiledBlocks
 from backbone.training.optimizer import make_adamw
 from backbone.training.run import Objective
+from backbone.world.record import load_labels
 from customize.control_settings import ADAPTER, ControlSettings
 from customize.data.control_pairs import ControlPair
 from customize.objectives.dreambooth import level_weight, weight_map
@@ -43,7 +45,7 @@ FALLING = 2 / 3  # of the run, from which noisy levels are drawn less and less
 
 
 class Batch(NamedTuple):
-    """B samples: noisy latents [B, C, H, W] at the levels of `index` [B], targets, weights [B, 1, H, W], maps in 0…1."""
+    """B samples: noisy latents [B, C, H, W] at levels `index` [B], targets, weights [B, 1, H, W], maps in 0…1."""
 
     noisy: Tensor
     index: Tensor
@@ -98,7 +100,9 @@ class ControlData:
         """Maps [B, 3, H, W] in 0…1 of these posteriors."""
         count = len(self.pairs)
         each = [self._bytes(int(row) % count).float() / 255 for row in rows]
-        return torch.stack([one.flip(-1) if row >= count else one for row, one in zip(rows, each, strict=True)])
+        return torch.stack(
+            [one.flip(-1) if row >= count else one for row, one in zip(rows, each, strict=True)]
+        )
 
     def _read(self, number: int) -> Tensor:
         return (self.pairs[number].read_map(self.kind, self.size) * 255).round().byte()
@@ -137,7 +141,8 @@ class ControlTraining(Objective):
         with ExitStack() as held:
             held.enter_context(quick_to_train(self.model.denoiser))
             if hasattr(self.network.module, "attn_processors"):
-                held.enter_context(quick_to_train(self.network.module))
+                side = self.model.latent_shape[-1]
+                held.enter_context(quick_to_train(self.network.module, side=side))
             yield
 
     def losses(self, step: int) -> Iterator[Tensor]:
@@ -202,12 +207,10 @@ class ControlTraining(Objective):
 
     def record(self) -> ControlRecord:
         """What `condition.json` says."""
-        from backbone.world.record import load_labels
-
         kinds = (self.data.kind,)
         return ControlRecord(
             kinds=kinds,
-            palette=load_labels() if "labels" in kinds else {},
+            palette=load_labels() if "labels" in kinds and self.settings.model in OWN else {},
             base=self.model.fingerprint,
             model=self.settings.model,
         )

@@ -10,7 +10,12 @@ from backbone.models.control import new_control, open_control
 from backbone.models.model import Backbone
 from customize.control_settings import ADAPTER, CONTROLNET, ControlSettings
 
-HINT_WIDTHS = (16, 32, 64, 96)  # of a ControlNet's layers before the copy, where the autoencoder's factor is 8
+HINT_WIDTHS = (
+    16,
+    32,
+    64,
+    96,
+)  # of a ControlNet's layers before the copy, where the autoencoder's factor is 8
 
 
 def make_network(model: Backbone, settings: ControlSettings) -> ControlNetwork:

@@ -314,6 +314,4 @@ def level_weight(level: Level, kind: PredictionType, weighting: str, snr_gamma: 
             return min_snr(level, snr_gamma, kind)
         case "debiased":  # Yu et al. 2023
             return debiased(level, kind)
-    raise UserError(
-        f"There is no weighting {weighting}. Choose one of none, min-snr, debiased."
-    )
+    raise UserError(f"There is no weighting {weighting}. Choose one of none, min-snr, debiased.")

@@ -1,11 +1,11 @@
 """A run of `customize train-control`, from pairs to a folder that diffusers opens.
 
-    runs/sketch/t2i_adapter/ or controlnet/    the network, as diffusers saves it
-    runs/sketch/condition.json                 what it reads, and what it was trained on
-    runs/sketch/best/                          the same of the step that was best on pairs held out
-    runs/sketch/settings.json, log.jsonl       what was asked for, and every step
-    runs/sketch/obedience.jsonl                the loss on held-out pairs with the map and without, and how edges agree
-    runs/sketch/previews/, sheet.png           map | drawn | what the map of the drawn one is
+runs/sketch/t2i_adapter/ or controlnet/    the network, as diffusers saves it
+runs/sketch/condition.json                 what it reads, and what it was trained on
+runs/sketch/best/                          the same of the step that was best on pairs held out
+runs/sketch/settings.json, log.jsonl       what was asked for, and every step
+runs/sketch/obedience.jsonl                the loss on held-out pairs with the map and without, and how edges agree
+runs/sketch/previews/, sheet.png           map | drawn | what the map of the drawn one is
 """
 
 from __future__ import annotations
@@ -24,18 +24,21 @@ from torch import Tensor
 from backbone.adapters.concept import BEST
 from backbone.conditions.control import Control, ControlNetwork
 from backbone.distributed import processes
+from backbone.io.conditions import AskedMap
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import append_jsonl, read_jsonl, read_metadata, write_json, write_text
 from backbone.io.run_folder import clear_failed_try, package_versions, refuse_taken, run_name
-from backbone.media.control_maps import COMPUTED, compute_map, read_map
+from backbone.media.control_maps import COMPUTED, Palette, Target, as_hints, compute_map, read_map
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import to_image, to_tensor
 from backbone.models.cache import encode_prompts_cached
+from backbone.models.locate import OWN
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from backbone.training.hardware import describe_hardware
 from backbone.training.models import open_configs, open_model
 from backbone.training.run import CHECKPOINT, Every, drive
+from backbone.world.record import load_labels
 from customize.control_settings import PROGRAM, ControlSettings, as_flags, read_settings, resolved
 from customize.data.control_pairs import Columns, ControlPair, check_control_pairs, read_control_pairs
 from customize.evaluation.obedience import HeldOut, edge_agreement, mean_agreement, measure_loss
@@ -82,7 +85,10 @@ def train_control(asked: Mapping[str, Any], *, out: Path | None) -> Path:
 
 
 def resume_control(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
-    """Goes on with a run that was stopped; the weights come out as if it had not been. `anew` are settings that change."""
+    """Goes on with a run that was stopped; the weights come out as if it had not been.
+
+    `anew` are settings that change (`customize.training.control_commands.RESUMED`).
+    """
     settings = dataclasses.replace(read_settings(run), **(anew or {}))
     done = int(read_metadata(run / CHECKPOINT)["step"]) if (run / CHECKPOINT).exists() else 0
     if anew and "steps" in anew and settings.steps <= done:
@@ -104,11 +110,26 @@ def open_pairs(settings: ControlSettings, size: tuple[int, int]) -> list[Control
     columns = Columns(settings.image_column, settings.conditioning_image_column, settings.caption_column)
     pairs = read_control_pairs(settings.images, settings.condition, columns)
     check_control_pairs(
-        pairs, settings.condition, size, wordless=settings.proportion_empty_prompts == 1
+        pairs,
+        settings.condition,
+        size,
+        palette=palette_of(settings),
+        wordless=settings.proportion_empty_prompts == 1,
     )
     for path, _ in settings.validation_pairs():
-        read_map(path, settings.condition, size)
+        named_map(path, settings, size)
     return pairs
+
+
+def palette_of(settings: ControlSettings) -> Palette | None:
+    """The labels of the embedded models' world; what others' labels are is the user's to know."""
+    return load_labels() if settings.condition == "labels" and settings.model in OWN else None
+
+
+def named_map(path: str, settings: ControlSettings, size: tuple[int, int]) -> Tensor:
+    """A map that the user names for previews, as a tensor [3, H, W]."""
+    asked = AskedMap(settings.condition, path)
+    return as_hints(read_map(asked, Target(size, palette_of(settings))))[0]
 
 
 def carry_on(
@@ -187,6 +208,7 @@ class Validation:
         if not path.exists():
             return
         self.history = [line for line in read_jsonl(path, Obedience) if line.step <= self.training.done]
+        self.without = self.history[0].loss_without_map if self.history else None
         if processes.is_main_process():
             write_text(path, "".join(_line(one) for one in self.history))
 
@@ -221,7 +243,7 @@ class Previews:
         size, kind = (model.resolution, model.resolution), settings.condition
         named = settings.validation_pairs()
         self.prompts = [prompt for _, prompt in named] or [pair.caption for pair in held[:SHOWN]]
-        self.maps = [read_map(path, kind, size) for path, _ in named] or [
+        self.maps = [named_map(path, settings, size) for path, _ in named] or [
             pair.read_map(kind, size) for pair in held[:SHOWN]
         ]
         encode_prompts_cached(model, [*self.prompts, ""])  # while the text encoder is loaded
@@ -240,11 +262,12 @@ class Previews:
                 found = compute_map(kind, image)
                 one = edge_agreement(asked, (to_tensor(image) + 1) / 2)
                 agreed.append(one)
-                cells.append(Cell(as_image(found), f"F1 {one.f1:.2f}"))
+                cells.append(Cell(found, f"F1 {one.f1:.2f}"))
             rows.append(cells)
         titles = ["map", "drawn by it", "map of the drawn"][: len(rows[0])]
         settings = self.settings
-        note = f"{settings.kind}, {path.stem}; {settings.model}, {settings.sample_steps} steps, guidance {settings.guidance:g}"
+        how = f"{settings.sample_steps} steps, guidance {settings.guidance:g}"
+        note = f"{settings.kind}, {path.stem}; {settings.model}, {how}"
         save_png(path, draw_sheet(rows, title=f"By {kind}", note=note, column_titles=titles))
         return mean_agreement(agreed) if agreed else None
 
