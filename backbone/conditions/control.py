@@ -31,10 +31,12 @@ class ControlNetwork(Protocol):
 
     module         diffusers' class, which is trained and saved
     prompted_only  whether it was made to act beside a prompt alone, as in guess mode
+    takes_guess    whether it hears the prompt, so that guess mode changes something
     """
 
     module: nn.Module
     prompted_only: bool
+    takes_guess: bool
 
     def read(self, maps: Tensor) -> tuple[Tensor, ...]:
         """Maps [B, 3, H, W] in 0…1 to hints [B, …]: what depends on the map alone. Differentiable."""

@@ -29,6 +29,8 @@ GREY = (0.299, 0.587, 0.114)  # Rec. 601 luma, as Pillow's mode L
 class UNetControlNet:
     """A ControlNet. Implements `ControlNetwork`."""
 
+    takes_guess = True
+
     def __init__(self, module: ControlNetModel) -> None:
         self.module: nn.Module = module
         self.prompted_only = bool(cast(Any, module).config.global_pool_conditions)
@@ -51,7 +53,7 @@ class UNetControlNet:
 class UNetAdapter:
     """A T2I-Adapter; its hints are its features. Implements `ControlNetwork`."""
 
-    prompted_only = False
+    prompted_only = takes_guess = False
 
     def __init__(self, module: T2IAdapter) -> None:
         self.module: nn.Module = module

@@ -7,18 +7,22 @@ conditions = replace(text, controls=(Control.of(network, maps),))
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from PIL import Image
 from torch import nn
 
-from backbone.conditions.control import ControlNetwork
+from backbone.conditions.control import Control, ControlNetwork
 from backbone.families.control import ControlledFamily
 from backbone.families.loading import WEIGHTS, load_network
 from backbone.families.location import Location, find_hub_file
+from backbone.io.conditions import ANY, AUTO, AskedControl, AskedMap, say_sum
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import PICKLE_SUFFIXES, read_header, read_json
+from backbone.media.control_maps import Target, as_hints, read_map
+from backbone.media.parameters import last_name
 from backbone.models.model import Backbone
 
 RECORD = "condition.json"
@@ -86,18 +90,119 @@ def open_control(model: Backbone, name: str) -> OpenedControl:
     Raises `UserError` for a network of another family or model, a pickle, and what is no control network.
     """
     family = controlled_family(model)
-    folder, record = _find(name)
-    module = _load(model, family.control_classes, folder, name)
+    found = find_control(name)
+    module = _load(model, family.control_classes, found)
     try:
         network = family.control_network(module, model.denoiser, _encode(model))
     except UserError as error:
         raise UserError(f"{name} {error}. Name one that was made for {model.location.name}.") from error
+    record = found.record
     if record.base and record.base != model.fingerprint:
         notify(
             f"{name} was trained on {record.model or 'another model'} and is used with other weights, "
             f"{model.location.name}'s: it may be obeyed less."
         )
     return OpenedControl(network, record, name)
+
+
+# Conditions as they are asked for ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """A condition that was asked for, opened: the control of one row, its map as the network reads it, and facts."""
+
+    control: Control
+    map: Image.Image
+    facts: dict[str, Any]
+
+
+def open_conditions(
+    model: Backbone,
+    asked: Sequence[AskedControl],
+    size: tuple[int, int],
+    *,
+    picture: Image.Image | None = None,
+) -> tuple[Condition, ...]:
+    """The conditions for pictures of `size` (width, height). `picture` is where `KIND=auto` finds its map.
+
+    Maps are looked at before any weights are loaded. Raises `UserError` for what `read_map` and `open_control` refuse,
+    kinds that no network of the model reads, and guess mode where it has no effect.
+    """
+    if not asked:
+        return ()
+    controlled_family(model)
+    named = [one.network or _embedded(model, one.map.kind) for one in asked]
+    found = {name: find_control(name) for name in named}
+    ready = []
+    for said, name in zip(asked, named, strict=True):
+        one = _of_known_kind(said, found[name])
+        target = Target(size, found[name].record.palette or None)
+        ready.append((one, name, read_map(one.map, target, picture=picture)))
+    say_sum(asked)
+    opened = {name: open_control(model, name) for name in found}
+    return tuple(_condition(model, one, opened[name], image) for one, name, image in ready)
+
+
+def _condition(model: Backbone, asked: AskedControl, opened: OpenedControl, image: Image.Image) -> Condition:
+    usual = {"scale": 1.0, "start": 0.0, "stop": 1.0}
+    usual |= {**model.defaults.get("condition", {}), **opened.record.defaults}
+    how: dict[str, Any] = {
+        name: usual[name] if getattr(asked, name) is None else getattr(asked, name) for name in usual
+    }
+    if asked.guess and not opened.network.takes_guess:
+        raise UserError(
+            f"{opened.name} does not hear the prompt, so it cannot act without one: guess mode has no effect. Leave "
+            "--guess-mode out."
+        )
+    hints = as_hints(image).to(model.device)
+    control = Control.of(opened.network, hints, guess=asked.guess, **how)
+    network = last_name(opened.name)
+    return Condition(
+        control, image, {**describe_asked(asked.map), "network": network, **how, "guess": asked.guess}
+    )
+
+
+def describe_conditions(conditions: Sequence[Condition]) -> dict[str, Any]:
+    """The facts of conditions, for records; nothing without any."""
+    return {"conditions": [condition.facts for condition in conditions]} if conditions else {}
+
+
+def describe_asked(asked: AskedMap) -> dict[str, Any]:
+    """The facts of a map, for records."""
+    return {
+        "kind": asked.kind,
+        "map": asked.path or AUTO,
+        **({"how": asked.how} if asked.path and asked.how else {}),
+    }
+
+
+def _embedded(model: Backbone, kind: str) -> str:
+    """The folder of the model's own network for a kind; `UserError` where it has none."""
+    own = embedded_controls(model)
+    if kind == ANY:
+        raise UserError(
+            "Without --controlnet nothing says what kind of map it is. Say it, as in --condition sketch=drawing.png."
+        )
+    if kind not in own:
+        has = f"has networks for {', '.join(sorted(own))}" if own else "brings no control networks with it"
+        raise UserError(
+            f"{model.location.name} {has}, so nothing reads {kind} maps. Name a network with --controlnet."
+        )
+    return str(own[kind])
+
+
+def _of_known_kind(asked: AskedControl, found: FoundControl) -> AskedControl:
+    """The same with the kind that its network reads, where none was said; `UserError` for a kind that it does not."""
+    name, record = found.name, found.record
+    if asked.map.kind == ANY and len(record.kinds) == 1:
+        return replace(asked, map=replace(asked.map, kind=record.kinds[0]))
+    if record.kinds and asked.map.kind not in record.kinds:
+        raise UserError(
+            f"{name} was trained on {', '.join(record.kinds)}, not on {asked.map.kind}. Give such a map, or name "
+            "another network with --controlnet."
+        )
+    return asked
 
 
 def embedded_controls(model: Backbone) -> dict[str, Path]:
@@ -121,8 +226,16 @@ def _encode(model: Backbone) -> Any:
     return lambda pictures: model.encode(pictures).mean
 
 
-def _find(name: str) -> tuple[Path, ControlRecord]:
-    """The folder with a control network's config.json, and its condition.json if there is one."""
+class FoundControl(NamedTuple):
+    """Where a control network lies: the folder with its config.json, and what its condition.json says."""
+
+    name: str
+    folder: Path
+    record: ControlRecord
+
+
+def find_control(name: str) -> FoundControl:
+    """Look a control network up, without its weights; `UserError` for what is none."""
     path = Path(name).expanduser()
     if path.suffix.lower() in PICKLE_SUFFIXES:
         read_header(path)  # says why it is not read
@@ -130,13 +243,13 @@ def _find(name: str) -> tuple[Path, ControlRecord]:
         record = read_json(path / RECORD, ControlRecord) if (path / RECORD).exists() else ControlRecord()
         for part in ("", *PARTS):
             if (path / part / "config.json").exists():
-                return path / part, record
+                return FoundControl(name, path / part, record)
         raise UserError(
             f"{path} holds no control network: it has no config.json and no folder {' or '.join(PARTS)}. Name the "
             "folder that `save_pretrained` or `customize train-control` wrote."
         )
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.parent.exists():
-        return _fetch(name), ControlRecord()
+        return FoundControl(name, _fetch(name), ControlRecord())
     raise UserError(f"There is no control network {name}. Name a run, a diffusers folder, or a hub id.")
 
 
@@ -152,16 +265,17 @@ def _fetch(repository: str) -> Path:
     raise UserError(f"{repository} has no safetensors weights on the hub. Name another control network.")
 
 
-def _load(model: Backbone, classes: Sequence[Any], folder: Path, name: str) -> nn.Module:
+def _load(model: Backbone, classes: Sequence[Any], found: FoundControl) -> nn.Module:
     """The network in a folder, if it is of one of these classes."""
-    location = Location(name, str(folder.parent), {})
-    found = location.config(folder.name).get("_class_name", "")
-    kind = next((one for one in classes if one.__name__ == found), None)
+    location = Location(found.name, str(found.folder.parent), {})
+    part = found.folder.name
+    said = location.config(part).get("_class_name", "")
+    kind = next((one for one in classes if one.__name__ == said), None)
     if kind is None:
         raise UserError(
-            f"{name} is a {found or 'network of unknown kind'}, and {model.location.name} is controlled by "
+            f"{found.name} is a {said or 'network of unknown kind'}, and {model.location.name} is controlled by "
             f"{' or '.join(one.__name__ for one in classes)}. Name one of these."
         )
-    with progress(None, f"loading {name}", brief=True):
-        network = load_network(kind, location, folder.name, model.dtype)
+    with progress(None, f"loading {found.name}", brief=True):
+        network = load_network(kind, location, part, model.dtype)
     return network.eval().requires_grad_(False).to(model.device)

@@ -39,6 +39,7 @@ USUAL_TYPES: dict[str, Any] = {  # of `limner.json`; what goes into settings is 
     **dict.fromkeys(("steps", "train_steps", "rank", "batch"), int),
     **dict.fromkeys(("guidance", "learning_rate"), float),
     **dict.fromkeys(("align", "draft"), dict[str, Any]),
+    "condition": dict[str, float],
     "learning_rates": dict[str, float],
     "sheet_prompts": list[str],
 }
