@@ -7,12 +7,12 @@ left out of some samples, so that the map has to say what they would.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -78,26 +78,55 @@ class Drawn:
         return [noisy, *rest, *self.conditions.tensors()]
 
 
-class ControlData:
-    """The encoded pairs.
+class ControlSource(Protocol):
+    """Encoded images with their captions and maps, by the number of an image.
 
-    posteriors  of the images, one a pair, and behind them of the mirrored ones where `flip`
-    conditions  of their captions, one a pair, and of the empty prompt behind them
+    kinds       of its maps
+    conditions  of captions, one behind the other, the empty prompt last
     """
 
-    def __init__(self, model: Backbone, pairs: list[ControlPair], kind: str, *, flip: bool) -> None:
-        self.pairs, self.kind = pairs, kind
+    kinds: Sequence[str]
+    conditions: Prompts | Conditions
+
+    def __len__(self) -> int: ...
+
+    def latents(self, rows: Tensor, random: torch.Generator) -> Tensor:
+        """Clean latents [B, C, H, W], drawn from the images' posteriors."""
+        ...
+
+    def captions(self, rows: Tensor) -> Tensor:
+        """Which of the conditions are the images' captions [B]."""
+        ...
+
+    def maps(self, rows: Tensor, random: torch.Generator) -> Tensor:
+        """Maps [B, 3, H, W] in 0…1."""
+        ...
+
+
+class PairData:
+    """The encoded pairs of a user, mirrored ones behind the others where `flip`. A `ControlSource`."""
+
+    def __init__(self, model: Backbone, pairs: Sequence[ControlPair], kind: str, *, flip: bool) -> None:
+        self.pairs, self.kinds = pairs, (kind,)
         self.size = model.resolution, model.resolution
         flips = (False, True) if flip else (False,)
         encoded = encode_views(model, [View(pair.image, self.size) for pair in pairs], flips, std=True)
         places = [(part, row) for part in range(len(flips)) for row in range(len(pairs))]
         self.posteriors = Posteriors([encoded[flip] for flip in flips], places, model.device)
-        self.conditions: Prompts | Conditions = encode_texts(model, [*(pair.caption for pair in pairs), ""])
+        self.conditions = encode_texts(model, [*(pair.caption for pair in pairs), ""])
         most = max(1, REMEMBERED // (3 * self.size[0] * self.size[1]))
         self._bytes = lru_cache(maxsize=most)(self._read)
 
-    def maps(self, rows: Tensor) -> Tensor:
-        """Maps [B, 3, H, W] in 0…1 of these posteriors."""
+    def __len__(self) -> int:
+        return len(self.posteriors)
+
+    def latents(self, rows: Tensor, random: torch.Generator) -> Tensor:
+        return self.posteriors.gather(rows).sample(random)
+
+    def captions(self, rows: Tensor) -> Tensor:
+        return rows % len(self.pairs)
+
+    def maps(self, rows: Tensor, random: torch.Generator) -> Tensor:
         count = len(self.pairs)
         each = [self._bytes(int(row) % count).float() / 255 for row in rows]
         return torch.stack(
@@ -105,7 +134,7 @@ class ControlData:
         )
 
     def _read(self, number: int) -> Tensor:
-        return (self.pairs[number].read_map(self.kind, self.size) * 255).round().byte()
+        return (self.pairs[number].read_map(self.kinds[0], self.size) * 255).round().byte()
 
 
 class ControlTraining(Objective):
@@ -114,7 +143,7 @@ class ControlTraining(Objective):
     settings: ControlSettings
 
     def __init__(
-        self, model: Backbone, network: ControlNetwork, data: ControlData, settings: ControlSettings
+        self, model: Backbone, network: ControlNetwork, data: ControlSource, settings: ControlSettings
     ) -> None:
         self.model, self.network, self.data, self.settings = model, network, data, settings
         self.parameters = {
@@ -158,22 +187,23 @@ class ControlTraining(Objective):
     def draw(self, random: torch.Generator, step: int) -> Drawn:
         """A batch; every process draws the same one and keeps its own samples of it."""
         settings, data, path = self.settings, self.data, self.model.path
-        rows = torch.randint(len(data.posteriors), (settings.batch,), generator=random)
-        clean = data.posteriors.gather(rows).sample(random)
+        rows = torch.randint(len(data), (settings.batch,), generator=random)
+        clean = data.latents(rows, random)
         noise = torch.randn(clean.shape, generator=random)
         index = self.draw_levels(random, step)
         level = path.levels[index]
         weight = weight_map(level_weight(level, path.prediction_type, settings.loss_weighting), clean)
         wordless = torch.rand(settings.batch, generator=random) < settings.proportion_empty_prompts
         seen = torch.rand(settings.batch, generator=random) >= settings.map_dropout
-        prompts = torch.where(wordless, len(data.pairs), rows % len(data.pairs))
+        prompts = torch.where(wordless, len(data.conditions) - 1, data.captions(rows))
+        maps = data.maps(rows, random) * seen.reshape(-1, 1, 1, 1)
         mine = torch.arange(settings.batch)[self.share.rows]
         batch = Batch(
             add_noise(clean, noise, level)[mine],
             index[mine],
             target(clean, noise, level, path.prediction_type)[mine],
             weight[mine],
-            data.maps(rows[mine]) * seen[mine].reshape(-1, 1, 1, 1),
+            maps[mine],
         )
         return Drawn(batch, data.conditions[prompts[mine]])
 
@@ -201,13 +231,20 @@ class ControlTraining(Objective):
     def write(self, run: Path, header: dict[str, str]) -> dict[str, Any]:
         """Writes the network as diffusers saves it, and `condition.json` beside it."""
         part = PARTS[0 if self.settings.kind == ADAPTER else 1]
-        cast(Any, self.network.module).save_pretrained(run / part)
+        with self.averaged():
+            cast(Any, self.network.module).save_pretrained(run / part)
         write_json(run / RECORD, self.record())
         return {}
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights inside the `with`, where an average is kept."""
+        with nullcontext() if self.average is None else self.average.applied():
+            yield
+
     def record(self) -> ControlRecord:
         """What `condition.json` says."""
-        kinds = (self.data.kind,)
+        kinds = tuple(self.data.kinds)
         return ControlRecord(
             kinds=kinds,
             palette=load_labels() if "labels" in kinds and self.settings.model in OWN else {},

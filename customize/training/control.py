@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL.Image import Image
@@ -41,8 +41,8 @@ from backbone.training.run import CHECKPOINT, Every, drive
 from backbone.world.record import load_labels
 from customize.control_settings import PROGRAM, ControlSettings, as_flags, read_settings, resolved
 from customize.data.control_pairs import Columns, ControlPair, check_control_pairs, read_control_pairs
-from customize.evaluation.obedience import HeldOut, edge_agreement, mean_agreement, measure_loss
-from customize.objectives.control import ControlData, ControlTraining
+from customize.evaluation.obedience import Agreement, HeldOut, edge_agreement, mean_agreement, measure_loss
+from customize.objectives.control import ControlTraining, PairData
 from customize.objectives.control_networks import make_network
 from customize.settings import FILE, SHEET
 
@@ -144,10 +144,10 @@ def carry_on(
     """Trains from the last checkpoint, if there is one, to the finished folder."""
     held = held_out(pairs)
     learned = list(pairs[: len(pairs) - len(held)]) if len(held) < len(pairs) else list(pairs)
-    data = ControlData(model, learned, settings.condition, flip=settings.flip)
+    data = PairData(model, learned, settings.condition, flip=settings.flip)
     training = ControlTraining(model, network, data, settings)
     training.sources = {"model": model.fingerprint}
-    previews = Previews(model, network, settings, held)
+    previews = Previews(model, training, shown_by(settings, held, model))
     validation = Validation(run, training, held_latents(model, held, settings.condition))
     model.free("text_encoder")
     training.resume(run)
@@ -187,7 +187,7 @@ def held_out(pairs: Sequence[ControlPair]) -> Sequence[ControlPair]:
 def held_latents(model: Backbone, held: Sequence[ControlPair], kind: str) -> HeldOut:
     """The held-out pairs, encoded."""
     size = model.resolution, model.resolution
-    each = ControlData(model, list(held), kind, flip=False)
+    each = PairData(model, list(held), kind, flip=False)
     rows = torch.arange(len(held))
     clean = each.posteriors.gather(rows).mean
     conditions = each.conditions[rows].to(model.device)
@@ -219,7 +219,8 @@ class Validation:
         model, seed = self.training.model, self.training.settings.seed
         if self.without is None:
             self.without = measure_loss(model, None, self.held, seed=seed)
-        loss = measure_loss(model, self.training.network, self.held, seed=seed)
+        with self.training.averaged():
+            loss = measure_loss(model, self.training.network, self.held, seed=seed)
         best = step > 0 and all(loss < one.loss for one in self.history if one.step)
         self.history.append(Obedience(step, loss, self.without))
         if processes.is_main_process():
@@ -229,60 +230,64 @@ class Validation:
         return ""
 
 
+class Shown(NamedTuple):
+    """What a preview draws by: a prompt and a map [3, H, W] in 0…1 of a kind."""
+
+    prompt: str
+    kind: str
+    map: Tensor
+
+
+def shown_by(settings: ControlSettings, held: Sequence[ControlPair], model: Backbone) -> list[Shown]:
+    """The maps that the user named for previews, or some of the pairs held out."""
+    kind, size = settings.condition, (model.resolution, model.resolution)
+    named = settings.validation_pairs()
+    if named:
+        return [Shown(prompt, kind, named_map(path, settings, size)) for path, prompt in named]
+    return [Shown(pair.caption, kind, pair.read_map(kind, size)) for pair in held[:SHOWN]]
+
+
 class Previews:
-    """Draws by held-out maps, or those that the user named, beside the maps."""
+    """Draws by maps, beside the maps and what is found in the drawn images."""
 
-    def __init__(
-        self,
-        model: Backbone,
-        network: ControlNetwork,
-        settings: ControlSettings,
-        held: Sequence[ControlPair],
-    ) -> None:
-        self.model, self.network, self.settings = model, network, settings
-        size, kind = (model.resolution, model.resolution), settings.condition
-        named = settings.validation_pairs()
-        self.prompts = [prompt for _, prompt in named] or [pair.caption for pair in held[:SHOWN]]
-        self.maps = [named_map(path, settings, size) for path, _ in named] or [
-            pair.read_map(kind, size) for pair in held[:SHOWN]
-        ]
-        encode_prompts_cached(model, [*self.prompts, ""])  # while the text encoder is loaded
+    def __init__(self, model: Backbone, training: ControlTraining, shown: Sequence[Shown]) -> None:
+        self.model, self.training, self.shown = model, training, shown
+        encode_prompts_cached(model, [*(one.prompt for one in shown), ""])  # while the text encoder is loaded
 
-    def save(self, path: Path) -> Any:
+    def save(self, path: Path) -> Agreement | None:
         """Writes a sheet of map | drawn | map of the drawn, and gives how the edges agree where they can be found."""
         if not processes.is_participant():
             return None
         drawn = self.draw()
         if not processes.is_main_process():
             return None
-        kind, rows, agreed = self.settings.condition, [], []
-        for number, (asked, image) in enumerate(zip(self.maps, drawn, strict=True)):
-            cells: list[Cell | Image | None] = [as_image(asked), Cell(image, self.prompts[number])]
+        settings = self.training.settings
+        rows: list[list[Cell | Image | None]] = []
+        agreed = []
+        for (prompt, kind, asked), image in zip(self.shown, drawn, strict=True):
+            rows.append([Cell(as_image(asked), kind), Cell(image, prompt)])
             if kind in COMPUTED:
-                found = compute_map(kind, image)
-                one = edge_agreement(asked, (to_tensor(image) + 1) / 2)
-                agreed.append(one)
-                cells.append(Cell(found, f"F1 {one.f1:.2f}"))
-            rows.append(cells)
-        titles = ["map", "drawn by it", "map of the drawn"][: len(rows[0])]
-        settings = self.settings
+                agreed.append(edge_agreement(asked, (to_tensor(image) + 1) / 2))
+                rows[-1].append(Cell(compute_map(kind, image), f"F1 {agreed[-1].f1:.2f}"))
         how = f"{settings.sample_steps} steps, guidance {settings.guidance:g}"
         note = f"{settings.kind}, {path.stem}; {settings.model}, {how}"
-        save_png(path, draw_sheet(rows, title=f"By {kind}", note=note, column_titles=titles))
+        titles = ["map", "drawn by it", "map of the drawn"][: max(map(len, rows))]
+        title = f"By {', '.join(dict.fromkeys(one.kind for one in self.shown))}"
+        save_png(path, draw_sheet(rows, title=title, note=note, column_titles=titles))
         return mean_agreement(agreed) if agreed else None
 
     def draw(self) -> list[Image]:
         """An image for each map, each by itself."""
-        network, settings, images = self.network, self.settings, []
-        was = network.module.training
+        network, settings = self.training.network, self.training.settings
+        was, images = network.module.training, []
         network.module.eval()
-        with progress(len(self.maps), "drawing a preview", brief=True) as bar:
-            for number, (asked, prompt) in enumerate(zip(self.maps, self.prompts, strict=True)):
+        with self.training.averaged(), progress(len(self.shown), "drawing a preview", brief=True) as bar:
+            for number, one in enumerate(self.shown):
                 with torch.no_grad(), self.model.autocast():
-                    control = Control.of(network, asked[None].to(self.model.device))
+                    control = Control.of(network, one.map[None].to(self.model.device))
                 images += sample(
                     self.model,
-                    [Request(prompt, (number, 0))],
+                    [Request(one.prompt, (number, 0))],
                     steps=settings.sample_steps,
                     guidance=settings.guidance,
                     seed=settings.seed,
