@@ -81,7 +81,7 @@ def sample_to_folder(
         "model": name,
         **asked.facts(),
         **describe_concepts([concept.folder for concept in concepts], asked.scale),
-        **describe_conditions(conditions),
+        **({"conditions": [condition.brief() for condition in conditions]} if conditions else {}),
     }
     with _hold_folder(out) as folder:
         _write_images(backbone, requests, prompts, folder, Drawing(asked, facts, conditions))

@@ -38,7 +38,7 @@ ROOMS = {
     ),
     "edit": (
         ("checks", "phrases", "settings", "pictures", "attention"),
-        ("sampling",),
+        ("sampling", "layout"),
         ("inversion",),
         ("masks",),
         ("result",),

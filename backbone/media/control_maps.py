@@ -23,6 +23,7 @@ from backbone.io.conditions import LINE_KINDS, AskedMap
 from backbone.io.console import UserError, notify_once
 from backbone.media.decode import open_rgb
 from backbone.media.outlines import draw_lines, draw_outlines
+from backbone.media.transforms import CROPS, crop_box
 
 Palette = Mapping[str, tuple[int, int, int]]
 COMPUTED = ("edges", "lines", "sketch")  # kinds that are found in a picture without another network
@@ -35,10 +36,16 @@ MANY_COLOURS = 512  # in a map of labels of no known palette
 
 @dataclass(frozen=True)
 class Target:
-    """The picture that a map is for: its size (width, height) in pixels, and the palette of labels, if it is known."""
+    """The picture that a map is for.
+
+    size      (width, height) in pixels
+    palette   of labels, if it is known
+    drawn_on  the size of the image that it was cropped from, on which a map may have been drawn
+    """
 
     size: tuple[int, int]
     palette: Palette | None = None
+    drawn_on: tuple[int, int] | None = None
 
 
 def read_map(asked: AskedMap, target: Target, *, picture: Image.Image | None = None) -> Image.Image:
@@ -50,6 +57,9 @@ def read_map(asked: AskedMap, target: Target, *, picture: Image.Image | None = N
     if asked.path:
         picture = open_rgb(asked.path)
         refuse_transparency(Path(asked.path))
+        if target.drawn_on is not None and is_same_shape(picture.size, target.drawn_on):
+            left, top, right, bottom = map(round, crop_box(picture.size, target.size, CROPS["center"]))
+            picture = picture.crop((left, top, right, bottom))
         refuse_other_shape(picture.size, target.size, asked.path)
     assert picture is not None
     if asked.is_computed:
@@ -183,11 +193,16 @@ def refuse_transparency(path: Path) -> None:
 def refuse_other_shape(size: tuple[int, int], wanted: tuple[int, int], name: str) -> None:
     """`UserError` for a map of another shape than the picture."""
     (width, height), (wide, high) = size, wanted
-    if abs(float(np.log(width * high / (height * wide)))) > SAME_SHAPE:
+    if not is_same_shape(size, wanted):
         raise UserError(
             f"{name} has {width} × {height} pixels and the picture {wide} × {high}: another shape. Crop the map, or "
             "draw a picture of its shape with --width and --height."
         )
+
+
+def is_same_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two sizes (width, height) have about the same aspect ratio."""
+    return abs(float(np.log(size[0] * other[1] / (size[1] * other[0])))) <= SAME_SHAPE
 
 
 def refuse_wrong_kind(drawn: np.ndarray, asked: AskedMap, palette: Palette | None) -> None:

@@ -116,6 +116,12 @@ class Condition:
     map: Image.Image
     facts: dict[str, Any]
 
+    def brief(self) -> dict[str, Any]:
+        """The facts for an image that is passed on: files and folders by their last names."""
+        return {
+            name: last_name(value) if isinstance(value, str) else value for name, value in self.facts.items()
+        }
+
 
 def open_conditions(
     model: Backbone,
@@ -123,11 +129,16 @@ def open_conditions(
     size: tuple[int, int],
     *,
     picture: Image.Image | None = None,
+    drawn_on: tuple[int, int] | None = None,
+    opened: dict[str, OpenedControl] | None = None,
 ) -> tuple[Condition, ...]:
     """The conditions for pictures of `size` (width, height). `picture` is where `KIND=auto` finds its map.
 
-    Maps are looked at before any weights are loaded. Raises `UserError` for what `read_map` and `open_control` refuse,
-    kinds that no network of the model reads, and guess mode where it has no effect.
+    Maps may also have the shape of the image that they were `drawn_on`, from which the picture was cropped. `opened`
+    keeps networks for the next call. Maps are looked at before any weights are loaded.
+
+    Raises `UserError` for what `read_map` and `open_control` refuse, kinds that no network of the model reads, and
+    guess mode where it has no effect.
     """
     if not asked:
         return ()
@@ -137,10 +148,12 @@ def open_conditions(
     ready = []
     for said, name in zip(asked, named, strict=True):
         one = _of_known_kind(said, found[name])
-        target = Target(size, found[name].record.palette or None)
+        target = Target(size, found[name].record.palette or None, drawn_on)
         ready.append((one, name, read_map(one.map, target, picture=picture)))
     say_sum(asked)
-    opened = {name: open_control(model, name) for name in found}
+    opened = {} if opened is None else opened
+    for name in found:
+        opened[name] = opened.get(name) or open_control(model, name)
     return tuple(_condition(model, one, opened[name], image) for one, name, image in ready)
 
 
@@ -157,10 +170,15 @@ def _condition(model: Backbone, asked: AskedControl, opened: OpenedControl, imag
         )
     hints = as_hints(image).to(model.device)
     control = Control.of(opened.network, hints, guess=asked.guess, **how)
-    network = last_name(opened.name)
-    return Condition(
-        control, image, {**describe_asked(asked.map), "network": network, **how, "guess": asked.guess}
-    )
+    facts = {**describe_asked(asked.map), "network": opened.name, **how, "guess": asked.guess}
+    return Condition(control, image, facts)
+
+
+def with_map(condition: Condition, image: Image.Image) -> Condition:
+    """The same condition with another map."""
+    control = condition.control
+    hints = control.network.read(as_hints(image).to(control.hints[0].device))
+    return replace(condition, control=replace(control, hints=hints), map=image)
 
 
 def describe_conditions(conditions: Sequence[Condition]) -> dict[str, Any]:

@@ -153,7 +153,9 @@ def controls_of(
     return [Control.of(net, hint, **row) for net, hint, row in zip(nets, hints, rows, strict=True)], hints
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("scale", "share"))) for name in CASES]
+)
 def test_twenty_guided_steps_under_controlnets_are_diffusers_own(nets: Nets, case: str) -> None:
     count, how, said = CASES[case]
     controls, hints = controls_of(nets.model, nets.controlnets, count, how)
@@ -164,7 +166,7 @@ def test_twenty_guided_steps_under_controlnets_are_diffusers_own(nets: Nets, cas
     assert float((ours - drawn(nets.model, [])).abs().max()) > 0.01
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_twenty_guided_steps_under_t2i_adapters_are_diffusers_own(nets: Nets, count: int) -> None:
     how: dict[str, list[Any]] = {"scale": [0.7, 1.1], "stop": [0.6] * 2}
     controls, hints = controls_of(nets.model, nets.adapters, count, how)
