@@ -116,6 +116,11 @@ class Told(NamedTuple):
 @settled_command(app, PrepareSettings)
 def prepare(settings: PrepareSettings) -> None:
     """Renders scenes, encodes them, and keeps their maps; finished shards are kept."""
+    prepare_scenes(settings)
+
+
+def prepare_scenes(settings: PrepareSettings) -> None:
+    """Renders scenes, encodes them, and keeps their maps; finished shards are kept."""
     find_font()
     model = Backbone.open(settings.model, device=settings.device)
     with ProcessPoolExecutor(settings.workers) as pool:
@@ -242,6 +247,11 @@ class WorldTraining(ControlTraining):
 @settled_command(app, TrainSettings)
 def train(settings: TrainSettings) -> None:
     """Trains, or goes on training from the last step that was saved."""
+    train_network(settings)
+
+
+def train_network(settings: TrainSettings) -> None:
+    """Trains, or goes on training from the last step that was saved."""
     model = Backbone.open(settings.model, device=settings.device)
     folder = held_path(settings.workdir, model).parent
     paths = sorted(path for path in folder.glob("*.safetensors") if path.stem != "held")
@@ -342,6 +352,11 @@ class ExportSettings(WorkSettings):
 
 @settled_command(app, ExportSettings)
 def export(settings: ExportSettings) -> None:
+    """Writes the network in fp16 beside the model's parts, where `customize sample --condition` finds it."""
+    export_network(settings)
+
+
+def export_network(settings: ExportSettings) -> None:
     """Writes the network in fp16 beside the model's parts, where `customize sample --condition` finds it."""
     run, model = settings.workdir / settings.name, Backbone.open(settings.model)
     if not (run / RECORD).exists():
