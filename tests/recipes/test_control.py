@@ -1,4 +1,4 @@
-"""The recipe of the embedded control network: shards of true maps, a run that is gone on with, an export that is found."""
+"""The recipe of the embedded control network: true maps, a run that is gone on with, an export that is found."""
 
 from __future__ import annotations
 
