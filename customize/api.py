@@ -9,6 +9,7 @@ from typing import Any
 
 from backbone.adapters.concept import checkpoint as find_checkpoint
 from backbone.adapters.concept import read_concept
+from backbone.io.conditions import ControlOptions, refuse_from_source
 from backbone.io.files import read_json
 from backbone.io.prompts import prompts_of
 from backbone.io.run import Run
@@ -73,6 +74,12 @@ def sample(
     height: int | None = None,
     resolution: int | None = None,
     batch: int = 8,
+    condition: str | Sequence[str] = (),
+    controlnet: str | Path | Run | Sequence[str | Path | Run] = (),
+    condition_scale: float | Sequence[float] = (),
+    condition_start: float | Sequence[float] = (),
+    condition_stop: float | Sequence[float] = (),
+    guess_mode: bool = False,
     out: str | Path | None = None,
     device: str = "auto",
     precision: str = "auto",
@@ -80,7 +87,9 @@ def sample(
     """Sample `count` images of every prompt, with concepts (run folders) or without, as `customize sample` does.
 
     `out`, new or empty, keeps the images in a folder; without it they are only returned. Image j of prompt i depends on
-    the seed, i and j. Raises `UserError` for a token that no concept owns, or a size that the model cannot draw.
+    the seed, i and j. `condition` is `"sketch=drawing.png"` or several; `controlnet` and its strengths are one for all
+    or one for each. Raises `UserError` for a token that no concept owns, a size that the model cannot draw, or a map
+    that is none.
     """
     from customize.sampling import RECORD, sample_to_folder
 
@@ -102,12 +111,26 @@ def sample(
         device=device,
         precision=precision,
     )
+    controls = ControlOptions(
+        condition=_several(condition),
+        controlnet=tuple(map(str, _several(controlnet))),
+        condition_scale=_several(condition_scale),
+        condition_start=_several(condition_start),
+        condition_stop=_several(condition_stop),
+        guess_mode=guess_mode,
+    ).controls
+    refuse_from_source(controls)
     concepts = [read_concept(find_checkpoint(str(one))) for one in folders]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if out is None else Path(out)
-        sheet = sample_to_folder(asked, settings, folder, concepts=concepts)
+        sheet = sample_to_folder(asked, settings, folder, concepts=concepts, controls=controls)
         record = read_json(sheet.with_name(RECORD))
         return read_samples(folder, record)
+
+
+def _several(given: Any) -> tuple[Any, ...]:
+    """What was given as one or several, as several."""
+    return (given,) if isinstance(given, (str, Path, Run, int, float)) else tuple(given)
 
 
 def read_samples(folder: Path, record: dict[str, Any]) -> Images:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from backbone.io.commands import command_group, print_json
+from backbone.io.conditions import CONTROL, ControlOptions, refuse_from_source
 from backbone.io.console import UserError, count_of, is_main_rank, notify, run_app
 from backbone.io.files import read_json, refuse_filled
 from backbone.io.flags import (
@@ -30,6 +31,7 @@ from backbone.io.sampling import CountOption, DrawingOptions
 from backbone.training.settings import PANELS, find_resumed, said_anew
 from customize.formats import cli as files_cli
 from customize.settings import PrepareImages, Settings, TrainOptions, read_settings, resolved
+from customize.training import control_commands
 from customize.training.start import RESUMED, as_kept, start, start_preparing
 
 app = command_group("Teach a diffusion model a new concept from a handful of images.")
@@ -182,7 +184,7 @@ def train(asked: dict[str, Any], run: TrainOptions) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleOptions(DrawingOptions, JsonOptions):
+class SampleOptions(ControlOptions, DrawingOptions, JsonOptions):
     """What `customize sample` draws."""
 
     words: Annotated[
@@ -216,7 +218,7 @@ class SampleOptions(DrawingOptions, JsonOptions):
     ] = None
 
 
-@settled_command(app, SampleOptions, panels=(DRAWING, CONCEPTS, SAMPLING))
+@settled_command(app, SampleOptions, panels=(DRAWING, CONTROL, CONCEPTS, SAMPLING))
 def sample(asked: SampleOptions) -> None:
     """Draw images from prompts, with concepts or without."""
     from backbone.adapters.concept import checkpoint, read_concept, resolve_placeholder_tokens
@@ -228,11 +230,13 @@ def sample(asked: SampleOptions) -> None:
     concepts = [read_concept(checkpoint(run, asked.checkpoint)) for run in asked.concepts]
     for prompt in [*prompts, asked.negative]:
         resolve_placeholder_tokens(prompt, concepts)  # mistakes are answered before torch is imported
+    controls = asked.controls
+    refuse_from_source(controls)
     if asked.out is not None:
         refuse_filled(asked.out)
     from customize.sampling import RECORD, sample_to_folder
 
-    sheet = sample_to_folder(prompts, asked, asked.out, concepts=concepts)
+    sheet = sample_to_folder(prompts, asked, asked.out, concepts=concepts, controls=controls)
     folder = sheet.parent
     notify(f"{len(prompts) * asked.count} images in {folder}; {sheet} shows them all.")
     if asked.as_json and is_main_rank():
@@ -322,6 +326,7 @@ def _templates(asked: EvaluateOptions) -> Sequence[str]:
     return read_templates(asked.prompts, living=asked.living) if asked.prompts else moji_prompts()
 
 
+control_commands.register(app)  # map, train-control
 files_cli.register(app)  # export, import, info, merge, extract, resize
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,28 @@ from backbone.adapters.concept import (
     trained_resolution,
 )
 from backbone.distributed import processes
+from backbone.io.conditions import AskedControl
 from backbone.io.console import progress
 from backbone.io.files import refuse_filled, write_json
 from backbone.io.run_folder import hold_new_folder, package_versions
 from backbone.io.sampling import DrawingOptions, SamplingSettings
 from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
+from backbone.models.control import Condition, describe_conditions, open_conditions
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, latent_size, refuse_negative, sample
 
 RECORD = "samples.json"
 SAMPLES = Path("samples")
+
+
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """How images are drawn: settings, what is written into each image, and conditions on the layout."""
+
+    settings: SamplingSettings
+    facts: Mapping[str, Any]
+    conditions: Sequence[Condition]
 
 
 def sample_to_folder(
@@ -37,14 +49,17 @@ def sample_to_folder(
     out: Path | None,
     *,
     concepts: Sequence[Concept] = (),
+    controls: Sequence[AskedControl] = (),
 ) -> Path:
     """Write `p00-s00.png` … (prompt number, sample number), `samples.json` and `sheet.png`; returns the sheet's path.
 
     `out` is new or empty; None stands for `samples/`, or `samples-2/` … where that exists. `concepts` are those
     that `asked` names, read already. Images are as large as the concepts' training images, where no size is asked for.
-    Image (i, j) depends on the seed, i and j alone, and several processes share the work. Raises
-    `UserError`, before any weights load, for a token that no concept has, a concept of another model, a size that
-    the model cannot sample, or a folder that holds something.
+    The maps of `controls`, conditions on the layout, are written as `condition-0-sketch.png` … and stand beside the
+    images in the sheet. Image (i, j) depends on the seed, i and j alone, and several processes share the work.
+
+    Raises `UserError`, before any weights load, for a token that no concept has, a concept of another model, a size
+    that the model cannot sample, a map that is none, or a folder that holds something.
     """
     name = asked.model or (concepts[0].model if concepts else "moji")
     processes.init_process(asked.device)
@@ -52,9 +67,10 @@ def sample_to_folder(
     negative = resolve_placeholder_tokens(asked.negative, concepts)
     backbone = Backbone.open(name, device=asked.device, precision=asked.precision)
     asked = asked.at_resolution(trained_resolution(concepts)).with_defaults(backbone.defaults)
-    latent_size(backbone, asked.size)
+    rows, columns = latent_size(backbone, asked.size)
     if out is not None:
         refuse_filled(out)
+    conditions = open_conditions(backbone, controls, (columns * backbone.factor, rows * backbone.factor))
     load_concepts(backbone, concepts, scale=asked.scale)
     refuse_negative(backbone, asked.negative, asked.guidance)
     requests = [
@@ -65,9 +81,10 @@ def sample_to_folder(
         "model": name,
         **asked.facts(),
         **describe_concepts([concept.folder for concept in concepts], asked.scale),
+        **({"conditions": [condition.brief() for condition in conditions]} if conditions else {}),
     }
     with _hold_folder(out) as folder:
-        _write_images(backbone, requests, prompts, folder, asked, facts)
+        _write_images(backbone, requests, prompts, folder, Drawing(asked, facts, conditions))
         processes.barrier()  # now all pictures are there
         if processes.is_main_process():
             record = {
@@ -76,13 +93,15 @@ def sample_to_folder(
                 **asked.facts(),
                 "guided": list(asked.guided),
                 "scale": asked.scale,
+                **describe_conditions(conditions),
                 "seconds": round(time.perf_counter() - began, 2),
                 "versions": package_versions(),
             }
             drawn_by = " with ".join([name, *(str(concept.folder) for concept in concepts)])
             note = f"{drawn_by}, {asked.steps} steps, guidance {asked.describe_guidance()}, seed {asked.seed}"
             columns = asked.count if asked.count > 1 else 4
-            write_index(folder, requests, prompts, record, note=note, columns=columns)
+            maps = _write_maps(folder, conditions)
+            write_index(folder, requests, prompts, record, note=note, columns=columns, beside=maps)
     processes.end_process()
     return folder / "sheet.png"
 
@@ -105,17 +124,29 @@ def _write_images(
     requests: Sequence[Request],
     prompts: Sequence[str],
     out: Path,
-    settings: SamplingSettings,
-    facts: Mapping[str, Any],
+    drawing: Drawing,
 ) -> None:
     """Sample this process's share of the requests and write the images, with what they were drawn with in them."""
+    settings, controls = drawing.settings, [condition.control for condition in drawing.conditions]
     share = processes.split_items(requests, batch=settings.batch)
     with progress(len(share), "drawing") as bar:
-        images = sample(model, share, **settings.for_sampler(), advance=bar.advance_images)
+        images = sample(model, share, **settings.for_sampler(), controls=controls, advance=bar.advance_images)
         for request, image in zip(share, images, strict=True):
             i, j = request.key
-            text = describe_drawing(prompts[i], image.size, {**facts, "prompt_number": i, "sample": j})
+            text = describe_drawing(
+                prompts[i], image.size, {**drawing.facts, "prompt_number": i, "sample": j}
+            )
             save_png(out / image_name(request), image, text=text)
+
+
+def _write_maps(out: Path, conditions: Sequence[Condition]) -> list[Cell]:
+    """Write the maps as the networks read them; the sheet's cells of them."""
+    cells = []
+    for number, condition in enumerate(conditions):
+        kind = condition.facts["kind"]
+        save_png(out / f"condition-{number}-{kind}.png", condition.map)
+        cells.append(Cell(condition.map, f"{kind}\nscale {condition.facts['scale']:g}"))
+    return cells
 
 
 def write_index(
@@ -126,8 +157,12 @@ def write_index(
     *,
     note: str,
     columns: int,
+    beside: Sequence[Cell] = (),
 ) -> None:
-    """Write `samples.json` (the `record` and a list of the images) and a `sheet.png` of the images in the folder."""
+    """Write `samples.json` (the `record` and a list of the images) and a `sheet.png` of the images in the folder.
+
+    `beside` stands before every row of the sheet.
+    """
     entries = [
         {
             "file": image_name(request),
@@ -145,7 +180,8 @@ def write_index(
         caption = f"{prompts[i]}\nsample {j}" if several else prompts[i]  # j, as the file's name has it
         with Image.open(out / image_name(request)) as image:
             cells.append(Cell(image.convert("RGB"), caption))
-    save_png(out / "sheet.png", draw_sheet(split_rows(cells, columns), note=note))
+    rows = [[*beside, *row] for row in split_rows(cells, columns)]
+    save_png(out / "sheet.png", draw_sheet(rows, note=note))
 
 
 def image_name(request: Request) -> str:

@@ -252,6 +252,7 @@ def with_concepts(asked: StepOptions, prompts: Sequence[str]) -> dict[str, Any]:
     learned = [read_concept(folder) for folder in folders]
     for prompt in prompts:
         resolve_placeholder_tokens(prompt, learned)
+    _ = asked.controls  # mistakes are answered before torch is imported
     wishes = {one.name: getattr(asked, one.name) for one in fields(asked) if one.name != "checkpoint"}
     if wishes.get("mask") is not None:
         from edit.pictures import read_mask

@@ -15,6 +15,7 @@ from backbone.io.console import UserError
 from backbone.media.transforms import crop_and_resize, mask_to_tensor
 from backbone.models.cache import encode_prompts_cached
 from edit.inversion.inversion import Inversion
+from edit.layout import SOURCE, TARGET
 from edit.pictures import EncodedImage, ImageLike, read_mask
 
 # Of the way down: late enough to see where a thing is, early enough to see what.
@@ -24,25 +25,33 @@ FLOOR = 0.1  # share of the places that are taken to differ by nothing
 
 @torch.no_grad()
 def difference_maps(
-    inversion: Inversion, pairs: Sequence[tuple[str, str]], *, first: int = 0
+    inversion: Inversion,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    first: int = 0,
+    sides: tuple[int, int] = (SOURCE, TARGET),
 ) -> tuple[Tensor, int]:
     """How differently the prompts of each pair are predicted [N, H, W], 1 at most, and the NFE: five for each prompt.
 
     After Couairon et al. 2023 (DiffEdit, section 3.2), with the states of the trajectory from step `first` on in place
-    of fresh noise, at five steps.
+    of fresh noise, at five steps. `sides` says under whose control maps each prompt of a pair is asked.
     """
     model, steps = inversion.model, inversion.steps
-    prompts = list(dict.fromkeys(prompt for pair in pairs for prompt in pair))
+    if not inversion.layout.conditions:
+        sides = (SOURCE, SOURCE)  # all are asked alike
+    asked = [tuple(zip(pair, sides, strict=True)) for pair in pairs]
+    prompts = list(dict.fromkeys(prompt for pair in asked for prompt in pair))
     # One batch of every prompt at every one of the chosen steps, [steps · prompts, ...], each row at its own level
     chosen = torch.tensor(sorted({first + int(share * (steps - first)) for share in SHARES}))
     states = inversion.states.float()[send(chosen, inversion.states.device)].repeat_interleave(
         len(prompts), 0
     )
     levels = inversion.schedule[chosen.repeat_interleave(len(prompts))]
-    text = encode_prompts_cached(model, prompts).repeat(len(chosen))
+    text = encode_prompts_cached(model, [prompt for prompt, _ in prompts])
+    text = inversion.layout.under(text, inversion.schedule, [side for _, side in prompts]).repeat(len(chosen))
     noise = model.predictor(text)(states, levels).noise.unflatten(0, (len(chosen), len(prompts)))
     maps = []
-    for one, other in pairs:
+    for one, other in asked:
         # |ε̂ − ε̂'|, mean over channels, at each step above what a tenth of the places stays below, and 1 at most
         apart = (noise[:, prompts.index(other)] - noise[:, prompts.index(one)]).abs().mean(1)
         floor = apart.flatten(1).quantile(FLOOR, dim=1)[:, None, None]
@@ -66,7 +75,10 @@ def evidence_maps(
     """
     model, steps, clean = inversion.model, inversion.steps, inversion.clean
     every = [inversion.prompt, *prompts]
-    predict = model.predictor(encode_prompts_cached(model, every))
+    text = inversion.layout.under(
+        encode_prompts_cached(model, every), inversion.schedule, [SOURCE] * len(every)
+    )
+    predict = model.predictor(text)
     maps, nfe = clean.new_zeros(len(prompts), *clean.shape[-2:]), 0
     for step in sorted({int(share * steps) for share in (*SHARES, 0.6, 0.7)}):
         level = inversion.schedule[step]

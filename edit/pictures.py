@@ -91,10 +91,15 @@ def encode_image(model: Backbone, image: ImageLike) -> EncodedImage:
     source = read_image(image)
     if misfit := model.describe_misfit([source.image.size]):
         notify_once(misfit)
-    size = working_size(source.image.size, area=model.resolution**2, unit=2 * model.factor)
-    pixels = to_tensor(crop_and_resize(source.image, size))
+    pixels = to_tensor(show_image(model, source))
     facts = {"name": source.name, "size": list(source.image.size), "content": source.content}
     return EncodedImage(pixels, model.encode(pixels[None]).mean, facts)
+
+
+def show_image(model: Backbone, source: SourceImage) -> Image.Image:
+    """An image as a model is shown it: cropped to the nearest shape that it works in, at about its own size."""
+    size = working_size(source.image.size, area=model.resolution**2, unit=2 * model.factor)
+    return crop_and_resize(source.image, size)
 
 
 def side_by_side(images: Sequence[Image.Image]) -> Image.Image:

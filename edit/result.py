@@ -17,6 +17,7 @@ from backbone.media.transforms import to_image
 from backbone.models.model import Backbone
 from edit.attention.alignment import Alignment
 from edit.inversion.inversion import Inversion
+from edit.layout import NO_LAYOUT, Layout
 from edit.masks import composite
 from edit.pictures import EncodedImage, side_by_side
 
@@ -36,6 +37,7 @@ class Result:
     facts        what else a method has to say for the record
     inversions   from which the edits began
     title        what was done, in a command's words
+    layout       control maps under which it was done
     spoken       what a person writes for words that the model reads, as a concept's
 
     Of `edit.replace` alone:
@@ -56,6 +58,7 @@ class Result:
     facts: Mapping[str, Any] = field(default_factory=dict)
     inversions: tuple[Inversion, ...] = ()
     title: str = ""
+    layout: Layout = NO_LAYOUT
     spoken: Mapping[str, str] = field(default_factory=dict)
     trajectory: Tensor | None = None
     alignments: tuple[Alignment, ...] = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -120,7 +121,8 @@ class SourceAndTargets:
         rows = states
         if guided:
             rows = torch.cat([states, states[guided]])
-            text = Conditions.cat([text, empty.repeat(len(guided))])
+            unprompted = tuple(control.rows(torch.tensor(guided)).unprompted() for control in text.controls)
+            text = Conditions.cat([text, replace(empty.repeat(len(guided)), controls=unprompted)])
         answer = self.model.predictor(text)(rows, level)
         self.nfe += len(rows)
         # Rows in their order: the source, guided by its own scale, then the targets, all of them or none

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
+from backbone.io.conditions import CONTROL, ControlOptions
 from backbone.io.flags import CONCEPTS, DRAWING, OUTPUT, SAMPLING, SCORING, ConceptOptions
 from backbone.io.options import Option
 from backbone.io.sampling import GuidanceOption
@@ -16,7 +17,7 @@ WORDS = "Words"
 WHERE = "Where it changes"
 HOW = "How it changes"
 INVERSION = "Inversion"
-PANELS = (WORDS, WHERE, HOW, INVERSION, DRAWING, SAMPLING, CONCEPTS, SCORING)
+PANELS = (WORDS, WHERE, HOW, CONTROL, INVERSION, DRAWING, SAMPLING, CONCEPTS, SCORING)
 
 Method = Literal["direct", "ddim", "null-text", "negative-prompt", "edit-friendly", "renoise", "reversible"]
 Way = Literal["prompt-to-prompt", "masactrl", "plug-and-play"]
@@ -27,7 +28,7 @@ STRENGTH_HELP = "Share of the way that is walked again."
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepOptions(ConceptOptions):
+class StepOptions(ControlOptions, ConceptOptions):
     """Of every command that samples: a model with concepts, and how many steps from which noise."""
 
     steps: Annotated[
@@ -105,10 +106,28 @@ class ImageArgument:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StartOptions(StepOptions, ReportOptions, MaskOption):
+class SourceConditionOption:
+    """Of a command in which the source has a prompt of its own."""
+
+    source_condition: Annotated[
+        tuple[str, ...],
+        Option(
+            "The source's own map beside a --condition of that kind, so that what differs moves; repeatable.",
+            CONTROL,
+            metavar="KIND=MAP",
+            needs={"condition": ()},
+        ),
+    ] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartOptions(SourceConditionOption, StepOptions, ReportOptions, MaskOption):
     """Of a command that begins from an image with its prompt, or from an inversion's file."""
 
-    NEEDS: ClassVar[Mapping[str, Any]] = {"steps": MADE_ANEW}
+    NEEDS: ClassVar[Mapping[str, Any]] = {
+        "steps": MADE_ANEW,
+        "source_condition": {"condition": (), **MADE_ANEW},
+    }
 
     image: Annotated[
         str | None,
@@ -323,7 +342,15 @@ class SDEditOptions(StepOptions, GuidanceOptions, ReportOptions, MaskOption, Cou
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowEditOptions(StepOptions, GuidanceOption, ReportOptions, MaskOption, TargetOptions, ImageArgument):
+class FlowEditOptions(
+    SourceConditionOption,
+    StepOptions,
+    GuidanceOption,
+    ReportOptions,
+    MaskOption,
+    TargetOptions,
+    ImageArgument,
+):
     """What `edit flow-edit` is told."""
 
     source: Annotated[str, Option(SOURCE_HELP, WORDS, aliases=("source-prompt",), metavar="PROMPT")]

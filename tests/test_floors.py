@@ -29,7 +29,7 @@ ROOMS = {
         ("memory",),
     ),
     "customize": (
-        ("settings", "sampling"),
+        ("settings", "control_settings", "sampling"),
         ("methods",),
         ("data", "formats"),
         ("objectives", "evaluation"),
@@ -38,7 +38,7 @@ ROOMS = {
     ),
     "edit": (
         ("checks", "phrases", "settings", "pictures", "attention"),
-        ("sampling",),
+        ("sampling", "layout"),
         ("inversion",),
         ("masks",),
         ("result",),

@@ -8,11 +8,12 @@ that training, sampling, caching and guidance never ask which kinds there are.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from backbone.conditions.control import Control, join_controls
 from backbone.diffusion.transfer import send
 
 Text = dict[str, Tensor]
@@ -26,11 +27,13 @@ class Conditions:
     text       named tensors [B, …], by the names that the family's network reads
     guidance   guidance scales [B], for a network that is conditioned on them (guidance-distilled)
     reference  latents [B, C, H, W] of an image, for a network that reads them beside the noisy ones
+    controls   maps of the layout and the networks that read them
     """
 
     text: Text
     guidance: Tensor | None = None
     reference: Tensor | None = None
+    controls: tuple[Control, ...] = ()
 
     def __len__(self) -> int:
         return len(next(iter(self.text.values())))
@@ -50,7 +53,8 @@ class Conditions:
 
     def to(self, device: torch.device) -> Conditions:
         """The same on another device; nobody waits for what goes from the processor's memory to a GPU."""
-        return self._each(lambda value: send(value, device))
+        moved = replace(self, controls=())._each(lambda value: send(value, device))
+        return replace(moved, controls=tuple(control.to(device) for control in self.controls))
 
     def pin_memory(self) -> Conditions:
         """The same in memory from which a GPU copies by itself."""
@@ -67,18 +71,29 @@ class Conditions:
             return torch.where(where, instead, value)
 
         text = {name: chosen(value, empty.text[name]) for name, value in self.text.items()}
-        return Conditions(text, self.guidance, self.reference)
+        return replace(self, text=text)
+
+    def at(self, time: Tensor) -> Conditions:
+        """The same at times [] or [B] of the network: without the controls that act on no row there."""
+        if not self.controls:
+            return self
+        acting = (control.at(time) for control in self.controls)
+        return replace(self, controls=tuple(control for control in acting if bool(control.scale.any())))
 
     def tensors(self) -> list[Tensor]:
         """All of them, always in the same order."""
         return [
             *self.text.values(),
             *(value for value in (self.guidance, self.reference) if value is not None),
+            *(value for control in self.controls for value in (*control.hints, control.scale)),
         ]
 
     @staticmethod
     def cat(parts: Sequence[Conditions]) -> Conditions:
-        """The rows of all parts, one behind the other; all have the same kinds of conditions."""
+        """The rows of all parts, one behind the other; all have the same kinds of conditions.
+
+        Rows of a part without controls are not controlled.
+        """
 
         def joined(values: Sequence[Tensor | None]) -> Tensor | None:
             there = [value for value in values if value is not None]
@@ -89,6 +104,7 @@ class Conditions:
             {name: torch.cat([part.text[name] for part in parts]) for name in parts[0].text},
             joined([part.guidance for part in parts]),
             joined([part.reference for part in parts]),
+            join_controls([(part.controls, len(part)) for part in parts]),
         )
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Conditions:
@@ -97,4 +113,5 @@ class Conditions:
             {name: change(value) for name, value in self.text.items()},
             None if self.guidance is None else change(self.guidance),
             None if self.reference is None else change(self.reference),
+            tuple(control.each(change) for control in self.controls),
         )

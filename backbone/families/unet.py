@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import torch
+from diffusers import ControlNetModel, T2IAdapter
 from torch import Tensor, nn
 
 from backbone.conditions.conditions import Conditions
+from backbone.conditions.control import ControlNetwork
 from backbone.families import checkpoint as single_file
 from backbone.families import loading
 from backbone.families.base import AttentionLayout, NoisePath
 from backbone.families.location import Location
+from backbone.families.unet_control import unet_control_network
 
 
 class UNetFamily:
@@ -24,6 +28,13 @@ class UNetFamily:
             *("conv1", "conv2", "conv_shortcut", "time_emb_proj"),
         ),
     }
+
+    control_classes: ClassVar[tuple[Any, ...]] = (ControlNetModel, T2IAdapter)
+
+    def control_network(
+        self, module: nn.Module, denoiser: nn.Module, encode: Callable[[Tensor], Tensor]
+    ) -> ControlNetwork:
+        return unet_control_network(module, denoiser)
 
     def latent_shape(self, location: Location) -> tuple[int, ...]:
         side = int(location.config("unet")["sample_size"])

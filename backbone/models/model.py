@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple, cast
 
@@ -38,6 +39,7 @@ USUAL_TYPES: dict[str, Any] = {  # of `limner.json`; what goes into settings is 
     **dict.fromkeys(("steps", "train_steps", "rank", "batch"), int),
     **dict.fromkeys(("guidance", "learning_rate"), float),
     **dict.fromkeys(("align", "draft"), dict[str, Any]),
+    "condition": dict[str, float],
     "learning_rates": dict[str, float],
     "sheet_prompts": list[str],
 }
@@ -357,7 +359,7 @@ class Backbone:
 
     def _predict_at(self, noisy: Tensor, time: Tensor, conditions: Conditions, denoiser: nn.Module) -> Tensor:
         """Every call of a denoiser in training and sampling: at times [] or [B], in the working precision."""
-        network = self.family.network(denoiser, conditions)
+        network = self.family.network(denoiser, conditions.at(time))
         with self.autocast():
             return network(noisy, send(time, noisy.device)).float()
 
@@ -365,11 +367,15 @@ class Backbone:
         """Bind the conditions with guidance.
 
         Classifier-free guidance in one call of twice the batch (Ho & Salimans 2022); a guidance-distilled network is
-        conditioned on the scale and called once, whatever `empty` is.
+        conditioned on the scale and called once, whatever `empty` is. What is not said of the rows without a prompt
+        (controls) they share with those with one.
         """
         distilled = self.family.embed_guidance(self.denoiser, conditions, guidance)
         if distilled is not None or guidance == 1:
             return self.predictor(conditions if distilled is None else distilled)
+        if not empty.controls:
+            unprompted = (control.unprompted() for control in conditions.controls)
+            empty = replace(empty, controls=tuple(unprompted))
         both = self.predictor(Conditions.cat([conditions, empty]))
 
         def predict(noisy: Tensor, level: Level) -> Estimate:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from backbone.conditions.control import Control, repeat_controls
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, add_noise, generator
 from backbone.diffusion.samplers import ancestral, ddim, heun
 from backbone.diffusion.transfer import send
@@ -41,13 +42,14 @@ def sample(
     batch: int = 8,
     guided: tuple[float, float] = ALL_STEPS,
     size: Size = MODELS_OWN,
+    controls: Sequence[Control] = (),
     advance: Callable[[float], Any] | None = None,
 ) -> Iterator[Image]:
     """Sample the requested images, in order, with `size` (width, height) in pixels.
 
     `guided` is the share of the steps, from noisy to clean, that follow the guidance; the others follow the prompt
-    alone, at half the price (Kynkäänniemi et al. 2024). `advance` is told after each step how many images' worth of
-    work it was.
+    alone, at half the price (Kynkäänniemi et al. 2024). `controls`, of one row each, hold for all images. `advance` is
+    told after each step how many images' worth of work it was.
     """
     for latents in sample_latents(
         model,
@@ -59,6 +61,7 @@ def sample(
         batch=batch,
         guided=guided,
         size=size,
+        controls=controls,
         advance=advance,
     ):
         for picture in model.decode(latents).cpu():
@@ -79,6 +82,7 @@ def sample_latents(
     size: Size = MODELS_OWN,
     clean: Tensor | None = None,
     share: float = 1.0,
+    controls: Sequence[Control] = (),
     advance: Callable[[float], Any] | None = None,
 ) -> Iterator[Tensor]:
     """Sample latents, a batch [B, C, H, W] at a time.
@@ -90,9 +94,11 @@ def sample_latents(
     places = latent_size(model, size)
     schedule, batch = model.schedule(steps, size=places), 1 if model.placement.one_by_one else batch
     rest = schedule if clean is None else schedule[count_skipped_steps(share, steps) :]
+    controls = tuple(control.during(schedule).to(model.device) for control in controls)
     for first in range(0, len(requests), batch):
         some = requests[first : first + batch]
         text = encode_prompts_cached(model, [request.prompt for request in some])
+        text = replace(text, controls=repeat_controls(controls, len(some)))
         empty = encode_prompts_cached(model, [request.negative for request in some])
         noise = torch.stack([initial_noise(model, seed, *request.key, places) for request in some])
         noise = send(noise, model.device)

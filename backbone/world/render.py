@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,12 +16,22 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from backbone.io.console import UserError
 from backbone.world.anchors import AccessoryAnchor, find_anchor
-from backbone.world.scene import Scene
+from backbone.world.record import (
+    DECORATION,
+    GROUND,
+    SIZE,
+    SUPERSAMPLING,
+    WALL,
+    WATER,
+    Part,
+    Record,
+    Stick,
+    label_of,
+)
+from backbone.world.scene import HORIZONS, Scene
 from backbone.world.styles import STYLES
 from backbone.world.words import Thing, load_vocabulary
 
-SIZE = 128  # pixels a side
-SUPERSAMPLING = 2  # places are drawn this many times larger, then reduced, for smooth edges
 FONT_PATHS = (
     "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
     "/usr/share/fonts/noto/NotoColorEmoji.ttf",
@@ -39,24 +50,29 @@ class Rendering:
     masks: tuple[Image.Image, ...]
 
 
-def render(scene: Scene, *, without: int | None = None) -> Rendering:
+def render(scene: Scene, *, without: int | None = None, record: Record | None = None) -> Rendering:
     """Render a scene; `without` leaves a thing out, all else being where it was, and its mask is empty.
 
-    Raises `UserError` if the emoji font is missing.
+    `record` is begun with what is drawn. Raises `UserError` if the emoji font is missing.
     """
-    canvas, horizon = draw_place(scene)
-    masks = []
-    for number, figure in enumerate(place_figures(scene, horizon)):
+    record = Record() if record is None else record
+    canvas, horizon = draw_place(scene, record)
+    figures = place_figures(scene, horizon)
+    masks: dict[int, Image.Image] = {}
+    for number in sorted(range(len(figures)), key=lambda number: figures[number].depth or 0.0):
+        figure = figures[number]
         drawn, mask = draw_figure(canvas.copy(), figure)
         if number == without:
             mask = Image.new("L", mask.size, 0)
         else:
             canvas = drawn
-        masks.append(mask)
+            foot = figure.foot if figure.depth is None else None
+            record.parts.append(Part(label_of(figure.thing.noun), mask, foot, figure.depth, stick_of(figure)))
+        masks[number] = mask
     picture = canvas.convert("RGB")
     if scene.style:
         picture = STYLES[scene.style](picture)
-    return Rendering(picture, tuple(masks))
+    return Rendering(picture, tuple(masks[number] for number in range(len(figures))))
 
 
 def find_font() -> Path:
@@ -87,7 +103,11 @@ def load_glyph(character: str) -> Image.Image:
 
 @dataclass(frozen=True)
 class Figure:
-    """A thing and its position: longest side, x of its middle and y of its foot (pixels), mirroring, shadow opacity."""
+    """A thing and its position: longest side, x of its middle and y of its foot (pixels), mirroring, shadow opacity.
+
+    angle  in degrees, clockwise, about its middle; x and foot are those of the upright thing
+    depth  0 far … 1 near, where it has one of its own
+    """
 
     thing: Thing
     size: float
@@ -95,23 +115,32 @@ class Figure:
     foot: float
     mirrored: bool
     shadow: float
+    angle: float = 0.0
+    depth: float | None = None
 
 
 def place_figures(scene: Scene, horizon: float) -> list[Figure]:
-    """Sample the position of every thing of a scene."""
+    """The position of every thing of a scene: its pose, or sampled where the scene has no poses."""
     random = scene.random("layout")
     shadow = 0.0 if scene.place in FLOATING else random.uniform(0.22, 0.42)
     floating = scene.place in FLOATING
     lowest = 120.0
+    if scene.poses is not None:
+        return [
+            Figure(
+                thing, pose.size, pose.x, pose.foot, pose.mirrored,
+                shadow if pose.foot > horizon else 0.0, pose.angle, pose.depth,
+            )
+            for thing, pose in zip(scene.figures, scene.poses, strict=True)
+        ]  # fmt: skip
     if len(scene.things) == 1 and not scene.pair:
         thing = scene.things[0]
         size = random.uniform(29, 40) if thing.small else random.uniform(60, 82)
         x = random.uniform(30, 98) if thing.small else random.uniform(48, 80)
         foot = random.uniform(76, lowest) if floating else random.uniform(max(horizon + 8, 92), lowest)
         return [Figure(thing, size, x, max(foot, size + 22), random.random() < 0.5, shadow)]
-    things = scene.things * 2 if scene.pair else scene.things
     figures = []
-    for thing, middle in zip(things, (33.0, 95.0), strict=True):
+    for thing, middle in zip(scene.figures, (33.0, 95.0), strict=True):
         size = random.uniform(44, 58)
         foot = random.uniform(80, lowest) if floating else random.uniform(max(horizon + 8, 94), lowest)
         figures.append(
@@ -124,14 +153,11 @@ def draw_figure(canvas: Image.Image, figure: Figure) -> tuple[Image.Image, Image
     """Draw a figure and its shadow on the canvas; returns (canvas, mask)."""
     sprite, left, top = draw_sprite(figure)
     if figure.shadow:
-        width = figure.size * 0.8
+        width, foot = figure.size * 0.8, figure.foot
+        if figure.angle % 360 and (drawn := sprite.getbbox()):
+            foot = top + drawn[3]
         dark = Image.new("L", canvas.size, 0)
-        box = (
-            figure.x - width / 2,
-            figure.foot - width * 0.11,
-            figure.x + width / 2,
-            figure.foot + width * 0.07,
-        )
+        box = (figure.x - width / 2, foot - width * 0.11, figure.x + width / 2, foot + width * 0.07)
         ImageDraw.Draw(dark).ellipse(box, fill=round(255 * figure.shadow))
         dark = dark.filter(ImageFilter.GaussianBlur(2))
         canvas.paste((12, 12, 24), mask=dark)
@@ -158,7 +184,37 @@ def draw_sprite(figure: Figure) -> tuple[Image.Image, int, int]:
         draw_accessory(sprite, thing.accessory, anchor, margin, size, figure.size)
     if figure.mirrored:
         sprite = ImageOps.mirror(sprite)
+    if figure.angle % 360:
+        return turn_sprite(sprite, figure, size[1])
     return sprite, round(figure.x - sprite.width / 2), round(figure.foot - sprite.height)
+
+
+def turn_sprite(sprite: Image.Image, figure: Figure, height: int) -> tuple[Image.Image, int, int]:
+    """A sprite turned about the middle of its body, which has this height, and its upper left corner."""
+    middle = sprite.height - height / 2  # accessories stand out above, nothing below
+    side = 2 * math.ceil(math.hypot(sprite.width / 2, middle))
+    board = Image.new("RGBA", (side, side), (0, 0, 0, 0))
+    board.paste(sprite, (round((side - sprite.width) / 2), round(side / 2 - middle)))
+    turned = board.rotate(-figure.angle, Image.Resampling.BICUBIC)
+    return turned, round(figure.x - side / 2), round(figure.foot - height / 2 - side / 2)
+
+
+def stick_of(figure: Figure) -> Stick:
+    """How a figure is held, its accessory apart."""
+    body = load_glyph(load_vocabulary().glyph(figure.thing.noun))
+    scale = figure.size / max(body.size)
+    width, height = body.width * scale, body.height * scale
+    angle = math.radians(figure.angle)
+    upwards = height / 2 * math.sin(angle), -height / 2 * math.cos(angle)
+    own = -width / 2 if figure.mirrored else width / 2
+    rightwards = own * math.cos(angle), own * math.sin(angle)
+    x, y = figure.x, figure.foot - height / 2
+    return Stick(
+        foot=(x - upwards[0], y - upwards[1]),
+        top=(x + upwards[0], y + upwards[1]),
+        left=(x - rightwards[0], y - rightwards[1]),
+        right=(x + rightwards[0], y + rightwards[1]),
+    )
 
 
 def draw_accessory(
@@ -208,11 +264,16 @@ def recolour_glyph(noun: str, colour: str) -> Image.Image:
 # --- places ---------------------------------------------------------------------------------------------------
 
 
-def draw_place(scene: Scene) -> tuple[Image.Image, float]:
-    """Draw the empty place (RGBA, 128 × 128); returns (canvas, y of the horizon in pixels)."""
+def draw_place(scene: Scene, record: Record | None = None) -> tuple[Image.Image, float]:
+    """Draw the empty place (RGBA, 128 × 128); returns (canvas, y of the horizon in pixels).
+
+    `record` is begun with what is drawn.
+    """
     random = scene.random(f"place/{scene.place}")
-    horizon = random.uniform(62, 84)
-    canvas = PLACES[scene.place](random, horizon)
+    horizon = random.uniform(*HORIZONS)
+    record = Record() if record is None else record
+    record.begin(scene.place, horizon)
+    canvas = PLACES[scene.place](random, horizon, record)
     return canvas, horizon
 
 
@@ -227,7 +288,15 @@ def draw_gradient(top: Colour, bottom: Colour, random: Random, *, shift: int = 1
     return Image.fromarray(np.ascontiguousarray(pixels.round().astype(np.uint8)), "RGB")
 
 
-def draw_ground(canvas: Image.Image, top: Colour, bottom: Colour, horizon: float, random: Random) -> None:
+def draw_ground(
+    canvas: Image.Image,
+    top: Colour,
+    bottom: Colour,
+    horizon: float,
+    random: Random,
+    record: Record,
+    label: str = GROUND,
+) -> None:
     """Fill the area below the horizon with a gradient, slightly sloped."""
     side = SIZE * SUPERSAMPLING
     earth = draw_gradient(top, bottom, random).resize((side, side))
@@ -239,6 +308,7 @@ def draw_ground(canvas: Image.Image, top: Colour, bottom: Colour, horizon: float
     filled = Image.new("RGB", (side, side), earth.getpixel((0, 0)))
     filled.paste(squeezed, (0, round(line) - 8))
     canvas.paste(filled, mask=mask)
+    record.ground(label, mask, horizon)
 
 
 def jitter_colour(colour: Colour, random: Random, by: int) -> Colour:
@@ -255,7 +325,13 @@ def downsample(canvas: Image.Image) -> Image.Image:
 
 
 def paste_glyph(
-    canvas: Image.Image, character: str, height: float, x: float, foot: float, mirrored: bool
+    canvas: Image.Image,
+    character: str,
+    height: float,
+    x: float,
+    foot: float,
+    mirrored: bool,
+    record: Record,
 ) -> None:
     """Paste a glyph that belongs to the place (a tree, the moon) on the downsampled canvas; sizes in pixels."""
     item = load_glyph(character)
@@ -266,6 +342,7 @@ def paste_glyph(
     layer = Image.new("RGBA", canvas.size, (0, 0, 0, 0))
     layer.paste(item, (round(x - item.width / 2), round(foot - item.height)))
     canvas.alpha_composite(layer)
+    record.glyph(layer, foot)
 
 
 def sample_edge_x(random: Random) -> float:
@@ -301,10 +378,10 @@ def draw_clouds(canvas: Image.Image, random: Random, horizon: float) -> None:
             )
 
 
-def draw_park(random: Random, horizon: float) -> Image.Image:
+def draw_park(random: Random, horizon: float, record: Record) -> Image.Image:
     canvas = draw_gradient((126, 192, 244), (200, 230, 250), random)
     draw_clouds(canvas, random, horizon)
-    draw_ground(canvas, (122, 194, 88), (84, 160, 60), horizon, random)
+    draw_ground(canvas, (122, 194, 88), (84, 160, 60), horizon, random, record)
     pen = ImageDraw.Draw(canvas)
     for _ in range(random.randint(3, 8)):
         x, y = random.uniform(0, 128) * SUPERSAMPLING, random.uniform(horizon + 8, 126) * SUPERSAMPLING
@@ -323,11 +400,12 @@ def draw_park(random: Random, horizon: float) -> Image.Image:
             sample_edge_x(random),
             horizon + random.uniform(2, 10),
             random.random() < 0.5,
+            record,
         )
     return small
 
 
-def draw_desert(random: Random, horizon: float) -> Image.Image:
+def draw_desert(random: Random, horizon: float, record: Record) -> Image.Image:
     canvas = draw_gradient((250, 206, 138), (252, 226, 178), random)
     if random.random() < 0.5:
         x, y, radius = (
@@ -335,8 +413,10 @@ def draw_desert(random: Random, horizon: float) -> Image.Image:
             random.uniform(14, 34) * SUPERSAMPLING,
             random.uniform(8, 12) * SUPERSAMPLING,
         )
-        ImageDraw.Draw(canvas).ellipse((x - radius, y - radius, x + radius, y + radius), fill=(255, 240, 196))
-    draw_ground(canvas, (232, 186, 112), (214, 158, 84), horizon, random)
+        sun = x - radius, y - radius, x + radius, y + radius
+        ImageDraw.Draw(canvas).ellipse(sun, fill=(255, 240, 196))
+        record.shape(DECORATION, foot=0).ellipse(sun, fill=255)
+    draw_ground(canvas, (232, 186, 112), (214, 158, 84), horizon, random, record)
     pen = ImageDraw.Draw(canvas)
     for _ in range(random.randint(2, 5)):
         x, y, width = (
@@ -354,16 +434,17 @@ def draw_desert(random: Random, horizon: float) -> Image.Image:
             sample_edge_x(random),
             horizon + random.uniform(3, 12),
             random.random() < 0.5,
+            record,
         )
     return small
 
 
-def draw_beach(random: Random, horizon: float) -> Image.Image:
+def draw_beach(random: Random, horizon: float, record: Record) -> Image.Image:
     canvas = draw_gradient((116, 192, 246), (196, 230, 250), random)
     draw_clouds(canvas, random, horizon)
     sea = horizon - random.uniform(12, 20)
-    draw_ground(canvas, (34, 128, 200), (60, 160, 216), sea, random)
-    draw_ground(canvas, (246, 222, 160), (234, 202, 132), horizon, random)
+    draw_ground(canvas, (34, 128, 200), (60, 160, 216), sea, random, record, WATER)
+    draw_ground(canvas, (246, 222, 160), (234, 202, 132), horizon, random, record)
     small = downsample(canvas)
     if random.random() < 0.9:
         paste_glyph(
@@ -373,13 +454,14 @@ def draw_beach(random: Random, horizon: float) -> Image.Image:
             sample_edge_x(random),
             horizon + random.uniform(4, 12),
             random.random() < 0.5,
+            record,
         )
     return small
 
 
-def draw_snow(random: Random, horizon: float) -> Image.Image:
+def draw_snow(random: Random, horizon: float, record: Record) -> Image.Image:
     canvas = draw_gradient((150, 176, 208), (206, 220, 236), random)
-    draw_ground(canvas, (240, 244, 250), (226, 234, 246), horizon, random)
+    draw_ground(canvas, (240, 244, 250), (226, 234, 246), horizon, random, record)
     small = downsample(canvas)
     for _ in range(random.choice((1, 2))):
         paste_glyph(
@@ -389,32 +471,35 @@ def draw_snow(random: Random, horizon: float) -> Image.Image:
             sample_edge_x(random),
             horizon + random.uniform(2, 10),
             random.random() < 0.5,
+            record,
         )
     flakes = small.convert("RGB").resize((SIZE * SUPERSAMPLING, SIZE * SUPERSAMPLING))
     draw_dots(flakes, random, count=random.randint(14, 26), below=124, sizes=(0.7, 1.3))
     return downsample(flakes)
 
 
-def draw_night(random: Random, horizon: float) -> Image.Image:
+def draw_night(random: Random, horizon: float, record: Record) -> Image.Image:
     canvas = draw_gradient((8, 10, 40), (32, 36, 92), random, shift=8)
     draw_dots(canvas, random, count=random.randint(12, 22), below=horizon - 4, sizes=(0.4, 0.9))
-    draw_ground(canvas, (20, 44, 34), (10, 24, 20), horizon, random)
+    draw_ground(canvas, (20, 44, 34), (10, 24, 20), horizon, random, record)
     small = downsample(canvas)
     moon = random.uniform(18, 26)
-    paste_glyph(small, "🌕", moon, random.uniform(16, 112), random.uniform(10, 18) + moon, False)
+    paste_glyph(small, "🌕", moon, random.uniform(16, 112), random.uniform(10, 18) + moon, False, record)
     return small
 
 
-def draw_sunset(random: Random, horizon: float) -> Image.Image:
+def draw_sunset(random: Random, horizon: float, record: Record) -> Image.Image:
     canvas = draw_gradient((92, 42, 116), (250, 132, 74), random)
     x, radius = random.uniform(20, 108) * SUPERSAMPLING, random.uniform(12, 18) * SUPERSAMPLING
     y = horizon * SUPERSAMPLING - random.uniform(0, 4) * SUPERSAMPLING
-    ImageDraw.Draw(canvas).ellipse((x - radius, y - radius, x + radius, y + radius), fill=(255, 206, 84))
-    draw_ground(canvas, (84, 50, 74), (40, 26, 48), horizon, random)
+    sun = x - radius, y - radius, x + radius, y + radius
+    ImageDraw.Draw(canvas).ellipse(sun, fill=(255, 206, 84))
+    record.shape(DECORATION, foot=0).ellipse(sun, fill=255)
+    draw_ground(canvas, (84, 50, 74), (40, 26, 48), horizon, random, record)
     return downsample(canvas)
 
 
-def draw_city(random: Random, horizon: float) -> Image.Image:
+def draw_city(random: Random, horizon: float, record: Record) -> Image.Image:
     canvas = draw_gradient((150, 184, 214), (214, 222, 232), random)
     pen = ImageDraw.Draw(canvas)
     x = random.uniform(-12, 0)
@@ -424,15 +509,14 @@ def draw_city(random: Random, horizon: float) -> Image.Image:
             random.choice(((120, 112, 132), (96, 116, 120), (142, 122, 112), (104, 108, 140))), random, 10
         )
         top = horizon - height
-        pen.rectangle(
-            (
-                x * SUPERSAMPLING,
-                top * SUPERSAMPLING,
-                (x + width) * SUPERSAMPLING,
-                (horizon + 6) * SUPERSAMPLING,
-            ),
-            fill=wall,
+        building = (
+            x * SUPERSAMPLING,
+            top * SUPERSAMPLING,
+            (x + width) * SUPERSAMPLING,
+            (horizon + 6) * SUPERSAMPLING,
         )
+        pen.rectangle(building, fill=wall)
+        record.shape(WALL, foot=horizon + 6).rectangle(building, fill=255)
         for row in range(int(height // 7)):
             for column in range(int((width - 3) // 5)):
                 left, upper = x + 3 + column * 5, top + 4 + row * 7
@@ -447,13 +531,13 @@ def draw_city(random: Random, horizon: float) -> Image.Image:
                     fill=(252, 232, 150) if lit else (70, 74, 92),
                 )
         x += width + random.uniform(0, 4)
-    draw_ground(canvas, (128, 130, 134), (92, 94, 98), horizon, random)
+    draw_ground(canvas, (128, 130, 134), (92, 94, 98), horizon, random, record)
     return downsample(canvas)
 
 
-def draw_wooden_table(random: Random, horizon: float) -> Image.Image:
+def draw_wooden_table(random: Random, horizon: float, record: Record) -> Image.Image:
     canvas = draw_gradient((226, 212, 196), (206, 192, 174), random)
-    draw_ground(canvas, (172, 114, 66), (140, 88, 46), horizon, random)
+    draw_ground(canvas, (172, 114, 66), (140, 88, 46), horizon, random, record)
     pen = ImageDraw.Draw(canvas)
     y = horizon + random.uniform(8, 13)
     while y < SIZE:
@@ -466,7 +550,7 @@ def draw_wooden_table(random: Random, horizon: float) -> Image.Image:
     return downsample(canvas)
 
 
-def draw_under_the_sea(random: Random, horizon: float) -> Image.Image:
+def draw_under_the_sea(random: Random, horizon: float, record: Record) -> Image.Image:
     canvas = draw_gradient((48, 156, 222), (12, 56, 122), random)
     pen = ImageDraw.Draw(canvas)
     for _ in range(random.randint(5, 10)):
@@ -487,39 +571,52 @@ def draw_under_the_sea(random: Random, horizon: float) -> Image.Image:
             sample_edge_x(random),
             random.uniform(122, 130),
             random.random() < 0.5,
+            record,
         )
     return small
 
 
-def draw_space(random: Random, horizon: float) -> Image.Image:
+def draw_space(random: Random, horizon: float, record: Record) -> Image.Image:
     canvas = draw_gradient((10, 8, 30), (26, 14, 50), random, shift=7)
     draw_dots(canvas, random, count=random.randint(26, 44), below=128, sizes=(0.4, 1.0))
     small = downsample(canvas)
     height = random.uniform(16, 26)
     paste_glyph(
-        small, "🪐", height, random.uniform(16, 112), random.uniform(8, 16) + height, random.random() < 0.5
+        small,
+        "🪐",
+        height,
+        random.uniform(16, 112),
+        random.uniform(8, 16) + height,
+        random.random() < 0.5,
+        record,
     )
     return small
 
 
-def draw_forest(random: Random, horizon: float) -> Image.Image:
+def draw_forest(random: Random, horizon: float, record: Record) -> Image.Image:
     canvas = draw_gradient((88, 132, 112), (120, 160, 128), random)
-    draw_ground(canvas, (64, 100, 52), (40, 70, 34), horizon, random)
+    draw_ground(canvas, (64, 100, 52), (40, 70, 34), horizon, random, record)
     small = downsample(canvas)
     for step in range(5):
         x = 10 + step * 27 + random.uniform(-8, 8)
         paste_glyph(
-            small, "🌲", random.uniform(44, 66), x, horizon + random.uniform(0, 8), random.random() < 0.5
+            small,
+            "🌲",
+            random.uniform(44, 66),
+            x,
+            horizon + random.uniform(0, 8),
+            random.random() < 0.5,
+            record,
         )
     return small
 
 
-def draw_white(random: Random, horizon: float) -> Image.Image:
-    del random, horizon
+def draw_white(random: Random, horizon: float, record: Record) -> Image.Image:
+    del random, horizon, record
     return Image.new("RGBA", (SIZE, SIZE), (253, 253, 253, 255))
 
 
-PLACES: dict[str, Callable[[Random, float], Image.Image]] = {
+PLACES: dict[str, Callable[[Random, float, Record], Image.Image]] = {
     "in a park": draw_park,
     "in the desert": draw_desert,
     "on the beach": draw_beach,

@@ -13,18 +13,53 @@ from backbone.world.words import Thing, Vocabulary, load_vocabulary, paraphrase,
 
 TRAINING_SEEDS = range(1_000_000)
 BENCHMARK_SEEDS = range(1_000_000, 2_000_000)
+HORIZONS = 62.0, 84.0  # pixels from the upper edge
 DRAWN_BY_PLACE = {"tree": ("in a park", "in a forest"), "cactus": ("in the desert",)}
 
 
 @dataclass(frozen=True)
+class Pose:
+    """Where a thing is and how it is held, in pixels and degrees.
+
+    x         of its middle
+    foot      y of its lower edge, when it stands upright
+    size      its longest side
+    angle     clockwise, about its middle
+    mirrored  whether it looks the other way
+    depth     0 far … 1 near: of things that overlap the nearer one is in front, of equal ones the later
+    """
+
+    x: float
+    foot: float
+    size: float
+    angle: float = 0.0
+    mirrored: bool = False
+    depth: float = 0.5
+
+
+@dataclass(frozen=True)
 class Scene:
-    """One or two things (`pair`: the first one twice) in a place, with or without a style."""
+    """One or two things (`pair`: the first one twice) in a place, with or without a style.
+
+    `poses` says where each is and how it is held; None: as the seed has it, upright on the ground, side by side.
+    """
 
     things: tuple[Thing, ...]
     place: str
     style: str | None = None
     pair: bool = False
     seed: int = 0
+    poses: tuple[Pose, ...] | None = None
+
+    @property
+    def figures(self) -> tuple[Thing, ...]:
+        """The things that are drawn: of a pair the same one twice."""
+        return self.things * 2 if self.pair else self.things
+
+    @property
+    def horizon(self) -> float:
+        """The height of the horizon, in pixels from the upper edge: the first number of the place's stream."""
+        return self.random(f"place/{self.place}").uniform(*HORIZONS)
 
     def random(self, aspect: str) -> Random:
         """The random stream of one aspect of this scene."""
@@ -71,6 +106,34 @@ def sample_scene(
         return Scene((Thing(first, colour=colour),), place, style, pair=True, seed=seed)
     second = random.choice([noun for noun in nouns if noun != first])
     return Scene((Thing(first, colour=colour), Thing(second)), place, style, seed=seed)
+
+
+def sample_posed_scene(seed: int) -> Scene:
+    """Sample a scene of the training mixture with things anywhere, turned, and one before the other.
+
+    Half of the things stand upright, a quarter leans by up to 25 degrees, a quarter is turned at will; half of the
+    things that may stand on the ground do, the others are anywhere; of two things half the time one hides a part of
+    the other.
+    """
+    scene = sample_scene(seed)
+    random, horizon = scene.random("poses"), scene.horizon
+    poses: list[Pose] = []
+    for thing in scene.figures:
+        alone = len(scene.figures) == 1
+        size = random.uniform(26, 40) if thing.small else random.uniform(46, 88 if alone else 64)
+        lean = random.random()
+        angle = 0.0 if lean < 0.5 else random.uniform(-25, 25) if lean < 0.75 else random.uniform(-180, 180)
+        x = random.uniform(size / 2 - 6, 134 - size / 2)
+        foot, depth = random.uniform(size - 6, 130), random.random()
+        if random.random() < 0.5:  # on the ground, which says how near it is
+            foot = random.uniform(horizon + 6, 124)
+            depth = (foot - horizon) / (128 - horizon)
+        if poses and random.random() < 0.5:
+            other, away = poses[0], (poses[0].size + size) * random.uniform(0.2, 0.4)
+            x = min(max(other.x + random.choice((-1, 1)) * away, 12.0), 116.0)
+            foot = min(max(other.foot + random.uniform(-12, 12), size - 6), 130.0)
+        poses.append(Pose(x, foot, size, angle, random.random() < 0.5, depth))
+    return replace(scene, poses=tuple(poses))
 
 
 def is_fair(scene: Scene) -> bool:

@@ -52,6 +52,7 @@ from edit.inversion.trajectories import (
     noise_independently,
     two_step,
 )
+from edit.layout import NO_LAYOUT, SOURCE, Layout, WrittenCondition, map_bytes, read_layout
 from edit.pictures import EncodedImage, ImageLike, encode_image
 from edit.sampling import CountNFE, guidance_of, schedule_of
 
@@ -75,6 +76,7 @@ class Inversion:
     empties     the embeddings of "no prompt" [S, T, D] (`null-text`), else None
     guidance    what `empties` were optimised for
     facts       of the image: name, size, content hash
+    layout      control maps under which it was made, and those of its edits
     """
 
     model: Backbone
@@ -90,6 +92,7 @@ class Inversion:
     empties: Tensor | None = None
     guidance: float | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    layout: Layout = NO_LAYOUT
 
     @property
     def steps(self) -> int:
@@ -140,7 +143,7 @@ class Inversion:
         """The encoded "no prompt" [1, ...] of a step."""
         if self.empties is None:
             return default
-        return Conditions({**default.text, "hidden": self.empties[number][None]})
+        return dataclasses.replace(default, text={**default.text, "hidden": self.empties[number][None]})
 
     def write(self, path: str | Path) -> None:
         """Writes everything into one safetensors file."""
@@ -152,8 +155,12 @@ class Inversion:
         }
         optional = {"time": self.schedule.time, "noise": self.noise, "empties": self.empties}
         tensors |= {name: value for name, value in optional.items() if value is not None}
-        fields = {name: getattr(self, name) for name in WRITTEN}
-        metadata = {"limner_inversion": FORMAT, "fields": json.dumps({**fields, "facts": dict(self.facts)})}
+        fields = {name: getattr(self, name) for name in WRITTEN} | {"facts": dict(self.facts)}
+        under = self.layout.of_side(SOURCE)
+        if under:
+            fields["conditions"] = [condition.facts for condition in under]
+            tensors |= {f"map_{number}": map_bytes(condition) for number, condition in enumerate(under)}
+        metadata = {"limner_inversion": FORMAT, "fields": json.dumps(fields)}
         write_tensors(path, tensors, {**metadata, "model": self.model.location.name})
 
     def __repr__(self) -> str:
@@ -172,6 +179,7 @@ class WrittenFields:
     seed: int = 0
     guidance: float | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    conditions: list[WrittenCondition] = field(default_factory=list)
 
 
 WRITTEN = ("method", "prompt", "identity", "nfe", "seed", "guidance")
@@ -188,13 +196,15 @@ def invert(
     seed: int = 0,
     iterations: int = 10,
     identity: str | None = None,
+    layout: Layout = NO_LAYOUT,
     progress: Callable[[], Any] = lambda: None,
 ) -> Inversion:
     """Inverts an image that shows what the prompt says (in the model's words).
 
     `guidance` and `iterations` (Adam's, a step) are for null-text alone, `seed` for edit-friendly alone. `identity` is
     that of the model with the concepts that were loaded into it (`identify`); without any it is the model's own. The
-    image keeps its shape, up to 2 : 1, at about the model's own number of pixels. `progress` is called as often as
+    image keeps its shape, up to 2 : 1, at about the model's own number of pixels. `layout` holds the control maps under
+    which it is inverted and edited. `progress` is called as often as
     `count_rounds` says: for each prediction along the way up, and each step of null-text's way down.
 
     Raises `UserError` for an image that cannot be read, an empty prompt, or a method or number of steps that is not.
@@ -215,7 +225,8 @@ def invert(
         )
     encoded = encode_image(model, image)
     schedule = schedule_of(model, steps, encoded.latent)
-    predict = CountNFE(model.predictor(encode_prompts_cached(model, [prompt])), progress)
+    text = layout.under(encode_prompts_cached(model, [prompt]), schedule, [SOURCE])
+    predict = CountNFE(model.predictor(text), progress)
     noise = empties = None
     with torch.no_grad():
         match method:
@@ -233,7 +244,7 @@ def invert(
     nfe, made_for = predict.nfe, None
     if method == "null-text":
         made_for = guidance_of(model, guidance)
-        empty = encode_prompts_cached(model, [""])
+        empty = layout.under(encode_prompts_cached(model, [""]), schedule, [SOURCE], unprompted=[0])
         empties, more = optimize_null_texts(
             model,
             states,
@@ -258,6 +269,7 @@ def invert(
         empties=empties,
         guidance=made_for,
         facts=encoded.facts,
+        layout=layout,
     )
 
 
@@ -274,6 +286,7 @@ def reconstruct(inversion: Inversion, *, guidance: float = 1.0) -> Tensor:
     """
     model, schedule = inversion.model, inversion.schedule
     text, empty = (encode_prompts_cached(model, [prompt]) for prompt in (inversion.prompt, ""))
+    text = inversion.layout.under(text, schedule, [SOURCE])
     if inversion.method == "negative-prompt":
         guidance = 1.0  # guided by its own prompt it is not guided
     first = inversion.start(1.0)
@@ -303,7 +316,8 @@ def read_inversion(path: str | Path, model: Backbone, *, identity: str | None = 
         name: tensors[name].to(model.device) for name in ("states", "noise", "empties") if name in tensors
     }
     image = tensors["image"].float().div(127.5).sub(1)
-    return Inversion(model=model, schedule=schedule, image=image, **on_device, **fields)
+    layout = read_layout(model, fields.pop("conditions"), tensors, path)
+    return Inversion(model=model, schedule=schedule, image=image, layout=layout, **on_device, **fields)
 
 
 def read_source_prompt(path: str | Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -50,7 +51,9 @@ def optimize_null_texts(
             for iteration in range(iterations + 1):
                 last = iteration == iterations  # measures the last update, and takes no gradient
                 with torch.set_grad_enabled(not last):
-                    without = model.predictor(Conditions({**empty.text, "hidden": trained}))(now, here)
+                    without = model.predictor(replace(empty, text={**empty.text, "hidden": trained}))(
+                        now, here
+                    )
                     reached = deterministic_step(
                         now, model.path.guide(with_prompt, without, guidance, here), here, there
                     )

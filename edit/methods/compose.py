@@ -12,6 +12,7 @@ from backbone.diffusion.samplers import deterministic_step
 from backbone.models.cache import encode_prompts_cached
 from edit import checks
 from edit.inversion.inversion import Inversion
+from edit.layout import SOURCE, TARGET
 from edit.masks import load_latent_mask
 from edit.pictures import ImageLike
 from edit.result import Result
@@ -43,7 +44,8 @@ def compose(
     text = encode_prompts_cached(
         model, [inversion.prompt, inversion.prompt, "", *(prompt for prompt, _ in toward)]
     )
-    predict = model.predictor(text)
+    sides = [SOURCE, *[TARGET] * (2 + len(toward))]
+    predict = model.predictor(inversion.layout.under(text, schedule, sides, unprompted=[2]))
     first = inversion.start(strength)
     now, nfe, kept = states[first], 0, Frames(first, inversion.steps, frames)
     mask_latent = load_latent_mask(mask, inversion.encoded)
@@ -78,5 +80,7 @@ def compose(
         nfe=nfe,
         masks=None if mask_latent is None else mask_latent[None],
         estimates=kept.stack(),
+        facts=inversion.layout.facts(),
         inversions=(inversion,),
+        layout=inversion.layout,
     )

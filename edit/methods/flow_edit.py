@@ -14,6 +14,7 @@ from backbone.diffusion.schedules import truncate_schedule
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from edit import checks
+from edit.layout import NO_LAYOUT, SOURCE, TARGET, Layout
 from edit.masks import load_latent_mask
 from edit.pictures import ImageLike, encode_image
 from edit.result import Result
@@ -35,6 +36,7 @@ def flow_edit(
     mask: ImageLike | None = None,
     seed: int = 0,
     frames: int = 0,
+    layout: Layout = NO_LAYOUT,
     progress: Callable[[], Any] = lambda: None,
 ) -> Result:
     """The image moved by how the targets' velocities differ from the source's (prompts in the model's words).
@@ -42,8 +44,8 @@ def flow_edit(
     Kulikov et al. 2025, algorithm 1, for any path: with x̃ = x/(a + b) and τ = b/(a + b) every model's ODE is the
     flow's, dx̃/dτ = ε̂ − x̂0, so it holds on the variance-preserving families too. `strength` is their n_max/T, `draws`
     their n_avg. NFE: S·strength·draws times one for the source and two for each target (one more where the source is
-    guided). A target equal to the source, equally guided, leaves the image bit for bit what it was. `frames` and
-    `progress` are as in `sdedit`.
+    guided). A target equal to the source, equally guided, leaves the image bit for bit what it was. `frames`,
+    `layout` and `progress` are as in `sdedit`.
 
     Raises `UserError` as `sdedit`.
     """
@@ -58,7 +60,9 @@ def flow_edit(
     mask_latent = load_latent_mask(mask, encoded)
     predict = SourceAndTargets(
         model,
-        encode_prompts_cached(model, [source, *targets]),
+        layout.under(
+            encode_prompts_cached(model, [source, *targets]), whole, [SOURCE, *[TARGET] * len(targets)]
+        ),
         source_guidance=source_guidance,
         guidance=guidance,
     )
@@ -88,7 +92,8 @@ def flow_edit(
         nfe=predict.nfe,
         masks=None if mask_latent is None else mask_latent.expand(len(targets), -1, -1),
         estimates=kept.stack(),
-        facts={"guidance": guidance, "source_guidance": source_guidance},
+        facts={"guidance": guidance, "source_guidance": source_guidance, **layout.facts()},
+        layout=layout,
     )
 
 

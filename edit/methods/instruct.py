@@ -9,6 +9,7 @@ The model redraws the whole image, and so it drifts. What was not meant to chang
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from backbone.io.console import UserError
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from edit import checks
+from edit.layout import NO_LAYOUT, TARGET, Layout
 from edit.masks import load_pixel_mask
 from edit.methods.keep_background import KeptBackground, keep_background
 from edit.pictures import EncodedImage, ImageLike, encode_image
@@ -46,6 +48,7 @@ def instruct(
     mask: ImageLike | None = None,
     seed: int = 0,
     frames: int = 0,
+    layout: Layout = NO_LAYOUT,
     progress: Callable[[], Any] = lambda: None,
 ) -> Result:
     """N edits of an image, one for each instruction, each of what the one before it made.
@@ -67,7 +70,13 @@ def instruct(
     kept_frames = Frames(0, steps, frames)
     now, latents, finished, backgrounds, nfe = encoded, [], [], [], 0
     for number, instruction in enumerate(instructions):
-        predict = guide_by_image(model, now, instruction, negative, guidance, image_guidance)
+        text = layout.under(
+            encode_prompts_cached(model, [instruction, negative, negative]),
+            schedule,
+            [TARGET] * 3,
+            unprompted=[1, 2],
+        )
+        predict = guide_by_image(model, now, text, guidance, image_guidance)
         noise = torch.randn(encoded.latent.shape, generator=generator(seed, number, "instruct"))
         state = as_strong_as_state(noise.to(encoded.latent), schedule[0])
         for step, (here, there) in enumerate(pairwise(schedule)):
@@ -98,27 +107,24 @@ def instruct(
             "guidance": guidance,
             "image_guidance": image_guidance,
             "drift": [one.figures for one in backgrounds],
+            **layout.facts(),
         },
+        layout=layout,
     )
 
 
 def guide_by_image(
-    model: Backbone,
-    image: EncodedImage,
-    instruction: str,
-    negative: str,
-    guidance: float,
-    image_guidance: float,
+    model: Backbone, image: EncodedImage, text: Conditions, guidance: float, image_guidance: float
 ) -> Predict:
     """Predictions guided by the instruction and by the image (Brooks et al. 2023, eq. 3), three rows in one call.
+
+    `text` are the instruction, and twice what stands for none.
 
     e(∅, ∅) + s_I·(e(image, ∅) − e(∅, ∅)) + s_T·(e(image, text) − e(image, ∅)), of both halves of an estimate.
     """
     reference = model.encode_reference(image.pixels[None])
-    text, empty = (encode_prompts_cached(model, [words]) for words in (instruction, negative))
-    rows = Conditions.cat([text, empty, empty])
     beside = torch.cat([reference, reference, torch.zeros_like(reference)])
-    predict = model.predictor(Conditions(rows.text, rows.guidance, beside))
+    predict = model.predictor(replace(text, reference=beside))
 
     def guided(noisy: Tensor, level: Level) -> Estimate:
         estimate = predict(torch.cat([noisy] * 3), level)

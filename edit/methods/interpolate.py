@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from backbone.conditions.conditions import Conditions
+from backbone.conditions.control import Control, join_controls
 from backbone.diffusion.noise import broadcast_like
 from backbone.diffusion.samplers import deterministic_step
 from backbone.io.console import UserError
 from backbone.models.cache import encode_prompts_cached
 from edit.inversion.inversion import Inversion
+from edit.layout import SOURCE, TARGET
 from edit.result import Result
 
 
@@ -45,7 +48,8 @@ def interpolate(
         name: torch.cat([value, torch.stack([_mix(value[0], value[1], float(one)) for one in share])])
         for name, value in encode_prompts_cached(model, [first.prompt, second.prompt]).text.items()
     }
-    predict, nfe = model.predictor(Conditions(text)), 0
+    controls = mix_controls(first, second, share.tolist())
+    predict, nfe = model.predictor(Conditions(text, controls=controls)), 0
     now = torch.stack([slerp(ends[0, 0], ends[1, 0], float(one)) for one in share])
     for step in range(first.steps):
         here, there = schedule[step], schedule[step + 1]
@@ -63,9 +67,25 @@ def interpolate(
         encoded=first.encoded,
         latents=latents,
         nfe=nfe,
-        facts={"second_image": dict(second.facts)},
+        facts={"second_image": dict(second.facts), **first.layout.facts()},
         inversions=(first, second),
+        layout=first.layout,
     )
+
+
+def mix_controls(first: Inversion, second: Inversion, shares: Sequence[float]) -> tuple[Control, ...]:
+    """The controls of the two ends, then of what is in between, for which both maps are mixed linearly."""
+    mixed = []
+    for one, other in zip(first.layout.controls, second.layout.controls, strict=True):
+        own, theirs = (control.during(first.schedule).to(first.model.device) for control in (one, other))
+        between = tuple(
+            torch.stack([torch.lerp(a[TARGET], b[TARGET], share) for share in shares])
+            for a, b in zip(own.hints, theirs.hints, strict=True)
+        )
+        rows = [own.rows(torch.tensor([SOURCE])), theirs.rows(torch.tensor([SOURCE]))]
+        rows.append(replace(own, hints=between, scale=own.scale[TARGET].repeat(len(shares))))
+        mixed.append(join_controls([((row,), len(row)) for row in rows])[0])
+    return tuple(mixed)
 
 
 def _mix(first: Tensor, second: Tensor, share: float) -> Tensor:

@@ -20,6 +20,7 @@ from edit.attention.alignment import require, tokenize_prompt
 from edit.attention.control import Control
 from edit.attention.install import control_attention
 from edit.inversion.inversion import Inversion
+from edit.layout import SOURCE, TARGET
 from edit.masks import (
     align_to_edges,
     difference_maps,
@@ -83,6 +84,8 @@ def remove(
     pixels, inside = send(pixels, states.device), send(hidden, states.device)
     seen = _prompt_without(inversion.prompt, word) if prompt is None else prompt
     text, empty = (encode_prompts_cached(model, [words] * count) for words in (seen, negative))
+    layout = inversion.layout.without(pixels)  # the thing's own lines would draw it again
+    text = layout.under(text, schedule, [TARGET] * count)
     predict, each = model.guided_predictor(text, empty, guidance), nfe_of(model, text, guidance)
     random = [torch.randn(states.shape[1:], generator=generator(seed, k, "remove")) for k in range(count)]
     noise = send(torch.stack(random).to(states.dtype), states.device)
@@ -109,7 +112,8 @@ def remove(
         nfe=nfe,
         masks=pixels.expand(count, -1, -1),
         estimates=kept.stack(),
-        facts={"guidance": guidance},
+        facts={"guidance": guidance, **layout.facts()},
+        layout=layout,
         inversions=(inversion,),
     )
 
@@ -129,7 +133,7 @@ def locate_word(inversion: Inversion, word: str, *, threshold: float = THRESHOLD
     require([tokenize_prompt(inversion.model.text_encoder.segments, source)], word)
     rest = without(source, word)
     others = [without(source, thing) for thing in things(source) if thing in things(rest)]
-    maps, nfe = difference_maps(inversion, [(source, rest)])
+    maps, nfe = difference_maps(inversion, [(source, rest)], sides=(SOURCE, SOURCE))
     size, places = inversion.image.shape[-2:], maps.shape[-2]
     own = F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0, 0]
     if others:

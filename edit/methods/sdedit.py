@@ -17,6 +17,7 @@ from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from backbone.models.sample import refuse_negative
 from edit import checks
+from edit.layout import NO_LAYOUT, TARGET, Layout
 from edit.masks import load_latent_mask
 from edit.pictures import ImageLike, encode_image
 from edit.result import Result
@@ -43,6 +44,7 @@ def sdedit(
     count: int = 1,
     seed: int = 0,
     frames: int = 0,
+    layout: Layout = NO_LAYOUT,
     progress: Callable[[], Any] = lambda: None,
 ) -> Result:
     """N = `count` images of what the prompt says (in the model's words), sampled from a noised image.
@@ -51,7 +53,8 @@ def sdedit(
     (white = may change), algorithm 3: at every step the rest is the image at that level, with the noise that it began
     with, so in the end it is the image's own latent. `strength` is diffusers': 0 leaves the image as it is, 1 begins
     with noise alone, as diffusers' inpainting does, however noisy the first level of the schedule is. Image k depends
-    on the seed and k alone. `frames` estimates are kept along the way; `progress` is called after every step.
+    on the seed and k alone. `layout` holds control maps. `frames` estimates are kept along the way;
+    `progress` is called after every step.
 
     Raises `UserError` for an empty prompt, a strength outside 0…1, a mask of another size, an unreadable image.
     """
@@ -67,6 +70,7 @@ def sdedit(
         [torch.randn(clean.shape[1:], generator=generator(seed, k, "sdedit")) for k in range(count)]
     )
     text, empty = (encode_prompts_cached(model, [words] * count) for words in (prompt, negative))
+    text = layout.under(text, whole, [TARGET] * count)
     kept = Frames(0, len(schedule) - 1, frames)
     latents = sample_masked(
         clean,
@@ -86,7 +90,8 @@ def sdedit(
         nfe=(len(schedule) - 1) * count * nfe_of(model, text, guidance),
         masks=None if mask_latent is None else mask_latent.expand(count, -1, -1),
         estimates=kept.stack(),
-        facts={"guidance": guidance},
+        facts={"guidance": guidance, **layout.facts()},
+        layout=layout,
     )
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from backbone.io.console import UserError, notify, progress
 from edit import checks
 from edit.inversion.inversion import Inversion
+from edit.layout import NOTHING_ASKED, AskedLayout
 from edit.methods.compose import compose
 from edit.methods.flow_edit import flow_edit
 from edit.methods.instruct import Keep, instruct
@@ -85,13 +86,14 @@ def run_sdedit(
     prompt: str,
     strength: float = 0.6,
     steps: int = 50,
+    asked: AskedLayout = NOTHING_ASKED,
     **settings: Any,
 ) -> Result:
     """`edit sdedit`."""
     with progress(int(steps * checks.share("strength", strength)), "sampling") as bar:
         result = sdedit(
             loaded.model, image, loaded.resolve(prompt), strength=strength, steps=steps, progress=bar.advance,
-            **_settings(loaded, **settings),
+            layout=loaded.layout(image, asked), **_settings(loaded, **settings),
         )  # fmt: skip
     title = f"SDEdit: {prompt}, strength {strength:g} of {steps} steps"
     return replace(result, prompts=(prompt,) * len(result.prompts), title=title)
@@ -105,13 +107,15 @@ def run_flow_edit(
     targets: Sequence[str],
     strength: float = 0.66,
     steps: int = 50,
+    asked: AskedLayout = NOTHING_ASKED,
     **settings: Any,
 ) -> Result:
     """`edit flow-edit`."""
     with progress(int(steps * checks.share("strength", strength)), "editing") as bar:
         result = flow_edit(
             loaded.model, image, loaded.resolve(source), [loaded.resolve(target) for target in targets],
-            strength=strength, steps=steps, progress=bar.advance, **_settings(loaded, **settings),
+            strength=strength, steps=steps, progress=bar.advance, layout=loaded.layout(image, asked),
+            **_settings(loaded, **settings),
         )  # fmt: skip
     return replace(
         result, prompts=tuple(targets), title=f"FlowEdit: {source}, strength {strength:g} of {steps} steps"
@@ -126,6 +130,7 @@ def run_instruct(
     then: Sequence[str] = (),
     background: str = "pixels",
     steps: int = 50,
+    asked: AskedLayout = NOTHING_ASKED,
     **settings: Any,
 ) -> Result:
     """`edit instruct`."""
@@ -133,7 +138,8 @@ def run_instruct(
     with progress(steps * len(instructions), "editing") as bar:
         result = instruct(
             loaded.model, image, [loaded.resolve(one) for one in instructions], keep=cast(Keep, background),
-            steps=steps, progress=bar.advance, **_settings(loaded, **settings),
+            steps=steps, progress=bar.advance, layout=loaded.layout(image, asked),
+            **_settings(loaded, **settings),
         )  # fmt: skip
     for one, drift in zip(instructions, result.facts["drift"], strict=False):
         notify(

@@ -9,6 +9,7 @@ from typing import Any
 from backbone.evaluation.image_metrics import psnr
 from edit.attention.alignment import speak
 from edit.inversion.inversion import Inversion, read_source_prompt, reconstruct
+from edit.layout import AskedLayout
 from edit.methods.prompt_to_prompt.regions import (
     blended_words,
     prompts_to_compare,
@@ -28,7 +29,8 @@ SETTINGS = (
 def write_inversion(file: Path, image: ImageLike, prompt: str, wishes: Mapping[str, Any]) -> list[str]:
     """Inverts an image into a file, and gives what there is to say about it; what it is not asked for, `Start` says."""
     loaded = load_model(**pick(wishes, OPENING))
-    start = Start(**{**pick(wishes, START), "image": image, "source": prompt})
+    asked = AskedLayout.of(wishes).for_source
+    start = Start(**{**pick(wishes, START), "image": image, "source": prompt, "asked": asked})
     inversion = start.open(loaded, guidance=wishes.get("guidance"))
     inversion.write(file)
     lines = [f"{inversion.nfe} evaluations of the denoiser (NFE)."]

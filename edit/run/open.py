@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,9 +11,12 @@ from backbone.adapters.concept import Concept, read_concept, resolve_placeholder
 from backbone.distributed.device import PRECISIONS
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import read_metadata
+from backbone.media.transforms import to_image
+from backbone.models.control import OpenedControl
 from backbone.models.model import Backbone
 from edit import checks
 from edit.inversion.inversion import Inversion, Method, count_rounds, identify, invert, read_inversion
+from edit.layout import NOTHING_ASKED, AskedLayout, Layout, open_layout
 from edit.methods.prompt_to_prompt.settings import PRESETS, ReplaceSettings
 from edit.pictures import ImageLike
 
@@ -28,6 +31,11 @@ class ModelWithConcepts:
     model: Backbone
     concepts: tuple[Concept, ...] = ()
     scale: float = 1.0
+    controls: dict[str, OpenedControl] = field(default_factory=dict)
+
+    def layout(self, image: ImageLike, asked: AskedLayout) -> Layout:
+        """The conditions of an edit of an image; each network is opened once."""
+        return open_layout(self.model, image, asked, opened=self.controls)
 
     @cached_property
     def identity(self) -> str:
@@ -92,6 +100,7 @@ class Start:
     steps: int = 50
     seed: int = 0
     iterations: int = 10
+    asked: AskedLayout = NOTHING_ASKED
 
     def open(self, loaded: ModelWithConcepts, *, guidance: float | None = None) -> Inversion:
         """Reads or makes the inversion; `guidance` is null-text's. `UserError` if it is of another prompt."""
@@ -101,7 +110,7 @@ class Start:
                 raise UserError(
                     f"{self.inversion} is of “{inversion.prompt}”, not of “{self.source}”. Leave --source out."
                 )
-            return inversion
+            return replace(inversion, layout=self._layout_beside(loaded, inversion))
         if self.image is None:
             raise UserError("There is nothing to edit. Give an image, or an inversion with --inversion FILE.")
         prompt = checks.prompt(self.source or "", "source prompt")
@@ -110,8 +119,28 @@ class Start:
             return invert(
                 loaded.model, self.image, loaded.resolve(prompt), method=self.method, steps=self.steps,
                 guidance=guidance, seed=self.seed, iterations=self.iterations, identity=loaded.identity,
-                progress=bar.advance,
+                layout=loaded.layout(self.image, self.asked), progress=bar.advance,
             )  # fmt: skip
+
+    def _layout_beside(self, loaded: ModelWithConcepts, inversion: Inversion) -> Layout:
+        """An inversion's own conditions, with those of the targets that were asked for in place of the same kinds.
+
+        Raises `UserError` for a map to be found in a source that was inverted without it.
+        """
+        if not self.asked:
+            return inversion.layout
+        own = {one.facts["kind"] for one in inversion.layout.conditions}
+        for one in self.asked.targets:
+            if not one.map.path and one.map.kind not in own:
+                raise UserError(
+                    f"{self.inversion} was inverted without {one.map.kind}. Invert the image again with "
+                    f"--condition {one.map}, or give a map of the targets."
+                )
+        drawn = tuple(one for one in self.asked.targets if one.map.path)
+        added = loaded.layout(to_image(inversion.image), AskedLayout(drawn))
+        kinds = {one.facts["kind"] for one in added.conditions}
+        kept = tuple((True, one.facts["kind"] not in kinds) for one in inversion.layout.conditions)
+        return Layout((*inversion.layout.conditions, *added.conditions), (*kept, *added.sides))
 
 
 START = tuple(Start.__dataclass_fields__)

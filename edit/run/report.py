@@ -40,6 +40,7 @@ UNTOLD = (  # in an image: where files lay, and what changes nothing in it
         "device",
         "scale",
     ),
+    *("condition", "controlnet", "source_condition"),
     *("prompt", "first_prompt", "second_prompt"),  # which the image's own prompt says
 )
 TITLES = {
@@ -86,6 +87,8 @@ def publish(
         save_png(folder / "reconstruction.png", result.reconstruction)
     for number, mask in enumerate(masks):
         save_png(folder / f"mask_{number}.png", mask)
+    for number, condition in enumerate(result.layout.conditions):
+        save_png(folder / f"condition_{number}_{condition.facts['kind']}.png", condition.map)
     page = draw_result_sheet(result, images, masks)
     save_png(folder / "sheet.png", page)
     strips = {speak(word, result.spoken): strip for word, strip in draw_heatmaps(result, images).items()}
@@ -135,6 +138,7 @@ def facts_of_edit(result: Result, record: Mapping[str, Any]) -> dict[str, Any]:
         **steps,
         **guidance,
         **describe_concepts([one["folder"] for one in record["concepts"]], record["scale"]),
+        "conditions": [condition.brief() for condition in result.layout.conditions],
     }
 
 
@@ -151,6 +155,7 @@ def draw_result_sheet(
     lead: list[Cell | Image.Image | None] = [Cell(result.source, "source")]
     if result.trajectory is not None:
         lead.append(Cell(result.reconstruction, "reconstruction"))
+    lead += [Cell(one.map, str(one.facts["kind"])) for one in result.layout.conditions]
     rows = []
     for number, (image, prompt) in enumerate(zip(images, result.prompts, strict=True)):
         row = [*lead, Cell(image, prompt)]

@@ -9,14 +9,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from backbone.io.conditions import ControlOptions
 from backbone.io.console import UserError
 from backbone.io.files import content_hash, fill_folder, make_numbered_folder, read_json
 from backbone.io.records import read_as
 from backbone.io.run_folder import hold_new_folder
+from edit.layout import AskedLayout
 from edit.pictures import read_image, read_mask
 from edit.run.commands import COMMANDS
 from edit.run.figures import figures_of_run, find_scorer, measure_edits, peak_memory_mb, reset_peak_memory
@@ -25,6 +27,10 @@ from edit.run.report import INVERSION, RECORD, publish
 
 MEASURING = ("metrics", "scorer")
 OF_AN_INVERSION = ("method", "steps", "iterations")  # said by its file, where there is one
+CONTROL = (
+    *(one.name for one in fields(ControlOptions)),
+    "source_condition",
+)  # which become one `AskedLayout`
 FILES = ("image", "inversion", "mask", "first", "second")
 WISH_TYPES: dict[str, Any] = {  # of a record's settings
     **dict.fromkeys(FILES, str | None),
@@ -39,6 +45,9 @@ WISH_TYPES: dict[str, Any] = {  # of a record's settings
     **dict.fromkeys(("cross", "self_attention", "colour_self_attention"), float | None),
     **dict.fromkeys(("concepts", "targets", "keep", "heatmaps", "then"), list[str]),
     **dict.fromkeys(("metrics", "film"), bool),
+    **dict.fromkeys(("condition", "controlnet", "source_condition"), list[str]),
+    **dict.fromkeys(("condition_scale", "condition_start", "condition_stop"), list[float]),
+    "guess_mode": bool,
     "blend": list[str] | None,
     "swaps": list[tuple[str, str]],
     "weights": dict[str, float],
@@ -136,9 +145,12 @@ def _run(
         str(settings[file]): images[file].content if file in images else content_hash(Path(given[file]))
         for file in given
     }
+    asked = AskedLayout.of(wishes)
+    files |= {path: content_hash(Path(path)) for path in asked.paths}
     with _claim(out):
         loaded = load()
-        own = {wish: value for wish, value in wishes.items() if wish not in (*OPENING, *MEASURING)}
+        own = {wish: value for wish, value in wishes.items() if wish not in (*OPENING, *MEASURING, *CONTROL)}
+        own |= {"asked": asked} if asked else {}
         result = command(loaded, {**own, **images})
         frames = command.frames(result)
         assert len(result.images) == len(

@@ -282,14 +282,8 @@ class Lessons:
 
 def figures(scene: Scene) -> list[tuple[str, float, float, float]]:
     """Noun, middle (x, y) and radius in pixels of every figure of a scene, without drawing it."""
-    things = scene.things * 2 if scene.pair else scene.things
     return [(thing.noun, figure.x, figure.foot - figure.size / 2, figure.size / 2)
-            for thing, figure in zip(things, place_figures(scene, horizon(scene)), strict=True)]  # fmt: skip
-
-
-def horizon(scene: Scene) -> float:
-    """The height of the horizon that `draw_place` draws: the first number of the place's stream."""
-    return scene.random(f"place/{scene.place}").uniform(62, 84)
+            for thing, figure in zip(scene.figures, place_figures(scene, scene.horizon), strict=True)]  # fmt: skip
 
 
 def make_caption(scene: Scene, place: str | None, random: Random) -> str:

@@ -21,7 +21,6 @@ from recipes.moji.scorer import (
     contrastive_loss,
     figures,
     group_parameters,
-    horizon,
     make_caption,
     match_captions,
     patch_nouns,
@@ -35,7 +34,7 @@ SCENES = [sample_scene(seed) for seed in range(300)]
 def test_the_horizon_is_the_one_that_is_drawn(place: str) -> None:
     for seed in range(3):
         scene = Scene((Thing("dog"),), place, seed=seed)
-        assert horizon(scene) == draw_place(scene)[1]
+        assert scene.horizon == draw_place(scene)[1]
 
 
 def test_every_figure_has_a_circle_in_the_picture() -> None:

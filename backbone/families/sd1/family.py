@@ -25,6 +25,7 @@ from backbone.families.base import (
 from backbone.families.location import Location
 from backbone.families.sd1 import checkpoint
 from backbone.families.unet import UNetFamily, beside_reference, load_part
+from backbone.families.unet_control import controlled
 from backbone.io.files import Header
 
 
@@ -75,7 +76,12 @@ class StableDiffusion(UNetFamily):
             noisy = beside_reference(noisy.to(dtype), conditions).contiguous(
                 memory_format=torch.channels_last
             )
-            return cast(Tensor, denoiser(noisy, time, conditions.text["hidden"].to(dtype)).sample)
+            inputs = {
+                "sample": noisy,
+                "timestep": time,
+                "encoder_hidden_states": conditions.text["hidden"].to(dtype),
+            }
+            return cast(Tensor, denoiser(**controlled(conditions.controls, inputs, dtype)).sample)
 
         return predict
 

@@ -30,6 +30,7 @@ from backbone.families.base import (
 from backbone.families.location import Location
 from backbone.families.sdxl import checkpoint
 from backbone.families.unet import UNetFamily, beside_reference, load_part
+from backbone.families.unet_control import controlled
 from backbone.io.console import UserError
 from backbone.io.files import Header
 
@@ -104,8 +105,13 @@ class StableDiffusionXL(UNetFamily):
             noisy = beside_reference(noisy.to(dtype), conditions).contiguous(
                 memory_format=torch.channels_last
             )
-            hidden = conditions.text["hidden"].to(dtype)
-            return cast(Tensor, denoiser(noisy, time, hidden, added_cond_kwargs=added).sample)
+            inputs = {
+                "sample": noisy,
+                "timestep": time,
+                "encoder_hidden_states": conditions.text["hidden"].to(dtype),
+                "added_cond_kwargs": added,
+            }
+            return cast(Tensor, denoiser(**controlled(conditions.controls, inputs, dtype)).sample)
 
         return predict
 

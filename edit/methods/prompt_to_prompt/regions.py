@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backbone.diffusion.transfer import send
 from backbone.io.console import UserError
 from edit.attention.alignment import Alignment, Word, token_mask
 from edit.attention.control import Maps
@@ -58,6 +59,8 @@ class Regions:
         # Pairs of prompts to compare, and how differently they are predicted [H, W], by the number of the target
         self.pairs = self._pairs()
         self.differences: dict[int, Tensor] = {}
+        moved = inversion.layout.moved(self.size)
+        self.moved = None if moved is None else send(moved, self.device)
 
     def compare_predictions(self, first: int) -> int:
         """Finds where the prompts are predicted differently, from step `first` on. Gives the NFE."""
@@ -84,6 +87,8 @@ class Regions:
         # Where the prompts differ or a word to blend stands, in either image; everywhere if neither is asked for
         if n in self.differences:
             mask = mask | (self.differences[n] > threshold)
+            if self.moved is not None:
+                mask = mask | (self.moved > 0)
         if blends:
             assert read is not None
             grown = F.max_pool2d(read[[0, 1 + n], 2 * n : 2 * n + 1], 3, stride=1, padding=1)

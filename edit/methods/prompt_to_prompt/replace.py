@@ -31,6 +31,7 @@ from edit.attention.control import Control, Maps
 from edit.attention.install import control_attention
 from edit.attention.separate import features_of
 from edit.inversion.inversion import Inversion
+from edit.layout import SOURCE, TARGET
 from edit.methods.prompt_to_prompt.plan import plan_control
 from edit.methods.prompt_to_prompt.regions import Regions
 from edit.methods.prompt_to_prompt.settings import AUTO, ReplaceSettings
@@ -67,7 +68,11 @@ def replace(
         )
     plan = plan_control(alignments, settings, steps, model.device)
     regions = Regions(inversion, alignments, settings)
-    text = encode_prompts_cached(model, [inversion.prompt, *targets])
+    text = inversion.layout.under(
+        encode_prompts_cached(model, [inversion.prompt, *targets]),
+        inversion.schedule,
+        [SOURCE, *[TARGET] * len(targets)],
+    )
     empty = _unconditional_text(inversion, settings, text)
     guidance = _guidance(inversion, settings)
     predict = SourceAndTargets(
@@ -116,7 +121,8 @@ def replace(
         nfe=nfe + predict.nfe,
         masks=masks,
         estimates=kept.stack(),
-        facts={"inversion_method": inversion.method, "guidance": guidance},
+        facts={"inversion_method": inversion.method, "guidance": guidance, **inversion.layout.facts()},
+        layout=inversion.layout,
         inversions=(inversion,),
         trajectory=torch.stack(trajectory),
         alignments=tuple(alignments),

@@ -1,0 +1,162 @@
+"""A control: a map of a picture's layout as a second condition, and the network that reads it.
+
+    control = Control.of(network, maps, scale=0.8, stop=0.7)
+    conditions = replace(text, controls=(control,))
+
+ControlNet (Zhang et al. 2023) and T2I-Adapter (Mou et al. 2024) answer alike: tensors that are added inside the
+denoiser. Which layers they are added to is the family's (`backbone.families.control`); which rows are controlled, how
+strongly and at which steps is here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from backbone.diffusion.noise import Schedule
+from backbone.diffusion.transfer import send
+from backbone.io.console import UserError
+
+Residuals = dict[str, list[Tensor]]
+"""What is added inside the denoiser, by the name of its argument: tensors [B, …]."""
+
+
+class ControlNetwork(Protocol):
+    """A network of one family that reads maps.
+
+    module         diffusers' class, which is trained and saved
+    prompted_only  whether it was made to act beside a prompt alone, as in guess mode
+    takes_guess    whether it hears the prompt, so that guess mode changes something
+    """
+
+    module: nn.Module
+    prompted_only: bool
+    takes_guess: bool
+
+    def read(self, maps: Tensor) -> tuple[Tensor, ...]:
+        """Maps [B, 3, H, W] in 0…1 to hints [B, …]: what depends on the map alone. Differentiable."""
+        ...
+
+    def residuals(self, hints: Sequence[Tensor], inputs: Mapping[str, Any], *, guess: bool) -> Residuals:
+        """What is added in one call of the denoiser, whose arguments `inputs` are."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Control:
+    """B rows under one network.
+
+    hints        tensors [B, …] of `network.read`
+    scale        [B], in the processor's memory; a row of 0 is not controlled, bit for bit
+    start, stop  the share of the steps, from noise, at which it acts
+    guess        without a prompt it does not act, and shallow layers are controlled less (guess mode)
+    times        the network's times from `start` to `stop`, lowest and highest; `during` fills them in
+    """
+
+    network: ControlNetwork
+    hints: tuple[Tensor, ...]
+    scale: Tensor
+    start: float = 0.0
+    stop: float = 1.0
+    guess: bool = False
+    times: tuple[float, float] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        network: ControlNetwork,
+        maps: Tensor,
+        *,
+        scale: float | Tensor = 1.0,
+        start: float = 0.0,
+        stop: float = 1.0,
+        guess: bool = False,
+    ) -> Control:
+        """The control of maps [B, 3, H, W] in 0…1, at one scale or one for each [B]."""
+        scales = torch.as_tensor(scale, dtype=torch.float32).expand(len(maps))
+        return cls(network, network.read(maps), scales, start, stop, guess or network.prompted_only)
+
+    def __len__(self) -> int:
+        return len(self.scale)
+
+    def during(self, schedule: Schedule) -> Control:
+        """The same at the times of these S steps: step i where start ≤ i/S and (i + 1)/S ≤ stop, as diffusers has it.
+
+        Raises `UserError` where that is no step at all.
+        """
+        assert schedule.time is not None
+        steps, times = len(schedule) - 1, schedule.time.double().tolist()
+        kept = [i for i in range(steps) if i / steps >= self.start and (i + 1) / steps <= self.stop]
+        if not kept:
+            raise UserError(
+                f"From {self.start:g} to {self.stop:g} there is none of {steps} steps, so the condition would change "
+                "nothing. Let it begin earlier or end later."
+            )
+        first, last = kept[0], kept[-1]
+        low = (times[last] + times[last + 1]) / 2 if last + 1 < steps else -math.inf
+        high = (times[first] + times[first - 1]) / 2 if first > 0 else math.inf
+        return replace(self, times=(low, high))
+
+    def at(self, time: Tensor) -> Control:
+        """The same at these times [] or [B] of the network: rows outside of `times` are not controlled."""
+        if self.times is None:
+            assert (self.start, self.stop) == (0, 1), "`during` a schedule tells which times a share of it is"
+            return self
+        (low, high), time = self.times, time.cpu()
+        acts = (low <= time) & (time <= high)
+        return replace(self, scale=self.scale * acts.to(self.scale))
+
+    def unprompted(self) -> Control:
+        """The same for the rows without a prompt."""
+        return replace(self, scale=torch.zeros_like(self.scale)) if self.guess else self
+
+    def off(self, rows: int) -> Control:
+        """So many rows that are not controlled."""
+        hints = tuple(value.new_zeros(rows, *value.shape[1:]) for value in self.hints)
+        return replace(self, hints=hints, scale=self.scale.new_zeros(rows))
+
+    def rows(self, index: Tensor) -> Control:
+        """These rows."""
+        return self.each(lambda value: value[send(index, value.device)])
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Control:
+        """The same with every tensor changed alike."""
+        return replace(self, hints=tuple(map(change, self.hints)), scale=change(self.scale))
+
+    def to(self, device: torch.device) -> Control:
+        """The same with its hints on another device."""
+        return replace(self, hints=tuple(send(value, device) for value in self.hints))
+
+    def is_like(self, other: Control) -> bool:
+        """Whether rows of both can stand in one batch."""
+        return self.network is other.network and (self.start, self.stop, self.guess, self.times) == (
+            other.start,
+            other.stop,
+            other.guess,
+            other.times,
+        )
+
+
+def repeat_controls(controls: Sequence[Control], rows: int) -> tuple[Control, ...]:
+    """Controls of one row each for so many rows; it takes no memory."""
+    return tuple(control.each(lambda value: value.expand(rows, *value.shape[1:])) for control in controls)
+
+
+def join_controls(parts: Sequence[tuple[tuple[Control, ...], int]]) -> tuple[Control, ...]:
+    """Controls of several (controls, rows) one behind the other; a part without any is not controlled."""
+    some = next((controls for controls, _ in parts if controls), ())
+    filled = [controls or tuple(control.off(rows) for control in some) for controls, rows in parts]
+    return tuple(_joined(column) for column in zip(*filled, strict=True))
+
+
+def _joined(column: Sequence[Control]) -> Control:
+    first = column[0]
+    assert all(first.is_like(other) for other in column), "rows under different networks in one batch"
+    hints = zip(*(control.hints for control in column), strict=True)
+    scale = torch.cat([control.scale for control in column])
+    return replace(first, hints=tuple(torch.cat(values) for values in hints), scale=scale)

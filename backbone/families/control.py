@@ -1,0 +1,83 @@
+"""Control networks of every family: what they add inside the denoiser, and the protocol by which a family has some.
+
+A ControlNet is asked at every step for every controlled row, with the very arguments of the denoiser's own call; what
+it answers is scaled by row and summed over all networks. Rows at scale 0 are never asked, so they are the base's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from backbone.conditions.control import Control, ControlNetwork, Residuals
+from backbone.diffusion.transfer import send
+
+OF_NO_ROW = ("txt_ids", "img_ids")  # arguments of a denoiser that all rows share
+
+
+@runtime_checkable
+class ControlledFamily(Protocol):
+    """A family whose denoiser can be controlled."""
+
+    control_classes: ClassVar[tuple[Any, ...]]  # diffusers' classes of its control networks
+
+    def control_network(
+        self, module: nn.Module, denoiser: nn.Module, encode: Callable[[Tensor], Tensor]
+    ) -> ControlNetwork:
+        """A loaded module of one of those classes as this denoiser is controlled by it.
+
+        `encode` makes latents [B, C, H, W] of pictures [B, 3, 8H, 8W] in −1…1. Raises `UserError` for a module that was
+        made for another denoiser.
+        """
+        ...
+
+
+def residuals_of(controls: Sequence[Control], inputs: Mapping[str, Any], dtype: torch.dtype) -> Residuals:
+    """What all controls add in one call of the denoiser, whose arguments `inputs` are; nothing without controls."""
+    total: Residuals = {}
+    for control in controls:
+        rows = control.scale.nonzero().flatten()
+        if not len(rows):
+            continue
+        some = control if len(rows) == len(control) else control.rows(rows)
+        found = control.network.residuals(
+            some.hints, _rows_of(inputs, rows, len(control)), guess=control.guess
+        )
+        for name, parts in found.items():
+            whole = [_placed(_scaled(part, some.scale).to(dtype), rows, len(control)) for part in parts]
+            before = total.get(name)
+            total[name] = whole if before is None else [a + b for a, b in zip(before, whole, strict=True)]
+    return total
+
+
+def _rows_of(inputs: Mapping[str, Any], rows: Tensor, count: int) -> dict[str, Any]:
+    """The arguments of a call for some of its `count` rows."""
+    if len(rows) == count:
+        return dict(inputs)
+
+    def taken(name: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {inner: taken(inner, one) for inner, one in value.items()}
+        if not isinstance(value, Tensor) or value.ndim == 0 or name in OF_NO_ROW:
+            return value
+        return value[send(rows, value.device)]
+
+    return {name: taken(name, value) for name, value in inputs.items()}
+
+
+def _scaled(part: Tensor, scale: Tensor) -> Tensor:
+    """Residuals [B, …] times one scale a row [B]; the scale is known to the processor, so nobody waits."""
+    first = float(scale[0])
+    if bool((scale == first).all()):
+        return part if first == 1 else part * first
+    return part * send(scale, part.device).to(part.dtype).reshape(-1, *[1] * (part.ndim - 1))
+
+
+def _placed(part: Tensor, rows: Tensor, count: int) -> Tensor:
+    """Residuals of some rows among zeros for the others."""
+    if len(rows) == count:
+        return part
+    return part.new_zeros(count, *part.shape[1:]).index_copy(0, send(rows, part.device), part)

@@ -1,0 +1,296 @@
+"""Maps of a picture's layout as people give them: kinds, reading with what is commonly wrong, Canny's edges.
+
+    sketch   outlines of things, white on black     labels  what each pixel shows, in a palette's colours
+    lines    every line, white on black             depth   grey, near is white
+    edges    Canny's edges, white on black          pose    a stick for each thing, in colours on black
+
+Two more are for ControlNets alone: `normal` (a surface's directions as colours) and `tile` (a blurred picture).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from backbone.io.conditions import LINE_KINDS, AskedMap
+from backbone.io.console import UserError, notify_once
+from backbone.media.decode import open_rgb
+from backbone.media.outlines import draw_lines, draw_outlines
+from backbone.media.transforms import CROPS, crop_box
+
+Palette = Mapping[str, tuple[int, int, int]]
+COMPUTED = ("edges", "lines", "sketch")  # kinds that are found in a picture without another network
+LOW, HIGH = 100.0, 200.0  # Canny's thresholds, of 0…255, as ControlNets were trained with
+GREY = (0.15, 0.85)  # between them a pixel is neither ink nor paper
+MOST_GREY, MOST_COLOUR = 0.4, 0.06  # share of grey pixels, mean saturation: beyond, it is no line drawing
+SAME_SHAPE = 0.02  # of the logarithm of width by height
+MANY_COLOURS = 512  # in a map of labels of no known palette
+
+
+@dataclass(frozen=True)
+class Target:
+    """The picture that a map is for.
+
+    size      (width, height) in pixels
+    palette   of labels, if it is known
+    drawn_on  the size of the image that it was cropped from, on which a map may have been drawn
+    """
+
+    size: tuple[int, int]
+    palette: Palette | None = None
+    drawn_on: tuple[int, int] | None = None
+
+
+def read_map(asked: AskedMap, target: Target, *, picture: Image.Image | None = None) -> Image.Image:
+    """A map as its network reads it: RGB of the picture's size. `picture` is what `auto` finds the map in.
+
+    Raises `UserError` for a file that cannot be read or is see-through, for another shape than the picture's, and for
+    what is no map of its kind: black on white, a photograph, an empty or full one, colours that no label has.
+    """
+    if asked.path:
+        picture = open_rgb(asked.path)
+        refuse_transparency(Path(asked.path))
+        if target.drawn_on is not None and is_same_shape(picture.size, target.drawn_on):
+            left, top, right, bottom = map(round, crop_box(picture.size, target.size, CROPS["center"]))
+            picture = picture.crop((left, top, right, bottom))
+        refuse_other_shape(picture.size, target.size, asked.path)
+    assert picture is not None
+    if asked.is_computed:
+        if picture.size != target.size:
+            picture = picture.resize(target.size, Image.Resampling.LANCZOS)
+        found = compute_map(asked.kind, picture)
+        if not found.getbbox():
+            where = asked.path or "the picture"
+            raise UserError(
+                f"No {asked.kind} was found in {where}: it has no strong outlines. Draw the map yourself."
+            )
+        return found
+    drawn = as_array(picture)
+    if asked.inverted:
+        drawn = 255 - drawn
+    refuse_wrong_kind(drawn, asked, target.palette)
+    return fit_map(Image.fromarray(drawn), asked, target.size)
+
+
+def as_array(image: Image.Image) -> np.ndarray:
+    """An RGB image as bytes [H, W, 3]."""
+    return np.array(image.convert("RGB"), np.uint8)
+
+
+def as_hints(image: Image.Image) -> Tensor:
+    """A map as a tensor [1, 3, H, W] in 0…1."""
+    return torch.from_numpy(as_array(image)).permute(2, 0, 1).float().div(255)[None].contiguous()
+
+
+def fit_map(image: Image.Image, asked: AskedMap, size: tuple[int, int]) -> Image.Image:
+    """A map at the picture's size: labels by the nearest pixel, lines by area and thresholded, the rest by area."""
+    if image.size == size:
+        return image
+    notify_once(
+        f"{asked.path or asked.kind} has {image.width} × {image.height} pixels and is brought to {size[0]} × {size[1]}."
+    )
+    return resize_map(image, asked.kind, size)
+
+
+def resize_map(image: Image.Image, kind: str, size: tuple[int, int]) -> Image.Image:
+    """A map at another size (W, H), as its kind wants it."""
+    if image.size == size:
+        return image
+    if kind == "labels":
+        return image.resize(size, Image.Resampling.NEAREST)
+    smaller = size[0] < image.width
+    found = image.resize(size, Image.Resampling.BOX if smaller else Image.Resampling.BICUBIC)
+    if kind not in LINE_KINDS:
+        return found
+    ink = as_array(found).max(2)
+    white = (ink >= max(int(ink.max()) / 2, 1)).astype(
+        np.uint8
+    ) * 255  # half of what a line keeps of its white
+    return Image.fromarray(white).convert("RGB")
+
+
+# What is found in a picture ---------------------------------------------------------------------------------
+
+
+def compute_map(kind: str, picture: Image.Image) -> Image.Image:
+    """The map of a picture, RGB of its size; `UserError` for a kind that another network has to find."""
+    if kind not in COMPUTED:
+        raise UserError(
+            f"{kind.capitalize()} of a picture are found by another network, which is not here. Give the map itself: "
+            f"--condition {kind}=map.png; without a network there are {', '.join(COMPUTED)}."
+        )
+    pixels = as_hints(picture)[0]
+    find = {"edges": canny, "lines": draw_lines, "sketch": draw_outlines}[kind]
+    white = find(pixels).mul(255).byte().numpy()
+    return Image.fromarray(white).convert("RGB")
+
+
+def canny(picture: Tensor, low: float = LOW, high: float = HIGH) -> Tensor:
+    """Edges [H, W], 0 or 1, of a picture [3, H, W] in 0…1 (Canny 1986), as OpenCV finds them.
+
+    Sobel's gradient of the channel where |dx| + |dy| is most, thinned across, kept above `high` and where it hangs
+    together with that above `low`.
+    """
+    bytes_ = picture.mul(255).round()[:, None]
+    across = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], device=picture.device)
+    padded = F.pad(bytes_, (1, 1, 1, 1), mode="replicate")
+    both = torch.stack([F.conv2d(padded, kernel[None, None])[:, 0] for kernel in (across, across.T)])
+    strongest = both.abs().sum(0).argmax(0)
+    dx, dy = both.gather(1, strongest.expand(2, 1, -1, -1))[:, 0]
+    kept = _thinned(dx, dy)
+    edges, weak = kept > high, kept > low
+    while True:
+        grown = (F.max_pool2d(edges[None].float(), 3, 1, 1)[0] > 0) & weak
+        if torch.equal(grown, edges):
+            return edges.to(picture.dtype)
+        edges = grown
+
+
+def _thinned(dx: Tensor, dy: Tensor) -> Tensor:
+    """|dx| + |dy| where it is more than at both neighbours across the edge [H, W], 0 elsewhere."""
+    size = dx.abs() + dy.abs()
+    padded = F.pad(size, (1, 1, 1, 1))
+    height, width = size.shape
+
+    def beside(down: int, right: int) -> Tensor:
+        return padded[1 + down : 1 + down + height, 1 + right : 1 + right + width]
+
+    x, y = dx.abs(), dy.abs()
+    flat, steep = y < x * 0.41421356, y > x * 2.41421356  # tan 22.5° and tan 67.5°
+    falling = dx * dy < 0
+    before = torch.where(flat, beside(0, -1), torch.where(steep, beside(-1, 0), beside(-1, -1)))
+    after = torch.where(flat, beside(0, 1), torch.where(steep, beside(1, 0), beside(1, 1)))
+    slanted = ~flat & ~steep
+    before = torch.where(slanted & falling, beside(-1, 1), before)
+    after = torch.where(slanted & falling, beside(1, -1), after)
+    ties = torch.where(slanted, size > after, size >= after)
+    return torch.where((size > before) & ties, size, 0)
+
+
+# What is commonly wrong -------------------------------------------------------------------------------------
+
+
+def refuse_transparency(path: Path) -> None:
+    """`UserError` for a picture with see-through pixels: which colour is behind them is not said."""
+    with Image.open(path) as image:
+        if not image.has_transparency_data:
+            return
+        lowest, _ = image.convert("RGBA").getchannel("A").getextrema()
+    if lowest != 255:
+        raise UserError(
+            f"{path} is see-through in places, so its background is not said. Save it without transparency, lines "
+            "white on black."
+        )
+
+
+def refuse_other_shape(size: tuple[int, int], wanted: tuple[int, int], name: str) -> None:
+    """`UserError` for a map of another shape than the picture."""
+    (width, height), (wide, high) = size, wanted
+    if not is_same_shape(size, wanted):
+        raise UserError(
+            f"{name} has {width} × {height} pixels and the picture {wide} × {high}: another shape. Crop the map, or "
+            "draw a picture of its shape with --width and --height."
+        )
+
+
+def is_same_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two sizes (width, height) have about the same aspect ratio."""
+    return abs(float(np.log(size[0] * other[1] / (size[1] * other[0])))) <= SAME_SHAPE
+
+
+def refuse_wrong_kind(drawn: np.ndarray, asked: AskedMap, palette: Palette | None) -> None:
+    """`UserError` for bytes [H, W, 3] that are no map of this kind."""
+    name, kind = asked.path, asked.kind
+    if kind in LINE_KINDS:
+        refuse_no_lines(drawn, asked)
+    elif kind == "labels":
+        refuse_foreign_colours(drawn, asked, palette)
+    elif kind == "depth" and saturation(drawn) > MOST_COLOUR:
+        raise UserError(f"{name} is in colours, and a depth map is grey, near white. Give the depth map.")
+    elif kind == "pose" and float((drawn.max(2) > 38).mean()) > 0.5:
+        raise UserError(f"{name} is no pose on black: most of it is not black. Draw sticks on black.")
+    refuse_empty(drawn, asked)
+
+
+def refuse_no_lines(drawn: np.ndarray, asked: AskedMap) -> None:
+    """`UserError` for what is not white lines on black."""
+    name, kind = asked.path, asked.kind
+    ink = drawn.mean(2) / 255
+    if drawn.min() > 127:
+        raise UserError(f"{name} is white everywhere, so it says nothing. Draw white lines on black.")
+    grey = float(((ink > GREY[0]) & (ink < GREY[1])).mean())
+    if grey > MOST_GREY or saturation(drawn) > MOST_COLOUR:
+        raise UserError(
+            f"{name} looks like a photograph, and --condition {kind} takes a map, white lines on black. Make one: "
+            f"customize map {kind} {name} --out {kind}.png, or let it be found: --condition {kind}={name}:auto."
+        )
+    if float(ink.mean()) > 0.5:
+        remedy = (
+            "Leave :inverted out"
+            if asked.inverted
+            else f"Invert it, or say --condition {kind}={name}:inverted"
+        )
+        raise UserError(f"{name} looks like black on white, and lines are white on black. {remedy}.")
+
+
+def refuse_empty(drawn: np.ndarray, asked: AskedMap) -> None:
+    """`UserError` for one colour everywhere."""
+    if int(np.ptp(drawn.reshape(-1, 3).astype(int), axis=0).max()) < 26:
+        raise UserError(
+            f"{asked.path} shows nothing: it is one colour everywhere. Draw on it, or leave the condition out."
+        )
+
+
+def refuse_foreign_colours(drawn: np.ndarray, asked: AskedMap, palette: Palette | None) -> None:
+    """`UserError` for colours that no label of the palette has; without a palette for a photograph's many."""
+    colours, counts = np.unique(drawn.reshape(-1, 3), axis=0, return_counts=True)
+    if palette is None:
+        if len(colours) > MANY_COLOURS:
+            raise UserError(
+                f"{asked.path} has {len(colours)} colours, so it looks like a photograph and no map of labels. Give "
+                "the map."
+            )
+        return
+    known = {tuple(colour): label for label, colour in palette.items()}
+    foreign = [
+        (int(count), tuple(map(int, colour)))
+        for colour, count in zip(colours, counts, strict=True)
+        if tuple(map(int, colour)) not in known
+    ]
+    if not foreign:
+        return
+    everything = drawn.shape[0] * drawn.shape[1]
+    shown = ", ".join(
+        f"{_hex(colour)} ({count / everything:.1%}; the nearest is {_nearest(colour, palette)})"
+        for count, colour in sorted(foreign, reverse=True)[:3]
+    )
+    raise UserError(
+        f"{asked.path} has colours that no label has: {shown}{' …' if len(foreign) > 3 else ''}. Use the labels' own, "
+        "and save as PNG without smoothing."
+    )
+
+
+def _nearest(colour: tuple[int, ...], palette: Palette) -> str:
+    """The label of the nearest colour, and that colour."""
+
+    def distance(label: str) -> int:
+        return sum((a - b) ** 2 for a, b in zip(colour, palette[label], strict=True))
+
+    label = min(palette, key=distance)
+    return f"{label} {_hex(palette[label])}"
+
+
+def _hex(colour: tuple[int, ...]) -> str:
+    return "#" + "".join(f"{value:02x}" for value in colour)
+
+
+def saturation(drawn: np.ndarray) -> float:
+    """Mean difference of the largest and smallest channel, 0…1."""
+    return float((drawn.max(2).astype(int) - drawn.min(2)).mean() / 255)

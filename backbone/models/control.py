@@ -1,0 +1,299 @@
+"""Opening control networks for a model: from a run, a diffusers folder, the hub, or new ones to train.
+
+network, record = open_control(model, "runs/sketch")
+conditions = replace(text, controls=(Control.of(network, maps),))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from PIL import Image
+from torch import nn
+
+from backbone.conditions.control import Control, ControlNetwork
+from backbone.families.control import ControlledFamily
+from backbone.families.loading import WEIGHTS, load_network
+from backbone.families.location import Location, find_hub_file
+from backbone.io.conditions import ANY, AUTO, AskedControl, AskedMap, say_sum
+from backbone.io.console import UserError, notify, progress
+from backbone.io.files import PICKLE_SUFFIXES, read_header, read_json
+from backbone.media.control_maps import Target, as_hints, read_map
+from backbone.media.parameters import last_name
+from backbone.models.model import Backbone
+
+RECORD = "condition.json"
+PARTS = ("t2i_adapter", "controlnet")  # folders beside a condition.json, of which one is there
+EMBEDDED = "control"  # folder beside a model's parts with the networks that come with it
+
+
+@dataclass(frozen=True)
+class ControlRecord:
+    """`condition.json`: what a control network was trained on.
+
+    kinds     of maps; one network may read several
+    maps      version of the maps' maker
+    palette   colour of each label
+    base      fingerprint of the model that it was trained on, and its name
+    defaults  scale, start and stop that work well
+    """
+
+    kinds: tuple[str, ...] = ()
+    maps: int = 1
+    palette: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    base: str = ""
+    model: str = ""
+    defaults: dict[str, float] = field(default_factory=dict)
+
+
+class OpenedControl(NamedTuple):
+    """A control network, what is known of it, and where it is from."""
+
+    network: ControlNetwork
+    record: ControlRecord
+    name: str
+
+
+def new_control(model: Backbone, kind: str, **config: Any) -> ControlNetwork:
+    """A control network to train, fp32: `t2i-adapter`, random, or `controlnet`, a copy of the denoiser's encoder.
+
+    `config` goes to diffusers' `T2IAdapter` or `ControlNetModel.from_unet`.
+    """
+    from diffusers import ControlNetModel, T2IAdapter
+
+    family, denoiser = controlled_family(model), cast(Any, model.denoiser)
+    if T2IAdapter not in family.control_classes:
+        raise UserError(f"New control networks are made for UNets alone, and {model.location.name} has none.")
+    module: Any
+    if kind == "t2i-adapter":
+        widths = list(denoiser.config.block_out_channels)
+        usual: dict[str, Any] = {"channels": widths, "downscale_factor": model.factor}
+        if denoiser.config.down_block_types[0] == "DownBlock2D":  # SDXL's: features behind the first halving
+            usual = {
+                "channels": [*widths, *[widths[-1]] * 3][: max(4, len(widths))],
+                "downscale_factor": 2 * model.factor,
+                "adapter_type": "full_adapter_xl",
+            }
+        module = T2IAdapter(**usual | config)
+    else:
+        assert kind == "controlnet"
+        module = ControlNetModel.from_unet(denoiser, **config)
+    return family.control_network(module.float().to(model.device).train(), denoiser, _encode(model))
+
+
+def open_control(model: Backbone, name: str) -> OpenedControl:
+    """A control network by its run, folder or hub id, in the model's precision, frozen.
+
+    Raises `UserError` for a network of another family or model, a pickle, and what is no control network.
+    """
+    family = controlled_family(model)
+    found = find_control(name)
+    module = _load(model, family.control_classes, found)
+    try:
+        network = family.control_network(module, model.denoiser, _encode(model))
+    except UserError as error:
+        raise UserError(f"{name} {error}. Name one that was made for {model.location.name}.") from error
+    record = found.record
+    if record.base and record.base != model.fingerprint:
+        notify(
+            f"{name} was trained on {record.model or 'another model'} and is used with other weights, "
+            f"{model.location.name}'s: it may be obeyed less."
+        )
+    return OpenedControl(network, record, name)
+
+
+# Conditions as they are asked for ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """A condition that was asked for, opened: the control of one row, its map as the network reads it, and facts."""
+
+    control: Control
+    map: Image.Image
+    facts: dict[str, Any]
+
+    def brief(self) -> dict[str, Any]:
+        """The facts for an image that is passed on: files and folders by their last names."""
+        return {
+            name: last_name(value) if isinstance(value, str) else value for name, value in self.facts.items()
+        }
+
+
+def open_conditions(
+    model: Backbone,
+    asked: Sequence[AskedControl],
+    size: tuple[int, int],
+    *,
+    picture: Image.Image | None = None,
+    drawn_on: tuple[int, int] | None = None,
+    opened: dict[str, OpenedControl] | None = None,
+) -> tuple[Condition, ...]:
+    """The conditions for pictures of `size` (width, height). `picture` is where `KIND=auto` finds its map.
+
+    Maps may also have the shape of the image that they were `drawn_on`, from which the picture was cropped. `opened`
+    keeps networks for the next call. Maps are looked at before any weights are loaded.
+
+    Raises `UserError` for what `read_map` and `open_control` refuse, kinds that no network of the model reads, and
+    guess mode where it has no effect.
+    """
+    if not asked:
+        return ()
+    controlled_family(model)
+    named = [one.network or _embedded(model, one.map.kind) for one in asked]
+    found = {name: find_control(name) for name in named}
+    ready = []
+    for said, name in zip(asked, named, strict=True):
+        one = _of_known_kind(said, found[name])
+        target = Target(size, found[name].record.palette or None, drawn_on)
+        ready.append((one, name, read_map(one.map, target, picture=picture)))
+    say_sum(asked)
+    opened = {} if opened is None else opened
+    for name in found:
+        opened[name] = opened.get(name) or open_control(model, name)
+    return tuple(_condition(model, one, opened[name], image) for one, name, image in ready)
+
+
+def _condition(model: Backbone, asked: AskedControl, opened: OpenedControl, image: Image.Image) -> Condition:
+    usual = {"scale": 1.0, "start": 0.0, "stop": 1.0}
+    usual |= {**model.defaults.get("condition", {}), **opened.record.defaults}
+    how: dict[str, Any] = {
+        name: usual[name] if getattr(asked, name) is None else getattr(asked, name) for name in usual
+    }
+    if asked.guess and not opened.network.takes_guess:
+        raise UserError(
+            f"{opened.name} does not hear the prompt, so it cannot act without one: guess mode has no effect. Leave "
+            "--guess-mode out."
+        )
+    hints = as_hints(image).to(model.device)
+    control = Control.of(opened.network, hints, guess=asked.guess, **how)
+    facts = {**describe_asked(asked.map), "network": opened.name, **how, "guess": asked.guess}
+    return Condition(control, image, facts)
+
+
+def with_map(condition: Condition, image: Image.Image) -> Condition:
+    """The same condition with another map."""
+    control = condition.control
+    hints = control.network.read(as_hints(image).to(control.hints[0].device))
+    return replace(condition, control=replace(control, hints=hints), map=image)
+
+
+def describe_conditions(conditions: Sequence[Condition]) -> dict[str, Any]:
+    """The facts of conditions, for records; nothing without any."""
+    return {"conditions": [condition.facts for condition in conditions]} if conditions else {}
+
+
+def describe_asked(asked: AskedMap) -> dict[str, Any]:
+    """The facts of a map, for records."""
+    return {
+        "kind": asked.kind,
+        "map": asked.path or AUTO,
+        **({"how": asked.how} if asked.path and asked.how else {}),
+    }
+
+
+def _embedded(model: Backbone, kind: str) -> str:
+    """The folder of the model's own network for a kind; `UserError` where it has none."""
+    own = embedded_controls(model)
+    if kind == ANY:
+        raise UserError(
+            "Without --controlnet nothing says what kind of map it is. Say it, as in --condition sketch=drawing.png."
+        )
+    if kind not in own:
+        has = f"has networks for {', '.join(sorted(own))}" if own else "brings no control networks with it"
+        raise UserError(
+            f"{model.location.name} {has}, so nothing reads {kind} maps. Name a network with --controlnet."
+        )
+    return str(own[kind])
+
+
+def _of_known_kind(asked: AskedControl, found: FoundControl) -> AskedControl:
+    """The same with the kind that its network reads, where none was said; `UserError` for a kind that it does not."""
+    name, record = found.name, found.record
+    if asked.map.kind == ANY and len(record.kinds) == 1:
+        return replace(asked, map=replace(asked.map, kind=record.kinds[0]))
+    if record.kinds and asked.map.kind not in record.kinds:
+        raise UserError(
+            f"{name} was trained on {', '.join(record.kinds)}, not on {asked.map.kind}. Give such a map, or name "
+            "another network with --controlnet."
+        )
+    return asked
+
+
+def embedded_controls(model: Backbone) -> dict[str, Path]:
+    """The control networks that come with a model: the folder for each kind of map."""
+    folder = model.location.local(EMBEDDED)
+    records = sorted(folder.glob(f"*/{RECORD}")) if folder else []
+    return {kind: path.parent for path in records for kind in read_json(path, ControlRecord).kinds}
+
+
+def controlled_family(model: Backbone) -> ControlledFamily:
+    """The model's family; `UserError` for one without control networks."""
+    if not isinstance(model.family, ControlledFamily):
+        raise UserError(
+            f"No control network is read for {model.family.name}. Leave --condition out, or name another model."
+        )
+    return model.family
+
+
+def _encode(model: Backbone) -> Any:
+    """Pictures in −1…1 to latents, for networks that read a map as latents."""
+    return lambda pictures: model.encode(pictures).mean
+
+
+class FoundControl(NamedTuple):
+    """Where a control network lies: the folder with its config.json, and what its condition.json says."""
+
+    name: str
+    folder: Path
+    record: ControlRecord
+
+
+def find_control(name: str) -> FoundControl:
+    """Look a control network up, without its weights; `UserError` for what is none."""
+    path = Path(name).expanduser()
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        read_header(path)  # says why it is not read
+    if path.is_dir():
+        record = read_json(path / RECORD, ControlRecord) if (path / RECORD).exists() else ControlRecord()
+        for part in ("", *PARTS):
+            if (path / part / "config.json").exists():
+                return FoundControl(name, path / part, record)
+        raise UserError(
+            f"{path} holds no control network: it has no config.json and no folder {' or '.join(PARTS)}. Name the "
+            "folder that `save_pretrained` or `customize train-control` wrote."
+        )
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.parent.exists():
+        return FoundControl(name, _fetch(name), ControlRecord())
+    raise UserError(f"There is no control network {name}. Name a run, a diffusers folder, or a hub id.")
+
+
+def _fetch(repository: str) -> Path:
+    """The cache's folder with a hub repository's config and safetensors weights."""
+    config = find_hub_file(repository, "config.json")
+    if config is None:
+        raise UserError(f"{repository} has no config.json on the hub, so it is no control network.")
+    revision = config.parent.name
+    for name in (WEIGHTS, "diffusion_pytorch_model.fp16.safetensors"):
+        if find_hub_file(repository, name, revision) is not None:
+            return config.parent
+    raise UserError(f"{repository} has no safetensors weights on the hub. Name another control network.")
+
+
+def _load(model: Backbone, classes: Sequence[Any], found: FoundControl) -> nn.Module:
+    """The network in a folder, if it is of one of these classes."""
+    location = Location(found.name, str(found.folder.parent), {})
+    part = found.folder.name
+    said = location.config(part).get("_class_name", "")
+    kind = next((one for one in classes if one.__name__ == said), None)
+    if kind is None:
+        raise UserError(
+            f"{found.name} is a {said or 'network of unknown kind'}, and {model.location.name} is controlled by "
+            f"{' or '.join(one.__name__ for one in classes)}. Name one of these."
+        )
+    with progress(None, f"loading {found.name}", brief=True):
+        network = load_network(kind, location, part, model.dtype)
+    return network.eval().requires_grad_(False).to(model.device)

@@ -1,0 +1,196 @@
+"""Maps as people give them: Canny's edges, sizes, and what is commonly wrong, each in one sentence."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from backbone.io.conditions import AskedControl, AskedMap, ControlOptions, check_strength, parse_map
+from backbone.io.console import UserError
+from backbone.media.control_maps import Target, as_hints, canny, compute_map, read_map
+
+PALETTE = {"sky": (160, 208, 248), "dog": (248, 0, 0)}
+SIZE = (64, 64)
+
+
+def ring(*, ink: Any = 255, paper: Any = 0, side: int = 64, width: int = 2) -> Image.Image:
+    """A circle on paper."""
+    image = Image.new("RGB", (side, side), paper if isinstance(paper, tuple) else (paper,) * 3)
+    colour = ink if isinstance(ink, tuple) else (ink,) * 3
+    box = [side // 4, side // 4, 3 * side // 4, 3 * side // 4]
+    ImageDraw.Draw(image).ellipse(box, outline=colour, width=width)
+    return image
+
+
+def photograph(side: int = 64) -> Image.Image:
+    """Smooth colours, as a photograph's."""
+    rows, columns = np.mgrid[0:side, 0:side] / side
+    pixels = np.stack([rows, columns, (rows + columns) / 2], -1) * 200 + 20
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def refused(path: Path, image: Image.Image | None, said: str = "sketch", how: str = "") -> str:
+    if image is not None:
+        image.save(path)
+    with pytest.raises(UserError) as error:
+        read_map(AskedMap(said, str(path), how), Target(SIZE, PALETTE))
+    return str(error.value)
+
+
+def test_canny_finds_the_outline_of_a_disc_one_pixel_wide() -> None:
+    image = Image.new("RGB", SIZE, "white")
+    ImageDraw.Draw(image).ellipse([16, 16, 48, 48], fill=(30, 60, 200))
+    edges = canny(as_hints(image)[0])
+    assert set(edges.unique().tolist()) == {0.0, 1.0}
+    rows, columns = edges.nonzero().T
+    radius = ((rows - 32.0) ** 2 + (columns - 32.0) ** 2).sqrt()
+    assert float((radius - 16).abs().max()) < 1.6
+    assert 80 < len(rows) < 140  # its circumference is 100
+    assert not canny(torch.full((3, 8, 8), 0.7)).any()
+
+
+def test_weak_edges_count_where_they_hang_together_with_strong_ones() -> None:
+    """A step whose height falls along it: |dx| of 4 × its height, from above 200 to below 100."""
+    heights = torch.linspace(80, 0, 33)[:, None].round()
+    step = torch.cat([torch.zeros(33, 16), heights.expand(-1, 16)], 1) / 255
+    edges = canny(step.expand(3, -1, -1))
+    kept = edges.any(1)
+    assert bool(kept[heights[:, 0] * 4 > 101].all()) and not bool(kept[heights[:, 0] * 4 < 80].any())
+    lonely = canny((step.clamp(max=30 / 255)).expand(3, -1, -1))  # nowhere above 200
+    assert not lonely.any()
+
+
+@pytest.mark.parametrize("kind", ["edges", "sketch", "lines"])
+def test_a_map_found_in_a_picture_does_not_depend_on_the_file_s_format(kind: str, tmp_path: Path) -> None:
+    scene = ring(ink=(200, 30, 30), paper=(90, 180, 90), width=6)
+    expected = compute_map(kind, scene)
+    assert np.array(expected).any()
+    for name in ("scene.png", "scene.bmp", "scene.webp", "scene.tif"):
+        scene.save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
+        found = read_map(AskedMap(kind, str(tmp_path / name), "auto"), Target(SIZE))
+        assert np.array_equal(np.array(found), np.array(expected)), name
+
+
+def test_lines_survive_being_made_smaller_and_labels_keep_their_colours(tmp_path: Path) -> None:
+    ring(side=512, width=2).save(tmp_path / "large.png")
+    found = np.array(read_map(AskedMap("sketch", str(tmp_path / "large.png")), Target(SIZE)))
+    assert set(np.unique(found)) == {0, 255} and 60 < (found[..., 0] > 0).sum() < 200
+    indexed = Image.new("P", (32, 32))
+    indexed.putpalette([value for colour in PALETTE.values() for value in colour])
+    ImageDraw.Draw(indexed).rectangle([8, 8, 24, 24], fill=1)
+    indexed.save(tmp_path / "labels.png")
+    labels = np.array(read_map(AskedMap("labels", str(tmp_path / "labels.png")), Target(SIZE, PALETTE)))
+    assert {tuple(map(int, colour)) for colour in np.unique(labels.reshape(-1, 3), axis=0)} == set(
+        PALETTE.values()
+    )
+    # a map of the picture's size is taken as it is
+    ring().save(tmp_path / "own.png")
+    same = read_map(AskedMap("sketch", str(tmp_path / "own.png")), Target(SIZE))
+    assert np.array_equal(np.array(same), np.array(ring()))
+
+
+def test_black_on_white_is_said_and_inverted_where_that_is_asked(tmp_path: Path) -> None:
+    path = tmp_path / "scan.png"
+    said = refused(path, ring(ink=0, paper=250))
+    assert "black on white" in said and f"--condition sketch={path}:inverted" in said
+    found = read_map(AskedMap("sketch", str(path), "inverted"), Target(SIZE))
+    assert np.array(found).max() == 255 and np.array(found).mean() < 60
+    ring().save(path)
+    assert "Leave :inverted out" in refused(path, None, how="inverted")
+
+
+@pytest.mark.parametrize("kind", ["sketch", "edges", "lines"])
+def test_a_photograph_is_no_map_of_lines(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "photo.png"
+    said = refused(path, photograph(), kind)
+    assert "looks like a photograph" in said and f"customize map {kind} {path}" in said
+    assert f"{kind}={path}:auto" in said
+    assert "photograph" in refused(path, photograph().convert("L"), kind)
+
+
+@pytest.mark.parametrize(
+    ("image", "kind", "words"),
+    [
+        (Image.new("RGB", SIZE), "sketch", "shows nothing"),
+        (Image.new("RGB", SIZE), "pose", "shows nothing"),
+        (Image.new("RGB", SIZE, "white"), "sketch", "is white everywhere"),
+        (Image.new("L", SIZE, 128), "depth", "one colour everywhere"),
+        (Image.new("RGB", SIZE, PALETTE["dog"]), "labels", "one colour everywhere"),
+        (photograph(), "depth", "is in colours, and a depth map is grey"),
+        (photograph(), "pose", "no pose on black"),
+        (ring(ink=(248, 0, 8), paper=PALETTE["sky"]), "labels", "#f80008 .*nearest is dog #f80000"),
+        (photograph(), "labels", "colours that no label has"),
+        (ring(side=96).resize((96, 64)), "sketch", "96 × 64 pixels and the picture 64 × 64: another shape"),
+        (Image.new("RGBA", SIZE, (255, 255, 255, 0)), "sketch", "is see-through"),
+    ],
+    ids=str,
+)
+def test_what_is_no_map_is_refused_in_a_sentence(
+    image: Image.Image, kind: str, words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "map.png"
+    said = refused(path, image, kind)
+    assert re.search(words, said) and str(path) in said
+
+
+def test_a_file_that_is_no_picture_is_refused(tmp_path: Path) -> None:
+    assert "does not exist" in refused(tmp_path / "none.png", None)
+    (tmp_path / "text.png").write_text("no picture")
+    assert str(tmp_path / "text.png") in refused(tmp_path / "text.png", None)
+    assert "No sketch was found" in refused(
+        tmp_path / "plain.png", Image.new("RGB", SIZE, "green"), how="auto"
+    )
+    with pytest.raises(UserError, match="found by another network"):
+        compute_map("depth", ring())
+
+
+def test_conditions_are_understood_in_the_words_of_other_tools() -> None:
+    assert parse_map("sketch=a.png") == AskedMap("sketch", "a.png")
+    assert parse_map("canny=photo.png:auto") == AskedMap("edges", "photo.png", "auto")
+    assert parse_map("scribble=C:\\a.png:inverted") == AskedMap("sketch", "C:\\a.png", "inverted")
+    assert parse_map("edges=auto") == AskedMap("edges", "", "auto")
+    assert parse_map("drawing.png") == AskedMap("map", "drawing.png")
+    for said, words in (
+        ("sketch", "names no map"),
+        ("sketch=", "names no map"),
+        ("smell=a.png", "no condition smell"),
+    ):
+        with pytest.raises(UserError, match=words):
+            parse_map(said)
+
+
+def test_values_are_one_for_all_or_one_for_each() -> None:
+    asked = ControlOptions(
+        condition=("sketch=a.png", "depth=b.png"), condition_scale=(0.7,), condition_stop=(0.5, 1.0)
+    ).controls
+    assert [(one.scale, one.stop, one.start, one.network) for one in asked] == [
+        (0.7, 0.5, None, ""),
+        (0.7, 1.0, None, ""),
+    ]
+    with pytest.raises(UserError, match="--condition-scale has 3 values for 2 conditions"):
+        _ = ControlOptions(condition=("sketch=a.png", "depth=b.png"), condition_scale=(1, 1, 1)).controls
+    with pytest.raises(UserError, match="--controlnet has no effect without a condition"):
+        _ = ControlOptions(controlnet=("net",)).controls
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"scale": -0.1}, "not between 0 and 2"),
+        ({"scale": 2.5}, "not between 0 and 2"),
+        ({"scale": float("nan")}, "not between 0 and 2"),
+        ({"start": 0.5, "stop": 0.5}, "never acts"),
+        ({"start": 0.9, "stop": 0.2}, "never acts"),
+        ({"start": -0.1}, "never acts"),
+        ({"stop": 1.5}, "never acts"),
+    ],
+)
+def test_a_strength_that_is_none_is_refused(how: dict[str, float], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        check_strength(AskedControl(AskedMap("sketch", "a.png"), **how))  # type: ignore[arg-type]

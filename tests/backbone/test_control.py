@@ -1,0 +1,263 @@
+"""Control networks against diffusers' own pipelines on random weights: several nets, steps, strengths, guess mode."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    ControlNetModel,
+    MultiAdapter,
+    StableDiffusionAdapterPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionXLAdapterPipeline,
+    StableDiffusionXLControlNetPipeline,
+    T2IAdapter,
+)
+from torch import Tensor
+
+from backbone.conditions.control import Control
+from backbone.io.console import UserError
+from backbone.models.cache import encode_prompts_cached
+from backbone.models.control import new_control, open_control
+from backbone.models.model import Backbone
+from backbone.models.sample import Request, initial_noise, sample_latents
+from tests import tiny
+
+STEPS, GUIDANCE, PROMPT, NEGATIVE = 20, 4.0, "a dog in the snow", "a red cat"
+
+
+def shaken(module: Any, seed: int) -> Any:
+    """The same with its zero convolutions random, so that it changes something."""
+    random = torch.Generator().manual_seed(seed)
+    for value in module.parameters():
+        if not value.any():
+            value.data = 0.3 * torch.randn(value.shape, generator=random)
+    return module.eval()
+
+
+def controlnet(unet: Any, folder: Path, seed: int, **config: Any) -> Path:
+    torch.manual_seed(seed)
+    module = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8, 8, 16))
+    module.register_to_config(**config)
+    shaken(module, seed).save_pretrained(folder)
+    return folder
+
+
+def adapter(folder: Path, seed: int, **config: Any) -> Path:
+    torch.manual_seed(seed)
+    T2IAdapter(**{"channels": [16, 32], "num_res_blocks": 1} | config).save_pretrained(folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class Nets:
+    """A random model of a family, its control networks, and diffusers' pipelines for both kinds."""
+
+    model: Backbone
+    controlnets: tuple[str, ...]
+    adapters: tuple[str, ...]
+    with_controlnet: Any
+    with_adapter: Any
+
+
+@pytest.fixture(scope="module", params=["sd", "sdxl"])
+def nets(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Nets:
+    place = tmp_path_factory.mktemp(request.param)
+    xl = request.param == "sdxl"
+    write = tiny.tiny_stable_diffusion_xl if xl else tiny.tiny_pipeline
+    model = Backbone.open(str(write(place / "model")), device="cpu", precision="fp32")
+    kind = (
+        {"adapter_type": "full_adapter_xl", "downscale_factor": 16, "channels": [16, 32, 32, 32]}
+        if xl
+        else {}
+    )
+    return Nets(
+        model,
+        tuple(str(controlnet(model.denoiser, place / f"controlnet{n}", n)) for n in range(2)),
+        tuple(str(adapter(place / f"adapter{n}", n, **kind)) for n in range(2)),
+        StableDiffusionXLControlNetPipeline if xl else StableDiffusionControlNetPipeline,
+        StableDiffusionXLAdapterPipeline if xl else StableDiffusionAdapterPipeline,
+    )
+
+
+def drawn(model: Backbone, controls: Sequence[Control], *, steps: int = STEPS) -> Tensor:
+    asked = [Request(PROMPT, (0, 0), NEGATIVE)]
+    return next(sample_latents(model, asked, steps=steps, guidance=GUIDANCE, seed=3, controls=controls))
+
+
+def maps(count: int) -> Tensor:
+    return torch.rand(count, 3, 64, 64, generator=torch.Generator().manual_seed(9))
+
+
+def by_diffusers(nets: Nets, kind: str, modules: Sequence[Any], **said: Any) -> Tensor:
+    """So many guided steps of diffusers' own pipeline from the same noise."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if kind == "controlnet":
+            loaded: Any = {"controlnet": list(modules) if len(modules) > 1 else modules[0]}
+            pipeline = nets.with_controlnet.from_pretrained(nets.model.location.source, **loaded)
+        else:
+            loaded = {"adapter": MultiAdapter(list(modules)) if len(modules) > 1 else modules[0]}
+            pipeline = nets.with_adapter.from_pretrained(nets.model.location.source, **loaded)
+        pipeline.set_progress_bar_config(disable=True)
+        found = pipeline(
+            prompt=PROMPT,
+            negative_prompt=NEGATIVE,
+            latents=initial_noise(nets.model, 3, 0, 0)[None],
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            height=64,
+            width=64,
+            output_type="latent",
+            **said,
+        )
+    return torch.as_tensor(found.images)
+
+
+CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "scale": (1, {"scale": [0.7]}, {"controlnet_conditioning_scale": 0.7}),
+    "share": (
+        1,
+        {"start": [0.2], "stop": [0.8]},
+        {"control_guidance_start": 0.2, "control_guidance_end": 0.8},
+    ),
+    "guess": (
+        1,
+        {"guess": [True], "scale": [0.9]},
+        {"guess_mode": True, "controlnet_conditioning_scale": 0.9},
+    ),
+    "two": (
+        2,
+        {"scale": [0.5, 1.2], "start": [0.0, 0.3], "stop": [0.55, 1.0]},
+        {
+            "controlnet_conditioning_scale": [0.5, 1.2],
+            "control_guidance_start": [0.0, 0.3],
+            "control_guidance_end": [0.55, 1.0],
+        },
+    ),
+}
+
+
+def controls_of(
+    model: Backbone, names: Sequence[str], count: int, how: dict[str, list[Any]]
+) -> tuple[list[Control], list[Tensor]]:
+    hints = list(maps(count).split(1))
+    rows = [{name: values[n] for name, values in how.items()} for n in range(count)]
+    nets = [open_control(model, name).network for name in names[:count]]
+    return [Control.of(net, hint, **row) for net, hint, row in zip(nets, hints, rows, strict=True)], hints
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("scale", "share"))) for name in CASES]
+)
+def test_twenty_guided_steps_under_controlnets_are_diffusers_own(nets: Nets, case: str) -> None:
+    count, how, said = CASES[case]
+    controls, hints = controls_of(nets.model, nets.controlnets, count, how)
+    modules = [control.network.module for control in controls]
+    theirs = by_diffusers(nets, "controlnet", modules, image=hints if count > 1 else hints[0], **said)
+    ours = drawn(nets.model, controls)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    assert float((ours - drawn(nets.model, [])).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_twenty_guided_steps_under_t2i_adapters_are_diffusers_own(nets: Nets, count: int) -> None:
+    how: dict[str, list[Any]] = {"scale": [0.7, 1.1], "stop": [0.6] * 2}
+    controls, hints = controls_of(nets.model, nets.adapters, count, how)
+    modules = [control.network.module for control in controls]
+    said = {"adapter_conditioning_scale": how["scale"] if count > 1 else 0.7}
+    if "XL" in nets.with_adapter.__name__:  # the other pipeline has no share of the steps
+        said["adapter_conditioning_factor"] = 0.6
+    else:
+        controls = [replace(control, stop=1.0) for control in controls]
+    theirs = by_diffusers(nets, "adapter", modules, image=hints if count > 1 else hints[0], **said)
+    ours = drawn(nets.model, controls)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    assert float((ours - drawn(nets.model, [])).abs().max()) > 0.01
+
+
+def test_at_scale_0_a_picture_is_the_base_s_bit_for_bit(nets: Nets) -> None:
+    """Alone, and for one of two rows in a batch: the other row's control does not reach it."""
+    controls, _ = controls_of(nets.model, (nets.controlnets[0], nets.adapters[0]), 2, {"scale": [0.0, 0.0]})
+    assert torch.equal(drawn(nets.model, controls, steps=3), drawn(nets.model, [], steps=3))
+    (control,), _ = controls_of(nets.model, nets.controlnets, 1, {})
+    text = encode_prompts_cached(nets.model, [PROMPT, PROMPT])
+    half = replace(control, hints=(maps(2),), scale=torch.tensor([0.0, 1.0]))
+    noisy = torch.randn(2, *nets.model.latent_shape, generator=torch.Generator().manual_seed(0))
+    index = torch.tensor([500, 500])
+    plain = nets.model.predict(noisy, index, text)
+    under = nets.model.predict(noisy, index, replace(text, controls=(half,)))
+    assert torch.equal(plain[0], under[0]) and not torch.allclose(plain[1], under[1], atol=1e-3)
+
+
+def test_rows_joined_with_uncontrolled_ones_keep_their_own_control(nets: Nets) -> None:
+    (control,), _ = controls_of(nets.model, nets.adapters, 1, {"scale": [0.8]})
+    text = encode_prompts_cached(nets.model, [PROMPT])
+    under = replace(text, controls=(control,))
+    both = type(text).cat([text, under])
+    assert both.controls[0].scale.tolist() == pytest.approx([0.0, 0.8])
+    assert both[:1].at(torch.tensor(5.0)).controls == ()
+    noisy = torch.randn(1, *nets.model.latent_shape, generator=torch.Generator().manual_seed(0))
+    index = torch.tensor([500])
+    joined = nets.model.predict(noisy.repeat(2, 1, 1, 1), index.repeat(2), both)
+    apart = [nets.model.predict(noisy, index, one) for one in (text, under)]
+    torch.testing.assert_close(joined, torch.cat(apart), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("t2i-adapter", {"num_res_blocks": 1}),
+        ("controlnet", {"conditioning_embedding_out_channels": (4, 8, 8, 16)}),
+    ],
+)
+def test_a_new_network_is_trained_through_the_one_prediction_and_opens_again(
+    nets: Nets, kind: str, config: dict[str, Any], tmp_path: Path
+) -> None:
+    net = new_control(nets.model, kind, **config)
+    text = encode_prompts_cached(nets.model, [PROMPT, NEGATIVE])
+    conditions = replace(text, controls=(Control.of(net, maps(2)),))
+    noisy = torch.randn(2, *nets.model.latent_shape, generator=torch.Generator().manual_seed(0))
+    index = torch.tensor([300, 700])
+    before = nets.model.predict(noisy, index, conditions)
+    if kind == "controlnet":  # zero convolutions: a new one changes nothing
+        assert torch.equal(before, nets.model.predict(noisy, index, text))
+    before.square().mean().backward()
+    learning = [value for value in net.module.parameters() if value.grad is not None and value.grad.any()]
+    assert learning and all(value.grad is None for value in nets.model.denoiser.parameters())
+    torch.optim.SGD(net.module.parameters(), lr=0.5).step()
+    after = nets.model.predict(noisy, index, replace(text, controls=(Control.of(net, maps(2)),)))
+    assert not torch.allclose(before, after, atol=1e-4)
+    net.module.save_pretrained(tmp_path / "saved")
+    again = open_control(nets.model, str(tmp_path / "saved")).network
+    found = nets.model.predict(noisy, index, replace(text, controls=(Control.of(again, maps(2)),)))
+    torch.testing.assert_close(found, after.detach(), rtol=0, atol=1e-6)
+
+
+def test_a_network_of_another_model_is_refused_by_what_differs(nets: Nets, tmp_path: Path) -> None:
+    other = controlnet(tiny.tiny_unet(cross_attention_dim=24), tmp_path / "other", 0)
+    with pytest.raises(UserError, match=r"other was made for another model: its width of the text is 24"):
+        open_control(nets.model, str(other))
+    wide = adapter(tmp_path / "wide", 0, channels=[16, 48])
+    with pytest.raises(UserError, match=r"wide was made for another model: it adds to layers of 16, 48"):
+        open_control(nets.model, str(wide))
+    nowhere = nets.model.location.folder
+    assert nowhere is not None
+    with pytest.raises(UserError, match=r"UNet2DConditionModel, and .* is controlled by ControlNetModel or"):
+        open_control(nets.model, str(nowhere / "unet"))
+    with pytest.raises(UserError, match="pickle"):
+        open_control(nets.model, "body_pose_model.pth")
+    with pytest.raises(UserError, match="no control network"):
+        open_control(nets.model, str(tmp_path))
+
+
+def test_a_share_without_a_step_is_refused(nets: Nets) -> None:
+    (control,), _ = controls_of(nets.model, nets.adapters, 1, {"start": [0.5], "stop": [0.52]})
+    with pytest.raises(UserError, match="none of 20 steps"):
+        drawn(nets.model, [control])
