@@ -204,6 +204,16 @@ class SampleOptions(DrawingOptions, JsonOptions):
             metavar="PROMPTS",
         ),
     ] = ()
+    fast: Annotated[bool, Option("Draw with the few-step model that goes with the model.", SAMPLING)] = False
+    on: Annotated[
+        str,
+        Option(
+            "Draw with this few-step model, made from the one that the concepts were trained on.",
+            MODEL,
+            metavar="MODEL",
+            default_text="the model itself",
+        ),
+    ] = ""
     out: Annotated[
         Path | None,
         Option(
@@ -214,6 +224,13 @@ class SampleOptions(DrawingOptions, JsonOptions):
             default_text="samples, samples-2 …",
         ),
     ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fast and self.on:
+            raise UserError(
+                "--fast takes the few-step model that goes with the model, --on names one. Give one of them."
+            )
 
 
 @settled_command(app, SampleOptions, panels=(DRAWING, CONCEPTS, SAMPLING))
@@ -230,13 +247,17 @@ def sample(asked: SampleOptions) -> None:
         resolve_placeholder_tokens(prompt, concepts)  # mistakes are answered before torch is imported
     if asked.out is not None:
         refuse_filled(asked.out)
-    from customize.sampling import RECORD, sample_to_folder
+    from customize.sampling import OWN, RECORD, sample_to_folder
 
-    sheet = sample_to_folder(prompts, asked, asked.out, concepts=concepts)
+    on = OWN if asked.fast else asked.on
+    sheet = sample_to_folder(prompts, asked, asked.out, concepts=concepts, on=on)
     folder = sheet.parent
     notify(f"{len(prompts) * asked.count} images in {folder}; {sheet} shows them all.")
     if asked.as_json and is_main_rank():
         print_json({"folder": folder, "sheet": sheet, **read_json(folder / RECORD)})
+
+
+SURVIVAL = "survival"  # in a run folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +280,16 @@ class EvaluateOptions(JsonOptions, CountOption):
             default_text="25 of moji's world",
         ),
     ] = ()
+    on: Annotated[
+        str,
+        Option(
+            "Beside the run's model a few-step model made from it, or a run of customize transfer: what survives there.",
+            DRAWING,
+            metavar="MODEL",
+            default_text="the run's model alone",
+            needs={"images": (None,)},
+        ),
+    ] = ""
     living: Annotated[
         bool,
         Option(
@@ -297,8 +328,14 @@ def evaluate(asked: EvaluateOptions) -> None:
     from customize.evaluation.dreambench import DREAMBENCH, TABLE, evaluate_images, evaluate_run
 
     prompts, count, scorer = _templates(asked), asked.count, asked.scorer
-    with hold_new_folder(asked.out, run / DREAMBENCH) as folder:
-        if asked.images is None:
+    with hold_new_folder(asked.out, run / (SURVIVAL if asked.on else DREAMBENCH)) as folder:
+        if asked.on:
+            from customize.evaluation.few_step import measure_survival
+
+            found = measure_survival(
+                run, asked.on, prompts=prompts, per_prompt=count, scorer=scorer, seed=asked.seed, out=folder
+            )
+        elif asked.images is None:
             found = evaluate_run(
                 run, prompts=prompts, per_prompt=count, scorer=scorer, seed=asked.seed, out=folder
             )

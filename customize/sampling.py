@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from backbone.adapters.apply import load_concepts
+from backbone.adapters.apply import carry_over, load_concepts
 from backbone.adapters.concept import (
     Concept,
     resolve_placeholder_tokens,
@@ -24,11 +24,13 @@ from backbone.io.run_folder import hold_new_folder, package_versions
 from backbone.io.sampling import DrawingOptions, SamplingSettings
 from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
+from backbone.models.few_step import name_few_step, open_few_step
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, latent_size, refuse_negative, sample
 
 RECORD = "samples.json"
 SAMPLES = Path("samples")
+OWN = "own"  # the few-step model that goes with the model
 
 
 def sample_to_folder(
@@ -37,12 +39,14 @@ def sample_to_folder(
     out: Path | None,
     *,
     concepts: Sequence[Concept] = (),
+    on: str = "",
 ) -> Path:
     """Write `p00-s00.png` … (prompt number, sample number), `samples.json` and `sheet.png`; returns the sheet's path.
 
     `out` is new or empty; None stands for `samples/`, or `samples-2/` … where that exists. `concepts` are those
     that `asked` names, read already. Images are as large as the concepts' training images, where no size is asked for.
-    Image (i, j) depends on the seed, i and j alone, and several processes share the work. Raises
+    `on` is a few-step model, made from the one that the concepts were trained on, that draws in its place; "own" is the
+    one that is known to go with it. Image (i, j) depends on the seed, i and j alone, and several processes share the work. Raises
     `UserError`, before any weights load, for a token that no concept has, a concept of another model, a size that
     the model cannot sample, or a folder that holds something.
     """
@@ -51,6 +55,9 @@ def sample_to_folder(
     expanded = [resolve_placeholder_tokens(prompt, concepts) for prompt in prompts]
     negative = resolve_placeholder_tokens(asked.negative, concepts)
     backbone = Backbone.open(name, device=asked.device, precision=asked.precision)
+    if on:
+        base, backbone = backbone, open_few_step(backbone, name_few_step(name) if on == OWN else on)
+        concepts, name = [carry_over(one, base, backbone) for one in concepts], backbone.location.name
     asked = asked.at_resolution(trained_resolution(concepts)).with_defaults(backbone.defaults)
     latent_size(backbone, asked.size)
     if out is not None:

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from backbone.diffusion.noise import PredictionType, Schedule, vp
 from backbone.diffusion.schedules import (
+    DISTILLED,
     Spacing,
     alphas_cumprod,
     flow_schedule,
@@ -341,6 +342,10 @@ def vp_path(location: Location) -> NoisePath:
     def schedule(steps: int, size: tuple[int, int]) -> Schedule:
         # Of a leading spacing a single step is the cleanest, which samples nothing: it begins at the end instead
         spacing: Spacing = "trailing" if steps == 1 else config["timestep_spacing"]
+        if name == "LCMScheduler":
+            spacing = "distilled"
+            if steps > DISTILLED:
+                raise UserError(f"{location.name} is drawn with in 1 to {DISTILLED} steps, not {steps}.")
         offset = int(config["steps_offset"])
         return vp_schedule(alpha_bar, steps, spacing=spacing, steps_offset=offset, final=final)
 

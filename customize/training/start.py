@@ -91,6 +91,8 @@ def subjects_of(asked: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]
     refuse_prompts(subjects[0], rest)
     if "scorer" in rest:
         rest["scorer"] = absolute(rest["scorer"])
+    if "preview_on" in rest:
+        rest["preview_on"] = absolute(rest["preview_on"])
     if "class_images" in rest:
         rest["class_images"] = tuple(map(absolute, rest["class_images"]))
     return subjects, rest
