@@ -30,7 +30,8 @@ from backbone.io.sampling import CountOption, DrawingOptions
 from backbone.training.settings import PANELS, find_resumed, said_anew
 from customize.formats import cli as files_cli
 from customize.settings import PrepareImages, Settings, TrainOptions, read_settings, resolved
-from customize.training.start import RESUMED, as_kept, start, start_preparing
+from customize.training import transfer_cli
+from customize.training.start import RESUMED, as_kept, refuse_transferred, start, start_preparing
 
 app = command_group("Teach a diffusion model a new concept from a handful of images.")
 
@@ -170,6 +171,7 @@ def train(asked: dict[str, Any], run: TrainOptions) -> None:
         finished = start(asked, out=run.out, vram=run.vram)
     else:
         own = read_settings(resumed)  # mistakes are answered before torch is imported
+        refuse_transferred(resumed)
         anew = said_anew(own, as_kept(asked, own), run, resumed, allowed=RESUMED)
         from customize.training.run import resume_concept
 
@@ -283,7 +285,7 @@ class EvaluateOptions(JsonOptions, CountOption):
     on: Annotated[
         str,
         Option(
-            "Beside the run's model a few-step model made from it, or a run of customize transfer: what survives there.",
+            "What survives on this few-step model, or on a run of customize transfer, beside the run's model.",
             DRAWING,
             metavar="MODEL",
             default_text="the run's model alone",
@@ -359,6 +361,7 @@ def _templates(asked: EvaluateOptions) -> Sequence[str]:
     return read_templates(asked.prompts, living=asked.living) if asked.prompts else moji_prompts()
 
 
+transfer_cli.register(app)
 files_cli.register(app)  # export, import, info, merge, extract, resize
 
 

@@ -46,7 +46,8 @@ def sample_to_folder(
     `out` is new or empty; None stands for `samples/`, or `samples-2/` … where that exists. `concepts` are those
     that `asked` names, read already. Images are as large as the concepts' training images, where no size is asked for.
     `on` is a few-step model, made from the one that the concepts were trained on, that draws in its place; "own" is the
-    one that is known to go with it. Image (i, j) depends on the seed, i and j alone, and several processes share the work. Raises
+    one that is known to go with it. Image (i, j) depends on the seed, i and j alone, and several processes share the
+    work. Raises
     `UserError`, before any weights load, for a token that no concept has, a concept of another model, a size that
     the model cannot sample, or a folder that holds something.
     """

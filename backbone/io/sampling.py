@@ -128,7 +128,10 @@ class SamplingSettings(GuidanceOption):
         return replace(self, resolution=resolution) if resolution and self.size == MODELS_OWN else self
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
-        """With a model's usual steps, guidance and sampler where none were asked for; `UserError` for no guidance in a share."""
+        """With a model's usual steps, guidance and sampler where none were asked for.
+
+        Raises `UserError` for no guidance in a share of the steps.
+        """
         steps = int(defaults["steps"]) if self.steps is None else self.steps
         guidance = float(defaults["guidance"]) if self.guidance is None else self.guidance
         if guidance == 1 and self.guided != ALL_STEPS:
