@@ -11,10 +11,13 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -217,6 +220,33 @@ def tiny_flux(folder: Path, *, guidance: bool = True) -> Path:
     return with_defaults(folder)
 
 
+def tiny_chroma(folder: Path) -> Path:
+    """The same of Chroma: FLUX's blocks, T5 alone, dynamic shifting as FLUX's."""
+    torch.manual_seed(0)
+    transformer = ChromaTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=16,
+        approximator_hidden_dim=24,
+        approximator_layers=2,
+    )
+    ChromaPipeline(
+        vae=tiny_autoencoder(
+            shift_factor=0.1159, scaling_factor=0.3611, use_quant_conv=False, use_post_quant_conv=False
+        ),
+        text_encoder=tiny_t5(32),
+        tokenizer=tiny_t5_tokenizer(),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    ).save_pretrained(folder)
+    return with_defaults(folder)
+
+
 def tiny_pixart(folder: Path) -> Path:
     """The same of PixArt-Σ, with a scheduler whose steps are DDIM's."""
     torch.manual_seed(0)
@@ -307,6 +337,77 @@ def tiny_flux2_klein(folder: Path, *, distilled: bool = False) -> Path:
         is_distilled=distilled,
     ).save_pretrained(folder)
     return with_defaults(folder)
+
+
+def tiny_flux2_dev(folder: Path) -> Path:
+    """The same of FLUX.2 dev, which is told the guidance scale and reads Mistral."""
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    tiny_flux2_klein(folder)
+    torch.manual_seed(1)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * 8,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=True,
+    )
+    text = {
+        "model_type": "mistral",
+        "vocab_size": len(tiny_mistral_tokenizer()) + 5,
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 31,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 2048,
+        "sliding_window": None,
+    }
+    eye = {
+        "model_type": "pixtral",
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "head_dim": 8,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    Flux2Pipeline(
+        vae=AutoencoderKLFlux2.from_pretrained(folder / "vae"),
+        text_encoder=Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=eye)),
+        tokenizer=tiny_mistral_tokenizer(),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    ).save_pretrained(folder)
+    return with_defaults(folder)
+
+
+def tiny_mistral_tokenizer() -> Any:
+    """Bytes and a few words, padded on the left; the chat template of Mistral in short."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tiny_qwen_tokenizer().backend_tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        padding_side="left",
+        model_max_length=1024,
+    )
+    marks = ("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")
+    tokenizer.add_special_tokens({"additional_special_tokens": list(marks)})
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% set words = m['content'][0]['text'] %}"
+        "{% if m['role'] == 'system' %}[SYSTEM_PROMPT]{{ words }}[/SYSTEM_PROMPT]"
+        "{% else %}[INST]{{ words }}[/INST]{% endif %}{% endfor %}"
+    )
+    return tokenizer
 
 
 def tiny_qwen_image(folder: Path) -> Path:

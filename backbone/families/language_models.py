@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +97,8 @@ class LanguageModelEncoder(loading.MultiTextEncoder):
         length = reading.tokens + reading.dropped
         self.warn_truncation(prompts, length)
         texts = [self.write(prompt) for prompt in prompts]
-        tokens = loading.tokenize(slot, texts, length, padding="max_length" if reading.padded else "longest")
+        padding: Literal["max_length", "longest"] = "max_length" if reading.padded else "longest"
+        tokens = loading.tokenize(slot, texts, length, padding=padding, special=False)
         hidden = read_layers(slot.model, reading, tokens)
         if reading.padded:
             return {"hidden": hidden[:, reading.dropped :]}
@@ -159,19 +160,24 @@ def load_language_model(
 
 
 def chat_writer(
-    tokenizer: Any, location: Location, published: tuple[str, str], **options: Any
+    tokenizer: Any, location: Location, published: tuple[str, str], *, system: str = "", **options: Any
 ) -> Callable[[str], str]:
     """A function that puts a prompt into the tokenizer's own chat template, or the `published` one where it has none.
 
-    `options` are the template's. Raises `UserError` for a template that cannot be followed.
+    A `system` message stands before it, and then nothing that asks for an answer behind it. `options` are the
+    template's. Raises `UserError` for a template that cannot be followed.
     """
     if not tokenizer.chat_template:
         return lambda prompt: prompt.join(published)
 
     def write(prompt: str) -> str:
+        messages: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
+        if system:
+            said = (("system", system), ("user", prompt))
+            messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said]
         with refuse_damaged(location.name, "chat template"):
             text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, **options
+                messages, tokenize=False, add_generation_prompt=not system, **options
             )
         return cast(str, text)
 

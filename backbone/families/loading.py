@@ -272,10 +272,12 @@ def tokenize(
     length: int | None = None,
     *,
     padding: Literal["max_length", "longest"] = "max_length",
+    special: bool = True,
 ) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask` [B, T], truncated to `length` (the tokenizer's own if None) and padded.
 
-    Padded to `length`, or to the longest of the prompts.
+    Padded to `length`, or to the longest of the prompts. The tokenizer's `special` tokens stand around each, unless a
+    template says them.
     """
     refuse_half_characters(prompts)
     encoded = slot.tokenizer(
@@ -283,6 +285,7 @@ def tokenize(
         padding=padding,
         truncation=True,
         max_length=length or slot.tokenizer.model_max_length,
+        add_special_tokens=special,
         return_tensors="pt",
     )
     device = slot.model.device

@@ -7,6 +7,7 @@ from backbone.families.base import Family
 
 def families() -> list[Family]:
     """Every supported family; a new one is a folder beside these and a line here."""
+    from backbone.families.chroma.family import Chroma
     from backbone.families.flux.family import Flux
     from backbone.families.flux2.family import Flux2
     from backbone.families.krea2.family import Krea2
@@ -27,4 +28,5 @@ def families() -> list[Family]:
         Flux2(),
         QwenImage(),
         Krea2(),
+        Chroma(),
     ]

@@ -15,8 +15,10 @@ from typing import Any, cast
 import pytest
 import torch
 from diffusers import (
+    ChromaPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     FluxPipeline,
     Krea2Pipeline,
     PixArtSigmaPipeline,
@@ -104,9 +106,11 @@ def said_by_z_image(pipeline: Any, noisy: Tensor, time: Tensor) -> Any:
 
 def said_by_flux2(pipeline: Any, noisy: Tensor, time: Tensor) -> Any:
     hidden, text_ids = pipeline.encode_prompt(PROMPT)
+    told = pipeline.transformer.config.guidance_embeds
     said = pipeline.transformer(
         hidden_states=pipeline._pack_latents(noisy),
         timestep=time[None] / 1000,
+        guidance=torch.ones(1) if told else None,
         encoder_hidden_states=hidden,
         txt_ids=text_ids,
         img_ids=pipeline._prepare_latent_ids(noisy),
@@ -143,6 +147,27 @@ def said_by_krea2(pipeline: Any, noisy: Tensor, time: Tensor) -> Any:
         encoder_attention_mask=mask,
     ).sample
     return pipeline._unpack_latents(said, 64, 64)[:, :, 0]
+
+
+def said_by_chroma(pipeline: Any, noisy: Tensor, time: Tensor) -> Any:
+    hidden, text_ids, mask, _, _, _ = pipeline.encode_prompt(PROMPT, do_classifier_free_guidance=False)
+    said = pipeline.transformer(
+        hidden_states=pipeline._pack_latents(noisy, *noisy.shape),
+        timestep=time[None] / 1000,
+        encoder_hidden_states=hidden,
+        txt_ids=text_ids,
+        img_ids=pipeline._prepare_latent_image_ids(1, 4, 4, "cpu", torch.float32),
+        attention_mask=pipeline._prepare_attention_mask(1, 16, torch.float32, mask),
+    ).sample
+    return pipeline._unpack_latents(said, 64, 64, 8)
+
+
+class MaskingChroma(ChromaPipeline):  # type: ignore[misc]
+    """diffusers' pipeline with a mask of yes and no, which leaves padding out; as numbers it is added to the logits."""
+
+    def _get_t5_prompt_embeds(self, *arguments: Any, **more: Any) -> Any:
+        hidden, mask = super()._get_t5_prompt_embeds(*arguments, **more)
+        return hidden, mask.bool()
 
 
 @dataclass(frozen=True)
@@ -274,9 +299,32 @@ CASES = [
         steps=FEW,
     ),
 ]
+CASES.append(
+    Case(
+        "flux2-dev",
+        tiny.tiny_flux2_dev,
+        Flux2Pipeline,
+        said_by_flux2,
+        given=lambda pipeline, tokens: tokens.transpose(1, 2).unflatten(2, (4, 4)),
+        words=("hidden",),
+        steps=FEW,
+    )
+)
+CASES.append(
+    Case(
+        "chroma",
+        tiny.tiny_chroma,
+        MaskingChroma,
+        said_by_chroma,
+        said={"negative_prompt": "a red cat in the red snow"},
+        theirs=flux.pack_latents,
+        words=("hidden", "mask"),
+        steps=FEW,
+    )
+)
 NAMED = {case.name: case for case in CASES}
 VARIANTS = ("flux2-klein-distilled", "krea2-turbo")
-SLOW = ("qwen-image", "krea2", *VARIANTS)
+SLOW = ("qwen-image", "krea2", "chroma", "flux2-dev", *VARIANTS)
 
 
 def marked(slow: Sequence[str]) -> pytest.MarkDecorator:
