@@ -11,6 +11,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
     ChromaPipeline,
     ChromaTransformer2DModel,
     DDIMScheduler,
@@ -25,6 +26,7 @@ from diffusers import (
     Krea2Transformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImage21Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -47,6 +49,7 @@ from transformers import (
     Qwen3Config,
     Qwen3Model,
     Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     Qwen3VLModel,
     T5Config,
     T5EncoderModel,
@@ -431,6 +434,61 @@ def tiny_qwen_image(folder: Path) -> Path:
             shift=1.0, use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
         ),
     ).save_pretrained(folder)
+    return with_picture_size(folder)
+
+
+def tiny_qwen_image21(folder: Path) -> Path:
+    """The same of Qwen-Image 2.1: latents are not packed, pictures have a fourth channel, text is causal."""
+    torch.manual_seed(0)
+    transformer = QwenImage21Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        context_in_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    )
+    for name, value in transformer.named_parameters():
+        if name.endswith("text_norm.weight"):  # which is zeros at first
+            torch.nn.init.normal_(value, std=0.1)
+    vae = AutoencoderKLQwenImage21(
+        base_dim=8,
+        decoder_base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[0.5, 1.5, 1.0, 0.7],
+        scale_factor_spatial=8,
+    )
+    tokenizer = tiny_qwen_tokenizer()
+    tokenizer.add_special_tokens(
+        {
+            "additional_special_tokens": [
+                "<|image_pad|>",
+                "<|vision_start|>",
+                "<|vision_end|>",
+                "<|video_pad|>",
+            ]
+        }
+    )
+    settings = tiny_vision_language(16)
+    settings["text_config"]["vocab_size"] = len(tokenizer) + 5
+    components = {
+        "transformer": transformer,
+        "vae": vae,
+        "text_encoder": Qwen3VLForConditionalGeneration(Qwen3VLConfig(**settings)),
+        "processor": tokenizer,  # a processor needs packages for pictures, and saves its tokenizer so
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02),
+    }
+    index: dict[str, Any] = {"_class_name": "QwenImage21Pipeline"}
+    for name, component in components.items():
+        component.save_pretrained(folder / name)
+        library = "transformers" if name in ("text_encoder", "processor") else "diffusers"
+        index[name] = [library, type(component).__name__]
+    (folder / "model_index.json").write_text(json.dumps(index))
     return with_picture_size(folder)
 
 

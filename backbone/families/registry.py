@@ -13,6 +13,7 @@ def families() -> list[Family]:
     from backbone.families.krea2.family import Krea2
     from backbone.families.pixart.family import PixArt
     from backbone.families.qwen.family import QwenImage
+    from backbone.families.qwen.image21 import QwenImage21
     from backbone.families.sd1.family import StableDiffusion
     from backbone.families.sd3.family import StableDiffusion3
     from backbone.families.sdxl.family import StableDiffusionXL
@@ -29,4 +30,5 @@ def families() -> list[Family]:
         QwenImage(),
         Krea2(),
         Chroma(),
+        QwenImage21(),
     ]
