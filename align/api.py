@@ -26,7 +26,7 @@ def sample(
     guidance: float | None = None,
     negative: str = "",
     scale: float = 1.0,
-    sampler: Sampler = "ddim",
+    sampler: Sampler | None = None,
     seed: int = 0,
     batch: int = 8,
     device: str = "auto",

@@ -68,7 +68,7 @@ def sample(
     guidance: float | None = None,
     negative: str = "",
     scale: float = 1.0,
-    sampler: Sampler = "ddim",
+    sampler: Sampler | None = None,
     seed: int = 0,
     width: int | None = None,
     height: int | None = None,

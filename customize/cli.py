@@ -31,8 +31,8 @@ from backbone.io.sampling import CountOption, DrawingOptions
 from backbone.training.settings import PANELS, find_resumed, said_anew
 from customize.formats import cli as files_cli
 from customize.settings import PrepareImages, Settings, TrainOptions, read_settings, resolved
-from customize.training import control_commands
-from customize.training.start import RESUMED, as_kept, start, start_preparing
+from customize.training import control_commands, transfer_cli
+from customize.training.start import RESUMED, as_kept, refuse_transferred, start, start_preparing
 
 app = command_group("Teach a diffusion model a new concept from a handful of images.")
 
@@ -172,6 +172,7 @@ def train(asked: dict[str, Any], run: TrainOptions) -> None:
         finished = start(asked, out=run.out, vram=run.vram)
     else:
         own = read_settings(resumed)  # mistakes are answered before torch is imported
+        refuse_transferred(resumed)
         anew = said_anew(own, as_kept(asked, own), run, resumed, allowed=RESUMED)
         from customize.training.run import resume_concept
 
@@ -206,6 +207,16 @@ class SampleOptions(ControlOptions, DrawingOptions, JsonOptions):
             metavar="PROMPTS",
         ),
     ] = ()
+    fast: Annotated[bool, Option("Draw with the few-step model that goes with the model.", SAMPLING)] = False
+    on: Annotated[
+        str,
+        Option(
+            "Draw with this few-step model, made from the one that the concepts were trained on.",
+            MODEL,
+            metavar="MODEL",
+            default_text="the model itself",
+        ),
+    ] = ""
     out: Annotated[
         Path | None,
         Option(
@@ -216,6 +227,13 @@ class SampleOptions(ControlOptions, DrawingOptions, JsonOptions):
             default_text="samples, samples-2 …",
         ),
     ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fast and self.on:
+            raise UserError(
+                "--fast takes the few-step model that goes with the model, --on names one. Give one of them."
+            )
 
 
 @settled_command(app, SampleOptions, panels=(DRAWING, CONTROL, CONCEPTS, SAMPLING))
@@ -234,13 +252,17 @@ def sample(asked: SampleOptions) -> None:
     refuse_from_source(controls)
     if asked.out is not None:
         refuse_filled(asked.out)
-    from customize.sampling import RECORD, sample_to_folder
+    from customize.sampling import OWN, RECORD, sample_to_folder
 
-    sheet = sample_to_folder(prompts, asked, asked.out, concepts=concepts, controls=controls)
+    on = OWN if asked.fast else asked.on
+    sheet = sample_to_folder(prompts, asked, asked.out, concepts=concepts, controls=controls, on=on)
     folder = sheet.parent
     notify(f"{len(prompts) * asked.count} images in {folder}; {sheet} shows them all.")
     if asked.as_json and is_main_rank():
         print_json({"folder": folder, "sheet": sheet, **read_json(folder / RECORD)})
+
+
+SURVIVAL = "survival"  # in a run folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +285,16 @@ class EvaluateOptions(JsonOptions, CountOption):
             default_text="25 of moji's world",
         ),
     ] = ()
+    on: Annotated[
+        str,
+        Option(
+            "What survives on this few-step model, or on a run of customize transfer, beside the run's model.",
+            DRAWING,
+            metavar="MODEL",
+            default_text="the run's model alone",
+            needs={"images": (None,)},
+        ),
+    ] = ""
     living: Annotated[
         bool,
         Option(
@@ -301,8 +333,14 @@ def evaluate(asked: EvaluateOptions) -> None:
     from customize.evaluation.dreambench import DREAMBENCH, TABLE, evaluate_images, evaluate_run
 
     prompts, count, scorer = _templates(asked), asked.count, asked.scorer
-    with hold_new_folder(asked.out, run / DREAMBENCH) as folder:
-        if asked.images is None:
+    with hold_new_folder(asked.out, run / (SURVIVAL if asked.on else DREAMBENCH)) as folder:
+        if asked.on:
+            from customize.evaluation.few_step import measure_survival
+
+            found = measure_survival(
+                run, asked.on, prompts=prompts, per_prompt=count, scorer=scorer, seed=asked.seed, out=folder
+            )
+        elif asked.images is None:
             found = evaluate_run(
                 run, prompts=prompts, per_prompt=count, scorer=scorer, seed=asked.seed, out=folder
             )
@@ -327,6 +365,7 @@ def _templates(asked: EvaluateOptions) -> Sequence[str]:
 
 
 control_commands.register(app)  # map, train-control
+transfer_cli.register(app)
 files_cli.register(app)  # export, import, info, merge, extract, resize
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from backbone.adapters.apply import load_concepts
+from backbone.adapters.apply import carry_over, load_concepts
 from backbone.adapters.concept import (
     Concept,
     resolve_placeholder_tokens,
@@ -27,11 +27,13 @@ from backbone.io.sampling import DrawingOptions, SamplingSettings
 from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.models.control import Condition, describe_conditions, open_conditions
+from backbone.models.few_step import name_few_step, open_few_step
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, latent_size, refuse_negative, sample
 
 RECORD = "samples.json"
 SAMPLES = Path("samples")
+OWN = "own"  # the few-step model that goes with the model
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,13 +52,16 @@ def sample_to_folder(
     *,
     concepts: Sequence[Concept] = (),
     controls: Sequence[AskedControl] = (),
+    on: str = "",
 ) -> Path:
     """Write `p00-s00.png` … (prompt number, sample number), `samples.json` and `sheet.png`; returns the sheet's path.
 
     `out` is new or empty; None stands for `samples/`, or `samples-2/` … where that exists. `concepts` are those
     that `asked` names, read already. Images are as large as the concepts' training images, where no size is asked for.
-    The maps of `controls`, conditions on the layout, are written as `condition-0-sketch.png` … and stand beside the
-    images in the sheet. Image (i, j) depends on the seed, i and j alone, and several processes share the work.
+    `on` is a few-step model, made from the one that the concepts were trained on, that draws in its place; "own" is the
+    one that is known to go with it. The maps of `controls`, conditions on the layout, are written as
+    `condition-0-sketch.png` … and stand beside the images in the sheet. Image (i, j) depends on the seed, i and j alone,
+    and several processes share the work.
 
     Raises `UserError`, before any weights load, for a token that no concept has, a concept of another model, a size
     that the model cannot sample, a map that is none, or a folder that holds something.
@@ -66,6 +71,9 @@ def sample_to_folder(
     expanded = [resolve_placeholder_tokens(prompt, concepts) for prompt in prompts]
     negative = resolve_placeholder_tokens(asked.negative, concepts)
     backbone = Backbone.open(name, device=asked.device, precision=asked.precision)
+    if on:
+        base, backbone = backbone, open_few_step(backbone, name_few_step(name) if on == OWN else on)
+        concepts, name = [carry_over(one, base, backbone) for one in concepts], backbone.location.name
     asked = asked.at_resolution(trained_resolution(concepts)).with_defaults(backbone.defaults)
     rows, columns = latent_size(backbone, asked.size)
     if out is not None:

@@ -427,6 +427,24 @@ class Settings(TrainingSettings):
             min=1,
         ),
     ] = 500
+    preview_on: Annotated[
+        str,
+        Option(
+            "A few-step model made from this one: previews and evaluations on it too, and best/ by it.",
+            "Evaluation",
+            default_text="no",
+            metavar="MODEL",
+            needs={"quantize": ("",), "cpu_offload": (0.0,)},
+        ),
+    ] = ""
+    preview_on_steps: Annotated[
+        int,
+        Option("Its steps.", "Evaluation", default_text="its own", needs={"preview_on": ()}, min=0),
+    ] = 0
+    preview_on_guidance: Annotated[
+        float | None,
+        Option("Its guidance.", "Evaluation", default_text="its own", needs={"preview_on": ()}, min=0),
+    ] = None
     sheet_prompts: Annotated[
         tuple[str, ...],
         Option(

@@ -11,10 +11,14 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -22,6 +26,7 @@ from diffusers import (
     Krea2Transformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImage21Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -44,6 +49,7 @@ from transformers import (
     Qwen3Config,
     Qwen3Model,
     Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     Qwen3VLModel,
     T5Config,
     T5EncoderModel,
@@ -217,6 +223,33 @@ def tiny_flux(folder: Path, *, guidance: bool = True) -> Path:
     return with_defaults(folder)
 
 
+def tiny_chroma(folder: Path) -> Path:
+    """The same of Chroma: FLUX's blocks, T5 alone, dynamic shifting as FLUX's."""
+    torch.manual_seed(0)
+    transformer = ChromaTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=16,
+        approximator_hidden_dim=24,
+        approximator_layers=2,
+    )
+    ChromaPipeline(
+        vae=tiny_autoencoder(
+            shift_factor=0.1159, scaling_factor=0.3611, use_quant_conv=False, use_post_quant_conv=False
+        ),
+        text_encoder=tiny_t5(32),
+        tokenizer=tiny_t5_tokenizer(),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    ).save_pretrained(folder)
+    return with_defaults(folder)
+
+
 def tiny_pixart(folder: Path) -> Path:
     """The same of PixArt-Σ, with a scheduler whose steps are DDIM's."""
     torch.manual_seed(0)
@@ -309,6 +342,77 @@ def tiny_flux2_klein(folder: Path, *, distilled: bool = False) -> Path:
     return with_defaults(folder)
 
 
+def tiny_flux2_dev(folder: Path) -> Path:
+    """The same of FLUX.2 dev, which is told the guidance scale and reads Mistral."""
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    tiny_flux2_klein(folder)
+    torch.manual_seed(1)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * 8,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=True,
+    )
+    text = {
+        "model_type": "mistral",
+        "vocab_size": len(tiny_mistral_tokenizer()) + 5,
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 31,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 2048,
+        "sliding_window": None,
+    }
+    eye = {
+        "model_type": "pixtral",
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "head_dim": 8,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    Flux2Pipeline(
+        vae=AutoencoderKLFlux2.from_pretrained(folder / "vae"),
+        text_encoder=Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=eye)),
+        tokenizer=tiny_mistral_tokenizer(),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    ).save_pretrained(folder)
+    return with_defaults(folder)
+
+
+def tiny_mistral_tokenizer() -> Any:
+    """Bytes and a few words, padded on the left; the chat template of Mistral in short."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tiny_qwen_tokenizer().backend_tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        padding_side="left",
+        model_max_length=1024,
+    )
+    marks = ("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")
+    tokenizer.add_special_tokens({"additional_special_tokens": list(marks)})
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% set words = m['content'][0]['text'] %}"
+        "{% if m['role'] == 'system' %}[SYSTEM_PROMPT]{{ words }}[/SYSTEM_PROMPT]"
+        "{% else %}[INST]{{ words }}[/INST]{% endif %}{% endfor %}"
+    )
+    return tokenizer
+
+
 def tiny_qwen_image(folder: Path) -> Path:
     """The same of Qwen-Image: latents of one frame, normalised by channel; levels that are stretched to an end."""
     torch.manual_seed(0)
@@ -330,6 +434,61 @@ def tiny_qwen_image(folder: Path) -> Path:
             shift=1.0, use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
         ),
     ).save_pretrained(folder)
+    return with_picture_size(folder)
+
+
+def tiny_qwen_image21(folder: Path) -> Path:
+    """The same of Qwen-Image 2.1: latents are not packed, pictures have a fourth channel, text is causal."""
+    torch.manual_seed(0)
+    transformer = QwenImage21Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        context_in_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    )
+    for name, value in transformer.named_parameters():
+        if name.endswith("text_norm.weight"):  # which is zeros at first
+            torch.nn.init.normal_(value, std=0.1)
+    vae = AutoencoderKLQwenImage21(
+        base_dim=8,
+        decoder_base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[0.5, 1.5, 1.0, 0.7],
+        scale_factor_spatial=8,
+    )
+    tokenizer = tiny_qwen_tokenizer()
+    tokenizer.add_special_tokens(
+        {
+            "additional_special_tokens": [
+                "<|image_pad|>",
+                "<|vision_start|>",
+                "<|vision_end|>",
+                "<|video_pad|>",
+            ]
+        }
+    )
+    settings = tiny_vision_language(16)
+    settings["text_config"]["vocab_size"] = len(tokenizer) + 5
+    components = {
+        "transformer": transformer,
+        "vae": vae,
+        "text_encoder": Qwen3VLForConditionalGeneration(Qwen3VLConfig(**settings)),
+        "processor": tokenizer,  # a processor needs packages for pictures, and saves its tokenizer so
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02),
+    }
+    index: dict[str, Any] = {"_class_name": "QwenImage21Pipeline"}
+    for name, component in components.items():
+        component.save_pretrained(folder / name)
+        library = "transformers" if name in ("text_encoder", "processor") else "diffusers"
+        index[name] = [library, type(component).__name__]
+    (folder / "model_index.json").write_text(json.dumps(index))
     return with_picture_size(folder)
 
 

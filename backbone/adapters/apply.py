@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -72,6 +73,12 @@ def add_weight_differences(model: Backbone, concept: Concept, *, scale: float = 
         raise UserError(f"{path} was made for another model. Give the --model that it was trained on.")
     for name, value in differences.items():
         weights[name].add_(scale * value.to(weights[name].device, torch.float32))
+
+
+def carry_over(concept: Concept, base: Backbone, few: Backbone) -> Concept:
+    """A concept that was trained on the base as one of a few-step model that is built alike (`open_few_step`)."""
+    check_concept_fits(concept, base)
+    return replace(concept, model=few.location.name, fingerprint=few.fingerprint)
 
 
 def check_concept_fits(concept: Concept, model: Backbone) -> None:

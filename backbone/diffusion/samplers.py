@@ -9,6 +9,7 @@ probability-flow ODE (Song et al. 2021, eq. 13) reads the same on every path: dx
 | `ddim`, `invert`      | the ODE, either way (DDIM, flow Euler) | 1        | no     |
 | `heun`                | the ODE                                | 2        | no     |
 | `ancestral`           | the posterior chain (DDPM)             | weak 1   | yes    |
+| `consistency`         | jumps to x̂0, each noised anew (LCM)    | –        | yes    |
 | `reverse_sde`         | the reverse SDE (Euler–Maruyama)       | weak 1   | yes    |
 | `langevin`            | each level's density, one by one       | –        | yes    |
 | `predictor_corrector` | ancestral steps, each then corrected   | –        | yes    |
@@ -131,6 +132,21 @@ def ancestral_step(
     up = (eta * there.b * _added(here, there).sqrt() / here.b).minimum(there.b)
     down = (there.b**2 - up**2).clamp(min=0).sqrt()
     return add_noise(estimate.clean, estimate.noise, Level(there.a, down)) + broadcast_like(up, noisy) * noise
+
+
+def consistency(
+    noisy: Tensor, predict: Predict, schedule: Schedule, *, generator: Randomness = None
+) -> Tensor:
+    """The state at `schedule[-1]` by jumps: x' = a'·x̂0 + b'·z, each clean estimate noised anew.
+
+    Multistep consistency sampling (Song et al. 2023, algorithm 1; Luo et al. 2023), for networks whose x̂0 is a sample
+    rather than a mean. diffusers' LCMScheduler, but for its c_skip, below 1e-6 at the levels of few steps.
+    """
+    _must_fall(schedule)
+    for here, there in pairwise(schedule):
+        clean = predict(noisy, here).clean
+        noisy = clean if _is_clean(there) else add_noise(clean, randn_like(clean, generator), there)
+    return noisy
 
 
 def reverse_sde(

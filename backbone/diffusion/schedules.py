@@ -16,7 +16,8 @@ from torch import Tensor
 
 from backbone.diffusion.noise import Level, Schedule, flow, ve, vp
 
-Spacing = Literal["leading", "trailing", "linspace"]
+Spacing = Literal["leading", "trailing", "linspace", "distilled"]
+DISTILLED = 50  # levels of a latent consistency model (Luo et al. 2023)
 BetaSchedule = Literal["scaled_linear", "linear", "squaredcos_cap_v2"]
 
 
@@ -121,7 +122,10 @@ def truncate_schedule(schedule: Schedule, strength: float) -> Schedule:
 def spaced_timesteps(
     steps: int, spacing: Spacing = "leading", train_steps: int = 1000, steps_offset: int = 0
 ) -> Tensor:
-    """Integer timesteps [S], the noisiest first (Lin et al. 2024, table 2); the offset only for leading."""
+    """Integer timesteps [S], the noisiest first (Lin et al. 2024, table 2); the offset only for leading.
+
+    `distilled` are those of LCMScheduler, some of the DISTILLED levels that consistency distillation works at.
+    """
     if not 1 <= steps <= train_steps:
         raise ValueError(f"a schedule takes 1 to {train_steps} steps, the number trained with, not {steps}.")
     levels = torch.arange(steps)
@@ -133,7 +137,13 @@ def spaced_timesteps(
             return (train_steps - levels.double() * stride).round().long() - 1
         case "linspace":
             return (levels.double() * ((train_steps - 1) / max(steps - 1, 1))).round().long().flip(0)
-    raise ValueError(f"no spacing is called {spacing!r}. Known are leading, trailing and linspace.")
+        case "distilled":
+            if steps > DISTILLED:
+                raise ValueError(f"a latent consistency model takes 1 to {DISTILLED} steps, not {steps}.")
+            return train_steps - 1 - (levels * DISTILLED // steps) * (train_steps // DISTILLED)
+    raise ValueError(
+        f"no spacing is called {spacing!r}. Known are leading, trailing, linspace and distilled."
+    )
 
 
 def alphas_cumprod(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +97,8 @@ class LanguageModelEncoder(loading.MultiTextEncoder):
         length = reading.tokens + reading.dropped
         self.warn_truncation(prompts, length)
         texts = [self.write(prompt) for prompt in prompts]
-        tokens = loading.tokenize(slot, texts, length, padding="max_length" if reading.padded else "longest")
+        padding: Literal["max_length", "longest"] = "max_length" if reading.padded else "longest"
+        tokens = loading.tokenize(slot, texts, length, padding=padding, special=False)
         hidden = read_layers(slot.model, reading, tokens)
         if reading.padded:
             return {"hidden": hidden[:, reading.dropped :]}
@@ -150,28 +151,33 @@ def unpad_rows(text: Text, dtype: torch.dtype) -> list[Tensor]:
 
 
 def load_language_model(
-    kind: Any, tokenizer_kind: Any, location: Location, dtype: torch.dtype
+    kind: Any, tokenizer_kind: Any, location: Location, dtype: torch.dtype, *, tokenizer: str = "tokenizer"
 ) -> TextEncoderSlot:
-    """Load a language model in `dtype` without its head, or its eye, with its tokenizer."""
-    tokenizer = loading.load_pretrained(tokenizer_kind, location, "tokenizer")
+    """Load a language model in `dtype` without its head, or its eye, with its tokenizer, which that folder holds."""
+    words = loading.load_pretrained(tokenizer_kind, location, tokenizer)
     model = loading.load_pretrained(kind, location, "text_encoder", dtype=dtype).get_decoder()
-    return TextEncoderSlot("text_encoder", tokenizer, model)
+    return TextEncoderSlot("text_encoder", words, model)
 
 
 def chat_writer(
-    tokenizer: Any, location: Location, published: tuple[str, str], **options: Any
+    tokenizer: Any, location: Location, published: tuple[str, str], *, system: str = "", **options: Any
 ) -> Callable[[str], str]:
     """A function that puts a prompt into the tokenizer's own chat template, or the `published` one where it has none.
 
-    `options` are the template's. Raises `UserError` for a template that cannot be followed.
+    A `system` message stands before it, and then nothing that asks for an answer behind it. `options` are the
+    template's. Raises `UserError` for a template that cannot be followed.
     """
     if not tokenizer.chat_template:
         return lambda prompt: prompt.join(published)
 
     def write(prompt: str) -> str:
+        messages: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
+        if system:
+            said = (("system", system), ("user", prompt))
+            messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said]
         with refuse_damaged(location.name, "chat template"):
             text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, **options
+                messages, tokenize=False, add_generation_prompt=not system, **options
             )
         return cast(str, text)
 

@@ -25,16 +25,20 @@ class LatentSpace:
     scale, shift  numbers, or [C, 1, 1] of each channel
     patch         latents a side that make one of the network's, their channels behind one another
     frames        whether pictures and latents have a dimension of frames, [B, C, 1, H, W]
+    opacity       whether pictures have a fourth channel, how opaque they are; white lies behind
     """
 
     scale: float | Tensor
     shift: float | Tensor
     patch: int = 1
     frames: bool = False
+    opacity: bool = False
 
     def encode(self, autoencoder: nn.Module, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures [B, 3, H, W] to the mean and standard deviation of their latents [B, C, h, w]."""
         network = cast(Any, autoencoder)
+        if self.opacity:
+            pictures = F.pad(pictures, (0, 0, 0, 0, 0, 1), value=1.0)
         found = network.encode(pictures.unsqueeze(2) if self.frames else pictures).latent_dist
         mean, std = (self._patched(value.float()) for value in (found.mean, found.std))
         return (mean - self.shift) * self.scale, std * self.scale
@@ -45,7 +49,8 @@ class LatentSpace:
         if self.patch > 1:
             z = F.pixel_shuffle(z, self.patch)
         if self.frames:
-            return cast(Tensor, cast(Any, autoencoder).decode(z.unsqueeze(2)).sample[:, :, 0])
+            pictures = cast(Tensor, cast(Any, autoencoder).decode(z.unsqueeze(2)).sample[:, :, 0])
+            return lay_on_white(pictures) if self.opacity else pictures
         z = z.contiguous(memory_format=torch.channels_last)
         return cast(Tensor, cast(Any, autoencoder).decode(z).sample)
 
@@ -78,7 +83,15 @@ def latent_space(autoencoder: nn.Module) -> LatentSpace:
             f"The autoencoder's config is damaged: latents_mean and latents_std are no {latent_channels(config)} "
             "numbers. Restore vae/config.json, or download the model again."
         )
-    return LatentSpace(scale / std, mean, frames=has_frames(config))
+    return LatentSpace(
+        scale / std, mean, frames=has_frames(config), opacity=config.get("in_channels", 3) == 4
+    )
+
+
+def lay_on_white(pictures: Tensor) -> Tensor:
+    """Pictures [B, 4, H, W] in −1…1, the last channel how opaque they are, as they look on white [B, 3, H, W]."""
+    share = (pictures[:, 3:].clamp(-1, 1) + 1) / 2
+    return pictures[:, :3] * share + (1 - share)
 
 
 def is_batch_normed(config: Mapping[str, Any]) -> bool:

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from backbone.diffusion.noise import PredictionType, Schedule, vp
 from backbone.diffusion.schedules import (
+    DISTILLED,
     Spacing,
     alphas_cumprod,
     flow_schedule,
@@ -271,10 +272,12 @@ def tokenize(
     length: int | None = None,
     *,
     padding: Literal["max_length", "longest"] = "max_length",
+    special: bool = True,
 ) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask` [B, T], truncated to `length` (the tokenizer's own if None) and padded.
 
-    Padded to `length`, or to the longest of the prompts.
+    Padded to `length`, or to the longest of the prompts. The tokenizer's `special` tokens stand around each, unless a
+    template says them.
     """
     refuse_half_characters(prompts)
     encoded = slot.tokenizer(
@@ -282,6 +285,7 @@ def tokenize(
         padding=padding,
         truncation=True,
         max_length=length or slot.tokenizer.model_max_length,
+        add_special_tokens=special,
         return_tensors="pt",
     )
     device = slot.model.device
@@ -341,6 +345,10 @@ def vp_path(location: Location) -> NoisePath:
     def schedule(steps: int, size: tuple[int, int]) -> Schedule:
         # Of a leading spacing a single step is the cleanest, which samples nothing: it begins at the end instead
         spacing: Spacing = "trailing" if steps == 1 else config["timestep_spacing"]
+        if name == "LCMScheduler":
+            spacing = "distilled"
+            if steps > DISTILLED:
+                raise UserError(f"{location.name} is drawn with in 1 to {DISTILLED} steps, not {steps}.")
         offset = int(config["steps_offset"])
         return vp_schedule(alpha_bar, steps, spacing=spacing, steps_offset=offset, final=final)
 

@@ -22,7 +22,8 @@ class Location:
 
     `index` is its model_index.json. A single file holds weights alone; `settings` are the folders where its configs and
     tokenizers are looked up, laid out as diffusers', the first that has a file wins; `parts` are files of components
-    that it does not hold. `revision` is the commit of a hub id from which all its files are taken.
+    that it does not hold. `revision` is the commit of a hub id from which all its files are taken. `few_step` is the
+    folder of an adapter that makes a few-step model of this one, with a scheduler of its own.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Location:
     settings: tuple[Path, ...] = ()
     revision: str | None = None
     parts: Mapping[str, Path] = field(default_factory=dict)
+    few_step: Path | None = None
 
     @property
     def folder(self) -> Path | None:
@@ -49,12 +51,16 @@ class Location:
     def local(self, name: str) -> Path | None:
         """The local path of a file or folder of the diffusers layout (`tokenizer`, `unet/config.json`), or None."""
         roots = (self.folder,) if self.folder else self.settings
+        if self.few_step is not None and name.startswith("scheduler"):
+            roots = (self.few_step, *roots)
         return next((root / name for root in roots if (root / name).exists()), None)
 
     def config(self, part: str) -> Config:
         """Read the config of a component (`unet`, `vae`, `scheduler` …); `UserError` if it is missing or damaged."""
         name = f"{part}/{'scheduler_config' if part == 'scheduler' else 'config'}.json"
-        path = self.local(name) if self.folder or self.file else hub_file(self.source, name, self.revision)
+        path = self.local(name)
+        if path is None and not (self.folder or self.file):
+            path = hub_file(self.source, name, self.revision)
         if path is None:
             raise UserError(f"{self.name} has no {name}. Save or download the model again.")
         config = Config(read_json(path))

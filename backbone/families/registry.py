@@ -7,11 +7,13 @@ from backbone.families.base import Family
 
 def families() -> list[Family]:
     """Every supported family; a new one is a folder beside these and a line here."""
+    from backbone.families.chroma.family import Chroma
     from backbone.families.flux.family import Flux
     from backbone.families.flux2.family import Flux2
     from backbone.families.krea2.family import Krea2
     from backbone.families.pixart.family import PixArt
     from backbone.families.qwen.family import QwenImage
+    from backbone.families.qwen.image21 import QwenImage21
     from backbone.families.sd1.family import StableDiffusion
     from backbone.families.sd3.family import StableDiffusion3
     from backbone.families.sdxl.family import StableDiffusionXL
@@ -27,4 +29,6 @@ def families() -> list[Family]:
         Flux2(),
         QwenImage(),
         Krea2(),
+        Chroma(),
+        QwenImage21(),
     ]

@@ -32,7 +32,7 @@ SAVED = (CHECKPOINT, "concept.json", "best/concept.json")  # with any of these a
 BEFORE_AND_AFTER = "before-and-after"  # pictures of `align train`
 LEFT_BEHIND = (
     *("log.jsonl", "evaluations.jsonl", "rewards.jsonl", "report.html"),
-    *("previews", "evaluations", BEFORE_AND_AFTER, "tensorboard"),
+    *("previews", "evaluations", "on", BEFORE_AND_AFTER, "tensorboard"),
 )
 PREPARED = "prepared.json"  # of a folder of `customize prepare` or `align prepare`
 PACKAGES = ("limner", "torch", "diffusers", "transformers", "peft", "accelerate")

@@ -13,7 +13,7 @@ from backbone.io.options import Option, check_values
 if TYPE_CHECKING:
     from typing import Self
 
-Sampler = Literal["ddim", "heun", "ancestral"]
+Sampler = Literal["ddim", "heun", "ancestral", "consistency"]
 ALL_STEPS = (0.0, 1.0)
 Size: TypeAlias = tuple[int | None, int | None]
 """(width, height) in pixels; None for the model's own."""
@@ -86,8 +86,14 @@ class SamplingSettings(GuidanceOption):
         float, Option("Share of the steps after which it ends.", SAMPLING, min=0, max=1)
     ] = 1.0
     sampler: Annotated[
-        Sampler, Option("How noise becomes an image.", SAMPLING, choices=get_args(Sampler))
-    ] = "ddim"
+        Sampler | None,
+        Option(
+            "How noise becomes an image.",
+            SAMPLING,
+            choices=get_args(Sampler),
+            default_text="ddim, or by model",
+        ),
+    ] = None
     seed: Annotated[int, Option("Image j of prompt i depends on the seed, i and j only.", SAMPLING)] = 0
     batch: Annotated[
         int,
@@ -122,7 +128,10 @@ class SamplingSettings(GuidanceOption):
         return replace(self, resolution=resolution) if resolution and self.size == MODELS_OWN else self
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
-        """With a model's usual steps and guidance where none were asked for; `UserError` for no guidance in a share."""
+        """With a model's usual steps, guidance and sampler where none were asked for.
+
+        Raises `UserError` for no guidance in a share of the steps.
+        """
         steps = int(defaults["steps"]) if self.steps is None else self.steps
         guidance = float(defaults["guidance"]) if self.guidance is None else self.guidance
         if guidance == 1 and self.guided != ALL_STEPS:
@@ -130,11 +139,12 @@ class SamplingSettings(GuidanceOption):
                 "At guidance 1 there is none to begin or to end. Raise --guidance, or leave out --guidance-start and "
                 "--guidance-stop."
             )
-        return replace(self, steps=steps, guidance=guidance)
+        sampler = self.sampler or defaults.get("sampler", "ddim")
+        return replace(self, steps=steps, guidance=guidance, sampler=sampler)
 
     def for_sampler(self) -> dict[str, Any]:
         """The keyword arguments of `backbone.models.sample.sample`; steps and guidance are known by now."""
-        assert self.steps is not None and self.guidance is not None
+        assert self.steps is not None and self.guidance is not None and self.sampler is not None
         return {
             "steps": self.steps,
             "guidance": self.guidance,

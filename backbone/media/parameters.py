@@ -23,7 +23,7 @@ NAMES = {  # of A1111, in its order
     "model": "Model",
     "strength": "Denoising strength",
 }
-SAMPLERS = {"ddim": "DDIM", "heun": "Heun", "ancestral": "Euler a"}
+SAMPLERS = {"ddim": "DDIM", "heun": "Heun", "ancestral": "Euler a", "consistency": "LCM"}
 
 
 def describe_drawing(prompt: str, size: tuple[int, int], facts: Mapping[str, Any]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,16 @@ from backbone.io.records import read_as
 WEIGHTS = (".safetensors", ".ckpt", ".gguf", ".sft")
 JOIN = "+"  # between the files of one model: transformer.safetensors+vae.safetensors+text_encoder.safetensors
 OWN = {name: Path(__file__).parents[1] / name for name in ("moji", "moji-flow")}  # the models carried along
+FEW_STEP = "few_step.json"  # of a folder whose adapter makes a few-step model of a base
+ADAPTER = "pytorch_lora_weights.safetensors"
+if (TURBO := Path(__file__).parents[1] / "moji-turbo").is_dir():
+    OWN["moji-turbo"] = TURBO
+FEW_STEP_MODELS = {  # the few-step model that goes with a base
+    "moji": "moji-turbo",
+    "z-image": "z-image-turbo",
+    "flux2-klein": "flux2-klein-distilled",
+    "krea2": "krea2-turbo",
+}
 
 
 EMBEDDED = OWN["moji"]
@@ -32,6 +43,8 @@ def locate(model: str) -> Location:
     path = Path(place).expanduser()
     if path.is_dir():
         index = path / "model_index.json"
+        if (path / FEW_STEP).is_file():
+            return _with_adapter(model, path)
         if not index.exists() and (path / "concept.json").exists():
             raise UserError(f"{path} is a run, not a whole model. Give it with --concept {path}.")
         if not index.exists():
@@ -58,6 +71,20 @@ def locate(model: str) -> Location:
         f"There is no model {model}. Name one of {', '.join(names)}, a diffusers folder, "
         "a checkpoint file, or a hub id."
     )
+
+
+def _with_adapter(name: str, folder: Path) -> Location:
+    """A few-step model that is an adapter on a base: the base's files, and before them those of the folder."""
+    record = folder / FEW_STEP
+    base = read_as(str, read_json(record).get("base"), record, "base")
+    if not (folder / ADAPTER).is_file():
+        raise UserError(
+            f"{folder} lacks {ADAPTER}, the adapter of a few-step model. Copy the whole folder again."
+        )
+    found = locate(base)
+    if found.few_step is not None:
+        raise UserError(f"{record} is damaged: its base {base} is a few-step adapter itself. Restore it.")
+    return replace(found, name=name, few_step=folder)
 
 
 def is_path(model: str) -> bool:

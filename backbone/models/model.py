@@ -31,7 +31,8 @@ from backbone.families.registry import families
 from backbone.io.console import UserError, progress
 from backbone.io.files import content_hash, read_json
 from backbone.io.records import read_as
-from backbone.models.locate import OWN, locate
+from backbone.models.few_step_adapter import fuse_lora, hash_few_step, read_few_step
+from backbone.models.locate import ADAPTER, OWN, locate
 from backbone.models.placement import Placement, enable_tiling, place_denoiser
 
 PARTS = ("denoiser", "autoencoder", "text_encoder")
@@ -130,6 +131,8 @@ class Backbone:
         """The network that predicts, in the working precision, its weights frozen."""
         with progress(None, f"loading {self.location.name}", brief=True):
             loaded = self.family.denoiser(self.location, self.dtype).eval().requires_grad_(False)
+            if self.location.few_step is not None:
+                fuse_lora(self.location.few_step / ADAPTER, loaded)
             return place_denoiser(loaded, self.placement, self.device)
 
     @cached_property
@@ -169,7 +172,9 @@ class Backbone:
         for key, kind in USUAL_TYPES.items():
             if file and key in own and read_as(kind, own[key], file, key) in (0, -1):
                 raise UserError(f"{file} is damaged: {key} is {own[key]}. Restore it.")
-        return usual | self.family.sampling_defaults(self.location) | own
+        few = {} if self.location.few_step is None else read_few_step(self.location.few_step)
+        few.pop("base", None)
+        return usual | self.family.sampling_defaults(self.location) | own | few
 
     @cached_property
     def fingerprint(self) -> str:
@@ -177,6 +182,13 @@ class Backbone:
 
         What lies beside the parts (a scorer, a card, the settings that work well) is not the model.
         """
+        if self.location.few_step is not None:
+            return content_hash(f"{self._own_fingerprint}\n{hash_few_step(self.location.few_step)}".encode())
+        return self._own_fingerprint
+
+    @property
+    def _own_fingerprint(self) -> str:
+        """The same, without an adapter that makes it a few-step model."""
         if self.location.file is not None:
             return single_file.fingerprint(self.location)
         folder = self.location.folder

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from backbone.conditions.control import Control, repeat_controls
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, add_noise, generator
-from backbone.diffusion.samplers import ancestral, ddim, heun
+from backbone.diffusion.samplers import ancestral, consistency, ddim, heun
 from backbone.diffusion.transfer import send
 from backbone.io.console import UserError
 from backbone.io.sampling import ALL_STEPS, MODELS_OWN, Sampler, Size
@@ -171,6 +171,8 @@ def get_sampler(
             return heun
         case "ancestral":
             return lambda noisy, predict, schedule: ancestral(noisy, predict, schedule, generator=randoms)
+        case "consistency":
+            return lambda noisy, predict, schedule: consistency(noisy, predict, schedule, generator=randoms)
     raise UserError(f"There is no sampler {sampler}. Choose one of {', '.join(get_args(Sampler))}.")
 
 

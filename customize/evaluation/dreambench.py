@@ -26,6 +26,7 @@ from backbone.io.prompts import prompts_of
 from backbone.media.decode import open_rgb
 from backbone.media.sheet import Cell, draw_sheet, number_samples, save_png, split_rows
 from backbone.media.transforms import crop_square
+from backbone.models.few_step import usual_drawing
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from backbone.world.words import load_vocabulary
@@ -219,6 +220,7 @@ def sample_images(
                 requests,
                 steps=settings.sample_steps,
                 guidance=settings.guidance,
+                sampler=usual_drawing(model).sampler,
                 seed=seed,
                 advance=bar.advance_images,
             )

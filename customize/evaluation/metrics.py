@@ -9,7 +9,7 @@ fidelity may be measured by DINO, which reads no text, and prompt fidelity by CL
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from backbone.evaluation.clip import (
 )
 from backbone.evaluation.statistics import bootstrap_mean
 from backbone.io.console import UserError, progress
+from backbone.models.few_step import Drawing, usual_drawing
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from customize.settings import Settings
@@ -80,7 +81,11 @@ class ConceptMetrics:
 
 
 class Evaluator:
-    """Validates a model in training, always on the same noise and prompts. `images` are the subject's own, cropped."""
+    """Validates a model in training, always on the same noise and prompts.
+
+    `images` are the subject's own, cropped; `drawing` is how the model is drawn with, the run's way in few steps if
+    left out.
+    """
 
     def __init__(
         self,
@@ -89,8 +94,10 @@ class Evaluator:
         concept: Concept,
         settings: Settings,
         images: Sequence[Image],
+        drawing: Drawing | None = None,
     ) -> None:
         self.model, self.scorers, self.settings = model, scorers, settings
+        self.drawing = drawing or Drawing(SAMPLING_STEPS, settings.guidance, usual_drawing(model).sampler)
         noun = settings.class_noun
         self.subject_requests = [
             Request(resolve_placeholder_tokens(p.format(settings.called()), [concept], runs=None), (i, 0))
@@ -125,8 +132,7 @@ class Evaluator:
                 sample(
                     self.model,
                     requests,
-                    steps=SAMPLING_STEPS,
-                    guidance=self.settings.guidance,
+                    **asdict(self.drawing),
                     seed=self.settings.seed,
                     advance=bar.advance_images,
                 )

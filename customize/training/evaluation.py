@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from backbone.distributed.processes import is_main_process, is_participant
 from backbone.io.console import notify, progress
 from backbone.io.files import append_jsonl, read_jsonl, write_text
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
+from backbone.models.few_step import Drawing, usual_drawing
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from customize.evaluation.metrics import (
@@ -28,9 +30,11 @@ from customize.evaluation.metrics import (
     Scorers,
     mean_similarity,
 )
+from customize.evaluation.survival import Survival
 from customize.objectives.dreambooth import DreamBooth, level_weight
 from customize.settings import Settings
 from customize.training.card import described
+from customize.training.few_step import ON, FewStepSide
 from customize.training.report import STRIPS, RunReport
 
 EVALUATIONS = "evaluations.jsonl"
@@ -49,20 +53,27 @@ class Validation:
         training: DreamBooth,
         concept: Concept,
         read_subject: Callable[[], Sequence[Image]],
+        few: FewStepSide | None = None,
     ) -> None:
         self.run, self.report, self.training, self.concept = report.run, report, training, concept
         settings, model = training.settings, training.model
         own = model.location.local("scorer")
         self.evaluator = None
+        self.few = few
         self.patience = EarlyStopping(settings.patience or settings.steps)
         self.report.history = self.patience.history
+        if few is not None:
+            self.report.few_name, self.report.few_history = few.name, few.patience.history
         if not settings.evaluation_steps or not is_participant():
             return
         with progress(None, "loading the scorer", brief=True):
             scorers = Scorers.load(settings.scorer, own)
             if scorers is None:
                 return
-            self.evaluator = Evaluator(model, scorers, concept, settings, read_subject())
+            images = read_subject()
+            self.evaluator = Evaluator(model, scorers, concept, settings, images)
+            if few is not None:
+                few.evaluator = Evaluator(model, scorers, concept, settings, images, few.drawing)
         self._remember()
         self.report.likeness = scorers.image_encoder.similarity_name
         self.report.ceiling = mean_similarity(self.evaluator.subject)
@@ -75,12 +86,26 @@ class Validation:
         if not any(figures.step == step for figures in self.patience.history):
             with self.training.averaged():
                 figures, drawn = self.evaluator.measure(step, fixed_loss(self.training))
-            best = self.patience.update(figures)
+                shown: Sequence[Image] = ()
+                if self.few is not None:
+                    best, shown = self.few.measure(step, figures.loss)
+            here = self.patience.update(figures)
             if is_main_process():
-                self._keep(figures, drawn, best=best and step > 0)
-        if settings.patience and self.patience.should_stop:
+                if shown:
+                    self._strip(figures, shown, folder=ON)
+                self._keep(figures, drawn, best=(here if self.few is None else best) and step > 0)
+        if settings.patience and self.decides.should_stop:
             return f"{settings.patience} evaluations without a better rating."
         return ""
+
+    @property
+    def decides(self) -> EarlyStopping:
+        """Whose ratings say which step is best, and when to stop: the few-step model's, where there is one."""
+        return self.patience if self.few is None else self.few.patience
+
+    def survival(self) -> Survival | None:
+        """What survives on the few-step model at the best step; None without one, or without evaluations."""
+        return None if self.few is None else self.few.survival(self.patience.history)
 
     def _keep(self, figures: ConceptMetrics, drawn: Sequence[Image], *, best: bool) -> None:
         """Writes the figures and the pictures, and the weights if they are the best so far."""
@@ -101,7 +126,10 @@ class Validation:
         if self.evaluator is None or not history:
             self.report.finish(f"All {settings.steps} steps were taken.", None)
             return
-        best, last = self.patience.best, history[-1]
+        best, last = self.decides.best, history[-1]
+        if survived := self.survival():
+            notify(survived.sentence())
+            self.report.survival = survived
         stopped = last.step < settings.steps
         why = (
             f"Stopped at step {last.step}: {settings.patience} evaluations without a better rating "
@@ -122,9 +150,11 @@ class Validation:
             write_text(path, "".join(json.dumps(asdict(line)) + "\n" for line in kept))
         self.patience.history[:] = kept
         self.evaluator.baseline = self.patience.history[0] if kept else None
+        if self.few is not None:
+            self.few.remember()
 
-    def _strip(self, figures: ConceptMetrics, drawn: Sequence[Image]) -> None:
-        path = self.run / STRIPS / f"step-{figures.step:06d}.png"
+    def _strip(self, figures: ConceptMetrics, drawn: Sequence[Image], folder: Path = Path()) -> None:
+        path = self.run / folder / STRIPS / f"step-{figures.step:06d}.png"
         save_png(path, draw_sheet(split_rows(drawn, len(VALIDATION_PROMPTS)), cell=128))
 
 
@@ -177,35 +207,49 @@ class Previews:
             for i, prompt in enumerate(self.prompts)
         ]
 
-    def save(self, path: Path, *, count: int, subject: Sequence[Image] = ()) -> list[str]:
+    def save(
+        self,
+        path: Path,
+        *,
+        count: int,
+        subject: Sequence[Image] = (),
+        few: FewStepSide | None = None,
+    ) -> list[str]:
         """Writes a sheet of the first `count` prompts, the subject's own images above them; gives the prompts.
 
+        It is drawn by the run's model, or by its few-step model in that one's own way.
         Of several processes the writer does, and the others draw along where the model is sharded.
         """
         if not processes.is_participant():
             return []
         requests = self.requests[:count]
-        with progress(
-            len(requests), "drawing the sheet" if subject else "drawing a preview", brief=True
-        ) as bar:
+        sampler = usual_drawing(self.model).sampler
+        usual = Drawing(self.settings.sample_steps, self.settings.guidance, sampler)
+        drawing = few.drawing if few else usual
+        with (
+            few.opened() if few else nullcontext(self.model) as model,
+            progress(
+                len(requests), "drawing the sheet" if subject else "drawing a preview", brief=True
+            ) as bar,
+        ):
             drawn: list[Image] = list(
                 sample(
-                    self.model,
+                    model,
                     requests,
-                    steps=self.settings.sample_steps,
-                    guidance=self.settings.guidance,
+                    **asdict(drawing),
                     seed=self.settings.seed,
                     advance=bar.advance_images,
                 )
             )
-        self.drawn = list(zip(drawn, self.prompts, strict=False))
-        cells = [Cell(picture, prompt) for picture, prompt in self.drawn]
+        shown = list(zip(drawn, self.prompts, strict=False))
+        self.drawn = self.drawn if few else shown
+        cells = [Cell(picture, prompt) for picture, prompt in shown]
         rows = ([list(subject)] if subject else []) + split_rows(cells, 4)
         titles = ["The subject", "What the model draws now"] if subject else []
         settings = self.settings
-        how = f"{settings.sample_steps} steps, guidance {settings.guidance:g}, seed {settings.seed}"
+        how = f"{drawing.steps} steps, guidance {drawing.guidance:g}, seed {settings.seed}"
         trained = f"{described(settings)}, {settings.steps} steps" if subject else path.stem
-        note = f"{trained}; {settings.model}, {how}"
+        note = f"{trained}; {few.name if few else settings.model}, {how}"
         if processes.is_main_process():
             save_png(path, draw_sheet(rows, title=self.settings.called(), note=note, row_titles=titles))
         return self.prompts[:count]

@@ -25,6 +25,7 @@ from backbone.io.report import (
 )
 from backbone.training.run import LOG, LoggedLoss
 from customize.evaluation.metrics import VALIDATION_PROMPTS, ConceptMetrics
+from customize.evaluation.survival import Survival
 from customize.settings import Settings, as_flags
 from customize.training.card import described
 
@@ -47,6 +48,7 @@ class RunReport:
     ceiling   the likeness of the subject's images among themselves
     history   the evaluations so far
     samples   what the model drew last, with captions
+    few_name, few_history, survival   of a few-step model that the run is shown on too
     """
 
     run: Path
@@ -56,6 +58,9 @@ class RunReport:
     ceiling: float | None = None
     history: Sequence[ConceptMetrics] = ()
     samples: Sequence[tuple[Image, str]] = field(default=())
+    few_name: str = ""
+    few_history: Sequence[ConceptMetrics] = ()
+    survival: Survival | None = None
 
     def renew(self, step: int) -> None:
         """Writes the page of a run that goes on; a browser loads it again by itself."""
@@ -77,7 +82,8 @@ class RunReport:
             ]
         )
         step = max([figures.step for figures in self.history], default=self.settings.steps)
-        self._write([paragraph(why), command(shlex.join(call)), *weights], step, best=best)
+        survived = [] if self.survival is None else [paragraph(self.survival.sentence())]
+        self._write([paragraph(why), command(shlex.join(call)), *weights, *survived], step, best=best)
 
     def _write(self, status: Sequence[str], step: int, *, best: int | None = None, renew: int = 0) -> None:
         settings = self.settings
@@ -102,19 +108,21 @@ class RunReport:
         history, names = self.history, self._explained()
         plots = []
         for name, (title, note) in names.items():
-            points = [(f.step, getattr(f, name)) for f in history]
+            lines = {title: [(f.step, getattr(f, name)) for f in history]}
+            if self.few_history and name != "loss":
+                lines |= {f"on {self.few_name}": [(f.step, getattr(f, name)) for f in self.few_history]}
             level = self.ceiling if name == "subject_fidelity" else None
-            plots.append(line_plot(title, {title: points}, marked=best, level=level, note=note))
+            plots.append(line_plot(title, lines, marked=best, level=level, note=note))
         log = read_jsonl(self.run / LOG, LoggedLoss) if (self.run / LOG).exists() else []
         width = max(1, min(20, len(log) // 10))
         losses = smoothed([(line.step, line.loss) for line in log], window=width)
         note = "Its ups and downs are mostly chance: every step draws noise levels of its own."
         plots.append(line_plot(f"Training loss, mean of {width}", {"": losses}, note=note))
         parts = [heading("How it went"), plot_row(plots)] if any(plots) else []
-        if history:
-            rows = [(f.step, *(float(getattr(f, name)) for name in names)) for f in history]
+        for what, figures in (("Evaluations", history), (f"On {self.few_name}", self.few_history)):
+            rows = [(f.step, *(float(getattr(f, name)) for name in names)) for f in figures]
             titles = [title.split(":")[0] for title, _ in names.values()]
-            parts += [heading("Evaluations"), table(("step", *titles), rows)]
+            parts += [heading(what), table(("step", *titles), rows)] if rows else []
         return parts
 
     def _explained(self) -> dict[str, tuple[str, str]]:

@@ -29,6 +29,7 @@ from customize.objectives.dreambooth import DreamBooth, share_of
 from customize.settings import FILE, SHEET, Settings, Subject, as_flags, read_settings, resolved
 from customize.training.card import card, push, readme
 from customize.training.evaluation import Previews, Validation
+from customize.training.few_step import ON, FewStepSide, open_beside
 from customize.training.memory import budgeted
 from customize.training.report import PREVIEWS, RunReport
 from customize.training.subjects import fields_of_subjects, group_of, with_nouns, with_words
@@ -75,6 +76,7 @@ def train_concept(
         settings, **fields_of_subjects(with_words(model, subjects, pictures, settings))
     )
     share_of(settings)
+    open_beside(model, settings)  # which refuses what does not go with the model
     concept, groups = write_prompts(settings, model, pictures)
     processes.barrier()  # now every process has seen that the folder is free
     with processes.hold_folder(run):
@@ -156,14 +158,19 @@ def carry_on(
     prepared = time.perf_counter()
     previews = Previews(model, settings, concept)
     report = RunReport(run, settings, shown)
+    beside = open_beside(model, settings)
+    few = None if beside is None else FewStepSide(run, training, concept, beside)
     validation = Validation(
-        report, training, concept, lambda: [read(picture, side) for picture in pictures[0][:KEPT]]
+        report, training, concept, lambda: [read(picture, side) for picture in pictures[0][:KEPT]], few
     )
     read.forget()
 
     def preview(step: int) -> None:
+        name = f"step-{step:06d}.png"
         with training.averaged():
-            previews.save(run / PREVIEWS / f"step-{step:06d}.png", count=4)
+            previews.save(run / PREVIEWS / name, count=4)
+        if few is not None:
+            previews.save(run / ON / PREVIEWS / name, count=4, few=few)
         if processes.is_main_process():
             report.samples = previews.drawn
             report.renew(step)
@@ -180,11 +187,16 @@ def carry_on(
     finish(run, training, concept)
     with training.averaged():
         prompts = previews.save(run / SHEET, count=8, subject=shown)
+    if few is not None:
+        previews.save(run / ON / SHEET, count=8, subject=shown, few=few)
     report.samples = previews.drawn
     if processes.is_main_process():
         validation.report_end()
     times |= {"show": time.perf_counter() - began - sum(times.values()), "all": time.perf_counter() - began}
     if processes.is_main_process():
+        survived = validation.survival()
+        if survived is not None:
+            write_json(run / FILE, {**read_json(run / FILE), "survival": survived.record()})
         describe(run, settings, model, prompts, {name: round(value, 2) for name, value in times.items()})
     processes.end_process()
     return run
@@ -239,6 +251,8 @@ def write_record(
         "hardware": describe_hardware(model, settings),
         "timings": timings,
     }
+    if images is None and "survival" in (known := read_json(run / FILE)):
+        record["survival"] = known["survival"]
     write_json(run / FILE, record)
 
 

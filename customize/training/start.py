@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from backbone.adapters.concept import mentions
 from backbone.io.console import UserError, notify, progress
+from backbone.io.files import read_json
 from backbone.io.options import fields_of, refuse_idle, require_packages, unmet
 from backbone.io.run_folder import absolute, run_name
-from customize.settings import OWN_WORDS, PrepareImages, Settings, Subject, read_subject, resolved
+from customize.settings import FILE, OWN_WORDS, PrepareImages, Settings, Subject, read_subject, resolved
 
 if TYPE_CHECKING:
     from customize.data.prepared import PreparedImages
@@ -45,6 +46,15 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
     if out is None and "images" in asked and Path(asked["images"]).expanduser().is_dir():
         out = Path("runs") / run_name(asked["images"])  # not the name of a folder in it
     return train_concept(settings, subjects, images=images, out=out, vram=vram)
+
+
+def refuse_transferred(run: Path) -> None:
+    """`UserError` for a run of `customize transfer`, which goes on by its own command."""
+    record = read_json(run / FILE)
+    if "transfer" in record:
+        raise UserError(
+            f"{run} is a run of `customize transfer`. Go on with it by: {record['command']} --resume {run}"
+        )
 
 
 def as_kept(asked: Mapping[str, Any], own: Settings) -> dict[str, Any]:
@@ -91,6 +101,8 @@ def subjects_of(asked: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]
     refuse_prompts(subjects[0], rest)
     if "scorer" in rest:
         rest["scorer"] = absolute(rest["scorer"])
+    if "preview_on" in rest:
+        rest["preview_on"] = absolute(rest["preview_on"])
     if "class_images" in rest:
         rest["class_images"] = tuple(map(absolute, rest["class_images"]))
     return subjects, rest

@@ -20,17 +20,23 @@ TRAINING, OUTPUT = "Training", "Output"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecipeSettings:
+class LoopSettings:
     """What every training is asked for; each recipe has defaults of its own."""
 
     steps: Annotated[int, Option("Optimiser steps in all.", TRAINING, min=1)] = 4_000
     batch: Annotated[int, Option("Images a step, in each process.", TRAINING, min=1)] = 64
     learning_rate: Annotated[float, Option("Of all but the inner matrices.", TRAINING)] = 1e-3
-    matrix_rate: Annotated[float, Option("Muon's learning rate, of the inner matrices.", TRAINING)] = 2e-3
     minutes: Annotated[float, Option("Stop, and save, after so many minutes.", TRAINING)] = 1e9
     device: Annotated[str, Option("Where to train.", TRAINING, choices=("cpu", "cuda"))] = "cpu"
     seed: Annotated[int, Option("Of all random draws.", TRAINING)] = 0
     workdir: Annotated[Path, Option("Where intermediate files go.", OUTPUT)] = Path("build/moji")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeSettings(LoopSettings):
+    """The same where the inner matrices are stepped by Muon."""
+
+    matrix_rate: Annotated[float, Option("Muon's learning rate, of the inner matrices.", TRAINING)] = 2e-3
 
 
 class Training:
@@ -43,7 +49,7 @@ class Training:
 
     def __init__(
         self,
-        settings: RecipeSettings,
+        settings: LoopSettings,
         checkpoint: Path,
         kept: Mapping[str, Tensor],
         optimizer: Optimizer,

@@ -15,11 +15,16 @@ from typing import Any, cast
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKLQwenImage21,
+    ChromaPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     FluxPipeline,
     Krea2Pipeline,
     PixArtSigmaPipeline,
+    QwenImage21Pipeline,
+    QwenImage21Transformer2DModel,
     QwenImagePipeline,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
@@ -28,6 +33,7 @@ from diffusers import (
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch import Tensor
+from transformers import Qwen2Tokenizer, Qwen3VLForConditionalGeneration
 
 from backbone.adapters.apply import load_concepts
 from backbone.adapters.concept import choose_rare_words, read_concept
@@ -104,9 +110,11 @@ def said_by_z_image(pipeline: Any, noisy: Tensor, time: Tensor) -> Any:
 
 def said_by_flux2(pipeline: Any, noisy: Tensor, time: Tensor) -> Any:
     hidden, text_ids = pipeline.encode_prompt(PROMPT)
+    told = pipeline.transformer.config.guidance_embeds
     said = pipeline.transformer(
         hidden_states=pipeline._pack_latents(noisy),
         timestep=time[None] / 1000,
+        guidance=torch.ones(1) if told else None,
         encoder_hidden_states=hidden,
         txt_ids=text_ids,
         img_ids=pipeline._prepare_latent_ids(noisy),
@@ -143,6 +151,72 @@ def said_by_krea2(pipeline: Any, noisy: Tensor, time: Tensor) -> Any:
         encoder_attention_mask=mask,
     ).sample
     return pipeline._unpack_latents(said, 64, 64)[:, :, 0]
+
+
+def said_by_chroma(pipeline: Any, noisy: Tensor, time: Tensor) -> Any:
+    hidden, text_ids, mask, _, _, _ = pipeline.encode_prompt(PROMPT, do_classifier_free_guidance=False)
+    said = pipeline.transformer(
+        hidden_states=pipeline._pack_latents(noisy, *noisy.shape),
+        timestep=time[None] / 1000,
+        encoder_hidden_states=hidden,
+        txt_ids=text_ids,
+        img_ids=pipeline._prepare_latent_image_ids(1, 4, 4, "cpu", torch.float32),
+        attention_mask=pipeline._prepare_attention_mask(1, 16, torch.float32, mask),
+    ).sample
+    return pipeline._unpack_latents(said, 64, 64, 8)
+
+
+def said_by_qwen21(pipeline: Any, noisy: Tensor, time: Tensor) -> Any:
+    hidden, mask, slots = pipeline.encode_prompt(PROMPT)
+    said = pipeline.transformer(
+        hidden_states=noisy.flatten(2).transpose(1, 2),
+        timestep=time[None] / 1000,
+        encoder_hidden_states=hidden,
+        encoder_hidden_states_mask=mask,
+        img_shapes=[[(1, 8, 8)]],
+        img_mask=torch.cat([slots, slots.new_ones(1, 16)], dim=1),
+    ).sample
+    return said[:, -64:].transpose(1, 2).unflatten(2, (8, 8))
+
+
+class Processor:
+    """A tokenizer in the place of Qwen3-VL's processor, which needs packages for pictures."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, text: list[str], **more: Any) -> Any:
+        return self.tokenizer(text, **more)
+
+    def apply_chat_template(self, messages: Any, **more: Any) -> list[list[int]]:
+        said = "".join(f"<|im_start|>{m['role']}\n{m['content'][0]['text']}<|im_end|>\n" for m in messages)
+        return [self.tokenizer(said)["input_ids"]]
+
+
+class WholeQwen21:
+    """diffusers' pipeline of Qwen-Image 2.1, which compresses 8 times here and not 16."""
+
+    @staticmethod
+    def from_pretrained(folder: Path, **more: Any) -> Any:
+        kinds: dict[str, Any] = {
+            "scheduler": FlowMatchEulerDiscreteScheduler,
+            "vae": AutoencoderKLQwenImage21,
+            "text_encoder": Qwen3VLForConditionalGeneration,
+            "transformer": QwenImage21Transformer2DModel,
+        }
+        found = {name: kind.from_pretrained(folder, subfolder=name) for name, kind in kinds.items()}
+        tokenizer = Qwen2Tokenizer.from_pretrained(folder / "processor")
+        pipeline = QwenImage21Pipeline(processor=Processor(tokenizer), **found)
+        pipeline.vae_scale_factor = 8
+        return pipeline
+
+
+class MaskingChroma(ChromaPipeline):  # type: ignore[misc]
+    """diffusers' pipeline with a mask of yes and no, which leaves padding out; as numbers it is added to the logits."""
+
+    def _get_t5_prompt_embeds(self, *arguments: Any, **more: Any) -> Any:
+        hidden, mask = super()._get_t5_prompt_embeds(*arguments, **more)
+        return hidden, mask.bool()
 
 
 @dataclass(frozen=True)
@@ -274,9 +348,48 @@ CASES = [
         steps=FEW,
     ),
 ]
+CASES.append(
+    Case(
+        "flux2-dev",
+        tiny.tiny_flux2_dev,
+        Flux2Pipeline,
+        said_by_flux2,
+        given=lambda pipeline, tokens: tokens.transpose(1, 2).unflatten(2, (4, 4)),
+        words=("hidden",),
+        steps=FEW,
+    )
+)
+CASES.append(
+    Case(
+        "qwen-image-2.1",
+        tiny.tiny_qwen_image21,
+        WholeQwen21,
+        said_by_qwen21,
+        said={
+            "negative_prompt": "a red cat in the red snow",
+            "true_cfg_scale": GUIDANCE,
+            "guidance_scale": None,
+        },
+        theirs=lambda latents: latents.flatten(2).transpose(1, 2),
+        words=("hidden", "mask"),
+        steps=FEW,
+    )
+)
+CASES.append(
+    Case(
+        "chroma",
+        tiny.tiny_chroma,
+        MaskingChroma,
+        said_by_chroma,
+        said={"negative_prompt": "a red cat in the red snow"},
+        theirs=flux.pack_latents,
+        words=("hidden", "mask"),
+        steps=FEW,
+    )
+)
 NAMED = {case.name: case for case in CASES}
 VARIANTS = ("flux2-klein-distilled", "krea2-turbo")
-SLOW = ("qwen-image", "krea2", *VARIANTS)
+SLOW = ("qwen-image", "krea2", "chroma", "flux2-dev", "qwen-image-2.1", *VARIANTS)
 
 
 def marked(slow: Sequence[str]) -> pytest.MarkDecorator:
@@ -368,6 +481,9 @@ def assert_same_sample(case: Case, folders: dict[str, Path], steps: int) -> None
     """So many guided steps from the same noise, and one prediction."""
     model, pipeline = opened(folders[case.name]), loaded(case, folders)
     request = Request(PROMPT, (0, 0), case.said.get("negative_prompt", ""))
+    said = {"guidance_scale": GUIDANCE} | case.said
+    if case.pipeline is WholeQwen21:  # which has no guidance by another name
+        del said["guidance_scale"]
     ours = next(sample_latents(model, [request], steps=steps, guidance=GUIDANCE, seed=3))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -378,7 +494,7 @@ def assert_same_sample(case: Case, folders: dict[str, Path], steps: int) -> None
             height=model.resolution,
             width=model.resolution,
             output_type="latent",
-            **{"guidance_scale": GUIDANCE} | case.said,
+            **said,
         ).images
     assert float(theirs.std()) > 0.1
     torch.testing.assert_close(case.theirs(ours), case.given(pipeline, theirs), rtol=0, atol=1e-4)

@@ -21,8 +21,9 @@ from diffusers.models.transformers.transformer_flux2 import (
     Flux2AttnProcessor,
     Flux2ParallelSelfAttnProcessor,
 )
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from torch import Tensor, nn
-from transformers import Qwen2Tokenizer, Qwen3Model
+from transformers import MistralModel, PreTrainedTokenizerFast, Qwen2Tokenizer, Qwen3Model
 
 from backbone.conditions.conditions import Conditions
 from backbone.families import language_models, loading, split_files
@@ -33,7 +34,6 @@ from backbone.families.base import (
     Network,
     NoisePath,
     diffusers_spec,
-    transformers_spec,
 )
 from backbone.families.language_models import LanguageModelEncoder, Reading
 from backbone.families.location import Location
@@ -42,10 +42,12 @@ from backbone.io.console import notify_once
 from backbone.io.files import Header
 
 KLEIN = Reading(layers=(9, 18, 27), tokens=512, padded=True)
+DEV = Reading(layers=(10, 20, 30), tokens=512, padded=True)
+MISTRAL = (f"<s>[SYSTEM_PROMPT]{SYSTEM_MESSAGE}[/SYSTEM_PROMPT][INST]", "[/INST]")
 QWEN = (language_models.QWEN[0], language_models.QWEN[1] + language_models.NO_THOUGHTS)
 JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 SINGLE = ("to_qkv_mlp_proj", *(f"single_transformer_blocks.{n}.attn.to_out" for n in range(48)))
-NON_COMMERCIAL = 12288  # width of klein 9B's text
+KLEIN_9B, DEV_WIDTH = 4096, 6144  # widths of the transformers under a non-commercial licence
 MANY_STEPS = 200  # of a schedule as fine as training's
 
 
@@ -55,7 +57,8 @@ EMBEDDERS = ("img_in.weight", "x_embedder.weight")
 def published_configs(header: Header) -> tuple[str, ...]:
     """Folders of published configs for a transformer's file, by its width."""
     width = next((shape[0] for name, shape in header.shapes.items() if name.endswith(EMBEDDERS)), 0)
-    return ("flux2-klein-9b", "flux2-klein") if width == 4096 else ("flux2-klein",)
+    larger = {KLEIN_9B: ("flux2-klein-9b",), DEV_WIDTH: ("flux2-dev",)}
+    return (*larger.get(width, ()), "flux2-klein")
 
 
 def convert_to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -71,7 +74,7 @@ FILES = SplitFiles(
         ("double_stream_modulation_img.lin.weight", "img_in.weight"),
         ("double_stream_modulation_img.linear.weight", "x_embedder.weight"),
     ),
-    encoder="text encoder (Qwen3)",
+    encoder="text encoder (Qwen3, for dev Mistral)",
     published=published_configs,
     convert=convert_to_diffusers,
 )
@@ -85,8 +88,9 @@ class Flux2(SplitFileFamily):
         "flux2-klein": "black-forest-labs/FLUX.2-klein-base-4B",
         "flux2-klein-distilled": "black-forest-labs/FLUX.2-klein-4B",
         "flux2-klein-9b": "black-forest-labs/FLUX.2-klein-base-9B",
+        "flux2-dev": "black-forest-labs/FLUX.2-dev",
     }
-    pipeline_classes: ClassVar[tuple[str, ...]] = ("Flux2KleinPipeline",)
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("Flux2KleinPipeline", "Flux2Pipeline")
     files: ClassVar[SplitFiles] = FILES
     transformer_kind: ClassVar[Any] = Flux2Transformer2DModel
     vae_kind: ClassVar[Any] = AutoencoderKLFlux2
@@ -101,23 +105,40 @@ class Flux2(SplitFileFamily):
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
         network = super().denoiser(location, dtype)
         cast(Any, network).is_distilled = is_distilled(location)
-        if cast(Any, network).config.joint_attention_dim == NON_COMMERCIAL:
-            notify_once("The weights of FLUX.2 klein 9B are under a licence for non-commercial use.")
+        config = cast(Any, network).config
+        sizes = {KLEIN_9B: "klein 9B", DEV_WIDTH: "dev"}
+        size = sizes.get(config.num_attention_heads * config.attention_head_dim)
+        if size is not None:
+            notify_once(f"The weights of FLUX.2 {size} are under a licence for non-commercial use.")
         return network
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> LanguageModelEncoder:
         source = language_models if location.file is None else split_files
+        width = int(location.config("transformer")["joint_attention_dim"])
+        if is_told_guidance(location):
+            kind: Any = MistralModel
+            if location.file is None:
+                from transformers import Mistral3ForConditionalGeneration as kind  # slow to import
+            slot = source.load_language_model(kind, PreTrainedTokenizerFast, location, dtype)
+            chat = language_models.chat_writer(slot.tokenizer, location, MISTRAL, system=SYSTEM_MESSAGE)
+            return LanguageModelEncoder(
+                slot,
+                DEV,
+                write=lambda prompt: chat(prompt.replace("[IMG]", "")),
+                name=location.name,
+                width=width,
+            )
         slot = source.load_language_model(Qwen3Model, Qwen2Tokenizer, location, dtype)
         write = language_models.chat_writer(slot.tokenizer, location, QWEN, enable_thinking=False)
-        width = int(location.config("transformer")["joint_attention_dim"])
         return LanguageModelEncoder(slot, KLEIN, write=write, name=location.name, width=width)
 
     def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:
         width = int(location.config("transformer")["joint_attention_dim"])
+        text_kind = MistralModel if is_told_guidance(location) else Qwen3Model
         return ModelSpec(
             diffusers_spec(Flux2Transformer2DModel, location, "transformer", dtype),
             diffusers_spec(AutoencoderKLFlux2, location, "vae", loading.autoencoder_dtype(location, dtype)),
-            {"text_encoder": transformers_spec(Qwen3Model, location, "text_encoder", dtype)},
+            {"text_encoder": language_models.text_spec(text_kind, location, dtype)},
             {"hidden": (KLEIN.tokens, width)},
         )
 
@@ -174,6 +195,11 @@ class Flux2(SplitFileFamily):
             return conditions
         scale = conditions.text["hidden"].new_full((len(conditions),), guidance)
         return replace(conditions, guidance=scale)
+
+
+def is_told_guidance(location: Location) -> bool:
+    """Whether the network is told the guidance scale, as dev is and klein is not."""
+    return bool(location.config("transformer").get("guidance_embeds", True))
 
 
 def is_distilled(location: Location) -> bool:

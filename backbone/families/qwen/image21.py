@@ -1,0 +1,165 @@
+"""Qwen-Image 2.1: one sequence of text and image tokens, read causally, Qwen3-VL, latents of 64 channels.
+
+The text tokens stand first and see only what is before them; modulated as at time 0, they do not depend on
+the noise level. A token of the image is one latent of 16 × 16 pixels. The prompt is read in a template of its own, and
+the language model's last layer before its norm is what the network is given. Pictures have a fourth channel, how opaque
+they are. The published weights are sampled without guidance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from diffusers import AutoencoderKLQwenImage21, QwenImage21Transformer2DModel
+from torch import Tensor, nn
+from transformers import Qwen2Tokenizer
+
+from backbone.conditions.conditions import Conditions, Text
+from backbone.families import language_models, loading
+from backbone.families.base import (
+    AttentionLayout,
+    ModelSpec,
+    Network,
+    NoisePath,
+    TextEncoderSlot,
+    diffusers_spec,
+    refuse_beside,
+)
+from backbone.families.language_models import LanguageModelEncoder, Reading
+from backbone.families.latents import latent_channels, pixels_per_latent
+from backbone.families.location import Location
+from backbone.io.console import UserError, notify_once
+from backbone.io.files import Header
+
+TOKENS = 1024
+SIDE = 1024  # pixels of the pictures that it was trained on
+SLOT = 4  # latents that stand in one place of the language model's sequence
+SYSTEM = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"
+FRAME = (f"{SYSTEM}<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
+MARKS = ("txt_in.text_norm.weight", "modulation.1.weight")
+
+
+class QwenImage21:
+    """Implements `Family`."""
+
+    name: ClassVar[str] = "Qwen-Image 2.1"
+    hub_ids: ClassVar[dict[str, str]] = {"qwen-image-2.1": "Qwen/Qwen-Image-2.1"}
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("QwenImage21Pipeline",)
+    lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
+        "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+        "all": (
+            *("to_q", "to_k", "to_v", "to_out.0"),
+            *("img_mlp.proj", "img_mlp.gate_layer", "img_mlp.out"),
+        ),
+    }
+
+    def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
+        if all(any(name.endswith(mark) for name in header.shapes) for mark in MARKS):
+            raise UserError(
+                f"{header.path} is the transformer of a Qwen-Image 2.1, which is read from diffusers folders alone. "
+                "Name its folder or hub id (Qwen/Qwen-Image-2.1)."
+            )
+        return None
+
+    def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
+        return refuse_beside(header, beside)
+
+    def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
+        notify_once("The weights of Qwen-Image 2.1 are under a licence for research, not for commercial use.")
+        if location.index.get("sample_sigmas"):
+            notify_once(
+                f"{location.name} names sample_sigmas of its own, which are not used: the levels are those of --steps."
+            )
+        return loading.load_network(QwenImage21Transformer2DModel, location, "transformer", dtype)
+
+    def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
+        return loading.load_autoencoder(AutoencoderKLQwenImage21, location, dtype)
+
+    def text_encoder(self, location: Location, dtype: torch.dtype) -> BeforeTheNorm:
+        from transformers import Qwen3VLForConditionalGeneration  # slow to import
+
+        slot = language_models.load_language_model(
+            Qwen3VLForConditionalGeneration, Qwen2Tokenizer, location, dtype, tokenizer="processor"
+        )
+        width = int(location.config("transformer")["context_in_dim"])
+        return BeforeTheNorm(slot, name=location.name, width=width)
+
+    def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:
+        from transformers import Qwen3VLTextModel
+
+        width = int(location.config("transformer")["context_in_dim"])
+        vae_dtype = loading.autoencoder_dtype(location, dtype)
+        return ModelSpec(
+            diffusers_spec(QwenImage21Transformer2DModel, location, "transformer", dtype),
+            diffusers_spec(AutoencoderKLQwenImage21, location, "vae", vae_dtype),
+            {"text_encoder": language_models.text_spec(Qwen3VLTextModel, location, dtype)},
+            {"hidden": (TOKENS, width), "mask": (TOKENS,)},
+        )
+
+    def latent_shape(self, location: Location) -> tuple[int, ...]:
+        config = location.config("vae")
+        side = int(config.get("sample_size", SIDE)) // pixels_per_latent(config)
+        return latent_channels(config), side, side
+
+    def longest_side(self, location: Location) -> None:
+        return None
+
+    def sampling_defaults(self, location: Location) -> dict[str, Any]:
+        return {"steps": 40, "guidance": 1.0}
+
+    def path(self, location: Location) -> NoisePath:
+        height, width = self.latent_shape(location)[-2:]
+        return loading.flow_path(location, size=(height, width), patch=1, lowest=lambda steps: 1 / steps)
+
+    def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
+        network = cast(Any, denoiser)
+        dtype = cast(torch.dtype, denoiser.dtype)
+
+        def predict(noisy: Tensor, time: Tensor) -> Tensor:
+            count, _, height, width = noisy.shape
+            hidden, mask = language_models.cut_padding(conditions.text)
+            slots = torch.zeros(count, hidden.shape[1] + height * width // SLOT, dtype=torch.bool)
+            slots[:, hidden.shape[1] :] = True
+            output = network(
+                hidden_states=noisy.flatten(2).transpose(1, 2).to(dtype),
+                timestep=time.expand(count) / 1000,
+                encoder_hidden_states=hidden.to(dtype),
+                encoder_hidden_states_mask=mask,
+                img_shapes=[[(1, height, width)]] * count,
+                img_mask=slots.to(noisy.device),
+            )
+            image = output.sample[:, -height * width :]
+            return cast(Tensor, image.transpose(1, 2).unflatten(2, (height, width)))
+
+        return predict
+
+    def attention(self, denoiser: nn.Module, conditions: Conditions) -> AttentionLayout:
+        return (
+            AttentionLayout()
+        )  # which `edit` cannot reach: words see no image here, and only words before them
+
+    def embed_guidance(self, denoiser: nn.Module, conditions: Conditions, guidance: float) -> None:
+        return None
+
+
+class BeforeTheNorm(LanguageModelEncoder):
+    """The last layer of Qwen3-VL before its norm; no prompt is read as a space."""
+
+    def __init__(self, slot: TextEncoderSlot, *, name: str, width: int) -> None:
+        dropped = len(slot.tokenizer(SYSTEM, add_special_tokens=False)["input_ids"])
+        reading = Reading(layers=(-1,), tokens=TOKENS, dropped=dropped)
+        super().__init__(
+            slot, reading, write=lambda prompt: (prompt or " ").join(FRAME), name=name, width=width
+        )
+
+    def __call__(self, prompts: Sequence[str]) -> Text:
+        """hidden [B, 1024, D], mask [B, 1024]; warns of truncated prompts."""
+        norm: Any = self.slots[0].model.norm
+        handle = norm.register_forward_hook(lambda module, inputs, output: inputs[0])
+        try:
+            return super().__call__(prompts)
+        finally:
+            handle.remove()

@@ -1,0 +1,169 @@
+"""How much of what `customize train` learns on `moji` survives on its few-step model: the twelve development concepts.
+
+    python -m benchmarks.survival                            about two hours on two cores; needs the emoji font
+    python -m benchmarks.survival --concepts peacock --count 1 --flags "--steps 20" --fit "--steps 4"    does it run?
+
+Every concept is learned on the base by the real command, as in `benchmarks.customize` (whose runs in the same `--out`
+are taken), and drawn in the seven places that it was not trained in by the base, by the few-step model with the base's
+adapter as it is, and with the adapter that `customize transfer` has fitted. The classifier names glyph and place. The
+class without the token says what the adapter does to the few-step model beside the subject. Runs and images that
+`--out` holds are not made again. `--turbo` is a few-step model, or the folder that `recipes.moji.turbo` exports.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from backbone.evaluation.statistics import wilson_interval
+from backbone.io.console import UserError, notify, run_app
+from backbone.io.files import read_json, write_json, write_text
+from backbone.models.locate import FEW_STEP_MODELS, OWN, is_path
+from backbone.world.render import find_font
+from benchmarks import customize as learning
+from benchmarks.classifier import FACTS, FOLDER, Classifier, load_classifier
+from benchmarks.customize import TOKEN, Kind, Tally, Trial, concept_interval, list_trials, tally_folder
+from benchmarks.moji import format_percent
+
+SIDES = ("the base", "few steps, as it is", "few steps, transferred")
+KINDS: tuple[Kind, ...] = ("places", "class")
+
+
+@dataclass(frozen=True)
+class Survived:
+    """One concept: its tallies by side and kind, and the seconds that an image took by side."""
+
+    concept: str
+    tallies: Mapping[str, Mapping[str, Tally]]
+    seconds: Mapping[str, float]
+
+
+def main(
+    concepts: Annotated[list[str] | None, typer.Option(help="Which ones.", show_default="all twelve")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 3,
+    flags: Annotated[str, typer.Option(help="More flags for customize train, in one string.")] = "",
+    fit: Annotated[str, typer.Option(help="More flags for customize transfer, in one string.")] = "",
+    model: Annotated[str, typer.Option(help="The base model.")] = "moji",
+    turbo: Annotated[
+        str, typer.Option(help="Its few-step model.", show_default="the one that goes with it")
+    ] = "",
+    seed: Annotated[int, typer.Option()] = 0,
+    classifier: Annotated[Path, typer.Option(help="The classifier's folder.")] = FOLDER,
+    out: Annotated[Path, typer.Option(help="Where results go.")] = Path("build/benchmarks/customize"),
+) -> None:
+    """Trains, transfers and draws what is missing, classifies every image, and prints the table."""
+    trials = list_trials("concepts", concepts, flags=flags, seed=seed)
+    few = turbo or FEW_STEP_MODELS.get(model, "")
+    if not few or (few not in OWN and not is_path(few) and "/" not in few):
+        raise UserError(
+            f"There is no few-step model of {model} yet. Distil one with recipes.moji.turbo, and name its folder with "
+            "--turbo."
+        )
+    find_font()
+    eye = load_classifier(classifier)
+    found = []
+    for trial in trials:
+        make(trial, out, count=count, model=model, few=few, fit=fit)
+        found.append(judge(trial, out, eye))
+        notify(f"{trial.concept}: {', '.join(share_of(found[-1:], side)[0] for side in SIDES)} are right")
+    text = format_table(found)
+    facts = {
+        "model": model,
+        "few_step": few,
+        "flags": flags,
+        "fit": fit,
+        "classifier": read_json(classifier / FACTS).get("step"),
+        "results": [asdict(one) for one in found],
+    }
+    write_json(out / "survival.json", facts)
+    write_text(out / "survival.md", text)
+    print(text)
+
+
+def folder_of(trial: Trial, side: str, kind: Kind, out: Path) -> Path:
+    """Where the images of a side lie."""
+    if side == SIDES[0]:
+        return learning.tuned_folder(trial, kind, out)
+    return out / side.replace(" ", "-").replace(",", "") / trial.name / kind
+
+
+def make(trial: Trial, out: Path, *, count: int, model: str, few: str, fit: str) -> None:
+    """The runs of a concept on both models, and the images of every side, where they are missing."""
+    run, moved = out / "runs" / trial.name, out / "transferred" / trial.name
+    if not (run / "README.md").exists():  # which a run writes last
+        shutil.rmtree(run, ignore_errors=True)
+        images = ("--images", str(learning.write_training_images(trial.concept, out)))
+        named = ("--token", TOKEN, "--class", trial.noun, "--model", model, "--seed", str(trial.seed))
+        learning.run_customize("train", *images, *named, "--out", str(run), *trial.flags.split())
+    if not (moved / "README.md").exists():
+        shutil.rmtree(moved, ignore_errors=True)
+        learning.run_customize("transfer", str(run), "--to", few, "--out", str(moved), *fit.split())
+    ways = {
+        SIDES[0]: (["--concept", str(run)], model),
+        SIDES[1]: (["--concept", str(run), "--on", few], model),
+        SIDES[2]: (["--concept", str(moved)], few),
+    }
+    for side, (more, drawn_by) in ways.items():
+        for kind in KINDS:
+            called = "" if kind == "class" else f"{TOKEN} {trial.noun}"
+            folder = folder_of(trial, side, kind, out)
+            learning.draw(trial, kind, called, folder, count, more, drawn_by)
+
+
+def judge(trial: Trial, out: Path, classifier: Classifier) -> Survived:
+    """A concept by its images."""
+    tallies, seconds = {}, {}
+    for side in SIDES:
+        folders = {kind: folder_of(trial, side, kind, out) for kind in KINDS}
+        tallies[side] = {kind: tally_folder(trial, kind, path, classifier) for kind, path in folders.items()}
+        record = folders["places"] / "samples.json"
+        spent = float(read_json(record)["seconds"]) if record.exists() else 0.0
+        seconds[side] = spent / tallies[side]["places"].n
+    return Survived(trial.concept, tallies, seconds)
+
+
+def share_of(found: Sequence[Survived], side: str) -> tuple[str, int, int]:
+    """Of the images in places those that show glyph and place: in words, and as numbers."""
+    right = sum(one.tallies[side]["places"].both for one in found)
+    n = sum(one.tallies[side]["places"].n for one in found)
+    return format_percent(right / n), right, n
+
+
+def format_table(found: Sequence[Survived]) -> str:
+    """Markdown: a row for every side over all concepts, then glyph and place of every concept by side."""
+    lines = [
+        f"| {len(found)} concepts | glyph | place | both | 95 %, images | 95 %, over concepts | of the base's "
+        "| class | s/image |",
+        "|---" * 9 + "|",
+    ]
+    whole = share_of(found, SIDES[0])[1]
+    for side in SIDES:
+        rows = [one.tallies[side] for one in found]
+        places, classes = [row["places"] for row in rows], [row["class"] for row in rows]
+        both, right, n = share_of(found, side)
+        _, *own = wilson_interval(right, n)
+        cells = [
+            side,
+            format_percent(sum(one.glyph for one in places) / n),
+            format_percent(sum(one.right for one in places) / n),
+            both,
+            learning.format_interval(*own),
+            learning.format_interval(*concept_interval([one.both / one.n for one in places])),
+            format_percent(right / whole) if whole else "–",
+            format_percent(sum(one.right for one in classes) / sum(one.n for one in classes)),
+            f"{sum(one.seconds[side] for one in found) / len(found):.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", f"| concept | {' | '.join(SIDES)} |", "|---" * (len(SIDES) + 1) + "|"]
+    for one in found:
+        lines.append(f"| {one.concept} | {' | '.join(share_of([one], side)[0] for side in SIDES)} |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    run_app(lambda: typer.run(main))

@@ -1,0 +1,122 @@
+"""`customize evaluate RUN --on TURBO`: the prompts of DreamBench drawn by the base and by its few-step model.
+
+Each draws them without what was learned and with it, from the same noise: four sheets' worth of images, of which
+`customize.evaluation.survival` makes two figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from PIL.Image import Image
+
+from backbone.adapters.apply import carry_over, check_concept_fits, load_concepts
+from backbone.adapters.concept import CONCEPT_FILE, Concept, read_concept, resolve_placeholder_tokens
+from backbone.io.console import UserError, progress
+from backbone.io.files import read_json, write_json, write_text
+from backbone.media.sheet import Cell, draw_sheet, number_samples, save_png, split_rows
+from backbone.models.few_step import Drawing, open_few_step, usual_drawing
+from backbone.models.model import Backbone
+from backbone.models.sample import Request, sample
+from customize.evaluation.dreambench import TABLE, embed_subject, load_scorers
+from customize.evaluation.metrics import Scorers, measure_dreambench
+from customize.evaluation.survival import Fidelity, Survival
+from customize.settings import FILE, Settings, read_settings
+
+
+def open_sides(run: Path, on: str) -> tuple[Backbone, Concept, Backbone, Concept]:
+    """The base with the run's concept, and the few-step model with the one that it draws with; loads no weights.
+
+    `on` is a few-step model, which then carries the run's own concept, or a run of `customize transfer`. Raises
+    `UserError` where the two do not go together.
+    """
+    settings, concept = read_settings(run), read_concept(run)
+    base = Backbone.open(
+        settings.model, device=settings.device, precision=settings.precision, resolution=settings.resolution
+    )
+    check_concept_fits(concept, base)
+    if not (Path(on) / CONCEPT_FILE).is_file():
+        few = open_few_step(base, on)
+        return base, concept, few, carry_over(concept, base, few)
+    moved = read_concept(on)
+    if moved.tokens != concept.tokens:
+        raise UserError(
+            f"{on} has the tokens {', '.join(moved.tokens)} and {run} has {', '.join(concept.tokens)}: it is not a "
+            "transfer of this run. Name the folder that customize transfer wrote, or a few-step model."
+        )
+    few = open_few_step(base, moved.model)
+    check_concept_fits(moved, few)
+    return base, concept, few, moved
+
+
+def measure_survival(
+    run: Path, on: str, *, prompts: Sequence[str], per_prompt: int, scorer: Path | None, seed: int, out: Path
+) -> dict[str, Any]:
+    """Draw and measure both models without and with what was learned; write `table.md`, `table.json`, `sheet.png`.
+
+    The figures are in the run's `settings.json` too, under `survival`. Returns the record, and the table under `text`.
+    """
+    settings = read_settings(run)
+    base, concept, few, moved = open_sides(run, on)
+    scorers = load_scorers(scorer, base)
+    requests = [
+        Request(resolve_placeholder_tokens(prompt.format(settings.called()), [concept]), (i, j))
+        for i, prompt in enumerate(prompts)
+        for j in range(per_prompt)
+    ]
+    plain = [replace(one, prompt=_without_words(one.prompt, concept)) for one in requests]
+    found: list[Fidelity] = []
+    images: list[Image] = []
+    drawings = Drawing(settings.sample_steps, settings.guidance), usual_drawing(few)
+    for model, own, drawing in zip((base, few), (concept, moved), drawings, strict=True):
+        for learned in (False, True):
+            if learned:
+                load_concepts(model, [own])
+            label = f"{model.location.name}{'' if learned else ' without it'}"
+            asked = requests if learned else plain
+            images = draw(model, asked, drawing, seed, label)
+            found.append(score(scorers, settings, images, prompts, per_prompt))
+        model.free("denoiser", "autoencoder")
+    name = str(on)
+    survived = Survival(name, drawings[1].steps, *found)
+    text = "\n".join([survived.sentence(), "", *survived.table(), ""])
+    write_text(out / "table.md", text)
+    record = {"survival": survived.record(), "prompts": list(prompts), "per_prompt": per_prompt}
+    write_json(out / TABLE, record)
+    captions = [prompts[k // per_prompt].format(settings.called()) for k in range(len(images))]
+    cells = [Cell(image, caption) for image, caption in zip(images, number_samples(captions), strict=True)]
+    save_png(out / "sheet.png", draw_sheet(split_rows(cells, 10), title=f"{run} on {name}", cell=112))
+    write_json(run / FILE, {**read_json(run / FILE), "survival": survived.record()})
+    return {**record, "text": text}
+
+
+def draw(
+    model: Backbone, requests: Sequence[Request], drawing: Drawing, seed: int, label: str
+) -> list[Image]:
+    """Images of requests; `label` is shown beside the progress bar."""
+    with progress(len(requests), f"drawing with {label}") as bar:
+        return list(sample(model, requests, **asdict(drawing), seed=seed, advance=bar.advance_images))
+
+
+def score(
+    scorers: Scorers, settings: Settings, images: Sequence[Image], prompts: Sequence[str], per_prompt: int
+) -> Fidelity:
+    """The mean subject and prompt fidelity of images, `per_prompt` of each prompt."""
+    texts = [prompt.format(settings.class_noun) for prompt in prompts]
+    metrics = measure_dreambench(
+        scorers, embed_subject(scorers, settings), images, texts, per_prompt=per_prompt
+    )
+    prompt = metrics.get("CLIP-T")
+    return Fidelity(metrics[scorers.image_encoder.similarity_name][0], None if prompt is None else prompt[0])
+
+
+def _without_words(prompt: str, concept: Concept) -> str:
+    """A prompt that a model reads which has not learned the concept's words: where they are new, without them."""
+    if not concept.words:
+        return prompt
+    for words in concept.tokens.values():
+        prompt = prompt.replace(words, "")
+    return " ".join(prompt.split())

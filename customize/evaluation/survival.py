@@ -1,0 +1,80 @@
+"""How much of what was learned on a base survives on its few-step model.
+
+Subject and prompt fidelity are measured four times from the same noise and prompts: of the base and of the few-step
+model, each before and after the adapter. What the subject gained is compared with what it gained on the base, since
+the two models begin at unlike figures; the prompts' fidelity is compared as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from backbone.io.console import count_of
+
+LEAST_GAIN = 0.01  # of subject fidelity on the base, below which there is nothing that could survive
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Mean cosines: of images with the subject's (CLIP-I or DINO), and with their prompts (CLIP-T)."""
+
+    subject: float
+    prompt: float | None
+
+
+@dataclass(frozen=True)
+class Survival:
+    """The fidelity of a base and its few-step model, each without what was learned and with it.
+
+    `model` is the few-step model's name, `steps` how many it takes.
+    """
+
+    model: str
+    steps: int
+    base_before: Fidelity
+    base: Fidelity
+    few_before: Fidelity
+    few: Fidelity
+
+    @property
+    def subject(self) -> float | None:
+        """The subject fidelity gained on the few-step model over that gained on the base; None where none was."""
+        gained = self.base.subject - self.base_before.subject
+        return (self.few.subject - self.few_before.subject) / gained if gained > LEAST_GAIN else None
+
+    @property
+    def prompt(self) -> float | None:
+        """The prompt fidelity on the few-step model over that on the base; None without a scorer that reads text."""
+        if self.few.prompt is None or not self.base.prompt:
+            return None
+        return self.few.prompt / self.base.prompt
+
+    def record(self) -> dict[str, Any]:
+        """For a JSON record: the two figures, and what they come from."""
+        return {"subject": self.subject, "prompt": self.prompt, **asdict(self)}
+
+    def sentence(self) -> str:
+        """The figures in words."""
+        subject = (
+            "nothing was learned that could survive"
+            if self.subject is None
+            else f"{self.subject:.0%} of the likeness gained"
+        )
+        prompt = "" if self.prompt is None else f" and {self.prompt:.0%} of the obedience to prompts"
+        return f"On {self.model}, in {count_of(self.steps, 'step')}: {subject}{prompt} survives."
+
+    def table(self) -> list[str]:
+        """Markdown rows."""
+        rows = [
+            ("the base without it", self.base_before),
+            ("the base", self.base),
+            (f"{self.model} without it", self.few_before),
+            (f"{self.model}, {count_of(self.steps, 'step')}", self.few),
+        ]
+        lines = ["| drawn by | subject | prompt |", "|---|---|---|"]
+        lines += [
+            f"| {name} | {one.subject:.3f} | {'–' if one.prompt is None else f'{one.prompt:.3f}'} |"
+            for name, one in rows
+        ]
+        return lines

@@ -1,0 +1,197 @@
+"""Transfer of an adapter from a base to its few-step model: a short fit to answers, at the few-step model's own levels.
+
+Two sets of answers are drawn once. On the subject they are the base run's: noise and the image that it becomes there,
+guided and in all its steps. On the class they are the few-step model's own, without the adapter, at every state of its
+own trajectories: so it keeps what it was distilled to (the prior-preservation loss of DreamBooth, with the few-step
+model in the base's place). The error is that of the clean estimate x̂0, which is what a few-step sampler follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from backbone.adapters.lora import lora_parameters, save_lora
+from backbone.conditions.conditions import Conditions
+from backbone.diffusion.losses import squared_error
+from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, add_noise, generator
+from backbone.models.cache import encode_prompts_cached
+from backbone.models.few_step import Drawing
+from backbone.models.model import Backbone
+from backbone.models.sample import Request, get_sampler, initial_noise, sample_latents
+from backbone.training.attention import quick_to_train
+from backbone.training.optimizer import make_optimizer
+from backbone.training.run import Objective, RunSettings
+
+FRESH_NOISE = ("consistency", "ancestral")  # samplers that noise their estimates anew
+AT_ONCE = 8
+
+
+class TransferFit(RunSettings, Protocol):
+    """What the fit reads of its settings."""
+
+    @property
+    def batch(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def prior_loss_weight(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class SubjectAnswers:
+    """The base run's: noise [N, C, …], and the clean latents [N, C, …] that it draws from that, by request."""
+
+    requests: Sequence[Request]
+    noise: Tensor
+    clean: Tensor
+
+    def states(self, rows: Tensor, level: Level, k: int, fresh: Tensor | None) -> Tensor:
+        """What a sampler of S steps has before its step k: its start, or answers with their noise or `fresh` one."""
+        noise = self.noise[rows]
+        if k == 0:
+            return noise * float((level.a**2 + level.b**2).sqrt())
+        return add_noise(self.clean[rows], noise if fresh is None else fresh, level)
+
+
+@dataclass(frozen=True)
+class ClassAnswers:
+    """The few-step model's own: states [N, S, C, …] of its trajectories and its clean estimates there, by request."""
+
+    requests: Sequence[Request]
+    states: Tensor
+    clean: Tensor
+
+
+@torch.no_grad()
+def draw_subject(model: Backbone, requests: Sequence[Request], drawing: Drawing, seed: int) -> SubjectAnswers:
+    """The answers of a model that carries the subject, by deterministic steps from each request's own noise."""
+    clean = list(
+        sample_latents(
+            model, requests, steps=drawing.steps, guidance=drawing.guidance, seed=seed, batch=AT_ONCE
+        )
+    )
+    noise = torch.stack([initial_noise(model, seed, *request.key) for request in requests])
+    return SubjectAnswers(requests, noise, torch.cat(clean).cpu())
+
+
+@torch.no_grad()
+def draw_class(model: Backbone, requests: Sequence[Request], drawing: Drawing, seed: int) -> ClassAnswers:
+    """A few-step model's trajectories of requests, as its own sampler draws them."""
+    schedule, states, estimates = model.schedule(drawing.steps), [], []
+    for first in range(0, len(requests), AT_ONCE):
+        some = requests[first : first + AT_ONCE]
+        texts, empty = (
+            encode_prompts_cached(model, prompts)
+            for prompts in ([one.prompt for one in some], [one.negative for one in some])
+        )
+        seen: list[tuple[Tensor, Tensor]] = []
+        predict = noting(model.guided_predictor(texts, empty, drawing.guidance), seen)
+        noise = torch.stack([initial_noise(model, seed, *one.key) for one in some]).to(model.device)
+        start = noise * float((schedule.a[0] ** 2 + schedule.b[0] ** 2).sqrt())
+        randoms = [generator(seed, *one.key, "steps") for one in some]
+        get_sampler(drawing.sampler, randoms)(start, predict, schedule)
+        states.append(torch.stack([noisy.cpu() for noisy, _ in seen], 1))
+        estimates.append(torch.stack([clean.cpu() for _, clean in seen], 1))
+    return ClassAnswers(requests, torch.cat(states), torch.cat(estimates))
+
+
+def noting(predict: Predict, seen: list[tuple[Tensor, Tensor]]) -> Predict:
+    """The same predictions; every state with its clean estimate is put into `seen`."""
+
+    def predict_and_note(noisy: Tensor, level: Level) -> Estimate:
+        estimate = predict(noisy, level)
+        seen.append((noisy, estimate.clean))
+        return estimate
+
+    return predict_and_note
+
+
+@dataclass
+class Part:
+    """What is trained, as the optimiser takes it."""
+
+    parameters: Mapping[str, Tensor]
+    learning_rate: float
+
+
+class Transfer(Objective):
+    """The fit of an adapter on a few-step model, where it is loaded by the name `adapter`, to both sets of answers.
+
+    `file` is what it is written as, `with_text` whether the text encoders carry it too, unchanged. A step takes every
+    level of the few-step schedule once, each with a batch of either set.
+    """
+
+    def __init__(
+        self,
+        model: Backbone,
+        drawing: Drawing,
+        adapter: str,
+        answers: tuple[SubjectAnswers, ClassAnswers],
+        settings: TransferFit,
+        *,
+        file: str,
+        with_text: bool = False,
+    ) -> None:
+        self.model, self.drawing, (self.subject, self.prior) = model, drawing, answers
+        self.settings: Any = settings
+        self.adapter, self.file, self.with_text = adapter, file, with_text
+        self.parameters = lora_parameters(model.denoiser, adapter)
+        for value in self.parameters.values():
+            value.requires_grad_(True)
+        part = Part(self.parameters, settings.learning_rate)
+        self.optimizer = make_optimizer("adamw", [part], weight_decay=0.0)
+        self.schedule: Schedule = model.schedule(drawing.steps)
+        self.figures = {}
+        prompts = [one.prompt for one in (*self.subject.requests, *self.prior.requests)]
+        self.texts = encode_prompts_cached(model, prompts).to(torch.device("cpu"))
+        self.empty = encode_prompts_cached(model, [""])
+
+    @property
+    def images(self) -> int:
+        return int(self.settings.batch) * self.drawing.steps
+
+    def learning(self) -> AbstractContextManager[None]:
+        """Attention with a fast backward pass."""
+        return quick_to_train(self.model.denoiser)
+
+    def losses(self, step: int) -> Iterator[Tensor]:
+        """One loss for each level: the mean error of x̂0 on the subject, and λ times that on the class."""
+        seen: list[Tensor] = []
+        for k in range(self.drawing.steps):
+            subject, prior = self.errors(k, generator(self.settings.seed, step, k))
+            seen.append(torch.stack([subject.detach(), prior.detach()]))
+            means = torch.stack(seen).mean(0)
+            self.figures = {"subject_error": means[0], "class_error": means[1]}
+            yield subject + self.settings.prior_loss_weight * prior
+
+    def errors(self, k: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The mean errors [] at level k, on the subject and on the class, of a batch that is drawn now."""
+        count, level = self.settings.batch, self.schedule[k]
+        own = torch.randint(len(self.subject.noise), (count,), generator=random)
+        others = torch.randint(len(self.prior.states), (count,), generator=random)
+        fresh = None
+        if self.drawing.sampler in FRESH_NOISE:
+            fresh = torch.randn(self.subject.noise[own].shape, generator=random)
+        noisy = torch.cat([self.subject.states(own, level, k, fresh), self.prior.states[others, k]])
+        wanted = torch.cat([self.subject.clean[own], self.prior.clean[others, k]])
+        rows = torch.cat([own, len(self.subject.requests) + others])
+        texts: Conditions = self.texts[rows].to(self.model.device)
+        predict = self.model.guided_predictor(texts, self.empty.repeat(len(rows)), self.drawing.guidance)
+        found = predict(noisy.to(self.model.device), level).clean
+        errors = squared_error(found, wanted.to(self.model.device))
+        return errors[:count].mean(), errors[count:].mean()
+
+    def write(self, run: Path, header: dict[str, str]) -> dict[str, Any]:
+        """Writes the adapter, with its part of the text encoders where it has one."""
+        text = {side.name: side.model for side in self.model.text_encoder.slots} if self.with_text else {}
+        save_lora(run / self.file, self.model.denoiser, self.adapter, metadata=header, text_encoders=text)
+        return {"weights": self.file}

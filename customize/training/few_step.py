@@ -1,0 +1,143 @@
+"""The few-step model beside a run (`--preview-on`): the run's own previews and evaluations, drawn on it too.
+
+It is opened anew each time with what is learned by then, as `customize sample --on` will, and lets go of its memory
+afterwards; meanwhile the base waits in the CPU's memory, so that both never lie on a GPU together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from PIL.Image import Image
+from torch import nn
+
+from backbone.adapters.apply import carry_over, load_concepts
+from backbone.adapters.concept import Concept
+from backbone.distributed import processes
+from backbone.io.console import UserError
+from backbone.io.files import append_jsonl, read_jsonl, write_text
+from backbone.models.few_step import Drawing, open_few_step, usual_drawing
+from backbone.models.model import PARTS, Backbone
+from customize.evaluation.metrics import ConceptMetrics, EarlyStopping, Evaluator
+from customize.evaluation.survival import Fidelity, Survival
+from customize.objectives.dreambooth import DreamBooth
+from customize.settings import Settings
+
+ON = Path("on")  # in a run folder
+EVALUATIONS = ON / "evaluations.jsonl"
+
+
+def open_beside(model: Backbone, settings: Settings) -> Backbone | None:
+    """The few-step model of a run, of which only configs are read yet; None where none is named.
+
+    Raises `UserError` for one that does not go with the run's model, and where the base cannot make room for it.
+    """
+    if not settings.preview_on:
+        return None
+    processes.require_whole_model("--preview-on")
+    if settings.quantize or settings.cpu_offload:
+        raise UserError(
+            "--preview-on draws with a second model in the base's place, and a base that is quantised or offloaded "
+            "cannot make room for it. Leave --preview-on out, and use customize evaluate RUN --on afterwards."
+        )
+    return open_few_step(model, settings.preview_on)
+
+
+def drawing_of(few: Backbone, settings: Settings) -> Drawing:
+    """How the few-step model is drawn with: as it usually is, unless the settings say otherwise."""
+    usual = usual_drawing(few)
+    return replace(
+        usual,
+        steps=settings.preview_on_steps or usual.steps,
+        guidance=usual.guidance if settings.preview_on_guidance is None else settings.preview_on_guidance,
+    )
+
+
+class FewStepSide:
+    """The few-step model of a run in training: opens it with what is learned, and keeps its evaluations."""
+
+    def __init__(self, run: Path, training: DreamBooth, concept: Concept, few: Backbone) -> None:
+        self.run, self.training, self.concept, self.name = run, training, concept, few.location.name
+        self.drawing = drawing_of(few, training.settings)
+        self.patience = EarlyStopping(training.settings.patience or training.settings.steps)
+        self.evaluator: Evaluator | None = None
+
+    @contextmanager
+    def opened(self) -> Iterator[Backbone]:
+        """The few-step model with what is learned by now; the base is back in its place afterwards."""
+        base = self.training.model
+        few = open_few_step(base, self.training.settings.preview_on)
+        with TemporaryDirectory() as folder, parked(base.denoiser):
+            files = self.training.write(Path(folder), {})
+            learned = replace(self.concept, **files, folder=Path(folder))
+            load_concepts(few, [carry_over(learned, base, few)])
+            try:
+                yield few
+            finally:
+                few.text_learned = False
+                few.free(*PARTS)
+
+    def measure(self, step: int, loss: float) -> tuple[bool, Sequence[Image]]:
+        """Evaluate it once for each step: whether that is the best so far, and the images. `loss` is the run's."""
+        assert self.evaluator is not None
+        known = [figures for figures in self.patience.history if figures.step == step]
+        if known:
+            return self.patience.best is known[0], ()
+        with self.opened() as few:
+            self.evaluator.model = few
+            figures, drawn = self.evaluator.measure(step, loss)
+        best = self.patience.update(figures)
+        if processes.is_main_process():
+            (self.run / ON).mkdir(exist_ok=True)
+            append_jsonl(self.run / EVALUATIONS, asdict(figures))
+        return best, drawn
+
+    def remember(self) -> None:
+        """Takes up what an interrupted run has measured, and forgets what lies behind its checkpoint."""
+        path = self.run / EVALUATIONS
+        if not path.exists() or self.evaluator is None:
+            return
+        kept = [line for line in read_jsonl(path, ConceptMetrics) if line.step <= self.training.done]
+        if processes.is_main_process():
+            write_text(path, "".join(json.dumps(asdict(line)) + "\n" for line in kept))
+        self.patience.history[:] = kept
+        self.evaluator.baseline = kept[0] if kept else None
+
+    def survival(self, base: Sequence[ConceptMetrics]) -> Survival | None:
+        """What survives at the step that is best here, beside the base's evaluations; None where none were made."""
+        few = self.patience.history
+        if len(few) < 2 or len(base) < 2:
+            return None
+        best = self.patience.best
+        there = next((figures for figures in base if figures.step == best.step), base[-1])
+        return Survival(
+            self.name, self.drawing.steps, *(fidelity(one) for one in (base[0], there, few[0], best))
+        )
+
+
+def fidelity(figures: ConceptMetrics) -> Fidelity:
+    """The two figures of an evaluation that survival is made of."""
+    return Fidelity(figures.subject_fidelity, figures.prompt_fidelity)
+
+
+@contextmanager
+def parked(network: nn.Module) -> Iterator[None]:
+    """A network's weights in the CPU's memory inside the `with`; on a CPU they stay where they are."""
+    places = {name: value.device for name, value in network.named_parameters() if value.device.type != "cpu"}
+    _move(network, dict.fromkeys(places, torch.device("cpu")))
+    try:
+        yield
+    finally:
+        _move(network, places)
+
+
+def _move(network: nn.Module, places: dict[str, torch.device]) -> None:
+    for name, value in network.named_parameters():
+        if name in places:
+            value.data = value.data.to(places[name])
