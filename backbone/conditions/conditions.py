@@ -8,7 +8,7 @@ that training, sampling, caching and guidance never ask which kinds there are.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,14 +23,14 @@ Text = dict[str, Tensor]
 class Conditions:
     """B conditions.
 
-    text       named tensors [B, …], by the names that the family's network reads
-    guidance   guidance scales [B], for a network that is conditioned on them (guidance-distilled)
-    reference  latents [B, C, H, W] of an image, for a network that reads them beside the noisy ones
+    text        named tensors [B, …], by the names that the family's network reads
+    guidance    guidance scales [B], for a network that is conditioned on them (guidance-distilled)
+    references  latents [B, C, h, w] of images, for a network that reads them beside the noisy ones
     """
 
     text: Text
     guidance: Tensor | None = None
-    reference: Tensor | None = None
+    references: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return len(next(iter(self.text.values())))
@@ -67,13 +67,22 @@ class Conditions:
             return torch.where(where, instead, value)
 
         text = {name: chosen(value, empty.text[name]) for name, value in self.text.items()}
-        return Conditions(text, self.guidance, self.reference)
+        return replace(self, text=text)
+
+    def drop_references(self, dropped: Tensor) -> Conditions:
+        """Reference latents of zeros where `dropped` [B] is true: how a network is told that there is no image."""
+        kept = [
+            value * send(~dropped, value.device).to(value).reshape(-1, *[1] * (value.ndim - 1))
+            for value in self.references
+        ]
+        return replace(self, references=tuple(kept))
 
     def tensors(self) -> list[Tensor]:
         """All of them, always in the same order."""
         return [
             *self.text.values(),
-            *(value for value in (self.guidance, self.reference) if value is not None),
+            *(() if self.guidance is None else (self.guidance,)),
+            *self.references,
         ]
 
     @staticmethod
@@ -88,7 +97,7 @@ class Conditions:
         return Conditions(
             {name: torch.cat([part.text[name] for part in parts]) for name in parts[0].text},
             joined([part.guidance for part in parts]),
-            joined([part.reference for part in parts]),
+            tuple(torch.cat(each) for each in zip(*(part.references for part in parts), strict=True)),
         )
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Conditions:
@@ -96,5 +105,5 @@ class Conditions:
         return Conditions(
             {name: change(value) for name, value in self.text.items()},
             None if self.guidance is None else change(self.guidance),
-            None if self.reference is None else change(self.reference),
+            tuple(change(value) for value in self.references),
         )

@@ -54,7 +54,7 @@ class Validation:
         settings, model = training.settings, training.model
         own = model.location.local("scorer")
         self.evaluator = None
-        self.patience = EarlyStopping(settings.patience or settings.steps)
+        self.patience: EarlyStopping[ConceptMetrics] = EarlyStopping(settings.patience or settings.steps)
         self.report.history = self.patience.history
         if not settings.evaluation_steps or not is_participant():
             return
