@@ -11,6 +11,7 @@ is decoded here; `check_edit_pairs` opens every image and says what is wrong wit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,8 @@ LISTS = ("metadata.jsonl", "dataset.jsonl", "train.jsonl", "prompt.json")
 RECORD = "run.json"  # of a run of `edit`
 SHIFTED = 1.0  # pixels, of 512 of the longer side, from which a pair is not registered
 COMPARED = 512
-REGISTERED = 200  # of the pairs of a training are looked at so closely, evenly spaced
+REGISTERED = 48  # of the pairs of a training are looked at so closely …
+CLOSELY = 256  # … at so many pixels
 HELD_OUT = 8  # pairs at most, where no number is asked for
 EQUAL = 48.0  # dB: closer images are the same
 ALIKE = 0.15  # of the pixels agree at least in a pair that shows one scene
@@ -231,24 +233,19 @@ def usable_pairs(pairs: Sequence[EditPair], *, skip_bad: bool = False) -> list[E
     """The pairs, all of which can be learned from; with `skip_bad` those of them that can.
 
     Raises `UserError` for pairs that cannot, all of them listed, and for instructions that teach nothing. Whether a
-    pair lies pixel on pixel is looked at in at most REGISTERED of them.
+    pair lies pixel on pixel is looked at in at most REGISTERED of them, evenly spaced.
     """
     if problems := check_instructions(pairs):
         raise UserError("\n".join(problems))
-    step = max(1, len(pairs) // REGISTERED)
     bad: dict[str, str] = {}
-    with progress(len(pairs), "comparing", brief=True) as bar:
-        for number, pair in enumerate(pairs):
-            try:
-                found = compare_pair(pair, drift=number % step == 0)
-            except BadImageError as error:
-                found = Found(wrong=[f"{error.name} {error.reason}."])
-            bad |= dict.fromkeys([pair.name] if found.wrong or found.drifted else [], "")
-            for sentence in (*found.wrong, *found.drifted):
-                bad[pair.name] = sentence
-            for sentence in found.doubtful:
-                notify(f"Warning: {sentence}")
-            bar.advance_images(1)
+    for drift, some in ((False, pairs), (True, pairs[:: max(1, math.ceil(len(pairs) / REGISTERED))])):
+        if bad and not skip_bad:
+            break  # what has to be mended anyway is said before anything is registered
+        with progress(len(some), "registering" if drift else "comparing", brief=True) as bar:
+            for pair in some:
+                if pair.name not in bad and (problem := _problem(pair, drift=drift)):
+                    bad[pair.name] = problem
+                bar.advance_images(1)
     if bad and (not skip_bad or len(bad) == len(pairs)):
         lines = "\n".join(f"  {sentence}" for sentence in bad.values())
         raise UserError(
@@ -258,6 +255,18 @@ def usable_pairs(pairs: Sequence[EditPair], *, skip_bad: bool = False) -> list[E
     if bad:
         notify(f"{count_of(len(bad), 'pair')} of {len(pairs)} left out (first: {next(iter(bad.values()))})")
     return [pair for pair in pairs if pair.name not in bad]
+
+
+def _problem(pair: EditPair, *, drift: bool) -> str:
+    """Why a pair cannot be learned from, or ""; says what may be a mistake in it."""
+    try:
+        found = compare_pair(pair, drift=drift, most=CLOSELY)
+    except BadImageError as error:
+        return f"{error.name} {error.reason}."
+    if drift:
+        for sentence in found.doubtful:
+            notify(f"Warning: {sentence}")
+    return next(iter([*found.wrong, *found.drifted]), "")
 
 
 def hold_out(pairs: Sequence[EditPair], count: int) -> tuple[list[EditPair], list[EditPair]]:
@@ -275,8 +284,8 @@ def hold_out(pairs: Sequence[EditPair], count: int) -> tuple[list[EditPair], lis
     return [pair for row, pair in enumerate(pairs) if row not in rows], held
 
 
-def compare_pair(pair: EditPair, *, drift: bool = True) -> Found:
-    """What is wrong with a pair's images, with `drift` their registration too.
+def compare_pair(pair: EditPair, *, drift: bool = True, most: int = COMPARED) -> Found:
+    """What is wrong with a pair's images, with `drift` their registration too, at `most` pixels of the longer side.
 
     Raises `BadImageError` for one that cannot be read.
     """
@@ -300,7 +309,7 @@ def compare_pair(pair: EditPair, *, drift: bool = True) -> Found:
         doubtful.append(
             f"{pair.name} is {wide} × {high} and its source {width} × {height}; the larger one is scaled down."
         )
-    scale = min(1.0, COMPARED / max(wide, high, width, height))
+    scale = min(1.0, most / max(wide, high, width, height))
     size = max(8, round(min(wide, width) * scale)), max(8, round(min(high, height) * scale))
     first, second = (to_tensor(crop_and_resize(one, size)) for one in (source, target))
     if psnr(first, second) > EQUAL:

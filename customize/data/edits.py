@@ -43,12 +43,10 @@ class EditData(TrainingData):
         return tuple(each.gather(rows).mean * self.scale + self.shift for each in self.references)
 
 
-def prepare_pairs(
-    model: Backbone, pairs: Sequence[EditPair], settings: Settings, *, read: ReadCrop = read_crop
-) -> EditData:
-    """Encodes images and instructions and frees the encoders. `read` decodes an image and crops it.
+def count_references(model: Backbone, pairs: Sequence[EditPair]) -> int:
+    """How many images each pair has beside the one before the edit.
 
-    Raises `UserError` for more references than the model reads, or another number of them in some pairs.
+    Raises `UserError` for more than the model reads, or another number of them in some pairs.
     """
     more = {len(pair.references) for pair in pairs}
     refuse_too_many(model, 1 + max(more))
@@ -57,11 +55,19 @@ def prepare_pairs(
         raise UserError(
             f"{odd.name} has {len(odd.references)} further references and other pairs {max(more)}. Give each as many."
         )
+    return max(more)
+
+
+def prepare_pairs(
+    model: Backbone, pairs: Sequence[EditPair], settings: Settings, *, read: ReadCrop = read_crop
+) -> EditData:
+    """Encodes images and instructions and frees the encoders. `read` decodes an image and crops it."""
+    more = count_references(model, pairs)
     if settings.flip and any({"left", "right"} & {*pair.instruction.lower().split()} for pair in pairs):
         notify("Warning: an instruction says left or right, and --flip teaches it mirrored too.")
     flips = (False, True) if settings.flip else (False,)
     columns = [[pair.target for pair in pairs], [pair.source for pair in pairs]]
-    columns += [[pair.references[k] for pair in pairs] for k in range(max(more))]
+    columns += [[pair.references[k] for pair in pairs] for k in range(more)]
     targets, *references = (encode_images(model, column, settings, flips, read) for column in columns)
     for reference in references[:1]:
         for number, (before, after) in enumerate(zip(reference.shapes, targets.shapes, strict=True)):

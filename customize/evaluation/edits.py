@@ -62,10 +62,11 @@ class HeldOut:
 
 
 def draw_held_out(
-    model: Backbone, pairs: HeldOut, settings: Settings, *, label: str, steps: int = SAMPLING_STEPS
+    model: Backbone, pairs: HeldOut, settings: Settings, *, label: str, steps: int = 0
 ) -> list[Tensor]:
     """The model's edit of each held-out source [3, H, W], always from the same noise."""
     guidances = Guidances(settings.guidance, settings.image_guidance)
+    steps = steps or min(SAMPLING_STEPS, settings.sample_steps)
     drawn: list[Tensor] = []
     with progress(len(pairs.sources), label, brief=True) as bar:
         for row, shown in enumerate(pairs.references):  # one by one: their sizes may differ

@@ -30,7 +30,7 @@ from backbone.models.model import Backbone
 from backbone.training.models import open_configs, open_model
 from backbone.training.run import CHECKPOINT, Every, drive
 from customize.data.edit_pairs import EditPair, hold_out, read_edit_pairs, usable_pairs
-from customize.data.edits import prepare_pairs
+from customize.data.edits import count_references, prepare_pairs
 from customize.evaluation.edits import EditMetrics, HeldOut, draw_held_out, measure_edits
 from customize.evaluation.metrics import EarlyStopping
 from customize.objectives.dreambooth import share_of
@@ -56,6 +56,7 @@ def train_edits(
     run = out or Path("runs") / run_name(asked["pairs"])
     refuse_taken(run)
     opened, asked = open_configs(asked, by_instruction=True)
+    count_references(opened, pairs)
     if misfit := opened.describe_misfit([pair.target.read_size() for pair in pairs[:SHOWN]]):
         notify_once(misfit)
     settings = resolved({"images": "", "token": "", "class_noun": "", **asked}, opened.defaults)

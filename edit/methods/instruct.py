@@ -107,7 +107,7 @@ def instruct(
         latents=torch.stack(latents),
         nfe=nfe,
         finished=torch.stack(finished),
-        masks=torch.stack([(one.place > 0).float() for one in backgrounds]) if backgrounds else None,
+        masks=_places_so_far(backgrounds) if backgrounds else None,
         estimates=kept_frames.stack(),
         facts={
             "guidance": guidance,
@@ -115,6 +115,11 @@ def instruct(
             "drift": [one.figures for one in backgrounds],
         },
     )
+
+
+def _places_so_far(backgrounds: Sequence[KeptBackground]) -> Tensor:
+    """Where each edit, or one before it, may differ from the source [N, 8H, 8W]."""
+    return torch.stack([(one.place > 0).float() for one in backgrounds]).cummax(0).values
 
 
 def keep_drawn(
