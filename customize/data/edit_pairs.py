@@ -238,13 +238,16 @@ def usable_pairs(pairs: Sequence[EditPair], *, skip_bad: bool = False) -> list[E
     if problems := check_instructions(pairs):
         raise UserError("\n".join(problems))
     bad: dict[str, str] = {}
+    doubtful: list[str] = []
     for drift, some in ((False, pairs), (True, pairs[:: max(1, math.ceil(len(pairs) / REGISTERED))])):
         if bad and not skip_bad:
             break  # what has to be mended anyway is said before anything is registered
         with progress(len(some), "registering" if drift else "comparing", brief=True) as bar:
             for pair in some:
-                if pair.name not in bad and (problem := _problem(pair, drift=drift)):
-                    bad[pair.name] = problem
+                found = Found() if pair.name in bad else _look(pair, drift=drift)
+                if problems := [*found.wrong, *found.drifted]:
+                    bad[pair.name] = problems[0]
+                doubtful += found.doubtful if drift else []
                 bar.advance_images(1)
     if bad and (not skip_bad or len(bad) == len(pairs)):
         lines = "\n".join(f"  {sentence}" for sentence in bad.values())
@@ -252,21 +255,20 @@ def usable_pairs(pairs: Sequence[EditPair], *, skip_bad: bool = False) -> list[E
             f"{count_of(len(bad), 'pair')} of {len(pairs)} cannot be learned from (--skip-bad leaves them out):\n"
             f"{lines}"
         )
+    if doubtful:
+        more = f" ({len(doubtful) - 1} more such: customize check --pairs lists them)" if doubtful[1:] else ""
+        notify(f"Warning: {doubtful[0]}{more}")
     if bad:
         notify(f"{count_of(len(bad), 'pair')} of {len(pairs)} left out (first: {next(iter(bad.values()))})")
     return [pair for pair in pairs if pair.name not in bad]
 
 
-def _problem(pair: EditPair, *, drift: bool) -> str:
-    """Why a pair cannot be learned from, or ""; says what may be a mistake in it."""
+def _look(pair: EditPair, *, drift: bool) -> Found:
+    """What is wrong with a pair, an image that cannot be read among it."""
     try:
-        found = compare_pair(pair, drift=drift, most=CLOSELY)
+        return compare_pair(pair, drift=drift, most=CLOSELY)
     except BadImageError as error:
-        return f"{error.name} {error.reason}."
-    if drift:
-        for sentence in found.doubtful:
-            notify(f"Warning: {sentence}")
-    return next(iter([*found.wrong, *found.drifted]), "")
+        return Found(wrong=[f"{error.name} {error.reason}."])
 
 
 def hold_out(pairs: Sequence[EditPair], count: int) -> tuple[list[EditPair], list[EditPair]]:
