@@ -25,7 +25,6 @@ from backbone.world.words import load_vocabulary
 FOLDER = Path(__file__).with_name("classifier")
 WEIGHTS, FACTS = "classifier.safetensors", "classifier.json"
 SIDE = 128  # pixels
-GREY_STYLES = ("a pencil sketch of",)  # in which no colour can be seen
 NONE = "none"
 ONE, TWO_OF_A_KIND, TWO_DIFFERENT = "one", "two of a kind", "two different"
 Reading = Mapping[str, float]

@@ -13,7 +13,9 @@ colour rises over the weights ¼, 1 and 3. Background metrics come over the back
 code takes them (`backbone.evaluation.image_metrics`). “The default” is `edit.replace` as it comes; “+ P2P” are
 inversions with prompt-to-prompt as published (Hertz et al. 2022: cross-attention for 0.8, self-attention for 0.4 of the
 steps, a local blend at the words of the edited thing, threshold 0.3), “our settings” the same inversions with the
-default's. Needs the emoji font and the classifier. Writes `table.md`, `table.json`, `rows.jsonl` and `sheet.png`.
+default's. “By instruction” follows an instruction in place of the prompts, with the editor that `--editor` names (a run
+of `customize train --pairs`, as `recipes.moji.edit` makes one). Needs the emoji font and the classifier. Writes
+`table.md`, `table.json`, `rows.jsonl` and `sheet.png`.
 
 Pictures that `--out` holds are not made again, and figures always are, from the pictures on disk: a better classifier
 renews the tables without an edit. Several processes can share one `--out` with other `--methods`; the tables are of
@@ -35,6 +37,7 @@ import torch
 import typer
 from PIL import Image, ImageChops, ImageFilter
 
+from backbone.adapters.concept import is_run
 from backbone.evaluation import image_metrics as measure
 from backbone.evaluation.clip import Scorer
 from backbone.evaluation.statistics import bootstrap_mean, wilson_interval
@@ -45,12 +48,12 @@ from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png
 from backbone.media.transforms import mask_to_tensor, to_image, to_tensor
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
+from backbone.world.edits import GREY_STYLES, write_instruction
 from backbone.world.render import find_font, render
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from backbone.world.words import Thing, load_vocabulary
 from benchmarks.classifier import (
     FOLDER,
-    GREY_STYLES,
     NONE,
     TWO_DIFFERENT,
     Classifier,
@@ -62,10 +65,12 @@ from benchmarks.classifier import (
 from benchmarks.moji import format_percent
 from edit.inversion.inversion import Inversion, Method, invert, read_inversion
 from edit.methods.flow_edit import flow_edit
+from edit.methods.instruct import Keep, instruct
 from edit.methods.prompt_to_prompt.replace import replace as prompt_to_prompt
 from edit.methods.prompt_to_prompt.settings import PRESETS, ReplaceSettings
 from edit.methods.sdedit import sdedit
 from edit.run.figures import find_scorer
+from edit.run.open import load_model
 
 KINDS = (
     *("noun", "colour", "accessory added", "accessory removed"),
@@ -74,7 +79,9 @@ KINDS = (
 WEIGHTS = (0.25, 1.0, 3.0)
 STRENGTHS = (0.3, 0.45, 0.6, 0.75, 0.9)
 DEFAULT = "the default"
-RIVALS = ("DDIM + P2P", "null-text + P2P", "DDIM, our settings", "null-text, our settings")
+BY_INSTRUCTION = "by instruction"
+INSTRUCTED_STEPS = 20  # of three evaluations each
+RIVALS = (BY_INSTRUCTION, "DDIM + P2P", "null-text + P2P", "DDIM, our settings", "null-text, our settings")
 PUBLISHED = ReplaceSettings(cross=0.8, self_attention=0.4, threshold=0.3, blend_from=0.2)
 CONTROLS = ("no edit", "resample")
 IDENTITY: Mapping[str, tuple[Method, ReplaceSettings]] = {
@@ -95,6 +102,12 @@ def main(
     model: Annotated[str, typer.Option(help="moji, or a diffusers folder of its world.")] = "moji",
     steps: Annotated[int, typer.Option(help="Of every walk.")] = 50,
     guidance: Annotated[float | None, typer.Option(help="Of the targets.", show_default="by model")] = None,
+    editor: Annotated[
+        str | None,
+        typer.Option(
+            help="Edits by instruction: a run of customize train --pairs, or a model. Another one, another --out."
+        ),
+    ] = None,
     identity: Annotated[int, typer.Option(help="Scenes of the identity edit; 0: none.")] = 20,
     classifier: Annotated[Path, typer.Option(help="The classifier's folder.")] = FOLDER,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -104,7 +117,7 @@ def main(
     """Edits, classifies, and writes the tables and the sheet."""
     find_font()
     classifier_model = load_classifier(classifier, device=device)
-    known = list_methods()
+    known = list_methods() | ({} if editor is None else list_instructed(editor, device, precision))
     chosen = methods or list(known)
     for name in chosen:
         if name not in known:
@@ -397,6 +410,39 @@ def make_prompt_to_prompt(method: Method, settings: ReplaceSettings | None = Non
             evaluations += edited.nfe
         seconds += time.perf_counter() - began
         return Attempt(pictures, seconds / len(pictures), evaluations / len(pictures))
+
+    return attempt
+
+
+def list_instructed(editor: str, device: str, precision: str) -> dict[str, TryAll]:
+    """Edits by instruction in place of prompts, on the autoencoder's copy of the background, and as they are drawn."""
+    where: dict[str, Any] = {"concepts": [editor]} if is_run(Path(editor)) else {"model": editor}
+    model = load_model(**where, device=device, precision=precision, by_instruction=True).model
+    return {
+        BY_INSTRUCTION: for_each_case(make_instructed(model, "latents")),
+        f"{BY_INSTRUCTION}, as drawn": for_each_case(make_instructed(model, "none")),
+    }
+
+
+def make_instructed(model: Backbone, keep: Keep) -> Try:
+    """The instruction of a case, followed; where all changes there is no background to keep."""
+
+    def attempt(work: Work, case: Case) -> Attempt | None:
+        if case.kind == "reweight":
+            return None
+        told = write_instruction(case.kind, case.before, case.after, thing=case.thing or 0)
+        began = time.perf_counter()
+        wanted: dict[str, Any] = {
+            "steps": INSTRUCTED_STEPS,
+            "guidance": work.asked.guidance,
+            "seed": case.before.seed,
+        }
+        source = render(case.before).image
+        try:
+            found = instruct(model, source, [told], keep="none" if case.kind == "style" else keep, **wanted)
+        except UserError:  # nearly everything has changed
+            found = instruct(model, source, [told], keep="none", **wanted)
+        return Attempt(found.images, time.perf_counter() - began, found.nfe)
 
     return attempt
 

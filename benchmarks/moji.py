@@ -40,13 +40,13 @@ from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png, split_r
 from backbone.media.transforms import crop_square
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
+from backbone.world.edits import GREY_STYLES
 from backbone.world.render import find_font, render
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from backbone.world.textures import draw_texture
 from benchmarks.classifier import (
     FACTS,
     FOLDER,
-    GREY_STYLES,
     NONE,
     TWO_DIFFERENT,
     TWO_OF_A_KIND,

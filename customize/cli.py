@@ -165,8 +165,9 @@ def prepare(asked: PrepareImages) -> None:
 
 @command(app, Settings, TrainOptions, panels=PANELS)
 def train(asked: dict[str, Any], run: TrainOptions) -> None:
-    """Teach the model a subject from a few images (DreamBooth with LoRA)."""
-    usual = Path("runs") / run_name(asked["images"]) if "images" in asked else None
+    """Teach the model a subject from a few images (DreamBooth with LoRA), or edits from pairs (InstructPix2Pix)."""
+    source = asked.get("pairs") or asked.get("images")
+    usual = None if source is None else Path("runs") / run_name(source)
     resumed = None if run.resume is None else find_resumed(run, "customize train", usual)
     if resumed is None:
         finished = start(asked, out=run.out, vram=run.vram)
@@ -174,11 +175,19 @@ def train(asked: dict[str, Any], run: TrainOptions) -> None:
         own = read_settings(resumed)  # mistakes are answered before torch is imported
         refuse_transferred(resumed)
         anew = said_anew(own, as_kept(asked, own), run, resumed, allowed=RESUMED)
-        from customize.training.run import resume_concept
+        if own.pairs:
+            from customize.training.edits import resume_edits as resume
+        else:
+            from customize.training.run import resume_concept as resume
 
-        finished = resume_concept(resumed, anew)
+        finished = resume(resumed, anew)
     token = read_settings(finished).token
     where = shlex.quote(str(finished))
+    if not token:
+        notify(
+            f'{finished}/sheet.png shows it. Next: edit instruct PHOTO --instruction "…" --concept {where}'
+        )
+        return
     notify(
         f'{finished}/sheet.png shows it. Next: customize sample "a {token} … in the snow" --concept {where}'
     )

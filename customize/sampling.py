@@ -60,8 +60,8 @@ def sample_to_folder(
     that `asked` names, read already. Images are as large as the concepts' training images, where no size is asked for.
     `on` is a few-step model, made from the one that the concepts were trained on, that draws in its place; "own" is the
     one that is known to go with it. The maps of `controls`, conditions on the layout, are written as
-    `condition-0-sketch.png` … and stand beside the images in the sheet. Image (i, j) depends on the seed, i and j alone,
-    and several processes share the work.
+    `condition-0-sketch.png` … and stand beside the images in the sheet. Image (i, j) depends on the seed, i and j
+    alone, and several processes share the work.
 
     Raises `UserError`, before any weights load, for a token that no concept has, a concept of another model, a size
     that the model cannot sample, a map that is none, or a folder that holds something.

@@ -83,7 +83,10 @@ OWN_WORDS = (
 )  # in which the token has embeddings of its own
 WITH_ADAPTER = {"method": ("lora", "pivotal")}
 WITH_WORDS = {"method": OWN_WORDS}
+A_CONCEPT = {"pairs": ("",)}  # what is learned has a token, and is not what an instruction does
+OF_PAIRS: dict[str, tuple[Any, ...]] = {"pairs": ()}
 MOVES_DENOISER = {"method": ("lora", "full", "pivotal", "custom-diffusion")}  # so a class has to be preserved
+KEEPS_A_CLASS = {**A_CONCEPT, **MOVES_DENOISER}
 METHOD_RATES = {"full": 5e-6, "custom-diffusion": 1e-5}  # where the weights themselves move: as published
 PATIENCE = 3  # evaluations, with --steps auto
 SHEET_PROMPTS = (
@@ -110,6 +113,7 @@ class Settings(TrainingSettings):
             "A folder of images, a dataset's id, or folders as kohya's.",
             "Data",
             aliases=("instance-data-dir", "train-data-dir", "dataset-name", "concepts-list"),
+            needs=A_CONCEPT,
             metavar="FOLDER",
         ),
     ]
@@ -120,6 +124,7 @@ class Settings(TrainingSettings):
             "Concept",
             aliases=("trigger-word", "placeholder-token", "modifier-token"),
             default_text="[V]",
+            needs=A_CONCEPT,
             metavar="TOKEN",
         ),
     ]
@@ -130,12 +135,58 @@ class Settings(TrainingSettings):
             "Concept",
             flag="class",
             default_text="guessed from the images",
+            needs=A_CONCEPT,
             metavar="NOUN",
         ),
     ]
+    pairs: Annotated[
+        str,
+        Option(
+            "A folder of images before and after an edit, with instructions, in place of --images.",
+            "Data",
+            needs={"method": ("lora", "full")},
+            metavar="FOLDER",
+        ),
+    ] = ""
+    held_out: Annotated[
+        int,
+        Option(
+            "Pairs that are not learned from and say how good it is; 0: none.",
+            "Data",
+            aliases=("num-validation-images",),
+            default_text="a tenth of them, at most 8",
+            needs=OF_PAIRS,
+            min=0,
+        ),
+    ] = -1
+    skip_bad: Annotated[
+        bool,
+        Option("Leave out pairs that cannot be learned from, and count them.", "Data", needs=OF_PAIRS),
+    ] = False
+    conditioning_dropout: Annotated[
+        float,
+        Option(
+            "Share of the pairs without the instruction, as many without the image, as many without both.",
+            "Loss",
+            aliases=("conditioning-dropout-prob",),
+            needs=OF_PAIRS,
+            min=0,
+            max=0.33,
+        ),
+    ] = 0.05
+    image_guidance: Annotated[
+        float,
+        Option(
+            "How closely the edits that it draws follow the image.",
+            "Evaluation",
+            aliases=("image-guidance-scale",),
+            needs=OF_PAIRS,
+            min=0,
+        ),
+    ] = 1.5
     subject: Annotated[
         tuple[str, ...],
-        Option("One more subject; repeatable.", "Concept", metavar="FOLDER:TOKEN:CLASS"),
+        Option("One more subject; repeatable.", "Concept", needs=A_CONCEPT, metavar="FOLDER:TOKEN:CLASS"),
     ] = ()
     token_words: Annotated[
         str,
@@ -143,18 +194,21 @@ class Settings(TrainingSettings):
             "The rare words behind the token.",
             "Concept",
             default_text="found",
-            needs={"method": ("lora", "full")},
+            needs={**A_CONCEPT, "method": ("lora", "full")},
         ),
     ] = ""
-    instance_prompt: Annotated[str, Option("What images without a caption show.", "Concept")] = (
-        INSTANCE_PROMPT
-    )
+    instance_prompt: Annotated[
+        str, Option("What images without a caption show.", "Concept", needs=A_CONCEPT)
+    ] = INSTANCE_PROMPT
     class_prompt: Annotated[
         str,
         Option(
             "What the class is called in prompts.",
             "Concept",
-            needs=({"prior": ("base", "class-images"), **MOVES_DENOISER}, {"mask": ("auto",)}),
+            needs=(
+                {"prior": ("base", "class-images"), **KEEPS_A_CLASS},
+                {"mask": ("auto",), **A_CONCEPT},
+            ),
         ),
     ] = CLASS_PROMPT
     caption_column: Annotated[
@@ -163,6 +217,7 @@ class Settings(TrainingSettings):
             "The column or key of the metadata that holds the caption.",
             "Data",
             default_text="text, prompt or caption",
+            needs=A_CONCEPT,
             metavar="NAME",
         ),
     ] = ""
@@ -172,6 +227,7 @@ class Settings(TrainingSettings):
             "The one that holds the image or its file.",
             "Data",
             default_text="file_name or image",
+            needs=A_CONCEPT,
             metavar="NAME",
         ),
     ] = ""
@@ -189,6 +245,7 @@ class Settings(TrainingSettings):
             "auto: for images without a mask file, where the model sees the class.",
             "Data",
             choices=("files", "auto"),
+            needs=A_CONCEPT,
         ),
     ] = "files"
     method: Annotated[
@@ -200,7 +257,8 @@ class Settings(TrainingSettings):
         ),
     ] = "lora"
     train_text_encoder: Annotated[
-        bool, Option("The adapter on the text encoders too.", "Method", needs=WITH_ADAPTER)
+        bool,
+        Option("The adapter on the text encoders too.", "Method", needs={**A_CONCEPT, **WITH_ADAPTER}),
     ] = False
     text_encoder_lr: Annotated[
         float,
@@ -305,7 +363,7 @@ class Settings(TrainingSettings):
             "Loss",
             choices=("base", "class-images", "off"),
             switches={"with-prior-preservation": "class-images"},
-            needs=MOVES_DENOISER,
+            needs=KEEPS_A_CLASS,
             off="off",
         ),
     ] = "base"
@@ -314,7 +372,7 @@ class Settings(TrainingSettings):
         Option(
             "Of prior preservation; 0: none.",
             "Loss",
-            needs={"prior": ("base", "class-images"), **MOVES_DENOISER},
+            needs={"prior": ("base", "class-images"), **KEEPS_A_CLASS},
             off=0,
             min=0,
         ),
@@ -325,7 +383,7 @@ class Settings(TrainingSettings):
             "Images of the class beside each batch.",
             "Loss",
             by_model=True,
-            needs={"prior": ("base", "class-images"), "prior_loss_weight": (), **MOVES_DENOISER},
+            needs={"prior": ("base", "class-images"), "prior_loss_weight": (), **KEEPS_A_CLASS},
             min=0,
         ),
     ] = 2
@@ -334,7 +392,7 @@ class Settings(TrainingSettings):
         Option(
             "Predictions of the base that are kept.",
             "Loss",
-            needs={"prior": ("base",), "prior_loss_weight": (), **MOVES_DENOISER},
+            needs={"prior": ("base",), "prior_loss_weight": (), **KEEPS_A_CLASS},
             min=1,
         ),
     ] = 64
@@ -344,7 +402,7 @@ class Settings(TrainingSettings):
             "Class images of your own instead of drawn ones; one for each subject.",
             "Loss",
             aliases=("class-data-dir", "reg-data-dir"),
-            needs={"prior": ("class-images",), "prior_loss_weight": (), **MOVES_DENOISER},
+            needs={"prior": ("class-images",), "prior_loss_weight": (), **KEEPS_A_CLASS},
             implies={"prior": "class-images"},
             metavar="FOLDER",
         ),
@@ -355,7 +413,7 @@ class Settings(TrainingSettings):
             "Class images; those that a folder lacks are drawn.",
             "Loss",
             default_text="48, or all of the folder",
-            needs={"prior": ("class-images",), "prior_loss_weight": (), **MOVES_DENOISER},
+            needs={"prior": ("class-images",), "prior_loss_weight": (), **KEEPS_A_CLASS},
             min=1,
         ),
     ] = 0
@@ -368,7 +426,7 @@ class Settings(TrainingSettings):
             needs={
                 "prior": ("class-images",),
                 "prior_loss_weight": (),
-                **MOVES_DENOISER,
+                **KEEPS_A_CLASS,
                 "one_by_one": (False,),
             },
             min=1,
@@ -452,6 +510,7 @@ class Settings(TrainingSettings):
             "Evaluation",
             flag="validation-prompt",
             by_model=True,
+            needs=A_CONCEPT,
             metavar="PROMPT",
         ),
     ] = ()
@@ -480,6 +539,8 @@ class Settings(TrainingSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.ranks()
+        if self.pairs:
+            return
         named = len(self.subjects())
         if self.class_images and len(self.class_images) != named:
             raise UserError(
@@ -487,7 +548,9 @@ class Settings(TrainingSettings):
             )
 
     def subjects(self) -> list[Subject]:
-        """Everything that is learned, the first one in front."""
+        """Every subject that is learned, the first one in front; none where edits are."""
+        if self.pairs:
+            return []
         first = Subject(self.images, self.token, self.class_noun, self.token_words)
         return [first, *(read_subject(flag) for flag in self.subject)]
 
@@ -558,7 +621,10 @@ def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
     from_model = {
         "steps": steps,
         "validation_steps": min(500, max(100, int(asked.get("steps", steps)) // 2)),
-        "learning_rate": rates.get(method, usual.get("learning_rate", Settings.learning_rate)),
+        "learning_rate": rates.get(
+            "pairs" if asked.get("pairs") and method == "lora" else method,
+            usual.get("learning_rate", Settings.learning_rate),
+        ),
         "rank": usual.get("rank", Settings.rank),
         "batch": usual.get("batch", Settings.batch),
         "flip": usual.get("flip", False),
@@ -578,7 +644,7 @@ def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
 def read_settings(run: Path) -> Settings:
     """The settings of a run folder; `UserError` when it has none or they are of another version."""
     settings = read_run_settings(Settings, run, "customize train")
-    if not all(subject.token.strip() for subject in settings.subjects()):
+    if not settings.pairs and not all(subject.token.strip() for subject in settings.subjects()):
         raise UserError(f"{run / FILE} is damaged (token is empty). Start the run anew.")
     return settings
 

@@ -99,6 +99,10 @@ class Layout:
             controls.append(replace(chosen, scale=scale))
         return replace(text, controls=tuple(controls))
 
+    def of_targets(self) -> tuple[Control, ...]:
+        """The controls of one target, a row each."""
+        return tuple(control.rows(torch.tensor([TARGET])) for control in self.controls)
+
     def of_side(self, side: int) -> tuple[Condition, ...]:
         """The conditions that hold for the source, or for the targets."""
         return tuple(one for one, sides in zip(self.conditions, self.sides, strict=True) if sides[side])

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from backbone.adapters.concept import CONCEPT_FILE, Concept
+from backbone.adapters.concept import CONCEPT_FILE, EDITS, Concept
 from backbone.adapters.config import check_tensors
 from backbone.adapters.embeddings import load_embeddings
 from backbone.adapters.lora import activate_adapters, has_text_encoder_weights, load_lora
@@ -91,6 +91,11 @@ def check_concept_fits(concept: Concept, model: Backbone) -> None:
                 f"{concept.folder / name} is missing, which {concept.folder / CONCEPT_FILE} names. Copy the whole run "
                 "folder, or train the concept again."
             )
+    if concept.kind == EDITS and not model.edits_by_instruction:
+        raise UserError(
+            f"{concept.folder} does to an image what an instruction says, and draws nothing without one. Use it with "
+            "edit instruct."
+        )
     if not (concept.weights or concept.words or concept.changed):
         raise UserError(f"{concept.folder / CONCEPT_FILE} names no weights. Train the concept again.")
     if concept.fingerprint != model.fingerprint:

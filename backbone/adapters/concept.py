@@ -19,6 +19,7 @@ from backbone.io.records import inside, read_as
 
 CONCEPT_FILE = "concept.json"
 BEST = "best"  # in a run folder: the checkpoint that its evaluations found best
+EDITS = "edits"  # the kind of what was learned from pairs: an image and an instruction to an edited image
 FORMAT = 1
 PLACEHOLDER = re.compile(r"\[[^\[\]\s]+\]|<[^<>\s]+>")
 UNSPACED = "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff"  # letters of writing without spaces between words

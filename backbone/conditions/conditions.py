@@ -24,15 +24,15 @@ Text = dict[str, Tensor]
 class Conditions:
     """B conditions.
 
-    text       named tensors [B, …], by the names that the family's network reads
-    guidance   guidance scales [B], for a network that is conditioned on them (guidance-distilled)
-    reference  latents [B, C, H, W] of an image, for a network that reads them beside the noisy ones
-    controls   maps of the layout and the networks that read them
+    text        named tensors [B, …], by the names that the family's network reads
+    guidance    guidance scales [B], for a network that is conditioned on them (guidance-distilled)
+    references  latents [B, C, h, w] of images, for a network that reads them beside the noisy ones
+    controls    maps of the layout and the networks that read them
     """
 
     text: Text
     guidance: Tensor | None = None
-    reference: Tensor | None = None
+    references: tuple[Tensor, ...] = ()
     controls: tuple[Control, ...] = ()
 
     def __len__(self) -> int:
@@ -80,11 +80,20 @@ class Conditions:
         acting = (control.at(time) for control in self.controls)
         return replace(self, controls=tuple(control for control in acting if bool(control.scale.any())))
 
+    def drop_references(self, dropped: Tensor) -> Conditions:
+        """Reference latents of zeros where `dropped` [B] is true: how a network is told that there is no image."""
+        kept = [
+            value * send(~dropped, value.device).to(value).reshape(-1, *[1] * (value.ndim - 1))
+            for value in self.references
+        ]
+        return replace(self, references=tuple(kept))
+
     def tensors(self) -> list[Tensor]:
         """All of them, always in the same order."""
         return [
             *self.text.values(),
-            *(value for value in (self.guidance, self.reference) if value is not None),
+            *(() if self.guidance is None else (self.guidance,)),
+            *self.references,
             *(value for control in self.controls for value in (*control.hints, control.scale)),
         ]
 
@@ -103,7 +112,7 @@ class Conditions:
         return Conditions(
             {name: torch.cat([part.text[name] for part in parts]) for name in parts[0].text},
             joined([part.guidance for part in parts]),
-            joined([part.reference for part in parts]),
+            tuple(torch.cat(each) for each in zip(*(part.references for part in parts), strict=True)),
             join_controls([(part.controls, len(part)) for part in parts]),
         )
 
@@ -112,6 +121,6 @@ class Conditions:
         return Conditions(
             {name: change(value) for name, value in self.text.items()},
             None if self.guidance is None else change(self.guidance),
-            None if self.reference is None else change(self.reference),
+            tuple(change(value) for value in self.references),
             tuple(control.each(change) for control in self.controls),
         )

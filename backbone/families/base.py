@@ -132,6 +132,7 @@ class Family(Protocol):
     name: ClassVar[str]
     hub_ids: ClassVar[dict[str, str]]  # short names of published models, and the hub ids that they stand for
     pipeline_classes: ClassVar[tuple[str, ...]]  # diffusers' pipeline classes that this file serves
+    reads_images: ClassVar[Mapping[str, int]]  # of these pipeline classes: the most images beside a prompt
     lora_targets: ClassVar[dict[str, tuple[str, ...]]]  # named sets of layers, as peft's `target_modules`
 
     def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:

@@ -138,6 +138,7 @@ class SplitFileFamily:
     transformer_kind: ClassVar[Any]
     vae_kind: ClassVar[Any]
     convert_vae: ClassVar[Convert | None] = None
+    reads_images: ClassVar[Mapping[str, int]] = {}
 
     def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
         return self.files.match(header)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -30,6 +30,10 @@ class UNetFamily:
     }
 
     control_classes: ClassVar[tuple[Any, ...]] = (ControlNetModel, T2IAdapter)
+    reads_images: ClassVar[Mapping[str, int]] = {
+        "StableDiffusionInstructPix2PixPipeline": 1,
+        "StableDiffusionXLInstructPix2PixPipeline": 1,
+    }
 
     def control_network(
         self, module: nn.Module, denoiser: nn.Module, encode: Callable[[Tensor], Tensor]
@@ -58,9 +62,23 @@ def beside_reference(noisy: Tensor, conditions: Conditions) -> Tensor:
 
     Brooks, Holynski & Efros 2023, section 3.2.
     """
-    if conditions.reference is None:
-        return noisy
-    return torch.cat([noisy, conditions.reference.to(noisy)], 1)
+    return torch.cat([noisy, *(latents.to(noisy) for latents in conditions.references)], 1)
+
+
+def widen_input(denoiser: nn.Module, channels: int) -> nn.Module:
+    """The UNet with so many more input channels, whose weights are zero: it predicts what it predicted.
+
+    So InstructPix2Pix begins (Brooks, Holynski & Efros 2023, section 3.2).
+    """
+    network = cast(Any, denoiser)
+    old = network.conv_in
+    more = old.weight.new_zeros(len(old.weight), channels, *old.weight.shape[2:])
+    old.weight = nn.Parameter(
+        torch.cat([old.weight.detach(), more], 1).contiguous(memory_format=torch.channels_last)
+    )
+    old.in_channels += channels
+    network.register_to_config(in_channels=old.in_channels)
+    return denoiser.requires_grad_(False)
 
 
 def load_part(kind: Any, location: Location, part: str, prefix: str, dtype: torch.dtype) -> nn.Module:

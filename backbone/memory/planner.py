@@ -51,6 +51,7 @@ class Workload:
     queries_base              whether predictions of the frozen base are cached beforehand
     extra_denoisers           further denoisers in memory (a frozen reference)
     has_ema                   whether an fp32 moving average of the trained tensors is kept
+    references                images beside the noisy latents
     """
 
     add_trainable: Callable[[nn.Module], Iterable[Tensor]]
@@ -61,6 +62,7 @@ class Workload:
     queries_base: bool = True
     extra_denoisers: int = 0
     has_ema: bool = False
+    references: int = 0
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ class MemoryEstimator:
     def _build_meta_denoiser(self, precision: str) -> nn.Module:
         """The denoiser on `meta`, in the precision of its weights in this run."""
         spec = self.model.family.spec(self.model.location, PRECISIONS[precision])
-        network = spec.denoiser.instantiate()
+        network = self.model.widen(spec.denoiser.instantiate())
         return nn.Module.to(network, torch.float32) if self.work.full_finetuning else network
 
     def _measure_model(self, precision: str) -> ModelSizes:
@@ -204,7 +206,7 @@ class MemoryEstimator:
     def _build_meta_trainable(self, precision: str) -> tuple[nn.Module, list[Tensor]]:
         """The denoiser on `meta` and its trained tensors."""
         spec = self.model.family.spec(self.model.location, PRECISIONS[precision])
-        network = spec.denoiser.instantiate()
+        network = self.model.widen(spec.denoiser.instantiate())
         if self.work.full_finetuning:
             nn.Module.to(network, torch.float32)
         return network, list(self.work.add_trainable(network))
@@ -227,8 +229,9 @@ class MemoryEstimator:
     def make_forward(self, network: nn.Module, precision: str, rows: int) -> Callable[[], Tensor]:
         """A call of the denoiser with blank latents and prompts."""
         spec = self.model.family.spec(self.model.location, PRECISIONS[precision])
-        conditions = spec.blank_text(rows)
         noisy = torch.zeros(rows, *self.model.latent_shape, device="meta")
+        shown = tuple(torch.zeros_like(noisy) for _ in range(self.work.references))
+        conditions = replace(spec.blank_text(rows), references=shown)
         for value in conditions.tensors():
             value.requires_grad_(self.work.trains_text_encoders and value.is_floating_point())
         time = torch.zeros(rows, device="meta")
@@ -426,6 +429,7 @@ def fit_to_memory(
         dtype=choice.dtype,
         placement=choice.placement,
         resolution=model.asked_resolution,
+        widened=model.widened,
     )
     return placed, choice
 

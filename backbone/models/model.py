@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from backbone.families.base import Family, NoisePath, TextEncoder
 from backbone.families.latents import LatentSpace, latent_channels, latent_space, pixels_per_latent
 from backbone.families.location import Location
 from backbone.families.registry import families
+from backbone.families.unet import UNetFamily, widen_input
 from backbone.io.console import UserError, progress
 from backbone.io.files import content_hash, read_json
 from backbone.io.records import read_as
@@ -73,6 +74,7 @@ class Backbone:
         dtype: torch.dtype,
         placement: Placement | None = None,
         resolution: int = 0,
+        widened: bool = False,
     ) -> None:
         self.location = location
         self.family = family
@@ -80,6 +82,7 @@ class Backbone:
         self.dtype = dtype
         self.placement = placement or Placement()
         self.asked_resolution = resolution
+        self.widened = widened  # a text-to-image UNet with input channels for an image's latents
         self.text_learned = False  # new words or adapters: what is remembered of prompts no longer holds
 
     def __repr__(self) -> str:
@@ -97,6 +100,7 @@ class Backbone:
         placement: Placement | None = None,
         resolution: int = 0,
         by_instruction: bool = False,
+        widen: bool = False,
     ) -> Backbone:
         """Finds a model: a name (`moji`, `sd15` …), a diffusers folder, a checkpoint file, or a hub id.
 
@@ -104,7 +108,8 @@ class Backbone:
 
         `precision` is fp32, bf16, fp16 or auto: bf16 where the processor has it, else fp16 on a GPU and fp32 on a CPU.
         `placement` saves memory. It works at `resolution` pixels a side, 0: at its own. `by_instruction` asks for one
-        that reads an image beside the prompt and edits it; without it such a model is refused.
+        that reads an image beside the prompt and edits it; without it such a model is refused. With `widen` a UNet that
+        reads none is given input channels for one, whose weights begin at zero.
 
         Raises `UserError` when there is no such model, when its family is not served, or when it cannot work at that
         resolution.
@@ -116,8 +121,9 @@ class Backbone:
                 place = resolve_device(device)
                 dtype = resolve_dtype(precision, place)
                 opened = cls(
-                    location, family, device=place, dtype=dtype, placement=placement, resolution=resolution
-                )
+                    location, family, device=place, dtype=dtype, placement=placement, resolution=resolution,
+                    widened=widen and isinstance(family, UNetFamily) and found not in family.reads_images,
+                )  # fmt: skip
                 opened.refuse_other_task(by_instruction=by_instruction)
                 opened.refuse_resolution()
                 return opened
@@ -133,7 +139,11 @@ class Backbone:
             loaded = self.family.denoiser(self.location, self.dtype).eval().requires_grad_(False)
             if self.location.few_step is not None:
                 fuse_lora(self.location.few_step / ADAPTER, loaded)
-            return place_denoiser(loaded, self.placement, self.device)
+            return place_denoiser(self.widen(loaded), self.placement, self.device)
+
+    def widen(self, denoiser: nn.Module) -> nn.Module:
+        """A denoiser of this model's kind, with input channels for an image where this model was given them."""
+        return widen_input(denoiser, latent_channels(self.autoencoder_config)) if self.widened else denoiser
 
     @cached_property
     def autoencoder(self) -> nn.Module:
@@ -259,9 +269,20 @@ class Backbone:
         )
 
     @property
+    def most_references(self) -> int:
+        """How many images the denoiser reads beside the prompt, at most."""
+        own = self.family.reads_images.get(self.location.index.get("_class_name", ""), 0)
+        return 1 if self.widened else own
+
+    @property
     def edits_by_instruction(self) -> bool:
-        """Whether the denoiser reads an image's latents beside the noisy ones."""
-        return "InstructPix2Pix" in self.location.index.get("_class_name", "")
+        """Whether the denoiser reads an image beside the prompt."""
+        return self.most_references > 0
+
+    @property
+    def reads_as_channels(self) -> bool:
+        """Whether that image's latents are further channels of the noisy ones, so that it cannot do without."""
+        return self.edits_by_instruction and isinstance(self.family, UNetFamily)
 
     def refuse_other_task(self, *, by_instruction: bool = False) -> None:
         """`UserError` for a denoiser that reads other things than noisy latents: one for inpainting, upscaling …
@@ -269,7 +290,7 @@ class Backbone:
         Beside them it reads an image's latents where it edits `by_instruction`, and nothing elsewhere.
         """
         name = self.location.name
-        if self.edits_by_instruction and not by_instruction:
+        if self.reads_as_channels and not by_instruction:
             raise UserError(
                 f"{name} edits an image by an instruction and draws nothing without one. Use it with edit instruct."
             )
@@ -283,7 +304,8 @@ class Backbone:
             return  # a checkpoint file, which was looked at when it was recognised
         reads = self.location.config(part).get("in_channels")
         latents = latent_channels(self.autoencoder_config)
-        if reads is None or int(reads) in ((2 * latents,) if by_instruction else (latents, 4 * latents)):
+        widths = (2 * latents,) if self.reads_as_channels and not self.widened else (latents, 4 * latents)
+        if reads is None or int(reads) in widths:
             return  # FLUX reads 2 × 2 latents as one
         task = "an inpainting model" if int(reads) == 2 * latents + 1 else "a model for another task"
         raise UserError(
@@ -320,12 +342,14 @@ class Backbone:
         pictures = send(pictures, self.device).to(dtype).contiguous(memory_format=torch.channels_last)
         return Posterior(*self.latent_space.encode(self.autoencoder, pictures))
 
-    @torch.no_grad()
     def encode_reference(self, pictures: Tensor) -> Tensor:
-        """Pictures [B, 3, 8H, 8W] in −1…1 as what is read beside noisy latents [B, C, H, W]: the mean, not scaled."""
-        dtype = next(self.autoencoder.parameters()).dtype
-        pictures = pictures.to(self.device, dtype).contiguous(memory_format=torch.channels_last)
-        return cast(Tensor, cast(Any, self.autoencoder).encode(pictures).latent_dist.mode().float())
+        """Pictures [B, 3, 8H, 8W] in −1…1 as what is read beside noisy latents [B, C, H, W]."""
+        return self.as_reference(self.encode(pictures).mean)
+
+    def as_reference(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, H, W] of an image as the denoiser reads them beside noisy ones: unscaled as channels."""
+        space = self.latent_space
+        return latents / space.scale + space.shift if self.reads_as_channels else latents
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -15,17 +15,22 @@ from backbone.training.compiled import compiles_usually
 from backbone.training.hardware import use_tensor_cores
 
 
-def open_configs(asked: Mapping[str, Any]) -> tuple[Backbone, dict[str, Any]]:
+def open_configs(
+    asked: Mapping[str, Any], *, by_instruction: bool = False
+) -> tuple[Backbone, dict[str, Any]]:
     """The model that was asked for, of which only configs are read yet, and what was asked.
 
     Where nobody said whether its blocks are compiled, the device does (`compiles_usually`). A model that lies on this
-    machine is named there by its absolute path, so that a run finds it from anywhere.
+    machine is named there by its absolute path, so that a run finds it from anywhere. `by_instruction` asks for one
+    that reads an image beside the prompt, or can be made to.
     """
     model = Backbone.open(
         asked.get("model", "moji"),
         device=asked.get("device", "auto"),
         precision=asked.get("precision", "auto"),
         resolution=asked.get("resolution", 0),
+        by_instruction=by_instruction,
+        widen=by_instruction,
     )
     held = bool(asked.get("quantize") or asked.get("cpu_offload"))
     asked = {"compile": compiles_usually(model) and not held, **asked}
@@ -38,7 +43,7 @@ def open_configs(asked: Mapping[str, Any]) -> tuple[Backbone, dict[str, Any]]:
     return model, dict(asked)
 
 
-def open_model(settings: Any, *, resolution: int = 0) -> Backbone:
+def open_model(settings: Any, *, resolution: int = 0, by_instruction: bool = False) -> Backbone:
     """The model of a run in the placement that its settings (`model`, `device`, `precision`, …) say."""
     use_tensor_cores(resolve_device(settings.device))
     return Backbone.open(
@@ -47,4 +52,6 @@ def open_model(settings: Any, *, resolution: int = 0) -> Backbone:
         precision=settings.precision,
         placement=get_placement(settings),
         resolution=resolution,
+        by_instruction=by_instruction,
+        widen=by_instruction,
     )

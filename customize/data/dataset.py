@@ -264,7 +264,7 @@ def trains_text(settings: Settings) -> bool:
 def preserves(settings: Settings) -> bool:
     """Whether there is a prior-preservation term."""
     asked = settings.prior != "off" and settings.prior_batch > 0 and settings.prior_loss_weight > 0
-    return asked and changes_denoiser(settings)
+    return not settings.pairs and asked and changes_denoiser(settings)
 
 
 def masks_of(

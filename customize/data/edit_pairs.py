@@ -11,12 +11,13 @@ is decoded here; `check_edit_pairs` opens every image and says what is wrong wit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backbone.io.console import UserError, progress
+from backbone.io.console import UserError, count_of, notify, progress
 from backbone.io.files import read_json
 from backbone.io.records import inside, parse_json, read_as
 from backbone.media.decode import BadImageError
@@ -37,6 +38,9 @@ LISTS = ("metadata.jsonl", "dataset.jsonl", "train.jsonl", "prompt.json")
 RECORD = "run.json"  # of a run of `edit`
 SHIFTED = 1.0  # pixels, of 512 of the longer side, from which a pair is not registered
 COMPARED = 512
+REGISTERED = 48  # of the pairs of a training are looked at so closely …
+CLOSELY = 256  # … at so many pixels
+HELD_OUT = 8  # pairs at most, where no number is asked for
 EQUAL = 48.0  # dB: closer images are the same
 ALIKE = 0.15  # of the pixels agree at least in a pair that shows one scene
 VERBLESS = frozenset({"a", "an", "the", "photo", "picture", "image", "painting", "two", "portrait"})
@@ -50,6 +54,7 @@ class EditPair:
     target: ImageRecord
     instruction: str
     references: tuple[ImageRecord, ...] = ()
+    beside_source: bool = False  # whether the instruction lies beside the image before, of two folders
 
     @property
     def name(self) -> str:
@@ -182,6 +187,7 @@ def _from_folders(folder: Path) -> list[EditPair]:
             one,
             one.caption or before[name].caption or "",
             tuple(images[name] for images in further if name in images),
+            beside_source=not one.caption and bool(before[name].caption),
         )
         for name, one in after.items()
     ]
@@ -203,10 +209,10 @@ def check_edit_pairs(pairs: Sequence[EditPair]) -> tuple[list[str], list[str]]:
             try:
                 found = compare_pair(pair)
             except BadImageError as error:
-                found = ([f"{error.name} {error.reason}."], [])
-            wrong += found[0]
-            doubtful += found[1]
-            both = pair.source.content_hash + pair.target.content_hash if not found[0] else pair.name
+                found = Found(wrong=[f"{error.name} {error.reason}."])
+            wrong += found.wrong
+            doubtful += [*found.drifted, *found.doubtful]
+            both = pair.source.content_hash + pair.target.content_hash if not found.wrong else pair.name
             if both in seen:
                 doubtful.append(f"{pair.name} and {seen[both]} are the same pair. Keep one of them.")
             seen.setdefault(both, pair.name)
@@ -214,8 +220,77 @@ def check_edit_pairs(pairs: Sequence[EditPair]) -> tuple[list[str], list[str]]:
     return wrong, doubtful
 
 
-def compare_pair(pair: EditPair) -> tuple[list[str], list[str]]:
-    """(what has to be mended, what may be a mistake) in a pair's images. `BadImageError` for one that is unreadable."""
+@dataclass(frozen=True)
+class Found:
+    """What is wrong with a pair's images: what has to be mended, how it drifted, what may be a mistake."""
+
+    wrong: Sequence[str] = ()
+    drifted: Sequence[str] = ()
+    doubtful: Sequence[str] = ()
+
+
+def usable_pairs(pairs: Sequence[EditPair], *, skip_bad: bool = False) -> list[EditPair]:
+    """The pairs, all of which can be learned from; with `skip_bad` those of them that can.
+
+    Raises `UserError` for pairs that cannot, all of them listed, and for instructions that teach nothing. Whether a
+    pair lies pixel on pixel is looked at in at most REGISTERED of them, evenly spaced.
+    """
+    if problems := check_instructions(pairs):
+        raise UserError("\n".join(problems))
+    bad: dict[str, str] = {}
+    doubtful: list[str] = []
+    for drift, some in ((False, pairs), (True, pairs[:: max(1, math.ceil(len(pairs) / REGISTERED))])):
+        if bad and not skip_bad:
+            break  # what has to be mended anyway is said before anything is registered
+        with progress(len(some), "registering" if drift else "comparing", brief=True) as bar:
+            for pair in some:
+                found = Found() if pair.name in bad else _look(pair, drift=drift)
+                if problems := [*found.wrong, *found.drifted]:
+                    bad[pair.name] = problems[0]
+                doubtful += found.doubtful if drift else []
+                bar.advance_images(1)
+    if bad and (not skip_bad or len(bad) == len(pairs)):
+        lines = "\n".join(f"  {sentence}" for sentence in bad.values())
+        raise UserError(
+            f"{count_of(len(bad), 'pair')} of {len(pairs)} cannot be learned from (--skip-bad leaves them out):\n"
+            f"{lines}"
+        )
+    if doubtful:
+        more = f" ({len(doubtful) - 1} more such: customize check --pairs lists them)" if doubtful[1:] else ""
+        notify(f"Warning: {doubtful[0]}{more}")
+    if bad:
+        notify(f"{count_of(len(bad), 'pair')} of {len(pairs)} left out (first: {next(iter(bad.values()))})")
+    return [pair for pair in pairs if pair.name not in bad]
+
+
+def _look(pair: EditPair, *, drift: bool) -> Found:
+    """What is wrong with a pair, an image that cannot be read among it."""
+    try:
+        return compare_pair(pair, drift=drift, most=CLOSELY)
+    except BadImageError as error:
+        return Found(wrong=[f"{error.name} {error.reason}."])
+
+
+def hold_out(pairs: Sequence[EditPair], count: int) -> tuple[list[EditPair], list[EditPair]]:
+    """(pairs to learn from, `count` that are held out, evenly spaced); −1: a tenth, at most HELD_OUT.
+
+    Raises `UserError` where none is left to learn from.
+    """
+    count = min(HELD_OUT, len(pairs) // 10) if count < 0 else count
+    if count >= len(pairs):
+        raise UserError(
+            f"{len(pairs)} pairs are there and --held-out {count} takes all of them. Hold out fewer, or add pairs."
+        )
+    rows = {int((k + 0.5) * len(pairs) / count) for k in range(count)}
+    held = [pair for row, pair in enumerate(pairs) if row in rows]
+    return [pair for row, pair in enumerate(pairs) if row not in rows], held
+
+
+def compare_pair(pair: EditPair, *, drift: bool = True, most: int = COMPARED) -> Found:
+    """What is wrong with a pair's images, with `drift` their registration too, at `most` pixels of the longer side.
+
+    Raises `BadImageError` for one that cannot be read.
+    """
     from backbone.evaluation.image_metrics import psnr
     from backbone.media.registration import register
     from backbone.media.transforms import crop_and_resize, to_tensor
@@ -225,32 +300,40 @@ def compare_pair(pair: EditPair) -> tuple[list[str], list[str]]:
         reference.open()
     (width, height), (wide, high) = source.size, target.size
     if abs(wide * height / (high * width) - 1) > 0.01:
-        return [
-            f"{pair.name} is {wide} × {high} and {pair.source.path} {width} × {height}: other shapes. Crop them alike."
-        ], []
+        return Found(
+            wrong=[
+                f"{pair.name} is {wide} × {high} and {pair.source.path} {width} × {height}: other shapes. Crop them "
+                "alike."
+            ]
+        )
     doubtful = []
     if source.size != target.size:
         doubtful.append(
             f"{pair.name} is {wide} × {high} and its source {width} × {height}; the larger one is scaled down."
         )
-    scale = min(1.0, COMPARED / max(wide, high, width, height))
+    scale = min(1.0, most / max(wide, high, width, height))
     size = max(8, round(min(wide, width) * scale)), max(8, round(min(high, height) * scale))
     first, second = (to_tensor(crop_and_resize(one, size)) for one in (source, target))
     if psnr(first, second) > EQUAL:
-        return [f"{pair.name} shows no edit: it is {pair.source.path}. Take the pair out."], doubtful
+        return Found(
+            wrong=[f"{pair.name} shows no edit: it is {pair.source.path}. Take the pair out."],
+            doubtful=doubtful,
+        )
+    if not drift:
+        return Found(doubtful=doubtful)
     found = register(second, first)
-    drift = found.drift((size[1], size[0]))
+    moved, drifted = found.drift((size[1], size[0])), []
     if found.share < ALIKE:
         doubtful.append(
             f"{pair.name} and its source agree in {found.share:.0%} of the image: perhaps they are no pair."
         )
-    elif drift > SHIFTED * max(size) / COMPARED:
-        doubtful.append(
+    elif moved > SHIFTED * max(size) / COMPARED:
+        drifted.append(
             f"{pair.name} lies {found.shift[0]:+.1f} px to the right of its source and {found.shift[1]:+.1f} px down, "
             f"at scale {found.scale:.4f} (of {size[0]} × {size[1]}): a model learns the drift too. "
             "`edit keep-background` undoes it."
         )
-    return [], doubtful
+    return Found(drifted=drifted, doubtful=doubtful)
 
 
 def check_instructions(pairs: Sequence[EditPair]) -> list[str]:
@@ -261,6 +344,13 @@ def check_instructions(pairs: Sequence[EditPair]) -> list[str]:
         found.append(
             f"{len(bare)} of {len(pairs)} pairs say nothing of the edit (first: {bare[0].name}). Put a sentence into a "
             ".txt beside each target, or into the list."
+        )
+    if pairs and all(pair.beside_source for pair in pairs):
+        before, after = (one.path.parent.name for one in (pairs[0].source, pairs[0].target))
+        found.append(
+            f"The instructions lie beside the images of {before}/, which are those before the edit, and an instruction "
+            f"stands beside what it makes. Swap the two folders if {before}/ holds the edited images; else put the "
+            f"instructions into {after}/."
         )
     told = [pair.instruction for pair in pairs if pair.instruction]
     if len(told) > 1 and len(set(told)) == 1:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from PIL.Image import Image
 from torch import Tensor
@@ -182,20 +182,32 @@ def mean_similarity(vectors: Tensor) -> float:
     return float(((vectors @ vectors.T).sum() - count) / (count * (count - 1)))
 
 
-class EarlyStopping:
+class Rated(Protocol):
+    """Metrics of one validation, of whatever is learned."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def rating(self) -> float: ...
+
+
+Measured = TypeVar("Measured", bound=Rated)
+
+
+class EarlyStopping(Generic[Measured]):
     """Stops training after `patience` validations without a better rating."""
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
-        self.history: list[ConceptMetrics] = []
+        self.history: list[Measured] = []
 
     @property
-    def best(self) -> ConceptMetrics:
+    def best(self) -> Measured:
         """Metrics with the highest rating, the earliest of equals; the untrained model's only while they are alone."""
         trained = [metrics for metrics in self.history if metrics.step] or self.history
         return max(trained, key=lambda metrics: (metrics.rating, -metrics.step))
 
-    def update(self, metrics: ConceptMetrics) -> bool:
+    def update(self, metrics: Measured) -> bool:
         """Add a validation; returns whether it is the best so far."""
         self.history.append(metrics)
         return self.best is metrics

@@ -37,6 +37,11 @@ from customize.formats.model_weights import (
 )
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+INPUT = "unet.conv_in.weight"
+EDITORS = {  # what a UNet of these is when it reads an image's latents too
+    "StableDiffusionPipeline": "StableDiffusionInstructPix2PixPipeline",
+    "StableDiffusionXLPipeline": "StableDiffusionXLInstructPix2PixPipeline",
+}
 TOKEN_EMBEDDING = re.compile(r"(^|\.)(token_embedding|shared|embed_tokens)\.weight$")  # of CLIP, T5, Qwen
 READ_TOKENIZERS = ("CLIPTokenizer", "T5Tokenizer", "Qwen2Tokenizer")
 
@@ -57,16 +62,37 @@ def bake(parts: Sequence[MergeInput], model: str, out: Path) -> int:
         shapes = {name: layer.shape for name, layer in part.adapter.layers.items()}
         refuse_mismatch(shapes, weights, str(part.source))
         for name, value in part.weight_deltas.items():
-            if weights.shapes.get(name) != tuple(value.shape):
+            if not _fits(weights.shapes.get(name), name, value):
                 raise UserError(
                     f"{part.source} was trained on another model than {model}. Give the --model of the run."
                 )
     rows = collect_embeddings(parts)
     with fill_folder(out) as unfinished:
         changed = _copy_merged(folder, unfinished, parts)
+        if any(_is_wider(weights.shapes[INPUT], part.weight_deltas) for part in parts if part.weight_deltas):
+            name_editor(unfinished)
         for component, learned in rows.items():
             add_tokens(unfinished, component, learned)
     return changed + len(rows)
+
+
+def _is_wider(shape: Sequence[int], deltas: Mapping[str, Tensor]) -> bool:
+    """Whether changes are of a UNet that was given input channels for an image's latents."""
+    return INPUT in deltas and deltas[INPUT].shape[1] == 2 * shape[1]
+
+
+def _fits(shape: tuple[int, ...] | None, name: str, delta: Tensor) -> bool:
+    """Whether a change is of a tensor of this shape, or of the input that was widened."""
+    if shape == tuple(delta.shape):
+        return True
+    return shape is not None and name == INPUT and (shape[0], 2 * shape[1], *shape[2:]) == tuple(delta.shape)
+
+
+def name_editor(folder: Path) -> None:
+    """Make a copied model with a widened input one that edits by instruction, as its configs say."""
+    index, config = read_json(folder / "model_index.json"), read_json(folder / "unet" / "config.json")
+    write_json(folder / "model_index.json", {**index, "_class_name": EDITORS[index["_class_name"]]})
+    write_json(folder / "unet" / "config.json", {**config, "in_channels": 2 * int(config["in_channels"])})
 
 
 def _copy_merged(folder: Path, out: Path, parts: Sequence[MergeInput]) -> int:
@@ -112,7 +138,10 @@ def _merge_tensor(name: str, weight: Tensor, parts: Sequence[MergeInput]) -> Ten
         if layer is not None:
             merged += layer.merge_into(weight, part.strength) - base
         if name in part.weight_deltas:
-            merged += part.strength * part.weight_deltas[name].float()
+            delta = part.weight_deltas[name].float()
+            if delta.shape != merged.shape:  # input channels for an image, which begin at zero
+                merged = torch.cat([merged, merged.new_zeros(delta[:, merged.shape[1] :].shape)], 1)
+            merged += part.strength * delta
     return merged.to(weight.dtype)
 
 

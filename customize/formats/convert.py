@@ -53,6 +53,11 @@ def export_adapter(
     """
     check_output(out)
     adapter, concept = read_adapter(source), read_run_concept(source)
+    if concept is not None and concept.changed:
+        raise UserError(
+            f"{source} also changes the base's own weights ({concept.changed}), which no adapter's file holds. Write a "
+            "whole model: customize merge --bake."
+        )
     named = model or (concept.model if concept else None)
     family = base or (_family_of_model(named) if named else None) or adapter.base
     _say_what_tools_misread(adapter, file_format, family)

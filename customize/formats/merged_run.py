@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from backbone.adapters.concept import Concept
+from backbone.adapters.concept import EDITS, Concept
 from backbone.adapters.embeddings import EMBEDDINGS_FILE as WORDS
 from backbone.adapters.embeddings import vector_token_names
 from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS
@@ -68,7 +68,8 @@ def save_merged(
             changed = {name.removeprefix("unet."): value for name, value in weight_deltas.items()}
             write_tensors(unfinished / CHANGED, changed)
         write_text(unfinished / "README.md", _format_readme(out, parts, tokens, concept))
-        replace(concept, kind="merged", tokens=tokens, folder=out, **fields).write(unfinished)
+        kind = EDITS if any(part.concept.kind == EDITS for part in parts if part.concept) else "merged"
+        replace(concept, kind=kind, tokens=tokens, folder=out, **fields).write(unfinished)
     return tokens
 
 

@@ -15,7 +15,7 @@ from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from customize.methods.lora import Adapter, TextAdapter
 from customize.methods.textual_inversion import Words
-from customize.methods.weights import CROSS_ATTENTION, Weights
+from customize.methods.weights import CROSS_ATTENTION, INPUT, Weights
 from customize.settings import METHODS, Settings
 
 
@@ -39,6 +39,10 @@ def trainable(model: Backbone, settings: Settings) -> list[Any]:
     """
     text = [TextAdapter(model, settings)] if settings.train_text_encoder else []
     match settings.method:
+        case "lora" if (
+            model.widened
+        ):  # the new channels themselves, which are few, and an adapter behind them
+            return [Weights(model, settings, pattern=INPUT), Adapter(model, settings)]
         case "lora":  # Hu et al. 2022; DreamBooth's loss
             return [Adapter(model, settings), *text]
         case "full":  # Ruiz et al. 2023

@@ -18,6 +18,7 @@ CHANGED = "denoiser_delta.safetensors"
 
 
 CROSS_ATTENTION = r"attn2\.to_[kv]\."
+INPUT = r"^conv_in\."  # of a UNet that is given input channels for an image
 
 
 @dataclass

@@ -116,6 +116,8 @@ def readme(
 
 def described(settings: Settings) -> str:
     """What was trained, in a phrase."""
+    if settings.pairs and settings.method == "full":
+        return "all of the denoiser's weights"
     if settings.method in ("lora", "pivotal"):
         what = f"{settings.adapter} of rank {settings.rank}"
         return what if settings.method == "lora" else f"{settings.num_vectors} new words, then {what}"

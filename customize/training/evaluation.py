@@ -60,7 +60,7 @@ class Validation:
         own = model.location.local("scorer")
         self.evaluator = None
         self.few = few
-        self.patience = EarlyStopping(settings.patience or settings.steps)
+        self.patience: EarlyStopping[ConceptMetrics] = EarlyStopping(settings.patience or settings.steps)
         self.report.history = self.patience.history
         if few is not None:
             self.report.few_name, self.report.few_history = few.name, few.patience.history

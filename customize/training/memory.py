@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import cast
 
@@ -24,7 +24,7 @@ from backbone.memory.planner import (
 from backbone.models.model import Backbone
 from backbone.models.placement import get_placement
 from customize.data.dataset import preserves, trains_text
-from customize.methods.weights import CROSS_ATTENTION
+from customize.methods.weights import CROSS_ATTENTION, INPUT
 from customize.settings import Settings
 
 
@@ -35,13 +35,16 @@ def work_of(model: Backbone, settings: Settings) -> Workload:
         known = ", ".join(model.family.lora_targets)
         raise UserError(f"There is no set of layers called {settings.lora_layers}. Choose one of {known}.")
 
-    def trains(denoiser: nn.Module) -> Iterable[Tensor]:
+    def trains(denoiser: nn.Module) -> Iterator[Tensor]:
         if settings.method == "textual-inversion":
-            return ()
+            return
         if settings.method in ("full", "custom-diffusion"):
             pattern = "" if settings.method == "full" else CROSS_ATTENTION
-            return chosen(denoiser, pattern)
-        return add_lora(
+            yield from chosen(denoiser, pattern)
+            return
+        if settings.pairs and model.widened:
+            yield from chosen(denoiser, INPUT)
+        yield from add_lora(
             denoiser,
             "planned",
             rank=settings.rank,
@@ -61,6 +64,7 @@ def work_of(model: Backbone, settings: Settings) -> Workload:
         trains_text_encoders=trains_text(settings),
         queries_base=preserves(settings) and settings.prior == "base",
         has_ema=bool(settings.ema_decay),
+        references=int(bool(settings.pairs)),
     )
 
 

@@ -24,6 +24,7 @@ from backbone.io.report import (
     write_report,
 )
 from backbone.training.run import LOG, LoggedLoss
+from customize.evaluation.edits import EditMetrics
 from customize.evaluation.metrics import VALIDATION_PROMPTS, ConceptMetrics
 from customize.evaluation.survival import Survival
 from customize.settings import Settings, as_flags
@@ -113,11 +114,7 @@ class RunReport:
                 lines |= {f"on {self.few_name}": [(f.step, getattr(f, name)) for f in self.few_history]}
             level = self.ceiling if name == "subject_fidelity" else None
             plots.append(line_plot(title, lines, marked=best, level=level, note=note))
-        log = read_jsonl(self.run / LOG, LoggedLoss) if (self.run / LOG).exists() else []
-        width = max(1, min(20, len(log) // 10))
-        losses = smoothed([(line.step, line.loss) for line in log], window=width)
-        note = "Its ups and downs are mostly chance: every step draws noise levels of its own."
-        plots.append(line_plot(f"Training loss, mean of {width}", {"": losses}, note=note))
+        plots.append(loss_plot(self.run))
         parts = [heading("How it went"), plot_row(plots)] if any(plots) else []
         for what, figures in (("Evaluations", history), (f"On {self.few_name}", self.few_history)):
             rows = [(f.step, *(float(getattr(f, name)) for name in names)) for f in figures]
@@ -184,3 +181,89 @@ def smoothed(points: Sequence[tuple[float, float]], *, window: int = 20) -> list
     """The mean of each `window` points, at their last x."""
     groups = [points[first : first + window] for first in range(0, len(points), window)]
     return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups if group]
+
+
+@dataclass
+class EditReport:
+    """The report of a run that learns edits.
+
+    sources  images of some pairs before the edit
+    history  the evaluations so far
+    samples  what the model made of held-out images last, with the instructions
+    """
+
+    run: Path
+    settings: Settings
+    sources: Sequence[Image]
+    history: Sequence[EditMetrics] = ()
+    samples: Sequence[tuple[Image, str]] = field(default=())
+
+    def renew(self, step: int) -> None:
+        """Writes the page of a run that goes on; a browser loads it again by itself."""
+        notify_once(f"{self.run / REPORT} shows how it goes: open it, it renews itself.")
+        status = f"Step {step} of {self.settings.steps}. This page renews itself while the run goes on."
+        self._write([paragraph(status)], renew=RENEW_SECONDS)
+
+    def finish(self, why: str, best: int | None) -> None:
+        """Writes the page of a finished run; `best` is the step of its best checkpoint, if it kept one."""
+        call = ["edit", "instruct", "photo.png", "--instruction", "…", "--concept", str(self.run)]
+        said = (
+            []
+            if best is None
+            else [
+                paragraph(
+                    f"This edits with the weights in {BEST}/, those of step {best}, whose edits of held-out images are "
+                    "nearest to the true ones; add --checkpoint last for those of the last step."
+                )
+            ]
+        )
+        self._write([paragraph(why), command(shlex.join(call)), *said], best=best)
+
+    def _write(self, status: Sequence[str], *, best: int | None = None, renew: int = 0) -> None:
+        settings, history = self.settings, self.history
+        parts = [*status, heading("Before"), image_row((image, "") for image in self.sources)]
+        if self.samples:
+            parts += [heading("What the model makes of held-out images"), image_row(self.samples)]
+        plots = [
+            line_plot(title, {title: points}, marked=best, note=note)
+            for name, (title, note) in EDIT_FIGURES.items()
+            if (points := [(f.step, v) for f in history if (v := getattr(f, name)) is not None])
+        ]
+        parts += [heading("How it went"), plot_row([*plots, loss_plot(self.run)])]
+        if history:
+            rows = [
+                (f.step, *("–" if (v := getattr(f, name)) is None else v for name in EDIT_FIGURES))
+                for f in history
+            ]
+            titles = [title.split(":")[0] for title, _ in EDIT_FIGURES.values()]
+            parts += [heading("Evaluations"), table(("step", *titles), rows)]
+        title = f"Edits by instruction: {described(settings)} on {settings.model}, {settings.steps} steps"
+        again = [heading("Again"), command(as_flags(settings, self.run))]
+        write_report(self.run / REPORT, title, [*parts, *again], renew=renew)
+
+
+EDIT_FIGURES = {
+    "rating": (
+        "Nearer to the true edit, dB",
+        "How much nearer the model's edits of held-out images are to the true ones than the images themselves; 0: as "
+        "if nothing had been edited.",
+    ),
+    "target_psnr_db": ("PSNR to the true edit, dB", "The same distance by itself."),
+    "background_psnr_db": (
+        "Background PSNR, dB",
+        "Where the true edit changes nothing, against the image before. `edit instruct` makes it exact in the end.",
+    ),
+    "structure_distance": (
+        "Structure distance to the true edit (lower is better)",
+        "How differently the scorer's patches resemble one another in the edit and in the true one.",
+    ),
+}
+
+
+def loss_plot(run: Path) -> str:
+    """The training loss of a run's log."""
+    log = read_jsonl(run / LOG, LoggedLoss) if (run / LOG).exists() else []
+    width = max(1, min(20, len(log) // 10))
+    losses = smoothed([(line.step, line.loss) for line in log], window=width)
+    note = "Its ups and downs are mostly chance: every step draws noise levels of its own."
+    return line_plot(f"Training loss, mean of {width}", {"": losses}, note=note)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from customize.data.prepared import PreparedImages
 
 DEFAULT_TOKEN = "[V]"
-RESUMED = ("steps", "learning_rate", "images", "device")  # what may be said anew beside --resume
+RESUMED = ("steps", "learning_rate", "images", "pairs", "device")  # what may be said anew beside --resume
 
 
 def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | None = None) -> Path:
@@ -27,6 +27,8 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
     `vram` is the device's memory in GiB to plan for. Raises `UserError` for settings that contradict each other and
     for images that cannot be read, all of them listed, before any weights load.
     """
+    if asked.get("pairs"):
+        return start_edits(asked, out=out, vram=vram)
     subjects, settings = subjects_of(asked)
     placeholder = {
         "images": "",
@@ -57,13 +59,37 @@ def refuse_transferred(run: Path) -> None:
         )
 
 
+def start_edits(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | None = None) -> Path:
+    """Train from edit pairs with settings as they were asked for; gives the run folder.
+
+    Raises `UserError` for settings that contradict each other, and for pairs that teach nothing, all of them listed,
+    before any weights load.
+    """
+    from customize.data.edit_pairs import hold_out, read_edit_pairs, usable_pairs
+
+    settings = dict(asked)
+    for name in ("pairs", "scorer"):
+        if name in settings:
+            settings[name] = absolute(settings[name])
+    wanted = resolved({"images": "", "token": "", "class_noun": "", **settings}, {})
+    refuse_idle(wanted, asked)
+    require_packages(wanted)
+    pairs = usable_pairs(read_edit_pairs(asked["pairs"]), skip_bad=wanted.skip_bad)
+    hold_out(pairs, wanted.held_out)
+    with progress(None, "starting", brief=True):  # torch and diffusers
+        from customize.training.edits import train_edits
+
+    return train_edits(settings, pairs, out=out or Path("runs") / run_name(asked["pairs"]), vram=vram)
+
+
 def as_kept(asked: Mapping[str, Any], own: Settings) -> dict[str, Any]:
     """What is asked for as a run's `own` settings would hold it: whole paths, {token} in the instance prompt."""
     from customize.data.folders import as_template
 
     kept = dict(asked)
-    if "images" in kept:
-        kept["images"] = absolute(kept["images"])
+    for name in ("images", "pairs"):
+        if name in kept:
+            kept[name] = absolute(kept[name])
     if "instance_prompt" in kept:
         kept["instance_prompt"] = as_template(kept["instance_prompt"], own.token, own.class_noun)
     return kept
@@ -84,7 +110,8 @@ def subjects_of(asked: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]
     if images is None:
         if not more:
             raise UserError(
-                "Say where the images are: --images FOLDER (customize example dog/ writes some to try)."
+                "Say where the images are: --images FOLDER (customize example dog/ writes some to try), or --pairs "
+                "FOLDER with images before and after an edit."
             )
         for name, value in (("token", token), ("class", noun), ("token-words", words)):
             if value:

@@ -9,29 +9,31 @@ The model redraws the whole image, and so it drifts. What was not meant to chang
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from backbone.conditions.conditions import Conditions
-from backbone.diffusion.noise import Estimate, Level, Predict, generator
-from backbone.diffusion.samplers import deterministic_step
+from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
+from backbone.models.by_instruction import (
+    IMAGE_GUIDANCE,
+    Guidances,
+    draw_edit,
+    evaluations_of,
+    refuse_too_many,
+)
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from edit import checks
-from edit.layout import NO_LAYOUT, TARGET, Layout
+from edit.layout import NO_LAYOUT, Layout
 from edit.masks import load_pixel_mask
 from edit.methods.keep_background import KeptBackground, keep_background
 from edit.pictures import EncodedImage, ImageLike, encode_image
 from edit.result import Result
-from edit.sampling import Frames, as_strong_as_state, guidance_of, schedule_of
+from edit.sampling import Frames, guidance_of, schedule_of
 
 Keep = Literal["pixels", "latents", "none"]
-IMAGE_GUIDANCE = 1.5  # Brooks et al. 2023, section 4
 
 
 @torch.no_grad()
@@ -40,6 +42,7 @@ def instruct(
     image: ImageLike,
     instructions: Sequence[str],
     *,
+    references: Sequence[ImageLike] = (),
     keep: Keep = "pixels",
     steps: int = 50,
     guidance: float | None = None,
@@ -54,8 +57,9 @@ def instruct(
     """N edits of an image, one for each instruction, each of what the one before it made.
 
     Brooks, Holynski & Efros 2023. `guidance` is how closely the instruction is followed, `image_guidance` the image
-    (eq. 3). `keep` says what becomes of the background: the image's own pixels, its autoencoder's copy, or what the
-    model draws. `mask` (white = may change) says where the edits stand; without one each place is found by itself.
+    (eq. 3). `references` are further images, for a model that reads several. `keep` says what becomes of the
+    background: the image's own pixels, its autoencoder's copy, or what the model draws. `mask` (white = may change)
+    says where the edits stand; without one each place is found by itself.
 
     Raises `UserError` for an empty instruction, a model that reads no image, and where an edit leaves no background.
     """
@@ -64,31 +68,35 @@ def instruct(
         model.refuse_other_task(by_instruction=True)
     guidance = guidance_of(model, guidance)
     checks.not_negative("image guidance", image_guidance)
+    refuse_too_many(model, 1 + len(references))
     encoded = encode_image(model, image)
+    more = [model.as_reference(encode_image(model, reference).latent) for reference in references]
     changed = load_pixel_mask(mask, encoded)
-    schedule = schedule_of(model, steps, encoded.latent)
+    schedule_of(model, steps, encoded.latent)  # which says where there is none of so many steps
+    guidances = Guidances(guidance, image_guidance)
     kept_frames = Frames(0, steps, frames)
     now, latents, finished, backgrounds, nfe = encoded, [], [], [], 0
     for number, instruction in enumerate(instructions):
-        text = layout.under(
-            encode_prompts_cached(model, [instruction, negative, negative]),
-            schedule,
-            [TARGET] * 3,
-            unprompted=[1, 2],
-        )
-        predict = guide_by_image(model, now, text, guidance, image_guidance)
+        shown = [model.as_reference(now.latent), *more]
         noise = torch.randn(encoded.latent.shape, generator=generator(seed, number, "instruct"))
-        state = as_strong_as_state(noise.to(encoded.latent), schedule[0])
-        for step, (here, there) in enumerate(pairwise(schedule)):
-            estimate = predict(state, here)
-            state = deterministic_step(state, estimate, here, there)
-            if number == len(instructions) - 1:
-                kept_frames.add(step, estimate.clean)
+        last = number == len(instructions) - 1
+
+        def after_step(step: int, clean: Tensor, kept: bool = last) -> None:
+            if kept:
+                kept_frames.add(step, clean)
             progress()
-        nfe += 3 * steps
+
+        state = draw_edit(
+            model, shown, instruction, steps=steps, guidances=guidances, noise=noise, negative=negative,
+            controls=layout.of_targets(), after_step=after_step,
+        )  # fmt: skip
+        nfe += steps * evaluations_of(model, encode_prompts_cached(model, [instruction]), guidance)
         drawn = model.decode(state)[0].cpu()
         if keep != "none":
-            found = keep_drawn(drawn, now, keep=keep, changed=changed, model=model, instruction=instruction)
+            # What an edit leaves is a copy by the autoencoder already: copied once, it does not wear from edit to edit
+            copied = keep == "latents" and number == 0
+            background = model.decode(now.latent)[0].cpu() if copied else None
+            found = keep_drawn(drawn, now, changed=changed, background=background, instruction=instruction)
             drawn = found.image
             backgrounds.append(found)
         latents.append(state[0])
@@ -101,7 +109,7 @@ def instruct(
         latents=torch.stack(latents),
         nfe=nfe,
         finished=torch.stack(finished),
-        masks=torch.stack([(one.place > 0).float() for one in backgrounds]) if backgrounds else None,
+        masks=_places_so_far(backgrounds) if backgrounds else None,
         estimates=kept_frames.stack(),
         facts={
             "guidance": guidance,
@@ -113,45 +121,26 @@ def instruct(
     )
 
 
-def guide_by_image(
-    model: Backbone, image: EncodedImage, text: Conditions, guidance: float, image_guidance: float
-) -> Predict:
-    """Predictions guided by the instruction and by the image (Brooks et al. 2023, eq. 3), three rows in one call.
-
-    `text` are the instruction, and twice what stands for none.
-
-    e(∅, ∅) + s_I·(e(image, ∅) − e(∅, ∅)) + s_T·(e(image, text) − e(image, ∅)), of both halves of an estimate.
-    """
-    reference = model.encode_reference(image.pixels[None])
-    beside = torch.cat([reference, reference, torch.zeros_like(reference)])
-    predict = model.predictor(replace(text, reference=beside))
-
-    def guided(noisy: Tensor, level: Level) -> Estimate:
-        estimate = predict(torch.cat([noisy] * 3), level)
-        halves = []
-        for half in estimate:
-            told, seen, alone = half.chunk(3)
-            halves.append(alone + image_guidance * (seen - alone) + guidance * (told - seen))
-        return Estimate(*halves)
-
-    return guided
+def _places_so_far(backgrounds: Sequence[KeptBackground]) -> Tensor:
+    """Where each edit, or one before it, may differ from the source [N, 8H, 8W]."""
+    return torch.stack([(one.place > 0).float() for one in backgrounds]).cummax(0).values
 
 
 def keep_drawn(
     drawn: Tensor,
     before: EncodedImage,
     *,
-    keep: Keep,
     changed: Tensor | None,
-    model: Backbone,
+    background: Tensor | None,
     instruction: str,
 ) -> KeptBackground:
-    """What was drawn [3, 8H, 8W], on the background of the image before."""
-    source = before.pixels.cpu()
-    copy = model.decode(before.latent)[0].cpu() if keep == "latents" else None
+    """What was drawn [3, 8H, 8W] on the background of the image before, or on this copy of it."""
     try:
         return keep_background(
-            drawn, source, changed=None if changed is None else changed.cpu(), background=copy
+            drawn,
+            before.pixels.cpu(),
+            changed=None if changed is None else changed.cpu(),
+            background=background,
         )
     except UserError as error:
         raise UserError(

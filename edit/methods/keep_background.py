@@ -53,7 +53,9 @@ class KeptBackground:
     def figures(self) -> dict[str, float | None]:
         """What was found, for a record."""
         right, down = self.registration.shift
+        height, width = self.place.shape
         return {
+            "drift_px": round(self.registration.drift((height, width)), 3),
             "shift_right_px": round(right, 3),
             "shift_down_px": round(down, 3),
             "scale": round(self.registration.scale, 5),

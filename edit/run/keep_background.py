@@ -87,11 +87,9 @@ def fit_to_source(source: SourceImage, edited: SourceImage) -> Image.Image:
 
 def measure(kept: KeptBackground, source: SourceImage) -> dict[str, float | None]:
     """The figures of the record."""
-    width, height = source.image.size
     after = background_metrics(to_tensor(source.image), kept.image, (kept.place > 0).float())
     return {
         **kept.figures,
-        "drift_px": round(kept.registration.drift((height, width)), 3),
         "background_psnr_db_kept": after["background_psnr_db"],
     }
 

@@ -7,7 +7,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from backbone.adapters.concept import Concept, read_concept, resolve_placeholder_tokens, summarize_concepts
+from backbone.adapters.concept import (
+    EDITS,
+    Concept,
+    read_concept,
+    resolve_placeholder_tokens,
+    summarize_concepts,
+)
 from backbone.distributed.device import PRECISIONS
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import read_metadata
@@ -80,7 +86,11 @@ def load_model(
     if name is None and inversion is not None:
         name = read_metadata(inversion).get("model")
     backbone = Backbone.open(
-        name or "moji", device=device or "auto", precision=precision or "auto", by_instruction=by_instruction
+        name or "moji",
+        device=device or "auto",
+        precision=precision or "auto",
+        by_instruction=by_instruction,
+        widen=by_instruction and any(concept.kind == EDITS for concept in read),
     )
     if read:
         from backbone.adapters.apply import load_concepts  # and peft with it, which takes a while

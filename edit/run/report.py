@@ -53,6 +53,15 @@ TITLES = {
 }
 
 
+DRIFT = {
+    "drift_px": "drift, px",
+    "shift_right_px": "to the right, px",
+    "shift_down_px": "down, px",
+    "scale": "scale",
+    "changed_share": "share that changed",
+    "background_psnr_db_as_edited": "background PSNR as drawn, dB",
+    "background_psnr_db_registered": "after registration, dB",
+}
 COUNTS = {
     "nfe": "evaluations of the denoiser (NFE)",
     "nfe_of_inversion": "of these for the inversion",
@@ -107,6 +116,7 @@ def publish(
     )
     parts = [image_figure(page, "source, reconstruction, edits, masks and differences")]
     parts += figures_table(result.prompts, figures) if figures else []
+    parts += drift_table(result.prompts, result.facts.get("drift", ()))
     if frames:
         parts += [
             image_figure(folder / "trajectory.gif", "what the edits were estimated to become, step by step")
@@ -158,7 +168,9 @@ def draw_result_sheet(
     lead += [Cell(one.map, str(one.facts["kind"])) for one in result.layout.conditions]
     rows = []
     for number, (image, prompt) in enumerate(zip(images, result.prompts, strict=True)):
-        row = [*lead, Cell(image, prompt)]
+        drift = result.facts.get("drift", ())
+        said = f"\ndrifted {drift[number]['drift_px']:.2f} px; undone" if drift else ""
+        row = [*lead, Cell(image, prompt + said)]
         row += [Cell(masks[number], "mask")] if masks else []
         rows.append([*row, Cell(difference(result.source, image), "difference to the source")])
         lead = [None] * len(lead)
@@ -210,6 +222,19 @@ def figures_table(prompts: Sequence[str], figures: Sequence[Mapping[str, float |
         "scorer's similarity compare with those of the same scorer only."
     )
     return [heading("Figures"), table(("edit", *(TITLES[name] for name in names)), rows), paragraph(note)]
+
+
+def drift_table(prompts: Sequence[str], drifts: Sequence[Mapping[str, float | None]]) -> list[str]:
+    """How each edit by instruction lay over the image before it, as parts of the report."""
+    if not drifts:
+        return []
+    names = [name for name in DRIFT if any(one.get(name) is not None for one in drifts)]
+    rows = [
+        (prompt, *("–" if (value := one.get(name)) is None else value for name in names))
+        for prompt, one in zip(prompts, drifts, strict=True)
+    ]
+    note = "The model drew the whole image anew, so it drifted; that was undone, and the background put back."
+    return [heading("Drift"), table(("edit", *(DRIFT[name] for name in names)), rows), paragraph(note)]
 
 
 def difference(first: Image.Image, second: Image.Image) -> Image.Image:

@@ -30,12 +30,12 @@ from backbone.io.console import run_app
 from backbone.io.files import content_hash, write_json, write_tensors
 from backbone.io.options import Option, settled_command
 from backbone.training.loop import Average, warm_cosine
+from backbone.world.edits import GREY_STYLES
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from backbone.world.textures import Pixels
 from backbone.world.words import Thing, load_vocabulary
 from benchmarks.classifier import (
     FACTS,
-    GREY_STYLES,
     NONE,
     ONE,
     TWO_DIFFERENT,

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
+from backbone.world.edits import OF_ONE, OF_TWO, WORDINGS, sample_edits, write_instruction
+from backbone.world.render import render as draw
 from backbone.world.scene import Scene, is_fair, sample_scene
 from backbone.world.words import Thing, choose_article, load_vocabulary, pluralize
 
@@ -150,3 +152,46 @@ def test_pixel_art_is_made_of_squares() -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8))
     squares = np.asarray(pixel_art(image)).reshape(32, 4, 32, 4, 3)
     assert (squares == squares[:, :1, :, :1]).all()
+
+
+def test_every_kind_of_edit_says_what_it_does_and_changes_nothing_else() -> None:
+    edits = sample_edits(range(400), 150)
+    assert {edit.kind for edit in edits} == {*OF_ONE, *OF_TWO} == {*WORDINGS}
+    for edit in edits:
+        before, after = edit.before.things, edit.after.things
+        words = edit.instruction
+        match edit.kind:
+            case "colour":
+                assert (
+                    str(after[0].colour) in words and replace(after[0], colour=before[0].colour) == before[0]
+                )
+            case "accessory added":
+                assert str(after[0].accessory).split()[-1] in words and before[0].accessory is None
+            case "accessory removed":
+                assert str(before[0].accessory).split()[-1] in words and after[0].accessory is None
+            case "place":
+                assert (
+                    edit.after.place in words and replace(edit.after, place=edit.before.place) == edit.before
+                )
+            case "style":
+                assert str(edit.after.style).split()[1] in words and edit.before.style is None
+            case "thing removed":
+                assert before[edit.hidden_after or 0].noun in words and edit.after == edit.before
+            case "thing added":
+                assert before[edit.hidden_before or 0].noun in words and edit.after == edit.before
+            case _:
+                (old, new) = next((b, a) for b, a in zip(before, after, strict=True) if b != a)
+                assert new.noun in words and replace(new, noun=old.noun) == old
+    assert write_instruction("noun", edits[0].before, edits[0].after).startswith("turn the ")
+
+
+@pytest.mark.font
+def test_an_edit_is_drawn_before_and_after_from_one_layout() -> None:
+    edit = next(one for one in sample_edits(range(400), 150) if one.kind == "thing removed")
+    before, after = edit.rendered()
+    changed = ImageChops.difference(before, after).convert("L").point(lambda value: 255 if value > 8 else 0)
+    place = draw(edit.before).masks[edit.hidden_after or 0]
+    assert changed.getbbox() is not None
+    left, top, right, bottom = changed.getbbox() or (0, 0, 0, 0)
+    box = place.getbbox() or (0, 0, 0, 0)
+    assert left >= box[0] - 12 and right <= box[2] + 12 and bottom <= box[3] + 12 and top >= box[1] - 12

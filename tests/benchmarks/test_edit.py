@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -179,3 +179,19 @@ def test_the_published_method_changes_the_edited_things_place() -> None:
 def test_every_method_of_the_benchmark_has_a_name_once(tiny: Backbone) -> None:
     names = list(benchmark.list_methods())
     assert names[0] == benchmark.DEFAULT and set(benchmark.RIVALS) | set(benchmark.CONTROLS) <= set(names)
+
+
+@pytest.mark.font
+def test_an_instruction_in_place_of_the_prompts_costs_three_evaluations_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.tiny import tiny_instruct_pix2pix
+
+    monkeypatch.setattr(benchmark, "INSTRUCTED_STEPS", 2)
+    methods = benchmark.list_instructed(str(tiny_instruct_pix2pix(tmp_path / "editor")), "cpu", "fp32")
+    assert [*methods] == ["by instruction", "by instruction, as drawn"]
+    work = benchmark.Work(tmp_path, cast(Backbone, None), benchmark.Asked(50, None))
+    cases = [of_kind(kind) for kind in ("colour", "style", "reweight")]
+    colour, style, reweight = methods["by instruction"](work, cases)
+    assert colour is not None and style is not None and reweight is None
+    assert colour.evaluations == style.evaluations == 6 and len(colour.pictures) == 1

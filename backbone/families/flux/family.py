@@ -7,7 +7,7 @@ an input (Meng et al. 2023), schnell has a fixed one. Latents are [B, 16, H, W] 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -53,6 +53,7 @@ class Flux:
         "flux-schnell": "black-forest-labs/FLUX.1-schnell",
     }
     pipeline_classes: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
+    reads_images: ClassVar[Mapping[str, int]] = {}
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": JOINT,
         "all": (

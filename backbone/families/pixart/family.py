@@ -6,7 +6,7 @@ The network also predicts its variance, which the samplers here do not use.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -39,6 +39,7 @@ class PixArt:
     name: ClassVar[str] = "PixArt-Σ"
     hub_ids: ClassVar[dict[str, str]] = {"pixart": "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"}
     pipeline_classes: ClassVar[tuple[str, ...]] = ("PixArtSigmaPipeline",)
+    reads_images: ClassVar[Mapping[str, int]] = {}
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": ("to_q", "to_k", "to_v", "to_out.0"),
         "all": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),

@@ -9,7 +9,7 @@ the same function in a third of the time on a small model.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -50,6 +50,7 @@ class StableDiffusion3:
     name: ClassVar[str] = "Stable Diffusion 3"
     hub_ids: ClassVar[dict[str, str]] = {"sd3": "stabilityai/stable-diffusion-3.5-medium"}
     pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline",)
+    reads_images: ClassVar[Mapping[str, int]] = {}
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": JOINT,
         "all": (*JOINT, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),

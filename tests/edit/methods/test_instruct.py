@@ -15,11 +15,15 @@ from typer.testing import CliRunner
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
+from backbone.media.registration import Registration
 from backbone.media.transforms import to_tensor
+from backbone.models.by_instruction import Guidances, instructed_predictor
 from backbone.models.model import Backbone
 from edit.cli import app
-from edit.methods import instruct as method
+from edit.masks import mask_to_image
+from edit.methods import keep_background as method
 from edit.methods.instruct import instruct
+from edit.run.report import drift_table
 from tests.edit.models import photo
 from tests.tiny import tiny_instruct_pix2pix
 
@@ -84,6 +88,24 @@ def test_what_is_drawn_may_be_kept_whole_or_on_the_autoencoder_s_copy(
     assert torch.equal(kept.finished[0][:, outside], copy[:, outside])
 
 
+def test_the_autoencoder_s_copy_does_not_decay_over_ten_edits(
+    model: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copied once, by an autoencoder that would darken it a little more each time."""
+    source = to_tensor(photo())
+    square = torch.zeros(source.shape[-2:])
+    square[24:40, 24:40] = 1
+    monkeypatch.setattr(model, "decode", lambda latents: 0.95 * drawing_a_square(source)[None])
+    monkeypatch.setattr(method, "register", lambda edited, source, changed: Registration((1.0, 0.0)))
+    mask = mask_to_image(square, (64, 64))
+    result = instruct(model, photo(), ["a red dog"] * 10, steps=1, keep="latents", mask=mask)
+    assert result.finished is not None and result.masks is not None
+    outside = result.masks[-1] == 0
+    assert torch.equal(result.finished[0][:, outside], result.finished[-1][:, outside])
+    table = "".join(drift_table(result.prompts, result.facts["drift"]))
+    assert table.count("<tr") == 11 and "drift, px" in table
+
+
 def test_guidance_is_over_three_predictions(model: Backbone) -> None:
     """e(∅, ∅) + s_I·(e(image, ∅) − e(∅, ∅)) + s_T·(e(image, text) − e(image, ∅))."""
     from edit.pictures import encode_image
@@ -94,11 +116,13 @@ def test_guidance_is_over_three_predictions(model: Backbone) -> None:
     text, empty = (model.encode_prompts([words]) for words in ("a red dog", ""))
 
     def alone(words: Conditions, beside: Tensor) -> Tensor:
-        return model.predictor(Conditions(words.text, None, beside))(noisy, schedule[0]).noise
+        return model.predictor(Conditions(words.text, references=(beside,)))(noisy, schedule[0]).noise
 
     none = alone(empty, torch.zeros_like(reference))
     seen, told = alone(empty, reference), alone(text, reference)
-    guided = method.guide_by_image(model, image, "a red dog", "", 5.0, 1.3)(noisy, schedule[0]).noise
+    guided = instructed_predictor(model, text, empty, [reference], Guidances(5.0, 1.3))(
+        noisy, schedule[0]
+    ).noise
     torch.testing.assert_close(guided, none + 1.3 * (seen - none) + 5 * (told - seen), atol=1e-4, rtol=1e-4)
 
 
@@ -111,6 +135,7 @@ def test_the_command_follows_an_instruction_and_another(folder: Path, tmp_path: 
     assert said.exit_code == 0, said.output or repr(said.exception)
     record = json.loads((out / "run.json").read_text())
     assert [edit["prompt"] for edit in record["edits"]] == ["a red dog", "a cat"]
+    assert record["drift"] == []
     again = CliRunner().invoke(app, ["replay", str(out), "--out", str(tmp_path / "again")])
     assert again.exit_code == 0, repr(again.exception)
     first, second = (Image.open(place / "edit_1.png").tobytes() for place in (out, tmp_path / "again"))

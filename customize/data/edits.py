@@ -1,0 +1,116 @@
+"""Edit pairs as training data: latents before and after each edit, and its instruction as the network reads it.
+
+The image after is what is noised and learned; that before is a reference beside the noisy latents. Both are cut alike,
+so that a place of the one is the same place of the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from backbone.io.console import UserError, notify
+from backbone.media.crops import ReadCrop, read_crop
+from backbone.media.pictures import ImageRecord
+from backbone.models.by_instruction import refuse_too_many
+from backbone.models.encode import Encoded, Posteriors, encode_texts
+from backbone.models.model import Backbone
+from customize.data.dataset import Group, TrainingData, buckets_of, encode_group
+from customize.data.edit_pairs import EditPair
+from customize.settings import Settings
+
+
+@dataclass(frozen=True)
+class EditData(TrainingData):
+    """The encoded pairs; `posteriors` are of the images after, `prompts` the instructions.
+
+    references  of the images beside each instruction: the image before, then further ones
+    scale       what latents are multiplied by, as the network reads them beside noisy ones …
+    shift       … and what is added then
+
+    The last of the `conditions` is that of no instruction.
+    """
+
+    references: tuple[Posteriors, ...] = ()
+    scale: float = 1.0
+    shift: float = 0.0
+
+    def shown(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """What stands beside the noisy latents of pairs of one size, each [B, C, h, w]."""
+        return tuple(each.gather(rows).mean * self.scale + self.shift for each in self.references)
+
+
+def count_references(model: Backbone, pairs: Sequence[EditPair]) -> int:
+    """How many images each pair has beside the one before the edit.
+
+    Raises `UserError` for more than the model reads, or another number of them in some pairs.
+    """
+    more = {len(pair.references) for pair in pairs}
+    refuse_too_many(model, 1 + max(more))
+    if len(more) > 1:
+        odd = next(pair for pair in pairs if len(pair.references) != max(more))
+        raise UserError(
+            f"{odd.name} has {len(odd.references)} further references and other pairs {max(more)}. Give each as many."
+        )
+    return max(more)
+
+
+def prepare_pairs(
+    model: Backbone, pairs: Sequence[EditPair], settings: Settings, *, read: ReadCrop = read_crop
+) -> EditData:
+    """Encodes images and instructions and frees the encoders. `read` decodes an image and crops it."""
+    more = count_references(model, pairs)
+    if settings.flip and any({"left", "right"} & {*pair.instruction.lower().split()} for pair in pairs):
+        notify("Warning: an instruction says left or right, and --flip teaches it mirrored too.")
+    flips = (False, True) if settings.flip else (False,)
+    columns = [[pair.target for pair in pairs], [pair.source for pair in pairs]]
+    columns += [[pair.references[k] for pair in pairs] for k in range(more)]
+    targets, *references = (encode_images(model, column, settings, flips, read) for column in columns)
+    for reference in references[:1]:
+        for number, (before, after) in enumerate(zip(reference.shapes, targets.shapes, strict=True)):
+            if before != after:
+                pair = pairs[number % len(pairs)]
+                raise UserError(f"{pair.name} and {pair.source.path} have other shapes. Crop them alike.")
+    instructions = [pair.instruction for pair in pairs] * len(flips)
+    conditions = encode_texts(model, [*instructions, ""])
+    scale, shift = reference_scale(model)
+    model.free("autoencoder", "text_encoder")
+    return EditData(
+        posteriors=targets,
+        prompts=instructions,
+        names=[str(pair.target.path) for pair in pairs] * len(flips),
+        frequency=torch.ones(len(instructions)),
+        masks=None,
+        buckets=buckets_of(targets),
+        class_prompts=[""],
+        class_latents=None,
+        class_rows=None,
+        conditions=conditions,
+        references=tuple(references),
+        scale=scale,
+        shift=shift,
+    )
+
+
+def encode_images(
+    model: Backbone, images: Sequence[ImageRecord], settings: Settings, flips: Sequence[bool], read: ReadCrop
+) -> Posteriors:
+    """The posteriors of images, the mirrored ones behind them where `flips` asks."""
+    group = Group(images, [""] * len(images), "", settings.pairs)
+    parts: list[Encoded] = []
+    places: list[tuple[int, int]] = []
+    for own, where in encode_group(model, group, flips, settings.aspect_buckets, read)[1].values():
+        places += [(len(parts) + part, row) for part, row in where]
+        parts += own
+    return Posteriors(parts, places, model.device)
+
+
+def reference_scale(model: Backbone) -> tuple[float, float]:
+    """(scale, shift) by which latents become what the network reads beside noisy ones."""
+    zero, one = (
+        model.as_reference(torch.tensor([0.0, 1.0])).tolist() if model.reads_as_channels else (0.0, 1.0)
+    )
+    return one - zero, zero

@@ -1,0 +1,114 @@
+"""How good edits by instruction are on held-out pairs: against the true edit, in the background, in structure.
+
+What a checkpoint is rated by is how much nearer its edit is to the true one than the source was, in dB: an editor that
+hands the source back gains nothing, and one that redraws everything loses. What is drawn is taken as it is, without a
+kept background, so that drift counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backbone.diffusion.noise import generator
+from backbone.evaluation.clip import Scorer
+from backbone.evaluation.image_metrics import background_metrics, mean_of_defined, psnr, structure_distance
+from backbone.io.console import progress
+from backbone.media.transforms import to_image
+from backbone.models.by_instruction import Guidances, draw_edit
+from backbone.models.model import Backbone
+from customize.settings import Settings
+
+CHANGED = 0.12  # of the range −1…1: places that differ by more are the edit's
+MARGIN = 1 / 64  # of the longer side around them
+SAMPLING_STEPS = 20  # more do not change the ranking of checkpoints
+
+
+@dataclass(frozen=True)
+class EditMetrics:
+    """Means over the held-out pairs; None where nothing defines one.
+
+    rating              dB that the edit is nearer to the true one than the source is
+    target_psnr_db      of the edit, against the true edit
+    background_psnr_db  where the true edit changes nothing, against the source
+    structure_distance  to the true edit, by the model's scorer
+    """
+
+    step: int
+    rating: float
+    target_psnr_db: float
+    background_psnr_db: float | None
+    structure_distance: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Held-out pairs in pixels, [3, H, W] each in −1…1, and in latents as the network reads them."""
+
+    sources: Sequence[Tensor]
+    targets: Sequence[Tensor]
+    references: Sequence[tuple[Tensor, ...]]
+    instructions: Sequence[str]
+
+    def first(self, count: int) -> HeldOut:
+        """At most so many of them."""
+        columns = (self.sources, self.targets, self.references, self.instructions)
+        return HeldOut(*(column[:count] for column in columns))
+
+
+def draw_held_out(
+    model: Backbone, pairs: HeldOut, settings: Settings, *, label: str, steps: int = 0
+) -> list[Tensor]:
+    """The model's edit of each held-out source [3, H, W], always from the same noise."""
+    guidances = Guidances(settings.guidance, settings.image_guidance)
+    steps = steps or min(SAMPLING_STEPS, settings.sample_steps)
+    drawn: list[Tensor] = []
+    with progress(len(pairs.sources), label, brief=True) as bar:
+        for row, shown in enumerate(pairs.references):  # one by one: their sizes may differ
+            shown = [latents.to(model.device) for latents in shown]
+            noise = torch.randn(shown[0].shape, generator=generator(settings.seed, row, "instruct"))
+            state = draw_edit(
+                model, shown, pairs.instructions[row], steps=steps, guidances=guidances, noise=noise,
+                after_step=lambda step, clean: bar.advance_images(1 / steps),
+            )  # fmt: skip
+            drawn.append(model.decode(state)[0].cpu())
+    model.free("autoencoder")
+    return drawn
+
+
+def measure_edits(step: int, pairs: HeldOut, drawn: Sequence[Tensor], scorer: Scorer | None) -> EditMetrics:
+    """The metrics of edits [3, H, W], one for each held-out pair."""
+    rows: list[dict[str, float | None]] = []
+    for source, target, edit in zip(pairs.sources, pairs.targets, drawn, strict=True):
+        near = psnr(edit, target)
+        distance = None
+        if scorer is not None:
+            distance = structure_distance(scorer, to_image(edit), to_image(target))
+        rows.append(
+            {
+                "rating": near - psnr(source, target),
+                "target_psnr_db": near,
+                "background_psnr_db": background_metrics(source, edit, changed_place(source, target))[
+                    "background_psnr_db"
+                ],
+                "structure_distance": distance,
+            }
+        )
+    means: dict[str, Any] = {
+        one.name: mean_of_defined([row[one.name] for row in rows])
+        for one in fields(EditMetrics)
+        if one.name != "step"
+    }
+    return EditMetrics(step=step, **means)
+
+
+def changed_place(source: Tensor, target: Tensor) -> Tensor:
+    """Where the true edit changes something [H, W], with a margin."""
+    apart = (target - source).abs().amax(0)
+    reach = max(1, round(MARGIN * max(apart.shape)))
+    return F.max_pool2d((apart > CHANGED)[None, None].float(), 2 * reach + 1, 1, reach)[0, 0]

@@ -1,0 +1,48 @@
+"""InstructPix2Pix: learn from pairs what an instruction does to an image (Brooks, Holynski & Efros 2023).
+
+The loss is that of any diffusion model, on the image after the edit, with the image before beside the noisy latents and
+the instruction as the prompt. The instruction, the image, and both are left out of some of the samples, so that
+sampling can be guided by each of them (section 3.2.1). Which parameters are trained is a separate choice, as in
+DreamBooth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from backbone.models.model import Backbone
+from customize.data.edits import EditData
+from customize.objectives.dreambooth import Drawn, DreamBooth
+from customize.settings import Settings
+
+
+class InstructionEdits(DreamBooth):
+    """The loss of edits, on whatever parameters the method trains."""
+
+    data: EditData
+
+    def __init__(self, model: Backbone, data: EditData, settings: Settings) -> None:
+        super().__init__(model, data, settings)
+
+    def draw(self, random: torch.Generator) -> Drawn:
+        """A batch of noised edits; every process draws the same one and keeps its own samples of it."""
+        whole = self.subject_batch(self.draw_bucket(random), random)
+        no_text, no_image = draw_dropout(len(whole.rows), self.settings.conditioning_dropout, random)
+        mine = self.share.rows
+        batch, no_text, no_image = whole.part(mine), no_text[mine], no_image[mine]
+        assert self.data.conditions is not None
+        nothing_said = len(self.data.prompts)  # the row of no instruction, behind the others
+        conditions = self.data.conditions[torch.where(no_text, nothing_said, batch.rows)]
+        conditions = replace(conditions, references=self.data.shown(batch.rows))
+        if self.model.reads_as_channels:  # of tokens guidance never leaves the image out
+            conditions = conditions.drop_references(no_image)
+        return Drawn(batch, conditions)
+
+
+def draw_dropout(count: int, share: float, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(whether the instruction is left out [B], whether the image is): `share` of each alone, and of both."""
+    drawn = torch.rand(count, generator=random)
+    return drawn < 2 * share, (drawn >= share) & (drawn < 3 * share)

@@ -1,0 +1,307 @@
+"""A run of `customize train --pairs`: from edit pairs to an adapter that does what an instruction says.
+
+The loop, the checkpoints and the run folder are those of every training (`backbone.training.run`); what differs is what
+is learned from (`customize.data.edits`), the loss (`customize.objectives.instruction_edits`), and that held-out pairs
+say how good it is, by which `best/` is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backbone.adapters.concept import BEST, EDITS, Concept
+from backbone.distributed import processes
+from backbone.evaluation.clip import Scorer, load_image_encoder
+from backbone.io.console import UserError, count_of, notify, notify_once
+from backbone.io.files import append_jsonl, read_json, read_jsonl, read_metadata, write_text
+from backbone.io.run_folder import clear_failed_try, refuse_taken, run_name
+from backbone.media.crops import CropReader
+from backbone.media.sheet import Cell, draw_sheet, save_png
+from backbone.media.transforms import bucket_sizes, nearest_bucket, to_image, to_tensor
+from backbone.models.model import Backbone
+from backbone.training.models import open_configs, open_model
+from backbone.training.run import CHECKPOINT, Every, drive
+from customize.data.edit_pairs import EditPair, hold_out, read_edit_pairs, usable_pairs
+from customize.data.edits import count_references, prepare_pairs
+from customize.evaluation.edits import EditMetrics, HeldOut, draw_held_out, measure_edits
+from customize.evaluation.metrics import EarlyStopping
+from customize.objectives.dreambooth import share_of
+from customize.objectives.instruction_edits import InstructionEdits
+from customize.settings import FILE, SHEET, Settings, as_flags, read_settings, resolved
+from customize.training.evaluation import EVALUATIONS
+from customize.training.memory import budgeted
+from customize.training.report import PREVIEWS, EditReport
+from customize.training.run import describe_changes, hash_images, write_record
+
+SHOWN = 8  # held-out pairs, on the sheet; those that are learned from where none are held out
+
+
+def train_edits(
+    asked: dict[str, Any], pairs: Sequence[EditPair], *, out: Path | None, vram: float | None = None
+) -> Path:
+    """Train from pairs that were looked at, and give the run folder. `asked` holds what the user set.
+
+    Raises `UserError` for a model that reads no image and cannot be made to, and a run folder that is taken.
+    """
+    began = time.perf_counter()
+    processes.init_process(asked.get("device") or "auto")
+    run = out or Path("runs") / run_name(asked["pairs"])
+    refuse_taken(run)
+    opened, asked = open_configs(asked, by_instruction=True)
+    count_references(opened, pairs)
+    if misfit := opened.describe_misfit([pair.target.read_size() for pair in pairs[:SHOWN]]):
+        notify_once(misfit)
+    settings = resolved({"images": "", "token": "", "class_noun": "", **asked}, opened.defaults)
+    settings = replace(settings, held_out=len(hold_out(pairs, settings.held_out)[1]))
+    model = open_model(settings, resolution=settings.resolution, by_instruction=True)
+    if vram is not None:
+        processes.require_whole_model("--vram counts for a process alone; it")
+        model, settings = budgeted(model, settings, vram)
+    share_of(settings)
+    processes.barrier()  # now every process has seen that the folder is free
+    with processes.hold_folder(run):
+        if processes.is_main_process():
+            refuse_taken(run)  # by a run that has been quicker
+            clear_failed_try(run)
+            write_record(run, settings, model, timings={}, images=hash_pairs(pairs))
+        return carry_on(run, settings, model, pairs, began=began)
+
+
+def resume_edits(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
+    """Goes on with a run that was stopped; the weights come out as if it had not been. `anew` are settings that change.
+
+    Raises `UserError` for steps that were taken already.
+    """
+    settings = dataclasses.replace(read_settings(run), **(anew or {}))
+    done = int(read_metadata(run / CHECKPOINT)["step"]) if (run / CHECKPOINT).exists() else 0
+    if anew and "steps" in anew and settings.steps <= done:
+        raise UserError(f"{run} has taken {done} steps already. Give --steps more than that.")
+    processes.init_process(settings.device)
+    pairs = usable_pairs(read_edit_pairs(settings.pairs), skip_bad=settings.skip_bad)
+    with processes.hold_folder(run):
+        for sentence in describe_changes(read_json(run / FILE).get("images"), columns_of(pairs)):
+            notify(sentence)
+        model = open_model(settings, resolution=settings.resolution, by_instruction=True)
+        if anew:
+            notify(f"{run} goes on from step {done} to {settings.steps}.")
+            if processes.is_main_process():
+                write_record(run, settings, model, timings={}, images=hash_pairs(pairs))
+        return carry_on(run, settings, model, pairs, began=time.perf_counter())
+
+
+def carry_on(
+    run: Path, settings: Settings, model: Backbone, pairs: Sequence[EditPair], *, began: float
+) -> Path:
+    """Trains from the last checkpoint, if there is one, to the finished folder."""
+    learned, held = hold_out(pairs, settings.held_out)
+    read = CropReader()
+    measured = prepare_held_out(model, held or learned[:SHOWN], settings, read)
+    training = InstructionEdits(model, prepare_pairs(model, learned, settings, read=read), settings)
+    training.sources = {"model": model.fingerprint}
+    training.resume(run)
+    notify(f"{count_of(len(learned), 'pair')} to learn from, {len(held)} held out.")
+    prepared = time.perf_counter()
+    concept = Concept(
+        kind=EDITS,
+        model=settings.model,
+        fingerprint=model.fingerprint,
+        tokens={},
+        class_noun="",
+        resolution=settings.resolution,
+    )
+    report = EditReport(run, settings, [to_image(one) for one in measured.sources[:SHOWN]])
+    validation = EditValidation(report, training, concept, measured if held else None)
+
+    def preview(step: int) -> None:
+        with training.averaged():
+            drawn = draw_sheet_of(training, measured)
+        if processes.is_main_process():
+            save_png(run / PREVIEWS / f"step-{step:06d}.png", drawn)
+            report.renew(step)
+
+    drive(
+        training,
+        run,
+        command="customize train",
+        validate=Every(settings.evaluation_steps, validation),
+        preview=Every(settings.validation_steps, preview),
+        tensorboard=settings.report_to == "tensorboard",
+    )
+    times = {"prepare": prepared - began, "train": time.perf_counter() - prepared}
+    if processes.is_main_process():
+        header = {"limner_kind": EDITS, "base_model": concept.model}
+        replace(concept, **training.write(run, header)).write(run)
+    with training.averaged():
+        drawn = draw_sheet_of(training, measured)
+    if processes.is_main_process():
+        save_png(run / SHEET, drawn)
+        validation.report_end()
+        times |= {
+            "show": time.perf_counter() - began - sum(times.values()),
+            "all": time.perf_counter() - began,
+        }
+        write_record(run, settings, model, timings={name: round(value, 2) for name, value in times.items()})
+        write_text(run / "README.md", readme(run, settings, len(learned), len(held)))
+    processes.end_process()
+    return run
+
+
+def prepare_held_out(
+    model: Backbone, pairs: Sequence[EditPair], settings: Settings, read: CropReader
+) -> HeldOut:
+    """The pairs that are measured, and drawn: in pixels, and as the network reads them."""
+    data = prepare_pairs(model, pairs, replace(settings, flip=False), read=read)
+    sides = bucket_sizes(model.resolution) if settings.aspect_buckets else [(model.resolution,) * 2]
+    images = []
+    for pair in pairs:
+        size = nearest_bucket(pair.target.open().size, sides) if len(sides) > 1 else sides[0]
+        images.append([to_tensor(read(one, size)) for one in (pair.source, pair.target)])
+    shown = [data.shown(torch.tensor([row])) for row in range(len(pairs))]
+    return HeldOut([one[0] for one in images], [one[1] for one in images], shown, data.prompts)
+
+
+def draw_sheet_of(training: InstructionEdits, pairs: HeldOut) -> Any:
+    """The source, the model's edit and the true edit of the first pairs, side by side."""
+    settings, some = training.settings, pairs.first(SHOWN)
+    drawn = draw_held_out(
+        training.model, some, settings, label="drawing the sheet", steps=settings.sample_steps
+    )
+    cells = []
+    for row, edit in enumerate(drawn):
+        source, target = (to_image(one[row]) for one in (some.sources, some.targets))
+        cells.append(
+            [
+                Cell(source, "before"),
+                Cell(to_image(edit), some.instructions[row]),
+                Cell(target, "the true edit"),
+            ]
+        )
+    rows = [[*cells[k], *(cells[k + 1] if k + 1 < len(cells) else [])] for k in range(0, len(cells), 2)]
+    how = (
+        f"{settings.sample_steps} steps, guidance {settings.guidance:g}, image guidance "
+        f"{settings.image_guidance:g}, seed {settings.seed}"
+    )
+    return draw_sheet(rows, title="edits by instruction", note=f"{settings.model}, {how}")
+
+
+class EditValidation:
+    """Measures a run's edits of held-out pairs as it trains, and keeps the best weights; nothing where none are."""
+
+    def __init__(
+        self, report: EditReport, training: InstructionEdits, concept: Concept, pairs: HeldOut | None
+    ) -> None:
+        self.report, self.training, self.concept, self.pairs = report, training, concept, pairs
+        settings = training.settings
+        self.patience: EarlyStopping[EditMetrics] = EarlyStopping(settings.patience or settings.steps)
+        report.history = self.patience.history
+        self.scorer = find_scorer(training.model, settings)
+        path = report.run / EVALUATIONS
+        if path.exists():  # what an interrupted run has measured, up to its checkpoint
+            kept = [line for line in read_jsonl(path, EditMetrics) if line.step <= training.done]
+            self.patience.history[:] = kept
+            if processes.is_main_process():
+                write_text(path, "".join(json.dumps(asdict(line)) + "\n" for line in kept))
+
+    def __call__(self, step: int) -> str:
+        """Measures the run as it is now, once for each step; the reason to stop, when patience has run out."""
+        settings = self.training.settings
+        if self.pairs is None or not settings.evaluation_steps or not processes.is_participant():
+            return ""
+        if not any(figures.step == step for figures in self.patience.history):
+            with self.training.averaged():
+                drawn = draw_held_out(
+                    self.training.model, self.pairs, settings, label=f"evaluating step {step}"
+                )
+            found = measure_edits(step, self.pairs, drawn, self.scorer)
+            best = self.patience.update(found)
+            if processes.is_main_process():
+                append_jsonl(self.report.run / EVALUATIONS, asdict(found))
+                self.report.samples = list(zip(map(to_image, drawn), self.pairs.instructions, strict=True))
+                self.report.renew(step)
+                if best and step > 0:
+                    folder = self.report.run / BEST
+                    folder.mkdir(exist_ok=True)
+                    files = self.training.write(folder, {"limner_step": str(step)})
+                    replace(self.concept, **files).write(folder)
+        if settings.patience and self.patience.should_stop:
+            return f"{settings.patience} evaluations without a better rating."
+        return ""
+
+    def report_end(self) -> None:
+        """Finishes the report, and says which step was best."""
+        history, steps = self.patience.history, self.training.settings.steps
+        if not history:
+            self.report.finish(f"All {steps} steps were taken.", None)
+            return
+        best, last = self.patience.best, history[-1]
+        why = (
+            f"All {steps} steps were taken."
+            if last.step >= steps
+            else f"Stopped at step {last.step}: no better rating since step {best.step}."
+        )
+        notify(
+            f"The best of {len(history)} evaluations is step {best.step}, in {self.report.run / BEST}: its edits are "
+            f"{best.rating:+.1f} dB nearer to the true ones than the sources are. {why}"
+        )
+        self.report.finish(why, best.step)
+
+
+def find_scorer(model: Backbone, settings: Settings) -> Scorer | None:
+    """The CLIP that measures structure: the one that was named or the model's own; None where there is none."""
+    folder = settings.scorer or model.location.local("scorer")
+    if not folder or not settings.evaluation_steps:
+        return None
+    scorer = load_image_encoder(folder)
+    if not isinstance(scorer, Scorer):
+        raise UserError(
+            f"{folder} is no CLIP, by whose patches structure is measured. Name one with --scorer."
+        )
+    return scorer
+
+
+# The run's files ---------------------------------------------------------------------------------------------
+
+
+def columns_of(pairs: Sequence[EditPair]) -> list[Any]:
+    """The images before, and those after."""
+    return [[pair.source for pair in pairs], [pair.target for pair in pairs]]
+
+
+def hash_pairs(pairs: Sequence[EditPair]) -> list[dict[str, str]]:
+    """The beginning of the hash of each image's file, before and after."""
+    return [hash_images(column) for column in columns_of(pairs)]
+
+
+def readme(run: Path, settings: Settings, learned: int, held: int) -> str:
+    """The run's README.md."""
+    baked = run.with_name(f"{run.name}-model")
+    lines = [
+        "# Edits by instruction",
+        "",
+        f"Learned by `customize train` from {learned} pairs of `{settings.pairs}` on `{settings.model}`, {held} held "
+        "out.",
+        "",
+        f"![before, the model's edit, the true edit]({SHEET})",
+        "",
+        "Again:",
+        "",
+        f"    {as_flags(settings, run)}",
+        "",
+        "Edits:",
+        "",
+        f'    edit instruct photo.png --instruction "…" --concept {run}',
+        "",
+        "As a whole model that diffusers' pipeline for edits by instruction opens:",
+        "",
+        f"    customize merge {run} --bake --model {settings.model} --out {baked}",
+        "",
+    ]
+    return "\n".join(lines)
