@@ -76,6 +76,10 @@ def add_weight_differences(model: Backbone, concept: Concept, *, scale: float = 
 
 def check_concept_fits(concept: Concept, model: Backbone) -> None:
     """Raise `UserError` if a concept was trained on other weights, or would change weights that are sharded."""
+    if concept.kind == "motion":
+        raise UserError(
+            f"{concept.folder} is a motion, which a picture cannot have. Draw clips with it: customize clip."
+        )
     if concept.changed:
         require_whole_model(f"{concept.folder} changes the base's own weights, which")
     for name in filter(None, (concept.weights, concept.words, concept.changed)):

@@ -327,7 +327,7 @@ class Backbone:
         return torch.cat([self.encode(some).mean for some in portions]).transpose(0, 1)
 
     def decode_clip(self, latents: Tensor, chunk: int = 0) -> Tensor:
-        """Latents [C, F, H, W] of a clip to its frames [F, 3, 8H, 8W], at most `chunk` of them at a time (0: as fits)."""
+        """Latents [C, F, H, W] of a clip to frames [F, 3, 8H, 8W], at most `chunk` of them at a time (0: as fits)."""
         rows = latents.transpose(0, 1)
         return torch.cat([self.decode(some) for some in rows.split(chunk or len(rows))])
 

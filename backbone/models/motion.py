@@ -1,10 +1,10 @@
 """Motion adapters: a model of pictures that draws clips, without another network and without another loop.
 
-A clip is one sample [C, F, H, W] of a batch. A network of pictures sees its frames as rows, and a motion adapter (Guo et
-al. 2023, AnimateDiff, section 4.2) adds a layer behind each of its blocks' layers in which every place attends over the
-frames. Here those layers stand in the UNet that there is, under the names that diffusers' `UNetMotionModel` gives them
-(`down_blocks.0.motion_modules.1…`), so its own weights, its adapters and what controls its attention stay as they are,
-and a picture does not go through them at all.
+A clip is one sample [C, F, H, W] of a batch. A network of pictures sees its frames as rows, and a motion adapter (Guo
+et al. 2023, AnimateDiff, section 4.2) adds a layer behind each of its blocks' layers in which every place attends over
+the frames. Here those layers stand in the UNet that there is, under the names that diffusers' `UNetMotionModel` gives
+them (`down_blocks.0.motion_modules.1…`): its own weights, its adapters and what controls its attention stay as they are, and
+a picture does not go through them at all.
 """
 
 from __future__ import annotations
@@ -118,12 +118,13 @@ def _fetch(repository: str) -> Path:
 def _read_original(path: Path) -> MotionAdapter:
     """An original file: its settings are in its shapes."""
     header = read_header(path)
-    names = {name: _new_name(name) for name in header.shapes}
+    names = {name: rename_original(name) for name in header.shapes}
+    factor = next((name for name in names if "lora" in name), None)
+    if factor is not None:
+        raise UserError(f"{path} is a LoRA ({factor} …), not a motion adapter. Give it with --lora.")
     layers = {new: header.shapes[old] for old, new in names.items() if ".motion_modules." in new}
     if not layers or len(layers) != len(names):
         foreign = next((old for old, new in names.items() if new not in layers), "nothing")
-        if any("lora" in name for name in names):
-            raise UserError(f"{path} is a LoRA ({foreign} …), not a motion adapter. Give it with --lora.")
         raise UserError(
             f"{path} is no motion adapter: it holds {foreign}. Name AnimateDiff's file, or a folder."
         )
@@ -159,7 +160,8 @@ def _read_original(path: Path) -> MotionAdapter:
     return _whole(adapter, str(path))
 
 
-def _new_name(name: str) -> str:
+def rename_original(name: str) -> str:
+    """The name of a tensor of an original AnimateDiff file in diffusers' layout."""
     for old, new in RENAMED.items():
         name = name.replace(old, new)
     return ORIGINAL.sub("", name, count=1)
@@ -321,4 +323,3 @@ def window_starts(frames: int, length: int, stride: int) -> list[int]:
         return [0]
     starts = list(range(0, frames - length, stride))
     return [*starts, frames - length]
-
