@@ -3,8 +3,8 @@
 A clip is one sample [C, F, H, W] of a batch. A network of pictures sees its frames as rows, and a motion adapter (Guo
 et al. 2023, AnimateDiff, section 4.2) adds a layer behind each of its blocks' layers in which every place attends over
 the frames. Here those layers stand in the UNet that there is, under the names that diffusers' `UNetMotionModel` gives
-them (`down_blocks.0.motion_modules.1…`): its own weights, its adapters and what controls its attention stay as they are, and
-a picture does not go through them at all.
+them (`down_blocks.0.motion_modules.1…`): its own weights, its adapters and what controls its attention stay as they
+are, and a picture does not go through them at all.
 """
 
 from __future__ import annotations
