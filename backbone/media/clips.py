@@ -16,7 +16,6 @@ from PIL import Image, ImageSequence, UnidentifiedImageError
 
 from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash, write_bytes
-from backbone.media.decode import open_rgb
 from backbone.media.pictures import list_images
 from backbone.media.sheet import save_png
 
@@ -53,8 +52,7 @@ def read_film(source: str | Path) -> Film:
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        records = list_images(str(path))
-        frames = [open_rgb(path / record.name) for record in records]
+        frames = [record.open() for record in list_images(str(path))]
         found = Film(tuple(frames), USUAL_FPS, str(source), _hash_frames(frames))
     elif path.suffix.lower() in FILMS:
         found = _read_video(path)
